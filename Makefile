@@ -1,0 +1,60 @@
+# make demo     see it: 4-bit activations with and without modulation, on the model that comes with the package
+# make test     the whole test suite
+# make check    lint, format, types, import order
+# make golden   write the golden trajectories anew; read the diff before you commit it
+# make lint-fix what ruff can repair by itself
+# make env      the environment of the developers, and nothing more
+#
+# Only Python 3.11 or 3.12 with pip is needed; everything goes into $(VENV). Another interpreter: make demo PYTHON=python3.12
+
+.PHONY: demo test check golden lint-fix env
+.DEFAULT_GOAL := demo
+.DELETE_ON_ERROR:
+
+SUITS = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUITS)' 2>/dev/null && echo $$p && break; done)
+endif
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+demo: $(VENV)/.base
+	$(BIN)/modiff demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+golden: $(VENV)/.dev
+	$(BIN)/python tests/golden/write.py
+
+lint-fix: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: $(VENV)/.dev
+
+# A stamp is written only after its install went through, so an interrupted one starts again.
+#
+# torch goes first and alone: this step is then the only one that decides between a CPU and a CUDA build, and the next
+# one finds torch installed and leaves it alone. `make demo TORCH=torch-2.13.0+cpu-....whl` takes a wheel from a file.
+#
+# Where the system's Python comes without ensurepip, its own pip fills the environment.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: expected Python 3.11 or 3.12 on the PATH, got neither. Install one, or name it: make demo PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -c '$(SUITS)' || { echo "make: expected PYTHON to be Python 3.11 or 3.12, got $(PYTHON). torch and modiff are tested on these two." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,263 @@
+"""The settings of modiff as frozen dataclasses: validated once, hashable, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from modiff.errors import ConfigError
+
+Granularity = Literal["auto", "tensor", "sample", "token", "input_channel"]
+Predictor = Literal["hold", "linear"]
+ErrorCompensation = Literal["closed_loop", "none"]
+FirstStep = Literal["full_precision", "coded"]
+StateDtype = Literal["float32", "float64", "float16", "bfloat16"]
+Rotation = Literal["none", "hadamard"]
+Automatic = Literal["auto", "off"]
+WeightSearch = Literal["minmax", "mse"]
+Boundary = Literal["full_precision", "quantize"]
+
+DEFAULT_EXCLUDE = (
+    "*time_emb*",
+    "*timestep_emb*",
+    "*time_proj*",
+    "*time_text_embed*",
+    "*condition_embedder*",
+    "*add_embedding*",
+    "*class_embed*",
+    "*caption_projection*",
+    "*context_embedder*",
+    "*adaln_single*",
+    "*norm*.linear*",
+)
+"""Layers that read only the time step, the class or the prompt: a few rows, no cost, and large effect."""
+
+
+def check(where: str, value: object, valid: bool, expected: str, hint: str) -> None:
+    """Raise the one-line ConfigError of a bad field; `hint` says why and what to type instead."""
+    if not valid:
+        raise ConfigError(f"{where}: expected {expected}, got {value!r}. {hint}")
+
+
+def is_bits(value: object, lowest: tuple[int, ...] = ()) -> bool:
+    """True for None (off), for 2 to 8, and for the values in `lowest`."""
+    if value is None:
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and (2 <= value <= 8 or value in lowest)
+
+
+class JsonConfig:
+    """Dictionaries and JSON for frozen dataclasses; unknown fields are errors, nested configs are rebuilt."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            check(f"{type(self).__name__}.{name}", value, _fits(hint, value), _expected(hint), "Give one of that kind.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and scalars; the inverse of `from_dict`."""
+        return json.loads(json.dumps(dataclasses.asdict(typing.cast(Any, self))))
+
+    def to_json(self) -> str:
+        """Indented JSON; the inverse of `from_json`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a config. Raises ConfigError on a field that this class does not have."""
+        hints = typing.get_type_hints(cls)
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{cls.__name__}: expected an object with named fields, got {values!r}. Write it as {{}}."
+            )
+        for name in values:
+            check(cls.__name__, name, name in hints, "a known field", f"Known fields: {', '.join(hints)}.")
+        return cls(**{name: _revive(hints[name], value) for name, value in values.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Rebuild a config from JSON text. Raises ConfigError when the text is not JSON."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{cls.__name__}: expected JSON, got text that stops at {error}. Check the file."
+            ) from None
+        return cls.from_dict(values)
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    """JSON value -> the type the annotation names: nested configs, optional ones, tuples from lists."""
+    if isinstance(hint, types.UnionType):
+        options = [t for t in typing.get_args(hint) if t is not type(None)]
+        return None if value is None else _revive(options[0], value)
+    if isinstance(hint, type) and issubclass(hint, JsonConfig):
+        return hint.from_dict(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        items = typing.get_args(hint)
+        kinds = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
+        if len(kinds) == len(value):
+            return tuple(_revive(kind, item) for kind, item in zip(kinds, value, strict=True))
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is what the annotation says; whole numbers pass as floats, booleans as no number."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if not isinstance(value, tuple) or (items[-1] is not Ellipsis and len(items) != len(value)):
+            return False
+        return all(_fits(items[0] if items[-1] is Ellipsis else items[i], item) for i, item in enumerate(value))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _expected(hint: Any) -> str:
+    """The annotation in words."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", types.NoneType: "None"}
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_expected(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        items = [_expected(item) for item in typing.get_args(hint) if item is not Ellipsis]
+        return f"a tuple of {items[0]}" if len(items) == 1 else f"({', '.join(items)})"
+    return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightConfig(JsonConfig):
+    """How a layer's weight becomes integers: symmetric, one scale per output channel, round to nearest.
+
+    bits: 2 to 8, or None to keep the weight as it is.
+    search: "minmax" covers the largest weight of each channel; "mse" shrinks that range for the least error (p = 2.4).
+    """
+
+    bits: int | None = 8
+    search: WeightSearch = "minmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("WeightConfig.bits", self.bits, is_bits(self.bits), "None or 2 to 8", "Weights need at least 2 bits.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig(JsonConfig):
+    """How an activation, or the residual of one, becomes integers.
+
+    bits: 2 to 8; None passes the tensor on unrounded; 0 (modulated layers only) sends nothing and reuses the output.
+    granularity: what shares a scale. "auto" is a scale per token for linear layers, per sample for convolutions;
+        "input_channel" has its scale on the reduction axis, so no integer matmul can run it: for study only.
+    dynamic: True measures the range on each call; False uses the scale that `modiff.calibrate` measured.
+    clip: scale = clip * absmax / qmax; codes saturate. Under 1 it pays only in the closed loop.
+    """
+
+    bits: int | None = 8
+    granularity: Granularity = "auto"
+    symmetric: bool = True
+    dynamic: bool = True
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("QuantizerConfig.bits", self.bits, is_bits(self.bits, (0,)), "None, 0 or 2 to 8",
+              "One bit has no symmetric code. Use 2 bits or more, 0 to send nothing, None for floats.")  # fmt: skip
+        check("QuantizerConfig.clip", self.clip, 0 < self.clip <= 1, "a ratio in (0, 1]", "1.0 clips nothing.")
+        static_row = not self.dynamic and self.granularity in ("sample", "token")
+        check("QuantizerConfig.granularity", self.granularity, not static_row, "'tensor', 'input_channel' or 'auto'",
+              "No static scale belongs to one sample or token. Use granularity='tensor' or dynamic=True.")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulationConfig(JsonConfig):
+    """The closed loop of a layer: how the next input is predicted and how the states are kept.
+
+    predictor: "hold" predicts the last input state; "linear" adds gain times its last move.
+    gain: weight of that move, in (0, 1]; on uneven schedules it is scaled by the ratio of the step sizes, at most 1.
+    error_compensation: "closed_loop" codes what the state does not hold yet; "none" codes the raw difference of two
+        inputs, as in the paper's ablation: its errors add up, so it is for study only.
+    first_step: "full_precision" anchors the states on the unrounded input; "coded" sends it in `rounds` rounds.
+    reanchor_every: anchor again every this many steps; 0 never.
+    state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md gives figures over 200 steps).
+    """
+
+    predictor: Predictor = "hold"
+    gain: float = 1.0
+    error_compensation: ErrorCompensation = "closed_loop"
+    first_step: FirstStep = "full_precision"
+    rounds: int = 1
+    reanchor_every: int = 0
+    state_dtype: StateDtype = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("ModulationConfig.gain", self.gain, 0 < self.gain <= 1, "a gain in (0, 1]", "Above 1 the loop diverges.")
+        check("ModulationConfig.rounds", self.rounds, 1 <= self.rounds <= 16, "1 to 16 rounds", "4 suffice at 4 bits.")
+        check("ModulationConfig.reanchor_every", self.reanchor_every, self.reanchor_every >= 0, "0 or more steps",
+              "0 never anchors again.")  # fmt: skip
+        open_linear = self.predictor == "linear" and self.error_compensation == "none"
+        check("ModulationConfig.predictor", self.predictor, not open_linear, "'hold' when error_compensation is 'none'",
+              "The ablation is of the published predictor. Use error_compensation='closed_loop'.")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig(JsonConfig):
+    """One layer: its weight, its activation, and whether the activation is modulated (None: plain quantization).
+
+    rotation: "hadamard" rotates the input channels in blocks of `rotation_block`, or of the largest power of two that
+        divides them; the weights take the inverse once and the states live in the rotated domain.
+    """
+
+    weight: WeightConfig = WeightConfig()
+    activation: QuantizerConfig = QuantizerConfig()
+    modulation: ModulationConfig | None = ModulationConfig()
+    rotation: Rotation = "none"
+    rotation_block: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        power = self.rotation_block >= 2 and self.rotation_block & (self.rotation_block - 1) == 0
+        check("LayerConfig.rotation_block", self.rotation_block, power, "a power of two from 2 up", "64 is a good one.")
+        bits, clip = self.activation.bits, self.activation.clip
+        if self.modulation is None:
+            check("LayerConfig.activation.bits", bits, bits != 0, "2 to 8 bits without modulation",
+                  "Zero bits reuse a state; a plain layer has none. Set modulation=ModulationConfig().")  # fmt: skip
+            return
+        coded_nothing = bits == 0 and self.modulation.first_step == "coded"
+        check("LayerConfig.modulation.first_step", "coded", not coded_nothing, "'full_precision' at 0 bits",
+              "Rounds of zero bits never reach the input. Use first_step='full_precision'.")  # fmt: skip
+        if self.modulation.predictor == "linear" and bits is not None:
+            stable = bits >= 4 or (bits == 3 and clip < 1) or bits == 0
+            check("LayerConfig.modulation.predictor", "linear", stable, f"'hold' at {bits} bits with clip {clip}",
+                  "Extrapolation amplifies coarse codes until the loop diverges. "
+                  "Use predictor='hold', or 3 bits with clip under 1.")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModiffConfig(JsonConfig):
+    """A whole model: the config of its layers, which layers are taken, and what they share.
+
+    include, exclude: fnmatch patterns on module names. overrides: (pattern, LayerConfig) pairs, the last match wins.
+    first_last: "full_precision" leaves the first and the last layer of the network alone.
+    min_weights: layers with fewer weights are left alone.
+    share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual.
+    split_shortcuts: "auto" gives the two halves of a U-Net's concatenated skip input a quantizer each.
+    """
+
+    layer: LayerConfig = LayerConfig()
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    overrides: tuple[tuple[str, LayerConfig], ...] = ()
+    first_last: Boundary = "full_precision"
+    min_weights: int = 256
+    share_residuals: Automatic = "auto"
+    split_shortcuts: Automatic = "auto"

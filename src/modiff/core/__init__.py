@@ -1,0 +1,1 @@
+"""What is the method? Quantizers, observers, the recursion, rotations and costs; torch only."""

@@ -1,0 +1,154 @@
+"""The uniform affine quantizer: ranges to scales, floats to integer codes and back.
+
+One convention everywhere: code = clamp(round(x / scale) + zero_point, qmin, qmax), signed, stored as int8.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff.config import Granularity
+from modiff.errors import ConfigError
+
+SMALLEST_SCALE = 1e-12
+"""Floor of every scale: an all-zero residual codes to zeros instead of dividing by zero."""
+
+
+class QParams(NamedTuple):
+    """Scale (float, > 0) and zero point (int32, inside [qmin, qmax]; None: symmetric), broadcastable to the tensor."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def qrange(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed code, (-2^(b-1), 2^(b-1) - 1).
+
+    Raises: ConfigError if bits is outside 2..8.
+
+    >>> qrange(4)
+    (-8, 7)
+    """
+    if not 2 <= bits <= 8:
+        raise ConfigError(f"bits: expected 2 to 8, got {bits}. Codes are stored as int8. Use None for full precision.")
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def reduced_dims(dims: int, granularity: Granularity, channel_dim: int) -> tuple[int, ...]:
+    """The axes of a tensor of `dims` axes that share one scale.
+
+    "tensor" reduces all; "sample" all but the first; "token" only the channels; "input_channel" all but the channels.
+    A tensor of one axis is one sample and one token. "auto" must be resolved by the layer before.
+    """
+    channel = channel_dim % dims
+    if granularity == "tensor":
+        return tuple(range(dims))
+    if granularity == "sample":
+        return tuple(range(1, dims)) if dims > 1 else (0,)
+    if granularity == "token":
+        return (channel,)
+    if granularity == "input_channel":
+        return tuple(d for d in range(dims) if d != channel)
+    raise ConfigError(
+        f"granularity: expected 'tensor', 'sample', 'token' or 'input_channel', got {granularity!r}. "
+        "Only a layer can resolve 'auto'. Name one of the four."
+    )
+
+
+def runs_on_integers(granularity: Granularity, kernel_size: tuple[int, ...] = ()) -> bool:
+    """Whether an integer matmul can run the granularity: its scale must not lie along the summed axis.
+
+    A scale per token of a convolution wider than 1 is summed over as well.
+
+    >>> runs_on_integers("token"), runs_on_integers("token", (3, 3)), runs_on_integers("input_channel")
+    (True, False, False)
+    """
+    if granularity == "input_channel":
+        return False
+    return not (granularity == "token" and any(k > 1 for k in kernel_size))
+
+
+def qparams_from_range(
+    minimum: Tensor, maximum: Tensor, bits: int, *, symmetric: bool = True, clip: float = 1.0
+) -> QParams:
+    """Scale and zero point that cover [clip * minimum, clip * maximum].
+
+    Symmetric: scale = clip * max(|minimum|, |maximum|) / qmax.
+    Asymmetric: scale = clip * (maximum - minimum) / (2^b - 1) with the range widened to hold zero,
+    zero_point = qmin - round(clip * minimum / scale).
+    """
+    qmin, qmax = qrange(bits)
+    if symmetric:
+        scale = torch.maximum(minimum.abs(), maximum.abs()) * (clip / qmax)
+        return QParams(scale.clamp_min(SMALLEST_SCALE), None)
+    low, high = clip * minimum.clamp_max(0), clip * maximum.clamp_min(0)
+    scale = ((high - low) / (qmax - qmin)).clamp_min(SMALLEST_SCALE)
+    zero_point = (qmin - torch.round(low / scale)).clamp(qmin, qmax).to(torch.int32)
+    return QParams(scale, zero_point)
+
+
+def choose_qparams(
+    x: Tensor,
+    bits: int,
+    granularity: Granularity,
+    *,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    channel_dim: int = -1,
+) -> QParams:
+    """Scale and zero point of the values at hand: min-max times a clip ratio (MoDiff, arXiv:2506.22463, section 4).
+
+    Args:
+        x: any float tensor; float16 and bfloat16 are measured in float32.
+        channel_dim: axis of the channels, -1 for linear layers, 1 for convolutions.
+    Returns: scale with the reduced axes kept as 1; > 0 also when x is all zeros or empty.
+    Cost: one pass over x. No host sync.
+
+    >>> choose_qparams(torch.tensor([-1.0, 1.0]), 8, "tensor").scale
+    tensor([0.0079])
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    dims = reduced_dims(x.dim(), granularity, channel_dim)
+    if symmetric:
+        largest = x.abs().amax(dims, keepdim=True) if dims else x.abs()
+        return qparams_from_range(largest, largest, bits, clip=clip)
+    return qparams_from_range(*extremes(x, dims), bits, symmetric=False, clip=clip)
+
+
+def extremes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest values over `dims`, kept as 1. No axes reduce nothing (torch's amin would reduce all)."""
+    return (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
+
+
+def quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+    """Integer codes clamp(round(x / scale) + zero_point, qmin, qmax), int8, same shape as x; ties go to even.
+
+    >>> quantize(torch.tensor([-9.0, 0.4, 2.6]), QParams(torch.tensor(1.0), None), 4)
+    tensor([-8,  0,  3], dtype=torch.int8)
+    """
+    qmin, qmax = qrange(bits)
+    codes = torch.round(x / qparams.scale)
+    if qparams.zero_point is not None:
+        codes = codes + qparams.zero_point
+    return codes.clamp_(qmin, qmax).to(torch.int8)
+
+
+def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
+    """The values that codes stand for, scale * (code - zero_point), in the dtype of the scale.
+
+    >>> dequantize(torch.tensor([-8, 3], dtype=torch.int8), QParams(torch.tensor(0.5), None))
+    tensor([-4.0000,  1.5000])
+    """
+    values = codes.to(qparams.scale.dtype)
+    if qparams.zero_point is not None:
+        values = values - qparams.zero_point
+    return values * qparams.scale
+
+
+def fake_quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+    """`dequantize(quantize(x))` in the dtype of x: the nearest value that the codes can express."""
+    return dequantize(quantize(x, qparams, bits), qparams).to(x.dtype)

@@ -1,0 +1,150 @@
+"""Observers watch tensors and answer with a range: min-max, moving average, percentile, least error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modiff.core.affine import QParams, extremes, fake_quantize, qparams_from_range, reduced_dims
+from modiff.errors import CalibrationError, ConfigError
+
+KEPT_VALUES = 1 << 18
+"""Percentile and least-error search keep at most this many values of each observed tensor, evenly spaced."""
+
+
+class Observer:
+    """Watches tensors; the base of all observers keeps their smallest and largest value.
+
+    Args:
+        channel_dim: None for one range of the whole tensor; an axis for one range per index of that axis.
+    """
+
+    def __init__(self, channel_dim: int | None = None) -> None:
+        self.channel_dim = channel_dim
+        self.minimum: Tensor | None = None
+        self.maximum: Tensor | None = None
+
+    def observe(self, x: Tensor) -> None:
+        """Take one tensor into account. Cost: two passes over x, no host sync."""
+        low, high = self._extremes(x.detach())
+        if self.minimum is None or self.maximum is None:
+            self.minimum, self.maximum = low, high
+        else:
+            self.minimum, self.maximum = self._merge(low, high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The range to cover, broadcastable to the tensors. Raises: CalibrationError before the first tensor."""
+        if self.minimum is None or self.maximum is None:
+            raise CalibrationError(
+                f"{type(self).__name__}: expected at least one tensor, got none. The layer never ran while "
+                "calibrating. Exclude it, or give a forward loop that reaches it."
+            )
+        return self.minimum, self.maximum
+
+    def qparams(self, bits: int, *, symmetric: bool = True, clip: float = 1.0) -> QParams:
+        """Scale and zero point for the range seen."""
+        low, high = self.range()
+        return qparams_from_range(low, high, bits, symmetric=symmetric, clip=clip)
+
+    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.channel_dim is None:
+            dims = reduced_dims(x.dim(), "tensor", 0)
+        else:
+            dims = reduced_dims(x.dim(), "input_channel", self.channel_dim)
+        return extremes(x, dims)
+
+    def _merge(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        minimum, maximum = self.range()
+        return torch.minimum(minimum, low), torch.maximum(maximum, high)
+
+
+class MinMaxObserver(Observer):
+    """The smallest and the largest value ever seen.
+
+    >>> observer = MinMaxObserver()
+    >>> observer.observe(torch.tensor([-1.0, 3.0]))
+    >>> [x.item() for x in observer.range()]
+    [-1.0, 3.0]
+    """
+
+
+class MovingAverageObserver(Observer):
+    """Extremes smoothed over the calls: range <- momentum * range + (1 - momentum) * extremes (Q-Diffusion: 0.95)."""
+
+    def __init__(self, channel_dim: int | None = None, momentum: float = 0.95) -> None:
+        super().__init__(channel_dim)
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum: expected a number in [0, 1), got {momentum}. 1 would never move. Try 0.95.")
+        self.momentum = momentum
+
+    def _merge(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        minimum, maximum = self.range()
+        return minimum.lerp(low, 1 - self.momentum), maximum.lerp(high, 1 - self.momentum)
+
+
+class _SampleObserver(Observer):
+    """Keeps evenly spaced values beside the extremes, for searches that need the distribution."""
+
+    def __init__(self, channel_dim: int | None = None) -> None:
+        super().__init__(channel_dim)
+        self.kept: list[Tensor] = []
+
+    def observe(self, x: Tensor) -> None:
+        super().observe(x)
+        rows = x.detach().flatten()[None] if self.channel_dim is None else x.detach().movedim(self.channel_dim, 0)
+        rows = rows.flatten(1).float()
+        stride = max(1, -(-rows.numel() // KEPT_VALUES))  # ceiling: at most KEPT_VALUES in all
+        self.kept.append(rows[:, ::stride].clone())
+
+    def _rows(self) -> Tensor:
+        self.range()
+        return torch.cat(self.kept, 1)  # (ranges, values)
+
+    def _shaped(self, per_row: Tensor) -> Tensor:
+        return per_row.reshape(self.range()[0].shape)
+
+
+class PercentileObserver(_SampleObserver):
+    """The range that leaves out `(100 - percentile) / 2` percent of the values on either side."""
+
+    def __init__(self, channel_dim: int | None = None, percentile: float = 99.9) -> None:
+        super().__init__(channel_dim)
+        if not 0 < percentile <= 100:
+            raise ConfigError(f"percentile: expected (0, 100], got {percentile}. It is a share in percent. Try 99.9.")
+        self.percentile = percentile
+
+    def qparams(self, bits: int, *, symmetric: bool = True, clip: float = 1.0) -> QParams:
+        """Scale and zero point for the central share of the values kept."""
+        tail = (1 - self.percentile / 100) / 2
+        rows = self._rows().sort(dim=1).values
+        last = rows.shape[1] - 1
+        low = self._shaped(rows[:, round(tail * last)])
+        high = self._shaped(rows[:, round((1 - tail) * last)])
+        return qparams_from_range(low, high, bits, symmetric=symmetric, clip=clip)
+
+
+class MSEObserver(_SampleObserver):
+    """The min-max range, shrunk by 1 % a trial, with the least mean |x - Q(x)|^p (p = 2.4, 80 trials; Q-Diffusion)."""
+
+    def __init__(self, channel_dim: int | None = None, p: float = 2.4, trials: int = 80) -> None:
+        super().__init__(channel_dim)
+        if p <= 0 or not 1 <= trials <= 100:
+            raise ConfigError(f"MSEObserver: expected p > 0 and 1 to 100 trials, got p={p}, trials={trials}. "
+                              "Each trial shrinks by 1 %. Try p=2.4, trials=80.")  # fmt: skip
+        self.p, self.trials = p, trials
+
+    def qparams(self, bits: int, *, symmetric: bool = True, clip: float = 1.0) -> QParams:
+        """Scale and zero point of the best of the trials, found for each range alone. Cost: `trials` passes."""
+        rows = self._rows()
+        low, high = (r.reshape(-1, 1).float() for r in self.range())
+        best = torch.full_like(low, torch.inf)
+        chosen = torch.ones_like(low)
+        for trial in range(self.trials):
+            ratio = 1 - 0.01 * trial
+            qparams = qparams_from_range(low * ratio, high * ratio, bits, symmetric=symmetric, clip=clip)
+            error = (rows - fake_quantize(rows, qparams, bits)).abs().pow(self.p).mean(1, keepdim=True)
+            chosen = torch.where(error < best, ratio, chosen)
+            best = torch.minimum(best, error)
+        shaped = [self._shaped(r * chosen) for r in (low, high)]
+        return qparams_from_range(shaped[0], shaped[1], bits, symmetric=symmetric, clip=clip)

@@ -1,0 +1,35 @@
+"""Every error that modiff raises on purpose.
+
+    ModiffError
+    ├── ConfigError       (ValueError)    a setting that means nothing, or two that contradict each other
+    ├── StateError        (RuntimeError)  a layer's states do not fit the input, or there is no trajectory
+    ├── CalibrationError  (RuntimeError)  static scales asked for but not measured, or measured on nothing
+    ├── KernelError       (RuntimeError)  a backend cannot run what it was asked to
+    └── FormatError       (ValueError)    a file or folder is not what its name promises
+
+Messages read `<where>: expected <what>, got <what>. <why>. <what to type instead>.`
+"""
+
+
+class ModiffError(Exception):
+    """Root of all errors raised on purpose; catch it to catch them all."""
+
+
+class ConfigError(ModiffError, ValueError):
+    """A setting outside its range, an unknown name, or two settings that contradict each other."""
+
+
+class StateError(ModiffError, RuntimeError):
+    """The states of a layer do not fit what it is given: no trajectory, another batch size, dtype or device."""
+
+
+class CalibrationError(ModiffError, RuntimeError):
+    """Static scales were asked for but not measured, or the calibration saw no data."""
+
+
+class KernelError(ModiffError, RuntimeError):
+    """A kernel backend cannot run the shape, dtype or device it was asked to."""
+
+
+class FormatError(ModiffError, ValueError):
+    """A file or folder is missing, truncated, of another version, or not what its name promises."""

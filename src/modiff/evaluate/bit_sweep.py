@@ -1,0 +1,124 @@
+"""What the finished image loses at each bit width, and what plain reuse of outputs would lose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import numpy as np
+
+from modiff import presets
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.errors import CalibrationError
+from modiff.evaluate.psnr import psnr
+from modiff.evaluate.relative_l2 import relative_l2
+from modiff.hosts.verbs import apply, remove
+
+MODES: dict[str, Callable[[int | None, int], ModiffConfig]] = {
+    "plain": presets.plain,
+    "modulated": presets.modulated,
+    "uncompensated": presets.uncompensated,
+    "tuned": presets.tuned,
+}
+"""tuned is the preset; `modiff.tune` would refine it for the model."""
+
+
+class ImageError(TypedDict):
+    """Images against those of full precision, same noise. None where the images are not finite, psnr_db also where equal."""
+
+    relative_l2: float | None
+    psnr_db: float | None
+
+
+class SweepRow(ImageError):
+    """One mode at one bit width."""
+
+    mode: str
+    bits: int
+
+
+class ReuseRow(ImageError):
+    """All layers run at every `interval`-th step and repeat their output in between; no bits, no prediction."""
+
+    interval: int
+
+
+def bit_sweep(
+    target: Any,
+    run: Callable[[], object],
+    reference: np.ndarray,
+    config: ModiffConfig,
+    bits: Sequence[int],
+    modes: Sequence[str] = tuple(MODES),
+) -> list[SweepRow]:
+    """The image error of every mode at every bit width.
+
+    Args:
+        target: a pipeline without modiff; it is without when this returns or raises.
+        run: generates the images, from the same noise at each call.
+        reference: the images of full precision, (N, H, W, C).
+        config: selection and weight bits; the rest of its layer settings gives way to each mode's.
+    Cost: a trajectory for each mode and bit width.
+    """
+    rows: list[SweepRow] = []
+    for mode in modes:
+        for width in bits:
+            layer = MODES[mode](config.layer.weight.bits, width).layer
+            with applied(target, dataclasses.replace(config, layer=layer, overrides=())):
+                rows.append({"mode": mode, "bits": width, **image_error(images(run()), reference)})
+    return rows
+
+
+def reuse_sweep(
+    target: Any, run: Callable[[], object], reference: np.ndarray, config: ModiffConfig, intervals: Sequence[int]
+) -> list[ReuseRow]:
+    """The image error of repeating the outputs of all layers that the config takes, as feature caches do.
+
+    In the words of the recursion: hold predictor, zero bits, anchored again every `interval` steps. Weights stay in full
+    precision, so the error is that of reuse alone. Arguments and cost as for `bit_sweep`.
+    """
+    rows: list[ReuseRow] = []
+    for interval in intervals:
+        layer = LayerConfig(
+            weight=WeightConfig(bits=None),
+            activation=QuantizerConfig(bits=0),
+            modulation=ModulationConfig(reanchor_every=interval),
+        )
+        with applied(target, dataclasses.replace(config, layer=layer, overrides=())):
+            rows.append({"interval": interval, **image_error(images(run()), reference)})
+    return rows
+
+
+@contextmanager
+def applied(target: Any, config: ModiffConfig) -> Iterator[None]:
+    """The target with modiff on it, within the body."""
+    apply(target, config)
+    try:
+        yield
+    finally:
+        remove(target)
+
+
+def images(result: object) -> np.ndarray:
+    """The images of what a pipeline returned. Raises: CalibrationError if it holds none."""
+    found = getattr(result, "images", result)
+    if not isinstance(found, np.ndarray):
+        raise CalibrationError(
+            f"run: expected an array of images, got {type(found).__name__}. They are compared number by number. "
+            'Call the pipeline with output_type="np".'
+        )
+    return found
+
+
+def image_error(found: np.ndarray, reference: np.ndarray) -> ImageError:
+    """Relative L2 and PSNR of images in [0, 1]."""
+    if not np.isfinite(found).all():
+        return {"relative_l2": None, "psnr_db": None}
+    decibels = psnr(found, reference)
+    return {
+        "relative_l2": relative_l2(found, reference),
+        "psnr_db": decibels if math.isfinite(decibels) else None,
+    }

@@ -1,0 +1,254 @@
+"""What `modiff demo` runs: one model, one noise, a row for each way to make it cheaper."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from modiff import presets
+from modiff.config import ModiffConfig
+from modiff.core.cost import ModelCost, measure_cost
+from modiff.errors import ConfigError
+from modiff.evaluate.environment import Environment, environment
+from modiff.evaluate.grid import grid
+from modiff.evaluate.psnr import psnr
+from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.trajectory_gbops import trajectory_gbops
+from modiff.hosts.diffusers import denoisers, unconditional_run
+from modiff.hosts.noise import noise_generators
+from modiff.hosts.samplers import set_scheduler
+from modiff.hosts.verbs import apply, remove, tune
+from modiff.model.attachment import attachment_of
+from modiff.model.report import Report
+from modiff.model.state_bytes import state_bytes
+
+FEWEST_STEPS = 4
+TUNING_SEED = 1_000_003
+"""Added to the seed: tuning never sees the noise that its rows are judged on."""
+
+FOOTNOTE = """\
+Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
+GBOPs: MACs x weight bits x activation bits of one image, all steps. The first step of a modulated run counts at 32-bit
+activations, layers left in full precision and attention products at 32 x 32 bits. Bit-operations are not speed.
+State MiB: measured at the end of the trajectory, whole batch, input and output states.
+Seconds: this run, whole batch. Integers are simulated in float here, so quantized rows are slower, not faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the demo. 32 bits are full precision; None is what has no meaning for the row, or is not finite."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    modulated: bool
+    compensated: bool | None
+    tuned: bool
+    steps: int
+    relative_l2: float | None
+    psnr_db: float | None
+    gbops: float
+    state_mib: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row to be run: `config` None is full precision, `tuned_bits` asks for a config tuned at that width."""
+
+    name: str
+    steps: int
+    config: ModiffConfig | None = None
+    tuned_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The result: rows, their images (N, H, W, C) in [0, 1], the tuned configs by bits, and where it ran."""
+
+    rows: tuple[Row, ...]
+    images: tuple[np.ndarray, ...]
+    tuned: dict[int, ModiffConfig]
+    settings: dict[str, Any]
+    environment: Environment
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, images left out."""
+        return {
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "settings": self.settings,
+            "tuned": {str(bits): config.to_dict() for bits, config in self.tuned.items()},
+            "environment": dict(self.environment),
+        }
+
+    def table(self) -> str:
+        """The rows as aligned text, with what the columns mean below."""
+        head = ("", "steps", "rel. L2", "PSNR dB", "GBOPs", "state MiB", "seconds")
+        cells = [head, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+                 for line in cells]  # fmt: skip
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", FOOTNOTE])
+
+    def picture(self) -> Image.Image:
+        """All images, a row for each setting."""
+        return grid([(row.name, images) for row, images in zip(self.rows, self.images, strict=True)])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return (row.name, str(row.steps), number(row.relative_l2, ".4f"), number(row.psnr_db, ".1f"), number(row.gbops, ".0f"),
+            number(row.state_mib, ".1f"), number(row.seconds, ".1f"))  # fmt: skip
+
+
+def plans(steps: int) -> list[Plan]:
+    """The rows of the demo in order: steps, plain, modulated, the ablation, then activations alone."""
+    found = [Plan("full precision", steps), Plan("half the steps", steps // 2), Plan("a quarter", steps // 4)]
+    found += [Plan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
+    found += [Plan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
+    found += [Plan("W8A4 not compensated", steps, presets.uncompensated(8, 4))]
+    found += [Plan("plain W32A4", steps, presets.plain(None, 4))]
+    found += [Plan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
+    return found + [Plan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
+
+
+def run_demo(
+    pipe: DiffusionPipeline, *, steps: int = 50, num_images: int = 8, seed: int = 0, progress: bool = True
+) -> Demo:
+    """Run every row of the demo on an unconditional pipeline with DDIM; the pipeline is as before at the end.
+
+    Args:
+        steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
+        progress: a bar on stderr that counts network evaluations.
+    Raises: ConfigError for a pipeline that needs a prompt, or fewer steps or images than make sense.
+    Cost: about 20 trajectories; tuning is one more for each of three bit widths.
+    """
+    pipe = _checked(pipe, steps, num_images)
+    todo = plans(steps)
+    passes = sum(p.steps for p in todo) + steps * sum(p.tuned_bits is not None for p in todo)
+    rows: list[Row] = []
+    images: list[np.ndarray] = []
+    tuned: dict[int, ModiffConfig] = {}
+    cost = measure_image(pipe, seed)
+    with tqdm(total=passes, unit="step", disable=not progress, dynamic_ncols=True) as bar, ExitStack() as hooks:
+        for model in denoisers(pipe).values():
+            hooks.callback(model.register_forward_hook(lambda *_: bar.update() and None).remove)
+        for plan in todo:
+            config = plan.config
+            if plan.tuned_bits is not None:
+                bar.set_description(f"tuning {plan.tuned_bits} bits")
+                config = tune(pipe, plan.tuned_bits, weight_bits=None, steps=steps, seed=seed + TUNING_SEED)
+                tuned[plan.tuned_bits] = config
+            bar.set_description(plan.name)
+            run = run_config(pipe, config, plan.steps, noise_generators(seed, range(num_images)))
+            images.append(run.images)
+            rows.append(_row(plan, config, run, images[0], cost))
+    settings = {"pipeline": type(pipe).__name__, "sampler": "ddim", "steps": steps, "num_images": num_images, "seed": seed}
+    return Demo(tuple(rows), tuple(images), tuned, settings, environment())
+
+
+def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionPipeline:
+    """The pipeline with DDIM, if the demo can run on it."""
+    try:
+        unconditional_run(pipe, steps, num_images, 0)
+    except ConfigError:
+        raise ConfigError(
+            f"demo: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another input. "
+            "The demo does not invent one. Use `modiff sample` with --prompt or --label."
+        ) from None
+    most = pipe.scheduler.config.num_train_timesteps
+    if not FEWEST_STEPS <= steps <= most:
+        raise ConfigError(
+            f"demo: expected {FEWEST_STEPS} to {most} steps, got {steps}. One row runs a quarter of them, and the model "
+            "was trained on no more. Use --steps 50."
+        )
+    if num_images < 1:
+        raise ConfigError(
+            f"demo: expected at least 1 image, got {num_images}. There is nothing to compare. Use --num-images 8."
+        )
+    return set_scheduler(pipe, "ddim")
+
+
+def measure_image(pipe: DiffusionPipeline, seed: int) -> ModelCost:
+    """The cost of one step of one image, over all denoisers. Cost: one step."""
+    layers: list[Any] = []
+    for model in denoisers(pipe).values():
+        layers += measure_cost(model, unconditional_run(pipe, 1, 1, seed)).layers
+    return ModelCost(tuple(layers))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trajectory of a batch: images (N, H, W, C) in [0, 1], what apply did, state bytes at its end, wall time."""
+
+    images: np.ndarray
+    report: Report | None
+    state_bytes: int
+    seconds: float
+
+
+def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int, noise: list[Any]) -> Run:
+    """Sample an unconditional pipeline once under `config` (None: as it is), which is removed again, also on errors."""
+    report = None if config is None else apply(pipe, config)
+    try:
+        with _watch_states(pipe) as held:
+            start = time.perf_counter()
+            images = pipe(
+                batch_size=len(noise), num_inference_steps=steps, generator=noise, output_type="np"
+            ).images
+            seconds = time.perf_counter() - start
+    finally:
+        if report is not None:
+            remove(pipe)
+    return Run(np.asarray(images), report, held(), seconds)
+
+
+@contextmanager
+def _watch_states(pipe: DiffusionPipeline) -> Iterator[Callable[[], int]]:
+    """Measure the states after each evaluation, since they are freed when the pipeline returns; yields their last size."""
+    held: dict[str, int] = {}
+    with ExitStack() as hooks:
+        for name, model in denoisers(pipe).items():
+            if attachment_of(model) is not None:
+
+                def measure(model: nn.Module, *_: object, name: str = name) -> None:
+                    held[name] = state_bytes(model)
+
+                hooks.callback(model.register_forward_hook(measure).remove)
+        yield lambda: sum(held.values())
+
+
+def _row(plan: Plan, config: ModiffConfig | None, run: Run, reference: np.ndarray, cost: ModelCost) -> Row:
+    modulation = None if config is None else config.layer.modulation
+    return Row(
+        name=plan.name,
+        weight_bits=32 if config is None else config.layer.weight.bits or 32,
+        activation_bits=32 if config is None else config.layer.activation.bits or 32,
+        modulated=modulation is not None,
+        compensated=None if modulation is None else modulation.error_compensation == "closed_loop",
+        tuned=plan.tuned_bits is not None,
+        steps=plan.steps,
+        relative_l2=_finite(relative_l2(run.images, reference)),
+        psnr_db=_finite(psnr(run.images, reference)),
+        gbops=trajectory_gbops(cost, run.report, plan.steps),
+        state_mib=None if modulation is None else run.state_bytes / 2**20,
+        seconds=run.seconds,
+    )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has neither infinity (the PSNR of equal images) nor NaN (a run that diverged)."""
+    return value if math.isfinite(value) else None

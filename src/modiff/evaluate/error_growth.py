@@ -1,0 +1,182 @@
+"""How a layer's input error grows over the steps, with and without compensation, against what theory allows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff.config import ModulationConfig
+from modiff.core.coder import Code
+from modiff.errors import ConfigError
+from modiff.evaluate.bounds import (
+    compensated_bound,
+    printed_compensated_bound,
+    printed_uncompensated_bound,
+    uncompensated_bound,
+)
+from modiff.evaluate.layer_errors import InputSide, coded_domain, norm
+from modiff.evaluate.watch import Visit
+
+
+ROUNDING = 1e-4
+"""The states are float32: an error that the bound meets exactly may lie this share above it."""
+
+
+class Curve(TypedDict):
+    """Measured ||a_t - â_t||, its bound, and the bound as the paper prints it; one value a step, from step 1."""
+
+    error: list[float]
+    bound: list[float]
+    printed_bound: list[float]
+
+
+class LayerGrowth(TypedDict):
+    """One layer. moves: ||a_t - a_{t+1}||. norms: ||a_t||. Both from step 1 on.
+
+    c: the largest ||r - q||² / ||r||² that the coder showed here in any step of either loop. c_theorem: the largest s² d /
+    ||r||² of Thm 4.3, from the scales alone; at 1 or more the theorem promises nothing.
+    """
+
+    name: str
+    call: int
+    c: float
+    c_theorem: float
+    moves: list[float]
+    norms: list[float]
+    compensated: Curve
+    uncompensated: Curve
+
+
+class Spread(TypedDict):
+    """The layers' curves over ||a_t||: quartiles of the errors, medians of the bounds.
+
+    exceeded, printed_exceeded: share of all layers and steps where the error is above the bound.
+    """
+
+    exceeded: float
+    printed_exceeded: float
+    error_low: list[float]
+    error: list[float]
+    error_high: list[float]
+    bound: list[float]
+    printed_bound: list[float]
+
+
+class Growth(TypedDict):
+    """All layers, and what is typical of them. steps: from 1."""
+
+    steps: list[int]
+    compensated: Spread
+    uncompensated: Spread
+    layers: list[LayerGrowth]
+
+
+class ErrorGrowth:
+    """Watcher: the published recursion (hold predictor, exact first step), closed and open loop, on the input side.
+
+    Only the coder is taken from the layer's config: bits, granularity, clip ratio, rotation. Layers without codes are
+    passed over. Memory: two input states and the last input of each layer.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: dict[tuple[str, int], _Lane] = {}
+
+    def see(self, visit: Visit) -> None:
+        """Advance both loops of the layer by one step."""
+        if visit.config.activation.bits is None:
+            return
+        if visit.key not in self._lanes:
+            self._lanes[visit.key] = _Lane(visit)
+        self._lanes[visit.key].see(visit)
+
+    def growth(self) -> Growth:
+        """Everything seen. Raises: ConfigError if no layer codes its input."""
+        layers = [lane.growth() for lane in self._lanes.values()]
+        if not layers:
+            raise ConfigError("error growth: expected a layer that codes its input, got none. Full-precision activations have no "
+                              "error to grow. Give the config 2 to 8 activation bits.")  # fmt: skip
+        count = min(len(layer["moves"]) for layer in layers)
+        return {
+            "steps": list(range(1, count + 1)),
+            "compensated": _spread(layers, [layer["compensated"] for layer in layers], count),
+            "uncompensated": _spread(layers, [layer["uncompensated"] for layer in layers], count),
+            "layers": layers,
+        }
+
+
+class _Lane:
+    """One layer's two loops."""
+
+    def __init__(self, visit: Visit) -> None:
+        modulated = dataclasses.replace(visit.config, modulation=ModulationConfig())
+        self.twin = visit.twin(modulated)
+        self.key = visit.key
+        if self.twin.coder is None:
+            raise ConfigError(f"{visit.entry.name}: expected activation bits, got None. There is no code. Give 2 to 8.")
+        self.closed = InputSide(self.twin.coder, ModulationConfig())
+        self.open = InputSide(self.twin.coder, ModulationConfig(error_compensation="none"))
+        self.last: Tensor | None = None
+        self.rows: list[list[float]] = []
+
+    def see(self, visit: Visit) -> None:
+        x = coded_domain(self.twin, visit.input)
+        closed = self.closed.advance(x, visit.step, 1.0)
+        unclosed = self.open.advance(x, visit.step, 1.0)
+        if self.last is not None:
+            numbers = [norm(x - self.last), norm(x), norm(x - closed.held), norm(x - unclosed.held)]
+            for side in (closed, unclosed):
+                if side.residual is not None and side.code is not None:
+                    energy = norm(side.residual).square().clamp_min(torch.finfo(torch.float64).tiny)
+                    lost = norm(side.residual - side.code).square()
+                    numbers += [lost / energy, scale_energy(side.message.codes) / energy]
+            self.rows.append(torch.stack([n.double().cpu() for n in numbers]).tolist())
+        self.last = x.clone()
+
+    def growth(self) -> LayerGrowth:
+        moves, norms, closed, unclosed, *shares = (list(column) for column in zip(*self.rows, strict=True))
+        c, c_theorem = max(shares[0] + shares[2]), max(shares[1] + shares[3])
+        return {
+            "name": self.key[0], "call": self.key[1], "c": c, "c_theorem": c_theorem, "moves": moves, "norms": norms,
+            "compensated": _curve(closed, c, moves, compensated_bound, printed_compensated_bound),
+            "uncompensated": _curve(unclosed, c, moves, uncompensated_bound, printed_uncompensated_bound),
+        }  # fmt: skip
+
+
+def scale_energy(codes: tuple[Code, ...]) -> Tensor:
+    """Σ s² over all coded elements: s² d of Thm 4.3, with as many scales as the granularity has."""
+    total = torch.zeros((), dtype=torch.float64)
+    for code in codes:
+        for integers, qparams in code.parts:
+            shared = integers.numel() / qparams.scale.numel()
+            total = total + qparams.scale.double().square().sum().cpu() * shared
+    return total
+
+
+Bound = Callable[[float, Sequence[float]], list[float]]
+
+
+def _curve(error: list[float], c: float, moves: list[float], bound: Bound, printed: Bound) -> Curve:
+    return {"error": error, "bound": bound(c, moves), "printed_bound": printed(c, moves)}
+
+
+def _spread(layers: list[LayerGrowth], curves: list[Curve], count: int) -> Spread:
+    """Quartiles over the layers of each curve relative to the layer's ||a_t||."""
+    norms = np.array([layer["norms"][:count] for layer in layers]).clip(np.finfo(np.float64).tiny)
+    error = np.array([curve["error"][:count] for curve in curves]) / norms
+    bound = np.array([curve["bound"][:count] for curve in curves]) / norms
+    printed = np.array([curve["printed_bound"][:count] for curve in curves]) / norms
+    low, middle, high = np.quantile(error, (0.25, 0.5, 0.75), axis=0)
+    return {
+        "exceeded": _exceeded(error, bound), "printed_exceeded": _exceeded(error, printed),
+        "error_low": low.tolist(), "error": middle.tolist(), "error_high": high.tolist(),
+        "bound": np.median(bound, axis=0).tolist(), "printed_bound": np.median(printed, axis=0).tolist(),
+    }  # fmt: skip
+
+
+def _exceeded(error: np.ndarray, bound: np.ndarray) -> float:
+    return float(np.mean(error > bound * (1 + ROUNDING)))

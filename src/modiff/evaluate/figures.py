@@ -1,0 +1,210 @@
+"""The figures of an analysis, drawn from its JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modiff.evaluate.analyze import Analysis
+from modiff.evaluate.distribution import Histogram
+from modiff.evaluate.error_growth import Spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: apart also for the colour-blind.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+MODE_STYLES = {
+    "plain": (RED, "s"),
+    "uncompensated": (ORANGE, "^"),
+    "modulated": (BLUE, "o"),
+    "tuned": (GREEN, "D"),
+}
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+}
+MOST_NAMES = 40
+"""Layer names that fit beside a heat map; above that, every second or third layer is named."""
+
+
+def figures(analysis: Analysis, folder: Path) -> list[Path]:
+    """Draw all figures as PNG files into an existing folder.
+
+    Args:
+        analysis: from `analyze`, or read back from its JSON.
+    Returns: the files, in the order to look at them: distribution, layer errors, error growth, bit sweep, reuse.
+    """
+    import matplotlib  # imported late: importing modiff must not load it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawings: dict[str, Callable[[Figure, Analysis], None]] = {
+        "distribution": _distribution,
+        "layer_errors": _layer_errors,
+        "error_growth": _error_growth,
+        "bit_sweep": _bit_sweep,
+        "reuse": _reuse,
+    }
+    paths: list[Path] = []
+    with matplotlib.rc_context(STYLE):
+        for name, draw in drawings.items():
+            figure = Figure(layout="constrained", dpi=120)
+            FigureCanvasAgg(figure)
+            draw(figure, analysis)
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1])
+    return paths
+
+
+def _distribution(figure: Figure, analysis: Analysis) -> None:
+    """Activation against temporal difference, all layers pooled and some of them alone."""
+    result = analysis["distribution"]
+    panels = [result["pooled"], *result["layers"]]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure.set_size_inches(5.2 * columns, 3.1 * rows + 0.6)
+    axes = np.atleast_2d(figure.subplots(rows, columns, sharex=True, sharey=True))
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _histogram_panel(axis, panel, result["edges"])
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("value / largest |activation| of the layer")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of values per bin")
+    axes.flat[0].legend(loc="upper right")
+    figure.suptitle("What is left to code: the change since the last step is narrower than the activation")
+
+
+def _histogram_panel(axis: Axes, panel: Histogram, edges: list[float]) -> None:
+    for counts, label, color in (
+        (panel["activation"], "activation", ORANGE),
+        (panel["difference"], "temporal difference", BLUE),
+    ):
+        share = np.array(counts) / max(1, sum(counts))
+        axis.stairs(share, edges, color=color, label=label, fill=True, alpha=0.45)
+        axis.stairs(share, edges, color=color, linewidth=1)
+    axis.set_yscale("log")
+    axis.set_title(panel["name"])
+    axis.set_xlim(-1, 1)
+
+
+def _layer_errors(figure: Figure, analysis: Analysis) -> None:
+    """Two maps, layers down and steps across: bits that the residual saves, and error of the output state."""
+    layers = analysis["layers"]
+    names = [layer["name"] + (f" (call {layer['call'] + 1})" if layer["call"] else "") for layer in layers]
+    saved = [[_bits_saved(step) for step in layer["steps"]] for layer in layers]
+    error = [[_logarithm(step["output_relative_l2"]) for step in layer["steps"]] for layer in layers]
+    figure.set_size_inches(13, max(3.5, 0.19 * min(len(names), MOST_NAMES * 2) + 1.4))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, values, title, unit, colors in (
+        (left, saved, "Range of activation over range of residual", "bits saved (log2 of the ratio)", "viridis"),
+        (right, error, "Error of the output state, same inputs", "log10 of the relative L2 error", "magma"),
+    ):
+        drawn = axis.imshow(_padded(values), aspect="auto", interpolation="nearest", cmap=colors)
+        figure.colorbar(drawn, ax=axis, label=unit)
+        axis.set_title(title)
+        axis.set_xlabel("step (0 = first, anchored)")
+        axis.grid(visible=False)
+    every = -(-len(names) // (MOST_NAMES * 2))
+    left.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
+
+
+def _bits_saved(step: Any) -> float:
+    """log2 of the activation's range over the residual's; NaN where nothing was coded."""
+    if step["residual_max"] is None:
+        return float("nan")
+    residual = max(abs(step["residual_min"]), abs(step["residual_max"]))
+    activation = max(abs(step["activation_min"]), abs(step["activation_max"]))
+    return float(np.log2(activation / residual)) if residual and activation else float("nan")
+
+
+def _logarithm(value: float) -> float:
+    return float(np.log10(value)) if value > 1e-7 else float("nan")  # below is float32's own rounding
+
+
+def _padded(rows: list[list[float]]) -> np.ndarray:
+    """Rows of unequal length as one array, NaN where a layer did not run."""
+    table = np.full((len(rows), max(map(len, rows))), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return table
+
+
+def _error_growth(figure: Figure, analysis: Analysis) -> None:
+    """Without and with compensation beside each other, on one scale."""
+    growth = analysis["growth"]
+    figure.set_size_inches(11.5, 4.8)
+    axes = figure.subplots(1, 2, sharey=True)
+    _growth_panel(axes[0], growth["steps"], growth["uncompensated"], ORANGE, "Without compensation")
+    _growth_panel(axes[1], growth["steps"], growth["compensated"], BLUE, "With compensation")
+    shown = [v for mode in ("uncompensated", "compensated") for key in ("error_low", "error", "error_high", "bound")
+             for v in growth[mode][key] if v > 0]  # fmt: skip
+    if shown:
+        axes[0].set_ylim(min(shown) / 2, max(shown) * 8)  # the printed bound may leave the picture
+    axes[0].set_ylabel("error of the input state, ||a - â|| / ||a||")
+    figure.suptitle("Error growth over the steps against the bounds, medians over the layers")
+
+
+def _growth_panel(axis: Axes, steps: list[int], spread: Spread, color: str, title: str) -> None:
+    axis.fill_between(steps, spread["error_low"], spread["error_high"], color=color, alpha=0.25, linewidth=0,
+                      label="measured, middle half of the layers")  # fmt: skip
+    axis.plot(steps, spread["error"], color=color, label="measured, median")
+    axis.plot(steps, spread["bound"], color="black", linestyle="--", label="bound (triangle inequality)")
+    axis.plot(steps, spread["printed_bound"], color=GREY, linestyle=":", label="as printed in Thm 4.4")
+    axis.set_yscale("log")
+    axis.set_title(title)
+    axis.set_xlabel("step")
+    axis.legend(loc="upper left", fontsize=10)
+
+
+def _bit_sweep(figure: Figure, analysis: Analysis) -> None:
+    """Image error over the bit width of the activations, one line per mode."""
+    figure.set_size_inches(7, 4.8)
+    axis = figure.subplots()
+    rows = [row for row in analysis["sweep"] if row["relative_l2"]]
+    for mode, (color, marker) in MODE_STYLES.items():
+        points = sorted((row["bits"], row["relative_l2"]) for row in rows if row["mode"] == mode)
+        if points:
+            widths, values = zip(*points, strict=True)
+            axis.plot(widths, values, color=color, marker=marker, label=mode)
+    if rows:
+        axis.set_yscale("log")
+        axis.legend()
+    bits = sorted(analysis["settings"]["bits"])
+    axis.set_xticks(bits)
+    axis.set_xlim(max(bits) + 0.3, min(bits) - 0.3)  # from 8 down to 2
+    weight = analysis["settings"]["config"]["layer"]["weight"]["bits"]
+    axis.set_title(f"Image error by bit width, weights {f'at {weight} bits' if weight else 'in full precision'}")
+    axis.set_xlabel("bits of activation or residual")
+    axis.set_ylabel("relative L2 to the full-precision images")
+
+
+def _reuse(figure: Figure, analysis: Analysis) -> None:
+    """Image error of repeating outputs, and of modulated 4 bits at every step for comparison."""
+    figure.set_size_inches(7, 4.8)
+    axis = figure.subplots()
+    points = [(row["interval"], row["relative_l2"]) for row in analysis["reuse"] if row["relative_l2"]]
+    if points:
+        intervals, values = zip(*points, strict=True)
+        axis.plot(intervals, values, color=RED, marker="s", label="outputs reused (zero bits)")
+        axis.set_xticks(intervals)
+    for row in analysis["sweep"]:
+        if row["mode"] == "modulated" and row["bits"] == 4 and row["relative_l2"]:
+            axis.axhline(row["relative_l2"], color=BLUE, linestyle="--", label="modulated 4 bits, every step")
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="upper left")
+    axis.set_title("Image error of reusing all layers' outputs")
+    axis.set_xlabel("reuse interval (steps)")
+    axis.set_ylabel("relative L2 to the full-precision images")

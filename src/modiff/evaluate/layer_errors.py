@@ -1,0 +1,177 @@
+"""Per layer and step: how far the input ranges, what is left to code, and how far both states are from full precision.
+
+This is the local view: every layer is fed with the inputs that it has in the full-precision network, so what is seen is
+the recursion of that layer alone, not errors that it inherits from layers before it or from earlier samples.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from modiff.config import ModulationConfig
+from modiff.core.coder import Code, Coder
+from modiff.core.modulation import Message, State, accumulate, compute_dtype, encode, encode_plain, output_of
+from modiff.core.transforms import rotate
+from modiff.evaluate.watch import Visit
+from modiff.nn import ModulatedLayer
+
+
+class StepErrors(TypedDict):
+    """One layer at one step. Ranges in the domain that is coded: rotated, if the config rotates. Norms over the batch.
+
+    residual_*, code_error: None where nothing is coded (the states start, or full-precision activations).
+    code_error: ||r_t - q_t||. input_error: ||a_t - â_t||. output_error: ||o_t - ô_t|| against the full-precision output.
+    input_relative_l2, output_relative_l2: the same over ||a_t|| and ||o_t||.
+    """
+
+    step: int
+    activation_min: float
+    activation_max: float
+    activation_rms: float
+    residual_min: float | None
+    residual_max: float | None
+    residual_rms: float | None
+    code_error: float | None
+    input_error: float
+    output_error: float
+    input_relative_l2: float
+    output_relative_l2: float
+
+
+class LayerTrace(TypedDict):
+    """A layer through the trajectory. call: 0, or more for a layer that runs several times in one evaluation."""
+
+    name: str
+    kind: str
+    call: int
+    setting: str
+    steps: list[StepErrors]
+
+
+class InputStep(NamedTuple):
+    """The input side at one step: r_t and q_t, None where the states start; â_t; the message for the output side."""
+
+    residual: Tensor | None
+    code: Tensor | None
+    held: Tensor
+    message: Message
+
+
+class InputSide:
+    """â_t of one tensor, step by step, with what the recursion does not keep: r_t, q_t, and the â_t of the open loop.
+
+    Without compensation the state holds the raw input, and what the output has received is a_T + Σ q_k: that sum is the
+    held input here, so that ô_t = A(â_t) + bias names the same â_t in both loops.
+    """
+
+    def __init__(self, coder: Coder, config: ModulationConfig) -> None:
+        self.coder, self.config = coder, config
+        self.state: State | None = None
+        self.held: Tensor | None = None
+
+    def advance(self, x: Tensor, step: int, ratio: Tensor | float) -> InputStep:
+        """One step with the input `x`, already rotated if it is to be."""
+        every = self.config.reanchor_every
+        before = None if every and step % every == 0 else self.state
+        message, self.state = encode(x, before, self.coder, self.config, ratio)
+        if before is None or self.held is None or message.starts:
+            self.held = self.state.value
+            return InputStep(None, None, self.held, message)
+        x = x.to(compute_dtype(self.config))
+        prediction = before.value.to(x.dtype)
+        if message.gain is not None and before.move is not None:
+            prediction = prediction + message.gain * before.move.to(x.dtype)
+        code = code_value(message.codes, x)
+        closed = self.config.error_compensation == "closed_loop"
+        self.held = self.state.value if closed else self.held + code.to(self.held.dtype)
+        return InputStep(x - prediction, code, self.held, message)
+
+
+def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
+    """The sum of what codes stand for; zeros if nothing was sent."""
+    total = torch.zeros_like(like)
+    for code in codes:
+        total = total + code.value()
+    return total
+
+
+def coded_domain(twin: ModulatedLayer, x: Tensor) -> Tensor:
+    """The tensor that a layer codes: its input in float32 or better, rotated if its config says so."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x if twin.segments is None else rotate(x, twin.segments, twin.channel_dim)
+
+
+class LayerErrors:
+    """Watcher: runs each layer's own recursion beside it; memory is one step's states and a few numbers per step."""
+
+    def __init__(self) -> None:
+        self.traces: dict[tuple[str, int], LayerTrace] = {}
+        self._lanes: dict[tuple[str, int], _Lane] = {}
+
+    def see(self, visit: Visit) -> None:
+        """Advance the layer's states by one step and note the errors."""
+        if visit.key not in self._lanes:
+            entry = visit.entry
+            self._lanes[visit.key] = _Lane(visit.twin(visit.config))
+            self.traces[visit.key] = {
+                "name": entry.name, "kind": entry.kind, "call": visit.call, "setting": entry.setting, "steps": []
+            }  # fmt: skip
+        self.traces[visit.key]["steps"].append(self._lanes[visit.key].see(visit))
+
+    def layers(self) -> list[LayerTrace]:
+        """All traces, in the order in which the layers first ran."""
+        return list(self.traces.values())
+
+
+class _Lane:
+    """Both states of one layer."""
+
+    def __init__(self, twin: ModulatedLayer) -> None:
+        self.twin = twin
+        self.output: State | None = None
+        self.inputs: InputSide | None = None
+        if twin.coder is not None and twin.config.modulation is not None:
+            self.inputs = InputSide(twin.coder, twin.config.modulation)
+
+    def see(self, visit: Visit) -> StepErrors:
+        x = coded_domain(self.twin, visit.input)
+        residual, code, held, output = self._advance(x, visit)
+        coded = residual is not None and code is not None
+        numbers = [
+            x.min(), x.max(), rms(x), norm(x), norm(x - held), norm(visit.output), norm(visit.output - output),
+            *([residual.min(), residual.max(), rms(residual), norm(residual - code)] if coded else []),
+        ]  # fmt: skip
+        low, high, size, a, a_error, o, o_error, *rest = torch.stack([n.double() for n in numbers]).tolist()
+        r = rest or [None] * 4
+        return {
+            "step": visit.step, "activation_min": low, "activation_max": high, "activation_rms": size,
+            "residual_min": r[0], "residual_max": r[1], "residual_rms": r[2], "code_error": r[3],
+            "input_error": a_error, "output_error": o_error,
+            "input_relative_l2": a_error / a if a else 0.0, "output_relative_l2": o_error / o if o else 0.0,
+        }  # fmt: skip
+
+    def _advance(self, x: Tensor, visit: Visit) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """r_t, q_t, â_t, ô_t."""
+        twin, config = self.twin, self.twin.config.modulation
+        if twin.coder is None:  # full-precision activations: only the weight is quantized
+            return None, None, x, twin.affine(x)
+        if self.inputs is None or config is None:  # plain quantization: all of the input is coded from nothing
+            message = encode_plain(x, twin.coder)
+            code = code_value(message.codes, x)
+            return x, code, code, output_of(message, twin)
+        now = self.inputs.advance(x, visit.step, visit.ratio)
+        self.output = accumulate(now.message, self.output, twin, config)
+        return now.residual, now.code, now.held, self.output.value
+
+
+def norm(x: Tensor) -> Tensor:
+    """||x|| over all elements, summed in float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root of the mean square, in float64."""
+    return norm(x) / x.numel() ** 0.5

@@ -1,0 +1,139 @@
+"""Watch the layers of a full-precision network while it samples, one layer and one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from modiff.config import LayerConfig, ModiffConfig
+from modiff.errors import CalibrationError, StateError
+from modiff.hosts.unet import shortcut_splits
+from modiff.hosts.verbs import modules_of
+from modiff.model.attachment import Attachment, attachment_of
+from modiff.model.report import Entry, Report
+from modiff.model.select import select
+from modiff.nn import Clock, ModulatedLayer, twin_of
+
+
+class Visit(NamedTuple):
+    """One call of one layer of the full-precision network.
+
+    layer: the torch layer, its name in `entry`. config: what modiff would run it with. split: channel index of a
+    concatenated input. call: how often the layer ran before within this evaluation of the network. step: from 0.
+    ratio: size of this step over the last one, for the linear predictor.
+    input, output: the layer's own tensors a_t and A(a_t) + bias; the network goes on with them, so leave them as they are.
+    """
+
+    layer: nn.Module
+    entry: Entry
+    config: LayerConfig
+    split: int | None
+    call: int
+    step: int
+    ratio: Tensor | float
+    input: Tensor
+    output: Tensor
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and call: what has states of its own."""
+        return self.entry.name, self.call
+
+    def twin(self, config: LayerConfig) -> ModulatedLayer:
+        """The modulated layer for a config; it shares the weights, and only its parts are used."""
+        kind = twin_of(self.layer)
+        if kind is None:
+            raise StateError(
+                f"{self.entry.name}: expected a layer with a modulated twin, got {type(self.layer).__name__}. The model "
+                "changed while it was watched. Start again."
+            )
+        return kind.from_float(self.layer, config, name=self.entry.name, split=self.split)
+
+
+class Watcher(Protocol):
+    """Sees every call of every selected layer, in order; keeps what it needs of it."""
+
+    def see(self, visit: Visit) -> None:
+        """One call; the tensors are valid until it returns."""
+        ...
+
+
+def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers: Sequence[Watcher]) -> Report:
+    """Run one full-precision trajectory and show the watchers every layer that `config` would take.
+
+    The network computes what it always does. Nothing is kept here, so memory is what the watchers keep: those of this
+    package keep the states of one step and a few numbers per layer and step.
+
+    Args:
+        target: a pipeline or module without modiff.
+        run: samples one trajectory.
+    Returns: the layers taken and left.
+    Raises: StateError if modiff is on the target; CalibrationError if `run` never reached a layer's second step.
+    """
+    report = Report(())
+    seen: dict[str, int] = {}
+    for module in modules_of(target).values():
+        if attachment_of(module) is not None:
+            raise StateError(
+                f"watch: expected a plain {type(module).__name__}, got one with modulated layers. It shows what full precision "
+                "computes. Call modiff.remove(...) first."
+            )
+    networks = [_Hooks(m, config, watchers, seen) for m in modules_of(target).values()]
+    with ExitStack() as stack:
+        for hooks in networks:
+            stack.enter_context(hooks)
+        run()
+    for hooks in networks:
+        report += hooks.report
+    idle = [e.name for e in report.taken if seen.get(e.name, 0) < 2]
+    if idle:
+        raise CalibrationError(
+            f"watch: expected at least two steps of every layer, got fewer of {', '.join(idle[:3])}. Errors grow over steps. "
+            "Give more steps, or exclude layers that do not run."
+        )
+    return report
+
+
+class _Hooks:
+    """The hooks on one network, while entered."""
+
+    def __init__(
+        self, model: nn.Module, config: ModiffConfig, watchers: Sequence[Watcher], seen: dict[str, int]
+    ) -> None:
+        splits = shortcut_splits(model)
+        self.model, self.watchers, self.seen = model, watchers, seen
+        self.splits = splits if config.split_shortcuts == "auto" else {}
+        self.report = select(model, config, splits=splits)
+        self.clock = Clock(type(model).__name__)
+        self.attachment = Attachment(self.clock, self.report)
+        self.calls: dict[str, tuple[int, int]] = {}
+
+    def __enter__(self) -> None:
+        self.attachment.watch(self.model)
+        for entry in self.report.taken:
+            layer = self.model.get_submodule(entry.name)
+            self.attachment.handles.append(layer.register_forward_hook(self._hook(entry)))
+        self.clock.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.stop()
+        for handle in self.attachment.handles:
+            handle.remove()
+
+    def _hook(self, entry: Entry) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def show(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if entry.config is None or not self.clock.inside:
+                return
+            tick, call = self.calls.get(entry.name, (-1, 0))
+            call = call + 1 if tick == self.clock.tick else 0
+            self.calls[entry.name] = self.clock.tick, call
+            self.seen[entry.name] = self.seen.get(entry.name, 0) + (call == 0)
+            visit = Visit(layer, entry, entry.config, self.splits.get(entry.name), call, self.clock.step,
+                          self.clock.ratio, args[0].detach(), output.detach())  # fmt: skip
+            for watcher in self.watchers:
+                watcher.see(visit)
+
+        return show

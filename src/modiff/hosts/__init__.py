@@ -1,0 +1,1 @@
+"""Who hosts us? The verbs on any target, and the one place that knows diffusers' pipelines."""

@@ -1,0 +1,84 @@
+"""Give a pipeline another sampler by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+
+from modiff.errors import ConfigError
+from modiff.hosts.unconditional import UnconditionalPipeline
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler of diffusers and the settings that make it this sampler.
+
+    flow: it can follow a flow-matching model. noise: it can follow a model that predicts noise, the sample or v.
+    """
+
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    flow: bool = False
+    noise: bool = True
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler("DDIMScheduler"),
+    "ddpm": Sampler("DDPMScheduler"),
+    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
+    "dpmsolver++": Sampler(
+        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, flow=True
+    ),
+    "dpmsolver++2s": Sampler(
+        "DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True}
+    ),
+    "sde-dpmsolver++": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "euler": Sampler("EulerDiscreteScheduler"),
+    "heun": Sampler("HeunDiscreteScheduler"),
+    "unipc": Sampler("UniPCMultistepScheduler", flow=True),
+    "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", flow=True, noise=False),
+}
+"""pndm is its linear multistep form (PLMS), as most pipelines use it; dpmsolver++ is 2M."""
+
+
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """Let a pipeline sample with the scheduler `name`, built from the noise schedule of its present one.
+
+    Args:
+        name: a key of SAMPLERS.
+    Returns: the pipeline to call. It is `pipe` itself, but for DDIMPipeline and DDPMPipeline, whose loops serve one family
+        of schedulers only: then a pipeline with the same U-Net, and `pipe` keeps its own scheduler.
+    Raises: ConfigError for an unknown name, or one that cannot follow what the model was trained to predict.
+    """
+    if name not in SAMPLERS:
+        raise ConfigError(f"scheduler: expected one of {', '.join(SAMPLERS)}, got {name!r}. Pick one of them.")
+    sampler, config = SAMPLERS[name], pipe.scheduler.config
+    flow = is_flow(pipe)
+    if not (sampler.flow if flow else sampler.noise):
+        fitting = ", ".join(n for n, s in SAMPLERS.items() if (s.flow if flow else s.noise))
+        raise ConfigError(
+            f"scheduler: expected one of {fitting} for {type(pipe).__name__}, got {name!r}. The model was trained for "
+            f"{'flow matching' if flow else 'a noise schedule'}. Pick one of them."
+        )
+    settings = dict(sampler.settings)
+    if flow:
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        solver = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        settings |= {"shift": shift} if name == "flow-euler" else solver
+    scheduler = getattr(diffusers, sampler.kind).from_config(config, **settings)
+    if isinstance(pipe, (DDIMPipeline, DDPMPipeline)):
+        kind = DDIMPipeline if name == "ddim" else UnconditionalPipeline
+        other = kind(unet=pipe.unet, scheduler=scheduler)
+        other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+        return other
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def is_flow(pipe: DiffusionPipeline) -> bool:
+    """Whether the model follows a flow-matching path, to judge by the scheduler it was saved with."""
+    config = pipe.scheduler.config
+    return type(pipe.scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))

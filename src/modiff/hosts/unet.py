@@ -1,0 +1,45 @@
+"""Where a diffusers U-Net concatenates: the channel index between the decoder stream and the skip connection."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def shortcut_splits(model: nn.Module) -> dict[str, int]:
+    """Channel index of the concatenation for each layer that reads one (Q-Diffusion, section 4.2: split shortcut).
+
+    A U-Net pushes the output of `conv_in`, of every down-block residual block and of every downsampler, and each
+    residual block of the up path pops one: its input is [decoder stream, skip], cut at in_channels - skip channels.
+    Returns: {} for a model that is not such a U-Net.
+    """
+    if not all(hasattr(model, part) for part in ("conv_in", "down_blocks", "up_blocks")):
+        return {}
+    skips = _skip_channels(model)
+    splits: dict[str, int] = {}
+    for b, block in enumerate(_modules(model, "up_blocks")):
+        for r, resnet in enumerate(_modules(block, "resnets")):
+            if not skips:
+                return {}
+            skip = skips.pop()
+            for leaf in ("conv1", "conv_shortcut"):
+                layer = getattr(resnet, leaf, None)
+                if isinstance(layer, nn.Conv2d) and 0 < skip < layer.in_channels:
+                    splits[f"up_blocks.{b}.resnets.{r}.{leaf}"] = layer.in_channels - skip
+    return {} if skips else splits
+
+
+def _skip_channels(model: nn.Module) -> list[int]:
+    channels = [_out_channels(model.conv_in)]
+    for block in _modules(model, "down_blocks"):
+        channels += [_out_channels(getattr(r, "conv2", None)) for r in _modules(block, "resnets")]
+        channels += channels[-1:] if _modules(block, "downsamplers") else []
+    return channels
+
+
+def _out_channels(layer: object) -> int:
+    return int(getattr(layer, "out_channels", 0))
+
+
+def _modules(parent: nn.Module, name: str) -> list[nn.Module]:
+    found = getattr(parent, name, None)
+    return list(found) if isinstance(found, nn.ModuleList) else []

@@ -1,0 +1,160 @@
+"""The public verbs, on a pipeline or on any module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import nn
+
+from modiff.config import ModiffConfig, ModulationConfig
+from modiff.errors import ConfigError
+from modiff.hosts.unet import shortcut_splits
+from modiff.model import apply as _apply
+from modiff.model import calibrate as _calibrate
+from modiff.model import remove as _remove
+from modiff.model import trajectory as _trajectory
+from modiff.model import tune as _tune
+from modiff.model.attachment import attachment_of
+from modiff.model.calibrate import ObserverName
+from modiff.model.report import Report
+
+
+def modules_of(target: Any) -> dict[str, nn.Module]:
+    """The networks of a target by name: a module alone, or the denoisers of a diffusers pipeline.
+
+    Raises: ConfigError for anything else.
+    """
+    if isinstance(target, nn.Module):
+        return {type(target).__name__: target}
+    if hasattr(target, "components"):
+        from modiff.hosts import diffusers  # imported late: modules need no diffusers
+
+        if isinstance(target, diffusers.DiffusionPipeline):
+            return diffusers.denoisers(target)
+    raise ConfigError(
+        f"target: expected a diffusers pipeline or a torch module, got {type(target).__name__}. "
+        "modiff works on objects, not on names. Load it first, e.g. DiffusionPipeline.from_pretrained(folder)."
+    )
+
+
+def apply(target: Any, config: ModiffConfig | None = None) -> Report:
+    """Modulate a pipeline's denoisers, or a module, in place; `remove` undoes it bit for bit.
+
+    On a pipeline every call is a trajectory of its own. A module alone runs inside `with modiff.trajectory(module):`.
+
+    Args:
+        config: from `modiff.presets`; W8A8 when None.
+    Returns: each layer taken or left, and why.
+    Raises: StateError if modiff is on it already; ConfigError if the config takes no layer. Nothing is changed then.
+    """
+    modules = modules_of(target)
+    config = config or ModiffConfig()
+    done: list[nn.Module] = []
+    report = Report(())
+    try:
+        for module in modules.values():
+            report += _apply.apply(module, config, splits=shortcut_splits(module))
+            done.append(module)
+    except Exception:
+        for module in done:
+            _remove.remove(module)
+        raise
+    if not isinstance(target, nn.Module):
+        from modiff.hosts import diffusers
+
+        diffusers.attach(target)
+    return report
+
+
+def remove(target: Any) -> None:
+    """Undo `apply`: the same modules, parameters and bits as before. Raises: StateError if there is nothing to undo."""
+    modules = modules_of(target)
+    for module in modules.values():
+        _remove.remove(module)
+    if not isinstance(target, nn.Module):
+        from modiff.hosts import diffusers
+
+        diffusers.detach(target)
+
+
+@contextmanager
+def trajectory(target: Any) -> Iterator[None]:
+    """One generation of a loop of one's own: states start empty and are freed at the end, also when the body raises.
+
+    Raises: StateError without modulated layers, or inside another trajectory of the same model.
+    """
+    if isinstance(target, nn.Module):
+        with _trajectory.trajectory(target):
+            yield
+        return
+    modules_of(target)
+    from modiff.hosts import diffusers
+
+    with diffusers.pipeline_trajectory(target):
+        yield
+
+
+@contextmanager
+def context(module: nn.Module, name: str) -> Iterator[None]:
+    """Evaluations in the body have states of their own, e.g. "cond" and "uncond" of guidance in two calls."""
+    with _trajectory.context(module, name):
+        yield
+
+
+def calibrate(target: Any, forward_loop: Callable[[], object], *, observer: ObserverName = "minmax") -> None:
+    """Measure the scales of layers with `dynamic=False` on what `forward_loop` runs, and freeze them.
+
+    Raises: CalibrationError if no layer has static scales, or one never ran.
+    """
+    for module in modules_of(target).values():
+        if attachment_of(module) is not None:
+            _calibrate.calibrate(module, forward_loop, observer=observer)
+
+
+def tune(
+    target: Any,
+    bits: int,
+    *,
+    config: ModiffConfig | None = None,
+    weight_bits: int | None = 8,
+    steps: int = 50,
+    num_images: int = 2,
+    seed: int = 0,
+    granularity: Literal["model", "layer"] = "model",
+    run: Callable[[], object] | None = None,
+) -> ModiffConfig:
+    """Clip ratio, predictor, gain and rotation for a model at `bits` activation bits, from one short trajectory.
+
+    Args:
+        config: selection and other settings to keep; its bit widths are replaced.
+        steps, num_images, seed: of the trajectory of an unconditional pipeline; use the steps you will sample with.
+        granularity: "model" for one setting, "layer" for one per layer.
+        run: runs one trajectory; needed for anything but an unconditional pipeline.
+    Returns: a config for `modiff.apply`. The target is not changed.
+    Raises: ConfigError if `run` is needed and missing; StateError if modiff is on the target already.
+    Cost: one full-precision trajectory plus a pass over each input per candidate setting.
+    """
+    base = config or ModiffConfig()
+    layer = dataclasses.replace(
+        base.layer,
+        weight=dataclasses.replace(base.layer.weight, bits=weight_bits),
+        activation=dataclasses.replace(base.layer.activation, bits=bits),
+        modulation=dataclasses.replace(base.layer.modulation or ModulationConfig(), predictor="hold"),
+    )
+    base = dataclasses.replace(base, layer=layer)
+    modules = list(modules_of(target).values())
+    if run is None:
+        if isinstance(target, nn.Module):
+            raise ConfigError(
+                "tune: expected run=, a function that runs one trajectory, got none. A module alone does not say how it "
+                "is sampled. Give run=lambda: ..."
+            )
+        from modiff.hosts import diffusers
+
+        run = diffusers.unconditional_run(target, steps, num_images, seed)
+    for module in modules:
+        base = _tune.tune(module, run, base, granularity=granularity)
+    return base

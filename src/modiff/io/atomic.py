@@ -1,0 +1,73 @@
+"""Write files whole or not at all: a full disk or Ctrl-C leaves the old file as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` with a binary file that replaces `path` only when all of it is on disk.
+
+    Pipes and devices such as /dev/stdout are written directly: they cannot be replaced.
+    Raises: OSError that names `path`; whatever `write` raises. The old file is whole then, and no other one is left.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as file:
+                write(file)
+            return
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        partial = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. Raises: OSError; ValueError if it holds NaN or infinity."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_writable(path: str | Path) -> None:
+    """Make sure that `path` can be written later, and make its folder: to be asked before a long job, not after.
+
+    Raises: OSError that names `path`, if it is a folder or lies where nothing can be written.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        if path.exists() and not path.is_file():
+            path.open("ab").close()
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _umask() -> int:
+    """The process's umask; reading it means setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,77 @@
+"""Put modulated twins in the place of a model's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import nn
+
+from modiff.config import ModiffConfig
+from modiff.errors import StateError
+from modiff.model.attachment import ATTRIBUTE, Attachment, attachment_of
+from modiff.model.report import Entry, Report
+from modiff.model.select import select
+from modiff.nn import Clock, ModulatedLayer, twin_of
+
+
+def apply(model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None) -> Report:
+    """Replace the selected layers of `model` in place by modulated twins that share their parameters.
+
+    Args:
+        splits: channel index of the concatenation, for layers whose input is one.
+    Returns: what was taken, what was left, and why.
+    Raises: StateError if the model carries modiff already; ConfigError as `select` does, the model then unchanged.
+    Cost: one pass over the weights at the first forward.
+    """
+    if attachment_of(model) is not None:
+        raise StateError(
+            f"apply: expected a plain model, got {type(model).__name__} with modulated layers. Applying twice would "
+            "lose the originals. Call modiff.remove(model) first."
+        )
+    report = select(model, config, splits=splits)
+    attachment = Attachment(Clock(type(model).__name__), report)
+    for entry in report.taken:
+        split = (splits or {}).get(entry.name) if config.split_shortcuts == "auto" else None
+        _build(model, entry, attachment, split)
+    for name, twin in attachment.twins.items():  # only now, so that an error above leaves the model as it was
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, twin)
+    notes = _share(attachment) if config.share_residuals == "auto" else {}
+    entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
+                    for e in report.entries)  # fmt: skip
+    attachment.report = Report(entries)
+    attachment.watch(model)
+    model.__dict__[ATTRIBUTE] = attachment
+    return attachment.report
+
+
+def _build(model: nn.Module, entry: Entry, attachment: Attachment, split: int | None) -> None:
+    original = model.get_submodule(entry.name)
+    kind = twin_of(original)
+    if kind is None or entry.config is None:
+        raise StateError(f"{entry.name}: expected a layer that select took, got {type(original).__name__}. The model "
+                         "changed while modiff was applied. Apply again.")  # fmt: skip
+    twin = kind.from_float(original, entry.config, name=entry.name, clock=attachment.clock, split=split)
+    attachment.originals[entry.name] = original
+    attachment.twins[entry.name] = twin
+
+
+def _share(attachment: Attachment) -> dict[str, str]:
+    """Group layers beside each other that could read one tensor (q, k, v; gate, up); what they really read decides.
+
+    Static scales belong to one layer, so only dynamic ones are shared.
+    """
+    leaders: dict[tuple[object, ...], ModulatedLayer] = {}
+    notes: dict[str, str] = {}
+    for name, twin in attachment.twins.items():
+        if twin.inputs is None or twin.split is not None or not twin.config.activation.dynamic:
+            continue
+        shared = (twin.config.activation, twin.config.modulation, twin.segments)
+        key = (name.rpartition(".")[0], type(twin), twin.coder.segments if twin.coder else None, *shared)
+        if key in leaders:
+            twin.share_with(leaders[key])
+            notes[name] = f"shares with {leaders[key].name.rpartition('.')[2]}"
+        else:
+            leaders[key] = twin
+    return notes

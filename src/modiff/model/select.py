@@ -1,0 +1,103 @@
+"""Choose the layers of a model: patterns, defaults, and a reason for each layer that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from modiff.config import LayerConfig, ModiffConfig
+from modiff.core.affine import runs_on_integers
+from modiff.errors import ConfigError
+from modiff.model.report import Entry, Report
+from modiff.nn import ModulatedLayer, twin_of
+
+CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def select(model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None) -> Report:
+    """Which layers of `model` the config takes, without changing anything.
+
+    Args:
+        splits: channel index of the concatenation, for layers whose input is one.
+    Returns: an entry for every Linear and Conv layer, in the order of the modules.
+    Raises: ConfigError for a pattern that matches no layer, a damaged weight, or nothing left to take.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
+    _check_patterns(config, list(layers))
+    splits = splits or {}
+    first, last = (next(iter(layers), None), next(reversed(layers), None)) if layers else (None, None)
+    entries: list[Entry] = []
+    for name, layer in layers.items():
+        reason = _reason_to_leave(name, layer, config, name in (first, last))
+        chosen = None if reason else layer_config(name, config)
+        notes = reason or _notes(layer, chosen, splits.get(name) if config.split_shortcuts == "auto" else None)
+        entries.append(Entry(name, type(layer).__name__, layer.weight.numel(), chosen, notes))
+    report = Report(tuple(entries))
+    if not report.taken:
+        raise ConfigError(
+            f"{type(model).__name__}: expected at least one layer to take, got none of {len(layers)}. Every layer was "
+            f"left by the patterns or the defaults. Widen include or narrow exclude.\n{report}"
+        )
+    return report
+
+
+def layer_config(name: str, config: ModiffConfig) -> LayerConfig:
+    """The config of one layer: the last override whose pattern matches, else the model's."""
+    matches = [layer for pattern, layer in config.overrides if fnmatchcase(name, pattern)]
+    return matches[-1] if matches else config.layer
+
+
+def _check_patterns(config: ModiffConfig, names: list[str]) -> None:
+    """An own pattern that matches nothing is a mistake; the default exclusions may miss."""
+    own = [("include", p) for p in config.include]
+    own += [("exclude", p) for p in config.exclude if p not in ModiffConfig().exclude]
+    own += [("overrides", p) for p, _ in config.overrides]
+    for field, pattern in own:
+        if names and not any(fnmatchcase(name, pattern) for name in names):
+            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ConfigError(
+                f"ModiffConfig.{field}: expected a pattern that matches a layer, got {pattern!r}. No layer has such a "
+                f"name. Known layers: {known}."
+            )
+
+
+def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary: bool) -> str:
+    weight = layer.weight
+    if isinstance(layer, ModulatedLayer):
+        return "taken by modiff already"
+    if not any(fnmatchcase(name, p) for p in config.include):
+        return "not included"
+    for pattern in config.exclude:
+        if fnmatchcase(name, pattern):
+            return f"excluded by {pattern!r}"
+    if twin_of(layer) is None:
+        return f"{type(layer).__name__} has no modulated twin"
+    if "forward" in layer.__dict__ or parametrize.is_parametrized(layer):
+        return "another library replaced its forward or weight"
+    named = name in config.include or any(fnmatchcase(name, p) for p, _ in config.overrides)
+    if boundary and config.first_last == "full_precision" and not named:
+        return "first or last layer"
+    if weight.numel() < config.min_weights and not named:
+        return f"tiny: {weight.numel()} weights"
+    if not torch.is_floating_point(weight):
+        return f"weight is {weight.dtype}, not floating point"
+    if not torch.isfinite(weight).all():
+        raise ConfigError(
+            f"{name}: expected finite weights, got NaN or infinity. The checkpoint is damaged, or float16 overflowed. "
+            "Load it in float32, or exclude the layer."
+        )
+    return ""
+
+
+def _notes(layer: nn.Module, config: LayerConfig | None, split: int | None) -> str:
+    notes = [f"split at {split}"] if split else []
+    kernel = tuple(getattr(layer, "kernel_size", ()))
+    if config is not None and config.activation.bits is not None:
+        granularity = config.activation.granularity
+        if granularity != "auto" and not runs_on_integers(granularity, kernel):
+            notes.append(f"{granularity} scales: not executable on integers, for study only")
+    return ", ".join(notes)

@@ -1,0 +1,18 @@
+"""How much memory the states of a model hold now."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from modiff.model.attachment import required_attachment
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Measured bytes of all states, input and output, of all contexts; a state that layers share counts once.
+
+    The moves that the linear predictor keeps are counted too. 0 between trajectories: the states are freed then.
+    Raises: StateError if modiff was not applied to the model.
+    """
+    twins = required_attachment(model, "state_bytes").twins.values()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for w in twins for t in w.state_tensors()}
+    return sum(storages.values())

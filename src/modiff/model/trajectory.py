@@ -1,0 +1,38 @@
+"""The life of the states: one generation, first step to last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from modiff.model.attachment import required_attachment
+
+
+@contextmanager
+def trajectory(model: nn.Module) -> Iterator[None]:
+    """Run one generation: states start empty and are freed at the end, also when the body raises.
+
+    Raises: StateError if modiff was not applied to the model, or inside another trajectory of it.
+    """
+    clock = required_attachment(model, "trajectory").clock
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.stop()
+
+
+@contextmanager
+def context(model: nn.Module, name: str) -> Iterator[None]:
+    """Evaluations in the body use states of their own: "cond" and "uncond" of guidance in two calls.
+
+    Raises: StateError if modiff was not applied to the model.
+    """
+    clock = required_attachment(model, "context").clock
+    before, clock.context = clock.context, name
+    try:
+        yield
+    finally:
+        clock.context = before

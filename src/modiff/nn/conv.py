@@ -1,0 +1,53 @@
+"""The modulated convolutions: stride, padding and its modes, dilation and groups as in torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from modiff.errors import StateError
+from modiff.nn.layer import ModulatedLayer
+
+
+class _ModulatedConv(ModulatedLayer):
+    channel_dim: ClassVar[int] = 1
+    in_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    def _geometry(self) -> tuple[int, int, tuple[int, ...]]:
+        return self.in_channels, self.groups, self.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output for a batch `x`; raises StateError as every modulated layer does, also without a batch axis."""
+        if x.dim() != len(self.kernel_size) + 2:
+            raise StateError(
+                f"{self.name}: expected {len(self.kernel_size) + 2} axes (batch, channels, ...), got {tuple(x.shape)}. "
+                "Scales and states belong to the samples of a batch. Add the batch axis with x[None]."
+            )
+        return super().forward(x)
+
+
+class ModulatedConv1d(_ModulatedConv, nn.Conv1d):
+    """`nn.Conv1d` on coded residuals, ô_t = ô_{t+1} + W * q_t: (N, C, L) -> (N, O, L')."""
+
+    def operator(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with this layer's stride, padding, dilation and groups."""
+        return nn.Conv1d._conv_forward(self, x, weight, bias)
+
+
+class ModulatedConv2d(_ModulatedConv, nn.Conv2d):
+    """`nn.Conv2d` on coded residuals, ô_t = ô_{t+1} + W * q_t: (N, C, H, W) -> (N, O, H', W')."""
+
+    def operator(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with this layer's stride, padding, dilation and groups."""
+        return nn.Conv2d._conv_forward(self, x, weight, bias)
+
+
+class ModulatedConv3d(_ModulatedConv, nn.Conv3d):
+    """`nn.Conv3d` on coded residuals, ô_t = ô_{t+1} + W * q_t: (N, C, D, H, W) -> (N, O, D', H', W')."""
+
+    def operator(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with this layer's stride, padding, dilation and groups."""
+        return nn.Conv3d._conv_forward(self, x, weight, bias)

@@ -1,0 +1,197 @@
+"""What all modulated layers share: they own the states of each context and call the recursion."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from modiff.config import Granularity, LayerConfig, ModulationConfig
+from modiff.core.coder import Code, Coder
+from modiff.core.modulation import State, accumulate, encode_plain, output_of
+from modiff.core.transforms import rotate, segments_of
+from modiff.errors import ConfigError, StateError
+from modiff.nn.clock import Clock
+from modiff.nn.stream import Inputs, Key, Stream
+from modiff.nn.weight import QuantizedWeight
+
+
+class LayerState(NamedTuple):
+    """Both states of a layer in one context: input = â_t, output = ô_t = A(â_t) + bias."""
+
+    input: Tensor
+    output: Tensor
+
+
+class ModulatedLayer(nn.Module):
+    """Mixin before a torch layer: codes its input with memory, ô_t = ô_{t+1} + A(code(a_t - â_{t+1})) (MoDiff, Eq. 14).
+
+    Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces; the states are plain
+    attributes, never saved and never moved by `.to()`.
+    """
+
+    channel_dim: ClassVar[int]
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: nn.Module,
+        config: LayerConfig,
+        *,
+        name: str = "layer",
+        clock: Clock | None = None,
+        split: int | None = None,
+    ) -> Self:
+        """A modulated twin of a torch layer.
+
+        Args:
+            layer: the torch layer; it is not changed.
+            name: for messages.
+            clock: of the model the layer sits in; its own when None.
+            split: channel index where the input is cut into two halves with a quantizer each.
+        Raises: ConfigError if the split lies outside the channels or the layer has groups.
+        """
+        twin = cls.__new__(cls)
+        twin.__dict__ = dict(layer.__dict__)  # the same parameters, buffers and hooks: remove() has nothing to copy
+        twin._adopt(config, name, clock or Clock(name), split)
+        return twin
+
+    def _adopt(self, config: LayerConfig, name: str, clock: Clock, split: int | None) -> None:
+        channels, groups, _ = self._geometry()
+        if split is not None and (not 0 < split < channels or groups > 1):
+            raise ConfigError(
+                f"{name}: expected a split between 0 and {channels} of a layer without groups, got {split} with "
+                f"{groups} groups. The cut must leave channels on both sides. Use split=None."
+            )
+        runs = (channels,) if split is None else (split, channels - split)
+        self.config, self.name, self.clock, self.split = config, name, clock, split
+        self.granularity = self._granularity(config.activation.granularity)
+        self.segments = segments_of(runs, groups, config.rotation_block) if config.rotation == "hadamard" else None
+        fan_in = channels // groups
+        folded = None
+        if self.segments is not None:
+            folded = self.segments if split is not None else segments_of((fan_in,), 1, self.segments[0].block)
+        self.quantized_weight = QuantizedWeight(config.weight, runs if split is not None else (fan_in,), folded)
+        self.coder = None
+        if config.activation.bits is not None:
+            self.coder = Coder(config.activation, self.granularity, self.channel_dim, runs)
+        self.inputs: Inputs | None = None
+        if self.coder is not None and config.modulation is not None:
+            self.inputs = Inputs(self.coder, config.modulation, clock)
+        self.streams: dict[Key, Stream] = {}
+        self.outputs: dict[Key, State] = {}
+        self._seen: dict[Key, int] = {}
+        self._tick, self._calls, self.alone = -1, 0, True
+        clock.on_reset(self.forget)
+
+    def _geometry(self) -> tuple[int, int, tuple[int, ...]]:
+        """Input channels, groups, kernel size."""
+        raise NotImplementedError
+
+    def operator(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The torch layer's own computation with a given weight and bias."""
+        raise NotImplementedError
+
+    def _granularity(self, asked: Granularity) -> Granularity:
+        if asked != "auto":
+            return asked
+        return "token" if self.channel_dim == -1 else "sample"
+
+    def share_with(self, leader: ModulatedLayer) -> None:
+        """Read the same coded residual as `leader` whenever both are given the same tensor."""
+        self.inputs, self.coder = leader.inputs, leader.coder
+        self.alone = leader.alone = False
+
+    def forget(self) -> None:
+        """Free the states of all contexts; the weight codes are made again, as writes through `.data` leave no trace."""
+        self.quantized_weight.forget()
+        self.streams.clear()
+        self.outputs.clear()
+        self._seen.clear()
+        self._tick = -1
+
+    @property
+    def state(self) -> LayerState:
+        """Both states of the present context. Raises: StateError before the first step."""
+        key = (self.clock.context, 0)
+        if key not in self.outputs:
+            raise StateError(
+                f"{self.name}: expected states, got none. The layer has not run in this trajectory. Run it."
+            )
+        stream = self.streams[key].state
+        return LayerState(stream.value if stream else self.outputs[key].value, self.outputs[key].value)
+
+    def state_tensors(self) -> list[Tensor]:
+        """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
+        sides = [s.state for s in self.streams.values()] + list(self.outputs.values())
+        return [t for side in sides if side is not None for t in side if t is not None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output for `x`, same dtype as `x`.
+
+        Raises: StateError outside a trajectory, or if the input does not fit the states.
+        """
+        if x.numel() == 0:
+            raise StateError(f"{self.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
+                             "An empty input has no range to quantize. Skip empty batches.")  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False):
+            value = x if self.segments is None else rotate(_at_least_float32(x), self.segments, self.channel_dim)
+            if self.coder is None:
+                return self.affine(_at_least_float32(value)).to(x.dtype)
+            if self.config.modulation is None or self.inputs is None:
+                return output_of(encode_plain(value, self.coder), self).to(x.dtype)
+            return self._modulated(x, value, self.config.modulation, self.inputs).to(x.dtype, copy=True)
+
+    def _modulated(self, x: Tensor, value: Tensor, config: ModulationConfig, inputs: Inputs) -> Tensor:
+        key = self._key()
+        if key not in self.streams:
+            self.streams[key] = inputs.stream_for(x)
+        stream = self.streams[key]
+        message = stream.read(self.name, x, value)
+        seen = self._seen.get(key, 0)
+        if stream.count != seen + 1 and not message.starts:
+            raise StateError(
+                f"{self.name}: expected message {seen + 1} of its group, got message {stream.count}. The layer was "
+                "skipped in a step while others read the shared residual. Use ModiffConfig(share_residuals='off')."
+            )
+        self._seen[key] = stream.count
+        self.outputs[key] = accumulate(message, self.outputs.get(key), self, config)
+        if self.alone:
+            stream.message = None  # nobody else will read it: free the codes now
+        return self.outputs[key].value
+
+    def _key(self) -> Key:
+        """A state for each context and for each time the layer is called within one evaluation of the network."""
+        clock = self.clock
+        if not (clock.active and clock.inside):
+            raise StateError(
+                f"{self.name}: expected a running trajectory, got a call outside of one. The states of a modulated "
+                "layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
+            )
+        self._calls = self._calls + 1 if self._tick == clock.tick else 0
+        self._tick = clock.tick
+        return clock.context, self._calls
+
+    def affine(self, value: Tensor) -> Tensor:
+        """A(value) + bias with the quantized, rotated weight."""
+        bias = None if self.bias is None else self.bias.detach().to(value.dtype)
+        return self.operator(value, self.quantized_weight.dense(self.weight, value.dtype), bias)
+
+    def linear(self, code: Code) -> Tensor:
+        """A(code) without bias."""
+        value = code.value()
+        return self.operator(value, self.quantized_weight.dense(self.weight, value.dtype), None)
+
+    def start(self) -> Tensor | float:
+        """The bias, shaped to be added to an output."""
+        if self.bias is None:
+            return 0.0
+        trailing = 0 if self.channel_dim == -1 else len(self._geometry()[2])
+        return _at_least_float32(self.bias.detach()).reshape(-1, *[1] * trailing)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

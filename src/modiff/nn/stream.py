@@ -1,0 +1,104 @@
+"""The input side of modulated layers: who reads which tensor, and the input state that belongs to it."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from modiff.config import ModulationConfig
+from modiff.core.coder import Coder
+from modiff.core.modulation import Message, State, encode
+from modiff.errors import StateError
+from modiff.nn.clock import Clock
+
+Key = tuple[str, int]
+"""(context, how many times the layer was called before in this evaluation)."""
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor was written in place; inference tensors do not count, and read 0."""
+    return 0 if x.is_inference() else x._version
+
+
+class Stream:
+    """One tensor's input state through the trajectory, and the message that this evaluation sent for it.
+
+    count: messages sent so far; a reader that missed one cannot go on.
+    """
+
+    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
+        self.coder, self.config, self.clock = coder, config, clock
+        self.state: State | None = None
+        self.message: Message | None = None
+        self.count = 0
+        self.tick = -1
+        self._source: tuple[weakref.ref[Tensor], int] | None = None
+
+    def carries(self, x: Tensor) -> bool:
+        """True if this evaluation's message was made from this very tensor, unchanged since."""
+        if self.tick != self.clock.tick or self._source is None:
+            return False
+        source, version = self._source
+        return source() is x and version == version_of(x)
+
+    def read(self, where: str, x: Tensor, value: Tensor) -> Message:
+        """The message for `x`: coded by the first reader of the evaluation, the same for all others.
+
+        Args:
+            x: the tensor as the layer got it; it tells who shares.
+            value: x itself, or x rotated: what is coded.
+        Raises: StateError if shape or device changed inside the trajectory, or the readers no longer agree.
+        """
+        if self.tick == self.clock.tick and self.message is not None:
+            if not self.carries(x):
+                raise StateError(
+                    f"{where}: expected the tensor that its group read before, got another one. These layers read one "
+                    "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
+                )
+            return self.message
+        every = self.config.reanchor_every
+        if every and self.clock.step % every == 0:
+            self.state = None
+        self._check(where, value)
+        self.message, self.state = encode(value, self.state, self.coder, self.config, self._ratio())
+        self.tick, self._source = self.clock.tick, (weakref.ref(x), version_of(x))
+        self.count += 1
+        return self.message
+
+    def _ratio(self) -> Tensor | float:
+        if self.config.predictor == "hold":
+            return 1.0
+        ratio = self.clock.ratio
+        return ratio.to(self.state.value.device) if isinstance(ratio, Tensor) and self.state is not None else ratio
+
+    def _check(self, where: str, x: Tensor) -> None:
+        if self.state is None:
+            return
+        state = self.state.value
+        if x.shape != state.shape or x.device != state.device:
+            raise StateError(
+                f"{where}: expected an input of shape {tuple(state.shape)} on {state.device}, got {tuple(x.shape)} on "
+                f"{x.device}. The batch or image size changed inside one trajectory. "
+                "Wrap each generation in its own `with modiff.trajectory(model):`."
+            )
+
+
+class Inputs:
+    """The streams of a group of layers; a group of one is the usual case.
+
+    At the step where states start, a layer joins the stream of the group that carries its very input, or opens one.
+    """
+
+    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
+        self.coder, self.config, self.clock = coder, config, clock
+        self.streams: list[Stream] = []
+        clock.on_reset(self.streams.clear)
+
+    def stream_for(self, x: Tensor) -> Stream:
+        """The stream that carries `x` in this evaluation; a new one if there is none."""
+        for stream in self.streams:
+            if stream.message is not None and stream.message.starts and stream.carries(x):
+                return stream
+        self.streams.append(Stream(self.coder, self.config, self.clock))
+        return self.streams[-1]

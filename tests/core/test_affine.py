@@ -1,0 +1,166 @@
+"""Codes equal a quantizer written in plain Python numbers; scales, rounding, saturation and the floor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modiff import ConfigError
+from modiff.core.affine import (
+    SMALLEST_SCALE,
+    QParams,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    qparams_from_range,
+    qrange,
+    quantize,
+    reduced_dims,
+    runs_on_integers,
+)
+from tests.helpers import assert_float_error, assert_same_bits, assert_within
+from tests.reference import quantizer as reference
+
+GRANULARITIES = ("tensor", "sample", "token", "input_channel")
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.integers(2, 8),
+    granularity=st.sampled_from(GRANULARITIES),
+    symmetric=st.booleans(),
+    clip=st.sampled_from([1.0, 0.8, 0.45]),
+    shape_and_channel=st.sampled_from([((5,), -1), ((3, 4), -1), ((2, 3, 4), -1), ((2, 3, 4), 1), ((2, 3, 2, 2), 1)]),
+    offset=st.sampled_from([0.0, 1.5, -40.0]),
+)
+def test_codes_and_values_equal_the_reference(seed, bits, granularity, symmetric, clip, shape_and_channel, offset):
+    shape, channel = shape_and_channel
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
+    expected = reference.quantize(x, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel)
+    qparams = choose_qparams(x, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel)
+    codes = quantize(x, qparams, bits)
+    assert_same_bits(codes, expected.codes.to(torch.int8))
+    assert_within(qparams.scale.expand(shape), expected.step, 1e-15 * expected.step)
+    assert_within(dequantize(codes, qparams), expected.value, 1e-13 * expected.step)
+    assert_within(fake_quantize(x, qparams, bits), expected.value, 1e-13 * expected.step)
+    assert (qparams.zero_point is None) == symmetric
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_inputs_are_coded_as_exactly_as_their_values_allow(granularity, dtype):
+    x = torch.randn(4, 6, 16).to(dtype)
+    qparams = choose_qparams(x, 6, granularity)
+    assert qparams.scale.dtype == torch.float32
+    expected = reference.quantize(x, 6, granularity)
+    assert_same_bits(quantize(x, qparams, 6), expected.codes.to(torch.int8))
+    value = fake_quantize(x, qparams, 6)
+    assert value.dtype == dtype
+    axes = {"tensor": (0, 1, 2), "sample": (1, 2), "token": (2,), "input_channel": (0, 1)}[granularity]
+    step = x.abs().amax(axes, keepdim=True) / 31
+    assert_float_error(value, torch.round(x.float() / expected.step.float()).to(dtype) * step, expected.value)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "scale_shape"),
+    [("tensor", (1, 1, 1, 1)), ("sample", (2, 1, 1, 1)), ("token", (2, 1, 4, 5)), ("input_channel", (1, 3, 1, 1))],
+)
+def test_the_scale_keeps_the_reduced_axes(granularity, scale_shape):
+    assert choose_qparams(torch.randn(2, 3, 4, 5), 8, granularity, channel_dim=1).scale.shape == scale_shape
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_range_is_that_of_two_s_complement(bits):
+    assert qrange(bits) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+def test_codes_never_leave_the_range_of_their_bits_also_on_a_scale_far_too_fine(bits, symmetric, clip):
+    seen = torch.randn(64)
+    qparams = choose_qparams(seen, bits, "tensor", symmetric=symmetric, clip=clip)
+    codes = quantize(100 * torch.linspace(-1, 1, 101), qparams, bits).tolist()
+    assert min(codes) == -(2 ** (bits - 1))
+    assert max(codes) == 2 ** (bits - 1) - 1
+
+
+def test_a_clip_ratio_scales_the_step_and_saturates_what_lies_beyond():
+    x = torch.tensor([-7.0, -3.0, 0.4, 7.0])
+    whole, half = choose_qparams(x, 4, "tensor"), choose_qparams(x, 4, "tensor", clip=0.5)
+    assert (whole.scale.item(), half.scale.item()) == (1.0, 0.5)
+    assert quantize(x, whole, 4).tolist() == [-7, -3, 0, 7]
+    assert quantize(x, half, 4).tolist() == [-8, -6, 1, 7]
+
+
+def test_ties_go_to_even():
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    assert quantize(x, QParams(torch.tensor(1.0), None), 4).tolist() == [-2, -2, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zeros_code_to_exact_zeros_with_a_positive_scale(symmetric):
+    x = torch.zeros(2, 3)
+    qparams = choose_qparams(x, 4, "sample", symmetric=symmetric)
+    assert qparams.scale.flatten().tolist() == pytest.approx([SMALLEST_SCALE] * 2)
+    assert torch.equal(dequantize(quantize(x, qparams, 4), qparams), x)
+
+
+@given(seed=st.integers(0, 2**31), bits=st.integers(2, 8), low=st.sampled_from([-5.0, -0.1, 0.3]))
+def test_zero_is_a_value_of_every_asymmetric_quantizer(seed, bits, low):
+    x = low + 3 * torch.rand(50, generator=torch.Generator().manual_seed(seed))
+    assert fake_quantize(torch.zeros(1), choose_qparams(x, bits, "tensor", symmetric=False), bits).item() == 0.0
+
+
+def test_an_asymmetric_quantizer_spends_no_codes_on_the_side_that_is_empty():
+    x = torch.linspace(0, 15, 16)
+    qparams = choose_qparams(x, 4, "tensor", symmetric=False)
+    assert qparams.scale.item() == 1.0
+    assert qparams.zero_point.dtype == torch.int32
+    assert quantize(x, qparams, 4).tolist() == list(range(-8, 8))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_symmetric_scale_is_the_largest_value_over_qmax_and_not_a_range_over_levels(bits):
+    """methods.md 1.13 I: (max - min) / (n_levels - 1) wastes a bit, and divides by zero at 2 bits."""
+    low, high = torch.tensor(-0.7, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    scale = qparams_from_range(low, high, bits).scale.item()
+    assert scale == pytest.approx(0.7 / (2 ** (bits - 1) - 1), rel=1e-12)
+
+
+def test_a_sample_s_codes_do_not_depend_on_what_it_is_batched_with():
+    x = torch.randn(3, 4, 5) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
+    together = choose_qparams(x, 4, "sample")
+    for i in range(3):
+        alone = choose_qparams(x[i : i + 1], 4, "sample")
+        assert_same_bits(quantize(x[i : i + 1], alone, 4), quantize(x, together, 4)[i : i + 1])
+
+
+@pytest.mark.parametrize(
+    ("granularity", "kernel", "executable"),
+    [
+        ("tensor", (3, 3), True),
+        ("sample", (3, 3), True),
+        ("token", (), True),
+        ("token", (1, 1), True),
+        ("token", (1, 3), False),
+        ("input_channel", (), False),
+        ("input_channel", (1,), False),
+    ],
+)
+def test_scales_on_the_summed_axis_are_not_executable_on_integers(granularity, kernel, executable):
+    assert runs_on_integers(granularity, kernel) is executable
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 32])
+def test_other_bit_widths_are_refused(bits):
+    with pytest.raises(ConfigError, match=rf"bits: expected 2 to 8, got {bits}\."):
+        qrange(bits)
+
+
+@pytest.mark.parametrize("granularity", ["auto", "channel"])
+def test_an_unresolved_granularity_is_refused(granularity):
+    with pytest.raises(ConfigError, match=f"granularity: expected 'tensor'.* got '{granularity}'"):
+        reduced_dims(2, granularity, -1)

@@ -1,0 +1,130 @@
+"""Coders: codes of each segment, static scales, what the observers see, and the ceiling of the codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modiff import CalibrationError, ConfigError, QuantizerConfig
+from modiff.core.coder import Coder
+from modiff.core.observers import MinMaxObserver
+from tests.helpers import assert_same_bits, assert_within
+from tests.reference.quantizer import quantize_segments
+from tests.strategies import CLIPS
+
+
+def coder_of(segments=(8,), granularity="tensor", channel_dim=-1, **settings) -> Coder:
+    return Coder(QuantizerConfig(**settings), granularity, channel_dim, segments)
+
+
+def calibrated(coder: Coder, *tensors: torch.Tensor) -> Coder:
+    coder.observers = tuple(MinMaxObserver() for _ in coder.segments)
+    for x in tensors:
+        coder(x)
+    coder.freeze()
+    return coder
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.integers(2, 8),
+    granularity=st.sampled_from(["tensor", "sample", "token", "input_channel"]),
+    segments=st.sampled_from([(8,), (3, 5), (6, 2)]),
+    symmetric=st.booleans(),
+    clip=CLIPS,
+    channel_dim=st.sampled_from([1, -1]),
+)
+def test_codes_and_value_equal_the_reference(seed, bits, granularity, segments, symmetric, clip, channel_dim):
+    shape = (2, 3, 8) if channel_dim == -1 else (2, 8, 3)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    coder = coder_of(segments, granularity, channel_dim, bits=bits, symmetric=symmetric, clip=clip)
+    expected = quantize_segments(
+        x, segments, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel_dim
+    )
+    code = coder(x)
+    assert_same_bits(torch.cat([codes for codes, _ in code.parts], channel_dim), expected.codes.to(torch.int8))
+    assert_within(code.value(), expected.value, 1e-12)
+
+
+def test_each_segment_has_its_own_scale():
+    x = torch.cat([torch.full((1, 2), 7.0), torch.full((1, 3), 0.07)], 1)
+    code = coder_of((2, 3), bits=4)(x)
+    assert [float(q.scale) for _, q in code.parts] == pytest.approx([1.0, 0.01])
+    assert_within(code.value(), x, 1e-6)
+
+
+def test_zero_bits_send_nothing():
+    coder = coder_of(bits=0)
+    assert coder(torch.randn(2, 8)) is None
+    assert coder.fresh(torch.randn(2, 8)) is None
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("clip", [1.0, 0.4])
+def test_codes_never_leave_their_range_on_a_stale_static_scale(bits, clip):
+    """kernels.md 3.2: a fixed clamp at +-127 lets "4 bits" send codes of 100 and flatters every low bit width."""
+    coder = calibrated(coder_of(bits=bits, dynamic=False, clip=clip), torch.randn(4, 8))
+    codes, _ = coder(50 * torch.randn(64, 8)).parts[0]
+    assert codes.min() == -(2 ** (bits - 1))
+    assert codes.max() == 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_static_symmetric_scale_is_the_largest_residual_over_qmax(bits):
+    residuals = [torch.randn(3, 8), 2 * torch.randn(3, 8)]
+    coder = calibrated(coder_of(bits=bits, dynamic=False), *residuals)
+    largest = max(float(r.abs().max()) for r in residuals)
+    assert float(coder.static[0].scale) == pytest.approx(largest / (2 ** (bits - 1) - 1), rel=1e-6)
+
+
+def test_static_scales_stay_what_they_were_measured_as():
+    coder = calibrated(coder_of((3, 5), bits=4, dynamic=False), torch.full((1, 8), 7.0))
+    code = coder(torch.full((2, 8), 2.2))
+    assert [codes.unique().tolist() for codes, _ in code.parts] == [[2], [2]]
+    assert torch.equal(code.value(), torch.full((2, 8), 2.0))
+
+
+def test_static_scales_of_float32_serve_float64_residuals_and_the_other_way():
+    for measured, used in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        coder = calibrated(coder_of(bits=4, dynamic=False, symmetric=False), torch.randn(2, 8, dtype=measured))
+        assert coder(torch.randn(2, 8, dtype=used)).value().dtype == used
+
+
+def test_while_it_is_observed_a_static_coder_measures_each_tensor_afresh():
+    coder = coder_of(bits=4, dynamic=False)
+    coder.observers = (MinMaxObserver(),)
+    coder(torch.full((1, 8), 70.0))
+    assert float(coder(torch.full((1, 8), 7.0)).parts[0][1].scale) == 1.0
+    coder.freeze()
+    assert coder.observers is None
+    assert float(coder(torch.full((1, 8), 7.0)).parts[0][1].scale) == 10.0
+
+
+def test_fresh_codes_ignore_static_scales():
+    coder = calibrated(coder_of(bits=4, dynamic=False), torch.full((1, 8), 70.0))
+    assert float(coder.fresh(torch.full((1, 8), 7.0)).parts[0][1].scale) == 1.0
+
+
+def test_the_automatic_granularity_of_a_static_coder_is_one_scale():
+    for granularity in ("sample", "token"):
+        assert coder_of(granularity=granularity, bits=4, dynamic=False).granularity == "tensor"
+        assert coder_of(granularity=granularity, bits=4).granularity == granularity
+
+
+def test_a_static_coder_that_was_not_calibrated_says_so():
+    with pytest.raises(CalibrationError, match="expected measured scales, got none"):
+        coder_of(bits=4, dynamic=False)(torch.randn(2, 8))
+
+
+def test_freezing_without_data_is_an_error():
+    coder = coder_of(bits=4, dynamic=False)
+    coder.observers = (MinMaxObserver(),)
+    with pytest.raises(CalibrationError, match="expected at least one tensor, got none"):
+        coder.freeze()
+
+
+def test_full_precision_has_no_coder():
+    with pytest.raises(ConfigError, match=r"Coder\.bits: expected 0 or 2 to 8, got None"):
+        coder_of(bits=None)

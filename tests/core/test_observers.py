@@ -1,0 +1,155 @@
+"""Each observer against its definition, on data where the definitions differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modiff import CalibrationError, ConfigError
+from modiff.core.affine import fake_quantize
+from modiff.core.observers import (
+    KEPT_VALUES,
+    MinMaxObserver,
+    MovingAverageObserver,
+    MSEObserver,
+    Observer,
+    PercentileObserver,
+)
+from tests.helpers import assert_within
+
+ALL = (MinMaxObserver, MovingAverageObserver, PercentileObserver, MSEObserver)
+
+
+def ranges(observer: Observer) -> list[float]:
+    return [side.item() for side in observer.range()]
+
+
+def test_min_max_remembers_the_extremes_of_all_tensors():
+    observer = MinMaxObserver()
+    for values in ([-1.0, 2.0], [0.5, 0.6], [-0.2, 3.0]):
+        observer.observe(torch.tensor(values))
+    assert ranges(observer) == [-1.0, 3.0]
+
+
+def test_a_moving_average_weighs_the_newest_extremes_with_one_minus_momentum():
+    observer = MovingAverageObserver(momentum=0.75)
+    low = high = None
+    for a, b in ((-4.0, 4.0), (0.0, 8.0), (-2.0, 0.0)):
+        observer.observe(torch.tensor([a, b]))
+        low = a if low is None else 0.75 * low + 0.25 * a
+        high = b if high is None else 0.75 * high + 0.25 * b
+    assert ranges(observer) == pytest.approx([low, high])
+
+
+def test_the_default_momentum_is_that_of_q_diffusion():
+    observer = MovingAverageObserver()
+    observer.observe(torch.tensor([0.0, 1.0]))
+    observer.observe(torch.tensor([0.0, 2.0]))
+    assert ranges(observer)[1] == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize("kind", [MinMaxObserver, MovingAverageObserver, MSEObserver, PercentileObserver])
+def test_one_range_for_each_channel_of_the_axis_asked_for(kind):
+    x = torch.randn(2, 3, 50) * torch.tensor([1.0, 10.0, 100.0])[None, :, None]
+    observer = kind(channel_dim=1)
+    observer.observe(x)
+    scale = observer.qparams(8).scale
+    assert scale.shape == (1, 3, 1)
+    alone = kind()
+    alone.observe(x[:, 1])
+    assert scale[0, 1].item() == pytest.approx(alone.qparams(8).scale.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_low_precision_tensors_are_observed_in_float32(kind):
+    observer = kind()
+    observer.observe(torch.tensor([-1.0, 2.0], dtype=torch.bfloat16))
+    assert observer.qparams(8).scale.dtype == torch.float32
+
+
+def test_a_percentile_leaves_out_the_same_share_on_either_side():
+    observer = PercentileObserver(percentile=80.0)
+    observer.observe(torch.randperm(101).float()[:50])  # 0 .. 100 in two tensors, in no order
+    observer.observe(torch.tensor(sorted(set(range(101)) - set(observer.kept[0].flatten().int().tolist()))).float())
+    asymmetric = observer.qparams(8, symmetric=False)
+    assert asymmetric.scale.item() == pytest.approx(90 / 255)  # the range is widened to hold zero: [0, 90]
+    assert observer.qparams(8).scale.item() == pytest.approx(90 / 127)
+
+
+def test_a_percentile_of_100_is_min_max():
+    x = torch.randn(1000)
+    percentile, minmax = PercentileObserver(percentile=100.0), MinMaxObserver()
+    for observer in (percentile, minmax):
+        observer.observe(x)
+    assert percentile.qparams(4).scale.item() == minmax.qparams(4).scale.item()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_mse_search_finds_the_best_of_all_its_trials(symmetric):
+    x = torch.cat([torch.randn(2000), torch.tensor([6.0, -8.0])])
+    observer = MSEObserver()
+    observer.observe(x)
+    scale = observer.qparams(4, symmetric=symmetric).scale.item()
+    whole = 8 / 7 if symmetric else 14 / 15
+    errors: dict[float, float] = {}
+    for trial in range(80):
+        ratio = 1 - 0.01 * trial
+        step = whole * ratio
+        low, high = (-8, 7) if symmetric else (-round(8 * ratio / step), 15 - round(8 * ratio / step))
+        value = torch.round(x / step).clamp(low, high) * step
+        errors[ratio] = float((x - value).double().abs().pow(2.4).mean())
+    best = min(errors, key=errors.__getitem__)
+    assert best < 0.8, "the outliers must make shrinking worth it, else the search is not tested"
+    assert scale == pytest.approx(whole * best, rel=1e-5)
+
+
+def test_the_mse_search_pays_on_outliers_and_keeps_the_whole_range_without_any():
+    outlier, uniform = torch.cat([torch.randn(30_000), torch.tensor([12.0])]), torch.linspace(-1, 1, 3001)
+    for x, pays in ((outlier, True), (uniform, False)):
+        search, minmax = MSEObserver(), MinMaxObserver()
+        search.observe(x)
+        minmax.observe(x)
+        error = [float((x - fake_quantize(x, o.qparams(4), 4)).abs().pow(2.4).mean()) for o in (search, minmax)]
+        assert error[0] < 0.5 * error[1] if pays else error[0] <= error[1]
+        assert (search.qparams(4).scale < 0.9 * minmax.qparams(4).scale).item() is pays
+
+
+def test_the_clip_ratio_applies_to_what_was_observed():
+    for kind in ALL:
+        observer = kind()
+        observer.observe(torch.linspace(-3, 3, 7))
+        ratio = observer.qparams(8, clip=0.5).scale / observer.qparams(8).scale
+        if kind is not MSEObserver:  # it searches the best range for the clipped quantizer
+            assert_within(ratio, torch.full_like(ratio, 0.5), 1e-6)
+
+
+def test_large_tensors_are_thinned_out_evenly_and_their_extremes_kept():
+    x = torch.zeros(3 * KEPT_VALUES)
+    x[1], x[-1] = -7.0, 9.0
+    observer = PercentileObserver()
+    observer.observe(x)
+    assert sum(kept.numel() for kept in observer.kept) <= KEPT_VALUES
+    assert ranges(observer) == [-7.0, 9.0]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_nothing_observed_is_an_error(kind):
+    with pytest.raises(CalibrationError, match=f"{kind.__name__}: expected at least one tensor, got none"):
+        kind().qparams(8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MovingAverageObserver(momentum=1.0), r"momentum: expected a number in \[0, 1\), got 1.0"),
+        (lambda: MovingAverageObserver(momentum=-0.1), r"momentum: expected a number in \[0, 1\), got -0.1"),
+        (lambda: PercentileObserver(percentile=0.0), r"percentile: expected \(0, 100\], got 0.0"),
+        (lambda: PercentileObserver(percentile=101.0), r"percentile: expected \(0, 100\], got 101.0"),
+        (lambda: MSEObserver(p=0.0), r"expected p > 0 and 1 to 100 trials, got p=0.0"),
+        (lambda: MSEObserver(trials=0), r"1 to 100 trials, got p=2.4, trials=0"),
+        (lambda: MSEObserver(trials=101), r"1 to 100 trials, got p=2.4, trials=101"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

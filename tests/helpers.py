@@ -1,0 +1,47 @@
+"""Comparisons that NaN, a wrong shape or a wrong order cannot pass, and inputs that drift as activations do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def worst(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference in float64. Infinite for NaN; AssertionError for another shape."""
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    difference = (actual.double() - exact.double()).abs()
+    return float("inf") if difference.isnan().any() else float(difference.max())
+
+
+def assert_within(actual: Tensor, exact: Tensor, bound: Tensor | float) -> None:
+    """Every element of `actual` lies within `bound` (a number, or one for each element) of `exact`."""
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    difference = (actual.double() - exact.double()).abs()
+    excess = (difference - bound).max()
+    assert bool((difference <= bound).all()), f"worst difference {difference.max():.3e}, {excess:.3e} over the bound"
+
+
+def assert_float_error(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The house rule: at most twice the error of plain torch in the same dtype, both against float64."""
+    assert actual.dtype == plain.dtype, f"{actual.dtype} compared with {plain.dtype}"
+    ours, theirs = worst(actual, exact), worst(plain, exact)
+    assert ours <= 2 * theirs, f"error {ours:.3e}, plain torch {theirs:.3e}"
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal dtype, shape and every bit."""
+    assert actual.dtype == expected.dtype, f"{actual.dtype} instead of {expected.dtype}"
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} elements differ"
+
+
+def drifting(seed: int, shape: tuple[int, ...], steps: int, change: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Stationary Gaussian inputs; each step replaces a share `change` (relative L2) of the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    found = [x]
+    for _ in range(steps - 1):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = (1 - change**2) ** 0.5 * x + change * noise
+        found.append(x)
+    return [x.to(dtype) for x in found]

@@ -1,0 +1,36 @@
+"""The block-Hadamard rotation as an explicit matrix from Walsh's formula; imports nothing of modiff."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hadamard(block: int) -> Tensor:
+    """H[i, j] = (-1)^(number of ones in i AND j) / sqrt(block), float64."""
+    signs = [[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    return torch.tensor(signs, dtype=torch.float64) / block**0.5
+
+
+def largest_block(channels: int, limit: int) -> int:
+    """The largest power of two that divides `channels`, at most `limit`; by trial."""
+    block = 1
+    while block * 2 <= limit and channels % (block * 2) == 0:
+        block *= 2
+    return block
+
+
+def rotation(runs: tuple[int, ...], limit: int, groups: int = 1) -> Tensor:
+    """The whole (channels x channels) matrix: blocks never cross a run or a group."""
+    matrix, first = torch.zeros(sum(runs), sum(runs), dtype=torch.float64), 0
+    for run in runs:
+        block = largest_block(run // groups, limit)
+        for start in range(first, first + run, block):
+            matrix[start : start + block, start : start + block] = hadamard(block)
+        first += run
+    return matrix
+
+
+def along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """matrix @ x on axis `dim`."""
+    return (x.double().movedim(dim, -1) @ matrix.T).movedim(-1, dim)

@@ -1,0 +1,54 @@
+"""The training scripts as modules, a clock that ticks once a look, and images small enough for a test."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+@pytest.fixture(scope="session")
+def script() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a training script by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TRAINING))
+        yield importlib.import_module
+
+
+class Clock(SimpleNamespace):
+    """Stands in for the module `time`: one second passes at each look, and Ctrl-C comes at look `interrupt_at`."""
+
+    def __init__(self, interrupt_at: int = 0) -> None:
+        super().__init__(looks=0, interrupt_at=interrupt_at)
+
+    def time(self) -> float:
+        self.looks += 1
+        if self.looks == self.interrupt_at:
+            raise KeyboardInterrupt
+        return float(self.looks)
+
+
+@pytest.fixture(scope="session")
+def clock() -> type[Clock]:
+    return Clock
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve 6x6 images of noise."""
+    path = tmp_path_factory.mktemp("data") / "images.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (12, 6, 6), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(images: Path) -> list[str]:
+    """Options of train_reference.py for a U-Net that trains a step in some milliseconds."""
+    words = (
+        f"--images {images} --size 8 --channels 16,16 --attention 4 --batch 4 --threads 1 --device cpu --anneal 1e-9"
+    )
+    return words.split()

@@ -1,0 +1,207 @@
+"""The assets: the figures of the check, the samples that a restart keeps, and a card that names no folder."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from PIL import Image
+
+from modiff.evaluate.classifier import Classifier, load_classifier, save_classifier
+
+
+@pytest.fixture
+def maker(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("make_assets")
+
+
+@pytest.fixture(scope="module")
+def made(script: Callable[[str], ModuleType], tiny_unet: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step in `run`, and in `judge` a classifier that never saw an image."""
+    folder = tmp_path_factory.mktemp("made")
+    reference = script("train_reference")
+    reference.train(reference.parse_arguments([*tiny_unet, "--minutes", "1e-9", "-o", str(folder / "run")]))
+    torch.manual_seed(0)
+    save_classifier(Classifier(channels=(4, 8), classes=3).eval(), folder / "judge")
+    record = {"images": "i.npy", "labels": "l.npy", "test_images": "t.npy", "test_labels": "u.npy", "output": "judge",
+              "epochs": 1, "size": 8, "channels": "4,8", "batch": 4, "learning_rate": 0.1, "weight_decay": 0.0,
+              "shift": 1, "seed": 0, "test_accuracy": 0.875}  # fmt: skip
+    (folder / "judge" / "training.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def inputs(made: Path, images: Path, tmp_path: Path) -> list[str]:
+    """Options that make assets of a copy of the run and the classifier, which a test may spoil."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    words = f"--run {tmp_path / 'run'} --classifier {tmp_path / 'judge'} --test-images {images} "
+    return (words + "--samples 7 --steps 2 --batch 3 --threads 1 --device cpu --seed 5").split()
+
+
+def test_assets_hold_a_model_its_card_and_the_figures_of_the_check(
+    maker: ModuleType, inputs: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "assets"
+    maker.main([*inputs, "-o", str(output)])
+    assert sorted(path.name for path in output.iterdir()) == ["fashion_mnist", "fashion_mnist_classifier"]
+    folder = output / "fashion_mnist"
+    DDIMPipeline.from_pretrained(folder)
+    load_classifier(output / "fashion_mnist_classifier")
+    with Image.open(folder / "samples.png") as grid:
+        assert grid.size == (8 * 18 + 2, 8 * 18 + 2)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["samples"]["count"], metrics["test_images"]["count"]) == (7, 7)
+    assert (metrics["steps"], metrics["seed"], metrics["batch"]) == (2, 5, 3)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert f"| {metrics['samples']['confident_share']:.3f} | {metrics['test_images']['confident_share']:.3f} |" in card
+    assert "87.50% accuracy" in card
+    assert "--samples 7 --steps 2 --batch 3 --seed 5" in card
+    for path in output.rglob("*"):
+        if path.suffix in (".md", ".json"):
+            assert str(tmp_path) not in path.read_text()
+
+
+def test_the_commands_in_the_card_are_commands_of_the_scripts(
+    maker: ModuleType, script: Callable[[str], ModuleType], inputs: list[str], tmp_path: Path
+) -> None:
+    maker.main([*inputs, "-o", str(tmp_path / "assets")])
+    card = (tmp_path / "assets" / "fashion_mnist" / "README.md").read_text()
+    commands = [line.split() for line in card.splitlines() if line.startswith("python training/")]
+    names = [Path(command[1]).stem for command in commands]
+    assert names == ["train_reference", "train_classifier", "make_assets"]
+    options = [script(name).parse_arguments(command[2:]) for name, command in zip(names, commands, strict=True)]
+    assert (options[0].channels, options[0].batch, options[0].anneal) == ("16,16", 4, 1e-9)
+    assert (options[1].channels, options[1].shift) == ("4,8", 1)
+    assert (options[2].run, options[2].classifier) == (options[0].output, options[1].output)
+
+
+def test_an_interrupted_run_goes_on_with_its_samples_and_ends_in_the_same_files(
+    maker: ModuleType, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker.main([*inputs, "-o", str(tmp_path / "whole")])
+    plain, calls = DDIMPipeline.__call__, []
+
+    def counted(self: DDIMPipeline, *arguments: object, **settings: object) -> object:
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *arguments, **settings)
+
+    monkeypatch.setattr(DDIMPipeline, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        maker.main([*inputs, "-o", str(tmp_path / "halves")])
+    assert not (tmp_path / "halves" / "fashion_mnist").exists()
+    maker.main([*inputs, "-o", str(tmp_path / "halves")])
+    assert calls == [3, 3, 3, 1]  # the second was interrupted, the first is not made again
+    for name in ("samples.png", "metrics.json", "README.md"):
+        files = [tmp_path / run / "fashion_mnist" / name for run in ("whole", "halves")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_samples_of_another_seed_are_not_kept(maker: ModuleType, inputs: list[str], tmp_path: Path) -> None:
+    options = maker.parse_arguments([*inputs, "-o", str(tmp_path / "assets")])
+    left_over = maker.stage(options) / "samples" / "0000.npy"
+    np.save(left_over, np.zeros((3, 8, 8, 1), np.uint8))
+    maker.stage(options)
+    assert left_over.exists()
+    options.seed = 6
+    maker.stage(options)
+    assert not left_over.exists()
+
+
+def test_new_assets_replace_the_old_ones_and_a_failure_keeps_them(
+    maker: ModuleType, inputs: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "assets"
+    (output / "fashion_mnist").mkdir(parents=True)
+    (output / "fashion_mnist" / "old").write_text("old")
+    (tmp_path / "judge" / "model.safetensors").rename(tmp_path / "judge" / "hidden")
+    with pytest.raises(SystemExit, match="expected a safetensors file"):
+        maker.main([*inputs, "-o", str(output)])
+    assert (output / "fashion_mnist" / "old").exists()
+    (tmp_path / "judge" / "hidden").rename(tmp_path / "judge" / "model.safetensors")
+    maker.main([*inputs, "-o", str(output)])
+    assert not (output / "fashion_mnist" / "old").exists()
+    assert (output / "fashion_mnist" / "README.md").exists()
+    assert sorted(path.name for path in output.iterdir()) == ["fashion_mnist", "fashion_mnist_classifier"]
+
+
+class Fixed(torch.nn.Module):
+    """Gives the logits it was made with, whatever the images."""
+
+    def __init__(self, logits: list[list[float]]) -> None:
+        super().__init__()
+        self.logits, self.classes = torch.tensor(logits), len(logits[0])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits[: len(images)]
+
+
+def test_the_share_counts_confidences_over_nine_tenths_and_the_entropy_is_of_the_classes(maker: ModuleType) -> None:
+    nearly, sure = math.log(0.89 / 0.055), math.log(0.91 / 0.045)  # against two logits of 0: softmax 0.89 and 0.91
+    model = Fixed([[nearly, 0, 0], [sure, 0, 0], [0, sure, 0], [nearly, 0, 0]])
+    found = maker.judge(model, torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    assert found["confident_share"] == 0.5
+    assert found["class_counts"] == [3, 1, 0]
+    assert found["class_entropy_nats"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+def test_one_class_only_has_no_entropy(maker: ModuleType) -> None:
+    found = maker.judge(Fixed([[1.0, 0.0]] * 3), torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    assert found["class_entropy_nats"] == 0
+
+
+def test_the_grid_shows_the_images_in_reading_order(maker: ModuleType, tmp_path: Path) -> None:
+    images = torch.arange(70, dtype=torch.uint8).reshape(70, 1, 1, 1).repeat(1, 1, 4, 5)
+    maker.draw_grid(images, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        grid = np.asarray(image)
+    assert grid.shape == (8 * 10 + 2, 8 * 12 + 2)
+    for index in range(64):
+        top, left = 2 + index // 8 * 10, 2 + index % 8 * 12
+        assert (grid[top : top + 8, left : left + 10] == index).all()
+    assert (grid[:2] == 255).all()
+    assert (grid[:, -2:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / "run" / "training.json").unlink(), "expected the record of a run, got FileNotFoundError"),
+        (lambda p: (p / "run" / "training.json").write_text("{}"), "got one without images"),
+        (
+            lambda p: (p / "judge" / "training.json").write_text("{"),
+            "expected the record of a run, got JSONDecodeError",
+        ),
+        (lambda p: (p / "run/pipeline/unet/diffusion_pytorch_model.safetensors").unlink(), "expected the weights"),
+        (
+            lambda p: (p / "run/pipeline/unet/diffusion_pytorch_model.safetensors").write_bytes(b"none"),
+            "expected a DDIM pipeline folder",
+        ),
+        (lambda p: (p / "run/pipeline/model_index.json").unlink(), "expected a DDIM pipeline folder"),
+    ],
+    ids=["no record", "empty record", "damaged record", "no weights", "damaged weights", "no index"],
+)
+def test_a_damaged_run_ends_in_one_message(
+    maker: ModuleType, inputs: list[str], tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        maker.main([*inputs, "-o", str(tmp_path / "assets")])
+    assert not (tmp_path / "assets" / "fashion_mnist").exists()
+
+
+@pytest.mark.parametrize("limit", ["MOST_PARAMETERS", "MOST_BYTES"])
+def test_a_model_too_large_for_the_package_is_refused(
+    maker: ModuleType, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(maker, limit, 1000)
+    with pytest.raises(SystemExit, match="expected at most"):
+        maker.main([*inputs, "-o", str(tmp_path / "assets")])

@@ -1,0 +1,115 @@
+"""The training of the classifier: it learns what can be learned, records what it measured, and refuses wrong labels."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modiff.evaluate.classifier import load_classifier
+
+
+@pytest.fixture
+def trainer(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("train_classifier")
+
+
+@pytest.fixture
+def stripes(tmp_path: Path) -> list[str]:
+    """Four classes told apart by the direction and the width of their stripes, under noise, in the options' words."""
+    random = np.random.default_rng(0)
+    words = []
+    for split, count in (("", 400), ("test-", 100)):
+        labels = random.integers(0, 4, count)
+        ramp = np.arange(8)
+        wave = np.sin(2 * np.pi * ramp / np.where(labels % 2, 2.5, 6)[:, None] + random.uniform(0, 6, (count, 1)))
+        clean = np.where((labels < 2)[:, None, None], wave[:, :, None], wave[:, None, :]) * np.ones((8, 8))
+        noisy = clean * 80 + 128 + random.normal(0, 20, clean.shape)
+        for name, array in (("images", noisy.clip(0, 255).astype(np.uint8)), ("labels", labels)):
+            path = tmp_path / f"{split}{name}.npy"
+            np.save(path, array)
+            words += [f"--{split}{name}", str(path)]
+    return [*words, "--size", "8", "--channels", "8,16", "--batch", "40", "--threads", "1", "--epochs", "8"]
+
+
+def test_a_classifier_learns_to_tell_stripes_and_records_its_accuracy(
+    trainer: ModuleType, stripes: list[str], tmp_path: Path
+) -> None:
+    trainer.main([*stripes, "-o", str(tmp_path / "out")])
+    model = load_classifier(tmp_path / "out")
+    images = torch.from_numpy(np.load(tmp_path / "test-images.npy"))[:, None].double() / 255 * 2 - 1
+    labels = torch.from_numpy(np.load(tmp_path / "test-labels.npy"))
+    found = model.double()(images).softmax(-1)
+    accuracy = (found.argmax(-1) == labels).double().mean().item()
+    text = (tmp_path / "out" / "training.json").read_text()
+    record = json.loads(text)
+    assert accuracy > 0.9  # chance is 0.25
+    assert record["test_accuracy"] == pytest.approx(accuracy)
+    assert record["test_confident_share"] == pytest.approx((found.amax(-1) > 0.9).double().mean().item(), abs=0.0101)
+    assert (record["images_seen"], record["images"], record["output"]) == (3200, "images.npy", "out")
+    assert str(tmp_path) not in text
+    assert model.classes == 4
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    trainer: ModuleType, stripes: list[str], tmp_path: Path
+) -> None:
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        trainer.main([*stripes, "-o", str(tmp_path / name), "--epochs", "1", "--seed", seed])
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+def test_random_shifts_move_each_image_as_a_whole_and_fill_with_black(trainer: ModuleType) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (300, 2, 5, 6), dtype=torch.uint8)
+    shifted = trainer.shift_at_random(images, 1)
+    assert shifted.shape == images.shape
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    seen = []
+    for n in range(len(images)):
+        windows = {(r, c): padded[n, :, r : r + 5, c : c + 6] for r in range(3) for c in range(3)}
+        seen += [offset for offset, window in windows.items() if (window == shifted[n].numpy()).all()]
+    assert len(seen) == len(images)
+    assert len(set(seen)) == 9
+    assert torch.equal(trainer.shift_at_random(images, 0), images)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(399, np.int64), "expected 400 integers"),
+        (np.zeros((400, 1), np.int64), "expected 400 integers"),
+        (np.zeros(400), "float64"),
+        (np.full(400, -1), "expected 400 integers from 0"),
+        (b"no array", "expected an .npy array of labels"),
+        (None, "got FileNotFoundError"),
+    ],
+    ids=["too few", "two axes", "floats", "negative", "text", "missing"],
+)
+def test_wrong_labels_end_in_one_line_and_write_nothing(
+    trainer: ModuleType, stripes: list[str], tmp_path: Path, labels: object, message: str
+) -> None:
+    path = tmp_path / "labels.npy"
+    path.unlink()
+    if isinstance(labels, np.ndarray):
+        np.save(path, labels)
+    elif isinstance(labels, bytes):
+        path.write_bytes(labels)
+    with pytest.raises(SystemExit, match=message) as caught:
+        trainer.main([*stripes, "-o", str(tmp_path / "out")])
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("channels", ["8,x", "0", ""])
+def test_wrong_channels_end_in_one_line(trainer: ModuleType, stripes: list[str], tmp_path: Path, channels: str) -> None:
+    with pytest.raises(SystemExit, match=f"--channels {channels}: expected") as caught:
+        trainer.main([*stripes, "-o", str(tmp_path / "out"), "--channels", channels])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,262 @@
+"""Training of the diffusion model: the loss, what a restart keeps, what the folder holds, what is refused."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from safetensors.torch import load_file
+from torch import nn
+
+WEIGHTS = Path("pipeline") / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reference(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("train_reference")
+
+
+@pytest.fixture(scope="module")
+def run(reference: ModuleType, clock: type, tiny_unet: list[str]) -> Callable[..., Path]:
+    """Train into a folder for so many ticks of the clock; one step of training takes one tick."""
+
+    def train(output: Path, steps: int, *more: str, interrupt_at: int = 0) -> Path:
+        words = [*tiny_unet, "--minutes", str((steps - 0.5) / 60), "-o", str(output), *more]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "time", clock(interrupt_at))
+            reference.train(reference.parse_arguments(words))
+        return output
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps; tests only read it."""
+    return run(tmp_path_factory.mktemp("runs") / "whole", 4)
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """The same run, to go on with or to spoil."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def progress(folder: Path) -> dict[str, object]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]
+
+
+def test_a_run_writes_a_pipeline_that_diffusers_loads_and_samples(whole: Path) -> None:
+    assert progress(whole) == {"step": 4, "images_seen": 16, "seconds": 4.0, "losses": []}
+    assert {t.dtype for t in load_file(whole / WEIGHTS).values()} == {torch.float16}
+    pipeline = DDIMPipeline.from_pretrained(whole / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+    assert np.isfinite(images).all()
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_the_pipeline_holds_the_average_and_not_the_last_weights(whole: Path) -> None:
+    state = torch.load(whole / "checkpoint.pt", weights_only=True)
+    saved = load_file(whole / WEIGHTS)
+    assert saved.keys() == state["average"].keys()
+    assert all(torch.equal(saved[name], tensor.half()) for name, tensor in state["average"].items())
+    assert any(not torch.equal(saved[name], tensor.half()) for name, tensor in state["model"].items())
+
+
+def test_the_record_names_files_without_their_folders(whole: Path) -> None:
+    text = (whole / "training.json").read_text()
+    record = json.loads(text)
+    assert (record["images"], record["output"]) == ("images.npy", "whole")
+    assert (record["step"], record["images_seen"], record["training_seconds"]) == (4, 16, 4)
+    assert str(whole.parent) not in text
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
+    run: Callable[..., Path], whole: Path, tmp_path: Path
+) -> None:
+    # Two looks at the clock before the loop, then three a step: the ninth opens the third step.
+    run(tmp_path / "halves", 4, interrupt_at=9)
+    assert progress(tmp_path / "halves")["step"] == 2
+    halves = run(tmp_path / "halves", 4)
+    assert progress(halves) == progress(whole)
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, halves)]
+    for part in ("model", "average"):
+        assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part]), part
+
+
+def test_more_time_continues_the_count_of_steps_and_images(run: Callable[..., Path], copy: Path) -> None:
+    run(copy, 6)
+    assert (progress(copy)["step"], progress(copy)["images_seen"]) == (6, 24)
+
+
+def test_used_up_time_trains_no_further_step(run: Callable[..., Path], whole: Path, copy: Path) -> None:
+    run(copy, 4)
+    assert progress(copy) == progress(whole)
+    assert (copy / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options"),
+    [
+        (lambda path: None, ("--channels", "16,32")),
+        (cut_short, ()),
+        (lambda path: path.write_bytes(b"not a checkpoint"), ()),
+        (lambda path: path.write_bytes(pickle.dumps(Path("x"), protocol=2)), ()),
+        (lambda path: torch.save({"model": {}}, path), ()),
+    ],
+    ids=["of other channels", "cut short", "text", "pickle of an object", "without its parts"],
+)
+def test_a_checkpoint_that_does_not_fit_ends_in_one_line_and_stays_as_it_is(
+    run: Callable[..., Path],
+    copy: Path,
+    spoil: Callable[[Path], None],
+    options: tuple[str, ...],
+) -> None:
+    checkpoint = copy / "checkpoint.pt"
+    spoil(checkpoint)
+    before = checkpoint.read_bytes()
+    with pytest.raises(SystemExit, match="expected a checkpoint of this model") as caught:
+        run(copy, 5, *options)
+    assert "\n" not in str(caught.value)
+    assert checkpoint.read_bytes() == before
+
+
+def write_npz(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, images=np.zeros((2, 6, 6), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "got FileNotFoundError"),
+        (lambda path: path.write_text("no array"), "expected an .npy array of images"),
+        (lambda path: path.write_bytes(b""), "expected an .npy array of images"),
+        (write_npz, "expected an .npy array of images"),
+        (lambda path: np.save(path, np.zeros((2, 6, 6))), "float64"),
+        (lambda path: np.save(path, np.zeros((6, 6), np.uint8)), r"got \(6, 6\) uint8"),
+        (lambda path: np.save(path, np.zeros((0, 6, 6), np.uint8)), "N > 0"),
+        (lambda path: np.save(path, np.zeros((2, 9, 6), np.uint8)), "do not fit --size 8"),
+    ],
+    ids=["missing", "text", "empty file", "npz", "floats", "one image", "no images", "too large"],
+)
+def test_a_wrong_image_file_ends_in_one_line(
+    reference: ModuleType, tmp_path: Path, write: Callable[[Path], object], message: str
+) -> None:
+    path = tmp_path / "wrong.npy"
+    write(path)
+    with pytest.raises(SystemExit, match=message) as caught:
+        reference.load_images(path, 8)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", ["24,48", "8", "0"])
+def test_channels_that_the_norms_cannot_group_end_in_one_line(
+    run: Callable[..., Path], tmp_path: Path, channels: str
+) -> None:
+    with pytest.raises(SystemExit, match="expected multiples of 16"):
+        run(tmp_path / "run", 1, "--channels", channels)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (2, 5, 6, 3)], ids=["grey", "colour"])
+def test_images_are_padded_with_black_and_put_in_the_middle(
+    reference: ModuleType, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    images = np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    padded = reference.load_images(tmp_path / "images.npy", 8).numpy()
+    assert padded.dtype == np.uint8
+    assert padded.shape == (2, shape[3] if len(shape) == 4 else 1, 8, 8)
+    for n in range(2):
+        for channel in range(padded.shape[1]):
+            expected = images[n] if len(shape) == 3 else images[n, :, :, channel]
+            assert (padded[n, channel, 1:6, 1:7] == expected).all()
+            assert padded[n, channel].astype(int).sum() == expected.astype(int).sum()
+
+
+def test_prepared_images_span_minus_one_to_one(reference: ModuleType, tiny_unet: list[str]) -> None:
+    options = reference.parse_arguments([*tiny_unet, "-o", "unused"])
+    batch = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 1, 1, 3)
+    torch.testing.assert_close(reference.prepare(batch, options).flatten(), torch.tensor([-1.0, -0.6, 1.0]))
+
+
+def test_flips_are_of_whole_images_and_of_about_half_of_them(reference: ModuleType, tiny_unet: list[str]) -> None:
+    options = reference.parse_arguments([*tiny_unet, "-o", "unused", "--flip"])
+    torch.manual_seed(0)
+    batch = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(400, 1, 2, 3).contiguous()
+    rows = reference.prepare(batch, options).reshape(400, 6)
+    straight = torch.tensor([-1.0, -0.6, 1.0] * 2)
+    is_straight = (rows - straight).abs().amax(1) < 1e-6
+    is_flipped = (rows - straight.flip(0)).abs().amax(1) < 1e-6
+    assert (is_straight ^ is_flipped).all()
+    assert 150 < is_flipped.sum() < 250  # 400 fair coins: five standard deviations
+
+
+class Oracle(nn.Module):
+    """Knows the clean images, and solves x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps for the noise."""
+
+    def __init__(self, clean: torch.Tensor, survival: torch.Tensor) -> None:
+        super().__init__()
+        self.clean, self.survival = clean, survival
+
+    def forward(self, x: torch.Tensor, steps: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        abar = self.survival[steps].reshape(-1, 1, 1, 1)
+        return ((x - abar.sqrt() * self.clean) / (1 - abar).sqrt(),)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_loss_is_zero_for_a_model_that_knows_the_noise_and_one_for_silence(
+    reference: ModuleType, schedule: str
+) -> None:
+    t = torch.arange(1000, dtype=torch.float64)
+    if schedule == "linear":
+        survival = (1 - (1e-4 + (0.02 - 1e-4) * t / 999)).cumprod(0)
+    else:
+        shape = torch.cos((torch.arange(1001) / 1000 + 0.008) / 1.008 * torch.pi / 2).double() ** 2
+        survival = (1 - (1 - shape[1:] / shape[:-1]).clamp(max=0.999)).cumprod(0)
+    torch.manual_seed(0)
+    clean = torch.rand(64, 1, 8, 8) * 2 - 1
+    scheduler = reference.build_scheduler(schedule)
+    # The scheduler's float32 table at t = 0, divided by sqrt(1 - abar_0) = 0.006 to 0.01: errors of 1e-7 become 1e-5.
+    assert reference.loss_of_batch(Oracle(clean, survival), scheduler, clean) < 1e-6
+    silence = Oracle(torch.zeros(1), torch.zeros(1000))
+    silence.forward = lambda x, steps, return_dict: (torch.zeros_like(x),)  # type: ignore[method-assign]
+    # The mean square of 4096 normal numbers is 1 with a standard deviation of sqrt(2 / 4096) = 0.022.
+    assert abs(reference.loss_of_batch(silence, scheduler, clean) - 1) < 0.11
+
+
+def test_the_rate_warms_up_stays_and_anneals(reference: ModuleType, tiny_unet: list[str]) -> None:
+    words = [*tiny_unet, "-o", "unused", "--minutes", "10", "--warmup", "100", "--anneal", "0.25"]
+    options = reference.parse_arguments(words)
+
+    def factor(step: int, minutes: float) -> float:
+        return reference.rate_factor(reference.Progress(step=step, seconds=60 * minutes), options)
+
+    assert factor(0, 0) == pytest.approx(0.01)
+    assert factor(49, 0.5) == pytest.approx(0.5)
+    assert factor(5000, 7) == 1
+    assert factor(9000, 9) == pytest.approx(0.4 + 1e-3)
+    assert factor(9999, 10) == pytest.approx(1e-3)
+
+
+def test_the_average_forgets_the_start_fast_and_later_follows_the_decay(reference: ModuleType) -> None:
+    average, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = average.weight.double().clone()
+    for step, decay in ((0, 0.1), (7, 8 / 17), (10**6, 0.999)):
+        reference.update_average(average, model, 0.999, step)
+        expected = decay * expected + (1 - decay) * model.weight.double()
+    # Three roundings of numbers below one.
+    torch.testing.assert_close(average.weight.double(), expected, rtol=0, atol=3e-7)
