@@ -33,7 +33,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 golden: $(VENV)/.dev
-	$(BIN)/python tests/golden/write.py
+	$(BIN)/python -m tests.golden.write
 
 lint-fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -9,14 +9,14 @@ from torch import Tensor
 def worst(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference in float64. Infinite for NaN; AssertionError for another shape."""
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
-    difference = (actual.double() - exact.double()).abs()
+    difference = (actual.detach().double() - exact.detach().double()).abs()
     return float("inf") if difference.isnan().any() else float(difference.max())
 
 
 def assert_within(actual: Tensor, exact: Tensor, bound: Tensor | float) -> None:
     """Every element of `actual` lies within `bound` (a number, or one for each element) of `exact`."""
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
-    difference = (actual.double() - exact.double()).abs()
+    difference = (actual.detach().double() - exact.detach().double()).abs()
     excess = (difference - bound).max()
     assert bool((difference <= bound).all()), f"worst difference {difference.max():.3e}, {excess:.3e} over the bound"
 
@@ -35,7 +35,9 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} elements differ"
 
 
-def drifting(seed: int, shape: tuple[int, ...], steps: int, change: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def drifting(
+    seed: int, shape: tuple[int, ...], steps: int, change: float, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """Stationary Gaussian inputs; each step replaces a share `change` (relative L2) of the one before."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from mutation import Mutation
+from mutations_core import CORE
+from mutations_model import MODEL
+from mutations_nn import NN
 
+__all__ = ["MUTATIONS", "Mutation"]
 
-@dataclass(frozen=True, kw_only=True)
-class Mutation:
-    """One bug: `old` becomes `new` in `file`, and at least one test of `tests` must then fail.
-
-    file, tests: paths from the repository root. old: text that occurs exactly once in the file. why: what would go
-    wrong for a user.
-    """
-
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    why: str
-
-
-MUTATIONS: tuple[Mutation, ...] = ()
+MUTATIONS: tuple[Mutation, ...] = (*CORE, *NN, *MODEL)

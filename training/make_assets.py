@@ -79,7 +79,7 @@ def read_record(path: Path, fields: Sequence[str]) -> dict[str, Any]:
 def load_pipeline(folder: Path, device: str) -> DDIMPipeline:
     """The pipeline of a folder in float32, once it is shown to be small enough to come with the package."""
     try:
-        pipeline = DDIMPipeline.from_pretrained(folder)
+        pipeline = DDIMPipeline.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"{folder}: expected a DDIM pipeline folder, got {type(error).__name__}: {error}.") from error
     parameters = sum(p.numel() for p in pipeline.unet.parameters())
@@ -90,7 +90,7 @@ def load_pipeline(folder: Path, device: str) -> DDIMPipeline:
             f"and {size:,}. The model comes with the package. Train one with fewer --channels."
         )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, torch.float32)
+    return pipeline.to(device)
 
 
 def stage(options: argparse.Namespace) -> Path:
@@ -105,7 +105,7 @@ def stage(options: argparse.Namespace) -> Path:
     if not recorded.is_file() or recorded.read_text() != key:
         shutil.rmtree(working, ignore_errors=True)
         (working / "samples").mkdir(parents=True)
-        shutil.copytree(options.run / "pipeline", working / MODEL)
+        shutil.copytree(options.run / "pipeline", working / MODEL, copy_function=shutil.copyfile)
         # Last: a copy that was interrupted has no key, and is made anew.
         recorded.write_text(key)
     return working
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shutil.rmtree(working / CLASSIFIER, ignore_errors=True)
     (working / CLASSIFIER).mkdir()
     for name in ("config.json", "model.safetensors", "training.json"):
-        shutil.copy(options.classifier / name, working / CLASSIFIER / name)
+        shutil.copyfile(options.classifier / name, working / CLASSIFIER / name)
     for name in (MODEL, CLASSIFIER):
         install(working / name, options.output / name)
     shutil.rmtree(working)

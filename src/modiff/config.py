@@ -33,8 +33,14 @@ DEFAULT_EXCLUDE = (
     "*context_embedder*",
     "*adaln_single*",
     "*norm*.linear*",
+    "x_embedder",
+    "pos_embed*",
+    "patch_embed*",
+    "proj_out",
+    "proj_out_?",
 )
-"""Layers that read only the time step, the class or the prompt: a few rows, no cost, and large effect."""
+"""Layers that read only the time step, the class or the prompt (a few rows, no cost, large effect), and the way into a
+transformer and out of it."""
 
 
 def check(where: str, value: object, valid: bool, expected: str, hint: str) -> None:

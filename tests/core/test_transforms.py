@@ -9,7 +9,15 @@ from modiff.core.transforms import Segment, hadamard_block, rotate, segments_of
 from tests.helpers import assert_float_error, assert_within
 from tests.reference.hadamard import along, hadamard, largest_block, rotation
 
-CASES = [((64,), 1, 64), ((192,), 1, 64), ((96,), 1, 64), ((7,), 1, 64), ((24, 8), 1, 64), ((16,), 4, 64), ((32,), 1, 4)]
+CASES = [
+    ((64,), 1, 64),
+    ((192,), 1, 64),
+    ((96,), 1, 64),
+    ((7,), 1, 64),
+    ((24, 8), 1, 64),
+    ((16,), 4, 64),
+    ((32,), 1, 4),
+]
 
 
 @pytest.mark.parametrize(("runs", "groups", "limit"), CASES)

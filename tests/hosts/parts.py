@@ -59,10 +59,13 @@ _FLOW: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     ),
 }
+# What the loops of the pipelines can run, by the kind of their result.
 LATENT = ("ddim", "ddpm", "pndm", "plms", "dpm++2m", "dpm++2s", "sde-dpm++", "euler", "heun", "unipc")
-# DDPMPipeline hands `generator` to step, which PNDM, Heun and UniPC refuse, and scales neither noise nor model input,
+# DDPMPipeline hands `generator` to step, which PNDM, Heun and UniPC refuse; it scales neither noise nor model input,
 # which Euler needs.
 PIXEL = ("ddpm", "ddim", "dpm++2m", "dpm++2s", "sde-dpm++")
+# DiTPipeline gives step no generator, so samplers that draw noise do not repeat, and does not scale the first noise.
+DECODED = ("ddim", "pndm", "plms", "dpm++2m", "dpm++2s", "unipc")
 
 
 def make_scheduler(name: str, predicts: str = "v_prediction") -> SchedulerMixin:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.hosts.parts import with_scheduler
 from tests.hosts.tiny import HOSTS, TinyHost, reload
 
@@ -83,6 +84,4 @@ def test_a_listed_scheduler_samples_and_repeats(host: TinyHost, scheduler: str) 
     pipe = with_scheduler(host.build(), scheduler)
     first = host.call(pipe)
     assert torch.isfinite(first).all()
-    if host.name == "dit" and scheduler == "sde":
-        return
     assert torch.equal(host.call(pipe), first)

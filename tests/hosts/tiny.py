@@ -1,9 +1,9 @@
 """Tiny, randomly weighted pipelines of every kind we host: built offline in well under two seconds, savable, float32.
 
 A host is asked for by name, `HOSTS["flux"]`, and has two verbs: `build()` gives a new pipeline, with the same weights
-each time; `call(pipe, steps=4, seed=0, batch=1)` gives its result as one tensor. Further words go to the pipeline, as in
-`call(pipe, guidance_scale=1.0)`. Row i of a batch starts from the noise of seed + i, and one prompt serves all rows, so
-row i equals the call with seed + i and batch 1 to float error.
+each time; `call(pipe, steps=4, seed=0, batch=1)` gives its result as one tensor. Further words go to the pipeline, as
+in `call(pipe, guidance_scale=1.0)`. Row i of a batch starts from the noise of seed + i, and one prompt serves all rows,
+so row i equals the call with seed + i and batch 1 to float error.
 
 No layer is idle: diffusers starts several at zero (adaLN gates, last layers), so all parameters are drawn anew.
 No network predicts the noise: x_0 = (x - sqrt(1 - a) noise) / sqrt(a) multiplies the initial noise by 15 to 150, which
@@ -39,7 +39,9 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+
 from tests.hosts.parts import (
+    DECODED,
     LATENT,
     NEGATIVE_PROMPT,
     PIXEL,
@@ -419,7 +421,7 @@ _ALL = (
     TinyHost(name="ddim", build=build_ddim, call=call_pixels, denoiser="unet", schedulers=("ddim",)),
     TinyHost(name="sd", build=build_stable_diffusion, call=call_text, denoiser="unet", schedulers=LATENT),
     TinyHost(name="sdxl", build=build_sdxl, call=call_text, denoiser="unet", schedulers=LATENT),
-    TinyHost(name="dit", build=build_dit, call=call_dit, denoiser="transformer", schedulers=("ddim", "dpm++2m")),
+    TinyHost(name="dit", build=build_dit, call=call_dit, denoiser="transformer", schedulers=DECODED),
     TinyHost(name="pixart", build=build_pixart, call=call_pixart, denoiser="transformer", schedulers=LATENT),
     TinyHost(name="sd3", build=build_sd3, call=call_sd3, denoiser="transformer", schedulers=("flow-euler",)),
     TinyHost(

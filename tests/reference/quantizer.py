@@ -50,7 +50,13 @@ def affine_parameters(values: list[float], bits: int, symmetric: bool, clip: flo
 
 
 def quantize(
-    x: Tensor, bits: int, granularity: str = "tensor", *, symmetric: bool = True, clip: float = 1.0, channel_dim: int = -1
+    x: Tensor,
+    bits: int,
+    granularity: str = "tensor",
+    *,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    channel_dim: int = -1,
 ) -> Quantized:
     """Codes of `x`, one Python number at a time."""
     x = x.double()
@@ -87,9 +93,7 @@ def quantize_weight(weight: Tensor, bits: int | None, segments: tuple[int, ...] 
         return weight.double()
     segments = segments or (weight.shape[1],)
     rows = [
-        quantize_segments(
-            row[None], segments, bits, "tensor", symmetric=True, clip=1.0, channel_dim=1
-        ).value
+        quantize_segments(row[None], segments, bits, "tensor", symmetric=True, clip=1.0, channel_dim=1).value
         for row in weight.double()
     ]
     return torch.cat(rows)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypedDict
 
 import numpy as np
-from torch import nn
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
 
 from modiff import presets
 from modiff.config import ModiffConfig
@@ -18,13 +19,11 @@ from modiff.evaluate.environment import Environment, environment
 from modiff.evaluate.error_growth import ErrorGrowth, Growth
 from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
 from modiff.evaluate.watch import watch
-from modiff.hosts.verbs import modules_of
+from modiff.hosts.diffusers import denoisers, unconditional_run
+from modiff.hosts.noise import noise_generators
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 INTERVALS = (2, 3, 5, 10)
-
-Progress = Callable[[int, int], None]
-"""Called after every evaluation of the network with (evaluations done, evaluations in all)."""
 
 
 class Settings(TypedDict):
@@ -50,14 +49,14 @@ class Analysis(TypedDict):
 
 
 def analyze(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     config: ModiffConfig | None = None,
     *,
     steps: int = 50,
     num_images: int = 4,
     seed: int = 0,
     bits: Sequence[int] = BITS,
-    progress: Progress | None = None,
+    progress: bool = True,
 ) -> Analysis:
     """Layer errors, error growth, distributions, bit-width sweep and reuse of an unconditional pipeline.
 
@@ -68,23 +67,34 @@ def analyze(
         pipe: a diffusers pipeline without a prompt and without modiff; it is unchanged afterwards.
         config: of the layers' recursion, with dynamic scales; modulated 4 bits and full-precision weights when None,
             so that all errors are those of the activations.
+        num_images: generated in one batch, image i from the noise of seed + i.
         bits: widths of the sweep, in any order.
+        progress: a bar on stderr that counts network evaluations over the whole job.
     Raises: ConfigError if the pipeline needs a prompt, the config has static scales or codes nothing.
     Cost: len(bits) * 4 + 5 trajectories, most of them modulated.
     """
     config = config or presets.modulated(None, 4)
     _check(config, steps, num_images)
-    from modiff.hosts.diffusers import unconditional_run  # imported late: importing modiff must not load diffusers
+    unconditional_run(pipe, steps, num_images, seed)  # raises if the pipeline needs more than a number of images
 
-    run = unconditional_run(pipe, steps, num_images, seed)
+    def run() -> object:
+        noise = noise_generators(seed, range(num_images))
+        return pipe(batch_size=num_images, num_inference_steps=steps, generator=noise, output_type="np")
+
     used = [n for n in INTERVALS if n <= steps]
     errors, growth, distribution = LayerErrors(), ErrorGrowth(), Distribution()
     found: list[np.ndarray] = []
-    with _counted(pipe, steps, 1 + len(bits) * len(MODES) + len(used), progress) as trajectory:
-        watch(pipe, lambda: found.append(images(trajectory(run))), config, [errors, growth, distribution])
+    with _bar(pipe, steps, 1 + len(bits) * len(MODES) + len(used), progress) as ended:
+
+        def counted() -> object:
+            result = run()
+            ended()
+            return result
+
+        watch(pipe, lambda: found.append(images(counted())), config, [errors, growth, distribution])
         grown = growth.growth()  # before the long part: it may have nothing to show
-        sweep = bit_sweep(pipe, lambda: trajectory(run), found[0], config, bits)
-        reuse = reuse_sweep(pipe, lambda: trajectory(run), found[0], config, used)
+        sweep = bit_sweep(pipe, counted, found[0], config, bits)
+        reuse = reuse_sweep(pipe, counted, found[0], config, used)
     return {
         "environment": environment(),
         "settings": {
@@ -97,40 +107,38 @@ def analyze(
 
 def _check(config: ModiffConfig, steps: int, num_images: int) -> None:
     if steps < 2:
-        raise ConfigError(f"analyze: expected 2 or more steps, got {steps}. The method codes what changes between steps. "
-                          "Give steps=50.")  # fmt: skip
+        raise ConfigError(
+            f"analyze: expected 2 or more steps, got {steps}. What changes between steps is coded. Use --steps 50."
+        )
     if num_images < 1:
-        raise ConfigError(f"analyze: expected 1 or more images, got {num_images}. Give num_images=4.")
+        raise ConfigError(
+            f"analyze: expected 1 or more images, got {num_images}. There is nothing to watch. Use --num-images 4."
+        )
     for layer in (config.layer, *(override for _, override in config.overrides)):
         if not layer.activation.dynamic:
-            raise ConfigError("analyze: expected dynamic scales, got dynamic=False. Static ones are measured on a modulated model, "
-                              "and this watches the plain one. Use dynamic=True.")  # fmt: skip
+            raise ConfigError(
+                "analyze: expected dynamic scales, got dynamic=False. Static ones are measured on a modulated model, "
+                "and this watches the plain one. Use dynamic=True."
+            )
 
 
 @contextmanager
-def _counted(
-    pipe: Any, steps: int, trajectories: int, progress: Progress | None
-) -> Iterator[Callable[[Callable[[], object]], object]]:
-    """Gives a wrapper for each trajectory; reports each evaluation. The first trajectory tells how many there are in one."""
-    done, finished, each = 0, 0, steps
+def _bar(pipe: DiffusionPipeline, steps: int, trajectories: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar that each evaluation moves. Yields what to call after a trajectory: the first tells how long one is."""
+    finished = 0
+    with (
+        tqdm(total=steps * trajectories, unit="step", disable=not shown, dynamic_ncols=True, mininterval=0.5) as bar,
+        ExitStack() as hooks,
+    ):
 
-    def evaluated(*_: object) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, max(done, each * trajectories))
+        def evaluated(*_: object) -> None:
+            bar.update()
 
-    def trajectory(run: Callable[[], object]) -> object:
-        nonlocal finished, each
-        result = run()
-        finished += 1
-        each = done // finished
-        return result
+        def ended() -> None:
+            nonlocal finished
+            finished += 1
+            bar.total = bar.n * trajectories // finished  # samplers may evaluate twice in a step
 
-    modules: dict[str, nn.Module] = modules_of(pipe)
-    handles = [module.register_forward_hook(evaluated) for module in modules.values()]
-    try:
-        yield trajectory
-    finally:
-        for handle in handles:
-            handle.remove()
+        for model in denoisers(pipe).values():
+            hooks.callback(model.register_forward_hook(evaluated).remove)
+        yield ended

@@ -27,7 +27,7 @@ MODES: dict[str, Callable[[int | None, int], ModiffConfig]] = {
 
 
 class ImageError(TypedDict):
-    """Images against those of full precision, same noise. None where the images are not finite, psnr_db also where equal."""
+    """Images against those of full precision, same noise. None if they are not finite; psnr_db also if equal."""
 
     relative_l2: float | None
     psnr_db: float | None
@@ -77,8 +77,8 @@ def reuse_sweep(
 ) -> list[ReuseRow]:
     """The image error of repeating the outputs of all layers that the config takes, as feature caches do.
 
-    In the words of the recursion: hold predictor, zero bits, anchored again every `interval` steps. Weights stay in full
-    precision, so the error is that of reuse alone. Arguments and cost as for `bit_sweep`.
+    In the words of the recursion: hold predictor, zero bits, anchored again every `interval` steps. Weights stay in
+    full precision, so the error is that of reuse alone. Arguments and cost as for `bit_sweep`.
     """
     rows: list[ReuseRow] = []
     for interval in intervals:

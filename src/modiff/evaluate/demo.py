@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from modiff import presets
 from modiff.config import ModiffConfig
-from modiff.core.cost import ModelCost, measure_cost
+from modiff.core.cost import FULL_PRECISION_BITS, ModelCost, measure_cost
 from modiff.errors import ConfigError
 from modiff.evaluate.environment import Environment, environment
 from modiff.evaluate.grid import grid
@@ -32,6 +32,7 @@ from modiff.hosts.verbs import apply, remove, tune
 from modiff.model.attachment import attachment_of
 from modiff.model.report import Report
 from modiff.model.state_bytes import state_bytes
+from modiff.model.tune import FINALISTS
 
 FEWEST_STEPS = 4
 TUNING_SEED = 1_000_003
@@ -97,8 +98,7 @@ class Demo:
         head = ("", "steps", "rel. L2", "PSNR dB", "GBOPs", "state MiB", "seconds")
         cells = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                 for line in cells]  # fmt: skip
+        lines = [_aligned(line, widths) for line in cells]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", FOOTNOTE])
 
     def picture(self) -> Image.Image:
@@ -106,20 +106,36 @@ class Demo:
         return grid([(row.name, images) for row, images in zip(self.rows, self.images, strict=True)])
 
 
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    name, *figures = cells
+    return "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(figures, widths[1:], strict=True))])
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    return (row.name, str(row.steps), number(row.relative_l2, ".4f"), number(row.psnr_db, ".1f"), number(row.gbops, ".0f"),
-            number(row.state_mib, ".1f"), number(row.seconds, ".1f"))  # fmt: skip
+    return (
+        row.name,
+        str(row.steps),
+        number(row.relative_l2, ".4f"),
+        number(row.psnr_db, ".1f"),
+        number(row.gbops, ".0f" if row.gbops >= 100 else ".3g"),
+        number(row.state_mib, ".1f"),
+        number(row.seconds, ".1f"),
+    )
 
 
 def plans(steps: int) -> list[Plan]:
     """The rows of the demo in order: steps, plain, modulated, the ablation, then activations alone."""
-    found = [Plan("full precision", steps), Plan("half the steps", steps // 2), Plan("a quarter", steps // 4)]
+    found = [
+        Plan("full precision", steps),
+        Plan("half the steps", steps // 2),
+        Plan("a quarter of the steps", steps // 4),
+    ]
     found += [Plan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
     found += [Plan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
-    found += [Plan("W8A4 not compensated", steps, presets.uncompensated(8, 4))]
+    found += [Plan("modulated W8A4, no compensation", steps, presets.uncompensated(8, 4))]
     found += [Plan("plain W32A4", steps, presets.plain(None, 4))]
     found += [Plan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
     return found + [Plan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
@@ -128,24 +144,22 @@ def plans(steps: int) -> list[Plan]:
 def run_demo(
     pipe: DiffusionPipeline, *, steps: int = 50, num_images: int = 8, seed: int = 0, progress: bool = True
 ) -> Demo:
-    """Run every row of the demo on an unconditional pipeline with DDIM; the pipeline is as before at the end.
+    """Run every row of the demo on an unconditional pipeline with DDIM; its layers are as before at the end.
 
     Args:
         steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
         progress: a bar on stderr that counts network evaluations.
     Raises: ConfigError for a pipeline that needs a prompt, or fewer steps or images than make sense.
-    Cost: about 20 trajectories; tuning is one more for each of three bit widths.
+    Cost: 16 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """
     pipe = _checked(pipe, steps, num_images)
     todo = plans(steps)
-    passes = sum(p.steps for p in todo) + steps * sum(p.tuned_bits is not None for p in todo)
+    passes = sum(p.steps for p in todo) + steps * (1 + FINALISTS) * sum(p.tuned_bits is not None for p in todo)
     rows: list[Row] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
     cost = measure_image(pipe, seed)
-    with tqdm(total=passes, unit="step", disable=not progress, dynamic_ncols=True) as bar, ExitStack() as hooks:
-        for model in denoisers(pipe).values():
-            hooks.callback(model.register_forward_hook(lambda *_: bar.update() and None).remove)
+    with _one_bar(pipe, passes, progress) as bar:
         for plan in todo:
             config = plan.config
             if plan.tuned_bits is not None:
@@ -156,8 +170,33 @@ def run_demo(
             run = run_config(pipe, config, plan.steps, noise_generators(seed, range(num_images)))
             images.append(run.images)
             rows.append(_row(plan, config, run, images[0], cost))
-    settings = {"pipeline": type(pipe).__name__, "sampler": "ddim", "steps": steps, "num_images": num_images, "seed": seed}
+    settings = {
+        "pipeline": type(pipe).__name__,
+        "sampler": "ddim",
+        "steps": steps,
+        "num_images": num_images,
+        "seed": seed,
+    }
     return Demo(tuple(rows), tuple(images), tuned, settings, environment())
+
+
+@contextmanager
+def _one_bar(pipe: DiffusionPipeline, total: int, shown: bool) -> Iterator[tqdm[Any]]:
+    """A bar that counts network evaluations, in the place of the pipeline's own."""
+    own = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    with (
+        tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True, mininterval=0.5) as bar,
+        ExitStack() as undo,
+    ):
+        undo.callback(lambda: pipe.set_progress_bar_config(**own))
+
+        def count(*_: object) -> None:
+            bar.update()
+
+        for model in denoisers(pipe).values():
+            undo.callback(model.register_forward_hook(count).remove)
+        yield bar
 
 
 def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionPipeline:
@@ -166,14 +205,14 @@ def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionP
         unconditional_run(pipe, steps, num_images, 0)
     except ConfigError:
         raise ConfigError(
-            f"demo: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another input. "
-            "The demo does not invent one. Use `modiff sample` with --prompt or --label."
+            f"demo: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another "
+            "input. The demo does not invent one. Use `modiff sample` with --prompt or --label."
         ) from None
     most = pipe.scheduler.config.num_train_timesteps
     if not FEWEST_STEPS <= steps <= most:
         raise ConfigError(
-            f"demo: expected {FEWEST_STEPS} to {most} steps, got {steps}. One row runs a quarter of them, and the model "
-            "was trained on no more. Use --steps 50."
+            f"demo: expected {FEWEST_STEPS} to {most} steps, got {steps}. One row runs a quarter of them, and the "
+            "model was trained on no more. Use --steps 50."
         )
     if num_images < 1:
         raise ConfigError(
@@ -206,9 +245,7 @@ def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int,
     try:
         with _watch_states(pipe) as held:
             start = time.perf_counter()
-            images = pipe(
-                batch_size=len(noise), num_inference_steps=steps, generator=noise, output_type="np"
-            ).images
+            images = pipe(batch_size=len(noise), num_inference_steps=steps, generator=noise, output_type="np").images
             seconds = time.perf_counter() - start
     finally:
         if report is not None:
@@ -218,7 +255,7 @@ def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int,
 
 @contextmanager
 def _watch_states(pipe: DiffusionPipeline) -> Iterator[Callable[[], int]]:
-    """Measure the states after each evaluation, since they are freed when the pipeline returns; yields their last size."""
+    """Measure the states after each evaluation, since they are freed when the pipeline returns; yields the last."""
     held: dict[str, int] = {}
     with ExitStack() as hooks:
         for name, model in denoisers(pipe).items():
@@ -235,8 +272,8 @@ def _row(plan: Plan, config: ModiffConfig | None, run: Run, reference: np.ndarra
     modulation = None if config is None else config.layer.modulation
     return Row(
         name=plan.name,
-        weight_bits=32 if config is None else config.layer.weight.bits or 32,
-        activation_bits=32 if config is None else config.layer.activation.bits or 32,
+        weight_bits=_width(None if config is None else config.layer.weight.bits),
+        activation_bits=_width(None if config is None else config.layer.activation.bits),
         modulated=modulation is not None,
         compensated=None if modulation is None else modulation.error_compensation == "closed_loop",
         tuned=plan.tuned_bits is not None,
@@ -247,6 +284,10 @@ def _row(plan: Plan, config: ModiffConfig | None, run: Run, reference: np.ndarra
         state_mib=None if modulation is None else run.state_bytes / 2**20,
         seconds=run.seconds,
     )
+
+
+def _width(bits: int | None) -> int:
+    return FULL_PRECISION_BITS if bits is None else bits
 
 
 def _finite(value: float) -> float | None:

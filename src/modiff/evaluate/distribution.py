@@ -22,7 +22,10 @@ class Histogram(TypedDict):
 
 
 class DistributionResult(TypedDict):
-    """edges: BINS + 1 of them from -1 to 1, in units of the layer's largest |a_t| at that step. The end bins hold what lies outside."""
+    """edges: BINS + 1 of them from -1 to 1, in units of the layer's largest |a_t| at that step.
+
+    The end bins also hold what lies outside.
+    """
 
     edges: list[float]
     pooled: Histogram

@@ -22,7 +22,6 @@ from modiff.evaluate.bounds import (
 from modiff.evaluate.layer_errors import InputSide, coded_domain, norm
 from modiff.evaluate.watch import Visit
 
-
 ROUNDING = 1e-4
 """The states are float32: an error that the bound meets exactly may lie this share above it."""
 
@@ -38,8 +37,8 @@ class Curve(TypedDict):
 class LayerGrowth(TypedDict):
     """One layer. moves: ||a_t - a_{t+1}||. norms: ||a_t||. Both from step 1 on.
 
-    c: the largest ||r - q||² / ||r||² that the coder showed here in any step of either loop. c_theorem: the largest s² d /
-    ||r||² of Thm 4.3, from the scales alone; at 1 or more the theorem promises nothing.
+    c: the largest ||r - q||² / ||r||² that the coder showed here in any step of either loop. c_theorem: the largest
+    s² d / ||r||² of Thm 4.3, from the scales alone; at 1 or more the theorem promises nothing.
     """
 
     name: str
@@ -98,8 +97,10 @@ class ErrorGrowth:
         """Everything seen. Raises: ConfigError if no layer codes its input."""
         layers = [lane.growth() for lane in self._lanes.values()]
         if not layers:
-            raise ConfigError("error growth: expected a layer that codes its input, got none. Full-precision activations have no "
-                              "error to grow. Give the config 2 to 8 activation bits.")  # fmt: skip
+            raise ConfigError(
+                "error growth: expected a layer that codes its input, got none. Full-precision activations have no "
+                "error to grow. Give the config 2 to 8 activation bits."
+            )
         count = min(len(layer["moves"]) for layer in layers)
         return {
             "steps": list(range(1, count + 1)),

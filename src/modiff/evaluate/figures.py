@@ -11,6 +11,7 @@ import numpy as np
 from modiff.evaluate.analyze import Analysis
 from modiff.evaluate.distribution import Histogram
 from modiff.evaluate.error_growth import Spread
+from modiff.io.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,7 @@ def figures(analysis: Analysis, folder: Path) -> list[Path]:
             FigureCanvasAgg(figure)
             draw(figure, analysis)
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
+            write_atomically(paths[-1], lambda file, figure=figure: figure.savefig(file, format="png"))
     return paths
 
 
@@ -145,13 +146,14 @@ def _padded(rows: list[list[float]]) -> np.ndarray:
 def _error_growth(figure: Figure, analysis: Analysis) -> None:
     """Without and with compensation beside each other, on one scale."""
     growth = analysis["growth"]
-    figure.set_size_inches(11.5, 4.8)
+    figure.set_size_inches(12.5, 5.4)
     axes = figure.subplots(1, 2, sharey=True)
     _growth_panel(axes[0], growth["steps"], growth["uncompensated"], ORANGE, "Without compensation")
     _growth_panel(axes[1], growth["steps"], growth["compensated"], BLUE, "With compensation")
     shown = [v for mode in ("uncompensated", "compensated") for key in ("error_low", "error", "error_high", "bound")
              for v in growth[mode][key] if v > 0]  # fmt: skip
-    if shown:
+    if shown:  # still inputs have no errors, and a log scale has no zero
+        axes[0].set_yscale("log")
         axes[0].set_ylim(min(shown) / 2, max(shown) * 8)  # the printed bound may leave the picture
     axes[0].set_ylabel("error of the input state, ||a - â|| / ||a||")
     figure.suptitle("Error growth over the steps against the bounds, medians over the layers")
@@ -163,10 +165,9 @@ def _growth_panel(axis: Axes, steps: list[int], spread: Spread, color: str, titl
     axis.plot(steps, spread["error"], color=color, label="measured, median")
     axis.plot(steps, spread["bound"], color="black", linestyle="--", label="bound (triangle inequality)")
     axis.plot(steps, spread["printed_bound"], color=GREY, linestyle=":", label="as printed in Thm 4.4")
-    axis.set_yscale("log")
     axis.set_title(title)
     axis.set_xlabel("step")
-    axis.legend(loc="upper left", fontsize=10)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=10)  # below: no curve is under it
 
 
 def _bit_sweep(figure: Figure, analysis: Analysis) -> None:

@@ -23,7 +23,7 @@ class StepErrors(TypedDict):
     """One layer at one step. Ranges in the domain that is coded: rotated, if the config rotates. Norms over the batch.
 
     residual_*, code_error: None where nothing is coded (the states start, or full-precision activations).
-    code_error: ||r_t - q_t||. input_error: ||a_t - â_t||. output_error: ||o_t - ô_t|| against the full-precision output.
+    code_error: ||r_t - q_t||. input_error: ||a_t - â_t||. output_error: ||o_t - ô_t|| against the full-precision o_t.
     input_relative_l2, output_relative_l2: the same over ||a_t|| and ||o_t||.
     """
 
@@ -139,11 +139,11 @@ class _Lane:
     def see(self, visit: Visit) -> StepErrors:
         x = coded_domain(self.twin, visit.input)
         residual, code, held, output = self._advance(x, visit)
-        coded = residual is not None and code is not None
         numbers = [
-            x.min(), x.max(), rms(x), norm(x), norm(x - held), norm(visit.output), norm(visit.output - output),
-            *([residual.min(), residual.max(), rms(residual), norm(residual - code)] if coded else []),
+            x.min(), x.max(), rms(x), norm(x), norm(x - held), norm(visit.output), norm(visit.output - output)
         ]  # fmt: skip
+        if residual is not None and code is not None:
+            numbers += [residual.min(), residual.max(), rms(residual), norm(residual - code)]
         low, high, size, a, a_error, o, o_error, *rest = torch.stack([n.double() for n in numbers]).tolist()
         r = rest or [None] * 4
         return {

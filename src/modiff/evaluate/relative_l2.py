@@ -24,8 +24,10 @@ def relative_l2(value: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> f
     check_same_shape(got, wanted, "relative_l2")
     size = wanted.norm()
     if size == 0:
-        raise ConfigError("relative_l2: expected a reference that is not all zeros, got zeros. An error cannot be a share of "
-                          "nothing. Compare the norm of the difference instead.")  # fmt: skip
+        raise ConfigError(
+            "relative_l2: expected a reference that is not zero, got zeros. An error cannot be a share of nothing. "
+            "Compare the norm of the difference instead."
+        )
     return float((got - wanted).norm() / size)
 
 

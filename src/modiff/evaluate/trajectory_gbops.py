@@ -10,8 +10,8 @@ from modiff.model.report import Report
 def trajectory_gbops(cost: ModelCost, report: Report | None, steps: int) -> float:
     """Sum over layers and steps of MACs x weight bits x activation bits, in units of 10^9.
 
-    Layers that were left, and the products inside attention, count 32 x 32 bits. A modulated layer's first step counts at
-    the bits it runs with: 32 where it anchors in full precision, rounds x bits where it is coded; so do re-anchorings.
+    Layers that were left, and the products inside attention, count 32 x 32 bits. A modulated layer's first step counts
+    at the bits it runs with: 32 where it anchors in full precision, rounds x bits if coded; so does re-anchoring.
 
     Args:
         cost: of one step of one image.

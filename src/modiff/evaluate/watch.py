@@ -24,7 +24,7 @@ class Visit(NamedTuple):
     layer: the torch layer, its name in `entry`. config: what modiff would run it with. split: channel index of a
     concatenated input. call: how often the layer ran before within this evaluation of the network. step: from 0.
     ratio: size of this step over the last one, for the linear predictor.
-    input, output: the layer's own tensors a_t and A(a_t) + bias; the network goes on with them, so leave them as they are.
+    input, output: the layer's own tensors a_t and A(a_t) + bias; the network goes on with them: do not change them.
     """
 
     layer: nn.Module
@@ -47,8 +47,8 @@ class Visit(NamedTuple):
         kind = twin_of(self.layer)
         if kind is None:
             raise StateError(
-                f"{self.entry.name}: expected a layer with a modulated twin, got {type(self.layer).__name__}. The model "
-                "changed while it was watched. Start again."
+                f"{self.entry.name}: expected a layer with a modulated twin, got {type(self.layer).__name__}. The "
+                "model changed while it was watched. Start again."
             )
         return kind.from_float(self.layer, config, name=self.entry.name, split=self.split)
 
@@ -78,8 +78,8 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
     for module in modules_of(target).values():
         if attachment_of(module) is not None:
             raise StateError(
-                f"watch: expected a plain {type(module).__name__}, got one with modulated layers. It shows what full precision "
-                "computes. Call modiff.remove(...) first."
+                f"watch: expected a plain {type(module).__name__}, got one with modulated layers. It shows what full "
+                "precision computes. Call modiff.remove(...) first."
             )
     networks = [_Hooks(m, config, watchers, seen) for m in modules_of(target).values()]
     with ExitStack() as stack:
@@ -91,8 +91,8 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
     idle = [e.name for e in report.taken if seen.get(e.name, 0) < 2]
     if idle:
         raise CalibrationError(
-            f"watch: expected at least two steps of every layer, got fewer of {', '.join(idle[:3])}. Errors grow over steps. "
-            "Give more steps, or exclude layers that do not run."
+            f"watch: expected at least two steps of every layer, got fewer of {', '.join(idle[:3])}. Errors grow over "
+            "steps. Give more steps, or exclude layers that do not run."
         )
     return report
 

@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from modiff.errors import ConfigError
+from modiff.hosts.contexts import follow_cache_context, unfollow_cache_context
 from modiff.model.attachment import attachment_of
-from modiff.model.trajectory import context, trajectory
+from modiff.model.trajectory import trajectory
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 """Component names under which pipelines keep the networks that run at every step."""
@@ -69,7 +70,7 @@ def detach(pipe: DiffusionPipeline) -> None:
     """Give the pipeline its own class back."""
     pipe.__class__ = getattr(type(pipe), _MARK, type(pipe))
     for model in denoisers(pipe).values():
-        model.__dict__.pop("cache_context", None)
+        unfollow_cache_context(model)
 
 
 def is_attached(pipe: DiffusionPipeline) -> bool:
@@ -95,17 +96,3 @@ def unconditional_run(pipe: DiffusionPipeline, steps: int, num_images: int, seed
         return pipe(batch_size=num_images, num_inference_steps=steps, generator=generator, output_type="np")
 
     return run
-
-
-def follow_cache_context(model: nn.Module) -> None:
-    """Let `model.cache_context("cond")`, which pipelines enter around each branch of guidance, choose states too."""
-    original = getattr(model, "cache_context", None)
-    if original is None:
-        return
-
-    @contextmanager
-    def cache_context(name: str) -> Iterator[None]:
-        with context(model, name), original(name):
-            yield
-
-    model.__dict__["cache_context"] = cache_context

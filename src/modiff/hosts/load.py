@@ -95,8 +95,10 @@ def _folder(model: str | Path) -> Path:
 def _index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
-        raise FormatError(f"{folder}: expected a diffusers folder, got one without {INDEX}. It may hold a single model or "
-                          "another format. Write it with pipe.save_pretrained(folder).")  # fmt: skip
+        raise FormatError(
+            f"{folder}: expected a diffusers folder, got one without {INDEX}. It may hold a single model or another "
+            "format. Write it with pipe.save_pretrained(folder)."
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -135,8 +137,8 @@ def _component(folder: Path, name: str, kind: type[ModelMixin]) -> nn.Module:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise FormatError(
-            f"{path}: expected weights for every parameter, got none for {missing[0]} ({len(missing)} in all). The file "
-            "belongs to another config or was cut. Copy the folder again."
+            f"{path}: expected weights for every parameter, got none for {missing[0]} ({len(missing)} in all). The "
+            "file belongs to another config or was cut. Copy the folder again."
         )
     return model
 
@@ -164,8 +166,8 @@ def _check_finite(where: Path, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise FormatError(
-                f"{where}: expected finite weights, got NaN or infinity in {name}. The training diverged or the file is "
-                "damaged. Copy the folder again."
+                f"{where}: expected finite weights, got NaN or infinity in {name}. The training diverged or the file "
+                "is damaged. Copy the folder again."
             )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import diffusers
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 
-from modiff.errors import ConfigError
+from modiff.errors import ConfigError, StateError
+from modiff.hosts.diffusers import is_attached
 from modiff.hosts.unconditional import UnconditionalPipeline
 
 
@@ -49,10 +50,16 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
 
     Args:
         name: a key of SAMPLERS.
-    Returns: the pipeline to call. It is `pipe` itself, but for DDIMPipeline and DDPMPipeline, whose loops serve one family
-        of schedulers only: then a pipeline with the same U-Net, and `pipe` keeps its own scheduler.
-    Raises: ConfigError for an unknown name, or one that cannot follow what the model was trained to predict.
+    Returns: the pipeline to call. It is `pipe` itself, but for DDIMPipeline and DDPMPipeline, whose loops serve one
+        family of schedulers only: then a pipeline with the same U-Net, and `pipe` keeps its own scheduler.
+    Raises: ConfigError for an unknown name, or one that cannot follow what the model was trained to predict; StateError
+        after `modiff.apply`.
     """
+    if is_attached(pipe):
+        raise StateError(
+            f"set_scheduler: expected a plain pipeline, got {type(pipe).__name__} with modulated layers. It may be "
+            "replaced by another object, which would not know them. Choose the scheduler before modiff.apply."
+        )
     if name not in SAMPLERS:
         raise ConfigError(f"scheduler: expected one of {', '.join(SAMPLERS)}, got {name!r}. Pick one of them.")
     sampler, config = SAMPLERS[name], pipe.scheduler.config

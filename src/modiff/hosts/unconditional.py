@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class UnconditionalPipeline(DDPMPipeline):
-    """x_T ~ N(0, sigma_T²), then x <- scheduler.step(unet(scale(x), t)) over all timesteps, also those of two-call steps."""
+    """x_T ~ N(0, sigma_T²), then x <- scheduler.step(unet(scale(x), t)) over all timesteps."""
 
     @torch.no_grad()
     def __call__(

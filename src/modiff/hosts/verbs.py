@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from torch import nn
 
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
+from modiff.hosts.contexts import cache_contexts
 from modiff.hosts.unet import shortcut_splits
 from modiff.model import apply as _apply
 from modiff.model import calibrate as _calibrate
@@ -149,12 +150,15 @@ def tune(
     if run is None:
         if isinstance(target, nn.Module):
             raise ConfigError(
-                "tune: expected run=, a function that runs one trajectory, got none. A module alone does not say how it "
-                "is sampled. Give run=lambda: ..."
+                "tune: expected run=, a function that runs one trajectory, got none. A module alone does not say how "
+                "it is sampled. Give run=lambda: ..."
             )
         from modiff.hosts import diffusers
 
         run = diffusers.unconditional_run(target, steps, num_images, seed)
-    for module in modules:
-        base = _tune.tune(module, run, base, granularity=granularity)
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(cache_contexts(module))
+        for module in modules:
+            base = _tune.tune(module, run, base, granularity=granularity, splits=shortcut_splits(module))
     return base

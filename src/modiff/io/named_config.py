@@ -42,8 +42,10 @@ def named_config(text: str) -> ModiffConfig:
     if family in FAMILIES and len(bits) == 2 and all(b.isdecimal() for b in bits):
         weight, activation = (None if int(b) == FULL_PRECISION else int(b) for b in bits)
         if family == "tuned" and activation is None:
-            raise ConfigError("config: expected activation bits 2 to 8 of tuned, got 32. There is nothing to tune in full "
-                              "precision. Use modulated or fewer bits.")  # fmt: skip
+            raise ConfigError(
+                "config: expected 2 to 8 activation bits for tuned, got 32. There is nothing to tune in full "
+                "precision. Use modulated or fewer bits."
+            )
         return FAMILIES[family](weight, activation)
     if text.endswith(".json") or Path(text).is_file():
         return _read(Path(text))

@@ -1,49 +1,50 @@
-"""Pick clip ratio, predictor, gain and rotation for a model at a bit width, from one full-precision trajectory."""
+"""Pick clip ratio, predictor, gain and rotation for a model at a bit width, from a few short trajectories."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Predictor, Rotation
-from modiff.core.modulation import State, compute_dtype, encode
-from modiff.core.transforms import rotate
 from modiff.errors import CalibrationError, ConfigError, StateError
-from modiff.model.attachment import Attachment, attachment_of
-from modiff.model.report import Report
+from modiff.model.apply import apply
+from modiff.model.attachment import attachment_of
+from modiff.model.probe import probes_of
+from modiff.model.remove import remove
 from modiff.model.select import select
-from modiff.nn import Clock, ModulatedLayer, twin_of
+from modiff.model.trajectory import trajectory
 
-CLIPS = (1.0, 0.8, 0.6, 0.45, 0.3)
+CLIPS = {2: (0.6, 0.45, 0.3), 3: (0.8, 0.6, 0.45, 0.3), 4: (1.0, 0.8, 0.6)}
+"""Clip ratios worth trying at so many bits; the fewer codes there are, the more it pays to cut the tails."""
+MANY_BITS_CLIPS = (1.0, 0.8)
 GAINS = (0.5, 0.8, 1.0)
+FINALISTS = 4
+"""How many candidates run for real."""
 
 
-def candidates(base: LayerConfig, rotation: Literal["auto"] | Rotation = "auto") -> list[LayerConfig]:
-    """The settings that `tune` tries: hold and linear predictors, clip ratios, gains; those the guards refuse left out.
+def candidates(base: LayerConfig) -> list[LayerConfig]:
+    """The settings that `tune` tries: the published one, and rotated ones of either predictor over clips and gains.
 
-    "auto" rotates all but the three unrotated hold candidates with the widest clips.
+    Those that the guards of `LayerConfig` refuse, because the loop would diverge, are left out.
     """
-    found: list[LayerConfig] = []
-    modes: list[tuple[Predictor, float]] = [("hold", 1.0), *[("linear", g) for g in GAINS]]  # type: ignore[list-item]
-    for turned in ("hadamard", "none") if rotation == "auto" else (rotation,):
-        for predictor, gain in modes:
-            for clip in CLIPS:
-                if rotation == "auto" and turned == "none" and (predictor == "linear" or clip < 0.6):
-                    continue
-                try:
-                    found.append(_candidate(base, turned, predictor, gain, clip))
-                except ConfigError:  # a guard: this pair of bits and predictor diverges
-                    continue
+    modes: list[tuple[Predictor, float]] = [("hold", 1.0)]
+    modes += [("linear", gain) for gain in GAINS]
+    found = [_candidate(base, "none", "hold", 1.0, 1.0)]
+    for predictor, gain in modes:
+        for clip in CLIPS.get(base.activation.bits or 8, MANY_BITS_CLIPS):
+            try:
+                found.append(_candidate(base, "hadamard", predictor, gain, clip))
+            except ConfigError:  # a guard: this pair of bits and predictor diverges
+                continue
     return found
 
 
-def _candidate(base: LayerConfig, rotation: Any, predictor: Predictor, gain: float, clip: float) -> LayerConfig:
+def _candidate(base: LayerConfig, rotation: Rotation, predictor: Predictor, gain: float, clip: float) -> LayerConfig:
     activation = dataclasses.replace(base.activation, clip=clip)
     modulation = dataclasses.replace(base.modulation or ModulationConfig(), predictor=predictor, gain=gain)
     return dataclasses.replace(base, activation=activation, modulation=modulation, rotation=rotation)
@@ -56,21 +57,44 @@ def tune(
     *,
     choices: list[LayerConfig] | None = None,
     granularity: Literal["model", "layer"] = "model",
+    splits: Mapping[str, int] | None = None,
 ) -> ModiffConfig:
-    """The config with the settings that follow the layers' inputs best.
+    """The config with the settings that keep the network closest to full precision.
 
-    Each candidate runs its input side, â_t = p_t + code(a_t - p_t), on the inputs that the full-precision network
-    really has, and is judged by ||a_t - â_t|| / ||a_t|| over the trajectory: no operator is needed, so all candidates
-    run in one pass. "model" takes the candidate with the least mean log error; "layer" the best of each layer, as
-    overrides.
+    Two stages. On one full-precision trajectory every candidate runs its input side, â_t = p_t + code(a_t - p_t), and
+    is judged by ||a_t - â_t|| / ||a_t||: no operator is needed, so all run in one pass. Then the best few run for real
+    and the one whose network outputs differ least, in relative L2 over all evaluations, wins.
 
     Args:
-        run: runs whole trajectories of the model at the number of steps to be used later.
+        run: runs one trajectory at the number of steps to be used later, the same each time it is called.
         config: bits and selection; its activation bits must be 2 to 8.
         choices: settings to try; `candidates(config.layer)` when None.
+        granularity: "model" for one setting; "layer" lets the best setting of each layer, as overrides, compete too.
+        splits: as for `apply`.
     Raises: StateError if modiff is on the model; CalibrationError if `run` never reached a second step.
-    Cost: one full-precision trajectory plus one prologue per candidate, layer and step; an input state per candidate.
+    Cost: a full-precision trajectory with one prologue per candidate, layer and step, and an input state per candidate;
+        then `FINALISTS` modulated trajectories.
     """
+    _check(model, config)
+    choices = candidates(config.layer) if choices is None else choices
+    report = select(model, config, splits=splits)
+    with _outputs(model) as reference, probes_of(model, report, choices) as probes:
+        run()
+    errors = {name: probe.errors() for name, probe in probes.items()}
+    if any(not math.isfinite(e) for row in errors.values() for e in row):
+        raise CalibrationError(
+            "tune: expected at least two steps of every layer, got fewer. `run` must run a whole trajectory. "
+            "Give more steps, or exclude layers that do not run."
+        )
+    finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
+    if granularity == "layer":
+        best = tuple((name, choices[row.index(min(row))]) for name, row in errors.items())
+        finalists.append(dataclasses.replace(config, overrides=config.overrides + best))
+    scores = [_output_error(model, run, finalist, reference, splits) for finalist in finalists]
+    return finalists[scores.index(min(scores))]
+
+
+def _check(model: nn.Module, config: ModiffConfig) -> None:
     if attachment_of(model) is not None:
         raise StateError(
             "tune: expected a plain model, got one with modulated layers. It is judged against full precision. "
@@ -81,84 +105,50 @@ def tune(
             f"tune: expected 2 to 8 activation bits, got {config.layer.activation.bits}. There is no code to tune. "
             "Give bits=4."
         )
-    choices = candidates(config.layer) if choices is None else choices
-    report = select(model, config)
-    with _probes(model, report, choices) as probes:
-        run()
-    errors = {name: probe.errors() for name, probe in probes.items()}
-    if any(not math.isfinite(e) for row in errors.values() for e in row) or not errors:
-        raise CalibrationError(
-            "tune: expected at least two steps of every layer, got fewer. `run` must run whole trajectories. "
-            "Give more steps, or exclude layers that do not run."
-        )
-    if granularity == "layer":
-        chosen = tuple((name, choices[row.index(min(row))]) for name, row in errors.items())
-        return dataclasses.replace(config, overrides=config.overrides + chosen)
-    means = [sum(math.log(row[i] + 1e-12) for row in errors.values()) for i in range(len(choices))]
-    return dataclasses.replace(config, layer=choices[means.index(min(means))])
 
 
-class _Probe:
-    """Runs the input side of every candidate beside one full-precision layer."""
-
-    def __init__(self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock) -> None:
-        kind = twin_of(layer)
-        if kind is None:
-            raise ConfigError(
-                f"{name}: expected a layer with a modulated twin, got {type(layer).__name__}. Exclude it."
-            )
-        self.clock = clock
-        self.twins: list[ModulatedLayer] = [kind.from_float(layer, c, name=name, clock=clock) for c in choices]
-        self.states: dict[str, list[State | None]] = {}
-        self.noise = torch.zeros(len(choices), dtype=torch.float64)
-        self.signal = 0.0
-        clock.on_reset(self.states.clear)
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        x: Tensor = args[0].detach()
-        starts = self.clock.context not in self.states
-        states = self.states.setdefault(self.clock.context, [None] * len(self.twins))
-        rotated: dict[object, Tensor] = {None: x}
-        for i, twin in enumerate(self.twins):
-            if twin.segments not in rotated:
-                rotated[twin.segments] = rotate(x.float(), twin.segments or (), twin.channel_dim)
-            states[i] = self._advance(i, twin, rotated[twin.segments], states[i])
-        if not starts:
-            self.signal += float(x.float().square().sum())
-
-    def _advance(self, i: int, twin: ModulatedLayer, value: Tensor, state: State | None) -> State:
-        if twin.coder is None or twin.config.modulation is None:
-            raise ConfigError(
-                f"{twin.name}: expected a modulated candidate, got a plain one. Plain layers need no tuning."
-            )
-        ratio = self.clock.ratio if state is not None else 1.0
-        _, state_now = encode(value, state, twin.coder, twin.config.modulation, ratio)
-        if state is not None:
-            error = value.to(compute_dtype(twin.config.modulation)) - state_now.value
-            self.noise[i] += float(error.square().sum())
-        return state_now
-
-    def errors(self) -> list[float]:
-        """Relative error of each candidate over all coded steps; NaN if there were none."""
-        if self.signal == 0:
-            return [math.nan] * len(self.twins)
-        return [math.sqrt(float(n) / self.signal) for n in self.noise]
+def _shortlist(choices: list[LayerConfig], errors: dict[str, list[float]]) -> list[LayerConfig]:
+    """The candidates with the least mean log error of the layers."""
+    scores = [sum(math.log(row[i] + 1e-12) for row in errors.values()) for i in range(len(choices))]
+    order = sorted(range(len(choices)), key=scores.__getitem__)
+    return [choices[i] for i in order[:FINALISTS]]
 
 
 @contextmanager
-def _probes(model: nn.Module, report: Report, choices: list[LayerConfig]) -> Iterator[dict[str, _Probe]]:
-    clock = Clock(type(model).__name__)
-    watcher = Attachment(clock, report)
-    watcher.watch(model)
-    probes: dict[str, _Probe] = {}
+def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what every evaluation of the network returns: small tensors, the size of a latent."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: object, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        found.append(tensor.detach().clone())
+
+    handle = model.register_forward_hook(keep)
     try:
-        for entry in report.taken:
-            layer = model.get_submodule(entry.name)
-            probes[entry.name] = _Probe(layer, entry.name, choices, clock)
-            watcher.handles.append(layer.register_forward_pre_hook(probes[entry.name]))
-        clock.start()
-        yield probes
+        yield found
     finally:
-        clock.stop()
-        for handle in watcher.handles:
-            handle.remove()
+        handle.remove()
+
+
+def _output_error(
+    model: nn.Module,
+    run: Callable[[], object],
+    config: ModiffConfig,
+    reference: list[Tensor],
+    splits: Mapping[str, int] | None,
+) -> float:
+    """||outputs - reference|| / ||reference|| over one trajectory, infinite when a loop diverged."""
+    apply(model, config, splits=splits)
+    try:
+        with _outputs(model) as outputs, trajectory(model):
+            run()
+    finally:
+        remove(model)
+    if [o.shape for o in outputs] != [r.shape for r in reference]:
+        raise CalibrationError(
+            f"tune: expected run to evaluate the network {len(reference)} times as before, got {len(outputs)} times "
+            "or other shapes. It must run the same trajectory at each call. Fix its seed, steps and batch."
+        )
+    noise = sum(float((o.double() - r.double()).square().sum()) for o, r in zip(outputs, reference, strict=True))
+    signal = sum(float(r.double().square().sum()) for r in reference)
+    return math.sqrt(noise / signal) if math.isfinite(noise) and signal > 0 else math.inf

@@ -1,0 +1,67 @@
+"""`modiff sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modiff.cli.errors import errors_as_exit_code
+from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
+from modiff.io.atomic import check_writable, write_json
+from modiff.io.named_config import named_config
+
+CONFIG_HELP = (
+    "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "
+    "or a JSON file of ModiffConfig.to_json(). Full precision when left out."
+)
+SCHEDULER_HELP = "ddim, ddpm, dpmsolver++, euler, heun, unipc, ...; the model's own when left out."
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the images.")],
+    config: Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)] = None,
+    steps: Steps = 50,
+    num_images: NumImages = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time; they stay the same.")] = 8,
+    seed: Seed = 0,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="For models that take text.")] = None,
+    label: Annotated[int | None, typer.Option("--label", help="For class-conditional models.")] = None,
+    json_file: Json = None,
+    device: Device = "cpu",
+) -> None:
+    """Generate images into a folder. Run again, it goes on where it stopped.
+
+    \b
+    Example:
+        modiff sample embedded --config w8a4 --scheduler ddim --steps 50 --num-images 16 -o samples
+    """
+    with errors_as_exit_code():
+        chosen = None if config is None else named_config(config)
+        if json_file is not None:
+            check_writable(json_file)
+        check_writable(output / "settings.json")
+        from modiff.engine.generate import Request, generate  # imported late: `modiff --help` must not wait
+        from modiff.evaluate.environment import environment
+        from modiff.hosts.samplers import set_scheduler
+        from modiff.hosts.verbs import apply
+
+        request = Request(num_images=num_images, steps=steps, seed=seed, prompt=prompt, label=label)
+        pipe = quiet_pipeline(model, device)
+        pipe = pipe if scheduler is None else set_scheduler(pipe, scheduler)
+        report = None if chosen is None else apply(pipe, chosen)
+        settings = {
+            "model": model,
+            "config": None if chosen is None else chosen.to_dict(),
+            "scheduler": type(pipe.scheduler).__name__ if scheduler is None else scheduler,
+        }
+        done = generate(pipe, request, output, settings=settings, batch_size=batch_size)
+        typer.echo(f"{done.written} written, {len(done.files) - done.written} kept: {output}")
+        if json_file is not None:
+            result = {"settings": settings | {"steps": steps, "seed": seed, "prompt": prompt, "label": label}}
+            result |= {"files": [file.name for file in done.files], "written": done.written, "seconds": done.seconds}
+            result |= {"layers": None if report is None else report.to_dict()["layers"], "environment": environment()}
+            write_json(json_file, result)

@@ -1,0 +1,138 @@
+"""`modiff demo` end to end on a tiny folder, and each way it can go wrong: one line, exit code 2, nothing half done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from modiff.cli import app
+from modiff.evaluate import demo as logic
+from tests.pixels import pixel_pipeline, saved_pipeline
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved_pipeline(tmp_path / "pipeline")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of the rows: all of them run in tests/evaluate/test_demo.py."""
+    rows = [p for p in logic.plans(4) if p.name in ("full precision", "plain W8A4", "modulated W8A4")]
+    monkeypatch.setattr(logic, "plans", lambda steps: rows)
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["demo", "--steps", "4", "--num-images", "2", *map(str, arguments)])
+
+
+def assert_one_line(result: Result, message: str, code: int = 2) -> None:
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("modiff: ")]
+    assert len(lines) == 1, result.stderr
+    assert message in lines[0]
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.usefixtures("short")
+def test_it_prints_the_table_and_writes_picture_and_json(folder: Path, tmp_path: Path) -> None:
+    picture, figures = tmp_path / "out" / "grid.png", tmp_path / "out" / "demo.json"
+    result = invoke("--model", folder, "-o", picture, "--json", figures)
+    assert result.exit_code == 0, result.output
+    values = json.loads(figures.read_text())
+    assert [r["name"] for r in values["rows"]] == ["full precision", "plain W8A4", "modulated W8A4"]
+    for row in values["rows"]:
+        assert f"{row['relative_l2']:.4f}" in next(x for x in result.stdout.splitlines() if x.startswith(row["name"]))
+    assert {"python", "torch", "diffusers", "modiff", "cpu", "cores", "threads"} <= set(values["environment"])
+    assert str(tmp_path) not in figures.read_text()
+    with Image.open(picture) as image:
+        assert image.height == 2 + 3 * 66
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["demo.json", "grid.png"]
+
+
+@pytest.mark.usefixtures("short")
+def test_the_seed_chooses_the_noise(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert invoke("--model", folder, "--seed", seed, "-o", tmp_path / f"{name}.png").exit_code == 0
+        found.append((tmp_path / f"{name}.png").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_wrong_folder_is_one_line(tmp_path: Path) -> None:
+    picture = tmp_path / "grid.png"
+    assert_one_line(invoke("--model", tmp_path, "-o", picture), f"{tmp_path}: expected a diffusers folder")
+    assert not picture.exists()
+
+
+def test_a_corrupt_checkpoint_is_one_line(folder: Path, tmp_path: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert_one_line(invoke("--model", folder, "-o", tmp_path / "grid.png"), f"{weights}: expected a safetensors file")
+
+
+def test_a_conditional_pipeline_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Prompted(type(pixel_pipeline())):  # type: ignore[misc]
+        def __call__(self, prompt: str, batch_size: int = 1) -> None:
+            raise NotImplementedError
+
+    pipe = pixel_pipeline()
+    prompted = Prompted(unet=pipe.unet, scheduler=pipe.scheduler)
+    monkeypatch.setattr("modiff.hosts.load.load_pipeline", lambda model, device: prompted)
+    assert_one_line(invoke("-o", tmp_path / "grid.png"), "demo: expected an unconditional pipeline, got Prompted")
+
+
+def test_too_few_steps_are_one_line(folder: Path, tmp_path: Path) -> None:
+    result = invoke("--model", folder, "-o", tmp_path / "grid.png", "--steps", 2)
+    assert_one_line(result, "expected 4 to 1000 steps, got 2")
+
+
+@pytest.mark.parametrize("option", ["-o", "--json"])
+def test_an_output_that_cannot_be_written_stops_it_before_the_model_is_loaded(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "below.out"
+    others = ["-o", tmp_path / "grid.png"] if option == "--json" else []
+    assert_one_line(
+        invoke("--model", "absent", *others, option, below), f"{below}: expected a file that can be written"
+    )
+
+
+@pytest.mark.usefixtures("short")
+def test_a_full_disk_is_one_line_and_the_table_is_shown_all_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    picture = tmp_path / "grid.png"
+    picture.write_bytes(b"old")
+    result = invoke("--model", folder, "-o", picture)
+    assert_one_line(result, f"{picture}: expected a file that can be written, got No space left on device")
+    assert "modulated W8A4" in result.stdout
+    assert picture.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "pipeline"]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_device_is_one_line(folder: Path, tmp_path: Path) -> None:
+    result = invoke("--model", folder, "-o", tmp_path / "grid.png", "--json", "/dev/full")
+    assert_one_line(result, "/dev/full: expected a file that can be written, got No space left on device")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(logic, "run_config", interrupted)
+    assert_one_line(invoke("--model", folder, "-o", tmp_path / "grid.png"), "interrupted", code=130)
+    assert [p.name for p in tmp_path.iterdir()] == ["pipeline"]

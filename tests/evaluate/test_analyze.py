@@ -1,0 +1,108 @@
+"""The whole analysis on a tiny pipeline: what it holds, that it is JSON, and what it refuses."""
+
+import io
+import json
+from contextlib import redirect_stderr
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DDIMPipeline
+
+from modiff import presets
+from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
+from modiff.errors import ConfigError
+from modiff.evaluate.analyze import Analysis, analyze
+from modiff.evaluate.bit_sweep import MODES
+from modiff.hosts.diffusers import is_attached
+from modiff.hosts.noise import noise_generators
+from modiff.hosts.samplers import set_scheduler
+from tests.hosts.tiny import HOSTS
+
+
+def build() -> DDIMPipeline:
+    pipe = HOSTS["ddim"].build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def analysed() -> tuple[DDIMPipeline, Analysis, str]:
+    pipe, shown = build(), io.StringIO()
+    with redirect_stderr(shown):
+        analysis = analyze(pipe, steps=4, num_images=2, seed=5, bits=(8, 3))
+    return pipe, analysis, shown.getvalue()
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
+
+
+def test_it_is_plain_json_with_the_documented_fields(analysed: tuple[DDIMPipeline, Analysis, str]) -> None:
+    analysis = analysed[1]
+    assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis
+    assert set(analysis) == {"environment", "settings", "layers", "growth", "distribution", "sweep", "reuse"}
+    assert {type(leaf) for leaf in leaves(analysis)} <= {str, int, float, bool, type(None)}
+    assert set(analysis["layers"][0]) == {"name", "kind", "call", "setting", "steps"}
+    assert len(analysis["layers"][0]["steps"]) == 4
+    assert {(row["mode"], row["bits"]) for row in analysis["sweep"]} == {(m, b) for m in MODES for b in (8, 3)}
+    assert [row["interval"] for row in analysis["reuse"]] == [2, 3]
+    assert analysis["growth"]["steps"] == [1, 2, 3]
+    expected = {"steps": 4, "num_images": 2, "seed": 5, "bits": [8, 3], "config": presets.modulated(None, 4).to_dict()}
+    assert analysis["settings"] == expected
+
+
+def test_the_pipeline_is_unchanged(analysed: tuple[DDIMPipeline, Analysis, str]) -> None:
+    pipe = analysed[0]
+    assert not is_attached(pipe)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules()) == 0
+    call = {"batch_size": 1, "num_inference_steps": 2, "output_type": "np"}
+    again = [p(**call, generator=noise_generators(3, [0])).images for p in (pipe, build())]
+    assert np.array_equal(*again)
+
+
+def test_one_bar_counts_every_evaluation_of_the_job(analysed: tuple[DDIMPipeline, Analysis, str]) -> None:
+    trajectories = 1 + 2 * len(MODES) + 2
+    assert f"{4 * trajectories}/{4 * trajectories}" in analysed[2].replace("\r", "\n").splitlines()[-1]
+
+
+def test_the_same_seed_gives_the_same_figures() -> None:
+    first, second = (analyze(build(), steps=2, num_images=1, seed=1, bits=(4,), progress=False) for _ in range(2))
+    assert first == second
+
+
+def test_a_sampler_with_two_evaluations_a_step_fills_its_bar() -> None:
+    shown = io.StringIO()
+    with redirect_stderr(shown):
+        analysis = analyze(set_scheduler(build(), "heun"), steps=2, num_images=1, bits=(4,))
+    assert len(analysis["layers"][0]["steps"]) == 3  # Heun's last step has one evaluation
+    assert "18/18" in shown.getvalue()
+
+
+STATIC = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False, granularity="tensor")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 1}, "expected 2 or more steps, got 1"),
+        ({"num_images": 0}, "expected 1 or more images, got 0"),
+        ({"config": STATIC}, "expected dynamic scales"),
+        ({"config": ModiffConfig(overrides=(("*conv1", STATIC.layer),))}, "expected dynamic scales"),
+        ({"config": presets.modulated(8, None)}, "expected a layer that codes its input"),
+        ({"config": ModiffConfig(include=("nothing",))}, "'nothing'"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain(settings: dict[str, Any], message: str) -> None:
+    pipe = build()
+    with pytest.raises(ConfigError, match=message) as caught:
+        analyze(pipe, **{"steps": 2, "num_images": 1, "progress": False, **settings})
+    assert "\n" not in str(caught.value)
+    assert sum(len(m._forward_hooks) for m in pipe.unet.modules()) == 0
+
+
+def test_a_pipeline_that_needs_a_prompt_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without a prompt"):
+        analyze(HOSTS["dit"].build(), steps=2)

@@ -1,0 +1,108 @@
+"""The sweeps: each row equals a run by hand, and the pipeline is as before."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+import modiff
+from modiff import presets
+from modiff.config import LayerConfig, ModiffConfig, WeightConfig
+from modiff.errors import CalibrationError
+from modiff.evaluate.bit_sweep import MODES, bit_sweep, image_error, images, reuse_sweep
+from modiff.hosts.diffusers import is_attached, unconditional_run
+from tests.hosts.tiny import HOSTS
+
+EXACT = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=None)))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DDIMPipeline:
+    pipe = HOSTS["ddim"].build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def relative(found: np.ndarray, reference: np.ndarray) -> float:
+    return float(
+        ((found.astype(np.float64) - reference) ** 2).sum() ** 0.5 / (reference.astype(np.float64) ** 2).sum() ** 0.5
+    )
+
+
+def test_rows_equal_runs_by_hand_and_keep_the_configs_weights_and_selection(pipe: DDIMPipeline) -> None:
+    run = unconditional_run(pipe, 3, 1, 0)
+    reference = run().images
+    config = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=6)), include=("down_blocks.*",))
+    rows = bit_sweep(pipe, run, reference, config, (8, 3), ("plain", "tuned"))
+    assert [(row["mode"], row["bits"]) for row in rows] == [("plain", 8), ("plain", 3), ("tuned", 8), ("tuned", 3)]
+    for row in rows:
+        layer = {"plain": presets.plain, "tuned": presets.tuned}[row["mode"]](6, row["bits"]).layer
+        modiff.apply(pipe, ModiffConfig(layer=layer, include=("down_blocks.*",)))
+        found = run().images
+        modiff.remove(pipe)
+        assert row["relative_l2"] == pytest.approx(relative(found, reference), rel=1e-9)
+        assert row["psnr_db"] == pytest.approx(
+            -10 * np.log10(np.mean((found.astype(np.float64) - reference) ** 2)), rel=1e-9
+        )
+
+
+def test_fewer_bits_lose_more_in_every_mode_and_compensation_helps(pipe: DDIMPipeline) -> None:
+    run = unconditional_run(pipe, 6, 1, 0)
+    rows = bit_sweep(pipe, run, run().images, EXACT, (8, 4))
+    error = {(row["mode"], row["bits"]): row["relative_l2"] for row in rows}
+    assert {mode for mode, _ in error} == set(MODES)
+    assert all(error[mode, 4] > 2 * error[mode, 8] > 0 for mode in ("plain", "modulated", "uncompensated"))
+    assert error["modulated", 4] < error["uncompensated", 4]
+    assert error["modulated", 4] < 0.7 * error["plain", 4]
+
+
+def test_reuse_at_interval_1_is_exact_and_longer_intervals_lose_more(pipe: DDIMPipeline) -> None:
+    run = unconditional_run(pipe, 6, 1, 0)
+    rows = reuse_sweep(pipe, run, run().images, EXACT, (1, 2, 4))
+    assert [row["interval"] for row in rows] == [1, 2, 4]
+    errors = [row["relative_l2"] for row in rows]
+    assert errors[0] < 1e-6
+    assert 1e-4 < errors[1] < errors[2]
+
+
+def test_reuse_evaluates_the_layers_only_at_every_intervals_step(pipe: DDIMPipeline) -> None:
+    """Every taken layer is linear, so a held output means a held tensor: equal at the steps in between."""
+    seen: list[torch.Tensor] = []
+    layer = "mid_block.resnets.0.conv1"
+
+    def run() -> object:
+        handle = pipe.unet.get_submodule(layer).register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+        result = unconditional_run(pipe, 4, 1, 0)()
+        handle.remove()
+        return result
+
+    reference = run().images
+    seen.clear()
+    reuse_sweep(pipe, run, reference, EXACT, (2,))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_the_pipeline_is_plain_again_also_after_an_error(pipe: DDIMPipeline) -> None:
+    def fail() -> object:
+        assert is_attached(pipe)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        bit_sweep(pipe, fail, np.ones((1, 2, 2, 1)), EXACT, (8,))
+    assert not is_attached(pipe)
+
+
+def test_images_that_are_not_finite_or_equal_have_no_figures_that_json_cannot_hold() -> None:
+    reference = np.full((1, 2, 2, 1), 0.5)
+    assert image_error(np.full_like(reference, np.nan), reference) == {"relative_l2": None, "psnr_db": None}
+    assert image_error(reference, reference) == {"relative_l2": 0.0, "psnr_db": None}
+
+
+def test_a_run_without_an_array_of_images_is_refused() -> None:
+    assert images(SimpleNamespace(images=np.ones(3))).sum() == 3
+    with pytest.raises(CalibrationError, match='output_type="np"'):
+        images(SimpleNamespace(images=["a picture"]))

@@ -1,0 +1,205 @@
+"""The demo on a tiny pipeline: the rows asked for, the same noise in each, honest figures, and a model left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+
+import modiff
+from modiff.errors import ConfigError
+from modiff.evaluate.demo import Demo, Row, plans, run_config, run_demo
+from modiff.hosts.noise import noise_generators
+from modiff.model.tune import candidates
+from tests.pixels import pixel_pipeline
+
+STEPS, IMAGES, SEED = 4, 2, 3
+FIELDS = [
+    "name", "weight_bits", "activation_bits", "modulated", "compensated", "tuned", "steps",
+    "relative_l2", "psnr_db", "gbops", "state_mib", "seconds",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Demo]:
+    with pytest.MonkeyPatch.context() as patch:
+        # a few candidates only: what is tested here is the demo
+        patch.setattr("modiff.model.tune.candidates", lambda base: candidates(base)[::4])
+        yield run_demo(pixel_pipeline(), steps=STEPS, num_images=IMAGES, seed=SEED, progress=False)
+
+
+def row(demo: Demo, name: str) -> Row:
+    return next(r for r in demo.rows if r.name == name)
+
+
+def reference_images(steps: int) -> np.ndarray:
+    """diffusers alone."""
+    noise = [torch.Generator().manual_seed(SEED + i) for i in range(IMAGES)]
+    return pixel_pipeline()(batch_size=IMAGES, num_inference_steps=steps, generator=noise, output_type="np").images
+
+
+def test_the_rows_are_those_of_the_issue_in_order(demo: Demo) -> None:
+    settings = [(r.weight_bits, r.activation_bits, r.modulated, r.compensated, r.tuned, r.steps) for r in demo.rows]
+    full = (32, 32, False, None, False)
+    assert settings == [
+        (*full, 4), (*full, 2), (*full, 1),
+        *[(8, bits, False, None, False, 4) for bits in (8, 4, 3)],
+        *[(8, bits, True, True, False, 4) for bits in (8, 4, 3, 2)],
+        (8, 4, True, False, False, 4),
+        (32, 4, False, None, False, 4),
+        (32, 4, True, True, False, 4), (32, 3, True, True, False, 4),
+        *[(32, bits, True, True, True, 4) for bits in (4, 3, 2)],
+    ]  # fmt: skip
+    assert len({r.name for r in demo.rows}) == len(demo.rows)
+
+
+def test_default_steps_give_25_and_12_for_half_and_a_quarter() -> None:
+    assert [plan.steps for plan in plans(50)[:3]] == [50, 25, 12]
+
+
+def test_the_json_has_exactly_the_fields_agreed_on_and_no_infinity(demo: Demo) -> None:
+    values = json.loads(json.dumps(demo.to_dict(), allow_nan=False))
+    assert [list(r) for r in values["rows"]] == [FIELDS] * len(demo.rows)
+    assert values["environment"]["modiff"] == modiff.__version__
+    assert values["settings"]["seed"] == SEED
+
+
+def test_every_row_starts_from_the_noise_that_diffusers_alone_would_draw(demo: Demo) -> None:
+    assert np.array_equal(demo.images[0], reference_images(STEPS))
+    assert np.array_equal(demo.images[1], reference_images(STEPS // 2))
+
+
+def test_errors_are_those_of_the_images_against_full_precision(demo: Demo) -> None:
+    reference = reference_images(STEPS).astype(np.float64)
+    for r, images in zip(demo.rows[1:], demo.images[1:], strict=True):
+        difference = images.astype(np.float64) - reference
+        # two float64 sums of 128 terms
+        assert r.relative_l2 == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(reference), rel=1e-12)
+        assert r.psnr_db == pytest.approx(-10 * np.log10(np.mean(difference**2)), rel=1e-12)
+    assert (demo.rows[0].relative_l2, demo.rows[0].psnr_db) == (0.0, None)
+
+
+def test_modulation_and_tuning_pay_also_on_random_weights(demo: Demo) -> None:
+    error = {r.name: r.relative_l2 or 0.0 for r in demo.rows}
+    assert error["modulated W32A4"] < 0.6 * error["plain W32A4"]
+    assert error["tuned W32A4"] < error["modulated W32A4"]
+    assert error["modulated W8A8"] < error["modulated W8A4"] < error["modulated W8A3"] < error["modulated W8A2"]
+
+
+def test_bit_operations_order_as_the_bits_do_and_halve_with_the_steps(demo: Demo) -> None:
+    full, half, quarter = (r.gbops for r in demo.rows[:3])
+    assert (half, quarter) == (full / 2, full / 4)
+    plain, modulated = row(demo, "plain W8A4").gbops, row(demo, "modulated W8A4").gbops
+    assert plain < modulated < row(demo, "modulated W8A8").gbops < full  # modulated: its first step at 32 bits
+    assert row(demo, "tuned W32A4").gbops == row(demo, "modulated W32A4").gbops
+
+
+def test_states_are_measured_while_they_live(demo: Demo) -> None:
+    assert [r.name for r in demo.rows if r.state_mib is None] == [r.name for r in demo.rows if not r.modulated]
+    pipe = pixel_pipeline()
+    report = modiff.apply(pipe, modiff.presets.w8a4())
+    sizes: list[int] = []
+
+    def both(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        sizes.append(4 * (args[0].numel() + output.numel()))
+
+    def output_only(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        sizes.append(4 * output.numel())
+
+    for name in [entry.name for entry in report.taken]:
+        reads_what_to_q_reads = name.endswith(("to_k", "to_v"))
+        pipe.unet.get_submodule(name).register_forward_hook(output_only if reads_what_to_q_reads else both)
+    pipe(batch_size=IMAGES, num_inference_steps=1, output_type="np")
+    expected = sum(sizes) / 2**20
+    assert row(demo, "modulated W8A4").state_mib == expected
+    # the linear predictor keeps the last move of each state as well
+    linear = demo.tuned[4].layer.modulation.predictor == "linear"
+    assert row(demo, "tuned W32A4").state_mib == (2 if linear else 1) * expected
+
+
+def test_the_table_has_a_line_for_each_row_and_says_what_its_columns_mean(demo: Demo) -> None:
+    lines = demo.table().splitlines()
+    assert [line.startswith(r.name) for line, r in zip(lines[2:], demo.rows, strict=False)] == [True] * len(demo.rows)
+    assert f"{row(demo, 'plain W8A4').relative_l2:.4f}" in next(x for x in lines if x.startswith("plain W8A4"))
+    assert "first step of a modulated run counts at 32-bit" in demo.table()
+    assert "not speed" in demo.table()
+
+
+def test_the_picture_has_a_row_for_each_setting(demo: Demo) -> None:
+    assert demo.picture().height == 2 + len(demo.rows) * (64 + 2)
+
+
+def test_a_run_leaves_the_pipeline_as_it_was_also_when_it_fails() -> None:
+    pipe = pixel_pipeline()
+    before = {name: type(module) for name, module in pipe.unet.named_modules()}
+    hooks = len(pipe.unet._forward_hooks)
+    config = modiff.presets.w8a4()
+    run_config(pipe, config, 2, noise_generators(0, range(1)))
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        run_config(pipe, config, 10**6, noise_generators(0, range(1)))
+    assert {name: type(module) for name, module in pipe.unet.named_modules()} == before
+    assert len(pipe.unet._forward_hooks) == hooks
+    modiff.apply(pipe, config)  # raises if modiff were still on it
+
+
+def test_a_ddpm_pipeline_is_sampled_with_ddim(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [p for p in plans(STEPS) if p.name in ("full precision", "modulated W8A8")]
+    monkeypatch.setattr("modiff.evaluate.demo.plans", lambda steps: first)
+    ddim = pixel_pipeline()
+    scheduler = DDPMScheduler.from_config(ddim.scheduler.config)
+    ddpm = DDPMPipeline(unet=ddim.unet, scheduler=scheduler)
+    result = run_demo(ddpm, steps=STEPS, num_images=IMAGES, seed=SEED, progress=False)
+    assert np.array_equal(result.images[0], reference_images(STEPS))
+    assert ddpm.scheduler is scheduler
+
+
+def test_the_bar_counts_every_evaluation_and_goes_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("modiff.evaluate.demo.plans", lambda steps: plans_before(steps)[:3])
+    run_demo(pixel_pipeline(), steps=STEPS, num_images=1)
+    shown = capsys.readouterr()
+    assert "7/7" in shown.err
+    assert shown.out == ""
+
+
+plans_before = plans
+
+
+class Prompted(DDPMPipeline):
+    """A pipeline that takes a prompt."""
+
+    def __call__(self, prompt: str | None = None, batch_size: int = 1) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, "expected 4 to 1000 steps, got 3"),
+        ({"steps": 1001}, "expected 4 to 1000 steps, got 1001"),
+        ({"num_images": 0}, "at least 1 image"),
+    ],
+)
+def test_a_demo_that_cannot_run_says_so_at_once(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_demo(pixel_pipeline(), **options)
+
+
+def test_a_conditional_pipeline_is_one_clear_error() -> None:
+    pipe = pixel_pipeline()
+    with pytest.raises(ConfigError, match="unconditional pipeline, got Prompted"):
+        run_demo(Prompted(unet=pipe.unet, scheduler=pipe.scheduler))
+
+
+def test_a_run_that_diverged_is_null_and_still_shown(demo: Demo) -> None:
+    broken = dataclasses.replace(demo.rows[3], relative_l2=None, psnr_db=None)
+    shown = dataclasses.replace(demo, rows=(broken,), images=(demo.images[3] * np.nan,))
+    assert " - " in shown.table()
+    assert shown.picture().height == 2 + 64 + 2

@@ -1,0 +1,129 @@
+"""Error growth: both loops against an independent recursion, and every measured error below its bound."""
+
+import pytest
+import torch
+from torch import nn
+
+from modiff import presets
+from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig
+from modiff.core.affine import QParams
+from modiff.core.coder import Code
+from modiff.errors import ConfigError
+from modiff.evaluate.error_growth import ErrorGrowth, Growth, scale_energy
+from modiff.evaluate.watch import watch
+from modiff.hosts.diffusers import unconditional_run
+from tests.evaluate.networks import OneLayer, driven, only_layer
+from tests.helpers import drifting
+from tests.hosts.tiny import HOSTS
+from tests.recipes import recipe_of_layer
+from tests.reference import recursion
+
+SLACK = 1 + 1e-4  # the states are float32
+
+
+def grown(layer: nn.Module, inputs: list[torch.Tensor], config: LayerConfig) -> Growth:
+    network = OneLayer(layer)
+    growth = ErrorGrowth()
+    watch(network, driven(network, inputs), only_layer(config), [growth])
+    return growth.growth()
+
+
+@pytest.fixture(scope="module")
+def unet() -> Growth:
+    pipe = HOSTS["ddim"].build()
+    pipe.set_progress_bar_config(disable=True)
+    growth = ErrorGrowth()
+    watch(pipe, unconditional_run(pipe, 8, 2, 0), presets.w8a4(), [growth])
+    return growth.growth()
+
+
+def test_every_error_of_every_layer_is_below_its_bound(unet: Growth) -> None:
+    assert len(unet["layers"]) > 10
+    for layer in unet["layers"]:
+        assert 0 < layer["c"] < 1
+        for mode in ("compensated", "uncompensated"):
+            for error, bound in zip(layer[mode]["error"], layer[mode]["bound"], strict=True):
+                assert 0 < error <= bound * SLACK
+    assert unet["compensated"]["exceeded"] == 0
+    assert unet["uncompensated"]["exceeded"] == 0
+
+
+def test_the_bound_of_the_closed_loop_does_not_cover_the_open_one(unet: Growth) -> None:
+    """A bound that nothing can break would be no test."""
+    over = [
+        error > bound * SLACK
+        for layer in unet["layers"]
+        for error, bound in zip(layer["uncompensated"]["error"], layer["compensated"]["bound"], strict=True)
+    ]
+    assert sum(over) > 0.2 * len(over)
+
+
+def test_medians_and_quartiles_are_ordered_and_compensation_wins_at_the_end(unet: Growth) -> None:
+    assert unet["steps"] == [1, 2, 3, 4, 5, 6, 7]
+    for mode in ("compensated", "uncompensated"):
+        curves = unet[mode]
+        for i in range(7):
+            assert curves["error_low"][i] <= curves["error"][i] <= curves["error_high"][i]
+            assert curves["error"][i] <= curves["bound"][i]
+    assert unet["compensated"]["error"][0] == pytest.approx(unet["uncompensated"]["error"][0])
+    later = zip(unet["uncompensated"]["error"][1:], unet["compensated"]["error"][1:], strict=True)
+    assert all(without > with_compensation for without, with_compensation in later)
+
+
+def test_on_an_input_that_drifts_steadily_the_open_loop_falls_behind_and_the_closed_one_does_not() -> None:
+    """Rounding errors of 25 steps, nearly independent, add up to about 5 times one of them."""
+    growth = grown(nn.Linear(64, 5), drifting(1, (8, 64), 26, 0.1, torch.float32), LayerConfig())
+    closed, unclosed = growth["compensated"]["error"], growth["uncompensated"]["error"]
+    assert closed[-1] == pytest.approx(closed[4], rel=0.3)
+    assert 3 < unclosed[-1] / closed[-1] < 8
+
+
+def test_both_loops_and_c_equal_an_independent_float64_recursion() -> None:
+    layer = nn.Linear(8, 5)
+    inputs = drifting(5, (2, 3, 8), 7, 0.3)
+    config = LayerConfig(activation=QuantizerConfig(bits=3, clip=0.7), modulation=ModulationConfig(predictor="linear"))
+    (found,) = grown(layer.double(), inputs, config)["layers"]
+    shares = []
+    for mode, compensation in (("compensated", "closed_loop"), ("uncompensated", "none")):
+        hold = LayerConfig(activation=config.activation, modulation=ModulationConfig(error_compensation=compensation))
+        held = inputs[0]
+        for i, step in enumerate(recursion.run(inputs, recipe_of_layer(layer, hold))[1:]):
+            held = held + step.sent.value
+            assert found["moves"][i] == pytest.approx(float((inputs[i + 1] - inputs[i]).norm()))
+            assert found["norms"][i] == pytest.approx(float(inputs[i + 1].norm()))
+            assert found[mode]["error"][i] == pytest.approx(float((inputs[i + 1] - held).norm()), rel=1e-4)
+            shares.append(float((step.residual - step.sent.value).square().sum() / step.residual.square().sum()))
+    assert found["c"] == pytest.approx(max(shares), rel=1e-4)
+
+
+def test_a_rest_and_a_jump_break_the_printed_bound_of_a_real_layer_but_not_the_corrected_one() -> None:
+    """With the printed exponents as the bound, `exceeded` would not be 0 here."""
+    first, second, jumped = drifting(0, (1, 16, 8), 3, 0.999)
+    inputs = [first, first + 1e-3 * second, *[first + 1e-3 * second] * 12, jumped]
+    growth = grown(nn.Linear(8, 5), [x.float() for x in inputs], LayerConfig(activation=QuantizerConfig(bits=4)))
+    (layer,) = growth["layers"]
+    assert layer["compensated"]["error"][-1] > 10 * layer["compensated"]["printed_bound"][-1]
+    assert growth["compensated"]["exceeded"] == 0
+    assert growth["compensated"]["printed_exceeded"] > 0
+
+
+def test_the_theorems_share_is_above_the_measured_one_without_clipping(unet: Growth) -> None:
+    assert all(layer["c_theorem"] > layer["c"] for layer in unet["layers"])
+
+
+def test_scale_energy_counts_each_scale_for_the_elements_that_share_it() -> None:
+    codes = torch.zeros(2, 3, 4, dtype=torch.int8)
+    rows = Code(((codes, QParams(torch.tensor([1.0, 2.0]).reshape(2, 1, 1), None)),), 1)
+    assert float(scale_energy((rows,))) == 12 * 1.0 + 12 * 4.0
+    assert float(scale_energy(())) == 0
+
+
+def test_a_still_input_has_no_error_and_no_bound() -> None:
+    (layer,) = grown(nn.Linear(8, 5), [torch.ones(2, 8)] * 4, LayerConfig())["layers"]
+    assert layer["compensated"]["error"] == layer["compensated"]["bound"] == [0.0, 0.0, 0.0]
+    assert layer["c"] == 0
+
+
+def test_full_precision_activations_have_nothing_to_grow() -> None:
+    with pytest.raises(ConfigError, match="expected a layer that codes its input"):
+        grown(nn.Linear(8, 5), [torch.ones(2, 8)] * 3, LayerConfig(activation=QuantizerConfig(bits=None)))

@@ -1,0 +1,131 @@
+"""The figures: drawn from JSON alone, legible pictures, and robust to runs that diverged."""
+
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modiff.evaluate import figures as module
+from modiff.evaluate.analyze import Analysis
+from modiff.evaluate.bounds import (
+    compensated_bound,
+    printed_compensated_bound,
+    printed_uncompensated_bound,
+    uncompensated_bound,
+)
+from modiff.evaluate.distribution import BINS
+from modiff.evaluate.figures import figures
+
+NAMES = ["distribution.png", "layer_errors.png", "error_growth.png", "bit_sweep.png", "reuse.png"]
+
+
+def step(number: int) -> dict[str, object]:
+    residual = {"residual_min": -0.1, "residual_max": 0.05, "residual_rms": 0.01, "code_error": 0.1}
+    return {
+        "step": number, "activation_min": -1.0, "activation_max": 2.0, "activation_rms": 0.3,
+        **(residual if number else dict.fromkeys(residual)),
+        "input_error": 0.1 * number, "output_error": 0.2 * number,
+        "input_relative_l2": 0.01 * number, "output_relative_l2": 0.02 * number,
+    }  # fmt: skip
+
+
+def spread(bound: object, printed: object) -> dict[str, object]:
+    moves = [0.1] * 4
+    return {
+        "exceeded": 0.0, "printed_exceeded": 0.0,
+        "error_low": [0.01] * 4, "error": [0.02] * 4, "error_high": [0.03] * 4,
+        "bound": bound(0.04, moves), "printed_bound": printed(0.04, moves),
+    }  # fmt: skip
+
+
+def small_analysis() -> Analysis:
+    """What analyze returns, in small: two layers and five steps."""
+    bell = np.exp(-(((np.arange(BINS) - BINS // 2) / 30) ** 2) * 4) * 1000
+    shape = {
+        "name": "all layers",
+        "activation": bell.astype(int).tolist(),
+        "difference": (bell**2).astype(int).tolist(),
+    }
+    names = ["down.conv", "up.conv"]
+    return {
+        "environment": {},
+        "settings": {"bits": [8, 4], "config": {"layer": {"weight": {"bits": None}}}},
+        "layers": [{"name": n, "call": 0, "steps": [step(i) for i in range(5)]} for n in names],
+        "growth": {
+            "steps": [1, 2, 3, 4],
+            "compensated": spread(compensated_bound, printed_compensated_bound),
+            "uncompensated": spread(uncompensated_bound, printed_uncompensated_bound),
+            "layers": [],
+        },
+        "distribution": {
+            "edges": np.linspace(-1, 1, BINS + 1).tolist(),
+            "pooled": shape,
+            "layers": [{**shape, "name": n} for n in names],
+        },
+        "sweep": [{"mode": m, "bits": b, "relative_l2": 0.1 / b, "psnr_db": 30.0}
+                  for m in ("plain", "modulated", "tuned") for b in (8, 4)],
+        "reuse": [{"interval": i, "relative_l2": 0.1 * i, "psnr_db": 20.0} for i in (2, 5)],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The figures of small_analysis as its JSON gives it back."""
+    folder = tmp_path_factory.mktemp("figures")
+    return {path.name: path for path in figures(json.loads(json.dumps(small_analysis())), folder)}
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("L"))
+
+
+def changed(paths: list[Path], baseline: dict[str, Path]) -> list[str]:
+    return [path.name for path in paths if not np.array_equal(picture(path), picture(baseline[path.name]))]
+
+
+def test_five_pictures_are_drawn_from_json(baseline: dict[str, Path]) -> None:
+    assert list(baseline) == NAMES
+    assert sorted(path.name for path in baseline["reuse.png"].parent.iterdir()) == sorted(NAMES)
+    for path in baseline.values():
+        pixels = picture(path)
+        assert min(pixels.shape) >= 400
+        assert 0.01 < (pixels < 250).mean() < 0.9
+
+
+def test_a_diverged_run_of_one_layer_leaves_gaps_and_not_errors(baseline: dict[str, Path], tmp_path: Path) -> None:
+    analysis = small_analysis()
+    analysis["sweep"] = [{**row, "relative_l2": None, "psnr_db": None} for row in analysis["sweep"]]
+    analysis["reuse"] = [{**row, "relative_l2": None, "psnr_db": None} for row in analysis["reuse"]]
+    analysis["layers"] = analysis["layers"][:1]
+    for mode in ("compensated", "uncompensated"):
+        growth = analysis["growth"][mode]
+        analysis["growth"][mode] = {k: [0.0] * 4 if isinstance(v, list) else v for k, v in growth.items()}
+    paths = figures(analysis, tmp_path)
+    assert changed(paths, baseline) == ["layer_errors.png", "error_growth.png", "bit_sweep.png", "reuse.png"]
+
+
+def test_two_hundred_layers_fit_on_a_page(baseline: dict[str, Path], tmp_path: Path) -> None:
+    analysis = small_analysis()
+    analysis["layers"] = [{**analysis["layers"][0], "name": f"block.{i}.conv", "call": i % 2} for i in range(200)]
+    analysis["distribution"]["layers"] = []
+    paths = figures(analysis, tmp_path)
+    assert changed(paths, baseline) == ["distribution.png", "layer_errors.png"]
+    assert 400 <= picture(tmp_path / "layer_errors.png").shape[0] <= 2400
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="missing"):
+        figures(small_analysis(), tmp_path / "missing")
+
+
+def test_importing_the_module_does_not_load_matplotlib() -> None:
+    """Only functions, and code for type checkers, may name it."""
+    top = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert top
+    assert not any("matplotlib" in ast.unparse(node) for node in top)

@@ -1,0 +1,97 @@
+"""Watching a full-precision network: what is shown, that nothing changes, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import modiff
+from modiff import presets
+from modiff.config import LayerConfig
+from modiff.errors import CalibrationError, StateError
+from modiff.evaluate.watch import Visit, watch
+from modiff.hosts.diffusers import unconditional_run
+from tests.evaluate.networks import OneLayer, driven, only_layer
+from tests.helpers import assert_same_bits, drifting
+from tests.hosts.tiny import HOSTS
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.visits: list[Visit] = []
+
+    def see(self, visit: Visit) -> None:
+        self.visits.append(visit)
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_every_layer_is_shown_at_every_step_with_its_own_tensors() -> None:
+    network = OneLayer(nn.Linear(6, 6))
+    inputs = drifting(0, (2, 6), 4, 0.1, torch.float32)
+    recorder = Recorder()
+    report = watch(network, driven(network, inputs), only_layer(LayerConfig()), [recorder])
+    assert [e.name for e in report.taken] == ["layer"]
+    assert [(v.entry.name, v.call, v.step) for v in recorder.visits] == [("layer", 0, s) for s in range(4)]
+    for visit, x in zip(recorder.visits, inputs, strict=True):
+        assert_same_bits(visit.input, x)
+        assert_same_bits(visit.output, network.layer(x).detach())
+
+
+def test_a_layer_called_twice_has_two_keys_and_both_start_at_step_0() -> None:
+    network = OneLayer(nn.Linear(6, 6), times=2)
+    recorder = Recorder()
+    watch(network, driven(network, drifting(0, (2, 6), 3, 0.1, torch.float32)), only_layer(LayerConfig()), [recorder])
+    assert [(v.key, v.step) for v in recorder.visits] == [(("layer", c), s) for s in range(3) for c in range(2)]
+
+
+def test_the_ratio_is_that_of_the_step_sizes() -> None:
+    network = OneLayer(nn.Linear(6, 6))
+    recorder = Recorder()
+    run = driven(network, drifting(0, (2, 6), 4, 0.1, torch.float32), [90.0, 70.0, 60.0, 20.0])
+    watch(network, run, only_layer(LayerConfig()), [recorder])
+    assert [float(v.ratio) for v in recorder.visits] == [1.0, 1.0, 0.5, 4.0]
+
+
+def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -> None:
+    pipe = HOSTS["ddim"].build()
+    run = unconditional_run(pipe, 3, 2, 0)
+    plain = torch.as_tensor(run().images)
+    found: list[torch.Tensor] = []
+    recorder, before = Recorder(), hooks(pipe.unet)
+    watch(pipe, lambda: found.append(torch.as_tensor(run().images)), presets.w8a4(), [recorder])
+    assert_same_bits(found[0], plain)
+    assert hooks(pipe.unet) == before
+    splits = {v.entry.name: v.split for v in recorder.visits if v.split}
+    assert splits
+    assert all(f"split at {v.split}" in v.entry.reason for v in recorder.visits if v.split)
+
+
+def test_hooks_are_gone_after_an_error() -> None:
+    network = OneLayer(nn.Linear(6, 6))
+
+    class Faulty:
+        def see(self, visit: Visit) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        watch(
+            network, driven(network, drifting(0, (1, 6), 2, 0.1, torch.float32)), only_layer(LayerConfig()), [Faulty()]
+        )
+    assert hooks(network) == 0
+
+
+def test_a_modulated_target_is_refused() -> None:
+    network = OneLayer(nn.Linear(6, 6))
+    modiff.apply(network, only_layer(LayerConfig()))
+    with pytest.raises(StateError, match="with modulated layers"):
+        watch(network, lambda: None, only_layer(LayerConfig()), [])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_fewer_than_two_steps_are_refused_and_name_the_layer(steps: int) -> None:
+    network = OneLayer(nn.Linear(6, 6))
+    run = driven(network, drifting(0, (1, 6), 2, 0.1, torch.float32)[:steps])
+    with pytest.raises(CalibrationError, match="got fewer of layer"):
+        watch(network, run, only_layer(LayerConfig()), [])

@@ -1,0 +1,256 @@
+"""Modulated denoisers inside real pipelines: every host, every sampler, guidance both ways, and the edges."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from torch import Tensor, nn
+
+import modiff
+from modiff.model.attachment import attachment_of
+from tests.hosts.parts import with_scheduler
+from tests.hosts.tiny import HOSTS, TinyHost
+
+hosts = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+UNETS = [(HOSTS[name], sampler) for name in ("ddpm", "sd") for sampler in HOSTS[name].schedulers]
+unet_samplers = pytest.mark.parametrize(("host", "sampler"), UNETS, ids=[f"{h.name}-{s}" for h, s in UNETS])
+
+
+def with_modulation(config: modiff.ModiffConfig, **changes: Any) -> modiff.ModiffConfig:
+    modulation = dataclasses.replace(config.layer.modulation, **changes)
+    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def denoiser_of(host: TinyHost, pipe: Any) -> nn.Module:
+    return getattr(pipe, host.denoiser)
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    attachment = attachment_of(model)
+    assert attachment is not None
+    return attachment.twins
+
+
+def watch(model: nn.Module, look: Callable[[], object]) -> list[Any]:
+    """What `look` returns after each evaluation of the network."""
+    seen: list[Any] = []
+    model.register_forward_hook(lambda *_: seen.append(look()))
+    return seen
+
+
+def worst_break_of_the_law(model: nn.Module) -> float:
+    """max over layers and contexts of ||ô - (A(â) + bias)|| / ||ô||, in float64."""
+    worst = 0.0
+    for layer in layers_of(model).values():
+        for key, output in layer.outputs.items():
+            state = layer.streams[key].state.value.double()
+            weight = layer.quantized_weight.dense(layer.weight, torch.float64)
+            bias = None if layer.bias is None else layer.bias.double()
+            worst = max(worst, error(output.value, layer.operator(state, weight, bias)))
+    return worst
+
+
+@hosts
+def test_with_bits_off_the_images_equal_the_plain_pipelines(host: TinyHost) -> None:
+    pipe = host.build()
+    plain = host.call(pipe)
+    modiff.apply(pipe, modiff.presets.modulated(None, None))
+    assert error(host.call(pipe), plain) < 1e-5  # a few float32 roundings
+    modiff.remove(pipe)
+    assert torch.equal(host.call(pipe), plain)
+
+
+@hosts
+def test_states_that_anchor_at_every_step_equal_the_plain_pipelines(host: TinyHost) -> None:
+    pipe = host.build()
+    plain = host.call(pipe)
+    modiff.apply(pipe, with_modulation(modiff.presets.modulated(None, 2), reanchor_every=1))
+    assert error(host.call(pipe), plain) < 1e-5
+
+
+@hosts
+def test_the_law_holds_the_second_call_equals_the_first_and_states_are_freed(host: TinyHost) -> None:
+    pipe = host.build()
+    plain = host.call(pipe)
+    modiff.apply(pipe, modiff.presets.tuned(8, 8))
+    model = denoiser_of(host, pipe)
+    broken = watch(model, lambda: worst_break_of_the_law(model))
+    first = host.call(pipe)
+    assert len(broken) == 4 * host.calls_per_step
+    assert max(broken) < 1e-5  # float32 states: each step adds a rounding of 6e-8 times the growth of the sum
+    assert all(not layer.outputs and not layer.streams for layer in layers_of(model).values())
+    assert torch.equal(host.call(pipe), first)
+    assert 0 < error(first, plain) < 0.1  # four steps of a random network: far apart, and nothing damps an error
+    host.call(pipe, batch=2, steps=2)  # another batch size in the next call
+    assert torch.equal(host.call(pipe), first)
+
+
+@unet_samplers
+def test_a_sampler_runs_modulated_as_it_runs_plain(host: TinyHost, sampler: str) -> None:
+    pipe = with_scheduler(host.build(), sampler)
+    plain = host.call(pipe, steps=6)
+    modiff.apply(pipe, modiff.presets.modulated(None, 8))
+    model = denoiser_of(host, pipe)
+    broken = watch(model, lambda: worst_break_of_the_law(model))
+    first = host.call(pipe, steps=6)
+    assert max(broken) < 1e-5
+    assert len(broken) >= 6
+    assert torch.equal(host.call(pipe, steps=6), first)
+    assert 0 < error(first, plain) < 0.05  # fresh noise at each step (ddpm, sde) gives the largest residuals, .031
+
+
+def test_a_sampler_may_change_between_calls() -> None:
+    host = HOSTS["sd"]
+    pipe = host.build()
+    modiff.apply(pipe, modiff.presets.w8a8())
+    first = host.call(pipe)
+    own = pipe.scheduler
+    with_scheduler(pipe, "heun")
+    assert error(host.call(pipe), first) > 1e-4
+    pipe.scheduler = own
+    assert torch.equal(host.call(pipe), first)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_guidance_in_two_calls_has_states_for_either_branch(name: str) -> None:
+    host = HOSTS[name]
+    pipe = host.build()
+    modiff.apply(pipe, modiff.presets.w8a4())
+    model = denoiser_of(host, pipe)
+    layer = next(iter(layers_of(model).values()))
+    contexts = watch(model, lambda: {context for context, _ in layer.outputs})
+    host.call(pipe, steps=2)
+    assert contexts[0] == {"cond"}
+    assert contexts[1:] == [{"cond", "uncond"}] * 3
+
+
+def test_guidance_batched_and_guidance_in_two_calls_agree() -> None:
+    model = HOSTS["sd"].build().unet.double()
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    text = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64)
+    modiff.apply(model, with_modulation(modiff.presets.modulated(8, 4), state_dtype="float64"))
+
+    def sample(predict: Callable[[Tensor, int], Tensor]) -> Tensor:
+        x = start
+        with torch.no_grad(), modiff.trajectory(model):
+            for t in (900, 700, 500, 300, 100):
+                uncond, cond = predict(x, t).chunk(2)
+                x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
+        return x
+
+    def in_two_calls(x: Tensor, t: int) -> Tensor:
+        found = []
+        for branch in range(2):
+            with modiff.context(model, f"branch {branch}"):
+                found.append(model(x, t, encoder_hidden_states=text[branch : branch + 1]).sample)
+        return torch.cat(found)
+
+    batched = sample(lambda x, t: model(torch.cat([x, x]), t, encoder_hidden_states=text).sample)
+    assert error(sample(in_two_calls), batched) < 1e-9
+
+
+def test_a_pipeline_that_raises_frees_its_states_and_runs_again() -> None:
+    host = HOSTS["sd"]
+    pipe = host.build()
+    modiff.apply(pipe, modiff.presets.w8a4())
+    first = host.call(pipe)
+    layers = layers_of(pipe.unet).values()
+    held: list[bool] = []
+
+    def stop(_pipe: Any, step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            held.append(any(layer.outputs for layer in layers))
+            raise KeyboardInterrupt
+        return values
+
+    with pytest.raises(KeyboardInterrupt):
+        host.call(pipe, callback_on_step_end=stop)
+    assert held == [True]
+    assert all(not layer.outputs and not layer.streams for layer in layers)
+    assert torch.equal(host.call(pipe), first)
+
+
+def test_an_image_to_image_start_in_the_middle_of_the_schedule_is_right() -> None:
+    parts = {**HOSTS["sd"].build().components, "requires_safety_checker": False}
+    pipe = StableDiffusionImg2ImgPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+
+    def call() -> Tensor:
+        image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(2)
+        return pipe("red fox", image=image, strength=0.6, num_inference_steps=10, generator=generator,
+                    output_type="latent", return_dict=False)[0]  # fmt: skip
+
+    plain = call()
+    modiff.apply(pipe, modiff.presets.modulated(None, 8))
+    assert error(call(), plain) < 0.02
+    assert torch.equal(call(), call())
+
+
+def test_a_denoiser_outside_of_its_pipeline_needs_a_trajectory() -> None:
+    host = HOSTS["ddim"]
+    pipe = host.build()
+    modiff.apply(pipe, modiff.presets.w8a4())
+    x = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(modiff.StateError, match=r"with modiff.trajectory\(model\)"):
+        pipe.unet(x, 5)
+    with modiff.trajectory(pipe):
+        assert torch.isfinite(pipe.unet(x, 5).sample).all()
+
+
+@pytest.mark.parametrize("name", ["ddim", "sd", "flux"])
+def test_an_applied_pipeline_saves_the_weights_and_classes_it_was_loaded_from(name: str, tmp_path: Path) -> None:
+    host = HOSTS[name]
+    pipe = host.build()
+    kind, plain = type(pipe), host.call(pipe)
+    modiff.apply(pipe, modiff.presets.w8a4())
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is kind
+    assert error(host.call(loaded), plain) < 1e-5
+    assert set(pipe.components) == set(loaded.components)
+    modiff.remove(pipe)
+    assert type(pipe) is kind
+    assert "cache_context" not in denoiser_of(host, pipe).__dict__
+
+
+def test_applying_twice_and_removing_twice_are_errors_that_change_nothing() -> None:
+    host = HOSTS["ddim"]
+    pipe = host.build()
+    plain = host.call(pipe)
+    modiff.apply(pipe, modiff.presets.w8a4())
+    first = host.call(pipe)
+    with pytest.raises(modiff.StateError, match="remove"):
+        modiff.apply(pipe, modiff.presets.w8a8())
+    assert torch.equal(host.call(pipe), first)
+    modiff.remove(pipe)
+    with pytest.raises(modiff.StateError, match="apply"):
+        modiff.remove(pipe)
+    assert torch.equal(host.call(pipe), plain)
+
+
+def test_something_that_is_neither_pipeline_nor_module_is_named() -> None:
+    with pytest.raises(modiff.ConfigError, match="expected a diffusers pipeline or a torch module, got str"):
+        modiff.apply("stable-diffusion", modiff.presets.w8a8())
+
+
+def test_the_split_of_a_unet_is_found_and_the_report_names_it() -> None:
+    report = modiff.apply(HOSTS["sdxl"].build(), modiff.presets.w8a4())
+    notes = {entry.name: entry.reason for entry in report.taken}
+    # up block 0: 64 decoder channels beside skips of 64 and 32; up block 1: 64 and 32 beside 32 and 32
+    assert notes["up_blocks.0.resnets.0.conv1"] == "split at 64"
+    assert notes["up_blocks.0.resnets.1.conv_shortcut"] == "split at 64"
+    assert notes["up_blocks.1.resnets.0.conv1"] == "split at 64"
+    assert notes["up_blocks.1.resnets.1.conv1"] == "split at 32"
+    assert notes["up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"] == "shares with to_q"

@@ -1,0 +1,92 @@
+"""Files are whole or not there, the old one survives any failure, and trouble is found before the work starts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from modiff.io.atomic import check_writable, write_atomically, write_json
+
+
+def full_disk(file: BinaryIO) -> None:
+    file.write(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_atomically(path, full_disk)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interruption_leaves_no_half_file(tmp_path: Path, error: type[BaseException]) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(tmp_path / "a.bin", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_device_is_written_directly_and_stays_a_device() -> None:
+    device = Path("/dev/full")
+    check_writable(device)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_json(device, [1])
+    assert caught.value.filename == "/dev/full"
+    assert device.is_char_device()
+
+
+def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_bytes(b"")
+    write_atomically(tmp_path / "ours", lambda file: file.write(b""))
+    assert (tmp_path / "ours").stat().st_mode == ordinary.stat().st_mode
+
+
+def test_json_is_readable_and_never_holds_nan(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": [1, None, "ô"]})
+    assert json.loads(path.read_text()) == {"a": [1, None, "ô"]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": [1, None, "ô"]}
+
+
+def test_checking_makes_the_folder_and_touches_no_file(tmp_path: Path) -> None:
+    new = tmp_path / "deep" / "folder" / "a.json"
+    check_writable(new)
+    assert list(new.parent.iterdir()) == []
+    new.write_text("old")
+    check_writable(new)
+    assert new.read_text() == "old"
+
+
+@pytest.mark.parametrize("where", ["folder", "file/below", "/proc/below/a.json"])
+def test_a_path_that_cannot_be_written_is_known_before(tmp_path: Path, where: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    path = tmp_path / where
+    with pytest.raises(OSError, match=r"directory|denied|permitted|exists") as caught:
+        check_writable(path)
+    assert caught.value.filename == str(path)

@@ -1,0 +1,231 @@
+"""Applying: what is replaced, what comes out, what is shared and split, and what an error leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import modiff
+from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig, presets
+from modiff.config import ConfigError
+from modiff.hosts.unet import shortcut_splits
+from modiff.model.apply import apply as apply_to_module
+from modiff.nn import ModulatedLayer
+from tests.helpers import assert_same_bits, assert_within
+from tests.model.toys import SPLITS, TAKEN, activations_only, sample, toy, toy_unet
+from tests.recipes import recipe_of_layer
+from tests.reference.recursion import run
+
+
+def modulated_sample(model: nn.Module, **options) -> list[torch.Tensor]:
+    with modiff.trajectory(model):
+        return sample(model, **options)
+
+
+def twins(model: nn.Module) -> dict[str, ModulatedLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, ModulatedLayer)}
+
+
+def test_exactly_the_reported_layers_are_replaced():
+    model = toy()
+    report = modiff.apply(model)
+    assert tuple(e.name for e in report.taken) == tuple(twins(model)) == TAKEN
+    assert {e.name for e in report.left} == {"conv_in", "time_embedding", "tiny", "back", "conv_out"}
+    assert all(e.setting == "W8A8 modulated" for e in report.taken), "the default config is W8A8"
+
+
+@pytest.mark.parametrize("sampled", [toy, toy_unet])
+def test_with_bits_off_outputs_equal_the_plain_model_s_to_float_error(sampled):
+    model, plain = sampled(), sampled()
+    modiff.apply(model, activations_only(None))
+    for ours, theirs in zip(modulated_sample(model), sample(plain), strict=True):
+        assert_within(ours, theirs, 1e-5)
+
+
+def test_every_taken_layer_follows_the_reference_on_the_inputs_it_really_gets():
+    model = toy()
+    config = LayerConfig(
+        weight=WeightConfig(bits=4),
+        activation=QuantizerConfig(bits=4, clip=0.8),
+        modulation=ModulationConfig(predictor="linear", gain=0.8, state_dtype="float64"),
+        rotation="hadamard",
+    )
+    modiff.apply(model.double(), ModiffConfig(layer=config))
+    originals = {name: toy().double().get_submodule(name) for name in TAKEN}
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in TAKEN}
+    for name, layer in twins(model).items():
+        layer.register_forward_hook(lambda _, args, out, name=name: seen[name].append((args[0].clone(), out.clone())))
+    x, timesteps = torch.randn(2, 3, 4, 4, dtype=torch.float64), [1000.0, 900.0, 850.0, 500.0]
+    with modiff.trajectory(model), torch.no_grad():
+        for t in timesteps:
+            x = x - 0.1 * model(x, t)
+    sizes = [0.0, 100.0, 50.0, 350.0]
+    for name, original in originals.items():
+        expected = run([x for x, _ in seen[name]], recipe_of_layer(original, config), sizes)
+        for (_, output), step in zip(seen[name], expected, strict=True):
+            assert_within(output, step.output_state, 1e-8)
+
+
+def test_two_trajectories_in_a_row_are_equal_and_a_last_smaller_batch_runs():
+    model = toy()
+    modiff.apply(model, presets.w8a4())
+    first, second = modulated_sample(model), modulated_sample(model)
+    small = modulated_sample(model, batch=1)
+    fresh = toy()
+    modiff.apply(fresh, presets.w8a4())
+    for a, b, c, d in zip(first, second, small, modulated_sample(fresh, batch=1), strict=True):
+        assert_same_bits(b, a)
+        assert_same_bits(c, d)
+
+
+def test_the_published_gain_shows_and_compensation_carries_it():
+    exact = sample(toy())
+    errors = {}
+    for name, preset in (("plain", presets.plain), ("open", presets.uncompensated), ("closed", presets.modulated)):
+        model = toy()
+        modiff.apply(model, preset(None, 3))
+        errors[name] = float((modulated_sample(model)[-1] - exact[-1]).norm() / exact[-1].norm())
+    assert errors["closed"] < errors["open"] / 1.5
+    assert errors["closed"] < errors["plain"] / 8
+
+
+def test_shared_residuals_change_nothing_but_the_number_of_codings(monkeypatch):
+    from modiff.core import modulation
+    from modiff.nn import stream
+
+    counts, outputs = {}, {}
+    for share in ("auto", "off"):
+        calls = []
+        monkeypatch.setattr(stream, "encode", lambda *a, calls=calls: calls.append(1) or modulation.encode(*a))
+        model = toy()
+        config = dataclasses.replace(activations_only(4), share_residuals=share)
+        report = modiff.apply(model, config)
+        outputs[share] = modulated_sample(model, steps=4)
+        counts[share] = len(calls)
+        reasons = {e.name: e.reason for e in report.taken}
+        assert reasons["attention.to_v"] == ("shares with to_q" if share == "auto" else "")
+    assert counts == {"auto": 4 * 3, "off": 4 * 5}
+    for ours, alone in zip(outputs["auto"], outputs["off"], strict=True):
+        assert_same_bits(ours, alone)
+
+
+@pytest.mark.parametrize("different", ["override", "static"])
+def test_layers_with_other_settings_or_static_scales_do_not_share(different):
+    config = activations_only(4, granularity="tensor", dynamic=different != "static")
+    if different == "override":
+        other = dataclasses.replace(config.layer, activation=QuantizerConfig(bits=8))
+        config = dataclasses.replace(config, overrides=(("attention.to_k", other),))
+    report = modiff.apply(toy(), config)
+    reasons = {e.name: e.reason for e in report.taken}
+    assert reasons["attention.to_k"] == ""
+    assert reasons["attention.to_v"] == ("shares with to_q" if different == "override" else "")
+
+
+def test_a_u_net_s_concatenations_are_split_where_the_skip_begins():
+    model = toy_unet()
+    assert shortcut_splits(model) == SPLITS
+    report = modiff.apply(model, activations_only(4))
+    found = twins(model)
+    for name, layer in found.items():
+        assert layer.split == SPLITS.get(name)
+    assert all(e.reason.startswith(f"split at {SPLITS[e.name]}") for e in report.taken if e.name in SPLITS)
+    assert any(e.name in SPLITS for e in report.taken)
+    assert all(len(layer.coder.segments) == (2 if layer.split else 1) for layer in found.values())
+
+
+def test_the_skip_channels_really_lie_behind_the_split():
+    model, seen = toy_unet(), {}
+    for name in SPLITS:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    first = {}
+    model.conv_in.register_forward_hook(lambda *a: first.update(skip=a[2]))
+    model(torch.randn(1, 3, 4, 4), 0.0)
+    assert_same_bits(seen["up_blocks.1.resnets.1.conv1"][:, SPLITS["up_blocks.1.resnets.1.conv1"] :], first["skip"])
+
+
+def test_splitting_can_be_turned_off():
+    model = toy_unet()
+    report = modiff.apply(model, dataclasses.replace(activations_only(4), split_shortcuts="off"))
+    assert all(layer.split is None for layer in twins(model).values())
+    assert not any("split" in e.reason for e in report.taken)
+
+
+def test_a_model_that_is_no_u_net_or_does_not_add_up_has_no_splits():
+    assert shortcut_splits(toy()) == {}
+    model = toy_unet()
+    del model.up_blocks[1].resnets[1]  # a skip is left over
+    assert shortcut_splits(model) == {}
+    model = toy_unet()
+    del model.down_blocks[1].resnets[0]  # a skip is missing
+    assert shortcut_splits(model) == {}
+
+
+def test_applying_twice_is_refused_and_changes_nothing():
+    model = toy()
+    modiff.apply(model)
+    before = twins(model)
+    with pytest.raises(StateError, match="apply: expected a plain model, got Toy with modulated layers"):
+        modiff.apply(model, presets.w8a4())
+    assert twins(model) == before
+
+
+def test_an_error_halfway_leaves_the_model_as_it_was():
+    model = toy_unet()
+    modules = dict(model.named_modules())
+    with pytest.raises(ConfigError, match="expected a split between 0 and 24"):
+        apply_to_module(model, activations_only(4), splits={"up_blocks.1.resnets.0.conv1": 99})
+    assert dict(model.named_modules()) == modules
+    assert "_modiff" not in model.__dict__
+    modiff.apply(model)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "message"),
+    [
+        (lambda m: m.body.weight.data.__setitem__((0, 0), float("nan")), ConfigError, "body: expected finite weights"),
+        (lambda m: None, ConfigError, "ModiffConfig.include: expected a pattern that matches a layer, got 'nowhere"),
+    ],
+)
+def test_a_refused_model_is_unchanged(break_it, error, message):
+    model = toy()
+    break_it(model)
+    config = ModiffConfig() if "body" in message else ModiffConfig(include=("nowhere.*",))
+    with pytest.raises(error, match=message):
+        modiff.apply(model, config)
+    assert twins(model) == {}
+    with pytest.raises(StateError, match="remove: expected a model with modulated layers, got a plain Toy"):
+        modiff.remove(model)
+
+
+@pytest.mark.parametrize("target", ["unet", 3, None])
+def test_a_target_that_is_no_model_is_refused(target):
+    with pytest.raises(
+        ConfigError, match=f"expected a diffusers pipeline or a torch module, got {type(target).__name__}"
+    ):
+        modiff.apply(target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_run_and_keep_their_dtype(dtype):
+    x, model = torch.randn(2, 16, 4, 4).to(dtype), nn.Sequential(*[nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)])
+    model.to(dtype)
+    modiff.apply(model, dataclasses.replace(activations_only(8), first_last="quantize"))
+    with modiff.trajectory(model), torch.no_grad():
+        outputs = [model(x), model(x + 0.1)]
+    assert {o.dtype for o in outputs} == {dtype}
+    exact = model.float()
+    modiff.remove(exact)
+    assert_within(outputs[1], exact((x + 0.1).float()), 0.05)
+
+
+def test_autocast_around_the_model_changes_only_what_torch_casts():
+    model, plain = toy(), toy()
+    modiff.apply(model, activations_only(8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = modulated_sample(model), sample(plain)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert_within(a, b, 0.05 * float(b.abs().max()))

@@ -1,0 +1,100 @@
+"""Probes: the error of each candidate's input side, as the reference gives it, beside an untouched network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import modiff
+from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.model.attachment import attachment_of
+from modiff.model.probe import Probe, probes_of
+from modiff.nn import Clock
+from tests.helpers import assert_same_bits, drifting
+from tests.model.toys import TAKEN, activations_only, sample, toy
+from tests.recipes import float64, recipe_of_layer
+from tests.reference.recursion import run
+
+PUBLISHED = float64(LayerConfig(weight=WeightConfig(bits=None), activation=QuantizerConfig(bits=3)))
+CHOICES = [
+    PUBLISHED,
+    dataclasses.replace(PUBLISHED, activation=QuantizerConfig(bits=3, clip=0.5)),
+    dataclasses.replace(PUBLISHED, rotation="hadamard"),
+    dataclasses.replace(
+        PUBLISHED,
+        activation=QuantizerConfig(bits=4),
+        modulation=ModulationConfig(predictor="linear", gain=0.7, state_dtype="float64"),
+    ),
+]
+TIMES = [1000.0, 900.0, 850.0, 650.0, 640.0, 300.0]
+SIZES = [0.0, 100.0, 50.0, 200.0, 10.0, 340.0]
+
+
+def judged(layer: nn.Module, config: LayerConfig, inputs: list[torch.Tensor]) -> tuple[float, float]:
+    """Squared error of the input state and squared input, over the coded steps."""
+    recipe = recipe_of_layer(layer, config)
+    noise = signal = 0.0
+    for t, step in enumerate(run(inputs, recipe, SIZES)):
+        if t:
+            turned = inputs[t] if recipe.matrix is None else inputs[t] @ recipe.matrix.T
+            noise += float((turned - step.input_state).square().sum())
+            signal += float(inputs[t].square().sum())
+    return noise, signal
+
+
+def test_errors_are_those_of_the_reference_over_all_coded_steps_and_contexts():
+    layer, clock = nn.Linear(16, 4).double(), Clock("model")
+    probe = Probe(layer, "layer", CHOICES, clock)
+    runs = {name: drifting(seed, (2, 3, 16), 6, 0.2) for seed, name in enumerate(("cond", "uncond"))}
+    clock.start()
+    for t, time in enumerate(TIMES):
+        for name, inputs in runs.items():
+            clock.context = name
+            clock.call(time)
+            probe(layer, (inputs[t].float().double(),))
+            clock.returned()
+    for choice, error in zip(CHOICES, probe.errors(), strict=True):
+        parts = [judged(layer, choice, [x.float().double() for x in inputs]) for inputs in runs.values()]
+        expected = math.sqrt(sum(n for n, _ in parts) / sum(s for _, s in parts))
+        assert error == pytest.approx(expected, rel=1e-5)  # rotated inputs are float32
+
+
+def test_a_probe_forgets_its_states_with_the_trajectory_and_has_no_errors_before_a_second_step():
+    layer, clock = nn.Linear(16, 4), Clock("model")
+    probe = Probe(layer, "layer", CHOICES, clock)
+    for x in drifting(0, (2, 16), 2, 0.2, torch.float32):
+        clock.start()
+        clock.call(None)
+        probe(layer, (x,))
+        clock.stop()
+        assert probe.states == {}
+    assert all(math.isnan(error) for error in probe.errors())
+
+
+def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was():
+    model = toy()
+    report = modiff.select(model, activations_only(3))
+    attributes = set(model.__dict__)
+    with probes_of(model, report, [PUBLISHED]) as probes:
+        outputs = sample(model)
+        assert attachment_of(model) is not None
+    assert set(probes) == set(TAKEN)
+    assert all(0 < probe.errors()[0] < 0.5 for probe in probes.values())
+    assert set(model.__dict__) == attributes
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    for ours, theirs in zip(outputs, sample(toy()), strict=True):
+        assert_same_bits(ours, theirs)
+
+
+def test_what_cannot_be_probed_is_refused():
+    with pytest.raises(ConfigError, match="up: expected a layer with a modulated twin, got ConvTranspose2d"):
+        Probe(nn.ConvTranspose2d(2, 2, 1), "up", CHOICES, Clock("model"))
+    clock = Clock("model")
+    clock.start()
+    clock.call(None)
+    with pytest.raises(ConfigError, match="up: expected a modulated candidate, got a plain one"):
+        Probe(nn.Linear(16, 4), "up", [LayerConfig(modulation=None)], clock)(nn.Linear(16, 4), (torch.randn(2, 16),))

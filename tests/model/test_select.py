@@ -1,0 +1,137 @@
+"""Selection: every layer has an entry, every layer left a reason, every pattern that matches nothing is an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import modiff
+from modiff import ConfigError, LayerConfig, ModiffConfig, QuantizerConfig
+from modiff.model.select import layer_config
+from tests.model.toys import TAKEN, toy, toy_unet
+
+
+def reasons(model: nn.Module, config: ModiffConfig) -> dict[str, str]:
+    return {e.name: e.reason for e in modiff.select(model, config).entries}
+
+
+def taken(model: nn.Module, config: ModiffConfig) -> tuple[str, ...]:
+    return tuple(e.name for e in modiff.select(model, config).taken)
+
+
+def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
+    assert reasons(toy(), ModiffConfig()) == {
+        "conv_in": "first or last layer",
+        "time_embedding": "excluded by '*time_emb*'",
+        "body": "",
+        "attention.to_q": "",
+        "attention.to_k": "",
+        "attention.to_v": "",
+        "attention.to_out.0": "",
+        "tiny": "tiny: 32 weights",
+        "back": "ConvTranspose2d has no modulated twin",
+        "conv_out": "first or last layer",
+    }
+
+
+def test_selecting_changes_nothing():
+    model = toy()
+    modules, attributes = dict(model.named_modules()), dict(model.__dict__)
+    modiff.select(model, ModiffConfig())
+    assert dict(model.named_modules()) == modules
+    assert model.__dict__ == attributes
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (ModiffConfig(), TAKEN),
+        (ModiffConfig(include=("attention.*",)), TAKEN[1:]),
+        (ModiffConfig(include=("attention.to_?",)), TAKEN[1:4]),
+        (ModiffConfig(exclude=("attention.*", "time*")), ("body",)),
+        (ModiffConfig(include=("body", "attention.to_q"), exclude=("*to_q",)), ("body",)),
+        (ModiffConfig(exclude=("body",)), ("time_embedding", *TAKEN[1:])),
+        (ModiffConfig(min_weights=257), ("body",)),
+        (ModiffConfig(min_weights=256), TAKEN),
+        (ModiffConfig(min_weights=0), (*TAKEN, "tiny")),
+        (ModiffConfig(first_last="quantize"), ("conv_in", *TAKEN, "conv_out")),
+        (ModiffConfig(include=("conv_in", "tiny", "body")), ("conv_in", "body", "tiny")),
+        (ModiffConfig(overrides=(("conv_in", LayerConfig()),)), ("conv_in", *TAKEN)),
+    ],
+)
+def test_patterns_limits_and_names_choose(config, names):
+    assert taken(toy(), config) == names
+
+
+def test_the_last_override_that_matches_wins():
+    four, three = (LayerConfig(activation=QuantizerConfig(bits=b)) for b in (4, 3))
+    config = ModiffConfig(overrides=(("attention.*", four), ("*to_k", three), ("bo*", three)))
+    bits = {n: layer_config(n, config).activation.bits for n in TAKEN}
+    assert bits == dict(zip(TAKEN, (3, 4, 3, 4, 4), strict=True))
+    assert {e.name: e.config.activation.bits for e in modiff.select(toy(), config).taken} == bits
+
+
+@pytest.mark.parametrize("field", ["include", "exclude", "overrides"])
+def test_a_pattern_that_matches_no_layer_is_an_error_that_names_some(field):
+    value = (("atention.*", LayerConfig()),) if field == "overrides" else ("body", "atention.*")
+    with pytest.raises(
+        ConfigError, match=rf"ModiffConfig\.{field}: expected a pattern .* got 'atention\.\*'.*conv_in, time"
+    ):
+        modiff.select(toy(), ModiffConfig(**{field: value}))
+
+
+def test_nothing_to_take_is_an_error_that_shows_why():
+    with pytest.raises(
+        ConfigError, match=r"(?s)Toy: expected at least one layer to take, got none of 10.*tiny: 32 weights"
+    ):
+        modiff.select(toy(), ModiffConfig(min_weights=10**6))
+    with pytest.raises(ConfigError, match="ReLU: expected at least one layer to take, got none of 0"):
+        modiff.select(nn.ReLU(), ModiffConfig())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_damaged_weight_is_an_error_unless_its_layer_is_left(value):
+    model = toy()
+    model.body.weight.data[3, 2, 1, 0] = value
+    with pytest.raises(ConfigError, match="body: expected finite weights, got NaN or infinity"):
+        modiff.select(model, ModiffConfig())
+    assert taken(model, ModiffConfig(exclude=("body", "time*"))) == TAKEN[1:]
+
+
+def test_layers_that_somebody_else_changed_are_left():
+    model = toy()
+    model.body.forward = lambda x: x
+    weight_norm(model.attention.to_k)
+    found = reasons(model, ModiffConfig())
+    assert found["body"] == found["attention.to_k"] == "another library replaced its forward or weight"
+
+
+def test_integer_weights_are_left():
+    model = toy()
+    model.body.weight = nn.Parameter(torch.zeros(16, 16, 3, 3, dtype=torch.int8), requires_grad=False)
+    assert reasons(model, ModiffConfig())["body"] == "weight is torch.int8, not floating point"
+
+
+def test_layers_that_modiff_runs_already_are_left():
+    model = toy()
+    modiff.apply(model, ModiffConfig(include=("body",)))
+    assert reasons(model, ModiffConfig())["body"] == "taken by modiff already"
+
+
+def test_scales_that_no_integer_matmul_can_run_are_marked():
+    def notes(granularity: str) -> dict[str, str]:
+        return reasons(toy(), ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(granularity=granularity))))
+
+    mark = "scales: not executable on integers, for study only"
+    assert notes("input_channel")["attention.to_q"] == f"input_channel {mark}"
+    assert (notes("token")["body"], notes("token")["attention.to_q"]) == (f"token {mark}", "")
+    assert notes("sample")["body"] == notes("auto")["body"] == ""
+
+
+def test_splits_are_reported_for_layers_that_are_taken():
+    report = modiff.select(toy_unet(), ModiffConfig(), splits={"up_blocks.0.resnets.0.conv1": 16, "conv_in": 2})
+    found = {e.name: e.reason for e in report.entries}
+    assert found["up_blocks.0.resnets.0.conv1"] == "split at 16"
+    assert found["conv_in"] == "first or last layer"

@@ -1,0 +1,148 @@
+"""Trajectories and contexts on a whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import modiff
+from modiff import StateError, presets
+from modiff.model.attachment import attachment_of
+from tests.helpers import assert_same_bits
+from tests.model.toys import activations_only, sample, toy
+
+
+def states(model: nn.Module) -> int:
+    return sum(len(twin.state_tensors()) for twin in attachment_of(model).twins.values())
+
+
+def applied(config=None) -> nn.Module:
+    model = toy()
+    modiff.apply(model, config or presets.w8a4())
+    return model
+
+
+def test_states_live_inside_and_are_freed_at_the_end():
+    model = applied()
+    with modiff.trajectory(model):
+        assert states(model) == 0
+        sample(model)
+        assert states(model) == 10
+    assert states(model) == 0
+
+
+def test_states_are_freed_when_the_body_raises_and_the_next_trajectory_is_a_fresh_one():
+    model = applied()
+    with modiff.trajectory(model):
+        expected = sample(model)
+
+    def interrupted() -> None:
+        with modiff.trajectory(model):
+            sample(model, steps=3, seed=5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert states(model) == 0
+    with modiff.trajectory(model):
+        for ours, theirs in zip(sample(model), expected, strict=True):
+            assert_same_bits(ours, theirs)
+
+
+def test_an_evaluation_that_raises_does_not_leave_the_model_inside():
+    model = applied()
+    with modiff.trajectory(model):
+        with pytest.raises(AttributeError):
+            model(None, 0.0)
+        with pytest.raises(StateError, match="body: expected a running trajectory"):
+            model.body(torch.randn(2, 16, 4, 4))
+
+
+def test_outside_a_trajectory_the_model_says_so():
+    model = applied()
+    with pytest.raises(StateError, match=r"expected a running trajectory.*with modiff\.trajectory\(model\)"):
+        sample(model)
+
+
+def test_trajectories_of_one_model_cannot_nest_and_the_outer_one_goes_on():
+    model = applied()
+    with modiff.trajectory(model):
+        first = sample(model, steps=2)
+        with pytest.raises(StateError, match="Toy: expected no running trajectory"), modiff.trajectory(model):
+            pass
+        assert states(model) == 10
+    assert len(first) == 2
+
+
+@pytest.mark.parametrize("verb", ["trajectory", "context"])
+def test_a_plain_model_has_no_trajectory_and_no_context(verb):
+    enter = modiff.trajectory(toy()) if verb == "trajectory" else modiff.context(toy(), "cond")
+    with pytest.raises(StateError, match=f"{verb}: expected a model with modulated layers, got a plain Toy"), enter:
+        pass
+
+
+def test_two_contexts_are_two_trajectories_side_by_side():
+    model = applied(presets.tuned(8, 4))
+    starts = {"cond": torch.randn(2, 3, 4, 4), "uncond": torch.randn(2, 3, 4, 4)}
+    expected = {}
+
+    def advance(x: torch.Tensor, step: int) -> torch.Tensor:
+        with torch.no_grad():
+            return x - 0.1 * model(x, 1000.0 - 100 * step)
+
+    for name, x in starts.items():
+        with modiff.trajectory(model):
+            for step in range(5):
+                x = advance(x, step)
+        expected[name] = x
+    with modiff.trajectory(model):
+        for step in range(5):
+            for name in starts:
+                with modiff.context(model, name):
+                    starts[name] = advance(starts[name], step)
+    for name, x in starts.items():
+        assert_same_bits(x, expected[name])
+
+
+def test_a_context_ends_with_its_body_also_when_it_raises():
+    model = applied()
+    clock = attachment_of(model).clock
+    with modiff.trajectory(model):
+        with modiff.context(model, "cond"):
+            with pytest.raises(AttributeError), modiff.context(model, "inner"):
+                model(clock.context, 0.0)
+            with modiff.context(model, "inner"):
+                assert clock.context == "inner"
+            assert clock.context == "cond"
+        assert clock.context == "default"
+
+
+def test_a_batch_that_changes_inside_is_refused_by_the_first_layer_that_sees_it():
+    model = applied()
+    with modiff.trajectory(model):
+        sample(model, steps=1)
+        with pytest.raises(
+            StateError, match=r"body: expected an input of shape \(2, 16, 4, 4\) on cpu, got \(1, 16, 4, 4\)"
+        ):
+            sample(model, steps=1, batch=1)
+
+
+def test_the_timestep_reaches_the_clock_by_position_or_by_name():
+    model = applied(activations_only(4))
+    x = torch.randn(2, 3, 4, 4)
+    with modiff.trajectory(model), torch.no_grad():
+        model(x, 1000.0)
+        model(sample=x, timestep=torch.tensor(900))
+        model(x, timestep=torch.tensor([850.0, 850.0]))
+        assert float(attachment_of(model).clock.ratio) == 0.5
+        assert attachment_of(model).clock.step == 2
+
+
+def test_a_model_without_a_timestep_has_even_steps():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    modiff.apply(model, presets.tuned(8, 4))
+    with modiff.trajectory(model), torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(2, 16))
+        assert attachment_of(model).clock.ratio == 1.0

@@ -1,0 +1,245 @@
+"""Tuning: picks what codes a model's real inputs best, by the reference's judgement too, and touches nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import modiff
+from modiff import (
+    CalibrationError,
+    ConfigError,
+    LayerConfig,
+    ModiffConfig,
+    ModulationConfig,
+    QuantizerConfig,
+    StateError,
+    presets,
+)
+from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, candidates
+from modiff.model.tune import tune as tune_module
+from tests.helpers import assert_same_bits, drifting
+from tests.model.toys import activations_only, sample, toy
+from tests.recipes import recipe_of_layer
+from tests.reference import layers
+from tests.reference.recursion import run
+
+
+class Follower(nn.Module):
+    """A network of one taken layer that reads what it is given: smooth inputs with a few outlier channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(2, 2), nn.Linear(16, 16), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        return self.layer(x)
+
+
+TIMES = [1000.0 - 40.0 * t for t in range(25)]
+
+
+def smooth_inputs() -> list[torch.Tensor]:
+    """Each value swings slowly with a phase of its own, so that its change is nearly that of the step before."""
+    phase, rate = 6 * torch.rand(8, 16), 0.15 * (1 + torch.rand(8, 16))
+    size = torch.ones(16).index_fill_(0, torch.tensor([3]), 20.0)
+    return [size * torch.sin(phase + rate * t) for t in range(25)]
+
+
+@pytest.fixture
+def follower():
+    torch.manual_seed(3)
+    model, inputs = Follower(), smooth_inputs()
+
+    def run_it() -> None:
+        with torch.no_grad():
+            for x, t in zip(inputs, TIMES, strict=True):
+                model(x, t)
+
+    return model, inputs, run_it
+
+
+def judged(layer: nn.Linear, config: LayerConfig, inputs: list[torch.Tensor]) -> float:
+    """||ô - o|| / ||o|| over the trajectory, by the reference recursion."""
+    noise = signal = 0.0
+    steps = run(inputs, recipe_of_layer(layer, config), [40.0] * len(inputs))
+    for step, x in zip(steps, inputs, strict=True):
+        exact = layers.linear(x, layer.weight.detach(), layer.bias.detach())
+        noise += float((step.output_state - exact).square().sum())
+        signal += float(exact.square().sum())
+    return math.sqrt(noise / signal)
+
+
+def few(config: LayerConfig) -> list[LayerConfig]:
+    """A choice small enough for the reference: published, clipped, linear, rotated."""
+    clipped = dataclasses.replace(config, activation=dataclasses.replace(config.activation, clip=0.6))
+    linear = dataclasses.replace(clipped, modulation=ModulationConfig(predictor="linear", gain=0.8))
+    return [config, clipped, linear, dataclasses.replace(linear, rotation="hadamard")]
+
+
+def test_the_choice_is_the_best_by_the_reference_and_beats_the_published_setting(follower):
+    model, inputs, run_it = follower
+    base = activations_only(4, granularity="sample")
+    choices = few(base.layer)
+    errors = [judged(model.layer, choice, inputs) for choice in choices]
+    chosen = tune_module(model, run_it, base, choices=choices).layer
+    assert choices.index(chosen) == errors.index(min(errors))
+    assert min(errors) < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_the_tuned_config_samples_better_than_the_published_one(follower, bits):
+    model, inputs, run_it = follower
+    base = activations_only(bits)
+    tuned = modiff.tune(model, bits, config=base, weight_bits=None, run=run_it)
+    errors = []
+    with torch.no_grad():
+        exact = [model.layer(x) for x in inputs]
+        for config in (base, tuned):
+            modiff.apply(model, config)
+            with modiff.trajectory(model):
+                outputs = [model(x, t) for x, t in zip(inputs, TIMES, strict=True)]
+            modiff.remove(model)
+            errors.append(sum(float((o - e).norm() / e.norm()) for o, e in zip(outputs[1:], exact[1:], strict=True)))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_the_model_is_untouched_even_when_the_run_raises():
+    model = toy()
+    modules, attributes, before = dict(model.named_modules()), set(model.__dict__), sample(model)
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+
+    def broken() -> None:
+        sample(model, steps=2)
+        raise KeyboardInterrupt
+
+    modiff.tune(model, 4, run=lambda: sample(model))
+    with pytest.raises(KeyboardInterrupt):
+        modiff.tune(model, 4, run=broken)
+    assert dict(model.named_modules()) == modules
+    assert set(model.__dict__) == attributes
+    assert {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()} == hooks
+    for ours, theirs in zip(sample(model), before, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+class Pair(nn.Module):
+    """Two layers with different needs: one reads what moves smoothly, the other noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.smooth, self.noisy, self.last = (nn.Linear(n, n) for n in (2, 16, 16, 2))
+
+    def forward(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        smooth, noisy = x.chunk(2, -1)
+        return torch.cat([self.smooth(smooth), self.noisy(noisy)], -1)
+
+
+def test_a_setting_for_each_layer_wins_where_layers_differ_and_comes_as_overrides():
+    torch.manual_seed(3)
+    model, noise = Pair(), drifting(0, (8, 16), 25, 0.3, torch.float32)
+    inputs = [torch.cat([s, 20 * n], -1) for s, n in zip(smooth_inputs(), noise, strict=True)]
+
+    def run_it() -> None:
+        with torch.no_grad():
+            for x, t in zip(inputs, TIMES, strict=True):
+                model(x, t)
+
+    base = activations_only(4)
+    linear = dataclasses.replace(base.layer, modulation=ModulationConfig(predictor="linear"))
+    choices = [base.layer, linear]
+    whole = tune_module(model, run_it, base, choices=choices)
+    found = tune_module(model, run_it, base, choices=choices, granularity="layer")
+    assert whole.layer in choices
+    assert whole.overrides == ()
+    assert found.overrides == (("smooth", linear), ("noisy", base.layer))
+    assert [e.config for e in modiff.apply(model, found).taken] == [linear, base.layer]
+
+
+def test_the_best_few_run_for_real_and_no_more():
+    model, runs = toy(), []
+    modiff.tune(model, 4, run=lambda: runs.append(sample(model)))
+    assert len(runs) == 1 + FINALISTS
+    assert_same_bits(runs[0][-1], sample(toy())[-1])  # probes do not disturb the network
+    assert all(not torch.equal(outputs[-1], runs[0][-1]) for outputs in runs[1:])
+
+
+def test_a_run_that_is_another_each_time_is_refused():
+    model, seeds = toy(), iter(range(2, 99))
+    with pytest.raises(CalibrationError, match="expected run to evaluate the network 2 times as before, got 3 times"):
+        modiff.tune(model, 4, run=lambda: sample(model, steps=next(seeds)))
+    assert "_modiff" not in model.__dict__
+
+
+def test_bits_weights_and_the_rest_of_the_config_are_kept():
+    model = toy()
+    base = ModiffConfig(
+        layer=LayerConfig(modulation=ModulationConfig(first_step="coded", rounds=3, state_dtype="float64")),
+        include=("attention.*",),
+        share_residuals="off",
+    )
+    found = modiff.tune(model, 3, config=base, weight_bits=4, run=lambda: sample(model))
+    assert (found.layer.activation.bits, found.layer.weight.bits) == (3, 4)
+    assert (found.include, found.share_residuals) == (base.include, "off")
+    kept = found.layer.modulation
+    assert (kept.first_step, kept.rounds, kept.state_dtype) == ("coded", 3, "float64")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_candidates_are_valid_different_and_include_the_published_setting(bits):
+    base = LayerConfig(activation=QuantizerConfig(bits=bits))
+    found = candidates(base)
+    assert base in found
+    assert len(set(found)) == len(found)
+    linear = [c for c in found if c.modulation.predictor == "linear"]
+    assert bool(linear) == (bits > 2)
+    assert {c.modulation.gain for c in linear} == (set(GAINS) if bits > 2 else set())
+    assert bits != 3 or all(c.activation.clip < 1 for c in linear)
+    assert {c.activation.clip for c in found if c.rotation == "hadamard"} == set(CLIPS.get(bits, MANY_BITS_CLIPS))
+
+
+def test_a_run_of_one_step_has_nothing_to_judge(follower):
+    model, inputs, _ = follower
+    with pytest.raises(CalibrationError, match="tune: expected at least two steps of every layer"):
+        modiff.tune(model, 4, run=lambda: model(inputs[0], 1.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m: modiff.tune(m, 4),
+            ConfigError,
+            "tune: expected run=, a function that runs one trajectory, got none",
+        ),
+        (lambda m: modiff.tune(m, 0, run=lambda: None), ConfigError, "tune: expected 2 to 8 activation bits, got 0"),
+        (lambda m: modiff.tune(m, 1, run=lambda: None), ConfigError, "QuantizerConfig.bits: expected .* got 1"),
+        (lambda m: modiff.tune(m, 4, run=lambda: None), CalibrationError, "expected at least two steps of every layer"),
+        (
+            lambda m: modiff.tune("m", 4, run=lambda: None),
+            ConfigError,
+            "expected a diffusers pipeline or a torch module",
+        ),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call(toy())
+
+
+def test_a_modulated_model_is_refused():
+    model = toy()
+    modiff.apply(model, presets.w8a4())
+    with pytest.raises(StateError, match="tune: expected a plain model, got one with modulated layers"):
+        modiff.tune(model, 4, run=lambda: None)
+
+
+def test_a_plain_candidate_is_refused():
+    model = toy()
+    plain = presets.plain(8, 4)
+    with pytest.raises(ConfigError, match="body: expected a modulated candidate, got a plain one"):
+        tune_module(model, lambda: sample(model), plain, choices=[plain.layer])

@@ -1,0 +1,98 @@
+"""The clock: evaluations per context, step size ratios, and who is told to forget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modiff import StateError
+from modiff.nn import Clock
+
+
+def test_steps_count_per_context_and_ticks_over_all():
+    clock = Clock("model")
+    clock.start()
+    seen = []
+    for name in ("cond", "uncond", "cond", "uncond", "cond"):
+        clock.context = name
+        clock.call(None)
+        seen.append((clock.tick, clock.step))
+    assert seen == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]
+
+
+@pytest.mark.parametrize(
+    "make", [float, lambda t: torch.tensor(t), lambda t: torch.full((4,), t), lambda t: torch.tensor([int(t)])]
+)
+def test_the_ratio_is_this_step_s_size_over_the_last_one_s(make):
+    clock = Clock("model")
+    clock.start()
+    ratios = []
+    for t in (999.0, 899.0, 849.0, 649.0):
+        clock.call(make(t))
+        ratios.append(float(clock.ratio))
+    assert ratios == pytest.approx([1.0, 1.0, 0.5, 4.0])
+
+
+def test_a_repeated_timestep_predicts_no_move_and_none_is_divided_by_zero():
+    clock = Clock("model")
+    clock.start()
+    ratios = []
+    for t in (10.0, 10.0, 8.0, 8.0, 6.0):
+        clock.call(t)
+        ratios.append(float(clock.ratio))
+    assert ratios == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_without_timesteps_all_steps_are_alike():
+    clock = Clock("model")
+    clock.start()
+    for t in (None, 5.0, None, 3.0):
+        clock.call(t)
+        assert clock.ratio == 1.0
+
+
+def test_step_sizes_are_those_of_the_context():
+    clock = Clock("model")
+    clock.start()
+    for t in (10.0, 8.0, 7.0):
+        for name in ("a", "b"):
+            clock.context = name
+            clock.call(t)
+    assert float(clock.ratio) == 0.5
+
+
+def test_starting_and_stopping_frees_what_was_registered_and_counts_anew():
+    clock, calls = Clock("model"), []
+    clock.on_reset(lambda: calls.append(clock.active))
+    clock.start()
+    clock.call(1.0)
+    clock.context = "cond"
+    clock.stop()
+    assert calls == [False, False]
+    assert (clock.active, clock.context) == (False, "default")
+    clock.start()
+    clock.call(1.0)
+    assert clock.step == 0
+
+
+def test_a_call_outside_a_trajectory_is_not_counted():
+    clock = Clock("model")
+    clock.call(3.0)
+    assert (clock.tick, clock.inside) == (0, False)
+
+
+def test_the_network_is_inside_between_its_call_and_its_return():
+    clock = Clock("model")
+    clock.start()
+    assert not clock.inside
+    clock.call(None)
+    assert clock.inside
+    clock.returned()
+    assert not clock.inside
+
+
+def test_trajectories_of_one_model_cannot_nest():
+    clock = Clock("UNet")
+    clock.start()
+    with pytest.raises(StateError, match=r"UNet: expected no running trajectory, got a second one"):
+        clock.start()

@@ -1,0 +1,132 @@
+"""From a layer and its config to the words of the reference recursion, and a layer run through a trajectory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from modiff import LayerConfig
+from modiff.nn import Clock, ModulatedLayer, twin_of
+from tests.reference import layers
+from tests.reference.hadamard import along, rotation
+from tests.reference.quantizer import quantize_weight
+from tests.reference.recursion import Recipe
+
+
+def recipe_for(
+    config: LayerConfig,
+    operator: Callable[[Tensor], Tensor],
+    bias: Tensor | float,
+    *,
+    segments: tuple[int, ...],
+    granularity: str,
+    channel_dim: int = -1,
+    matrix: Tensor | None = None,
+) -> Recipe:
+    """The recipe of a modulated layer with dynamic scales; `granularity` resolved, not "auto"."""
+    modulation, activation = config.modulation, config.activation
+    assert modulation is not None
+    assert activation.dynamic
+    assert activation.bits is not None
+    return Recipe(
+        operator=operator,
+        bias=bias,
+        bits=activation.bits,
+        segments=segments,
+        granularity=granularity,
+        channel_dim=channel_dim,
+        symmetric=activation.symmetric,
+        clip=activation.clip,
+        predictor=modulation.predictor,
+        gain=modulation.gain,
+        compensated=modulation.error_compensation == "closed_loop",
+        rounds=modulation.rounds if modulation.first_step == "coded" else 0,
+        reanchor_every=modulation.reanchor_every,
+        matrix=matrix,
+    )
+
+
+def torch_operator(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The linear part of a torch layer with a given weight, by explicit loops."""
+    if isinstance(layer, nn.Linear):
+        return lambda x: layers.linear(x, weight)
+    return lambda x: layers.conv(
+        x, weight, stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
+        groups=layer.groups, mode=layer.padding_mode,
+    )  # fmt: skip
+
+
+def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = None) -> Recipe:
+    """The recipe of the modulated twin of a torch layer, derived from the torch layer alone."""
+    linear = isinstance(layer, nn.Linear)
+    groups = 1 if linear else layer.groups
+    fan_in = layer.weight.shape[1]
+    channels = fan_in * groups
+    runs = (channels,) if split is None else (split, channels - split)
+    weight, matrix = layer.weight.detach().double(), None
+    if config.rotation == "hadamard":
+        matrix = rotation(runs, config.rotation_block, groups)
+        weight = along(weight, matrix[:fan_in, :fan_in].T, 1)  # W R; the blocks of all groups are alike
+    weight = quantize_weight(weight, config.weight.bits, runs if split is not None else ())
+    bias = 0.0
+    if layer.bias is not None:
+        bias = layer.bias.detach().double().reshape(-1, *[1] * (weight.dim() - 2))
+    auto = "token" if linear else "sample"
+    asked = config.activation.granularity
+    return recipe_for(
+        config, torch_operator(layer, weight), bias, segments=runs, granularity=auto if asked == "auto" else asked,
+        channel_dim=-1 if linear else 1, matrix=matrix,
+    )  # fmt: skip
+
+
+def twin(layer: nn.Module, config: LayerConfig, split: int | None = None, name: str = "layer") -> ModulatedLayer:
+    """The modulated twin of a torch layer, with a clock of its own."""
+    kind = twin_of(layer)
+    assert kind is not None
+    return kind.from_float(layer, config, name=name, clock=Clock("model"), split=split)
+
+
+def evaluate(layer: ModulatedLayer, x: Tensor, timestep: float | None = None) -> Tensor:
+    """One evaluation of a network that is this layer alone."""
+    layer.clock.call(timestep)
+    try:
+        return layer(x)
+    finally:
+        layer.clock.returned()
+
+
+def play(
+    layer: ModulatedLayer, inputs: Sequence[Tensor], timesteps: Sequence[float] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(output, input state, output state) of each step of one trajectory."""
+    found = []
+    layer.clock.start()
+    for t, x in enumerate(inputs):
+        output = evaluate(layer, x, None if timesteps is None else timesteps[t])
+        found.append((output, *(s.clone() for s in layer.state)))
+    layer.clock.stop()
+    return found
+
+
+def sizes_of(timesteps: Sequence[float]) -> list[float]:
+    """Step size before each input; the first has none."""
+    return [0.0, *(abs(b - a) for a, b in itertools.pairwise(timesteps))]
+
+
+def float64(config: LayerConfig) -> LayerConfig:
+    """The same config with float64 states, so that only the method is compared and not the arithmetic."""
+    modulation = None if config.modulation is None else dataclasses.replace(config.modulation, state_dtype="float64")
+    return dataclasses.replace(config, modulation=modulation)
+
+
+def randomised(layer: nn.Module, seed: int = 0) -> nn.Module:
+    """The layer with drawn weights, independent of the global random state."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+    return layer
