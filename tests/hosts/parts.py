@@ -87,19 +87,25 @@ def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
 # ------------------------------------------------------------------------------------------------- networks and text
 
 
+TIMED = re.compile(r"time_emb|timestep_embedder|time_embedder|time_proj|norm\w*\.linear|adaln_single")
+MODULATES = re.compile(r"scale_shift_table|(norm\w*\.linear|adaln_single\.linear|time_proj)\.bias")
+
+
 def randomise(module: torch.nn.Module, seed: int) -> None:
     """Draw every parameter: weights N(0, 1 / fan_in), gains of norms N(1, 0.1²), biases N(0, 0.1²).
 
-    Layers that see the timestep get a third of it: from step to step the networks change slowly, as trained ones do.
+    What sees the timestep gets a third of it: from step to step the networks change slowly, as trained ones do.
+    What sets adaLN's scale, shift and gate gets N(0, 0.5²): with gates near zero the blocks would hardly count.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
+            if MODULATES.search(name):
+                parameter.copy_(0.5 * noise)
+            elif parameter.ndim > 1:
                 std = parameter[0].numel() ** -0.5
-                timed = re.search(r"time_emb|timestep_embedder|time_embedder|time_proj|norm1\.linear", name)
-                parameter.copy_(noise * (std / 3 if timed else std))
+                parameter.copy_(noise * (std / 3 if TIMED.search(name) else std))
             elif name.endswith("weight"):
                 parameter.copy_(1 + 0.1 * noise)
             else:

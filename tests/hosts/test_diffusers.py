@@ -82,7 +82,7 @@ def test_states_that_anchor_at_every_step_equal_the_plain_pipelines(host: TinyHo
 def test_the_law_holds_the_second_call_equals_the_first_and_states_are_freed(host: TinyHost) -> None:
     pipe = host.build()
     plain = host.call(pipe)
-    modiff.apply(pipe, modiff.presets.tuned(8, 8))
+    modiff.apply(pipe, modiff.presets.tuned(None, 8))
     model = denoiser_of(host, pipe)
     broken = watch(model, lambda: worst_break_of_the_law(model))
     first = host.call(pipe)
