@@ -34,7 +34,7 @@ def uncompensated(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffCon
 def tuned(weight_bits: Bits = 8, activation_bits: int = 4) -> ModiffConfig:
     """Clip ratio, predictor and rotation that did best on the study models; `modiff.tune` refines them for yours."""
     if activation_bits >= 4:
-        clip, modulation = 0.8, ModulationConfig(predictor="linear", gain=0.8)
+        clip, modulation = 0.8 if activation_bits == 4 else 1.0, ModulationConfig(predictor="linear", gain=0.8)
     elif activation_bits == 3:
         clip, modulation = 0.6, ModulationConfig(predictor="linear", gain=0.8)
     else:

@@ -104,5 +104,5 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain(settings
 
 
 def test_a_pipeline_that_needs_a_prompt_is_refused() -> None:
-    with pytest.raises(ConfigError, match="without a prompt"):
+    with pytest.raises(ConfigError, match="expected an unconditional pipeline, got DiTPipeline"):
         analyze(HOSTS["dit"].build(), steps=2)

@@ -7,7 +7,7 @@ from torch import nn
 import modiff
 from modiff import presets
 from modiff.config import LayerConfig
-from modiff.errors import CalibrationError, StateError
+from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.evaluate.watch import Visit, watch
 from modiff.hosts.diffusers import unconditional_run
 from tests.evaluate.networks import OneLayer, driven, only_layer
@@ -95,3 +95,10 @@ def test_fewer_than_two_steps_are_refused_and_name_the_layer(steps: int) -> None
     run = driven(network, drifting(0, (1, 6), 2, 0.1, torch.float32)[:steps])
     with pytest.raises(CalibrationError, match="got fewer of layer"):
         watch(network, run, only_layer(LayerConfig()), [])
+
+
+def test_several_networks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = OneLayer(nn.Linear(6, 6))
+    monkeypatch.setattr("modiff.evaluate.watch.modules_of", lambda target: {"unet": network, "prior": network})
+    with pytest.raises(ConfigError, match="expected one network, got unet, prior"):
+        watch(network, lambda: None, only_layer(LayerConfig()), [])

@@ -20,10 +20,11 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 
 
 def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
-    """Load a pipeline without the bars of diffusers: each command shows one bar of its own."""
+    """Load a pipeline without the bars and remarks of diffusers: a command shows one bar, and its errors are one line."""
     import diffusers  # imported late: `modiff --help` must not wait for it
 
     from modiff.hosts.load import load_pipeline
 
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     return load_pipeline(model, device=device)

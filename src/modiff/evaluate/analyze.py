@@ -74,8 +74,7 @@ def analyze(
     Cost: len(bits) * 4 + 5 trajectories, most of them modulated.
     """
     config = config or presets.modulated(None, 4)
-    _check(config, steps, num_images)
-    unconditional_run(pipe, steps, num_images, seed)  # raises if the pipeline needs more than a number of images
+    _check(pipe, config, steps, num_images)
 
     def run() -> object:
         noise = noise_generators(seed, range(num_images))
@@ -105,7 +104,14 @@ def analyze(
     }  # fmt: skip
 
 
-def _check(config: ModiffConfig, steps: int, num_images: int) -> None:
+def _check(pipe: DiffusionPipeline, config: ModiffConfig, steps: int, num_images: int) -> None:
+    try:
+        unconditional_run(pipe, steps, num_images, 0)
+    except ConfigError:
+        raise ConfigError(
+            f"analyze: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another "
+            "input. This does not invent one. Use `modiff sample` with --prompt or --label to see its images."
+        ) from None
     if steps < 2:
         raise ConfigError(
             f"analyze: expected 2 or more steps, got {steps}. What changes between steps is coded. Use --steps 50."

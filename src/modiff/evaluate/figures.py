@@ -204,8 +204,9 @@ def _reuse(figure: Figure, analysis: Analysis) -> None:
     for row in analysis["sweep"]:
         if row["mode"] == "modulated" and row["bits"] == 4 and row["relative_l2"]:
             axis.axhline(row["relative_l2"], color=BLUE, linestyle="--", label="modulated 4 bits, every step")
+    if axis.lines:  # all runs may have diverged
+        axis.legend(loc="upper left")
     axis.set_ylim(bottom=0)
-    axis.legend(loc="upper left")
     axis.set_title("Image error of reusing all layers' outputs")
     axis.set_xlabel("reuse interval (steps)")
     axis.set_ylabel("relative L2 to the full-precision images")

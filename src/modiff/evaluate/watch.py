@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig
-from modiff.errors import CalibrationError, StateError
+from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.hosts.unet import shortcut_splits
 from modiff.hosts.verbs import modules_of
 from modiff.model.attachment import Attachment, attachment_of
@@ -68,55 +67,55 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
     package keep the states of one step and a few numbers per layer and step.
 
     Args:
-        target: a pipeline or module without modiff.
+        target: a pipeline with one denoiser, or a module, without modiff.
         run: samples one trajectory.
     Returns: the layers taken and left.
-    Raises: StateError if modiff is on the target; CalibrationError if `run` never reached a layer's second step.
+    Raises: StateError if modiff is on the target; ConfigError if it has several networks; CalibrationError if `run`
+        never reached a layer's second step.
     """
-    report = Report(())
-    seen: dict[str, int] = {}
-    for module in modules_of(target).values():
-        if attachment_of(module) is not None:
-            raise StateError(
-                f"watch: expected a plain {type(module).__name__}, got one with modulated layers. It shows what full "
-                "precision computes. Call modiff.remove(...) first."
-            )
-    networks = [_Hooks(m, config, watchers, seen) for m in modules_of(target).values()]
-    with ExitStack() as stack:
-        for hooks in networks:
-            stack.enter_context(hooks)
+    networks = modules_of(target)
+    if len(networks) > 1:
+        raise ConfigError(
+            f"watch: expected one network, got {', '.join(networks)}. They may name their layers alike. "
+            "Watch one of the modules, with run= of the whole pipeline."
+        )
+    (module,) = networks.values()
+    if attachment_of(module) is not None:
+        raise StateError(
+            f"watch: expected a plain {type(module).__name__}, got one with modulated layers. It shows what full "
+            "precision computes. Call modiff.remove(...) first."
+        )
+    with _Hooks(module, config, watchers) as hooks:
         run()
-    for hooks in networks:
-        report += hooks.report
-    idle = [e.name for e in report.taken if seen.get(e.name, 0) < 2]
+    idle = [e.name for e in hooks.report.taken if hooks.seen.get(e.name, 0) < 2]
     if idle:
         raise CalibrationError(
             f"watch: expected at least two steps of every layer, got fewer of {', '.join(idle[:3])}. Errors grow over "
             "steps. Give more steps, or exclude layers that do not run."
         )
-    return report
+    return hooks.report
 
 
 class _Hooks:
     """The hooks on one network, while entered."""
 
-    def __init__(
-        self, model: nn.Module, config: ModiffConfig, watchers: Sequence[Watcher], seen: dict[str, int]
-    ) -> None:
+    def __init__(self, model: nn.Module, config: ModiffConfig, watchers: Sequence[Watcher]) -> None:
         splits = shortcut_splits(model)
-        self.model, self.watchers, self.seen = model, watchers, seen
+        self.model, self.watchers = model, watchers
+        self.seen: dict[str, int] = {}
         self.splits = splits if config.split_shortcuts == "auto" else {}
         self.report = select(model, config, splits=splits)
         self.clock = Clock(type(model).__name__)
         self.attachment = Attachment(self.clock, self.report)
         self.calls: dict[str, tuple[int, int]] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self.attachment.watch(self.model)
         for entry in self.report.taken:
             layer = self.model.get_submodule(entry.name)
             self.attachment.handles.append(layer.register_forward_hook(self._hook(entry)))
         self.clock.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.clock.stop()
