@@ -42,7 +42,7 @@ def test_the_published_method_holds_starts_exactly_and_clips_nothing():
 
 @pytest.mark.parametrize(
     ("bits", "clip", "predictor"),
-    [(8, 0.8, "linear"), (5, 0.8, "linear"), (4, 0.8, "linear"), (3, 0.6, "linear"), (2, 0.45, "hold")],
+    [(8, 1.0, "linear"), (5, 1.0, "linear"), (4, 0.8, "linear"), (3, 0.6, "linear"), (2, 0.45, "hold")],
 )
 def test_the_tuned_settings_clip_more_at_fewer_bits_and_predict_where_it_is_stable(bits, clip, predictor):
     layer = presets.tuned(None, bits).layer

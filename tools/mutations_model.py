@@ -56,14 +56,14 @@ MODEL: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/model/attachment.py",
-        old="register_forward_hook(after, always_call=True)",
-        new="register_forward_hook(after)",
+        old="register_forward_hook(self._after, always_call=True)",
+        new="register_forward_hook(self._after)",
         tests=("tests/model/test_trajectory.py",),
         why="an evaluation that raises leaves the clock inside",
     ),
     Mutation(
         file="src/modiff/model/calibrate.py",
-        old="        for coder in coders.values():\n            coder.observers = None",
+        old="        for _, coder in coders:\n            coder.observers = None",
         new="        pass",
         tests=("tests/model/test_calibrate.py",),
         why="an interrupted calibration goes on observing for ever",

@@ -1,7 +1,7 @@
 """Two tiny networks on fixed weights, eight steps each: what the golden files hold.
 
-Everything is float64, and weights and noise are closed formulas, so another machine or torch version differs by rounding
-of the last bits only, never by a code.
+Everything is float64, and weights and noise are closed formulas, so another machine or torch version differs by the
+rounding of the last bits only, never by a code.
 """
 
 from __future__ import annotations

@@ -253,4 +253,4 @@ def test_the_split_of_a_unet_is_found_and_the_report_names_it() -> None:
     assert notes["up_blocks.0.resnets.1.conv_shortcut"] == "split at 64"
     assert notes["up_blocks.1.resnets.0.conv1"] == "split at 64"
     assert notes["up_blocks.1.resnets.1.conv1"] == "split at 32"
-    assert notes["up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"] == "shares with to_q"
+    assert notes["up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"] == "may share with to_q"

@@ -60,6 +60,12 @@ def test_with_many_steps_the_deterministic_ones_meet(name: str, converged: np.nd
     assert np.linalg.norm(found - converged) < 0.12 * np.linalg.norm(converged)
 
 
+@pytest.mark.parametrize("name", ["ddpm", "sde-dpmsolver++"])
+def test_the_ancestral_ones_draw_noise_of_their_own(name: str, converged: np.ndarray) -> None:
+    found = images(set_scheduler(pixel_pipeline(), name), steps=20)
+    assert np.linalg.norm(found - converged) > 0.4 * np.linalg.norm(converged)
+
+
 def test_the_noise_schedule_is_carried_over_and_the_given_pipeline_keeps_its_own() -> None:
     pipe = pixel_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.05)

@@ -24,7 +24,7 @@ def taken(model: nn.Module, config: ModiffConfig) -> tuple[str, ...]:
 def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
     assert reasons(toy(), ModiffConfig()) == {
         "conv_in": "first or last layer",
-        "time_embedding": "excluded by '*time_emb*'",
+        "time_embedding": "excluded by '*time_*emb*'",
         "body": "",
         "attention.to_q": "",
         "attention.to_k": "",

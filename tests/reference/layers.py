@@ -44,7 +44,7 @@ def conv(
     groups: int = 1,
     mode: str = "zeros",
 ) -> Tensor:
-    """out[n, o, p] = sum over taps k, channels c of the group of x[n, c, stride p + dilation k] weight[o, c, k] + bias."""
+    """out[n, o, p] = sum over taps k, channels c of the group: x[n, c, stride p + dilation k] weight[o, c, k] + b."""
     x, weight = x.double(), weight.double()
     kernel = weight.shape[2:]
     for d, taps in enumerate(kernel):

@@ -20,7 +20,7 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 
 
 def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
-    """Load a pipeline without the bars and remarks of diffusers: a command shows one bar, and its errors are one line."""
+    """Load a pipeline without the bars and remarks of diffusers: commands show one bar and one-line errors."""
     import diffusers  # imported late: `modiff --help` must not wait for it
 
     from modiff.hosts.load import load_pipeline

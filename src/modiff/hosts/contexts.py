@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,17 +15,17 @@ from modiff.model.trajectory import context
 
 def follow_cache_context(model: nn.Module) -> None:
     """Let `model.cache_context("cond")`, which pipelines enter around each branch of guidance, choose states too."""
-    original = getattr(model, "cache_context", None)
-    if original is None:
+    own = getattr(type(model), "cache_context", None)
+    if own is None:
         return
 
     @contextmanager
-    @functools.wraps(original)
-    def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with context(model, name), original(name, *args, **kwargs):
+    @functools.wraps(own)
+    def cache_context(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with context(self, name), own(self, name, *args, **kwargs):
             yield
 
-    model.__dict__["cache_context"] = cache_context
+    model.__dict__["cache_context"] = types.MethodType(cache_context, model)  # copy.deepcopy binds it to the copy
 
 
 def unfollow_cache_context(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from modiff.model import calibrate as _calibrate
 from modiff.model import remove as _remove
 from modiff.model import trajectory as _trajectory
 from modiff.model import tune as _tune
-from modiff.model.attachment import attachment_of
+from modiff.model.attachment import attachment_of, required_attachment
 from modiff.model.calibrate import ObserverName
 from modiff.model.report import Report
 
@@ -39,6 +39,15 @@ def modules_of(target: Any) -> dict[str, nn.Module]:
         f"target: expected a diffusers pipeline or a torch module, got {type(target).__name__}. "
         "modiff works on objects, not on names. Load it first, e.g. DiffusionPipeline.from_pretrained(folder)."
     )
+
+
+def _modulated(target: Any, verb: str) -> list[nn.Module]:
+    """The networks of a target that carry modiff. Raises: StateError if none does."""
+    modules = list(modules_of(target).values())
+    found = [m for m in modules if attachment_of(m) is not None]
+    if not found:
+        required_attachment(modules[0], verb)
+    return found
 
 
 def apply(target: Any, config: ModiffConfig | None = None) -> Report:
@@ -91,7 +100,7 @@ def trajectory(target: Any) -> Iterator[None]:
         with _trajectory.trajectory(target):
             yield
         return
-    modules_of(target)
+    _modulated(target, "trajectory")
     from modiff.hosts import diffusers
 
     with diffusers.pipeline_trajectory(target):
@@ -108,11 +117,9 @@ def context(module: nn.Module, name: str) -> Iterator[None]:
 def calibrate(target: Any, forward_loop: Callable[[], object], *, observer: ObserverName = "minmax") -> None:
     """Measure the scales of layers with `dynamic=False` on what `forward_loop` runs, and freeze them.
 
-    Raises: CalibrationError if no layer has static scales, or one never ran.
+    Raises: StateError without modulated layers; CalibrationError if no layer has static scales, or one never ran.
     """
-    for module in modules_of(target).values():
-        if attachment_of(module) is not None:
-            _calibrate.calibrate(module, forward_loop, observer=observer)
+    _calibrate.calibrate(_modulated(target, "calibrate"), forward_loop, observer=observer)
 
 
 def tune(
@@ -127,7 +134,7 @@ def tune(
     granularity: Literal["model", "layer"] = "model",
     run: Callable[[], object] | None = None,
 ) -> ModiffConfig:
-    """Clip ratio, predictor, gain and rotation for a model at `bits` activation bits, from one short trajectory.
+    """Clip ratio, predictor, gain and rotation for a model at `bits` activation bits, from a few short trajectories.
 
     Args:
         config: selection and other settings to keep; its bit widths are replaced.
@@ -136,7 +143,7 @@ def tune(
         run: runs one trajectory; needed for anything but an unconditional pipeline.
     Returns: a config for `modiff.apply`. The target is not changed.
     Raises: ConfigError if `run` is needed and missing; StateError if modiff is on the target already.
-    Cost: one full-precision trajectory plus a pass over each input per candidate setting.
+    Cost: a full-precision trajectory with a pass over each input per candidate, then a few modulated trajectories.
     """
     base = config or ModiffConfig()
     layer = dataclasses.replace(

@@ -71,7 +71,7 @@ def _share(attachment: Attachment) -> dict[str, str]:
         key = (name.rpartition(".")[0], type(twin), twin.coder.segments if twin.coder else None, *shared)
         if key in leaders:
             twin.share_with(leaders[key])
-            notes[name] = f"shares with {leaders[key].name.rpartition('.')[2]}"
+            notes[name] = f"may share with {leaders[key].name.rpartition('.')[2]}"
         else:
             leaders[key] = twin
     return notes

@@ -25,29 +25,25 @@ class Attachment:
         self.originals: dict[str, nn.Module] = {}
         self.twins: dict[str, ModulatedLayer] = {}
         self.handles: list[RemovableHandle] = []
+        self.timestep: tuple[str, int] | None = None
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""
-        names = [p for p in inspect.signature(model.forward).parameters]
-        position = next((i for i, n in enumerate(names) if n in TIMESTEP_NAMES), None)
+        names = list(inspect.signature(model.forward).parameters)
+        self.timestep = next(((n, i) for i, n in enumerate(names) if n in TIMESTEP_NAMES), None)
+        # bound methods, not closures: copy.deepcopy of the model takes them to the copy's own clock
+        self.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self._after, always_call=True))
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.clock.call(_timestep(args, kwargs, None if position is None else names[position], position))
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = None
+        if self.timestep is not None:
+            name, position = self.timestep
+            value = kwargs.get(name, args[position] if position < len(args) else None)
+        self.clock.call(value if isinstance(value, (Tensor, float, int)) else None)
 
-        def after(*_: object) -> None:
-            self.clock.returned()
-
-        self.handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
-        self.handles.append(model.register_forward_hook(after, always_call=True))
-
-
-def _timestep(
-    args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None, position: int | None
-) -> Tensor | float | None:
-    if name is None or position is None:
-        return None
-    value = kwargs.get(name, args[position] if position < len(args) else None)
-    return value if isinstance(value, (Tensor, float, int)) else None
+    def _after(self, *_: object) -> None:
+        self.clock.returned()
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

@@ -13,7 +13,7 @@ class Entry:
     """One Linear or Conv layer of the model.
 
     name: module name. kind: torch class name. weights: number of weights. config: None when the layer was left.
-    reason: why it was left, or what is special about it ("split at 128", "shares with to_q"); may be empty.
+    reason: why it was left, or what is special about it ("split at 128", "may share with to_q"); may be empty.
     """
 
     name: str

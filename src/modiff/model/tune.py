@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Predictor, Rotation
@@ -62,8 +63,8 @@ def tune(
     """The config with the settings that keep the network closest to full precision.
 
     Two stages. On one full-precision trajectory every candidate runs its input side, â_t = p_t + code(a_t - p_t), and
-    is judged by ||a_t - â_t|| / ||a_t||: no operator is needed, so all run in one pass. Then the best few run for real
-    and the one whose network outputs differ least, in relative L2 over all evaluations, wins.
+    is judged by ||a_t - â_t|| / ||a_t||: no operator is needed, so all run in one pass. Then the best few run for real,
+    and the one whose samples reach the last evaluation with the least mean log relative L2 error wins.
 
     Args:
         run: runs one trajectory at the number of steps to be used later, the same each time it is called.
@@ -78,7 +79,7 @@ def tune(
     _check(model, config)
     choices = candidates(config.layer) if choices is None else choices
     report = select(model, config, splits=splits)
-    with _outputs(model) as reference, probes_of(model, report, choices) as probes:
+    with _tracked(model) as reference, probes_of(model, report, choices) as probes:
         run()
     errors = {name: probe.errors() for name, probe in probes.items()}
     if any(not math.isfinite(e) for row in errors.values() for e in row):
@@ -90,7 +91,7 @@ def tune(
     if granularity == "layer":
         best = tuple((name, choices[row.index(min(row))]) for name, row in errors.items())
         finalists.append(dataclasses.replace(config, overrides=config.overrides + best))
-    scores = [_output_error(model, run, finalist, reference, splits) for finalist in finalists]
+    scores = [_trajectory_error(model, run, finalist, reference, splits) for finalist in finalists]
     return finalists[scores.index(min(scores))]
 
 
@@ -108,47 +109,84 @@ def _check(model: nn.Module, config: ModiffConfig) -> None:
 
 
 def _shortlist(choices: list[LayerConfig], errors: dict[str, list[float]]) -> list[LayerConfig]:
-    """The candidates with the least mean log error of the layers."""
+    """The best clip of each predictor, gain and rotation by the mean log error of the layers; the best few of these.
+
+    A layer's own error tells clips apart well, predictors less so: what errors do to the trajectory decides those.
+    """
     scores = [sum(math.log(row[i] + 1e-12) for row in errors.values()) for i in range(len(choices))]
-    order = sorted(range(len(choices)), key=scores.__getitem__)
-    return [choices[i] for i in order[:FINALISTS]]
+    best: dict[object, LayerConfig] = {}
+    for i in sorted(range(len(choices)), key=scores.__getitem__):
+        best.setdefault((choices[i].rotation, choices[i].modulation), choices[i])
+    return list(best.values())[:FINALISTS]
+
+
+class _Track:
+    """What an evaluation of the network was given and gave back: samples the size of a latent, kept for all steps."""
+
+    def __init__(self) -> None:
+        self.samples: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [
+            v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1
+        ]
+        self.samples += [given[0].detach().clone()] if given else []
+
+    def after(self, _module: nn.Module, _args: object, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        self.outputs.append(tensor.detach().clone())
+
+    def shapes(self) -> list[torch.Size]:
+        return [t.shape for t in (*self.samples, *self.outputs)]
 
 
 @contextmanager
-def _outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what every evaluation of the network returns: small tensors, the size of a latent."""
-    found: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: object, output: Any) -> None:
-        tensor = output if isinstance(output, Tensor) else output[0]
-        found.append(tensor.detach().clone())
-
-    handle = model.register_forward_hook(keep)
+def _tracked(model: nn.Module) -> Iterator[_Track]:
+    track = _Track()
+    handles = [
+        model.register_forward_pre_hook(track.before, with_kwargs=True),
+        model.register_forward_hook(track.after),
+    ]
     try:
-        yield found
+        yield track
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _output_error(
+def _trajectory_error(
     model: nn.Module,
     run: Callable[[], object],
     config: ModiffConfig,
-    reference: list[Tensor],
+    reference: _Track,
     splits: Mapping[str, int] | None,
 ) -> float:
-    """||outputs - reference|| / ||reference|| over one trajectory, infinite when a loop diverged."""
+    """Mean log relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
+
+    Where outputs do not feed back into inputs, the samples are equal and the outputs of all evaluations are compared.
+    """
     apply(model, config, splits=splits)
     try:
-        with _outputs(model) as outputs, trajectory(model):
+        with _tracked(model) as track, trajectory(model):
             run()
     finally:
         remove(model)
-    if [o.shape for o in outputs] != [r.shape for r in reference]:
+    if track.shapes() != reference.shapes() or not track.outputs:
         raise CalibrationError(
-            f"tune: expected run to evaluate the network {len(reference)} times as before, got {len(outputs)} times "
-            "or other shapes. It must run the same trajectory at each call. Fix its seed, steps and batch."
+            f"tune: expected run to evaluate the network {len(reference.outputs)} times as before, got "
+            f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
+            "Fix its seed, steps and batch."
         )
-    noise = sum(float((o.double() - r.double()).square().sum()) for o, r in zip(outputs, reference, strict=True))
-    signal = sum(float(r.double().square().sum()) for r in reference)
-    return math.sqrt(noise / signal) if math.isfinite(noise) and signal > 0 else math.inf
+    mine, true = track.samples[-1:], reference.samples[-1:]
+    if all(map(torch.equal, mine, true)):
+        mine, true = track.outputs, reference.outputs
+    score = _log_error(mine, true)
+    return score if math.isfinite(score) else math.inf
+
+
+def _log_error(mine: list[Tensor], true: list[Tensor]) -> float:
+    """Mean over the samples of log(||mine - true|| / ||true||), the tensors of a sample taken together."""
+    noise = sum((m.double() - t.double()).flatten(1).square().sum(1) for m, t in zip(mine, true, strict=True))
+    signal = sum(t.double().flatten(1).square().sum(1) for t in true)
+    return float((torch.as_tensor(noise / signal).sqrt() + 1e-12).log().mean())

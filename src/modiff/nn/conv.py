@@ -20,7 +20,7 @@ class _ModulatedConv(ModulatedLayer):
         return self.in_channels, self.groups, self.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output for a batch `x`; raises StateError as every modulated layer does, also without a batch axis."""
+        """The layer's output for `x`. Raises StateError as every modulated layer does, and without a batch axis."""
         if x.dim() != len(self.kernel_size) + 2:
             raise StateError(
                 f"{self.name}: expected {len(self.kernel_size) + 2} axes (batch, channels, ...), got {tuple(x.shape)}. "

@@ -106,7 +106,7 @@ class ModulatedLayer(nn.Module):
         self.alone = leader.alone = False
 
     def forget(self) -> None:
-        """Free the states of all contexts; the weight codes are made again, as writes through `.data` leave no trace."""
+        """Free the states of all contexts; weight codes are made again, as writes through `.data` leave no trace."""
         self.quantized_weight.forget()
         self.streams.clear()
         self.outputs.clear()

@@ -93,7 +93,11 @@ class Inputs:
     def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
         self.coder, self.config, self.clock = coder, config, clock
         self.streams: list[Stream] = []
-        clock.on_reset(self.streams.clear)
+        clock.on_reset(self.forget)
+
+    def forget(self) -> None:
+        """Drop all streams, and with them the input states."""
+        self.streams.clear()
 
     def stream_for(self, x: Tensor) -> Stream:
         """The stream that carries `x` in this evaluation; a new one if there is none."""
