@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from readme_table import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +43,11 @@ def test_the_make_targets_of_readme_exist() -> None:
     defined = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
     named = {target for block in blocks(README, *SHELLS) for target in make_targets(block)}
     assert named - defined == set()
+
+
+def test_the_table_of_readme_is_the_one_of_the_committed_run() -> None:
+    result = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
+    assert table(result) in README
 
 
 def test_blocks_and_targets_are_read_from_the_text() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -254,3 +255,26 @@ def test_the_split_of_a_unet_is_found_and_the_report_names_it() -> None:
     assert notes["up_blocks.1.resnets.0.conv1"] == "split at 64"
     assert notes["up_blocks.1.resnets.1.conv1"] == "split at 32"
     assert notes["up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"] == "may share with to_q"
+
+
+@pytest.mark.parametrize("name", ["ddim", "flux"])
+def test_a_copy_of_a_modulated_pipeline_has_states_and_a_clock_of_its_own(name: str) -> None:
+    host = HOSTS[name]
+    pipe = host.build()
+    plain = host.call(pipe)
+    modiff.apply(pipe, modiff.presets.w8a4())
+    first = host.call(pipe)
+    twin = copy.deepcopy(pipe)
+    modiff.remove(pipe)
+    assert torch.equal(host.call(twin), first)
+    assert torch.equal(host.call(pipe), plain)
+    modiff.remove(twin)
+    assert torch.equal(host.call(twin), plain)
+
+
+@pytest.mark.parametrize(
+    "verb", [lambda p: modiff.calibrate(p, lambda: None), lambda p: modiff.trajectory(p).__enter__()]
+)
+def test_a_verb_on_a_pipeline_without_modulated_layers_says_so(verb: Callable[[Any], object]) -> None:
+    with pytest.raises(modiff.StateError, match=r"modiff\.apply"):
+        verb(HOSTS["ddim"].build())
