@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "'embedded' (the Fashion-MNIST model of the package), a local diffusers folder, or a hub id."
 
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
-NumImages = Annotated[int, typer.Option("--num-images", help="How many images.")]
+NumImages = Annotated[int, typer.Option("-n", "--num-images", help="How many images.")]
 Seed = Annotated[int, typer.Option("--seed", help="Image i comes from the noise of seed + i.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
