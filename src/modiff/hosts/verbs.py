@@ -129,7 +129,7 @@ def tune(
     config: ModiffConfig | None = None,
     weight_bits: int | None = 8,
     steps: int = 50,
-    num_images: int = 2,
+    num_images: int = 4,
     seed: int = 0,
     granularity: Literal["model", "layer"] = "model",
     run: Callable[[], object] | None = None,

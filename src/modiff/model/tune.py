@@ -64,7 +64,7 @@ def tune(
 
     Two stages. On one full-precision trajectory every candidate runs its input side, â_t = p_t + code(a_t - p_t), and
     is judged by ||a_t - â_t|| / ||a_t||: no operator is needed, so all run in one pass. Then the best few run for real,
-    and the one whose samples reach the last evaluation with the least relative L2 error wins.
+    and the one whose samples reach the last evaluation with the least mean relative L2 error wins.
 
     Args:
         run: runs one trajectory at the number of steps to be used later, the same each time it is called.
@@ -162,7 +162,7 @@ def _trajectory_error(
     reference: _Track,
     splits: Mapping[str, int] | None,
 ) -> float:
-    """Relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
+    """Mean relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
 
     Where outputs do not feed back into inputs, the samples are equal and the outputs of all evaluations are compared.
     """
@@ -186,10 +186,10 @@ def _trajectory_error(
 
 
 def _relative_error(mine: list[Tensor], true: list[Tensor]) -> float:
-    """Root mean square over the samples of ||mine - true|| / ||true||, the tensors of a sample taken together.
+    """Mean over the samples of ||mine - true|| / ||true||, the tensors of a sample taken together.
 
-    Not the mean of logarithms: a setting that loses one sample in ten is not a good one.
+    A mean square would be the error of the one sample that tips over to another image; a mean logarithm would miss it.
     """
     noise = sum((m.double() - t.double()).flatten(1).square().sum(1) for m, t in zip(mine, true, strict=True))
     signal = sum(t.double().flatten(1).square().sum(1) for t in true)
-    return float(torch.as_tensor(noise / signal).mean().sqrt())
+    return float(torch.as_tensor(noise / signal).sqrt().mean())
