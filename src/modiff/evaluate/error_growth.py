@@ -125,6 +125,7 @@ class _Lane:
         self.rows: list[list[float]] = []
 
     def see(self, visit: Visit) -> None:
+        """One step of both loops on the layer's own input."""
         x = coded_domain(self.twin, visit.input)
         closed = self.closed.advance(x, visit.step, 1.0)
         unclosed = self.open.advance(x, visit.step, 1.0)

@@ -137,6 +137,7 @@ class _Lane:
             self.inputs = InputSide(twin.coder, twin.config.modulation)
 
     def see(self, visit: Visit) -> StepErrors:
+        """One step of the layer's recursion, and how far it is from full precision."""
         x = coded_domain(self.twin, visit.input)
         residual, code, held, output = self._advance(x, visit)
         numbers = [
