@@ -40,10 +40,10 @@ LEAST_CONFIDENT, LEAST_ENTROPY = 0.75, 2.0
 CARD = Path(__file__).with_name("model_card.md")
 # The options that shape a model; those left out concern the machine and the rhythm of saving.
 UNET_ARGUMENTS = ("images", "minutes", "size", "channels", "layers", "attention", "schedule", "batch", "learning_rate",
-                  "warmup", "anneal", "ema", "seed")  # fmt: skip
+                  "weighting", "warmup", "anneal", "ema", "seed")  # fmt: skip
 CLASSIFIER_ARGUMENTS = ("images", "labels", "test_images", "test_labels", "epochs", "size", "channels", "batch",
                         "learning_rate", "weight_decay", "shift", "seed")  # fmt: skip
-UNET_RECORD = (*UNET_ARGUMENTS, "output", "device", "step", "images_seen", "training_seconds")
+UNET_RECORD = (*UNET_ARGUMENTS, "output", "device", "step", "images_seen", "training_seconds", "calls")
 CLASSIFIER_RECORD = (*CLASSIFIER_ARGUMENTS, "output", "test_accuracy")
 
 
@@ -168,7 +168,10 @@ def write_card(folder: Path, training: dict[str, Any], judged: dict[str, Any], m
     values |= {name: metrics[name] for name in ("steps", "seed", "batch", "threshold", "torch", "diffusers")}
     values |= {
         "unet_batch": training["batch"],
-        "training_command": command("train_reference.py", training, UNET_ARGUMENTS),
+        "training_command": "\n".join(
+            command("train_reference.py", {**training, **call}, UNET_ARGUMENTS) for call in training["calls"]
+        ),
+        "weightings": ", then ".join(f"{c['weighting']} from image {c['from_image']:,}" for c in training["calls"]),
         "classifier_command": command("train_classifier.py", judged, CLASSIFIER_ARGUMENTS),
         "assets_command": f"python training/make_assets.py --run {training['output']} --classifier {judged['output']} "
         f"--test-images {judged['test_images']} --samples {metrics['samples']['count']} "

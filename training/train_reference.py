@@ -24,6 +24,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+CALL_OPTIONS = ("minutes", "weighting", "batch", "learning_rate", "warmup", "anneal", "ema")
+
 
 @dataclass
 class Progress:
@@ -33,6 +35,8 @@ class Progress:
     images_seen: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    calls: list[dict[str, float | str]] = field(default_factory=list)
+    """The options of each call with other ones than the call before, and the images seen when it began."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,6 +50,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--attention", default="8", help="resolutions that get self-attention, comma-separated")
     parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear")
+    parser.add_argument(
+        "--weighting", choices=["uniform", "min-snr"], default="uniform", help="loss weight per timestep"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--warmup", type=int, default=300, help="steps of linear learning-rate warm-up")
@@ -112,12 +119,19 @@ def build_scheduler(schedule: str) -> DDIMScheduler:
     return DDIMScheduler(num_train_timesteps=1000, beta_schedule=name, clip_sample=True, timestep_spacing="leading")
 
 
-def loss_of_batch(model: nn.Module, scheduler: DDIMScheduler, batch: Tensor) -> Tensor:
-    """Mean squared error of the predicted noise, ||eps - eps_theta(x_t, t)||^2, at uniform t."""
+def timestep_weights(scheduler: DDIMScheduler, weighting: str) -> Tensor:
+    """(T,): 1, or min(SNR, 5) / SNR with SNR = abar / (1 - abar): shapes are learnt sooner (Hang et al., ICCV 2023)."""
+    ratio = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    return {"uniform": torch.ones_like(ratio), "min-snr": ratio.clamp(max=5) / ratio}[weighting]
+
+
+def loss_of_batch(model: nn.Module, scheduler: DDIMScheduler, weights: Tensor, batch: Tensor) -> Tensor:
+    """Mean over the batch of w_t ||eps - eps_theta(x_t, t)||^2 / pixels, at uniform t."""
     noise = torch.randn_like(batch)
-    steps = torch.randint(0, scheduler.config.num_train_timesteps, (batch.shape[0],), device=batch.device)
+    steps = torch.randint(0, len(weights), (batch.shape[0],), device=batch.device)
     prediction = model(scheduler.add_noise(batch, noise, steps), steps, return_dict=False)[0]
-    return nn.functional.mse_loss(prediction.float(), noise)
+    errors = (prediction.float() - noise).square().flatten(1).mean(1)
+    return (weights[steps] * errors).mean()
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -155,7 +169,8 @@ def save(output: Path, model: UNet2DModel, average: UNet2DModel, optimizer: torc
     half.load_state_dict(average.state_dict())
     DDIMPipeline(unet=half.half(), scheduler=scheduler).save_pretrained(output / "pipeline")
     card = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    card |= {"step": progress.step, "images_seen": progress.images_seen, "training_seconds": round(progress.seconds)}
+    card |= {"step": progress.step, "images_seen": progress.images_seen}
+    card |= {"calls": progress.calls, "training_seconds": round(progress.seconds)}
     card |= {"parameters": sum(p.numel() for p in model.parameters()), "losses": progress.losses[-50:]}
     card["images"], card["output"] = options.images.name, options.output.name
     (output / "training.json").write_text(json.dumps(card, indent=1))
@@ -180,6 +195,13 @@ def resume(output: Path, model: nn.Module, average: nn.Module, optimizer: torch.
         ) from error
 
 
+def note_call(progress: Progress, options: argparse.Namespace) -> None:
+    """Keep how this call trains, unless the last one did the same: a model trained in stages says so."""
+    present = {name: getattr(options, name) for name in CALL_OPTIONS}
+    if not progress.calls or {name: progress.calls[-1].get(name) for name in CALL_OPTIONS} != present:
+        progress.calls.append({**present, "from_image": progress.images_seen})
+
+
 def prepare(batch: Tensor, options: argparse.Namespace) -> Tensor:
     """uint8 -> [-1, 1] float32 on the device, flipped at random if asked for."""
     batch = batch.to(options.device, non_blocking=True).float() / 127.5 - 1
@@ -200,8 +222,10 @@ def train(options: argparse.Namespace) -> None:
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
     progress = resume(options.output, model, average, optimizer)
+    note_call(progress, options)
     forward = torch.compile(model) if options.compile else model
     device = torch.device(options.device)
+    weights = timestep_weights(scheduler, options.weighting).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))
     saved, since = time.time(), (time.time(), progress.images_seen)
     with contextlib.suppress(KeyboardInterrupt):
@@ -211,7 +235,7 @@ def train(options: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * rate_factor(progress, options)
             with autocast:
-                loss = loss_of_batch(forward, scheduler, batch)
+                loss = loss_of_batch(forward, scheduler, weights, batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, WanPipeline
 from torch import Tensor, nn
 
 import modiff
 from modiff.model.attachment import attachment_of
+from modiff.model.tune import FINALISTS
 from tests.hosts.parts import with_scheduler
 from tests.hosts.tiny import HOSTS, TinyHost
 
@@ -278,3 +279,23 @@ def test_a_copy_of_a_modulated_pipeline_has_states_and_a_clock_of_its_own(name: 
 def test_a_verb_on_a_pipeline_without_modulated_layers_says_so(verb: Callable[[Any], object]) -> None:
     with pytest.raises(modiff.StateError, match=r"modiff\.apply"):
         verb(HOSTS["ddim"].build())
+
+
+def test_a_pipeline_with_two_denoisers_is_tuned_as_one_and_takes_the_config() -> None:
+    """Wan 2.2 samples high noise with `transformer` and low noise with `transformer_2`; guidance in two calls."""
+    parts = HOSTS["wan"].build().components
+    second = copy.deepcopy(parts["transformer"])
+    pipe = WanPipeline(**parts | {"transformer_2": second, "boundary_ratio": 0.5})
+    pipe.set_progress_bar_config(disable=True)
+    evaluations: list[str] = []
+    pipe.transformer.register_forward_hook(lambda *_: evaluations.append("first"))
+    second.register_forward_hook(lambda *_: evaluations.append("second"))
+    found = modiff.tune(pipe, 4, run=lambda: HOSTS["wan"].call(pipe, steps=8), granularity="layer")
+    once = evaluations[: len(evaluations) // (1 + FINALISTS + 1)]
+    assert evaluations == once * (1 + FINALISTS + 1)
+    assert set(once) == {"first", "second"}
+    only_second = "blocks.0.extra"
+    second.blocks[0].extra = nn.Linear(32, 32)
+    report = modiff.apply(pipe, dataclasses.replace(found, overrides=((only_second, found.layer),)))
+    assert [e.name for e in report.taken].count(only_second) == 1
+    assert len(report.taken) == 2 * len(modiff.apply(HOSTS["wan"].build(), found).taken) + 1

@@ -34,9 +34,11 @@ TIMES = [1000.0, 900.0, 850.0, 650.0, 640.0, 300.0]
 SIZES = [0.0, 100.0, 50.0, 200.0, 10.0, 340.0]
 
 
-def judged(layer: nn.Module, config: LayerConfig, inputs: list[torch.Tensor]) -> tuple[float, float]:
+def judged(
+    layer: nn.Module, config: LayerConfig, inputs: list[torch.Tensor], split: int | None = None
+) -> tuple[float, float]:
     """Squared error of the input state and squared input, over the coded steps."""
-    recipe = recipe_of_layer(layer, config)
+    recipe = recipe_of_layer(layer, config, split)
     noise = signal = 0.0
     for t, step in enumerate(run(inputs, recipe, SIZES)):
         if t:
@@ -75,15 +77,37 @@ def test_a_probe_forgets_its_states_with_the_trajectory_and_has_no_errors_before
     assert all(math.isnan(error) for error in probe.errors())
 
 
+def test_a_probe_of_a_split_layer_gives_each_half_a_scale_of_its_own():
+    layer, clock = nn.Conv2d(16, 4, 1).double(), Clock("model")
+    inputs = drifting(0, (2, 16, 3, 3), 6, 0.2)
+    for x in inputs:
+        x[:, :5] *= 100
+    errors = []
+    for split in (None, 5):
+        probe = Probe(layer, "layer", CHOICES[:2], clock, split)
+        clock.start()
+        for time, x in zip(TIMES, inputs, strict=True):
+            clock.call(time)
+            probe(layer, (x,))
+            clock.returned()
+        clock.stop()
+        errors.append(probe.errors())
+    for choice, error in zip(CHOICES, errors[1], strict=False):
+        noise, signal = judged(layer, choice, inputs, 5)
+        assert error == pytest.approx(math.sqrt(noise / signal), rel=1e-5)
+    assert errors[0] != errors[1]
+
+
 def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was():
     model = toy()
     report = modiff.select(model, activations_only(3))
     attributes = set(model.__dict__)
-    with probes_of(model, report, [PUBLISHED]) as probes:
+    with probes_of(model, report, [PUBLISHED], {"body": 5}) as probes:
         outputs = sample(model)
         assert attachment_of(model) is not None
-    assert set(probes) == set(TAKEN)
-    assert all(0 < probe.errors()[0] < 0.5 for probe in probes.values())
+    assert [probe.name for probe in probes] == list(TAKEN)
+    assert [probe.twins[0].split for probe in probes] == [5, None, None, None, None]
+    assert all(0 < probe.errors()[0] < 0.5 for probe in probes)
     assert set(model.__dict__) == attributes
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     for ours, theirs in zip(outputs, sample(toy()), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from modiff import (
     StateError,
     presets,
 )
-from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, candidates
+from modiff.model.attachment import attachment_of
+from modiff.model.select import layer_names, select
+from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, _by_name, candidates
 from modiff.model.tune import tune as tune_module
 from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import activations_only, sample, toy
@@ -158,6 +161,58 @@ def test_a_setting_for_each_layer_wins_where_layers_differ_and_comes_as_override
     assert whole.overrides == ()
     assert found.overrides == (("smooth", linear), ("noisy", base.layer))
     assert [e.config for e in modiff.apply(model, found).taken] == [linear, base.layer]
+
+
+class Renamed(nn.Module):
+    """A second network: one layer named as in `Follower`, one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.own, self.last = (nn.Linear(n, n) for n in (2, 16, 16, 2))
+
+    def forward(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        return self.own(self.layer(x))
+
+
+def two_networks(second_scale: float) -> tuple[list[nn.Module], Callable[[], None]]:
+    """The first half of the steps is for the one network, the second half, with other inputs, for the other."""
+    torch.manual_seed(3)
+    models, noise = [Follower(), Renamed()], drifting(0, (8, 16), 25, 0.3, torch.float32)
+
+    def run_it() -> None:
+        with torch.no_grad():
+            for x, t in zip(smooth, TIMES, strict=True):
+                models[0](x, t)
+            for x, t in zip(noise, TIMES, strict=True):
+                models[1](second_scale * x, t)
+
+    smooth = smooth_inputs()
+    return models, run_it
+
+
+@pytest.mark.parametrize(("scale", "predictor"), [(1e-3, "linear"), (1e3, "hold")])
+def test_two_networks_get_one_config_judged_on_both_together(scale, predictor):
+    models, run_it = two_networks(scale)  # whichever network says more decides: smooth inputs extrapolate, noise holds
+    base = activations_only(4, granularity="sample")
+    found = tune_module(models, run_it, base, choices=few(base.layer)[1:3])
+    assert found.layer.modulation.predictor == predictor
+    assert all(attachment_of(model) is None for model in models)
+
+
+def test_layers_of_one_name_in_two_networks_are_judged_by_the_geometric_mean_of_their_errors():
+    errors = [("a", [1.0, 4.0]), ("b", [2.0, 3.0]), ("a", [4.0, 0.25])]
+    assert _by_name(errors) == {"a": [2.0, 1.0], "b": [2.0, 3.0]}
+
+
+def test_a_setting_for_a_layer_that_only_one_of_two_networks_has_is_no_mistake():
+    models, _ = two_networks(1.0)
+    found = activations_only(4)
+    known = layer_names(models)
+    own = dataclasses.replace(found, overrides=(("own", found.layer),))
+    with pytest.raises(ConfigError, match="expected a pattern that matches a layer, got 'own'"):
+        select(models[0], own)
+    assert [e.name for e in select(models[0], own, known=known).taken] == ["layer"]
+    assert [e.name for e in select(models[1], own, known=known).taken] == ["layer", "own"]
 
 
 def test_the_best_few_run_for_real_and_no_more():

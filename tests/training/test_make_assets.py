@@ -71,13 +71,18 @@ def test_assets_hold_a_model_its_card_and_the_figures_of_the_check(
 def test_the_commands_in_the_card_are_commands_of_the_scripts(
     maker: ModuleType, script: Callable[[str], ModuleType], inputs: list[str], tmp_path: Path
 ) -> None:
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    record["calls"].append({**record["calls"][0], "minutes": 2.0, "weighting": "min-snr", "from_image": 1234})
+    (tmp_path / "run" / "training.json").write_text(json.dumps(record))
     maker.main([*inputs, "-o", str(tmp_path / "assets")])
     card = (tmp_path / "assets" / "fashion_mnist" / "README.md").read_text()
+    assert "| uniform from image 0, then min-snr from image 1,234 |" in card
     commands = [line.split() for line in card.splitlines() if line.startswith("python training/")]
     names = [Path(command[1]).stem for command in commands]
-    assert names == ["train_reference", "train_classifier", "make_assets"]
-    options = [script(name).parse_arguments(command[2:]) for name, command in zip(names, commands, strict=True)]
+    assert names == ["train_reference", "train_reference", "train_classifier", "make_assets"]
+    first, *options = [script(name).parse_arguments(command[2:]) for name, command in zip(names, commands, strict=True)]
     assert (options[0].channels, options[0].batch, options[0].anneal) == ("16,16", 4, 1e-9)
+    assert [(o.minutes, o.weighting) for o in (first, options[0])] == [(1e-9, "uniform"), (2.0, "min-snr")]
     assert (options[1].channels, options[1].shift) == ("4,8", 1)
     assert (options[2].run, options[2].classifier) == (options[0].output, options[1].output)
 

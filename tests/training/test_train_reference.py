@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,12 +49,14 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def progress(folder: Path) -> dict[str, object]:
+def progress(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]
 
 
 def test_a_run_writes_a_pipeline_that_diffusers_loads_and_samples(whole: Path) -> None:
-    assert progress(whole) == {"step": 4, "images_seen": 16, "seconds": 4.0, "losses": []}
+    found = progress(whole)
+    assert [call["from_image"] for call in found.pop("calls")] == [0]
+    assert found == {"step": 4, "images_seen": 16, "seconds": 4.0, "losses": []}
     assert {t.dtype for t in load_file(whole / WEIGHTS).values()} == {torch.float16}
     pipeline = DDIMPipeline.from_pretrained(whole / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
@@ -95,6 +98,18 @@ def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
 def test_more_time_continues_the_count_of_steps_and_images(run: Callable[..., Path], copy: Path) -> None:
     run(copy, 6)
     assert (progress(copy)["step"], progress(copy)["images_seen"]) == (6, 24)
+
+
+def test_a_call_with_other_options_is_kept_beside_the_first_and_one_with_the_same_is_not(
+    run: Callable[..., Path], copy: Path
+) -> None:
+    run(copy, 4)
+    first = progress(copy)["calls"]
+    run(copy, 6)
+    longer = progress(copy)["calls"][-1]["minutes"]
+    assert longer > first[0]["minutes"]
+    assert progress(copy)["calls"] == [*first, {**first[0], "minutes": longer, "from_image": 16}]
+    assert json.loads((copy / "training.json").read_text())["calls"] == progress(copy)["calls"]
 
 
 def test_used_up_time_trains_no_further_step(run: Callable[..., Path], whole: Path, copy: Path) -> None:
@@ -231,11 +246,30 @@ def test_the_loss_is_zero_for_a_model_that_knows_the_noise_and_one_for_silence(
     clean = torch.rand(64, 1, 8, 8) * 2 - 1
     scheduler = reference.build_scheduler(schedule)
     # The scheduler's float32 table at t = 0, divided by sqrt(1 - abar_0) = 0.006 to 0.01: errors of 1e-7 become 1e-5.
-    assert reference.loss_of_batch(Oracle(clean, survival), scheduler, clean) < 1e-6
+    assert reference.loss_of_batch(Oracle(clean, survival), scheduler, torch.ones(1000), clean) < 1e-6
     silence = Oracle(torch.zeros(1), torch.zeros(1000))
     silence.forward = lambda x, steps, return_dict: (torch.zeros_like(x),)  # type: ignore[method-assign]
     # The mean square of 4096 normal numbers is 1 with a standard deviation of sqrt(2 / 4096) = 0.022.
-    assert abs(reference.loss_of_batch(silence, scheduler, clean) - 1) < 0.11
+    assert abs(reference.loss_of_batch(silence, scheduler, torch.ones(1000), clean) - 1) < 0.11
+
+
+def test_min_snr_weighs_a_timestep_by_five_over_its_signal_to_noise_ratio_where_that_is_above_five(
+    reference: ModuleType,
+) -> None:
+    scheduler = reference.build_scheduler("linear")
+    survival = (1 - (1e-4 + (0.02 - 1e-4) * torch.arange(1000, dtype=torch.float64) / 999)).cumprod(0)
+    ratio = survival / (1 - survival)
+    expected = torch.where(ratio > 5, 5 / ratio, 1.0)
+    torch.testing.assert_close(reference.timestep_weights(scheduler, "min-snr").double(), expected, rtol=1e-3, atol=0)
+    assert (ratio > 5).sum() > 100
+    assert torch.equal(reference.timestep_weights(scheduler, "uniform"), torch.ones(1000))
+    clean = torch.zeros(64, 1, 8, 8)
+    silence = Oracle(torch.zeros(1), torch.zeros(1000))
+    silence.forward = lambda x, steps, return_dict: (torch.zeros_like(x),)  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    weights = torch.zeros(1000)  # a weight of zero silences the loss, one of two doubles it
+    assert reference.loss_of_batch(silence, scheduler, weights, clean) == 0
+    assert abs(reference.loss_of_batch(silence, scheduler, weights + 2, clean) - 2) < 0.22
 
 
 def test_the_rate_warms_up_stays_and_anneals(reference: ModuleType, tiny_unet: list[str]) -> None:

@@ -21,6 +21,7 @@ from modiff.model import tune as _tune
 from modiff.model.attachment import attachment_of, required_attachment
 from modiff.model.calibrate import ObserverName
 from modiff.model.report import Report
+from modiff.model.select import layer_names
 
 
 def modules_of(target: Any) -> dict[str, nn.Module]:
@@ -62,11 +63,12 @@ def apply(target: Any, config: ModiffConfig | None = None) -> Report:
     """
     modules = modules_of(target)
     config = config or ModiffConfig()
+    known = layer_names(modules.values())
     done: list[nn.Module] = []
     report = Report(())
     try:
         for module in modules.values():
-            report += _apply.apply(module, config, splits=shortcut_splits(module))
+            report += _apply.apply(module, config, splits=shortcut_splits(module), known=known)
             done.append(module)
     except Exception:
         for module in done:
@@ -166,6 +168,5 @@ def tune(
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(cache_contexts(module))
-        for module in modules:
-            base = _tune.tune(module, run, base, granularity=granularity, splits=shortcut_splits(module))
-    return base
+        splits = [shortcut_splits(module) for module in modules]
+        return _tune.tune(modules, run, base, granularity=granularity, splits=splits)

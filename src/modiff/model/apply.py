@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -15,11 +15,14 @@ from modiff.model.select import select
 from modiff.nn import Clock, ModulatedLayer, twin_of
 
 
-def apply(model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None) -> Report:
+def apply(
+    model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
+) -> Report:
     """Replace the selected layers of `model` in place by modulated twins that share their parameters.
 
     Args:
         splits: channel index of the concatenation, for layers whose input is one.
+        known: layers of other networks that the config is for too; patterns may match those alone.
     Returns: what was taken, what was left, and why.
     Raises: StateError if the model carries modiff already; ConfigError as `select` does, the model then unchanged.
     Cost: one pass over the weights at the first forward.
@@ -29,7 +32,7 @@ def apply(model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] |
             f"apply: expected a plain model, got {type(model).__name__} with modulated layers. Applying twice would "
             "lose the originals. Call modiff.remove(model) first."
         )
-    report = select(model, config, splits=splits)
+    report = select(model, config, splits=splits, known=known)
     attachment = Attachment(Clock(type(model).__name__), report)
     for entry in report.taken:
         split = (splits or {}).get(entry.name) if config.split_shortcuts == "auto" else None

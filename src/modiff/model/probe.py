@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,14 +22,18 @@ from modiff.nn import Clock, ModulatedLayer, twin_of
 class Probe:
     """Runs the input side of every candidate beside one full-precision layer."""
 
-    def __init__(self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock) -> None:
+    def __init__(
+        self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock, split: int | None = None
+    ) -> None:
         kind = twin_of(layer)
         if kind is None:
             raise ConfigError(
                 f"{name}: expected a layer with a modulated twin, got {type(layer).__name__}. Exclude it."
             )
-        self.clock = clock
-        self.twins: list[ModulatedLayer] = [kind.from_float(layer, c, name=name, clock=clock) for c in choices]
+        self.name, self.clock = name, clock
+        self.twins: list[ModulatedLayer] = [
+            kind.from_float(layer, c, name=name, clock=clock, split=split) for c in choices
+        ]
         self.states: dict[str, list[State | None]] = {}
         self.noise = torch.zeros(len(choices), dtype=torch.float64)
         self.signal = 0.0
@@ -68,17 +72,19 @@ class Probe:
 
 
 @contextmanager
-def probes_of(model: nn.Module, report: Report, choices: list[LayerConfig]) -> Iterator[dict[str, Probe]]:
+def probes_of(
+    model: nn.Module, report: Report, choices: list[LayerConfig], splits: Mapping[str, int]
+) -> Iterator[list[Probe]]:
     """Probes on the layers that `report` takes, while the body runs one trajectory; the model computes as ever."""
     clock = Clock(type(model).__name__)
     watcher = Attachment(clock, report)
     watcher.watch(model)
-    probes: dict[str, Probe] = {}
+    probes: list[Probe] = []
     try:
         for entry in report.taken:
             layer = model.get_submodule(entry.name)
-            probes[entry.name] = Probe(layer, entry.name, choices, clock)
-            watcher.handles.append(layer.register_forward_pre_hook(probes[entry.name]))
+            probes.append(Probe(layer, entry.name, choices, clock, splits.get(entry.name)))
+            watcher.handles.append(layer.register_forward_pre_hook(probes[-1]))
         clock.start()
         model.__dict__[ATTRIBUTE] = watcher  # contexts of guidance find the clock here
         yield probes

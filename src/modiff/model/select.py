@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,16 +18,24 @@ from modiff.nn import ModulatedLayer, twin_of
 CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def select(model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None) -> Report:
+def layer_names(models: Iterable[nn.Module]) -> set[str]:
+    """Names of the Linear and Conv layers of some networks: what the patterns of one config for all may match."""
+    return {name for model in models for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
+
+
+def select(
+    model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
+) -> Report:
     """Which layers of `model` the config takes, without changing anything.
 
     Args:
         splits: channel index of the concatenation, for layers whose input is one.
+        known: layers of other networks that the config is for too; patterns may match those alone.
     Returns: an entry for every Linear and Conv layer, in the order of the modules.
     Raises: ConfigError for a pattern that matches no layer, a damaged weight, or nothing left to take.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
-    _check_patterns(config, list(layers))
+    _check_patterns(config, [*layers, *known])
     splits = splits or {}
     first, last = (next(iter(layers), None), next(reversed(layers), None)) if layers else (None, None)
     entries: list[Entry] = []

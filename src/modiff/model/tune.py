@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Predictor
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.model.apply import apply
 from modiff.model.attachment import attachment_of
-from modiff.model.probe import probes_of
+from modiff.model.probe import Probe, probes_of
 from modiff.model.remove import remove
-from modiff.model.select import select
+from modiff.model.select import layer_names, select
+from modiff.model.track import Track, tracked
 from modiff.model.trajectory import trajectory
 
 CLIPS = {2: (0.6, 0.45, 0.3), 3: (0.8, 0.6, 0.45, 0.3), 4: (1.0, 0.8, 0.6)}
@@ -26,6 +28,8 @@ MANY_BITS_CLIPS = (1.0, 0.8)
 GAINS = (0.5, 0.8, 1.0)
 FINALISTS = 4
 """How many candidates run for real."""
+LayerErrors = list[tuple[str, list[float]]]
+"""Layer name, error of each choice; two networks may use a name twice."""
 
 
 def candidates(base: LayerConfig) -> list[LayerConfig]:
@@ -52,51 +56,47 @@ def _candidate(base: LayerConfig, rotation: Rotation, predictor: Predictor, gain
 
 
 def tune(
-    model: nn.Module,
+    models: nn.Module | Sequence[nn.Module],
     run: Callable[[], object],
     config: ModiffConfig,
     *,
     choices: list[LayerConfig] | None = None,
     granularity: Literal["model", "layer"] = "model",
-    splits: Mapping[str, int] | None = None,
+    splits: Sequence[Mapping[str, int]] = (),
 ) -> ModiffConfig:
-    """The config with the settings that keep the network closest to full precision.
+    """The config with the settings that keep the samples closest to full precision.
 
     Two stages. On one full-precision trajectory every candidate runs its input side, â_t = p_t + code(a_t - p_t), and
     is judged by ||a_t - â_t|| / ||a_t||: no operator is needed, so all run in one pass. Then the best few run for real,
     and the one whose samples reach the last evaluation with the least mean relative L2 error wins.
 
     Args:
+        models: one network, or all that `run` evaluates: they get one config, judged on all of them together.
         run: runs one trajectory at the number of steps to be used later, the same each time it is called.
         config: bits and selection; its activation bits must be 2 to 8.
         choices: settings to try; `candidates(config.layer)` when None.
         granularity: "model" for one setting; "layer" lets the best setting of each layer, as overrides, compete too.
-        splits: as for `apply`.
-    Raises: StateError if modiff is on the model; CalibrationError if `run` never reached a second step.
+            Layers of the same name in two networks get the same one.
+        splits: as for `apply`, for each of the models.
+    Raises: StateError if modiff is on a model; CalibrationError if `run` never reached a second step.
     Cost: a full-precision trajectory with one prologue per candidate, layer and step, and an input state per candidate;
         then `FINALISTS` modulated trajectories.
     """
-    _check(model, config)
+    found = [models] if isinstance(models, nn.Module) else list(models)
+    _check(found, config)
     choices = candidates(config.layer) if choices is None else choices
-    report = select(model, config, splits=splits)
-    with _tracked(model) as reference, probes_of(model, report, choices) as probes:
-        run()
-    errors = {name: probe.errors() for name, probe in probes.items()}
-    if any(not math.isfinite(e) for row in errors.values() for e in row):
-        raise CalibrationError(
-            "tune: expected at least two steps of every layer, got fewer. `run` must run a whole trajectory. "
-            "Give more steps, or exclude layers that do not run."
-        )
+    trial = _Trial(found, list(splits) or [{}] * len(found), run)
+    errors = trial.layer_errors(config, choices)
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
     if granularity == "layer":
-        best = tuple((name, choices[row.index(min(row))]) for name, row in errors.items())
+        best = tuple((name, choices[row.index(min(row))]) for name, row in _by_name(errors).items())
         finalists.append(dataclasses.replace(config, overrides=config.overrides + best))
-    scores = [_trajectory_error(model, run, finalist, reference, splits) for finalist in finalists]
+    scores = [trial.sample_error(finalist) for finalist in finalists]
     return finalists[scores.index(min(scores))]
 
 
-def _check(model: nn.Module, config: ModiffConfig) -> None:
-    if attachment_of(model) is not None:
+def _check(models: list[nn.Module], config: ModiffConfig) -> None:
+    if any(attachment_of(model) is not None for model in models):
         raise StateError(
             "tune: expected a plain model, got one with modulated layers. It is judged against full precision. "
             "Call modiff.remove(model) first."
@@ -108,81 +108,78 @@ def _check(model: nn.Module, config: ModiffConfig) -> None:
         )
 
 
-def _shortlist(choices: list[LayerConfig], errors: dict[str, list[float]]) -> list[LayerConfig]:
+def _shortlist(choices: list[LayerConfig], errors: LayerErrors) -> list[LayerConfig]:
     """The best clip of each predictor, gain and rotation by the mean log error of the layers; the best few of these.
 
     A layer's own error tells clips apart well, predictors less so: what errors do to the trajectory decides those.
     """
-    scores = [sum(math.log(row[i] + 1e-12) for row in errors.values()) for i in range(len(choices))]
+    scores = [sum(math.log(row[i] + 1e-12) for _, row in errors) for i in range(len(choices))]
     best: dict[object, LayerConfig] = {}
     for i in sorted(range(len(choices)), key=scores.__getitem__):
         best.setdefault((choices[i].rotation, choices[i].modulation), choices[i])
     return list(best.values())[:FINALISTS]
 
 
-class _Track:
-    """What an evaluation of the network was given and gave back: samples the size of a latent, kept for all steps."""
-
-    def __init__(self) -> None:
-        self.samples: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [
-            v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1
-        ]
-        self.samples += [given[0].detach().clone()] if given else []
-
-    def after(self, _module: nn.Module, _args: object, output: Any) -> None:
-        tensor = output if isinstance(output, Tensor) else output[0]
-        self.outputs.append(tensor.detach().clone())
-
-    def shapes(self) -> list[torch.Size]:
-        return [t.shape for t in (*self.samples, *self.outputs)]
+def _by_name(errors: LayerErrors) -> dict[str, list[float]]:
+    """Errors of each choice by layer name; of layers that share a name, the geometric mean."""
+    rows: dict[str, list[list[float]]] = {}
+    for name, row in errors:
+        rows.setdefault(name, []).append(row)
+    return {name: [math.prod(column) ** (1 / len(same)) for column in zip(*same, strict=True)]
+            for name, same in rows.items()}  # fmt: skip
 
 
-@contextmanager
-def _tracked(model: nn.Module) -> Iterator[_Track]:
-    track = _Track()
-    handles = [
-        model.register_forward_pre_hook(track.before, with_kwargs=True),
-        model.register_forward_hook(track.after),
-    ]
-    try:
-        yield track
-    finally:
-        for handle in handles:
-            handle.remove()
+@dataclass
+class _Trial:
+    """The networks that `run` evaluates, and the full-precision trajectory that settings are judged against."""
 
+    models: list[nn.Module]
+    splits: list[Mapping[str, int]]
+    run: Callable[[], object]
+    reference: Track = field(default_factory=Track)
 
-def _trajectory_error(
-    model: nn.Module,
-    run: Callable[[], object],
-    config: ModiffConfig,
-    reference: _Track,
-    splits: Mapping[str, int] | None,
-) -> float:
-    """Mean relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
+    def layer_errors(self, config: ModiffConfig, choices: list[LayerConfig]) -> LayerErrors:
+        """Run in full precision; the relative error of each choice's input side, for every layer of every network."""
+        known = layer_names(self.models)
+        probes: list[Probe] = []
+        with tracked(self.models) as self.reference, ExitStack() as stack:
+            for model, splits in zip(self.models, self.splits, strict=True):
+                report = select(model, config, splits=splits, known=known)
+                active = splits if config.split_shortcuts == "auto" else {}
+                probes += stack.enter_context(probes_of(model, report, choices, active))
+            self.run()
+        errors = [(probe.name, probe.errors()) for probe in probes]
+        if any(not math.isfinite(e) for _, row in errors for e in row):
+            raise CalibrationError(
+                "tune: expected at least two steps of every layer, got fewer. `run` must run a whole trajectory. "
+                "Give more steps, or exclude layers that do not run."
+            )
+        return errors
 
-    Where outputs do not feed back into inputs, the samples are equal and the outputs of all evaluations are compared.
-    """
-    apply(model, config, splits=splits)
-    try:
-        with _tracked(model) as track, trajectory(model):
-            run()
-    finally:
-        remove(model)
-    if track.shapes() != reference.shapes() or not track.outputs:
-        raise CalibrationError(
-            f"tune: expected run to evaluate the network {len(reference.outputs)} times as before, got "
-            f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
-            "Fix its seed, steps and batch."
-        )
-    mine, true = track.samples[-1:], reference.samples[-1:]
-    if all(map(torch.equal, mine, true)):
-        mine, true = track.outputs, reference.outputs
-    score = _relative_error(mine, true)
-    return score if math.isfinite(score) else math.inf
+    def sample_error(self, config: ModiffConfig) -> float:
+        """Mean relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
+
+        Where outputs do not feed back into inputs, the samples are equal and the outputs of all are compared.
+        """
+        known = layer_names(self.models)
+        with ExitStack() as stack:
+            for model, splits in zip(self.models, self.splits, strict=True):
+                apply(model, config, splits=splits, known=known)
+                stack.callback(remove, model)
+                stack.enter_context(trajectory(model))
+            track = stack.enter_context(tracked(self.models))
+            self.run()
+        if track.shapes() != self.reference.shapes() or not track.outputs:
+            raise CalibrationError(
+                f"tune: expected run to evaluate the network {len(self.reference.outputs)} times as before, got "
+                f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
+                "Fix its seed, steps and batch."
+            )
+        mine, true = track.samples[-1:], self.reference.samples[-1:]
+        if all(map(torch.equal, mine, true)):
+            mine, true = track.outputs, self.reference.outputs
+        score = _relative_error(mine, true)
+        return score if math.isfinite(score) else math.inf
 
 
 def _relative_error(mine: list[Tensor], true: list[Tensor]) -> float:
