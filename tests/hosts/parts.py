@@ -173,3 +173,25 @@ def t5(width: int = WIDTH) -> T5EncoderModel:
 def umt5() -> UMT5EncoderModel:
     config = UMT5Config(vocab_size=16, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2)
     return drawn(lambda: UMT5EncoderModel(config), seed=4)
+
+
+def noise_of(seed: int, batch: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+
+
+def run_pipeline(pipe: DiffusionPipeline, settings: dict[str, Any]) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**settings, return_dict=False)[0]
+
+
+def call_text(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
+    """(batch, 4, 8, 8) latents."""
+    settings = {
+        "prompt": [PROMPT] * batch,
+        "negative_prompt": [NEGATIVE_PROMPT] * batch,
+        "guidance_scale": 3.0,
+        "generator": noise_of(seed, batch),
+        "num_inference_steps": steps,
+        "output_type": "latent",
+    }
+    return run_pipeline(pipe, settings | more)

@@ -20,14 +20,11 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     DDIMPipeline,
     DDPMPipeline,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
-    FluxPipeline,
-    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -36,28 +33,27 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
-    WanPipeline,
-    WanTransformer3DModel,
 )
 
 from tests.hosts.parts import (
     DECODED,
     LATENT,
-    NEGATIVE_PROMPT,
     PIXEL,
-    PROMPT,
     TEXT_LENGTH,
     WIDTH,
+    call_text,
     clip,
     clip_tokenizer,
     clip_with_projection,
     drawn,
     image_vae,
     make_scheduler,
+    noise_of,
+    run_pipeline,
     t5,
     t5_tokenizer,
-    umt5,
 )
+from tests.hosts.tiny_two_calls import build_flux, build_wan, call_flux, call_wan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +72,6 @@ class TinyHost:
     calls_per_step: int = 1
 
 
-def _noise(seed: int, batch: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + i) for i in range(batch)]
-
-
 def reload(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     """The pipeline, saved to `folder` and loaded from it.
 
@@ -93,11 +85,6 @@ def reload(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
             for parameter in component.parameters():
                 parameter.data = parameter.data.clone()
     return loaded
-
-
-def _run(pipe: DiffusionPipeline, settings: dict[str, Any]) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(**settings, return_dict=False)[0]
 
 
 # -------------------------------------------------------------------------------------------- pixels, no condition
@@ -135,11 +122,11 @@ def call_pixels(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: i
     """(batch, 3, 8, 8) in 0..1."""
     settings = {
         "batch_size": batch,
-        "generator": _noise(seed, batch),
+        "generator": noise_of(seed, batch),
         "num_inference_steps": steps,
         "output_type": "pt",
     }
-    return _run(pipe, settings | more)
+    return run_pipeline(pipe, settings | more)
 
 
 # ------------------------------------------------------------------------------------ latents of a U-Net, with text
@@ -170,19 +157,6 @@ def build_stable_diffusion() -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def call_text(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
-    """(batch, 4, 8, 8) latents."""
-    settings = {
-        "prompt": [PROMPT] * batch,
-        "negative_prompt": [NEGATIVE_PROMPT] * batch,
-        "guidance_scale": 3.0,
-        "generator": _noise(seed, batch),
-        "num_inference_steps": steps,
-        "output_type": "latent",
-    }
-    return _run(pipe, settings | more)
 
 
 def build_sdxl() -> StableDiffusionXLPipeline:
@@ -242,11 +216,11 @@ def call_dit(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int 
     settings = {
         "class_labels": [207] * batch,
         "guidance_scale": 3.0,
-        "generator": _noise(seed, batch),
+        "generator": noise_of(seed, batch),
         "num_inference_steps": steps,
         "output_type": "pt",
     }
-    return _run(pipe, settings | more)
+    return run_pipeline(pipe, settings | more)
 
 
 def build_pixart() -> PixArtAlphaPipeline:
@@ -285,11 +259,11 @@ def call_pixart(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: i
         "negative_prompt_attention_mask": masks[1:].repeat(batch, 1),
         "guidance_scale": 3.0,
         "use_resolution_binning": False,
-        "generator": _noise(seed, batch),
+        "generator": noise_of(seed, batch),
         "num_inference_steps": steps,
         "output_type": "latent",
     }
-    return _run(pipe, settings | more)
+    return run_pipeline(pipe, settings | more)
 
 
 def build_sd3() -> StableDiffusion3Pipeline:
@@ -328,91 +302,6 @@ def build_sd3() -> StableDiffusion3Pipeline:
 def call_sd3(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
     """(batch, 4, 8, 8) latents."""
     return call_text(pipe, steps, seed, batch, **{"max_sequence_length": TEXT_LENGTH} | more)
-
-
-def build_flux() -> FluxPipeline:
-    """A double-stream and a single-stream block, no guidance embedding."""
-    transformer = drawn(
-        lambda: FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=WIDTH,
-            pooled_projection_dim=WIDTH,
-            axes_dims_rope=(4, 4, 8),
-        ),
-        seed=18,
-    )
-    return FluxPipeline(
-        scheduler=make_scheduler("flow-euler"),
-        vae=image_vae(4),
-        text_encoder=clip(),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=t5(),
-        tokenizer_2=t5_tokenizer(),
-        transformer=transformer,
-    )
-
-
-def call_flux(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
-    """(batch, 16, 16) packed latents: 4 by 4 tokens; true guidance, in two calls a step."""
-    settings = {
-        "prompt": [PROMPT] * batch,
-        "negative_prompt": [NEGATIVE_PROMPT] * batch,
-        "true_cfg_scale": 3.0,
-        "height": 8,
-        "width": 8,
-        "max_sequence_length": TEXT_LENGTH,
-        "generator": _noise(seed, batch),
-        "num_inference_steps": steps,
-        "output_type": "latent",
-    }
-    return _run(pipe, settings | more)
-
-
-def build_wan() -> WanPipeline:
-    """Video: a patch convolution in three dimensions, 12 tokens in three latent frames."""
-    transformer = drawn(
-        lambda: WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            text_dim=WIDTH,
-            freq_dim=WIDTH,
-            ffn_dim=2 * WIDTH,
-            num_layers=2,
-            rope_max_seq_len=16,
-        ),
-        seed=19,
-    )
-    vae = drawn(
-        lambda: AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ),
-        seed=20,
-    )
-    return WanPipeline(
-        tokenizer=t5_tokenizer(),
-        text_encoder=umt5(),
-        vae=vae,
-        scheduler=make_scheduler("flow-euler"),
-        transformer=transformer,
-    )
-
-
-def call_wan(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
-    """(batch, 4, 3, 4, 4) latents of nine frames; guidance in two calls a step."""
-    video = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": TEXT_LENGTH}
-    return call_text(pipe, steps, seed, batch, **video | more)
 
 
 _ALL = (

@@ -1,0 +1,65 @@
+"""Both sides of one layer over a trajectory, as a layer runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff import ModulationConfig, QuantizerConfig
+from modiff.core.coder import Code, Coder
+from modiff.core.modulation import Message, State, accumulate, encode
+
+WEIGHT = torch.randn(5, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+BIAS = torch.tensor([3.0, -1.0, 0.5, 10.0, 0.0], dtype=torch.float64)
+
+
+class Affine:
+    """A(x) = x W^T as the recursion sees it, in the dtype it is given."""
+
+    def __init__(self, weight: Tensor = WEIGHT, bias: Tensor = BIAS) -> None:
+        self.weight, self.bias = weight, bias
+
+    def affine(self, value: Tensor) -> Tensor:
+        return value @ self.weight.T.to(value.dtype) + self.bias.to(value.dtype)
+
+    def linear(self, code: Code) -> Tensor:
+        value = code.value()
+        return value @ self.weight.T.to(value.dtype)
+
+    def start(self) -> Tensor:
+        return self.bias
+
+
+class Took(NamedTuple):
+    message: Message
+    input: State
+    output: State
+
+
+def modulate(
+    inputs: Sequence[Tensor],
+    activation: QuantizerConfig,
+    modulation: ModulationConfig,
+    *,
+    segments: tuple[int, ...] = (8,),
+    granularity: str = "tensor",
+    sizes: Sequence[float] | None = None,
+    operator: Affine | None = None,
+    coder: Coder | None = None,
+) -> list[Took]:
+    """Both sides of one layer over a trajectory, as a layer runs them."""
+    coder = coder or Coder(activation, granularity, -1, segments)
+    operator = operator or Affine()
+    a = o = None
+    took: list[Took] = []
+    for t, x in enumerate(inputs):
+        if modulation.reanchor_every and t % modulation.reanchor_every == 0:
+            a = None
+        ratio = 1.0 if sizes is None or t < 2 else sizes[t] / sizes[t - 1]
+        message, a = encode(x, a, coder, modulation, ratio)
+        o = accumulate(message, o, operator, modulation)
+        took.append(Took(message, a, o))
+    return took
