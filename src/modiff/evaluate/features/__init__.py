@@ -1,0 +1,1 @@
+"""What images are turned into before they are compared as sets: extractors, and the names of results."""

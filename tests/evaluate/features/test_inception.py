@@ -1,0 +1,182 @@
+"""Inception-v3: the public layout, its arithmetic against a network written apart, images, and wrong files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from modiff.errors import ConfigError, FormatError
+from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception
+from modiff.evaluate.features.inception_network import Block, InceptionNetwork, Unit
+from modiff.evaluate.features.tensorflow_resize import tensorflow_resize
+from tests.evaluate.features import inception_weights
+from tests.evaluate.features.images import noise
+from tests.reference.inception import Inception as Reference
+
+WEIGHTS = inception_weights.drawn()
+LAYOUT = {name: torch.zeros(()).expand(shape) for name, shape in inception_weights.shapes().items()}  # small on disk
+
+
+@pytest.fixture(scope="module")
+def extractor(inception_file: Path) -> Inception:
+    return Inception(inception_file)
+
+
+def test_names_shapes_and_size_are_those_of_the_public_state_dict() -> None:
+    with torch.device("meta"):
+        network = InceptionNetwork()
+    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert {name: shape for name, shape in found.items() if "num_batches" not in name} == inception_weights.shapes()
+    assert len(inception_weights.UNITS) == 94
+    # torch's own Inception-v3 without its auxiliary head has 23 834 568 parameters at 1000 classes
+    assert sum(parameter.numel() for parameter in network.parameters()) == 23_834_568 + 8 * 2049
+    assert {module.eps for module in network.modules() if isinstance(module, nn.BatchNorm2d)} == {0.001}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def test_features_are_those_of_a_network_written_apart(extractor: Inception) -> None:
+    images = noise(0, 1, 40, 30, 3)
+    found = extractor(images)
+    pixels = (tensorflow_resize(images.permute(0, 3, 1, 2).double(), 299) - 128) / 128
+    pooled, spatial, logits = Reference(WEIGHTS)(pixels)
+    assert relative(found.pooled, pooled) < 1e-5
+    assert relative(found.spatial, spatial.flatten(1)) < 1e-5
+    assert relative(found.probabilities, logits.softmax(1)) < 1e-4
+    assert [tuple(part.shape) for part in found] == [(1, 2048), (1, 2023), (1, 1008)]
+    for other in (Reference(WEIGHTS, last_pool="average"), Reference(WEIGHTS, count_padding=True)):
+        assert relative(found.pooled, other(pixels)[0]) > 1e-3  # so these weights do tell the variants apart
+
+
+def test_averages_leave_the_padding_out_and_the_last_block_takes_the_maximum() -> None:
+    ones, ramp = torch.ones(1, 2, 4, 4), torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 2, 1, 1)
+    units = {"branch_pool": Unit("pool", 3)}
+    assert torch.equal(Block(2, units, "average")._pooled(ones), ones)
+    assert Block(2, units, "maximum")._pooled(ramp)[0, 0, 0].tolist() == [5, 6, 7, 7]
+    assert Block(2, units, "shrink")._pooled(ramp)[0, 0].tolist() == [[10]]
+    with torch.device("meta"):
+        network = InceptionNetwork()
+    pooling = {name: block._pooling for name, block in network.named_children() if isinstance(block, Block)}
+    assert {name for name, kind in pooling.items() if kind == "maximum"} == {"Mixed_7c"}
+    assert {name for name, kind in pooling.items() if kind == "shrink"} == {"Mixed_6a", "Mixed_7a"}
+
+
+def test_grey_images_are_repeated_and_bias_of_the_logits_is_left_out(extractor: Inception) -> None:
+    grey = noise(1, 1, 20, 20, 1)
+    found = extractor(torch.cat([grey, noise(2, 1, 20, 20, 1)]))
+    colour = extractor(grey.repeat(1, 1, 1, 3))
+    for first, second in zip(found, colour, strict=True):
+        torch.testing.assert_close(first[:1], second, rtol=1e-3, atol=1e-4)
+    expected = (colour.pooled @ WEIGHTS["fc.weight"].T).softmax(1)
+    torch.testing.assert_close(colour.probabilities, expected, rtol=1e-3, atol=1e-7)
+
+
+class Looker(nn.Module):
+    """In the place of the network: keeps what it is given."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.pixels = pixels
+        none = pixels.new_zeros(len(pixels), 9)
+        return none, none, none
+
+
+@pytest.mark.parametrize("convention", ["tensorflow", "pytorch_fid"])
+def test_each_convention_prepares_pixels_in_its_way(inception_file: Path, convention: Any) -> None:
+    extractor = Inception(inception_file, convention=convention)
+    extractor._network = Looker()
+    images = noise(3, 2, 32, 24, 3)
+    extractor(images)
+    planes = images.permute(0, 3, 1, 2).float()
+    expected = {
+        "tensorflow": (tensorflow_resize(planes, 299) - 128) / 128,
+        "pytorch_fid": 2 * (interpolate(planes / 255, (299, 299), mode="bilinear", align_corners=False)) - 1,
+    }
+    torch.testing.assert_close(extractor._network.pixels, expected[convention], rtol=0, atol=1e-5)
+    assert float((expected["tensorflow"] - expected["pytorch_fid"]).abs().max()) > 0.1
+    assert extractor.name.endswith(f":{convention}")
+
+
+def test_the_name_carries_the_file_and_a_note_says_that_it_is_not_the_public_one(extractor: Inception) -> None:
+    assert extractor.dimension == 2048
+    assert len(extractor.fingerprint) == 8
+    assert extractor.name == f"inception-v3:{extractor.fingerprint}:tensorflow"
+    assert "not byte for byte the public one" in (extractor.note or "")
+    extractor.fingerprint, kept = PUBLIC_SHA256, extractor.fingerprint
+    assert extractor.note is None
+    extractor.fingerprint = kept
+
+
+def test_a_torch_file_with_counters_and_half_precision_is_the_same_network(tmp_path: Path) -> None:
+    counters = {f"{name}.bn.num_batches_tracked": torch.tensor(7) for name in inception_weights.UNITS}
+    torch.save({**{name: tensor.half() for name, tensor in WEIGHTS.items()}, **counters}, tmp_path / "half.pth")
+    half = Inception(tmp_path / "half.pth")
+    parameters = dict(half._network.named_parameters())
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    assert not any(p.requires_grad for p in parameters.values())
+    for name in ("fc.weight", "Mixed_7c.branch3x3dbl_3b.conv.weight", "Conv2d_1a_3x3.bn.bias"):
+        assert torch.equal(parameters[name], WEIGHTS[name].half().float())
+    assert torch.equal(half._network.get_buffer("Mixed_5b.branch1x1.bn.running_var"),
+                       WEIGHTS["Mixed_5b.branch1x1.bn.running_var"].half().float())  # fmt: skip
+
+
+def changed(**parts: Tensor | None) -> dict[str, Tensor]:
+    whole = {**LAYOUT, **{name.replace("__", "."): tensor for name, tensor in parts.items()}}
+    return {name: tensor for name, tensor in whole.items() if tensor is not None}
+
+
+IMAGENET = {"fc__weight": torch.zeros(1000, 2048), "fc__bias": torch.zeros(1000)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            changed(**IMAGENET),
+            r"of shape \(1008, 2048\), got \(1000, 2048\) \(2 tensors differ\)\. These are ImageNet",
+        ),
+        (changed(Mixed_6a__branch3x3__conv__weight=None), "Mixed_6a.branch3x3.conv.weight of shape .*, got none"),
+        (changed(AuxLogits__fc__weight=torch.zeros(2)), r"AuxLogits.fc.weight of shape none, got \(2,\)"),
+        (changed(fc__bias=torch.full((1008,), torch.nan)), "NaN or infinity in fc.bias"),
+        ({}, r"got none \(472 tensors differ\). It is another network"),
+        ({"model": 3}, "a state dict, names and tensors, got dict"),
+        ([1, 2], "a state dict, names and tensors, got list"),
+    ],
+)
+def test_a_wrong_state_dict_is_refused_with_the_name_of_the_right_file(
+    tmp_path: Path, tensors: Any, message: str
+) -> None:
+    torch.save(tensors, tmp_path / "wrong.pth")
+    with pytest.raises(FormatError, match=message) as caught:
+        Inception(tmp_path / "wrong.pth")
+    assert "pt_inception-2015-12-05-6726825d.pth" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Sneaky:
+    """Would run code when unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return print, ("unpickled",)
+
+
+def test_a_missing_damaged_or_dangerous_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    torch.save({"a": Sneaky()}, tmp_path / "sneaky.pth")
+    for name in ("none.pth", "text.pth", "text.safetensors", "sneaky.pth"):
+        with pytest.raises(FormatError, match=f"{name}: expected a state dict of Inception-v3, got ") as caught:
+            Inception(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_another_convention_is_refused_before_the_file_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got 'clean'"):
+        Inception(tmp_path / "none.pth", convention="clean")  # type: ignore[arg-type]

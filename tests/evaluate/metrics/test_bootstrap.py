@@ -1,0 +1,113 @@
+"""Bootstrap: known intervals, coverage, pairs, seeds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from modiff.errors import ConfigError
+from modiff.evaluate.metrics.bootstrap import bootstrap, interval, resampled
+
+
+def mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def normal(seed: int, count: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_interval_of_a_mean_is_1_96_standard_errors_wide() -> None:
+    values = normal(0, 400)
+    found = bootstrap(mean, [values], resamples=4000)
+    error = float(values.std(correction=0)) / 20
+    assert found["estimate"] == mean(values)
+    assert found["low"] == pytest.approx(mean(values) - 1.96 * error, abs=0.1 * error)
+    assert found["high"] == pytest.approx(mean(values) + 1.96 * error, abs=0.1 * error)
+    assert (found["level"], found["resamples"]) == (0.95, 4000)
+    narrow = bootstrap(mean, [values], resamples=4000, level=0.6827)
+    assert narrow["high"] - narrow["low"] == pytest.approx(2 * error, rel=0.06)
+
+
+def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(200):
+        found = bootstrap(mean, [normal(seed, 40)], resamples=120, level=0.9, seed=seed)
+        covered += found["low"] <= 0 <= found["high"]
+    assert 165 <= covered <= 194  # 0.9 * 200, 3.5 standard deviations around it
+
+
+def test_a_resample_draws_rows_with_replacement_as_many_as_there_are() -> None:
+    seen: list[list[int]] = []
+
+    def look(rows: Tensor) -> float:
+        seen.append(rows.tolist())
+        return 0.0
+
+    resampled(look, [torch.arange(50)], resamples=200, seed=1, draw="independent")
+    assert {len(rows) for rows in seen} == {50}
+    assert {row for rows in seen for row in rows} == set(range(50))
+    distinct = np.mean([len(set(rows)) for rows in seen])
+    assert distinct == pytest.approx(50 * (1 - (1 - 1 / 50) ** 50), rel=0.02)  # 64 %
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_other_rows() -> None:
+    values = normal(1, 30)
+    first, again, other = (resampled(mean, [values], resamples=20, seed=seed, draw="independent") for seed in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_pairs_stay_together_and_independent_sets_do_not() -> None:
+    first = normal(2, 60)
+    second = first + 1
+
+    def difference(a: Tensor, b: Tensor) -> float:
+        return float((b - a).mean()) if len(a) == len(b) else math.nan
+
+    paired = resampled(difference, [first, second], resamples=50, seed=0, draw="paired")
+    assert np.abs(paired - 1).max() < 1e-12
+    independent = resampled(difference, [first, second], resamples=50, seed=0, draw="independent")
+    assert independent.std() == pytest.approx(math.sqrt(2 / 60) * float(first.std()), rel=0.4)
+
+
+def test_independent_sets_may_differ_in_size() -> None:
+    sizes = resampled(lambda a, b: len(a) + len(b) / 100, [normal(0, 5), normal(0, 7)], resamples=3, seed=0,
+                      draw="independent")  # fmt: skip
+    assert sizes.tolist() == [5.07] * 3
+
+
+def test_the_quantiles_are_those_of_the_values_and_centring_moves_them_onto_the_estimate() -> None:
+    values = np.arange(101.0)
+    low, high = pytest.approx(5), pytest.approx(95)
+    expected = {"estimate": 7.0, "low": low, "high": high, "level": 0.9, "resamples": 101}
+    assert interval(7.0, values, level=0.9) == expected
+    centred = interval(7.0, values, level=0.9, kind="centred")
+    assert (centred["low"], centred["high"]) == (pytest.approx(7 - 45), pytest.approx(7 + 45))
+
+
+@pytest.mark.parametrize(
+    ("samples", "settings", "message"),
+    [
+        ([], {}, r"got lengths \[\]"),
+        ([torch.ones(0)], {}, r"got lengths \[0\]"),
+        ([torch.ones(3)], {"resamples": 0}, "and 0"),
+        ([torch.ones(3)], {"level": 1.0}, "a level between 0 and 1"),
+        ([torch.ones(3)], {"kind": "basic"}, "'basic'"),
+        ([torch.ones(3)], {"draw": "both"}, "'both'"),
+        ([torch.ones(3), torch.ones(4)], {"draw": "paired"}, r"'paired' with \[3, 4\]"),
+    ],
+)
+def test_mistakes_are_refused(samples: list[Tensor], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bootstrap(lambda *found: float(found[0].sum()), samples, **{"resamples": 5, **settings})
+
+
+def test_an_infinite_statistic_has_no_interval() -> None:
+    with pytest.raises(ConfigError, match="a finite statistic, got inf"):
+        bootstrap(lambda values: math.inf, [torch.ones(3)], resamples=5)
