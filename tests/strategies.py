@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from tests.helpers import drifting
 
 CLIPS = st.sampled_from([1.0, 0.8, 0.6, 0.45])
@@ -22,14 +24,15 @@ def trajectories(draw: st.DrawFn, shape: tuple[int, ...], max_steps: int = 6) ->
 @st.composite
 def quantizer_configs(draw: st.DrawFn, lowest: tuple[int | None, ...] = (0, None)) -> QuantizerConfig:
     """Any valid activation quantizer; `lowest` are the special bit widths allowed beside 2 to 8."""
-    dynamic = draw(st.booleans())
+    dynamic, symmetric = draw(st.booleans()), draw(st.booleans())
     fixed = ("auto", "tensor", "input_channel")
     return QuantizerConfig(
         bits=draw(st.sampled_from([*lowest, 2, 3, 4, 5, 6, 7, 8])),
         granularity=draw(st.sampled_from((*fixed, "sample", "token") if dynamic else fixed)),
-        symmetric=draw(st.booleans()),
+        symmetric=symmetric,
         dynamic=dynamic,
         clip=draw(CLIPS),
+        step_groups=1 if dynamic else draw(st.sampled_from([0, 1, 4])),
     )
 
 
@@ -68,6 +71,19 @@ def layer_configs(draw: st.DrawFn) -> LayerConfig:
 
 
 @st.composite
+def attention_configs(draw: st.DrawFn) -> AttentionConfig:
+    """Any valid config of the attention products."""
+    operands = draw(quantizer_configs(lowest=(None,)))
+    softmax = draw(quantizer_configs(lowest=(None,)))
+    fixed = {"symmetric": False, "lowest": "zero", "bits": draw(st.sampled_from([None, 2, 8, 16]))}
+    return AttentionConfig(
+        operands=dataclasses.replace(operands, granularity=draw(st.sampled_from(["auto", "tensor"]))),
+        softmax=dataclasses.replace(softmax, granularity=draw(st.sampled_from(["auto", "tensor"])), **fixed),
+        include=draw(st.sampled_from([("*",), ("down*", "mid*")])),
+    )
+
+
+@st.composite
 def model_configs(draw: st.DrawFn) -> ModiffConfig:
     """Any valid model config."""
     patterns = st.lists(st.text("abc*.[]?", min_size=1, max_size=6), max_size=3).map(tuple)
@@ -81,4 +97,5 @@ def model_configs(draw: st.DrawFn) -> ModiffConfig:
         min_weights=draw(st.integers(0, 10**6)),
         share_residuals=draw(st.sampled_from(["auto", "off"])),
         split_shortcuts=draw(st.sampled_from(["auto", "off"])),
+        attention=draw(st.none() | attention_configs()),
     )

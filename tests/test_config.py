@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from modiff import (
+    AttentionConfig,
     ConfigError,
     LayerConfig,
     ModiffConfig,
@@ -48,7 +49,55 @@ def test_configs_are_frozen():
         QuantizerConfig(4)  # type: ignore[misc]
 
 
+def test_configs_written_before_attention_and_step_groups_mean_what_they_meant():
+    old = {"layer": {"activation": {"bits": 4, "granularity": "auto", "symmetric": True, "dynamic": False, "clip": 1}}}
+    config = ModiffConfig.from_dict(old)
+    assert config.attention is None
+    assert config.layer.activation == QuantizerConfig(bits=4, dynamic=False)
+    assert (config.layer.activation.lowest, config.layer.activation.step_groups) == ("measured", 1)
+
+
+def test_a_softmax_quantizer_may_have_16_bits_and_a_layer_may_not():
+    softmax = QuantizerConfig(bits=16, symmetric=False, lowest="zero")
+    assert AttentionConfig(softmax=softmax).softmax.bits == 16
+    with pytest.raises(ConfigError, match=r"LayerConfig\.activation\.bits: expected None, 0 or 2 to 8, got 16"):
+        LayerConfig(activation=softmax, modulation=None)
+
+
+ZERO = {"symmetric": False, "lowest": "zero"}
+
 WRONG = [
+    (lambda: QuantizerConfig(lowest="zero"), r"QuantizerConfig\.lowest: expected 'measured' with symmetric=True"),
+    (lambda: QuantizerConfig(lowest="one"), r"QuantizerConfig\.lowest: expected one of 'measured', 'zero'"),
+    (
+        lambda: QuantizerConfig(dynamic=False, step_groups=-1),
+        r"QuantizerConfig\.step_groups: expected 0 or more groups, got -1",
+    ),
+    (lambda: QuantizerConfig(step_groups=0), r"QuantizerConfig\.step_groups: expected 1 with dynamic=True, got 0"),
+    (
+        lambda: LayerConfig(activation=QuantizerConfig(**ZERO)),
+        r"LayerConfig\.activation\.lowest: expected 'measured' with modulation, got 'zero'",
+    ),
+    (
+        lambda: AttentionConfig(operands=QuantizerConfig(bits=0)),
+        r"AttentionConfig\.operands\.bits: expected None or bits to code with, got 0",
+    ),
+    (
+        lambda: AttentionConfig(operands=QuantizerConfig(granularity="token")),
+        r"AttentionConfig\.operands\.granularity: expected 'auto', 'tensor' or 'sample', got 'token'",
+    ),
+    (
+        lambda: AttentionConfig(operands=QuantizerConfig(**ZERO)),
+        r"AttentionConfig\.operands\.lowest: expected 'measured', got 'zero'",
+    ),
+    (
+        lambda: AttentionConfig(softmax=QuantizerConfig()),
+        r"AttentionConfig\.softmax\.lowest: expected 'zero', got 'measured'",
+    ),
+    (
+        lambda: AttentionConfig(softmax=QuantizerConfig(granularity="input_channel", **ZERO)),
+        r"AttentionConfig\.softmax\.granularity: expected 'auto', 'tensor', 'sample' or 'token'",
+    ),
     (lambda: WeightConfig(bits=1), r"WeightConfig\.bits: expected None or 2 to 8, got 1\."),
     (lambda: WeightConfig(bits=0), r"WeightConfig\.bits: expected None or 2 to 8, got 0\."),
     (lambda: WeightConfig(bits=9), r"WeightConfig\.bits: expected None or 2 to 8, got 9\."),

@@ -20,6 +20,7 @@ Rotation = Literal["none", "hadamard"]
 Automatic = Literal["auto", "off"]
 WeightSearch = Literal["minmax", "mse"]
 Boundary = Literal["full_precision", "quantize"]
+Lowest = Literal["measured", "zero"]
 
 DEFAULT_EXCLUDE = (
     "*time_*emb*",
@@ -174,6 +175,11 @@ class QuantizerConfig(JsonConfig):
         "input_channel" has its scale on the reduction axis, so no integer matmul can run it: for study only.
     dynamic: True measures the range on each call; False uses the scale that `modiff.calibrate` measured.
     clip: scale = clip * absmax / qmax; codes saturate. Under 1 it pays only in the closed loop.
+    lowest: "zero" fixes the lower end of the range at 0, for values that are never negative (softmax outputs); these
+        may have 16 bits.
+    step_groups: static scales only. 1: one set for all steps; n: the calibrated steps are cut into n groups of
+        neighbours with a set each; 0: a set for each step (finite sets, TFMQ-DM). More than one set serves only the
+        very time steps it was calibrated on.
     """
 
     bits: int | None = 8
@@ -181,15 +187,24 @@ class QuantizerConfig(JsonConfig):
     symmetric: bool = True
     dynamic: bool = True
     clip: float = 1.0
+    lowest: Lowest = "measured"
+    step_groups: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("QuantizerConfig.bits", self.bits, is_bits(self.bits, (0,)), "None, 0 or 2 to 8",
+        special = (0, 16) if self.lowest == "zero" else (0,)
+        check("QuantizerConfig.bits", self.bits, is_bits(self.bits, special), "None, 0 or 2 to 8",
               "One bit has no symmetric code. Use 2 bits or more, 0 to send nothing, None for floats.")  # fmt: skip
         check("QuantizerConfig.clip", self.clip, 0 < self.clip <= 1, "a ratio in (0, 1]", "1.0 clips nothing.")
         static_row = not self.dynamic and self.granularity in ("sample", "token")
         check("QuantizerConfig.granularity", self.granularity, not static_row, "'tensor', 'input_channel' or 'auto'",
               "No static scale belongs to one sample or token. Use granularity='tensor' or dynamic=True.")  # fmt: skip
+        check("QuantizerConfig.lowest", self.lowest, self.lowest != "zero" or not self.symmetric,
+              "'measured' with symmetric=True", "A range from 0 is not symmetric. Use symmetric=False.")  # fmt: skip
+        check("QuantizerConfig.step_groups", self.step_groups, self.step_groups >= 0, "0 or more groups",
+              "0 is a set for each step, 1 one set for all.")  # fmt: skip
+        check("QuantizerConfig.step_groups", self.step_groups, self.step_groups == 1 or not self.dynamic,
+              "1 with dynamic=True", "Dynamic scales are measured at each step anyway. Use dynamic=False.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +258,14 @@ class LayerConfig(JsonConfig):
         power = self.rotation_block >= 2 and self.rotation_block & (self.rotation_block - 1) == 0
         check("LayerConfig.rotation_block", self.rotation_block, power, "a power of two from 2 up", "64 is a good one.")
         bits, clip = self.activation.bits, self.activation.clip
+        check("LayerConfig.activation.bits", bits, bits != 16, "None, 0 or 2 to 8",
+              "16 bits are for softmax outputs: see AttentionConfig. Use None for full precision.")  # fmt: skip
         if self.modulation is None:
             check("LayerConfig.activation.bits", bits, bits != 0, "2 to 8 bits without modulation",
                   "Zero bits reuse a state; a plain layer has none. Set modulation=ModulationConfig().")  # fmt: skip
             return
+        check("LayerConfig.activation.lowest", self.activation.lowest, self.activation.lowest == "measured",
+              "'measured' with modulation", "Residuals have either sign. Use modulation=None.")  # fmt: skip
         coded_nothing = bits == 0 and self.modulation.first_step == "coded"
         check("LayerConfig.modulation.first_step", "coded", not coded_nothing, "'full_precision' at 0 bits",
               "Rounds of zero bits never reach the input. Use first_step='full_precision'.")  # fmt: skip
@@ -258,6 +277,38 @@ class LayerConfig(JsonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig(JsonConfig):
+    """The two products inside attention, softmax(q k^T / sqrt(d)) v: how their operands become integers.
+
+    Modulation does not reach them: each is coded from nothing at every step, static or dynamic as its quantizer says.
+
+    operands: q, k and v. "auto" is a scale per token for q and k and per sample for v when dynamic, else per tensor.
+    softmax: the probabilities, from 0 up; 8 bits, 16 for Stable Diffusion (Q-Diffusion). "auto" is a scale per query.
+    include, exclude: fnmatch patterns on names of attention modules.
+    """
+
+    operands: QuantizerConfig = QuantizerConfig()
+    softmax: QuantizerConfig = QuantizerConfig(symmetric=False, lowest="zero")
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, quantizer in (("operands", self.operands), ("softmax", self.softmax)):
+            check(f"AttentionConfig.{name}.bits", quantizer.bits, quantizer.bits != 0, "None or bits to code with",
+                  "Zero bits reuse a state; these products have none. Use None for full precision.")  # fmt: skip
+        q, p = self.operands, self.softmax
+        check("AttentionConfig.operands.granularity", q.granularity, q.granularity in ("auto", "tensor", "sample"),
+              "'auto', 'tensor' or 'sample'", "v is summed over its tokens, q and k over channels.")  # fmt: skip
+        check("AttentionConfig.operands.lowest", q.lowest, q.lowest == "measured", "'measured'",
+              "q, k and v have either sign.")  # fmt: skip
+        check("AttentionConfig.softmax.granularity", p.granularity, p.granularity != "input_channel",
+              "'auto', 'tensor', 'sample' or 'token'", "Probabilities are summed over their last axis.")  # fmt: skip
+        check("AttentionConfig.softmax.lowest", p.lowest, p.lowest == "zero", "'zero'",
+              "Probabilities are never negative. Use QuantizerConfig(symmetric=False, lowest='zero').")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModiffConfig(JsonConfig):
     """A whole model: the config of its layers, which layers are taken, and what they share.
 
@@ -266,6 +317,7 @@ class ModiffConfig(JsonConfig):
     min_weights: layers with fewer weights are left alone.
     share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual.
     split_shortcuts: "auto" gives the two halves of a U-Net's concatenated skip input a quantizer each.
+    attention: quantizers of the attention products; None leaves them in full precision.
     """
 
     layer: LayerConfig = LayerConfig()
@@ -276,3 +328,4 @@ class ModiffConfig(JsonConfig):
     min_weights: int = 256
     share_residuals: Automatic = "auto"
     split_shortcuts: Automatic = "auto"
+    attention: AttentionConfig | None = None

@@ -128,3 +128,73 @@ def test_freezing_without_data_is_an_error():
 def test_full_precision_has_no_coder():
     with pytest.raises(ConfigError, match=r"Coder\.bits: expected 0 or 2 to 8, got None"):
         coder_of(bits=None)
+
+
+def coder_at(now: list[float], **settings) -> Coder:
+    return Coder(QuantizerConfig(dynamic=False, **settings), "tensor", -1, (8,), lambda: (now[0],))
+
+
+def test_each_step_has_the_scale_that_was_measured_there_and_others_have_none():
+    now = [0.0]
+    coder = coder_at(now, bits=4, step_groups=0)
+    coder.watch(MinMaxObserver)
+    assert coder.saw_nothing
+    for now[0], largest in ((900.0, 70.0), (500.0, 7.0), (900.0, 35.0)):
+        coder(torch.full((1, 8), largest))
+    assert not coder.saw_nothing
+    coder.freeze()
+    assert coder.static is None
+    assert sorted(coder.tables) == [0, 1]
+    for now[0], scale in ((900.0, 10.0), (500.0, 1.0)):
+        assert float(coder(torch.full((1, 8), 7.0)).parts[0][1].scale) == pytest.approx(scale)
+    now[0] = 700.0
+    with pytest.raises(CalibrationError, match="got timestep 700"):
+        coder(torch.full((1, 8), 7.0))
+
+
+def test_step_groups_need_a_clock():
+    coder = Coder(QuantizerConfig(dynamic=False, step_groups=0), "tensor", -1, (8,))
+    coder.watch(MinMaxObserver)
+    with pytest.raises(CalibrationError, match="expected a clock that tells the steps apart"):
+        coder(torch.ones(1, 8))
+
+
+def test_unwatched_coders_keep_the_scales_they_had():
+    coder = calibrated(coder_of(bits=4, dynamic=False), torch.full((1, 8), 7.0))
+    coder.watch(MinMaxObserver)
+    coder(torch.full((1, 8), 70.0))
+    coder.unwatch()
+    assert float(coder(torch.full((1, 8), 7.0)).parts[0][1].scale) == pytest.approx(1.0)
+
+
+def test_freezing_steps_without_data_is_an_error():
+    coder = coder_at([0.0], bits=4, step_groups=0)
+    coder.watch(MinMaxObserver)
+    with pytest.raises(CalibrationError, match="expected at least one tensor, got none"):
+        coder.freeze()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_always_zero_quantizer_spends_all_its_codes_from_zero_up(bits, dynamic):
+    """methods.md 0.1: min fixed to 0; 2^b codes from 0 to the largest value, none below."""
+    x = torch.rand(4, 8, dtype=torch.float64) + 0.5  # its smallest value is far from 0
+    coder = coder_of(bits=bits, symmetric=False, lowest="zero", dynamic=dynamic)
+    if not dynamic:
+        coder.watch(MinMaxObserver)
+        coder(x)
+        coder.freeze()
+    ((codes, qparams),) = coder(x).parts
+    step = float(x.max()) / (2**bits - 1)
+    assert float(qparams.scale) == pytest.approx(step, rel=1e-9)
+    assert int(qparams.zero_point) == -(2 ** (bits - 1))
+    assert int(codes.max()) == 2 ** (bits - 1) - 1
+    assert_within(coder(x).value(), x, step / 2 * (1 + 1e-9))
+    assert codes.dtype == (torch.int16 if bits == 16 else torch.int8)
+
+
+def test_an_always_zero_quantizer_does_not_widen_its_range_for_negative_values():
+    coder = coder_of(bits=4, symmetric=False, lowest="zero")
+    code = coder(torch.tensor([[-3.0, 0.0, 1.5]]))
+    assert float(code.parts[0][1].scale) == pytest.approx(0.1)
+    assert_within(code.value(), torch.tensor([[0.0, 0.0, 1.5]]), 1e-6)

@@ -153,3 +153,40 @@ def test_nothing_observed_is_an_error(kind):
 def test_settings_that_mean_nothing_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [MinMaxObserver, PercentileObserver, MSEObserver])
+def test_merged_observers_know_what_both_saw(kind):
+    tensors = [torch.randn(50, generator=torch.Generator().manual_seed(i)) * (1 + i) for i in range(4)]
+    whole, first, second = kind(), kind(), kind()
+    for i, x in enumerate(tensors):
+        whole.observe(x)
+        (first if i < 2 else second).observe(x)
+    first.merge(second)
+    assert first.qparams(4).scale.item() == pytest.approx(whole.qparams(4).scale.item(), rel=1e-6)
+    empty = kind()
+    empty.merge(whole)
+    assert ranges(empty) == ranges(whole)
+
+
+def test_merged_moving_averages_weigh_each_side_with_its_tensors():
+    first, second = MovingAverageObserver(), MovingAverageObserver()
+    for _ in range(3):
+        first.observe(torch.tensor([-4.0, 0.0]))
+    second.observe(torch.tensor([0.0, 8.0]))
+    first.merge(second)
+    assert ranges(first) == pytest.approx([-3.0, 2.0])
+    assert first.count == 4
+
+
+def test_what_is_kept_of_many_tensors_is_bounded_and_even(monkeypatch):
+    monkeypatch.setattr("modiff.core.observers.KEPT_IN_ALL", 1000)
+    observer = PercentileObserver(percentile=100.0)
+    for i in range(60):
+        observer.observe(torch.arange(100.0) + 100 * i)
+    kept = torch.cat([k.flatten() for k in observer.kept])
+    assert 250 <= len(kept) <= 1000
+    assert ranges(observer) == [0.0, 5999.0]
+    for part in range(6):  # each thousand of the 6000 values is there in about equal number
+        share = ((kept >= 1000 * part) & (kept < 1000 * (part + 1))).double().mean().item()
+        assert 0.08 < share < 0.28

@@ -10,7 +10,8 @@ from typing import BinaryIO
 
 import pytest
 
-from modiff.io.atomic import check_writable, write_atomically, write_json
+from modiff.errors import FormatError
+from modiff.io.atomic import check_writable, new_folder, write_atomically, write_json
 
 
 def full_disk(file: BinaryIO) -> None:
@@ -90,3 +91,42 @@ def test_a_path_that_cannot_be_written_is_known_before(tmp_path: Path, where: st
     with pytest.raises(OSError, match=r"directory|denied|permitted|exists") as caught:
         check_writable(path)
     assert caught.value.filename == str(path)
+
+
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "saved"
+    with new_folder(path) as partial:
+        (partial / "a").write_text("1")
+        assert not path.exists()
+        assert partial.parent == path.parent
+    assert [file.name for file in path.iterdir()] == ["a"]
+    assert list(path.parent.iterdir()) == [path]
+    ordinary = tmp_path / "ordinary"
+    ordinary.mkdir()
+    assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_folder_that_was_not_finished_is_not_there(tmp_path: Path, error: type[BaseException]) -> None:
+    def broken(path: Path) -> None:
+        with new_folder(path) as partial:
+            (partial / "a").write_text("1")
+            raise error
+
+    (tmp_path / "empty").mkdir()
+    for name in ("saved", "empty"):
+        with pytest.raises(error):
+            broken(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_an_empty_folder_is_taken_and_anything_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as partial:
+        (partial / "a").write_text("1")
+    for path, got in ((tmp_path / "empty", "files in it"), (tmp_path / "empty" / "a", "a file")):
+        with pytest.raises(FormatError, match=f"{path.name}: expected a new or an empty folder, got {got}"):
+            with new_folder(path):
+                raise AssertionError
+    assert (tmp_path / "empty" / "a").read_text() == "1"

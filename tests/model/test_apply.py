@@ -9,10 +9,20 @@ import torch
 from torch import nn
 
 import modiff
-from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig, presets
+from modiff import (
+    AttentionConfig,
+    LayerConfig,
+    ModiffConfig,
+    ModulationConfig,
+    QuantizerConfig,
+    StateError,
+    WeightConfig,
+    presets,
+)
 from modiff.config import ConfigError
 from modiff.hosts.unet import shortcut_splits
 from modiff.model.apply import apply as apply_to_module
+from modiff.model.coders import coders_of
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within
 from tests.model.toys import SPLITS, TAKEN, activations_only, sample, toy, toy_unet
@@ -229,3 +239,23 @@ def test_autocast_around_the_model_changes_only_what_torch_casts():
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         assert_within(a, b, 0.05 * float(b.abs().max()))
+
+
+def test_the_attention_of_the_config_comes_and_goes_with_it():
+    model = toy()
+    model.attention.processor, model.attention.set_processor = object(), lambda _: None  # as those of diffusers
+    keys = set(model.__dict__)
+    modiff.apply(model, ModiffConfig(attention=AttentionConfig()))
+    assert {"body", "attention.q", "attention.k", "attention.v", "attention.softmax"} < set(coders_of(model))
+    modiff.remove(model)
+    assert set(model.__dict__) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_attention_that_is_not_there_leaves_the_model_as_it_was():
+    model = toy()
+    modules = dict(model.named_modules())
+    with pytest.raises(ConfigError, match="expected at least one attention module to take"):
+        modiff.apply(model, ModiffConfig(attention=AttentionConfig()))
+    assert dict(model.named_modules()) == modules
+    modiff.apply(model)

@@ -88,7 +88,7 @@ def test_a_calibrated_model_follows_its_network_and_repeats_itself():
         assert float((a - e).norm() / e.norm()) < 0.01
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse"])
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse", "l1", "cosine"])
 def test_every_observer_can_be_asked_for(observer):
     inputs = drifting(0, (64, 16), 20, 0.05, torch.float32)
     model = one_layer(static(3))
@@ -161,7 +161,8 @@ def test_dynamic_scales_need_no_calibration():
 def test_an_unknown_observer_is_refused():
     model = one_layer(static(4))
     with pytest.raises(
-        ConfigError, match="observer: expected one of minmax, moving_average, percentile, mse, got 'max'"
+        ConfigError,
+        match="observer: expected one of minmax, moving_average, percentile, mse, l1, cosine, kl, got 'max'",
     ):
         modiff.calibrate(model, lambda: None, observer="max")
 

@@ -96,3 +96,34 @@ def test_trajectories_of_one_model_cannot_nest():
     clock.start()
     with pytest.raises(StateError, match=r"UNet: expected no running trajectory, got a second one"):
         clock.start()
+
+
+def test_the_moment_is_the_timestep_of_the_evaluation_also_outside_of_a_trajectory():
+    clock = Clock("model")
+    for given, found in ((torch.tensor(981), 981.0), (torch.tensor([0.5, 0.5]), 0.5), (7.0, 7.0), (3, 3.0)):
+        clock.call(given)
+        assert clock.moment() == (found,)
+
+
+def test_a_moment_needs_one_timestep_for_the_whole_batch():
+    clock = Clock("model")
+    clock.call(torch.tensor([5.0, 6.0]))
+    with pytest.raises(StateError, match="expected one timestep for the whole batch, got several"):
+        clock.moment()
+    clock.call(None)
+    with pytest.raises(StateError, match="expected one timestep for the whole batch, got none"):
+        clock.moment()
+
+
+def test_a_transition_is_the_last_two_timesteps_of_its_context():
+    clock = Clock("model")
+    clock.start()
+    clock.call(10.0)
+    with pytest.raises(StateError, match="expected a step before this one, got the first"):
+        clock.transition()
+    clock.call(7.0)
+    assert clock.transition() == (7.0, 10.0)
+    clock.context = "uncond"
+    clock.call(6.0)
+    clock.call(5.0)
+    assert clock.transition() == (5.0, 6.0)

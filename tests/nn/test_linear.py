@@ -44,8 +44,9 @@ def test_states_and_outputs_equal_the_reference(inputs, config, split, timesteps
     layer = randomised(nn.Linear(12, 5)).double()
     expected = run(inputs, recipe_of_layer(layer, config, split), None if timesteps is None else sizes_of(timesteps))
     for (output, a, o), step in zip(play(twin(layer, config, split), inputs, timesteps), expected, strict=True):
-        assert_within(a, step.input_state, 1e-9)
-        assert_within(o, step.output_state, 1e-9)
+        bound = 1e-9 if timesteps is None else 1e-7  # ratios of step sizes, and gains times them, are float32
+        assert_within(a, step.input_state, bound)
+        assert_within(o, step.output_state, bound)
         assert_same_bits(output, o)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from modiff import ConfigError, LayerConfig, WeightConfig
+from modiff import ConfigError, LayerConfig, StateError, WeightConfig
+from modiff.core.affine import QParams, quantize
 from modiff.core.observers import MSEObserver
 from modiff.core.transforms import Segment
 from modiff.nn.weight import QuantizedWeight
@@ -122,3 +125,166 @@ def test_a_damaged_weight_is_refused(value):
     for bits in (None, 8):
         with pytest.raises(ConfigError, match="weight: expected finite numbers, got NaN or infinity"):
             QuantizedWeight(WeightConfig(bits=bits), (8,), None).dense(weight, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------- learned codes
+
+CASES = [((12,), None), ((4, 8), None), ((12,), (Segment(12, 4),)), ((4, 8), (Segment(4, 4), Segment(8, 8)))]
+
+
+def learned(
+    quantized: QuantizedWeight, weight: torch.Tensor, seed: int = 0
+) -> tuple[tuple[torch.Tensor, QParams], ...]:
+    """As AdaRound gives them: each value rounded down or up at random."""
+    generator = torch.Generator().manual_seed(seed)
+    floats = quantized.floats(weight).split(list(quantized.segments), 1)
+    bits = quantized.config.bits
+    parts = []
+    for (_, qparams), values in zip(quantized.codes(weight), floats, strict=True):
+        up = torch.rand(values.shape, generator=generator) < 0.5
+        codes = (torch.floor(values / qparams.scale) + up).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        parts.append((codes.to(torch.int8), qparams))
+    return tuple(parts)
+
+
+def fixed(
+    bits: int = 4, case: int = 0
+) -> tuple[QuantizedWeight, torch.Tensor, tuple[tuple[torch.Tensor, QParams], ...]]:
+    weight = torch.randn(6, 12, 3, generator=torch.Generator().manual_seed(1))
+    quantized = QuantizedWeight(WeightConfig(bits=bits), *CASES[case])
+    parts = learned(quantized, weight)
+    quantized.fix(parts)
+    return quantized, weight, parts
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_floats_are_the_rotated_values_that_rounding_starts_from(case):
+    segments, folded = CASES[case]
+    weight = torch.randn(6, 12, 3).half()
+    quantized = QuantizedWeight(WeightConfig(bits=5), segments, folded)
+    floats = quantized.floats(weight)
+    expected = weight.double()
+    if folded is not None:
+        runs = zip(weight.double().split([s.channels for s in folded], 1), folded, strict=True)
+        expected = torch.cat([along(part, rotation((s.channels,), s.block), 1) for part, s in runs], 1)
+    assert floats.dtype == torch.float32
+    assert_within(floats, expected, 1e-6)
+    for (codes, qparams), part in zip(quantized.codes(weight), floats.split(list(segments), 1), strict=True):
+        assert_same_bits(codes, quantize(part, qparams, 5))
+    assert quantized.floats(weight.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_fixed_codes_are_the_weight_and_unfix_rounds_again(bits, case):
+    quantized, weight, parts = fixed(bits, case)
+    rounded = QuantizedWeight(quantized.config, quantized.segments, quantized.rotation)
+    assert quantized.fixed
+    expected = torch.cat([codes.double() * qparams.scale.double() for codes, qparams in parts], 1)
+    assert_within(quantized.dense(weight, torch.float64), expected, 1e-12)
+    for (codes, qparams), (theirs, scale) in zip(quantized.codes(weight), parts, strict=True):
+        assert_same_bits(codes, theirs)
+        assert_same_bits(qparams.scale, scale.scale)
+    assert (quantized.dense(weight, torch.float32) != rounded.dense(weight, torch.float32)).any()
+    quantized.unfix()
+    assert not quantized.fixed
+    assert_same_bits(quantized.dense(weight, torch.float32), rounded.dense(weight, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_fixed_codes_survive_a_change_of_dtype_and_the_way_back(dtype, bits, case):
+    quantized, weight, parts = fixed(bits, case)
+    for passed in (weight.to(dtype), weight.to(dtype).float()):
+        quantized.forget()
+        for (codes, qparams), (theirs, scale) in zip(quantized.codes(passed), parts, strict=True):
+            assert_same_bits(codes, theirs)
+            assert_same_bits(qparams.scale, scale.scale)
+
+
+def test_tiny_weights_survive_float16():
+    """Below 6e-5 float16 loses relative precision: at 1e-6, 8-bit scales are smaller than its rounding."""
+    weight = 1e-6 * torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+    for folded in (None, (Segment(12, 4),)):
+        quantized = QuantizedWeight(WeightConfig(bits=8), (12,), folded)
+        parts = learned(quantized, weight)
+        quantized.fix(parts)
+        assert_same_bits(quantized.codes(weight.half())[0][0], parts[0][0])
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_a_weight_that_changed_after_its_rounding_was_learned_is_refused(case):
+    quantized, weight, _ = fixed(4, case)
+    scale = float(max(q.scale.max() for _, q in quantized.codes(weight)))
+    weight.data[2] += 2.5 * scale
+    quantized.codes(weight)  # written through .data: unseen until the next trajectory
+    quantized.forget()
+    with pytest.raises(StateError, match=r"weight: .*the weight changed after its rounding was learned"):
+        quantized.codes(weight)
+    with pytest.raises(StateError, match=r"call modiff\.reconstruct again"):
+        quantized.dense(torch.randn(3, 12, 3), torch.float32)
+    quantized.unfix()
+    quantized.codes(weight)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_saturated_code_may_lie_far_below_its_weight_but_not_above(sign):
+    quantized = QuantizedWeight(WeightConfig(bits=4), (4,), None)
+    codes = sign * torch.tensor([[7, 1, 2, 3]], dtype=torch.int8)
+    quantized.fix(((codes, QParams(torch.ones(1, 1), None)),))
+    quantized.codes(sign * torch.tensor([[40.0, 1.4, 1.1, 3.9]]))
+    quantized.forget()
+    with pytest.raises(StateError, match="the weight changed"):
+        quantized.codes(sign * torch.tensor([[4.0, 1.4, 1.1, 3.9]]))
+
+
+def test_fixed_codes_serve_a_layer_over_many_trajectories_and_copies():
+    layer = randomised(nn.Linear(8, 4, bias=False))
+    modulated = twin(layer, LayerConfig(weight=WeightConfig(bits=3)), name="up")
+    parts = learned(modulated.quantized_weight, layer.weight)
+    modulated.quantized_weight.fix(parts)
+    x = torch.randn(3, 8)
+    for copied in (modulated, copy.deepcopy(modulated)):
+        for _ in range(2):
+            modulated.clock.start()
+            copied.clock.active = True
+            copied.forget()
+            expected = x.double() @ (parts[0][0].double() * parts[0][1].scale.double()).T
+            assert_within(evaluate(copied, x), expected, 1e-5)
+            modulated.clock.stop()
+    layer.weight.data *= 3
+    modulated.clock.start()
+    with pytest.raises(StateError, match=r"up.weight: expected the weight whose codes were fixed"):
+        evaluate(modulated, x)
+
+
+CODES, SCALE = torch.ones(6, 12, 3, dtype=torch.int8), torch.ones(6, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "got"),
+    [
+        ((), r"shapes \[\]"),
+        (((CODES[:, :4], QParams(SCALE, None)),), r"shapes \[\(6, 4, 3\)\]"),
+        (((CODES, QParams(SCALE, None)),) * 2, "shapes"),
+        (((CODES.int(), QParams(SCALE, None)),), "torch.int32 outside -8..7"),
+        (((CODES * 8, QParams(SCALE, None)),), "torch.int8 outside -8..7"),
+        (((CODES * -9, QParams(SCALE, None)),), "torch.int8 outside -8..7"),
+        (((CODES, QParams(SCALE.flatten(), None)),), r"scales of shape \(6,\)"),
+        (((CODES, QParams(SCALE, torch.zeros(6, 1, 1, dtype=torch.int32))),), ".*with zero points"),
+        (((CODES, QParams(-SCALE, None)),), "scales that are not positive numbers"),
+        (((CODES, QParams(SCALE * float("nan"), None)),), "scales that are not positive numbers"),
+        (((CODES, QParams(SCALE.int(), None)),), "scales that are not positive numbers"),
+    ],
+)
+def test_what_is_no_code_for_the_layer_is_refused_and_changes_nothing(parts, got):
+    quantized, weight, before = fixed()
+    with pytest.raises(ConfigError, match=f"weight: expected codes for 1 segments at 4 bits, got {got}"):
+        quantized.fix(parts)
+    assert_same_bits(quantized.codes(weight)[0][0], before[0][0])
+
+
+def test_a_weight_that_keeps_its_floats_has_no_codes_to_fix():
+    with pytest.raises(ConfigError, match="got codes for a layer whose weight keeps its floats"):
+        QuantizedWeight(WeightConfig(bits=None), (12,), None).fix(((CODES, QParams(SCALE, None)),))

@@ -27,12 +27,12 @@ class QParams(NamedTuple):
 def qrange(bits: int) -> tuple[int, int]:
     """Smallest and largest signed code, (-2^(b-1), 2^(b-1) - 1).
 
-    Raises: ConfigError if bits is outside 2..8.
+    Raises: ConfigError if bits is outside 2..8; 16 is for softmax outputs alone, whose codes are int16.
 
     >>> qrange(4)
     (-8, 7)
     """
-    if not 2 <= bits <= 8:
+    if not 2 <= bits <= 8 and bits != 16:
         raise ConfigError(f"bits: expected 2 to 8, got {bits}. Codes are stored as int8. Use None for full precision.")
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
@@ -127,6 +127,8 @@ def extremes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:
     """Integer codes clamp(round(x / scale) + zero_point, qmin, qmax), int8, same shape as x; ties go to even.
 
+    16 bits give int16.
+
     >>> quantize(torch.tensor([-9.0, 0.4, 2.6]), QParams(torch.tensor(1.0), None), 4)
     tensor([-8,  0,  3], dtype=torch.int8)
     """
@@ -134,7 +136,7 @@ def quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:
     codes = torch.round(x / qparams.scale)
     if qparams.zero_point is not None:
         codes = codes + qparams.zero_point
-    return codes.clamp_(qmin, qmax).to(torch.int8)
+    return codes.clamp_(qmin, qmax).to(torch.int8 if bits <= 8 else torch.int16)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from modiff.core.affine import QParams, extremes, fake_quantize, qparams_from_range, reduced_dims
+from modiff.core.affine import QParams, extremes, qparams_from_range, reduced_dims
+from modiff.core.range_metrics import RangeMetric, cosine, kullback_leibler, l1, power
 from modiff.errors import CalibrationError, ConfigError
 
 KEPT_VALUES = 1 << 18
 """Percentile and least-error search keep at most this many values of each observed tensor, evenly spaced."""
+KEPT_IN_ALL = 1 << 18
+"""And at most this many of all tensors: beyond it every other value is dropped, and of later tensors as well."""
 
 
 class Observer:
@@ -27,6 +32,14 @@ class Observer:
     def observe(self, x: Tensor) -> None:
         """Take one tensor into account. Cost: two passes over x, no host sync."""
         low, high = self._extremes(x.detach())
+        if self.minimum is None or self.maximum is None:
+            self.minimum, self.maximum = low, high
+        else:
+            self.minimum, self.maximum = self._merge(low, high)
+
+    def merge(self, other: Observer) -> None:
+        """Take into account all that another observer of the same kind saw."""
+        low, high = other.range()
         if self.minimum is None or self.maximum is None:
             self.minimum, self.maximum = low, high
         else:
@@ -77,6 +90,22 @@ class MovingAverageObserver(Observer):
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum: expected a number in [0, 1), got {momentum}. 1 would never move. Try 0.95.")
         self.momentum = momentum
+        self.count = 0
+
+    def observe(self, x: Tensor) -> None:
+        """Take one tensor into account."""
+        super().observe(x)
+        self.count += 1
+
+    def merge(self, other: Observer) -> None:
+        """The mean of both ranges, weighted with the tensors that each saw: they have no common order."""
+        if not isinstance(other, MovingAverageObserver) or self.minimum is None or self.maximum is None:
+            super().merge(other)
+            return
+        low, high = other.range()
+        share = other.count / (self.count + other.count)
+        self.minimum, self.maximum = self.minimum.lerp(low, share), self.maximum.lerp(high, share)
+        self.count += other.count
 
     def _merge(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         minimum, maximum = self.range()
@@ -89,13 +118,27 @@ class _SampleObserver(Observer):
     def __init__(self, channel_dim: int | None = None) -> None:
         super().__init__(channel_dim)
         self.kept: list[Tensor] = []
+        self._thinning = 1
 
     def observe(self, x: Tensor) -> None:
         super().observe(x)
         rows = x.detach().flatten()[None] if self.channel_dim is None else x.detach().movedim(self.channel_dim, 0)
         rows = rows.flatten(1).float()
-        stride = max(1, -(-rows.numel() // KEPT_VALUES))  # ceiling: at most KEPT_VALUES in all
-        self.kept.append(rows[:, ::stride].clone())
+        stride = max(1, -(-rows.numel() // KEPT_VALUES))  # ceiling: at most KEPT_VALUES of one tensor
+        self.kept.append(rows[:, :: stride * self._thinning].clone())
+        self._thin_out()
+
+    def merge(self, other: Observer) -> None:
+        """Take into account all that another observer of the same kind saw."""
+        super().merge(other)
+        if isinstance(other, _SampleObserver):
+            self.kept += other.kept
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        while sum(kept.numel() for kept in self.kept) > KEPT_IN_ALL and self._rows().shape[1] > 1:
+            self.kept = [self._rows()[:, ::2].clone()]
+            self._thinning *= 2
 
     def _rows(self) -> Tensor:
         self.range()
@@ -124,18 +167,28 @@ class PercentileObserver(_SampleObserver):
         return qparams_from_range(low, high, bits, symmetric=symmetric, clip=clip)
 
 
-class MSEObserver(_SampleObserver):
-    """The min-max range, shrunk by 1 % a trial, with the least mean |x - Q(x)|^p (p = 2.4, 80 trials; Q-Diffusion)."""
+class RangeSearchObserver(_SampleObserver):
+    """The min-max range, shrunk by 1 % a trial, with the least loss under a metric of `core.range_metrics`.
 
-    def __init__(self, channel_dim: int | None = None, p: float = 2.4, trials: int = 80) -> None:
+    Args:
+        metric: how far the quantized values are from the values.
+        trials: 1 to 100; the last range is 1 - 0.01 (trials - 1) of the first.
+    """
+
+    def __init__(self, channel_dim: int | None = None, metric: RangeMetric = power, trials: int = 80) -> None:
         super().__init__(channel_dim)
-        if p <= 0 or not 1 <= trials <= 100:
-            raise ConfigError(f"MSEObserver: expected p > 0 and 1 to 100 trials, got p={p}, trials={trials}. "
-                              "Each trial shrinks by 1 %. Try p=2.4, trials=80.")  # fmt: skip
-        self.p, self.trials = p, trials
+        if not 1 <= trials <= 100:
+            raise ConfigError(f"{type(self).__name__}: expected 1 to 100 trials, got trials={trials}. "
+                              "Each trial shrinks by 1 %. Try trials=80.")  # fmt: skip
+        self.metric, self.trials = metric, trials
 
     def qparams(self, bits: int, *, symmetric: bool = True, clip: float = 1.0) -> QParams:
         """Scale and zero point of the best of the trials, found for each range alone. Cost: `trials` passes."""
+        low, high = self.searched(bits, symmetric=symmetric, clip=clip)
+        return qparams_from_range(low, high, bits, symmetric=symmetric, clip=clip)
+
+    def searched(self, bits: int, *, symmetric: bool, clip: float) -> tuple[Tensor, Tensor]:
+        """The best range of the trials."""
         rows = self._rows()
         low, high = (r.reshape(-1, 1).float() for r in self.range())
         best = torch.full_like(low, torch.inf)
@@ -143,8 +196,38 @@ class MSEObserver(_SampleObserver):
         for trial in range(self.trials):
             ratio = 1 - 0.01 * trial
             qparams = qparams_from_range(low * ratio, high * ratio, bits, symmetric=symmetric, clip=clip)
-            error = (rows - fake_quantize(rows, qparams, bits)).abs().pow(self.p).mean(1, keepdim=True)
-            chosen = torch.where(error < best, ratio, chosen)
-            best = torch.minimum(best, error)
-        shaped = [self._shaped(r * chosen) for r in (low, high)]
-        return qparams_from_range(shaped[0], shaped[1], bits, symmetric=symmetric, clip=clip)
+            loss = self.metric(rows, qparams, bits)
+            chosen = torch.where(loss < best, ratio, chosen)
+            best = torch.minimum(best, loss)
+        return self._shaped(low * chosen), self._shaped(high * chosen)
+
+
+class MSEObserver(RangeSearchObserver):
+    """The range with the least mean |x - Q(x)|^p (p = 2.4; 80 trials in Q-Diffusion, 100 in PTQ4DM)."""
+
+    def __init__(self, channel_dim: int | None = None, p: float = 2.4, trials: int = 80) -> None:
+        if p <= 0 or not 1 <= trials <= 100:
+            raise ConfigError(f"MSEObserver: expected p > 0 and 1 to 100 trials, got p={p}, trials={trials}. "
+                              "Each trial shrinks by 1 %. Try p=2.4, trials=80.")  # fmt: skip
+        super().__init__(channel_dim, functools.partial(power, p=p), trials)
+
+
+class L1Observer(RangeSearchObserver):
+    """The range with the least mean |x - Q(x)|."""
+
+    def __init__(self, channel_dim: int | None = None, trials: int = 80) -> None:
+        super().__init__(channel_dim, l1, trials)
+
+
+class CosineObserver(RangeSearchObserver):
+    """The range whose quantized values point most nearly in the direction of the values."""
+
+    def __init__(self, channel_dim: int | None = None, trials: int = 80) -> None:
+        super().__init__(channel_dim, cosine, trials)
+
+
+class KLObserver(RangeSearchObserver):
+    """The range whose codes tell most of the histogram of the values (Kullback-Leibler)."""
+
+    def __init__(self, channel_dim: int | None = None, trials: int = 80) -> None:
+        super().__init__(channel_dim, kullback_leibler, trials)

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from modiff.errors import ConfigError
+from modiff.hosts import quantizer as quantizer  # enters modiff into diffusers' tables of quantization methods
 from modiff.hosts.contexts import follow_cache_context, unfollow_cache_context
 from modiff.model.attachment import attachment_of
 from modiff.model.trajectory import trajectory

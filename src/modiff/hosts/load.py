@@ -13,7 +13,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from modiff.errors import FormatError
+from modiff.errors import FormatError, ModiffError
+from modiff.hosts.quantizer import align
+from modiff.io.module_folder import CONFIG, read_config
 
 EMBEDDED = "embedded"
 INDEX = "model_index.json"
@@ -21,13 +23,16 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
-def load_pipeline(model: str | Path, *, device: str = "cpu") -> DiffusionPipeline:
-    """A diffusers pipeline in float32 without a progress bar of its own; weights are read from safetensors only.
+def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """A diffusers pipeline without a progress bar of its own; weights are read from safetensors only.
+
+    A folder with networks that modiff quantized gives them back quantized: they begin trajectories by themselves.
 
     Args:
         model: "embedded" (the Fashion-MNIST model of the package), a diffusers folder, or a hub id such as
             "google/ddpm-cifar10-32", which is downloaded once.
         device: "cpu", "cuda" or "cuda:1".
+        dtype: of all weights that are not quantized.
     Raises: FormatError if the folder is none of a pipeline, weights are missing, damaged or not finite, the download
         failed, or there is no such device.
     Cost: reads all weights, and looks at each once.
@@ -36,18 +41,34 @@ def load_pipeline(model: str | Path, *, device: str = "cpu") -> DiffusionPipelin
     folder = _folder(model)
     index = _index(folder)
     _check_weight_files(folder)
-    parts = {name: _component(folder, name, kind) for name, kind in _models(index).items()}
+    parts = {name: _component(folder / name, kind, dtype) for name, kind in _models(index).items()}
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, variant=_variant(folder), local_files_only=True, **parts
+            folder, dtype=dtype, use_safetensors=True, variant=_variant(folder), local_files_only=True, **parts
         )
     except _LOADING_ERRORS as error:
         raise _damaged(folder, error) from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _check_finite(folder / name, part)
+            align(part)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(where)
+
+
+def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One network of diffusers from its folder, quantized or not. Raises: FormatError as `load_pipeline` does."""
+    where = _device(device)
+    name = str(read_config(folder).get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+        raise FormatError(f"{folder / CONFIG}: expected a model of diffusers, got _class_name {name!r}. This "
+                          "diffusers has no such model. Copy the folder again, or update diffusers.")  # fmt: skip
+    _check_weight_files(folder)
+    model = _component(folder, kind, dtype)
+    _check_finite(folder, model)
+    align(model)
+    return model.to(where)
 
 
 def _device(name: str) -> torch.device:
@@ -120,18 +141,19 @@ def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
     return found
 
 
-def _component(folder: Path, name: str, kind: type[ModelMixin]) -> nn.Module:
+def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Module:
     """One network; diffusers would start weights that the file lacks at random, with no more than a log line."""
-    path = folder / name
     try:
         model, info = kind.from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             variant=_variant(path),
             local_files_only=True,
             output_loading_info=True,
         )
+    except ModiffError as error:
+        raise FormatError(f"{path}: {error}") from error
     except _LOADING_ERRORS as error:
         raise _damaged(path, error) from error
     if info["missing_keys"]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
+from modiff.hosts import save as _save
 from modiff.hosts.contexts import cache_contexts
+from modiff.hosts.save import is_diffusers_model
 from modiff.hosts.unet import shortcut_splits
 from modiff.model import apply as _apply
 from modiff.model import calibrate as _calibrate
+from modiff.model import pack as _pack
 from modiff.model import remove as _remove
 from modiff.model import trajectory as _trajectory
 from modiff.model import tune as _tune
@@ -82,14 +87,72 @@ def apply(target: Any, config: ModiffConfig | None = None) -> Report:
 
 
 def remove(target: Any) -> None:
-    """Undo `apply`: the same modules, parameters and bits as before. Raises: StateError if there is nothing to undo."""
+    """Undo `apply`: the same modules, parameters and bits as before.
+
+    Raises: StateError if there is nothing to undo, or no way back: after `pack` or `load`, or where another library
+        wrapped the layers since. Nothing is changed then.
+    """
     modules = modules_of(target)
+    for module in modules.values():
+        _remove.check_removable(module)
     for module in modules.values():
         _remove.remove(module)
     if not isinstance(target, nn.Module):
         from modiff.hosts import diffusers
 
         diffusers.detach(target)
+
+
+def pack(target: Any) -> None:
+    """Keep integer codes and float32 scales in the place of float weights: half a byte a weight at 4 bits or fewer.
+
+    Outputs stay the same bits. There is no way back: `remove` is refused afterwards. diffusers then treats its models
+    as quantized: `save_pretrained` writes the integers (before: the float weights), and `.half()` is refused.
+    Raises: StateError without modulated layers, inside a trajectory, or if weights changed after their rounding was
+        learned. Nothing is changed then.
+    """
+    modules = _modulated(target, "pack")
+    for module in modules:
+        _pack.check_packable(module)
+    for module in modules:
+        _pack.pack(module)
+    if any(is_diffusers_model(module) for module in modules):
+        from modiff.hosts.quantizer import attach_quantizer
+
+        for module in modules:
+            attach_quantizer(module)
+
+
+def save(target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Write a modulated pipeline or module as plain safetensors and JSON: packed weights, float32 scales, settings.
+
+    The target is not changed and needs no `pack`. A pipeline or a model of diffusers is written as diffusers writes it,
+    so its `from_pretrained` reads the folder too; other modules as config.json and model.safetensors.
+
+    Args:
+        folder: new or empty; it appears when all of it is on disk.
+        max_shard_size: bytes, or a text such as "200MB"; larger weights go to several files.
+    Raises: StateError without modulated layers, or with a LoRA loaded; FormatError if the folder holds files; OSError.
+    """
+    _save.save(target, _modulated(target, "save"), folder, max_shard_size)
+
+
+def load(
+    folder: str | Path, *, into: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Read what `save` wrote: the same codes and scales, the same outputs bit for bit.
+
+    Args:
+        into: a module of the class that was saved, in full precision, which is changed in place; for modules that are
+            not of diffusers.
+        device: "cpu", "cuda" or "cuda:1".
+        dtype: of what is not quantized, for pipelines and models of diffusers; scales stay float32.
+    Returns: a pipeline (each call is a trajectory), a model of diffusers (begins trajectories by its time steps), or
+        `into` (runs inside `modiff.trajectory`); packed.
+    Raises: FormatError in one line for a folder that is missing, damaged, hostile or of another version, before
+        anything large is allocated; ConfigError if `into` is needed and missing, or not needed and given.
+    """
+    return _save.load(folder, into, device, dtype)
 
 
 @contextmanager

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from modiff.errors import FormatError
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -43,6 +47,27 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises: OSError; ValueError if it holds NaN or infinity."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path` only when the body is done; nothing is left of it when it raises.
+
+    Raises: FormatError if `path` is a file or a folder that holds something: nothing is ever overwritten; OSError.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        got = "files in it" if path.is_dir() else "a file"
+        raise FormatError(f"{path}: expected a new or an empty folder, got {got}. Two checkpoints must not mix. "
+                          "Give another name, or delete it.")  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_writable(path: str | Path) -> None:

@@ -10,6 +10,8 @@ from torch import nn
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
 from modiff.model.attachment import ATTRIBUTE, Attachment, attachment_of
+from modiff.model.attention import apply_attention
+from modiff.model.remove import remove
 from modiff.model.report import Entry, Report
 from modiff.model.select import select
 from modiff.nn import Clock, ModulatedLayer, twin_of
@@ -32,10 +34,14 @@ def apply(
             f"apply: expected a plain model, got {type(model).__name__} with modulated layers. Applying twice would "
             "lose the originals. Call modiff.remove(model) first."
         )
-    report = select(model, config, splits=splits, known=known)
-    attachment = Attachment(Clock(type(model).__name__), report)
+    return install(model, config, select(model, config, splits=splits, known=known), splits or {}).report
+
+
+def install(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
+    """Put twins of the layers that `report` takes in their places, and watch the model. Raises: as `apply`."""
+    attachment = Attachment(Clock(type(model).__name__), report, config)
     for entry in report.taken:
-        split = (splits or {}).get(entry.name) if config.split_shortcuts == "auto" else None
+        split = splits.get(entry.name) if config.split_shortcuts == "auto" else None
         _build(model, entry, attachment, split)
     for name, twin in attachment.twins.items():  # only now, so that an error above leaves the model as it was
         parent, _, leaf = name.rpartition(".")
@@ -46,7 +52,12 @@ def apply(
     attachment.report = Report(entries)
     attachment.watch(model)
     model.__dict__[ATTRIBUTE] = attachment
-    return attachment.report
+    try:
+        apply_attention(model, config.attention)
+    except Exception:
+        remove(model)
+        raise
+    return attachment
 
 
 def _build(model: nn.Module, entry: Entry, attachment: Attachment, split: int | None) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from modiff.config import ModiffConfig
 from modiff.errors import StateError
+from modiff.model.automatic import Automatic
 from modiff.model.report import Report
 from modiff.nn import Clock, ModulatedLayer
 
@@ -17,11 +19,18 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
 
 
 class Attachment:
-    """One per model with modulated layers; found with `attachment_of`."""
+    """One per model with modulated layers; found with `attachment_of`.
 
-    def __init__(self, clock: Clock, report: Report) -> None:
+    config: as it was applied. packed: the originals are gone for good. automatic: begins trajectories where nobody
+    else does; None where `modiff.trajectory` or a pipeline must.
+    """
+
+    def __init__(self, clock: Clock, report: Report, config: ModiffConfig | None = None) -> None:
         self.clock = clock
         self.report = report
+        self.config = config or ModiffConfig()
+        self.packed = False
+        self.automatic: Automatic | None = None
         self.originals: dict[str, nn.Module] = {}
         self.twins: dict[str, ModulatedLayer] = {}
         self.handles: list[RemovableHandle] = []
@@ -40,7 +49,10 @@ class Attachment:
         if self.timestep is not None:
             name, position = self.timestep
             value = kwargs.get(name, args[position] if position < len(args) else None)
-        self.clock.call(value if isinstance(value, (Tensor, float, int)) else None)
+        timestep = value if isinstance(value, (Tensor, float, int)) else None
+        if self.automatic is not None:
+            self.automatic.before(timestep)
+        self.clock.call(timestep)
 
     def _after(self, *_: object) -> None:
         self.clock.returned()

@@ -2,39 +2,62 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import nn
 
 from modiff.core.coder import Coder
-from modiff.core.observers import MinMaxObserver, MovingAverageObserver, MSEObserver, Observer, PercentileObserver
+from modiff.core.observers import (
+    CosineObserver,
+    KLObserver,
+    L1Observer,
+    MinMaxObserver,
+    MovingAverageObserver,
+    MSEObserver,
+    Observer,
+    PercentileObserver,
+)
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attachment import required_attachment
+from modiff.model.coders import coders_of
 
 OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
     "percentile": PercentileObserver,
     "mse": MSEObserver,
+    "l1": L1Observer,
+    "cosine": CosineObserver,
+    "kl": KLObserver,
 }
-ObserverName = Literal["minmax", "moving_average", "percentile", "mse"]
+ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl"]
+MakeObserver = Callable[[int | None], Observer]
+"""Makes an observer for one scale (None), or for one scale for each index of an axis."""
 
 
 def calibrate(
-    models: nn.Module | Sequence[nn.Module], forward_loop: Callable[[], object], *, observer: ObserverName = "minmax"
+    models: nn.Module | Sequence[nn.Module],
+    forward_loop: Callable[[], object],
+    *,
+    observer: ObserverName | MakeObserver = "minmax",
 ) -> None:
     """Run `forward_loop` with dynamic scales, watch what each layer codes, and freeze the scales.
 
-    Modulated layers are watched on their residuals, plain ones on their inputs: each on exactly what it will code.
+    Modulated layers are watched on their residuals, plain ones on their inputs: each on exactly what it will code. With
+    `step_groups`, each step of the loop is watched alone, and the steps are then cut into groups.
 
     Args:
         models: one model, or all that `forward_loop` runs: they are watched in one go.
-        forward_loop: runs whole trajectories, for example `lambda: pipe(...)`.
+        forward_loop: runs whole trajectories, for example `lambda: pipe(...)`, or calls that were collected,
+            `lambda: modiff.replay(model, calls)`.
+        observer: how values become a range, by name, or what makes one: `lambda axis: MSEObserver(axis, trials=100)`.
     Raises: CalibrationError if no layer has static scales or a layer never ran; scales measured before are then kept.
     """
-    if observer not in OBSERVERS:
+    if isinstance(observer, str) and observer not in OBSERVERS:
         raise ConfigError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}. Pick one of them.")
+    make: MakeObserver = OBSERVERS[observer] if isinstance(observer, str) else observer
     coders: list[tuple[str, Coder]] = []
     for model in (models,) if isinstance(models, nn.Module) else models:
         coders += _static_coders(model)
@@ -44,10 +67,11 @@ def calibrate(
             "Set QuantizerConfig(dynamic=False)."
         )
     for _, coder in coders:
-        coder.observers = tuple(_observer(coder, observer) for _ in coder.segments)
+        axis = coder.channel_dim if coder.granularity == "input_channel" else None
+        coder.watch(functools.partial(make, axis))
     try:
         forward_loop()
-        silent = [n for n, c in coders if c.observers and c.observers[0].minimum is None]
+        silent = [name for name, coder in coders if coder.saw_nothing]
         if silent:
             raise CalibrationError(
                 f"{silent[0]}: expected inputs while calibrating, got none. The forward loop never reached a coded "
@@ -57,15 +81,10 @@ def calibrate(
             coder.freeze()
     finally:
         for _, coder in coders:
-            coder.observers = None
+            coder.unwatch()
 
 
 def _static_coders(model: nn.Module) -> list[tuple[str, Coder]]:
     """The coders that need scales, with the names of their layers."""
-    twins = required_attachment(model, "calibrate").twins
-    coders = [(name, twin.coder) for name, twin in twins.items()]
-    return [(name, coder) for name, coder in coders if coder and not coder.config.dynamic and coder.bits]
-
-
-def _observer(coder: Coder, name: str) -> Observer:
-    return OBSERVERS[name](coder.channel_dim if coder.granularity == "input_channel" else None)
+    required_attachment(model, "calibrate")
+    return [(n, c) for n, c in coders_of(model).items() if not c.config.dynamic and c.bits]

@@ -93,7 +93,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
         return f"tiny: {weight.numel()} weights"
     if not torch.is_floating_point(weight):
         return f"weight is {weight.dtype}, not floating point"
-    if not torch.isfinite(weight).all():
+    if not weight.is_meta and not torch.isfinite(weight).all():
         raise ConfigError(
             f"{name}: expected finite weights, got NaN or infinity. The checkpoint is damaged, or float16 overflowed. "
             "Load it in float32, or exclude the layer."

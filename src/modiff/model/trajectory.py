@@ -16,7 +16,10 @@ def trajectory(model: nn.Module) -> Iterator[None]:
 
     Raises: StateError if modiff was not applied to the model, or inside another trajectory of it.
     """
-    clock = required_attachment(model, "trajectory").clock
+    attachment = required_attachment(model, "trajectory")
+    if attachment.automatic is not None:
+        attachment.automatic.end()  # one that began by itself gives way
+    clock = attachment.clock
     clock.start()
     try:
         yield

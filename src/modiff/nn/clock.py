@@ -31,6 +31,8 @@ class Clock:
         self.context = "default"
         self.tick = 0
         self.inside = False
+        self._given: Tensor | float | None = None
+        self._moment: tuple[float, ...] | None = None
         self._contexts: dict[str, _Context] = {}
         self._listeners: list[Callable[[], None]] = []
 
@@ -61,6 +63,7 @@ class Clock:
 
     def call(self, timestep: Tensor | float | None) -> None:
         """A network evaluation begins; `timestep` is what the network was given, None if it has none."""
+        self._given, self._moment = timestep, None
         if self.active:
             self.tick += 1
             self.inside = True
@@ -72,6 +75,35 @@ class Clock:
     def returned(self) -> None:
         """The network evaluation ended or raised."""
         self.inside = False
+
+    def moment(self) -> tuple[float]:
+        """(timestep,) of this evaluation: what scales per step of a plain layer are kept under.
+
+        Raises: StateError if the network was given no timestep, or several at once. Cost: one host sync an evaluation.
+        """
+        if self._moment is None:
+            values = torch.as_tensor(torch.nan if self._given is None else self._given).detach().flatten().double()
+            if not bool((values == values[0]).all()):
+                raise StateError(
+                    f"{self.name}: expected one timestep for the whole batch, got "
+                    f"{'none' if self._given is None else 'several'}. Scales per step are chosen by it. "
+                    "Evaluate one step at a time, or use step_groups=1."
+                )
+            self._moment = (float(values[0]),)
+        return (self._moment[0],)
+
+    def transition(self) -> tuple[float, float]:
+        """(timestep, timestep before) of the present context: what scales per step of residuals are kept under.
+
+        Raises: StateError as `moment` does, and at the first step, which has no residual.
+        """
+        last = self._contexts[self.context].timesteps[1]
+        if last is None:
+            raise StateError(
+                f"{self.name}: expected a step before this one, got the first of the trajectory. A residual needs "
+                "two. Use first_step='full_precision'."
+            )
+        return (*self.moment(), float(last))
 
     @property
     def step(self) -> int:

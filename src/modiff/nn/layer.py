@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from modiff.core.modulation import State, accumulate, encode_plain, output_of
 from modiff.core.transforms import rotate, segments_of
 from modiff.errors import ConfigError, StateError
 from modiff.nn.clock import Clock
+from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
 from modiff.nn.stream import Inputs, Key, Stream
 from modiff.nn.weight import QuantizedWeight
 
@@ -74,10 +76,13 @@ class ModulatedLayer(nn.Module):
         folded = None
         if self.segments is not None:
             folded = self.segments if split is not None else segments_of((fan_in,), 1, self.segments[0].block)
-        self.quantized_weight = QuantizedWeight(config.weight, runs if split is not None else (fan_in,), folded)
+        segments = runs if split is not None else (fan_in,)
+        self.quantized_weight: QuantizedWeight | PackedWeight
+        self.quantized_weight = QuantizedWeight(config.weight, segments, folded, f"{name}.weight")
         self.coder = None
         if config.activation.bits is not None:
-            self.coder = Coder(config.activation, self.granularity, self.channel_dim, runs)
+            moment = clock.moment if config.modulation is None else clock.transition
+            self.coder = Coder(config.activation, self.granularity, self.channel_dim, runs, moment)
         self.inputs: Inputs | None = None
         if self.coder is not None and config.modulation is not None:
             self.inputs = Inputs(self.coder, config.modulation, clock)
@@ -104,6 +109,75 @@ class ModulatedLayer(nn.Module):
         """Read the same coded residual as `leader` whenever both are given the same tensor."""
         self.inputs, self.coder = leader.inputs, leader.coder
         self.alone = leader.alone = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is integers for good."""
+        return isinstance(self.quantized_weight, PackedWeight)
+
+    def pack(self) -> None:
+        """Keep the codes of the weight and drop its floats; nothing happens where the weight has no bits, or again.
+
+        Raises: ConfigError for a weight with NaN; StateError if it no longer belongs to its fixed codes.
+        """
+        if self.config.weight.bits is not None and not self.packed:
+            self.hold_packed(*self.packed_tensors())
+
+    def packed_tensors(self) -> tuple[Tensor, Tensor]:
+        """The packed weight and its scales, whether the layer is packed or not. For layers with weight bits only."""
+        scale = self._buffers.get(SCALE)
+        if self.packed and scale is not None:
+            return self.weight.detach(), scale
+        return pack_parts(self.quantized_weight.codes(self.weight), self.config.weight.bits or 8)
+
+    def packed_storage(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the packed weight and of its scales. For layers with weight bits only."""
+        weight = self.quantized_weight
+        shape = weight.shape if isinstance(weight, PackedWeight) else tuple(self.weight.shape)
+        return storage(self.config.weight.bits or 8, shape), (torch.float32, (shape[0], len(weight.segments)))
+
+    def hold_packed(self, weight: Tensor, scale: Tensor) -> None:
+        """Take packed codes and their scales, as `packed_storage` says, in the place of the weight.
+
+        The layer that this one was made from keeps its own parameters.
+        """
+        self._parameters, self._buffers = dict(self._parameters), dict(self._buffers)
+        was = self.quantized_weight
+        shape = was.shape if isinstance(was, PackedWeight) else tuple(self.weight.shape)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer(SCALE, scale)
+        self.quantized_weight = PackedWeight(was.config, was.segments, was.rotation, was.name, shape, self._buffers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch, but scales stay float32 in `.half()` and `.to(dtype)`: rounded ones would be other weights."""
+        scale = self._buffers.get(SCALE)
+        super()._apply(fn, recurse)
+        moved = self._buffers.get(SCALE)
+        if scale is not None and moved is not None and moved.dtype != scale.dtype:
+            self._buffers[SCALE] = scale.to(moved.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch, but floats are not cast to the integers of a packed weight, nor the other way round."""
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and weight.is_floating_point() != self.weight.is_floating_point():
+            error_msgs.append(
+                f"{prefix}weight: expected {self.weight.dtype}, got {weight.dtype}. Packed and float weights do not "
+                "fit each other. Load it with modiff.load."
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def forget(self) -> None:
         """Free the states of all contexts; weight codes are made again, as writes through `.data` leave no trace."""

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from modiff.config import WeightConfig
-from modiff.core.affine import QParams, dequantize, quantize
+from modiff.core.affine import QParams, dequantize, qrange, quantize
 from modiff.core.observers import MinMaxObserver, MSEObserver
 from modiff.core.transforms import Segment, rotate
-from modiff.errors import ConfigError
+from modiff.errors import ConfigError, StateError
+
+Part = tuple[Tensor, QParams]
+"""int8 codes of one segment of the input channels, and their scale per output channel."""
+
+_HALF = 2.0**-8
+"""Relative rounding error of bfloat16, the coarsest dtype that a weight may pass through after its codes were fixed."""
+_TINY = 2.0**-24
+"""Absolute rounding error of float16 below its smallest normal number, with room for one more."""
 
 
 class QuantizedWeight:
@@ -19,25 +27,69 @@ class QuantizedWeight:
         config: bits and range search; bits None keeps floats (rotated ones if `rotation` is set).
         segments: input channels that get scales of their own (a split shortcut has two).
         rotation: blocks of the input rotation folded into the weight, or None.
+        name: for messages.
 
     The codes follow the parameter: after `.to()`, `.half()` or a loaded state dict they are made again. Writes through
     `.data` (a fused LoRA) leave no trace on a tensor: `forget` makes the codes again, and every trajectory calls it.
+    Codes that were learned are kept instead (`fix`), and checked against the parameter whenever others are made again.
     """
 
-    def __init__(self, config: WeightConfig, segments: tuple[int, ...], rotation: tuple[Segment, ...] | None) -> None:
-        self.config, self.segments, self.rotation = config, segments, rotation
+    def __init__(
+        self,
+        config: WeightConfig,
+        segments: tuple[int, ...],
+        rotation: tuple[Segment, ...] | None,
+        name: str = "weight",
+    ) -> None:
+        self.config, self.segments, self.rotation, self.name = config, segments, rotation, name
         self._key: tuple[object, ...] | None = None
         self._floats: Tensor | None = None
-        self._parts: tuple[tuple[Tensor, QParams], ...] = ()
+        self._parts: tuple[Part, ...] = ()
+        self._fixed: tuple[Part, ...] | None = None
 
     def forget(self) -> None:
-        """Derive the codes again at the next use."""
+        """Derive the codes again at the next use; fixed ones are checked again."""
         self._key = None
 
-    def codes(self, weight: Tensor) -> tuple[tuple[Tensor, QParams], ...]:
-        """(int8 codes, scales) for each segment along axis 1; empty when bits is None."""
+    @property
+    def fixed(self) -> bool:
+        """Whether the codes were given by `fix`."""
+        return self._fixed is not None
+
+    def fix(self, parts: tuple[Part, ...]) -> None:
+        """Let these codes be the weight from now on, for example after AdaRound.
+
+        Args:
+            parts: int8 codes (O, segment, ...) in the rotated domain if the layer rotates, and symmetric scales
+                (O, 1, ...), one pair for each segment along axis 1. They survive `.to()`, `.half()` and `forget`.
+        Raises: ConfigError if they are no codes for this layer.
+        """
+        problem = self._problem(parts)
+        if problem:
+            raise ConfigError(
+                f"{self.name}: expected codes for {len(self.segments)} segments at {self.config.bits} bits, got "
+                f"{problem}. Fixed codes take the place of rounding. Give what `codes` returns, rounded otherwise."
+            )
+        self._fixed = tuple((c.detach(), QParams(q.scale.detach(), None)) for c, q in parts)
+        self._key = None
+
+    def unfix(self) -> None:
+        """Round to nearest again; nothing happens where `fix` was not called."""
+        self._fixed, self._key = None, None
+
+    def codes(self, weight: Tensor) -> tuple[Part, ...]:
+        """(int8 codes, scales) for each segment along axis 1; empty when bits is None.
+
+        Raises: ConfigError for a weight with NaN; StateError if the weight no longer belongs to its fixed codes.
+        """
         self._refresh(weight)
         return self._parts
+
+    def floats(self, weight: Tensor) -> Tensor:
+        """The values before rounding, rotated if the layer rotates; float32, or float64 for a float64 weight."""
+        values = weight.detach()
+        values = values if values.dtype == torch.float64 else values.float()
+        return values if self.rotation is None else rotate(values, self.rotation, 1)
 
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the weight when quantized."""
@@ -52,25 +104,75 @@ class QuantizedWeight:
         key = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape)
         if key == self._key:
             return
-        values = weight.detach()
-        if not torch.isfinite(values).all():
+        values = weight.detach()  # torch has no isfinite of float8, which layerwise casting may leave here
+        if not torch.isfinite(values if values.dtype.itemsize > 1 else values.float()).all():
             raise ConfigError(
-                "weight: expected finite numbers, got NaN or infinity. The checkpoint is damaged, or float16 "
+                f"{self.name}: expected finite numbers, got NaN or infinity. The checkpoint is damaged, or float16 "
                 "overflowed. Load it in float32, or exclude the layer."
             )
-        if self.rotation is not None:
-            values = rotate(values.float() if values.dtype != torch.float64 else values, self.rotation, 1)
-            self._floats = values
-        if self.config.bits is not None:
-            self._parts, self._floats = self._quantize(values, self.config.bits), None
+        self._floats, self._parts = None, ()
+        if self._fixed is not None:
+            self._fixed = self._parts = tuple((c.to(weight.device), _to(q, weight)) for c, q in self._fixed)
+            self._check_fixed(self.floats(weight))
+        elif self.config.bits is not None:
+            self._parts = self._quantize(self.floats(weight), self.config.bits)
+        elif self.rotation is not None:
+            self._floats = self.floats(weight)
         self._key = key
 
-    def _quantize(self, values: Tensor, bits: int) -> tuple[tuple[Tensor, QParams], ...]:
-        values = values if values.dtype == torch.float64 else values.float()
-        parts: list[tuple[Tensor, QParams]] = []
+    def _quantize(self, values: Tensor, bits: int) -> tuple[Part, ...]:
+        parts: list[Part] = []
         for part in values.split(list(self.segments), 1):
             observer = MSEObserver(0) if self.config.search == "mse" else MinMaxObserver(0)
             observer.observe(part)
             qparams = observer.qparams(bits)
             parts.append((quantize(part, qparams, bits), qparams))
         return tuple(parts)
+
+    def _problem(self, parts: tuple[Part, ...]) -> str:
+        """What is wrong with codes that are to be fixed; empty if nothing is."""
+        if self.config.bits is None:
+            return "codes for a layer whose weight keeps its floats"
+        if tuple(c.shape[1] if c.dim() > 1 else 0 for c, _ in parts) != self.segments:
+            return f"shapes {[tuple(c.shape) for c, _ in parts]}"
+        qmin, qmax = qrange(self.config.bits)
+        for codes, (scale, zero_point) in parts:
+            if codes.dtype != torch.int8 or (codes.numel() and (codes.min() < qmin or codes.max() > qmax)):
+                return f"{codes.dtype} outside {qmin}..{qmax}"
+            if zero_point is not None or scale.shape != (codes.shape[0], *[1] * (codes.dim() - 1)):
+                return f"scales of shape {tuple(scale.shape)}{' with zero points' if zero_point is not None else ''}"
+            if not scale.is_floating_point() or not (torch.isfinite(scale).all() and (scale > 0).all()):
+                return "scales that are not positive numbers"
+        return ""
+
+    def _check_fixed(self, values: Tensor) -> None:
+        codes, qmax = torch.cat([c for c, _ in self._parts], 1), qrange(self.config.bits or 8)[1]
+        fits = codes.shape == values.shape
+        if fits:
+            scale = torch.cat([q.scale.expand_as(c) for c, q in self._parts], 1)
+            # a learned code is floor(w / s) or one more: within a step of w / s, or short of it where it saturates
+            off, slack = values / scale - codes, 1 + _half_error(values, self.rotation) / scale
+            fits = bool((((off <= slack) | (codes >= qmax)) & ((off >= -slack) | (codes <= -qmax))).all())
+        if not fits:
+            raise StateError(
+                f"{self.name}: expected the weight whose codes were fixed, got another one: the weight changed after "
+                "its rounding was learned. The codes mean nothing for it. Undo the change, or call modiff.reconstruct "
+                "again."
+            )
+
+
+def _to(qparams: QParams, weight: Tensor) -> QParams:
+    return QParams(qparams.scale.to(weight.device), None)
+
+
+def _half_error(values: Tensor, rotation: tuple[Segment, ...] | None) -> Tensor:
+    """Bound of |R e| after a pass through half precision, |e| <= eps |w|: eps times the norm of the block."""
+    if rotation is None:
+        return _HALF * values.abs() + _TINY
+    parts = values.split([s.channels for s in rotation], 1)
+    bounds = []
+    for part, segment in zip(parts, rotation, strict=True):
+        blocks = part.unflatten(1, (-1, segment.block))
+        norm = blocks.square().sum(2, keepdim=True).sqrt() + _TINY / _HALF * segment.block**0.5
+        bounds.append((_HALF * norm).expand_as(blocks).flatten(1, 2))
+    return torch.cat(bounds, 1)

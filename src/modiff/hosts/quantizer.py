@@ -1,0 +1,223 @@
+"""modiff as a quantization method of diffusers: `from_pretrained` quantizes or reads, `save_pretrained` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from modiff.errors import ConfigError, FormatError, StateError
+from modiff.hosts.adapters import refuse_fusing
+from modiff.hosts.contexts import follow_cache_context
+from modiff.hosts.quantizer_config import Method, ModiffDiffusersConfig
+from modiff.hosts.resets import follow_resets
+from modiff.hosts.unet import shortcut_splits
+from modiff.io.headers import read_headers
+from modiff.io.packed_state import (
+    METADATA,
+    check_files,
+    check_values,
+    load_scales,
+    quantized_state,
+    rebuild_from,
+    scale_keys,
+)
+from modiff.model.apply import apply
+from modiff.model.attachment import required_attachment
+from modiff.model.automatic import Automatic
+from modiff.model.pack import seal
+from modiff.nn.packed import SCALE
+
+WHERE = "quantization_config"
+_ALIGNMENT = 64
+
+
+class ModiffQuantizer(DiffusersQuantizer):
+    """What diffusers calls while it loads or saves a model of modiff; users meet `ModiffDiffusersConfig` only.
+
+    On the fly, each weight is quantized and packed as it is read. From a quantized folder, packed layers are put into
+    the empty model first. Either way the model begins and ends its trajectories itself, as no verb of modiff sees it.
+    """
+
+    use_keep_in_fp32_modules = True
+    quantization_config: ModiffDiffusersConfig
+
+    def __init__(self, quantization_config: ModiffDiffusersConfig, *, pre_quantized: bool = True) -> None:
+        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        self.modules_to_not_convert = quantization_config.modules_to_not_convert
+        self.model: nn.Module | None = None
+        self._files: list[str] = []
+        self._exact: dict[str, Tensor] = {}
+
+    is_serializable = property(lambda self: True)
+    is_trainable = property(lambda self: False)
+    is_compileable = property(lambda self: False)
+
+    def validate_environment(
+        self, torch_dtype: torch.dtype | None = None, device_map: object = None, **_: object
+    ) -> None:
+        """Refuse what would bypass the quantizer. Raises: ConfigError."""
+        if torch_dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ConfigError(f"from_pretrained: expected dtype float32, float16 or bfloat16, got {torch_dtype}. Norms "
+                              "and biases are computed in it. Use torch.bfloat16.")  # fmt: skip
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigError("from_pretrained: expected a device_map without 'disk', got one with it. Weights on disk "
+                              "never meet the quantizer. Use enable_group_offload.")  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------- loading
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Note the files, to look at their headers; measured scales of activations are not the model's to load."""
+        self._files = [str(file) for file in checkpoint_files]
+        layout = self.quantization_config.layout
+        if self.pre_quantized and layout is None:
+            raise FormatError(f"{WHERE}: expected the layers of a quantized model, got settings alone. The config was "
+                              "changed. Copy the folder again.")  # fmt: skip
+        return loaded_keys if layout is None else [key for key in loaded_keys if key not in scale_keys(layout)]
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keep what must not be cast to the model's dtype: scales are float32 whatever the model is in."""
+        layout = self.quantization_config.layout
+        if layout is None:
+            return state_dict
+        scales = scale_keys(layout)
+        exact = {k: v for k, v in state_dict.items() if k in scales or k.rpartition(".")[2] == SCALE}
+        self._exact |= exact
+        return {k: v for k, v in state_dict.items() if k not in scales}
+
+    def _process_model_before_weight_loading(self, model: ModelMixin, **_: object) -> None:
+        """Put twins into the empty model."""
+        if self.quantization_config.layout is None:
+            config = self.quantization_config.chosen
+            apply(model, config, splits=shortcut_splits(model))
+            return
+        pickled = [file for file in self._files if not file.endswith(".safetensors")]
+        if pickled:
+            raise FormatError(f"{pickled[0]}: expected safetensors, got another format. modiff writes no pickles. Copy "
+                              "the folder again.")  # fmt: skip
+        check_files(WHERE, read_headers(self._files), self.quantization_config.layout, model)
+        rebuild_from(WHERE, model, self.quantization_config.layout)
+
+    def check_if_quantized_param(
+        self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: object
+    ) -> bool:
+        """Whether a tensor belongs to a weight that is, or is to be, packed."""
+        name, _, leaf = param_name.rpartition(".")
+        twin = required_attachment(model, "from_pretrained").twins.get(name)
+        return twin is not None and twin.config.weight.bits is not None and leaf in ("weight", SCALE)
+
+    def create_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **_: object,
+    ) -> None:
+        """Take one tensor of a packed weight, or quantize a float one; a copy, as the file may change later."""
+        name, _, leaf = param_name.rpartition(".")
+        twin = required_attachment(model, "from_pretrained").twins[name]
+        value = self._exact.pop(param_name, param_value).to(target_device, copy=True)
+        if self.quantization_config.layout is None:
+            twin.weight = nn.Parameter(value, requires_grad=False)
+            twin.pack()
+        elif leaf == SCALE:
+            twin.weight_scale = value
+        else:
+            twin.weight = nn.Parameter(value, requires_grad=False)
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **_: object) -> ModelMixin:
+        """Check what was read, give the coders their scales, and let the model live without verbs of modiff."""
+        attachment, layout = required_attachment(model, "from_pretrained"), self.quantization_config.layout
+        check_values(WHERE, attachment)
+        if layout is not None:
+            load_scales(WHERE, model, layout, {k: v.clone() for k, v in self._exact.items()})
+        self._exact.clear()
+        seal(attachment)
+        align(model)
+        attachment.automatic = Automatic(attachment.clock)
+        follow_cache_context(model)
+        follow_resets(model)
+        refuse_fusing(model)
+        self.model, self.quantization_config = model, ModiffDiffusersConfig.of_model(model)
+        model.register_to_config(quantization_config=self.quantization_config)
+        return model
+
+    # ----------------------------------------------------------------------------------------------------- saving
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Packed weights in the place of floats. Raises: ConfigError for pickles; StateError as `modiff.save`."""
+        if not safe_serialization:
+            raise ConfigError("save_pretrained: expected safe_serialization=True, got False. modiff writes safetensors "
+                              "only, never pickles. Leave it out.")  # fmt: skip
+        if self.model is None:
+            return state_dict, {}
+        return quantized_state(self.model, state_dict), METADATA
+
+
+@contextmanager
+def saving_quantized(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Let `save_pretrained` of diffusers models with modulated layers write integers while the body runs."""
+    plain = [m for m in models if not isinstance(getattr(m, "hf_quantizer", None), ModiffQuantizer)]
+    for model in plain:
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise StateError(f"save: expected a model that modiff alone quantized, got {type(model).__name__} with "
+                             "another method as well. Two formats do not mix. Load it without.")  # fmt: skip
+    for model in plain:
+        _enter(model)
+    try:
+        yield
+    finally:
+        for model in plain:
+            del model.hf_quantizer
+            model._internal_dict = FrozenDict({k: v for k, v in model._internal_dict.items() if k != WHERE})
+
+
+def attach_quantizer(model: nn.Module) -> None:
+    """Tell diffusers that a model is packed: it saves the integers, and refuses `.half()`, `.float()`, `.to(dtype)`.
+
+    Other modules than diffusers' are left alone.
+    """
+    if isinstance(model, ModelMixin):
+        _enter(model)
+        model.is_quantized, model.quantization_method = True, Method.MODIFF
+        refuse_fusing(model)
+
+
+def _enter(model: ModelMixin) -> None:
+    quantizer = ModiffQuantizer(ModiffDiffusersConfig.of_model(model), pre_quantized=False)
+    quantizer.model = model
+    model.hf_quantizer = quantizer
+    model.register_to_config(quantization_config=quantizer.quantization_config)
+
+
+def align(model: nn.Module) -> None:
+    """Copy parameters that are views of a file into memory of their own.
+
+    A view starts anywhere, CPU kernels sum in another order there, and outputs would differ from run to run of nothing
+    but the file's layout.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+
+
+def register() -> None:
+    """Enter modiff into diffusers' tables of quantization methods."""
+    quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers[Method.MODIFF.value], configs[Method.MODIFF.value] = ModiffQuantizer, ModiffDiffusersConfig
+
+
+register()

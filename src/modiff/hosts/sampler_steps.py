@@ -1,0 +1,100 @@
+"""The steps of recorded trajectories as functions: what the network says of a state, and where that leads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from modiff.errors import ConfigError
+from modiff.model.calibration_set import Call
+
+STATE_NAMES = ("sample", "hidden_states")
+TOLERANCE = 1e-3
+
+
+class SamplerSteps:
+    """One recorded full-precision trajectory, and the functions to run its steps from other states.
+
+    Args:
+        model: the network. scheduler: as it was while recording. calls: every evaluation of the trajectory, in order.
+        guidance_scale: of classifier-free guidance with both branches in one batch; None without guidance.
+
+    recorded: the states x_T, ..., x_0, the last one computed from the last call.
+    Raises: ConfigError if the scheduler's steps are no function of the state and the output alone, or the pipeline does
+        more between two evaluations than these functions know.
+    """
+
+    def __init__(self, model: nn.Module, scheduler: Any, calls: list[Call], guidance_scale: float | None) -> None:
+        if not isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler)):
+            raise ConfigError(
+                f"{type(scheduler).__name__}: expected DDIM or Euler steps of flow matching, got another sampler. Its "
+                "steps depend on earlier outputs or on noise, so that a group has no error of its own. "
+                "Calibrate with modiff.hosts.samplers.set_scheduler(pipe, 'ddim')."
+            )
+        self.model, self.scheduler, self.calls = model, scheduler, calls
+        self.guidance_scale = guidance_scale
+        self.recorded = [self._state(call) for call in calls]
+        self.recorded.append(self.recorded[-1])
+        error = self._mismatch()
+        if guidance_scale is not None and not error < TOLERANCE:
+            self.guidance_scale = 1 - guidance_scale  # the conditional branch comes first: c + (1 - s)(u - c)
+            error = self._mismatch()
+        if not error < TOLERANCE:
+            raise ConfigError(
+                f"{type(model).__name__}: expected x <- step(network(x)), got states that differ by {error:.2g}. The "
+                "pipeline does more between two evaluations: guidance, noise or rescaling. "
+                "Give guidance_scale=, or use eta 0 and no rescaling."
+            )
+        self.recorded[-1] = self.follow(len(calls) - 1)
+
+    def timestep(self, step: int) -> float:
+        """What the network is told at a step."""
+        return float(self.calls[step].timestep or 0.0)
+
+    def follow(self, step: int) -> Tensor:
+        """The state after a step from the recorded one, by the network as it computes now."""
+        with torch.no_grad():
+            return self.advance(step, self.recorded[step], self.evaluate(step, self.recorded[step]))
+
+    def evaluate(self, step: int, state: Tensor) -> Tensor:
+        """What the sampler is told of the network's output at `state`, guidance included."""
+        output = self._with_state(self.calls[step], state).evaluate(self.model)
+        tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+        if self.guidance_scale is not None:
+            without, given = tensor.chunk(2)
+            tensor = without + self.guidance_scale * (given - without)
+        return tensor[:, : state.shape[1]]  # a learned variance comes in channels behind
+
+    def advance(self, step: int, state: Tensor, output: Tensor) -> Tensor:
+        """The sampler's next state; elementwise and differentiable."""
+        if isinstance(self.scheduler, DDIMScheduler):
+            timestep = int(self.scheduler.timesteps[step])
+            return self.scheduler.step(output, timestep, state, eta=0.0, return_dict=False)[0]
+        sigmas = self.scheduler.sigmas
+        return state + (sigmas[step + 1] - sigmas[step]).to(state) * output
+
+    def _state(self, call: Call) -> Tensor:
+        given = call.args[0] if call.args else next((call.kwargs[n] for n in STATE_NAMES if n in call.kwargs), None)
+        if not isinstance(given, Tensor):
+            raise ConfigError(
+                f"{type(self.model).__name__}: expected the state as the first argument, got {type(given).__name__}. "
+                "The trajectory cannot be run from another state. Use another method."
+            )
+        return given if self.guidance_scale is None else given.chunk(2)[1]
+
+    def _with_state(self, call: Call, state: Tensor) -> Call:
+        state = state if self.guidance_scale is None else torch.cat([state, state])
+        if call.args:
+            return dataclasses.replace(call, args=(state, *call.args[1:]))
+        name = next(n for n in STATE_NAMES if n in call.kwargs)
+        return dataclasses.replace(call, kwargs={**call.kwargs, name: state})
+
+    def _mismatch(self) -> float:
+        """Relative error of states that these functions compute, to the recorded ones."""
+        steps = [step for step in {0, len(self.calls) // 2} if step + 1 < len(self.calls)]
+        pairs = [(self.follow(step), self.recorded[step + 1]) for step in steps]
+        return max((float((mine - true).norm() / true.norm()) for mine, true in pairs), default=0.0)

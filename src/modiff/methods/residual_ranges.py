@@ -1,0 +1,104 @@
+"""The range of each layer's residual, a_t - a_{t+1}, over pairs of neighbouring steps (MoDiff, section 1.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modiff.core.observers import MinMaxObserver
+from modiff.errors import CalibrationError
+from modiff.model.attachment import required_attachment
+from modiff.model.calibration_set import Call
+from modiff.model.reconstruct_layers import Trainee, evaluating, full_precision
+
+Halves = Literal["own", "shared"]
+
+
+@torch.inference_mode(False)
+def measure_residuals(
+    model: nn.Module, calls: Sequence[Call], *, halves: Halves = "own", progress: bool = False
+) -> None:
+    """Set the static scales of modulated layers to cover every residual of the calls, in full precision.
+
+    Symmetric: scale = max|a_t - a_{t+1}| / (2^(b-1) - 1). Else (max - min) / (2^b - 1), with its zero point.
+
+    Args:
+        calls: with the call before each; those of a first step have none, and are left out.
+        halves: "own" measures the halves of a split input apart; "shared" gives both the range of all of it.
+    Raises: CalibrationError if no call holds the one before it, or a layer never ran; scales stay as they were then.
+    Cost: two evaluations a call; in memory, the inputs of all layers in one evaluation.
+    """
+    twins = required_attachment(model, "measure_residuals").twins
+    trainees = {n: Trainee(t, "quantized") for n, t in twins.items() if t.inputs is not None and t.coder is not None}
+    observers = {n: [MinMaxObserver() for _ in t.twin.coder.segments] for n, t in trainees.items() if t.twin.coder}
+    pairs = 0
+    with evaluating(model), full_precision(model), torch.no_grad():
+        for call in tqdm(calls, desc="residuals", unit="call", disable=not progress):
+            if call.previous is None:
+                continue
+            pairs += 1
+            before, now = _inputs(model, trainees, call.previous), _inputs(model, trainees, call)
+            for name, trainee in trainees.items():
+                _observe(trainee, observers[name], before[name], now[name])
+    if not pairs:
+        raise CalibrationError(
+            f"measure_residuals: expected calls with the one before each, got none among {len(calls)}. A residual is "
+            "the change between two steps. Collect with pairs=True and two steps or more."
+        )
+    _freeze(trainees, observers, halves)
+
+
+def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> dict[str, list[Tensor]]:
+    """What each layer reads in one evaluation, once for each time it is called."""
+    found: dict[str, list[Tensor]] = {name: [] for name in trainees}
+
+    def hook(name: str) -> Any:
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name].append(trainees[name].prepare(args[0].detach()).clone())  # it may be written in place later
+
+        return keep
+
+    handles = [trainee.twin.register_forward_pre_hook(hook(name)) for name, trainee in trainees.items()]
+    try:
+        call.evaluate(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _observe(trainee: Trainee, observers: list[MinMaxObserver], before: list[Tensor], now: list[Tensor]) -> None:
+    coder = trainee.twin.coder
+    if coder is None or len(before) != len(now):
+        raise CalibrationError(
+            f"{trainee.twin.name}: expected as many calls in both steps, got {len(before)} and {len(now)}. The network "
+            "branches on values. Exclude the layer."
+        )
+    for first, second in zip(before, now, strict=True):
+        parts = (second - first).split(list(coder.segments), coder.channel_dim)
+        for observer, part in zip(observers, parts, strict=True):
+            observer.observe(part)
+
+
+def _freeze(trainees: Mapping[str, Trainee], observers: Mapping[str, list[MinMaxObserver]], halves: Halves) -> None:
+    silent = [name for name, found in observers.items() if found[0].minimum is None]
+    if silent:
+        raise CalibrationError(
+            f"{silent[0]}: expected inputs while calibrating, got none. The network never reached it. Exclude the "
+            "layer."
+        )
+    for name, trainee in trainees.items():
+        coder, found = trainee.twin.coder, observers[name]
+        if coder is None:
+            continue
+        if halves == "shared":
+            for other in found[1:]:
+                found[0].merge(other)
+            found = [found[0]] * len(found)
+        coder.static = tuple(
+            o.qparams(coder.bits, symmetric=coder.config.symmetric, clip=coder.config.clip) for o in found
+        )

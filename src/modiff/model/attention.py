@@ -1,0 +1,95 @@
+"""Quantize the operands of a model's attention products, and undo it."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from modiff.config import AttentionConfig
+from modiff.core.coder import Coder
+from modiff.errors import ConfigError, StateError
+from modiff.model.attachment import attachment_of
+from modiff.nn.attention import QuantizedAttention
+
+ATTRIBUTE = "_modiff_attention"
+
+
+class AttentionAttachment:
+    """What is hung on a model: the quantizers of each attention module, and the hooks that lead to them."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, QuantizedAttention] = {}
+        self.handles: list[RemovableHandle] = []
+
+
+def attention_modules(model: nn.Module, config: AttentionConfig | None) -> dict[str, nn.Module]:
+    """The attention modules that a config takes: those that hold a processor, as all of diffusers do; {} for None.
+
+    Raises: ConfigError if the model has none, or a pattern takes none of them.
+    """
+    if config is None:
+        return {}
+    known = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    taken = {
+        name: module
+        for name, module in known.items()
+        if any(fnmatchcase(name, p) for p in config.include) and not any(fnmatchcase(name, p) for p in config.exclude)
+    }
+    own = [("include", p) for p in config.include] + [("exclude", p) for p in config.exclude]
+    for field, pattern in own:
+        if known and not any(fnmatchcase(name, pattern) for name in known):
+            raise ConfigError(
+                f"AttentionConfig.{field}: expected a pattern that matches an attention module, got {pattern!r}. None "
+                f"has such a name. Known: {', '.join([*known][:8])}{', ...' if len(known) > 8 else ''}."
+            )
+    if not taken:
+        raise ConfigError(
+            f"{type(model).__name__}: expected at least one attention module to take, got none of {len(known)}. "
+            "Attention is found by the processor that diffusers' modules hold. Use ModiffConfig(attention=None)."
+        )
+    return taken
+
+
+def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[str, ...]:
+    """Code q, k, v and softmax outputs of the model's attention from now on; nothing happens for None.
+
+    Returns: the names of the modules taken.
+    Raises: ConfigError as `attention_modules` does; StateError if it was done before. The model is unchanged then.
+    """
+    modules = attention_modules(model, config)
+    if config is None:
+        return ()
+    if ATTRIBUTE in model.__dict__:
+        raise StateError(
+            f"apply_attention: expected attention in full precision, got a {type(model).__name__} with quantized "
+            "attention. It would be coded twice. Call remove_attention(model) first."
+        )
+    attachment, found = attachment_of(model), AttentionAttachment()
+    for name, module in modules.items():
+        quantized = QuantizedAttention(config, name, attachment.clock.moment if attachment is not None else None)
+        found.modules[name] = quantized
+        # bound methods, not closures: copy.deepcopy of the model takes them to the copy's own quantizers
+        found.handles.append(module.register_forward_pre_hook(quantized.before))
+        found.handles.append(module.register_forward_hook(quantized.after, always_call=True))
+    model.__dict__[ATTRIBUTE] = found
+    return tuple(modules)
+
+
+def remove_attention(model: nn.Module) -> None:
+    """Undo `apply_attention`, bit for bit; nothing happens where it was not called."""
+    found: AttentionAttachment | None = model.__dict__.pop(ATTRIBUTE, None)
+    for handle in found.handles if found is not None else ():
+        handle.remove()
+
+
+def attention_coders(model: nn.Module) -> dict[str, Coder]:
+    """The quantizers of attention by name, "<module>.q", "<module>.softmax", ...; {} where there are none."""
+    found: AttentionAttachment | None = model.__dict__.get(ATTRIBUTE)
+    modules = {} if found is None else found.modules
+    return {f"{n}.{operand}": c for n, m in modules.items() for operand, c in m.coders.items() if c is not None}
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "processor") and callable(getattr(module, "set_processor", None))

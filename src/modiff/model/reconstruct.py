@@ -1,0 +1,177 @@
+"""Learn how weights round, or how wide static steps are, unit by unit against the network in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from modiff.errors import CalibrationError, ConfigError, StateError
+from modiff.model.attachment import required_attachment
+from modiff.model.blocks import Block, blocks_of
+from modiff.model.calibration_set import Call
+from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.reconstruct_job import Job
+from modiff.model.reconstruct_layers import evaluating, full_precision
+from modiff.model.reconstruct_report import ReconstructionReport
+from modiff.model.reconstruct_store import UnitStore, digest_of
+from modiff.nn import ModulatedLayer
+
+
+@torch.inference_mode(False)
+def reconstruct(
+    model: nn.Module,
+    calls: Sequence[Call],
+    config: ReconstructConfig | None = None,
+    *,
+    kinds: Sequence[str] = (),
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> ReconstructionReport:
+    """Learn the rounding of weights (AdaRound), or static steps, unit by unit, and fix what is better into the layers.
+
+    A unit's inputs come from the model as quantized so far, its targets from full precision (Q-Diffusion, "asym").
+    It keeps what it learned only if that lowers the loss on rows held out; otherwise it stays as it was.
+
+    Args:
+        model: with modulated or plain quantized layers.
+        calls: a calibration set; with the call before each, for residual steps.
+        config: Q-Diffusion's settings for weights when None.
+        kinds: class names of blocks, as in `blocks_of`; `modiff.reconstruct` knows those of diffusers.
+        folder: keeps each finished unit; the same call goes on after the last one there.
+        progress: show a bar.
+    Returns: each unit with its loss before and after.
+    Raises: StateError without modulated layers, inside a trajectory, or with packed weights; ConfigError or
+        CalibrationError for what cannot be learned; FormatError for a folder of another reconstruction.
+    Cost: for each unit, two runs of the network up to it for each call, then `config.iterations` passes of the unit.
+        In memory: inputs and targets of one unit.
+
+    When it raises or is interrupted, the layers are as they were before; what was finished is in `folder`.
+    """
+    config = config or ReconstructConfig()
+    names = _learnable(model, config)
+    calls = _usable(calls, config)
+    blocks = _blocks(model, calls, config, kinds, names)
+    job = Job(model, calls, config)
+    store = UnitStore(folder, "" if folder is None else _digest(model, calls, config, blocks, job))
+    reports = []
+    with evaluating(model), job.undone_on_error():
+        for index, block in enumerate(tqdm(blocks, desc="reconstruct", unit="block", disable=not progress)):
+            stored = store.load(index, block.name)
+            if stored is None:
+                stored = job.learn(block, index)
+                store.save(index, *stored)
+            found, report = stored
+            job.keep(found)
+            reports.append(report)
+    return ReconstructionReport((*reports, *job.left_out(blocks)))
+
+
+def _digest(model: nn.Module, calls: Sequence[Call], config: ReconstructConfig, blocks: list[Block], job: Job) -> str:
+    """Of everything that decides what is learned: settings, layers, units, weights, present scales, and calls."""
+    settings = {
+        "config": config.to_dict(),
+        "layers": {name: [twin.config.to_dict(), twin.split] for name, twin in job.twins.items()},
+        "units": [[block.name, *block.layers] for block in blocks],
+    }
+    return digest_of(settings, (*model.parameters(), *model.buffers(), *job.present_tensors()), calls)
+
+
+def _blocks(
+    model: nn.Module, calls: Sequence[Call], config: ReconstructConfig, kinds: Sequence[str], names: list[str]
+) -> list[Block]:
+    """The units in the order in which the first call runs them."""
+    kinds, patterns = (kinds, config.blocks) if config.unit == "block" else ((), ())
+    with evaluating(model), full_precision(model), torch.no_grad():
+        return blocks_of(model, kinds=kinds, patterns=patterns, layers=names, run=lambda: calls[0].evaluate(model))
+
+
+def _usable(calls: Sequence[Call], config: ReconstructConfig) -> Sequence[Call]:
+    """The calls to learn from. Raises: CalibrationError if there are none."""
+    if config.learn == "residual_steps":
+        pairs = [i for i in range(len(calls)) if calls[i].previous is not None]
+        if not pairs:
+            raise CalibrationError(
+                f"reconstruct: expected calls with the one before each, got none among {len(calls)}. A residual is "
+                "the change between two steps. Collect with pairs=True."
+            )
+        return calls if len(pairs) == len(calls) else [calls[i] for i in pairs]
+    if not len(calls):
+        raise CalibrationError(
+            "reconstruct: expected at least one calibration call, got none. There is nothing to learn from. Collect "
+            "a whole trajectory."
+        )
+    return calls
+
+
+def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
+    """The layers that have something to learn.
+
+    Raises: StateError inside a trajectory; ConfigError or CalibrationError, with the reason, where nothing can be.
+    """
+    attachment = required_attachment(model, "reconstruct")
+    if attachment.clock.active:
+        raise StateError(
+            "reconstruct: expected no running trajectory, got one. Its states belong to the weights as they were. "
+            "Call it after `with modiff.trajectory(model):`."
+        )
+    names = [name for name, twin in attachment.twins.items() if _has_something(twin, config)]
+    if not names:
+        raise ConfigError(f"reconstruct: expected layers to learn, got none. {_NOTHING[config.learn]}")
+    if config.learn != "residual_steps" and config.activations == "quantized":
+        for twin in attachment.twins.values():
+            _check_codes(twin)
+    return names
+
+
+_NOTHING = {
+    "weights": "No weight is quantized. Set WeightConfig(bits=4).",
+    "activation_steps": "Dynamic scales are measured at each call, and those of modulated layers belong to residuals. "
+    "Use plain layers with QuantizerConfig(dynamic=False), or learn 'residual_steps'.",
+    "residual_steps": "Dynamic scales are measured at each call, and plain layers have no residual. Use modulated "
+    "layers with QuantizerConfig(dynamic=False), or learn 'activation_steps'.",
+}
+
+
+def _has_something(twin: ModulatedLayer, config: ReconstructConfig) -> bool:
+    """Whether a layer has what is to be learned. Raises: ConfigError for residual steps that two inputs do not make."""
+    if config.learn == "weights":
+        return twin.config.weight.bits is not None
+    static = twin.coder is not None and bool(twin.coder.bits) and not twin.coder.config.dynamic
+    if config.learn == "activation_steps" or not static or twin.inputs is None:
+        return static and config.learn == "activation_steps" and twin.inputs is None
+    modulation = twin.inputs.config
+    if modulation.predictor != "hold" or twin.config.activation.step_groups != 1:
+        found = "predictor='linear'" if modulation.predictor != "hold" else "step_groups other than 1"
+        raise ConfigError(
+            f"{twin.name}: expected predictor='hold' and one set of scales for all steps, got {found}. The residual "
+            "is learned from two neighbouring inputs of any step. Use modiff.calibrate for this layer."
+        )
+    return True
+
+
+def _check_codes(twin: ModulatedLayer) -> None:
+    """Raises: ConfigError or CalibrationError if a layer's activation cannot be coded from nothing."""
+    coder = twin.coder
+    if coder is None:
+        return
+    if coder.bits == 0:
+        raise ConfigError(
+            f"{twin.name}: expected 2 to 8 activation bits, got 0. Zero bits send nothing, so there is no value to "
+            "learn with. Use activations='full_precision'."
+        )
+    if coder.config.dynamic or twin.inputs is not None:
+        return
+    if coder.config.step_groups != 1:
+        raise ConfigError(
+            f"{twin.name}: expected one set of scales for all steps, got step_groups={coder.config.step_groups}. Rows "
+            "of many steps are learned together. Learn weights with activations='full_precision', then calibrate."
+        )
+    if coder.static is None:
+        raise CalibrationError(
+            f"{twin.name}: expected measured scales, got none. Its activation is quantized while learning. Call "
+            "modiff.calibrate first, or learn weights with activations='full_precision'."
+        )

@@ -1,0 +1,133 @@
+"""Quantizers of the two products inside attention: softmax(q k^T / sqrt(d)) v."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from modiff.config import AttentionConfig, Granularity, QuantizerConfig
+from modiff.core.coder import Coder
+from modiff.core.step_sets import Moment
+from modiff.errors import StateError
+
+
+class QuantizedAttention:
+    """Codes q, k, v and the softmax output of one attention module (Q-Diffusion, section 4.3).
+
+    While the module runs, its calls of `scaled_dot_product_attention` come here, whichever processor makes them;
+    nothing of the module is replaced, so taking the two hooks away undoes it to the bit.
+
+    Args:
+        config: bits and scales; with bits None everywhere the call is passed on unchanged.
+        name: for messages.
+        moment: what tells steps apart, for scales per step.
+
+    coders: by operand, "q", "k", "v" and "softmax"; None where the operand stays in full precision.
+    """
+
+    def __init__(self, config: AttentionConfig, name: str, moment: Callable[[], Moment] | None = None) -> None:
+        self.name = name
+        # v is summed over its tokens, so an integer matmul allows it no scale per token
+        automatic: dict[str, Granularity] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
+        self.coders: dict[str, Coder | None] = {
+            operand: _coder(config.softmax if operand == "softmax" else config.operands, granularity, moment)
+            for operand, granularity in automatic.items()
+        }
+        self._modes: list[_Intercept] = []
+
+    def before(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        """Forward pre-hook: attention calls come here from now on."""
+        mode = _Intercept(self)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def after(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also called when the module raises. Raises: StateError if the module made no attention call."""
+        if not self._modes:
+            return
+        mode = self._modes.pop()
+        mode.__exit__(None, None, None)
+        if output is not None and mode.calls == 0:
+            raise StateError(
+                f"{self.name}: expected a call of torch's scaled_dot_product_attention, got none. Its processor or "
+                "backend computes attention otherwise, so its operands cannot be quantized. Use diffusers' default "
+                "processor and backend, or AttentionConfig(exclude=...)."
+            )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`scaled_dot_product_attention` of coded operands, (..., N, D) x (..., M, D) x (..., M, E) -> (..., N, E).
+
+        Cost: with softmax bits, (..., N, M) probabilities in memory in float32; without, torch's own kernel.
+        """
+        q, k, v = (_coded(x, self.coders[name]) for name, x in (("q", query), ("k", key), ("v", value)))
+        softmax = self.coders["softmax"]
+        if softmax is None:
+            return functional.scaled_dot_product_attention(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
+        scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        probabilities = _softmax(scores, attn_mask)
+        code = softmax(probabilities)
+        probabilities = probabilities if code is None else code.value().to(probabilities.dtype)
+        if dropout_p > 0:
+            probabilities = functional.dropout(probabilities, dropout_p)
+        return (probabilities @ v).to(query.dtype)
+
+
+class _Intercept(TorchFunctionMode):
+    """Sends attention calls to the quantizers; everything else passes."""
+
+    def __init__(self, attention: QuantizedAttention) -> None:
+        super().__init__()
+        self.attention, self.calls = attention, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            self.calls += 1
+            return self.attention.attend(*args, **kwargs or {})
+        return func(*args, **kwargs or {})
+
+
+def _coder(config: QuantizerConfig, automatic: Granularity, moment: Callable[[], Moment] | None) -> Coder | None:
+    if config.bits is None:
+        return None
+    return Coder(config, automatic if config.granularity == "auto" else config.granularity, -1, (1,), moment)
+
+
+def _coded(x: Tensor, coder: Coder | None) -> Tensor:
+    if coder is None:
+        return x
+    code = coder(x if x.dtype == torch.float64 else x.float())
+    return x if code is None else code.value().to(x.dtype)
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the last axis; a row that the mask leaves nothing of is zero, as in torch's own attention."""
+    if mask is None:
+        return scores.softmax(-1)
+    masked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    return masked.softmax(-1).masked_fill((masked == -torch.inf).all(-1, keepdim=True), 0.0)

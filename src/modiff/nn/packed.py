@@ -1,0 +1,130 @@
+"""Weights that are integers for good: two 4-bit codes in a byte or one 8-bit code, and a float32 scale per channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Never
+
+import torch
+from torch import Tensor
+
+from modiff.config import WeightConfig
+from modiff.core.affine import QParams, dequantize
+from modiff.core.transforms import Segment
+from modiff.errors import StateError
+from modiff.nn.weight import Part
+
+SCALE = "weight_scale"
+"""Name of the buffer beside a packed `weight`: float32, (output channels, segments)."""
+_HALF_BYTE = 4
+
+
+def storage(bits: int, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and shape that codes of a weight take: 2 to 4 bits two in a byte along each row, 5 to 8 bits one.
+
+    >>> storage(4, (320, 320, 3, 3)), storage(8, (320, 320, 3, 3))
+    ((torch.uint8, (320, 1440)), (torch.int8, (320, 320, 3, 3)))
+    """
+    if bits > _HALF_BYTE:
+        return torch.int8, shape
+    return torch.uint8, (shape[0], -(-math.prod(shape[1:]) // 2))
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """int8 codes in -8..7, (O, ...) -> uint8 (O, ceil(n / 2)) for rows of n codes: the first in the low half of a byte.
+
+    An odd row ends with a zero.
+
+    >>> pack_nibbles(torch.tensor([[1, -1, 7]], dtype=torch.int8))
+    tensor([[241,   7]], dtype=torch.uint8)
+    """
+    rows = codes.flatten(1)
+    if rows.shape[1] % 2:
+        rows = torch.nn.functional.pad(rows, (0, 1))
+    return ((rows[:, ::2] & 15) | (rows[:, 1::2] << 4)).view(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The int8 codes of `pack_nibbles`, in the shape they had. Cost: one pass.
+
+    >>> unpack_nibbles(torch.tensor([[241, 7]], dtype=torch.uint8), (1, 3))
+    tensor([[ 1, -1,  7]], dtype=torch.int8)
+    """
+    signed = packed.view(torch.int8)
+    pairs = torch.stack([(signed << 4) >> 4, signed >> 4], 2)  # the shifts to the right carry the sign
+    return pairs.flatten(1)[:, : math.prod(shape[1:])].reshape(shape)
+
+
+class PackedWeight:
+    """w ~ scale_o * code_o where only the codes are kept; takes the place of `QuantizedWeight` in a packed layer.
+
+    Args:
+        config, segments, rotation, name: as `QuantizedWeight` has them.
+        shape: of the weight, (O, I / groups, ...).
+        buffers: of the layer; `SCALE` is read from it at each use, as it moves with the layer.
+
+    Codes are unpacked at each use and never kept: at 4 bits the layer holds half a byte a weight.
+    """
+
+    fixed = True
+
+    def __init__(
+        self,
+        config: WeightConfig,
+        segments: tuple[int, ...],
+        rotation: tuple[Segment, ...] | None,
+        name: str,
+        shape: tuple[int, ...],
+        buffers: dict[str, Tensor | None],
+    ) -> None:
+        self.config, self.segments, self.rotation, self.name = config, segments, rotation, name
+        self.shape, self._buffers = shape, buffers
+
+    def forget(self) -> None:
+        """Nothing to forget: the codes are the weight."""
+
+    def codes(self, weight: Tensor) -> tuple[Part, ...]:
+        """(int8 codes, scales) for each segment along axis 1, from the packed `weight`."""
+        codes = weight.detach()
+        codes = unpack_nibbles(codes, self.shape) if codes.dtype == torch.uint8 else codes
+        scales = self._scale().split(1, 1)
+        ones = [1] * (len(self.shape) - 2)
+        parts = codes.split(list(self.segments), 1)
+        return tuple((c, QParams(s.reshape(-1, 1, *ones), None)) for c, s in zip(parts, scales, strict=True))
+
+    def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight that the layer computes with, in `dtype`. Cost: one pass over the codes, two at 4 bits."""
+        parts = [dequantize(c, QParams(q.scale.to(dtype), None)) for c, q in self.codes(weight)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def floats(self, _weight: Tensor) -> Never:
+        """Raises: StateError; the floats are gone."""
+        raise self._gone()
+
+    def fix(self, _parts: tuple[Part, ...]) -> Never:
+        """Raises: StateError; other codes would need the floats."""
+        raise self._gone()
+
+    def unfix(self) -> Never:
+        """Raises: StateError; rounding again would need the floats."""
+        raise self._gone()
+
+    def _scale(self) -> Tensor:
+        scale = self._buffers.get(SCALE)
+        if scale is None:
+            raise StateError(f"{self.name}: expected the buffer {SCALE}, got none. A packed weight means nothing "
+                             "without its scales. Load the model again.")  # fmt: skip
+        return scale
+
+    def _gone(self) -> StateError:
+        return StateError(
+            f"{self.name}: expected a float weight, got a packed one. Packing keeps the integers alone, and rounding "
+            "starts from floats. Do this before modiff.pack, on the full-precision model."
+        )
+
+
+def pack_parts(parts: tuple[Part, ...], bits: int) -> tuple[Tensor, Tensor]:
+    """The codes and scales of all segments as they are kept: one tensor of codes, float32 scales (O, segments)."""
+    codes = torch.cat([codes for codes, _ in parts], 1)
+    scale = torch.stack([q.scale.flatten().float() for _, q in parts], 1)
+    return pack_nibbles(codes) if bits <= _HALF_BYTE else codes.contiguous(), scale

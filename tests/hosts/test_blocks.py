@@ -1,0 +1,49 @@
+"""The reconstruction blocks of every hosted network, in the order in which it runs them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import modiff
+from modiff import presets
+from modiff.hosts.blocks import blocks_of
+from modiff.model.attachment import attachment_of
+from modiff.model.reconstruct_layers import full_precision
+from tests.hosts.tiny import HOSTS
+
+BLOCKS = {
+    "ddpm": {"ResnetBlock2D": 8, "Attention": 4, "ModulatedConv2d": 2},
+    "ddim": {"ResnetBlock2D": 12, "Attention": 6, "ModulatedConv2d": 2},
+    "sd": {"ResnetBlock2D": 8, "BasicTransformerBlock": 4, "ModulatedConv2d": 10},
+    "sdxl": {"ResnetBlock2D": 8, "BasicTransformerBlock": 8, "ModulatedLinear": 8, "ModulatedConv2d": 2},
+    "dit": {"BasicTransformerBlock": 2},
+    "pixart": {"BasicTransformerBlock": 2},
+    "sd3": {"JointTransformerBlock": 2},
+    "flux": {"FluxTransformerBlock": 1, "FluxSingleTransformerBlock": 1},
+    "wan": {"WanTransformerBlock": 2},
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_blocks_cover_every_modulated_layer_once_and_run_in_their_order(name):
+    host = HOSTS[name]
+    pipe = host.build()
+    model = getattr(pipe, host.denoiser)
+    call = modiff.collect(pipe, lambda _: host.call(pipe, steps=2), progress=False)[0]
+    modiff.apply(pipe, presets.w4a8())
+    seen: list[str] = []
+    with full_precision(model), torch.no_grad():
+        found = blocks_of(model, run=lambda: call.evaluate(model))
+        handles = [
+            model.get_submodule(b.name).register_forward_pre_hook(lambda *_, n=b.name: seen.append(n)) for b in found
+        ]
+        call.evaluate(model)
+    for handle in handles:
+        handle.remove()
+    assert Counter(block.kind for block in found) == BLOCKS[name]
+    assert sorted(n for block in found for n in block.layers) == sorted(attachment_of(model).twins)
+    assert seen == [block.name for block in found]
+    assert {block.calls for block in found} == {1}

@@ -1,0 +1,108 @@
+"""AccuQuant: groups of the sampler's steps, learned scales that are kept only if they arrive closer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import modiff
+from modiff import ConfigError, StateError
+from modiff.hosts.samplers import set_scheduler
+from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
+from modiff.model.coders import coders_of
+from tests.hosts.tiny import HOSTS
+
+QUICK = AccuquantConfig(
+    weight_bits=None, activation_bits=4, steps=4, samples=2, batch=2, group_size=2, iterations=4, learning_rate=0.05
+)
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    pipe = HOSTS["ddim"].build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, apply_accuquant(pipe, QUICK, progress=False)
+
+
+def states_at_each_step(pipe) -> list[torch.Tensor]:
+    states: list[torch.Tensor] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
+    noise = [torch.Generator().manual_seed(i) for i in range(2)]
+    pipe(batch_size=2, generator=noise, num_inference_steps=4, output_type="np")
+    handle.remove()
+    return states
+
+
+def test_groups_cover_all_steps_and_none_is_kept_worse_than_it_was_calibrated(outcome):
+    _, report = outcome
+    assert [group.steps for group in report.groups] == [(0, 1), (2, 3)]
+    assert all(group.after <= group.before for group in report.groups)
+    assert any(group.after < group.before for group in report.groups)
+    assert report.taken
+
+
+def test_each_group_has_scales_of_its_own_and_the_pipeline_samples_with_them(outcome):
+    pipe, _ = outcome
+    tables = [coder.tables for coder in coders_of(pipe.unet).values()]
+    assert all(table is not None and sorted(table) == [0, 1] for table in tables)
+    assert any(not torch.equal(t[0][0].scale, t[1][0].scale) for t in tables)
+
+
+def test_the_error_reported_for_a_group_is_that_of_the_pipeline_s_own_states(outcome):
+    pipe, report = outcome
+    quantized = states_at_each_step(pipe)
+    exact = states_at_each_step(HOSTS["ddim"].build())
+    distance = (quantized[2] - exact[2]).square().flatten(1).sum(1).mean()
+    assert float(distance) == pytest.approx(report.groups[0].after, rel=1e-3)
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_both_objectives_agree_for_single_steps_and_differ_for_groups(group_size):
+    found = []
+    for objective in ("group_end", "each_step"):
+        pipe = HOSTS["ddim"].build()
+        pipe.set_progress_bar_config(disable=True)
+        config = dataclasses.replace(QUICK, steps=2, objective=objective, group_size=group_size, iterations=2)
+        apply_accuquant(pipe, config, progress=False)
+        first = next(iter(coders_of(pipe.unet).values()))
+        found.append((first.static or first.tables[0])[0].scale)
+    assert torch.equal(*found) == (group_size == 1)
+
+
+def test_class_conditional_guidance_in_one_batch_is_followed_whichever_branch_comes_first():
+    pipe = HOSTS["dit"].build()
+    pipe.set_progress_bar_config(disable=True)
+    config = dataclasses.replace(QUICK, steps=2, group_size=1, iterations=1)
+    with pytest.raises(ConfigError, match="expected x <- step\\(network\\(x\\)\\), got states that differ"):
+        apply_accuquant(pipe, config, progress=False)
+    report = apply_accuquant(pipe, config, guidance_scale=4.0, progress=False)
+    assert len(report.groups) == 2
+    modiff.remove(pipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 0}, "AccuquantConfig.group_size: expected 1 or more, got 0"),
+        ({"activation_bits": 1}, "AccuquantConfig.activation_bits: expected 2 to 8, got 1"),
+        ({"samples": 3}, "AccuquantConfig.samples: expected a multiple of batch=2, got 3"),
+        ({"learning_rate": 0.0}, "AccuquantConfig.learning_rate: expected more than 0, got 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(QUICK, **changes)
+
+
+def test_samplers_whose_steps_have_a_memory_a_module_and_a_modulated_pipeline_are_refused():
+    pipe = set_scheduler(HOSTS["ddpm"].build(), "dpmsolver++")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ConfigError, match="expected DDIM or Euler steps of flow matching, got another sampler"):
+        apply_accuquant(pipe, QUICK, progress=False)
+    with pytest.raises(ConfigError, match="expected a pipeline, got a module alone"):
+        apply_accuquant(pipe.unet, QUICK, progress=False)
+    modiff.apply(pipe, modiff.presets.w8a8())
+    with pytest.raises(StateError, match="expected a full-precision model"):
+        apply_accuquant(pipe, QUICK, progress=False)

@@ -1,0 +1,227 @@
+"""MoDiff's three kinds: dynamic scales, ranges of residuals, and learned steps that are never worse than they began."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import modiff
+from modiff import AttentionConfig, CalibrationError, ConfigError, ModulationConfig, QuantizerConfig
+from modiff.hosts.unet import shortcut_splits
+from modiff.methods import ModiffMethodConfig, apply_modiff
+from modiff.model.attachment import attachment_of
+from modiff.model.coders import coders_of
+from modiff.model.reconstruct_config import ReconstructConfig
+from tests.helpers import assert_same_bits
+from tests.methods import small
+from tests.methods.test_q_diffusion import LEARNS, ROUNDS
+
+STEPS, GROUPS, BATCH = 6, 3, 2
+SMALL = ModiffMethodConfig(
+    activation_bits=4,
+    steps=STEPS,
+    groups=GROUPS,
+    samples=BATCH,
+    batch=BATCH,
+    rounding="nearest",
+    reconstruction=ROUNDS,
+    learning=LEARNS,
+)
+MINMAX = dataclasses.replace(SMALL, kind="static_minmax")
+LEARNED = dataclasses.replace(SMALL, kind="static_learned")
+
+
+def inputs_of_each_step() -> dict[str, list[Tensor]]:
+    """What every layer of the full-precision network reads, step by step, float64."""
+    pipe = small.build()
+    found: dict[str, list[Tensor]] = {}
+    for name, module in pipe.unet.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: found.setdefault(name, []).append(args[0].detach().double().clone())
+            )
+    small.call(pipe, steps=STEPS, batch=BATCH)
+    return found
+
+
+@pytest.fixture(scope="module")
+def residuals() -> dict[str, list[Tensor]]:
+    """a_t - a_{t+1} of the kept steps; every T / groups = 2 steps, without the first."""
+    return {n: [a[s] - a[s - 1] for s in (2, 4)] for n, a in inputs_of_each_step().items()}
+
+
+def parts(name: str, tensors: list[Tensor], splits: dict[str, int]) -> list[list[Tensor]]:
+    if name not in splits:
+        return [tensors]
+    return [[t[:, : splits[name]] for t in tensors], [t[:, splits[name] :] for t in tensors]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_symmetric_scales_cover_the_largest_residual_of_each_half(residuals, bits):
+    pipe = small.build()
+    apply_modiff(pipe, dataclasses.replace(MINMAX, activation_bits=bits), progress=False)
+    splits, coders = shortcut_splits(pipe.unet), coders_of(pipe.unet)
+    assert set(coders) == set(residuals)
+    assert splits
+    for name, tensors in residuals.items():
+        expected = [max(float(r.abs().max()) for r in part) for part in parts(name, tensors, splits)]
+        scales = [float(q.scale) for q in coders[name].static]
+        assert scales == pytest.approx([e / (2 ** (bits - 1) - 1) for e in expected], rel=1e-4)
+
+
+def test_scales_with_a_zero_point_cover_the_range_with_all_levels(residuals):
+    pipe = small.build()
+    apply_modiff(pipe, dataclasses.replace(MINMAX, symmetric=False), progress=False)
+    splits, coders = shortcut_splits(pipe.unet), coders_of(pipe.unet)
+    for name, tensors in residuals.items():
+        for (scale, zero_point), part in zip(coders[name].static, parts(name, tensors, splits), strict=True):
+            low = min(0.0, *(float(r.min()) for r in part))
+            high = max(0.0, *(float(r.max()) for r in part))
+            assert float(scale) == pytest.approx((high - low) / 15, rel=1e-4)
+            assert abs(int(zero_point) - (-8 - low / float(scale))) <= 0.5 + 1e-3
+
+
+def test_shared_halves_have_the_range_of_the_whole_input(residuals):
+    pipe = small.build()
+    apply_modiff(pipe, dataclasses.replace(MINMAX, halves="shared"), progress=False)
+    for name in shortcut_splits(pipe.unet):
+        whole = max(float(r.abs().max()) for r in residuals[name])
+        scales = [float(q.scale) for q in coders_of(pipe.unet)[name].static]
+        assert scales == pytest.approx([whole / 7] * 2, rel=1e-4)
+
+
+def test_learned_steps_start_at_the_ranges_and_no_layer_is_worse():
+    measured, learned = small.build(), small.build()
+    apply_modiff(measured, MINMAX, progress=False)
+    report = apply_modiff(learned, LEARNED, progress=False)
+    assert {u.name for u in report.steps.units} == set(coders_of(learned.unet))
+    assert all(u.after <= u.before for u in report.steps.units)
+    kept = {u.name for u in report.steps.units if u.learned}
+    assert kept
+    for name, coder in coders_of(learned.unet).items():
+        start = coders_of(measured.unet)[name].static
+        same = all(torch.equal(a.scale, b.scale) for a, b in zip(coder.static, start, strict=True))
+        assert same == (name not in kept)
+
+
+def test_a_learned_layer_s_loss_is_its_output_error_on_pairs_in_float64(residuals):
+    """conv_out at 2 bits: the loss reported before learning, for all rows, from the formulas of section 1.5."""
+    pipe = small.build()
+    layer = pipe.unet.conv_out
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    quick = dataclasses.replace(LEARNS, held_out=0.75, iterations=1)
+    config = dataclasses.replace(LEARNED, activation_bits=2, weight_bits=None, learning=quick)
+    report = apply_modiff(pipe, config, progress=False)
+    unit = next(u for u in report.steps.units if u.name == "conv_out")
+    scale = max(float(r.abs().max()) for r in residuals["conv_out"])  # qmax is 1 at 2 bits
+    inputs = inputs_of_each_step()["conv_out"]
+    losses = []
+    for step in (2, 4):
+        before, now = inputs[step - 1], inputs[step]
+        coded = before + scale * ((now - before) / scale).round().clamp(-2, 1)
+        outputs = [torch.nn.functional.conv2d(x, weight, bias, padding=1) for x in (coded, now)]
+        losses += [float(d) for d in (outputs[0] - outputs[1]).abs().pow(2.4).sum(1).flatten(1).mean(1)]
+    # 3 of the 4 rows are held out, which ones the seed decides
+    triples = [sum(losses[:i] + losses[i + 1 :]) / 3 for i in range(4)]
+    assert min(abs(unit.before / t - 1) for t in triples) < 1e-3
+
+
+def test_dynamic_scales_with_rounding_to_nearest_need_no_trajectory():
+    pipe = small.build()
+
+    def never(index: int) -> object:
+        raise AssertionError("nothing is to be calibrated")
+
+    plain = small.call(pipe, steps=STEPS)
+    report = apply_modiff(pipe, SMALL, run=never, progress=False)
+    assert {e.setting for e in report.entries} == {"W8A4 modulated"}
+    assert (report.weights, report.steps) == (None, None)
+    coded = small.call(pipe, steps=STEPS)
+    assert 0 < float((coded - plain).norm() / plain.norm()) < 0.1
+    modiff.remove(pipe)
+    assert_same_bits(small.call(pipe, steps=STEPS), plain)
+
+
+def test_modulation_is_nearer_to_full_precision_than_the_same_static_bits_without():
+    from modiff.methods import QDiffusionConfig, apply_q_diffusion
+
+    pipe = small.build()
+    plain = small.call(pipe, steps=STEPS, batch=BATCH)
+    apply_modiff(pipe, dataclasses.replace(MINMAX, weight_bits=None), progress=False)
+    residual = float((small.call(pipe, steps=STEPS, batch=BATCH) - plain).norm())
+    modiff.remove(pipe)
+    baseline = QDiffusionConfig(
+        weight_bits=None, activation_bits=4, steps=STEPS, groups=GROUPS, samples=BATCH, batch=BATCH,
+        scales="measured", attention="full_precision",
+    )  # fmt: skip
+    apply_q_diffusion(pipe, baseline, progress=False)
+    assert residual < 0.5 * float((small.call(pipe, steps=STEPS, batch=BATCH) - plain).norm())
+
+
+def test_learned_weights_go_with_any_kind_and_survive_an_interruption(tmp_path):
+    config = dataclasses.replace(LEARNED, rounding="learned", weight_bits=4)
+    first, again = small.build(), small.build()
+    report = apply_modiff(first, config, folder=tmp_path, progress=False)
+    assert any(u.after < u.before for u in report.weights.units)
+    assert {p.name for p in tmp_path.iterdir()} == {"calls", "weights", "scales"}
+
+    def never(index: int) -> object:
+        raise AssertionError(f"trajectory {index} was run again")
+
+    apply_modiff(again, config, run=never, evaluations_per_run=STEPS, folder=tmp_path, progress=False)
+    assert_same_bits(small.call(again, steps=STEPS), small.call(first, steps=STEPS))
+
+
+def test_the_recommended_layers_are_those_of_the_presets():
+    pipe = small.build()
+    report = apply_modiff(pipe, dataclasses.replace(SMALL, layers="recommended"), progress=False)
+    taken = {e.name for e in report.taken}
+    modiff.remove(pipe)
+    assert taken == {e.name for e in modiff.apply(pipe, modiff.presets.w8a4()).taken}
+    assert "conv_in" not in taken
+
+
+def test_one_step_has_no_residual_and_the_pipeline_is_as_before():
+    pipe = small.build()
+    plain = small.call(pipe, steps=STEPS)
+    with pytest.raises(CalibrationError, match="expected calls with the one before each, got none among 1"):
+        apply_modiff(pipe, dataclasses.replace(MINMAX, steps=1, groups=1), progress=False)
+    assert attachment_of(pipe.unet) is None
+    assert_same_bits(small.call(pipe, steps=STEPS), plain)
+
+
+STATIC_ATTENTION = AttentionConfig(operands=QuantizerConfig(dynamic=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation_bits": 1}, r"ModiffMethodConfig\.activation_bits: expected None or 2 to 8, got 1"),
+        ({"kind": "static_minmax", "granularity": "sample"}, r"granularity: expected 'auto' with kind='static_minmax'"),
+        ({"kind": "static_learned", "activation_bits": None}, r"activation_bits: expected 2 to 8 with kind='static_le"),
+        (
+            {"kind": "static_minmax", "modulation": ModulationConfig(predictor="linear")},
+            r"modulation\.predictor: expected 'hold' with kind='static_minmax', got 'linear'",
+        ),
+        ({"attention": STATIC_ATTENTION}, r"ModiffMethodConfig\.attention: expected dynamic quantizers"),
+        ({"samples": 30}, r"ModiffMethodConfig\.samples: expected a multiple of batch=32, got 30"),
+        ({"learning": ReconstructConfig()}, r"ModiffMethodConfig\.learning\.learn: expected 'activation_steps'"),
+        (
+            {"activation_bits": 3, "modulation": ModulationConfig(predictor="linear")},
+            r"LayerConfig\.modulation\.predictor: expected 'hold' at 3 bits",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ModiffMethodConfig(**settings)
+
+
+def test_the_published_samples_are_the_default_and_configs_survive_json():
+    assert ModiffMethodConfig().drawn == ModiffMethodConfig(kind="static_learned").drawn == 256
+    assert ModiffMethodConfig(kind="static_minmax").drawn == 32
+    for config in (SMALL, LEARNED, ModiffMethodConfig(), ModiffMethodConfig.quick("static_learned")):
+        assert ModiffMethodConfig.from_json(config.to_json()) == config

@@ -1,0 +1,252 @@
+"""PTQ4DM: its ranges are those of a search in float64 on the states it says, and the model comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import modiff
+from modiff import CalibrationError, ConfigError, ModulationConfig, NormalSteps, StateError
+from modiff.core.observers import Observer
+from modiff.core.range_metrics import RANGE_METRICS
+from modiff.hosts.calibration_runs import calibration_run
+from modiff.methods import Ptq4dmConfig, apply_ptq4dm
+from modiff.methods.ptq4dm import SmoothedSearchObserver
+from modiff.model.attachment import attachment_of
+from modiff.model.coders import coders_of
+from modiff.model.reconstruct_config import ReconstructConfig
+from tests.helpers import assert_same_bits
+from tests.hosts.tiny import HOSTS
+from tests.methods import small
+
+STEPS = 5
+SMALL = Ptq4dmConfig(samples=4, batch=4, steps=STEPS, trials=12)
+
+
+class Keeper(Observer):
+    """Keeps all it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def observe(self, x: Tensor) -> None:
+        super().observe(x)
+        self.seen.append(x.detach().clone())
+
+
+def inputs_of(model, calls) -> dict[tuple[str, int], Tensor]:
+    """What each quantizer is given while the set is replayed as calibration does, in float64."""
+    keepers: dict[str, list[Keeper]] = {}
+
+    def keeper(name: str) -> Keeper:
+        keepers.setdefault(name, []).append(Keeper())  # one for each segment, in order
+        return keepers[name][-1]
+
+    for name, coder in coders_of(model).items():
+        coder.watch(lambda name=name: keeper(name))
+    modiff.replay(model, calls)
+    for coder in coders_of(model).values():
+        coder.unwatch()
+    return {
+        (name, segment): torch.cat([x.flatten() for x in one.seen]).double()
+        for name, found in keepers.items()
+        for segment, one in enumerate(found)
+    }
+
+
+def loss(values: Tensor, low: float, high: float, bits: int = 8) -> float:
+    """mean |x - Q(x)|^2.4 of an asymmetric quantizer, in float64."""
+    low, high, top = min(low, 0.0), max(high, 0.0), 2**bits - 1
+    scale = (high - low) / top
+    zero = round(-low / scale)
+    return float((values - scale * ((values / scale).round() + zero).clamp(0, top).sub(zero)).abs().pow(2.4).mean())
+
+
+def collected(pipe, config: Ptq4dmConfig, **settings):
+    return modiff.collect(
+        pipe,
+        calibration_run(pipe, steps=STEPS, batch=config.batch, seed=config.seed),
+        trajectories=config.samples // config.batch,
+        batch=config.batch,
+        steps=STEPS,
+        sampler=NormalSteps(mean=config.mean, spread=config.spread),
+        progress=False,
+        **settings,
+    )
+
+
+def test_every_range_is_that_of_a_brute_force_search_in_float64_over_the_ndtc_states():
+    pipe = small.build()
+    config = dataclasses.replace(SMALL, activation_bits=4, trials=40)
+    calls = collected(pipe, config)
+    assert sum(len(c.args[0]) for c in calls) == config.samples
+    apply_ptq4dm(pipe, config, progress=False)
+    twins = attachment_of(pipe.unet).twins
+    shrunk = 0
+    for (name, segment), values in inputs_of(pipe.unet, calls).items():
+        bits, scale = twins[name].coder.bits, float(twins[name].coder.static[segment].scale)
+        low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+        losses = {r: loss(values, low * r, high * r, bits) for r in (1 - 0.01 * i for i in range(config.trials))}
+        mine = min(losses, key=lambda r: abs((high - low) * r / (2**bits - 1) - scale))
+        assert scale == pytest.approx((high - low) * mine / (2**bits - 1), rel=1e-5), name
+        assert losses[mine] <= min(losses.values()) * (1 + 1e-4), name
+        shrunk += mine < 1
+    assert shrunk > 5, "where no range is cut, the search is not tested"
+
+
+@pytest.mark.parametrize("host", [small, HOSTS["dit"]], ids=["unconditional", "classes"])
+def test_a_pipeline_runs_near_full_precision_and_comes_back_to_the_bit(host):
+    pipe = host.build()
+    plain = host.call(pipe, steps=STEPS)
+    report = apply_ptq4dm(pipe, SMALL, progress=False)
+    assert not report.left
+    assert {e.setting for e in report.taken} == {"W8A8 plain"}
+    coded = host.call(pipe, steps=STEPS)
+    assert_same_bits(host.call(pipe, steps=STEPS), coded)
+    assert 0 < float((coded - plain).norm() / plain.norm()) < 0.1
+    modiff.remove(pipe)
+    assert_same_bits(host.call(pipe, steps=STEPS), plain)
+
+
+def test_a_prompted_pipeline_is_calibrated_on_the_prompts_given():
+    host = HOSTS["sd"]
+    pipe = host.build()
+    with pytest.raises(ConfigError, match="expected run=, a function that generates from prompts"):
+        apply_ptq4dm(pipe, SMALL, progress=False)
+    plain = host.call(pipe, steps=STEPS)
+    apply_ptq4dm(pipe, SMALL, run=lambda i: host.call(pipe, steps=STEPS, seed=4 * i, batch=4), progress=False)
+    assert 0 < float((host.call(pipe, steps=STEPS) - plain).norm() / plain.norm()) < 0.2
+
+
+def test_classes_are_drawn_from_all_of_them_and_not_one_for_all():
+    pipe = HOSTS["dit"].build()
+    labels: list[int] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _m, _a, kwargs: labels.extend(kwargs["class_labels"][: len(kwargs["class_labels"]) // 2].tolist()),
+        with_kwargs=True,
+    )
+    run = calibration_run(pipe, steps=1, batch=6)
+    run(0)
+    first = labels.copy()
+    run(1)
+    assert len(set(first)) >= 5
+    assert labels[6:] != first
+
+
+def test_first_and_last_layers_have_8_bits_at_any_bit_width():
+    pipe = small.build()
+    report = apply_ptq4dm(pipe, dataclasses.replace(SMALL, weight_bits=4, activation_bits=6), progress=False)
+    settings = {e.name: e.setting for e in report.taken}
+    assert settings.pop("conv_in") == settings.pop("conv_out") == "W8A8 plain"
+    assert set(settings.values()) == {"W4A6 plain"}
+
+
+def test_with_modulation_the_ranges_are_those_of_residuals():
+    scales = []
+    for modulation in (None, ModulationConfig()):
+        pipe = small.build()
+        config = dataclasses.replace(SMALL, steps=12, spread="variance", modulation=modulation)
+        apply_ptq4dm(pipe, config, progress=False)
+        scales.append(float(attachment_of(pipe.unet).twins["conv_in"].coder.static[0].scale))
+        assert torch.isfinite(small.call(pipe, steps=12)).all()
+    assert scales[1] < 0.5 * scales[0]
+
+
+def test_rounding_can_be_learned():
+    pipe = small.build()
+    quick = ReconstructConfig(iterations=4, batch=2, learning_rate=0.03, checks=1, patience=0)
+    apply_ptq4dm(
+        pipe,
+        dataclasses.replace(SMALL, weight_bits=3, samples=4, rounding="learned", reconstruction=quick),
+        progress=False,
+    )
+    assert any(twin.quantized_weight.fixed for twin in attachment_of(pipe.unet).twins.values())
+
+
+def test_the_script_smooths_the_best_range_of_each_call():
+    tensors = [torch.randn(400, generator=torch.Generator().manual_seed(i)) * (1 + i) for i in range(4)]
+    observer = SmoothedSearchObserver(None, RANGE_METRICS["mse"], 100)
+    low = high = None
+    for x in tensors:
+        observer.observe(x)
+        values = x.double()
+        ratio = min(
+            (1 - 0.01 * i for i in range(100)),
+            key=lambda r, v=values: loss(v, float(v.min()) * r, float(v.max()) * r),
+        )
+        new_low, new_high = float(x.min()) * ratio, float(x.max()) * ratio
+        low = new_low if low is None else 0.9 * low + 0.1 * new_low
+        high = new_high if high is None else 0.9 * high + 0.1 * new_high
+    assert float(observer.qparams(8, symmetric=False).scale) == pytest.approx((high - low) / 255, rel=0.005)
+
+
+def test_the_script_s_smoothing_gives_other_ranges_than_the_paper_s():
+    scales = []
+    for smoothing in ("none", "script"):
+        pipe = small.build()
+        apply_ptq4dm(pipe, dataclasses.replace(SMALL, smoothing=smoothing), progress=False)
+        scales.append([float(t.coder.static[0].scale) for t in attachment_of(pipe.unet).twins.values()])
+    differing = sum(a != b for a, b in zip(*scales, strict=True))
+    assert differing > len(scales[0]) // 2
+
+
+def test_a_model_whose_calibration_fails_is_as_before(monkeypatch):
+    pipe = small.build()
+    plain = small.call(pipe)
+
+    def fails(*_: object, **__: object) -> None:
+        raise CalibrationError("stop")
+
+    monkeypatch.setattr("modiff.methods.ptq4dm.calibrate", fails)
+    with pytest.raises(CalibrationError, match="stop"):
+        apply_ptq4dm(pipe, SMALL, progress=False)
+    assert attachment_of(pipe.unet) is None
+    assert_same_bits(small.call(pipe), plain)
+
+
+def test_an_interrupted_job_collects_only_what_is_missing(tmp_path):
+    pipe = small.build()
+    apply_ptq4dm(pipe, SMALL, folder=tmp_path, progress=False)
+    expected = {n: c.static[0].scale for n, c in coders_of(pipe.unet).items()}
+    modiff.remove(pipe)
+
+    def never(_: int) -> None:
+        raise RuntimeError("all trajectories are there")
+
+    apply_ptq4dm(pipe, SMALL, run=never, folder=tmp_path, progress=False)
+    for name, coder in coders_of(pipe.unet).items():
+        assert_same_bits(coder.static[0].scale, expected[name])
+
+
+def test_what_cannot_be_calibrated_is_refused_before_any_work():
+    pipe = small.build()
+    with pytest.raises(ConfigError, match=r"expected run= and evaluations_per_run= for a module"):
+        apply_ptq4dm(pipe.unet, SMALL)
+    modiff.apply(pipe)
+    with pytest.raises(StateError, match="apply_ptq4dm: expected a full-precision model"):
+        apply_ptq4dm(pipe, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 10, "batch": 4}, r"Ptq4dmConfig\.samples: expected a multiple of batch=4, got 10"),
+        ({"weight_bits": 1}, r"Ptq4dmConfig\.weight_bits: expected None or 2 to 8, got 1"),
+        ({"trials": 0}, r"Ptq4dmConfig\.trials: expected 1 to 100, got 0"),
+        ({"steps": 0}, r"Ptq4dmConfig\.steps: expected 1 or more, got 0"),
+        ({"mean": 2.0}, r"NormalSteps\.mean"),
+        ({"metric": "l2"}, r"Ptq4dmConfig\.metric: expected one of 'mse', 'l1', 'cosine', 'kl'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Ptq4dmConfig(**settings)
+
+
+def test_the_config_survives_json():
+    config = dataclasses.replace(SMALL, modulation=ModulationConfig(), spread="script")
+    assert Ptq4dmConfig.from_json(config.to_json()) == config

@@ -1,0 +1,192 @@
+"""TFMQ-DM: temporal features are those of the network, rounded as one unit, with scales for each time step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import modiff
+from modiff import CalibrationError, ConfigError, ModulationConfig
+from modiff.hosts.temporal import TemporalBlock
+from modiff.methods import TfmqDmConfig, apply_tfmq_dm
+from modiff.methods.tfmq_temporal import reconstruct_temporal
+from modiff.model.attachment import attachment_of
+from modiff.model.reconstruct_config import ReconstructConfig
+from tests.helpers import assert_same_bits, assert_within
+from tests.hosts.tiny import HOSTS
+from tests.methods import small
+from tests.reference.quantizer import quantize_weight
+
+STEPS = 5
+QUICK = ReconstructConfig(iterations=60, batch=5, learning_rate=0.05, checks=4, patience=0)
+SMALL = TfmqDmConfig(samples=4, batch=4, steps=STEPS, groups=2, reconstruction=None, temporal=QUICK)
+
+
+def timesteps_of(pipe) -> list[float]:
+    pipe.scheduler.set_timesteps(STEPS)
+    return [float(t) for t in pipe.scheduler.timesteps]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "sd"])
+def test_the_block_computes_the_temporal_features_of_the_network(name):
+    host = HOSTS[name]
+    pipe = host.build()
+    block = TemporalBlock(pipe.unet)
+    seen: dict[str, list[Tensor]] = {}
+    for projection in block.projections:
+        pipe.unet.get_submodule(projection).register_forward_hook(
+            lambda _m, _a, output, p=projection: seen.setdefault(p, []).append(output[:1].clone())
+        )
+    host.call(pipe, steps=STEPS)
+    found = {projection: torch.cat(outputs) for projection, outputs in seen.items()}
+    with torch.no_grad():
+        features = block(torch.tensor(timesteps_of(pipe)))
+    assert len(features) == len(block.projections) == len(seen) >= 4
+    for projection, feature in zip(block.projections, features, strict=True):
+        assert_within(feature, found[projection], 1e-5)
+    assert set(block.mlp) == {"time_embedding.linear_1", "time_embedding.linear_2"}
+
+
+@pytest.mark.parametrize(("name", "message"), [("dit", "expected a U-Net with time_embedding"), ("sdxl", "add_embed")])
+def test_a_network_without_a_block_of_the_time_step_alone_is_refused(name, message):
+    host = HOSTS[name]
+    model = getattr(host.build(), host.denoiser)
+    with pytest.raises(ConfigError, match=message):
+        TemporalBlock(model)
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def features_of(weights: dict[str, Tensor], biases: dict[str, Tensor], sines: Tensor, names) -> list[Tensor]:
+    """The temporal block in float64, written out."""
+    hidden = sines @ weights["time_embedding.linear_1"].T + biases["time_embedding.linear_1"]
+    hidden = silu(hidden) @ weights["time_embedding.linear_2"].T + biases["time_embedding.linear_2"]
+    return [silu(hidden) @ weights[n].T + biases[n] for n in names]
+
+
+def test_the_loss_is_that_of_all_features_in_float64_and_learning_lowers_it():
+    pipe = small.build()
+    unet, times = pipe.unet, timesteps_of(pipe)
+    block = TemporalBlock(unet)
+    layers = {n: unet.get_submodule(n) for n in block.layers}
+    floats = {n: m.weight.detach().double() for n, m in layers.items()}
+    biases = {n: m.bias.detach().double() for n, m in layers.items()}
+    with torch.no_grad():
+        sines = unet.time_proj(torch.tensor(times)).double()
+    exact = features_of(floats, biases, sines, block.projections)
+
+    def total(weights: dict[str, Tensor]) -> float:
+        coded = features_of(weights, biases, sines, block.projections)
+        return sum(float((a - b).square().sum(1).mean()) for a, b in zip(coded, exact, strict=True))
+
+    config = SMALL.model_config(unet)
+    nearest = dataclasses.replace(config.layer.weight, search="minmax")
+    plain = dataclasses.replace(config.layer, weight=nearest)
+    modiff.apply(
+        pipe, dataclasses.replace(config, layer=plain, overrides=tuple((n, plain) for n, _ in config.overrides))
+    )
+    report = reconstruct_temporal(unet, times, QUICK)
+    assert report.before == pytest.approx(total({n: quantize_weight(w, 4) for n, w in floats.items()}), rel=1e-4)
+    twins = attachment_of(unet).twins
+    learned = {n: twins[n].quantized_weight.dense(twins[n].weight, torch.float64) for n in block.layers}
+    assert report.learned
+    assert report.after == pytest.approx(total(learned), rel=1e-4)
+    assert report.after < 0.6 * report.before
+    for name in block.layers:
+        scale = floats[name].abs().amax(1, keepdim=True) / 7
+        assert float(((learned[name] - floats[name]).abs() / scale).max()) < 1 + 1e-4, "rounded up or down, no further"
+
+
+def test_unquantized_temporal_weights_are_nothing_to_learn():
+    pipe = small.build()
+    modiff.apply(pipe, modiff.presets.plain(4, 8))  # leaves the time embedding alone
+    projections = [n for n in TemporalBlock(pipe.unet).layers if n in attachment_of(pipe.unet).twins]
+    if projections:
+        assert all(n.endswith("time_emb_proj") for n in projections)
+        return
+    with pytest.raises(CalibrationError, match="expected quantized weights in the temporal block, got none"):
+        reconstruct_temporal(pipe.unet, [1.0])
+
+
+def test_each_time_step_has_the_range_of_its_own_sines_and_others_are_refused():
+    pipe = small.build()
+    with torch.no_grad():
+        sines = {t: pipe.unet.time_proj(torch.tensor([t])).double() for t in timesteps_of(pipe)}
+    apply_tfmq_dm(pipe, SMALL, progress=False)
+    twins = attachment_of(pipe.unet).twins
+    coder = twins["time_embedding.linear_1"].coder
+    assert {m[0] for m in coder.moments} == set(sines)
+    for t, values in sines.items():
+        ((scale, _),) = coder.tables[coder.moments[(t,)]]
+        assert float(scale) == pytest.approx((float(values.max()) - min(float(values.min()), 0.0)) / 255, rel=1e-5)
+    temporal = set(TemporalBlock(pipe.unet).layers)
+    assert {n for n, t in twins.items() if t.coder.tables is not None} == temporal
+    assert {n for n, t in twins.items() if t.coder.static is not None} == set(twins) - temporal
+    assert torch.isfinite(small.call(pipe, steps=STEPS)).all()
+    with pytest.raises(CalibrationError, match=f"expected a step of the {STEPS} calibrated ones"):
+        small.call(pipe, steps=STEPS + 1)
+
+
+def test_the_code_s_reading_has_sets_per_step_for_every_layer():
+    pipe = small.build()
+    apply_tfmq_dm(pipe, dataclasses.replace(SMALL, sets="all"), progress=False)
+    twins = attachment_of(pipe.unet).twins
+    assert all(len(t.coder.tables) == STEPS for t in twins.values())
+
+
+def test_a_pipeline_runs_near_full_precision_and_comes_back_to_the_bit():
+    pipe = small.build()
+    plain = small.call(pipe, steps=STEPS)
+    report = apply_tfmq_dm(pipe, SMALL, progress=False)
+    settings = {e.name: e.setting for e in report.taken}
+    assert settings.pop("conv_in") == settings.pop("conv_out") == "W8A8 plain"
+    assert set(settings.values()) == {"W4A8 plain"}
+    coded = small.call(pipe, steps=STEPS)
+    assert_same_bits(small.call(pipe, steps=STEPS), coded)
+    assert 0 < float((coded - plain).norm() / plain.norm()) < 0.4
+    modiff.remove(pipe)
+    assert_same_bits(small.call(pipe, steps=STEPS), plain)
+
+
+def test_blocks_are_learned_apart_from_the_temporal_layers(tmp_path):
+    pipe = small.build()
+    quick = dataclasses.replace(QUICK, iterations=2, checks=1, batch=2)
+    config = dataclasses.replace(SMALL, samples=2, batch=2, reconstruction=quick, temporal=quick)
+    apply_tfmq_dm(pipe, config, folder=tmp_path, progress=False)
+    names = {p.name for p in (tmp_path / "blocks").iterdir()}
+    assert any("time_emb_proj" in n for n in names) or len(names) > len(TemporalBlock(pipe.unet).projections)
+    assert (tmp_path / "calls" / "calibration.json").is_file()
+
+
+def test_with_modulation_the_other_layers_code_residuals():
+    pipe = small.build()
+    config = dataclasses.replace(SMALL, modulation=ModulationConfig())
+    report = apply_tfmq_dm(pipe, config, progress=False)
+    settings = {e.name: e.setting for e in report.taken}
+    assert settings["time_embedding.linear_1"] == "W4A8 plain"
+    assert settings["down_blocks.0.resnets.0.conv1"] == "W4A8 modulated"
+    assert torch.isfinite(small.call(pipe, steps=STEPS)).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 10, "batch": 4}, r"TfmqDmConfig\.samples: expected a multiple of batch=4, got 10"),
+        ({"groups": 101}, r"TfmqDmConfig\.groups: expected at most steps=100, got 101"),
+        ({"activation_bits": 9}, r"TfmqDmConfig\.activation_bits: expected None or 2 to 8, got 9"),
+        ({"batch": 0}, r"TfmqDmConfig\.batch: expected 1 or more, got 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TfmqDmConfig(**settings)
+
+
+def test_the_config_survives_json():
+    for config in (SMALL, TfmqDmConfig(), TfmqDmConfig.quick()):
+        assert TfmqDmConfig.from_json(config.to_json()) == config

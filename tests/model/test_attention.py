@@ -1,0 +1,158 @@
+"""Which attention modules are taken, and that taking them back leaves nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import modiff
+from modiff import AttentionConfig, ConfigError, QuantizerConfig, StateError
+from modiff.model.attention import apply_attention, attention_coders, attention_modules, remove_attention
+from modiff.model.coders import coders_of
+from tests.helpers import assert_same_bits
+
+
+class Attention(nn.Module):
+    """As diffusers' attention modules: a processor, and a way to change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor = object()
+        self.to_q, self.to_k, self.to_v = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def set_processor(self, processor: object) -> None:
+        self.processor = processor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = Attention(), Attention(), nn.Linear(16, 16)
+
+    def forward(self, sample: Tensor, timestep: float) -> Tensor:
+        return self.out(self.second(self.first(sample)) + timestep / 1000)
+
+
+def network() -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Network().eval()
+
+
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+def coarse(**patterns) -> AttentionConfig:
+    return AttentionConfig(
+        operands=QuantizerConfig(bits=2), softmax=QuantizerConfig(bits=2, symmetric=False, lowest="zero"), **patterns
+    )
+
+
+def test_removed_attention_computes_the_same_bits_as_before():
+    model = network()
+    with torch.no_grad():
+        before = model(X, 5.0)
+        assert apply_attention(model, coarse()) == ("first", "second")
+        assert float((model(X, 5.0) - before).abs().max()) > 1e-3
+        remove_attention(model)
+        assert_same_bits(model(X, 5.0), before)
+    assert "_modiff_attention" not in model.__dict__
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    remove_attention(model)
+
+
+def test_patterns_choose_the_modules():
+    model = network()
+    assert apply_attention(model, coarse(include=("sec*",))) == ("second",)
+    assert set(attention_coders(model)) == {"second.q", "second.k", "second.v", "second.softmax"}
+    assert set(attention_modules(model, coarse(exclude=("second",)))) == {"first"}
+
+
+def test_no_config_is_nothing_to_do():
+    model = network()
+    assert apply_attention(model, None) == ()
+    assert model.__dict__.keys() == network().__dict__.keys()
+    assert attention_coders(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"include": ("third",)}, r"AttentionConfig\.include: expected a pattern that matches .* got 'third'"),
+        ({"exclude": ("third",)}, r"AttentionConfig\.exclude: expected a pattern that matches .* got 'third'"),
+        ({"exclude": ("*",)}, "Network: expected at least one attention module to take, got none of 2"),
+    ],
+)
+def test_a_config_that_takes_nothing_is_refused_and_changes_nothing(patterns, message):
+    model = network()
+    with pytest.raises(ConfigError, match=message):
+        apply_attention(model, coarse(**patterns))
+    assert "_modiff_attention" not in model.__dict__
+
+
+def test_a_network_without_attention_is_refused():
+    with pytest.raises(ConfigError, match="Sequential: expected at least one attention module to take, got none of 0"):
+        apply_attention(nn.Sequential(nn.Linear(2, 2)), coarse())
+
+
+def test_applying_twice_is_an_error_that_changes_nothing():
+    model = network()
+    apply_attention(model, coarse())
+    with torch.no_grad():
+        first = model(X, 5.0)
+        with pytest.raises(StateError, match="expected attention in full precision"):
+            apply_attention(model, coarse())
+        assert_same_bits(model(X, 5.0), first)
+
+
+def static(step_groups: int = 1) -> AttentionConfig:
+    return AttentionConfig(
+        operands=QuantizerConfig(dynamic=False, step_groups=step_groups),
+        softmax=QuantizerConfig(symmetric=False, lowest="zero", dynamic=False, step_groups=step_groups),
+    )
+
+
+def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with_their_clock():
+    model = network()
+    modiff.apply(model, modiff.presets.plain(None, 8))
+    apply_attention(model, static(step_groups=0))
+    assert "first.to_q" not in attention_coders(model)
+    assert {"second.to_q", "first.q", "second.softmax"} <= set(coders_of(model))
+
+    def run() -> None:
+        with torch.no_grad(), modiff.trajectory(model):
+            for i, t in enumerate((900.0, 500.0, 100.0)):
+                model(X * (1 + i), t)
+
+    modiff.calibrate(model, run)
+    coder = attention_coders(model)["first.v"]
+    assert sorted(coder.moments) == [(100.0,), (500.0,), (900.0,)]
+    with torch.no_grad():
+        twin = model.first.to_v
+        for t, times in ((900.0, 1), (100.0, 3)):
+            expected = float(twin(X * times).abs().max()) / 127
+            table = coder.tables[coder.moments[(t,)]]
+            assert float(table[0].scale) == pytest.approx(expected, rel=1e-5)
+        with pytest.raises(modiff.CalibrationError, match="got timestep 300"):
+            model(X, 300.0)
+
+
+def test_a_copy_of_a_model_has_quantizers_of_its_own():
+    model = network()
+    with torch.no_grad():
+        plain = model(X, 5.0)
+        apply_attention(model, coarse())
+        coded = model(X, 5.0)
+        twin = copy.deepcopy(model)
+        remove_attention(model)
+        assert_same_bits(model(X, 5.0), plain)
+        assert_same_bits(twin(X, 5.0), coded)
+        remove_attention(twin)
+        assert_same_bits(twin(X, 5.0), plain)

@@ -1,0 +1,124 @@
+"""Trajectories that begin by themselves: where time turns round, and never inside one that somebody else began."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import modiff
+from modiff import StateError, presets
+from modiff.model.attachment import attachment_of
+from modiff.model.automatic import Automatic
+from modiff.nn import Clock
+from tests.helpers import assert_same_bits
+from tests.model.toys import sample, toy
+
+
+def starts(times: list[float], contexts: list[str] | None = None) -> list[int]:
+    """Indices of the evaluations at which a trajectory began."""
+    clock = Clock("model")
+    automatic = Automatic(clock)
+    found, began = [], [0]
+    clock.on_reset(lambda: began.append(1))
+    for i, t in enumerate(times):
+        clock.context = contexts[i] if contexts else "default"
+        before = len(began)
+        automatic.before(torch.tensor([t]))
+        found += [i] if len(began) > before else []
+        assert clock.active
+        assert clock.context == (contexts[i] if contexts else "default")
+        clock.call(t)
+        clock.returned()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([999, 666, 333, 999, 666, 333], [0, 3]),
+        ([999, 500, 500, 0, 999, 500, 500, 0], [0, 4]),  # Heun evaluates twice at a time
+        ([999, 500, 999, 500], [0, 2]),
+        ([0.0, 0.3, 0.9, 0.0, 0.3], [0, 3]),  # flows that count upwards
+        ([999, 999, 999], [0, 1, 2]),  # one step each
+        ([999, 666, 800, 400], [0, 2]),  # image to image, from the middle
+        ([1000, 1], [0]),
+    ],
+)
+def test_one_ends_where_time_turns_round(times, expected):
+    assert starts(times) == expected
+
+
+def test_contexts_share_a_trajectory():
+    times = [999, 999, 500, 500, 0, 0, 999, 999, 500, 500]
+    assert starts(times, ["cond", "uncond"] * 5) == [0, 6]
+
+
+def automatic_toy(bits: int = 4) -> torch.nn.Module:
+    model = toy()
+    modiff.apply(model, presets.modulated(8, bits))
+    attachment = attachment_of(model)
+    attachment.automatic = Automatic(attachment.clock)
+    return model
+
+
+def test_generations_in_a_row_equal_those_in_trajectories_of_their_own():
+    model, guarded = automatic_toy(), toy()
+    modiff.apply(guarded, presets.modulated(8, 4))
+    for seed in (0, 1, 0):
+        with modiff.trajectory(guarded):
+            expected = sample(guarded, seed=seed)
+        for ours, theirs in zip(sample(model, seed=seed), expected, strict=True):
+            assert_same_bits(ours, theirs)
+
+
+def test_a_generation_that_broke_off_does_not_reach_into_the_next():
+    model = automatic_toy()
+    expected = sample(model)
+    sample(model, steps=9)
+    for broken in (1, 2, 4):
+        x = torch.randn(2, 3, 4, 4)
+        for i in range(broken):
+            model(x, 1000.0 * (1 - i / 6))
+        for ours, theirs in zip(sample(model), expected, strict=True):
+            assert_same_bits(ours, theirs)
+
+
+def test_the_end_frees_the_states():
+    model = automatic_toy()
+    sample(model)
+    layer = model.body
+    assert layer.state_tensors()
+    attachment_of(model).automatic.end()
+    assert layer.state_tensors() == []
+    assert not attachment_of(model).clock.active
+
+
+def test_a_trajectory_of_somebody_else_is_left_alone_and_takes_over():
+    model = automatic_toy(0)
+    sample(model)  # one that began by itself still runs
+    with modiff.trajectory(model):
+        sample(model)
+        before = model.body.state.input.clone()
+        sample(model, seed=1)  # time turns round, but this is one trajectory: at 0 bits the state stays
+        assert_same_bits(model.body.state.input, before)
+        attachment_of(model).automatic.end()
+        assert attachment_of(model).clock.active
+    assert not attachment_of(model).clock.active
+    sample(model, seed=1)
+    assert not torch.equal(model.body.state.input, before)
+
+
+def test_a_network_without_time_steps_keeps_asking_for_a_trajectory():
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+    modiff.apply(model)
+    attachment_of(model).automatic = Automatic(attachment_of(model).clock)
+    with pytest.raises(StateError, match="expected a running trajectory"):
+        model(torch.randn(2, 16))
+
+
+def test_packing_waits_for_no_trajectory_that_began_by_itself():
+    model = automatic_toy()
+    expected = sample(model)
+    modiff.pack(model)
+    for ours, theirs in zip(sample(model), expected, strict=True):
+        assert_same_bits(ours, theirs)

@@ -1,0 +1,158 @@
+"""Packing changes no output bit, takes the bytes that it promises, and cannot be undone quietly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import modiff
+from modiff import ConfigError, LayerConfig, ModiffConfig, StateError, WeightConfig, presets
+from tests.helpers import assert_same_bits
+from tests.model.toys import SPLITS, TAKEN, sample, toy, toy_unet
+
+
+def outputs_of(model: nn.Module) -> list[torch.Tensor]:
+    with modiff.trajectory(model):
+        return sample(model)
+
+
+def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize(
+    "config", [presets.w8a8(), presets.tuned(4, 4), presets.plain(3, 8), presets.uncompensated(2, 4)]
+)
+@pytest.mark.parametrize("make", [toy, toy_unet])
+def test_outputs_stay_the_same_bits(make, config):
+    model = make()
+    modiff.apply(model, config)
+    expected = outputs_of(model)
+    modiff.pack(model)
+    modiff.pack(model)
+    assert_equal(outputs_of(model), expected)
+    assert_equal(outputs_of(copy.deepcopy(model)), expected)
+
+
+def test_every_taken_layer_is_integers_and_every_other_one_is_not():
+    model = toy()
+    modiff.apply(model, presets.w4a8())
+    modiff.pack(model)
+    packed = {name for name, parameter in model.named_parameters() if not parameter.is_floating_point()}
+    assert packed == {f"{name}.weight" for name in TAKEN}
+    assert {name for name, _ in model.named_buffers()} == {f"{name}.weight_scale" for name in TAKEN}
+    assert not any(model.get_parameter(name).requires_grad for name in packed)
+
+
+def test_eight_bits_keep_the_number_of_parameters():
+    model = toy()
+    before = sum(p.numel() for p in model.parameters())
+    modiff.apply(model, presets.w8a8())
+    modiff.pack(model)
+    assert sum(p.numel() for p in model.parameters()) == before
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.6), (8, 1.1)])
+def test_bytes_per_weight_are_those_of_the_formula(bits, most):
+    """Half a byte or one for each weight, and four for each output channel: under 0.6 from 40 weights a channel on."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.Conv1d(96, 48, 3), nn.Conv2d(48, 32, 3, groups=2), nn.Linear(65, 64))
+    modiff.apply(model, ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=bits)), first_last="quantize"))
+    sizes = [layer.weight.shape for layer in model]
+    modiff.pack(model)
+    for layer, shape in zip(model, sizes, strict=True):
+        row = shape[1:].numel()
+        expected = shape[0] * (-(-row // 2) if bits == 4 else row) + 4 * shape[0]
+        assert layer.weight.nbytes + layer.weight_scale.nbytes == expected
+        assert expected / shape.numel() <= most
+
+
+def test_a_split_shortcut_has_a_scale_for_each_half():
+    model = toy_unet()
+    modiff.apply(model, ModiffConfig(min_weights=0))
+    modiff.pack(model)
+    for name, _ in SPLITS.items():
+        assert model.get_submodule(name).weight_scale.shape == (model.get_submodule(name).out_channels, 2)
+
+
+def test_there_is_no_way_back_and_it_is_said():
+    model = toy()
+    modiff.apply(model, presets.w8a4())
+    modiff.pack(model)
+    expected = outputs_of(model)
+    with pytest.raises(StateError, match="remove: expected float weights to put back, got Toy with packed ones"):
+        modiff.remove(model)
+    with pytest.raises(StateError, match="apply: expected a plain model"):
+        modiff.apply(model, presets.w8a4())
+    assert_equal(outputs_of(model), expected)
+
+
+def test_weights_that_keep_their_floats_cannot_come_back_either():
+    """Pack seals the model as a whole: what `remove` would give back depends on no detail of the config."""
+    model = toy()
+    modiff.apply(model, presets.modulated(None, 4))
+    modiff.pack(model)
+    assert all(p.is_floating_point() for p in model.parameters())
+    with pytest.raises(StateError, match="packed"):
+        modiff.remove(model)
+
+
+def test_a_plain_model_and_a_running_trajectory_are_refused():
+    model = toy()
+    with pytest.raises(StateError, match="pack: expected a model with modulated layers, got a plain Toy"):
+        modiff.pack(model)
+    modiff.apply(model)
+    with modiff.trajectory(model), pytest.raises(StateError, match="pack: expected no running trajectory of Toy"):
+        modiff.pack(model)
+    assert not any(layer.packed for layer in model.modules() if hasattr(layer, "packed"))
+
+
+def break_nan(model: nn.Module) -> None:
+    model.attention.to_v.weight.data[1, 2] = float("nan")
+
+
+def break_meta(model: nn.Module) -> None:
+    model.attention.to_v.to(device="meta")
+
+
+def break_learned(model: nn.Module) -> None:
+    layer = model.attention.to_v
+    layer.quantized_weight.fix(layer.quantized_weight.codes(layer.weight))
+    layer.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (break_nan, ConfigError, "attention.to_v.weight: expected finite numbers"),
+        (break_meta, StateError, "attention.to_v: expected a weight in memory, got one on the meta device"),
+        (break_learned, StateError, "attention.to_v.weight: expected the weight whose codes were fixed"),
+    ],
+)
+def test_a_layer_that_cannot_be_packed_leaves_all_of_them_floats(damage, error, message):
+    model = toy()
+    modiff.apply(model, presets.w4a8())
+    damage(model)
+    with pytest.raises(error, match=message):
+        modiff.pack(model)
+    assert all(p.is_floating_point() for p in model.parameters())
+    modiff.remove(model)
+
+
+def test_removing_drops_no_layer_that_was_wrapped_since():
+    """A LoRA wraps the twin; putting the original back would drop the LoRA with it."""
+    model = toy()
+    modiff.apply(model)
+    wrapped = model.attention.to_q
+    model.attention.to_q = nn.Sequential(wrapped)
+    with pytest.raises(StateError, match=r"remove: expected attention.to_q as modiff left it, got it wrapped"):
+        modiff.remove(model)
+    model.attention.to_q = wrapped
+    wrapped.forward = wrapped.forward  # as offloading hooks do
+    with pytest.raises(StateError, match=r"remove: expected attention.to_q as modiff left it"):
+        modiff.remove(model)
+    del wrapped.forward
+    modiff.remove(model)

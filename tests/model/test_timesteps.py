@@ -1,0 +1,120 @@
+"""Samplers of time steps: exact counts, the density they promise, and the ends that clamp."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from modiff import ConfigError, EveryStep, NormalSteps, UniformGroups
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_every_step_keeps_all():
+    assert EveryStep().draw(7, 5, generator()).tolist() == [[True] * 5] * 7
+
+
+@pytest.mark.parametrize(("groups", "steps"), [(1, 1), (3, 10), (20, 100), (20, 50), (7, 7), (25, 50)])
+def test_uniform_groups_keep_equally_spaced_steps_of_every_sample(groups, steps):
+    kept = UniformGroups(groups=groups).draw(steps, 4, generator())
+    assert kept.shape == (steps, 4)
+    assert kept.sum().item() == groups * 4
+    chosen = [s for s in range(steps) if kept[s].all()]
+    assert len(chosen) == groups
+    assert chosen[0] == 0
+    gaps = {b - a for a, b in zip(chosen, [*chosen[1:], steps], strict=True)}
+    assert gaps <= {steps // groups, steps // groups + 1}
+    if steps % groups == 0:
+        assert gaps == {steps // groups}
+
+
+def test_more_groups_than_steps_are_refused():
+    with pytest.raises(ConfigError, match=r"UniformGroups\.groups: expected at most 10 groups of 10 steps, got 20"):
+        UniformGroups().draw(10, 1, generator())
+
+
+def below(value: float, mean: float, deviation: float) -> float:
+    """P(x < value) for a normal x."""
+    return float(torch.special.ndtr(torch.tensor((value - mean) / deviation, dtype=torch.float64)))
+
+
+def chi_square(observed: list[float], expected: list[float]) -> float:
+    """The chance of counts at least as far from what is expected."""
+    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+    half = torch.tensor([(len(expected) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def test_the_chance_of_counts_is_that_of_the_tables():
+    assert chi_square([10.0 + 3.841**0.5 * 5**0.5, 10.0 - 3.841**0.5 * 5**0.5], [10.0, 10.0]) == pytest.approx(
+        0.05, abs=1e-4
+    )
+    assert chi_square([5.0] * 4, [5.0] * 4) == 1.0
+    assert below(1.96, 0.0, 1.0) == pytest.approx(0.975, abs=1e-4)
+
+
+def times_of(kept: torch.Tensor) -> torch.Tensor:
+    """The time of each sample, counted from the clean end."""
+    assert kept.sum(0).tolist() == [1] * kept.shape[1], "exactly one step for each sample"
+    return len(kept) - 1 - kept.int().argmax(0)
+
+
+DEVIATION = {"deviation": lambda t: t / 2, "variance": lambda t: math.sqrt(t / 2), "script": lambda t: 0.4 * t}
+
+
+@pytest.mark.parametrize("spread", ["deviation", "variance", "script"])
+@pytest.mark.parametrize(("steps", "mean"), [(50, 0.4), (100, 0.5), (400, 0.25)])
+def test_the_histogram_of_normal_steps_is_that_of_the_clamped_normal_density(spread, steps, mean):
+    samples = 20_000
+    times = times_of(NormalSteps(mean=mean, spread=spread).draw(steps, samples, generator(1)))
+    inner = [below(t, mean * steps, DEVIATION[spread](steps)) for t in range(1, steps)]
+    edges = torch.tensor([0.0, *inner, 1.0], dtype=torch.float64)  # below 1 clamps to 0, from T - 1 on to T - 1
+    expected = samples * edges.diff()
+    observed = torch.bincount(times, minlength=steps).double()
+    rare = expected < 5  # the tails count as one
+    found = [*observed[~rare].tolist(), float(observed[rare].sum())]
+    wanted = [*expected[~rare].tolist(), max(float(expected[rare].sum()), 1e-9)]
+    assert chi_square(found, wanted) > 0.001
+
+
+def test_the_two_readings_of_the_spread_differ_by_an_order_of_magnitude_at_4000_steps():
+    read = {s: times_of(NormalSteps(spread=s).draw(4000, 5000, generator())).double() for s in DEVIATION}
+    assert float(read["variance"].std()) == pytest.approx(math.sqrt(2000), rel=0.03)
+    assert float(read["deviation"].std()) > 20 * float(read["variance"].std())
+
+
+def test_samples_beyond_the_ends_are_clamped_and_not_lost():
+    times = times_of(NormalSteps(mean=0.0).draw(10, 4000, generator()))
+    assert (times == 0).float().mean().item() == pytest.approx(below(1, 0, 5), abs=0.03)
+    last = times_of(NormalSteps(mean=1.0).draw(10, 4000, generator()))
+    assert (last == 9).float().mean().item() == pytest.approx(1 - below(9, 10, 5), abs=0.03)
+
+
+def test_a_mean_below_the_middle_prefers_steps_near_the_image_and_those_come_last():
+    kept = NormalSteps(mean=0.2, spread="variance").draw(100, 500, generator())
+    steps = kept.int().argmax(0).double()
+    assert float(steps.mean()) == pytest.approx(79.5, abs=1.0)
+
+
+def test_a_seed_repeats_the_draw_and_another_does_not():
+    draws = [NormalSteps().draw(50, 64, generator(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NormalSteps(mean=-0.1), r"NormalSteps\.mean: expected a share of the steps in \[0, 1\], got -0\.1"),
+        (lambda: NormalSteps(mean=1.1), r"NormalSteps\.mean: .* got 1\.1"),
+        (lambda: NormalSteps(spread="wide"), r"NormalSteps\.spread: expected one of 'deviation', 'variance'"),
+        (lambda: UniformGroups(groups=0), r"UniformGroups\.groups: expected 1 or more groups, got 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

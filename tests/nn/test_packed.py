@@ -1,0 +1,201 @@
+"""Packed weights: every byte pattern, every layout, the same bits as before, and nothing that quietly changes them."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from modiff import LayerConfig, QuantizerConfig, StateError, WeightConfig
+from modiff.core.transforms import Segment
+from modiff.nn.packed import SCALE, pack_nibbles, storage, unpack_nibbles
+from modiff.nn.weight import QuantizedWeight
+from tests.helpers import assert_same_bits, assert_within, drifting
+from tests.recipes import evaluate, play, randomised, twin
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 5), (3, 12), None),
+    "odd": (lambda: nn.Linear(7, 4, bias=False), (3, 7), None),
+    "conv": (lambda: nn.Conv2d(6, 5, 3, padding=1), (2, 6, 4, 4), None),
+    "groups": (lambda: nn.Conv1d(6, 4, 3, groups=2), (2, 6, 5), None),
+    "split": (lambda: nn.Conv2d(12, 5, 1), (2, 12, 3, 3), 4),
+}
+
+
+def modulated(kind: str, bits: int | None, rotation: str = "none", search: str = "minmax"):
+    make, shape, split = LAYERS[kind]
+    config = LayerConfig(
+        weight=WeightConfig(bits=bits, search=search), activation=QuantizerConfig(bits=6), rotation=rotation
+    )
+    return twin(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
+
+
+def test_each_byte_holds_two_codes_the_first_in_its_low_half():
+    every = torch.arange(256, dtype=torch.uint8)[None]
+    codes = unpack_nibbles(every, (1, 512))
+    expected = [half - 16 if half > 7 else half for byte in range(256) for half in (byte % 16, byte // 16)]
+    assert codes.dtype == torch.int8
+    assert codes[0].tolist() == expected
+    assert_same_bits(pack_nibbles(codes), every)
+
+
+@given(st.integers(1, 4), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31))
+def test_packing_and_unpacking_give_the_codes_back(rows, channels, kernel, seed):
+    codes = torch.randint(-8, 8, (rows, channels, kernel), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    packed = pack_nibbles(codes)
+    assert packed.shape == (rows, math.ceil(channels * kernel / 2))
+    assert_same_bits(unpack_nibbles(packed, tuple(codes.shape)), codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_four_bits_and_fewer_take_half_a_byte_a_weight_more_take_one(bits):
+    dtype, shape = storage(bits, (6, 5, 3, 3))
+    assert (dtype, shape) == ((torch.uint8, (6, 23)) if bits <= 4 else (torch.int8, (6, 5, 3, 3)))
+    layer, _ = modulated("conv", bits)
+    layer.pack()
+    assert layer.weight.dtype == dtype
+    assert layer.weight.nbytes == (6 * 9 // 2 if bits <= 4 else 6 * 9) * 5
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_packed_layer_computes_the_same_bits(kind, bits, rotation):
+    layer, inputs = modulated(kind, bits, rotation, "mse")
+    codes, before = layer.quantized_weight.codes(layer.weight), play(layer, inputs)
+    stored = layer.packed_tensors()
+    layer.pack()
+    assert layer.packed
+    for (ours, q), (theirs, expected) in zip(layer.quantized_weight.codes(layer.weight), codes, strict=True):
+        assert_same_bits(ours, theirs)
+        assert_same_bits(q.scale, expected.scale)
+    for ours, theirs in zip(play(layer, inputs), before, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same_bits(a, b)
+    for ours, theirs in zip(layer.packed_tensors(), stored, strict=True):
+        assert_same_bits(ours, theirs)
+    layer.pack()
+    assert_same_bits(layer.weight.detach(), stored[0])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_storage_that_a_layer_announces_is_the_one_it_takes(kind):
+    for bits in (4, 8):
+        layer, _ = modulated(kind, bits)
+        announced = layer.packed_storage()
+        layer.pack()
+        assert announced == layer.packed_storage()
+        for (dtype, shape), tensor in zip(announced, (layer.weight, layer.weight_scale), strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape)
+
+
+def test_the_layer_it_was_made_from_keeps_its_own_weight():
+    original = randomised(nn.Linear(8, 4))
+    weight = original.weight.detach().clone()
+    layer = twin(original, LayerConfig(weight=WeightConfig(bits=4)))
+    layer.pack()
+    assert_same_bits(original.weight.detach(), weight)
+    assert dict(original.named_buffers()) == {}
+    assert layer.bias is original.bias
+
+
+def test_a_weight_without_bits_stays_as_it_is():
+    layer, _ = modulated("linear", None)
+    before = layer.weight
+    layer.pack()
+    assert not layer.packed
+    assert layer.weight is before
+
+
+@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_scales_stay_float32_and_codes_integers_whatever_the_dtype(change):
+    layer, inputs = modulated("conv", 4)
+    layer.pack()
+    scale, weight = layer.weight_scale.clone(), layer.weight.detach().clone()
+    change(layer)
+    assert_same_bits(layer.weight_scale, scale)
+    assert_same_bits(layer.weight.detach(), weight)
+    assert layer.bias.dtype != torch.float32
+    assert play(layer, [x.to(layer.bias.dtype) for x in inputs])[0][0].dtype == layer.bias.dtype
+
+
+def test_packed_layers_can_be_copied_and_moved_to_the_meta_device_and_filled_again():
+    layer, inputs = modulated("conv", 4)
+    layer.pack()
+    expected = play(layer, inputs)
+    copied = copy.deepcopy(layer)
+    layer.weight_scale.zero_()
+    for ours, theirs in zip(play(copied, inputs), expected, strict=True):
+        assert_same_bits(ours[0], theirs[0])
+    state = {name: tensor.clone() for name, tensor in copied.state_dict().items()}
+    assert set(state) == {"weight", "bias", SCALE}
+    copied.to_empty(device="meta")
+    assert copied.weight_scale.is_meta
+    copied.half()
+    assert copied.weight_scale.dtype == torch.float32
+    copied.load_state_dict(state, assign=True)
+    for ours, theirs in zip(play(copied, inputs), expected, strict=True):
+        assert_same_bits(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("strict", [True, False])
+def test_float_weights_are_not_cast_into_a_packed_layer_nor_codes_into_a_float_one(bits, strict):
+    """torch would copy 0.3 into an int8 weight as 0."""
+    floats, _ = modulated("conv", bits)
+    packed, _ = modulated("conv", bits)
+    packed.pack()
+    for layer, state in ((packed, floats.state_dict()), (floats, packed.state_dict())):
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        with pytest.raises(RuntimeError, match=r"weight: expected torch\..*, got torch\..*modiff\.load"):
+            layer.load_state_dict(state, strict=strict)
+        for name, tensor in layer.state_dict().items():
+            assert_same_bits(tensor, before[name])
+    packed.load_state_dict(packed.state_dict())
+
+
+def test_nothing_that_needs_floats_is_answered_from_integers():
+    layer, _ = modulated("linear", 4)
+    parts = layer.quantized_weight.codes(layer.weight)
+    layer.pack()
+    weight = layer.quantized_weight
+    assert weight.fixed
+    for call in (lambda: weight.floats(layer.weight), lambda: weight.fix(parts), weight.unfix):
+        with pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one"):
+            call()
+
+
+def test_scales_that_were_lost_are_missed():
+    layer, inputs = modulated("linear", 4)
+    layer.pack()
+    del layer.weight_scale
+    layer.clock.start()
+    with pytest.raises(StateError, match=r"up.weight: expected the buffer weight_scale, got none"):
+        evaluate(layer, inputs[0])
+
+
+def test_learned_codes_are_packed_as_they_are():
+    layer, _ = modulated("linear", 4)
+    ((codes, qparams),) = layer.quantized_weight.codes(layer.weight)
+    floats = layer.quantized_weight.floats(layer.weight)
+    other = torch.where(floats / qparams.scale > codes, codes + 1, codes - 1).clamp(-8, 7).to(torch.int8)
+    layer.quantized_weight.fix(((other, qparams),))
+    layer.pack()
+    assert_same_bits(layer.quantized_weight.codes(layer.weight)[0][0], other)
+    expected = other.double() * qparams.scale.double()
+    assert_within(layer.quantized_weight.dense(layer.weight, torch.float64), expected, 1e-12)
+
+
+def test_float64_weights_lose_no_more_than_the_rounding_of_a_float32_scale():
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    quantized = QuantizedWeight(WeightConfig(bits=8), (6,), (Segment(6, 2),))
+    layer = twin(nn.Linear(6, 4).double(), LayerConfig(weight=WeightConfig(bits=8), rotation="hadamard"))
+    layer.weight.data.copy_(weight)
+    layer.pack()
+    expected = quantized.dense(weight, torch.float64)
+    assert_within(layer.quantized_weight.dense(layer.weight, torch.float64), expected, 2.0**-23 * expected.abs())

@@ -1,0 +1,73 @@
+"""Learned rounding and learned steps in plain Python numbers (float64), from the formulas; imports nothing of modiff.
+
+AdaRound:  h(v) = min(max(1.2 / (1 + e^-v) - 0.1, 0), 1),  W_q = s (clamp(floor(W / s) + h + z) - z)
+Learned step:  Q(x) = s round(clamp(x / s, qmin - z, qmax - z)), with round(u) = u + constant under a derivative
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+
+def share(logit: float) -> float:
+    """h(v)."""
+    return min(max(1.2 / (1 + math.exp(-logit)) - 0.1, 0.0), 1.0)
+
+
+def logit(fraction: float) -> float:
+    """The v with h(v) = fraction."""
+    return -math.log(1.2 / (fraction + 0.1) - 1)
+
+
+def bounds(bits: int) -> tuple[int, int]:
+    """Smallest and largest code."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def soft(weight: float, scale: float, zero: int, bits: int, v: float) -> float:
+    """W_q while h lies between 0 and 1."""
+    low, high = bounds(bits)
+    return scale * (min(max(math.floor(weight / scale) + share(v) + zero, low), high) - zero)
+
+
+def code(weight: float, scale: float, zero: int, bits: int, v: float) -> int:
+    """The integer at the end: h cut at one half."""
+    low, high = bounds(bits)
+    return min(max(math.floor(weight / scale) + (1 if share(v) >= 0.5 else 0) + zero, low), high)
+
+
+def penalty(logits: list[float], beta: float) -> float:
+    """sum(1 - |2 h - 1|^beta)."""
+    return sum(1 - abs(2 * share(v) - 1) ** beta for v in logits)
+
+
+def best_rounding(weights: list[float], scale: float, bits: int, loss: Callable[[list[float]], float]) -> float:
+    """The least loss over all ways to round each weight down or up."""
+    low, high = bounds(bits)
+    choices = [{scale * min(max(math.floor(w / scale) + up, low), high) for up in (0, 1)} for w in weights]
+    return min(loss(list(rounded)) for rounded in itertools.product(*choices))
+
+
+def surrogate(x: float, scale: float, zero: int, bits: int, at: tuple[float, float]) -> float:
+    """Q(x; s) whose rounding adds the constant that it adds at `at` = (x, s): smooth inside the range."""
+    low, high = bounds(bits)
+    cut = min(max(at[0] / at[1], low - zero), high - zero)
+    constant = round(cut) - cut
+    return scale * (min(max(x / scale, low - zero), high - zero) + constant)
+
+
+def step_gradient(x: float, scale: float, zero: int, bits: int) -> float:
+    """dQ/ds as LSQ states it."""
+    low, high = bounds(bits)
+    ratio = x / scale
+    if ratio < low - zero or ratio > high - zero:
+        return float((low if ratio < low - zero else high) - zero)
+    return round(ratio) - ratio
+
+
+def input_gradient(x: float, scale: float, zero: int, bits: int) -> float:
+    """dQ/dx as LSQ states it."""
+    low, high = bounds(bits)
+    return 1.0 if low - zero <= x / scale <= high - zero else 0.0
