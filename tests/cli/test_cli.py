@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import modiff
 from modiff.cli import app
 
-COMMANDS = ("analyze", "demo", "sample")
+COMMANDS = ("analyze", "demo", "evaluate", "sample")
 
 
 def test_version() -> None:

@@ -9,6 +9,10 @@ import typer
 from modiff import __version__
 from modiff.cli.analyze import analyze
 from modiff.cli.demo import demo
+from modiff.cli.evaluate import evaluate
+from modiff.cli.export import export
+from modiff.cli.generate import generate
+from modiff.cli.quantize import quantize
 from modiff.cli.sample import sample
 
 app = typer.Typer(
@@ -42,4 +46,8 @@ def main(
 
 app.command()(analyze)
 app.command()(demo)
+app.command()(evaluate)
+app.command()(export)
+app.command()(generate)
+app.command()(quantize)
 app.command()(sample)

@@ -19,12 +19,17 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
 
 
-def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
-    """Load a pipeline without the bars and remarks of diffusers: commands show one bar and one-line errors."""
+def quiet() -> None:
+    """Turn the bars and remarks of diffusers off: commands show one bar and one-line errors."""
     import diffusers  # imported late: `modiff --help` must not wait for it
-
-    from modiff.hosts.load import load_pipeline
 
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
+
+
+def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
+    """Load a pipeline without the bars and remarks of diffusers."""
+    from modiff.hosts.load import load_pipeline
+
+    quiet()
     return load_pipeline(model, device=device)

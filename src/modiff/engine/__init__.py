@@ -1,1 +1,1 @@
-"""How is a job run? Generation in batches that can be stopped and taken up again."""
+"""How is a job run? Generation that can be stopped at any moment and taken up again, here or on a Ray cluster."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from modiff.errors import ConfigError, FormatError, StateError
+from modiff.engine.draw import check_finite, check_steps, draw
+from modiff.engine.job import check_counts
+from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.grid import to_picture
 from modiff.hosts.inputs import call_inputs
-from modiff.hosts.noise import noise_generators
 from modiff.io.atomic import check_writable, write_atomically, write_json
 
 SETTINGS = "settings.json"
@@ -33,13 +33,7 @@ class Request:
     label: int | None = None
 
     def __post_init__(self) -> None:
-        for name, option in (("num_images", "--num-images"), ("steps", "--steps")):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{option}: expected 1 or more, got {getattr(self, name)}. There is nothing to do. Use 1."
-                )
-        if self.seed < 0:
-            raise ConfigError(f"--seed: expected 0 or more, got {self.seed}. Sample i uses seed + i. Use --seed 0.")
+        check_counts({"--num-images": self.num_images, "--steps": self.steps}, self.seed)
 
 
 @dataclass(frozen=True)
@@ -70,12 +64,9 @@ def generate(
     Raises: ConfigError for inputs the pipeline cannot take, or a folder made with other settings; StateError for pixels
         that are not finite; OSError that names the file, if one cannot be written. Images written before are kept.
     """
-    if batch_size < 1:
-        raise ConfigError(
-            f"--batch-size: expected 1 or more, got {batch_size}. A batch has images. Use --batch-size 1."
-        )
+    check_counts({"--batch-size": batch_size}, request.seed)
     call_inputs(pipe, 1, prompt=request.prompt, label=request.label)
-    _check_steps(pipe, request.steps)
+    check_steps(pipe, request.steps)
     files = [folder / f"{index:05d}.png" for index in range(request.num_images)]
     shaping = {"steps": request.steps, "seed": request.seed, "prompt": request.prompt, "label": request.label}
     _claim(folder, settings | shaping)
@@ -84,32 +75,14 @@ def generate(
     with tqdm(total=len(files), initial=len(files) - len(missing), unit="image", disable=not progress) as bar:
         for first in range(0, len(missing), batch_size):
             indices = missing[first : first + batch_size]
-            for index, image in zip(indices, _draw(pipe, request, indices), strict=True):
+            images = draw(
+                pipe, indices, steps=request.steps, seed=request.seed, prompt=request.prompt, label=request.label
+            )
+            check_finite(images, indices[0])
+            for index, image in zip(indices, images, strict=True):
                 _save(files[index], image)
                 bar.update()
     return Generated(tuple(files), len(missing), time.perf_counter() - start)
-
-
-def _check_steps(pipe: DiffusionPipeline, steps: int) -> None:
-    most = pipe.scheduler.config.num_train_timesteps
-    if steps > most:
-        raise ConfigError(
-            f"--steps: expected at most {most}, got {steps}. The model was trained on no more. Use --steps 50."
-        )
-
-
-def _draw(pipe: DiffusionPipeline, request: Request, indices: Sequence[int]) -> np.ndarray:
-    """(N, H, W, C) in [0, 1], one for each index."""
-    inputs = call_inputs(pipe, len(indices), prompt=request.prompt, label=request.label)
-    noise = noise_generators(request.seed, indices)
-    result = pipe(**inputs, num_inference_steps=request.steps, generator=noise, output_type="np")
-    images = np.asarray(result.images)
-    if not np.isfinite(images).all():
-        raise StateError(
-            f"image {indices[0]}: expected finite pixels, got NaN or infinity. The generation diverged. Use more "
-            "activation bits, or leave --config out to see whether the model itself is sound."
-        )
-    return images
 
 
 def _save(path: Path, image: np.ndarray) -> None:

@@ -1,0 +1,152 @@
+"""What a report is made of: sections of paragraphs, tables, figures and code. It knows nothing of HTML or Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from modiff.errors import ConfigError
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: the text that is shown, the number it is sorted by (None: nothing was measured), and small print."""
+
+    text: str
+    value: float | None = None
+    detail: str = ""
+
+    @classmethod
+    def number(
+        cls, value: float | None, form: str = ".4g", low: float | None = None, high: float | None = None
+    ) -> Self:
+        """A figure, its interval as small print; a dash for None and for what is not finite.
+
+        >>> Cell.number(1.5, ".2f", 1.25, 1.75)
+        Cell(text='1.50', value=1.5, detail='[1.25, 1.75]')
+        """
+        if value is None or not math.isfinite(value):
+            return cls("-")
+        detail = "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+        return cls(f"{value:{form}}", float(value), detail)
+
+
+@dataclass(frozen=True)
+class Column:
+    """The head of a column. numeric: aligned right and sorted by value, else by text. note: what it means."""
+
+    title: str
+    numeric: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption. Raises ConfigError if a row has another number of cells than there are columns."""
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check_name("Table", self.name)
+        lengths = {len(row) for row in self.rows} - {len(self.columns)}
+        if lengths or not self.columns:
+            raise ConfigError(
+                f"Table {self.name}: expected {len(self.columns)} cells in every row, got {sorted(lengths)}. A cell "
+                "belongs to a column. Give Cell('') where there is nothing."
+            )
+
+    def notes(self) -> list[tuple[str, str]]:
+        """What the columns mean: (titles, note), those with one note together."""
+        titles: dict[str, list[str]] = {}
+        for column in self.columns:
+            if column.note:
+                titles.setdefault(column.note, []).append(column.title)
+        return [(", ".join(names), note) for note, names in titles.items()]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with a caption, as the bytes of a PNG or SVG file.
+
+    alt: what it shows, for those who do not see it. pixels: a picture of single pixels, not to be smoothed. half: two
+    of its kind stand side by side where there is room.
+    Raises: ConfigError without alt text, or for bytes of another kind.
+    """
+
+    name: str
+    alt: str
+    caption: str
+    data: bytes
+    kind: Literal["png", "svg"] = "png"
+    pixels: bool = False
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name("Figure", self.name)
+        if not self.alt.strip():
+            raise ConfigError(
+                f"Figure {self.name}: expected alt text, got none. Not every reader sees the picture. Say what it "
+                "shows in a sentence."
+            )
+        begins = b"\x89PNG\r\n" if self.kind == "png" else b"<"
+        if not self.data.startswith(begins):
+            raise ConfigError(
+                f"Figure {self.name}: expected the bytes of a {self.kind} file, got {self.data[:8]!r}. A browser would "
+                "show nothing. Give the content of the file."
+            )
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be shown as it is: a command, settings."""
+
+    text: str
+
+
+Block = str | Code | Table | Figure
+"""A paragraph, or one of the others."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it, in order."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report. Raises ConfigError if two figures or tables have one name: it is their link and file name."""
+
+    title: str
+    lead: str
+    sections: tuple[Section, ...]
+
+    def __post_init__(self) -> None:
+        names = [b.name for s in self.sections for b in s.blocks if isinstance(b, Table | Figure)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"Document: expected a name for each figure and table, got {', '.join(twice)} twice. It is the file's "
+                "name and the link. Rename one of them."
+            )
+
+    def figures(self) -> list[Figure]:
+        """All figures in order."""
+        return [b for s in self.sections for b in s.blocks if isinstance(b, Figure)]
+
+
+def _check_name(where: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}: expected a name of small letters, digits and single hyphens, got {name!r}. It becomes a link "
+            "and a file name. Use for example 'error-by-layer'."
+        )

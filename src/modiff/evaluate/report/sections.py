@@ -1,0 +1,197 @@
+"""A finished suite as the sections of a report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from modiff.evaluate.environment import Environment
+from modiff.evaluate.layer_errors import LayerTrace
+from modiff.evaluate.report.charts import STEPS, Point, layer_map, pareto
+from modiff.evaluate.report.document import Block, Cell, Code, Column, Document, Section, Table
+from modiff.evaluate.report.pictures import image_figures
+from modiff.evaluate.suite import Row, Suite
+from modiff.evaluate.suite_metrics import DATA, FULL, Measurement
+from modiff.evaluate.suite_plans import Plan
+
+COSTS = ("gbops", "state_mib", "seconds")
+FORMS = {"psnr_db": ".2f", "ssim": ".4f", "relative_l2": ".4f", "state_mib": ".2f", "seconds": ".1f",
+         "inception_score": ".3f"}  # fmt: skip
+LEAD = (
+    "Every configuration starts from the same seeds. Errors are against full precision with all its steps; fewer "
+    "sampler steps are the opponent that every method has to beat. Brackets are 95 % intervals."
+)
+CAPTIONS = {
+    "paired": "Image by image against full precision, and how the images look to the classifier.",
+    "costs": "What each configuration costs.",
+    "as-sets": "All images of each configuration against all of full precision, from the same seeds.",
+    "to-reference": "All images of each configuration against the reference data.",
+}
+IMAGES = (
+    "The first images, none chosen, from the same noise in every row. Beside each configuration is its difference to "
+    "full precision: red is brighter, blue is darker, white is equal. Differences are enlarged by the factor in their "
+    "caption: compare the factors, not the colours."
+)
+HEAT_CAPTION = (
+    "Error of every layer's output at every step in configuration {name}, {images} images: each layer is fed with the "
+    "inputs it has in full precision, so that errors of layers before it do not count. Dark or empty: exact."
+)
+
+
+def suite_document(
+    suite: Suite,
+    command: Sequence[str],
+    *,
+    title: str = "Evaluation",
+    watched: tuple[Plan, int, Sequence[LayerTrace]] | None = None,
+    more: Sequence[Section] = (),
+) -> Document:
+    """The report of a suite.
+
+    Args:
+        command: what was typed.
+        watched: a configuration, the number of images, and the errors of its layers, from `layer_errors`.
+        more: sections of other studies, before the environment.
+    """
+    sections = [
+        _results(suite),
+        _images(suite),
+        _cost_against_error(suite),
+        *([_layers(*watched)] if watched and watched[2] else []),
+        *more,
+        _environment(suite, command),
+        Section("Every figure", (_everything(suite.rows),)),
+    ]
+    return Document(title, LEAD, tuple(sections))
+
+
+def _results(suite: Suite) -> Section:
+    """Quality and cost, a row for each configuration."""
+    names = [name for name in _metric_names(suite.rows) if name not in COSTS]
+    parts = {
+        "as-sets": [name for name in names if name.endswith(f"_to_{FULL}")],
+        "to-reference": [name for name in names if name.endswith(f"_to_{DATA}")],
+    }
+    parts["paired"] = [name for name in names if name not in (*parts["as-sets"], *parts["to-reference"])]
+    blocks: list[Block] = [_summary(suite.rows, parts["paired"], "paired"), _summary(suite.rows, COSTS, "costs")]
+    blocks.append(_summary(suite.rows, parts["as-sets"], "as-sets"))
+    halves = suite.rows[0].metric("fd_between_halves")
+    if halves is not None and halves["value"] is not None:
+        blocks.append(f"{halves['label']}: {halves['value']:.4g}. {halves['note']}")
+    if parts["to-reference"]:
+        blocks.append(_summary(suite.rows, parts["to-reference"], "to-reference"))
+    return Section("Results", tuple(blocks))
+
+
+def _metric_names(rows: Sequence[Row]) -> list[str]:
+    """All names in the order in which they first occur, those of quantized rows first; without the noise floor."""
+    ordered = [m["name"] for row in (*rows[1:], rows[0]) for m in row.metrics]
+    return [name for name in dict.fromkeys(ordered) if name != "fd_between_halves"]
+
+
+def _summary(rows: Sequence[Row], names: Sequence[str], table: str) -> Table:
+    known = {m["name"]: m for row in rows for m in row.metrics}
+    shown = [name for name in names if name in known]
+    columns = [Column("configuration", numeric=False), Column("steps")]
+    columns += [Column(known[name]["label"], note=known[name]["note"]) for name in shown]
+    body = tuple(
+        (
+            Cell(row.plan.name),
+            Cell.number(row.plan.steps, "d"),
+            *(_measured(row.metric(name)) for name in shown),
+        )
+        for row in rows
+    )
+    return Table(table, CAPTIONS[table], tuple(columns), body)
+
+
+def _measured(metric: Measurement | None) -> Cell:
+    if metric is None:
+        return Cell("-")
+    form = FORMS.get(metric["name"], ".4g")
+    if metric["name"] == "gbops" and metric["value"] is not None and metric["value"] >= 100:
+        form = ",.0f"
+    return Cell.number(metric["value"], form, metric["low"], metric["high"])
+
+
+def _images(suite: Suite) -> Section:
+    """Full precision, then each configuration with its difference beside it."""
+    rows = [(row.plan.name, images) for row, images in zip(suite.rows, suite.samples, strict=True)]
+    return Section("Images", (IMAGES, *image_figures(rows, int(suite.settings.get("seed", 0)))))
+
+
+def _cost_against_error(suite: Suite) -> Section:
+    """Relative L2 and the distance to real images, or else to full precision, against both costs."""
+    names = _metric_names(suite.rows)
+    distance = "fd_to_reference" if "fd_to_reference" in names else "fd_to_full_precision"
+    blocks: list[Block] = [
+        "Lower left is better. What lies above the dashed line is beaten by taking fewer steps with the unquantized "
+        "model. Bit-operations are not speed: time is what was measured here, with integers simulated in float."
+    ]
+    for metric, error in (("relative_l2", "relative L2 to full precision"), (distance, _label(suite.rows, distance))):
+        for cost, axis in (("gbops", "GBOPs of one image"), ("seconds", "seconds for one image, measured")):
+            name = f"{metric}-by-{cost}".replace("_", "-")
+            caption = f"{error[0].upper()}{error[1:]} against {axis}."
+            points = [_point(row, metric, cost) for row in suite.rows]
+            if any(p.error for p in points if p.family == STEPS):  # fewer steps may change nothing that 8 bits show
+                blocks.append(pareto(name, points, cost=axis, error=error, caption=caption))
+    return Section("Error against cost", tuple(blocks))
+
+
+def _label(rows: Sequence[Row], name: str) -> str:
+    return next(m["label"] for row in rows for m in row.metrics if m["name"] == name)
+
+
+def _point(row: Row, metric: str, cost: str) -> Point:
+    error, price = row.metric(metric), row.metric(cost)
+    paid = 0.0 if price is None or price["value"] is None else price["value"] / price["n"]
+    family, name = row.plan.family, row.plan.name
+    label = f"{row.plan.steps} steps" if family == STEPS else name.removeprefix(family).strip() or name
+    if error is None:  # full precision against itself
+        return Point(label, family, paid, 0.0)
+    return Point(label, family, paid, error["value"], error["low"], error["high"])
+
+
+def _layers(plan: Plan, num_images: int, layers: Sequence[LayerTrace]) -> Section:
+    return Section(
+        "Where the error arises", (layer_map(layers, HEAT_CAPTION.format(name=plan.name, images=num_images)),)
+    )
+
+
+def _everything(rows: Sequence[Row]) -> Table:
+    """A line for each figure, with what there is to know of it."""
+    columns = (
+        Column("configuration", numeric=False), Column("figure", numeric=False), Column("value"), Column("low"),
+        Column("high"), Column("n"), Column("note", numeric=False),
+    )  # fmt: skip
+    body = tuple(
+        (
+            Cell(row.plan.name), Cell(m["label"]), *(Cell.number(m[key]) for key in ("value", "low", "high")),
+            Cell.number(m["n"], "d"), Cell(m["note"]),
+        )
+        for row in rows
+        for m in row.metrics
+    )  # fmt: skip
+    return Table("figures", "All figures with their 95 % intervals and number of images.", columns, body)
+
+
+def _environment(suite: Suite, command: Sequence[str]) -> Section:
+    return Section(
+        "How to get the same figures", (Code(shlex.join(command)), _facts(suite), _places(suite.environment))
+    )
+
+
+def _facts(suite: Suite) -> Table:
+    shown = {key: value for key, value in suite.settings.items() if key != "configs"}
+    shown["configurations"] = ", ".join(row.plan.name for row in suite.rows)
+    return _pairs("settings", "Settings.", shown)
+
+
+def _places(environment: Environment) -> Table:
+    return _pairs("environment", "Where it ran.", dict(environment))
+
+
+def _pairs(name: str, caption: str, values: dict[str, object]) -> Table:
+    columns = (Column("name", numeric=False), Column("value", numeric=False))
+    rows = tuple((Cell(key), Cell("none" if value is None else str(value))) for key, value in values.items())
+    return Table(name, caption, columns, rows)

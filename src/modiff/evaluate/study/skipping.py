@@ -1,0 +1,195 @@
+"""Zero bits by a threshold, for study only: send nothing while the residual is small, else all of it or its codes.
+
+The recursion is the library's own (`core.modulation`, `nn.stream`); only the coder is replaced by one that may keep
+silent. What is not sent stays in the residual, so the law ô = A(â) + bias holds as ever, and a layer that keeps silent
+does no multiply-add: `Tally` counts those that ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from modiff.config import JsonConfig, ModulationConfig, check
+from modiff.core.affine import QParams
+from modiff.core.coder import Code, Coder
+from modiff.core.modulation import Message
+from modiff.errors import ConfigError
+from modiff.model.attachment import required_attachment
+from modiff.nn import Clock
+from modiff.nn.stream import Inputs, Stream
+
+Unit = Literal["layer", "block", "sample", "token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipRule(JsonConfig):
+    """A unit keeps silent while ||r|| <= threshold ||a||, both over the unit.
+
+    unit: "layer" decides for a layer and the whole batch; "block" once for a block of layers, by the first of them
+        that runs; "sample" for a layer and one sample; "token" for a layer and one token or pixel, whose ||a|| is the
+        root mean square over the sample's tokens.
+    """
+
+    unit: Unit
+    threshold: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("SkipRule.threshold", self.threshold, self.threshold >= 0, "0 or more", "0 skips still inputs only.")
+
+
+class Tally:
+    """How often each layer ran: `rows` samples in all, the `starts` among them, and what was `sent` of the others.
+
+    A layer that skips half of its tokens has sent half a row. Tokens are counted at the input: convolutions are
+    credited with the taps of every pixel that keeps silent, which only a kernel that scatters single pixels could save.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, float] = {}
+        self.starts: dict[str, float] = {}
+        self.sent: dict[str, float] = {}
+
+    def add(self, name: str, rows: int, share: float, starts: bool) -> None:
+        """One call of a layer."""
+        self.rows[name] = self.rows.get(name, 0.0) + rows
+        counted = self.starts if starts else self.sent
+        counted[name] = counted.get(name, 0.0) + rows * share
+
+    def shares(self, name: str) -> tuple[float, float]:
+        """Shares of a layer's calls that started the states, and that sent a residual; the rest was skipped."""
+        rows = self.rows[name]
+        return self.starts.get(name, 0.0) / rows, self.sent.get(name, 0.0) / rows
+
+
+def skip_below(model: nn.Module, rule: SkipRule) -> Tally:
+    """Let every modulated layer of a model keep silent by the rule, until `remove`.
+
+    Layers at 0 bits send the residual itself, those with bits their codes of what is sent.
+    Returns: the count, which grows as the model runs.
+    Raises: StateError if modiff was not applied; ConfigError for plain layers, which have no state to hold.
+    """
+    tally, verdicts = Tally(), _Verdicts()
+    twins = required_attachment(model, "skip_below").twins
+    for name, twin in twins.items():
+        if twin.coder is None or twin.config.modulation is None or not twin.config.activation.dynamic:
+            raise ConfigError(
+                f"{name}: expected a modulated layer with dynamic scales, got {twin.config.to_dict()}. What is not "
+                "sent is repeated from a state, and no static scale was measured on what is. Use 0 or 2 to 8 bits "
+                "with modulation=ModulationConfig()."
+            )
+    for name, twin in twins.items():
+        if twin.coder is not None and twin.config.modulation is not None:
+            coder = _SilentCoder(twin.coder, rule, verdicts, block_of(name), twin.clock)
+            twin.inputs = _Inputs(coder, twin.config.modulation, twin.clock, name, tally)
+    return tally
+
+
+def block_of(name: str) -> str:
+    """The innermost member of a list of blocks that a layer sits in; the layer itself if there is none.
+
+    >>> block_of("down_blocks.0.resnets.1.conv1"), block_of("mid_block.attentions.0.to_out.0"), block_of("conv_out")
+    ('down_blocks.0.resnets.1', 'mid_block.attentions.0', 'conv_out')
+    """
+    parts = name.split(".")
+    ends = [i for i in range(1, len(parts) - 1) if parts[i].isdecimal() and parts[i - 1].endswith("s")]
+    return ".".join(parts[: ends[-1] + 1]) if ends else name
+
+
+def exact_code(residual: Tensor, channel_dim: int) -> Code:
+    """A message that stands for the residual itself: "codes" that are floats, with scale 1."""
+    return Code(((residual, QParams(torch.ones((), dtype=residual.dtype, device=residual.device), None)),), channel_dim)
+
+
+class _Verdicts:
+    """What each block decided in the present evaluation."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[int, Tensor]] = {}
+
+    def of(self, block: str, tick: int) -> Tensor | None:
+        """The verdict of this evaluation, None if the block has not decided yet."""
+        past, verdict = self._kept.get(block, (-1, None))
+        return verdict if past == tick else None
+
+    def keep(self, block: str, tick: int, verdict: Tensor) -> None:
+        """The first layer of the block has decided."""
+        self._kept[block] = tick, verdict
+
+
+class _SilentCoder(Coder):
+    """The layer's coder behind the rule. share: what the last residual sent, 0 to 1."""
+
+    def __init__(self, coder: Coder, rule: SkipRule, verdicts: _Verdicts, block: str, clock: Clock) -> None:
+        super().__init__(coder.config, coder.granularity, coder.channel_dim, coder.segments)
+        self.rule, self.verdicts, self.block, self.clock = rule, verdicts, block, clock
+        self.input: Tensor | None = None
+        self.share = 1.0
+
+    def __call__(self, residual: Tensor) -> Code | None:
+        """Codes of what is sent; None if nothing is."""
+        sent = self._sent(residual)
+        self.share = float(sent.double().mean())
+        if self.share == 0:
+            return None
+        kept = residual if self.share == 1 else residual * sent
+        return exact_code(kept, self.channel_dim) if self.bits == 0 else self.fresh(kept)
+
+    def _sent(self, residual: Tensor) -> Tensor:
+        """True where something is sent, broadcastable to the residual."""
+        if self.rule.unit != "block":
+            return self._decide(residual)
+        verdict = self.verdicts.of(self.block, self.clock.tick)
+        if verdict is None:
+            verdict = self._decide(residual)
+            self.verdicts.keep(self.block, self.clock.tick, verdict)
+        return verdict
+
+    def _decide(self, residual: Tensor) -> Tensor:
+        value = residual if self.input is None else self.input.to(residual.dtype)
+        samples, channel = tuple(range(1, residual.dim())), self.channel_dim % residual.dim()
+        if self.rule.unit == "token":
+            small, large = _energy(residual, (channel,)), _energy(value, (channel,))
+            others = tuple(d for d in samples if d != channel)
+            large = large.mean(others, keepdim=True) if others else large
+        else:
+            dims = samples if self.rule.unit == "sample" else tuple(range(residual.dim()))
+            small, large = _energy(residual, dims), _energy(value, dims)
+        return ~(small <= self.rule.threshold**2 * large)  # NaN is sent, so that it is seen
+
+
+def _energy(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.double().square().sum(dims, keepdim=True)
+
+
+class _Inputs(Inputs):
+    """The input side of one layer: nothing is shared, so that every layer is counted by itself."""
+
+    def __init__(self, coder: _SilentCoder, config: ModulationConfig, clock: Clock, name: str, tally: Tally) -> None:
+        super().__init__(coder, config, clock)
+        self.silent, self.name, self.tally = coder, name, tally
+
+    def stream_for(self, x: Tensor) -> Stream:
+        """A stream of its own for each call."""
+        self.streams.append(_Stream(self))
+        return self.streams[-1]
+
+
+class _Stream(Stream):
+    """Shows the coder the input that a residual belongs to, and counts what was sent."""
+
+    def __init__(self, inputs: _Inputs) -> None:
+        super().__init__(inputs.silent, inputs.config, inputs.clock)
+        self.silent, self.name, self.tally = inputs.silent, inputs.name, inputs.tally
+
+    def read(self, where: str, x: Tensor, value: Tensor) -> Message:
+        """The message for `x`, counted."""
+        self.silent.input = value
+        message = super().read(where, x, value)
+        self.silent.input = None
+        self.tally.add(self.name, x.shape[0], 1.0 if message.starts else self.silent.share, message.starts)
+        return message

@@ -1,0 +1,153 @@
+"""Where the evaluation suite takes its images from: any source, or a pipeline in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from modiff.config import ModiffConfig
+from modiff.errors import ConfigError
+from modiff.evaluate.demo import TUNING_SEED, measure_image
+from modiff.evaluate.suite_plans import Plan
+from modiff.evaluate.trajectory_gbops import trajectory_gbops
+from modiff.hosts.diffusers import denoisers, unconditional_run
+from modiff.hosts.noise import noise_generators
+from modiff.hosts.samplers import set_scheduler
+from modiff.hosts.verbs import apply, calibrate, remove
+from modiff.io.shards import to_uint8
+from modiff.model.state_bytes import state_bytes
+
+CALIBRATION_IMAGES = 8
+
+
+class Drawn(NamedTuple):
+    """A batch: images uint8 (N, H, W, C), wall time, state bytes at the trajectory's end, and how many images held
+    pixels that are not finite (they count as black)."""
+
+    images: np.ndarray
+    seconds: float
+    state_bytes: int
+    broken: int
+
+
+@dataclass(frozen=True)
+class Session:
+    """A configuration that is ready: `draw` gives the images of sample indices; gbops of one image, all steps."""
+
+    draw: Callable[[Sequence[int]], Drawn]
+    gbops: float
+
+
+class ImageSource(Protocol):
+    """Something that draws images; image i is the same whatever else is drawn with it, up to float rounding.
+
+    settings: all that shapes the images beside the plan, as plain JSON values. shape: (H, W, C) of an image.
+    """
+
+    settings: dict[str, Any]
+    shape: tuple[int, int, int]
+
+    def open(self, plan: Plan, evaluated: Callable[[], object]) -> AbstractContextManager[Session]:
+        """Make a configuration ready, and undo it at the end; `evaluated` is to be called after each network call."""
+        ...
+
+
+class PipelineSource:
+    """An unconditional pipeline in this process; image i comes from the noise of seed + i.
+
+    Its layers are as before whenever no session is open. Cost: two steps of one image, to count its operations and
+    learn its shape.
+    Raises: ConfigError for a pipeline that needs a prompt.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, *, sampler: str = "ddim", seed: int = 0) -> None:
+        try:
+            unconditional_run(pipe, 1, 1, seed)
+        except ConfigError:
+            raise ConfigError(
+                f"evaluate: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or "
+                "another input. This does not invent one. Use `modiff sample` with --prompt or --label to see its "
+                "images."
+            ) from None
+        self.pipe, self.seed = set_scheduler(pipe, sampler), seed
+        self.cost = measure_image(self.pipe, seed)
+        self.shape: tuple[int, int, int] = self._draw(1, [0], {}).images.shape[1:]
+        networks = denoisers(self.pipe)
+        self.settings: dict[str, Any] = {
+            "pipeline": type(self.pipe).__name__,
+            "weights": fingerprint(networks.values()),
+            "device": str(next(p.device for m in networks.values() for p in m.parameters())),
+            "sampler": sampler,
+            "seed": seed,
+        }
+
+    @contextmanager
+    def open(self, plan: Plan, evaluated: Callable[[], object]) -> Iterator[Session]:
+        """Apply the plan's config; static scales are measured first, on noise that no image comes from."""
+        self._check_steps(plan.steps)
+        with ExitStack() as stack:
+            report = None
+            if plan.config is not None:
+                report = apply(self.pipe, plan.config)
+                stack.callback(remove, self.pipe)
+                if _static(plan.config):
+                    seed = self.seed + TUNING_SEED
+                    calibrate(self.pipe, unconditional_run(self.pipe, plan.steps, CALIBRATION_IMAGES, seed))
+            held: dict[str, int] = {}
+            for name, model in denoisers(self.pipe).items():
+
+                def after(model: nn.Module, *_: object, name: str = name) -> None:
+                    held[name] = 0 if report is None else state_bytes(model)
+                    evaluated()
+
+                stack.callback(model.register_forward_hook(after).remove)
+
+            def draw(indices: Sequence[int]) -> Drawn:
+                return self._draw(plan.steps, indices, held)
+
+            yield Session(draw, trajectory_gbops(self.cost, report, plan.steps))
+
+    def _draw(self, steps: int, indices: Sequence[int], held: dict[str, int]) -> Drawn:
+        noise = noise_generators(self.seed, indices)
+        start = time.perf_counter()
+        found = self.pipe(batch_size=len(indices), num_inference_steps=steps, generator=noise, output_type="np").images
+        seconds = time.perf_counter() - start
+        images, broken = to_codes(np.asarray(found))
+        return Drawn(images, seconds, sum(held.values()), broken)
+
+    def _check_steps(self, steps: int) -> None:
+        most = self.pipe.scheduler.config.num_train_timesteps
+        if steps > most:
+            raise ConfigError(
+                f"--steps: expected at most {most}, got {steps}. The model was trained on no more. Use --steps 50."
+            )
+
+
+def to_codes(images: np.ndarray) -> tuple[np.ndarray, int]:
+    """(N, H, W, C) in [0, 1] to bytes as `to_uint8` rounds them, and how many images are not finite: NaN becomes 0."""
+    broken = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+    return to_uint8(np.nan_to_num(images, nan=0.0)), broken
+
+
+def fingerprint(networks: Iterable[nn.Module]) -> str:
+    """A digest of all names, shapes and bits of the networks' parameters and buffers. Cost: reads them once."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _static(config: ModiffConfig) -> bool:
+    return not all(layer.activation.dynamic for layer in (config.layer, *(c for _, c in config.overrides)))

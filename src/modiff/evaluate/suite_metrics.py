@@ -1,0 +1,277 @@
+"""The figures of one configuration: every metric with its extractor, number of images, interval and what to know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff.evaluate.features.names import Metric, result_name
+from modiff.evaluate.features.protocol import FeatureExtractor
+from modiff.evaluate.metrics.bootstrap import bootstrap
+from modiff.evaluate.metrics.frechet_distance import frechet_distance
+from modiff.evaluate.metrics.frechet_interval import frechet_interval
+from modiff.evaluate.metrics.inception_score import inception_score
+from modiff.evaluate.metrics.kernel_distance import kernel_distance
+from modiff.evaluate.metrics.moments import Moments
+from modiff.evaluate.metrics.paired import paired_errors
+from modiff.evaluate.metrics.precision_recall import within_manifold
+from modiff.evaluate.metrics.small_sample import small_sample_note
+from modiff.evaluate.metrics.spatial_frechet_distance import spatial_frechet_distance
+from modiff.evaluate.metrics.ssim import WINDOW
+from modiff.evaluate.metrics.to_full_precision import to_full_precision
+from modiff.evaluate.suite_store import Batch
+
+RESAMPLES = 200
+LARGEST_RESAMPLED = 512
+"""Feature dimensions up to which a Frechet distance gets an interval: one distance costs seconds at 2048."""
+SUBSETS, SUBSET_SIZE = 100, 1000
+NEIGHBOURS, MANIFOLD = 3, 10_000
+DATA, FULL = "reference", "full_precision"
+
+LEAST_IMAGES = 2 * (NEIGHBOURS + 1)
+_AGAINST = {DATA: "reference", FULL: "full precision"}
+_NAMES: dict[Metric, str] = {
+    "frechet_distance": "fd", "to_full_precision": "fd", "spatial_frechet_distance": "spatial_fd",
+    "kernel_distance": "kid", "inception_score": "inception_score", "precision": "precision", "recall": "recall",
+}  # fmt: skip
+
+SAME_SEEDS = "Same seeds: the sets are dependent, which lowers the value; an unchanged model is at 0."
+NO_INTERVAL = "No interval: resampling would take too long."
+PAIRED = "Image i of both from seed i; 8-bit images, all pixels together."
+GBOPS = (
+    "MACs x weight bits x activation bits of one image, all steps. Layers in full precision and attention products "
+    "count 32 x 32. Bit-operations are not speed."
+)
+STATE = "Input and output states at the end of the trajectory, measured; per image."
+SECONDS = "Wall time of the denoising of all images. Integers are simulated in float: quantized rows are not faster."
+
+
+class Measurement(TypedDict):
+    """A figure. name: for programs. label: for people; FID only with Inception, else FD with the extractor's name.
+
+    extractor: None where none is involved. value None: not measured, or not finite; the note says why. n: images behind
+    it. low, high: 95 % interval, None where there is none.
+    """
+
+    name: str
+    label: str
+    extractor: str | None
+    value: float | None
+    n: int
+    low: float | None
+    high: float | None
+    note: str
+
+
+@dataclass
+class ImageSet:
+    """All images of a configuration, or a set of real ones, as the metrics need them. N images, D features.
+
+    pooled (N, D) float32. spatial: moments of the spatial rows. images: uint8 (N, H, W, C), None for real ones.
+    """
+
+    pooled: Tensor
+    spatial: Moments | None
+    probabilities: Tensor | None
+    images: np.ndarray | None
+    seconds: float = 0.0
+    state_bytes_per_image: float = 0.0
+    broken: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+
+def gather(batches: Iterable[Batch], *, images: bool = True) -> ImageSet:
+    """One set from batches. Memory: its pooled features, and its images if they are asked for."""
+    pooled: list[np.ndarray] = []
+    probabilities: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
+    spatial: Moments | None = None
+    seconds, state, broken = 0.0, 0.0, 0
+    for batch in batches:
+        pooled.append(batch.pooled)
+        if batch.probabilities is not None:
+            probabilities.append(batch.probabilities)
+        if batch.spatial is not None:
+            spatial = spatial or Moments(batch.spatial.shape[1])
+            spatial.update(torch.from_numpy(batch.spatial))
+        if images:
+            kept.append(batch.images)
+        seconds += batch.seconds
+        state = max(state, batch.state_bytes / len(batch.images))
+        broken += batch.broken
+    return ImageSet(
+        pooled=torch.from_numpy(np.concatenate(pooled)),
+        spatial=spatial,
+        probabilities=torch.from_numpy(np.concatenate(probabilities)) if probabilities else None,
+        images=np.concatenate(kept) if images else None,
+        seconds=seconds, state_bytes_per_image=state, broken=broken,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What configurations are judged with: full precision, and real images if there are any."""
+
+    extractor: FeatureExtractor
+    full: ImageSet
+    reference: ImageSet | None = None
+    resamples: int = RESAMPLES
+
+    def measure(self, found: ImageSet, gbops: float) -> list[Measurement]:
+        """All figures of a configuration; those to full precision only if it is not full precision itself."""
+        rows: list[Measurement] = []
+        if found is not self.full:
+            rows += [*self._frechet(found, self.full, FULL), *self._sets(found, self.full, FULL), *self._paired(found)]
+        else:
+            rows += self._halves(found)
+        if self.reference is not None:
+            rows += [*self._frechet(found, self.reference, DATA), *self._sets(found, self.reference, DATA)]
+        rows += [*self._inception(found), *_costs(found, gbops)]
+        if not found.broken:
+            return rows
+        warning = f"{found.broken} of {len(found)} images were not finite and count as black."
+        return [{**row, "note": f"{warning} {row['note']}".strip()} for row in rows]
+
+    def _row(self, metric: Metric, against: str | None, value: float | None, n: int, note: str | None,
+             low: float | None = None, high: float | None = None) -> Measurement:  # fmt: skip
+        """The row of a metric of features, named after the extractor."""
+        name, label = _NAMES[metric], result_name(metric, self.extractor)
+        if against is not None:
+            name = f"{name}_to_{against}"
+            label = label if metric == "to_full_precision" else f"{label} to {_AGAINST[against]}"
+        note = _join(note, getattr(self.extractor, "note", None))
+        return _measurement(name, label, self.extractor.name, value, n, note, low, high)
+
+    def _frechet(self, found: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
+        """Frechet distances of pooled and, where there are any, of spatial features."""
+        metric: Metric = "to_full_precision" if against == FULL else "frechet_distance"
+        value, low, high, note = self._pooled(found, other, against)
+        rows = [self._row(metric, against, value, len(found), note, low, high)]
+        if found.spatial is not None and other.spatial is not None:
+            value = spatial_frechet_distance(found.spatial, other.spatial)
+            note = _join(_setting(other, against), NO_INTERVAL, _small(found, other, found.spatial.dimension))
+            rows.append(self._row("spatial_frechet_distance", against, value, len(found), note))
+        return rows
+
+    def _pooled(self, found: ImageSet, other: ImageSet, against: str) -> tuple[float | None, float | None,
+                                                                               float | None, str]:  # fmt: skip
+        """Value, ends of the interval and note of the distance of pooled features."""
+        dimension = found.pooled.shape[1]
+        if dimension > LARGEST_RESAMPLED:
+            value = frechet_distance(Moments.of(found.pooled), Moments.of(other.pooled))
+            note = _join(_setting(other, against), NO_INTERVAL, _small(found, other, dimension))
+            return value, None, None, note
+        if against == FULL:
+            to_full = to_full_precision(found.pooled, other.pooled, seeds="same", resamples=self.resamples)
+            distance, note = to_full["distance"], to_full["note"]
+        else:
+            distance = frechet_interval(found.pooled, Moments.of(other.pooled), resamples=self.resamples)
+            note = _join(_setting(other, against), "It is not resampled.", _small(found, other, dimension))
+        return distance["estimate"], distance["low"], distance["high"], note
+
+    def _sets(self, found: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
+        """Kernel distance, precision and recall."""
+        smaller = min(len(found), len(other))
+        size = min(SUBSET_SIZE, smaller // 2)
+        kernel = kernel_distance(found.pooled, other.pooled, subsets=SUBSETS, subset_size=size)
+        # Subsets of m out of n without replacement: Var(n) = Var(m) m / (n - m), the delete-d jackknife.
+        spread = 1.96 * kernel["std"] * math.sqrt(size / (smaller - size))
+        note = f"{SUBSETS} subsets of {size}; interval by the delete-d jackknife, as for independent sets."
+        ends = kernel["mean"] - spread, kernel["mean"] + spread
+        rows = [self._row("kernel_distance", against, kernel["mean"], len(found), note, *ends)]
+        real, made = other.pooled[:MANIFOLD], found.pooled[:MANIFOLD]
+        small = small_sample_note("precision_recall", min(len(real), len(made)))
+        shares: tuple[tuple[Metric, Tensor, Tensor], ...] = (("precision", made, real), ("recall", real, made))
+        for metric, queries, manifold in shares:
+            inside = within_manifold(queries, manifold, neighbours=NEIGHBOURS).double()
+            share = bootstrap(_mean, [inside], resamples=self.resamples)
+            note = _join(f"{NEIGHBOURS} neighbours; {len(queries)} images in the manifold of {len(manifold)}.", small)
+            rows.append(self._row(metric, against, share["estimate"], len(made), note, share["low"], share["high"]))
+        return rows
+
+    def _inception(self, found: ImageSet) -> list[Measurement]:
+        """The score of all images as one part."""
+        if found.probabilities is None:
+            return []
+        score = bootstrap(
+            _score,
+            [found.probabilities.double()],
+            resamples=self.resamples,
+            kind="centred",
+        )
+        note = _join("One split.", small_sample_note("inception_score", len(found), found.probabilities.shape[1]))
+        return [self._row("inception_score", None, score["estimate"], len(found), note, score["low"], score["high"])]
+
+    def _halves(self, full: ImageSet) -> list[Measurement]:
+        """How far two sets of the same model are apart, each of half the images."""
+        half = len(full) // 2
+        if half < 2:
+            return []
+        value = frechet_distance(Moments.of(full.pooled[:half]), Moments.of(full.pooled[half : 2 * half]))
+        note = f"Two halves of {half} images of full precision, other seeds: what sampling alone makes at this n."
+        label = f"{result_name('frechet_distance', self.extractor)} between halves"
+        return [_measurement("fd_between_halves", label, self.extractor.name, value, half, note)]
+
+    def _paired(self, found: ImageSet) -> list[Measurement]:
+        """Against full precision, image by image."""
+        if found.images is None or self.full.images is None:
+            return []
+        errors = paired_errors(found.images, self.full.images, resamples=self.resamples)
+        note = _join(PAIRED, errors["note"])
+        rows: list[Measurement] = []
+        for name, label in (("relative_l2", "relative L2"), ("psnr_db", "PSNR dB"), ("ssim", "SSIM")):
+            interval = errors[name]
+            if interval is None:
+                small = f"The images are smaller than its window of {WINDOW} pixels."
+                rows.append(_measurement(name, label, None, None, errors["n"], small))
+                continue
+            equal = name == "psnr_db" and interval["estimate"] is None
+            said = _join("Infinite: all images are equal to full precision." if equal else None, note)
+            rows.append(_measurement(name, label, None, interval["estimate"], errors["n"], said, interval["low"],
+                                     interval["high"]))  # fmt: skip
+        return rows
+
+
+def _costs(found: ImageSet, gbops: float) -> list[Measurement]:
+    state = found.state_bytes_per_image / 2**20
+    return [
+        _measurement("gbops", "GBOPs", None, gbops, 1, GBOPS),
+        _measurement("state_mib", "state MiB", None, state, len(found), STATE),
+        _measurement("seconds", "seconds", None, found.seconds, len(found), SECONDS),
+    ]
+
+
+def _measurement(name: str, label: str, extractor: str | None, value: float | None, n: int, note: str | None,
+                 low: float | None = None, high: float | None = None) -> Measurement:  # fmt: skip
+    value, low, high = (None if x is None or not math.isfinite(x) else float(x) for x in (value, low, high))
+    return {"name": name, "label": label, "extractor": extractor, "value": value, "n": n, "low": low, "high": high,
+            "note": note or ""}  # fmt: skip
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def _score(probabilities: Tensor) -> float:
+    return inception_score(probabilities, splits=1)["mean"]
+
+
+def _setting(other: ImageSet, against: str) -> str:
+    """What the distance is to."""
+    return SAME_SEEDS if against == FULL else f"To {len(other)} images of the reference data."
+
+
+def _small(found: ImageSet, other: ImageSet, dimension: int) -> str | None:
+    return small_sample_note("frechet_distance", min(len(found), len(other)), dimension)
+
+
+def _join(*sentences: str | None) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)

@@ -1,0 +1,135 @@
+"""Which configurations the evaluation suite runs: full precision, fewer steps, and what was named."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modiff.config import ModiffConfig
+from modiff.errors import ConfigError
+from modiff.io.named_config import FAMILIES, named_config
+
+FULL_PRECISION = "full precision"
+SHARES = {2: "half the steps", 4: "a quarter of the steps", 5: "a fifth of the steps", 10: "a tenth of the steps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One configuration: a name, the sampler's steps, and what modiff applies (None: nothing).
+
+    family: what a chart gives one colour: "steps" for those without a config, "plain", "modulated", ...
+    """
+
+    name: str
+    steps: int
+    config: ModiffConfig | None = None
+    family: str = "steps"
+
+    @property
+    def key(self) -> str:
+        """A folder name for all that shapes the images of this plan: equal plans have equal ones, others do not."""
+        return f"{_slug(self.name)}-{_digest({'steps': self.steps, 'config': _values(self.config)})}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How much is run. fewer: full precision is run with steps // each of them, too."""
+
+    num_images: int
+    steps: int
+    configs: tuple[str, ...]
+    fewer: tuple[int, ...] = (2,)
+
+
+PRESETS = {
+    "quick": Preset(num_images=500, steps=50, configs=("plain:8:4", "modulated:8:4")),
+    "full": Preset(
+        num_images=10_000,
+        steps=50,
+        configs=(
+            *(f"plain:8:{bits}" for bits in (8, 6, 4, 3)),
+            *(f"modulated:8:{bits}" for bits in (8, 6, 4, 3, 2)),
+            "uncompensated:8:4",
+            *(f"tuned:8:{bits}" for bits in (4, 3, 2)),
+            "modulated:4:4",
+        ),
+        fewer=(2, 4, 5, 10),
+    ),
+}
+
+
+def preset(name: str, *, num_images: int | None = None, steps: int | None = None,
+           configs: Sequence[str] = ()) -> Preset:  # fmt: skip
+    """A preset by name, with what is given in the place of its own. Raises: ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}. Use --preset quick.")
+    found = PRESETS[name]
+    return dataclasses.replace(
+        found,
+        num_images=found.num_images if num_images is None else num_images,
+        steps=found.steps if steps is None else steps,
+        configs=tuple(configs) or found.configs,
+    )
+
+
+def plans_of(chosen: Preset) -> list[Plan]:
+    """Full precision first, then with fewer steps (half of them always), then each config.
+
+    Raises: ConfigError for a config that does not exist or is named twice, or fewer than 2 steps.
+    """
+    if chosen.steps < 2:
+        raise ConfigError(
+            f"--steps: expected 2 or more, got {chosen.steps}. Half of them are run as well, and what changes between "
+            "steps is coded. Use --steps 50."
+        )
+    found = [Plan(name=FULL_PRECISION, steps=chosen.steps)]
+    shares = sorted({2, *chosen.fewer})
+    found += [Plan(name=SHARES.get(n, f"1/{n} of the steps"), steps=chosen.steps // n) for n in shares
+              if chosen.steps // n]  # fmt: skip
+    found += [_named_plan(text, chosen.steps) for text in chosen.configs]
+    for i, plan in enumerate(found):
+        for other in found[:i]:
+            if plan.name == other.name or (plan.config is not None and plan.config == other.config):
+                raise ConfigError(
+                    f"--configs: expected different configurations, got {plan.name} twice. Their rows would be equal "
+                    "or could not be told apart. Leave one out, or rename its file."
+                )
+    return found
+
+
+def _named_plan(text: str, steps: int) -> Plan:
+    config = named_config(text)
+    family = _family(config)
+    name = Path(text).stem if family is None or text.endswith(".json") else f"{family} {_widths(config)}"
+    return Plan(name=name, steps=steps, config=config, family=family or "config")
+
+
+def _family(config: ModiffConfig) -> str | None:
+    """The family of presets that has exactly this config."""
+    bits = config.layer.weight.bits, config.layer.activation.bits
+    for name, make in FAMILIES.items():
+        if (bits[1] is not None or name != "tuned") and make(*bits) == config:
+            return name
+    return None
+
+
+def _widths(config: ModiffConfig) -> str:
+    return f"W{config.layer.weight.bits or 32}A{config.layer.activation.bits or 32}"
+
+
+def _values(config: ModiffConfig | None) -> dict[str, Any] | None:
+    return None if config is None else config.to_dict()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "config"
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]

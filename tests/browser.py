@@ -1,0 +1,102 @@
+"""A real browser for tests: headless Chromium by the W3C WebDriver protocol, spoken with the standard library alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCREENSHOTS = "MODIFF_SCREENSHOTS"
+"""Environment variable: the folder where screenshots are kept; nowhere when it is not set."""
+WAIT = 60
+
+
+class Browser:
+    """One window."""
+
+    def __init__(self, driver: str, browser: str) -> None:
+        self.driver = driver
+        # no-sandbox: tests run as root in containers; dev-shm: their /dev/shm is small
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+                   "binary": browser}  # fmt: skip
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        self.session = f"/session/{session['sessionId']}"
+
+    def open(self, page: Path) -> None:
+        """Load a local file."""
+        self._call("POST", f"{self.session}/url", {"url": page.resolve().as_uri()})
+
+    def run(self, script: str) -> Any:
+        """The value that a JavaScript function body returns; a promise is waited for."""
+        return self._call("POST", f"{self.session}/execute/sync", {"script": script, "args": []})
+
+    def command(self, name: str, **parameters: Any) -> Any:
+        """A command of the DevTools protocol."""
+        return self._call("POST", f"{self.session}/goog/cdp/execute", {"cmd": name, "params": dict(parameters)})
+
+    def console(self) -> list[str]:
+        """What was logged since the last call: errors, warnings, refused requests."""
+        found = self._call("POST", f"{self.session}/se/log", {"type": "browser"})
+        return [entry["message"] for entry in found]
+
+    def screenshot(self, path: Path) -> None:
+        """The whole page as a PNG file."""
+        shown = self.command("Page.captureScreenshot", captureBeyondViewport=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(shown["data"]))
+
+    def close(self) -> None:
+        """End the window."""
+        self._call("DELETE", self.session)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.driver + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=WAIT) as answer:
+            return json.loads(answer.read())["value"]
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser; the test is skipped where there is none."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("needs chromium and chromedriver on the PATH: apt-get install chromium chromium-driver")
+    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        window = Browser(f"http://localhost:{_port(process)}", browser)
+        try:
+            yield window
+        finally:
+            window.close()
+    finally:
+        process.terminate()
+        process.wait(WAIT)
+        if process.stdout:
+            process.stdout.close()
+
+
+def keep_screenshot(browser: Browser, name: str) -> None:
+    """Keep one where the environment asks for it."""
+    if folder := os.environ.get(SCREENSHOTS):
+        browser.screenshot(Path(folder) / f"{name}.png")
+
+
+def _port(process: subprocess.Popen[str]) -> int:
+    """The port that the driver chose and printed."""
+    for line in process.stdout or ():
+        head, _, tail = line.rpartition("on port ")
+        if head.startswith("ChromeDriver was started successfully"):
+            return int(tail.strip().rstrip("."))
+    raise RuntimeError("chromedriver: expected a port, got none before it ended. Run it by hand to see why.")

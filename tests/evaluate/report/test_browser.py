@@ -1,0 +1,143 @@
+"""The report in a real browser: nothing goes wrong, everything is there to be seen, tables sort, texts stay texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modiff.evaluate.classifier import Classifier
+from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.report.sections import suite_document
+from modiff.evaluate.report.write import write_report
+from modiff.evaluate.suite import run_suite
+from modiff.evaluate.suite_images import PipelineSource
+from modiff.evaluate.suite_layers import layer_errors, watched_plan
+from modiff.evaluate.suite_plans import Preset
+from tests.browser import Browser, chromium, keep_screenshot
+from tests.evaluate.report.documents import NASTY, document
+from tests.pixels import pixel_pipeline
+
+IMAGES = """return [...document.images].map((image) => {
+  const box = image.getBoundingClientRect();
+  return {id: image.closest("figure").id, natural: image.naturalWidth, width: box.width, height: box.height,
+          right: box.right, alt: image.alt};
+});"""
+COLUMN = """const table = document.getElementById(%s);
+return [...table.tBodies[0].rows].map((row) => row.cells[%d].textContent);"""
+PRESS = "document.getElementById(%s).tHead.rows[0].cells[%d].querySelector('button').click();"
+SORTED = "return [...document.getElementById(%s).tHead.rows[0].cells].map((head) => head.getAttribute('aria-sort'));"
+COLOURS = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor];"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as window:
+        window.command("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+        yield window
+
+
+@pytest.fixture
+def page(browser: Browser, tmp_path: Path) -> Browser:
+    """A small document."""
+    browser.open(write_report(document(), tmp_path)[0])
+    return browser
+
+
+def column(browser: Browser, table: str, index: int) -> list[str]:
+    return browser.run(COLUMN % (json.dumps(table), index))
+
+
+def press(browser: Browser, table: str, index: int) -> None:
+    browser.run(PRESS % (json.dumps(table), index))
+
+
+def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser: Browser, tmp_path: Path) -> None:
+    source = PipelineSource(pixel_pipeline())
+    chosen = Preset(num_images=12, steps=4, configs=("plain:8:4", "modulated:8:4"))
+    extractor = ClassifierFeatures(Classifier(channels=(4, 8), classes=3), "tiny")
+    suite = run_suite(source, extractor, chosen, tmp_path / "run", batch_size=6, resamples=10, progress=False)
+    plan = watched_plan([row.plan for row in suite.rows])
+    assert plan is not None
+    watched = (plan, 2, layer_errors(source.pipe, plan, num_images=2))
+    report = suite_document(suite, ["modiff", "evaluate"], watched=watched)
+    browser.open(write_report(report, tmp_path / "report")[0])
+    found = browser.run(IMAGES)
+    assert browser.console() == []
+    assert [image["id"] for image in found] == [figure.name for figure in report.figures()]
+    for image in found:
+        assert image["natural"] > 0, image
+        assert image["width"] > 100, image
+        assert image["height"] > 20, image
+        assert image["right"] <= 1280, image
+        assert image["alt"], image
+    keep_screenshot(browser, "report")
+    browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    keep_screenshot(browser, "report-dark")
+    browser.command("Emulation.setEmulatedMedia", features=[])
+    assert browser.console() == []
+
+
+def test_numbers_sort_by_value_and_what_was_not_measured_stays_last(page: Browser) -> None:
+    press(page, "numbers", 1)
+    assert column(page, "numbers", 0) == ["b10", "c", "b2", "a"]
+    assert page.run(SORTED % '"numbers"') == [None, "ascending", None]
+    press(page, "numbers", 1)
+    assert column(page, "numbers", 0) == ["b2", "c", "b10", "a"]
+    assert page.run(SORTED % '"numbers"') == [None, "descending", None]
+
+
+def test_names_sort_as_a_reader_would_and_one_column_at_a_time_is_marked(page: Browser) -> None:
+    press(page, "numbers", 1)
+    press(page, "numbers", 0)
+    assert column(page, "numbers", 0) == ["a", "b2", "b10", "c"]
+    assert page.run(SORTED % '"numbers"') == ["ascending", None, None]
+
+
+def test_tables_sort_by_keyboard(page: Browser) -> None:
+    page.run("document.querySelectorAll('#numbers button')[1].focus();")
+    for kind in ("keyDown", "keyUp"):
+        page.command(
+            "Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
+        )
+    assert column(page, "numbers", 0) == ["b10", "c", "b2", "a"]
+
+
+def test_texts_that_try_to_break_out_are_shown_and_run_nothing(browser: Browser, tmp_path: Path) -> None:
+    browser.open(write_report(document(NASTY), tmp_path)[0])
+    assert browser.run("return document.title") == f"Title {NASTY}"
+    assert column(browser, "texts", 0) == [NASTY]
+    assert browser.run("return document.images.length") == 2
+    assert browser.console() == []
+
+
+def test_the_page_may_load_nothing_and_run_no_other_script(page: Browser) -> None:
+    page.run("""const script = document.createElement("script"); script.textContent = "document.title = 'run'";
+document.body.append(script);
+const image = document.createElement("img"); image.src = "http://127.0.0.1:9/x.png"; document.body.append(image);""")
+    assert page.run("return document.title") == "Title plain"
+    refused = page.console()
+    assert len([line for line in refused if "Content Security Policy" in line]) == 2, refused
+
+
+def test_dark_mode_turns_ink_and_paper_round_and_print_is_black_on_white(page: Browser) -> None:
+    def colours(media: str, scheme: str) -> list[str]:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        page.command("Emulation.setEmulatedMedia", media=media, features=features)
+        return page.run(COLOURS)
+
+    light, dark, printed = colours("screen", "light"), colours("screen", "dark"), colours("print", "dark")
+    page.command("Emulation.setEmulatedMedia", media="", features=[])
+    assert light == ["rgb(27, 31, 36)", "rgb(255, 255, 255)"]
+    assert dark == ["rgb(230, 233, 237)", "rgb(20, 23, 27)"]
+    assert printed == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+
+
+def test_a_narrow_screen_does_not_scroll_sideways(page: Browser) -> None:
+    page.command("Emulation.setDeviceMetricsOverride", width=360, height=700, deviceScaleFactor=1, mobile=True)
+    try:
+        assert page.run("return document.documentElement.scrollWidth") <= 360
+    finally:
+        page.command("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)

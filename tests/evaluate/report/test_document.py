@@ -1,0 +1,64 @@
+"""A document is checked when it is made: what a page could not show is an error there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from modiff.errors import ConfigError
+from modiff.evaluate.report.document import Cell, Column, Document, Figure, Section, Table
+from tests.evaluate.report.documents import document, png, table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "value", "detail"),
+    [
+        ((1.25,), "1.25", 1.25, ""),
+        ((1234.5, ",.0f"), "1,234", 1234.5, ""),
+        ((0.5, ".2f", 0.25, 0.75), "0.50", 0.5, "[0.25, 0.75]"),
+        ((0.5, ".2f", None, 0.75), "0.50", 0.5, ""),
+        ((3, "d"), "3", 3.0, ""),
+        ((None,), "-", None, ""),
+        ((math.inf,), "-", None, ""),
+        ((math.nan, ".2f", 0.0, 1.0), "-", None, ""),
+    ],
+)
+def test_numbers_as_cells(arguments: tuple[float | None, ...], text: str, value: float | None, detail: str) -> None:
+    assert Cell.number(*arguments) == Cell(text, value, detail)  # type: ignore[arg-type]
+
+
+def test_a_row_with_another_number_of_cells_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"Table t: expected 2 cells in every row, got \[1\]"):
+        Table("t", "c", (Column("a"), Column("b")), ((Cell("1"), Cell("2")), (Cell("1"),)))
+
+
+def test_a_figure_needs_alt_text_and_the_bytes_of_its_kind() -> None:
+    with pytest.raises(ConfigError, match="Figure f: expected alt text"):
+        Figure("f", " ", "c", png())
+    with pytest.raises(ConfigError, match="expected the bytes of a svg file"):
+        Figure("f", "a", "c", png(), "svg")
+    with pytest.raises(ConfigError, match="expected the bytes of a png file, got b'<svg'"):
+        Figure("f", "a", "c", b"<svg")
+
+
+@pytest.mark.parametrize("name", ["", "A", "a b", "a--b", "../a", 'a"', "a.png"])
+def test_a_name_is_a_link_and_a_file_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected a name of small letters"):
+        Figure(name, "a", "c", png())
+    with pytest.raises(ConfigError, match="expected a name of small letters"):
+        Table(name, "c", (Column("a"),), ())
+
+
+def test_a_name_is_used_once() -> None:
+    figure = Figure("numbers", "a", "c", png())
+    with pytest.raises(ConfigError, match="got numbers twice"):
+        Document("t", "l", (Section("one", (figure,)), Section("two", (table("numbers"),))))
+
+
+def test_notes_of_one_wording_stand_together() -> None:
+    assert table().notes() == [("value, other", "What it is.")]
+
+
+def test_figures_are_listed_in_order() -> None:
+    assert [figure.name for figure in document().figures()] == ["dots", "lines"]

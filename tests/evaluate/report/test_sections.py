@@ -1,0 +1,148 @@
+"""A suite as a report: every figure of the JSON is in it, full precision and fewer steps always are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modiff.evaluate.report import charts
+from modiff.evaluate.report.charts import STEPS
+from modiff.evaluate.report.document import Code, Document, Figure, Section, Table
+from modiff.evaluate.report.sections import _point, suite_document
+from modiff.evaluate.suite import Suite, run_suite
+from modiff.evaluate.suite_plans import Preset, plans_of
+from tests.evaluate.suite_fakes import FakeExtractor, FakeSource
+
+CHOSEN = Preset(num_images=10, steps=8, configs=("plain:8:4", "modulated:8:4"), fewer=(2, 4))
+COMMAND = ["modiff", "evaluate", "my model"]
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    folder = tmp_path_factory.mktemp("suite")
+    np.save(folder / "real.npy", FakeSource(seed=50).images(plans_of(CHOSEN)[0], range(12)))
+    return run_suite(
+        FakeSource(seed=3), FakeExtractor(), CHOSEN, folder / "run", reference=folder / "real.npy", batch_size=5,
+        resamples=10, progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(suite: Suite) -> Document:
+    return suite_document(suite, COMMAND)
+
+
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts without their drawing, which takes a while: others look at it."""
+    monkeypatch.setattr(charts, "_svg", lambda draw: b"<svg/>")
+
+
+def block(report: Document, name: str) -> Table | Figure:
+    (found,) = [b for s in report.sections for b in s.blocks if isinstance(b, Table | Figure) and b.name == name]
+    return found
+
+
+def texts(table: Table | Figure) -> list[list[str]]:
+    assert isinstance(table, Table)
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def test_the_sections_in_order(report: Document) -> None:
+    assert [section.title for section in report.sections] == [
+        "Results", "Images", "Error against cost", "How to get the same figures", "Every figure"
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_sections_of_other_studies_stand_before_the_command(suite: Suite) -> None:
+    titles = [s.title for s in suite_document(suite, COMMAND, more=[Section("Reuse", ("Text.",))]).sections]
+    assert titles[-3:] == ["Reuse", "How to get the same figures", "Every figure"]
+
+
+def test_every_figure_of_every_configuration_is_in_the_long_table(suite: Suite, report: Document) -> None:
+    table = block(report, "figures")
+    assert isinstance(table, Table)
+    found = [(row[0].text, row[1].text, row[2].value, row[-1].text) for row in table.rows]
+    assert found == [(r.plan.name, m["label"], m["value"], m["note"]) for r in suite.rows for m in r.metrics]
+
+
+def test_the_short_tables_have_each_configuration_once_and_its_own_figures(suite: Suite, report: Document) -> None:
+    names = [row.plan.name for row in suite.rows]
+    for name in ("paired", "costs", "as-sets", "to-reference"):
+        assert [line[0] for line in texts(block(report, name))] == names
+    paired = block(report, "paired")
+    assert isinstance(paired, Table)
+    column = [c.title for c in paired.columns].index("relative L2")
+    for row, cells in zip(suite.rows[1:], paired.rows[1:], strict=True):
+        metric = row.metric("relative_l2")
+        assert metric is not None
+        assert (cells[column].value, cells[column].text) == (metric["value"], f"{metric['value']:.4f}")
+    assert paired.rows[0][column].text == "-"
+
+
+def test_every_short_figure_is_in_exactly_one_table(suite: Suite, report: Document) -> None:
+    titles = [c.title for name in ("paired", "costs", "as-sets", "to-reference") for c in _columns(report, name)[2:]]
+    labels = {m["label"] for row in suite.rows for m in row.metrics if m["name"] != "fd_between_halves"}
+    assert sorted(titles) == sorted(labels)
+
+
+def _columns(report: Document, name: str) -> tuple[object, ...]:
+    table = block(report, name)
+    assert isinstance(table, Table)
+    return table.columns
+
+
+def test_sampling_noise_is_told_beside_the_distances(report: Document) -> None:
+    assert any(isinstance(b, str) and b.startswith("FD(quadrants) between halves: ") for b in report.sections[0].blocks)
+
+
+def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(report: Document) -> None:
+    found = [b for b in report.sections[2].blocks if isinstance(b, Figure)]
+    assert [c.name for c in found] == [
+        "relative-l2-by-gbops", "relative-l2-by-seconds", "fd-to-reference-by-gbops", "fd-to-reference-by-seconds"
+    ]  # fmt: skip
+    for chart in found:
+        for part in ("8 steps", "4 steps", "2 steps", "plain W8A4", "modulated W8A4"):
+            assert part in chart.alt, (chart.name, part)
+
+
+def test_points_are_per_image(suite: Suite) -> None:
+    plain = suite.rows[3]
+    assert (_point(plain, "relative_l2", "gbops").cost, _point(plain, "relative_l2", "seconds").cost) == (800, 0.5)
+    assert (_point(suite.rows[0], "relative_l2", "gbops").error, suite.rows[0].plan.family) == (0.0, STEPS)
+    assert (_point(plain, "relative_l2", "gbops").label, _point(plain, "relative_l2", "gbops").family) == (
+        "W8A4", "plain"
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_without_a_reference_the_distance_drawn_is_that_to_full_precision(tmp_path: Path) -> None:
+    suite = run_suite(FakeSource(), FakeExtractor(), CHOSEN, tmp_path, batch_size=5, resamples=10, progress=False)
+    report = suite_document(suite, COMMAND)
+    names = [b.name for b in report.sections[2].blocks if isinstance(b, Figure)]
+    assert names[2:] == ["fd-to-full-precision-by-gbops", "fd-to-full-precision-by-seconds"]
+    assert not any(isinstance(b, Table) and b.name == "to-reference" for b in report.sections[0].blocks)
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_layers_are_shown_if_they_were_watched(suite: Suite) -> None:
+    steps = [{"step": t, "output_relative_l2": 0.1 * t} for t in range(3)]
+    traces = [{"name": "conv", "call": 0, "steps": steps}]
+    watched = (suite.rows[-1].plan, 4, traces)
+    section = suite_document(suite, COMMAND, watched=watched).sections[3]  # type: ignore[arg-type]
+    assert section.title == "Where the error arises"
+    (figure,) = section.blocks
+    assert isinstance(figure, Figure)
+    assert "modulated W8A4, 4 images" in figure.caption
+
+
+def test_the_command_and_the_environment_are_told(suite: Suite, report: Document) -> None:
+    last = report.sections[-2].blocks
+    assert Code("modiff evaluate 'my model'") in last
+    settings = dict(texts(block(report, "settings")))
+    assert (settings["num_images"], settings["seed"], settings["extractor"]) == ("10", "3", "quadrants")
+    assert settings["configurations"] == ", ".join(row.plan.name for row in suite.rows)
+    assert dict(texts(block(report, "environment")))["torch"] == suite.environment["torch"]

@@ -1,0 +1,197 @@
+"""The suite end to end: the same seeds for all, figures of the right images, nothing lost or done twice by a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modiff.errors import ConfigError, FormatError
+from modiff.evaluate.classifier import Classifier
+from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.suite import Row, Suite, run_suite
+from modiff.evaluate.suite_images import PipelineSource
+from modiff.evaluate.suite_plans import Preset, plans_of
+from tests.evaluate.suite_fakes import FakeExtractor, FakeSource
+from tests.pixels import pixel_pipeline
+
+CHOSEN = Preset(num_images=10, steps=4, configs=("plain:8:4", "modulated:8:4"))
+NAMES = ["full precision", "half the steps", "plain W8A4", "modulated W8A4"]
+TIMES = ("seconds",)
+
+
+def run(folder: Path, source: Any = None, chosen: Preset = CHOSEN, **options: Any) -> Suite:
+    options = {"batch_size": 4, "resamples": 10, "progress": False} | options
+    return run_suite(source or FakeSource(), FakeExtractor(), chosen, folder, **options)
+
+
+def values(row: Row) -> dict[str, float | None]:
+    return {m["name"]: m["value"] for m in row.metrics}
+
+
+def test_every_configuration_gets_the_same_seeds_and_the_figures_of_its_own_images(tmp_path: Path) -> None:
+    source = FakeSource()
+    suite = run(tmp_path, source)
+    assert [row.plan.name for row in suite.rows] == NAMES
+    spans = [range(4), range(4, 8), range(8, 10)]
+    assert source.drawn == [(name, span) for name in NAMES for span in spans]
+    plans = plans_of(CHOSEN)
+    full = source.images(plans[0], range(10)).astype(float)
+    for row, plan, samples in zip(suite.rows[1:], plans[1:], suite.samples[1:], strict=True):
+        images = source.images(plan, range(10))
+        assert values(row)["relative_l2"] == pytest.approx(relative_l2(images.astype(float), full))
+        assert values(row)["gbops"] == 100 * plan.steps
+        assert values(row)["seconds"] == 5.0
+        assert np.array_equal(samples, images[:4])
+
+
+def test_finished_work_is_not_done_again(tmp_path: Path) -> None:
+    first, source = run(tmp_path), FakeSource()
+    again = run(tmp_path, source)
+    assert (source.opened, source.drawn) == ([], [])
+    assert again.rows == first.rows
+    assert all(np.array_equal(a, b) for a, b in zip(again.samples, first.samples, strict=True))
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 11])
+def test_a_run_stopped_at_any_batch_ends_as_one_that_was_not(after: int, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    stopped = FakeSource(stop_after=after)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", stopped)
+    source = FakeSource()
+    resumed = run(tmp_path / "stopped", source)
+    assert [*stopped.drawn, *source.drawn] == [(n, s) for n in NAMES for s in (range(4), range(4, 8), range(8, 10))]
+    assert resumed.rows == whole.rows
+
+
+def test_a_stop_between_metrics_keeps_the_rows_that_were_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modiff.evaluate.suite_metrics import Judge
+
+    measured, real = [], Judge.measure
+
+    def counted(self: Judge, found: Any, gbops: float) -> Any:
+        measured.append(gbops)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return real(self, found, gbops)
+
+    monkeypatch.setattr(Judge, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    run(tmp_path)
+    assert measured == [400, 200, 400, 400, 400]  # the third one twice
+
+
+def test_more_images_and_more_configurations_keep_what_is_there(tmp_path: Path) -> None:
+    run(tmp_path)
+    source = FakeSource()
+    suite = run(tmp_path, source, Preset(num_images=12, steps=4, configs=("plain:8:4", "plain:8:3")))
+    assert source.drawn == [
+        *((name, range(8, 12)) for name in NAMES[:3]),
+        *(("plain W8A3", span) for span in (range(4), range(4, 8), range(8, 12))),
+    ]
+    assert {m["n"] for row in suite.rows for m in row.metrics} <= {12, 6, 1}
+
+
+def test_rows_are_computed_anew_with_a_reference_or_other_resamples(tmp_path: Path) -> None:
+    first = run(tmp_path / "run")
+    np.save(tmp_path / "real.npy", FakeSource(seed=50).images(plans_of(CHOSEN)[0], range(12)))
+    source = FakeSource()
+    second = run(tmp_path / "run", source, reference=tmp_path / "real.npy")
+    assert source.drawn == []
+    assert "fd_to_reference" not in values(first.rows[0])
+    assert all(values(row)["fd_to_reference"] > 0 for row in second.rows)
+    third = run(tmp_path / "run", resamples=11)
+    assert "fd_to_reference" not in values(third.rows[0])
+    assert third.rows[1].metric("relative_l2")["low"] != first.rows[1].metric("relative_l2")["low"]
+
+
+def test_the_reference_is_what_distances_are_taken_to(tmp_path: Path) -> None:
+    full = FakeSource().images(plans_of(CHOSEN)[0], range(10))
+    np.savez(tmp_path / "same.npz", full)
+    suite = run(tmp_path / "run", reference=tmp_path / "same.npz")
+    assert values(suite.rows[0])["fd_to_reference"] == pytest.approx(0, abs=1e-9)
+    assert values(suite.rows[2])["fd_to_reference"] == pytest.approx(values(suite.rows[2])["fd_to_full_precision"])
+    assert suite.settings["reference"]
+
+
+def test_a_reference_that_does_not_fit_stops_it_before_anything_is_drawn(tmp_path: Path) -> None:
+    source = FakeSource()
+    np.save(tmp_path / "small.npy", np.zeros((20, 8, 8, 1), np.uint8))
+    with pytest.raises(FormatError, match="expected images of 12 x 12 x 1 like those of the model, got 8 x 8 x 1"):
+        run(tmp_path / "run", source, reference=tmp_path / "small.npy")
+    np.save(tmp_path / "few.npy", np.zeros((7, 12, 12, 1), np.uint8))
+    with pytest.raises(FormatError, match="expected 8 images or more, got 7"):
+        run(tmp_path / "run", source, reference=tmp_path / "few.npy")
+    assert source.drawn == []
+
+
+def test_an_extractor_that_takes_other_images_stops_it_before_anything_is_drawn(tmp_path: Path) -> None:
+    source = FakeSource()
+    extractor = ClassifierFeatures(Classifier(channels=(4, 8), image_channels=3), "colour")
+    with pytest.raises(ConfigError, match="expected float images"):
+        run_suite(source, extractor, CHOSEN, tmp_path, progress=False)
+    assert source.drawn == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "options", "message"),
+    [
+        (Preset(num_images=7, steps=4, configs=()), {}, "--num-images: expected 8 or more, got 7"),
+        (CHOSEN, {"batch_size": 0}, "--batch-size: expected 1 or more, got 0"),
+        (Preset(num_images=8, steps=4, configs=("w9a9",)), {}, "'w9a9'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_errors_and_make_no_folder(
+    chosen: Preset, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "run", chosen=chosen, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_jobs_folder_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="another seed"):
+        run(tmp_path, FakeSource(seed=1))
+
+
+def test_a_configuration_that_diverged_is_judged_and_said(tmp_path: Path) -> None:
+    suite = run(tmp_path, FakeSource(broken=["plain W8A4"]))
+    assert all("10 of 10 images were not finite" in m["note"] for m in suite.rows[2].metrics)
+    assert not any("not finite" in m["note"] for row in (suite.rows[0], suite.rows[3]) for m in row.metrics)
+
+
+def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Path) -> None:
+    found = json.loads(json.dumps(run(tmp_path).to_dict(["modiff", "evaluate", "my model"]), allow_nan=False))
+    assert found["command"] == "modiff evaluate 'my model'"
+    assert [c["name"] for c in found["configurations"]] == NAMES
+    assert found["configurations"][2]["config"]["layer"]["activation"]["bits"] == 4
+    fields = ["name", "label", "extractor", "value", "n", "low", "high", "note"]
+    assert all(list(m) == fields for c in found["configurations"] for m in c["metrics"])
+    assert found["settings"]["num_images"] == 10
+    assert {"cpu", "torch", "modiff"} <= set(found["environment"])
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_the_table_has_a_line_for_each_configuration(tmp_path: Path) -> None:
+    suite = run(tmp_path)
+    lines = suite.table().splitlines()
+    assert [line.split("  ")[0] for line in lines[2:6]] == NAMES
+    assert f"{values(suite.rows[2])['relative_l2']:.4f}" in lines[4]
+
+
+def test_a_real_pipeline_ends_with_small_errors_for_modulation_and_larger_for_fewer_steps(tmp_path: Path) -> None:
+    extractor = ClassifierFeatures(Classifier(channels=(4, 8), classes=3), "tiny")
+    suite = run_suite(
+        PipelineSource(pixel_pipeline()), extractor, CHOSEN, tmp_path, batch_size=5, resamples=10, progress=False
+    )
+    error = {row.plan.name: values(row)["relative_l2"] for row in suite.rows[1:]}
+    assert error["modulated W8A4"] < error["plain W8A4"] < error["half the steps"]
+    assert values(suite.rows[3])["state_mib"] > 0 == values(suite.rows[2])["state_mib"]
+    assert values(suite.rows[1])["gbops"] * 2 == values(suite.rows[0])["gbops"]

@@ -1,0 +1,43 @@
+"""Extractors by name: the package's own, a folder, a file; and a word on anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modiff.errors import FormatError
+from modiff.evaluate import suite_extractor as module
+from modiff.evaluate.classifier import Classifier, save_classifier
+from modiff.evaluate.suite_extractor import load_extractor
+
+
+def test_the_packages_own_and_a_folder_of_ones_own(tmp_path: Path) -> None:
+    assert load_extractor("classifier").name == "fashion-mnist-classifier"
+    save_classifier(Classifier(channels=(4, 8), classes=3), tmp_path / "mine")
+    found = load_extractor(str(tmp_path / "mine"))
+    assert (found.name, found.dimension) == ("mine", 8)
+
+
+def test_files_of_programs_and_of_weights_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, str]] = []
+    for kind in ("Inception", "ScriptedInception"):
+        monkeypatch.setattr(module, kind, lambda path, device, kind=kind: opened.append((kind, path.name)))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
+    (tmp_path / "weights.safetensors").write_bytes(b"\0" * 8)
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "program.pt")
+    for name in ("weights.pt", "weights.safetensors", "program.pt"):
+        load_extractor(str(tmp_path / name))
+    assert opened == [
+        ("Inception", "weights.pt"), ("Inception", "weights.safetensors"), ("ScriptedInception", "program.pt")
+    ]  # fmt: skip
+
+
+def test_anything_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="inception: expected 'classifier', a classifier's folder"):
+        load_extractor("inception")
+    with pytest.raises(FormatError, match=r"config\.json"):
+        load_extractor(str(tmp_path))

@@ -1,0 +1,217 @@
+"""The figures of a configuration: equal to their metrics called by hand, named and labelled, with honest notes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from modiff.evaluate import suite_metrics as module
+from modiff.evaluate.metrics.frechet_distance import frechet_distance
+from modiff.evaluate.metrics.inception_score import inception_score
+from modiff.evaluate.metrics.kernel_distance import kernel_distance
+from modiff.evaluate.metrics.moments import Moments
+from modiff.evaluate.metrics.precision_recall import precision_recall
+from modiff.evaluate.psnr import psnr
+from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.suite_metrics import ImageSet, Judge, Measurement, gather
+from modiff.evaluate.suite_store import Batch
+from tests.evaluate.suite_fakes import FakeExtractor
+
+N, RESAMPLES = 24, 20
+EXTRACTOR = FakeExtractor()
+
+
+def batches(seed: int, *, noise: float = 0.0, broken: int = 0) -> list[Batch]:
+    """Images of one seed, with as much noise added; in batches of 10, 10 and 4."""
+    images = np.random.default_rng(seed).integers(30, 220, (N, 12, 12, 1)).astype(np.float64)
+    images = (images + noise * np.random.default_rng(99).standard_normal(images.shape)).clip(0, 255).astype(np.uint8)
+    found = []
+    for part in np.split(images, [10, 20]):
+        features = EXTRACTOR(torch.from_numpy(part))
+        rows = [x.numpy() for x in features if x is not None]
+        found.append(Batch(part, *rows, 0.5 * len(part), 2**20 * len(part), broken))
+    return found
+
+
+FULL = gather(batches(0))
+FOUND = gather(batches(0, noise=12.0))
+REAL = dataclasses.replace(gather(batches(5), images=False))
+ROWS = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FOUND, 42.0)
+
+
+def row(name: str, rows: list[Measurement] = ROWS) -> Measurement:
+    (found,) = [r for r in rows if r["name"] == name]
+    return found
+
+
+def pixels(found: ImageSet) -> np.ndarray:
+    assert found.images is not None
+    return found.images
+
+
+def test_gathering_joins_the_batches_in_order() -> None:
+    parts = batches(0, broken=1)
+    found = gather(parts)
+    assert np.array_equal(pixels(found), np.concatenate([b.images for b in parts]))
+    assert torch.equal(found.pooled, EXTRACTOR(torch.from_numpy(pixels(found))).pooled)
+    assert (len(found), found.seconds, found.state_bytes_per_image, found.broken) == (N, 0.5 * N, 2**20, 3)
+    assert found.spatial is not None
+    rows = EXTRACTOR(torch.from_numpy(pixels(found))).spatial
+    assert rows is not None
+    assert torch.allclose(found.spatial.covariance(), Moments.of(rows).covariance())
+
+
+def test_gathering_works_without_what_an_extractor_does_not_give() -> None:
+    found = gather([b._replace(spatial=None, probabilities=None) for b in batches(0)], images=False)
+    assert (found.spatial, found.probabilities, found.images) == (None, None, None)
+
+
+def test_distances_of_sets_are_those_of_the_metrics() -> None:
+    for name, other in (("full_precision", FULL), ("reference", REAL)):
+        wanted = frechet_distance(Moments.of(FOUND.pooled), Moments.of(other.pooled))
+        assert row(f"fd_to_{name}")["value"] == pytest.approx(wanted)
+        assert FOUND.spatial is not None
+        assert other.spatial is not None
+        assert row(f"spatial_fd_to_{name}")["value"] == pytest.approx(frechet_distance(FOUND.spatial, other.spatial))
+        kernel = kernel_distance(FOUND.pooled, other.pooled, subsets=100, subset_size=N // 2)
+        assert row(f"kid_to_{name}")["value"] == pytest.approx(kernel["mean"])
+        shares = precision_recall(FOUND.pooled, other.pooled, neighbours=3)
+        assert row(f"precision_to_{name}")["value"] == shares["precision"]
+        assert row(f"recall_to_{name}")["value"] == shares["recall"]
+
+
+def test_the_score_is_that_of_all_images_as_one_part() -> None:
+    assert FOUND.probabilities is not None
+    wanted = inception_score(FOUND.probabilities, splits=1)["mean"]
+    assert row("inception_score")["value"] == pytest.approx(wanted)
+
+
+def test_paired_errors_are_those_of_the_bytes() -> None:
+    got, wanted = pixels(FOUND).astype(float), pixels(FULL).astype(float)
+    assert row("relative_l2")["value"] == pytest.approx(relative_l2(got, wanted))
+    assert row("psnr_db")["value"] == pytest.approx(psnr(got, wanted, data_range=255.0))
+    assert 0.5 < (row("ssim")["value"] or 0) < 1
+
+
+def test_costs_are_those_measured() -> None:
+    assert [(row(name)["value"], row(name)["n"]) for name in ("gbops", "state_mib", "seconds")] == [
+        (42.0, 1), (1.0, N), (0.5 * N, N)
+    ]  # fmt: skip
+
+
+def test_every_interval_holds_its_figure_and_has_a_width() -> None:
+    with_interval = [r for r in ROWS if r["low"] is not None]
+    assert {r["name"] for r in with_interval} == {
+        "inception_score", "relative_l2", "psnr_db", "ssim",
+        *(f"{m}_to_{a}" for m in ("fd", "kid", "precision", "recall") for a in ("full_precision", "reference")),
+    }  # fmt: skip
+    for r in with_interval:
+        assert r["low"] <= r["value"] <= r["high"], r
+    assert row("fd_to_reference")["low"] < row("fd_to_reference")["high"]
+
+
+@pytest.mark.parametrize("size", [20, 10])
+def test_the_kernel_distances_interval_is_as_wide_as_the_spread_of_independent_sets(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delete-d jackknife against the truth: the spread of the distance over many sets of 40."""
+    monkeypatch.setattr(module, "SUBSET_SIZE", size)
+    rng = np.random.default_rng(0)
+    draws = [[torch.from_numpy(rng.standard_normal((40, 2)) + shift) for shift in (0, 1)] for _ in range(200)]
+    truth = np.std([kernel_distance(a, b, subsets=1, subset_size=40)["mean"] for a, b in draws])
+    widths = []
+    for a, b in draws[:12]:
+        sets = [ImageSet(x.float(), None, None, None) for x in (a, b)]
+        found = row("kid_to_reference", Judge(EXTRACTOR, sets[0], sets[1], 1).measure(sets[0], 1.0))
+        widths.append((found["high"] - found["low"]) / (2 * 1.96))
+    assert np.mean(widths) == pytest.approx(truth, rel=0.35)
+
+
+def test_labels_carry_the_extractors_name_and_never_say_fid() -> None:
+    labels = {r["name"]: r["label"] for r in ROWS}
+    assert labels["fd_to_full_precision"] == "FD2FP32(quadrants)"
+    assert labels["fd_to_reference"] == "FD(quadrants) to reference"
+    assert labels["kid_to_full_precision"] == "KD(quadrants) to full precision"
+    assert not any("FID" in label or "KID" in label for label in labels.values())
+    assert {r["extractor"] for r in ROWS} == {"quadrants", None}
+    assert row("relative_l2")["extractor"] is None
+
+
+def test_notes_say_what_a_reviewer_asks() -> None:
+    assert "Same seeds" in row("fd_to_full_precision")["note"]
+    assert "biased upwards" in row("fd_to_reference")["note"]
+    assert "To 24 images of the reference data" in row("fd_to_reference")["note"]
+    assert "24 images: precision and recall depend on n" in row("recall_to_reference")["note"]
+    assert "not speed" in row("gbops")["note"]
+
+
+def test_an_extractors_own_note_goes_with_its_figures_only() -> None:
+    class Noted(FakeExtractor):
+        note = "Other weights."
+
+    rows = Judge(Noted(), FULL, None, RESAMPLES).measure(FOUND, 1.0)
+    assert all(r["note"].endswith("Other weights.") == (r["extractor"] is not None) for r in rows)
+
+
+def test_full_precision_is_not_compared_with_itself_but_its_halves_are() -> None:
+    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FULL, 1.0)
+    names = {r["name"] for r in rows}
+    assert {"fd_to_reference", "fd_between_halves", "gbops"} <= names
+    assert not {n for n in names if "full_precision" in n} | (names & {"relative_l2", "psnr_db"})
+    wanted = frechet_distance(Moments.of(FULL.pooled[:12]), Moments.of(FULL.pooled[12:]))
+    assert row("fd_between_halves", rows)["value"] == pytest.approx(wanted)
+
+
+def test_equal_images_have_no_distance_and_an_infinite_psnr_is_said_not_shown() -> None:
+    same = gather(batches(0))
+    rows = Judge(EXTRACTOR, FULL, None, RESAMPLES).measure(same, 1.0)
+    assert row("fd_to_full_precision", rows)["value"] == pytest.approx(0, abs=1e-9)
+    assert row("relative_l2", rows)["value"] == 0
+    assert row("psnr_db", rows)["value"] is None
+    assert "Infinite: all images are equal" in row("psnr_db", rows)["note"]
+    assert row("ssim", rows)["value"] == 1
+
+
+def test_many_dimensions_have_a_distance_and_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST_RESAMPLED", 3)
+    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FOUND, 1.0)
+    for name in ("fd_to_full_precision", "fd_to_reference"):
+        found = row(name, rows)
+        assert found["value"] == pytest.approx(row(name)["value"])
+        assert (found["low"], found["high"]) == (None, None)
+        assert "No interval" in found["note"]
+    assert "Same seeds" in row("fd_to_full_precision", rows)["note"]
+
+
+def test_manifolds_are_cut_to_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MANIFOLD", 10)
+    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FOUND, 1.0)
+    assert (
+        row("precision_to_reference", rows)["value"]
+        == precision_recall(FOUND.pooled[:10], REAL.pooled[:10], neighbours=3)["precision"]
+    )
+    assert row("precision_to_reference", rows)["n"] == 10
+
+
+def test_images_too_small_for_ssim_say_so() -> None:
+    small = [b._replace(images=b.images[:, :8, :8]) for b in batches(0)]
+    other = [b._replace(images=b.images[:, :8, :8]) for b in batches(0, noise=12.0)]
+    rows = Judge(EXTRACTOR, gather(small), None, RESAMPLES).measure(gather(other), 1.0)
+    assert row("ssim", rows)["value"] is None
+    assert "window of 11 pixels" in row("ssim", rows)["note"]
+
+
+def test_images_that_were_not_finite_are_told_with_every_figure() -> None:
+    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(gather(batches(0, noise=12.0, broken=2)), 1.0)
+    assert all(r["note"].startswith("6 of 24 images were not finite and count as black.") for r in rows)
+    assert not any("not finite" in r["note"] for r in ROWS)
+
+
+def test_figures_are_plain_numbers_or_none() -> None:
+    for r in ROWS:
+        for key in ("value", "low", "high"):
+            assert r[key] is None or (type(r[key]) is float and math.isfinite(r[key]))  # type: ignore[literal-required]

@@ -1,0 +1,147 @@
+"""The folder of a run: batches come back as they were, are counted by what is in them, and belong to one job."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modiff import presets
+from modiff.errors import ConfigError, FormatError
+from modiff.evaluate.suite_plans import Plan
+from modiff.evaluate.suite_store import Batch, Store
+
+PLAN = Plan(name="plain", steps=4, config=presets.plain(8, 4))
+
+
+def store(folder: Path, **settings: Any) -> Store:
+    return Store(folder, {"batch_size": 4, "seed": 0} | settings)
+
+
+def batch(count: int, *, rich: bool = True) -> Batch:
+    images = np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3)
+    rows = np.linspace(0, 1, count * 5, dtype=np.float32).reshape(count, 5)
+    return Batch(images, rows, rows[:, :2] if rich else None, rows[:, :3] if rich else None, 1.25, 77, 1)
+
+
+def fill(kept: Store, num_images: int) -> None:
+    for indices in kept.missing(PLAN, num_images):
+        kept.save(PLAN, indices, batch(len(indices)))
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_batch_comes_back_bit_for_bit(tmp_path: Path, rich: bool) -> None:
+    kept, wanted = store(tmp_path), batch(4, rich=rich)
+    kept.save(PLAN, range(4), wanted)
+    (found,) = store(tmp_path).load(PLAN, 4)
+    for name, value in wanted._asdict().items():
+        if isinstance(value, np.ndarray):
+            assert getattr(found, name).dtype == value.dtype
+            assert np.array_equal(getattr(found, name), value)
+        else:
+            assert getattr(found, name) == value
+
+
+def test_what_is_missing_is_what_was_not_saved(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    assert kept.missing(PLAN, 10) == [range(4), range(4, 8), range(8, 10)]
+    kept.save(PLAN, range(4, 8), batch(4))
+    assert store(tmp_path).missing(PLAN, 10) == [range(4), range(8, 10)]
+
+
+def test_more_images_keep_the_full_batches_and_draw_the_short_one_again(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    fill(kept, 10)
+    assert kept.missing(PLAN, 10) == []
+    assert kept.missing(PLAN, 13) == [range(8, 12), range(12, 13)]
+    assert [len(b.images) for b in kept.load(PLAN, 10)] == [4, 4, 2]
+
+
+def test_plans_with_other_settings_do_not_share_batches(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    fill(kept, 8)
+    assert len(kept.missing(Plan(name="plain", steps=4, config=presets.plain(8, 3)), 8)) == 2
+    assert len(kept.missing(Plan(name="plain", steps=5, config=presets.plain(8, 4)), 8)) == 2
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kept = store(tmp_path)
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match=r"000000-000004\.npz"):
+        kept.save(PLAN, range(4), batch(4))
+    assert list((tmp_path / PLAN.key).iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300])
+def test_a_damaged_batch_is_named_and_says_what_to_do(tmp_path: Path, keep: int) -> None:
+    kept = store(tmp_path)
+    fill(kept, 4)
+    path = tmp_path / PLAN.key / "000000-000004.npz"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(FormatError, match=r"000000-000004\.npz: expected a batch of images, got .* Delete it"):
+        list(kept.load(PLAN, 4))
+
+
+def test_a_batch_of_another_length_is_named(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    kept.save(PLAN, range(4), batch(3))
+    with pytest.raises(FormatError, match="expected 4 images, got 3"):
+        list(kept.load(PLAN, 4))
+
+
+def test_a_batch_never_runs_code(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    path = tmp_path / PLAN.key / "000000-000004.npz"
+    path.parent.mkdir()
+    np.savez(path, images=np.array([{"any": "object"}], dtype=object))
+    with pytest.raises(FormatError, match="Delete it"):
+        list(kept.load(PLAN, 4))
+
+
+def test_another_jobs_folder_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    store(tmp_path)
+    with pytest.raises(ConfigError, match="another batch_size and seed"):
+        store(tmp_path, seed=1, batch_size=8)
+    with pytest.raises(ConfigError, match="another sampler"):
+        store(tmp_path, sampler="ddim")
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.pdf").write_text("")
+    with pytest.raises(ConfigError, match=r"got thesis\.pdf and no settings\.json"):
+        store(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.pdf"]
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("[1")
+    with pytest.raises(FormatError, match=r"settings\.json: expected the settings"):
+        store(tmp_path)
+
+
+def test_a_row_is_kept_only_for_what_it_was_computed_from(tmp_path: Path) -> None:
+    kept, row = store(tmp_path), {"metrics": [{"value": 0.5}]}
+    assert kept.row(PLAN, {"n": 4}) is None
+    kept.save_row(PLAN, {"n": 4, "t": (1, 2)}, row)
+    assert store(tmp_path).row(PLAN, {"n": 4, "t": (1, 2)}) == row
+    assert kept.row(PLAN, {"n": 5, "t": (1, 2)}) is None
+    (tmp_path / PLAN.key / "row.json").write_text("{}")
+    assert kept.row(PLAN, {"n": 4, "t": (1, 2)}) is None
+
+
+def test_bit_operations_are_kept_with_what_the_plan_is(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    assert kept.gbops(PLAN) is None
+    kept.save_gbops(PLAN, 1.5)
+    assert store(tmp_path).gbops(PLAN) == 1.5
+    assert json.loads((tmp_path / PLAN.key / "plan.json").read_text())["config"] == presets.plain(8, 4).to_dict()
+    (tmp_path / PLAN.key / "plan.json").write_text('{"gbops": null}')
+    assert kept.gbops(PLAN) is None
