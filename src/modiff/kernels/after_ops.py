@@ -1,0 +1,205 @@
+"""The input side behind a norm and an activation, as one operator that torch can trace.
+
+modiff::code_after    y = activation(norm(x)), then codes of y against the state, which changes in place
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from modiff.config import Granularity
+from modiff.core.affine import qrange
+from modiff.errors import KernelError
+from modiff.kernels import native, prologue_ops
+from modiff.kernels.rows import as_rows, scale_shape
+
+Norm = Literal["none", "group", "layer"]
+Activation = Literal["none", "silu", "gelu_tanh"]
+
+_ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh")
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def code_after_now(
+    x: Tensor,
+    state: Tensor,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    groups: int,
+    eps: float,
+    activation: str,
+    bits: int,
+    clip: float,
+    granularity: str,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """(uint8 codes, the scales used).
+
+    Args:
+        weight, bias: of the norm, (C,); for "layer" also (B, C): the modulation of a sample, 1 + scale and shift.
+    """
+    if norm not in ("none", "group", "layer") or activation not in _ACTIVATIONS:
+        raise KernelError(
+            f"code_after: expected norm none, group or layer and activation {', '.join(_ACTIVATIONS)}, got {norm!r} "
+            f"and {activation!r}. Nothing else is fused. Compute it before and use prologue."
+        )
+    known = prologue_ops.known_granularity(granularity)
+    if scale is not None and scale.numel() == 1:
+        known = "tensor"
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    used = x.new_empty(scale_shape(x, known, channel_dim), dtype=torch.float32)
+    if scale is not None:
+        used.copy_(scale.reshape(used.shape))
+    run = _plan(x, state, weight, norm, groups, known, channel_dim)
+    if run is not None:
+        _natively(run, x, state, codes, used, scale is None, weight, bias, groups, eps, activation, bits, clip)
+        return codes, used.view(scale.shape) if scale is not None else used
+    value = before(x, weight, bias, norm, groups, eps, activation)
+    given = None if scale is None else used
+    found, measured = prologue_ops.code_eagerly(value, state, None, None, given, bits, clip, known, channel_dim)
+    codes.copy_(found)
+    used.copy_(measured)
+    return codes, used.view(scale.shape) if scale is not None else used
+
+
+code_after = torch.library.custom_op("modiff::code_after", code_after_now, mutates_args=("state",))
+
+
+@code_after.register_fake
+def _(
+    x: Tensor,
+    state: Tensor,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    groups: int,
+    eps: float,
+    activation: str,
+    bits: int,
+    clip: float,
+    granularity: str,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
+    shape = scale_shape(x, prologue_ops.known_granularity(granularity), channel_dim) if scale is None else scale.shape
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(shape, dtype=torch.float32)
+
+
+def before(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, groups: int, eps: float, activation: str
+) -> Tensor:
+    """activation(norm(x)) with torch's operators, in float32 at least."""
+    value = x if x.dtype == torch.float64 else x.float()
+    if norm == "group":
+        value = functional.group_norm(value, groups, _as(weight, value), _as(bias, value), eps)
+    elif norm == "layer":
+        value = functional.layer_norm(value, value.shape[-1:], None, None, eps)
+        value = value if weight is None else value * _per_sample(weight, value)
+        value = value if bias is None else value + _per_sample(bias, value)
+    if activation == "silu":
+        return functional.silu(value)
+    return functional.gelu(value, approximate="tanh") if activation == "gelu_tanh" else value
+
+
+def _as(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.to(like.dtype)
+
+
+def _per_sample(x: Tensor, like: Tensor) -> Tensor:
+    """(C,) or (B, C) -> broadcastable to (B, ..., C)."""
+    x = x.to(like.dtype)
+    return x if x.dim() == 1 else x.reshape(x.shape[0], *[1] * (like.dim() - 2), x.shape[1])
+
+
+class _Plan(NamedTuple):
+    """How the compiled loops walk: `segments` runs of `length`; mode as norm.cpp numbers it."""
+
+    library: ctypes.CDLL
+    mode: int
+    segments: int
+    length: int
+    per_sample: int
+    per_scale: int
+
+
+def _plan(
+    x: Tensor, state: Tensor, weight: Tensor | None, norm: str, groups: int, granularity: Granularity, channel_dim: int
+) -> _Plan | None:
+    """None where the compiled loops do not know types or layout."""
+    if x.device.type != "cpu" or x.dtype not in _KINDS or state.dtype != torch.float32 or x.numel() == 0:
+        return None
+    rows = as_rows(x, granularity, channel_dim)
+    if rows is None or state.stride() != x.stride() or (library := native.load("norm").library) is None:
+        return None
+    innermost = not x.is_contiguous() or channel_dim % x.dim() == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
+    if norm == "layer" and channel_dim % x.dim() != x.dim() - 1:
+        return None
+    planes = x.numel() // (x.shape[0] * x.shape[1]) if x.dim() > 1 else x.numel()
+    length = x.shape[channel_dim] if innermost else planes
+    segments = x.numel() // length
+    samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
+    mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
+    return _Plan(library, mode, segments, length, segments // samples, segments // rows.shape[0])
+
+
+def _natively(
+    plan: _Plan,
+    x: Tensor,
+    state: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    dynamic: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+    bits: int,
+    clip: float,
+) -> None:
+    a, b, mean, rstd = _coefficients(plan, x, weight, bias, groups, eps)
+    partial = torch.empty(plan.segments if dynamic and plan.per_scale > 1 else 0, dtype=torch.int32)
+    lowest, highest = qrange(bits)
+    plan.library.modiff_prologue_after(
+        x.data_ptr(), _KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(activation), a.data_ptr(), b.data_ptr(),
+        mean.data_ptr(), rstd.data_ptr(), state.data_ptr(), codes.data_ptr(), scale.data_ptr(), partial.data_ptr(),
+        plan.segments, plan.length, plan.per_sample, plan.per_scale, int(dynamic), ctypes.c_float(clip / highest),
+        lowest, highest, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _coefficients(
+    plan: _Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(a, b, mean, rstd) as norm.cpp reads them; empty where the mode has no use for them."""
+    nothing = torch.empty(0)
+    if plan.mode == 0:
+        return nothing, nothing, nothing, nothing
+    threads, kind = torch.get_num_threads(), _KINDS[x.dtype]
+    channels = plan.length if plan.mode != 2 else x.shape[1]
+    w = torch.ones(channels) if weight is None else weight.float().contiguous()
+    b = torch.zeros_like(w) if bias is None else bias.float().expand_as(w).contiguous()
+    runs = plan.segments if plan.mode == 3 else x.shape[0] * groups
+    mean, rstd = torch.empty(runs), torch.empty(runs)
+    if plan.mode == 1:
+        sums = torch.empty(x.shape[0] * channels, dtype=torch.float64)
+        plan.library.modiff_grouped_moments(
+            x.data_ptr(), kind, x.shape[0], plan.per_sample, channels, groups, eps, sums.data_ptr(), mean.data_ptr(),
+            rstd.data_ptr(), threads,
+        )  # fmt: skip
+    else:
+        plan.library.modiff_moments(
+            x.data_ptr(), kind, runs, x.numel() // runs, eps, mean.data_ptr(), rstd.data_ptr(), threads
+        )
+    if plan.mode == 3:
+        return w, b, mean, rstd
+    each = (x.shape[0], groups, channels // groups)
+    a = rstd.view(*each[:2], 1) * w.view(1, *each[1:])
+    return a, b.view(1, *each[1:]) - mean.view(*each[:2], 1) * a, nothing, nothing

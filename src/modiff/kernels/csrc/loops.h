@@ -1,0 +1,115 @@
+// The two loops of the input side, over one run of elements that lie side by side in memory.
+//
+// Every operation is the one that eager torch does, in its order, so codes and states are equal bit for bit:
+// no fused multiply-add, no reciprocal, no flush of denormals. Plain C++: no torch headers.
+
+#pragma once
+
+#include <cstdint>
+
+namespace modiff {
+
+constexpr float kSmallestScale = 1e-12f;
+constexpr int64_t kBlock = 16384;     // elements that one task works on
+constexpr int64_t kParallel = 65536;  // below this one thread is faster
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(Bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+
+// The input as it is. Other sources compute it on the way: a norm, an activation.
+template <class X>
+struct Plain {
+  const X* x;
+  float operator()(int64_t i) const { return load(x[i]); }
+};
+
+// Plain quantization: predict zero, remember nothing.
+struct Nothing {
+  float before(int64_t) const { return 0.0f; }
+  void after(int64_t, float) const {}
+};
+
+struct Hold {
+  float* state;
+  float before(int64_t i) const { return state[i]; }
+  void after(int64_t i, float value) const { state[i] = value; }
+};
+
+struct Linear {
+  float* state;
+  float* move;
+  float gain;
+  float before(int64_t i) const { return state[i] + gain * move[i]; }
+  void after(int64_t i, float value) const {
+    move[i] = value - state[i];
+    state[i] = value;
+  }
+};
+
+// An integer in units of a power of two: exact, also after a thousand steps.
+struct Fixed {
+  int16_t* state;
+  float grid;
+  int32_t shift;
+  float before(int64_t i) const { return static_cast<float>(state[i]) * grid; }
+};
+
+// Largest |x - p| as the bits of a float: ordered like the floats, with NaN above everything.
+template <class Source, class State>
+uint32_t largest(Source source, State state, int64_t count) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float r = source(i) - state.before(i);
+    const uint32_t bits = __builtin_bit_cast(uint32_t, r) & 0x7fffffffu;
+    found = bits > found ? bits : found;
+  }
+  return found;
+}
+
+inline float scale_of(uint32_t largest_bits, float factor) {
+  const float scale = __builtin_bit_cast(float, largest_bits) * factor;
+  return scale < kSmallestScale ? kSmallestScale : scale;  // NaN stays
+}
+
+// clamp(round(x), lowest, highest), ties to even; NaN gives 0.
+inline int32_t rounded(float x, float lowest, float highest) {
+  float q = __builtin_rintf(x);
+  q = q < lowest ? lowest : q;
+  q = q > highest ? highest : q;
+  q = q == q ? q : 0.0f;
+  return static_cast<int32_t>(q);
+}
+
+template <class Source, class State>
+void code(Source source, State state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
+          int64_t count) {
+  const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
+  for (int64_t i = 0; i < count; ++i) {
+    const float p = state.before(i);
+    const int32_t q = rounded((source(i) - p) / scale, low, high);
+    state.after(i, p + static_cast<float>(q) * scale);
+    codes[i] = static_cast<uint8_t>(q - lowest);
+  }
+}
+
+// The same on integers; a code that would leave 16 bits is cut, so that state and codes never part.
+template <class Source>
+void code(Source source, Fixed state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
+          int64_t count) {
+  const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t held = state.state[i];
+    int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
+    const int32_t most = (32767 - held) >> state.shift, least = -((32768 + held) >> state.shift);
+    q = q > most ? most : q;
+    q = q < least ? least : q;
+    state.state[i] = static_cast<int16_t>(held + q * (1 << state.shift));
+    codes[i] = static_cast<uint8_t>(q - lowest);
+  }
+}
+
+}  // namespace modiff

@@ -1,0 +1,128 @@
+// The input side of a modulated layer in one pass over memory (two with a dynamic scale):
+//
+//     residual  r = x - p,  p = state  or  p = state + gain * move  or  p = grid * integer state  or  p = 0
+//     scale     s = max(factor * max|r|, 1e-12)                      dynamic only, one for each row
+//     code      q = clamp(round(r / s), lowest, highest)             ties to even; NaN codes to 0
+//     state     p + q * s,  move = new state - old state
+
+#include "loops.h"
+
+namespace {
+
+using namespace modiff;
+
+inline Nothing moved(const Nothing& s, int64_t) { return s; }
+inline Hold moved(const Hold& s, int64_t at) { return {s.state + at}; }
+inline Linear moved(const Linear& s, int64_t at) { return {s.state + at, s.move + at, s.gain}; }
+inline Fixed moved(const Fixed& s, int64_t at) { return {s.state + at, s.grid, s.shift}; }
+
+template <class State>
+float finished(const State&, uint32_t bits, float factor) {
+  return scale_of(bits, factor);
+}
+
+// A power of two times the grid, not below the scale asked for; NaN and infinity become NaN.
+inline float finished(const Fixed& s, uint32_t bits, float factor) {
+  const float ratio = scale_of(bits, factor) / s.grid;
+  if (!(ratio < __builtin_inff())) {
+    return __builtin_nanf("");
+  }
+  float step = 1.0f;
+  for (int32_t shift = 0; shift < 14 && step < ratio; ++shift) {
+    step *= 2.0f;
+  }
+  return step * s.grid;
+}
+
+template <class State>
+State ready(const State& s, float) {
+  return s;
+}
+inline Fixed ready(const Fixed& s, float scale) {
+  int32_t shift = 0;
+  for (float step = s.grid; step < scale; step *= 2.0f) {
+    ++shift;
+  }
+  return {s.state, s.grid, shift};
+}
+
+template <class X, class State>
+void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
+         bool dynamic, float factor, int32_t lowest, int32_t highest, int threads) {
+  const bool parallel = threads > 1 && rows * count >= kParallel;
+  if (count <= kBlock) {  // a row stays in the cache between its two passes
+#pragma omp parallel for num_threads(threads) if (parallel)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * count;
+      const Plain<X> source{x + at};
+      const State held = moved(state, at);
+      if (dynamic) {
+        scale[row] = finished(state, largest(source, held, count), factor);
+      }
+      code(source, ready(held, scale[row]), codes + at, scale[row], lowest, highest, count);
+    }
+    return;
+  }
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  if (dynamic) {
+#pragma omp parallel for num_threads(threads) if (parallel)
+    for (int64_t task = 0; task < rows * blocks; ++task) {
+      const int64_t start = task % blocks * kBlock, at = task / blocks * count + start;
+      partial[task] = largest(Plain<X>{x + at}, moved(state, at), count - start < kBlock ? count - start : kBlock);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      uint32_t found = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const uint32_t bits = partial[row * blocks + block];
+        found = bits > found ? bits : found;
+      }
+      scale[row] = finished(state, found, factor);
+    }
+  }
+#pragma omp parallel for num_threads(threads) if (parallel)
+  for (int64_t task = 0; task < rows * blocks; ++task) {
+    const int64_t start = task % blocks * kBlock, row = task / blocks, at = row * count + start;
+    code(Plain<X>{x + at}, ready(moved(state, at), scale[row]), codes + at, scale[row], lowest, highest,
+         count - start < kBlock ? count - start : kBlock);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Version of this interface; the loader refuses another one.
+int32_t modiff_interface() { return 1; }
+
+// Elements in one block: `partial` must hold rows * ceil(count / block) numbers where count is larger.
+int64_t modiff_block() { return kBlock; }
+
+// x: float (kind 0) or bfloat16 (kind 1). state: null for plain quantization, p = 0. move: null for the "hold" predictor, else *gain is its weight.
+// scale: one for each row, read unless `dynamic`. factor: clip / highest.
+void modiff_prologue(const void* x, int32_t kind, float* state, float* move, const float* gain, uint8_t* codes,
+                     float* scale, uint32_t* partial, int64_t rows, int64_t count, int32_t dynamic, float factor,
+                     int32_t lowest, int32_t highest, int32_t threads) {
+  const auto start = [&](const auto* values) {
+    if (state == nullptr) {
+      run(values, Nothing{}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest, threads);
+    } else if (move == nullptr) {
+      run(values, Hold{state}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest, threads);
+    } else {
+      run(values, Linear{state, move, *gain}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest,
+          highest, threads);
+    }
+  };
+  kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
+}
+
+// The state as 16-bit integers in units of *grid, a power of two; given scales must be powers of two times it.
+void modiff_prologue_fixed(const void* x, int32_t kind, int16_t* state, const float* grid, uint8_t* codes,
+                           float* scale, uint32_t* partial, int64_t rows, int64_t count, int32_t dynamic, float factor,
+                           int32_t lowest, int32_t highest, int32_t threads) {
+  const auto start = [&](const auto* values) {
+    run(values, Fixed{state, *grid, 0}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest,
+        threads);
+  };
+  kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
+}
+}

@@ -1,0 +1,130 @@
+"""Input states as 16-bit integers: two bytes an element, exact at any length of trajectory.
+
+The state is n * grid with a power of two `grid` for the layer, and every scale is a power of two times the grid:
+
+    s_t = 2^m grid >= clip * max|a_t - â_{t+1}| / qmax,    n_t = n_{t+1} + (q_t << m),    â_t = grid n_t
+
+so the state is the sum of what was sent, with no rounding of its own. A state that is rounded at each step drifts away
+from the output state, which only sees the codes. It costs up to one bit of the scale. Shifts stop at 14: a residual
+larger than 2^14 steps of the grid is clipped, and a code that would leave 16 bits is cut, both sent later as always.
+
+An integer holds no NaN: a NaN, or an infinity, makes the scale of its tensor (sample, token) NaN and with it every
+output; the state stays as it is. At the start it makes the grid NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff.config import Granularity
+from modiff.core.affine import choose_qparams, qrange
+from modiff.errors import KernelError
+from modiff.kernels import native
+from modiff.kernels.rows import as_rows, scale_shape
+
+_LARGEST = 2**15 - 1
+_MOST_SHIFT = 14
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class FixedState(NamedTuple):
+    """n (int16, the shape of the input) and grid (float32, no axes, a power of two): the state is n * grid."""
+
+    n: Tensor
+    grid: Tensor
+
+    def value(self) -> Tensor:
+        """â, float32, exact."""
+        return self.n.to(torch.float32) * self.grid
+
+
+def start(x: Tensor, headroom: float = 2.0) -> FixedState:
+    """The state nearest to x, on a grid that leaves room for values `headroom` times as large. No host sync.
+
+    The output state must start from `value()`, not from x: the law is ô = A(â) + bias.
+    """
+    values = x.detach().to(torch.float32)
+    step = values.abs().amax() * (headroom / _LARGEST)
+    _, exponent = torch.frexp(step)  # step <= 2^exponent
+    grid = torch.where(step.isfinite(), torch.ldexp(torch.ones_like(step), exponent.clamp(-100, 100)), torch.nan)
+    whole = torch.round(values / grid).clamp(-_LARGEST - 1, _LARGEST)
+    return FixedState(whole.nan_to_num(0.0).to(torch.int16), grid)
+
+
+def prologue_fixed(
+    x: Tensor,
+    state: FixedState,
+    bits: int,
+    clip: float = 1.0,
+    granularity: Granularity = "tensor",
+    *,
+    channel_dim: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Code x against its integer state, which becomes the next one in place.
+
+    Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and scales, float32.
+    Cost: 5 bytes of state and codes an element (9 with a float32 state), x read twice.
+    """
+    if state.n.shape != x.shape or state.n.dtype != torch.int16:
+        raise KernelError(
+            f"prologue_fixed: expected an int16 state of shape {tuple(x.shape)}, got {state.n.dtype} of "
+            f"{tuple(state.n.shape)}. The state belongs to another input. Start the trajectory again."
+        )
+    x = x.detach()
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    scale = x.new_empty(scale_shape(x, granularity, channel_dim), dtype=torch.float32)
+    if not _natively(x, state, codes, scale, bits, clip, granularity, channel_dim):
+        return fixed_eagerly(x, state, bits, clip, granularity, channel_dim)
+    return codes, scale
+
+
+def fixed_eagerly(
+    x: Tensor, state: FixedState, bits: int, clip: float, granularity: Granularity, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """The same with torch's operators."""
+    qmin, qmax = qrange(bits)
+    residual = x.to(torch.float32) - state.value()
+    ratio = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim).scale / state.grid
+    finite = ratio.isfinite()
+    mantissa, exponent = torch.frexp(torch.where(finite, ratio, 1.0))
+    shift = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(0, _MOST_SHIFT)  # ceil(log2(ratio))
+    scale = torch.where(finite, torch.ldexp(state.grid.expand_as(shift), shift), torch.nan)
+    held = state.n.to(torch.int32)
+    shift = torch.where(finite, shift, 0)
+    q = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
+    q = torch.minimum(q, (_LARGEST - held) >> shift)
+    q = torch.maximum(q, -((_LARGEST + 1 + held) >> shift))
+    state.n.copy_(held + (q << shift))
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    return codes.copy_(q - qmin), scale
+
+
+def _natively(
+    x: Tensor,
+    state: FixedState,
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    clip: float,
+    granularity: Granularity,
+    channel_dim: int,
+) -> bool:
+    library = native.load().library
+    if library is None or x.device.type != "cpu" or x.dtype not in _KINDS:
+        return False
+    rows = as_rows(x, granularity, channel_dim)
+    if rows is None or state.n.stride() != x.stride() or codes.stride() != x.stride():
+        return False
+    block, (count, elements) = library.modiff_block(), rows.shape
+    partial = torch.empty(count * -(-elements // block) if elements > block else 0, dtype=torch.int32)
+    lowest, highest = qrange(bits)
+    library.modiff_prologue_fixed(
+        x.data_ptr(), _KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
+        partial.data_ptr(), count, elements, 1, ctypes.c_float(clip / highest), lowest, highest,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return True

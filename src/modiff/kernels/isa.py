@@ -1,0 +1,89 @@
+"""Which integer instructions this process may use, as a record that tests can make up."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Level = Literal["amx", "avx512_vnni", "avx2_vnni", "avx512", "avx2", "sse41", "other"]
+
+LIMIT = "ONEDNN_MAX_CPU_ISA"
+"""oneDNN's own variable; it is read once, when oneDNN first runs."""
+
+_LEVELS: tuple[Level, ...] = ("amx", "avx512_vnni", "avx2_vnni", "avx512", "avx2", "sse41")
+_LIMITS: dict[str, tuple[Level, ...]] = {
+    "SSE41": ("sse41",),
+    "AVX": ("sse41",),
+    "AVX2": ("avx2", "sse41"),
+    "AVX2_VNNI": ("avx2_vnni", "avx2", "sse41"),
+    "AVX2_VNNI_2": ("avx2_vnni", "avx2", "sse41"),
+    "AVX512_CORE": ("avx512", "avx2", "sse41"),
+}
+_NO_AMX = ("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
+_INT32 = ("amx", "avx512_vnni", "avx2_vnni")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """What the processor and oneDNN's limit leave.
+
+    level: the best integer instructions. onednn: whether this torch holds oneDNN's integer operators.
+    """
+
+    level: Level
+    onednn: bool = True
+
+    @property
+    def sums_in_int32(self) -> bool:
+        """Whether u8 x s8 products are summed in 32 bits. Without VNNI pairs are summed in int16, which saturates."""
+        return self.level in _INT32
+
+
+def level_of(capabilities: dict[str, object], limit: str = "") -> Level:
+    """The best level that a processor with these capabilities reaches under a limit of oneDNN ("" is none).
+
+    >>> level_of({"avx2": True, "avx512_f": True, "avx512_vnni": True}, "AVX2")
+    'avx2'
+    """
+    has: dict[Level, bool] = {
+        "amx": bool(capabilities.get("amx_int8")),
+        "avx512_vnni": bool(capabilities.get("avx512_vnni")),
+        "avx2_vnni": bool(capabilities.get("avx_vnni")) and bool(capabilities.get("avx2")),
+        "avx512": bool(capabilities.get("avx512_f")) and bool(capabilities.get("avx512_bw")),
+        "avx2": bool(capabilities.get("avx2")),
+        "sse41": bool(capabilities.get("sse4_1")),
+    }
+    allowed = _allowed(limit.strip().upper())
+    found: list[Level] = [level for level in _LEVELS if has[level] and level in allowed]
+    return found[0] if found else "other"
+
+
+def _allowed(limit: str) -> tuple[Level, ...]:
+    if limit in _LIMITS:
+        return _LIMITS[limit]
+    if limit in _NO_AMX:
+        return _LEVELS[1:]
+    return _LEVELS
+
+
+def detect() -> Isa:
+    """The record of this process."""
+    probe = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = dict(probe()) if probe is not None else _from_older_torch()
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return Isa(level_of(capabilities, os.environ.get(LIMIT, "")), onednn)
+
+
+def _from_older_torch() -> dict[str, object]:
+    names = {
+        "amx_int8": "_is_amx_tile_supported",
+        "avx512_vnni": "_is_vnni_supported",
+        "avx512_f": "_is_avx512_supported",
+        "avx512_bw": "_is_avx512_supported",
+        "avx2": "_is_avx2_supported",
+        "sse4_1": "_is_avx2_supported",
+    }
+    return {name: getattr(torch.cpu, probe, bool)() for name, probe in names.items()}

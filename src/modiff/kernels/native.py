@@ -1,0 +1,139 @@
+"""The compiled half of the kernels: C++ with a C interface, built at first use with the compiler at hand.
+
+No torch headers, so the build takes a second or two and fits every torch. Without a compiler everything still runs, on
+torch's own operators, and `load().reason` says what was missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SWITCH = "MODIFF_NATIVE"
+"""Environment variable; "off" never compiles."""
+CACHE = "MODIFF_CACHE"
+"""Environment variable: folder for compiled libraries, instead of the user's cache folder."""
+
+_SOURCES = Path(__file__).parent / "csrc"
+_INTERFACE = 1
+_SECONDS = 120
+# -ffp-contract=off: a fused multiply-add would give other codes than torch. The two -fno let rounding be vectorized.
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
+
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_END = [_INT, _FLOAT, _INT, _INT, _INT]  # dynamic, factor, lowest, highest, threads
+_SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
+    "prologue": {
+        "modiff_block": (_LONG, []),
+        "modiff_prologue": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
+        "modiff_prologue_fixed": (None, [_POINTER, _INT, *[_POINTER] * 5, _LONG, _LONG, *_END]),
+    },
+    "epilogue": {"modiff_epilogue": (None, [*[_POINTER] * 5, _INT, _POINTER, _LONG, _LONG, _INT])},
+    "norm": {
+        "modiff_moments": (None, [_POINTER, _INT, _LONG, _LONG, _FLOAT, _POINTER, _POINTER, _INT]),
+        "modiff_grouped_moments": (None, [_POINTER, _INT, *[_LONG] * 4, _FLOAT, *[_POINTER] * 3, _INT]),
+        "modiff_prologue_after": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 8, *[_LONG] * 4, *_END]),
+    },
+}
+
+
+class Native(NamedTuple):
+    """The compiled library, or None and why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def load(name: str = "prologue") -> Native:
+    """Build or find the library of `csrc/<name>.cpp`; asked once per process."""
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
+        return Native(None, f"switched off by {SWITCH}")
+    compiler = find_compiler()
+    if compiler is None:
+        return Native(None, "no C++ compiler on the PATH. Install g++ or clang++, or name one in CXX")
+    try:
+        return Native(_open(_built(compiler, name), name), f"compiled with {Path(compiler).name}")
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return Native(None, f"{Path(compiler).name} could not build it: {detail.strip().splitlines()[0]}")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that CXX names, or the first of the usual ones."""
+    asked = os.environ.get("CXX")
+    names = [asked] if asked else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept between processes."""
+    if CACHE in os.environ:
+        return Path(os.environ[CACHE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modiff"
+
+
+def _built(compiler: str, name: str) -> Path:
+    """The library file for this source, this compiler and this processor; built if it is new."""
+    source = _SOURCES / f"{name}.cpp"
+    digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, _version(compiler), _processor())).encode())
+    for part in (source, *sorted(_SOURCES.glob("*.h"))):
+        digest.update(part.read_bytes())
+    file = f"{name}-{digest.hexdigest()[:20]}.so"
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / file).exists():
+            return folder / file
+        return _build(compiler, source, folder / file)
+    except PermissionError:
+        return _build(compiler, source, Path(tempfile.mkdtemp(prefix="modiff-")) / file)
+
+
+def _build(compiler: str, source: Path, target: Path) -> Path:
+    """Compile beside the target and move it there whole: processes that build at once do not disturb each other."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "built.so"
+        for extra in _ATTEMPTS:
+            command = [compiler, *_FLAGS, *extra, str(source), "-o", str(made)]
+            last = extra == _ATTEMPTS[-1]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=last)
+            if done.returncode == 0:
+                break
+        made.replace(target)
+    return target
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+
+
+def _processor() -> str:
+    probe = getattr(torch.cpu, "get_capabilities", None)
+    table = Path("/proc/cpuinfo")
+    if probe is not None:
+        return repr(sorted(dict(probe()).items()))
+    return table.read_text(errors="replace").partition("\n\n")[0] if table.is_file() else platform.processor()
+
+
+def _open(path: Path, name: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.modiff_interface.restype = ctypes.c_int32
+    if library.modiff_interface() != _INTERFACE:
+        raise OSError(f"expected interface {_INTERFACE}, got {library.modiff_interface()}")
+    for function, (result, arguments) in _SIGNATURES[name].items():
+        entry = getattr(library, function)
+        entry.restype, entry.argtypes = result, arguments
+    return library

@@ -1,0 +1,83 @@
+"""What a layer asks of a kernel, in numbers that a dispatch can reason about."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from modiff.errors import KernelError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One linear layer or convolution on integer codes.
+
+    inputs, outputs: channels. kernel_size: () for a linear layer. bits: of the activation codes.
+    weight_max: largest magnitude among the weight codes. device: type of device that holds the codes.
+    """
+
+    inputs: int
+    outputs: int
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    bits: int = 8
+    weight_max: int = 127
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        axes = len(self.kernel_size)
+        if not {len(self.stride), len(self.padding), len(self.dilation)} == {axes} or axes > 3:
+            raise KernelError(
+                f"Problem: expected stride, padding and dilation for each of at most 3 axes of the kernel, got "
+                f"{self.stride}, {self.padding}, {self.dilation} for {self.kernel_size}. A linear layer has no axes. "
+                "Give one number for each axis."
+            )
+        if not (2 <= self.bits <= 8 and 0 <= self.weight_max <= 128):
+            raise KernelError(
+                f"Problem: expected 2 to 8 bits and weight codes of at most 128, got {self.bits} bits and "
+                f"{self.weight_max}. Codes are bytes. Quantize first."
+            )
+        if self.groups < 1 or self.inputs % self.groups or self.outputs % self.groups:
+            raise KernelError(
+                f"Problem: expected groups that divide {self.inputs} and {self.outputs} channels, got {self.groups}. "
+                "Every group reads and writes as many channels as every other. Use groups=1."
+            )
+
+    @property
+    def zero_point(self) -> int:
+        """The byte that stands for zero, 2^(b-1): as low as the bits allow, so that sums of few bits stay small."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def largest_byte(self) -> int:
+        """2^b - 1."""
+        return 2**self.bits - 1
+
+    @property
+    def summed(self) -> int:
+        """Products that go into one output element."""
+        return self.inputs // self.groups * math.prod(self.kernel_size)
+
+    @property
+    def largest_sum(self) -> int:
+        """Bound of the sum over bytes, zero point not yet taken off."""
+        return self.summed * self.largest_byte * self.weight_max
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a convolution is a matmul over its pixels."""
+        plain = {*self.kernel_size, *self.stride} == {1} and not any(self.padding)
+        return bool(self.kernel_size) and plain and self.groups == 1
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every group reads one channel and writes one."""
+        return self.groups > 1 and self.groups == self.inputs == self.outputs
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(outputs, inputs / groups, *kernel_size)."""
+        return (self.outputs, self.inputs // self.groups, *self.kernel_size)

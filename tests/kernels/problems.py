@@ -1,0 +1,85 @@
+"""Random layers on integer codes, with their sums by explicit loops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modiff.kernels.call import Call
+from modiff.kernels.geometry import Geometry
+from modiff.kernels.problem import Problem
+from tests.reference import layers
+
+
+@st.composite
+def problems(draw: st.DrawFn, bits: st.SearchStrategy[int] | None = None) -> Problem:
+    """Linear layers and convolutions of one and two axes, any stride, padding, dilation and grouping."""
+    axes = draw(st.integers(0, 2))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 16])) if axes else 1
+    most = {1: 9, 16: 2}.get(groups, 4)
+    each = st.lists(st.integers(1, 2), min_size=axes, max_size=axes).map(tuple)
+    return Problem(
+        inputs=groups * draw(st.integers(1, most)),
+        outputs=groups * draw(st.integers(1, most - 1)),
+        kernel_size=draw(st.lists(st.integers(1, 3), min_size=axes, max_size=axes).map(tuple)),
+        stride=draw(each),
+        padding=draw(st.lists(st.integers(0, 2), min_size=axes, max_size=axes).map(tuple)),
+        dilation=draw(each),
+        groups=groups,
+        bits=draw(st.integers(2, 8) if bits is None else bits),
+        weight_max=draw(st.sampled_from([7, 8, 64, 127, 128])),
+    )
+
+
+def operands(problem: Problem, seed: int, *, innermost: bool = True, extreme: bool = False) -> tuple[Tensor, Tensor]:
+    """(uint8 codes, int8 weight codes); half of both are the extreme codes where asked, so that pairs saturate."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 3, problem.inputs) if not problem.kernel_size else (2, problem.inputs, *[5] * len(problem.kernel_size))
+    codes = torch.randint(0, 2**problem.bits, shape, generator=generator)
+    largest = min(problem.weight_max, 127)
+    weight = torch.randint(-problem.weight_max, largest + 1, problem.weight_shape, generator=generator)
+    if extreme:
+        codes[0], weight[::2] = problem.largest_byte, largest
+    codes = codes.to(torch.uint8)
+    if problem.kernel_size and innermost:
+        codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)
+    return codes, weight.to(torch.int8)
+
+
+def call_of(problem: Problem, codes: Tensor, weight: Tensor, scale: Tensor | None = None) -> Call:
+    """The form that backends read, with weight scales of 1."""
+    geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
+    ones = torch.ones(problem.outputs, *[1] * geometry.axes)
+    one = torch.ones(()) if scale is None else scale
+    shape = problem.weight_shape
+    return Call(codes, weight, shape, ones, one, geometry, problem.bits, problem.weight_max)
+
+
+def exact_sums(problem: Problem, codes: Tensor, weight: Tensor) -> Tensor:
+    """sum (code - zero) * weight code by loops, in float64."""
+    values = codes.double() - 2 ** (problem.bits - 1)
+    if not problem.kernel_size:
+        return layers.linear(values, weight)
+    return layers.conv(
+        values, weight.double(), stride=problem.stride, padding=problem.padding, dilation=problem.dilation,
+        groups=problem.groups,
+    )  # fmt: skip
+
+
+def scales(problem: Problem, codes: Tensor, kind: str) -> Tensor:
+    """Activation scales: one number of no axes, one for each sample, or one for each token."""
+    if kind == "one":
+        return torch.tensor(0.03)
+    if kind == "token":
+        size = codes.shape[:-1] if not problem.kernel_size else (codes.shape[0], *codes.shape[2:])
+        found = torch.rand(size) * 0.05 + 0.01
+        return found.unsqueeze(1 if problem.kernel_size else -1)
+    return torch.rand(codes.shape[0], *[1] * (codes.dim() - 1)) * 0.05 + 0.01
+
+
+def with_groups(problem: Problem, groups: int, channels: int) -> Problem:
+    """The same layer in groups of so many channels each."""
+    return dataclasses.replace(problem, groups=groups, inputs=groups * channels, outputs=groups * channels)

@@ -1,0 +1,197 @@
+"""Norm, activation and codes in one: within float error of torch's operators one after the other; the law holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from modiff import KernelError
+from modiff.kernels import after_ops, native
+from modiff.kernels.after import activation_prologue, group_norm_prologue, layer_norm_prologue
+from tests.helpers import assert_same_bits, assert_within
+
+needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+ACTIVATIONS = ("none", "silu", "gelu_tanh")
+
+
+def active(y: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return functional.silu(y)
+    return functional.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
+
+
+def check(
+    found: tuple[Tensor, Tensor], before: Tensor, after: Tensor, exact: Tensor, bits: int, axes: tuple[int, ...]
+) -> None:
+    """The scale, the codes and the state are those of `exact`, up to the float error of a norm."""
+    codes, scale = found
+    error = 4e-6 * (1 + exact.abs().max())
+    residual = exact - before.double()
+    largest = residual.abs().amax(axes, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert_within(scale, largest.reshape(scale.shape), 1e-5 * float(largest.max()) + error)
+    whole = codes.double() - 2 ** (bits - 1)
+    step = scale.double().reshape(largest.shape)
+    assert_within(after, before.double() + whole * step, 1e-6 * (1 + exact.abs().max()))
+    assert_within(after, exact, (0.5001 * step + error).expand_as(exact))
+
+
+def shapes_and_layout(draw_size: tuple[int, ...], innermost: bool, dtype: torch.dtype, seed: int) -> Tensor:
+    x = torch.randn(draw_size, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+    return (x.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else x).to(dtype)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([(2, 12, 5, 7), (1, 36, 9, 4), (3, 12, 50)]),
+    groups=st.sampled_from([1, 4, 12]),
+    activation=st.sampled_from(ACTIVATIONS),
+    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    bits=st.sampled_from([4, 8]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    innermost=st.booleans(),
+    affine=st.booleans(),
+)
+@settings(max_examples=40)
+def test_group_norm_before_a_convolution(seed, size, groups, activation, granularity, bits, dtype, innermost, affine):
+    x = shapes_and_layout(size, innermost, dtype, seed)
+    weight, bias = (torch.randn(size[1]), torch.randn(size[1])) if affine else (None, None)
+    wide = None if weight is None else weight.double()
+    exact = active(functional.group_norm(x.double(), groups, wide, None if bias is None else bias.double()), activation)
+    state = torch.empty_like(x, dtype=torch.float32)
+    state.copy_(exact + 0.3 * torch.randn(size))
+    before = state.clone()
+    found = group_norm_prologue(
+        x, state, None, bits, granularity=granularity, groups=groups, weight=weight, bias=bias, eps=1e-5,
+        activation=activation,
+    )  # fmt: skip
+    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (1,)}[granularity]
+    check(found, before, state, exact, bits, axes)
+    assert found[0].stride() == x.stride()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([(2, 5, 48), (3, 40), (2, 3, 4, 33)]),
+    activation=st.sampled_from(ACTIVATIONS),
+    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    bits=st.sampled_from([4, 8]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    modulated=st.sampled_from(["no", "shared", "samples"]),
+)
+@settings(max_examples=60)
+def test_layer_norm_and_its_modulation_before_a_linear_layer(
+    seed, size, activation, granularity, bits, dtype, modulated
+):
+    x = shapes_and_layout(size, False, dtype, seed)
+    each = {"no": None, "shared": (size[-1],), "samples": (size[0], size[-1])}[modulated]
+    weight, bias = (None, None) if each is None else (1 + 0.5 * torch.randn(each), torch.randn(each))
+    exact = functional.layer_norm(x.double(), size[-1:], eps=1e-6)
+    if weight is not None and bias is not None:
+        ones = [1] * (len(size) - 2) if modulated == "samples" else []
+        lead = [size[0]] if modulated == "samples" else []
+        exact = exact * weight.double().view(*lead, *ones, -1) + bias.double().view(*lead, *ones, -1)
+    exact = active(exact, activation)
+    state = (exact + 0.3 * torch.randn(size)).float()
+    before = state.clone()
+    found = layer_norm_prologue(
+        x, state, None, bits, granularity=granularity, weight=weight, bias=bias, eps=1e-6, activation=activation
+    )
+    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
+    check(found, before, state, exact, bits, axes)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("size", [(3, 7, 40), (2, 8, 6, 5), (50,)])
+def test_an_activation_alone(activation, size):
+    x = torch.randn(size) * 6
+    exact, state = active(x.double(), activation), torch.zeros(size)
+    found = activation_prologue(x, state, None, 8, granularity="tensor", activation=activation)
+    check(found, torch.zeros(size), state, exact, 8, tuple(range(x.dim())))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_are_right_over_the_whole_range_and_keep_nan(activation):
+    x = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([0.0, -0.0, 1e-40, 1e30, -1e30])]).reshape(1, -1)
+    exact, state = active(x.double(), activation), torch.zeros_like(x)
+    for shift in (0.0, 1.0):  # two rounds: the second codes what the first left, on a fine grid
+        before = state.clone()
+        scale = torch.full((1, 1), 2e-5) if shift else None
+        if scale is None:
+            scale = (exact.abs() / 127).float().clamp_min(1e-12)
+            state.copy_(torch.round(exact / scale).clamp(-128, 127) * scale)
+            continue
+        activation_prologue(x, state, scale, 8, granularity="token", activation=activation)
+        near = (exact - before.double()).abs() < 127 * 2e-5
+        assert_within(state[near], exact[near], 1.01e-5 + 1e-6 * exact[near].abs())
+    missing = torch.tensor([[1.0, float("nan")]])
+    _, scale = activation_prologue(missing, torch.zeros(1, 2), None, 8, granularity="tensor", activation=activation)
+    assert scale.isnan().all()
+
+
+@pytest.mark.parametrize("innermost", [False, True])
+def test_given_scales_are_used_and_returned(innermost):
+    x = shapes_and_layout((2, 12, 5, 7), innermost, torch.float32, 0)
+    for scale in (torch.tensor(0.05), torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)):
+        state = torch.zeros_like(x)
+        codes, used = group_norm_prologue(
+            x, state, scale, 8, granularity="sample", groups=3, weight=None, bias=None, eps=1e-5
+        )
+        assert_same_bits(used, scale)
+        exact = functional.silu(functional.group_norm(x.double(), 3))
+        assert_within(codes.double() - 128, exact / scale.double(), 0.501)
+
+
+def test_large_means_cost_no_digits():
+    x = torch.randn(2, 8, 6, 6) + 3000
+    for layout in (torch.contiguous_format, torch.channels_last):
+        value = x.contiguous(memory_format=layout)
+        state = torch.zeros_like(value)
+        _, scale = group_norm_prologue(
+            value, state, None, 8, granularity="sample", groups=2, weight=None, bias=None, eps=1e-5, activation="none"
+        )
+        exact = functional.group_norm(x.double(), 2, eps=1e-5)
+        assert_within(state, exact, (0.5 * scale + 2e-3).expand_as(exact))
+
+
+def test_without_a_compiler_torch_s_operators_give_codes_at_most_one_apart(monkeypatch):
+    x = torch.randn(2, 12, 5, 7)
+    states = [torch.zeros_like(x) for _ in range(2)]
+    options = {"granularity": "sample", "groups": 3, "weight": torch.randn(12), "bias": torch.randn(12), "eps": 1e-5}
+    first, _ = group_norm_prologue(x, states[0], None, 8, **options)
+    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+    second, _ = group_norm_prologue(x, states[1], None, 8, **options)
+    assert (first.int() - second.int()).abs().max() <= 1
+    assert_within(states[0], states[1], 0.05)
+
+
+@needs_compiler
+def test_with_a_compiler_the_compiled_loops_run(monkeypatch):
+    monkeypatch.setattr(after_ops, "before", lambda *_: pytest.fail("torch's operators ran"))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 12, 5, 7).contiguous(memory_format=layout)
+        for dtype in (torch.float32, torch.bfloat16):
+            group_norm_prologue(x.to(dtype), torch.zeros_like(x), None, 8, groups=3, weight=None, bias=None, eps=1e-5)
+    layer_norm_prologue(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, weight=None, bias=None, eps=1e-5)
+    activation_prologue(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, activation="silu")
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.1), torch.full((2, 1, 1), 0.1)])
+def test_the_fake_operator_promises_what_the_real_one_does(scale):
+    x, state = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (x, state, scale, None, None, "layer", 1, 1e-5, "silu", 8, 1.0, "sample", -1)
+    torch.library.opcheck(after_ops.code_after, arguments, test_utils=checks)
+
+
+def test_what_is_not_fused_is_refused():
+    x = torch.randn(2, 3)
+    with pytest.raises(KernelError, match="got 'none' and 'relu'"):
+        activation_prologue(x, torch.zeros(2, 3), None, 8, activation="relu")
+    with pytest.raises(KernelError, match=r"state of shape \(2, 3\), got \(3, 3\)"):
+        activation_prologue(x, torch.zeros(3, 3), None, 8, activation="silu")
+    with pytest.raises(KernelError, match="got 'input_channel'"):
+        activation_prologue(x, torch.zeros(2, 3), None, 8, granularity="input_channel", activation="silu")

@@ -1,0 +1,222 @@
+"""Every backend: the same integer sums, bit for bit, and outputs within float error; packing, layouts, state dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modiff import KernelError
+from modiff.kernels import ops
+from modiff.kernels.dispatch import BACKENDS, Backend, float_exact_obstacle, onednn_obstacle
+from modiff.kernels.isa import detect
+from modiff.kernels.kernel import Kernel, largest_weight_code
+from modiff.kernels.problem import Problem
+from modiff.kernels.self_test import trust
+from modiff.nn.packed import pack_nibbles
+from tests.helpers import assert_same_bits, assert_within
+from tests.kernels.problems import call_of, exact_sums, operands, problems, scales
+
+EPSILON = 2.0**-24
+"""Relative rounding error of float32."""
+
+
+def exact_here(problem: Problem) -> list[Backend]:
+    """The backends that dispatch may choose for the problem on this machine; slow groupings of oneDNN included."""
+    apart = dataclasses.replace(problem, groups=1)
+    found: list[Backend] = ["reference"]
+    if not float_exact_obstacle(problem, detect()):
+        found.append("float_exact")
+    if not onednn_obstacle(apart, detect(), trust()):
+        found.append("onednn")
+    return found
+
+
+def bound(before: Tensor, sent: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """Four roundings of the sent part and two of the state."""
+    return epsilon * (2 * before.double().abs() + 4 * sent.abs() + 2 * (before.double() + sent).abs()) + 1e-30
+
+
+@given(problem=problems(), seed=st.integers(0, 2**31), extreme=st.booleans(), innermost=st.booleans())
+@settings(max_examples=80)
+def test_the_sums_of_every_backend_equal_loops_over_integers_bit_for_bit(problem, seed, extreme, innermost):
+    codes, weight = operands(problem, seed, innermost=innermost, extreme=extreme)
+    expected = exact_sums(problem, codes, weight)
+    for backend in exact_here(problem):
+        found = ops.sums(call_of(problem, codes, weight), backend)
+        assert_same_bits(found.double(), expected)
+
+
+@given(
+    problem=problems(),
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["one", "sample", "token"]),
+    innermost=st.booleans(),
+)
+@settings(max_examples=80)
+def test_accumulate_adds_scaled_sums_to_the_state_and_compute_adds_them_to_the_bias(problem, seed, kind, innermost):
+    assume(kind != "token" or not problem.kernel_size or problem.pointwise)
+    codes, weight = operands(problem, seed)
+    torch.manual_seed(seed)
+    weight_scale, scale, bias = torch.rand(problem.outputs) + 0.1, scales(problem, codes, kind), None
+    per_output = (-1, *[1] * len(problem.kernel_size))
+    sent = exact_sums(problem, codes, weight) * scale.double() * weight_scale.double().reshape(per_output)
+    for backend in exact_here(problem):
+        kernel = Kernel(problem, weight, weight_scale, backend=backend)
+        state = kernel.new_output(codes)
+        state += torch.randn(state.shape)
+        state = state if innermost else state.contiguous()
+        before, address = state.clone(), state.data_ptr()
+        kernel.accumulate(state, codes, scale)
+        assert state.data_ptr() == address
+        assert_within(state, before.double() + sent, bound(before, sent))
+        bias = torch.randn(problem.outputs)
+        found = kernel.compute(codes, scale, bias)
+        start = bias.reshape(per_output).expand(sent.shape)
+        assert_within(found, start.double() + sent, bound(start, sent))
+        assert_within(kernel.compute(codes, scale), sent, bound(torch.zeros_like(sent), sent))
+
+
+@pytest.mark.parametrize("kind", ["one", "sample"])
+@pytest.mark.parametrize("axes", [0, 1, 2])
+def test_a_bfloat16_state_is_rounded_once(axes, kind):
+    problem = Problem(12, 10, *[(3,) * axes, (1,) * axes, (1,) * axes, (1,) * axes], bits=4)
+    codes, weight = operands(problem, 0)
+    weight_scale, scale = torch.rand(10) + 0.1, scales(problem, codes, kind)
+    sent = exact_sums(problem, codes, weight) * scale.double() * weight_scale.double().reshape(-1, *[1] * axes)
+    for backend in exact_here(problem):
+        kernel = Kernel(problem, weight, weight_scale, backend=backend)
+        state = kernel.new_output(codes, torch.bfloat16)
+        state += torch.randn(state.shape)
+        expected = state.double() + sent
+        kernel.accumulate(state, codes, scale)
+        assert state.dtype == torch.bfloat16
+        assert_within(state, expected, expected.abs() * 2**-8 * 1.001 + 1e-6)
+        assert kernel.compute(codes, scale, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@given(problem=problems(bits=st.sampled_from([4, 8])), seed=st.integers(0, 2**31))
+@settings(max_examples=30)
+def test_two_codes_in_a_byte_give_the_same_sums_as_two_bytes(problem, seed):
+    problem = dataclasses.replace(problem, weight_max=8)
+    codes, weight = operands(problem, seed)
+    weight = weight.clamp(-8, 7)
+    packed = pack_nibbles(weight)
+    expected = exact_sums(problem, codes, weight)
+    for backend in exact_here(problem):
+        call = call_of(problem, codes, weight)._replace(weight=packed)
+        for _ in range(2):  # the second time from the remembered layout
+            assert_same_bits(ops.sums(call, backend).double(), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+@pytest.mark.parametrize("weight_max", [8, 64, 128])
+def test_sums_longer_than_float32_holds_are_cut_into_chunks_that_are_exact(bits, weight_max):
+    for problem in (
+        Problem(5000, 5, bits=bits, weight_max=weight_max),
+        Problem(600, 4, (3, 3), (1, 1), (1, 1), (1, 1), bits=bits, weight_max=weight_max),
+        Problem(1200, 8, (3,), (2,), (0,), (1,), groups=2, bits=bits, weight_max=weight_max),
+    ):
+        codes, weight = operands(problem, bits, extreme=True)
+        expected = ops.sums(call_of(problem, codes, weight), "reference")
+        if not problem.kernel_size:
+            assert_same_bits(expected, exact_sums(problem, codes, weight))
+        assert_same_bits(ops.sums(call_of(problem, codes, weight), "float_exact").double(), expected)
+        if "onednn" in exact_here(problem):
+            assert_same_bits(ops.sums(call_of(problem, codes, weight), "onednn"), expected.float())
+
+
+def test_the_longest_sums_would_not_be_exact_in_one_piece():
+    """The chunk test above is worth something: here, float32 does round."""
+    problem = Problem(5000, 5, bits=8, weight_max=127)
+    codes, weight = operands(problem, 8, extreme=True)
+    whole = torch.nn.functional.linear(codes.float() - 128, weight.float())
+    assert not torch.equal(whole.double(), exact_sums(problem, codes, weight))
+
+
+def test_switching_onednn_off_in_torch_changes_no_sum_of_a_large_batch():
+    """torch then takes Winograd's algorithm for float32, which is off by several units."""
+    problem = Problem(64, 64, (3, 3), (1, 1), (1, 1), (1, 1), bits=8, weight_max=127)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (16, 64, 16, 16), generator=generator).to(torch.uint8)
+    weight = torch.randint(-127, 128, problem.weight_shape, generator=generator).to(torch.int8)
+    call = call_of(problem, codes, weight)
+    expected = ops.sums(call, "reference")
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        found = ops.sums(call, "float_exact")
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+    assert_same_bits(found.double(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("axes", [0, 2])
+def test_an_empty_batch_gives_an_empty_output(backend, axes):
+    problem = Problem(4, 3, *[(3,) * axes, (1,) * axes, (1,) * axes, (1,) * axes], bits=4)
+    kernel = Kernel(problem, operands(problem, 0)[1], torch.ones(3), backend=backend)
+    codes = torch.zeros((0, 4, 5, 5) if axes else (0, 4), dtype=torch.uint8)
+    state = kernel.new_output(codes)
+    kernel.accumulate(state, codes, torch.tensor(1.0))
+    assert kernel.compute(codes, torch.tensor(1.0)).shape == state.shape == ((0, 3, 5, 5) if axes else (0, 3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trainable_bias_leaves_no_graph_behind(backend):
+    problem = Problem(4, 3, bits=4)
+    kernel = Kernel(problem, operands(problem, 0)[1], torch.ones(3), backend=backend)
+    bias = torch.nn.Parameter(torch.ones(3))
+    assert not kernel.compute(operands(problem, 0)[0], torch.tensor(1.0), bias).requires_grad
+
+
+def test_a_state_of_another_shape_is_refused():
+    problem = Problem(4, 3, bits=4)
+    kernel = Kernel(problem, operands(problem, 0)[1], torch.ones(3))
+    with pytest.raises(KernelError, match=r"expected an output state of shape \(2, 3\), got \(1, 3\)"):
+        kernel.accumulate(torch.zeros(1, 3), torch.zeros(2, 4, dtype=torch.uint8), torch.tensor(1.0))
+
+
+def test_signed_codes_are_refused():
+    problem = Problem(4, 3, bits=4)
+    kernel = Kernel(problem, operands(problem, 0)[1], torch.ones(3))
+    with pytest.raises(KernelError, match="expected uint8 codes"):
+        kernel.compute(torch.zeros(2, 4, dtype=torch.int8), torch.tensor(1.0))
+
+
+def test_an_unknown_backend_is_refused():
+    problem = Problem(4, 3, bits=4)
+    kernel = Kernel(problem, operands(problem, 0)[1], torch.ones(3), backend="cutlass")
+    with pytest.raises(KernelError, match="got 'cutlass'"):
+        kernel.compute(torch.zeros(2, 4, dtype=torch.uint8), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "message"),
+    [
+        (torch.zeros(3, 5, dtype=torch.int8), torch.ones(3), r"shape \(3, 4\) with 3 scales, got \(3, 5\)"),
+        (torch.zeros(3, 4, dtype=torch.int8), torch.ones(2), "got \\(3, 4\\) with 2"),
+        (torch.zeros(3, 4), torch.ones(3), "expected int8 weight codes, got torch.float32"),
+        (torch.zeros(3, 4, dtype=torch.uint8), torch.ones(3), r"shape \(3, 2\)"),
+    ],
+)
+def test_a_weight_that_does_not_fit_its_problem_is_refused(weight, scale, message):
+    with pytest.raises(KernelError, match=message):
+        Kernel(Problem(4, 3), weight, scale)
+
+
+@pytest.mark.parametrize(
+    ("codes", "largest"),
+    [
+        (torch.tensor([[-128, 3]], dtype=torch.int8), 128),
+        (torch.tensor([[5, 127]], dtype=torch.int8), 127),
+        (torch.zeros(1, 2, dtype=torch.uint8), 8),
+        (torch.zeros(0, 2, dtype=torch.int8), 8),
+    ],
+)
+def test_the_largest_weight_code_counts_the_lowest_one(codes, largest):
+    assert largest_weight_code(codes) == largest

@@ -1,0 +1,134 @@
+"""Integer states: the law without any rounding of its own, over long trajectories; and where others drift."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modiff import KernelError
+from modiff.kernels.fixed_point import FixedState, fixed_eagerly, prologue_fixed, start
+from modiff.kernels.prologue import prologue
+from tests.helpers import assert_same_bits, drifting
+
+
+def copy_of(state: FixedState) -> FixedState:
+    return FixedState(state.n.clone(), state.grid)
+
+
+@pytest.mark.parametrize(("bits", "clip"), [(8, 1.0), (4, 0.4), (3, 0.25)])
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_after_200_steps_the_state_is_what_was_sent_to_the_last_bit(bits, clip, granularity):
+    inputs = [x.float() for x in drifting(bits, (3, 6, 40), 201, 0.1)]
+    weight = torch.randn(7, 40, dtype=torch.float64)
+    state = start(inputs[0])
+    sent = state.value().double()
+    output = torch.nn.functional.linear(sent, weight)
+    for x in inputs[1:]:
+        codes, scale = prologue_fixed(x, state, bits, clip, granularity)
+        value = (codes.double() - 2 ** (bits - 1)) * scale.double()
+        sent = sent + value  # exact: float64 holds these sums of powers of two
+        output = output + torch.nn.functional.linear(value, weight)
+    assert_same_bits(state.value().double(), sent)
+    exact = torch.nn.functional.linear(state.value().double(), weight)
+    assert (output - exact).abs().max() < 1e-12 * exact.abs().max() * 200
+    assert (x - state.value()).abs().max() <= 8 * scale.max()
+
+
+def drift(dtype: torch.dtype, steps: int) -> float:
+    """Relative distance of a state of that dtype from the sum of what was sent."""
+    inputs = [x.float() for x in drifting(5, (4, 64), steps + 1, 0.1)]
+    state = inputs[0].to(dtype)
+    sent = state.double()
+    for x in inputs[1:]:
+        codes, scale = prologue(x, state, None, 8, granularity="token", implementation="eager")
+        sent = sent + (codes.double() - 128) * scale.double()
+    return float((state.double() - sent).norm() / sent.norm())
+
+
+def test_states_that_are_rounded_each_step_drift_and_bfloat16_ones_a_thousand_times_as_much_as_float32():
+    """Why the formats are what they are: the output state only sees the codes."""
+    assert drift(torch.float32, 200) < 1e-6
+    assert drift(torch.bfloat16, 200) > 5e-3
+    assert drift(torch.bfloat16, 200) > 1.5 * drift(torch.bfloat16, 25)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.integers(2, 8),
+    clip=st.sampled_from([1.0, 0.4]),
+    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([((3, 5, 33), -1), ((2, 6, 4, 5), 1), ((2, 20000), -1)]),
+    jump=st.sampled_from([1.0, 1e-3, 50.0, 1e20]),
+)
+@settings(max_examples=60)
+def test_the_compiled_loop_equals_torch_s_operators_bit_for_bit(seed, bits, clip, granularity, dtype, size, jump):
+    shape, channel = size
+    inputs = [x.to(dtype) for x in drifting(seed, shape, 4, 0.2)]
+    if channel == 1:
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    state = start(inputs[0])
+    other = copy_of(state)
+    for x in (inputs[1], inputs[2] * jump, inputs[3]):
+        codes, scale = prologue_fixed(x, state, bits, clip, granularity, channel_dim=channel)
+        expected, measured = fixed_eagerly(x, other, bits, clip, granularity, channel)
+        assert_same_bits(codes, expected)
+        assert_same_bits(scale, measured)
+        assert_same_bits(state.n, other.n)
+        steps = torch.log2(scale / state.grid)
+        assert_same_bits(steps, steps.round().clamp(0, 14))
+
+
+def test_the_grid_leaves_the_room_that_was_asked_for():
+    x = torch.randn(4, 50)
+    for headroom in (1.0, 2.0, 8.0):
+        state = start(x, headroom)
+        room = float(state.grid) * 32767 / float(x.abs().max())
+        assert headroom <= room <= 2 * headroom * 1.001
+        assert math.log2(float(state.grid)).is_integer()
+        assert (state.value() - x).abs().max() <= state.grid / 2
+
+
+def test_a_scale_is_never_finer_than_asked_for_and_at_most_twice_as_coarse():
+    x = torch.randn(4, 50)
+    state = start(torch.randn(4, 50))
+    residual = x - state.value()
+    _, scale = prologue_fixed(x, state, 4, 0.5, "sample")
+    asked = residual.abs().amax(1, keepdim=True) * 0.5 / 7
+    assert bool((scale >= asked).all())
+    assert bool((scale < 2 * asked).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_nan_is_seen_in_the_scale_and_leaves_the_state(value):
+    x = torch.randn(2, 40)
+    for run in (prologue_fixed, lambda *a: fixed_eagerly(*a, -1)):
+        state = start(torch.randn(2, 40))
+        kept = copy_of(state)
+        x[0, 3] = value
+        codes, scale = run(x, state, 8, 1.0, "sample")
+        assert scale.isnan().flatten().tolist() == [True, False]
+        assert_same_bits(state.n[0], kept.n[0])
+        assert_same_bits(codes[0], torch.full((40,), 128, dtype=torch.uint8))
+    assert start(x).grid.isnan()
+
+
+def test_a_value_beyond_16_bits_saturates_with_its_code():
+    state = start(torch.ones(1, 4))
+    before = state.value().double()
+    far = torch.full((1, 4), 1e4)
+    for _ in range(50):
+        codes, scale = prologue_fixed(far, state, 8)
+        after = state.value().double()
+        assert_same_bits(after - before, (codes.double() - 128) * scale.double())
+        before = after
+    assert bool((32767 - state.n.int() < 2**14).all())  # no whole step of the coarsest scale fits any more
+
+
+def test_an_input_of_another_shape_is_refused():
+    with pytest.raises(KernelError, match=r"expected an int16 state of shape \(2, 3\)"):
+        prologue_fixed(torch.randn(2, 3), start(torch.randn(2, 4)), 8)
