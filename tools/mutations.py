@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mutation import Mutation
+from mutations_calibration import CALIBRATION
 from mutations_core import CORE
 from mutations_model import MODEL
 from mutations_nn import NN
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*CORE, *NN, *MODEL)
+MUTATIONS: tuple[Mutation, ...] = (*CALIBRATION, *CORE, *NN, *MODEL)

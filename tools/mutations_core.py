@@ -55,9 +55,9 @@ CORE: tuple[Mutation, ...] = (
         why="the moving average forgets the past instead of smoothing it",
     ),
     Mutation(
-        file="src/modiff/core/observers.py",
-        old=".pow(self.p).mean",
-        new=".pow(2.0).mean",
+        file="src/modiff/core/range_metrics.py",
+        old="else error.pow(p)).mean",
+        new="else error.pow(2.0)).mean",
         tests=("tests/core/test_observers.py",),
         why="the range search minimises the squared error, not p = 2.4",
     ),
@@ -77,7 +77,7 @@ CORE: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/core/coder.py",
-        old="        if self.config.dynamic or self.observers is not None:",
+        old="        if self.config.dynamic or watching:",
         new="        if True:",
         tests=("tests/core/test_coder.py",),
         why="static scales are measured and then ignored",

@@ -63,7 +63,7 @@ MODEL: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/model/calibrate.py",
-        old="        for _, coder in coders:\n            coder.observers = None",
+        old="        for _, coder in coders:\n            coder.unwatch()",
         new="        pass",
         tests=("tests/model/test_calibrate.py",),
         why="an interrupted calibration goes on observing for ever",
