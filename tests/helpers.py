@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from torch import Tensor
 
@@ -47,3 +49,8 @@ def drifting(
         x = (1 - change**2) ** 0.5 * x + change * noise
         found.append(x)
     return [x.to(dtype) for x in found]
+
+
+def hears_ctrl_c() -> None:
+    """For `subprocess.Popen(preexec_fn=...)`: a shell that started the tests in the background made them deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

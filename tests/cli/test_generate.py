@@ -19,6 +19,7 @@ from modiff import presets
 from modiff.cli import app
 from modiff.engine import run as engine
 from modiff.io.shards import Manifest, read_images
+from tests.helpers import hears_ctrl_c
 from tests.pixels import saved_pipeline
 
 SMALL = ("--steps", "2", "--batch-size", "1", "--shard-size", "2", "--threads", "1")
@@ -151,7 +152,9 @@ def started(model: Path, folder: Path, shards: int, *more: str) -> subprocess.Po
     """A process that generates without end in sight and has just written so many shards."""
     code = "from modiff.cli import app; app()"
     command = [sys.executable, "-c", code, "generate", str(model), "-o", str(folder), "-n", "100000", *SMALL, *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c
+    )
     until = time.monotonic() + 120
     last = folder / f"shard-{shards - 1:06d}.safetensors"
     while not last.exists() and process.poll() is None and time.monotonic() < until:

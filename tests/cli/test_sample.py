@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from modiff import presets
 from modiff.cli import app
 from modiff.engine import generate as engine
+from tests.helpers import hears_ctrl_c
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 
@@ -137,7 +138,9 @@ def test_ctrl_c_ends_the_process_with_one_line_and_leaves_whole_files_only(folde
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from modiff.cli import app; app()", "sample", str(folder), "-o", str(out)]
     options = ["--steps", "20", "--num-images", "10000", "--batch-size", "1"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c
+    )
     try:
         until = time.monotonic() + 120
         while not (out / "00000.png").exists() and process.poll() is None and time.monotonic() < until:

@@ -18,15 +18,16 @@ from tests.reference import layers
 def problems(draw: st.DrawFn, bits: st.SearchStrategy[int] | None = None) -> Problem:
     """Linear layers and convolutions of one and two axes, any stride, padding, dilation and grouping."""
     axes = draw(st.integers(0, 2))
+    one = draw(st.booleans())  # a kernel of size 1 without padding: a matmul, if it has no stride
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 16])) if axes else 1
     most = {1: 9, 16: 2}.get(groups, 4)
     each = st.lists(st.integers(1, 2), min_size=axes, max_size=axes).map(tuple)
     return Problem(
         inputs=groups * draw(st.integers(1, most)),
         outputs=groups * draw(st.integers(1, most - 1)),
-        kernel_size=draw(st.lists(st.integers(1, 3), min_size=axes, max_size=axes).map(tuple)),
+        kernel_size=(1,) * axes if one else draw(st.lists(st.integers(1, 3), min_size=axes, max_size=axes).map(tuple)),
         stride=draw(each),
-        padding=draw(st.lists(st.integers(0, 2), min_size=axes, max_size=axes).map(tuple)),
+        padding=draw(st.lists(st.integers(0, 0 if one else 2), min_size=axes, max_size=axes).map(tuple)),
         dilation=draw(each),
         groups=groups,
         bits=draw(st.integers(2, 8) if bits is None else bits),

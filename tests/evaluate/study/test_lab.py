@@ -22,6 +22,7 @@ from modiff.evaluate.study.store import Store
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
+from modiff.hosts.unconditional import UnconditionalPipeline
 from modiff.model.report import Entry, Report
 from tests.pixels import pixel_pipeline
 
@@ -156,6 +157,29 @@ def test_the_pipeline_is_as_before_also_after_an_error(tmp_path: Path) -> None:
     assert not is_attached(pipe)
     assert all(torch.equal(v, state[k]) for k, v in pipe.unet.state_dict().items())
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules()) == 0
+
+
+class OwnPipeline(DiffusionPipeline):
+    """A pipeline that diffusers does not know: another sampler is put into it, not into a copy."""
+
+    def __init__(self, unet: object, scheduler: object) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(
+        self, batch_size: int = 1, generator: object = None, num_inference_steps: int = 5, output_type: str = "np"
+    ) -> object:
+        return UnconditionalPipeline.__call__(self, batch_size, generator, num_inference_steps, output_type)
+
+
+def test_a_pipeline_of_an_own_class_gets_its_sampler_back(tmp_path: Path) -> None:
+    known = pixel_pipeline()
+    pipe = OwnPipeline(unet=known.unet, scheduler=known.scheduler)
+    scheduler = pipe.scheduler
+    (row,) = lab_at(tmp_path, pipe).rows([({}, Run(steps=3, sampler="dpmsolver++", config=presets.plain(8, 4)))])
+    assert pipe.scheduler is scheduler
+    (wanted,) = lab_at(tmp_path / "b").rows([({}, Run(steps=3, sampler="dpmsolver++", config=presets.plain(8, 4)))])
+    assert row["relative_l2"] == pytest.approx(wanted["relative_l2"], rel=1e-6)
 
 
 def test_a_diverged_run_is_a_row_without_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
