@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import AttentionConfig, LayerConfig, ModiffConfig, QuantizerConfig, StateError, WeightConfig, presets
+from modiff.core.affine import QParams
 from modiff.model.attachment import attachment_of
 from modiff.model.reconstruct_layers import attention_through, evaluating, full_precision, without_states
 from tests.helpers import assert_same_bits, assert_within
@@ -86,6 +87,20 @@ def test_modulated_layers_are_coded_from_nothing_without_a_trajectory():
     modiff.apply(plainly, plain(presets.w4a4().layer, share_residuals="off"))
     with without_states(modulated, "quantized"):
         found = sample(modulated)
+    for a, b in zip(found, sample(plainly), strict=True):
+        assert_within(a.detach(), b, 1e-5)
+
+
+def test_values_of_modulated_layers_are_not_coded_with_the_scales_of_their_residuals():
+    static = QuantizerConfig(bits=4, dynamic=False)
+    model, plainly = toy(), toy()
+    modiff.apply(model, ModiffConfig(layer=LayerConfig(activation=static)))
+    for twin in attachment_of(model).twins.values():
+        twin.coder.static = (QParams(torch.tensor(1e-4), None),)
+    fresh = LayerConfig(activation=QuantizerConfig(bits=4, granularity="tensor"))
+    modiff.apply(plainly, plain(fresh, share_residuals="off"))
+    with without_states(model, "quantized"):
+        found = sample(model)
     for a, b in zip(found, sample(plainly), strict=True):
         assert_within(a.detach(), b, 1e-5)
 

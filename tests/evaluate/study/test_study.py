@@ -91,9 +91,8 @@ def test_a_killed_study_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: 
     assert len(again) == 3 - len(kept)
     assert not set(again) & set(kept)
     assert result.values == whole.values
-    again.clear()
+    monkeypatch.setattr("modiff.evaluate.study.study.Lab", None)  # nothing is left to be done in one
     assert study(tmp_path / "killed").values == whole.values
-    assert again == []
 
 
 def test_another_model_or_setting_needs_another_folder(tmp_path: Path) -> None:
