@@ -5,9 +5,10 @@ from __future__ import annotations
 from mutation import Mutation
 from mutations_calibration import CALIBRATION
 from mutations_core import CORE
+from mutations_kernels import KERNELS
 from mutations_model import MODEL
 from mutations_nn import NN
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-MUTATIONS: tuple[Mutation, ...] = (*CALIBRATION, *CORE, *NN, *MODEL)
+MUTATIONS: tuple[Mutation, ...] = (*CALIBRATION, *CORE, *KERNELS, *NN, *MODEL)
