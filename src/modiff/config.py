@@ -21,6 +21,7 @@ Automatic = Literal["auto", "off"]
 WeightSearch = Literal["minmax", "mse"]
 Boundary = Literal["full_precision", "quantize"]
 Lowest = Literal["measured", "zero"]
+Execution = Literal["simulated", "integer"]
 
 DEFAULT_EXCLUDE = (
     "*time_*emb*",
@@ -245,6 +246,8 @@ class LayerConfig(JsonConfig):
 
     rotation: "hadamard" rotates the input channels in blocks of `rotation_block`, or of the largest power of two that
         divides them; the weights take the inverse once and the states live in the rotated domain.
+    execution: "simulated" computes with the values that the integers stand for; "integer" with the integers, where the
+        layer and the machine have kernels for them: same codes, and `modiff explain` says which layers and why.
     """
 
     weight: WeightConfig = WeightConfig()
@@ -252,6 +255,7 @@ class LayerConfig(JsonConfig):
     modulation: ModulationConfig | None = ModulationConfig()
     rotation: Rotation = "none"
     rotation_block: int = 64
+    execution: Execution = "simulated"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -220,3 +220,14 @@ def test_a_weight_that_does_not_fit_its_problem_is_refused(weight, scale, messag
 )
 def test_the_largest_weight_code_counts_the_lowest_one(codes, largest):
     assert largest_weight_code(codes) == largest
+
+
+@pytest.mark.parametrize("axes", [0, 2])
+def test_weight_scales_that_lie_apart_in_memory_are_read_as_they_are(axes):
+    problem = Problem(inputs=8, outputs=4, kernel_size=(3,) * axes, stride=(1,) * axes, padding=(1,) * axes,
+                      dilation=(1,) * axes, bits=4, weight_max=7)  # fmt: skip
+    codes, weight = operands(problem, 0)
+    scales = torch.arange(1.0, 9.0).reshape(4, 2)[:, :1]
+    one = torch.ones(())
+    expected = Kernel(problem, weight, scales.clone()).compute(codes, one)
+    assert_same_bits(Kernel(problem, weight, scales).compute(codes, one), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from modiff.core.observers import Observer
 from modiff.core.scale_tensors import load_scales, scale_tensors
 from modiff.core.step_sets import Moment, grouped, set_of
 from modiff.errors import CalibrationError, ConfigError
+
+
+class Coded(Protocol):
+    """One round of integers, in whatever form: a layer can always ask what they stand for."""
+
+    def value(self) -> Tensor:
+        """The values, in the shape of the residual."""
+        ...
 
 
 class Code(NamedTuple):
@@ -103,6 +111,20 @@ class Coder:
             for part in self._measured(residual)
         ]
         return self._code(residual, qparams)
+
+    @property
+    def watching(self) -> bool:
+        """Whether scales are being measured."""
+        return self.observers is not None or self._make is not None
+
+    def scales(self, like: Tensor) -> tuple[Tensor, ...] | None:
+        """The scales of this step, one for each segment, on the device of `like`; None where each call measures them.
+
+        Raises: CalibrationError as a call does.
+        """
+        if self.config.dynamic:
+            return None
+        return tuple(q.scale.to(like.device, torch.float32) for q in self._measured_scales())
 
     def watch(self, make: Callable[[], Observer]) -> None:
         """Measure from now on, with an observer from `make` for each segment (and each moment, with step groups)."""

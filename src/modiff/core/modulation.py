@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.coder import Code, Coder
+from modiff.core.coder import Coded, Coder
 
 
 class State(NamedTuple):
@@ -44,7 +44,7 @@ class Message(NamedTuple):
     """
 
     anchor: Tensor | None
-    codes: tuple[Code, ...]
+    codes: tuple[Coded, ...]
     starts: bool = False
     gain: Tensor | float | None = None
 
@@ -56,7 +56,7 @@ class Operator(Protocol):
         """A(value) + bias."""
         ...
 
-    def linear(self, code: Code) -> Tensor:
+    def linear(self, code: Coded) -> Tensor:
         """A(code), without bias."""
         ...
 
@@ -126,7 +126,7 @@ def _anchor(x: Tensor, coder: Coder, config: ModulationConfig) -> tuple[Message,
     if config.first_step == "full_precision":
         return Message(x, (), starts=True), State(_keep(x, config))
     value = torch.zeros_like(x)
-    codes: list[Code] = []
+    codes: list[Coded] = []
     for _ in range(config.rounds):
         code = coder.fresh(x - value)
         if code is not None:
@@ -166,7 +166,7 @@ def accumulate(message: Message, state: State | None, operator: Operator, config
     return State(_store(value, config), _move(value, state, config))
 
 
-def _sum(linear: Callable[[Code], Tensor], codes: tuple[Code, ...]) -> Tensor | float:
+def _sum(linear: Callable[[Coded], Tensor], codes: tuple[Coded, ...]) -> Tensor | float:
     total: Tensor | float = 0.0
     for code in codes:
         total = total + linear(code)

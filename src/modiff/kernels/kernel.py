@@ -47,7 +47,7 @@ class Kernel:
     ) -> None:
         self.problem = problem
         self.weight = weight
-        self.weight_scale = weight_scale.reshape(-1)
+        self.weight_scale = weight_scale.reshape(-1).contiguous()  # backends read it without strides
         self._check()
         if backend is None:
             here = detect() if isa is None else isa

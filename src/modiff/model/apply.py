@@ -81,7 +81,7 @@ def _share(attachment: Attachment) -> dict[str, str]:
     for name, twin in attachment.twins.items():
         if twin.inputs is None or twin.split is not None or not twin.config.activation.dynamic:
             continue
-        shared = (twin.config.activation, twin.config.modulation, twin.segments)
+        shared = (twin.config.activation, twin.config.modulation, twin.segments, twin.integer is not None)
         key = (name.rpartition(".")[0], type(twin), twin.coder.segments if twin.coder else None, *shared)
         if key in leaders:
             twin.share_with(leaders[key])

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from modiff.errors import StateError
+from modiff.nn.integer import Sliding
 from modiff.nn.layer import ModulatedLayer
 
 
@@ -15,9 +16,23 @@ class _ModulatedConv(ModulatedLayer):
     in_channels: int
     groups: int
     kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
 
     def _geometry(self) -> tuple[int, int, tuple[int, ...]]:
         return self.in_channels, self.groups, self.kernel_size
+
+    def sliding(self) -> Sliding:
+        """Stride, padding and dilation, resolved."""
+        if self.padding_mode != "zeros":
+            return Sliding(obstacle=f"no kernel pads with {self.padding_mode!r}")
+        pads = self._reversed_padding_repeated_twice  # (left, right) of each axis, the last axis first
+        before, after = pads[0::2][::-1], pads[1::2][::-1]
+        if before != after:
+            return Sliding(obstacle="no kernel pads one side more than the other")
+        return Sliding(self.stride, tuple(before), self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for `x`. Raises StateError as every modulated layer does, and without a batch axis."""

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import Granularity, LayerConfig, ModulationConfig
-from modiff.core.coder import Code, Coder
-from modiff.core.modulation import State, accumulate, encode_plain, output_of
+from modiff.core.coder import Coded, Coder
+from modiff.core.modulation import Message, State, accumulate, encode_plain, output_of
 from modiff.core.transforms import rotate, segments_of
 from modiff.errors import ConfigError, StateError
+from modiff.nn.byte_code import ByteCode, relaid
 from modiff.nn.clock import Clock
+from modiff.nn.integer import IntegerSide, Sliding, obstacle
+from modiff.nn.integer_stream import IntegerStream
 from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
 from modiff.nn.stream import Inputs, Key, Stream
 from modiff.nn.weight import QuantizedWeight
@@ -83,9 +86,13 @@ class ModulatedLayer(nn.Module):
         if config.activation.bits is not None:
             moment = clock.moment if config.modulation is None else clock.transition
             self.coder = Coder(config.activation, self.granularity, self.channel_dim, runs, moment)
+        self.integer: IntegerSide | None = None
+        if config.execution == "integer" and not obstacle(self):
+            self.integer = IntegerSide(self)
         self.inputs: Inputs | None = None
         if self.coder is not None and config.modulation is not None:
-            self.inputs = Inputs(self.coder, config.modulation, clock)
+            kind = Stream if self.integer is None else IntegerStream
+            self.inputs = Inputs(self.coder, config.modulation, clock, kind)
         self.streams: dict[Key, Stream] = {}
         self.outputs: dict[Key, State] = {}
         self._seen: dict[Key, int] = {}
@@ -94,6 +101,10 @@ class ModulatedLayer(nn.Module):
 
     def _geometry(self) -> tuple[int, int, tuple[int, ...]]:
         """Input channels, groups, kernel size."""
+        raise NotImplementedError
+
+    def sliding(self) -> Sliding:
+        """How a convolution's kernel moves, nothing for a linear layer."""
         raise NotImplementedError
 
     def operator(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -216,8 +227,10 @@ class ModulatedLayer(nn.Module):
             if self.coder is None:
                 return self.affine(_at_least_float32(value)).to(x.dtype)
             if self.config.modulation is None or self.inputs is None:
+                if self.integer is not None and not self.coder.watching:
+                    return self.integer.plain(value, self.coder, x.dtype)
                 return output_of(encode_plain(value, self.coder), self).to(x.dtype)
-            return self._modulated(x, value, self.config.modulation, self.inputs).to(x.dtype, copy=True)
+            return self._modulated(x, value, self.config.modulation, self.inputs)
 
     def _modulated(self, x: Tensor, value: Tensor, config: ModulationConfig, inputs: Inputs) -> Tensor:
         key = self._key()
@@ -232,10 +245,22 @@ class ModulatedLayer(nn.Module):
                 "skipped in a step while others read the shared residual. Use ModiffConfig(share_residuals='off')."
             )
         self._seen[key] = stream.count
-        self.outputs[key] = accumulate(message, self.outputs.get(key), self, config)
+        self.outputs[key], output = self._received(message, self.outputs.get(key), config, x.dtype)
         if self.alone:
             stream.message = None  # nobody else will read it: free the codes now
-        return self.outputs[key].value
+        return output
+
+    def _received(
+        self, message: Message, state: State | None, config: ModulationConfig, dtype: torch.dtype
+    ) -> tuple[State, Tensor]:
+        """The next output state, and a copy of it in `dtype`."""
+        code = message.codes[0] if message.codes else None
+        if self.integer is not None and isinstance(code, ByteCode) and state is not None:
+            return self.integer.step(code, state, message.gain, dtype)
+        state = accumulate(message, state, self, config)
+        if self.integer is not None:  # the layout that kernels add into
+            state = State(relaid(state.value), state.move if state.move is None else relaid(state.move))
+        return state, state.value.to(dtype, copy=True)
 
     def _key(self) -> Key:
         """A state for each context and for each time the layer is called within one evaluation of the network."""
@@ -254,7 +279,7 @@ class ModulatedLayer(nn.Module):
         bias = None if self.bias is None else self.bias.detach().to(value.dtype)
         return self.operator(value, self.quantized_weight.dense(self.weight, value.dtype), bias)
 
-    def linear(self, code: Code) -> Tensor:
+    def linear(self, code: Coded) -> Tensor:
         """A(code) without bias."""
         value = code.value()
         return self.operator(value, self.quantized_weight.dense(self.weight, value.dtype), None)

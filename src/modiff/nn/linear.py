@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modiff.nn.integer import Sliding
 from modiff.nn.layer import ModulatedLayer
 
 
@@ -17,6 +18,10 @@ class ModulatedLinear(ModulatedLayer, nn.Linear):
 
     def _geometry(self) -> tuple[int, int, tuple[int, ...]]:
         return self.in_features, 1, ()
+
+    def sliding(self) -> Sliding:
+        """None."""
+        return Sliding()
 
     def operator(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
@@ -33,6 +34,7 @@ class Stream:
         self.message: Message | None = None
         self.count = 0
         self.tick = -1
+        self._held: tuple[torch.Size, torch.device] | None = None
         self._source: tuple[weakref.ref[Tensor], int] | None = None
 
     def carries(self, x: Tensor) -> bool:
@@ -59,26 +61,31 @@ class Stream:
             return self.message
         every = self.config.reanchor_every
         if every and self.clock.step % every == 0:
-            self.state = None
+            self.state = self._held = None
         self._check(where, value)
-        self.message, self.state = encode(value, self.state, self.coder, self.config, self._ratio())
+        self.message = self.advance(value)
+        self._held = value.shape, value.device
         self.tick, self._source = self.clock.tick, (weakref.ref(x), version_of(x))
         self.count += 1
         return self.message
 
-    def _ratio(self) -> Tensor | float:
+    def advance(self, value: Tensor) -> Message:
+        """Code `value` and move the state on."""
+        message, self.state = encode(value, self.state, self.coder, self.config, self.ratio())
+        return message
+
+    def ratio(self) -> Tensor | float:
+        """Size of this step over the last one, on the device of the state."""
         if self.config.predictor == "hold":
             return 1.0
         ratio = self.clock.ratio
-        return ratio.to(self.state.value.device) if isinstance(ratio, Tensor) and self.state is not None else ratio
+        return ratio.to(self._held[1]) if isinstance(ratio, Tensor) and self._held is not None else ratio
 
     def _check(self, where: str, x: Tensor) -> None:
-        if self.state is None:
-            return
-        state = self.state.value
-        if x.shape != state.shape or x.device != state.device:
+        if self._held is not None and self._held != (x.shape, x.device):
+            shape, device = self._held
             raise StateError(
-                f"{where}: expected an input of shape {tuple(state.shape)} on {state.device}, got {tuple(x.shape)} on "
+                f"{where}: expected an input of shape {tuple(shape)} on {device}, got {tuple(x.shape)} on "
                 f"{x.device}. The batch or image size changed inside one trajectory. "
                 "Wrap each generation in its own `with modiff.trajectory(model):`."
             )
@@ -90,8 +97,8 @@ class Inputs:
     At the step where states start, a layer joins the stream of the group that carries its very input, or opens one.
     """
 
-    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
-        self.coder, self.config, self.clock = coder, config, clock
+    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock, stream: type[Stream] = Stream) -> None:
+        self.coder, self.config, self.clock, self.stream = coder, config, clock, stream
         self.streams: list[Stream] = []
         clock.on_reset(self.forget)
 
@@ -104,5 +111,5 @@ class Inputs:
         for stream in self.streams:
             if stream.message is not None and stream.message.starts and stream.carries(x):
                 return stream
-        self.streams.append(Stream(self.coder, self.config, self.clock))
+        self.streams.append(self.stream(self.coder, self.config, self.clock))
         return self.streams[-1]

@@ -1,0 +1,87 @@
+"""The input side on real integers: residual, scale, codes and state in one pass over memory, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modiff.config import ModulationConfig
+from modiff.core.coder import Coder
+from modiff.core.modulation import Message, State, step_gain
+from modiff.kernels.prologue import prologue
+from modiff.nn.byte_code import ByteCode, dense_parts
+from modiff.nn.clock import Clock
+from modiff.nn.stream import Stream
+
+
+class IntegerStream(Stream):
+    """As `Stream`, bit for bit, but a steady step sends bytes and writes the state in place.
+
+    The state is kept in one dense tensor for each segment of the channels. The first step, and every step while scales
+    are being measured, runs as in the simulation.
+    """
+
+    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
+        self._parts: tuple[State, ...] = ()
+        super().__init__(coder, config, clock)
+
+    @property
+    def state(self) -> State | None:
+        """The input state as one tensor. Cost: nothing for one segment, else a copy."""
+        if len(self._parts) < 2:
+            return self._parts[0] if self._parts else None
+        values, moves = [part.value for part in self._parts], [part.move for part in self._parts]
+        moved = [move for move in moves if move is not None]
+        channels = self.coder.channel_dim
+        return State(torch.cat(values, channels), torch.cat(moved, channels) if moved else None)
+
+    @state.setter
+    def state(self, whole: State | None) -> None:
+        if whole is None:
+            self._parts = ()
+            return
+        values = self._dense(whole.value)
+        moves = (None,) * len(values) if whole.move is None else self._dense(whole.move)
+        self._parts = tuple(State(value, move) for value, move in zip(values, moves, strict=True))
+
+    def advance(self, value: Tensor) -> Message:
+        """Code `value` into bytes and write the state in place."""
+        if not self._parts or self.coder.watching:
+            return super().advance(value)
+        coder, given = self.coder, self.coder.scales(value)
+        gain = self._gain(value.device)
+        parts: list[tuple[Tensor, Tensor]] = []
+        states: list[State] = []
+        for index, (x, state) in enumerate(zip(self._dense(value), self._parts, strict=True)):
+            held = _as(state, x, gain)
+            codes, scale = prologue(
+                x, held.value, None if given is None else given[index], coder.bits, coder.config.clip,
+                coder.granularity, channel_dim=coder.channel_dim, move=held.move, gain=gain,
+            )  # fmt: skip
+            parts.append((codes, scale))
+            states.append(held)
+        self._parts = tuple(states)
+        return Message(None, (ByteCode(tuple(parts), 2 ** (coder.bits - 1), coder.channel_dim),), gain=gain)
+
+    def _gain(self, device: torch.device) -> Tensor | None:
+        """The weight of the last move; 0 where there was none yet, None where the predictor holds."""
+        if self.config.predictor == "hold":
+            return None
+        if self._parts[0].move is None:
+            return torch.zeros((), device=device)
+        return torch.as_tensor(step_gain(self.config, self.ratio()), dtype=torch.float32, device=device)
+
+    def _dense(self, x: Tensor) -> tuple[Tensor, ...]:
+        return dense_parts(x, self.coder.segments, self.coder.channel_dim)
+
+
+def _as(state: State, x: Tensor, gain: Tensor | None) -> State:
+    """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins."""
+    value, move = state
+    if value.stride() != x.stride():
+        value = torch.empty_like(x, dtype=value.dtype).copy_(value)
+    if gain is None:
+        return State(value)
+    if move is None:
+        return State(value, torch.zeros_like(value))
+    return State(value, move if move.stride() == value.stride() else torch.empty_like(value).copy_(move))

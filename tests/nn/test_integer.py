@@ -1,0 +1,291 @@
+"""Layers on real integers: the codes and input states of the simulation bit for bit, outputs within float error."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
+from modiff.core.observers import MinMaxObserver
+from modiff.kernels.prepacked import PREPACKED
+from modiff.nn.byte_code import ByteCode
+from modiff.nn.integer import obstacle
+from tests.helpers import assert_same_bits, assert_within, drifting, worst
+from tests.recipes import evaluate, play, randomised, recipe_of_layer, sizes_of, twin
+from tests.reference.recursion import run
+
+W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
+LINEAR = ModulationConfig(predictor="linear", gain=0.8)
+LAYERS = {
+    "linear": (lambda: nn.Linear(16, 6), (2, 5, 16), None),
+    "linear of odd channels": (lambda: nn.Linear(7, 3, bias=False), (4, 7), None),
+    "conv": (lambda: nn.Conv2d(8, 4, 3, padding=1), (2, 8, 5, 6), None),
+    "conv with a stride": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding=(0, 1), dilation=(1, 2)), (2, 6, 7, 9), None),
+    "conv in groups": (lambda: nn.Conv2d(8, 6, 3, groups=2, padding="same"), (1, 8, 4, 4), None),
+    "conv of one pixel": (lambda: nn.Conv2d(8, 5, 1), (3, 8, 4, 4), None),
+    "conv along one axis": (lambda: nn.Conv1d(8, 5, 3, padding=2), (2, 8, 9), None),
+    "conv along three axes": (lambda: nn.Conv3d(4, 3, 3, padding=1), (1, 4, 3, 4, 4), None),
+    "split conv": (lambda: nn.Conv2d(8, 4, 3, padding=1), (2, 8, 4, 4), 5),
+    "split linear": (lambda: nn.Linear(12, 4), (2, 3, 12), 4),
+}
+CONFIGS = {
+    "W8A4": W8A4,
+    "W8A8": LayerConfig(),
+    "W4A3 clipped": LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=3, clip=0.7)),
+    "one scale": LayerConfig(activation=QuantizerConfig(bits=6, granularity="tensor")),
+    "linear predictor": LayerConfig(activation=QuantizerConfig(bits=4), modulation=LINEAR),
+    "rotated": LayerConfig(activation=QuantizerConfig(bits=4), rotation="hadamard", rotation_block=8),
+    "coded first step": LayerConfig(modulation=ModulationConfig(first_step="coded", rounds=2, reanchor_every=3)),
+}
+TIMES = [900.0, 700.0, 600.0, 500.0, 450.0]
+
+
+def integer(config: LayerConfig) -> LayerConfig:
+    return dataclasses.replace(config, execution="integer")
+
+
+def plainly(config: LayerConfig) -> LayerConfig:
+    return dataclasses.replace(config, modulation=None)
+
+
+def walk(shape: tuple[int, ...], steps: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return drifting(3, shape, steps, 0.3, dtype)
+
+
+def output_bound(layer: nn.Module, x: Tensor, steps: int) -> float:
+    """Float error of sums over the fan-in, of `steps` steps: generous, and far below one code."""
+    fan_in = layer.weight[0].numel()
+    return 2e-6 * steps * float(x.abs().max()) * float(layer.weight.detach().abs().max()) * fan_in
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_error(layer, config):
+    make, shape, split = LAYERS[layer]
+    original, inputs = randomised(make()), walk(shape)
+    simulated = play(twin(original, CONFIGS[config], split), inputs, TIMES)
+    ours = twin(original, integer(CONFIGS[config]), split)
+    assert ours.integer is not None
+    for (output, state, held), (expected, its_state, its_held) in zip(
+        play(ours, inputs, TIMES), simulated, strict=True
+    ):
+        assert_same_bits(state, its_state)
+        bound = output_bound(original, inputs[0], len(inputs))
+        assert_within(held, its_held, bound)
+        assert_within(output, expected, bound)
+        assert output.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_outputs_are_at_most_twice_as_far_from_the_float64_reference_as_the_simulation(layer):
+    make, shape, split = LAYERS[layer]
+    original, inputs = randomised(make()), walk(shape)
+    config = dataclasses.replace(W8A4, activation=QuantizerConfig(bits=8), modulation=LINEAR)
+    exact = run([x.double() for x in inputs], recipe_of_layer(original, config, split), sizes_of(TIMES))
+    ours = play(twin(original, integer(config), split), inputs, TIMES)
+    theirs = play(twin(original, config, split), inputs, TIMES)
+    worst_ours = max(worst(a[0], step.output_state) for a, step in zip(ours, exact, strict=True))
+    worst_theirs = max(worst(a[0], step.output_state) for a, step in zip(theirs, exact, strict=True))
+    assert worst_ours <= 2 * worst_theirs
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_plain_layers_equal_the_simulation_within_float_error(layer):
+    make, shape, split = LAYERS[layer]
+    original, inputs = randomised(make()), walk(shape, steps=2)
+    for config in (plainly(W8A4), plainly(LayerConfig())):
+        ours, theirs = twin(original, integer(config), split), twin(original, config, split)
+        for x in inputs:
+            assert_within(evaluate(ours, x), evaluate(theirs, x), output_bound(original, x, 1))
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(2, 8), st.integers(2, 8), st.booleans(), st.integers(0, 99))
+def test_the_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bits, bits, conv, seed):
+    layer = nn.Conv2d(inputs, outputs, 3, padding=1) if conv else nn.Linear(inputs, outputs)
+    original = randomised(layer, seed)
+    config = integer(LayerConfig(weight=WeightConfig(bits=weight_bits), activation=QuantizerConfig(bits=bits)))
+    walked = drifting(seed, (2, inputs, 3, 4) if conv else (2, 3, inputs), 4, 0.3, torch.float32)
+    ours = twin(original, config)
+    for x, (output, state, held) in zip(walked, play(ours, walked), strict=True):
+        exact = ours.operator(state.double(), ours.quantized_weight.dense(ours.weight, torch.float64), None)
+        exact = exact + layer.bias.detach().double().reshape(-1, *[1] * 2 * conv)
+        assert_within(held, exact, output_bound(original, x, 4) + 1e-6)
+        assert_same_bits(output, held)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_output_has_the_dtype_of_the_input_and_the_state_keeps_its_own(dtype):
+    original = randomised(nn.Conv2d(8, 4, 3, padding=1)).to(dtype)
+    inputs = walk((2, 8, 4, 4), dtype=dtype)
+    simulated = play(twin(original, W8A4), inputs)
+    for (output, state, held), theirs in zip(play(twin(original, integer(W8A4)), inputs), simulated, strict=True):
+        assert (output.dtype, state.dtype, held.dtype) == (dtype, torch.float32, torch.float32)
+        assert_same_bits(state, theirs[1])
+        assert_within(held, theirs[2], 1e-4)
+
+
+def test_a_caller_that_writes_into_the_output_or_its_input_does_not_touch_the_states():
+    original, inputs = randomised(nn.Linear(16, 6)), walk((2, 5, 16))
+    expected = play(twin(original, integer(W8A4)), inputs)
+    ours = twin(original, integer(W8A4))
+    ours.clock.start()
+    for x, (_, state, held) in zip(inputs, expected, strict=True):
+        mine = x.clone()
+        evaluate(ours, mine).fill_(9.0)
+        mine.fill_(-9.0)
+        assert_same_bits(ours.state.input, state)
+        assert_same_bits(ours.state.output, held)
+    ours.clock.stop()
+
+
+def test_an_input_that_changes_its_memory_layout_is_the_same_input():
+    original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
+    expected = play(twin(original, integer(W8A4)), inputs)
+    other = [x.to(memory_format=torch.channels_last) if i % 2 else x for i, x in enumerate(inputs)]
+    for mine, theirs in zip(play(twin(original, integer(W8A4)), other), expected, strict=True):
+        assert_same_bits(mine[1], theirs[1])
+        assert_within(mine[2], theirs[2], 1e-5)
+
+
+def test_a_steady_step_sends_bytes_and_never_the_values_behind_them():
+    layer = twin(randomised(nn.Linear(16, 6)), integer(W8A4))
+    layer.alone = False  # keeps the message
+    layer.clock.start()
+    for x in walk((2, 16), steps=2):
+        evaluate(layer, x)
+    message = layer.streams["default", 0].message
+    assert message is not None
+    (code,) = message.codes
+    assert isinstance(code, ByteCode)
+    ((codes, scale),) = code.parts
+    assert (codes.dtype, code.zero, scale.shape) == (torch.uint8, 8, (2, 1))
+    assert_same_bits(code.value(), (codes.float() - 8) * scale)
+    layer.clock.stop()
+
+
+REASONS = {
+    "keeps floats": (lambda: nn.Linear(8, 4), LayerConfig(weight=WeightConfig(bits=None))),
+    "is not coded": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(bits=None))),
+    "0 bits send nothing": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(bits=0))),
+    "zero point": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(symmetric=False))),
+    "summed axis": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(granularity="input_channel"))),
+    "several pixels": (lambda: nn.Conv2d(8, 4, 3), LayerConfig(activation=QuantizerConfig(granularity="token"))),
+    "'circular'": (lambda: nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular"), LayerConfig()),
+    "one side more": (lambda: nn.Conv2d(8, 4, 2, padding="same"), LayerConfig()),
+    "for study": (lambda: nn.Linear(8, 4), LayerConfig(modulation=ModulationConfig(error_compensation="none"))),
+    "kept in float16": (lambda: nn.Linear(8, 4), LayerConfig(modulation=ModulationConfig(state_dtype="float16"))),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
+    make, config = REASONS[reason]
+    original = randomised(make())
+    ours, theirs = twin(original, integer(config)), twin(original, config)
+    assert ours.integer is None
+    assert reason in obstacle(ours)
+    inputs = walk((2, 8) if isinstance(original, nn.Linear) else (2, 8, 5, 5), steps=3)
+    for layer in (ours, theirs):
+        layer.clock.start()
+    for x in inputs:
+        assert_same_bits(evaluate(ours, x), evaluate(theirs, x))
+
+
+def test_simulation_is_the_default_and_builds_no_kernels():
+    assert LayerConfig().execution == "simulated"
+    assert twin(nn.Linear(8, 4), W8A4).integer is None
+
+
+def test_scales_are_measured_in_the_simulation_and_used_on_integers():
+    config = LayerConfig(activation=QuantizerConfig(bits=4, dynamic=False, granularity="tensor", clip=0.8))
+    original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
+    twins = [twin(original, config), twin(original, integer(config))]
+    for layer in twins:
+        assert layer.coder is not None
+        layer.coder.watch(lambda: MinMaxObserver(None))
+    measuring = [play(layer, inputs) for layer in twins]
+    for layer in twins:
+        assert layer.coder is not None
+        layer.coder.freeze()
+    for simulated, ours in (measuring, [play(layer, inputs) for layer in twins]):
+        for theirs, mine in zip(simulated, ours, strict=True):
+            assert_same_bits(mine[1], theirs[1])
+            assert_within(mine[0], theirs[0], 1e-4)
+
+
+def test_a_weight_written_in_place_is_coded_anew_and_an_equal_one_keeps_its_kernel():
+    layer = twin(randomised(nn.Linear(16, 6)), integer(W8A4))
+    inputs = walk((2, 16), steps=3)
+    play(layer, inputs)
+    assert layer.integer is not None
+    first = layer.integer.kernels
+    play(layer, inputs)
+    assert layer.integer.kernels is first
+    with torch.no_grad():
+        layer.weight.mul_(-2.0)
+    expected = play(twin(_copy_of(layer), W8A4), inputs)
+    for mine, theirs in zip(play(layer, inputs), expected, strict=True):
+        assert_within(mine[0], theirs[0], 1e-4)
+    assert layer.integer.kernels is not first
+
+
+def _copy_of(layer: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(layer.in_features, layer.out_features)
+    copy.load_state_dict(layer.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize("split", [None, 5])
+def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split):
+    config = LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=4))
+    original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
+    expected = play(twin(original, integer(config), split), inputs)
+    packed = twin(original, integer(config), split)
+    packed.pack()
+    for mine, theirs in zip(play(packed, inputs), expected, strict=True):
+        assert_same_bits(mine[1], theirs[1])
+        assert_within(mine[0], theirs[0], 1e-4)
+    assert packed.integer is not None
+    assert packed.integer.kernels[0].weight.dtype == (torch.uint8 if split is None else torch.int8)
+
+
+def test_what_backends_made_of_a_weight_goes_with_the_layer():
+    gc.collect()
+    before = PREPACKED.bytes_held()
+    layer = twin(randomised(nn.Linear(64, 64)), integer(W8A4))
+    play(layer, walk((2, 64), steps=2))
+    assert PREPACKED.bytes_held() > before
+    del layer
+    gc.collect()
+    assert PREPACKED.bytes_held() == before
+
+
+def test_a_batch_that_changes_inside_a_trajectory_is_refused_and_the_states_survive():
+    layer = twin(randomised(nn.Conv2d(8, 4, 3)), integer(W8A4), split=3)
+    inputs = walk((2, 8, 4, 4))
+    layer.clock.start()
+    evaluate(layer, inputs[0])
+    evaluate(layer, inputs[1])
+    before = [t.clone() for t in layer.state]
+    with pytest.raises(StateError, match=r"layer: expected an input of shape \(2, 8, 4, 4\).*got \(1, 8, 4, 4\)"):
+        evaluate(layer, inputs[2][:1])
+    for kept, was in zip(layer.state, before, strict=True):
+        assert_same_bits(kept, was)
+    layer.clock.stop()
+
+
+def test_nan_is_seen_in_the_output_under_a_dynamic_scale():
+    layer = twin(randomised(nn.Linear(16, 6)), integer(W8A4))
+    inputs = walk((2, 16), steps=3)
+    inputs[1][0, 3] = torch.nan
+    outputs = [output for output, _, _ in play(layer, inputs)]
+    assert outputs[1][0].isnan().all()
+    assert outputs[2][1].isfinite().all()
