@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -12,7 +13,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import StateError
 from modiff.model.automatic import Automatic
 from modiff.model.report import Report
-from modiff.nn import Clock, ModulatedLayer
+from modiff.nn import Clock, ModulatedLayer, traced
 
 ATTRIBUTE = "_modiff"
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
@@ -35,6 +36,12 @@ class Attachment:
         self.twins: dict[str, ModulatedLayer] = {}
         self.handles: list[RemovableHandle] = []
         self.timestep: tuple[str, int] | None = None
+        self.number = traced.number_for(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a number of its own."""
+        self.__dict__.update(state)
+        self.number = traced.number_for(self)
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""
@@ -50,11 +57,26 @@ class Attachment:
             name, position = self.timestep
             value = kwargs.get(name, args[position] if position < len(args) else None)
         timestep = value if isinstance(value, (Tensor, float, int)) else None
+        if torch.compiler.is_compiling():
+            given = None if timestep is None else torch.as_tensor(timestep)
+            traced.begin(self.clock.token, given, self.number)
+        else:
+            self.begin(timestep)
+
+    def begin(self, timestep: Tensor | float | None) -> None:
+        """An evaluation of the model begins."""
         if self.automatic is not None:
             self.automatic.before(timestep)
         self.clock.call(timestep)
 
     def _after(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            traced.end(self.clock.token, self.number)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """The evaluation ended, or raised."""
         self.clock.returned()
 
 

@@ -33,10 +33,12 @@ def dense_parts(x: Tensor, segments: tuple[int, ...], channel_dim: int) -> tuple
     """
     if len(segments) == 1:
         return (x,)
-    axes = 0 if channel_dim == -1 else x.dim() - 2
-    return tuple(relaid(part, innermost=channels_innermost(x, axes)) for part in x.split(list(segments), channel_dim))
+    parts = x.split(list(segments), channel_dim)
+    if channel_dim == 1 and channels_innermost(x, x.dim() - 2):
+        return tuple(innermost(part) for part in parts)
+    return tuple(part.contiguous() for part in parts)
 
 
-def relaid(x: Tensor, *, innermost: bool = True) -> Tensor:
-    """x with its channels (axis 1, or the last of a linear layer) innermost in memory, or in the order of its axes."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if innermost and x.dim() > 2 else x.contiguous()
+def innermost(x: Tensor) -> Tensor:
+    """The input or output of a convolution with its channels, axis 1, innermost in memory. Cost: nothing, or a copy."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -31,6 +31,8 @@ class Clock:
         self.context = "default"
         self.tick = 0
         self.inside = False
+        with torch.inference_mode(mode=False):
+            self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
         self._given: Tensor | float | None = None
         self._moment: tuple[float, ...] | None = None
         self._contexts: dict[str, _Context] = {}

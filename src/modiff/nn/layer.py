@@ -13,7 +13,8 @@ from modiff.core.coder import Coded, Coder
 from modiff.core.modulation import Message, State, accumulate, encode_plain, output_of
 from modiff.core.transforms import rotate, segments_of
 from modiff.errors import ConfigError, StateError
-from modiff.nn.byte_code import ByteCode, relaid
+from modiff.nn import traced
+from modiff.nn.byte_code import ByteCode, innermost
 from modiff.nn.clock import Clock
 from modiff.nn.integer import IntegerSide, Sliding, obstacle
 from modiff.nn.integer_stream import IntegerStream
@@ -97,7 +98,19 @@ class ModulatedLayer(nn.Module):
         self.outputs: dict[Key, State] = {}
         self._seen: dict[Key, int] = {}
         self._tick, self._calls, self.alone = -1, 0, True
+        self.number = traced.number_for(self)
         clock.on_reset(self.forget)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch; a copy has a number of its own."""
+        super().__setstate__(state)
+        self.number = traced.number_for(self)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the weight as it computes, packed or not."""
+        weight = self.quantized_weight
+        return weight.shape if isinstance(weight, PackedWeight) else tuple(self.weight.shape)
 
     def _geometry(self) -> tuple[int, int, tuple[int, ...]]:
         """Input channels, groups, kernel size."""
@@ -143,9 +156,8 @@ class ModulatedLayer(nn.Module):
 
     def packed_storage(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of the packed weight and of its scales. For layers with weight bits only."""
-        weight = self.quantized_weight
-        shape = weight.shape if isinstance(weight, PackedWeight) else tuple(self.weight.shape)
-        return storage(self.config.weight.bits or 8, shape), (torch.float32, (shape[0], len(weight.segments)))
+        shape, segments = self.weight_shape, self.quantized_weight.segments
+        return storage(self.config.weight.bits or 8, shape), (torch.float32, (shape[0], len(segments)))
 
     def hold_packed(self, weight: Tensor, scale: Tensor) -> None:
         """Take packed codes and their scales, as `packed_storage` says, in the place of the weight.
@@ -153,8 +165,7 @@ class ModulatedLayer(nn.Module):
         The layer that this one was made from keeps its own parameters.
         """
         self._parameters, self._buffers = dict(self._parameters), dict(self._buffers)
-        was = self.quantized_weight
-        shape = was.shape if isinstance(was, PackedWeight) else tuple(self.weight.shape)
+        was, shape = self.quantized_weight, self.weight_shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer(SCALE, scale)
         self.quantized_weight = PackedWeight(was.config, was.segments, was.rotation, was.name, shape, self._buffers)
@@ -215,10 +226,16 @@ class ModulatedLayer(nn.Module):
         return [t for side in sides if side is not None for t in side if t is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output for `x`, same dtype as `x`.
+        """The layer's output for `x`, same dtype as `x`; one operator in a graph of torch.compile.
 
         Raises: StateError outside a trajectory, or if the input does not fit the states.
         """
+        if torch.compiler.is_compiling():
+            return traced.layer(self.clock.token, x, self.number)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """`forward`, outside of any graph."""
         if x.numel() == 0:
             raise StateError(f"{self.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
                              "An empty input has no range to quantize. Skip empty batches.")  # fmt: skip
@@ -258,8 +275,8 @@ class ModulatedLayer(nn.Module):
         if self.integer is not None and isinstance(code, ByteCode) and state is not None:
             return self.integer.step(code, state, message.gain, dtype)
         state = accumulate(message, state, self, config)
-        if self.integer is not None:  # the layout that kernels add into
-            state = State(relaid(state.value), state.move if state.move is None else relaid(state.move))
+        if self.integer is not None and self.channel_dim == 1:  # the layout that kernels add into
+            state = State(innermost(state.value), state.move if state.move is None else innermost(state.move))
         return state, state.value.to(dtype, copy=True)
 
     def _key(self) -> Key:

@@ -1,0 +1,79 @@
+"""torch.compile takes a quantized model as one graph, at every step, with the results of eager execution bit for bit.
+
+The backend "aot_eager" traces and functionalizes as inductor does and leaves torch's arithmetic alone, so that any
+difference is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+
+import modiff
+from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from tests.hosts.tiny import HOSTS, TinyHost
+
+W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
+LAYERS = {
+    "integer": dataclasses.replace(W8A4, execution="integer"),
+    "plain integer": dataclasses.replace(W8A4, modulation=None, execution="integer"),
+    "simulated": dataclasses.replace(
+        W8A4, modulation=ModulationConfig(predictor="linear", gain=0.8), rotation="hadamard"
+    ),
+    "weights alone": LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=None), modulation=None),
+}
+CASES = [
+    ("ddim", "integer"),
+    ("flux", "integer"),
+    ("dit", "simulated"),
+    ("dit", "plain integer"),
+    ("dit", "weights alone"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    yield
+    dynamo.reset()
+
+
+def graphs() -> int:
+    return dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compiled(host: TinyHost, pipe: object) -> None:
+    getattr(pipe, host.denoiser).compile(fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_compiled_model_gives_the_images_of_an_eager_one_from_one_graph(name, kind):
+    host = HOSTS[name]
+    pipe = host.build()
+    modiff.apply(pipe, ModiffConfig(layer=LAYERS[kind]))
+    expected = host.call(pipe)
+    compiled(host, pipe)
+    assert torch.equal(host.call(pipe, steps=2), host.call(pipe, steps=2))  # U-Nets: step 2 has another memory layout
+    before = graphs()
+    assert torch.equal(host.call(pipe), expected)
+    assert graphs() == before
+
+
+def test_a_copy_of_a_compiled_model_has_states_of_its_own():
+    host = HOSTS["dit"]
+    pipe = host.build()
+    modiff.apply(pipe, ModiffConfig(layer=LAYERS["integer"]))
+    expected = host.call(pipe)
+    other = copy.deepcopy(pipe)
+    compiled(host, pipe)
+    compiled(host, other)
+    with modiff.trajectory(pipe):  # the copy samples while the first one is in the middle of its own trajectory
+        assert torch.equal(host.call(other), expected)
+    numbers = [m.number for p in (pipe, other) for m in getattr(p, host.denoiser).modules() if hasattr(m, "number")]
+    assert len(set(numbers)) == len(numbers)
