@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from modiff.kernels.isa import LIMIT, detect
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import choose_prologue, plain, prologue
+from modiff.kernels.roofline import Reached, Work, bytes_moved, interleaved, measure_peaks, roofline_seconds
 
 LIMITS = {"native": "", "vnni": "AVX512_CORE_VNNI", "avx512": "AVX512_CORE", "avx2": "AVX2", "sse41": "SSE41"}
 THREE = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
@@ -62,48 +62,6 @@ QUICK = (
     Shape("conv 64, 16x16, batch 2", (2, 64, 16, 16), Problem(64, 64, **THREE)),
     Shape("1x1 conv 64, 16x16, batch 2", (2, 64, 16, 16), Problem(64, 64, **ONE)),
 )
-
-
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; every round runs all of them."""
-    for run in variants.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def peaks(quick: bool) -> dict[str, float]:
-    """What this machine reaches: bytes a second of a copy, operations a second of float32 and integer matmuls.
-
-    Short runs, the best of many: a busy machine lends no long ones.
-    """
-    rows, inner, columns = 256, 1024, 512
-    source = torch.zeros((4 if quick else 64) * 2**20 // 4)
-    target = torch.empty_like(source)
-    a, w = torch.randn(rows, inner), torch.randn(columns, inner)
-    codes = torch.randint(0, 16, (rows, inner)).to(torch.uint8)
-    weight = torch.randint(-127, 128, (columns, inner)).to(torch.int8)
-    kernel = Kernel(Problem(inner, columns, bits=4), weight, torch.ones(columns))
-    output, one = kernel.new_output(codes), torch.ones(())
-    times = interleaved(
-        {
-            "copy": lambda: target.copy_(source),
-            "float": lambda: functional.linear(a, w),
-            "integer": lambda: kernel.accumulate(output, codes, one),
-        },
-        10 if quick else 50,
-    )
-    operations = 2 * rows * inner * columns
-    return {
-        "bytes_per_second": 2 * source.nbytes / min(times["copy"]),
-        "float32_operations_per_second": operations / min(times["float"]),
-        "integer_operations_per_second": operations / min(times["integer"]),
-    }
 
 
 def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[], object]], Tensor]:
@@ -157,20 +115,13 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
     return kernel, runs, output
 
 
-def bytes_moved(variant: str, elements: int, weights: int, outputs: int) -> int:
-    """Bytes between memory and the core, if every stage reads and writes once (float32 tensors and states)."""
-    if variant == "float32":
-        return 4 * (elements + weights + outputs)
-    passes = 2 if variant.endswith("dynamic") else 1
-    matmul = elements + weights
-    if variant == "matmul-only":
-        return matmul + 8 * outputs
-    if variant.startswith("plain"):
-        return (4 * passes + 1) * elements + matmul + 4 * outputs
-    return (8 * passes + 4 + 1) * elements + matmul + (8 + 8) * outputs
+def work_of(variant: str) -> Work:
+    """What the roofline calls a variant."""
+    names: dict[str, Work] = {"float32": "float", "matmul-only": "matmul"}
+    return names.get(variant, "plain" if variant.startswith("plain") else "modulated")
 
 
-def rows_of(shape: Shape, bits: int, rounds: int, reached: dict[str, float]) -> list[dict[str, object]]:
+def rows_of(shape: Shape, bits: int, rounds: int, reached: Reached) -> list[dict[str, object]]:
     """One row a variant."""
     kernel, runs, output = variants_of(shape, bits)
     times = interleaved(runs, rounds)
@@ -180,9 +131,9 @@ def rows_of(shape: Shape, bits: int, rounds: int, reached: dict[str, float]) -> 
     rows: list[dict[str, object]] = []
     for variant, seconds in times.items():
         integer = variant != "float32" and kernel.choice.backend == "onednn"
-        peak = reached["integer_operations_per_second" if integer else "float32_operations_per_second"]
-        moved = bytes_moved(variant, elements, weights, output.numel())
-        roofline = max(moved / reached["bytes_per_second"], operations / peak)
+        dynamic = variant.endswith("dynamic")
+        moved = bytes_moved(work_of(variant), elements, weights, output.numel(), dynamic=dynamic)
+        roofline = roofline_seconds(moved, operations, reached, integer=integer)
         against = variant.replace("modulated", "plain")
         overhead = min(seconds) / min(times[against]) - 1 if variant.startswith("modulated") else None
         rows.append(
@@ -241,10 +192,10 @@ def main() -> None:
         raise SystemExit(subprocess.run(command, env={**os.environ, LIMIT: limit}, check=False).returncode)
     rounds = options.rounds or (3 if options.quick else 30)
     torch.manual_seed(0)
-    reached = peaks(options.quick)
-    head = {"commit": commit(), "isa": detect().level, **environment(), **reached}
+    reached = measure_peaks(10, 4) if options.quick else measure_peaks()
+    head = {"commit": commit(), "isa": detect().level, **environment(), **reached._asdict()}
     print(f"{head['cpu']}, {head['isa']}, {head['threads']} threads; input side: {choose_prologue().reason}")
-    print(", ".join(f"{name} {value:.3g}" for name, value in reached.items()))
+    print(", ".join(f"{name} {value:.3g}" for name, value in reached._asdict().items()))
     with torch.inference_mode():
         for shape in QUICK if options.quick else SHAPES:
             for bits in options.bits:

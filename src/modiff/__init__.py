@@ -14,9 +14,11 @@ from modiff import presets
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.errors import CalibrationError, ConfigError, FormatError, KernelError, ModiffError, StateError
 from modiff.hosts.calibration_collect import collect
+from modiff.hosts.gate import gate
 from modiff.hosts.reconstruct import reconstruct
 from modiff.hosts.verbs import apply, calibrate, context, load, pack, remove, save, trajectory, tune
 from modiff.model.calibration_set import CalibrationSet, Call
+from modiff.model.gate import Gate
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.reconstruct_report import ReconstructionReport
 from modiff.model.replay import replay
@@ -38,6 +40,7 @@ __all__ = [
     "ConfigError",
     "EveryStep",
     "FormatError",
+    "Gate",
     "KernelError",
     "LayerConfig",
     "ModiffConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "calibrate",
     "collect",
     "context",
+    "gate",
     "load",
     "pack",
     "presets",

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 import modiff
 from modiff.cli import app
 
-COMMANDS = ("analyze", "demo", "evaluate", "sample")
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+NOTHING_DRAWN = ("explain", "export")
+"""They draw no images, so they have no seed and no steps of their own."""
 
 
 def test_version() -> None:
@@ -24,8 +26,12 @@ def test_every_command_has_help_with_an_example_json_and_seed(command: str) -> N
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"Example:\n      modiff {command} " in result.stdout
-    for option in ("--json", "--seed", "--steps", "--num-images"):
+    for option in ("--json",) if command in NOTHING_DRAWN else ("--json", "--seed", "--steps"):
         assert option in result.stdout
+
+
+def test_the_commands_of_readme_are_there() -> None:
+    assert {"analyze", "demo", "evaluate", "export", "generate", "quantize", "sample"} <= set(COMMANDS)
 
 
 def test_no_command_shows_the_commands() -> None:

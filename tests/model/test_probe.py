@@ -120,5 +120,22 @@ def test_what_cannot_be_probed_is_refused():
     clock = Clock("model")
     clock.start()
     clock.call(None)
-    with pytest.raises(ConfigError, match="up: expected a modulated candidate, got a plain one"):
-        Probe(nn.Linear(16, 4), "up", [LayerConfig(modulation=None)], clock)(nn.Linear(16, 4), (torch.randn(2, 16),))
+    floats = LayerConfig(activation=QuantizerConfig(bits=None), modulation=None)
+    with pytest.raises(ConfigError, match="up: expected a candidate with activation bits, got none"):
+        Probe(nn.Linear(16, 4), "up", [floats], clock)(nn.Linear(16, 4), (torch.randn(2, 16),))
+
+
+def test_the_error_of_a_plain_candidate_is_that_of_coding_each_input_from_nothing():
+    layer, clock = nn.Linear(16, 4), Clock("model")
+    inputs = drifting(0, (3, 16), 4, 0.3, torch.float32)
+    probe = Probe(layer, "up", [LayerConfig(activation=QuantizerConfig(bits=4), modulation=None)], clock)
+    clock.start()
+    noise = signal = 0.0
+    for step, x in enumerate(inputs):
+        clock.call(None)
+        probe(layer, (x,))
+        if step:  # the first step is full precision for modulated candidates: it is not counted for anyone
+            scale = x.double().abs().amax(1, keepdim=True) / 7
+            noise += float((x.double() - (x.double() / scale).round() * scale).square().sum())
+            signal += float(x.double().square().sum())
+    assert probe.errors()[0] == pytest.approx((noise / signal) ** 0.5, rel=1e-5)

@@ -296,5 +296,5 @@ def test_a_modulated_model_is_refused():
 def test_a_plain_candidate_is_refused():
     model = toy()
     plain = presets.plain(8, 4)
-    with pytest.raises(ConfigError, match="body: expected a modulated candidate, got a plain one"):
+    with pytest.raises(ConfigError, match="tune: expected modulated candidates, got a plain one"):
         tune_module(model, lambda: sample(model), plain, choices=[plain.layer])

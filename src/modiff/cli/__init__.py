@@ -10,6 +10,7 @@ from modiff import __version__
 from modiff.cli.analyze import analyze
 from modiff.cli.demo import demo
 from modiff.cli.evaluate import evaluate
+from modiff.cli.explain import explain
 from modiff.cli.export import export
 from modiff.cli.generate import generate
 from modiff.cli.quantize import quantize
@@ -47,6 +48,7 @@ def main(
 app.command()(analyze)
 app.command()(demo)
 app.command()(evaluate)
+app.command()(explain)
 app.command()(export)
 app.command()(generate)
 app.command()(quantize)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import TypedDict
 
 import torch
+
+from modiff.kernels.isa import processor
 
 
 class Environment(TypedDict):
@@ -31,7 +32,7 @@ def environment() -> Environment:
         "torch": str(torch.__version__),
         "diffusers": _version("diffusers"),
         "modiff": _version("modiff"),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -45,14 +46,3 @@ def _version(package: str) -> str:
 
         return modiff.__version__
     return metadata.version(package)
-
-
-def _cpu() -> str:
-    """The processor's marketing name where the system tells it, else its architecture."""
-    table = Path("/proc/cpuinfo")
-    if table.is_file():
-        for line in table.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -75,6 +77,22 @@ def detect() -> Isa:
     capabilities = dict(probe()) if probe is not None else _from_older_torch()
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     return Isa(level_of(capabilities, os.environ.get(LIMIT, "")), onednn)
+
+
+def processor() -> str:
+    """The processor's marketing name where the system tells it, else its architecture."""
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        for line in table.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """What times depend on: processor, instructions, threads and torch."""
+    return f"{processor()}, {detect().level}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _from_older_torch() -> dict[str, object]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig
+from modiff.core.coder import Coder
 from modiff.core.modulation import State, compute_dtype, encode
 from modiff.core.transforms import rotate
 from modiff.errors import ConfigError
@@ -52,17 +53,27 @@ class Probe:
         if not starts:
             self.signal += float(x.float().square().sum())
 
-    def _advance(self, i: int, twin: ModulatedLayer, value: Tensor, state: State | None) -> State:
-        if twin.coder is None or twin.config.modulation is None:
+    def _advance(self, i: int, twin: ModulatedLayer, value: Tensor, state: State | None) -> State | None:
+        if twin.coder is None:
             raise ConfigError(
-                f"{twin.name}: expected a modulated candidate, got a plain one. Plain layers need no tuning."
+                f"{twin.name}: expected a candidate with activation bits, got none. Floats have no error to measure. "
+                "Give it 2 to 8 bits."
             )
+        if twin.config.modulation is None:
+            return self._plain(i, twin.coder, value, state)
         ratio = self.clock.ratio if state is not None else 1.0
         _, state_now = encode(value, state, twin.coder, twin.config.modulation, ratio)
         if state is not None:
             error = value.to(compute_dtype(twin.config.modulation)) - state_now.value
             self.noise[i] += float(error.square().sum())
         return state_now
+
+    def _plain(self, i: int, coder: Coder, value: Tensor, seen: State | None) -> State:
+        """The error of coding the input from nothing; counted from the second step on, as that of the others."""
+        if seen is not None:
+            code = coder(value.float())
+            self.noise[i] += float((value.float() - (0.0 if code is None else code.value())).square().sum())
+        return State(value)
 
     def errors(self) -> list[float]:
         """Relative error of each candidate over all coded steps; NaN if there were none."""

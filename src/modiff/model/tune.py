@@ -85,6 +85,11 @@ def tune(
     found = [models] if isinstance(models, nn.Module) else list(models)
     _check(found, config)
     choices = candidates(config.layer) if choices is None else choices
+    if any(choice.modulation is None for choice in choices):
+        raise ConfigError(
+            "tune: expected modulated candidates, got a plain one. It has no predictor or gain to tune. "
+            "Give it a modulation."
+        )
     trial = _Trial(found, list(splits) or [{}] * len(found), run)
     errors = trial.layer_errors(config, choices)
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]

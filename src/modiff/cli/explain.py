@@ -1,0 +1,53 @@
+"""`modiff explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modiff.cli.errors import errors_as_exit_code
+from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
+from modiff.io.atomic import check_writable, write_json
+from modiff.io.named_config import named_config
+
+CONFIG_HELP = "Bits and selection: a preset (w8a8, ...), modulated:8:4, or a JSON file of ModiffConfig.to_json()."
+TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
+PROFILE_HELP = "Keep the times of layers in this file; the same file gives the same choices."
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Unconditional ones only.")],
+    config: Annotated[str, typer.Option("--config", help=CONFIG_HELP)] = "w8a8",
+    tolerance: Annotated[float, typer.Option("--tolerance", help=TOLERANCE_HELP)] = 0.01,
+    profile: Annotated[Path | None, typer.Option("--profile", metavar="FILE", help=PROFILE_HELP)] = None,
+    steps: Steps = 10,
+    num_images: NumImages = 4,
+    seed: Seed = 0,
+    json_file: Json = None,
+    device: Device = "cpu",
+) -> None:
+    """Which layers pay on this machine? Floats, plain or modulated integers for each, the times, and what states cost.
+
+    Times are of one call, measured, and in brackets the least that memory and arithmetic of this machine allow.
+
+    \b
+    Example:
+        modiff explain embedded --config w8a8 --num-images 8
+    """
+    with errors_as_exit_code():
+        chosen = named_config(config)
+        if json_file is not None:
+            check_writable(json_file)
+        from modiff.hosts.gate import gate  # imported late: `modiff --help` must not wait for diffusers
+        from modiff.kernels.isa import machine
+        from modiff.kernels.prologue import choose_prologue
+
+        found = gate(
+            quiet_pipeline(model, device), chosen, tolerance=tolerance, steps=steps, num_images=num_images, seed=seed,
+            profile=profile,
+        )  # fmt: skip
+        typer.echo(f"{machine()}; input side: {choose_prologue(device).reason}\n{found}")
+        if json_file is not None:
+            write_json(json_file, {"machine": machine()} | found.to_dict())

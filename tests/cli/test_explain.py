@@ -1,0 +1,38 @@
+"""`modiff explain`: the table, the JSON, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from modiff.cli import app
+from tests.hosts.tiny import HOSTS
+
+
+def explain(model: Path, *words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["explain", str(model), "--steps", "3", "-n", "1", *words])
+    return result.exit_code, result.output
+
+
+def test_every_layer_has_a_choice_times_errors_and_what_its_state_costs(tmp_path: Path) -> None:
+    HOSTS["ddim"].build().save_pretrained(tmp_path / "model")
+    results = tmp_path / "explain.json"
+    code, text = explain(tmp_path / "model", "--config", "modulated:8:4", "--tolerance", "0.3", "--json", str(results))
+    assert code == 0, text
+    written = json.loads(results.read_text())
+    assert written["machine"] in text
+    assert "input side: " in text
+    for row in written["layers"]:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {row['name']} ")]
+        assert row["choice"] in line
+        assert row["reason"] in line
+        assert f"state {row['state_bytes'] / 2**20:.2f} MiB" in line
+        assert f"plain {1e3 * row['seconds']['plain']:.3f} ({1e3 * row['expected']['plain']:.3f})" in line
+
+
+def test_an_unknown_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    code, text = explain(tmp_path, "--config", "w9")
+    assert code == 2
+    assert len(text.strip().splitlines()) == 1

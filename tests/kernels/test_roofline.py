@@ -1,0 +1,42 @@
+"""The least time of a layer, from numbers alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from modiff.kernels.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
+
+MACHINE = Reached(bytes_per_second=10.0, float_operations=100.0, integer_operations=400.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "dynamic", "itemsize", "expected"),
+    [
+        ("float", True, 4, 4 * (6 + 5 + 3)),
+        ("float", True, 2, 2 * (6 + 5 + 3)),
+        ("matmul", True, 4, 6 + 5 + 8 * 3),
+        ("plain", True, 4, 2 * 4 * 6 + 6 + (6 + 5) + 4 * 3),  # x for the scale, x for the codes, codes; matmul; output
+        ("plain", False, 2, 2 * 6 + 6 + (6 + 5) + 2 * 3),
+        ("modulated", False, 4, (4 + 4 + 4 + 1) * 6 + (6 + 5) + (4 + 4 + 4 + 4) * 3),
+        ("modulated", True, 2, (2 * (2 + 4) + 4 + 1) * 6 + (6 + 5) + (4 + 4 + 4 + 2) * 3),
+    ],
+)
+def test_bytes_are_those_of_each_stage_reading_and_writing_once(work, dynamic, itemsize, expected):
+    assert bytes_moved(work, 6, 5, 3, dynamic=dynamic, itemsize=itemsize) == expected
+
+
+def test_the_slower_of_memory_and_arithmetic_decides():
+    assert roofline_seconds(20, 100, MACHINE, integer=False) == 2.0
+    assert roofline_seconds(20, 1000, MACHINE, integer=False) == 10.0
+    assert roofline_seconds(20, 1000, MACHINE, integer=True) == 2.5
+
+
+def test_every_round_has_every_run_in_turn_after_one_that_does_not_count():
+    called: list[str] = []
+    times = interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
+    assert "".join(called) == "ababab"
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_machine_reaches_something():
+    assert all(rate > 1e6 for rate in measure_peaks(rounds=2, mebibytes=1))
