@@ -181,6 +181,8 @@ class QuantizerConfig(JsonConfig):
     step_groups: static scales only. 1: one set for all steps; n: the calibrated steps are cut into n groups of
         neighbours with a set each; 0: a set for each step (finite sets, TFMQ-DM). More than one set serves only the
         very time steps it was calibrated on.
+    refresh_every: dynamic scales of modulated layers only. 1 measures them at each step; n at every n-th, which saves a
+        pass over memory at the others. Residuals that outgrow an old scale are clipped, and sent later.
     """
 
     bits: int | None = 8
@@ -190,6 +192,7 @@ class QuantizerConfig(JsonConfig):
     clip: float = 1.0
     lowest: Lowest = "measured"
     step_groups: int = 1
+    refresh_every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,6 +209,10 @@ class QuantizerConfig(JsonConfig):
               "0 is a set for each step, 1 one set for all.")  # fmt: skip
         check("QuantizerConfig.step_groups", self.step_groups, self.step_groups == 1 or not self.dynamic,
               "1 with dynamic=True", "Dynamic scales are measured at each step anyway. Use dynamic=False.")  # fmt: skip
+        check("QuantizerConfig.refresh_every", self.refresh_every, self.refresh_every >= 1, "1 or more steps",
+              "1 measures at each step.")  # fmt: skip
+        check("QuantizerConfig.refresh_every", self.refresh_every, self.refresh_every == 1 or self.dynamic,
+              "1 with dynamic=False", "Static scales are never measured again. Use dynamic=True.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +272,9 @@ class LayerConfig(JsonConfig):
         check("LayerConfig.activation.bits", bits, bits != 16, "None, 0 or 2 to 8",
               "16 bits are for softmax outputs: see AttentionConfig. Use None for full precision.")  # fmt: skip
         if self.modulation is None:
+            check("LayerConfig.activation.refresh_every", self.activation.refresh_every,
+                  self.activation.refresh_every == 1, "1 without modulation",
+                  "A plain layer remembers no scale. Set modulation=ModulationConfig().")  # fmt: skip
             check("LayerConfig.activation.bits", bits, bits != 0, "2 to 8 bits without modulation",
                   "Zero bits reuse a state; a plain layer has none. Set modulation=ModulationConfig().")  # fmt: skip
             return

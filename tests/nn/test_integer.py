@@ -41,6 +41,7 @@ CONFIGS = {
     "one scale": LayerConfig(activation=QuantizerConfig(bits=6, granularity="tensor")),
     "linear predictor": LayerConfig(activation=QuantizerConfig(bits=4), modulation=LINEAR),
     "rotated": LayerConfig(activation=QuantizerConfig(bits=4), rotation="hadamard", rotation_block=8),
+    "scales of every second step": LayerConfig(activation=QuantizerConfig(bits=4, refresh_every=2)),
     "coded first step": LayerConfig(modulation=ModulationConfig(first_step="coded", rounds=2, reanchor_every=3)),
 }
 TIMES = [900.0, 700.0, 600.0, 500.0, 450.0]

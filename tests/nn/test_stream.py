@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core import modulation
+from modiff.core.coder import Coder
 from modiff.nn import Clock, ModulatedLayer, stream, twin_of
 from modiff.nn.stream import Stream, version_of
 from tests.helpers import assert_same_bits, drifting
@@ -218,3 +219,17 @@ def test_sharing_works_under_inference_mode():
     for ours, alone in zip(*results, strict=True):
         for a, b in zip(ours, alone, strict=True):
             assert_same_bits(a, b)
+
+
+def test_scales_are_measured_again_where_the_states_start_again():
+    clock = Clock("model")
+    config = QuantizerConfig(bits=4, granularity="tensor", refresh_every=100)
+    stream = Stream(Coder(config, "tensor", -1, (8,)), ModulationConfig(reanchor_every=3), clock)
+    inputs = [x * (1 + i) for i, x in enumerate(drifting(0, (2, 8), 6, 0.5, torch.float32))]
+    scales = []
+    clock.start()
+    for x in inputs:
+        clock.call(None)
+        message = stream.read("layer", x, x)
+        scales += [float(code.parts[0][1].scale) for code in message.codes]
+    assert scales[0] == scales[1] != scales[2] == scales[3]

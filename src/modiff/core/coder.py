@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -126,6 +126,10 @@ class Coder:
             return None
         return tuple(q.scale.to(like.device, torch.float32) for q in self._measured_scales())
 
+    def scaled(self, residual: Tensor, qparams: Sequence[QParams]) -> Code:
+        """Codes of a residual with given scales, one for each segment."""
+        return self._code(residual, qparams)
+
     def watch(self, make: Callable[[], Observer]) -> None:
         """Measure from now on, with an observer from `make` for each segment (and each moment, with step groups)."""
         self._make, self._watched = make, {}
@@ -195,7 +199,7 @@ class Coder:
             )
         return self.moment()
 
-    def _code(self, residual: Tensor, qparams: list[QParams]) -> Code:
+    def _code(self, residual: Tensor, qparams: Sequence[QParams]) -> Code:
         parts = zip(self._split(residual), qparams, strict=True)
         return Code(tuple((quantize(part, q, self.bits), q) for part, q in parts), self.channel_dim)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from modiff.config import ModulationConfig
 from modiff.core.coder import Coded, Coder
+from modiff.core.held_scales import HeldScales
 
 
 class State(NamedTuple):
@@ -86,7 +87,7 @@ def step_gain(config: ModulationConfig, ratio: Tensor | float) -> Tensor | float
 
 
 def encode(
-    x: Tensor, state: State | None, coder: Coder, config: ModulationConfig, ratio: Tensor | float = 1.0
+    x: Tensor, state: State | None, coder: Coder | HeldScales, config: ModulationConfig, ratio: Tensor | float = 1.0
 ) -> tuple[Message, State]:
     """One step of the input side.
 
@@ -121,7 +122,7 @@ def _move(value: Tensor, state: State, config: ModulationConfig) -> Tensor | Non
     return _store(value - state.value.to(value.dtype), config)
 
 
-def _anchor(x: Tensor, coder: Coder, config: ModulationConfig) -> tuple[Message, State]:
+def _anchor(x: Tensor, coder: Coder | HeldScales, config: ModulationConfig) -> tuple[Message, State]:
     """Start the states: â_T = a_T, or rounds of codes, each with a fresh scale (a stale one would never contract)."""
     if config.first_step == "full_precision":
         return Message(x, (), starts=True), State(_keep(x, config))
@@ -137,7 +138,9 @@ def _anchor(x: Tensor, coder: Coder, config: ModulationConfig) -> tuple[Message,
     return Message(None, tuple(codes), starts=True), State(_keep(value, config))
 
 
-def _encode_open_loop(x: Tensor, state: State, coder: Coder, config: ModulationConfig) -> tuple[Message, State]:
+def _encode_open_loop(
+    x: Tensor, state: State, coder: Coder | HeldScales, config: ModulationConfig
+) -> tuple[Message, State]:
     """The ablation: q_t = code(a_t - a_{t+1}); the state holds the raw input: rounding errors are never sent again."""
     code = coder(x - state.value.to(x.dtype))
     return Message(None, () if code is None else (code,)), State(_keep(x, config))

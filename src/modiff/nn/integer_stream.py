@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
+from modiff.core.affine import QParams
 from modiff.core.coder import Coder
+from modiff.core.held_scales import HeldScales
 from modiff.core.modulation import Message, State, step_gain
 from modiff.kernels.prologue import prologue
 from modiff.nn.byte_code import ByteCode, dense_parts
@@ -48,7 +50,7 @@ class IntegerStream(Stream):
         """Code `value` into bytes and write the state in place."""
         if not self._parts or self.coder.watching:
             return super().advance(value)
-        coder, given = self.coder, self.coder.scales(value)
+        coder, given = self.coder, self._given(value)
         gain = self._gain(value.device)
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[State] = []
@@ -61,7 +63,16 @@ class IntegerStream(Stream):
             parts.append((codes, scale))
             states.append(held)
         self._parts = tuple(states)
+        if isinstance(self.coding, HeldScales):
+            self.coding.hold(tuple(QParams(scale, None) for _, scale in parts))
         return Message(None, (ByteCode(tuple(parts), 2 ** (coder.bits - 1), coder.channel_dim),), gain=gain)
+
+    def _given(self, value: Tensor) -> tuple[Tensor, ...] | None:
+        """The scales of this step where they are not to be measured."""
+        if not isinstance(self.coding, HeldScales):
+            return self.coder.scales(value)
+        held = self.coding.given()
+        return None if held is None else tuple(q.scale for q in held)
 
     def _gain(self, device: torch.device) -> Tensor | None:
         """The weight of the last move; 0 where there was none yet, None where the predictor holds."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modiff.config import ModulationConfig
 from modiff.core.coder import Coder
+from modiff.core.held_scales import HeldScales
 from modiff.core.modulation import Message, State, encode
 from modiff.errors import StateError
 from modiff.nn.clock import Clock
@@ -30,6 +31,7 @@ class Stream:
 
     def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
         self.coder, self.config, self.clock = coder, config, clock
+        self.coding = HeldScales(coder) if coder.config.refresh_every > 1 else coder
         self.state: State | None = None
         self.message: Message | None = None
         self.count = 0
@@ -62,6 +64,8 @@ class Stream:
         every = self.config.reanchor_every
         if every and self.clock.step % every == 0:
             self.state = self._held = None
+            if isinstance(self.coding, HeldScales):
+                self.coding.restart()
         self._check(where, value)
         self.message = self.advance(value)
         self._held = value.shape, value.device
@@ -71,7 +75,7 @@ class Stream:
 
     def advance(self, value: Tensor) -> Message:
         """Code `value` and move the state on."""
-        message, self.state = encode(value, self.state, self.coder, self.config, self.ratio())
+        message, self.state = encode(value, self.state, self.coding, self.config, self.ratio())
         return message
 
     def ratio(self) -> Tensor | float:
