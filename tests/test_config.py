@@ -251,3 +251,11 @@ def test_the_linear_predictor_is_allowed_exactly_where_its_loop_is_stable(bits, 
 def test_every_preset_survives_json():
     for config in (presets.w8a8(), presets.w8a4(), presets.tuned(4, 2), presets.plain(), presets.uncompensated()):
         assert ModiffConfig.from_json(config.to_json()) == config
+
+
+def test_on_integers_reaches_the_overrides_and_changes_nothing_else():
+    config = ModiffConfig(overrides=(("*.conv1", LayerConfig(modulation=None)),), exclude=("a",))
+    found = config.on_integers()
+    assert [layer.execution for layer in (found.layer, found.overrides[0][1])] == ["integer", "integer"]
+    back = ModiffConfig.from_dict(json.loads(found.to_json().replace('"integer"', '"simulated"')))
+    assert back == config

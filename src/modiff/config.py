@@ -343,3 +343,16 @@ class ModiffConfig(JsonConfig):
     share_residuals: Automatic = "auto"
     split_shortcuts: Automatic = "auto"
     attention: AttentionConfig | None = None
+
+    def on_integers(self) -> Self:
+        """The same, executed on integers, the overrides too.
+
+        >>> ModiffConfig().on_integers().layer.execution
+        'integer'
+        """
+
+        def on_integers(layer: LayerConfig) -> LayerConfig:
+            return dataclasses.replace(layer, execution="integer")
+
+        overrides = tuple((pattern, on_integers(layer)) for pattern, layer in self.overrides)
+        return dataclasses.replace(self, layer=on_integers(self.layer), overrides=overrides)

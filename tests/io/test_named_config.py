@@ -64,3 +64,11 @@ def test_a_file_that_is_no_config_is_an_error(tmp_path: Path, content: bytes, me
     path.write_bytes(content)
     with pytest.raises(ModiffError, match=message):
         named_config(str(path))
+
+
+@pytest.mark.parametrize("text", ["w8a8", "modulated:8:4", "plain:4:8"])
+def test_integer_behind_a_name_executes_on_integers(text):
+    config = named_config(f"{text}:integer")
+    assert config == named_config(text).on_integers()
+    assert config.layer.execution == "integer"
+    assert named_config(text).layer.execution == "simulated"

@@ -30,12 +30,18 @@ def named_config(text: str) -> ModiffConfig:
 
     Args:
         text: "w8a4" (a preset), "modulated:8:4" (a family of presets with weight bits and activation bits; 32 is full
-            precision), or the path of a JSON file written from `ModiffConfig.to_json()`.
+            precision), either with ":integer" behind it to execute on integers, or the path of a JSON file written from
+            `ModiffConfig.to_json()`.
     Raises: ConfigError for a name or bit width that does not exist; FormatError for a file that cannot be read.
 
     >>> named_config("modulated:8:4") == presets.w8a4()
     True
+    >>> named_config("w8a4:integer") == presets.w8a4().on_integers()
+    True
     """
+    name, colon, execution = text.rpartition(":")
+    if execution == "integer" and colon:
+        return named_config(name).on_integers()
     if text in preset_names():
         return getattr(presets, text)()
     family, *bits = text.split(":")
