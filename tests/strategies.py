@@ -67,6 +67,7 @@ def layer_configs(draw: st.DrawFn) -> LayerConfig:
         modulation=None if plain else draw(modulation_configs(activation)),
         rotation=draw(st.sampled_from(["none", "hadamard"])),
         rotation_block=draw(st.sampled_from([2, 16, 64])),
+        execution=draw(st.sampled_from(["simulated", "integer"])),
     )
 
 

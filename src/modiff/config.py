@@ -15,7 +15,7 @@ Granularity = Literal["auto", "tensor", "sample", "token", "input_channel"]
 Predictor = Literal["hold", "linear"]
 ErrorCompensation = Literal["closed_loop", "none"]
 FirstStep = Literal["full_precision", "coded"]
-StateDtype = Literal["float32", "float64", "float16", "bfloat16"]
+StateDtype = Literal["float32", "float64", "float16", "bfloat16", "int16"]
 Rotation = Literal["none", "hadamard"]
 Automatic = Literal["auto", "off"]
 WeightSearch = Literal["minmax", "mse"]
@@ -225,7 +225,9 @@ class ModulationConfig(JsonConfig):
         inputs, as in the paper's ablation: its errors add up, so it is for study only.
     first_step: "full_precision" anchors the states on the unrounded input; "coded" sends it in `rounds` rounds.
     reanchor_every: anchor again every this many steps; 0 never.
-    state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md gives figures over 200 steps).
+    state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md gives figures over 200 steps). int16 is
+        half of float32 and hardly drifts: integers on a grid of the layer, for execution="integer" with dynamic scales,
+        which become powers of two times the grid; a state that outgrows its grid starts again.
     """
 
     predictor: Predictor = "hold"
@@ -283,11 +285,25 @@ class LayerConfig(JsonConfig):
         coded_nothing = bits == 0 and self.modulation.first_step == "coded"
         check("LayerConfig.modulation.first_step", "coded", not coded_nothing, "'full_precision' at 0 bits",
               "Rounds of zero bits never reach the input. Use first_step='full_precision'.")  # fmt: skip
+        if self.modulation.state_dtype == "int16":
+            self._check_integer_states(self.modulation)
         if self.modulation.predictor == "linear" and bits is not None:
             stable = bits >= 4 or (bits == 3 and clip < 1) or bits == 0
             check("LayerConfig.modulation.predictor", "linear", stable, f"'hold' at {bits} bits with clip {clip}",
                   "Extrapolation amplifies coarse codes until the loop diverges. "
                   "Use predictor='hold', or 3 bits with clip under 1.")  # fmt: skip
+
+
+    def _check_integer_states(self, modulation: ModulationConfig) -> None:
+        for where, value, wanted, why in (
+            ("execution", self.execution, "integer", "Only kernels keep integers."),
+            ("activation.dynamic", self.activation.dynamic, True, "A static scale is no power of two times the grid."),
+            ("activation.refresh_every", self.activation.refresh_every, 1, "An old scale may leave 16 bits."),
+            ("modulation.predictor", modulation.predictor, "hold", "A move is no multiple of the grid."),
+            ("modulation.first_step", modulation.first_step, "full_precision", "The grid is made from whole inputs."),
+        ):
+            check(f"LayerConfig.{where}", value, value == wanted, f"{wanted!r} with state_dtype='int16'",
+                  f"{why} Use state_dtype='float32'.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,10 @@ from modiff.kernels.prologue import prologue
 from tests.helpers import assert_same_bits, drifting
 
 
+def none_clipped() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32)
+
+
 def copy_of(state: FixedState) -> FixedState:
     return FixedState(state.n.clone(), state.grid)
 
@@ -75,7 +79,7 @@ def test_the_compiled_loop_equals_torch_s_operators_bit_for_bit(seed, bits, clip
     other = copy_of(state)
     for x in (inputs[1], inputs[2] * jump, inputs[3]):
         codes, scale = prologue_fixed(x, state, bits, clip, granularity, channel_dim=channel)
-        expected, measured = fixed_eagerly(x, other, bits, clip, granularity, channel)
+        expected, measured = fixed_eagerly(x, other, bits, clip, granularity, channel, none_clipped())
         assert_same_bits(codes, expected)
         assert_same_bits(scale, measured)
         assert_same_bits(state.n, other.n)
@@ -106,7 +110,7 @@ def test_a_scale_is_never_finer_than_asked_for_and_at_most_twice_as_coarse():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_nan_is_seen_in_the_scale_and_leaves_the_state(value):
     x = torch.randn(2, 40)
-    for run in (prologue_fixed, lambda *a: fixed_eagerly(*a, -1)):
+    for run in (prologue_fixed, lambda *a: fixed_eagerly(*a, -1, none_clipped())):
         state = start(torch.randn(2, 40))
         kept = copy_of(state)
         x[0, 3] = value
@@ -132,3 +136,15 @@ def test_a_value_beyond_16_bits_saturates_with_its_code():
 def test_an_input_of_another_shape_is_refused():
     with pytest.raises(KernelError, match=r"expected an int16 state of shape \(2, 3\)"):
         prologue_fixed(torch.randn(2, 3), start(torch.randn(2, 4)), 8)
+
+
+@pytest.mark.parametrize("run", [prologue_fixed, fixed_eagerly])
+def test_codes_that_are_cut_are_counted(run):
+    x = torch.linspace(-1, 1, 64).view(2, 32)
+    for far, cut in ((x, False), (4 * x, True)):
+        state, clipped = start(x), none_clipped()
+        for _ in range(8):  # the first codes of a residual this large are coarse; the grid ends at 2
+            run(far, state, 8, 1.0, "tensor", channel_dim=-1, clipped=clipped)
+        assert bool(clipped > 0) == cut
+        outside = int((far.abs() > 32767 * state.grid).sum())
+        assert int(clipped) >= outside

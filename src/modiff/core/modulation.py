@@ -71,13 +71,18 @@ def compute_dtype(config: ModulationConfig) -> torch.dtype:
     return torch.float64 if config.state_dtype == "float64" else torch.float32
 
 
+def state_dtype(config: ModulationConfig) -> torch.dtype:
+    """The dtype of the states here: integer states are float32, until a kernel makes integers of them."""
+    return torch.float32 if config.state_dtype == "int16" else getattr(torch, config.state_dtype)
+
+
 def _store(value: Tensor, config: ModulationConfig) -> Tensor:
-    return value.to(getattr(torch, config.state_dtype))
+    return value.to(state_dtype(config))
 
 
 def _keep(x: Tensor, config: ModulationConfig) -> Tensor:
     """A copy: the model may change its own tensor in place later."""
-    return x.to(getattr(torch, config.state_dtype), copy=True)
+    return x.to(state_dtype(config), copy=True)
 
 
 def step_gain(config: ModulationConfig, ratio: Tensor | float) -> Tensor | float:

@@ -63,9 +63,13 @@ def prologue_fixed(
     granularity: Granularity = "tensor",
     *,
     channel_dim: int = -1,
+    clipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Code x against its integer state, which becomes the next one in place.
 
+    Args:
+        clipped: int32, one element, to which the number of codes that were cut is added: the input outgrew its grid,
+            and only a new start brings it back into reach.
     Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and scales, float32.
     Cost: 5 bytes of state and codes an element (9 with a float32 state), x read twice.
     """
@@ -75,15 +79,22 @@ def prologue_fixed(
             f"{tuple(state.n.shape)}. The state belongs to another input. Start the trajectory again."
         )
     x = x.detach()
+    clipped = torch.zeros(1, dtype=torch.int32, device=x.device) if clipped is None else clipped
     codes = torch.empty_like(x, dtype=torch.uint8)
     scale = x.new_empty(scale_shape(x, granularity, channel_dim), dtype=torch.float32)
-    if not _natively(x, state, codes, scale, bits, clip, granularity, channel_dim):
-        return fixed_eagerly(x, state, bits, clip, granularity, channel_dim)
+    if not _natively(x, state, codes, scale, clipped, bits, clip, granularity, channel_dim):
+        return fixed_eagerly(x, state, bits, clip, granularity, channel_dim, clipped)
     return codes, scale
 
 
 def fixed_eagerly(
-    x: Tensor, state: FixedState, bits: int, clip: float, granularity: Granularity, channel_dim: int
+    x: Tensor,
+    state: FixedState,
+    bits: int,
+    clip: float,
+    granularity: Granularity,
+    channel_dim: int,
+    clipped: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The same with torch's operators."""
     qmin, qmax = qrange(bits)
@@ -96,8 +107,10 @@ def fixed_eagerly(
     held = state.n.to(torch.int32)
     shift = torch.where(finite, shift, 0)
     q = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
+    asked = q
     q = torch.minimum(q, (_LARGEST - held) >> shift)
     q = torch.maximum(q, -((_LARGEST + 1 + held) >> shift))
+    clipped.add_((q != asked).sum())
     state.n.copy_(held + (q << shift))
     codes = torch.empty_like(x, dtype=torch.uint8)
     return codes.copy_(q - qmin), scale
@@ -108,6 +121,7 @@ def _natively(
     state: FixedState,
     codes: Tensor,
     scale: Tensor,
+    clipped: Tensor,
     bits: int,
     clip: float,
     granularity: Granularity,
@@ -124,7 +138,7 @@ def _natively(
     lowest, highest = qrange(bits)
     library.modiff_prologue_fixed(
         x.data_ptr(), _KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
-        partial.data_ptr(), count, elements, 1, ctypes.c_float(clip / highest), lowest, highest,
+        partial.data_ptr(), clipped.data_ptr(), count, elements, 1, ctypes.c_float(clip / highest), lowest, highest,
         torch.get_num_threads(),
     )  # fmt: skip
     return True

@@ -25,7 +25,7 @@ CACHE = "MODIFF_CACHE"
 """Environment variable: folder for compiled libraries, instead of the user's cache folder."""
 
 _SOURCES = Path(__file__).parent / "csrc"
-_INTERFACE = 1
+_INTERFACE = 2
 _SECONDS = 120
 # -ffp-contract=off: a fused multiply-add would give other codes than torch. The two -fno let rounding be vectorized.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -38,7 +38,7 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     "prologue": {
         "modiff_block": (_LONG, []),
         "modiff_prologue": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
-        "modiff_prologue_fixed": (None, [_POINTER, _INT, *[_POINTER] * 5, _LONG, _LONG, *_END]),
+        "modiff_prologue_fixed": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
     },
     "epilogue": {"modiff_epilogue": (None, [*[_POINTER] * 5, _INT, _POINTER, _LONG, _LONG, _INT])},
     "norm": {

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from modiff.config import ModulationConfig
 from modiff.core.coder import Coder
-from modiff.core.modulation import State
+from modiff.core.modulation import Message, State, accumulate
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import plain
-from modiff.nn.byte_code import ByteCode, dense_parts
-from modiff.nn.stream import version_of
+from modiff.nn.byte_code import ByteCode, dense_parts, innermost
+from modiff.nn.stream import Stream, version_of
 from modiff.nn.weight import Part
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def obstacle(layer: ModulatedLayer) -> str:
         return "a scale for each pixel has no integer sums over several pixels"
     if config.modulation is not None and config.modulation.error_compensation == "none":
         return "the ablation without error compensation is for study"
-    if config.modulation is not None and config.modulation.state_dtype != "float32":
-        return f"its states are kept in {config.modulation.state_dtype}, kernels keep float32"
+    if config.modulation is not None and config.modulation.state_dtype not in ("float32", "int16"):
+        return f"its states are kept in {config.modulation.state_dtype}, kernels keep float32 or int16"
     return ""
 
 
@@ -91,6 +92,24 @@ class IntegerSide:
             else:
                 kernel.accumulate(total, codes, scale)
         return torch.as_tensor(total).to(dtype)
+
+    def receive(
+        self, message: Message, state: State | None, stream: Stream, dtype: torch.dtype
+    ) -> tuple[State, Tensor]:
+        """The next output state, and a copy of it in `dtype`."""
+        code = message.codes[0] if message.codes else None
+        if isinstance(code, ByteCode) and state is not None:
+            return self.step(code, state, message.gain, dtype)
+        found = self.accumulated(message, state)
+        return found, found.value.to(dtype, copy=True)
+
+    def accumulated(self, message: Message, state: State | None) -> State:
+        """The next output state as the simulation has it, in the layout that kernels add into."""
+        layer = self.layer
+        found = accumulate(message, state, layer, layer.config.modulation or ModulationConfig())
+        if layer.channel_dim == -1:
+            return found
+        return State(innermost(found.value), None if found.move is None else innermost(found.move))
 
     def step(
         self, code: ByteCode, state: State, gain: Tensor | float | None, dtype: torch.dtype

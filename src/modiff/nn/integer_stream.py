@@ -46,6 +46,10 @@ class IntegerStream(Stream):
         moves = (None,) * len(values) if whole.move is None else self._dense(whole.move)
         self._parts = tuple(State(value, move) for value, move in zip(values, moves, strict=True))
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the input state keeps."""
+        return [t for part in self._parts for t in part if t is not None]
+
     def advance(self, value: Tensor) -> Message:
         """Code `value` into bytes and write the state in place."""
         if not self._parts or self.coder.watching:

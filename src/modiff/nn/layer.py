@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from modiff.config import Granularity, LayerConfig, ModulationConfig
 from modiff.core.coder import Coded, Coder
-from modiff.core.modulation import Message, State, accumulate, encode_plain, output_of
+from modiff.core.modulation import State, accumulate, encode_plain, output_of
 from modiff.core.transforms import rotate, segments_of
 from modiff.errors import ConfigError, StateError
+from modiff.kernels.fixed_point import FixedState
 from modiff.nn import traced
-from modiff.nn.byte_code import ByteCode, innermost
 from modiff.nn.clock import Clock
+from modiff.nn.fixed_side import FixedSide
+from modiff.nn.fixed_stream import FixedStream
 from modiff.nn.integer import IntegerSide, Sliding, obstacle
 from modiff.nn.integer_stream import IntegerStream
 from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
@@ -89,13 +91,15 @@ class ModulatedLayer(nn.Module):
             self.coder = Coder(config.activation, self.granularity, self.channel_dim, runs, moment)
         self.integer: IntegerSide | None = None
         if config.execution == "integer" and not obstacle(self):
-            self.integer = IntegerSide(self)
+            fixed = config.modulation is not None and config.modulation.state_dtype == "int16"
+            self.integer = FixedSide(self) if fixed else IntegerSide(self)
         self.inputs: Inputs | None = None
         if self.coder is not None and config.modulation is not None:
-            kind = Stream if self.integer is None else IntegerStream
+            kinds: dict[type | None, type[Stream]] = {IntegerSide: IntegerStream, FixedSide: FixedStream}
+            kind = kinds.get(type(self.integer), Stream)
             self.inputs = Inputs(self.coder, config.modulation, clock, kind)
         self.streams: dict[Key, Stream] = {}
-        self.outputs: dict[Key, State] = {}
+        self.outputs: dict[Key, State | FixedState] = {}
         self._seen: dict[Key, int] = {}
         self._tick, self._calls, self.alone = -1, 0, True
         self.number = traced.number_for(self)
@@ -218,12 +222,14 @@ class ModulatedLayer(nn.Module):
                 f"{self.name}: expected states, got none. The layer has not run in this trajectory. Run it."
             )
         stream = self.streams[key].state
-        return LayerState(stream.value if stream else self.outputs[key].value, self.outputs[key].value)
+        held = self.outputs[key]
+        output = held.value() if isinstance(held, FixedState) else held.value
+        return LayerState(stream.value if stream else output, output)
 
     def state_tensors(self) -> list[Tensor]:
         """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
-        sides = [s.state for s in self.streams.values()] + list(self.outputs.values())
-        return [t for side in sides if side is not None for t in side if t is not None]
+        inputs = [t for stream in self.streams.values() for t in stream.tensors()]
+        return inputs + [t for side in self.outputs.values() for t in side if t is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for `x`, same dtype as `x`; one operator in a graph of torch.compile.
@@ -262,22 +268,15 @@ class ModulatedLayer(nn.Module):
                 "skipped in a step while others read the shared residual. Use ModiffConfig(share_residuals='off')."
             )
         self._seen[key] = stream.count
-        self.outputs[key], output = self._received(message, self.outputs.get(key), config, x.dtype)
+        held = self.outputs.get(key)
+        if self.integer is not None:
+            self.outputs[key], output = self.integer.receive(message, held, stream, x.dtype)
+        else:
+            self.outputs[key] = accumulate(message, held, self, config)
+            output = self.outputs[key].value.to(x.dtype, copy=True)
         if self.alone:
             stream.message = None  # nobody else will read it: free the codes now
         return output
-
-    def _received(
-        self, message: Message, state: State | None, config: ModulationConfig, dtype: torch.dtype
-    ) -> tuple[State, Tensor]:
-        """The next output state, and a copy of it in `dtype`."""
-        code = message.codes[0] if message.codes else None
-        if self.integer is not None and isinstance(code, ByteCode) and state is not None:
-            return self.integer.step(code, state, message.gain, dtype)
-        state = accumulate(message, state, self, config)
-        if self.integer is not None and self.channel_dim == 1:  # the layout that kernels add into
-            state = State(innermost(state.value), state.move if state.move is None else innermost(state.move))
-        return state, state.value.to(dtype, copy=True)
 
     def _key(self) -> Key:
         """A state for each context and for each time the layer is called within one evaluation of the network."""

@@ -73,6 +73,10 @@ class Stream:
         self.count += 1
         return self.message
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the input state keeps."""
+        return [] if self.state is None else [t for t in self.state if t is not None]
+
     def advance(self, value: Tensor) -> Message:
         """Code `value` and move the state on."""
         message, self.state = encode(value, self.state, self.coding, self.config, self.ratio())

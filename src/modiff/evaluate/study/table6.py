@@ -81,9 +81,9 @@ def _states(lab: Lab, pipe: DiffusionPipeline, config: ModiffConfig, batch: int)
 def state_sides(model: nn.Module) -> tuple[int, int]:
     """Bytes of all input states and of all output states now; what layers share counts once."""
     twins = required_attachment(model, "state_sides").twins.values()
-    inputs = [s.state for twin in twins for s in twin.streams.values()]
+    inputs = [t for twin in twins for stream in twin.streams.values() for t in stream.tensors()]
     outputs = [state for twin in twins for state in twin.outputs.values()]
-    return _bytes([t for s in inputs if s is not None for t in s]), _bytes([t for s in outputs for t in s])
+    return _bytes(list(inputs)), _bytes([t for s in outputs for t in s])
 
 
 def _bytes(tensors: list[Tensor | None]) -> int:

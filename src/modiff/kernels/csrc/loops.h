@@ -53,11 +53,12 @@ struct Linear {
   }
 };
 
-// An integer in units of a power of two: exact, also after a thousand steps.
+// An integer in units of a power of two: exact, also after a thousand steps. clipped counts the codes that were cut.
 struct Fixed {
   int16_t* state;
   float grid;
   int32_t shift;
+  int32_t* clipped;
   float before(int64_t i) const { return static_cast<float>(state[i]) * grid; }
 };
 
@@ -104,14 +105,20 @@ template <class Source>
 MODIFF_APART void code(Source source, Fixed state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
           int64_t count) {
   const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
+  int32_t clipped = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t held = state.state[i];
     int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
+    const int32_t asked = q;
     const int32_t most = (32767 - held) >> state.shift, least = -((32768 + held) >> state.shift);
     q = q > most ? most : q;
     q = q < least ? least : q;
+    clipped += q != asked;
     state.state[i] = static_cast<int16_t>(held + q * (1 << state.shift));
     codes[i] = static_cast<uint8_t>(q - lowest);
+  }
+  if (clipped != 0) {
+    __atomic_fetch_add(state.clipped, clipped, __ATOMIC_RELAXED);
   }
 }
 

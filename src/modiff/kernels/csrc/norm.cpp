@@ -248,7 +248,7 @@ void grouped_moments(const X* x, int64_t samples, int64_t pixels, int64_t channe
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 1; }
+int32_t modiff_interface() { return 2; }
 
 // Mean and reciprocal deviation of `runs` runs of `count` elements each.
 void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, float eps, float* mean, float* rstd,

@@ -14,7 +14,7 @@ using namespace modiff;
 inline Nothing moved(const Nothing& s, int64_t) { return s; }
 inline Hold moved(const Hold& s, int64_t at) { return {s.state + at}; }
 inline Linear moved(const Linear& s, int64_t at) { return {s.state + at, s.move + at, s.gain}; }
-inline Fixed moved(const Fixed& s, int64_t at) { return {s.state + at, s.grid, s.shift}; }
+inline Fixed moved(const Fixed& s, int64_t at) { return {s.state + at, s.grid, s.shift, s.clipped}; }
 
 template <class State>
 float finished(const State&, uint32_t bits, float factor) {
@@ -43,7 +43,7 @@ inline Fixed ready(const Fixed& s, float scale) {
   for (float step = s.grid; step < scale; step *= 2.0f) {
     ++shift;
   }
-  return {s.state, s.grid, shift};
+  return {s.state, s.grid, shift, s.clipped};
 }
 
 template <class X, class State>
@@ -92,7 +92,7 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 1; }
+int32_t modiff_interface() { return 2; }
 
 // Elements in one block: `partial` must hold rows * ceil(count / block) numbers where count is larger.
 int64_t modiff_block() { return kBlock; }
@@ -116,11 +116,12 @@ void modiff_prologue(const void* x, int32_t kind, float* state, float* move, con
 }
 
 // The state as 16-bit integers in units of *grid, a power of two; given scales must be powers of two times it.
+// clipped: the number of codes that were cut to stay within 16 bits is added to it.
 void modiff_prologue_fixed(const void* x, int32_t kind, int16_t* state, const float* grid, uint8_t* codes,
-                           float* scale, uint32_t* partial, int64_t rows, int64_t count, int32_t dynamic, float factor,
-                           int32_t lowest, int32_t highest, int32_t threads) {
+                           float* scale, uint32_t* partial, int32_t* clipped, int64_t rows, int64_t count,
+                           int32_t dynamic, float factor, int32_t lowest, int32_t highest, int32_t threads) {
   const auto start = [&](const auto* values) {
-    run(values, Fixed{state, *grid, 0}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest,
+    run(values, Fixed{state, *grid, 0, clipped}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest,
         threads);
   };
   kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
