@@ -269,8 +269,8 @@ def page(
     wanted: list[Row], refused: dict[str, str], found: dict[str, dict[str, Any]], settings: dict[str, Any], command: str
 ) -> str:
     """docs/methods.md."""
-    head = ("method", "bits", "mode", "relative L2", "PSNR dB", "FD to full precision", "FD to data", "calibration CPU s",
-            "peak MiB", "checkpoint KiB")  # fmt: skip
+    head = ("method", "bits", "mode", "relative L2", "PSNR dB", "FD to full precision", "FD to data",
+            "calibration CPU s", "peak MiB", "checkpoint KiB")  # fmt: skip
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in wanted:
         values = found[row.name]

@@ -293,7 +293,6 @@ class LayerConfig(JsonConfig):
                   "Extrapolation amplifies coarse codes until the loop diverges. "
                   "Use predictor='hold', or 3 bits with clip under 1.")  # fmt: skip
 
-
     def _check_integer_states(self, modulation: ModulationConfig) -> None:
         for where, value, wanted, why in (
             ("execution", self.execution, "integer", "Only kernels keep integers."),

@@ -1,0 +1,122 @@
+"""Rows, table and plot of the loop benchmark."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loop_rounds import Record
+from modiff.evaluate.relative_l2 import relative_l2
+from modiff.io.atomic import write_atomically
+
+FIELDS = ("model", "variant", "isa", "threads", "seconds_min", "seconds_median", "relative_l2", "peak_mib",
+          "state_mib", "commit", "machine", "command")  # fmt: skip
+NOTES = """\
+Seconds: whole loops; min and median of the rounds. First, step: the first step, and the fastest later one in median.
+Relative L2: to fp32-eager from the same noise. Peak: of the process while it loops, libraries included.
+State: what the variant keeps from step to step."""
+
+
+def row_of(record: Record, reference: np.ndarray | None, head: Mapping[str, str]) -> dict[str, Any] | None:
+    """The JSON line of a variant; None for one that finished no loop. `head`: commit, machine, command."""
+    if not record.rounds:
+        return None
+    seconds, last = record.seconds(), record.rounds[-1]
+    return {
+        "model": record.task.model.name,
+        "variant": record.task.variant,
+        "isa": record.facts["isa"],
+        "threads": record.facts["threads"],
+        "seconds_min": min(seconds),
+        "seconds_median": statistics.median(seconds),
+        "relative_l2": error_of(last["images"], reference),
+        "peak_mib": max(r["peak_mib"] for r in record.rounds),
+        "state_mib": last["state_mib"],
+        "commit": head["commit"],
+        "machine": head["machine"],
+        "command": f"{head['command']}  # {record.task.model.note(record.task.timed)}",
+    }
+
+
+def error_of(images: np.ndarray, reference: np.ndarray | None) -> float | None:
+    """Relative L2; None without a reference, or where either holds what is no number."""
+    if reference is None or not np.isfinite(images).all() or not np.isfinite(reference).all():
+        return None
+    return relative_l2(images, reference)
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON line a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def table(records: list[Record], rows: Mapping[str, dict[str, Any]]) -> str:
+    """Aligned text: a line for each variant, also for those that did not run."""
+    first = records[0].task
+    lines = [
+        first.model.note(first.timed),
+        f"{'':<16}{'seconds':>10}{'median':>10}{'first':>9}{'step':>9}{'rel. L2':>10}{'peak MiB':>10}{'state MiB':>11}",
+    ]
+    for record in records:
+        row = rows.get(record.task.variant)
+        if row is None:
+            lines.append(f"{record.task.variant:<16}not run: {record.reason}")
+            continue
+        opening, later = steps_of(record)
+        error = "-" if row["relative_l2"] is None else f"{row['relative_l2']:.4f}"
+        lines.append(
+            f"{record.task.variant:<16}{row['seconds_min']:>10.3f}{row['seconds_median']:>10.3f}{opening:>9.4f}"
+            f"{later:>9.4f}{error:>10}{row['peak_mib']:>10.0f}{row['state_mib']:>11.1f}"
+            + (f"  stopped: {record.reason}" if record.reason else "")
+            + (f"  {record.facts['note']}" if record.facts["note"] else "")
+        )
+    lines += [note for record in records for note in drift(record)]
+    if first.model.random_weights:
+        lines.append("Random weights: read the seconds; relative L2 says nothing about trained weights.")
+    return "\n".join([*lines, NOTES])
+
+
+def steps_of(record: Record) -> tuple[float, float]:
+    """(first step, a later step in median), of the fastest loop."""
+    fastest = min(record.rounds, key=lambda r: r["seconds"])["steps"]
+    return fastest[0], statistics.median(fastest[1:] or fastest)
+
+
+def drift(record: Record) -> list[str]:
+    """How the variant that ran in every wave changed from wave to wave."""
+    waves = sorted(set(record.waves))
+    before = min(record.seconds(waves[0])) if waves else 0.0
+    ratios = {wave + 1: min(record.seconds(wave)) / before for wave in waves[1:]}
+    return [f"{record.task.variant}, wave {wave}: {ratio:.2f}x its time in wave 1" for wave, ratio in ratios.items()]
+
+
+def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Error against seconds, one point a variant; an error of 0 or none lies on the lower edge."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    errors = [row["relative_l2"] for row in rows if row["relative_l2"]]
+    floor = min(errors, default=1e-3) / 3
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for row in rows:
+        error = row["relative_l2"]
+        shown = error or floor
+        axes.plot(row["seconds_min"], shown, "o" if error else "v", color="tab:blue" if error else "tab:gray")
+        axes.annotate(
+            row["variant"], (row["seconds_min"], shown), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    axes.set(xscale="log", yscale="log", xlabel="seconds a loop, fastest round", ylabel="relative L2 to fp32-eager")
+    axes.set_title(title, fontsize=9)
+    axes.grid(True, which="both", alpha=0.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -1,0 +1,296 @@
+"""The variants of the loop benchmark: ours, the honest opponents, and what each needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import modiff
+from loop_deepcache import DeepCache
+from loop_models import Loop, LoopModel, Step
+from modiff import presets
+from modiff.config import LayerConfig, ModiffConfig
+from modiff.kernels.isa import detect
+from modiff.model.state_bytes import state_bytes
+
+CALIBRATION_SEED = 1_000_000
+"""OpenVINO's ranges come from noise that no figure is judged on."""
+CALIBRATION_CALLS = 12
+GATE_STEPS = 10
+BF16_LIMITS = ("", "AVX512_CORE_AMX", "AVX512_CORE_BF16", "AVX512_CORE_FP16")
+
+
+class CannotRun(Exception):
+    """This machine, or this version, has no such variant; the message says why."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One variant of one model. `timed` and `steps` are those of the loop that it is compared with."""
+
+    model: LoopModel
+    variant: str
+    timed: int
+    device: str = "cpu"
+    threads: int | None = None
+    limit: str = ""
+
+
+@dataclass
+class Ready:
+    """A variant that can run: `loop.run(step, seed)` inside `begin()`; `state` counts bytes at the end of a loop.
+
+    note: what was decided only here.
+    """
+
+    loop: Loop
+    step: Step
+    begin: Callable[[], AbstractContextManager[Any]] = nullcontext
+    state: Callable[[], int] = field(default=lambda: 0)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a variant is made of."""
+
+    task: Task
+    net: nn.Module
+    inputs: dict[str, Tensor]
+    loop: Loop
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.loop.device
+
+
+def has_bf16(capabilities: Mapping[str, Any], limit: str, device: str) -> bool:
+    """Whether bf16 is faster than float32 here: a GPU, or a processor with instructions for it that it may use."""
+    if device != "cpu":
+        return True
+    return limit in BF16_LIMITS and bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def best_dtype(task: Task) -> torch.dtype:
+    """Of the opponents that come in either width: bf16 where the device has instructions for it, else float32."""
+    return torch.bfloat16 if has_bf16(torch.cpu.get_capabilities(), task.limit, task.device) else torch.float32
+
+
+def parts_of(task: Task) -> Parts:
+    """Model, inputs and loop on the device."""
+    device = torch.device(task.device)
+    net, inputs, scheduler = task.model.build()
+    loop = Loop(task.model, scheduler, task.model.steps, task.timed, device)
+    return Parts(task, net.to(device), {name: value.to(device) for name, value in inputs.items()}, loop)
+
+
+def in_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Float tensors cast, others as they are."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def compiler(device: torch.device) -> Callable[..., Any]:
+    """torch.compile with frozen weights. Raises: CannotRun where there is no C++ compiler."""
+    import torch._inductor.config as inductor
+
+    if device.type == "cpu":
+        if not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+            raise CannotRun("no C++ compiler: torch.compile needs g++ or clang++")
+        inductor.freezing = True  # weights become constants, prepacked for oneDNN; needs inference mode
+    return partial(torch.compile, dynamic=False)
+
+
+def step_of(call: Callable[..., Any], inputs: dict[str, Tensor], dtype: torch.dtype, channels: int) -> Step:
+    """The step of a denoiser that runs in `dtype`; x and the noise stay float32, learned variances are dropped."""
+    given = in_dtype(inputs, dtype)
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return call(x.to(dtype), t, **given, return_dict=False)[0].float()[:, :channels]
+
+    return step
+
+
+def eager(parts: Parts, dtype: torch.dtype) -> Ready:
+    """The model as it comes."""
+    return Ready(parts.loop, step_of(parts.net.to(dtype), parts.inputs, dtype, parts.task.model.size[1]))
+
+
+def compiled(parts: Parts, dtype: torch.dtype) -> Ready:
+    """Frozen weights, inductor."""
+    return as_compiled(parts, parts.net.to(dtype), dtype)
+
+
+def as_compiled(parts: Parts, net: nn.Module, dtype: torch.dtype) -> Ready:
+    """The same of a network that is in `dtype` already."""
+    call = compiler(parts.device)(net)
+    return Ready(parts.loop, step_of(call, parts.inputs, dtype, parts.task.model.size[1]))
+
+
+def fewer_steps(parts: Parts, divisor: int) -> Ready:
+    """The best 16/32-bit baseline with a fraction of the steps: what any approximation has to beat."""
+    ready = compiled(parts, best_dtype(parts.task))
+    loop = parts.loop
+    return dataclasses.replace(
+        ready, loop=dataclasses.replace(loop, steps=loop.steps // divisor, timed=max(1, loop.timed // divisor))
+    )
+
+
+def torchao_int8(parts: Parts) -> Ready:
+    """torchao's dynamic int8 activations and int8 weights on linear layers, compiled; convolutions stay 16/32-bit."""
+    quantization = optional("torchao.quantization", "torchao")
+    dtype = best_dtype(parts.task)
+    net = parts.net.to(dtype)
+    quantization.quantize_(net, quantization.Int8DynamicActivationInt8WeightConfig())
+    return as_compiled(parts, net, dtype)
+
+
+def openvino_int8(parts: Parts) -> Ready:
+    """OpenVINO with NNCF's post-training int8, U-Nets on CPUs."""
+    ov, nncf = optional("openvino", "openvino"), optional("nncf", "nncf")
+    if not parts.task.model.unet:
+        raise CannotRun("OpenVINO int8 is compared on U-Nets only")
+    if parts.device.type != "cpu":
+        raise CannotRun("OpenVINO runs on the CPU only")
+    channels = parts.task.model.size[1]
+    net = Positional(parts.net, parts.inputs)
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def recording(x: Tensor, t: Tensor) -> Tensor:
+        calls.append((x.clone(), t.clone()))
+        return net(x, t).float()[:, :channels]
+
+    parts.loop.run(recording, CALIBRATION_SEED)
+    chosen = calls[:: max(1, len(calls) // CALIBRATION_CALLS)]
+    data = [{0: x.numpy(), 1: t.numpy()} for x, t in chosen]
+    graph = nncf.quantize(ov.convert_model(net, example_input=calls[0]), nncf.Dataset(data), subset_size=len(data))
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    request = ov.Core().compile_model(graph, "CPU", settings)
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return torch.from_numpy(request([x.numpy(), t.numpy()])[0]).float()[:, :channels]
+
+    return Ready(parts.loop, step)
+
+
+class Positional(nn.Module):
+    """A denoiser as a function of (x, t): what a tracer wants."""
+
+    def __init__(self, net: nn.Module, inputs: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.net, self.inputs = net, inputs
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x, t, **self.inputs, return_dict=False)[0]
+
+
+def deepcache(parts: Parts, interval: int) -> Ready:
+    """Whole steps every `interval`, else the shallowest level; compiled like the best baseline."""
+    if not parts.task.model.unet:
+        raise CannotRun("DeepCache is for U-Nets")
+    dtype = best_dtype(parts.task)
+    cache = DeepCache(parts.net.to(dtype), interval, compiler(parts.device))
+    inputs, channels = in_dtype(parts.inputs, dtype), parts.task.model.size[1]
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return cache(x.to(dtype), t, inputs).float()[:, :channels]
+
+    def begin() -> AbstractContextManager[None]:
+        cache.reset()
+        return nullcontext()
+
+    return Ready(parts.loop, step, begin, cache.state_bytes)
+
+
+def integer_config(weight_bits: int, activation_bits: int, preset: Callable[..., ModiffConfig]) -> ModiffConfig:
+    """A preset that runs on integers. Raises: CannotRun in a version that only simulates them."""
+    if "execution" not in {f.name for f in dataclasses.fields(LayerConfig)}:
+        raise CannotRun("integer execution is not in this version: LayerConfig has no field execution")
+    config = preset(weight_bits, activation_bits)
+    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, **{"execution": "integer"}))
+
+
+def ours(parts: Parts, config: Callable[[], ModiffConfig]) -> Ready:
+    """modiff on integers, float32 around them."""
+    modiff.apply(parts.net, config())
+    return modulated(parts)
+
+
+def modulated(parts: Parts) -> Ready:
+    """The loop of a network that carries modiff."""
+    net = parts.net
+    step = step_of(net, parts.inputs, torch.float32, parts.task.model.size[1])
+    return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
+
+
+def gated(parts: Parts) -> Ready:
+    """Each layer in the fastest of floats, plain and modulated W8A8 that meets the error asked for.
+
+    Where no layer pays, modiff leaves the model alone, and it runs as the best baseline.
+    """
+    gate: Any = getattr(modiff, "gate", None)
+    if gate is None:
+        raise CannotRun("modiff.gate is not in this version")
+    step = step_of(parts.net, parts.inputs, torch.float32, parts.task.model.size[1])
+    few = min(GATE_STEPS, parts.loop.timed)
+    found = gate(parts.net, integer_config(8, 8, presets.modulated),
+                 run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))  # fmt: skip
+    note = str(found).partition(";")[0]
+    if not found.pays:
+        return dataclasses.replace(compiled(parts, best_dtype(parts.task)), note=note)
+    modiff.apply(parts.net, found.config)
+    return dataclasses.replace(modulated(parts), note=note)
+
+
+def optional(module: str, package: str) -> Any:
+    """A module that need not be installed. Raises: CannotRun without it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CannotRun(f"{package} cannot be imported ({error}): pip install {package}") from None
+
+
+VARIANTS: dict[str, Callable[[Parts], Ready]] = {
+    "fp32-eager": partial(eager, dtype=torch.float32),
+    "fp32-compiled": partial(compiled, dtype=torch.float32),
+    "bf16-eager": partial(eager, dtype=torch.bfloat16),
+    "bf16-compiled": partial(compiled, dtype=torch.bfloat16),
+    "torchao-int8": torchao_int8,
+    "openvino-int8": openvino_int8,
+    "deepcache-2": partial(deepcache, interval=2),
+    "deepcache-3": partial(deepcache, interval=3),
+    "fewer-steps-2": partial(fewer_steps, divisor=2),
+    "plain-w8a8": partial(ours, config=lambda: integer_config(8, 8, presets.plain)),
+    "modulated-w8a8": partial(ours, config=lambda: integer_config(8, 8, presets.modulated)),
+    "modulated-w8a4": partial(ours, config=lambda: integer_config(8, 4, presets.modulated)),
+    "gated": gated,
+}
+REFERENCE = "fp32-eager"
+
+
+def prepare(task: Task) -> Ready:
+    """The variant, built and warmed up: everything is compiled and allocated once. Raises: CannotRun."""
+    if task.variant not in VARIANTS:
+        raise CannotRun(f"no variant is called {task.variant}")
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    if task.device != "cpu" and not torch.cuda.is_available():
+        raise CannotRun("no CUDA device")
+    return VARIANTS[task.variant](parts_of(task))
+
+
+def isa_of(task: Task) -> str:
+    """What the row says it ran on."""
+    if task.device == "cpu":
+        return detect().level
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda sm_{major}{minor}"

@@ -1,0 +1,93 @@
+"""Variants in processes of their own: they take turns, have their time and their memory, and cannot harm each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+import loop_report
+import loop_rounds
+from loop_models import HIDDEN
+from loop_rounds import Child, Record, Run
+from loop_variants import Task
+from tests.bench import loop_stub
+
+TINY = HIDDEN["tiny"]
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], Run, list[str]]]:
+    """Run variants in stub processes. Returns: (records by name, the run, its lines)."""
+    monkeypatch.setattr(loop_rounds, "serve", loop_stub.serve)
+    monkeypatch.setattr(loop_rounds, "REFERENCE", "works-1")
+
+    def run(*variants: str, rounds: int = 3, limit: float = 20, free: float | None = None) -> Any:
+        lines: list[str] = []
+        found = Run(rounds, limit, {"MODIFF_LOOP": "given"}, lines.append, lambda: free)
+        tasks: Any = [loop_stub.task(variant) for variant in variants]
+        records = found.all(tasks, cast(Any, loop_stub.task("works-1")))
+        return {r.task.variant: r for r in records}, found, lines
+
+    return run
+
+
+def test_variants_take_turns_and_one_that_dies_harms_no_other(stubs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    records, run, lines = stubs("works-1", "dies", "refuses", "works-2", "dies-later")
+    assert [len(r.rounds) for r in records.values()] == [3, 0, 0, 3, 1]
+    assert records["dies"].reason == "its process died, exit code 9"
+    assert records["dies-later"].reason == "its process died, exit code 7"
+    assert records["refuses"].reason == "no such thing here"
+    assert run.reference == "works-1"
+    spans = sorted((*r["span"], name) for name, record in records.items() for r in record.rounds)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "one at a time"
+    assert [name for *_, name in spans] == [
+        "works-1", "works-2", "dies-later", "works-2", "works-1", "works-1", "works-2",
+    ]  # fmt: skip
+    variables = [records[name].facts["variables"] for name in ("works-1", "works-2")]
+    assert [v["MODIFF_LOOP"] for v in variables] == ["given"] * 2
+    assert len({v["TORCHINDUCTOR_CACHE_DIR"] for v in variables}) == 2, "a compile cache each"
+    assert "stub dies: its process died, exit code 9" in lines
+
+
+def test_a_variant_has_its_time_and_no_more(stubs: Any) -> None:
+    record = Record(cast(Any, loop_stub.task("hangs")), used=19.5)
+    child = Child(record, {}, limit=20)
+    assert child.answer("ready") is None
+    assert record.reason == "not done after 20 s (--limit)"
+    assert record.used >= 20
+    child.end()
+    assert not child.process.is_alive()
+
+
+def test_what_does_not_fit_into_memory_waits_and_the_first_runs_again(stubs: Any) -> None:
+    records, _, lines = stubs("works-1", "works-2", "works-3", rounds=2, free=110.0)
+    assert records["works-1"].waves == [0, 0, 1, 1, 2, 2]
+    assert (records["works-2"].waves, records["works-3"].waves) == ([1, 1], [2, 2])
+    assert loop_report.drift(records["works-1"]) == [
+        "works-1, wave 2: 1.00x its time in wave 1",
+        "works-1, wave 3: 1.00x its time in wave 1",
+    ]
+    assert any("110 MiB of memory are left" in line for line in lines)
+
+
+def test_a_reference_that_was_not_asked_for_is_made_and_not_listed(stubs: Any) -> None:
+    records, run, _ = stubs("works-2", rounds=1)
+    assert list(records) == ["works-2"]
+    assert run.reference == "works-1"
+
+
+def test_a_real_process_runs_a_real_variant() -> None:
+    run = Run(1, 120, {"OMP_NUM_THREADS": "1"}, say=lambda _: None)
+    task = Task(TINY, "fp32-eager", timed=2, threads=1)
+    (record,) = run.all([task], task)
+    assert record.reason == ""
+    assert record.facts["threads"] == 1
+    (found,) = record.rounds
+    assert found["images"].shape == TINY.size
+    assert len(found["steps"]) == 2
+    assert 0 < sum(found["steps"]) <= found["seconds"]
+    assert 50 < found["peak_mib"] < 4000
