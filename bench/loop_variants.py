@@ -18,7 +18,7 @@ import modiff
 from loop_deepcache import DeepCache
 from loop_models import Loop, LoopModel, Step
 from modiff import presets
-from modiff.config import LayerConfig, ModiffConfig
+from modiff.config import ModiffConfig
 from modiff.kernels.isa import detect
 from modiff.model.state_bytes import state_bytes
 
@@ -211,24 +211,17 @@ def deepcache(parts: Parts, interval: int) -> Ready:
     return Ready(parts.loop, step, begin, cache.state_bytes)
 
 
-def integer_config(weight_bits: int, activation_bits: int, preset: Callable[..., ModiffConfig]) -> ModiffConfig:
-    """A preset that runs on integers. Raises: CannotRun in a version that only simulates them."""
-    if "execution" not in {f.name for f in dataclasses.fields(LayerConfig)}:
-        raise CannotRun("integer execution is not in this version: LayerConfig has no field execution")
-    config = preset(weight_bits, activation_bits)
-    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, **{"execution": "integer"}))
-
-
-def ours(parts: Parts, config: Callable[[], ModiffConfig]) -> Ready:
-    """modiff on integers, float32 around them."""
-    modiff.apply(parts.net, config())
+def ours(parts: Parts, config: ModiffConfig) -> Ready:
+    """modiff on integers."""
+    modiff.apply(parts.net, config.on_integers())
     return modulated(parts)
 
 
 def modulated(parts: Parts) -> Ready:
-    """The loop of a network that carries modiff."""
-    net = parts.net
-    step = step_of(net, parts.inputs, torch.float32, parts.task.model.size[1])
+    """The loop of a network that carries modiff: one graph, compiled between its layers, in the best dtype there."""
+    dtype = best_dtype(parts.task)
+    net = parts.net.to(dtype).to(memory_format=torch.channels_last)
+    step = step_of(compiler(parts.device)(net, fullgraph=True), parts.inputs, dtype, parts.task.model.size[1])
     return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
 
 
@@ -237,13 +230,10 @@ def gated(parts: Parts) -> Ready:
 
     Where no layer pays, modiff leaves the model alone, and it runs as the best baseline.
     """
-    gate: Any = getattr(modiff, "gate", None)
-    if gate is None:
-        raise CannotRun("modiff.gate is not in this version")
-    step = step_of(parts.net, parts.inputs, torch.float32, parts.task.model.size[1])
+    dtype = best_dtype(parts.task)
+    step = step_of(parts.net.to(dtype), parts.inputs, dtype, parts.task.model.size[1])
     few = min(GATE_STEPS, parts.loop.timed)
-    found = gate(parts.net, integer_config(8, 8, presets.modulated),
-                 run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))  # fmt: skip
+    found = modiff.gate(parts.net, run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))
     note = str(found).partition(";")[0]
     if not found.pays:
         return dataclasses.replace(compiled(parts, best_dtype(parts.task)), note=note)
@@ -269,9 +259,9 @@ VARIANTS: dict[str, Callable[[Parts], Ready]] = {
     "deepcache-2": partial(deepcache, interval=2),
     "deepcache-3": partial(deepcache, interval=3),
     "fewer-steps-2": partial(fewer_steps, divisor=2),
-    "plain-w8a8": partial(ours, config=lambda: integer_config(8, 8, presets.plain)),
-    "modulated-w8a8": partial(ours, config=lambda: integer_config(8, 8, presets.modulated)),
-    "modulated-w8a4": partial(ours, config=lambda: integer_config(8, 4, presets.modulated)),
+    "plain-w8a8": partial(ours, config=presets.plain(8, 8)),
+    "modulated-w8a8": partial(ours, config=presets.w8a8()),
+    "modulated-w8a4": partial(ours, config=presets.w8a4()),
     "gated": gated,
 }
 REFERENCE = "fp32-eager"

@@ -29,7 +29,7 @@ from loop_deepcache import DeepCache
 from loop_models import HIDDEN, MODELS, Loop
 from loop_rounds import Record
 from loop_variants import VARIANTS, CannotRun, Task, parts_of, prepare
-from modiff import ConfigError, presets
+from modiff import ConfigError, ModiffConfig, presets
 from modiff.hosts.unconditional import UnconditionalPipeline
 
 TINY = HIDDEN["tiny"]
@@ -37,6 +37,13 @@ ROW = [
     "model", "variant", "isa", "threads", "seconds_min", "seconds_median", "relative_l2", "peak_mib", "state_mib",
     "commit", "machine", "command",
 ]  # fmt: skip
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes a minute and is torch's business."""
+    monkeypatch.setattr(loop_variants, "compiler", lambda _: lambda net, **_words: net)
+
 
 # ------------------------------------------------------------------------------------------------------------- models
 
@@ -178,18 +185,18 @@ def test_bf16_counts_only_where_the_instructions_are_and_may_be_used() -> None:
     assert has(old, "", "cuda")
 
 
-def test_our_variants_run_the_presets_on_integers() -> None:
-    config = loop_variants.integer_config(8, 4, presets.modulated)
-    values, preset = config.to_dict(), presets.modulated(8, 4).to_dict()
-    assert values["layer"].pop("execution") == "integer"
-    preset["layer"].pop("execution")
-    assert values == preset
-
-
-def test_a_version_without_integers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_variants.dataclasses, "fields", lambda _: ())
-    with pytest.raises(CannotRun, match="integer execution is not in this version"):
-        loop_variants.integer_config(8, 8, presets.plain)
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("variant", "preset"),
+    [("plain-w8a8", presets.plain()), ("modulated-w8a8", presets.w8a8()), ("modulated-w8a4", presets.w8a4())],
+)
+def test_our_variants_run_the_presets_on_integers(
+    variant: str, preset: ModiffConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[ModiffConfig] = []
+    monkeypatch.setattr(loop_variants.modiff, "apply", lambda _, config: applied.append(config))
+    prepare(Task(TINY, variant, timed=2))
+    assert applied == [preset.on_integers()]
 
 
 def test_without_a_compiler_the_compiled_variants_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +206,7 @@ def test_without_a_compiler_the_compiled_variants_cannot_run(monkeypatch: pytest
             prepare(Task(TINY, variant, timed=2))
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_modulated_variant_counts_its_states_and_leaves_none() -> None:
     ready = prepare(Task(TINY, "modulated-w8a8", timed=3))
     with torch.inference_mode():
@@ -212,14 +220,15 @@ def test_a_modulated_variant_counts_its_states_and_leaves_none() -> None:
     assert 0 < float((images - exact).norm() / exact.norm()) < 0.1
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_gate_is_followed_and_where_nothing_pays_the_baseline_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def gate(pays: bool) -> Callable[..., Any]:
-        def found(net: Any, config: Any, run: Callable[[], object]) -> Any:
+        def found(net: Any, run: Callable[[], object]) -> Any:
             run()
-            asked.append((net, config))
-            return Found(config if pays else None, pays)
+            asked.append(net)
+            return Found(presets.w8a8().on_integers() if pays else None, pays)
 
         return found
 
@@ -230,7 +239,6 @@ def test_the_gate_is_followed_and_where_nothing_pays_the_baseline_runs(monkeypat
         def __str__(self) -> str:
             return "1 float, 2 plain; layers of one evaluation"
 
-    monkeypatch.setattr(loop_variants, "compiler", lambda _: lambda net: net)
     monkeypatch.setattr(loop_variants.modiff, "gate", gate(True))
     with torch.inference_mode():
         images, state = loop_child.one_loop(ready := prepare(Task(TINY, "gated", timed=3)))
@@ -240,10 +248,7 @@ def test_the_gate_is_followed_and_where_nothing_pays_the_baseline_runs(monkeypat
         images, state = loop_child.one_loop(prepare(Task(TINY, "gated", timed=3)))
         assert state == 0
         assert torch.equal(images, loop_child.one_loop(prepare(Task(TINY, "fp32-eager", timed=3)))[0])
-    assert all(config == loop_variants.integer_config(8, 8, presets.modulated) for _, config in asked)
-    monkeypatch.delattr(loop_variants.modiff, "gate")
-    with pytest.raises(CannotRun, match=r"modiff\.gate is not in this version"):
-        prepare(Task(TINY, "gated", timed=3))
+    assert len(asked) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ command
@@ -285,9 +290,9 @@ def test_the_command_prints_every_variant_and_appends_rows(
     command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_variants.shutil, "which", lambda _: None)
-    arguments = ("--models", "tiny", "--quick", "--variants", "fp32-eager,fp32-compiled,plain-w8a8")
+    arguments = ("--models", "tiny", "--quick", "--variants", "fp32-eager,fp32-compiled,bf16-eager")
     rows = command(*arguments)
-    assert [row["variant"] for row in rows] == ["fp32-eager", "plain-w8a8"]
+    assert [row["variant"] for row in rows] == ["fp32-eager", "bf16-eager"]
     exact, plain = rows
     assert list(exact) == list(plain) == ROW
     assert (exact["model"], exact["relative_l2"], exact["state_mib"]) == ("tiny", 0.0, 0.0)
