@@ -1,5 +1,5 @@
 # make demo     see it: 4-bit activations with and without modulation, on the model that comes with the package
-# make test     the whole test suite
+# make test     the whole test suite; make test ARGS="tests/core -x" a part of it
 # make check    lint, format, types, import order
 # make golden   write the golden trajectories anew; read the diff before you commit it
 # make lint-fix what ruff can repair by itself
@@ -23,8 +23,9 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 demo: $(VENV)/.base
 	$(BIN)/modiff demo $(ARGS)
 
+# Two processes of one thread: half the time of one process. Options of one's own take their place.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(if $(strip $(ARGS)),,OMP_NUM_THREADS=1 )$(BIN)/python -m pytest $(or $(strip $(ARGS)),-n 2 --dist loadfile)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

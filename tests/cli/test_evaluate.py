@@ -124,6 +124,13 @@ def test_a_report_without_configurations_to_watch_leaves_the_layers_out(
         (["--reference", "absent.npz"], "absent.npz: expected a file or a folder of images"),
         (["--extractor", "absent"], "absent: expected 'classifier'"),
         (["--device", "tpu"], "device: expected"),
+        (["--metrics", "fid"], "--metrics: expected lpips or clip"),
+        (["--metrics", "clip"], "--metrics clip: expected prompts, got none"),
+        (["--labels", "0-9"], "expected no --label N, got 0"),
+        (["--labels", "x"], "--labels: expected numbers and ranges"),
+        (["--prompts", "absent.txt"], "absent.txt: expected a text file"),
+        (["--study", "all", "--metrics", "lpips"], "--study: expected no --metrics beside it"),
+        (["--study", "all", "--labels", "0"], "--study: expected no --labels beside it"),
     ],
 )
 def test_mistakes_are_one_line(model: Path, judge: Path, words: list[str], message: str) -> None:

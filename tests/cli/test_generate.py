@@ -20,6 +20,7 @@ from modiff.cli import app
 from modiff.engine import run as engine
 from modiff.io.shards import Manifest, read_images
 from tests.helpers import hears_ctrl_c
+from tests.hosts.tiny import HOSTS
 from tests.pixels import saved_pipeline
 
 SMALL = ("--steps", "2", "--batch-size", "1", "--shard-size", "2", "--threads", "1")
@@ -114,6 +115,10 @@ def test_two_environments_are_told(model: Path, tmp_path: Path) -> None:
         (["{model}", "--config", "{static}"], "config: expected dynamic scales, got static ones"),
         (["{model}", "--scheduler", "ddimm"], "scheduler: expected one of ddim, "),
         (["{model}", "--prompt", "fox"], "expected no --prompt TEXT, got 'fox'"),
+        (["{model}", "--prompts", "{prompts}"], "expected no --prompt TEXT, got 'a fox'"),
+        (["{model}", "--prompts", "absent.txt"], "absent.txt: expected a text file with a prompt in each line"),
+        (["{model}", "--prompts", "{prompts}", "--prompt", "a"], "--prompts: expected one or more and no --prompt"),
+        (["{model}", "--labels", "9-0"], "--labels: expected numbers and ranges between commas, got '9-0'"),
         (["{model}", "--device", "tpu"], "device: expected cpu"),
         (["{model}", "-n", "0"], "--num-images: expected 1 or more"),
         (["{model}", "--batch-size", "3", "--shard-size", "4"], "expected a multiple of --batch-size 3"),
@@ -129,9 +134,34 @@ def test_a_mistake_is_one_line_and_writes_no_shard(
     static = presets.w8a8().to_dict()
     static["layer"]["activation"]["dynamic"] = False
     (tmp_path / "static.json").write_text(json.dumps(static))
-    given = [text.format(model=model, static=tmp_path / "static.json") for text in arguments]
+    (tmp_path / "prompts.txt").write_text("a fox\na cat\n")
+    files = {"static": tmp_path / "static.json", "prompts": tmp_path / "prompts.txt"}
+    given = [text.format(model=model, **files) for text in arguments]
     assert_one_line(invoke(given[0], "-o", tmp_path / "out", "-n", "2", "--steps", "2", *given[1:]), message)
     assert not (tmp_path / "out").exists() or content(tmp_path / "out") == {}
+
+
+def test_classes_go_in_turn_and_a_folder_refuses_others(tmp_path: Path) -> None:
+    HOSTS["dit"].build().save_pretrained(tmp_path / "dit")
+    one, two = tmp_path / "one", tmp_path / "two"
+    generated(tmp_path / "dit", one, 3, "--labels", "5-7")
+    generated(tmp_path / "dit", one, 5, "--labels", "5-7")
+    generated(tmp_path / "dit", two, 5, "--labels", "5,6,7")
+    assert content(one) == content(two)
+    assert Manifest.load(one).request["labels"] == [5, 6, 7]
+    again = invoke(tmp_path / "dit", "-o", one, "-n", 5, *SMALL, "--labels", "5-6")
+    assert_one_line(again, "got one with another labels")
+
+
+def test_prompts_come_from_a_file(tmp_path: Path) -> None:
+    HOSTS["sd"].build().save_pretrained(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text("a fox\na cat\n")
+    generated(tmp_path / "sd", tmp_path / "several", 4, "--prompts", tmp_path / "prompts.txt")
+    generated(tmp_path / "sd", tmp_path / "cat", 4, "--prompt", "a cat")
+    several, cat = images(tmp_path / "several"), images(tmp_path / "cat")
+    assert np.abs(several[1::2] - cat[1::2]).max() <= 2
+    assert np.abs(several[0::2] - cat[0::2]).max(axis=(1, 2, 3)).min() > 2
+    assert Manifest.load(tmp_path / "several").request["prompts"] == ["a fox", "a cat"]
 
 
 def test_other_options_in_the_same_folder_are_one_line_and_change_nothing(model: Path, tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"config": presets.w8a8().to_dict()}, "another config"),
     ({"scheduler": "ddim"}, "another scheduler"),
     ({"prompt": "a fox", "label": 3}, "another prompt and label"),
+    ({"prompts": ("a fox", "a cat"), "labels": (3,)}, "another prompts and labels"),
     ({"batch_size": 4}, "another batch-size"),
     ({"shard_size": 8}, "another shard-size"),
 ]
@@ -162,6 +163,17 @@ def test_a_folder_never_mixes_two_jobs(tmp_path: Path, other: dict[str, Any], me
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, 11, **other)
     assert content(tmp_path) == before
+
+
+def test_a_folder_keeps_its_prompts_and_classes_and_refuses_others(tmp_path: Path) -> None:
+    several = {"prompts": ("a fox", "a cat"), "labels": (3, 1)}
+    run(tmp_path, 5, **several)
+    request = Manifest.load(tmp_path).request
+    assert (request["prompts"], request["labels"]) == (["a fox", "a cat"], [3, 1])
+    assert run(tmp_path, 11, **several).kept == 4
+    for other in ({"labels": (1, 3)}, {"prompts": ("a fox",)}, {"labels": None}):
+        with pytest.raises(ConfigError, match=r"another (labels|prompts)"):
+            run(tmp_path, 11, **several | other)
 
 
 def test_another_model_under_the_same_name_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,33 @@ def test_the_shape_is_found_for_each_kind_of_pipeline(tmp_path: Path, name: str,
 
 
 @pytest.mark.parametrize(
+    ("name", "several"),
+    [("dit", {"labels": (3, 999, 0)}), ("sd", {"prompts": ("a fox", "a cat", "two words more")})],
+)
+def test_each_image_is_drawn_of_its_own_class_or_prompt_whatever_the_span(
+    tmp_path: Path, name: str, several: dict[str, Any]
+) -> None:
+    HOSTS[name].build().save_pretrained(tmp_path / "model")
+    asked = job(tmp_path / "model", **several)
+    whole = drawn(asked, 0, 6).astype(int)
+    assert np.array_equal(drawn(asked, 2, 3), whole[2:5])
+    (kind, values), *_ = several.items()
+    alike: list[int] = []
+    for index in range(5):
+        alone = [drawn(job(tmp_path / "model", **{kind.rstrip("s"): value}), index, 1, 1) for value in values]
+        errors = [int(np.abs(image - whole[index]).max()) for image in alone]
+        assert errors[index % 3] <= 2, errors  # another batch: rounding
+        alike += errors[: index % 3] + errors[index % 3 + 1 :]
+    assert min(alike) > 2
+
+
+def test_a_class_that_the_model_does_not_know_is_an_error_before_anything_is_drawn(tmp_path: Path) -> None:
+    HOSTS["dit"].build().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="expected 0 to 999, got 1000"):
+        worker.describe(job(tmp_path / "model", labels=(0, 1, 1000)))
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"model": "absent"}, FormatError, "no such folder"),

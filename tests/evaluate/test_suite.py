@@ -13,6 +13,7 @@ from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.classifier import Classifier
 from modiff.evaluate.features.classifier import ClassifierFeatures
 from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite import Row, Suite, run_suite
 from modiff.evaluate.suite_images import PipelineSource
 from modiff.evaluate.suite_plans import Preset, plans_of
@@ -179,11 +180,31 @@ def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Pat
     assert str(tmp_path) not in json.dumps(found)
 
 
+def test_what_the_extractor_says_of_itself_is_in_the_settings_and_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modiff.evaluate.report.charts._svg", lambda draw: b"<svg/>")  # drawn elsewhere
+
+    class Noted(FakeExtractor):
+        note = "Weights of another time."
+
+    suite = run_suite(FakeSource(), Noted(), CHOSEN, tmp_path, batch_size=4, resamples=3, progress=False)
+    found = suite.to_dict(["modiff"])
+    assert (found["settings"]["extractor"], found["settings"]["extractor_dimension"]) == ("quadrants", 4)
+    assert found["settings"]["extractor_note"] == "Weights of another time."
+    judged = [m for c in found["configurations"] for m in c["metrics"] if m["extractor"] is not None]
+    assert judged
+    assert all("Weights of another time." in m["note"] for m in judged)
+    results = suite_document(suite, ["modiff"]).sections[0]
+    assert "Features: quadrants, 4 numbers an image. Weights of another time." in results.blocks
+
+
 def test_the_table_has_a_line_for_each_configuration(tmp_path: Path) -> None:
     suite = run(tmp_path)
     lines = suite.table().splitlines()
     assert [line.split("  ")[0] for line in lines[2:6]] == NAMES
     assert f"{values(suite.rows[2])['relative_l2']:.4f}" in lines[4]
+    assert lines[-1].startswith("Warning: 10 images: the distance is biased upwards")
 
 
 def test_a_real_pipeline_ends_with_small_errors_for_modulation_and_larger_for_fewer_steps(tmp_path: Path) -> None:

@@ -15,14 +15,19 @@ from modiff.core.cost import measure_cost
 from modiff.errors import ConfigError
 from modiff.evaluate.suite_images import PipelineSource, fingerprint, to_codes
 from modiff.evaluate.suite_plans import Plan
+from modiff.hosts.conditions import Conditions
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators
 from modiff.model.state_bytes import state_bytes
+from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 
 STEPS = 3
 FULL = Plan(name="full", steps=STEPS)
 MODULATED = Plan(name="modulated", steps=STEPS, config=presets.modulated(8, 4))
+
+
+OTHERS = {"dit": Conditions(labels=(7,)), "sd": Conditions(prompts=("a fox jumps",))}
 
 
 def drawn(source: PipelineSource, plan: Plan, *batches: range) -> np.ndarray:
@@ -117,13 +122,47 @@ def test_the_fingerprint_sees_one_bit_of_one_weight() -> None:
     assert fingerprint([layer]) != before
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("dit", Conditions(labels=(3, 999, 0))), ("sd", Conditions(prompts=("a fox", "a cat", "two words more")))],
+)
+def test_a_conditional_pipeline_draws_each_image_of_its_own_class_or_prompt(name: str, known: Conditions) -> None:
+    pipe = HOSTS[name].build()
+    pipe.set_progress_bar_config(disable=True)
+    source = PipelineSource(pipe, conditions=known)
+    found = drawn(source, FULL, range(1), range(1, 4)).astype(int)
+    inputs = {"class_labels": [3, 999, 0, 3]} if name == "dit" else {"prompt": ["a fox", "a cat", known.prompts[2]] * 2}
+    if name == "sd":
+        inputs["prompt"] = inputs["prompt"][:4]
+    noise = noise_generators(0, range(4))
+    wanted = pipe(**inputs, num_inference_steps=STEPS, generator=noise, output_type="np").images
+    assert np.abs(found - 255 * wanted).max() <= 2.5  # another batch: rounding
+    assert np.abs(drawn(PipelineSource(pipe, conditions=OTHERS[name]), FULL, range(2)) - found[:2]).max() > 2
+    assert drawn(source, MODULATED, range(2)).shape == (2, *source.shape)
+    assert source.settings["labels" if name == "dit" else "prompts"] == (
+        "3, 999, 0" if name == "dit" else "a fox, a cat, two words more"
+    )
+
+
+def test_many_prompts_are_told_by_their_number_and_a_digest() -> None:
+    many = Conditions(prompts=tuple(f"prompt number {i}" for i in range(50)))
+    pipe = HOSTS["sd"].build()
+    pipe.set_progress_bar_config(disable=True)
+    first = PipelineSource(pipe, conditions=many).settings["prompts"]
+    assert first.startswith("50, sha256 ")
+    turned = Conditions(prompts=many.prompts[1:] + many.prompts[:1])
+    assert PipelineSource(pipe, conditions=turned).settings["prompts"] != first
+
+
 def test_a_pipeline_with_a_prompt_and_too_many_steps_are_refused() -> None:
     class Prompted(type(pixel_pipeline())):  # type: ignore[misc]
         def __call__(self, prompt: str, batch_size: int = 1) -> Any:
             raise NotImplementedError
 
     pipe = pixel_pipeline()
-    with pytest.raises(ConfigError, match="expected an unconditional pipeline, got Prompted"):
+    with pytest.raises(ConfigError, match="expected no --prompt TEXT, got 'a fox jumps'"):
+        PipelineSource(pixel_pipeline(), conditions=OTHERS["sd"])
+    with pytest.raises(ConfigError, match=r"expected an unconditional pipeline, got Prompted.*Give --prompts FILE"):
         PipelineSource(Prompted(unet=pipe.unet, scheduler=pipe.scheduler))
     with (
         pytest.raises(ConfigError, match="--steps: expected at most 1000, got 1001"),

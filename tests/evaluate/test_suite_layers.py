@@ -8,6 +8,7 @@ import torch
 
 from modiff import presets
 from modiff.config import ModiffConfig
+from modiff.evaluate.suite_images import PipelineSource
 from modiff.evaluate.suite_layers import layer_errors, watched_plan
 from modiff.evaluate.suite_plans import Plan
 from tests.pixels import pixel_pipeline
@@ -36,11 +37,12 @@ def test_a_static_override_counts_as_static() -> None:
 
 
 def test_every_layer_has_its_error_at_every_step() -> None:
-    pipe = pixel_pipeline()
-    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
-    traces = layer_errors(pipe, MODULATED, num_images=2)
+    source = PipelineSource(pixel_pipeline())
+    unet = source.pipe.unet
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    traces = layer_errors(source, MODULATED, num_images=2)
     assert len(traces) > 10
     assert all([step["step"] for step in trace["steps"]] == [0, 1, 2, 3] for trace in traces)
     assert max(step["output_relative_l2"] for trace in traces for step in trace["steps"]) > 0.001
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
-    assert layer_errors(pipe, FULL) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+    assert layer_errors(source, FULL) == []

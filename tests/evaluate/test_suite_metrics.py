@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from modiff.evaluate import suite_metrics as module
+from modiff.evaluate.features.scripted_inception import ScriptedInception
 from modiff.evaluate.metrics.frechet_distance import frechet_distance
+from modiff.evaluate.metrics.frechet_interval import frechet_interval
 from modiff.evaluate.metrics.inception_score import inception_score
 from modiff.evaluate.metrics.kernel_distance import kernel_distance
 from modiff.evaluate.metrics.moments import Moments
@@ -19,6 +22,7 @@ from modiff.evaluate.psnr import psnr
 from modiff.evaluate.relative_l2 import relative_l2
 from modiff.evaluate.suite_metrics import ImageSet, Judge, Measurement, gather
 from modiff.evaluate.suite_store import Batch
+from tests.evaluate.features.test_scripted_inception import Public, scripted
 from tests.evaluate.suite_fakes import FakeExtractor
 
 N, RESAMPLES = 24, 20
@@ -78,7 +82,7 @@ def test_distances_of_sets_are_those_of_the_metrics() -> None:
         assert other.spatial is not None
         assert row(f"spatial_fd_to_{name}")["value"] == pytest.approx(frechet_distance(FOUND.spatial, other.spatial))
         kernel = kernel_distance(FOUND.pooled, other.pooled, subsets=100, subset_size=N // 2)
-        assert row(f"kid_to_{name}")["value"] == pytest.approx(kernel["mean"])
+        assert row(f"kernel_distance_to_{name}")["value"] == pytest.approx(kernel["mean"])
         shares = precision_recall(FOUND.pooled, other.pooled, neighbours=3)
         assert row(f"precision_to_{name}")["value"] == shares["precision"]
         assert row(f"recall_to_{name}")["value"] == shares["recall"]
@@ -87,7 +91,7 @@ def test_distances_of_sets_are_those_of_the_metrics() -> None:
 def test_the_score_is_that_of_all_images_as_one_part() -> None:
     assert FOUND.probabilities is not None
     wanted = inception_score(FOUND.probabilities, splits=1)["mean"]
-    assert row("inception_score")["value"] == pytest.approx(wanted)
+    assert row("score")["value"] == pytest.approx(wanted)
 
 
 def test_paired_errors_are_those_of_the_bytes() -> None:
@@ -106,8 +110,9 @@ def test_costs_are_those_measured() -> None:
 def test_every_interval_holds_its_figure_and_has_a_width() -> None:
     with_interval = [r for r in ROWS if r["low"] is not None]
     assert {r["name"] for r in with_interval} == {
-        "inception_score", "relative_l2", "psnr_db", "ssim",
-        *(f"{m}_to_{a}" for m in ("fd", "kid", "precision", "recall") for a in ("full_precision", "reference")),
+        "score", "relative_l2", "psnr_db", "ssim",
+        *(f"{m}_to_{a}" for m in ("fd", "spatial_fd", "kernel_distance", "precision", "recall")
+          for a in ("full_precision", "reference")),
     }  # fmt: skip
     for r in with_interval:
         assert r["low"] <= r["value"] <= r["high"], r
@@ -126,7 +131,7 @@ def test_the_kernel_distances_interval_is_as_wide_as_the_spread_of_independent_s
     widths = []
     for a, b in draws[:12]:
         sets = [ImageSet(x.float(), None, None, None) for x in (a, b)]
-        found = row("kid_to_reference", Judge(EXTRACTOR, sets[0], sets[1], 1).measure(sets[0], 1.0))
+        found = row("kernel_distance_to_reference", Judge(EXTRACTOR, sets[0], sets[1], 1).measure(sets[0], 1.0))
         widths.append((found["high"] - found["low"]) / (2 * 1.96))
     assert np.mean(widths) == pytest.approx(truth, rel=0.35)
 
@@ -135,8 +140,10 @@ def test_labels_carry_the_extractors_name_and_never_say_fid() -> None:
     labels = {r["name"]: r["label"] for r in ROWS}
     assert labels["fd_to_full_precision"] == "FD2FP32(quadrants)"
     assert labels["fd_to_reference"] == "FD(quadrants) to reference"
-    assert labels["kid_to_full_precision"] == "KD(quadrants) to full precision"
-    assert not any("FID" in label or "KID" in label for label in labels.values())
+    assert labels["kernel_distance_to_full_precision"] == "KD(quadrants) to full precision"
+    assert labels["score"] == "score(quadrants)"
+    said = {text.lower() for label in labels.items() for text in label}
+    assert not any(word in text for text in said for word in ("fid", "kid", "inception"))
     assert {r["extractor"] for r in ROWS} == {"quadrants", None}
     assert row("relative_l2")["extractor"] is None
 
@@ -157,6 +164,28 @@ def test_an_extractors_own_note_goes_with_its_figures_only() -> None:
     assert all(r["note"].endswith("Other weights.") == (r["extractor"] is not None) for r in rows)
 
 
+def test_inception_brings_the_published_names_and_says_in_every_row_which_weights_these_are(tmp_path: Path) -> None:
+    extractor = ScriptedInception(scripted(Public(), tmp_path / "net.pt"))
+    sets = []
+    for part in (batches(0), batches(0, noise=12.0), batches(5)):
+        images = np.concatenate([batch.images for batch in part])[:10]
+        found = extractor(torch.from_numpy(images))
+        assert found.probabilities is not None
+        sets.append(gather([Batch(images, found.pooled.numpy(), None, found.probabilities.numpy(), 1.0, 0, 0)]))
+    # 2048 numbers of an image take seconds a distance: 64 of them are judged in their place
+    sets = [dataclasses.replace(one, pooled=one.pooled[:, :64]) for one in sets]
+    rows = Judge(extractor, sets[0], sets[2], 3).measure(sets[1], 1.0)
+    assert {
+        r["name"]: r["label"] for r in rows if r["name"] in ("fd_to_reference", "fd_to_full_precision", "score")
+    } | {"kernel_distance_to_reference": row("kernel_distance_to_reference", rows)["label"]} == {
+        "fd_to_reference": "FID to reference",
+        "fd_to_full_precision": "FID2FP32",
+        "kernel_distance_to_reference": "KID to reference",
+        "score": "IS",
+    }
+    assert all(extractor.note in r["note"] for r in rows if r["extractor"] is not None)
+
+
 def test_full_precision_is_not_compared_with_itself_but_its_halves_are() -> None:
     rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FULL, 1.0)
     names = {r["name"] for r in rows}
@@ -164,6 +193,8 @@ def test_full_precision_is_not_compared_with_itself_but_its_halves_are() -> None
     assert not {n for n in names if "full_precision" in n} | (names & {"relative_l2", "psnr_db"})
     wanted = frechet_distance(Moments.of(FULL.pooled[:12]), Moments.of(FULL.pooled[12:]))
     assert row("fd_between_halves", rows)["value"] == pytest.approx(wanted)
+    assert row("fd_between_halves", rows)["low"] < wanted < row("fd_between_halves", rows)["high"]
+    assert "12 images: the distance is biased" in row("fd_between_halves", rows)["note"]
 
 
 def test_equal_images_have_no_distance_and_an_infinite_psnr_is_said_not_shown() -> None:
@@ -176,14 +207,20 @@ def test_equal_images_have_no_distance_and_an_infinite_psnr_is_said_not_shown() 
     assert row("ssim", rows)["value"] == 1
 
 
-def test_many_dimensions_have_a_distance_and_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_dimensions_have_an_interval_of_few_resamples_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_RESAMPLED", 3)
+    monkeypatch.setattr(module, "FEW_RESAMPLES", 5)
     rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FOUND, 1.0)
+    spread = frechet_interval(FOUND.pooled, Moments.of(REAL.pooled), resamples=5, kind="normal")
+    assert (row("fd_to_reference", rows)["low"], row("fd_to_reference", rows)["high"]) == pytest.approx(
+        (spread["low"], spread["high"])
+    )
     for name in ("fd_to_full_precision", "fd_to_reference"):
         found = row(name, rows)
         assert found["value"] == pytest.approx(row(name)["value"])
-        assert (found["low"], found["high"]) == (None, None)
-        assert "No interval" in found["note"]
+        assert found["high"] - found["value"] == pytest.approx(found["value"] - found["low"])
+        assert found["high"] > found["value"]
+        assert "1.96 standard deviations over 5 resamples" in found["note"]
     assert "Same seeds" in row("fd_to_full_precision", rows)["note"]
 
 

@@ -24,6 +24,16 @@ def test_each_kind_gets_what_it_takes() -> None:
     assert call_inputs(HOSTS["dit"].build(), 2, prompt=None, label=7) == {"class_labels": [7, 7]}
 
 
+def test_each_image_gets_its_own() -> None:
+    assert call_inputs(HOSTS["sd"].build(), 2, prompt=("fox", "cat"), label=None) == {"prompt": ["fox", "cat"]}
+    dit = HOSTS["dit"].build()
+    assert call_inputs(dit, 3, prompt=None, label=[2, 0, 1]) == {"class_labels": [2, 0, 1]}
+    with pytest.raises(ConfigError, match="expected 0 to 999, got 1000"):
+        call_inputs(dit, 3, prompt=None, label=[2, 1000, 1])
+    with pytest.raises(ConfigError, match="expected no --prompt TEXT, got 'fox'"):
+        call_inputs(dit, 2, prompt=["fox", "cat"], label=1)
+
+
 @pytest.mark.parametrize(
     ("host", "prompt", "label", "message"),
     [

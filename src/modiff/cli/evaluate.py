@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import MODEL_HELP, Device, Json, Seed, quiet_pipeline
+from modiff.cli.options import LABELS_HELP, MODEL_HELP, PROMPTS_HELP, Device, Json, Seed, conditions_of, quiet_pipeline
 from modiff.cli.sample import SCHEDULER_HELP
 from modiff.cli.study import STUDY_HELP
 from modiff.cli.study import study as run_study
@@ -18,6 +18,7 @@ from modiff.io.atomic import check_writable, write_json
 if TYPE_CHECKING:
     from modiff.evaluate.suite import Suite
     from modiff.evaluate.suite_images import PipelineSource
+    from modiff.evaluate.suite_plans import Preset
 
 CONFIGS_HELP = (
     "Comma-separated, in the place of the preset's: presets (w8a8, w8a4, ...), families with weight and activation "
@@ -33,6 +34,8 @@ PRESET_HELP = (
     "19 configurations, more than a day."
 )
 REPORT_HELP = "Write report.html, which needs no other file, and report.md here."
+METRICS_HELP = "Also lpips, to full precision, and clip, to the prompts; they need modiff[eval]. Between commas."
+CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
 EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), the folder of another, or an Inception-v3 file: only with it is a "
     "distance called FID."
@@ -43,7 +46,7 @@ LAYER_IMAGES = 4
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Unconditional ones only.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     reference: Annotated[Path | None, typer.Option("--reference", metavar="DIR|FILE", help=REFERENCE_HELP)] = None,
     configs: Annotated[str | None, typer.Option("--configs", help=CONFIGS_HELP)] = None,
     preset: Annotated[str, typer.Option("--preset", help=PRESET_HELP)] = "quick",
@@ -52,6 +55,10 @@ def evaluate(
     study: Annotated[str | None, typer.Option("--study", metavar="NAMES", help=STUDY_HELP)] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = None,
     extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = "classifier",
+    metrics: Annotated[str | None, typer.Option("--metrics", metavar="NAMES", help=METRICS_HELP)] = None,
+    clip: Annotated[Path | None, typer.Option("--clip", metavar="DIR", help=CLIP_HELP)] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)] = None,
     scheduler: Annotated[str, typer.Option("--scheduler", help=SCHEDULER_HELP)] = "ddim",
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; the preset's when left out.")] = None,
     num_images: Annotated[
@@ -71,36 +78,49 @@ def evaluate(
     """
     with errors_as_exit_code():
         if study is not None:
-            beside = {
-                "--reference": reference,
-                "--configs": configs,
-                "--scheduler": scheduler if scheduler != "ddim" else None,
-            }
+            beside = {"--reference": reference, "--configs": configs, "--metrics": metrics, "--clip": clip,
+                      "--prompts": prompts, "--labels": labels,
+                      "--scheduler": scheduler if scheduler != "ddim" else None}  # fmt: skip
             run_study(model, study, preset=preset, steps=steps, num_images=num_images, seed=seed, device=device,
                       folder=output, json_file=json_file, report=report, beside=beside)  # fmt: skip
             return
         from modiff.evaluate.suite import run_suite  # imported late: `modiff --help` must not wait for diffusers
         from modiff.evaluate.suite_extractor import load_extractor
+        from modiff.evaluate.suite_extras import load_extras
         from modiff.evaluate.suite_images import PipelineSource
-        from modiff.evaluate.suite_plans import plans_of
-        from modiff.evaluate.suite_plans import preset as preset_of
 
-        named = [] if configs is None else [part.strip() for part in configs.split(",")]
-        chosen = preset_of(preset, num_images=num_images, steps=steps, configs=named)
-        plans_of(chosen)  # before the model is loaded: a name may be wrong
+        chosen = _chosen(preset, num_images, steps, configs)
         for path in filter(None, (json_file, report and report / "report.html")):
             check_writable(path)
+        conditions = conditions_of(prompts, labels)
+        extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
         pipe = quiet_pipeline(model, device)
         judge = load_extractor(extractor, device=device)
-        source = PipelineSource(pipe, sampler=scheduler, seed=seed)
-        suite = run_suite(source, judge, chosen, output or FOLDER, reference=reference, batch_size=batch_size)
-        command = ["modiff", *sys.argv[1:]]
-        typer.echo(suite.table())
-        if json_file is not None:
-            write_json(json_file, suite.to_dict(command))
-            typer.echo(f"figures: {json_file}")
-        if report is not None:
-            typer.echo(f"report: {_report(suite, source, command, model, report)}")
+        source = PipelineSource(pipe, sampler=scheduler, seed=seed, conditions=conditions)
+        suite = run_suite(source, judge, chosen, output or FOLDER, reference=reference, extras=extras,
+                          batch_size=batch_size)  # fmt: skip
+        _show(suite, source, model, json_file, report)
+
+
+def _chosen(name: str, num_images: int | None, steps: int | None, configs: str | None) -> Preset:
+    """The preset with what was given in the place of its own. Raises: ConfigError for a name that is none."""
+    from modiff.evaluate.suite_plans import plans_of, preset
+
+    named = [] if configs is None else [part.strip() for part in configs.split(",")]
+    chosen = preset(name, num_images=num_images, steps=steps, configs=named)
+    plans_of(chosen)  # before the model is loaded: a name may be wrong
+    return chosen
+
+
+def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | None, report: Path | None) -> None:
+    """Print the table, and write what was asked for."""
+    command = ["modiff", *sys.argv[1:]]
+    typer.echo(suite.table())
+    if json_file is not None:
+        write_json(json_file, suite.to_dict(command))
+        typer.echo(f"figures: {json_file}")
+    if report is not None:
+        typer.echo(f"report: {_report(suite, source, command, model, report)}")
 
 
 def _report(suite: Suite, source: PipelineSource, command: list[str], model: str, folder: Path) -> Path:
@@ -110,6 +130,6 @@ def _report(suite: Suite, source: PipelineSource, command: list[str], model: str
     from modiff.evaluate.suite_layers import layer_errors, watched_plan
 
     plan = watched_plan([row.plan for row in suite.rows])
-    traces = [] if plan is None else layer_errors(source.pipe, plan, num_images=LAYER_IMAGES, seed=source.seed)
+    traces = [] if plan is None else layer_errors(source, plan, num_images=LAYER_IMAGES)
     watched = None if plan is None else (plan, LAYER_IMAGES, traces)
     return write_report(suite_document(suite, command, title=f"Evaluation of {model}", watched=watched), folder)[0]

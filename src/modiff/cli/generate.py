@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet
+from modiff.cli.options import (
+    LABELS_HELP,
+    MODEL_HELP,
+    PROMPTS_HELP,
+    Device,
+    Json,
+    NumImages,
+    Seed,
+    Steps,
+    conditions_of,
+    quiet,
+)
 from modiff.cli.sample import CONFIG_HELP, SCHEDULER_HELP
 from modiff.errors import ConfigError
 from modiff.io.atomic import check_writable, write_json
@@ -47,6 +58,8 @@ def generate(
     shard_size: Annotated[int | None, typer.Option("--shard-size", help=SHARD_HELP)] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For models that take text.")] = None,
     label: Annotated[int | None, typer.Option("--label", help="For class-conditional models.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)] = None,
     engine: Annotated[EngineName, typer.Option("--engine", help=ENGINE_HELP)] = EngineName.LOCAL,
     address: Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)] = None,
     workers: Annotated[int | None, typer.Option("--workers", help=WORKERS_HELP)] = None,
@@ -71,9 +84,10 @@ def generate(
         from modiff.engine.job import Job  # imported late: `modiff --help` must not wait
         from modiff.engine.run import run_job
 
+        known = conditions_of(prompts, labels)
         job = Job(model=model, num_images=num_images, steps=steps, seed=seed, config=chosen, scheduler=scheduler,
-                  prompt=prompt, label=label, device=device, batch_size=batch_size, shard_size=shard_size,
-                  threads=threads)  # fmt: skip
+                  prompt=prompt, label=label, prompts=known.prompts or None, labels=known.labels or None,
+                  device=device, batch_size=batch_size, shard_size=shard_size, threads=threads)  # fmt: skip
         where = _engine(engine, address, workers)
         quiet()
         done = run_job(job, output, engine=where, progress=True)

@@ -10,13 +10,25 @@ import typer
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from modiff.hosts.conditions import Conditions
+
 MODEL_HELP = "'embedded' (the Fashion-MNIST model of the package), a local diffusers folder, or a hub id."
+PROMPTS_HELP = "A text file with a prompt in each line: image i is drawn of line i modulo their number."
+LABELS_HELP = "Classes such as 0-9 or 3,5,8: image i is drawn of number i modulo how many they are."
 
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
 NumImages = Annotated[int, typer.Option("-n", "--num-images", help="How many images.")]
 Seed = Annotated[int, typer.Option("--seed", help="Image i comes from the noise of seed + i.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
+
+
+def conditions_of(prompts: Path | None, labels: str | None) -> Conditions:
+    """What the images are drawn of, from --prompts and --labels."""
+    from modiff.hosts.conditions import Conditions, parse_labels, read_prompts  # imported late, as diffusers
+
+    known = () if labels is None else parse_labels(labels)
+    return Conditions(prompts=() if prompts is None else read_prompts(prompts), labels=known)
 
 
 def quiet() -> None:

@@ -8,18 +8,20 @@ import numpy as np
 from diffusers import DiffusionPipeline
 
 from modiff.errors import ConfigError, StateError
+from modiff.hosts.conditions import Conditions
 from modiff.hosts.inputs import call_inputs
 from modiff.hosts.noise import noise_generators
 
 
 def draw(
-    pipe: DiffusionPipeline, indices: Sequence[int], *, steps: int, seed: int, prompt: str | None, label: int | None
+    pipe: DiffusionPipeline, indices: Sequence[int], *, steps: int, seed: int, conditions: Conditions
 ) -> np.ndarray:
-    """(N, H, W, C) in [0, 1]: the image of each index, from the noise of seed + index.
+    """(N, H, W, C) in [0, 1]: the image of each index, from the noise of seed + index, of its prompt or class.
 
     Raises: ConfigError for inputs that the pipeline cannot take.
     """
-    inputs = call_inputs(pipe, len(indices), prompt=prompt, label=label)
+    prompts, labels = conditions.prompts_of(indices), conditions.labels_of(indices)
+    inputs = call_inputs(pipe, len(indices), prompt=prompts, label=labels)
     result = pipe(**inputs, num_inference_steps=steps, generator=noise_generators(seed, indices), output_type="np")
     return np.asarray(result.images)
 

@@ -16,6 +16,7 @@ from modiff.engine.draw import check_finite, check_steps, draw
 from modiff.engine.job import check_counts
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.grid import to_picture
+from modiff.hosts.conditions import Conditions
 from modiff.hosts.inputs import call_inputs
 from modiff.io.atomic import check_writable, write_atomically, write_json
 
@@ -70,14 +71,16 @@ def generate(
     files = [folder / f"{index:05d}.png" for index in range(request.num_images)]
     shaping = {"steps": request.steps, "seed": request.seed, "prompt": request.prompt, "label": request.label}
     _claim(folder, settings | shaping)
+    conditions = Conditions(
+        prompts=() if request.prompt is None else (request.prompt,),
+        labels=() if request.label is None else (request.label,),
+    )
     missing = [index for index, file in enumerate(files) if not file.is_file()]
     start = time.perf_counter()
     with tqdm(total=len(files), initial=len(files) - len(missing), unit="image", disable=not progress) as bar:
         for first in range(0, len(missing), batch_size):
             indices = missing[first : first + batch_size]
-            images = draw(
-                pipe, indices, steps=request.steps, seed=request.seed, prompt=request.prompt, label=request.label
-            )
+            images = draw(pipe, indices, steps=request.steps, seed=request.seed, conditions=conditions)
             check_finite(images, indices[0])
             for index, image in zip(indices, images, strict=True):
                 _save(files[index], image)

@@ -8,6 +8,7 @@ from typing import Any
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.errors import ConfigError
+from modiff.hosts.conditions import Conditions
 
 
 def check_counts(counts: dict[str, int | None], seed: int) -> None:
@@ -29,6 +30,7 @@ class Job:
     config: `ModiffConfig.to_dict()`; None for full precision. Scales must be dynamic.
     scheduler: a key of `hosts.samplers.SAMPLERS`; None for the model's own.
     prompt, label: for pipelines that take them; the same for all images.
+    prompts, labels: in their place several that the images take in turn, by their index.
     batch_size: images computed at a time. None: what the folder has, else 50, or num_images if that is less.
     shard_size: images in a file, a multiple of batch_size. None: what the folder has, else about 100.
     threads: of one worker. None: as torch has them; 1 on Ray.
@@ -43,6 +45,8 @@ class Job:
     scheduler: str | None = None
     prompt: str | None = None
     label: int | None = None
+    prompts: tuple[str, ...] | None = None
+    labels: tuple[int, ...] | None = None
     device: str = "cpu"
     batch_size: int | None = None
     shard_size: int | None = None
@@ -56,6 +60,12 @@ class Job:
                 f"--shard-size: expected a multiple of --batch-size {self.batch_size}, got {self.shard_size}. A shard "
                 "is made of whole batches. Leave --shard-size out."
             )
+        for option, one, several in (("prompt", self.prompt, self.prompts), ("label", self.label, self.labels)):
+            if several is not None and (one is not None or not several):
+                raise ConfigError(
+                    f"--{option}s: expected one or more and no --{option} beside them, got {several!r:.60} and "
+                    f"{one!r:.60}. An image is drawn of one. Leave --{option} out."
+                )
         config = self.modiff_config
         if config is not None and any(map(_is_static, (config.layer, *(layer for _, layer in config.overrides)))):
             raise ConfigError(
@@ -67,6 +77,13 @@ class Job:
     def modiff_config(self) -> ModiffConfig | None:
         """The config as an object."""
         return None if self.config is None else ModiffConfig.from_dict(self.config)
+
+    @property
+    def conditions(self) -> Conditions:
+        """What each image is drawn of."""
+        prompts = self.prompts or (() if self.prompt is None else (self.prompt,))
+        labels = self.labels or (() if self.label is None else (self.label,))
+        return Conditions(prompts=prompts, labels=labels)
 
     def sizes(self) -> tuple[int, int]:
         """(batch_size, shard_size) of a new folder."""

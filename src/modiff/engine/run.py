@@ -121,6 +121,8 @@ def _claim(folder: Path, job: Job, found: Description) -> Manifest:
         "seed": job.seed,
         "prompt": job.prompt,
         "label": job.label,
+        "prompts": None if job.prompts is None else list(job.prompts),
+        "labels": None if job.labels is None else list(job.labels),
     }
     if (folder / MANIFEST).is_file():
         manifest = Manifest.load(folder)

@@ -52,10 +52,11 @@ def describe(job: Job) -> Description:
     Raises: FormatError, ConfigError or CalibrationError as the model or the job gives reason.
     """
     pipe, model = _pipeline(job)
-    call_inputs(pipe, 1, prompt=job.prompt, label=job.label)
+    known = job.conditions
+    call_inputs(pipe, len(known.labels) or 1, prompt=known.prompts_of([0]), label=known.labels or None)  # all of them
     check_steps(pipe, job.steps)
     # two: the first evaluation is in full precision, so that one would not see scales that are missing
-    image = draw(pipe, [0], steps=min(2, job.steps), seed=job.seed, prompt=job.prompt, label=job.label)[0]
+    image = draw(pipe, [0], steps=min(2, job.steps), seed=job.seed, conditions=known)[0]
     height, width, channels = image.shape
     scheduler = {"kind": type(pipe.scheduler).__name__} | settings(pipe.scheduler)
     shape = (height, width, channels)
@@ -76,7 +77,7 @@ def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], objec
     parts: list[np.ndarray] = []
     for start in range(span.first, span.first + span.count, batch_size):
         indices = range(start, start + batch_size)
-        images = draw(pipe, indices, steps=job.steps, seed=job.seed, prompt=job.prompt, label=job.label)
+        images = draw(pipe, indices, steps=job.steps, seed=job.seed, conditions=job.conditions)
         images = images[: span.first + span.count - start]
         check_finite(images, start)
         parts.append(to_uint8(images))

@@ -222,10 +222,15 @@ def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionP
 
 
 def measure_image(pipe: DiffusionPipeline, seed: int) -> ModelCost:
-    """The cost of one step of one image, over all denoisers. Cost: one step."""
+    """The cost of one step of one image of an unconditional pipeline, over all denoisers. Cost: one step."""
+    return measure_step(pipe, unconditional_run(pipe, 1, 1, seed))
+
+
+def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> ModelCost:
+    """The cost of `run`, which draws one image in one step, over all denoisers. Cost: one run for each of them."""
     layers: list[Any] = []
     for model in denoisers(pipe).values():
-        layers += measure_cost(model, unconditional_run(pipe, 1, 1, seed)).layers
+        layers += measure_cost(model, run).layers
     return ModelCost(tuple(layers))
 
 

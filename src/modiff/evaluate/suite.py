@@ -15,14 +15,18 @@ from tqdm import tqdm
 
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.environment import Environment, environment
-from modiff.evaluate.features.protocol import FeatureExtractor
+from modiff.evaluate.features.protocol import FeatureExtractor, note_of
+from modiff.evaluate.metrics.small_sample import small_sample_note
+from modiff.evaluate.suite_extras import Extra
 from modiff.evaluate.suite_images import Drawn, ImageSource, Session
-from modiff.evaluate.suite_metrics import LEAST_IMAGES, RESAMPLES, ImageSet, Judge, Measurement, gather
+from modiff.evaluate.suite_metrics import LEAST_IMAGES, RESAMPLES, ImageSet, Judge, Measurement, gather, told_broken
 from modiff.evaluate.suite_plans import Plan, Preset, plans_of
 from modiff.evaluate.suite_reference import read_reference, reference_digest
 from modiff.evaluate.suite_store import Batch, Store
 from modiff.evaluate.suite_table import text_table
 
+ROWS = 2
+"""Counts up when the names or definitions of the figures change, so that rows kept before are computed anew."""
 SAMPLES = 8
 """Images of each configuration that the result holds, to be looked at."""
 
@@ -57,8 +61,10 @@ class Suite:
     environment: Environment
 
     def table(self) -> str:
-        """The main figures as aligned text."""
-        return text_table([(row.plan.name, row.plan.steps, row.metrics) for row in self.rows])
+        """The main figures as aligned text, and what too few images do to the distances."""
+        table = text_table([(row.plan.name, row.plan.steps, row.metrics) for row in self.rows])
+        small = small_sample_note("frechet_distance", self.settings["num_images"], self.settings["extractor_dimension"])
+        return table if small is None else f"{table}\nWarning: {small}"
 
     def to_dict(self, command: Sequence[str]) -> dict[str, Any]:
         """Plain values for JSON, images left out; `command` is what was typed."""
@@ -77,6 +83,7 @@ def run_suite(
     folder: Path,
     *,
     reference: Path | None = None,
+    extras: Sequence[Extra] = (),
     batch_size: int = 50,
     resamples: int = RESAMPLES,
     progress: bool = True,
@@ -87,6 +94,7 @@ def run_suite(
         source: draws the images, for example a PipelineSource. chosen: how many, how many steps, which configs.
         folder: kept: a batch or a row that is finished is never computed twice.
         reference: real images, see `read_reference`; of the size that the model draws.
+        extras: figures beside those that are always there; see `load_extras`.
         resamples: of the bootstrap intervals.
         progress: a bar on stderr, in images of full precision with all its steps.
     Raises: ConfigError for settings that mean nothing, a folder of another job or a reference of another size;
@@ -96,6 +104,8 @@ def run_suite(
     plans = plans_of(chosen)
     _check(chosen, batch_size)
     extractor(torch.zeros(1, *source.shape, dtype=torch.uint8))  # before the long part: it may not take such images
+    for extra in extras:
+        extra.check(source.shape)
     present = environment()
     shaping = {"extractor": extractor.name, "batch_size": batch_size, "modiff": present["modiff"],
                "torch": present["torch"]}  # fmt: skip
@@ -103,7 +113,8 @@ def run_suite(
     real = None if reference is None else _checked_reference(reference, source.shape)
     gbops = _draw_all(source, extractor, store, plans, chosen, progress)
     samples = tuple(next(store.load(plan, chosen.num_images)).images[:SAMPLES] for plan in plans)
-    depends_on = {"num_images": chosen.num_images, "full": plans[0].key, "reference": real, "resamples": resamples}
+    depends_on = {"rows": ROWS, "num_images": chosen.num_images, "full": plans[0].key, "reference": real}
+    depends_on |= {"resamples": resamples, "extras": [extra.name for extra in extras]}
     kept = [store.row(plan, depends_on) for plan in plans]
     if not all(kept):
         data = None if reference is None else _reference_set(reference, extractor)
@@ -112,12 +123,24 @@ def run_suite(
         for i, plan in enumerate(tqdm(plans, unit="configuration", desc="metrics", disable=not progress)):
             if kept[i] is None:
                 found = full if i == 0 else gather(store.load(plan, chosen.num_images))
-                row = {"metrics": judge.measure(found, gbops[i])}
+                row = {"metrics": _measured(judge, extras, found, gbops[i])}
                 store.save_row(plan, depends_on, row)
                 kept[i] = row
     rows = [Row(plan, g, tuple(row["metrics"])) for plan, g, row in zip(plans, gbops, kept, strict=True) if row]
     settings = dataclasses.asdict(chosen) | store.settings | {"reference": real, "resamples": resamples}
+    settings |= {
+        "metrics": [extra.name for extra in extras],
+        "extractor_dimension": extractor.dimension,
+        "extractor_note": note_of(extractor),
+    }
     return Suite(tuple(rows), samples, settings, present)
+
+
+def _measured(judge: Judge, extras: Sequence[Extra], found: ImageSet, gbops: float) -> list[Measurement]:
+    """All figures of a configuration, those of the extras last."""
+    rows = judge.measure(found, gbops)
+    more = [row for extra in extras for row in extra.measure(found, judge.full, judge.resamples)]
+    return [*rows, *told_broken(found, more)]
 
 
 def _check(chosen: Preset, batch_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,10 +17,12 @@ from torch import nn
 
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.demo import TUNING_SEED, measure_image
+from modiff.evaluate.demo import TUNING_SEED, measure_step
 from modiff.evaluate.suite_plans import Plan
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
-from modiff.hosts.diffusers import denoisers, unconditional_run
+from modiff.hosts.conditions import Conditions
+from modiff.hosts.diffusers import denoisers
+from modiff.hosts.inputs import call_inputs
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
 from modiff.hosts.verbs import apply, calibrate, remove
@@ -27,6 +30,7 @@ from modiff.io.shards import to_uint8
 from modiff.model.state_bytes import state_bytes
 
 CALIBRATION_IMAGES = 8
+NOTHING = Conditions()
 
 
 class Drawn(NamedTuple):
@@ -62,24 +66,21 @@ class ImageSource(Protocol):
 
 
 class PipelineSource:
-    """An unconditional pipeline in this process; image i comes from the noise of seed + i.
+    """A pipeline in this process; image i comes from the noise of seed + i, and of its prompt or class.
 
     Its layers are as before whenever no session is open. Cost: two steps of one image, to count its operations and
     learn its shape.
-    Raises: ConfigError for a pipeline that needs a prompt.
+    Args:
+        conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
+    Raises: ConfigError for a pipeline that needs other inputs, or takes none of what is given.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, *, sampler: str = "ddim", seed: int = 0) -> None:
-        try:
-            unconditional_run(pipe, 1, 1, seed)
-        except ConfigError:
-            raise ConfigError(
-                f"evaluate: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or "
-                "another input. This does not invent one. Use `modiff sample` with --prompt or --label to see its "
-                "images."
-            ) from None
-        self.pipe, self.seed = set_scheduler(pipe, sampler), seed
-        self.cost = measure_image(self.pipe, seed)
+    def __init__(
+        self, pipe: DiffusionPipeline, *, sampler: str = "ddim", seed: int = 0, conditions: Conditions = NOTHING
+    ) -> None:
+        _check_inputs(pipe, conditions)
+        self.pipe, self.seed, self.conditions = set_scheduler(pipe, sampler), seed, conditions
+        self.cost = measure_step(self.pipe, lambda: self.run(1, [0]))
         self.shape: tuple[int, int, int] = self._draw(1, [0], {}).images.shape[1:]
         networks = denoisers(self.pipe)
         self.settings: dict[str, Any] = {
@@ -88,7 +89,17 @@ class PipelineSource:
             "device": str(next(p.device for m in networks.values() for p in m.parameters())),
             "sampler": sampler,
             "seed": seed,
+            "prompts": _short(conditions.prompts),
+            "labels": _short(conditions.labels),
         }
+
+    def run(self, steps: int, indices: Sequence[int], seed: int | None = None) -> np.ndarray:
+        """The images of sample indices in [0, 1], (N, H, W, C); from another seed's noise if one is given."""
+        prompts, labels = self.conditions.prompts_of(indices), self.conditions.labels_of(indices)
+        inputs = call_inputs(self.pipe, len(indices), prompt=prompts, label=labels)
+        noise = noise_generators(self.seed if seed is None else seed, indices)
+        found = self.pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np").images
+        return np.asarray(found)
 
     @contextmanager
     def open(self, plan: Plan, evaluated: Callable[[], object]) -> Iterator[Session]:
@@ -100,8 +111,8 @@ class PipelineSource:
                 report = apply(self.pipe, plan.config)
                 stack.callback(remove, self.pipe)
                 if _static(plan.config):
-                    seed = self.seed + TUNING_SEED
-                    calibrate(self.pipe, unconditional_run(self.pipe, plan.steps, CALIBRATION_IMAGES, seed))
+                    others, seed = range(CALIBRATION_IMAGES), self.seed + TUNING_SEED
+                    calibrate(self.pipe, lambda: self.run(plan.steps, others, seed))
             held: dict[str, int] = {}
             for name, model in denoisers(self.pipe).items():
 
@@ -117,11 +128,10 @@ class PipelineSource:
             yield Session(draw, trajectory_gbops(self.cost, report, plan.steps))
 
     def _draw(self, steps: int, indices: Sequence[int], held: dict[str, int]) -> Drawn:
-        noise = noise_generators(self.seed, indices)
         start = time.perf_counter()
-        found = self.pipe(batch_size=len(indices), num_inference_steps=steps, generator=noise, output_type="np").images
+        found = self.run(steps, indices)
         seconds = time.perf_counter() - start
-        images, broken = to_codes(np.asarray(found))
+        images, broken = to_codes(found)
         return Drawn(images, seconds, sum(held.values()), broken)
 
     def _check_steps(self, steps: int) -> None:
@@ -130,6 +140,28 @@ class PipelineSource:
             raise ConfigError(
                 f"--steps: expected at most {most}, got {steps}. The model was trained on no more. Use --steps 50."
             )
+
+
+def _check_inputs(pipe: DiffusionPipeline, conditions: Conditions) -> None:
+    """Raise a ConfigError if the pipeline cannot draw what it is told to."""
+    given = conditions.prompts or conditions.labels
+    try:
+        call_inputs(pipe, len(given) or 1, prompt=conditions.prompts or None, label=conditions.labels or None)
+    except ConfigError:
+        if given:
+            raise
+        raise ConfigError(
+            f"evaluate: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt, a class "
+            "or another input. This does not invent one. Give --prompts FILE or --labels N-M where it takes them."
+        ) from None
+
+
+def _short(values: Sequence[str] | Sequence[int]) -> str | None:
+    """All values if they are few, else how many and a digest; None for none."""
+    text = ", ".join(map(str, values))
+    if len(text) > 80:
+        text = f"{len(values)}, sha256 {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]}"
+    return text or None
 
 
 def to_codes(images: np.ndarray) -> tuple[np.ndarray, int]:

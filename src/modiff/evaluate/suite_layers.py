@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusers import DiffusionPipeline
-
 from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
+from modiff.evaluate.suite_images import PipelineSource
 from modiff.evaluate.suite_plans import Plan
 from modiff.evaluate.watch import watch
-from modiff.hosts.noise import noise_generators
 
 
 def watched_plan(plans: Sequence[Plan]) -> Plan | None:
@@ -24,20 +22,15 @@ def watched_plan(plans: Sequence[Plan]) -> Plan | None:
     return (modulated or dynamic or [None])[-1]
 
 
-def layer_errors(pipe: DiffusionPipeline, plan: Plan, *, num_images: int = 4, seed: int = 0) -> list[LayerTrace]:
+def layer_errors(source: PipelineSource, plan: Plan, *, num_images: int = 4) -> list[LayerTrace]:
     """The errors of every layer at every step, layers fed with their full-precision inputs.
 
     Args:
-        pipe: unconditional, without modiff, with the sampler in question. plan: one with a config.
+        source: its pipeline must be without modiff. plan: one with a config.
     Cost: one trajectory of `num_images`, with each layer's recursion beside it.
     """
     if plan.config is None:
         return []
     errors = LayerErrors()
-
-    def run() -> object:
-        noise = noise_generators(seed, range(num_images))
-        return pipe(batch_size=num_images, num_inference_steps=plan.steps, generator=noise, output_type="np")
-
-    watch(pipe, run, plan.config, [errors])
+    watch(source.pipe, lambda: source.run(plan.steps, range(num_images)), plan.config, [errors])
     return errors.layers()

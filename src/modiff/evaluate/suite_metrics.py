@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from modiff.evaluate.features.names import Metric, result_name
-from modiff.evaluate.features.protocol import FeatureExtractor
-from modiff.evaluate.metrics.bootstrap import bootstrap
-from modiff.evaluate.metrics.frechet_distance import frechet_distance
+from modiff.evaluate.features.protocol import FeatureExtractor, note_of
+from modiff.evaluate.metrics.bootstrap import Kind, bootstrap
 from modiff.evaluate.metrics.frechet_interval import frechet_interval
 from modiff.evaluate.metrics.inception_score import inception_score
 from modiff.evaluate.metrics.kernel_distance import kernel_distance
@@ -22,14 +21,13 @@ from modiff.evaluate.metrics.moments import Moments
 from modiff.evaluate.metrics.paired import paired_errors
 from modiff.evaluate.metrics.precision_recall import within_manifold
 from modiff.evaluate.metrics.small_sample import small_sample_note
-from modiff.evaluate.metrics.spatial_frechet_distance import spatial_frechet_distance
 from modiff.evaluate.metrics.ssim import WINDOW
 from modiff.evaluate.metrics.to_full_precision import to_full_precision
 from modiff.evaluate.suite_store import Batch
 
 RESAMPLES = 200
-LARGEST_RESAMPLED = 512
-"""Feature dimensions up to which a Frechet distance gets an interval: one distance costs seconds at 2048."""
+LARGEST_RESAMPLED, FEW_RESAMPLES = 256, 20
+"""Feature dimensions up to which a Frechet distance gets all resamples, and how many above: seconds each at 2048."""
 SUBSETS, SUBSET_SIZE = 100, 1000
 NEIGHBOURS, MANIFOLD = 3, 10_000
 DATA, FULL = "reference", "full_precision"
@@ -38,11 +36,10 @@ LEAST_IMAGES = 2 * (NEIGHBOURS + 1)
 _AGAINST = {DATA: "reference", FULL: "full precision"}
 _NAMES: dict[Metric, str] = {
     "frechet_distance": "fd", "to_full_precision": "fd", "spatial_frechet_distance": "spatial_fd",
-    "kernel_distance": "kid", "inception_score": "inception_score", "precision": "precision", "recall": "recall",
+    "kernel_distance": "kernel_distance", "inception_score": "score", "precision": "precision", "recall": "recall",
 }  # fmt: skip
+"""Keys for programs, the same for every extractor, so none of them says FID, KID or Inception: the labels do."""
 
-SAME_SEEDS = "Same seeds: the sets are dependent, which lowers the value; an unchanged model is at 0."
-NO_INTERVAL = "No interval: resampling would take too long."
 PAIRED = "Image i of both from seed i; 8-bit images, all pixels together."
 GBOPS = (
     "MACs x weight bits x activation bits of one image, all steps. Layers in full precision and attention products "
@@ -73,7 +70,8 @@ class Measurement(TypedDict):
 class ImageSet:
     """All images of a configuration, or a set of real ones, as the metrics need them. N images, D features.
 
-    pooled (N, D) float32. spatial: moments of the spatial rows. images: uint8 (N, H, W, C), None for real ones.
+    pooled (N, D) float32. spatial: moments of the spatial rows. images: uint8 (N, H, W, C), spatial_rows (N, D2)
+    float32: None for real ones, which are neither shown nor resampled.
     """
 
     pooled: Tensor
@@ -83,16 +81,18 @@ class ImageSet:
     seconds: float = 0.0
     state_bytes_per_image: float = 0.0
     broken: int = 0
+    spatial_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
 
 
 def gather(batches: Iterable[Batch], *, images: bool = True) -> ImageSet:
-    """One set from batches. Memory: its pooled features, and its images if they are asked for."""
+    """One set from batches. Memory: its pooled features, with `images` also these and the spatial rows."""
     pooled: list[np.ndarray] = []
     probabilities: list[np.ndarray] = []
     kept: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
     spatial: Moments | None = None
     seconds, state, broken = 0.0, 0.0, 0
     for batch in batches:
@@ -102,6 +102,7 @@ def gather(batches: Iterable[Batch], *, images: bool = True) -> ImageSet:
         if batch.spatial is not None:
             spatial = spatial or Moments(batch.spatial.shape[1])
             spatial.update(torch.from_numpy(batch.spatial))
+            rows += [batch.spatial] if images else []
         if images:
             kept.append(batch.images)
         seconds += batch.seconds
@@ -113,6 +114,7 @@ def gather(batches: Iterable[Batch], *, images: bool = True) -> ImageSet:
         probabilities=torch.from_numpy(np.concatenate(probabilities)) if probabilities else None,
         images=np.concatenate(kept) if images else None,
         seconds=seconds, state_bytes_per_image=state, broken=broken,
+        spatial_rows=torch.from_numpy(np.concatenate(rows)) if rows else None,
     )  # fmt: skip
 
 
@@ -135,10 +137,7 @@ class Judge:
         if self.reference is not None:
             rows += [*self._frechet(found, self.reference, DATA), *self._sets(found, self.reference, DATA)]
         rows += [*self._inception(found), *_costs(found, gbops)]
-        if not found.broken:
-            return rows
-        warning = f"{found.broken} of {len(found)} images were not finite and count as black."
-        return [{**row, "note": f"{warning} {row['note']}".strip()} for row in rows]
+        return told_broken(found, rows)
 
     def _row(self, metric: Metric, against: str | None, value: float | None, n: int, note: str | None,
              low: float | None = None, high: float | None = None) -> Measurement:  # fmt: skip
@@ -147,35 +146,38 @@ class Judge:
         if against is not None:
             name = f"{name}_to_{against}"
             label = label if metric == "to_full_precision" else f"{label} to {_AGAINST[against]}"
-        note = _join(note, getattr(self.extractor, "note", None))
-        return _measurement(name, label, self.extractor.name, value, n, note, low, high)
+        note = _join(note, note_of(self.extractor))
+        return measurement(name, label, self.extractor.name, value, n, note, low, high)
 
     def _frechet(self, found: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
         """Frechet distances of pooled and, where there are any, of spatial features."""
         metric: Metric = "to_full_precision" if against == FULL else "frechet_distance"
-        value, low, high, note = self._pooled(found, other, against)
-        rows = [self._row(metric, against, value, len(found), note, low, high)]
-        if found.spatial is not None and other.spatial is not None:
-            value = spatial_frechet_distance(found.spatial, other.spatial)
-            note = _join(_setting(other, against), NO_INTERVAL, _small(found, other, found.spatial.dimension))
-            rows.append(self._row("spatial_frechet_distance", against, value, len(found), note))
+        theirs = other.pooled if against == FULL else Moments.of(other.pooled)
+        rows = [self._distance(metric, found.pooled, theirs, against)]
+        spatial = other.spatial_rows if against == FULL else other.spatial
+        if found.spatial_rows is not None and spatial is not None:
+            rows.append(self._distance("spatial_frechet_distance", found.spatial_rows, spatial, against))
         return rows
 
-    def _pooled(self, found: ImageSet, other: ImageSet, against: str) -> tuple[float | None, float | None,
-                                                                               float | None, str]:  # fmt: skip
-        """Value, ends of the interval and note of the distance of pooled features."""
-        dimension = found.pooled.shape[1]
-        if dimension > LARGEST_RESAMPLED:
-            value = frechet_distance(Moments.of(found.pooled), Moments.of(other.pooled))
-            note = _join(_setting(other, against), NO_INTERVAL, _small(found, other, dimension))
-            return value, None, None, note
-        if against == FULL:
-            to_full = to_full_precision(found.pooled, other.pooled, seeds="same", resamples=self.resamples)
+    def _distance(self, metric: Metric, rows: Tensor, other: Tensor | Moments, against: str) -> Measurement:
+        """One Frechet distance: paired to full precision, to a reference that is not resampled otherwise."""
+        resamples, kind, effort = self._effort(rows.shape[1])
+        if isinstance(other, Tensor):
+            to_full = to_full_precision(rows, other, seeds="same", resamples=resamples, kind=kind)
             distance, note = to_full["distance"], to_full["note"]
         else:
-            distance = frechet_interval(found.pooled, Moments.of(other.pooled), resamples=self.resamples)
-            note = _join(_setting(other, against), "It is not resampled.", _small(found, other, dimension))
-        return distance["estimate"], distance["low"], distance["high"], note
+            distance = frechet_interval(rows, other, resamples=resamples, kind=kind)
+            small = small_sample_note("frechet_distance", min(len(rows), other.count), rows.shape[1])
+            note = _join(f"To {other.count} images of the reference data, which are not resampled.", small)
+        return self._row(metric, against, distance["estimate"], len(rows), _join(note, effort), distance["low"],
+                         distance["high"])  # fmt: skip
+
+    def _effort(self, dimension: int) -> tuple[int, Kind, str | None]:
+        """Resamples that a Frechet distance can pay for, the interval that they allow, and what to say of it."""
+        if dimension <= LARGEST_RESAMPLED:
+            return self.resamples, "centred", None
+        few = min(self.resamples, FEW_RESAMPLES)
+        return few, "normal", f"Interval: 1.96 standard deviations over {few} resamples, as one takes long."
 
     def _sets(self, found: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
         """Kernel distance, precision and recall."""
@@ -215,10 +217,14 @@ class Judge:
         half = len(full) // 2
         if half < 2:
             return []
-        value = frechet_distance(Moments.of(full.pooled[:half]), Moments.of(full.pooled[half : 2 * half]))
-        note = f"Two halves of {half} images of full precision, other seeds: what sampling alone makes at this n."
+        resamples, kind, effort = self._effort(full.pooled.shape[1])
+        found = frechet_interval(full.pooled[:half], full.pooled[half : 2 * half], resamples=resamples, kind=kind)
+        said = f"Two halves of {half} images of full precision, other seeds: what sampling alone makes at this n."
+        small = small_sample_note("frechet_distance", half, full.pooled.shape[1])
+        note = _join(said, small, effort, note_of(self.extractor))
         label = f"{result_name('frechet_distance', self.extractor)} between halves"
-        return [_measurement("fd_between_halves", label, self.extractor.name, value, half, note)]
+        return [measurement("fd_between_halves", label, self.extractor.name, found["estimate"], half, note,
+                             found["low"], found["high"])]  # fmt: skip
 
     def _paired(self, found: ImageSet) -> list[Measurement]:
         """Against full precision, image by image."""
@@ -231,11 +237,11 @@ class Judge:
             interval = errors[name]
             if interval is None:
                 small = f"The images are smaller than its window of {WINDOW} pixels."
-                rows.append(_measurement(name, label, None, None, errors["n"], small))
+                rows.append(measurement(name, label, None, None, errors["n"], small))
                 continue
             equal = name == "psnr_db" and interval["estimate"] is None
             said = _join("Infinite: all images are equal to full precision." if equal else None, note)
-            rows.append(_measurement(name, label, None, interval["estimate"], errors["n"], said, interval["low"],
+            rows.append(measurement(name, label, None, interval["estimate"], errors["n"], said, interval["low"],
                                      interval["high"]))  # fmt: skip
         return rows
 
@@ -243,14 +249,23 @@ class Judge:
 def _costs(found: ImageSet, gbops: float) -> list[Measurement]:
     state = found.state_bytes_per_image / 2**20
     return [
-        _measurement("gbops", "GBOPs", None, gbops, 1, GBOPS),
-        _measurement("state_mib", "state MiB", None, state, len(found), STATE),
-        _measurement("seconds", "seconds", None, found.seconds, len(found), SECONDS),
+        measurement("gbops", "GBOPs", None, gbops, 1, GBOPS),
+        measurement("state_mib", "state MiB", None, state, len(found), STATE),
+        measurement("seconds", "seconds", None, found.seconds, len(found), SECONDS),
     ]
 
 
-def _measurement(name: str, label: str, extractor: str | None, value: float | None, n: int, note: str | None,
+def told_broken(found: ImageSet, rows: list[Measurement]) -> list[Measurement]:
+    """The rows of a configuration, each told of images that were not finite, if there were any."""
+    if not found.broken:
+        return rows
+    warning = f"{found.broken} of {len(found)} images were not finite and count as black."
+    return [{**row, "note": f"{warning} {row['note']}".strip()} for row in rows]
+
+
+def measurement(name: str, label: str, extractor: str | None, value: float | None, n: int, note: str | None,
                  low: float | None = None, high: float | None = None) -> Measurement:  # fmt: skip
+    """A row of plain values: what is not finite becomes None."""
     value, low, high = (None if x is None or not math.isfinite(x) else float(x) for x in (value, low, high))
     return {"name": name, "label": label, "extractor": extractor, "value": value, "n": n, "low": low, "high": high,
             "note": note or ""}  # fmt: skip
@@ -262,15 +277,6 @@ def _mean(values: Tensor) -> float:
 
 def _score(probabilities: Tensor) -> float:
     return inception_score(probabilities, splits=1)["mean"]
-
-
-def _setting(other: ImageSet, against: str) -> str:
-    """What the distance is to."""
-    return SAME_SEEDS if against == FULL else f"To {len(other)} images of the reference data."
-
-
-def _small(found: ImageSet, other: ImageSet, dimension: int) -> str | None:
-    return small_sample_note("frechet_distance", min(len(found), len(other)), dimension)
 
 
 def _join(*sentences: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -13,9 +14,13 @@ _VIDEO = ("num_frames", "frames")
 _KNOWN = ("prompt", "class_labels", "self")
 
 
-def call_inputs(pipe: DiffusionPipeline, count: int, *, prompt: str | None, label: int | None) -> dict[str, Any]:
-    """The arguments that make `pipe` generate `count` images of one prompt, one class, or of what it was trained on.
+def call_inputs(
+    pipe: DiffusionPipeline, count: int, *, prompt: str | Sequence[str] | None, label: int | Sequence[int] | None
+) -> dict[str, Any]:
+    """The arguments that make `pipe` generate `count` images of a prompt, of a class, or of what it was trained on.
 
+    Args:
+        prompt, label: one for all images, or `count` of them.
     Raises: ConfigError if the pipeline needs a prompt, class or other input that is not given, takes none of what is
         given, or makes videos.
     """
@@ -32,7 +37,9 @@ def call_inputs(pipe: DiffusionPipeline, count: int, *, prompt: str | None, labe
                 f"{name}: expected {option}, got none. This pipeline draws what it is told to. Add {option}."
             )
         if given is not None and parameter not in parameters:
-            raise ConfigError(f"{name}: expected no {option}, got {given!r}. This pipeline takes none. Leave it out.")
+            raise ConfigError(
+                f"{name}: expected no {option}, got {_short(given)}. This pipeline takes none. Leave it out."
+            )
     needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     needed = [n for n in needed if n not in _KNOWN]
     if needed:
@@ -41,10 +48,17 @@ def call_inputs(pipe: DiffusionPipeline, count: int, *, prompt: str | None, labe
             f"{', '.join(needed)}. modiff does not invent inputs. Call the pipeline from Python."
         )
     if prompt is not None:
-        return {"prompt": [prompt] * count}
+        return {"prompt": [prompt] * count if isinstance(prompt, str) else list(prompt)}
     if label is not None:
-        return {"class_labels": [_checked_label(pipe, label)] * count}
+        labels = [label] * count if isinstance(label, int) else label
+        return {"class_labels": [_checked_label(pipe, one) for one in labels]}
     return {"batch_size": count}
+
+
+def _short(given: object) -> str:
+    """One value, or the first of many, with no end of text."""
+    text = repr(given if isinstance(given, str | int) or not isinstance(given, Sequence) else given[0])
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _checked_label(pipe: DiffusionPipeline, label: int) -> int:

@@ -62,7 +62,7 @@ class Manifest:
     """What a folder of shards holds.
 
     model: as it was typed, for the reader only. request: all that shapes the images (digest of the model, config,
-        scheduler, steps, seed, prompt, label); plain JSON values.
+        scheduler, steps, seed, prompts, labels); plain JSON values.
     num_images: how many were asked for last. A folder may hold more of them; it is complete when it holds these.
     shape: (H, W, C) of one image.
     batch_size, shard_size: images computed at a time, and per file: fixed for a folder, because kernels sum in another

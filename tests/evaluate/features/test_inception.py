@@ -107,9 +107,10 @@ def test_the_name_carries_the_file_and_a_note_says_that_it_is_not_the_public_one
     assert extractor.dimension == 2048
     assert len(extractor.fingerprint) == 8
     assert extractor.name == f"inception-v3:{extractor.fingerprint}:tensorflow"
-    assert "not byte for byte the public one" in (extractor.note or "")
+    assert "not byte for byte the public one" in extractor.note
+    assert extractor.note.endswith("Images are resized as by TensorFlow 1 and scaled by (x - 128) / 128.")
     extractor.fingerprint, kept = PUBLIC_SHA256, extractor.fingerprint
-    assert extractor.note is None
+    assert extractor.note.startswith("Inception-v3, the public weights file. Images are resized as by TensorFlow 1")
     extractor.fingerprint = kept
 
 

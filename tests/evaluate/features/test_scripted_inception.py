@@ -61,6 +61,7 @@ def test_features_are_the_programs_own_without_the_bias_of_the_logits(tmp_path: 
     assert found.spatial is None
     assert (extractor.dimension, len(extractor.fingerprint)) == (2048, 8)
     assert extractor.name == f"inception-v3:{extractor.fingerprint}:torchscript"
+    assert f"TorchScript file of sha256 {extractor.fingerprint}" in extractor.note
 
 
 def test_grey_images_are_repeated_and_other_images_refused(tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def test_the_interval_of_a_mean_is_1_96_standard_errors_wide() -> None:
     assert narrow["high"] - narrow["low"] == pytest.approx(2 * error, rel=0.06)
 
 
+def test_a_normal_interval_is_the_spread_of_the_values_around_the_estimate() -> None:
+    values = np.array([1.0, 2.0, 6.0])
+    found = interval(10.0, values, kind="normal")
+    spread = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2)
+    assert found["low"] == pytest.approx(10 - 1.959964 * spread, rel=1e-6)
+    assert found["high"] == pytest.approx(10 + 1.959964 * spread, rel=1e-6)
+    alone = interval(10.0, values[:1], kind="normal")
+    assert (alone["low"], alone["estimate"], alone["high"]) == (None, 10.0, None)
+
+
 def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(200):

@@ -61,7 +61,7 @@ def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser:
     suite = run_suite(source, extractor, chosen, tmp_path / "run", batch_size=6, resamples=10, progress=False)
     plan = watched_plan([row.plan for row in suite.rows])
     assert plan is not None
-    watched = (plan, 2, layer_errors(source.pipe, plan, num_images=2))
+    watched = (plan, 2, layer_errors(source, plan, num_images=2))
     report = suite_document(suite, ["modiff", "evaluate"], watched=watched)
     browser.open(write_report(report, tmp_path / "report")[0])
     found = browser.run(IMAGES)

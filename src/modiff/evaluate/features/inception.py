@@ -28,6 +28,10 @@ Convention = Literal["tensorflow", "pytorch_fid"]
 PUBLIC_SHA256 = "6726825d"
 """How the sha256 of the public file begins; its name, pt_inception-2015-12-05-6726825d.pth, says so."""
 
+_PIXELS: dict[Convention, str] = {
+    "tensorflow": "Images are resized as by TensorFlow 1 and scaled by (x - 128) / 128.",
+    "pytorch_fid": "Images are resized by torch's bilinear and scaled by x / 127.5 - 1, as in pytorch-fid.",
+}
 _GET_IT = "Give the public file pt_inception-2015-12-05-6726825d.pth, or one made from it."
 
 
@@ -79,13 +83,14 @@ class Inception:
         return DIMENSION
 
     @property
-    def note(self) -> str | None:
-        """What to say beside the results if the file is not the public one."""
+    def note(self) -> str:
+        """What to say beside the results: which weights, and how pixels are prepared."""
         if self.fingerprint == PUBLIC_SHA256:
-            return None
+            return f"Inception-v3, the public weights file. {_PIXELS[self._convention]}"
         return (
             f"The weights file is not byte for byte the public one (sha256 {self.fingerprint}..., public "
-            f"{PUBLIC_SHA256}...): the results compare with published ones only if the weights are the same."
+            f"{PUBLIC_SHA256}...): the results compare with published ones only if the weights are the same. "
+            f"{_PIXELS[self._convention]}"
         )
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ class FeatureExtractor(Protocol):
 
     name: goes into the names of all results, so it tells which weights these are.
     dimension: D.
+    note, which some have: what to say beside every result, such as the weights' origin; see `note_of`.
     """
 
     @property
@@ -43,6 +44,11 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Features:
         """Features of images, uint8 (N, H, W, C) in [0, 255], C 1 or 3."""
         ...
+
+
+def note_of(extractor: FeatureExtractor) -> str | None:
+    """What an extractor has to say beside its results; None if nothing."""
+    return getattr(extractor, "note", None)
 
 
 def check_images(images: Tensor, where: str) -> None:

@@ -58,6 +58,14 @@ class ScriptedInception:
         """2048."""
         return DIMENSION
 
+    @property
+    def note(self) -> str:
+        """What to say beside the results: which weights, and who prepares the pixels."""
+        return (
+            f"Inception-v3 from a TorchScript file of sha256 {self.fingerprint}..., which resizes and scales images "
+            "itself: the results compare with published ones only if it is the public one."
+        )
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (N, H, W, C); grey ones are repeated to three channels.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from modiff.evaluate.metrics.bootstrap import Draw, Interval, interval, resampled
+from modiff.evaluate.metrics.bootstrap import Draw, Interval, Kind, interval, resampled
 from modiff.evaluate.metrics.frechet_distance import frechet_distance
 from modiff.evaluate.metrics.moments import Moments
 from modiff.evaluate.metrics.rows import as_rows
@@ -24,8 +24,9 @@ def frechet_interval(
     level: float = 0.95,
     seed: int = 0,
     draw: Draw = "independent",
+    kind: Kind = "centred",
 ) -> FrechetInterval:
-    """`frechet_distance` of two sets of features with a centred bootstrap interval.
+    """`frechet_distance` of two sets of features with a bootstrap interval.
 
     The interval says where the distance of another n images of the same models would fall, at this n: it does not
     remove the bias. A resample holds about 63 % of the images, some of them twice, so it is biased once more; by how
@@ -35,6 +36,7 @@ def frechet_interval(
         features: (N, D).
         reference: features (M, D), or the moments of a fixed reference, which is not resampled.
         draw: "paired" if row i of both comes from one seed; see `bootstrap`.
+        kind: "centred", or "normal" where few resamples can be paid for; see `bootstrap`.
     Raises: ConfigError as `bootstrap` and `frechet_distance`.
     Cost: resamples + 1 distances, each O((N + M) D² + D³).
     """
@@ -46,5 +48,5 @@ def frechet_interval(
 
     estimate = distance(*samples)
     values = resampled(distance, samples, resamples=resamples, seed=seed, draw=draw)
-    found = interval(estimate, values, level=level, kind="centred")
+    found = interval(estimate, values, level=level, kind=kind)
     return {**found, "bias": float(values.mean()) - estimate}

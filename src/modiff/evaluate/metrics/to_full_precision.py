@@ -7,6 +7,7 @@ from typing import Literal, TypedDict
 from torch import Tensor
 
 from modiff.errors import ConfigError
+from modiff.evaluate.metrics.bootstrap import Kind
 from modiff.evaluate.metrics.frechet_interval import FrechetInterval, frechet_interval
 from modiff.evaluate.metrics.small_sample import small_sample_note
 
@@ -31,6 +32,7 @@ def to_full_precision(
     resamples: int = 200,
     level: float = 0.95,
     seed: int = 0,
+    kind: Kind = "centred",
 ) -> ToFullPrecision:
     """The Frechet distance between images of the quantized and of the full-precision model (FID2FP32, AccuQuant).
 
@@ -42,6 +44,7 @@ def to_full_precision(
     Args:
         features, full_precision: (N, D) and (M, D) of one extractor; with seeds="same", row i of both from seed i.
         seeds: how the two sets were generated; the intervals resample pairs or sets accordingly.
+        resamples, level, seed, kind: of the interval; see `frechet_interval`.
     Raises: ConfigError for unknown seeds, or sets of different sizes with the same ones; else as `frechet_interval`.
     """
     if seeds not in ("same", "independent") or (seeds == "same" and len(features) != len(full_precision)):
@@ -50,7 +53,9 @@ def to_full_precision(
             f"{len(features)} and {len(full_precision)} images. The value depends on it. State how both sets were made."
         )
     draw = "paired" if seeds == "same" else "independent"
-    found = frechet_interval(features, full_precision, resamples=resamples, level=level, seed=seed, draw=draw)
+    found = frechet_interval(
+        features, full_precision, resamples=resamples, level=level, seed=seed, draw=draw, kind=kind
+    )
     return {
         "seeds": seeds,
         "n": len(features),

@@ -16,7 +16,7 @@ from modiff.evaluate.suite_plans import Plan
 
 COSTS = ("gbops", "state_mib", "seconds")
 FORMS = {"psnr_db": ".2f", "ssim": ".4f", "relative_l2": ".4f", "state_mib": ".2f", "seconds": ".1f",
-         "inception_score": ".3f"}  # fmt: skip
+         "score": ".3f", "lpips": ".4f", "clip_score": ".2f"}  # fmt: skip
 LEAD = (
     "Every configuration starts from the same seeds. Errors are against full precision with all its steps; fewer "
     "sampler steps are the opponent that every method has to beat. Brackets are 95 % intervals."
@@ -75,12 +75,19 @@ def _results(suite: Suite) -> Section:
     parts["paired"] = [name for name in names if name not in (*parts["as-sets"], *parts["to-reference"])]
     blocks: list[Block] = [_summary(suite.rows, parts["paired"], "paired"), _summary(suite.rows, COSTS, "costs")]
     blocks.append(_summary(suite.rows, parts["as-sets"], "as-sets"))
+    blocks.append(_judge(suite))
     halves = suite.rows[0].metric("fd_between_halves")
     if halves is not None and halves["value"] is not None:
         blocks.append(f"{halves['label']}: {halves['value']:.4g}. {halves['note']}")
     if parts["to-reference"]:
         blocks.append(_summary(suite.rows, parts["to-reference"], "to-reference"))
     return Section("Results", tuple(blocks))
+
+
+def _judge(suite: Suite) -> str:
+    """Which network the features are of, and what it says of itself."""
+    said = f"Features: {suite.settings['extractor']}, {suite.settings['extractor_dimension']} numbers an image."
+    return f"{said} {suite.settings['extractor_note'] or ''}".strip()
 
 
 def _metric_names(rows: Sequence[Row]) -> list[str]:
