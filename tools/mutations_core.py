@@ -154,8 +154,8 @@ CORE: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/core/modulation.py",
-        old="return x.to(getattr(torch, config.state_dtype), copy=True)",
-        new="return x.to(getattr(torch, config.state_dtype))",
+        old="return x.to(state_dtype(config), copy=True)",
+        new="return x.to(state_dtype(config))",
         tests=("tests/core/test_modulation.py",),
         why="a model that changes its own tensor in place changes our input state",
     ),

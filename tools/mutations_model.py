@@ -14,8 +14,8 @@ MODEL: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/model/apply.py",
-        old="shared = (twin.config.activation, twin.config.modulation, twin.segments)",
-        new="shared = (twin.config.modulation, twin.segments)",
+        old="shared = (twin.config.activation, twin.config.modulation,",
+        new="shared = (twin.config.modulation,",
         tests=("tests/model/test_apply.py",),
         why="a layer set to 8 bits codes with its neighbour's 4",
     ),

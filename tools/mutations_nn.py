@@ -7,8 +7,8 @@ from mutation import Mutation
 NN: tuple[Mutation, ...] = (
     Mutation(
         file="src/modiff/nn/layer.py",
-        old="self.inputs).to(x.dtype, copy=True)",
-        new="self.inputs).to(x.dtype)",
+        old="output = self.outputs[key].value.to(x.dtype, copy=True)",
+        new="output = self.outputs[key].value.to(x.dtype)",
         tests=("tests/nn/test_linear.py",),
         why="a model that changes the layer's output in place changes our output state",
     ),
@@ -84,8 +84,8 @@ NN: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/stream.py",
-        old="if x.shape != state.shape or x.device != state.device:",
-        new="if x.device != state.device:",
+        old="self._held != (x.shape, x.device):",
+        new="self._held[1] != x.device:",
         tests=("tests/nn/test_stream.py",),
         why="a batch that shrinks to one inside a trajectory broadcasts against old states",
     ),

@@ -77,3 +77,18 @@ def test_a_copy_of_a_compiled_model_has_states_of_its_own():
         assert torch.equal(host.call(other), expected)
     numbers = [m.number for p in (pipe, other) for m in getattr(p, host.denoiser).modules() if hasattr(m, "number")]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_what_torch_compile_returns_is_the_model_behind_it_to_every_verb():
+    host = HOSTS["dit"]
+    pipe = host.build()
+    plain = host.call(pipe)
+    modiff.apply(pipe, ModiffConfig(layer=LAYERS["integer"]))
+    expected = host.call(pipe)
+    wrapped = torch.compile(getattr(pipe, host.denoiser), fullgraph=True, backend="aot_eager")
+    setattr(pipe, host.denoiser, wrapped)
+    assert torch.equal(host.call(pipe), expected)
+    modiff.remove(pipe)
+    assert torch.equal(host.call(pipe), plain)
+    assert modiff.apply(wrapped, ModiffConfig(layer=LAYERS["simulated"])).taken
+    modiff.remove(wrapped)

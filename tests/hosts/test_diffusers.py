@@ -212,18 +212,21 @@ def test_a_denoiser_outside_of_its_pipeline_needs_a_trajectory() -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "sd", "flux"])
-def test_an_applied_pipeline_saves_the_weights_and_classes_it_was_loaded_from(name: str, tmp_path: Path) -> None:
+def test_an_applied_pipeline_is_saved_as_the_class_it_was_and_after_remove_with_its_weights(
+    name: str, tmp_path: Path
+) -> None:
     host = HOSTS[name]
     pipe = host.build()
     kind, plain = type(pipe), host.call(pipe)
     modiff.apply(pipe, modiff.presets.w8a4())
-    pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path / "applied")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "applied")
     assert type(loaded) is kind
-    assert error(host.call(loaded), plain) < 1e-5
     assert set(pipe.components) == set(loaded.components)
     modiff.remove(pipe)
     assert type(pipe) is kind
+    pipe.save_pretrained(tmp_path / "removed")
+    assert error(host.call(DiffusionPipeline.from_pretrained(tmp_path / "removed")), plain) < 1e-5
     assert "cache_context" not in denoiser_of(host, pipe).__dict__
 
 

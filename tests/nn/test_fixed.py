@@ -68,6 +68,18 @@ def test_errors_are_near_those_of_float32_states(layer):
     assert errors[1] < 2.0**2 * errors[0]  # a scale rounded up to a power of two is at most twice as coarse
 
 
+def test_the_output_starts_from_what_the_integers_hold_and_not_from_the_input():
+    layer = nn.Linear(64, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    x = torch.full((1, 64), 0.33333)
+    x[0, 0] = 1.0  # the grid is 2^-14, and every other channel is rounded by a third of it, the same way
+    ours = twin(layer, W8A8)
+    ((output, state, _),) = play(ours, [x])
+    assert_within(output, ours.affine(state.double()), 1e-5)
+    assert float(x.double().sum() - state.double().sum()) > 1e-3
+
+
 @pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
 def test_an_input_that_outgrows_its_grid_starts_again(layer):
     make, shape, split = LAYERS[layer]

@@ -15,7 +15,7 @@ from torch import nn
 from modiff.errors import ConfigError
 from modiff.hosts import quantizer as quantizer  # enters modiff into diffusers' tables of quantization methods
 from modiff.hosts.contexts import follow_cache_context, unfollow_cache_context
-from modiff.model.attachment import attachment_of
+from modiff.model.attachment import attachment_of, eager
 from modiff.model.trajectory import trajectory
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
@@ -29,7 +29,7 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
     Raises: ConfigError if the pipeline has none under a known name.
     """
-    found = {n: m for n in DENOISERS if isinstance(m := getattr(pipe, n, None), nn.Module)}
+    found = {n: eager(m) for n in DENOISERS if isinstance(m := getattr(pipe, n, None), nn.Module)}
     if not found:
         parts = ", ".join(sorted(pipe.components))
         raise ConfigError(

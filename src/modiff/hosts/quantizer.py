@@ -180,8 +180,24 @@ def saving_quantized(models: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for model in plain:
-            del model.hf_quantizer
-            model._internal_dict = FrozenDict({k: v for k, v in model._internal_dict.items() if k != WHERE})
+            withdraw_quantizer(model)
+
+
+def offer_quantizer(model: nn.Module) -> None:
+    """Let `save_pretrained` of a model with modulated layers write integers; the model stays as it is otherwise.
+
+    Nothing happens to modules that are not diffusers', or that another method quantized.
+    """
+    if isinstance(model, ModelMixin) and getattr(model, "hf_quantizer", None) is None:
+        _enter(model)
+
+
+def withdraw_quantizer(model: nn.Module) -> None:
+    """Undo `offer_quantizer`: the model saves its floats again. Nothing happens where there is nothing to undo."""
+    if isinstance(getattr(model, "hf_quantizer", None), ModiffQuantizer):
+        del model.hf_quantizer
+        kept = {key: value for key, value in model._internal_dict.items() if key != WHERE}
+        model._internal_dict = FrozenDict(kept)
 
 
 def attach_quantizer(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -14,6 +15,24 @@ from modiff.model.calibration_set import Call
 
 STATE_NAMES = ("sample", "hidden_states")
 TOLERANCE = 1e-3
+TABLES = ("timesteps", "sigmas")
+COUNT = "num_inference_steps"
+
+
+def sampler_tables(scheduler: Any) -> dict[str, Tensor]:
+    """What a scheduler holds of the trajectory that it runs, by name: all that `with_tables` needs to go on from it."""
+    found = {name: getattr(scheduler, name, None) for name in TABLES}
+    tables = {name: value.detach().cpu().clone() for name, value in found.items() if isinstance(value, Tensor)}
+    count = getattr(scheduler, COUNT, None)
+    return tables if count is None else tables | {COUNT: torch.tensor(int(count))}
+
+
+def with_tables(scheduler: Any, tables: dict[str, Tensor]) -> Any:
+    """A copy of a scheduler, set to the trajectory that `sampler_tables` was taken in."""
+    copied = copy.deepcopy(scheduler)
+    for name, value in tables.items():
+        setattr(copied, name, int(value) if name == COUNT else value)
+    return copied
 
 
 class SamplerSteps:

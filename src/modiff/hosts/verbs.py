@@ -23,8 +23,8 @@ from modiff.model import pack as _pack
 from modiff.model import remove as _remove
 from modiff.model import trajectory as _trajectory
 from modiff.model import tune as _tune
-from modiff.model.attachment import attachment_of, required_attachment
-from modiff.model.calibrate import ObserverName
+from modiff.model.attachment import attachment_of, eager, required_attachment
+from modiff.model.calibrate import MakeObserver, ObserverName
 from modiff.model.report import Report
 from modiff.model.select import layer_names
 
@@ -35,7 +35,8 @@ def modules_of(target: Any) -> dict[str, nn.Module]:
     Raises: ConfigError for anything else.
     """
     if isinstance(target, nn.Module):
-        return {type(target).__name__: target}
+        model = eager(target)
+        return {type(model).__name__: model}
     if hasattr(target, "components"):
         from modiff.hosts import diffusers  # imported late: modules need no diffusers
 
@@ -60,6 +61,7 @@ def apply(target: Any, config: ModiffConfig | None = None) -> Report:
     """Modulate a pipeline's denoisers, or a module, in place; `remove` undoes it bit for bit.
 
     On a pipeline every call is a trajectory of its own. A module alone runs inside `with modiff.trajectory(module):`.
+    `save_pretrained` of a diffusers model or pipeline writes packed integers from now on; the floats stay in memory.
 
     Args:
         config: from `modiff.presets`; W8A8 when None.
@@ -79,6 +81,11 @@ def apply(target: Any, config: ModiffConfig | None = None) -> Report:
         for module in done:
             _remove.remove(module)
         raise
+    if any(is_diffusers_model(module) for module in done):
+        from modiff.hosts.quantizer import offer_quantizer
+
+        for module in done:
+            offer_quantizer(module)
     if not isinstance(target, nn.Module):
         from modiff.hosts import diffusers
 
@@ -97,6 +104,11 @@ def remove(target: Any) -> None:
         _remove.check_removable(module)
     for module in modules.values():
         _remove.remove(module)
+    if any(is_diffusers_model(module) for module in modules.values()):
+        from modiff.hosts.quantizer import withdraw_quantizer
+
+        for module in modules.values():
+            withdraw_quantizer(module)
     if not isinstance(target, nn.Module):
         from modiff.hosts import diffusers
 
@@ -107,7 +119,7 @@ def pack(target: Any) -> None:
     """Keep integer codes and float32 scales in the place of float weights: half a byte a weight at 4 bits or fewer.
 
     Outputs stay the same bits. There is no way back: `remove` is refused afterwards. diffusers then treats its models
-    as quantized: `save_pretrained` writes the integers (before: the float weights), and `.half()` is refused.
+    as quantized: `.half()` is refused.
     Raises: StateError without modulated layers, inside a trajectory, or if weights changed after their rounding was
         learned. Nothing is changed then.
     """
@@ -179,10 +191,17 @@ def context(module: nn.Module, name: str) -> Iterator[None]:
         yield
 
 
-def calibrate(target: Any, forward_loop: Callable[[], object], *, observer: ObserverName = "minmax") -> None:
+def calibrate(
+    target: Any, forward_loop: Callable[[], object], *, observer: ObserverName | MakeObserver = "minmax"
+) -> None:
     """Measure the scales of layers with `dynamic=False` on what `forward_loop` runs, and freeze them.
 
-    Raises: StateError without modulated layers; CalibrationError if no layer has static scales, or one never ran.
+    Args:
+        forward_loop: runs whole trajectories, for example `lambda: pipe(...)`.
+        observer: how values become a range: "minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl", or
+            what makes an observer for an axis, `lambda axis: MSEObserver(axis, trials=100)`.
+    Raises: StateError without modulated layers; ConfigError for an observer that does not exist; CalibrationError if no
+        layer has static scales, or one never ran.
     """
     _calibrate.calibrate(_modulated(target, "calibrate"), forward_loop, observer=observer)
 

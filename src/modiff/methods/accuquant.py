@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,13 @@ from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
 from modiff.hosts.sampler_steps import SamplerSteps
 from modiff.hosts.verbs import apply, calibrate
+from modiff.methods.accuquant_folder import (
+    GroupResult,
+    GroupStore,
+    noting_sampler,
+    sampler_as_recorded,
+    settings_of,
+)
 from modiff.methods.parts import plain_network, trajectories_of, undone_on_error
 from modiff.model.calibration_set import CalibrationSet
 from modiff.model.coders import coders_of
@@ -113,6 +121,7 @@ def apply_accuquant(
     *,
     run: Callable[[int], object] | None = None,
     guidance_scale: float | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> AccuquantReport:
     """Quantize a pipeline's denoiser by AccuQuant, in place; `modiff.remove(pipe)` undoes it.
@@ -124,7 +133,9 @@ def apply_accuquant(
         pipe: a pipeline with DDIM (eta 0) or flow-matching Euler steps and one evaluation a step.
         run: `run(i)` generates the `config.batch` images of trajectory i; needed where the pipeline takes a prompt.
         guidance_scale: of guidance with both branches in one batch.
-    Raises: ConfigError or CalibrationError if the pipeline cannot be calibrated so; it is as before then.
+        folder: keeps the trajectories and each finished group, so that an interrupted job goes on, to the same bits.
+    Raises: ConfigError or CalibrationError if the pipeline cannot be calibrated so; FormatError for a folder that is
+        damaged or another job's. The pipeline is as before then.
     Cost: `samples` full-precision trajectories, then for each group `iterations` times its steps, forward twice and
         backward once. Memory: one network graph of `batch` rows, whatever the group size.
     """
@@ -136,17 +147,28 @@ def apply_accuquant(
         )
     model = plain_network(pipe, "apply_accuquant")
     run, evaluations = trajectories_of(pipe, run, None, steps=config.steps, batch=config.batch, seed=config.seed)
-    count = config.samples // config.batch
-    calls = collect(pipe, run, trajectories=count, steps=evaluations, progress=progress)
+    work, count = None if folder is None else Path(folder), config.samples // config.batch
+    calls = collect(
+        pipe,
+        noting_sampler(run, pipe.scheduler, work),
+        trajectories=count,
+        steps=evaluations,
+        folder=None if work is None else work / "calls",
+        progress=progress,
+    )
     recorded = _trajectories(calls, count)
-    steps = [SamplerSteps(model, pipe.scheduler, trajectory, guidance_scale) for trajectory in recorded]
+    scheduler = sampler_as_recorded(pipe.scheduler, work)
+    steps = [SamplerSteps(model, scheduler, trajectory, guidance_scale) for trajectory in recorded]
+    settings = settings_of(config, scheduler, guidance_scale)
+    store = GroupStore(None if work is None else work / "groups", model, calls, settings)
     report = apply(pipe, ModiffConfig(layer=config.layer()))
     with undone_on_error(pipe):
         if config.rounding == "learned":
-            reconstruct(pipe, calls, config.reconstruction, progress=progress)
+            weights = None if work is None else work / "weights"
+            reconstruct(pipe, calls, config.reconstruction, folder=weights, progress=progress)
         calibrate(pipe, lambda: replay(model, calls, progress=progress), observer="mse")
         with evaluating(model):
-            losses = _learn(model, steps, config, progress)
+            losses = _learn(model, steps, config, store, progress)
     return AccuquantReport(report.entries, tuple(losses))
 
 
@@ -163,16 +185,23 @@ def _trajectories(calls: CalibrationSet, count: int) -> list[list[Any]]:
 
 
 def _learn(
-    model: nn.Module, trajectories: list[SamplerSteps], config: AccuquantConfig, progress: bool
+    model: nn.Module, trajectories: list[SamplerSteps], config: AccuquantConfig, store: GroupStore, progress: bool
 ) -> list[GroupLoss]:
     """Group after group; `states` are where the quantized trajectories stand."""
+    coders = coders_of(model)
     states = [t.recorded[0] for t in trajectories]
     losses: list[GroupLoss] = []
     for index, members in enumerate(tqdm(_members(model, trajectories[0]), desc="groups", disable=not progress)):
-        target = [t.recorded[members[-1] + 1] for t in trajectories]
-        groups = [Group(members, start, end) for start, end in zip(states, target, strict=True)]
-        before, after, states = _learn_group(model, trajectories, groups, index, config)
-        losses.append(GroupLoss((members[0], members[-1]), before, after))
+        result = store.load(index)
+        if result is None:
+            target = [t.recorded[members[-1] + 1] for t in trajectories]
+            groups = [Group(members, start, end) for start, end in zip(states, target, strict=True)]
+            result = _learn_group(model, trajectories, groups, index, config)
+            store.save(index, result)
+        for name, scales in result.scales.items():
+            _keep(coders[name], index, scales)
+        states = [state.to(before.device) for state, before in zip(result.states, states, strict=True)]
+        losses.append(GroupLoss(result.steps, result.before, result.after))
     return losses
 
 
@@ -188,8 +217,8 @@ def _members(model: nn.Module, trajectory: SamplerSteps) -> list[list[int]]:
 
 def _learn_group(
     model: nn.Module, trajectories: list[SamplerSteps], groups: list[Group], index: int, config: AccuquantConfig
-) -> tuple[float, float, list[Tensor]]:
-    """Learn one set of scales. Returns: the error with calibrated and with kept scales, and the states then."""
+) -> GroupResult:
+    """Learn one set of scales. The layers are as before."""
     coders = coders_of(model)
     with without_states(model, "quantized") as trainees:
         starts = {n: _scales(coders[n], index) for n, t in trainees.items() if t.twin.coder is not None}
@@ -208,11 +237,11 @@ def _learn_group(
                     leaf.grad = gradient
                 optimizer.step()
         after, arrived = _arrive(trajectories, groups)
+        ends = groups[0].steps[0], groups[0].steps[-1]
         if not after < before:
-            return before, before, first
-        for name, holder in holders.items():
-            _keep(coders[name], index, tuple(step.frozen() for step in holder.steps))
-    return before, after, arrived
+            return GroupResult(ends, before, before, {}, first)
+        kept = {name: tuple(step.frozen() for step in holder.steps) for name, holder in holders.items()}
+    return GroupResult(ends, before, after, kept, arrived)
 
 
 def _parts(group: Group, steps: SamplerSteps, objective: Objective) -> Iterator[Group]:
@@ -240,7 +269,12 @@ def _scales(coder: Coder, index: int) -> tuple[QParams, ...]:
 
 
 def _keep(coder: Coder, index: int, scales: tuple[QParams, ...]) -> None:
+    old = _scales(coder, index)
+    moved = tuple(
+        QParams(q.scale.to(o.scale.device), None if q.zero_point is None else q.zero_point.to(o.scale.device))
+        for q, o in zip(scales, old, strict=True)
+    )
     if coder.tables is None:
-        coder.static = scales
+        coder.static = moved
     else:
-        coder.tables[index] = scales
+        coder.tables[index] = moved

@@ -49,7 +49,6 @@ METHODS: dict[str, Method] = {
         AccuquantConfig,
         apply_accuquant,
         AccuquantConfig,
-        resumes=False,
         modulated="It learns scales of whole activations, and of one step without the steps before it; what a "
         "modulated layer codes depends on those",
     ),

@@ -80,6 +80,11 @@ class Attachment:
         self.clock.returned()
 
 
+def eager(model: nn.Module) -> nn.Module:
+    """The module behind one that torch.compile returned; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, None if modiff was not applied to it."""
     return model.__dict__.get(ATTRIBUTE)

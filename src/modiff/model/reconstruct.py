@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.model.attachment import required_attachment
 from modiff.model.blocks import Block, blocks_of
 from modiff.model.calibration_set import Call
+from modiff.model.coders import coders_of
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.reconstruct_job import Job
 from modiff.model.reconstruct_layers import evaluating, full_precision
@@ -118,13 +120,27 @@ def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
             "reconstruct: expected no running trajectory, got one. Its states belong to the weights as they were. "
             "Call it after `with modiff.trajectory(model):`."
         )
-    names = [name for name, twin in attachment.twins.items() if _has_something(twin, config)]
+    _check_exclude(model, config)
+    taken = [name for name, twin in attachment.twins.items() if _has_something(twin, config)]
+    names = [name for name in taken if config.takes(name)]
     if not names:
-        raise ConfigError(f"reconstruct: expected layers to learn, got none. {_NOTHING[config.learn]}")
+        why = "All of them are excluded. Exclude fewer." if taken else _NOTHING[config.learn]
+        raise ConfigError(f"reconstruct: expected layers to learn, got none. {why}")
     if config.learn != "residual_steps" and config.activations == "quantized":
         for twin in attachment.twins.values():
             _check_codes(twin)
     return names
+
+
+def _check_exclude(model: nn.Module, config: ReconstructConfig) -> None:
+    """Raises: ConfigError for a pattern that no layer has; a typing error would be learned through."""
+    known = dict.fromkeys((*required_attachment(model, "reconstruct").twins, *coders_of(model)))
+    for pattern in config.exclude:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ConfigError(
+                f"ReconstructConfig.exclude: expected patterns that match a layer, got {pattern!r}. No quantized layer "
+                f"has this name. Known layers: {', '.join(list(known)[:8])}, ..."
+            )
 
 
 _NOTHING = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, Self
 
 from modiff.config import JsonConfig, check
@@ -21,6 +22,8 @@ class ReconstructConfig(JsonConfig):
         layers and of attention; "residual_steps" those of modulated layers (MoDiff, section 1.5).
     unit: "block" learns the layers of a block together; "layer" one at a time, as residual steps always are.
     blocks: fnmatch patterns on module names that are units, beside the blocks that are known.
+    exclude: fnmatch patterns on names of layers, and of attention's operands, that stay as they are; the others of
+        their block are learned around them.
     activations: of the layers while weights are learned. "quantized" codes each from nothing, as plain quantization
         does; inside the modulated loop activations are nearly exact, which "full_precision" stands for.
     iterations, batch, learning_rate, schedule: of Adam; a batch is so many rows of the calibration calls.
@@ -37,6 +40,7 @@ class ReconstructConfig(JsonConfig):
     learn: Learned = "weights"
     unit: Unit = "block"
     blocks: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     activations: Activations = "full_precision"
     iterations: int = 20_000
     batch: int = 32
@@ -73,6 +77,10 @@ class ReconstructConfig(JsonConfig):
         check("ReconstructConfig.activations", self.activations, not exact, "'quantized' for activation_steps",
               "Scales that code nothing learn nothing. Use ReconstructConfig.activation_steps().")  # fmt: skip
         check("ReconstructConfig.patience", self.patience, self.patience >= 0, "0 or more checks", "0 never stops.")
+
+    def takes(self, name: str) -> bool:
+        """Whether a layer may be learned, as far as `exclude` says."""
+        return not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     @classmethod
     def weights(cls) -> Self:

@@ -73,13 +73,15 @@ class Job:
                 keep_steps(self.coders[name], found, name)
 
     def present_tensors(self) -> list[Tensor]:
-        """Learned codes and static scales that the learning of steps starts from; rounding starts from the weights."""
-        if self.config.learn == "weights":
-            return []
-        fixed = (
-            twin.quantized_weight.codes(twin.weight) for twin in self.twins.values() if twin.quantized_weight.fixed
+        """Learned codes and static scales that learning starts from, or leaves; rounding starts from the weights."""
+        rounding = self.config.learn == "weights"
+        kept = (
+            t for n, t in self.twins.items() if t.quantized_weight.fixed and not (rounding and self.config.takes(n))
         )
+        fixed = (twin.quantized_weight.codes(twin.weight) for twin in kept)
         found = [tensor for parts in fixed for codes, qparams in parts for tensor in (codes, qparams.scale)]
+        if rounding:
+            return found
         return found + [tensor for coder in self.coders.values() for tensor in coder.state_dict_tensors().values()]
 
     @contextmanager
@@ -88,7 +90,7 @@ class Job:
         weights = {
             name: (twin.quantized_weight, _fixed_parts(twin))
             for name, twin in self.twins.items()
-            if self.config.learn == "weights" and twin.config.weight.bits is not None
+            if self.config.learn == "weights" and twin.config.weight.bits is not None and self.config.takes(name)
         }
         scales = {name: coder.static for name, coder in self.coders.items()}
         for weight, _ in weights.values():
@@ -135,7 +137,8 @@ class Job:
     def _steps(self, block: Block, trainees: Mapping[str, Trainee]) -> StepLearner:
         """The scales of a unit's layers, and of the attention inside it."""
         inside = f"{block.name}."
-        attention = {n: c for n, c in attention_through(self.model).items() if n.startswith(inside)}
+        through = attention_through(self.model).items()
+        attention = {n: c for n, c in through if n.startswith(inside) and self.config.takes(n)}
         holders: dict[str, Trainee | Through] = {**trainees, **attention}
         starts = {name: self.coders[name].static for name in holders}
         return StepLearner(
