@@ -21,7 +21,7 @@ from pathlib import Path
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("src", "tests", "tools", "training", "pyproject.toml")
+COPIED = ("src", "tests", "tools", "training", "bench", "pyproject.toml")
 CAUGHT, FOUND_NOTHING = 1, 0  # pytest's exit codes: a test failed; all passed
 TIMEOUT = 600.0  # seconds; a bug that makes the tests hang is noticed too
 
