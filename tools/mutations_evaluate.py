@@ -37,7 +37,7 @@ EVALUATE: tuple[Mutation, ...] = (
         file="src/modiff/engine/run.py",
         old='"labels": None if job.labels is None else list(job.labels)',
         new='"labels": None',
-        tests=("tests/engine",),
+        tests=("tests/engine/test_run.py",),
         why="a folder of images does not say which classes it holds, and goes on with others",
     ),
     Mutation(

@@ -103,3 +103,8 @@ def test_keys_differ_whenever_the_images_may() -> None:
 def test_all_presets_are_configs_that_exist_and_differ() -> None:
     for name in PRESETS:
         assert len(plans_of(preset(name))) == 1 + len(PRESETS[name].fewer) + len(PRESETS[name].configs)
+
+
+def test_a_row_on_integers_says_so_and_shares_the_colour_of_its_simulation() -> None:
+    chosen = dataclasses.replace(preset("quick"), configs=("modulated:8:4", "modulated:8:4:integer"))
+    assert names(chosen)[2:] == [("modulated W8A4", 50, "modulated"), ("modulated W8A4 on integers", 50, "modulated")]

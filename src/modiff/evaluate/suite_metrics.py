@@ -46,7 +46,7 @@ GBOPS = (
     "count 32 x 32. Bit-operations are not speed."
 )
 STATE = "Input and output states at the end of the trajectory, measured; per image."
-SECONDS = "Wall time of the denoising of all images. Integers are simulated in float: quantized rows are not faster."
+SECONDS = "Wall time of the denoising of all images. Simulated integers are not faster."
 
 
 class Measurement(TypedDict):

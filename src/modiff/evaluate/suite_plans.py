@@ -107,14 +107,18 @@ def _named_plan(text: str, steps: int) -> Plan:
     config = named_config(text)
     family = _family(config)
     name = Path(text).stem if family is None or text.endswith(".json") else f"{family} {_widths(config)}"
+    if family is not None and config.layer.execution == "integer":
+        name += " on integers"
     return Plan(name=name, steps=steps, config=config, family=family or "config")
 
 
 def _family(config: ModiffConfig) -> str | None:
-    """The family of presets that has exactly this config."""
+    """The family of presets that has exactly this config, simulated or on integers."""
     bits = config.layer.weight.bits, config.layer.activation.bits
     for name, make in FAMILIES.items():
-        if (bits[1] is not None or name != "tuned") and make(*bits) == config:
+        if bits[1] is None and name == "tuned":
+            continue
+        if config in (make(*bits), make(*bits).on_integers()):
             return name
     return None
 

@@ -18,7 +18,7 @@ COLUMNS = (
 FOOTNOTE = """\
 FD: {metric} features, all seeds shared; intervals, notes and all other figures are in --json and --report.
 Relative L2 and PSNR: 8-bit images against full precision. GBOPs and state: of one image. Bit-operations are not speed.
-Seconds: all {n} images. Integers are simulated in float here, so quantized rows are slower, not faster."""
+Seconds: all {n} images. Integers are simulated in floats, and slower, where a row does not say that it runs on them."""
 
 
 def text_table(rows: Sequence[tuple[str, int, Sequence[Measurement]]]) -> str:

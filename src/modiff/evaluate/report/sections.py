@@ -133,7 +133,8 @@ def _cost_against_error(suite: Suite) -> Section:
     distance = "fd_to_reference" if "fd_to_reference" in names else "fd_to_full_precision"
     blocks: list[Block] = [
         "Lower left is better. What lies above the dashed line is beaten by taking fewer steps with the unquantized "
-        "model. Bit-operations are not speed: time is what was measured here, with integers simulated in float."
+        "model. Bit-operations are not speed: time is what was measured here, with integers simulated in floats where "
+        "a row does not say that it runs on them."
     ]
     for metric, error in (("relative_l2", "relative L2 to full precision"), (distance, _label(suite.rows, distance))):
         for cost, axis in (("gbops", "GBOPs of one image"), ("seconds", "seconds for one image, measured")):
