@@ -83,6 +83,7 @@ RECIPES: dict[str, Recipe] = {
     "accuquant": Recipe("accuquant", {}, "scales of groups of 4 steps learned on the quantized trajectory"),
     "modiff_dynamic": Recipe("modiff", {"kind": "dynamic"}, "learned rounding, dynamic scales per token or sample"),
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
+    "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),
     "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual step sizes"),
 }
 

@@ -29,7 +29,7 @@ STEPS, IMAGES = 10, 5
 def test_every_row_is_a_method_with_settings_that_exist_and_every_method_has_a_row():
     wanted, refused = methods.rows(methods.RECIPES, methods.BITS)
     assert {methods.RECIPES[row.recipe].method for row in wanted} == set(METHODS)
-    assert len({row.name for row in wanted}) == len(wanted) == 4 * 12
+    assert len({row.name for row in wanted}) == len(wanted) == 4 * 13
     assert set(refused) == {"accuquant, modulated", *(f"{n}, plain" for n in methods.RECIPES if "modiff" in n)}
     for row in wanted:
         for calibration in ("quick", "published"):

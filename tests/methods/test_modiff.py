@@ -225,3 +225,54 @@ def test_the_published_samples_are_the_default_and_configs_survive_json():
     assert ModiffMethodConfig(kind="static_minmax").drawn == 32
     for config in (SMALL, LEARNED, ModiffMethodConfig(), ModiffMethodConfig.quick("static_learned")):
         assert ModiffMethodConfig.from_json(config.to_json()) == config
+
+
+STEPWISE = dataclasses.replace(SMALL, kind="static_steps", step_groups=2)
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_scales_of_groups_of_steps_are_those_of_modulated_trajectories(groups):
+    ours, by_hand = small.build(), small.build()
+    apply_modiff(ours, dataclasses.replace(STEPWISE, step_groups=groups), progress=False)
+    modiff.apply(
+        by_hand, STEPWISE.model_config() if groups else dataclasses.replace(STEPWISE, step_groups=0).model_config()
+    )
+    modiff.calibrate(by_hand, lambda: small.call(by_hand, steps=STEPS, batch=BATCH))
+    for name, coder in coders_of(ours.unet).items():
+        expected = coders_of(by_hand.unet)[name].state_dict_tensors()
+        found = coder.state_dict_tensors()
+        assert set(coder.tables) == set(range(groups or STEPS - 1))
+        assert set(found) == set(expected)
+        for key, tensor in found.items():
+            assert torch.equal(tensor, expected[key])
+
+
+def test_scales_of_groups_of_steps_are_nearer_to_full_precision_than_one_for_all():
+    exact = small.call(small.build(), steps=STEPS, batch=BATCH)
+    errors = []
+    for config in (MINMAX, STEPWISE):
+        pipe = small.build()
+        apply_modiff(pipe, dataclasses.replace(config, activation_bits=8, weight_bits=None), progress=False)
+        errors.append(float((small.call(pipe, steps=STEPS, batch=BATCH) - exact).norm()))
+    assert errors[1] < errors[0]
+
+
+def test_a_module_alone_is_calibrated_inside_trajectories_of_its_own():
+    pipe = small.build()
+    expected = small.build()
+    apply_modiff(expected, STEPWISE, progress=False)
+
+    def run(_: int) -> object:
+        return small.call(pipe, steps=STEPS, batch=BATCH)
+
+    apply_modiff(pipe.unet, STEPWISE, run=run, evaluations_per_run=STEPS, progress=False)
+    for name, coder in coders_of(pipe.unet).items():
+        for key, tensor in coder.state_dict_tensors().items():
+            assert torch.equal(tensor, coders_of(expected.unet)[name].state_dict_tensors()[key])
+
+
+def test_groups_of_steps_draw_as_few_trajectories_as_ranges_and_are_counted():
+    assert ModiffMethodConfig(kind="static_steps").drawn == 32
+    with pytest.raises(ConfigError, match=r"ModiffMethodConfig\.step_groups: expected 0 or more groups, got -1"):
+        ModiffMethodConfig(step_groups=-1)
+    ModiffMethodConfig(kind="static_steps", modulation=ModulationConfig(predictor="linear"))

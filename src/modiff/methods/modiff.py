@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,7 +26,7 @@ from modiff.config import (
 )
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.verbs import apply
+from modiff.hosts.verbs import apply, calibrate, trajectory
 from modiff.methods.learned_report import LearnedReport
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.q_diffusion import check_calibration, of_residuals, quick_steps
@@ -34,7 +35,7 @@ from modiff.model.calibration_set import CalibrationSet
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.timesteps import UniformGroups
 
-Kind = Literal["dynamic", "static_minmax", "static_learned"]
+Kind = Literal["dynamic", "static_minmax", "static_learned", "static_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,9 @@ class ModiffMethodConfig(JsonConfig):
 
     kind: of the residuals' scales. "dynamic" measures each residual (the paper's LCQ and LTQ). "static_minmax" has one
         scale per layer that covers every residual of the calibration set. "static_learned" starts there and learns the
-        step size, layer by layer, on pairs of neighbouring steps (the paper's Q-Diff + MoDiff).
+        step size, layer by layer, on pairs of neighbouring steps (the paper's Q-Diff + MoDiff). "static_steps", which
+        is ours, measures the residuals of modulated trajectories, a scale for each of `step_groups` groups of
+        neighbouring steps: one scale for all is made for the largest step and too coarse for the others.
     weight_bits, activation_bits: None keeps floats.
     granularity: of dynamic scales. "auto" is per token and per sample; "sample" is the code's --act_tensor; "tensor",
         the code's default, has one scale for the batch, so an image depends on those beside it. Static scales are per
@@ -57,6 +60,7 @@ class ModiffMethodConfig(JsonConfig):
     attention: the paper and the code leave the attention products in full precision; dynamic quantizers only.
     steps: of the sampler, the same that will be used. groups: equally spaced steps that residuals and states are kept
         of. samples: states of each; None takes the code's, 32 for "static_minmax" and 256 else. batch: at a time.
+    step_groups: of "static_steps"; 0 is a scale for each step. They serve only the steps that they were measured at.
     rounding: of weights. "learned" with `reconstruction`: MoDiff takes Q-Diffusion's checkpoints. "nearest": `search`
         says how ranges are found.
     learning: of the step sizes (Adam 4e-4 to 0, p = 2.4; the code has p = 2 for latent models).
@@ -80,6 +84,7 @@ class ModiffMethodConfig(JsonConfig):
     groups: int = 20
     samples: int | None = None
     batch: int = 32
+    step_groups: int = 10
     search: WeightSearch = "mse"
     rounding: Literal["learned", "nearest"] = "learned"
     reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.weights)
@@ -98,7 +103,9 @@ class ModiffMethodConfig(JsonConfig):
               f"'auto' with kind={self.kind!r}", "Static scales are one per layer.")  # fmt: skip
         check(f"{where}.activation_bits", self.activation_bits, not static or self.activation_bits is not None,
               f"2 to 8 with kind={self.kind!r}", "Floats have no scale. Use kind='dynamic'.")  # fmt: skip
-        hold = self.modulation.predictor == "hold"
+        check(f"{where}.step_groups", self.step_groups, self.step_groups >= 0, "0 or more groups",
+              "0 is a scale for each step.")  # fmt: skip
+        hold = self.modulation.predictor == "hold" or self.kind == "static_steps"
         check(f"{where}.modulation.predictor", self.modulation.predictor, hold or not static,
               f"'hold' with kind={self.kind!r}", "Ranges are those of the change between two steps.")  # fmt: skip
         parts = () if self.attention is None else (self.attention.operands, self.attention.softmax)
@@ -126,7 +133,12 @@ class ModiffMethodConfig(JsonConfig):
     @property
     def drawn(self) -> int:
         """Samples of each group."""
-        return self.samples or (32 if self.kind == "static_minmax" else 256)
+        return self.samples or (32 if self.kind in ("static_minmax", "static_steps") else 256)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether calibration looks at residuals of full precision."""
+        return self.kind in ("static_minmax", "static_learned")
 
     @property
     def learns_weights(self) -> bool:
@@ -141,6 +153,7 @@ class ModiffMethodConfig(JsonConfig):
             granularity="tensor" if static else self.granularity,
             symmetric=self.symmetric,
             dynamic=not static,
+            step_groups=self.step_groups if self.kind == "static_steps" else 1,
         )
         weight = WeightConfig(bits=self.weight_bits, search=self.search)
         every = self.layers == "all"
@@ -172,13 +185,14 @@ def apply_modiff(
     Returns: what was quantized and what was left, and the loss of each unit before and after it was learned.
     Raises: ConfigError, CalibrationError or StateError if the model cannot be calibrated so; it is as before then.
     Cost: none for dynamic scales with weights rounded to nearest. Else `samples` trajectories; two evaluations of each
-        state for static scales; block reconstruction of weights and of each layer's step size where they are learned.
+        state for static scales, or `samples` modulated trajectories for "static_steps"; block reconstruction of weights
+        and of each layer's step size where they are learned.
     """
     config = config or ModiffMethodConfig()
     model = plain_network(pipe, "apply_modiff")
     work = None if folder is None else Path(folder)
-    static = config.kind != "dynamic"
-    calls = _calls(pipe, config, run, evaluations_per_run, work, progress) if static or config.learns_weights else None
+    wanted = config.pairs or config.learns_weights
+    calls = _calls(pipe, config, run, evaluations_per_run, work, progress) if wanted else None
     report = apply(pipe, config.model_config())
     weights = scales = None
     with undone_on_error(pipe):
@@ -186,12 +200,31 @@ def apply_modiff(
             blocks = None if work is None else work / "weights"
             weights = reconstruct(pipe, calls, config.reconstruction, folder=blocks, progress=progress)
         keep_rounding(model)
-        if calls is not None and static:
+        if config.kind == "static_steps":
+            calibrate(pipe, _trajectories(pipe, config, run, evaluations_per_run))
+        elif calls is not None and config.pairs:
             measure_residuals(model, calls, halves=config.halves, progress=progress)
             if config.kind == "static_learned":
                 units = None if work is None else work / "scales"
                 scales = reconstruct(pipe, calls, of_residuals(config.learning), folder=units, progress=progress)
     return LearnedReport(report.entries, weights, scales)
+
+
+def _trajectories(
+    pipe: Any | nn.Module,
+    config: ModiffMethodConfig,
+    run: Callable[[int], object] | None,
+    evaluations_per_run: int | None,
+) -> Callable[[], None]:
+    """All trajectories of calibration, one after another, with scales measured at each step on the way."""
+    one, _ = trajectories_of(pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed)
+
+    def loop() -> None:
+        for i in range(config.drawn // config.batch):
+            with trajectory(pipe) if isinstance(pipe, nn.Module) else nullcontext():
+                one(i)
+
+    return loop
 
 
 def _calls(
@@ -213,7 +246,7 @@ def _calls(
         batch=config.batch,
         steps=steps,
         sampler=UniformGroups(groups=min(config.groups, steps)),
-        pairs=config.kind != "dynamic",
+        pairs=config.pairs,
         seed=config.seed,
         folder=None if work is None else work / "calls",
         progress=progress,
