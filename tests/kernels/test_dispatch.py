@@ -73,7 +73,7 @@ def test_passing_the_self_test_does_not_replace_vnni():
             "no oneDNN integer operators",
         ),
         (LINEAR, Isa("other"), "float_exact", "x86"),
-        (dataclasses.replace(LINEAR, device="cuda"), Isa("amx"), "reference", "cuda"),
+        (dataclasses.replace(LINEAR, device="xpu"), Isa("amx"), "reference", "xpu"),
         (dataclasses.replace(PLAIN, groups=4, inputs=32, outputs=64), Isa("amx"), "float_exact", "groups of 8 and 16"),
         (dataclasses.replace(PLAIN, groups=4, inputs=64, outputs=32), Isa("amx"), "float_exact", "groups of 16 and 8"),
         (dataclasses.replace(PLAIN, groups=4, inputs=64, outputs=64), Isa("amx"), "onednn", "oneDNN int8"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from modiff.kernels.float_exact import chunk_of
+from modiff.kernels.gpu import gpu_obstacle
 from modiff.kernels.isa import Isa
 from modiff.kernels.problem import Problem
 from modiff.kernels.self_test import Trust
 
-Backend = Literal["reference", "float_exact", "onednn"]
-BACKENDS: tuple[Backend, ...] = ("reference", "float_exact", "onednn")
+Backend = Literal["reference", "float_exact", "onednn", "triton"]
+BACKENDS: tuple[Backend, ...] = ("reference", "float_exact", "onednn", "triton")
 
 _INT16, _INT32 = 2**15 - 1, 2**31 - 1
 _BLOCK = 16
@@ -31,6 +32,9 @@ def choose_backend(problem: Problem, isa: Isa, trust: Trust | None = None) -> Ch
         trust: what the self-test found; None takes oneDNN at its word.
     """
     trust = Trust() if trust is None else trust
+    if problem.device != "cpu":
+        gpu = gpu_obstacle(problem)
+        return Choice("reference", f"float64 sums, slow: {gpu}") if gpu else Choice("triton", "Triton, sums in 32 bits")
     obstacle = onednn_obstacle(problem, isa, trust)
     if not obstacle:
         return Choice("onednn", _why_onednn(problem, isa))

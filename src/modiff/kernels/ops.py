@@ -19,13 +19,18 @@ import torch
 from torch import Tensor
 
 from modiff.errors import KernelError
-from modiff.kernels import float_exact, onednn, reference
+from modiff.kernels import float_exact, gpu, onednn, reference
 from modiff.kernels.call import Call
 from modiff.kernels.dispatch import BACKENDS
 from modiff.kernels.epilogue import add_sent
 from modiff.kernels.geometry import Geometry, channels_innermost, empty_output, output_shape
 
-_MODULES: dict[str, ModuleType] = {"reference": reference, "float_exact": float_exact, "onednn": onednn}
+_MODULES: dict[str, ModuleType] = {
+    "reference": reference,
+    "float_exact": float_exact,
+    "onednn": onednn,
+    "triton": gpu,
+}
 
 
 def accumulate_now(
@@ -103,6 +108,9 @@ def step_now(
         module.accumulate(target, call)
         return result.copy_(output)
     moved = result if call.geometry == geometry else result.movedim(1, -1)
+    if grid is None and module is gpu:
+        gpu.step(target, call, moved)
+        return result
     add_sent(target, grid, clipped, module.scaled(call), call.scale, call.geometry.axes, moved)
     return result
 
@@ -157,8 +165,8 @@ def compute_now(
         return output
     call, target = _pointwise(call, output)
     module = _module(backend)
-    if module is onednn:
-        found = onednn.compute(call, bias, dtype)
+    if module in (onednn, gpu):
+        found = module.compute(call, bias, dtype)
         if found is not None:
             same = geometry.axes == call.geometry.axes and channels_innermost(found, geometry.axes)
             return found if same else _copied(output, target, found)

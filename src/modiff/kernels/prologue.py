@@ -14,6 +14,7 @@ leaves the state as it is, and an infinity saturates. Denormal residuals code to
 from __future__ import annotations
 
 import functools
+import importlib.util
 import types
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -26,7 +27,7 @@ from modiff.errors import KernelError
 from modiff.kernels import native, prologue_ops
 from modiff.kernels.rows import as_rows, scale_shape
 
-Implementation = Literal["auto", "native", "inductor", "eager"]
+Implementation = Literal["auto", "native", "triton", "inductor", "eager"]
 
 
 class PrologueChoice(NamedTuple):
@@ -38,6 +39,8 @@ class PrologueChoice(NamedTuple):
 
 def choose_prologue(device: str = "cpu", compiled: native.Native | None = None) -> PrologueChoice:
     """The fastest implementation for a device; `compiled` pretends a library, None asks for the real one."""
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        return PrologueChoice("triton", "Triton, one pass over rows that fit into a block, else two")
     if device != "cpu":
         return PrologueChoice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
     compiled = native.load() if compiled is None else compiled
@@ -66,7 +69,7 @@ def prologue(
         state: â_{t+1}, the shape of x; float32 on the compiled path. It becomes â_t.
         scale: given scales, one or as many as the granularity has; None measures them.
         move, gain: of the "linear" predictor; move becomes â_t - â_{t+1}.
-        implementation: "auto" is "native" where there is a compiler, else "eager".
+        implementation: "auto" is "native" where there is a compiler, "triton" on GPUs, else "eager".
     Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and the scales, float32.
     Raises: KernelError for a granularity that no integer sum has, or shapes that do not fit.
     """
@@ -76,7 +79,7 @@ def prologue(
             f"{tuple(state.shape)}. The state belongs to another input. Start the trajectory again."
         )
     x = x.detach()
-    if implementation in ("auto", "native"):
+    if implementation in ("auto", "native", "triton"):
         traced = torch.compiler.is_compiling()
         if scale is None:
             measure = prologue_ops.code_dynamic if traced else prologue_ops.code_dynamic_now

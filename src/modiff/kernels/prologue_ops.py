@@ -18,7 +18,7 @@ from torch import Tensor
 from modiff.config import Granularity
 from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize
 from modiff.errors import KernelError
-from modiff.kernels import native
+from modiff.kernels import gpu, native
 from modiff.kernels.rows import as_rows, scale_shape
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -198,6 +198,8 @@ def _natively(
     dynamic: bool,
 ) -> bool:
     """Run the compiled loop; False where it does not know the layout or the types, and nothing was touched."""
+    if move is None and gpu.code(x, state, codes, scale, bits, clip, granularity, channel_dim, dynamic=dynamic):
+        return True
     library = native.load().library
     if library is None or x.dtype not in _KINDS or x.device.type != "cpu":
         return False
