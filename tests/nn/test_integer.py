@@ -132,6 +132,25 @@ def test_the_output_has_the_dtype_of_the_input_and_the_state_keeps_its_own(dtype
         assert_within(held, theirs[2], 1e-4)
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
+@pytest.mark.parametrize("state_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("predictor", ["hold", "linear"])
+def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_dtype, predictor):
+    make, shape, split = LAYERS[layer]
+    modulation = ModulationConfig(state_dtype=state_dtype, predictor=predictor)
+    config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=modulation)
+    original, inputs = randomised(make()), walk(shape)
+    ours = twin(original, integer(config), split)
+    assert ours.integer is not None
+    error = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[state_dtype]  # the output state is rounded at each step
+    for (_, state, held), (_, its_state, its_held) in zip(
+        play(ours, inputs, TIMES), play(twin(original, config, split), inputs, TIMES), strict=True
+    ):
+        assert_same_bits(state, its_state)
+        assert held.dtype == getattr(torch, state_dtype)
+        assert_within(held, its_held, 3 * len(inputs) * error * float(its_held.abs().max()))
+
+
 def test_a_caller_that_writes_into_the_output_or_its_input_does_not_touch_the_states():
     original, inputs = randomised(nn.Linear(16, 6)), walk((2, 5, 16))
     expected = play(twin(original, integer(W8A4)), inputs)
@@ -181,7 +200,7 @@ REASONS = {
     "'circular'": (lambda: nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular"), LayerConfig()),
     "one side more": (lambda: nn.Conv2d(8, 4, 2, padding="same"), LayerConfig()),
     "for study": (lambda: nn.Linear(8, 4), LayerConfig(modulation=ModulationConfig(error_compensation="none"))),
-    "kept in float16": (lambda: nn.Linear(8, 4), LayerConfig(modulation=ModulationConfig(state_dtype="float16"))),
+    "kept in float64": (lambda: nn.Linear(8, 4), LayerConfig(modulation=ModulationConfig(state_dtype="float64"))),
 }
 
 

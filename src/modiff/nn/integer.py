@@ -39,8 +39,8 @@ def obstacle(layer: ModulatedLayer) -> str:
         return "a scale for each pixel has no integer sums over several pixels"
     if config.modulation is not None and config.modulation.error_compensation == "none":
         return "the ablation without error compensation is for study"
-    if config.modulation is not None and config.modulation.state_dtype not in ("float32", "int16"):
-        return f"its states are kept in {config.modulation.state_dtype}, kernels keep float32 or int16"
+    if config.modulation is not None and config.modulation.state_dtype == "float64":
+        return "its states are kept in float64, kernels add up float32"
     return ""
 
 
