@@ -133,6 +133,12 @@ def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, d
             assert_same_bits(ours.nan_to_num(-7.0), theirs.nan_to_num(-7.0))
 
 
+def test_ties_go_to_even_and_saturate_at_both_ends():
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 300.0, -300.0]], device=DEVICE)
+    codes, _ = prologue.plain(x, torch.tensor(1.0, device=DEVICE), 4, granularity="tensor")
+    assert (codes.int() - 8).tolist() == [[0, 2, 2, 0, -2, -2, 7, -8]]
+
+
 def test_images_are_coded_in_either_memory_layout():
     x, held = torch.randn(2, 5, 4, 3, device=DEVICE), torch.randn(2, 5, 4, 3, device=DEVICE)
     expected = prologue.prologue(
