@@ -38,10 +38,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--size", type=int, default=32, help="images are padded to SIZE x SIZE")
     parser.add_argument("--channels", default="16,32,64,128", help="channels per block; the last is the feature count")
+    parser.add_argument("--layers", type=int, default=1, help="convolutions per block")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=6e-3, help="peak of the one-cycle schedule")
     parser.add_argument("--weight-decay", type=float, default=0.02)
     parser.add_argument("--shift", type=int, default=2, help="images are moved by up to this many pixels at random")
+    parser.add_argument("--flip", action="store_true", help="random horizontal flips")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="bfloat16 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -68,10 +71,17 @@ def shift_at_random(images: Tensor, most: int) -> Tensor:
     """Move each image of (N, C, H, W) by up to `most` pixels along both axes; what comes in is black."""
     padded = nn.functional.pad(images, (most, most, most, most))
     count, channels, height, width = images.shape
-    offsets = torch.randint(0, 2 * most + 1, (2, count, 1))
-    rows = (torch.arange(height) + offsets[0])[:, None, :, None]
-    columns = (torch.arange(width) + offsets[1])[:, None, None, :]
-    return padded[torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None], rows, columns]
+    offsets = torch.randint(0, 2 * most + 1, (2, count, 1)).to(images.device)
+    rows = (torch.arange(height, device=images.device) + offsets[0])[:, None, :, None]
+    columns = (torch.arange(width, device=images.device) + offsets[1])[:, None, None, :]
+    image, plane = torch.arange(count, device=images.device), torch.arange(channels, device=images.device)
+    return padded[image[:, None, None, None], plane[:, None, None], rows, columns]
+
+
+def flip_at_random(images: Tensor) -> Tensor:
+    """Mirror every other image of (N, C, H, W), drawn at random, left to right."""
+    mirrored = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+    return torch.where(mirrored, images.flip(3), images)
 
 
 @torch.no_grad()
@@ -85,15 +95,22 @@ def build_model(options: argparse.Namespace, images: Tensor, labels: Tensor) -> 
     """The classifier for as many channels and classes as the data has."""
     try:
         channels = tuple(int(c) for c in options.channels.split(","))
-        return Classifier(channels, image_channels=images.shape[1], classes=int(labels.max()) + 1)
+        return Classifier(channels, images.shape[1], int(labels.max()) + 1, options.layers)
     except (ConfigError, ValueError) as error:
         raise SystemExit(f"--channels {options.channels}: expected numbers with commas. {error}") from error
 
 
+def augmented(images: Tensor, options: argparse.Namespace) -> Tensor:
+    """A batch as the model sees it in training, float32, channels last."""
+    moved = shift_at_random(images, options.shift)
+    return scale(flip_at_random(moved) if options.flip else moved).contiguous(memory_format=torch.channels_last)
+
+
 def train(options: argparse.Namespace, images: Tensor, labels: Tensor) -> Classifier:
-    """Cross-entropy, AdamW, one-cycle learning rate, random shifts; every image once an epoch."""
+    """Cross-entropy, AdamW, one-cycle learning rate, random shifts; every image once an epoch; returned on the CPU."""
     torch.manual_seed(options.seed)
-    model = build_model(options, images, labels).to(memory_format=torch.channels_last)
+    model = build_model(options, images, labels).to(options.device, memory_format=torch.channels_last)
+    images, labels = images.to(options.device), labels.to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     steps = options.epochs * -(-len(images) // options.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=steps)
@@ -101,8 +118,9 @@ def train(options: argparse.Namespace, images: Tensor, labels: Tensor) -> Classi
     for epoch in range(options.epochs):
         model.train()
         for picked in torch.randperm(len(images)).split(options.batch):
-            batch = scale(shift_at_random(images[picked], options.shift)).contiguous(memory_format=torch.channels_last)
-            loss = nn.functional.cross_entropy(model(batch), labels[picked])
+            picked = picked.to(options.device)
+            with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.device != "cpu"):
+                loss = nn.functional.cross_entropy(model(augmented(images[picked], options)), labels[picked])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -114,7 +132,7 @@ def train(options: argparse.Namespace, images: Tensor, labels: Tensor) -> Classi
                 share = seen / (options.epochs * len(images))
                 print(f"epoch {epoch + 1} of {options.epochs}  {share:.0%}  loss {loss.item():.3f}  "
                       f"{rate:.0f} images/s", flush=True)  # fmt: skip
-    return model
+    return model.cpu()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

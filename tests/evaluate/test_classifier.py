@@ -26,7 +26,9 @@ def trained(seed: int = 0, **settings: object) -> Classifier:
     return model.eval()
 
 
-def reference(weights: dict[str, torch.Tensor], images: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(
+    weights: dict[str, torch.Tensor], images: torch.Tensor, blocks: int, layers: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features and logits in float64: convolution, 2x2 maximum (not in the last block), normalisation, ReLU."""
     convolutions = [w for w in weights.values() if w.ndim == 4]
     norms = [
@@ -38,21 +40,21 @@ def reference(weights: dict[str, torch.Tensor], images: torch.Tensor, blocks: in
     for index, (w, (mean, variance, gain, offset)) in enumerate(zip(convolutions, norms, strict=True)):
         patches = nn.functional.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
         x = torch.einsum("nchwij,ocij->nohw", patches, w.double())
-        if index < blocks - 1:
+        if index % layers == layers - 1 and index < blocks * layers - 1:
             n, c, h, _ = x.shape
             x = x.reshape(n, c, h // 2, 2, h // 2, 2).amax(dim=(3, 5))
         x = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt() * gain[:, None, None]
         x = (x + offset[:, None, None]).clamp(min=0)
-    assert len(convolutions) == blocks
+    assert len(convolutions) == blocks * layers
     features = x.flatten(2).mean(-1)
     return features, features @ weights["head.weight"].double().T + weights["head.bias"].double()
 
 
-@pytest.mark.parametrize("image_channels", [1, 3])
-def test_features_and_logits_equal_a_float64_reference(image_channels: int) -> None:
-    model = trained(image_channels=image_channels).double()
+@pytest.mark.parametrize(("image_channels", "layers"), [(1, 1), (3, 1), (3, 2)])
+def test_features_and_logits_equal_a_float64_reference(image_channels: int, layers: int) -> None:
+    model = trained(image_channels=image_channels, layers=layers).double()
     images = torch.randn(5, image_channels, 16, 16, dtype=torch.float64)
-    features, logits = reference(model.state_dict(), images, blocks=3)
+    features, logits = reference(model.state_dict(), images, blocks=3, layers=layers)
     # Both are float64: they differ by the order of a few hundred additions of numbers near one.
     torch.testing.assert_close(model.features(images), features, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model(images), logits, rtol=1e-12, atol=1e-12)
@@ -101,6 +103,15 @@ def test_the_folder_holds_float16_weights_and_a_versioned_config_and_nothing_els
     assert {t.dtype for t in floats} == {torch.float16}
 
 
+def test_a_deeper_one_comes_back_from_its_folder_and_a_plain_one_says_nothing_of_depth(tmp_path: Path) -> None:
+    for layers in (1, 2):
+        model = trained(layers=layers)
+        save_classifier(model, tmp_path / str(layers))
+        config = json.loads((tmp_path / str(layers) / "config.json").read_text())
+        assert config.get("layers") == (None if layers == 1 else 2)
+        assert load_classifier(tmp_path / str(layers)).layers == layers
+
+
 def test_float16_images_are_computed_in_float32(tmp_path: Path) -> None:
     save_classifier(trained(), tmp_path)
     loaded, images = load_classifier(tmp_path), torch.randn(4, 1, 16, 16).half()
@@ -110,7 +121,14 @@ def test_float16_images_are_computed_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"channels": ()}, {"channels": (8, 0)}, {"channels": (8, 2.5)}, {"image_channels": -1}, {"classes": 0}],
+    [
+        {"channels": ()},
+        {"channels": (8, 0)},
+        {"channels": (8, 2.5)},
+        {"image_channels": -1},
+        {"classes": 0},
+        {"layers": 0},
+    ],
 )
 def test_counts_that_are_not_positive_integers_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="expected positive integers"):

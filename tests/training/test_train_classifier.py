@@ -80,6 +80,21 @@ def test_random_shifts_move_each_image_as_a_whole_and_fill_with_black(trainer: M
     assert torch.equal(trainer.shift_at_random(images, 0), images)
 
 
+def test_random_flips_mirror_some_images_whole_and_deeper_classifiers_train(
+    trainer: ModuleType, stripes: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    images = torch.arange(40 * 2 * 3 * 4).reshape(40, 2, 3, 4)
+    found = trainer.flip_at_random(images)
+    mirrored = [torch.equal(new, old.flip(2)) for new, old in zip(found, images, strict=True)]
+    same = [torch.equal(new, old) for new, old in zip(found, images, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, same, strict=True))
+    assert 10 < sum(mirrored) < 30
+    trainer.main([*stripes, "--flip", "--layers", "2", "-o", str(tmp_path / "deep")])
+    assert load_classifier(tmp_path / "deep").layers == 2
+    assert json.loads((tmp_path / "deep" / "training.json").read_text())["test_accuracy"] > 0.9
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

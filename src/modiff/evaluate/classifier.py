@@ -29,6 +29,7 @@ class Classifier(nn.Module):
         channels: channels of each block; the last is the number of features D.
         image_channels: 1 for grey, 3 for colour.
         classes: number of logits.
+        layers: convolutions in each block, with batch norm and ReLU each; the maximum follows the last one.
     Raises: ConfigError if a count is not a positive integer.
     Cost: about 4 MMAC for a 32x32 grey image with the default channels.
 
@@ -36,22 +37,29 @@ class Classifier(nn.Module):
     torch.Size([2, 3])
     """
 
-    def __init__(self, channels: Sequence[int] = (16, 32, 64, 128), image_channels: int = 1, classes: int = 10) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 32, 64, 128),
+        image_channels: int = 1,
+        classes: int = 10,
+        layers: int = 1,
+    ) -> None:
         super().__init__()
         widths = (image_channels, *channels)
-        if not channels or any(type(n) is not int or n < 1 for n in (*widths, classes)):
+        if not channels or any(type(n) is not int or n < 1 for n in (*widths, classes, layers)):
             raise ConfigError(
-                "Classifier: expected positive integers for channels, image_channels and classes, got "
-                f"{channels!r}, {image_channels!r} and {classes!r}. Each is a number of planes or logits. "
-                "Give for example channels=(16, 32, 64, 128), image_channels=1, classes=10."
+                "Classifier: expected positive integers for channels, image_channels, classes and layers, got "
+                f"{channels!r}, {image_channels!r}, {classes!r} and {layers!r}. Each is a number of planes, logits or "
+                "convolutions. Give for example channels=(16, 32, 64, 128), image_channels=1, classes=10, layers=1."
             )
-        self.channels, self.image_channels, self.classes = tuple(channels), image_channels, classes
+        self.channels, self.image_channels, self.classes, self.layers = tuple(channels), image_channels, classes, layers
         blocks: list[nn.Module] = []
         for index, (wide_in, wide_out) in enumerate(itertools.pairwise(widths), start=1):
-            blocks.append(nn.Conv2d(wide_in, wide_out, 3, padding=1, bias=False))
-            if index < len(channels):
-                blocks.append(nn.MaxPool2d(2))  # before norm and ReLU: a quarter of the values to write and read
-            blocks += [nn.BatchNorm2d(wide_out), nn.ReLU()]
+            for layer in range(1, layers + 1):
+                blocks.append(nn.Conv2d(wide_in if layer == 1 else wide_out, wide_out, 3, padding=1, bias=False))
+                if layer == layers and index < len(channels):
+                    blocks.append(nn.MaxPool2d(2))  # before norm and ReLU: a quarter of the values to write and read
+                blocks += [nn.BatchNorm2d(wide_out), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels[-1], classes)
 
@@ -93,6 +101,8 @@ def save_classifier(model: Classifier, folder: str | Path) -> None:
         "image_channels": model.image_channels,
         "classes": model.classes,
     }
+    if model.layers > 1:
+        config["layers"] = model.layers
     folder.mkdir(parents=True, exist_ok=True)
     # Written beside and moved over: a full disk or Ctrl-C leaves the old files whole.
     save_file(tensors, folder / f"{_WEIGHTS}.tmp")
