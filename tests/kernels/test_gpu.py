@@ -184,7 +184,7 @@ def test_dispatch_takes_them_on_gpus_and_says_why_where_it_does_not(monkeypatch)
     assert "three axes" in choose_backend(three, isa).reason
     assert "32 bits" in gpu.gpu_obstacle(Problem(200_000, 8, device="cuda"))
     assert "the codes are on xpu" in gpu.gpu_obstacle(dataclasses.replace(linear, device="xpu"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(gpu, "installed", lambda: False)
     assert choose_backend(linear, isa).reason == "float64 sums, slow: Triton is not installed"
 
 

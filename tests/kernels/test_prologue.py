@@ -303,7 +303,7 @@ def test_with_a_compiler_the_compiled_loop_runs(monkeypatch):
 
 def test_other_devices_are_told_that_the_loop_is_for_cpus(monkeypatch):
     assert choose_prologue("xpu") == ("eager", "the compiled loop runs on CPUs, the input is on xpu")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("modiff.kernels.gpu.installed", lambda: False)
     assert choose_prologue("cuda") == ("eager", "the compiled loop runs on CPUs, the input is on cuda")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("modiff.kernels.gpu.installed", lambda: True)
     assert choose_prologue("cuda").implementation == "triton"

@@ -5,6 +5,7 @@ PyTorch has an int8 matmul on CUDA and no int8 convolution; these add into the o
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -27,11 +28,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def gpu_obstacle(problem: Problem) -> str:
     """Why these kernels must not run a problem; empty if they may."""
     if problem.device != "cuda" and not (problem.device == "cpu" and interpreted()):
         return f"Triton runs on GPUs, the codes are on {problem.device}"
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed"
     if problem.groups > 1:
         return "grouped convolutions have no Triton kernel"
@@ -95,7 +102,7 @@ def code(
     """Code x against its state in place; False where layout or types are not the kernels', and nothing was touched."""
     if x.device.type != "cuda" and not interpreted():
         return False
-    if importlib.util.find_spec("triton") is None or scale.dtype != torch.float32 or not scale.is_contiguous():
+    if not installed() or scale.dtype != torch.float32 or not scale.is_contiguous():
         return False
     dense = [t for t in (x, state, codes) if t is not None]
     rows = [as_rows(t, granularity, channel_dim) for t in dense]

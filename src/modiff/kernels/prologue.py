@@ -14,7 +14,6 @@ leaves the state as it is, and an infinity saturates. Denormal residuals code to
 from __future__ import annotations
 
 import functools
-import importlib.util
 import types
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from modiff.config import Granularity
 from modiff.errors import KernelError
-from modiff.kernels import native, prologue_ops
+from modiff.kernels import gpu, native, prologue_ops
 from modiff.kernels.rows import as_rows, scale_shape
 
 Implementation = Literal["auto", "native", "triton", "inductor", "eager"]
@@ -39,7 +38,7 @@ class PrologueChoice(NamedTuple):
 
 def choose_prologue(device: str = "cpu", compiled: native.Native | None = None) -> PrologueChoice:
     """The fastest implementation for a device; `compiled` pretends a library, None asks for the real one."""
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device == "cuda" and gpu.installed():
         return PrologueChoice("triton", "Triton, one pass over rows that fit into a block, else two")
     if device != "cpu":
         return PrologueChoice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
