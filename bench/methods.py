@@ -234,7 +234,7 @@ def run_all(wanted: list[Row], settings: dict[str, Any], work: Path) -> dict[str
     for row in tqdm([None, *wanted], desc="methods", unit="row"):
         name = FULL_PRECISION if row is None else row.name
         path = work / f"{name}.json"
-        if not path.exists():
+        if not path.exists() or (row is None and not path.with_suffix(".npz").exists()):
             task = {"row": None if row is None else asdict(row), "settings": settings, "out": str(path)}
             done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], check=False)
             if done.returncode:
@@ -251,8 +251,11 @@ def run_task(text: str) -> None:
 
 
 def claim(work: Path, settings: dict[str, Any]) -> None:
-    """Make the folder this table's. Raises: ConfigError if it holds rows of other settings."""
-    path = work / "settings.json"
+    """Make the folder this table's. Raises: ConfigError if it holds rows of other settings.
+
+    The data count by their digest, wherever they lie: a folder goes on on another machine.
+    """
+    path, settings = work / "settings.json", {k: v for k, v in settings.items() if k != "reference"}
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
         raise ConfigError(f"{work}: expected rows of the same settings, got others. They cannot stand in one table. "
                           "Give another --work.")  # fmt: skip

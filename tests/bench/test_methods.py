@@ -134,6 +134,14 @@ def test_rows_hold_what_the_method_gives_and_are_run_once(
     with pytest.raises(ConfigError, match="expected rows of the same settings, got others"):
         start(monkeypatch, tmp_path, "--methods", "minmax", "--seed", "1")
 
+    (work,) = (path.parent for path in tmp_path.rglob("settings.json"))
+    kept = json.loads((work / "settings.json").read_text())
+    assert "reference" not in kept, "the data count by their digest, so rows go on on another machine"
+    assert kept["reference_digest"]
+    (work / "full_precision.npz").unlink()
+    start(monkeypatch, tmp_path, "--methods", "minmax", "--modes", "plain", "--bits", "4:8")
+    assert tasks[3:] == ["full_precision"], "its images are made again where they are missing"
+
 
 @pytest.mark.parametrize(("option", "value"), [("--methods", "minmax,gptq"), ("--bits", "8:9"), ("--modes", "tuned")])
 def test_a_row_that_does_not_exist_is_refused(
