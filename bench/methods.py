@@ -2,6 +2,10 @@
 
 python bench/methods.py --reference images.npy --json docs/results/methods.json
 
+At 256 images (hours instead of days on two cores), going on with the rows that lie in bench/results/methods:
+
+python bench/methods.py --reference images.npy --num-images 256 --batch 64 --work bench/results/methods
+
 Each row runs in a process of its own and is kept when it is finished: stopped at any time, the same command goes on
 where it was. Rows are trajectories of DDIM; every image comes from the noise of its index, as in full precision.
 """
