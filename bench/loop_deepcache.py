@@ -44,6 +44,7 @@ class LastUpBlock(nn.Module):
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
+        """The block on what enters it, which is kept; or on what was kept, when the deep levels were skipped."""
         if self.reuse:
             if self.slot.feature is None:
                 raise ConfigError("DeepCache: expected a whole step first, got none. There is nothing to reuse yet.")

@@ -81,6 +81,14 @@ def test_a_file_keeps_the_house_rules(path: Path) -> None:
     assert findings(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()) == []
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_of_tests_is_short_enough(path: Path) -> None:
+    assert list(long_file(path.read_text(encoding="utf-8"), FILE_LINES)) == []
+
+
 def test_the_files_with_a_limit_of_their_own_exist() -> None:
     assert set(LINES_OF) <= {path.relative_to(ROOT).as_posix() for path in FILES}
 

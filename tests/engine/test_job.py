@@ -80,4 +80,5 @@ def test_one_prompt_or_class_is_that_of_all_images_and_several_are_taken_in_turn
 
 def test_a_config_without_activations_to_scale_is_no_static_one() -> None:
     layer = LayerConfig(activation=QuantizerConfig(bits=None, dynamic=False))
-    job(config=ModiffConfig(layer=layer).to_dict())
+    config = ModiffConfig(layer=layer).to_dict()
+    assert job(config=config).config == config

@@ -13,7 +13,8 @@ from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.transforms import Segment
-from modiff.nn.packed import SCALE, pack_nibbles, storage, unpack_nibbles
+from modiff.kernels.nibbles import weight_codes
+from modiff.nn.packed import SCALE, pack_nibbles, storage
 from modiff.nn.weight import QuantizedWeight
 from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.recipes import evaluate, play, randomised, twin
@@ -37,7 +38,7 @@ def modulated(kind: str, bits: int | None, rotation: str = "none", search: str =
 
 def test_each_byte_holds_two_codes_the_first_in_its_low_half():
     every = torch.arange(256, dtype=torch.uint8)[None]
-    codes = unpack_nibbles(every, (1, 512))
+    codes = weight_codes(every, (1, 512))
     expected = [half - 16 if half > 7 else half for byte in range(256) for half in (byte % 16, byte // 16)]
     assert codes.dtype == torch.int8
     assert codes[0].tolist() == expected
@@ -49,7 +50,7 @@ def test_packing_and_unpacking_give_the_codes_back(rows, channels, kernel, seed)
     codes = torch.randint(-8, 8, (rows, channels, kernel), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
     packed = pack_nibbles(codes)
     assert packed.shape == (rows, math.ceil(channels * kernel / 2))
-    assert_same_bits(unpack_nibbles(packed, tuple(codes.shape)), codes)
+    assert_same_bits(weight_codes(packed, tuple(codes.shape)), codes)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -11,11 +11,12 @@ from modiff.core.affine import qrange
 from modiff.errors import ConfigError, FormatError, StateError
 from modiff.io.headers import DTYPES, Claim, Expected, check_claims
 from modiff.io.layout import FORMAT_VERSION, METHOD, Layout
+from modiff.kernels.nibbles import weight_codes
 from modiff.model.attachment import Attachment, required_attachment
 from modiff.model.coders import coders_of
 from modiff.model.rebuild import rebuild
 from modiff.nn import twin_of
-from modiff.nn.packed import SCALE, storage, unpack_nibbles
+from modiff.nn.packed import SCALE, storage
 
 METADATA = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
 """What each safetensors file says of itself."""
@@ -115,9 +116,7 @@ def check_values(where: str, attachment: Attachment) -> None:
         if weight.is_meta or scale.is_meta:
             raise FormatError(f"{where}: expected a weight and scales for {name}, got none. The weights belong to "
                               "another config or were changed. Copy the folder again.")  # fmt: skip
-        codes = (
-            unpack_nibbles(weight, (weight.shape[0], 2 * weight.shape[1])) if weight.dtype == torch.uint8 else weight
-        )
+        codes = weight_codes(weight, (weight.shape[0], 2 * weight.shape[1]))
         low, high = (int(extreme) for extreme in torch.aminmax(codes)) if codes.numel() else (0, 0)
         qmin, qmax = qrange(bits)
         if low < qmin or high > qmax or not bool((torch.isfinite(scale) & (scale > 0)).all()):

@@ -116,6 +116,7 @@ class _Store:
         self.trajectory, self.part = trajectory, 0
 
     def add(self, call: Call) -> None:
+        """Keep a call; write what is kept to disk when it grows over the cap. Raises: CalibrationError without disk."""
         for tensor in call.tensors():
             if id(tensor) not in self._counted:  # calls share what did not change from step to step
                 self._counted[id(tensor)] = tensor

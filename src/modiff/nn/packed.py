@@ -12,6 +12,7 @@ from modiff.config import WeightConfig
 from modiff.core.affine import QParams, dequantize
 from modiff.core.transforms import Segment
 from modiff.errors import StateError
+from modiff.kernels.nibbles import weight_codes
 from modiff.nn.weight import Part
 
 SCALE = "weight_scale"
@@ -44,17 +45,6 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     return ((rows[:, ::2] & 15) | (rows[:, 1::2] << 4)).view(torch.uint8)
 
 
-def unpack_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The int8 codes of `pack_nibbles`, in the shape they had. Cost: one pass.
-
-    >>> unpack_nibbles(torch.tensor([[241, 7]], dtype=torch.uint8), (1, 3))
-    tensor([[ 1, -1,  7]], dtype=torch.int8)
-    """
-    signed = packed.view(torch.int8)
-    pairs = torch.stack([(signed << 4) >> 4, signed >> 4], 2)  # the shifts to the right carry the sign
-    return pairs.flatten(1)[:, : math.prod(shape[1:])].reshape(shape)
-
-
 class PackedWeight:
     """w ~ scale_o * code_o where only the codes are kept; takes the place of `QuantizedWeight` in a packed layer.
 
@@ -85,8 +75,7 @@ class PackedWeight:
 
     def codes(self, weight: Tensor) -> tuple[Part, ...]:
         """(int8 codes, scales) for each segment along axis 1, from the packed `weight`."""
-        codes = weight.detach()
-        codes = unpack_nibbles(codes, self.shape) if codes.dtype == torch.uint8 else codes
+        codes = weight_codes(weight.detach(), self.shape)
         scales = self._scale().split(1, 1)
         ones = [1] * (len(self.shape) - 2)
         parts = codes.split(list(self.segments), 1)
