@@ -23,6 +23,7 @@ def test_every_layer_has_a_choice_times_errors_and_what_its_state_costs(tmp_path
     assert code == 0, text
     written = json.loads(results.read_text())
     assert written["machine"] in text
+    assert written["tolerance"] == 0.3
     assert "input side: " in text
     for row in written["layers"]:
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {row['name']} ")]
