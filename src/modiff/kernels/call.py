@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,8 +36,11 @@ class Call(NamedTuple):
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Of the layer's output."""
-        return output_shape(self.codes.shape, self.shape, self.geometry)
+        return _output_shape(self.codes.shape, self.shape, self.geometry)
 
     def weight_codes(self) -> Tensor:
         """The int8 codes of the weight, (outputs, inputs / groups, ...)."""
         return weight_codes(self.weight, self.shape)
+
+
+_output_shape = functools.lru_cache(4096)(output_shape)

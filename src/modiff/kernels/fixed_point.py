@@ -14,7 +14,6 @@ output; the state stays as it is. At the start it makes the grid NaN.
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from modiff.config import Granularity
 from modiff.core.affine import choose_qparams, qrange
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.rows import as_rows, scale_shape
+from modiff.kernels.rows import row_shape, scale_shape
 
 _LARGEST = 2**15 - 1
 _MOST_SHIFT = 14
@@ -130,15 +129,14 @@ def _natively(
     library = native.load().library
     if library is None or x.device.type != "cpu" or x.dtype not in _KINDS:
         return False
-    rows = as_rows(x, granularity, channel_dim)
+    rows = row_shape(x, granularity, channel_dim)
     if rows is None or state.n.stride() != x.stride() or codes.stride() != x.stride():
         return False
-    block, (count, elements) = library.modiff_block(), rows.shape
-    partial = torch.empty(count * -(-elements // block) if elements > block else 0, dtype=torch.int32)
-    lowest, highest = qrange(bits)
+    (count, elements), (lowest, highest), block = rows, qrange(bits), native.block(library)
+    partial = torch.empty(count * -(-elements // block), dtype=torch.int32) if elements > block else None
     library.modiff_prologue_fixed(
         x.data_ptr(), _KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
-        partial.data_ptr(), clipped.data_ptr(), count, elements, 1, ctypes.c_float(clip / highest), lowest, highest,
-        torch.get_num_threads(),
+        None if partial is None else partial.data_ptr(), clipped.data_ptr(), count, elements, 1, clip / highest, lowest,
+        highest, torch.get_num_threads(),
     )  # fmt: skip
     return True

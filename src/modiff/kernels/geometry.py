@@ -45,4 +45,6 @@ def empty_output(like: Tensor, shape: Sequence[int], axes: int, dtype: torch.dty
 
 def channels_innermost(x: Tensor, axes: int) -> bool:
     """Whether the channels of each pixel lie side by side and nothing lies between pixels."""
+    if axes == 2:
+        return x.is_contiguous(memory_format=torch.channels_last)
     return (x if axes == 0 else x.movedim(1, -1)).is_contiguous()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modiff.errors import KernelError
 from modiff.kernels import ops
+from modiff.kernels.call import Call
 from modiff.kernels.dispatch import Backend, Choice, choose_backend
 from modiff.kernels.fixed_point import FixedState
 from modiff.kernels.geometry import Geometry, empty_output, output_shape
@@ -56,12 +57,14 @@ class Kernel:
         else:
             self.choice = Choice(backend, "asked for")
         self.geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
+        self._channels = self.weight_scale.reshape(-1, *[1] * self.geometry.axes)
 
     def accumulate(self, output: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Add what `codes` stand for to the output state, in place. Cost: one operator."""
         p, g = self.problem, self.geometry
-        run = ops.accumulate if torch.compiler.is_compiling() else ops.accumulate_now
-        run(
+        if not torch.compiler.is_compiling():
+            return ops.add(output, self._call(codes, scale), self.choice.backend)
+        return ops.accumulate(
             output, codes, self.weight, p.weight_shape, self.weight_scale, scale, g.stride, g.padding, g.dilation,
             g.groups, p.bits, p.weight_max, self.choice.backend,
         )  # fmt: skip
@@ -88,8 +91,9 @@ class Kernel:
                 f"{'none' if clipped is None else 'one with a float state'}. Integers that leave 16 bits must be "
                 "counted. Pass torch.zeros(1, dtype=torch.int32)."
             )
-        run = ops.step if torch.compiler.is_compiling() else ops.step_now
-        return run(
+        if not torch.compiler.is_compiling():
+            return ops.add_and_give(state, grid, clipped, self._call(codes, scale), self.choice.backend, dtype)
+        return ops.step(
             state, grid, clipped, codes, self.weight, p.weight_shape, self.weight_scale, scale, g.stride, g.padding,
             g.dilation, g.groups, p.bits, p.weight_max, self.choice.backend, dtype,
         )  # fmt: skip
@@ -100,8 +104,9 @@ class Kernel:
         """The layer's output for codes without memory: A(codes) + bias."""
         p, g = self.problem, self.geometry
         bias = None if bias is None else bias.detach()
-        run = ops.compute if torch.compiler.is_compiling() else ops.compute_now
-        return run(
+        if not torch.compiler.is_compiling():
+            return ops.give(self._call(codes, scale), bias, self.choice.backend, dtype)
+        return ops.compute(
             codes, self.weight, p.weight_shape, self.weight_scale, scale, bias, g.stride, g.padding, g.dilation,
             g.groups, p.bits, p.weight_max, self.choice.backend, dtype,
         )  # fmt: skip
@@ -110,6 +115,10 @@ class Kernel:
         """Zeros in the shape of the output and in the memory layout that `accumulate` adds into without a copy."""
         shape = output_shape(codes.shape, self.problem.weight_shape, self.geometry)
         return empty_output(codes, shape, self.geometry.axes, dtype).zero_()
+
+    def _call(self, codes: Tensor, scale: Tensor) -> Call:
+        p = self.problem
+        return Call(codes, self.weight, p.weight_shape, self._channels, scale, self.geometry, p.bits, p.weight_max)
 
     def _check(self) -> None:
         p = self.problem

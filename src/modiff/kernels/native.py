@@ -71,6 +71,12 @@ def load(name: str = "prologue") -> Native:
         return Native(None, f"{Path(compiler).name} could not build it: {detail.strip().splitlines()[0]}")
 
 
+@functools.cache
+def block(library: ctypes.CDLL) -> int:
+    """Elements that one task of the compiled prologue works on."""
+    return library.modiff_block()
+
+
 def find_compiler() -> str | None:
     """The C++ compiler that CXX names, or the first of the usual ones."""
     asked = os.environ.get("CXX")

@@ -7,7 +7,7 @@
 A linear layer gives no strides. `backend` is decided before, by `dispatch`; nothing here waits for a device.
 
 torch's dispatcher takes 50 to 100 us for an operator written in Python, so outside of a traced graph `Kernel` calls the
-functions behind the operators, `accumulate_now` and `compute_now`.
+functions behind the operators, `add`, `add_and_give` and `give`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ def accumulate_now(
         weight_max: bound of |weight code|.
     """
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    call = _call(codes, weight, shape, weight_scale, scale, geometry, bits, weight_max)
-    _check_state(output, call)
+    add(output, _call(codes, weight, shape, weight_scale, scale, geometry, bits, weight_max), backend)
+
+
+def add(output: Tensor, call: Call, backend: str) -> None:
+    """What modiff::accumulate does."""
+    _check(output, call)
     if output.numel():
         call, output = _pointwise(call, output)
         _module(backend).accumulate(output, call)
@@ -98,13 +102,21 @@ def step_now(
     """
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     call = _call(codes, weight, shape, weight_scale, scale, geometry, bits, weight_max)
-    _check_state(output, call)
-    result = empty_output(codes, call.output_shape, geometry.axes, dtype)
+    return add_and_give(output, grid, clipped, call, backend, dtype)
+
+
+def add_and_give(
+    output: Tensor, grid: Tensor | None, clipped: Tensor | None, call: Call, backend: str, dtype: torch.dtype
+) -> Tensor:
+    """What modiff::step does."""
+    _check(output, call)
+    geometry = call.geometry
+    result = empty_output(call.codes, call.output_shape, geometry.axes, dtype)
     if not result.numel():
         return result
     call, target = _pointwise(call, output)
     module = _module(backend)
-    if grid is None and scale.numel() == 1 and module is onednn:  # the operator adds by itself
+    if grid is None and call.scale.numel() == 1 and module is onednn:  # the operator adds by itself
         module.accumulate(target, call)
         return result.copy_(output)
     moved = result if call.geometry == geometry else result.movedim(1, -1)
@@ -159,8 +171,14 @@ def compute_now(
 ) -> Tensor:
     """scale * weight_scale[o] * sums + bias, channels innermost in memory; arguments as `accumulate` has them."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    call = _call(codes, weight, shape, weight_scale, scale, geometry, bits, weight_max)
-    output = empty_output(codes, call.output_shape, geometry.axes, dtype)
+    return give(_call(codes, weight, shape, weight_scale, scale, geometry, bits, weight_max), bias, backend, dtype)
+
+
+def give(call: Call, bias: Tensor | None, backend: str, dtype: torch.dtype) -> Tensor:
+    """What modiff::compute does."""
+    _check_codes(call)
+    geometry = call.geometry
+    output = empty_output(call.codes, call.output_shape, geometry.axes, dtype)
     if not output.numel():
         return output
     call, target = _pointwise(call, output)
@@ -225,16 +243,20 @@ def _call(
     bits: int,
     weight_max: int,
 ) -> Call:
-    if codes.dtype != torch.uint8 or weight.dtype not in (torch.int8, torch.uint8):
-        raise KernelError(
-            f"kernel: expected uint8 codes and int8 (or packed uint8) weight codes, got {codes.dtype} and "
-            f"{weight.dtype}. Kernels add up integers. Code the input with modiff.kernels.prologue."
-        )
     channels = weight_scale.reshape(-1, *[1] * geometry.axes)
     return Call(codes, weight, tuple(shape), channels, scale, geometry, bits, weight_max)
 
 
-def _check_state(output: Tensor, call: Call) -> None:
+def _check_codes(call: Call) -> None:
+    if call.codes.dtype != torch.uint8 or call.weight.dtype not in (torch.int8, torch.uint8):
+        raise KernelError(
+            f"kernel: expected uint8 codes and int8 (or packed uint8) weight codes, got {call.codes.dtype} and "
+            f"{call.weight.dtype}. Kernels add up integers. Code the input with modiff.kernels.prologue."
+        )
+
+
+def _check(output: Tensor, call: Call) -> None:
+    _check_codes(call)
     if tuple(output.shape) != call.output_shape:
         raise KernelError(
             f"accumulate: expected an output state of shape {call.output_shape}, got {tuple(output.shape)}. "

@@ -10,8 +10,6 @@ else torch's own operators. Outside of a traced graph the functions behind them,
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from modiff.config import Granularity
 from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize
 from modiff.errors import KernelError
 from modiff.kernels import gpu, native
-from modiff.kernels.rows import as_rows, scale_shape
+from modiff.kernels.rows import row_shape, scale_shape
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -203,24 +201,21 @@ def _natively(
     library = native.load().library
     if library is None or x.dtype not in _KINDS or x.device.type != "cpu":
         return False
-    floats = [t for t in (state, move, scale) if t is not None]
-    if any(t.dtype != torch.float32 for t in floats) or not scale.is_contiguous():
+    if any(t is not None and t.dtype != torch.float32 for t in (state, move, scale)) or not scale.is_contiguous():
         return False
-    dense = [t for t in (x, state, move, codes) if t is not None]
-    rows = [as_rows(t, granularity, channel_dim) for t in dense]
-    if any(r is None for r in rows) or any(t.stride() != x.stride() for t in dense):
+    strides = x.stride()
+    if any(t is not None and t.stride() != strides for t in (state, move, codes)):
         return False
-    count, elements = scale.numel(), x.numel() // scale.numel()
-    if rows[0] is None or rows[0].shape != (count, elements):
+    rows = row_shape(x, granularity, channel_dim)
+    if rows is None or rows[0] != scale.numel():
         return False
-    lowest, highest = qrange(bits)
-    block = library.modiff_block()
-    partial = torch.empty(count * -(-elements // block) if dynamic and elements > block else 0, dtype=torch.int32)
+    (count, elements), (lowest, highest), block = rows, qrange(bits), native.block(library)
+    partial = torch.empty(count * -(-elements // block), dtype=torch.int32) if dynamic and elements > block else None
     gain = None if gain is None else gain.to(torch.float32).contiguous()
     library.modiff_prologue(
         x.data_ptr(), _KINDS[x.dtype], _pointer(state), _pointer(move), _pointer(gain), codes.data_ptr(),
-        scale.data_ptr(), partial.data_ptr(), count, elements, int(dynamic), ctypes.c_float(clip / highest), lowest,
-        highest, torch.get_num_threads(),
+        scale.data_ptr(), _pointer(partial), count, elements, int(dynamic), clip / highest, lowest, highest,
+        torch.get_num_threads(),
     )  # fmt: skip
     return True
 

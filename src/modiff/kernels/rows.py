@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 from torch import Tensor
 
 from modiff.config import Granularity
@@ -20,18 +23,43 @@ def as_rows(x: Tensor, granularity: Granularity, channel_dim: int) -> Tensor | N
     The rows come in the order of the flattened scales. "tensor" and "sample" take both memory layouts of
     convolutions; "token" needs the channels of a token side by side.
     """
-    innermost = x.dim() > 2 and x.movedim(1, -1).is_contiguous()
-    if not (x.is_contiguous() or innermost) or x.numel() == 0:
+    shape = row_shape(x, granularity, channel_dim)
+    return None if shape is None else x.as_strided(shape, (shape[1], 1))
+
+
+def row_shape(x: Tensor, granularity: Granularity, channel_dim: int) -> tuple[int, int] | None:
+    """The shape of `as_rows`."""
+    return _row_shape(x.shape, x.stride(), granularity, channel_dim)
+
+
+@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
+def _row_shape(
+    shape: tuple[int, ...], strides: tuple[int, ...], granularity: Granularity, channel_dim: int
+) -> tuple[int, int] | None:
+    dims, numel = len(shape), math.prod(shape)
+    rows = _contiguous(shape, strides)
+    innermost = dims > 2 and _contiguous((shape[0], *shape[2:], shape[1]), (strides[0], *strides[2:], strides[1]))
+    if not (rows or innermost) or numel == 0:
         return None
     if granularity == "tensor":
-        count = x.numel()
+        count = numel
     elif granularity == "sample":
-        count = x.numel() // (x.shape[0] if x.dim() > 1 else 1)
+        count = numel // (shape[0] if dims > 1 else 1)
     elif granularity == "token":
-        last = channel_dim % x.dim() == x.dim() - 1
-        if not (x.is_contiguous() if last else channel_dim % x.dim() == 1 and innermost):
+        last = channel_dim % dims == dims - 1
+        if not (rows if last else channel_dim % dims == 1 and innermost):
             return None
-        count = x.shape[channel_dim]
+        count = shape[channel_dim]
     else:
         return None
-    return x.as_strided((x.numel() // count, count), (count, 1))
+    return numel // count, count
+
+
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """As `Tensor.is_contiguous`: the stride of an axis of size 1 means nothing."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

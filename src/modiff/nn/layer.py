@@ -32,6 +32,15 @@ class LayerState(NamedTuple):
     output: Tensor
 
 
+class _Calls:
+    """How often the layer was called before in the evaluation `tick`; apart, as writing to a module takes 3 us."""
+
+    __slots__ = ("count", "tick")
+
+    def __init__(self) -> None:
+        self.count, self.tick = 0, -1
+
+
 class ModulatedLayer(nn.Module):
     """Mixin before a torch layer: codes its input with memory, ô_t = ô_{t+1} + A(code(a_t - â_{t+1})) (MoDiff, Eq. 14).
 
@@ -101,7 +110,7 @@ class ModulatedLayer(nn.Module):
         self.streams: dict[Key, Stream] = {}
         self.outputs: dict[Key, State | FixedState] = {}
         self._seen: dict[Key, int] = {}
-        self._tick, self._calls, self.alone = -1, 0, True
+        self._calls, self.alone = _Calls(), True
         self.number = traced.number_for(self)
         clock.on_reset(self.forget)
 
@@ -211,7 +220,7 @@ class ModulatedLayer(nn.Module):
         self.streams.clear()
         self.outputs.clear()
         self._seen.clear()
-        self._tick = -1
+        self._calls.tick = -1
 
     @property
     def state(self) -> LayerState:
@@ -245,15 +254,20 @@ class ModulatedLayer(nn.Module):
         if x.numel() == 0:
             raise StateError(f"{self.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
                              "An empty input has no range to quantize. Skip empty batches.")  # fmt: skip
+        if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a small layer
+            return self._coded(x)
         with torch.autocast(x.device.type, enabled=False):
-            value = x if self.segments is None else rotate(_at_least_float32(x), self.segments, self.channel_dim)
-            if self.coder is None:
-                return self.affine(_at_least_float32(value)).to(x.dtype)
-            if self.config.modulation is None or self.inputs is None:
-                if self.integer is not None and not self.coder.watching:
-                    return self.integer.plain(value, self.coder, x.dtype)
-                return output_of(encode_plain(value, self.coder), self).to(x.dtype)
-            return self._modulated(x, value, self.config.modulation, self.inputs)
+            return self._coded(x)
+
+    def _coded(self, x: Tensor) -> Tensor:
+        value = x if self.segments is None else rotate(_at_least_float32(x), self.segments, self.channel_dim)
+        if self.coder is None:
+            return self.affine(_at_least_float32(value)).to(x.dtype)
+        if self.config.modulation is None or self.inputs is None:
+            if self.integer is not None and not self.coder.watching:
+                return self.integer.plain(value, self.coder, x.dtype)
+            return output_of(encode_plain(value, self.coder), self).to(x.dtype)
+        return self._modulated(x, value, self.config.modulation, self.inputs)
 
     def _modulated(self, x: Tensor, value: Tensor, config: ModulationConfig, inputs: Inputs) -> Tensor:
         key = self._key()
@@ -286,9 +300,10 @@ class ModulatedLayer(nn.Module):
                 f"{self.name}: expected a running trajectory, got a call outside of one. The states of a modulated "
                 "layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
             )
-        self._calls = self._calls + 1 if self._tick == clock.tick else 0
-        self._tick = clock.tick
-        return clock.context, self._calls
+        calls = self._calls
+        calls.count = calls.count + 1 if calls.tick == clock.tick else 0
+        calls.tick = clock.tick
+        return clock.context, calls.count
 
     def affine(self, value: Tensor) -> Tensor:
         """A(value) + bias with the quantized, rotated weight."""
