@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from modiff import KernelError
 from modiff.kernels import after_ops, native
-from modiff.kernels.after import activation_prologue, group_norm_prologue, layer_norm_prologue
+from modiff.kernels.after import Before
 from tests.helpers import assert_same_bits, assert_within
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
@@ -64,10 +64,8 @@ def test_group_norm_before_a_convolution(seed, size, groups, activation, granula
     state = torch.empty_like(x, dtype=torch.float32)
     state.copy_(exact + 0.3 * torch.randn(size))
     before = state.clone()
-    found = group_norm_prologue(
-        x, state, None, bits, granularity=granularity, groups=groups, weight=weight, bias=bias, eps=1e-5,
-        activation=activation,
-    )  # fmt: skip
+    front = Before("group", groups, weight, bias, 1e-5, activation)
+    found = front.code(x, state, None, bits, granularity=granularity, channel_dim=1)
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (1,)}[granularity]
     check(found, before, state, exact, bits, axes)
     assert found[0].stride() == x.stride()
@@ -97,9 +95,8 @@ def test_layer_norm_and_its_modulation_before_a_linear_layer(
     exact = active(exact, activation)
     state = (exact + 0.3 * torch.randn(size)).float()
     before = state.clone()
-    found = layer_norm_prologue(
-        x, state, None, bits, granularity=granularity, weight=weight, bias=bias, eps=1e-6, activation=activation
-    )
+    front = Before("layer", 1, weight, bias, 1e-6, activation)
+    found = front.code(x, state, None, bits, granularity=granularity)
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
     check(found, before, state, exact, bits, axes)
 
@@ -109,7 +106,7 @@ def test_layer_norm_and_its_modulation_before_a_linear_layer(
 def test_an_activation_alone(activation, size):
     x = torch.randn(size) * 6
     exact, state = active(x.double(), activation), torch.zeros(size)
-    found = activation_prologue(x, state, None, 8, granularity="tensor", activation=activation)
+    found = Before(activation=activation).code(x, state, None, 8)
     check(found, torch.zeros(size), state, exact, 8, tuple(range(x.dim())))
 
 
@@ -124,11 +121,11 @@ def test_activations_are_right_over_the_whole_range_and_keep_nan(activation):
             scale = (exact.abs() / 127).float().clamp_min(1e-12)
             state.copy_(torch.round(exact / scale).clamp(-128, 127) * scale)
             continue
-        activation_prologue(x, state, scale, 8, granularity="token", activation=activation)
+        Before(activation=activation).code(x, state, scale, 8, granularity="token")
         near = (exact - before.double()).abs() < 127 * 2e-5
         assert_within(state[near], exact[near], 1.01e-5 + 1e-6 * exact[near].abs())
     missing = torch.tensor([[1.0, float("nan")]])
-    _, scale = activation_prologue(missing, torch.zeros(1, 2), None, 8, granularity="tensor", activation=activation)
+    _, scale = Before(activation=activation).code(missing, torch.zeros(1, 2), None, 8)
     assert scale.isnan().all()
 
 
@@ -137,9 +134,8 @@ def test_given_scales_are_used_and_returned(innermost):
     x = shapes_and_layout((2, 12, 5, 7), innermost, torch.float32, 0)
     for scale in (torch.tensor(0.05), torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)):
         state = torch.zeros_like(x)
-        codes, used = group_norm_prologue(
-            x, state, scale, 8, granularity="sample", groups=3, weight=None, bias=None, eps=1e-5
-        )
+        front = Before("group", 3, eps=1e-5, activation="silu")
+        codes, used = front.code(x, state, scale, 8, granularity="sample", channel_dim=1)
         assert_same_bits(used, scale)
         exact = functional.silu(functional.group_norm(x.double(), 3))
         assert_within(codes.double() - 128, exact / scale.double(), 0.501)
@@ -150,9 +146,8 @@ def test_large_means_cost_no_digits():
     for layout in (torch.contiguous_format, torch.channels_last):
         value = x.contiguous(memory_format=layout)
         state = torch.zeros_like(value)
-        _, scale = group_norm_prologue(
-            value, state, None, 8, granularity="sample", groups=2, weight=None, bias=None, eps=1e-5, activation="none"
-        )
+        front = Before("group", 2, eps=1e-5)
+        _, scale = front.code(value, state, None, 8, granularity="sample", channel_dim=1)
         exact = functional.group_norm(x.double(), 2, eps=1e-5)
         assert_within(state, exact, (0.5 * scale + 2e-3).expand_as(exact))
 
@@ -160,10 +155,10 @@ def test_large_means_cost_no_digits():
 def test_without_a_compiler_torch_s_operators_give_codes_at_most_one_apart(monkeypatch):
     x = torch.randn(2, 12, 5, 7)
     states = [torch.zeros_like(x) for _ in range(2)]
-    options = {"granularity": "sample", "groups": 3, "weight": torch.randn(12), "bias": torch.randn(12), "eps": 1e-5}
-    first, _ = group_norm_prologue(x, states[0], None, 8, **options)
+    front = Before("group", 3, torch.randn(12), torch.randn(12), 1e-5, "silu")
+    first, _ = front.code(x, states[0], None, 8, granularity="sample", channel_dim=1)
     monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
-    second, _ = group_norm_prologue(x, states[1], None, 8, **options)
+    second, _ = front.code(x, states[1], None, 8, granularity="sample", channel_dim=1)
     assert (first.int() - second.int()).abs().max() <= 1
     assert_within(states[0], states[1], 0.05)
 
@@ -174,9 +169,55 @@ def test_with_a_compiler_the_compiled_loops_run(monkeypatch):
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 12, 5, 7).contiguous(memory_format=layout)
         for dtype in (torch.float32, torch.bfloat16):
-            group_norm_prologue(x.to(dtype), torch.zeros_like(x), None, 8, groups=3, weight=None, bias=None, eps=1e-5)
-    layer_norm_prologue(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, weight=None, bias=None, eps=1e-5)
-    activation_prologue(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, activation="silu")
+            for state in (torch.zeros_like(x), None):
+                Before("group", 3, eps=1e-5).code(x.to(dtype), state, None, 8, granularity="sample", channel_dim=1)
+    Before("layer", eps=1e-5).code(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
+    Before(activation="silu").code(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("batch", "granularity"), [(1, "sample"), (3, "sample"), (2, "token"), (2, "tensor")])
+@pytest.mark.parametrize("innermost", [False, True])
+def test_inputs_of_many_strips_on_one_thread_and_on_two(batch, granularity, innermost, threads):
+    if granularity == "token" and not innermost:
+        innermost = True  # a token's channels lie side by side
+    x = shapes_and_layout((batch, 40, 47, 43), innermost, torch.float32, batch)
+    weight, bias = torch.randn(40), torch.randn(40)
+    exact = active(functional.group_norm(x.double(), 8, weight.double(), bias.double()), "silu")
+    state = torch.empty_like(x).copy_(exact + 0.3 * torch.randn(x.shape))
+    before, front, had = state.clone(), Before("group", 8, weight, bias, 1e-5, "silu"), torch.get_num_threads()
+    axes = {"tensor": (0, 1, 2, 3), "sample": (1, 2, 3), "token": (1,)}[granularity]
+    torch.set_num_threads(threads)
+    try:
+        found = front.code(x, state, None, 8, granularity=granularity, channel_dim=1)
+        again = torch.empty_like(x).copy_(before)
+        given, _ = front.code(x, again, found[1], 8, granularity=granularity, channel_dim=1)
+        plain, scale = front.code(x, None, None, 8, granularity=granularity, channel_dim=1)
+    finally:
+        torch.set_num_threads(had)
+    check(found, before, state, exact, 8, axes)
+    assert_same_bits(given, found[0])
+    assert_same_bits(again, state)
+    assert_within((plain.double() - 128) * scale, exact, (0.501 * scale).expand_as(exact))
+
+
+@pytest.mark.parametrize("size", [(2, 5, 1300), (1, 3, 70, 600)])
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_long_rows_are_normalized_with_every_digit(size, mean):
+    x = torch.randn(size) + mean
+    state = torch.zeros(size)
+    exact = functional.layer_norm(x.double(), size[-1:], eps=1e-6)
+    _, scale = Before("layer", eps=1e-6).code(x, state, None, 8, granularity="token")
+    assert_within(state, exact, (0.5001 * scale + 1e-6 * (1 + mean)).expand_as(exact))
+
+
+def test_plain_codes_are_those_of_a_state_of_zeros():
+    x, front = torch.randn(2, 5, 48), Before("layer", 1, torch.randn(2, 48), torch.randn(2, 48), 1e-6, "gelu_tanh")
+    for scale in (None, torch.tensor(0.03)):
+        first = front.code(x, None, scale, 6, 0.7, "token")
+        second = front.code(x, torch.zeros_like(x), scale, 6, 0.7, "token")
+        assert_same_bits(first[0], second[0])
+        assert_same_bits(first[1], second[1])
 
 
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.1), torch.full((2, 1, 1), 0.1)])
@@ -190,8 +231,8 @@ def test_the_fake_operator_promises_what_the_real_one_does(scale):
 def test_what_is_not_fused_is_refused():
     x = torch.randn(2, 3)
     with pytest.raises(KernelError, match="got 'none' and 'relu'"):
-        activation_prologue(x, torch.zeros(2, 3), None, 8, activation="relu")
+        Before(activation="relu").code(x, torch.zeros(2, 3), None, 8)
     with pytest.raises(KernelError, match=r"state of shape \(2, 3\), got \(3, 3\)"):
-        activation_prologue(x, torch.zeros(3, 3), None, 8, activation="silu")
+        Before(activation="silu").code(x, torch.zeros(3, 3), None, 8)
     with pytest.raises(KernelError, match="got 'input_channel'"):
-        activation_prologue(x, torch.zeros(2, 3), None, 8, granularity="input_channel", activation="silu")
+        Before(activation="silu").code(x, torch.zeros(2, 3), None, 8, granularity="input_channel")

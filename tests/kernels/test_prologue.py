@@ -14,7 +14,7 @@ from modiff import KernelError, ModulationConfig, QuantizerConfig
 from modiff.core.coder import Coder
 from modiff.core.modulation import State, encode, encode_plain
 from modiff.kernels import native, prologue_ops
-from modiff.kernels.after import layer_norm_prologue
+from modiff.kernels.after import Before
 from modiff.kernels.fixed_point import prologue_fixed, start
 from modiff.kernels.prologue import choose_prologue, plain, prologue
 from modiff.kernels.rows import as_rows, scale_shape
@@ -163,7 +163,7 @@ def test_inputs_that_want_gradients_leave_no_graph_in_the_state(native_library, 
     for name in IMPLEMENTATIONS:
         prologue(x, state, None, 8, implementation=name)
         assert not state.requires_grad
-    layer_norm_prologue(x, state, None, 8, weight=weight, bias=weight, eps=1e-5)
+    Before("layer", 1, weight, weight, 1e-5).code(x, state, None, 8, granularity="token")
     assert not state.requires_grad
     assert not plain(x, None, 8)[1].requires_grad
     fixed = start(x)

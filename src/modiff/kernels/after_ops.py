@@ -16,7 +16,7 @@ from modiff.config import Granularity
 from modiff.core.affine import qrange
 from modiff.errors import KernelError
 from modiff.kernels import native, prologue_ops
-from modiff.kernels.rows import as_rows, scale_shape
+from modiff.kernels.rows import row_shape, scale_shape
 
 Norm = Literal["none", "group", "layer"]
 Activation = Literal["none", "silu", "gelu_tanh"]
@@ -27,7 +27,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 def code_after_now(
     x: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -43,6 +43,7 @@ def code_after_now(
     """(uint8 codes, the scales used).
 
     Args:
+        state: becomes the next one in place; None for plain codes of y itself.
         weight, bias: of the norm, (C,); for "layer" also (B, C): the modulation of a sample, 1 + scale and shift.
     """
     if norm not in ("none", "group", "layer") or activation not in _ACTIVATIONS:
@@ -63,7 +64,10 @@ def code_after_now(
         return codes, used.view(scale.shape) if scale is not None else used
     value = before(x, weight, bias, norm, groups, eps, activation)
     given = None if scale is None else used
-    found, measured = prologue_ops.code_eagerly(value, state, None, None, given, bits, clip, known, channel_dim)
+    if state is None:
+        found, measured = prologue_ops.plain_eagerly(value, given, bits, clip, known, channel_dim)
+    else:
+        found, measured = prologue_ops.code_eagerly(value, state, None, None, given, bits, clip, known, channel_dim)
     codes.copy_(found)
     used.copy_(measured)
     return codes, used.view(scale.shape) if scale is not None else used
@@ -75,7 +79,7 @@ code_after = torch.library.custom_op("modiff::code_after", code_after_now, mutat
 @code_after.register_fake
 def _(
     x: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -130,13 +134,21 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    x: Tensor, state: Tensor, weight: Tensor | None, norm: str, groups: int, granularity: Granularity, channel_dim: int
+    x: Tensor,
+    state: Tensor | None,
+    weight: Tensor | None,
+    norm: str,
+    groups: int,
+    granularity: Granularity,
+    channel_dim: int,
 ) -> _Plan | None:
     """None where the compiled loops do not know types or layout."""
-    if x.device.type != "cpu" or x.dtype not in _KINDS or state.dtype != torch.float32 or x.numel() == 0:
+    if x.device.type != "cpu" or x.dtype not in _KINDS or x.numel() == 0:
         return None
-    rows = as_rows(x, granularity, channel_dim)
-    if rows is None or state.stride() != x.stride() or (library := native.load("norm").library) is None:
+    if state is not None and (state.dtype != torch.float32 or state.stride() != x.stride()):
+        return None
+    rows = row_shape(x, granularity, channel_dim)
+    if rows is None or (library := native.load("norm").library) is None:
         return None
     innermost = not x.is_contiguous() or channel_dim % x.dim() == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
     if norm == "layer" and channel_dim % x.dim() != x.dim() - 1:
@@ -146,13 +158,13 @@ def _plan(
     segments = x.numel() // length
     samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
     mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
-    return _Plan(library, mode, segments, length, segments // samples, segments // rows.shape[0])
+    return _Plan(library, mode, segments, length, segments // samples, segments // rows[0])
 
 
 def _natively(
     plan: _Plan,
     x: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     codes: Tensor,
     scale: Tensor,
     dynamic: bool,
@@ -165,12 +177,11 @@ def _natively(
     clip: float,
 ) -> None:
     a, b, mean, rstd = _coefficients(plan, x, weight, bias, groups, eps)
-    partial = torch.empty(plan.segments if dynamic and plan.per_scale > 1 else 0, dtype=torch.int32)
     lowest, highest = qrange(bits)
     plan.library.modiff_prologue_after(
         x.data_ptr(), _KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(activation), a.data_ptr(), b.data_ptr(),
-        mean.data_ptr(), rstd.data_ptr(), state.data_ptr(), codes.data_ptr(), scale.data_ptr(), partial.data_ptr(),
-        plan.segments, plan.length, plan.per_sample, plan.per_scale, int(dynamic), ctypes.c_float(clip / highest),
+        mean.data_ptr(), rstd.data_ptr(), None if state is None else state.data_ptr(), codes.data_ptr(),
+        scale.data_ptr(), plan.segments, plan.length, plan.per_sample, plan.per_scale, int(dynamic), clip / highest,
         lowest, highest, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -189,10 +200,11 @@ def _coefficients(
     runs = plan.segments if plan.mode == 3 else x.shape[0] * groups
     mean, rstd = torch.empty(runs), torch.empty(runs)
     if plan.mode == 1:
-        sums = torch.empty(x.shape[0] * channels, dtype=torch.float64)
+        pieces = 1 if x.shape[0] >= threads else min(threads, plan.per_sample)
+        sums = torch.empty(2 * x.shape[0] * pieces * channels, dtype=torch.float64)
         plan.library.modiff_grouped_moments(
-            x.data_ptr(), kind, x.shape[0], plan.per_sample, channels, groups, eps, sums.data_ptr(), mean.data_ptr(),
-            rstd.data_ptr(), threads,
+            x.data_ptr(), kind, x.shape[0], plan.per_sample, channels, groups, eps, sums.data_ptr(), pieces,
+            mean.data_ptr(), rstd.data_ptr(), threads,
         )  # fmt: skip
     else:
         plan.library.modiff_moments(

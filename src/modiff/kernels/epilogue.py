@@ -10,6 +10,8 @@ What leaves 16 bits is cut and counted in `clipped`: such a state no longer belo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,9 @@ def _natively(
     expected = torch.float32 if grid is None else torch.int16
     if state.dtype != expected or out.dtype not in _KINDS or sent.dtype != torch.float32 or state.device.type != "cpu":
         return False
-    if not all(channels_innermost(t, axes) for t in (state, sent, out)) or not _by_rows(scale, state, axes):
+    if not (channels_innermost(state, axes) and channels_innermost(sent, axes) and channels_innermost(out, axes)):
+        return False
+    if scale.numel() > 1 and not _by_rows(scale.shape, state.shape, axes):
         return False
     library = native.load("epilogue").library
     if library is None:
@@ -70,12 +74,11 @@ def _natively(
     return True
 
 
-def _by_rows(scale: Tensor, state: Tensor, axes: int) -> bool:
-    """Whether the scales belong to runs that follow each other in memory: one, a sample's or a token's."""
-    if scale.numel() == 1:
-        return True
-    if scale.dim() != state.dim():
+@functools.lru_cache(4096)
+def _by_rows(scale: tuple[int, ...], state: tuple[int, ...], axes: int) -> bool:
+    """Whether scales of this shape belong to runs that follow each other in memory: a sample's or a token's."""
+    if len(scale) != len(state):
         return False
-    shape, size = (scale.shape, state.shape) if axes == 0 else (scale.movedim(1, -1).shape, state.movedim(1, -1).shape)
+    shape, size = (scale, state) if axes == 0 else ((scale[0], *scale[2:], scale[1]), (state[0], *state[2:], state[1]))
     ones = len(shape) - next((i for i, n in enumerate(reversed(shape)) if n != 1), len(shape))
     return shape[-1] == 1 and shape[:ones] == size[:ones]

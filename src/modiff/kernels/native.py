@@ -25,7 +25,7 @@ CACHE = "MODIFF_CACHE"
 """Environment variable: folder for compiled libraries, instead of the user's cache folder."""
 
 _SOURCES = Path(__file__).parent / "csrc"
-_INTERFACE = 2
+_INTERFACE = 3
 _SECONDS = 120
 # -ffp-contract=off: a fused multiply-add would give other codes than torch. The two -fno let rounding be vectorized.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -43,8 +43,11 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     "epilogue": {"modiff_epilogue": (None, [*[_POINTER] * 5, _INT, _POINTER, _LONG, _LONG, _INT])},
     "norm": {
         "modiff_moments": (None, [_POINTER, _INT, _LONG, _LONG, _FLOAT, _POINTER, _POINTER, _INT]),
-        "modiff_grouped_moments": (None, [_POINTER, _INT, *[_LONG] * 4, _FLOAT, *[_POINTER] * 3, _INT]),
-        "modiff_prologue_after": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 8, *[_LONG] * 4, *_END]),
+        "modiff_grouped_moments": (
+            None,
+            [_POINTER, _INT, *[_LONG] * 4, _FLOAT, _POINTER, _LONG, _POINTER, _POINTER, _INT],
+        ),
+        "modiff_prologue_after": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 7, *[_LONG] * 4, *_END]),
     },
 }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.coder import Coder
 from modiff.core.modulation import Message, State
+from modiff.kernels.after import Before
 from modiff.kernels.fixed_point import FixedState, prologue_fixed, start
 from modiff.nn.byte_code import ByteCode, dense_parts
 from modiff.nn.clock import Clock
@@ -42,8 +43,9 @@ class FixedStream(Stream):
         """Every tensor that the input state keeps."""
         return [t for part in self._parts for t in part]
 
-    def advance(self, value: Tensor) -> Message:
+    def advance(self, value: Tensor, before: Before | None = None) -> Message:
         """Code `value` into bytes and write the integers in place."""
+        value = value if before is None else before.of(value)
         if self._outgrown or not self._parts:
             self._parts, self._outgrown = (), False
             message = super().advance(value)

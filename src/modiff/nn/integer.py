@@ -10,6 +10,7 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.coder import Coder
 from modiff.core.modulation import Message, State, accumulate
+from modiff.kernels.after import Before
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import plain
@@ -76,9 +77,27 @@ class IntegerSide:
             self._floats, self._source = floats, source
         return self._kernels
 
-    def plain(self, x: Tensor, coder: Coder, dtype: torch.dtype) -> Tensor:
-        """A(code(x)) + bias in `dtype`, without memory. Raises: CalibrationError as the coder does."""
+    def fuses(self) -> bool:
+        """Whether what stands before the layer can be computed while its input is coded."""
+        config, coder = self.layer.config, self.layer.coder
+        if coder is None or len(coder.segments) > 1 or self.layer.segments is not None:
+            return False
+        modulation = config.modulation
+        return modulation is None or (modulation.predictor == "hold" and modulation.state_dtype == "float32")
+
+    def plain(self, x: Tensor, coder: Coder, dtype: torch.dtype, before: Before | None = None) -> Tensor:
+        """A(code(x)) + bias in `dtype`, without memory. Raises: CalibrationError as the coder does.
+
+        Args:
+            before: what x passes through before it is coded, of its shape; only where `fuses`.
+        """
         given, kernels = coder.scales(x), self.kernels
+        if before is not None:
+            codes, scale = before.code(
+                x, None, None if given is None else given[0], coder.bits, coder.config.clip, coder.granularity,
+                channel_dim=coder.channel_dim,
+            )  # fmt: skip
+            return kernels[0].compute(codes, scale, self.layer.bias, dtype)
         total: Tensor | None = None
         for i, (part, kernel) in enumerate(
             zip(dense_parts(x, coder.segments, coder.channel_dim), kernels, strict=True)

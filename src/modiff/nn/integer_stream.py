@@ -10,6 +10,7 @@ from modiff.core.affine import QParams
 from modiff.core.coder import Coder
 from modiff.core.held_scales import HeldScales
 from modiff.core.modulation import Message, State, step_gain
+from modiff.kernels.after import Before
 from modiff.kernels.prologue import prologue
 from modiff.nn.byte_code import ByteCode, dense_parts
 from modiff.nn.clock import Clock
@@ -50,21 +51,24 @@ class IntegerStream(Stream):
         """Every tensor that the input state keeps."""
         return [t for part in self._parts for t in part if t is not None]
 
-    def advance(self, value: Tensor) -> Message:
-        """Code `value` into bytes and write the state in place."""
+    def advance(self, value: Tensor, before: Before | None = None) -> Message:
+        """Code `value` into bytes and write the state in place; with `before` in the same pass over memory."""
         if not self._parts or self.coder.watching:
-            return super().advance(value)
+            return super().advance(value, before)
         coder, given = self.coder, self._given(value)
         gain = self._gain(value.device)
+        if before is not None and (gain is not None or len(self._parts) > 1):
+            value, before = before.of(value), None  # no kernel knows moves, or several scales, behind a norm
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[State] = []
         for index, (x, state) in enumerate(zip(self._dense(value), self._parts, strict=True)):
             held = _as(state, x, gain)
-            codes, scale = prologue(
-                x, held.value, None if given is None else given[index], coder.bits, coder.config.clip,
-                coder.granularity, channel_dim=coder.channel_dim, move=held.move, gain=gain,
-            )  # fmt: skip
-            parts.append((codes, scale))
+            arguments = None if given is None else given[index], coder.bits, coder.config.clip, coder.granularity
+            if before is None:
+                found = prologue(x, held.value, *arguments, channel_dim=coder.channel_dim, move=held.move, gain=gain)
+            else:
+                found = before.code(x, held.value, *arguments, channel_dim=coder.channel_dim)
+            parts.append(found)
             states.append(held)
         self._parts = tuple(states)
         if isinstance(self.coding, HeldScales):

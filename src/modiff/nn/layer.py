@@ -13,6 +13,7 @@ from modiff.core.coder import Coded, Coder
 from modiff.core.modulation import State, accumulate, encode_plain, output_of
 from modiff.core.transforms import rotate, segments_of
 from modiff.errors import ConfigError, StateError
+from modiff.kernels.after import Before
 from modiff.kernels.fixed_point import FixedState
 from modiff.nn import traced
 from modiff.nn.clock import Clock
@@ -249,32 +250,43 @@ class ModulatedLayer(nn.Module):
             return traced.layer(self.clock.token, x, self.number)
         return self.run(x)
 
-    def run(self, x: Tensor) -> Tensor:
-        """`forward`, outside of any graph."""
+    def run(self, x: Tensor, before: Before | None = None) -> Tensor:
+        """`forward`, outside of any graph.
+
+        Args:
+            before: what x passes through on its way into the layer, of its shape; the layer computes it too.
+        """
         if x.numel() == 0:
             raise StateError(f"{self.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
                              "An empty input has no range to quantize. Skip empty batches.")  # fmt: skip
         if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a small layer
-            return self._coded(x)
+            return self._coded(x, before)
         with torch.autocast(x.device.type, enabled=False):
-            return self._coded(x)
+            return self._coded(x, before)
 
-    def _coded(self, x: Tensor) -> Tensor:
-        value = x if self.segments is None else rotate(_at_least_float32(x), self.segments, self.channel_dim)
+    def _coded(self, x: Tensor, before: Before | None) -> Tensor:
+        value = x
+        if before is not None and (self.integer is None or not self.integer.fuses()):
+            value, before = before.of(x), None
+        if self.segments is not None:
+            value = rotate(_at_least_float32(value), self.segments, self.channel_dim)
         if self.coder is None:
             return self.affine(_at_least_float32(value)).to(x.dtype)
         if self.config.modulation is None or self.inputs is None:
             if self.integer is not None and not self.coder.watching:
-                return self.integer.plain(value, self.coder, x.dtype)
+                return self.integer.plain(value, self.coder, x.dtype, before)
+            value = value if before is None else before.of(value)
             return output_of(encode_plain(value, self.coder), self).to(x.dtype)
-        return self._modulated(x, value, self.config.modulation, self.inputs)
+        return self._modulated(x, value, before, self.config.modulation, self.inputs)
 
-    def _modulated(self, x: Tensor, value: Tensor, config: ModulationConfig, inputs: Inputs) -> Tensor:
+    def _modulated(
+        self, x: Tensor, value: Tensor, before: Before | None, config: ModulationConfig, inputs: Inputs
+    ) -> Tensor:
         key = self._key()
         if key not in self.streams:
             self.streams[key] = inputs.stream_for(x)
         stream = self.streams[key]
-        message = stream.read(self.name, x, value)
+        message = stream.read(self.name, x, value, before)
         seen = self._seen.get(key, 0)
         if stream.count != seen + 1 and not message.starts:
             raise StateError(

@@ -12,6 +12,7 @@ from modiff.core.coder import Coder
 from modiff.core.held_scales import HeldScales
 from modiff.core.modulation import Message, State, encode
 from modiff.errors import StateError
+from modiff.kernels.after import Before
 from modiff.nn.clock import Clock
 
 Key = tuple[str, int]
@@ -46,12 +47,13 @@ class Stream:
         source, version = self._source
         return source() is x and version == version_of(x)
 
-    def read(self, where: str, x: Tensor, value: Tensor) -> Message:
+    def read(self, where: str, x: Tensor, value: Tensor, before: Before | None = None) -> Message:
         """The message for `x`: coded by the first reader of the evaluation, the same for all others.
 
         Args:
             x: the tensor as the layer got it; it tells who shares.
             value: x itself, or x rotated: what is coded.
+            before: what `value` passes through before it is coded, of its shape; the same for all readers.
         Raises: StateError if shape or device changed inside the trajectory, or the readers no longer agree.
         """
         if self.tick == self.clock.tick and self.message is not None:
@@ -67,7 +69,7 @@ class Stream:
             if isinstance(self.coding, HeldScales):
                 self.coding.restart()
         self._check(where, value)
-        self.message = self.advance(value)
+        self.message = self.advance(value, before)
         self._held = value.shape, value.device
         self.tick, self._source = self.clock.tick, (weakref.ref(x), version_of(x))
         self.count += 1
@@ -77,8 +79,9 @@ class Stream:
         """Every tensor that the input state keeps."""
         return [] if self.state is None else [t for t in self.state if t is not None]
 
-    def advance(self, value: Tensor) -> Message:
-        """Code `value` and move the state on."""
+    def advance(self, value: Tensor, before: Before | None = None) -> Message:
+        """Code `value`, or what it is behind `before`, and move the state on."""
+        value = value if before is None else before.of(value)
         message, self.state = encode(value, self.state, self.coding, self.config, self.ratio())
         return message
 

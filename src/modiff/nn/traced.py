@@ -2,6 +2,7 @@
 
     modiff::begin    an evaluation of the network begins: the clock moves on
     modiff::layer    a layer's forward, states and all
+    modiff::layer_after    the same behind a norm and an activation, which `fusion` puts into a graph
     modiff::end      the evaluation ended
 
 What a layer remembers stays outside of the graph: no step, state or first use is a reason to compile again. Codes are
@@ -21,12 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modiff.kernels.after import Before
+from modiff.kernels.after_ops import Activation, Norm
 from modiff.kernels.geometry import empty_output
 from modiff.nn.byte_code import innermost
 
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
 _NUMBERS = itertools.count()
 _HOLDERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def holder_of(number: int) -> Any:
+    """The layer or the attachment that a graph calls `number`."""
+    return _HOLDERS[number]
 
 
 def number_for(holder: object) -> int:
@@ -57,13 +65,34 @@ def _end(token: Tensor, number: int) -> None:
 
 def _layer(token: Tensor, x: Tensor, number: int) -> Tensor:
     """The forward of the layer of `number`, channels innermost in memory."""
-    holder = _HOLDERS[number]
+    holder = holder_of(number)
     output = holder.run(x)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
+def _layer_after(
+    token: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    groups: int,
+    eps: float,
+    activation: Activation,
+    number: int,
+) -> Tensor:
+    """The forward of the layer of `number` for activation(norm(x)), channels innermost in memory."""
+    holder = holder_of(number)
+    output = holder.run(x, Before(norm, groups, weight, bias, eps, activation))
+    return output.contiguous() if holder.channel_dim == -1 else innermost(output)
+
+
+def _fake_layer_after(token: Tensor, x: Tensor, *others: Any) -> Tensor:
+    return _fake_layer(token, x, others[-1])
+
+
 def _fake_layer(token: Tensor, x: Tensor, number: int) -> Tensor:
-    holder = _HOLDERS[number]
+    holder = holder_of(number)
     shape = holder.operator(x, x.new_empty(holder.weight_shape), None).shape
     return empty_output(x, shape, 0 if holder.channel_dim == -1 else x.dim() - 2, x.dtype)
 
@@ -75,3 +104,7 @@ def _nothing(*_: object) -> None:
 begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()", _begin, _nothing)
 end = _operator("end(Tensor(a!) token, int number) -> ()", _end, _nothing)
 layer = _operator("layer(Tensor(a!) token, Tensor x, int number) -> Tensor", _layer, _fake_layer)
+layer_after = _operator(
+    "layer_after(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
+    "str activation, int number) -> Tensor", _layer_after, _fake_layer_after,
+)  # fmt: skip

@@ -5,20 +5,21 @@
 //     y = activation(a[plane] x + b[plane])                          mode 2: GroupNorm, a plane for each channel
 //     y = activation((x - mean[t]) rstd[t] a[c] + b[c])              mode 3: LayerNorm and its modulation, t a token
 //
-// and y coded as in prologue.cpp. Statistics take a pass of their own. Norms and exponentials are not torch's, bit for
+// and y coded as in prologue.cpp, from a buffer that stays in the cache: never more than the elements of one scale, so
+// an exponential is computed once. Statistics take a pass of their own. Norms and exponentials are not torch's, bit for
 // bit: they are within float error, and what the codes miss stays in the residual as always.
 
-#include "loops.h"
+#include <memory>
 
-#if defined(__FMA__)
-#define MODIFF_FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define MODIFF_FMA(a, b, c) ((a) * (b) + (c))
-#endif
+#include "loops.h"
+#include "moments.h"
 
 namespace {
 
 using namespace modiff;
+
+constexpr int64_t kStrip = 2048;      // elements that are computed before they are coded: 8 KiB
+constexpr int64_t kKept = 1 << 22;    // floats of scratch that a thread keeps between calls
 
 // exp(x) within 2 units in the last place for |x| <= 87, beyond that the value at the bound; NaN stays.
 inline float exponential(float x) {
@@ -51,36 +52,34 @@ struct Gelu {
 };
 
 template <class X, class Activation>
-struct Raw {
-  const X* x;
-  float operator()(int64_t i) const { return Activation::of(load(x[i])); }
-};
-
-template <class X, class Activation>
-struct Channels {
-  const X* x;
-  const float* a;
-  const float* b;
-  float operator()(int64_t i) const { return Activation::of(MODIFF_FMA(load(x[i]), a[i], b[i])); }
-};
-
-template <class X, class Activation>
-struct Plane {
-  const X* x;
-  float a, b;
-  float operator()(int64_t i) const { return Activation::of(MODIFF_FMA(load(x[i]), a, b)); }
-};
-
-template <class X, class Activation>
-struct Token {
-  const X* x;
-  const float* a;
-  const float* b;
-  float mean, rstd;
-  float operator()(int64_t i) const {
-    return Activation::of(MODIFF_FMA((load(x[i]) - mean) * rstd, a[i], b[i]));
+void raw(const X* __restrict x, float* __restrict y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    y[i] = Activation::of(load(x[i]));
   }
-};
+}
+
+template <class X, class Activation>
+void channels(const X* __restrict x, const float* __restrict a, const float* __restrict b, float* __restrict y,
+              int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    y[i] = Activation::of(MODIFF_FMA(load(x[i]), a[i], b[i]));
+  }
+}
+
+template <class X, class Activation>
+void plane(const X* __restrict x, float a, float b, float* __restrict y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    y[i] = Activation::of(MODIFF_FMA(load(x[i]), a, b));
+  }
+}
+
+template <class X, class Activation>
+void token(const X* __restrict x, const float* __restrict a, const float* __restrict b, float mean, float rstd,
+           float* __restrict y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    y[i] = Activation::of(MODIFF_FMA((load(x[i]) - mean) * rstd, a[i], b[i]));
+  }
+}
 
 // What a call works on: `segments` runs of `length` elements, the same number of them for each scale and each sample.
 struct Work {
@@ -88,158 +87,163 @@ struct Work {
   const float* b;
   const float* mean;
   const float* rstd;
-  float* state;
+  float* state;  // null: plain quantization
   uint8_t* codes;
   float* scale;
-  uint32_t* partial;
   int64_t segments, length, per_sample, per_scale;
   bool dynamic;
   float factor;
   int32_t lowest, highest, threads;
 };
 
-template <class MakeSource>
-void run(const Work& w, MakeSource source) {
-  const bool parallel = w.threads > 1 && w.segments * w.length >= kParallel;
-  if (w.per_scale == 1) {  // a scale for each run: both passes while it is in the cache
-#pragma omp parallel for num_threads(w.threads) if (parallel)
-    for (int64_t s = 0; s < w.segments; ++s) {
-      const int64_t at = s * w.length;
-      if (w.dynamic) {
-        w.scale[s] = scale_of(largest(source(s), Hold{w.state + at}, w.length), w.factor);
-      }
-      code(source(s), Hold{w.state + at}, w.codes + at, w.scale[s], w.lowest, w.highest, w.length);
-    }
+// y of the elements [from, to), which lie within the runs of one call.
+template <class X, class Activation>
+MODIFF_APART void fill(const X* x, int32_t mode, const Work& w, int64_t from, int64_t to, float* y) {
+  if (mode == 0) {
+    raw<X, Activation>(x + from, y, to - from);
     return;
   }
-  if (w.dynamic) {
-#pragma omp parallel for num_threads(w.threads) if (parallel)
-    for (int64_t s = 0; s < w.segments; ++s) {
-      w.partial[s] = largest(source(s), Hold{w.state + s * w.length}, w.length);
+  for (int64_t at = from; at < to;) {
+    const int64_t s = at / w.length, start = at - s * w.length;
+    const int64_t rest = w.length - start, count = rest < to - at ? rest : to - at;
+    const int64_t channel = s / w.per_sample * w.length + start;
+    if (mode == 1) {
+      channels<X, Activation>(x + at, w.a + channel, w.b + channel, y + (at - from), count);
+    } else if (mode == 2) {
+      plane<X, Activation>(x + at, w.a[s], w.b[s], y + (at - from), count);
+    } else {
+      token<X, Activation>(x + at, w.a + channel, w.b + channel, w.mean[s], w.rstd[s], y + (at - from), count);
     }
-    for (int64_t row = 0; row < w.segments / w.per_scale; ++row) {
-      uint32_t found = 0;
-      for (int64_t s = row * w.per_scale; s < (row + 1) * w.per_scale; ++s) {
-        found = w.partial[s] > found ? w.partial[s] : found;
-      }
-      w.scale[row] = scale_of(found, w.factor);
-    }
-  }
-#pragma omp parallel for num_threads(w.threads) if (parallel)
-  for (int64_t s = 0; s < w.segments; ++s) {
-    const int64_t at = s * w.length;
-    code(source(s), Hold{w.state + at}, w.codes + at, w.scale[s / w.per_scale], w.lowest, w.highest, w.length);
+    at += count;
   }
 }
 
-template <class X, class Activation>
-void choose(const X* x, int32_t mode, const Work& w) {
-  const auto at = [&](int64_t s) { return x + s * w.length; };
-  const auto channel = [&](int64_t s) { return s / w.per_sample * w.length; };
-  if (mode == 0) {
-    run(w, [&](int64_t s) { return Raw<X, Activation>{at(s)}; });
-  } else if (mode == 1) {
-    run(w, [&](int64_t s) { return Channels<X, Activation>{at(s), w.a + channel(s), w.b + channel(s)}; });
-  } else if (mode == 2) {
-    run(w, [&](int64_t s) { return Plane<X, Activation>{at(s), w.a[s], w.b[s]}; });
+// A buffer of this thread; kept for the next call unless it is large.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    static thread_local std::unique_ptr<float[]> kept;
+    static thread_local int64_t size = 0;
+    if (count > kKept) {
+      own_.reset(new float[count]);
+      at = own_.get();
+      return;
+    }
+    if (count > size) {
+      kept.reset(new float[count]);
+      size = count;
+    }
+    at = kept.get();
+  }
+  float* at;
+
+ private:
+  std::unique_ptr<float[]> own_;
+};
+
+uint32_t largest(const Work& w, const float* y, int64_t at, int64_t count) {
+  const Plain<float> source{y};
+  return w.state == nullptr ? largest(source, Nothing{}, count) : largest(source, Hold{w.state + at}, count);
+}
+
+void code(const Work& w, const float* y, int64_t at, int64_t count, float scale) {
+  const Plain<float> source{y};
+  if (w.state == nullptr) {
+    code(source, Nothing{}, w.codes + at, scale, w.lowest, w.highest, count);
   } else {
-    run(w, [&](int64_t s) {
-      return Token<X, Activation>{at(s), w.a + channel(s), w.b + channel(s), w.mean[s], w.rstd[s]};
-    });
+    code(source, Hold{w.state + at}, w.codes + at, scale, w.lowest, w.highest, count);
+  }
+}
+
+// Calls run(from, to) for strips of [begin, end), in parallel if asked to.
+template <class Run>
+void strips(int64_t begin, int64_t end, bool parallel, int32_t threads, Run run) {
+  const int64_t each = (end - begin + kStrip - 1) / kStrip;
+#pragma omp parallel for num_threads(threads) if (parallel)
+  for (int64_t strip = 0; strip < each; ++strip) {
+    const int64_t from = begin + strip * kStrip;
+    run(from, end - from < kStrip ? end : from + kStrip);
+  }
+}
+
+template <class Fill>
+void given(const Work& w, Fill fill_in, bool parallel) {
+  const int64_t row = w.per_scale * w.length;
+  strips(0, w.segments * w.length, parallel, w.threads, [&](int64_t from, int64_t to) {
+    const Scratch scratch(kStrip);
+    fill_in(from, to, scratch.at);
+    for (int64_t at = from; at < to;) {  // a strip may hold several scales, or a part of one
+      const int64_t r = at / row, stop = (r + 1) * row < to ? (r + 1) * row : to;
+      code(w, scratch.at + (at - from), at, stop - at, w.scale[r]);
+      at = stop;
+    }
+  });
+}
+
+// All elements of one scale by this thread: computed and compared strip by strip, then coded.
+template <class Fill>
+void measured(const Work& w, Fill fill_in, int64_t r) {
+  const int64_t row = w.per_scale * w.length, begin = r * row;
+  const Scratch scratch(row);
+  uint32_t found = 0;
+  for (int64_t from = 0; from < row; from += kStrip) {
+    const int64_t count = row - from < kStrip ? row - from : kStrip;
+    fill_in(begin + from, begin + from + count, scratch.at + from);
+    const uint32_t one = largest(w, scratch.at + from, begin + from, count);
+    found = one > found ? one : found;
+  }
+  w.scale[r] = scale_of(found, w.factor);
+  code(w, scratch.at, begin, row, w.scale[r]);
+}
+
+// The same by all threads: fewer scales than threads.
+template <class Fill>
+void measured_together(const Work& w, Fill fill_in, int64_t r) {
+  const int64_t row = w.per_scale * w.length, begin = r * row;
+  const Scratch scratch(row);
+  float* const y = scratch.at;
+  uint32_t found = 0;
+  const int64_t each = (row + kStrip - 1) / kStrip;
+#pragma omp parallel for num_threads(w.threads) reduction(max : found)
+  for (int64_t strip = 0; strip < each; ++strip) {
+    const int64_t from = strip * kStrip, count = row - from < kStrip ? row - from : kStrip;
+    fill_in(begin + from, begin + from + count, y + from);
+    const uint32_t one = largest(w, y + from, begin + from, count);
+    found = one > found ? one : found;
+  }
+  const float scale = w.scale[r] = scale_of(found, w.factor);
+  strips(0, row, true, w.threads, [&](int64_t from, int64_t to) { code(w, y + from, begin + from, to - from, scale); });
+}
+
+template <class X, class Activation>
+void run(const X* x, int32_t mode, const Work& w) {
+  const auto fill_in = [&](int64_t from, int64_t to, float* y) { fill<X, Activation>(x, mode, w, from, to, y); };
+  const bool parallel = w.threads > 1 && w.segments * w.length >= kParallel;
+  if (!w.dynamic) {
+    given(w, fill_in, parallel);
+    return;
+  }
+  const int64_t rows = w.segments / w.per_scale;
+  if (parallel && rows < w.threads) {
+    for (int64_t r = 0; r < rows; ++r) {
+      measured_together(w, fill_in, r);
+    }
+    return;
+  }
+#pragma omp parallel for num_threads(w.threads) if (parallel)
+  for (int64_t r = 0; r < rows; ++r) {
+    measured(w, fill_in, r);
   }
 }
 
 template <class X>
 void choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
   if (activation == 0) {
-    choose<X, None>(x, mode, w);
+    run<X, None>(x, mode, w);
   } else if (activation == 1) {
-    choose<X, Silu>(x, mode, w);
+    run<X, Silu>(x, mode, w);
   } else {
-    choose<X, Gelu>(x, mode, w);
-  }
-}
-
-// Sum of f(x[i]) in double, in 16 lanes that can be vectorized.
-template <class X, class F>
-double summed(const X* x, int64_t count, F f) {
-  constexpr int64_t kLanes = 16;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += f(load(x[i + lane]));
-    }
-  }
-  for (; i < count; ++i) {
-    lanes[0] += f(load(x[i]));
-  }
-  double total = 0.0;
-  for (const double lane : lanes) {
-    total += lane;
-  }
-  return total;
-}
-
-// Mean and 1 / sqrt(variance + eps) of runs that lie side by side; two passes, so large means cost no digits.
-template <class X>
-void moments(const X* x, int64_t runs, int64_t count, float eps, float* mean, float* rstd, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && runs * count >= kParallel)
-  for (int64_t run = 0; run < runs; ++run) {
-    const X* from = x + run * count;
-    const double total = summed(from, count, [](float value) { return static_cast<double>(value); });
-    const float middle = static_cast<float>(total / static_cast<double>(count));
-    const double square = summed(from, count, [middle](float value) {
-      const double off = static_cast<double>(value - middle);
-      return off * off;
-    });
-    mean[run] = middle;
-    rstd[run] = static_cast<float>(1.0 / __builtin_sqrt(square / static_cast<double>(count) + eps));
-  }
-}
-
-// The same for groups of channels where the channels of a pixel lie side by side: sums for each channel, then joined.
-template <class X>
-void grouped_moments(const X* x, int64_t samples, int64_t pixels, int64_t channels, int64_t groups, float eps,
-                     double* sums, float* mean, float* rstd, int threads) {
-  const int64_t each = channels / groups;
-  const double count = static_cast<double>(each * pixels);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && samples > 1 && samples * pixels * channels >= kParallel)
-  for (int64_t n = 0; n < samples; ++n) {
-    const X* from = x + n * pixels * channels;
-    double* total = sums + n * channels;
-    for (int pass = 0; pass < 2; ++pass) {
-      for (int64_t c = 0; c < channels; ++c) {
-        total[c] = 0.0;
-      }
-      for (int64_t p = 0; p < pixels; ++p) {
-        const X* pixel = from + p * channels;
-        if (pass == 0) {
-          for (int64_t c = 0; c < channels; ++c) {
-            total[c] += static_cast<double>(load(pixel[c]));
-          }
-        } else {
-          for (int64_t g = 0; g < groups; ++g) {
-            const float middle = mean[n * groups + g];
-            for (int64_t c = g * each; c < (g + 1) * each; ++c) {
-              const double off = static_cast<double>(load(pixel[c]) - middle);
-              total[c] += off * off;
-            }
-          }
-        }
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        double sum = 0.0;
-        for (int64_t c = g * each; c < (g + 1) * each; ++c) {
-          sum += total[c];
-        }
-        if (pass == 0) {
-          mean[n * groups + g] = static_cast<float>(sum / count);
-        } else {
-          rstd[n * groups + g] = static_cast<float>(1.0 / __builtin_sqrt(sum / count + eps));
-        }
-      }
-    }
+    run<X, Gelu>(x, mode, w);
   }
 }
 
@@ -248,7 +252,7 @@ void grouped_moments(const X* x, int64_t samples, int64_t pixels, int64_t channe
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 2; }
+int32_t modiff_interface() { return 3; }
 
 // Mean and reciprocal deviation of `runs` runs of `count` elements each.
 void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, float eps, float* mean, float* rstd,
@@ -257,21 +261,21 @@ void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, fl
             : moments(static_cast<const Bf16*>(x), runs, count, eps, mean, rstd, threads);
 }
 
-// The same of groups of channels, channels innermost; `sums` holds samples * channels numbers of scratch.
+// The same of groups of channels, channels innermost; `sums` holds 2 * samples * pieces * channels numbers of scratch.
 void modiff_grouped_moments(const void* x, int32_t kind, int64_t samples, int64_t pixels, int64_t channels,
-                            int64_t groups, float eps, double* sums, float* mean, float* rstd, int32_t threads) {
-  kind == 0
-      ? grouped_moments(static_cast<const float*>(x), samples, pixels, channels, groups, eps, sums, mean, rstd, threads)
-      : grouped_moments(static_cast<const Bf16*>(x), samples, pixels, channels, groups, eps, sums, mean, rstd, threads);
+                            int64_t groups, float eps, double* sums, int64_t pieces, float* mean, float* rstd,
+                            int32_t threads) {
+  const Groups g{samples, pixels, channels, groups, pieces, eps};
+  kind == 0 ? grouped_moments(static_cast<const float*>(x), g, sums, mean, rstd, threads)
+            : grouped_moments(static_cast<const Bf16*>(x), g, sums, mean, rstd, threads);
 }
 
-// x: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh. partial: one number a segment.
+// x: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh. state: null for plain codes.
 void modiff_prologue_after(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
                            const float* b, const float* mean, const float* rstd, float* state, uint8_t* codes,
-                           float* scale, uint32_t* partial, int64_t segments, int64_t length, int64_t per_sample,
-                           int64_t per_scale, int32_t dynamic, float factor, int32_t lowest, int32_t highest,
-                           int32_t threads) {
-  const Work work{a,      b,          mean,      rstd,         state,  codes,  scale,   partial, segments,
+                           float* scale, int64_t segments, int64_t length, int64_t per_sample, int64_t per_scale,
+                           int32_t dynamic, float factor, int32_t lowest, int32_t highest, int32_t threads) {
+  const Work work{a,      b,          mean,      rstd,         state,  codes,  scale,  segments,
                   length, per_sample, per_scale, dynamic != 0, factor, lowest, highest, threads};
   kind == 0 ? choose(static_cast<const float*>(x), mode, activation, work)
             : choose(static_cast<const Bf16*>(x), mode, activation, work);
