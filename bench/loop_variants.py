@@ -221,7 +221,9 @@ def modulated(parts: Parts) -> Ready:
     """The loop of a network that carries modiff: one graph, compiled between its layers, in the best dtype there."""
     dtype = best_dtype(parts.task)
     net = parts.net.to(dtype).to(memory_format=torch.channels_last)
-    step = step_of(compiler(parts.device)(net, fullgraph=True), parts.inputs, dtype, parts.task.model.size[1])
+    step = step_of(
+        compiler(parts.device)(net, fullgraph=True, backend="modiff"), parts.inputs, dtype, parts.task.model.size[1]
+    )
     return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
 
 

@@ -26,6 +26,7 @@ class Before(NamedTuple):
         norm: "group": x is (N, C, ...), in either memory layout; "layer": x is (..., C), over its last axis.
         weight, bias: of the norm, (C,) or None; for "layer" also (B, C): the modulation of a sample, 1 + scale, shift.
         groups, eps: of the norm. activation: behind it.
+        place: a number for where it stands in the model: what is at one place is computed from x in one way.
     """
 
     norm: Norm = "none"
@@ -34,6 +35,7 @@ class Before(NamedTuple):
     bias: Tensor | None = None
     eps: float = 0.0
     activation: Activation = "none"
+    place: int = 0
 
     def of(self, x: Tensor) -> Tensor:
         """y by torch's operators, in float32 at least."""

@@ -151,8 +151,8 @@ def _plan(
     if rows is None or (library := native.load("norm").library) is None:
         return None
     innermost = not x.is_contiguous() or channel_dim % x.dim() == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
-    if norm == "layer" and channel_dim % x.dim() != x.dim() - 1:
-        return None
+    if (norm == "layer" and channel_dim % x.dim() != x.dim() - 1) or (norm == "group" and channel_dim % x.dim() != 1):
+        return None  # the norm has its channels elsewhere
     planes = x.numel() // (x.shape[0] * x.shape[1]) if x.dim() > 1 else x.numel()
     length = x.shape[channel_dim] if innermost else planes
     segments = x.numel() // length

@@ -284,7 +284,7 @@ class ModulatedLayer(nn.Module):
     ) -> Tensor:
         key = self._key()
         if key not in self.streams:
-            self.streams[key] = inputs.stream_for(x)
+            self.streams[key] = inputs.stream_for(x, before)
         stream = self.streams[key]
         message = stream.read(self.name, x, value, before)
         seen = self._seen.get(key, 0)

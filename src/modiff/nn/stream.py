@@ -38,14 +38,14 @@ class Stream:
         self.count = 0
         self.tick = -1
         self._held: tuple[torch.Size, torch.device] | None = None
-        self._source: tuple[weakref.ref[Tensor], int] | None = None
+        self._source: tuple[weakref.ref[Tensor], int, int | None] | None = None
 
-    def carries(self, x: Tensor) -> bool:
-        """True if this evaluation's message was made from this very tensor, unchanged since."""
+    def carries(self, x: Tensor, before: Before | None = None) -> bool:
+        """True if this evaluation's message was made from this very tensor, unchanged since, at the same place."""
         if self.tick != self.clock.tick or self._source is None:
             return False
-        source, version = self._source
-        return source() is x and version == version_of(x)
+        source, version, place = self._source
+        return source() is x and version == version_of(x) and place == (None if before is None else before.place)
 
     def read(self, where: str, x: Tensor, value: Tensor, before: Before | None = None) -> Message:
         """The message for `x`: coded by the first reader of the evaluation, the same for all others.
@@ -57,7 +57,7 @@ class Stream:
         Raises: StateError if shape or device changed inside the trajectory, or the readers no longer agree.
         """
         if self.tick == self.clock.tick and self.message is not None:
-            if not self.carries(x):
+            if not self.carries(x, before):
                 raise StateError(
                     f"{where}: expected the tensor that its group read before, got another one. These layers read one "
                     "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
@@ -71,7 +71,10 @@ class Stream:
         self._check(where, value)
         self.message = self.advance(value, before)
         self._held = value.shape, value.device
-        self.tick, self._source = self.clock.tick, (weakref.ref(x), version_of(x))
+        self.tick, self._source = (
+            self.clock.tick,
+            (weakref.ref(x), version_of(x), None if before is None else before.place),
+        )
         self.count += 1
         return self.message
 
@@ -117,10 +120,10 @@ class Inputs:
         """Drop all streams, and with them the input states."""
         self.streams.clear()
 
-    def stream_for(self, x: Tensor) -> Stream:
-        """The stream that carries `x` in this evaluation; a new one if there is none."""
+    def stream_for(self, x: Tensor, before: Before | None = None) -> Stream:
+        """The stream that carries `x`, behind `before`, in this evaluation; a new one if there is none."""
         for stream in self.streams:
-            if stream.message is not None and stream.message.starts and stream.carries(x):
+            if stream.message is not None and stream.message.starts and stream.carries(x, before):
                 return stream
         self.streams.append(self.stream(self.coder, self.config, self.clock))
         return self.streams[-1]

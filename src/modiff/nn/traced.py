@@ -79,11 +79,12 @@ def _layer_after(
     groups: int,
     eps: float,
     activation: Activation,
+    place: int,
     number: int,
 ) -> Tensor:
     """The forward of the layer of `number` for activation(norm(x)), channels innermost in memory."""
     holder = holder_of(number)
-    output = holder.run(x, Before(norm, groups, weight, bias, eps, activation))
+    output = holder.run(x, Before(norm, groups, weight, bias, eps, activation, place))
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
@@ -106,5 +107,5 @@ end = _operator("end(Tensor(a!) token, int number) -> ()", _end, _nothing)
 layer = _operator("layer(Tensor(a!) token, Tensor x, int number) -> Tensor", _layer, _fake_layer)
 layer_after = _operator(
     "layer_after(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
-    "str activation, int number) -> Tensor", _layer_after, _fake_layer_after,
+    "str activation, int place, int number) -> Tensor", _layer_after, _fake_layer_after,
 )  # fmt: skip

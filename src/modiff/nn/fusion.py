@@ -1,0 +1,201 @@
+"""What torch.compile sees between layers, moved into them: norms, activations and the codes in one pass over memory.
+
+    y = layer(silu(group_norm(x)))   becomes   y = modiff::layer_after(x, group norm, silu)
+
+    torch.compile(model, backend="modiff", fullgraph=True)
+
+is inductor behind this rewriting. A norm moves if all that read it are layers on integers that can compute it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from modiff.kernels.after_ops import Activation, Norm
+from modiff.nn import traced
+
+_PLACES = itertools.count(1)
+
+
+class _Front(NamedTuple):
+    """The nodes of one match: y = activation(norm(x)). weight and bias: (C,), or (B, 1, C) where `each` is True."""
+
+    x: Node
+    norm: Norm = "none"
+    groups: int = 1
+    weight: Node | None = None
+    bias: Node | None = None
+    eps: float = 0.0
+    activation: Activation = "none"
+    each: bool = False
+
+
+def backend(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What torch.compile calls for `backend="modiff"`."""
+    from torch._dynamo import lookup_backend  # imported late: it takes seconds
+
+    fuse(module)
+    return lookup_backend("inductor")(module, list(inputs))
+
+
+def fuse(module: GraphModule) -> int:
+    """Rewrite a graph of torch.compile in place. Returns: how many layers took in what stands before them."""
+    moved = 0
+    for node in list(module.graph.nodes):
+        if node.op in ("call_function", "call_method") and (front := _match(node)) and _readers(node, front):
+            moved += len(node.users)
+            _move(module, list(node.users), front)
+            _erase(node)
+    module.graph.lint()
+    module.recompile()
+    return moved
+
+
+def _readers(node: Node, front: _Front) -> bool:
+    """Whether all that read the node are layers that can compute it, and read it as their input."""
+    users = list(node.users)
+    return bool(users) and all(
+        user.target is traced.layer and user.args[1] is node and _fuses(user.args[2], front) for user in users
+    )
+
+
+def _fuses(number: Any, front: _Front) -> bool:
+    """Whether a layer has channels where the norm has them, and kernels for it."""
+    holder = traced.holder_of(number)
+    axis = {"group": 1, "layer": -1}.get(front.norm, holder.channel_dim)
+    return holder.integer is not None and holder.channel_dim == axis and holder.integer.fuses()
+
+
+def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:
+    graph, weight, bias, place = module.graph, front.weight, front.bias, next(_PLACES)
+    if front.each:
+        with graph.inserting_before(readers[0]):
+            weight, bias = (graph.call_method("flatten", (part, 1)) for part in (weight, bias))
+    for reader in readers:
+        token, _, number = reader.args
+        arguments = (token, front.x, weight, bias, front.norm, front.groups, front.eps, front.activation, place, number)
+        with graph.inserting_before(reader):
+            after = graph.call_function(traced.layer_after, arguments)
+        after.meta.update(reader.meta)
+        reader.replace_all_uses_with(after)
+        graph.erase_node(reader)
+
+
+def _erase(node: Node) -> None:
+    """The node, and what only it read."""
+    if node.op == "placeholder" or node.users:
+        return
+    read = node.all_input_nodes
+    node.graph.erase_node(node)
+    for each in read:
+        if each.op in ("call_function", "call_method") and not _writes(each):
+            _erase(each)
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node does more than give its value."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+# ------------------------------------------------------------------------------------------------------- what matches
+
+
+def _match(node: Node) -> _Front | None:
+    """activation(norm(x)) with at least one of the two, where nothing else reads what lies between."""
+    last = _without_dropout(node)
+    activation = _activation(last)
+    if activation == "none":
+        front = _norm(last)
+    else:
+        inner = _without_dropout(_argument(last, 0, "input"))
+        front = (_norm(inner) if _only(inner, last) else None) or _Front(inner)
+    if front is None or _dtype(front.x) != _dtype(node):
+        return None
+    return front._replace(activation=activation)
+
+
+def _norm(node: Any) -> _Front | None:
+    return _group_norm(node) or _layer_norm(node) or _modulated_norm(node)
+
+
+def _activation(node: Node) -> Activation:
+    if node.target is functional.silu and not _argument(node, 1, "inplace"):
+        return "silu"
+    if node.target is functional.gelu and node.kwargs.get("approximate") == "tanh":
+        return "gelu_tanh"
+    return "none"
+
+
+def _without_dropout(node: Node) -> Node:
+    """The tensor before a dropout that drops nothing."""
+    while node.target is functional.dropout and _argument(node, 2, "training") is False:
+        node = _argument(node, 0, "input")
+    return node
+
+
+def _only(node: Any, reader: Node) -> bool:
+    """Whether `reader` alone reads the node: otherwise it has to be computed anyway."""
+    return isinstance(node, Node) and set(node.users) == {reader}
+
+
+def _group_norm(node: Node) -> _Front | None:
+    if node.target is not functional.group_norm:
+        return None
+    x, groups, weight, bias, eps = (
+        _argument(node, i, name) for i, name in enumerate(("input", "num_groups", "weight", "bias", "eps"))
+    )
+    return _Front(x, "group", groups, weight, bias, 1e-5 if eps is None else eps)
+
+
+def _layer_norm(node: Node) -> _Front | None:
+    if node.target is not functional.layer_norm:
+        return None
+    x, shape, weight, bias, eps = (
+        _argument(node, i, name) for i, name in enumerate(("input", "normalized_shape", "weight", "bias", "eps"))
+    )
+    return _Front(x, "layer", 1, weight, bias, 1e-5 if eps is None else eps) if len(shape) == 1 else None
+
+
+def _modulated_norm(node: Node) -> _Front | None:
+    """layer_norm(x) * scale + shift with a scale and a shift for each sample: (B, 1, C)."""
+    if node.target is not operator.add:
+        return None
+    for product, shift in (node.args, node.args[::-1]):
+        if not _only(product, node) or product.target is not operator.mul:
+            continue
+        for inner, scale in (product.args, product.args[::-1]):
+            norm = _layer_norm(inner) if _only(inner, product) else None
+            if norm is None or norm.weight is not None or norm.bias is not None:
+                continue
+            if _each_sample(scale, norm.x) and _each_sample(shift, norm.x):
+                return norm._replace(weight=scale, bias=shift, each=True)
+    return None
+
+
+def _each_sample(node: Any, x: Node) -> bool:
+    value, like = _example(node), _example(x)
+    if value is None or like is None or like.dim() != 3:
+        return False
+    return tuple(value.shape) == (like.shape[0], 1, like.shape[2])
+
+
+def _argument(node: Node, index: int, name: str) -> Any:
+    return node.args[index] if index < len(node.args) else node.kwargs.get(name)
+
+
+def _example(node: Any) -> Tensor | None:
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = _example(node)
+    return None if value is None else value.dtype

@@ -1,0 +1,262 @@
+"""Norms and activations that move into layers: the same results within float error, and only where that is right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from torch import Tensor, nn
+from torch.nn import functional
+
+import modiff
+from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig
+from modiff.kernels.after import Before
+from modiff.nn import fusion, traced
+from modiff.nn.layer import ModulatedLayer
+from tests.helpers import assert_within, drifting
+
+W8A8 = LayerConfig(execution="integer")
+PLAIN = dataclasses.replace(W8A8, modulation=None)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    dynamo.reset()
+    yield
+    dynamo.reset()
+
+
+class Model(nn.Module):
+    """Any function of x between modules that it names."""
+
+    def __init__(self, call: Callable[[Model, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.call = call
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def residual(m: Any, x: Tensor) -> Tensor:
+    """As a residual block: norm1 and the shortcut read the same x."""
+    h = m.conv1(functional.silu(m.norm1(x)))
+    h = m.conv2(m.dropout(functional.silu(m.norm2(h))))
+    return h + m.shortcut(x)
+
+
+def transformer(m: Any, x: Tensor) -> Tensor:
+    """As a DiT block: a modulated norm that three layers read, and GELU between two."""
+    shift, scale = m.condition(x.mean(1)).chunk(2, 1)
+    y = m.norm(x) * (1 + scale[:, None]) + shift[:, None]
+    q, k, v = m.q(y), m.k(y), m.v(y)
+    x = x + functional.softmax(q @ k.transpose(1, 2), -1) @ v
+    return x + m.fc2(m.dropout(functional.gelu(m.fc1(m.norm2(x)), approximate="tanh")))
+
+
+def conv_block() -> Model:
+    return Model(
+        residual, norm1=nn.GroupNorm(4, 16), norm2=nn.GroupNorm(8, 16), conv1=nn.Conv2d(16, 16, 3, padding=1),
+        conv2=nn.Conv2d(16, 16, 3, padding=1), shortcut=nn.Conv2d(16, 16, 3, padding=1), dropout=nn.Dropout(0.0),
+    )  # fmt: skip
+
+
+def dit_block() -> Model:
+    return Model(
+        transformer, norm=nn.LayerNorm(32, elementwise_affine=False, eps=1e-6), norm2=nn.LayerNorm(32),
+        condition=nn.Linear(32, 64), q=nn.Linear(32, 32), k=nn.Linear(32, 32), v=nn.Linear(32, 32),
+        fc1=nn.Linear(32, 64), fc2=nn.Linear(64, 32), dropout=nn.Dropout(0.1),
+    )  # fmt: skip
+
+
+BLOCKS = {"conv": (conv_block, (2, 16, 6, 5), 2), "dit": (dit_block, (2, 7, 32), 5)}
+
+
+def taken(model: nn.Module, layer: LayerConfig) -> nn.Module:
+    exclude = tuple(name for name, _ in model.named_children() if name == "condition")
+    modiff.apply(model, ModiffConfig(layer=layer, exclude=exclude, first_last="quantize"))
+    return model
+
+
+def fused(model: nn.Module, counts: list[int]) -> Any:
+    def rewrite(module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        counts.append(fusion.fuse(module))
+        return module.forward
+
+    return torch.compile(model, backend=rewrite, fullgraph=True)
+
+
+def made(make: Callable[[], Model], layer: LayerConfig) -> nn.Module:
+    torch.manual_seed(0)
+    return taken(make().eval(), layer)
+
+
+def layers(model: nn.Module) -> list[ModulatedLayer]:
+    return [m for m in model.modules() if isinstance(m, ModulatedLayer)]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("layer", [W8A8, PLAIN], ids=["modulated", "plain"])
+def test_a_rewritten_block_gives_what_the_block_gives(block, layer):
+    make, shape, moved = BLOCKS[block]
+    eager, counts = made(make, layer), []
+    model = made(make, layer)
+    compiled = fused(model, counts)
+    full = make().eval()
+    full.load_state_dict(eager.state_dict())
+    with torch.no_grad(), modiff.trajectory(eager), modiff.trajectory(model):
+        for x in drifting(0, shape, 5, 0.3, torch.float32):
+            expected, found, exact = eager(x), compiled(x), full(x)
+            worst = float((expected - exact).abs().max())
+            assert_within(found, exact, 1.5 * worst + 1e-5)
+    assert sum(counts) == moved
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_law_holds_in_every_layer_behind_a_norm(block):
+    make, shape, _ = BLOCKS[block]
+    model = made(make, W8A8)
+    compiled = fused(model, [])
+    with torch.no_grad(), modiff.trajectory(model):
+        for x in drifting(0, shape, 4, 0.3, torch.float32):
+            compiled(x)
+            for layer in layers(model):
+                state = layer.state
+                assert_within(state.output, layer.affine(state.input), 1e-5 * (1 + state.output.abs().max()))
+
+
+def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_not(monkeypatch):
+    calls: list[tuple[str, int]] = []
+    real = Before.code
+
+    def counted(self: Before, *args: Any, **options: Any) -> Any:
+        calls.append((self.norm, self.place))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Before, "code", counted)
+    for block, norms in (("dit", ["layer", "layer", "none"]), ("conv", ["group", "group"])):
+        make, shape, _ = BLOCKS[block]
+        model = made(make, W8A8)
+        compiled = fused(model, [])
+        with torch.no_grad(), modiff.trajectory(model):
+            first, second = drifting(0, shape, 2, 0.3, torch.float32)
+            compiled(first)
+            calls.clear()
+            compiled(second)
+        assert sorted(norm for norm, _ in calls) == norms
+        assert len({place for _, place in calls}) == len(norms)
+
+
+UNFUSED = {
+    "rotation": dataclasses.replace(W8A8, rotation="hadamard"),
+    "moves": dataclasses.replace(W8A8, modulation=ModulationConfig(predictor="linear", gain=0.5)),
+    "states in 16 bits": dataclasses.replace(W8A8, modulation=ModulationConfig(state_dtype="int16")),
+    "simulated": LayerConfig(),
+    "floats": LayerConfig(activation=QuantizerConfig(bits=None), modulation=None),
+}
+
+
+@pytest.mark.parametrize("reason", UNFUSED)
+def test_layers_that_cannot_compute_a_norm_leave_it_where_it_is(reason):
+    counts: list[int] = []
+    model = made(conv_block, UNFUSED[reason])
+    with torch.no_grad(), modiff.trajectory(model):
+        fused(model, counts)(torch.randn(2, 16, 6, 5))
+    assert sum(counts) == 0
+
+
+def read_twice(m: Any, x: Tensor) -> Tensor:
+    y = functional.silu(m.norm(x))
+    return m.conv(y) + y
+
+
+def norm_read_twice(m: Any, x: Tensor) -> Tensor:
+    y = m.norm(x)
+    return m.conv(functional.silu(y)) + y
+
+
+def in_place(m: Any, x: Tensor) -> Tensor:
+    return m.conv(functional.silu(m.norm(x), inplace=True))
+
+
+def dropped(m: Any, x: Tensor) -> Tensor:
+    return m.conv(functional.dropout(functional.silu(m.norm(x)), 0.5, training=True))
+
+
+def exact_gelu(m: Any, x: Tensor) -> Tensor:
+    return m.conv(functional.gelu(x))
+
+
+def other_dtype(m: Any, x: Tensor) -> Tensor:
+    return m.conv(functional.silu(m.norm(x).bfloat16())).float()
+
+
+PARTLY = {"read twice": (read_twice, 0), "norm read twice": (norm_read_twice, 1), "in place": (in_place, 0),
+          "dropped": (dropped, 0), "exact gelu": (exact_gelu, 0), "other dtype": (other_dtype, 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTLY)
+def test_what_something_else_reads_or_no_kernel_knows_is_still_computed(case):
+    call, moved = PARTLY[case]
+    counts: list[int] = []
+    torch.manual_seed(0)
+    model = taken(Model(call, norm=nn.GroupNorm(4, 16), conv=nn.Conv2d(16, 16, 3, padding=1)).eval(), W8A8)
+    with torch.no_grad(), modiff.trajectory(model):
+        fused(model, counts)(torch.randn(2, 16, 6, 5))
+    assert sum(counts) == moved
+
+
+def test_a_norm_over_other_channels_than_the_layer_s_stays_where_it_is():
+    counts: list[int] = []
+    model = Model(lambda m, x: m.fc(functional.silu(m.norm(x))), norm=nn.GroupNorm(2, 6), fc=nn.Linear(32, 32))
+    taken(model.eval(), PLAIN)
+    x = torch.randn(2, 6, 32)
+    with torch.no_grad():
+        assert_within(fused(model, counts)(x), model(x), 1e-5)
+    assert sum(counts) == 0
+    front = Before("group", 2, eps=1e-5, activation="silu")
+    codes, scale = front.code(x, None, None, 8, granularity="token")
+    exact = functional.silu(functional.group_norm(x.double(), 2))
+    assert_within((codes.double() - 128) * scale, exact, (0.501 * scale).expand_as(exact))
+
+
+def test_a_modulation_that_is_not_one_of_samples_stays_where_it_is():
+    def by_token(m: Any, x: Tensor) -> Tensor:
+        return m.fc(m.norm(x) * m.scale(x) + m.scale(x))
+
+    counts: list[int] = []
+    model = Model(by_token, norm=nn.LayerNorm(32, elementwise_affine=False), scale=nn.Tanh(), fc=nn.Linear(32, 32))
+    taken(model.eval(), W8A8)
+    with torch.no_grad(), modiff.trajectory(model):
+        fused(model, counts)(torch.randn(2, 7, 32))
+    assert sum(counts) == 0
+
+
+def test_calibration_sees_what_the_layer_reads_behind_its_norm():
+    static = dataclasses.replace(PLAIN, activation=QuantizerConfig(bits=8, dynamic=False, granularity="tensor"))
+    eager, model = made(conv_block, static), made(conv_block, static)
+    compiled, inputs = fused(model, []), drifting(0, (2, 16, 6, 5), 3, 0.3, torch.float32)
+    with torch.no_grad():
+        modiff.calibrate(eager, lambda: [eager(x) for x in inputs])
+        modiff.calibrate(model, lambda: [compiled(x) for x in inputs])
+        for x in inputs:
+            assert_within(compiled(x), eager(x), 0.05)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_shape_and_layout_behind_a_norm_are_known_before_it_runs(block):
+    make, shape, _ = BLOCKS[block]
+    model = made(make, PLAIN)
+    layer, x = layers(model)[0], torch.randn(shape)
+    arguments = (layer.clock.token, x, None, None, "none", 1, 0.0, "silu", 1, layer.number)
+    torch.library.opcheck(traced.layer_after, arguments, test_utils="test_faketensor")
+
+
+def test_torch_finds_the_backend_by_its_name():
+    assert "modiff" in dynamo.list_backends()
+    assert dynamo.lookup_backend("modiff") is fusion.backend
