@@ -201,6 +201,44 @@ def test_inputs_of_many_strips_on_one_thread_and_on_two(batch, granularity, inne
     assert_within((plain.double() - 128) * scale, exact, (0.501 * scale).expand_as(exact))
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([(2, 12, 5, 7), (1, 36, 9, 4), (3, 12, 50)]),
+    cut=st.sampled_from([(5, 7), (1, 11), (8, 4)]),
+    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=25)
+def test_runs_of_channels_behind_one_group_norm_have_scales_and_states_of_their_own(
+    seed, size, cut, granularity, dtype
+):
+    segments = (cut[0], size[1] - cut[0])
+    x = shapes_and_layout(size, True, dtype, seed)
+    weight, bias = torch.randn(size[1]), torch.randn(size[1])
+    exact = active(functional.group_norm(x.double(), 4, weight.double(), bias.double()), "silu")
+    parts = Before("group", 4, weight, bias, 1e-5, "silu").parts(x, segments)
+    assert parts is not None
+    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (1,)}[granularity]
+    for (part, front), true in zip(parts, exact.split(list(segments), 1), strict=True):
+        state = torch.empty_like(true.movedim(1, -1).contiguous().movedim(-1, 1), dtype=torch.float32)
+        state.copy_(true + 0.3 * torch.randn(true.shape))
+        before = state.clone()
+        found = front.code(part, state, None, 8, granularity=granularity, channel_dim=1)
+        check(found, before, state, true, 8, axes)
+        again = front.of(part)
+        assert_within(again, true, 4e-6 * (1 + exact.abs().max()))
+        assert found[0].movedim(1, -1).is_contiguous()
+
+
+def test_parts_that_no_kernel_reads_are_left_to_the_caller(monkeypatch):
+    front, x = Before("group", 2, eps=1e-5), torch.randn(2, 4, 3, 3)
+    assert front.parts(x, (4,)) == [(x, front)]
+    assert front.parts(x, (1, 3)) is None  # channels are not innermost
+    assert Before(activation="silu").parts(x, (1, 3)) is None
+    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+    assert front.parts(x.contiguous(memory_format=torch.channels_last), (1, 3)) is None
+
+
 @pytest.mark.parametrize("size", [(2, 5, 1300), (1, 3, 70, 600)])
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_long_rows_are_normalized_with_every_digit(size, mean):

@@ -16,6 +16,7 @@ import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig
 from modiff.kernels.after import Before
 from modiff.nn import fusion, traced
+from modiff.nn.conv import ModulatedConv2d
 from modiff.nn.layer import ModulatedLayer
 from tests.helpers import assert_within, drifting
 
@@ -115,6 +116,30 @@ def test_a_rewritten_block_gives_what_the_block_gives(block, layer):
             worst = float((expected - exact).abs().max())
             assert_within(found, exact, 1.5 * worst + 1e-5)
     assert sum(counts) == moved
+
+
+@pytest.mark.parametrize("layer", [W8A8, PLAIN], ids=["modulated", "plain"])
+@pytest.mark.parametrize("innermost", [True, False])
+def test_a_split_layer_computes_its_group_norm_too(layer, innermost):
+    """Both halves behind one norm over all channels; an input that is not channels-last goes through torch's."""
+    found: list[Tensor] = []
+    for rewrite in (False, True):
+        torch.manual_seed(0)
+        model = Model(lambda m, x: m.conv(functional.silu(m.norm(x))), norm=nn.GroupNorm(4, 16),
+                      conv=nn.Conv2d(16, 8, 3, padding=1))  # fmt: skip
+        split = ModulatedConv2d.from_float(model.conv, layer, split=6)
+        model.conv, counts = split, []
+        run = fused(model, counts) if rewrite else model
+        with torch.no_grad():
+            split.clock.start()
+            for x in drifting(0, (2, 16, 6, 5), 4, 0.3, torch.float32):
+                split.clock.call(None)
+                last = run(x.contiguous(memory_format=torch.channels_last) if innermost else x)
+                split.clock.returned()
+            split.clock.stop()
+        found.append(last)
+        assert sum(counts) == rewrite
+    assert_within(found[1], found[0], 0.03 * float(found[0].abs().max()))
 
 
 @pytest.mark.parametrize("block", BLOCKS)

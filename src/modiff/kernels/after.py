@@ -16,14 +16,22 @@ from torch import Tensor
 
 from modiff.config import Granularity
 from modiff.errors import KernelError
-from modiff.kernels.after_ops import Activation, Norm, before, code_after, code_after_now
+from modiff.kernels.after_ops import (
+    Activation,
+    Norm,
+    before,
+    code_after,
+    code_after_now,
+    group_norm_as_affine,
+)
 
 
 class Before(NamedTuple):
     """What stands between a tensor x and the layer that reads it: y = activation(norm(x)).
 
     Args:
-        norm: "group": x is (N, C, ...), in either memory layout; "layer": x is (..., C), over its last axis.
+        norm: "group": x is (N, C, ...), in either memory layout; "layer": x is (..., C), over its last axis;
+            "affine": weight x + bias, (N, C) each, of a part of the channels of (N, C, ...).
         weight, bias: of the norm, (C,) or None; for "layer" also (B, C): the modulation of a sample, 1 + scale, shift.
         groups, eps: of the norm. activation: behind it.
         place: a number for where it stands in the model: what is at one place is computed from x in one way.
@@ -36,6 +44,18 @@ class Before(NamedTuple):
     eps: float = 0.0
     activation: Activation = "none"
     place: int = 0
+
+    def parts(self, x: Tensor, segments: tuple[int, ...]) -> list[tuple[Tensor, Before]] | None:
+        """(part of x, what it passes through) for each run of channels; None where no kernel reads such parts."""
+        if len(segments) == 1:
+            return [(x, self)]
+        if self.norm != "group":
+            return None
+        found = group_norm_as_affine(x.detach(), _held(self.weight), _held(self.bias), self.groups, self.eps)
+        if found is None:
+            return None
+        cut = zip(x.detach().split(list(segments), 1), *(c.split(list(segments), 1) for c in found), strict=True)
+        return [(part, Before("affine", 1, a, b, 0.0, self.activation, self.place)) for part, a, b in cut]
 
     def of(self, x: Tensor) -> Tensor:
         """y by torch's operators, in float32 at least."""

@@ -16,9 +16,10 @@ from modiff.config import Granularity
 from modiff.core.affine import qrange
 from modiff.errors import KernelError
 from modiff.kernels import native, prologue_ops
-from modiff.kernels.rows import row_shape, scale_shape
+from modiff.kernels.geometry import empty_output
+from modiff.kernels.rows import pixel_pitch, row_shape, scale_shape
 
-Norm = Literal["none", "group", "layer"]
+Norm = Literal["none", "group", "layer", "affine"]
 Activation = Literal["none", "silu", "gelu_tanh"]
 
 _ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh")
@@ -46,21 +47,21 @@ def code_after_now(
         state: becomes the next one in place; None for plain codes of y itself.
         weight, bias: of the norm, (C,); for "layer" also (B, C): the modulation of a sample, 1 + scale and shift.
     """
-    if norm not in ("none", "group", "layer") or activation not in _ACTIVATIONS:
+    if norm not in ("none", "group", "layer", "affine") or activation not in _ACTIVATIONS:
         raise KernelError(
-            f"code_after: expected norm none, group or layer and activation {', '.join(_ACTIVATIONS)}, got {norm!r} "
-            f"and {activation!r}. Nothing else is fused. Compute it before and use prologue."
+            f"code_after: expected norm none, group, layer or affine and activation {', '.join(_ACTIVATIONS)}, got "
+            f"{norm!r} and {activation!r}. Nothing else is fused. Compute it before and use prologue."
         )
     known = prologue_ops.known_granularity(granularity)
     if scale is not None and scale.numel() == 1:
         known = "tensor"
-    codes = torch.empty_like(x, dtype=torch.uint8)
+    codes = _new_codes(x, norm)
     used = x.new_empty(scale_shape(x, known, channel_dim), dtype=torch.float32)
     if scale is not None:
         used.copy_(scale.reshape(used.shape))
-    run = _plan(x, state, weight, norm, groups, known, channel_dim)
+    run = _plan(x, state, codes, weight, norm, groups, known, channel_dim)
     if run is not None:
-        _natively(run, x, state, codes, used, scale is None, weight, bias, groups, eps, activation, bits, clip)
+        _natively(run, x, state, codes, used, scale is None, weight, bias, norm, groups, eps, activation, bits, clip)
         return codes, used.view(scale.shape) if scale is not None else used
     value = before(x, weight, bias, norm, groups, eps, activation)
     given = None if scale is None else used
@@ -93,7 +94,14 @@ def _(
     channel_dim: int,
 ) -> tuple[Tensor, Tensor]:
     shape = scale_shape(x, prologue_ops.known_granularity(granularity), channel_dim) if scale is None else scale.shape
-    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(shape, dtype=torch.float32)
+    return _new_codes(x, norm), x.new_empty(shape, dtype=torch.float32)
+
+
+def _new_codes(x: Tensor, norm: str) -> Tensor:
+    """In the layout of x; those of a part of the channels lie side by side."""
+    if norm == "affine":
+        return empty_output(x, x.shape, x.dim() - 2, torch.uint8)
+    return torch.empty_like(x, dtype=torch.uint8)
 
 
 def before(
@@ -107,6 +115,9 @@ def before(
         value = functional.layer_norm(value, value.shape[-1:], None, None, eps)
         value = value if weight is None else value * _per_sample(weight, value)
         value = value if bias is None else value + _per_sample(bias, value)
+    elif norm == "affine" and weight is not None and bias is not None:
+        ones = [1] * (value.dim() - 2)
+        value = value * _as(weight, value).reshape(*weight.shape, *ones) + _as(bias, value).reshape(*bias.shape, *ones)
     if activation == "silu":
         return functional.silu(value)
     return functional.gelu(value, approximate="tanh") if activation == "gelu_tanh" else value
@@ -131,11 +142,13 @@ class _Plan(NamedTuple):
     length: int
     per_sample: int
     per_scale: int
+    pitch: int
 
 
 def _plan(
     x: Tensor,
     state: Tensor | None,
+    codes: Tensor,
     weight: Tensor | None,
     norm: str,
     groups: int,
@@ -145,11 +158,16 @@ def _plan(
     """None where the compiled loops do not know types or layout."""
     if x.device.type != "cpu" or x.dtype not in _KINDS or x.numel() == 0:
         return None
-    if state is not None and (state.dtype != torch.float32 or state.stride() != x.stride()):
+    if state is not None and (state.dtype != torch.float32 or state.stride() != codes.stride()):
         return None
-    rows = row_shape(x, granularity, channel_dim)
+    rows = row_shape(codes, granularity, channel_dim)
     if rows is None or (library := native.load("norm").library) is None:
         return None
+    if norm == "affine":
+        pitch, pixels = pixel_pitch(x), x.numel() // x.shape[1]
+        if pitch is None:
+            return None
+        return _Plan(library, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
     innermost = not x.is_contiguous() or channel_dim % x.dim() == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
     if (norm == "layer" and channel_dim % x.dim() != x.dim() - 1) or (norm == "group" and channel_dim % x.dim() != 1):
         return None  # the norm has its channels elsewhere
@@ -158,7 +176,7 @@ def _plan(
     segments = x.numel() // length
     samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
     mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
-    return _Plan(library, mode, segments, length, segments // samples, segments // rows[0])
+    return _Plan(library, mode, segments, length, segments // samples, segments // rows[0], length)
 
 
 def _natively(
@@ -170,29 +188,32 @@ def _natively(
     dynamic: bool,
     weight: Tensor | None,
     bias: Tensor | None,
+    norm: str,
     groups: int,
     eps: float,
     activation: str,
     bits: int,
     clip: float,
 ) -> None:
-    a, b, mean, rstd = _coefficients(plan, x, weight, bias, groups, eps)
+    a, b, mean, rstd = _coefficients(plan, x, weight, bias, norm, groups, eps)
     lowest, highest = qrange(bits)
     plan.library.modiff_prologue_after(
         x.data_ptr(), _KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(activation), a.data_ptr(), b.data_ptr(),
         mean.data_ptr(), rstd.data_ptr(), None if state is None else state.data_ptr(), codes.data_ptr(),
-        scale.data_ptr(), plan.segments, plan.length, plan.per_sample, plan.per_scale, int(dynamic), clip / highest,
-        lowest, highest, torch.get_num_threads(),
+        scale.data_ptr(), plan.segments, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
+        int(dynamic), clip / highest, lowest, highest, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _coefficients(
-    plan: _Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    plan: _Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(a, b, mean, rstd) as norm.cpp reads them; empty where the mode has no use for them."""
     nothing = torch.empty(0)
     if plan.mode == 0:
         return nothing, nothing, nothing, nothing
+    if norm == "affine" and weight is not None and bias is not None:
+        return weight.float().contiguous(), bias.float().contiguous(), nothing, nothing
     threads, kind = torch.get_num_threads(), _KINDS[x.dtype]
     channels = plan.length if plan.mode != 2 else x.shape[1]
     w = torch.ones(channels) if weight is None else weight.float().contiguous()
@@ -200,18 +221,45 @@ def _coefficients(
     runs = plan.segments if plan.mode == 3 else x.shape[0] * groups
     mean, rstd = torch.empty(runs), torch.empty(runs)
     if plan.mode == 1:
-        pieces = 1 if x.shape[0] >= threads else min(threads, plan.per_sample)
-        sums = torch.empty(2 * x.shape[0] * pieces * channels, dtype=torch.float64)
-        plan.library.modiff_grouped_moments(
-            x.data_ptr(), kind, x.shape[0], plan.per_sample, channels, groups, eps, sums.data_ptr(), pieces,
-            mean.data_ptr(), rstd.data_ptr(), threads,
-        )  # fmt: skip
+        _grouped_moments(plan.library, x, groups, eps, mean, rstd)
     else:
         plan.library.modiff_moments(
             x.data_ptr(), kind, runs, x.numel() // runs, eps, mean.data_ptr(), rstd.data_ptr(), threads
         )
     if plan.mode == 3:
         return w, b, mean, rstd
-    each = (x.shape[0], groups, channels // groups)
-    a = rstd.view(*each[:2], 1) * w.view(1, *each[1:])
-    return a, b.view(1, *each[1:]) - mean.view(*each[:2], 1) * a, nothing, nothing
+    return *_joined(w, b, mean.view(-1, groups), rstd.view(-1, groups)), nothing, nothing
+
+
+def _grouped_moments(library: ctypes.CDLL, x: Tensor, groups: int, eps: float, mean: Tensor, rstd: Tensor) -> None:
+    """mean and rstd, (N, groups), of x with channels innermost in memory."""
+    threads, samples, channels = torch.get_num_threads(), x.shape[0], x.shape[1]
+    pixels = x.numel() // (samples * channels)
+    pieces = 1 if samples >= threads else min(threads, pixels)
+    sums = torch.empty(2 * samples * pieces * channels, dtype=torch.float64)
+    library.modiff_grouped_moments(
+        x.data_ptr(), _KINDS[x.dtype], samples, pixels, channels, groups, eps, sums.data_ptr(), pieces,
+        mean.data_ptr(), rstd.data_ptr(), threads,
+    )  # fmt: skip
+
+
+def _joined(w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(x - mean) rstd w + b = A x + B: A and B, (N, C)."""
+    each = (*mean.shape, w.numel() // mean.shape[1])
+    a = rstd.unsqueeze(2) * w.view(1, *each[1:])
+    return a.flatten(1), (b.view(1, *each[1:]) - mean.unsqueeze(2) * a).flatten(1)
+
+
+def group_norm_as_affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """GroupNorm of x as A x + B, (N, C) each; None where the compiled loops do not know type or layout of x."""
+    library = native.load("norm").library
+    if library is None or x.device.type != "cpu" or x.dtype not in _KINDS or x.numel() == 0 or pixel_pitch(x) is None:
+        return None
+    if pixel_pitch(x) != x.shape[1]:
+        return None
+    mean, rstd = torch.empty(2, x.shape[0], groups)
+    _grouped_moments(library, x, groups, eps, mean, rstd)
+    w = torch.ones(x.shape[1]) if weight is None else weight.float().contiguous()
+    return _joined(w, torch.zeros_like(w) if bias is None else bias.float().contiguous(), mean, rstd)

@@ -55,6 +55,24 @@ def _row_shape(
     return numel // count, count
 
 
+def pixel_pitch(x: Tensor) -> int | None:
+    """Elements from pixel to pixel of (N, C, ...) whose channels lie side by side; None in any other layout."""
+    return _pixel_pitch(x.shape, x.stride())
+
+
+@functools.lru_cache(4096)
+def _pixel_pitch(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    if len(shape) < 3 or (shape[1] > 1 and strides[1] != 1):
+        return None
+    steps = list(zip((shape[0], *shape[2:]), (strides[0], *strides[2:]), strict=True))
+    pitch = expected = next((stride for size, stride in reversed(steps) if size > 1), shape[1])
+    for size, stride in reversed(steps):
+        if size > 1 and stride != expected:
+            return None
+        expected *= size
+    return pitch if pitch >= shape[1] else None
+
+
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """As `Tensor.is_contiguous`: the stride of an axis of size 1 means nothing."""
     expected = 1

@@ -71,7 +71,7 @@ def _fuses(number: Any, front: _Front) -> bool:
     """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
     axis = {"group": 1, "layer": -1}.get(front.norm, holder.channel_dim)
-    return holder.integer is not None and holder.channel_dim == axis and holder.integer.fuses()
+    return holder.integer is not None and holder.channel_dim == axis and holder.integer.fuses(front.norm)
 
 
 def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:

@@ -11,6 +11,7 @@ from modiff.config import ModulationConfig
 from modiff.core.coder import Coder
 from modiff.core.modulation import Message, State, accumulate
 from modiff.kernels.after import Before
+from modiff.kernels.after_ops import Norm
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import plain
@@ -77,10 +78,10 @@ class IntegerSide:
             self._floats, self._source = floats, source
         return self._kernels
 
-    def fuses(self) -> bool:
+    def fuses(self, norm: Norm) -> bool:
         """Whether what stands before the layer can be computed while its input is coded."""
         config, coder = self.layer.config, self.layer.coder
-        if coder is None or len(coder.segments) > 1 or self.layer.segments is not None:
+        if coder is None or self.layer.segments is not None or (len(coder.segments) > 1 and norm != "group"):
             return False
         modulation = config.modulation
         return modulation is None or (modulation.predictor == "hold" and modulation.state_dtype == "float32")
@@ -89,23 +90,20 @@ class IntegerSide:
         """A(code(x)) + bias in `dtype`, without memory. Raises: CalibrationError as the coder does.
 
         Args:
-            before: what x passes through before it is coded, of its shape; only where `fuses`.
+            before: what x passes through before it is coded, of its shape.
         """
         given, kernels = coder.scales(x), self.kernels
-        if before is not None:
-            codes, scale = before.code(
-                x, None, None if given is None else given[0], coder.bits, coder.config.clip, coder.granularity,
-                channel_dim=coder.channel_dim,
-            )  # fmt: skip
-            return kernels[0].compute(codes, scale, self.layer.bias, dtype)
+        fronts = None if before is None else before.parts(x, coder.segments)
+        if fronts is None:
+            x = x if before is None else before.of(x)
+            fronts = [(part, None) for part in dense_parts(x, coder.segments, coder.channel_dim)]
         total: Tensor | None = None
-        for i, (part, kernel) in enumerate(
-            zip(dense_parts(x, coder.segments, coder.channel_dim), kernels, strict=True)
-        ):
-            codes, scale = plain(
-                part, None if given is None else given[i], coder.bits, coder.config.clip, coder.granularity,
-                channel_dim=coder.channel_dim,
-            )  # fmt: skip
+        for i, ((part, front), kernel) in enumerate(zip(fronts, kernels, strict=True)):
+            arguments = None if given is None else given[i], coder.bits, coder.config.clip, coder.granularity
+            if front is None:
+                codes, scale = plain(part, *arguments, channel_dim=coder.channel_dim)
+            else:
+                codes, scale = front.code(part, None, *arguments, channel_dim=coder.channel_dim)
             if total is None:
                 total = kernel.compute(codes, scale, self.layer.bias, dtype if len(kernels) == 1 else torch.float32)
             else:

@@ -11,8 +11,9 @@ from modiff.core.coder import Coder
 from modiff.core.held_scales import HeldScales
 from modiff.core.modulation import Message, State, step_gain
 from modiff.kernels.after import Before
+from modiff.kernels.geometry import channels_innermost
 from modiff.kernels.prologue import prologue
-from modiff.nn.byte_code import ByteCode, dense_parts
+from modiff.nn.byte_code import ByteCode, dense_parts, innermost
 from modiff.nn.clock import Clock
 from modiff.nn.stream import Stream
 
@@ -57,17 +58,19 @@ class IntegerStream(Stream):
             return super().advance(value, before)
         coder, given = self.coder, self._given(value)
         gain = self._gain(value.device)
-        if before is not None and (gain is not None or len(self._parts) > 1):
-            value, before = before.of(value), None  # no kernel knows moves, or several scales, behind a norm
+        fronts = None if before is None or gain is not None else before.parts(value, coder.segments)
+        if fronts is None:
+            value = value if before is None else before.of(value)
+            fronts = [(part, None) for part in self._dense(value)]
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[State] = []
-        for index, (x, state) in enumerate(zip(self._dense(value), self._parts, strict=True)):
+        for index, ((x, front), state) in enumerate(zip(fronts, self._parts, strict=True)):
             held = _as(state, x, gain)
             arguments = None if given is None else given[index], coder.bits, coder.config.clip, coder.granularity
-            if before is None:
+            if front is None:
                 found = prologue(x, held.value, *arguments, channel_dim=coder.channel_dim, move=held.move, gain=gain)
             else:
-                found = before.code(x, held.value, *arguments, channel_dim=coder.channel_dim)
+                found = front.code(x, held.value, *arguments, channel_dim=coder.channel_dim)
             parts.append(found)
             states.append(held)
         self._parts = tuple(states)
@@ -95,9 +98,14 @@ class IntegerStream(Stream):
 
 
 def _as(state: State, x: Tensor, gain: Tensor | None) -> State:
-    """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins."""
+    """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins.
+
+    That of a part of the channels of each pixel is dense.
+    """
     value, move = state
-    if value.stride() != x.stride():
+    if not x.is_contiguous() and not channels_innermost(x, x.dim() - 2):
+        value = innermost(value)
+    elif value.stride() != x.stride():
         value = torch.empty_like(x, dtype=value.dtype).copy_(value)
     if gain is None:
         return State(value)

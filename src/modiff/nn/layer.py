@@ -266,7 +266,7 @@ class ModulatedLayer(nn.Module):
 
     def _coded(self, x: Tensor, before: Before | None) -> Tensor:
         value = x
-        if before is not None and (self.integer is None or not self.integer.fuses()):
+        if before is not None and (self.integer is None or not self.integer.fuses(before.norm)):
             value, before = before.of(x), None
         if self.segments is not None:
             value = rotate(_at_least_float32(value), self.segments, self.channel_dim)

@@ -1,7 +1,8 @@
 // The input side with what stands before the layer computed on the way:
 //
 //     y = activation(x)                                              mode 0
-//     y = activation(a[c] x + b[c])                                  mode 1: GroupNorm, channels innermost in memory
+//     y = activation(a[c] x + b[c])                                  mode 1: GroupNorm, channels innermost in memory,
+//                                                                            or a part of the channels of each pixel
 //     y = activation(a[plane] x + b[plane])                          mode 2: GroupNorm, a plane for each channel
 //     y = activation((x - mean[t]) rstd[t] a[c] + b[c])              mode 3: LayerNorm and its modulation, t a token
 //
@@ -91,6 +92,7 @@ struct Work {
   uint8_t* codes;
   float* scale;
   int64_t segments, length, per_sample, per_scale;
+  int64_t pitch, channels;  // elements from run to run in x, and from sample to sample in a and b
   bool dynamic;
   float factor;
   int32_t lowest, highest, threads;
@@ -106,13 +108,14 @@ MODIFF_APART void fill(const X* x, int32_t mode, const Work& w, int64_t from, in
   for (int64_t at = from; at < to;) {
     const int64_t s = at / w.length, start = at - s * w.length;
     const int64_t rest = w.length - start, count = rest < to - at ? rest : to - at;
-    const int64_t channel = s / w.per_sample * w.length + start;
+    const int64_t channel = s / w.per_sample * w.channels + start;
+    const X* const source = x + s * w.pitch + start;
     if (mode == 1) {
-      channels<X, Activation>(x + at, w.a + channel, w.b + channel, y + (at - from), count);
+      channels<X, Activation>(source, w.a + channel, w.b + channel, y + (at - from), count);
     } else if (mode == 2) {
-      plane<X, Activation>(x + at, w.a[s], w.b[s], y + (at - from), count);
+      plane<X, Activation>(source, w.a[s], w.b[s], y + (at - from), count);
     } else {
-      token<X, Activation>(x + at, w.a + channel, w.b + channel, w.mean[s], w.rstd[s], y + (at - from), count);
+      token<X, Activation>(source, w.a + channel, w.b + channel, w.mean[s], w.rstd[s], y + (at - from), count);
     }
     at += count;
   }
@@ -252,7 +255,7 @@ void choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 3; }
+int32_t modiff_interface() { return 4; }
 
 // Mean and reciprocal deviation of `runs` runs of `count` elements each.
 void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, float eps, float* mean, float* rstd,
@@ -274,9 +277,10 @@ void modiff_grouped_moments(const void* x, int32_t kind, int64_t samples, int64_
 void modiff_prologue_after(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
                            const float* b, const float* mean, const float* rstd, float* state, uint8_t* codes,
                            float* scale, int64_t segments, int64_t length, int64_t per_sample, int64_t per_scale,
-                           int32_t dynamic, float factor, int32_t lowest, int32_t highest, int32_t threads) {
-  const Work work{a,      b,          mean,      rstd,         state,  codes,  scale,  segments,
-                  length, per_sample, per_scale, dynamic != 0, factor, lowest, highest, threads};
+                           int64_t pitch, int64_t channels, int32_t dynamic, float factor, int32_t lowest,
+                           int32_t highest, int32_t threads) {
+  const Work work{a,         b,     mean,     rstd,         state,  codes,  scale,   segments, length, per_sample,
+                  per_scale, pitch, channels, dynamic != 0, factor, lowest, highest, threads};
   kind == 0 ? choose(static_cast<const float*>(x), mode, activation, work)
             : choose(static_cast<const Bf16*>(x), mode, activation, work);
 }
