@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import modiff
 from loop_deepcache import DeepCache
+from loop_graphs import Recorded
 from loop_models import Inputs, Loop, LoopModel, Step, of_rows, repeated
 from modiff import presets
-from modiff.config import ModiffConfig
+from modiff.config import ModiffConfig, ModulationConfig
 from modiff.kernels.isa import detect
+from modiff.model.recordable import recording_obstacle
 from modiff.model.state_bytes import state_bytes
 
 CALIBRATION_SEED = 1_000_000
@@ -259,12 +261,30 @@ def ours(parts: Parts, config: ModiffConfig) -> Ready:
     return modulated(parts)
 
 
+def ours_in_halves(parts: Parts) -> Ready:
+    """Modulated W8A8 with states in float16: half the bytes to read and write at every step."""
+    if parts.device.type == "cpu":
+        raise CannotRun("16-bit states are compared on GPUs only: CPUs have no loop for them")
+    layer = presets.w8a8().layer
+    states = dataclasses.replace(layer.modulation or ModulationConfig(), state_dtype="float16")
+    return ours(parts, ModiffConfig(layer=dataclasses.replace(layer, modulation=states)))
+
+
 def modulated(parts: Parts) -> Ready:
-    """The loop of a network that carries modiff: one graph, compiled between its layers, in the best dtype there."""
+    """The loop of a network that carries modiff: one graph, compiled between its layers, in the best dtype there.
+
+    On GPUs its steps are recorded as a CUDA graph, but for the first ones.
+    """
     dtype = best_dtype(parts.task)
     net = parts.net.to(dtype).to(memory_format=torch.channels_last)
-    step = step_of(compiler(parts.device)(net, fullgraph=True), parts.inputs, dtype, parts.task.model.size[1])
-    return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
+    call = compiler(parts.device)(net, fullgraph=True)
+    step = step_of(call, parts.inputs, dtype, parts.task.model.size[1])
+    if parts.device.type == "cpu":
+        return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
+    if obstacle := recording_obstacle(net):
+        raise CannotRun(f"no CUDA graph can hold a step: {obstacle}")
+    recorded = Recorded(net, step)
+    return Ready(parts.loop, recorded, recorded.begin, recorded.buffers.bytes_held)
 
 
 def gated(parts: Parts) -> Ready:
@@ -304,6 +324,7 @@ VARIANTS: dict[str, Callable[[Parts], Ready]] = {
     "fewer-steps-2": partial(fewer_steps, divisor=2),
     "plain-w8a8": partial(ours, config=presets.plain(8, 8)),
     "modulated-w8a8": partial(ours, config=presets.w8a8()),
+    "modulated-w8a8-fp16": ours_in_halves,
     "modulated-w8a4": partial(ours, config=presets.w8a4()),
     "gated": gated,
 }

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import denoising_loop
 import loop_child
-import loop_models
 import loop_report
 import loop_rounds
 import loop_variants
@@ -46,43 +45,6 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- models
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "further"),
-    [
-        ("ddpm-cifar10", 35_746_307, {}),
-        ("sd15", 859_520_964, {"encoder_hidden_states": (2, 77, 768)}),
-        ("sdxl", 2_567_463_684, {"encoder_hidden_states": (2, 77, 2048)}),
-        ("dit-xl", 749_826_464, {"class_labels": (2,)}),
-    ],
-)
-def test_the_models_have_the_published_sizes(
-    name: str, parameters: int, further: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def on_meta(kind: Any, config: dict[str, Any], _: torch.device) -> Any:
-        with torch.device("meta"):
-            return kind(**config)
-
-    monkeypatch.setattr(loop_models, "drawn", on_meta)
-    net, inputs, _ = MODELS[name].build(torch.device("cpu"))
-    assert sum(p.numel() for p in net.parameters()) == parameters
-    assert {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)} == further
-    assert MODELS[name].size[1:] == (net.config.in_channels, net.config.sample_size, net.config.sample_size)
-
-
-def test_conditions_repeat_in_turn_to_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_models, "drawn", lambda *_: torch.nn.Identity())
-    text, added = parts_of(Task(MODELS["sdxl"], "bf16-eager", timed=1)).inputs.values()
-    assert text.shape == (4, 77, 2048)
-    assert torch.equal(text[:2], text[2:])
-    assert not torch.equal(text[0], text[1])
-    assert {name: tuple(value.shape) for name, value in added.items()} == {"text_embeds": (4, 1280), "time_ids": (4, 6)}
-    halves = loop_variants.in_dtype({"text": text, "added": added, "labels": torch.tensor([1])}, torch.bfloat16)
-    assert [halves["text"].dtype, halves["added"]["time_ids"].dtype] == [torch.bfloat16] * 2
-    assert halves["labels"].dtype == torch.int64
-    labels = parts_of(Task(MODELS["dit-xl"].on("cuda"), "bf16-eager", timed=1)).inputs["class_labels"]
-    assert labels.tolist() == [1, 2] * 16
 
 
 def test_a_loop_is_the_pipelines_loop_and_stops_where_it_is_told() -> None:
@@ -185,7 +147,7 @@ def test_the_table_has_the_variants_and_models_of_the_benchmark() -> None:
     assert list(VARIANTS) == [
         "fp32-eager", "fp32-compiled", "bf16-eager", "bf16-compiled", "torchao-int8", "torchao-float8",
         "openvino-int8", "deepcache-2", "deepcache-3", "fewer-steps-2", "plain-w8a8", "modulated-w8a8",
-        "modulated-w8a4", "gated",
+        "modulated-w8a8-fp16", "modulated-w8a4", "gated",
     ]  # fmt: skip
     assert list(MODELS) == ["embedded", "ddpm-cifar10", "sd15", "sdxl", "dit-xl"]
     assert [m.size[0] for m in MODELS.values()] == [16, 8, 2, 4, 2]
@@ -237,9 +199,19 @@ def test_layers_that_see_one_row_an_image_are_told_from_those_that_see_pixels() 
     assert not any(module._forward_pre_hooks for module in parts.net.modules())
 
 
-def test_float8_is_for_gpus() -> None:
+def test_float8_and_16_bit_states_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CannotRun, match="float8 is compared on GPUs only"):
         prepare(Task(TINY, "torchao-float8", timed=1))
+    with pytest.raises(CannotRun, match="16-bit states are compared on GPUs only"):
+        prepare(Task(TINY, "modulated-w8a8-fp16", timed=1))
+    parts = parts_of(Task(TINY, "modulated-w8a8-fp16", timed=1))
+    parts.loop.device = torch.device("cuda")
+    applied: list[ModiffConfig] = []
+    monkeypatch.setattr(loop_variants.modiff, "apply", lambda _, config: applied.append(config))
+    monkeypatch.setattr(loop_variants, "modulated", lambda _: None)
+    loop_variants.ours_in_halves(parts)
+    assert [config.layer.modulation.state_dtype for config in applied] == ["float16"]
+    assert applied[0].layer.execution == "integer"
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -44,7 +44,14 @@ class IntegerStream(Stream):
             return
         values = self._dense(whole.value)
         moves = (None,) * len(values) if whole.move is None else self._dense(whole.move)
-        self._parts = tuple(State(value, move) for value, move in zip(values, moves, strict=True))
+        self._parts = tuple(
+            State(self._place("value", i, value), None if move is None else self._place("move", i, move))
+            for i, (value, move) in enumerate(zip(values, moves, strict=True))
+        )
+
+    def _place(self, name: str, part: int, value: Tensor) -> Tensor:
+        """Where this state was in the last trajectory, if the trajectory has buffers."""
+        return value if self.key is None else self.clock.place((*self.key, name, part), value)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the input state keeps."""
@@ -59,7 +66,7 @@ class IntegerStream(Stream):
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[State] = []
         for index, (x, state) in enumerate(zip(self._dense(value), self._parts, strict=True)):
-            held = _as(state, x, gain)
+            held = self._laid(index, state, x, gain)
             codes, scale = prologue(
                 x, held.value, None if given is None else given[index], coder.bits, coder.config.clip,
                 coder.granularity, channel_dim=coder.channel_dim, move=held.move, gain=gain,
@@ -86,17 +93,18 @@ class IntegerStream(Stream):
             return torch.zeros((), device=device)
         return torch.as_tensor(step_gain(self.config, self.ratio()), dtype=torch.float32, device=device)
 
+    def _laid(self, part: int, state: State, x: Tensor, gain: Tensor | None) -> State:
+        """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins."""
+        value, move = state
+        if value.stride() != x.stride():
+            value = self._place("laid", part, torch.empty_like(x, dtype=value.dtype).copy_(value))
+        if gain is None:
+            return State(value)
+        if move is None:
+            return State(value, self._place("move", part, torch.zeros_like(value)))
+        if move.stride() != value.stride():
+            move = self._place("laid move", part, torch.empty_like(value).copy_(move))
+        return State(value, move)
+
     def _dense(self, x: Tensor) -> tuple[Tensor, ...]:
         return dense_parts(x, self.coder.segments, self.coder.channel_dim)
-
-
-def _as(state: State, x: Tensor, gain: Tensor | None) -> State:
-    """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins."""
-    value, move = state
-    if value.stride() != x.stride():
-        value = torch.empty_like(x, dtype=value.dtype).copy_(value)
-    if gain is None:
-        return State(value)
-    if move is None:
-        return State(value, torch.zeros_like(value))
-    return State(value, move if move.stride() == value.stride() else torch.empty_like(value).copy_(move))

@@ -278,6 +278,11 @@ class ModulatedLayer(nn.Module):
             stream.message = None  # nobody else will read it: free the codes now
         return output
 
+    @property
+    def calls(self) -> Key:
+        """The context, and how many times the layer was called before in this evaluation."""
+        return self.clock.context, self._calls
+
     def _key(self) -> Key:
         """A state for each context and for each time the layer is called within one evaluation of the network."""
         clock = self.clock
@@ -288,7 +293,7 @@ class ModulatedLayer(nn.Module):
             )
         self._calls = self._calls + 1 if self._tick == clock.tick else 0
         self._tick = clock.tick
-        return clock.context, self._calls
+        return self.calls
 
     def affine(self, value: Tensor) -> Tensor:
         """A(value) + bias with the quantized, rotated weight."""

@@ -6,6 +6,9 @@
 
 What a layer remembers stays outside of the graph: no step, state or first use is a reason to compile again. Codes are
 those of eager execution for the same inputs. All three write into the clock's `token`, which keeps their order.
+
+They run Python at every call, so no CUDA graph may hold them. The tag says so to torch.compile(mode="reduce-overhead"),
+which would record the first steps of a trajectory and repeat them for ever.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from modiff.kernels.geometry import empty_output
 from modiff.nn.byte_code import innermost
 
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 _NUMBERS = itertools.count()
 _HOLDERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -31,7 +35,7 @@ def number_for(holder: object) -> int:
     return number
 
 
-@torch.library.custom_op("modiff::begin", mutates_args=("token",))
+@torch.library.custom_op("modiff::begin", mutates_args=("token",), tags=_TAGS)
 def begin(token: Tensor, timestep: Tensor | None, number: int) -> None:
     """The attachment of `number` hears that an evaluation begins."""
     _HOLDERS[number].begin(timestep)
@@ -42,7 +46,7 @@ def _(token: Tensor, timestep: Tensor | None, number: int) -> None:
     return None
 
 
-@torch.library.custom_op("modiff::end", mutates_args=("token",))
+@torch.library.custom_op("modiff::end", mutates_args=("token",), tags=_TAGS)
 def end(token: Tensor, number: int) -> None:
     """The attachment of `number` hears that the evaluation ended."""
     _HOLDERS[number].end()
@@ -53,7 +57,7 @@ def _(token: Tensor, number: int) -> None:
     return None
 
 
-@torch.library.custom_op("modiff::layer", mutates_args=("token",))
+@torch.library.custom_op("modiff::layer", mutates_args=("token",), tags=_TAGS)
 def layer(token: Tensor, x: Tensor, number: int) -> Tensor:
     """The forward of the layer of `number`, channels innermost in memory."""
     holder = _HOLDERS[number]
