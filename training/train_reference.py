@@ -299,7 +299,7 @@ def fit(task: Task, options: argparse.Namespace) -> None:
     fresh = options.start_from is None or (options.output / "checkpoint.pt").exists()
     begun = Progress() if fresh else start_from(options.start_from, task)
     model = task.model.to(device, memory_format=torch.channels_last)
-    average = type(model).from_config(model.config).to(device)
+    average = type(model).from_config(model.config).to(device, memory_format=torch.channels_last)
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
     progress = resume(options.output, model, average, optimizer) or begun

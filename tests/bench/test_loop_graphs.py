@@ -139,3 +139,22 @@ def test_on_gpus_a_modulated_variant_is_recorded_or_says_why_not(monkeypatch: py
     assert ready.state() == 0
     with pytest.raises(CannotRun, match=r"no CUDA graph can hold a step: .*it is simulated"):
         loop_variants.modulated(parts(presets.w8a8()))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_cuda_graph_gives_the_steps_that_python_gives() -> None:
+    net: Any = HIDDEN["tiny"].build(torch.device("cuda"))[0]
+    modiff.apply(net, presets.w8a8().on_integers())
+    loop = Recorded(net, lambda x, t: net(x, t, return_dict=False)[0])
+    generator = torch.Generator().manual_seed(0)
+    times = torch.arange(900, 0, -100)
+    for _ in range(2):
+        xs = (0.3 * torch.randn(9, 2, 1, 8, 8, generator=generator)).cumsum(0)
+        steps = [(x.cuda(), t.expand(2).cuda()) for x, t in zip(xs, times, strict=True)]
+        with modiff.trajectory(net):
+            wanted = torch.stack([net(x, t, return_dict=False)[0] for x, t in steps])
+        with loop.begin():
+            found = torch.stack([loop(x, t) for x, t in steps])
+        assert_same_bits(found, wanted)
+    assert loop.graph is not None
