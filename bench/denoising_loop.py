@@ -2,6 +2,7 @@
 
 python bench/denoising_loop.py --models embedded
 python bench/denoising_loop.py --models sd15,dit-xl --isa vnni --threads 1
+python bench/denoising_loop.py --device cuda --models ddpm-cifar10,sdxl,dit-xl
 
 Each variant lives in a process of its own that runs one loop when it is told to, while all others wait: rounds are
 interleaved, and peak memory, compiled code and instruction limits belong to one variant. docs/benchmarks.md explains.
@@ -22,8 +23,8 @@ import torch
 from layers import commit
 from loop_models import HIDDEN, MODELS, LoopModel
 from loop_report import append_rows, plot, row_of, table
-from loop_rounds import Record, Run
-from loop_variants import REFERENCE, VARIANTS, Task, has_bf16
+from loop_rounds import Record, Run, gpu_mib
+from loop_variants import GRAPHS, MODES, REFERENCE, VARIANTS, Task, has_bf16
 from modiff.errors import ConfigError, ModiffError
 from modiff.evaluate.environment import environment
 from modiff.kernels.isa import LIMIT, level_of
@@ -78,14 +79,17 @@ def run_model(
     model: LoopModel, variants: list[str], options: argparse.Namespace, variables: dict[str, str]
 ) -> tuple[list[Record], Run]:
     """Every variant of one model."""
+    model = model.on(options.device)
     timed = options.steps or (min(model.timed, 6) if options.quick else model.timed)
     if timed > model.steps:
         raise ConfigError(f"--steps: expected at most {model.steps}, got {timed}. The schedule of {model.name} has no "
                           "more. Give fewer.")  # fmt: skip
-    threads, limit = options.threads, limit_of(options.isa)
-    tasks = {name: Task(model, name, timed, options.device, threads, limit) for name in (*variants, REFERENCE)}
+    shared = (timed, options.device, options.threads, limit_of(options.isa), options.mode)
+    tasks = {name: Task(model, name, *shared) for name in (*variants, REFERENCE)}
     rounds = options.rounds or (2 if options.quick else 7)
     run = Run(rounds, options.limit, variables, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if options.device != "cpu":
+        run.device_free = gpu_mib
     return run.all([tasks[name] for name in variants], tasks[REFERENCE]), run
 
 
@@ -118,16 +122,17 @@ def _count(text: str) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="between commas; default: %(default)s")
+    parser.add_argument("--models", help=f"between commas: {', '.join(MODELS)}; default: all, without sdxl on a CPU")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="between commas; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="6 steps, 2 rounds: does it run? Kept only with --json")
     parser.add_argument("--isa", choices=LIMITS, default="native", help="limit of the instructions")
     parser.add_argument("--threads", type=_count, help="of every variant; default: what torch takes")
     parser.add_argument("--rounds", type=_count, help="loops of each variant; default: 7")
-    parser.add_argument("--steps", type=_count, help="timed steps of a loop; default: all, 6 for sd15 and dit-xl")
+    parser.add_argument("--steps", type=_count, help="timed steps of a loop; default: all; on CPUs 6 for sd15, dit-xl")
     parser.add_argument("--limit", type=_positive, default=3600, metavar="SECONDS",
                         help="a variant, building and compiling included; default: %(default)s")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--mode", choices=MODES, default=GRAPHS, help="of torch.compile on GPUs; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"default: bench/results/{RESULTS.name}")
     return parser.parse_args()
 
@@ -135,7 +140,8 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Run, print, append."""
     options = _options()
-    models = [({**MODELS, **HIDDEN})[name] for name in some("--models", options.models, MODELS, HIDDEN)]
+    usual = ",".join(name for name, model in MODELS.items() if options.device != "cpu" or not model.gpu_only)
+    models = [({**MODELS, **HIDDEN})[name] for name in some("--models", options.models or usual, MODELS, HIDDEN)]
     variants = some("--variants", options.variants, VARIANTS)
     capabilities: dict[str, Any] = dict(torch.cpu.get_capabilities())
     variables = child_environment(options.isa, options.threads, capabilities)

@@ -32,6 +32,7 @@ def serve(connection: Connection, task: Task) -> None:
             one_loop(ready, min(WARM_UP_STEPS, ready.loop.timed))
             facts = {"isa": isa_of(task), "threads": torch.get_num_threads(), "peak_mib": peak_mib()}
             facts["note"] = ready.note
+            facts["device_mib"] = torch.cuda.memory_reserved() / 2**20 if task.device != "cpu" else 0.0
             connection.send(("ready", facts))
             forget_peak(task.device)
             while connection.recv() == "run":
@@ -77,6 +78,7 @@ def forget_peak(device: str) -> None:
     """From here on the peak is that of the loops: loading and compiling need more, once. Linux and CUDA only."""
     gc.collect()
     if device != "cpu":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if sys.platform == "linux":
         try:

@@ -67,15 +67,22 @@ def changed(module: nn.Module, **parts: nn.Module | None) -> Any:
 class DeepCache:
     """Denoise with a U-Net whose deep levels run every `interval` steps.
 
-    model: called as model(x, t, **inputs, return_dict=False). compiler: applied to both of its functions.
+    model: called as model(x, t, **inputs, return_dict=False). compiler: applied to both of its functions. keep:
+    applied to the feature that later steps reuse.
     """
 
-    def __init__(self, model: Any, interval: int, compiler: Callable[[Call], Call] = lambda call: call) -> None:
+    def __init__(
+        self,
+        model: Any,
+        interval: int,
+        compiler: Callable[[Call], Call] = lambda call: call,
+        keep: Callable[[Tensor], Tensor] = lambda feature: feature,
+    ) -> None:
         for part in ("conv_in", "down_blocks", "up_blocks", "mid_block", "conv_out"):
             if not hasattr(model, part):
                 raise ConfigError(f"DeepCache: expected a U-Net, got {type(model).__name__} without {part}. It has no "
                                   "levels to skip. Leave this variant out.")  # fmt: skip
-        self.interval, self.count, self.slot = interval, 0, Slot()
+        self.interval, self.count, self.slot, self.keep = interval, 0, Slot(), keep
         *ups, last = model.up_blocks
         whole = changed(model, up_blocks=nn.ModuleList([*ups, LastUpBlock(last, self.slot, reuse=False)]))
         first = changed(model.down_blocks[0], downsamplers=None)
@@ -87,12 +94,12 @@ class DeepCache:
         )
         slot = self.slot
 
-        def run_whole(x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def run_whole(x: Tensor, t: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
             out = whole(x, t, **inputs, return_dict=False)[0]
             kept, slot.feature = slot.feature, None
             return out, kept  # type: ignore[return-value]
 
-        def run_shallow(x: Tensor, t: Tensor, inputs: dict[str, Tensor], feature: Tensor) -> Tensor:
+        def run_shallow(x: Tensor, t: Tensor, inputs: dict[str, Any], feature: Tensor) -> Tensor:
             slot.feature = feature
             out = shallow(x, t, **inputs, return_dict=False)[0]
             slot.feature = None
@@ -106,12 +113,13 @@ class DeepCache:
         """A loop begins: its first step is whole."""
         self.count, self.feature = 0, None
 
-    def __call__(self, x: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, inputs: dict[str, Any]) -> Tensor:
         """One step."""
         whole = self.count % self.interval == 0
         self.count += 1
         if whole or self.feature is None:
-            out, self.feature = self.whole(x, t, inputs)
+            out, feature = self.whole(x, t, inputs)
+            self.feature = self.keep(feature)
             return out
         return self.shallow(x, t, inputs, self.feature)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,27 +17,40 @@ from modiff.hosts.load import load_pipeline
 from modiff.hosts.noise import noise_generators
 
 WEIGHTS_SEED = 0
+CPU = torch.device("cpu")
+Inputs = dict[str, Any]
+"""Of a denoiser beside x and t: tensors with a row for each condition, or dicts of them."""
 Step = Callable[[Tensor, Tensor], Tensor]
 """(x_t, timestep of each row) -> the predicted noise, float32."""
 
 
 @dataclass(frozen=True)
 class LoopModel:
-    """What is run: `build` gives (denoiser, its further inputs, scheduler); `timed` of `steps` steps are taken.
+    """What is run: `build` gives (denoiser on a device, its further inputs, scheduler); `timed` of `steps` are taken.
 
+    size: of x on CPUs. gpu_batch: its rows on GPUs, where every step is taken; None where they are the same.
+    gpu_only: not run on CPUs unless it is asked for by name.
     pixels: x_0 is an image in [-1, 1] and is compared in [0, 1]; else latents are compared as they are.
     unet: has levels, so DeepCache and OpenVINO's convolutions mean something.
     random_weights: no trained ones exist: speed only.
     """
 
     name: str
-    build: Callable[[], tuple[nn.Module, dict[str, Tensor], Any]]
+    build: Callable[[torch.device], tuple[nn.Module, Inputs, Any]]
     size: tuple[int, ...]
     steps: int
     timed: int
     pixels: bool = False
     unet: bool = True
     random_weights: bool = True
+    gpu_batch: int | None = None
+    gpu_only: bool = False
+
+    def on(self, device: str) -> LoopModel:
+        """The model as it is run there."""
+        if device == "cpu":
+            return self
+        return dataclasses.replace(self, size=(self.gpu_batch or self.size[0], *self.size[1:]), timed=self.steps)
 
     def note(self, timed: int) -> str:
         """What a reader of a row must know."""
@@ -49,18 +63,29 @@ def scheduler_of() -> Any:
     return DDIMScheduler(timestep_spacing="trailing")
 
 
-def drawn(kind: type[Any], config: dict[str, Any]) -> nn.Module:
-    """A model of diffusers with the same random weights each time."""
+def drawn(kind: type[Any], config: dict[str, Any], device: torch.device) -> nn.Module:
+    """A model of diffusers with the same random weights each time; drawn on the device, which is faster on a GPU."""
     torch.manual_seed(WEIGHTS_SEED)
-    return kind(**config).eval()
+    with device:
+        return kind(**config).eval()
 
 
-def embedded() -> tuple[nn.Module, dict[str, Tensor], Any]:
-    pipe: Any = load_pipeline(embedded_folder())
+def of_rows(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Every tensor changed, those inside of dicts too."""
+    return {name: of_rows(v, change) if isinstance(v, dict) else change(v) for name, v in inputs.items()}
+
+
+def repeated(inputs: Inputs, batch: int) -> Inputs:
+    """The rows of each tensor in turn, as many as the batch has."""
+    return of_rows(inputs, lambda rows: rows[torch.arange(batch) % len(rows)])
+
+
+def embedded(device: torch.device = CPU) -> tuple[nn.Module, Inputs, Any]:
+    pipe: Any = load_pipeline(embedded_folder(), device=str(device))
     return pipe.unet.eval(), {}, DDIMScheduler.from_config(pipe.scheduler.config)
 
 
-def ddpm_cifar10() -> tuple[nn.Module, dict[str, Tensor], Any]:
+def ddpm_cifar10(device: torch.device = CPU) -> tuple[nn.Module, Inputs, Any]:
     """google/ddpm-cifar10-32: 35.7M parameters (Ho et al. 2020)."""
     config = {
         "sample_size": 32,
@@ -74,39 +99,63 @@ def ddpm_cifar10() -> tuple[nn.Module, dict[str, Tensor], Any]:
         "flip_sin_to_cos": False,
         "freq_shift": 1,
     }
-    return drawn(UNet2DModel, config), {}, scheduler_of()
+    return drawn(UNet2DModel, config, device), {}, scheduler_of()
 
 
-def sd15() -> tuple[nn.Module, dict[str, Tensor], Any]:
+def sd15(device: torch.device = CPU) -> tuple[nn.Module, Inputs, Any]:
     """Stable Diffusion 1.5's U-Net: 860M parameters; two rows of 77 text embeddings."""
-    model = drawn(UNet2DConditionModel, {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8})
+    config = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+    model = drawn(UNet2DConditionModel, config, device)
     text = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(1))
     return model, {"encoder_hidden_states": text}, scheduler_of()
 
 
-def dit_xl() -> tuple[nn.Module, dict[str, Tensor], Any]:
+def sdxl(device: torch.device = CPU) -> tuple[nn.Module, Inputs, Any]:
+    """SDXL's U-Net at 1024x1024 pixels: 2.57 billion parameters, 128x128 latents; text, pooled text and sizes."""
+    config = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+    }
+    generator = torch.Generator().manual_seed(1)
+    text, pooled = torch.randn(2, 77, 2048, generator=generator), torch.randn(2, 1280, generator=generator)
+    sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
+    further = {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    return drawn(UNet2DConditionModel, config, device), further, scheduler_of()
+
+
+def dit_xl(device: torch.device = CPU) -> tuple[nn.Module, Inputs, Any]:
     """DiT-XL/2 at 256x256 pixels: 28 blocks of width 1152 on 32x32 latents, 256 tokens."""
     config = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4,
               "out_channels": 8, "sample_size": 32, "patch_size": 2}  # fmt: skip
-    return drawn(DiTTransformer2DModel, config), {"class_labels": torch.tensor([1, 2])}, scheduler_of()
+    return drawn(DiTTransformer2DModel, config, device), {"class_labels": torch.tensor([1, 2])}, scheduler_of()
 
 
-def tiny() -> tuple[nn.Module, dict[str, Tensor], Any]:
+def tiny(device: torch.device = CPU) -> tuple[nn.Module, Inputs, Any]:
     """For tests."""
     config = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16),
               "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
               "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
               "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}  # fmt: skip
-    return drawn(UNet2DModel, config), {}, scheduler_of()
+    return drawn(UNet2DModel, config, device), {}, scheduler_of()
 
 
 MODELS = {
     m.name: m
     for m in (
         LoopModel("embedded", embedded, (16, 1, 32, 32), 50, 50, pixels=True, random_weights=False),
-        LoopModel("ddpm-cifar10", ddpm_cifar10, (8, 3, 32, 32), 50, 50, pixels=True),
+        LoopModel("ddpm-cifar10", ddpm_cifar10, (8, 3, 32, 32), 50, 50, pixels=True, gpu_batch=256),
         LoopModel("sd15", sd15, (2, 4, 64, 64), 50, 6),
-        LoopModel("dit-xl", dit_xl, (2, 4, 32, 32), 50, 6, unet=False),
+        LoopModel("sdxl", sdxl, (4, 4, 128, 128), 50, 6, gpu_only=True),
+        LoopModel("dit-xl", dit_xl, (2, 4, 32, 32), 50, 6, unet=False, gpu_batch=32),
     )
 }
 HIDDEN = {"tiny": LoopModel("tiny", tiny, (2, 1, 8, 8), 10, 10, pixels=True)}

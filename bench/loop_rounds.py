@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from loop_child import serve
 from loop_variants import REFERENCE, Task
@@ -113,6 +114,7 @@ class Run:
     environment: Mapping[str, str]
     say: Callable[[str], None] = print
     available: Callable[[], float | None] = lambda: available_mib()
+    device_free: Callable[[], float | None] = lambda: None
     reference: np.ndarray | None = None
 
     def all(self, tasks: list[Task], reference: Task) -> list[Record]:
@@ -184,11 +186,15 @@ class Run:
         return child
 
     def _fits(self, children: list[Child]) -> bool:
-        free = self.available()
-        if free is None or free > SPARE * max(child.record.facts["peak_mib"] for child in children):
-            return True
-        self.say(f"{free:.0f} MiB of memory are left: the other variants wait for a wave of their own")
-        return False
+        facts = [child.record.facts for child in children]
+        for words, free, name in (
+            ("", self.available(), "peak_mib"),
+            (" of the GPU", self.device_free(), "device_mib"),
+        ):
+            if free is not None and free <= SPARE * max(f[name] for f in facts):
+                self.say(f"{free:.0f} MiB of memory{words} are left: the other variants wait for a wave of their own")
+                return False
+        return True
 
     def _rounds(self, children: list[Child], wave: int) -> None:
         """Each round runs every child once and begins with another one: none always follows the same neighbour."""
@@ -204,6 +210,11 @@ class Run:
                 record.rounds.append(found)
                 record.waves.append(wave)
                 self.say(f"{record.task.model.name} {record.task.variant}: {found['seconds']:.3f} s")
+
+
+def gpu_mib() -> float:
+    """Memory of the GPU that nobody took."""
+    return torch.cuda.mem_get_info()[0] / 2**20
 
 
 def available_mib() -> float | None:

@@ -16,16 +16,23 @@ from torch import Tensor, nn
 
 import modiff
 from loop_deepcache import DeepCache
-from loop_models import Loop, LoopModel, Step
+from loop_graphs import Recorded
+from loop_models import Inputs, Loop, LoopModel, Step, of_rows, repeated
 from modiff import presets
-from modiff.config import ModiffConfig
+from modiff.config import ModiffConfig, ModulationConfig
 from modiff.kernels.isa import detect
+from modiff.model.recordable import recording_obstacle
 from modiff.model.state_bytes import state_bytes
 
 CALIBRATION_SEED = 1_000_000
 """OpenVINO's ranges come from noise that no figure is judged on."""
 CALIBRATION_CALLS = 12
 GATE_STEPS = 10
+GRAPHS = "reduce-overhead"
+"""torch.compile's mode on GPUs: inductor's kernels, a whole step launched as one CUDA graph."""
+MODES = (GRAPHS, "max-autotune", "max-autotune-no-cudagraphs", "default")
+LEAST_ROWS = 17
+"""Fewer rows have no integer matmul in cuBLAS."""
 BF16_LIMITS = ("", "AVX512_CORE_AMX", "AVX512_CORE_BF16", "AVX512_CORE_FP16")
 
 
@@ -35,7 +42,10 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One variant of one model. `timed` and `steps` are those of the loop that it is compared with."""
+    """One variant of one model. `timed` and `steps` are those of the loop that it is compared with.
+
+    mode: of torch.compile on GPUs.
+    """
 
     model: LoopModel
     variant: str
@@ -43,6 +53,7 @@ class Task:
     device: str = "cpu"
     threads: int | None = None
     limit: str = ""
+    mode: str = GRAPHS
 
 
 @dataclass
@@ -65,7 +76,7 @@ class Parts:
 
     task: Task
     net: nn.Module
-    inputs: dict[str, Tensor]
+    inputs: Inputs
     loop: Loop
 
     @property
@@ -89,28 +100,39 @@ def best_dtype(task: Task) -> torch.dtype:
 def parts_of(task: Task) -> Parts:
     """Model, inputs and loop on the device."""
     device = torch.device(task.device)
-    net, inputs, scheduler = task.model.build()
+    net, inputs, scheduler = task.model.build(device)
     loop = Loop(task.model, scheduler, task.model.steps, task.timed, device)
-    return Parts(task, net.to(device), {name: value.to(device) for name, value in inputs.items()}, loop)
+    given = of_rows(repeated(inputs, task.model.size[0]), lambda rows: rows.to(device))
+    return Parts(task, net.to(device), given, loop)
 
 
-def in_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Float tensors cast, others as they are."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    return of_rows(inputs, lambda rows: rows.to(dtype) if rows.is_floating_point() else rows)
 
 
-def compiler(device: torch.device) -> Callable[..., Any]:
-    """torch.compile with frozen weights. Raises: CannotRun where there is no C++ compiler."""
+def cast(parts: Parts, dtype: torch.dtype) -> nn.Module:
+    """The network in `dtype`; on GPUs with channels innermost, which their convolutions want."""
+    net = parts.net.to(dtype)
+    return net if parts.device.type == "cpu" else net.to(memory_format=torch.channels_last)
+
+
+def compiler(device: torch.device, mode: str = "default") -> Callable[..., Any]:
+    """torch.compile, on CPUs with frozen weights, on GPUs in a mode of its own.
+
+    Raises: CannotRun on a CPU where there is no C++ compiler.
+    """
     import torch._inductor.config as inductor
 
     if device.type == "cpu":
         if not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
             raise CannotRun("no C++ compiler: torch.compile needs g++ or clang++")
         inductor.freezing = True  # weights become constants, prepacked for oneDNN; needs inference mode
-    return partial(torch.compile, dynamic=False)
+        mode = "default"
+    return partial(torch.compile, dynamic=False, mode=mode)
 
 
-def step_of(call: Callable[..., Any], inputs: dict[str, Tensor], dtype: torch.dtype, channels: int) -> Step:
+def step_of(call: Callable[..., Any], inputs: Inputs, dtype: torch.dtype, channels: int) -> Step:
     """The step of a denoiser that runs in `dtype`; x and the noise stay float32, learned variances are dropped."""
     given = in_dtype(inputs, dtype)
 
@@ -122,17 +144,17 @@ def step_of(call: Callable[..., Any], inputs: dict[str, Tensor], dtype: torch.dt
 
 def eager(parts: Parts, dtype: torch.dtype) -> Ready:
     """The model as it comes."""
-    return Ready(parts.loop, step_of(parts.net.to(dtype), parts.inputs, dtype, parts.task.model.size[1]))
+    return Ready(parts.loop, step_of(cast(parts, dtype), parts.inputs, dtype, parts.task.model.size[1]))
 
 
 def compiled(parts: Parts, dtype: torch.dtype) -> Ready:
     """Frozen weights, inductor."""
-    return as_compiled(parts, parts.net.to(dtype), dtype)
+    return as_compiled(parts, cast(parts, dtype), dtype)
 
 
 def as_compiled(parts: Parts, net: nn.Module, dtype: torch.dtype) -> Ready:
     """The same of a network that is in `dtype` already."""
-    call = compiler(parts.device)(net)
+    call = compiler(parts.device, parts.task.mode)(net)
     return Ready(parts.loop, step_of(call, parts.inputs, dtype, parts.task.model.size[1]))
 
 
@@ -145,13 +167,33 @@ def fewer_steps(parts: Parts, divisor: int) -> Ready:
     )
 
 
-def torchao_int8(parts: Parts) -> Ready:
-    """torchao's dynamic int8 activations and int8 weights on linear layers, compiled; convolutions stay 16/32-bit."""
+def torchao_linear(parts: Parts, config: str, gpu_only: bool = False) -> Ready:
+    """torchao on linear layers, activations coded at each call, compiled; convolutions stay 16/32-bit."""
+    if gpu_only and parts.device.type == "cpu":
+        raise CannotRun("float8 is compared on GPUs only")
     quantization = optional("torchao.quantization", "torchao")
     dtype = best_dtype(parts.task)
-    net = parts.net.to(dtype)
-    quantization.quantize_(net, quantization.Int8DynamicActivationInt8WeightConfig())
+    net = cast(parts, dtype)
+    wide = None if parts.device.type == "cpu" else layers_of_many_rows(parts, net, dtype)
+    chosen = None if wide is None else lambda module, name: name in wide
+    quantization.quantize_(net, getattr(quantization, config)(), filter_fn=chosen)
     return as_compiled(parts, net, dtype)
+
+
+def layers_of_many_rows(parts: Parts, net: nn.Module, dtype: torch.dtype) -> set[str]:
+    """The linear layers that get LEAST_ROWS rows or more: those of the time step get one for each image."""
+    found: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: found.add(name) if given[0].numel() >= LEAST_ROWS * given[0].shape[-1] else None
+        )
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    parts.loop.run(step_of(net, parts.inputs, dtype, parts.task.model.size[1]), CALIBRATION_SEED, 1)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def openvino_int8(parts: Parts) -> Ready:
@@ -185,7 +227,7 @@ def openvino_int8(parts: Parts) -> Ready:
 class Positional(nn.Module):
     """A denoiser as a function of (x, t): what a tracer wants."""
 
-    def __init__(self, net: nn.Module, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, net: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.net, self.inputs = net, inputs
 
@@ -198,7 +240,9 @@ def deepcache(parts: Parts, interval: int) -> Ready:
     if not parts.task.model.unet:
         raise CannotRun("DeepCache is for U-Nets")
     dtype = best_dtype(parts.task)
-    cache = DeepCache(parts.net.to(dtype), interval, compiler(parts.device))
+    # A CUDA graph writes its outputs to the same place each time: what is kept must be a copy.
+    keep = (lambda feature: feature) if parts.device.type == "cpu" else torch.clone
+    cache = DeepCache(cast(parts, dtype), interval, compiler(parts.device, parts.task.mode), keep)
     inputs, channels = in_dtype(parts.inputs, dtype), parts.task.model.size[1]
 
     def step(x: Tensor, t: Tensor) -> Tensor:
@@ -217,14 +261,30 @@ def ours(parts: Parts, config: ModiffConfig) -> Ready:
     return modulated(parts)
 
 
+def ours_in_halves(parts: Parts) -> Ready:
+    """Modulated W8A8 with states in float16: half the bytes to read and write at every step."""
+    if parts.device.type == "cpu":
+        raise CannotRun("16-bit states are compared on GPUs only: CPUs have no loop for them")
+    layer = presets.w8a8().layer
+    states = dataclasses.replace(layer.modulation or ModulationConfig(), state_dtype="float16")
+    return ours(parts, ModiffConfig(layer=dataclasses.replace(layer, modulation=states)))
+
+
 def modulated(parts: Parts) -> Ready:
-    """The loop of a network that carries modiff: one graph, compiled between its layers, in the best dtype there."""
+    """The loop of a network that carries modiff: one graph, compiled between its layers, in the best dtype there.
+
+    On GPUs its steps are recorded as a CUDA graph, but for the first ones.
+    """
     dtype = best_dtype(parts.task)
     net = parts.net.to(dtype).to(memory_format=torch.channels_last)
-    step = step_of(
-        compiler(parts.device)(net, fullgraph=True, backend="modiff"), parts.inputs, dtype, parts.task.model.size[1]
-    )
-    return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
+    call = compiler(parts.device)(net, fullgraph=True, backend="modiff")
+    step = step_of(call, parts.inputs, dtype, parts.task.model.size[1])
+    if parts.device.type == "cpu":
+        return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
+    if obstacle := recording_obstacle(net):
+        raise CannotRun(f"no CUDA graph can hold a step: {obstacle}")
+    recorded = Recorded(net, step)
+    return Ready(parts.loop, recorded, recorded.begin, recorded.buffers.bytes_held)
 
 
 def gated(parts: Parts) -> Ready:
@@ -233,7 +293,7 @@ def gated(parts: Parts) -> Ready:
     Where no layer pays, modiff leaves the model alone, and it runs as the best baseline.
     """
     dtype = best_dtype(parts.task)
-    step = step_of(parts.net.to(dtype), parts.inputs, dtype, parts.task.model.size[1])
+    step = step_of(cast(parts, dtype), parts.inputs, dtype, parts.task.model.size[1])
     few = min(GATE_STEPS, parts.loop.timed)
     found = modiff.gate(parts.net, run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))
     note = str(found).partition(";")[0]
@@ -256,13 +316,15 @@ VARIANTS: dict[str, Callable[[Parts], Ready]] = {
     "fp32-compiled": partial(compiled, dtype=torch.float32),
     "bf16-eager": partial(eager, dtype=torch.bfloat16),
     "bf16-compiled": partial(compiled, dtype=torch.bfloat16),
-    "torchao-int8": torchao_int8,
+    "torchao-int8": partial(torchao_linear, config="Int8DynamicActivationInt8WeightConfig"),
+    "torchao-float8": partial(torchao_linear, config="Float8DynamicActivationFloat8WeightConfig", gpu_only=True),
     "openvino-int8": openvino_int8,
     "deepcache-2": partial(deepcache, interval=2),
     "deepcache-3": partial(deepcache, interval=3),
     "fewer-steps-2": partial(fewer_steps, divisor=2),
     "plain-w8a8": partial(ours, config=presets.plain(8, 8)),
     "modulated-w8a8": partial(ours, config=presets.w8a8()),
+    "modulated-w8a8-fp16": ours_in_halves,
     "modulated-w8a4": partial(ours, config=presets.w8a4()),
     "gated": gated,
 }

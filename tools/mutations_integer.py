@@ -14,8 +14,8 @@ INTEGER: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/integer.py",
-        old="torch.zeros_like(state.value) if state.move is None else state.move.mul_(gain)",
-        new="torch.zeros_like(state.value) if state.move is None else state.move.clone()",
+        old="if move is None else move.mul_(gain)",
+        new="if move is None else move.clone()",
         tests=("tests/nn/test_integer.py",),
         why="the output state forgets the gain of the linear predictor, the input state does not",
     ),
@@ -63,8 +63,8 @@ INTEGER: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/integer_stream.py",
-        old="        value = torch.empty_like(x, dtype=value.dtype).copy_(value)\n",
-        new="        value = torch.empty_like(x, dtype=value.dtype).copy_(x)\n",
+        old='"laid", part, torch.empty_like(x, dtype=value.dtype).copy_(value)',
+        new='"laid", part, torch.empty_like(x, dtype=value.dtype).copy_(x)',
         tests=("tests/nn/test_integer.py",),
         why="a new memory layout resets the state without telling the output side",
     ),

@@ -6,6 +6,13 @@ from mutation import Mutation
 
 MODEL: tuple[Mutation, ...] = (
     Mutation(
+        file="src/modiff/model/recordable.py",
+        old="if coder.config.refresh_every != 1:",
+        new="if coder.config.refresh_every < 1:",
+        tests=("tests/model/test_recordable.py",),
+        why="a recorded step holds its scales for ever, or measures them at every step",
+    ),
+    Mutation(
         file="src/modiff/model/apply.py",
         old="or not twin.config.activation.dynamic:",
         new="or False:",

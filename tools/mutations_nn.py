@@ -35,7 +35,7 @@ NN: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/layer.py",
-        old="return clock.context, self._calls",
+        old="return self.clock.context, self._calls",
         new='return "default", self._calls',
         tests=("tests/nn/test_layer.py",),
         why="the branches of guidance share one state",
@@ -91,10 +91,31 @@ NN: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/clock.py",
-        old="            context.step += 1",
-        new="            context.step = self.tick - 1",
+        old="        return self._contexts[self.context].step",
+        new="        return self.tick - 1",
         tests=("tests/nn/test_clock.py",),
         why="re-anchoring counts the evaluations of all contexts",
+    ),
+    Mutation(
+        file="src/modiff/nn/clock.py",
+        old="self.times.copy_(torch.cat([self.times[1:], now]))",
+        new="self.times = torch.cat([self.times[1:], now])",
+        tests=("tests/model/test_recordable.py",),
+        why="a recorded step predicts with the step sizes of the recording",
+    ),
+    Mutation(
+        file="src/modiff/nn/buffers.py",
+        old="return held if held is value else held.copy_(value)",
+        new="return held",
+        tests=("tests/model/test_recordable.py",),
+        why="a trajectory starts from the states that the last one ended with",
+    ),
+    Mutation(
+        file="src/modiff/nn/traced.py",
+        old="_TAGS = (torch.Tag.cudagraph_unsafe,)",
+        new="_TAGS = ()",
+        tests=("tests/nn/test_traced.py",),
+        why="torch.compile records the first steps as a CUDA graph and repeats them",
     ),
     Mutation(
         file="src/modiff/nn/weight.py",

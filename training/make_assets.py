@@ -1,10 +1,12 @@
 """Turn a finished training run and a classifier into the assets of the package: check, sample, measure, write the card.
 
     python training/make_assets.py --run runs/fashion --classifier runs/classifier --test-images test_images.npy
+    python training/make_assets.py --data cifar10 --run runs/cifar10 --classifier runs/judge \\
+        --test-images test_images.npy --samples 10000 --steps 100 --batch 500
 
-Writes `OUT/fashion_mnist` (diffusers folder, model card, sample grid, metrics.json, training.json) and
-`OUT/fashion_mnist_classifier`. Both are put in place at the end only. An interrupted run keeps its samples in
-`OUT/fashion_mnist.making` and goes on from there when it is started again with the same model and options.
+Writes `OUT/NAME` (diffusers folder, model card, sample grid, metrics.json, training.json) and `OUT/NAME_classifier`,
+where NAME is that of --data. Both are put in place at the end only. An interrupted run keeps its samples in
+`OUT/NAME.making` and goes on from there when it is started again with the same model and options.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -32,12 +34,25 @@ from train_reference import load_images
 
 from modiff.errors import FormatError
 from modiff.evaluate.classifier import Classifier, load_classifier
+from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.metrics.frechet_distance import frechet_distance
+from modiff.evaluate.metrics.moments import Moments
 
-MODEL, CLASSIFIER = "fashion_mnist", "fashion_mnist_classifier"
+
+class Data(NamedTuple):
+    """What a model of one data set may weigh, and its card."""
+
+    most_parameters: int
+    most_bytes: int
+    card: Path
+
+
+DATA = {
+    "fashion_mnist": Data(6_000_000, 12_000_000, Path(__file__).with_name("model_card.md")),
+    "cifar10": Data(10_000_000, 20_000_000, Path(__file__).with_name("model_card_cifar10.md")),
+}
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
-MOST_PARAMETERS, MOST_BYTES = 6_000_000, 12_000_000
 LEAST_CONFIDENT, LEAST_ENTROPY = 0.75, 2.0
-CARD = Path(__file__).with_name("model_card.md")
 # The options that shape a model; those left out concern the machine and the rhythm of saving.
 UNET_ARGUMENTS = ("images", "minutes", "size", "channels", "layers", "attention", "schedule", "batch", "learning_rate",
                   "weighting", "warmup", "anneal", "ema", "seed")  # fmt: skip
@@ -51,6 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, with the values that made the embedded assets as defaults."""
     package = Path(__file__).resolve().parents[1] / "src" / "modiff" / "assets"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, default="fashion_mnist", help="what the model draws")
     parser.add_argument("--run", type=Path, required=True, help="output folder of train_reference.py")
     parser.add_argument("--classifier", type=Path, required=True, help="output folder of train_classifier.py")
     parser.add_argument("--test-images", type=Path, required=True, help="uint8 .npy file; the yardstick of the check")
@@ -76,7 +92,7 @@ def read_record(path: Path, fields: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def load_pipeline(folder: Path, device: str) -> DDIMPipeline:
+def load_pipeline(folder: Path, limits: Data, device: str) -> DDIMPipeline:
     """The pipeline of a folder in float32, once it is shown to be small enough to come with the package."""
     try:
         pipeline = DDIMPipeline.from_pretrained(folder, dtype=torch.float32)
@@ -84,10 +100,10 @@ def load_pipeline(folder: Path, device: str) -> DDIMPipeline:
         raise SystemExit(f"{folder}: expected a DDIM pipeline folder, got {type(error).__name__}: {error}.") from error
     parameters = sum(p.numel() for p in pipeline.unet.parameters())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if parameters > MOST_PARAMETERS or size > MOST_BYTES:
+    if parameters > limits.most_parameters or size > limits.most_bytes:
         raise SystemExit(
-            f"{folder}: expected at most {MOST_PARAMETERS:,} parameters and {MOST_BYTES:,} bytes, got {parameters:,} "
-            f"and {size:,}. The model comes with the package. Train one with fewer --channels."
+            f"{folder}: expected at most {limits.most_parameters:,} parameters and {limits.most_bytes:,} bytes, got "
+            f"{parameters:,} and {size:,}. The model comes with the package. Train one with fewer --channels."
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -95,7 +111,7 @@ def load_pipeline(folder: Path, device: str) -> DDIMPipeline:
 
 def stage(options: argparse.Namespace) -> Path:
     """The working folder with a copy of the pipeline; samples of an earlier run stay if all that made them is equal."""
-    working = options.output / f"{MODEL}.making"
+    working = options.output / f"{options.data}.making"
     weights = options.run / "pipeline" / WEIGHTS
     if not weights.is_file():
         raise SystemExit(f"{weights}: expected the weights of a pipeline, got no file. Give the folder of a run.")
@@ -105,7 +121,7 @@ def stage(options: argparse.Namespace) -> Path:
     if not recorded.is_file() or recorded.read_text() != key:
         shutil.rmtree(working, ignore_errors=True)
         (working / "samples").mkdir(parents=True)
-        shutil.copytree(options.run / "pipeline", working / MODEL, copy_function=shutil.copyfile)
+        shutil.copytree(options.run / "pipeline", working / options.data, copy_function=shutil.copyfile)
         # Last: a copy that was interrupted has no key, and is made anew.
         recorded.write_text(key)
     return working
@@ -143,6 +159,17 @@ def judge(classifier: Classifier, images: Tensor) -> dict[str, Any]:
     }
 
 
+def distance(classifier: Classifier, images: Tensor, others: Tensor, device: str) -> dict[str, Any]:
+    """Frechet distance of two sets of uint8 images (N, C, H, W) of one size, on the features of the classifier."""
+    extract = ClassifierFeatures(classifier, "judge", device=device)
+    sides = [
+        Moments.of(torch.cat([extract(part.permute(0, 2, 3, 1)).pooled for part in side.split(500)]))
+        for side in (images, others)
+    ]
+    classifier.cpu()
+    return {"value": frechet_distance(*sides), "count": len(images), "features": extract.dimension}
+
+
 def draw_grid(images: Tensor, path: Path, side: int = 8, zoom: int = 2) -> None:
     """The first side x side images as one PNG, each pixel `zoom` wide, with a gap of two pixels between images."""
     count, channels, height, width = images[: side * side].shape
@@ -158,12 +185,15 @@ def draw_grid(images: Tensor, path: Path, side: int = 8, zoom: int = 2) -> None:
 def command(script: str, record: dict[str, Any], arguments: Sequence[str]) -> str:
     """The call of a training script that made `record`, its training.json; file names only, the output last."""
     words = [f"--{name.replace('_', '-')} {record[name]}" for name in arguments]
-    words += ["--flip"] if record.get("flip") else []
+    words += [f"--layers {record['layers']}"] if "layers" in record and "layers" not in arguments else []
+    words += [f"--{flag}" for flag in ("flip", "compile") if record.get(flag)]
     return f"python training/{script} {' '.join(words)} -o {record['output']}"
 
 
-def write_card(folder: Path, training: dict[str, Any], judged: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """README.md of the model: training/model_card.md with the figures filled in."""
+def write_card(
+    template: Path, folder: Path, training: dict[str, Any], judged: dict[str, Any], metrics: dict[str, Any]
+) -> None:
+    """README.md of the model: the template with the figures filled in."""
     values = {name: training[name] for name in (*UNET_ARGUMENTS, "device")}
     values |= {name: metrics[name] for name in ("steps", "seed", "batch", "threshold", "torch", "diffusers")}
     values |= {
@@ -173,7 +203,8 @@ def write_card(folder: Path, training: dict[str, Any], judged: dict[str, Any], m
         ),
         "weightings": ", then ".join(f"{c['weighting']} from image {c['from_image']:,}" for c in training["calls"]),
         "classifier_command": command("train_classifier.py", judged, CLASSIFIER_ARGUMENTS),
-        "assets_command": f"python training/make_assets.py --run {training['output']} --classifier {judged['output']} "
+        "assets_command": f"python training/make_assets.py --data {metrics['data']} --run {training['output']} "
+        f"--classifier {judged['output']} "
         f"--test-images {judged['test_images']} --samples {metrics['samples']['count']} "
         + " ".join(f"--{name} {metrics[name]}" for name in ("steps", "batch", "seed")),
         "seed_of_training": training["seed"],
@@ -183,13 +214,15 @@ def write_card(folder: Path, training: dict[str, Any], judged: dict[str, Any], m
         "optimizer_steps": f"{training['step']:,}",
         "parameters": f"{metrics['parameters']:,}",
         "megabytes": f"{metrics['bytes'] / 1e6:.1f}",
+        "frechet_distance": f"{metrics['frechet_distance']['value']:.3f}",
+        "features": metrics["frechet_distance"]["features"],
         "largest_entropy": f"{math.log(len(metrics['samples']['class_counts'])):.3f}",
     }
     for name in ("samples", "test_images"):
         values[f"{name}_count"] = f"{metrics[name]['count']:,}"
         values[f"{name}_confident"] = f"{metrics[name]['confident_share']:.3f}"
         values[f"{name}_entropy"] = f"{metrics[name]['class_entropy_nats']:.3f}"
-    (folder / "README.md").write_text(Template(CARD.read_text()).substitute(values))
+    (folder / "README.md").write_text(Template(template.read_text()).substitute(values))
 
 
 def install(made: Path, target: Path) -> None:
@@ -202,17 +235,31 @@ def install(made: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def measure(options: argparse.Namespace, pipeline: DDIMPipeline, images: Tensor, folder: Path) -> dict[str, Any]:
+def load_real(options: argparse.Namespace, size: int) -> Tensor:
+    """As many test images as there will be samples: distances are taken at equal counts."""
+    real = load_images(options.test_images, size)
+    if len(real) < options.samples:
+        raise SystemExit(
+            f"{options.test_images}: expected at least {options.samples} images, got {len(real)}. Distances are taken "
+            "at equal counts. Give fewer --samples."
+        )
+    return real[: options.samples]
+
+
+def measure(
+    options: argparse.Namespace, pipeline: DDIMPipeline, images: Tensor, real: Tensor, folder: Path
+) -> dict[str, Any]:
     """What metrics.json holds: the check on the samples, the same on as many test images, and what made them."""
     try:
         classifier = load_classifier(options.classifier)
     except FormatError as error:
         raise SystemExit(str(error)) from error
-    real = load_images(options.test_images, images.shape[-1])[: len(images)]
     weights = folder / WEIGHTS
     return {
+        "data": options.data,
         "samples": judge(classifier, images),
         "test_images": judge(classifier, real),
+        "frechet_distance": distance(classifier, images, real, options.device),
         "threshold": CONFIDENT,
         "scheduler": type(pipeline.scheduler).__name__,
         **{name: getattr(options, name) for name in ("steps", "seed", "batch")},
@@ -230,29 +277,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     training = read_record(options.run / "training.json", UNET_RECORD)
     judged = read_record(options.classifier / "training.json", CLASSIFIER_RECORD)
-    working = stage(options)
-    folder = working / MODEL
-    pipeline = load_pipeline(folder, options.device)
+    real, working = load_real(options, training["size"]), stage(options)
+    names, folder = (options.data, f"{options.data}_classifier"), working / options.data
+    pipeline = load_pipeline(folder, DATA[options.data], options.device)
     images = generate(pipeline, working / "samples", options)
-    metrics = measure(options, pipeline, images, folder)
+    metrics = measure(options, pipeline, images, real, folder)
     draw_grid(images, folder / "samples.png")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n")
-    write_card(folder, training, judged, metrics)
-    shutil.rmtree(working / CLASSIFIER, ignore_errors=True)
-    (working / CLASSIFIER).mkdir()
+    write_card(DATA[options.data].card, folder, training, judged, metrics)
+    shutil.rmtree(working / names[1], ignore_errors=True)
+    (working / names[1]).mkdir()
     for name in ("config.json", "model.safetensors", "training.json"):
-        shutil.copyfile(options.classifier / name, working / CLASSIFIER / name)
-    for name in (MODEL, CLASSIFIER):
+        shutil.copyfile(options.classifier / name, working / names[1] / name)
+    for name in names:
         install(working / name, options.output / name)
     shutil.rmtree(working)
     found = metrics["samples"]
     print(
-        f"saved {options.output / MODEL} and {options.output / CLASSIFIER}\n"
+        f"saved {' and '.join(str(options.output / name) for name in names)}\n"
         f"confident share {found['confident_share']:.3f} (aim {LEAST_CONFIDENT}; "
         f"test images {metrics['test_images']['confident_share']:.3f}), "
         f"class entropy {found['class_entropy_nats']:.3f} nats (aim {LEAST_ENTROPY}; "
-        f"test images {metrics['test_images']['class_entropy_nats']:.3f})"
+        f"test images {metrics['test_images']['class_entropy_nats']:.3f})\n"
+        f"Frechet distance to as many test images {metrics['frechet_distance']['value']:.3f}"
     )
 
 

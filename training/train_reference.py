@@ -5,6 +5,8 @@
 Images are one `.npy` array (N, H, W) or (N, H, W, C) of uint8. They are padded with black to `--size`. The run writes
 `OUT/checkpoint.pt` every few minutes and goes on from there when it is started again with the same `-o`;
 `OUT/pipeline` is a diffusers folder (fp16 safetensors) of the averaged weights (EMA), rewritten at every checkpoint.
+`kill` (and `timeout 9m`) saves before it ends. Where only OUT/pipeline is left of a run, `--start-from` it goes on with
+the averaged weights and a fresh optimizer.
 """
 
 from __future__ import annotations
@@ -15,15 +17,19 @@ import json
 import pickle
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 CALL_OPTIONS = ("minutes", "weighting", "batch", "learning_rate", "warmup", "anneal", "ema")
 
 
@@ -39,32 +45,53 @@ class Progress:
     """The options of each call with other ones than the call before, and the images seen when it began."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    model: predicts the noise of images (N, C, H, W) uint8. further: its other inputs, for the indices of a batch.
+    write: puts a finished model, in float16, into a folder. part: the folder of its weights in there.
+    """
+
+    model: Any
+    images: Tensor
+    write: Callable[[Any, DDIMScheduler, Path], object]
+    part: str
+    further: Callable[[Tensor], dict[str, Tensor]] = lambda picked: {}
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, with the values that trained the embedded checkpoint as defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="(N, H, W[, C]) uint8 .npy file")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint.pt and pipeline/")
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this much training time in all runs")
-    parser.add_argument("--size", type=int, default=32, help="images are padded to SIZE x SIZE")
     parser.add_argument("--channels", default="32,64,128", help="channels per resolution level")
     parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--attention", default="8", help="resolutions that get self-attention, comma-separated")
+    add_arguments(parser, batch=64, learning_rate=4e-4)
+    return parser.parse_args(arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, batch: int, learning_rate: float) -> None:
+    """The options that do not depend on what is trained."""
+    parser.add_argument("--images", type=Path, required=True, help="(N, H, W[, C]) uint8 .npy file")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint.pt and pipeline/")
+    parser.add_argument("--start-from", type=Path, metavar="PIPELINE", help="weights of a run without a checkpoint.pt")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this much training time in all runs")
+    parser.add_argument("--size", type=int, default=32, help="images are padded to SIZE x SIZE")
     parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear")
     parser.add_argument(
         "--weighting", choices=["uniform", "min-snr"], default="uniform", help="loss weight per timestep"
     )
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--warmup", type=int, default=300, help="steps of linear learning-rate warm-up")
     parser.add_argument("--anneal", type=float, default=0.25, help="last share of the time with the rate going to 0")
     parser.add_argument("--ema", type=float, default=0.9995)
     parser.add_argument("--flip", action="store_true", help="random horizontal flips")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compiling does not count as training time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
-    return parser.parse_args(arguments)
 
 
 def load_array(path: Path, content: str) -> np.ndarray:
@@ -125,11 +152,22 @@ def timestep_weights(scheduler: DDIMScheduler, weighting: str) -> Tensor:
     return {"uniform": torch.ones_like(ratio), "min-snr": ratio.clamp(max=5) / ratio}[weighting]
 
 
-def loss_of_batch(model: nn.Module, scheduler: DDIMScheduler, weights: Tensor, batch: Tensor) -> Tensor:
-    """Mean over the batch of w_t ||eps - eps_theta(x_t, t)||^2 / pixels, at uniform t."""
+def write_unet(model: UNet2DModel, scheduler: DDIMScheduler, folder: Path) -> None:
+    """A DDIM pipeline of diffusers."""
+    DDIMPipeline(unet=model, scheduler=scheduler).save_pretrained(folder)
+
+
+def loss_of_batch(
+    model: Callable[..., Any],
+    scheduler: DDIMScheduler,
+    weights: Tensor,
+    batch: Tensor,
+    further: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Mean over the batch of w_t ||eps - eps_theta(x_t, t)||^2 / pixels, at uniform t; further: inputs of the model."""
     noise = torch.randn_like(batch)
     steps = torch.randint(0, len(weights), (batch.shape[0],), device=batch.device)
-    prediction = model(scheduler.add_noise(batch, noise, steps), steps, return_dict=False)[0]
+    prediction = model(scheduler.add_noise(batch, noise, steps), steps, **(further or {}), return_dict=False)[0]
     errors = (prediction.float() - noise).square().flatten(1).mean(1)
     return (weights[steps] * errors).mean()
 
@@ -153,11 +191,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
-def save(output: Path, model: UNet2DModel, average: UNet2DModel, optimizer: torch.optim.Optimizer,
-         scheduler: DDIMScheduler, progress: Progress, options: argparse.Namespace) -> None:  # fmt: skip
+def save(output: Path, task: Task, average: Any, optimizer: torch.optim.Optimizer, scheduler: DDIMScheduler,
+         progress: Progress, options: argparse.Namespace) -> None:  # fmt: skip
     """Checkpoint (atomically replaced) and the diffusers folder of the averaged weights."""
     state = {
-        "model": model.state_dict(),
+        "model": task.model.state_dict(),
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
         "progress": vars(progress),
@@ -165,21 +203,39 @@ def save(output: Path, model: UNet2DModel, average: UNet2DModel, optimizer: torc
     }
     torch.save(state, output / "checkpoint.tmp")
     (output / "checkpoint.tmp").replace(output / "checkpoint.pt")
-    half = UNet2DModel.from_config(average.config)
+    half = type(average).from_config(average.config)
     half.load_state_dict(average.state_dict())
-    DDIMPipeline(unet=half.half(), scheduler=scheduler).save_pretrained(output / "pipeline")
+    task.write(half.half(), scheduler, output / "pipeline")
     card = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     card |= {"step": progress.step, "images_seen": progress.images_seen}
     card |= {"calls": progress.calls, "training_seconds": round(progress.seconds)}
-    card |= {"parameters": sum(p.numel() for p in model.parameters()), "losses": progress.losses[-50:]}
-    card["images"], card["output"] = options.images.name, options.output.name
+    card |= {"parameters": sum(p.numel() for p in average.parameters()), "losses": progress.losses[-50:]}
+    card |= {name: value.name for name, value in vars(options).items() if isinstance(value, Path)}
     (output / "training.json").write_text(json.dumps(card, indent=1))
 
 
-def resume(output: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """The state of `checkpoint.pt` if there is one, a fresh start otherwise."""
+def start_from(folder: Path, task: Task) -> Progress:
+    """Take the weights of a pipeline folder, and the counts of the training.json beside it."""
+    path = folder / task.part / WEIGHTS
+    try:
+        task.model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+        record = json.loads((folder.parent / "training.json").read_text())
+        return Progress(
+            step=record["step"], images_seen=record["images_seen"], seconds=float(record["training_seconds"]),
+            losses=record["losses"], calls=record["calls"],
+        )  # fmt: skip
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SystemExit(
+            f"--start-from {folder}: expected a pipeline folder of this model beside its training.json, got: {reason} "
+            "The architecture differs, or a file is missing. Give the pipeline folder of a run."
+        ) from error
+
+
+def resume(output: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """The state of `checkpoint.pt` if there is one."""
     if not (output / "checkpoint.pt").exists():
-        return Progress()
+        return None
     try:
         state = torch.load(output / "checkpoint.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
@@ -211,31 +267,61 @@ def prepare(batch: Tensor, options: argparse.Namespace) -> Tensor:
 
 
 def train(options: argparse.Namespace) -> None:
-    """The loop: one optimizer step a batch until the time is used up; Ctrl-C and `kill` save first."""
+    """An unconditional U-Net."""
     torch.manual_seed(options.seed)
+    images = load_images(options.images, options.size)
+    fit(Task(build_model(options, images.shape[1]), images, write_unet, "unet"), options)
+
+
+def compiled(task: Task, loss: Callable[[Tensor], Tensor], batch: int) -> None:
+    """Compile forward and backward before the clock runs; no weight and no random number is spent on it."""
+    with torch.random.fork_rng():
+        loss(torch.arange(batch) % len(task.images)).backward()
+    task.model.zero_grad(set_to_none=True)
+
+
+def report(progress: Progress, loss: Tensor, since: tuple[float, int], options: argparse.Namespace) -> None:
+    """Note the loss, and print a line."""
+    progress.losses.append(round(loss.item(), 5))
+    rate = (progress.images_seen - since[1]) / (time.time() - since[0])
+    print(
+        f"step {progress.step}  images {progress.images_seen}  loss {progress.losses[-1]:.4f}  "
+        f"{rate:.0f} images/s  {progress.seconds / 60:.1f} of {options.minutes:.0f} min",
+        flush=True,
+    )
+
+
+def fit(task: Task, options: argparse.Namespace) -> None:
+    """The loop: one optimizer step a batch until the time is used up; Ctrl-C and `kill` save first."""
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
-    images = load_images(options.images, options.size)
-    scheduler = build_scheduler(options.schedule)
-    model = build_model(options, images.shape[1]).to(options.device, memory_format=torch.channels_last)
-    average = UNet2DModel.from_config(model.config).to(options.device)
+    scheduler, device = build_scheduler(options.schedule), torch.device(options.device)
+    fresh = options.start_from is None or (options.output / "checkpoint.pt").exists()
+    begun = Progress() if fresh else start_from(options.start_from, task)
+    model = task.model.to(device, memory_format=torch.channels_last)
+    average = type(model).from_config(model.config).to(device, memory_format=torch.channels_last)
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
-    progress = resume(options.output, model, average, optimizer)
+    progress = resume(options.output, model, average, optimizer) or begun
     note_call(progress, options)
     forward = torch.compile(model) if options.compile else model
-    device = torch.device(options.device)
     weights = timestep_weights(scheduler, options.weighting).to(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))
+
+    def loss_of(picked: Tensor) -> Tensor:
+        batch = prepare(task.images[picked], options)
+        further = {name: value.to(device) for name, value in task.further(picked).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+            return loss_of_batch(forward, scheduler, weights, batch, further)
+
+    if options.compile:
+        compiled(task, loss_of, options.batch)
     saved, since = time.time(), (time.time(), progress.images_seen)
     with contextlib.suppress(KeyboardInterrupt):
         while progress.seconds < 60 * options.minutes:
             started = time.time()
-            batch = prepare(images[torch.randint(len(images), (options.batch,))], options)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * rate_factor(progress, options)
-            with autocast:
-                loss = loss_of_batch(forward, scheduler, weights, batch)
+            loss = loss_of(torch.randint(len(task.images), (options.batch,)))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -245,18 +331,12 @@ def train(options: argparse.Namespace) -> None:
             progress.images_seen += options.batch
             progress.seconds += time.time() - started
             if progress.step % 50 == 0:
-                progress.losses.append(round(loss.item(), 5))
-                rate = (progress.images_seen - since[1]) / (time.time() - since[0])
+                report(progress, loss, since, options)
                 since = (time.time(), progress.images_seen)
-                print(
-                    f"step {progress.step}  images {progress.images_seen}  loss {progress.losses[-1]:.4f}  "
-                    f"{rate:.0f} images/s  {progress.seconds / 60:.1f} of {options.minutes:.0f} min",
-                    flush=True,
-                )
             if time.time() - saved > options.save_every:
-                save(options.output, model, average, optimizer, scheduler, progress, options)
+                save(options.output, task, average, optimizer, scheduler, progress, options)
                 saved = time.time()
-    save(options.output, model, average, optimizer, scheduler, progress, options)
+    save(options.output, task, average, optimizer, scheduler, progress, options)
     print(f"saved {options.output / 'pipeline'}: {progress.images_seen} images seen")
 
 

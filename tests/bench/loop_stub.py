@@ -27,7 +27,7 @@ def serve(connection: Connection, task: SimpleNamespace) -> None:
     if kind == "hangs":
         time.sleep(60)
     variables = {k: v for k, v in os.environ.items() if k.startswith(("TORCHINDUCTOR", "MODIFF_LOOP"))}
-    connection.send(("ready", {"peak_mib": 100.0, "variables": variables}))
+    connection.send(("ready", {"peak_mib": 100.0, "device_mib": 0.0, "variables": variables}))
     while connection.recv() == "run":
         loops += 1
         if kind == "dies-later" and loops == 2:

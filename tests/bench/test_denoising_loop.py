@@ -21,7 +21,6 @@ from torch import Tensor
 
 import denoising_loop
 import loop_child
-import loop_models
 import loop_report
 import loop_rounds
 import loop_variants
@@ -42,36 +41,14 @@ ROW = [
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes a minute and is torch's business."""
-    monkeypatch.setattr(loop_variants, "compiler", lambda _: lambda net, **_words: net)
+    monkeypatch.setattr(loop_variants, "compiler", lambda *_: lambda net, **_words: net)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "further"),
-    [
-        ("ddpm-cifar10", 35_746_307, {}),
-        ("sd15", 859_520_964, {"encoder_hidden_states": (2, 77, 768)}),
-        ("dit-xl", 749_826_464, {"class_labels": (2,)}),
-    ],
-)
-def test_the_models_have_the_published_sizes(
-    name: str, parameters: int, further: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def on_meta(kind: Any, config: dict[str, Any]) -> Any:
-        with torch.device("meta"):
-            return kind(**config)
-
-    monkeypatch.setattr(loop_models, "drawn", on_meta)
-    net, inputs, _ = MODELS[name].build()
-    assert sum(p.numel() for p in net.parameters()) == parameters
-    assert {k: tuple(v.shape) for k, v in inputs.items()} == further
-    assert MODELS[name].size[1:] == (net.config.in_channels, net.config.sample_size, net.config.sample_size)
-
-
 def test_a_loop_is_the_pipelines_loop_and_stops_where_it_is_told() -> None:
-    net, _, _ = TINY.build()
+    net, _, _ = TINY.build(torch.device("cpu"))
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     pipe = UnconditionalPipeline(net, scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -93,7 +70,7 @@ def test_a_loop_is_the_pipelines_loop_and_stops_where_it_is_told() -> None:
 
 
 def test_half_of_the_steps_go_as_far_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_variants, "compiler", lambda _: lambda net: net)
+    monkeypatch.setattr(loop_variants, "compiler", lambda *_: lambda net: net)
     parts = parts_of(Task(TINY, "fewer-steps-2", timed=6))
     fewer = VARIANTS["fewer-steps-2"](parts).loop
     assert (parts.loop.steps, parts.loop.timed) == (10, 6)
@@ -117,7 +94,7 @@ def conditional() -> tuple[Any, dict[str, Tensor]]:
 
 
 def unconditional() -> tuple[Any, dict[str, Tensor]]:
-    return TINY.build()[0], {}
+    return TINY.build(torch.device("cpu"))[0], {}
 
 
 @pytest.mark.parametrize("build", [unconditional, conditional])
@@ -148,6 +125,8 @@ def test_deepcache_reuses_what_enters_the_last_up_block_and_nothing_else(
             handle.remove()
             assert (found[i] - whole(x, t)).abs().max() > 1e-3 or i % 3 == 0, "reuse is an approximation"
         assert cache.state_bytes() == kept[-1].numel() * 4
+        copying = DeepCache(net, 3, keep=torch.clone)
+        torch.testing.assert_close([copying(x, t, inputs) for x, t in zip(xs, ts, strict=True)], found)
         cache.reset()
         torch.testing.assert_close(cache(xs[1], ts[1], inputs), whole(xs[1], ts[1]), rtol=1e-5, atol=1e-6)
 
@@ -166,12 +145,16 @@ def test_deepcache_refuses_what_has_no_levels() -> None:
 
 def test_the_table_has_the_variants_and_models_of_the_benchmark() -> None:
     assert list(VARIANTS) == [
-        "fp32-eager", "fp32-compiled", "bf16-eager", "bf16-compiled", "torchao-int8", "openvino-int8", "deepcache-2",
-        "deepcache-3", "fewer-steps-2", "plain-w8a8", "modulated-w8a8", "modulated-w8a4", "gated",
+        "fp32-eager", "fp32-compiled", "bf16-eager", "bf16-compiled", "torchao-int8", "torchao-float8",
+        "openvino-int8", "deepcache-2", "deepcache-3", "fewer-steps-2", "plain-w8a8", "modulated-w8a8",
+        "modulated-w8a8-fp16", "modulated-w8a4", "gated",
     ]  # fmt: skip
-    assert list(MODELS) == ["embedded", "ddpm-cifar10", "sd15", "dit-xl"]
-    assert [m.size[0] for m in MODELS.values()] == [16, 8, 2, 2]
-    assert [m.random_weights for m in MODELS.values()] == [False, True, True, True]
+    assert list(MODELS) == ["embedded", "ddpm-cifar10", "sd15", "sdxl", "dit-xl"]
+    assert [m.size[0] for m in MODELS.values()] == [16, 8, 2, 4, 2]
+    assert [m.on("cpu").timed for m in MODELS.values()] == [50, 50, 6, 6, 6]
+    assert [m.on("cuda").size[0] for m in MODELS.values()] == [16, 256, 2, 4, 32]
+    assert [m.on("cuda").timed for m in MODELS.values()] == [50] * 5
+    assert [m.random_weights for m in MODELS.values()] == [False, True, True, True, True]
 
 
 def test_bf16_counts_only_where_the_instructions_are_and_may_be_used() -> None:
@@ -204,6 +187,31 @@ def test_without_a_compiler_the_compiled_variants_cannot_run(monkeypatch: pytest
     for variant in ("fp32-compiled", "deepcache-2", "fewer-steps-2"):
         with pytest.raises(CannotRun, match="no C\\+\\+ compiler"):
             prepare(Task(TINY, variant, timed=2))
+
+
+def test_layers_that_see_one_row_an_image_are_told_from_those_that_see_pixels() -> None:
+    parts = parts_of(Task(TINY, "torchao-int8", timed=2))
+    with torch.inference_mode():
+        found = loop_variants.layers_of_many_rows(parts, parts.net, torch.float32)
+    linear = {name for name, module in parts.net.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert found == {name for name in linear if ".to_" in name}, "2 images of 16 pixels"
+    assert linear - found >= {"time_embedding.linear_1", "time_embedding.linear_2"}
+    assert not any(module._forward_pre_hooks for module in parts.net.modules())
+
+
+def test_float8_and_16_bit_states_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CannotRun, match="float8 is compared on GPUs only"):
+        prepare(Task(TINY, "torchao-float8", timed=1))
+    with pytest.raises(CannotRun, match="16-bit states are compared on GPUs only"):
+        prepare(Task(TINY, "modulated-w8a8-fp16", timed=1))
+    parts = parts_of(Task(TINY, "modulated-w8a8-fp16", timed=1))
+    parts.loop.device = torch.device("cuda")
+    applied: list[ModiffConfig] = []
+    monkeypatch.setattr(loop_variants.modiff, "apply", lambda _, config: applied.append(config))
+    monkeypatch.setattr(loop_variants, "modulated", lambda _: None)
+    loop_variants.ours_in_halves(parts)
+    assert [config.layer.modulation.state_dtype for config in applied] == ["float16"]
+    assert applied[0].layer.execution == "integer"
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -354,7 +362,7 @@ def test_slow_bf16_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--models", "embedded,sdxl", "--models: expected some of embedded, ddpm-cifar10, sd15, dit-xl, got 'sdxl'"),
+        ("--models", "embedded,sd3", "--models: expected some of embedded, .*, sdxl, dit-xl, got 'sd3'"),
         ("--variants", "gated,int4", "--variants: expected some of fp32-eager, .*, got 'int4'"),
         ("--variants", "gated,gated", "--variants: expected each name once, got 'gated' twice"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -72,6 +73,15 @@ def test_what_does_not_fit_into_memory_waits_and_the_first_runs_again(stubs: Any
         "works-1, wave 3: 1.00x its time in wave 1",
     ]
     assert any("110 MiB of memory are left" in line for line in lines)
+
+
+def test_what_does_not_fit_onto_the_gpu_waits(stubs: Any) -> None:
+    run = Run(1, 20, {}, say := [].append, lambda: None, lambda: 55.0)
+    facts = [{"peak_mib": 100.0, "device_mib": n} for n in (40.0, 44.0)]
+    children: list[Any] = [SimpleNamespace(record=SimpleNamespace(facts=f)) for f in facts]
+    assert run._fits(children[:1])
+    assert not run._fits(children)
+    assert say.__self__ == ["55 MiB of memory of the GPU are left: the other variants wait for a wave of their own"]
 
 
 def test_a_reference_that_was_not_asked_for_is_made_and_not_listed(stubs: Any) -> None:

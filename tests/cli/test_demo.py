@@ -59,6 +59,17 @@ def test_it_prints_the_table_and_writes_picture_and_json(folder: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("short")
+def test_cifar10_is_one_line_until_its_folder_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modiff.assets.files", {"modiff.assets": tmp_path}.__getitem__)
+    picture = tmp_path / "grid.png"
+    assert_one_line(invoke("--model", "cifar10", "-o", picture), "python training/make_assets.py --data cifar10")
+    assert not picture.exists()
+    saved_pipeline(tmp_path / "cifar10")
+    assert invoke("--model", "cifar10", "-o", picture).exit_code == 0
+    assert picture.exists()
+
+
+@pytest.mark.usefixtures("short")
 def test_the_seed_chooses_the_noise(folder: Path, tmp_path: Path) -> None:
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -110,7 +110,7 @@ def test_two_environments_are_told(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent"], "absent: expected 'embedded', a diffusers folder or a hub id, got no such folder"),
+        (["absent"], "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id, got no such folder"),
         (["{model}", "--config", "w8a5"], "config: expected a preset"),
         (["{model}", "--config", "{static}"], "config: expected dynamic scales, got static ones"),
         (["{model}", "--scheduler", "ddimm"], "scheduler: expected one of ddim, "),

@@ -146,7 +146,7 @@ def assert_one_line(result: Result, message: str, code: int = 2) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent", "--method", "ptq4dm"], "absent: expected 'embedded', a diffusers folder or a hub id"),
+        (["absent", "--method", "ptq4dm"], "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id"),
         (["{folder}", "--method", "gptq"], "method: expected one of q_diffusion, "),
         (["{folder}", "--method", "accuquant", "--modulated"], "accuquant: expected no modulation, got it"),
         (["{folder}", "--method", "ptq4dm", "--weight-bits", "1"], "weight_bits: expected None or 2 to 8, got 1"),

@@ -83,7 +83,7 @@ def test_a_config_file_is_the_same_as_its_preset(folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent"], "absent: expected 'embedded', a diffusers folder or a hub id, got no such folder"),
+        (["absent"], "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id, got no such folder"),
         (["{folder}", "--scheduler", "ddimm"], "scheduler: expected one of ddim, "),
         (["{folder}", "--scheduler", "flow-euler"], "trained for a noise schedule"),
         (["{folder}", "--config", "w8a5"], "config: expected a preset"),

@@ -198,3 +198,15 @@ def test_an_always_zero_quantizer_does_not_widen_its_range_for_negative_values()
     code = coder(torch.tensor([[-3.0, 0.0, 1.5]]))
     assert float(code.parts[0][1].scale) == pytest.approx(0.1)
     assert_within(code.value(), torch.tensor([[0.0, 0.0, 1.5]]), 1e-6)
+
+
+@pytest.mark.parametrize("step_groups", [1, 2])
+def test_measured_scales_are_moved_to_the_device_of_the_input_once(step_groups: int) -> None:
+    config = QuantizerConfig(bits=4, dynamic=False, step_groups=step_groups)
+    coder = Coder(config, "tensor", -1, (4,), moment=lambda: (5.0,))
+    coder.watch(MinMaxObserver)
+    coder(torch.ones(2, 4))
+    coder.freeze()
+    (first,), (second,) = (coder.scales(torch.empty(2, 4, device="meta")) or () for _ in range(2))
+    assert first.device.type == "meta"
+    assert first is second

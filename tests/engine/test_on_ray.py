@@ -173,6 +173,7 @@ def test_a_model_in_a_folder_is_found_from_any_working_directory(
         return draw(job, batch_size, span)
 
     run_job(job(num_images=2, model="model"), tmp_path / "out", engine=RayEngine(task=noted))
+    (tmp_path / "embedded").mkdir()  # the name counts: a folder must not take its place
     run_job(job(num_images=2, model="embedded"), tmp_path / "out2", engine=RayEngine(task=noted))
     assert [asked.model for asked in seen] == [str(tmp_path / "model"), "embedded"]
     assert {asked.threads for asked in seen} == {1}

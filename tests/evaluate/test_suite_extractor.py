@@ -21,6 +21,17 @@ def test_the_packages_own_and_a_folder_of_ones_own(tmp_path: Path) -> None:
     assert (found.name, found.dimension) == ("mine", 8)
 
 
+def test_the_classifier_of_cifar10_goes_by_its_name_once_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modiff.assets.files", {"modiff.assets": tmp_path}.__getitem__)
+    with pytest.raises(FormatError, match=r"expected cifar10_classifier/config\.json"):
+        load_extractor("cifar10-classifier")
+    save_classifier(Classifier(channels=(4, 8), image_channels=3), tmp_path / "cifar10_classifier")
+    found = load_extractor("cifar10-classifier")
+    assert (found.name, found.dimension) == ("cifar10-classifier", 8)
+
+
 def test_files_of_programs_and_of_weights_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[str, str]] = []
     for kind in ("Inception", "ScriptedInception"):

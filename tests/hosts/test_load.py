@@ -48,8 +48,18 @@ def test_half_precision_weights_are_loaded_in_float32(tmp_path: Path, variant: s
 
 
 def test_the_embedded_model_goes_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modiff.assets.embedded_folder", lambda: folder)
+    monkeypatch.setattr("modiff.hosts.load.model_folder", {"embedded": folder}.__getitem__)
     assert same_weights(load_pipeline("embedded"), pixel_pipeline())
+
+
+def test_a_model_of_the_package_goes_by_its_name_once_its_folder_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modiff.assets.files", {"modiff.assets": tmp_path}.__getitem__)
+    with pytest.raises(FormatError, match=r"expected cifar10/model_index\.json .*trained on a GPU.*--data cifar10"):
+        load_pipeline("cifar10")
+    saved_pipeline(tmp_path / "cifar10")
+    assert same_weights(load_pipeline("cifar10"), pixel_pipeline())
 
 
 def cut(folder: Path) -> None:

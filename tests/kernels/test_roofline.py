@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from modiff.kernels.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
 
@@ -36,6 +37,14 @@ def test_every_round_has_every_run_in_turn_after_one_that_does_not_count():
     times = interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
     assert "".join(called) == "ababab"
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_run_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("|"))
+    interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
+    assert "".join(called) == "ab" + "|a||b|" * 2
 
 
 def test_a_machine_reaches_something():

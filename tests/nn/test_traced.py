@@ -28,3 +28,9 @@ def test_shape_dtype_and_memory_layout_are_known_before_it_runs(layer, dtype):
     for x in inputs:
         torch.library.opcheck(traced.layer, (plain.clock.token, x, plain.number), test_utils="test_faketensor")
         assert torch.equal(traced.layer(plain.clock.token, x, plain.number), plain(x))
+
+
+def test_no_cuda_graph_may_hold_the_operators_that_run_python() -> None:
+    for name in ("begin", "layer", "end"):
+        operator = getattr(torch.ops.modiff, name).default
+        assert torch.Tag.cudagraph_unsafe in operator.tags, name

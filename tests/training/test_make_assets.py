@@ -12,8 +12,12 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
+from modiff.assets import model_folder
 from modiff.evaluate.classifier import Classifier, load_classifier, save_classifier
+from modiff.evaluate.suite_extractor import load_extractor
+from modiff.hosts.load import load_pipeline
 
 
 @pytest.fixture
@@ -66,6 +70,75 @@ def test_assets_hold_a_model_its_card_and_the_figures_of_the_check(
     for path in output.rglob("*"):
         if path.suffix in (".md", ".json"):
             assert str(tmp_path) not in path.read_text()
+
+
+@pytest.fixture
+def colours(script: Callable[[str], ModuleType], maker: ModuleType, tmp_path: Path) -> tuple[list[str], Path]:
+    """Options that make assets of a run on colour images, and the folder where run, judge and images lie."""
+    random = np.random.default_rng(1)
+    np.save(tmp_path / "colours.npy", random.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(12) % 3)
+    colour, label = str(tmp_path / "colours.npy"), str(tmp_path / "labels.npy")
+    reference, judge = script("train_reference"), script("train_classifier")
+    words = ["--size", "8", "--batch", "4", "--threads", "1", "--device", "cpu"]
+    unet = ["--images", colour, "--channels", "16,16", "--attention", "4", "--minutes", "1e-9", "--flip", *words]
+    reference.train(reference.parse_arguments([*unet, "-o", str(tmp_path / "run")]))
+    given = ["--images", colour, "--labels", label, "--test-images", colour, "--test-labels", label, "--flip"]
+    judge.main([*given, *words, "--channels", "4,8", "--layers", "2", "--epochs", "1", "-o", str(tmp_path / "judge")])
+    made = ["--data", "cifar10", "--run", str(tmp_path / "run"), "--classifier", str(tmp_path / "judge")]
+    made += ["--test-images", colour, "--samples", "10", "--steps", "2", "--batch", "5", "--threads", "1"]
+    return [*made, "--device", "cpu", "-o", str(tmp_path / "assets")], tmp_path
+
+
+def test_the_assets_of_cifar10_are_those_that_the_package_looks_for(
+    maker: ModuleType,
+    script: Callable[[str], ModuleType],
+    colours: tuple[list[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words, folder = colours
+    maker.main(words)
+    monkeypatch.setattr("modiff.assets.files", {"modiff.assets": folder / "assets"}.__getitem__)
+    pipe = load_pipeline("cifar10")
+    assert pipe.unet.config.in_channels == 3
+    weights = load_file(model_folder("cifar10") / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float16}
+    assert load_extractor("cifar10-classifier").dimension == 8
+    card = (model_folder("cifar10") / "README.md").read_text()
+    assert "$" not in card
+    commands = [line.split() for line in card.splitlines() if line.startswith("python training/")]
+    options = [script(Path(c[1]).stem).parse_arguments(c[2:]) for c in commands]
+    assert [o.flip for o in options[:2]] == [True, True]
+    assert (options[1].layers, options[2].data) == (2, "cifar10")
+    metrics = json.loads((model_folder("cifar10") / "metrics.json").read_text())
+    assert f"| Frechet distance to the test images | {metrics['frechet_distance']['value']:.3f} | 0 |" in card
+    assert (
+        f"Frechet distance to as many test images {metrics['frechet_distance']['value']:.3f}" in capsys.readouterr().out
+    )
+
+
+def test_the_distance_is_that_of_two_gaussians_on_the_features_of_the_classifier(maker: ModuleType) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier(channels=(4, 3), image_channels=1).eval()
+    sides = [torch.randint(0, high, (40, 1, 8, 8), dtype=torch.uint8) for high in (256, 128)]
+    found = maker.distance(classifier, *sides, "cpu")
+    with torch.no_grad():
+        features = [classifier.double().features(side.double() / 127.5 - 1).numpy() for side in sides]
+    means, covariances = [f.mean(0) for f in features], [np.cov(f.T) for f in features]
+    roots = np.linalg.eigvals(covariances[0] @ covariances[1])
+    wanted = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1])
+    wanted -= 2 * np.sqrt(roots.real.clip(0)).sum()
+    assert found["value"] == pytest.approx(wanted, rel=1e-4)
+    assert (found["count"], found["features"]) == (40, 3)
+
+
+def test_more_samples_than_test_images_are_refused_before_any_is_drawn(
+    maker: ModuleType, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DDIMPipeline, "__call__", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(SystemExit, match="expected at least 13 images, got 12"):
+        maker.main([*inputs, "--samples", "13", "-o", str(tmp_path / "assets")])
 
 
 def test_the_commands_in_the_card_are_commands_of_the_scripts(
@@ -203,10 +276,10 @@ def test_a_damaged_run_ends_in_one_message(
     assert not (tmp_path / "assets" / "fashion_mnist").exists()
 
 
-@pytest.mark.parametrize("limit", ["MOST_PARAMETERS", "MOST_BYTES"])
+@pytest.mark.parametrize("limit", ["most_parameters", "most_bytes"])
 def test_a_model_too_large_for_the_package_is_refused(
     maker: ModuleType, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(maker, limit, 1000)
+    monkeypatch.setitem(maker.DATA, "fashion_mnist", maker.DATA["fashion_mnist"]._replace(**{limit: 1000}))
     with pytest.raises(SystemExit, match="expected at most"):
         maker.main([*inputs, "-o", str(tmp_path / "assets")])

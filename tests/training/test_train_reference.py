@@ -294,3 +294,43 @@ def test_the_average_forgets_the_start_fast_and_later_follows_the_decay(referenc
         expected = decay * expected + (1 - decay) * model.weight.double()
     # Three roundings of numbers below one.
     torch.testing.assert_close(average.weight.double(), expected, rtol=0, atol=3e-7)
+
+
+def test_a_run_goes_on_from_the_folder_of_another_where_its_checkpoint_is_lost(
+    run: Callable[..., Path], whole: Path, tmp_path: Path
+) -> None:
+    started = run(tmp_path / "started", 4, "--start-from", str(whole / "pipeline"))
+    assert progress(started) == progress(whole)  # its time is used up: no further step
+    state = torch.load(started / "checkpoint.pt", weights_only=True)
+    saved = load_file(whole / WEIGHTS)
+    assert all(torch.equal(state[part][name], saved[name].float()) for part in ("model", "average") for name in saved)
+    assert (progress(run(started, 6, "--start-from", "gone"))["step"]) == 6  # its own checkpoint counts, nothing else
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options"),
+    [
+        (lambda path: (path / "training.json").unlink(), ()),
+        (lambda path: (path / "training.json").write_text("{}"), ()),
+        (lambda path: (path / WEIGHTS).unlink(), ()),
+        (lambda path: cut_short(path / WEIGHTS), ()),
+        (lambda path: None, ("--channels", "16,32")),
+    ],
+    ids=["no record", "empty record", "no weights", "damaged weights", "of other channels"],
+)
+def test_a_folder_that_no_run_can_start_from_ends_in_one_line(
+    run: Callable[..., Path], copy: Path, tmp_path: Path, spoil: Callable[[Path], None], options: tuple[str, ...]
+) -> None:
+    spoil(copy)
+    with pytest.raises(SystemExit, match="expected a pipeline folder of this model") as caught:
+        run(tmp_path / "started", 6, "--start-from", str(copy / "pipeline"), *options)
+    assert "\n" not in str(caught.value)
+
+
+def test_compiling_spends_no_time_no_random_number_and_no_weight(
+    run: Callable[..., Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    compiled = run(tmp_path / "compiled", 4, "--compile")
+    assert progress(compiled) == progress(whole)
+    assert (compiled / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()

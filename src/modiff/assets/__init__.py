@@ -1,11 +1,47 @@
-"""What comes with the package: a trained diffusion model, and a classifier of the same data that judges it."""
+"""What comes with the package: trained diffusion models by name, and classifiers of the same data that judge them."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from modiff.errors import FormatError
+
+EMBEDDED = "embedded"
+
+
+class Shipped(NamedTuple):
+    """The folders of a model and of its classifier beside this file, and what to type where they are missing."""
+
+    model: str
+    classifier: str
+    remedy: str
+
+
+MODELS = {
+    EMBEDDED: Shipped(
+        "fashion_mnist",
+        "fashion_mnist_classifier",
+        "The package was installed without its data. Install modiff again, or build the data with "
+        "training/make_assets.py.",
+    ),
+    "cifar10": Shipped(
+        "cifar10",
+        "cifar10_classifier",
+        "It is trained on a GPU, and this copy of the package was made without it. Use 'embedded', or make it in a "
+        "clone of the repository: python training/make_assets.py --data cifar10, after the steps in docs/gpu.md.",
+    ),
+}
+"""By the name that commands take."""
+
+
+def model_folder(name: str) -> Path:
+    """The diffusers folder of a model of the package, by its name in `MODELS`; its README.md is the model card.
+
+    Raises: FormatError for another name, or if the package has no such folder.
+    """
+    return _folder(_shipped(name).model, "model_index.json", _shipped(name).remedy)
 
 
 def embedded_folder() -> Path:
@@ -13,23 +49,29 @@ def embedded_folder() -> Path:
 
     Raises: FormatError if the package was installed without it.
     """
-    return _folder("fashion_mnist", "model_index.json")
+    return model_folder(EMBEDDED)
 
 
-def classifier_folder() -> Path:
-    """The folder of the embedded Fashion-MNIST classifier, for `modiff.evaluate.classifier.load_classifier`.
+def classifier_folder(name: str = EMBEDDED) -> Path:
+    """The folder of the classifier of a model's data, for `modiff.evaluate.classifier.load_classifier`.
 
-    Raises: FormatError if the package was installed without it.
+    Raises: FormatError for another name, or if the package has no such folder.
     """
-    return _folder("fashion_mnist_classifier", "config.json")
+    return _folder(_shipped(name).classifier, "config.json", _shipped(name).remedy)
 
 
-def _folder(name: str, landmark: str) -> Path:
+def _shipped(name: str) -> Shipped:
+    if name not in MODELS:
+        raise FormatError(
+            f"modiff.assets: expected one of {', '.join(MODELS)}, got {name!r}. Nothing else has a name here. "
+            "Use one of them."
+        )
+    return MODELS[name]
+
+
+def _folder(name: str, landmark: str, remedy: str) -> Path:
     """The folder `name` beside this file, if it holds the file `landmark`."""
     folder = Path(str(files(__name__).joinpath(name)))
     if not (folder / landmark).is_file():
-        raise FormatError(
-            f"modiff.assets: expected {name}/{landmark} in the package, got no such file. The package was installed "
-            "without its data. Install modiff again, or build the data with training/make_assets.py."
-        )
+        raise FormatError(f"modiff.assets: expected {name}/{landmark} in the package, got no such file. {remedy}")
     return folder

@@ -37,8 +37,8 @@ REPORT_HELP = "Write report.html, which needs no other file, and report.md here.
 METRICS_HELP = "Also lpips, to full precision, and clip, to the prompts; they need modiff[eval]. Between commas."
 CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
 EXTRACTOR_HELP = (
-    "'classifier' (Fashion-MNIST, of the package), the folder of another, or an Inception-v3 file: only with it is a "
-    "distance called FID."
+    "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
+    "another, or an Inception-v3 file: only with it is a distance called FID."
 )
 OUTPUT_HELP = "Finished batches; run again, it goes on from them. modiff-evaluation, or modiff-study, when left out."
 FOLDER = Path("modiff-evaluation")

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from modiff.hosts.conditions import Conditions
 
-MODEL_HELP = "'embedded' (the Fashion-MNIST model of the package), a local diffusers folder, or a hub id."
+MODEL_HELP = (
+    "'embedded' (the Fashion-MNIST model of the package), 'cifar10' (where the package has it), a local diffusers "
+    "folder, or a hub id."
+)
 PROMPTS_HELP = "A text file with a prompt in each line: image i is drawn of line i modulo their number."
 LABELS_HELP = "Classes such as 0-9 or 3,5,8: image i is drawn of number i modulo how many they are."
 

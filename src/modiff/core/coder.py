@@ -93,7 +93,7 @@ class Coder:
             observer.observe(part)
         if self.config.dynamic or watching:
             return self.fresh(residual)
-        return self._code(residual, [_to(q, residual) for q in self._measured_scales()])
+        return self._code(residual, [_to(q, residual) for q in self._measured_scales(residual.device)])
 
     def fresh(self, residual: Tensor) -> Code | None:
         """Codes with scales measured on this very tensor, also for static configs (first-step rounds need them)."""
@@ -124,7 +124,7 @@ class Coder:
         """
         if self.config.dynamic:
             return None
-        return tuple(q.scale.to(like.device, torch.float32) for q in self._measured_scales())
+        return tuple(q.scale.to(torch.float32) for q in self._measured_scales(like.device))
 
     def scaled(self, residual: Tensor, qparams: Sequence[QParams]) -> Code:
         """Codes of a residual with given scales, one for each segment."""
@@ -181,14 +181,18 @@ class Coder:
             self._watched[now] = tuple(self._make() for _ in self.segments)
         return self._watched[now]
 
-    def _measured_scales(self) -> tuple[QParams, ...]:
+    def _measured_scales(self, device: torch.device) -> tuple[QParams, ...]:
+        """Those of this step; moved to a device once and kept there, as a copy at each step would wait for it."""
         if self.tables is not None:
-            return self.tables[set_of(self._now(), self.moments)]
+            index = set_of(self._now(), self.moments)
+            self.tables[index] = found = _on(self.tables[index], device)
+            return found
         if self.static is None:
             raise CalibrationError(
                 "Coder: expected measured scales, got none. The config says dynamic=False. "
                 "Call modiff.calibrate(model, lambda: pipe(...)) first."
             )
+        self.static = _on(self.static, device)
         return self.static
 
     def _now(self) -> Moment:
@@ -209,6 +213,14 @@ class Coder:
     def _measured(self, x: Tensor) -> tuple[Tensor, ...]:
         """What ranges are measured on: nothing below zero for an always-zero quantizer."""
         return self._split(x.clamp_min(0) if self.config.lowest == "zero" else x)
+
+
+def _on(measured: tuple[QParams, ...], device: torch.device) -> tuple[QParams, ...]:
+    if all(q.scale.device == device for q in measured):
+        return measured
+    return tuple(
+        QParams(q.scale.to(device), None if q.zero_point is None else q.zero_point.to(device)) for q in measured
+    )
 
 
 def _to(qparams: QParams, like: Tensor) -> QParams:

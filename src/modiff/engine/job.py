@@ -26,7 +26,7 @@ def check_counts(counts: dict[str, int | None], seed: int) -> None:
 class Job:
     """Images 0 to num_images - 1 of a model; image i comes from the noise of seed + i. Picklable.
 
-    model: "embedded", a diffusers folder, or a hub id.
+    model: "embedded", "cifar10", a diffusers folder, or a hub id.
     config: `ModiffConfig.to_dict()`; None for full precision. Scales must be dynamic.
     scheduler: a key of `hosts.samplers.SAMPLERS`; None for the model's own.
     prompt, label: for pipelines that take them; the same for all images.

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from modiff.assets import MODELS
 from modiff.engine import worker
 from modiff.engine.job import Job
 from modiff.engine.worker import Description, Drawn
@@ -170,7 +171,7 @@ def _on_gpu(job: Job) -> bool:
 
 
 def _anywhere(job: Job) -> Job:
-    """The job for another working directory."""
+    """The job for another working directory; a model of the package has its name there too."""
     folder = Path(job.model).expanduser()
-    model = str(folder.resolve()) if folder.is_dir() else job.model
+    model = str(folder.resolve()) if job.model not in MODELS and folder.is_dir() else job.model
     return dataclasses.replace(job, model=model, threads=_threads(job))

@@ -12,18 +12,20 @@ from modiff.evaluate.features.protocol import FeatureExtractor
 from modiff.evaluate.features.scripted_inception import ScriptedInception
 
 EMBEDDED = "classifier"
+NAMES = {EMBEDDED: "embedded", "cifar10-classifier": "cifar10"}
+"""The classifiers of the package: of which model's data each is."""
 
 
 def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
     """The extractor that `text` names.
 
     Args:
-        text: "classifier" (the Fashion-MNIST one of the package), the folder of another from `save_classifier`, or an
-            Inception-v3 file: a state dict, or TorchScript.
+        text: "classifier" (the Fashion-MNIST one of the package), "cifar10-classifier" (where the package has it), the
+            folder of another from `save_classifier`, or an Inception-v3 file: a state dict, or TorchScript.
     Raises: FormatError if it is none of these.
     """
-    if text == EMBEDDED:
-        return ClassifierFeatures.embedded(device=device)
+    if text in NAMES:
+        return ClassifierFeatures.embedded(NAMES[text], device=device)
     path = Path(text).expanduser()
     if path.is_dir():
         return ClassifierFeatures.load(path, device=device)

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from modiff.assets import MODELS, model_folder
 from modiff.errors import FormatError, ModiffError
 from modiff.hosts.quantizer import align
 from modiff.io.module_folder import CONFIG, read_config
 
-EMBEDDED = "embedded"
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
@@ -29,8 +29,8 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype 
     A folder with networks that modiff quantized gives them back quantized: they begin trajectories by themselves.
 
     Args:
-        model: "embedded" (the Fashion-MNIST model of the package), a diffusers folder, or a hub id such as
-            "google/ddpm-cifar10-32", which is downloaded once.
+        model: a name of `modiff.assets.MODELS` ("embedded" is the Fashion-MNIST model of the package), a diffusers
+            folder, or a hub id such as "google/ddpm-cifar10-32", which is downloaded once.
         device: "cpu", "cuda" or "cuda:1".
         dtype: of all weights that are not quantized.
     Raises: FormatError if the folder is none of a pipeline, weights are missing, damaged or not finite, the download
@@ -90,10 +90,8 @@ def _device(name: str) -> torch.device:
 
 def _folder(model: str | Path) -> Path:
     """The folder of a model: in the package, local, or downloaded from the hub."""
-    if str(model) == EMBEDDED:
-        from modiff.assets import embedded_folder
-
-        return embedded_folder()
+    if str(model) in MODELS:
+        return model_folder(str(model))
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -101,8 +99,8 @@ def _folder(model: str | Path) -> Path:
     if not hub_id:
         got = "a file" if path.exists() else "no such folder"
         raise FormatError(
-            f"{model}: expected '{EMBEDDED}', a diffusers folder or a hub id, got {got}. A pipeline is a folder with "
-            f"{INDEX}. Write one with pipe.save_pretrained(folder)."
+            f"{model}: expected {', '.join(map(repr, MODELS))}, a diffusers folder or a hub id, got {got}. A pipeline "
+            f"is a folder with {INDEX}. Write one with pipe.save_pretrained(folder)."
         )
     try:
         return Path(DiffusionPipeline.download(str(model), use_safetensors=True))

@@ -57,10 +57,18 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            _wait()
             start = time.perf_counter()
             run()
+            _wait()
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def _wait() -> None:
+    """Until a GPU is done: Python only hands it the work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def bytes_moved(

@@ -8,19 +8,23 @@ from contextlib import contextmanager
 from torch import nn
 
 from modiff.model.attachment import required_attachment
+from modiff.nn.buffers import Buffers
 
 
 @contextmanager
-def trajectory(model: nn.Module) -> Iterator[None]:
+def trajectory(model: nn.Module, buffers: Buffers | None = None) -> Iterator[None]:
     """Run one generation: states start empty and are freed at the end, also when the body raises.
 
+    Args:
+        buffers: keep the tensors of the states for the next trajectory with the same buffers, which then has its states
+            at the same places: for CUDA graphs. Layers that run on integers only.
     Raises: StateError if modiff was not applied to the model, or inside another trajectory of it.
     """
     attachment = required_attachment(model, "trajectory")
     if attachment.automatic is not None:
         attachment.automatic.end()  # one that began by itself gives way
     clock = attachment.clock
-    clock.start()
+    clock.start(buffers)
     try:
         yield
     finally:

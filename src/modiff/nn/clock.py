@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from modiff.errors import StateError
+from modiff.nn.buffers import Buffers
 
 
 class _Context:
-    """What one context (conditional, unconditional, ...) has seen of the trajectory."""
+    """What one context (conditional, unconditional, ...) has seen of the trajectory.
+
+    times: the last three timesteps, (3,), moved up in place, so that a recorded step reads the present ones.
+    known: which of them were given.
+    """
 
     def __init__(self) -> None:
         self.step = -1
-        self.timesteps: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        self.times: Tensor | None = None
+        self.known = (False, False, False)
+
+    def move(self, now: Tensor | None, place: Callable[[Tensor], Tensor]) -> None:
+        """The next evaluation begins; `now` is its timestep, (1,)."""
+        self.step += 1
+        if now is not None and (self.times is None or self.times.device != now.device):
+            with torch.inference_mode(mode=False):
+                self.times = place(torch.zeros(3, device=now.device))
+            self.known = (False, False, False)
+        self.known = (*self.known[1:], now is not None)
+        if self.times is not None and now is not None:
+            self.times.copy_(torch.cat([self.times[1:], now]))
+        elif self.times is not None:
+            self.times.copy_(self.times.roll(-1))
 
 
 class Clock:
@@ -31,6 +50,7 @@ class Clock:
         self.context = "default"
         self.tick = 0
         self.inside = False
+        self.buffers: Buffers | None = None
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
         self._given: Tensor | float | None = None
@@ -42,21 +62,28 @@ class Clock:
         """Register what frees a state; called when a trajectory starts, ends or raises."""
         self._listeners.append(forget)
 
-    def start(self) -> None:
-        """Begin a trajectory. Raises: StateError inside another one of the same model."""
+    def start(self, buffers: Buffers | None = None) -> None:
+        """Begin a trajectory, with states in `buffers` if given.
+
+        Raises: StateError inside another one of the same model.
+        """
         if self.active:
             raise StateError(
                 f"{self.name}: expected no running trajectory, got a second one. Trajectories of one model cannot "
                 "nest. Leave the first `with modiff.trajectory(model):` before the next."
             )
         self._forget()
-        self.active = True
+        self.active, self.buffers = True, buffers
 
     def stop(self) -> None:
         """End the trajectory and free all states."""
-        self.active = False
+        self.active, self.buffers = False, None
         self.context = "default"
         self._forget()
+
+    def place(self, key: Hashable, value: Tensor) -> Tensor:
+        """`value`, where the state of this key was in the last trajectory, if this one has buffers."""
+        return value if self.buffers is None else self.buffers.place(key, value)
 
     def _forget(self) -> None:
         self._contexts.clear()
@@ -70,9 +97,8 @@ class Clock:
             self.tick += 1
             self.inside = True
             context = self._contexts.setdefault(self.context, _Context())
-            context.step += 1
             now = None if timestep is None else torch.as_tensor(timestep).detach().flatten()[:1].float()
-            context.timesteps = (*context.timesteps[1:], now)
+            context.move(now, lambda times: self.place(("times", self.context), times))
 
     def returned(self) -> None:
         """The network evaluation ended or raised."""
@@ -99,13 +125,13 @@ class Clock:
 
         Raises: StateError as `moment` does, and at the first step, which has no residual.
         """
-        last = self._contexts[self.context].timesteps[1]
-        if last is None:
+        context = self._contexts[self.context]
+        if context.times is None or not context.known[1]:
             raise StateError(
                 f"{self.name}: expected a step before this one, got the first of the trajectory. A residual needs "
                 "two. Use first_step='full_precision'."
             )
-        return (*self.moment(), float(last))
+        return (*self.moment(), float(context.times[1]))
 
     @property
     def step(self) -> int:
@@ -115,8 +141,9 @@ class Clock:
     @property
     def ratio(self) -> Tensor | float:
         """|t_now - t_last| / |t_last - t_before|, 1-element tensor, no host sync; 0 after a step of size 0."""
-        before, last, now = self._contexts[self.context].timesteps
-        if before is None or last is None or now is None:
+        context = self._contexts[self.context]
+        if context.times is None or not all(context.known):
             return 1.0
+        before, last, now = context.times.split(1)
         size, previous = (now - last).abs(), (last - before).abs()
         return torch.where(previous > 0, size / previous.clamp_min(1e-12), torch.zeros_like(size))

@@ -81,7 +81,9 @@ class IntegerSide:
     def fuses(self, norm: Norm) -> bool:
         """Whether what stands before the layer can be computed while its input is coded."""
         config, coder = self.layer.config, self.layer.coder
-        if coder is None or self.layer.segments is not None or (len(coder.segments) > 1 and norm != "group"):
+        if coder is None or self.layer.segments is not None or self.layer.weight.device.type != "cpu":
+            return False
+        if len(coder.segments) > 1 and norm != "group":
             return False
         modulation = config.modulation
         return modulation is None or (modulation.predictor == "hold" and modulation.state_dtype == "float32")
@@ -124,9 +126,12 @@ class IntegerSide:
         """The next output state as the simulation has it, in the layout that kernels add into."""
         layer = self.layer
         found = accumulate(message, state, layer, layer.config.modulation or ModulationConfig())
-        if layer.channel_dim == -1:
-            return found
-        return State(innermost(found.value), None if found.move is None else innermost(found.move))
+        return State(self._place("value", found.value), None if found.move is None else self._place("move", found.move))
+
+    def _place(self, name: str, value: Tensor) -> Tensor:
+        """In the layout of the kernels, and where this state was in the last trajectory if this one has buffers."""
+        value = value if self.layer.channel_dim == -1 else innermost(value)
+        return self.layer.clock.place((self.layer.number, self.layer.calls, name), value)
 
     def step(
         self, code: ByteCode, state: State, gain: Tensor | float | None, dtype: torch.dtype
@@ -147,7 +152,8 @@ class IntegerSide:
         self, sent: list[tuple[Kernel, tuple[Tensor, Tensor]]], state: State, gain: Tensor | float, dtype: torch.dtype
     ) -> tuple[State, Tensor]:
         """The move takes what is sent, ô_t - ô_{t+1} = g (ô_{t+1} - ô_{t+2}) + A(q_t), and the state takes the move."""
-        move = torch.zeros_like(state.value) if state.move is None else state.move.mul_(gain)
+        move = state.move
+        move = self._place("move", torch.zeros_like(state.value)) if move is None else move.mul_(gain)
         for kernel, (codes, scale) in sent:
             kernel.accumulate(move, codes, scale)
         state.value.add_(move)

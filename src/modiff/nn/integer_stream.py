@@ -13,7 +13,7 @@ from modiff.core.modulation import Message, State, step_gain
 from modiff.kernels.after import Before
 from modiff.kernels.geometry import channels_innermost
 from modiff.kernels.prologue import prologue
-from modiff.nn.byte_code import ByteCode, dense_parts, innermost
+from modiff.nn.byte_code import ByteCode, dense_parts
 from modiff.nn.clock import Clock
 from modiff.nn.stream import Stream
 
@@ -46,7 +46,14 @@ class IntegerStream(Stream):
             return
         values = self._dense(whole.value)
         moves = (None,) * len(values) if whole.move is None else self._dense(whole.move)
-        self._parts = tuple(State(value, move) for value, move in zip(values, moves, strict=True))
+        self._parts = tuple(
+            State(self._place("value", i, value), None if move is None else self._place("move", i, move))
+            for i, (value, move) in enumerate(zip(values, moves, strict=True))
+        )
+
+    def _place(self, name: str, part: int, value: Tensor) -> Tensor:
+        """Where this state was in the last trajectory, if the trajectory has buffers."""
+        return value if self.key is None else self.clock.place((*self.key, name, part), value)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the input state keeps."""
@@ -65,7 +72,7 @@ class IntegerStream(Stream):
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[State] = []
         for index, ((x, front), state) in enumerate(zip(fronts, self._parts, strict=True)):
-            held = _as(state, x, gain)
+            held = self._laid(index, state, x, gain)
             arguments = None if given is None else given[index], coder.bits, coder.config.clip, coder.granularity
             if front is None:
                 found = prologue(x, held.value, *arguments, channel_dim=coder.channel_dim, move=held.move, gain=gain)
@@ -93,22 +100,22 @@ class IntegerStream(Stream):
             return torch.zeros((), device=device)
         return torch.as_tensor(step_gain(self.config, self.ratio()), dtype=torch.float32, device=device)
 
+    def _laid(self, part: int, state: State, x: Tensor, gain: Tensor | None) -> State:
+        """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins.
+
+        That of a part of the channels of each pixel is dense, and was made so.
+        """
+        value, move = state
+        dense = x.is_contiguous() or channels_innermost(x, x.dim() - 2)
+        if dense and value.stride() != x.stride():
+            value = self._place("laid", part, torch.empty_like(x, dtype=value.dtype).copy_(value))
+        if gain is None:
+            return State(value)
+        if move is None:
+            return State(value, self._place("move", part, torch.zeros_like(value)))
+        if move.stride() != value.stride():
+            move = self._place("laid move", part, torch.empty_like(value).copy_(move))
+        return State(value, move)
+
     def _dense(self, x: Tensor) -> tuple[Tensor, ...]:
         return dense_parts(x, self.coder.segments, self.coder.channel_dim)
-
-
-def _as(state: State, x: Tensor, gain: Tensor | None) -> State:
-    """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins.
-
-    That of a part of the channels of each pixel is dense.
-    """
-    value, move = state
-    if not x.is_contiguous() and not channels_innermost(x, x.dim() - 2):
-        value = innermost(value)
-    elif value.stride() != x.stride():
-        value = torch.empty_like(x, dtype=value.dtype).copy_(value)
-    if gain is None:
-        return State(value)
-    if move is None:
-        return State(value, torch.zeros_like(value))
-    return State(value, move if move.stride() == value.stride() else torch.empty_like(value).copy_(move))

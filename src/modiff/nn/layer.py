@@ -304,6 +304,11 @@ class ModulatedLayer(nn.Module):
             stream.message = None  # nobody else will read it: free the codes now
         return output
 
+    @property
+    def calls(self) -> Key:
+        """The context, and how many times the layer was called before in this evaluation."""
+        return self.clock.context, self._calls.count
+
     def _key(self) -> Key:
         """A state for each context and for each time the layer is called within one evaluation of the network."""
         clock = self.clock
@@ -315,7 +320,7 @@ class ModulatedLayer(nn.Module):
         calls = self._calls
         calls.count = calls.count + 1 if calls.tick == clock.tick else 0
         calls.tick = clock.tick
-        return clock.context, calls.count
+        return self.calls
 
     def affine(self, value: Tensor) -> Tensor:
         """A(value) + bias with the quantized, rotated weight."""

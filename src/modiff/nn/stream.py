@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 
 import torch
@@ -15,6 +16,7 @@ from modiff.errors import StateError
 from modiff.kernels.after import Before
 from modiff.nn.clock import Clock
 
+_NUMBERS = itertools.count()
 Key = tuple[str, int]
 """(context, how many times the layer was called before in this evaluation)."""
 
@@ -27,7 +29,8 @@ def version_of(x: Tensor) -> int:
 class Stream:
     """One tensor's input state through the trajectory, and the message that this evaluation sent for it.
 
-    count: messages sent so far; a reader that missed one cannot go on.
+    count: messages sent so far; a reader that missed one cannot go on. key: the same for this stream in every
+    trajectory, None for one that belongs to no group.
     """
 
     def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
@@ -36,6 +39,7 @@ class Stream:
         self.state: State | None = None
         self.message: Message | None = None
         self.count = 0
+        self.key: tuple[int, int] | None = None
         self.tick = -1
         self._held: tuple[torch.Size, torch.device] | None = None
         self._source: tuple[weakref.ref[Tensor], int, int | None] | None = None
@@ -114,6 +118,7 @@ class Inputs:
     def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock, stream: type[Stream] = Stream) -> None:
         self.coder, self.config, self.clock, self.stream = coder, config, clock, stream
         self.streams: list[Stream] = []
+        self.number = next(_NUMBERS)
         clock.on_reset(self.forget)
 
     def forget(self) -> None:
@@ -125,5 +130,7 @@ class Inputs:
         for stream in self.streams:
             if stream.message is not None and stream.message.starts and stream.carries(x, before):
                 return stream
-        self.streams.append(self.stream(self.coder, self.config, self.clock))
-        return self.streams[-1]
+        found = self.stream(self.coder, self.config, self.clock)
+        found.key = (self.number, len(self.streams))
+        self.streams.append(found)
+        return found

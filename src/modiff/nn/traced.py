@@ -10,6 +10,9 @@ those of eager execution for the same inputs. All three write into the clock's `
 
 They are registered one level below `torch.library.custom_op`, whose wrappers take 15 to 20 us a call: a layer has no
 gradient here, and nobody reads the version of the token.
+
+They run Python at every call, so no CUDA graph may hold them. The tag says so to torch.compile(mode="reduce-overhead"),
+which would record the first steps of a trajectory and repeat them for ever.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from modiff.kernels.geometry import empty_output
 from modiff.nn.byte_code import innermost
 
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 _NUMBERS = itertools.count()
 _HOLDERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -47,7 +51,7 @@ def number_for(holder: object) -> int:
 def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """torch.ops.modiff.<name>: `run` on every device, `fake` while a graph is traced."""
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=_TAGS)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"modiff::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.modiff, name).default

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modiff.assets import EMBEDDED, classifier_folder
 from modiff.errors import ConfigError
 from modiff.evaluate.classifier import Classifier, load_classifier
 from modiff.evaluate.features.protocol import Features, check_images
 from modiff.evaluate.metrics.spatial_frechet_distance import spatial_rows
-
-EMBEDDED_NAME = "fashion-mnist-classifier"
 
 
 class ClassifierFeatures:
@@ -41,11 +40,13 @@ class ClassifierFeatures:
         self._middle = ends[max(len(ends) // 2, 1) - 1]
 
     @classmethod
-    def embedded(cls, *, device: str | torch.device = "cpu") -> ClassifierFeatures:
-        """The Fashion-MNIST classifier of the package, for grey images. Raises: FormatError if it is missing."""
-        from modiff.assets import classifier_folder
+    def embedded(cls, model: str = EMBEDDED, *, device: str | torch.device = "cpu") -> ClassifierFeatures:
+        """The classifier of the package for the data of a model of the package, Fashion-MNIST without another name.
 
-        return cls(load_classifier(classifier_folder()), EMBEDDED_NAME, device=device)
+        Raises: FormatError if it is missing.
+        """
+        folder = classifier_folder(model)
+        return cls(load_classifier(folder), folder.name.replace("_", "-"), device=device)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> ClassifierFeatures:

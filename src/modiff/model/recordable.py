@@ -1,0 +1,48 @@
+"""Can the steps of a model be recorded once and repeated without Python, as CUDA graphs are?"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from modiff.model.attachment import required_attachment
+from modiff.nn import ModulatedLayer
+from modiff.nn.fixed_side import FixedSide
+
+STEPS_BEFORE = 3
+"""Evaluations of each context before one that may be recorded: the states start, moves appear, step sizes are known."""
+
+
+def recording_obstacle(model: nn.Module) -> str:
+    """Why a step must not be recorded and repeated; empty if it may be, after STEPS_BEFORE evaluations of a trajectory.
+
+    A recorded step repeats its operators on the same memory. So states must change in place, which those on integers
+    do, nothing may wait for the device, and no count kept in Python may decide what runs. Between trajectories the
+    states must stay where they are: `modiff.trajectory(model, buffers)`.
+    Raises: StateError if modiff was not applied to the model.
+    """
+    twins = required_attachment(model, "recording_obstacle").twins
+    for name, twin in twins.items():
+        if obstacle := _obstacle(twin):
+            return f"{name}: {obstacle}"
+    return ""
+
+
+def _obstacle(layer: ModulatedLayer) -> str:
+    coder, modulation = layer.coder, layer.config.modulation
+    if coder is None:
+        return ""
+    if coder.watching:
+        return "its scales are being measured"
+    if not coder.config.dynamic and coder.config.step_groups != 1:
+        return "its scales are chosen by the time step, on the host"
+    if modulation is None:
+        return ""
+    if layer.integer is None:
+        return "it is simulated, and its states move to new tensors at every step"
+    if isinstance(layer.integer, FixedSide):
+        return "int16 states ask at every step whether they outgrew 16 bits"
+    if coder.config.refresh_every != 1:
+        return f"its scales are measured at every {coder.config.refresh_every}th step"
+    if modulation.reanchor_every:
+        return f"its states start again at every {modulation.reanchor_every}th step"
+    return ""

@@ -1,0 +1,175 @@
+"""Training and sampling of the transformer: what the folder holds, how it starts, which labels it never sees."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from modiff.hosts.load import load_model
+
+WEIGHTS = Path("pipeline") / "transformer" / "diffusion_pytorch_model.safetensors"
+CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def trainer(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("train_dit")
+
+
+@pytest.fixture(scope="module")
+def tiny(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for a transformer of two blocks on twelve images of three classes."""
+    labels = tmp_path_factory.mktemp("labels") / "labels.npy"
+    np.save(labels, np.arange(12) % CLASSES)
+    words = f"--images {images} --labels {labels} --size 8 --width 16 --heads 2 --depth 2 --batch 4 --threads 1"
+    return [*words.split(), "--device", "cpu", "--anneal", "1e-9", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(script: Callable[[str], ModuleType], trainer: ModuleType, clock: type, tiny: list[str]) -> Callable[..., Path]:
+    """Train into a folder for so many ticks of the clock; one step of training takes one tick."""
+
+    def train(output: Path, steps: int, *more: str, interrupt_at: int = 0) -> Path:
+        words = [*tiny, "--minutes", str((steps - 0.5) / 60), "-o", str(output), *more]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script("train_reference"), "time", clock(interrupt_at))
+            trainer.train(trainer.parse_arguments(words))
+        return output
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps; tests only read it."""
+    return run(tmp_path_factory.mktemp("runs") / "whole", 4)
+
+
+def test_a_run_writes_a_network_that_modiff_loads_and_its_scheduler(whole: Path) -> None:
+    assert {t.dtype for t in load_file(whole / WEIGHTS).values()} == {torch.float16}
+    net = load_model(whole / "pipeline" / "transformer")
+    assert (net.config.sample_size, net.config.in_channels, net.config.out_channels) == (8, 1, 1)
+    assert (net.config.num_layers, net.config.num_embeds_ada_norm, net.config.norm_type) == (2, 3, "ada_norm_zero")
+    scheduler = DDIMScheduler.from_pretrained(whole / "pipeline" / "scheduler")
+    assert scheduler.config.num_train_timesteps == 1000
+    text = (whole / "training.json").read_text()
+    record = json.loads(text)
+    assert (record["step"], record["images_seen"], record["labels"]) == (4, 16, "labels.npy")
+    assert str(whole.parent) not in text
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
+    run: Callable[..., Path], whole: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "halves", 4, interrupt_at=9)  # two looks before the loop, three a step: the third step begins
+    assert json.loads((tmp_path / "halves" / "training.json").read_text())["step"] == 2
+    halves = run(tmp_path / "halves", 4)
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, halves)]
+    for part in ("model", "average"):
+        assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part]), part
+
+
+def test_the_default_is_a_transformer_of_the_size_that_is_asked_for(trainer: ModuleType) -> None:
+    options = trainer.parse_arguments(["--images", "i.npy", "--labels", "l.npy", "-o", "unused"])
+    with torch.device("meta"):
+        model = trainer.build_model(options, 3, 10)
+    assert sum(p.numel() for p in model.parameters()) == 35_233_932
+    assert model.inner_dim == 384
+    assert len(model.transformer_blocks) == 12
+    assert model.transformer_blocks[0].attn1.heads == 6
+
+
+def test_a_fresh_network_passes_its_tokens_through_and_predicts_zero(trainer: ModuleType, tiny: list[str]) -> None:
+    torch.manual_seed(0)
+    model = trainer.build_model(trainer.parse_arguments([*tiny, "-o", "unused"]), 1, CLASSES).eval()
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    seen: list[torch.Tensor] = []
+    model.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        assert not model(x, torch.tensor([5, 900]), class_labels=labels).sample.any()
+        assert torch.equal(seen[0], model.pos_embed(x))
+
+
+def test_a_hidden_label_is_hidden_from_every_block(trainer: ModuleType, tiny: list[str]) -> None:
+    torch.manual_seed(0)
+    model = trainer.build_model(trainer.parse_arguments([*tiny, "-o", "unused"]), 1, CLASSES).train()
+    seen: list[torch.Tensor] = []
+    for block in model.transformer_blocks:
+        table = block.norm1.emb.class_embedder.embedding_table
+        table.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    labels = torch.tensor([0, 1, 2, CLASSES] * 25)
+    model(torch.randn(100, 1, 8, 8), torch.zeros(100, dtype=torch.long), class_labels=labels)
+    assert len(seen) == 3  # two blocks, and the first one's embedding again for the output
+    assert all(torch.equal(given, labels) for given in seen)
+
+
+def test_labels_are_hidden_at_the_rate_asked_for_and_others_stay(trainer: ModuleType) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(1000) % CLASSES
+    found = trainer.hidden(labels, 0.1, CLASSES)
+    gone = found == CLASSES
+    assert 60 < gone.sum() < 140  # 1000 coins of 0.1: four standard deviations
+    assert torch.equal(found[~gone], labels[~gone])
+    assert torch.equal(trainer.hidden(labels, 0.0, CLASSES), labels)
+
+
+def test_a_width_that_heads_do_not_divide_ends_in_one_line(run: Callable[..., Path], tmp_path: Path) -> None:
+    for options in (("--heads", "3"), ("--patch", "3")):
+        with pytest.raises(SystemExit, match="expected multiples of") as caught:
+            run(tmp_path / "run", 1, *options)
+        assert "\n" not in str(caught.value)
+
+
+class Guided(torch.nn.Module):
+    """Predicts the number of the class everywhere: guidance can be read off the result."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = type("Config", (), {"in_channels": 1, "sample_size": 4, "num_embeds_ada_norm": CLASSES})
+        self.calls: list[tuple[int, list[int]]] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor) -> object:
+        self.calls.append((len(x), class_labels.tolist()))
+        noise = class_labels.float().reshape(-1, 1, 1, 1).expand_as(x) / 10
+        return type("Output", (), {"sample": noise})
+
+
+def test_guidance_goes_from_none_through_the_class_and_beyond(script: Callable[[str], ModuleType]) -> None:
+    sampler = script("sample_dit")
+    scheduler = DDIMScheduler(clip_sample=False)
+    net, labels = Guided(), torch.tensor([0, 2])
+    found = sampler.draw(net, scheduler, labels, steps=1, guidance=2.5, seed=7)
+    assert net.calls == [(4, [0, 2, CLASSES, CLASSES])]
+    noise = torch.cat([torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(7 + i)) for i in range(2)])
+    given = torch.tensor([0.3 + 2.5 * (0.0 - 0.3), 0.3 + 2.5 * (0.2 - 0.3)]).reshape(2, 1, 1, 1)
+    abar = scheduler.alphas_cumprod[scheduler.timesteps[0]]
+    clean = (noise - (1 - abar).sqrt() * given) / abar.sqrt()
+    torch.testing.assert_close(found, (clean / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-5)
+    sampler.draw(net, scheduler, labels, steps=1, guidance=1.0, seed=7)
+    assert net.calls[1] == (2, [0, 2])
+
+
+def test_the_sampler_draws_every_class_and_says_how_far_codes_are(
+    script: Callable[[str], ModuleType], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "grid.png"
+    words = ["--run", str(whole), "--config", "w8a8", "--steps", "3", "--device", "cpu", "-o", str(picture)]
+    script("sample_dit").main(words)
+    with Image.open(picture) as grid:
+        assert grid.size == (CLASSES * 18 + 2, CLASSES * 18 + 2)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("w8a8: relative L2 ")
+    assert float(line.split()[3]) < 0.05
+    elsewhere, unknown = [*words[:1], str(tmp_path), *words[2:]], [*words[:3], "w9", *words[4:]]
+    for wrong, message in ((elsewhere, "config.json"), (unknown, "w9")):
+        with pytest.raises(SystemExit, match=message):
+            script("sample_dit").main(wrong)
