@@ -187,4 +187,32 @@ INTEGER: tuple[Mutation, ...] = (
         tests=("tests/kernels/test_roofline.py",),
         why="the expected time counts memory and arithmetic twice",
     ),
+    Mutation(
+        file="src/modiff/nn/stream.py",
+        old="and place == (None if before is None else before.place)",
+        new="",
+        tests=("tests/nn/test_fusion.py",),
+        why="a shortcut is sent the codes of the norm that reads the same tensor",
+    ),
+    Mutation(
+        file="src/modiff/nn/fusion.py",
+        old="return tuple(value.shape) == (like.shape[0], 1, like.shape[2])",
+        new="return True",
+        tests=("tests/nn/test_fusion.py",),
+        why="a modulation of each token is taken for one of each sample",
+    ),
+    Mutation(
+        file="src/modiff/nn/fusion.py",
+        old='if node.target is functional.silu and not _argument(node, 1, "inplace"):',
+        new="if node.target is functional.silu:",
+        tests=("tests/nn/test_fusion.py",),
+        why="an activation that writes into the norm is moved away from its other readers",
+    ),
+    Mutation(
+        file="src/modiff/nn/fusion.py",
+        old="holder.integer is not None and holder.channel_dim == axis and",
+        new="holder.integer is not None and",
+        tests=("tests/nn/test_fusion.py",),
+        why="a group norm moves into a linear layer along other channels",
+    ),
 )

@@ -28,8 +28,8 @@ NN: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/layer.py",
-        old="self._calls = self._calls + 1 if self._tick == clock.tick else 0",
-        new="self._calls = 0",
+        old="calls.count = calls.count + 1 if calls.tick == clock.tick else 0",
+        new="calls.count = 0",
         tests=("tests/nn/test_layer.py",),
         why="a layer called twice in an evaluation differences one call against the other",
     ),
