@@ -221,7 +221,23 @@ def other_dtype(m: Any, x: Tensor) -> Tensor:
     return m.conv(functional.silu(m.norm(x).bfloat16())).float()
 
 
-PARTLY = {"read twice": (read_twice, 0), "norm read twice": (norm_read_twice, 1), "in place": (in_place, 0),
+def written(m: Any, x: Tensor) -> Tensor:
+    x = x * 2
+    y = functional.silu(m.norm(x))
+    x.add_(1)
+    return m.conv(y) + x
+
+
+def written_by_operator(m: Any, x: Tensor) -> Tensor:
+    x = x * 2
+    y = functional.silu(m.norm(x))
+    x[:, 0] = 0
+    x += 1
+    return m.conv(y) + x
+
+
+PARTLY = {"written": (written, 0), "written by an operator": (written_by_operator, 0),
+          "read twice": (read_twice, 0), "norm read twice": (norm_read_twice, 1), "in place": (in_place, 0),
           "dropped": (dropped, 0), "exact gelu": (exact_gelu, 0), "other dtype": (other_dtype, 1)}  # fmt: skip
 
 

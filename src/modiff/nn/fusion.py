@@ -23,6 +23,7 @@ from modiff.kernels.after_ops import Activation, Norm
 from modiff.nn import traced
 
 _PLACES = itertools.count(1)
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 
 
 class _Front(NamedTuple):
@@ -63,8 +64,27 @@ def _readers(node: Node, front: _Front) -> bool:
     """Whether all that read the node are layers that can compute it, and read it as their input."""
     users = list(node.users)
     return bool(users) and all(
-        user.target is traced.layer and user.args[1] is node and _fuses(user.args[2], front) for user in users
+        user.target is traced.layer
+        and user.args[1] is node
+        and _fuses(user.args[2], front)
+        and not _changed(front.x, user)
+        for user in users
     )
+
+
+def _changed(x: Node, reader: Node) -> bool:
+    """Whether anything is written in place between x and its reader: it may be what x is a view of."""
+    node = x.next
+    while node is not reader:
+        if node.op in ("call_function", "call_method") and _in_place(node):
+            return True
+        node = node.next
+    return False
+
+
+def _in_place(node: Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    return bool(node.kwargs.get("inplace")) or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _fuses(number: Any, front: _Front) -> bool:
