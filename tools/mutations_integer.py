@@ -203,10 +203,10 @@ INTEGER: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/fusion.py",
-        old='if node.target is functional.silu and not _argument(node, 1, "inplace"):',
-        new="if node.target is functional.silu:",
+        old="name in _IN_PLACE or",
+        new="",
         tests=("tests/nn/test_fusion.py",),
-        why="an activation that writes into the norm is moved away from its other readers",
+        why="a norm moves past an assignment into what it reads",
     ),
     Mutation(
         file="src/modiff/nn/fusion.py",
