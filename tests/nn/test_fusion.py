@@ -266,6 +266,19 @@ def test_a_norm_over_other_channels_than_the_layer_s_stays_where_it_is():
     assert_within((codes.double() - 128) * scale, exact, (0.501 * scale).expand_as(exact))
 
 
+def test_a_norm_whose_modulation_widens_its_dtype_stays_where_it_is():
+    def widened(m: Any, x: Tensor) -> Tensor:
+        scale = x.mean(1, keepdim=True)
+        return m.fc(m.norm(x.bfloat16()) * scale + scale)
+
+    counts: list[int] = []
+    model = Model(widened, norm=nn.LayerNorm(32, elementwise_affine=False), fc=nn.Linear(32, 32))
+    taken(model.eval(), W8A8)
+    with torch.no_grad(), modiff.trajectory(model):
+        assert fused(model, counts)(torch.randn(2, 7, 32)).dtype == torch.float32
+    assert sum(counts) == 0
+
+
 def test_a_modulation_that_is_not_one_of_samples_stays_where_it_is():
     def by_token(m: Any, x: Tensor) -> Tensor:
         return m.fc(m.norm(x) * m.scale(x) + m.scale(x))
