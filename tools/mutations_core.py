@@ -49,6 +49,13 @@ CORE: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/core/observers.py",
+        old='places += torch.arange(count, device="cpu")',
+        new="places = torch.arange(count, dtype=torch.float64)",
+        tests=("tests/core/test_observers.py",),
+        why="values are drawn at equal distances: one tap of each kernel, one edge of each picture",
+    ),
+    Mutation(
+        file="src/modiff/core/observers.py",
         old="minimum.lerp(low, 1 - self.momentum)",
         new="minimum.lerp(low, self.momentum)",
         tests=("tests/core/test_observers.py",),

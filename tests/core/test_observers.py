@@ -14,8 +14,9 @@ from modiff.core.observers import (
     MSEObserver,
     Observer,
     PercentileObserver,
+    evenly_drawn,
 )
-from tests.helpers import assert_within
+from tests.helpers import assert_same_bits, assert_within
 
 ALL = (MinMaxObserver, MovingAverageObserver, PercentileObserver, MSEObserver)
 
@@ -190,3 +191,32 @@ def test_what_is_kept_of_many_tensors_is_bounded_and_even(monkeypatch):
     for part in range(6):  # each thousand of the 6000 values is there in about equal number
         share = ((kept >= 1000 * part) & (kept < 1000 * (part + 1))).double().mean().item()
         assert 0.08 < share < 0.28
+
+
+@pytest.mark.parametrize("axes", [(512, 9), (2048, 32, 32), (1280, 10, 640)])
+def test_what_is_drawn_of_a_tensor_comes_from_all_places_along_each_of_its_axes(axes):
+    grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in axes), indexing="ij")).flatten(1)
+    drawn = evenly_drawn(grid, grid.shape[1] // 18, seed=3)
+    for places, length in zip(drawn, axes, strict=True):
+        counts = torch.bincount(places, minlength=length).double() / (drawn.shape[1] / length)
+        assert counts.mean() == pytest.approx(1)
+        assert counts.std() < 1.5 / (drawn.shape[1] / length) ** 0.5  # no more uneven than chance
+    assert drawn.unique(dim=1).shape[1] > 0.99 * drawn.shape[1]
+
+
+def test_values_are_kept_whole_while_they_are_few_and_drawn_alike_by_the_same_seed():
+    rows = torch.randn(2, 50)
+    assert_same_bits(evenly_drawn(rows, 50, seed=1), rows)
+    assert_same_bits(evenly_drawn(rows, 20, seed=1), evenly_drawn(rows, 20, seed=1))
+    assert not torch.equal(evenly_drawn(rows, 20, seed=1), evenly_drawn(rows, 20, seed=2))
+
+
+def test_thinning_out_never_looks_at_one_edge_of_a_picture_alone(monkeypatch):
+    monkeypatch.setattr("modiff.core.observers.KEPT_IN_ALL", 1 << 10)
+    observer = MSEObserver()
+    picture = torch.zeros(8, 16, 16)
+    picture[..., 1:] = 1.0  # all but the left edge
+    for _ in range(30):
+        observer.observe(picture)
+    kept = torch.cat([k.flatten() for k in observer.kept])
+    assert kept.mean().item() == pytest.approx(15 / 16, abs=0.03)

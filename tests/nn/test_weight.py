@@ -86,6 +86,34 @@ def data_replaced(layer: nn.Linear) -> None:
     layer.weight.data = layer.weight.data * 3.0
 
 
+@pytest.mark.parametrize("channels", [256, 512, 1280])
+def test_the_mse_search_looks_at_every_tap_of_a_large_kernel(channels):
+    weight = torch.randn(channels, 130, 3, 3) * 0.1
+    weight[:, :, 1, 1] *= 6  # as trained kernels: the centre weighs most
+    errors = {}
+    for search in ("mse", "minmax"):
+        dense = QuantizedWeight(WeightConfig(bits=8, search=search), (130,), None).dense(weight, torch.float32)
+        errors[search] = (dense - weight).square().mean().item()
+    assert errors["mse"] <= errors["minmax"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mse_search_is_made_again_only_for_other_values(monkeypatch, dtype):
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(MSEObserver, "observe", lambda self, x, of=MSEObserver.observe: (seen.append(x), of(self, x)))
+    weight = torch.randn(4, 12, 3, dtype=dtype)
+    quantized = QuantizedWeight(WeightConfig(bits=4, search="mse"), (4, 8), None)
+    before = quantized.dense(weight, dtype).clone()
+    quantized.forget()
+    assert_same_bits(quantized.dense(weight, dtype), before)
+    assert len(seen) == 2
+    weight.data[2, 5, 1] += 0.5
+    quantized.forget()
+    changed = quantized.dense(weight, dtype)
+    assert [tuple(x.shape) for x in seen] == [(4, 4, 3), (4, 8, 3), (4, 8, 3)]
+    assert_same_bits(changed, QuantizedWeight(WeightConfig(bits=4, search="mse"), (4, 8), None).dense(weight, dtype))
+
+
 @pytest.mark.parametrize(
     "change", [changed_in_place, changed_in_inference_mode, replaced, loaded, to_double, data_replaced]
 )

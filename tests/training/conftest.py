@@ -42,11 +42,6 @@ class Clock(SimpleNamespace):
 
 
 @pytest.fixture(scope="session")
-def clock() -> type[Clock]:
-    return Clock
-
-
-@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve 6x6 images of noise."""
     path = tmp_path_factory.mktemp("data") / "images.npy"
@@ -61,3 +56,19 @@ def tiny_unet(images: Path) -> list[str]:
         f"--images {images} --size 8 --channels 16,16 --attention 4 --batch 4 --threads 1 --device cpu --anneal 1e-9"
     )
     return words.split()
+
+
+@pytest.fixture(scope="session")
+def ticking(script: Callable[[str], ModuleType]) -> Callable[..., Path]:
+    """Train with a script into a folder for so many ticks of the clock; one step of training takes one tick."""
+
+    def train(
+        trainer: ModuleType, options: list[str], output: Path, steps: int, *more: str, interrupt_at: int = 0
+    ) -> Path:
+        words = [*options, "--minutes", str((steps - 0.5) / 60), "-o", str(output), *more]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script("train_reference"), "time", Clock(interrupt_at))
+            trainer.train(trainer.parse_arguments(words))
+        return output
+
+    return train

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -33,17 +34,9 @@ def tiny(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(script: Callable[[str], ModuleType], trainer: ModuleType, clock: type, tiny: list[str]) -> Callable[..., Path]:
-    """Train into a folder for so many ticks of the clock; one step of training takes one tick."""
-
-    def train(output: Path, steps: int, *more: str, interrupt_at: int = 0) -> Path:
-        words = [*tiny, "--minutes", str((steps - 0.5) / 60), "-o", str(output), *more]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script("train_reference"), "time", clock(interrupt_at))
-            trainer.train(trainer.parse_arguments(words))
-        return output
-
-    return train
+def run(ticking: Callable[..., Path], trainer: ModuleType, tiny: list[str]) -> Callable[..., Path]:
+    """`ticking` with this script and its smallest options."""
+    return partial(ticking, trainer, tiny)
 
 
 @pytest.fixture(scope="module")

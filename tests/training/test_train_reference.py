@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,17 +25,9 @@ def reference(script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def run(reference: ModuleType, clock: type, tiny_unet: list[str]) -> Callable[..., Path]:
-    """Train into a folder for so many ticks of the clock; one step of training takes one tick."""
-
-    def train(output: Path, steps: int, *more: str, interrupt_at: int = 0) -> Path:
-        words = [*tiny_unet, "--minutes", str((steps - 0.5) / 60), "-o", str(output), *more]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, "time", clock(interrupt_at))
-            reference.train(reference.parse_arguments(words))
-        return output
-
-    return train
+def run(ticking: Callable[..., Path], reference: ModuleType, tiny_unet: list[str]) -> Callable[..., Path]:
+    """`ticking` with this script and its smallest options."""
+    return partial(ticking, reference, tiny_unet)
 
 
 @pytest.fixture(scope="module")

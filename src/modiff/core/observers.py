@@ -12,9 +12,24 @@ from modiff.core.range_metrics import RangeMetric, cosine, kullback_leibler, l1,
 from modiff.errors import CalibrationError, ConfigError
 
 KEPT_VALUES = 1 << 18
-"""Percentile and least-error search keep at most this many values of each observed tensor, evenly spaced."""
+"""Percentile and least-error search keep at most this many values of each observed tensor, evenly drawn."""
 KEPT_IN_ALL = 1 << 18
-"""And at most this many of all tensors: beyond it every other value is dropped, and of later tensors as well."""
+"""And at most this many of all tensors: beyond it one value of two is dropped, and of later tensors as well."""
+
+
+def evenly_drawn(rows: Tensor, count: int, seed: int) -> Tensor:
+    """`count` columns of (ranges, values): one from each of `count` equal stretches, at a random place in it.
+
+    At equal distances the columns would fall together with the axes behind them: 2304 = 256 x 3 x 3 values taken nine
+    apart are one tap of each kernel, and pixels taken 32 apart are the left edge of a picture.
+    """
+    length = rows.shape[1]
+    if count >= length:
+        return rows.clone()
+    places = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), device="cpu")
+    places += torch.arange(count, device="cpu")
+    columns = places.mul_(length / count).long().clamp_(max=length - 1)
+    return rows[:, columns.to(rows.device)]
 
 
 class Observer:
@@ -113,20 +128,31 @@ class MovingAverageObserver(Observer):
 
 
 class _SampleObserver(Observer):
-    """Keeps evenly spaced values beside the extremes, for searches that need the distribution."""
+    """Keeps evenly drawn values beside the extremes, for searches that need the distribution.
 
-    def __init__(self, channel_dim: int | None = None) -> None:
+    Args:
+        keep: at most so many values of one tensor, in all its ranges; None for every value of every tensor.
+    """
+
+    def __init__(self, channel_dim: int | None = None, keep: int | None = KEPT_VALUES) -> None:
         super().__init__(channel_dim)
         self.kept: list[Tensor] = []
+        self.keep = keep
         self._thinning = 1
+        self._draws = 0
 
     def observe(self, x: Tensor) -> None:
         super().observe(x)
         rows = x.detach().flatten()[None] if self.channel_dim is None else x.detach().movedim(self.channel_dim, 0)
         rows = rows.flatten(1).float()
-        stride = max(1, -(-rows.numel() // KEPT_VALUES))  # ceiling: at most KEPT_VALUES of one tensor
-        self.kept.append(rows[:, :: stride * self._thinning].clone())
+        length = rows.shape[1]
+        most = length if self.keep is None else min(length, max(1, self.keep // max(1, rows.shape[0])))
+        self.kept.append(self._drawn(rows, -(-most // self._thinning)))
         self._thin_out()
+
+    def _drawn(self, rows: Tensor, count: int) -> Tensor:
+        self._draws += 1
+        return evenly_drawn(rows, count, self._draws)
 
     def merge(self, other: Observer) -> None:
         """Take into account all that another observer of the same kind saw."""
@@ -136,8 +162,13 @@ class _SampleObserver(Observer):
             self._thin_out()
 
     def _thin_out(self) -> None:
-        while sum(kept.numel() for kept in self.kept) > KEPT_IN_ALL and self._rows().shape[1] > 1:
-            self.kept = [self._rows()[:, ::2].clone()]
+        while (
+            self.keep is not None
+            and sum(kept.numel() for kept in self.kept) > KEPT_IN_ALL
+            and self._rows().shape[1] > 1
+        ):
+            rows = self._rows()
+            self.kept = [self._drawn(rows, -(-rows.shape[1] // 2))]
             self._thinning *= 2
 
     def _rows(self) -> Tensor:
@@ -173,10 +204,17 @@ class RangeSearchObserver(_SampleObserver):
     Args:
         metric: how far the quantized values are from the values.
         trials: 1 to 100; the last range is 1 - 0.01 (trials - 1) of the first.
+        keep: at most so many values of one tensor decide; None for all.
     """
 
-    def __init__(self, channel_dim: int | None = None, metric: RangeMetric = power, trials: int = 80) -> None:
-        super().__init__(channel_dim)
+    def __init__(
+        self,
+        channel_dim: int | None = None,
+        metric: RangeMetric = power,
+        trials: int = 80,
+        keep: int | None = KEPT_VALUES,
+    ) -> None:
+        super().__init__(channel_dim, keep)
         if not 1 <= trials <= 100:
             raise ConfigError(f"{type(self).__name__}: expected 1 to 100 trials, got trials={trials}. "
                               "Each trial shrinks by 1 %. Try trials=80.")  # fmt: skip
@@ -205,11 +243,13 @@ class RangeSearchObserver(_SampleObserver):
 class MSEObserver(RangeSearchObserver):
     """The range with the least mean |x - Q(x)|^p (p = 2.4; 80 trials in Q-Diffusion, 100 in PTQ4DM)."""
 
-    def __init__(self, channel_dim: int | None = None, p: float = 2.4, trials: int = 80) -> None:
+    def __init__(
+        self, channel_dim: int | None = None, p: float = 2.4, trials: int = 80, keep: int | None = KEPT_VALUES
+    ) -> None:
         if p <= 0 or not 1 <= trials <= 100:
             raise ConfigError(f"MSEObserver: expected p > 0 and 1 to 100 trials, got p={p}, trials={trials}. "
                               "Each trial shrinks by 1 %. Try p=2.4, trials=80.")  # fmt: skip
-        super().__init__(channel_dim, functools.partial(power, p=p), trials)
+        super().__init__(channel_dim, functools.partial(power, p=p), trials, keep)
 
 
 class L1Observer(RangeSearchObserver):

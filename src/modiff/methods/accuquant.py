@@ -52,6 +52,8 @@ class AccuquantConfig(JsonConfig):
     steps: of the sampler, the same that will be used. samples: trajectories to learn from, `batch` at a time.
     iterations: Adam steps a group. learning_rate: of the logarithm of the scales.
     rounding: of weights, "nearest" (ranges of least error), or learned first with `reconstruction`.
+    layers: "all", as the methods it is compared with, or "recommended": what ModiffConfig takes by default, without the
+        first and the last layer and the embeddings.
     seed: of noise and classes.
     """
 
@@ -66,6 +68,7 @@ class AccuquantConfig(JsonConfig):
     learning_rate: float = 0.02
     rounding: Literal["nearest", "learned"] = "nearest"
     reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.quick_weights)
+    layers: Literal["all", "recommended"] = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +100,12 @@ class AccuquantConfig(JsonConfig):
         return LayerConfig(
             weight=WeightConfig(bits=self.weight_bits, search="mse"), activation=activation, modulation=None
         )
+
+    def model_config(self) -> ModiffConfig:
+        """All layers alike."""
+        if self.layers == "recommended":
+            return ModiffConfig(layer=self.layer())
+        return ModiffConfig(layer=self.layer(), exclude=(), first_last="quantize", min_weights=0)
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ def apply_accuquant(
     steps = [SamplerSteps(model, scheduler, trajectory, guidance_scale) for trajectory in recorded]
     settings = settings_of(config, scheduler, guidance_scale)
     store = GroupStore(None if work is None else work / "groups", model, calls, settings)
-    report = apply(pipe, ModiffConfig(layer=config.layer()))
+    report = apply(pipe, config.model_config())
     with undone_on_error(pipe):
         if config.rounding == "learned":
             weights = None if work is None else work / "weights"

@@ -167,9 +167,8 @@ class SmoothedSearchObserver(Observer):
     def observe(self, x: Tensor) -> None:
         """Take one call into account; at most `KEPT_OF_A_CALL` of its values are kept."""
         super().observe(x)
-        one = RangeSearchObserver(self.channel_dim, self.metric, self.trials)
+        one = RangeSearchObserver(self.channel_dim, self.metric, self.trials, keep=KEPT_OF_A_CALL)
         one.observe(x)
-        one.kept = [rows[:, :: max(1, -(-rows.numel() // KEPT_OF_A_CALL))].clone() for rows in one.kept]
         self._calls.append(one)
 
     def qparams(self, bits: int, *, symmetric: bool = True, clip: float = 1.0) -> QParams:
