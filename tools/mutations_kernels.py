@@ -6,6 +6,27 @@ from mutation import Mutation
 
 KERNELS: tuple[Mutation, ...] = (
     Mutation(
+        file="src/modiff/kernels/after_ops.py",
+        old="    if not _as_walked(x, codes, norm):\n        return None\n",
+        new="",
+        tests=("tests/kernels/test_after.py",),
+        why="a norm of a slice reads the memory between its rows",
+    ),
+    Mutation(
+        file="src/modiff/kernels/after_ops.py",
+        old='    if norm == "layer":\n        return x.is_contiguous()\n',
+        new="",
+        tests=("tests/kernels/test_after.py",),
+        why="tokens that were pixels are normalised along the tokens",
+    ),
+    Mutation(
+        file="src/modiff/kernels/fixed_point.py",
+        old="torch.where(step == 0, -100, exponent)",
+        new="torch.where(step == 0, 0, exponent)",
+        tests=("tests/nn/test_fixed.py",),
+        why="a state that begins with zeros never hears of values below half",
+    ),
+    Mutation(
         file="src/modiff/kernels/dispatch.py",
         old="    pair = 2 * problem.largest_byte * problem.weight_max\n    if pair <= _INT16",
         new="    pair = problem.largest_byte * problem.weight_max\n    if pair <= _INT16",

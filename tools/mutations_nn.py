@@ -6,6 +6,27 @@ from mutation import Mutation
 
 NN: tuple[Mutation, ...] = (
     Mutation(
+        file="src/modiff/nn/clock.py",
+        old="self.inside, self.failed = False, self.active",
+        new="self.inside = False",
+        tests=("tests/nn/test_clock.py", "tests/model/test_trajectory.py"),
+        why="a step that raised half way is repeated on states of two steps",
+    ),
+    Mutation(
+        file="src/modiff/nn/clock.py",
+        old="return ((low + high) / 2).reshape(1)",
+        new="return low.reshape(1)",
+        tests=("tests/nn/test_clock.py", "tests/model/test_automatic.py"),
+        why="the time of a video is that of its first frame, which stands still",
+    ),
+    Mutation(
+        file="src/modiff/nn/fixed_side.py",
+        old="torch.where(before.isnan(), before, now)",
+        new="now",
+        tests=("tests/nn/test_fixed.py",),
+        why="NaN in the first half of a split input vanishes",
+    ),
+    Mutation(
         file="src/modiff/nn/layer.py",
         old="output = self.outputs[key].value.to(x.dtype, copy=True)",
         new="output = self.outputs[key].value.to(x.dtype)",

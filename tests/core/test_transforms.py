@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modiff.core.transforms import Segment, hadamard_block, rotate, segments_of
+from modiff.core.transforms import Segment, _hadamard, hadamard_block, rotate, segments_of
 from tests.helpers import assert_float_error, assert_within
 from tests.reference.hadamard import along, hadamard, largest_block, rotation
 
@@ -71,3 +71,13 @@ def test_blocks_stay_inside_a_group_and_inside_a_segment():
 def test_channels_that_no_power_of_two_divides_stay_as_they_are():
     x = torch.randn(2, 7)
     assert rotate(x, segments_of((7,)), -1) is x
+
+
+def test_a_rotation_that_was_first_made_in_inference_mode_takes_gradients_later():
+    segments = segments_of((48,), 1, 16)
+    _hadamard.cache_clear()
+    with torch.inference_mode():
+        rotate(torch.randn(2, 48), segments, 1)
+    x = torch.randn(2, 48, requires_grad=True)
+    rotate(x, segments, 1).sum().backward()
+    assert x.grad is not None

@@ -276,3 +276,51 @@ def test_what_is_not_fused_is_refused():
         Before(activation="silu").code(x, torch.zeros(3, 3), None, 8)
     with pytest.raises(KernelError, match="got 'input_channel'"):
         Before(activation="silu").code(x, torch.zeros(2, 3), None, 8, granularity="input_channel")
+
+
+SLICED = {
+    "tokens behind the first": ("layer", -1, lambda: torch.randn(2, 9, 24)[:, 1:]),
+    "half of a chunk": ("none", -1, lambda: torch.randn(2, 9, 48).chunk(2, -1)[1]),
+    "half of a chunk, one sample": ("layer", -1, lambda: torch.randn(1, 9, 48).chunk(2, -1)[0]),
+    "one row for all samples": ("layer", -1, lambda: torch.randn(1, 9, 24).expand(3, -1, -1)),
+    "tokens that were pixels": ("layer", -1, lambda: torch.randn(2, 24, 3, 4).flatten(2).transpose(1, 2)),
+    "tokens that were pixels, one sample": ("layer", -1, lambda: torch.randn(1, 24, 12).transpose(1, 2)),
+    "some channels": ("group", 1, lambda: torch.randn(2, 36, 5, 4)[:, :24]),
+    "some channels, innermost": ("group", 1, lambda: torch.randn(2, 5, 4, 36).movedim(-1, 1)[:, 12:]),
+    "height and width changed places": ("group", 1, lambda: torch.randn(2, 24, 5, 4).transpose(2, 3)),
+    "every second row": ("group", 1, lambda: torch.randn(2, 24, 6, 4)[:, :, ::2]),
+}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "sample"])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("case", SLICED)
+def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(case, plain, granularity):
+    norm, axis, make = SLICED[case]
+    x = make()
+    front = Before(norm, 4 if norm == "group" else 1, None, None, 1e-5, "silu")
+    expected, state = front.of(x.contiguous()), torch.randn(x.shape)
+    held = None if plain else torch.empty_like(x, dtype=torch.float32).copy_(state)
+    codes, scale = front.code(x, held, None, 8, granularity=granularity, channel_dim=axis)
+    residual = expected if plain else expected - state
+    axes = tuple(range(x.dim())) if granularity == "tensor" else tuple(range(1, x.dim()))
+    step = residual.abs().amax(axes, keepdim=True) / 127
+    assert_within(scale.reshape(step.shape), step, 1e-5)
+    value = (codes.float() - 128) * step
+    assert_within(value, residual, (0.501 * step + 1e-5).expand_as(residual))
+    if held is not None:
+        assert_within(held, state + value, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_torch_takes_by_default_is_no_matter(dtype):
+    x, weight = torch.randn(2, 24, 5, 4), torch.randn(24)
+    front = Before("group", 4, None, weight, 1e-5, "silu")
+    expected = front.code(x, torch.zeros_like(x), None, 8, channel_dim=1)
+    torch.set_default_dtype(dtype)
+    try:
+        found = front.code(x, torch.zeros_like(x), None, 8, channel_dim=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(ours, theirs)

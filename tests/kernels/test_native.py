@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,23 @@ def test_a_cache_folder_that_cannot_be_written_is_replaced_for_this_process(monk
     closed.mkdir(mode=0o500)
     monkeypatch.setenv(native.CACHE, str(closed / "cache"))
     assert native.load().library is not None
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_made_is_replaced_for_this_process(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(native.CACHE, str(tmp_path / "file" / "cache"))
+    assert native.load().library is not None
+
+
+def test_without_a_home_the_cache_lies_among_the_temporary_files(monkeypatch):
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (native.CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    assert native.cache_folder().parent == Path(tempfile.gettempdir())
 
 
 def test_the_cache_folder_follows_the_user_s_settings(monkeypatch, tmp_path):

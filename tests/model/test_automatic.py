@@ -48,6 +48,31 @@ def test_one_ends_where_time_turns_round(times, expected):
     assert starts(times) == expected
 
 
+@pytest.mark.parametrize("first_frame", [0.0, 1000.0])
+def test_tokens_held_at_one_time_do_not_hide_that_time_goes_on(first_frame):
+    times = [torch.tensor([[first_frame, first_frame, t, t]]) for t in (999.0, 666.0, 333.0, 999.0, 666.0)]
+    clock, began = Clock("model"), []
+    automatic = Automatic(clock)
+    clock.on_reset(lambda: began.append(clock.active))
+    found = []
+    for i, t in enumerate(times):
+        before = len(began)
+        automatic.before(t)
+        found += [i] if len(began) > before else []
+    assert found == [0, 3]
+
+
+def test_one_whose_evaluation_raised_is_over_and_the_next_call_begins_another():
+    model, x = automatic_toy(), torch.ones(2, 3, 4, 4)
+    expected = model(x, 5.0)  # the first step of a trajectory
+    attachment_of(model).automatic.end()
+    model(x + 1, 9.0)
+    with pytest.raises(AttributeError):
+        model(None, 7.0)
+    assert not attachment_of(model).clock.active
+    assert_same_bits(model(x, 5.0), expected)
+
+
 def test_contexts_share_a_trajectory():
     times = [999, 999, 500, 500, 0, 0, 999, 999, 500, 500]
     assert starts(times, ["cond", "uncond"] * 5) == [0, 6]

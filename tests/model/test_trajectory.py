@@ -59,6 +59,30 @@ def test_an_evaluation_that_raises_does_not_leave_the_model_inside():
             model.body(torch.randn(2, 16, 4, 4))
 
 
+def test_an_evaluation_that_raises_half_way_is_not_repeated_on_its_half_states(monkeypatch):
+    model = applied()
+    with modiff.trajectory(model):
+        first = sample(model, steps=2)[-1]
+        with monkeypatch.context() as patch:
+            patch.setattr(model.body, "forward", lambda x: (_ for _ in ()).throw(MemoryError("no room")))
+            with pytest.raises(MemoryError):
+                model(first, 3.0)
+        with pytest.raises(StateError, match="Begin the trajectory again"):
+            model(first, 3.0)
+    with modiff.trajectory(model):
+        sample(model, steps=2)
+
+
+def test_a_compiled_model_has_the_trajectories_of_the_model_behind_it():
+    model = applied()
+    compiled = torch.compile(model, backend="eager")
+    with modiff.trajectory(model):
+        expected = sample(model, steps=2)
+    with modiff.trajectory(compiled), modiff.context(compiled, "cond"):
+        for ours, theirs in zip(sample(compiled, steps=2), expected, strict=True):
+            assert_same_bits(ours, theirs)
+
+
 def test_outside_a_trajectory_the_model_says_so():
     model = applied()
     with pytest.raises(StateError, match=r"expected a running trajectory.*with modiff\.trajectory\(model\)"):

@@ -182,3 +182,11 @@ def test_attention_that_is_computed_otherwise_is_an_error_and_not_left_uncoded()
 def test_static_operands_have_one_scale_each():
     layer = QuantizedAttention(config(8, 8, dynamic=False), "attention")
     assert [layer.coders[n].granularity for n in ("q", "k", "v", "softmax")] == ["tensor", "tensor", "tensor", "token"]
+
+
+def test_autocast_rounds_neither_scores_nor_probabilities():
+    q, k, v = (x * 40 for x in operands(torch.float32))
+    attend = QuantizedAttention(config(None, 16), "attention").attend
+    expected = attend(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(attend(q, k, v), expected)

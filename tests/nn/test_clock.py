@@ -7,6 +7,7 @@ import torch
 
 from modiff import StateError
 from modiff.nn import Clock
+from modiff.nn.clock import middle
 
 
 def test_steps_count_per_context_and_ticks_over_all():
@@ -127,3 +128,54 @@ def test_a_transition_is_the_last_two_timesteps_of_its_context():
     clock.call(6.0)
     clock.call(5.0)
     assert clock.transition() == (5.0, 6.0)
+
+
+def test_tokens_with_timesteps_of_their_own_share_the_middle_one():
+    clock, ratios = Clock("model"), []
+    clock.start()
+    for t in (1000.0, 900.0, 850.0):
+        clock.call(torch.tensor([[0.0, 0.0, t, t, t]]))
+        ratios.append(float(clock.ratio))
+    assert ratios == [1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("value", [0.1, 999.0, 1e-3, 7.3e8])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_the_middle_of_equal_timesteps_is_theirs_to_the_bit(value, count):
+    each = torch.full((count,), value)
+    assert torch.equal(middle(each), each[:1])
+
+
+def test_after_an_evaluation_that_raised_the_trajectory_is_over():
+    clock = Clock("model")
+    clock.start()
+    clock.call(2.0)
+    clock.raised()
+    with pytest.raises(StateError, match="got one whose last evaluation raised"):
+        clock.call(1.0)
+    clock.stop()
+    clock.start()
+    clock.call(2.0)
+    clock.returned()
+    clock.call(1.0)
+
+
+def test_an_evaluation_that_raised_outside_a_trajectory_spoils_none():
+    clock = Clock("model")
+    clock.call(2.0)
+    clock.raised()
+    clock.start()
+    clock.call(2.0)
+
+
+def test_timesteps_are_kept_in_float32_whatever_torch_takes_by_default():
+    clock = Clock("model")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        clock.start()
+        for t in (1000.0, 999.0, 997.0):
+            clock.call(t)
+            clock.returned()
+        assert float(clock.ratio) == 2.0
+    finally:
+        torch.set_default_dtype(torch.float32)

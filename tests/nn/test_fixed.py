@@ -94,6 +94,26 @@ def test_an_input_that_outgrows_its_grid_starts_again(layer):
                for x, (_, state, _) in zip(inputs[1:], found[1:], strict=True))  # fmt: skip
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
+def test_an_input_that_begins_with_zeros_starts_again_at_its_first_values(layer):
+    make, shape, split = LAYERS[layer]
+    ours = twin(randomised(make()), W8A8, split)
+    inputs = [torch.zeros(shape), torch.zeros(shape), *[0.3 * torch.randn(shape)] * 4]
+    found = play(ours, inputs)
+    x, (_, state, held) = inputs[-1], found[-1]
+    assert float((x - state).norm() / x.norm()) < 1e-3
+    assert_within(held, ours.affine(x.double()), 0.01 * float(held.abs().max()))
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_a_nan_in_either_part_of_a_split_input_is_in_the_output(place):
+    make, shape, split = LAYERS["split conv"]
+    ours, inputs = twin(randomised(make()), W8A8, split), growing(shape, 1.0)
+    inputs[2] = inputs[2].clone()
+    inputs[2].select(1, min(place, shape[1] - 1)).fill_(torch.nan)
+    assert play(ours, inputs[:3])[-1][0].isnan().all()
+
+
 def test_an_output_that_outgrows_its_grid_starts_again_from_the_input_state():
     """Inputs stay in their range while their sum grows sixteenfold: only the output state leaves 16 bits."""
     layer = nn.Linear(16, 3, bias=True)

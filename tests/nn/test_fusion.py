@@ -236,7 +236,22 @@ def written_by_operator(m: Any, x: Tensor) -> Tensor:
     return m.conv(y) + x
 
 
+def written_as_out(m: Any, x: Tensor) -> Tensor:
+    x = x * 2
+    y = functional.silu(m.norm(x))
+    torch.add(x, 1, out=x)
+    return m.conv(y) + x
+
+
+def written_by_aten(m: Any, x: Tensor) -> Tensor:
+    x = x * 2
+    y = functional.silu(m.norm(x))
+    torch.ops.aten.add_.Tensor(x, x)
+    return m.conv(y) + x
+
+
 PARTLY = {"written": (written, 0), "written by an operator": (written_by_operator, 0),
+          "written as out": (written_as_out, 0), "written by aten": (written_by_aten, 0),
           "read twice": (read_twice, 0), "norm read twice": (norm_read_twice, 1), "in place": (in_place, 0),
           "dropped": (dropped, 0), "exact gelu": (exact_gelu, 0), "other dtype": (other_dtype, 1)}  # fmt: skip
 

@@ -38,10 +38,11 @@ def segments_of(channels: tuple[int, ...], groups: int = 1, largest: int = 64) -
 @functools.lru_cache(maxsize=32)
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's construction, H_2b = [[H, H], [H, -H]], over sqrt(b): symmetric and its own inverse."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / math.sqrt(block)).to(device, dtype)
+    with torch.inference_mode(mode=False):  # it is kept, and may be asked for gradients later
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        while matrix.shape[0] < block:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return (matrix / math.sqrt(block)).to(device, dtype)
 
 
 def rotate(x: Tensor, segments: tuple[Segment, ...], dim: int) -> Tensor:

@@ -160,6 +160,8 @@ def _plan(
         return None
     if state is not None and (state.dtype != torch.float32 or state.stride() != codes.stride()):
         return None
+    if not _as_walked(x, codes, norm):
+        return None
     rows = row_shape(codes, granularity, channel_dim)
     if rows is None or (library := native.load("norm").library) is None:
         return None
@@ -177,6 +179,21 @@ def _plan(
     samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
     mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
     return _Plan(library, mode, segments, length, segments // samples, segments // rows[0], length)
+
+
+def _as_walked(x: Tensor, codes: Tensor, norm: str) -> bool:
+    """Whether the loops, which go through memory from the first element on, meet x as it is meant.
+
+    "affine" has a pitch for a part of the channels. Anything else must be dense, as the codes are: a slice, an expanded
+    tensor or a half of a chunk is not.
+    """
+    if norm == "affine":
+        return True
+    if x.stride() != codes.stride():
+        return False
+    if norm == "layer":
+        return x.is_contiguous()
+    return norm == "none" or x.is_contiguous() or pixel_pitch(x) == x.shape[1]
 
 
 def _natively(
@@ -216,10 +233,10 @@ def _coefficients(
         return weight.float().contiguous(), bias.float().contiguous(), nothing, nothing
     threads, kind = torch.get_num_threads(), _KINDS[x.dtype]
     channels = plan.length if plan.mode != 2 else x.shape[1]
-    w = torch.ones(channels) if weight is None else weight.float().contiguous()
+    w = _ones(channels) if weight is None else weight.float().contiguous()
     b = torch.zeros_like(w) if bias is None else bias.float().expand_as(w).contiguous()
     runs = plan.segments if plan.mode == 3 else x.shape[0] * groups
-    mean, rstd = torch.empty(runs), torch.empty(runs)
+    mean, rstd = _floats(runs), _floats(runs)
     if plan.mode == 1:
         _grouped_moments(plan.library, x, groups, eps, mean, rstd)
     else:
@@ -236,7 +253,7 @@ def _grouped_moments(library: ctypes.CDLL, x: Tensor, groups: int, eps: float, m
     threads, samples, channels = torch.get_num_threads(), x.shape[0], x.shape[1]
     pixels = x.numel() // (samples * channels)
     pieces = 1 if samples >= threads else min(threads, pixels)
-    sums = torch.empty(2 * samples * pieces * channels, dtype=torch.float64)
+    sums = torch.empty(2 * samples * pieces * channels, dtype=torch.float64, device="cpu")
     library.modiff_grouped_moments(
         x.data_ptr(), _KINDS[x.dtype], samples, pixels, channels, groups, eps, sums.data_ptr(), pieces,
         mean.data_ptr(), rstd.data_ptr(), threads,
@@ -250,6 +267,15 @@ def _joined(w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, T
     return a.flatten(1), (b.view(1, *each[1:]) - mean.unsqueeze(2) * a).flatten(1)
 
 
+def _floats(*shape: int) -> Tensor:
+    """Room for the C++ loops; what torch takes by default may be another type and another device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _ones(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.float32, device="cpu")
+
+
 def group_norm_as_affine(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor] | None:
@@ -259,7 +285,7 @@ def group_norm_as_affine(
         return None
     if pixel_pitch(x) != x.shape[1]:
         return None
-    mean, rstd = torch.empty(2, x.shape[0], groups)
+    mean, rstd = _floats(2, x.shape[0], groups)
     _grouped_moments(library, x, groups, eps, mean, rstd)
-    w = torch.ones(x.shape[1]) if weight is None else weight.float().contiguous()
+    w = _ones(x.shape[1]) if weight is None else weight.float().contiguous()
     return _joined(w, torch.zeros_like(w) if bias is None else bias.float().contiguous(), mean, rstd)

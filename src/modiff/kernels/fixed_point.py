@@ -49,6 +49,7 @@ def start(x: Tensor, headroom: float = 2.0) -> FixedState:
     values = x.detach().to(torch.float32)
     step = values.abs().amax() * (headroom / _LARGEST)
     _, exponent = torch.frexp(step)  # step <= 2^exponent
+    exponent = torch.where(step == 0, -100, exponent)  # the first value that is not zero outgrows it, and starts again
     grid = torch.where(step.isfinite(), torch.ldexp(torch.ones_like(step), exponent.clamp(-100, 100)), torch.nan)
     whole = torch.round(values / grid).clamp(-_LARGEST - 1, _LARGEST)
     return FixedState(whole.nan_to_num(0.0).to(torch.int16), grid)
@@ -133,7 +134,7 @@ def _natively(
     if rows is None or state.n.stride() != x.stride() or codes.stride() != x.stride():
         return False
     (count, elements), (lowest, highest), block = rows, qrange(bits), native.block(library)
-    partial = torch.empty(count * -(-elements // block), dtype=torch.int32) if elements > block else None
+    partial = torch.empty(count * -(-elements // block), dtype=torch.int32, device="cpu") if elements > block else None
     library.modiff_prologue_fixed(
         x.data_ptr(), _KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
         None if partial is None else partial.data_ptr(), clipped.data_ptr(), count, elements, 1, clip / highest, lowest,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -113,11 +114,23 @@ def code(
     from modiff.kernels.triton_prologue import code_rows
 
     found = [torch.as_tensor(r) for r in rows]
-    code_rows(found[0], found[1] if state is not None else None, found[-1], scale.view(-1), bits, clip, dynamic=dynamic)
+    held = found[1] if state is not None else None
+    with _on_device_of(x):
+        code_rows(found[0], held, found[-1], scale.view(-1), bits, clip, dynamic=dynamic)
     return True
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton starts kernels on the present device, wherever their tensors lie."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _run(call: Call, *, state: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None) -> None:
+    with _on_device_of(call.codes):
+        _launch(call, state, output, bias)
+
+
+def _launch(call: Call, state: Tensor | None, output: Tensor | None, bias: Tensor | None) -> None:
     from modiff.kernels.triton_conv import run_conv
     from modiff.kernels.triton_linear import run_linear
 

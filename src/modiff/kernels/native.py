@@ -91,7 +91,10 @@ def cache_folder() -> Path:
     """Where compiled libraries are kept between processes."""
     if CACHE in os.environ:
         return Path(os.environ[CACHE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modiff"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modiff"
+    except RuntimeError:  # neither HOME nor an entry among the users
+        return Path(tempfile.gettempdir()) / f"modiff-{os.getuid()}"
 
 
 def _built(compiler: str, name: str) -> Path:
@@ -107,7 +110,7 @@ def _built(compiler: str, name: str) -> Path:
         if (folder / file).exists():
             return folder / file
         return _build(compiler, source, folder / file)
-    except PermissionError:
+    except OSError:  # read-only, full, or no folder at all
         return _build(compiler, source, Path(tempfile.mkdtemp(prefix="modiff-")) / file)
 
 

@@ -98,10 +98,10 @@ def _weight(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _pack(call: Call) -> tuple[Tensor, Tensor]:
-    codes, zeros = call.weight_codes(), torch.zeros(call.shape[0], dtype=torch.int64)
+    codes, zeros = call.weight_codes(), torch.zeros(call.shape[0], dtype=torch.int64, device="cpu")
     if call.geometry.axes == 0:
         return torch.ops.onednn.qlinear_prepack(codes.contiguous(), None), zeros
-    g, ones = _flat(call.geometry), torch.ones(call.shape[0])
+    g, ones = _flat(call.geometry), torch.ones(call.shape[0], dtype=torch.float32, device="cpu")
     codes = (codes if call.geometry.axes == 2 else codes.unsqueeze(2)).contiguous()
     shape = list(call.codes.shape if call.geometry.axes == 2 else call.codes.unsqueeze(2).shape)
     packed = torch.ops.onednn.qconv_prepack(
@@ -119,9 +119,9 @@ def _flat(geometry: Geometry) -> Geometry:
 
 @functools.cache
 def _one() -> Tensor:
-    return torch.ones(())
+    return torch.ones((), dtype=torch.float32, device="cpu")
 
 
 @functools.cache
 def _zero_point(value: int) -> Tensor:
-    return torch.tensor(value)
+    return torch.tensor(value, device="cpu")

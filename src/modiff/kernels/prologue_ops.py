@@ -210,7 +210,11 @@ def _natively(
     if rows is None or rows[0] != scale.numel():
         return False
     (count, elements), (lowest, highest), block = rows, qrange(bits), native.block(library)
-    partial = torch.empty(count * -(-elements // block), dtype=torch.int32) if dynamic and elements > block else None
+    partial = (
+        torch.empty(count * -(-elements // block), dtype=torch.int32, device="cpu")
+        if dynamic and elements > block
+        else None
+    )
     gain = None if gain is None else gain.to(torch.float32).contiguous()
     library.modiff_prologue(
         x.data_ptr(), _KINDS[x.dtype], _pointer(state), _pointer(move), _pointer(gain), codes.data_ptr(),

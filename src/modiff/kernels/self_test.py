@@ -41,16 +41,16 @@ def _right(call: Call) -> bool:
 
 def _calls(bits: int, weight: int) -> Iterator[Call]:
     """All-largest codes beside alternating signs, for each kind of layer."""
-    top, one = 2**bits - 1, torch.ones(())
+    top, one = 2**bits - 1, torch.ones((), dtype=torch.float32, device="cpu")
     for shape, geometry, size in (
         ((24, 64), Geometry(), (5, 64)),
         ((17, 131), Geometry(), (33, 131)),
         ((16, 32, 3, 3), _CONVOLUTION, (1, 32, 5, 5)),
         ((7, 5, 3, 3), _CONVOLUTION, (2, 5, 4, 4)),
     ):
-        codes = torch.full(size, top, dtype=torch.uint8)
+        codes = torch.full(size, top, dtype=torch.uint8, device="cpu")
         codes[0] //= 2
-        weights = torch.full(shape, -weight, dtype=torch.int8)
+        weights = torch.full(shape, -weight, dtype=torch.int8, device="cpu")
         weights[::2] = min(weight, 127)
-        scales = torch.ones(shape[0], *[1] * geometry.axes)
+        scales = torch.ones(shape[0], *[1] * geometry.axes, dtype=torch.float32, device="cpu")
         yield Call(codes, weights, shape, scales, one, geometry, bits, weight)

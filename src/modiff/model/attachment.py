@@ -69,15 +69,23 @@ class Attachment:
             self.automatic.before(timestep)
         self.clock.call(timestep)
 
-    def _after(self, *_: object) -> None:
+    def _after(self, _module: nn.Module, _args: object, output: object) -> None:
         if torch.compiler.is_compiling():
             traced.end(self.clock.token, self.number)
+        elif output is None:  # what torch gives the hook when the module raised
+            self.fail()
         else:
             self.end()
 
     def end(self) -> None:
-        """The evaluation ended, or raised."""
+        """The evaluation ended."""
         self.clock.returned()
+
+    def fail(self) -> None:
+        """The evaluation raised; a trajectory that began by itself is over."""
+        self.clock.raised()
+        if self.automatic is not None:
+            self.automatic.end()
 
 
 def eager(model: nn.Module) -> nn.Module:
@@ -86,8 +94,8 @@ def eager(model: nn.Module) -> nn.Module:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, None if modiff was not applied to it."""
-    return model.__dict__.get(ATTRIBUTE)
+    """The attachment of a model, also of one that torch.compile returned; None if modiff was not applied to it."""
+    return eager(model).__dict__.get(ATTRIBUTE)
 
 
 def required_attachment(model: nn.Module, verb: str) -> Attachment:

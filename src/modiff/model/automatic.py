@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from modiff.nn import Clock
+from modiff.nn.clock import middle
 
 
 class Automatic:
@@ -27,7 +27,7 @@ class Automatic:
         """An evaluation begins: start a trajectory if this is its first."""
         if timestep is None or (self.clock.active and not self.mine):
             return
-        now = float(torch.as_tensor(timestep).detach().flatten()[0])
+        now = float(middle(timestep))
         if not self.mine or self._turned(self._seen.get(self.clock.context, []), now):
             context = self.clock.context
             self.end()

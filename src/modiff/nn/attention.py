@@ -82,18 +82,20 @@ class QuantizedAttention:
             return functional.scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        if enable_gqa:
-            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-        q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-        scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        probabilities = _softmax(scores, attn_mask)
-        code = softmax(probabilities)
-        probabilities = probabilities if code is None else code.value().to(probabilities.dtype)
-        if dropout_p > 0:
-            probabilities = functional.dropout(probabilities, dropout_p)
-        return (probabilities @ v).to(query.dtype)
+        # autocast would round scores and probabilities to 16 bits
+        with torch.autocast(query.device.type, enabled=False):
+            if enable_gqa:
+                k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+            q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
+            scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+            if is_causal:
+                attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            probabilities = _softmax(scores, attn_mask)
+            code = softmax(probabilities)
+            probabilities = probabilities if code is None else code.value().to(probabilities.dtype)
+            if dropout_p > 0:
+                probabilities = functional.dropout(probabilities, dropout_p)
+            return (probabilities @ v).to(query.dtype)
 
 
 class _Intercept(TorchFunctionMode):

@@ -11,6 +11,15 @@ from modiff.errors import StateError
 from modiff.nn.buffers import Buffers
 
 
+def middle(timestep: Tensor | float) -> Tensor:
+    """The timestep of an evaluation, (1,), float32: half of the least and the greatest, exact where they are one.
+
+    Image-to-video pipelines give each token its own, and hold those of the first frame at 0 all along.
+    """
+    low, high = torch.as_tensor(timestep, dtype=torch.float32).detach().aminmax()
+    return ((low + high) / 2).reshape(1)
+
+
 class _Context:
     """What one context (conditional, unconditional, ...) has seen of the trajectory.
 
@@ -28,7 +37,7 @@ class _Context:
         self.step += 1
         if now is not None and (self.times is None or self.times.device != now.device):
             with torch.inference_mode(mode=False):
-                self.times = place(torch.zeros(3, device=now.device))
+                self.times = place(torch.zeros(3, dtype=torch.float32, device=now.device))
             self.known = (False, False, False)
         self.known = (*self.known[1:], now is not None)
         if self.times is not None and now is not None:
@@ -50,6 +59,7 @@ class Clock:
         self.context = "default"
         self.tick = 0
         self.inside = False
+        self.failed = False
         self.buffers: Buffers | None = None
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
@@ -73,11 +83,11 @@ class Clock:
                 "nest. Leave the first `with modiff.trajectory(model):` before the next."
             )
         self._forget()
-        self.active, self.buffers = True, buffers
+        self.active, self.failed, self.buffers = True, False, buffers
 
     def stop(self) -> None:
         """End the trajectory and free all states."""
-        self.active, self.buffers = False, None
+        self.active, self.failed, self.buffers = False, False, None
         self.context = "default"
         self._forget()
 
@@ -91,18 +101,30 @@ class Clock:
             forget()
 
     def call(self, timestep: Tensor | float | None) -> None:
-        """A network evaluation begins; `timestep` is what the network was given, None if it has none."""
+        """A network evaluation begins; `timestep` is what the network was given, None if it has none.
+
+        Raises: StateError if the one before raised inside this trajectory.
+        """
+        if self.failed:
+            raise StateError(
+                f"{self.name}: expected a trajectory whose evaluations all ended, got one whose last evaluation "
+                "raised. Some layers hold states of that step and some of the step before. Begin the trajectory again."
+            )
         self._given, self._moment = timestep, None
         if self.active:
             self.tick += 1
             self.inside = True
             context = self._contexts.setdefault(self.context, _Context())
-            now = None if timestep is None else torch.as_tensor(timestep).detach().flatten()[:1].float()
+            now = None if timestep is None else middle(timestep)
             context.move(now, lambda times: self.place(("times", self.context), times))
 
     def returned(self) -> None:
-        """The network evaluation ended or raised."""
+        """The network evaluation ended."""
         self.inside = False
+
+    def raised(self) -> None:
+        """The network evaluation raised: the states of its layers may be of two steps."""
+        self.inside, self.failed = False, self.active
 
     def moment(self) -> tuple[float]:
         """(timestep,) of this evaluation: what scales per step of a plain layer are kept under.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,12 @@ class FixedSide(IntegerSide):
         if not (isinstance(code, ByteCode) and isinstance(state, FixedState)):
             return self._begun(self.accumulated(message, None).value, dtype)
         clipped = torch.zeros(1, dtype=torch.int32, device=state.n.device)
-        output = torch.empty(0)
-        for kernel, (codes, scale) in zip(self.kernels, code.parts, strict=True):
-            output = kernel.step(state, codes, scale, dtype, clipped)
+        outputs = [
+            kernel.step(state, codes, scale, dtype, clipped)
+            for kernel, (codes, scale) in zip(self.kernels, code.parts, strict=True)
+        ]
+        # NaN leaves no trace in the integers of the state: that of an earlier part is kept in the output
+        output = functools.reduce(lambda before, now: torch.where(before.isnan(), before, now), outputs)
         if not bool(clipped > 0):
             return state, output
         held = Message(None if stream.state is None else stream.state.value, (), starts=True)

@@ -84,7 +84,15 @@ def _changed(x: Node, reader: Node) -> bool:
 
 def _in_place(node: Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    return bool(node.kwargs.get("inplace")) or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    named = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return named or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None or _mutates(node.target)
+
+
+def _mutates(target: object) -> bool:
+    """Whether an operator of another library changes what it is given; those of modiff change their states alone."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(_mutates(getattr(target, name)) for name in target.overloads())
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target.namespace != "modiff"
 
 
 def _fuses(number: Any, front: _Front) -> bool:
