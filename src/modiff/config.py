@@ -100,7 +100,7 @@ class JsonConfig:
         """Rebuild a config from JSON text. Raises ConfigError when the text is not JSON."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(
                 f"{cls.__name__}: expected JSON, got text that stops at {error}. Check the file."
             ) from None

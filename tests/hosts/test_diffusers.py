@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, WanPipe
 from torch import Tensor, nn
 
 import modiff
+from modiff import StateError
 from modiff.model.attachment import attachment_of
 from modiff.model.tune import FINALISTS
 from tests.hosts.parts import with_scheduler
@@ -134,6 +135,36 @@ def test_guidance_in_two_calls_has_states_for_either_branch(name: str) -> None:
     host.call(pipe, steps=2)
     assert contexts[0] == {"cond"}
     assert contexts[1:] == [{"cond", "uncond"}] * 3
+
+
+@pytest.mark.parametrize("verb", [modiff.tune, lambda p, _, run: modiff.gate(p, modiff.presets.w8a4(), run=run)])
+def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(verb: Callable[..., object]) -> None:
+    host = HOSTS["flux"]
+    pipe = host.build()
+    modiff.apply(pipe, modiff.presets.w8a4())
+    with pytest.raises(StateError):
+        verb(pipe, 4, run=lambda: None)
+    layer = next(iter(layers_of(denoiser_of(host, pipe)).values()))
+    contexts = watch(denoiser_of(host, pipe), lambda: {context for context, _ in layer.outputs})
+    host.call(pipe, steps=2)
+    assert contexts[-1] == {"cond", "uncond"}
+
+
+@pytest.mark.parametrize("name", ["ddim", "flux"])
+def test_modiff_may_be_taken_off_the_network_and_put_on_the_pipeline_again(name: str) -> None:
+    host = HOSTS[name]
+    pipe, other = host.build(), host.build()
+    expected = host.call(pipe)
+    modiff.apply(other, modiff.presets.w8a4())
+    modulated = host.call(other)
+    modiff.apply(pipe, modiff.presets.w8a4())
+    modiff.remove(denoiser_of(host, pipe))
+    assert torch.equal(host.call(pipe), expected)
+    modiff.apply(pipe, modiff.presets.w8a4())
+    assert torch.equal(host.call(pipe), modulated)
+    modiff.remove(pipe)
+    assert type(pipe) is type(host.build())
+    assert torch.equal(host.call(pipe), expected)
 
 
 def test_guidance_batched_and_guidance_in_two_calls_agree() -> None:

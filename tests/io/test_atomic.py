@@ -130,3 +130,20 @@ def test_an_empty_folder_is_taken_and_anything_else_is_left_alone(tmp_path: Path
             with new_folder(path):
                 raise AssertionError
     assert (tmp_path / "empty" / "a").read_text() == "1"
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_one_that_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with new_folder(tmp_path / "link") as partial:
+        (partial / "a").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "a").read_text() == "1"
+
+
+def test_a_folder_that_cannot_be_replaced_is_known_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(FormatError, match=r"got one where a disk is mounted.*volume/model"):
+        with new_folder(tmp_path / "volume"):
+            raise AssertionError

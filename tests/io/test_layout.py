@@ -30,7 +30,8 @@ def reread(layout: Layout) -> Layout:
 @settings(max_examples=15)
 @given(model_configs(), st.lists(layer_configs(), max_size=3), st.integers(1, 9))
 def test_any_layout_comes_back_from_json(config, layers, split):
-    named = {f"layer{i}": Layer(layer, split if i % 2 else None) for i, layer in enumerate(layers * 2)}
+    cut = config.split_shortcuts == "auto"
+    named = {f"layer{i}": Layer(layer, split if i % 2 and cut else None) for i, layer in enumerate(layers * 2)}
     layout = Layout(config, named, {name: ("x", "y") for name in named})
     assert reread(layout) == layout
 
@@ -116,3 +117,10 @@ def test_what_is_no_layout_gets_one_line(values, message):
 
 def test_a_config_of_default_settings_is_not_mistaken_for_none():
     assert reread(Layout(ModiffConfig())) == Layout(ModiffConfig())
+
+
+def test_a_layer_cut_in_two_where_none_is_cut_is_one_clear_error():
+    values = SMALL.to_dict()
+    values["config"]["split_shortcuts"] = "off"
+    with pytest.raises(FormatError, match="expected layers in one piece, as split_shortcuts is off, got b cut in two"):
+        Layout.from_dict("here", values)

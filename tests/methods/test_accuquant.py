@@ -6,11 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import modiff
 from modiff import ConfigError, StateError
+from modiff.hosts.sampler_steps import SamplerSteps
 from modiff.hosts.samplers import set_scheduler
 from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
+from modiff.model.calibration_set import Call
 from modiff.model.coders import coders_of
 from tests.hosts.tiny import HOSTS
 
@@ -108,3 +111,14 @@ def test_samplers_whose_steps_have_a_memory_a_module_and_a_modulated_pipeline_ar
     modiff.apply(pipe, modiff.presets.w8a8())
     with pytest.raises(StateError, match="expected a full-precision model"):
         apply_accuquant(pipe, QUICK, progress=False)
+
+
+def test_recorded_states_lie_where_the_network_is(monkeypatch):
+    network = torch.nn.Linear(3, 3, device="meta")
+    monkeypatch.setattr(SamplerSteps, "_mismatch", lambda self: 0.0)
+    monkeypatch.setattr(SamplerSteps, "follow", lambda self, step: self.recorded[step])
+    calls = [Call((torch.randn(4, 3), 9.0 - step), {}, step, 9.0 - step) for step in range(2)]
+    for guidance in (None, 3.0):
+        steps = SamplerSteps(network, DDIMScheduler(), calls, guidance)
+        assert {state.device.type for state in steps.recorded} == {"meta"}
+        assert len(steps.recorded[0]) == (4 if guidance is None else 2)

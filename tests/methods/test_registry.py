@@ -25,7 +25,7 @@ def test_each_method_of_the_package_has_its_name():
         assert getattr(package, f"apply_{name}") is method.apply
         assert method.config.__name__ in package.__all__
         assert name_of(method.quick()) == name
-        assert method.resumes == ("folder" in inspect.signature(method.apply).parameters)
+        assert {"folder", "evaluations_per_run"} <= inspect.signature(method.apply).parameters.keys()
     assert {f"apply_{name}" for name in METHODS} == {n for n in package.__all__ if n.startswith("apply_")}
 
 
@@ -35,6 +35,14 @@ def test_settings_come_from_the_paper_then_the_file_then_the_options():
     quick = method_config("q-diffusion", quick=True, values={"samples": 32})
     assert quick == dataclasses.replace(METHODS["q_diffusion"].quick(), samples=32)
     assert method_config("modiff") == package.ModiffMethodConfig()
+
+
+def test_a_file_with_some_settings_of_a_part_leaves_the_others_of_that_part():
+    quick = METHODS["q_diffusion"].quick()
+    found = method_config("q_diffusion", quick=True, values={"reconstruction": {"iterations": 7}})
+    assert found.reconstruction == dataclasses.replace(quick.reconstruction, iterations=7)
+    learned = method_config("q_diffusion", quick=True, values={"learning": {"iterations": 7}})
+    assert learned.learning == dataclasses.replace(quick.learning, iterations=7)
 
 
 def test_modulation_is_switched_on_once_and_a_setting_of_it_stays():
@@ -111,6 +119,22 @@ def test_parts_of_another_job_are_never_mixed_in(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("text")
     with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got other files"):
         claim_work(tmp_path / "mine", other, "ptq4dm", TINY)
+
+
+def test_a_folder_given_to_a_method_itself_serves_one_job_too(tmp_path):
+    package.apply_ptq4dm(small.build(), TINY, folder=tmp_path, progress=False)
+    other = small.build()
+    other.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ConfigError, match="got one with another model"):
+        package.apply_ptq4dm(other, TINY, folder=tmp_path, progress=False)
+    assert attachment_of(other.unet) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_claims_its_folder(name, tmp_path):
+    (tmp_path / "thesis.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got other files"):
+        METHODS[name].apply(small.build(), METHODS[name].quick(), folder=tmp_path, progress=False)
 
 
 def test_a_job_file_is_plain_json(tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from modiff import CalibrationError, CalibrationSet, Call, ConfigError, FormatError
 from modiff.model import calibration_set_shards as shards
+from modiff.model.calibration_set import ChosenCalls
 from tests.helpers import assert_same_bits
 
 
@@ -159,3 +160,32 @@ def test_evaluate_gives_the_network_what_it_was_given():
     model = torch.nn.Linear(3, 2)
     x = torch.randn(4, 3)
     assert_same_bits(Call((), {"input": x}, 0, None).evaluate(model), model(x))
+
+
+def test_a_set_of_which_a_trajectory_is_missing_is_not_taken_for_a_smaller_one(tmp_path):
+    whole = CalibrationSet([call(0), call(0, 1), call(0, 2)], {"trajectories": 3})
+    whole.save(tmp_path)
+    assert len(CalibrationSet.load(tmp_path)) == 3
+    shards.shard_path(tmp_path, 1, 0).unlink()
+    with pytest.raises(FormatError, match="expected 3 trajectories, got 2 whole ones"):
+        CalibrationSet.load(tmp_path)
+
+
+def test_some_of_the_calls_are_read_when_they_are_asked_for(tmp_path):
+    CalibrationSet([call(step) for step in range(6)]).save(tmp_path)
+    chosen = ChosenCalls(CalibrationSet.load(tmp_path), [4, 1, 5])
+    shards.shard_path(tmp_path, 0, 0).rename(tmp_path / "away")
+    assert len(chosen) == 3
+    with pytest.raises(FormatError):
+        chosen[0]
+    (tmp_path / "away").rename(shards.shard_path(tmp_path, 0, 0))
+    assert [c.step for c in chosen] == [4, 1, 5]
+    assert [c.step for c in chosen[1:]] == [1, 5]
+    assert chosen[-1].step == 5
+
+
+def test_a_header_nested_without_end_is_one_clear_error(tmp_path):
+    CalibrationSet([call(0)]).save(tmp_path)
+    (tmp_path / shards.SETTINGS).write_text("[" * 100_000)
+    with pytest.raises(FormatError, match="expected the settings of a calibration set, got RecursionError"):
+        CalibrationSet.load(tmp_path)

@@ -199,6 +199,22 @@ def test_a_tensor_that_does_not_change_is_kept_once():
     assert len({id(c.args[0]) for c in found}) == 4
 
 
+def test_a_tensor_that_is_written_in_inference_mode_is_copied_anew_and_any_other_once():
+    model, x, y = toy(), torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+
+    def run(_: int) -> None:
+        with torch.inference_mode():
+            moving, still = x.clone(), y.clone()
+            for step in range(3):
+                model(moving, 3.0 - step)
+                moving += 1
+                model(still, 3.0 - step)
+
+    calls = collect(model, run, progress=False)
+    assert [float(c.args[0].mean()) for c in calls] == [0.0, 1.0, 1.0, 1.0, 2.0, 1.0]
+    assert calls[1].args[0] is calls[3].args[0]
+
+
 def test_memory_is_bounded_in_memory_and_on_disk(tmp_path):
     model = toy()
     one = 2 * 3 * 4 * 4 * 4 / 2**20  # MiB of an input

@@ -11,6 +11,7 @@ import torch
 import modiff
 from modiff import (
     FormatError,
+    WeightConfig,
     presets,
 )
 from modiff.model import reconstruct_job
@@ -123,6 +124,19 @@ def test_a_folder_of_other_start_scales_is_refused(tmp_path):
                 reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
         else:
             reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
+
+
+def test_a_folder_learned_with_activations_of_other_scales_is_refused(tmp_path):
+    config, static = dataclasses.replace(QUICK, activations="quantized"), static_config()
+    static = dataclasses.replace(static, layer=dataclasses.replace(static.layer, weight=WeightConfig(bits=3)))
+    for factor in (3.0, 2.0):
+        model, calls = applied(toy, static)
+        widened(model, calls, factor)
+        if factor == 3.0:
+            reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+        else:
+            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+                reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("change", ["config", "bits", "calls", "weights"])

@@ -135,3 +135,17 @@ def test_splits_are_reported_for_layers_that_are_taken():
     found = {e.name: e.reason for e in report.entries}
     assert found["up_blocks.0.resnets.0.conv1"] == "split at 16"
     assert found["conv_in"] == "first or last layer"
+
+
+def test_a_layer_itself_is_refused_and_stays_what_it_was():
+    layer = nn.Linear(64, 64)
+    with pytest.raises(ConfigError, match=r"expected a network with layers inside, got a Linear itself.*Sequential"):
+        modiff.apply(layer, ModiffConfig(first_last="quantize"))
+    assert list(layer.children()) == []
+
+
+def test_a_layer_in_two_places_is_left_and_the_report_says_so():
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(nn.Linear(64, 64), shared, nn.SiLU(), shared, nn.Linear(64, 64))
+    assert reasons(model, ModiffConfig(first_last="quantize"))["1"] == "is 3 too"
+    assert taken(model, ModiffConfig(first_last="quantize")) == ("0", "4")

@@ -42,6 +42,8 @@ EXTRACTOR_HELP = (
 )
 OUTPUT_HELP = "Finished batches; run again, it goes on from them. modiff-evaluation, or modiff-study, when left out."
 FOLDER = Path("modiff-evaluation")
+EXTRACTOR = "classifier"
+BATCH_SIZE = 50
 LAYER_IMAGES = 4
 
 
@@ -54,7 +56,7 @@ def evaluate(
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help=REPORT_HELP)] = None,
     study: Annotated[str | None, typer.Option("--study", metavar="NAMES", help=STUDY_HELP)] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = None,
-    extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = "classifier",
+    extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = EXTRACTOR,
     metrics: Annotated[str | None, typer.Option("--metrics", metavar="NAMES", help=METRICS_HELP)] = None,
     clip: Annotated[Path | None, typer.Option("--clip", metavar="DIR", help=CLIP_HELP)] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)] = None,
@@ -64,7 +66,7 @@ def evaluate(
     num_images: Annotated[
         int | None, typer.Option("-n", "--num-images", help="Images of each configuration; the preset's when left out.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 50,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = BATCH_SIZE,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -80,6 +82,8 @@ def evaluate(
         if study is not None:
             beside = {"--reference": reference, "--configs": configs, "--metrics": metrics, "--clip": clip,
                       "--prompts": prompts, "--labels": labels,
+                      "--extractor": extractor if extractor != EXTRACTOR else None,
+                      "--batch-size": batch_size if batch_size != BATCH_SIZE else None,
                       "--scheduler": scheduler if scheduler != "ddim" else None}  # fmt: skip
             run_study(model, study, preset=preset, steps=steps, num_images=num_images, seed=seed, device=device,
                       folder=output, json_file=json_file, report=report, beside=beside)  # fmt: skip

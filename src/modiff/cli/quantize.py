@@ -85,7 +85,7 @@ def _bits(bits: int) -> int | None:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FormatError(
             f"{path}: expected a JSON file with settings of the method, got {reason}. Write one from the method's "

@@ -54,6 +54,6 @@ def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{type(scheduler).__name__}: expected a scheduler that needs the number of steps alone, got one that asks "
-            f"for more ({error}). Its time steps depend on the image size. Give evaluations={steps}."
+            f"for more ({error}). Its time steps depend on the image size. Give evaluations_per_run={steps}."
         ) from error
     return len(scheduler.timesteps)

@@ -35,7 +35,10 @@ def unfollow_cache_context(model: nn.Module) -> None:
 
 @contextmanager
 def cache_contexts(model: nn.Module) -> Iterator[None]:
-    """Follow the model's cache contexts while the body runs."""
+    """Follow the model's cache contexts while the body runs; nothing changes where they are followed already."""
+    if "cache_context" in model.__dict__:
+        yield
+        return
     follow_cache_context(model)
     try:
         yield

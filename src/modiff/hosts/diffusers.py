@@ -54,6 +54,10 @@ def attach(pipe: DiffusionPipeline) -> None:
 
     Python looks `__call__` up on the class, so the pipeline gets a subclass of the same name that wraps it.
     """
+    for model in denoisers(pipe).values():
+        follow_cache_context(model)
+    if is_attached(pipe):  # modiff was taken off its networks one by one
+        return
     kind = type(pipe)
 
     @functools.wraps(kind.__call__)
@@ -63,8 +67,6 @@ def attach(pipe: DiffusionPipeline) -> None:
 
     names = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, _MARK: kind}
     pipe.__class__ = type(kind.__name__, (kind,), names)
-    for model in denoisers(pipe).values():
-        follow_cache_context(model)
 
 
 def detach(pipe: DiffusionPipeline) -> None:

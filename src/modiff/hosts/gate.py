@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise FormatError(f"{path}: expected a profile that modiff wrote, got something else. Delete it: it is "

@@ -120,7 +120,7 @@ def _index(folder: Path) -> dict[str, Any]:
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     if not isinstance(index, dict) or "_class_name" not in index:
         raise FormatError(f"{path}: expected an object with _class_name, got none. The file is not a pipeline's index. "

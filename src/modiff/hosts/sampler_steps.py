@@ -103,7 +103,8 @@ class SamplerSteps:
                 f"{type(self.model).__name__}: expected the state as the first argument, got {type(given).__name__}. "
                 "The trajectory cannot be run from another state. Use another method."
             )
-        return given if self.guidance_scale is None else given.chunk(2)[1]
+        device = next((p.device for p in self.model.parameters()), given.device)
+        return (given if self.guidance_scale is None else given.chunk(2)[1]).to(device)
 
     def _with_state(self, call: Call, state: Tensor) -> Call:
         state = state if self.guidance_scale is None else torch.cat([state, state])

@@ -38,7 +38,9 @@ def save(target: Any, models: list[nn.Module], folder: str | Path, max_shard_siz
 def load(folder: str | Path, into: nn.Module | None, device: str, dtype: torch.dtype) -> Any:
     """The verb `modiff.load`."""
     path = Path(folder).expanduser()
-    if (path / INDEX).is_file() and into is None:
+    if (path / INDEX).is_file():
+        if into is not None:
+            raise _no_place(path, into)
         from modiff.hosts import diffusers
         from modiff.hosts.load import load_pipeline
 
@@ -57,13 +59,17 @@ def load(folder: str | Path, into: nn.Module | None, device: str, dtype: torch.d
             )
         return load_module(path, into).to(device)
     if into is not None:
-        raise ConfigError(
-            f"load: expected no into= for {path}, got a {type(into).__name__}. The folder says which class of "
-            "diffusers it holds. Use modiff.load(folder)."
-        )
+        raise _no_place(path, into)
     if "quantization_config" not in config:
         raise FormatError(f"{path / CONFIG}: expected a quantization_config, got none. The model is not quantized. "
                           "Load it with diffusers, then use modiff.apply.")  # fmt: skip
     from modiff.hosts.load import load_model
 
     return load_model(path, device=device, dtype=dtype)
+
+
+def _no_place(path: Path, into: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"load: expected no into= for {path}, got a {type(into).__name__}. The folder says which class of diffusers it "
+        "holds. Use modiff.load(folder)."
+    )

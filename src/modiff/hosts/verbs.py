@@ -14,7 +14,7 @@ from torch import nn
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
 from modiff.hosts import save as _save
-from modiff.hosts.contexts import cache_contexts
+from modiff.hosts.contexts import cache_contexts, unfollow_cache_context
 from modiff.hosts.save import is_diffusers_model
 from modiff.hosts.unet import shortcut_splits
 from modiff.model import apply as _apply
@@ -104,6 +104,7 @@ def remove(target: Any) -> None:
         _remove.check_removable(module)
     for module in modules.values():
         _remove.remove(module)
+        unfollow_cache_context(module)
     if any(is_diffusers_model(module) for module in modules.values()):
         from modiff.hosts.quantizer import withdraw_quantizer
 

@@ -53,13 +53,19 @@ def write_json(path: str | Path, value: Any) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `path` only when the body is done; nothing is left of it when it raises.
 
-    Raises: FormatError if `path` is a file or a folder that holds something: nothing is ever overwritten; OSError.
+    Raises: FormatError if `path` is a file or a folder that holds something: nothing is ever overwritten; or where a
+        disk is mounted at `path`, which nothing can be moved onto; OSError.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link to an empty folder stays a link to the one that is filled
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         got = "files in it" if path.is_dir() else "a file"
         raise FormatError(f"{path}: expected a new or an empty folder, got {got}. Two checkpoints must not mix. "
                           "Give another name, or delete it.")  # fmt: skip
+    if os.path.ismount(path):
+        raise FormatError(
+            f"{path}: expected a folder that can be replaced, got one where a disk is mounted. All files appear at "
+            f"once, by a rename. Give a folder inside, such as {path / 'model'}."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:

@@ -89,6 +89,8 @@ class Layout:
             name: _layer(where, name, entry, configs)
             for name, entry in _object(where, "layers", values["layers"]).items()
         }
+        if config.split_shortcuts == "off" and (cut := [name for name, layer in layers.items() if layer.split]):
+            raise _wrong(where, "layers in one piece, as split_shortcuts is off", f"{cut[0]} cut in two")
         scales = _object(where, "scales", values["scales"])
         for name, names in scales.items():
             if not isinstance(names, list) or not all(isinstance(n, str) for n in names):

@@ -167,7 +167,7 @@ class Manifest:
             )
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:  # FormatError is one
+        except (ValueError, RecursionError) as error:  # FormatError is one
             raise FormatError(
                 f"{path}: expected the manifest of modiff generate, got {error}"
                 + ("" if isinstance(error, FormatError) else ". The file is damaged. Generate into another folder.")
@@ -197,11 +197,11 @@ def read_shard(folder: Path, file: str, manifest: Manifest) -> tuple[Shard, np.n
     try:
         own, images = _parse(content)
         checksum = own.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        job, first, environment = own["job"], own["first"], own["environment"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder / file, f"{type(error).__name__}: {error}") from error
     if checksum != _checksum(own, images) or len(images) == 0:
         raise _damaged(folder / file, "another checksum than it was written with")
-    job, first, environment = own["job"], own["first"], own["environment"]
     if job != manifest.fingerprint or manifest.file_of(first) != file:
         got = "one of another job" if job != manifest.fingerprint else f"the images from {first} on"
         raise ConfigError(

@@ -27,7 +27,8 @@ from modiff.methods.accuquant_folder import (
     sampler_as_recorded,
     settings_of,
 )
-from modiff.methods.parts import plain_network, trajectories_of, undone_on_error
+from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
+from modiff.methods.work import claimed_work
 from modiff.model.calibration_set import CalibrationSet
 from modiff.model.coders import coders_of
 from modiff.model.group_error import Group, approximate_gradient, error_of, roll_out
@@ -129,6 +130,7 @@ def apply_accuquant(
     config: AccuquantConfig | None = None,
     *,
     run: Callable[[int], object] | None = None,
+    evaluations_per_run: int | None = None,
     guidance_scale: float | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -141,12 +143,14 @@ def apply_accuquant(
     Args:
         pipe: a pipeline with DDIM (eta 0) or flow-matching Euler steps and one evaluation a step.
         run: `run(i)` generates the `config.batch` images of trajectory i; needed where the pipeline takes a prompt.
+        evaluations_per_run: of the network in a trajectory; asked of the scheduler when None.
         guidance_scale: of guidance with both branches in one batch.
         folder: keeps the trajectories and each finished group, so that an interrupted job goes on, to the same bits.
     Raises: ConfigError or CalibrationError if the pipeline cannot be calibrated so; FormatError for a folder that is
         damaged or another job's. The pipeline is as before then.
     Cost: `samples` full-precision trajectories, then for each group `iterations` times its steps, forward twice and
-        backward once. Memory: one network graph of `batch` rows, whatever the group size.
+        backward once. Memory: one network graph of `batch` rows, whatever the group size; while ranges are measured, at
+        most 1 MiB for each layer and step, of the values that their search looks at.
     """
     config = config or AccuquantConfig()
     if isinstance(pipe, nn.Module):
@@ -155,8 +159,10 @@ def apply_accuquant(
             "Give the pipeline."
         )
     model = plain_network(pipe, "apply_accuquant")
-    run, evaluations = trajectories_of(pipe, run, None, steps=config.steps, batch=config.batch, seed=config.seed)
-    work, count = None if folder is None else Path(folder), config.samples // config.batch
+    run, evaluations = trajectories_of(
+        pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed
+    )
+    work, count = claimed_work(folder, pipe, "accuquant", config), config.samples // config.batch
     calls = collect(
         pipe,
         noting_sampler(run, pipe.scheduler, work),
@@ -175,6 +181,7 @@ def apply_accuquant(
         if config.rounding == "learned":
             weights = None if work is None else work / "weights"
             reconstruct(pipe, calls, config.reconstruction, folder=weights, progress=progress)
+        keep_rounding(model)
         calibrate(pipe, lambda: replay(model, calls, progress=progress), observer="mse")
         with evaluating(model):
             losses = _learn(model, steps, config, store, progress)

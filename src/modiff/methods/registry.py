@@ -15,7 +15,6 @@ from modiff.methods.modiff import ModiffMethodConfig, apply_modiff
 from modiff.methods.ptq4dm import Ptq4dmConfig, apply_ptq4dm
 from modiff.methods.q_diffusion import QDiffusionConfig, apply_q_diffusion
 from modiff.methods.tfmq_dm import TfmqDmConfig, apply_tfmq_dm
-from modiff.methods.work import claim_work
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.report import Report
 
@@ -25,14 +24,12 @@ class Method:
     """A published method.
 
     config: its settings; without arguments, the paper's. quick: those for the embedded model and others of its size.
-    resumes: whether `apply` takes a folder and goes on from it.
     plain, modulated: why it is refused without, or with modulation; empty where it is not.
     """
 
     config: type[JsonConfig]
     apply: Callable[..., Report]
     quick: Callable[[], JsonConfig]
-    resumes: bool = True
     plain: str = ""
     modulated: str = ""
 
@@ -108,8 +105,17 @@ def method_config(
                               "Leave it out.")  # fmt: skip
     merged = _checked(values, method.config.__name__)
     if changes or merged:
-        config = method.config.from_dict(config.to_dict() | merged | (changes or {}))
+        config = method.config.from_dict(_merged(config.to_dict(), merged) | (changes or {}))
     return config if modulated is None else _modulated(name, method, config, modulated)
+
+
+def _merged(present: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` over the present ones; of settings inside of settings too, those that it lacks stay."""
+    found = dict(present)
+    for name, value in values.items():
+        inside = found.get(name)
+        found[name] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
+    return found
 
 
 def _checked(values: dict[str, Any] | None, name: str) -> dict[str, Any]:
@@ -146,11 +152,8 @@ def quantize(
 
     Args:
         run: `run(i)` generates the images of trajectory i; needed where the pipeline takes a prompt.
-        folder: of finished parts; the same call goes on from them. Nothing is kept of a method that does not resume.
+        folder: of finished parts; the same call goes on from them.
     Raises: ConfigError if the folder holds parts of another job, and as the method.
     """
     method = METHODS[name_of(config)]
-    if folder is None or not method.resumes:
-        return method.apply(pipe, config, run=run, progress=progress)
-    claim_work(Path(folder), pipe, name_of(config), config)
     return method.apply(pipe, config, run=run, folder=folder, progress=progress)

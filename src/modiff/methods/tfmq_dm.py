@@ -28,8 +28,9 @@ from modiff.hosts.temporal import PROJECTION, TemporalBlock
 from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.parts import boundary_overrides, keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.tfmq_temporal import reconstruct_temporal
+from modiff.methods.work import claimed_work
 from modiff.model.calibrate import ObserverName
-from modiff.model.calibration_set import CalibrationSet
+from modiff.model.calibration_set import CalibrationSet, ChosenCalls
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.replay import replay
 from modiff.model.report import Report
@@ -140,6 +141,7 @@ def apply_tfmq_dm(
     """
     config = config or TfmqDmConfig()
     model = plain_network(pipe, "apply_tfmq_dm")
+    work = claimed_work(folder, pipe, "tfmq_dm", config)
     chosen = config.model_config(model)
     run, steps = trajectories_of(
         pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed
@@ -153,13 +155,13 @@ def apply_tfmq_dm(
         sampler=EveryStep(),
         pairs=config.modulation is not None,
         seed=config.seed,
-        folder=None if folder is None else Path(folder) / "calls",
+        folder=None if work is None else work / "calls",
         progress=progress,
     )
     report = apply(pipe, chosen)
     with undone_on_error(pipe):
         if config.weight_bits is not None:
-            _learn_weights(pipe, model, calls, config, steps, folder, progress)
+            _learn_weights(pipe, model, calls, config, steps, work, progress)
         keep_rounding(model)
         if config.activation_bits is not None:
             calibrate(pipe, lambda: replay(model, calls, progress=progress), observer=config.observer)
@@ -172,7 +174,7 @@ def _learn_weights(
     calls: CalibrationSet,
     config: TfmqDmConfig,
     steps: int,
-    folder: str | Path | None,
+    work: Path | None,
     progress: bool,
 ) -> None:
     """Blocks on groups of steps, then the temporal block on all time steps."""
@@ -183,9 +185,9 @@ def _learn_weights(
         blocks = (*config.reconstruction.blocks, f"*{PROJECTION}", "time_embedding")
         reconstruct(
             pipe,
-            [calls[i] for i in chosen],
+            ChosenCalls(calls, chosen),
             dataclasses.replace(config.reconstruction, blocks=blocks),
-            folder=None if folder is None else Path(folder) / "blocks",
+            folder=None if work is None else work / "blocks",
             progress=progress,
         )
     timesteps = {call.timestep for call in calls if call.timestep is not None}

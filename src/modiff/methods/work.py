@@ -16,6 +16,14 @@ JOB = "job.json"
 VERSION = 1
 
 
+def claimed_work(folder: str | Path | None, target: Any, method: str, config: JsonConfig) -> Path | None:
+    """The folder of finished parts, this job's; None for none. Raises: as `claim_work`."""
+    if folder is None:
+        return None
+    claim_work(Path(folder), target, method, config)
+    return Path(folder)
+
+
 def claim_work(folder: Path, target: Any, method: str, config: JsonConfig) -> None:
     """Make the folder this job's, or find that it is.
 
@@ -58,7 +66,7 @@ def job_of(target: Any, method: str, config: JsonConfig) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(
             f"{path}: expected the settings of a job, got {type(error).__name__}: {error}. The file is damaged. Delete "
             "the folder: its parts are made again."

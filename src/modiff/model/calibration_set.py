@@ -11,6 +11,7 @@ from typing import Any, Self, overload
 import torch
 from torch import Tensor, nn
 
+from modiff.errors import FormatError
 from modiff.model import calibration_set_shards as shards
 
 
@@ -111,8 +112,34 @@ class CalibrationSet(Sequence[Call]):
         """
         folder = Path(folder)
         settings = shards.read_settings(folder)
-        records = [record for trajectory in shards.complete(folder) for record in shards.records(folder, trajectory)]
+        trajectories = shards.complete(folder)
+        wanted = settings.get("trajectories", len(trajectories))
+        if len(trajectories) != wanted:
+            raise FormatError(
+                f"{folder}: expected {wanted} trajectories, got {len(trajectories)} whole ones. Collecting was "
+                "interrupted, or files are missing. Collect again into the same folder: it goes on."
+            )
+        records = [record for trajectory in trajectories for record in shards.records(folder, trajectory)]
         return cls(_StoredCalls(records), settings)
+
+
+class ChosenCalls(Sequence[Call]):
+    """Some of the calls of a set, by their places in it; read when they are asked for."""
+
+    def __init__(self, calls: Sequence[Call], places: Sequence[int]) -> None:
+        self._calls, self._places = calls, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Call]: ...
+    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
+        if isinstance(index, slice):
+            return ChosenCalls(self._calls, self._places[index])
+        return self._calls[self._places[index]]
 
 
 class _StoredCalls(Sequence[Call]):

@@ -74,7 +74,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         version, settings = content["format_version"], content["settings"]
         if not isinstance(settings, dict):
             raise TypeError(f"settings are {type(settings).__name__}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(
             f"{path}: expected the settings of a calibration set, got {type(error).__name__}: {error}. The folder is "
             "missing, damaged or holds something else. Give a folder written by CalibrationSet.save."
@@ -141,7 +141,7 @@ def _parts(folder: Path, trajectory: int) -> list[tuple[Path, list[dict[str, Any
             fields = json.loads(header["calls"])
             if not isinstance(fields, list) or not all(isinstance(f, dict) for f in fields):
                 raise TypeError("calls that are no list of objects")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _damaged(path, error) from error
         found.append((path, fields))
         if header.get("last") == "True":

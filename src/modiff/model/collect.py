@@ -236,12 +236,18 @@ class _Recorder:
         cut = chosen is not None and tensor.dim() > 0 and len(tensor) == chosen.length and chosen.length > 1
         positions = chosen.positions if cut and chosen is not None else ()
         key = (id(tensor), version_of(tensor), positions)
+        part = tensor.detach()[list(positions)] if cut else tensor.detach()
+        if key in self._copies and tensor.is_inference() and not _same(part, self._copies[key][1]):
+            del self._copies[key]  # written in place: inference tensors do not count it
         if key not in self._copies:
-            part = tensor.detach()[list(positions)] if cut else tensor.detach()
             # the entry goes with the tensor: its id may be that of another one later
             alive = weakref.ref(tensor, lambda _: self._copies.pop(key, None))
             self._copies[key] = (alive, part.to("cpu", copy=True))
         return self._copies[key][1]
+
+
+def _same(x: Tensor, kept: Tensor) -> bool:
+    return x.shape == kept.shape and torch.equal(x.cpu(), kept)
 
 
 class _Rows:

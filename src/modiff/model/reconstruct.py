@@ -13,7 +13,7 @@ from tqdm import tqdm
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.model.attachment import required_attachment
 from modiff.model.blocks import Block, blocks_of
-from modiff.model.calibration_set import Call
+from modiff.model.calibration_set import Call, ChosenCalls
 from modiff.model.coders import coders_of
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.reconstruct_job import Job
@@ -74,10 +74,12 @@ def reconstruct(
 
 def _digest(model: nn.Module, calls: Sequence[Call], config: ReconstructConfig, blocks: list[Block], job: Job) -> str:
     """Of everything that decides what is learned: settings, layers, units, weights, present scales, and calls."""
+    attention = required_attachment(model, "reconstruct").config.attention
     settings = {
         "config": config.to_dict(),
         "layers": {name: [twin.config.to_dict(), twin.split] for name, twin in job.twins.items()},
         "units": [[block.name, *block.layers] for block in blocks],
+        "attention": None if attention is None else attention.to_dict(),
     }
     return digest_of(settings, (*model.parameters(), *model.buffers(), *job.present_tensors()), calls)
 
@@ -100,7 +102,7 @@ def _usable(calls: Sequence[Call], config: ReconstructConfig) -> Sequence[Call]:
                 f"reconstruct: expected calls with the one before each, got none among {len(calls)}. A residual is "
                 "the change between two steps. Collect with pairs=True."
             )
-        return calls if len(pairs) == len(calls) else [calls[i] for i in pairs]
+        return calls if len(pairs) == len(calls) else ChosenCalls(calls, pairs)
     if not len(calls):
         raise CalibrationError(
             "reconstruct: expected at least one calibration call, got none. There is nothing to learn from. Collect "

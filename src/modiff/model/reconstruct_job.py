@@ -73,14 +73,17 @@ class Job:
                 keep_steps(self.coders[name], found, name)
 
     def present_tensors(self) -> list[Tensor]:
-        """Learned codes and static scales that learning starts from, or leaves; rounding starts from the weights."""
+        """Learned codes and static scales that learning starts from, or codes activations with meanwhile.
+
+        Rounding starts from the weights.
+        """
         rounding = self.config.learn == "weights"
         kept = (
             t for n, t in self.twins.items() if t.quantized_weight.fixed and not (rounding and self.config.takes(n))
         )
         fixed = (twin.quantized_weight.codes(twin.weight) for twin in kept)
         found = [tensor for parts in fixed for codes, qparams in parts for tensor in (codes, qparams.scale)]
-        if rounding:
+        if rounding and self.config.activations == "full_precision":
             return found
         return found + [tensor for coder in self.coders.values() for tensor in coder.state_dict_tensors().values()]
 

@@ -32,15 +32,23 @@ def select(
         splits: channel index of the concatenation, for layers whose input is one.
         known: layers of other networks that the config is for too; patterns may match those alone.
     Returns: an entry for every Linear and Conv layer, in the order of the modules.
-    Raises: ConfigError for a pattern that matches no layer, a damaged weight, or nothing left to take.
+    Raises: ConfigError for a network that is a layer itself, a pattern that matches no layer, a damaged weight, or
+        nothing left to take.
     """
+    if isinstance(model, CANDIDATES):
+        raise ConfigError(
+            f"apply: expected a network with layers inside, got a {type(model).__name__} itself. A layer is replaced "
+            "in the module that holds it. Use nn.Sequential(layer)."
+        )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
+    others = _other_names(model)
     _check_patterns(config, [*layers, *known])
     splits = splits or {}
     first, last = (next(iter(layers), None), next(reversed(layers), None)) if layers else (None, None)
     entries: list[Entry] = []
     for name, layer in layers.items():
         reason = _reason_to_leave(name, layer, config, name in (first, last))
+        reason = reason or ", ".join(f"is {other} too" for other in others.get(layer, [])[1:])
         chosen = None if reason else layer_config(name, config)
         notes = reason or _notes(layer, chosen, splits.get(name) if config.split_shortcuts == "auto" else None)
         entries.append(Entry(name, type(layer).__name__, layer.weight.numel(), chosen, notes))
@@ -51,6 +59,15 @@ def select(
             f"left by the patterns or the defaults. Widen include or narrow exclude.\n{report}"
         )
     return report
+
+
+def _other_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of each layer: one that stands in two places would be replaced in the first alone."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, CANDIDATES):
+            found.setdefault(module, []).append(name)
+    return found
 
 
 def layer_config(name: str, config: ModiffConfig) -> LayerConfig:
