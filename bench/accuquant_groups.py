@@ -3,7 +3,7 @@
 python bench/accuquant_groups.py --work accuquant-bench
 
 Each group size runs in a process of its own, so that its peak memory is its own, and is kept when it is finished:
-stopped at any time, the same command goes on where it was. About 10 minutes on one core.
+stopped at any time, the same command goes on where it was. About 25 minutes on one core.
 """
 
 from __future__ import annotations

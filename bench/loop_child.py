@@ -70,7 +70,7 @@ def result(ready: Ready, device: str) -> dict[str, Any]:
         "steps": list(ready.loop.seconds),
         "images": images.float().numpy(),
         "state_mib": state / 2**20,
-        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else peak_mib(),
+        "peak_mib": torch.cuda.max_memory_reserved() / 2**20 if device != "cpu" else peak_mib(),
     }
 
 

@@ -23,6 +23,7 @@ from modiff.config import ModiffConfig, ModulationConfig
 from modiff.kernels.isa import detect
 from modiff.model.recordable import recording_obstacle
 from modiff.model.state_bytes import state_bytes
+from modiff.nn.fusion import backend
 
 CALIBRATION_SEED = 1_000_000
 """OpenVINO's ranges come from noise that no figure is judged on."""
@@ -277,7 +278,7 @@ def modulated(parts: Parts) -> Ready:
     """
     dtype = best_dtype(parts.task)
     net = parts.net.to(dtype).to(memory_format=torch.channels_last)
-    call = compiler(parts.device)(net, fullgraph=True, backend="modiff")
+    call = compiler(parts.device)(net, fullgraph=True, backend=backend)  # its name is known only once installed
     step = step_of(call, parts.inputs, dtype, parts.task.model.size[1])
     if parts.device.type == "cpu":
         return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
@@ -339,6 +340,7 @@ def prepare(task: Task) -> Ready:
         torch.set_num_threads(task.threads)
     if task.device != "cpu" and not torch.cuda.is_available():
         raise CannotRun("no CUDA device")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what errors are measured against
     return VARIANTS[task.variant](parts_of(task))
 
 

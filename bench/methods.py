@@ -43,6 +43,7 @@ from modiff.evaluate.psnr import psnr
 from modiff.evaluate.relative_l2 import relative_l2
 from modiff.evaluate.suite_extractor import EMBEDDED, load_extractor
 from modiff.evaluate.suite_reference import read_reference, reference_digest
+from modiff.hosts.digest import digest
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
 from modiff.hosts.verbs import save
@@ -360,6 +361,7 @@ def main() -> None:
         "calibration": options.calibration,
         "extractor": options.extractor,
         "reference": None if options.reference is None else str(options.reference.resolve()),
+        "model_digest": digest(quiet_pipeline(options.model, "cpu"))[:16],
         "reference_digest": None if options.reference is None else reference_digest(options.reference),
     }
     for path in filter(None, (options.json, options.page)):

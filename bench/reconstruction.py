@@ -3,7 +3,7 @@
 python bench/reconstruction.py --work reconstruction-bench
 
 Each row and each learned block is kept when it is finished: stopped at any time, the same command goes on where it was.
-Calibration and judgement never share noise. About 15 minutes on one core.
+Calibration and judgement never share noise. About 40 minutes on one core.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CALL_OPTIONS = ("minutes", "weighting", "batch", "learning_rate", "warmup", "anneal", "ema")
+FIXED_OPTIONS = ("schedule", "flip", "drop", "seed")
 
 
 @dataclass
@@ -200,6 +201,8 @@ def save(output: Path, task: Task, average: Any, optimizer: torch.optim.Optimize
         "optimizer": optimizer.state_dict(),
         "progress": vars(progress),
         "random": torch.get_rng_state(),
+        "random_of_gpus": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "fixed": fixed(task, options),
     }
     torch.save(state, output / "checkpoint.tmp")
     (output / "checkpoint.tmp").replace(output / "checkpoint.pt")
@@ -232,16 +235,29 @@ def start_from(folder: Path, task: Task) -> Progress:
         ) from error
 
 
-def resume(output: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+def fixed(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """What must stay from call to call: one model is trained on one noise schedule and one set of images."""
+    found = {name: getattr(options, name) for name in FIXED_OPTIONS if hasattr(options, name)}
+    return found | {"images": list(task.images.shape)}
+
+
+def resume(
+    output: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, present: dict[str, Any]
+) -> Progress | None:
     """The state of `checkpoint.pt` if there is one."""
     if not (output / "checkpoint.pt").exists():
         return None
     try:
         state = torch.load(output / "checkpoint.pt", map_location="cpu", weights_only=True)
+        other = [name for name, value in present.items() if state["fixed"].get(name) != value]
+        if other:
+            raise ValueError(f"one with another {' and '.join(other)}.")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and state["random_of_gpus"]:
+            torch.cuda.set_rng_state_all(state["random_of_gpus"])
         return Progress(**state["progress"])
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -302,7 +318,7 @@ def fit(task: Task, options: argparse.Namespace) -> None:
     average = type(model).from_config(model.config).to(device, memory_format=torch.channels_last)
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
-    progress = resume(options.output, model, average, optimizer) or begun
+    progress = resume(options.output, model, average, optimizer, fixed(task, options)) or begun
     note_call(progress, options)
     forward = torch.compile(model) if options.compile else model
     weights = timestep_weights(scheduler, options.weighting).to(device)

@@ -124,7 +124,7 @@ def test_an_asymmetric_quantizer_spends_no_codes_on_the_side_that_is_empty():
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_a_symmetric_scale_is_the_largest_value_over_qmax_and_not_a_range_over_levels(bits):
-    """methods.md 1.13 I: (max - min) / (n_levels - 1) wastes a bit, and divides by zero at 2 bits."""
+    """A published quantizer: (max - min) / (n_levels - 1) wastes a bit, and divides by zero at 2 bits."""
     low, high = torch.tensor(-0.7, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
     scale = qparams_from_range(low, high, bits).scale.item()
     assert scale == pytest.approx(0.7 / (2 ** (bits - 1) - 1), rel=1e-12)

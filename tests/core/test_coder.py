@@ -64,7 +64,7 @@ def test_zero_bits_send_nothing():
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("clip", [1.0, 0.4])
 def test_codes_never_leave_their_range_on_a_stale_static_scale(bits, clip):
-    """kernels.md 3.2: a fixed clamp at +-127 lets "4 bits" send codes of 100 and flatters every low bit width."""
+    """A fixed clamp at +-127 lets "4 bits" send codes of 100 and flatters every low bit width."""
     coder = calibrated(coder_of(bits=bits, dynamic=False, clip=clip), torch.randn(4, 8))
     codes, _ = coder(50 * torch.randn(64, 8)).parts[0]
     assert codes.min() == -(2 ** (bits - 1))
@@ -177,7 +177,7 @@ def test_freezing_steps_without_data_is_an_error():
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_an_always_zero_quantizer_spends_all_its_codes_from_zero_up(bits, dynamic):
-    """methods.md 0.1: min fixed to 0; 2^b codes from 0 to the largest value, none below."""
+    """Always-zero: min fixed to 0; 2^b codes from 0 to the largest value, none below."""
     x = torch.rand(4, 8, dtype=torch.float64) + 0.5  # its smallest value is far from 0
     coder = coder_of(bits=bits, symmetric=False, lowest="zero", dynamic=dynamic)
     if not dynamic:

@@ -222,7 +222,7 @@ def test_the_toy_study_s_figures_come_out(change, bits, plain, open_mean, open_l
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_rounds_of_the_first_step_contract_also_when_the_static_scale_is_stale(bits, dynamic):
-    """kernels.md 3.1: rounds on one static grid leave the anchor's error where it is; a fresh scale shrinks it."""
+    """Rounds on one static grid leave the anchor's error where it is; a fresh scale shrinks it."""
     x = drifting(8, SHAPE, 1, 0.0)[0]
     coder = Coder(QuantizerConfig(bits=bits, dynamic=dynamic), "tensor", -1, (8,))
     if not dynamic:

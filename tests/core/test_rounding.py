@@ -155,7 +155,7 @@ class Regression:
         return float(self.loss(fake_quantize(self.weight, self.qparams, BITS_OF_TOY)))
 
     def learned(self, iterations: int = 500) -> float:
-        """AdaRound with the settings of methods.md 0.2."""
+        """AdaRound with Q-Diffusion's settings."""
         rounding = AdaRound(self.weight, self.qparams, BITS_OF_TOY)
         optimizer = torch.optim.Adam([rounding.logits], lr=0.02)
         for i in range(iterations):

@@ -144,7 +144,7 @@ def test_a_loop_that_raises_keeps_the_scales_measured_before():
 
 
 def test_a_layer_that_never_reached_a_coded_step_is_an_error():
-    """kernels.md 3.4: scales observed at the first step alone never see a residual."""
+    """Scales observed at the first step alone never see a residual."""
     model = one_layer(static(4))
     with pytest.raises(CalibrationError, match="0: expected inputs while calibrating, got none"):
         modiff.calibrate(model, loop(model, drifting(0, (4, 16), 1, 0.1, torch.float32)))

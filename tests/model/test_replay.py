@@ -54,7 +54,7 @@ def test_plain_layers_are_calibrated_on_the_calls_alone():
 
 
 def test_modulated_layers_are_calibrated_on_the_residual_of_each_pair():
-    """methods.md 1.5: (max - min) of a_t - a_prev over all calibration data."""
+    """MoDiff, residual ranges: (max - min) of a_t - a_prev over all calibration data."""
     model = toy()
     found = calls(model, pairs=True)
     modiff.apply(model, static(True))

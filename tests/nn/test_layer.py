@@ -45,7 +45,7 @@ def test_two_trajectories_in_a_row_are_equal(kind):
 
 
 def test_memory_lasts_the_trajectory_it_is_not_reset_inside(kind):
-    """methods.md 1.13 A: with a reset at every step, each step is a first step and nothing is ever quantized."""
+    """As in the published code: with a reset at every step, each step is a first step and nothing is ever quantized."""
     layer, inputs = twin(KINDS[kind][0](), LayerConfig(activation=QuantizerConfig(bits=0))), walk(kind)
     outputs = [output for output, _, _ in play(layer, inputs)]
     for output in outputs[1:]:
@@ -53,7 +53,7 @@ def test_memory_lasts_the_trajectory_it_is_not_reset_inside(kind):
 
 
 def test_a_last_smaller_batch_is_fine_in_its_own_trajectory(kind):
-    """methods.md 1.13 C: step 1 of a batch must not be differenced against the last step of the batch before."""
+    """As in the published code: step 1 of a batch must not be differenced against the last step of the batch before."""
     layer, inputs = twin(KINDS[kind][0](), CONFIG), walk(kind)
     play(layer, inputs)
     small = [x[:1] for x in walk(kind, seed=1)]

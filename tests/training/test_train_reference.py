@@ -105,6 +105,16 @@ def test_a_call_with_other_options_is_kept_beside_the_first_and_one_with_the_sam
     assert json.loads((copy / "training.json").read_text())["calls"] == progress(copy)["calls"]
 
 
+@pytest.mark.parametrize(("option", "value"), [("--schedule", "linear"), ("--seed", "7"), ("--flip", None)])
+def test_a_run_does_not_go_on_with_what_would_be_another_model(
+    run: Callable[..., Path], copy: Path, option: str, value: str | None
+) -> None:
+    before = (copy / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit, match=f"one with another {option[2:]}"):
+        run(copy, 6, *([option] if value is None else [option, value]))
+    assert (copy / "checkpoint.pt").read_bytes() == before
+
+
 def test_used_up_time_trains_no_further_step(run: Callable[..., Path], whole: Path, copy: Path) -> None:
     run(copy, 4)
     assert progress(copy) == progress(whole)

@@ -44,7 +44,10 @@ def quiet() -> None:
 
 def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
     """Load a pipeline without the bars and remarks of diffusers."""
+    import torch
+
     from modiff.hosts.load import load_pipeline
 
     quiet()
+    torch.backends.cudnn.allow_tf32 = False  # full precision is what everything is compared with
     return load_pipeline(model, device=device)

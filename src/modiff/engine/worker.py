@@ -12,10 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from modiff.config import ModiffConfig
-from modiff.engine.digest import digest, settings
 from modiff.engine.draw import check_finite, check_steps, draw
 from modiff.engine.job import Job
 from modiff.evaluate.environment import environment
+from modiff.hosts.digest import digest, settings
 from modiff.hosts.inputs import call_inputs
 from modiff.hosts.load import load_pipeline
 from modiff.hosts.samplers import set_scheduler

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modiff.errors import ConfigError, FormatError
 
 FORMAT_VERSION = 1
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Classifier(nn.Module):
@@ -94,7 +94,7 @@ def save_classifier(model: Classifier, folder: str | Path) -> None:
         name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    _check_finite(tensors, folder / _WEIGHTS)
+    _check_finite(tensors, folder / WEIGHTS)
     config = {
         "format_version": FORMAT_VERSION,
         "channels": list(model.channels),
@@ -105,9 +105,9 @@ def save_classifier(model: Classifier, folder: str | Path) -> None:
         config["layers"] = model.layers
     folder.mkdir(parents=True, exist_ok=True)
     # Written beside and moved over: a full disk or Ctrl-C leaves the old files whole.
-    save_file(tensors, folder / f"{_WEIGHTS}.tmp")
+    save_file(tensors, folder / f"{WEIGHTS}.tmp")
     (folder / f"{_CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for name in (_WEIGHTS, _CONFIG):
+    for name in (WEIGHTS, _CONFIG):
         (folder / f"{name}.tmp").replace(folder / name)
 
 
@@ -125,7 +125,7 @@ def load_classifier(folder: str | Path) -> Classifier:
             f"{folder / _CONFIG}: expected the fields channels, image_channels and classes, got "
             f"{config}. {error} Save the folder with save_classifier."
         ) from error
-    model.load_state_dict(_read_weights(folder / _WEIGHTS, model))
+    model.load_state_dict(_read_weights(folder / WEIGHTS, model))
     return model.eval().requires_grad_(False)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -22,6 +21,7 @@ from modiff.evaluate.suite_plans import Plan
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.hosts.conditions import Conditions
 from modiff.hosts.diffusers import denoisers
+from modiff.hosts.digest import digest, settings
 from modiff.hosts.inputs import call_inputs
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
@@ -85,7 +85,8 @@ class PipelineSource:
         networks = denoisers(self.pipe)
         self.settings: dict[str, Any] = {
             "pipeline": type(self.pipe).__name__,
-            "weights": fingerprint(networks.values()),
+            "model": digest(self.pipe),
+            "schedule": settings(self.pipe.scheduler),
             "device": str(next(p.device for m in networks.values() for p in m.parameters())),
             "sampler": sampler,
             "seed": seed,
@@ -168,17 +169,6 @@ def to_codes(images: np.ndarray) -> tuple[np.ndarray, int]:
     """(N, H, W, C) in [0, 1] to bytes as `to_uint8` rounds them, and how many images are not finite: NaN becomes 0."""
     broken = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
     return to_uint8(np.nan_to_num(images, nan=0.0)), broken
-
-
-def fingerprint(networks: Iterable[nn.Module]) -> str:
-    """A digest of all names, shapes and bits of the networks' parameters and buffers. Cost: reads them once."""
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _static(config: ModiffConfig) -> bool:

@@ -49,7 +49,7 @@ def collect(
             branches when guidance is batched. None keeps or leaves whole evaluations.
         steps: evaluations in a trajectory (in each context, when guidance is in two calls); needed for a sampler.
         sampler: which steps of which samples; all when None.
-        pairs: keep the evaluation before each as well (MoDiff, section 1.5: residuals).
+        pairs: keep the evaluation before each as well (MoDiff: residuals).
         seed: of the sampler.
         folder: where shards go, trajectory by trajectory. Trajectories that are there already are not run again.
         memory_mib: the most that is held in memory. Beyond it, shards are written earlier; without a folder it is an

@@ -19,7 +19,7 @@ class ReconstructConfig(JsonConfig):
     """What is learned on which units, and how long. The defaults are Q-Diffusion's for weights.
 
     learn: "weights" rounds each weight up or down (AdaRound); "activation_steps" learns the static scales of plain
-        layers and of attention; "residual_steps" those of modulated layers (MoDiff, section 1.5).
+        layers and of attention; "residual_steps" those of modulated layers (MoDiff).
     unit: "block" learns the layers of a block together; "layer" one at a time, as residual steps always are.
     blocks: fnmatch patterns on module names that are units, beside the blocks that are known.
     exclude: fnmatch patterns on names of layers, and of attention's operands, that stay as they are; the others of

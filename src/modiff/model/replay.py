@@ -18,7 +18,7 @@ def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -
     """Evaluate the network on each call, for `modiff.calibrate(model, lambda: replay(model, calls))`.
 
     Modulated layers see each call as the second step of a trajectory whose first step is the call before it: what they
-    code is the residual of the two (MoDiff, section 1.5). Calls of a first step have no residual and are left out.
+    code is the residual of the two (MoDiff). Calls of a first step have no residual and are left out.
 
     Raises: CalibrationError if modulated layers are to be run and no call holds the one before it.
     Cost: one evaluation a call, two with modulated layers.

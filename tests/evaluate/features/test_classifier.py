@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,11 @@ def test_the_embedded_one_needs_no_network_and_knows_its_classes() -> None:
     torch.testing.assert_close(found.probabilities.sum(1), torch.ones(3))
 
 
-def test_a_saved_one_is_named_after_its_folder(tmp_path: Path) -> None:
+def test_a_saved_one_is_named_after_its_folder_and_its_weights(tmp_path: Path) -> None:
     save_classifier(model(), tmp_path / "birds")
     extractor = ClassifierFeatures.load(tmp_path / "birds")
-    assert (extractor.name, extractor.dimension) == ("birds", 5)
+    digits = hashlib.sha256((tmp_path / "birds" / "model.safetensors").read_bytes()).hexdigest()[:8]
+    assert (extractor.name, extractor.dimension) == (f"birds-{digits}", 5)
     with pytest.raises(FormatError, match="classifier folder"):
         ClassifierFeatures.load(tmp_path)
 

@@ -61,7 +61,7 @@ def test_every_experiment_is_a_section_with_the_command_that_makes_it(tmp_path: 
     values = result.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert [row["bits"] for row in values["experiments"]["second"]["rows"]] == [4, 3]
-    assert {"weights", "torch", "modiff", "steps", "seed"} <= set(values["settings"])
+    assert {"model", "schedule", "torch", "modiff", "steps", "seed"} <= set(values["settings"])
     write_report(result.document("Title"), tmp_path / "report")
     assert "Settings and machine" in (tmp_path / "report" / "report.html").read_text()
     (only,) = study(tmp_path / "work", experiments=("second",)).sections
@@ -97,7 +97,7 @@ def test_a_killed_study_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: 
 
 def test_another_model_or_setting_needs_another_folder(tmp_path: Path) -> None:
     study(tmp_path, experiments=("first",))
-    with pytest.raises(ConfigError, match="got another weights"):
+    with pytest.raises(ConfigError, match="got another model"):
         study(tmp_path, pipe=pixel_pipeline(1))
     settings = settings_for("quick", num_images=3, steps=10, seed=4)
     with pytest.raises(ConfigError, match="got another num_images"):

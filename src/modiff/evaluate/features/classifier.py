@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from modiff.assets import EMBEDDED, classifier_folder
 from modiff.errors import ConfigError
-from modiff.evaluate.classifier import Classifier, load_classifier
+from modiff.evaluate.classifier import WEIGHTS, Classifier, load_classifier
+from modiff.evaluate.features.inception import fingerprint
 from modiff.evaluate.features.protocol import Features, check_images
 from modiff.evaluate.metrics.spatial_frechet_distance import spatial_rows
 
@@ -50,8 +51,12 @@ class ClassifierFeatures:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> ClassifierFeatures:
-        """A classifier saved by `save_classifier`, named after its folder. Raises: FormatError if it is none."""
-        return cls(load_classifier(folder), Path(folder).resolve().name, device=device)
+        """A classifier saved by `save_classifier`, named after its folder and the first digits of its weights' sha256.
+
+        Raises: FormatError if it is none.
+        """
+        model = load_classifier(folder)
+        return cls(model, f"{Path(folder).resolve().name}-{fingerprint(Path(folder) / WEIGHTS)}", device=device)
 
     @property
     def dimension(self) -> int:

@@ -17,8 +17,9 @@ from modiff.evaluate.study.lab import Lab
 from modiff.evaluate.study.registry import EXPERIMENTS, experiment_names
 from modiff.evaluate.study.settings import IMAGES, StudySettings
 from modiff.evaluate.study.store import Store
-from modiff.evaluate.suite_images import fingerprint
-from modiff.hosts.diffusers import denoisers, unconditional_run
+from modiff.hosts.diffusers import unconditional_run
+from modiff.hosts.digest import digest
+from modiff.hosts.digest import settings as settings_of
 
 LEAD = (
     "Every experiment of the MoDiff paper that asks something of one trajectory, on a model of one's own: what was "
@@ -66,7 +67,8 @@ def run_study(pipe: DiffusionPipeline, settings: StudySettings, folder: Path, *,
     shaping = {key: value for key, value in settings.to_dict().items() if key not in ("experiments", "model")}
     shaping |= {
         "pipeline": type(pipe).__name__,
-        "weights": fingerprint(denoisers(pipe).values()),
+        "model": digest(pipe),
+        "schedule": settings_of(pipe.scheduler),
         "modiff": present["modiff"],
         "torch": present["torch"],
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler
 
-from modiff.engine.digest import digest, settings
+from modiff.hosts.digest import digest, settings
 from modiff.hosts.load import load_pipeline
 from tests.pixels import pixel_pipeline, saved_pipeline
 
