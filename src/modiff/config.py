@@ -156,7 +156,8 @@ class WeightConfig(JsonConfig):
     """How a layer's weight becomes integers: symmetric, one scale per output channel, round to nearest.
 
     bits: 2 to 8, or None to keep the weight as it is.
-    search: "minmax" covers the largest weight of each channel; "mse" shrinks that range for the least error (p = 2.4).
+    search: "minmax" covers the largest weight of each channel; "mse" shrinks that range for the least error (p = 2.4),
+        in 80 trials on all weights: some 4 minutes of a core for 100 million, once for each weight that changed.
     """
 
     bits: int | None = 8
@@ -344,7 +345,8 @@ class ModiffConfig(JsonConfig):
     include, exclude: fnmatch patterns on module names. overrides: (pattern, LayerConfig) pairs, the last match wins.
     first_last: "full_precision" leaves the first and the last layer of the network alone.
     min_weights: layers with fewer weights are left alone.
-    share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual.
+    share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual. A tensor
+        that is written in place between two of them is noticed, but not under torch.inference_mode: "off" there.
     split_shortcuts: "auto" gives the two halves of a U-Net's concatenated skip input a quantizer each.
     attention: quantizers of the attention products; None leaves them in full precision.
     """

@@ -105,7 +105,7 @@ def test_a_call_with_other_options_is_kept_beside_the_first_and_one_with_the_sam
     assert json.loads((copy / "training.json").read_text())["calls"] == progress(copy)["calls"]
 
 
-@pytest.mark.parametrize(("option", "value"), [("--schedule", "linear"), ("--seed", "7"), ("--flip", None)])
+@pytest.mark.parametrize(("option", "value"), [("--schedule", "cosine"), ("--seed", "7"), ("--flip", None)])
 def test_a_run_does_not_go_on_with_what_would_be_another_model(
     run: Callable[..., Path], copy: Path, option: str, value: str | None
 ) -> None:

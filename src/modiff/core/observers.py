@@ -15,6 +15,8 @@ KEPT_VALUES = 1 << 18
 """Percentile and least-error search keep at most this many values of each observed tensor, evenly drawn."""
 KEPT_IN_ALL = 1 << 18
 """And at most this many of all tensors: beyond it one value of two is dropped, and of later tensors as well."""
+SEARCHED_AT_ONCE = 1 << 20
+"""Values of whole ranges that a search of many ranges looks at in one go: they stay in the processor's cache."""
 
 
 def evenly_drawn(rows: Tensor, count: int, seed: int) -> Tensor:
@@ -227,8 +229,15 @@ class RangeSearchObserver(_SampleObserver):
 
     def searched(self, bits: int, *, symmetric: bool, clip: float) -> tuple[Tensor, Tensor]:
         """The best range of the trials."""
-        rows = self._rows()
         low, high = (r.reshape(-1, 1).float() for r in self.range())
+        rows = self._rows()
+        some = max(1, SEARCHED_AT_ONCE // max(1, rows.shape[1]))
+        parts = zip(rows.split(some), low.split(some), high.split(some), strict=True)
+        chosen = torch.cat([self._best(*part, bits, symmetric=symmetric, clip=clip) for part in parts])
+        return self._shaped(low * chosen), self._shaped(high * chosen)
+
+    def _best(self, rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool, clip: float) -> Tensor:
+        """How far the range of each row is to shrink, (rows, 1)."""
         best = torch.full_like(low, torch.inf)
         chosen = torch.ones_like(low)
         for trial in range(self.trials):
@@ -237,7 +246,7 @@ class RangeSearchObserver(_SampleObserver):
             loss = self.metric(rows, qparams, bits)
             chosen = torch.where(loss < best, ratio, chosen)
             best = torch.minimum(best, loss)
-        return self._shaped(low * chosen), self._shaped(high * chosen)
+        return chosen
 
 
 class MSEObserver(RangeSearchObserver):
