@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import modiff
-from modiff import FormatError
+from modiff import ConfigError, FormatError
 from modiff.hosts.sampler_steps import sampler_tables, with_tables
 from modiff.methods import accuquant
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
@@ -123,7 +123,13 @@ def test_learned_rounding_and_scales_without_groups_of_their_own_resume_too(tmp_
         SMALL, weight_bits=3, steps=2, rounding="learned", reconstruction=rounding, group_size=2, samples=2
     )
     one, _ = learned(tmp_path, config)
-    assert {path.name for path in tmp_path.iterdir()} == {"calls", "groups", "sampler.safetensors", "weights"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "job.json",
+        "calls",
+        "groups",
+        "sampler.safetensors",
+        "weights",
+    }
     monkeypatch.setattr(accuquant, "_learn_group", None)
     two, _ = learned(tmp_path, config)
     assert_same_scales(two, one)
@@ -151,17 +157,17 @@ def test_quantize_hands_the_folder_on_and_it_serves_one_job(whole, tmp_path):
     quantize(pipe, SMALL, folder=tmp_path / "work", progress=False)
     assert_same_scales(pipe, whole[0])
     assert len(list((tmp_path / "work" / "groups").glob("*.safetensors"))) == 2
-    with pytest.raises(modiff.ConfigError, match="got one with another settings"):
+    with pytest.raises(ConfigError, match="got one with another settings"):
         quantize(small.build(), dataclasses.replace(SMALL, learning_rate=0.2), folder=tmp_path / "work", progress=False)
 
 
 def test_groups_of_other_settings_or_weights_and_damaged_files_are_refused_and_nothing_is_left_applied(tmp_path):
     learned(tmp_path)
     pipe = small.build()
-    with pytest.raises(FormatError, match="expected a unit of this reconstruction, got one of another version"):
+    with pytest.raises(ConfigError, match="got one with another settings"):
         apply_accuquant(pipe, dataclasses.replace(SMALL, iterations=5), folder=tmp_path, progress=False)
     pipe.unet.conv_in.bias.data[0] += 1e-6
-    with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+    with pytest.raises(ConfigError, match="got one with another model"):
         apply_accuquant(pipe, SMALL, folder=tmp_path, progress=False)
     assert attachment_of(pipe.unet) is None
     path = tmp_path / "sampler.safetensors"

@@ -166,7 +166,7 @@ def test_learned_weights_go_with_any_kind_and_survive_an_interruption(tmp_path):
     first, again = small.build(), small.build()
     report = apply_modiff(first, config, folder=tmp_path, progress=False)
     assert any(u.after < u.before for u in report.weights.units)
-    assert {p.name for p in tmp_path.iterdir()} == {"calls", "weights", "scales"}
+    assert {p.name for p in tmp_path.iterdir()} == {"job.json", "calls", "weights", "scales"}
 
     def never(index: int) -> object:
         raise AssertionError(f"trajectory {index} was run again")

@@ -119,7 +119,7 @@ def test_weights_alone_activations_alone_and_attention_left_alone():
 def test_the_folder_keeps_what_is_finished(tmp_path):
     first, again = small.build(), small.build()
     apply_q_diffusion(first, SMALL, folder=tmp_path, progress=False)
-    assert {p.name for p in tmp_path.iterdir()} == {"calls", "weights", "scales"}
+    assert {p.name for p in tmp_path.iterdir()} == {"job.json", "calls", "weights", "scales"}
 
     def never(index: int) -> object:
         raise AssertionError(f"trajectory {index} was run again")

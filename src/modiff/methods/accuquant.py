@@ -163,14 +163,8 @@ def apply_accuquant(
         pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed
     )
     work, count = claimed_work(folder, pipe, "accuquant", config), config.samples // config.batch
-    calls = collect(
-        pipe,
-        noting_sampler(run, pipe.scheduler, work),
-        trajectories=count,
-        steps=evaluations,
-        folder=None if work is None else work / "calls",
-        progress=progress,
-    )
+    run, calls_folder = noting_sampler(run, pipe.scheduler, work), None if work is None else work / "calls"
+    calls = collect(pipe, run, trajectories=count, steps=evaluations, folder=calls_folder, progress=progress)
     recorded = _trajectories(calls, count)
     scheduler = sampler_as_recorded(pipe.scheduler, work)
     steps = [SamplerSteps(model, scheduler, trajectory, guidance_scale) for trajectory in recorded]
