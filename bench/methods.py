@@ -67,6 +67,9 @@ distance of the features of `{extractor}`, with 95 % bootstrap intervals; it is 
 all rows. Full precision is {data} from the data. Calibration and peak: one run in a process of its own; seconds of
 processor time, of all its threads; the peak is all that it held until calibration was done, the model and the libraries
 included. Checkpoint: all weight files.
+
+Every layer has these bits, the first, the last and the embeddings too, but for what a line below says. modiff's presets
+leave those in full precision, so rows of other pages that use presets cannot stand beside these.
 """
 MEASURED = {"rounding": "nearest", "search": "minmax", "scales": "measured"}
 
