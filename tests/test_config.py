@@ -201,6 +201,7 @@ WRONG = [
     (lambda: ModiffConfig.from_json('{"layer": {"activation": {"bits": 1}}}'), r"QuantizerConfig\.bits: .* got 1\."),
     (lambda: ModiffConfig.from_json('{"overrides": [["a"]]}'), r"ModiffConfig\.overrides: expected a tuple of"),
     (lambda: ModiffConfig.from_json("{"), r"ModiffConfig: expected JSON, got text that stops at .* Check the file\."),
+    (lambda: ModiffConfig.from_json("[" * 100_000), r"ModiffConfig: expected JSON, got text that stops at maximum rec"),
     (lambda: ModiffConfig.from_json("[1]"), r"ModiffConfig: expected an object with named fields, got \[1\]\."),
     (
         lambda: ModiffConfig.from_json('{"layer": null}'),

@@ -157,7 +157,7 @@ class WeightConfig(JsonConfig):
 
     bits: 2 to 8, or None to keep the weight as it is.
     search: "minmax" covers the largest weight of each channel; "mse" shrinks that range for the least error (p = 2.4),
-        in 80 trials on all weights: some 4 minutes of a core for 100 million, once for each weight that changed.
+        in 80 trials, each a pass over all weights; once for each weight that changed.
     """
 
     bits: int | None = 8

@@ -17,7 +17,7 @@ from modiff import ConfigError, FormatError
 from modiff.evaluate.classifier import Classifier, save_classifier
 from modiff.hosts.load import load_pipeline
 from modiff.methods.registry import METHODS, name_of, quantize
-from tests.pixels import saved_pipeline
+from tests.pixels import pixel_pipeline, saved_pipeline
 
 NAMES = [
     "method", "weight_bits", "activation_bits", "modulated", "relative_l2", "psnr_db", "fd_full_precision", "fd_data",
@@ -133,6 +133,10 @@ def test_rows_hold_what_the_method_gives_and_are_run_once(
     assert f"torch {torch.__version__}" in text
     with pytest.raises(ConfigError, match="expected rows of the same settings, got others"):
         start(monkeypatch, tmp_path, "--methods", "minmax", "--seed", "1")
+    pixel_pipeline(seed=1).save_pretrained(model)
+    with pytest.raises(ConfigError, match="expected rows of the same settings, got others"):
+        start(monkeypatch, tmp_path, "--methods", "minmax", "--modes", "plain", "--bits", "4:8")
+    pixel_pipeline().save_pretrained(model)
 
     (work,) = (path.parent for path in tmp_path.rglob("settings.json"))
     kept = json.loads((work / "settings.json").read_text())

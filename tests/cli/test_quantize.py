@@ -165,6 +165,13 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_that_are_no_json_are_one_line(folder: Path, tmp_path: Path) -> None:
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "settings.json").write_text(text)
+        chosen = ["--method", "ptq4dm", "--config", tmp_path / "settings.json"]
+        assert_one_line(invoke(folder, *chosen, "-o", tmp_path / "out"), "settings.json: expected a JSON file")
+
+
 def test_nothing_is_overwritten_and_it_says_so_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("text")

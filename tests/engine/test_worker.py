@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import modiff
 from modiff import presets
+from modiff.cli.options import quiet_pipeline
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
 from modiff.engine import worker
 from modiff.engine.engines import LocalEngine
@@ -56,6 +57,13 @@ def test_an_image_has_the_same_bits_whatever_span_it_is_drawn_in(folder: Path, c
     assert np.array_equal(drawn(asked, 0, 5), whole[:5])
     worker.close()
     assert np.array_equal(drawn(asked, 2, 4), whole[2:])
+
+
+def test_images_of_full_precision_are_not_rounded_to_tf32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for load in (lambda: worker.describe(job(folder)), lambda: quiet_pipeline(str(folder), "cpu")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        load()
+        assert not torch.backends.cudnn.allow_tf32
 
 
 def test_every_batch_has_the_same_size_also_the_last_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_guidance_and_prompts_run_through_run(tmp_path: Path) -> None:
     assert {row.calls for row in found.rows} == {1.0}
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"MACHINE": {"layers": {}}}'])
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, '{"MACHINE": {"layers": {}}}'])
 def test_a_file_that_is_no_profile_is_refused_and_survives(tmp_path: Path, text: str) -> None:
     profile, text = tmp_path / "profile.json", text.replace("MACHINE", machine())
     profile.write_text(text)

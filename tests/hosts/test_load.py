@@ -119,6 +119,7 @@ def unknown_class(folder: Path) -> None:
             "pipeline: expected a diffusers folder, got one without model_index",
         ),
         (lambda f: (f / "model_index.json").write_text("{"), "model_index.json: expected part of a diffusers pipeline"),
+        (lambda f: (f / "model_index.json").write_text("[" * 100_000), "model_index.json: expected part of a dif"),
         (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json: expected an object with _class_name"),
         (unknown_class, "pipeline: expected part of a diffusers pipeline"),
         (lambda f: (f / "unet/config.json").unlink(), "unet: expected part of a diffusers pipeline"),

@@ -116,6 +116,9 @@ def test_a_model_alone_goes_to_a_folder_and_back(tmp_path):
         assert not unet.training
     with pytest.raises(ConfigError, match=r"load: expected no into= for .*Use modiff\.load\(folder\)"):
         modiff.load(tmp_path / "unet", into=unet)
+    modiff.save(pipe, tmp_path / "pipeline")
+    with pytest.raises(ConfigError, match=r"load: expected no into= for .*Use modiff\.load\(folder\)"):
+        modiff.load(tmp_path / "pipeline", into=unet)
 
 
 def test_measured_scales_travel_with_the_pipeline(tmp_path):

@@ -81,7 +81,8 @@ def test_the_manifest_tells_the_sha256_of_each_file_and_comes_back_from_the_disk
 def test_environments_are_listed_once_and_each_shard_keeps_its_own(tmp_path: Path) -> None:
     made = manifest()
     for index, place in enumerate([HERE, THERE, HERE]):
-        made = made.with_shard(Shard(first=2 * index, count=1, file=f"{index}", sha256="", environment=place))
+        name = f"shard-00000{index}.safetensors"
+        made = made.with_shard(Shard(first=2 * index, count=1, file=name, sha256="", environment=place))
     made.save(tmp_path)
     assert made.to_dict()["environments"] == [HERE, THERE]
     assert [shard.environment for shard in Manifest.load(tmp_path).shards] == [HERE, THERE, HERE]
@@ -144,6 +145,7 @@ def damage(path: Path, how: str) -> None:
         "a pixel": content[:-1] + bytes([content[-1] ^ 1]),
         "header": content.replace(b"U8", b"I8", 1),
         "note": content.replace(b"sha256", b"sha257", 1),
+        "no first": content.replace(b'first\\"', b'feist\\"', 1),
         "job": content.replace(b'job\\": \\"', b'job\\": \\"0', 1),
         "first": content.replace(b'first\\": 2', b'first\\": 4', 1),
         "garbage": b"\xff" * 100,
@@ -153,7 +155,9 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(changed[how])
 
 
-HOWS = ("empty", "cut", "half", "longer", "a pixel", "header", "note", "job", "first", "garbage", "no header")
+HOWS = (
+    "empty", "cut", "half", "longer", "a pixel", "header", "note", "no first", "job", "first", "garbage", "no header"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -201,16 +205,23 @@ def test_the_model_as_typed_and_the_number_of_images_do_not_make_another_job(tmp
     assert len(whole_shards(tmp_path, other)[0]) == 3
 
 
+LISTED = {"file": "shard-000000.safetensors", "first": 0, "count": 2, "sha256": "", "environment": 0}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ("{", "The file is damaged"),
+        ("[" * 100_000, "The file is damaged"),
         ("[]", "expected one of format 1, got TypeError"),
         ({"format": 2}, "got ValueError: format 2"),
         ({"shard_size": 0}, "sizes"),
         ({"num_images": "many"}, "sizes"),
         ({"shape": [2, 3]}, "ValueError"),
         ({"shards": [{"file": "a"}]}, "KeyError"),
+        ({"shards": [LISTED | {"file": "/dev/zero"}]}, "file /dev/zero for the images from 0 on"),
+        ({"shards": [LISTED | {"first": 2}]}, "file shard-000000.safetensors for the images from 2 on"),
+        ({"shards": [LISTED | {"first": "0"}]}, "sizes"),
         ({"request": None}, None),
     ],
 )

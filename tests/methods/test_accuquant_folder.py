@@ -132,6 +132,7 @@ def test_learned_rounding_and_scales_without_groups_of_their_own_resume_too(tmp_
     }
     monkeypatch.setattr(accuquant, "_learn_group", None)
     two, _ = learned(tmp_path, config)
+    assert all(twin.quantized_weight.fixed for twin in attachment_of(two.unet).twins.values())
     assert_same_scales(two, one)
     assert_same_bits(small.call(two, steps=2), small.call(one, steps=2))
 

@@ -112,9 +112,10 @@ def test_parts_of_another_job_are_never_mixed_in(tmp_path):
     other.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
     with pytest.raises(ConfigError, match="got one with another model"):
         claim_work(folder, other, "ptq4dm", TINY)
-    (folder / "job.json").write_text("{")
-    with pytest.raises(FormatError, match=r"job\.json: expected the settings of a job"):
-        claim_work(folder, other, "ptq4dm", TINY)
+    for text in ("{", "[" * 100_000):
+        (folder / "job.json").write_text(text)
+        with pytest.raises(FormatError, match=r"job\.json: expected the settings of a job"):
+            claim_work(folder, other, "ptq4dm", TINY)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
     with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got other files"):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from modiff import CalibrationError, CalibrationSet, Call, ConfigError, FormatError
 from modiff.model import calibration_set_shards as shards
-from modiff.model.calibration_set import ChosenCalls
+from modiff.model.calibration_set import LazyCalls
 from tests.helpers import assert_same_bits
 
 
@@ -173,7 +173,7 @@ def test_a_set_of_which_a_trajectory_is_missing_is_not_taken_for_a_smaller_one(t
 
 def test_some_of_the_calls_are_read_when_they_are_asked_for(tmp_path):
     CalibrationSet([call(step) for step in range(6)]).save(tmp_path)
-    chosen = ChosenCalls(CalibrationSet.load(tmp_path), [4, 1, 5])
+    chosen = LazyCalls([4, 1, 5], CalibrationSet.load(tmp_path).__getitem__)
     shards.shard_path(tmp_path, 0, 0).rename(tmp_path / "away")
     assert len(chosen) == 3
     with pytest.raises(FormatError):

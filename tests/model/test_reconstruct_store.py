@@ -10,14 +10,17 @@ import torch
 
 import modiff
 from modiff import (
+    AttentionConfig,
     FormatError,
     WeightConfig,
     presets,
 )
+from modiff.hosts.blocks import KINDS as DIFFUSERS
 from modiff.model import reconstruct_job
 from modiff.model.calibration_set import CalibrationSet
 from modiff.model.reconstruct import reconstruct
 from tests.helpers import assert_same_bits
+from tests.hosts.tiny import HOSTS
 from tests.model.learning import (
     KINDS,
     QUICK,
@@ -156,6 +159,20 @@ def test_a_folder_of_another_reconstruction_is_refused(tmp_path, change):
             model.conv_in.weight.mul_(1.5)
     with pytest.raises(FormatError, match="expected a unit of this reconstruction, got one of another version"):
         reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+
+
+def test_a_folder_learned_beside_other_products_of_attention_is_refused(tmp_path):
+    pipe = HOSTS["ddpm"].build()
+    calls = modiff.collect(pipe, lambda _: HOSTS["ddpm"].call(pipe, steps=2, batch=4), progress=False)
+    config = dataclasses.replace(QUICK, iterations=4, batch=4)
+    for attention in (None, AttentionConfig()):
+        modiff.apply(pipe, dataclasses.replace(weights(), include=("*mid_block.attentions*",), attention=attention))
+        if attention is None:
+            reconstruct(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
+            modiff.remove(pipe)
+        else:
+            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+                reconstruct(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
 
 
 def test_a_damaged_unit_is_refused_with_its_name(tmp_path):

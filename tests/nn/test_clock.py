@@ -166,6 +166,7 @@ def test_an_evaluation_that_raised_outside_a_trajectory_spoils_none():
     clock.raised()
     clock.start()
     clock.call(2.0)
+    assert clock.step == 0
 
 
 def test_timesteps_are_kept_in_float32_whatever_torch_takes_by_default():

@@ -43,7 +43,7 @@ def quiet() -> None:
 
 
 def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
-    """Load a pipeline without the bars and remarks of diffusers."""
+    """Load a pipeline without the bars and remarks of diffusers; convolutions of this process round to no TF32."""
     import torch
 
     from modiff.hosts.load import load_pipeline

@@ -91,7 +91,8 @@ def close() -> None:
 
 
 def _pipeline(job: Job) -> tuple[DiffusionPipeline, str]:
-    """The pipeline of a job and the digest of its model; from now on this process has the job's threads."""
+    """The pipeline of a job and the digest of its model; this process has the job's threads then, and no TF32."""
+    torch.backends.cudnn.allow_tf32 = False  # images of full precision are what others are compared with
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     return _open(job.loading())

@@ -14,7 +14,7 @@ from torch import nn
 
 from modiff.errors import ConfigError
 from modiff.hosts import quantizer as quantizer  # enters modiff into diffusers' tables of quantization methods
-from modiff.hosts.contexts import follow_cache_context, unfollow_cache_context
+from modiff.hosts.contexts import follow_cache_context
 from modiff.model.attachment import attachment_of, eager
 from modiff.model.trajectory import trajectory
 
@@ -72,8 +72,6 @@ def attach(pipe: DiffusionPipeline) -> None:
 def detach(pipe: DiffusionPipeline) -> None:
     """Give the pipeline its own class back."""
     pipe.__class__ = getattr(type(pipe), _MARK, type(pipe))
-    for model in denoisers(pipe).values():
-        unfollow_cache_context(model)
 
 
 def is_attached(pipe: DiffusionPipeline) -> bool:

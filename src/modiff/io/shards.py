@@ -135,9 +135,10 @@ class Manifest:
             height, width, channels = values["shape"]
             numbers = [values[name] for name in ("num_images", "batch_size", "shard_size")]
             numbers += [height, width, channels, *(shard.count for shard in shards)]
-            if not all(type(number) is int and number > 0 for number in numbers):
-                raise ValueError(f"sizes {numbers}")
-            return cls(
+            firsts = [shard.first for shard in shards]
+            if not all(type(n) is int and n > 0 for n in numbers) or not all(type(n) is int and n >= 0 for n in firsts):
+                raise ValueError(f"sizes {numbers}, first images {firsts}")
+            manifest = cls(
                 model=values["model"],
                 request=values["request"],
                 num_images=values["num_images"],
@@ -146,6 +147,10 @@ class Manifest:
                 shard_size=values["shard_size"],
                 shards=tuple(shards),
             )
+            for shard in shards:
+                if shard.file != manifest.file_of(shard.first):  # nothing outside the folder is read
+                    raise ValueError(f"file {shard.file} for the images from {shard.first} on")
+            return manifest
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FormatError(
                 f"manifest: expected one of format {FORMAT}, got {type(error).__name__}: {error}. It was changed by "

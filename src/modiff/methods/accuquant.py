@@ -28,7 +28,7 @@ from modiff.methods.accuquant_folder import (
     settings_of,
 )
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
-from modiff.methods.work import claimed_work
+from modiff.methods.work import claim_work
 from modiff.model.calibration_set import CalibrationSet
 from modiff.model.coders import coders_of
 from modiff.model.group_error import Group, approximate_gradient, error_of, roll_out
@@ -162,7 +162,7 @@ def apply_accuquant(
     run, evaluations = trajectories_of(
         pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed
     )
-    work, count = claimed_work(folder, pipe, "accuquant", config), config.samples // config.batch
+    work, count = claim_work(folder, pipe, "accuquant", config), config.samples // config.batch
     run, calls_folder = noting_sampler(run, pipe.scheduler, work), None if work is None else work / "calls"
     calls = collect(pipe, run, trajectories=count, steps=evaluations, folder=calls_folder, progress=progress)
     recorded = _trajectories(calls, count)

@@ -31,7 +31,7 @@ from modiff.methods.learned_report import LearnedReport
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.q_diffusion import check_calibration, of_residuals, quick_steps
 from modiff.methods.residual_ranges import Halves, measure_residuals
-from modiff.methods.work import claimed_work
+from modiff.methods.work import claim_work
 from modiff.model.calibration_set import CalibrationSet
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.timesteps import UniformGroups
@@ -191,7 +191,7 @@ def apply_modiff(
     """
     config = config or ModiffMethodConfig()
     model = plain_network(pipe, "apply_modiff")
-    work = claimed_work(folder, pipe, "modiff", config)
+    work = claim_work(folder, pipe, "modiff", config)
     wanted = config.pairs or config.learns_weights
     calls = _calls(pipe, config, run, evaluations_per_run, work, progress) if wanted else None
     report = apply(pipe, config.model_config())

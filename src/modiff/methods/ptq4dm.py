@@ -27,7 +27,7 @@ from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
 from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.parts import boundary_overrides, keep_rounding, plain_network, trajectories_of, undone_on_error
-from modiff.methods.work import claimed_work
+from modiff.methods.work import claim_work
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.replay import replay
 from modiff.model.report import Report
@@ -116,7 +116,7 @@ def apply_ptq4dm(
     """
     config = config or Ptq4dmConfig()
     model = plain_network(pipe, "apply_ptq4dm")
-    work = claimed_work(folder, pipe, "ptq4dm", config)
+    work = claim_work(folder, pipe, "ptq4dm", config)
     run, steps = trajectories_of(
         pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed
     )

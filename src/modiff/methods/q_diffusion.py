@@ -28,7 +28,7 @@ from modiff.hosts.reconstruct import reconstruct
 from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.learned_report import LearnedReport
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
-from modiff.methods.work import claimed_work
+from modiff.methods.work import claim_work
 from modiff.model.calibrate import ObserverName
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.replay import replay
@@ -160,7 +160,7 @@ def apply_q_diffusion(
     """
     config = config or QDiffusionConfig()
     model = plain_network(pipe, "apply_q_diffusion")
-    work = claimed_work(folder, pipe, "q_diffusion", config)
+    work = claim_work(folder, pipe, "q_diffusion", config)
     chosen = config.model_config(model)
     run, steps = trajectories_of(
         pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed

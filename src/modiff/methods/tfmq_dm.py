@@ -28,9 +28,9 @@ from modiff.hosts.temporal import PROJECTION, TemporalBlock
 from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.parts import boundary_overrides, keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.tfmq_temporal import reconstruct_temporal
-from modiff.methods.work import claimed_work
+from modiff.methods.work import claim_work
 from modiff.model.calibrate import ObserverName
-from modiff.model.calibration_set import CalibrationSet, ChosenCalls
+from modiff.model.calibration_set import CalibrationSet, LazyCalls
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.replay import replay
 from modiff.model.report import Report
@@ -141,7 +141,7 @@ def apply_tfmq_dm(
     """
     config = config or TfmqDmConfig()
     model = plain_network(pipe, "apply_tfmq_dm")
-    work = claimed_work(folder, pipe, "tfmq_dm", config)
+    work = claim_work(folder, pipe, "tfmq_dm", config)
     chosen = config.model_config(model)
     run, steps = trajectories_of(
         pipe, run, evaluations_per_run, steps=config.steps, batch=config.batch, seed=config.seed
@@ -185,7 +185,7 @@ def _learn_weights(
         blocks = (*config.reconstruction.blocks, f"*{PROJECTION}", "time_embedding")
         reconstruct(
             pipe,
-            ChosenCalls(calls, chosen),
+            LazyCalls(chosen, calls.__getitem__),
             dataclasses.replace(config.reconstruction, blocks=blocks),
             folder=None if work is None else work / "blocks",
             progress=progress,

@@ -16,20 +16,15 @@ JOB = "job.json"
 VERSION = 1
 
 
-def claimed_work(folder: str | Path | None, target: Any, method: str, config: JsonConfig) -> Path | None:
-    """The folder of finished parts, this job's; None for none. Raises: as `claim_work`."""
-    if folder is None:
-        return None
-    claim_work(Path(folder), target, method, config)
-    return Path(folder)
-
-
-def claim_work(folder: Path, target: Any, method: str, config: JsonConfig) -> None:
-    """Make the folder this job's, or find that it is.
+def claim_work(folder: str | Path | None, target: Any, method: str, config: JsonConfig) -> Path | None:
+    """The folder of finished parts, now this job's; None for none.
 
     Raises: ConfigError if it is another job's, or holds other files; FormatError if its job.json is damaged; OSError.
     Cost: one pass over the weights.
     """
+    if folder is None:
+        return None
+    folder = Path(folder)
     job = job_of(target, method, config)
     path = folder / JOB
     if path.is_file():
@@ -40,7 +35,7 @@ def claim_work(folder: Path, target: Any, method: str, config: JsonConfig) -> No
                 f"{folder}: expected a new folder or one of the same job, got one with another "
                 f"{' and '.join(differing)}. Its parts would be mixed with these. Give another folder, or delete it."
             )
-        return
+        return folder
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"{folder}: expected a new folder or one with {JOB}, got other files. Parts of a job lie by themselves. "
@@ -48,6 +43,7 @@ def claim_work(folder: Path, target: Any, method: str, config: JsonConfig) -> No
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, job)
+    return folder
 
 
 def job_of(target: Any, method: str, config: JsonConfig) -> dict[str, Any]:

@@ -120,17 +120,20 @@ class CalibrationSet(Sequence[Call]):
                 "interrupted, or files are missing. Collect again into the same folder: it goes on."
             )
         records = [record for trajectory in trajectories for record in shards.records(folder, trajectory)]
-        return cls(_StoredCalls(records), settings)
+        return cls(LazyCalls(records, lambda record: call_from(record.read())), settings)
 
 
-class ChosenCalls(Sequence[Call]):
-    """Some of the calls of a set, by their places in it; read when they are asked for."""
+class LazyCalls(Sequence[Call]):
+    """Calls made from `items`, each read when it is asked for: `LazyCalls(places, calls.__getitem__)`.
 
-    def __init__(self, calls: Sequence[Call], places: Sequence[int]) -> None:
-        self._calls, self._places = calls, places
+    items: what stands for the calls, such as places in another set. read: the call of one item.
+    """
+
+    def __init__(self, items: Sequence[Any], read: Callable[[Any], Call]) -> None:
+        self._items, self._read = items, read
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._items)
 
     @overload
     def __getitem__(self, index: int) -> Call: ...
@@ -138,27 +141,8 @@ class ChosenCalls(Sequence[Call]):
     def __getitem__(self, index: slice) -> Sequence[Call]: ...
     def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
         if isinstance(index, slice):
-            return ChosenCalls(self._calls, self._places[index])
-        return self._calls[self._places[index]]
-
-
-class _StoredCalls(Sequence[Call]):
-    """Calls in shards, read one at a time."""
-
-    def __init__(self, records: list[shards.Record]) -> None:
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> Call: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Call]: ...
-    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
-        if isinstance(index, slice):
-            return _StoredCalls(self._records[index])
-        return call_from(self._records[index].read())
+            return LazyCalls(self._items[index], self._read)
+        return self._read(self._items[index])
 
 
 def call_from(values: dict[str, Any]) -> Call:

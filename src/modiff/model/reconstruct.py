@@ -13,7 +13,7 @@ from tqdm import tqdm
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.model.attachment import required_attachment
 from modiff.model.blocks import Block, blocks_of
-from modiff.model.calibration_set import Call, ChosenCalls
+from modiff.model.calibration_set import Call, LazyCalls
 from modiff.model.coders import coders_of
 from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.reconstruct_job import Job
@@ -102,7 +102,7 @@ def _usable(calls: Sequence[Call], config: ReconstructConfig) -> Sequence[Call]:
                 f"reconstruct: expected calls with the one before each, got none among {len(calls)}. A residual is "
                 "the change between two steps. Collect with pairs=True."
             )
-        return calls if len(pairs) == len(calls) else ChosenCalls(calls, pairs)
+        return calls if len(pairs) == len(calls) else LazyCalls(pairs, calls.__getitem__)
     if not len(calls):
         raise CalibrationError(
             "reconstruct: expected at least one calibration call, got none. There is nothing to learn from. Collect "
