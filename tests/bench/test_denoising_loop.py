@@ -30,6 +30,7 @@ from loop_rounds import Record
 from loop_variants import VARIANTS, CannotRun, Task, parts_of, prepare
 from modiff import ConfigError, ModiffConfig, presets
 from modiff.hosts.unconditional import UnconditionalPipeline
+from modiff.kernels.isa import Isa
 
 TINY = HIDDEN["tiny"]
 ROW = [
@@ -370,3 +371,26 @@ def test_slow_bf16_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names_are_refused_before_anything_runs(option: str, value: str, message: str, command: Any) -> None:
     with pytest.raises(ConfigError, match=message):
         command("--models", "tiny", option, value)
+
+
+@pytest.mark.parametrize(("level", "narrow"), [("avx2", True), ("avx512_vnni", False)])
+def test_torchao_codes_with_7_bits_where_8_would_saturate(
+    level: Any, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(reduce_range: bool = False) -> bool:
+        return reduce_range
+
+    given: list[bool] = []
+    torchao = SimpleNamespace(
+        Int8DynamicActivationInt8WeightConfig=config, quantize_=lambda _, chosen, filter_fn: given.append(chosen)
+    )
+    monkeypatch.setattr(loop_variants, "optional", lambda module, package: torchao)
+    monkeypatch.setattr(loop_variants, "detect", lambda: Isa(level))
+    monkeypatch.setattr(loop_variants, "as_compiled", lambda parts, net, dtype: loop_variants.Ready(parts.loop, net))
+    ready = prepare(Task(TINY, "torchao-int8", timed=1))
+    assert given == [narrow]
+    assert bool(ready.note) is narrow
+    torchao.Int8DynamicActivationInt8WeightConfig = lambda: False
+    if narrow:
+        with pytest.raises(CannotRun, match="no reduce_range"):
+            prepare(Task(TINY, "torchao-int8", timed=1))
