@@ -15,7 +15,7 @@ import torch
 import torch._dynamo as dynamo
 
 import modiff
-from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from tests.hosts.tiny import HOSTS, TinyHost
 
 W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
@@ -63,6 +63,28 @@ def test_a_compiled_model_gives_the_images_of_an_eager_one_from_one_graph(name, 
     before = graphs()
     assert torch.equal(host.call(pipe), expected)
     assert graphs() == before
+
+
+SOFTMAX = QuantizerConfig(bits=8, symmetric=False, lowest="zero")
+
+
+@pytest.mark.parametrize(("name", "step_groups"), [("flux", None), ("dit", 1), ("dit", 0)])
+def test_coded_attention_compiles_into_the_same_graph(name, step_groups):
+    host = HOSTS[name]
+    pipe = host.build()
+    changes = {} if step_groups is None else {"dynamic": False, "step_groups": step_groups}
+    attention = AttentionConfig(
+        operands=QuantizerConfig(bits=6, **changes), softmax=dataclasses.replace(SOFTMAX, **changes)
+    )
+    modiff.apply(pipe, ModiffConfig(layer=LAYERS["integer"], attention=attention))
+    if changes:
+        modiff.calibrate(pipe, lambda: host.call(pipe))
+    expected = host.call(pipe)
+    compiled(host, pipe)
+    assert torch.equal(host.call(pipe), expected)
+    before = graphs()
+    assert torch.equal(host.call(pipe), expected)
+    assert graphs() == before == 3, "the model, and its clock before and after it"
 
 
 def test_a_copy_of_a_compiled_model_has_states_of_its_own():

@@ -68,7 +68,7 @@ def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[s
         )
     attachment, found = attachment_of(model), AttentionAttachment()
     for name, module in modules.items():
-        quantized = QuantizedAttention(config, name, attachment.clock.moment if attachment is not None else None)
+        quantized = QuantizedAttention(config, name, None if attachment is None else attachment.clock)
         found.modules[name] = quantized
         # bound methods, not closures: copy.deepcopy of the model takes them to the copy's own quantizers
         found.handles.append(module.register_forward_pre_hook(quantized.before))

@@ -15,6 +15,8 @@ from modiff.config import AttentionConfig, Granularity, QuantizerConfig
 from modiff.core.coder import Coder
 from modiff.core.step_sets import Moment
 from modiff.errors import StateError
+from modiff.nn import traced
+from modiff.nn.clock import Clock
 
 
 class QuantizedAttention:
@@ -26,13 +28,14 @@ class QuantizedAttention:
     Args:
         config: bits and scales; with bits None everywhere the call is passed on unchanged.
         name: for messages.
-        moment: what tells steps apart, for scales per step.
+        clock: of the model, for scales per step.
 
     coders: by operand, "q", "k", "v" and "softmax"; None where the operand stays in full precision.
     """
 
-    def __init__(self, config: AttentionConfig, name: str, moment: Callable[[], Moment] | None = None) -> None:
-        self.name = name
+    def __init__(self, config: AttentionConfig, name: str, clock: Clock | None = None) -> None:
+        self.name, self.clock = name, clock
+        moment = None if clock is None else clock.moment
         # v is summed over its tokens, so an integer matmul allows it no scale per token
         automatic: dict[str, Granularity] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
         self.coders: dict[str, Coder | None] = {
@@ -40,6 +43,31 @@ class QuantizedAttention:
             for operand, granularity in automatic.items()
         }
         self._modes: list[_Intercept] = []
+        self.number = traced.number_for(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a number of its own."""
+        self.__dict__.update(state)
+        self.number = traced.number_for(self)
+
+    def intercepted(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`attend`; one operator in a graph of torch.compile where its scales change from step to step."""
+        given = (query, key, value, attn_mask, dropout_p, is_causal)
+        stepwise = any(coder is not None and coder.config.step_groups != 1 for coder in self.coders.values())
+        if stepwise and self.clock is not None and torch.compiler.is_compiling():
+            return traced.attend(self.clock.token, *given, scale, enable_gqa, self.number)
+        return self.attend(*given, scale=scale, enable_gqa=enable_gqa)
 
     def before(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         """Forward pre-hook: attention calls come here from now on."""
@@ -110,7 +138,9 @@ class _Intercept(TorchFunctionMode):
     ) -> Any:
         if func is functional.scaled_dot_product_attention:
             self.calls += 1
-            return self.attention.attend(*args, **kwargs or {})
+            return self.attention.intercepted(*args, **kwargs or {})
+        if func is Tensor.unflatten:  # under a mode torch.compile cannot follow its super(); the same operator by name
+            func = torch.unflatten
         return func(*args, **kwargs or {})
 
 

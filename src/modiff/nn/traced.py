@@ -3,10 +3,11 @@
     modiff::begin    an evaluation of the network begins: the clock moves on
     modiff::layer    a layer's forward, states and all
     modiff::layer_after    the same behind a norm and an activation, which `fusion` puts into a graph
+    modiff::attend   coded attention whose scales change from step to step
     modiff::end      the evaluation ended
 
 What a layer remembers stays outside of the graph: no step, state or first use is a reason to compile again. Codes are
-those of eager execution for the same inputs. All three write into the clock's `token`, which keeps their order.
+those of eager execution for the same inputs. All of them write into the clock's `token`, which keeps their order.
 
 They are registered one level below `torch.library.custom_op`, whose wrappers take 15 to 20 us a call: a layer has no
 gradient here, and nobody reads the version of the token.
@@ -102,6 +103,27 @@ def _fake_layer(token: Tensor, x: Tensor, number: int) -> Tensor:
     return empty_output(x, shape, 0 if holder.channel_dim == -1 else x.dim() - 2, x.dtype)
 
 
+def _attend(
+    token: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+    number: int,
+) -> Tensor:
+    """The attention of `number`; contiguous."""
+    attend = holder_of(number).attend
+    return attend(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped).contiguous()
+
+
+def _fake_attend(token: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -112,4 +134,8 @@ layer = _operator("layer(Tensor(a!) token, Tensor x, int number) -> Tensor", _la
 layer_after = _operator(
     "layer_after(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
     "str activation, int place, int number) -> Tensor", _layer_after, _fake_layer_after,
+)  # fmt: skip
+attend = _operator(
+    "attend(Tensor(a!) token, Tensor query, Tensor key, Tensor value, Tensor? mask, float dropout, bool causal, "
+    "float? scale, bool grouped, int number) -> Tensor", _attend, _fake_attend,
 )  # fmt: skip
