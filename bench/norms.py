@@ -51,15 +51,30 @@ CASES = (
     Case("GroupNorm, SiLU, 1280 channels, 16x16, batch 2", (2, 1280, 16, 16), "group", "silu"),
     Case("LayerNorm, modulated, 1152 channels, 512 tokens", (2, 256, 1152), "layer", "none"),
     Case("GELU, 4608 channels, 512 tokens", (2, 256, 4608), "none", "gelu_tanh"),
+    Case("GEGLU, 1280 channels, 8192 tokens", (2, 4096, 1280), "gated", "gelu"),
+    Case("GEGLU, 5120 channels, 512 tokens", (2, 256, 5120), "gated", "gelu"),
 )
 QUICK = (
     Case("GroupNorm, SiLU, 32 channels, 8x8, batch 2", (2, 32, 8, 8), "group", "silu"),
     Case("LayerNorm, modulated, 64 channels, 16 tokens", (2, 8, 64), "layer", "none"),
+    Case("GEGLU, 48 channels, 16 tokens", (2, 8, 48), "gated", "gelu"),
 )
 
 
-def front_of(case: Case) -> tuple[Before, Callable[[Tensor], Tensor]]:
+def input_of(case: Case) -> tuple[Tensor, Tensor | None]:
+    """(x, the gate): halves of what the layer before them gives, or x alone, channels innermost before convolutions."""
+    if case.norm == "gated":
+        x, gate = torch.randn(*case.size[:-1], 2 * case.size[-1]).chunk(2, -1)
+        return x, gate
+    x = torch.randn(case.size)
+    return x.contiguous(memory_format=torch.channels_last) if len(case.size) == 4 else x, None
+
+
+def front_of(case: Case, gate: Tensor | None) -> tuple[Before, Callable[[Tensor], Tensor]]:
     """(what the layer computes, the same as inductor compiles it)."""
+    if gate is not None:
+        gated = torch.compile(lambda x, gate: x * functional.gelu(gate), dynamic=False)
+        return Before("gated", weight=gate, activation=case.activation), lambda x: gated(x, gate)
     samples, channels = case.size[0], case.size[1 if case.norm == "group" else -1]
     each = (samples, channels) if case.norm == "layer" else (channels,)
     weight, bias = (None, None) if case.norm == "none" else (1 + 0.1 * torch.randn(each), torch.randn(each))
@@ -79,10 +94,9 @@ def front_of(case: Case) -> tuple[Before, Callable[[Tensor], Tensor]]:
 
 def runs_of(case: Case, static: bool) -> dict[str, Callable[[], object]]:
     """Both ways, on the same input and states of their own."""
-    front, apart = front_of(case)
+    x, gate = input_of(case)
+    front, apart = front_of(case, gate)
     channel = 1 if len(case.size) == 4 else -1
-    x = torch.randn(case.size)
-    x = x.contiguous(memory_format=torch.channels_last) if channel == 1 else x
     states = torch.randn_like(x), torch.randn_like(x)
     shape = [n if i < (1 if channel == 1 else len(case.size) - 1) else 1 for i, n in enumerate(case.size)]
     scale = torch.full(shape, 0.02) if static else None

@@ -7,7 +7,7 @@ from mutation import Mutation
 KERNELS: tuple[Mutation, ...] = (
     Mutation(
         file="src/modiff/kernels/after_ops.py",
-        old="    if not _as_walked(x, codes, norm):\n        return None\n",
+        old="not _as_walked(x, codes, norm) or",
         new="",
         tests=("tests/kernels/test_after.py",),
         why="a norm of a slice reads the memory between its rows",
@@ -169,6 +169,20 @@ KERNELS: tuple[Mutation, ...] = (
         new="plane<X, Activation>(source, w.a[0], w.b[s],",
         tests=("tests/kernels/test_after.py",),
         why="every plane is normalized as the first",
+    ),
+    Mutation(
+        file="src/modiff/kernels/csrc/norm.cpp",
+        old="y[i] = load(x[i]) * Activation::of(load(gate[i]));",
+        new="y[i] = load(gate[i]) * Activation::of(load(x[i]));",
+        tests=("tests/kernels/test_after.py",),
+        why="the gate is gated",
+    ),
+    Mutation(
+        file="src/modiff/kernels/after_ops.py",
+        old="(gate.dtype, gate.shape, gate.stride()) == (x.dtype, x.shape, x.stride())",
+        new="(gate.shape, gate.stride()) == (x.shape, x.stride())",
+        tests=("tests/kernels/test_after.py",),
+        why="a gate of another type is read as if it were of the input's",
     ),
     Mutation(
         file="src/modiff/kernels/csrc/norm.cpp",

@@ -15,13 +15,14 @@ from modiff.kernels.after import Before
 from tests.helpers import assert_same_bits, assert_within
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
-ACTIVATIONS = ("none", "silu", "gelu_tanh")
+ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu")
 
 
 def active(y: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return functional.silu(y)
-    return functional.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
+    approximate = {"gelu_tanh": "tanh", "gelu": "none"}.get(activation)
+    return y if approximate is None else functional.gelu(y, approximate=approximate)
 
 
 def check(
@@ -101,6 +102,37 @@ def test_layer_norm_and_its_modulation_before_a_linear_layer(
     check(found, before, state, exact, bits, axes)
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([(2, 5, 48), (1, 3, 7), (2, 3, 4, 33), (2, 40, 130)]),
+    activation=st.sampled_from(ACTIVATIONS),
+    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    bits=st.sampled_from([4, 8]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    halves=st.sampled_from(["one after the other", "swapped", "apart", "of another type"]),
+)
+@settings(max_examples=60)
+def test_a_gate_before_a_linear_layer(seed, size, activation, granularity, bits, dtype, halves):
+    both = shapes_and_layout((*size[:-1], 2 * size[-1]), False, dtype, seed)
+    x, gate = both.chunk(2, -1) if halves == "one after the other" else both.chunk(2, -1)[::-1]
+    if halves == "apart":
+        x, gate = x.contiguous(), gate.contiguous()
+    elif halves == "of another type":  # torch's operators
+        gate = gate.double()
+    exact = x.double() * active(gate.double(), activation)
+    state = (exact + 0.3 * torch.randn(size)).float()
+    before = state.clone()
+    front = Before("gated", weight=gate, activation=activation)
+    found = front.code(x, state, None, bits, granularity=granularity)
+    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
+    check(found, before, state, exact, bits, axes)
+    assert found[0].is_contiguous()
+    codes, scale = front.code(x, None, None, bits, granularity=granularity)
+    step = scale.double().reshape(exact.abs().amax(axes, keepdim=True).shape)
+    error = 4e-6 * (1 + exact.abs().max())
+    assert_within((codes.double() - 2 ** (bits - 1)) * step, exact, (0.501 * step + error).expand_as(exact))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("size", [(3, 7, 40), (2, 8, 6, 5), (50,)])
 def test_an_activation_alone(activation, size):
@@ -110,7 +142,7 @@ def test_an_activation_alone(activation, size):
     check(found, torch.zeros(size), state, exact, 8, tuple(range(x.dim())))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_activations_are_right_over_the_whole_range_and_keep_nan(activation):
     x = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([0.0, -0.0, 1e-40, 1e30, -1e30])]).reshape(1, -1)
     exact, state = active(x.double(), activation), torch.zeros_like(x)
@@ -174,6 +206,11 @@ def test_with_a_compiler_the_compiled_loops_run(monkeypatch):
                 Before("group", 3, eps=1e-5).code(x.to(dtype), state, None, 8, granularity="sample", channel_dim=1)
     Before("layer", eps=1e-5).code(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
     Before(activation="silu").code(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
+    x, gate = torch.randn(2, 3, 16).chunk(2, -1)
+    for dtype in (torch.float32, torch.bfloat16):
+        front = Before("gated", weight=gate.to(dtype), activation="gelu")
+        front.code(x.to(dtype), torch.zeros(2, 3, 8), None, 8, granularity="token")
+    Before("gated", weight=gate, activation="gelu").code(x, None, None, 8, granularity="tensor")
     assert not slow  # torch's operators
 
 

@@ -115,6 +115,24 @@ def test_a_split_input_keeps_the_small_half_as_exact_as_the_large_one():
     assert errors[None] > 0.3
 
 
+@pytest.mark.parametrize("weight", [WeightConfig(bits=4), WeightConfig(bits=4, search="mse")])
+def test_a_split_convolution_is_the_sum_of_two_that_know_nothing_of_each_other(weight):
+    whole = randomised(nn.Conv2d(8, 4, 3, padding=1)).double()
+    first, second = (nn.Conv2d(n, 4, 3, padding=1, bias=bias).double() for n, bias in ((5, True), (3, False)))
+    with torch.no_grad():
+        whole.weight[:, 5:] *= 30
+        first.weight.copy_(whole.weight[:, :5])
+        first.bias.copy_(whole.bias)
+        second.weight.copy_(whole.weight[:, 5:])
+    state = ModulationConfig(state_dtype="float64")
+    config = LayerConfig(weight=weight, activation=QuantizerConfig(bits=4), modulation=state)
+    inputs = drifting(0, (2, 8, 5, 4), 4, 0.3)
+    one = play(twin(first, config), [x[:, :5] for x in inputs])
+    two = play(twin(second, config), [x[:, 5:] for x in inputs])
+    for (found, _, _), (a, _, _), (b, _, _) in zip(play(twin(whole, config, 5), inputs), one, two, strict=True):
+        assert_within(found, a + b, 1e-9)
+
+
 def test_a_scale_per_sample_is_the_default():
     x = torch.stack([torch.full((4, 2), 7.0), torch.full((4, 2), 0.07)])
     layer = twin(randomised(nn.Conv1d(4, 2, 1)), LayerConfig(activation=QuantizerConfig(bits=4)))

@@ -31,7 +31,8 @@ class Before(NamedTuple):
 
     Args:
         norm: "group": x is (N, C, ...), in either memory layout; "layer": x is (..., C), over its last axis;
-            "affine": weight x + bias, (N, C) each, of a part of the channels of (N, C, ...).
+            "affine": weight x + bias, (N, C) each, of a part of the channels of (N, C, ...); "gated": no norm, but
+            y = x activation(weight), with a gate shaped as x (..., C) for weight: GEGLU, SwiGLU.
         weight, bias: of the norm, (C,) or None; for "layer" also (B, C): the modulation of a sample, 1 + scale, shift.
         groups, eps: of the norm. activation: behind it.
         place: a number for where it stands in the model: what is at one place is computed from x in one way.

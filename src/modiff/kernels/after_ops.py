@@ -19,10 +19,11 @@ from modiff.kernels import native, prologue_ops
 from modiff.kernels.geometry import empty_output
 from modiff.kernels.rows import pixel_pitch, row_shape, scale_shape
 
-Norm = Literal["none", "group", "layer", "affine"]
-Activation = Literal["none", "silu", "gelu_tanh"]
+Norm = Literal["none", "group", "layer", "affine", "gated"]
+Activation = Literal["none", "silu", "gelu_tanh", "gelu"]
 
-_ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh")
+_NORMS: tuple[Norm, ...] = ("none", "group", "layer", "affine", "gated")
+_ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh", "gelu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -45,11 +46,12 @@ def code_after_now(
 
     Args:
         state: becomes the next one in place; None for plain codes of y itself.
-        weight, bias: of the norm, (C,); for "layer" also (B, C): the modulation of a sample, 1 + scale and shift.
+        weight, bias: of the norm, (C,); for "layer" also (B, C): the modulation of a sample, 1 + scale and shift. For
+            "gated" the weight is the gate, shaped as x.
     """
-    if norm not in ("none", "group", "layer", "affine") or activation not in _ACTIVATIONS:
+    if norm not in _NORMS or activation not in _ACTIVATIONS:
         raise KernelError(
-            f"code_after: expected norm none, group, layer or affine and activation {', '.join(_ACTIVATIONS)}, got "
+            f"code_after: expected norm {', '.join(_NORMS)} and activation {', '.join(_ACTIVATIONS)}, got "
             f"{norm!r} and {activation!r}. Nothing else is fused. Compute it before and use prologue."
         )
     known = prologue_ops.known_granularity(granularity)
@@ -118,9 +120,17 @@ def before(
     elif norm == "affine" and weight is not None and bias is not None:
         ones = [1] * (value.dim() - 2)
         value = value * _as(weight, value).reshape(*weight.shape, *ones) + _as(bias, value).reshape(*bias.shape, *ones)
+    elif norm == "gated" and weight is not None:
+        return value * _active(weight.to(value.dtype), activation)
+    return _active(value, activation)
+
+
+def _active(value: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return functional.silu(value)
-    return functional.gelu(value, approximate="tanh") if activation == "gelu_tanh" else value
+    if activation == "none":
+        return value
+    return functional.gelu(value, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _as(x: Tensor | None, like: Tensor) -> Tensor | None:
@@ -160,7 +170,7 @@ def _plan(
         return None
     if state is not None and (state.dtype != torch.float32 or state.stride() != codes.stride()):
         return None
-    if not _as_walked(x, codes, norm):
+    if not _as_walked(x, codes, norm) or (norm == "gated" and not _gates(weight, x)):
         return None
     rows = row_shape(codes, granularity, channel_dim)
     if rows is None or (library := native.load("norm").library) is None:
@@ -170,6 +180,11 @@ def _plan(
         if pitch is None:
             return None
         return _Plan(library, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
+    if norm == "gated":
+        tokens, pitch = x.numel() // x.shape[-1], pixel_pitch(x.movedim(-1, 1))
+        if pitch is None or channel_dim % x.dim() != x.dim() - 1:
+            return None
+        return _Plan(library, 4, tokens, x.shape[-1], tokens, tokens // rows[0], pitch)
     innermost = not x.is_contiguous() or channel_dim % x.dim() == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
     if (norm == "layer" and channel_dim % x.dim() != x.dim() - 1) or (norm == "group" and channel_dim % x.dim() != 1):
         return None  # the norm has its channels elsewhere
@@ -184,16 +199,21 @@ def _plan(
 def _as_walked(x: Tensor, codes: Tensor, norm: str) -> bool:
     """Whether the loops, which go through memory from the first element on, meet x as it is meant.
 
-    "affine" has a pitch for a part of the channels. Anything else must be dense, as the codes are: a slice, an expanded
-    tensor or a half of a chunk is not.
+    "affine" and "gated" have a pitch, as parts of the channels are read. Anything else must be dense, as the codes are:
+    a slice, an expanded tensor or a half of a chunk is not.
     """
-    if norm == "affine":
+    if norm in ("affine", "gated"):
         return True
     if x.stride() != codes.stride():
         return False
     if norm == "layer":
         return x.is_contiguous()
     return norm == "none" or x.is_contiguous() or pixel_pitch(x) == x.shape[1]
+
+
+def _gates(gate: Tensor | None, x: Tensor) -> bool:
+    """Whether the loops can read the gate as they read x."""
+    return gate is not None and (gate.dtype, gate.shape, gate.stride()) == (x.dtype, x.shape, x.stride())
 
 
 def _natively(
@@ -212,11 +232,12 @@ def _natively(
     bits: int,
     clip: float,
 ) -> None:
+    gate = weight.data_ptr() if norm == "gated" and weight is not None else None
     a, b, mean, rstd = _coefficients(plan, x, weight, bias, norm, groups, eps)
     lowest, highest = qrange(bits)
     plan.library.modiff_prologue_after(
         x.data_ptr(), _KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(activation), a.data_ptr(), b.data_ptr(),
-        mean.data_ptr(), rstd.data_ptr(), None if state is None else state.data_ptr(), codes.data_ptr(),
+        mean.data_ptr(), rstd.data_ptr(), gate, None if state is None else state.data_ptr(), codes.data_ptr(),
         scale.data_ptr(), plan.segments, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
         int(dynamic), clip / highest, lowest, highest, torch.get_num_threads(),
     )  # fmt: skip
@@ -227,7 +248,7 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(a, b, mean, rstd) as norm.cpp reads them; empty where the mode has no use for them."""
     nothing = torch.empty(0)
-    if plan.mode == 0:
+    if plan.mode in (0, 4):
         return nothing, nothing, nothing, nothing
     if norm == "affine" and weight is not None and bias is not None:
         return weight.float().contiguous(), bias.float().contiguous(), nothing, nothing

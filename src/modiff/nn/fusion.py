@@ -27,7 +27,10 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 
 
 class _Front(NamedTuple):
-    """The nodes of one match: y = activation(norm(x)). weight and bias: (C,), or (B, 1, C) where `each` is True."""
+    """The nodes of one match: y = activation(norm(x)), or x activation(weight) where norm is "gated".
+
+    weight and bias: (C,), or (B, 1, C) where `each` is True.
+    """
 
     x: Node
     norm: Norm = "none"
@@ -67,14 +70,17 @@ def _readers(node: Node, front: _Front) -> bool:
         user.target is traced.layer
         and user.args[1] is node
         and _fuses(user.args[2], front)
-        and not _changed(front.x, user)
+        and not _changed(front, user)
         for user in users
     )
 
 
-def _changed(x: Node, reader: Node) -> bool:
+def _changed(front: _Front, reader: Node) -> bool:
     """Whether anything is written in place between x and its reader: it may be what x is a view of."""
-    node = x.next
+    node = front.x
+    if front.norm == "gated" and front.weight is not None and front.weight < node:
+        node = front.weight
+    node = node.next
     while node is not reader:
         if node.op in ("call_function", "call_method") and _in_place(node):
             return True
@@ -98,7 +104,7 @@ def _mutates(target: object) -> bool:
 def _fuses(number: Any, front: _Front) -> bool:
     """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
-    axis = {"group": 1, "layer": -1}.get(front.norm, holder.channel_dim)
+    axis = {"group": 1, "layer": -1, "gated": -1}.get(front.norm, holder.channel_dim)
     return holder.integer is not None and holder.channel_dim == axis and holder.integer.fuses(front.norm)
 
 
@@ -139,6 +145,8 @@ def _writes(node: Node) -> bool:
 def _match(node: Node) -> _Front | None:
     """activation(norm(x)) with at least one of the two, where nothing else reads what lies between."""
     last = _without_dropout(node)
+    if gated := _gated(last):
+        return gated
     activation = _activation(last)
     if activation == "none":
         front = _norm(last)
@@ -157,9 +165,26 @@ def _norm(node: Any) -> _Front | None:
 def _activation(node: Node) -> Activation:
     if node.target is functional.silu and not _argument(node, 1, "inplace"):
         return "silu"
-    if node.target is functional.gelu and node.kwargs.get("approximate") == "tanh":
-        return "gelu_tanh"
+    if node.target is functional.gelu:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
     return "none"
+
+
+def _gated(node: Node) -> _Front | None:
+    """x * activation(gate) of two tensors that lie in memory alike, as the halves of a chunk do."""
+    if node.target is not operator.mul:
+        return None
+    for x, active in (node.args, node.args[::-1]):
+        activation = _activation(active) if _only(active, node) else "none"
+        if activation == "none":
+            continue
+        gate = _argument(active, 0, "input")
+        like, given = _example(x), _example(gate)
+        if like is None or given is None or like.dim() < 3 or like.dtype != given.dtype:
+            continue
+        if (like.shape, like.stride()) == (given.shape, given.stride()) and like.stride(-1) == 1:
+            return _Front(x, "gated", weight=gate, activation=activation)
+    return None
 
 
 def _without_dropout(node: Node) -> Node:

@@ -5,6 +5,7 @@
 //                                                                            or a part of the channels of each pixel
 //     y = activation(a[plane] x + b[plane])                          mode 2: GroupNorm, a plane for each channel
 //     y = activation((x - mean[t]) rstd[t] a[c] + b[c])              mode 3: LayerNorm and its modulation, t a token
+//     y = x activation(gate)                                         mode 4: GEGLU, SwiGLU
 //
 // and y coded as in prologue.cpp, from a buffer that stays in the cache: never more than the elements of one scale, so
 // an exponential is computed once. Statistics take a pass of their own. Norms and exponentials are not torch's, bit for
@@ -51,6 +52,20 @@ struct Silu {
 struct Gelu {
   static float of(float y) { return y / (1.0f + exponential(-1.59576912160573071f * (y + 0.044715f * y * y * y))); }
 };
+// y Phi(y), 1 - Phi(|y|) = p(t) exp(-y^2 / 2) / 2 within 7.5e-8, t = 1 / (1 + 0.3275911 |y| / sqrt(2)):
+// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26
+struct ExactGelu {
+  static float of(float y) {
+    const float t = 1.0f / (1.0f + 0.231641888f * __builtin_fabsf(y));
+    float p = 1.061405429f;
+    p = MODIFF_FMA(p, t, -1.453152027f);
+    p = MODIFF_FMA(p, t, 1.421413741f);
+    p = MODIFF_FMA(p, t, -0.284496736f);
+    p = MODIFF_FMA(p, t, 0.254829592f);
+    const float tail = 0.5f * p * t * exponential(-0.5f * y * y);
+    return y * (y < 0.0f ? tail : 1.0f - tail);
+  }
+};
 
 template <class X, class Activation>
 void raw(const X* __restrict x, float* __restrict y, int64_t count) {
@@ -82,12 +97,20 @@ void token(const X* __restrict x, const float* __restrict a, const float* __rest
   }
 }
 
+template <class X, class Activation>
+void gated(const X* __restrict x, const X* __restrict gate, float* __restrict y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    y[i] = load(x[i]) * Activation::of(load(gate[i]));
+  }
+}
+
 // What a call works on: `segments` runs of `length` elements, the same number of them for each scale and each sample.
 struct Work {
   const float* a;
   const float* b;
   const float* mean;
   const float* rstd;
+  const void* gate;  // typed and laid as x
   float* state;  // null: plain quantization
   uint8_t* codes;
   float* scale;
@@ -114,6 +137,9 @@ MODIFF_APART void fill(const X* x, int32_t mode, const Work& w, int64_t from, in
       channels<X, Activation>(source, w.a + channel, w.b + channel, y + (at - from), count);
     } else if (mode == 2) {
       plane<X, Activation>(source, w.a[s], w.b[s], y + (at - from), count);
+    } else if (mode == 4) {
+      const X* const gate = static_cast<const X*>(w.gate) + (source - x);
+      gated<X, Activation>(source, gate, y + (at - from), count);
     } else {
       token<X, Activation>(source, w.a + channel, w.b + channel, w.mean[s], w.rstd[s], y + (at - from), count);
     }
@@ -245,8 +271,10 @@ void choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
     run<X, None>(x, mode, w);
   } else if (activation == 1) {
     run<X, Silu>(x, mode, w);
-  } else {
+  } else if (activation == 2) {
     run<X, Gelu>(x, mode, w);
+  } else {
+    run<X, ExactGelu>(x, mode, w);
   }
 }
 
@@ -255,7 +283,7 @@ void choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 4; }
+int32_t modiff_interface() { return 5; }
 
 // Mean and reciprocal deviation of `runs` runs of `count` elements each.
 void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, float eps, float* mean, float* rstd,
@@ -273,14 +301,15 @@ void modiff_grouped_moments(const void* x, int32_t kind, int64_t samples, int64_
             : grouped_moments(static_cast<const Bf16*>(x), g, sums, mean, rstd, threads);
 }
 
-// x: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh. state: null for plain codes.
+// x, gate: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh, 3 GELU. state: null for
+// plain codes.
 void modiff_prologue_after(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
-                           const float* b, const float* mean, const float* rstd, float* state, uint8_t* codes,
-                           float* scale, int64_t segments, int64_t length, int64_t per_sample, int64_t per_scale,
-                           int64_t pitch, int64_t channels, int32_t dynamic, float factor, int32_t lowest,
-                           int32_t highest, int32_t threads) {
-  const Work work{a,         b,     mean,     rstd,         state,  codes,  scale,   segments, length, per_sample,
-                  per_scale, pitch, channels, dynamic != 0, factor, lowest, highest, threads};
+                           const float* b, const float* mean, const float* rstd, const void* gate, float* state,
+                           uint8_t* codes, float* scale, int64_t segments, int64_t length, int64_t per_sample,
+                           int64_t per_scale, int64_t pitch, int64_t channels, int32_t dynamic, float factor,
+                           int32_t lowest, int32_t highest, int32_t threads) {
+  const Work work{a,          b,         mean,  rstd,     gate,         state,  codes,  scale,   segments, length,
+                  per_sample, per_scale, pitch, channels, dynamic != 0, factor, lowest, highest, threads};
   kind == 0 ? choose(static_cast<const float*>(x), mode, activation, work)
             : choose(static_cast<const Bf16*>(x), mode, activation, work);
 }

@@ -92,7 +92,7 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 4; }
+int32_t modiff_interface() { return 5; }
 
 // Elements in one block: `partial` must hold rows * ceil(count / block) numbers where count is larger.
 int64_t modiff_block() { return kBlock; }
