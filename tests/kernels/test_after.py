@@ -72,6 +72,27 @@ def test_group_norm_before_a_convolution(seed, size, groups, activation, granula
     assert found[0].stride() == x.stride()
 
 
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "sample", "token"])
+@pytest.mark.parametrize("size", [(2, 7, 12), (1, 3, 5, 24)])
+def test_group_norm_of_tokens_is_that_of_pixels(size, granularity, dense):
+    x = torch.randn(size) if dense else torch.randn(size[0], size[-1], *size[1:-1]).movedim(1, -1)
+    weight, bias = torch.randn(size[-1]), torch.randn(size[-1])
+    exact = functional.group_norm(x.double().movedim(-1, 1), 4, weight.double(), bias.double()).movedim(1, -1)
+    front = Before("group_last", 4, weight, bias, 1e-5)
+    assert_within(front.of(x), exact, 1e-5)
+    state = (exact + 0.3 * torch.randn(size)).float().contiguous()
+    before = state.clone()
+    found = front.code(x, state, None, 8, granularity=granularity)
+    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
+    assert found[1].shape == exact.amax(axes, keepdim=True).shape
+    check(found, before, state, exact, 8, axes)
+    codes, used = front.code(x, before, found[1], 8, granularity=granularity)
+    assert_same_bits(used, found[1])
+    assert torch.equal(codes, found[0])
+    assert_same_bits(before, state)
+
+
 @given(
     seed=st.integers(0, 2**31),
     size=st.sampled_from([(2, 5, 48), (3, 40), (2, 3, 4, 33)]),

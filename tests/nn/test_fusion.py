@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import modiff
-from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig
+from modiff import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.kernels.after import Before
 from modiff.nn import fusion, traced
 from modiff.nn.conv import ModulatedConv2d
 from modiff.nn.layer import ModulatedLayer
 from tests.helpers import assert_within, drifting
-
-W8A8 = LayerConfig(execution="integer")
-PLAIN = dataclasses.replace(W8A8, modulation=None)
+from tests.nn.fusing import BLOCKS, PLAIN, W8A8, Model, conv_block, fused, made, taken
 
 
 @pytest.fixture(autouse=True)
@@ -29,88 +27,6 @@ def _fresh_compiler() -> Iterator[None]:
     dynamo.reset()
     yield
     dynamo.reset()
-
-
-class Model(nn.Module):
-    """Any function of x between modules that it names."""
-
-    def __init__(self, call: Callable[[Model, Tensor], Tensor], **parts: nn.Module) -> None:
-        super().__init__()
-        self.call = call
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
-
-
-def residual(m: Any, x: Tensor) -> Tensor:
-    """As a residual block: norm1 and the shortcut read the same x."""
-    h = m.conv1(functional.silu(m.norm1(x)))
-    h = m.conv2(m.dropout(functional.silu(m.norm2(h))))
-    return h + m.shortcut(x)
-
-
-def transformer(m: Any, x: Tensor) -> Tensor:
-    """As a DiT block: a modulated norm that three layers read, and GELU between two."""
-    shift, scale = m.condition(x.mean(1)).chunk(2, 1)
-    y = m.norm(x) * (1 + scale[:, None]) + shift[:, None]
-    q, k, v = m.q(y), m.k(y), m.v(y)
-    x = x + functional.softmax(q @ k.transpose(1, 2), -1) @ v
-    return x + m.fc2(m.dropout(functional.gelu(m.fc1(m.norm2(x)), approximate="tanh")))
-
-
-def conv_block() -> Model:
-    return Model(
-        residual, norm1=nn.GroupNorm(4, 16), norm2=nn.GroupNorm(8, 16), conv1=nn.Conv2d(16, 16, 3, padding=1),
-        conv2=nn.Conv2d(16, 16, 3, padding=1), shortcut=nn.Conv2d(16, 16, 3, padding=1), dropout=nn.Dropout(0.0),
-    )  # fmt: skip
-
-
-def dit_block() -> Model:
-    return Model(
-        transformer, norm=nn.LayerNorm(32, elementwise_affine=False, eps=1e-6), norm2=nn.LayerNorm(32),
-        condition=nn.Linear(32, 64), q=nn.Linear(32, 32), k=nn.Linear(32, 32), v=nn.Linear(32, 32),
-        fc1=nn.Linear(32, 64), fc2=nn.Linear(64, 32), dropout=nn.Dropout(0.1),
-    )  # fmt: skip
-
-
-def feed_forward(m: Any, x: Tensor) -> Tensor:
-    """As Stable Diffusion's: GEGLU; and as others do, SwiGLU."""
-    hidden, gate = m.fc1(m.norm(x)).chunk(2, dim=-1)
-    x = x + m.fc2(m.dropout(hidden * functional.gelu(gate)))
-    hidden, gate = m.fc3(x).chunk(2, dim=-1)
-    return x + m.fc4(functional.silu(gate) * hidden)
-
-
-def gated_block() -> Model:
-    return Model(
-        feed_forward, norm=nn.LayerNorm(32), fc1=nn.Linear(32, 96), fc2=nn.Linear(48, 32), fc3=nn.Linear(32, 80),
-        fc4=nn.Linear(40, 32), dropout=nn.Dropout(0.1),
-    )  # fmt: skip
-
-
-BLOCKS = {"conv": (conv_block, (2, 16, 6, 5), 2), "dit": (dit_block, (2, 7, 32), 5),
-          "gated": (gated_block, (2, 7, 32), 3)}  # fmt: skip
-
-
-def taken(model: nn.Module, layer: LayerConfig) -> nn.Module:
-    exclude = tuple(name for name, _ in model.named_children() if name == "condition")
-    modiff.apply(model, ModiffConfig(layer=layer, exclude=exclude, first_last="quantize"))
-    return model
-
-
-def fused(model: nn.Module, counts: list[int]) -> Any:
-    def rewrite(module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-        counts.append(fusion.fuse(module))
-        return module.forward
-
-    return torch.compile(model, backend=rewrite, fullgraph=True)
-
-
-def made(make: Callable[[], Model], layer: LayerConfig) -> nn.Module:
-    torch.manual_seed(0)
-    return taken(make().eval(), layer)
 
 
 def layers(model: nn.Module) -> list[ModulatedLayer]:
@@ -283,46 +199,6 @@ def test_what_something_else_reads_or_no_kernel_knows_is_still_computed(case):
     assert sum(counts) == moved
 
 
-def gate_of_a_picture(m: Any, x: Tensor) -> Tensor:
-    return m.conv(x * functional.silu(x + 1))
-
-
-def gate_of_samples(m: Any, x: Tensor) -> Tensor:
-    return m.fc(x * functional.silu(x.mean(1, keepdim=True)))
-
-
-def gate_read_twice(m: Any, x: Tensor) -> Tensor:
-    active = functional.silu(x + 1)
-    return m.fc(x * active) + active
-
-
-def gate_laid_otherwise(m: Any, x: Tensor) -> Tensor:
-    return m.fc(x * functional.silu(x.transpose(1, 2).contiguous().transpose(1, 2)))
-
-
-def gate_written(m: Any, x: Tensor) -> Tensor:
-    gate = x + 1
-    active = functional.silu(gate)
-    gate.add_(1)
-    return m.fc((x + gate) * active)
-
-
-def gate_of_rows(m: Any, x: Tensor) -> Tensor:
-    return m.fc(x[0] * functional.silu(x[1]))
-
-
-@pytest.mark.parametrize("call", [gate_of_a_picture, gate_of_samples, gate_read_twice, gate_laid_otherwise,
-                                  gate_written, gate_of_rows])  # fmt: skip
-def test_a_gate_that_no_loop_reads_or_that_is_written_stays_where_it_is(call):
-    counts: list[int] = []
-    torch.manual_seed(0)
-    model = taken(Model(call, conv=nn.Conv2d(16, 16, 3, padding=1), fc=nn.Linear(32, 32)).eval(), W8A8)
-    picture = call is gate_of_a_picture
-    with torch.no_grad(), modiff.trajectory(model):
-        fused(model, counts)(torch.randn(2, 16, 6, 5) if picture else torch.randn(2, 7, 32))
-    assert sum(counts) == 0
-
-
 def test_a_norm_over_other_channels_than_the_layer_s_stays_where_it_is():
     counts: list[int] = []
     model = Model(lambda m, x: m.fc(functional.silu(m.norm(x))), norm=nn.GroupNorm(2, 6), fc=nn.Linear(32, 32))
@@ -373,7 +249,7 @@ def test_calibration_sees_what_the_layer_reads_behind_its_norm():
             assert_within(compiled(x), eager(x), 0.05)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ["conv", "dit"])
 def test_shape_and_layout_behind_a_norm_are_known_before_it_runs(block):
     make, shape, _ = BLOCKS[block]
     model = made(make, PLAIN)

@@ -30,7 +30,8 @@ class Before(NamedTuple):
     """What stands between a tensor x and the layer that reads it: y = activation(norm(x)).
 
     Args:
-        norm: "group": x is (N, C, ...), in either memory layout; "layer": x is (..., C), over its last axis;
+        norm: "group": x is (N, C, ...), in either memory layout; "group_last": the same of x (N, ..., C);
+            "layer": x is (..., C), over its last axis;
             "affine": weight x + bias, (N, C) each, of a part of the channels of (N, C, ...); "gated": no norm, but
             y = x activation(weight), with a gate shaped as x (..., C) for weight: GEGLU, SwiGLU.
         weight, bias: of the norm, (C,) or None; for "layer" also (B, C): the modulation of a sample, 1 + scale, shift.
@@ -60,6 +61,8 @@ class Before(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """y by torch's operators, in float32 at least."""
+        if self.norm == "group_last":
+            return self._replace(norm="group").of(x.movedim(-1, 1)).movedim(1, -1)
         return before(
             x.detach(), _held(self.weight), _held(self.bias), self.norm, self.groups, self.eps, self.activation
         )
@@ -87,6 +90,10 @@ class Before(NamedTuple):
                 f"Before.code: expected a state of shape {tuple(x.shape)}, got {tuple(state.shape)}. The state belongs "
                 "to another input. Start the trajectory again."
             )
+        if self.norm == "group_last":  # tokens of channels are pixels with channels innermost
+            turned, held = self._replace(norm="group"), None if state is None else state.movedim(-1, 1)
+            codes, used = turned.code(x.movedim(-1, 1), held, scale, bits, clip, granularity, channel_dim=1)
+            return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
         code = code_after if torch.compiler.is_compiling() else code_after_now
         return code(
             x.detach(), state, scale, _held(self.weight), _held(self.bias), self.norm, self.groups, self.eps,

@@ -19,10 +19,10 @@ from modiff.kernels import native, prologue_ops
 from modiff.kernels.geometry import empty_output
 from modiff.kernels.rows import pixel_pitch, row_shape, scale_shape
 
-Norm = Literal["none", "group", "layer", "affine", "gated"]
+Norm = Literal["none", "group", "group_last", "layer", "affine", "gated"]
 Activation = Literal["none", "silu", "gelu_tanh", "gelu"]
 
-_NORMS: tuple[Norm, ...] = ("none", "group", "layer", "affine", "gated")
+_NORMS: tuple[Norm, ...] = ("none", "group", "layer", "affine", "gated")  # "group_last" is turned into "group" before
 _ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh", "gelu")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 

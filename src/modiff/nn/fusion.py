@@ -23,13 +23,14 @@ from modiff.kernels.after_ops import Activation, Norm
 from modiff.nn import traced
 
 _PLACES = itertools.count(1)
+_VIEWS = ("transpose", "permute", "reshape", "view", "flatten")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 
 
 class _Front(NamedTuple):
     """The nodes of one match: y = activation(norm(x)), or x activation(weight) where norm is "gated".
 
-    weight and bias: (C,), or (B, 1, C) where `each` is True.
+    weight and bias: (C,), or (B, 1, C) where `each` is True. views: what stands between the norm and the layer.
     """
 
     x: Node
@@ -40,6 +41,7 @@ class _Front(NamedTuple):
     eps: float = 0.0
     activation: Activation = "none"
     each: bool = False
+    views: tuple[Node, ...] = ()
 
 
 def backend(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -104,18 +106,20 @@ def _mutates(target: object) -> bool:
 def _fuses(number: Any, front: _Front) -> bool:
     """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
-    axis = {"group": 1, "layer": -1, "gated": -1}.get(front.norm, holder.channel_dim)
+    axis = {"group": 1, "group_last": -1, "layer": -1, "gated": -1}.get(front.norm, holder.channel_dim)
     return holder.integer is not None and holder.channel_dim == axis and holder.integer.fuses(front.norm)
 
 
 def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:
-    graph, weight, bias, place = module.graph, front.weight, front.bias, next(_PLACES)
-    if front.each:
-        with graph.inserting_before(readers[0]):
+    graph, x, weight, bias, place = module.graph, front.x, front.weight, front.bias, next(_PLACES)
+    with graph.inserting_before(readers[0]):
+        if front.each:
             weight, bias = (graph.call_method("flatten", (part, 1)) for part in (weight, bias))
+        for view in front.views:
+            x = graph.create_node(view.op, view.target, (x, *view.args[1:]), view.kwargs)
     for reader in readers:
         token, _, number = reader.args
-        arguments = (token, front.x, weight, bias, front.norm, front.groups, front.eps, front.activation, place, number)
+        arguments = (token, x, weight, bias, front.norm, front.groups, front.eps, front.activation, place, number)
         with graph.inserting_before(reader):
             after = graph.call_function(traced.layer_after, arguments)
         after.meta.update(reader.meta)
@@ -159,7 +163,7 @@ def _match(node: Node) -> _Front | None:
 
 
 def _norm(node: Any) -> _Front | None:
-    return _group_norm(node) or _layer_norm(node) or _modulated_norm(node)
+    return _group_norm(node) or _layer_norm(node) or _modulated_norm(node) or _turned_norm(node)
 
 
 def _activation(node: Node) -> Activation:
@@ -206,6 +210,33 @@ def _group_norm(node: Node) -> _Front | None:
         _argument(node, i, name) for i, name in enumerate(("input", "num_groups", "weight", "bias", "eps"))
     )
     return _Front(x, "group", groups, weight, bias, 1e-5 if eps is None else eps)
+
+
+def _turned_norm(node: Node) -> _Front | None:
+    """group_norm behind views that make tokens of pixels: (N, C, ...) -> (N, ..., C)."""
+    views: list[Node] = []
+    while node.op == "call_method" and node.target in _VIEWS and len(node.all_input_nodes) == 1:
+        views.insert(0, node)
+        node = node.all_input_nodes[0]
+        if not _only(node, views[0]):
+            return None
+    norm = _group_norm(node) if views else None
+    if norm is None or not _make_tokens(views, _example(norm.x)):
+        return None
+    return norm._replace(norm="group_last", views=tuple(views))
+
+
+def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
+    """Whether the views keep samples and the order of pixels, and put the channels last; tried on numbers."""
+    if like is None or like.dim() < 3 or not all(type(size) is int for size in like.shape):
+        return False
+    marks = torch.arange(like.numel(), device="cpu").reshape(like.shape)
+    turned, expected = marks, marks.flatten(2).transpose(1, 2)
+    for view in views:
+        turned = getattr(turned, str(view.target))(*view.args[1:], **view.kwargs)
+    if turned.dim() < 3 or (turned.shape[0], turned.shape[-1]) != (like.shape[0], like.shape[1]):
+        return False
+    return torch.equal(turned.flatten(1, -2), expected)
 
 
 def _layer_norm(node: Node) -> _Front | None:
