@@ -136,9 +136,9 @@ def test_layer_norm_and_its_modulation_before_a_linear_layer(
 def test_a_gate_before_a_linear_layer(seed, size, activation, granularity, bits, dtype, halves):
     both = shapes_and_layout((*size[:-1], 2 * size[-1]), False, dtype, seed)
     x, gate = both.chunk(2, -1) if halves == "one after the other" else both.chunk(2, -1)[::-1]
-    if halves == "apart":
+    if halves in ("apart", "of another type"):
         x, gate = x.contiguous(), gate.contiguous()
-    elif halves == "of another type":  # torch's operators
+    if halves == "of another type":  # torch's operators
         gate = gate.double()
     exact = x.double() * active(gate.double(), activation)
     state = (exact + 0.3 * torch.randn(size)).float()

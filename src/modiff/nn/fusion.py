@@ -116,7 +116,7 @@ def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:
         if front.each:
             weight, bias = (graph.call_method("flatten", (part, 1)) for part in (weight, bias))
         for view in front.views:
-            x = graph.create_node(view.op, view.target, (x, *view.args[1:]), view.kwargs)
+            x = graph.call_method(_turn(view), (x, *view.args[1:]), view.kwargs)
     for reader in readers:
         token, _, number = reader.args
         arguments = (token, x, weight, bias, front.norm, front.groups, front.eps, front.activation, place, number)
@@ -226,14 +226,21 @@ def _turned_norm(node: Node) -> _Front | None:
     return norm._replace(norm="group_last", views=tuple(views))
 
 
+def _turn(view: Node) -> str:
+    """The method that does the same to any tensor: a norm gives what can be viewed so, its input may not."""
+    return "reshape" if view.target == "view" else str(view.target)
+
+
 def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
     """Whether the views keep samples and the order of pixels, and put the channels last; tried on numbers."""
     if like is None or like.dim() < 3 or not all(type(size) is int for size in like.shape):
         return False
-    marks = torch.arange(like.numel(), device="cpu").reshape(like.shape)
+    marks = torch.arange(like.numel(), dtype=torch.int32, device="cpu").reshape(like.shape)
     turned, expected = marks, marks.flatten(2).transpose(1, 2)
     for view in views:
-        turned = getattr(turned, str(view.target))(*view.args[1:], **view.kwargs)
+        if any(isinstance(argument, torch.dtype) for argument in (*view.args, *view.kwargs.values())):
+            return False
+        turned = getattr(turned, _turn(view))(*view.args[1:], **view.kwargs)
     if turned.dim() < 3 or (turned.shape[0], turned.shape[-1]) != (like.shape[0], like.shape[1]):
         return False
     return torch.equal(turned.flatten(1, -2), expected)
