@@ -352,6 +352,7 @@ VARIANTS: dict[str, Callable[[Parts], Ready]] = {
     "plain-w8a8": partial(ours, config=presets.plain(8, 8)),
     "modulated-w8a8": partial(ours, config=presets.w8a8()),
     "modulated-w8a8-fp16": ours_in_halves,
+    "modulated-w8a7": partial(ours, config=presets.modulated(8, 7)),  # the most that sums exactly without VNNI
     "modulated-w8a4": partial(ours, config=presets.w8a4()),
     "gated": gated,
 }

@@ -140,7 +140,7 @@ NN: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/attention.py",
-        old="if stepwise and self.clock is not None and torch.compiler.is_compiling():",
+        old="if self.stepwise and self.clock is not None and torch.compiler.is_compiling():",
         new="if False:",
         tests=("tests/hosts/test_compile.py",),
         why="a graph holds attention whose scales change from step to step",

@@ -148,7 +148,7 @@ def test_the_table_has_the_variants_and_models_of_the_benchmark() -> None:
     assert list(VARIANTS) == [
         "fp32-eager", "fp32-compiled", "bf16-eager", "bf16-compiled", "torchao-int8", "torchao-float8",
         "openvino-int8", "deepcache-2", "deepcache-3", "fewer-steps-2", "plain-w8a8", "modulated-w8a8",
-        "modulated-w8a8-fp16", "modulated-w8a4", "gated",
+        "modulated-w8a8-fp16", "modulated-w8a7", "modulated-w8a4", "gated",
     ]  # fmt: skip
     assert list(MODELS) == ["embedded", "ddpm-cifar10", "sd15", "sdxl", "dit-xl"]
     assert [m.size[0] for m in MODELS.values()] == [16, 8, 2, 4, 2]
@@ -172,8 +172,9 @@ def test_bf16_counts_only_where_the_instructions_are_and_may_be_used() -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("variant", "preset"),
-    [("plain-w8a8", presets.plain()), ("modulated-w8a8", presets.w8a8()), ("modulated-w8a4", presets.w8a4())],
-)
+    [("plain-w8a8", presets.plain()), ("modulated-w8a8", presets.w8a8()), ("modulated-w8a7", presets.modulated(8, 7)),
+     ("modulated-w8a4", presets.w8a4())],
+)  # fmt: skip
 def test_our_variants_run_the_presets_on_integers(
     variant: str, preset: ModiffConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ class QuantizedAttention:
 
     def __init__(self, config: AttentionConfig, name: str, clock: Clock | None = None) -> None:
         self.name, self.clock = name, clock
+        self.stepwise = any(each.step_groups != 1 for each in (config.operands, config.softmax))
         moment = None if clock is None else clock.moment
         # v is summed over its tokens, so an integer matmul allows it no scale per token
         automatic: dict[str, Granularity] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
@@ -64,8 +65,7 @@ class QuantizedAttention:
     ) -> Tensor:
         """`attend`; one operator in a graph of torch.compile where its scales change from step to step."""
         given = (query, key, value, attn_mask, dropout_p, is_causal)
-        stepwise = any(coder is not None and coder.config.step_groups != 1 for coder in self.coders.values())
-        if stepwise and self.clock is not None and torch.compiler.is_compiling():
+        if self.stepwise and self.clock is not None and torch.compiler.is_compiling():
             return traced.attend(self.clock.token, *given, scale, enable_gqa, self.number)
         return self.attend(*given, scale=scale, enable_gqa=enable_gqa)
 
