@@ -51,24 +51,6 @@ class QuantizedAttention:
         self.__dict__.update(state)
         self.number = traced.number_for(self)
 
-    def intercepted(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """`attend`; one operator in a graph of torch.compile where its scales change from step to step."""
-        given = (query, key, value, attn_mask, dropout_p, is_causal)
-        if self.stepwise and self.clock is not None and torch.compiler.is_compiling():
-            return traced.attend(self.clock.token, *given, scale, enable_gqa, self.number)
-        return self.attend(*given, scale=scale, enable_gqa=enable_gqa)
-
     def before(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         """Forward pre-hook: attention calls come here from now on."""
         mode = _Intercept(self)
@@ -102,8 +84,12 @@ class QuantizedAttention:
     ) -> Tensor:
         """`scaled_dot_product_attention` of coded operands, (..., N, D) x (..., M, D) x (..., M, E) -> (..., N, E).
 
+        In a graph of torch.compile it is one operator where its scales change from step to step.
         Cost: with softmax bits, (..., N, M) probabilities in memory in float32; without, torch's own kernel.
         """
+        if self.stepwise and self.clock is not None and torch.compiler.is_compiling():
+            given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return traced.attend(self.clock.token, *given, self.number)
         q, k, v = (_coded(x, self.coders[name]) for name, x in (("q", query), ("k", key), ("v", value)))
         softmax = self.coders["softmax"]
         if softmax is None:
@@ -138,7 +124,7 @@ class _Intercept(TorchFunctionMode):
     ) -> Any:
         if func is functional.scaled_dot_product_attention:
             self.calls += 1
-            return self.attention.intercepted(*args, **kwargs or {})
+            return self.attention.attend(*args, **kwargs or {})
         if func is Tensor.unflatten:  # under a mode torch.compile cannot follow its super(); the same operator by name
             func = torch.unflatten
         return func(*args, **kwargs or {})
