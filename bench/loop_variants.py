@@ -173,7 +173,7 @@ def torchao_int8(parts: Parts) -> Ready:
     """torchao's dynamic int8 on linear layers, compiled; convolutions stay 16/32-bit.
 
     Frozen, inductor makes oneDNN's u8 x s8 product of it. Without VNNI that sums pairs in int16, which saturate at 8
-    bits (relative error 0.13 of one layer, against 0.008); `reduce_range`, 7 bits, is torchao's answer to that.
+    bits; `reduce_range`, 7 bits, is torchao's answer to that.
     """
     config = optional("torchao.quantization", "torchao").Int8DynamicActivationInt8WeightConfig
     if parts.device.type != "cpu" or detect().sums_in_int32:
