@@ -187,4 +187,18 @@ NN: tuple[Mutation, ...] = (
         tests=("tests/nn/test_weight.py",),
         why="searched scales outlive the weights that they were searched for",
     ),
+    Mutation(
+        file="src/modiff/nn/weight.py",
+        old="found is not None and found == self._bytes",
+        new="found is not None and self._bytes is not None",
+        tests=("tests/nn/test_weight.py",),
+        why="a weight that was written through .data keeps its codes",
+    ),
+    Mutation(
+        file="src/modiff/nn/weight.py",
+        old="self._fixed = self._key = self._bytes = None",
+        new="self._fixed = self._key = None",
+        tests=("tests/nn/test_weight.py",),
+        why="codes that were taken back stay the weight",
+    ),
 )

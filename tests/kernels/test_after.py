@@ -12,32 +12,11 @@ from torch.nn import functional
 from modiff import KernelError
 from modiff.kernels import after_ops, native
 from modiff.kernels.after import Before
+from modiff.kernels.fixed_point import start
 from tests.helpers import assert_same_bits, assert_within
+from tests.kernels.coded import ACTIVATIONS, active, check
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
-ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu")
-
-
-def active(y: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return functional.silu(y)
-    approximate = {"gelu_tanh": "tanh", "gelu": "none"}.get(activation)
-    return y if approximate is None else functional.gelu(y, approximate=approximate)
-
-
-def check(
-    found: tuple[Tensor, Tensor], before: Tensor, after: Tensor, exact: Tensor, bits: int, axes: tuple[int, ...]
-) -> None:
-    """The scale, the codes and the state are those of `exact`, up to the float error of a norm."""
-    codes, scale = found
-    error = 4e-6 * (1 + exact.abs().max())
-    residual = exact - before.double()
-    largest = residual.abs().amax(axes, keepdim=True) / (2 ** (bits - 1) - 1)
-    assert_within(scale, largest.reshape(scale.shape), 1e-5 * float(largest.max()) + error)
-    whole = codes.double() - 2 ** (bits - 1)
-    step = scale.double().reshape(largest.shape)
-    assert_within(after, before.double() + whole * step, 1e-6 * (1 + exact.abs().max()))
-    assert_within(after, exact, (0.5001 * step + error).expand_as(exact))
 
 
 def shapes_and_layout(draw_size: tuple[int, ...], innermost: bool, dtype: torch.dtype, seed: int) -> Tensor:
@@ -322,8 +301,14 @@ def test_plain_codes_are_those_of_a_state_of_zeros():
 def test_the_fake_operator_promises_what_the_real_one_does(scale):
     x, state = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    arguments = (x, state, scale, None, None, "layer", 1, 1e-5, "silu", 8, 1.0, "sample", -1)
-    torch.library.opcheck(after_ops.code_after, arguments, test_utils=checks)
+    behind = (None, None, "layer", 1, 1e-5, "silu", 8, 1.0, "sample", -1)
+    memories = [(None,) * 4, (torch.randn(2, 3, 8), torch.tensor(0.5), None, None)]
+    for memory in memories:
+        torch.library.opcheck(after_ops.code_after, (x, state, *memory, scale, *behind), test_utils=checks)
+    if scale is None:
+        held, clipped = start(state), torch.zeros(1, dtype=torch.int32)
+        memory = (held.n, None, None, held.grid, clipped)
+        torch.library.opcheck(after_ops.code_after, (x, *memory, None, *behind), test_utils=checks)
 
 
 def test_what_is_not_fused_is_refused():

@@ -12,6 +12,7 @@ from modiff import ConfigError, LayerConfig, StateError, WeightConfig
 from modiff.core.affine import QParams, quantize
 from modiff.core.observers import MSEObserver
 from modiff.core.transforms import Segment
+from modiff.kernels import native
 from modiff.nn.weight import QuantizedWeight
 from tests.helpers import assert_same_bits, assert_within
 from tests.recipes import evaluate, randomised, twin
@@ -95,6 +96,55 @@ def test_the_mse_search_looks_at_every_tap_of_a_large_kernel(channels):
         dense = QuantizedWeight(WeightConfig(bits=8, search=search), (130,), None).dense(weight, torch.float32)
         errors[search] = (dense - weight).square().mean().item()
     assert errors["mse"] <= errors["minmax"]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_weight_that_did_not_change_keeps_its_codes(monkeypatch, fixed):
+    weight, quantized = torch.randn(4, 12, 3), QuantizedWeight(WeightConfig(bits=4), (4, 8), None)
+    if fixed:
+        quantized.fix(quantized.codes(weight))
+    before = quantized.codes(weight)
+    known = native.load("fingerprint").library is not None
+    for same in (weight, weight.clone()):
+        quantized.forget()
+        assert (quantized.codes(same) is before) == known
+    monkeypatch.setattr("modiff.nn.weight.fingerprint", lambda _: None)
+    quantized.forget()
+    again = quantized.codes(weight)
+    assert again is not before
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(again, before, strict=True))
+    weight.data.neg_()
+    quantized.forget()
+    if fixed:
+        with pytest.raises(StateError, match="another one"):
+            quantized.codes(weight)
+    else:
+        assert not torch.equal(quantized.codes(weight)[0][0], before[0][0])
+
+
+def test_codes_that_are_given_or_taken_back_count_for_an_unchanged_weight():
+    weight, quantized = torch.randn(4, 12), QuantizedWeight(WeightConfig(bits=4), (12,), None)
+    ((codes, qparams),) = quantized.codes(weight)
+    down = torch.where(codes == 7, codes, codes + ((weight / qparams.scale) > codes).to(torch.int8))
+    quantized.fix(((down, qparams),))
+    assert torch.equal(quantized.codes(weight)[0][0], down)
+    assert not torch.equal(down, codes)
+    quantized.unfix()
+    assert torch.equal(quantized.codes(weight)[0][0], codes)
+
+
+def test_a_weight_that_was_refused_is_refused_again():
+    weight, quantized = torch.randn(4, 12), QuantizedWeight(WeightConfig(bits=4), (12,), None)
+    quantized.fix(quantized.codes(weight))
+    quantized.codes(weight)
+    weight.data.neg_()
+    for _ in range(2):
+        quantized.forget()
+        with pytest.raises(StateError, match="another one"):
+            quantized.codes(weight)
+    weight.data.neg_()
+    quantized.forget()
+    quantized.codes(weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

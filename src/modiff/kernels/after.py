@@ -9,7 +9,7 @@ between two. The law holds all the same, as the state takes what was sent.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from modiff.kernels.after_ops import (
     code_after_now,
     group_norm_as_affine,
 )
+from modiff.kernels.fixed_point import FixedState
 
 
 class Before(NamedTuple):
@@ -70,35 +71,69 @@ class Before(NamedTuple):
     def code(
         self,
         x: Tensor,
-        state: Tensor | None,
+        state: Tensor | FixedState | None,
         scale: Tensor | None,
         bits: int,
         clip: float = 1.0,
         granularity: Granularity = "tensor",
         *,
         channel_dim: int = -1,
+        move: Tensor | None = None,
+        gain: Tensor | None = None,
+        clipped: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Codes of y against its state, which becomes the next one in place; arguments are those of `prologue`.
+        """Codes of y against its state, which becomes the next one in place.
 
         Args:
-            state: â of y, shaped as x; None for plain codes.
+            state: â of y, shaped as x; integers as `prologue_fixed` has them, with `clipped` and no given scale; None
+                for plain codes.
+            scale, bits, clip, granularity, channel_dim, move, gain: as `prologue` has them.
+            clipped: as `prologue_fixed` has it.
         Returns: uint8 codes in the layout of x, and the scales, float32.
         Raises: KernelError for a state of another shape, or a norm or an activation that nothing fuses.
         """
-        if state is not None and x.shape != state.shape:
-            raise KernelError(
-                f"Before.code: expected a state of shape {tuple(x.shape)}, got {tuple(state.shape)}. The state belongs "
-                "to another input. Start the trajectory again."
-            )
+        n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)
+        _check(x, n, grid, scale, move, gain, clipped)
         if self.norm == "group_last":  # tokens of channels are pixels with channels innermost
-            turned, held = self._replace(norm="group"), None if state is None else state.movedim(-1, 1)
-            codes, used = turned.code(x.movedim(-1, 1), held, scale, bits, clip, granularity, channel_dim=1)
+            turned, (x, n, move) = self._replace(norm="group"), (_turned(x), _turned(n), _turned(move))
+            held = n if n is None or grid is None else FixedState(n, grid)
+            codes, used = turned.code(
+                x, held, scale, bits, clip, granularity, channel_dim=1, move=move, gain=gain, clipped=clipped
+            )
             return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
         code = code_after if torch.compiler.is_compiling() else code_after_now
         return code(
-            x.detach(), state, scale, _held(self.weight), _held(self.bias), self.norm, self.groups, self.eps,
-            self.activation, bits, clip, granularity, channel_dim,
+            x.detach(), n, move, gain, grid, clipped, scale, _held(self.weight), _held(self.bias), self.norm,
+            self.groups, self.eps, self.activation, bits, clip, granularity, channel_dim,
         )  # fmt: skip
+
+
+def _check(
+    x: Tensor,
+    state: Tensor | None,
+    grid: Tensor | None,
+    scale: Tensor | None,
+    move: Tensor | None,
+    gain: Tensor | None,
+    clipped: Tensor | None,
+) -> None:
+    if state is not None and x.shape != state.shape:
+        raise KernelError(
+            f"Before.code: expected a state of shape {tuple(x.shape)}, got {tuple(state.shape)}. The state belongs "
+            "to another input. Start the trajectory again."
+        )
+    whole = (grid is None) == (clipped is None) and (grid is None or scale is None)
+    if not whole or (move is None) != (gain is None) or (move is not None and (state is None or grid is not None)):
+        raise KernelError(
+            "Before.code: expected `clipped` and measured scales with an integer state and no other, `move` and `gain` "
+            "both or neither and only with a float state, got another mix. Each form of state needs its own. Leave "
+            "out what does not belong to it."
+        )
+
+
+def _turned(x: Any) -> Any:
+    """Channels from the last axis to axis 1; None stays."""
+    return None if x is None else x.movedim(-1, 1)
 
 
 def _held(x: Tensor | None) -> Tensor | None:

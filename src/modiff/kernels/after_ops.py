@@ -16,6 +16,7 @@ from modiff.config import Granularity
 from modiff.core.affine import qrange
 from modiff.errors import KernelError
 from modiff.kernels import native, prologue_ops
+from modiff.kernels.fixed_point import FixedState, fixed_eagerly
 from modiff.kernels.geometry import empty_output
 from modiff.kernels.rows import pixel_pitch, row_shape, scale_shape
 
@@ -30,6 +31,10 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 def code_after_now(
     x: Tensor,
     state: Tensor | None,
+    move: Tensor | None,
+    gain: Tensor | None,
+    grid: Tensor | None,
+    clipped: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -46,6 +51,8 @@ def code_after_now(
 
     Args:
         state: becomes the next one in place; None for plain codes of y itself.
+        move, gain: of the "linear" predictor; move becomes that of this step.
+        grid, clipped: where the state is int16: its unit, and how many codes were cut, which is added to.
         weight, bias: of the norm, (C,); for "layer" also (B, C): the modulation of a sample, 1 + scale and shift. For
             "gated" the weight is the gate, shaped as x.
     """
@@ -61,28 +68,35 @@ def code_after_now(
     used = x.new_empty(scale_shape(x, known, channel_dim), dtype=torch.float32)
     if scale is not None:
         used.copy_(scale.reshape(used.shape))
-    run = _plan(x, state, codes, weight, norm, groups, known, channel_dim)
+    memory = _Memory(state, move, gain, grid, clipped)
+    run = _plan(x, memory, codes, weight, norm, groups, known, channel_dim)
     if run is not None:
-        _natively(run, x, state, codes, used, scale is None, weight, bias, norm, groups, eps, activation, bits, clip)
+        _natively(run, x, memory, codes, used, scale is None, weight, bias, norm, groups, eps, activation, bits, clip)
         return codes, used.view(scale.shape) if scale is not None else used
     value = before(x, weight, bias, norm, groups, eps, activation)
     given = None if scale is None else used
     if state is None:
         found, measured = prologue_ops.plain_eagerly(value, given, bits, clip, known, channel_dim)
+    elif grid is not None and clipped is not None:
+        found, measured = fixed_eagerly(value, FixedState(state, grid), bits, clip, known, channel_dim, clipped)
     else:
-        found, measured = prologue_ops.code_eagerly(value, state, None, None, given, bits, clip, known, channel_dim)
+        found, measured = prologue_ops.code_eagerly(value, state, move, gain, given, bits, clip, known, channel_dim)
     codes.copy_(found)
     used.copy_(measured)
     return codes, used.view(scale.shape) if scale is not None else used
 
 
-code_after = torch.library.custom_op("modiff::code_after", code_after_now, mutates_args=("state",))
+code_after = torch.library.custom_op("modiff::code_after", code_after_now, mutates_args=("state", "move", "clipped"))
 
 
 @code_after.register_fake
 def _(
     x: Tensor,
     state: Tensor | None,
+    move: Tensor | None,
+    gain: Tensor | None,
+    grid: Tensor | None,
+    clipped: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -143,6 +157,26 @@ def _per_sample(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dim() == 1 else x.reshape(x.shape[0], *[1] * (like.dim() - 2), x.shape[1])
 
 
+class _Memory(NamedTuple):
+    """What a step knows of the last one, as `code_after_now` is given it."""
+
+    state: Tensor | None
+    move: Tensor | None
+    gain: Tensor | None
+    grid: Tensor | None
+    clipped: Tensor | None
+
+    def fits(self, codes: Tensor) -> bool:
+        """Whether the compiled loops know its types, and meet it in memory as they meet the codes."""
+        dtype = torch.float32 if self.grid is None else torch.int16
+        laid = [x for x in (self.state, self.move) if x is not None]
+        return all(x.dtype == dtype and x.stride() == codes.stride() for x in laid)
+
+    def pointers(self) -> list[int | None]:
+        """As norm.cpp reads it; the gain must be one float."""
+        return [None if x is None else x.data_ptr() for x in self]
+
+
 class _Plan(NamedTuple):
     """How the compiled loops walk: `segments` runs of `length`; mode as norm.cpp numbers it."""
 
@@ -157,7 +191,7 @@ class _Plan(NamedTuple):
 
 def _plan(
     x: Tensor,
-    state: Tensor | None,
+    memory: _Memory,
     codes: Tensor,
     weight: Tensor | None,
     norm: str,
@@ -168,9 +202,9 @@ def _plan(
     """None where the compiled loops do not know types or layout."""
     if x.device.type != "cpu" or x.dtype not in _KINDS or x.numel() == 0:
         return None
-    if state is not None and (state.dtype != torch.float32 or state.stride() != codes.stride()):
+    if not memory.fits(codes) or not _as_walked(x, codes, norm):
         return None
-    if not _as_walked(x, codes, norm) or (norm == "gated" and not _gates(weight, x)):
+    if norm == "gated" and not _gates(weight, x):
         return None
     rows = row_shape(codes, granularity, channel_dim)
     if rows is None or (library := native.load("norm").library) is None:
@@ -219,7 +253,7 @@ def _gates(gate: Tensor | None, x: Tensor) -> bool:
 def _natively(
     plan: _Plan,
     x: Tensor,
-    state: Tensor | None,
+    memory: _Memory,
     codes: Tensor,
     scale: Tensor,
     dynamic: bool,
@@ -232,13 +266,14 @@ def _natively(
     bits: int,
     clip: float,
 ) -> None:
+    memory = memory._replace(gain=None if memory.gain is None else memory.gain.to(torch.float32).contiguous())
     gate = weight.data_ptr() if norm == "gated" and weight is not None else None
     a, b, mean, rstd = _coefficients(plan, x, weight, bias, norm, groups, eps)
     lowest, highest = qrange(bits)
     plan.library.modiff_prologue_after(
         x.data_ptr(), _KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(activation), a.data_ptr(), b.data_ptr(),
-        mean.data_ptr(), rstd.data_ptr(), gate, None if state is None else state.data_ptr(), codes.data_ptr(),
-        scale.data_ptr(), plan.segments, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
+        mean.data_ptr(), rstd.data_ptr(), gate, *memory.pointers(), codes.data_ptr(), scale.data_ptr(),
+        plan.segments, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
         int(dynamic), clip / highest, lowest, highest, torch.get_num_threads(),
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ CACHE = "MODIFF_CACHE"
 """Environment variable: folder for compiled libraries, instead of the user's cache folder."""
 
 _SOURCES = Path(__file__).parent / "csrc"
-_INTERFACE = 5
+_INTERFACE = 6
 _SECONDS = 120
 # -ffp-contract=off: a fused multiply-add would give other codes than torch. The two -fno let rounding be vectorized.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
         "modiff_prologue": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
         "modiff_prologue_fixed": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
     },
+    "fingerprint": {"modiff_fingerprint": (ctypes.c_uint64, [_POINTER, _LONG, _INT])},
     "epilogue": {"modiff_epilogue": (None, [*[_POINTER] * 5, _INT, _POINTER, _LONG, _LONG, _INT])},
     "norm": {
         "modiff_moments": (None, [_POINTER, _INT, _LONG, _LONG, _FLOAT, _POINTER, _POINTER, _INT]),
@@ -47,7 +48,7 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
             None,
             [_POINTER, _INT, *[_LONG] * 4, _FLOAT, _POINTER, _LONG, _POINTER, _POINTER, _INT],
         ),
-        "modiff_prologue_after": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 8, *[_LONG] * 6, *_END]),
+        "modiff_prologue_after": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 12, *[_LONG] * 6, *_END]),
     },
 }
 

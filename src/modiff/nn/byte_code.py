@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modiff.kernels.after import Before
 from modiff.kernels.geometry import channels_innermost
 
 
@@ -37,6 +38,28 @@ def dense_parts(x: Tensor, segments: tuple[int, ...], channel_dim: int) -> tuple
     if channel_dim == 1 and channels_innermost(x, x.dim() - 2):
         return tuple(innermost(part) for part in parts)
     return tuple(part.contiguous() for part in parts)
+
+
+def fronts_of(
+    x: Tensor, before: Before | None, segments: tuple[int, ...], channel_dim: int
+) -> list[tuple[Tensor, Before | None]]:
+    """What is to be coded, for each segment of the channels: a tensor, and what it passes through on the way.
+
+    Cost: where no kernel computes `before` for such segments, torch's operators do it here.
+    """
+    parts = None if before is None else before.parts(x, segments)
+    if parts is not None:
+        return list(parts)
+    value = x if before is None else before.of(x)
+    return [(part, None) for part in dense_parts(value, segments, channel_dim)]
+
+
+def laid_otherwise(state: Tensor, x: Tensor) -> bool:
+    """Whether a state does not lie in memory as x does, which the compiled loops need.
+
+    That of x which is a part of the channels of each pixel, or of a chunk, is dense, and was made so.
+    """
+    return state.stride() != x.stride() and (x.is_contiguous() or channels_innermost(x, x.dim() - 2))
 
 
 def innermost(x: Tensor) -> Tensor:

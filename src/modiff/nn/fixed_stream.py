@@ -10,7 +10,7 @@ from modiff.core.coder import Coder
 from modiff.core.modulation import Message, State
 from modiff.kernels.after import Before
 from modiff.kernels.fixed_point import FixedState, prologue_fixed, start
-from modiff.nn.byte_code import ByteCode, dense_parts
+from modiff.nn.byte_code import ByteCode, dense_parts, fronts_of, laid_otherwise
 from modiff.nn.clock import Clock
 from modiff.nn.stream import Stream
 
@@ -45,29 +45,31 @@ class FixedStream(Stream):
 
     def advance(self, value: Tensor, before: Before | None = None) -> Message:
         """Code `value` into bytes and write the integers in place."""
-        value = value if before is None else before.of(value)
         if self._outgrown or not self._parts:
             self._parts, self._outgrown = (), False
-            message = super().advance(value)
+            message = super().advance(value, before)
             return message._replace(anchor=self._value())
         coder = self.coder
         self._clipped = self._clipped.to(value.device).zero_()
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[FixedState] = []
-        for x, held in zip(self._dense(value), self._parts, strict=True):
+        fronts = fronts_of(value, before, coder.segments, coder.channel_dim)
+        for (x, front), held in zip(fronts, self._parts, strict=True):
             state = held
-            if held.n.stride() != x.stride():
+            if laid_otherwise(held.n, x):
                 state = held._replace(n=torch.empty_like(x, dtype=torch.int16).copy_(held.n))
             states.append(state)
-            parts.append(
-                prologue_fixed(
-                    x, state, coder.bits, coder.config.clip, coder.granularity, channel_dim=coder.channel_dim,
-                    clipped=self._clipped,
-                )
-            )  # fmt: skip
+            parts.append(self._code(x, front, state))
         self._parts = tuple(states)
         self._outgrown = bool(self._clipped > 0)  # what was cut is not lost: the next step starts from the input itself
         return Message(None, (ByteCode(tuple(parts), 2 ** (coder.bits - 1), coder.channel_dim),))
+
+    def _code(self, x: Tensor, front: Before | None, state: FixedState) -> tuple[Tensor, Tensor]:
+        coder = self.coder
+        arguments, channel_dim = (coder.bits, coder.config.clip, coder.granularity), coder.channel_dim
+        if front is None:
+            return prologue_fixed(x, state, *arguments, channel_dim=channel_dim, clipped=self._clipped)
+        return front.code(x, state, None, *arguments, channel_dim=channel_dim, clipped=self._clipped)
 
     def _value(self) -> Tensor:
         values = [part.value() for part in self._parts]

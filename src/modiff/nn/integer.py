@@ -15,7 +15,7 @@ from modiff.kernels.after_ops import Norm
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import plain
-from modiff.nn.byte_code import ByteCode, dense_parts, innermost
+from modiff.nn.byte_code import ByteCode, fronts_of, innermost
 from modiff.nn.stream import Stream, version_of
 from modiff.nn.weight import Part
 
@@ -85,8 +85,7 @@ class IntegerSide:
             return False
         if len(coder.segments) > 1 and norm != "group":
             return False
-        modulation = config.modulation
-        return modulation is None or (modulation.predictor == "hold" and modulation.state_dtype == "float32")
+        return config.modulation is None or config.modulation.state_dtype in ("float32", "int16")
 
     def plain(self, x: Tensor, coder: Coder, dtype: torch.dtype, before: Before | None = None) -> Tensor:
         """A(code(x)) + bias in `dtype`, without memory. Raises: CalibrationError as the coder does.
@@ -95,10 +94,7 @@ class IntegerSide:
             before: what x passes through before it is coded, of its shape.
         """
         given, kernels = coder.scales(x), self.kernels
-        fronts = None if before is None else before.parts(x, coder.segments)
-        if fronts is None:
-            x = x if before is None else before.of(x)
-            fronts = [(part, None) for part in dense_parts(x, coder.segments, coder.channel_dim)]
+        fronts = fronts_of(x, before, coder.segments, coder.channel_dim)
         total: Tensor | None = None
         for i, ((part, front), kernel) in enumerate(zip(fronts, kernels, strict=True)):
             arguments = None if given is None else given[i], coder.bits, coder.config.clip, coder.granularity

@@ -11,9 +11,8 @@ from modiff.core.coder import Coder
 from modiff.core.held_scales import HeldScales
 from modiff.core.modulation import Message, State, step_gain
 from modiff.kernels.after import Before
-from modiff.kernels.geometry import channels_innermost
 from modiff.kernels.prologue import prologue
-from modiff.nn.byte_code import ByteCode, dense_parts
+from modiff.nn.byte_code import ByteCode, dense_parts, fronts_of, laid_otherwise
 from modiff.nn.clock import Clock
 from modiff.nn.stream import Stream
 
@@ -65,20 +64,14 @@ class IntegerStream(Stream):
             return super().advance(value, before)
         coder, given = self.coder, self._given(value)
         gain = self._gain(value.device)
-        fronts = None if before is None or gain is not None else before.parts(value, coder.segments)
-        if fronts is None:
-            value = value if before is None else before.of(value)
-            fronts = [(part, None) for part in self._dense(value)]
+        fronts = fronts_of(value, before, coder.segments, coder.channel_dim)
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[State] = []
         for index, ((x, front), state) in enumerate(zip(fronts, self._parts, strict=True)):
             held = self._laid(index, state, x, gain)
             arguments = None if given is None else given[index], coder.bits, coder.config.clip, coder.granularity
-            if front is None:
-                found = prologue(x, held.value, *arguments, channel_dim=coder.channel_dim, move=held.move, gain=gain)
-            else:
-                found = front.code(x, held.value, *arguments, channel_dim=coder.channel_dim)
-            parts.append(found)
+            code = prologue if front is None else front.code
+            parts.append(code(x, held.value, *arguments, channel_dim=coder.channel_dim, move=held.move, gain=gain))
             states.append(held)
         self._parts = tuple(states)
         if isinstance(self.coding, HeldScales):
@@ -101,13 +94,9 @@ class IntegerStream(Stream):
         return torch.as_tensor(step_gain(self.config, self.ratio()), dtype=torch.float32, device=device)
 
     def _laid(self, part: int, state: State, x: Tensor, gain: Tensor | None) -> State:
-        """The state in the memory layout of x, which the compiled loop needs; moved once, when a trajectory begins.
-
-        That of a part of the channels of each pixel is dense, and was made so.
-        """
+        """The state in the memory layout of x; moved once, when a trajectory begins."""
         value, move = state
-        dense = x.is_contiguous() or channels_innermost(x, x.dim() - 2)
-        if dense and value.stride() != x.stride():
+        if laid_otherwise(value, x):
             value = self._place("laid", part, torch.empty_like(x, dtype=value.dtype).copy_(value))
         if gain is None:
             return State(value)

@@ -10,6 +10,7 @@ from modiff.core.affine import QParams, dequantize, qrange, quantize
 from modiff.core.observers import MinMaxObserver, MSEObserver
 from modiff.core.transforms import Segment, rotate
 from modiff.errors import ConfigError, StateError
+from modiff.kernels.fingerprint import Fingerprint, fingerprint
 
 Part = tuple[Tensor, QParams]
 """int8 codes of one segment of the input channels, and their scale per output channel."""
@@ -30,7 +31,8 @@ class QuantizedWeight:
         name: for messages.
 
     The codes follow the parameter: after `.to()`, `.half()` or a loaded state dict they are made again. Writes through
-    `.data` (a fused LoRA) leave no trace on a tensor: `forget` makes the codes again, and every trajectory calls it.
+    `.data` (a fused LoRA) leave no trace on a tensor: after `forget`, which every trajectory calls, the bytes of the
+    weight are compared by a fingerprint, and the codes made again where they changed or no fingerprint can be taken.
     Codes that were learned are kept instead (`fix`), and checked against the parameter whenever others are made again.
     """
 
@@ -43,13 +45,14 @@ class QuantizedWeight:
     ) -> None:
         self.config, self.segments, self.rotation, self.name = config, segments, rotation, name
         self._key: tuple[object, ...] | None = None
+        self._bytes: Fingerprint | None = None
         self._floats: Tensor | None = None
         self._parts: tuple[Part, ...] = ()
         self._fixed: tuple[Part, ...] | None = None
         self._searched: dict[int, tuple[Tensor, QParams]] = {}
 
     def forget(self) -> None:
-        """Derive the codes again at the next use; fixed ones are checked again."""
+        """Derive the codes again at the next use if the weight changed; fixed ones are checked again then."""
         self._key = None
 
     @property
@@ -72,11 +75,11 @@ class QuantizedWeight:
                 f"{problem}. Fixed codes take the place of rounding. Give what `codes` returns, rounded otherwise."
             )
         self._fixed = tuple((c.detach(), QParams(q.scale.detach(), None)) for c, q in parts)
-        self._key = None
+        self._key = self._bytes = None
 
     def unfix(self) -> None:
         """Round to nearest again; nothing happens where `fix` was not called."""
-        self._fixed, self._key = None, None
+        self._fixed = self._key = self._bytes = None
 
     def codes(self, weight: Tensor) -> tuple[Part, ...]:
         """(int8 codes, scales) for each segment along axis 1; empty when bits is None.
@@ -105,6 +108,11 @@ class QuantizedWeight:
         key = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape)
         if key == self._key:
             return
+        found = fingerprint(weight)
+        if found is not None and found == self._bytes:
+            self._key = key
+            return
+        self._bytes = None
         values = weight.detach()  # torch has no isfinite of float8, which layerwise casting may leave here
         if not torch.isfinite(values if values.dtype.itemsize > 1 else values.float()).all():
             raise ConfigError(
@@ -119,7 +127,7 @@ class QuantizedWeight:
             self._parts = self._quantize(self.floats(weight), self.config.bits)
         elif self.rotation is not None:
             self._floats = self.floats(weight)
-        self._key = key
+        self._key, self._bytes = key, found
 
     def _quantize(self, values: Tensor, bits: int) -> tuple[Part, ...]:
         parts: list[Part] = []

@@ -79,6 +79,38 @@ inline float scale_of(uint32_t largest_bits, float factor) {
   return scale < kSmallestScale ? kSmallestScale : scale;  // NaN stays
 }
 
+// The scale that a state takes.
+template <class State>
+float finished(const State&, uint32_t bits, float factor) {
+  return scale_of(bits, factor);
+}
+
+// A power of two times the grid, not below the scale asked for; NaN and infinity become NaN.
+inline float finished(const Fixed& s, uint32_t bits, float factor) {
+  const float ratio = scale_of(bits, factor) / s.grid;
+  if (!(ratio < __builtin_inff())) {
+    return __builtin_nanf("");
+  }
+  float step = 1.0f;
+  for (int32_t shift = 0; shift < 14 && step < ratio; ++shift) {
+    step *= 2.0f;
+  }
+  return step * s.grid;
+}
+
+// A state that is about to take codes of this scale.
+template <class State>
+State ready(const State& s, float) {
+  return s;
+}
+inline Fixed ready(const Fixed& s, float scale) {
+  int32_t shift = 0;
+  for (float step = s.grid; step < scale; step *= 2.0f) {
+    ++shift;
+  }
+  return {s.state, s.grid, shift, s.clipped};
+}
+
 // clamp(round(x), lowest, highest), ties to even; NaN gives 0.
 inline int32_t rounded(float x, float lowest, float highest) {
   float q = __builtin_rintf(x);

@@ -111,7 +111,11 @@ struct Work {
   const float* mean;
   const float* rstd;
   const void* gate;  // typed and laid as x
-  float* state;  // null: plain quantization
+  void* state;  // null: plain quantization; 16-bit integers where there is a grid, else floats
+  float* move;  // null: the predictor holds
+  const float* gain;
+  const float* grid;
+  int32_t* clipped;
   uint8_t* codes;
   float* scale;
   int64_t segments, length, per_sample, per_scale;
@@ -170,18 +174,31 @@ class Scratch {
   std::unique_ptr<float[]> own_;
 };
 
+// Calls act(state) with the state from the element `at` on, as the call has it.
+template <class Act>
+auto with_state(const Work& w, int64_t at, Act act) {
+  if (w.state == nullptr) {
+    return act(Nothing{});
+  }
+  if (w.grid != nullptr) {
+    return act(Fixed{static_cast<int16_t*>(w.state) + at, *w.grid, 0, w.clipped});
+  }
+  float* const state = static_cast<float*>(w.state) + at;
+  return w.move == nullptr ? act(Hold{state}) : act(Linear{state, w.move + at, *w.gain});
+}
+
 uint32_t largest(const Work& w, const float* y, int64_t at, int64_t count) {
-  const Plain<float> source{y};
-  return w.state == nullptr ? largest(source, Nothing{}, count) : largest(source, Hold{w.state + at}, count);
+  return with_state(w, at, [&](const auto& state) { return largest(Plain<float>{y}, state, count); });
+}
+
+float finished(const Work& w, uint32_t found) {
+  return with_state(w, 0, [&](const auto& state) { return finished(state, found, w.factor); });
 }
 
 void code(const Work& w, const float* y, int64_t at, int64_t count, float scale) {
-  const Plain<float> source{y};
-  if (w.state == nullptr) {
-    code(source, Nothing{}, w.codes + at, scale, w.lowest, w.highest, count);
-  } else {
-    code(source, Hold{w.state + at}, w.codes + at, scale, w.lowest, w.highest, count);
-  }
+  with_state(w, at, [&](const auto& state) {
+    code(Plain<float>{y}, ready(state, scale), w.codes + at, scale, w.lowest, w.highest, count);
+  });
 }
 
 // Calls run(from, to) for strips of [begin, end), in parallel if asked to.
@@ -221,7 +238,7 @@ void measured(const Work& w, Fill fill_in, int64_t r) {
     const uint32_t one = largest(w, scratch.at + from, begin + from, count);
     found = one > found ? one : found;
   }
-  w.scale[r] = scale_of(found, w.factor);
+  w.scale[r] = finished(w, found);
   code(w, scratch.at, begin, row, w.scale[r]);
 }
 
@@ -240,7 +257,7 @@ void measured_together(const Work& w, Fill fill_in, int64_t r) {
     const uint32_t one = largest(w, y + from, begin + from, count);
     found = one > found ? one : found;
   }
-  const float scale = w.scale[r] = scale_of(found, w.factor);
+  const float scale = w.scale[r] = finished(w, found);
   strips(0, row, true, w.threads, [&](int64_t from, int64_t to) { code(w, y + from, begin + from, to - from, scale); });
 }
 
@@ -283,7 +300,7 @@ void choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 5; }
+int32_t modiff_interface() { return 6; }
 
 // Mean and reciprocal deviation of `runs` runs of `count` elements each.
 void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, float eps, float* mean, float* rstd,
@@ -302,14 +319,16 @@ void modiff_grouped_moments(const void* x, int32_t kind, int64_t samples, int64_
 }
 
 // x, gate: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh, 3 GELU. state: null for
-// plain codes.
+// plain codes; with a grid 16-bit integers, whose cut codes are added to `clipped`; else floats, with a move or without.
 void modiff_prologue_after(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
-                           const float* b, const float* mean, const float* rstd, const void* gate, float* state,
-                           uint8_t* codes, float* scale, int64_t segments, int64_t length, int64_t per_sample,
-                           int64_t per_scale, int64_t pitch, int64_t channels, int32_t dynamic, float factor,
-                           int32_t lowest, int32_t highest, int32_t threads) {
-  const Work work{a,          b,         mean,  rstd,     gate,         state,  codes,  scale,   segments, length,
-                  per_sample, per_scale, pitch, channels, dynamic != 0, factor, lowest, highest, threads};
+                           const float* b, const float* mean, const float* rstd, const void* gate, void* state,
+                           float* move, const float* gain, const float* grid, int32_t* clipped, uint8_t* codes,
+                           float* scale, int64_t segments, int64_t length, int64_t per_sample, int64_t per_scale,
+                           int64_t pitch, int64_t channels, int32_t dynamic, float factor, int32_t lowest,
+                           int32_t highest, int32_t threads) {
+  const Work work{a,     b,        mean,   rstd,       gate,      state, move,     gain,         grid,   clipped, codes,
+                  scale, segments, length, per_sample, per_scale, pitch, channels, dynamic != 0, factor, lowest,  highest,
+                  threads};
   kind == 0 ? choose(static_cast<const float*>(x), mode, activation, work)
             : choose(static_cast<const Bf16*>(x), mode, activation, work);
 }

@@ -16,36 +16,6 @@ inline Hold moved(const Hold& s, int64_t at) { return {s.state + at}; }
 inline Linear moved(const Linear& s, int64_t at) { return {s.state + at, s.move + at, s.gain}; }
 inline Fixed moved(const Fixed& s, int64_t at) { return {s.state + at, s.grid, s.shift, s.clipped}; }
 
-template <class State>
-float finished(const State&, uint32_t bits, float factor) {
-  return scale_of(bits, factor);
-}
-
-// A power of two times the grid, not below the scale asked for; NaN and infinity become NaN.
-inline float finished(const Fixed& s, uint32_t bits, float factor) {
-  const float ratio = scale_of(bits, factor) / s.grid;
-  if (!(ratio < __builtin_inff())) {
-    return __builtin_nanf("");
-  }
-  float step = 1.0f;
-  for (int32_t shift = 0; shift < 14 && step < ratio; ++shift) {
-    step *= 2.0f;
-  }
-  return step * s.grid;
-}
-
-template <class State>
-State ready(const State& s, float) {
-  return s;
-}
-inline Fixed ready(const Fixed& s, float scale) {
-  int32_t shift = 0;
-  for (float step = s.grid; step < scale; step *= 2.0f) {
-    ++shift;
-  }
-  return {s.state, s.grid, shift, s.clipped};
-}
-
 template <class X, class State>
 void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
          bool dynamic, float factor, int32_t lowest, int32_t highest, int threads) {
@@ -92,7 +62,7 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
 extern "C" {
 
 // Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 5; }
+int32_t modiff_interface() { return 6; }
 
 // Elements in one block: `partial` must hold rows * ceil(count / block) numbers where count is larger.
 int64_t modiff_block() { return kBlock; }
