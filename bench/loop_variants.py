@@ -20,7 +20,7 @@ from loop_deepcache import DeepCache
 from loop_graphs import Recorded
 from loop_models import Inputs, Loop, LoopModel, Step, of_rows, repeated
 from modiff import presets
-from modiff.config import ModiffConfig, ModulationConfig
+from modiff.config import ModiffConfig, ModulationConfig, StateDtype
 from modiff.kernels.isa import detect
 from modiff.model.recordable import recording_obstacle
 from modiff.model.state_bytes import state_bytes
@@ -288,13 +288,15 @@ def ours(parts: Parts, config: ModiffConfig) -> Ready:
     return modulated(parts)
 
 
-def ours_in_halves(parts: Parts) -> Ready:
-    """Modulated W8A8 with states in float16: half the bytes to read and write at every step."""
-    if parts.device.type == "cpu":
-        raise CannotRun("16-bit states are compared on GPUs only: CPUs have no loop for them")
+def ours_in_16_bits(parts: Parts, state_dtype: StateDtype) -> Ready:
+    """Modulated W8A8 with half the bytes of states to read and write: floats on GPUs, integers on CPUs."""
+    device = parts.device.type
+    if (device == "cpu") != (state_dtype == "int16"):
+        raise CannotRun(f"{state_dtype} states are compared on {'GPUs' if device == 'cpu' else 'CPUs'} only: there is "
+                        "no loop for them here")  # fmt: skip
     layer = presets.w8a8().layer
-    states = dataclasses.replace(layer.modulation or ModulationConfig(), state_dtype="float16")
-    return ours(parts, ModiffConfig(layer=dataclasses.replace(layer, modulation=states)))
+    states = dataclasses.replace(layer.modulation or ModulationConfig(), state_dtype=state_dtype)
+    return ours(parts, ModiffConfig(layer=dataclasses.replace(layer, modulation=states, execution="integer")))
 
 
 def modulated(parts: Parts) -> Ready:
@@ -351,7 +353,8 @@ VARIANTS: dict[str, Callable[[Parts], Ready]] = {
     "fewer-steps-2": partial(fewer_steps, divisor=2),
     "plain-w8a8": partial(ours, config=presets.plain(8, 8)),
     "modulated-w8a8": partial(ours, config=presets.w8a8()),
-    "modulated-w8a8-fp16": ours_in_halves,
+    "modulated-w8a8-fp16": partial(ours_in_16_bits, state_dtype="float16"),
+    "modulated-w8a8-int16": partial(ours_in_16_bits, state_dtype="int16"),
     "modulated-w8a7": partial(ours, config=presets.modulated(8, 7)),  # the most that sums exactly without VNNI
     "modulated-w8a4": partial(ours, config=presets.w8a4()),
     "gated": gated,

@@ -241,7 +241,10 @@ def test_scales_are_measured_in_the_simulation_and_used_on_integers():
             assert_within(mine[0], theirs[0], 1e-4)
 
 
-def test_a_weight_written_in_place_is_coded_anew_and_an_equal_one_keeps_its_kernel():
+@pytest.mark.parametrize("by", ["its bytes", "its codes"])
+def test_a_weight_written_in_place_is_coded_anew_and_an_equal_one_keeps_its_kernel(monkeypatch, by):
+    if by == "its codes":
+        monkeypatch.setattr("modiff.nn.weight.fingerprint", lambda _: None)
     layer = twin(randomised(nn.Linear(16, 6)), integer(W8A4))
     inputs = walk((2, 16), steps=3)
     play(layer, inputs)
