@@ -63,17 +63,17 @@ def table(records: list[Record], rows: Mapping[str, dict[str, Any]]) -> str:
     first = records[0].task
     lines = [
         first.model.note(first.timed),
-        f"{'':<16}{'seconds':>10}{'median':>10}{'first':>9}{'step':>9}{'rel. L2':>10}{'peak MiB':>10}{'state MiB':>11}",
+        f"{'':<21}{'seconds':>10}{'median':>10}{'first':>9}{'step':>9}{'rel. L2':>10}{'peak MiB':>10}{'state MiB':>11}",
     ]
     for record in records:
         row = rows.get(record.task.variant)
         if row is None:
-            lines.append(f"{record.task.variant:<16}not run: {record.reason}")
+            lines.append(f"{record.task.variant:<21}not run: {record.reason}")
             continue
         opening, later = steps_of(record)
         error = "-" if row["relative_l2"] is None else f"{row['relative_l2']:.4f}"
         lines.append(
-            f"{record.task.variant:<16}{row['seconds_min']:>10.3f}{row['seconds_median']:>10.3f}{opening:>9.4f}"
+            f"{record.task.variant:<21}{row['seconds_min']:>10.3f}{row['seconds_median']:>10.3f}{opening:>9.4f}"
             f"{later:>9.4f}{error:>10}{row['peak_mib']:>10.0f}{row['state_mib']:>11.1f}"
             + (f"  stopped: {record.reason}" if record.reason else "")
             + (f"  {record.facts['note']}" if record.facts["note"] else "")

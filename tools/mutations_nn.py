@@ -201,4 +201,25 @@ NN: tuple[Mutation, ...] = (
         tests=("tests/nn/test_weight.py",),
         why="codes that were taken back stay the weight",
     ),
+    Mutation(
+        file="src/modiff/nn/weight.py",
+        old="        self._bytes = None\n        values",
+        new="        values",
+        tests=("tests/nn/test_weight.py",),
+        why="a weight whose codes could once not be made has none when it comes back",
+    ),
+    Mutation(
+        file="src/modiff/nn/weight.py",
+        old="None if values.data_ptr() == weight.data_ptr() else values",
+        new="values",
+        tests=("tests/nn/test_weight.py",),
+        why="a weight that moved is read where it was",
+    ),
+    Mutation(
+        file="src/modiff/nn/byte_code.py",
+        old="max(x.dim() - 2, 0)",
+        new="x.dim() - 2",
+        tests=("tests/nn/test_fixed.py",),
+        why="a row of numbers that do not lie side by side ends the trajectory",
+    ),
 )

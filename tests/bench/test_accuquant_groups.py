@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from bench import accuquant_groups as bench
 from modiff import ConfigError
 from modiff.methods.accuquant import apply_accuquant
+from tests.bench.in_process import run_here
 from tests.methods import small
 
 SETTINGS: dict[str, Any] = {
@@ -27,18 +27,7 @@ SETTINGS: dict[str, Any] = {
 def tasks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes run in this process, and are noted."""
     seen: list[int] = []
-
-    real = subprocess.run
-
-    def run(command: list[str], **options: Any) -> Any:
-        if command[0] != sys.executable:
-            return real(command, **options)  # the compiler's
-        assert command[:3] == [sys.executable, bench.__file__, "--task"]
-        seen.append(json.loads(command[3])["group_size"])
-        bench.run_task(command[3])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    run_here(monkeypatch, bench, lambda task: seen.append(task["group_size"]))
     return seen
 
 

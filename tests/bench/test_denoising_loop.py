@@ -39,12 +39,6 @@ ROW = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes a minute and is torch's business."""
-    monkeypatch.setattr(loop_variants, "compiler", lambda *_: lambda net, **_words: net)
-
-
 # ------------------------------------------------------------------------------------------------------------- models
 
 

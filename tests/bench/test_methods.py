@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from modiff import ConfigError, FormatError
 from modiff.evaluate.classifier import Classifier, save_classifier
 from modiff.hosts.load import load_pipeline
 from modiff.methods.registry import METHODS, name_of, quantize
+from tests.bench.in_process import run_here
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 NAMES = [
@@ -69,14 +69,7 @@ def model(tmp_path: Path) -> Path:
 def tasks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Rows run in this process, and are noted."""
     seen: list[str] = []
-
-    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
-        assert command[:3] == [sys.executable, methods.__file__, "--task"]
-        seen.append(Path(json.loads(command[3])["out"]).stem)
-        methods.run_task(command[3])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(methods.subprocess, "run", run)
+    run_here(monkeypatch, methods, lambda task: seen.append(Path(task["out"]).stem))
     return seen
 
 

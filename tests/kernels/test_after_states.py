@@ -133,11 +133,20 @@ def test_what_does_not_belong_to_a_state_is_refused(held, mix):
     if set(mix) in right:
         Before(activation="silu").code(x, state, None, 8, **mix)
         return
-    with pytest.raises(KernelError, match="got another mix"):
+    with pytest.raises(KernelError, match=r"with .* state, got"):
         Before(activation="silu").code(x, state, None, 8, **mix)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 4)])
+def test_moves_of_another_input_are_refused(shape):
+    move, gain = torch.zeros(shape), torch.tensor(1.0)
+    with pytest.raises(KernelError, match=r"expected a move of shape \(2, 3\), got"):
+        Before(activation="silu").code(torch.randn(2, 3), torch.zeros(2, 3), None, 8, move=move, gain=gain)
+    with pytest.raises(KernelError, match=r"of shape \(2, 3\), .* got \(2, 3\) and \("):
+        prologue(torch.randn(2, 3), torch.zeros(2, 3), None, 8, move=move, gain=gain)
 
 
 def test_integer_states_measure_their_scales():
     state, clipped = start(torch.zeros(2, 3)), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(KernelError, match="got another mix"):
+    with pytest.raises(KernelError, match=r"with .* state, got"):
         Before(activation="silu").code(torch.randn(2, 3), state, torch.tensor(0.1), 8, clipped=clipped)

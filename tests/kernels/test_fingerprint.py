@@ -58,6 +58,25 @@ def test_whole_stripes_and_whole_blocks_that_change_places_are_seen():
         assert of(turned) != of(x)
 
 
+def mixed(x: int) -> int:
+    """The finalizer of splitmix64, as the loop takes its keys from it."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+@pytest.mark.parametrize("high", [0, 1, 2**32 - 1])
+@pytest.mark.parametrize("low", [0, 1])
+@pytest.mark.parametrize("bit", range(32))
+def test_a_bit_is_seen_where_the_key_leaves_next_to_nothing_of_the_product(high, low, bit):
+    key = mixed(0x9E3779B97F4A7C15)  # of the first word
+    halves = [key % 2**32 ^ (low * (2**32 - 1)), key >> 32 ^ high]
+    x = torch.tensor(halves, dtype=torch.int64).to(torch.uint32).view(torch.int32)
+    before = of(x)
+    x[0] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
+    assert of(x) != before
+
+
 def test_changes_that_cancel_in_a_sum_are_seen():
     x = torch.randn(1024, generator=torch.Generator().manual_seed(1))
     assert len({of(y) for y in (x, -x, x.flip(0), x.roll(1), x.roll(16), x * 2, x.abs())}) == 7

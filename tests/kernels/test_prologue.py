@@ -265,7 +265,7 @@ def test_rows_are_views_whose_order_is_that_of_the_scales(shape, innermost, gran
     [
         ({"granularity": "input_channel"}, "scale along the summed axis"),
         ({"granularity": "auto"}, "got 'auto'"),
-        ({"state": torch.zeros(3, 4)}, r"state of shape \(2, 4\)"),
+        ({"state": torch.zeros(3, 4)}, r"state and move of shape \(2, 4\)"),
         ({"move": torch.zeros(2, 4)}, "both or neither"),
     ],
 )

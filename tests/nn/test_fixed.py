@@ -178,3 +178,14 @@ def test_a_layer_without_kernels_keeps_float32_states():
 def test_what_integer_states_cannot_do_is_refused(field, changes):
     with pytest.raises(ConfigError, match=rf"LayerConfig.{field}: expected .* with state_dtype='int16'"):
         dataclasses.replace(FIXED, **changes)
+
+
+@pytest.mark.parametrize("config", [FIXED, FLOAT], ids=["integers", "floats"])
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16)])
+def test_inputs_that_do_not_lie_dense_in_memory_give_what_their_copies_give(config, shape):
+    original = randomised(nn.Linear(16, 6))
+    inputs = [x[..., ::2] for x in walk((*shape[:-1], 2 * shape[-1]))]
+    found, expected = play(twin(original, config), inputs), play(twin(original, config), [x.clone() for x in inputs])
+    for mine, theirs in zip(found, expected, strict=True):
+        for ours, wanted in zip(mine, theirs, strict=True):
+            assert_same_bits(ours, wanted)

@@ -96,7 +96,8 @@ def test_the_law_holds_in_every_layer_behind_a_norm(block, form, error):
                 assert_within(state.output, layer.affine(state.input), error * (1 + state.output.abs().max()))
 
 
-def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_not(monkeypatch):
+@pytest.mark.parametrize("form", ["modulated", "moves", "states in 16 bits"])
+def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_not(monkeypatch, form):
     calls: list[tuple[str, int]] = []
     real = Before.code
 
@@ -107,7 +108,7 @@ def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_n
     monkeypatch.setattr(Before, "code", counted)
     for block, norms in (("dit", ["layer", "layer", "none"]), ("conv", ["group", "group"])):
         make, shape, _ = BLOCKS[block]
-        model = made(make, W8A8)
+        model = made(make, FUSED[form])
         compiled = fused(model, [])
         with torch.no_grad(), modiff.trajectory(model):
             first, second = drifting(0, shape, 2, 0.3, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,9 +143,30 @@ def test_a_weight_that_was_refused_is_refused_again():
         quantized.forget()
         with pytest.raises(StateError, match="another one"):
             quantized.codes(weight)
+
+
+def test_a_weight_that_comes_back_after_its_codes_could_not_be_made_has_them_again(monkeypatch):
+    weight, quantized = torch.randn(4, 12), QuantizedWeight(WeightConfig(bits=4), (12,), None)
+    ((before, _),) = quantized.codes(weight)
     weight.data.neg_()
     quantized.forget()
-    quantized.codes(weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized, "_quantize", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            quantized.codes(weight)
+    weight.data.neg_()
+    quantized.forget()
+    ((after, _),) = quantized.codes(weight)
+    assert torch.equal(after, before)
+
+
+def test_a_weight_that_moves_in_memory_is_read_where_it_is():
+    weight = torch.randn(4, 3)  # blocks of one channel: the rotated weight is the weight
+    quantized = QuantizedWeight(WeightConfig(bits=None), (3,), (Segment(3, 1),))
+    assert_same_bits(quantized.dense(weight, torch.float32), weight)
+    moved = weight.clone()
+    weight.zero_()
+    assert_same_bits(quantized.dense(moved, torch.float32), moved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

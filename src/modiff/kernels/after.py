@@ -9,6 +9,7 @@ between two. The law holds all the same, as the state takes what was sent.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ from modiff.kernels.after_ops import (
     group_norm_as_affine,
 )
 from modiff.kernels.fixed_point import FixedState
+
+_BESIDE: dict[str, tuple[set[str], ...]] = {
+    "no": (set(), {"scale"}),
+    "a float": (set(), {"scale"}, {"gain", "move"}, {"gain", "move", "scale"}),
+    "an integer": ({"clipped"},),
+}
+"""What is given beside each form of state."""
 
 
 class Before(NamedTuple):
@@ -93,7 +101,7 @@ class Before(NamedTuple):
         Raises: KernelError for a state of another shape, or a norm or an activation that nothing fuses.
         """
         n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)
-        _check(x, n, grid, scale, move, gain, clipped)
+        _check(x, n, grid, {"scale": scale, "move": move, "gain": gain, "clipped": clipped})
         if self.norm == "group_last":  # tokens of channels are pixels with channels innermost
             turned, (x, n, move) = self._replace(norm="group"), (_turned(x), _turned(n), _turned(move))
             held = n if n is None or grid is None else FixedState(n, grid)
@@ -108,27 +116,24 @@ class Before(NamedTuple):
         )  # fmt: skip
 
 
-def _check(
-    x: Tensor,
-    state: Tensor | None,
-    grid: Tensor | None,
-    scale: Tensor | None,
-    move: Tensor | None,
-    gain: Tensor | None,
-    clipped: Tensor | None,
-) -> None:
-    if state is not None and x.shape != state.shape:
+def _check(x: Tensor, state: Tensor | None, grid: Tensor | None, beside: dict[str, Tensor | None]) -> None:
+    for name, value in (("state", state), ("move", beside["move"])):
+        if value is not None and value.shape != x.shape:
+            raise KernelError(
+                f"Before.code: expected a {name} of shape {tuple(x.shape)}, got {tuple(value.shape)}. The {name} "
+                "belongs to another input. Start the trajectory again."
+            )
+    form = "no" if state is None else "a float" if grid is None else "an integer"
+    given = {name for name, value in beside.items() if value is not None}
+    if given not in _BESIDE[form]:
         raise KernelError(
-            f"Before.code: expected a state of shape {tuple(x.shape)}, got {tuple(state.shape)}. The state belongs "
-            "to another input. Start the trajectory again."
+            f"Before.code: expected {_named(_BESIDE[form])} with {form} state, got {_named([given])}. Each form of "
+            "state has arguments of its own. Leave out, or add, what differs."
         )
-    whole = (grid is None) == (clipped is None) and (grid is None or scale is None)
-    if not whole or (move is None) != (gain is None) or (move is not None and (state is None or grid is not None)):
-        raise KernelError(
-            "Before.code: expected `clipped` and measured scales with an integer state and no other, `move` and `gain` "
-            "both or neither and only with a float state, got another mix. Each form of state needs its own. Leave "
-            "out what does not belong to it."
-        )
+
+
+def _named(sets: Iterable[set[str]]) -> str:
+    return ", or ".join(" and ".join(sorted(names)) or "nothing" for names in sets)
 
 
 def _turned(x: Any) -> Any:

@@ -72,10 +72,11 @@ def prologue(
     Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and the scales, float32.
     Raises: KernelError for a granularity that no integer sum has, or shapes that do not fit.
     """
-    if state.shape != x.shape or (move is None) != (gain is None):
+    shapes = [tuple(part.shape) for part in (state, move) if part is not None]
+    if any(shape != tuple(x.shape) for shape in shapes) or (move is None) != (gain is None):
         raise KernelError(
-            f"prologue: expected a state of shape {tuple(x.shape)}, and move and gain both or neither, got "
-            f"{tuple(state.shape)}. The state belongs to another input. Start the trajectory again."
+            f"prologue: expected state and move of shape {tuple(x.shape)}, and move and gain both or neither, got "
+            f"{' and '.join(map(str, shapes))}. They belong to another input. Start the trajectory again."
         )
     x = x.detach()
     if implementation in ("auto", "native", "triton"):

@@ -77,7 +77,7 @@ def trajectories_of(
 
 
 def keep_rounding(model: nn.Module) -> None:
-    """Keep the present codes of all weights: a range search is not made again at the start of each trajectory."""
+    """Keep the present codes of all weights, as if they were learned: no other weight is taken for them."""
     for twin in required_attachment(model, "keep_rounding").twins.values():
         weight = twin.quantized_weight
         if isinstance(weight, QuantizedWeight) and weight.config.bits is not None and not weight.fixed:

@@ -59,7 +59,7 @@ def laid_otherwise(state: Tensor, x: Tensor) -> bool:
 
     That of x which is a part of the channels of each pixel, or of a chunk, is dense, and was made so.
     """
-    return state.stride() != x.stride() and (x.is_contiguous() or channels_innermost(x, x.dim() - 2))
+    return state.stride() != x.stride() and (x.is_contiguous() or channels_innermost(x, max(x.dim() - 2, 0)))
 
 
 def innermost(x: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ class ModulatedLayer(nn.Module):
         )
 
     def forget(self) -> None:
-        """Free the states of all contexts; weight codes are made again, as writes through `.data` leave no trace."""
+        """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
         self.quantized_weight.forget()
         self.streams.clear()
         self.outputs.clear()

@@ -126,7 +126,8 @@ class QuantizedWeight:
         elif self.config.bits is not None:
             self._parts = self._quantize(self.floats(weight), self.config.bits)
         elif self.rotation is not None:
-            self._floats = self.floats(weight)
+            values = self.floats(weight)  # blocks of one channel turn nothing, and give the weight itself
+            self._floats = None if values.data_ptr() == weight.data_ptr() else values
         self._key, self._bytes = key, found
 
     def _quantize(self, values: Tensor, bits: int) -> tuple[Part, ...]:

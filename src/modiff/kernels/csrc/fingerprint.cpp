@@ -1,9 +1,10 @@
 // One number for a run of bytes: other bytes give another number, but for one chance in 2^64.
 //
-// Eight lanes of 64 bits; lane i of stripe s adds what it reads, v, and the product of the two halves of v ^ key(i, s):
-// the key moves from stripe to stripe, so the same bytes elsewhere give another sum. Blocks are summed on their own and
-// mixed in their order, so the number does not depend on the threads. Not for security: whoever wants two runs of bytes
-// with one number can make them.
+// As XXH3 (Collet 2019) accumulates: eight lanes of 64 bits, where v, which lane i of stripe s reads, adds the product of
+// the two halves of v ^ key(i, s) to its own lane and v itself to the lane beside it, so that whatever changes within v
+// changes a sum. The key moves from stripe to stripe, so the same bytes elsewhere give another sum. Blocks are summed on
+// their own and mixed in their order, so the number does not depend on the threads. Not for security: whoever wants two
+// runs of bytes with one number can make them.
 
 #include <cstdint>
 #include <cstring>
@@ -27,7 +28,8 @@ inline void add(uint64_t* sums, uint64_t* keys, const uint64_t* steps, const uin
   std::memcpy(read, bytes, kStripe);
   for (int64_t i = 0; i < kLanes; ++i) {
     const uint64_t v = read[i] ^ keys[i];
-    sums[i] += read[i] + (v & 0xffffffffu) * (v >> 32);
+    sums[i] += (v & 0xffffffffu) * (v >> 32);
+    sums[i ^ 1] += read[i];
     keys[i] += steps[i];
   }
 }
