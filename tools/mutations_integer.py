@@ -188,10 +188,10 @@ INTEGER: tuple[Mutation, ...] = (
         why="the expected time counts memory and arithmetic twice",
     ),
     Mutation(
-        file="src/modiff/nn/stream.py",
-        old="and place == (None if before is None else before.place)",
-        new="",
-        tests=("tests/nn/test_fusion.py",),
+        file="src/modiff/nn/source.py",
+        old="if place != self.place:",
+        new="if place is not None and place != self.place:",
+        tests=("tests/nn/test_source.py",),
         why="a shortcut is sent the codes of the norm that reads the same tensor",
     ),
     Mutation(
@@ -217,7 +217,7 @@ INTEGER: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/fusion.py",
-        old='front.norm == "gated" and front.weight is not None and front.weight < node',
+        old='front.norm == "gated" and front.weight is not None and front.weight < first',
         new="False",
         tests=("tests/nn/test_fusion_tokens.py",),
         why="a gate moves past what is written into it",

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core import modulation
 from modiff.core.coder import Coder
+from modiff.kernels import native
 from modiff.nn import Clock, ModulatedLayer, stream, twin_of
-from modiff.nn.stream import Stream, version_of
+from modiff.nn.source import version_of
+from modiff.nn.stream import Stream
 from tests.helpers import assert_same_bits, drifting
 from tests.recipes import randomised
 
@@ -155,16 +157,35 @@ def test_a_tensor_changed_in_place_between_two_readers_is_another_tensor():
         layers[1](second)
 
 
-def test_a_tensor_changed_in_place_before_the_states_start_opens_a_stream_of_its_own():
-    x = drifting(0, (2, 8), 1, 0.1, torch.float32)[0]
-    clock, layers = group_of(2, shared=True)
-    clock.start()
-    clock.call(None)
-    layers[0](x)
-    x.mul_(2.0)
-    layers[1](x)
-    assert_same_bits(layers[1].state.input, x)
-    assert_same_bits(2 * layers[0].state.input, x)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tensor_changed_in_place_before_the_states_start_opens_a_stream_of_its_own(mode):
+    with mode():
+        x = drifting(0, (2, 8), 1, 0.1, torch.float32)[0]
+        clock, layers = group_of(2, shared=True)
+        clock.start()
+        clock.call(None)
+        layers[0](x)
+        x.mul_(2.0)
+        layers[1](x)
+        assert_same_bits(layers[1].state.input, x)
+        assert_same_bits(2 * layers[0].state.input, x)
+
+
+def test_an_inference_tensor_changed_in_place_between_two_readers_is_another_tensor(encodes):
+    if native.find_compiler() is None:
+        pytest.skip("without a compiler inference tensors are not shared")
+    with torch.inference_mode():
+        clock, layers = group_of(2, shared=True)
+        inputs = [x.clone() for x in drifting(0, (2, 8), 3, 0.1, torch.float32)]
+        clock.start()
+        for x in inputs[:2]:
+            step(clock, layers, x)
+        assert len(encodes) == 2
+        clock.call(None)
+        layers[0](inputs[2])
+        inputs[2].mul_(2.0)
+        with pytest.raises(StateError, match="to_k: expected the tensor that its group read before, got another one"):
+            layers[1](inputs[2])
 
 
 def test_anchors_come_at_every_multiple_of_the_interval():

@@ -45,7 +45,6 @@ class Before(NamedTuple):
             y = x activation(weight), with a gate shaped as x (..., C) for weight: GEGLU, SwiGLU.
         weight, bias: of the norm, (C,) or None; for "layer" also (B, C): the modulation of a sample, 1 + scale, shift.
         groups, eps: of the norm. activation: behind it.
-        place: a number for where it stands in the model: what is at one place is computed from x in one way.
     """
 
     norm: Norm = "none"
@@ -54,7 +53,6 @@ class Before(NamedTuple):
     bias: Tensor | None = None
     eps: float = 0.0
     activation: Activation = "none"
-    place: int = 0
 
     def parts(self, x: Tensor, segments: tuple[int, ...]) -> list[tuple[Tensor, Before]] | None:
         """(part of x, what it passes through) for each run of channels; None where no kernel reads such parts."""
@@ -66,7 +64,7 @@ class Before(NamedTuple):
         if found is None:
             return None
         cut = zip(x.detach().split(list(segments), 1), *(c.split(list(segments), 1) for c in found), strict=True)
-        return [(part, Before("affine", 1, a, b, 0.0, self.activation, self.place)) for part, a, b in cut]
+        return [(part, Before("affine", 1, a, b, 0.0, self.activation)) for part, a, b in cut]
 
     def of(self, x: Tensor) -> Tensor:
         """y by torch's operators, in float32 at least."""

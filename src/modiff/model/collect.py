@@ -20,7 +20,7 @@ from modiff.model.calibration_set import CalibrationSet, Call, map_tensors
 from modiff.model.report import Report
 from modiff.model.timesteps import StepSampler
 from modiff.nn import Clock
-from modiff.nn.stream import version_of
+from modiff.nn.source import version_of
 
 UNBATCHED = ("txt_ids", "img_ids", "image_rotary_emb", "freqs_cis")
 """Arguments that have no batch axis: positions, kept whole when rows are chosen."""

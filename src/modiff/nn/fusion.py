@@ -53,13 +53,19 @@ def backend(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 
 def fuse(module: GraphModule) -> int:
-    """Rewrite a graph of torch.compile in place. Returns: how many layers took in what stands before them."""
+    """Rewrite a graph of torch.compile in place. Returns: how many layers took in what stands before them.
+
+    Layers that read one tensor get a number for it, by which they know that they share: in memory inductor keeps other
+    tensors at the same place, one after the other.
+    """
     moved = 0
     for node in list(module.graph.nodes):
         if node.op in ("call_function", "call_method") and (front := _match(node)) and _readers(node, front):
             moved += len(node.users)
             _move(module, list(node.users), front)
             _erase(node)
+    for node in module.graph.nodes:
+        _number(node)
     module.graph.lint()
     module.recompile()
     return moved
@@ -79,15 +85,29 @@ def _readers(node: Node, front: _Front) -> bool:
 
 def _changed(front: _Front, reader: Node) -> bool:
     """Whether anything is written in place between x and its reader: it may be what x is a view of."""
-    node = front.x
-    if front.norm == "gated" and front.weight is not None and front.weight < node:
-        node = front.weight
-    node = node.next
-    while node is not reader:
+    first = front.x
+    if front.norm == "gated" and front.weight is not None and front.weight < first:
+        first = front.weight
+    return _written(first, reader)
+
+
+def _written(first: Node, last: Node) -> bool:
+    """Whether anything is written in place between two nodes."""
+    node = first.next
+    while node is not last:
         if node.op in ("call_function", "call_method") and _in_place(node):
             return True
         node = node.next
     return False
+
+
+def _number(node: Node) -> None:
+    """A number of its own for what several layers read as it is."""
+    readers = sorted(user for user in node.users if user.target is traced.layer and user.args[1] is node)
+    if len(readers) > 1 and not _written(readers[0], readers[-1]):
+        place = next(_PLACES)
+        for reader in readers:
+            reader.args = (*reader.args[:3], place)
 
 
 def _in_place(node: Node) -> bool:

@@ -16,7 +16,8 @@ from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import plain
 from modiff.nn.byte_code import ByteCode, fronts_of, innermost
-from modiff.nn.stream import Stream, version_of
+from modiff.nn.source import version_of
+from modiff.nn.stream import Stream
 from modiff.nn.weight import Part
 
 if TYPE_CHECKING:

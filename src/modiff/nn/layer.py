@@ -22,7 +22,8 @@ from modiff.nn.fixed_stream import FixedStream
 from modiff.nn.integer import IntegerSide, Sliding, obstacle
 from modiff.nn.integer_stream import IntegerStream
 from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
-from modiff.nn.stream import Inputs, Key, Stream
+from modiff.nn.source import Key
+from modiff.nn.stream import Inputs, Stream
 from modiff.nn.weight import QuantizedWeight
 
 
@@ -250,21 +251,22 @@ class ModulatedLayer(nn.Module):
             return traced.layer(self.clock.token, x, self.number)
         return self.run(x)
 
-    def run(self, x: Tensor, before: Before | None = None) -> Tensor:
-        """`forward`, outside of any graph.
+    def run(self, x: Tensor, before: Before | None = None, place: int | None = None) -> Tensor:
+        """`forward`, outside of any graph or as an operator of one.
 
         Args:
             before: what x passes through on its way into the layer, of its shape; the layer computes it too.
+            place: None outside of a graph; in it what the layer reads there, 0 if it has no number.
         """
         if x.numel() == 0:
             raise StateError(f"{self.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
                              "An empty input has no range to quantize. Skip empty batches.")  # fmt: skip
         if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a small layer
-            return self._coded(x, before)
+            return self._coded(x, before, place)
         with torch.autocast(x.device.type, enabled=False):
-            return self._coded(x, before)
+            return self._coded(x, before, place)
 
-    def _coded(self, x: Tensor, before: Before | None) -> Tensor:
+    def _coded(self, x: Tensor, before: Before | None, place: int | None) -> Tensor:
         value = x
         if before is not None and (self.integer is None or not self.integer.fuses(before.norm)):
             value, before = before.of(x), None
@@ -277,16 +279,22 @@ class ModulatedLayer(nn.Module):
                 return self.integer.plain(value, self.coder, x.dtype, before)
             value = value if before is None else before.of(value)
             return output_of(encode_plain(value, self.coder), self).to(x.dtype)
-        return self._modulated(x, value, before, self.config.modulation, self.inputs)
+        return self._modulated(x, value, before, place, self.config.modulation, self.inputs)
 
     def _modulated(
-        self, x: Tensor, value: Tensor, before: Before | None, config: ModulationConfig, inputs: Inputs
+        self,
+        x: Tensor,
+        value: Tensor,
+        before: Before | None,
+        place: int | None,
+        config: ModulationConfig,
+        inputs: Inputs,
     ) -> Tensor:
         key = self._key()
         if key not in self.streams:
-            self.streams[key] = inputs.stream_for(x, before)
+            self.streams[key] = inputs.stream_for(x, place, key)
         stream = self.streams[key]
-        message = stream.read(self.name, x, value, before)
+        message = stream.read(self.name, x, value, before, place=place, key=key)
         seen = self._seen.get(key, 0)
         if stream.count != seen + 1 and not message.starts:
             raise StateError(

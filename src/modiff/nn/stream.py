@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 
 import torch
 from torch import Tensor
@@ -15,22 +14,16 @@ from modiff.core.modulation import Message, State, encode
 from modiff.errors import StateError
 from modiff.kernels.after import Before
 from modiff.nn.clock import Clock
+from modiff.nn.source import Key, Source
 
 _NUMBERS = itertools.count()
-Key = tuple[str, int]
-"""(context, how many times the layer was called before in this evaluation)."""
-
-
-def version_of(x: Tensor) -> int:
-    """How often a tensor was written in place; inference tensors do not count, and read 0."""
-    return 0 if x.is_inference() else x._version
 
 
 class Stream:
     """One tensor's input state through the trajectory, and the message that this evaluation sent for it.
 
-    count: messages sent so far; a reader that missed one cannot go on. key: the same for this stream in every
-    trajectory, None for one that belongs to no group.
+    count: messages sent so far; a reader that missed one cannot go on. readers: how many layers read it. key: the same
+    for this stream in every trajectory, None for one that belongs to no group.
     """
 
     def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
@@ -38,30 +31,36 @@ class Stream:
         self.coding = HeldScales(coder) if coder.config.refresh_every > 1 else coder
         self.state: State | None = None
         self.message: Message | None = None
-        self.count = 0
+        self.count, self.readers = 0, 1
         self.key: tuple[int, int] | None = None
         self.tick = -1
         self._held: tuple[torch.Size, torch.device] | None = None
-        self._source: tuple[weakref.ref[Tensor], int, int | None] | None = None
+        self._source: Source | None = None
 
-    def carries(self, x: Tensor, before: Before | None = None) -> bool:
-        """True if this evaluation's message was made from this very tensor, unchanged since, at the same place."""
-        if self.tick != self.clock.tick or self._source is None:
-            return False
-        source, version, place = self._source
-        return source() is x and version == version_of(x) and place == (None if before is None else before.place)
+    def carries(self, x: Tensor, place: int | None = None, key: Key = ("", 0)) -> bool:
+        """True if this evaluation's message was made from this very tensor, unchanged since."""
+        return self.tick == self.clock.tick and self._source is not None and self._source.carries(x, place, key)
 
-    def read(self, where: str, x: Tensor, value: Tensor, before: Before | None = None) -> Message:
+    def read(
+        self,
+        where: str,
+        x: Tensor,
+        value: Tensor,
+        before: Before | None = None,
+        *,
+        place: int | None = None,
+        key: Key = ("", 0),
+    ) -> Message:
         """The message for `x`: coded by the first reader of the evaluation, the same for all others.
 
         Args:
-            x: the tensor as the layer got it; it tells who shares.
+            x, place, key: the tensor as the layer got it; they tell who shares, as `Source` has them.
             value: x itself, or x rotated: what is coded.
             before: what `value` passes through before it is coded, of its shape; the same for all readers.
         Raises: StateError if shape or device changed inside the trajectory, or the readers no longer agree.
         """
         if self.tick == self.clock.tick and self.message is not None:
-            if not self.carries(x, before):
+            if not self.carries(x, place, key):
                 raise StateError(
                     f"{where}: expected the tensor that its group read before, got another one. These layers read one "
                     "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
@@ -75,10 +74,7 @@ class Stream:
         self._check(where, value)
         self.message = self.advance(value, before)
         self._held = value.shape, value.device
-        self.tick, self._source = (
-            self.clock.tick,
-            (weakref.ref(x), version_of(x), None if before is None else before.place),
-        )
+        self.tick, self._source = self.clock.tick, Source(x, place, key, self.readers > 1 or not self.count)
         self.count += 1
         return self.message
 
@@ -125,10 +121,11 @@ class Inputs:
         """Drop all streams, and with them the input states."""
         self.streams.clear()
 
-    def stream_for(self, x: Tensor, before: Before | None = None) -> Stream:
-        """The stream that carries `x`, behind `before`, in this evaluation; a new one if there is none."""
+    def stream_for(self, x: Tensor, place: int | None = None, key: Key = ("", 0)) -> Stream:
+        """The stream that carries `x` in this evaluation; a new one if there is none."""
         for stream in self.streams:
-            if stream.message is not None and stream.message.starts and stream.carries(x, before):
+            if stream.message is not None and stream.message.starts and stream.carries(x, place, key):
+                stream.readers += 1
                 return stream
         found = self.stream(self.coder, self.config, self.clock)
         found.key = (self.number, len(self.streams))

@@ -68,10 +68,10 @@ def _end(token: Tensor, number: int) -> None:
     _HOLDERS[number].end()
 
 
-def _layer(token: Tensor, x: Tensor, number: int) -> Tensor:
+def _layer(token: Tensor, x: Tensor, number: int, place: int = 0) -> Tensor:
     """The forward of the layer of `number`, channels innermost in memory."""
     holder = holder_of(number)
-    output = holder.run(x)
+    output = holder.run(x, None, place)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
@@ -89,7 +89,7 @@ def _layer_after(
 ) -> Tensor:
     """The forward of the layer of `number` for activation(norm(x)), channels innermost in memory."""
     holder = holder_of(number)
-    output = holder.run(x, Before(norm, groups, weight, bias, eps, activation, place))
+    output = holder.run(x, Before(norm, groups, weight, bias, eps, activation), place)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
@@ -97,7 +97,7 @@ def _fake_layer_after(token: Tensor, x: Tensor, *others: Any) -> Tensor:
     return _fake_layer(token, x, others[-1])
 
 
-def _fake_layer(token: Tensor, x: Tensor, number: int) -> Tensor:
+def _fake_layer(token: Tensor, x: Tensor, number: int, place: int = 0) -> Tensor:
     holder = holder_of(number)
     shape = holder.operator(x, x.new_empty(holder.weight_shape), None).shape
     return empty_output(x, shape, 0 if holder.channel_dim == -1 else x.dim() - 2, x.dtype)
@@ -130,7 +130,7 @@ def _nothing(*_: object) -> None:
 
 begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()", _begin, _nothing)
 end = _operator("end(Tensor(a!) token, int number) -> ()", _end, _nothing)
-layer = _operator("layer(Tensor(a!) token, Tensor x, int number) -> Tensor", _layer, _fake_layer)
+layer = _operator("layer(Tensor(a!) token, Tensor x, int number, int place=0) -> Tensor", _layer, _fake_layer)
 layer_after = _operator(
     "layer_after(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
     "str activation, int place, int number) -> Tensor", _layer_after, _fake_layer_after,

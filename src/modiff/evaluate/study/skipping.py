@@ -21,6 +21,7 @@ from modiff.errors import ConfigError
 from modiff.kernels.after import Before
 from modiff.model.attachment import required_attachment
 from modiff.nn import Clock
+from modiff.nn.source import Key
 from modiff.nn.stream import Inputs, Stream
 
 Unit = Literal["layer", "block", "sample", "token"]
@@ -174,7 +175,7 @@ class _Inputs(Inputs):
         super().__init__(coder, config, clock)
         self.silent, self.name, self.tally = coder, name, tally
 
-    def stream_for(self, x: Tensor, before: Before | None = None) -> Stream:
+    def stream_for(self, x: Tensor, place: int | None = None, key: Key = ("", 0)) -> Stream:
         """A stream of its own for each call."""
         self.streams.append(_Stream(self))
         return self.streams[-1]
@@ -187,10 +188,19 @@ class _Stream(Stream):
         super().__init__(inputs.silent, inputs.config, inputs.clock)
         self.silent, self.name, self.tally = inputs.silent, inputs.name, inputs.tally
 
-    def read(self, where: str, x: Tensor, value: Tensor, before: Before | None = None) -> Message:
+    def read(
+        self,
+        where: str,
+        x: Tensor,
+        value: Tensor,
+        before: Before | None = None,
+        *,
+        place: int | None = None,
+        key: Key = ("", 0),
+    ) -> Message:
         """The message for `x`, counted."""
         self.silent.input = value if before is None else before.of(value)
-        message = super().read(where, x, value, before)
+        message = super().read(where, x, value, before, place=place, key=key)
         self.silent.input = None
         self.tally.add(self.name, x.shape[0], 1.0 if message.starts else self.silent.share, message.starts)
         return message

@@ -1,0 +1,142 @@
+"""Layers of a compiled graph that read one tensor share its codes; those that read others in its memory do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from torch import Tensor, nn
+
+import modiff
+from modiff.kernels import native
+from modiff.nn import fusion, source, traced
+from modiff.nn.layer import ModulatedLayer
+from tests.helpers import assert_within, drifting
+from tests.nn.fusing import W8A8, Model, fused, taken
+
+NAMES = ("to_q", "to_k", "to_v")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    dynamo.reset()
+    yield
+    dynamo.reset()
+
+
+def made(call: Callable[[Any, Tensor], Tensor], **more: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return taken(Model(call, **{name: nn.Linear(32, 32) for name in NAMES}, **more).eval(), W8A8)
+
+
+def one_tensor(m: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(x) + 1
+    return m.to_q(y) + m.to_k(y) * m.to_v(y)
+
+
+def one_view(m: Any, x: Tensor) -> Tensor:
+    y = (torch.tanh(x) + 1).flatten(0, 1)
+    return m.to_q(y) + m.to_k(y) * m.to_v(y)
+
+
+def one_after_the_other(m: Any, x: Tensor) -> Tensor:
+    """As in a residual block: outputs are read again at the end, so the next input takes the memory of the last one."""
+    q = m.to_q(torch.tanh(x) + 1)
+    k = m.to_k(torch.sin(q) * 3)
+    return m.to_v(torch.cos(k) * 2) + q + k
+
+
+def written_between(m: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(x) + 1
+    q = m.to_q(y)
+    y.mul_(2)
+    return q + m.to_k(y) * m.to_v(y)
+
+
+def states(model: nn.Module) -> int:
+    """How many input states there are."""
+    layers = [m for m in model.modules() if isinstance(m, ModulatedLayer)]
+    return len({id(stream) for layer in layers for stream in layer.streams.values()})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.skipif(native.find_compiler() is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("backend", ["inductor", "modiff"])
+@pytest.mark.parametrize(("call", "count"), [(one_tensor, 1), (one_view, 1), (one_after_the_other, 3)])
+def test_inductor_gives_what_eager_execution_gives(backend, call, count):
+    eager, model = made(call), made(call)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.inference_mode(), modiff.trajectory(eager), modiff.trajectory(model):
+        for x in drifting(0, (2, 50, 32), 4, 0.3, torch.float32):
+            expected = eager(x)
+            assert_within(compiled(x), expected, 0.01 * float(expected.abs().max()))
+        assert states(model) == count
+
+
+@pytest.mark.parametrize(("call", "numbered"), [(one_tensor, 3), (one_view, 3), (one_after_the_other, 0),
+                                                (written_between, 0)])  # fmt: skip
+def test_what_several_layers_read_has_a_number_unless_it_is_written_between(call, numbered):
+    places: list[int] = []
+
+    def rewrite(module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        fusion.fuse(module)
+        places.extend(node.args[3] for node in module.graph.nodes if node.target is traced.layer and len(node.args) > 3)
+        return module.forward
+
+    eager, model = made(call), made(call)
+    compiled = torch.compile(model, backend=rewrite, fullgraph=True)
+    with torch.no_grad(), modiff.trajectory(eager), modiff.trajectory(model):
+        for x in drifting(0, (2, 5, 32), 3, 0.3, torch.float32):
+            assert_within(compiled(x), eager(x), 1e-5)
+    assert len(places) == numbered
+    assert len(set(places)) == (numbered > 0)
+    assert all(places)
+
+
+def test_with_numbers_no_bytes_are_compared(monkeypatch):
+    monkeypatch.setattr(source, "fingerprint", lambda _: pytest.fail("a pass over memory"))
+    model = made(one_view)
+    compiled = fused(model, [])
+    with torch.no_grad(), modiff.trajectory(model):
+        for x in drifting(0, (2, 5, 32), 3, 0.3, torch.float32):
+            compiled(x)
+        assert states(model) == 1
+
+
+def test_a_graph_that_runs_twice_in_an_evaluation_shares_within_each_run_alone():
+    def twice(m: Any, x: Tensor) -> Tensor:
+        return m.block(m.block(x) * 0.5)
+
+    def build() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        block = Model(one_tensor, **{name: nn.Linear(32, 32) for name in NAMES})
+        model = taken(Model(twice, block=block).eval(), W8A8)
+        return model, model.block
+
+    (eager, _), (model, block) = build(), build()
+    block.forward = fused(block, [])
+    with torch.no_grad(), modiff.trajectory(eager), modiff.trajectory(model):
+        for x in drifting(0, (2, 5, 32), 4, 0.3, torch.float32):
+            assert_within(model(x), eager(x), 1e-4)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_one_object_that_holds_another_tensor_is_another_tensor(step):
+    """As inductor reuses memory: the second layer reads the same object, in which a kernel wrote."""
+    model = made(one_tensor)
+    q, k = model.to_q, model.to_k
+    inputs = drifting(0, (2, 5, 32), 3, 0.3, torch.float32)
+    with torch.no_grad(), modiff.trajectory(model):
+        for i, x in enumerate(inputs[: step + 1]):
+            q.clock.call(None)
+            y = x.clone()
+            traced.layer(q.clock.token, y, q.number)
+            if i < step or step == 0:
+                y.numpy()[...] += 1
+            found = traced.layer(k.clock.token, y, k.number)
+            q.clock.returned()
+        exact = k.affine(y)
+    assert_within(found, exact, 0.05 * float(exact.abs().max()))
