@@ -346,7 +346,8 @@ class ModiffConfig(JsonConfig):
     first_last: "full_precision" leaves the first and the last layer of the network alone.
     min_weights: layers with fewer weights are left alone.
     share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual. A tensor
-        that is written in place between two of them is noticed, but not under torch.inference_mode: "off" there.
+        that is written in place between two of them is another one. Inference tensors are known by their bytes: on GPUs,
+        where nobody looks at these, each layer codes them for itself.
     split_shortcuts: "auto" gives the two halves of a U-Net's concatenated skip input a quantizer each.
     attention: quantizers of the attention products; None leaves them in full precision.
     """
