@@ -228,7 +228,7 @@ class ModulationConfig(JsonConfig):
     reanchor_every: anchor again every this many steps; 0 never.
     state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md gives figures over 200 steps). int16 is
         half of float32 and hardly drifts: integers on a grid of the layer, for execution="integer" with dynamic scales,
-        which become powers of two times the grid; a state that outgrows its grid starts again.
+        which become multiples of its grid; a state that outgrows its grid starts again.
     """
 
     predictor: Predictor = "hold"
@@ -297,7 +297,7 @@ class LayerConfig(JsonConfig):
     def _check_integer_states(self, modulation: ModulationConfig) -> None:
         for where, value, wanted, why in (
             ("execution", self.execution, "integer", "Only kernels keep integers."),
-            ("activation.dynamic", self.activation.dynamic, True, "A static scale is no power of two times the grid."),
+            ("activation.dynamic", self.activation.dynamic, True, "A static scale is no multiple of the grid."),
             ("activation.refresh_every", self.activation.refresh_every, 1, "An old scale may leave 16 bits."),
             ("modulation.predictor", modulation.predictor, "hold", "A move is no multiple of the grid."),
             ("modulation.first_step", modulation.first_step, "full_precision", "The grid is made from whole inputs."),
@@ -346,8 +346,8 @@ class ModiffConfig(JsonConfig):
     first_last: "full_precision" leaves the first and the last layer of the network alone.
     min_weights: layers with fewer weights are left alone.
     share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual. A tensor
-        that is written in place between two of them is another one. Inference tensors are known by their bytes: on GPUs,
-        where nobody looks at these, each layer codes them for itself.
+        that is written in place between two of them is another one. Inference tensors are known by their bytes; on
+        GPUs, where nobody looks at these, each layer codes them for itself.
     split_shortcuts: "auto" gives the two halves of a U-Net's concatenated skip input a quantizer each.
     attention: quantizers of the attention products; None leaves them in full precision.
     """

@@ -1,12 +1,13 @@
 """Input states as 16-bit integers: two bytes an element, exact at any length of trajectory.
 
-The state is n * grid with a power of two `grid` for the layer, and every scale is a power of two times the grid:
+The state is n * grid with a power of two `grid` for the layer, and every scale is a multiple of the grid:
 
-    s_t = 2^m grid >= clip * max|a_t - â_{t+1}| / qmax,    n_t = n_{t+1} + (q_t << m),    â_t = grid n_t
+    s_t = m_t grid,  m_t = ceil(clip * max|a_t - â_{t+1}| / (qmax grid)),    n_t = n_{t+1} + q_t m_t,    â_t = grid n_t
 
 so the state is the sum of what was sent, with no rounding of its own. A state that is rounded at each step drifts away
-from the output state, which only sees the codes. It costs up to one bit of the scale. Shifts stop at 14: a residual
-larger than 2^14 steps of the grid is clipped, and a code that would leave 16 bits is cut, both sent later as always.
+from the output state, which only sees the codes. It costs up to one step of the grid in the scale. Multiples stop at
+2^14: a residual larger than so many steps of the grid is clipped, and a code that would leave 16 bits is cut, both sent
+later as always.
 
 An integer holds no NaN: a NaN, or an infinity, makes the scale of its tensor (sample, token) NaN and with it every
 output; the state stays as it is. At the start it makes the grid NaN.
@@ -26,7 +27,8 @@ from modiff.kernels import native
 from modiff.kernels.rows import row_shape, scale_shape
 
 _LARGEST = 2**15 - 1
-_MOST_SHIFT = 14
+_MOST_MULTIPLE = 2**14
+_JUST_BELOW_ONE = 1 - 2**-22
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -101,17 +103,16 @@ def fixed_eagerly(
     residual = x.to(torch.float32) - state.value()
     ratio = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim).scale / state.grid
     finite = ratio.isfinite()
-    mantissa, exponent = torch.frexp(torch.where(finite, ratio, 1.0))
-    shift = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(0, _MOST_SHIFT)  # ceil(log2(ratio))
-    scale = torch.where(finite, torch.ldexp(state.grid.expand_as(shift), shift), torch.nan)
+    multiple = torch.where(finite, ratio.ceil(), 1.0).clamp(1, _MOST_MULTIPLE)
+    scale = torch.where(finite, multiple * state.grid, torch.nan)
     held = state.n.to(torch.int32)
-    shift = torch.where(finite, shift, 0)
     q = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
     asked = q
-    q = torch.minimum(q, (_LARGEST - held) >> shift)
-    q = torch.maximum(q, -((_LARGEST + 1 + held) >> shift))
+    share = 1 / multiple * _JUST_BELOW_ONE  # whole steps that fit, never one too many
+    q = torch.minimum(q, ((_LARGEST - held) * share).to(torch.int32))
+    q = torch.maximum(q, -((_LARGEST + 1 + held) * share).to(torch.int32))
     clipped.add_((q != asked).sum())
-    state.n.copy_(held + (q << shift))
+    state.n.copy_(held + q * multiple.to(torch.int32))
     codes = torch.empty_like(x, dtype=torch.uint8)
     return codes.copy_(q - qmin), scale
 

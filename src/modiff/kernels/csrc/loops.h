@@ -13,6 +13,8 @@
 namespace modiff {
 
 constexpr float kSmallestScale = 1e-12f;
+constexpr float kMostMultiple = 16384.0f;   // of the grid, that an integer state takes as a scale
+constexpr float kJustBelowOne = 1.0f - 0x1p-22f;
 constexpr int64_t kBlock = 16384;     // elements that one task works on
 constexpr int64_t kParallel = 65536;  // below this one thread is faster
 
@@ -57,7 +59,7 @@ struct Linear {
 struct Fixed {
   int16_t* state;
   float grid;
-  int32_t shift;
+  int32_t multiple;  // of the grid: the scale
   int32_t* clipped;
   float before(int64_t i) const { return static_cast<float>(state[i]) * grid; }
 };
@@ -85,17 +87,14 @@ float finished(const State&, uint32_t bits, float factor) {
   return scale_of(bits, factor);
 }
 
-// A power of two times the grid, not below the scale asked for; NaN and infinity become NaN.
+// The multiple of the grid next above the scale asked for; NaN and infinity become NaN.
 inline float finished(const Fixed& s, uint32_t bits, float factor) {
   const float ratio = scale_of(bits, factor) / s.grid;
   if (!(ratio < __builtin_inff())) {
     return __builtin_nanf("");
   }
-  float step = 1.0f;
-  for (int32_t shift = 0; shift < 14 && step < ratio; ++shift) {
-    step *= 2.0f;
-  }
-  return step * s.grid;
+  const float whole = __builtin_ceilf(ratio);
+  return (whole < 1.0f ? 1.0f : whole > kMostMultiple ? kMostMultiple : whole) * s.grid;
 }
 
 // A state that is about to take codes of this scale.
@@ -104,11 +103,7 @@ State ready(const State& s, float) {
   return s;
 }
 inline Fixed ready(const Fixed& s, float scale) {
-  int32_t shift = 0;
-  for (float step = s.grid; step < scale; step *= 2.0f) {
-    ++shift;
-  }
-  return {s.state, s.grid, shift, s.clipped};
+  return {s.state, s.grid, scale == scale ? static_cast<int32_t>(scale / s.grid) : 1, s.clipped};
 }
 
 // clamp(round(x), lowest, highest), ties to even; NaN gives 0.
@@ -137,16 +132,18 @@ template <class Source>
 MODIFF_APART void code(Source source, Fixed state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
           int64_t count) {
   const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
+  const float share = 1.0f / static_cast<float>(state.multiple) * kJustBelowOne;  // whole steps, never one too many
   int32_t clipped = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t held = state.state[i];
     int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
     const int32_t asked = q;
-    const int32_t most = (32767 - held) >> state.shift, least = -((32768 + held) >> state.shift);
+    const int32_t most = static_cast<int32_t>(static_cast<float>(32767 - held) * share);
+    const int32_t least = -static_cast<int32_t>(static_cast<float>(32768 + held) * share);
     q = q > most ? most : q;
     q = q < least ? least : q;
     clipped += q != asked;
-    state.state[i] = static_cast<int16_t>(held + q * (1 << state.shift));
+    state.state[i] = static_cast<int16_t>(held + q * state.multiple);
     codes[i] = static_cast<uint8_t>(q - lowest);
   }
   if (clipped != 0) {

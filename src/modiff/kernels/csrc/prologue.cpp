@@ -14,7 +14,7 @@ using namespace modiff;
 inline Nothing moved(const Nothing& s, int64_t) { return s; }
 inline Hold moved(const Hold& s, int64_t at) { return {s.state + at}; }
 inline Linear moved(const Linear& s, int64_t at) { return {s.state + at, s.move + at, s.gain}; }
-inline Fixed moved(const Fixed& s, int64_t at) { return {s.state + at, s.grid, s.shift, s.clipped}; }
+inline Fixed moved(const Fixed& s, int64_t at) { return {s.state + at, s.grid, s.multiple, s.clipped}; }
 
 template <class X, class State>
 void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
@@ -85,7 +85,7 @@ void modiff_prologue(const void* x, int32_t kind, float* state, float* move, con
   kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
 }
 
-// The state as 16-bit integers in units of *grid, a power of two; given scales must be powers of two times it.
+// The state as 16-bit integers in units of *grid, a power of two; given scales must be multiples of it.
 // clipped: the number of codes that were cut to stay within 16 bits is added to it.
 void modiff_prologue_fixed(const void* x, int32_t kind, int16_t* state, const float* grid, uint8_t* codes,
                            float* scale, uint32_t* partial, int32_t* clipped, int64_t rows, int64_t count,
