@@ -189,8 +189,8 @@ INTEGER: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/source.py",
-        old="if place != self.place:",
-        new="if place is not None and place != self.place:",
+        old="abs(place) != abs(self.place)",
+        new="not place",
         tests=("tests/nn/test_source.py",),
         why="a shortcut is sent the codes of the norm that reads the same tensor",
     ),

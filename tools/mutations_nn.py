@@ -231,9 +231,9 @@ NN: tuple[Mutation, ...] = (
     ),
     Mutation(
         file="src/modiff/nn/source.py",
-        old="return key == self.key",
-        new="return True",
-        tests=("tests/nn/test_source.py", "tests/nn/test_fusion_sharing.py"),
+        old="if place is not None and place < 0:",
+        new="if False:",
+        tests=("tests/nn/test_source.py",),
         why="a graph that runs twice in an evaluation shares the codes of its first run",
     ),
     Mutation(
@@ -256,5 +256,26 @@ NN: tuple[Mutation, ...] = (
         new="not self.count",
         tests=("tests/nn/test_fusion_sharing.py", "tests/nn/test_stream.py"),
         why="layers that share by bytes no longer do at the second step",
+    ),
+    Mutation(
+        file="src/modiff/nn/fusion.py",
+        old="(*reader.args[:3], -place if reader is readers[0] else place)",
+        new="(*reader.args[:3], place)",
+        tests=("tests/nn/test_fusion_sharing.py",),
+        why="the second run of a graph takes the codes of the first",
+    ),
+    Mutation(
+        file="src/modiff/nn/fusion.py",
+        old='names = getattr(getattr(node.target, "__code__", None), "co_varnames", ())',
+        new="names = ()",
+        tests=("tests/nn/test_fusion_sharing.py",),
+        why="an activation that is told by position to write in place is not seen",
+    ),
+    Mutation(
+        file="src/modiff/nn/stream.py",
+        old="for stream in reversed(self.streams):",
+        new="for stream in self.streams:",
+        tests=("tests/nn/test_fusion_sharing.py",),
+        why="in the second run of a graph a layer joins what was read in the first",
     ),
 )

@@ -187,7 +187,7 @@ def test_the_command_prints_every_variant_and_appends_rows(
     assert plain["command"].endswith("--json rows.jsonl  # tiny: random weights (speed only), batch 2, 6 of 10 steps")
     assert str(tmp_path) not in plain["command"]
     text = capsys.readouterr().out
-    assert "fp32-compiled   not run: no C++ compiler: torch.compile needs g++ or clang++" in text
+    assert "fp32-compiled        not run: no C++ compiler: torch.compile needs g++ or clang++" in text
     assert "relative L2 says nothing about trained weights" in text
     (plot,) = tmp_path.glob("rows-tiny-*.png")
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -134,6 +134,25 @@ def test_a_value_beyond_16_bits_saturates_with_its_code():
     assert bool((32767 - state.n.int() < 2**14).all())  # no whole step of the coarsest scale fits any more
 
 
+@pytest.mark.parametrize("multiple", [1, 2, 3, 7, 300])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("spare", [0, 1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_as_many_whole_steps_are_taken_as_fit_into_16_bits(multiple, steps, spare, sign):
+    most = 32767 if sign > 0 else 32768
+    spare = min(spare, multiple - 1)
+    grid = torch.tensor(2.0**-10)
+    for run in (prologue_fixed, fixed_eagerly):
+        n = torch.full((1, 2), sign * (most - steps * multiple - spare), dtype=torch.int16)
+        state, clipped = FixedState(n, grid), none_clipped()
+        x = state.value() + sign * 6.99 * multiple * grid  # seven steps of the scale
+        codes, scale = run(x, state, 4, 1.0, "tensor", channel_dim=-1, clipped=clipped)
+        assert float(scale / grid) == multiple
+        assert_same_bits(codes.int() - 8, torch.full((1, 2), sign * steps, dtype=torch.int32))
+        assert_same_bits(state.n.int(), torch.full((1, 2), sign * (most - spare), dtype=torch.int32))
+        assert int(clipped) == 2
+
+
 def test_an_input_of_another_shape_is_refused():
     with pytest.raises(KernelError, match=r"expected an int16 state of shape \(2, 3\)"):
         prologue_fixed(torch.randn(2, 3), start(torch.randn(2, 4)), 8)

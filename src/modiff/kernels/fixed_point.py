@@ -28,7 +28,6 @@ from modiff.kernels.rows import row_shape, scale_shape
 
 _LARGEST = 2**15 - 1
 _MOST_MULTIPLE = 2**14
-_JUST_BELOW_ONE = 1 - 2**-22
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -108,9 +107,9 @@ def fixed_eagerly(
     held = state.n.to(torch.int32)
     q = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
     asked = q
-    share = 1 / multiple * _JUST_BELOW_ONE  # whole steps that fit, never one too many
-    q = torch.minimum(q, ((_LARGEST - held) * share).to(torch.int32))
-    q = torch.maximum(q, -((_LARGEST + 1 + held) * share).to(torch.int32))
+    share = 1 / multiple  # floor(room / multiple) is the whole part of (room + 1/2) / multiple
+    q = torch.minimum(q, ((_LARGEST - held + 0.5) * share).to(torch.int32))
+    q = torch.maximum(q, -((_LARGEST + 1 + held + 0.5) * share).to(torch.int32))
     clipped.add_((q != asked).sum())
     state.n.copy_(held + q * multiple.to(torch.int32))
     codes = torch.empty_like(x, dtype=torch.uint8)

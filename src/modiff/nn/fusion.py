@@ -62,7 +62,7 @@ def fuse(module: GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op in ("call_function", "call_method") and (front := _match(node)) and _readers(node, front):
             moved += len(node.users)
-            _move(module, list(node.users), front)
+            _move(module, sorted(node.users), front)
             _erase(node)
     for node in module.graph.nodes:
         _number(node)
@@ -95,29 +95,39 @@ def _written(first: Node, last: Node) -> bool:
     """Whether anything is written in place between two nodes."""
     node = first.next
     while node is not last:
-        if node.op in ("call_function", "call_method") and _in_place(node):
+        if node.op == "call_module" or (node.op in ("call_function", "call_method") and _in_place(node)):
             return True
         node = node.next
     return False
 
 
 def _number(node: Node) -> None:
-    """A number of its own for what several layers read as it is."""
+    """A number of its own for what several layers read as it is, negative for the first of them."""
     readers = sorted(user for user in node.users if user.target is traced.layer and user.args[1] is node)
     if len(readers) > 1 and not _written(readers[0], readers[-1]):
         place = next(_PLACES)
         for reader in readers:
-            reader.args = (*reader.args[:3], place)
+            reader.args = (*reader.args[:3], -place if reader is readers[0] else place)
 
 
 def _in_place(node: Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
     named = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return named or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None or _mutates(node.target)
+    return named or _asked_in_place(node) or node.kwargs.get("out") is not None or _mutates(node.target)
+
+
+def _asked_in_place(node: Node) -> bool:
+    """Whether `inplace` is given, by its name or by its position in a function of Python."""
+    if node.kwargs.get("inplace"):
+        return True
+    names = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
+    return "inplace" in names and bool(_argument(node, names.index("inplace"), "inplace"))
 
 
 def _mutates(target: object) -> bool:
-    """Whether an operator of another library changes what it is given; those of modiff change their states alone."""
+    """Whether an operator of another library may change what it is given; those of modiff change their states alone."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(_mutates(getattr(target, name)) for name in target.overloads())
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target.namespace != "modiff"
@@ -139,7 +149,8 @@ def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:
             x = graph.call_method(_turn(view), (x, *view.args[1:]), view.kwargs)
     for reader in readers:
         token, _, number = reader.args
-        arguments = (token, x, weight, bias, front.norm, front.groups, front.eps, front.activation, place, number)
+        at = -place if reader is readers[0] else place
+        arguments = (token, x, weight, bias, front.norm, front.groups, front.eps, front.activation, at, number)
         with graph.inserting_before(reader):
             after = graph.call_function(traced.layer_after, arguments)
         after.meta.update(reader.meta)

@@ -22,8 +22,7 @@ from modiff.nn.fixed_stream import FixedStream
 from modiff.nn.integer import IntegerSide, Sliding, obstacle
 from modiff.nn.integer_stream import IntegerStream
 from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
-from modiff.nn.source import Key
-from modiff.nn.stream import Inputs, Stream
+from modiff.nn.stream import Inputs, Key, Stream
 from modiff.nn.weight import QuantizedWeight
 
 
@@ -147,6 +146,8 @@ class ModulatedLayer(nn.Module):
     def share_with(self, leader: ModulatedLayer) -> None:
         """Read the same coded residual as `leader` whenever both are given the same tensor."""
         self.inputs, self.coder = leader.inputs, leader.coder
+        if self.inputs is not None:
+            self.inputs.shared = True
         self.alone = leader.alone = False
 
     @property
@@ -256,7 +257,7 @@ class ModulatedLayer(nn.Module):
 
         Args:
             before: what x passes through on its way into the layer, of its shape; the layer computes it too.
-            place: None outside of a graph; in it what the layer reads there, 0 if it has no number.
+            place: None outside of a graph; in it what the layer reads there, as `Source` has it.
         """
         if x.numel() == 0:
             raise StateError(f"{self.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
@@ -292,9 +293,9 @@ class ModulatedLayer(nn.Module):
     ) -> Tensor:
         key = self._key()
         if key not in self.streams:
-            self.streams[key] = inputs.stream_for(x, place, key)
+            self.streams[key] = inputs.stream_for(x, place)
         stream = self.streams[key]
-        message = stream.read(self.name, x, value, before, place=place, key=key)
+        message = stream.read(self.name, x, value, before, place)
         seen = self._seen.get(key, 0)
         if stream.count != seen + 1 and not message.starts:
             raise StateError(

@@ -6,10 +6,7 @@ import weakref
 
 from torch import Tensor
 
-from modiff.kernels.fingerprint import Fingerprint, fingerprint
-
-Key = tuple[str, int]
-"""(context, how many times the layer was called before in this evaluation)."""
+from modiff.kernels.fingerprint import fingerprint
 
 
 class Source:
@@ -17,31 +14,39 @@ class Source:
 
     In eager execution the object and its version tell it again. Both are silent where a compiled graph keeps one tensor
     after the other in one object, and for inference tensors, which have no version. There the place in the graph tells,
-    and without one address and bytes.
+    and without one the bytes, where a layer joins at the same address.
 
     Args:
-        place: None in eager execution; in a graph the number of what is read, 0 if it has none.
-        key: of the reader: a graph that runs twice in an evaluation reads other tensors at the same place.
+        place: None in eager execution; in a graph the number of what is read, negative for the first that reads it in
+            each run of the graph, 0 where it has none.
         asked: whether other readers will ask; else the bytes are not looked at.
     Cost: a pass over x where its bytes are looked at, here and for each reader that asks.
     """
 
-    __slots__ = ("bytes", "key", "place", "tensor", "version")
+    __slots__ = ("address", "bytes", "place", "tensor", "version")
 
-    def __init__(self, x: Tensor, place: int | None, key: Key, asked: bool) -> None:
-        self.tensor, self.version = weakref.ref(x), version_of(x)
-        self.place, self.key = place, key
-        self.bytes = _bytes(x) if asked and _silent(x, place) else None
+    def __init__(self, x: Tensor, place: int | None, asked: bool) -> None:
+        self.tensor, self.version, self.address = weakref.ref(x), version_of(x), x.data_ptr()
+        self.place = place
+        self.bytes = fingerprint(x) if asked and _silent(x, place) else None
 
-    def carries(self, x: Tensor, place: int | None, key: Key) -> bool:
-        """Whether x is that tensor, unchanged since. False where nobody can tell."""
-        if place != self.place:
+    def begins(self, x: Tensor, place: int | None) -> bool:
+        """Whether a layer that reads x for the first time reads this tensor. False where nobody can tell."""
+        if place is not None and place < 0:
+            return False  # nothing was made of it yet in this run of the graph
+        if place is None and self.tensor() is None:
             return False
-        if place:
-            return key == self.key
+        return self.carries(x, place) and (not _silent(x, place) or self.address == x.data_ptr())
+
+    def carries(self, x: Tensor, place: int | None) -> bool:
+        """Whether x, which a reader of this tensor was given, is it, unchanged since."""
+        if (place is None) != (self.place is None):
+            return False
+        if place is not None and self.place is not None and abs(place) != abs(self.place):
+            return False
         if _silent(x, place):
-            return self.bytes is not None and self.bytes == _bytes(x)
-        return self.tensor() is x and self.version == version_of(x)
+            return self.bytes is not None and self.bytes == fingerprint(x)
+        return place is not None or (self.tensor() is x and self.version == version_of(x))
 
 
 def version_of(x: Tensor) -> int:
@@ -52,8 +57,3 @@ def version_of(x: Tensor) -> int:
 def _silent(x: Tensor, place: int | None) -> bool:
     """Whether object and version say nothing, and no place does."""
     return place == 0 or (place is None and x.is_inference())
-
-
-def _bytes(x: Tensor) -> tuple[int, Fingerprint] | None:
-    found = fingerprint(x)
-    return None if found is None else (x.data_ptr(), found)

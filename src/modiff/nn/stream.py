@@ -14,16 +14,18 @@ from modiff.core.modulation import Message, State, encode
 from modiff.errors import StateError
 from modiff.kernels.after import Before
 from modiff.nn.clock import Clock
-from modiff.nn.source import Key, Source
+from modiff.nn.source import Source
 
 _NUMBERS = itertools.count()
+Key = tuple[str, int]
+"""(context, how many times the layer was called before in this evaluation)."""
 
 
 class Stream:
     """One tensor's input state through the trajectory, and the message that this evaluation sent for it.
 
-    count: messages sent so far; a reader that missed one cannot go on. readers: how many layers read it. key: the same
-    for this stream in every trajectory, None for one that belongs to no group.
+    count: messages sent so far; a reader that missed one cannot go on. readers: how many layers read it. open: others
+    may join. key: the same for this stream in every trajectory, None for one that belongs to no group.
     """
 
     def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
@@ -31,15 +33,17 @@ class Stream:
         self.coding = HeldScales(coder) if coder.config.refresh_every > 1 else coder
         self.state: State | None = None
         self.message: Message | None = None
-        self.count, self.readers = 0, 1
+        self.count, self.readers, self.open = 0, 1, False
         self.key: tuple[int, int] | None = None
         self.tick = -1
         self._held: tuple[torch.Size, torch.device] | None = None
         self._source: Source | None = None
 
-    def carries(self, x: Tensor, place: int | None = None, key: Key = ("", 0)) -> bool:
-        """True if this evaluation's message was made from this very tensor, unchanged since."""
-        return self.tick == self.clock.tick and self._source is not None and self._source.carries(x, place, key)
+    def begins(self, x: Tensor, place: int | None = None) -> bool:
+        """True if the states started in this evaluation, and from this very tensor, unchanged since."""
+        if self.message is None or not self.message.starts or self.tick != self.clock.tick or self._source is None:
+            return False
+        return self._source.begins(x, place)
 
     def read(
         self,
@@ -47,20 +51,18 @@ class Stream:
         x: Tensor,
         value: Tensor,
         before: Before | None = None,
-        *,
         place: int | None = None,
-        key: Key = ("", 0),
     ) -> Message:
         """The message for `x`: coded by the first reader of the evaluation, the same for all others.
 
         Args:
-            x, place, key: the tensor as the layer got it; they tell who shares, as `Source` has them.
+            x, place: the tensor as the layer got it; they tell who shares, as `Source` has them.
             value: x itself, or x rotated: what is coded.
             before: what `value` passes through before it is coded, of its shape; the same for all readers.
         Raises: StateError if shape or device changed inside the trajectory, or the readers no longer agree.
         """
         if self.tick == self.clock.tick and self.message is not None:
-            if not self.carries(x, place, key):
+            if self._source is None or not self._source.carries(x, place):
                 raise StateError(
                     f"{where}: expected the tensor that its group read before, got another one. These layers read one "
                     "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
@@ -74,7 +76,8 @@ class Stream:
         self._check(where, value)
         self.message = self.advance(value, before)
         self._held = value.shape, value.device
-        self.tick, self._source = self.clock.tick, Source(x, place, key, self.readers > 1 or not self.count)
+        asked = self.readers > 1 or (self.open and not self.count)
+        self.tick, self._source = self.clock.tick, Source(x, place, asked)
         self.count += 1
         return self.message
 
@@ -114,6 +117,7 @@ class Inputs:
     def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock, stream: type[Stream] = Stream) -> None:
         self.coder, self.config, self.clock, self.stream = coder, config, clock, stream
         self.streams: list[Stream] = []
+        self.shared = False
         self.number = next(_NUMBERS)
         clock.on_reset(self.forget)
 
@@ -121,13 +125,13 @@ class Inputs:
         """Drop all streams, and with them the input states."""
         self.streams.clear()
 
-    def stream_for(self, x: Tensor, place: int | None = None, key: Key = ("", 0)) -> Stream:
-        """The stream that carries `x` in this evaluation; a new one if there is none."""
-        for stream in self.streams:
-            if stream.message is not None and stream.message.starts and stream.carries(x, place, key):
+    def stream_for(self, x: Tensor, place: int | None = None) -> Stream:
+        """The stream that carries `x` in this evaluation, the newest if several do; a new one if there is none."""
+        for stream in reversed(self.streams):
+            if stream.begins(x, place):
                 stream.readers += 1
                 return stream
         found = self.stream(self.coder, self.config, self.clock)
-        found.key = (self.number, len(self.streams))
+        found.key, found.open = (self.number, len(self.streams)), self.shared
         self.streams.append(found)
         return found

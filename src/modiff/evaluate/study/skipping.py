@@ -21,7 +21,6 @@ from modiff.errors import ConfigError
 from modiff.kernels.after import Before
 from modiff.model.attachment import required_attachment
 from modiff.nn import Clock
-from modiff.nn.source import Key
 from modiff.nn.stream import Inputs, Stream
 
 Unit = Literal["layer", "block", "sample", "token"]
@@ -175,7 +174,7 @@ class _Inputs(Inputs):
         super().__init__(coder, config, clock)
         self.silent, self.name, self.tally = coder, name, tally
 
-    def stream_for(self, x: Tensor, place: int | None = None, key: Key = ("", 0)) -> Stream:
+    def stream_for(self, x: Tensor, place: int | None = None) -> Stream:
         """A stream of its own for each call."""
         self.streams.append(_Stream(self))
         return self.streams[-1]
@@ -194,13 +193,11 @@ class _Stream(Stream):
         x: Tensor,
         value: Tensor,
         before: Before | None = None,
-        *,
         place: int | None = None,
-        key: Key = ("", 0),
     ) -> Message:
         """The message for `x`, counted."""
         self.silent.input = value if before is None else before.of(value)
-        message = super().read(where, x, value, before, place=place, key=key)
+        message = super().read(where, x, value, before, place)
         self.silent.input = None
         self.tally.add(self.name, x.shape[0], 1.0 if message.starts else self.silent.share, message.starts)
         return message

@@ -14,7 +14,6 @@ namespace modiff {
 
 constexpr float kSmallestScale = 1e-12f;
 constexpr float kMostMultiple = 16384.0f;   // of the grid, that an integer state takes as a scale
-constexpr float kJustBelowOne = 1.0f - 0x1p-22f;
 constexpr int64_t kBlock = 16384;     // elements that one task works on
 constexpr int64_t kParallel = 65536;  // below this one thread is faster
 
@@ -132,14 +131,15 @@ template <class Source>
 MODIFF_APART void code(Source source, Fixed state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
           int64_t count) {
   const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
-  const float share = 1.0f / static_cast<float>(state.multiple) * kJustBelowOne;  // whole steps, never one too many
+  // floor(room / multiple) is the whole part of (room + 1/2) / multiple: half a step apart from rounding errors
+  const float share = 1.0f / static_cast<float>(state.multiple);
   int32_t clipped = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t held = state.state[i];
     int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
     const int32_t asked = q;
-    const int32_t most = static_cast<int32_t>(static_cast<float>(32767 - held) * share);
-    const int32_t least = -static_cast<int32_t>(static_cast<float>(32768 + held) * share);
+    const int32_t most = static_cast<int32_t>((static_cast<float>(32767 - held) + 0.5f) * share);
+    const int32_t least = -static_cast<int32_t>((static_cast<float>(32768 + held) + 0.5f) * share);
     q = q > most ? most : q;
     q = q < least ? least : q;
     clipped += q != asked;
