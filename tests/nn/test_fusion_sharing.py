@@ -119,7 +119,13 @@ def reads_again(m: Any, x: Tensor) -> Tensor:
     return m.to_k(y) + m.to_q(y) * m.to_k(y)
 
 
-@pytest.mark.parametrize("call", [one_tensor, reads_again])
+def two_groups(m: Any, x: Tensor) -> Tensor:
+    """The first that reads y belongs to no group with those after it."""
+    y = torch.tanh(x) + 1
+    return m.to_q(y) + m.inner.to_k(y) * m.inner.to_v(y)
+
+
+@pytest.mark.parametrize("call", [one_tensor, reads_again, two_groups])
 @pytest.mark.parametrize("before", ["to_q", "to_k", ""])
 def test_a_graph_that_runs_twice_in_an_evaluation_shares_within_each_run_alone(call, before):
     """Also where one of its layers was called before, outside of the graph."""
@@ -130,7 +136,8 @@ def test_a_graph_that_runs_twice_in_an_evaluation_shares_within_each_run_alone(c
 
     def build() -> Any:
         torch.manual_seed(0)
-        block = Model(call, **{name: nn.Linear(32, 32) for name in NAMES})
+        inner = Model(call, **{name: nn.Linear(32, 32) for name in NAMES})
+        block = Model(call, inner=inner, **{name: nn.Linear(32, 32) for name in NAMES})
         return taken(Model(twice, block=block).eval(), W8A8)
 
     eager, model = build(), build()

@@ -102,12 +102,22 @@ def _written(first: Node, last: Node) -> bool:
 
 
 def _number(node: Node) -> None:
-    """A number of its own for what several layers read as it is, negative for the first of them."""
+    """A number for what several layers read as it is."""
     readers = sorted(user for user in node.users if user.target is traced.layer and user.args[1] is node)
     if len(readers) > 1 and not _written(readers[0], readers[-1]):
-        place = next(_PLACES)
-        for reader in readers:
-            reader.args = (*reader.args[:3], -place if reader is readers[0] else place)
+        for reader, place in zip(readers, _places(readers), strict=True):
+            reader.args = (*reader.args[:3], place)
+
+
+def _places(readers: list[Node]) -> list[int]:
+    """A number for each group of layers that share, negative for the first of it: it begins in each run of a graph."""
+    begun: dict[int, int] = {}
+    places: list[int] = []
+    for reader in readers:
+        group = id(traced.holder_of(reader.args[2]).inputs)
+        places.append(begun[group] if group in begun else -next(_PLACES))
+        begun.setdefault(group, -places[-1])
+    return places
 
 
 def _in_place(node: Node) -> bool:
@@ -141,16 +151,15 @@ def _fuses(number: Any, front: _Front) -> bool:
 
 
 def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:
-    graph, x, weight, bias, place = module.graph, front.x, front.weight, front.bias, next(_PLACES)
+    graph, x, weight, bias = module.graph, front.x, front.weight, front.bias
     with graph.inserting_before(readers[0]):
         if front.each:
             weight, bias = (graph.call_method("flatten", (part, 1)) for part in (weight, bias))
         for view in front.views:
             x = graph.call_method(_turn(view), (x, *view.args[1:]), view.kwargs)
-    for reader in readers:
+    for reader, place in zip(readers, _places(readers), strict=True):
         token, _, number = reader.args
-        at = -place if reader is readers[0] else place
-        arguments = (token, x, weight, bias, front.norm, front.groups, front.eps, front.activation, at, number)
+        arguments = (token, x, weight, bias, front.norm, front.groups, front.eps, front.activation, place, number)
         with graph.inserting_before(reader):
             after = graph.call_function(traced.layer_after, arguments)
         after.meta.update(reader.meta)
