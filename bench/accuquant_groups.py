@@ -24,23 +24,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modiff.api import remove
+from modiff.calibration.group_error import Group, approximate_gradient, exact_gradient, roll_out
+from modiff.calibration.reconstruct.layers import evaluating, full_precision, without_states
+from modiff.calibration.reconstruct.unit import StepLearner
 from modiff.cli.options import quiet_pipeline
 from modiff.errors import ConfigError, ModiffError
-from modiff.evaluate.environment import environment
 from modiff.evaluate.relative_l2 import relative_l2
+from modiff.files import check_writable, write_atomically, write_json
+from modiff.generate.environment import environment
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.calibration_runs import calibration_run
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.sampler_steps import SamplerSteps, sampler_tables, with_tables
 from modiff.hosts.samplers import set_scheduler
-from modiff.hosts.verbs import remove
-from modiff.io.atomic import check_writable, write_atomically, write_json
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
 from modiff.methods.parts import plain_network
-from modiff.model.coders import coders_of
-from modiff.model.group_error import Group, approximate_gradient, exact_gradient, roll_out
-from modiff.model.reconstruct_layers import evaluating, full_precision, without_states
-from modiff.model.reconstruct_unit import StepLearner
+from modiff.model.quantizers import quantizers_of
 
 GROUP_SIZES = (1, 2, 4, 8)
 FIRST_NOISE = 1_000_000  # calibration draws from 0 on
@@ -118,11 +118,11 @@ def cosines_of(pipe: Any, model: nn.Module, report: AccuquantReport, config: Acc
     with full_precision(model):
         calls = list(collect(pipe, run, progress=False))
         trajectory = SamplerSteps(model, with_tables(pipe.scheduler, sampler_tables(pipe.scheduler)), calls, None)
-    state, coders, found = trajectory.recorded[0], coders_of(model), []
+    state, quantizers, found = trajectory.recorded[0], quantizers_of(model), []
     for index, (first, last) in enumerate(group.steps for group in report.groups):
         group = Group(range(first, last + 1), state, trajectory.recorded[last + 1])
         with evaluating(model), without_states(model, "quantized") as trainees:
-            starts = {n: c.static or (c.tables or {})[index] for n, c in coders.items()}
+            starts = {n: c.static or (c.tables or {})[index] for n, c in quantizers.items()}
             leaves = StepLearner({n: trainees[n] for n in starts}, starts).begin()
             _, mine = approximate_gradient(group, trajectory.evaluate, trajectory.advance, leaves)
             _, true = exact_gradient(group, trajectory.evaluate, trajectory.advance, leaves)

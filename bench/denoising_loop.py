@@ -26,7 +26,7 @@ from loop_report import append_rows, plot, row_of, table
 from loop_rounds import Record, Run, gpu_mib
 from loop_variants import GRAPHS, MODES, REFERENCE, VARIANTS, Task, has_bf16
 from modiff.errors import ConfigError, ModiffError
-from modiff.evaluate.environment import environment
+from modiff.generate.environment import environment
 from modiff.kernels.isa import LIMIT, level_of
 
 RESULTS = Path(__file__).parent / "results" / "loop.jsonl"

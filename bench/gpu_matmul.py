@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modiff.evaluate.environment import environment
-from modiff.io.atomic import check_writable, write_json
+from modiff.files import check_writable, write_json
+from modiff.generate.environment import environment
 from modiff.kernels.geometry import Geometry
 
 PEAKS = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12}
@@ -71,7 +71,7 @@ def variants_of(shape: Shape, device: torch.device) -> dict[str, Callable[[], ob
 
 
 def _matmuls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
-    from modiff.kernels.triton_linear import run_linear
+    from modiff.kernels.triton.linear import run_linear
 
     x = torch.randn(shape.rows, shape.depth, device=device, dtype=torch.bfloat16)
     w = torch.randn(shape.columns, shape.depth, device=device, dtype=torch.bfloat16)
@@ -95,7 +95,7 @@ def _matmuls(shape: Shape, device: torch.device) -> dict[str, Callable[[], objec
 
 
 def _convolutions(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
-    from modiff.kernels.triton_conv import packed_conv, run_conv
+    from modiff.kernels.triton.conv import packed_conv, run_conv
 
     size = (shape.rows, shape.depth, shape.side, shape.side)
     layout = torch.channels_last

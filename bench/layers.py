@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modiff.evaluate.environment import environment
+from modiff.generate.environment import environment
 from modiff.kernels.isa import LIMIT, detect
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem

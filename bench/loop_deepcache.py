@@ -59,9 +59,9 @@ class LastUpBlock(nn.Module):
 
 def changed(module: nn.Module, **parts: nn.Module | None) -> Any:
     """A copy that shares all parameters, with other children."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = {**twin.__dict__["_modules"], **parts}
-    return twin
+    quantized = copy.copy(module)
+    quantized.__dict__["_modules"] = {**quantized.__dict__["_modules"], **parts}
+    return quantized
 
 
 class DeepCache:

@@ -40,7 +40,7 @@ def on_gpu(function: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
 class Recorded:
     """A network of (x, t) whose steps are recorded: call it inside `begin()`, as often as the trajectory has steps.
 
-    network: carries modiff, and has no `recording_obstacle`. call: how it is evaluated, compiled or not.
+    network: carries modiff, and has no `recording_unsupported`. call: how it is evaluated, compiled or not.
     """
 
     def __init__(self, network: nn.Module, call: Callable[[Tensor, Tensor], Tensor], record: Record = on_gpu) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from loop_rounds import Record
 from modiff.evaluate.relative_l2 import relative_l2
-from modiff.io.atomic import write_atomically
+from modiff.files import write_atomically
 
 FIELDS = ("model", "variant", "isa", "threads", "seconds_min", "seconds_median", "relative_l2", "peak_mib",
           "state_mib", "commit", "machine", "command")  # fmt: skip

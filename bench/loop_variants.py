@@ -22,7 +22,7 @@ from loop_models import Inputs, Loop, LoopModel, Step, of_rows, repeated
 from modiff import presets
 from modiff.config import ModiffConfig, ModulationConfig, StateDtype
 from modiff.kernels.isa import detect
-from modiff.model.recordable import recording_obstacle
+from modiff.model.recordable import recording_unsupported
 from modiff.model.state_bytes import state_bytes
 from modiff.nn.fusion import backend
 
@@ -310,8 +310,8 @@ def modulated(parts: Parts) -> Ready:
     step = step_of(call, parts.inputs, dtype, parts.task.model.size[1])
     if parts.device.type == "cpu":
         return Ready(parts.loop, step, lambda: modiff.trajectory(net), lambda: state_bytes(net))
-    if obstacle := recording_obstacle(net):
-        raise CannotRun(f"no CUDA graph can hold a step: {obstacle}")
+    if unsupported := recording_unsupported(net):
+        raise CannotRun(f"no CUDA graph can hold a step: {unsupported}")
     recorded = Recorded(net, step)
     return Ready(parts.loop, recorded, recorded.begin, recorded.buffers.bytes_held)
 
@@ -324,7 +324,7 @@ def gated(parts: Parts) -> Ready:
     dtype = best_dtype(parts.task)
     step = step_of(cast(parts, dtype), parts.inputs, dtype, parts.task.model.size[1])
     few = min(GATE_STEPS, parts.loop.timed)
-    found = modiff.gate(parts.net, run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))
+    found = modiff.autotune(parts.net, run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))
     note = str(found).partition(";")[0]
     if not found.pays:
         return dataclasses.replace(compiled(parts, best_dtype(parts.task)), note=note)

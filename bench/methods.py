@@ -32,10 +32,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from modiff.api import save
 from modiff.cli.options import quiet_pipeline
 from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError, ModiffError
-from modiff.evaluate.environment import environment
 from modiff.evaluate.features.extract import extract
 from modiff.evaluate.metrics.frechet_interval import frechet_interval
 from modiff.evaluate.metrics.moments import Moments
@@ -43,11 +43,11 @@ from modiff.evaluate.psnr import psnr
 from modiff.evaluate.relative_l2 import relative_l2
 from modiff.evaluate.suite_extractor import EMBEDDED, load_extractor
 from modiff.evaluate.suite_reference import read_reference, reference_digest
-from modiff.hosts.digest import digest
+from modiff.files import check_writable, write_atomically, write_json
+from modiff.generate.digest import digest
+from modiff.generate.environment import environment
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
-from modiff.hosts.verbs import save
-from modiff.io.atomic import check_writable, write_atomically, write_json
 from modiff.methods.registry import METHODS, method_config, quantize
 
 MODES = ("plain", "modulated")

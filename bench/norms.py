@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from modiff.config import Granularity
-from modiff.evaluate.environment import environment
-from modiff.kernels.after import Before
-from modiff.kernels.after_ops import Activation, Norm
+from modiff.generate.environment import environment
+from modiff.kernels.fused_input import Before
+from modiff.kernels.fused_input_ops import Activation, Norm
 from modiff.kernels.prologue import prologue
 from modiff.kernels.roofline import interleaved
 

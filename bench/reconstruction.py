@@ -24,23 +24,23 @@ from torch import nn
 from tqdm import tqdm
 
 from modiff import presets
+from modiff.api import apply, calibrate, remove
+from modiff.calibration.data import CalibrationSet
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.cli.options import quiet_pipeline
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig, WeightSearch
 from modiff.errors import ConfigError, ModiffError
-from modiff.evaluate.environment import environment
 from modiff.evaluate.relative_l2 import relative_l2
+from modiff.files import check_writable, write_atomically, write_json
+from modiff.generate.environment import environment
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.calibration_runs import calibration_run
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.reconstruct import reconstruct
 from modiff.hosts.samplers import set_scheduler
-from modiff.hosts.verbs import apply, calibrate, remove
-from modiff.io.atomic import check_writable, write_atomically, write_json
 from modiff.methods.modiff import Kind, ModiffMethodConfig, apply_modiff
 from modiff.methods.parts import plain_network
-from modiff.model.attachment import required_attachment
-from modiff.model.calibration_set import CalibrationSet
-from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.attach import required_attachment
 from modiff.nn.weight import Part
 
 FIRST_NOISE = 1_000_000  # calibration draws from 0 on
@@ -117,8 +117,10 @@ class Bench:
         apply(self.pipe, weights_only())
         try:
             reconstruct(self.pipe, calls, self.learning(), folder=self.work / "weights", progress=True)
-            twins = required_attachment(self.model, "bench").twins
-            return {name: twin.quantized_weight.codes(twin.weight) for name, twin in twins.items()}
+            quantized_layers = required_attachment(self.model, "bench").layers
+            return {
+                name: quantized.quantized_weight.codes(quantized.weight) for name, quantized in quantized_layers.items()
+            }
         finally:
             remove(self.pipe)
 
@@ -147,8 +149,8 @@ class Bench:
         """A config with the learned codes in its layers."""
         codes = self.learned()
         apply(self.pipe, config)
-        for name, twin in required_attachment(self.model, "bench").twins.items():
-            twin.quantized_weight.fix(codes[name])
+        for name, quantized in required_attachment(self.model, "bench").layers.items():
+            quantized.quantized_weight.fix(codes[name])
 
     def static(self, kind: Kind) -> None:
         """MoDiff's static scales, 8 bits, float weights."""

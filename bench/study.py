@@ -15,8 +15,8 @@ from modiff.evaluate.report.markdown import file_name, markdown
 from modiff.evaluate.study.registry import experiment_names
 from modiff.evaluate.study.settings import IMAGES, settings_for
 from modiff.evaluate.study.study import run_study
+from modiff.files import check_writable, write_atomically, write_json
 from modiff.hosts.load import load_pipeline
-from modiff.io.atomic import check_writable, write_atomically, write_json
 
 PAGE, FIGURES, RESULTS = "study.md", "figures", "results/study.json"
 

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from modiff import ModiffConfig, WeightConfig, presets
 from modiff.evaluate.demo import run_config
-from modiff.evaluate.environment import environment
 from modiff.evaluate.relative_l2 import relative_l2
+from modiff.files import check_writable, write_json
+from modiff.generate.environment import environment
 from modiff.hosts.load import load_pipeline
 from modiff.hosts.noise import noise_generators
-from modiff.io.atomic import check_writable, write_json
 
 
 def with_search(config: ModiffConfig) -> ModiffConfig:

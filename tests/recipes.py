@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff import LayerConfig
-from modiff.nn import Clock, ModulatedLayer, twin_of
+from modiff.nn import Clock, ModulatedLayer, quantized_class
 from tests.reference import layers
 from tests.reference.hadamard import along, rotation
 from tests.reference.quantizer import quantize_weight
@@ -61,7 +61,7 @@ def torch_operator(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tenso
 
 
 def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = None) -> Recipe:
-    """The recipe of the modulated twin of a torch layer, derived from the torch layer alone."""
+    """The recipe of the modulated quantized of a torch layer, derived from the torch layer alone."""
     linear = isinstance(layer, nn.Linear)
     groups = 1 if linear else layer.groups
     fan_in = layer.weight.shape[1]
@@ -83,9 +83,9 @@ def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = N
     )  # fmt: skip
 
 
-def twin(layer: nn.Module, config: LayerConfig, split: int | None = None, name: str = "layer") -> ModulatedLayer:
-    """The modulated twin of a torch layer, with a clock of its own."""
-    kind = twin_of(layer)
+def quantized(layer: nn.Module, config: LayerConfig, split: int | None = None, name: str = "layer") -> ModulatedLayer:
+    """The modulated quantized of a torch layer, with a clock of its own."""
+    kind = quantized_class(layer)
     assert kind is not None
     return kind.from_float(layer, config, name=name, clock=Clock("model"), split=split)
 

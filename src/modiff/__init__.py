@@ -11,20 +11,20 @@ past, the residual is coded in a few bits, and the operator is applied to the co
 import typing as _typing
 
 from modiff import presets
+from modiff.api import apply, calibrate, context, load, pack, remove, save, trajectory, tune
+from modiff.calibration.data import CalibrationSet, Call
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.report import ReconstructionReport
+from modiff.calibration.replay import replay
+from modiff.calibration.timesteps import EveryStep, NormalSteps, UniformGroups
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.errors import CalibrationError, ConfigError, FormatError, KernelError, ModiffError, StateError
+from modiff.hosts.autotune import autotune
 from modiff.hosts.calibration_collect import collect
-from modiff.hosts.gate import gate
 from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.verbs import apply, calibrate, context, load, pack, remove, save, trajectory, tune
-from modiff.model.calibration_set import CalibrationSet, Call
-from modiff.model.gate import Gate
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.reconstruct_report import ReconstructionReport
-from modiff.model.replay import replay
+from modiff.model.autotune import AutotuneResult
 from modiff.model.report import Report
 from modiff.model.select import select
-from modiff.model.timesteps import EveryStep, NormalSteps, UniformGroups
 from modiff.nn import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d, ModulatedLinear
 
 if _typing.TYPE_CHECKING:
@@ -34,13 +34,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionConfig",
+    "AutotuneResult",
     "CalibrationError",
     "CalibrationSet",
     "Call",
     "ConfigError",
     "EveryStep",
     "FormatError",
-    "Gate",
     "KernelError",
     "LayerConfig",
     "ModiffConfig",
@@ -60,10 +60,10 @@ __all__ = [
     "UniformGroups",
     "WeightConfig",
     "apply",
+    "autotune",
     "calibrate",
     "collect",
     "context",
-    "gate",
     "load",
     "pack",
     "presets",

@@ -122,7 +122,7 @@ def test_a_modulated_variant_counts_its_states_and_leaves_none() -> None:
 def test_the_gate_is_followed_and_where_nothing_pays_the_baseline_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def gate(pays: bool) -> Callable[..., Any]:
+    def autotune(pays: bool) -> Callable[..., Any]:
         def found(net: Any, run: Callable[[], object]) -> Any:
             run()
             asked.append(net)
@@ -137,12 +137,12 @@ def test_the_gate_is_followed_and_where_nothing_pays_the_baseline_runs(monkeypat
         def __str__(self) -> str:
             return "1 float, 2 plain; layers of one evaluation"
 
-    monkeypatch.setattr(loop_variants.modiff, "gate", gate(True))
+    monkeypatch.setattr(loop_variants.modiff, "autotune", autotune(True))
     with torch.inference_mode():
         images, state = loop_child.one_loop(ready := prepare(Task(TINY, "gated", timed=3)))
         assert (ready.note, state > 0) == ("1 float, 2 plain", True)
         assert torch.equal(images, loop_child.one_loop(prepare(Task(TINY, "modulated-w8a8", timed=3)))[0])
-        monkeypatch.setattr(loop_variants.modiff, "gate", gate(False))
+        monkeypatch.setattr(loop_variants.modiff, "autotune", autotune(False))
         images, state = loop_child.one_loop(prepare(Task(TINY, "gated", timed=3)))
         assert state == 0
         assert torch.equal(images, loop_child.one_loop(prepare(Task(TINY, "fp32-eager", timed=3)))[0])

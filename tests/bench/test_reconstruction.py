@@ -14,8 +14,8 @@ import torch
 import modiff
 from bench import reconstruction as bench
 from modiff import ConfigError
-from modiff.model.attachment import attachment_of
-from modiff.model.coders import coders_of
+from modiff.model.attach import attachment_of
+from modiff.model.quantizers import quantizers_of
 from tests.methods import small
 
 SIZES = {"num_images": 3, "steps": 4, "static_steps": 3, "iterations": 3, "samples": 4, "calibration_steps": 2}
@@ -80,10 +80,12 @@ def test_learned_rows_share_one_set_of_codes_and_full_precision_comes_back(folde
     assert attachment_of(run.model) is None
     for name in ("W4A8 learned", "W4A32 learned", "W4A4 plain, learned", "W4A4 modulated, learned"):
         run.rows()[name][0]()
-        twins = attachment_of(run.model).twins
-        assert twins.keys() == codes.keys()
-        for layer, twin in twins.items():
-            for (mine, _), (kept, _) in zip(twin.quantized_weight.codes(twin.weight), codes[layer], strict=True):
+        quantized_layers = attachment_of(run.model).layers
+        assert quantized_layers.keys() == codes.keys()
+        for layer, quantized in quantized_layers.items():
+            for (mine, _), (kept, _) in zip(
+                quantized.quantized_weight.codes(quantized.weight), codes[layer], strict=True
+            ):
                 assert torch.equal(mine, kept)
         modiff.remove(run.pipe)
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
@@ -93,14 +95,14 @@ def test_static_rows_have_float_weights_and_frozen_scales_of_eight_bits(folder):
     run = opened(folder)
     for name in ROWS[6:]:
         run.rows()[name][0]()
-        layers = [twin.config for twin in attachment_of(run.model).twins.values()]
+        layers = [quantized.config for quantized in attachment_of(run.model).layers.values()]
         assert all(layer.weight.bits is None and layer.modulation is not None for layer in layers)
-        coders = coders_of(run.model).values()
+        quantizers = quantizers_of(run.model).values()
         sets = 2 if "step" in name.partition(",")[2] else 1  # three steps have two residuals
-        assert {coder.config.clip for coder in coders} == {0.25 if "clip" in name else 1.0}
-        assert all(coder.bits == 8 and not coder.config.dynamic for coder in coders)
-        assert {1 if coder.tables is None else len(coder.tables) for coder in coders} == {sets}
-        assert all((coder.static is None) == (sets > 1) for coder in coders)
+        assert {quantizer.config.clip for quantizer in quantizers} == {0.25 if "clip" in name else 1.0}
+        assert all(quantizer.bits == 8 and not quantizer.config.dynamic for quantizer in quantizers)
+        assert {1 if quantizer.tables is None else len(quantizer.tables) for quantizer in quantizers} == {sets}
+        assert all((quantizer.static is None) == (sets > 1) for quantizer in quantizers)
         modiff.remove(run.pipe)
 
 
@@ -118,7 +120,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(folder, monkeypatch):
 def test_a_row_that_is_missing_is_measured_from_learned_blocks_that_are_kept(folder, monkeypatch):
     before = json.loads((folder / "rows.json").read_text())["rows"]
     (folder / "work" / "row-2.json").unlink()
-    monkeypatch.setattr("modiff.model.reconstruct_job.Job.learn", None)
+    monkeypatch.setattr("modiff.calibration.reconstruct.job.Job.learn", None)
     after = start(monkeypatch, folder)["rows"]
     assert after[2]["relative_l2"] == before[2]["relative_l2"]
 

@@ -11,9 +11,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from modiff.cli import app
-from modiff.engine.job import Job
-from modiff.engine.run import run_job
-from tests.engine.fakes import FakeEngine
+from modiff.generate.job import Job
+from modiff.generate.run import run_job
+from tests.generate.fakes import FakeEngine
 
 
 @pytest.fixture

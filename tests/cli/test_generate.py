@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from modiff import presets
 from modiff.cli import app
-from modiff.engine import run as engine
-from modiff.io.shards import Manifest, read_images
+from modiff.generate import run as engine
+from modiff.generate.shards import Manifest, read_images
 from tests.helpers import hears_ctrl_c
 from tests.hosts.tiny import HOSTS
 from tests.pixels import saved_pipeline

@@ -19,7 +19,7 @@ from modiff.hosts.load import load_pipeline
 from modiff.hosts.samplers import set_scheduler
 from modiff.methods.registry import method_config
 from modiff.methods.registry import quantize as apply_method
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 STEPS = 3

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from modiff import presets
 from modiff.cli import app
-from modiff.engine import generate as engine
+from modiff.generate import generate as engine
 from tests.helpers import hears_ctrl_c
 from tests.pixels import pixel_pipeline, saved_pipeline
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modiff.core.cost import measure_cost
+from modiff.evaluate.cost import measure_cost
 
 
 def measure(module, *inputs):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from modiff import ModulationConfig, QuantizerConfig
-from modiff.core.coder import Code, Coder
-from modiff.core.modulation import Message, State, accumulate, encode
+from modiff.core.quantizer import Code, Quantizer
+from modiff.core.recursion import Message, State, accumulate, encode
 
 WEIGHT = torch.randn(5, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 BIAS = torch.tensor([3.0, -1.0, 0.5, 10.0, 0.0], dtype=torch.float64)
@@ -48,10 +48,10 @@ def modulate(
     granularity: str = "tensor",
     sizes: Sequence[float] | None = None,
     operator: Affine | None = None,
-    coder: Coder | None = None,
+    quantizer: Quantizer | None = None,
 ) -> list[Took]:
     """Both sides of one layer over a trajectory, as a layer runs them."""
-    coder = coder or Coder(activation, granularity, -1, segments)
+    quantizer = quantizer or Quantizer(activation, granularity, -1, segments)
     operator = operator or Affine()
     a = o = None
     took: list[Took] = []
@@ -59,7 +59,7 @@ def modulate(
         if modulation.reanchor_every and t % modulation.reanchor_every == 0:
             a = None
         ratio = 1.0 if sizes is None or t < 2 else sizes[t] / sizes[t - 1]
-        message, a = encode(x, a, coder, modulation, ratio)
+        message, a = encode(x, a, quantizer, modulation, ratio)
         o = accumulate(message, o, operator, modulation)
         took.append(Took(message, a, o))
     return took

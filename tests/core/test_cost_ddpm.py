@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from modiff.core.cost import attention_macs
+from modiff.evaluate.cost import attention_macs
 from tests.core.counters import measure, torch_macs
 
 

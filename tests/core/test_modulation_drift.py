@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modiff import ModulationConfig, QuantizerConfig
-from modiff.core.coder import Coder
+from modiff.core.quantizer import Quantizer
 from tests.core.loop import Affine, modulate
 from tests.helpers import drifting
 
@@ -34,8 +34,8 @@ def drift(state_dtype: str, change: float) -> tuple[float, float]:
     inputs = drifting(2, (8, WIDTH), STEPS, change, torch.float32)
     operator = Affine(MIXER, torch.zeros(WIDTH, dtype=torch.float64))
     modulation = ModulationConfig(state_dtype=state_dtype)  # type: ignore[arg-type]
-    coder = Coder(QuantizerConfig(bits=4), "sample", -1, (WIDTH,))
-    last = modulate(inputs, coder.config, modulation, operator=operator, coder=coder)[-1]
+    quantizer = Quantizer(QuantizerConfig(bits=4), "sample", -1, (WIDTH,))
+    last = modulate(inputs, quantizer.config, modulation, operator=operator, quantizer=quantizer)[-1]
     a, o = last.input.value.double(), last.output.value.double()
     assert last.input.value.dtype == last.output.value.dtype == getattr(torch, state_dtype)
     size = float(o.square().mean().sqrt())

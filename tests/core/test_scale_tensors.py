@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from modiff import FormatError, QuantizerConfig
-from modiff.core.coder import Coder
 from modiff.core.observers import MinMaxObserver
+from modiff.core.quantizer import Quantizer
 from modiff.core.scale_tensors import load_scales
 from tests.helpers import assert_same_bits
 
 
-def coder(segments=(3, 5), granularity="tensor", **settings) -> Coder:
+def quantizer(segments=(3, 5), granularity="tensor", **settings) -> Quantizer:
     moment = settings.pop("moment", None)
-    return Coder(QuantizerConfig(dynamic=False, **settings), granularity, -1, segments, moment)
+    return Quantizer(QuantizerConfig(dynamic=False, **settings), granularity, -1, segments, moment)
 
 
-def measured(original: Coder, now: list[float] | None = None) -> Coder:
+def measured(original: Quantizer, now: list[float] | None = None) -> Quantizer:
     original.watch(lambda: MinMaxObserver(-1 if original.granularity == "input_channel" else None))
     for i in range(3):
         if now is not None:
@@ -27,7 +27,7 @@ def measured(original: Coder, now: list[float] | None = None) -> Coder:
     return original
 
 
-def same(a: Coder, b: Coder, x: torch.Tensor) -> None:
+def same(a: Quantizer, b: Quantizer, x: torch.Tensor) -> None:
     for (mine, p), (true, q) in zip(a(x).parts, b(x).parts, strict=True):
         assert_same_bits(mine, true)
         assert_same_bits(p.scale, q.scale)
@@ -37,11 +37,11 @@ def same(a: Coder, b: Coder, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("segments", [(8,), (3, 5)])
 def test_one_set_comes_back_bit_for_bit(granularity, symmetric, segments):
-    original = measured(coder(segments, granularity, symmetric=symmetric))
+    original = measured(quantizer(segments, granularity, symmetric=symmetric))
     tensors = original.state_dict_tensors()
     kinds = ["scale"] if symmetric else ["scale", "zero_point"]
     assert set(tensors) == {f"{kind}.{i}" for kind in kinds for i in range(len(segments))}
-    copy = coder(segments, granularity, symmetric=symmetric)
+    copy = quantizer(segments, granularity, symmetric=symmetric)
     copy.load_tensors(tensors)
     same(copy, original, torch.randn(4, 8))
 
@@ -51,20 +51,20 @@ def test_one_set_comes_back_bit_for_bit(granularity, symmetric, segments):
 def test_sets_for_groups_of_steps_come_back_bit_for_bit(symmetric, step_groups):
     now = [0.0]
     moment = lambda: (now[0],)  # noqa: E731
-    original = measured(coder(symmetric=symmetric, step_groups=step_groups, moment=moment), now)
+    original = measured(quantizer(symmetric=symmetric, step_groups=step_groups, moment=moment), now)
     tensors = original.state_dict_tensors()
     assert tensors["moments"].tolist() == [[10.0], [9.0], [8.0]]
     assert tensors["moment_sets"].tolist() == ([0, 1, 2] if step_groups == 0 else [0, 0, 1])
     assert tensors["step_scale.1"].shape[0] == (3 if step_groups == 0 else 2)
-    copy = coder(symmetric=symmetric, step_groups=step_groups, moment=moment)
+    copy = quantizer(symmetric=symmetric, step_groups=step_groups, moment=moment)
     copy.load_tensors(tensors)
     for now[0] in (10.0, 9.0, 8.0):
         same(copy, original, torch.randn(4, 8))
 
 
 def test_nothing_measured_is_nothing_saved_and_loads_as_nothing():
-    assert coder().state_dict_tensors() == {}
-    original = measured(coder())
+    assert quantizer().state_dict_tensors() == {}
+    original = measured(quantizer())
     original.load_tensors({})
     assert original.static is None
 

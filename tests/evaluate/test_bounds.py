@@ -46,7 +46,7 @@ def test_the_bounds_are_the_sums_of_their_formulas(c: float, moves: list[float])
 
 
 def simulated(c: float, moves: list[list[float]], compensated: bool, seed: int) -> list[float]:
-    """Error norms of a coder that loses a share of at most c of the energy, in any direction."""
+    """Error norms of a quantizer that loses a share of at most c of the energy, in any direction."""
     source = random.Random(seed)
     error = [0.0] * len(moves[0])
     norms = []

@@ -7,7 +7,7 @@ from torch import nn
 from modiff import presets
 from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.core.affine import QParams
-from modiff.core.coder import Code
+from modiff.core.quantizer import Code
 from modiff.errors import ConfigError
 from modiff.evaluate.error_growth import ErrorGrowth, Growth, scale_energy
 from modiff.evaluate.watch import watch

@@ -17,7 +17,7 @@ from modiff.evaluate.suite import Suite, run_suite
 from modiff.evaluate.suite_extras import load_extras
 from modiff.evaluate.suite_metrics import Measurement
 from modiff.evaluate.suite_plans import Preset, plans_of
-from modiff.hosts.conditions import Conditions
+from modiff.generate.conditions import Conditions
 from tests.evaluate.suite_fakes import SHAPE, FakeExtractor, FakeSource
 
 N = 10

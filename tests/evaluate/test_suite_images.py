@@ -11,11 +11,11 @@ import torch
 
 import modiff
 from modiff import presets
-from modiff.core.cost import measure_cost
 from modiff.errors import ConfigError
+from modiff.evaluate.cost import measure_cost
 from modiff.evaluate.suite_images import PipelineSource, to_codes
 from modiff.evaluate.suite_plans import Plan
-from modiff.hosts.conditions import Conditions
+from modiff.generate.conditions import Conditions
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators
 from modiff.model.state_bytes import state_bytes

@@ -12,7 +12,7 @@ from PIL import Image
 from modiff.errors import FormatError
 from modiff.evaluate import suite_reference as module
 from modiff.evaluate.suite_reference import read_reference, reference_digest
-from modiff.io.shards import Manifest, write_shard
+from modiff.generate.shards import Manifest, write_shard
 
 IMAGES = np.arange(12 * 4 * 5 * 3, dtype=np.uint32).reshape(12, 4, 5, 3).astype(np.uint8)
 ODD = np.zeros((1, 2, 2, 1), np.uint8)

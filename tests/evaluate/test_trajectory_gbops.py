@@ -8,7 +8,7 @@ import pytest
 
 from modiff import presets
 from modiff.config import LayerConfig, ModulationConfig
-from modiff.core.cost import LayerCost, ModelCost
+from modiff.evaluate.cost import LayerCost, ModelCost
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.model.report import Entry, Report
 

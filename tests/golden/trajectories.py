@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 import modiff
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 
 HERE = Path(__file__).parent
 STEPS = 8
@@ -119,7 +119,7 @@ def _in_float64(config: modiff.ModiffConfig) -> modiff.ModiffConfig:
 def _states(model: nn.Module, watched: list[str]) -> Iterator[tuple[str, Tensor]]:
     """The first sample's states; plain layers have none."""
     for name in watched:
-        layer = required_attachment(model, "golden").twins[name]
+        layer = required_attachment(model, "golden").layers[name]
         if layer.outputs:
             yield f"{name}.input", layer.state.input[0].float()
             yield f"{name}.output", layer.state.output[0].float()

@@ -9,9 +9,9 @@ import torch
 
 import modiff
 from modiff import presets
+from modiff.calibration.reconstruct.layers import full_precision
 from modiff.hosts.blocks import blocks_of
-from modiff.model.attachment import attachment_of
-from modiff.model.reconstruct_layers import full_precision
+from modiff.model.attach import attachment_of
 from tests.hosts.tiny import HOSTS
 
 BLOCKS = {
@@ -44,6 +44,6 @@ def test_blocks_cover_every_modulated_layer_once_and_run_in_their_order(name):
     for handle in handles:
         handle.remove()
     assert Counter(block.kind for block in found) == BLOCKS[name]
-    assert sorted(n for block in found for n in block.layers) == sorted(attachment_of(model).twins)
+    assert sorted(n for block in found for n in block.layers) == sorted(attachment_of(model).layers)
     assert seen == [block.name for block in found]
     assert {block.calls for block in found} == {1}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import StateError
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
 from tests.hosts.parts import with_scheduler
 from tests.hosts.tiny import HOSTS, TinyHost
@@ -41,7 +41,7 @@ def denoiser_of(host: TinyHost, pipe: Any) -> nn.Module:
 def layers_of(model: nn.Module) -> dict[str, Any]:
     attachment = attachment_of(model)
     assert attachment is not None
-    return attachment.twins
+    return attachment.layers
 
 
 def watch(model: nn.Module, look: Callable[[], object]) -> list[Any]:
@@ -137,7 +137,7 @@ def test_guidance_in_two_calls_has_states_for_either_branch(name: str) -> None:
     assert contexts[1:] == [{"cond", "uncond"}] * 3
 
 
-@pytest.mark.parametrize("verb", [modiff.tune, lambda p, _, run: modiff.gate(p, modiff.presets.w8a4(), run=run)])
+@pytest.mark.parametrize("verb", [modiff.tune, lambda p, _, run: modiff.autotune(p, modiff.presets.w8a4(), run=run)])
 def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(verb: Callable[..., object]) -> None:
     host = HOSTS["flux"]
     pipe = host.build()
@@ -299,12 +299,12 @@ def test_a_copy_of_a_modulated_pipeline_has_states_and_a_clock_of_its_own(name: 
     plain = host.call(pipe)
     modiff.apply(pipe, modiff.presets.w8a4())
     first = host.call(pipe)
-    twin = copy.deepcopy(pipe)
+    quantized = copy.deepcopy(pipe)
     modiff.remove(pipe)
-    assert torch.equal(host.call(twin), first)
+    assert torch.equal(host.call(quantized), first)
     assert torch.equal(host.call(pipe), plain)
-    modiff.remove(twin)
-    assert torch.equal(host.call(twin), plain)
+    modiff.remove(quantized)
+    assert torch.equal(host.call(quantized), plain)
 
 
 @pytest.mark.parametrize(

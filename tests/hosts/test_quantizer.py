@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, ModiffDiffusersConfig, WeightConfig, presets
 from modiff.hosts.quantizer import ModiffQuantizer, align
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline, saved_pipeline
@@ -175,7 +175,7 @@ def test_the_config_file_says_that_the_model_is_quantized(floats, tmp_path):
         unet.save_pretrained(tmp_path / folder)
         values = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
         assert (values["quant_method"], values["version"]) == ("modiff", 1)
-        assert set(values["layers"]) == set(attachment_of(unet).twins)
+        assert set(values["layers"]) == set(attachment_of(unet).layers)
         assert load_file(tmp_path / folder / FILE).keys() == unet.state_dict().keys()
 
 
@@ -191,7 +191,7 @@ def test_modules_to_not_convert_stay_in_full_precision(floats):
     """Trap 9: the name that diffusers' users know."""
     config = ModiffDiffusersConfig(presets.w8a8(), modules_to_not_convert=["conv2", "mid_block"])
     unet = UNet2DModel.from_pretrained(floats / "unet", quantization_config=config)
-    taken = set(attachment_of(unet).twins)
+    taken = set(attachment_of(unet).layers)
     assert taken
     assert not any("conv2" in name or "mid_block" in name for name in taken)
     with pytest.raises(ConfigError, match="nothing_like_it"):
@@ -297,8 +297,8 @@ def test_parameters_are_counted_as_before_at_eight_bits_and_memory_falls(floats)
     )
     assert eight.num_parameters() == plain.num_parameters()
     assert four.get_memory_footprint() < eight.get_memory_footprint() < 0.5 * plain.get_memory_footprint()
-    twins = attachment_of(eight).twins.values()
-    saved = sum(3 * twin.weight.numel() - twin.weight_scale.nbytes for twin in twins)
+    quantized_layers = attachment_of(eight).layers.values()
+    saved = sum(3 * quantized.weight.numel() - quantized.weight_scale.nbytes for quantized in quantized_layers)
     assert eight.get_memory_footprint() == plain.get_memory_footprint() - saved
 
 

@@ -10,9 +10,9 @@ import torch
 
 import modiff
 from modiff import ConfigError, StateError, presets
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.reconstruct import reconstruct
-from modiff.model.attachment import attachment_of
-from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.attach import attachment_of
 from tests.hosts.tiny import HOSTS
 
 QUICK = ReconstructConfig(iterations=8, batch=4, learning_rate=0.2, checks=2)
@@ -26,9 +26,9 @@ def test_no_unit_of_a_host_gets_worse_and_some_get_better(name):
     report = reconstruct(pipe, lambda i: host.call(pipe, steps=3, seed=i, batch=2), QUICK, progress=False)
     assert all(math.isfinite(u.before) and u.after <= u.before for u in report.units)
     assert report.learned
-    twins = attachment_of(getattr(pipe, host.denoiser)).twins
+    quantized_layers = attachment_of(getattr(pipe, host.denoiser)).layers
     kept = {layer for unit in report.learned for layer in unit.layers}
-    assert {name for name, twin in twins.items() if twin.quantized_weight.fixed} == kept
+    assert {name for name, quantized in quantized_layers.items() if quantized.quantized_weight.fixed} == kept
     assert torch.isfinite(host.call(pipe)).all()
 
 

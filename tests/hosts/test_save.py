@@ -16,7 +16,7 @@ import modiff
 from modiff import ConfigError, FormatError, StateError, presets
 from modiff.hosts.load import load_pipeline
 from modiff.hosts.quantizer import align
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS, TinyHost
 from tests.pixels import pixel_pipeline, saved_pipeline
@@ -89,7 +89,7 @@ def test_two_copies_of_a_loaded_pipeline_save_what_is_their_own(tmp_path):
     modiff.save(pipe, tmp_path / "one")
     loaded = natively(tmp_path / "one")
     copied = copy.deepcopy(loaded)
-    layer = next(iter(attachment_of(copied.unet).twins.values()))
+    layer = next(iter(attachment_of(copied.unet).layers.values()))
     layer.weight.data.fill_(0x11)
     copied.save_pretrained(tmp_path / "two")
     loaded.save_pretrained(tmp_path / "three")
@@ -134,7 +134,7 @@ def test_measured_scales_travel_with_the_pipeline(tmp_path):
     for load in (modiff.load, natively):
         assert_same_bits(host.call(load(tmp_path / "saved")), expected)
     half = DiffusionPipeline.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
-    ours, theirs = (next(iter(attachment_of(p.unet).twins.values())).coder for p in (half, pipe))
+    ours, theirs = (next(iter(attachment_of(p.unet).layers.values())).quantizer for p in (half, pipe))
     for (name, tensor), (other, expected) in zip(
         sorted(ours.state_dict_tensors().items()), sorted(theirs.state_dict_tensors().items()), strict=True
     ):
@@ -161,7 +161,7 @@ def test_the_state_of_a_loaded_pipeline_ends_with_each_call(tmp_path):
         expected = host.call(loaded, steps=3)
         attachment = attachment_of(loaded.unet)
         assert not attachment.clock.active
-        assert not any(twin.state_tensors() for twin in attachment.twins.values())
+        assert not any(quantized.state_tensors() for quantized in attachment.layers.values())
 
         def broken(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
@@ -181,7 +181,7 @@ def test_guidance_in_two_calls_keeps_two_states_natively(tmp_path):
     modiff.save(pipe, tmp_path / "saved")
     native = natively(tmp_path / "saved")
     seen = []
-    layer = next(iter(attachment_of(native.transformer).twins.values()))
+    layer = next(iter(attachment_of(native.transformer).layers.values()))
     layer.register_forward_hook(lambda *_: seen.append(set(layer.outputs)))
     host.call(native)
     assert max(map(len, seen)) == 2

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import modiff
 from modiff import ConfigError, ModiffConfig, presets
 from modiff.model.apply import apply as apply_to_module
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.test_save import call_small, natively
 from tests.hosts.tiny import HOSTS
@@ -53,7 +53,7 @@ def test_a_model_is_written_as_pack_and_save_would_write_it_and_lives_on_in_floa
         same_state(load_file(tmp_path / "applied" / FILE), load_file(tmp_path / other / FILE))
     entry = config_in(tmp_path / "applied")["quantization_config"]
     tensors = load_file(tmp_path / "applied" / FILE)
-    assert set(entry["layers"]) == set(attachment_of(pipe.unet).twins)
+    assert set(entry["layers"]) == set(attachment_of(pipe.unet).layers)
     assert {tensors[f"{name}.weight"].dtype for name in entry["layers"]} == {torch.uint8}
     same_state(pipe.unet.state_dict(), before)
     assert not attachment_of(pipe.unet).packed
@@ -91,7 +91,7 @@ def test_what_is_measured_after_the_first_save_is_in_the_second(tmp_path):
     assert config_in(tmp_path / "one")["quantization_config"]["scales"] == {}
     modiff.calibrate(pipe, lambda: call_small(pipe))
     pipe.unet.save_pretrained(tmp_path / "two")
-    assert set(config_in(tmp_path / "two")["quantization_config"]["scales"]) == set(attachment_of(pipe.unet).twins)
+    assert set(config_in(tmp_path / "two")["quantization_config"]["scales"]) == set(attachment_of(pipe.unet).layers)
     plain = pixel_pipeline()
     plain.unet = UNet2DModel.from_pretrained(tmp_path / "two")
     assert_same_bits(call_small(plain), call_small(pipe))
@@ -116,7 +116,7 @@ def test_the_live_model_may_be_cast_copied_and_saved_by_the_verb(tmp_path):
     pipe = applied(presets.w4a8())
     expected = call_small(pipe)
     copied = copy.deepcopy(pipe)
-    layer = next(iter(attachment_of(copied.unet).twins.values()))
+    layer = next(iter(attachment_of(copied.unet).layers.values()))
     layer.weight.data.zero_()
     copied.unet.save_pretrained(tmp_path / "copy")
     pipe.unet.save_pretrained(tmp_path / "own")

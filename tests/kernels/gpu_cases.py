@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig
-from modiff.kernels import gpu, ops, prologue
+from modiff.kernels import ops, prologue
 from modiff.kernels.dispatch import Choice
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
+from modiff.kernels.triton import backend as gpu
 from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.kernels.problems import call_of, exact_sums, operands, problems
-from tests.recipes import play, randomised, twin
+from tests.recipes import play, quantized, randomised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -99,7 +100,7 @@ def test_plain_layers_have_their_bias_from_the_same_kernel(shape):
 @pytest.mark.parametrize(("bits", "clip"), [(8, 1.0), (4, 0.7), (3, 0.4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, dtype, monkeypatch):
-    from modiff.kernels import triton_prologue
+    from modiff.kernels.triton import prologue as triton_prologue
 
     monkeypatch.setattr(triton_prologue, "_WHOLE", whole)  # 8: rows come in blocks, their scales from another kernel
     monkeypatch.setattr(triton_prologue, "_BLOCK", 16)
@@ -145,7 +146,7 @@ def test_a_layer_on_these_kernels_keeps_the_law(monkeypatch):
     config = LayerConfig(activation=QuantizerConfig(bits=4))
     original = randomised(nn.Conv2d(6, 4, 3, padding=1)).to(DEVICE)
     inputs = [x.to(DEVICE) for x in drifting(3, (2, 6, 4, 4), 4, 0.3, torch.float32)]
-    ours = play(twin(original, dataclasses.replace(config, execution="integer")), inputs)
-    for mine, theirs in zip(ours, play(twin(original, config), inputs), strict=True):
+    ours = play(quantized(original, dataclasses.replace(config, execution="integer")), inputs)
+    for mine, theirs in zip(ours, play(quantized(original, config), inputs), strict=True):
         assert_same_bits(mine[1], theirs[1])
         assert_within(mine[0], theirs[0], 1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modiff import KernelError
 from modiff.kernels import ops
-from modiff.kernels.dispatch import Backend, float_exact_obstacle, onednn_obstacle
+from modiff.kernels.dispatch import Backend, float_exact_obstacle, onednn_unsupported
 from modiff.kernels.isa import detect
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
@@ -32,7 +32,7 @@ def exact_here(problem: Problem) -> list[Backend]:
     found: list[Backend] = ["reference"]
     if not float_exact_obstacle(problem, detect()):
         found.append("float_exact")
-    if not onednn_obstacle(apart, detect(), trust()):
+    if not onednn_unsupported(apart, detect(), trust()):
         found.append("onednn")
     return found
 

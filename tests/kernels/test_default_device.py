@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modiff.kernels import fixed_point, kernel, onednn, self_test
-from modiff.kernels.after import Before
+from modiff.kernels.fused_input import Before
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import prologue
 from tests.helpers import assert_same_bits

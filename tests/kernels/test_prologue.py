@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modiff import KernelError, ModulationConfig, QuantizerConfig
-from modiff.core.coder import Coder
-from modiff.core.modulation import State, encode, encode_plain
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import State, encode, encode_plain
 from modiff.kernels import native, prologue_ops
-from modiff.kernels.after import Before
 from modiff.kernels.fixed_point import prologue_fixed, start
+from modiff.kernels.fused_input import Before
 from modiff.kernels.prologue import choose_prologue, plain, prologue
 from modiff.kernels.rows import as_rows, scale_shape
 from tests.helpers import assert_same_bits, drifting
@@ -57,7 +57,7 @@ def test_a_trajectory_of_codes_scales_and_states_equals_the_core_s(
 ):
     size, channel = shape
     config = ModulationConfig(predictor=predictor, gain=0.7)
-    coder = Coder(
+    quantizer = Quantizer(
         QuantizerConfig(bits=bits, granularity=granularity, clip=clip), granularity, channel, (size[channel],)
     )
     inputs = [x.to(dtype) for x in drifting(seed, size, 4, 0.2)]
@@ -67,7 +67,7 @@ def test_a_trajectory_of_codes_scales_and_states_equals_the_core_s(
     expected = State(inputs[0].float(), torch.zeros_like(inputs[0].float()) if predictor == "linear" else None)
     held = {name: [None if t is None else t.clone() for t in expected] for name in IMPLEMENTATIONS}
     for x in inputs[1:]:
-        message, expected = encode(x, expected, coder, config, ratio)
+        message, expected = encode(x, expected, quantizer, config, ratio)
         codes, qparams = message.codes[0].parts[0]
         for name, (state, move) in held.items():
             gain = None if move is None else torch.tensor(0.7) * ratio
@@ -111,9 +111,9 @@ def test_given_scales_are_used_as_they_are(granularity, given_as):
 @settings(max_examples=60)
 def test_plain_codes_equal_those_of_a_layer_without_memory(seed, shape, granularity, bits, dtype, given_scale):
     size, channel = shape
-    coder = Coder(QuantizerConfig(bits=bits, granularity=granularity), granularity, channel, (size[channel],))
+    quantizer = Quantizer(QuantizerConfig(bits=bits, granularity=granularity), granularity, channel, (size[channel],))
     (x,) = (t.to(dtype) for t in drifting(seed, size, 1, 0.2))
-    codes, qparams = encode_plain(x, coder).codes[0].parts[0]
+    codes, qparams = encode_plain(x, quantizer).codes[0].parts[0]
     scale = qparams.scale if given_scale else None
     found, used = plain(x, scale, bits, granularity=granularity, channel_dim=channel)
     assert_same_bits(found, core_codes(codes, bits))
@@ -134,7 +134,7 @@ def test_nan_infinity_and_denormals_do_what_they_do_in_the_core(implementation, 
     state = torch.randn(2, 40)
     state[1, 0] = 3e-41
     config = QuantizerConfig(bits=8, granularity="sample", dynamic=True)
-    message, expected = encode(x, State(state), Coder(config, "sample", -1, (40,)), ModulationConfig())
+    message, expected = encode(x, State(state), Quantizer(config, "sample", -1, (40,)), ModulationConfig())
     codes, qparams = message.codes[0].parts[0]
     scale = None
     if not dynamic:
@@ -303,7 +303,7 @@ def test_with_a_compiler_the_compiled_loop_runs(monkeypatch):
 
 def test_other_devices_are_told_that_the_loop_is_for_cpus(monkeypatch):
     assert choose_prologue("xpu") == ("eager", "the compiled loop runs on CPUs, the input is on xpu")
-    monkeypatch.setattr("modiff.kernels.gpu.installed", lambda: False)
+    monkeypatch.setattr("modiff.kernels.triton.backend.installed", lambda: False)
     assert choose_prologue("cuda") == ("eager", "the compiled loop runs on CPUs, the input is on cuda")
-    monkeypatch.setattr("modiff.kernels.gpu.installed", lambda: True)
+    monkeypatch.setattr("modiff.kernels.triton.backend.installed", lambda: True)
     assert choose_prologue("cuda").implementation == "triton"

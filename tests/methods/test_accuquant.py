@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler
 
 import modiff
 from modiff import ConfigError, StateError
+from modiff.calibration.data import Call
 from modiff.hosts.sampler_steps import SamplerSteps
 from modiff.hosts.samplers import set_scheduler
 from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
-from modiff.model.calibration_set import Call
-from modiff.model.coders import coders_of
+from modiff.model.quantizers import quantizers_of
 from tests.hosts.tiny import HOSTS
 
 QUICK = AccuquantConfig(
@@ -48,7 +48,7 @@ def test_groups_cover_all_steps_and_none_is_kept_worse_than_it_was_calibrated(ou
 
 def test_each_group_has_scales_of_its_own_and_the_pipeline_samples_with_them(outcome):
     pipe, _ = outcome
-    tables = [coder.tables for coder in coders_of(pipe.unet).values()]
+    tables = [quantizer.tables for quantizer in quantizers_of(pipe.unet).values()]
     assert all(table is not None and sorted(table) == [0, 1] for table in tables)
     assert any(not torch.equal(t[0][0].scale, t[1][0].scale) for t in tables)
 
@@ -71,7 +71,10 @@ def test_both_objectives_agree_for_single_steps_and_differ_for_groups(group_size
             QUICK, steps=2, objective=objective, group_size=group_size, iterations=2, layers="recommended"
         )
         apply_accuquant(pipe, config, progress=False)
-        scales = [(coder.static or coder.tables[0])[0].scale.flatten() for coder in coders_of(pipe.unet).values()]
+        scales = [
+            (quantizer.static or quantizer.tables[0])[0].scale.flatten()
+            for quantizer in quantizers_of(pipe.unet).values()
+        ]
         found.append(torch.cat(scales))
     assert torch.equal(*found) == (group_size == 1)
 

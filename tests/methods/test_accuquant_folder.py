@@ -17,8 +17,8 @@ from modiff.hosts.sampler_steps import sampler_tables, with_tables
 from modiff.methods import accuquant
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
 from modiff.methods.registry import quantize
-from modiff.model.attachment import attachment_of
-from modiff.model.coders import coders_of
+from modiff.model.attach import attachment_of
+from modiff.model.quantizers import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
 
@@ -28,7 +28,7 @@ SMALL = AccuquantConfig(
 
 
 def scales_of(pipe: Any) -> dict[str, Tensor]:
-    return {f"{n}.{k}": t for n, c in coders_of(pipe.unet).items() for k, t in c.state_dict_tensors().items()}
+    return {f"{n}.{k}": t for n, c in quantizers_of(pipe.unet).items() for k, t in c.state_dict_tensors().items()}
 
 
 def assert_same_scales(mine: Any, other: Any) -> None:
@@ -132,7 +132,7 @@ def test_learned_rounding_and_scales_without_groups_of_their_own_resume_too(tmp_
     }
     monkeypatch.setattr(accuquant, "_learn_group", None)
     two, _ = learned(tmp_path, config)
-    assert all(twin.quantized_weight.fixed for twin in attachment_of(two.unet).twins.values())
+    assert all(quantized.quantized_weight.fixed for quantized in attachment_of(two.unet).layers.values())
     assert_same_scales(two, one)
     assert_same_bits(small.call(two, steps=2), small.call(one, steps=2))
 

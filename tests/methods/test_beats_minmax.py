@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modiff.assets import embedded_folder
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.evaluate.relative_l2 import relative_l2
 from modiff.hosts.load import load_pipeline
 from modiff.hosts.noise import noise_generators
@@ -25,7 +26,6 @@ from modiff.methods.ptq4dm import Ptq4dmConfig
 from modiff.methods.q_diffusion import QDiffusionConfig, quick_steps
 from modiff.methods.registry import quantize
 from modiff.methods.tfmq_dm import TfmqDmConfig
-from modiff.model.reconstruct_config import ReconstructConfig
 
 STEPS, IMAGES, OTHER_NOISE = 10, 4, 1_000_000
 WEIGHTS = dataclasses.replace(

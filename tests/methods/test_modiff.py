@@ -10,11 +10,11 @@ from torch import Tensor
 
 import modiff
 from modiff import AttentionConfig, CalibrationError, ConfigError, ModulationConfig, QuantizerConfig
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.unet import shortcut_splits
 from modiff.methods import ModiffMethodConfig, apply_modiff
-from modiff.model.attachment import attachment_of
-from modiff.model.coders import coders_of
-from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.attach import attachment_of
+from modiff.model.quantizers import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
 from tests.methods.test_q_diffusion import LEARNS, ROUNDS
@@ -63,21 +63,21 @@ def parts(name: str, tensors: list[Tensor], splits: dict[str, int]) -> list[list
 def test_symmetric_scales_cover_the_largest_residual_of_each_half(residuals, bits):
     pipe = small.build()
     apply_modiff(pipe, dataclasses.replace(MINMAX, activation_bits=bits), progress=False)
-    splits, coders = shortcut_splits(pipe.unet), coders_of(pipe.unet)
-    assert set(coders) == set(residuals)
+    splits, quantizers = shortcut_splits(pipe.unet), quantizers_of(pipe.unet)
+    assert set(quantizers) == set(residuals)
     assert splits
     for name, tensors in residuals.items():
         expected = [max(float(r.abs().max()) for r in part) for part in parts(name, tensors, splits)]
-        scales = [float(q.scale) for q in coders[name].static]
+        scales = [float(q.scale) for q in quantizers[name].static]
         assert scales == pytest.approx([e / (2 ** (bits - 1) - 1) for e in expected], rel=1e-4)
 
 
 def test_scales_with_a_zero_point_cover_the_range_with_all_levels(residuals):
     pipe = small.build()
     apply_modiff(pipe, dataclasses.replace(MINMAX, symmetric=False), progress=False)
-    splits, coders = shortcut_splits(pipe.unet), coders_of(pipe.unet)
+    splits, quantizers = shortcut_splits(pipe.unet), quantizers_of(pipe.unet)
     for name, tensors in residuals.items():
-        for (scale, zero_point), part in zip(coders[name].static, parts(name, tensors, splits), strict=True):
+        for (scale, zero_point), part in zip(quantizers[name].static, parts(name, tensors, splits), strict=True):
             low = min(0.0, *(float(r.min()) for r in part))
             high = max(0.0, *(float(r.max()) for r in part))
             assert float(scale) == pytest.approx((high - low) / 15, rel=1e-4)
@@ -89,7 +89,7 @@ def test_shared_halves_have_the_range_of_the_whole_input(residuals):
     apply_modiff(pipe, dataclasses.replace(MINMAX, halves="shared"), progress=False)
     for name in shortcut_splits(pipe.unet):
         whole = max(float(r.abs().max()) for r in residuals[name])
-        scales = [float(q.scale) for q in coders_of(pipe.unet)[name].static]
+        scales = [float(q.scale) for q in quantizers_of(pipe.unet)[name].static]
         assert scales == pytest.approx([whole / 7] * 2, rel=1e-4)
 
 
@@ -97,13 +97,13 @@ def test_learned_steps_start_at_the_ranges_and_no_layer_is_worse():
     measured, learned = small.build(), small.build()
     apply_modiff(measured, MINMAX, progress=False)
     report = apply_modiff(learned, LEARNED, progress=False)
-    assert {u.name for u in report.steps.units} == set(coders_of(learned.unet))
+    assert {u.name for u in report.steps.units} == set(quantizers_of(learned.unet))
     assert all(u.after <= u.before for u in report.steps.units)
     kept = {u.name for u in report.steps.units if u.learned}
     assert kept
-    for name, coder in coders_of(learned.unet).items():
-        start = coders_of(measured.unet)[name].static
-        same = all(torch.equal(a.scale, b.scale) for a, b in zip(coder.static, start, strict=True))
+    for name, quantizer in quantizers_of(learned.unet).items():
+        start = quantizers_of(measured.unet)[name].static
+        same = all(torch.equal(a.scale, b.scale) for a, b in zip(quantizer.static, start, strict=True))
         assert same == (name not in kept)
 
 
@@ -238,10 +238,10 @@ def test_scales_of_groups_of_steps_are_those_of_modulated_trajectories(groups):
         by_hand, STEPWISE.model_config() if groups else dataclasses.replace(STEPWISE, step_groups=0).model_config()
     )
     modiff.calibrate(by_hand, lambda: small.call(by_hand, steps=STEPS, batch=BATCH))
-    for name, coder in coders_of(ours.unet).items():
-        expected = coders_of(by_hand.unet)[name].state_dict_tensors()
-        found = coder.state_dict_tensors()
-        assert set(coder.tables) == set(range(groups or STEPS - 1))
+    for name, quantizer in quantizers_of(ours.unet).items():
+        expected = quantizers_of(by_hand.unet)[name].state_dict_tensors()
+        found = quantizer.state_dict_tensors()
+        assert set(quantizer.tables) == set(range(groups or STEPS - 1))
         assert set(found) == set(expected)
         for key, tensor in found.items():
             assert torch.equal(tensor, expected[key])
@@ -266,9 +266,9 @@ def test_a_module_alone_is_calibrated_inside_trajectories_of_its_own():
         return small.call(pipe, steps=STEPS, batch=BATCH)
 
     apply_modiff(pipe.unet, STEPWISE, run=run, evaluations_per_run=STEPS, progress=False)
-    for name, coder in coders_of(pipe.unet).items():
-        for key, tensor in coder.state_dict_tensors().items():
-            assert torch.equal(tensor, coders_of(expected.unet)[name].state_dict_tensors()[key])
+    for name, quantizer in quantizers_of(pipe.unet).items():
+        for key, tensor in quantizer.state_dict_tensors().items():
+            assert torch.equal(tensor, quantizers_of(expected.unet)[name].state_dict_tensors()[key])
 
 
 def test_groups_of_steps_draw_as_few_trajectories_as_ranges_and_are_counted():

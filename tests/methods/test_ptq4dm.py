@@ -10,14 +10,14 @@ from torch import Tensor
 
 import modiff
 from modiff import CalibrationError, ConfigError, ModulationConfig, NormalSteps, StateError
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.core.observers import Observer
 from modiff.core.range_metrics import RANGE_METRICS
 from modiff.hosts.calibration_runs import calibration_run
 from modiff.methods import Ptq4dmConfig, apply_ptq4dm
 from modiff.methods.ptq4dm import SmoothedSearchObserver
-from modiff.model.attachment import attachment_of
-from modiff.model.coders import coders_of
-from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.attach import attachment_of
+from modiff.model.quantizers import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 from tests.methods import small
@@ -46,11 +46,11 @@ def inputs_of(model, calls) -> dict[tuple[str, int], Tensor]:
         keepers.setdefault(name, []).append(Keeper())  # one for each segment, in order
         return keepers[name][-1]
 
-    for name, coder in coders_of(model).items():
-        coder.watch(lambda name=name: keeper(name))
+    for name, quantizer in quantizers_of(model).items():
+        quantizer.watch(lambda name=name: keeper(name))
     modiff.replay(model, calls)
-    for coder in coders_of(model).values():
-        coder.unwatch()
+    for quantizer in quantizers_of(model).values():
+        quantizer.unwatch()
     return {
         (name, segment): torch.cat([x.flatten() for x in one.seen]).double()
         for name, found in keepers.items()
@@ -85,10 +85,13 @@ def test_every_range_is_that_of_a_brute_force_search_in_float64_over_the_ndtc_st
     calls = collected(pipe, config)
     assert sum(len(c.args[0]) for c in calls) == config.samples
     apply_ptq4dm(pipe, config, progress=False)
-    twins = attachment_of(pipe.unet).twins
+    quantized_layers = attachment_of(pipe.unet).layers
     shrunk = 0
     for (name, segment), values in inputs_of(pipe.unet, calls).items():
-        bits, scale = twins[name].coder.bits, float(twins[name].coder.static[segment].scale)
+        bits, scale = (
+            quantized_layers[name].quantizer.bits,
+            float(quantized_layers[name].quantizer.static[segment].scale),
+        )
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
         losses = {r: loss(values, low * r, high * r, bits) for r in (1 - 0.01 * i for i in range(config.trials))}
         mine = min(losses, key=lambda r: abs((high - low) * r / (2**bits - 1) - scale))
@@ -151,7 +154,7 @@ def test_with_modulation_the_ranges_are_those_of_residuals():
         pipe = small.build()
         config = dataclasses.replace(SMALL, steps=12, spread="variance", modulation=modulation)
         apply_ptq4dm(pipe, config, progress=False)
-        scales.append(float(attachment_of(pipe.unet).twins["conv_in"].coder.static[0].scale))
+        scales.append(float(attachment_of(pipe.unet).layers["conv_in"].quantizer.static[0].scale))
         assert torch.isfinite(small.call(pipe, steps=12)).all()
     assert scales[1] < 0.5 * scales[0]
 
@@ -164,7 +167,7 @@ def test_rounding_can_be_learned():
         dataclasses.replace(SMALL, weight_bits=3, samples=4, rounding="learned", reconstruction=quick),
         progress=False,
     )
-    assert any(twin.quantized_weight.fixed for twin in attachment_of(pipe.unet).twins.values())
+    assert any(quantized.quantized_weight.fixed for quantized in attachment_of(pipe.unet).layers.values())
 
 
 def test_the_script_smooths_the_best_range_of_each_call():
@@ -189,7 +192,7 @@ def test_the_script_s_smoothing_gives_other_ranges_than_the_paper_s():
     for smoothing in ("none", "script"):
         pipe = small.build()
         apply_ptq4dm(pipe, dataclasses.replace(SMALL, smoothing=smoothing), progress=False)
-        scales.append([float(t.coder.static[0].scale) for t in attachment_of(pipe.unet).twins.values()])
+        scales.append([float(t.quantizer.static[0].scale) for t in attachment_of(pipe.unet).layers.values()])
     differing = sum(a != b for a, b in zip(*scales, strict=True))
     assert differing > len(scales[0]) // 2
 
@@ -211,15 +214,15 @@ def test_a_model_whose_calibration_fails_is_as_before(monkeypatch):
 def test_an_interrupted_job_collects_only_what_is_missing(tmp_path):
     pipe = small.build()
     apply_ptq4dm(pipe, SMALL, folder=tmp_path, progress=False)
-    expected = {n: c.static[0].scale for n, c in coders_of(pipe.unet).items()}
+    expected = {n: c.static[0].scale for n, c in quantizers_of(pipe.unet).items()}
     modiff.remove(pipe)
 
     def never(_: int) -> None:
         raise RuntimeError("all trajectories are there")
 
     apply_ptq4dm(pipe, SMALL, run=never, folder=tmp_path, progress=False)
-    for name, coder in coders_of(pipe.unet).items():
-        assert_same_bits(coder.static[0].scale, expected[name])
+    for name, quantizer in quantizers_of(pipe.unet).items():
+        assert_same_bits(quantizer.static[0].scale, expected[name])
 
 
 def test_what_cannot_be_calibrated_is_refused_before_any_work():

@@ -9,12 +9,12 @@ import torch
 
 import modiff
 from modiff import ConfigError, ModulationConfig, StateError
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.unet import shortcut_splits
 from modiff.methods import QDiffusionConfig, apply_q_diffusion
 from modiff.methods.q_diffusion import of_residuals, quick_steps
-from modiff.model.attachment import attachment_of
-from modiff.model.coders import coders_of
-from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.attach import attachment_of
+from modiff.model.quantizers import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
 from tests.reference.quantizer import affine_parameters
@@ -37,21 +37,23 @@ def outcome():
 def test_no_layer_is_exempt_and_each_half_of_a_shortcut_has_a_scale(outcome):
     pipe, report = outcome
     assert {e.setting for e in report.entries} == {"W4A4 plain"}
-    coders = coders_of(pipe.unet)
+    quantizers = quantizers_of(pipe.unet)
     splits = shortcut_splits(pipe.unet)
     assert splits
-    for name, twin in attachment_of(pipe.unet).twins.items():
-        assert len(coders[name].static) == (2 if name in splits else 1)
-        assert all(q.scale.numel() == 1 and q.zero_point is not None for q in coders[name].static)
-        assert twin.quantized_weight.fixed
+    for name, quantized in attachment_of(pipe.unet).layers.items():
+        assert len(quantizers[name].static) == (2 if name in splits else 1)
+        assert all(q.scale.numel() == 1 and q.zero_point is not None for q in quantizers[name].static)
+        assert quantized.quantized_weight.fixed
 
 
 def test_attention_products_have_their_coders_and_softmax_starts_at_zero_with_8_bits(outcome):
     pipe, _ = outcome
-    coders = {n.rpartition(".")[2]: c for n, c in coders_of(pipe.unet).items() if n.startswith("mid_block.attentions")}
-    assert {"q", "k", "v", "softmax"} <= set(coders)
-    assert [coders[n].bits for n in ("q", "k", "v", "softmax")] == [4, 4, 4, 8]
-    ((scale, zero_point),) = coders["softmax"].static
+    quantizers = {
+        n.rpartition(".")[2]: c for n, c in quantizers_of(pipe.unet).items() if n.startswith("mid_block.attentions")
+    }
+    assert {"q", "k", "v", "softmax"} <= set(quantizers)
+    assert [quantizers[n].bits for n in ("q", "k", "v", "softmax")] == [4, 4, 4, 8]
+    ((scale, zero_point),) = quantizers["softmax"].static
     assert int(zero_point) == -128, "no code below zero"
     assert 0 < float(scale) <= 1.01 / 255
 
@@ -77,7 +79,7 @@ def test_measured_ranges_are_those_of_the_kept_states_in_full_precision():
     apply_q_diffusion(pipe, MEASURED, progress=False)
     kept = torch.cat([states[0], states[2]])  # every T / groups = 2 steps
     scale, zero_point = affine_parameters([float(kept.min()), float(kept.max())], 4, False, 1.0)
-    ((found, zero),) = coders_of(pipe.unet)["conv_in"].static
+    ((found, zero),) = quantizers_of(pipe.unet)["conv_in"].static
     assert float(found) == pytest.approx(scale, rel=1e-5)
     assert int(zero) == zero_point
 
@@ -99,20 +101,20 @@ def test_with_modulation_layers_learn_the_steps_of_residuals_and_attention_stays
     pipe = small.build()
     report = apply_q_diffusion(pipe, dataclasses.replace(SMALL, modulation=ModulationConfig()), progress=False)
     assert {e.setting for e in report.taken} == {"W4A4 modulated"}
-    assert {u.name for u in report.steps.units} == set(attachment_of(pipe.unet).twins)
+    assert {u.name for u in report.steps.units} == set(attachment_of(pipe.unet).layers)
     assert all(u.after <= u.before for u in report.steps.units)
-    assert coders_of(pipe.unet)["mid_block.attentions.0.softmax"].static is not None
+    assert quantizers_of(pipe.unet)["mid_block.attentions.0.softmax"].static is not None
     assert torch.isfinite(small.call(pipe, steps=STEPS)).all()
 
 
 def test_weights_alone_activations_alone_and_attention_left_alone():
     pipe = small.build()
     apply_q_diffusion(pipe, dataclasses.replace(MEASURED, activation_bits=None), progress=False)
-    assert coders_of(pipe.unet) == {}
+    assert quantizers_of(pipe.unet) == {}
     modiff.remove(pipe)
     config = dataclasses.replace(MEASURED, weight_bits=None, attention="full_precision")
     report = apply_q_diffusion(pipe, config, progress=False)
-    assert set(coders_of(pipe.unet)) == set(attachment_of(pipe.unet).twins)
+    assert set(quantizers_of(pipe.unet)) == set(attachment_of(pipe.unet).layers)
     assert report.weights is None
 
 

@@ -13,7 +13,7 @@ from modiff import methods as package
 from modiff.methods import Ptq4dmConfig, registry
 from modiff.methods.registry import METHODS, method_config, method_named, name_of, quantize
 from modiff.methods.work import claim_work
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
 

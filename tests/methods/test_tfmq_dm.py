@@ -10,11 +10,11 @@ from torch import Tensor
 
 import modiff
 from modiff import CalibrationError, ConfigError, ModulationConfig
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.temporal import TemporalBlock
 from modiff.methods import TfmqDmConfig, apply_tfmq_dm
 from modiff.methods.tfmq_temporal import reconstruct_temporal
-from modiff.model.attachment import attachment_of
-from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits, assert_within
 from tests.hosts.tiny import HOSTS
 from tests.methods import small
@@ -92,8 +92,10 @@ def test_the_loss_is_that_of_all_features_in_float64_and_learning_lowers_it():
     )
     report = reconstruct_temporal(unet, times, QUICK)
     assert report.before == pytest.approx(total({n: quantize_weight(w, 4) for n, w in floats.items()}), rel=1e-4)
-    twins = attachment_of(unet).twins
-    learned = {n: twins[n].quantized_weight.dense(twins[n].weight, torch.float64) for n in block.layers}
+    quantized_layers = attachment_of(unet).layers
+    learned = {
+        n: quantized_layers[n].quantized_weight.dense(quantized_layers[n].weight, torch.float64) for n in block.layers
+    }
     assert report.learned
     assert report.after == pytest.approx(total(learned), rel=1e-4)
     assert report.after < 0.6 * report.before
@@ -105,7 +107,7 @@ def test_the_loss_is_that_of_all_features_in_float64_and_learning_lowers_it():
 def test_unquantized_temporal_weights_are_nothing_to_learn():
     pipe = small.build()
     modiff.apply(pipe, modiff.presets.plain(4, 8))  # leaves the time embedding alone
-    projections = [n for n in TemporalBlock(pipe.unet).layers if n in attachment_of(pipe.unet).twins]
+    projections = [n for n in TemporalBlock(pipe.unet).layers if n in attachment_of(pipe.unet).layers]
     if projections:
         assert all(n.endswith("time_emb_proj") for n in projections)
         return
@@ -118,15 +120,17 @@ def test_each_time_step_has_the_range_of_its_own_sines_and_others_are_refused():
     with torch.no_grad():
         sines = {t: pipe.unet.time_proj(torch.tensor([t])).double() for t in timesteps_of(pipe)}
     apply_tfmq_dm(pipe, SMALL, progress=False)
-    twins = attachment_of(pipe.unet).twins
-    coder = twins["time_embedding.linear_1"].coder
-    assert {m[0] for m in coder.moments} == set(sines)
+    quantized_layers = attachment_of(pipe.unet).layers
+    quantizer = quantized_layers["time_embedding.linear_1"].quantizer
+    assert {m[0] for m in quantizer.moments} == set(sines)
     for t, values in sines.items():
-        ((scale, _),) = coder.tables[coder.moments[(t,)]]
+        ((scale, _),) = quantizer.tables[quantizer.moments[(t,)]]
         assert float(scale) == pytest.approx((float(values.max()) - min(float(values.min()), 0.0)) / 255, rel=1e-5)
     temporal = set(TemporalBlock(pipe.unet).layers)
-    assert {n for n, t in twins.items() if t.coder.tables is not None} == temporal
-    assert {n for n, t in twins.items() if t.coder.static is not None} == set(twins) - temporal
+    assert {n for n, t in quantized_layers.items() if t.quantizer.tables is not None} == temporal
+    assert {n for n, t in quantized_layers.items() if t.quantizer.static is not None} == set(
+        quantized_layers
+    ) - temporal
     assert torch.isfinite(small.call(pipe, steps=STEPS)).all()
     with pytest.raises(CalibrationError, match=f"expected a step of the {STEPS} calibrated ones"):
         small.call(pipe, steps=STEPS + 1)
@@ -135,8 +139,8 @@ def test_each_time_step_has_the_range_of_its_own_sines_and_others_are_refused():
 def test_the_code_s_reading_has_sets_per_step_for_every_layer():
     pipe = small.build()
     apply_tfmq_dm(pipe, dataclasses.replace(SMALL, sets="all"), progress=False)
-    twins = attachment_of(pipe.unet).twins
-    assert all(len(t.coder.tables) == STEPS for t in twins.values())
+    quantized_layers = attachment_of(pipe.unet).layers
+    assert all(len(t.quantizer.tables) == STEPS for t in quantized_layers.values())
 
 
 def test_a_pipeline_runs_near_full_precision_and_comes_back_to_the_bit():

@@ -15,10 +15,10 @@ from modiff import (
     QuantizerConfig,
     WeightConfig,
 )
+from modiff.calibration.data import CalibrationSet
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.core.affine import QParams
-from modiff.model.attachment import attachment_of
-from modiff.model.calibration_set import CalibrationSet
-from modiff.model.reconstruct_config import ReconstructConfig
+from modiff.model.attach import attachment_of
 from tests.model.toys import activations_only, sample
 
 KINDS = ("ResidualBlock", "Attention")
@@ -48,12 +48,12 @@ def applied(build, config: ModiffConfig, pairs: bool = False) -> tuple[nn.Module
     return model, calls
 
 
-def twins_of(model: nn.Module):
-    return attachment_of(model).twins
+def layers_of(model: nn.Module):
+    return attachment_of(model).layers
 
 
 def codes_of(model: nn.Module) -> dict[str, list[Tensor]]:
-    return {n: [c for c, _ in t.quantized_weight.codes(t.weight)] for n, t in twins_of(model).items()}
+    return {n: [c for c, _ in t.quantized_weight.codes(t.weight)] for n, t in layers_of(model).items()}
 
 
 def same_codes(a: dict[str, list[Tensor]], b: dict[str, list[Tensor]]) -> bool:
@@ -70,9 +70,9 @@ def error_of(model: nn.Module, exact: list[Tensor]) -> float:
 def widened(model: nn.Module, calls: CalibrationSet, factor: float) -> dict[str, tuple[QParams, ...]]:
     """Calibrate, then make every static scale wrong by a factor."""
     modiff.calibrate(model, lambda: modiff.replay(model, calls))
-    for twin in twins_of(model).values():
-        twin.coder.static = tuple(QParams(q.scale * factor, q.zero_point) for q in twin.coder.static)
-    return {name: twin.coder.static for name, twin in twins_of(model).items()}
+    for quantized in layers_of(model).values():
+        quantized.quantizer.static = tuple(QParams(q.scale * factor, q.zero_point) for q in quantized.quantizer.static)
+    return {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
 
 
 def static_config(symmetric: bool = True, modulation: ModulationConfig | None = None) -> ModiffConfig:

@@ -22,7 +22,7 @@ from modiff import (
 from modiff.config import ConfigError
 from modiff.hosts.unet import shortcut_splits
 from modiff.model.apply import apply as apply_to_module
-from modiff.model.coders import coders_of
+from modiff.model.quantizers import quantizers_of
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within
 from tests.model.toys import SPLITS, TAKEN, activations_only, sample, toy, toy_unet
@@ -35,14 +35,14 @@ def modulated_sample(model: nn.Module, **options) -> list[torch.Tensor]:
         return sample(model, **options)
 
 
-def twins(model: nn.Module) -> dict[str, ModulatedLayer]:
+def quantized_layers(model: nn.Module) -> dict[str, ModulatedLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ModulatedLayer)}
 
 
 def test_exactly_the_reported_layers_are_replaced():
     model = toy()
     report = modiff.apply(model)
-    assert tuple(e.name for e in report.taken) == tuple(twins(model)) == TAKEN
+    assert tuple(e.name for e in report.taken) == tuple(quantized_layers(model)) == TAKEN
     assert {e.name for e in report.left} == {"conv_in", "time_embedding", "tiny", "back", "conv_out"}
     assert all(e.setting == "W8A8 modulated" for e in report.taken), "the default config is W8A8"
 
@@ -66,7 +66,7 @@ def test_every_taken_layer_follows_the_reference_on_the_inputs_it_really_gets():
     modiff.apply(model.double(), ModiffConfig(layer=config))
     originals = {name: toy().double().get_submodule(name) for name in TAKEN}
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in TAKEN}
-    for name, layer in twins(model).items():
+    for name, layer in quantized_layers(model).items():
         layer.register_forward_hook(lambda _, args, out, name=name: seen[name].append((args[0].clone(), out.clone())))
     x, timesteps = torch.randn(2, 3, 4, 4, dtype=torch.float64), [1000.0, 900.0, 850.0, 500.0]
     with modiff.trajectory(model), torch.no_grad():
@@ -103,7 +103,7 @@ def test_the_published_gain_shows_and_compensation_carries_it():
 
 
 def test_shared_residuals_change_nothing_but_the_number_of_codings(monkeypatch):
-    from modiff.core import modulation
+    from modiff.core import recursion as modulation
     from modiff.nn import stream
 
     counts, outputs = {}, {}
@@ -138,12 +138,12 @@ def test_a_u_net_s_concatenations_are_split_where_the_skip_begins():
     model = toy_unet()
     assert shortcut_splits(model) == SPLITS
     report = modiff.apply(model, activations_only(4))
-    found = twins(model)
+    found = quantized_layers(model)
     for name, layer in found.items():
         assert layer.split == SPLITS.get(name)
     assert all(e.reason.startswith(f"split at {SPLITS[e.name]}") for e in report.taken if e.name in SPLITS)
     assert any(e.name in SPLITS for e in report.taken)
-    assert all(len(layer.coder.segments) == (2 if layer.split else 1) for layer in found.values())
+    assert all(len(layer.quantizer.segments) == (2 if layer.split else 1) for layer in found.values())
 
 
 def test_the_skip_channels_really_lie_behind_the_split():
@@ -159,7 +159,7 @@ def test_the_skip_channels_really_lie_behind_the_split():
 def test_splitting_can_be_turned_off():
     model = toy_unet()
     report = modiff.apply(model, dataclasses.replace(activations_only(4), split_shortcuts="off"))
-    assert all(layer.split is None for layer in twins(model).values())
+    assert all(layer.split is None for layer in quantized_layers(model).values())
     assert not any("split" in e.reason for e in report.taken)
 
 
@@ -176,10 +176,10 @@ def test_a_model_that_is_no_u_net_or_does_not_add_up_has_no_splits():
 def test_applying_twice_is_refused_and_changes_nothing():
     model = toy()
     modiff.apply(model)
-    before = twins(model)
+    before = quantized_layers(model)
     with pytest.raises(StateError, match="apply: expected a plain model, got Toy with modulated layers"):
         modiff.apply(model, presets.w8a4())
-    assert twins(model) == before
+    assert quantized_layers(model) == before
 
 
 def test_an_error_halfway_leaves_the_model_as_it_was():
@@ -205,7 +205,7 @@ def test_a_refused_model_is_unchanged(break_it, error, message):
     config = ModiffConfig() if "body" in message else ModiffConfig(include=("nowhere.*",))
     with pytest.raises(error, match=message):
         modiff.apply(model, config)
-    assert twins(model) == {}
+    assert quantized_layers(model) == {}
     with pytest.raises(StateError, match="remove: expected a model with modulated layers, got a plain Toy"):
         modiff.remove(model)
 
@@ -246,7 +246,7 @@ def test_the_attention_of_the_config_comes_and_goes_with_it():
     model.attention.processor, model.attention.set_processor = object(), lambda _: None  # as those of diffusers
     keys = set(model.__dict__)
     modiff.apply(model, ModiffConfig(attention=AttentionConfig()))
-    assert {"body", "attention.q", "attention.k", "attention.v", "attention.softmax"} < set(coders_of(model))
+    assert {"body", "attention.q", "attention.k", "attention.v", "attention.softmax"} < set(quantizers_of(model))
     modiff.remove(model)
     assert set(model.__dict__) == keys
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -12,7 +12,7 @@ from torch.nn import functional
 import modiff
 from modiff import AttentionConfig, ConfigError, QuantizerConfig, StateError
 from modiff.model.attention import apply_attention, attention_coders, attention_modules, remove_attention
-from modiff.model.coders import coders_of
+from modiff.model.quantizers import quantizers_of
 from tests.helpers import assert_same_bits
 
 
@@ -124,7 +124,7 @@ def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with
     modiff.apply(model, modiff.presets.plain(None, 8))
     apply_attention(model, static(step_groups=0))
     assert "first.to_q" not in attention_coders(model)
-    assert {"second.to_q", "first.q", "second.softmax"} <= set(coders_of(model))
+    assert {"second.to_q", "first.q", "second.softmax"} <= set(quantizers_of(model))
 
     def run() -> None:
         with torch.no_grad(), modiff.trajectory(model):
@@ -132,13 +132,13 @@ def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with
                 model(X * (1 + i), t)
 
     modiff.calibrate(model, run)
-    coder = attention_coders(model)["first.v"]
-    assert sorted(coder.moments) == [(100.0,), (500.0,), (900.0,)]
+    quantizer = attention_coders(model)["first.v"]
+    assert sorted(quantizer.moments) == [(100.0,), (500.0,), (900.0,)]
     with torch.no_grad():
-        twin = model.first.to_v
+        quantized = model.first.to_v
         for t, times in ((900.0, 1), (100.0, 3)):
-            expected = float(twin(X * times).abs().max()) / 127
-            table = coder.tables[coder.moments[(t,)]]
+            expected = float(quantized(X * times).abs().max()) / 127
+            table = quantizer.tables[quantizer.moments[(t,)]]
             assert float(table[0].scale) == pytest.approx(expected, rel=1e-5)
         with pytest.raises(modiff.CalibrationError, match="got timestep 300"):
             model(X, 300.0)
@@ -150,9 +150,9 @@ def test_a_copy_of_a_model_has_quantizers_of_its_own():
         plain = model(X, 5.0)
         apply_attention(model, coarse())
         coded = model(X, 5.0)
-        twin = copy.deepcopy(model)
+        quantized = copy.deepcopy(model)
         remove_attention(model)
         assert_same_bits(model(X, 5.0), plain)
-        assert_same_bits(twin(X, 5.0), coded)
-        remove_attention(twin)
-        assert_same_bits(twin(X, 5.0), plain)
+        assert_same_bits(quantized(X, 5.0), coded)
+        remove_attention(quantized)
+        assert_same_bits(quantized(X, 5.0), plain)

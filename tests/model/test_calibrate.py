@@ -19,7 +19,7 @@ from modiff import (
     WeightConfig,
     presets,
 )
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from modiff.model.calibrate import calibrate as calibrate_module
 from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import activations_only, sample, toy, toy_unet
@@ -48,7 +48,7 @@ def loop(model: nn.Module, inputs: list[torch.Tensor]):
 
 
 def scale_of(model: nn.Module, name: str = "0") -> float:
-    return float(attachment_of(model).twins[name].coder.static[0].scale)
+    return float(attachment_of(model).layers[name].quantizer.static[0].scale)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -111,9 +111,9 @@ def test_the_halves_of_a_split_input_have_scales_of_their_own():
             sample(model)
 
     modiff.calibrate(model, trajectory)
-    for name, twin in attachment_of(model).twins.items():
-        assert len(twin.coder.static) == (2 if twin.split else 1), name
-    decoder, skip = (float(q.scale) for q in model.up_blocks[1].resnets[1].conv1.coder.static)
+    for name, quantized in attachment_of(model).layers.items():
+        assert len(quantized.quantizer.static) == (2 if quantized.split else 1), name
+    decoder, skip = (float(q.scale) for q in model.up_blocks[1].resnets[1].conv1.quantizer.static)
     assert skip > 2 * decoder
 
 
@@ -121,7 +121,7 @@ def test_input_channels_get_a_scale_each():
     model = one_layer(static(4, granularity="input_channel"))
     inputs = [x * torch.logspace(-2, 2, 16) for x in drifting(0, (8, 16), 5, 0.1, torch.float32)]
     modiff.calibrate(model, loop(model, inputs))
-    scales = attachment_of(model).twins["0"].coder.static[0].scale.flatten()
+    scales = attachment_of(model).layers["0"].quantizer.static[0].scale.flatten()
     assert scales.shape == (16,)
     assert float(scales[-1] / scales[0]) > 1000
 
@@ -139,7 +139,7 @@ def test_a_loop_that_raises_keeps_the_scales_measured_before():
     with pytest.raises(KeyboardInterrupt):
         modiff.calibrate(model, interrupted)
     assert scale_of(model) == before
-    assert attachment_of(model).twins["0"].coder.observers is None
+    assert attachment_of(model).layers["0"].quantizer.observers is None
     loop(model, inputs)()
 
 
@@ -148,7 +148,7 @@ def test_a_layer_that_never_reached_a_coded_step_is_an_error():
     model = one_layer(static(4))
     with pytest.raises(CalibrationError, match="0: expected inputs while calibrating, got none"):
         modiff.calibrate(model, loop(model, drifting(0, (4, 16), 1, 0.1, torch.float32)))
-    assert attachment_of(model).twins["0"].coder.observers is None
+    assert attachment_of(model).layers["0"].quantizer.observers is None
 
 
 def test_dynamic_scales_need_no_calibration():

@@ -9,7 +9,7 @@ from torch import nn
 import modiff
 from modiff import CalibrationError, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.core.observers import MSEObserver
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits, assert_within
 
 
@@ -50,21 +50,21 @@ def play(model: nn.Module, times: list[float] = TIMES, inputs: list[torch.Tensor
 
 
 def coder_of(model: nn.Module):
-    return attachment_of(model).twins["layer"].coder
+    return attachment_of(model).layers["layer"].quantizer
 
 
 @pytest.mark.parametrize(("step_groups", "groups"), [(0, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]]), (3, [[0, 1], [2], [3]])])  # fmt: skip # noqa: E501
 def test_each_group_of_steps_has_the_scale_of_its_largest_input(step_groups, groups):
     model = timed(False, step_groups=step_groups)
     modiff.calibrate(model, lambda: play(model))
-    coder = coder_of(model)
-    assert coder.static is None
-    assert [float(q.scale) for (q,) in coder.tables.values()] == pytest.approx(
+    quantizer = coder_of(model)
+    assert quantizer.static is None
+    assert [float(q.scale) for (q,) in quantizer.tables.values()] == pytest.approx(
         [max(float(INPUTS[i].abs().max()) for i in group) / 7 for group in groups], rel=1e-6
     )
     outputs = play(model)
     for i, x in enumerate(INPUTS):
-        step = next(float(coder.tables[g][0].scale) for g, members in enumerate(groups) if i in members)
+        step = next(float(quantizer.tables[g][0].scale) for g, members in enumerate(groups) if i in members)
         exact = nn.functional.linear(torch.round(x / step) * step, model.layer.weight, model.layer.bias)
         assert_within(outputs[i], exact, 1e-4)
 
@@ -72,8 +72,8 @@ def test_each_group_of_steps_has_the_scale_of_its_largest_input(step_groups, gro
 def test_residuals_are_kept_by_their_step_and_the_one_before():
     model = timed(True, step_groups=0)
     modiff.calibrate(model, lambda: play(model))
-    coder = coder_of(model)
-    assert sorted(coder.moments, reverse=True) == [(700.0, 900.0), (400.0, 700.0), (0.0, 400.0)]
+    quantizer = coder_of(model)
+    assert sorted(quantizer.moments, reverse=True) == [(700.0, 900.0), (400.0, 700.0), (0.0, 400.0)]
     first, second = play(model), play(model)
     for a, b in zip(first, second, strict=True):
         assert_same_bits(b, a)
@@ -119,8 +119,8 @@ def test_both_contexts_of_guidance_share_the_scales_of_a_step():
                         model(factor * x, t)
 
     modiff.calibrate(model, run)
-    coder = coder_of(model)
-    shared = float(coder.tables[coder.moments[(700.0, 900.0)]][0].scale)
+    quantizer = coder_of(model)
+    shared = float(quantizer.tables[quantizer.moments[(700.0, 900.0)]][0].scale)
     alone = timed(True, step_groups=0)
     modiff.calibrate(alone, lambda: play(alone))
     assert shared == pytest.approx(3 * float(coder_of(alone).tables[0][0].scale), rel=1e-5)

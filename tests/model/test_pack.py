@@ -143,7 +143,7 @@ def test_a_layer_that_cannot_be_packed_leaves_all_of_them_floats(damage, error, 
 
 
 def test_removing_drops_no_layer_that_was_wrapped_since():
-    """A LoRA wraps the twin; putting the original back would drop the LoRA with it."""
+    """A LoRA wraps the quantized; putting the original back would drop the LoRA with it."""
     model = toy()
     modiff.apply(model)
     wrapped = model.attention.to_q

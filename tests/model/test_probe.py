@@ -11,7 +11,7 @@ from torch import nn
 
 import modiff
 from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from modiff.model.probe import Probe, probes_of
 from modiff.nn import Clock
 from tests.helpers import assert_same_bits, drifting
@@ -106,7 +106,7 @@ def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was()
         outputs = sample(model)
         assert attachment_of(model) is not None
     assert [probe.name for probe in probes] == list(TAKEN)
-    assert [probe.twins[0].split for probe in probes] == [5, None, None, None, None]
+    assert [probe.layers[0].split for probe in probes] == [5, None, None, None, None]
     assert all(0 < probe.errors()[0] < 0.5 for probe in probes)
     assert set(model.__dict__) == attributes
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -115,7 +115,7 @@ def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was()
 
 
 def test_what_cannot_be_probed_is_refused():
-    with pytest.raises(ConfigError, match="up: expected a layer with a modulated twin, got ConvTranspose2d"):
+    with pytest.raises(ConfigError, match="up: expected a layer with a modulated quantized, got ConvTranspose2d"):
         Probe(nn.ConvTranspose2d(2, 2, 1), "up", CHOICES, Clock("model"))
     clock = Clock("model")
     clock.start()

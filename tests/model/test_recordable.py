@@ -14,8 +14,8 @@ from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig,
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
-from modiff.model.attachment import attachment_of
-from modiff.model.recordable import STEPS_BEFORE, recording_obstacle
+from modiff.model.attach import attachment_of
+from modiff.model.recordable import STEPS_BEFORE, recording_unsupported
 from modiff.model.state_bytes import state_bytes
 from modiff.model.trajectory import trajectory
 from modiff.nn.buffers import Buffers
@@ -120,13 +120,13 @@ class Loop:
 
 
 def places(model: nn.Module) -> list[int]:
-    return [t.data_ptr() for twin in attachment_of(model).twins.values() for t in twin.state_tensors()]
+    return [t.data_ptr() for quantized in attachment_of(model).layers.values() for t in quantized.state_tensors()]
 
 
 @pytest.mark.parametrize("config", GOOD.values(), ids=GOOD)
 def test_a_recorded_step_is_repeated_bit_for_bit_in_this_trajectory_and_the_next(config: ModiffConfig) -> None:
     model, buffers = built(config), Buffers()
-    assert recording_obstacle(model) == ""
+    assert recording_unsupported(model) == ""
     loop = Loop(model)
     for seed in (0, 1):
         with modiff.trajectory(model):
@@ -140,7 +140,7 @@ def test_a_recorded_step_is_repeated_bit_for_bit_in_this_trajectory_and_the_next
 @pytest.mark.parametrize(("config", "message"), BAD.values(), ids=BAD)
 def test_what_is_refused_could_not_have_been_repeated(config: ModiffConfig, message: str) -> None:
     model = built(config)
-    assert recording_obstacle(model).startswith(message)
+    assert recording_unsupported(model).startswith(message)
     with modiff.trajectory(model):
         expected = eager(model, *inputs(0))
     try:
@@ -193,7 +193,7 @@ def test_tensors_of_inference_mode_are_not_written_outside_of_it() -> None:
 
 def test_while_scales_are_measured_nothing_may_be_recorded() -> None:
     model = built(GOOD["static scales"])
-    coder = attachment_of(model).twins["body"].coder
-    assert coder is not None
-    coder.watch(MinMaxObserver)
-    assert recording_obstacle(model) == "body: its scales are being measured"
+    quantizer = attachment_of(model).layers["body"].quantizer
+    assert quantizer is not None
+    quantizer.watch(MinMaxObserver)
+    assert recording_unsupported(model) == "body: its scales are being measured"

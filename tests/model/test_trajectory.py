@@ -8,13 +8,13 @@ from torch import nn
 
 import modiff
 from modiff import StateError, presets
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.model.toys import activations_only, sample, toy
 
 
 def states(model: nn.Module) -> int:
-    return sum(len(twin.state_tensors()) for twin in attachment_of(model).twins.values())
+    return sum(len(quantized.state_tensors()) for quantized in attachment_of(model).layers.values())
 
 
 def applied(config=None) -> nn.Module:

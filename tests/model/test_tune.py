@@ -21,7 +21,7 @@ from modiff import (
     StateError,
     presets,
 )
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from modiff.model.select import layer_names, select
 from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, _by_name, candidates
 from modiff.model.tune import tune as tune_module

@@ -67,7 +67,7 @@ def test_the_error_of_coded_values_is_at_most_half_a_step_of_v(bits):
     """sum_j p_j (v_j - Q(v_j)) with sum p = 1."""
     q, k, v = operands()
     layer = QuantizedAttention(config(bits, None), "attention")
-    layer.coders["q"] = layer.coders["k"] = None
+    layer.quantizers["q"] = layer.quantizers["k"] = None
     step = v.abs().amax((1, 2, 3), keepdim=True) / (2 ** (bits - 1) - 1)
     assert_within(layer.attend(q, k, v), functional.scaled_dot_product_attention(q, k, v), step / 2 * (1 + 1e-9))
 
@@ -86,7 +86,9 @@ def test_the_error_of_coded_probabilities_is_at_most_half_a_step_for_each_key(bi
 def exact_softmax(q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
     """Attention through the explicit path, with codes too fine to see."""
     layer = QuantizedAttention(config(None, 16), "attention")
-    layer.coders["softmax"].__class__ = type("Exact", (type(layer.coders["softmax"]),), {"__call__": lambda *_: None})
+    layer.quantizers["softmax"].__class__ = type(
+        "Exact", (type(layer.quantizers["softmax"]),), {"__call__": lambda *_: None}
+    )
     return layer.attend(q, k, v, **settings)
 
 
@@ -181,7 +183,12 @@ def test_attention_that_is_computed_otherwise_is_an_error_and_not_left_uncoded()
 
 def test_static_operands_have_one_scale_each():
     layer = QuantizedAttention(config(8, 8, dynamic=False), "attention")
-    assert [layer.coders[n].granularity for n in ("q", "k", "v", "softmax")] == ["tensor", "tensor", "tensor", "token"]
+    assert [layer.quantizers[n].granularity for n in ("q", "k", "v", "softmax")] == [
+        "tensor",
+        "tensor",
+        "tensor",
+        "token",
+    ]
 
 
 def test_autocast_rounds_neither_scores_nor_probabilities():

@@ -19,7 +19,7 @@ from modiff import (
     WeightConfig,
 )
 from tests.helpers import assert_float_error, assert_same_bits, assert_within, drifting
-from tests.recipes import evaluate, play, randomised, recipe_of_layer, torch_operator, twin
+from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer, torch_operator
 from tests.reference.recursion import run
 from tests.strategies import trajectories
 
@@ -57,7 +57,7 @@ def test_states_and_outputs_equal_the_reference_in_every_geometry(variant, rotat
         rotation=rotation,
     )
     inputs = drifting(1, shape, 3, 0.2)
-    modulated = twin(layer, config)
+    modulated = quantized(layer, config)
     assert isinstance(modulated, (ModulatedConv1d, ModulatedConv2d, ModulatedConv3d))
     for (output, a, o), step in zip(play(modulated, inputs), run(inputs, recipe_of_layer(layer, config)), strict=True):
         assert_within(a, step.input_state, 1e-9)
@@ -73,7 +73,7 @@ def test_with_bits_off_it_is_the_torch_layer_to_float_error(variant):
         x = torch.randn(shape).to(dtype)
         bias = 0.0 if layer.bias is None else layer.bias.detach().double().reshape(-1, *[1] * (x.dim() - 2))
         exact = torch_operator(layer, layer.weight.detach())(x) + bias
-        assert_float_error(twin(layer, LayerConfig(**OFF))(x), layer(x), exact)
+        assert_float_error(quantized(layer, LayerConfig(**OFF))(x), layer(x), exact)
 
 
 @given(
@@ -97,7 +97,7 @@ def test_scales_splits_groups_and_rotations_mix_as_in_the_reference(
         rotation=rotation,
     )
     expected = run(inputs, recipe_of_layer(layer, config, split))
-    for (_, a, o), step in zip(play(twin(layer, config, split), inputs), expected, strict=True):
+    for (_, a, o), step in zip(play(quantized(layer, config, split), inputs), expected, strict=True):
         assert_within(a, step.input_state, 1e-9)
         assert_within(o, step.output_state, 1e-9)
 
@@ -109,7 +109,7 @@ def test_a_split_input_keeps_the_small_half_as_exact_as_the_large_one():
     config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=ModulationConfig(state_dtype="float64"))
     errors = {}
     for split in (None, 5):
-        a = play(twin(layer, config, split), inputs)[-1][1]
+        a = play(quantized(layer, config, split), inputs)[-1][1]
         errors[split] = float((a - inputs[-1])[:, 5:].norm() / inputs[-1][:, 5:].norm())
     assert errors[5] < 0.05
     assert errors[None] > 0.3
@@ -127,22 +127,22 @@ def test_a_split_convolution_is_the_sum_of_two_that_know_nothing_of_each_other(w
     state = ModulationConfig(state_dtype="float64")
     config = LayerConfig(weight=weight, activation=QuantizerConfig(bits=4), modulation=state)
     inputs = drifting(0, (2, 8, 5, 4), 4, 0.3)
-    one = play(twin(first, config), [x[:, :5] for x in inputs])
-    two = play(twin(second, config), [x[:, 5:] for x in inputs])
-    for (found, _, _), (a, _, _), (b, _, _) in zip(play(twin(whole, config, 5), inputs), one, two, strict=True):
+    one = play(quantized(first, config), [x[:, :5] for x in inputs])
+    two = play(quantized(second, config), [x[:, 5:] for x in inputs])
+    for (found, _, _), (a, _, _), (b, _, _) in zip(play(quantized(whole, config, 5), inputs), one, two, strict=True):
         assert_within(found, a + b, 1e-9)
 
 
 def test_a_scale_per_sample_is_the_default():
     x = torch.stack([torch.full((4, 2), 7.0), torch.full((4, 2), 0.07)])
-    layer = twin(randomised(nn.Conv1d(4, 2, 1)), LayerConfig(activation=QuantizerConfig(bits=4)))
+    layer = quantized(randomised(nn.Conv1d(4, 2, 1)), LayerConfig(activation=QuantizerConfig(bits=4)))
     assert_within(play(layer, [torch.zeros(2, 4, 2), x])[1][1], x, 1e-6)
 
 
 @pytest.mark.parametrize("variant", ["1d", "2d 3x3", "3d"])
 def test_an_input_without_a_batch_axis_is_refused(variant):
     layer, shape = VARIANTS[variant]
-    modulated = twin(layer.float(), LayerConfig(rotation="hadamard"), name="conv_in")
+    modulated = quantized(layer.float(), LayerConfig(rotation="hadamard"), name="conv_in")
     modulated.clock.start()
     with pytest.raises(StateError, match=rf"conv_in: expected {len(shape)} axes \(batch, channels, ...\)"):
         evaluate(modulated, torch.randn(shape[1:]))
@@ -152,8 +152,8 @@ def test_channels_last_inputs_give_the_same_states():
     layer = randomised(nn.Conv2d(4, 3, 3, padding=1))
     inputs = drifting(0, (2, 4, 4, 4), 4, 0.1, torch.float32)
     config = LayerConfig(activation=QuantizerConfig(bits=4), rotation="hadamard")
-    straight = play(twin(layer, config), inputs)
-    turned = play(twin(layer, config), [x.to(memory_format=torch.channels_last) for x in inputs])
+    straight = play(quantized(layer, config), inputs)
+    turned = play(quantized(layer, config), [x.to(memory_format=torch.channels_last) for x in inputs])
     for one, other in zip(straight, turned, strict=True):
         assert_within(other[1], one[1], 1e-6)
         assert_within(other[2], one[2], 1e-5)

@@ -13,7 +13,7 @@ from modiff.nn.fixed_side import FixedSide
 from modiff.nn.fixed_stream import FixedStream
 from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.nn.test_integer import LAYERS, walk
-from tests.recipes import evaluate, play, randomised, twin
+from tests.recipes import evaluate, play, quantized, randomised
 
 FIXED = LayerConfig(
     activation=QuantizerConfig(bits=4), modulation=ModulationConfig(state_dtype="int16"), execution="integer"
@@ -30,7 +30,7 @@ def growing(shape: tuple[int, ...], factor: float, steps: int = 6) -> list[Tenso
 def test_the_law_holds_within_the_grid_and_the_inputs_error_within_a_power_of_two_scale(layer):
     make, shape, split = LAYERS[layer]
     original, inputs = randomised(make()), walk(shape)
-    ours = twin(original, W8A8, split)
+    ours = quantized(original, W8A8, split)
     assert isinstance(ours.integer, FixedSide)
     for step, (x, (output, state, held)) in enumerate(zip(inputs, play(ours, inputs), strict=True)):
         exact = ours.affine(state.double())
@@ -45,7 +45,7 @@ def test_states_take_half_the_memory_of_float32_ones():
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 16, 16))
     sizes = []
     for config in (FLOAT, FIXED):
-        layer = twin(original, config)
+        layer = quantized(original, config)
         layer.clock.start()
         for x in inputs:
             evaluate(layer, x)
@@ -61,7 +61,7 @@ def test_errors_are_near_those_of_float32_states(layer):
     original, inputs = randomised(make()), walk(shape, steps=12)
     errors = []
     for config in (FLOAT, FIXED):
-        ours = twin(original, config, split)
+        ours = quantized(original, config, split)
         exact = [ours.affine(x.double()) for x in inputs]  # the weight as it is coded: only inputs and states err
         found = play(ours, inputs)
         errors.append(float(sum((o - e).square().sum() for (o, _, _), e in zip(found[1:], exact[1:], strict=True))))
@@ -74,7 +74,7 @@ def test_the_output_starts_from_what_the_integers_hold_and_not_from_the_input():
         layer.weight.fill_(1.0)
     x = torch.full((1, 64), 0.33333)
     x[0, 0] = 1.0  # the grid is 2^-14, and every other channel is rounded by a third of it, the same way
-    ours = twin(layer, W8A8)
+    ours = quantized(layer, W8A8)
     ((output, state, _),) = play(ours, [x])
     assert_within(output, ours.affine(state.double()), 1e-5)
     assert float(x.double().sum() - state.double().sum()) > 1e-3
@@ -84,7 +84,7 @@ def test_the_output_starts_from_what_the_integers_hold_and_not_from_the_input():
 def test_an_input_that_outgrows_its_grid_starts_again(layer):
     make, shape, split = LAYERS[layer]
     original, inputs = randomised(make()), growing(shape, 3.0)
-    ours = twin(original, W8A8, split)
+    ours = quantized(original, W8A8, split)
     found = play(ours, inputs)
     for x, (_, state, held) in zip(inputs, found, strict=True):
         exact = ours.affine(state.double())
@@ -97,7 +97,7 @@ def test_an_input_that_outgrows_its_grid_starts_again(layer):
 @pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
 def test_an_input_that_begins_with_zeros_starts_again_at_its_first_values(layer):
     make, shape, split = LAYERS[layer]
-    ours = twin(randomised(make()), W8A8, split)
+    ours = quantized(randomised(make()), W8A8, split)
     inputs = [torch.zeros(shape), torch.zeros(shape), *[0.3 * torch.randn(shape)] * 4]
     found = play(ours, inputs)
     x, (_, state, held) = inputs[-1], found[-1]
@@ -108,7 +108,7 @@ def test_an_input_that_begins_with_zeros_starts_again_at_its_first_values(layer)
 @pytest.mark.parametrize("place", [0, 7])
 def test_a_nan_in_either_part_of_a_split_input_is_in_the_output(place):
     make, shape, split = LAYERS["split conv"]
-    ours, inputs = twin(randomised(make()), W8A8, split), growing(shape, 1.0)
+    ours, inputs = quantized(randomised(make()), W8A8, split), growing(shape, 1.0)
     inputs[2] = inputs[2].clone()
     inputs[2].select(1, min(place, shape[1] - 1)).fill_(torch.nan)
     assert play(ours, inputs[:3])[-1][0].isnan().all()
@@ -123,7 +123,7 @@ def test_an_output_that_outgrows_its_grid_starts_again_from_the_input_state():
     signs = torch.ones(2, 16)
     signs[:, ::2] = -1
     inputs = [signs + 0.01, signs + 0.01, torch.ones(2, 16), torch.ones(2, 16)]
-    ours = twin(layer, W8A8)
+    ours = quantized(layer, W8A8)
     found = play(ours, inputs)
     for _, state, held in found:
         assert_within(held, ours.affine(state.double()), 0.02)
@@ -132,7 +132,7 @@ def test_an_output_that_outgrows_its_grid_starts_again_from_the_input_state():
 
 
 def test_a_shared_residual_starts_again_for_all_its_readers():
-    first, second = (twin(randomised(nn.Linear(8, 4), seed), W8A8) for seed in (0, 1))
+    first, second = (quantized(randomised(nn.Linear(8, 4), seed), W8A8) for seed in (0, 1))
     second.clock = first.clock
     second.share_with(first)
     first.clock.start()
@@ -151,15 +151,15 @@ def test_a_shared_residual_starts_again_for_all_its_readers():
 
 def test_an_input_that_changes_its_memory_layout_is_the_same_input():
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    expected = play(twin(original, FIXED), inputs)
+    expected = play(quantized(original, FIXED), inputs)
     other = [x.to(memory_format=torch.channels_last) if i % 2 else x for i, x in enumerate(inputs)]
-    for mine, theirs in zip(play(twin(original, FIXED), other), expected, strict=True):
+    for mine, theirs in zip(play(quantized(original, FIXED), other), expected, strict=True):
         assert_same_bits(mine[1], theirs[1])
 
 
 def test_a_layer_without_kernels_keeps_float32_states():
     config = dataclasses.replace(FIXED, activation=QuantizerConfig(bits=4, symmetric=False))
-    layer = twin(randomised(nn.Linear(8, 4)), config)
+    layer = quantized(randomised(nn.Linear(8, 4)), config)
     assert layer.integer is None
     for _, state, held in play(layer, drifting(0, (2, 8), 3, 0.3, torch.float32)):
         assert (state.dtype, held.dtype) == (torch.float32, torch.float32)
@@ -185,7 +185,10 @@ def test_what_integer_states_cannot_do_is_refused(field, changes):
 def test_inputs_that_do_not_lie_dense_in_memory_give_what_their_copies_give(config, shape):
     original = randomised(nn.Linear(16, 6))
     inputs = [x[..., ::2] for x in walk((*shape[:-1], 2 * shape[-1]))]
-    found, expected = play(twin(original, config), inputs), play(twin(original, config), [x.clone() for x in inputs])
+    found, expected = (
+        play(quantized(original, config), inputs),
+        play(quantized(original, config), [x.clone() for x in inputs]),
+    )
     for mine, theirs in zip(found, expected, strict=True):
         for ours, wanted in zip(mine, theirs, strict=True):
             assert_same_bits(ours, wanted)

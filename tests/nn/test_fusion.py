@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import modiff
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig
-from modiff.kernels.after import Before
+from modiff.kernels.fused_input import Before
 from modiff.nn import fusion, traced
 from modiff.nn.conv import ModulatedConv2d
 from modiff.nn.layer import ModulatedLayer

@@ -15,9 +15,9 @@ from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, W
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels.prepacked import PREPACKED
 from modiff.nn.byte_code import ByteCode
-from modiff.nn.integer import obstacle
+from modiff.nn.integer import unsupported
 from tests.helpers import assert_same_bits, assert_within, drifting, worst
-from tests.recipes import evaluate, play, randomised, recipe_of_layer, sizes_of, twin
+from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer, sizes_of
 from tests.reference.recursion import run
 
 W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
@@ -70,8 +70,8 @@ def output_bound(layer: nn.Module, x: Tensor, steps: int) -> float:
 def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_error(layer, config):
     make, shape, split = LAYERS[layer]
     original, inputs = randomised(make()), walk(shape)
-    simulated = play(twin(original, CONFIGS[config], split), inputs, TIMES)
-    ours = twin(original, integer(CONFIGS[config]), split)
+    simulated = play(quantized(original, CONFIGS[config], split), inputs, TIMES)
+    ours = quantized(original, integer(CONFIGS[config]), split)
     assert ours.integer is not None
     for (output, state, held), (expected, its_state, its_held) in zip(
         play(ours, inputs, TIMES), simulated, strict=True
@@ -89,8 +89,8 @@ def test_outputs_are_at_most_twice_as_far_from_the_float64_reference_as_the_simu
     original, inputs = randomised(make()), walk(shape)
     config = dataclasses.replace(W8A4, activation=QuantizerConfig(bits=8), modulation=LINEAR)
     exact = run([x.double() for x in inputs], recipe_of_layer(original, config, split), sizes_of(TIMES))
-    ours = play(twin(original, integer(config), split), inputs, TIMES)
-    theirs = play(twin(original, config, split), inputs, TIMES)
+    ours = play(quantized(original, integer(config), split), inputs, TIMES)
+    theirs = play(quantized(original, config, split), inputs, TIMES)
     worst_ours = max(worst(a[0], step.output_state) for a, step in zip(ours, exact, strict=True))
     worst_theirs = max(worst(a[0], step.output_state) for a, step in zip(theirs, exact, strict=True))
     assert worst_ours <= 2 * worst_theirs
@@ -101,7 +101,7 @@ def test_plain_layers_equal_the_simulation_within_float_error(layer):
     make, shape, split = LAYERS[layer]
     original, inputs = randomised(make()), walk(shape, steps=2)
     for config in (plainly(W8A4), plainly(LayerConfig())):
-        ours, theirs = twin(original, integer(config), split), twin(original, config, split)
+        ours, theirs = quantized(original, integer(config), split), quantized(original, config, split)
         for x in inputs:
             assert_within(evaluate(ours, x), evaluate(theirs, x), output_bound(original, x, 1))
 
@@ -113,7 +113,7 @@ def test_the_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bits, bits
     original = randomised(layer, seed)
     config = integer(LayerConfig(weight=WeightConfig(bits=weight_bits), activation=QuantizerConfig(bits=bits)))
     walked = drifting(seed, (2, inputs, 3, 4) if conv else (2, 3, inputs), 4, 0.3, torch.float32)
-    ours = twin(original, config)
+    ours = quantized(original, config)
     for x, (output, state, held) in zip(walked, play(ours, walked), strict=True):
         exact = ours.operator(state.double(), ours.quantized_weight.dense(ours.weight, torch.float64), None)
         exact = exact + layer.bias.detach().double().reshape(-1, *[1] * 2 * conv)
@@ -125,8 +125,8 @@ def test_the_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bits, bits
 def test_the_output_has_the_dtype_of_the_input_and_the_state_keeps_its_own(dtype):
     original = randomised(nn.Conv2d(8, 4, 3, padding=1)).to(dtype)
     inputs = walk((2, 8, 4, 4), dtype=dtype)
-    simulated = play(twin(original, W8A4), inputs)
-    for (output, state, held), theirs in zip(play(twin(original, integer(W8A4)), inputs), simulated, strict=True):
+    simulated = play(quantized(original, W8A4), inputs)
+    for (output, state, held), theirs in zip(play(quantized(original, integer(W8A4)), inputs), simulated, strict=True):
         assert (output.dtype, state.dtype, held.dtype) == (dtype, torch.float32, torch.float32)
         assert_same_bits(state, theirs[1])
         assert_within(held, theirs[2], 1e-4)
@@ -140,11 +140,11 @@ def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_
     modulation = ModulationConfig(state_dtype=state_dtype, predictor=predictor)
     config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=modulation)
     original, inputs = randomised(make()), walk(shape)
-    ours = twin(original, integer(config), split)
+    ours = quantized(original, integer(config), split)
     assert ours.integer is not None
     error = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[state_dtype]  # the output state is rounded at each step
     for (_, state, held), (_, its_state, its_held) in zip(
-        play(ours, inputs, TIMES), play(twin(original, config, split), inputs, TIMES), strict=True
+        play(ours, inputs, TIMES), play(quantized(original, config, split), inputs, TIMES), strict=True
     ):
         assert_same_bits(state, its_state)
         assert held.dtype == getattr(torch, state_dtype)
@@ -153,8 +153,8 @@ def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_
 
 def test_a_caller_that_writes_into_the_output_or_its_input_does_not_touch_the_states():
     original, inputs = randomised(nn.Linear(16, 6)), walk((2, 5, 16))
-    expected = play(twin(original, integer(W8A4)), inputs)
-    ours = twin(original, integer(W8A4))
+    expected = play(quantized(original, integer(W8A4)), inputs)
+    ours = quantized(original, integer(W8A4))
     ours.clock.start()
     for x, (_, state, held) in zip(inputs, expected, strict=True):
         mine = x.clone()
@@ -167,15 +167,15 @@ def test_a_caller_that_writes_into_the_output_or_its_input_does_not_touch_the_st
 
 def test_an_input_that_changes_its_memory_layout_is_the_same_input():
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    expected = play(twin(original, integer(W8A4)), inputs)
+    expected = play(quantized(original, integer(W8A4)), inputs)
     other = [x.to(memory_format=torch.channels_last) if i % 2 else x for i, x in enumerate(inputs)]
-    for mine, theirs in zip(play(twin(original, integer(W8A4)), other), expected, strict=True):
+    for mine, theirs in zip(play(quantized(original, integer(W8A4)), other), expected, strict=True):
         assert_same_bits(mine[1], theirs[1])
         assert_within(mine[2], theirs[2], 1e-5)
 
 
 def test_a_steady_step_sends_bytes_and_never_the_values_behind_them():
-    layer = twin(randomised(nn.Linear(16, 6)), integer(W8A4))
+    layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
     layer.alone = False  # keeps the message
     layer.clock.start()
     for x in walk((2, 16), steps=2):
@@ -209,9 +209,9 @@ REASONS = {
 def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
     make, config = REASONS[reason]
     original = randomised(make())
-    ours, theirs = twin(original, integer(config)), twin(original, config)
+    ours, theirs = quantized(original, integer(config)), quantized(original, config)
     assert ours.integer is None
-    assert reason in obstacle(ours)
+    assert reason in unsupported(ours)
     inputs = walk((2, 8) if isinstance(original, nn.Linear) else (2, 8, 5, 5), steps=3)
     for layer in (ours, theirs):
         layer.clock.start()
@@ -221,21 +221,21 @@ def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
 
 def test_simulation_is_the_default_and_builds_no_kernels():
     assert LayerConfig().execution == "simulated"
-    assert twin(nn.Linear(8, 4), W8A4).integer is None
+    assert quantized(nn.Linear(8, 4), W8A4).integer is None
 
 
 def test_scales_are_measured_in_the_simulation_and_used_on_integers():
     config = LayerConfig(activation=QuantizerConfig(bits=4, dynamic=False, granularity="tensor", clip=0.8))
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    twins = [twin(original, config), twin(original, integer(config))]
-    for layer in twins:
-        assert layer.coder is not None
-        layer.coder.watch(lambda: MinMaxObserver(None))
-    measuring = [play(layer, inputs) for layer in twins]
-    for layer in twins:
-        assert layer.coder is not None
-        layer.coder.freeze()
-    for simulated, ours in (measuring, [play(layer, inputs) for layer in twins]):
+    quantized_layers = [quantized(original, config), quantized(original, integer(config))]
+    for layer in quantized_layers:
+        assert layer.quantizer is not None
+        layer.quantizer.watch(lambda: MinMaxObserver(None))
+    measuring = [play(layer, inputs) for layer in quantized_layers]
+    for layer in quantized_layers:
+        assert layer.quantizer is not None
+        layer.quantizer.freeze()
+    for simulated, ours in (measuring, [play(layer, inputs) for layer in quantized_layers]):
         for theirs, mine in zip(simulated, ours, strict=True):
             assert_same_bits(mine[1], theirs[1])
             assert_within(mine[0], theirs[0], 1e-4)
@@ -245,7 +245,7 @@ def test_scales_are_measured_in_the_simulation_and_used_on_integers():
 def test_a_weight_written_in_place_is_coded_anew_and_an_equal_one_keeps_its_kernel(monkeypatch, by):
     if by == "its codes":
         monkeypatch.setattr("modiff.nn.weight.fingerprint", lambda _: None)
-    layer = twin(randomised(nn.Linear(16, 6)), integer(W8A4))
+    layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
     inputs = walk((2, 16), steps=3)
     play(layer, inputs)
     assert layer.integer is not None
@@ -254,7 +254,7 @@ def test_a_weight_written_in_place_is_coded_anew_and_an_equal_one_keeps_its_kern
     assert layer.integer.kernels is first
     with torch.no_grad():
         layer.weight.mul_(-2.0)
-    expected = play(twin(_copy_of(layer), W8A4), inputs)
+    expected = play(quantized(_copy_of(layer), W8A4), inputs)
     for mine, theirs in zip(play(layer, inputs), expected, strict=True):
         assert_within(mine[0], theirs[0], 1e-4)
     assert layer.integer.kernels is not first
@@ -270,8 +270,8 @@ def _copy_of(layer: nn.Linear) -> nn.Linear:
 def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split):
     config = LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=4))
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    expected = play(twin(original, integer(config), split), inputs)
-    packed = twin(original, integer(config), split)
+    expected = play(quantized(original, integer(config), split), inputs)
+    packed = quantized(original, integer(config), split)
     packed.pack()
     for mine, theirs in zip(play(packed, inputs), expected, strict=True):
         assert_same_bits(mine[1], theirs[1])
@@ -283,7 +283,7 @@ def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split)
 def test_what_backends_made_of_a_weight_goes_with_the_layer():
     gc.collect()
     before = PREPACKED.bytes_held()
-    layer = twin(randomised(nn.Linear(64, 64)), integer(W8A4))
+    layer = quantized(randomised(nn.Linear(64, 64)), integer(W8A4))
     play(layer, walk((2, 64), steps=2))
     assert PREPACKED.bytes_held() > before
     del layer
@@ -292,7 +292,7 @@ def test_what_backends_made_of_a_weight_goes_with_the_layer():
 
 
 def test_a_batch_that_changes_inside_a_trajectory_is_refused_and_the_states_survive():
-    layer = twin(randomised(nn.Conv2d(8, 4, 3)), integer(W8A4), split=3)
+    layer = quantized(randomised(nn.Conv2d(8, 4, 3)), integer(W8A4), split=3)
     inputs = walk((2, 8, 4, 4))
     layer.clock.start()
     evaluate(layer, inputs[0])
@@ -306,7 +306,7 @@ def test_a_batch_that_changes_inside_a_trajectory_is_refused_and_the_states_surv
 
 
 def test_nan_is_seen_in_the_output_under_a_dynamic_scale():
-    layer = twin(randomised(nn.Linear(16, 6)), integer(W8A4))
+    layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
     inputs = walk((2, 16), steps=3)
     inputs[1][0, 3] = torch.nan
     outputs = [output for output, _, _ in play(layer, inputs)]

@@ -16,9 +16,9 @@ from modiff import (
     WeightConfig,
 )
 from modiff.core.observers import MinMaxObserver
-from modiff.nn import TWINS, twin_of
+from modiff.nn import QUANTIZED_CLASSES, quantized_class
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.recipes import evaluate, play, randomised, recipe_of_layer, twin
+from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer
 from tests.reference.recursion import run
 
 CONFIG = LayerConfig(activation=QuantizerConfig(bits=4))
@@ -38,7 +38,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def test_two_trajectories_in_a_row_are_equal(kind):
-    layer, inputs = twin(KINDS[kind][0](), CONFIG), walk(kind)
+    layer, inputs = quantized(KINDS[kind][0](), CONFIG), walk(kind)
     for first, second in zip(play(layer, inputs), play(layer, inputs), strict=True):
         for a, b in zip(first, second, strict=True):
             assert_same_bits(b, a)
@@ -46,7 +46,7 @@ def test_two_trajectories_in_a_row_are_equal(kind):
 
 def test_memory_lasts_the_trajectory_it_is_not_reset_inside(kind):
     """As in the published code: with a reset at every step, each step is a first step and nothing is ever quantized."""
-    layer, inputs = twin(KINDS[kind][0](), LayerConfig(activation=QuantizerConfig(bits=0))), walk(kind)
+    layer, inputs = quantized(KINDS[kind][0](), LayerConfig(activation=QuantizerConfig(bits=0))), walk(kind)
     outputs = [output for output, _, _ in play(layer, inputs)]
     for output in outputs[1:]:
         assert_same_bits(output, outputs[0])
@@ -54,16 +54,16 @@ def test_memory_lasts_the_trajectory_it_is_not_reset_inside(kind):
 
 def test_a_last_smaller_batch_is_fine_in_its_own_trajectory(kind):
     """As in the published code: step 1 of a batch must not be differenced against the last step of the batch before."""
-    layer, inputs = twin(KINDS[kind][0](), CONFIG), walk(kind)
+    layer, inputs = quantized(KINDS[kind][0](), CONFIG), walk(kind)
     play(layer, inputs)
     small = [x[:1] for x in walk(kind, seed=1)]
-    expected = play(twin(KINDS[kind][0](), CONFIG), small)
+    expected = play(quantized(KINDS[kind][0](), CONFIG), small)
     for ours, theirs in zip(play(layer, small), expected, strict=True):
         assert_same_bits(ours[0], theirs[0])
 
 
 def test_a_batch_that_changes_inside_a_trajectory_is_refused_and_the_states_survive(kind):
-    layer, inputs = twin(KINDS[kind][0](), CONFIG, name="mid"), walk(kind)
+    layer, inputs = quantized(KINDS[kind][0](), CONFIG, name="mid"), walk(kind)
     layer.clock.start()
     evaluate(layer, inputs[0])
     before = layer.state
@@ -74,7 +74,7 @@ def test_a_batch_that_changes_inside_a_trajectory_is_refused_and_the_states_surv
 
 
 def test_a_sample_s_result_does_not_depend_on_its_batch_and_a_permuted_batch_permutes_it(kind):
-    layer, inputs = twin(KINDS[kind][0](), CONFIG), walk(kind)
+    layer, inputs = quantized(KINDS[kind][0](), CONFIG), walk(kind)
     order = torch.tensor([2, 0, 1])
     together = play(layer, inputs)
     for whole, turned in zip(together, play(layer, [x[order] for x in inputs]), strict=True):
@@ -85,7 +85,7 @@ def test_a_sample_s_result_does_not_depend_on_its_batch_and_a_permuted_batch_per
 
 
 def test_contexts_have_states_of_their_own(kind):
-    layer = twin(KINDS[kind][0](), CONFIG)
+    layer = quantized(KINDS[kind][0](), CONFIG)
     runs = {"cond": walk(kind), "uncond": walk(kind, seed=1)}
     expected = {name: play(layer, inputs) for name, inputs in runs.items()}
     layer.clock.start()
@@ -97,7 +97,7 @@ def test_contexts_have_states_of_their_own(kind):
 
 
 def test_a_layer_called_twice_in_an_evaluation_has_two_states(kind):
-    layer = twin(KINDS[kind][0](), CONFIG)
+    layer = quantized(KINDS[kind][0](), CONFIG)
     runs = [walk(kind), walk(kind, seed=1)]
     expected = [play(layer, inputs) for inputs in runs]
     layer.clock.start()
@@ -110,7 +110,7 @@ def test_a_layer_called_twice_in_an_evaluation_has_two_states(kind):
 
 
 def test_states_are_there_during_a_trajectory_and_freed_at_its_end(kind):
-    layer, inputs = twin(KINDS[kind][0](), CONFIG, name="up"), walk(kind)
+    layer, inputs = quantized(KINDS[kind][0](), CONFIG, name="up"), walk(kind)
     assert layer.state_tensors() == []
     layer.clock.start()
     for x in inputs:
@@ -125,7 +125,7 @@ def test_states_are_there_during_a_trajectory_and_freed_at_its_end(kind):
 
 def test_the_linear_predictor_keeps_the_moves_as_well(kind):
     config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=ModulationConfig(predictor="linear"))
-    layer = twin(KINDS[kind][0](), config)
+    layer = quantized(KINDS[kind][0](), config)
     layer.clock.start()
     counts = []
     for x in walk(kind, 3):
@@ -135,7 +135,7 @@ def test_the_linear_predictor_keeps_the_moves_as_well(kind):
 
 
 def test_inside_a_trajectory_but_outside_an_evaluation_is_refused(kind):
-    layer = twin(KINDS[kind][0](), CONFIG)
+    layer = quantized(KINDS[kind][0](), CONFIG)
     layer.clock.start()
     evaluate(layer, walk(kind)[0])
     with pytest.raises(StateError, match="expected a running trajectory, got a call outside of one"):
@@ -146,7 +146,7 @@ def test_inside_a_trajectory_but_outside_an_evaluation_is_refused(kind):
     "config", [CONFIG, LayerConfig(modulation=None), LayerConfig(activation=QuantizerConfig(bits=None))]
 )
 def test_an_empty_batch_is_refused(kind, config):
-    layer = twin(KINDS[kind][0](), config, name="down")
+    layer = quantized(KINDS[kind][0](), config, name="down")
     layer.clock.start()
     with pytest.raises(StateError, match=r"down: expected at least one sample, got an empty batch \(0, 8"):
         evaluate(layer, walk(kind)[0][:0])
@@ -158,7 +158,7 @@ def test_the_twin_shares_parameters_buffers_and_hooks_and_leaves_the_original_al
     calls = []
     original.register_forward_hook(lambda *_: calls.append(1))
     attributes = dict(original.__dict__)
-    modulated = twin(original, CONFIG)
+    modulated = quantized(original, CONFIG)
     assert modulated.weight is original.weight
     assert modulated.marker is original.marker
     assert modulated.state_dict().keys() == original.state_dict().keys()
@@ -170,7 +170,7 @@ def test_the_twin_shares_parameters_buffers_and_hooks_and_leaves_the_original_al
 
 def test_moving_the_twin_to_another_dtype_moves_the_original_s_parameters_too(kind):
     original = KINDS[kind][0]()
-    modulated = twin(original, CONFIG)
+    modulated = quantized(original, CONFIG)
     play(modulated, walk(kind))
     modulated.to(torch.bfloat16)
     assert original.weight.dtype == modulated.weight.dtype == torch.bfloat16
@@ -182,7 +182,7 @@ def test_float32_layers_stay_near_the_float64_reference_over_fifty_steps(kind):
     original = KINDS[kind][0]()
     inputs = walk(kind, steps=50)
     expected = run(inputs, recipe_of_layer(original, CONFIG))
-    for (_, a, o), step in zip(play(twin(original, CONFIG), inputs), expected, strict=True):
+    for (_, a, o), step in zip(play(quantized(original, CONFIG), inputs), expected, strict=True):
         bound = 50 * 8 * 2.0**-24
         assert_within(a, step.input_state, bound * float(step.input_state.abs().max()))
         assert_within(o, step.output_state, bound * 4 * float(step.output_state.abs().max()))
@@ -196,7 +196,7 @@ def test_without_compensation_the_output_leaves_the_layer_at_its_input_state(kin
         activation=QuantizerConfig(bits=3),
         modulation=ModulationConfig(error_compensation=compensation),
     )
-    output, a, _ = play(twin(original, config), walk(kind, steps=30))[-1]
+    output, a, _ = play(quantized(original, config), walk(kind, steps=30))[-1]
     gap = float((output - original(a)).detach().norm() / output.norm())
     assert gap < 1e-5 if compensation == "closed_loop" else gap > 0.1
 
@@ -211,11 +211,11 @@ def test_only_layers_that_keep_torch_s_own_forward_have_a_twin():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    assert twin_of(Named(2, 2)) is ModulatedLinear
-    assert twin_of(Scaled(2, 2)) is None
-    assert twin_of(nn.ConvTranspose2d(2, 2, 1)) is None
-    assert twin_of(twin(nn.Linear(2, 2), CONFIG)) is None
-    assert all(twin_of(make()) in TWINS.values() for make, _ in KINDS.values())
+    assert quantized_class(Named(2, 2)) is ModulatedLinear
+    assert quantized_class(Scaled(2, 2)) is None
+    assert quantized_class(nn.ConvTranspose2d(2, 2, 1)) is None
+    assert quantized_class(quantized(nn.Linear(2, 2), CONFIG)) is None
+    assert all(quantized_class(make()) in QUANTIZED_CLASSES.values() for make, _ in KINDS.values())
 
 
 @pytest.mark.parametrize(
@@ -224,16 +224,16 @@ def test_only_layers_that_keep_torch_s_own_forward_have_a_twin():
 )
 def test_a_split_that_cuts_nothing_is_refused(layer, split):
     with pytest.raises(ConfigError, match=rf"up: expected a split between 0 and 8 .* got {split} with"):
-        twin(layer, CONFIG, split=split, name="up")
+        quantized(layer, CONFIG, split=split, name="up")
 
 
 def test_static_scales_serve_a_layer_once_measured(kind):
     config = LayerConfig(activation=QuantizerConfig(bits=4, dynamic=False))
-    layer, inputs = twin(KINDS[kind][0](), config), walk(kind, 6)
-    layer.coder.observers = (MinMaxObserver(),)
+    layer, inputs = quantized(KINDS[kind][0](), config), walk(kind, 6)
+    layer.quantizer.observers = (MinMaxObserver(),)
     measured = play(layer, inputs)
-    layer.coder.freeze()
-    scale = float(layer.coder.static[0].scale)
+    layer.quantizer.freeze()
+    scale = float(layer.quantizer.static[0].scale)
     residuals = [x - a for x, (_, a, _) in zip(inputs[1:], measured, strict=False)]
     assert scale == pytest.approx(max(float(r.abs().max()) for r in residuals) / 7, rel=1e-6)
     for x, (_, a, _) in list(zip(inputs, play(layer, inputs), strict=True))[1:]:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig, StateError, WeightConfig
-from modiff.core.transforms import Segment
+from modiff.core.hadamard import Segment
 from modiff.kernels.nibbles import weight_codes
 from modiff.nn.packed import SCALE, pack_nibbles, storage
 from modiff.nn.weight import QuantizedWeight
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.recipes import evaluate, play, randomised, twin
+from tests.recipes import evaluate, play, quantized, randomised
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 5), (3, 12), None),
@@ -33,7 +33,7 @@ def modulated(kind: str, bits: int | None, rotation: str = "none", search: str =
     config = LayerConfig(
         weight=WeightConfig(bits=bits, search=search), activation=QuantizerConfig(bits=6), rotation=rotation
     )
-    return twin(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
+    return quantized(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
 
 
 def test_each_byte_holds_two_codes_the_first_in_its_low_half():
@@ -98,7 +98,7 @@ def test_the_storage_that_a_layer_announces_is_the_one_it_takes(kind):
 def test_the_layer_it_was_made_from_keeps_its_own_weight():
     original = randomised(nn.Linear(8, 4))
     weight = original.weight.detach().clone()
-    layer = twin(original, LayerConfig(weight=WeightConfig(bits=4)))
+    layer = quantized(original, LayerConfig(weight=WeightConfig(bits=4)))
     layer.pack()
     assert_same_bits(original.weight.detach(), weight)
     assert dict(original.named_buffers()) == {}
@@ -195,7 +195,7 @@ def test_learned_codes_are_packed_as_they_are():
 def test_float64_weights_lose_no_more_than_the_rounding_of_a_float32_scale():
     weight = torch.randn(4, 6, dtype=torch.float64)
     quantized = QuantizedWeight(WeightConfig(bits=8), (6,), (Segment(6, 2),))
-    layer = twin(nn.Linear(6, 4).double(), LayerConfig(weight=WeightConfig(bits=8), rotation="hadamard"))
+    layer = quantized(nn.Linear(6, 4).double(), LayerConfig(weight=WeightConfig(bits=8), rotation="hadamard"))
     layer.weight.data.copy_(weight)
     layer.pack()
     expected = quantized.dense(weight, torch.float64)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
-from modiff.core import modulation
-from modiff.core.coder import Coder
+from modiff.core import recursion as modulation
+from modiff.core.quantizer import Quantizer
 from modiff.kernels import native
-from modiff.nn import Clock, ModulatedLayer, stream, twin_of
+from modiff.nn import Clock, ModulatedLayer, quantized_class, stream
 from modiff.nn.source import version_of
 from modiff.nn.stream import Stream
 from tests.helpers import assert_same_bits, drifting
@@ -35,7 +35,9 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def group_of(size: int, *, shared: bool, config: LayerConfig = CONFIG) -> tuple[Clock, list[ModulatedLayer]]:
     clock = Clock("model")
     floats = [randomised(nn.Linear(8, 3), seed) for seed in range(size)]
-    layers = [twin_of(f).from_float(f, config, name=f"to_{'qkv'[i]}", clock=clock) for i, f in enumerate(floats)]
+    layers = [
+        quantized_class(f).from_float(f, config, name=f"to_{'qkv'[i]}", clock=clock) for i, f in enumerate(floats)
+    ]
     if shared:
         for layer in layers[1:]:
             layer.share_with(layers[0])
@@ -189,10 +191,10 @@ def test_an_inference_tensor_changed_in_place_between_two_readers_is_another_ten
 
 
 def test_anchors_come_at_every_multiple_of_the_interval():
-    coder = group_of(1, shared=False)[1][0].coder
+    quantizer = group_of(1, shared=False)[1][0].quantizer
     clock = Clock("model")
     clock.start()
-    line = Stream(coder, ModulationConfig(reanchor_every=3), clock)
+    line = Stream(quantizer, ModulationConfig(reanchor_every=3), clock)
     anchors = []
     for x in drifting(0, (2, 8), 8, 0.1, torch.float32):
         clock.call(None)
@@ -245,7 +247,7 @@ def test_sharing_works_under_inference_mode():
 def test_scales_are_measured_again_where_the_states_start_again():
     clock = Clock("model")
     config = QuantizerConfig(bits=4, granularity="tensor", refresh_every=100)
-    stream = Stream(Coder(config, "tensor", -1, (8,)), ModulationConfig(reanchor_every=3), clock)
+    stream = Stream(Quantizer(config, "tensor", -1, (8,)), ModulationConfig(reanchor_every=3), clock)
     inputs = [x * (1 + i) for i, x in enumerate(drifting(0, (2, 8), 6, 0.5, torch.float32))]
     scales = []
     clock.start()

@@ -12,7 +12,7 @@ from modiff import AttentionConfig, LayerConfig
 from modiff.nn import traced
 from modiff.nn.attention import QuantizedAttention
 from modiff.nn.clock import Clock
-from tests.recipes import randomised, twin
+from tests.recipes import quantized, randomised
 
 LAYERS = {
     "linear": (lambda: nn.Linear(8, 6), (2, 3, 8)),
@@ -26,7 +26,7 @@ LAYERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shape_dtype_and_memory_layout_are_known_before_it_runs(layer, dtype):
     make, shape = LAYERS[layer]
-    plain = twin(randomised(make()), LayerConfig(modulation=None))  # no memory: every call gives the same
+    plain = quantized(randomised(make()), LayerConfig(modulation=None))  # no memory: every call gives the same
     inputs = [torch.randn(shape).to(dtype)]
     inputs += [inputs[0].contiguous(memory_format=torch.channels_last)] if len(shape) == 4 else []
     for x in inputs:

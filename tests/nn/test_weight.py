@@ -11,12 +11,12 @@ from torch import nn
 
 from modiff import ConfigError, LayerConfig, StateError, WeightConfig
 from modiff.core.affine import QParams, quantize
+from modiff.core.hadamard import Segment
 from modiff.core.observers import MSEObserver
-from modiff.core.transforms import Segment
 from modiff.kernels import native
 from modiff.nn.weight import QuantizedWeight
 from tests.helpers import assert_same_bits, assert_within
-from tests.recipes import evaluate, randomised, twin
+from tests.recipes import evaluate, quantized, randomised
 from tests.reference.hadamard import along, rotation
 from tests.reference.quantizer import quantize_weight
 
@@ -207,7 +207,7 @@ def test_the_codes_are_made_once_while_the_weight_stays():
 def test_a_weight_written_through_data_is_seen_by_the_next_trajectory():
     """A LoRA fused with `weight.data += delta` leaves no trace on the tensor: no new memory, no new version."""
     layer = randomised(nn.Linear(8, 4, bias=False))
-    modulated = twin(layer, LayerConfig(weight=WeightConfig(bits=8)))
+    modulated = quantized(layer, LayerConfig(weight=WeightConfig(bits=8)))
     x = torch.randn(3, 8)
     outputs = []
     for factor in (1.0, 3.0):
@@ -341,7 +341,7 @@ def test_a_saturated_code_may_lie_far_below_its_weight_but_not_above(sign):
 
 def test_fixed_codes_serve_a_layer_over_many_trajectories_and_copies():
     layer = randomised(nn.Linear(8, 4, bias=False))
-    modulated = twin(layer, LayerConfig(weight=WeightConfig(bits=3)), name="up")
+    modulated = quantized(layer, LayerConfig(weight=WeightConfig(bits=3)), name="up")
     parts = learned(modulated.quantized_weight, layer.weight)
     modulated.quantized_weight.fix(parts)
     x = torch.randn(3, 8)

@@ -9,7 +9,7 @@ import typer
 
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
-from modiff.io.atomic import check_writable, write_atomically, write_json
+from modiff.files import check_writable, write_atomically, write_json
 
 Grid = Annotated[Path, typer.Option("-o", "--output", metavar="PNG", help="Where the grid of images goes.")]
 

@@ -13,7 +13,7 @@ from modiff.cli.options import LABELS_HELP, MODEL_HELP, PROMPTS_HELP, Device, Js
 from modiff.cli.sample import SCHEDULER_HELP
 from modiff.cli.study import STUDY_HELP
 from modiff.cli.study import study as run_study
-from modiff.io.atomic import check_writable, write_json
+from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from modiff.evaluate.suite import Suite

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
-from modiff.io.atomic import check_writable, write_json
-from modiff.io.named_config import named_config
+from modiff.files import check_writable, write_json
 
 CONFIG_HELP = "Bits and selection: a preset (w8a8, ...), modulated:8:4, or a JSON file of ModiffConfig.to_json()."
 TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
@@ -40,11 +40,11 @@ def explain(
         chosen = named_config(config)
         if json_file is not None:
             check_writable(json_file)
-        from modiff.hosts.gate import gate  # imported late: `modiff --help` must not wait for diffusers
+        from modiff.hosts.autotune import autotune  # imported late: `modiff --help` must not wait for diffusers
         from modiff.kernels.isa import machine
         from modiff.kernels.prologue import choose_prologue
 
-        found = gate(
+        found = autotune(
             quiet_pipeline(model, device), chosen, tolerance=tolerance, steps=steps, num_images=num_images, seed=seed,
             profile=profile,
         )  # fmt: skip

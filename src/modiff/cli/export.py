@@ -9,7 +9,7 @@ import typer
 
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import Json
-from modiff.io.atomic import check_writable, write_json
+from modiff.files import check_writable, write_json
 
 COUNT_HELP = "The first so many; all when left out."
 RGB_HELP = "Repeat grey images in three channels, which Inception networks expect."
@@ -31,7 +31,7 @@ def export(
     with errors_as_exit_code():
         if json_file is not None:
             check_writable(json_file)
-        from modiff.engine.export import ARRAY, export_npz  # imported late: `modiff --help` must not wait
+        from modiff.generate.export import ARRAY, export_npz  # imported late: `modiff --help` must not wait
 
         shape = export_npz(folder, output, num_images=num_images, rgb=rgb)
         typer.echo(f"{ARRAY} {shape} uint8: {output}")

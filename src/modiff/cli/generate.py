@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import (
     LABELS_HELP,
@@ -23,12 +24,11 @@ from modiff.cli.options import (
 )
 from modiff.cli.sample import CONFIG_HELP, SCHEDULER_HELP
 from modiff.errors import ConfigError
-from modiff.io.atomic import check_writable, write_json
-from modiff.io.named_config import named_config
+from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from modiff.engine.engines import Engine
-    from modiff.engine.run import Outcome
+    from modiff.generate.engines import Engine
+    from modiff.generate.run import Outcome
 
 
 class EngineName(StrEnum):
@@ -81,8 +81,8 @@ def generate(
         for path in (output / "manifest.json", json_file):
             if path is not None:
                 check_writable(path)
-        from modiff.engine.job import Job  # imported late: `modiff --help` must not wait
-        from modiff.engine.run import run_job
+        from modiff.generate.job import Job  # imported late: `modiff --help` must not wait
+        from modiff.generate.run import run_job
 
         known = conditions_of(prompts, labels)
         job = Job(model=model, num_images=num_images, steps=steps, seed=seed, config=chosen, scheduler=scheduler,
@@ -97,8 +97,8 @@ def generate(
 
 
 def _engine(name: EngineName, address: str | None, workers: int | None) -> Engine:
-    from modiff.engine.engines import LocalEngine
-    from modiff.engine.on_ray import RayEngine
+    from modiff.generate.engines import LocalEngine
+    from modiff.generate.on_ray import RayEngine
 
     if name is EngineName.RAY:
         return RayEngine(address=address, workers=workers)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from modiff.hosts.conditions import Conditions
+    from modiff.generate.conditions import Conditions
 
 MODEL_HELP = (
     "'embedded' (the Fashion-MNIST model of the package), 'cifar10' (where the package has it), a local diffusers "
@@ -28,7 +28,7 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 
 def conditions_of(prompts: Path | None, labels: str | None) -> Conditions:
     """What the images are drawn of, from --prompts and --labels."""
-    from modiff.hosts.conditions import Conditions, parse_labels, read_prompts  # imported late, as diffusers
+    from modiff.generate.conditions import Conditions, parse_labels, read_prompts  # imported late, as diffusers
 
     known = () if labels is None else parse_labels(labels)
     return Conditions(prompts=() if prompts is None else read_prompts(prompts), labels=known)

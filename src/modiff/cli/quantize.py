@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modiff.checkpoint.named_config import FULL_PRECISION
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, quiet_pipeline
 from modiff.cli.sample import SCHEDULER_HELP
 from modiff.errors import FormatError
-from modiff.io.atomic import check_writable, new_folder, write_json
-from modiff.io.named_config import FULL_PRECISION
+from modiff.files import check_writable, new_folder, write_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -101,13 +101,13 @@ def _with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
 
 def _save(sampling: DiffusionPipeline, pipe: DiffusionPipeline, folder: Path) -> None:
     """The pipeline as it sampled, or where diffusers has no class for that, the model's own with the same network."""
+    from modiff.api import save
     from modiff.hosts.unconditional import UnconditionalPipeline
-    from modiff.hosts.verbs import save
 
     save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, folder)
 
 
 def _where() -> dict[str, Any]:
-    from modiff.evaluate.environment import environment
+    from modiff.generate.environment import environment
 
     return dict(environment())

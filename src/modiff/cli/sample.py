@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
-from modiff.io.atomic import check_writable, write_json
-from modiff.io.named_config import named_config
+from modiff.files import check_writable, write_json
 
 CONFIG_HELP = (
     "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "
@@ -44,10 +44,10 @@ def sample(
         if json_file is not None:
             check_writable(json_file)
         check_writable(output / "settings.json")
-        from modiff.engine.generate import Request, generate  # imported late: `modiff --help` must not wait
-        from modiff.evaluate.environment import environment
+        from modiff.api import apply
+        from modiff.generate.environment import environment
+        from modiff.generate.generate import Request, generate  # imported late: `modiff --help` must not wait
         from modiff.hosts.samplers import set_scheduler
-        from modiff.hosts.verbs import apply
 
         request = Request(num_images=num_images, steps=steps, seed=seed, prompt=prompt, label=label)
         pipe = quiet_pipeline(model, device)

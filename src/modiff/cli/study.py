@@ -8,7 +8,7 @@ import typer
 
 from modiff.cli.options import quiet_pipeline
 from modiff.errors import ConfigError
-from modiff.io.atomic import check_writable, write_json
+from modiff.files import check_writable, write_json
 
 STUDY_HELP = (
     "The paper's experiments on this model in the place of configurations: all, or names such as figure1a,table4; "

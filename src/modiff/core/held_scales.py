@@ -5,24 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from modiff.core.affine import QParams
-from modiff.core.coder import Code, Coder
+from modiff.core.quantizer import Code, Quantizer
 
 
 class HeldScales:
-    """A coder for one stream of residuals: s_t = clip * max|r_t| / qmax at steps 1, 1 + n, 1 + 2n, ..., else s_{t+1}.
+    """A quantizer for one stream of residuals: s_t = clip * max|r_t| / qmax at steps 1, 1 + n, 1 + 2n, ...,
+    else s_{t+1}.
 
     What outgrows an old scale is clipped and, as the loop is closed, sent later. Step 0 has no residual.
     """
 
-    def __init__(self, coder: Coder) -> None:
-        self.coder, self.every = coder, coder.config.refresh_every
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer, self.every = quantizer, quantizer.config.refresh_every
         self.qparams: tuple[QParams, ...] = ()
         self.age = 0
 
     def __call__(self, residual: Tensor) -> Code | None:
         """Codes of the next residual."""
         given = self.given()
-        code = self.coder(residual) if given is None else self.coder.scaled(residual, given)
+        code = self.quantizer(residual) if given is None else self.quantizer.scaled(residual, given)
         if code is not None:
             self.hold(tuple(q for _, q in code.parts))
         return code
@@ -40,5 +41,5 @@ class HeldScales:
         self.age = 0
 
     def fresh(self, residual: Tensor) -> Code | None:
-        """As `Coder.fresh`; not counted, as it belongs to the start of the states."""
-        return self.coder.fresh(residual)
+        """As `Quantizer.fresh`; not counted, as it belongs to the start of the states."""
+        return self.quantizer.fresh(residual)

@@ -48,7 +48,8 @@ def set_of(now: Moment, moments: dict[Moment, int]) -> int:
             return index
     known = sorted(moments, reverse=True)
     raise CalibrationError(
-        f"Coder: expected a step of the {len(known)} calibrated ones, {_words(known[0])} to {_words(known[-1])}, got "
+        f"Quantizer: expected a step of the {len(known)} calibrated ones, {_words(known[0])} to "
+        f"{_words(known[-1])}, got "
         f"{_words(now)}. Each step has scales of its own. Sample with the steps of the calibration, or calibrate again."
     )
 

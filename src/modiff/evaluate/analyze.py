@@ -15,10 +15,10 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.bit_sweep import MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
 from modiff.evaluate.distribution import Distribution, DistributionResult
-from modiff.evaluate.environment import Environment, environment
 from modiff.evaluate.error_growth import ErrorGrowth, Growth
 from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
 from modiff.evaluate.watch import watch
+from modiff.generate.environment import Environment, environment
 from modiff.hosts.diffusers import denoisers, unconditional_run
 from modiff.hosts.noise import noise_generators
 

@@ -11,11 +11,11 @@ from typing import Any, TypedDict
 import numpy as np
 
 from modiff import presets
+from modiff.api import apply, remove
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.errors import CalibrationError
 from modiff.evaluate.psnr import psnr
 from modiff.evaluate.relative_l2 import relative_l2
-from modiff.hosts.verbs import apply, remove
 
 MODES: dict[str, Callable[[int | None, int], ModiffConfig]] = {
     "plain": presets.plain,

@@ -1,6 +1,7 @@
 """Bounds on the error of a layer's input state, from how far its input moves (MoDiff, arXiv:2506.22463, Thm 4.4).
 
-Step 0 anchors the states in full precision. d_k is the input's move at step k = 1, 2, ..., and the coder loses at most
+Step 0 anchors the states in full precision. d_k is the input's move at step k = 1, 2, ..., and the quantizer
+loses at most
 a share c of the energy of what it is given: ||r - code(r)||² <= c ||r||². All lists start with the value at step 1.
 
 The errors are those of the input side, e_k = a_k - â_k. A linear operator A turns them into errors of the output state
@@ -35,7 +36,8 @@ def uncompensated_bound(c: float, moves: Sequence[float]) -> list[float]:
 def compensated_bound(c: float, moves: Sequence[float]) -> list[float]:
     """||e_t|| <= Σ_k c^{(k-t+1)/2} ||d_k||: with compensation a move of n steps ago has faded by c^{n/2}.
 
-    e_t is what the coder loses of r_t = d_t + e_{t+1}: ||e_t|| <= sqrt(c) (||d_t|| + ||e_{t+1}||), bounded for c < 1.
+    e_t is what the quantizer loses of r_t = d_t + e_{t+1}: ||e_t|| <= sqrt(c) (||d_t|| + ||e_{t+1}||), bounded
+    for c < 1.
 
     >>> compensated_bound(0.25, [1.0, 1.0, 1.0])
     [0.5, 0.75, 0.875]

@@ -17,19 +17,19 @@ from torch import nn
 from tqdm import tqdm
 
 from modiff import presets
+from modiff.api import apply, remove, tune
 from modiff.config import ModiffConfig
-from modiff.core.cost import FULL_PRECISION_BITS, ModelCost, measure_cost
 from modiff.errors import ConfigError
-from modiff.evaluate.environment import Environment, environment
-from modiff.evaluate.grid import grid
+from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, measure_cost
 from modiff.evaluate.psnr import psnr
 from modiff.evaluate.relative_l2 import relative_l2
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
+from modiff.generate.environment import Environment, environment
+from modiff.generate.grid import grid
 from modiff.hosts.diffusers import denoisers, unconditional_run
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
-from modiff.hosts.verbs import apply, remove, tune
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from modiff.model.report import Report
 from modiff.model.state_bytes import state_bytes
 from modiff.model.tune import FINALISTS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.coder import Code
+from modiff.core.quantizer import Code
 from modiff.errors import ConfigError
 from modiff.evaluate.bounds import (
     compensated_bound,
@@ -37,7 +37,7 @@ class Curve(TypedDict):
 class LayerGrowth(TypedDict):
     """One layer. moves: ||a_t - a_{t+1}||. norms: ||a_t||. Both from step 1 on.
 
-    c: the largest ||r - q||² / ||r||² that the coder showed here in any step of either loop. c_theorem: the largest
+    c: the largest ||r - q||² / ||r||² that the quantizer showed here in any step of either loop. c_theorem: the largest
     s² d / ||r||² of Thm 4.3, from the scales alone; at 1 or more the theorem promises nothing.
     """
 
@@ -78,7 +78,8 @@ class Growth(TypedDict):
 class ErrorGrowth:
     """Watcher: the published recursion (hold predictor, exact first step), closed and open loop, on the input side.
 
-    Only the coder is taken from the layer's config: bits, granularity, clip ratio, rotation. Layers without codes are
+    Only the quantizer is taken from the layer's config: bits, granularity, clip ratio, rotation. Layers
+    without codes are
     passed over. Memory: two input states and the last input of each layer.
     """
 
@@ -115,18 +116,18 @@ class _Lane:
 
     def __init__(self, visit: Visit) -> None:
         modulated = dataclasses.replace(visit.config, modulation=ModulationConfig())
-        self.twin = visit.twin(modulated)
+        self.quantized = visit.quantized(modulated)
         self.key = visit.key
-        if self.twin.coder is None:
+        if self.quantized.quantizer is None:
             raise ConfigError(f"{visit.entry.name}: expected activation bits, got None. There is no code. Give 2 to 8.")
-        self.closed = InputSide(self.twin.coder, ModulationConfig())
-        self.open = InputSide(self.twin.coder, ModulationConfig(error_compensation="none"))
+        self.closed = InputSide(self.quantized.quantizer, ModulationConfig())
+        self.open = InputSide(self.quantized.quantizer, ModulationConfig(error_compensation="none"))
         self.last: Tensor | None = None
         self.rows: list[list[float]] = []
 
     def see(self, visit: Visit) -> None:
         """One step of both loops on the layer's own input."""
-        x = coded_domain(self.twin, visit.input)
+        x = coded_domain(self.quantized, visit.input)
         closed = self.closed.advance(x, visit.step, 1.0)
         unclosed = self.open.advance(x, visit.step, 1.0)
         if self.last is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from modiff.evaluate.analyze import Analysis
 from modiff.evaluate.distribution import Histogram
 from modiff.evaluate.error_growth import Spread
-from modiff.io.atomic import write_atomically
+from modiff.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.coder import Code, Coder
-from modiff.core.modulation import Message, State, accumulate, compute_dtype, encode, encode_plain, output_of
-from modiff.core.transforms import rotate
+from modiff.core.hadamard import rotate
+from modiff.core.quantizer import Code, Quantizer
+from modiff.core.recursion import Message, State, accumulate, compute_dtype, encode, encode_plain, output_of
 from modiff.evaluate.watch import Visit
 from modiff.nn import ModulatedLayer
 
@@ -67,8 +67,8 @@ class InputSide:
     held input here, so that ô_t = A(â_t) + bias names the same â_t in both loops.
     """
 
-    def __init__(self, coder: Coder, config: ModulationConfig) -> None:
-        self.coder, self.config = coder, config
+    def __init__(self, quantizer: Quantizer, config: ModulationConfig) -> None:
+        self.quantizer, self.config = quantizer, config
         self.state: State | None = None
         self.held: Tensor | None = None
 
@@ -76,7 +76,7 @@ class InputSide:
         """One step with the input `x`, already rotated if it is to be."""
         every = self.config.reanchor_every
         before = None if every and step % every == 0 else self.state
-        message, self.state = encode(x, before, self.coder, self.config, ratio)
+        message, self.state = encode(x, before, self.quantizer, self.config, ratio)
         if before is None or self.held is None or message.starts:
             self.held = self.state.value
             return InputStep(None, None, self.held, message)
@@ -98,10 +98,10 @@ def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
     return total
 
 
-def coded_domain(twin: ModulatedLayer, x: Tensor) -> Tensor:
+def coded_domain(quantized: ModulatedLayer, x: Tensor) -> Tensor:
     """The tensor that a layer codes: its input in float32 or better, rotated if its config says so."""
     x = x if x.dtype == torch.float64 else x.float()
-    return x if twin.segments is None else rotate(x, twin.segments, twin.channel_dim)
+    return x if quantized.segments is None else rotate(x, quantized.segments, quantized.channel_dim)
 
 
 class LayerErrors:
@@ -115,7 +115,7 @@ class LayerErrors:
         """Advance the layer's states by one step and note the errors."""
         if visit.key not in self._lanes:
             entry = visit.entry
-            self._lanes[visit.key] = _Lane(visit.twin(visit.config))
+            self._lanes[visit.key] = _Lane(visit.quantized(visit.config))
             self.traces[visit.key] = {
                 "name": entry.name, "kind": entry.kind, "call": visit.call, "setting": entry.setting, "steps": []
             }  # fmt: skip
@@ -129,16 +129,16 @@ class LayerErrors:
 class _Lane:
     """Both states of one layer."""
 
-    def __init__(self, twin: ModulatedLayer) -> None:
-        self.twin = twin
+    def __init__(self, quantized: ModulatedLayer) -> None:
+        self.quantized = quantized
         self.output: State | None = None
         self.inputs: InputSide | None = None
-        if twin.coder is not None and twin.config.modulation is not None:
-            self.inputs = InputSide(twin.coder, twin.config.modulation)
+        if quantized.quantizer is not None and quantized.config.modulation is not None:
+            self.inputs = InputSide(quantized.quantizer, quantized.config.modulation)
 
     def see(self, visit: Visit) -> StepErrors:
         """One step of the layer's recursion, and how far it is from full precision."""
-        x = coded_domain(self.twin, visit.input)
+        x = coded_domain(self.quantized, visit.input)
         residual, code, held, output = self._advance(x, visit)
         numbers = [
             x.min(), x.max(), rms(x), norm(x), norm(x - held), norm(visit.output), norm(visit.output - output)
@@ -156,15 +156,15 @@ class _Lane:
 
     def _advance(self, x: Tensor, visit: Visit) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """r_t, q_t, â_t, ô_t."""
-        twin, config = self.twin, self.twin.config.modulation
-        if twin.coder is None:  # full-precision activations: only the weight is quantized
-            return None, None, x, twin.affine(x)
+        quantized, config = self.quantized, self.quantized.config.modulation
+        if quantized.quantizer is None:  # full-precision activations: only the weight is quantized
+            return None, None, x, quantized.affine(x)
         if self.inputs is None or config is None:  # plain quantization: all of the input is coded from nothing
-            message = encode_plain(x, twin.coder)
+            message = encode_plain(x, quantized.quantizer)
             code = code_value(message.codes, x)
-            return x, code, code, output_of(message, twin)
+            return x, code, code, output_of(message, quantized)
         now = self.inputs.advance(x, visit.step, visit.ratio)
-        self.output = accumulate(now.message, self.output, twin, config)
+        self.output = accumulate(now.message, self.output, quantized, config)
         return now.residual, now.code, now.held, self.output.value
 
 

@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.environment import Environment, environment
 from modiff.evaluate.features.protocol import FeatureExtractor, note_of
 from modiff.evaluate.metrics.small_sample import small_sample_note
 from modiff.evaluate.suite_extras import Extra
@@ -24,6 +23,7 @@ from modiff.evaluate.suite_plans import Plan, Preset, plans_of
 from modiff.evaluate.suite_reference import read_reference, reference_digest
 from modiff.evaluate.suite_store import Batch, Store
 from modiff.evaluate.suite_table import text_table
+from modiff.generate.environment import Environment, environment
 
 ROWS = 2
 """Counts up when the names or definitions of the figures change, so that rows kept before are computed anew."""

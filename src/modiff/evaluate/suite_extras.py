@@ -16,7 +16,7 @@ from modiff.evaluate.features.perceptual import PerceptualDistance
 from modiff.evaluate.metrics.bootstrap import bootstrap
 from modiff.evaluate.metrics.small_sample import small_sample_note
 from modiff.evaluate.suite_metrics import ImageSet, Measurement, measurement
-from modiff.hosts.conditions import Conditions
+from modiff.generate.conditions import Conditions
 
 BATCH = 64
 EXTRAS = ("lpips", "clip")

@@ -14,19 +14,19 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from modiff.api import apply, calibrate, remove
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.demo import TUNING_SEED, measure_step
 from modiff.evaluate.suite_plans import Plan
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
-from modiff.hosts.conditions import Conditions
+from modiff.generate.conditions import Conditions
+from modiff.generate.digest import digest, settings
+from modiff.generate.shards import to_uint8
 from modiff.hosts.diffusers import denoisers
-from modiff.hosts.digest import digest, settings
 from modiff.hosts.inputs import call_inputs
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
-from modiff.hosts.verbs import apply, calibrate, remove
-from modiff.io.shards import to_uint8
 from modiff.model.state_bytes import state_bytes
 
 CALIBRATION_IMAGES = 8

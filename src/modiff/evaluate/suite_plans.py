@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modiff.checkpoint.named_config import FAMILIES, named_config
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.io.named_config import FAMILIES, named_config
 
 FULL_PRECISION = "full precision"
 SHARES = {2: "half the steps", 4: "a quarter of the steps", 5: "a fifth of the steps", 10: "a tenth of the steps"}

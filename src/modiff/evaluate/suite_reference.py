@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from modiff.errors import FormatError
-from modiff.io.shards import MANIFEST, read_images
+from modiff.generate.shards import MANIFEST, read_images
 
 CHUNK = 500
 """Images at a time."""

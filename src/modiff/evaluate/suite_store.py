@@ -12,7 +12,7 @@ import numpy as np
 
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.suite_plans import Plan
-from modiff.io.atomic import check_writable, write_atomically, write_json
+from modiff.files import check_writable, write_atomically, write_json
 
 FORMAT_VERSION = 1
 SETTINGS, PLAN, ROW = "settings.json", "plan.json", "row.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modiff.config import LayerConfig
-from modiff.core.cost import ModelCost
+from modiff.evaluate.cost import ModelCost
 from modiff.model.report import Report
 
 

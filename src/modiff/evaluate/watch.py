@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.errors import CalibrationError, ConfigError, StateError
+from modiff.hosts.networks import modules_of
 from modiff.hosts.unet import shortcut_splits
-from modiff.hosts.verbs import modules_of
-from modiff.model.attachment import Attachment, attachment_of
+from modiff.model.attach import Attachment, attachment_of
 from modiff.model.report import Entry, Report
 from modiff.model.select import select
-from modiff.nn import Clock, ModulatedLayer, twin_of
+from modiff.nn import Clock, ModulatedLayer, quantized_class
 
 
 class Visit(NamedTuple):
@@ -41,12 +41,12 @@ class Visit(NamedTuple):
         """Name and call: what has states of its own."""
         return self.entry.name, self.call
 
-    def twin(self, config: LayerConfig) -> ModulatedLayer:
+    def quantized(self, config: LayerConfig) -> ModulatedLayer:
         """The modulated layer for a config; it shares the weights, and only its parts are used."""
-        kind = twin_of(self.layer)
+        kind = quantized_class(self.layer)
         if kind is None:
             raise StateError(
-                f"{self.entry.name}: expected a layer with a modulated twin, got {type(self.layer).__name__}. The "
+                f"{self.entry.name}: expected a layer with a modulated quantized, got {type(self.layer).__name__}. The "
                 "model changed while it was watched. Start again."
             )
         return kind.from_float(self.layer, config, name=self.entry.name, split=self.split)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from modiff.model import blocks as _blocks
-from modiff.model.blocks import Block
+from modiff.calibration import blocks as _blocks
+from modiff.calibration.blocks import Block
 
 KINDS = (
     "*ResnetBlock*",  # U-Nets
@@ -43,7 +43,7 @@ def blocks_of(
     """The units of reconstruction of a diffusers network, or of any that names its classes alike.
 
     Args:
-        patterns, layers, run: as in `modiff.model.blocks.blocks_of`.
+        patterns, layers, run: as in `modiff.calibration.blocks.blocks_of`.
     Returns: each layer in exactly one unit.
     Raises: ConfigError for a pattern that matches no module with layers.
     """

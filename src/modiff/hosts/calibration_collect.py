@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from modiff.calibration import collect as _collect
+from modiff.calibration.data import CalibrationSet
+from modiff.calibration.timesteps import StepSampler
 from modiff.errors import ConfigError
 from modiff.hosts.contexts import cache_contexts
-from modiff.hosts.verbs import modules_of
-from modiff.model import collect as _collect
-from modiff.model.calibration_set import CalibrationSet
-from modiff.model.timesteps import StepSampler
+from modiff.hosts.networks import modules_of
 
 
 def collect(
@@ -39,7 +39,8 @@ def collect(
         run: `run(i)` generates with seeds of trajectory i, for example
             `lambda i: pipe(batch_size=8, generator=torch.Generator().manual_seed(i), num_inference_steps=50)`.
         component: which denoiser, for pipelines with several.
-        batch, steps, sampler, pairs, seed, folder, memory_mib: as in `modiff.model.collect.collect`: images in a run,
+        batch, steps, sampler, pairs, seed, folder, memory_mib: as in `modiff.calibration.collect.collect`:
+        images in a run,
             evaluations in a run, which steps of which images, the evaluation before as well, and where and how much.
     Returns: calls of the denoiser; both branches of guidance, batched or in contexts of their own.
     Raises: ConfigError for settings that do not fit; CalibrationError if trajectories are not what they say.

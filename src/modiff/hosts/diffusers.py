@@ -15,7 +15,7 @@ from torch import nn
 from modiff.errors import ConfigError
 from modiff.hosts import quantizer as quantizer  # enters modiff into diffusers' tables of quantization methods
 from modiff.hosts.contexts import follow_cache_context
-from modiff.model.attachment import attachment_of, eager
+from modiff.model.attach import attachment_of, eager
 from modiff.model.trajectory import trajectory
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from modiff.assets import MODELS, model_folder
+from modiff.checkpoint.module_folder import CONFIG, read_config
 from modiff.errors import FormatError, ModiffError
 from modiff.hosts.quantizer import align
-from modiff.io.module_folder import CONFIG, read_config
 
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

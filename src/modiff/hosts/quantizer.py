@@ -13,14 +13,8 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from modiff.errors import ConfigError, FormatError, StateError
-from modiff.hosts.adapters import refuse_fusing
-from modiff.hosts.contexts import follow_cache_context
-from modiff.hosts.quantizer_config import Method, ModiffDiffusersConfig
-from modiff.hosts.resets import follow_resets
-from modiff.hosts.unet import shortcut_splits
-from modiff.io.headers import read_headers
-from modiff.io.packed_state import (
+from modiff.checkpoint.headers import read_headers
+from modiff.checkpoint.packed_state import (
     METADATA,
     check_files,
     check_values,
@@ -29,8 +23,14 @@ from modiff.io.packed_state import (
     rebuild_from,
     scale_keys,
 )
+from modiff.errors import ConfigError, FormatError, StateError
+from modiff.hosts.adapters import refuse_fusing
+from modiff.hosts.contexts import follow_cache_context
+from modiff.hosts.quantizer_config import Method, ModiffDiffusersConfig
+from modiff.hosts.resets import follow_resets
+from modiff.hosts.unet import shortcut_splits
 from modiff.model.apply import apply
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 from modiff.model.automatic import Automatic
 from modiff.model.pack import seal
 from modiff.nn.packed import SCALE
@@ -93,7 +93,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         return {k: v for k, v in state_dict.items() if k not in scales}
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **_: object) -> None:
-        """Put twins into the empty model."""
+        """Put quantized_layers into the empty model."""
         if self.quantization_config.layout is None:
             config = self.quantization_config.chosen
             apply(model, config, splits=shortcut_splits(model))
@@ -110,8 +110,8 @@ class ModiffQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether a tensor belongs to a weight that is, or is to be, packed."""
         name, _, leaf = param_name.rpartition(".")
-        twin = required_attachment(model, "from_pretrained").twins.get(name)
-        return twin is not None and twin.config.weight.bits is not None and leaf in ("weight", SCALE)
+        quantized = required_attachment(model, "from_pretrained").layers.get(name)
+        return quantized is not None and quantized.config.weight.bits is not None and leaf in ("weight", SCALE)
 
     def create_quantized_param(
         self,
@@ -125,18 +125,18 @@ class ModiffQuantizer(DiffusersQuantizer):
     ) -> None:
         """Take one tensor of a packed weight, or quantize a float one; a copy, as the file may change later."""
         name, _, leaf = param_name.rpartition(".")
-        twin = required_attachment(model, "from_pretrained").twins[name]
+        quantized = required_attachment(model, "from_pretrained").layers[name]
         value = self._exact.pop(param_name, param_value).to(target_device, copy=True)
         if self.quantization_config.layout is None:
-            twin.weight = nn.Parameter(value, requires_grad=False)
-            twin.pack()
+            quantized.weight = nn.Parameter(value, requires_grad=False)
+            quantized.pack()
         elif leaf == SCALE:
-            twin.weight_scale = value
+            quantized.weight_scale = value
         else:
-            twin.weight = nn.Parameter(value, requires_grad=False)
+            quantized.weight = nn.Parameter(value, requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **_: object) -> ModelMixin:
-        """Check what was read, give the coders their scales, and let the model live without verbs of modiff."""
+        """Check what was read, give the quantizers their scales, and let the model live without verbs of modiff."""
         attachment, layout = required_attachment(model, "from_pretrained"), self.quantization_config.layout
         check_values(WHERE, attachment)
         if layout is not None:

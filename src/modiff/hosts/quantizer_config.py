@@ -12,9 +12,9 @@ from typing import Any, Self
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from modiff.checkpoint.layout import METHOD, Layout
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.io.layout import METHOD, Layout
 
 
 class Method(StrEnum):

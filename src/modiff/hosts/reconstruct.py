@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from modiff.calibration.data import Call
+from modiff.calibration.reconstruct import run as _reconstruct
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.layers import full_precision
+from modiff.calibration.reconstruct.report import ReconstructionReport
 from modiff.errors import ConfigError
 from modiff.hosts.blocks import KINDS
 from modiff.hosts.calibration_collect import collect
-from modiff.hosts.verbs import modules_of
-from modiff.model import reconstruct as _reconstruct
-from modiff.model.attachment import attachment_of, required_attachment
-from modiff.model.calibration_set import Call
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.reconstruct_layers import full_precision
-from modiff.model.reconstruct_report import ReconstructionReport
+from modiff.hosts.networks import modules_of
+from modiff.model.attach import attachment_of, required_attachment
 
 
 def reconstruct(

@@ -6,7 +6,7 @@ import types
 
 from torch import nn
 
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 
 _NAME = "_reset_stateful_cache"
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from modiff.calibration.data import Call
 from modiff.errors import ConfigError
-from modiff.model.calibration_set import Call
 
 STATE_NAMES = ("sample", "hidden_states")
 TOLERANCE = 1e-3

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from modiff.checkpoint.module_folder import CLASS, CONFIG, bytes_of, load_module, read_config, save_module
 from modiff.errors import ConfigError, FormatError
-from modiff.io.atomic import new_folder
-from modiff.io.module_folder import CLASS, CONFIG, bytes_of, load_module, read_config, save_module
-from modiff.model.attachment import attachment_of
+from modiff.files import new_folder
+from modiff.model.attach import attachment_of
 
 INDEX = "model_index.json"
 

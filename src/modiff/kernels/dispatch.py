@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from modiff.kernels.float_exact import chunk_of
-from modiff.kernels.gpu import gpu_obstacle
 from modiff.kernels.isa import Isa
 from modiff.kernels.problem import Problem
 from modiff.kernels.self_test import Trust
+from modiff.kernels.triton.backend import gpu_obstacle
 
 Backend = Literal["reference", "float_exact", "onednn", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "float_exact", "onednn", "triton")
@@ -35,18 +35,18 @@ def choose_backend(problem: Problem, isa: Isa, trust: Trust | None = None) -> Ch
     if problem.device != "cpu":
         gpu = gpu_obstacle(problem)
         return Choice("reference", f"float64 sums, slow: {gpu}") if gpu else Choice("triton", "Triton, sums in 32 bits")
-    obstacle = onednn_obstacle(problem, isa, trust)
-    if not obstacle:
+    unsupported = onednn_unsupported(problem, isa, trust)
+    if not unsupported:
         return Choice("onednn", _why_onednn(problem, isa))
     other = float_exact_obstacle(problem, isa)
     if not other:
         chunk = chunk_of(problem.bits, problem.weight_max, problem.kernel_size)
         pieces = -(-problem.inputs // problem.groups // chunk)
-        return Choice("float_exact", f"float32 sums, exact in {pieces} chunk{'s' * (pieces > 1)}: {obstacle}")
-    return Choice("reference", f"float64 sums, slow: {obstacle}; {other}")
+        return Choice("float_exact", f"float32 sums, exact in {pieces} chunk{'s' * (pieces > 1)}: {unsupported}")
+    return Choice("reference", f"float64 sums, slow: {unsupported}; {other}")
 
 
-def onednn_obstacle(problem: Problem, isa: Isa, trust: Trust) -> str:
+def onednn_unsupported(problem: Problem, isa: Isa, trust: Trust) -> str:
     """Why oneDNN must not run the problem; empty if it may."""
     if problem.device != "cpu":
         return f"oneDNN runs on CPUs, the codes are on {problem.device}"

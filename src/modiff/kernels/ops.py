@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from modiff.errors import KernelError
-from modiff.kernels import float_exact, gpu, onednn, reference
+from modiff.kernels import float_exact, onednn, reference
 from modiff.kernels.call import Call
 from modiff.kernels.dispatch import BACKENDS
 from modiff.kernels.epilogue import add_sent
 from modiff.kernels.geometry import Geometry, channels_innermost, empty_output, output_shape
+from modiff.kernels.triton import backend as gpu
 
 _MODULES: dict[str, ModuleType] = {
     "reference": reference,

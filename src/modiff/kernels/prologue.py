@@ -23,8 +23,9 @@ from torch import Tensor
 
 from modiff.config import Granularity
 from modiff.errors import KernelError
-from modiff.kernels import gpu, native, prologue_ops
+from modiff.kernels import native, prologue_ops
 from modiff.kernels.rows import as_rows, scale_shape
+from modiff.kernels.triton import backend as gpu
 
 Implementation = Literal["auto", "native", "triton", "inductor", "eager"]
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from modiff.config import Granularity
 from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize
 from modiff.errors import KernelError
-from modiff.kernels import gpu, native
+from modiff.kernels import native
 from modiff.kernels.rows import row_shape, scale_shape
+from modiff.kernels.triton import backend as gpu
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 

@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modiff.api import apply, calibrate
+from modiff.calibration.data import CalibrationSet
+from modiff.calibration.group_error import Group, approximate_gradient, error_of, roll_out
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.layers import evaluating, without_states
+from modiff.calibration.reconstruct.unit import StepLearner
+from modiff.calibration.replay import replay
 from modiff.config import JsonConfig, LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig, check, is_bits
 from modiff.core.affine import QParams
-from modiff.core.coder import Coder
+from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import set_of
 from modiff.errors import ConfigError
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
 from modiff.hosts.sampler_steps import SamplerSteps
-from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.accuquant_folder import (
     GroupResult,
     GroupStore,
@@ -29,13 +35,7 @@ from modiff.methods.accuquant_folder import (
 )
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.work import claim_work
-from modiff.model.calibration_set import CalibrationSet
-from modiff.model.coders import coders_of
-from modiff.model.group_error import Group, approximate_gradient, error_of, roll_out
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.reconstruct_layers import evaluating, without_states
-from modiff.model.reconstruct_unit import StepLearner
-from modiff.model.replay import replay
+from modiff.model.quantizers import quantizers_of
 from modiff.model.report import Report
 
 Objective = Literal["group_end", "each_step"]
@@ -198,7 +198,7 @@ def _learn(
     model: nn.Module, trajectories: list[SamplerSteps], config: AccuquantConfig, store: GroupStore, progress: bool
 ) -> list[GroupLoss]:
     """Group after group; `states` are where the quantized trajectories stand."""
-    coders = coders_of(model)
+    quantizers = quantizers_of(model)
     states = [t.recorded[0] for t in trajectories]
     losses: list[GroupLoss] = []
     for index, members in enumerate(tqdm(_members(model, trajectories[0]), desc="groups", disable=not progress)):
@@ -209,7 +209,7 @@ def _learn(
             result = _learn_group(model, trajectories, groups, index, config)
             store.save(index, result)
         for name, scales in result.scales.items():
-            _keep(coders[name], index, scales)
+            _keep(quantizers[name], index, scales)
         states = [state.to(before.device) for state, before in zip(result.states, states, strict=True)]
         losses.append(GroupLoss(result.steps, result.before, result.after))
     return losses
@@ -217,21 +217,21 @@ def _learn(
 
 def _members(model: nn.Module, trajectory: SamplerSteps) -> list[list[int]]:
     """The steps of each set of scales, as calibration grouped them."""
-    coder = next(iter(coders_of(model).values()))
+    quantizer = next(iter(quantizers_of(model).values()))
     steps = range(len(trajectory.calls))
-    if coder.tables is None:
+    if quantizer.tables is None:
         return [list(steps)]
-    sets = [set_of((trajectory.timestep(step),), coder.moments) for step in steps]
-    return [[step for step in steps if sets[step] == index] for index in sorted(coder.tables)]
+    sets = [set_of((trajectory.timestep(step),), quantizer.moments) for step in steps]
+    return [[step for step in steps if sets[step] == index] for index in sorted(quantizer.tables)]
 
 
 def _learn_group(
     model: nn.Module, trajectories: list[SamplerSteps], groups: list[Group], index: int, config: AccuquantConfig
 ) -> GroupResult:
     """Learn one set of scales. The layers are as before."""
-    coders = coders_of(model)
+    quantizers = quantizers_of(model)
     with without_states(model, "quantized") as trainees:
-        starts = {n: _scales(coders[n], index) for n, t in trainees.items() if t.twin.coder is not None}
+        starts = {n: _scales(quantizers[n], index) for n, t in trainees.items() if t.quantized.quantizer is not None}
         holders = {n: trainees[n] for n in starts}
         learner = StepLearner(holders, starts)
         leaves = learner.begin()
@@ -274,17 +274,17 @@ def _arrive(trajectories: list[SamplerSteps], groups: list[Group]) -> tuple[floa
     return sum(errors) / len(errors), arrived
 
 
-def _scales(coder: Coder, index: int) -> tuple[QParams, ...]:
-    return (coder.static or ()) if coder.tables is None else coder.tables[index]
+def _scales(quantizer: Quantizer, index: int) -> tuple[QParams, ...]:
+    return (quantizer.static or ()) if quantizer.tables is None else quantizer.tables[index]
 
 
-def _keep(coder: Coder, index: int, scales: tuple[QParams, ...]) -> None:
-    old = _scales(coder, index)
+def _keep(quantizer: Quantizer, index: int, scales: tuple[QParams, ...]) -> None:
+    old = _scales(quantizer, index)
     moved = tuple(
         QParams(q.scale.to(o.scale.device), None if q.zero_point is None else q.zero_point.to(o.scale.device))
         for q, o in zip(scales, old, strict=True)
     )
-    if coder.tables is None:
-        coder.static = moved
+    if quantizer.tables is None:
+        quantizer.static = moved
     else:
-        coder.tables[index] = moved
+        quantizer.tables[index] = moved

@@ -12,15 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from modiff.calibration.data import Call
+from modiff.calibration.reconstruct.report import UnitReport
+from modiff.calibration.reconstruct.store import UnitStore, digest_of
+from modiff.calibration.reconstruct.unit import Found, parts_of
 from modiff.config import JsonConfig
 from modiff.core.affine import QParams
 from modiff.errors import FormatError
+from modiff.files import write_atomically
 from modiff.hosts.sampler_steps import sampler_tables, with_tables
-from modiff.io.atomic import write_atomically
-from modiff.model.calibration_set import Call
-from modiff.model.reconstruct_report import UnitReport
-from modiff.model.reconstruct_store import UnitStore, digest_of
-from modiff.model.reconstruct_unit import Found, parts_of
 
 SAMPLER = "sampler.safetensors"
 FACTS = {"format": "modiff sampler tables", "version": "1"}

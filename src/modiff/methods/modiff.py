@@ -10,6 +10,10 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
+from modiff.api import apply, calibrate, trajectory
+from modiff.calibration.data import CalibrationSet
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.timesteps import UniformGroups
 from modiff.config import (
     DEFAULT_EXCLUDE,
     AttentionConfig,
@@ -26,15 +30,11 @@ from modiff.config import (
 )
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.verbs import apply, calibrate, trajectory
 from modiff.methods.learned_report import LearnedReport
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.q_diffusion import check_calibration, of_residuals, quick_steps
 from modiff.methods.residual_ranges import Halves, measure_residuals
 from modiff.methods.work import claim_work
-from modiff.model.calibration_set import CalibrationSet
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.timesteps import UniformGroups
 
 Kind = Literal["dynamic", "static_minmax", "static_learned", "static_steps"]
 

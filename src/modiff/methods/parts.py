@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from modiff.api import remove
 from modiff.config import LayerConfig, WeightConfig
 from modiff.errors import ConfigError, StateError
-from modiff.hosts.verbs import modules_of, remove
-from modiff.model.attachment import attachment_of, required_attachment
+from modiff.hosts.networks import modules_of
+from modiff.model.attach import attachment_of, required_attachment
 from modiff.model.select import CANDIDATES
 from modiff.nn.weight import QuantizedWeight
 
@@ -78,10 +79,10 @@ def trajectories_of(
 
 def keep_rounding(model: nn.Module) -> None:
     """Keep the present codes of all weights, as if they were learned: no other weight is taken for them."""
-    for twin in required_attachment(model, "keep_rounding").twins.values():
-        weight = twin.quantized_weight
+    for quantized in required_attachment(model, "keep_rounding").layers.values():
+        weight = quantized.quantized_weight
         if isinstance(weight, QuantizedWeight) and weight.config.bits is not None and not weight.fixed:
-            weight.fix(weight.codes(twin.weight))
+            weight.fix(weight.codes(quantized.weight))
 
 
 @contextmanager

@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from modiff.api import apply, calibrate
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.replay import replay
+from modiff.calibration.timesteps import NormalSteps, Spread
 from modiff.config import (
     AttentionConfig,
     JsonConfig,
@@ -25,13 +29,9 @@ from modiff.core.observers import Observer, RangeSearchObserver
 from modiff.core.range_metrics import RANGE_METRICS, RangeMetric
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.parts import boundary_overrides, keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.work import claim_work
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.replay import replay
 from modiff.model.report import Report
-from modiff.model.timesteps import NormalSteps, Spread
 
 MOMENTUM = 0.9
 KEPT_OF_A_CALL = 1 << 13

@@ -10,6 +10,10 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
+from modiff.api import apply, calibrate
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.replay import replay
+from modiff.calibration.timesteps import UniformGroups
 from modiff.config import (
     AttentionConfig,
     Automatic,
@@ -25,14 +29,10 @@ from modiff.config import (
 )
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.learned_report import LearnedReport
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.work import claim_work
 from modiff.model.calibrate import ObserverName
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.replay import replay
-from modiff.model.timesteps import UniformGroups
 
 
 @dataclass(frozen=True, kw_only=True)

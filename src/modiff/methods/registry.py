@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.config import JsonConfig, ModulationConfig
 from modiff.errors import ConfigError
 from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
@@ -15,7 +16,6 @@ from modiff.methods.modiff import ModiffMethodConfig, apply_modiff
 from modiff.methods.ptq4dm import Ptq4dmConfig, apply_ptq4dm
 from modiff.methods.q_diffusion import QDiffusionConfig, apply_q_diffusion
 from modiff.methods.tfmq_dm import TfmqDmConfig, apply_tfmq_dm
-from modiff.model.reconstruct_config import ReconstructConfig
 from modiff.model.report import Report
 
 

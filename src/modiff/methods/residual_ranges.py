@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modiff.calibration.data import Call
+from modiff.calibration.reconstruct.layers import Trainee, evaluating, full_precision
 from modiff.core.observers import MinMaxObserver
 from modiff.errors import CalibrationError
-from modiff.model.attachment import required_attachment
-from modiff.model.calibration_set import Call
-from modiff.model.reconstruct_layers import Trainee, evaluating, full_precision
+from modiff.model.attach import required_attachment
 
 Halves = Literal["own", "shared"]
 
@@ -32,9 +32,17 @@ def measure_residuals(
     Raises: CalibrationError if no call holds the one before it, or a layer never ran; scales stay as they were then.
     Cost: two evaluations a call; in memory, the inputs of all layers in one evaluation.
     """
-    twins = required_attachment(model, "measure_residuals").twins
-    trainees = {n: Trainee(t, "quantized") for n, t in twins.items() if t.inputs is not None and t.coder is not None}
-    observers = {n: [MinMaxObserver() for _ in t.twin.coder.segments] for n, t in trainees.items() if t.twin.coder}
+    quantized_layers = required_attachment(model, "measure_residuals").layers
+    trainees = {
+        n: Trainee(t, "quantized")
+        for n, t in quantized_layers.items()
+        if t.inputs is not None and t.quantizer is not None
+    }
+    observers = {
+        n: [MinMaxObserver() for _ in t.quantized.quantizer.segments]
+        for n, t in trainees.items()
+        if t.quantized.quantizer
+    }
     pairs = 0
     with evaluating(model), full_precision(model), torch.no_grad():
         for call in tqdm(calls, desc="residuals", unit="call", disable=not progress):
@@ -62,7 +70,7 @@ def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> di
 
         return keep
 
-    handles = [trainee.twin.register_forward_pre_hook(hook(name)) for name, trainee in trainees.items()]
+    handles = [trainee.quantized.register_forward_pre_hook(hook(name)) for name, trainee in trainees.items()]
     try:
         call.evaluate(model)
     finally:
@@ -72,14 +80,15 @@ def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> di
 
 
 def _observe(trainee: Trainee, observers: list[MinMaxObserver], before: list[Tensor], now: list[Tensor]) -> None:
-    coder = trainee.twin.coder
-    if coder is None or len(before) != len(now):
+    quantizer = trainee.quantized.quantizer
+    if quantizer is None or len(before) != len(now):
         raise CalibrationError(
-            f"{trainee.twin.name}: expected as many calls in both steps, got {len(before)} and {len(now)}. The network "
+            f"{trainee.quantized.name}: expected as many calls in both steps, got {len(before)} and {len(now)}. "
+            f"The network "
             "branches on values. Exclude the layer."
         )
     for first, second in zip(before, now, strict=True):
-        parts = (second - first).split(list(coder.segments), coder.channel_dim)
+        parts = (second - first).split(list(quantizer.segments), quantizer.channel_dim)
         for observer, part in zip(observers, parts, strict=True):
             observer.observe(part)
 
@@ -92,13 +101,13 @@ def _freeze(trainees: Mapping[str, Trainee], observers: Mapping[str, list[MinMax
             "layer."
         )
     for name, trainee in trainees.items():
-        coder, found = trainee.twin.coder, observers[name]
-        if coder is None:
+        quantizer, found = trainee.quantized.quantizer, observers[name]
+        if quantizer is None:
             continue
         if halves == "shared":
             for other in found[1:]:
                 found[0].merge(other)
             found = [found[0]] * len(found)
-        coder.static = tuple(
-            o.qparams(coder.bits, symmetric=coder.config.symmetric, clip=coder.config.clip) for o in found
+        quantizer.static = tuple(
+            o.qparams(quantizer.bits, symmetric=quantizer.config.symmetric, clip=quantizer.config.clip) for o in found
         )

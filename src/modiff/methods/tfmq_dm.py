@@ -11,6 +11,11 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from modiff.api import apply, calibrate
+from modiff.calibration.data import CalibrationSet, LazyCalls
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.replay import replay
+from modiff.calibration.timesteps import EveryStep, UniformGroups
 from modiff.config import (
     AttentionConfig,
     JsonConfig,
@@ -25,16 +30,11 @@ from modiff.config import (
 from modiff.hosts.calibration_collect import collect
 from modiff.hosts.reconstruct import reconstruct
 from modiff.hosts.temporal import PROJECTION, TemporalBlock
-from modiff.hosts.verbs import apply, calibrate
 from modiff.methods.parts import boundary_overrides, keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.tfmq_temporal import reconstruct_temporal
 from modiff.methods.work import claim_work
 from modiff.model.calibrate import ObserverName
-from modiff.model.calibration_set import CalibrationSet, LazyCalls
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.replay import replay
 from modiff.model.report import Report
-from modiff.model.timesteps import EveryStep, UniformGroups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.layers import full_precision, without_states
+from modiff.calibration.reconstruct.report import UnitReport
+from modiff.calibration.reconstruct.unit import WeightLearner, keep_weight, learn
+from modiff.calibration.reconstruct.unit_data import Batch, UnitData, Visit
 from modiff.errors import CalibrationError
 from modiff.hosts.temporal import TemporalBlock
-from modiff.model.attachment import required_attachment
-from modiff.model.reconstruct_config import ReconstructConfig
-from modiff.model.reconstruct_data import Batch, UnitData, Visit
-from modiff.model.reconstruct_layers import full_precision, without_states
-from modiff.model.reconstruct_report import UnitReport
-from modiff.model.reconstruct_unit import WeightLearner, keep_weight, learn
+from modiff.model.attach import required_attachment
 
 
 def reconstruct_temporal(
@@ -36,16 +36,16 @@ def reconstruct_temporal(
     """
     config = config or ReconstructConfig()
     block = TemporalBlock(model)
-    twins = required_attachment(model, "reconstruct_temporal").twins
-    names = [n for n in block.layers if n in twins and twins[n].config.weight.bits is not None]
+    quantized_layers = required_attachment(model, "reconstruct_temporal").layers
+    names = [n for n in block.layers if n in quantized_layers and quantized_layers[n].config.weight.bits is not None]
     if not names:
         raise CalibrationError(
             "reconstruct_temporal: expected quantized weights in the temporal block, got none. modiff leaves these "
             "layers alone by default. Apply with ModiffConfig(exclude=())."
         )
     for name in names:
-        twins[name].quantized_weight.unfix()
-    device = twins[names[0]].weight.device
+        quantized_layers[name].quantized_weight.unfix()
+    device = quantized_layers[names[0]].weight.device
     generator = torch.Generator().manual_seed(config.seed)
 
     def features(batch: Batch) -> Any:
@@ -62,7 +62,7 @@ def reconstruct_temporal(
         learner = WeightLearner({name: trainees[name] for name in names}, config)
         outcome = learn(features, data, learner, config, generator)
     for name in names if outcome.best is not None else ():
-        keep_weight(twins[name], outcome.best or {}, name)
+        keep_weight(quantized_layers[name], outcome.best or {}, name)
     return UnitReport(
         name="temporal block",
         kind="TemporalBlock",

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from modiff.calibration.reconstruct.store import digest_of
 from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError
-from modiff.hosts.verbs import modules_of
-from modiff.io.atomic import write_json
-from modiff.model.reconstruct_store import digest_of
+from modiff.files import write_json
+from modiff.hosts.networks import modules_of
 
 JOB = "job.json"
 VERSION = 1

@@ -1,4 +1,4 @@
-"""Put modulated twins in the place of a model's layers."""
+"""Put modulated quantized_layers in the place of a model's layers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
-from modiff.model.attachment import ATTRIBUTE, Attachment, attachment_of
+from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of
 from modiff.model.attention import apply_attention
 from modiff.model.remove import remove
 from modiff.model.report import Entry, Report
 from modiff.model.select import select
-from modiff.nn import Clock, ModulatedLayer, twin_of
+from modiff.nn import Clock, ModulatedLayer, quantized_class
 
 
 def apply(
     model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
 ) -> Report:
-    """Replace the selected layers of `model` in place by modulated twins that share their parameters.
+    """Replace the selected layers of `model` in place by modulated quantized_layers that share their parameters.
 
     Args:
         splits: channel index of the concatenation, for layers whose input is one.
@@ -38,14 +38,15 @@ def apply(
 
 
 def install(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
-    """Put twins of the layers that `report` takes in their places, and watch the model. Raises: as `apply`."""
+    """Put quantized_layers of the layers that `report` takes in their places, and watch the model. Raises: as
+    `apply`."""
     attachment = Attachment(Clock(type(model).__name__), report, config)
     for entry in report.taken:
         split = splits.get(entry.name) if config.split_shortcuts == "auto" else None
         _build(model, entry, attachment, split)
-    for name, twin in attachment.twins.items():  # only now, so that an error above leaves the model as it was
+    for name, quantized in attachment.layers.items():  # only now, so that an error above leaves the model as it was
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, twin)
+        setattr(model.get_submodule(parent), leaf, quantized)
     notes = _share(attachment) if config.share_residuals == "auto" else {}
     entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
                     for e in report.entries)  # fmt: skip
@@ -62,13 +63,13 @@ def install(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapp
 
 def _build(model: nn.Module, entry: Entry, attachment: Attachment, split: int | None) -> None:
     original = model.get_submodule(entry.name)
-    kind = twin_of(original)
+    kind = quantized_class(original)
     if kind is None or entry.config is None:
         raise StateError(f"{entry.name}: expected a layer that select took, got {type(original).__name__}. The model "
                          "changed while modiff was applied. Apply again.")  # fmt: skip
-    twin = kind.from_float(original, entry.config, name=entry.name, clock=attachment.clock, split=split)
+    quantized = kind.from_float(original, entry.config, name=entry.name, clock=attachment.clock, split=split)
     attachment.originals[entry.name] = original
-    attachment.twins[entry.name] = twin
+    attachment.layers[entry.name] = quantized
 
 
 def _share(attachment: Attachment) -> dict[str, str]:
@@ -78,14 +79,24 @@ def _share(attachment: Attachment) -> dict[str, str]:
     """
     leaders: dict[tuple[object, ...], ModulatedLayer] = {}
     notes: dict[str, str] = {}
-    for name, twin in attachment.twins.items():
-        if twin.inputs is None or twin.split is not None or not twin.config.activation.dynamic:
+    for name, quantized in attachment.layers.items():
+        if quantized.inputs is None or quantized.split is not None or not quantized.config.activation.dynamic:
             continue
-        shared = (twin.config.activation, twin.config.modulation, twin.segments, twin.integer is not None)
-        key = (name.rpartition(".")[0], type(twin), twin.coder.segments if twin.coder else None, *shared)
+        shared = (
+            quantized.config.activation,
+            quantized.config.modulation,
+            quantized.segments,
+            quantized.integer is not None,
+        )
+        key = (
+            name.rpartition(".")[0],
+            type(quantized),
+            quantized.quantizer.segments if quantized.quantizer else None,
+            *shared,
+        )
         if key in leaders:
-            twin.share_with(leaders[key])
+            quantized.share_with(leaders[key])
             notes[name] = f"may share with {leaders[key].name.rpartition('.')[2]}"
         else:
-            leaders[key] = twin
+            leaders[key] = quantized
     return notes

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from modiff.config import AttentionConfig
-from modiff.core.coder import Coder
+from modiff.core.quantizer import Quantizer
 from modiff.errors import ConfigError, StateError
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from modiff.nn.attention import QuantizedAttention
 
 ATTRIBUTE = "_modiff_attention"
@@ -84,11 +84,11 @@ def remove_attention(model: nn.Module) -> None:
         handle.remove()
 
 
-def attention_coders(model: nn.Module) -> dict[str, Coder]:
+def attention_coders(model: nn.Module) -> dict[str, Quantizer]:
     """The quantizers of attention by name, "<module>.q", "<module>.softmax", ...; {} where there are none."""
     found: AttentionAttachment | None = model.__dict__.get(ATTRIBUTE)
     modules = {} if found is None else found.modules
-    return {f"{n}.{operand}": c for n, m in modules.items() for operand, c in m.coders.items() if c is not None}
+    return {f"{n}.{operand}": c for n, m in modules.items() for operand, c in m.quantizers.items() if c is not None}
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import nn
 
-from modiff.core.coder import Coder
 from modiff.core.observers import (
     CosineObserver,
     KLObserver,
@@ -19,9 +18,10 @@ from modiff.core.observers import (
     Observer,
     PercentileObserver,
 )
+from modiff.core.quantizer import Quantizer
 from modiff.errors import CalibrationError, ConfigError
-from modiff.model.attachment import required_attachment
-from modiff.model.coders import coders_of
+from modiff.model.attach import required_attachment
+from modiff.model.quantizers import quantizers_of
 
 OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMaxObserver,
@@ -58,33 +58,33 @@ def calibrate(
     if isinstance(observer, str) and observer not in OBSERVERS:
         raise ConfigError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}. Pick one of them.")
     make: MakeObserver = OBSERVERS[observer] if isinstance(observer, str) else observer
-    coders: list[tuple[str, Coder]] = []
+    quantizers: list[tuple[str, Quantizer]] = []
     for model in (models,) if isinstance(models, nn.Module) else models:
-        coders += _static_coders(model)
-    if not coders:
+        quantizers += _static_coders(model)
+    if not quantizers:
         raise CalibrationError(
             "calibrate: expected layers with static scales, got none. Dynamic scales need no calibration. "
             "Set QuantizerConfig(dynamic=False)."
         )
-    for _, coder in coders:
-        axis = coder.channel_dim if coder.granularity == "input_channel" else None
-        coder.watch(functools.partial(make, axis))
+    for _, quantizer in quantizers:
+        axis = quantizer.channel_dim if quantizer.granularity == "input_channel" else None
+        quantizer.watch(functools.partial(make, axis))
     try:
         forward_loop()
-        silent = [name for name, coder in coders if coder.saw_nothing]
+        silent = [name for name, quantizer in quantizers if quantizer.saw_nothing]
         if silent:
             raise CalibrationError(
                 f"{silent[0]}: expected inputs while calibrating, got none. The forward loop never reached a coded "
                 "step of it. Run whole trajectories, or exclude the layer."
             )
-        for _, coder in coders:
-            coder.freeze()
+        for _, quantizer in quantizers:
+            quantizer.freeze()
     finally:
-        for _, coder in coders:
-            coder.unwatch()
+        for _, quantizer in quantizers:
+            quantizer.unwatch()
 
 
-def _static_coders(model: nn.Module) -> list[tuple[str, Coder]]:
-    """The coders that need scales, with the names of their layers."""
+def _static_coders(model: nn.Module) -> list[tuple[str, Quantizer]]:
+    """The quantizers that need scales, with the names of their layers."""
     required_attachment(model, "calibrate")
-    return [(n, c) for n, c in coders_of(model).items() if not c.config.dynamic and c.bits]
+    return [(n, c) for n, c in quantizers_of(model).items() if not c.config.dynamic and c.bits]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modiff.config import LayerConfig
 from modiff.errors import ConfigError, FormatError
 from modiff.kernels.roofline import Reached, interleaved, measure_peaks
-from modiff.nn import Clock, ModulatedLayer, twin_of
+from modiff.nn import Clock, ModulatedLayer, quantized_class
 from modiff.nn.byte_code import innermost
 
 Mode = Literal["float", "plain", "modulated"]
@@ -81,7 +81,7 @@ def plain(config: LayerConfig) -> LayerConfig:
 def modulated(config: LayerConfig) -> LayerConfig:
     """The same on integers. Raises: ConfigError for a config without modulation."""
     if config.modulation is None:
-        raise ConfigError("gate: expected a config with modulation, got none. It chooses between the two. "
+        raise ConfigError("autotune: expected a config with modulation, got none. It chooses between the two. "
                           "Use presets.modulated().")  # fmt: skip
     return dataclasses.replace(config, execution="integer")
 
@@ -91,7 +91,7 @@ def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int |
 
     Images come with their channels innermost in memory, as integer layers hand them on. Cost: some twenty calls.
     """
-    kind = twin_of(layer)
+    kind = quantized_class(layer)
     x = innermost(x) if kind is not None and kind.channel_dim == 1 else x
     near = [x, (x * 1.01).to(x.dtype)]  # two inputs in turn: the residual is never zero
     runs = {"float": _alternating(layer, near)}
@@ -103,16 +103,18 @@ def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int |
 
 def _twin(layer: nn.Module, config: LayerConfig, split: int | None) -> Callable[[Tensor], Tensor]:
     """A modulated layer alone in its model, as a function."""
-    kind = twin_of(layer)
+    kind = quantized_class(layer)
     if kind is None:
-        raise ConfigError(f"gate: expected a layer with a modulated twin, got {type(layer).__name__}. Exclude it.")
-    twin: ModulatedLayer = kind.from_float(layer, measurable(config), clock=Clock("gate"), split=split)
-    twin.clock.start()
+        raise ConfigError(
+            f"autotune: expected a layer with a modulated quantized, got {type(layer).__name__}. Exclude it."
+        )
+    quantized: ModulatedLayer = kind.from_float(layer, measurable(config), clock=Clock("gate"), split=split)
+    quantized.clock.start()
 
     def run(x: Tensor) -> Tensor:
-        twin.clock.call(None)
-        output = twin(x)
-        twin.clock.returned()
+        quantized.clock.call(None)
+        output = quantized(x)
+        quantized.clock.returned()
         return output
 
     return run

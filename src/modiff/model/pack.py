@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from modiff.errors import StateError
-from modiff.model.attachment import Attachment, required_attachment
+from modiff.model.attach import Attachment, required_attachment
 
 
 def pack(model: nn.Module) -> None:
@@ -19,8 +19,8 @@ def pack(model: nn.Module) -> None:
     """
     check_packable(model)
     attachment = required_attachment(model, "pack")
-    for twin in attachment.twins.values():
-        twin.pack()
+    for quantized in attachment.layers.values():
+        quantized.pack()
     seal(attachment)
 
 
@@ -32,15 +32,16 @@ def check_packable(model: nn.Module) -> None:
             f"pack: expected no running trajectory of {type(model).__name__}, got one. Its states belong to the "
             "weights as they are. Leave `with modiff.trajectory(model):` first."
         )
-    for twin in attachment.twins.values():
-        if twin.weight.is_meta:
-            raise StateError(f"{twin.name}: expected a weight in memory, got one on the meta device. It is offloaded. "
+    for quantized in attachment.layers.values():
+        if quantized.weight.is_meta:
+            raise StateError(f"{quantized.name}: expected a weight in memory, got one on the meta device. It is "
+                         "offloaded. "
                              "Remove the offloading hooks first.")  # fmt: skip
-        if twin.config.weight.bits is not None:
-            twin.quantized_weight.codes(twin.weight)
+        if quantized.config.weight.bits is not None:
+            quantized.quantized_weight.codes(quantized.weight)
 
 
 def seal(attachment: Attachment) -> None:
-    """Forget the layers that the twins were made from."""
+    """Forget the layers that the quantized_layers were made from."""
     attachment.originals.clear()
     attachment.packed = True

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig
-from modiff.core.coder import Coder
-from modiff.core.modulation import State, compute_dtype, encode
-from modiff.core.transforms import rotate
+from modiff.core.hadamard import rotate
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import State, compute_dtype, encode
 from modiff.errors import ConfigError
-from modiff.model.attachment import ATTRIBUTE, Attachment
+from modiff.model.attach import ATTRIBUTE, Attachment
 from modiff.model.report import Report
-from modiff.nn import Clock, ModulatedLayer, twin_of
+from modiff.nn import Clock, ModulatedLayer, quantized_class
 
 
 class Probe:
@@ -26,13 +26,13 @@ class Probe:
     def __init__(
         self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock, split: int | None = None
     ) -> None:
-        kind = twin_of(layer)
+        kind = quantized_class(layer)
         if kind is None:
             raise ConfigError(
-                f"{name}: expected a layer with a modulated twin, got {type(layer).__name__}. Exclude it."
+                f"{name}: expected a layer with a modulated quantized, got {type(layer).__name__}. Exclude it."
             )
         self.name, self.clock = name, clock
-        self.twins: list[ModulatedLayer] = [
+        self.layers: list[ModulatedLayer] = [
             kind.from_float(layer, c, name=name, clock=clock, split=split) for c in choices
         ]
         self.states: dict[str, list[State | None]] = {}
@@ -44,41 +44,42 @@ class Probe:
         """Forward pre-hook: one step of every candidate."""
         x: Tensor = args[0].detach()
         starts = self.clock.context not in self.states
-        states = self.states.setdefault(self.clock.context, [None] * len(self.twins))
+        states = self.states.setdefault(self.clock.context, [None] * len(self.layers))
         rotated: dict[object, Tensor] = {None: x}
-        for i, twin in enumerate(self.twins):
-            if twin.segments not in rotated:
-                rotated[twin.segments] = rotate(x.float(), twin.segments or (), twin.channel_dim)
-            states[i] = self._advance(i, twin, rotated[twin.segments], states[i])
+        for i, quantized in enumerate(self.layers):
+            if quantized.segments not in rotated:
+                rotated[quantized.segments] = rotate(x.float(), quantized.segments or (), quantized.channel_dim)
+            states[i] = self._advance(i, quantized, rotated[quantized.segments], states[i])
         if not starts:
             self.signal += float(x.float().square().sum())
 
-    def _advance(self, i: int, twin: ModulatedLayer, value: Tensor, state: State | None) -> State | None:
-        if twin.coder is None:
+    def _advance(self, i: int, quantized: ModulatedLayer, value: Tensor, state: State | None) -> State | None:
+        if quantized.quantizer is None:
             raise ConfigError(
-                f"{twin.name}: expected a candidate with activation bits, got none. Floats have no error to measure. "
+                f"{quantized.name}: expected a candidate with activation bits, got none. Floats have no error "
+                f"to measure. "
                 "Give it 2 to 8 bits."
             )
-        if twin.config.modulation is None:
-            return self._plain(i, twin.coder, value, state)
+        if quantized.config.modulation is None:
+            return self._plain(i, quantized.quantizer, value, state)
         ratio = self.clock.ratio if state is not None else 1.0
-        _, state_now = encode(value, state, twin.coder, twin.config.modulation, ratio)
+        _, state_now = encode(value, state, quantized.quantizer, quantized.config.modulation, ratio)
         if state is not None:
-            error = value.to(compute_dtype(twin.config.modulation)) - state_now.value
+            error = value.to(compute_dtype(quantized.config.modulation)) - state_now.value
             self.noise[i] += float(error.square().sum())
         return state_now
 
-    def _plain(self, i: int, coder: Coder, value: Tensor, seen: State | None) -> State:
+    def _plain(self, i: int, quantizer: Quantizer, value: Tensor, seen: State | None) -> State:
         """The error of coding the input from nothing; counted from the second step on, as that of the others."""
         if seen is not None:
-            code = coder(value.float())
+            code = quantizer(value.float())
             self.noise[i] += float((value.float() - (0.0 if code is None else code.value())).square().sum())
         return State(value)
 
     def errors(self) -> list[float]:
         """Relative error of each candidate over all coded steps; NaN if there were none."""
         if self.signal == 0:
-            return [math.nan] * len(self.twins)
+            return [math.nan] * len(self.layers)
         return [math.sqrt(float(n) / self.signal) for n in self.noise]
 
 

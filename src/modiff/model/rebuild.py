@@ -10,7 +10,7 @@ from torch import nn
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.errors import StateError
 from modiff.model.apply import install
-from modiff.model.attachment import Attachment, attachment_of
+from modiff.model.attach import Attachment, attachment_of
 from modiff.model.report import Entry, Report
 from modiff.model.select import CANDIDATES
 
@@ -18,7 +18,8 @@ from modiff.model.select import CANDIDATES
 def rebuild(
     model: nn.Module, config: ModiffConfig, layers: Mapping[str, LayerConfig], splits: Mapping[str, int]
 ) -> Attachment:
-    """Replace the named layers of a plain model by packed twins whose codes and scales lie on the meta device.
+    """Replace the named layers of a plain model by packed quantized_layers whose codes and scales lie on the
+    meta device.
 
     Nothing is allocated. The float weights stay in the originals until `seal`.
     Raises: StateError if the model carries modiff already; ConfigError for a split outside the channels, the model then
@@ -32,10 +33,10 @@ def rebuild(
             reason = "in full precision in the checkpoint" if layer is None else ""
             entries.append(Entry(name, type(module).__name__, module.weight.numel(), layer, reason))
     attachment = install(model, config, Report(tuple(entries)), splits)
-    for twin in attachment.twins.values():
-        if twin.config.weight.bits is not None:
-            (dtype, shape), (scale_dtype, scale_shape) = twin.packed_storage()
-            twin.hold_packed(
+    for quantized in attachment.layers.values():
+        if quantized.config.weight.bits is not None:
+            (dtype, shape), (scale_dtype, scale_shape) = quantized.packed_storage()
+            quantized.hold_packed(
                 torch.empty(shape, dtype=dtype, device="meta"),
                 torch.empty(scale_shape, dtype=scale_dtype, device="meta"),
             )

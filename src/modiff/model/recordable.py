@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
 from modiff.nn.fixed_side import FixedSide
 
@@ -12,7 +12,7 @@ STEPS_BEFORE = 3
 """Evaluations of each context before one that may be recorded: the states start, moves appear, step sizes are known."""
 
 
-def recording_obstacle(model: nn.Module) -> str:
+def recording_unsupported(model: nn.Module) -> str:
     """Why a step must not be recorded and repeated; empty if it may be, after STEPS_BEFORE evaluations of a trajectory.
 
     A recorded step repeats its operators on the same memory. So states must change in place, which those on integers
@@ -20,20 +20,20 @@ def recording_obstacle(model: nn.Module) -> str:
     states must stay where they are: `modiff.trajectory(model, buffers)`.
     Raises: StateError if modiff was not applied to the model.
     """
-    twins = required_attachment(model, "recording_obstacle").twins
-    for name, twin in twins.items():
-        if obstacle := _obstacle(twin):
-            return f"{name}: {obstacle}"
+    quantized_layers = required_attachment(model, "recording_unsupported").layers
+    for name, quantized in quantized_layers.items():
+        if unsupported := _unsupported(quantized):
+            return f"{name}: {unsupported}"
     return ""
 
 
-def _obstacle(layer: ModulatedLayer) -> str:
-    coder, modulation = layer.coder, layer.config.modulation
-    if coder is None:
+def _unsupported(layer: ModulatedLayer) -> str:
+    quantizer, modulation = layer.quantizer, layer.config.modulation
+    if quantizer is None:
         return ""
-    if coder.watching:
+    if quantizer.watching:
         return "its scales are being measured"
-    if not coder.config.dynamic and coder.config.step_groups != 1:
+    if not quantizer.config.dynamic and quantizer.config.step_groups != 1:
         return "its scales are chosen by the time step, on the host"
     if modulation is None:
         return ""
@@ -41,8 +41,8 @@ def _obstacle(layer: ModulatedLayer) -> str:
         return "it is simulated, and its states move to new tensors at every step"
     if isinstance(layer.integer, FixedSide):
         return "int16 states ask at every step whether they outgrew 16 bits"
-    if coder.config.refresh_every != 1:
-        return f"its scales are measured at every {coder.config.refresh_every}th step"
+    if quantizer.config.refresh_every != 1:
+        return f"its scales are measured at every {quantizer.config.refresh_every}th step"
     if modulation.reanchor_every:
         return f"its states start again at every {modulation.reanchor_every}th step"
     return ""

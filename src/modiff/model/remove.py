@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from modiff.errors import StateError
-from modiff.model.attachment import ATTRIBUTE, required_attachment
+from modiff.model.attach import ATTRIBUTE, required_attachment
 from modiff.model.attention import remove_attention
 
 
@@ -13,7 +13,7 @@ def remove(model: nn.Module) -> None:
     """Put the original layers back: the same modules, the same parameters, the same bits.
 
     Raises: StateError if modiff was not applied to the model, its weights were packed, or another library wrapped the
-        twins since; the model is as it was then.
+        quantized_layers since; the model is as it was then.
     """
     attachment = required_attachment(model, "remove")
     check_removable(model)
@@ -23,7 +23,7 @@ def remove(model: nn.Module) -> None:
     attachment.clock.stop()
     for name, original in attachment.originals.items():
         parent, _, leaf = name.rpartition(".")
-        original.train(attachment.twins[name].training)
+        original.train(attachment.layers[name].training)
         setattr(model.get_submodule(parent), leaf, original)
     del model.__dict__[ATTRIBUTE]
 
@@ -37,8 +37,8 @@ def check_removable(model: nn.Module) -> None:
             "the integers alone. Load the full-precision model again."
         )
     modules = dict(model.named_modules())
-    for name, twin in attachment.twins.items():
-        if modules.get(name) is not twin or "forward" in twin.__dict__:
+    for name, quantized in attachment.layers.items():
+        if modules.get(name) is not quantized or "forward" in quantized.__dict__:
             raise StateError(
                 f"remove: expected {name} as modiff left it, got it wrapped by another library. Putting the original "
                 "back would drop a LoRA or an offloading hook. Undo that first (unload_lora_weights, remove_all_hooks)."

@@ -13,7 +13,7 @@ from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.affine import runs_on_integers
 from modiff.errors import ConfigError
 from modiff.model.report import Entry, Report
-from modiff.nn import ModulatedLayer, twin_of
+from modiff.nn import ModulatedLayer, quantized_class
 
 CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -99,8 +99,8 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
     for pattern in config.exclude:
         if fnmatchcase(name, pattern):
             return f"excluded by {pattern!r}"
-    if twin_of(layer) is None:
-        return f"{type(layer).__name__} has no modulated twin"
+    if quantized_class(layer) is None:
+        return f"{type(layer).__name__} has no modulated quantized"
     if "forward" in layer.__dict__ or parametrize.is_parametrized(layer):
         return "another library replaced its forward or weight"
     named = name in config.include or any(fnmatchcase(name, p) for p, _ in config.overrides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -13,6 +13,10 @@ def state_bytes(model: nn.Module) -> int:
     The moves that the linear predictor keeps are counted too. 0 between trajectories: the states are freed then.
     Raises: StateError if modiff was not applied to the model.
     """
-    twins = required_attachment(model, "state_bytes").twins.values()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for w in twins for t in w.state_tensors()}
+    quantized_layers = required_attachment(model, "state_bytes").layers.values()
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for w in quantized_layers
+        for t in w.state_tensors()
+    }
     return sum(storages.values())

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 from modiff.nn.buffers import Buffers
 
 

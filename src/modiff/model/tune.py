@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Predictor, Rotation
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.model.apply import apply
-from modiff.model.attachment import attachment_of
+from modiff.model.attach import attachment_of
 from modiff.model.probe import Probe, probes_of
 from modiff.model.remove import remove
 from modiff.model.select import layer_names, select

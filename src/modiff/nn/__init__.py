@@ -1,13 +1,13 @@
-"""Which layers? Modulated twins of the torch layers, which own the states and call the recursion."""
+"""Which layers? Modulated quantized_layers of the torch layers, which own the states and call the recursion."""
 
 from modiff.nn.clock import Clock
 from modiff.nn.conv import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d
 from modiff.nn.layer import LayerState, ModulatedLayer
 from modiff.nn.linear import ModulatedLinear
-from modiff.nn.registry import TWINS, twin_of
+from modiff.nn.registry import QUANTIZED_CLASSES, quantized_class
 
 __all__ = [
-    "TWINS",
+    "QUANTIZED_CLASSES",
     "Clock",
     "LayerState",
     "ModulatedConv1d",
@@ -15,5 +15,5 @@ __all__ = [
     "ModulatedConv3d",
     "ModulatedLayer",
     "ModulatedLinear",
-    "twin_of",
+    "quantized_class",
 ]

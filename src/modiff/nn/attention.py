@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from modiff.config import AttentionConfig, Granularity, QuantizerConfig
-from modiff.core.coder import Coder
+from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import Moment
 from modiff.errors import StateError
 from modiff.nn import traced
@@ -30,7 +30,7 @@ class QuantizedAttention:
         name: for messages.
         clock: of the model, for scales per step.
 
-    coders: by operand, "q", "k", "v" and "softmax"; None where the operand stays in full precision.
+    quantizers: by operand, "q", "k", "v" and "softmax"; None where the operand stays in full precision.
     """
 
     def __init__(self, config: AttentionConfig, name: str, clock: Clock | None = None) -> None:
@@ -39,7 +39,7 @@ class QuantizedAttention:
         moment = None if clock is None else clock.moment
         # v is summed over its tokens, so an integer matmul allows it no scale per token
         automatic: dict[str, Granularity] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
-        self.coders: dict[str, Coder | None] = {
+        self.quantizers: dict[str, Quantizer | None] = {
             operand: _coder(config.softmax if operand == "softmax" else config.operands, granularity, moment)
             for operand, granularity in automatic.items()
         }
@@ -90,8 +90,8 @@ class QuantizedAttention:
         if self.stepwise and self.clock is not None and torch.compiler.is_compiling():
             given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return traced.attend(self.clock.token, *given, self.number)
-        q, k, v = (_coded(x, self.coders[name]) for name, x in (("q", query), ("k", key), ("v", value)))
-        softmax = self.coders["softmax"]
+        q, k, v = (_coded(x, self.quantizers[name]) for name, x in (("q", query), ("k", key), ("v", value)))
+        softmax = self.quantizers["softmax"]
         if softmax is None:
             return functional.scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -130,16 +130,16 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _coder(config: QuantizerConfig, automatic: Granularity, moment: Callable[[], Moment] | None) -> Coder | None:
+def _coder(config: QuantizerConfig, automatic: Granularity, moment: Callable[[], Moment] | None) -> Quantizer | None:
     if config.bits is None:
         return None
-    return Coder(config, automatic if config.granularity == "auto" else config.granularity, -1, (1,), moment)
+    return Quantizer(config, automatic if config.granularity == "auto" else config.granularity, -1, (1,), moment)
 
 
-def _coded(x: Tensor, coder: Coder | None) -> Tensor:
-    if coder is None:
+def _coded(x: Tensor, quantizer: Quantizer | None) -> Tensor:
+    if quantizer is None:
         return x
-    code = coder(x if x.dtype == torch.float64 else x.float())
+    code = quantizer(x if x.dtype == torch.float64 else x.float())
     return x if code is None else code.value().to(x.dtype)
 
 

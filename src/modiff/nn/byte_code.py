@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.kernels.after import Before
+from modiff.kernels.fused_input import Before
 from modiff.kernels.geometry import channels_innermost
 
 

@@ -27,11 +27,11 @@ class _ModulatedConv(ModulatedLayer):
     def sliding(self) -> Sliding:
         """Stride, padding and dilation, resolved."""
         if self.padding_mode != "zeros":
-            return Sliding(obstacle=f"no kernel pads with {self.padding_mode!r}")
+            return Sliding(unsupported=f"no kernel pads with {self.padding_mode!r}")
         pads = self._reversed_padding_repeated_twice  # (left, right) of each axis, the last axis first
         before, after = pads[0::2][::-1], pads[1::2][::-1]
         if before != after:
-            return Sliding(obstacle="no kernel pads one side more than the other")
+            return Sliding(unsupported="no kernel pads one side more than the other")
         return Sliding(self.stride, tuple(before), self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:

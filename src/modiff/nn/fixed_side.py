@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from modiff.core.modulation import Message, State
+from modiff.core.recursion import Message, State
 from modiff.kernels.fixed_point import FixedState, start
 from modiff.nn.byte_code import ByteCode
 from modiff.nn.fixed_stream import HEADROOM

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.coder import Coder
-from modiff.core.modulation import Message, State
-from modiff.kernels.after import Before
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import Message, State
 from modiff.kernels.fixed_point import FixedState, prologue_fixed, start
+from modiff.kernels.fused_input import Before
 from modiff.nn.byte_code import ByteCode, dense_parts, fronts_of, laid_otherwise
 from modiff.nn.clock import Clock
 from modiff.nn.stream import Stream
@@ -24,11 +24,11 @@ class FixedStream(Stream):
     The output sides start from what the integers stand for, so that the law ô = A(â) + bias holds.
     """
 
-    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
+    def __init__(self, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
         self._parts: tuple[FixedState, ...] = ()
         self._clipped = torch.zeros(1, dtype=torch.int32)
         self._outgrown = False
-        super().__init__(coder, config, clock)
+        super().__init__(quantizer, config, clock)
 
     @property
     def state(self) -> State | None:
@@ -49,11 +49,11 @@ class FixedStream(Stream):
             self._parts, self._outgrown = (), False
             message = super().advance(value, before)
             return message._replace(anchor=self._value())
-        coder = self.coder
+        quantizer = self.quantizer
         self._clipped = self._clipped.to(value.device).zero_()
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[FixedState] = []
-        fronts = fronts_of(value, before, coder.segments, coder.channel_dim)
+        fronts = fronts_of(value, before, quantizer.segments, quantizer.channel_dim)
         for (x, front), held in zip(fronts, self._parts, strict=True):
             state = held
             if laid_otherwise(held.n, x):
@@ -62,18 +62,18 @@ class FixedStream(Stream):
             parts.append(self._code(x, front, state))
         self._parts = tuple(states)
         self._outgrown = bool(self._clipped > 0)  # what was cut is not lost: the next step starts from the input itself
-        return Message(None, (ByteCode(tuple(parts), 2 ** (coder.bits - 1), coder.channel_dim),))
+        return Message(None, (ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), quantizer.channel_dim),))
 
     def _code(self, x: Tensor, front: Before | None, state: FixedState) -> tuple[Tensor, Tensor]:
-        coder = self.coder
-        arguments, channel_dim = (coder.bits, coder.config.clip, coder.granularity), coder.channel_dim
+        quantizer = self.quantizer
+        arguments, channel_dim = (quantizer.bits, quantizer.config.clip, quantizer.granularity), quantizer.channel_dim
         if front is None:
             return prologue_fixed(x, state, *arguments, channel_dim=channel_dim, clipped=self._clipped)
         return front.code(x, state, None, *arguments, channel_dim=channel_dim, clipped=self._clipped)
 
     def _value(self) -> Tensor:
         values = [part.value() for part in self._parts]
-        return values[0] if len(values) == 1 else torch.cat(values, self.coder.channel_dim)
+        return values[0] if len(values) == 1 else torch.cat(values, self.quantizer.channel_dim)
 
     def _dense(self, x: Tensor) -> tuple[Tensor, ...]:
-        return dense_parts(x, self.coder.segments, self.coder.channel_dim)
+        return dense_parts(x, self.quantizer.segments, self.quantizer.channel_dim)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.coder import Coder
-from modiff.core.modulation import Message, State, accumulate
-from modiff.kernels.after import Before
-from modiff.kernels.after_ops import Norm
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import Message, State, accumulate
+from modiff.kernels.fused_input import Before
+from modiff.kernels.fused_input_ops import Norm
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
 from modiff.kernels.prologue import plain
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from modiff.nn.layer import ModulatedLayer
 
 
-def obstacle(layer: ModulatedLayer) -> str:
+def unsupported(layer: ModulatedLayer) -> str:
     """Why a layer cannot run on integers and is simulated; empty if it can."""
-    config, coder = layer.config, layer.coder
+    config, quantizer = layer.config, layer.quantizer
     if config.weight.bits is None:
         return "its weight keeps floats"
-    if coder is None or coder.bits == 0:
-        return "its input is not coded" if coder is None else "0 bits send nothing that could be summed"
-    if not coder.config.symmetric:
+    if quantizer is None or quantizer.bits == 0:
+        return "its input is not coded" if quantizer is None else "0 bits send nothing that could be summed"
+    if not quantizer.config.symmetric:
         return "codes with a zero point of their own have no kernel"
-    if coder.granularity == "input_channel":
+    if quantizer.granularity == "input_channel":
         return "a scale along the summed axis has no integer sums"
     sliding, (_, _, kernel_size) = layer.sliding(), layer._geometry()
-    if sliding.obstacle:
-        return sliding.obstacle
-    if coder.granularity == "token" and layer.channel_dim == 1 and {*kernel_size, *sliding.stride} != {1}:
+    if sliding.unsupported:
+        return sliding.unsupported
+    if quantizer.granularity == "token" and layer.channel_dim == 1 and {*kernel_size, *sliding.stride} != {1}:
         return "a scale for each pixel has no integer sums over several pixels"
     if config.modulation is not None and config.modulation.error_compensation == "none":
         return "the ablation without error compensation is for study"
@@ -48,12 +48,13 @@ def obstacle(layer: ModulatedLayer) -> str:
 
 
 class Sliding(NamedTuple):
-    """How the kernel of a convolution moves; all empty for a linear layer. obstacle: why no integer kernel knows it."""
+    """How the kernel of a convolution moves; all empty for a linear layer. unsupported: why no integer kernel
+    knows it."""
 
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
-    obstacle: str = ""
+    unsupported: str = ""
 
 
 class IntegerSide:
@@ -81,28 +82,33 @@ class IntegerSide:
 
     def fuses(self, norm: Norm) -> bool:
         """Whether what stands before the layer can be computed while its input is coded."""
-        config, coder = self.layer.config, self.layer.coder
-        if coder is None or self.layer.segments is not None or self.layer.weight.device.type != "cpu":
+        config, quantizer = self.layer.config, self.layer.quantizer
+        if quantizer is None or self.layer.segments is not None or self.layer.weight.device.type != "cpu":
             return False
-        if len(coder.segments) > 1 and norm != "group":
+        if len(quantizer.segments) > 1 and norm != "group":
             return False
         return config.modulation is None or config.modulation.state_dtype in ("float32", "int16")
 
-    def plain(self, x: Tensor, coder: Coder, dtype: torch.dtype, before: Before | None = None) -> Tensor:
-        """A(code(x)) + bias in `dtype`, without memory. Raises: CalibrationError as the coder does.
+    def plain(self, x: Tensor, quantizer: Quantizer, dtype: torch.dtype, before: Before | None = None) -> Tensor:
+        """A(code(x)) + bias in `dtype`, without memory. Raises: CalibrationError as the quantizer does.
 
         Args:
             before: what x passes through before it is coded, of its shape.
         """
-        given, kernels = coder.scales(x), self.kernels
-        fronts = fronts_of(x, before, coder.segments, coder.channel_dim)
+        given, kernels = quantizer.scales(x), self.kernels
+        fronts = fronts_of(x, before, quantizer.segments, quantizer.channel_dim)
         total: Tensor | None = None
         for i, ((part, front), kernel) in enumerate(zip(fronts, kernels, strict=True)):
-            arguments = None if given is None else given[i], coder.bits, coder.config.clip, coder.granularity
+            arguments = (
+                None if given is None else given[i],
+                quantizer.bits,
+                quantizer.config.clip,
+                quantizer.granularity,
+            )
             if front is None:
-                codes, scale = plain(part, *arguments, channel_dim=coder.channel_dim)
+                codes, scale = plain(part, *arguments, channel_dim=quantizer.channel_dim)
             else:
-                codes, scale = front.code(part, None, *arguments, channel_dim=coder.channel_dim)
+                codes, scale = front.code(part, None, *arguments, channel_dim=quantizer.channel_dim)
             if total is None:
                 total = kernel.compute(codes, scale, self.layer.bias, dtype if len(kernels) == 1 else torch.float32)
             else:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from modiff.config import ModulationConfig
 from modiff.core.affine import QParams
-from modiff.core.coder import Coder
 from modiff.core.held_scales import HeldScales
-from modiff.core.modulation import Message, State, step_gain
-from modiff.kernels.after import Before
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import Message, State, step_gain
+from modiff.kernels.fused_input import Before
 from modiff.kernels.prologue import prologue
 from modiff.nn.byte_code import ByteCode, dense_parts, fronts_of, laid_otherwise
 from modiff.nn.clock import Clock
@@ -24,9 +24,9 @@ class IntegerStream(Stream):
     are being measured, runs as in the simulation.
     """
 
-    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
+    def __init__(self, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
         self._parts: tuple[State, ...] = ()
-        super().__init__(coder, config, clock)
+        super().__init__(quantizer, config, clock)
 
     @property
     def state(self) -> State | None:
@@ -35,7 +35,7 @@ class IntegerStream(Stream):
             return self._parts[0] if self._parts else None
         values, moves = [part.value for part in self._parts], [part.move for part in self._parts]
         moved = [move for move in moves if move is not None]
-        channels = self.coder.channel_dim
+        channels = self.quantizer.channel_dim
         return State(torch.cat(values, channels), torch.cat(moved, channels) if moved else None)
 
     @state.setter
@@ -60,28 +60,33 @@ class IntegerStream(Stream):
 
     def advance(self, value: Tensor, before: Before | None = None) -> Message:
         """Code `value` into bytes and write the state in place; with `before` in the same pass over memory."""
-        if not self._parts or self.coder.watching:
+        if not self._parts or self.quantizer.watching:
             return super().advance(value, before)
-        coder, given = self.coder, self._given(value)
+        quantizer, given = self.quantizer, self._given(value)
         gain = self._gain(value.device)
-        fronts = fronts_of(value, before, coder.segments, coder.channel_dim)
+        fronts = fronts_of(value, before, quantizer.segments, quantizer.channel_dim)
         parts: list[tuple[Tensor, Tensor]] = []
         states: list[State] = []
         for index, ((x, front), state) in enumerate(zip(fronts, self._parts, strict=True)):
             held = self._laid(index, state, x, gain)
-            arguments = None if given is None else given[index], coder.bits, coder.config.clip, coder.granularity
+            arguments = (
+                None if given is None else given[index],
+                quantizer.bits,
+                quantizer.config.clip,
+                quantizer.granularity,
+            )
             code = prologue if front is None else front.code
-            parts.append(code(x, held.value, *arguments, channel_dim=coder.channel_dim, move=held.move, gain=gain))
+            parts.append(code(x, held.value, *arguments, channel_dim=quantizer.channel_dim, move=held.move, gain=gain))
             states.append(held)
         self._parts = tuple(states)
         if isinstance(self.coding, HeldScales):
             self.coding.hold(tuple(QParams(scale, None) for _, scale in parts))
-        return Message(None, (ByteCode(tuple(parts), 2 ** (coder.bits - 1), coder.channel_dim),), gain=gain)
+        return Message(None, (ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), quantizer.channel_dim),), gain=gain)
 
     def _given(self, value: Tensor) -> tuple[Tensor, ...] | None:
         """The scales of this step where they are not to be measured."""
         if not isinstance(self.coding, HeldScales):
-            return self.coder.scales(value)
+            return self.quantizer.scales(value)
         held = self.coding.given()
         return None if held is None else tuple(q.scale for q in held)
 
@@ -107,4 +112,4 @@ class IntegerStream(Stream):
         return State(value, move)
 
     def _dense(self, x: Tensor) -> tuple[Tensor, ...]:
-        return dense_parts(x, self.coder.segments, self.coder.channel_dim)
+        return dense_parts(x, self.quantizer.segments, self.quantizer.channel_dim)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import Granularity, LayerConfig, ModulationConfig
-from modiff.core.coder import Coded, Coder
-from modiff.core.modulation import State, accumulate, encode_plain, output_of
-from modiff.core.transforms import rotate, segments_of
+from modiff.core.hadamard import rotate, segments_of
+from modiff.core.quantizer import Coded, Quantizer
+from modiff.core.recursion import State, accumulate, encode_plain, output_of
 from modiff.errors import ConfigError, StateError
-from modiff.kernels.after import Before
 from modiff.kernels.fixed_point import FixedState
+from modiff.kernels.fused_input import Before
 from modiff.nn import traced
 from modiff.nn.clock import Clock
 from modiff.nn.fixed_side import FixedSide
 from modiff.nn.fixed_stream import FixedStream
-from modiff.nn.integer import IntegerSide, Sliding, obstacle
+from modiff.nn.integer import IntegerSide, Sliding, unsupported
 from modiff.nn.integer_stream import IntegerStream
 from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
 from modiff.nn.stream import Inputs, Key, Stream
@@ -63,7 +63,7 @@ class ModulatedLayer(nn.Module):
         clock: Clock | None = None,
         split: int | None = None,
     ) -> Self:
-        """A modulated twin of a torch layer.
+        """A modulated quantized of a torch layer.
 
         Args:
             layer: the torch layer; it is not changed.
@@ -72,10 +72,12 @@ class ModulatedLayer(nn.Module):
             split: channel index where the input is cut into two halves with a quantizer each.
         Raises: ConfigError if the split lies outside the channels or the layer has groups.
         """
-        twin = cls.__new__(cls)
-        twin.__dict__ = dict(layer.__dict__)  # the same parameters, buffers and hooks: remove() has nothing to copy
-        twin._adopt(config, name, clock or Clock(name), split)
-        return twin
+        quantized = cls.__new__(cls)
+        quantized.__dict__ = dict(
+            layer.__dict__
+        )  # the same parameters, buffers and hooks: remove() has nothing to copy
+        quantized._adopt(config, name, clock or Clock(name), split)
+        return quantized
 
     def _adopt(self, config: LayerConfig, name: str, clock: Clock, split: int | None) -> None:
         channels, groups, _ = self._geometry()
@@ -95,19 +97,19 @@ class ModulatedLayer(nn.Module):
         segments = runs if split is not None else (fan_in,)
         self.quantized_weight: QuantizedWeight | PackedWeight
         self.quantized_weight = QuantizedWeight(config.weight, segments, folded, f"{name}.weight")
-        self.coder = None
+        self.quantizer = None
         if config.activation.bits is not None:
             moment = clock.moment if config.modulation is None else clock.transition
-            self.coder = Coder(config.activation, self.granularity, self.channel_dim, runs, moment)
+            self.quantizer = Quantizer(config.activation, self.granularity, self.channel_dim, runs, moment)
         self.integer: IntegerSide | None = None
-        if config.execution == "integer" and not obstacle(self):
+        if config.execution == "integer" and not unsupported(self):
             fixed = config.modulation is not None and config.modulation.state_dtype == "int16"
             self.integer = FixedSide(self) if fixed else IntegerSide(self)
         self.inputs: Inputs | None = None
-        if self.coder is not None and config.modulation is not None:
+        if self.quantizer is not None and config.modulation is not None:
             kinds: dict[type | None, type[Stream]] = {IntegerSide: IntegerStream, FixedSide: FixedStream}
             kind = kinds.get(type(self.integer), Stream)
-            self.inputs = Inputs(self.coder, config.modulation, clock, kind)
+            self.inputs = Inputs(self.quantizer, config.modulation, clock, kind)
         self.streams: dict[Key, Stream] = {}
         self.outputs: dict[Key, State | FixedState] = {}
         self._seen: dict[Key, int] = {}
@@ -145,7 +147,7 @@ class ModulatedLayer(nn.Module):
 
     def share_with(self, leader: ModulatedLayer) -> None:
         """Read the same coded residual as `leader` whenever both are given the same tensor."""
-        self.inputs, self.coder = leader.inputs, leader.coder
+        self.inputs, self.quantizer = leader.inputs, leader.quantizer
         if self.inputs is not None:
             self.inputs.shared = True
         self.alone = leader.alone = False
@@ -273,13 +275,13 @@ class ModulatedLayer(nn.Module):
             value, before = before.of(x), None
         if self.segments is not None:
             value = rotate(_at_least_float32(value), self.segments, self.channel_dim)
-        if self.coder is None:
+        if self.quantizer is None:
             return self.affine(_at_least_float32(value)).to(x.dtype)
         if self.config.modulation is None or self.inputs is None:
-            if self.integer is not None and not self.coder.watching:
-                return self.integer.plain(value, self.coder, x.dtype, before)
+            if self.integer is not None and not self.quantizer.watching:
+                return self.integer.plain(value, self.quantizer, x.dtype, before)
             value = value if before is None else before.of(value)
-            return output_of(encode_plain(value, self.coder), self).to(x.dtype)
+            return output_of(encode_plain(value, self.quantizer), self).to(x.dtype)
         return self._modulated(x, value, before, place, self.config.modulation, self.inputs)
 
     def _modulated(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modiff.config import WeightConfig
 from modiff.core.affine import QParams, dequantize
-from modiff.core.transforms import Segment
+from modiff.core.hadamard import Segment
 from modiff.errors import StateError
 from modiff.kernels.nibbles import weight_codes
 from modiff.nn.weight import Part

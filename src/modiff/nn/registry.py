@@ -1,4 +1,4 @@
-"""Which torch layers have a modulated twin."""
+"""Which torch layers have a modulated quantized."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from modiff.nn.conv import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d
 from modiff.nn.layer import ModulatedLayer
 from modiff.nn.linear import ModulatedLinear
 
-TWINS: dict[type[nn.Module], type[ModulatedLayer]] = {
+QUANTIZED_CLASSES: dict[type[nn.Module], type[ModulatedLayer]] = {
     nn.Linear: ModulatedLinear,
     nn.Conv1d: ModulatedConv1d,
     nn.Conv2d: ModulatedConv2d,
@@ -16,9 +16,9 @@ TWINS: dict[type[nn.Module], type[ModulatedLayer]] = {
 }
 
 
-def twin_of(layer: nn.Module) -> type[ModulatedLayer] | None:
+def quantized_class(layer: nn.Module) -> type[ModulatedLayer] | None:
     """The modulated class for a layer; subclasses count when they keep the torch layer's own forward."""
-    for kind, twin in TWINS.items():
+    for kind, quantized in QUANTIZED_CLASSES.items():
         if isinstance(layer, kind) and type(layer).forward is kind.forward:
-            return twin
+            return quantized
     return None

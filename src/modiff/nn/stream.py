@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.coder import Coder
 from modiff.core.held_scales import HeldScales
-from modiff.core.modulation import Message, State, encode
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import Message, State, encode
 from modiff.errors import StateError
-from modiff.kernels.after import Before
+from modiff.kernels.fused_input import Before
 from modiff.nn.clock import Clock
 from modiff.nn.source import Source
 
@@ -28,9 +28,9 @@ class Stream:
     may join. key: the same for this stream in every trajectory, None for one that belongs to no group.
     """
 
-    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock) -> None:
-        self.coder, self.config, self.clock = coder, config, clock
-        self.coding = HeldScales(coder) if coder.config.refresh_every > 1 else coder
+    def __init__(self, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
+        self.quantizer, self.config, self.clock = quantizer, config, clock
+        self.coding = HeldScales(quantizer) if quantizer.config.refresh_every > 1 else quantizer
         self.state: State | None = None
         self.message: Message | None = None
         self.count, self.readers, self.open = 0, 1, False
@@ -114,8 +114,10 @@ class Inputs:
     At the step where states start, a layer joins the stream of the group that carries its very input, or opens one.
     """
 
-    def __init__(self, coder: Coder, config: ModulationConfig, clock: Clock, stream: type[Stream] = Stream) -> None:
-        self.coder, self.config, self.clock, self.stream = coder, config, clock, stream
+    def __init__(
+        self, quantizer: Quantizer, config: ModulationConfig, clock: Clock, stream: type[Stream] = Stream
+    ) -> None:
+        self.quantizer, self.config, self.clock, self.stream = quantizer, config, clock, stream
         self.streams: list[Stream] = []
         self.shared = False
         self.number = next(_NUMBERS)
@@ -131,7 +133,7 @@ class Inputs:
             if stream.begins(x, place):
                 stream.readers += 1
                 return stream
-        found = self.stream(self.coder, self.config, self.clock)
+        found = self.stream(self.quantizer, self.config, self.clock)
         found.key, found.open = (self.number, len(self.streams)), self.shared
         self.streams.append(found)
         return found

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.kernels.after import Before
-from modiff.kernels.after_ops import Activation, Norm
+from modiff.kernels.fused_input import Before
+from modiff.kernels.fused_input_ops import Activation, Norm
 from modiff.kernels.geometry import empty_output
 from modiff.nn.byte_code import innermost
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from modiff.config import WeightConfig
 from modiff.core.affine import QParams, dequantize, qrange, quantize
+from modiff.core.hadamard import Segment, rotate
 from modiff.core.observers import MinMaxObserver, MSEObserver
-from modiff.core.transforms import Segment, rotate
 from modiff.errors import ConfigError, StateError
 from modiff.kernels.fingerprint import Fingerprint, fingerprint
 

@@ -1,4 +1,4 @@
-"""The Markdown twin: tables, figures beside it, and no text that becomes markup."""
+"""The Markdown quantized: tables, figures beside it, and no text that becomes markup."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from modiff import presets
+from modiff.api import apply, remove
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.report.document import Block, Document, Figure, Table
@@ -41,7 +42,6 @@ from modiff.evaluate.study.runs import Run
 from modiff.evaluate.study.settings import settings_for
 from modiff.evaluate.study.store import Store
 from modiff.hosts.diffusers import unconditional_run
-from modiff.hosts.verbs import apply, remove
 from modiff.model.state_bytes import state_bytes
 from tests.evaluate.study.fake_lab import FakeLab, halving
 from tests.pixels import pixel_pipeline

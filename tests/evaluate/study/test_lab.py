@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 import modiff
 from modiff import presets
-from modiff.core.cost import LayerCost, ModelCost
 from modiff.errors import ConfigError
+from modiff.evaluate.cost import LayerCost, ModelCost
 from modiff.evaluate.relative_l2 import relative_l2
 from modiff.evaluate.study.configs import coded, looped
 from modiff.evaluate.study.lab import Lab, skipping_gbops

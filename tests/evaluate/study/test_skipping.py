@@ -16,7 +16,7 @@ from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Quantizer
 from modiff.errors import ConfigError, StateError
 from modiff.evaluate.study import skipping
 from modiff.evaluate.study.skipping import SkipRule, Tally, Unit, block_of, exact_code, skip_below
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.recipes import randomised
@@ -32,10 +32,10 @@ def network(shape: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(randomised(layer)).double()
 
 
-def config(bits: int = 0, predictor: str = "hold", **coder: object) -> ModiffConfig:
+def config(bits: int = 0, predictor: str = "hold", **quantizer: object) -> ModiffConfig:
     layer = LayerConfig(
         weight=WeightConfig(bits=None),
-        activation=QuantizerConfig(bits=bits, **coder),
+        activation=QuantizerConfig(bits=bits, **quantizer),
         modulation=ModulationConfig(state_dtype="float64", predictor=predictor, gain=0.8),
     )
     return ModiffConfig(layer=layer, include=("0",))
@@ -46,7 +46,7 @@ def silent(model: nn.Sequential, settings: ModiffConfig, rule: SkipRule) -> Iter
     modiff.apply(model, settings)
     tally = skip_below(model, rule)
     with torch.no_grad(), modiff.trajectory(model):
-        yield required_attachment(model, "test").twins["0"], tally
+        yield required_attachment(model, "test").layers["0"], tally
 
 
 def by_hand(inputs: Sequence[Tensor], unit: Unit, threshold: float, gain: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -86,13 +86,13 @@ def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(
     states, masks = by_hand(inputs, unit, 0.13, 0.8 if predictor == "linear" else 0.0)
     assert 0.2 < torch.stack(masks).mean() < 0.9  # some are sent, some are not
     found: list[Tensor] = []
-    with silent(model, config(predictor=predictor), SkipRule(unit=unit, threshold=0.13)) as (twin, tally):
+    with silent(model, config(predictor=predictor), SkipRule(unit=unit, threshold=0.13)) as (quantized, tally):
         for x in inputs:
             out = model(x)
-            found.append(twin.state.input.clone())
-            expected = original(twin.state.input)
+            found.append(quantized.state.input.clone())
+            expected = original(quantized.state.input)
             assert_within(out, expected, 1e-9)
-            assert_within(twin.state.output, expected, 1e-9)
+            assert_within(quantized.state.output, expected, 1e-9)
     for state, wanted in zip(found, states, strict=True):
         assert_within(state, wanted, 1e-9)
     starts, sent = tally.shares("0")
@@ -102,10 +102,10 @@ def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(
 
 def test_a_silent_layer_does_not_run_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, model = drifting(4, LINEAR, STEPS, 0.1), network(LINEAR)
-    with silent(model, config(), SkipRule(unit="layer", threshold=0.13)) as (twin, tally):
+    with silent(model, config(), SkipRule(unit="layer", threshold=0.13)) as (quantized, tally):
         calls: list[int] = []
-        operator = type(twin).operator
-        monkeypatch.setattr(type(twin), "operator", lambda *a: (calls.append(1), operator(*a))[1])
+        operator = type(quantized).operator
+        monkeypatch.setattr(type(quantized), "operator", lambda *a: (calls.append(1), operator(*a))[1])
         for x in inputs:
             model(x)
     assert 1 < len(calls) < STEPS
@@ -160,11 +160,11 @@ def test_codes_are_those_of_the_library_where_all_is_sent_and_of_what_is_sent_el
             assert_same_bits(model(x), wanted)
     assert tally.shares("0")[1] == pytest.approx((STEPS - 1) / STEPS)
     rare = network(LINEAR).float()
-    with silent(rare, coded, SkipRule(unit="token", threshold=0.13)) as (twin, tally):
+    with silent(rare, coded, SkipRule(unit="token", threshold=0.13)) as (quantized, tally):
         for x in inputs:
             out = rare(x)
-            weight, bias = twin.weight.detach(), twin.bias.detach()
-            assert_within(out.double(), layers.linear(twin.state.input.double(), weight, bias), 2e-5)
+            weight, bias = quantized.weight.detach(), quantized.bias.detach()
+            assert_within(out.double(), layers.linear(quantized.state.input.double(), weight, bias), 2e-5)
     assert 0.1 < tally.shares("0")[1] < 0.8
 
 
@@ -222,10 +222,10 @@ def test_an_exact_code_stands_for_the_tensor_itself() -> None:
 def test_layers_without_states_or_with_static_scales_are_refused_and_left(settings: ModiffConfig) -> None:
     model = network(LINEAR)
     modiff.apply(model, settings)
-    inputs = required_attachment(model, "test").twins["0"].inputs
+    inputs = required_attachment(model, "test").layers["0"].inputs
     with pytest.raises(ConfigError, match="expected a modulated layer with dynamic scales"):
         skip_below(model, SkipRule(unit="layer", threshold=0.1))
-    assert required_attachment(model, "test").twins["0"].inputs is inputs
+    assert required_attachment(model, "test").layers["0"].inputs is inputs
 
 
 def test_a_plain_model_and_a_negative_threshold_are_refused() -> None:

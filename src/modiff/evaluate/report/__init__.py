@@ -1,1 +1,1 @@
-"""What a reader gets to see: one HTML file that needs nothing else, and its Markdown twin."""
+"""What a reader gets to see: one HTML file that needs nothing else, and its Markdown quantized."""

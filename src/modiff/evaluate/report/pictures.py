@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modiff.evaluate.grid import grid
 from modiff.evaluate.report.document import Figure
+from modiff.generate.grid import grid
 
 MOST_IMAGES = 8
 """Columns of a strip: more would be too small to see."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from modiff.evaluate.environment import Environment
 from modiff.evaluate.layer_errors import LayerTrace
 from modiff.evaluate.report.charts import STEPS, Point, layer_map, pareto
 from modiff.evaluate.report.document import Block, Cell, Code, Column, Document, Section, Table
@@ -13,6 +12,7 @@ from modiff.evaluate.report.pictures import image_figures
 from modiff.evaluate.suite import Row, Suite
 from modiff.evaluate.suite_metrics import DATA, FULL, Measurement
 from modiff.evaluate.suite_plans import Plan
+from modiff.generate.environment import Environment
 
 COSTS = ("gbops", "state_mib", "seconds")
 FORMS = {"psnr_db": ".2f", "ssim": ".4f", "relative_l2": ".4f", "state_mib": ".2f", "seconds": ".1f",

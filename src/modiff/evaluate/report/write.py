@@ -7,7 +7,7 @@ from pathlib import Path
 from modiff.evaluate.report.document import Document
 from modiff.evaluate.report.markdown import file_name, markdown
 from modiff.evaluate.report.page import html_page
-from modiff.io.atomic import check_writable, write_atomically
+from modiff.files import check_writable, write_atomically
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
 

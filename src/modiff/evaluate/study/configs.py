@@ -18,7 +18,7 @@ from modiff.config import (
 def coded(
     config: ModiffConfig, *, clip: float | None = None, granularity: Granularity | None = None, bits: int | None = None
 ) -> ModiffConfig:
-    """The config with another coder; None keeps what it has."""
+    """The config with another quantizer; None keeps what it has."""
     layer = config.layer
     activation = dataclasses.replace(
         layer.activation,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from modiff.core.coder import Code, Coder
+from modiff.core.quantizer import Code, Quantizer
 from modiff.errors import ConfigError
 from modiff.evaluate.study.skipping import exact_code
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 from modiff.nn import Clock
 
 
@@ -16,23 +16,23 @@ def full_precision_first_step(model: nn.Module) -> None:
 
     Raises: StateError if modiff was not applied; ConfigError for modulated layers, whose config says how they start.
     """
-    twins = required_attachment(model, "full_precision_first_step").twins
-    for name, twin in twins.items():
-        if twin.coder is None or twin.config.modulation is not None:
+    quantized_layers = required_attachment(model, "full_precision_first_step").layers
+    for name, quantized in quantized_layers.items():
+        if quantized.quantizer is None or quantized.config.modulation is not None:
             raise ConfigError(
-                f"{name}: expected a plainly quantized layer, got {twin.config.to_dict()}. Modulated layers have "
+                f"{name}: expected a plainly quantized layer, got {quantized.config.to_dict()}. Modulated layers have "
                 "ModulationConfig(first_step=...). Use presets.plain(...)."
             )
-    for twin in twins.values():
-        if twin.coder is not None:
-            twin.coder = _FirstStepCoder(twin.coder, twin.clock)
+    for quantized in quantized_layers.values():
+        if quantized.quantizer is not None:
+            quantized.quantizer = _FirstStepCoder(quantized.quantizer, quantized.clock)
 
 
-class _FirstStepCoder(Coder):
-    """The layer's coder from the second step on."""
+class _FirstStepCoder(Quantizer):
+    """The layer's quantizer from the second step on."""
 
-    def __init__(self, coder: Coder, clock: Clock) -> None:
-        super().__init__(coder.config, coder.granularity, coder.channel_dim, coder.segments)
+    def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
+        super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.segments)
         self.clock = clock
 
     def __call__(self, residual: Tensor) -> Code | None:

@@ -94,7 +94,7 @@ def _steps(growth: list[dict[str, Any]]) -> Table:
 
 
 def _bounds(growth: list[dict[str, Any]]) -> Table:
-    """How often bounds were exceeded, and what the coder loses."""
+    """How often bounds were exceeded, and what the quantizer loses."""
     shares = [
         {
             "bits": f["bits"],
@@ -111,7 +111,7 @@ def _bounds(growth: list[dict[str, Any]]) -> Table:
     return listing(
         "study-growth-bounds",
         "How often the error lies above a bound, over all layers and steps; c is the largest share of a residual's "
-        "energy that the coder lost in a layer.",
+        "energy that the quantizer lost in a layer.",
         shares,
         [
             ("bits", "bits", "d"),
@@ -131,7 +131,7 @@ WHY = (
     "+ 2b^2; with the triangle inequality the bound is sqrt(c) times the sum of all moves, at most linear. With "
     "compensation it is the sum of c^(n/2) times the move n - 1 steps ago, and needs c < 1 only, not c < 1/2. Thm "
     "4.3's bound on c counts a full quantization step in every element, so at few bits it promises nothing where the "
-    "coder contracts well."
+    "quantizer contracts well."
 )
 
 
@@ -193,7 +193,8 @@ EXPERIMENT = Experiment(
     also=("theorem44",),
     title="Error growth against the bounds (theorem 4.4)",
     printed=(
-        "bounds without and with compensation (theorem 4.4) that need an exact first step and a coder that loses at "
+        "bounds without and with compensation (theorem 4.4) that need an exact first step and a quantizer that "
+        "loses at "
         "most a share c < 1/2 of what it is given. No measurement over the steps.",
     ),
     measure=measure,

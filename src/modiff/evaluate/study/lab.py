@@ -10,9 +10,10 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from modiff.api import apply, remove
 from modiff.config import ModiffConfig
-from modiff.core.cost import ModelCost
 from modiff.errors import ConfigError
+from modiff.evaluate.cost import ModelCost
 from modiff.evaluate.demo import measure_image
 from modiff.evaluate.study.first_step import full_precision_first_step
 from modiff.evaluate.study.runs import Outcome, Run, compare, errors_of
@@ -24,7 +25,6 @@ from modiff.evaluate.watch import Watcher, watch
 from modiff.hosts.diffusers import denoisers
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler
-from modiff.hosts.verbs import apply, remove
 from modiff.model.report import Report
 
 Row = dict[str, Any]

@@ -1,6 +1,6 @@
 """Zero bits by a threshold, for study only: send nothing while the residual is small, else all of it or its codes.
 
-The recursion is the library's own (`core.modulation`, `nn.stream`); only the coder is replaced by one that may keep
+The recursion is the library's own (`core.modulation`, `nn.stream`); only the quantizer is replaced by one that may keep
 silent. What is not sent stays in the residual, so the law ô = A(â) + bias holds as ever, and a layer that keeps silent
 does no multiply-add: `Tally` counts those that ran.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from modiff.config import JsonConfig, ModulationConfig, check
 from modiff.core.affine import QParams
-from modiff.core.coder import Code, Coder
-from modiff.core.modulation import Message
+from modiff.core.quantizer import Code, Quantizer
+from modiff.core.recursion import Message
 from modiff.errors import ConfigError
-from modiff.kernels.after import Before
-from modiff.model.attachment import required_attachment
+from modiff.kernels.fused_input import Before
+from modiff.model.attach import required_attachment
 from modiff.nn import Clock
 from modiff.nn.stream import Inputs, Stream
 
@@ -75,18 +75,23 @@ def skip_below(model: nn.Module, rule: SkipRule) -> Tally:
     Raises: StateError if modiff was not applied; ConfigError for plain layers, which have no state to hold.
     """
     tally, verdicts = Tally(), _Verdicts()
-    twins = required_attachment(model, "skip_below").twins
-    for name, twin in twins.items():
-        if twin.coder is None or twin.config.modulation is None or not twin.config.activation.dynamic:
+    quantized_layers = required_attachment(model, "skip_below").layers
+    for name, quantized in quantized_layers.items():
+        if (
+            quantized.quantizer is None
+            or quantized.config.modulation is None
+            or not quantized.config.activation.dynamic
+        ):
             raise ConfigError(
-                f"{name}: expected a modulated layer with dynamic scales, got {twin.config.to_dict()}. What is not "
+                f"{name}: expected a modulated layer with dynamic scales, got {quantized.config.to_dict()}. "
+                f"What is not "
                 "sent is repeated from a state, and no static scale was measured on what is. Use 0 or 2 to 8 bits "
                 "with modulation=ModulationConfig()."
             )
-    for name, twin in twins.items():
-        if twin.coder is not None and twin.config.modulation is not None:
-            coder = _SilentCoder(twin.coder, rule, verdicts, block_of(name), twin.clock)
-            twin.inputs = _Inputs(coder, twin.config.modulation, twin.clock, name, tally)
+    for name, quantized in quantized_layers.items():
+        if quantized.quantizer is not None and quantized.config.modulation is not None:
+            quantizer = _SilentCoder(quantized.quantizer, rule, verdicts, block_of(name), quantized.clock)
+            quantized.inputs = _Inputs(quantizer, quantized.config.modulation, quantized.clock, name, tally)
     return tally
 
 
@@ -122,11 +127,11 @@ class _Verdicts:
         self._kept[block] = tick, verdict
 
 
-class _SilentCoder(Coder):
-    """The layer's coder behind the rule. share: what the last residual sent, 0 to 1."""
+class _SilentCoder(Quantizer):
+    """The layer's quantizer behind the rule. share: what the last residual sent, 0 to 1."""
 
-    def __init__(self, coder: Coder, rule: SkipRule, verdicts: _Verdicts, block: str, clock: Clock) -> None:
-        super().__init__(coder.config, coder.granularity, coder.channel_dim, coder.segments)
+    def __init__(self, quantizer: Quantizer, rule: SkipRule, verdicts: _Verdicts, block: str, clock: Clock) -> None:
+        super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.segments)
         self.rule, self.verdicts, self.block, self.clock = rule, verdicts, block, clock
         self.input: Tensor | None = None
         self.share = 1.0
@@ -170,9 +175,11 @@ def _energy(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 class _Inputs(Inputs):
     """The input side of one layer: nothing is shared, so that every layer is counted by itself."""
 
-    def __init__(self, coder: _SilentCoder, config: ModulationConfig, clock: Clock, name: str, tally: Tally) -> None:
-        super().__init__(coder, config, clock)
-        self.silent, self.name, self.tally = coder, name, tally
+    def __init__(
+        self, quantizer: _SilentCoder, config: ModulationConfig, clock: Clock, name: str, tally: Tally
+    ) -> None:
+        super().__init__(quantizer, config, clock)
+        self.silent, self.name, self.tally = quantizer, name, tally
 
     def stream_for(self, x: Tensor, place: int | None = None) -> Stream:
         """A stream of its own for each call."""
@@ -181,7 +188,7 @@ class _Inputs(Inputs):
 
 
 class _Stream(Stream):
-    """Shows the coder the input that a residual belongs to, and counts what was sent."""
+    """Shows the quantizer the input that a residual belongs to, and counts what was sent."""
 
     def __init__(self, inputs: _Inputs) -> None:
         super().__init__(inputs.silent, inputs.config, inputs.clock)

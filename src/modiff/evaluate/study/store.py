@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff.errors import ConfigError, FormatError
-from modiff.io.atomic import check_writable, write_json
+from modiff.files import check_writable, write_json
 
 FORMAT_VERSION = 1
 SETTINGS, EXPERIMENTS, RUNS = "study.json", "experiments", "runs"

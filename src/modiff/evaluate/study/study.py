@@ -10,16 +10,16 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from modiff.errors import ConfigError
-from modiff.evaluate.environment import Environment, environment
 from modiff.evaluate.report.document import Cell, Column, Document, Section, Table
 from modiff.evaluate.study.experiment import Experiment, StudySection, Values
 from modiff.evaluate.study.lab import Lab
 from modiff.evaluate.study.registry import EXPERIMENTS, experiment_names
 from modiff.evaluate.study.settings import IMAGES, StudySettings
 from modiff.evaluate.study.store import Store
+from modiff.generate.digest import digest
+from modiff.generate.digest import settings as settings_of
+from modiff.generate.environment import Environment, environment
 from modiff.hosts.diffusers import unconditional_run
-from modiff.hosts.digest import digest
-from modiff.hosts.digest import settings as settings_of
 
 LEAD = (
     "Every experiment of the MoDiff paper that asks something of one trajectory, on a model of one's own: what was "

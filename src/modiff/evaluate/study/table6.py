@@ -8,8 +8,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from modiff import presets
+from modiff.api import apply, remove
 from modiff.config import ModiffConfig
-from modiff.core.cost import ModelCost
+from modiff.evaluate.cost import ModelCost
 from modiff.evaluate.report.document import Figure
 from modiff.evaluate.study.charts import Line, line_chart
 from modiff.evaluate.study.configs import in_dtype, looped
@@ -19,8 +20,7 @@ from modiff.evaluate.study.runs import Run
 from modiff.evaluate.study.tables import listing
 from modiff.evaluate.study.words import find
 from modiff.hosts.diffusers import denoisers
-from modiff.hosts.verbs import apply, remove
-from modiff.model.attachment import required_attachment
+from modiff.model.attach import required_attachment
 
 BATCHES = (1, 2, 4, 8)
 BITS = 4
@@ -80,9 +80,9 @@ def _states(lab: Lab, pipe: DiffusionPipeline, config: ModiffConfig, batch: int)
 
 def state_sides(model: nn.Module) -> tuple[int, int]:
     """Bytes of all input states and of all output states now; what layers share counts once."""
-    twins = required_attachment(model, "state_sides").twins.values()
-    inputs = [t for twin in twins for stream in twin.streams.values() for t in stream.tensors()]
-    outputs = [state for twin in twins for state in twin.outputs.values()]
+    quantized_layers = required_attachment(model, "state_sides").layers.values()
+    inputs = [t for quantized in quantized_layers for stream in quantized.streams.values() for t in stream.tensors()]
+    outputs = [state for quantized in quantized_layers for state in quantized.outputs.values()]
     return _bytes(list(inputs)), _bytes([t for s in outputs for t in s])
 
 

@@ -1,0 +1,1 @@
+"""What does it learn from? Calibration data, and the learning of rounding and scales."""

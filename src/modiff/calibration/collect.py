@@ -1,0 +1,280 @@
+"""Gather calibration data: what a network is called with while trajectories run, in one pass over each."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modiff.calibration import shards as shards
+from modiff.calibration.data import CalibrationSet, Call, map_tensors
+from modiff.calibration.timesteps import StepSampler
+from modiff.errors import CalibrationError, ConfigError
+from modiff.model.attach import ATTRIBUTE, TIMESTEP_NAMES, Attachment, attachment_of
+from modiff.model.report import Report
+from modiff.nn import Clock
+from modiff.nn.source import version_of
+
+UNBATCHED = ("txt_ids", "img_ids", "image_rotary_emb", "freqs_cis")
+"""Arguments that have no batch axis: positions, kept whole when rows are chosen."""
+
+
+def collect(
+    model: nn.Module,
+    run: Callable[[int], object],
+    *,
+    trajectories: int = 1,
+    batch: int | None = None,
+    steps: int | None = None,
+    sampler: StepSampler | None = None,
+    pairs: bool = False,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    memory_mib: float = 1024.0,
+    progress: bool = True,
+) -> CalibrationSet:
+    """Run trajectories and keep what the sampler chooses of the network's inputs, full-precision or quantized.
+
+    Args:
+        model: with or without modulated layers: what is kept are the states of the trajectory it really runs.
+        run: `run(i)` runs trajectory i from first step to last, the same for the same i.
+        batch: samples in a trajectory; the sampler then chooses among them, and only their rows are kept, in both
+            branches when guidance is batched. None keeps or leaves whole evaluations.
+        steps: evaluations in a trajectory (in each context, when guidance is in two calls); needed for a sampler.
+        sampler: which steps of which samples; all when None.
+        pairs: keep the evaluation before each as well (MoDiff: residuals).
+        seed: of the sampler.
+        folder: where shards go, trajectory by trajectory. Trajectories that are there already are not run again.
+        memory_mib: the most that is held in memory. Beyond it, shards are written earlier; without a folder it is an
+            error.
+    Raises: ConfigError for settings that do not fit, or a folder with another set; CalibrationError if trajectories
+        have another number of evaluations or rows, exceed the memory without a folder, or run on what no file holds.
+    Cost: the trajectories, and a copy of what is kept.
+    """
+    _check(trajectories, batch, steps, sampler, memory_mib)
+    plan = None
+    if sampler is not None and steps is not None:
+        plan = sampler.draw(steps, trajectories * (batch or 1), torch.Generator().manual_seed(seed))
+    settings = {
+        "network": type(model).__name__,
+        "trajectories": trajectories,
+        "batch": batch,
+        "steps": steps,
+        "sampler": None if sampler is None else {"name": type(sampler).__name__} | sampler.to_dict(),
+        "pairs": pairs,
+        "seed": seed,
+    }
+    done: set[int] = set()
+    target = None if folder is None else Path(folder)
+    if target is not None:
+        shards.claim(target, settings)
+        done = set(shards.complete(target))
+    store = _Store(target, memory_mib)
+    with _recorded(model, _Recorder(plan, batch, pairs, store)) as recorder, torch.no_grad():
+        for index in tqdm(range(trajectories), desc="calibration data", unit="run", disable=not progress):
+            if index not in done:
+                recorder.start(index)
+                run(index)
+                recorder.end()
+    if target is not None:
+        return CalibrationSet.load(target)
+    return CalibrationSet(store.calls, settings)
+
+
+def _check(
+    trajectories: int, batch: int | None, steps: int | None, sampler: StepSampler | None, memory_mib: float
+) -> None:
+    for name, value in (("trajectories", trajectories), ("batch", batch), ("steps", steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"collect.{name}: expected 1 or more, got {value}. There is nothing to keep. Use 1.")
+    if sampler is not None and steps is None:
+        raise ConfigError(
+            "collect.steps: expected the evaluations in a trajectory, got None. A sampler chooses among them. "
+            "Give steps=50 for 50 DDIM steps, 99 for 50 Heun steps."
+        )
+    if not memory_mib > 0:
+        raise ConfigError(f"collect.memory_mib: expected more than 0, got {memory_mib}. Calls need room. Use 1024.")
+
+
+class _Store:
+    """Calls in memory up to a cap, then on disk."""
+
+    def __init__(self, folder: Path | None, memory_mib: float) -> None:
+        self.folder, self.cap = folder, memory_mib * 2**20
+        self.calls: list[Call] = []
+        self.trajectory, self.part, self.bytes = 0, 0, 0.0
+        self._counted: dict[int, Tensor] = {}
+
+    def start(self, trajectory: int) -> None:
+        self.trajectory, self.part = trajectory, 0
+
+    def add(self, call: Call) -> None:
+        """Keep a call; write what is kept to disk when it grows over the cap. Raises: CalibrationError without disk."""
+        for tensor in call.tensors():
+            if id(tensor) not in self._counted:  # calls share what did not change from step to step
+                self._counted[id(tensor)] = tensor
+                self.bytes += tensor.numel() * tensor.element_size()
+        self.calls.append(call)
+        if self.bytes <= self.cap:
+            return
+        if self.folder is None:
+            raise CalibrationError(
+                f"collect: expected at most {self.cap / 2**20:g} MiB of calls, got {len(self.calls)} calls with "
+                f"{self.bytes / 2**20:.1f} MiB. Memory is bounded. Give folder= for shards on disk, or memory_mib=."
+            )
+        self._flush(last=False)
+
+    def end(self) -> None:
+        if self.folder is not None:
+            self._flush(last=True)
+
+    def _flush(self, *, last: bool) -> None:
+        if self.folder is not None:
+            shards.write(self.folder, self.trajectory, self.part, self.calls, last=last)
+        self.part += 1
+        self.calls, self.bytes = [], 0.0
+        self._counted.clear()
+
+
+class _Recorder:
+    """Forward pre-hook of the network: counts evaluations in each context and keeps those of the plan."""
+
+    def __init__(self, plan: Tensor | None, batch: int | None, pairs: bool, store: _Store) -> None:
+        self.plan, self.batch, self.pairs, self.store = plan, batch, pairs, store
+        self.clock: Clock | None = None
+        self.timestep: tuple[str, int] | None = None
+        self.trajectory = 0
+        self._steps: dict[str, int] = {}
+        self._last: dict[str, Call] = {}
+        self._copies: dict[tuple[int, int, tuple[int, ...]], tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def start(self, trajectory: int) -> None:
+        """A trajectory begins."""
+        self.trajectory = trajectory
+        self._forget()
+        self.store.start(trajectory)
+
+    def end(self) -> None:
+        """A trajectory ended. Raises: CalibrationError if it was shorter than planned, or never began."""
+        seen = max(self._steps.values(), default=-1) + 1
+        if seen == 0 or (self.plan is not None and seen != len(self.plan)):
+            wanted = "at least 1" if self.plan is None else str(len(self.plan))
+            raise CalibrationError(
+                f"collect: expected {wanted} evaluations in trajectory {self.trajectory}, got {seen}. "
+                f"Some samplers evaluate twice in a step. {f'Give steps={seen}' if seen else 'Run the network in run'}."
+            )
+        self._forget()
+        self.store.end()
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        self._last.clear()
+        self._copies.clear()
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context = self.clock.context if self.clock is not None else "default"
+        step = self._steps[context] = self._steps.get(context, -1) + 1
+        rows = self._rows(step)
+        before = self._last.pop(context, None)
+        if rows is not None:
+            call = self._call(args, kwargs, step, context, rows)
+            self.store.add(call if before is None else _with_previous(call, before))
+        following = self._rows(step + 1) if self.pairs else None
+        if following is not None:
+            self._last[context] = self._call(args, kwargs, step, context, following)
+
+    def _rows(self, step: int) -> tuple[int, ...] | None:
+        """The samples kept at a step: None for none of them, () for all, whatever the batch is."""
+        if self.plan is None:
+            return ()
+        if step >= len(self.plan):
+            return None
+        columns = self.batch or 1
+        kept = self.plan[step, self.trajectory * columns : (self.trajectory + 1) * columns]
+        if not kept.any():
+            return None
+        return () if self.batch is None or bool(kept.all()) else tuple(kept.nonzero().flatten().tolist())
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: int, context: str, rows: Any) -> Call:
+        value = None
+        if self.timestep is not None:
+            name, position = self.timestep
+            value = kwargs.get(name, args[position] if position < len(args) else None)
+        chosen = self._positions(args, kwargs, rows)
+        kept = {k: self._copy(v, None if k in UNBATCHED else chosen) for k, v in kwargs.items()}
+        timestep = None if value is None else float(torch.as_tensor(value).flatten()[0])
+        return Call(self._copy(args, chosen), kept, step, timestep, context, self.trajectory, rows)
+
+    def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: tuple[int, ...]) -> _Rows | None:
+        """Where the rows lie in batched tensors: once for each branch of guidance that is batched."""
+        if not rows or self.batch is None:
+            return None
+        found: list[Tensor] = []
+        map_tensors((args, {k: v for k, v in kwargs.items() if k not in UNBATCHED}), lambda t: found.append(t) or t)
+        wide = [t for t in found if t.dim() > 1]
+        if not wide or len(wide[0]) % self.batch:
+            raise CalibrationError(
+                f"collect.batch: expected a batch axis of {self.batch} samples, or a multiple of it for guidance, got "
+                f"{len(wide[0]) if wide else 'no tensor with one'}. Rows belong to samples. Give the images in a run."
+            )
+        length = len(wide[0])
+        branches = range(0, length, self.batch)
+        return _Rows(length, tuple(first + row for first in branches for row in rows))
+
+    def _copy(self, tree: Any, chosen: _Rows | None) -> Any:
+        return map_tensors(tree, lambda tensor: self._copied(tensor, chosen))
+
+    def _copied(self, tensor: Tensor, chosen: _Rows | None) -> Tensor:
+        """A CPU copy; one for all steps that are given the same tensor, unchanged."""
+        cut = chosen is not None and tensor.dim() > 0 and len(tensor) == chosen.length and chosen.length > 1
+        positions = chosen.positions if cut and chosen is not None else ()
+        key = (id(tensor), version_of(tensor), positions)
+        part = tensor.detach()[list(positions)] if cut else tensor.detach()
+        if key in self._copies and tensor.is_inference() and not _same(part, self._copies[key][1]):
+            del self._copies[key]  # written in place: inference tensors do not count it
+        if key not in self._copies:
+            # the entry goes with the tensor: its id may be that of another one later
+            alive = weakref.ref(tensor, lambda _: self._copies.pop(key, None))
+            self._copies[key] = (alive, part.to("cpu", copy=True))
+        return self._copies[key][1]
+
+
+def _same(x: Tensor, kept: Tensor) -> bool:
+    return x.shape == kept.shape and torch.equal(x.cpu(), kept)
+
+
+class _Rows:
+    """length: of the batch axis. positions: those that are kept."""
+
+    def __init__(self, length: int, positions: tuple[int, ...]) -> None:
+        self.length, self.positions = length, positions
+
+
+def _with_previous(call: Call, before: Call) -> Call:
+    return Call(call.args, call.kwargs, call.step, call.timestep, call.context, call.trajectory, call.rows, before)
+
+
+@contextmanager
+def _recorded(model: nn.Module, recorder: _Recorder) -> Iterator[_Recorder]:
+    """The recorder on the network; a plain network carries a clock meanwhile, so that contexts are known."""
+    attachment, plain = attachment_of(model), attachment_of(model) is None
+    if attachment is None:
+        attachment = Attachment(Clock(type(model).__name__), Report(()))
+        model.__dict__[ATTRIBUTE] = attachment
+    recorder.clock = attachment.clock
+    names = list(inspect.signature(model.forward).parameters)
+    recorder.timestep = next(((n, i) for i, n in enumerate(names) if n in TIMESTEP_NAMES), None)
+    handle = model.register_forward_pre_hook(recorder, with_kwargs=True)
+    try:
+        yield recorder
+    finally:
+        handle.remove()
+        if plain:
+            model.__dict__.pop(ATTRIBUTE, None)

@@ -1,0 +1,1 @@
+"""Learned rounding and scales, unit by unit (AdaRound, BRECQ)."""

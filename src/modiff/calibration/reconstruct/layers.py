@@ -1,0 +1,193 @@
+"""Layers without states, for learning: in full precision, or quantized with gradients through the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from modiff.calibration.reconstruct.config import Activations
+from modiff.core.adaround import AdaRound
+from modiff.core.hadamard import rotate
+from modiff.core.learned_scale import LearnedStep, fake_quantize_through
+from modiff.core.quantizer import Quantizer
+from modiff.errors import StateError
+from modiff.model.attach import required_attachment
+from modiff.model.attention import ATTRIBUTE as ATTENTION
+from modiff.nn import ModulatedLayer
+
+
+class Trainee:
+    """A layer as one differentiable function of its input: quantized weight, activation as asked, no memory.
+
+    rounding: takes the place of the weight's codes while they are learned, one for each segment; `decided` cuts it to
+        integers, to see what would be kept.
+    steps: take the place of the quantizer's scales while these are learned, one for each segment.
+    """
+
+    def __init__(self, quantized: ModulatedLayer, activations: Activations) -> None:
+        self.quantized, self.activations = quantized, activations
+        self.rounding: tuple[AdaRound, ...] = ()
+        self.decided = False
+        self.steps: tuple[LearnedStep, ...] = ()
+
+    @property
+    def bits(self) -> int:
+        """Of the activation."""
+        return self.quantized.config.activation.bits or 8
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output for `x`, same dtype as `x`."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.operate(self._activation(self.prepare(x))).to(x.dtype)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The input as the quantizer sees it: at least float32, rotated if the layer rotates."""
+        value = x if x.dtype == torch.float64 else x.float()
+        return (
+            value
+            if self.quantized.segments is None
+            else rotate(value, self.quantized.segments, self.quantized.channel_dim)
+        )
+
+    def operate(self, value: Tensor) -> Tensor:
+        """A(value) + bias with the quantized weight."""
+        bias = None if self.quantized.bias is None else self.quantized.bias.detach().to(value.dtype)
+        return self.quantized.operator(value, self._weight(value.dtype), bias)
+
+    def code(self, value: Tensor) -> Tensor:
+        """`value` as the quantizer sends it, with gradients through the rounding."""
+        quantizer = self.quantized.quantizer
+        if quantizer is None:
+            return value
+        parts = value.split(list(quantizer.segments), quantizer.channel_dim)
+        if self.steps:
+            return torch.cat([step(part) for step, part in zip(self.steps, parts, strict=True)], quantizer.channel_dim)
+        # what a modulated layer has measured belongs to its residuals, so its values are coded with fresh scales
+        code = quantizer(value.detach()) if self.quantized.inputs is None else quantizer.fresh(value.detach())
+        if code is None:
+            return value
+        pairs = zip(parts, code.parts, strict=True)
+        return torch.cat([fake_quantize_through(p, q, quantizer.bits) for p, (_, q) in pairs], quantizer.channel_dim)
+
+    def _activation(self, value: Tensor) -> Tensor:
+        return value if self.activations == "full_precision" else self.code(value)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        if not self.rounding:
+            return self.quantized.quantized_weight.dense(self.quantized.weight, dtype)
+        return torch.cat([part.hard() if self.decided else part.soft() for part in self.rounding], 1).to(dtype)
+
+
+class Through:
+    """An attention quantizer with gradients through its rounding; answers as a quantizer does.
+
+    steps: one that takes the place of its scale while that is learned, or none.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        self.bits = quantizer.bits
+        self.steps: tuple[LearnedStep, ...] = ()
+
+    def __call__(self, x: Tensor) -> Through.Coded:
+        """The operand, coded."""
+        if self.steps:
+            return Through.Coded(self.steps[0](x))
+        code = self.quantizer(x.detach())
+        return Through.Coded(x if code is None else x + (code.value().to(x.dtype) - x).detach())
+
+    class Coded:
+        """What `Code` is to a quantizer."""
+
+        def __init__(self, value: Tensor) -> None:
+            self._value = value
+
+        def value(self) -> Tensor:
+            """The operand that the codes stand for."""
+            return self._value
+
+
+@contextmanager
+def computing(forwards: Mapping[ModulatedLayer, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Let layers compute with other functions while the body runs; they keep their place, parameters and hooks.
+
+    Raises: StateError if another library replaced a layer's forward: its function would be lost.
+    """
+    for quantized in forwards:
+        if "forward" in quantized.__dict__:
+            raise StateError(
+                f"{quantized.name}: expected a layer with its own forward, got one that another library replaced, as "
+                "offloading does. It cannot compute otherwise meanwhile. Undo the offloading first."
+            )
+    try:
+        for quantized, function in forwards.items():
+            quantized.__dict__["forward"] = function
+        yield
+    finally:
+        for quantized in forwards:
+            quantized.__dict__.pop("forward", None)
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Let the layers and the attention of a model compute as if modiff were not there, without a trajectory.
+
+    Raises: StateError if modiff was not applied, or the floats of a layer are gone because it was packed.
+    """
+    attachment = required_attachment(model, "full_precision")
+    for name, quantized in attachment.layers.items():
+        if quantized.packed:
+            raise StateError(
+                f"{name}: expected a weight with its floats, got a packed one. Full precision is what is learned "
+                "from. Load the original model, apply modiff and learn before packing."
+            )
+    forwards = {quantized: attachment.originals[name].forward for name, quantized in attachment.layers.items()}
+    with computing(forwards), _attention(model, None):
+        yield
+
+
+@contextmanager
+def without_states(model: nn.Module, activations: Activations) -> Iterator[dict[str, Trainee]]:
+    """Let a model compute with quantized weights and no memory, differentiably; the layers by name.
+
+    Attention products are coded if activations are, with gradients through the rounding.
+    """
+    quantized_layers = required_attachment(model, "without_states").layers
+    trainees = {name: Trainee(quantized, activations) for name, quantized in quantized_layers.items()}
+    with computing({t.quantized: t for t in trainees.values()}), _attention(model, activations):
+        yield trainees
+
+
+@contextmanager
+def _attention(model: nn.Module, activations: Activations | None) -> Iterator[None]:
+    """Attention in full precision, or with gradients through its rounding."""
+    attached = model.__dict__.get(ATTENTION)
+    with ExitStack() as stack:
+        for module in attached.modules.values() if attached is not None else ():
+            stack.callback(module.quantizers.update, dict(module.quantizers))
+            for operand, quantizer in module.quantizers.items():
+                through = activations == "quantized" and quantizer is not None
+                module.quantizers[operand] = Through(quantizer) if through else None
+        yield
+
+
+def attention_through(model: nn.Module) -> dict[str, Through]:
+    """The attention quantizers inside `without_states(model, "quantized")`, named as `quantizers_of` names them."""
+    attached = model.__dict__.get(ATTENTION)
+    modules = {} if attached is None else attached.modules
+    return {f"{n}.{o}": c for n, m in modules.items() for o, c in m.quantizers.items() if isinstance(c, Through)}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and the like off while the body runs, then as they were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

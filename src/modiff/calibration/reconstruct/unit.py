@@ -1,0 +1,229 @@
+"""Learn what one unit has to learn: Adam on batches of its samples, judged on samples that were held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.layers import Through, Trainee
+from modiff.calibration.reconstruct.unit_data import Batch, UnitData, tensors_of
+from modiff.core.adaround import AdaRound, beta_at
+from modiff.core.affine import QParams
+from modiff.core.learned_scale import LearnedStep
+from modiff.core.quantizer import Quantizer
+from modiff.nn import ModulatedLayer
+
+Run = Callable[[Batch], Any]
+"""The unit, on a batch, as its layers compute now."""
+Found = dict[str, Tensor]
+"""What was learned, by stable names: "<layer>.0.codes", "<layer>.0.scale", ..., a number for each segment."""
+
+
+class Learner(Protocol):
+    """What is learned in a unit."""
+
+    def begin(self) -> list[Tensor]:
+        """Put the learned parts in the place of the present ones; the leaves that Adam moves."""
+        ...
+
+    def penalty(self, iteration: int) -> Tensor | float:
+        """What is added to the loss of the reconstruction."""
+        ...
+
+    def decide(self, decided: bool) -> None:
+        """Compute as if learning had ended here (to be measured), or go on."""
+        ...
+
+    def settled(self) -> bool:
+        """Whether nothing will move any more."""
+        ...
+
+    def found(self) -> Found:
+        """What the unit would keep if learning ended here; copies."""
+        ...
+
+
+class WeightLearner:
+    """AdaRound for the layers of a unit; their rounding must be to nearest when it begins."""
+
+    def __init__(self, trainees: Mapping[str, Trainee], config: ReconstructConfig) -> None:
+        self.trainees, self.config = trainees, config
+
+    def begin(self) -> list[Tensor]:
+        """See `Learner`."""
+        for trainee in self.trainees.values():
+            weight, bits = trainee.quantized.quantized_weight, trainee.quantized.config.weight.bits or 8
+            values = weight.floats(trainee.quantized.weight).split(list(weight.segments), 1)
+            pairs = zip(values, weight.codes(trainee.quantized.weight), strict=True)
+            trainee.rounding = tuple(AdaRound(part, qparams, bits) for part, (_, qparams) in pairs)
+        return [part.logits for trainee in self.trainees.values() for part in trainee.rounding]
+
+    def penalty(self, iteration: int) -> Tensor | float:
+        """See `Learner`."""
+        c = self.config
+        beta = beta_at(iteration, c.iterations, warmup=c.warmup, start=c.beta_start, end=c.beta_end)
+        if beta is None or c.regularizer == 0:
+            return 0.0
+        parts = [part for trainee in self.trainees.values() for part in trainee.rounding]
+        return c.regularizer * torch.stack([part.penalty(beta) for part in parts]).sum()
+
+    def decide(self, decided: bool) -> None:
+        """See `Learner`."""
+        for trainee in self.trainees.values():
+            trainee.decided = decided
+
+    def settled(self) -> bool:
+        """See `Learner`: where h is 0 or 1 its gradient is zero."""
+        return not any(part.undecided() for trainee in self.trainees.values() for part in trainee.rounding)
+
+    def found(self) -> Found:
+        """See `Learner`."""
+        parts = {f"{n}.{i}": part for n, t in self.trainees.items() for i, part in enumerate(t.rounding)}
+        codes = {f"{name}.codes": part.codes().cpu() for name, part in parts.items()}
+        return codes | {f"{name}.scale": part.qparams.scale.detach().cpu().clone() for name, part in parts.items()}
+
+
+class StepLearner:
+    """Learned scales of some quantizers; they start at `starts`, one for each segment, and compute from now on."""
+
+    def __init__(self, holders: Mapping[str, Trainee | Through], starts: Mapping[str, tuple[QParams, ...]]) -> None:
+        self.holders = holders
+        for name, holder in holders.items():
+            holder.steps = tuple(LearnedStep(start, holder.bits) for start in starts[name])
+
+    def begin(self) -> list[Tensor]:
+        """See `Learner`."""
+        return [step.theta for holder in self.holders.values() for step in holder.steps]
+
+    def penalty(self, iteration: int) -> float:
+        """See `Learner`: none."""
+        return 0.0
+
+    def decide(self, decided: bool) -> None:
+        """See `Learner`: a scale is the same while it is learned and after."""
+
+    def settled(self) -> bool:
+        """See `Learner`: never."""
+        return False
+
+    def found(self) -> Found:
+        """See `Learner`."""
+        tensors: Found = {}
+        for name, holder in self.holders.items():
+            for i, step in enumerate(holder.steps):
+                scale, zero_point = step.frozen()
+                tensors[f"{name}.{i}.scale"] = scale.cpu()
+                if zero_point is not None:
+                    tensors[f"{name}.{i}.zero_point"] = zero_point.cpu().clone()
+        return tensors
+
+
+def parts_of(found: Found, name: str) -> list[tuple[Tensor | None, QParams]]:
+    """(codes, scales) of each segment of one layer, from what was learned."""
+    parts: list[tuple[Tensor | None, QParams]] = []
+    while f"{name}.{len(parts)}.scale" in found:
+        key = f"{name}.{len(parts)}"
+        qparams = QParams(found[f"{key}.scale"], found.get(f"{key}.zero_point"))
+        parts.append((found.get(f"{key}.codes"), qparams))
+    return parts
+
+
+def keep_weight(quantized: ModulatedLayer, found: Found, name: str) -> None:
+    """Fix learned codes into the layer."""
+    parts = [(c, QParams(q.scale, None)) for c, q in parts_of(found, name) if c is not None]
+    quantized.quantized_weight.fix(tuple(parts))
+
+
+def keep_steps(quantizer: Quantizer, found: Found, name: str) -> None:
+    """Set learned scales in the quantizer."""
+    quantizer.static = tuple(qparams for _, qparams in parts_of(found, name))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """before, after: held-out loss of the start, and of `best`. best: None where nothing was better than the start."""
+
+    before: float
+    after: float
+    best: Found | None
+    iterations: int
+    reason: str
+
+
+@torch.inference_mode(False)
+def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig, generator: torch.Generator) -> Outcome:
+    """Minimise loss + penalty; the best of all checks is kept, if it beats the start on what was held out.
+
+    Cost: `config.iterations` forward and backward passes of the unit, and `config.checks` + 1 of what is held out.
+    """
+    before = held_loss(run, data, config)
+    leaves = learner.begin()
+    optimizer = torch.optim.Adam(leaves, lr=config.learning_rate)
+    every = max(1, -(-config.iterations // config.checks))
+    best: Found | None = None
+    after, worse, done, reason = before, 0, 0, "all iterations run"
+    with torch.enable_grad():
+        for iteration in range(config.iterations):
+            _rate(optimizer, config, iteration)
+            batch = data.draw(config.batch, generator)
+            loss = reconstruction_loss(run(batch), batch.targets, config.p) + learner.penalty(iteration)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
+            done = iteration + 1
+            if done % every and done != config.iterations:
+                continue
+            learner.decide(True)
+            now = held_loss(run, data, config)
+            learner.decide(False)
+            if now < after:
+                best, after, worse = learner.found(), now, 0
+            elif done > config.iterations / 2:  # before that, h cut at one half says little about where it goes
+                worse += 1
+            if learner.settled() or (config.patience and worse >= config.patience):
+                reason = "every weight is decided" if learner.settled() else f"no better in {worse} checks"
+                break
+    if best is None:
+        reason = "what was learned is no better on the rows held out"
+    return Outcome(before, after, best, done, reason)
+
+
+def _rate(optimizer: torch.optim.Optimizer, config: ReconstructConfig, iteration: int) -> None:
+    """Cosine from the learning rate to 0, or the same rate throughout."""
+    share = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations)) if config.schedule == "cosine" else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * share
+
+
+def reconstruction_loss(output: Any, targets: list[Tensor], p: float) -> Tensor:
+    """Sum over channels of |output - target|^p, mean over everything else, summed over the outputs.
+
+    Channels are axis 1 of images and videos, the last axis of tokens and vectors.
+    """
+    outputs = [t for t in tensors_of(output) if t.is_floating_point()]
+    losses = []
+    for mine, target in zip(outputs, targets, strict=True):
+        distance = (_wide(mine) - _wide(target)).abs().pow(p)
+        losses.append(distance.sum(1 if distance.dim() > 3 else -1).mean())
+    return torch.stack(losses).sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def held_loss(run: Run, data: UnitData, config: ReconstructConfig) -> float:
+    """The loss on what was held out, each row counting alike."""
+    total, rows = 0.0, 0
+    with torch.no_grad():
+        for batch in data.held_batches(config.batch):
+            total += float(reconstruction_loss(run(batch), batch.targets, config.p)) * batch.rows
+            rows += batch.rows
+    return total / rows

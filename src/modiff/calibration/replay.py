@@ -1,0 +1,52 @@
+"""Run a network on calls that were kept of its trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from modiff.calibration.data import Call
+from modiff.errors import CalibrationError
+from modiff.model.attach import attachment_of
+from modiff.model.trajectory import trajectory
+
+
+def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -> None:
+    """Evaluate the network on each call, for `modiff.calibrate(model, lambda: replay(model, calls))`.
+
+    Modulated layers see each call as the second step of a trajectory whose first step is the call before it: what they
+    code is the residual of the two (MoDiff). Calls of a first step have no residual and are left out.
+
+    Raises: CalibrationError if modulated layers are to be run and no call holds the one before it.
+    Cost: one evaluation a call, two with modulated layers.
+    """
+    attachment = attachment_of(model)
+    modulated = attachment is not None and any(quantized.inputs is not None for quantized in attachment.layers.values())
+    chosen = [i for i in range(len(calls)) if not modulated or calls[i].previous is not None]
+    if not chosen:
+        raise CalibrationError(
+            f"replay: expected calls{' with the one before each' if modulated else ''}, got none among {len(calls)}. "
+            "Modulated layers code the change between two steps. Collect with pairs=True."
+        )
+    bar = tqdm(chosen, desc="replay", unit="call", disable=not progress)
+    with torch.no_grad():
+        if attachment is None:
+            for index in bar:
+                calls[index].evaluate(model)
+        elif not modulated:
+            with trajectory(model):
+                for index in bar:
+                    calls[index].evaluate(model)
+        else:
+            for index in bar:
+                _residual(model, calls[index])
+
+
+def _residual(model: nn.Module, call: Call) -> None:
+    with trajectory(model):
+        if call.previous is not None:
+            call.previous.evaluate(model)
+        call.evaluate(model)

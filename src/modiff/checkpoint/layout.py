@@ -1,0 +1,127 @@
+"""What a quantized checkpoint says beside its tensors: format version, config, and layers."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import nn
+
+from modiff.config import LayerConfig, ModiffConfig
+from modiff.errors import ConfigError, FormatError
+from modiff.model.attach import required_attachment
+from modiff.model.quantizers import quantizers_of
+
+METHOD = "modiff"
+FORMAT_VERSION = 1
+_FIELDS = ("config", "layer_configs", "layers", "scales")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantized layer: its config, and the channel where its input is cut in two."""
+
+    config: LayerConfig
+    split: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about a quantized model but its tensors; plain JSON in and out.
+
+    config: as it was applied. layers: by module name. scales: names of the measured activation scales, by quantizer.
+    """
+
+    config: ModiffConfig
+    layers: dict[str, Layer] = field(default_factory=dict)
+    scales: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The layout of a model as it is now. Raises: StateError if modiff was not applied to it."""
+        attachment = required_attachment(model, "save")
+        layers = {name: Layer(quantized.config, quantized.split) for name, quantized in attachment.layers.items()}
+        scales = {
+            name: tuple(sorted(quantizer.state_dict_tensors())) for name, quantizer in quantizers_of(model).items()
+        }
+        return cls(attachment.config, layers, {name: names for name, names in scales.items() if names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists; a layer names its config by its place in the list of different ones."""
+        configs = list(dict.fromkeys(layer.config for layer in self.layers.values()))
+        layers: dict[str, dict[str, int]] = {}
+        for name, layer in self.layers.items():
+            layers[name] = {"config": configs.index(layer.config)}
+            if layer.split is not None:
+                layers[name]["split"] = layer.split
+        return {
+            "quant_method": METHOD,
+            "version": FORMAT_VERSION,
+            "written_by": f"modiff {_own_version()}",
+            "config": self.config.to_dict(),
+            "layer_configs": [c.to_dict() for c in configs],
+            "layers": layers,
+            "scales": {name: list(names) for name, names in self.scales.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, where: str, values: object) -> Self:
+        """Read what `to_dict` wrote. Raises: FormatError that names `where`, also for another format version."""
+        values = _object(where, "quantization_config", values)
+        if values.get("quant_method") != METHOD:
+            raise FormatError(f"{where}: expected quant_method '{METHOD}', got {values.get('quant_method')!r}. Another "
+                              "library quantized this model. Load it with that one.")  # fmt: skip
+        if repr(values.get("version")) != repr(FORMAT_VERSION):  # True == 1 == 1.0
+            raise FormatError(
+                f"{where}: expected format version {FORMAT_VERSION}, got {values.get('version')!r} written by "
+                f"{values.get('written_by', 'an unknown program')!r}. Formats of other versions cannot be read. "
+                "Quantize the model again with this version."
+            )
+        missing = [name for name in _FIELDS if name not in values]
+        if missing:
+            raise _wrong(where, "the field", f"no {missing[0]}")
+        try:
+            config = ModiffConfig.from_dict(values["config"])
+            kept = values["layer_configs"]
+            configs = [LayerConfig.from_dict(c) for c in (kept if isinstance(kept, list) else [kept])]
+        except (ConfigError, TypeError) as error:
+            raise FormatError(f"{where}: expected the settings of modiff, got: {error}") from error
+        layers = {
+            name: _layer(where, name, entry, configs)
+            for name, entry in _object(where, "layers", values["layers"]).items()
+        }
+        if config.split_shortcuts == "off" and (cut := [name for name, layer in layers.items() if layer.split]):
+            raise _wrong(where, "layers in one piece, as split_shortcuts is off", f"{cut[0]} cut in two")
+        scales = _object(where, "scales", values["scales"])
+        for name, names in scales.items():
+            if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+                raise _wrong(where, f"names of scales for {name}", names)
+        return cls(config, layers, {name: tuple(names) for name, names in scales.items()})
+
+
+def _layer(where: str, name: str, entry: object, configs: list[LayerConfig]) -> Layer:
+    values = _object(where, f"layers.{name}", entry)
+    index, split = values.get("config"), values.get("split")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(configs):
+        raise _wrong(where, f"the number of one of {len(configs)} layer configs for {name}", index)
+    if split is not None and (isinstance(split, bool) or not isinstance(split, int)):
+        raise _wrong(where, f"a channel to split {name} at", split)
+    return Layer(configs[index], split)
+
+
+def _object(where: str, name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(where, f"an object {name}", type(value).__name__)
+    return value
+
+
+def _wrong(where: str, expected: str, got: object) -> FormatError:
+    return FormatError(
+        f"{where}: expected {expected}, got {got}. The config is damaged or belongs to another model. "
+        "Copy the folder again."
+    )
+
+
+def _own_version() -> str:
+    return str(sys.modules["modiff"].__version__)  # looked up, as this room may not import the package's front door

@@ -1,0 +1,160 @@
+"""A quantized torch module as a folder: config.json and safetensors, to be read into a module of the same class."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modiff.checkpoint.headers import read_headers, weight_files
+from modiff.checkpoint.layout import Layout
+from modiff.checkpoint.packed_state import (
+    METADATA,
+    check_files,
+    check_values,
+    load_scales,
+    quantized_state,
+    rebuild_from,
+)
+from modiff.errors import ConfigError, FormatError
+from modiff.files import new_folder, write_json
+from modiff.model.attach import Attachment
+from modiff.model.pack import seal
+from modiff.model.rebuild import check_plain
+from modiff.model.remove import remove
+from modiff.nn.packed import SCALE
+
+CONFIG = "config.json"
+CLASS = "modiff_module"
+"""The field of config.json that tells a folder of a torch module from one of diffusers."""
+_STEM = "model"
+_SIZE = re.compile(r"(\d+)\s*([KMG])B", re.IGNORECASE)
+
+
+def save_module(model: nn.Module, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Write the quantized weights and settings of a module with modulated layers; the module is not changed.
+
+    Args:
+        folder: new or empty; it appears when all of it is on disk.
+        max_shard_size: bytes, or a text such as "200MB"; weights beyond it go to further files.
+    Raises: StateError if modiff was not applied or a layer was wrapped since; FormatError for a folder with files;
+        ConfigError for a size that is none; OSError.
+    """
+    layout = Layout.of(model)
+    shards = _shards(quantized_state(model, model.state_dict()), bytes_of(max_shard_size))
+    names = [f"{_STEM}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{_STEM}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    with new_folder(folder) as partial:
+        for name, shard in zip(names, shards, strict=True):
+            # clones: safetensors refuses tensors that share memory, as tied weights do
+            save_file({k: t.detach().cpu().contiguous().clone() for k, t in shard.items()}, partial / name,
+                      {"format": "pt", **METADATA})  # fmt: skip
+        if len(shards) > 1:
+            total = sum(t.nbytes for shard in shards for t in shard.values())
+            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            write_json(
+                partial / f"{_STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+            )
+        write_json(partial / CONFIG, {CLASS: type(model).__name__, "quantization_config": layout.to_dict()})
+
+
+def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
+    """Read what `save_module` wrote into a full-precision module of the same class, in place.
+
+    Parameters that stay floats keep the dtype and device of `model`; on the meta device they take those of the file.
+    Returns: the module, packed. Each generation needs `with modiff.trajectory(model):`, as after `apply`.
+    Raises: FormatError for a damaged, hostile or foreign folder, StateError for a module that carries modiff already;
+        the module is as it was then.
+    """
+    check_plain(model)
+    folder = Path(folder)
+    where, config = str(folder / CONFIG), read_config(folder)
+    if config.get(CLASS) != type(model).__name__:
+        raise FormatError(
+            f"{where}: expected the config of a {type(model).__name__}, got one of {config.get(CLASS)!r}. Weights fit "
+            "the class that they were saved from. Give a module of that class."
+        )
+    layout = Layout.from_dict(where, config.get("quantization_config"))
+    files = weight_files(folder, _STEM)
+    check_files(where, read_headers(files), layout, model)
+    before = model.state_dict()
+    attachment = rebuild_from(where, model, layout)
+    try:
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        _fill(attachment, tensors, before)
+        check_values(where, attachment)
+        load_scales(where, model, layout, tensors)
+    except BaseException:
+        remove(model)
+        raise
+    seal(attachment)
+    now = model.state_dict()
+    packed = {
+        f"{name}.{leaf}"
+        for name, quantized in attachment.layers.items()
+        if quantized.packed
+        for leaf in ("weight", SCALE)
+    }
+    rest = {name: tensors[name].clone() for name in now.keys() - packed}  # not views of the file: it may change
+    model.load_state_dict(rest, strict=False, assign=any(now[name].is_meta for name in rest))
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in `config.json`. Raises: FormatError if there is none."""
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "damaged JSON"
+        raise FormatError(f"{path}: expected the config of a saved model, got {reason}. The folder is none that modiff "
+                          "or diffusers wrote. Write one with modiff.save.") from error  # fmt: skip
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: expected the config of a saved model, got {type(values).__name__}. The file is "
+                          "damaged. Copy the folder again.")  # fmt: skip
+    return values
+
+
+def bytes_of(size: int | str) -> int:
+    """A number of bytes from what a person types. Raises: ConfigError if it is none.
+
+    >>> bytes_of("5GB"), bytes_of(1000)
+    (5000000000, 1000)
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigError(f"max_shard_size: expected bytes or a text such as '200MB', got {size!r}. Weights beyond it "
+                          "go to another file. Use '5GB'.")  # fmt: skip
+    return int(match[1]) * 1000 ** (1 + "KMG".index(match[2].upper()))
+
+
+def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Tensors in their order, cut into files of at most `limit` bytes, or of one tensor that is larger."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _fill(attachment: Attachment, tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Give the packed layers their codes and scales, where their float weights were."""
+    for name, quantized in attachment.layers.items():
+        if quantized.packed:
+            weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{SCALE}"]
+            was = before[f"{name}.weight"]
+            device = torch.device("cpu") if was.is_meta else was.device
+            quantized.hold_packed(weight.clone().to(device), scale.clone().to(device))

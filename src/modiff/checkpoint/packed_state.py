@@ -1,0 +1,128 @@
+"""The tensors of a quantized checkpoint: what a model writes, what a layout promises, and what came back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from modiff.checkpoint.headers import DTYPES, Claim, Expected, check_claims
+from modiff.checkpoint.layout import FORMAT_VERSION, METHOD, Layout
+from modiff.core.affine import qrange
+from modiff.errors import ConfigError, FormatError, StateError
+from modiff.kernels.nibbles import weight_codes
+from modiff.model.attach import Attachment, required_attachment
+from modiff.model.quantizers import quantizers_of
+from modiff.model.rebuild import rebuild
+from modiff.nn import quantized_class
+from modiff.nn.packed import SCALE, storage
+
+METADATA = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+"""What each safetensors file says of itself."""
+
+
+def scale_key(quantizer: str, name: str) -> str:
+    """The name in the files of one tensor of a quantizer's measured scales."""
+    return f"{quantizer}.activation.{name}"
+
+
+def scale_keys(layout: Layout) -> set[str]:
+    """The names in the files of all measured scales."""
+    return {scale_key(quantizer, name) for quantizer, names in layout.scales.items() for name in names}
+
+
+def quantized_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors to write for a model: its state dict with packed weights, their scales, and measured scales.
+
+    Raises: StateError if layers were wrapped since (a LoRA is loaded) or are offloaded to the meta device.
+    """
+    found = dict(state)
+    for name, quantized in required_attachment(model, "save").layers.items():
+        if f"{name}.weight" not in state:
+            raise StateError(
+                f"{name}: expected the layer that modiff put there, got another one around it. A LoRA is loaded, which "
+                "has no place in a checkpoint of the model. Unload it first: pipe.unload_lora_weights()."
+            )
+        if state[f"{name}.weight"].is_meta:
+            raise StateError(f"{name}: expected a weight in memory, got one on the meta device. It is offloaded to "
+                             "another place. Remove the offloading hooks, then save.")  # fmt: skip
+        if quantized.config.weight.bits is not None:
+            found[f"{name}.weight"], found[f"{name}.{SCALE}"] = quantized.packed_tensors()
+    for name, quantizer in quantizers_of(model).items():
+        for key, tensor in quantizer.state_dict_tensors().items():
+            found[scale_key(name, key)] = tensor
+    for name, tensor in found.items():
+        if tensor.dtype not in DTYPES.values():
+            raise StateError(f"{name}: expected a common dtype, got {tensor.dtype}. Layerwise casting keeps it so, and "
+                             "its rounding would be saved. Save before enable_layerwise_casting.")  # fmt: skip
+    return found
+
+
+def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: nn.Module) -> None:
+    """Make sure that files hold exactly what a layout promises for a plain `model`. Raises: FormatError if not."""
+    modules = dict(model.named_modules())
+    expected = {
+        name: Expected(None if value.is_floating_point() else value.dtype, tuple(value.shape))
+        for name, value in model.state_dict().items()
+    }
+    for name, layer in layout.layers.items():
+        module = modules.get(name)
+        if module is None or quantized_class(module) is None:
+            got = "no such module" if module is None else f"a {type(module).__name__} there"
+            raise FormatError(
+                f"{where}: expected a layer {name} in {type(model).__name__} that modiff can replace, got {got}. The "
+                "checkpoint belongs to another model. Give the model that it was saved from."
+            )
+        if layer.config.weight.bits is not None:
+            shape = expected[f"{name}.weight"].shape
+            expected[f"{name}.weight"] = Expected(*storage(layer.config.weight.bits, shape))
+            expected[f"{name}.{SCALE}"] = Expected(torch.float32, (shape[0], 1 if layer.split is None else 2))
+    scales = scale_keys(layout)
+    for name in (
+        scales & claims.keys()
+    ):  # their shapes are the quantizers' business; a quantizer refuses what does not fit it
+        expected[name] = Expected(claims[name].dtype, claims[name].shape)
+    for name in scales - claims.keys():
+        expected[name] = Expected(None, ())
+    check_claims(where, claims, expected)
+
+
+def rebuild_from(where: str, model: nn.Module, layout: Layout) -> Attachment:
+    """Packed layers in a plain model, without their weights. Raises: FormatError if the layout does not fit them."""
+    layers = {name: layer.config for name, layer in layout.layers.items()}
+    splits = {name: layer.split for name, layer in layout.layers.items() if layer.split is not None}
+    try:
+        return rebuild(model, layout.config, layers, splits)
+    except ConfigError as error:
+        raise FormatError(f"{where}: expected settings that fit {type(model).__name__}, got: {error}") from error
+
+
+def load_scales(where: str, model: nn.Module, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+    """Give each quantizer the scales that were measured for it. Raises: FormatError if they do not fit it."""
+    quantizers = quantizers_of(model)
+    for name, keys in layout.scales.items():
+        if name not in quantizers:
+            raise FormatError(f"{where}: expected a layer or attention module that codes its input, got {name}. The "
+                              "config is damaged or belongs to another model. Copy the folder again.")  # fmt: skip
+        quantizers[name].load_tensors({key: tensors[scale_key(name, key)] for key in keys})
+
+
+def check_values(where: str, attachment: Attachment) -> None:
+    """Make sure that codes lie in the range of their bits and scales are positive. Raises: FormatError if not."""
+    for name, quantized in attachment.layers.items():
+        bits = quantized.config.weight.bits
+        if bits is None:
+            continue
+        weight, scale = quantized.packed_tensors()
+        if weight.is_meta or scale.is_meta:
+            raise FormatError(f"{where}: expected a weight and scales for {name}, got none. The weights belong to "
+                              "another config or were changed. Copy the folder again.")  # fmt: skip
+        codes = weight_codes(weight, (weight.shape[0], 2 * weight.shape[1]))
+        low, high = (int(extreme) for extreme in torch.aminmax(codes)) if codes.numel() else (0, 0)
+        qmin, qmax = qrange(bits)
+        if low < qmin or high > qmax or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise FormatError(
+                f"{where}: expected codes from {qmin} to {qmax} and positive scales in {name}, got others. The weights "
+                "are damaged or belong to another config. Copy the folder again."
+            )

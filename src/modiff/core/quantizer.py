@@ -1,0 +1,229 @@
+"""Turns a residual into integer codes: a quantizer config, resolved for one layer, with its measured scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from modiff.config import Granularity, QuantizerConfig
+from modiff.core.affine import QParams, choose_qparams, dequantize, quantize
+from modiff.core.observers import Observer
+from modiff.core.scale_tensors import load_scales, scale_tensors
+from modiff.core.step_sets import Moment, grouped, set_of
+from modiff.errors import CalibrationError, ConfigError
+
+
+class Coded(Protocol):
+    """One round of integers, in whatever form: a layer can always ask what they stand for."""
+
+    def value(self) -> Tensor:
+        """The values, in the shape of the residual."""
+        ...
+
+
+class Code(NamedTuple):
+    """The integers that one step sends for one tensor, one part for each segment of its channels.
+
+    parts: (int8 codes, their scale and zero point); the parts lie side by side along `channel_dim`.
+    """
+
+    parts: tuple[tuple[Tensor, QParams], ...]
+    channel_dim: int
+
+    def value(self) -> Tensor:
+        """What the codes stand for, in the dtype of the scales; the shape of the residual."""
+        values = [dequantize(codes, qparams) for codes, qparams in self.parts]
+        return values[0] if len(values) == 1 else torch.cat(values, self.channel_dim)
+
+
+class Quantizer:
+    """code(r) = clamp(round(r / s), qmin, qmax) with s = clip * max|r| / qmax, for each segment of the channels.
+
+    Args:
+        config: bits, clip ratio, dynamic or static scales. bits None is not for a quantizer: there is nothing to code.
+        granularity: resolved, not "auto".
+        channel_dim: -1 for linear layers, 1 for convolutions.
+        segments: channel counts that get a quantizer each; one segment is the usual case, two a split shortcut.
+        moment: what tells the steps of a trajectory apart, asked for at each call; needed where
+            `config.step_groups` is not 1.
+
+    static: the scales of all steps. tables: or one set of scales for each group of steps; `moments` says which group a
+    moment belongs to. Both are None before calibration, and with dynamic scales.
+    """
+
+    def __init__(
+        self,
+        config: QuantizerConfig,
+        granularity: Granularity,
+        channel_dim: int,
+        segments: tuple[int, ...],
+        moment: Callable[[], Moment] | None = None,
+    ) -> None:
+        if config.bits is None:
+            raise ConfigError(
+                "Quantizer.bits: expected 0 or 2 to 8, got None. Full precision has no codes. Skip the quantizer."
+            )
+        if not config.dynamic and granularity in ("sample", "token"):
+            granularity = "tensor"  # "auto" of a static quantizer: one scale that was measured before
+        self.config = config
+        self.bits = config.bits
+        self.granularity: Granularity = granularity
+        self.channel_dim = channel_dim
+        self.segments = segments
+        self.moment = moment
+        self.static: tuple[QParams, ...] | None = None
+        self.tables: dict[int, tuple[QParams, ...]] | None = None
+        self.moments: dict[Moment, int] = {}
+        self.observers: tuple[Observer, ...] | None = None
+        self._make: Callable[[], Observer] | None = None
+        self._watched: dict[Moment, tuple[Observer, ...]] = {}
+
+    def __call__(self, residual: Tensor) -> Code | None:
+        """Codes of a residual, with the static scales if the config asks for them; None at 0 bits.
+
+        Raises: CalibrationError if static scales were never measured, or not at this step.
+        """
+        if self.bits == 0:
+            return None
+        watching = self._watching()
+        for observer, part in zip(watching, self._measured(residual) if watching else (), strict=True):
+            observer.observe(part)
+        if self.config.dynamic or watching:
+            return self.fresh(residual)
+        return self._code(residual, [_to(q, residual) for q in self._measured_scales(residual.device)])
+
+    def fresh(self, residual: Tensor) -> Code | None:
+        """Codes with scales measured on this very tensor, also for static configs (first-step rounds need them)."""
+        if self.bits == 0:
+            return None
+        qparams = [
+            choose_qparams(
+                part,
+                self.bits,
+                self.granularity,
+                symmetric=self.config.symmetric,
+                clip=self.config.clip,
+                channel_dim=self.channel_dim,
+            )
+            for part in self._measured(residual)
+        ]
+        return self._code(residual, qparams)
+
+    @property
+    def watching(self) -> bool:
+        """Whether scales are being measured."""
+        return self.observers is not None or self._make is not None
+
+    def scales(self, like: Tensor) -> tuple[Tensor, ...] | None:
+        """The scales of this step, one for each segment, on the device of `like`; None where each call measures them.
+
+        Raises: CalibrationError as a call does.
+        """
+        if self.config.dynamic:
+            return None
+        return tuple(q.scale.to(torch.float32) for q in self._measured_scales(like.device))
+
+    def scaled(self, residual: Tensor, qparams: Sequence[QParams]) -> Code:
+        """Codes of a residual with given scales, one for each segment."""
+        return self._code(residual, qparams)
+
+    def watch(self, make: Callable[[], Observer]) -> None:
+        """Measure from now on, with an observer from `make` for each segment (and each moment, with step groups)."""
+        self._make, self._watched = make, {}
+        if self.config.step_groups == 1:
+            self.observers = tuple(make() for _ in self.segments)
+
+    def unwatch(self) -> None:
+        """Stop measuring and forget what was seen; scales measured before stay."""
+        self.observers, self._make = None, None
+        self._watched.clear()
+
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether no tensor came since `watch`."""
+        if self.observers:
+            return self.observers[0].minimum is None
+        return not self._watched
+
+    def freeze(self) -> None:
+        """Turn what the observers saw into static scales. Raises: CalibrationError if they saw nothing."""
+        if self.observers is None and self._make is not None:
+            if not self._watched:
+                self._make().range()  # raises: nothing was seen
+            merged, self.moments = grouped(self._watched, self.config.step_groups)
+            self.tables = {index: self._frozen(observers) for index, observers in merged.items()}
+        else:
+            self.static = self._frozen(self.observers or ())
+        self.unwatch()
+
+    def state_dict_tensors(self) -> dict[str, Tensor]:
+        """The measured scales by stable names, for `load_tensors`; {} for dynamic scales and before calibration."""
+        return scale_tensors(self.static, self.tables, self.moments)
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take the scales that `state_dict_tensors` gave. Raises: FormatError if they do not fit this quantizer."""
+        channels = self.segments if self.granularity == "input_channel" else (1,) * len(self.segments)
+        self.static, self.tables, self.moments = load_scales(tensors, channels, symmetric=self.config.symmetric)
+
+    def _frozen(self, observers: tuple[Observer, ...]) -> tuple[QParams, ...]:
+        config = self.config
+        return tuple(o.qparams(self.bits, symmetric=config.symmetric, clip=config.clip) for o in observers)
+
+    def _watching(self) -> tuple[Observer, ...]:
+        """The observers of this moment, made when it is new."""
+        if self._make is None or self.config.step_groups == 1:
+            return self.observers or ()
+        now = self._now()
+        if now not in self._watched:
+            self._watched[now] = tuple(self._make() for _ in self.segments)
+        return self._watched[now]
+
+    def _measured_scales(self, device: torch.device) -> tuple[QParams, ...]:
+        """Those of this step; moved to a device once and kept there, as a copy at each step would wait for it."""
+        if self.tables is not None:
+            index = set_of(self._now(), self.moments)
+            self.tables[index] = found = _on(self.tables[index], device)
+            return found
+        if self.static is None:
+            raise CalibrationError(
+                "Quantizer: expected measured scales, got none. The config says dynamic=False. "
+                "Call modiff.calibrate(model, lambda: pipe(...)) first."
+            )
+        self.static = _on(self.static, device)
+        return self.static
+
+    def _now(self) -> Moment:
+        if self.moment is None:
+            raise CalibrationError(
+                "Quantizer: expected a clock that tells the steps apart, got none. Scales per step belong to a "
+                "layer of a "
+                "model. Use step_groups=1."
+            )
+        return self.moment()
+
+    def _code(self, residual: Tensor, qparams: Sequence[QParams]) -> Code:
+        parts = zip(self._split(residual), qparams, strict=True)
+        return Code(tuple((quantize(part, q, self.bits), q) for part, q in parts), self.channel_dim)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,) if len(self.segments) == 1 else x.split(list(self.segments), self.channel_dim)
+
+    def _measured(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What ranges are measured on: nothing below zero for an always-zero quantizer."""
+        return self._split(x.clamp_min(0) if self.config.lowest == "zero" else x)
+
+
+def _on(measured: tuple[QParams, ...], device: torch.device) -> tuple[QParams, ...]:
+    if all(q.scale.device == device for q in measured):
+        return measured
+    return tuple(
+        QParams(q.scale.to(device), None if q.zero_point is None else q.zero_point.to(device)) for q in measured
+    )
+
+
+def _to(qparams: QParams, like: Tensor) -> QParams:
+    zero_point = None if qparams.zero_point is None else qparams.zero_point.to(like.device)
+    return QParams(qparams.scale.to(like.device, like.dtype), zero_point)

@@ -1,0 +1,177 @@
+"""The engine that is a Ray cluster: every span a task, tried again on another worker when its worker dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from modiff.assets import MODELS
+from modiff.errors import ConfigError, ModiffError, StateError
+from modiff.generate import worker
+from modiff.generate.job import Job
+from modiff.generate.shards import Span
+from modiff.generate.worker import Description, Drawn
+
+LOCAL = "local"
+RETRIES = 3
+
+
+class RayEngine:
+    """Workers of a Ray cluster. They need modiff and the model under the same name, but not the output folder.
+
+    A span is a pure function of the job: Ray may run it again, and the same images come back. Results travel to this
+    process, the only one that writes.
+    """
+
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        workers: int | None = None,
+        task: Callable[[Job, int, Span], Drawn] = worker.draw_span,
+    ) -> None:
+        """Remember where to work; nothing is started before the engine is entered.
+
+        Args:
+            address: of a running cluster, as `ray.init` takes it; None starts one on this machine and stops it at the
+                end.
+            workers: spans drawn at a time; None for as many as the cluster has processors, or GPUs for a CUDA device.
+            task: what draws a span.
+        Raises: ConfigError without the package ray, or for less than one worker.
+        """
+        if workers is not None and workers < 1:
+            raise ConfigError(f"--workers: expected 1 or more, got {workers}. Someone must work. Use --workers 1.")
+        try:
+            import ray  # an extra, and slow to import
+        except ImportError as error:
+            raise ConfigError(
+                "--engine ray: expected the package ray, got none. It is an extra. Install it with "
+                "pip install 'modiff[ray]', or leave --engine out."
+            ) from error
+        self._ray: Any = ray
+        self._address, self._workers, self._task = address, workers, task
+
+    def __enter__(self) -> Self:
+        self._ours = not self._ray.is_initialized()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ours:
+            self._ray.shutdown()
+
+    def describe(self, job: Job) -> Description:
+        """Open the model on a worker and see what it makes. Raises: ConfigError if no machine can run the job."""
+        self._connect(job)
+        return self._result(self._remote(worker.describe, job).remote(_anywhere(job)))
+
+    def draw(self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]) -> Iterator[Drawn]:
+        """The spans as they are done; `tick` hears of each. Raises: StateError if a span killed every worker it had."""
+        task = self._remote(self._task, job)
+        waiting, running = deque(spans), dict[Any, Span]()
+        places = self._places(job)
+        try:
+            while waiting or running:
+                while waiting and len(running) < places:
+                    span = waiting.popleft()
+                    running[task.remote(_anywhere(job), batch_size, span)] = span
+                done, _ = self._ray.wait(list(running), num_returns=1)
+                span = running.pop(done[0])
+                drawn = self._result(done[0])
+                tick(span.count)
+                yield drawn
+        finally:
+            for reference in running:
+                self._ray.cancel(reference, force=True)
+
+    def _remote(self, function: Callable[..., Any], job: Job) -> Any:
+        return self._ray.remote(
+            num_cpus=_threads(job), num_gpus=int(_on_gpu(job)), max_retries=RETRIES, retry_exceptions=False
+        )(function)
+
+    def _connect(self, job: Job) -> None:
+        """Start or reach the cluster, and see that a machine of it can take a task: Ray would wait forever."""
+        if not self._ray.is_initialized():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            own: dict[str, Any] = {"include_dashboard": False}
+            if self._workers is not None:
+                own["num_cpus"] = self._workers * _threads(job)
+            try:
+                _knock(self._address)
+                self._ray.init(
+                    address=self._address or LOCAL,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    **own if self._address is None else {},
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise ConfigError(
+                    f"--address: expected a Ray cluster at {self._address or LOCAL}, got {reason.rstrip('.')}. It does "
+                    "not answer, or runs another version. Check it with ray status, or leave --address out."
+                ) from error
+        if ":" in job.device:
+            raise ConfigError(
+                f"--device: expected cpu or cuda with --engine ray, got {job.device}. Ray gives every worker a GPU of "
+                "its own. Use --device cuda."
+            )
+        kind, need = ("GPU", 1) if _on_gpu(job) else ("CPU", _threads(job))
+        most = max((node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]), default=0)
+        if most < need:
+            raise ConfigError(
+                f"--engine ray: expected a machine with {need} {kind} for a worker, got {most:g} at most. No worker "
+                f"could start. Use {'--device cpu' if kind == 'GPU' else f'--threads {max(1, int(most))}'}."
+            )
+
+    def _places(self, job: Job) -> int:
+        """How many spans to have under way."""
+        if self._workers is not None:
+            return self._workers
+        total = self._ray.cluster_resources()
+        free = total.get("GPU", 0) if _on_gpu(job) else total.get("CPU", 0) / _threads(job)
+        return max(1, int(free))
+
+    def _result(self, reference: Any) -> Any:
+        """What a task returned, or raised, or that its workers died."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, ModiffError):
+                raise error.cause from error
+            raise
+        except errors.RayError as error:
+            raise StateError(
+                f"--engine ray: expected a worker that lives, got {type(error).__name__} after {RETRIES} retries. It "
+                "ran out of memory or its machine is gone. Use a smaller --batch-size or fewer --workers, and run the "
+                "command again: it goes on where it stopped."
+            ) from error
+
+
+def _knock(address: str | None) -> None:
+    """Raises: OSError if nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _threads(job: Job) -> int:
+    return job.threads or 1
+
+
+def _on_gpu(job: Job) -> bool:
+    return job.device.startswith("cuda")
+
+
+def _anywhere(job: Job) -> Job:
+    """The job for another working directory; a model of the package has its name there too."""
+    folder = Path(job.model).expanduser()
+    model = str(folder.resolve()) if job.model not in MODELS and folder.is_dir() else job.model
+    return dataclasses.replace(job, model=model, threads=_threads(job))

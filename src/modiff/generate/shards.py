@@ -1,0 +1,294 @@
+"""Many images in a folder: shards of a fixed size, each whole or not there, and a manifest that says what they are.
+
+A shard is a safetensors file with one tensor, `images` (N, H, W, C) uint8, and a note of its own: the job that it
+belongs to, its first index, a checksum. So a shard that was finished just before a kill is known without the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from safetensors.numpy import save
+
+from modiff.errors import ConfigError, FormatError
+from modiff.files import write_atomically, write_json
+
+MANIFEST = "manifest.json"
+SHARDS = "shard-*.safetensors"
+FORMAT = 1
+ROUNDING = "round half to even of clamp(x / 2 + 0.5, 0, 1) * 255"
+_NOTE = "modiff"
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1] as codes 0 to 255: round half to even of 255 x, in float64, where the product is exact.
+
+    Args:
+        images: any shape, finite; values outside [0, 1] are clipped.
+
+    >>> to_uint8(np.array([0.0, 0.5, 1.5 / 255, 1.0]))
+    array([  0, 128,   2, 255], dtype=uint8)
+    """
+    return np.rint(np.clip(images.astype(np.float64), 0, 1) * 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Images first, ..., first + count - 1."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Span):
+    """A file of whole images. sha256: of the file. environment: where it was made, as `evaluate.environment` tells."""
+
+    file: str
+    sha256: str
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds.
+
+    model: as it was typed, for the reader only. request: all that shapes the images (digest of the model, config,
+        scheduler, steps, seed, prompts, labels); plain JSON values.
+    num_images: how many were asked for last. A folder may hold more of them; it is complete when it holds these.
+    shape: (H, W, C) of one image.
+    batch_size, shard_size: images computed at a time, and per file: fixed for a folder, because kernels sum in another
+        order for another batch.
+    shards: by index.
+    """
+
+    model: str
+    request: dict[str, Any]
+    num_images: int
+    shape: tuple[int, int, int]
+    batch_size: int
+    shard_size: int
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what every shard of this folder has in common."""
+        common = [FORMAT, ROUNDING, self.request, self.batch_size, self.shard_size, self.shape]
+        return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def missing(self) -> tuple[Span, ...]:
+        """The shards to make, as long as they must be: those that are not there, and those with too few images."""
+        there = {shard.first: shard.count for shard in self.shards}
+        spans = (
+            Span(first=first, count=min(self.shard_size, self.num_images - first))
+            for first in range(0, self.num_images, self.shard_size)
+        )
+        return tuple(span for span in spans if there.get(span.first, 0) < span.count)
+
+    @property
+    def present(self) -> int:
+        """How many of the images asked for are there."""
+        return self.num_images - sum(span.count for span in self.missing)
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Where the shards were made; more than one means that images are repeatable only up to float rounding."""
+        found: list[dict[str, Any]] = []
+        for shard in self.shards:
+            if shard.environment not in found:
+                found.append(shard.environment)
+        return found
+
+    def file_of(self, first: int) -> str:
+        """The name of the shard that begins with image `first`."""
+        return f"shard-{first // self.shard_size:06d}.safetensors"
+
+    def with_shard(self, shard: Shard) -> Self:
+        """This manifest and one shard more, which takes the place of one with the same first image."""
+        others = [other for other in self.shards if other.first != shard.first]
+        return dataclasses.replace(self, shards=tuple(sorted([*others, shard], key=lambda one: one.first)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the inverse of `from_dict`. Shards refer to the list of environments."""
+        places = self.environments
+        shards = [vars(shard) | {"environment": places.index(shard.environment)} for shard in self.shards]
+        own = {"shape": list(self.shape), "environments": places, "shards": shards}
+        return {"format": FORMAT, "rounding": ROUNDING} | vars(self) | own
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a manifest. Raises: FormatError if the values are none, or of another version."""
+        try:
+            if values["format"] != FORMAT:
+                raise ValueError(f"format {values['format']}")
+            places = values["environments"]
+            shards = [Shard(**shard | {"environment": places[shard["environment"]]}) for shard in values["shards"]]
+            height, width, channels = values["shape"]
+            numbers = [values[name] for name in ("num_images", "batch_size", "shard_size")]
+            numbers += [height, width, channels, *(shard.count for shard in shards)]
+            firsts = [shard.first for shard in shards]
+            if not all(type(n) is int and n > 0 for n in numbers) or not all(type(n) is int and n >= 0 for n in firsts):
+                raise ValueError(f"sizes {numbers}, first images {firsts}")
+            manifest = cls(
+                model=values["model"],
+                request=values["request"],
+                num_images=values["num_images"],
+                shape=(height, width, channels),
+                batch_size=values["batch_size"],
+                shard_size=values["shard_size"],
+                shards=tuple(shards),
+            )
+            for shard in shards:
+                if shard.file != manifest.file_of(shard.first):  # nothing outside the folder is read
+                    raise ValueError(f"file {shard.file} for the images from {shard.first} on")
+            return manifest
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise FormatError(
+                f"manifest: expected one of format {FORMAT}, got {type(error).__name__}: {error}. It was changed by "
+                "hand, or written by another version. Generate into another folder."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder, atomically. Raises: OSError that names the file."""
+        write_json(folder / MANIFEST, self.to_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read it from a folder. Raises: FormatError if there is none, or it cannot be read."""
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise FormatError(
+                f"{folder}: expected a folder of modiff generate, got one without {MANIFEST}. Nothing says what its "
+                "files are. Make one with modiff generate MODEL -o DIR."
+            )
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:  # FormatError is one
+            raise FormatError(
+                f"{path}: expected the manifest of modiff generate, got {error}"
+                + ("" if isinstance(error, FormatError) else ". The file is damaged. Generate into another folder.")
+            ) from error
+
+
+def write_shard(folder: Path, manifest: Manifest, first: int, images: np.ndarray, environment: dict[str, Any]) -> Shard:
+    """Write images first, first + 1, ... to their file, atomically: the same bytes whenever the images are the same.
+
+    Raises: OSError that names the file; a file that was there is whole then.
+    """
+    images = np.ascontiguousarray(images)
+    own = {"job": manifest.fingerprint, "first": first, "environment": environment}
+    # one key: safetensors does not keep the order of several
+    content = save({"images": images}, metadata={_NOTE: json.dumps(own | {"sha256": _checksum(own, images)})})
+    name = manifest.file_of(first)
+    write_atomically(folder / name, lambda file: file.write(content))
+    return Shard(file=name, first=first, count=len(images), sha256=_sha256(content), environment=environment)
+
+
+def read_shard(folder: Path, file: str, manifest: Manifest) -> tuple[Shard, np.ndarray]:
+    """A shard and its images, checked against its own checksum.
+
+    Raises: FormatError if it is damaged; ConfigError if it is whole and belongs to another job or another place.
+    """
+    content = bytearray((folder / file).read_bytes())  # so that the images can be written to, as torch wants them
+    try:
+        own, images = _parse(content)
+        checksum = own.pop("sha256")
+        job, first, environment = own["job"], own["first"], own["environment"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(folder / file, f"{type(error).__name__}: {error}") from error
+    if checksum != _checksum(own, images) or len(images) == 0:
+        raise _damaged(folder / file, "another checksum than it was written with")
+    if job != manifest.fingerprint or manifest.file_of(first) != file:
+        got = "one of another job" if job != manifest.fingerprint else f"the images from {first} on"
+        raise ConfigError(
+            f"{folder / file}: expected a shard of this job in its place, got {got}. It would be mixed with images "
+            "that it does not belong to. Move it away, or give another folder."
+        )
+    found = Shard(file=file, first=first, count=len(images), sha256=_sha256(content), environment=environment)
+    return found, images
+
+
+def whole_shards(folder: Path, manifest: Manifest) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
+    """The shards that lie in the folder, listed in the manifest or not, and the names of those that are damaged.
+
+    Raises: ConfigError for a shard of another job.
+    Cost: reads every shard once.
+    """
+    whole: list[Shard] = []
+    damaged: list[str] = []
+    for path in sorted(folder.glob(SHARDS)):
+        try:
+            whole.append(read_shard(folder, path.name, manifest)[0])
+        except FormatError:
+            damaged.append(path.name)
+    return tuple(sorted(whole, key=lambda shard: shard.first)), tuple(damaged)
+
+
+def read_images(folder: str | Path, num_images: int | None = None) -> Iterator[np.ndarray]:
+    """The images of a folder in index order, a shard at a time: uint8 (n, H, W, C), n at most the shard size.
+
+    Args:
+        num_images: the first so many; None for all that were asked for last.
+    Raises: FormatError, at once, if the folder holds fewer or has no manifest, and on the way if a shard is damaged.
+    Cost: one shard in memory.
+    """
+    folder, manifest = Path(folder), Manifest.load(folder)
+    wanted = manifest.num_images if num_images is None else num_images
+    asked = dataclasses.replace(manifest, num_images=wanted)
+    if wanted < 1 or asked.missing:
+        raise FormatError(
+            f"{folder}: expected {wanted} images, got {asked.present} in whole shards. The job is not at its end, or "
+            "was for fewer. Run modiff generate again with the same options: it goes on where it stopped."
+        )
+    return _images(folder, asked)
+
+
+def _images(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+    for shard in manifest.shards:
+        if shard.first >= manifest.num_images:
+            return
+        try:
+            found, images = read_shard(folder, shard.file, manifest)
+        except FileNotFoundError as error:
+            raise _damaged(folder / shard.file, "no such file") from error
+        if found.sha256 != shard.sha256:
+            raise _damaged(folder / shard.file, f"another sha256 than {MANIFEST} says")
+        yield images[: manifest.num_images - shard.first]
+
+
+def _parse(content: bytearray) -> tuple[dict[str, Any], np.ndarray]:
+    """Note and images of a shard. safetensors: length of the header in 8 bytes, header in JSON, data."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    entry, own = header["images"], json.loads(header["__metadata__"][_NOTE])
+    data = memoryview(content)[end:]
+    if entry["dtype"] != "U8" or len(entry["shape"]) != 4 or math.prod(entry["shape"]) != len(data):
+        raise ValueError(f"{len(data)} bytes for {entry['dtype']} {entry['shape']}")
+    return own, np.frombuffer(data, dtype=np.uint8).reshape(entry["shape"])
+
+
+def _checksum(own: dict[str, Any], images: np.ndarray) -> str:
+    """sha256 over a shard's note and pixels."""
+    total = hashlib.sha256(json.dumps(own).encode())
+    total.update(images.reshape(-1).data)
+    return total.hexdigest()
+
+
+def _sha256(content: bytes | bytearray) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _damaged(path: Path, got: str) -> FormatError:
+    return FormatError(
+        f"{path}: expected a whole shard, got {got}. The file was cut or changed. Run modiff generate again with the "
+        "same options: it makes this shard anew."
+    )

@@ -1,0 +1,132 @@
+"""A linear layer on integers, in Triton: int8 products summed in int32, added to the output state in the epilogue.
+
+    ô[m, n] += s[m] s_w[n] sum_k (code[m, k] - zero) w[n, k],    y = ô in the dtype of the model
+
+Triton is imported when this module is: `modiff.kernels.triton.backend` decides whether it may be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SMALL = 16
+"""Least size of a block of `tl.dot`."""
+
+
+@triton.jit
+def _linear(
+    codes, weight, weight_scale, scale, bias, state, output, rows, columns, depth,
+    ZERO: tl.constexpr, SCALES: tl.constexpr, KEEPS: tl.constexpr, WRITES: tl.constexpr, BIASED: tl.constexpr,
+    RAW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One block of the output. codes (M, K) uint8, weight (N, K) int8, state and output (M, N), all dense.
+
+    SCALES: 0 for one scale, else how many rows share one. KEEPS: add to the state; else start from zero, or the bias.
+    RAW: write the int32 sums alone.
+    """
+    pid = tl.program_id(0)
+    blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    first = pid // (GROUP * blocks_n) * GROUP  # blocks that share weights run next to each other
+    size = min(blocks_m - first, GROUP)
+    m = (first + pid % (GROUP * blocks_n) % size) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid % (GROUP * blocks_n) // size * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, depth, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(codes + m[:, None].to(tl.int64) * depth + k[None, :],
+                    mask=(m[:, None] < rows) & (k[None, :] < depth), other=ZERO)  # fmt: skip
+        b = tl.load(weight + n[None, :].to(tl.int64) * depth + k[:, None],
+                    mask=(n[None, :] < columns) & (k[:, None] < depth), other=0)  # fmt: skip
+        signed = (a.to(tl.int16) - ZERO).to(tl.int8)
+        total = tl.dot(signed, b, total, out_dtype=tl.int32)
+    if SCALES == 0:
+        down = tl.load(scale) + tl.zeros((BLOCK_M,), dtype=tl.float32)
+    else:
+        down = tl.load(scale + m // SCALES, mask=m < rows, other=0.0)
+    finish(total, down, weight_scale, bias, state, output, m, n, rows, columns, KEEPS, WRITES, BIASED, RAW)
+
+
+@triton.jit
+def finish(
+    total, down, weight_scale, bias, state, output, m, n, rows, columns,
+    KEEPS: tl.constexpr, WRITES: tl.constexpr, BIASED: tl.constexpr, RAW: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: sums times scales, added to the state in place, and written as the layer's output."""
+    inside = (m[:, None] < rows) & (n[None, :] < columns)
+    at = m[:, None].to(tl.int64) * columns + n[None, :]
+    if RAW:
+        tl.store(output + at, total, mask=inside)
+    else:
+        across = tl.load(weight_scale + n, mask=n < columns, other=0.0)
+        value = total.to(tl.float32) * across[None, :] * down[:, None]
+        if BIASED:
+            value += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        if KEEPS:
+            value += tl.load(state + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(state + at, value.to(state.dtype.element_ty), mask=inside)
+        if WRITES:
+            tl.store(output + at, value.to(output.dtype.element_ty), mask=inside)
+
+
+def run_linear(
+    codes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    scale: Tensor,
+    zero: int,
+    *,
+    state: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Add to `state` (M, N) in place, and write the new state into `output` as well; either may be missing.
+
+    Args:
+        codes: uint8 (M, K). weight: int8 (N, K). weight_scale: float32 (N,). scale: float32, one, or one for each run
+            of M / len(scale) rows.
+        state: float32, float16 or bfloat16, dense. output: any of these, or int32 for the sums alone.
+        bias: (N,), added where there is no state.
+    """
+    rows, depth = codes.shape
+    columns = weight.shape[0]
+    block_m, block_n, block_k = blocks_of(rows, columns, depth)
+    grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)
+    held, written = _both(state, output)
+    _linear[grid](
+        codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, held, written, rows,
+        columns, depth, ZERO=zero, SCALES=0 if scale.numel() == 1 else rows // scale.numel(),
+        **options(state, output, bias, (block_m, block_n, block_k)),
+    )  # fmt: skip
+
+
+def _both(state: Tensor | None, output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A pointer for each, also where it is not used."""
+    return (output if state is None else state), (state if output is None else output)
+
+
+def options(
+    state: Tensor | None, output: Tensor | None, bias: Tensor | None, blocks: tuple[int, int, int]
+) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "KEEPS": state is not None, "WRITES": output is not None, "BIASED": bias is not None,
+        "RAW": output is not None and output.dtype == torch.int32, "BLOCK_M": blocks[0], "BLOCK_N": blocks[1],
+        "BLOCK_K": blocks[2], "GROUP": 8, "num_warps": 8 if blocks[0] >= 128 else 4, "num_stages": 3,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def blocks_of(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
+    """Sizes of the blocks: large where there is enough work to fill a GPU with them."""
+    wide = 256 if columns >= 2048 and rows >= 2048 else 128
+    return _fit(rows, 128), _fit(columns, wide), _fit(depth, 128)
+
+
+def _fit(size: int, most: int) -> int:
+    return max(_SMALL, min(most, triton.next_power_of_2(size)))

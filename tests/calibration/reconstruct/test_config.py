@@ -1,0 +1,84 @@
+"""Settings and reports of reconstruction."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from modiff import ConfigError
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.report import ReconstructionReport, UnitReport
+
+
+def test_the_defaults_are_the_papers():
+    weights = ReconstructConfig()
+    assert (weights.iterations, weights.batch, weights.learning_rate, weights.schedule) == (20000, 32, 1e-3, "constant")
+    assert (weights.p, weights.regularizer, weights.warmup) == (2.0, 0.01, 0.2)
+    assert (weights.beta_start, weights.beta_end, weights.activations) == (20.0, 2.0, "full_precision")
+    assert ReconstructConfig.weights() == weights
+    for steps in (ReconstructConfig.activation_steps(), ReconstructConfig.residual_steps()):
+        assert (steps.iterations, steps.batch, steps.learning_rate, steps.schedule) == (5000, 32, 4e-4, "cosine")
+        assert steps.p == 2.4
+    assert ReconstructConfig.residual_steps().unit == "layer"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ReconstructConfig(blocks=("up_blocks.*", "mid_block"), seed=3),
+        ReconstructConfig.quick_weights(),
+        ReconstructConfig.activation_steps(),
+        ReconstructConfig.residual_steps(),
+    ],
+)
+def test_json_brings_a_config_back(config):
+    assert ReconstructConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"iterations": 0}, "iterations: expected 1 or more, got 0"),
+        ({"batch": 0}, "batch: expected 1 or more, got 0"),
+        ({"checks": 0}, "checks: expected 1 or more, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
+        ({"p": 0.5}, "p: expected 1 or more, got 0.5"),
+        ({"regularizer": -1.0}, "regularizer: expected 0 or more, got -1.0"),
+        ({"beta_end": 30.0}, "beta_end: expected 1 to beta_start=20.0, got 30.0"),
+        ({"warmup": 1.5}, "warmup: expected a share in [0, 1], got 1.5"),
+        ({"held_out": 0.0}, "held_out: expected a share in (0, 1), got 0.0"),
+        ({"held_out": 1.0}, "held_out: expected a share in (0, 1), got 1.0"),
+        ({"patience": -1}, "patience: expected 0 or more checks, got -1"),
+        ({"learn": "residual_steps"}, "unit: expected 'layer' for residual_steps, got 'block'"),
+        ({"learn": "activation_steps"}, "activations: expected 'quantized' for activation_steps, got 'full_precision'"),
+        ({"learn": "codes"}, "learn: expected one of 'weights', 'activation_steps', 'residual_steps', got 'codes'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError) as error:
+        ReconstructConfig(**settings)
+    assert f"ReconstructConfig.{message}" in str(error.value)
+
+
+def unit(name: str, before: float, after: float, learned: bool) -> UnitReport:
+    return UnitReport(name, "ResnetBlock2D", (f"{name}.conv1", f"{name}.conv2"), before, after, learned, 300, "done")
+
+
+def test_a_report_prints_one_line_a_unit_and_turns_into_json():
+    report = ReconstructionReport((unit("down", 0.5, 0.125, True),)) + ReconstructionReport((unit("up", 0, 0, False),))
+    lines = str(report).splitlines()
+    assert lines[0] == "1 of 2 units learned (loss on held-out rows, before and after)"
+    assert lines[1].split() == ["down", "5.000e-01", "->", "1.250e-01", "0.250", "learned", "300", "iterations", "done"]
+    assert lines[2].split()[:6] == ["up", "0.000e+00", "->", "0.000e+00", "1.000", "kept"]
+    assert [u.name for u in report.learned] == ["down"]
+    assert json.loads(json.dumps(report.to_dict()))["units"][0] == {
+        "name": "down",
+        "kind": "ResnetBlock2D",
+        "layers": ["down.conv1", "down.conv2"],
+        "before": 0.5,
+        "after": 0.125,
+        "learned": True,
+        "iterations": 300,
+        "reason": "done",
+    }

@@ -1,0 +1,268 @@
+"""Learned rounding on toys: better or unchanged, repeatable, and one unit in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modiff
+from modiff import (
+    presets,
+)
+from modiff.calibration.reconstruct import job as reconstruct_job
+from modiff.calibration.reconstruct.layers import without_states
+from modiff.calibration.reconstruct.run import reconstruct
+from modiff.calibration.reconstruct.unit_data import UnitData
+from tests.helpers import assert_same_bits, drifting
+from tests.model.learning import (
+    KINDS,
+    QUICK,
+    applied,
+    calls_of,
+    codes_of,
+    error_of,
+    layers_of,
+    same_codes,
+    weights,
+)
+from tests.model.toys import sample, toy, toy_unet
+
+
+@pytest.mark.parametrize(("unit", "rotation"), [("block", "none"), ("block", "hadamard"), ("layer", "none")])
+def test_learned_rounding_lowers_the_loss_and_the_error_of_the_network(unit, rotation):
+    model, calls = applied(toy_unet, weights(rotation=rotation))
+    exact = sample(toy_unet(), seed=100)
+    before, nearest = error_of(model, exact), codes_of(model)
+    report = reconstruct(model, calls, dataclasses.replace(QUICK, unit=unit), kinds=KINDS, progress=False)
+    assert len(report.units) == (7 if unit == "block" else len(nearest))
+    assert sum(u.after for u in report.units) < 0.75 * sum(u.before for u in report.units)
+    assert error_of(model, exact) < before
+    learned = {name for u in report.learned for name in u.layers}
+    assert len(learned) > len(nearest) / 2
+    for name, quantized in layers_of(model).items():
+        ratio = quantized.quantized_weight.floats(quantized.weight).split(list(quantized.quantized_weight.segments), 1)
+        for (codes, qparams), values, was in zip(
+            quantized.quantized_weight.codes(quantized.weight), ratio, nearest[name], strict=True
+        ):
+            assert ((values / qparams.scale - codes).abs() <= 1 + 1e-5).all(), name
+            assert ((codes - was).abs() <= 1).all()
+        assert quantized.quantized_weight.fixed == (name in learned)
+    assert (
+        sum(len(quantized.quantized_weight.codes(quantized.weight)) == 2 for quantized in layers_of(model).values())
+        == 6
+    )
+
+
+def test_before_and_after_are_the_losses_of_the_layers_as_they_are():
+    """Measured once more from outside: inputs of the quantized prefix, targets of full precision, rows held out."""
+    model, calls = applied(toy, weights())
+    captured: dict[str, UnitData] = {}
+    make = reconstruct_job.UnitData
+
+    def spy(visits, run, **settings):
+        captured[settings["name"]] = make(visits, run, **settings)
+        return captured[settings["name"]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct_job, "UnitData", spy)
+        report = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+
+    def losses() -> list[float]:
+        found = []
+        for name, data in captured.items():
+            with without_states(model, "full_precision"), torch.no_grad():
+                outputs = [(model.get_submodule(name)(*b.args, **b.kwargs), b) for b in data.held_batches(8)]
+            axis = 1 if outputs[0][0].dim() == 4 else 2
+            total = sum(float((o - b.targets[0]).square().sum(axis).mean()) * b.rows for o, b in outputs)
+            found.append(total / sum(b.rows for _, b in outputs))
+        return found
+
+    assert [u.name for u in report.units] == ["body", "attention"]
+    assert losses() == pytest.approx([u.after for u in report.units], rel=1e-4)
+    for quantized in layers_of(model).values():
+        quantized.quantized_weight.unfix()
+    assert losses() == pytest.approx([u.before for u in report.units], rel=1e-4)
+
+
+def test_inputs_come_from_the_quantized_model_and_targets_from_full_precision():
+    model, calls = applied(toy, weights(bits=2))
+    seen: dict[str, list] = {}
+    make = reconstruct_job.UnitData
+
+    def spy(visits, run, **settings):
+        seen[settings["name"]] = list(visits)
+        return make(visits, run, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct_job, "UnitData", spy)
+        reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    exact = toy()
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    exact.attention.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
+    exact.attention.register_forward_hook(lambda _m, _a, o: targets.append(o))
+    with torch.no_grad():
+        for call in calls:
+            call.evaluate(exact)
+    quantized: list[Tensor] = []
+    model.attention.register_forward_pre_hook(lambda _m, a: quantized.append(a[0]))
+    with without_states(model, "full_precision"), torch.no_grad():
+        for call in calls:
+            call.evaluate(model)
+    for visit, q, i, t in zip(seen["attention"], quantized, inputs, targets, strict=True):
+        assert_same_bits(visit.args[0], q)
+        assert_same_bits(visit.targets[0], t)
+        assert float((q - i).norm()) > 0.01 * float(i.norm()), "the layer before changed nothing, so nothing is tested"
+
+
+def test_what_is_no_better_is_not_kept():
+    """One step of a rate that throws every weight up or down: rounding to nearest stays, to the bit."""
+    model, calls = applied(toy, weights())
+    nearest = codes_of(model)
+    wild = dataclasses.replace(QUICK, iterations=8, learning_rate=50.0, regularizer=0.0, checks=8, unit="layer")
+    report = reconstruct(model, calls, wild, progress=False)
+    assert [u.learned for u in report.units] == [False] * 5
+    assert all(u.after == u.before > 0 for u in report.units)
+    assert {u.reason for u in report.units} == {"what was learned is no better on the rows held out"}
+    assert same_codes(codes_of(model), nearest)
+    assert not any(quantized.quantized_weight.fixed for quantized in layers_of(model).values())
+
+
+@pytest.mark.parametrize(("patience", "iterations"), [(0, 8), (2, 6), (1, 5)])
+def test_a_unit_stops_after_so_many_checks_without_gain_in_the_second_half(patience, iterations):
+    model, calls = applied(toy, weights())
+    still = dataclasses.replace(QUICK, iterations=8, learning_rate=1e-6, regularizer=0.0, checks=8, patience=patience)
+    report = reconstruct(model, calls, still, kinds=KINDS, progress=False)
+    assert {u.iterations for u in report.units} == {iterations}
+
+
+def test_a_unit_stops_at_the_check_that_finds_every_weight_decided():
+    model, calls = applied(toy, weights())
+    hasty = dataclasses.replace(QUICK, iterations=80, checks=8, regularizer=0.1, beta_start=2.0)
+    report = reconstruct(model, calls, hasty, kinds=KINDS, progress=False)
+    assert all(20 <= u.iterations < 80 for u in report.units)
+    assert any(u.reason == "every weight is decided" for u in report.units)
+
+
+def test_a_half_precision_network_is_learned_in_float32():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16)).bfloat16()
+    inputs = drifting(0, (16, 16), 4, 0.5, torch.bfloat16)
+    calls = modiff.collect(model, lambda _: [model(x) for x in inputs], progress=False)
+    modiff.apply(model, dataclasses.replace(weights(), first_last="quantize"))
+    report = reconstruct(model, calls, QUICK, progress=False)
+    assert all(u.learned for u in report.units)
+    assert {t.quantized_weight.codes(t.weight)[0][1].scale.dtype for t in layers_of(model).values()} == {torch.float32}
+
+
+def test_the_same_seed_learns_the_same_codes_and_another_one_others():
+    found = []
+    for seed in (0, 0, 1):
+        model, calls = applied(toy, weights())
+        torch.manual_seed(len(found))  # the global state has no say
+        report = reconstruct(model, calls, dataclasses.replace(QUICK, seed=seed), kinds=KINDS, progress=False)
+        found.append((codes_of(model), report))
+    assert same_codes(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert not same_codes(found[0][0], found[2][0])
+
+
+@pytest.mark.parametrize("activations", ["full_precision", "quantized"])
+def test_weights_of_modulated_layers_are_learned_without_their_states(activations):
+    """Bits of the activation matter only where they are quantized while learning."""
+    found = []
+    for bits in (3, 8):
+        model, calls = applied(toy, presets.modulated(4, bits))
+        exact = sample(toy(), seed=100)
+        before = error_of(model, exact)
+        report = reconstruct(
+            model, calls, dataclasses.replace(QUICK, activations=activations), kinds=KINDS, progress=False
+        )
+        assert report.learned
+        assert bits == 3 or error_of(model, exact) < before
+        found.append(codes_of(model))
+    assert same_codes(*found) == (activations == "full_precision")
+
+
+def test_grouped_convolutions_and_layers_that_share_a_residual():
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+            self.pair = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+
+        def forward(self, sample: Tensor, timestep: float) -> Tensor:
+            h = self.conv(sample)
+            return self.pair[0](h) + self.pair[1](h).tanh()
+
+    torch.manual_seed(0)
+    model = Grouped()
+    inputs = drifting(0, (4, 8, 4, 4), 6, 0.3, torch.float32)
+    calls = modiff.collect(model, lambda _: [model(x, 0.0) for x in inputs], progress=False)
+    config = dataclasses.replace(presets.tuned(3, 8), first_last="quantize", min_weights=1)
+    modiff.apply(model, config)
+    report = reconstruct(model, calls, QUICK, kinds=("Grouped",), progress=False)
+    assert [u.layers for u in report.units] == [("conv",), ("pair.0",), ("pair.1",)]
+    assert all(u.learned for u in report.units)
+
+
+def test_a_layer_that_never_ran_is_left_and_said_so():
+    model = toy()
+    model.add_module("idle", nn.Linear(32, 32))
+    calls = calls_of(model)
+    modiff.apply(model, dataclasses.replace(weights(), first_last="quantize", exclude=("time_embedding",)))
+    report = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    assert (report.units[-1].name, report.units[-1].learned) == ("idle", False)
+    assert report.units[-1].reason == "never ran on the calibration calls"
+    assert not layers_of(model)["idle"].quantized_weight.fixed
+
+
+def test_nothing_else_of_the_model_changes():
+    model, calls = applied(toy, weights())
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, before[name])
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.body._forward_hooks
+    modiff.remove(model)
+    for a, b in zip(sample(model.eval()), sample(toy()), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_learning_again_starts_from_the_nearest_again():
+    model, calls = applied(toy, weights())
+    first = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    codes = codes_of(model)
+    assert reconstruct(model, calls, QUICK, kinds=KINDS, progress=False) == first
+    assert same_codes(codes_of(model), codes)
+
+
+def test_the_inputs_of_one_unit_at_a_time_are_in_memory():
+    model, calls = applied(toy_unet, weights())
+    alive: list[int] = []
+    units: list[weakref.ref] = []
+    make = reconstruct_job.UnitData
+
+    def spy(visits, run, **settings):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in units))
+        units.extend(weakref.ref(t) for v in visits for t in (*v.targets, *v.leaves()))
+        return make(visits, run, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct_job, "UnitData", spy)
+        reconstruct(model, calls, dataclasses.replace(QUICK, iterations=1), kinds=KINDS, progress=False)
+    assert len(alive) == 7
+    assert len(units) > 50
+    assert alive == [0] * 7

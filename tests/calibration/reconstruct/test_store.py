@@ -1,0 +1,195 @@
+"""An interrupted reconstruction goes on after the last finished unit, and only where it belongs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+import modiff
+from modiff import (
+    AttentionConfig,
+    FormatError,
+    WeightConfig,
+    presets,
+)
+from modiff.calibration.data import CalibrationSet
+from modiff.calibration.reconstruct import job as reconstruct_job
+from modiff.calibration.reconstruct.run import reconstruct
+from modiff.hosts.blocks import KINDS as DIFFUSERS
+from tests.helpers import assert_same_bits
+from tests.hosts.tiny import HOSTS
+from tests.model.learning import (
+    KINDS,
+    QUICK,
+    STEPS,
+    applied,
+    codes_of,
+    layers_of,
+    same_codes,
+    static_config,
+    weights,
+    widened,
+)
+from tests.model.toys import toy, toy_unet
+
+
+def killed_after(units: int):
+    """A `learn` that is interrupted in the unit after so many, and a list of the units begun."""
+    begun: list[str] = []
+    learn = reconstruct_job.Job.learn
+
+    def interrupted(self, block, index):
+        begun.append(block.name)
+        if len(begun) > units:
+            raise KeyboardInterrupt
+        return learn(self, block, index)
+
+    return interrupted, begun
+
+
+@pytest.mark.parametrize(("build", "config", "finished"), [(toy_unet, weights(), 3), (toy, presets.modulated(3, 8), 1)])
+def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(tmp_path, build, config, finished):
+    model, calls = applied(build, config)
+    whole = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    expected = codes_of(model)
+    model, calls = applied(build, config)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted, _ = killed_after(finished)
+        patch.setattr(reconstruct_job.Job, "learn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    assert len(list(tmp_path.iterdir())) == finished
+    model, calls = applied(build, config)  # another process: nothing but the folder is left
+    with pytest.MonkeyPatch.context() as patch:
+        counting, begun = killed_after(100)
+        patch.setattr(reconstruct_job.Job, "learn", counting)
+        resumed = reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    assert begun == [u.name for u in whole.units[finished:]]
+    assert resumed == whole
+    assert same_codes(codes_of(model), expected)
+
+
+def test_finished_units_are_plain_safetensors(tmp_path):
+    from safetensors.torch import load_file
+
+    model, calls = applied(toy_unet, weights())
+    report = reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    files = sorted(tmp_path.iterdir())
+    assert [f.name for f in files] == [f"unit-{i:04d}-{u.name}.safetensors" for i, u in enumerate(report.units)]
+    split = [u.name for u in report.units].index("up_blocks.1.resnets.1")
+    tensors = load_file(files[split])
+    conv1 = layers_of(model)["up_blocks.1.resnets.1.conv1"]
+    for i, (codes, qparams) in enumerate(conv1.quantized_weight.codes(conv1.weight)):
+        assert_same_bits(tensors[f"up_blocks.1.resnets.1.conv1.{i}.codes"], codes)
+        assert_same_bits(tensors[f"up_blocks.1.resnets.1.conv1.{i}.scale"], qparams.scale)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_an_interrupted_run_leaves_the_codes_as_they_were(learned):
+    model, calls = applied(toy, weights())
+    if learned:
+        reconstruct(model, calls, dataclasses.replace(QUICK, seed=5), kinds=KINDS, progress=False)
+    before = codes_of(model)
+    fixed = {name: quantized.quantized_weight.fixed for name, quantized in layers_of(model).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct_job.Job, "learn", killed_after(1)[0])
+        with pytest.raises(KeyboardInterrupt):
+            reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    assert same_codes(codes_of(model), before)
+    assert {name: quantized.quantized_weight.fixed for name, quantized in layers_of(model).items()} == fixed
+
+
+def test_interrupted_steps_are_as_they_were_and_go_on(tmp_path):
+    found = []
+    for units in (100, 1):
+        model, calls = applied(toy, static_config())
+        start = widened(model, calls, 3.0)
+        if units == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reconstruct_job.Job, "learn", killed_after(units)[0])
+                with pytest.raises(KeyboardInterrupt):
+                    reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
+            assert all(layers_of(model)[name].quantizer.static is start[name] for name in start)
+        reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path if units == 1 else None, progress=False)
+        found.append(torch.cat([q.scale.flatten() for t in layers_of(model).values() for q in t.quantizer.static]))
+    assert_same_bits(*found)
+
+
+def test_a_folder_of_other_start_scales_is_refused(tmp_path):
+    for factor in (3.0, 2.0):
+        model, calls = applied(toy, static_config())
+        widened(model, calls, factor)
+        if factor == 2.0:
+            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+                reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
+        else:
+            reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
+
+
+def test_a_folder_learned_with_activations_of_other_scales_is_refused(tmp_path):
+    config, static = dataclasses.replace(QUICK, activations="quantized"), static_config()
+    static = dataclasses.replace(static, layer=dataclasses.replace(static.layer, weight=WeightConfig(bits=3)))
+    for factor in (3.0, 2.0):
+        model, calls = applied(toy, static)
+        widened(model, calls, factor)
+        if factor == 3.0:
+            reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+        else:
+            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+                reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("change", ["config", "bits", "calls", "weights"])
+def test_a_folder_of_another_reconstruction_is_refused(tmp_path, change):
+    model, calls = applied(toy, weights())
+    reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    config = QUICK
+    if change == "config":
+        config = dataclasses.replace(QUICK, seed=7)
+    elif change == "bits":
+        modiff.remove(model)
+        modiff.apply(model, weights(bits=2))
+    elif change == "calls":
+        calls = CalibrationSet(list(calls)[1:])
+    else:
+        with torch.no_grad():
+            model.conv_in.weight.mul_(1.5)
+    with pytest.raises(FormatError, match="expected a unit of this reconstruction, got one of another version"):
+        reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+
+
+def test_a_folder_learned_beside_other_products_of_attention_is_refused(tmp_path):
+    pipe = HOSTS["ddpm"].build()
+    calls = modiff.collect(pipe, lambda _: HOSTS["ddpm"].call(pipe, steps=2, batch=4), progress=False)
+    config = dataclasses.replace(QUICK, iterations=4, batch=4)
+    for attention in (None, AttentionConfig()):
+        modiff.apply(pipe, dataclasses.replace(weights(), include=("*mid_block.attentions*",), attention=attention))
+        if attention is None:
+            reconstruct(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
+            modiff.remove(pipe)
+        else:
+            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+                reconstruct(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
+
+
+def test_a_damaged_unit_is_refused_with_its_name(tmp_path):
+    model, calls = applied(toy, weights())
+    reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    path = min(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(FormatError, match=f"{path.name}: expected a unit of a reconstruction, got SafetensorError"):
+        reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+
+
+def test_a_full_disk_leaves_no_half_written_unit(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, calls = applied(toy, weights())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,199 @@
+"""What a unit is learned from: copies of its inputs and targets; rows of many calls in a batch where that is right."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modiff import CalibrationError
+from modiff.calibration.data import Call
+from modiff.calibration.reconstruct.unit_data import Batch, UnitData, Visit, capture, paired, tensors_of
+from tests.helpers import assert_same_bits
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def data_of(unit, visits, held_out=0.25, seed=0) -> UnitData:
+    return UnitData(
+        visits,
+        lambda batch: unit(*batch.args, **batch.kwargs),
+        device=torch.device("cpu"),
+        held_out=held_out,
+        generator=torch.Generator().manual_seed(seed),
+        name="unit",
+    )
+
+
+def visits_of(unit, inputs) -> list[Visit]:
+    """Each element of `inputs` is (args, kwargs)."""
+    with torch.no_grad():
+        return [Visit(args, kwargs, [t for t in tensors_of(unit(*args, **kwargs))]) for args, kwargs in inputs]
+
+
+def draws(data: UnitData, rows: int, count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [data.draw(rows, generator) for _ in range(count)]
+
+
+def test_rows_of_different_calls_stand_in_one_batch_with_their_own_targets():
+    unit = nn.Linear(3, 2)
+    data = data_of(unit, visits_of(unit, [((drawn(i, 4, 3),), {}) for i in range(5)]))
+    assert len(data.held) == 5
+    assert len(data.training) == 15
+    for batch in draws(data, 6, 8):
+        assert batch.rows == 6
+        assert len({tuple(row.tolist()) for row in batch.args[0]}) == 6, "a row was drawn twice"
+        assert torch.allclose(unit(batch.args[0]), batch.targets[0], atol=1e-6)
+    assert draws(data, 100, 1)[0].rows == 15
+
+
+def test_no_row_held_out_is_learned_on():
+    unit = nn.Identity()
+    data = data_of(unit, visits_of(unit, [((torch.arange(10 * i, 10 * i + 10.0)[:, None],), {}) for i in range(4)]))
+    held = {float(x) for batch in data.held_batches(3) for x in batch.targets[0].flatten()}
+    learned = {float(x) for batch in draws(data, 7, 40) for x in batch.targets[0].flatten()}
+    assert len(held) == 10
+    assert len(learned) == 30
+    assert held | learned == {float(x) for x in range(40)}
+    assert [batch.rows for batch in data.held_batches(3)] == [3, 3, 3, 1]
+
+
+def test_inputs_without_rows_are_shared_and_settings_are_passed_on():
+    def unit(x: Tensor, table: Tensor, *, factor: float, extra: dict) -> Tensor:
+        assert extra["name"] == "kept"
+        return x @ table * factor + extra["shift"]
+
+    table = drawn(9, 3, 3)
+    inputs = [((drawn(i, 4, 3), table), {"factor": 2.0, "extra": {"name": "kept", "shift": drawn(20 + i, 4, 3)}})
+              for i in range(3)]  # fmt: skip
+    for batch in draws(data_of(unit, visits_of(unit, inputs)), 5, 4):
+        assert batch.args[1].shape == (3, 3)
+        assert torch.allclose(unit(*batch.args, **batch.kwargs), batch.targets[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["shape", "table", "factor"])
+def test_calls_that_differ_in_more_than_rows_never_meet(change):
+    def unit(x: Tensor, table: Tensor, factor: float) -> Tensor:
+        return x * factor + table.sum()
+
+    def inputs(i: int):
+        odd = i % 2
+        length = 5 if change == "shape" and odd else 3
+        table = drawn(odd if change == "table" else 0, 2)
+        return (drawn(i, 4, length), table, 2.0 if change == "factor" and odd else 1.0), {}
+
+    for batch in draws(data_of(unit, visits_of(unit, [inputs(i) for i in range(4)])), 8, 10):
+        assert torch.allclose(unit(*batch.args), batch.targets[0], atol=1e-6)
+
+
+def whole_batch_mean(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def table_as_long_as_the_batch(x: Tensor, table: Tensor) -> Tensor:
+    return x * table.sum(0)
+
+
+@pytest.mark.parametrize(
+    ("unit", "inputs"),
+    [
+        (whole_batch_mean, lambda i: ((drawn(i, 4, 3),), {})),
+        (table_as_long_as_the_batch, lambda i: ((drawn(i, 4, 3), drawn(99, 4, 3)), {})),
+        (lambda x: (x, x.mean(0)), lambda i: ((drawn(i, 4, 3),), {})),
+    ],
+    ids=["rows depend on each other", "a table is mistaken for rows", "an output without rows"],
+)
+def test_calls_stay_whole_where_rows_do_not_stand_alone(unit, inputs):
+    visits = visits_of(unit, [inputs(i) for i in range(6)])
+    data = data_of(unit, visits)
+    assert len(data.held) + len(data.training) == 6
+    for batch in draws(data, 2, 6):
+        assert batch.rows == 4
+        for found, target in zip(tensors_of(unit(*batch.args)), batch.targets, strict=True):
+            assert_same_bits(found, target)
+    assert [batch.rows for batch in data.held_batches(2)] == [4] * len(data.held)
+
+
+def test_one_sample_is_not_enough():
+    unit = nn.Linear(3, 2)
+    with pytest.raises(CalibrationError, match="unit: expected at least two calibration samples, got 1"):
+        data_of(unit, visits_of(unit, [((drawn(0, 1, 3),), {})]))
+
+
+def test_at_least_one_sample_is_held_out_and_one_learned_on():
+    unit = nn.Linear(3, 2)
+    visits = visits_of(unit, [((drawn(0, 2, 3),), {})])
+    for share in (0.01, 0.99):
+        data = data_of(unit, visits, held_out=share)
+        assert (len(data.held), len(data.training)) == (1, 1)
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    unit = nn.Identity()
+    with pytest.raises(CalibrationError, match="unit: expected finite outputs, got NaN or infinity"):
+        data_of(unit, visits_of(unit, [((torch.tensor([[1.0], [torch.inf]]),), {})]))
+
+
+class Net(nn.Module):
+    """Writes into its tensors, and runs its unit twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = nn.Linear(3, 3)
+        self.after = nn.Linear(3, 3)
+        self.evaluations = 0
+
+    def forward(self, x: Tensor, *, flag: bool) -> Tensor:
+        first = self.unit(x)
+        x.add_(100.0)
+        second = self.unit(first)
+        first.mul_(0.0)
+        self.evaluations += 1
+        return self.after(second) if flag else second
+
+
+@pytest.mark.parametrize("calls", [2, None])
+def test_capture_copies_inputs_and_outputs_and_stops_after_the_last_call(calls):
+    net, x = Net(), drawn(0, 2, 3)
+    call = Call((x.clone(),), {"flag": True}, 0, None)
+    first, second = capture(net, net.unit, call, calls, nullcontext())
+    assert_same_bits(call.args[0], x)
+    assert_same_bits(first.args[0], x)
+    with torch.no_grad():
+        assert_same_bits(first.targets[0], net.unit(x))
+        assert_same_bits(second.args[0], net.unit(x))
+    assert not second.targets[0].requires_grad
+    assert net.evaluations == (0 if calls else 1)
+    assert not net.unit._forward_hooks
+    assert not net.unit._forward_pre_hooks
+
+
+def test_capture_leaves_no_hook_when_the_network_raises():
+    net = Net()
+    with pytest.raises(RuntimeError):
+        capture(net, net.unit, Call((drawn(0, 2, 4),), {"flag": True}, 0, None), 2, nullcontext())
+    assert not net.unit._forward_hooks
+    assert not net.unit._forward_pre_hooks
+
+
+def test_tensors_of_inference_mode_can_be_learned_from():
+    net = Net()
+    with torch.inference_mode():
+        x = drawn(0, 2, 3)
+        visit = capture(net, net.unit, Call((x.clone(),), {"flag": True}, 0, None), 2, nullcontext())[0]
+    assert not visit.args[0].is_inference()
+    net.unit(visit.args[0]).sum().backward()
+
+
+def test_inputs_of_one_run_are_paired_with_targets_of_the_other():
+    a, b = Visit((drawn(0, 2, 3),), {}, [drawn(1, 2, 3)]), Visit((drawn(2, 2, 3),), {}, [drawn(3, 2, 3)])
+    (pair,) = paired([a], [b], "unit")
+    assert pair.args is a.args
+    assert pair.targets is b.targets
+    with pytest.raises(CalibrationError, match="unit: expected the same calls in full precision and quantized, got 2"):
+        paired([a], [b, b], "unit")

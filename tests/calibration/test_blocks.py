@@ -1,0 +1,118 @@
+"""Units of reconstruction: every layer in exactly one, the outermost match wins, learned in the order of execution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import modiff
+from modiff import ConfigError, presets
+from modiff.calibration.blocks import blocks_of
+from modiff.model.attach import attachment_of
+from tests.model.toys import TAKEN, toy, toy_unet
+
+
+def names(blocks) -> list[str]:
+    return [block.name for block in blocks]
+
+
+def test_a_layer_outside_of_all_blocks_is_a_unit_of_its_own():
+    model = toy()
+    modiff.apply(model, presets.w4a8())
+    found = blocks_of(model, kinds=("Attention",))
+    assert names(found) == ["body", "attention"]
+    assert [(b.kind, b.layers, b.calls) for b in found] == [
+        ("ModulatedConv2d", ("body",), None),
+        ("Attention", TAKEN[1:], None),
+    ]
+
+
+def test_without_kinds_every_layer_is_a_unit():
+    model = toy()
+    modiff.apply(model, presets.w4a8())
+    assert [b.layers for b in blocks_of(model)] == [(name,) for name in TAKEN]
+
+
+def test_a_plain_network_is_cut_by_the_layers_that_could_be_taken():
+    found = blocks_of(toy(), kinds=("Attention",))
+    assert sorted(name for block in found for name in block.layers) == sorted(
+        name for name, m in toy().named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+    )
+
+
+def test_only_the_layers_asked_for_are_cut():
+    found = blocks_of(toy(), kinds=("Attention",), layers=["attention.to_v", "body"])
+    assert [(b.name, b.layers) for b in found] == [("attention", ("attention.to_v",)), ("body", ("body",))]
+
+
+class Nested(nn.Module):
+    """A block in a block, whose second layer runs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(4, 4)
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.early = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.late(self.inner(self.inner(self.early(x))))
+
+
+def nested() -> nn.Module:
+    model = nn.Sequential()
+    model.add_module("block", Nested())
+    model.add_module("last", nn.Linear(4, 4))
+    return model
+
+
+def test_the_outermost_block_is_the_unit():
+    assert names(blocks_of(nested(), kinds=("Sequential", "Nested"))) == ["block", "last"]
+
+
+def test_a_pattern_of_the_user_goes_before_the_known_blocks():
+    found = blocks_of(nested(), kinds=("Nested",), patterns=("block.inner",))
+    assert {b.name: b.layers for b in found} == {
+        "block": ("block.late", "block.early", "block.unused"),
+        "block.inner": ("block.inner.0", "block.inner.1"),
+        "last": ("last",),
+    }
+    everything = blocks_of(nested(), kinds=("Nested",), patterns=("*.inner", "block"))
+    assert names(everything) == ["block", "last"]
+
+
+def test_units_come_in_the_order_of_execution_and_say_how_often_they_run():
+    model = nested()
+    found = blocks_of(model, run=lambda: model(torch.randn(2, 4)))
+    order = ["block.early", "block.inner.0", "block.inner.1", "block.late", "last", "block.unused"]
+    assert [(b.name, b.calls) for b in found] == list(zip(order, [1, 2, 2, 1, 1, 0], strict=True))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_unit_inside_another_comes_before_it():
+    model = nested()
+    found = blocks_of(model, kinds=("Nested",), patterns=("block.inner",), run=lambda: model(torch.randn(2, 4)))
+    assert names(found) == ["block.inner", "block", "last"]
+
+
+def test_hooks_are_gone_when_the_run_raises():
+    model = nested()
+    with pytest.raises(RuntimeError):
+        blocks_of(model, run=lambda: model(torch.randn(2, 5)))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    model = toy()
+    modiff.apply(model, presets.w4a8())
+    with pytest.raises(ConfigError, match="blocks: expected patterns that match a module with layers to learn, got 'n"):
+        blocks_of(model, patterns=("norm",))
+
+
+@pytest.mark.parametrize("kinds", [(), ("ResidualBlock",), ("Block",), ("ToyUNet", "*")])
+def test_every_modulated_layer_is_in_exactly_one_unit(kinds):
+    model = toy_unet()
+    modiff.apply(model, presets.w4a8())
+    found = [name for block in blocks_of(model, kinds=kinds) for name in block.layers]
+    assert sorted(found) == sorted(attachment_of(model).layers)

@@ -1,0 +1,191 @@
+"""Calibration sets on disk: what comes back is what went in, and nothing else is taken for a set."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from modiff import CalibrationError, CalibrationSet, Call, ConfigError, FormatError
+from modiff.calibration import shards as shards
+from modiff.calibration.data import LazyCalls
+from tests.helpers import assert_same_bits
+
+
+def call(step: int = 0, trajectory: int = 0, previous: Call | None = None, **kwargs) -> Call:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(step + 100 * trajectory))
+    return Call((x, 1000 - step), kwargs, step, 1000.0 - step, "default", trajectory, (0, 2), previous)
+
+
+def test_a_set_comes_back_with_every_bit_and_every_kind_of_value(tmp_path):
+    text = torch.randn(2, 4).half()
+    kwargs = {
+        "nested": {"a": [torch.arange(3), None], "b": (torch.tensor(True), 0.1, "word", -1, False)},
+        "text": text,
+        "same": text,
+    }
+    first = call(0, **kwargs)
+    written = [first, call(1, previous=first), call(0, trajectory=3)]
+    CalibrationSet(written, {"steps": 4}).save(tmp_path)
+    loaded = CalibrationSet.load(tmp_path)
+    assert loaded.settings == {"steps": 4}
+    assert len(loaded) == len(loaded.calls) == 3
+    for mine, true in zip(loaded, written, strict=True):
+        for field in ("step", "timestep", "context", "trajectory", "rows"):
+            assert getattr(mine, field) == getattr(true, field)
+        assert_same_bits(mine.args[0], true.args[0])
+        assert mine.args[1] == true.args[1]
+    nested = loaded[0].kwargs["nested"]
+    assert list(loaded[0].kwargs) == ["nested", "text", "same"]
+    assert_same_bits(nested["a"][0], torch.arange(3))
+    assert nested["a"][1] is None
+    assert isinstance(nested["a"], list)
+    assert nested["b"][1:] == (0.1, "word", -1, False)
+    assert_same_bits(loaded[0].kwargs["text"], text)
+    assert_same_bits(loaded[1].previous.args[0], first.args[0])
+    assert loaded[1].previous.previous is None
+    assert loaded[0].previous is None
+    assert [c.step for c in loaded.calls[1:]] == [1, 0]
+    assert loaded[-1].trajectory == 3
+
+
+def test_a_tensor_that_calls_share_is_stored_once(tmp_path):
+    text = torch.randn(1000)
+    CalibrationSet([call(0, text=text), call(1, text=text)]).save(tmp_path)
+    with safe_open(shards.shard_path(tmp_path, 0, 0), "pt") as file:
+        assert sum(file.get_tensor(name).numel() == 1000 for name in file.keys()) == 1
+
+
+def test_views_of_one_memory_are_saved_each_for_itself(tmp_path):
+    memory = torch.arange(12.0).reshape(3, 4)
+    CalibrationSet([call(0, rows=memory[1:], columns=memory.T)]).save(tmp_path)
+    loaded = CalibrationSet.load(tmp_path)[0]
+    assert_same_bits(loaded.kwargs["rows"], memory[1:])
+    assert_same_bits(loaded.kwargs["columns"], memory.T)
+
+
+def test_what_needs_pickle_is_refused_and_leaves_no_shard(tmp_path):
+    with pytest.raises(CalibrationError, match="expected tensors, numbers, strings and containers of them, got object"):
+        CalibrationSet([call(0, odd=object())]).save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_a_folder_of_another_set_is_not_mixed_with_this_one(tmp_path):
+    CalibrationSet([call()], {"steps": 4, "seed": 0}).save(tmp_path)
+    CalibrationSet([call()], {"steps": 4, "seed": 0}).save(tmp_path)
+    with pytest.raises(ConfigError, match="got one with another seed and steps"):
+        CalibrationSet([call()], {"steps": 5, "seed": 1}).save(tmp_path)
+
+
+def damage_settings(folder):
+    (folder / "calibration.json").write_text("{")
+
+
+def other_version(folder):
+    (folder / "calibration.json").write_text(json.dumps({"format_version": 99, "settings": {}}))
+
+
+def no_settings(folder):
+    (folder / "calibration.json").unlink()
+
+
+def cut_shard(folder):
+    path = shards.shard_path(folder, 0, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def foreign_shard(folder):
+    save_file({"x": torch.zeros(1)}, shards.shard_path(folder, 0, 0), metadata={"format": "pt"})
+
+
+def calls_that_are_no_calls(folder):
+    header = {"format": shards.FORMAT, "format_version": "1", "last": "True", "calls": "[3]"}
+    save_file({"x": torch.zeros(1)}, shards.shard_path(folder, 0, 0), metadata=header)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_settings, "expected the settings of a calibration set, got JSONDecodeError"),
+        (other_version, "expected format_version 1, got 99"),
+        (no_settings, "expected the settings of a calibration set, got FileNotFoundError"),
+        (cut_shard, "expected a shard of a calibration set, got SafetensorError"),
+        (foreign_shard, "expected a shard of a calibration set, got ValueError: a file of format 'pt'"),
+        (calls_that_are_no_calls, "expected a shard of a calibration set, got TypeError: calls that are no list"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, message):
+    CalibrationSet([call()]).save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(FormatError, match=message) as caught:
+        CalibrationSet.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"args": {"tuple": [{"tensor": "t99"}]}},
+        {"args": {"set": [1]}},
+        {"args": {"tuple": 3}},
+        {"args": {"a": 1, "b": 2}},
+        {"kwargs": {"dict": [1]}},
+    ],
+)
+def test_a_header_that_does_not_fit_its_file_is_one_clear_error(tmp_path, fields):
+    CalibrationSet([call()]).save(tmp_path)
+    path = shards.shard_path(tmp_path, 0, 0)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    calls = json.loads(header["calls"])
+    save_file({"t0": torch.zeros(1)}, path, metadata=header | {"calls": json.dumps([calls[0] | fields])})
+    with pytest.raises(FormatError, match="expected a shard of a calibration set"):
+        CalibrationSet.load(tmp_path)[0]
+
+
+def test_a_trajectory_without_its_last_part_is_not_there(tmp_path):
+    shards.claim(tmp_path, {})
+    shards.write(tmp_path, 0, 0, [call(0)], last=False)
+    shards.write(tmp_path, 1, 0, [call(0, 1)], last=False)
+    shards.write(tmp_path, 1, 1, [call(1, 1)], last=True)
+    shards.write(tmp_path, 1, 2, [call(9, 1)], last=True)  # left over from a run with smaller parts
+    assert shards.complete(tmp_path) == [1]
+    assert [c.step for c in CalibrationSet.load(tmp_path)] == [0, 1]
+
+
+def test_evaluate_gives_the_network_what_it_was_given():
+    model = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    assert_same_bits(Call((), {"input": x}, 0, None).evaluate(model), model(x))
+
+
+def test_a_set_of_which_a_trajectory_is_missing_is_not_taken_for_a_smaller_one(tmp_path):
+    whole = CalibrationSet([call(0), call(0, 1), call(0, 2)], {"trajectories": 3})
+    whole.save(tmp_path)
+    assert len(CalibrationSet.load(tmp_path)) == 3
+    shards.shard_path(tmp_path, 1, 0).unlink()
+    with pytest.raises(FormatError, match="expected 3 trajectories, got 2 whole ones"):
+        CalibrationSet.load(tmp_path)
+
+
+def test_some_of_the_calls_are_read_when_they_are_asked_for(tmp_path):
+    CalibrationSet([call(step) for step in range(6)]).save(tmp_path)
+    chosen = LazyCalls([4, 1, 5], CalibrationSet.load(tmp_path).__getitem__)
+    shards.shard_path(tmp_path, 0, 0).rename(tmp_path / "away")
+    assert len(chosen) == 3
+    with pytest.raises(FormatError):
+        chosen[0]
+    (tmp_path / "away").rename(shards.shard_path(tmp_path, 0, 0))
+    assert [c.step for c in chosen] == [4, 1, 5]
+    assert [c.step for c in chosen[1:]] == [1, 5]
+    assert chosen[-1].step == 5
+
+
+def test_a_header_nested_without_end_is_one_clear_error(tmp_path):
+    CalibrationSet([call(0)]).save(tmp_path)
+    (tmp_path / shards.SETTINGS).write_text("[" * 100_000)
+    with pytest.raises(FormatError, match="expected the settings of a calibration set, got RecursionError"):
+        CalibrationSet.load(tmp_path)

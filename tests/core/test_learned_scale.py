@@ -1,0 +1,117 @@
+"""Learned step sizes: the plain quantizer's value bit for bit, with the gradients of the surrogate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modiff.core.affine import QParams, choose_qparams, fake_quantize
+from modiff.core.learned_scale import LearnedStep, fake_quantize_through
+from tests.helpers import assert_same_bits, assert_within
+from tests.reference import rounding as reference
+
+BITS = st.integers(2, 8)
+SEEDS = st.integers(0, 2**31)
+
+
+def values_of(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def numbers(x: Tensor, qparams: QParams) -> list[tuple[float, float, int]]:
+    """(x, scale, zero point) of each element."""
+    zero = torch.zeros_like(qparams.scale) if qparams.zero_point is None else qparams.zero_point
+    wide = torch.broadcast_tensors(x, qparams.scale, zero)
+    return [(a, s, int(z)) for a, s, z in zip(*(t.flatten().tolist() for t in wide), strict=True)]
+
+
+@given(
+    seed=SEEDS,
+    bits=BITS,
+    symmetric=st.booleans(),
+    clip=st.sampled_from([1.0, 0.3]),
+    granularity=st.sampled_from(["tensor", "token"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_value_is_that_of_the_plain_quantizer(seed, bits, symmetric, clip, granularity, dtype):
+    x = values_of(seed, 4, 9).to(dtype)
+    qparams = choose_qparams(x, bits, granularity, symmetric=symmetric, clip=clip)
+    assert_same_bits(fake_quantize_through(x, qparams, bits), fake_quantize(x, qparams, bits))
+
+
+@given(seed=SEEDS, bits=BITS, symmetric=st.booleans(), clip=st.sampled_from([1.0, 0.3]))
+def test_gradients_equal_the_reference(seed, bits, symmetric, clip):
+    x = values_of(seed, 3, 7).requires_grad_()
+    qparams = choose_qparams(x.detach(), bits, "token", symmetric=symmetric, clip=clip)
+    scale = qparams.scale.clone().requires_grad_()
+    weights = values_of(seed + 1, 3, 7)
+    loss = (weights * fake_quantize_through(x, QParams(scale, qparams.zero_point), bits)).sum()
+    by_x, by_scale = torch.autograd.grad(loss, [x, scale])
+    facts = numbers(x.detach(), qparams)
+    steps = torch.tensor([reference.step_gradient(a, s, z, bits) for a, s, z in facts], dtype=torch.float64)
+    inputs = torch.tensor([reference.input_gradient(a, s, z, bits) for a, s, z in facts], dtype=torch.float64)
+    assert_within(by_x, weights * inputs.reshape(3, 7), 1e-12)
+    assert_within(by_scale, (weights * steps.reshape(3, 7)).sum(1, keepdim=True), 1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_gradient_of_the_step_is_the_finite_difference_of_the_surrogate(bits, symmetric):
+    x = values_of(bits, 40)
+    qparams = choose_qparams(x, bits, "tensor", symmetric=symmetric, clip=0.7)
+    scale = qparams.scale.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        fake_quantize_through(x, QParams(scale, qparams.zero_point), bits).square().sum(), [scale]
+    )
+    at = qparams.scale.item()
+
+    def loss(step: float) -> float:
+        facts = numbers(x, qparams)
+        return sum(reference.surrogate(a, step, z, bits, (a, at)) ** 2 for a, _, z in facts)
+
+    difference = (loss(at + 1e-7) - loss(at - 1e-7)) / 2e-7
+    assert gradient.item() == pytest.approx(difference, rel=1e-5)
+
+
+def test_a_learned_step_moves_in_shares_of_itself_and_stays_positive():
+    """One Adam iteration changes a scale of 10 and one of 1e-4 by the same factor, whatever the gradients are."""
+    x = torch.cat([values_of(0, 1, 64), 1e-5 * values_of(1, 1, 64)])
+    step = LearnedStep(QParams(torch.tensor([[10.0], [1e-4]]).double(), None), 4)
+    before = step.frozen().scale
+    optimizer = torch.optim.Adam([step.theta], lr=0.01)
+    (step(x) - x).abs().sum().backward()
+    optimizer.step()
+    ratio = step.frozen().scale / before
+    assert_within(ratio.log().abs(), torch.full((2, 1), 0.01).double(), 1e-5)
+    with torch.no_grad():
+        step.theta.fill_(-1000.0)
+    assert (step.frozen().scale > 0).all()
+
+
+def test_a_step_that_is_too_large_is_learned_down_to_the_best_one():
+    x = values_of(2, 4096)
+    step = LearnedStep(QParams(torch.tensor(3.0).double(), None), 3)
+    optimizer = torch.optim.Adam([step.theta], lr=0.02)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (step(x) - x).square().mean().backward()
+        optimizer.step()
+    grid = [0.2 + 0.01 * i for i in range(200)]
+    errors = [float((fake_quantize(x, QParams(torch.tensor(s).double(), None), 3) - x).square().mean()) for s in grid]
+    learned = float((fake_quantize(x, step.frozen(), 3) - x).square().mean())
+    assert learned <= 1.02 * min(errors)
+
+
+def test_frozen_scales_are_copies_and_keep_the_zero_point():
+    zero = torch.tensor(3, dtype=torch.int32)
+    step = LearnedStep(QParams(torch.tensor(0.5), zero), 4)
+    frozen = step.frozen()
+    with torch.no_grad():
+        step.theta.add_(1.0)
+    assert frozen.scale.item() == 0.5
+    assert frozen.zero_point is zero
+    assert not frozen.scale.requires_grad
+    assert step.frozen().scale.item() == pytest.approx(0.5 * 2.718281828, rel=1e-6)

@@ -1,0 +1,336 @@
+"""Counts against loops that count one by one, against torch's own counter, and against the paper's U-Net."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from modiff.errors import ConfigError
+from modiff.evaluate.cost import (
+    LayerCost,
+    ModelCost,
+    attention_macs,
+    conv_macs,
+    linear_macs,
+    measure_cost,
+    transposed_conv_macs,
+)
+from tests.core.counters import measure, torch_macs
+
+
+class Apply(nn.Module):
+    """A module around a function, for products that no layer owns."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def only(cost):
+    (layer,) = cost.layers
+    return layer
+
+
+def count(*axes):
+    """How many times a loop over all these axes runs; an integer n is an axis of n."""
+    return sum(1 for _ in itertools.product(*(range(axis) if isinstance(axis, int) else axis for axis in axes)))
+
+
+@st.composite
+def conv_cases(draw):
+    dims = draw(st.integers(1, 2))
+    groups = draw(st.integers(1, 3))
+
+    def per_axis(lowest, highest):
+        return tuple(draw(st.integers(lowest, highest)) for _ in range(dims))
+
+    case = {
+        "batch": draw(st.integers(1, 2)),
+        "in_channels": groups * draw(st.integers(1, 2)),
+        "out_channels": groups * draw(st.integers(1, 2)),
+        "groups": groups,
+        "kernel_size": per_axis(1, 3),
+        "stride": per_axis(1, 3),
+        "padding": per_axis(0, 2),
+        "dilation": per_axis(1, 2),
+    }
+    reach = [d * (k - 1) + 1 for d, k in zip(case["dilation"], case["kernel_size"], strict=True)]
+    case["size"] = tuple(draw(st.integers(max(1, r - 2 * p), 5)) for r, p in zip(reach, case["padding"], strict=True))
+    return case
+
+
+def channel_pairs(case):
+    """The (input channel, output channel) pairs that share a group."""
+    return [
+        (i, o)
+        for i in range(case["in_channels"])
+        for o in range(case["out_channels"])
+        if i * case["groups"] // case["in_channels"] == o * case["groups"] // case["out_channels"]
+    ]
+
+
+def count_conv(case):
+    """Slide the kernel over the padded input and count each product of a weight and an input element."""
+    axes = (case[key] for key in ("size", "kernel_size", "stride", "padding", "dilation"))
+    starts = [
+        [i for i in range(0, n + 2 * p, s) if i + d * (k - 1) < n + 2 * p] for n, k, s, p, d in zip(*axes, strict=True)
+    ]
+    return count(case["batch"], channel_pairs(case), *starts, *case["kernel_size"])
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(conv_cases(), st.booleans())
+def test_convolutions_count_each_product_once(case, transposed):
+    dims, kernel, groups = len(case["size"]), case["kernel_size"], case["groups"]
+    if transposed:
+        case["padding"] = (0,) * dims
+    arguments = {key: case[key] for key in ("in_channels", "out_channels", "stride", "padding", "dilation")}
+    layer_type = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
+    module = layer_type(kernel_size=kernel, groups=groups, **arguments, device="meta")
+    x = torch.empty(case["batch"], case["in_channels"], *case["size"], device="meta")
+    layer = only(measure(module, x))
+    assert layer.kind == ("transposed_conv" if transposed else "conv")
+    assert layer.weight_elements == module.weight.numel()
+    if transposed:
+        formula = transposed_conv_macs(x.shape, case["out_channels"], kernel, groups)
+        counted = count(case["batch"], channel_pairs(case), *case["size"], *kernel)  # each element through each tap
+    else:
+        formula, counted = conv_macs(module(x).shape, case["in_channels"], kernel, groups), count_conv(case)
+    assert layer.macs == formula == counted
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(*[st.integers(1, 3)] * 6)
+def test_attention_and_linear_count_each_product_once(batch, heads, queries, keys, head_dim, value_dim):
+    both = count(batch, heads, queries, keys, head_dim) + count(batch, heads, queries, value_dim, keys)
+    assert attention_macs(batch, heads, queries, keys, head_dim, value_dim) == both
+    assert linear_macs((batch, queries, head_dim), head_dim, keys) == count(batch, queries, keys, head_dim)
+
+
+CASES = {
+    "linear on tokens": (nn.Linear(6, 10, bias=False), (2, 3, 5, 6)),
+    "conv1d strided": (nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2), (2, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, (3, 1), padding=(1, 0)), (2, 4, 7, 5)),
+    "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 5)),
+    "conv2d depthwise": (nn.Conv2d(4, 8, 3, groups=4, stride=2), (2, 4, 7, 5)),
+    "conv2d same": (nn.Conv2d(4, 6, 3, padding="same", dilation=2), (2, 4, 7, 5)),
+    "conv2d circular": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 7, 5)),
+    "conv2d unbatched": (nn.Conv2d(4, 6, 3), (4, 7, 5)),
+    "conv3d": (nn.Conv3d(2, 4, (1, 3, 3), stride=(1, 2, 2), groups=2), (2, 2, 3, 7, 5)),
+    "transposed conv1d": (nn.ConvTranspose1d(4, 6, 3, stride=2, dilation=2), (2, 4, 5)),
+    "transposed conv2d": (nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1, groups=2), (2, 4, 5, 3)),
+    "transposed conv2d larger": (nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 5, 3)),
+    "transposed conv3d": (nn.ConvTranspose3d(2, 4, 2, stride=2, groups=2), (2, 2, 3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_macs_and_elements_agree_with_torchs_own_counter(name):
+    module, shape = CASES[name]
+    x = torch.randn(shape)
+    layer = only(measure(module, x))
+    assert layer.macs == torch_macs(module, x) > 0
+    assert (layer.calls, layer.weight_elements) == (1, module.weight.numel())
+    assert (layer.input_elements, layer.output_elements) == (x.numel(), module(x).numel())
+
+
+def test_multi_head_attention_is_counted_although_its_fast_path_is_one_operation():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    expected = torch_macs(encoder.train(), x)  # training takes the slow path
+    assert expected == 2 * 5 * (4 * 8 * 8 + 2 * 8 * 16) + attention_macs(2, 2, 5, 5, 4, 4)
+    assert measure(encoder.eval(), x).macs == expected
+
+
+Q, K, V = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 4)
+PRODUCTS = {
+    "fused": (F.scaled_dot_product_attention, (Q, K, K)),
+    "fused, narrow values": (F.scaled_dot_product_attention, (Q, K, V)),
+    "fused, without heads": (F.scaled_dot_product_attention, (Q[0], K[0], V[0])),
+    "fused, causal": (lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), (K, K)),
+    "written out": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (Q, K, V)),
+    "einsum": (lambda q, k: torch.einsum("bhqd,bhkd->bhqk", q, k), (Q, K)),
+    "baddbmm": (lambda q, k: torch.baddbmm(torch.zeros(2, 7, 9), q, k.mT, beta=0), (Q[:, 0], K[:, 0])),
+    "addmm": (lambda q, k: torch.addmm(torch.zeros(7, 9), q, k.mT), (Q[0, 0], K[0, 0])),
+    "functional linear": (F.linear, (Q, K[0, 0])),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_activations_agree_with_torchs_own_counter(name, mode):
+    function, inputs = PRODUCTS[name]
+    module = Apply(mode()(function))
+    layer = only(measure(module, *inputs))
+    assert (layer.name, layer.kind, layer.weight_elements) == ("", "attention", 0)
+    assert layer.macs == torch_macs(module, *inputs) > 0
+
+
+def test_fused_attention_is_one_call_over_the_heads_of_the_queries():
+    module = Apply(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    q, k, v = torch.randn(2, 6, 7, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    assert only(measure(module, q, k, v)).macs == attention_macs(2, 6, 7, 9, 8, 8)
+    layer = only(measure(Apply(F.scaled_dot_product_attention), Q, K, K))
+    assert (layer.calls, layer.input_elements, layer.output_elements) == (1, Q.numel() + 2 * K.numel(), Q.numel())
+
+
+@pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
+def test_fused_attention_of_a_gpu_agrees_with_torchs_own_counter(backend):
+    operation = getattr(torch.ops.aten, f"_scaled_dot_product_{backend}_attention")
+    more = {"flash": (), "efficient": (None, False), "cudnn": (None, False)}[backend]
+    module = Apply(lambda q, k, v: operation(q, k, v, *more)[0])
+    inputs = [x.to("meta") for x in ((Q, K, V) if backend == "efficient" else (Q, K, K))]
+    assert only(measure(module, *inputs)).macs == torch_macs(module, *inputs) > 0
+
+
+def test_products_that_torchs_counter_does_not_know_are_counted_too():
+    vector, codes = K[0, 0, 0], torch.ones(7, 8, dtype=torch.int8)
+    assert only(measure(Apply(torch.matmul), Q, vector)).macs == Q.numel()
+    assert only(measure(Apply(torch.addmv), torch.zeros(7), Q[0, 0], vector)).macs == 7 * 8
+    assert only(measure(Apply(torch.matmul), vector, vector)).macs == 8
+    assert only(measure(Apply(torch._int_mm), codes, codes.T)).macs == 7 * 7 * 8
+
+
+class Block(nn.Module):
+    """Attention by hand, with one layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.qk = nn.Linear(8, 8)
+        self.heads = Apply(F.scaled_dot_product_attention)
+        self.out = nn.Conv1d(8, 4, 1)
+
+    def forward(self, x):
+        q, k = self.qk(x), self.qk(x[:, :3])
+        x = self.heads(q[:, None], k[:, None], k[:, None])[:, 0]
+        return self.out((x @ x.mT @ x).mT)
+
+
+def test_layers_are_named_in_order_and_their_calls_summed():
+    block, x = Block(), torch.randn(2, 5, 8)
+    cost = measure(block, x)
+    assert [layer.name for layer in cost.layers] == ["qk", "heads", "", "out"]
+    assert [layer.kind for layer in cost.layers] == ["linear", "attention", "attention", "conv"]
+    assert [layer.calls for layer in cost.layers] == [2, 1, 2, 1]
+    qk, heads, products, out = cost.layers
+    assert (qk.macs, qk.weight_elements) == ((10 + 6) * 64, 64)
+    assert (qk.input_elements, qk.output_elements) == (2 * 8 * 8, 2 * 8 * 8)
+    assert heads.macs == attention_macs(2, 1, 5, 3, 8, 8)
+    assert products.macs == attention_macs(2, 1, 5, 5, 8, 8)
+    assert out.macs == 2 * 5 * 8 * 4
+    assert cost.macs == torch_macs(block, x)
+
+
+class Busy(nn.Linear):
+    """A subclass that runs more inside than a linear layer does, as a simulated quantized layer may."""
+
+    def forward(self, x):
+        return super().forward(x) + self.inner(x @ self.weight)
+
+
+def test_a_subclass_counts_as_one_layer_whatever_it_runs_inside():
+    busy, x = Busy(8, 8), torch.randn(3, 8)
+    busy.inner = nn.Linear(8, 8)
+    layer = only(measure(busy, x))
+    assert (layer.kind, layer.macs, layer.calls) == ("linear", 3 * 64, 1)
+    assert measure_cost(busy, lambda: busy(x=x)) == ModelCost((layer,))
+
+
+def test_model_is_left_as_it_was_also_when_forward_raises():
+    block, x = Block(), torch.randn(2, 5, 8)
+    fast, before = torch.backends.mha.get_fastpath_enabled(), measure(block, x)
+
+    handle = block.heads.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(block, x)
+    handle.remove()
+    for module in block.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() is fast is True
+    assert block(x).requires_grad
+    assert measure(block, x) == before
+
+
+def test_an_exception_that_the_model_catches_does_not_confuse_the_names():
+    class Catches(Block):
+        def forward(self, x):
+            with pytest.raises(RuntimeError):
+                self.qk(x[..., :5])
+            return super().forward(x)
+
+    x = torch.randn(2, 5, 8)
+    assert measure(Catches(), x) == measure(Block(), x)
+
+
+def test_measuring_runs_without_gradients_and_counts_only_the_model():
+    block, x, outputs = Block(), torch.randn(2, 5, 8), []
+    cost = measure_cost(block, lambda: (torch.bmm(x, x.mT), outputs.append(block(x))))
+    assert cost == measure(block, x)
+    assert not outputs[0].requires_grad
+
+
+def test_a_forward_that_leaves_the_model_out_is_an_error():
+    with pytest.raises(ConfigError, match=r"measure_cost: expected forward\(\) to call the model, got no call"):
+        measure_cost(Block(), lambda: Block()(torch.randn(1, 5, 8)))
+
+
+def layer_cost(**changes):
+    fields = {"name": "a", "kind": "linear", "macs": 1000, "calls": 1}
+    return LayerCost(**{**fields, "weight_elements": 10, "input_elements": 30, "output_elements": 50, **changes})
+
+
+def test_bops_are_macs_times_both_bits_and_weights_are_packed_tightly():
+    bits = [(8, 4), (8, None), (None, None), (8, 0), (4, 3)]
+    assert [layer_cost().bops(*pair) for pair in bits] == [32_000, 256_000, 1_024_000, 0, 12_000]
+    assert [layer_cost().weight_bytes(bits) for bits in (8, 4, 3, None, 0)] == [10, 5, 4, 40, 0]
+
+
+def test_state_bytes_hold_input_and_output_and_twice_that_with_the_linear_predictor():
+    layer = layer_cost()
+    assert (layer.state_bytes(), layer.state_bytes(2), layer.state_bytes(4, "linear")) == (320, 160, 640)
+    assert layer_cost(kind="attention").state_bytes(4, "linear") == 0
+
+
+def test_first_step_of_a_trajectory_has_bits_of_its_own():
+    layer, step = layer_cost(), layer_cost().bops(8, 4)
+    assert layer.trajectory_bops(8, 4, 10) == 10 * step
+    assert layer.trajectory_bops(8, 4, 10, None) == layer.bops(8, None) + 9 * step
+    assert layer.trajectory_bops(8, 4, 10, 3 * 4) == 12 * step
+    for first in ("same", None, 16):  # activations in full precision stay so
+        assert layer.trajectory_bops(8, None, 10, first) == 10 * layer.bops(8, None)
+
+
+def test_model_totals_are_sums_over_layers_with_the_bits_of_each():
+    a, b = layer_cost(), layer_cost(name="b", kind="attention", macs=7, weight_elements=0)
+    model = ModelCost((a, b))
+    bits = {"a": (4, 8), "b": (None, None)}
+    assert model.macs == 1007
+    assert model.bops(bits.__getitem__) == 32_000 + 7 * 1024
+    assert model.bops(bits.__getitem__, 10, None) == 128_000 + 9 * 32_000 + 10 * 7 * 1024
+    assert model.bops(bits.__getitem__, 10, 16) == 64_000 + 9 * 32_000 + 10 * 7 * 1024
+    assert model.weight_bytes(bits.__getitem__) == 5
+    assert model.state_bytes(2, "linear") == 320
+    assert model.select(lambda layer: layer.kind == "attention") == ModelCost((b,))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: layer_cost().bops(-1, 4), "bits: expected None or 0 to 32, got -1"),
+        (lambda: layer_cost().weight_bytes(33), "bits: expected None or 0 to 32, got 33"),
+        (lambda: layer_cost().trajectory_bops(8, 4, 0), "steps: expected 1 or more, got 0"),
+        (lambda: layer_cost().state_bytes(4, "cubic"), "predictor: expected 'hold' or 'linear', got 'cubic'"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()

@@ -1,0 +1,56 @@
+"""Prompts and classes by the index of the image, and how they are typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modiff.errors import ConfigError, FormatError
+from modiff.generate.conditions import Conditions, parse_labels, read_prompts
+
+
+def test_images_take_them_in_turn_by_their_index() -> None:
+    known = Conditions(prompts=("a", "b", "c"), labels=(5, 9))
+    assert known.prompts_of(range(4, 9)) == ["b", "c", "a", "b", "c"]
+    assert known.labels_of([7, 0, 1, 2]) == [9, 5, 9, 5]
+    assert (Conditions().prompts_of([0]), Conditions().labels_of([0])) == (None, None)
+
+
+def test_whatever_the_parts_the_whole_is_the_same_and_balanced() -> None:
+    known = Conditions(labels=tuple(range(10)))
+    whole = known.labels_of(range(50))
+    for size in (1, 7, 32, 50):
+        parts = [known.labels_of(range(i, min(i + size, 50))) or [] for i in range(0, 50, size)]
+        assert [label for part in parts for label in part] == whole
+    assert whole is not None
+    assert {whole.count(label) for label in range(10)} == {5}
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [("7", (7,)), ("0-3", (0, 1, 2, 3)), ("3,1", (3, 1)), ("0-1, 5-5,2", (0, 1, 5, 2)), ("1,1,2", (1, 1, 2))],
+)
+def test_labels_are_numbers_and_ranges(text: str, labels: tuple[int, ...]) -> None:
+    assert parse_labels(text) == labels
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,", "1-2-3", "0.5", "0-99999999999", "0-99999,1"])
+def test_other_labels_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--labels: expected numbers and ranges"):
+        parse_labels(text)
+
+
+def test_a_prompt_is_a_line_that_is_not_empty(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red fox\n\n  two cäts, sitting \r\n", encoding="utf-8")
+    assert read_prompts(path) == ("a red fox", "two cäts, sitting")
+
+
+@pytest.mark.parametrize("content", [None, b" \n\n", b"\xff\xfe\x00bad"])
+def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"prompts\.txt: expected a.* prompt in each line"):
+        read_prompts(path)
