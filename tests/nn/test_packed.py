@@ -194,9 +194,9 @@ def test_learned_codes_are_packed_as_they_are():
 
 def test_float64_weights_lose_no_more_than_the_rounding_of_a_float32_scale():
     weight = torch.randn(4, 6, dtype=torch.float64)
-    quantized = QuantizedWeight(WeightConfig(bits=8), (6,), (Segment(6, 2),))
+    alone = QuantizedWeight(WeightConfig(bits=8), (6,), (Segment(6, 2),))
     layer = quantized(nn.Linear(6, 4).double(), LayerConfig(weight=WeightConfig(bits=8), rotation="hadamard"))
     layer.weight.data.copy_(weight)
     layer.pack()
-    expected = quantized.dense(weight, torch.float64)
+    expected = alone.dense(weight, torch.float64)
     assert_within(layer.quantized_weight.dense(layer.weight, torch.float64), expected, 2.0**-23 * expected.abs())
