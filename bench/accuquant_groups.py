@@ -30,7 +30,7 @@ from modiff.calibration.reconstruct.layers import evaluating, full_precision, wi
 from modiff.calibration.reconstruct.unit import StepLearner
 from modiff.cli.options import quiet_pipeline
 from modiff.errors import ConfigError, ModiffError
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.hosts.calibration_collect import collect

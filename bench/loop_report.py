@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loop_rounds import Record
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import write_atomically
 
 FIELDS = ("model", "variant", "isa", "threads", "seconds_min", "seconds_median", "relative_l2", "peak_mib",

@@ -37,10 +37,8 @@ from modiff.cli.options import quiet_pipeline
 from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError, ModiffError
 from modiff.evaluate.features.extract import extract
-from modiff.evaluate.metrics.frechet_interval import frechet_interval
-from modiff.evaluate.metrics.moments import Moments
-from modiff.evaluate.psnr import psnr
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.frechet import Moments, frechet_interval
+from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.suite_extractor import EMBEDDED, load_extractor
 from modiff.evaluate.suite_reference import read_reference, reference_digest
 from modiff.files import check_writable, write_atomically, write_json
@@ -214,7 +212,7 @@ def _data(settings: dict[str, Any], work: Path, extractor: Any, shape: tuple[int
         mean, covariance = moments.mean.numpy(), moments.covariance().numpy()
         write_atomically(kept, lambda file: np.savez(file, mean=mean, covariance=covariance, count=moments.count))
     with np.load(kept) as arrays:
-        return Moments.given(arrays["mean"], arrays["covariance"], int(arrays["count"]))
+        return Moments.from_statistics(arrays["mean"], arrays["covariance"], int(arrays["count"]))
 
 
 def bordered(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

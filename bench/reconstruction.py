@@ -30,7 +30,7 @@ from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.cli.options import quiet_pipeline
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig, WeightSearch
 from modiff.errors import ConfigError, ModiffError
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.hosts.calibration_collect import collect

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from modiff import ModiffConfig, WeightConfig, presets
 from modiff.evaluate.demo import run_config
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_json
 from modiff.generate.environment import environment
 from modiff.hosts.load import load_pipeline

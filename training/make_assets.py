@@ -35,8 +35,7 @@ from train_reference import load_images
 from modiff.errors import FormatError
 from modiff.evaluate.classifier import Classifier, load_classifier
 from modiff.evaluate.features.classifier import ClassifierFeatures
-from modiff.evaluate.metrics.frechet_distance import frechet_distance
-from modiff.evaluate.metrics.moments import Moments
+from modiff.evaluate.metrics.frechet import Moments, frechet_distance
 
 
 class Data(NamedTuple):

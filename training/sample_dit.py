@@ -21,7 +21,7 @@ from train_dit import PART
 import modiff
 from modiff.checkpoint.named_config import named_config
 from modiff.errors import ModiffError
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.hosts.load import load_model
 from modiff.hosts.noise import noise_generators
 

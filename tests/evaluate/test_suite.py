@@ -12,7 +12,7 @@ import pytest
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.classifier import Classifier
 from modiff.evaluate.features.classifier import ClassifierFeatures
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite import Row, Suite, run_suite
 from modiff.evaluate.suite_images import PipelineSource

@@ -12,14 +12,9 @@ import torch
 
 from modiff.evaluate import suite_metrics as module
 from modiff.evaluate.features.scripted_inception import ScriptedInception
-from modiff.evaluate.metrics.frechet_distance import frechet_distance
-from modiff.evaluate.metrics.frechet_interval import frechet_interval
-from modiff.evaluate.metrics.inception_score import inception_score
-from modiff.evaluate.metrics.kernel_distance import kernel_distance
-from modiff.evaluate.metrics.moments import Moments
-from modiff.evaluate.metrics.precision_recall import precision_recall
-from modiff.evaluate.psnr import psnr
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.frechet import Moments, frechet_distance, frechet_interval
+from modiff.evaluate.metrics.paired import psnr, relative_l2
+from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
 from modiff.evaluate.suite_metrics import ImageSet, Judge, Measurement, gather
 from modiff.evaluate.suite_store import Batch
 from tests.evaluate.features.test_scripted_inception import Public, scripted
@@ -82,15 +77,14 @@ def test_distances_of_sets_are_those_of_the_metrics() -> None:
         assert other.spatial is not None
         assert row(f"spatial_fd_to_{name}")["value"] == pytest.approx(frechet_distance(FOUND.spatial, other.spatial))
         kernel = kernel_distance(FOUND.pooled, other.pooled, subsets=100, subset_size=N // 2)
-        assert row(f"kernel_distance_to_{name}")["value"] == pytest.approx(kernel["mean"])
-        shares = precision_recall(FOUND.pooled, other.pooled, neighbours=3)
-        assert row(f"precision_to_{name}")["value"] == shares["precision"]
-        assert row(f"recall_to_{name}")["value"] == shares["recall"]
+        assert row(f"kernel_distance_to_{name}")["value"] == pytest.approx(kernel[0])
+        assert row(f"precision_to_{name}")["value"] == within_manifold(FOUND.pooled, other.pooled).double().mean()
+        assert row(f"recall_to_{name}")["value"] == within_manifold(other.pooled, FOUND.pooled).double().mean()
 
 
 def test_the_score_is_that_of_all_images_as_one_part() -> None:
     assert FOUND.probabilities is not None
-    wanted = inception_score(FOUND.probabilities, splits=1)["mean"]
+    wanted = inception_score(FOUND.probabilities)
     assert row("score")["value"] == pytest.approx(wanted)
 
 
@@ -127,7 +121,7 @@ def test_the_kernel_distances_interval_is_as_wide_as_the_spread_of_independent_s
     monkeypatch.setattr(module, "SUBSET_SIZE", size)
     rng = np.random.default_rng(0)
     draws = [[torch.from_numpy(rng.standard_normal((40, 2)) + shift) for shift in (0, 1)] for _ in range(200)]
-    truth = np.std([kernel_distance(a, b, subsets=1, subset_size=40)["mean"] for a, b in draws])
+    truth = np.std([kernel_distance(a, b, subsets=1, subset_size=40)[0] for a, b in draws])
     widths = []
     for a, b in draws[:12]:
         sets = [ImageSet(x.float(), None, None, None) for x in (a, b)]
@@ -229,7 +223,7 @@ def test_manifolds_are_cut_to_the_published_size(monkeypatch: pytest.MonkeyPatch
     rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FOUND, 1.0)
     assert (
         row("precision_to_reference", rows)["value"]
-        == precision_recall(FOUND.pooled[:10], REAL.pooled[:10], neighbours=3)["precision"]
+        == within_manifold(FOUND.pooled[:10], REAL.pooled[:10]).double().mean()
     )
     assert row("precision_to_reference", rows)["n"] == 10
 

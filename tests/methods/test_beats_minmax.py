@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modiff.assets import embedded_folder
 from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.hosts.load import load_pipeline
 from modiff.hosts.noise import noise_generators
 from modiff.hosts.samplers import set_scheduler

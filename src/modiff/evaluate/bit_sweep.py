@@ -14,8 +14,7 @@ from modiff import presets
 from modiff.api import apply, remove
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.errors import CalibrationError
-from modiff.evaluate.psnr import psnr
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import psnr, relative_l2
 
 MODES: dict[str, Callable[[int | None, int], ModiffConfig]] = {
     "plain": presets.plain,

@@ -21,8 +21,7 @@ from modiff.api import apply, remove, tune
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, measure_cost
-from modiff.evaluate.psnr import psnr
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.features.protocol import FeatureExtractor, note_of
-from modiff.evaluate.metrics.small_sample import small_sample_note
+from modiff.evaluate.metrics.bootstrap import small_sample_note
 from modiff.evaluate.suite_extras import Extra
 from modiff.evaluate.suite_images import Drawn, ImageSource, Session
 from modiff.evaluate.suite_metrics import LEAST_IMAGES, RESAMPLES, ImageSet, Judge, Measurement, gather, told_broken

@@ -13,8 +13,7 @@ from torch import Tensor
 from modiff.errors import ConfigError
 from modiff.evaluate.features.clip_score import ClipScore
 from modiff.evaluate.features.perceptual import PerceptualDistance
-from modiff.evaluate.metrics.bootstrap import bootstrap
-from modiff.evaluate.metrics.small_sample import small_sample_note
+from modiff.evaluate.metrics.bootstrap import bootstrap, small_sample_note
 from modiff.evaluate.suite_metrics import ImageSet, Measurement, measurement
 from modiff.generate.conditions import Conditions
 

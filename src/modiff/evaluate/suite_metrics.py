@@ -13,16 +13,10 @@ from torch import Tensor
 
 from modiff.evaluate.features.names import Metric, result_name
 from modiff.evaluate.features.protocol import FeatureExtractor, note_of
-from modiff.evaluate.metrics.bootstrap import Kind, bootstrap
-from modiff.evaluate.metrics.frechet_interval import frechet_interval
-from modiff.evaluate.metrics.inception_score import inception_score
-from modiff.evaluate.metrics.kernel_distance import kernel_distance
-from modiff.evaluate.metrics.moments import Moments
-from modiff.evaluate.metrics.paired import paired_errors
-from modiff.evaluate.metrics.precision_recall import within_manifold
-from modiff.evaluate.metrics.small_sample import small_sample_note
-from modiff.evaluate.metrics.ssim import WINDOW
-from modiff.evaluate.metrics.to_full_precision import to_full_precision
+from modiff.evaluate.metrics.bootstrap import Kind, bootstrap, small_sample_note
+from modiff.evaluate.metrics.frechet import Moments, frechet_interval
+from modiff.evaluate.metrics.paired import WINDOW, paired_errors
+from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
 from modiff.evaluate.suite_store import Batch
 
 RESAMPLES = 200
@@ -40,6 +34,7 @@ _NAMES: dict[Metric, str] = {
 }  # fmt: skip
 """Keys for programs, the same for every extractor, so none of them says FID, KID or Inception: the labels do."""
 
+SAME_SEEDS = "Same seeds: the sets are dependent, which lowers the value; an unchanged model is at 0."
 PAIRED = "Image i of both from seed i; 8-bit images, all pixels together."
 GBOPS = (
     "MACs x weight bits x activation bits of one image, all steps. Layers in full precision and attention products "
@@ -163,8 +158,8 @@ class Judge:
         """One Frechet distance: paired to full precision, to a reference that is not resampled otherwise."""
         resamples, kind, effort = self._effort(rows.shape[1])
         if isinstance(other, Tensor):
-            to_full = to_full_precision(rows, other, seeds="same", resamples=resamples, kind=kind)
-            distance, note = to_full["distance"], to_full["note"]
+            distance = frechet_interval(rows, other, resamples=resamples, kind=kind, draw="paired")
+            note = _join(SAME_SEEDS, small_sample_note("frechet_distance", len(rows), rows.shape[1]))
         else:
             distance = frechet_interval(rows, other, resamples=resamples, kind=kind)
             small = small_sample_note("frechet_distance", min(len(rows), other.count), rows.shape[1])
@@ -183,12 +178,12 @@ class Judge:
         """Kernel distance, precision and recall."""
         smaller = min(len(found), len(other))
         size = min(SUBSET_SIZE, smaller // 2)
-        kernel = kernel_distance(found.pooled, other.pooled, subsets=SUBSETS, subset_size=size)
+        kernel, deviation = kernel_distance(found.pooled, other.pooled, subsets=SUBSETS, subset_size=size)
         # Subsets of m out of n without replacement: Var(n) = Var(m) m / (n - m), the delete-d jackknife.
-        spread = 1.96 * kernel["std"] * math.sqrt(size / (smaller - size))
+        spread = 1.96 * deviation * math.sqrt(size / (smaller - size))
         note = f"{SUBSETS} subsets of {size}; interval by the delete-d jackknife, as for independent sets."
-        ends = kernel["mean"] - spread, kernel["mean"] + spread
-        rows = [self._row("kernel_distance", against, kernel["mean"], len(found), note, *ends)]
+        ends = kernel - spread, kernel + spread
+        rows = [self._row("kernel_distance", against, kernel, len(found), note, *ends)]
         real, made = other.pooled[:MANIFOLD], found.pooled[:MANIFOLD]
         small = small_sample_note("precision_recall", min(len(real), len(made)))
         shares: tuple[tuple[Metric, Tensor, Tensor], ...] = (("precision", made, real), ("recall", real, made))
@@ -204,7 +199,7 @@ class Judge:
         if found.probabilities is None:
             return []
         score = bootstrap(
-            _score,
+            inception_score,
             [found.probabilities.double()],
             resamples=self.resamples,
             kind="centred",
@@ -273,10 +268,6 @@ def measurement(name: str, label: str, extractor: str | None, value: float | Non
 
 def _mean(values: Tensor) -> float:
     return float(values.mean())
-
-
-def _score(probabilities: Tensor) -> float:
-    return inception_score(probabilities, splits=1)["mean"]
 
 
 def _join(*sentences: str | None) -> str:

@@ -14,15 +14,6 @@ def gaussian(seed: int, count: int, mean: Tensor, covariance: Tensor) -> Tensor:
     return mean + noise @ torch.linalg.cholesky(covariance).T
 
 
-def exact(seed: int, count: int, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Vectors whose own mean and covariance (divided by count - 1) are exactly those given, up to rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
-    noise = noise - noise.mean(0)
-    white = noise @ torch.linalg.inv(torch.linalg.cholesky(noise.T @ noise / (count - 1))).T
-    return mean + white @ torch.linalg.cholesky(covariance).T
-
-
 def rotation(seed: int, dimension: int) -> Tensor:
     """A random orthogonal matrix."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,53 +1,112 @@
-"""Paired errors: the metrics of the whole arrays, intervals over pairs, and the edges."""
+"""Image against image: formulas by hand, a window at a time, torchmetrics, and intervals over pairs."""
 
 from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from modiff.errors import ConfigError
-from modiff.evaluate.metrics.paired import paired_errors
-from modiff.evaluate.metrics.ssim import ssim
-from modiff.evaluate.psnr import psnr
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import paired_errors, psnr, relative_l2, ssim
+from tests.reference import metrics as reference
+
+C1 = (0.01 * 255) ** 2
 
 
-def bytes_(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def changed(images: np.ndarray, by: int, seed: int = 9) -> np.ndarray:
-    step = np.random.default_rng(seed).integers(-by, by + 1, images.shape)
-    return np.clip(images + step, 0, 255).astype(np.uint8)
+ORIGINAL = noise(0, 40, 12, 12, 3).numpy()
+CHANGED = np.clip(ORIGINAL + np.random.default_rng(9).integers(-30, 31, ORIGINAL.shape), 0, 255).astype(np.uint8)
 
 
-REFERENCE = bytes_(0, 40, 12, 12, 3)
-FOUND = changed(REFERENCE, 30)
+def test_relative_l2_is_the_norm_of_the_difference_over_the_norm_of_the_reference() -> None:
+    assert relative_l2(np.array([[0.0, 4.0], [0.0, 0.0]]), np.array([[3.0, 4.0], [0.0, 0.0]])) == 3 / 5
+    assert relative_l2(torch.tensor([3, 3], dtype=torch.uint8), np.array([3, 4], dtype=np.float16)) == 1 / 5
+    ordered = torch.tensor([1.0, 2.0, 3.0])
+    assert relative_l2(ordered[[1, 2, 0]], ordered) == pytest.approx(math.sqrt(6 / 14))
+    assert math.isnan(relative_l2(torch.tensor([1.0, math.nan, 3.0]), ordered))
+
+
+def test_relative_l2_keeps_small_differences_of_large_tensors_since_it_computes_in_float64() -> None:
+    ones = torch.full((1000, 1000), 1.0)
+    value = ones.clone()
+    value[0, 0] += 2**-20
+    # one element of a million: 2**-20 / 1000, exact in float64, lost in a float32 sum of squares
+    assert relative_l2(value, ones) == pytest.approx(2**-20 / 1000, rel=1e-12)
+
+
+def test_psnr_averages_over_all_elements_before_the_logarithm() -> None:
+    zeros = torch.zeros(4, dtype=torch.float64)
+    value = torch.tensor([0.2, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert psnr(value, zeros) == pytest.approx(20, abs=1e-9)  # 0.04 / 4 = 0.01
+    assert psnr(value, zeros, data_range=10) == pytest.approx(40, abs=1e-9)
+    assert psnr(np.array([0], dtype=np.uint8), np.array([255], dtype=np.uint8), data_range=255) == 0  # no wrap-around
+
+
+def test_psnr_of_equal_images_is_infinite_and_nan_shows() -> None:
+    x = torch.rand(3, 4)
+    assert psnr(x, x.clone()) == math.inf
+    assert math.isnan(psnr(x, x * math.nan))
+
+
+def test_constant_images_differ_in_ssim_by_their_brightness_alone() -> None:
+    x, y = torch.full((1, 12, 12, 1), 100), torch.full((1, 12, 12, 1), 180)
+    assert ssim(x, y).item() == pytest.approx((2 * 100 * 180 + C1) / (100**2 + 180**2 + C1), rel=1e-12)
+
+
+@given(st.integers(0, 10**6), st.integers(11, 13), st.integers(11, 13), st.sampled_from([5, 60, 255]))
+def test_ssim_agrees_with_a_window_at_a_time(seed: int, height: int, width: int, change: int) -> None:
+    x = noise(seed, height, width).double()
+    y = (x + noise(seed + 1, height, width).double() * change / 255 - change / 2).clamp(0, 255).round()
+    found = ssim(x[None, :, :, None], y[None, :, :, None]).item()
+    assert found == pytest.approx(reference.ssim(x.numpy(), y.numpy()), rel=1e-9, abs=1e-12)
+
+
+def test_ssim_agrees_with_torchmetrics_on_colour_and_is_symmetric() -> None:
+    x, y = noise(1, 5, 20, 17, 3), noise(2, 5, 20, 17, 3)
+    y = (0.7 * x.double() + 0.3 * y.double()).round().to(torch.uint8)
+    planes = [images.permute(0, 3, 1, 2).double() for images in (x, y)]
+    _, theirs = structural_similarity_index_measure(*planes, data_range=255.0, return_full_image=True)
+    inside = theirs[:, :, 5:-5, 5:-5].mean(dim=(1, 2, 3))  # its mean also counts windows over a mirrored border
+    torch.testing.assert_close(ssim(x, y), inside, rtol=1e-9, atol=1e-12)
+    assert torch.equal(ssim(x, y), ssim(y, x))
+
+
+def test_ssim_scores_each_image_by_itself_in_any_batch() -> None:
+    x, y = noise(3, 70, 12, 11, 1), noise(4, 70, 12, 11, 1)
+    single = torch.cat([ssim(x[i : i + 1], y[i : i + 1]) for i in range(70)])
+    torch.testing.assert_close(ssim(x, y), single, rtol=0, atol=1e-12)
 
 
 def test_the_estimates_are_the_metrics_of_the_whole_arrays() -> None:
-    found = paired_errors(FOUND, torch.from_numpy(REFERENCE), resamples=20)
+    found = paired_errors(CHANGED, torch.from_numpy(ORIGINAL), resamples=20)
     assert found["n"] == 40
-    assert found["psnr_db"]["estimate"] == pytest.approx(psnr(FOUND, REFERENCE, data_range=255), rel=1e-12)
-    assert found["relative_l2"]["estimate"] == pytest.approx(relative_l2(FOUND, REFERENCE), rel=1e-12)
+    assert found["psnr_db"]["estimate"] == pytest.approx(psnr(CHANGED, ORIGINAL, data_range=255), rel=1e-12)
+    assert found["relative_l2"]["estimate"] == pytest.approx(relative_l2(CHANGED, ORIGINAL), rel=1e-12)
     assert found["ssim"] is not None
-    assert found["ssim"]["estimate"] == pytest.approx(float(ssim(FOUND, REFERENCE).mean()), rel=1e-12)
+    assert found["ssim"]["estimate"] == pytest.approx(float(ssim(CHANGED, ORIGINAL).mean()), rel=1e-12)
     assert found["note"] is None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_the_ends_come_from_resampled_pairs_of_images() -> None:
-    found = paired_errors(FOUND, REFERENCE, resamples=50, seed=3, level=0.8)
+    found = paired_errors(CHANGED, ORIGINAL, resamples=50, seed=3, level=0.8)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(40, (40,), generator=generator).numpy() for _ in range(50)]
     for name, by_hand in (
-        ("psnr_db", [psnr(FOUND[row], REFERENCE[row], data_range=255) for row in rows]),
-        ("relative_l2", [relative_l2(FOUND[row], REFERENCE[row]) for row in rows]),
-        ("ssim", [float(ssim(FOUND[row], REFERENCE[row]).mean()) for row in rows]),
+        ("psnr_db", [psnr(CHANGED[row], ORIGINAL[row], data_range=255) for row in rows]),
+        ("relative_l2", [relative_l2(CHANGED[row], ORIGINAL[row]) for row in rows]),
+        ("ssim", [float(ssim(CHANGED[row], ORIGINAL[row]).mean()) for row in rows]),
     ):
         low, high = np.quantile(by_hand, [0.1, 0.9])
         # the quantile is taken of the mean square error and of its logarithm there: they differ between two values
@@ -56,45 +115,48 @@ def test_the_ends_come_from_resampled_pairs_of_images() -> None:
         assert found[name]["low"] < found[name]["estimate"] < found[name]["high"]
 
 
-def test_equal_images_have_no_finite_psnr_and_no_error() -> None:
-    found = paired_errors(REFERENCE, REFERENCE, resamples=5)
-    assert [found["psnr_db"][end] for end in ("estimate", "low", "high")] == [None, None, None]
-    assert [found["relative_l2"][end] for end in ("estimate", "low", "high")] == [0, 0, 0]
-    assert found["ssim"]["low"] == 1
-
-
-def test_one_pair_that_differs_gives_a_finite_psnr_with_an_open_end() -> None:
-    found = REFERENCE.copy()
-    found[0, 0, 0, 0] ^= 128
-    errors = paired_errors(found, REFERENCE, resamples=200)
-    assert errors["psnr_db"]["estimate"] == pytest.approx(10 * math.log10(255**2 * REFERENCE.size / 128**2))
+def test_equal_images_have_no_finite_psnr_and_one_pixel_leaves_an_open_end() -> None:
+    equal = paired_errors(ORIGINAL, ORIGINAL, resamples=5)
+    assert [equal["psnr_db"][end] for end in ("estimate", "low", "high")] == [None, None, None]
+    assert [equal["relative_l2"][end] for end in ("estimate", "low", "high")] == [0, 0, 0]
+    assert equal["ssim"]["low"] == 1
+    images = ORIGINAL.copy()
+    images[0, 0, 0, 0] ^= 128
+    errors = paired_errors(images, ORIGINAL, resamples=200)
+    assert errors["psnr_db"]["estimate"] == pytest.approx(10 * math.log10(255**2 * ORIGINAL.size / 128**2))
     assert errors["psnr_db"]["high"] is None  # over a third of the resamples leave the pair out
     assert errors["psnr_db"]["low"] < errors["psnr_db"]["estimate"]
 
 
 def test_images_below_the_window_have_no_ssim_and_few_images_a_note() -> None:
-    found = paired_errors(bytes_(1, 29, 8, 8, 1), bytes_(2, 29, 8, 8, 1), resamples=5)
+    found = paired_errors(noise(1, 29, 8, 8, 1), noise(2, 29, 8, 8, 1), resamples=5)
     assert found["ssim"] is None
-    assert found["note"] is not None
-    assert found["note"].startswith("29 images")
+    assert (found["note"] or "").startswith("29 images")
 
 
-def test_a_black_image_among_others_is_fine_and_black_ones_only_are_an_error() -> None:
-    reference = np.zeros((3, 4, 4, 1), dtype=np.uint8)
-    with pytest.raises(ConfigError, match="not black throughout"):
-        paired_errors(reference + 1, reference)
-    reference[0] = 100
-    assert math.isfinite(paired_errors(reference + 1, reference, resamples=50)["relative_l2"]["high"])
+def test_a_black_image_among_others_has_a_finite_interval() -> None:
+    images = np.zeros((3, 4, 4, 1), dtype=np.uint8)
+    images[0] = 100
+    assert math.isfinite(paired_errors(images + 1, images, resamples=50)["relative_l2"]["high"])
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("call", "message"),
     [
-        (REFERENCE / 255, "uint8 images"),
-        (REFERENCE[0], "uint8 images"),
-        (REFERENCE[:5], "two equal shapes"),
+        (lambda: relative_l2(torch.ones(2, 3), torch.ones(3)), r"relative_l2: .* got \(2, 3\) and \(3,\)"),
+        (lambda: relative_l2(torch.ones(0), torch.ones(0)), "at least one element"),
+        (lambda: relative_l2(torch.ones(3), torch.zeros(3)), "not zero"),
+        (lambda: relative_l2(torch.ones(3, dtype=torch.complex64), torch.ones(3)), "real values"),
+        (lambda: psnr(torch.ones(2, 3), torch.ones(1, 3)), "psnr: expected two equal shapes"),
+        *((lambda r=r: psnr(torch.ones(1), torch.ones(1), data_range=r), "positive") for r in (0, math.inf, math.nan)),
+        (lambda: ssim(torch.zeros(1, 10, 12, 1), torch.zeros(1, 10, 12, 1)), "at least 11 pixels a side"),
+        (lambda: ssim(torch.zeros(12, 12), torch.zeros(12, 12)), r"images \(N, H, W, C\)"),
+        (lambda: ssim(torch.zeros(1, 12, 12, 1), torch.zeros(1, 12, 12, 3)), "two equal shapes"),
+        (lambda: paired_errors(ORIGINAL / 255, ORIGINAL), "uint8 images"),
+        (lambda: paired_errors(ORIGINAL[:5], ORIGINAL), "two equal shapes"),
+        (lambda: paired_errors(ORIGINAL, 0 * ORIGINAL), "not black throughout"),
     ],
 )
-def test_mistakes_are_refused(value: np.ndarray, message: str) -> None:
+def test_what_cannot_be_compared_is_an_error(call: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        paired_errors(value, REFERENCE)
+        call()

@@ -12,7 +12,7 @@ import modiff
 from modiff import presets
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import LayerCost, ModelCost
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.study.configs import coded, looped
 from modiff.evaluate.study.lab import Lab, skipping_gbops
 from modiff.evaluate.study.runs import Run

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from modiff import presets
-from modiff.evaluate.psnr import psnr
-from modiff.evaluate.relative_l2 import relative_l2
+from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.study.runs import Run, compare, errors_of
 from modiff.evaluate.study.skipping import SkipRule
 

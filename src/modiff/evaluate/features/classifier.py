@@ -12,7 +12,7 @@ from modiff.errors import ConfigError
 from modiff.evaluate.classifier import WEIGHTS, Classifier, load_classifier
 from modiff.evaluate.features.inception import fingerprint
 from modiff.evaluate.features.protocol import Features, check_images
-from modiff.evaluate.metrics.spatial_frechet_distance import spatial_rows
+from modiff.evaluate.metrics.frechet import spatial_rows
 
 
 class ClassifierFeatures:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modiff.evaluate.metrics.spatial_frechet_distance import spatial_rows
+from modiff.evaluate.metrics.frechet import spatial_rows
 
 DIMENSION, LOGITS, SIDE = 2048, 1008, 299
 

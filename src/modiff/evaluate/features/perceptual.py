@@ -10,7 +10,7 @@ from torch import Tensor
 from modiff.errors import ConfigError
 from modiff.evaluate.features.optional import optional_import
 from modiff.evaluate.features.protocol import check_images
-from modiff.evaluate.relative_l2 import check_same_shape
+from modiff.evaluate.metrics.paired import check_same_shape
 
 Network = Literal["alex", "vgg", "squeeze"]
 

@@ -1,1 +1,1 @@
-"""Image metrics, one a file: statistics in float64, none of them knows which network the features come from."""
+"""Image metrics in float64; none of them knows which network the features come from."""

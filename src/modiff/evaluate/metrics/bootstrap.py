@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling the images: how much would the figure move with other images of the same model?"""
+"""Confidence intervals by resampling the images, and what too few images do to a figure."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from modiff.errors import ConfigError
 
 Draw = Literal["independent", "paired"]
 Kind = Literal["percentile", "centred", "normal"]
+
+FRECHET_IMAGES, MANIFOLD_IMAGES, MEAN_IMAGES = 2048, 10_000, 30
 
 
 class Interval(TypedDict):
@@ -37,17 +39,12 @@ def bootstrap(
     draw: Draw = "independent",
     kind: Kind = "percentile",
 ) -> Interval:
-    """The statistic of the samples, and where it falls in `level` of their resamples (Efron 1979).
+    """The statistic of the samples, and the range of `level` of its values over resampled images (Efron 1979).
 
     Args:
-        statistic: takes as many tensors as there are samples and gives a finite number.
-        samples: tensors whose rows are images; float64 rows keep the statistic's own precision.
-        resamples, level, seed, draw: see `resampled`; level is the share inside, as in 0.95.
-        kind: "percentile" takes the quantiles of the resampled values. "centred" shifts them so that their mean lies on
-            the estimate: for a statistic whose value depends on the number of distinct images, as the Frechet distance
-            does, resampled values are all too large, and the plain interval may not even hold the estimate. "normal"
-            takes their standard deviation alone, for a few tens of resamples, whose quantiles are noise.
-    Raises: ConfigError for no resamples, a level outside (0, 1), an unknown kind, and as `resampled`.
+        statistic: takes one tensor for each sample and gives a finite number.
+        samples: tensors whose rows are images.
+        resamples, seed, draw: see `resampled`. level, kind: see `interval`.
     Cost: resamples + 1 evaluations of the statistic.
 
     >>> bootstrap(lambda x: float(x.mean()), [torch.zeros(5, 1)], resamples=10)
@@ -60,13 +57,11 @@ def bootstrap(
 def resampled(
     statistic: Callable[..., float], samples: Sequence[Tensor], *, resamples: int, seed: int, draw: Draw
 ) -> np.ndarray:
-    """The statistic of `resamples` draws of rows with replacement, float64 (resamples,).
+    """The statistic of `resamples` draws of rows with replacement, float64 (resamples,); the seed decides the draws.
 
-    Args:
-        draw: "independent" draws from each sample by itself, as many rows as it has; "paired" draws the same rows
-            from all, for samples whose rows belong together (the same seeds).
-        seed: of the only generator; the same seed gives the same values.
-    Raises: ConfigError for empty samples, paired ones of different lengths, or a statistic that is not finite.
+    draw: "independent" draws from each sample as many rows as it has; "paired" draws the same rows from all of them,
+    for samples whose rows come from the same seeds.
+    Raises: ConfigError for empty samples, pairs of unequal length, or a statistic that is not finite.
     """
     lengths = [len(sample) for sample in samples]
     if not lengths or min(lengths) < 1 or resamples < 1:
@@ -82,45 +77,77 @@ def resampled(
     generator = torch.Generator().manual_seed(seed)
     values = np.empty(resamples)
     for index in range(resamples):
-        rows = [torch.randint(length, (length,), generator=generator) for length in lengths[: _draws(draw, lengths)]]
-        chosen = rows * len(samples) if draw == "paired" else rows
-        values[index] = _finite(statistic(*(s[row] for s, row in zip(samples, chosen, strict=True))))
+        drawn = lengths[:1] if draw == "paired" else lengths
+        rows = [torch.randint(length, (length,), generator=generator) for length in drawn]
+        rows = rows * len(samples) if draw == "paired" else rows
+        values[index] = _finite(statistic(*(sample[row] for sample, row in zip(samples, rows, strict=True))))
     return values
 
 
 def interval(estimate: float, values: np.ndarray, *, level: float = 0.95, kind: Kind = "percentile") -> Interval:
-    """The interval of `level` from resampled values; arguments and errors as for `bootstrap`."""
+    """The interval that holds the share `level` of the resampled values.
+
+    kind: "percentile" takes their quantiles. "centred" shifts these so that the mean of the values lies on the
+    estimate: a Frechet distance grows when images repeat, so all its resampled values are too large, and the plain
+    interval may miss the estimate. "normal" uses their standard deviation, for a few tens of resamples, whose
+    quantiles are noise; a single value has none, and both ends are None.
+    Raises: ConfigError for a level outside (0, 1) or another kind.
+    """
     if not 0 < level < 1 or kind not in ("percentile", "centred", "normal"):
         raise ConfigError(
             f"bootstrap: expected a level between 0 and 1 and the kind 'percentile', 'centred' or 'normal', got "
             f"{level!r} and {kind!r}. The level is a share. Use level=0.95."
         )
+    low: float | None = None
+    high: float | None = None
     tail = (1 - level) / 2
-    if kind == "normal":
-        low, high = _normal(estimate, values, tail)
-        return {"estimate": estimate, "low": low, "high": high, "level": level, "resamples": len(values)}
-    shift = estimate - float(values.mean()) if kind == "centred" else 0.0
-    low, high = (float(end) + shift for end in np.quantile(values, [tail, 1 - tail]))
+    if kind != "normal":
+        shift = estimate - float(values.mean()) if kind == "centred" else 0.0
+        low, high = (float(end) + shift for end in np.quantile(values, [tail, 1 - tail]))
+    elif len(values) > 1:
+        reach = statistics.NormalDist().inv_cdf(1 - tail) * float(values.std(ddof=1))
+        low, high = estimate - reach, estimate + reach
     return {"estimate": estimate, "low": low, "high": high, "level": level, "resamples": len(values)}
-
-
-def _normal(estimate: float, values: np.ndarray, tail: float) -> tuple[float | None, float | None]:
-    """The ends of a normal interval; None for a single value, which has no spread."""
-    if len(values) < 2:
-        return None, None
-    reach = statistics.NormalDist().inv_cdf(1 - tail) * float(values.std(ddof=1))
-    return estimate - reach, estimate + reach
-
-
-def _draws(draw: Draw, lengths: list[int]) -> int:
-    """How many lists of rows one resample needs."""
-    return 1 if draw == "paired" else len(lengths)
 
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ConfigError(
             f"bootstrap: expected a finite statistic, got {value}. An interval of infinite values means nothing. "
-            "Resample a finite one, such as the mean square error in the place of PSNR."
+            "Resample a finite one, such as the mean square error instead of PSNR."
         )
     return float(value)
+
+
+def small_sample_note(
+    metric: Literal["frechet_distance", "inception_score", "precision_recall", "mean"], count: int, size: int = 1
+) -> str | None:
+    """One sentence on what too few images do to a metric, or None if there are enough.
+
+    Frechet (size: D, the length of a vector): two sets of n from one Gaussian with covariance σ² I are apart by about
+    σ² D (D + 5) / (2 n) for n much larger than D (arXiv:1911.07023 finds the 1 / n). Inception score (size: number of
+    classes K): the entropy of a mean over n images is too low by up to (K - 1) / (2 n) (Miller 1955).
+
+    >>> small_sample_note("mean", 30) is None
+    True
+    """
+    if metric == "frechet_distance" and count <= size:
+        return (
+            f"{count} images for {size} dimensions: the covariance is singular, and the distance is mostly bias. "
+            "It is comparable only with others at the same n."
+        )
+    if metric == "frechet_distance" and count < FRECHET_IMAGES:
+        return (
+            f"{count} images: the distance is biased upwards by an amount that falls as 1/n. Published ones use "
+            "50 000; compare at the same n only."
+        )
+    if metric == "inception_score" and count < 4 * (size - 1):
+        return (
+            f"{count} images for {size} classes: the score may be too low by up to "
+            f"{100 * (size - 1) / (2 * count):.0f} %."
+        )
+    if metric == "precision_recall" and count < MANIFOLD_IMAGES:
+        return f"{count} images: precision and recall depend on n; published ones use {MANIFOLD_IMAGES} or more."
+    if metric == "mean" and count < MEAN_IMAGES:
+        return f"{count} images: a bootstrap interval of fewer than {MEAN_IMAGES} is too narrow."
+    return None

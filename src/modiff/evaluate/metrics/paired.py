@@ -1,4 +1,4 @@
-"""Images against those of the full-precision model from the same seeds, one by one."""
+"""Image against image: relative L2, PSNR, SSIM, and all three with intervals over pairs from the same seeds."""
 
 from __future__ import annotations
 
@@ -8,16 +8,100 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modiff.errors import ConfigError
-from modiff.evaluate.metrics.bootstrap import Interval, bootstrap
-from modiff.evaluate.metrics.small_sample import small_sample_note
-from modiff.evaluate.metrics.ssim import WINDOW, ssim
-from modiff.evaluate.psnr import psnr
-from modiff.evaluate.relative_l2 import check_same_shape
+from modiff.evaluate.metrics.bootstrap import Interval, bootstrap, small_sample_note
 
-PEAK = 255.0
+WINDOW, SIGMA, K1, K2, PEAK = 11, 1.5, 0.01, 0.03, 255.0
+
+
+def relative_l2(value: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> float:
+    """||value - reference|| / ||reference||, over all elements together, computed in float64.
+
+    Args:
+        value, reference: tensors or arrays of one shape; any real dtype, any units.
+    Returns: 0 for equal ones, about 1.4 for unrelated ones of mean 0; NaN if either holds NaN.
+    Raises: ConfigError if the shapes differ, there is nothing to compare, or the reference is all zeros.
+
+    >>> relative_l2(torch.tensor([3.0, 3.0]), torch.tensor([3.0, 4.0]))
+    0.2
+    """
+    x, y = _float64_pair(value, reference, "relative_l2")
+    size = y.norm()
+    if size == 0:
+        raise ConfigError(
+            "relative_l2: expected a reference that is not zero, got zeros. An error cannot be a share of nothing. "
+            "Compare the norm of the difference instead."
+        )
+    return float((x - y).norm() / size)
+
+
+def psnr(value: Tensor | np.ndarray, reference: Tensor | np.ndarray, *, data_range: float = 1.0) -> float:
+    """10 log10(data_range² / mean((value - reference)²)) in dB, over all elements together, computed in float64.
+
+    Args:
+        data_range: largest minus smallest possible value: 1 for images in [0, 1], 255 for 8-bit ones.
+    Returns: inf for equal ones; NaN if either holds NaN.
+    Raises: ConfigError if the shapes differ, there is nothing to compare, or the range is not a positive number.
+
+    >>> psnr(np.array([0.0, 0.2]), np.array([0.0, 0.0]), data_range=2.0)  # mean square 0.02
+    23.010299956639813
+    """
+    if not (data_range > 0 and math.isfinite(data_range)):
+        raise ConfigError(
+            f"psnr: expected a positive data_range, got {data_range}. It is the span of the values. Use 1.0 or 255."
+        )
+    x, y = _float64_pair(value, reference, "psnr")
+    mean_square = float((x - y).square().mean())
+    return math.inf if mean_square == 0 else 10 * math.log10(data_range**2 / mean_square)
+
+
+def ssim(value: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> Tensor:
+    """SSIM of each 8-bit image (Wang et al. 2004), float64 (N,); 1 for equal images, down to -1.
+
+        (2 μ_x μ_y + C1)(2 σ_xy + C2) / ((μ_x² + μ_y² + C1)(σ_x² + σ_y² + C2))        C_i = (K_i 255)²
+
+    averaged over channels and over the positions of an 11 x 11 Gaussian window of sigma 1.5 that lies wholly inside
+    the image; K1 = 0.01, K2 = 0.03.
+
+    Args:
+        value, reference: images (N, H, W, C) in [0, 255] of one shape, at least 11 pixels a side.
+    Raises: ConfigError if the shapes differ or are too small.
+
+    >>> x = torch.zeros(1, 11, 11, 1)
+    >>> round(ssim(x, x + 255).item(), 8)  # constant images: C1 / (255² + C1)
+    9.999e-05
+    """
+    first, second = _float64_pair(value, reference, "ssim")
+    if first.ndim != 4 or min(first.shape[1:3]) < WINDOW:
+        raise ConfigError(
+            f"ssim: expected images (N, H, W, C) of at least {WINDOW} pixels a side, got {tuple(first.shape)}. The "
+            f"window is {WINDOW} pixels wide. Use psnr for smaller images."
+        )
+    pairs = zip(first.cpu().split(64), second.cpu().split(64), strict=True)
+    return torch.cat([_ssim(x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)) for x, y in pairs])
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Of images (N, C, H, W) in float64."""
+    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
+    mean_x, mean_y = _blur(x), _blur(y)
+    square_x, square_y, product = mean_x**2, mean_y**2, mean_x * mean_y
+    spread_x, spread_y = _blur(x * x) - square_x, _blur(y * y) - square_y
+    luminance = (2 * product + c1) / (square_x + square_y + c1)
+    structure = (2 * (_blur(x * y) - product) + c2) / (spread_x + spread_y + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _blur(images: Tensor) -> Tensor:
+    """The Gaussian window at every position where it fits, rows then columns: (N, C, H - 10, W - 10)."""
+    offset = torch.arange(WINDOW, dtype=torch.float64) - (WINDOW - 1) / 2
+    weights = (-(offset**2) / (2 * SIGMA**2)).exp()
+    weights = weights / weights.sum()
+    planes = images.flatten(0, 1)[:, None]
+    planes = nn.functional.conv2d(planes, weights.view(1, 1, -1, 1))
+    return nn.functional.conv2d(planes, weights.view(1, 1, 1, -1)).unflatten(0, images.shape[:2])[:, :, 0]
 
 
 class PairedErrors(TypedDict):
@@ -38,23 +122,22 @@ def paired_errors(
     level: float = 0.95,
     seed: int = 0,
 ) -> PairedErrors:
-    """PSNR, SSIM and relative L2 of images to full precision, image i of both from seed i.
+    """PSNR, SSIM and relative L2 of images to full precision, image i of both from seed i, with intervals over pairs.
 
-    PSNR and relative L2 are those of all pixels together, as `psnr` (range 255) and `relative_l2` of the whole arrays:
-    one equal pair among many does not make them infinite, and they are smaller than means over images would be. SSIM is
-    the mean over images. Intervals resample pairs (percentile).
+    PSNR and relative L2 are those of all pixels together, so one equal pair among many does not make them infinite;
+    SSIM is the mean over images.
 
     Args:
-        images, reference: uint8 (N, H, W, C) of one shape, in the order of their seeds.
+        images, reference: uint8 (N, H, W, C) of one shape.
     Raises: ConfigError for other dtypes or shapes, a reference that is black throughout, or a bad level.
 
-    >>> found = paired_errors(np.full((2, 4, 4, 1), 3, np.uint8), np.full((2, 4, 4, 1), 4, np.uint8))
-    >>> found["relative_l2"]["estimate"], round(found["psnr_db"]["estimate"], 2)
+    >>> errors = paired_errors(np.full((2, 4, 4, 1), 3, np.uint8), np.full((2, 4, 4, 1), 4, np.uint8))
+    >>> errors["relative_l2"]["estimate"], round(errors["psnr_db"]["estimate"], 2)
     (0.25, 48.13)
     """
-    got, wanted = _bytes(images), _bytes(reference)
-    check_same_shape(got, wanted, "paired_errors")
-    errors, sizes = _energies(got, wanted)
+    x, y = _bytes(images), _bytes(reference)
+    check_same_shape(x, y, "paired_errors")
+    errors, sizes = _energies(x, y)
     if not float(sizes.sum()):
         raise ConfigError(
             "paired_errors: expected a reference that is not black throughout, got zeros. An error cannot be a share "
@@ -64,28 +147,29 @@ def paired_errors(
     def relative(error: Tensor, size: Tensor) -> float:
         return math.sqrt(float(error.sum()) / max(float(size.sum()), 1.0))  # a resample of black images only: size 0
 
-    def mean(values: Tensor) -> float:
-        return float(values.mean())
-
     over_pairs = functools.partial(bootstrap, resamples=resamples, level=level, seed=seed, draw="paired")
-    large = min(got.shape[1:3]) >= WINDOW
     return {
-        "n": len(got),
-        "psnr_db": _decibels(over_pairs(mean, [errors / got[0].numel()])),
-        "ssim": over_pairs(mean, [ssim(got, wanted)]) if large else None,
+        "n": len(x),
+        "psnr_db": _decibels(over_pairs(mean, [errors / x[0].numel()])),
+        "ssim": over_pairs(mean, [ssim(x, y)]) if min(x.shape[1:3]) >= WINDOW else None,
         "relative_l2": over_pairs(relative, [errors, sizes]),
-        "note": small_sample_note("mean", len(got)),
+        "note": small_sample_note("mean", len(x)),
     }
 
 
+def mean(values: Tensor) -> float:
+    """The mean as a number, for `bootstrap`."""
+    return float(values.mean())
+
+
 def _bytes(images: Tensor | np.ndarray) -> Tensor:
-    found = torch.as_tensor(images)
-    if found.dtype != torch.uint8 or found.ndim != 4:
+    tensor = torch.as_tensor(images)
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4:
         raise ConfigError(
-            f"paired_errors: expected uint8 images (N, H, W, C), got {tuple(found.shape)} {found.dtype}. They are "
+            f"paired_errors: expected uint8 images (N, H, W, C), got {tuple(tensor.shape)} {tensor.dtype}. They are "
             "compared as they are saved. Round them to bytes first."
         )
-    return found.cpu()
+    return tensor.cpu()
 
 
 def _energies(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,11 +182,27 @@ def _energies(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decibels(mean_square: Interval) -> Interval:
-    """The interval of a mean square error in dB: the order of the ends turns round, and 0 becomes None."""
+    """The interval of a mean square error in dB: low and high change places, and 0 becomes None."""
+    estimate, high, low = (
+        10 * math.log10(PEAK**2 / value) if value else None
+        for value in (mean_square["estimate"], mean_square["low"], mean_square["high"])
+    )
+    return {**mean_square, "estimate": estimate, "low": low, "high": high}
 
-    def level(value: float | None) -> float | None:
-        decibels = psnr(np.array([math.sqrt(value or 0.0)]), np.zeros(1), data_range=PEAK)
-        return decibels if math.isfinite(decibels) else None
 
-    low, high = level(mean_square["high"]), level(mean_square["low"])
-    return {**mean_square, "estimate": level(mean_square["estimate"]), "low": low, "high": high}
+def check_same_shape(value: Tensor, reference: Tensor, where: str) -> None:
+    """Raise a ConfigError if two shapes differ, or hold nothing."""
+    if value.shape != reference.shape or value.numel() == 0:
+        raise ConfigError(
+            f"{where}: expected two equal shapes with at least one element, got {tuple(value.shape)} and "
+            f"{tuple(reference.shape)}. Broadcasting would compare what does not belong together. Reshape one of them."
+        )
+
+
+def _float64_pair(value: Tensor | np.ndarray, reference: Tensor | np.ndarray, where: str) -> tuple[Tensor, Tensor]:
+    """Both in double precision. Raises: ConfigError for complex numbers or unequal shapes."""
+    x, y = (torch.as_tensor(each).detach() for each in (value, reference))
+    if x.is_complex() or y.is_complex():
+        raise ConfigError(f"{where}: expected real values, got {x.dtype} and {y.dtype}. Give the real part.")
+    check_same_shape(x, y, where)
+    return x.double(), y.double()

@@ -1,0 +1,148 @@
+"""Two sets of features by kernels and by neighbours, and the Inception score of one set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff.errors import ConfigError
+from modiff.evaluate.metrics.frechet import check_same_dimension, feature_rows
+
+CHUNK_BYTES = 64 * 2**20
+"""Memory of distances at a time."""
+_SUM = 1e-3
+"""How far the probabilities of one image may be from 1 in total; float16 ones are within it."""
+
+
+def kernel_distance(
+    first: Tensor | np.ndarray,
+    second: Tensor | np.ndarray,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Mean and standard deviation of `polynomial_mmd` over random subsets; with Inception features the KID.
+
+    Subsets are drawn from each set without replacement (arXiv:1801.01401). The standard deviation is that of one
+    subset, not of the mean.
+
+    Args:
+        first, second: features (N, D) and (M, D), N and M at least subset_size.
+    Raises: ConfigError for different dimensions, sets smaller than a subset, subsets of fewer than 2, or several
+        subsets of the full size, which would all be equal.
+    Cost: subsets * 3 subset_size² D multiply-adds, 24 subset_size² bytes.
+    """
+    left, right = feature_rows(first, "kernel_distance"), feature_rows(second, "kernel_distance")
+    smallest, largest = sorted((len(left), len(right)))
+    if subsets < 1 or not 2 <= subset_size <= smallest or (subset_size == largest and subsets > 1):
+        raise ConfigError(
+            f"kernel_distance: expected 1 or more subsets of 2 to {smallest} vectors, and fewer vectors than {largest} "
+            f"in several, got {subsets} of {subset_size}. They are drawn without replacement. Use smaller subsets, "
+            "subsets=1, or more images."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    values = [
+        polynomial_mmd(_subset(left, subset_size, generator), _subset(right, subset_size, generator))
+        for _ in range(subsets)
+    ]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def polynomial_mmd(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> float:
+    """The unbiased estimate of the squared maximum mean discrepancy with k(x, y) = (xᵀy / D + 1)³:
+
+        mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) - 2 mean_{i,j} k(x_i, y_j)
+
+    Its expectation over sets of one distribution is 0, so it is often negative there.
+    Raises: ConfigError for different dimensions or fewer than 2 vectors in a set.
+    Cost: (N² + M² + N M) (D multiply-adds and 8 bytes).
+
+    >>> polynomial_mmd(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0]]))  # 1 + 1 - 2 (1 + 1 + 1 + 8) / 4
+    -3.5
+    """
+    left, right = feature_rows(first, "polynomial_mmd"), feature_rows(second, "polynomial_mmd")
+    check_same_dimension(left.shape[1], right.shape[1], "polynomial_mmd")
+    if min(len(left), len(right)) < 2:
+        raise ConfigError(
+            f"polynomial_mmd: expected 2 or more vectors in each set, got {len(left)} and {len(right)}. "
+            "The estimate averages over pairs. Give more images."
+        )
+    return _among(left) + _among(right) - 2 * float(_kernel(left, right).mean())
+
+
+def _kernel(left: Tensor, right: Tensor) -> Tensor:
+    return (left @ right.T / left.shape[1] + 1) ** 3
+
+
+def _among(rows: Tensor) -> float:
+    """The mean over pairs of two different vectors."""
+    kernel = _kernel(rows, rows)
+    return float((kernel.sum() - kernel.trace()) / (len(rows) * (len(rows) - 1)))
+
+
+def _subset(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=generator)[:size]]
+
+
+def within_manifold(queries: Tensor | np.ndarray, manifold: Tensor | np.ndarray, *, neighbours: int = 3) -> Tensor:
+    """Which queries (N, D) lie in a ball around a point of `manifold` (M, D): bool (N,).
+
+    The ball of a point reaches to its k-th nearest other point, border included (Kynkäänniemi et al. 2019,
+    arXiv:1904.06991; k = 3). Precision is the mean over generated images in the manifold of real ones, recall the mean
+    over real images in that of generated ones; for their intervals resample these values, since resampled points would
+    meet their own copies at distance 0.
+    Raises: ConfigError for different dimensions, or a manifold with no more than k vectors.
+    Cost: (M² + N M) D; memory is bounded by CHUNK_BYTES of distances.
+
+    >>> line = torch.arange(5.0)[:, None]
+    >>> within_manifold(line + 0.5, line[:4], neighbours=1).tolist()
+    [True, True, True, True, False]
+    """
+    points, asked = feature_rows(manifold, "within_manifold"), feature_rows(queries, "within_manifold")
+    check_same_dimension(asked.shape[1], points.shape[1], "within_manifold")
+    if type(neighbours) is not int or not 1 <= neighbours < len(points):
+        raise ConfigError(
+            f"within_manifold: expected 1 to {len(points) - 1} neighbours in a set of {len(points)}, got "
+            f"{neighbours!r}. Each point needs that many others. Use neighbours=3 and more images."
+        )
+    # k + 1: each point is its own nearest neighbour, at a distance of exactly 0
+    radii = torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in _distances(points, points)])
+    inside = [(d <= radii).any(1) for d in _distances(asked, points)]
+    return torch.cat(inside) if inside else torch.zeros(0, dtype=torch.bool)
+
+
+def _distances(left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """Euclidean distances in blocks of rows. By differences: xx - 2xy + yy would not give 0 for equal vectors."""
+    rows = max(CHUNK_BYTES // (8 * len(right)), 1)
+    for first in range(0, len(left), rows):
+        yield torch.cdist(left[first : first + rows], right, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def inception_score(probabilities: Tensor | np.ndarray) -> float:
+    """exp(mean_x KL(p(y|x) || p(y))), p(y) being the mean over all images (Salimans et al. 2016, arXiv:1606.03498).
+
+    From 1 (all alike) to the number of classes K (certain and even). 0 log 0 counts as 0. Published scores are means
+    over 10 splits, which biases them downwards; this is one split.
+
+    Args:
+        probabilities: p(y|x) of the classifier, (N, K), rows that sum to 1.
+    Raises: ConfigError if they are not probabilities, or there are none.
+
+    >>> inception_score(torch.eye(4))
+    4.0
+    """
+    rows = feature_rows(probabilities, "inception_score")
+    total = rows.sum(1)
+    if not len(rows) or float(rows.min()) < 0 or float((total - 1).abs().max()) > _SUM:
+        raise ConfigError(
+            f"inception_score: expected probabilities, at least 0 and with a sum of 1 in each row, got {len(rows)} "
+            "rows that are not. Logits have to be normalised first. Give logits.softmax(1)."
+        )
+    rows = rows / total[:, None]
+    conditional = -torch.special.xlogy(rows, rows).sum(1).mean()
+    marginal = rows.mean(0)
+    return float((-torch.special.xlogy(marginal, marginal).sum() - conditional).exp())

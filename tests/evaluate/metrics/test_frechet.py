@@ -1,0 +1,235 @@
+"""Frechet distance: moments in any batches, closed forms, torchmetrics, singular covariances, small sets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from modiff.errors import ConfigError
+from modiff.evaluate.metrics.bootstrap import resampled
+from modiff.evaluate.metrics.frechet import (
+    Moments,
+    feature_rows,
+    frechet_distance,
+    frechet_interval,
+    spatial_rows,
+    symmetric_root,
+)
+from tests.evaluate.metrics.features import feature_sets, gaussian, rotation
+from tests.reference import metrics as reference
+
+ZERO, ONE = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+ROTATION = rotation(1, 4)
+TRUTH = Moments.from_statistics(ZERO, ONE, 10**9)
+
+
+def moments(mean: Tensor, covariance: Tensor) -> Moments:
+    return Moments.from_statistics(mean, covariance, 100)
+
+
+def diagonal(*values: float) -> Tensor:
+    return torch.diag(torch.tensor(values, dtype=torch.float64))
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    return frechet_distance(Moments.of(first), Moments.of(second))
+
+
+@given(feature_sets(), st.lists(st.integers(0, 12), max_size=4))
+def test_any_batches_give_the_mean_and_covariance_of_exact_sums(rows: Tensor, cuts: list[int]) -> None:
+    mean, covariance = reference.mean_and_covariance(rows.tolist())
+    found = Moments(rows.shape[1])
+    for part in torch.tensor_split(rows, sorted(cuts)):
+        found.update(part)
+    spread = max(np.trace(covariance), 1e-20)
+    assert found.count == len(rows)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-13, atol=1e-13 * float(rows.abs().max()))
+    np.testing.assert_allclose(found.covariance() / spread, np.array(covariance) / spread, atol=1e-9)
+
+
+def test_a_small_spread_far_from_zero_survives_many_batches() -> None:
+    rows = torch.arange(1000, dtype=torch.float64)[:, None] % 2 * 1e-3 + 1e6  # variance 2.5e-7 at an offset of 1e6
+    found = Moments(1)
+    for part in rows.split(7):
+        found.update(part)
+    assert found.covariance().item() == pytest.approx(2.5e-7 * 1000 / 999, rel=1e-4)
+
+
+def test_published_statistics_go_on_like_the_set_that_they_are_of() -> None:
+    rows, more = torch.randn(9, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    whole = Moments.of(rows)
+    read = Moments.from_statistics(whole.mean.numpy(), whole.covariance().numpy(), 9)
+    read.update(more)
+    whole = Moments.of(torch.cat([rows, more]))
+    torch.testing.assert_close(read.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(read.covariance(), whole.covariance(), rtol=1e-12, atol=1e-12)
+
+
+def test_any_real_dtype_becomes_float64_without_a_gradient() -> None:
+    half = torch.tensor([[1.0, 2.0]], dtype=torch.float16, requires_grad=True)
+    for value in (np.array([[1, 2]], dtype=np.uint8), half):
+        rows = feature_rows(value, "here")
+        assert rows.dtype == torch.float64
+        assert rows.tolist() == [[1.0, 2.0]]
+        assert not rows.requires_grad
+
+
+@pytest.mark.parametrize("turn", [torch.eye(4, dtype=torch.float64), ROTATION])
+def test_gaussians_with_common_axes_are_apart_by_their_means_and_standard_deviations(turn: Tensor) -> None:
+    mean = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)
+    first = moments(ZERO, turn @ diagonal(1, 4, 9, 16) @ turn.T)
+    second = moments(turn @ mean, turn @ diagonal(9, 4, 1, 0.25) @ turn.T)
+    # |mean|² + (1 - 3)² + (2 - 2)² + (3 - 1)² + (4 - 0.5)²
+    assert frechet_distance(first, second) == pytest.approx(5.25 + 4 + 0 + 4 + 12.25, rel=1e-12)
+
+
+def test_two_gaussians_in_the_plane_have_the_root_of_a_2_by_2_matrix() -> None:
+    a = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, -0.9], [-0.9, 3.0]], dtype=torch.float64)
+    # tr(M^½) = sqrt(tr M + 2 sqrt(det M)) for a 2 x 2 matrix with positive eigenvalues; M = A B does not commute
+    product = a @ b
+    root = torch.sqrt(product.trace() + 2 * torch.linalg.det(product).sqrt())
+    expected = float(a.trace() + b.trace() - 2 * root)
+    assert frechet_distance(moments(ZERO[:2], a), moments(ZERO[:2], b)) == pytest.approx(expected, rel=1e-12)
+
+
+@given(feature_sets(dimension=3, smallest=8), feature_sets(dimension=3, smallest=8))
+def test_it_is_symmetric_positive_and_0_only_for_equal_moments(first: Tensor, second: Tensor) -> None:
+    a, b = Moments.of(first), Moments.of(second)
+    size = float(a.covariance().trace() + b.covariance().trace()) + float((a.mean - b.mean) @ (a.mean - b.mean))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9, abs=1e-6 * size)
+    assert 0 <= frechet_distance(a, a) <= 1e-6 * size
+    moved = Moments.of(first + 1)
+    assert frechet_distance(a, moved) == pytest.approx(3, rel=1e-6, abs=1e-6 * size)
+
+
+def test_it_agrees_with_an_iteration_on_the_product_itself() -> None:
+    first = gaussian(0, 12, ZERO[:3], ONE[:3, :3])
+    second = gaussian(1, 15, ZERO[:3] + 0.5, diagonal(0.3, 2, 1))
+    expected = reference.frechet_distance(first.tolist(), second.tolist())
+    assert distance(first, second) == pytest.approx(expected, rel=1e-9)
+
+
+class Pixels(nn.Module):
+    """Hands its images on as features."""
+
+    num_features = 6
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def test_it_agrees_with_torchmetrics() -> None:
+    first = gaussian(2, 50, torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64))
+    second = gaussian(3, 70, torch.ones(6, dtype=torch.float64), 2 * torch.eye(6, dtype=torch.float64))
+    theirs = FrechetInceptionDistance(feature=Pixels(), normalize=True).set_dtype(torch.float64)
+    theirs.update(first.view(-1, 1, 2, 3), real=True)
+    theirs.update(second.view(-1, 1, 2, 3), real=False)
+    assert distance(first, second) == pytest.approx(float(theirs.compute()), rel=1e-6)
+
+
+def test_fewer_images_than_dimensions_give_the_distance_within_the_space_they_span() -> None:
+    # three vectors in the plane, then turned into 40 dimensions: distances do not change, covariances become singular
+    plane, other = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64) * 2 + 1
+    frame = rotation(5, 40)[:, :2]
+    assert distance(plane @ frame.T, other @ frame.T) == pytest.approx(distance(plane, other), rel=1e-6)
+
+
+def test_sets_that_vary_in_different_directions_share_no_root_and_constant_ones_have_no_spread() -> None:
+    first, second = torch.zeros(3, 8, dtype=torch.float64), torch.zeros(3, 8, dtype=torch.float64)
+    first[:, 0], second[:, 1] = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-2.0, 0.0, 2.0])
+    assert distance(first, second) == pytest.approx(1 + 4, rel=1e-12)
+    assert distance(first @ rotation(6, 8), second @ rotation(6, 8)) == pytest.approx(1 + 4, rel=1e-7)
+    assert distance(torch.zeros(3, 4), torch.ones(5, 4)) == 4
+
+
+def test_small_sets_of_one_distribution_are_apart_by_the_documented_bias() -> None:
+    n, d = 200, 10
+    zero, one = torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
+    found = [distance(gaussian(2 * i, n, zero, one), gaussian(2 * i + 1, n, zero, one)) for i in range(60)]
+    # E = D (D + 5) / (2 n) to first order; the mean of 60 has a standard error of about 3 %
+    assert sum(found) / len(found) == pytest.approx(d * (d + 5) / (2 * n), rel=0.12)
+
+
+def test_the_root_is_symmetric_and_squares_to_the_covariance() -> None:
+    covariance = ROTATION @ diagonal(0, 1e-4, 1, 100) @ ROTATION.T
+    root = symmetric_root(covariance)
+    torch.testing.assert_close(root, root.T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(root @ root, covariance, rtol=0, atol=1e-11)
+    assert float(torch.linalg.eigvalsh(root)[0]) == pytest.approx(0, abs=1e-12)
+
+
+def test_spatial_rows_hold_the_first_seven_channels_at_every_position_and_see_mirrored_maps() -> None:
+    maps = torch.rand(50, 9, 1, 4, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rows, mirrored = spatial_rows(maps), spatial_rows(maps.flip(3))
+    assert torch.equal(rows.view(50, 7, 1, 4), maps[:, :7])
+    moved = sum((a - b) ** 2 for a, b in zip((1, 2, 3, 4), (4, 3, 2, 1), strict=True)) * 7 / 4  # of the means alone
+    assert distance(rows, mirrored) > 0.8 * moved  # their averages over positions are the same
+
+
+def test_the_estimate_is_the_distance_and_lies_inside_while_plain_percentiles_lie_above() -> None:
+    zero, one = torch.zeros(20, dtype=torch.float64), torch.eye(20, dtype=torch.float64)
+    first, second = gaussian(0, 100, zero, one), gaussian(1, 100, zero, one)  # most of it is bias: 20 * 25 / 200
+    found = frechet_interval(first, second, resamples=60, seed=2)
+    plain = resampled(distance, [first, second], resamples=60, seed=2, draw="independent")
+    assert found["estimate"] == pytest.approx(distance(first, second), rel=1e-12)
+    assert found["low"] < found["estimate"] < found["high"]
+    assert np.quantile(plain, 0.025) > found["estimate"]
+    assert found["bias"] == pytest.approx(plain.mean() - found["estimate"], rel=1e-9)
+    assert found["high"] - found["low"] == pytest.approx(np.quantile(plain, 0.975) - np.quantile(plain, 0.025))
+
+
+def test_it_covers_the_distance_that_another_n_images_have_on_average() -> None:
+    n, shift = 50, ZERO + 0.5
+    expected = np.mean([frechet_distance(Moments.of(gaussian(i, n, shift, ONE)), TRUTH) for i in range(1000, 1200)])
+    covered = 0
+    for seed in range(30):
+        found = frechet_interval(gaussian(seed, n, shift, ONE), TRUTH, resamples=30, level=0.9, seed=seed)
+        covered += found["low"] <= expected <= found["high"]
+    assert covered >= 21  # 0.9 of 30, less 3.5 standard deviations
+
+
+def test_the_bias_it_tells_is_about_that_of_the_distance() -> None:
+    n = 200
+    told = np.mean([frechet_interval(gaussian(i, n, ZERO, ONE), TRUTH, resamples=40)["bias"] for i in range(10)])
+    # one set of n against the truth: half of D (D + 5) / (2 n)
+    assert told == pytest.approx(4 * (4 + 5) / (4 * n), rel=0.25)
+
+
+def test_the_same_seeds_lower_the_distance_and_an_unchanged_model_is_at_0_only_with_them() -> None:
+    rows, other = gaussian(0, 50, ZERO, ONE), gaussian(1, 50, ZERO, ONE)
+    same = frechet_interval(rows, rows.clone(), resamples=10, draw="paired")
+    assert max(abs(same[key]) for key in ("estimate", "low", "high", "bias")) < 1e-10
+    apart = frechet_interval(rows, rows.clone(), resamples=10)
+    assert apart["high"] - apart["low"] > 1e-3
+    assert frechet_interval(rows, other, resamples=10)["estimate"] == pytest.approx(4 * 9 / 100, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: feature_rows(torch.ones(3), "here"), r"here: expected real feature vectors \(N, D\), got \(3,\)"),
+        (lambda: feature_rows(torch.ones(3, 0), "here"), r"got \(3, 0\)"),
+        (lambda: feature_rows(torch.ones(2, 2, dtype=torch.complex64), "here"), "complex64"),
+        (lambda: feature_rows(torch.tensor([[math.nan], [1], [math.inf]]), "here"), "NaN or infinity in 2 of 3 rows"),
+        (lambda: Moments(3).update(torch.ones(2, 4)), "one dimension, got 3 and 4"),
+        (lambda: Moments.from_statistics(torch.ones(2), torch.eye(3), 5), r"got \(2,\), \(3, 3\) and 5"),
+        (lambda: Moments.from_statistics(torch.ones(2), torch.eye(2), 1), "2 or more images"),
+        (lambda: Moments.from_statistics(torch.ones(2), torch.ones(2, 2).triu(), 5), "a symmetric covariance"),
+        (lambda: distance(torch.ones(4, 2), torch.ones(4, 3)), "one dimension, got 2 and 3"),
+        (lambda: distance(torch.ones(4, 2), torch.ones(1, 2)), "2 or more vectors, got 1"),
+        (lambda: frechet_distance(TRUTH, moments(ZERO, diagonal(1, 1, 1, -0.01))), r"an eigenvalue of -0\.01"),
+        (lambda: spatial_rows(torch.zeros(2, 3)), r"feature maps \(N, C, H, W\), got \(2, 3\)"),
+    ],
+)
+def test_mistakes_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()

@@ -1,0 +1,151 @@
+"""Kernel distance, manifolds and Inception score: plain loops in float64, torchmetrics, closed forms, no bias."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from modiff.errors import ConfigError
+from modiff.evaluate.metrics import sets as module
+from modiff.evaluate.metrics.sets import inception_score, kernel_distance, polynomial_mmd, within_manifold
+from tests.evaluate.metrics.features import feature_sets, gaussian
+from tests.reference import metrics as reference
+
+ZERO, ONE = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+
+
+class Pixels(nn.Module):
+    """Hands its images on as features."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.num_features = count
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+@given(feature_sets(dimension=3), feature_sets(dimension=3))
+def test_the_discrepancy_agrees_with_plain_loops_and_is_symmetric(first: Tensor, second: Tensor) -> None:
+    expected = reference.polynomial_mmd(first.tolist(), second.tolist())
+    largest = max(float(rows.square().sum(1).max()) for rows in (first, second))
+    size = (largest / 3 + 1) ** 3  # of the kernel's values, which cancel
+    assert polynomial_mmd(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-11 * size)
+    assert polynomial_mmd(second, first) == pytest.approx(expected, rel=1e-9, abs=1e-11 * size)
+
+
+def test_sets_of_one_distribution_are_at_0_on_average_with_negative_values_among_them() -> None:
+    found = [polynomial_mmd(gaussian(2 * i, 10, ZERO, ONE), gaussian(2 * i + 1, 10, ZERO, ONE)) for i in range(400)]
+    error = np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found)) < 3 * error
+    assert min(found) < 0 < max(found)
+    assert error < 0.07  # so that the biased estimate, 0.9 at this size, would not pass
+
+
+@pytest.mark.filterwarnings("ignore:Metric .Kernel Inception Distance. will save all:UserWarning")
+def test_one_subset_of_everything_agrees_with_torchmetrics() -> None:
+    first, second = gaussian(0, 30, ZERO, ONE), gaussian(1, 30, ZERO + 0.5, 2 * ONE)
+    theirs = KernelInceptionDistance(feature=Pixels(3), subsets=1, subset_size=30, normalize=True)
+    theirs = theirs.set_dtype(torch.float64)
+    theirs.update(first.view(-1, 1, 1, 3), real=True)
+    theirs.update(second.view(-1, 1, 1, 3), real=False)
+    mean, std = kernel_distance(first, second, subsets=1, subset_size=30)
+    assert mean == pytest.approx(float(theirs.compute()[0]), rel=1e-9)
+    assert (mean, std) == (pytest.approx(polynomial_mmd(first, second)), 0)
+
+
+def test_subsets_are_seeded_without_replacement_and_centre_on_the_estimate_of_everything() -> None:
+    first, second = gaussian(0, 60, ZERO, ONE), gaussian(1, 80, ZERO + 0.5, ONE)
+    mean, std = kernel_distance(first, second, subsets=300, subset_size=20, seed=4)
+    assert (mean, std) == kernel_distance(first, second, subsets=300, subset_size=20, seed=4)
+    assert mean != kernel_distance(first, second, subsets=300, subset_size=20, seed=5)[0]
+    assert mean == pytest.approx(polynomial_mmd(first, second), abs=4 * std / np.sqrt(300))
+    # 59 of 60 different vectors: with replacement about 37 % would be missing and the std would be far larger
+    assert 0 < kernel_distance(first, second[:60], subsets=50, subset_size=59)[1] < std / 5
+
+
+@given(feature_sets(dimension=2, smallest=1), feature_sets(dimension=2, smallest=5), st.integers(1, 4))
+def test_membership_agrees_with_plain_loops(queries: Tensor, manifold: Tensor, neighbours: int) -> None:
+    # Whole numbers, whose squared distances are exact: a border is met or missed by both.
+    queries, manifold = queries.round().clamp(-50, 50), manifold.round().clamp(-50, 50)
+    expected = reference.within_manifold(queries.tolist(), manifold.tolist(), neighbours)
+    assert within_manifold(queries, manifold, neighbours=neighbours).tolist() == expected
+
+
+def test_one_kind_of_image_out_of_two_is_precise_and_misses_the_other() -> None:
+    left, right = torch.randn(30, 2), torch.randn(30, 2) + 100
+    generated, real = left[torch.randint(30, (40,))] + 1e-3, torch.cat([left, right])
+    assert within_manifold(generated, real).all()
+    assert 0.2 < within_manifold(real, generated).double().mean() <= 0.5
+
+
+def test_distances_are_exact_far_from_zero_where_products_would_cancel() -> None:
+    points = torch.randn(40, 6, dtype=torch.float64) + 1e4
+    manifold = points.repeat(5, 1)  # four copies and the point itself: every radius is 0
+    assert within_manifold(points, manifold).all()
+    assert not within_manifold(points + 1e-6, manifold).any()
+
+
+def test_any_chunk_of_memory_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = torch.randn(23, 6), torch.randn(31, 6) * 1.2
+    whole = within_manifold(made, real)
+    for size in (1, 8 * 23, 5 * 8 * 23):
+        monkeypatch.setattr(module, "CHUNK_BYTES", size)
+        assert torch.equal(within_manifold(made, real), whole)
+    assert 0 < int(whole.sum()) < 31
+
+
+def test_the_score_runs_from_1_to_the_number_of_classes() -> None:
+    assert inception_score(torch.eye(6).repeat(3, 1)) == pytest.approx(6, rel=1e-12)
+    assert inception_score(torch.full((7, 5), 0.2)) == pytest.approx(1, abs=1e-12)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert inception_score(torch.eye(2)[[0, 0, 0, 1]]) == pytest.approx(math.exp(entropy), rel=1e-12)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 6))
+def test_the_score_agrees_with_plain_loops_in_any_order(seed: int, count: int, classes: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = (3 * torch.randn(count, classes, generator=generator, dtype=torch.float64)).softmax(1)
+    (expected,) = reference.inception_score(rows.tolist(), 1)
+    assert inception_score(rows) == pytest.approx(expected, rel=1e-12)
+    assert inception_score(rows[torch.randperm(count)]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Metric .InceptionScore. will save all:UserWarning")
+@pytest.mark.filterwarnings("ignore:std:UserWarning")  # theirs, of one split
+def test_the_score_agrees_with_torchmetrics() -> None:
+    logits = 2 * torch.randn(40, 5, dtype=torch.float64)
+    theirs = InceptionScore(feature=Pixels(5), splits=1).set_dtype(torch.float64)
+    theirs.update(logits.view(40, 1, 1, 5))
+    assert inception_score(logits.softmax(1)) == pytest.approx(float(theirs.compute()[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernel_distance(torch.ones(10, 3), torch.ones(12, 3), subset_size=11), "2 to 10 .* got 100 of 11"),
+        (lambda: kernel_distance(torch.ones(10, 3), torch.ones(12, 3), subset_size=1), "got 100 of 1"),
+        (lambda: kernel_distance(torch.ones(9, 3), torch.ones(9, 3), subsets=0, subset_size=5), "got 0 of 5"),
+        (lambda: kernel_distance(torch.ones(10, 3), torch.ones(10, 3), subset_size=10), "got 100 of 10"),
+        (lambda: polynomial_mmd(torch.ones(4, 3), torch.ones(4, 4)), "one dimension, got 3 and 4"),
+        (lambda: polynomial_mmd(torch.ones(1, 3), torch.ones(4, 3)), "2 or more vectors in each set, got 1 and 4"),
+        (lambda: within_manifold(torch.ones(9, 2), torch.ones(3, 2)), "1 to 2 neighbours in a set of 3, got 3"),
+        (lambda: within_manifold(torch.ones(9, 2), torch.ones(9, 2), neighbours=0), "got 0"),
+        (lambda: within_manifold(torch.ones(9, 2), torch.ones(9, 3)), "one dimension, got 2 and 3"),
+        (lambda: inception_score(torch.randn(4, 3)), "expected probabilities"),
+        (lambda: inception_score(torch.full((4, 3), 0.3)), "expected probabilities"),
+        (lambda: inception_score(torch.zeros(0, 3)), "got 0 rows"),
+    ],
+)
+def test_mistakes_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()
