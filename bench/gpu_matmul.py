@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from modiff.files import check_writable, write_json
 from modiff.generate.environment import environment
-from modiff.kernels.geometry import Geometry
+from modiff.kernels.layout import Geometry
 
 PEAKS = {"bf16": 989e12, "int8": 1979e12, "fp8": 1979e12}
 """Dense operations a second of an H100 or H200 SXM, from the data sheet."""

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from modiff.generate.environment import environment
+from modiff.kernels.encode import choose_encoder, encode_input, encode_residual
 from modiff.kernels.isa import LIMIT, detect
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
-from modiff.kernels.prologue import choose_prologue, plain, prologue
 from modiff.kernels.roofline import Reached, Work, bytes_moved, interleaved, measure_peaks, roofline_seconds
 
 LIMITS = {"native": "", "vnni": "AVX512_CORE_VNNI", "avx512": "AVX512_CORE", "avx2": "AVX2", "sse41": "SSE41"}
@@ -80,7 +80,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
     state, bias, dense = x + 0.1 * torch.randn_like(x), torch.randn(p.outputs), torch.randn(problem.weight_shape)
     granularity, channel = ("sample", 1) if axes else ("token", -1)
     scale = torch.tensor(0.02)
-    codes, _ = plain(x, None, bits, granularity=granularity, channel_dim=channel)
+    codes, _ = encode_input(x, None, bits, granularity=granularity, channel_dim=channel)
     output = kernel.new_output(codes)
 
     def full() -> Tensor:
@@ -91,7 +91,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
 
     def modulated(given: Tensor | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            sent, used = prologue(x, state, given, bits, granularity=granularity, channel_dim=channel)
+            sent, used = encode_residual(x, state, given, bits, granularity=granularity, channel_dim=channel)
             kernel.accumulate(output, sent, used)
             return output.clone()  # the model may write into what the layer returns
 
@@ -99,7 +99,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
 
     def stateless(given: Tensor | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            sent, used = plain(x, given, bits, granularity=granularity, channel_dim=channel)
+            sent, used = encode_input(x, given, bits, granularity=granularity, channel_dim=channel)
             return kernel.compute(sent, used, bias)
 
         return run
@@ -194,7 +194,7 @@ def main() -> None:
     torch.manual_seed(0)
     reached = measure_peaks(10, 4) if options.quick else measure_peaks()
     head = {"commit": commit(), "isa": detect().level, **environment(), **reached._asdict()}
-    print(f"{head['cpu']}, {head['isa']}, {head['threads']} threads; input side: {choose_prologue().reason}")
+    print(f"{head['cpu']}, {head['isa']}, {head['threads']} threads; input side: {choose_encoder().reason}")
     print(", ".join(f"{name} {value:.3g}" for name, value in reached._asdict().items()))
     with torch.inference_mode():
         for shape in QUICK if options.quick else SHAPES:

@@ -23,9 +23,8 @@ from torch.nn import functional
 
 from modiff.config import Granularity
 from modiff.generate.environment import environment
-from modiff.kernels.fused_input import Before
-from modiff.kernels.fused_input_ops import Activation, Norm
-from modiff.kernels.prologue import prologue
+from modiff.kernels.encode import encode_residual
+from modiff.kernels.input_fusion import Activation, InputFusion, Norm
 from modiff.kernels.roofline import interleaved
 
 
@@ -70,11 +69,11 @@ def input_of(case: Case) -> tuple[Tensor, Tensor | None]:
     return x.contiguous(memory_format=torch.channels_last) if len(case.size) == 4 else x, None
 
 
-def front_of(case: Case, gate: Tensor | None) -> tuple[Before, Callable[[Tensor], Tensor]]:
+def fusion_of(case: Case, gate: Tensor | None) -> tuple[InputFusion, Callable[[Tensor], Tensor]]:
     """(what the layer computes, the same as inductor compiles it)."""
     if gate is not None:
         gated = torch.compile(lambda x, gate: x * functional.gelu(gate), dynamic=False)
-        return Before("gated", weight=gate, activation=case.activation), lambda x: gated(x, gate)
+        return InputFusion("gated", weight=gate, activation=case.activation), lambda x: gated(x, gate)
     samples, channels = case.size[0], case.size[1 if case.norm == "group" else -1]
     each = (samples, channels) if case.norm == "layer" else (channels,)
     weight, bias = (None, None) if case.norm == "none" else (1 + 0.1 * torch.randn(each), torch.randn(each))
@@ -89,21 +88,21 @@ def front_of(case: Case, gate: Tensor | None) -> tuple[Before, Callable[[Tensor]
             return functional.silu(x)
         return functional.gelu(x, approximate="tanh") if case.activation == "gelu_tanh" else x
 
-    return Before(case.norm, groups, weight, bias, 1e-5, case.activation), torch.compile(apart, dynamic=False)
+    return InputFusion(case.norm, groups, weight, bias, 1e-5, case.activation), torch.compile(apart, dynamic=False)
 
 
 def runs_of(case: Case, static: bool) -> dict[str, Callable[[], object]]:
     """Both ways, on the same input and states of their own."""
     x, gate = input_of(case)
-    front, apart = front_of(case, gate)
+    fusion, apart = fusion_of(case, gate)
     channel = 1 if len(case.size) == 4 else -1
     states = torch.randn_like(x), torch.randn_like(x)
     shape = [n if i < (1 if channel == 1 else len(case.size) - 1) else 1 for i, n in enumerate(case.size)]
     scale = torch.full(shape, 0.02) if static else None
     options = {"bits": 8, "granularity": case.granularity, "channel_dim": channel}
     return {
-        "apart": lambda: prologue(apart(x), states[0], scale, **options),
-        "fused": lambda: front.code(x, states[1], scale, **options),
+        "apart": lambda: encode_residual(apart(x), states[0], scale, **options),
+        "fused": lambda: fusion.encode(x, states[1], scale, **options),
     }
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from modiff.kernels.dispatch import choose_backend
+from modiff.kernels.encode import choose_encoder
 from modiff.kernels.isa import detect
 from modiff.kernels.problem import Problem
-from modiff.kernels.prologue import choose_prologue
 from modiff.kernels.self_test import trust
 
 CONV = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
@@ -17,7 +17,7 @@ def main() -> None:
     print(f"instructions    {isa.level}, oneDNN's integer operators {'present' if isa.onednn else 'missing'}")
     print(f"self-test       few bits {'exact' if found.bounded else 'WRONG'}, all codes "
           f"{'exact' if found.full else 'saturate'}{' ' + found.detail if found.detail else ''}")  # fmt: skip
-    print(f"input side      {choose_prologue().implementation}: {choose_prologue().reason}")
+    print(f"input side      {choose_encoder().implementation}: {choose_encoder().reason}")
     for bits, weight_max in ((8, 127), (7, 127), (4, 127), (8, 63), (8, 8)):
         for name, problem in (
             ("linear 1152", Problem(1152, 1152, bits=bits, weight_max=weight_max)),

@@ -25,5 +25,5 @@ def test_it_prints_and_keeps_a_row_for_each_case(tmp_path, capsys):
 @pytest.mark.parametrize("case", norms.QUICK, ids=lambda case: case.norm)
 def test_both_ways_compute_the_same(case):
     x, gate = norms.input_of(case)
-    front, apart = norms.front_of(case, gate)
-    assert_within(front.of(x), apart(x), 1e-4)
+    fusion, apart = norms.fusion_of(case, gate)
+    assert_within(fusion.compute(x), apart(x), 1e-4)

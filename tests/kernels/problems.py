@@ -8,9 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modiff.kernels.call import Call
-from modiff.kernels.geometry import Geometry
-from modiff.kernels.problem import Problem
+from modiff.kernels.layout import Geometry
+from modiff.kernels.problem import Call, Problem
 from tests.reference import layers
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from modiff.kernels import fixed_point, kernel, onednn, self_test
-from modiff.kernels.fused_input import Before
+from modiff.kernels.encode import encode_eagerly, encode_residual
+from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.problem import Problem
-from modiff.kernels.prologue import prologue
 from tests.helpers import assert_same_bits
 
 
@@ -33,10 +33,10 @@ def some(*shape: int) -> Tensor:
 @pytest.mark.parametrize("granularity", ["tensor", "sample"])
 def test_the_input_side_computes_the_same(elsewhere, rows, granularity):
     x, state = some(*rows), torch.zeros(rows, dtype=torch.float32, device="cpu")
-    codes, scale = prologue(x, state, None, 8, granularity=granularity)
+    codes, scale = encode_residual(x, state, None, 8, granularity=granularity)
     with torch.device("cpu"):
         again = torch.zeros(rows, dtype=torch.float32)
-        expected = prologue(x, again, None, 8, granularity=granularity, implementation="eager")
+        expected = encode_eagerly(x, again, None, None, None, 8, 1.0, granularity, -1)
     assert_same_bits(codes, expected[0])
     assert_same_bits(scale, expected[1])
     assert_same_bits(state, again)
@@ -46,10 +46,10 @@ def test_the_input_side_computes_the_same(elsewhere, rows, granularity):
 def test_states_in_integers_compute_the_same(elsewhere, rows):
     x = some(*rows)
     state = fixed_point.start(x)
-    codes, scale = fixed_point.prologue_fixed(x + 0.01, state, 8, 1.0, "tensor")
+    codes, scale = fixed_point.encode_fixed(x + 0.01, state, 8, 1.0, "tensor")
     with torch.device("cpu"):
         again = fixed_point.start(x)
-        expected = fixed_point.prologue_fixed(x + 0.01, again, 8, 1.0, "tensor")
+        expected = fixed_point.encode_fixed(x + 0.01, again, 8, 1.0, "tensor")
     assert_same_bits(codes, expected[0])
     assert_same_bits(scale, expected[1])
     assert_same_bits(state.n, again.n)
@@ -59,10 +59,10 @@ def test_states_in_integers_compute_the_same(elsewhere, rows):
 @pytest.mark.parametrize("weight", [None, some(24)])
 def test_a_fused_norm_computes_the_same(elsewhere, layout, weight):
     x = some(2, 24, 5, 4).to(memory_format=layout)
-    front = Before("group", 4, weight, weight, 1e-5, "silu")
-    codes, _ = front.code(x, torch.zeros_like(x), None, 8, channel_dim=1)
+    fusion = InputFusion("group", 4, weight, weight, 1e-5, "silu")
+    codes, _ = fusion.encode(x, torch.zeros_like(x), None, 8, channel_dim=1)
     with torch.device("cpu"):
-        expected, _ = front.code(x, torch.zeros_like(x), None, 8, channel_dim=1)
+        expected, _ = fusion.encode(x, torch.zeros_like(x), None, 8, channel_dim=1)
     assert_same_bits(codes, expected)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modiff import KernelError
-from modiff.kernels import epilogue, native, ops
+from modiff.kernels import epilogue, native
 from modiff.kernels.epilogue import add_eagerly, add_sent
 from modiff.kernels.fixed_point import FixedState, start
 from modiff.kernels.kernel import Kernel
@@ -149,22 +149,6 @@ def test_without_a_compiler_steps_are_the_same(monkeypatch):
     first = kernel.step(kernel.new_output(codes), codes, scale)
     monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
     assert_within(kernel.step(kernel.new_output(codes), codes, scale), first, 1e-4)
-
-
-@pytest.mark.parametrize("integers", [False, True])
-@pytest.mark.parametrize("axes", [0, 2])
-def test_the_fake_operator_promises_what_the_real_one_does(integers, axes):
-    problem = Problem(12, 10, *[(3,) * axes, (1,) * axes, (1,) * axes, (1,) * axes], bits=4)
-    codes, weight = operands(problem, 0)
-    kernel = Kernel(problem, weight, torch.ones(10))
-    state = kernel.new_output(codes) + 1
-    fixed = start(state, 1e4)
-    held = (fixed.n, fixed.grid, torch.zeros(1, dtype=torch.int32)) if integers else (state, None, None)
-    g, p = kernel.geometry, problem
-    rest = (codes, weight, p.weight_shape, kernel.weight_scale, torch.full((2, *[1] * (codes.dim() - 1)), 0.1))
-    more = (g.stride, g.padding, g.dilation, g.groups, p.bits, p.weight_max, kernel.choice.backend, torch.bfloat16)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.step, (*held, *rest, *more), test_utils=checks)
 
 
 def test_integers_without_a_count_of_what_was_cut_are_refused():

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modiff.kernels import fingerprint as module
 from modiff.kernels import native
-from modiff.kernels.fingerprint import fingerprint
+from modiff.kernels.native import fingerprint
 
 pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -127,5 +126,5 @@ def test_where_nothing_can_be_told_it_says_so(x):
 
 
 def test_without_a_compiler_it_says_so(monkeypatch):
-    monkeypatch.setattr(module.native, "load", lambda _: native.Native(None, "none"))
+    monkeypatch.setattr(native, "load", lambda _: native.Native(None, "none"))
     assert fingerprint(torch.zeros(3)) is None

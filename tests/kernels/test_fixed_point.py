@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modiff import KernelError
-from modiff.kernels.fixed_point import FixedState, fixed_eagerly, prologue_fixed, start
-from modiff.kernels.prologue import prologue
+from modiff.kernels.encode import encode_eagerly
+from modiff.kernels.fixed_point import FixedState, encode_fixed, fixed_eagerly, start
 from tests.helpers import assert_same_bits, drifting
 
 
@@ -32,7 +32,7 @@ def test_after_200_steps_the_state_is_what_was_sent_to_the_last_bit(bits, clip, 
     sent = state.value().double()
     output = torch.nn.functional.linear(sent, weight)
     for x in inputs[1:]:
-        codes, scale = prologue_fixed(x, state, bits, clip, granularity)
+        codes, scale = encode_fixed(x, state, bits, clip, granularity)
         value = (codes.double() - 2 ** (bits - 1)) * scale.double()
         sent = sent + value  # exact: float64 holds these multiples of a power of two
         output = output + torch.nn.functional.linear(value, weight)
@@ -49,7 +49,7 @@ def drift(dtype: torch.dtype, steps: int) -> float:
     state = inputs[0].to(dtype)
     sent = state.double()
     for x in inputs[1:]:
-        codes, scale = prologue(x, state, None, 8, granularity="token", implementation="eager")
+        codes, scale = encode_eagerly(x, state, None, None, None, 8, 1.0, "token", -1)
         sent = sent + (codes.double() - 128) * scale.double()
     return float((state.double() - sent).norm() / sent.norm())
 
@@ -79,7 +79,7 @@ def test_the_compiled_loop_equals_torch_s_operators_bit_for_bit(seed, bits, clip
     state = start(inputs[0])
     other = copy_of(state)
     for x in (inputs[1], inputs[2] * jump, inputs[3]):
-        codes, scale = prologue_fixed(x, state, bits, clip, granularity, channel_dim=channel)
+        codes, scale = encode_fixed(x, state, bits, clip, granularity, channel_dim=channel)
         expected, measured = fixed_eagerly(x, other, bits, clip, granularity, channel, none_clipped())
         assert_same_bits(codes, expected)
         assert_same_bits(scale, measured)
@@ -102,7 +102,7 @@ def test_a_scale_is_never_finer_than_asked_for_and_at_most_a_step_of_the_grid_co
     x = torch.randn(4, 50)
     state = start(torch.randn(4, 50))
     residual = x - state.value()
-    _, scale = prologue_fixed(x, state, 4, 0.5, "sample")
+    _, scale = encode_fixed(x, state, 4, 0.5, "sample")
     asked = residual.abs().amax(1, keepdim=True) * 0.5 / 7
     assert bool((scale >= asked).all())
     assert bool((scale < asked + state.grid).all())
@@ -111,7 +111,7 @@ def test_a_scale_is_never_finer_than_asked_for_and_at_most_a_step_of_the_grid_co
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_nan_is_seen_in_the_scale_and_leaves_the_state(value):
     x = torch.randn(2, 40)
-    for run in (prologue_fixed, lambda *a: fixed_eagerly(*a, -1, none_clipped())):
+    for run in (encode_fixed, lambda *a: fixed_eagerly(*a, -1, none_clipped())):
         state = start(torch.randn(2, 40))
         kept = copy_of(state)
         x[0, 3] = value
@@ -127,7 +127,7 @@ def test_a_value_beyond_16_bits_saturates_with_its_code():
     before = state.value().double()
     far = torch.full((1, 4), 1e4)
     for _ in range(50):
-        codes, scale = prologue_fixed(far, state, 8)
+        codes, scale = encode_fixed(far, state, 8)
         after = state.value().double()
         assert_same_bits(after - before, (codes.double() - 128) * scale.double())
         before = after
@@ -142,7 +142,7 @@ def test_as_many_whole_steps_are_taken_as_fit_into_16_bits(multiple, steps, spar
     most = 32767 if sign > 0 else 32768
     spare = min(spare, multiple - 1)
     grid = torch.tensor(2.0**-10)
-    for run in (prologue_fixed, fixed_eagerly):
+    for run in (encode_fixed, fixed_eagerly):
         n = torch.full((1, 2), sign * (most - steps * multiple - spare), dtype=torch.int16)
         state, clipped = FixedState(n, grid), none_clipped()
         x = state.value() + sign * 6.99 * multiple * grid  # seven steps of the scale
@@ -155,10 +155,10 @@ def test_as_many_whole_steps_are_taken_as_fit_into_16_bits(multiple, steps, spar
 
 def test_an_input_of_another_shape_is_refused():
     with pytest.raises(KernelError, match=r"expected an int16 state of shape \(2, 3\)"):
-        prologue_fixed(torch.randn(2, 3), start(torch.randn(2, 4)), 8)
+        encode_fixed(torch.randn(2, 3), start(torch.randn(2, 4)), 8)
 
 
-@pytest.mark.parametrize("run", [prologue_fixed, fixed_eagerly])
+@pytest.mark.parametrize("run", [encode_fixed, fixed_eagerly])
 def test_codes_that_are_cut_are_counted(run):
     x = torch.linspace(-1, 1, 64).view(2, 32)
     for far, cut in ((x, False), (4 * x, True)):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import modiff
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig
-from modiff.kernels.fused_input import Before
+from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import fusion, traced
 from modiff.nn.conv import ModulatedConv2d
 from modiff.nn.layer import ModulatedLayer
@@ -99,13 +99,13 @@ def test_the_law_holds_in_every_layer_behind_a_norm(block, form, error):
 @pytest.mark.parametrize("form", ["modulated", "moves", "states in 16 bits"])
 def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_not(monkeypatch, form):
     calls: list[str] = []
-    real = Before.code
+    real = InputFusion.encode
 
-    def counted(self: Before, *args: Any, **options: Any) -> Any:
+    def counted(self: InputFusion, *args: Any, **options: Any) -> Any:
         calls.append(self.norm)
         return real(self, *args, **options)
 
-    monkeypatch.setattr(Before, "code", counted)
+    monkeypatch.setattr(InputFusion, "encode", counted)
     for block, norms in (("dit", ["layer", "layer", "none"]), ("conv", ["group", "group"])):
         make, shape, _ = BLOCKS[block]
         model = made(make, FUSED[form])
@@ -218,8 +218,8 @@ def test_a_norm_over_other_channels_than_the_layer_s_stays_where_it_is():
     with torch.no_grad():
         assert_within(fused(model, counts)(x), model(x), 1e-5)
     assert sum(counts) == 0
-    front = Before("group", 2, eps=1e-5, activation="silu")
-    codes, scale = front.code(x, None, None, 8, granularity="token")
+    fusion = InputFusion("group", 2, eps=1e-5, activation="silu")
+    codes, scale = fusion.encode(x, None, None, 8, granularity="token")
     exact = functional.silu(functional.group_norm(x.double(), 2))
     assert_within((codes.double() - 128) * scale, exact, (0.501 * scale).expand_as(exact))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.hadamard import Segment
-from modiff.kernels.nibbles import weight_codes
+from modiff.kernels.layout import weight_codes
 from modiff.nn.packed import SCALE, pack_nibbles, storage
 from modiff.nn.weight import QuantizedWeight
 from tests.helpers import assert_same_bits, assert_within, drifting

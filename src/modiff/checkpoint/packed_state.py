@@ -11,7 +11,7 @@ from modiff.checkpoint.headers import DTYPES, Claim, Expected, check_claims
 from modiff.checkpoint.layout import FORMAT_VERSION, METHOD, Layout
 from modiff.core.affine import qrange
 from modiff.errors import ConfigError, FormatError, StateError
-from modiff.kernels.nibbles import weight_codes
+from modiff.kernels.layout import weight_codes
 from modiff.model.attach import Attachment, required_attachment
 from modiff.model.quantizers import quantizers_of
 from modiff.model.rebuild import rebuild

@@ -41,13 +41,13 @@ def explain(
         if json_file is not None:
             check_writable(json_file)
         from modiff.hosts.autotune import autotune  # imported late: `modiff --help` must not wait for diffusers
+        from modiff.kernels.encode import choose_encoder
         from modiff.kernels.isa import machine
-        from modiff.kernels.prologue import choose_prologue
 
         found = autotune(
             quiet_pipeline(model, device), chosen, tolerance=tolerance, steps=steps, num_images=num_images, seed=seed,
             profile=profile,
         )  # fmt: skip
-        typer.echo(f"{machine()}; input side: {choose_prologue(device).reason}\n{found}")
+        typer.echo(f"{machine()}; input side: {choose_encoder(device).reason}\n{found}")
         if json_file is not None:
             write_json(json_file, {"machine": machine()} | found.to_dict())

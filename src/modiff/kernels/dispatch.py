@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from modiff.kernels.float_exact import chunk_of
+from modiff.kernels.exact import chunk_of
 from modiff.kernels.isa import Isa
 from modiff.kernels.problem import Problem
 from modiff.kernels.self_test import Trust

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modiff.kernels import native
-from modiff.kernels.geometry import channels_innermost
+from modiff.kernels.layout import channels_innermost
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 

@@ -24,7 +24,7 @@ from modiff.config import Granularity
 from modiff.core.affine import choose_qparams, qrange
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.rows import row_shape, scale_shape
+from modiff.kernels.layout import row_shape, scale_shape
 
 _LARGEST = 2**15 - 1
 _MOST_MULTIPLE = 2**14
@@ -56,7 +56,7 @@ def start(x: Tensor, headroom: float = 2.0) -> FixedState:
     return FixedState(whole.nan_to_num(0.0).to(torch.int16), grid)
 
 
-def prologue_fixed(
+def encode_fixed(
     x: Tensor,
     state: FixedState,
     bits: int,
@@ -76,7 +76,7 @@ def prologue_fixed(
     """
     if state.n.shape != x.shape or state.n.dtype != torch.int16:
         raise KernelError(
-            f"prologue_fixed: expected an int16 state of shape {tuple(x.shape)}, got {state.n.dtype} of "
+            f"encode_fixed: expected an int16 state of shape {tuple(x.shape)}, got {state.n.dtype} of "
             f"{tuple(state.n.shape)}. The state belongs to another input. Start the trajectory again."
         )
     x = x.detach()
@@ -135,7 +135,7 @@ def _natively(
         return False
     (count, elements), (lowest, highest), block = rows, qrange(bits), native.block(library)
     partial = torch.empty(count * -(-elements // block), dtype=torch.int32, device="cpu") if elements > block else None
-    library.modiff_prologue_fixed(
+    library.modiff_encode_fixed(
         x.data_ptr(), _KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
         None if partial is None else partial.data_ptr(), clipped.data_ptr(), count, elements, 1, clip / highest, lowest,
         highest, torch.get_num_threads(),

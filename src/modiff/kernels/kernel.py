@@ -9,12 +9,11 @@ from torch import Tensor
 
 from modiff.errors import KernelError
 from modiff.kernels import ops
-from modiff.kernels.call import Call
 from modiff.kernels.dispatch import Backend, Choice, choose_backend
 from modiff.kernels.fixed_point import FixedState
-from modiff.kernels.geometry import Geometry, empty_output, output_shape
 from modiff.kernels.isa import Isa, detect
-from modiff.kernels.problem import Problem
+from modiff.kernels.layout import Geometry, empty_output, output_shape
+from modiff.kernels.problem import Call, Problem
 from modiff.kernels.self_test import trust
 
 
@@ -61,13 +60,7 @@ class Kernel:
 
     def accumulate(self, output: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Add what `codes` stand for to the output state, in place. Cost: one operator."""
-        p, g = self.problem, self.geometry
-        if not torch.compiler.is_compiling():
-            return ops.add(output, self._call(codes, scale), self.choice.backend)
-        return ops.accumulate(
-            output, codes, self.weight, p.weight_shape, self.weight_scale, scale, g.stride, g.padding, g.dilation,
-            g.groups, p.bits, p.weight_max, self.choice.backend,
-        )  # fmt: skip
+        ops.add(output, self._call(codes, scale), self.choice.backend)
 
     def step(
         self,
@@ -83,7 +76,6 @@ class Kernel:
             output: the state, float; or integers (`fixed_point.start`), which need `clipped`: int32, one element, to
                 which the number of values that left 16 bits is added. Any is a reason to start again.
         """
-        p, g = self.problem, self.geometry
         state, grid = (output.n, output.grid) if isinstance(output, FixedState) else (output, None)
         if (grid is None) != (clipped is None):
             raise KernelError(
@@ -91,25 +83,14 @@ class Kernel:
                 f"{'none' if clipped is None else 'one with a float state'}. Integers that leave 16 bits must be "
                 "counted. Pass torch.zeros(1, dtype=torch.int32)."
             )
-        if not torch.compiler.is_compiling():
-            return ops.add_and_give(state, grid, clipped, self._call(codes, scale), self.choice.backend, dtype)
-        return ops.step(
-            state, grid, clipped, codes, self.weight, p.weight_shape, self.weight_scale, scale, g.stride, g.padding,
-            g.dilation, g.groups, p.bits, p.weight_max, self.choice.backend, dtype,
-        )  # fmt: skip
+        return ops.add_and_give(state, grid, clipped, self._call(codes, scale), self.choice.backend, dtype)
 
     def compute(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """The layer's output for codes without memory: A(codes) + bias."""
-        p, g = self.problem, self.geometry
         bias = None if bias is None else bias.detach()
-        if not torch.compiler.is_compiling():
-            return ops.give(self._call(codes, scale), bias, self.choice.backend, dtype)
-        return ops.compute(
-            codes, self.weight, p.weight_shape, self.weight_scale, scale, bias, g.stride, g.padding, g.dilation,
-            g.groups, p.bits, p.weight_max, self.choice.backend, dtype,
-        )  # fmt: skip
+        return ops.give(self._call(codes, scale), bias, self.choice.backend, dtype)
 
     def new_output(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros in the shape of the output and in the memory layout that `accumulate` adds into without a copy."""

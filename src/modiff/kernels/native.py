@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 SWITCH = "MODIFF_NATIVE"
 """Environment variable; "off" never compiles."""
@@ -25,7 +26,6 @@ CACHE = "MODIFF_CACHE"
 """Environment variable: folder for compiled libraries, instead of the user's cache folder."""
 
 _SOURCES = Path(__file__).parent / "csrc"
-_INTERFACE = 6
 _SECONDS = 120
 # -ffp-contract=off: a fused multiply-add would give other codes than torch. The two -fno let rounding be vectorized.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -35,20 +35,20 @@ _ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _END = [_INT, _FLOAT, _INT, _INT, _INT]  # dynamic, factor, lowest, highest, threads
 _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
-    "prologue": {
+    "encode": {
         "modiff_block": (_LONG, []),
-        "modiff_prologue": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
-        "modiff_prologue_fixed": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
+        "modiff_encode": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
+        "modiff_encode_fixed": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
     },
     "fingerprint": {"modiff_fingerprint": (ctypes.c_uint64, [_POINTER, _LONG, _INT])},
     "epilogue": {"modiff_epilogue": (None, [*[_POINTER] * 5, _INT, _POINTER, _LONG, _LONG, _INT])},
-    "norm": {
+    "input_fusion": {
         "modiff_moments": (None, [_POINTER, _INT, _LONG, _LONG, _FLOAT, _POINTER, _POINTER, _INT]),
         "modiff_grouped_moments": (
             None,
             [_POINTER, _INT, *[_LONG] * 4, _FLOAT, _POINTER, _LONG, _POINTER, _POINTER, _INT],
         ),
-        "modiff_prologue_after": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 12, *[_LONG] * 6, *_END]),
+        "modiff_encode_fused": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 12, *[_LONG] * 6, *_END]),
     },
 }
 
@@ -61,7 +61,7 @@ class Native(NamedTuple):
 
 
 @functools.cache
-def load(name: str = "prologue") -> Native:
+def load(name: str = "encode") -> Native:
     """Build or find the library of `csrc/<name>.cpp`; asked once per process."""
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return Native(None, f"switched off by {SWITCH}")
@@ -77,7 +77,7 @@ def load(name: str = "prologue") -> Native:
 
 @functools.cache
 def block(library: ctypes.CDLL) -> int:
-    """Elements that one task of the compiled prologue works on."""
+    """Elements that one task of the compiled encoder works on."""
     return library.modiff_block()
 
 
@@ -143,10 +143,32 @@ def _processor() -> str:
 
 def _open(path: Path, name: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.modiff_interface.restype = ctypes.c_int32
-    if library.modiff_interface() != _INTERFACE:
-        raise OSError(f"expected interface {_INTERFACE}, got {library.modiff_interface()}")
     for function, (result, arguments) in _SIGNATURES[name].items():
         entry = getattr(library, function)
         entry.restype, entry.argtypes = result, arguments
     return library
+
+
+Fingerprint = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+"""A number for the bytes, and how they are to be read."""
+
+
+def fingerprint(x: Tensor) -> Fingerprint | None:
+    """What changes with any element of x, but for one chance in 2^64; None where nobody can tell.
+
+    That is for a tensor that is empty, not on the CPU or not dense, and on a machine without a C++ compiler.
+    Cost: one pass over x.
+    """
+    if x.device.type != "cpu" or x.layout != torch.strided or x.data_ptr() == 0 or not _dense(x):
+        return None
+    library = load("fingerprint").library
+    if library is None:
+        return None
+    number = library.modiff_fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads())
+    return number, x.dtype, x.shape, x.stride()
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the elements lie side by side in memory, in any order of the axes."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return x.permute(order).is_contiguous()

@@ -11,10 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
-from modiff.kernels.call import Call
-from modiff.kernels.float_exact import add_scaled
-from modiff.kernels.geometry import Geometry
+from modiff.kernels.exact import add_scaled
+from modiff.kernels.layout import Geometry
 from modiff.kernels.prepacked import PREPACKED
+from modiff.kernels.problem import Call
 
 _IN_PLACE = (torch.float32, torch.bfloat16)
 

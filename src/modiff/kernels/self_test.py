@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from modiff.kernels import onednn, reference
-from modiff.kernels.call import Call
-from modiff.kernels.geometry import Geometry
+from modiff.kernels.layout import Geometry
+from modiff.kernels.problem import Call
 
 _CONVOLUTION = Geometry((1, 1), (1, 1), (1, 1))
 _WORST = ((8, 64), (7, 128), (4, 128))

@@ -79,7 +79,7 @@ def tune(
             Layers of the same name in two networks get the same one.
         splits: as for `apply`, for each of the models.
     Raises: StateError if modiff is on a model; CalibrationError if `run` never reached a second step.
-    Cost: a full-precision trajectory with one prologue per candidate, layer and step, and an input state per candidate;
+    Cost: a full-precision trajectory with one encoding per candidate, layer and step, and an input state per candidate;
         then `FINALISTS` modulated trajectories.
     """
     found = [models] if isinstance(models, nn.Module) else list(models)

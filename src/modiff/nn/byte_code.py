@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.kernels.fused_input import Before
-from modiff.kernels.geometry import channels_innermost
+from modiff.kernels.input_fusion import InputFusion
+from modiff.kernels.layout import channels_innermost
 
 
 class ByteCode(NamedTuple):
@@ -41,16 +41,16 @@ def dense_parts(x: Tensor, segments: tuple[int, ...], channel_dim: int) -> tuple
 
 
 def fronts_of(
-    x: Tensor, before: Before | None, segments: tuple[int, ...], channel_dim: int
-) -> list[tuple[Tensor, Before | None]]:
+    x: Tensor, before: InputFusion | None, segments: tuple[int, ...], channel_dim: int
+) -> list[tuple[Tensor, InputFusion | None]]:
     """What is to be coded, for each segment of the channels: a tensor, and what it passes through on the way.
 
     Cost: where no kernel computes `before` for such segments, torch's operators do it here.
     """
-    parts = None if before is None else before.parts(x, segments)
+    parts = None if before is None else before.split(x, segments)
     if parts is not None:
         return list(parts)
-    value = x if before is None else before.of(x)
+    value = x if before is None else before.compute(x)
     return [(part, None) for part in dense_parts(value, segments, channel_dim)]
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import Message, State
-from modiff.kernels.fixed_point import FixedState, prologue_fixed, start
-from modiff.kernels.fused_input import Before
+from modiff.kernels.fixed_point import FixedState, encode_fixed, start
+from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.byte_code import ByteCode, dense_parts, fronts_of, laid_otherwise
 from modiff.nn.clock import Clock
 from modiff.nn.stream import Stream
@@ -43,7 +43,7 @@ class FixedStream(Stream):
         """Every tensor that the input state keeps."""
         return [t for part in self._parts for t in part]
 
-    def advance(self, value: Tensor, before: Before | None = None) -> Message:
+    def advance(self, value: Tensor, before: InputFusion | None = None) -> Message:
         """Code `value` into bytes and write the integers in place."""
         if self._outgrown or not self._parts:
             self._parts, self._outgrown = (), False
@@ -64,12 +64,12 @@ class FixedStream(Stream):
         self._outgrown = bool(self._clipped > 0)  # what was cut is not lost: the next step starts from the input itself
         return Message(None, (ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), quantizer.channel_dim),))
 
-    def _code(self, x: Tensor, front: Before | None, state: FixedState) -> tuple[Tensor, Tensor]:
+    def _code(self, x: Tensor, front: InputFusion | None, state: FixedState) -> tuple[Tensor, Tensor]:
         quantizer = self.quantizer
         arguments, channel_dim = (quantizer.bits, quantizer.config.clip, quantizer.granularity), quantizer.channel_dim
         if front is None:
-            return prologue_fixed(x, state, *arguments, channel_dim=channel_dim, clipped=self._clipped)
-        return front.code(x, state, None, *arguments, channel_dim=channel_dim, clipped=self._clipped)
+            return encode_fixed(x, state, *arguments, channel_dim=channel_dim, clipped=self._clipped)
+        return front.encode(x, state, None, *arguments, channel_dim=channel_dim, clipped=self._clipped)
 
     def _value(self) -> Tensor:
         values = [part.value() for part in self._parts]

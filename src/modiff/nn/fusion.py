@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from modiff.kernels.fused_input_ops import Activation, Norm
+from modiff.kernels.input_fusion import Activation, Norm
 from modiff.nn import traced
 
 _PLACES = itertools.count(1)

@@ -10,11 +10,10 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import Message, State, accumulate
-from modiff.kernels.fused_input import Before
-from modiff.kernels.fused_input_ops import Norm
+from modiff.kernels.encode import encode_input
+from modiff.kernels.input_fusion import InputFusion, Norm
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
-from modiff.kernels.prologue import plain
 from modiff.nn.byte_code import ByteCode, fronts_of, innermost
 from modiff.nn.source import version_of
 from modiff.nn.stream import Stream
@@ -89,7 +88,7 @@ class IntegerSide:
             return False
         return config.modulation is None or config.modulation.state_dtype in ("float32", "int16")
 
-    def plain(self, x: Tensor, quantizer: Quantizer, dtype: torch.dtype, before: Before | None = None) -> Tensor:
+    def plain(self, x: Tensor, quantizer: Quantizer, dtype: torch.dtype, before: InputFusion | None = None) -> Tensor:
         """A(code(x)) + bias in `dtype`, without memory. Raises: CalibrationError as the quantizer does.
 
         Args:
@@ -106,9 +105,9 @@ class IntegerSide:
                 quantizer.granularity,
             )
             if front is None:
-                codes, scale = plain(part, *arguments, channel_dim=quantizer.channel_dim)
+                codes, scale = encode_input(part, *arguments, channel_dim=quantizer.channel_dim)
             else:
-                codes, scale = front.code(part, None, *arguments, channel_dim=quantizer.channel_dim)
+                codes, scale = front.encode(part, None, *arguments, channel_dim=quantizer.channel_dim)
             if total is None:
                 total = kernel.compute(codes, scale, self.layer.bias, dtype if len(kernels) == 1 else torch.float32)
             else:

@@ -10,8 +10,8 @@ from modiff.core.affine import QParams
 from modiff.core.held_scales import HeldScales
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import Message, State, step_gain
-from modiff.kernels.fused_input import Before
-from modiff.kernels.prologue import prologue
+from modiff.kernels.encode import encode_residual
+from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.byte_code import ByteCode, dense_parts, fronts_of, laid_otherwise
 from modiff.nn.clock import Clock
 from modiff.nn.stream import Stream
@@ -58,7 +58,7 @@ class IntegerStream(Stream):
         """Every tensor that the input state keeps."""
         return [t for part in self._parts for t in part if t is not None]
 
-    def advance(self, value: Tensor, before: Before | None = None) -> Message:
+    def advance(self, value: Tensor, before: InputFusion | None = None) -> Message:
         """Code `value` into bytes and write the state in place; with `before` in the same pass over memory."""
         if not self._parts or self.quantizer.watching:
             return super().advance(value, before)
@@ -75,7 +75,7 @@ class IntegerStream(Stream):
                 quantizer.config.clip,
                 quantizer.granularity,
             )
-            code = prologue if front is None else front.code
+            code = encode_residual if front is None else front.encode
             parts.append(code(x, held.value, *arguments, channel_dim=quantizer.channel_dim, move=held.move, gain=gain))
             states.append(held)
         self._parts = tuple(states)

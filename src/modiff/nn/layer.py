@@ -14,7 +14,7 @@ from modiff.core.quantizer import Coded, Quantizer
 from modiff.core.recursion import State, accumulate, encode_plain, output_of
 from modiff.errors import ConfigError, StateError
 from modiff.kernels.fixed_point import FixedState
-from modiff.kernels.fused_input import Before
+from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import traced
 from modiff.nn.clock import Clock
 from modiff.nn.fixed_side import FixedSide
@@ -254,7 +254,7 @@ class ModulatedLayer(nn.Module):
             return traced.layer(self.clock.token, x, self.number)
         return self.run(x)
 
-    def run(self, x: Tensor, before: Before | None = None, place: int | None = None) -> Tensor:
+    def run(self, x: Tensor, before: InputFusion | None = None, place: int | None = None) -> Tensor:
         """`forward`, outside of any graph or as an operator of one.
 
         Args:
@@ -269,10 +269,10 @@ class ModulatedLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self._coded(x, before, place)
 
-    def _coded(self, x: Tensor, before: Before | None, place: int | None) -> Tensor:
+    def _coded(self, x: Tensor, before: InputFusion | None, place: int | None) -> Tensor:
         value = x
         if before is not None and (self.integer is None or not self.integer.fuses(before.norm)):
-            value, before = before.of(x), None
+            value, before = before.compute(x), None
         if self.segments is not None:
             value = rotate(_at_least_float32(value), self.segments, self.channel_dim)
         if self.quantizer is None:
@@ -280,7 +280,7 @@ class ModulatedLayer(nn.Module):
         if self.config.modulation is None or self.inputs is None:
             if self.integer is not None and not self.quantizer.watching:
                 return self.integer.plain(value, self.quantizer, x.dtype, before)
-            value = value if before is None else before.of(value)
+            value = value if before is None else before.compute(value)
             return output_of(encode_plain(value, self.quantizer), self).to(x.dtype)
         return self._modulated(x, value, before, place, self.config.modulation, self.inputs)
 
@@ -288,7 +288,7 @@ class ModulatedLayer(nn.Module):
         self,
         x: Tensor,
         value: Tensor,
-        before: Before | None,
+        before: InputFusion | None,
         place: int | None,
         config: ModulationConfig,
         inputs: Inputs,

@@ -12,7 +12,7 @@ from modiff.config import WeightConfig
 from modiff.core.affine import QParams, dequantize
 from modiff.core.hadamard import Segment
 from modiff.errors import StateError
-from modiff.kernels.nibbles import weight_codes
+from modiff.kernels.layout import weight_codes
 from modiff.nn.weight import Part
 
 SCALE = "weight_scale"

@@ -6,7 +6,7 @@ import weakref
 
 from torch import Tensor
 
-from modiff.kernels.fingerprint import fingerprint
+from modiff.kernels.native import fingerprint
 
 
 class Source:

@@ -12,7 +12,7 @@ from modiff.core.held_scales import HeldScales
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import Message, State, encode
 from modiff.errors import StateError
-from modiff.kernels.fused_input import Before
+from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
 from modiff.nn.source import Source
 
@@ -50,7 +50,7 @@ class Stream:
         where: str,
         x: Tensor,
         value: Tensor,
-        before: Before | None = None,
+        before: InputFusion | None = None,
         place: int | None = None,
     ) -> Message:
         """The message for `x`: coded by the first reader of the evaluation, the same for all others.
@@ -85,9 +85,9 @@ class Stream:
         """Every tensor that the input state keeps."""
         return [] if self.state is None else [t for t in self.state if t is not None]
 
-    def advance(self, value: Tensor, before: Before | None = None) -> Message:
+    def advance(self, value: Tensor, before: InputFusion | None = None) -> Message:
         """Code `value`, or what it is behind `before`, and move the state on."""
-        value = value if before is None else before.of(value)
+        value = value if before is None else before.compute(value)
         message, self.state = encode(value, self.state, self.coding, self.config, self.ratio())
         return message
 

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.kernels.fused_input import Before
-from modiff.kernels.fused_input_ops import Activation, Norm
-from modiff.kernels.geometry import empty_output
+from modiff.kernels.input_fusion import Activation, InputFusion, Norm
+from modiff.kernels.layout import empty_output
 from modiff.nn.byte_code import innermost
 
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
@@ -89,7 +88,7 @@ def _layer_after(
 ) -> Tensor:
     """The forward of the layer of `number` for activation(norm(x)), channels innermost in memory."""
     holder = holder_of(number)
-    output = holder.run(x, Before(norm, groups, weight, bias, eps, activation), place)
+    output = holder.run(x, InputFusion(norm, groups, weight, bias, eps, activation), place)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 

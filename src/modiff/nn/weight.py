@@ -10,7 +10,7 @@ from modiff.core.affine import QParams, dequantize, qrange, quantize
 from modiff.core.hadamard import Segment, rotate
 from modiff.core.observers import MinMaxObserver, MSEObserver
 from modiff.errors import ConfigError, StateError
-from modiff.kernels.fingerprint import Fingerprint, fingerprint
+from modiff.kernels.native import Fingerprint, fingerprint
 
 Part = tuple[Tensor, QParams]
 """int8 codes of one segment of the input channels, and their scale per output channel."""

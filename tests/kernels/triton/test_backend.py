@@ -25,7 +25,7 @@ def test_the_kernels_equal_the_reference_bit_for_bit() -> None:
     environment = dict(os.environ) | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500,
-                          cwd=CASES.parents[2])  # fmt: skip
+                          cwd=CASES.parents[3])  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -18,7 +18,7 @@ from modiff.core.affine import QParams
 from modiff.core.quantizer import Code, Quantizer
 from modiff.core.recursion import Message
 from modiff.errors import ConfigError
-from modiff.kernels.fused_input import Before
+from modiff.kernels.input_fusion import InputFusion
 from modiff.model.attach import required_attachment
 from modiff.nn import Clock
 from modiff.nn.stream import Inputs, Stream
@@ -199,11 +199,11 @@ class _Stream(Stream):
         where: str,
         x: Tensor,
         value: Tensor,
-        before: Before | None = None,
+        before: InputFusion | None = None,
         place: int | None = None,
     ) -> Message:
         """The message for `x`, counted."""
-        self.silent.input = value if before is None else before.of(value)
+        self.silent.input = value if before is None else before.compute(value)
         message = super().read(where, x, value, before, place)
         self.silent.input = None
         self.tally.add(self.name, x.shape[0], 1.0 if message.starts else self.silent.share, message.starts)

@@ -79,9 +79,6 @@ void choose(void* state, const float* grid, const float* sent, const float* scal
 
 extern "C" {
 
-// Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 6; }
-
 // state: float where grid is null, else int16 in units of *grid. out: float (kind 0) or bfloat16 (kind 1).
 void modiff_epilogue(void* state, const float* grid, const float* sent, const float* scale, void* out, int32_t kind,
                      int32_t* clipped, int64_t rows, int64_t count, int32_t threads) {

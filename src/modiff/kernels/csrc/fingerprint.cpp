@@ -61,8 +61,6 @@ uint64_t block(const uint8_t* bytes, int64_t count) {
 
 extern "C" {
 
-int32_t modiff_interface() { return 6; }
-
 uint64_t modiff_fingerprint(const uint8_t* bytes, int64_t count, int32_t threads) {
   const int64_t blocks = (count + kBytes - 1) / kBytes;
   std::vector<uint64_t> found(static_cast<size_t>(blocks));

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from modiff.config import Granularity
-from modiff.kernels.call import Call
-from modiff.kernels.geometry import Geometry, channels_innermost, empty_output
+from modiff.kernels.layout import Geometry, as_rows, channels_innermost, empty_output
 from modiff.kernels.prepacked import PREPACKED
-from modiff.kernels.problem import Problem
-from modiff.kernels.rows import as_rows
+from modiff.kernels.problem import Call, Problem
 
 _STATES = (torch.float32, torch.float16, torch.bfloat16)
 _INT32 = 2**31 - 1
@@ -111,7 +109,7 @@ def code(
         return False
     if state is not None and state.dtype not in _STATES:
         return False
-    from modiff.kernels.triton.prologue import code_rows
+    from modiff.kernels.triton.encode import code_rows
 
     found = [torch.as_tensor(r) for r in rows]
     held = found[1] if state is not None else None

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modiff.kernels.geometry import Geometry
+from modiff.kernels.layout import Geometry
 from modiff.kernels.triton.linear import blocks_of, finish, options
 
 

@@ -1,14 +1,58 @@
-"""A tensor as rows that share a scale: the one shape that the compiled input sides know."""
+"""How tensors lie in memory, and how a convolution slides over them."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from modiff.config import Granularity
 from modiff.core.affine import reduced_dims
+
+
+class Geometry(NamedTuple):
+    """Stride, padding and dilation of each axis, and groups; no axes: a linear layer."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def axes(self) -> int:
+        """0 for linear layers."""
+        return len(self.stride)
+
+
+def output_shape(codes: Sequence[int], weight: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """Shape of the layer's output for codes and a weight of these shapes."""
+    if geometry.axes == 0:
+        return (*codes[:-1], weight[0])
+    spatial = (
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, pad, dilation in zip(
+            codes[2:], weight[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True
+        )
+    )
+    return (codes[0], weight[0], *spatial)
+
+
+def empty_output(like: Tensor, shape: Sequence[int], axes: int, dtype: torch.dtype) -> Tensor:
+    """An output in the layout of all backends: channels innermost in memory."""
+    if axes == 0:
+        return like.new_empty(shape, dtype=dtype)
+    return like.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
+
+
+def channels_innermost(x: Tensor, axes: int) -> bool:
+    """Whether the channels of each pixel lie side by side and nothing lies between pixels."""
+    if axes == 2:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return (x if axes == 0 else x.movedim(1, -1)).is_contiguous()
 
 
 def scale_shape(x: Tensor, granularity: Granularity, channel_dim: int) -> tuple[int, ...]:
@@ -81,3 +125,18 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
+
+
+def weight_codes(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """The int8 codes of a weight that is kept as int8, or as uint8 with two codes in each byte of a row.
+
+    The first code of a pair sits in the low half; an odd row ends with a zero. Cost: one pass where packed.
+
+    >>> weight_codes(torch.tensor([[241, 7]], dtype=torch.uint8), (1, 3))
+    tensor([[ 1, -1,  7]], dtype=torch.int8)
+    """
+    if weight.dtype != torch.uint8:
+        return weight
+    signed = weight.view(torch.int8)
+    pairs = torch.stack([(signed << 4) >> 4, signed >> 4], 2)  # the shifts to the right carry the sign
+    return pairs.flatten(1)[:, : math.prod(shape[1:])].reshape(tuple(shape))

@@ -9,14 +9,14 @@ from torch.nn import functional
 
 from modiff import KernelError
 from modiff.kernels import native
-from modiff.kernels.fixed_point import prologue_fixed, start
-from modiff.kernels.fused_input import Before
-from modiff.kernels.prologue import prologue
+from modiff.kernels.encode import encode_residual
+from modiff.kernels.fixed_point import encode_fixed, start
+from modiff.kernels.input_fusion import InputFusion
 from tests.helpers import assert_same_bits, assert_within
 from tests.kernels.coded import check
 
 
-def fronts(seed: int) -> dict[str, tuple[Tensor, Before, int, Tensor]]:
+def fusions(seed: int) -> dict[str, tuple[Tensor, InputFusion, int, Tensor]]:
     """(x, what it passes through, axis of the channels, the exact y)."""
     torch.manual_seed(seed)
     pixels, tokens, both = torch.randn(3, 12, 41, 47), torch.randn(3, 101, 48), torch.randn(3, 101, 96)
@@ -26,27 +26,32 @@ def fronts(seed: int) -> dict[str, tuple[Tensor, Before, int, Tensor]]:
     turned = functional.group_norm(tokens.double().mT, 4).mT
     layer = functional.layer_norm(tokens.double(), (48,)) * each[0, :, None].double() + each[1, :, None].double()
     return {
-        "group": (pixels, Before("group", 4, weight, bias, 1e-5, "silu"), 1, functional.silu(norm)),
-        "group, innermost": (inner, Before("group", 4, weight, bias, 1e-5, "silu"), 1, functional.silu(norm)),
-        "tokens": (tokens, Before("group_last", 4, None, None, 1e-5), -1, turned),
-        "layer": (tokens, Before("layer", 1, each[0], each[1], 1e-5), -1, layer),
-        "gated": (x, Before("gated", weight=gate, activation="gelu"), -1, x.double() * functional.gelu(gate.double())),
-        "activation": (tokens, Before(activation="silu"), -1, functional.silu(tokens.double())),
+        "group": (pixels, InputFusion("group", 4, weight, bias, 1e-5, "silu"), 1, functional.silu(norm)),
+        "group, innermost": (inner, InputFusion("group", 4, weight, bias, 1e-5, "silu"), 1, functional.silu(norm)),
+        "tokens": (tokens, InputFusion("group_last", 4, None, None, 1e-5), -1, turned),
+        "layer": (tokens, InputFusion("layer", 1, each[0], each[1], 1e-5), -1, layer),
+        "gated": (
+            x,
+            InputFusion("gated", weight=gate, activation="gelu"),
+            -1,
+            x.double() * functional.gelu(gate.double()),
+        ),
+        "activation": (tokens, InputFusion(activation="silu"), -1, functional.silu(tokens.double())),
     }
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("granularity", ["tensor", "sample", "token"])
-@pytest.mark.parametrize("name", fronts(0))
+@pytest.mark.parametrize("name", fusions(0))
 def test_states_with_moves_behind_it(name, granularity, threads):
-    x, front, axis, exact = fronts(1)[name]
+    x, fusion, axis, exact = fusions(1)[name]
     state = torch.empty_like(x).copy_(exact + 0.3 * torch.randn(x.shape))
     move = torch.empty_like(x).copy_(0.2 * torch.randn(x.shape))
     old, gain, had = state.clone(), torch.tensor(0.7), torch.get_num_threads()
     predicted = old + gain * move
     torch.set_num_threads(threads)
     try:
-        found = front.code(x, state, None, 8, 1.0, granularity, channel_dim=axis, move=move, gain=gain)
+        found = fusion.encode(x, state, None, 8, 1.0, granularity, channel_dim=axis, move=move, gain=gain)
     finally:
         torch.set_num_threads(had)
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (axis % x.dim(),)}
@@ -56,14 +61,14 @@ def test_states_with_moves_behind_it(name, granularity, threads):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("granularity", ["tensor", "sample", "token"])
-@pytest.mark.parametrize("name", fronts(0))
+@pytest.mark.parametrize("name", fusions(0))
 def test_integer_states_behind_it(name, granularity, threads):
-    x, front, axis, exact = fronts(2)[name]
+    x, fusion, axis, exact = fusions(2)[name]
     state = start(torch.empty_like(x).copy_(exact + 0.3 * torch.randn(x.shape)))
     before, clipped, had = state.n.clone(), torch.zeros(1, dtype=torch.int32), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        codes, scale = front.code(x, state, None, 8, 1.0, granularity, channel_dim=axis, clipped=clipped)
+        codes, scale = fusion.encode(x, state, None, 8, 1.0, granularity, channel_dim=axis, clipped=clipped)
     finally:
         torch.set_num_threads(had)
     assert clipped.item() == 0
@@ -86,12 +91,12 @@ def test_behind_nothing_codes_and_states_are_those_of_the_input_side_bit_for_bit
     if form == "moves":
         move = torch.randn(3, 70, 48)
         held, other = (state.clone(), move.clone()), (state.clone(), move.clone())
-        found = Before().code(x, held[0], None, 6, 0.8, granularity, move=held[1], gain=gain)
-        expected = prologue(x, other[0], None, 6, 0.8, granularity, move=other[1], gain=gain)
+        found = InputFusion().encode(x, held[0], None, 6, 0.8, granularity, move=held[1], gain=gain)
+        expected = encode_residual(x, other[0], None, 6, 0.8, granularity, move=other[1], gain=gain)
     else:
         held, other, cut = start(state, 0.5), start(state, 0.5), [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
-        found = Before().code(x, held, None, 6, 0.8, granularity, clipped=cut[0])
-        expected = prologue_fixed(x, other, 6, 0.8, granularity, clipped=cut[1])
+        found = InputFusion().encode(x, held, None, 6, 0.8, granularity, clipped=cut[0])
+        expected = encode_fixed(x, other, 6, 0.8, granularity, clipped=cut[1])
         assert cut[0].item() == cut[1].item() > 0
     for ours, theirs in zip((*found, *held), (*expected, *other), strict=True):
         assert_same_bits(ours, theirs)
@@ -109,11 +114,11 @@ def test_states_that_lie_otherwise_and_no_compiler_take_torch_s_operators(form, 
         if case == "no compiler":
             monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
         if form == "moves":
-            codes, _ = Before(activation="silu").code(x, held, None, 8, move=move, gain=gain)
+            codes, _ = InputFusion(activation="silu").encode(x, held, None, 8, move=move, gain=gain)
             found.append((codes, held, move))
         else:
             integers, clipped = start(held), torch.zeros(1, dtype=torch.int32)
-            codes, _ = Before(activation="silu").code(x, integers, None, 8, clipped=clipped)
+            codes, _ = InputFusion(activation="silu").encode(x, integers, None, 8, clipped=clipped)
             found.append((codes, integers.value()))
     for other in found[1:]:
         assert (other[0].int() - found[0][0].int()).abs().max() <= 1
@@ -131,22 +136,22 @@ def test_what_does_not_belong_to_a_state_is_refused(held, mix):
     state = {"floats": torch.zeros(2, 3), "integers": start(torch.zeros(2, 3)), "nothing": None}[held]
     x = torch.randn(2, 3)
     if set(mix) in right:
-        Before(activation="silu").code(x, state, None, 8, **mix)
+        InputFusion(activation="silu").encode(x, state, None, 8, **mix)
         return
     with pytest.raises(KernelError, match=r"with .* state, got"):
-        Before(activation="silu").code(x, state, None, 8, **mix)
+        InputFusion(activation="silu").encode(x, state, None, 8, **mix)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 4)])
 def test_moves_of_another_input_are_refused(shape):
     move, gain = torch.zeros(shape), torch.tensor(1.0)
     with pytest.raises(KernelError, match=r"expected a move of shape \(2, 3\), got"):
-        Before(activation="silu").code(torch.randn(2, 3), torch.zeros(2, 3), None, 8, move=move, gain=gain)
+        InputFusion(activation="silu").encode(torch.randn(2, 3), torch.zeros(2, 3), None, 8, move=move, gain=gain)
     with pytest.raises(KernelError, match=r"of shape \(2, 3\), .* got \(2, 3\) and \("):
-        prologue(torch.randn(2, 3), torch.zeros(2, 3), None, 8, move=move, gain=gain)
+        encode_residual(torch.randn(2, 3), torch.zeros(2, 3), None, 8, move=move, gain=gain)
 
 
 def test_integer_states_measure_their_scales():
     state, clipped = start(torch.zeros(2, 3)), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(KernelError, match=r"with .* state, got"):
-        Before(activation="silu").code(torch.randn(2, 3), state, torch.tensor(0.1), 8, clipped=clipped)
+        InputFusion(activation="silu").encode(torch.randn(2, 3), state, torch.tensor(0.1), 8, clipped=clipped)

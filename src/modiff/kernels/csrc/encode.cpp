@@ -61,15 +61,12 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
 
 extern "C" {
 
-// Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 6; }
-
 // Elements in one block: `partial` must hold rows * ceil(count / block) numbers where count is larger.
 int64_t modiff_block() { return kBlock; }
 
 // x: float (kind 0) or bfloat16 (kind 1). state: null for plain quantization, p = 0. move: null for the "hold" predictor, else *gain is its weight.
 // scale: one for each row, read unless `dynamic`. factor: clip / highest.
-void modiff_prologue(const void* x, int32_t kind, float* state, float* move, const float* gain, uint8_t* codes,
+void modiff_encode(const void* x, int32_t kind, float* state, float* move, const float* gain, uint8_t* codes,
                      float* scale, uint32_t* partial, int64_t rows, int64_t count, int32_t dynamic, float factor,
                      int32_t lowest, int32_t highest, int32_t threads) {
   const auto start = [&](const auto* values) {
@@ -87,7 +84,7 @@ void modiff_prologue(const void* x, int32_t kind, float* state, float* move, con
 
 // The state as 16-bit integers in units of *grid, a power of two; given scales must be multiples of it.
 // clipped: the number of codes that were cut to stay within 16 bits is added to it.
-void modiff_prologue_fixed(const void* x, int32_t kind, int16_t* state, const float* grid, uint8_t* codes,
+void modiff_encode_fixed(const void* x, int32_t kind, int16_t* state, const float* grid, uint8_t* codes,
                            float* scale, uint32_t* partial, int32_t* clipped, int64_t rows, int64_t count,
                            int32_t dynamic, float factor, int32_t lowest, int32_t highest, int32_t threads) {
   const auto start = [&](const auto* values) {

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modiff.kernels.call import Call
-from modiff.kernels.geometry import Geometry
+from modiff.kernels.layout import Geometry
 from modiff.kernels.prepacked import PREPACKED
+from modiff.kernels.problem import Call
 
 EXACT = 2**24
 """float32 holds every integer up to this one, so no partial sum is rounded, in whatever order it is made."""

@@ -1,4 +1,4 @@
-// The input side with what stands before the layer computed on the way:
+// The input side with a norm and an activation computed on the way:
 //
 //     y = activation(x)                                              mode 0
 //     y = activation(a[c] x + b[c])                                  mode 1: GroupNorm, channels innermost in memory,
@@ -7,7 +7,7 @@
 //     y = activation((x - mean[t]) rstd[t] a[c] + b[c])              mode 3: LayerNorm and its modulation, t a token
 //     y = x activation(gate)                                         mode 4: GEGLU, SwiGLU
 //
-// and y coded as in prologue.cpp, from a buffer that stays in the cache: never more than the elements of one scale, so
+// and y coded as in encode.cpp, from a buffer that stays in the cache: never more than the elements of one scale, so
 // an exponential is computed once. Statistics take a pass of their own. Norms and exponentials are not torch's, bit for
 // bit: they are within float error, and what the codes miss stays in the residual as always.
 
@@ -104,7 +104,7 @@ void gated(const X* __restrict x, const X* __restrict gate, float* __restrict y,
   }
 }
 
-// What a call works on: `segments` runs of `length` elements, the same number of them for each scale and each sample.
+// What a call works on: `runs` runs of `length` elements, the same number of them for each scale and each sample.
 struct Work {
   const float* a;
   const float* b;
@@ -118,7 +118,7 @@ struct Work {
   int32_t* clipped;
   uint8_t* codes;
   float* scale;
-  int64_t segments, length, per_sample, per_scale;
+  int64_t runs, length, per_sample, per_scale;
   int64_t pitch, channels;  // elements from run to run in x, and from sample to sample in a and b
   bool dynamic;
   float factor;
@@ -215,7 +215,7 @@ void strips(int64_t begin, int64_t end, bool parallel, int32_t threads, Run run)
 template <class Fill>
 void given(const Work& w, Fill fill_in, bool parallel) {
   const int64_t row = w.per_scale * w.length;
-  strips(0, w.segments * w.length, parallel, w.threads, [&](int64_t from, int64_t to) {
+  strips(0, w.runs * w.length, parallel, w.threads, [&](int64_t from, int64_t to) {
     const Scratch scratch(kStrip);
     fill_in(from, to, scratch.at);
     for (int64_t at = from; at < to;) {  // a strip may hold several scales, or a part of one
@@ -264,12 +264,12 @@ void measured_together(const Work& w, Fill fill_in, int64_t r) {
 template <class X, class Activation>
 void run(const X* x, int32_t mode, const Work& w) {
   const auto fill_in = [&](int64_t from, int64_t to, float* y) { fill<X, Activation>(x, mode, w, from, to, y); };
-  const bool parallel = w.threads > 1 && w.segments * w.length >= kParallel;
+  const bool parallel = w.threads > 1 && w.runs * w.length >= kParallel;
   if (!w.dynamic) {
     given(w, fill_in, parallel);
     return;
   }
-  const int64_t rows = w.segments / w.per_scale;
+  const int64_t rows = w.runs / w.per_scale;
   if (parallel && rows < w.threads) {
     for (int64_t r = 0; r < rows; ++r) {
       measured_together(w, fill_in, r);
@@ -299,9 +299,6 @@ void choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
 
 extern "C" {
 
-// Version of this interface; the loader refuses another one.
-int32_t modiff_interface() { return 6; }
-
 // Mean and reciprocal deviation of `runs` runs of `count` elements each.
 void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, float eps, float* mean, float* rstd,
                     int32_t threads) {
@@ -320,14 +317,14 @@ void modiff_grouped_moments(const void* x, int32_t kind, int64_t samples, int64_
 
 // x, gate: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh, 3 GELU. state: null for
 // plain codes; with a grid 16-bit integers, whose cut codes are added to `clipped`; else floats, with a move or without.
-void modiff_prologue_after(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
+void modiff_encode_fused(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
                            const float* b, const float* mean, const float* rstd, const void* gate, void* state,
                            float* move, const float* gain, const float* grid, int32_t* clipped, uint8_t* codes,
-                           float* scale, int64_t segments, int64_t length, int64_t per_sample, int64_t per_scale,
+                           float* scale, int64_t runs, int64_t length, int64_t per_sample, int64_t per_scale,
                            int64_t pitch, int64_t channels, int32_t dynamic, float factor, int32_t lowest,
                            int32_t highest, int32_t threads) {
   const Work work{a,     b,        mean,   rstd,       gate,      state, move,     gain,         grid,   clipped, codes,
-                  scale, segments, length, per_sample, per_scale, pitch, channels, dynamic != 0, factor, lowest,  highest,
+                  scale, runs, length, per_sample, per_scale, pitch, channels, dynamic != 0, factor, lowest,  highest,
                   threads};
   kind == 0 ? choose(static_cast<const float*>(x), mode, activation, work)
             : choose(static_cast<const Bf16*>(x), mode, activation, work);

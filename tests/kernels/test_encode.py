@@ -13,14 +13,21 @@ from torch import Tensor
 from modiff import KernelError, ModulationConfig, QuantizerConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, encode, encode_plain
-from modiff.kernels import native, prologue_ops
-from modiff.kernels.fixed_point import prologue_fixed, start
-from modiff.kernels.fused_input import Before
-from modiff.kernels.prologue import choose_prologue, plain, prologue
-from modiff.kernels.rows import as_rows, scale_shape
+from modiff.kernels import encode as module
+from modiff.kernels import native
+from modiff.kernels.encode import choose_encoder, encode_eagerly, encode_input, encode_residual
+from modiff.kernels.fixed_point import encode_fixed, start
+from modiff.kernels.input_fusion import InputFusion
+from modiff.kernels.layout import as_rows, scale_shape
 from tests.helpers import assert_same_bits, drifting
 
-IMPLEMENTATIONS = ("native", "eager")
+
+def eagerly(x, state, scale, bits, clip=1.0, granularity="tensor", *, channel_dim=-1, move=None, gain=None):
+    """`encode_residual` by torch's operators."""
+    return encode_eagerly(x, state, move, gain, scale, bits, clip, granularity, channel_dim)
+
+
+ENCODERS = {"native": encode_residual, "eager": eagerly}
 SHAPES = [((3, 40, 70), -1), ((5, 33), -1), ((2, 6, 9, 7), 1), ((2, 40, 33), 1), ((7,), -1)]
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
@@ -65,14 +72,14 @@ def test_a_trajectory_of_codes_scales_and_states_equals_the_core_s(
         inputs = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in inputs]
     ratio = torch.tensor(0.9)
     expected = State(inputs[0].float(), torch.zeros_like(inputs[0].float()) if predictor == "linear" else None)
-    held = {name: [None if t is None else t.clone() for t in expected] for name in IMPLEMENTATIONS}
+    held = {name: [None if t is None else t.clone() for t in expected] for name in ENCODERS}
     for x in inputs[1:]:
         message, expected = encode(x, expected, quantizer, config, ratio)
         codes, qparams = message.codes[0].parts[0]
         for name, (state, move) in held.items():
             gain = None if move is None else torch.tensor(0.7) * ratio
-            found, scale = prologue(
-                x, state, None, bits, clip, granularity, channel_dim=channel, move=move, gain=gain, implementation=name
+            found, scale = ENCODERS[name](
+                x, state, None, bits, clip, granularity, channel_dim=channel, move=move, gain=gain
             )
             assert_same_bits(found, core_codes(codes, bits))
             assert found.stride() == x.stride()
@@ -88,11 +95,8 @@ def test_given_scales_are_used_as_they_are(granularity, given_as):
     x = torch.randn(3, 5, 40)
     shape = scale_shape(x, granularity, -1)
     scale = torch.rand(() if given_as == "one" else shape) * 0.3 + 0.05
-    states = [torch.zeros_like(x) for _ in IMPLEMENTATIONS]
-    codes = [
-        prologue(x, s, scale, 4, 0.1, granularity, implementation=name)
-        for name, s in zip(IMPLEMENTATIONS, states, strict=True)
-    ]
+    states = [torch.zeros_like(x) for _ in ENCODERS]
+    codes = [ENCODERS[name](x, s, scale, 4, 0.1, granularity) for name, s in zip(ENCODERS, states, strict=True)]
     expected = torch.round(x / scale).clamp(-8, 7)
     for (found, used), state in zip(codes, states, strict=True):
         assert used is scale
@@ -115,7 +119,7 @@ def test_plain_codes_equal_those_of_a_layer_without_memory(seed, shape, granular
     (x,) = (t.to(dtype) for t in drifting(seed, size, 1, 0.2))
     codes, qparams = encode_plain(x, quantizer).codes[0].parts[0]
     scale = qparams.scale if given_scale else None
-    found, used = plain(x, scale, bits, granularity=granularity, channel_dim=channel)
+    found, used = encode_input(x, scale, bits, granularity=granularity, channel_dim=channel)
     assert_same_bits(found, core_codes(codes, bits))
     assert_same_bits(used, qparams.scale)
 
@@ -143,7 +147,7 @@ def test_nan_infinity_and_denormals_do_what_they_do_in_the_core(implementation, 
         whole = torch.round(residual / scale).clamp(-128, 127).nan_to_num(0.0)
         codes, expected = whole.to(torch.int8), State(state + whole * scale)
     held = state.clone()
-    found, used = prologue(x, held, scale, 8, 1.0, "sample", implementation=implementation)
+    found, used = ENCODERS[implementation](x, held, scale, 8, 1.0, "sample")
     assert_same_bits(found, core_codes(codes, 8))
     assert_same_floats(held, expected.value)
     if dynamic:
@@ -160,21 +164,20 @@ def test_inputs_that_want_gradients_leave_no_graph_in_the_state(native_library, 
         monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "none"))
     x, weight = torch.randn(2, 8, requires_grad=True), torch.nn.Parameter(torch.ones(8))
     state = torch.zeros(2, 8)
-    for name in IMPLEMENTATIONS:
-        prologue(x, state, None, 8, implementation=name)
-        assert not state.requires_grad
-    Before("layer", 1, weight, weight, 1e-5).code(x, state, None, 8, granularity="token")
+    encode_residual(x, state, None, 8)
     assert not state.requires_grad
-    assert not plain(x, None, 8)[1].requires_grad
+    InputFusion("layer", 1, weight, weight, 1e-5).encode(x, state, None, 8, granularity="token")
+    assert not state.requires_grad
+    assert not encode_input(x, None, 8)[1].requires_grad
     fixed = start(x)
-    assert not prologue_fixed(x, fixed, 8)[1].requires_grad
+    assert not encode_fixed(x, fixed, 8)[1].requires_grad
 
 
 def test_a_residual_of_zeros_codes_to_zeros_and_keeps_the_state():
-    for name in IMPLEMENTATIONS:
+    for name in ENCODERS:
         state = torch.randn(4, 8)
         kept = state.clone()
-        codes, scale = prologue(state.clone(), state, None, 4, granularity="token", implementation=name)
+        codes, scale = ENCODERS[name](state.clone(), state, None, 4, granularity="token")
         assert_same_bits(codes, torch.full((4, 8), 8, dtype=torch.uint8))
         assert_same_bits(state, kept)
         assert bool((scale == torch.tensor(1e-12)).all())
@@ -184,47 +187,22 @@ def test_a_residual_of_zeros_codes_to_zeros_and_keeps_the_state():
 def test_rows_longer_than_a_block_are_the_same_as_short_ones(count):
     x, state = torch.randn(2, count), torch.randn(2, count)
     for granularity in ("tensor", "sample"):
-        states = [state.clone() for _ in IMPLEMENTATIONS]
+        states = [state.clone() for _ in ENCODERS]
         (codes, scale), (other, same) = (
-            prologue(x, s, None, 8, granularity=granularity, implementation=name)
-            for name, s in zip(IMPLEMENTATIONS, states, strict=True)
+            ENCODERS[name](x, s, None, 8, granularity=granularity) for name, s in zip(ENCODERS, states, strict=True)
         )
         assert_same_bits(codes, other)
         assert_same_bits(scale, same)
         assert_same_bits(states[0], states[1])
 
 
-@needs_compiler
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_the_program_that_torch_compiles_gives_the_same_bits_for_every_shape_without_compiling_again():
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    for size, channel in (((4, 40), -1), ((3, 5, 48), -1), ((2, 64), -1), ((9, 1, 56), -1), ((2, 32, 6, 5), 1)):
-        x, state = torch.randn(size), torch.randn(size)
-        if channel == 1:
-            x, state = (t.contiguous(memory_format=torch.channels_last) for t in (x, state))
-        x[0].fill_(math.nan)
-        states = [state.clone() for _ in range(2)]
-        (codes, scale), (other, same) = (
-            prologue(x, s, None, 4, 0.5, "token", channel_dim=channel, implementation=name)
-            for name, s in zip(("inductor", "eager"), states, strict=True)
-        )
-        assert_same_bits(codes, other)
-        assert codes.stride() == x.stride()
-        assert_same_floats(scale, same)
-        assert_same_floats(states[0], states[1])
-    assert counters["stats"]["unique_graphs"] == 1
-
-
 def test_layouts_without_rows_and_wide_states_run_on_the_core_s_own_functions():
     wide, x = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 4, 6, dtype=torch.float64)
     strided = torch.randn(3, 6, 4).transpose(1, 2)
     for value, state in ((x, wide), (strided, torch.randn(3, 4, 6)), (x.float(), strided.clone())):
-        states = [state.clone() for _ in IMPLEMENTATIONS]
+        states = [state.clone() for _ in ENCODERS]
         (codes, _), (other, _) = (
-            prologue(value, s, None, 8, granularity="token", implementation=name)
-            for name, s in zip(IMPLEMENTATIONS, states, strict=True)
+            ENCODERS[name](value, s, None, 8, granularity="token") for name, s in zip(ENCODERS, states, strict=True)
         )
         assert_same_bits(codes, other)
         assert_same_bits(states[0], states[1])
@@ -272,38 +250,39 @@ def test_rows_are_views_whose_order_is_that_of_the_scales(shape, innermost, gran
 def test_what_has_no_integer_sums_is_refused(changes, message):
     options = {"state": torch.zeros(2, 4), "granularity": "tensor", "move": None, **changes}
     with pytest.raises(KernelError, match=message):
-        prologue(torch.randn(2, 4), options["state"], None, 8, granularity=options["granularity"], move=options["move"])
+        encode_residual(
+            torch.randn(2, 4), options["state"], None, 8, granularity=options["granularity"], move=options["move"]
+        )
 
 
 def test_without_a_library_the_choice_says_why_and_the_codes_are_the_same(monkeypatch):
     x, state = torch.randn(3, 50), torch.randn(3, 50)
     states = [state.clone() for _ in range(2)]
-    first, _ = prologue(x, states[0], None, 4, granularity="token")
+    first, _ = encode_residual(x, states[0], None, 4, granularity="token")
     monkeypatch.setattr(native, "load", lambda: native.Native(None, "no C++ compiler on the PATH"))
-    assert choose_prologue().implementation == "eager"
-    assert "no C++ compiler on the PATH" in choose_prologue().reason
-    second, _ = prologue(x, states[1], None, 4, granularity="token")
+    assert choose_encoder().implementation == "eager"
+    assert "no C++ compiler on the PATH" in choose_encoder().reason
+    second, _ = encode_residual(x, states[1], None, 4, granularity="token")
     assert_same_bits(first, second)
     assert_same_bits(states[0], states[1])
 
 
 @needs_compiler
 def test_with_a_compiler_the_compiled_loop_runs(monkeypatch):
-    assert choose_prologue().implementation == "native"
-    for name in ("code_eagerly", "plain_eagerly"):
-        monkeypatch.setattr(prologue_ops, name, lambda *_: pytest.fail("the eager path ran"))
+    assert choose_encoder().implementation == "native"
+    monkeypatch.setattr(module, "encode_eagerly", lambda *_: pytest.fail("the eager path ran"))
     for x in (torch.randn(3, 50), torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)):
         channel = 1 if x.dim() == 4 else -1
         for granularity in ("tensor", "sample", "token"):
             for dtype in (torch.float32, torch.bfloat16):
-                prologue(x.to(dtype), torch.zeros_like(x), None, 4, granularity=granularity, channel_dim=channel)
-                prologue(x.to(dtype), torch.zeros_like(x), torch.tensor(0.1), 4, granularity=granularity)
-                plain(x.to(dtype), None, 4, granularity=granularity, channel_dim=channel)
+                encode_residual(x.to(dtype), torch.zeros_like(x), None, 4, granularity=granularity, channel_dim=channel)
+                encode_residual(x.to(dtype), torch.zeros_like(x), torch.tensor(0.1), 4, granularity=granularity)
+                encode_input(x.to(dtype), None, 4, granularity=granularity, channel_dim=channel)
 
 
 def test_other_devices_are_told_that_the_loop_is_for_cpus(monkeypatch):
-    assert choose_prologue("xpu") == ("eager", "the compiled loop runs on CPUs, the input is on xpu")
+    assert choose_encoder("xpu") == ("eager", "the compiled loop runs on CPUs, the input is on xpu")
     monkeypatch.setattr("modiff.kernels.triton.backend.installed", lambda: False)
-    assert choose_prologue("cuda") == ("eager", "the compiled loop runs on CPUs, the input is on cuda")
+    assert choose_encoder("cuda") == ("eager", "the compiled loop runs on CPUs, the input is on cuda")
     monkeypatch.setattr("modiff.kernels.triton.backend.installed", lambda: True)
-    assert choose_prologue("cuda").implementation == "triton"
+    assert choose_encoder("cuda").implementation == "triton"

@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from modiff import KernelError
-from modiff.kernels import fused_input_ops as after_ops
-from modiff.kernels import native
-from modiff.kernels.fixed_point import start
-from modiff.kernels.fused_input import Before
+from modiff.kernels import input_fusion, native
+from modiff.kernels.input_fusion import InputFusion
 from tests.helpers import assert_same_bits, assert_within
 from tests.kernels.coded import ACTIVATIONS, active, check
 
@@ -45,8 +43,8 @@ def test_group_norm_before_a_convolution(seed, size, groups, activation, granula
     state = torch.empty_like(x, dtype=torch.float32)
     state.copy_(exact + 0.3 * torch.randn(size))
     before = state.clone()
-    front = Before("group", groups, weight, bias, 1e-5, activation)
-    found = front.code(x, state, None, bits, granularity=granularity, channel_dim=1)
+    fusion = InputFusion("group", groups, weight, bias, 1e-5, activation)
+    found = fusion.encode(x, state, None, bits, granularity=granularity, channel_dim=1)
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (1,)}[granularity]
     check(found, before, state, exact, bits, axes)
     assert found[0].stride() == x.stride()
@@ -59,15 +57,15 @@ def test_group_norm_of_tokens_is_that_of_pixels(size, granularity, dense):
     x = torch.randn(size) if dense else torch.randn(size[0], size[-1], *size[1:-1]).movedim(1, -1)
     weight, bias = torch.randn(size[-1]), torch.randn(size[-1])
     exact = functional.group_norm(x.double().movedim(-1, 1), 4, weight.double(), bias.double()).movedim(1, -1)
-    front = Before("group_last", 4, weight, bias, 1e-5)
-    assert_within(front.of(x), exact, 1e-5)
+    fusion = InputFusion("group_last", 4, weight, bias, 1e-5)
+    assert_within(fusion.compute(x), exact, 1e-5)
     state = (exact + 0.3 * torch.randn(size)).float().contiguous()
     before = state.clone()
-    found = front.code(x, state, None, 8, granularity=granularity)
+    found = fusion.encode(x, state, None, 8, granularity=granularity)
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
     assert found[1].shape == exact.amax(axes, keepdim=True).shape
     check(found, before, state, exact, 8, axes)
-    codes, used = front.code(x, before, found[1], 8, granularity=granularity)
+    codes, used = fusion.encode(x, before, found[1], 8, granularity=granularity)
     assert_same_bits(used, found[1])
     assert torch.equal(codes, found[0])
     assert_same_bits(before, state)
@@ -97,8 +95,8 @@ def test_layer_norm_and_its_modulation_before_a_linear_layer(
     exact = active(exact, activation)
     state = (exact + 0.3 * torch.randn(size)).float()
     before = state.clone()
-    front = Before("layer", 1, weight, bias, 1e-6, activation)
-    found = front.code(x, state, None, bits, granularity=granularity)
+    fusion = InputFusion("layer", 1, weight, bias, 1e-6, activation)
+    found = fusion.encode(x, state, None, bits, granularity=granularity)
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
     check(found, before, state, exact, bits, axes)
 
@@ -123,12 +121,12 @@ def test_a_gate_before_a_linear_layer(seed, size, activation, granularity, bits,
     exact = x.double() * active(gate.double(), activation)
     state = (exact + 0.3 * torch.randn(size)).float()
     before = state.clone()
-    front = Before("gated", weight=gate, activation=activation)
-    found = front.code(x, state, None, bits, granularity=granularity)
+    fusion = InputFusion("gated", weight=gate, activation=activation)
+    found = fusion.encode(x, state, None, bits, granularity=granularity)
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
     check(found, before, state, exact, bits, axes)
     assert found[0].is_contiguous()
-    codes, scale = front.code(x, None, None, bits, granularity=granularity)
+    codes, scale = fusion.encode(x, None, None, bits, granularity=granularity)
     step = scale.double().reshape(exact.abs().amax(axes, keepdim=True).shape)
     error = 4e-6 * (1 + exact.abs().max())
     assert_within((codes.double() - 2 ** (bits - 1)) * step, exact, (0.501 * step + error).expand_as(exact))
@@ -139,7 +137,7 @@ def test_a_gate_before_a_linear_layer(seed, size, activation, granularity, bits,
 def test_an_activation_alone(activation, size):
     x = torch.randn(size) * 6
     exact, state = active(x.double(), activation), torch.zeros(size)
-    found = Before(activation=activation).code(x, state, None, 8)
+    found = InputFusion(activation=activation).encode(x, state, None, 8)
     check(found, torch.zeros(size), state, exact, 8, tuple(range(x.dim())))
 
 
@@ -154,11 +152,11 @@ def test_activations_are_right_over_the_whole_range_and_keep_nan(activation):
             scale = (exact.abs() / 127).float().clamp_min(1e-12)
             state.copy_(torch.round(exact / scale).clamp(-128, 127) * scale)
             continue
-        Before(activation=activation).code(x, state, scale, 8, granularity="token")
+        InputFusion(activation=activation).encode(x, state, scale, 8, granularity="token")
         near = (exact - before.double()).abs() < 127 * 2e-5
         assert_within(state[near], exact[near], 1.01e-5 + 1e-6 * exact[near].abs())
     missing = torch.tensor([[1.0, float("nan")]])
-    _, scale = Before(activation=activation).code(missing, torch.zeros(1, 2), None, 8)
+    _, scale = InputFusion(activation=activation).encode(missing, torch.zeros(1, 2), None, 8)
     assert scale.isnan().all()
 
 
@@ -167,8 +165,8 @@ def test_given_scales_are_used_and_returned(innermost):
     x = shapes_and_layout((2, 12, 5, 7), innermost, torch.float32, 0)
     for scale in (torch.tensor(0.05), torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)):
         state = torch.zeros_like(x)
-        front = Before("group", 3, eps=1e-5, activation="silu")
-        codes, used = front.code(x, state, scale, 8, granularity="sample", channel_dim=1)
+        fusion = InputFusion("group", 3, eps=1e-5, activation="silu")
+        codes, used = fusion.encode(x, state, scale, 8, granularity="sample", channel_dim=1)
         assert_same_bits(used, scale)
         exact = functional.silu(functional.group_norm(x.double(), 3))
         assert_within(codes.double() - 128, exact / scale.double(), 0.501)
@@ -179,8 +177,8 @@ def test_large_means_cost_no_digits():
     for layout in (torch.contiguous_format, torch.channels_last):
         value = x.contiguous(memory_format=layout)
         state = torch.zeros_like(value)
-        front = Before("group", 2, eps=1e-5)
-        _, scale = front.code(value, state, None, 8, granularity="sample", channel_dim=1)
+        fusion = InputFusion("group", 2, eps=1e-5)
+        _, scale = fusion.encode(value, state, None, 8, granularity="sample", channel_dim=1)
         exact = functional.group_norm(x.double(), 2, eps=1e-5)
         assert_within(state, exact, (0.5 * scale + 2e-3).expand_as(exact))
 
@@ -188,10 +186,10 @@ def test_large_means_cost_no_digits():
 def test_without_a_compiler_torch_s_operators_give_codes_at_most_one_apart(monkeypatch):
     x = torch.randn(2, 12, 5, 7)
     states = [torch.zeros_like(x) for _ in range(2)]
-    front = Before("group", 3, torch.randn(12), torch.randn(12), 1e-5, "silu")
-    first, _ = front.code(x, states[0], None, 8, granularity="sample", channel_dim=1)
+    fusion = InputFusion("group", 3, torch.randn(12), torch.randn(12), 1e-5, "silu")
+    first, _ = fusion.encode(x, states[0], None, 8, granularity="sample", channel_dim=1)
     monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
-    second, _ = front.code(x, states[1], None, 8, granularity="sample", channel_dim=1)
+    second, _ = fusion.encode(x, states[1], None, 8, granularity="sample", channel_dim=1)
     assert (first.int() - second.int()).abs().max() <= 1
     assert_within(states[0], states[1], 0.05)
 
@@ -199,19 +197,21 @@ def test_without_a_compiler_torch_s_operators_give_codes_at_most_one_apart(monke
 @needs_compiler
 def test_with_a_compiler_the_compiled_loops_run(monkeypatch):
     slow: list[object] = []
-    monkeypatch.setattr(after_ops, "before", lambda x, *_: slow.append(x) or x.float())
+    monkeypatch.setattr(input_fusion, "_normalized", lambda _, x: slow.append(x) or x.float())
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 12, 5, 7).contiguous(memory_format=layout)
         for dtype in (torch.float32, torch.bfloat16):
             for state in (torch.zeros_like(x), None):
-                Before("group", 3, eps=1e-5).code(x.to(dtype), state, None, 8, granularity="sample", channel_dim=1)
-    Before("layer", eps=1e-5).code(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
-    Before(activation="silu").code(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
+                InputFusion("group", 3, eps=1e-5).encode(
+                    x.to(dtype), state, None, 8, granularity="sample", channel_dim=1
+                )
+    InputFusion("layer", eps=1e-5).encode(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
+    InputFusion(activation="silu").encode(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
     x, gate = torch.randn(2, 3, 16).chunk(2, -1)
     for dtype in (torch.float32, torch.bfloat16):
-        front = Before("gated", weight=gate.to(dtype), activation="gelu")
-        front.code(x.to(dtype), torch.zeros(2, 3, 8), None, 8, granularity="token")
-    Before("gated", weight=gate, activation="gelu").code(x, None, None, 8, granularity="tensor")
+        fusion = InputFusion("gated", weight=gate.to(dtype), activation="gelu")
+        fusion.encode(x.to(dtype), torch.zeros(2, 3, 8), None, 8, granularity="token")
+    InputFusion("gated", weight=gate, activation="gelu").encode(x, None, None, 8, granularity="tensor")
     assert not slow  # torch's operators
 
 
@@ -225,14 +225,14 @@ def test_inputs_of_many_strips_on_one_thread_and_on_two(batch, granularity, inne
     weight, bias = torch.randn(40), torch.randn(40)
     exact = active(functional.group_norm(x.double(), 8, weight.double(), bias.double()), "silu")
     state = torch.empty_like(x).copy_(exact + 0.3 * torch.randn(x.shape))
-    before, front, had = state.clone(), Before("group", 8, weight, bias, 1e-5, "silu"), torch.get_num_threads()
+    before, fusion, had = state.clone(), InputFusion("group", 8, weight, bias, 1e-5, "silu"), torch.get_num_threads()
     axes = {"tensor": (0, 1, 2, 3), "sample": (1, 2, 3), "token": (1,)}[granularity]
     torch.set_num_threads(threads)
     try:
-        found = front.code(x, state, None, 8, granularity=granularity, channel_dim=1)
+        found = fusion.encode(x, state, None, 8, granularity=granularity, channel_dim=1)
         again = torch.empty_like(x).copy_(before)
-        given, _ = front.code(x, again, found[1], 8, granularity=granularity, channel_dim=1)
-        plain, scale = front.code(x, None, None, 8, granularity=granularity, channel_dim=1)
+        given, _ = fusion.encode(x, again, found[1], 8, granularity=granularity, channel_dim=1)
+        plain, scale = fusion.encode(x, None, None, 8, granularity=granularity, channel_dim=1)
     finally:
         torch.set_num_threads(had)
     check(found, before, state, exact, 8, axes)
@@ -256,27 +256,27 @@ def test_runs_of_channels_behind_one_group_norm_have_scales_and_states_of_their_
     x = shapes_and_layout(size, True, dtype, seed)
     weight, bias = torch.randn(size[1]), torch.randn(size[1])
     exact = active(functional.group_norm(x.double(), 4, weight.double(), bias.double()), "silu")
-    parts = Before("group", 4, weight, bias, 1e-5, "silu").parts(x, segments)
+    parts = InputFusion("group", 4, weight, bias, 1e-5, "silu").split(x, segments)
     assert parts is not None
     axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (1,)}[granularity]
-    for (part, front), true in zip(parts, exact.split(list(segments), 1), strict=True):
+    for (part, fusion), true in zip(parts, exact.split(list(segments), 1), strict=True):
         state = torch.empty_like(true.movedim(1, -1).contiguous().movedim(-1, 1), dtype=torch.float32)
         state.copy_(true + 0.3 * torch.randn(true.shape))
         before = state.clone()
-        found = front.code(part, state, None, 8, granularity=granularity, channel_dim=1)
+        found = fusion.encode(part, state, None, 8, granularity=granularity, channel_dim=1)
         check(found, before, state, true, 8, axes)
-        again = front.of(part)
+        again = fusion.compute(part)
         assert_within(again, true, 4e-6 * (1 + exact.abs().max()))
         assert found[0].movedim(1, -1).is_contiguous()
 
 
 def test_parts_that_no_kernel_reads_are_left_to_the_caller(monkeypatch):
-    front, x = Before("group", 2, eps=1e-5), torch.randn(2, 4, 3, 3)
-    assert front.parts(x, (4,)) == [(x, front)]
-    assert front.parts(x, (1, 3)) is None  # channels are not innermost
-    assert Before(activation="silu").parts(x.contiguous(memory_format=torch.channels_last), (1, 3)) is None
+    fusion, x = InputFusion("group", 2, eps=1e-5), torch.randn(2, 4, 3, 3)
+    assert fusion.split(x, (4,)) == [(x, fusion)]
+    assert fusion.split(x, (1, 3)) is None  # channels are not innermost
+    assert InputFusion(activation="silu").split(x.contiguous(memory_format=torch.channels_last), (1, 3)) is None
     monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
-    assert front.parts(x.contiguous(memory_format=torch.channels_last), (1, 3)) is None
+    assert fusion.split(x.contiguous(memory_format=torch.channels_last), (1, 3)) is None
 
 
 @pytest.mark.parametrize("size", [(2, 5, 1300), (1, 3, 70, 600)])
@@ -285,41 +285,30 @@ def test_long_rows_are_normalized_with_every_digit(size, mean):
     x = torch.randn(size) + mean
     state = torch.zeros(size)
     exact = functional.layer_norm(x.double(), size[-1:], eps=1e-6)
-    _, scale = Before("layer", eps=1e-6).code(x, state, None, 8, granularity="token")
+    _, scale = InputFusion("layer", eps=1e-6).encode(x, state, None, 8, granularity="token")
     assert_within(state, exact, (0.5001 * scale + 1e-6 * (1 + mean)).expand_as(exact))
 
 
 def test_plain_codes_are_those_of_a_state_of_zeros():
-    x, front = torch.randn(2, 5, 48), Before("layer", 1, torch.randn(2, 48), torch.randn(2, 48), 1e-6, "gelu_tanh")
+    x, fusion = (
+        torch.randn(2, 5, 48),
+        InputFusion("layer", 1, torch.randn(2, 48), torch.randn(2, 48), 1e-6, "gelu_tanh"),
+    )
     for scale in (None, torch.tensor(0.03)):
-        first = front.code(x, None, scale, 6, 0.7, "token")
-        second = front.code(x, torch.zeros_like(x), scale, 6, 0.7, "token")
+        first = fusion.encode(x, None, scale, 6, 0.7, "token")
+        second = fusion.encode(x, torch.zeros_like(x), scale, 6, 0.7, "token")
         assert_same_bits(first[0], second[0])
         assert_same_bits(first[1], second[1])
-
-
-@pytest.mark.parametrize("scale", [None, torch.tensor(0.1), torch.full((2, 1, 1), 0.1)])
-def test_the_fake_operator_promises_what_the_real_one_does(scale):
-    x, state = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    behind = (None, None, "layer", 1, 1e-5, "silu", 8, 1.0, "sample", -1)
-    memories = [(None,) * 4, (torch.randn(2, 3, 8), torch.tensor(0.5), None, None)]
-    for memory in memories:
-        torch.library.opcheck(after_ops.code_after, (x, state, *memory, scale, *behind), test_utils=checks)
-    if scale is None:
-        held, clipped = start(state), torch.zeros(1, dtype=torch.int32)
-        memory = (held.n, None, None, held.grid, clipped)
-        torch.library.opcheck(after_ops.code_after, (x, *memory, None, *behind), test_utils=checks)
 
 
 def test_what_is_not_fused_is_refused():
     x = torch.randn(2, 3)
     with pytest.raises(KernelError, match="got 'none' and 'relu'"):
-        Before(activation="relu").code(x, torch.zeros(2, 3), None, 8)
+        InputFusion(activation="relu").encode(x, torch.zeros(2, 3), None, 8)
     with pytest.raises(KernelError, match=r"state of shape \(2, 3\), got \(3, 3\)"):
-        Before(activation="silu").code(x, torch.zeros(3, 3), None, 8)
+        InputFusion(activation="silu").encode(x, torch.zeros(3, 3), None, 8)
     with pytest.raises(KernelError, match="got 'input_channel'"):
-        Before(activation="silu").code(x, torch.zeros(2, 3), None, 8, granularity="input_channel")
+        InputFusion(activation="silu").encode(x, torch.zeros(2, 3), None, 8, granularity="input_channel")
 
 
 SLICED = {
@@ -342,10 +331,10 @@ SLICED = {
 def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(case, plain, granularity):
     norm, axis, make = SLICED[case]
     x = make()
-    front = Before(norm, 4 if norm == "group" else 1, None, None, 1e-5, "silu")
-    expected, state = front.of(x.contiguous()), torch.randn(x.shape)
+    fusion = InputFusion(norm, 4 if norm == "group" else 1, None, None, 1e-5, "silu")
+    expected, state = fusion.compute(x.contiguous()), torch.randn(x.shape)
     held = None if plain else torch.empty_like(x, dtype=torch.float32).copy_(state)
-    codes, scale = front.code(x, held, None, 8, granularity=granularity, channel_dim=axis)
+    codes, scale = fusion.encode(x, held, None, 8, granularity=granularity, channel_dim=axis)
     residual = expected if plain else expected - state
     axes = tuple(range(x.dim())) if granularity == "tensor" else tuple(range(1, x.dim()))
     step = residual.abs().amax(axes, keepdim=True) / 127
@@ -359,11 +348,11 @@ def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(ca
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_torch_takes_by_default_is_no_matter(dtype):
     x, weight = torch.randn(2, 24, 5, 4), torch.randn(24)
-    front = Before("group", 4, None, weight, 1e-5, "silu")
-    expected = front.code(x, torch.zeros_like(x), None, 8, channel_dim=1)
+    fusion = InputFusion("group", 4, None, weight, 1e-5, "silu")
+    expected = fusion.encode(x, torch.zeros_like(x), None, 8, channel_dim=1)
     torch.set_default_dtype(dtype)
     try:
-        found = front.code(x, torch.zeros_like(x), None, 8, channel_dim=1)
+        found = fusion.encode(x, torch.zeros_like(x), None, 8, channel_dim=1)
     finally:
         torch.set_default_dtype(torch.float32)
     for ours, theirs in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""The Triton kernels: sums, codes and states equal the reference's bit for bit. `test_gpu.py` runs this file.
+"""The Triton kernels: sums, codes and states equal the reference's bit for bit. `test_backend.py` runs this file.
 
 Triton decides when it is imported whether its interpreter runs the kernels, so these cases need a process of their own.
 """
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig
-from modiff.kernels import ops, prologue
+from modiff.kernels import ops
 from modiff.kernels.dispatch import Choice
+from modiff.kernels.encode import encode_eagerly, encode_input, encode_residual
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from modiff.kernels.triton import backend as gpu
@@ -100,40 +101,36 @@ def test_plain_layers_have_their_bias_from_the_same_kernel(shape):
 @pytest.mark.parametrize(("bits", "clip"), [(8, 1.0), (4, 0.7), (3, 0.4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, dtype, monkeypatch):
-    from modiff.kernels.triton import prologue as triton_prologue
+    from modiff.kernels.triton import encode as triton_encode
 
-    monkeypatch.setattr(triton_prologue, "_WHOLE", whole)  # 8: rows come in blocks, their scales from another kernel
-    monkeypatch.setattr(triton_prologue, "_BLOCK", 16)
+    monkeypatch.setattr(triton_encode, "_WHOLE", whole)  # 8: rows come in blocks, their scales from another kernel
+    monkeypatch.setattr(triton_encode, "_BLOCK", 16)
     x = drifting(bits, (6, 70), 1, 0.1, torch.float32)[0].to(dtype).to(DEVICE)
     held = drifting(bits + 1, (6, 70), 1, 0.1, torch.float32)[0].to(DEVICE)
     x[1], held[1] = 0, 0
     x[2, 5] = torch.nan
     for scale, granularity in ((None, "token"), (None, "tensor"), (torch.tensor(0.05, device=DEVICE), "tensor")):
-        states, results = [held.clone(), held.clone()], []
-        for state, implementation in zip(states, ("eager", "triton"), strict=True):
-            results.append(
-                prologue.prologue(x, state, scale, bits, clip, granularity, implementation=implementation)  # type: ignore[arg-type]
-            )
+        states = [held.clone(), held.clone()]
+        results = [
+            encode_eagerly(x, states[0], None, None, scale, bits, clip, granularity, -1),
+            encode_residual(x, states[1], scale, bits, clip, granularity),
+        ]
         for ours, theirs in zip((*results[1], states[1]), (*results[0], states[0]), strict=True):
             assert_same_bits(ours.nan_to_num(-7.0), theirs.nan_to_num(-7.0))
 
 
 def test_ties_go_to_even_and_saturate_at_both_ends():
     x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 300.0, -300.0]], device=DEVICE)
-    codes, _ = prologue.plain(x, torch.tensor(1.0, device=DEVICE), 4, granularity="tensor")
+    codes, _ = encode_input(x, torch.tensor(1.0, device=DEVICE), 4, granularity="tensor")
     assert (codes.int() - 8).tolist() == [[0, 2, 2, 0, -2, -2, 7, -8]]
 
 
 def test_images_are_coded_in_either_memory_layout():
     x, held = torch.randn(2, 5, 4, 3, device=DEVICE), torch.randn(2, 5, 4, 3, device=DEVICE)
-    expected = prologue.prologue(
-        x, other := held.clone(), None, 4, 1.0, "sample", channel_dim=1, implementation="eager"
-    )
+    expected = encode_eagerly(x, other := held.clone(), None, None, None, 4, 1.0, "sample", 1)
     for layout in (torch.contiguous_format, torch.channels_last):
         state = held.clone(memory_format=layout)
-        codes, scale = prologue.prologue(
-            x.contiguous(memory_format=layout), state, None, 4, 1.0, "sample", channel_dim=1, implementation="triton"
-        )
+        codes, scale = encode_residual(x.contiguous(memory_format=layout), state, None, 4, 1.0, "sample", channel_dim=1)
         assert codes.is_contiguous(memory_format=layout)
         assert_same_bits(codes, expected[0])
         assert_same_bits(scale, expected[1])

@@ -1,0 +1,393 @@
+"""Quantize activation(norm(x)) without materializing it.
+
+    y = activation(norm(x)),   then p_t, s, q_t and â_t of y as in `encode`
+
+The compiled path computes statistics in one pass and y, once, in a buffer that stays in the cache while it is encoded.
+Norms and exponentials are not torch's bit for bit: y differs by float error, so a code may differ by one where y lies
+between two. The law holds all the same, as the state takes what was sent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from modiff.config import Granularity
+from modiff.core.affine import qrange
+from modiff.errors import KernelError
+from modiff.kernels import native
+from modiff.kernels.encode import KINDS, check_granularity, encode_eagerly
+from modiff.kernels.fixed_point import FixedState, fixed_eagerly
+from modiff.kernels.layout import empty_output, pixel_pitch, row_shape, scale_shape
+
+Norm = Literal["none", "group", "group_last", "layer", "affine", "gated"]
+Activation = Literal["none", "silu", "gelu_tanh", "gelu"]
+
+_NORMS: tuple[Norm, ...] = ("none", "group", "layer", "affine", "gated")  # "group_last" is turned into "group"
+_ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh", "gelu")  # as input_fusion.cpp numbers them
+_WITH_STATE: dict[str, tuple[set[str], ...]] = {
+    "no": (set(), {"scale"}),
+    "a float": (set(), {"scale"}, {"gain", "move"}, {"gain", "move", "scale"}),
+    "an integer": ({"clipped"},),
+}
+"""The arguments that go with each form of state."""
+
+
+class _Memory(NamedTuple):
+    """What a step knows of the last one, in the order of input_fusion.cpp; grid and clipped belong to int16 states."""
+
+    state: Tensor | None
+    move: Tensor | None
+    gain: Tensor | None
+    grid: Tensor | None
+    clipped: Tensor | None
+
+    def fits(self, codes: Tensor) -> bool:
+        """Whether the compiled loops know its types, and meet it in memory as they meet the codes."""
+        dtype = torch.float32 if self.grid is None else torch.int16
+        tensors = [x for x in (self.state, self.move) if x is not None]
+        return all(x.dtype == dtype and x.stride() == codes.stride() for x in tensors)
+
+
+class InputFusion(NamedTuple):
+    """What stands between a tensor x and the layer that reads it: y = activation(norm(x)).
+
+    Args:
+        norm: "group": x is (N, C, ...), in either memory layout; "group_last": the same of x (N, ..., C);
+            "layer": x is (..., C), over its last axis;
+            "affine": weight x + bias, (N, C) each, of some of the channels of (N, C, ...); "gated": no norm, but
+            y = x activation(weight), with a gate shaped as x (..., C) for weight: GEGLU, SwiGLU.
+        weight, bias: of the norm, (C,) or None; for "layer" also (B, C): the modulation of a sample, 1 + scale, shift.
+        groups, eps: of the norm. activation: behind it.
+    """
+
+    norm: Norm = "none"
+    groups: int = 1
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+    activation: Activation = "none"
+
+    def split(self, x: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, InputFusion]] | None:
+        """(some channels of x, their fusion) for each run of channels; None where no kernel reads such runs."""
+        if len(sizes) == 1:
+            return [(x, self)]
+        if self.norm != "group":
+            return None
+        x = x.detach()
+        affine = _group_norm_as_affine(self._detached(), x)
+        if affine is None:
+            return None
+        runs = zip(x.split(list(sizes), 1), *(c.split(list(sizes), 1) for c in affine), strict=True)
+        return [(run, InputFusion("affine", 1, a, b, 0.0, self.activation)) for run, a, b in runs]
+
+    def compute(self, x: Tensor) -> Tensor:
+        """y by torch's operators, in float32 at least."""
+        if self.norm == "group_last":
+            return self._replace(norm="group").compute(x.movedim(-1, 1)).movedim(1, -1)
+        return _normalized(self._detached(), x.detach())
+
+    def encode(
+        self,
+        x: Tensor,
+        state: Tensor | FixedState | None,
+        scale: Tensor | None,
+        bits: int,
+        clip: float = 1.0,
+        granularity: Granularity = "tensor",
+        *,
+        channel_dim: int = -1,
+        move: Tensor | None = None,
+        gain: Tensor | None = None,
+        clipped: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Codes of y against its state, which becomes the next one in place.
+
+        Args:
+            state: â of y, shaped as x; integers as `encode_fixed` has them, with `clipped` and no given scale; None for
+                codes of y itself.
+            scale, bits, clip, granularity, channel_dim, move, gain: as `encode_residual` has them.
+            clipped: as `encode_fixed` has it.
+        Returns: uint8 codes in the layout of x, and the scales, float32.
+        Raises: KernelError for a state of another shape, or a norm or an activation that nothing fuses.
+        """
+        n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)
+        memory = _Memory(n, move, gain, grid, clipped)
+        _check(x, memory, scale)
+        check_granularity(granularity)
+        x, fusion = x.detach(), self._detached()
+        if self.norm != "group_last":
+            return _encode(fusion, x, memory, scale, bits, clip, granularity, channel_dim)
+        fusion = fusion._replace(norm="group")  # tokens of channels are pixels with channels innermost
+        memory = memory._replace(state=_channels_second(n), move=_channels_second(move))
+        codes, used = _encode(fusion, x.movedim(-1, 1), memory, scale, bits, clip, granularity, 1)
+        return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
+
+    def _detached(self) -> InputFusion:
+        if self.norm not in (*_NORMS, "group_last") or self.activation not in _ACTIVATIONS:
+            raise KernelError(
+                f"InputFusion: expected norm {', '.join(_NORMS)} or group_last and activation "
+                f"{', '.join(_ACTIVATIONS)}, got {self.norm!r} and {self.activation!r}. Nothing else is fused. Compute "
+                "it before the layer and use encode_residual."
+            )
+        weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
+        return self._replace(weight=weight, bias=bias)
+
+
+def _check(x: Tensor, memory: _Memory, scale: Tensor | None) -> None:
+    for name, value in (("state", memory.state), ("move", memory.move)):
+        if value is not None and value.shape != x.shape:
+            raise KernelError(
+                f"InputFusion.encode: expected a {name} of shape {tuple(x.shape)}, got {tuple(value.shape)}. The "
+                f"{name} belongs to another input. Start the trajectory again."
+            )
+    form = "no" if memory.state is None else "a float" if memory.grid is None else "an integer"
+    options = {"scale": scale, "move": memory.move, "gain": memory.gain, "clipped": memory.clipped}
+    names = {name for name, value in options.items() if value is not None}
+    if names not in _WITH_STATE[form]:
+        raise KernelError(
+            f"InputFusion.encode: expected {_listed(_WITH_STATE[form])} with {form} state, got {_listed([names])}. "
+            "Each form of state takes its own arguments. Leave out, or add, what differs."
+        )
+
+
+def _listed(sets: Iterable[set[str]]) -> str:
+    return ", or ".join(" and ".join(sorted(names)) or "nothing" for names in sets)
+
+
+def _channels_second(x: Any) -> Any:
+    """Channels from the last axis to axis 1; None stays."""
+    return None if x is None else x.movedim(-1, 1)
+
+
+def _encode(
+    fusion: InputFusion,
+    x: Tensor,
+    memory: _Memory,
+    scale: Tensor | None,
+    bits: int,
+    clip: float,
+    granularity: Granularity,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """`InputFusion.encode` of checked arguments."""
+    if scale is not None and scale.numel() == 1:
+        granularity = "tensor"
+    if fusion.norm == "affine":  # of some of the channels: their codes lie side by side
+        codes = empty_output(x, x.shape, x.dim() - 2, torch.uint8)
+    else:
+        codes = torch.empty_like(x, dtype=torch.uint8)
+    used = x.new_empty(scale_shape(x, granularity, channel_dim), dtype=torch.float32)
+    if scale is not None:
+        used.copy_(scale.reshape(used.shape))
+    plan = _plan(fusion, x, memory, codes, granularity, channel_dim)
+    if plan is not None:
+        _natively(plan, fusion, x, memory, codes, used, scale is None, bits, clip)
+        return codes, used if scale is None else used.view(scale.shape)
+    value = _normalized(fusion, x)
+    if memory.state is not None and memory.grid is not None and memory.clipped is not None:
+        integers = FixedState(memory.state, memory.grid)
+        result, measured = fixed_eagerly(value, integers, bits, clip, granularity, channel_dim, memory.clipped)
+    else:
+        state, move, gain, *_ = memory
+        known = None if scale is None else used
+        result, measured = encode_eagerly(value, state, move, gain, known, bits, clip, granularity, channel_dim)
+    codes.copy_(result)
+    used.copy_(measured)
+    return codes, used if scale is None else used.view(scale.shape)
+
+
+def _normalized(fusion: InputFusion, x: Tensor) -> Tensor:
+    """activation(norm(x)) with torch's operators, in float32 at least."""
+    value = x if x.dtype == torch.float64 else x.float()
+    weight, bias = (None if t is None else t.to(value.dtype) for t in (fusion.weight, fusion.bias))
+    if fusion.norm == "group":
+        value = functional.group_norm(value, fusion.groups, weight, bias, fusion.eps)
+    elif fusion.norm == "layer":
+        value = functional.layer_norm(value, value.shape[-1:], None, None, fusion.eps)
+        value = value if weight is None else value * _per_sample(weight, value)
+        value = value if bias is None else value + _per_sample(bias, value)
+    elif fusion.norm == "affine" and weight is not None and bias is not None:
+        shape = (*weight.shape, *[1] * (value.dim() - 2))
+        value = value * weight.reshape(shape) + bias.reshape(shape)
+    elif fusion.norm == "gated" and weight is not None:
+        return value * _activated(weight, fusion.activation)
+    return _activated(value, fusion.activation)
+
+
+def _activated(value: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return functional.silu(value)
+    if activation == "none":
+        return value
+    return functional.gelu(value, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _per_sample(x: Tensor, like: Tensor) -> Tensor:
+    """(C,) or (B, C) -> broadcastable to (B, ..., C)."""
+    return x if x.dim() == 1 else x.reshape(x.shape[0], *[1] * (like.dim() - 2), x.shape[1])
+
+
+# ------------------------------------------------------------------------------------------------- the compiled loops
+
+
+class _Plan(NamedTuple):
+    """How the compiled loops walk: `runs` of `length` elements; mode as input_fusion.cpp numbers it."""
+
+    library: ctypes.CDLL
+    mode: int
+    runs: int
+    length: int
+    per_sample: int
+    per_scale: int
+    pitch: int
+
+
+def _plan(
+    fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, granularity: Granularity, channel_dim: int
+) -> _Plan | None:
+    """None where the compiled loops do not know types or layout."""
+    norm, weight, axis = fusion.norm, fusion.weight, channel_dim % x.dim()
+    if x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0:
+        return None
+    if not memory.fits(codes) or not _dense_for(norm, x, codes):
+        return None
+    if norm == "gated" and not _gates(weight, x):
+        return None
+    rows = row_shape(codes, granularity, channel_dim)
+    if rows is None or (library := native.load("input_fusion").library) is None:
+        return None
+    if norm == "affine":
+        pitch, pixels = pixel_pitch(x), x.numel() // x.shape[1]
+        if pitch is None:
+            return None
+        return _Plan(library, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
+    if norm == "gated":
+        tokens, pitch = x.numel() // x.shape[-1], pixel_pitch(x.movedim(-1, 1))
+        if pitch is None or axis != x.dim() - 1:
+            return None
+        return _Plan(library, 4, tokens, x.shape[-1], tokens, tokens // rows[0], pitch)
+    if (norm == "layer" and axis != x.dim() - 1) or (norm == "group" and axis != 1):
+        return None  # the norm has its channels elsewhere
+    innermost = not x.is_contiguous() or axis == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
+    planes = x.numel() // (x.shape[0] * x.shape[1]) if x.dim() > 1 else x.numel()
+    length = x.shape[channel_dim] if innermost else planes
+    runs = x.numel() // length
+    samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
+    mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
+    return _Plan(library, mode, runs, length, runs // samples, runs // rows[0], length)
+
+
+def _dense_for(norm: Norm, x: Tensor, codes: Tensor) -> bool:
+    """Whether the loops, which go through memory from the first element on, meet x as it is meant.
+
+    "affine" and "gated" have a pitch, as some of the channels are read. Anything else must be dense, as the codes are:
+    a slice, an expanded tensor or a half of a chunk is not.
+    """
+    if norm in ("affine", "gated"):
+        return True
+    if x.stride() != codes.stride():
+        return False
+    if norm == "layer":
+        return x.is_contiguous()
+    return norm == "none" or x.is_contiguous() or pixel_pitch(x) == x.shape[1]
+
+
+def _gates(gate: Tensor | None, x: Tensor) -> bool:
+    """Whether the loops can read the gate as they read x."""
+    return gate is not None and (gate.dtype, gate.shape, gate.stride()) == (x.dtype, x.shape, x.stride())
+
+
+def _natively(
+    plan: _Plan,
+    fusion: InputFusion,
+    x: Tensor,
+    memory: _Memory,
+    codes: Tensor,
+    scale: Tensor,
+    dynamic: bool,
+    bits: int,
+    clip: float,
+) -> None:
+    if memory.gain is not None:
+        memory = memory._replace(gain=memory.gain.to(torch.float32).contiguous())
+    gate = fusion.weight.data_ptr() if fusion.norm == "gated" and fusion.weight is not None else None
+    coefficients = _coefficients(plan, fusion, x)
+    lowest, highest = qrange(bits)
+    plan.library.modiff_encode_fused(
+        x.data_ptr(), KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(fusion.activation),
+        *[None if t is None else t.data_ptr() for t in coefficients], gate,
+        *[None if t is None else t.data_ptr() for t in memory], codes.data_ptr(), scale.data_ptr(),
+        plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
+        int(dynamic), clip / highest, lowest, highest, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_Coefficients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> _Coefficients:
+    """(a, b, mean, rstd) as input_fusion.cpp reads them; None where the mode has no use for them."""
+    weight, bias = fusion.weight, fusion.bias
+    if plan.mode in (0, 4):
+        return None, None, None, None
+    if fusion.norm == "affine" and weight is not None and bias is not None:
+        return weight.float().contiguous(), bias.float().contiguous(), None, None
+    if plan.mode == 1:
+        return *_grouped_affine(plan.library, fusion, x), None, None
+    runs = plan.runs if plan.mode == 3 else x.shape[0] * fusion.groups
+    mean, rstd = _floats(2, runs)
+    plan.library.modiff_moments(
+        x.data_ptr(), KINDS[x.dtype], runs, x.numel() // runs, fusion.eps, mean.data_ptr(), rstd.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    w, b = _affine(fusion, plan.length if plan.mode == 3 else x.shape[1])
+    if plan.mode == 3:
+        return w, b, mean, rstd
+    return *_joined(w, b, mean.view(-1, fusion.groups), rstd.view(-1, fusion.groups)), None, None
+
+
+def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm as dense floats of one shape; ones and zeros where it has none."""
+    weight, bias = fusion.weight, fusion.bias
+    w = torch.ones(channels, dtype=torch.float32, device="cpu") if weight is None else weight.float().contiguous()
+    return w, torch.zeros_like(w) if bias is None else bias.float().expand_as(w).contiguous()
+
+
+def _grouped_affine(library: ctypes.CDLL, fusion: InputFusion, x: Tensor) -> tuple[Tensor, Tensor]:
+    """GroupNorm of x, channels innermost in memory, as A x + B, (N, C) each."""
+    threads, samples, channels = torch.get_num_threads(), x.shape[0], x.shape[1]
+    pixels = x.numel() // (samples * channels)
+    tasks = 1 if samples >= threads else min(threads, pixels)
+    sums = torch.empty(2 * samples * tasks * channels, dtype=torch.float64, device="cpu")
+    mean, rstd = _floats(2, samples, fusion.groups)
+    library.modiff_grouped_moments(
+        x.data_ptr(), KINDS[x.dtype], samples, pixels, channels, fusion.groups, fusion.eps, sums.data_ptr(), tasks,
+        mean.data_ptr(), rstd.data_ptr(), threads,
+    )  # fmt: skip
+    return _joined(*_affine(fusion, channels), mean, rstd)
+
+
+def _joined(w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(x - mean) rstd w + b = A x + B: A and B, (N, C)."""
+    shape = (*mean.shape, w.numel() // mean.shape[1])
+    a = rstd.unsqueeze(2) * w.view(1, *shape[1:])
+    return a.flatten(1), (b.view(1, *shape[1:]) - mean.unsqueeze(2) * a).flatten(1)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Room for the C++ loops; what torch takes by default may be another type and another device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _group_norm_as_affine(fusion: InputFusion, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """GroupNorm of x as A x + B, (N, C) each; None where the compiled loops do not know type or layout of x."""
+    library = native.load("input_fusion").library
+    if library is None or x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0:
+        return None
+    return _grouped_affine(library, fusion, x) if pixel_pitch(x) == x.shape[1] else None
