@@ -1,149 +1,163 @@
-"""Files are whole or not there, the old one survives any failure, and trouble is found before the work starts."""
+"""Files and folders: whole or not there, the old one survives any failure, and an interrupted job resumes."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import torch
 
-from modiff.errors import FormatError
-from modiff.files import check_writable, new_folder, write_atomically, write_json
-
-
-def full_disk(file: BinaryIO) -> None:
-    file.write(b"half")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"old")
-    write_atomically(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
+from modiff.errors import ConfigError, FormatError, StateError
+from modiff.files import (
+    ResumableFolder,
+    check_writable,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+from tests.kills import check_kills
 
 
-def test_a_full_disk_names_the_file_and_leaves_the_old_one_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"old")
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write_atomically(path, full_disk)
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interruption_leaves_no_half_file(tmp_path: Path, error: type[BaseException]) -> None:
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, error: BaseException) -> None:
     def write(file: BinaryIO) -> None:
         file.write(b"half")
         raise error
 
-    with pytest.raises(error):
-        write_atomically(tmp_path / "a.bin", write)
-    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "deep" / "a.bin"
+    write_atomically(path, lambda file: file.write(b"old"))
+    with pytest.raises(type(error)) as caught:
+        write_atomically(path, write)
+    assert getattr(caught.value, "filename", str(path)) == str(path)
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_device_is_written_directly_and_stays_a_device() -> None:
-    device = Path("/dev/full")
-    check_writable(device)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write_json(device, [1])
-    assert caught.value.filename == "/dev/full"
-    assert device.is_char_device()
+    check_writable("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_json("/dev/full", [1])
+    assert Path("/dev/full").is_char_device()
 
 
-def test_permissions_are_those_of_an_ordinary_new_file(tmp_path: Path) -> None:
-    ordinary = tmp_path / "ordinary"
-    ordinary.write_bytes(b"")
-    write_atomically(tmp_path / "ours", lambda file: file.write(b""))
-    assert (tmp_path / "ours").stat().st_mode == ordinary.stat().st_mode
+def test_permissions_are_those_of_ordinary_files_and_the_umask_is_never_set(tmp_path: Path, monkeypatch) -> None:
+    # os.umask is the process's: setting it, even for a moment, opens the files that other threads make then
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    write_atomically(tmp_path / "our file", lambda file: file.write(b""))
+    with new_folder(tmp_path / "our folder"):
+        pass
+    for kind in ("file", "folder"):
+        assert (tmp_path / f"our {kind}").stat().st_mode == (tmp_path / kind).stat().st_mode
 
 
-def test_json_is_readable_and_never_holds_nan(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"a": [1, None, "ô"]})
-    assert json.loads(path.read_text()) == {"a": [1, None, "ô"]}
+def test_json_and_tensors_come_back_and_damage_is_told_in_one_line(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1, None, "ô"]})
+    assert read_json(tmp_path / "a.json", "settings", "") == {"a": [1, None, "ô"]}
     with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": [1, None, "ô"]}
-
-
-def test_checking_makes_the_folder_and_touches_no_file(tmp_path: Path) -> None:
-    new = tmp_path / "deep" / "folder" / "a.json"
-    check_writable(new)
-    assert list(new.parent.iterdir()) == []
-    new.write_text("old")
-    check_writable(new)
-    assert new.read_text() == "old"
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    tensors = {"x": torch.arange(6).reshape(2, 3).T}
+    write_tensors(tmp_path / "a.st", tensors, {"format": "test"})
+    loaded, facts = read_tensors(tmp_path / "a.st", "tensors", "")
+    assert torch.equal(loaded["x"], tensors["x"])
+    assert facts == {"format": "test"}
+    for read, name in ((read_json, "a.json"), (read_tensors, "a.st")):
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (b"", b"[1]", b"[" * 100_000, whole[: len(whole) // 2], b"\xff" + whole, None):
+            (tmp_path / name).unlink() if damaged is None else (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(FormatError, match=f"{name}: expected it, got [^\n]* missing or damaged. Do that.$"):
+                read(tmp_path / name, "it", "Do that.")
 
 
 @pytest.mark.parametrize("where", ["folder", "file/below", "/proc/below/a.json"])
 def test_a_path_that_cannot_be_written_is_known_before(tmp_path: Path, where: str) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("")
-    path = tmp_path / where
+    (tmp_path / "file").write_text("old")
     with pytest.raises(OSError, match=r"directory|denied|permitted|exists") as caught:
-        check_writable(path)
-    assert caught.value.filename == str(path)
+        check_writable(tmp_path / where)
+    assert caught.value.filename == str(tmp_path / where)
+    check_writable(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    check_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "old"
 
 
-def test_a_folder_appears_when_all_of_it_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "saved"
-    with new_folder(path) as partial:
-        (partial / "a").write_text("1")
-        assert not path.exists()
-        assert partial.parent == path.parent
-    assert [file.name for file in path.iterdir()] == ["a"]
-    assert list(path.parent.iterdir()) == [path]
-    ordinary = tmp_path / "ordinary"
-    ordinary.mkdir()
-    assert path.stat().st_mode == ordinary.stat().st_mode
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_folder_that_was_not_finished_is_not_there(tmp_path: Path, error: type[BaseException]) -> None:
-    def broken(path: Path) -> None:
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, OSError])
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path: Path, error: type[BaseException] | None) -> None:
+    def write(path: Path) -> None:
         with new_folder(path) as partial:
             (partial / "a").write_text("1")
-            raise error
+            assert not path.exists() or not any(path.iterdir())
+            if error:
+                raise error
 
-    (tmp_path / "empty").mkdir()
-    for name in ("saved", "empty"):
-        with pytest.raises(error):
-            broken(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-    assert list((tmp_path / "empty").iterdir()) == []
-
-
-def test_an_empty_folder_is_taken_and_anything_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with new_folder(tmp_path / "empty") as partial:
-        (partial / "a").write_text("1")
-    for path, got in ((tmp_path / "empty", "files in it"), (tmp_path / "empty" / "a", "a file")):
-        with pytest.raises(FormatError, match=f"{path.name}: expected a new or an empty folder, got {got}"):
-            with new_folder(path):
-                raise AssertionError
-    assert (tmp_path / "empty" / "a").read_text() == "1"
-
-
-def test_a_link_to_an_empty_folder_leads_to_the_one_that_is_filled(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
-    with new_folder(tmp_path / "link") as partial:
-        (partial / "a").write_text("1")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "disk" / "a").read_text() == "1"
+    (tmp_path / "link").symlink_to(tmp_path / "disk")  # a link to an empty folder leads to the one that is filled
+    for name in ("link", "new"):
+        if error:
+            with pytest.raises(error):
+                write(tmp_path / name)
+        else:
+            write(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"] + ["new"] * (not error)
+    assert [path.name for path in (tmp_path / "link").iterdir()] == ["a"] * (not error)
 
 
-def test_a_folder_that_cannot_be_replaced_is_known_before_the_work(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "volume").mkdir()
+def test_nothing_that_is_there_becomes_a_new_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
-    with pytest.raises(FormatError, match=r"got one where a disk is mounted.*volume/model"):
-        with new_folder(tmp_path / "volume"):
-            raise AssertionError
+    for name in ("full", "volume"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "a").write_text("1")
+    for name, got in (("full", "files in it"), ("full/a", "a file"), ("volume", "one where a disk is mounted")):
+        with pytest.raises(FormatError, match=f"{name}: expected a .*, got {got}"), new_folder(tmp_path / name):
+            pytest.fail("the body ran")
+
+
+JOB = {"seed": 0, "config": {"bits": 4, "steps": (1, 2)}, "prompt": None}
+
+
+def work(path: Path) -> None:
+    with ResumableFolder(path, JOB, items="*.json") as folder:
+        for index in range(3):
+            if folder.path / f"{index}.json" not in folder.finished():
+                write_json(folder.path / f"{index}.json", {"index": index})
+
+
+def test_a_job_resumes_after_a_kill_at_any_file_operation(tmp_path: Path) -> None:
+    check_kills("tests.test_files:work", tmp_path, at_least=9)
+
+
+def test_a_folder_keeps_its_job_and_names_each_setting_of_another(tmp_path: Path) -> None:
+    work(tmp_path / "a")
+    (tmp_path / "a" / "0.json").write_text("{}")
+    work(tmp_path / "a")
+    assert (tmp_path / "a" / "0.json").read_text() == "{}"
+    before = sorted((tmp_path / "a").iterdir())
+    other = {"seed": 1, "config": {"bits": 8, "steps": [1, 2]}}
+    with pytest.raises(ConfigError, match=r"a: expected a folder of the same job, got one with another config\.bits and seed\. .*job\.json\.$"):  # fmt: skip # noqa: E501
+        ResumableFolder(tmp_path / "a", other).__enter__()
+    (tmp_path / "a" / "job.json").unlink()
+    with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got 0\.json"):
+        ResumableFolder(tmp_path / "a", JOB).__enter__()
+    with ResumableFolder(tmp_path / "a", JOB, items="*.npz") as folder:  # no items of this job: a file that may stay
+        assert folder.finished() == []
+    (tmp_path / "a" / "job.json").write_text("{")
+    with pytest.raises(FormatError, match=r"job\.json: expected the settings of a job"):
+        work(tmp_path / "a")
+    assert sorted((tmp_path / "a").iterdir()) == before
+
+
+def test_a_second_job_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    with ResumableFolder(tmp_path, JOB, items="*.json"):  # a lock of another thread is one of another process
+        with pytest.raises(StateError, match="expected a folder that no other process writes to, got one in use"):
+            work(tmp_path)
+    work(tmp_path)
+    assert read_json(tmp_path / "2.json", "", "") == {"index": 2}

@@ -1,46 +1,52 @@
-"""Write files whole or not at all: a full disk or Ctrl-C leaves the old file as it was."""
+"""Files that are written whole or not at all, and folders of finished work that an interrupted job resumes."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
-from modiff.errors import FormatError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modiff.errors import ConfigError, FormatError, StateError
+
+LOCK = ".lock"
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` with a binary file that replaces `path` only when all of it is on disk.
+    """Call `write` with a binary file that replaces `path` once all of it is on disk; missing folders are made.
 
     Pipes and devices such as /dev/stdout are written directly: they cannot be replaced.
-    Raises: OSError that names `path`; whatever `write` raises. The old file is whole then, and no other one is left.
+    Raises: OSError that names `path`; whatever `write` raises. The old file is then intact, and no other one is left.
     """
     path = Path(path)
-    try:
+    with _errors_name(path):
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb") as file:
                 write(file)
             return
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        partial = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.chmod(0o666 & ~_umask())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -49,12 +55,45 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def read_json(path: str | Path, what: str, advice: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args: what, advice: complete the message "expected `what`, got .... The file is missing or damaged. `advice`".
+    Raises: FormatError if the file is missing, damaged, or holds something other than an object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise TypeError(f"a JSON {type(value).__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise FormatError(_damaged(path, what, error, advice)) from error
+    return value
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write tensors, and `facts` as metadata, as one safetensors file, atomically. Raises: OSError."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda file: save_file(contiguous, file.name, metadata=dict(facts)))
+
+
+def read_tensors(path: str | Path, what: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; `what` and `advice` as for `read_json`.
+
+    Raises: FormatError if the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise FormatError(_damaged(path, what, error, advice)) from error
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` only when the body is done; nothing is left of it when it raises.
+    """A folder to write into that becomes `path` when the body is done; nothing is left of it when the body raises.
 
-    Raises: FormatError if `path` is a file or a folder that holds something: nothing is ever overwritten; or where a
-        disk is mounted at `path`, which nothing can be moved onto; OSError.
+    Raises: FormatError if `path` is a file or a folder with files in it: nothing is ever overwritten; or if a disk is
+        mounted at `path`, which nothing can be moved onto; OSError.
     """
     path = Path(path).resolve()  # a link to an empty folder stays a link to the one that is filled
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -62,15 +101,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise FormatError(f"{path}: expected a new or an empty folder, got {got}. Two checkpoints must not mix. "
                           "Give another name, or delete it.")  # fmt: skip
     if os.path.ismount(path):
-        raise FormatError(
-            f"{path}: expected a folder that can be replaced, got one where a disk is mounted. All files appear at "
-            f"once, by a rename. Give a folder inside, such as {path / 'model'}."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        raise FormatError(f"{path}: expected a folder that can be replaced, got one where a disk is mounted. All files "
+                          f"appear at once, by a rename. Give a folder inside, such as {path / 'model'}.")  # fmt: skip
+    partial = _partial(path)
+    partial.mkdir(parents=True)
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
         partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,23 +118,114 @@ def check_writable(path: str | Path) -> None:
     Raises: OSError that names `path`, if it is a folder or lies where nothing can be written.
     """
     path = Path(path)
-    try:
+    with _errors_name(path):
         if path.is_dir():
-            raise IsADirectoryError(21, "Is a directory")
-        if path.exists() and not path.is_file():
-            path.open("ab").close()
-            return
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if not path.exists() or path.is_file():
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
         if path.exists():
             path.open("ab").close()
+
+
+class ResumableFolder:
+    """A folder of finished items that belongs to one job: run the job again, and it goes on where it was killed.
+
+        with ResumableFolder("images", {"model": "dit", "seed": 0}, items="*.npy") as folder:
+            for index in range(100):
+                path = folder.path / f"{index:05d}.npy"
+                if not path.exists():
+                    write_atomically(path, lambda file: np.save(file, draw(index)))
+
+    On entry the folder is made, locked against other processes, and claimed: a new one gets the job as a JSON file,
+    an old one must hold the same job. What a killed process left half-written, here and one folder deeper, is removed.
+    An item written with the functions above is either whole or not there.
+
+    Args:
+        job: what decides the content of the items, as JSON values. What may grow, such as the number of items, is no
+            part of it.
+        record: the name of the JSON file. items: a pattern for the names of the items.
+    Raises (on entry): ConfigError, one line, for a folder of another job (it names the settings that differ), or one
+        that has items but no record; FormatError for a damaged record; StateError if another process is at work in
+        the folder; OSError.
+    """
+
+    def __init__(self, path: str | Path, job: Mapping[str, Any], *, record: str = "job.json", items: str = "*") -> None:
+        self.path = Path(path)
+        self.job: dict[str, Any] = json.loads(json.dumps(job, allow_nan=False))
+        self._record, self._items, self._lock = self.path / record, items, FileLock(self.path / LOCK)
+
+    def __enter__(self) -> Self:
+        self._check()  # before the lock, so that nothing is left in a folder of someone else
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StateError(f"{self.path}: expected a folder that no other process writes to, got one in use. Two "
+                             "would do the same work. Wait, or give another folder.") from error  # fmt: skip
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def finished(self) -> list[Path]:
+        """The items that are there, sorted by name."""
+        paths = self.path.glob(self._items) if self.path.is_dir() else ()
+        return sorted(path for path in paths if path != self._record and not path.name.startswith("."))
+
+    def _claim(self) -> None:
+        self._check()
+        if not self._record.exists():
+            write_json(self._record, self.job)
+        for partial in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+            if _PARTIAL.fullmatch(partial.name):
+                partial.unlink()
+
+    def _check(self) -> None:
+        if self._record.exists():
+            past = read_json(self._record, "the settings of a job", "Give another folder, or delete this one.")
+            if differing := _differences(past, self.job):
+                raise ConfigError(f"{self.path}: expected a folder of the same job, got one with another "
+                                  f"{' and '.join(differing)}. Two jobs must not mix. Give another folder, or the "
+                                  f"settings in its {self._record.name}.")  # fmt: skip
+        elif items := self.finished():
+            raise ConfigError(f"{self.path}: expected a new folder or one with {self._record.name}, got "
+                              f"{items[0].name} alone. Nothing says whose it is. Give another folder.")  # fmt: skip
+
+
+def _differences(past: Mapping[str, Any], job: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of the settings that differ."""
+    names: list[str] = []
+    for key in sorted({*past, *job}):
+        old, new = past.get(key), job.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            names.append(prefix + key)
+    return names
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def _umask() -> int:
-    """The process's umask; reading it means setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _partial(path: Path) -> Path:
+    """A new name in the same folder. Files and folders made with open and mkdir get the user's permissions."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _damaged(path: str | Path, what: str, error: Exception, advice: str) -> str:
+    reason = str(error).splitlines()[0] if str(error) else "no reason given"
+    return f"{path}: expected {what}, got {type(error).__name__}: {reason}. The file is missing or damaged. {advice}"
