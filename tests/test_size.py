@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("src", "training", "tools", "bench")
+FOLDERS = ("src", "experiments", "training", "tools", "bench")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 FUNCTION_LINES = 60

@@ -137,14 +137,6 @@ def test_mistakes_are_one_line(model: Path, judge: Path, words: list[str], messa
     assert_one_line(invoke(model, judge, *words), message)
 
 
-@pytest.mark.parametrize("words", [["--extractor", "{judge}"], ["--batch-size", 6], ["--scheduler", "dpmpp"]])
-def test_a_study_refuses_what_it_would_not_heed(model: Path, judge: Path, words: list[Any]) -> None:
-    result = CliRunner().invoke(
-        app, ["evaluate", str(model), "--study", "unknown", *[str(word).format(judge=judge) for word in words]]
-    )
-    assert_one_line(result, f"--study: expected no {words[0]} beside it, got ")
-
-
 def test_the_wrong_folder_is_one_line(judge: Path, tmp_path: Path) -> None:
     assert_one_line(invoke(tmp_path, judge), f"{tmp_path}: expected a diffusers folder")
 

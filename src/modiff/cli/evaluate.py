@@ -11,8 +11,6 @@ import typer
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import LABELS_HELP, MODEL_HELP, PROMPTS_HELP, Device, Json, Seed, conditions_of, quiet_pipeline
 from modiff.cli.sample import SCHEDULER_HELP
-from modiff.cli.study import STUDY_HELP
-from modiff.cli.study import study as run_study
 from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
     "another, or an Inception-v3 file: only with it is a distance called FID."
 )
-OUTPUT_HELP = "Finished batches; run again, it goes on from them. modiff-evaluation, or modiff-study, when left out."
+OUTPUT_HELP = "Finished batches; run again, it goes on from them. modiff-evaluation when left out."
 FOLDER = Path("modiff-evaluation")
 EXTRACTOR = "classifier"
 BATCH_SIZE = 50
@@ -54,7 +52,6 @@ def evaluate(
     preset: Annotated[str, typer.Option("--preset", help=PRESET_HELP)] = "quick",
     json_file: Json = None,
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help=REPORT_HELP)] = None,
-    study: Annotated[str | None, typer.Option("--study", metavar="NAMES", help=STUDY_HELP)] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = None,
     extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = EXTRACTOR,
     metrics: Annotated[str | None, typer.Option("--metrics", metavar="NAMES", help=METRICS_HELP)] = None,
@@ -79,15 +76,6 @@ def evaluate(
         modiff evaluate embedded --preset quick --json evaluation.json --report report
     """
     with errors_as_exit_code():
-        if study is not None:
-            beside = {"--reference": reference, "--configs": configs, "--metrics": metrics, "--clip": clip,
-                      "--prompts": prompts, "--labels": labels,
-                      "--extractor": extractor if extractor != EXTRACTOR else None,
-                      "--batch-size": batch_size if batch_size != BATCH_SIZE else None,
-                      "--scheduler": scheduler if scheduler != "ddim" else None}  # fmt: skip
-            run_study(model, study, preset=preset, steps=steps, num_images=num_images, seed=seed, device=device,
-                      folder=output, json_file=json_file, report=report, beside=beside)  # fmt: skip
-            return
         from modiff.evaluate.suite import run_suite  # imported late: `modiff --help` must not wait for diffusers
         from modiff.evaluate.suite_extractor import load_extractor
         from modiff.evaluate.suite_extras import load_extras

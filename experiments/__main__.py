@@ -1,0 +1,100 @@
+"""python -m experiments table6 --model embedded -o out: run experiments of the papers, print and write what they give.
+
+Stopped at any time, the same command goes on where it was. All of them at --preset quick take about 20 minutes on two
+free cores. OUT holds report.html, report.md with its figures, results.json, and the files of what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.registry import EXPERIMENTS, experiment_names
+from experiments.settings import IMAGES, settings_for
+from experiments.study import StudyResult, run_study
+from modiff.errors import ModiffError
+from modiff.evaluate.report.document import Document
+from modiff.evaluate.report.markdown import file_name, markdown
+from modiff.evaluate.report.write import write_report
+from modiff.files import check_writable, write_atomically, write_json
+from modiff.hosts.load import load_pipeline
+
+RESULTS = "results.json"
+PAGE, FIGURES, PAGE_RESULTS = "study.md", "figures", "results/study.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing, print each finding, write the report; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = settings_for(
+            options.preset,
+            num_images=options.num_images,
+            steps=options.steps,
+            seed=options.seed,
+            experiments=experiment_names(",".join(options.names)),
+            model=options.model,
+        )
+        for path in (options.output / RESULTS, *_pages(options.docs)):
+            check_writable(path)
+        result = run_study(load_pipeline(options.model, device=options.device), settings, options.output)
+        _write(result, options.model, options.output, options.docs)
+    except (ModiffError, OSError) as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(result: StudyResult, model: str, output: Path, docs: Path | None) -> None:
+    for section in result.sections:
+        print(f"{section.title}\n  {section.summary}\n")
+    write_json(output / RESULTS, result.to_dict())
+    print(f"report: {write_report(result.document(f'Trajectory study of {model}'), output)[0]}")
+    if docs is not None:
+        write_json(docs / PAGE_RESULTS, result.to_dict())
+        print(*write_page(result.document(), docs), sep="\n")
+
+
+def _pages(docs: Path | None) -> tuple[Path, ...]:
+    return () if docs is None else (docs / PAGE, docs / PAGE_RESULTS)
+
+
+def write_page(document: Document, docs: Path) -> list[Path]:
+    """docs/study.md and its pictures in docs/figures; figures of a study before that are not drawn any more go."""
+    pictures = {file_name(figure): figure.data for figure in document.figures()}
+    for name, data in pictures.items():
+        path = docs / FIGURES / name
+        check_writable(path)
+        write_atomically(path, lambda file, data=data: file.write(data))
+    for path in (docs / FIGURES).glob("study-*.png"):
+        if path.name not in pictures:
+            path.unlink()
+    page = docs / PAGE
+    check_writable(page)
+    write_atomically(page, lambda file: file.write(markdown(document, FIGURES).encode()))
+    return [page, *(docs / FIGURES / name for name in pictures)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    known = "\n".join(f"  {e.name:12} {e.title}" for e in EXPERIMENTS.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description=__doc__,
+        epilog=f"experiments:\n{known}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="all, or experiments of the list below")
+    parser.add_argument("--model", default="embedded", help="a local diffusers folder, or embedded")
+    parser.add_argument("-o", "--output", type=Path, default=Path("study"), metavar="OUT", help="default: study")
+    parser.add_argument("--preset", choices=list(IMAGES), default="quick", help="quick: 8 images, coarse grids")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("-n", "--num-images", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--docs", type=Path, metavar="DIR", help=f"also write DIR/{PAGE}, its figures and results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

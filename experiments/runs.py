@@ -1,0 +1,102 @@
+"""One run of the study: a sampler, its steps, and what modiff does; and what came of it, as plain numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.skipping import SkipRule
+from modiff.config import JsonConfig, ModiffConfig
+from modiff.evaluate.metrics.bootstrap import bootstrap
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(JsonConfig):
+    """What is sampled. config None: full precision.
+
+    sampler: a name of `modiff.hosts.samplers`. spacing: of the timesteps, the scheduler's own when None.
+    skip: residuals that are not sent. exact_first: a plain config whose first step is in full precision.
+    """
+
+    steps: int
+    sampler: str = "ddim"
+    spacing: str | None = None
+    config: ModiffConfig | None = None
+    skip: SkipRule | None = None
+    exact_first: bool = False
+
+    @property
+    def reference(self) -> Run:
+        """Full precision with the same sampler and steps."""
+        return Run(steps=self.steps, sampler=self.sampler, spacing=self.spacing)
+
+    @property
+    def key(self) -> str:
+        """Equal runs have equal keys, others do not."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Outcome(TypedDict):
+    """Errors against one reference, image by image: Σ (x - y)² and Σ y², None if an image is not finite.
+
+    pixels: of one image. evaluations: of the network, in one trajectory. gbops: of one image, all steps; None where
+    nobody counted.
+    """
+
+    errors: list[float] | None
+    sizes: list[float]
+    pixels: int
+    evaluations: int
+    gbops: float | None
+
+
+class Errors(TypedDict):
+    """Of images in [0, 1] to the reference: all pixels together with a 95 % interval over the images, and the median
+    over the images. None if a run diverged; psnr_db also if nothing differs."""
+
+    relative_l2: float | None
+    low: float | None
+    high: float | None
+    median: float | None
+    psnr_db: float | None
+
+
+def compare(images: np.ndarray, reference: np.ndarray, evaluations: int, gbops: float | None) -> Outcome:
+    """The outcome of images (N, H, W, C) against those of the reference."""
+    got, wanted = images.astype(np.float64), reference.astype(np.float64)
+    axes = (1, 2, 3)
+    finite = bool(np.isfinite(got).all())
+    errors = ((got - wanted) ** 2).sum(axes).tolist() if finite else None
+    sizes = (wanted**2).sum(axes).tolist()
+    return {"errors": errors, "sizes": sizes, "pixels": int(got[0].size), "evaluations": evaluations, "gbops": gbops}
+
+
+def errors_of(outcome: Outcome) -> Errors:
+    """Relative L2 with its interval and PSNR. Cost: a bootstrap over the images."""
+    if outcome["errors"] is None or not sum(outcome["sizes"]):
+        return {"relative_l2": None, "low": None, "high": None, "median": None, "psnr_db": None}
+    errors = torch.tensor(outcome["errors"], dtype=torch.float64)
+    sizes = torch.tensor(outcome["sizes"], dtype=torch.float64)
+    found = bootstrap(_relative, [errors, sizes], resamples=RESAMPLES, draw="paired")
+    mean_square = float(errors.sum()) / (len(errors) * outcome["pixels"])
+    return {
+        "relative_l2": found["estimate"],
+        "low": found["low"],
+        "high": found["high"],
+        "median": float(np.median((errors / sizes.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().numpy())),
+        "psnr_db": -10 * math.log10(mean_square) if mean_square else None,
+    }
+
+
+def _relative(errors: Tensor, sizes: Tensor) -> float:
+    # a resample of black images only has no size, and no share of it either
+    return math.sqrt(float(errors.sum()) / float(sizes.sum())) if float(sizes.sum()) else 0.0

@@ -1,1 +1,0 @@
-"""The trajectory study: each of the paper's experiments on a model of yours, what was printed, and why it differs."""

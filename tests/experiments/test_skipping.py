@@ -1,0 +1,252 @@
+"""Silence by a threshold: the law holds, an independent loop agrees, and operations are counted as they run."""
+
+import dataclasses
+import doctest
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modiff
+from experiments import skipping
+from experiments.skipping import SkipRule, Tally, Unit, block_of, exact_code, skip_below
+from modiff import presets
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.errors import ConfigError, StateError
+from modiff.model.attach import required_attachment
+from modiff.nn import ModulatedLayer
+from tests.helpers import assert_same_bits, assert_within, drifting
+from tests.recipes import randomised
+from tests.reference import layers
+
+STEPS = 7
+LINEAR, CONV = (3, 5, 16), (3, 16, 6, 6)
+UNITS: tuple[Unit, ...] = ("layer", "sample", "token")
+
+
+def network(shape: Sequence[int]) -> nn.Sequential:
+    layer = nn.Linear(16, 8) if len(shape) == 3 else nn.Conv2d(16, 8, 3, padding=1)
+    return nn.Sequential(randomised(layer)).double()
+
+
+def config(bits: int = 0, predictor: str = "hold", **quantizer: object) -> ModiffConfig:
+    layer = LayerConfig(
+        weight=WeightConfig(bits=None),
+        activation=QuantizerConfig(bits=bits, **quantizer),
+        modulation=ModulationConfig(state_dtype="float64", predictor=predictor, gain=0.8),
+    )
+    return ModiffConfig(layer=layer, include=("0",))
+
+
+@contextmanager
+def silent(model: nn.Sequential, settings: ModiffConfig, rule: SkipRule) -> Iterator[tuple[ModulatedLayer, Tally]]:
+    modiff.apply(model, settings)
+    tally = skip_below(model, rule)
+    with torch.no_grad(), modiff.trajectory(model):
+        yield required_attachment(model, "test").layers["0"], tally
+
+
+def by_hand(inputs: Sequence[Tensor], unit: Unit, threshold: float, gain: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Input states and masks of what was sent, one for each step after the first."""
+    states, masks = [inputs[0]], []
+    move = torch.zeros_like(inputs[0]) if gain else None
+    channel = inputs[0].dim() - 1 if inputs[0].dim() == 3 else 1
+    for step, x in enumerate(inputs[1:]):
+        guess = states[-1] if move is None or step == 0 else states[-1] + gain * move
+        r = x - guess
+        mask = torch.zeros_like(x)
+        if unit == "layer":
+            mask[:] = float(r.norm() > threshold * x.norm())
+        for i in range(len(x)):
+            if unit == "sample":
+                mask[i] = float(r[i].norm() > threshold * x[i].norm())
+            if unit == "token":
+                tokens, values = (t[i].movedim(channel - 1, -1).reshape(-1, 16) for t in (r, x))
+                size = math.sqrt(sum(float(v @ v) for v in values) / len(values))
+                kept = torch.tensor([float(t.norm() > threshold * size) for t in tokens], dtype=x.dtype)
+                mask[i] = kept.reshape([1 if d == channel - 1 else n for d, n in enumerate(x.shape[1:])])
+        masks.append(mask)
+        state = guess + mask * r
+        move = state - states[-1] if gain else None
+        states.append(state)
+    return states, masks
+
+
+@pytest.mark.parametrize("predictor", ["hold", "linear"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("shape", [LINEAR, CONV], ids=["linear", "conv"])
+def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(
+    shape: tuple[int, ...], unit: Unit, predictor: str
+) -> None:
+    inputs, model = drifting(4, shape, STEPS, 0.1), network(shape)
+    original = model[0]
+    states, masks = by_hand(inputs, unit, 0.13, 0.8 if predictor == "linear" else 0.0)
+    assert 0.2 < torch.stack(masks).mean() < 0.9  # some are sent, some are not
+    found: list[Tensor] = []
+    with silent(model, config(predictor=predictor), SkipRule(unit=unit, threshold=0.13)) as (quantized, tally):
+        for x in inputs:
+            out = model(x)
+            found.append(quantized.state.input.clone())
+            expected = original(quantized.state.input)
+            assert_within(out, expected, 1e-9)
+            assert_within(quantized.state.output, expected, 1e-9)
+    for state, wanted in zip(found, states, strict=True):
+        assert_within(state, wanted, 1e-9)
+    starts, sent = tally.shares("0")
+    assert starts == pytest.approx(1 / STEPS)
+    assert sent == pytest.approx(float(torch.stack(masks).mean()) * (STEPS - 1) / STEPS, rel=1e-9)
+
+
+def test_a_silent_layer_does_not_run_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, model = drifting(4, LINEAR, STEPS, 0.1), network(LINEAR)
+    with silent(model, config(), SkipRule(unit="layer", threshold=0.13)) as (quantized, tally):
+        calls: list[int] = []
+        operator = type(quantized).operator
+        monkeypatch.setattr(type(quantized), "operator", lambda *a: (calls.append(1), operator(*a))[1])
+        for x in inputs:
+            model(x)
+    assert 1 < len(calls) < STEPS
+    starts, sent = tally.shares("0")
+    assert len(calls) == round((starts + sent) * STEPS)
+
+
+@pytest.mark.parametrize("unit", [*UNITS, "block"])
+def test_a_tiny_threshold_is_full_precision_and_still_inputs_send_nothing(unit: Unit) -> None:
+    inputs, model = drifting(1, CONV, 3, 0.1), network(CONV)
+    original = model[0]
+    with silent(model, config(), SkipRule(unit=unit, threshold=1e-9)) as (_, tally):
+        for x in inputs:
+            assert_within(model(x), original(x), 1e-12)
+        for _ in range(3):
+            model(inputs[-1])
+    assert tally.shares("0") == pytest.approx((1 / 6, 2 / 6))
+
+
+def test_a_threshold_that_nothing_reaches_repeats_the_first_output() -> None:
+    inputs, model = drifting(1, LINEAR, 4, 0.5), network(LINEAR)
+    with silent(model, config(), SkipRule(unit="sample", threshold=100.0)) as (_, tally):
+        outputs = [model(x).clone() for x in inputs]
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+    assert tally.shares("0") == (0.25, 0.0)
+    with torch.no_grad(), modiff.trajectory(model):  # a second batch starts again
+        for x in inputs:
+            model(x)
+    assert tally.shares("0") == (0.25, 0.0)
+
+
+def test_a_residual_that_is_not_finite_is_sent() -> None:
+    inputs, model = drifting(1, LINEAR, 2, 0.1), network(LINEAR)
+    inputs[1][0, 0, 0] = float("nan")
+    with silent(model, config(), SkipRule(unit="sample", threshold=100.0)):
+        model(inputs[0])
+        out = model(inputs[1])
+    assert out[0].isnan().any()
+    assert not out[1:].isnan().any()
+
+
+def test_codes_are_those_of_the_library_where_all_is_sent_and_of_what_is_sent_elsewhere() -> None:
+    inputs = drifting(2, LINEAR, STEPS, 0.1, torch.float32)
+    coded = config(bits=4, granularity="sample")
+    plain = network(LINEAR).float()
+    modiff.apply(plain, coded)
+    with torch.no_grad(), modiff.trajectory(plain):
+        expected = [plain(x).clone() for x in inputs]
+    model = network(LINEAR).float()
+    with silent(model, coded, SkipRule(unit="token", threshold=0.0)) as (_, tally):
+        for x, wanted in zip(inputs, expected, strict=True):
+            assert_same_bits(model(x), wanted)
+    assert tally.shares("0")[1] == pytest.approx((STEPS - 1) / STEPS)
+    rare = network(LINEAR).float()
+    with silent(rare, coded, SkipRule(unit="token", threshold=0.13)) as (quantized, tally):
+        for x in inputs:
+            out = rare(x)
+            weight, bias = quantized.weight.detach(), quantized.bias.detach()
+            assert_within(out.double(), layers.linear(quantized.state.input.double(), weight, bias), 2e-5)
+    assert 0.1 < tally.shares("0")[1] < 0.8
+
+
+def test_a_block_speaks_or_keeps_silent_as_its_first_layer_decides() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.resnets = nn.ModuleList([nn.ModuleDict({"first": nn.Linear(16, 16), "second": nn.Linear(16, 16)})])
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.resnets[0]["second"](y) + self.resnets[0]["first"](x)
+
+    model = randomised(Block()).double()
+    modiff.apply(model, dataclasses.replace(config(), include=("*",), first_last="quantize"))
+    tally = skip_below(model, SkipRule(unit="block", threshold=0.2))
+    still, moving = drifting(0, (2, 16), 4, 0.01), drifting(1, (2, 16), 4, 0.9)
+    with torch.no_grad(), modiff.trajectory(model):
+        for x, y in zip(still, moving, strict=True):
+            model(x, y)  # the second layer runs first and decides: it moves
+    assert tally.shares("resnets.0.first") == tally.shares("resnets.0.second") == (0.25, 0.75)
+    with torch.no_grad(), modiff.trajectory(model):
+        for x, y in zip(still, moving, strict=True):
+            model(y, x)
+    assert tally.shares("resnets.0.first") == tally.shares("resnets.0.second") == (0.25, 0.375)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("up_blocks.2.resnets.1.conv_shortcut", "up_blocks.2.resnets.1"),
+        ("down_blocks.0.downsamplers.0.conv", "down_blocks.0.downsamplers.0"),
+        ("transformer_blocks.7.ff.net.0.proj", "transformer_blocks.7"),
+        ("mid_block.attentions.0.to_out.0", "mid_block.attentions.0"),
+        ("conv_in", "conv_in"),
+        ("layers.3", "layers.3"),
+    ],
+)
+def test_the_block_of_a_layer(name: str, block: str) -> None:
+    assert block_of(name) == block
+
+
+def test_an_exact_code_stands_for_the_tensor_itself() -> None:
+    x = torch.randn(2, 3)
+    assert_same_bits(exact_code(x, -1).value(), x)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dataclasses.replace(presets.plain(None, 4), include=("0",)),
+        dataclasses.replace(presets.modulated(8, None), include=("0",)),
+        config(bits=4, granularity="tensor", dynamic=False),
+    ],
+)
+def test_layers_without_states_or_with_static_scales_are_refused_and_left(settings: ModiffConfig) -> None:
+    model = network(LINEAR)
+    modiff.apply(model, settings)
+    inputs = required_attachment(model, "test").layers["0"].inputs
+    with pytest.raises(ConfigError, match="expected a modulated layer with dynamic scales"):
+        skip_below(model, SkipRule(unit="layer", threshold=0.1))
+    assert required_attachment(model, "test").layers["0"].inputs is inputs
+
+
+def test_a_plain_model_and_a_negative_threshold_are_refused() -> None:
+    with pytest.raises(StateError, match="plain Sequential"):
+        skip_below(network(LINEAR), SkipRule(unit="layer", threshold=0.1))
+    with pytest.raises(ConfigError, match="0 or more"):
+        SkipRule(unit="layer", threshold=-0.1)
+    with pytest.raises(ConfigError, match="one of 'layer'"):
+        SkipRule(unit="channel", threshold=0.1)
+
+
+def test_remove_gives_the_plain_layers_back() -> None:
+    model = network(LINEAR)
+    layer, x = model[0], drifting(0, LINEAR, 1, 0.1)[0]
+    with silent(model, config(), SkipRule(unit="layer", threshold=0.1)):
+        model(x)
+    modiff.remove(model)
+    assert model[0] is layer
+    assert torch.equal(model(x), layer(x))
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    result = doctest.testmod(skipping)
+    assert (result.failed, result.attempted > 0) == (0, True)
