@@ -129,8 +129,6 @@ def test_a_report_without_configurations_to_watch_leaves_the_layers_out(
         (["--labels", "0-9"], "expected no --label N, got 0"),
         (["--labels", "x"], "--labels: expected numbers and ranges"),
         (["--prompts", "absent.txt"], "absent.txt: expected a text file"),
-        (["--study", "all", "--metrics", "lpips"], "--study: expected no --metrics or --"),
-        (["--study", "all", "--labels", "0"], "--study: expected no --labels or --"),
     ],
 )
 def test_mistakes_are_one_line(model: Path, judge: Path, words: list[str], message: str) -> None:
