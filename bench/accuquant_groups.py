@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modiff.api import remove
+from modiff.api import collect, remove
 from modiff.calibration.group_error import Group, approximate_gradient, exact_gradient, roll_out
 from modiff.calibration.reconstruct.layers import evaluating, full_precision, without_states
 from modiff.calibration.reconstruct.unit import StepLearner
@@ -33,13 +33,12 @@ from modiff.errors import ConfigError, ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
-from modiff.hosts.calibration_collect import collect
+from modiff.generate.samplers import set_scheduler
 from modiff.hosts.calibration_runs import calibration_run
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.sampler_steps import SamplerSteps, sampler_tables, with_tables
-from modiff.hosts.samplers import set_scheduler
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
 from modiff.methods.parts import plain_network
+from modiff.methods.sampler_steps import SamplerSteps, sampler_tables, with_tables
 from modiff.model.quantizers import quantizers_of
 
 GROUP_SIZES = (1, 2, 4, 8)

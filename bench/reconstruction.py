@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modiff import presets
-from modiff.api import apply, calibrate, remove
+from modiff.api import apply, calibrate, collect, reconstruct, remove
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.cli.options import quiet_pipeline
@@ -33,11 +33,9 @@ from modiff.errors import ConfigError, ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
-from modiff.hosts.calibration_collect import collect
+from modiff.generate.samplers import set_scheduler
 from modiff.hosts.calibration_runs import calibration_run
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.samplers import set_scheduler
 from modiff.methods.modiff import Kind, ModiffMethodConfig, apply_modiff
 from modiff.methods.parts import plain_network
 from modiff.model.attach import required_attachment

@@ -22,9 +22,9 @@ from modiff.evaluate.cost import ModelCost
 from modiff.evaluate.demo import measure_image
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.evaluate.watch import Watcher, watch
+from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers import denoisers
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.samplers import set_scheduler
 from modiff.model.report import Report
 
 Row = dict[str, Any]

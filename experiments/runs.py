@@ -23,7 +23,7 @@ RESAMPLES = 1000
 class Run(JsonConfig):
     """What is sampled. config None: full precision.
 
-    sampler: a name of `modiff.hosts.samplers`. spacing: of the timesteps, the scheduler's own when None.
+    sampler: a name of `modiff.generate.samplers`. spacing: of the timesteps, the scheduler's own when None.
     skip: residuals that are not sent. exact_first: a plain config whose first step is in full precision.
     """
 

@@ -11,7 +11,20 @@ past, the residual is coded in a few bits, and the operator is applied to the co
 import typing as _typing
 
 from modiff import presets
-from modiff.api import apply, calibrate, context, load, pack, remove, save, trajectory, tune
+from modiff.api import (
+    apply,
+    autotune,
+    calibrate,
+    collect,
+    context,
+    load,
+    pack,
+    reconstruct,
+    remove,
+    save,
+    trajectory,
+    tune,
+)
 from modiff.calibration.data import CalibrationSet, Call
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.reconstruct.report import ReconstructionReport
@@ -19,9 +32,6 @@ from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import EveryStep, NormalSteps, UniformGroups
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.errors import CalibrationError, ConfigError, FormatError, KernelError, ModiffError, StateError
-from modiff.hosts.autotune import autotune
-from modiff.hosts.calibration_collect import collect
-from modiff.hosts.reconstruct import reconstruct
 from modiff.model.autotune import AutotuneResult
 from modiff.model.report import Report
 from modiff.model.select import select

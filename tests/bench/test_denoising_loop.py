@@ -29,7 +29,7 @@ from loop_models import HIDDEN, MODELS, Loop
 from loop_rounds import Record
 from loop_variants import VARIANTS, CannotRun, Task, parts_of, prepare
 from modiff import ConfigError
-from modiff.hosts.unconditional import UnconditionalPipeline
+from modiff.generate.samplers import UnconditionalPipeline
 from modiff.kernels.isa import Isa
 
 TINY = HIDDEN["tiny"]

@@ -14,9 +14,9 @@ from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.analyze import Analysis, analyze
 from modiff.evaluate.bit_sweep import MODES
+from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.samplers import set_scheduler
 from tests.hosts.tiny import HOSTS
 
 

@@ -19,10 +19,9 @@ from modiff import presets
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import LayerCost, ModelCost
 from modiff.evaluate.metrics.paired import relative_l2
+from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.samplers import set_scheduler
-from modiff.hosts.unconditional import UnconditionalPipeline
 from modiff.model.report import Entry, Report
 from tests.pixels import pixel_pipeline
 

@@ -10,8 +10,8 @@ import torch
 
 import modiff
 from modiff import ConfigError, StateError, presets
+from modiff.api import reconstruct
 from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.hosts.reconstruct import reconstruct
 from modiff.model.attach import attachment_of
 from tests.hosts.tiny import HOSTS
 

@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler
 import modiff
 from modiff import ConfigError, StateError
 from modiff.calibration.data import Call
-from modiff.hosts.sampler_steps import SamplerSteps
-from modiff.hosts.samplers import set_scheduler
+from modiff.generate.samplers import set_scheduler
 from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
+from modiff.methods.sampler_steps import SamplerSteps
 from modiff.model.quantizers import quantizers_of
 from tests.hosts.tiny import HOSTS
 

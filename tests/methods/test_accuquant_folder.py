@@ -13,10 +13,10 @@ from torch import Tensor
 
 import modiff
 from modiff import ConfigError, FormatError
-from modiff.hosts.sampler_steps import sampler_tables, with_tables
 from modiff.methods import accuquant
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
 from modiff.methods.registry import quantize
+from modiff.methods.sampler_steps import sampler_tables, with_tables
 from modiff.model.attach import attachment_of
 from modiff.model.quantizers import quantizers_of
 from tests.helpers import assert_same_bits

@@ -11,8 +11,8 @@ from torch import Tensor
 import modiff
 from modiff import CalibrationError, ConfigError, ModulationConfig
 from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.hosts.temporal import TemporalBlock
 from modiff.methods import TfmqDmConfig, apply_tfmq_dm
+from modiff.methods.temporal import TemporalBlock
 from modiff.methods.tfmq_temporal import reconstruct_temporal
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits, assert_within

@@ -46,7 +46,7 @@ def analyze(
             check_writable(path)
         from modiff.evaluate.analyze import analyze as analyze_pipeline  # imported late: `--help` must not wait
         from modiff.evaluate.figures import figures
-        from modiff.hosts.samplers import set_scheduler
+        from modiff.generate.samplers import set_scheduler
 
         pipe = quiet_pipeline(model, device)
         pipe = pipe if scheduler is None else set_scheduler(pipe, scheduler)

@@ -40,7 +40,7 @@ def explain(
         chosen = named_config(config)
         if json_file is not None:
             check_writable(json_file)
-        from modiff.hosts.autotune import autotune  # imported late: `modiff --help` must not wait for diffusers
+        from modiff.api import autotune  # imported late: `modiff --help` must not wait for diffusers
         from modiff.kernels.encode import choose_encoder
         from modiff.kernels.isa import machine
 

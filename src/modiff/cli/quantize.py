@@ -94,7 +94,7 @@ def _read(path: Path) -> Any:
 
 
 def _with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
-    from modiff.hosts.samplers import set_scheduler
+    from modiff.generate.samplers import set_scheduler
 
     return set_scheduler(pipe, name)
 
@@ -102,7 +102,7 @@ def _with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
 def _save(sampling: DiffusionPipeline, pipe: DiffusionPipeline, folder: Path) -> None:
     """The pipeline as it sampled, or where diffusers has no class for that, the model's own with the same network."""
     from modiff.api import save
-    from modiff.hosts.unconditional import UnconditionalPipeline
+    from modiff.generate.samplers import UnconditionalPipeline
 
     save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, folder)
 

@@ -47,7 +47,7 @@ def sample(
         from modiff.api import apply
         from modiff.generate.environment import environment
         from modiff.generate.generate import Request, generate  # imported late: `modiff --help` must not wait
-        from modiff.hosts.samplers import set_scheduler
+        from modiff.generate.samplers import set_scheduler
 
         request = Request(num_images=num_images, steps=steps, seed=seed, prompt=prompt, label=label)
         pipe = quiet_pipeline(model, device)

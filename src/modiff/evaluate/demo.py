@@ -25,9 +25,9 @@ from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
+from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers import denoisers, unconditional_run
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.samplers import set_scheduler
 from modiff.model.attach import attachment_of
 from modiff.model.report import Report
 from modiff.model.state_bytes import state_bytes

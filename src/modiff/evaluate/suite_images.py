@@ -22,11 +22,11 @@ from modiff.evaluate.suite_plans import Plan
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.conditions import Conditions
 from modiff.generate.digest import digest, settings
+from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import to_uint8
 from modiff.hosts.diffusers import denoisers
 from modiff.hosts.inputs import call_inputs
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.samplers import set_scheduler
 from modiff.model.state_bytes import state_bytes
 
 CALIBRATION_IMAGES = 8

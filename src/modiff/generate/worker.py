@@ -17,10 +17,10 @@ from modiff.generate.digest import digest, settings
 from modiff.generate.draw import check_finite, check_steps, draw
 from modiff.generate.environment import environment
 from modiff.generate.job import Job
+from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import Span, to_uint8
 from modiff.hosts.inputs import call_inputs
 from modiff.hosts.load import load_pipeline
-from modiff.hosts.samplers import set_scheduler
 
 
 @dataclass(frozen=True, kw_only=True)

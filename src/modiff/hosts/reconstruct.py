@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from modiff.api import collect
 from modiff.calibration.data import Call
 from modiff.calibration.reconstruct import run as _reconstruct
 from modiff.calibration.reconstruct.config import ReconstructConfig
@@ -15,7 +16,6 @@ from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.report import ReconstructionReport
 from modiff.errors import ConfigError
 from modiff.hosts.blocks import KINDS
-from modiff.hosts.calibration_collect import collect
 from modiff.hosts.networks import modules_of
 from modiff.model.attach import attachment_of, required_attachment
 

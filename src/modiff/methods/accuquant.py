@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modiff.api import apply, calibrate
+from modiff.api import apply, calibrate, collect, reconstruct
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.group_error import Group, approximate_gradient, error_of, roll_out
 from modiff.calibration.reconstruct.config import ReconstructConfig
@@ -23,9 +23,6 @@ from modiff.core.affine import QParams
 from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import set_of
 from modiff.errors import ConfigError
-from modiff.hosts.calibration_collect import collect
-from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.sampler_steps import SamplerSteps
 from modiff.methods.accuquant_folder import (
     GroupResult,
     GroupStore,
@@ -34,6 +31,7 @@ from modiff.methods.accuquant_folder import (
     settings_of,
 )
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
+from modiff.methods.sampler_steps import SamplerSteps
 from modiff.methods.work import claim_work
 from modiff.model.quantizers import quantizers_of
 from modiff.model.report import Report

@@ -20,7 +20,7 @@ from modiff.config import JsonConfig
 from modiff.core.affine import QParams
 from modiff.errors import FormatError
 from modiff.files import write_atomically
-from modiff.hosts.sampler_steps import sampler_tables, with_tables
+from modiff.methods.sampler_steps import sampler_tables, with_tables
 
 SAMPLER = "sampler.safetensors"
 FACTS = {"format": "modiff sampler tables", "version": "1"}

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
-from modiff.api import apply, calibrate, trajectory
+from modiff.api import apply, calibrate, collect, reconstruct, trajectory
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.timesteps import UniformGroups
@@ -28,8 +28,6 @@ from modiff.config import (
     check,
     is_bits,
 )
-from modiff.hosts.calibration_collect import collect
-from modiff.hosts.reconstruct import reconstruct
 from modiff.methods.learned_report import LearnedReport
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.q_diffusion import check_calibration, of_residuals, quick_steps

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from modiff.api import apply, calibrate
+from modiff.api import apply, calibrate, collect, reconstruct
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import NormalSteps, Spread
@@ -27,8 +27,6 @@ from modiff.config import (
 from modiff.core.affine import QParams, qparams_from_range
 from modiff.core.observers import Observer, RangeSearchObserver
 from modiff.core.range_metrics import RANGE_METRICS, RangeMetric
-from modiff.hosts.calibration_collect import collect
-from modiff.hosts.reconstruct import reconstruct
 from modiff.methods.parts import boundary_overrides, keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.work import claim_work
 from modiff.model.report import Report

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from modiff.api import apply, calibrate
+from modiff.api import apply, calibrate, collect, reconstruct
 from modiff.calibration.data import CalibrationSet, LazyCalls
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.replay import replay
@@ -27,10 +27,8 @@ from modiff.config import (
     check,
     is_bits,
 )
-from modiff.hosts.calibration_collect import collect
-from modiff.hosts.reconstruct import reconstruct
-from modiff.hosts.temporal import PROJECTION, TemporalBlock
 from modiff.methods.parts import boundary_overrides, keep_rounding, plain_network, trajectories_of, undone_on_error
+from modiff.methods.temporal import PROJECTION, TemporalBlock
 from modiff.methods.tfmq_temporal import reconstruct_temporal
 from modiff.methods.work import claim_work
 from modiff.model.calibrate import ObserverName

@@ -14,7 +14,7 @@ from modiff.calibration.reconstruct.report import UnitReport
 from modiff.calibration.reconstruct.unit import WeightLearner, keep_weight, learn
 from modiff.calibration.reconstruct.unit_data import Batch, UnitData, Visit
 from modiff.errors import CalibrationError
-from modiff.hosts.temporal import TemporalBlock
+from modiff.methods.temporal import TemporalBlock
 from modiff.model.attach import required_attachment
 
 

@@ -52,7 +52,7 @@ class SamplerSteps:
             raise ConfigError(
                 f"{type(scheduler).__name__}: expected DDIM or Euler steps of flow matching, got another sampler. Its "
                 "steps depend on earlier outputs or on noise, so that a group has no error of its own. "
-                "Calibrate with modiff.hosts.samplers.set_scheduler(pipe, 'ddim')."
+                "Calibrate with modiff.generate.samplers.set_scheduler(pipe, 'ddim')."
             )
         self.model, self.scheduler, self.calls = model, scheduler, calls
         self.guidance_scale = guidance_scale

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 
 import modiff
 from modiff.errors import ConfigError, StateError
+from modiff.generate.samplers import SAMPLERS, set_scheduler
 from modiff.hosts.noise import noise_generators
-from modiff.hosts.samplers import SAMPLERS, set_scheduler
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 
