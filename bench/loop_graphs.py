@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.model.recordable import STEPS_BEFORE
-from modiff.model.trajectory import trajectory
+from modiff.model.trajectory import model_trajectory
 from modiff.nn.buffers import Buffers
 
 
@@ -55,7 +55,7 @@ class Recorded:
     def begin(self) -> Iterator[None]:
         """One trajectory."""
         self.step = 0
-        with trajectory(self.network, self.buffers):
+        with model_trajectory(self.network, self.buffers):
             yield
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

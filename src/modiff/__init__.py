@@ -22,6 +22,7 @@ from modiff.api import (
     reconstruct,
     remove,
     save,
+    select,
     trajectory,
     tune,
 )
@@ -34,7 +35,6 @@ from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, Modulation
 from modiff.errors import CalibrationError, ConfigError, FormatError, KernelError, ModiffError, StateError
 from modiff.model.autotune import AutotuneResult
 from modiff.model.report import Report
-from modiff.model.select import select
 from modiff.nn import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d, ModulatedLinear
 
 if _typing.TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,23 +11,32 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from modiff.calibration.collect import record_calls
+from modiff.calibration.data import CalibrationSet, Call
+from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.layers import full_precision
+from modiff.calibration.reconstruct.report import ReconstructionReport
+from modiff.calibration.reconstruct.run import learn_units
+from modiff.calibration.timesteps import StepSampler
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
-from modiff.hosts import save as _save
+from modiff.hosts.blocks import KINDS
 from modiff.hosts.contexts import cache_contexts, unfollow_cache_context
 from modiff.hosts.networks import modules_of
-from modiff.hosts.save import is_diffusers_model
+from modiff.hosts.save import is_diffusers_model, load_target, save_target
 from modiff.hosts.unet import shortcut_splits
-from modiff.model import apply as _apply
-from modiff.model import calibrate as _calibrate
-from modiff.model import pack as _pack
-from modiff.model import remove as _remove
-from modiff.model import trajectory as _trajectory
-from modiff.model import tune as _tune
+from modiff.model.apply import install
 from modiff.model.attach import attachment_of, required_attachment
-from modiff.model.calibrate import MakeObserver, ObserverName
+from modiff.model.autotune import AutotuneResult, choose_modes
+from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
+from modiff.model.layer_times import stored_profile
+from modiff.model.pack import check_packable, pack_layers
+from modiff.model.remove import check_removable, uninstall
 from modiff.model.report import Report
-from modiff.model.select import layer_names
+from modiff.model.select import layer_names, select_layers
+from modiff.model.trajectory import model_context, model_trajectory
+from modiff.model.tune import search_config
+from modiff.presets import w8a8
 
 
 def _modulated(target: Any, verb: str) -> list[nn.Module]:
@@ -57,11 +66,11 @@ def apply(target: Any, config: ModiffConfig | None = None) -> Report:
     report = Report(())
     try:
         for module in modules.values():
-            report += _apply.apply(module, config, splits=shortcut_splits(module), known=known)
+            report += install(module, config, splits=shortcut_splits(module), known=known)
             done.append(module)
     except Exception:
         for module in done:
-            _remove.remove(module)
+            uninstall(module)
         raise
     if any(is_diffusers_model(module) for module in done):
         from modiff.hosts.quantizer import offer_quantizer
@@ -75,6 +84,23 @@ def apply(target: Any, config: ModiffConfig | None = None) -> Report:
     return report
 
 
+def select(target: Any, config: ModiffConfig, *, splits: Mapping[str, int] | None = None) -> Report:
+    """Which layers of a target the config takes, and why others are left, without changing anything.
+
+    Args:
+        splits: channel index of the concatenation, for layers whose input is one; known for U-Nets of diffusers.
+    Returns: an entry for every Linear and Conv layer, in the order of the modules.
+    Raises: ConfigError for a pattern that matches no layer, a damaged weight, or nothing left to take.
+    """
+    modules = modules_of(target)
+    known = layer_names(modules.values())
+    reports = [
+        select_layers(module, config, splits=shortcut_splits(module) if splits is None else splits, known=known)
+        for module in modules.values()
+    ]
+    return sum(reports, Report(()))
+
+
 def remove(target: Any) -> None:
     """Undo `apply`: the same modules, parameters and bits as before.
 
@@ -83,9 +109,9 @@ def remove(target: Any) -> None:
     """
     modules = modules_of(target)
     for module in modules.values():
-        _remove.check_removable(module)
+        check_removable(module)
     for module in modules.values():
-        _remove.remove(module)
+        uninstall(module)
         unfollow_cache_context(module)
     if any(is_diffusers_model(module) for module in modules.values()):
         from modiff.hosts.quantizer import withdraw_quantizer
@@ -108,9 +134,9 @@ def pack(target: Any) -> None:
     """
     modules = _modulated(target, "pack")
     for module in modules:
-        _pack.check_packable(module)
+        check_packable(module)
     for module in modules:
-        _pack.pack(module)
+        pack_layers(module)
     if any(is_diffusers_model(module) for module in modules):
         from modiff.hosts.quantizer import attach_quantizer
 
@@ -129,7 +155,7 @@ def save(target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB") 
         max_shard_size: bytes, or a text such as "200MB"; larger weights go to several files.
     Raises: StateError without modulated layers, or with a LoRA loaded; FormatError if the folder holds files; OSError.
     """
-    _save.save(target, _modulated(target, "save"), folder, max_shard_size)
+    save_target(target, _modulated(target, "save"), folder, max_shard_size)
 
 
 def load(
@@ -147,7 +173,7 @@ def load(
     Raises: FormatError in one line for a folder that is missing, damaged, hostile or of another version, before
         anything large is allocated; ConfigError if `into` is needed and missing, or not needed and given.
     """
-    return _save.load(folder, into, device, dtype)
+    return load_target(folder, into, device, dtype)
 
 
 @contextmanager
@@ -157,7 +183,7 @@ def trajectory(target: Any) -> Iterator[None]:
     Raises: StateError without modulated layers, or inside another trajectory of the same model.
     """
     if isinstance(target, nn.Module):
-        with _trajectory.trajectory(target):
+        with model_trajectory(target):
             yield
         return
     _modulated(target, "trajectory")
@@ -170,7 +196,7 @@ def trajectory(target: Any) -> Iterator[None]:
 @contextmanager
 def context(module: nn.Module, name: str) -> Iterator[None]:
     """Evaluations in the body have states of their own, e.g. "cond" and "uncond" of guidance in two calls."""
-    with _trajectory.context(module, name):
+    with model_context(module, name):
         yield
 
 
@@ -186,7 +212,7 @@ def calibrate(
     Raises: StateError without modulated layers; ConfigError for an observer that does not exist; CalibrationError if no
         layer has static scales, or one never ran.
     """
-    _calibrate.calibrate(_modulated(target, "calibrate"), forward_loop, observer=observer)
+    measure_scales(_modulated(target, "calibrate"), forward_loop, observer=observer)
 
 
 def tune(
@@ -221,17 +247,150 @@ def tune(
     )
     base = dataclasses.replace(base, layer=layer)
     modules = list(modules_of(target).values())
-    if run is None:
-        if isinstance(target, nn.Module):
-            raise ConfigError(
-                "tune: expected run=, a function that runs one trajectory, got none. A module alone does not say how "
-                "it is sampled. Give run=lambda: ..."
-            )
-        from modiff.hosts import diffusers
+    run = run or _unconditional("tune", target, steps, num_images, seed)
+    with _contexts_followed(modules):
+        return search_config(modules, run, base, granularity=granularity, splits=list(map(shortcut_splits, modules)))
 
-        run = diffusers.unconditional_run(target, steps, num_images, seed)
+
+def autotune(
+    target: Any,
+    config: ModiffConfig | None = None,
+    *,
+    tolerance: float = 0.01,
+    steps: int = 10,
+    num_images: int = 1,
+    seed: int = 0,
+    run: Callable[[], object] | None = None,
+    profile: str | Path | None = None,
+) -> AutotuneResult:
+    """For each layer the fastest of floats, plain integers and modulated integers that is exact enough.
+
+        result = modiff.autotune(pipe, num_images=4)
+        if result.pays:
+            modiff.apply(pipe, result.config)
+
+    Args:
+        config: bits and selection, modulated, without overrides; W8A8 when None.
+        tolerance: the largest relative error that quantizing the input of a layer may make.
+        steps, num_images, seed: of the trajectory of an unconditional pipeline; use the batch you will sample with.
+        run: runs one trajectory; needed for anything but an unconditional pipeline.
+        profile: JSON file of the times of layers, by machine. The same file gives the same choice; what it lacks is
+            measured and added.
+    Returns: the choice of each layer with its reason, and a config for `modiff.apply`. The target is not changed.
+    Raises: ConfigError if `run` is needed and missing; StateError if modiff is on the target already; FormatError for
+        a file that is not a profile.
+    Cost: a full-precision trajectory, and some twenty calls of each kind of layer that the profile lacks.
+    """
+    modules = list(modules_of(target).values())
+    run = run or _unconditional("autotune", target, steps, num_images, seed)
+    splits = list(map(shortcut_splits, modules))
+    with stored_profile(profile) as times, _contexts_followed(modules):
+        return choose_modes(modules, run, config or w8a8(), tolerance=tolerance, profile=times, splits=splits)
+
+
+def collect(
+    target: Any,
+    run: Callable[[int], object],
+    *,
+    component: str | None = None,
+    trajectories: int = 1,
+    batch: int | None = None,
+    steps: int | None = None,
+    sampler: StepSampler | None = None,
+    pairs: bool = False,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    memory_mib: float = 1024.0,
+    progress: bool = True,
+) -> CalibrationSet:
+    """Run trajectories and keep what the sampler chooses of the denoiser's inputs, full-precision or quantized.
+
+    Args:
+        target: a pipeline, or a module that `run` evaluates; with modulated layers, the quantized states are kept.
+        run: `run(i)` generates with seeds of trajectory i, for example
+            `lambda i: pipe(batch_size=8, generator=torch.Generator().manual_seed(i), num_inference_steps=50)`.
+        component: which denoiser, for pipelines with several.
+        batch: images in a run; the sampler then chooses among them, and only their rows are kept.
+        steps: evaluations in a run (in each context, when guidance is in two calls); needed for a sampler.
+        sampler: which steps of which images; all when None.
+        pairs: keep the evaluation before each as well: residuals need two.
+        folder: where shards go, trajectory by trajectory; the same call continues after the last one there.
+        memory_mib: the most that is held in memory; beyond it shards are written, or without a folder it is an error.
+    Returns: calls of the denoiser; both branches of guidance, batched or in contexts of their own.
+    Raises: ConfigError for settings that do not fit; CalibrationError if trajectories are not what they say.
+    Cost: the trajectories, and a copy of what is kept.
+    """
+    model = _component("collect", target, component)
+    with _contexts_followed([model]):
+        return record_calls(
+            model, run, trajectories=trajectories, batch=batch, steps=steps, sampler=sampler, pairs=pairs, seed=seed,
+            folder=folder, memory_mib=memory_mib, progress=progress,
+        )  # fmt: skip
+
+
+def reconstruct(
+    target: Any,
+    calls: Sequence[Call] | Callable[[int], object],
+    config: ReconstructConfig | None = None,
+    *,
+    component: str | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> ReconstructionReport:
+    """Learn how each weight rounds (AdaRound), or static scales, block by block, and keep what is better.
+
+    Args:
+        target: a pipeline, or a module, that `modiff.apply` was called on.
+        calls: a calibration set of its denoiser from `modiff.collect`; or `run(i)`, which generates with the seeds of
+            trajectory i: one trajectory in full precision is collected then, all steps of it.
+        config: what is learned and how long; Q-Diffusion's settings for weights when None.
+            `ReconstructConfig.quick_weights()` is for small models on a CPU.
+        component: which denoiser, for pipelines with several.
+        folder: keeps each finished unit as safetensors; the same call continues after the last one there.
+    Returns: each unit, with its loss on held-out rows before and after.
+    Raises: StateError without modulated layers; ConfigError or CalibrationError for what cannot be learned;
+        FormatError for a folder of another reconstruction.
+    Cost: for each unit, two runs of the network up to it for each call, then `config.iterations` passes of the unit.
+    """
+    model = _component("reconstruct", target, component)
+    config = config or ReconstructConfig()
+    if callable(calls):
+        required_attachment(model, "reconstruct")
+        with full_precision(model):
+            pairs = config.learn == "residual_steps"
+            calls = collect(target, calls, component=component, pairs=pairs, progress=progress)
+    return learn_units(model, calls, config, kinds=KINDS, folder=folder, progress=progress)
+
+
+def _component(verb: str, target: Any, name: str | None) -> nn.Module:
+    """The network called `name`, or the only one, or the only one that carries modiff."""
+    modules = modules_of(target)
+    if name in modules:
+        return modules[name]
+    modulated = [module for module in modules.values() if attachment_of(module) is not None]
+    for choice in (list(modules.values()), modulated):
+        if name is None and len(choice) == 1:
+            return choice[0]
+    raise ConfigError(
+        f"{verb}.component: expected one of {', '.join(modules)}, got {name!r}. A calibration set belongs to one "
+        f"network. Give component={next(iter(modules))!r}."
+    )
+
+
+def _unconditional(verb: str, target: Any, steps: int, num_images: int, seed: int) -> Callable[[], object]:
+    if isinstance(target, nn.Module):
+        raise ConfigError(
+            f"{verb}: expected run=, a function that runs one trajectory, got none. A module alone does not say how "
+            "it is sampled. Give run=lambda: ..."
+        )
+    from modiff.hosts import diffusers
+
+    return diffusers.unconditional_run(target, steps, num_images, seed)
+
+
+@contextmanager
+def _contexts_followed(modules: Sequence[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(cache_contexts(module))
-        splits = [shortcut_splits(module) for module in modules]
-        return _tune.tune(modules, run, base, granularity=granularity, splits=splits)
+        yield

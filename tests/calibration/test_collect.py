@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import CalibrationError, CalibrationSet, ConfigError, EveryStep, NormalSteps, UniformGroups
-from modiff.calibration.collect import collect
+from modiff.calibration.collect import record_calls
 from tests.helpers import assert_same_bits
 from tests.model.toys import activations_only, sample, toy
 
@@ -30,7 +30,7 @@ def runs(model: nn.Module, batch: int = 2):
 
 def test_every_evaluation_is_kept_as_it_came():
     model = toy()
-    found = collect(model, runs(model), trajectories=2, progress=False)
+    found = record_calls(model, runs(model), trajectories=2, progress=False)
     true = seen_by(model, lambda: [runs(model)(i) for i in range(2)])
     assert [(c.trajectory, c.step) for c in found] == [(i, s) for i in range(2) for s in range(STEPS)]
     for call, (x, t) in zip(found, true, strict=True):
@@ -45,7 +45,7 @@ def test_every_evaluation_is_kept_as_it_came():
 
 def test_a_sampler_chooses_steps_and_pairs_bring_the_step_before():
     model = toy()
-    found = collect(
+    found = record_calls(
         model, runs(model), trajectories=2, steps=STEPS, sampler=UniformGroups(groups=3), pairs=True, progress=False
     )
     true = seen_by(model, lambda: runs(model)(1))
@@ -61,7 +61,7 @@ def test_a_sampler_chooses_steps_and_pairs_bring_the_step_before():
 
 def test_one_step_of_each_sample_keeps_exactly_that_many_rows():
     model, batch, sampler = toy(), 5, NormalSteps()
-    found = collect(
+    found = record_calls(
         model, runs(model, batch), trajectories=3, batch=batch, steps=STEPS, sampler=sampler, pairs=True, progress=False
     )
     plan = sampler.draw(STEPS, 3 * batch, torch.Generator().manual_seed(0))
@@ -104,7 +104,7 @@ def batched_guidance(model: nn.Module, batch: int, seed: int = 0) -> list[Tensor
 def test_batched_guidance_keeps_a_sample_in_both_branches():
     model, batch = Guided(), 4
     sampler = NormalSteps()
-    found = collect(
+    found = record_calls(
         model,
         lambda i: batched_guidance(model, batch, i),
         batch=batch,
@@ -137,7 +137,7 @@ def test_guidance_in_two_calls_is_counted_and_paired_by_context():
                     with modiff.context(model, name):
                         model(x + (name == "cond"), 10.0 - i)
 
-    found = collect(model, run, steps=STEPS, sampler=UniformGroups(groups=2), pairs=True, progress=False)
+    found = record_calls(model, run, steps=STEPS, sampler=UniformGroups(groups=2), pairs=True, progress=False)
     assert [(c.context, c.step) for c in found] == [("cond", 0), ("uncond", 0), ("cond", 3), ("uncond", 3)]
     for call in found[2:]:
         assert (call.previous.context, call.previous.step) == (call.context, 2)
@@ -146,14 +146,14 @@ def test_guidance_in_two_calls_is_counted_and_paired_by_context():
 
 def test_quantized_trajectories_give_quantized_states():
     model = toy()
-    plain = collect(model, runs(model), progress=False)
+    plain = record_calls(model, runs(model), progress=False)
     modiff.apply(model, activations_only(2))
 
     def run(i: int) -> None:
         with modiff.trajectory(model):
             runs(model)(i)
 
-    quantized = collect(model, run, progress=False)
+    quantized = record_calls(model, run, progress=False)
     assert_same_bits(quantized[0].args[0], plain[0].args[0])
     assert float((quantized[-1].args[0] - plain[-1].args[0]).abs().max()) > 1e-4
     assert "_modiff" in model.__dict__, "what apply hung on the model stays"
@@ -168,8 +168,8 @@ def test_a_plain_model_is_left_as_it_was_also_when_a_run_raises():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(model, interrupted, progress=False)
-    collect(model, runs(model), progress=False)
+        record_calls(model, interrupted, progress=False)
+    record_calls(model, runs(model), progress=False)
     assert model.__dict__.keys() == before.keys()
     assert not model._forward_pre_hooks
 
@@ -183,7 +183,7 @@ def test_inputs_that_the_caller_changes_later_are_copies():
             model(x, 10.0 - i)
             x += 1
 
-    found = collect(model, run, progress=False)
+    found = record_calls(model, run, progress=False)
     assert [float(c.args[0].mean()) for c in found] == [0.0, 1.0, 2.0]
 
 
@@ -194,7 +194,7 @@ def test_a_tensor_that_does_not_change_is_kept_once():
         for i in range(4):
             model(torch.randn(1, 4), torch.tensor(1.0 * i), {"embedding": embedding}, torch.zeros(1, 3))
 
-    found = collect(model, run, progress=False)
+    found = record_calls(model, run, progress=False)
     assert len({id(c.args[2]["embedding"]) for c in found}) == 1
     assert len({id(c.args[0]) for c in found}) == 4
 
@@ -210,7 +210,7 @@ def test_a_tensor_that_is_written_in_inference_mode_is_copied_anew_and_any_other
                 moving += 1
                 model(still, 3.0 - step)
 
-    calls = collect(model, run, progress=False)
+    calls = record_calls(model, run, progress=False)
     assert [float(c.args[0].mean()) for c in calls] == [0.0, 1.0, 1.0, 1.0, 2.0, 1.0]
     assert calls[1].args[0] is calls[3].args[0]
 
@@ -219,9 +219,9 @@ def test_memory_is_bounded_in_memory_and_on_disk(tmp_path):
     model = toy()
     one = 2 * 3 * 4 * 4 * 4 / 2**20  # MiB of an input
     with pytest.raises(CalibrationError, match=r"collect: expected at most .* MiB of calls, got 3 calls .* folder="):
-        collect(model, runs(model), memory_mib=2.5 * one, progress=False)
-    found = collect(model, runs(model), trajectories=2, folder=tmp_path, memory_mib=2.5 * one, progress=False)
-    whole = collect(model, runs(model), trajectories=2, progress=False)
+        record_calls(model, runs(model), memory_mib=2.5 * one, progress=False)
+    found = record_calls(model, runs(model), trajectories=2, folder=tmp_path, memory_mib=2.5 * one, progress=False)
+    whole = record_calls(model, runs(model), trajectories=2, progress=False)
     sizes = [len(p.read_bytes()) for p in tmp_path.glob("trajectory-00000-*.safetensors")]
     assert len(sizes) == 3
     assert len(found) == len(whole) == 2 * STEPS
@@ -242,7 +242,7 @@ def test_a_job_that_was_interrupted_runs_only_what_is_missing(tmp_path):
             raise KeyboardInterrupt
 
     def job() -> CalibrationSet:
-        return collect(
+        return record_calls(
             model, run, trajectories=3, steps=STEPS, sampler=EveryStep(), folder=tmp_path, memory_mib=2.5 * one,
             progress=False,
         )  # fmt: skip
@@ -251,21 +251,23 @@ def test_a_job_that_was_interrupted_runs_only_what_is_missing(tmp_path):
         job()
     found = job()
     assert ran == [0, 1, 1, 2]
-    whole = collect(model, runs(model), trajectories=3, progress=False)
+    whole = record_calls(model, runs(model), trajectories=3, progress=False)
     assert [(c.trajectory, c.step) for c in found] == [(c.trajectory, c.step) for c in whole]
     for mine, true in zip(found, whole, strict=True):
         assert_same_bits(mine.args[0], true.args[0])
     job()
     assert ran == [0, 1, 1, 2]
     with pytest.raises(ConfigError, match="got one with another seed"):
-        collect(model, run, trajectories=3, steps=STEPS, sampler=EveryStep(), folder=tmp_path, seed=1, progress=False)
+        record_calls(
+            model, run, trajectories=3, steps=STEPS, sampler=EveryStep(), folder=tmp_path, seed=1, progress=False
+        )
 
 
 @pytest.mark.parametrize("steps", [STEPS - 1, STEPS + 1])
 def test_a_trajectory_of_another_length_is_an_error(steps):
     model = toy()
     with pytest.raises(CalibrationError, match=f"expected {steps} evaluations in trajectory 0, got {STEPS}"):
-        collect(model, runs(model), steps=steps, sampler=EveryStep(), progress=False)
+        record_calls(model, runs(model), steps=steps, sampler=EveryStep(), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -285,9 +287,9 @@ def test_a_trajectory_of_another_length_is_an_error(steps):
 def test_settings_that_do_not_fit_are_refused(settings, error, message):
     model = toy()
     with pytest.raises(error, match=message):
-        collect(model, runs(model), **settings, progress=False)
+        record_calls(model, runs(model), **settings, progress=False)
 
 
 def test_a_run_that_never_reaches_the_network_is_an_error():
     with pytest.raises(CalibrationError, match="expected at least 1 evaluations in trajectory 0, got 0"):
-        collect(toy(), lambda i: None, progress=False)
+        record_calls(toy(), lambda i: None, progress=False)

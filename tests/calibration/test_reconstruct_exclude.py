@@ -9,7 +9,7 @@ import torch
 
 import modiff
 from modiff import ConfigError, FormatError, ReconstructConfig
-from modiff.calibration.reconstruct.run import reconstruct
+from modiff.calibration.reconstruct.run import learn_units
 from tests.model import learning
 from tests.model.learning import KINDS, applied, codes_of, layers_of, same_codes, static_config, weights
 from tests.model.toys import toy_unet
@@ -25,11 +25,11 @@ def without(*patterns: str, base: ReconstructConfig = QUICK) -> ReconstructConfi
 def test_excluded_layers_round_to_nearest_while_the_others_of_their_block_are_learned():
     model, calls = applied(toy_unet, weights())
     nearest = codes_of(model)
-    whole = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    whole = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     block = next(unit for unit in whole.units if len(unit.layers) > 1)
     left, others = block.layers[0], block.layers[1:]
     again, calls = applied(toy_unet, weights())
-    report = reconstruct(again, calls, without(left), kinds=KINDS, progress=False)
+    report = learn_units(again, calls, without(left), kinds=KINDS, progress=False)
     assert next(unit for unit in report.units if unit.name == block.name).layers == others
     assert {n for unit in report.units for n in unit.layers} == set(nearest) - {left}
     found = codes_of(again)
@@ -42,16 +42,16 @@ def test_excluded_layers_round_to_nearest_while_the_others_of_their_block_are_le
 
 def test_an_excluded_layer_keeps_the_rounding_that_it_learned_before_and_its_digest_knows(tmp_path):
     model, calls = applied(toy_unet, weights())
-    first = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    first = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     left = first.learned[0].layers[0]
     before = codes_of(model)[left]
     config = without(left)
-    reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+    learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
     assert layers_of(model)[left].quantized_weight.fixed
     assert all(map(torch.equal, codes_of(model)[left], before))
     other, calls = applied(toy_unet, weights())
     with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
-        reconstruct(other, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+        learn_units(other, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 
 def test_static_scales_of_excluded_layers_stay_as_measured():
@@ -59,7 +59,7 @@ def test_static_scales_of_excluded_layers_stay_as_measured():
     modiff.calibrate(model, lambda: modiff.replay(model, calls))
     before = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
     left = list(before)[:3]
-    report = reconstruct(model, calls, without(*left, base=STEPS), kinds=KINDS, progress=False)
+    report = learn_units(model, calls, without(*left, base=STEPS), kinds=KINDS, progress=False)
     after = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
     assert all(after[name] is before[name] for name in left)
     learned = [name for unit in report.learned for name in unit.layers]
@@ -71,9 +71,9 @@ def test_a_pattern_may_name_many_and_must_name_one_and_something_must_be_left():
     model, calls = applied(toy_unet, weights())
     first = next(iter(layers_of(model)))
     with pytest.raises(ConfigError, match=rf"exclude: expected patterns that match a layer, got 'conv9'.* {first},"):
-        reconstruct(model, calls, without(first, "conv9"), kinds=KINDS, progress=False)
+        learn_units(model, calls, without(first, "conv9"), kinds=KINDS, progress=False)
     with pytest.raises(ConfigError, match=r"expected layers to learn, got none\. All of them are excluded"):
-        reconstruct(model, calls, without("*"), kinds=KINDS, progress=False)
+        learn_units(model, calls, without("*"), kinds=KINDS, progress=False)
     assert ReconstructConfig().takes("any")
     assert not without("mid.*").takes("mid.conv")
     assert without("mid.*").takes("down.mid.conv")

@@ -19,7 +19,7 @@ from modiff import (
 )
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.calibration.reconstruct.run import reconstruct
+from modiff.calibration.reconstruct.run import learn_units
 from tests.model.learning import (
     KINDS,
     QUICK,
@@ -36,7 +36,7 @@ from tests.model.toys import toy
 
 def refused(config: ModiffConfig, learn: ReconstructConfig, pairs: bool = True, build=toy):
     model, calls = applied(build, config, pairs=pairs)
-    return lambda: reconstruct(model, calls, learn, kinds=KINDS, progress=False)
+    return lambda: learn_units(model, calls, learn, kinds=KINDS, progress=False)
 
 
 def test_what_cannot_be_learned_is_refused_with_the_reason():
@@ -78,14 +78,14 @@ def test_activations_that_cannot_be_coded_while_learning_are_refused():
 def test_a_plain_model_no_calls_and_a_running_trajectory_are_refused():
     model, calls = applied(toy, weights())
     with pytest.raises(StateError, match="reconstruct: expected a model with modulated layers, got a plain Toy"):
-        reconstruct(toy(), calls, QUICK, progress=False)
+        learn_units(toy(), calls, QUICK, progress=False)
     with pytest.raises(CalibrationError, match="reconstruct: expected at least one calibration call, got none"):
-        reconstruct(model, CalibrationSet([]), QUICK, progress=False)
+        learn_units(model, CalibrationSet([]), QUICK, progress=False)
     with (
         modiff.trajectory(model),
         pytest.raises(StateError, match="reconstruct: expected no running trajectory, got one"),
     ):
-        reconstruct(model, calls, QUICK, progress=False)
+        learn_units(model, calls, QUICK, progress=False)
     layers_of(model)["body"].pack()
     with pytest.raises(StateError, match="body: expected a weight with its floats, got a packed one"):
-        reconstruct(model, calls, QUICK, progress=False)
+        learn_units(model, calls, QUICK, progress=False)

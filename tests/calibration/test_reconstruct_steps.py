@@ -16,7 +16,7 @@ from modiff import (
     QuantizerConfig,
 )
 from modiff.calibration.reconstruct.layers import full_precision
-from modiff.calibration.reconstruct.run import reconstruct
+from modiff.calibration.reconstruct.run import learn_units
 from tests.helpers import assert_within, drifting
 from tests.model.learning import (
     KINDS,
@@ -37,7 +37,7 @@ from tests.model.toys import sample, toy, toy_unet
 def test_steps_that_are_far_too_wide_are_learned_down(build, symmetric):
     model, calls = applied(build, static_config(symmetric))
     start = widened(model, calls, 3.0)
-    report = reconstruct(model, calls, STEPS, kinds=KINDS, progress=False)
+    report = learn_units(model, calls, STEPS, kinds=KINDS, progress=False)
     assert sum(u.after for u in report.units) < 0.5 * sum(u.before for u in report.units)
     for unit in report.units:
         for name in unit.layers:
@@ -65,7 +65,7 @@ def test_steps_of_attention_are_learned_with_their_block():
     modiff.apply(pipe, config)
     modiff.calibrate(pipe, lambda: HOSTS["ddpm"].call(pipe, steps=2, batch=4))
     before = {name: quantizer.static for name, quantizer in quantizers_of(pipe.unet).items()}
-    report = reconstruct(pipe.unet, calls, STEPS, kinds=DIFFUSERS, progress=False)
+    report = learn_units(pipe.unet, calls, STEPS, kinds=DIFFUSERS, progress=False)
     assert report.units[0].name == "mid_block.attentions.0"
     assert report.units[0].ratio < 0.95
     assert len(report.units) == 4
@@ -81,7 +81,7 @@ def test_steps_that_are_right_stay():
     model, calls = applied(toy, static_config())
     start = widened(model, calls, 1.0)
     wild = dataclasses.replace(STEPS, learning_rate=20.0, iterations=2, checks=2)
-    report = reconstruct(model, calls, wild, kinds=KINDS, progress=False)
+    report = learn_units(model, calls, wild, kinds=KINDS, progress=False)
     assert not report.learned
     assert all(layers_of(model)[name].quantizer.static is start[name] for name in start)
 
@@ -89,7 +89,7 @@ def test_steps_that_are_right_stay():
 def test_residual_steps_are_learned_on_pairs_of_steps():
     model, calls = applied(toy, static_config(modulation=ModulationConfig()), pairs=True)
     start = widened(model, calls, 3.0)
-    report = reconstruct(model, calls, RESIDUAL, progress=False)
+    report = learn_units(model, calls, RESIDUAL, progress=False)
     assert [u.layers for u in report.units] == [(n,) for n in ("body", *list(start)[1:])]
     assert sum(u.after for u in report.units) < 0.5 * sum(u.before for u in report.units)
     for name, quantized in layers_of(model).items():
@@ -109,9 +109,9 @@ def test_the_loss_of_residual_steps_is_that_of_the_layer_run_on_both_inputs():
     calls = modiff.collect(model, lambda _: [model(x) for x in inputs], pairs=True, progress=False)
     modiff.apply(model, dataclasses.replace(static_config(modulation=ModulationConfig()), first_last="quantize"))
     modiff.calibrate(model, lambda: modiff.replay(model, calls))
-    report = reconstruct(model, calls, dataclasses.replace(RESIDUAL, held_out=0.5), progress=False)
+    report = learn_units(model, calls, dataclasses.replace(RESIDUAL, held_out=0.5), progress=False)
     layers_of(model)["0"].quantizer.static = None
-    again = reconstruct(model, calls, dataclasses.replace(RESIDUAL, held_out=0.5), progress=False)
+    again = learn_units(model, calls, dataclasses.replace(RESIDUAL, held_out=0.5), progress=False)
     assert again.units[0].before == pytest.approx(report.units[0].before, rel=1e-5), "min-max is where both start"
     modiff.calibrate(model, lambda: modiff.replay(model, calls))
     with modiff.trajectory(model), torch.no_grad():
@@ -124,7 +124,7 @@ def test_the_loss_of_residual_steps_is_that_of_the_layer_run_on_both_inputs():
 
 def test_residual_steps_without_measured_scales_start_at_the_widest_residual():
     model, calls = applied(toy_unet, static_config(modulation=ModulationConfig()), pairs=True)
-    report = reconstruct(model, calls, dataclasses.replace(RESIDUAL, learning_rate=20.0, iterations=1), progress=False)
+    report = learn_units(model, calls, dataclasses.replace(RESIDUAL, learning_rate=20.0, iterations=1), progress=False)
     assert not report.learned
     learned = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
     modiff.calibrate(model, lambda: modiff.replay(model, calls))

@@ -9,7 +9,7 @@ import torch
 
 import modiff
 from modiff import CalibrationError, UniformGroups
-from modiff.calibration.collect import collect
+from modiff.calibration.collect import record_calls
 from modiff.model.attach import attachment_of
 from tests.model.toys import activations_only, sample, toy
 
@@ -17,7 +17,7 @@ STEPS = 6
 
 
 def calls(model, pairs: bool, sampler=None):
-    return collect(
+    return record_calls(
         model, lambda i: sample(model, STEPS, seed=i), trajectories=2, steps=STEPS, pairs=pairs, progress=False,
         sampler=sampler,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import modiff
 from modiff import ConfigError, ModiffConfig, presets
-from modiff.model.apply import apply as apply_to_module
+from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.test_save import call_small, natively
@@ -132,7 +132,7 @@ def test_the_live_model_may_be_cast_copied_and_saved_by_the_verb(tmp_path):
 
 def test_the_verb_leaves_no_quantizer_on_a_model_that_had_none(tmp_path):
     pipe = pixel_pipeline()
-    apply_to_module(pipe.unet, presets.w4a8())
+    install(pipe.unet, presets.w4a8())
     modiff.save(pipe.unet, tmp_path / "saved")
     assert config_in(tmp_path / "saved")["quantization_config"]["quant_method"] == "modiff"
     assert "quantization_config" not in pipe.unet.config

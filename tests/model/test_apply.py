@@ -21,7 +21,7 @@ from modiff import (
 )
 from modiff.config import ConfigError
 from modiff.hosts.unet import shortcut_splits
-from modiff.model.apply import apply as apply_to_module
+from modiff.model.apply import install
 from modiff.model.quantizers import quantizers_of
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within
@@ -186,7 +186,7 @@ def test_an_error_halfway_leaves_the_model_as_it_was():
     model = toy_unet()
     modules = dict(model.named_modules())
     with pytest.raises(ConfigError, match="expected a split between 0 and 24"):
-        apply_to_module(model, activations_only(4), splits={"up_blocks.1.resnets.0.conv1": 99})
+        install(model, activations_only(4), splits={"up_blocks.1.resnets.0.conv1": 99})
     assert dict(model.named_modules()) == modules
     assert "_modiff" not in model.__dict__
     modiff.apply(model)

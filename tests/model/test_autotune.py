@@ -15,7 +15,7 @@ from modiff import CalibrationError, ConfigError, LayerConfig, ModiffConfig, Qua
 from modiff.errors import FormatError
 from modiff.kernels.roofline import Reached
 from modiff.model import layer_times
-from modiff.model.autotune import autotune
+from modiff.model.autotune import choose_modes
 from modiff.model.autotune_choice import MARGIN, choose
 from modiff.model.layer_times import Profile, Seconds, measure_layer, signature
 from tests.model.toys import TAKEN, sample, toy
@@ -65,7 +65,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def run_autotune(model: nn.Module, config: ModiffConfig | None = None, **words: object) -> modiff.AutotuneResult:
     words.setdefault("profile", Profile(PEAKS))
-    return autotune([model], lambda: sample(model), config or presets.w8a8(), **words)
+    return choose_modes([model], lambda: sample(model), config or presets.w8a8(), **words)
 
 
 def test_the_config_does_what_the_rows_say(times):
@@ -166,7 +166,7 @@ def test_what_cannot_be_gated_is_refused():
     with pytest.raises(ConfigError, match="autotune: expected 2 to 8 activation bits, got None"):
         run_autotune(model, presets.modulated(8, None))
     with pytest.raises(CalibrationError, match="autotune: expected a trajectory of two steps or more"):
-        autotune([model], lambda: sample(model, steps=1), presets.w8a8())
+        choose_modes([model], lambda: sample(model, steps=1), presets.w8a8())
     modiff.apply(model, presets.w8a8())
     with pytest.raises(StateError, match="autotune: expected a plain model, got one with modulated layers"):
         run_autotune(model)

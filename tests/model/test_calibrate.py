@@ -20,7 +20,7 @@ from modiff import (
     presets,
 )
 from modiff.model.attach import attachment_of
-from modiff.model.calibrate import calibrate as calibrate_module
+from modiff.model.calibrate import measure_scales
 from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import activations_only, sample, toy, toy_unet
 from tests.recipes import recipe_of_layer
@@ -169,4 +169,4 @@ def test_an_unknown_observer_is_refused():
 
 def test_a_plain_model_is_refused():
     with pytest.raises(StateError, match="calibrate: expected a model with modulated layers, got a plain Toy"):
-        calibrate_module(toy(), lambda: None)
+        measure_scales(toy(), lambda: None)

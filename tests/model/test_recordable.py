@@ -17,7 +17,7 @@ from modiff.kernels.dispatch import Choice
 from modiff.model.attach import attachment_of
 from modiff.model.recordable import STEPS_BEFORE, recording_unsupported
 from modiff.model.state_bytes import state_bytes
-from modiff.model.trajectory import trajectory
+from modiff.model.trajectory import model_trajectory
 from modiff.nn.buffers import Buffers
 from tests.helpers import assert_same_bits
 from tests.model.recorder import Recorder, Waits
@@ -131,7 +131,7 @@ def test_a_recorded_step_is_repeated_bit_for_bit_in_this_trajectory_and_the_next
     for seed in (0, 1):
         with modiff.trajectory(model):
             expected = eager(model, *inputs(seed))
-        with trajectory(model, buffers):
+        with model_trajectory(model, buffers):
             found = loop(*inputs(seed))
         assert_same_bits(torch.stack(found), torch.stack(expected))
     assert len({tuple(x.flatten().tolist()) for x in expected}) == STEPS
@@ -144,7 +144,7 @@ def test_what_is_refused_could_not_have_been_repeated(config: ModiffConfig, mess
     with modiff.trajectory(model):
         expected = eager(model, *inputs(0))
     try:
-        with trajectory(model, Buffers()):
+        with model_trajectory(model, Buffers()):
             found = Loop(model)(*inputs(0))
     except Waits:
         return
@@ -155,7 +155,7 @@ def test_buffers_keep_the_states_where_they_are_and_trajectories_without_them_fr
     model, buffers = built(GOOD["linear predictor"]), Buffers()
     seen = []
     for _ in range(2):
-        with trajectory(model, buffers):
+        with model_trajectory(model, buffers):
             eager(model, *inputs(0))
             seen.append(places(model))
             version = buffers.version
@@ -172,10 +172,10 @@ def test_buffers_keep_the_states_where_they_are_and_trajectories_without_them_fr
 def test_another_batch_takes_new_places_and_a_higher_version() -> None:
     model, buffers = built(GOOD["as published"]), Buffers()
     xs, ts = inputs(0)
-    with trajectory(model, buffers):
+    with model_trajectory(model, buffers):
         eager(model, xs, ts)
     version = buffers.version
-    with trajectory(model, buffers):
+    with model_trajectory(model, buffers):
         found = eager(model, [x[:1] for x in xs], ts)
     assert buffers.version > version
     with modiff.trajectory(model):
@@ -184,10 +184,10 @@ def test_another_batch_takes_new_places_and_a_higher_version() -> None:
 
 def test_tensors_of_inference_mode_are_not_written_outside_of_it() -> None:
     model, buffers = built(GOOD["as published"]), Buffers()
-    with torch.inference_mode(), trajectory(model, buffers):
+    with torch.inference_mode(), model_trajectory(model, buffers):
         expected = [x.clone() for x in eager(model, *inputs(0))]
     for _ in range(2):
-        with trajectory(model, buffers):
+        with model_trajectory(model, buffers):
             assert_same_bits(torch.stack(eager(model, *inputs(0))), torch.stack(expected))
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from modiff import presets
 from modiff.errors import StateError
-from modiff.model.apply import apply
+from modiff.model.apply import install
 from modiff.model.state_bytes import state_bytes
-from modiff.model.trajectory import context, trajectory
+from modiff.model.trajectory import model_context, model_trajectory
 
 ROWS, WIDTH, OUT = 3, 16, 32
 
@@ -35,8 +35,8 @@ INPUT, OUTPUT = 4 * ROWS * WIDTH, 4 * ROWS * OUT
 @pytest.mark.parametrize(("config", "copies"), [(presets.modulated(8, 4), 1), (presets.tuned(8, 4), 2)])
 def test_a_shared_input_counts_once_and_both_outputs_count(config: object, copies: int) -> None:
     model = Attention()
-    apply(model, config)  # type: ignore[arg-type]
-    with torch.no_grad(), trajectory(model):
+    install(model, config)  # type: ignore[arg-type]
+    with torch.no_grad(), model_trajectory(model):
         assert state_bytes(model) == 0
         model(torch.randn(ROWS, WIDTH))
         assert state_bytes(model) == INPUT + 2 * OUTPUT
@@ -48,18 +48,18 @@ def test_a_shared_input_counts_once_and_both_outputs_count(config: object, copie
 
 def test_each_context_has_states_of_its_own() -> None:
     model = Attention()
-    apply(model, presets.w8a4())
-    with torch.no_grad(), trajectory(model):
+    install(model, presets.w8a4())
+    with torch.no_grad(), model_trajectory(model):
         for name in ("cond", "uncond"):
-            with context(model, name):
+            with model_context(model, name):
                 model(torch.randn(ROWS, WIDTH))
         assert state_bytes(model) == 2 * (INPUT + 2 * OUTPUT)
 
 
 def test_plain_layers_keep_nothing() -> None:
     model = Attention()
-    apply(model, presets.plain(8, 8))
-    with torch.no_grad(), trajectory(model):
+    install(model, presets.plain(8, 8))
+    with torch.no_grad(), model_trajectory(model):
         model(torch.randn(ROWS, WIDTH))
         assert state_bytes(model) == 0
 

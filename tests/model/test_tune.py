@@ -22,9 +22,8 @@ from modiff import (
     presets,
 )
 from modiff.model.attach import attachment_of
-from modiff.model.select import layer_names, select
-from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, _by_name, candidates
-from modiff.model.tune import tune as tune_module
+from modiff.model.select import layer_names, select_layers
+from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, _by_name, candidates, search_config
 from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import activations_only, sample, toy
 from tests.recipes import recipe_of_layer
@@ -89,7 +88,7 @@ def test_the_choice_is_the_best_by_the_reference_and_beats_the_published_setting
     base = activations_only(4, granularity="sample")
     choices = few(base.layer)
     errors = [judged(model.layer, choice, inputs) for choice in choices]
-    chosen = tune_module(model, run_it, base, choices=choices).layer
+    chosen = search_config(model, run_it, base, choices=choices).layer
     assert choices.index(chosen) == errors.index(min(errors))
     assert min(errors) < 0.7 * errors[0]
 
@@ -155,8 +154,8 @@ def test_a_setting_for_each_layer_wins_where_layers_differ_and_comes_as_override
     base = activations_only(4)
     linear = dataclasses.replace(base.layer, modulation=ModulationConfig(predictor="linear"))
     choices = [base.layer, linear]
-    whole = tune_module(model, run_it, base, choices=choices)
-    found = tune_module(model, run_it, base, choices=choices, granularity="layer")
+    whole = search_config(model, run_it, base, choices=choices)
+    found = search_config(model, run_it, base, choices=choices, granularity="layer")
     assert whole.layer in choices
     assert whole.overrides == ()
     assert found.overrides == (("smooth", linear), ("noisy", base.layer))
@@ -194,7 +193,7 @@ def two_networks(second_scale: float) -> tuple[list[nn.Module], Callable[[], Non
 def test_two_networks_get_one_config_judged_on_both_together(scale, predictor):
     models, run_it = two_networks(scale)  # whichever network says more decides: smooth inputs extrapolate, noise holds
     base = activations_only(4, granularity="sample")
-    found = tune_module(models, run_it, base, choices=few(base.layer)[1:3])
+    found = search_config(models, run_it, base, choices=few(base.layer)[1:3])
     assert found.layer.modulation.predictor == predictor
     assert all(attachment_of(model) is None for model in models)
 
@@ -210,9 +209,9 @@ def test_a_setting_for_a_layer_that_only_one_of_two_networks_has_is_no_mistake()
     known = layer_names(models)
     own = dataclasses.replace(found, overrides=(("own", found.layer),))
     with pytest.raises(ConfigError, match="expected a pattern that matches a layer, got 'own'"):
-        select(models[0], own)
-    assert [e.name for e in select(models[0], own, known=known).taken] == ["layer"]
-    assert [e.name for e in select(models[1], own, known=known).taken] == ["layer", "own"]
+        select_layers(models[0], own)
+    assert [e.name for e in select_layers(models[0], own, known=known).taken] == ["layer"]
+    assert [e.name for e in select_layers(models[1], own, known=known).taken] == ["layer", "own"]
 
 
 def test_the_best_few_run_for_real_and_no_more():
@@ -297,4 +296,4 @@ def test_a_plain_candidate_is_refused():
     model = toy()
     plain = presets.plain(8, 4)
     with pytest.raises(ConfigError, match="tune: expected modulated candidates, got a plain one"):
-        tune_module(model, lambda: sample(model), plain, choices=[plain.layer])
+        search_config(model, lambda: sample(model), plain, choices=[plain.layer])

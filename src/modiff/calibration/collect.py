@@ -26,7 +26,7 @@ UNBATCHED = ("txt_ids", "img_ids", "image_rotary_emb", "freqs_cis")
 """Arguments that have no batch axis: positions, kept whole when rows are chosen."""
 
 
-def collect(
+def record_calls(
     model: nn.Module,
     run: Callable[[int], object],
     *,

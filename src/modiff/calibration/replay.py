@@ -11,7 +11,7 @@ from tqdm import tqdm
 from modiff.calibration.data import Call
 from modiff.errors import CalibrationError
 from modiff.model.attach import attachment_of
-from modiff.model.trajectory import trajectory
+from modiff.model.trajectory import model_trajectory
 
 
 def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -> None:
@@ -37,7 +37,7 @@ def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -
             for index in bar:
                 calls[index].evaluate(model)
         elif not modulated:
-            with trajectory(model):
+            with model_trajectory(model):
                 for index in bar:
                     calls[index].evaluate(model)
         else:
@@ -46,7 +46,7 @@ def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -
 
 
 def _residual(model: nn.Module, call: Call) -> None:
-    with trajectory(model):
+    with model_trajectory(model):
         if call.previous is not None:
             call.previous.evaluate(model)
         call.evaluate(model)

@@ -27,7 +27,7 @@ from modiff.files import new_folder, write_json
 from modiff.model.attach import Attachment
 from modiff.model.pack import seal
 from modiff.model.rebuild import check_plain
-from modiff.model.remove import remove
+from modiff.model.remove import uninstall
 from modiff.nn.packed import SCALE
 
 CONFIG = "config.json"
@@ -92,7 +92,7 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
         check_values(where, attachment)
         load_scales(where, model, layout, tensors)
     except BaseException:
-        remove(model)
+        uninstall(model)
         raise
     seal(attachment)
     now = model.state_dict()

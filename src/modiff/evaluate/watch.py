@@ -13,7 +13,7 @@ from modiff.hosts.networks import modules_of
 from modiff.hosts.unet import shortcut_splits
 from modiff.model.attach import Attachment, attachment_of
 from modiff.model.report import Entry, Report
-from modiff.model.select import select
+from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 
 
@@ -104,7 +104,7 @@ class _Hooks:
         self.model, self.watchers = model, watchers
         self.seen: dict[str, int] = {}
         self.splits = splits if config.split_shortcuts == "auto" else {}
-        self.report = select(model, config, splits=splits)
+        self.report = select_layers(model, config, splits=splits)
         self.clock = Clock(type(model).__name__)
         self.attachment = Attachment(self.clock, self.report)
         self.calls: dict[str, tuple[int, int]] = {}

@@ -28,7 +28,7 @@ class Job:
 
     model: "embedded", "cifar10", a diffusers folder, or a hub id.
     config: `ModiffConfig.to_dict()`; None for full precision. Scales must be dynamic.
-    scheduler: a key of `hosts.samplers.SAMPLERS`; None for the model's own.
+    scheduler: a key of `generate.samplers.SAMPLERS`; None for the model's own.
     prompt, label: for pipelines that take them; the same for all images.
     prompts, labels: in their place several that the images take in turn, by their index.
     batch_size: images computed at a time. None: what the folder has, else 50, or num_images if that is less.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from modiff.model.trajectory import context
+from modiff.model.trajectory import model_context
 
 
 def follow_cache_context(model: nn.Module) -> None:
@@ -22,7 +22,7 @@ def follow_cache_context(model: nn.Module) -> None:
     @contextmanager
     @functools.wraps(own)
     def cache_context(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with context(self, name), own(self, name, *args, **kwargs):
+        with model_context(self, name), own(self, name, *args, **kwargs):
             yield
 
     model.__dict__["cache_context"] = types.MethodType(cache_context, model)  # copy.deepcopy binds it to the copy

@@ -16,7 +16,7 @@ from modiff.errors import ConfigError
 from modiff.hosts import quantizer as quantizer  # enters modiff into diffusers' tables of quantization methods
 from modiff.hosts.contexts import follow_cache_context
 from modiff.model.attach import attachment_of, eager
-from modiff.model.trajectory import trajectory
+from modiff.model.trajectory import model_trajectory
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 """Component names under which pipelines keep the networks that run at every step."""
@@ -45,7 +45,7 @@ def pipeline_trajectory(pipe: DiffusionPipeline) -> Iterator[None]:
     with ExitStack() as stack:
         for model in denoisers(pipe).values():
             if attachment_of(model) is not None:
-                stack.enter_context(trajectory(model))
+                stack.enter_context(model_trajectory(model))
         yield
 
 

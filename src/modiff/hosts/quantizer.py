@@ -29,7 +29,7 @@ from modiff.hosts.contexts import follow_cache_context
 from modiff.hosts.quantizer_config import Method, ModiffDiffusersConfig
 from modiff.hosts.resets import follow_resets
 from modiff.hosts.unet import shortcut_splits
-from modiff.model.apply import apply
+from modiff.model.apply import install
 from modiff.model.attach import required_attachment
 from modiff.model.automatic import Automatic
 from modiff.model.pack import seal
@@ -96,7 +96,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         """Put quantized_layers into the empty model."""
         if self.quantization_config.layout is None:
             config = self.quantization_config.chosen
-            apply(model, config, splits=shortcut_splits(model))
+            install(model, config, splits=shortcut_splits(model))
             return
         pickled = [file for file in self._files if not file.endswith(".safetensors")]
         if pickled:

@@ -23,7 +23,7 @@ def is_diffusers_model(target: object) -> bool:
     return modeling is not None and isinstance(target, modeling.ModelMixin)
 
 
-def save(target: Any, models: list[nn.Module], folder: str | Path, max_shard_size: int | str) -> None:
+def save_target(target: Any, models: list[nn.Module], folder: str | Path, max_shard_size: int | str) -> None:
     """The verb `modiff.save`; `models` are the networks of `target` that carry modiff."""
     size = bytes_of(max_shard_size)
     if isinstance(target, nn.Module) and not is_diffusers_model(target):
@@ -35,7 +35,7 @@ def save(target: Any, models: list[nn.Module], folder: str | Path, max_shard_siz
         target.save_pretrained(partial, max_shard_size=size)
 
 
-def load(folder: str | Path, into: nn.Module | None, device: str, dtype: torch.dtype) -> Any:
+def load_target(folder: str | Path, into: nn.Module | None, device: str, dtype: torch.dtype) -> Any:
     """The verb `modiff.load`."""
     path = Path(folder).expanduser()
     if (path / INDEX).is_file():

@@ -11,13 +11,13 @@ from modiff.config import ModiffConfig
 from modiff.errors import StateError
 from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of
 from modiff.model.attention import apply_attention
-from modiff.model.remove import remove
+from modiff.model.remove import uninstall
 from modiff.model.report import Entry, Report
-from modiff.model.select import select
+from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 
 
-def apply(
+def install(
     model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
 ) -> Report:
     """Replace the selected layers of `model` in place by modulated quantized_layers that share their parameters.
@@ -34,10 +34,10 @@ def apply(
             f"apply: expected a plain model, got {type(model).__name__} with modulated layers. Applying twice would "
             "lose the originals. Call modiff.remove(model) first."
         )
-    return install(model, config, select(model, config, splits=splits, known=known), splits or {}).report
+    return replace_layers(model, config, select_layers(model, config, splits=splits, known=known), splits or {}).report
 
 
-def install(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
+def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
     """Put quantized_layers of the layers that `report` takes in their places, and watch the model. Raises: as
     `apply`."""
     attachment = Attachment(Clock(type(model).__name__), report, config)
@@ -56,7 +56,7 @@ def install(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapp
     try:
         apply_attention(model, config.attention)
     except Exception:
-        remove(model)
+        uninstall(model)
         raise
     return attachment
 

@@ -19,7 +19,7 @@ from modiff.model.autotune_choice import GateRow, choose
 from modiff.model.layer_times import MODES, Profile, Seconds, measurable, measure_layer, modulated, plain, signature
 from modiff.model.probe import Probe, probes_of
 from modiff.model.report import Report
-from modiff.model.select import select
+from modiff.model.select import select_layers
 from modiff.nn.integer import unsupported
 
 
@@ -65,7 +65,7 @@ class AutotuneResult:
         )
 
 
-def autotune(
+def choose_modes(
     models: Sequence[nn.Module],
     run: Callable[[], object],
     config: ModiffConfig,
@@ -96,7 +96,7 @@ def autotune(
     rows: list[GateRow] = []
     for model, found in zip(models, list(splits) or [{}] * len(models), strict=True):
         split = found if config.split_shortcuts == "auto" else {}
-        report = select(model, config, splits=split)
+        report = select_layers(model, config, splits=split)
         for probe, seen in _watched(model, report, run, config.layer, split):
             rows.append(_row(model.get_submodule(probe.name), probe, seen, config.layer, tolerance, profile))
     return AutotuneResult(_config(config, rows), tuple(rows), tolerance)

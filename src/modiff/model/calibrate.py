@@ -37,7 +37,7 @@ MakeObserver = Callable[[int | None], Observer]
 """Makes an observer for one scale (None), or for one scale for each index of an axis."""
 
 
-def calibrate(
+def measure_scales(
     models: nn.Module | Sequence[nn.Module],
     forward_loop: Callable[[], object],
     *,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 
 from modiff.config import LayerConfig
 from modiff.errors import ConfigError, FormatError
+from modiff.files import check_writable, write_json
+from modiff.kernels.isa import machine
 from modiff.kernels.roofline import Reached, interleaved, measure_peaks
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 from modiff.nn.byte_code import innermost
@@ -51,6 +56,37 @@ class Profile:
                 f"profile: expected peaks and times of layers, got something else ({error!r}). It was not written by "
                 "modiff, or changed. Delete it: it is measured again."
             ) from None
+
+
+@contextmanager
+def stored_profile(path: str | Path | None) -> Iterator[Profile]:
+    """This machine's profile in a JSON file, written back at the end with what the body added; None keeps no file.
+
+    Raises: FormatError for a file that is not a profile, which is then left as it is; OSError.
+    """
+    if path is None:
+        yield Profile()
+        return
+    profiles = _profiles(Path(path))
+    profile = Profile.from_dict(profiles[machine()]) if machine() in profiles else Profile()
+    check_writable(path)
+    yield profile
+    write_json(path, profiles | {machine(): profile.to_dict()})
+
+
+def _profiles(path: Path) -> dict[str, Any]:
+    """What the file holds, by machine."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise FormatError(
+            f"{path}: expected a profile that modiff wrote, got something else. Delete it: it is measured again."
+        )
+    return values
 
 
 def signature(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | None) -> str:

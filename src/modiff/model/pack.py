@@ -8,7 +8,7 @@ from modiff.errors import StateError
 from modiff.model.attach import Attachment, required_attachment
 
 
-def pack(model: nn.Module) -> None:
+def pack_layers(model: nn.Module) -> None:
     """Keep integer codes and float32 scales in the place of the float weights of modulated layers.
 
     Weights of 2 to 4 bits take half a byte, those of 5 to 8 bits one. Outputs stay the same bits. There is no way back:

@@ -9,7 +9,7 @@ from torch import nn
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.errors import StateError
-from modiff.model.apply import install
+from modiff.model.apply import replace_layers
 from modiff.model.attach import Attachment, attachment_of
 from modiff.model.report import Entry, Report
 from modiff.model.select import CANDIDATES
@@ -32,7 +32,7 @@ def rebuild(
             layer = layers.get(name)
             reason = "in full precision in the checkpoint" if layer is None else ""
             entries.append(Entry(name, type(module).__name__, module.weight.numel(), layer, reason))
-    attachment = install(model, config, Report(tuple(entries)), splits)
+    attachment = replace_layers(model, config, Report(tuple(entries)), splits)
     for quantized in attachment.layers.values():
         if quantized.config.weight.bits is not None:
             (dtype, shape), (scale_dtype, scale_shape) = quantized.packed_storage()

@@ -9,7 +9,7 @@ from modiff.model.attach import ATTRIBUTE, required_attachment
 from modiff.model.attention import remove_attention
 
 
-def remove(model: nn.Module) -> None:
+def uninstall(model: nn.Module) -> None:
     """Put the original layers back: the same modules, the same parameters, the same bits.
 
     Raises: StateError if modiff was not applied to the model, its weights were packed, or another library wrapped the

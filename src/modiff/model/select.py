@@ -23,7 +23,7 @@ def layer_names(models: Iterable[nn.Module]) -> set[str]:
     return {name for model in models for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
 
 
-def select(
+def select_layers(
     model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
 ) -> Report:
     """Which layers of `model` the config takes, without changing anything.

@@ -12,7 +12,7 @@ from modiff.nn.buffers import Buffers
 
 
 @contextmanager
-def trajectory(model: nn.Module, buffers: Buffers | None = None) -> Iterator[None]:
+def model_trajectory(model: nn.Module, buffers: Buffers | None = None) -> Iterator[None]:
     """Run one generation: states start empty and are freed at the end, also when the body raises.
 
     Args:
@@ -32,7 +32,7 @@ def trajectory(model: nn.Module, buffers: Buffers | None = None) -> Iterator[Non
 
 
 @contextmanager
-def context(model: nn.Module, name: str) -> Iterator[None]:
+def model_context(model: nn.Module, name: str) -> Iterator[None]:
     """Evaluations in the body use states of their own: "cond" and "uncond" of guidance in two calls.
 
     Raises: StateError if modiff was not applied to the model.

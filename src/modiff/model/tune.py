@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Predictor, Rotation
 from modiff.errors import CalibrationError, ConfigError, StateError
-from modiff.model.apply import apply
+from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from modiff.model.probe import Probe, probes_of
-from modiff.model.remove import remove
-from modiff.model.select import layer_names, select
+from modiff.model.remove import uninstall
+from modiff.model.select import layer_names, select_layers
 from modiff.model.track import Track, tracked
-from modiff.model.trajectory import trajectory
+from modiff.model.trajectory import model_trajectory
 
 CLIPS = {2: (0.6, 0.45, 0.3), 3: (0.8, 0.6, 0.45, 0.3), 4: (1.0, 0.8, 0.6)}
 """Clip ratios worth trying at so many bits; the fewer codes there are, the more it pays to cut the tails."""
@@ -55,7 +55,7 @@ def _candidate(base: LayerConfig, rotation: Rotation, predictor: Predictor, gain
     return dataclasses.replace(base, activation=activation, modulation=modulation, rotation=rotation)
 
 
-def tune(
+def search_config(
     models: nn.Module | Sequence[nn.Module],
     run: Callable[[], object],
     config: ModiffConfig,
@@ -149,7 +149,7 @@ class _Trial:
         probes: list[Probe] = []
         with tracked(self.models) as self.reference, ExitStack() as stack:
             for model, splits in zip(self.models, self.splits, strict=True):
-                report = select(model, config, splits=splits, known=known)
+                report = select_layers(model, config, splits=splits, known=known)
                 active = splits if config.split_shortcuts == "auto" else {}
                 probes += stack.enter_context(probes_of(model, report, choices, active))
             self.run()
@@ -169,9 +169,9 @@ class _Trial:
         known = layer_names(self.models)
         with ExitStack() as stack:
             for model, splits in zip(self.models, self.splits, strict=True):
-                apply(model, config, splits=splits, known=known)
-                stack.callback(remove, model)
-                stack.enter_context(trajectory(model))
+                install(model, config, splits=splits, known=known)
+                stack.callback(uninstall, model)
+                stack.enter_context(model_trajectory(model))
             track = stack.enter_context(tracked(self.models))
             self.run()
         if track.shapes() != self.reference.shapes() or not track.outputs:

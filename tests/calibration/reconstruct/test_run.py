@@ -16,7 +16,7 @@ from modiff import (
 )
 from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.calibration.reconstruct.layers import without_states
-from modiff.calibration.reconstruct.run import reconstruct
+from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.reconstruct.unit_data import UnitData
 from tests.helpers import assert_same_bits, drifting
 from tests.model.learning import (
@@ -38,7 +38,7 @@ def test_learned_rounding_lowers_the_loss_and_the_error_of_the_network(unit, rot
     model, calls = applied(toy_unet, weights(rotation=rotation))
     exact = sample(toy_unet(), seed=100)
     before, nearest = error_of(model, exact), codes_of(model)
-    report = reconstruct(model, calls, dataclasses.replace(QUICK, unit=unit), kinds=KINDS, progress=False)
+    report = learn_units(model, calls, dataclasses.replace(QUICK, unit=unit), kinds=KINDS, progress=False)
     assert len(report.units) == (7 if unit == "block" else len(nearest))
     assert sum(u.after for u in report.units) < 0.75 * sum(u.before for u in report.units)
     assert error_of(model, exact) < before
@@ -70,7 +70,7 @@ def test_before_and_after_are_the_losses_of_the_layers_as_they_are():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct_job, "UnitData", spy)
-        report = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+        report = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
 
     def losses() -> list[float]:
         found = []
@@ -100,7 +100,7 @@ def test_inputs_come_from_the_quantized_model_and_targets_from_full_precision():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct_job, "UnitData", spy)
-        reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+        learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     exact = toy()
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
@@ -125,7 +125,7 @@ def test_what_is_no_better_is_not_kept():
     model, calls = applied(toy, weights())
     nearest = codes_of(model)
     wild = dataclasses.replace(QUICK, iterations=8, learning_rate=50.0, regularizer=0.0, checks=8, unit="layer")
-    report = reconstruct(model, calls, wild, progress=False)
+    report = learn_units(model, calls, wild, progress=False)
     assert [u.learned for u in report.units] == [False] * 5
     assert all(u.after == u.before > 0 for u in report.units)
     assert {u.reason for u in report.units} == {"what was learned is no better on the rows held out"}
@@ -137,14 +137,14 @@ def test_what_is_no_better_is_not_kept():
 def test_a_unit_stops_after_so_many_checks_without_gain_in_the_second_half(patience, iterations):
     model, calls = applied(toy, weights())
     still = dataclasses.replace(QUICK, iterations=8, learning_rate=1e-6, regularizer=0.0, checks=8, patience=patience)
-    report = reconstruct(model, calls, still, kinds=KINDS, progress=False)
+    report = learn_units(model, calls, still, kinds=KINDS, progress=False)
     assert {u.iterations for u in report.units} == {iterations}
 
 
 def test_a_unit_stops_at_the_check_that_finds_every_weight_decided():
     model, calls = applied(toy, weights())
     hasty = dataclasses.replace(QUICK, iterations=80, checks=8, regularizer=0.1, beta_start=2.0)
-    report = reconstruct(model, calls, hasty, kinds=KINDS, progress=False)
+    report = learn_units(model, calls, hasty, kinds=KINDS, progress=False)
     assert all(20 <= u.iterations < 80 for u in report.units)
     assert any(u.reason == "every weight is decided" for u in report.units)
 
@@ -155,7 +155,7 @@ def test_a_half_precision_network_is_learned_in_float32():
     inputs = drifting(0, (16, 16), 4, 0.5, torch.bfloat16)
     calls = modiff.collect(model, lambda _: [model(x) for x in inputs], progress=False)
     modiff.apply(model, dataclasses.replace(weights(), first_last="quantize"))
-    report = reconstruct(model, calls, QUICK, progress=False)
+    report = learn_units(model, calls, QUICK, progress=False)
     assert all(u.learned for u in report.units)
     assert {t.quantized_weight.codes(t.weight)[0][1].scale.dtype for t in layers_of(model).values()} == {torch.float32}
 
@@ -165,7 +165,7 @@ def test_the_same_seed_learns_the_same_codes_and_another_one_others():
     for seed in (0, 0, 1):
         model, calls = applied(toy, weights())
         torch.manual_seed(len(found))  # the global state has no say
-        report = reconstruct(model, calls, dataclasses.replace(QUICK, seed=seed), kinds=KINDS, progress=False)
+        report = learn_units(model, calls, dataclasses.replace(QUICK, seed=seed), kinds=KINDS, progress=False)
         found.append((codes_of(model), report))
     assert same_codes(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
@@ -180,7 +180,7 @@ def test_weights_of_modulated_layers_are_learned_without_their_states(activation
         model, calls = applied(toy, presets.modulated(4, bits))
         exact = sample(toy(), seed=100)
         before = error_of(model, exact)
-        report = reconstruct(
+        report = learn_units(
             model, calls, dataclasses.replace(QUICK, activations=activations), kinds=KINDS, progress=False
         )
         assert report.learned
@@ -206,7 +206,7 @@ def test_grouped_convolutions_and_layers_that_share_a_residual():
     calls = modiff.collect(model, lambda _: [model(x, 0.0) for x in inputs], progress=False)
     config = dataclasses.replace(presets.tuned(3, 8), first_last="quantize", min_weights=1)
     modiff.apply(model, config)
-    report = reconstruct(model, calls, QUICK, kinds=("Grouped",), progress=False)
+    report = learn_units(model, calls, QUICK, kinds=("Grouped",), progress=False)
     assert [u.layers for u in report.units] == [("conv",), ("pair.0",), ("pair.1",)]
     assert all(u.learned for u in report.units)
 
@@ -216,7 +216,7 @@ def test_a_layer_that_never_ran_is_left_and_said_so():
     model.add_module("idle", nn.Linear(32, 32))
     calls = calls_of(model)
     modiff.apply(model, dataclasses.replace(weights(), first_last="quantize", exclude=("time_embedding",)))
-    report = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    report = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     assert (report.units[-1].name, report.units[-1].learned) == ("idle", False)
     assert report.units[-1].reason == "never ran on the calibration calls"
     assert not layers_of(model)["idle"].quantized_weight.fixed
@@ -228,7 +228,7 @@ def test_nothing_else_of_the_model_changes():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     with torch.inference_mode():
-        reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+        learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     for name, tensor in model.state_dict().items():
         assert_same_bits(tensor, before[name])
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -242,9 +242,9 @@ def test_nothing_else_of_the_model_changes():
 
 def test_learning_again_starts_from_the_nearest_again():
     model, calls = applied(toy, weights())
-    first = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    first = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     codes = codes_of(model)
-    assert reconstruct(model, calls, QUICK, kinds=KINDS, progress=False) == first
+    assert learn_units(model, calls, QUICK, kinds=KINDS, progress=False) == first
     assert same_codes(codes_of(model), codes)
 
 
@@ -262,7 +262,7 @@ def test_the_inputs_of_one_unit_at_a_time_are_in_memory():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct_job, "UnitData", spy)
-        reconstruct(model, calls, dataclasses.replace(QUICK, iterations=1), kinds=KINDS, progress=False)
+        learn_units(model, calls, dataclasses.replace(QUICK, iterations=1), kinds=KINDS, progress=False)
     assert len(alive) == 7
     assert len(units) > 50
     assert alive == [0] * 7

@@ -17,7 +17,7 @@ from modiff import (
 )
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct import job as reconstruct_job
-from modiff.calibration.reconstruct.run import reconstruct
+from modiff.calibration.reconstruct.run import learn_units
 from modiff.hosts.blocks import KINDS as DIFFUSERS
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
@@ -53,20 +53,20 @@ def killed_after(units: int):
 @pytest.mark.parametrize(("build", "config", "finished"), [(toy_unet, weights(), 3), (toy, presets.modulated(3, 8), 1)])
 def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(tmp_path, build, config, finished):
     model, calls = applied(build, config)
-    whole = reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+    whole = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     expected = codes_of(model)
     model, calls = applied(build, config)
     with pytest.MonkeyPatch.context() as patch:
         interrupted, _ = killed_after(finished)
         patch.setattr(reconstruct_job.Job, "learn", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+            learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == finished
     model, calls = applied(build, config)  # another process: nothing but the folder is left
     with pytest.MonkeyPatch.context() as patch:
         counting, begun = killed_after(100)
         patch.setattr(reconstruct_job.Job, "learn", counting)
-        resumed = reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+        resumed = learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     assert begun == [u.name for u in whole.units[finished:]]
     assert resumed == whole
     assert same_codes(codes_of(model), expected)
@@ -76,7 +76,7 @@ def test_finished_units_are_plain_safetensors(tmp_path):
     from safetensors.torch import load_file
 
     model, calls = applied(toy_unet, weights())
-    report = reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    report = learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     files = sorted(tmp_path.iterdir())
     assert [f.name for f in files] == [f"unit-{i:04d}-{u.name}.safetensors" for i, u in enumerate(report.units)]
     split = [u.name for u in report.units].index("up_blocks.1.resnets.1")
@@ -91,13 +91,13 @@ def test_finished_units_are_plain_safetensors(tmp_path):
 def test_an_interrupted_run_leaves_the_codes_as_they_were(learned):
     model, calls = applied(toy, weights())
     if learned:
-        reconstruct(model, calls, dataclasses.replace(QUICK, seed=5), kinds=KINDS, progress=False)
+        learn_units(model, calls, dataclasses.replace(QUICK, seed=5), kinds=KINDS, progress=False)
     before = codes_of(model)
     fixed = {name: quantized.quantized_weight.fixed for name, quantized in layers_of(model).items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct_job.Job, "learn", killed_after(1)[0])
         with pytest.raises(KeyboardInterrupt):
-            reconstruct(model, calls, QUICK, kinds=KINDS, progress=False)
+            learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     assert same_codes(codes_of(model), before)
     assert {name: quantized.quantized_weight.fixed for name, quantized in layers_of(model).items()} == fixed
 
@@ -111,9 +111,9 @@ def test_interrupted_steps_are_as_they_were_and_go_on(tmp_path):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(reconstruct_job.Job, "learn", killed_after(units)[0])
                 with pytest.raises(KeyboardInterrupt):
-                    reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
+                    learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
             assert all(layers_of(model)[name].quantizer.static is start[name] for name in start)
-        reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path if units == 1 else None, progress=False)
+        learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path if units == 1 else None, progress=False)
         found.append(torch.cat([q.scale.flatten() for t in layers_of(model).values() for q in t.quantizer.static]))
     assert_same_bits(*found)
 
@@ -124,9 +124,9 @@ def test_a_folder_of_other_start_scales_is_refused(tmp_path):
         widened(model, calls, factor)
         if factor == 2.0:
             with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
-                reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
+                learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
         else:
-            reconstruct(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
+            learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
 
 
 def test_a_folder_learned_with_activations_of_other_scales_is_refused(tmp_path):
@@ -136,16 +136,16 @@ def test_a_folder_learned_with_activations_of_other_scales_is_refused(tmp_path):
         model, calls = applied(toy, static)
         widened(model, calls, factor)
         if factor == 3.0:
-            reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+            learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
         else:
             with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
-                reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+                learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("change", ["config", "bits", "calls", "weights"])
 def test_a_folder_of_another_reconstruction_is_refused(tmp_path, change):
     model, calls = applied(toy, weights())
-    reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     config = QUICK
     if change == "config":
         config = dataclasses.replace(QUICK, seed=7)
@@ -158,7 +158,7 @@ def test_a_folder_of_another_reconstruction_is_refused(tmp_path, change):
         with torch.no_grad():
             model.conv_in.weight.mul_(1.5)
     with pytest.raises(FormatError, match="expected a unit of this reconstruction, got one of another version"):
-        reconstruct(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+        learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 
 def test_a_folder_learned_beside_other_products_of_attention_is_refused(tmp_path):
@@ -168,20 +168,20 @@ def test_a_folder_learned_beside_other_products_of_attention_is_refused(tmp_path
     for attention in (None, AttentionConfig()):
         modiff.apply(pipe, dataclasses.replace(weights(), include=("*mid_block.attentions*",), attention=attention))
         if attention is None:
-            reconstruct(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
+            learn_units(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
             modiff.remove(pipe)
         else:
             with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
-                reconstruct(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
+                learn_units(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
 
 
 def test_a_damaged_unit_is_refused_with_its_name(tmp_path):
     model, calls = applied(toy, weights())
-    reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+    learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     path = min(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(FormatError, match=f"{path.name}: expected a unit of a reconstruction, got SafetensorError"):
-        reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+        learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
 
 
 def test_a_full_disk_leaves_no_half_written_unit(tmp_path, monkeypatch):
@@ -191,5 +191,5 @@ def test_a_full_disk_leaves_no_half_written_unit(tmp_path, monkeypatch):
     model, calls = applied(toy, weights())
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        reconstruct(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
+        learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []

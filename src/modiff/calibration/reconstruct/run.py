@@ -24,7 +24,7 @@ from modiff.nn import ModulatedLayer
 
 
 @torch.inference_mode(False)
-def reconstruct(
+def learn_units(
     model: nn.Module,
     calls: Sequence[Call],
     config: ReconstructConfig | None = None,
