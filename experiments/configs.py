@@ -47,7 +47,9 @@ def looped(
         first_step=first_step,
         rounds=rounds,
         error_compensation=error_compensation,
+        anchor_weights="quantized",
         reanchor_every=reanchor_every,
+        stagger=False,
         state_dtype=state_dtype,
     )
     return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))

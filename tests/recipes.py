@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from modiff import LayerConfig
+from modiff import LayerConfig, ModiffConfig
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 from tests.reference import layers
 from tests.reference.hadamard import along, rotation
@@ -26,14 +26,19 @@ def recipe_for(
     granularity: str,
     channel_dim: int = -1,
     matrix: Tensor | None = None,
+    anchor: Callable[[Tensor], Tensor] | None = None,
 ) -> Recipe:
-    """The recipe of a modulated layer with dynamic scales; `granularity` resolved, not "auto"."""
+    """The recipe of a modulated layer with dynamic scales; `granularity` resolved, not "auto".
+
+    anchor: the operator where the states start; None for the same.
+    """
     modulation, activation = config.modulation, config.activation
     assert modulation is not None
     assert activation.dynamic
     assert activation.bits is not None
     return Recipe(
         operator=operator,
+        anchor=anchor or operator,
         bias=bias,
         bits=activation.bits,
         segments=segments,
@@ -71,6 +76,7 @@ def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = N
     if config.rotation == "hadamard":
         matrix = rotation(runs, config.rotation_block, groups)
         weight = along(weight, matrix[:fan_in, :fan_in].T, 1)  # W R; the blocks of all groups are alike
+    exact = weight
     weight = quantize_weight(weight, config.weight.bits, runs if split is not None else ())
     bias = 0.0
     if layer.bias is not None:
@@ -80,6 +86,7 @@ def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = N
     return recipe_for(
         config, torch_operator(layer, weight), bias, segments=runs, granularity=auto if asked == "auto" else asked,
         channel_dim=-1 if linear else 1, matrix=matrix,
+        anchor=torch_operator(layer, exact) if config.modulation.anchor_weights == "exact" else None,
     )  # fmt: skip
 
 
@@ -121,6 +128,18 @@ def float64(config: LayerConfig) -> LayerConfig:
     """The same config with float64 states, so that only the method is compared and not the arithmetic."""
     modulation = None if config.modulation is None else dataclasses.replace(config.modulation, state_dtype="float64")
     return dataclasses.replace(config, modulation=modulation)
+
+
+def quantized_anchors(config: ModiffConfig) -> ModiffConfig:
+    """The config in the paper's form, whose outputs packing does not change."""
+
+    def of(layer: LayerConfig) -> LayerConfig:
+        if layer.modulation is None:
+            return layer
+        return dataclasses.replace(layer, modulation=dataclasses.replace(layer.modulation, anchor_weights="quantized"))
+
+    overrides = tuple((pattern, of(layer)) for pattern, layer in config.overrides)
+    return dataclasses.replace(config, layer=of(config.layer), overrides=overrides)
 
 
 def randomised(layer: nn.Module, seed: int = 0) -> nn.Module:

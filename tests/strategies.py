@@ -49,7 +49,9 @@ def modulation_configs(draw: st.DrawFn, activation: QuantizerConfig) -> Modulati
         error_compensation=compensation,
         first_step="full_precision" if bits == 0 else draw(st.sampled_from(["full_precision", "coded"])),
         rounds=draw(st.integers(1, 3)),
+        anchor_weights=draw(st.sampled_from(["exact", "quantized"])),
         reanchor_every=draw(st.sampled_from([0, 0, 2, 3])),
+        stagger=draw(st.booleans()),
         state_dtype=draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"])),
     )
 

@@ -20,12 +20,13 @@ def test_the_short_names_are_all_there_are():
 
 
 @pytest.mark.parametrize("bits", [(8, 4), (None, 3), (4, None)])
-def test_modulated_plain_and_uncompensated_differ_in_one_setting_each(bits):
+def test_the_families_differ_in_one_setting_from_one_to_the_next(bits):
     weight, activation = WeightConfig(bits=bits[0]), QuantizerConfig(bits=bits[1])
     settings = {
         presets.modulated: ModulationConfig(),
         presets.plain: None,
-        presets.uncompensated: ModulationConfig(error_compensation="none"),
+        presets.published: ModulationConfig(anchor_weights="quantized"),
+        presets.uncompensated: ModulationConfig(error_compensation="none", anchor_weights="quantized"),
     }
     for preset, modulation in settings.items():
         layer = LayerConfig(weight=weight, activation=activation, modulation=modulation)
@@ -33,9 +34,13 @@ def test_modulated_plain_and_uncompensated_differ_in_one_setting_each(bits):
 
 
 def test_the_published_method_holds_starts_exactly_and_clips_nothing():
-    layer = presets.modulated().layer
+    layer = presets.published().layer
     assert layer.modulation == ModulationConfig(
-        predictor="hold", error_compensation="closed_loop", first_step="full_precision", reanchor_every=0
+        predictor="hold",
+        error_compensation="closed_loop",
+        first_step="full_precision",
+        anchor_weights="quantized",
+        reanchor_every=0,
     )
     assert (layer.activation.clip, layer.activation.dynamic, layer.rotation) == (1.0, True, "none")
 

@@ -13,9 +13,9 @@ from modiff import presets
 
 CLIPS = {False: (1.0, 0.8, 0.6, 0.4), True: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)}
 CONFIGS = {
-    "modulated A4": presets.modulated(None, 4),
-    "modulated A3": presets.modulated(None, 3),
-    "modulated A2": presets.modulated(None, 2),
+    "modulated A4": presets.published(None, 4),
+    "modulated A3": presets.published(None, 3),
+    "modulated A2": presets.published(None, 2),
     "no compensation A4": presets.uncompensated(None, 4),
     "plain A4": presets.plain(None, 4),
 }

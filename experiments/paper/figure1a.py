@@ -56,13 +56,13 @@ def measure(lab: Lab) -> Values:
     """Deviation of the layers' outputs, and of the images when every layer reuses its output."""
     intervals = [k for k in INTERVALS[lab.settings.full] if k < lab.settings.steps]
     watcher = ReuseErrors(intervals)
-    lab.watch(presets.modulated(None, 4), [watcher], lab.settings.steps)
-    nothing = coded(presets.modulated(None, 8), bits=0)
+    lab.watch(presets.published(None, 4), [watcher], lab.settings.steps)
+    nothing = coded(presets.published(None, 8), bits=0)
     plan = [
         ({"interval": k}, Run(steps=lab.settings.steps, config=looped(nothing, reanchor_every=k))) for k in intervals
     ]
     compared = [
-        ({"bits": bits}, Run(steps=lab.settings.steps, config=presets.modulated(None, bits))) for bits in (8, 4)
+        ({"bits": bits}, Run(steps=lab.settings.steps, config=presets.published(None, bits))) for bits in (8, 4)
     ]
     return {
         "steps": lab.settings.steps,

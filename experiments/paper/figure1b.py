@@ -20,7 +20,7 @@ SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def measure(lab: Lab) -> Values:
     """Histograms of all layers pooled, and the ratio of the ranges for each layer and step."""
     found, errors = Distribution(), LayerErrors()
-    lab.watch(presets.modulated(None, 8), [found, errors], lab.settings.steps)
+    lab.watch(presets.published(None, 8), [found, errors], lab.settings.steps)
     result = found.result(panels=1)
     layers = [
         {"name": trace["name"], "range": float(np.median(ratios[0])), "rms": float(np.median(ratios[1]))}

@@ -20,7 +20,7 @@ TITLES = {
     "input_channel": "input channel (study only)",
 }
 BITS = {False: (4,), True: (8, 6, 4, 3)}
-MODES = {"plain": presets.plain, "modulated": presets.modulated}
+MODES = {"plain": presets.plain, "modulated": presets.published}
 
 
 def measure(lab: Lab) -> Values:

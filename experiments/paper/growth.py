@@ -25,7 +25,7 @@ def measure(lab: Lab) -> Values:
     found: list[dict[str, Any]] = []
     for bits in BITS[lab.settings.full]:
         watcher = ErrorGrowth()
-        lab.watch(presets.modulated(None, bits), [watcher], steps)
+        lab.watch(presets.published(None, bits), [watcher], steps)
         growth = watcher.growth()
         found.append(
             {

@@ -15,12 +15,12 @@ STEPS = (100, 50, 20, 10)
 CONFIGS = {
     False: {
         "plain A4": presets.plain(8, 4),
-        "modulated A4": presets.modulated(8, 4),
-        "modulated A3": presets.modulated(8, 3),
+        "modulated A4": presets.published(8, 4),
+        "modulated A3": presets.published(8, 3),
     },
     True: {
         **{f"plain A{b}": presets.plain(8, b) for b in (8, 6, 4)},
-        **{f"modulated A{b}": presets.modulated(8, b) for b in (8, 6, 4, 3)},
+        **{f"modulated A{b}": presets.published(8, b) for b in (8, 6, 4, 3)},
         "tuned A4": presets.tuned(8, 4),
     },
 }

@@ -17,7 +17,7 @@ from modiff.config import StateDtype
 DTYPES: tuple[StateDtype, ...] = tuple(d for d in typing.get_args(StateDtype) if d != "int16")
 """Of the simulation; integer states are kernels', which need integer weights too."""
 LENGTHS = {False: (1, 2), True: (1, 2, 4)}
-CONFIGS = {"modulated A8": presets.modulated(None, 8), "modulated A4": presets.modulated(None, 4)}
+CONFIGS = {"modulated A8": presets.published(None, 8), "modulated A4": presets.published(None, 4)}
 TUNED = {"tuned A4": presets.tuned(None, 4)}
 
 

@@ -12,7 +12,7 @@ from modiff import presets
 
 STEPS = (2, 4, 8)
 SAMPLERS = ("ddim", "dpmsolver++")
-MODES = {"plain": presets.plain, "modulated": presets.modulated}
+MODES = {"plain": presets.plain, "modulated": presets.published}
 BITS = {False: (8, 4), True: (8, 6, 4, 3)}
 
 

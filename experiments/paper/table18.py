@@ -24,7 +24,7 @@ def measure(lab: Lab) -> Values:
     steps = lab.settings.steps
     plan = []
     for bits in BITS[lab.settings.full]:
-        plain, modulated = presets.plain(None, bits), presets.modulated(None, bits)
+        plain, modulated = presets.plain(None, bits), presets.published(None, bits)
         plan += [
             (PLAIN, bits, Run(steps=steps, config=plain)),
             (PLAIN_WARM, bits, Run(steps=steps, config=plain, exact_first=True)),

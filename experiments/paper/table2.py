@@ -13,14 +13,14 @@ from experiments.words import error, find, less, number
 from modiff import presets
 
 BITS = {False: (8, 6, 4, 3, 2), True: (8, 7, 6, 5, 4, 3, 2)}
-MODES = {"plain": presets.plain, "modulated": presets.modulated, "tuned": presets.tuned}
+MODES = {"plain": presets.plain, "modulated": presets.published, "tuned": presets.tuned}
 WEIGHT_BITS = 8
 
 
 def measure(lab: Lab) -> Values:
     """Plain, modulated and the tuned preset at every width, and 8-bit weights alone."""
     plan = [
-        ({"mode": "weights", "bits": 32}, Run(steps=lab.settings.steps, config=presets.modulated(WEIGHT_BITS, None)))
+        ({"mode": "weights", "bits": 32}, Run(steps=lab.settings.steps, config=presets.published(WEIGHT_BITS, None)))
     ]
     plan += [
         ({"mode": mode, "bits": bits}, Run(steps=lab.settings.steps, config=make(WEIGHT_BITS, bits)))

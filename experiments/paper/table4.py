@@ -14,7 +14,7 @@ BITS = {False: (8, 6, 4), True: (8, 6, 4, 3)}
 MODES = {
     "plain": presets.plain,
     "modulation only": presets.uncompensated,
-    "modulation + compensation": presets.modulated,
+    "modulation + compensation": presets.published,
 }
 LENGTHS = (1, 2)
 """Multiples of the study's steps: without compensation errors add up over the steps."""

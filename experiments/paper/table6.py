@@ -31,7 +31,7 @@ MIB = 2**20
 
 def measure(lab: Lab) -> Values:
     """Measured bytes of both states at each batch size; weights, and the paper's way of counting, by arithmetic."""
-    base = presets.modulated(8, BITS)
+    base = presets.published(8, BITS)
     variants = {
         "hold, float32": base,
         "hold, float16": in_dtype(base, "float16"),

@@ -35,7 +35,7 @@ Curve = Sequence[tuple[float, float]]
 
 def silent(predictor: str) -> ModiffConfig:
     """Full precision that may keep silent: what is sent is the residual itself."""
-    nothing = coded(presets.modulated(None, 8), bits=0)
+    nothing = coded(presets.published(None, 8), bits=0)
     return looped(nothing, predictor="linear", gain=GAIN) if predictor == "linear" else looped(nothing)
 
 
@@ -74,7 +74,7 @@ def _measured(lab: Lab, steps: int) -> dict[str, Any]:
 
 def _coded(lab: Lab, full: Run, fewer: Sequence[int], whole: float) -> dict[str, Any]:
     """4-bit codes that may keep silent, against 4-bit codes with fewer steps."""
-    config = presets.modulated(None, CODED_BITS)
+    config = presets.published(None, CODED_BITS)
     steps: Plan = [({}, Run(steps=n, spacing=SPACING, config=config)) for n in (full.steps, *fewer)]
     rules = [SkipRule(unit=unit, threshold=t) for unit in CODED_UNITS for t in THRESHOLDS[lab.settings.full]]
     silences: Plan = [

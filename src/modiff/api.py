@@ -127,7 +127,8 @@ def remove(target: Any) -> None:
 def pack(target: Any) -> None:
     """Keep integer codes and float32 scales in the place of float weights: half a byte a weight at 4 bits or fewer.
 
-    Outputs stay the same bits. There is no way back: `remove` is refused afterwards. diffusers then treats its models
+    States then start with the quantized weights, so outputs change unless `anchor_weights="quantized"` was set; then
+    they stay the same bits. There is no way back: `remove` is refused afterwards. diffusers then treats its models
     as quantized: `.half()` is refused.
     Raises: StateError without modulated layers, inside a trajectory, or if weights changed after their rounding was
         learned. Nothing is changed then.
@@ -161,7 +162,7 @@ def save(target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB") 
 def load(
     folder: str | Path, *, into: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Read what `save` wrote: the same codes and scales, the same outputs bit for bit.
+    """Read what `save` wrote: the same codes and scales, the outputs of the packed model bit for bit.
 
     Args:
         into: a module of the class that was saved, in full precision, which is changed in place; for modules that are

@@ -13,6 +13,7 @@ from modiff.errors import ConfigError
 
 Granularity = Literal["auto", "tensor", "sample", "token", "input_channel"]
 Predictor = Literal["hold", "linear"]
+AnchorWeights = Literal["exact", "quantized"]
 ErrorCompensation = Literal["closed_loop", "none"]
 FirstStep = Literal["full_precision", "coded"]
 StateDtype = Literal["float32", "float64", "float16", "bfloat16", "int16"]
@@ -225,7 +226,12 @@ class ModulationConfig(JsonConfig):
     error_compensation: "closed_loop" codes what the state does not hold yet; "none" codes the raw difference of two
         inputs, as in the paper's ablation: its errors add up, so it is for study only.
     first_step: "full_precision" anchors the states on the unrounded input; "coded" sends it in `rounds` rounds.
+    anchor_weights: the weight that meets the input where the states start. "exact" is the one before rounding: its
+        rounding error then meets only what changes later; packed layers use what `modiff.pack` kept of it. "quantized"
+        is the paper's form. A coded first step consists of codes, which meet the quantized weight either way.
     reanchor_every: anchor again every this many steps; 0 never.
+    stagger: at each step another 1/`reanchor_every` of the layers anchors again, those that share an input together;
+        False anchors all of them at one step.
     state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md gives figures over 200 steps). int16 is
         half of float32 and hardly drifts: integers on a grid of the layer, for execution="integer" with dynamic scales,
         which become multiples of its grid; a state that outgrows its grid starts again.
@@ -236,7 +242,9 @@ class ModulationConfig(JsonConfig):
     error_compensation: ErrorCompensation = "closed_loop"
     first_step: FirstStep = "full_precision"
     rounds: int = 1
+    anchor_weights: AnchorWeights = "exact"
     reanchor_every: int = 0
+    stagger: bool = True
     state_dtype: StateDtype = "float32"
 
     def __post_init__(self) -> None:

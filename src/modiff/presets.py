@@ -16,8 +16,18 @@ def plain(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffConfig:
 
 
 def modulated(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffConfig:
-    """MoDiff as published: hold predictor, error compensation, first step in full precision, dynamic scales."""
+    """Hold predictor, error compensation, dynamic scales; the first step with unrounded inputs and weights."""
     layer = LayerConfig(weight=WeightConfig(bits=weight_bits), activation=QuantizerConfig(bits=activation_bits))
+    return ModiffConfig(layer=layer)
+
+
+def published(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffConfig:
+    """MoDiff as published: `modulated`, but quantized weights from the first step on."""
+    layer = LayerConfig(
+        weight=WeightConfig(bits=weight_bits),
+        activation=QuantizerConfig(bits=activation_bits),
+        modulation=ModulationConfig(anchor_weights="quantized"),
+    )
     return ModiffConfig(layer=layer)
 
 
@@ -26,7 +36,7 @@ def uncompensated(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffCon
     layer = LayerConfig(
         weight=WeightConfig(bits=weight_bits),
         activation=QuantizerConfig(bits=activation_bits),
-        modulation=ModulationConfig(error_compensation="none"),
+        modulation=ModulationConfig(error_compensation="none", anchor_weights="quantized"),
     )
     return ModiffConfig(layer=layer)
 

@@ -26,6 +26,7 @@ from modiff.checkpoint.module_folder import bytes_of
 from modiff.model.quantizers import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.model.toys import sample, toy, toy_unet
+from tests.recipes import quantized_anchors
 
 WEIGHTS = "model.safetensors"
 STATIC = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=8, dynamic=False)))
@@ -63,7 +64,7 @@ def mixed(model: nn.Module) -> ModiffConfig:
 def test_a_module_comes_back_with_the_same_codes_and_output_bits(tmp_path, preset, make, packed):
     model = make()
     configs = {"tuned": presets.tuned(4, 4), "plain": presets.plain(8, 8), "mixed": mixed(model)}
-    modiff.apply(model, configs[preset] if preset in configs else getattr(presets, preset)())
+    modiff.apply(model, quantized_anchors(configs[preset] if preset in configs else getattr(presets, preset)()))
     expected = outputs_of(model)
     if packed:
         modiff.pack(model)
@@ -133,7 +134,7 @@ def test_four_bit_checkpoints_take_at_most_six_tenths_of_a_byte_a_weight(tmp_pat
 )
 def test_measured_scales_come_back_and_unmeasured_ones_are_still_asked_for(tmp_path, config):
     model = toy_unet()
-    modiff.apply(model, config)
+    modiff.apply(model, quantized_anchors(config))
     modiff.save(model, tmp_path / "before")
     modiff.calibrate(model, lambda: outputs_of(model))
     expected = outputs_of(model)
@@ -153,7 +154,7 @@ def test_a_set_of_scales_for_each_step_comes_back(tmp_path):
     activation = QuantizerConfig(bits=8, dynamic=False, step_groups=0)
     config = ModiffConfig(layer=LayerConfig(activation=activation, modulation=None))
     model = toy()
-    modiff.apply(model, config)
+    modiff.apply(model, quantized_anchors(config))
     modiff.calibrate(model, lambda: outputs_of(model))
     expected = outputs_of(model)
     modiff.save(model, tmp_path / "saved")
@@ -162,7 +163,7 @@ def test_a_set_of_scales_for_each_step_comes_back(tmp_path):
 
 def test_learned_codes_come_back(tmp_path):
     model = toy()
-    modiff.apply(model, presets.w4a8())
+    modiff.apply(model, presets.published(4, 8))
     layer = model.body
     ((codes, qparams),) = layer.quantized_weight.codes(layer.weight)
     floats = layer.quantized_weight.floats(layer.weight)
@@ -177,7 +178,7 @@ def test_learned_codes_come_back(tmp_path):
 
 def test_large_weights_go_to_several_files(tmp_path):
     model = toy_unet()
-    modiff.apply(model, presets.w4a8())
+    modiff.apply(model, presets.published(4, 8))
     expected = outputs_of(model)
     modiff.save(model, tmp_path / "saved", max_shard_size="4KB")
     shards = sorted((tmp_path / "saved").glob("model-*.safetensors"))
@@ -202,7 +203,7 @@ def test_a_size_that_is_none_is_refused(size):
 
 def test_a_module_on_the_meta_device_is_filled_without_floats_of_its_own(tmp_path):
     model = toy()
-    modiff.apply(model, presets.w4a8())
+    modiff.apply(model, presets.published(4, 8))
     expected = outputs_of(model)
     modiff.save(model, tmp_path / "saved")
     with torch.device("meta"):
@@ -225,7 +226,10 @@ def test_tied_weights_are_written_for_each_layer(tmp_path):
     model = toy()
     model.attention.to_k.weight = model.attention.to_q.weight
     modiff.apply(
-        model, dataclasses.replace(presets.w8a8(), overrides=(("*to_?", LayerConfig(weight=WeightConfig(bits=None))),))
+        model,
+        dataclasses.replace(
+            presets.published(8, 8), overrides=(("*to_?", LayerConfig(weight=WeightConfig(bits=None))),)
+        ),
     )
     expected = outputs_of(model)
     modiff.save(model, tmp_path / "saved")

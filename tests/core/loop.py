@@ -22,7 +22,7 @@ class Affine:
     def __init__(self, weight: Tensor = WEIGHT, bias: Tensor = BIAS) -> None:
         self.weight, self.bias = weight, bias
 
-    def affine(self, value: Tensor) -> Tensor:
+    def anchor(self, value: Tensor) -> Tensor:
         return value @ self.weight.T.to(value.dtype) + self.bias.to(value.dtype)
 
     def linear(self, code: Code) -> Tensor:

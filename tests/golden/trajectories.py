@@ -6,8 +6,10 @@ rounding of the last bits only, never by a code.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
@@ -18,10 +20,19 @@ from modiff.model.attach import required_attachment
 
 HERE = Path(__file__).parent
 STEPS = 8
+
+
+def with_modulation(config: modiff.ModiffConfig, **changes: Any) -> modiff.ModiffConfig:
+    """The config with another closed loop."""
+    modulation = dataclasses.replace(config.layer.modulation or modiff.ModulationConfig(), **changes)
+    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
+
+
 MODES = {
-    "published_a4": modiff.presets.modulated(8, 4),
-    "tuned_a3": modiff.presets.tuned(8, 3),
+    "published_a4": modiff.presets.published(8, 4),
+    "tuned_a3": with_modulation(modiff.presets.tuned(8, 3), anchor_weights="quantized"),
     "plain_a4": modiff.presets.plain(8, 4),
+    "exact_w4a4": with_modulation(modiff.presets.modulated(4, 4), reanchor_every=3),
 }
 
 
@@ -96,7 +107,7 @@ def record(network: str, mode: str) -> dict[str, Tensor]:
     model, x, evaluate, watched = NETWORKS[network]()
     config = MODES[mode]
     if config.layer.modulation is not None:
-        config = _in_float64(config)
+        config = with_modulation(config, state_dtype="float64")
     modiff.apply(model, config)
     found: dict[str, Tensor] = {}
     with torch.no_grad(), modiff.trajectory(model):
@@ -108,12 +119,6 @@ def record(network: str, mode: str) -> dict[str, Tensor]:
             x = x - 0.1 * output / output.std()
     modiff.remove(model)
     return {key: value.contiguous().clone() for key, value in found.items()}
-
-
-def _in_float64(config: modiff.ModiffConfig) -> modiff.ModiffConfig:
-    values = config.to_dict()
-    values["layer"]["modulation"]["state_dtype"] = "float64"
-    return modiff.ModiffConfig.from_dict(values)
 
 
 def _states(model: nn.Module, watched: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS, TinyHost
 from tests.pixels import pixel_pipeline, saved_pipeline
+from tests.recipes import quantized_anchors
 
 SETTINGS = {"flux": presets.tuned(4, 4), "sdxl": presets.w8a4(), "dit": presets.plain(8, 8), "wan": presets.tuned(3, 3)}
 
@@ -35,7 +36,7 @@ SMALL = TinyHost(name="small", build=pixel_pipeline, call=call_small, denoiser="
 
 def modulated(host: TinyHost) -> tuple[TinyHost, DiffusionPipeline]:
     pipe = host.build()
-    modiff.apply(pipe, SETTINGS.get(host.name, presets.w4a8()))
+    modiff.apply(pipe, quantized_anchors(SETTINGS.get(host.name, presets.w4a8())))
     return host, pipe
 
 
@@ -127,7 +128,7 @@ def test_measured_scales_travel_with_the_pipeline(tmp_path):
     config = modiff.ModiffConfig(
         layer=modiff.LayerConfig(activation=modiff.QuantizerConfig(dynamic=False)), attention=modiff.AttentionConfig()
     )
-    modiff.apply(pipe, config)
+    modiff.apply(pipe, quantized_anchors(config))
     modiff.calibrate(pipe, lambda: host.call(pipe))
     expected = host.call(pipe)
     modiff.save(pipe, tmp_path / "saved")

@@ -20,13 +20,14 @@ from tests.helpers import assert_same_bits
 from tests.hosts.test_save import call_small, natively
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
+from tests.recipes import quantized_anchors
 
 FILE = "diffusion_pytorch_model.safetensors"
 
 
 def applied(config: ModiffConfig) -> DiffusionPipeline:
     pipe = pixel_pipeline()
-    modiff.apply(pipe, config)
+    modiff.apply(pipe, quantized_anchors(config))
     return pipe
 
 
@@ -41,7 +42,7 @@ def same_state(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def test_a_model_is_written_as_pack_and_save_would_write_it_and_lives_on_in_floats(tmp_path):
-    pipe, packed = applied(presets.w4a8()), applied(presets.w4a8())
+    pipe, packed = applied(presets.published(4, 8)), applied(presets.published(4, 8))
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     expected = call_small(pipe)
     pipe.unet.save_pretrained(tmp_path / "applied")
@@ -67,7 +68,7 @@ def test_a_model_is_written_as_pack_and_save_would_write_it_and_lives_on_in_floa
 def test_a_whole_pipeline_comes_back_with_the_same_output_bits(name, tmp_path):
     host = HOSTS[name]
     pipe = host.build()
-    modiff.apply(pipe, presets.w4a8())
+    modiff.apply(pipe, presets.published(4, 8))
     expected = host.call(pipe, steps=2)
     pipe.save_pretrained(tmp_path)
     assert_same_bits(host.call(natively(tmp_path), steps=2), expected)
@@ -75,10 +76,10 @@ def test_a_whole_pipeline_comes_back_with_the_same_output_bits(name, tmp_path):
 
 
 def test_without_weight_bits_the_floats_are_written_beside_the_settings(tmp_path):
-    pipe = applied(presets.modulated(None, 8))
+    pipe = applied(presets.published(None, 8))
     pipe.unet.save_pretrained(tmp_path)
     same_state(load_file(tmp_path / FILE), pixel_pipeline().unet.state_dict())
-    assert config_in(tmp_path)["quantization_config"]["config"] == presets.modulated(None, 8).to_dict()
+    assert config_in(tmp_path)["quantization_config"]["config"] == presets.published(None, 8).to_dict()
     plain = pixel_pipeline()
     plain.unet = UNet2DModel.from_pretrained(tmp_path)
     assert_same_bits(call_small(plain), call_small(pipe))
@@ -101,7 +102,7 @@ def test_remove_takes_everything_away_again(tmp_path):
     pipe, plain = pixel_pipeline(), pixel_pipeline()
     plain.unet.save_pretrained(tmp_path / "plain")  # which leaves entries of its own in the config
     for target in (pipe, pipe.unet):
-        modiff.apply(target, presets.w4a8())
+        modiff.apply(target, presets.published(4, 8))
         pipe.unet.save_pretrained(tmp_path / "applied")
         modiff.remove(target)
         assert not hasattr(pipe.unet, "hf_quantizer")
@@ -113,7 +114,7 @@ def test_remove_takes_everything_away_again(tmp_path):
 
 
 def test_the_live_model_may_be_cast_copied_and_saved_by_the_verb(tmp_path):
-    pipe = applied(presets.w4a8())
+    pipe = applied(presets.published(4, 8))
     expected = call_small(pipe)
     copied = copy.deepcopy(pipe)
     layer = next(iter(attachment_of(copied.unet).layers.values()))
@@ -132,7 +133,7 @@ def test_the_live_model_may_be_cast_copied_and_saved_by_the_verb(tmp_path):
 
 def test_the_verb_leaves_no_quantizer_on_a_model_that_had_none(tmp_path):
     pipe = pixel_pipeline()
-    install(pipe.unet, presets.w4a8())
+    install(pipe.unet, presets.published(4, 8))
     modiff.save(pipe.unet, tmp_path / "saved")
     assert config_in(tmp_path / "saved")["quantization_config"]["quant_method"] == "modiff"
     assert "quantization_config" not in pipe.unet.config
@@ -142,6 +143,6 @@ def test_the_verb_leaves_no_quantizer_on_a_model_that_had_none(tmp_path):
 def test_another_quantizer_on_the_model_is_left_alone():
     pipe = pixel_pipeline()
     pipe.unet.hf_quantizer = other = object()
-    modiff.apply(pipe.unet, presets.w4a8())
+    modiff.apply(pipe.unet, presets.published(4, 8))
     modiff.remove(pipe.unet)
     assert pipe.unet.hf_quantizer is other

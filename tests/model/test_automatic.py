@@ -80,7 +80,7 @@ def test_contexts_share_a_trajectory():
 
 def automatic_toy(bits: int = 4) -> torch.nn.Module:
     model = toy()
-    modiff.apply(model, presets.modulated(8, bits))
+    modiff.apply(model, presets.published(8, bits))
     attachment = attachment_of(model)
     attachment.automatic = Automatic(attachment.clock)
     return model
@@ -88,7 +88,7 @@ def automatic_toy(bits: int = 4) -> torch.nn.Module:
 
 def test_generations_in_a_row_equal_those_in_trajectories_of_their_own():
     model, guarded = automatic_toy(), toy()
-    modiff.apply(guarded, presets.modulated(8, 4))
+    modiff.apply(guarded, presets.published(8, 4))
     for seed in (0, 1, 0):
         with modiff.trajectory(guarded):
             expected = sample(guarded, seed=seed)

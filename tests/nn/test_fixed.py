@@ -16,9 +16,11 @@ from tests.nn.test_integer import LAYERS, walk
 from tests.recipes import evaluate, play, quantized, randomised
 
 FIXED = LayerConfig(
-    activation=QuantizerConfig(bits=4), modulation=ModulationConfig(state_dtype="int16"), execution="integer"
+    activation=QuantizerConfig(bits=4),
+    modulation=ModulationConfig(state_dtype="int16", anchor_weights="quantized"),
+    execution="integer",
 )
-FLOAT = dataclasses.replace(FIXED, modulation=ModulationConfig())
+FLOAT = dataclasses.replace(FIXED, modulation=ModulationConfig(anchor_weights="quantized"))
 W8A8 = dataclasses.replace(FIXED, activation=QuantizerConfig(bits=8))
 
 

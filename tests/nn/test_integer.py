@@ -22,6 +22,7 @@ from tests.reference.recursion import run
 
 W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
 LINEAR = ModulationConfig(predictor="linear", gain=0.8)
+PAPER = ModulationConfig(anchor_weights="quantized")
 LAYERS = {
     "linear": (lambda: nn.Linear(16, 6), (2, 5, 16), None),
     "linear of odd channels": (lambda: nn.Linear(7, 3, bias=False), (4, 7), None),
@@ -108,10 +109,11 @@ def test_plain_layers_equal_the_simulation_within_float_error(layer):
 
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(2, 8), st.integers(2, 8), st.booleans(), st.integers(0, 99))
-def test_the_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bits, bits, conv, seed):
+def test_the_papers_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bits, bits, conv, seed):
     layer = nn.Conv2d(inputs, outputs, 3, padding=1) if conv else nn.Linear(inputs, outputs)
     original = randomised(layer, seed)
-    config = integer(LayerConfig(weight=WeightConfig(bits=weight_bits), activation=QuantizerConfig(bits=bits)))
+    weight, activation = WeightConfig(bits=weight_bits), QuantizerConfig(bits=bits)
+    config = integer(LayerConfig(weight=weight, activation=activation, modulation=PAPER))
     walked = drifting(seed, (2, inputs, 3, 4) if conv else (2, 3, inputs), 4, 0.3, torch.float32)
     ours = quantized(original, config)
     for x, (output, state, held) in zip(walked, play(ours, walked), strict=True):
@@ -268,7 +270,7 @@ def _copy_of(layer: nn.Linear) -> nn.Linear:
 
 @pytest.mark.parametrize("split", [None, 5])
 def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split):
-    config = LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=4))
+    config = LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=4), modulation=PAPER)
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
     expected = play(quantized(original, integer(config), split), inputs)
     packed = quantized(original, integer(config), split)

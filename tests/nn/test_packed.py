@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modiff import LayerConfig, QuantizerConfig, StateError, WeightConfig
+from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.hadamard import Segment
 from modiff.kernels.layout import weight_codes
 from modiff.nn.packed import SCALE, pack_nibbles, storage
@@ -31,7 +31,10 @@ LAYERS = {
 def modulated(kind: str, bits: int | None, rotation: str = "none", search: str = "minmax"):
     make, shape, split = LAYERS[kind]
     config = LayerConfig(
-        weight=WeightConfig(bits=bits, search=search), activation=QuantizerConfig(bits=6), rotation=rotation
+        weight=WeightConfig(bits=bits, search=search),
+        activation=QuantizerConfig(bits=6),
+        modulation=ModulationConfig(anchor_weights="quantized"),
+        rotation=rotation,
     )
     return quantized(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
 

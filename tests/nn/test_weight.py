@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from modiff import ConfigError, LayerConfig, StateError, WeightConfig
+from modiff import ConfigError, LayerConfig, ModulationConfig, StateError, WeightConfig
 from modiff.core.affine import QParams, quantize
 from modiff.core.hadamard import Segment
 from modiff.core.observers import MSEObserver
@@ -341,7 +341,11 @@ def test_a_saturated_code_may_lie_far_below_its_weight_but_not_above(sign):
 
 def test_fixed_codes_serve_a_layer_over_many_trajectories_and_copies():
     layer = randomised(nn.Linear(8, 4, bias=False))
-    modulated = quantized(layer, LayerConfig(weight=WeightConfig(bits=3)), name="up")
+    modulated = quantized(
+        layer,
+        LayerConfig(weight=WeightConfig(bits=3), modulation=ModulationConfig(anchor_weights="quantized")),
+        name="up",
+    )
     parts = learned(modulated.quantized_weight, layer.weight)
     modulated.quantized_weight.fix(parts)
     x = torch.randn(3, 8)

@@ -20,11 +20,13 @@ from tests.reference.quantizer import Quantized, quantize_segments
 class Recipe:
     """Everything that the recursion depends on, in plain words.
 
+    operator, anchor: the linear part for what is sent, and for the input in full precision where the states start.
     bits: 0 sends nothing. matrix: the rotation, None for none; `operator` then expects rotated inputs.
     rounds: 0 for a first step in full precision, else the number of coded rounds.
     """
 
     operator: Callable[[Tensor], Tensor]
+    anchor: Callable[[Tensor], Tensor]
     bias: Tensor | float
     bits: int
     segments: tuple[int, ...]
@@ -88,7 +90,7 @@ def run(inputs: Sequence[Tensor], recipe: Recipe, sizes: Sequence[float] | None 
 
 def _start(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Quantized | None, Tensor]:
     if recipe.rounds == 0:
-        return x, recipe.operator(x) + recipe.bias, None, torch.zeros_like(x)
+        return x, recipe.anchor(x) + recipe.bias, None, torch.zeros_like(x)
     a, o, sent = torch.zeros_like(x), torch.as_tensor(recipe.bias).double(), None
     residual = x
     for _ in range(recipe.rounds):

@@ -14,6 +14,7 @@ FULL_PRECISION = 32
 FAMILIES: dict[str, Callable[[int | None, int | None], ModiffConfig]] = {
     "plain": presets.plain,
     "modulated": presets.modulated,
+    "published": presets.published,
     "uncompensated": presets.uncompensated,
     "tuned": presets.tuned,  # type: ignore[dict-item]  # its activation bits cannot be None; its guard says so
 }

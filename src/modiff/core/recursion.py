@@ -7,10 +7,14 @@ For one layer with linear part A and bias b, at step t (t falls from T), with in
     residual      r_t = a_t - p_t          what the state does not hold yet, last step's rounding error included
     code          q_t = code(r_t)          integers; 0 bits send nothing
     input state   â_t = p_t + q_t
-    output state  ô_t = ô_{t+1} [+ g (ô_{t+1} - ô_{t+2})] + A(q_t)
+    output state  ô_t = ô_{t+1} [+ g (ô_{t+1} - ô_{t+2})] + A_q(q_t)
 
-The law: ô_t = A(â_t) + b, always. The bias enters once, with the anchor. The error a_t - â_t = r_t - q_t is the
-rounding of step t alone: what one step does not send stays in the residual and is sent later.
+The law: ô_t = A_q(â_t) + (A - A_q)(a_anchor) + b, always, where A_q is A with quantized weights and the states started
+from a_anchor: ô = A(a_anchor) + b there, and from then on only changes meet A_q. The rounding error of the weights acts
+on a_anchor - â_t alone. An anchor that has A_q only gives the paper's ô_t = A_q(â_t) + b.
+
+The bias enters once, with the anchor. The error a_t - â_t = r_t - q_t is the rounding of step t alone: what one step
+does not send stays in the residual and is sent later.
 
 The two sides are two functions, so that several operators can read one coded tensor (q, k, v): `encode` turns an input
 into a message and the next input state, `accumulate` turns a message into the next output state.
@@ -53,12 +57,12 @@ class Message(NamedTuple):
 class Operator(Protocol):
     """The layer as the recursion sees it."""
 
-    def affine(self, value: Tensor) -> Tensor:
-        """A(value) + bias."""
+    def anchor(self, value: Tensor) -> Tensor:
+        """A(value) + bias, with the best weight that there is."""
         ...
 
     def linear(self, code: Coded) -> Tensor:
-        """A(code), without bias."""
+        """A_q(code), without bias."""
         ...
 
     def start(self) -> Tensor | float:
@@ -162,12 +166,12 @@ def encode_plain(x: Tensor, quantizer: Quantizer) -> Message:
 
 
 def accumulate(message: Message, state: State | None, operator: Operator, config: ModulationConfig) -> State:
-    """One step of the output side: ô_t = ô_{t+1} + g (ô_{t+1} - ô_{t+2}) + A(q_t).
+    """One step of the output side: ô_t = ô_{t+1} + g (ô_{t+1} - ô_{t+2}) + A_q(q_t).
 
     Where the states start, ô_T = A(â_T) + b. Cost: one operator a round, none at 0 bits, and one pass over the output.
     """
     if message.anchor is not None:
-        return State(_store(operator.affine(message.anchor), config))
+        return State(_store(operator.anchor(message.anchor), config))
     sent = _sum(operator.linear, message.codes)
     if state is None or message.starts:
         return State(_store(torch.as_tensor(operator.start() + sent), config))

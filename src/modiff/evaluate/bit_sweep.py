@@ -84,7 +84,7 @@ def reuse_sweep(
         layer = LayerConfig(
             weight=WeightConfig(bits=None),
             activation=QuantizerConfig(bits=0),
-            modulation=ModulationConfig(reanchor_every=interval),
+            modulation=ModulationConfig(reanchor_every=interval, stagger=False),
         )
         with applied(target, dataclasses.replace(config, layer=layer, overrides=())):
             rows.append({"interval": interval, **image_error(images(run()), reference)})

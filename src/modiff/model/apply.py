@@ -48,6 +48,9 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantized)
     notes = _share(attachment) if config.share_residuals == "auto" else {}
+    groups = dict.fromkeys(layer.inputs for layer in attachment.layers.values() if layer.inputs is not None)
+    for turn, inputs in enumerate(groups):
+        inputs.turn = turn
     entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
                     for e in report.entries)  # fmt: skip
     attachment.report = Report(entries)

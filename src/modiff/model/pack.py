@@ -11,8 +11,9 @@ from modiff.model.attach import Attachment, required_attachment
 def pack_layers(model: nn.Module) -> None:
     """Keep integer codes and float32 scales in the place of the float weights of modulated layers.
 
-    Weights of 2 to 4 bits take half a byte, those of 5 to 8 bits one. Outputs stay the same bits. There is no way back:
-    `remove` is refused afterwards. Layers whose weights have no bits keep their floats.
+    Weights of 2 to 4 bits take half a byte, those of 5 to 8 bits one. States start with the quantized weights from now
+    on; outputs of layers that did so before stay the same bits. There is no way back: `remove` is refused afterwards.
+    Layers whose weights have no bits keep their floats.
     Raises: StateError if modiff was not applied, inside a trajectory, or if weights changed after their rounding was
         learned; ConfigError for a weight with NaN. The model is as it was then.
     Cost: two passes over the weights.

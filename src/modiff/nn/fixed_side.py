@@ -16,7 +16,7 @@ from modiff.nn.stream import Stream
 
 
 class FixedSide(IntegerSide):
-    """n_t = n_{t+1} + round(A(q_t) / grid), ô_t = grid n_t. A state that outgrows 16 bits starts again from A(â_t) + b.
+    """n_t = n_{t+1} + round(A(q_t) / grid), ô_t = grid n_t. A state that outgrows 16 bits anchors again at â_t.
 
     Each step rounds to the grid, and no step repairs that: the relative error is some 0.001 after 200 steps.
     """

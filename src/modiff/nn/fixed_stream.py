@@ -21,7 +21,7 @@ HEADROOM = 1.25
 class FixedStream(Stream):
     """n_t = n_{t+1} + m_t q_t: exact, two bytes an element. An input that outgrows 16 bits starts again.
 
-    The output sides start from what the integers stand for, so that the law ô = A(â) + bias holds.
+    The output sides start from what the integers stand for, so that a_anchor = â there and the law holds.
     """
 
     def __init__(self, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:

@@ -27,7 +27,7 @@ from modiff.nn.weight import QuantizedWeight
 
 
 class LayerState(NamedTuple):
-    """Both states of a layer in one context: input = â_t, output = ô_t = A(â_t) + bias."""
+    """Both states of a layer in one context: input = â_t, output = ô_t = A_q(â_t) + (A - A_q)(a_anchor) + bias."""
 
     input: Tensor
     output: Tensor
@@ -334,12 +334,22 @@ class ModulatedLayer(nn.Module):
         return self.calls
 
     def affine(self, value: Tensor) -> Tensor:
-        """A(value) + bias with the quantized, rotated weight."""
+        """A_q(value) + bias with the quantized, rotated weight."""
+        return self._affine(value, self.quantized_weight.dense(self.weight, value.dtype))
+
+    def anchor(self, value: Tensor) -> Tensor:
+        """A(value) + bias where the states start: with the rotated weight before rounding, or A_q by the config."""
+        modulation = self.config.modulation
+        if modulation is None or modulation.anchor_weights == "quantized":
+            return self.affine(value)
+        return self._affine(value, self.quantized_weight.exact(self.weight, value.dtype))
+
+    def _affine(self, value: Tensor, weight: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.detach().to(value.dtype)
-        return self.operator(value, self.quantized_weight.dense(self.weight, value.dtype), bias)
+        return self.operator(value, weight, bias)
 
     def linear(self, code: Coded) -> Tensor:
-        """A(code) without bias."""
+        """A_q(code) without bias."""
         value = code.value()
         return self.operator(value, self.quantized_weight.dense(self.weight, value.dtype), None)
 

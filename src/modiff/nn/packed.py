@@ -86,6 +86,10 @@ class PackedWeight:
         parts = [dequantize(c, QParams(q.scale.to(dtype), None)) for c, q in self.codes(weight)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def exact(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `dense`: the weight before rounding is gone."""
+        return self.dense(weight, dtype)
+
     def floats(self, _weight: Tensor) -> Never:
         """Raises: StateError; the floats are gone."""
         raise self._gone()

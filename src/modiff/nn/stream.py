@@ -25,7 +25,8 @@ class Stream:
     """One tensor's input state through the trajectory, and the message that this evaluation sent for it.
 
     count: messages sent so far; a reader that missed one cannot go on. readers: how many layers read it. open: others
-    may join. key: the same for this stream in every trajectory, None for one that belongs to no group.
+    may join. key: the same for this stream in every trajectory, None for one that belongs to no group. turn: the step
+    at which it anchors again first where anchors are staggered, up to a multiple of `reanchor_every`.
     """
 
     def __init__(self, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
@@ -33,7 +34,7 @@ class Stream:
         self.coding = HeldScales(quantizer) if quantizer.config.refresh_every > 1 else quantizer
         self.state: State | None = None
         self.message: Message | None = None
-        self.count, self.readers, self.open = 0, 1, False
+        self.count, self.readers, self.open, self.turn = 0, 1, False, 0
         self.key: tuple[int, int] | None = None
         self.tick = -1
         self._held: tuple[torch.Size, torch.device] | None = None
@@ -68,8 +69,8 @@ class Stream:
                     "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
                 )
             return self.message
-        every = self.config.reanchor_every
-        if every and self.clock.step % every == 0:
+        every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
+        if every and (self.clock.step - turn) % every == 0:
             self.state = self._held = None
             if isinstance(self.coding, HeldScales):
                 self.coding.restart()
@@ -112,6 +113,7 @@ class Inputs:
     """The streams of a group of layers; a group of one is the usual case.
 
     At the step where states start, a layer joins the stream of the group that carries its very input, or opens one.
+    turn: the number of the group in its model: the groups anchor again in turn where anchors are staggered.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Inputs:
     ) -> None:
         self.quantizer, self.config, self.clock, self.stream = quantizer, config, clock, stream
         self.streams: list[Stream] = []
-        self.shared = False
+        self.shared, self.turn = False, 0
         self.number = next(_NUMBERS)
         clock.on_reset(self.forget)
 
@@ -134,6 +136,6 @@ class Inputs:
                 stream.readers += 1
                 return stream
         found = self.stream(self.quantizer, self.config, self.clock)
-        found.key, found.open = (self.number, len(self.streams)), self.shared
+        found.key, found.open, found.turn = (self.number, len(self.streams)), self.shared, self.turn
         self.streams.append(found)
         return found

@@ -95,6 +95,11 @@ class QuantizedWeight:
         values = values if values.dtype == torch.float64 else values.float()
         return values if self.rotation is None else rotate(values, self.rotation, 1)
 
+    def exact(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight before rounding, rotated if the layer rotates, in `dtype`. Raises: as `codes`."""
+        self._refresh(weight)
+        return self.floats(weight).to(dtype)
+
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the weight when quantized."""
         self._refresh(weight)
