@@ -39,7 +39,7 @@ from modiff.hosts.noise import noise_generators
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
 from modiff.methods.parts import plain_network
 from modiff.methods.sampler_steps import SamplerSteps, sampler_tables, with_tables
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 
 GROUP_SIZES = (1, 2, 4, 8)
 FIRST_NOISE = 1_000_000  # calibration draws from 0 on

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modiff.model.recordable import STEPS_BEFORE
 from modiff.model.trajectory import model_trajectory
 from modiff.nn.buffers import Buffers
+from recordable import STEPS_BEFORE
 
 
 class Graph(Protocol):

@@ -22,9 +22,9 @@ from loop_models import Inputs, Loop, LoopModel, Step, of_rows, repeated
 from modiff import presets
 from modiff.config import ModiffConfig, ModulationConfig, StateDtype
 from modiff.kernels.isa import detect
-from modiff.model.recordable import recording_unsupported
-from modiff.model.state_bytes import state_bytes
+from modiff.model.trajectory import state_bytes
 from modiff.nn.fusion import backend
+from recordable import recording_unsupported
 
 CALIBRATION_SEED = 1_000_000
 """OpenVINO's ranges come from noise that no figure is judged on."""

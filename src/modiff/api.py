@@ -25,13 +25,11 @@ from modiff.hosts.contexts import cache_contexts, unfollow_cache_context
 from modiff.hosts.networks import modules_of
 from modiff.hosts.save import is_diffusers_model, load_target, save_target
 from modiff.hosts.unet import shortcut_splits
-from modiff.model.apply import install
+from modiff.model.apply import check_removable, install, uninstall
 from modiff.model.attach import attachment_of, required_attachment
-from modiff.model.autotune import AutotuneResult, choose_modes
+from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
-from modiff.model.layer_times import stored_profile
 from modiff.model.pack import check_packable, pack_layers
-from modiff.model.remove import check_removable, uninstall
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context, model_trajectory

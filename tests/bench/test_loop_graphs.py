@@ -19,13 +19,13 @@ from loop_variants import CannotRun, Task
 from modiff import ModiffConfig, presets
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
+from tests.bench.recorder import Recorder
 from tests.helpers import assert_same_bits
-from tests.model.recorder import Recorder
 from tests.model.toys import SHAPE, toy
 
 
 class Undone:
-    """A recording of tests/model/recorder.py, which has to run what it records: what that wrote is undone."""
+    """A recording of tests/bench/recorder.py, which has to run what it records: what that wrote is undone."""
 
     def __init__(self, recorder: Recorder, before: list[tuple[Tensor, Tensor]]) -> None:
         self.recorder = recorder

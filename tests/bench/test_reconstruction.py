@@ -15,7 +15,7 @@ import modiff
 from bench import reconstruction as bench
 from modiff import ConfigError
 from modiff.model.attach import attachment_of
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.methods import small
 
 SIZES = {"num_images": 3, "steps": 4, "static_steps": 3, "iterations": 3, "samples": 4, "calibration_steps": 2}

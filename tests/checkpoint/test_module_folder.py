@@ -23,7 +23,7 @@ from modiff import (
     presets,
 )
 from modiff.checkpoint.module_folder import bytes_of
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.model.toys import sample, toy, toy_unet
 from tests.recipes import quantized_anchors

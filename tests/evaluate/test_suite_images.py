@@ -18,7 +18,7 @@ from modiff.evaluate.suite_plans import Plan
 from modiff.generate.conditions import Conditions
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators
-from modiff.model.state_bytes import state_bytes
+from modiff.model.trajectory import state_bytes
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 

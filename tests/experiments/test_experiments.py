@@ -42,7 +42,7 @@ from modiff.evaluate.report.document import Block, Document, Figure, Table
 from modiff.evaluate.report.markdown import markdown
 from modiff.evaluate.report.page import html_page
 from modiff.hosts.diffusers import unconditional_run
-from modiff.model.state_bytes import state_bytes
+from modiff.model.trajectory import state_bytes
 from tests.experiments.fake_lab import FakeLab, halving
 from tests.pixels import pixel_pipeline
 

@@ -14,7 +14,7 @@ from modiff.calibration.data import Call
 from modiff.generate.samplers import set_scheduler
 from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
 from modiff.methods.sampler_steps import SamplerSteps
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.hosts.tiny import HOSTS
 
 QUICK = AccuquantConfig(

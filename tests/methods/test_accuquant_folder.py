@@ -18,7 +18,7 @@ from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_acc
 from modiff.methods.registry import quantize
 from modiff.methods.sampler_steps import sampler_tables, with_tables
 from modiff.model.attach import attachment_of
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
 

@@ -14,7 +14,7 @@ from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.unet import shortcut_splits
 from modiff.methods import ModiffMethodConfig, apply_modiff
 from modiff.model.attach import attachment_of
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
 from tests.methods.test_q_diffusion import LEARNS, ROUNDS

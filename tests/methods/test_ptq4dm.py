@@ -17,7 +17,7 @@ from modiff.hosts.calibration_runs import calibration_run
 from modiff.methods import Ptq4dmConfig, apply_ptq4dm
 from modiff.methods.ptq4dm import SmoothedSearchObserver
 from modiff.model.attach import attachment_of
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 from tests.methods import small

@@ -14,7 +14,7 @@ from modiff.hosts.unet import shortcut_splits
 from modiff.methods import QDiffusionConfig, apply_q_diffusion
 from modiff.methods.q_diffusion import of_residuals, quick_steps
 from modiff.model.attach import attachment_of
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
 from tests.reference.quantizer import affine_parameters

@@ -22,7 +22,7 @@ from modiff import (
 from modiff.config import ConfigError
 from modiff.hosts.unet import shortcut_splits
 from modiff.model.apply import install
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within
 from tests.model.toys import SPLITS, TAKEN, activations_only, sample, toy, toy_unet

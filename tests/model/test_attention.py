@@ -12,7 +12,7 @@ from torch.nn import functional
 import modiff
 from modiff import AttentionConfig, ConfigError, QuantizerConfig, StateError
 from modiff.model.attention import apply_attention, attention_coders, attention_modules, remove_attention
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 
 

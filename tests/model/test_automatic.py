@@ -7,8 +7,7 @@ import torch
 
 import modiff
 from modiff import StateError, presets
-from modiff.model.attach import attachment_of
-from modiff.model.automatic import Automatic
+from modiff.model.attach import Automatic, attachment_of
 from modiff.nn import Clock
 from tests.helpers import assert_same_bits
 from tests.model.toys import sample, toy

@@ -14,10 +14,8 @@ import modiff
 from modiff import CalibrationError, ConfigError, LayerConfig, ModiffConfig, QuantizerConfig, StateError, presets
 from modiff.errors import FormatError
 from modiff.kernels.roofline import Reached
-from modiff.model import layer_times
-from modiff.model.autotune import choose_modes
-from modiff.model.autotune_choice import MARGIN, choose
-from modiff.model.layer_times import Profile, Seconds, measure_layer, signature
+from modiff.model import autotune as tuning
+from modiff.model.autotune import MARGIN, Profile, Seconds, choose, choose_modes, measure_layer, signature
 from tests.model.toys import TAKEN, sample, toy
 
 SLOW_FLOATS = {"float": 3.0, "plain": 1.0, "modulated": 2.0}
@@ -174,6 +172,6 @@ def test_what_cannot_be_gated_is_refused():
 
 def test_peaks_are_measured_once(monkeypatch):
     measured = iter([PEAKS])
-    monkeypatch.setattr(layer_times, "measure_peaks", lambda: next(measured))
+    monkeypatch.setattr(tuning, "measure_peaks", lambda: next(measured))
     profile = Profile()
     assert profile.peaks() == profile.peaks() == PEAKS

@@ -57,7 +57,7 @@ def test_errors_are_those_of_the_reference_over_all_coded_steps_and_contexts():
         for name, inputs in runs.items():
             clock.context = name
             clock.call(time)
-            probe(layer, (inputs[t].float().double(),))
+            probe.see(inputs[t].float().double())
             clock.returned()
     for choice, error in zip(CHOICES, probe.errors(), strict=True):
         parts = [judged(layer, choice, [x.float().double() for x in inputs]) for inputs in runs.values()]
@@ -71,7 +71,7 @@ def test_a_probe_forgets_its_states_with_the_trajectory_and_has_no_errors_before
     for x in drifting(0, (2, 16), 2, 0.2, torch.float32):
         clock.start()
         clock.call(None)
-        probe(layer, (x,))
+        probe.see(x)
         clock.stop()
         assert probe.states == {}
     assert all(math.isnan(error) for error in probe.errors())
@@ -88,7 +88,7 @@ def test_a_probe_of_a_split_layer_gives_each_half_a_scale_of_its_own():
         clock.start()
         for time, x in zip(TIMES, inputs, strict=True):
             clock.call(time)
-            probe(layer, (x,))
+            probe.see(x)
             clock.returned()
         clock.stop()
         errors.append(probe.errors())
@@ -133,7 +133,7 @@ def test_the_error_of_a_plain_candidate_is_that_of_coding_each_input_from_nothin
     noise = signal = 0.0
     for step, x in enumerate(inputs):
         clock.call(None)
-        probe(layer, (x,))
+        probe.see(x)
         if step:  # the first step is full precision for modulated candidates: it is not counted for anyone
             scale = x.double().abs().amax(1, keepdim=True) / 7
             noise += float((x.double() - (x.double() / scale).round() * scale).square().sum())

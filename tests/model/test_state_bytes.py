@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from modiff import presets
 from modiff.errors import StateError
 from modiff.model.apply import install
-from modiff.model.state_bytes import state_bytes
-from modiff.model.trajectory import model_context, model_trajectory
+from modiff.model.trajectory import model_context, model_trajectory, state_bytes
 
 ROWS, WIDTH, OUT = 3, 16, 32
 

@@ -11,7 +11,7 @@ from torch import nn
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.errors import ConfigError, FormatError
 from modiff.model.attach import required_attachment
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 
 METHOD = "modiff"
 FORMAT_VERSION = 1

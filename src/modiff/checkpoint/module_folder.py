@@ -24,10 +24,9 @@ from modiff.checkpoint.packed_state import (
 )
 from modiff.errors import ConfigError, FormatError
 from modiff.files import new_folder, write_json
+from modiff.model.apply import uninstall
 from modiff.model.attach import Attachment
-from modiff.model.pack import seal
-from modiff.model.rebuild import check_plain
-from modiff.model.remove import uninstall
+from modiff.model.pack import check_plain, seal
 from modiff.nn.packed import SCALE
 
 CONFIG = "config.json"

@@ -13,8 +13,8 @@ from modiff.core.affine import qrange
 from modiff.errors import ConfigError, FormatError, StateError
 from modiff.kernels.layout import weight_codes
 from modiff.model.attach import Attachment, required_attachment
-from modiff.model.quantizers import quantizers_of
-from modiff.model.rebuild import rebuild
+from modiff.model.calibrate import quantizers_of
+from modiff.model.pack import rebuild
 from modiff.nn import quantized_class
 from modiff.nn.packed import SCALE, storage
 

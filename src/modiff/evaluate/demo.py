@@ -30,7 +30,7 @@ from modiff.hosts.diffusers import denoisers, unconditional_run
 from modiff.hosts.noise import noise_generators
 from modiff.model.attach import attachment_of
 from modiff.model.report import Report
-from modiff.model.state_bytes import state_bytes
+from modiff.model.trajectory import state_bytes
 from modiff.model.tune import FINALISTS
 
 FEWEST_STEPS = 4

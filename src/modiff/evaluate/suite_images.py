@@ -27,7 +27,7 @@ from modiff.generate.shards import to_uint8
 from modiff.hosts.diffusers import denoisers
 from modiff.hosts.inputs import call_inputs
 from modiff.hosts.noise import noise_generators
-from modiff.model.state_bytes import state_bytes
+from modiff.model.trajectory import state_bytes
 
 CALIBRATION_IMAGES = 8
 NOTHING = Conditions()

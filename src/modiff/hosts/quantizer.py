@@ -30,8 +30,7 @@ from modiff.hosts.quantizer_config import Method, ModiffDiffusersConfig
 from modiff.hosts.resets import follow_resets
 from modiff.hosts.unet import shortcut_splits
 from modiff.model.apply import install
-from modiff.model.attach import required_attachment
-from modiff.model.automatic import Automatic
+from modiff.model.attach import Automatic, required_attachment
 from modiff.model.pack import seal
 from modiff.nn.packed import SCALE
 

@@ -33,7 +33,7 @@ from modiff.methods.accuquant_folder import (
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.sampler_steps import SamplerSteps
 from modiff.methods.work import claim_work
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from modiff.model.report import Report
 
 Objective = Literal["group_end", "each_step"]

@@ -1,4 +1,4 @@
-"""Put modulated quantized_layers in the place of a model's layers."""
+"""Replace a model's layers by modulated ones that share their parameters, and undo it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import nn
 
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
-from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of
-from modiff.model.attention import apply_attention
-from modiff.model.remove import uninstall
+from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of, required_attachment
+from modiff.model.attention import apply_attention, remove_attention
 from modiff.model.report import Entry, Report
 from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
@@ -20,13 +19,14 @@ from modiff.nn import Clock, ModulatedLayer, quantized_class
 def install(
     model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
 ) -> Report:
-    """Replace the selected layers of `model` in place by modulated quantized_layers that share their parameters.
+    """Replace the selected layers of `model` in place; they share the parameters of the originals.
 
     Args:
         splits: channel index of the concatenation, for layers whose input is one.
         known: layers of other networks that the config is for too; patterns may match those alone.
     Returns: what was taken, what was left, and why.
-    Raises: StateError if the model carries modiff already; ConfigError as `select` does, the model then unchanged.
+    Raises: StateError if the model carries modiff already; ConfigError as `select_layers` does. Whatever is raised, also
+        KeyboardInterrupt, leaves the model as it was.
     Cost: one pass over the weights at the first forward.
     """
     if attachment_of(model) is not None:
@@ -38,15 +38,11 @@ def install(
 
 
 def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
-    """Put quantized_layers of the layers that `report` takes in their places, and watch the model. Raises: as
-    `apply`."""
+    """Replace the layers that `report` takes, and watch the model. Raises: as `install`."""
     attachment = Attachment(Clock(type(model).__name__), report, config)
     for entry in report.taken:
         split = splits.get(entry.name) if config.split_shortcuts == "auto" else None
         _build(model, entry, attachment, split)
-    for name, quantized in attachment.layers.items():  # only now, so that an error above leaves the model as it was
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, quantized)
     notes = _share(attachment) if config.share_residuals == "auto" else {}
     groups = dict.fromkeys(layer.inputs for layer in attachment.layers.values() if layer.inputs is not None)
     for turn, inputs in enumerate(groups):
@@ -54,14 +50,61 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
     entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
                     for e in report.entries)  # fmt: skip
     attachment.report = Report(entries)
-    attachment.watch(model)
-    model.__dict__[ATTRIBUTE] = attachment
-    try:
+    try:  # only now is the model touched
+        for name, layer in attachment.layers.items():
+            _set(model, name, layer)
+        attachment.watch(model)
+        model.__dict__[ATTRIBUTE] = attachment
         apply_attention(model, config.attention)
-    except Exception:
-        uninstall(model)
+    except BaseException:  # an interrupt too must not leave half of the layers replaced
+        _undo(model, attachment)
         raise
     return attachment
+
+
+def uninstall(model: nn.Module) -> None:
+    """Put the original layers back: the same modules, the same parameters, the same bits.
+
+    Raises: StateError if modiff was not applied to the model, its weights were packed, or another library wrapped the
+        layers since; the model is as it was then.
+    """
+    check_removable(model)
+    attachment = required_attachment(model, "remove")
+    for name, original in attachment.originals.items():
+        original.train(attachment.layers[name].training)
+    _undo(model, attachment)
+
+
+def check_removable(model: nn.Module) -> None:
+    """Raise the StateError of a model whose originals cannot come back; nothing happens for any other."""
+    attachment = required_attachment(model, "remove")
+    if attachment.packed:
+        raise StateError(
+            f"remove: expected float weights to put back, got {type(model).__name__} with packed ones. Packing keeps "
+            "the integers alone. Load the full-precision model again."
+        )
+    modules = dict(model.named_modules())
+    for name, layer in attachment.layers.items():
+        if modules.get(name) is not layer or "forward" in layer.__dict__:
+            raise StateError(
+                f"remove: expected {name} as modiff left it, got it wrapped by another library. Putting the original "
+                "back would drop a LoRA or an offloading hook. Undo that first (unload_lora_weights, remove_all_hooks)."
+            )
+
+
+def _set(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _undo(model: nn.Module, attachment: Attachment) -> None:
+    remove_attention(model)
+    for handle in attachment.handles:
+        handle.remove()
+    attachment.clock.stop()
+    for name, original in attachment.originals.items():
+        _set(model, name, original)
+    model.__dict__.pop(ATTRIBUTE, None)
 
 
 def _build(model: nn.Module, entry: Entry, attachment: Attachment, split: int | None) -> None:
@@ -70,36 +113,28 @@ def _build(model: nn.Module, entry: Entry, attachment: Attachment, split: int | 
     if kind is None or entry.config is None:
         raise StateError(f"{entry.name}: expected a layer that select took, got {type(original).__name__}. The model "
                          "changed while modiff was applied. Apply again.")  # fmt: skip
-    quantized = kind.from_float(original, entry.config, name=entry.name, clock=attachment.clock, split=split)
+    layer = kind.from_float(original, entry.config, name=entry.name, clock=attachment.clock, split=split)
     attachment.originals[entry.name] = original
-    attachment.layers[entry.name] = quantized
+    attachment.layers[entry.name] = layer
 
 
 def _share(attachment: Attachment) -> dict[str, str]:
-    """Group layers beside each other that could read one tensor (q, k, v; gate, up); what they really read decides.
+    """Group layers of one parent that could read one tensor (q, k, v; gate, up); what they really read decides.
 
     Static scales belong to one layer, so only dynamic ones are shared.
     """
     leaders: dict[tuple[object, ...], ModulatedLayer] = {}
     notes: dict[str, str] = {}
-    for name, quantized in attachment.layers.items():
-        if quantized.inputs is None or quantized.split is not None or not quantized.config.activation.dynamic:
+    for name, layer in attachment.layers.items():
+        config = layer.config
+        if layer.inputs is None or layer.split is not None or not config.activation.dynamic:
             continue
-        shared = (
-            quantized.config.activation,
-            quantized.config.modulation,
-            quantized.segments,
-            quantized.integer is not None,
-        )
-        key = (
-            name.rpartition(".")[0],
-            type(quantized),
-            quantized.quantizer.segments if quantized.quantizer else None,
-            *shared,
-        )
-        if key in leaders:
-            quantized.share_with(leaders[key])
-            notes[name] = f"may share with {leaders[key].name.rpartition('.')[2]}"
-        else:
-            leaders[key] = quantized
+        channels = layer.quantizer.segments if layer.quantizer else None
+        parent = name.rpartition(".")[0]
+        key = (parent, type(layer), channels, config.activation, config.modulation, layer.segments,
+               layer.integer is not None)  # fmt: skip
+        leader = leaders.setdefault(key, layer)
+        if leader is not layer:
+            layer.share_with(leader)
+            notes[name] = f"may share with {leader.name.rpartition('.')[2]}"
     return notes

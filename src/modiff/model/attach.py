@@ -11,12 +11,56 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
-from modiff.model.automatic import Automatic
 from modiff.model.report import Report
 from modiff.nn import Clock, ModulatedLayer, traced
+from modiff.nn.clock import middle
 
 ATTRIBUTE = "_modiff"
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
+
+
+class Automatic:
+    """Tells where one trajectory ends and the next begins, from the time steps alone.
+
+    A model that diffusers loads from a quantized folder meets modiff nowhere else: its pipeline calls it, and no more.
+    Time steps run one way through a trajectory. So the next one began where they turn round, or where the second is
+    the first again (one-step trajectories). A trajectory that someone else began is left alone.
+
+    A network without a time step keeps asking for `modiff.trajectory`. Cost: one host sync an evaluation.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.owns_trajectory = False
+        self._seen: dict[str, list[float]] = {}
+
+    def before(self, timestep: Tensor | float | None) -> None:
+        """An evaluation begins: start a trajectory if this is its first."""
+        if timestep is None or (self.clock.active and not self.owns_trajectory):
+            return
+        now = float(middle(timestep))
+        if not self.owns_trajectory or self._reversed(self._seen.get(self.clock.context, []), now):
+            context = self.clock.context
+            self.end()
+            self.clock.start()
+            self.clock.context, self.owns_trajectory = context, True
+        seen = self._seen.setdefault(self.clock.context, [])
+        if not seen or seen[-1] != now:
+            seen.append(now)
+        del seen[:-2]
+
+    def end(self) -> None:
+        """The trajectory ended: free the states. Nothing happens where it is someone else's."""
+        if self.owns_trajectory:
+            self.clock.stop()
+        self.owns_trajectory = False
+        self._seen.clear()
+
+    @staticmethod
+    def _reversed(seen: list[float], now: float) -> bool:
+        if len(seen) == 1:
+            return now == seen[0]
+        return len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0
 
 
 class Attachment:

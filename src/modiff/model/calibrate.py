@@ -1,4 +1,4 @@
-"""Measure static scales."""
+"""The activation quantizers of a model, and how their static scales are measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modiff.core.observers import (
 from modiff.core.quantizer import Quantizer
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import required_attachment
-from modiff.model.quantizers import quantizers_of
+from modiff.model.attention import attention_coders
 
 OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMaxObserver,
@@ -35,6 +35,17 @@ OBSERVERS: dict[str, type[Observer]] = {
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl"]
 MakeObserver = Callable[[int | None], Observer]
 """Makes an observer for one scale (None), or for one scale for each index of an axis."""
+
+
+def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
+    """The quantizer of each layer under the layer's name, those of attention under "<module>.q", .k, .v and .softmax.
+
+    A quantizer that layers share is under each of their names; layers without one are left out.
+    Raises: StateError if modiff was not applied to the model.
+    """
+    layers = required_attachment(model, "quantizers_of").layers
+    own = {name: layer.quantizer for name, layer in layers.items() if layer.quantizer is not None}
+    return own | attention_coders(model)
 
 
 def measure_scales(
@@ -60,7 +71,9 @@ def measure_scales(
     make: MakeObserver = OBSERVERS[observer] if isinstance(observer, str) else observer
     quantizers: list[tuple[str, Quantizer]] = []
     for model in (models,) if isinstance(models, nn.Module) else models:
-        quantizers += _static_coders(model)
+        required_attachment(model, "calibrate")
+        named = quantizers_of(model).items()
+        quantizers += [(name, q) for name, q in named if not q.config.dynamic and q.bits]
     if not quantizers:
         raise CalibrationError(
             "calibrate: expected layers with static scales, got none. Dynamic scales need no calibration. "
@@ -82,9 +95,3 @@ def measure_scales(
     finally:
         for _, quantizer in quantizers:
             quantizer.unwatch()
-
-
-def _static_coders(model: nn.Module) -> list[tuple[str, Quantizer]]:
-    """The quantizers that need scales, with the names of their layers."""
-    required_attachment(model, "calibrate")
-    return [(n, c) for n, c in quantizers_of(model).items() if not c.config.dynamic and c.bits]

@@ -1,10 +1,10 @@
-"""Watch full-precision layers, and run the input side of candidate settings beside them."""
+"""What a full-precision trajectory tells: errors of candidate settings at each layer, and the samples themselves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, compute_dtype, encode
 from modiff.errors import ConfigError
 from modiff.model.attach import ATTRIBUTE, Attachment
+from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 
 
 class Probe:
-    """Runs the input side of every candidate beside one full-precision layer."""
+    """Quantizes the input of one full-precision layer as every candidate would, and sums up their errors."""
 
     def __init__(
         self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock, split: int | None = None
@@ -29,7 +30,7 @@ class Probe:
         kind = quantized_class(layer)
         if kind is None:
             raise ConfigError(
-                f"{name}: expected a layer with a modulated quantized, got {type(layer).__name__}. Exclude it."
+                f"{name}: expected a layer that modiff can modulate, got {type(layer).__name__}. Exclude it."
             )
         self.name, self.clock = name, clock
         self.layers: list[ModulatedLayer] = [
@@ -40,44 +41,44 @@ class Probe:
         self.signal = 0.0
         clock.on_reset(self.states.clear)
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook: one step of every candidate."""
-        x: Tensor = args[0].detach()
+    def see(self, x: Tensor) -> None:
+        """The layer ran on `x`: one step of every candidate."""
+        x = x.detach()
         starts = self.clock.context not in self.states
         states = self.states.setdefault(self.clock.context, [None] * len(self.layers))
         rotated: dict[object, Tensor] = {None: x}
-        for i, quantized in enumerate(self.layers):
-            if quantized.segments not in rotated:
-                rotated[quantized.segments] = rotate(x.float(), quantized.segments or (), quantized.channel_dim)
-            states[i] = self._advance(i, quantized, rotated[quantized.segments], states[i])
+        for i, layer in enumerate(self.layers):
+            if layer.segments not in rotated:
+                rotated[layer.segments] = rotate(x.float(), layer.segments or (), layer.channel_dim)
+            states[i] = self._advance(i, layer, rotated[layer.segments], states[i])
         if not starts:
             self.signal += float(x.float().square().sum())
 
-    def _advance(self, i: int, quantized: ModulatedLayer, value: Tensor, state: State | None) -> State | None:
-        if quantized.quantizer is None:
+    def _advance(self, i: int, layer: ModulatedLayer, value: Tensor, state: State | None) -> State | None:
+        quantizer, modulation = layer.quantizer, layer.config.modulation
+        if quantizer is None:
             raise ConfigError(
-                f"{quantized.name}: expected a candidate with activation bits, got none. Floats have no error "
-                f"to measure. "
+                f"{layer.name}: expected a candidate with activation bits, got none. Floats have no error to measure. "
                 "Give it 2 to 8 bits."
             )
-        if quantized.config.modulation is None:
-            return self._plain(i, quantized.quantizer, value, state)
+        if modulation is None:
+            return self._plain(i, quantizer, value, state)
         ratio = self.clock.ratio if state is not None else 1.0
-        _, state_now = encode(value, state, quantized.quantizer, quantized.config.modulation, ratio)
+        _, state_now = encode(value, state, quantizer, modulation, ratio)
         if state is not None:
-            error = value.to(compute_dtype(quantized.config.modulation)) - state_now.value
+            error = value.to(compute_dtype(modulation)) - state_now.value
             self.noise[i] += float(error.square().sum())
         return state_now
 
     def _plain(self, i: int, quantizer: Quantizer, value: Tensor, seen: State | None) -> State:
-        """The error of coding the input from nothing; counted from the second step on, as that of the others."""
+        """The error of quantizing the input itself; counted from the second step on, like that of the others."""
         if seen is not None:
             code = quantizer(value.float())
             self.noise[i] += float((value.float() - (0.0 if code is None else code.value())).square().sum())
         return State(value)
 
     def errors(self) -> list[float]:
-        """Relative error of each candidate over all coded steps; NaN if there were none."""
+        """Relative error of each candidate over all steps but the first; NaN if there are none."""
         if self.signal == 0:
             return [math.nan] * len(self.layers)
         return [math.sqrt(float(n) / self.signal) for n in self.noise]
@@ -87,21 +88,51 @@ class Probe:
 def probes_of(
     model: nn.Module, report: Report, choices: list[LayerConfig], splits: Mapping[str, int]
 ) -> Iterator[list[Probe]]:
-    """Probes on the layers that `report` takes, while the body runs one trajectory; the model computes as ever."""
+    """Probes on the layers that `report` takes, while the body runs one full-precision trajectory."""
     clock = Clock(type(model).__name__)
     watcher = Attachment(clock, report)
-    watcher.watch(model)
-    probes: list[Probe] = []
-    try:
-        for entry in report.taken:
-            layer = model.get_submodule(entry.name)
-            probes.append(Probe(layer, entry.name, choices, clock, splits.get(entry.name)))
-            watcher.handles.append(layer.register_forward_pre_hook(probes[-1]))
+    probes = {
+        entry.name: Probe(model.get_submodule(entry.name), entry.name, choices, clock, splits.get(entry.name))
+        for entry in report.taken
+    }
+    with ExitStack() as stack:
+        stack.callback(lambda: [handle.remove() for handle in watcher.handles])
+        watcher.watch(model)
+        stack.enter_context(observe(model, lambda name, _, inputs, __: probes[name].see(inputs[0]), layers=probes))
+        stack.callback(clock.stop)
         clock.start()
+        stack.callback(model.__dict__.pop, ATTRIBUTE, None)
         model.__dict__[ATTRIBUTE] = watcher  # contexts of guidance find the clock here
-        yield probes
-    finally:
-        model.__dict__.pop(ATTRIBUTE, None)
-        clock.stop()
-        for handle in watcher.handles:
-            handle.remove()
+        yield list(probes.values())
+
+
+class Track:
+    """samples, outputs: of each evaluation of any of the networks, in order of time; kept for all steps."""
+
+    def __init__(self) -> None:
+        self.samples: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def shapes(self) -> list[torch.Size]:
+        """Of all samples and outputs: two tracks with the same shapes can be compared."""
+        return [t.shape for t in (*self.samples, *self.outputs)]
+
+
+@contextmanager
+def tracked(models: Sequence[nn.Module]) -> Iterator[Track]:
+    """Record the evaluations of all of `models` in the body: the sample is the first float tensor with a batch."""
+    track = Track()
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+        sample = next((x for x in tensors if x.dim() > 1), None)
+        track.samples += [] if sample is None else [sample.detach().clone()]
+
+    def after(_: nn.Module, _args: object, _kwargs: object, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        track.outputs.append(tensor.detach().clone())
+
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(observe(model, None, after, before_step=before))
+        yield track

@@ -1,4 +1,4 @@
-"""The life of the states: one generation, first step to last."""
+"""The life of the states: one generation, first step to last; and the memory they take."""
 
 from __future__ import annotations
 
@@ -43,3 +43,16 @@ def model_context(model: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         clock.context = before
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Measured bytes of all states, input and output, of all contexts; a state that layers share counts once.
+
+    The moves that the linear predictor keeps are counted too. 0 between trajectories: the states are freed then.
+    Raises: StateError if modiff was not applied to the model.
+    """
+    layers = required_attachment(model, "state_bytes").layers.values()
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in layers for t in layer.state_tensors()
+    }
+    return sum(storages.values())

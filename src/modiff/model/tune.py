@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Predictor, Rotation
 from modiff.errors import CalibrationError, ConfigError, StateError
-from modiff.model.apply import install
+from modiff.model.apply import install, uninstall
 from modiff.model.attach import attachment_of
-from modiff.model.probe import Probe, probes_of
-from modiff.model.remove import uninstall
+from modiff.model.probe import Probe, Track, probes_of, tracked
 from modiff.model.select import layer_names, select_layers
-from modiff.model.track import Track, tracked
 from modiff.model.trajectory import model_trajectory
 
 CLIPS = {2: (0.6, 0.45, 0.3), 3: (0.8, 0.6, 0.45, 0.3), 4: (1.0, 0.8, 0.6)}

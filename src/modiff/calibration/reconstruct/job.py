@@ -29,7 +29,7 @@ from modiff.core.observers import MinMaxObserver
 from modiff.core.quantizer import Quantizer
 from modiff.errors import StateError
 from modiff.model.attach import required_attachment
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from modiff.nn import ModulatedLayer
 
 NEVER_RAN = "never ran on the calibration calls"

@@ -19,7 +19,7 @@ from modiff.calibration.reconstruct.report import ReconstructionReport
 from modiff.calibration.reconstruct.store import UnitStore, digest_of
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.model.attach import required_attachment
-from modiff.model.quantizers import quantizers_of
+from modiff.model.calibrate import quantizers_of
 from modiff.nn import ModulatedLayer
 
 

@@ -15,12 +15,11 @@ from modiff.core.observers import MinMaxObserver
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
 from modiff.model.attach import attachment_of
-from modiff.model.recordable import STEPS_BEFORE, recording_unsupported
-from modiff.model.state_bytes import state_bytes
-from modiff.model.trajectory import model_trajectory
+from modiff.model.trajectory import model_trajectory, state_bytes
 from modiff.nn.buffers import Buffers
+from recordable import STEPS_BEFORE, recording_unsupported
+from tests.bench.recorder import Recorder, Waits
 from tests.helpers import assert_same_bits
-from tests.model.recorder import Recorder, Waits
 from tests.model.toys import SHAPE, Toy, toy
 
 STEPS = 8
