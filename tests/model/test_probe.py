@@ -115,7 +115,7 @@ def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was()
 
 
 def test_what_cannot_be_probed_is_refused():
-    with pytest.raises(ConfigError, match="up: expected a layer with a modulated quantized, got ConvTranspose2d"):
+    with pytest.raises(ConfigError, match="up: expected a layer that modiff can modulate, got ConvTranspose2d"):
         Probe(nn.ConvTranspose2d(2, 2, 1), "up", CHOICES, Clock("model"))
     clock = Clock("model")
     clock.start()
