@@ -122,7 +122,7 @@ def test_what_cannot_be_probed_is_refused():
     clock.call(None)
     floats = LayerConfig(activation=QuantizerConfig(bits=None), modulation=None)
     with pytest.raises(ConfigError, match="up: expected a candidate with activation bits, got none"):
-        Probe(nn.Linear(16, 4), "up", [floats], clock)(nn.Linear(16, 4), (torch.randn(2, 16),))
+        Probe(nn.Linear(16, 4), "up", [floats], clock).see(torch.randn(2, 16))
 
 
 def test_the_error_of_a_plain_candidate_is_that_of_coding_each_input_from_nothing():

@@ -25,7 +25,7 @@ def install(
         splits: channel index of the concatenation, for layers whose input is one.
         known: layers of other networks that the config is for too; patterns may match those alone.
     Returns: what was taken, what was left, and why.
-    Raises: StateError if the model carries modiff already; ConfigError as `select_layers` does. Whatever is raised, also
+    Raises: StateError if the model carries modiff already; ConfigError as `select_layers`. Whatever is raised, also
         KeyboardInterrupt, leaves the model as it was.
     Cost: one pass over the weights at the first forward.
     """
