@@ -36,11 +36,11 @@ from modiff.api import save
 from modiff.cli.options import quiet_pipeline
 from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError, ModiffError
-from modiff.evaluate.features.extract import extract
+from modiff.evaluate.features.extractor import extract
+from modiff.evaluate.features.load import EMBEDDED, load_extractor
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import psnr, relative_l2
-from modiff.evaluate.suite_extractor import EMBEDDED, load_extractor
-from modiff.evaluate.suite_reference import read_reference, reference_digest
+from modiff.evaluate.suite.images import read_reference, reference_digest
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.digest import digest
 from modiff.generate.environment import environment

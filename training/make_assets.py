@@ -33,8 +33,7 @@ from train_classifier import CONFIDENT, probabilities
 from train_reference import load_images
 
 from modiff.errors import FormatError
-from modiff.evaluate.classifier import Classifier, load_classifier
-from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures, load_classifier
 from modiff.evaluate.metrics.frechet import Moments, frechet_distance
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from train_reference import load_array, load_images
 
 from modiff.errors import ConfigError
-from modiff.evaluate.classifier import Classifier, load_classifier, save_classifier
+from modiff.evaluate.features.classifier import Classifier, load_classifier, save_classifier
 
 CONFIDENT = 0.9
 

@@ -12,8 +12,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from modiff.cli import app
-from modiff.evaluate import suite as logic
-from modiff.evaluate.classifier import Classifier, save_classifier
+from modiff.evaluate.features.classifier import Classifier, save_classifier
+from modiff.evaluate.suite import run as logic
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 NAMES = ["full precision", "half the steps", "plain W8A4", "modulated W8A4"]
@@ -103,7 +103,7 @@ def test_configs_take_the_place_of_the_presets(model: Path, judge: Path) -> None
 def test_a_report_without_configurations_to_watch_leaves_the_layers_out(
     model: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modiff.evaluate.suite_layers.watched_plan", lambda plans: None)
+    monkeypatch.setattr("modiff.evaluate.suite.run.watched_plan", lambda plans: None)
     monkeypatch.setattr("modiff.evaluate.report.charts._svg", lambda draw: b"<svg/>")  # drawn in the test above
     assert invoke(model, judge, "--configs", "plain:8:4", "--report", "report").exit_code == 0
     assert "Where the error arises" not in Path("report/report.html").read_text()
@@ -152,7 +152,7 @@ def test_a_conditional_pipeline_is_one_line(judge: Path, monkeypatch: pytest.Mon
 
 def test_another_runs_folder_is_one_line(model: Path, judge: Path) -> None:
     assert invoke(model, judge).exit_code == 0
-    assert_one_line(invoke(model, judge, "--seed", 1), "got another seed")
+    assert_one_line(invoke(model, judge, "--seed", 1), "got one with another seed")
     assert_one_line(invoke(model, judge, "--scheduler", "euler"), "got another pipeline and sampler")
 
 
@@ -170,6 +170,6 @@ def test_a_damaged_batch_is_one_line_that_says_what_to_do(model: Path, judge: Pa
     assert invoke(model, judge).exit_code == 0
     (batch, *_) = sorted(Path("modiff-evaluation").glob("plain*/*.npz"))
     batch.write_bytes(b"")
-    assert_one_line(invoke(model, judge), f"{batch}: expected a batch of images")
+    assert_one_line(invoke(model, judge), f"{batch}: expected a batch of 6 images")
     batch.unlink()
     assert invoke(model, judge).exit_code == 0

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modiff.assets import model_folder
-from modiff.evaluate.classifier import Classifier, load_classifier, save_classifier
-from modiff.evaluate.suite_extractor import load_extractor
+from modiff.evaluate.features.classifier import Classifier, load_classifier, save_classifier
+from modiff.evaluate.features.load import load_extractor
 from modiff.hosts.load import load_pipeline
 
 
@@ -201,7 +201,7 @@ def test_new_assets_replace_the_old_ones_and_a_failure_keeps_them(
     (output / "fashion_mnist").mkdir(parents=True)
     (output / "fashion_mnist" / "old").write_text("old")
     (tmp_path / "judge" / "model.safetensors").rename(tmp_path / "judge" / "hidden")
-    with pytest.raises(SystemExit, match="expected a safetensors file"):
+    with pytest.raises(SystemExit, match="expected a weights file"):
         maker.main([*inputs, "-o", str(output)])
     assert (output / "fashion_mnist" / "old").exists()
     (tmp_path / "judge" / "hidden").rename(tmp_path / "judge" / "model.safetensors")

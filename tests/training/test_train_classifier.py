@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modiff.evaluate.classifier import load_classifier
+from modiff.evaluate.features.classifier import load_classifier
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def embedded_folder() -> Path:
 
 
 def classifier_folder(name: str = EMBEDDED) -> Path:
-    """The folder of the classifier of a model's data, for `modiff.evaluate.classifier.load_classifier`.
+    """The folder of the classifier of a model's data, for `modiff.evaluate.features.classifier.load_classifier`.
 
     Raises: FormatError for another name, or if the package has no such folder.
     """

@@ -14,9 +14,9 @@ from modiff.cli.sample import SCHEDULER_HELP
 from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from modiff.evaluate.suite import Suite
-    from modiff.evaluate.suite_images import PipelineSource
-    from modiff.evaluate.suite_plans import Preset
+    from modiff.evaluate.suite.images import PipelineSource
+    from modiff.evaluate.suite.plans import Preset
+    from modiff.evaluate.suite.run import Suite
 
 CONFIGS_HELP = (
     "Comma-separated, in the place of the preset's: presets (w8a8, w8a4, ...), families with weight and activation "
@@ -76,10 +76,10 @@ def evaluate(
         modiff evaluate embedded --preset quick --json evaluation.json --report report
     """
     with errors_as_exit_code():
-        from modiff.evaluate.suite import run_suite  # imported late: `modiff --help` must not wait for diffusers
-        from modiff.evaluate.suite_extractor import load_extractor
-        from modiff.evaluate.suite_extras import load_extras
-        from modiff.evaluate.suite_images import PipelineSource
+        from modiff.evaluate.features.load import load_extractor  # imported late: `--help` must not wait for diffusers
+        from modiff.evaluate.suite.extras import load_extras
+        from modiff.evaluate.suite.images import PipelineSource
+        from modiff.evaluate.suite.run import run_suite
 
         chosen = _chosen(preset, num_images, steps, configs)
         for path in filter(None, (json_file, report and report / "report.html")):
@@ -96,7 +96,7 @@ def evaluate(
 
 def _chosen(name: str, num_images: int | None, steps: int | None, configs: str | None) -> Preset:
     """The preset with what was given in the place of its own. Raises: ConfigError for a name that is none."""
-    from modiff.evaluate.suite_plans import plans_of, preset
+    from modiff.evaluate.suite.plans import plans_of, preset
 
     named = [] if configs is None else [part.strip() for part in configs.split(",")]
     chosen = preset(name, num_images=num_images, steps=steps, configs=named)
@@ -119,7 +119,7 @@ def _report(suite: Suite, source: PipelineSource, command: list[str], model: str
     """Watch the layers of one configuration, and write the report; its page."""
     from modiff.evaluate.report.sections import suite_document
     from modiff.evaluate.report.write import write_report
-    from modiff.evaluate.suite_layers import layer_errors, watched_plan
+    from modiff.evaluate.suite.run import layer_errors, watched_plan
 
     plan = watched_plan([row.plan for row in suite.rows])
     traces = [] if plan is None else layer_errors(source, plan, num_images=LAYER_IMAGES)

@@ -17,7 +17,7 @@ from modiff.evaluate.bit_sweep import MODES, ReuseRow, SweepRow, bit_sweep, imag
 from modiff.evaluate.distribution import Distribution, DistributionResult
 from modiff.evaluate.error_growth import ErrorGrowth, Growth
 from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
-from modiff.evaluate.watch import watch
+from modiff.evaluate.watch import has_static_scales, watch
 from modiff.generate.environment import Environment, environment
 from modiff.hosts.diffusers import denoisers, unconditional_run
 from modiff.hosts.noise import noise_generators
@@ -120,12 +120,11 @@ def _check(pipe: DiffusionPipeline, config: ModiffConfig, steps: int, num_images
         raise ConfigError(
             f"analyze: expected 1 or more images, got {num_images}. There is nothing to watch. Use --num-images 4."
         )
-    for layer in (config.layer, *(override for _, override in config.overrides)):
-        if not layer.activation.dynamic:
-            raise ConfigError(
-                "analyze: expected dynamic scales, got dynamic=False. Static ones are measured on a modulated model, "
-                "and this watches the plain one. Use dynamic=True."
-            )
+    if has_static_scales(config):
+        raise ConfigError(
+            "analyze: expected dynamic scales, got dynamic=False. Static ones are measured on a modulated model, "
+            "and this watches the plain one. Use dynamic=True."
+        )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, measure_cost
 from modiff.evaluate.metrics.paired import psnr, relative_l2
+from modiff.evaluate.table import aligned, number
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
@@ -95,25 +96,14 @@ class Demo:
     def table(self) -> str:
         """The rows as aligned text, with what the columns mean below."""
         head = ("", "steps", "rel. L2", "PSNR dB", "GBOPs", "state MiB", "seconds")
-        cells = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-        lines = [_aligned(line, widths) for line in cells]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", FOOTNOTE])
+        return f"{aligned([head, *(_cells(row) for row in self.rows)])}\n\n{FOOTNOTE}"
 
     def picture(self) -> Image.Image:
         """All images, a row for each setting."""
         return grid([(row.name, images) for row, images in zip(self.rows, self.images, strict=True)])
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    name, *figures = cells
-    return "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(figures, widths[1:], strict=True))])
-
-
 def _cells(row: Row) -> tuple[str, ...]:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     return (
         row.name,
         str(row.steps),

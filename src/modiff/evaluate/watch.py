@@ -96,6 +96,11 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
     return hooks.report
 
 
+def has_static_scales(config: ModiffConfig) -> bool:
+    """Whether some layer's scales are measured once, on a modulated model, and not at each step."""
+    return not all(layer.activation.dynamic for layer in (config.layer, *(layer for _, layer in config.overrides)))
+
+
 class _Hooks:
     """The hooks on one network, while entered."""
 

@@ -1,18 +1,194 @@
-"""The classifier as extractor: its own features, the middle maps, any batch, and what it refuses."""
+"""The classifier: what it computes, what its folder holds, its features, and what it refuses."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.classifier import Classifier, save_classifier
-from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures, load_classifier, save_classifier
 from tests.evaluate.features.images import noise
+
+
+def trained(seed: int = 0, **settings: object) -> Classifier:
+    """A classifier whose batch norms have seen data, so that their statistics are not zeros and ones."""
+    torch.manual_seed(seed)
+    model = Classifier(**{"channels": (4, 6, 8), "classes": 3, **settings})
+    for _ in range(3):
+        model(torch.randn(16, model.image_channels, 16, 16) * 0.7 + 0.2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def reference(
+    weights: dict[str, torch.Tensor], images: torch.Tensor, blocks: int, layers: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and logits in float64: convolution, 2x2 maximum (not in the last block), normalisation, ReLU."""
+    convolutions = [w for w in weights.values() if w.ndim == 4]
+    norms = [
+        tuple(weights[f"{name.removesuffix('running_mean')}{field}"].double()
+              for field in ("running_mean", "running_var", "weight", "bias"))
+        for name in weights if name.endswith("running_mean")
+    ]  # fmt: skip
+    x = images.double()
+    for index, (w, (mean, variance, gain, offset)) in enumerate(zip(convolutions, norms, strict=True)):
+        patches = nn.functional.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+        x = torch.einsum("nchwij,ocij->nohw", patches, w.double())
+        if index % layers == layers - 1 and index < blocks * layers - 1:
+            n, c, h, _ = x.shape
+            x = x.reshape(n, c, h // 2, 2, h // 2, 2).amax(dim=(3, 5))
+        x = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt() * gain[:, None, None]
+        x = (x + offset[:, None, None]).clamp(min=0)
+    assert len(convolutions) == blocks * layers
+    features = x.flatten(2).mean(-1)
+    return features, features @ weights["head.weight"].double().T + weights["head.bias"].double()
+
+
+@pytest.mark.parametrize(("image_channels", "layers"), [(1, 1), (3, 1), (3, 2)])
+def test_features_and_logits_equal_a_float64_reference(image_channels: int, layers: int) -> None:
+    model = trained(image_channels=image_channels, layers=layers).double()
+    images = torch.randn(5, image_channels, 16, 16, dtype=torch.float64)
+    features, logits = reference(model.state_dict(), images, blocks=3, layers=layers)
+    # Both are float64: they differ by the order of a few hundred additions of numbers near one.
+    torch.testing.assert_close(model.features(images), features, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(images), logits, rtol=1e-12, atol=1e-12)
+    assert features.std() > 1e-2
+
+
+def test_default_sizes_give_128_features_and_10_logits_in_less_than_a_megabyte(tmp_path: Path) -> None:
+    model = Classifier()
+    save_classifier(model, tmp_path)
+    assert model.features(torch.zeros(2, 1, 32, 32)).shape == (2, 128)
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1e6
+
+
+def test_a_saved_classifier_loads_as_its_float16_rounding_in_float32(tmp_path: Path) -> None:
+    model = trained()
+    save_classifier(model, tmp_path)
+    loaded = load_classifier(tmp_path)
+    assert (loaded.channels, loaded.image_channels, loaded.classes) == ((4, 6, 8), 1, 3)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    before = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        if tensor.is_floating_point():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, before[name].half().float()), name
+    rounded = trained()
+    rounded.load_state_dict({n: t.half().float() if t.is_floating_point() else t for n, t in before.items()})
+    images = torch.randn(4, 1, 16, 16)
+    assert torch.equal(loaded(images), rounded(images))
+
+
+def test_a_deeper_one_comes_back_from_its_folder_and_a_plain_one_says_nothing_of_depth(tmp_path: Path) -> None:
+    for layers in (1, 2):
+        model = trained(layers=layers)
+        save_classifier(model, tmp_path / str(layers))
+        config = json.loads((tmp_path / str(layers) / "config.json").read_text())
+        assert config.get("layers") == (None if layers == 1 else 2)
+        assert load_classifier(tmp_path / str(layers)).layers == layers
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"channels": ()},
+        {"channels": (8, 0)},
+        {"channels": (8, 2.5)},
+        {"image_channels": -1},
+        {"classes": 0},
+        {"layers": 0},
+    ],
+)
+def test_counts_that_are_not_positive_integers_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="expected positive integers"):
+        Classifier(**settings)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 16, 16),
+        torch.zeros(1, 16, 16),
+        torch.zeros(1, 1, 16, 3),
+        torch.zeros(1, 1, 16, 16, dtype=torch.uint8),
+    ],
+    ids=["three channels", "no batch", "too narrow", "uint8"],
+)
+def test_images_of_another_kind_are_refused(images: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"expected float images \(N, 1, H, W\)"):
+        trained()(images)
+
+
+def spoil_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def spoil_weights(folder: Path, **tensors: torch.Tensor) -> None:
+    save_file({**load_file(folder / "model.safetensors"), **tensors}, folder / "model.safetensors")
+
+
+DAMAGES = {
+    "no config": (lambda f: (f / "config.json").unlink(), "expected the config"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "expected the config"),
+    "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "expected the config"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected the config"),
+    "config of a diffusers model": (
+        lambda f: (f / "config.json").write_text('{"_class_name": "UNet2DModel"}'),
+        "expected the config",
+    ),
+    "another version": (lambda f: spoil_config(f, format_version=2), "expected the config"),
+    "an unknown field": (lambda f: spoil_config(f, depth=3), "expected the config"),
+    "a wrong count": (lambda f: spoil_config(f, classes=0), "expected the config"),
+    "channels are no list": (lambda f: spoil_config(f, channels=5), "expected the config"),
+    "config of other channels": (lambda f: spoil_config(f, channels=[4, 6, 9]), "tensors differ"),
+    "config of more blocks": (lambda f: spoil_config(f, channels=[4, 6, 8, 8]), "got none"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "expected a weights file"),
+    "weights cut short": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+        "expected a weights file",
+    ),
+    "weights are a pickle": (
+        lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"head.bias": [0.0]})),
+        "expected a weights file",
+    ),
+    "NaN in the weights": (lambda f: spoil_weights(f, **{"head.bias": torch.full((3,), torch.nan)}), "expected finite"),
+    "a tensor too many": (lambda f: spoil_weights(f, extra=torch.zeros(1)), "expected extra of shape none"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_with_its_path(tmp_path: Path, damage: str) -> None:
+    spoil, message = DAMAGES[damage]
+    save_classifier(trained(), tmp_path)
+    load_classifier(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(FormatError, match=message) as caught:
+        load_classifier(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6], ids=["NaN", "too large for float16"])
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path: Path, value: float) -> None:
+    model = trained()
+    save_classifier(model, tmp_path)
+    good = (tmp_path / "model.safetensors").read_bytes()
+    nn.init.constant_(model.head.bias, value)
+    with pytest.raises(FormatError, match=r"NaN or infinity in head\.bias"):
+        save_classifier(model, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == good
 
 
 def model(**settings: int) -> Classifier:
@@ -77,15 +253,3 @@ def test_a_saved_one_is_named_after_its_folder_and_its_weights(tmp_path: Path) -
     assert (extractor.name, extractor.dimension) == (f"birds-{digits}", 5)
     with pytest.raises(FormatError, match="classifier folder"):
         ClassifierFeatures.load(tmp_path)
-
-
-def test_mistakes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="expected a name"):
-        ClassifierFeatures(model(), "")
-    extractor = ClassifierFeatures(model(), "test")
-    with pytest.raises(ConfigError, match="test: expected uint8 images"):
-        extractor(torch.zeros(1, 12, 12, 1))
-    with pytest.raises(ConfigError, match=r"float images \(N, 1, H, W\)"):
-        extractor(noise(0, 1, 12, 12, 3))
-    with pytest.raises(ConfigError, match="at least 4 pixels"):
-        extractor(noise(0, 1, 3, 12, 1))

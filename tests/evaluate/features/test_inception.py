@@ -1,7 +1,8 @@
-"""Inception-v3: the public layout, its arithmetic against a network written apart, images, and wrong files."""
+"""Inception-v3: the public layout, its arithmetic against a network written apart, pixels, and wrong files."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception
-from modiff.evaluate.features.inception_network import Block, InceptionNetwork, Unit
-from modiff.evaluate.features.tensorflow_resize import tensorflow_resize
+from modiff.errors import FormatError
+from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception, ScriptedInception, tensorflow_resize
+from modiff.evaluate.features.network import Block, InceptionNetwork, Unit
 from tests.evaluate.features import inception_weights
 from tests.evaluate.features.images import noise
+from tests.reference import metrics as reference
 from tests.reference.inception import Inception as Reference
 
 WEIGHTS = inception_weights.drawn()
@@ -109,9 +110,9 @@ def test_the_name_carries_the_file_and_a_note_says_that_it_is_not_the_public_one
     assert extractor.name == f"inception-v3:{extractor.fingerprint}:tensorflow"
     assert "not byte for byte the public one" in extractor.note
     assert extractor.note.endswith("Images are resized as by TensorFlow 1 and scaled by (x - 128) / 128.")
-    extractor.fingerprint, kept = PUBLIC_SHA256, extractor.fingerprint
+    digits, extractor.fingerprint = extractor.fingerprint, PUBLIC_SHA256
     assert extractor.note.startswith("Inception-v3, the public weights file. Images are resized as by TensorFlow 1")
-    extractor.fingerprint = kept
+    extractor.fingerprint = digits
 
 
 def test_a_torch_file_with_counters_and_half_precision_is_the_same_network(tmp_path: Path) -> None:
@@ -140,12 +141,12 @@ IMAGENET = {"fc__weight": torch.zeros(1000, 2048), "fc__bias": torch.zeros(1000)
     [
         (
             changed(**IMAGENET),
-            r"of shape \(1008, 2048\), got \(1000, 2048\) \(2 tensors differ\)\. These are ImageNet",
+            r"fc.bias of shape \(1008,\), got \(1000,\) \(2 tensors differ\)",
         ),
         (changed(Mixed_6a__branch3x3__conv__weight=None), "Mixed_6a.branch3x3.conv.weight of shape .*, got none"),
         (changed(AuxLogits__fc__weight=torch.zeros(2)), r"AuxLogits.fc.weight of shape none, got \(2,\)"),
         (changed(fc__bias=torch.full((1008,), torch.nan)), "NaN or infinity in fc.bias"),
-        ({}, r"got none \(472 tensors differ\). It is another network"),
+        ({}, r"got none \(472 tensors differ\). The weights are those of another network"),
         ({"model": 3}, "a state dict, names and tensors, got dict"),
         ([1, 2], "a state dict, names and tensors, got list"),
     ],
@@ -172,12 +173,94 @@ def test_a_missing_damaged_or_dangerous_file_is_refused(tmp_path: Path, capsys: 
     (tmp_path / "text.safetensors").write_text("not weights")
     torch.save({"a": Sneaky()}, tmp_path / "sneaky.pth")
     for name in ("none.pth", "text.pth", "text.safetensors", "sneaky.pth"):
-        with pytest.raises(FormatError, match=f"{name}: expected a state dict of Inception-v3, got ") as caught:
+        with pytest.raises(FormatError, match=f"{name}: expected a weights file, got ") as caught:
             Inception(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_another_convention_is_refused_before_the_file_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="got 'clean'"):
-        Inception(tmp_path / "none.pth", convention="clean")  # type: ignore[arg-type]
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 13), (9, 8, 4), (6, 6, 6), (1, 3, 5)])
+def test_it_agrees_with_a_pixel_at_a_time(height: int, width: int, size: int) -> None:
+    image = torch.rand(height, width, dtype=torch.float64)
+    expected = reference.tensorflow_resize(image.numpy(), size)
+    found = tensorflow_resize(image[None, None], size)[0, 0]
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_it_starts_at_the_first_pixel_and_repeats_the_last_one() -> None:
+    row = tensorflow_resize(torch.arange(4.0).expand(1, 1, 4, 4), 16)[0, 0, 0]
+    assert row.tolist() == [*(i / 4 for i in range(13)), 3, 3, 3]  # torch's would be centred: 0, 0, 1/8, ...
+
+
+class Public(nn.Module):
+    """The signature of the public export on a network of two numbers."""
+
+    def __init__(self, features: int = 2048, scale: float = 1.0) -> None:
+        super().__init__()
+        self.layers = nn.Linear(3, features)
+        self.output = nn.Linear(features, 1008)
+        self.scale = scale
+
+    def forward(
+        self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
+    ) -> Tensor:
+        x = self.layers(img.to(torch.float32).mean(dim=[2, 3]) / 128 - 1)
+        if return_features:
+            return x
+        logits = torch.matmul(x, self.output.weight.t())
+        if not no_output_bias:
+            logits = logits + 10 * self.output.bias
+        return logits.softmax(dim=1) * self.scale
+
+
+class Plain(nn.Module):
+    """A network without the arguments."""
+
+    def forward(self, img: Tensor) -> Tensor:
+        return img.to(torch.float32)
+
+
+def scripted(module: nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(module).save(str(path))
+    return path
+
+
+def test_features_are_the_programs_own_without_the_bias_of_the_logits(tmp_path: Path) -> None:
+    network = Public()
+    extractor = ScriptedInception(scripted(network, tmp_path / "net.pt"))
+    images = noise(0, 3, 9, 7, 3)
+    found = extractor(images)
+    planes = images.permute(0, 3, 1, 2)
+    torch.testing.assert_close(found.pooled, network(planes, return_features=True).detach())
+    torch.testing.assert_close(found.probabilities, network(planes, no_output_bias=True).detach())
+    assert found.spatial is None
+    assert (extractor.dimension, len(extractor.fingerprint)) == (2048, 8)
+    assert extractor.name == f"inception-v3:{extractor.fingerprint}:torchscript"
+    assert f"TorchScript file of sha256 {extractor.fingerprint}" in extractor.note
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Plain(), "with return_features and no_output_bias, got "),
+        (Public(features=64), r"got \(1, 64\) and \(1, 1008\)"),
+        (Public(scale=2.0), "with a sum of 2"),
+    ],
+)
+def test_another_program_is_refused(tmp_path: Path, module: nn.Module, message: str) -> None:
+    with pytest.raises(FormatError, match=message) as caught:
+        ScriptedInception(scripted(module, tmp_path / "net.pt"))
+    assert "\n" not in str(caught.value)
+    assert "inception-2015-12-05.pt" in str(caught.value)
+
+
+def test_each_kind_of_file_points_to_the_class_that_opens_it(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "state.pth")
+    for name in ("state.pth", "none.pt"):
+        with pytest.raises(FormatError, match=r"expected a TorchScript program for uint8 images .* got ") as caught:
+            ScriptedInception(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FormatError, match=r"got a TorchScript file, .* Open it with ScriptedInception"):
+        Inception(scripted(Public(), tmp_path / "net.pt"))

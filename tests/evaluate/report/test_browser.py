@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from modiff.evaluate.classifier import Classifier
-from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures
 from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.report.write import write_report
-from modiff.evaluate.suite import run_suite
-from modiff.evaluate.suite_images import PipelineSource
-from modiff.evaluate.suite_layers import layer_errors, watched_plan
-from modiff.evaluate.suite_plans import Preset
+from modiff.evaluate.suite.images import PipelineSource
+from modiff.evaluate.suite.plans import Preset
+from modiff.evaluate.suite.run import layer_errors, run_suite, watched_plan
 from tests.browser import Browser, chromium, keep_screenshot
 from tests.evaluate.report.documents import NASTY, document
 from tests.pixels import pixel_pipeline

@@ -11,9 +11,9 @@ from modiff.evaluate.report import charts
 from modiff.evaluate.report.charts import STEPS
 from modiff.evaluate.report.document import Code, Document, Figure, Section, Table
 from modiff.evaluate.report.sections import _point, suite_document
-from modiff.evaluate.suite import Suite, run_suite
-from modiff.evaluate.suite_plans import Preset, plans_of
-from tests.evaluate.suite_fakes import FakeExtractor, FakeSource
+from modiff.evaluate.suite.plans import Preset, plans_of
+from modiff.evaluate.suite.run import Suite, run_suite
+from tests.evaluate.suite.fakes import FakeExtractor, FakeSource
 
 CHOSEN = Preset(num_images=10, steps=8, configs=("plain:8:4", "modulated:8:4"), fewer=(2, 4))
 COMMAND = ["modiff", "evaluate", "my model"]

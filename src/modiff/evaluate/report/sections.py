@@ -9,9 +9,9 @@ from modiff.evaluate.layer_errors import LayerTrace
 from modiff.evaluate.report.charts import STEPS, Point, layer_map, pareto
 from modiff.evaluate.report.document import Block, Cell, Code, Column, Document, Section, Table
 from modiff.evaluate.report.pictures import image_figures
-from modiff.evaluate.suite import Row, Suite
-from modiff.evaluate.suite_metrics import DATA, FULL, Measurement
-from modiff.evaluate.suite_plans import Plan
+from modiff.evaluate.suite.judge import DATA, FULL, Measurement
+from modiff.evaluate.suite.plans import Plan
+from modiff.evaluate.suite.run import Row, Suite
 from modiff.generate.environment import Environment
 
 COSTS = ("gbops", "state_mib", "seconds")

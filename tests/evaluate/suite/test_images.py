@@ -1,21 +1,26 @@
-"""A pipeline as the source of images: those of diffusers alone, the same in any batch, and a model left as it was."""
+"""Images of a pipeline: those of diffusers, in any batch, the model left as it was; and real images from files."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import modiff
 from modiff import presets
-from modiff.errors import ConfigError
+from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.cost import measure_cost
-from modiff.evaluate.suite_images import PipelineSource, to_codes
-from modiff.evaluate.suite_plans import Plan
+from modiff.evaluate.suite import images as module
+from modiff.evaluate.suite.images import PipelineSource, read_reference, reference_digest, to_codes
+from modiff.evaluate.suite.plans import Plan
 from modiff.generate.conditions import Conditions
+from modiff.generate.shards import Manifest, write_shard
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators
 from modiff.model.trajectory import state_bytes
@@ -143,16 +148,6 @@ def test_a_conditional_pipeline_draws_each_image_of_its_own_class_or_prompt(name
     )
 
 
-def test_many_prompts_are_told_by_their_number_and_a_digest() -> None:
-    many = Conditions(prompts=tuple(f"prompt number {i}" for i in range(50)))
-    pipe = HOSTS["sd"].build()
-    pipe.set_progress_bar_config(disable=True)
-    first = PipelineSource(pipe, conditions=many).settings["prompts"]
-    assert first.startswith("50, sha256 ")
-    turned = Conditions(prompts=many.prompts[1:] + many.prompts[:1])
-    assert PipelineSource(pipe, conditions=turned).settings["prompts"] != first
-
-
 def test_a_pipeline_with_a_prompt_and_too_many_steps_are_refused() -> None:
     class Prompted(type(pixel_pipeline())):  # type: ignore[misc]
         def __call__(self, prompt: str, batch_size: int = 1) -> Any:
@@ -175,3 +170,113 @@ def test_pixels_are_rounded_to_nearest_clipped_and_those_that_are_not_finite_cou
     codes, broken = to_codes(images.reshape(3, 2, 2, 1))
     assert codes.reshape(3, 4).tolist() == [[0, 255, 128, 1], [0, 255, 2, 255], [0, 255, 255, 0]]
     assert broken == 1
+
+
+IMAGES = np.arange(12 * 4 * 5 * 3, dtype=np.uint32).reshape(12, 4, 5, 3).astype(np.uint8)
+ODD = np.zeros((1, 2, 2, 1), np.uint8)
+
+
+def npz(folder: Path) -> Path:
+    np.savez(folder / "a.npz", labels=np.arange(12), arr_0=IMAGES)
+    return folder / "a.npz"
+
+
+def npz_by_another_name(folder: Path) -> Path:
+    np.savez(folder / "a.npz", images=IMAGES, labels=np.arange(12))
+    return folder / "a.npz"
+
+
+def npy(folder: Path) -> Path:
+    np.save(folder / "a.npy", IMAGES)
+    return folder / "a.npy"
+
+
+def arrays(folder: Path) -> Path:
+    for name, part in (("part2", IMAGES[5:9]), ("part10", IMAGES[9:]), ("part1", IMAGES[:5])):
+        np.save(folder / f"{name}.npy", part)
+    Image.fromarray(IMAGES[0]).save(folder / "preview.png")
+    return folder
+
+
+def pictures(folder: Path) -> Path:
+    for i in reversed(range(12)):
+        Image.fromarray(IMAGES[i]).save(folder / f"{i}.png")
+    (folder / "labels.txt").write_text("")
+    return folder
+
+
+def generated(folder: Path) -> Path:
+    manifest = Manifest(model="m", request={}, num_images=12, shape=(4, 5, 3), batch_size=4, shard_size=8)
+    for first in (0, 8):
+        shard = write_shard(folder, manifest, first, IMAGES[first : first + 8], {})
+        manifest = manifest.with_shard(shard)
+    manifest.save(folder)
+    return folder
+
+
+KINDS = (npz, npz_by_another_name, npy, arrays, pictures, generated)
+
+
+@pytest.mark.parametrize("write", KINDS, ids=lambda kind: kind.__name__)
+def test_every_kind_gives_all_images_in_order(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 5)
+    parts = list(read_reference(write(tmp_path)))
+    assert np.array_equal(np.concatenate(parts), IMAGES)
+    assert max(map(len, parts)) <= 8
+
+
+def test_grey_images_get_their_channel(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", IMAGES[..., 0])
+    assert np.array_equal(next(read_reference(tmp_path / "a.npy")), IMAGES[..., :1])
+    Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / "a.png")
+    assert np.array_equal(next(read_reference(tmp_path / "a.png")), IMAGES[:1, ..., :1])
+
+
+@pytest.mark.parametrize("write", KINDS, ids=lambda kind: kind.__name__)
+def test_the_digest_is_that_of_the_content(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = write(tmp_path)
+    before = reference_digest(path)
+    assert reference_digest(path) == before
+    changed = next(f for f in sorted(tmp_path.iterdir()) if f.suffix in (".npz", ".npy", ".png", ".json"))
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    assert reference_digest(path) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [("float", IMAGES / 255), ("flat", IMAGES.reshape(12, -1)), ("empty", IMAGES[:0])],
+)
+def test_arrays_that_are_no_images_are_named(name: str, array: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / f"{name}.npy", array)
+    with pytest.raises(FormatError, match=rf"{name}\.npy: expected uint8 images \(N, H, W, C\), got"):
+        list(read_reference(tmp_path / f"{name}.npy"))
+
+
+def test_nothing_there_an_empty_folder_and_a_damaged_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="got nothing there"):
+        list(read_reference(tmp_path / "absent"))
+    with pytest.raises(FormatError, match="got a folder without any"):
+        list(read_reference(tmp_path))
+    (tmp_path / "a.npz").write_bytes(b"PK\x03\x04nothing")
+    with pytest.raises(FormatError, match=r"a\.npz: expected images, got"):
+        list(read_reference(tmp_path / "a.npz"))
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    with pytest.raises(FormatError, match=r"b\.png: expected images, got UnidentifiedImageError"):
+        list(read_reference(tmp_path / "b.png"))
+
+
+def test_images_of_two_sizes_are_an_error(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", IMAGES)
+    np.save(tmp_path / "b.npy", ODD)
+    with pytest.raises(FormatError, match=r"b\.npy: expected images of 4 x 5 x 3 like those before, got 2 x 2 x 1"):
+        list(read_reference(tmp_path))
+
+
+def test_objects_are_not_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([{"any": "object"}], dtype=object), allow_pickle=True)
+    with pytest.raises(FormatError, match=r"a\.npy: expected images, got ValueError"):
+        list(read_reference(tmp_path / "a.npy"))

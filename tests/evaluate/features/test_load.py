@@ -1,17 +1,20 @@
-"""Extractors by name: the package's own, a folder, a file; and a word on anything else."""
+"""Extractors by name, and names of results: FID only with Inception."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from modiff.errors import FormatError
-from modiff.evaluate import suite_extractor as module
-from modiff.evaluate.classifier import Classifier, save_classifier
-from modiff.evaluate.suite_extractor import load_extractor
+from modiff.evaluate.features import load as module
+from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures, save_classifier
+from modiff.evaluate.features.inception import Inception, ScriptedInception
+from modiff.evaluate.features.load import Metric, load_extractor, result_name
+from tests.evaluate.features.test_inception import Public, scripted
 
 
 def test_the_packages_own_and_a_folder_of_ones_own(tmp_path: Path) -> None:
@@ -52,3 +55,28 @@ def test_anything_else_is_named(tmp_path: Path) -> None:
         load_extractor("inception")
     with pytest.raises(FormatError, match=r"config\.json"):
         load_extractor(str(tmp_path))
+
+
+PUBLISHED = ["FID", "sFID", "KID", "IS", "FID2FP32"]
+
+
+def test_other_extractors_never_lend_the_published_names() -> None:
+    names = [result_name(metric, ClassifierFeatures.embedded()) for metric in get_args(Metric)]
+    heads = ["FD", "sFD", "KD", "score", "FD2FP32", "precision", "recall"]
+    assert names == [f"{head}(fashion-mnist-classifier)" for head in heads]
+    assert not set(names) & set(PUBLISHED)
+
+
+def test_both_forms_of_inception_give_the_published_names(tmp_path: Path, inception_file: Path) -> None:
+    for extractor in (Inception(inception_file), ScriptedInception(scripted(Public(), tmp_path / "net.pt"))):
+        names = [result_name(metric, extractor) for metric in get_args(Metric)]
+        assert names == [*PUBLISHED, f"precision({extractor.name})", f"recall({extractor.name})"]
+
+
+def test_an_extractor_that_calls_itself_inception_is_not_believed() -> None:
+    class Impostor(ClassifierFeatures):
+        pass
+
+    impostor = Impostor(ClassifierFeatures.embedded()._model, "inception-v3")
+    assert result_name("frechet_distance", impostor) == "FD(inception-v3)"
+    assert torch.is_tensor(impostor(torch.zeros(1, 28, 28, 1, dtype=torch.uint8)).pooled)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from modiff.evaluate import suite_metrics as module
-from modiff.evaluate.features.scripted_inception import ScriptedInception
+from modiff.evaluate.features.inception import ScriptedInception
 from modiff.evaluate.metrics.frechet import Moments, frechet_distance, frechet_interval
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
-from modiff.evaluate.suite_metrics import ImageSet, Judge, Measurement, gather
-from modiff.evaluate.suite_store import Batch
-from tests.evaluate.features.test_scripted_inception import Public, scripted
-from tests.evaluate.suite_fakes import FakeExtractor
+from modiff.evaluate.suite import judge as module
+from modiff.evaluate.suite.judge import ImageSet, Judge, Measurement, gather
+from modiff.evaluate.suite.store import Batch
+from tests.evaluate.features.test_inception import Public, scripted
+from tests.evaluate.suite.fakes import FakeExtractor
 
 N, RESAMPLES = 24, 20
 EXTRACTOR = FakeExtractor()

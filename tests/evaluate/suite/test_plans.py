@@ -10,7 +10,7 @@ import pytest
 from modiff import presets
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.suite_plans import PRESETS, Plan, Preset, plans_of, preset
+from modiff.evaluate.suite.plans import PRESETS, Plan, Preset, plans_of, preset
 
 
 def names(chosen: Preset) -> list[tuple[str, int, str]]:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modiff.evaluate.features.protocol import Features
-from modiff.evaluate.suite_images import Drawn, Session
-from modiff.evaluate.suite_plans import Plan
+from modiff.evaluate.features.extractor import Features
+from modiff.evaluate.suite.images import Drawn, Session
+from modiff.evaluate.suite.plans import Plan
 
 SHAPE = (12, 12, 1)
 

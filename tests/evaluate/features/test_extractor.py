@@ -1,14 +1,16 @@
-"""Features of a set: in order, whatever the batches are."""
+"""Images as extractors take them, features of a set in order, and weights files that are checked."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from modiff.errors import ConfigError
-from modiff.evaluate.features.extract import extract
-from modiff.evaluate.features.protocol import Features
+from modiff.evaluate.features.extractor import Features, check_images, extract
 from tests.evaluate.features.images import noise
 
 
@@ -48,3 +50,18 @@ def test_what_the_extractor_does_not_give_is_none() -> None:
 def test_no_images_are_an_error() -> None:
     with pytest.raises(ConfigError, match="extract: expected images, got none"):
         extract(Recorder(), [])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 4, 5, 3), np.uint8), r"here: expected a tensor of uint8 images \(N, H, W, 1 or 3\), got ndarray"),
+        (torch.zeros(1, 4, 5, 3), "torch.float32"),
+        (torch.zeros(1, 3, 4, 5, dtype=torch.uint8), r"got \(1, 3, 4, 5\)"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8), r"got \(4, 5, 3\)"),
+        (torch.zeros(0, 4, 5, 3, dtype=torch.uint8), r"got \(0, 4, 5, 3\)"),
+    ],
+)
+def test_anything_else_is_refused(images: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_images(images, "here")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from modiff import presets
+from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.classifier import Classifier
-from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.report.sections import suite_document
-from modiff.evaluate.suite import Row, Suite, run_suite
-from modiff.evaluate.suite_images import PipelineSource
-from modiff.evaluate.suite_plans import Preset, plans_of
-from tests.evaluate.suite_fakes import FakeExtractor, FakeSource
+from modiff.evaluate.suite.images import PipelineSource
+from modiff.evaluate.suite.judge import Measurement
+from modiff.evaluate.suite.plans import Plan, Preset, plans_of
+from modiff.evaluate.suite.run import Row, Suite, layer_errors, run_suite, text_table, watched_plan
+from tests.evaluate.suite.fakes import FakeExtractor, FakeSource
 from tests.pixels import pixel_pipeline
 
 CHOSEN = Preset(num_images=10, steps=4, configs=("plain:8:4", "modulated:8:4"))
@@ -71,7 +75,7 @@ def test_a_run_stopped_at_any_batch_ends_as_one_that_was_not(after: int, tmp_pat
 
 
 def test_a_stop_between_metrics_keeps_the_rows_that_were_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modiff.evaluate.suite_metrics import Judge
+    from modiff.evaluate.suite.judge import Judge
 
     measured, real = [], Judge.measure
 
@@ -216,3 +220,62 @@ def test_a_real_pipeline_ends_with_small_errors_for_modulation_and_larger_for_fe
     assert error["modulated W8A4"] < error["plain W8A4"] < error["half the steps"]
     assert values(suite.rows[3])["state_mib"] > 0 == values(suite.rows[2])["state_mib"]
     assert values(suite.rows[1])["gbops"] * 2 == values(suite.rows[0])["gbops"]
+
+
+def static(config: ModiffConfig) -> ModiffConfig:
+    activation = dataclasses.replace(config.layer.activation, dynamic=False, granularity="tensor")
+    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, activation=activation))
+
+
+FULL = Plan(name="full", steps=4)
+PLAIN = Plan(name="plain", steps=4, config=presets.plain(8, 4))
+MODULATED = Plan(name="modulated", steps=4, config=presets.modulated(8, 4))
+STATIC = Plan(name="static", steps=4, config=static(presets.modulated(8, 4)))
+
+
+def test_the_last_modulated_configuration_with_dynamic_scales_is_shown() -> None:
+    assert watched_plan([FULL, MODULATED, PLAIN, STATIC]) == MODULATED
+    assert watched_plan([FULL, PLAIN, STATIC]) == PLAIN
+    assert watched_plan([FULL, STATIC]) is None
+
+
+def test_a_static_override_counts_as_static() -> None:
+    config = dataclasses.replace(presets.w8a4(), overrides=(("*conv*", static(presets.w8a4()).layer),))
+    assert watched_plan([Plan(name="mixed", steps=4, config=config)]) is None
+
+
+def test_every_layer_has_its_error_at_every_step() -> None:
+    source = PipelineSource(pixel_pipeline())
+    unet = source.pipe.unet
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    traces = layer_errors(source, MODULATED, num_images=2)
+    assert len(traces) > 10
+    assert all([step["step"] for step in trace["steps"]] == [0, 1, 2, 3] for trace in traces)
+    assert max(step["output_relative_l2"] for trace in traces for step in trace["steps"]) > 0.001
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+    assert layer_errors(source, FULL) == []
+
+
+def measured(name: str, value: float | None, n: int = 500, extractor: str | None = None) -> Measurement:
+    return {"name": name, "label": name, "extractor": extractor, "value": value, "n": n, "low": None, "high": None,
+            "note": ""}  # fmt: skip
+
+
+def table_row(name: str, metrics: list[Measurement]) -> Row:
+    return Row(Plan(name=name, steps=50), 1.0, tuple(metrics))
+
+
+def test_the_table_as_it_is_printed() -> None:
+    rows = [
+        table_row("full precision", [measured("gbops", 1234.5, 1), measured("seconds", 61.26)]),
+        table_row("plain", [measured("gbops", 0.5, 1), measured("relative_l2", 0.1), measured("psnr_db", None),
+                       measured("fd_to_full_precision", 0.25, extractor="mine"), measured("unknown", 1.0)]),
+    ]  # fmt: skip
+    assert text_table(rows).splitlines()[:4] == [
+        "                steps  FD to full precision  rel. L2  PSNR dB  GBOPs  seconds",
+        "-----------------------------------------------------------------------------",
+        "full precision     50                     -        -        -   1234     61.3",
+        "plain              50                  0.25   0.1000        -    0.5        -",
+    ]
+    assert "mine features" in text_table(rows)
+    assert "all 500 images" in text_table(rows)

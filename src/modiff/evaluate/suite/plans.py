@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from modiff.checkpoint.named_config import FAMILIES, named_config
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 
 FULL_PRECISION = "full precision"
+STEPS = "steps"
+"""The family of the plans that quantize nothing and take fewer sampler steps."""
 SHARES = {2: "half the steps", 4: "a quarter of the steps", 5: "a fifth of the steps", 10: "a tenth of the steps"}
 
 
@@ -23,18 +24,20 @@ SHARES = {2: "half the steps", 4: "a quarter of the steps", 5: "a fifth of the s
 class Plan:
     """One configuration: a name, the sampler's steps, and what modiff applies (None: nothing).
 
-    family: what a chart gives one colour: "steps" for those without a config, "plain", "modulated", ...
+    family: what a chart gives one colour: STEPS for those without a config, "plain", "modulated", ...
     """
 
     name: str
     steps: int
     config: ModiffConfig | None = None
-    family: str = "steps"
+    family: str = STEPS
 
     @property
     def key(self) -> str:
         """A folder name for all that shapes the images of this plan: equal plans have equal ones, others do not."""
-        return f"{_slug(self.name)}-{_digest({'steps': self.steps, 'config': _values(self.config)})}"
+        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:40] or "config"
+        values = {"steps": self.steps, "config": None if self.config is None else self.config.to_dict()}
+        return f"{slug}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +69,15 @@ PRESETS = {
 
 def preset(name: str, *, num_images: int | None = None, steps: int | None = None,
            configs: Sequence[str] = ()) -> Preset:  # fmt: skip
-    """A preset by name, with what is given in the place of its own. Raises: ConfigError for an unknown name."""
+    """A preset by name, with the arguments in the place of its own. Raises: ConfigError for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}. Use --preset quick.")
-    found = PRESETS[name]
+    chosen = PRESETS[name]
     return dataclasses.replace(
-        found,
-        num_images=found.num_images if num_images is None else num_images,
-        steps=found.steps if steps is None else steps,
-        configs=tuple(configs) or found.configs,
+        chosen,
+        num_images=chosen.num_images if num_images is None else num_images,
+        steps=chosen.steps if steps is None else steps,
+        configs=tuple(configs) or chosen.configs,
     )
 
 
@@ -88,26 +91,27 @@ def plans_of(chosen: Preset) -> list[Plan]:
             f"--steps: expected 2 or more, got {chosen.steps}. Half of them are run as well, and what changes between "
             "steps is coded. Use --steps 50."
         )
-    found = [Plan(name=FULL_PRECISION, steps=chosen.steps)]
-    shares = sorted({2, *chosen.fewer})
-    found += [Plan(name=SHARES.get(n, f"1/{n} of the steps"), steps=chosen.steps // n) for n in shares
-              if chosen.steps // n]  # fmt: skip
-    found += [_named_plan(text, chosen.steps) for text in chosen.configs]
-    for i, plan in enumerate(found):
-        for other in found[:i]:
+    plans = [Plan(name=FULL_PRECISION, steps=chosen.steps)]
+    plans += [Plan(name=SHARES.get(n, f"1/{n} of the steps"), steps=chosen.steps // n)
+              for n in sorted({2, *chosen.fewer}) if chosen.steps // n]  # fmt: skip
+    plans += [_named_plan(text, chosen.steps) for text in chosen.configs]
+    for i, plan in enumerate(plans):
+        for other in plans[:i]:
             if plan.name == other.name or (plan.config is not None and plan.config == other.config):
                 raise ConfigError(
                     f"--configs: expected different configurations, got {plan.name} twice. Their rows would be equal "
                     "or could not be told apart. Leave one out, or rename its file."
                 )
-    return found
+    return plans
 
 
 def _named_plan(text: str, steps: int) -> Plan:
     config = named_config(text)
-    family = _family(config)
-    name = Path(text).stem if family is None or text.endswith(".json") else f"{family} {_widths(config)}"
-    if family is not None and config.layer.execution == "integer":
+    family, layer = _family(config), config.layer
+    name = f"{family} W{layer.weight.bits or 32}A{layer.activation.bits or 32}"
+    if family is None or text.endswith(".json"):
+        name = Path(text).stem
+    if family is not None and layer.execution == "integer":
         name += " on integers"
     return Plan(name=name, steps=steps, config=config, family=family or "config")
 
@@ -121,19 +125,3 @@ def _family(config: ModiffConfig) -> str | None:
         if config in (make(*bits), make(*bits).on_integers()):
             return name
     return None
-
-
-def _widths(config: ModiffConfig) -> str:
-    return f"W{config.layer.weight.bits or 32}A{config.layer.activation.bits or 32}"
-
-
-def _values(config: ModiffConfig | None) -> dict[str, Any] | None:
-    return None if config is None else config.to_dict()
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "config"
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,59 @@
+"""The extractor that a person names, and what its results may be called: FID and its kin only with Inception."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from modiff.errors import FormatError
+from modiff.evaluate.features.classifier import ClassifierFeatures
+from modiff.evaluate.features.extractor import FeatureExtractor
+from modiff.evaluate.features.inception import Inception, ScriptedInception, is_program
+
+EMBEDDED = "classifier"
+CLASSIFIERS = {EMBEDDED: "embedded", "cifar10-classifier": "cifar10"}
+"""The classifiers of the package: of which model's data each is."""
+
+Metric = Literal[
+    "frechet_distance", "spatial_frechet_distance", "kernel_distance", "inception_score", "to_full_precision",
+    "precision", "recall",
+]  # fmt: skip
+_NAMES: dict[Metric, tuple[str | None, str]] = {
+    "frechet_distance": ("FID", "FD"),
+    "spatial_frechet_distance": ("sFID", "sFD"),
+    "kernel_distance": ("KID", "KD"),
+    "inception_score": ("IS", "score"),
+    "to_full_precision": ("FID2FP32", "FD2FP32"),
+    "precision": (None, "precision"),
+    "recall": (None, "recall"),
+}
+"""Name with Inception, and without. Precision and recall are published with several networks, so they always say it."""
+
+
+def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
+    """The extractor that `text` names.
+
+    Args:
+        text: "classifier" (the Fashion-MNIST one of the package), "cifar10-classifier" (where the package has it), the
+            folder of another from `save_classifier`, or an Inception-v3 file: a state dict, or TorchScript.
+    Raises: FormatError if it is none of these.
+    """
+    if text in CLASSIFIERS:
+        return ClassifierFeatures.embedded(CLASSIFIERS[text], device=device)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return ClassifierFeatures.load(path, device=device)
+    if path.is_file():
+        return ScriptedInception(path, device=device) if is_program(path) else Inception(path, device=device)
+    raise FormatError(
+        f"{text}: expected '{EMBEDDED}', a classifier's folder or an Inception-v3 file, got nothing there. Distances "
+        f"are taken between features. Use --extractor {EMBEDDED}."
+    )
+
+
+def result_name(metric: Metric, extractor: FeatureExtractor) -> str:
+    """The name of a metric's result: "FID" with Inception, "FD(<extractor's name>)" with every other extractor."""
+    published, general = _NAMES[metric]
+    if published and isinstance(extractor, Inception | ScriptedInception):
+        return published
+    return f"{general}({extractor.name})"

@@ -1,0 +1,1 @@
+"""What `modiff evaluate` runs: every configuration on the same seeds, judged against full precision and real images."""

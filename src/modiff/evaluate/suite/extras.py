@@ -1,0 +1,224 @@
+"""Figures for which the extra `eval` is needed: LPIPS to full precision, and how well images fit their prompts."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+
+from modiff.errors import ConfigError, FormatError
+from modiff.evaluate.features.extractor import check_images, first_line
+from modiff.evaluate.metrics.bootstrap import bootstrap, small_sample_note
+from modiff.evaluate.metrics.paired import mean
+from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
+from modiff.generate.conditions import Conditions
+
+BATCH = 64
+EXTRAS = ("lpips", "clip")
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels CLIP was trained on, in [0, 1]."""
+
+
+class Extra(Protocol):
+    """A figure that is measured on demand. name: tells network and weights, so it shapes the result."""
+
+    name: str
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raise ConfigError if it cannot judge images (H, W, C)."""
+        ...
+
+    def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
+        """Its rows of a configuration; none where it has nothing to say."""
+        ...
+
+
+class Lpips:
+    """Mean LPIPS (Zhang et al. 2018, arXiv:1801.03924) of image i to image i of full precision.
+
+    By the package `lpips`, its version 0.1 and AlexNet, the authors' choice for judging images. It needs torchvision,
+    and downloads the network's weights at the first use.
+    Raises: ConfigError if lpips or torchvision is missing or does not load.
+    """
+
+    name = "LPIPS(alex)"
+
+    def __init__(self, *, device: str = "cpu") -> None:
+        optional_import("torchvision", "lpips")  # first: lpips's own error would hide the reason
+        self._device = device
+        self._model = optional_import("lpips", "lpips").LPIPS(net="alex", version="0.1", verbose=False)
+        self._model = self._model.to(device).eval()
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """At least 32 pixels a side, grey or colour."""
+        check_images(torch.zeros(1, *shape, dtype=torch.uint8), "lpips")
+        if min(shape[:2]) < 32:
+            raise ConfigError(
+                f"lpips: expected images of at least 32 pixels a side, got {shape}. The network halves them five "
+                "times. Leave lpips out: SSIM and PSNR are always there."
+            )
+
+    def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
+        """One row; none for full precision itself."""
+        if images is full or images.images is None or full.images is None:
+            return []
+        reference = torch.from_numpy(full.images)
+        values = _by_batch(images.images, lambda batch, indices: self.distances(batch, reference[indices]))
+        return [_mean_row("lpips", self.name, values, resamples, "Image i of both from seed i.")]
+
+    @torch.no_grad()
+    def distances(self, images: Tensor, reference: Tensor) -> Tensor:
+        """Of each pair of uint8 images (N, H, W, C), float32 (N,); grey ones are repeated to three channels."""
+        first, second = (_planes(each.to(self._device)) / 127.5 - 1 for each in (images, reference))
+        return self._model(first, second).flatten().float().cpu()
+
+
+class Clip:
+    """Mean of 100 max(cos(image, prompt), 0) over images and the prompts that they were drawn of (arXiv:2104.08718).
+
+    By the package transformers, without torchvision: images are resized here, the shorter side to the model's (bicubic
+    with antialiasing, clamped and rounded to bytes), cut to the centre square, and normalised with CLIP's mean and std.
+    Prompts longer than the model's 77 tokens are cut.
+
+    Args:
+        folder: a local CLIP model with its tokenizer, as transformers saves them; nothing is downloaded.
+        conditions: with the prompts.
+    Raises: ConfigError if transformers is missing or does not load; FormatError if the folder holds no CLIP model.
+    """
+
+    def __init__(self, folder: Path, conditions: Conditions, *, device: str = "cpu") -> None:
+        transformers = optional_import("transformers", "clip")
+        try:
+            if not (folder / "config.json").is_file():
+                raise FileNotFoundError("no config.json")
+            self._model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise FormatError(
+                f"{folder}: expected a CLIP model and its tokenizer, got {first_line(error)}. Files are missing, "
+                "damaged or of another model, and nothing is downloaded. Download openai/clip-vit-base-patch16 once, "
+                "with model.safetensors, and give its folder."
+            ) from error
+        self.name = f"CLIP score({folder.resolve().name})"
+        self._conditions, self._device = conditions, device
+        self._model = self._model.to(device).eval()
+        self._side = int(self._model.config.vision_config.image_size)
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Grey or colour images."""
+        check_images(torch.zeros(1, *shape, dtype=torch.uint8), "clip")
+
+    def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
+        """One row, for full precision too: what its score is the others are to be compared with."""
+        if images.images is None:
+            return []
+
+        def scores(batch: Tensor, indices: slice) -> Tensor:
+            prompts = self._conditions.prompts_of(range(indices.start, indices.start + len(batch))) or []
+            return self.scores(batch, prompts)
+
+        note = "Of each image and its own prompt. No error: compare with full precision's."
+        return [_mean_row("clip_score", self.name, _by_batch(images.images, scores), resamples, note)]
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of each uint8 image (N, H, W, C) and its prompt, float32 (N,), 0 to 100."""
+        length = int(self._model.config.text_config.max_position_embeddings)
+        tokens = self._tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self._device)
+        output = self._model(pixel_values=self._pixels(images), **tokens)
+        cosine = functional.cosine_similarity(output.image_embeds, output.text_embeds)
+        return (100 * cosine.clamp_min(0)).float().cpu()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """(N, 3, side, side), normalised."""
+        planes = _planes(images.to(self._device))
+        height, width = planes.shape[2:]
+        short = min(height, width)
+        size = (height * self._side // short, width * self._side // short)
+        resized = functional.interpolate(planes, size=size, mode="bicubic", antialias=True, align_corners=False)
+        top, left = (size[0] - self._side) // 2, (size[1] - self._side) // 2
+        square = resized[:, :, top : top + self._side, left : left + self._side].clamp(0, 255).round() / 255
+        center, spread = (torch.tensor(values, device=self._device).view(1, 3, 1, 1) for values in (MEAN, STD))
+        return (square - center) / spread
+
+
+def load_extras(text: str | None, *, clip: Path | None, conditions: Conditions, device: str = "cpu") -> list[Extra]:
+    """The figures that `text` names: lpips and clip, between commas; none for None.
+
+    Args:
+        clip: the folder of a CLIP model, for clip.
+        conditions: with the prompts that the images are drawn of, for clip.
+    Raises: ConfigError for another name, a name twice, packages that are missing, clip without its folder or without
+        prompts, or a folder without clip; FormatError if the folder holds no CLIP model.
+    """
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if any(name not in EXTRAS or names.count(name) > 1 for name in names):
+        raise ConfigError(
+            f"--metrics: expected {' or '.join(EXTRAS)}, or both between commas, got {text!r}. All other figures are "
+            "always there. Use --metrics lpips."
+        )
+    if "clip" in names and not conditions.prompts:
+        raise ConfigError(
+            "--metrics clip: expected prompts, got none. It compares an image with the prompt that it was drawn of. "
+            "Give --prompts FILE with a model that takes text, or leave clip out."
+        )
+    if ("clip" in names) != (clip is not None):
+        raise ConfigError(
+            f"--clip: expected the folder of a CLIP model together with --metrics clip, got "
+            f"{'--metrics clip alone' if clip is None else f'{clip} without it'}. Nothing is downloaded. "
+            "Use --metrics clip --clip DIR."
+        )
+    make: dict[str, Callable[[], Extra]] = {
+        "lpips": lambda: Lpips(device=device),
+        "clip": lambda: Clip(clip or Path(), conditions, device=device),
+    }
+    return [make[name]() for name in names]
+
+
+def optional_import(package: str, where: str) -> ModuleType:
+    """The module `package` of the extra `eval`.
+
+    Raises: ConfigError if it is not installed, or installed and broken. The known case of the latter is a torchvision
+    built for another torch, which raises `operator torchvision::nms does not exist` and takes down what imports it.
+
+    >>> optional_import("json", "here").__name__
+    'json'
+    """
+    try:
+        return importlib.import_module(package)
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = first_line(error)
+        advice = "Type: pip install 'modiff[eval]'."
+        if "torchvision" in reason:
+            advice = "Install torchvision of torch's own build: from the same package index, in one command with torch."
+        raise ConfigError(
+            f"{where}: expected the package {package} to load, got {reason}. It is missing, broken or built for "
+            f"another torch; modiff needs it for nothing else. {advice}"
+        ) from error
+
+
+def _planes(images: Tensor) -> Tensor:
+    """uint8 (N, H, W, C) to float (N, 3, H, W) in [0, 255]."""
+    return images.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
+
+
+def _by_batch(images: np.ndarray, one: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """A number for each image, float64 (N,)."""
+    batches = (slice(first, first + BATCH) for first in range(0, len(images), BATCH))
+    return torch.cat([one(torch.from_numpy(images[batch]), batch) for batch in batches]).double()
+
+
+def _mean_row(name: str, label: str, values: Tensor, resamples: int, note: str) -> Measurement:
+    interval = bootstrap(mean, [values], resamples=resamples)
+    return measurement(name, label, label, interval["estimate"], len(values), interval,
+                       note, small_sample_note("mean", len(values)))  # fmt: skip

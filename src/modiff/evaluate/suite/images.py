@@ -1,0 +1,276 @@
+"""Where the suite's images come from: a pipeline in this process, any other source, and files of real images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from modiff.api import apply, calibrate, remove
+from modiff.errors import ConfigError, FormatError
+from modiff.evaluate.demo import TUNING_SEED, measure_step
+from modiff.evaluate.suite.plans import Plan
+from modiff.evaluate.trajectory_gbops import trajectory_gbops
+from modiff.evaluate.watch import has_static_scales
+from modiff.generate.conditions import Conditions
+from modiff.generate.digest import digest, settings
+from modiff.generate.samplers import set_scheduler
+from modiff.generate.shards import MANIFEST, read_images, to_uint8
+from modiff.hosts.diffusers import denoisers
+from modiff.hosts.inputs import call_inputs
+from modiff.hosts.noise import noise_generators
+from modiff.model.observe import observe
+from modiff.model.trajectory import state_bytes
+
+CALIBRATION_IMAGES = 8
+CHUNK = 500
+"""Real images at a time."""
+NOTHING = Conditions()
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+class Drawn(NamedTuple):
+    """A batch: images uint8 (N, H, W, C), wall time, state bytes at the trajectory's end, and how many images held
+    pixels that are not finite (they count as black)."""
+
+    images: np.ndarray
+    seconds: float
+    state_bytes: int
+    broken: int
+
+
+@dataclass(frozen=True)
+class Session:
+    """A configuration that is ready: `draw` gives the images of sample indices; gbops of one image, all steps."""
+
+    draw: Callable[[Sequence[int]], Drawn]
+    gbops: float
+
+
+class ImageSource(Protocol):
+    """Something that draws images; image i is the same whatever else is drawn with it, up to float rounding.
+
+    settings: all that shapes the images except the plan, as plain JSON values. shape: (H, W, C) of an image.
+    """
+
+    settings: dict[str, Any]
+    shape: tuple[int, int, int]
+
+    def open(self, plan: Plan, evaluated: Callable[[], object]) -> AbstractContextManager[Session]:
+        """Make a configuration ready, and undo it at the end; `evaluated` is to be called after each network call."""
+        ...
+
+
+class PipelineSource:
+    """A pipeline in this process; image i comes from the noise of seed + i, and of its prompt or class.
+
+    Its layers are as before whenever no session is open. Cost: two steps of one image, to count its operations and
+    learn its shape.
+    Args:
+        conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
+    Raises: ConfigError for a pipeline that needs other inputs, or does not take these conditions.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, *, sampler: str = "ddim", seed: int = 0, conditions: Conditions = NOTHING
+    ) -> None:
+        _check_inputs(pipe, conditions)
+        self.pipe, self.seed, self.conditions = set_scheduler(pipe, sampler), seed, conditions
+        self.cost = measure_step(self.pipe, lambda: self.run(1, [0]))
+        self.shape: tuple[int, int, int] = self._draw(1, [0], {}).images.shape[1:]
+        networks = denoisers(self.pipe)
+        self.settings: dict[str, Any] = {
+            "pipeline": type(self.pipe).__name__,
+            "model": digest(self.pipe),
+            "schedule": settings(self.pipe.scheduler),
+            "device": str(next(p.device for m in networks.values() for p in m.parameters())),
+            "sampler": sampler,
+            "seed": seed,
+            "prompts": _short(conditions.prompts),
+            "labels": _short(conditions.labels),
+        }
+
+    def run(self, steps: int, indices: Sequence[int], seed: int | None = None) -> np.ndarray:
+        """The images of sample indices in [0, 1], (N, H, W, C); from the noise of `seed` instead of its own."""
+        prompts, labels = self.conditions.prompts_of(indices), self.conditions.labels_of(indices)
+        inputs = call_inputs(self.pipe, len(indices), prompt=prompts, label=labels)
+        noise = noise_generators(self.seed if seed is None else seed, indices)
+        return np.asarray(self.pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np").images)
+
+    @contextmanager
+    def open(self, plan: Plan, evaluated: Callable[[], object]) -> Iterator[Session]:
+        """Apply the plan's config; static scales are measured first, on noise that no image comes from."""
+        most = self.pipe.scheduler.config.num_train_timesteps
+        if plan.steps > most:
+            raise ConfigError(
+                f"--steps: expected at most {most}, got {plan.steps}. The model was trained on no more. Use --steps 50."
+            )
+        with ExitStack() as stack:
+            report = None
+            if plan.config is not None:
+                report = apply(self.pipe, plan.config)
+                stack.callback(remove, self.pipe)
+                if has_static_scales(plan.config):
+                    others, seed = range(CALIBRATION_IMAGES), self.seed + TUNING_SEED
+                    calibrate(self.pipe, lambda: self.run(plan.steps, others, seed))
+            sizes: dict[nn.Module, int] = {}
+
+            def after_step(model: nn.Module, *_: object) -> None:
+                sizes[model] = 0 if report is None else state_bytes(model)
+                evaluated()
+
+            for model in denoisers(self.pipe).values():
+                stack.enter_context(observe(model, on_step=after_step))
+            yield Session(
+                lambda indices: self._draw(plan.steps, indices, sizes), trajectory_gbops(self.cost, report, plan.steps)
+            )
+
+    def _draw(self, steps: int, indices: Sequence[int], sizes: dict[nn.Module, int]) -> Drawn:
+        start = time.perf_counter()
+        pixels = self.run(steps, indices)
+        seconds = time.perf_counter() - start
+        images, broken = to_codes(pixels)
+        return Drawn(images, seconds, sum(sizes.values()), broken)
+
+
+def _check_inputs(pipe: DiffusionPipeline, conditions: Conditions) -> None:
+    """Raise a ConfigError if the pipeline cannot draw what it is told to."""
+    values = conditions.prompts or conditions.labels
+    try:
+        call_inputs(pipe, len(values) or 1, prompt=conditions.prompts or None, label=conditions.labels or None)
+    except ConfigError:
+        if values:
+            raise
+        raise ConfigError(
+            f"evaluate: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt, a class "
+            "or another input. This does not invent one. Give --prompts FILE or --labels N-M where it takes them."
+        ) from None
+
+
+def _short(values: Sequence[str] | Sequence[int]) -> str | None:
+    """All values if they are few, otherwise their number and a digest; None if there are none."""
+    text = ", ".join(map(str, values))
+    if len(text) > 80:
+        text = f"{len(values)}, sha256 {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]}"
+    return text or None
+
+
+def to_codes(images: np.ndarray) -> tuple[np.ndarray, int]:
+    """(N, H, W, C) in [0, 1] to bytes as `to_uint8` rounds them, and how many images are not finite: NaN becomes 0."""
+    broken = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+    return to_uint8(np.nan_to_num(images, nan=0.0)), broken
+
+
+def read_reference(path: Path) -> Iterator[np.ndarray]:
+    """The real images of `path` as uint8 (n, H, W, C), at most CHUNK at a time.
+
+    Args:
+        path: an .npz with the images in `arr_0`, or else in its first array; an .npy; a folder of `modiff generate`; or
+            one of arrays or of pictures, in the order of their names, numbers by value. Images (N, H, W, C), or grey
+            ones (N, H, W).
+    Raises: FormatError if there are none, they are not uint8, or their sizes differ.
+    """
+    if (path / MANIFEST).is_file():
+        yield from read_images(path)
+        return
+    shape: tuple[int, ...] | None = None
+    for file in _files(path):
+        images = _read_file(file)
+        if shape not in (None, images.shape[1:]):
+            raise FormatError(
+                f"{file}: expected images of {_size(shape or ())} like those before, got {_size(images.shape[1:])}. "
+                "A set has one size. Resize them, or take them out."
+            )
+        shape = images.shape[1:]
+        for first in range(0, len(images), CHUNK):
+            yield images[first : first + CHUNK]
+
+
+def reference_digest(path: Path) -> str:
+    """A digest of all bytes that `read_reference` would read. Raises: FormatError if there is nothing."""
+    digest = hashlib.sha256()
+    manifest = path / MANIFEST
+    for file in [manifest] if manifest.is_file() else _files(path):  # the manifest holds the digests of its shards
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def check_reference(path: Path, shape: tuple[int, ...], least: int) -> str:
+    """The digest of real images, if they have the shape of the model's and are at least `least`.
+
+    Raises: FormatError if not.
+    """
+    sizes = [images.shape for images in read_reference(path)]
+    if sizes[0][1:] != shape:
+        raise FormatError(
+            f"{path}: expected images of {_size(shape)} like those of the model, got {_size(sizes[0][1:])}. Features "
+            "change with the size. Pad or resize the images as the model's training did."
+        )
+    if sum(size[0] for size in sizes) < least:
+        raise FormatError(
+            f"{path}: expected {least} images or more, got {sum(size[0] for size in sizes)}. A distance of sets "
+            "needs a set. Give more images."
+        )
+    return reference_digest(path)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that hold the images, in order: all arrays of a folder, or else all its pictures."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FormatError(
+            f"{path}: expected a file or a folder of images, got nothing there. Give an .npz, an .npy or a folder."
+        )
+    inside = sorted(path.iterdir(), key=lambda file: [(0, int(text), "") if text.isdecimal() else (1, 0, text)
+                                                      for text in re.split(r"(\d+)", file.name)])  # fmt: skip
+    for suffixes in ((".npz", ".npy"), _PICTURES):
+        files = [file for file in inside if file.suffix.lower() in suffixes and not file.name.startswith(".")]
+        if files:
+            return files
+    raise FormatError(
+        f"{path}: expected shards (.npz, .npy) or pictures ({', '.join(_PICTURES)}), got a folder without any. "
+        "Give the folder that holds the images."
+    )
+
+
+def _read_file(file: Path) -> np.ndarray:
+    try:
+        if file.suffix.lower() in _PICTURES:
+            with Image.open(file) as picture:
+                images = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))[None]
+        else:
+            with file.open("rb") as opened:
+                images = np.load(opened, allow_pickle=False)
+                if not isinstance(images, np.ndarray):
+                    images = images["arr_0" if "arr_0" in images.files else images.files[0]]
+    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        raise FormatError(
+            f"{file}: expected images, got {type(error).__name__}: {error}. The file is damaged or holds something "
+            "else. Write it with numpy.save or numpy.savez."
+        ) from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        raise FormatError(
+            f"{file}: expected uint8 images (N, H, W, C), got {images.dtype} {images.shape}. Values are 0 to 255. "
+            "Convert them first, for example numpy.rint(x * 255).astype('uint8')."
+        )
+    return images if images.ndim == 4 else images[..., None]
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

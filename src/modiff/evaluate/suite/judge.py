@@ -1,0 +1,256 @@
+"""The figures of one configuration: every metric with its extractor, number of images, interval and what to know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff.evaluate.features.extractor import FeatureExtractor, note_of
+from modiff.evaluate.features.load import Metric, result_name
+from modiff.evaluate.metrics.bootstrap import Kind, bootstrap, small_sample_note
+from modiff.evaluate.metrics.frechet import Moments, frechet_interval
+from modiff.evaluate.metrics.paired import WINDOW, mean, paired_errors
+from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
+from modiff.evaluate.suite.store import Batch
+
+RESAMPLES = 200
+LARGEST_RESAMPLED, FEW_RESAMPLES = 256, 20
+"""Feature dimensions up to which a Frechet distance gets all resamples, and how many above: seconds each at 2048."""
+SUBSETS, SUBSET_SIZE = 100, 1000
+NEIGHBOURS, MANIFOLD = 3, 10_000
+LEAST_IMAGES = 2 * (NEIGHBOURS + 1)
+
+DATA, FULL = "reference", "full_precision"
+_AGAINST = {DATA: "reference", FULL: "full precision"}
+_NAMES: dict[Metric, str] = {
+    "frechet_distance": "fd", "to_full_precision": "fd", "spatial_frechet_distance": "spatial_fd",
+    "kernel_distance": "kernel_distance", "inception_score": "score", "precision": "precision", "recall": "recall",
+}  # fmt: skip
+"""Keys for programs, the same for every extractor, so none of them says FID, KID or Inception: the labels do."""
+
+SAME_SEEDS = "Same seeds: the sets are dependent, which lowers the value; an unchanged model is at 0."
+PAIRED = "Image i of both from seed i; 8-bit images, all pixels together."
+GBOPS = (
+    "MACs x weight bits x activation bits of one image, all steps. Layers in full precision and attention products "
+    "count 32 x 32. Bit-operations are not speed."
+)
+STATE = "Input and output states at the end of the trajectory, measured; per image."
+SECONDS = "Wall time of the denoising of all images. Simulated integers are not faster."
+
+
+class Measurement(TypedDict):
+    """A figure. name: for programs. label: for people; FID only with Inception, else FD with the extractor's name.
+
+    extractor: None where none is involved. value None: not measured, or not finite; the note says why. n: images behind
+    it. low, high: 95 % interval, None where there is none.
+    """
+
+    name: str
+    label: str
+    extractor: str | None
+    value: float | None
+    n: int
+    low: float | None
+    high: float | None
+    note: str
+
+
+def measurement(name: str, label: str, extractor: str | None, value: float | None, n: int,
+                interval: Mapping[str, Any] | None, *notes: str | None) -> Measurement:  # fmt: skip
+    """A row of plain values: what is not finite becomes None, and the notes one text."""
+    ends = (None, None) if interval is None else (interval["low"], interval["high"])
+    value, low, high = (None if x is None or not math.isfinite(x) else float(x) for x in (value, *ends))
+    return {"name": name, "label": label, "extractor": extractor, "value": value, "n": n, "low": low, "high": high,
+            "note": " ".join(note for note in notes if note)}  # fmt: skip
+
+
+@dataclass
+class ImageSet:
+    """All images of a configuration, or a set of real ones, as the metrics need them. N images, D features.
+
+    pooled (N, D) float32. spatial: moments of the spatial rows. images: uint8 (N, H, W, C), spatial_rows (N, D2)
+    float32: None for real ones, which are neither shown nor resampled.
+    """
+
+    pooled: Tensor
+    spatial: Moments | None
+    probabilities: Tensor | None
+    images: np.ndarray | None
+    seconds: float = 0.0
+    state_bytes_per_image: float = 0.0
+    broken: int = 0
+    spatial_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+
+def gather(batches: Iterable[Batch], *, images: bool = True) -> ImageSet:
+    """One set from batches. Memory: its pooled features, with `images` also these and the spatial rows."""
+    columns: dict[str, list[np.ndarray]] = {"pooled": [], "probabilities": [], "images": [], "spatial": []}
+    spatial: Moments | None = None
+    seconds, state, broken = 0.0, 0.0, 0
+    for batch in batches:
+        for name in columns if images else ("pooled", "probabilities"):
+            array = getattr(batch, name)
+            columns[name] += [] if array is None else [array]
+        if batch.spatial is not None:
+            spatial = spatial or Moments(batch.spatial.shape[1])
+            spatial.update(torch.from_numpy(batch.spatial))
+        seconds += batch.seconds
+        state = max(state, batch.state_bytes / len(batch.images))
+        broken += batch.broken
+
+    def joined(name: str) -> Tensor | None:
+        return torch.from_numpy(np.concatenate(columns[name])) if columns[name] else None
+
+    return ImageSet(
+        pooled=torch.from_numpy(np.concatenate(columns["pooled"])),
+        spatial=spatial,
+        probabilities=joined("probabilities"),
+        images=np.concatenate(columns["images"]) if images else None,
+        seconds=seconds, state_bytes_per_image=state, broken=broken,
+        spatial_rows=joined("spatial"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What configurations are judged with: full precision, and real images if there are any."""
+
+    extractor: FeatureExtractor
+    full: ImageSet
+    reference: ImageSet | None = None
+    resamples: int = RESAMPLES
+
+    def measure(self, images: ImageSet, gbops: float) -> list[Measurement]:
+        """All figures of a configuration; those to full precision only if it is not full precision itself."""
+        rows: list[Measurement] = []
+        if images is self.full:
+            rows += self._halves()
+        else:
+            rows += [*self._distances(images, self.full, FULL), *self._paired(images)]
+        if self.reference is not None:
+            rows += self._distances(images, self.reference, DATA)
+        return mark_broken(images, [*rows, *self._score(images), *_costs(images, gbops)])
+
+    def _row(self, metric: Metric, against: str | None, value: float | None, n: int,
+             interval: Mapping[str, Any] | None, *notes: str | None) -> Measurement:  # fmt: skip
+        """The row of a metric of features, named after the extractor."""
+        name, label = _NAMES[metric], result_name(metric, self.extractor)
+        if against is not None:
+            name = f"{name}_to_{against}"
+            label = label if metric == "to_full_precision" else f"{label} to {_AGAINST[against]}"
+        return measurement(name, label, self.extractor.name, value, n, interval, *notes, note_of(self.extractor))
+
+    def _distances(self, images: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
+        """Frechet distances of pooled and, where there are any, of spatial features; kernel distance and manifolds."""
+        to_full = against == FULL
+        metric: Metric = "to_full_precision" if to_full else "frechet_distance"
+        rows = [self._frechet(metric, images.pooled, other.pooled if to_full else Moments.of(other.pooled), against)]
+        spatial = other.spatial_rows if to_full else other.spatial
+        if images.spatial_rows is not None and spatial is not None:
+            rows.append(self._frechet("spatial_frechet_distance", images.spatial_rows, spatial, against))
+        return [*rows, self._kernel(images, other, against), *self._manifolds(images, other, against)]
+
+    def _frechet(self, metric: Metric, rows: Tensor, other: Tensor | Moments, against: str) -> Measurement:
+        """One Frechet distance: paired to full precision; a reference is not resampled."""
+        resamples, kind, effort = self._effort(rows.shape[1])
+        paired = isinstance(other, Tensor)
+        count = len(other) if paired else other.count
+        distance = frechet_interval(rows, other, resamples=resamples, kind=kind,
+                                    draw="paired" if paired else "independent")  # fmt: skip
+        how = SAME_SEEDS if paired else f"To {count} images of the reference data, which are not resampled."
+        small = small_sample_note("frechet_distance", min(len(rows), count), rows.shape[1])
+        return self._row(metric, against, distance["estimate"], len(rows), distance, how, small, effort)
+
+    def _effort(self, dimension: int) -> tuple[int, Kind, str | None]:
+        """Resamples that a Frechet distance can pay for, the interval that they allow, and what to say of it."""
+        if dimension <= LARGEST_RESAMPLED:
+            return self.resamples, "centred", None
+        few = min(self.resamples, FEW_RESAMPLES)
+        return few, "normal", f"Interval: 1.96 standard deviations over {few} resamples, as one takes long."
+
+    def _kernel(self, images: ImageSet, other: ImageSet, against: str) -> Measurement:
+        smaller = min(len(images), len(other))
+        size = min(SUBSET_SIZE, smaller // 2)
+        distance, deviation = kernel_distance(images.pooled, other.pooled, subsets=SUBSETS, subset_size=size)
+        # Subsets of m out of n without replacement: Var(n) = Var(m) m / (n - m), the delete-d jackknife.
+        spread = 1.96 * deviation * math.sqrt(size / (smaller - size))
+        note = f"{SUBSETS} subsets of {size}; interval by the delete-d jackknife, as for independent sets."
+        ends = {"low": distance - spread, "high": distance + spread}
+        return self._row("kernel_distance", against, distance, len(images), ends, note)
+
+    def _manifolds(self, images: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
+        """Precision and recall."""
+        real, made = other.pooled[:MANIFOLD], images.pooled[:MANIFOLD]
+        small = small_sample_note("precision_recall", min(len(real), len(made)))
+        rows: list[Measurement] = []
+        pairs: tuple[tuple[Metric, Tensor, Tensor], ...] = (("precision", made, real), ("recall", real, made))
+        for metric, queries, manifold in pairs:
+            inside = within_manifold(queries, manifold, neighbours=NEIGHBOURS).double()
+            share = bootstrap(mean, [inside], resamples=self.resamples)
+            note = f"{NEIGHBOURS} neighbours; {len(queries)} images in the manifold of {len(manifold)}."
+            rows.append(self._row(metric, against, share["estimate"], len(made), share, note, small))
+        return rows
+
+    def _score(self, images: ImageSet) -> list[Measurement]:
+        """The Inception score of all images in one split."""
+        if images.probabilities is None:
+            return []
+        score = bootstrap(inception_score, [images.probabilities.double()], resamples=self.resamples, kind="centred")
+        small = small_sample_note("inception_score", len(images), images.probabilities.shape[1])
+        return [self._row("inception_score", None, score["estimate"], len(images), score, "One split.", small)]
+
+    def _halves(self) -> list[Measurement]:
+        """How far two sets of full precision are apart, each of half the images."""
+        half = len(self.full) // 2
+        if half < 2:
+            return []
+        resamples, kind, effort = self._effort(self.full.pooled.shape[1])
+        first, second = self.full.pooled[:half], self.full.pooled[half : 2 * half]
+        distance = frechet_interval(first, second, resamples=resamples, kind=kind)
+        how = f"Two halves of {half} images of full precision, other seeds: what sampling alone makes at this n."
+        small = small_sample_note("frechet_distance", half, self.full.pooled.shape[1])
+        row = self._row("frechet_distance", None, distance["estimate"], half, distance, how, small, effort)
+        return [{**row, "name": "fd_between_halves", "label": f"{row['label']} between halves"}]
+
+    def _paired(self, images: ImageSet) -> list[Measurement]:
+        """Against full precision, image by image."""
+        if images.images is None or self.full.images is None:
+            return []
+        errors = paired_errors(images.images, self.full.images, resamples=self.resamples)
+        rows: list[Measurement] = []
+        for name, label in (("relative_l2", "relative L2"), ("psnr_db", "PSNR dB"), ("ssim", "SSIM")):
+            interval = errors[name]
+            if interval is None:
+                note = f"The images are smaller than its window of {WINDOW} pixels."
+                rows.append(measurement(name, label, None, None, errors["n"], None, note))
+                continue
+            equal = name == "psnr_db" and interval["estimate"] is None
+            infinite = "Infinite: all images are equal to full precision." if equal else None
+            rows.append(measurement(name, label, None, interval["estimate"], errors["n"], interval,
+                                    infinite, PAIRED, errors["note"]))  # fmt: skip
+        return rows
+
+
+def _costs(images: ImageSet, gbops: float) -> list[Measurement]:
+    return [
+        measurement("gbops", "GBOPs", None, gbops, 1, None, GBOPS),
+        measurement("state_mib", "state MiB", None, images.state_bytes_per_image / 2**20, len(images), None, STATE),
+        measurement("seconds", "seconds", None, images.seconds, len(images), None, SECONDS),
+    ]
+
+
+def mark_broken(images: ImageSet, rows: list[Measurement]) -> list[Measurement]:
+    """The rows of a configuration, with a warning in each if some images were not finite."""
+    if not images.broken:
+        return rows
+    warning = f"{images.broken} of {len(images)} images were not finite and count as black."
+    return [{**row, "note": f"{warning} {row['note']}".strip()} for row in rows]

@@ -1,0 +1,259 @@
+"""LPIPS and CLIP score: the networks' inputs, means and intervals, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from modiff.errors import ConfigError, FormatError
+from modiff.evaluate.suite import extras as module
+from modiff.evaluate.suite.extras import Clip, Extra, Lpips, load_extras, optional_import
+from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
+from modiff.evaluate.suite.plans import Preset
+from modiff.evaluate.suite.run import Suite, run_suite
+from modiff.generate.conditions import Conditions
+from tests.evaluate.features.images import noise
+from tests.evaluate.suite.fakes import SHAPE, FakeExtractor, FakeSource
+from tests.hosts.parts import TEXT_LENGTH, clip_tokenizer
+
+SIDE = 16
+
+
+def tiny_clip() -> CLIPModel:
+    tokenizer = clip_tokenizer()
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(
+        **small,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=TEXT_LENGTH,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(**small, image_size=SIDE, patch_size=8)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=6)
+    torch.manual_seed(3)
+    model = CLIPModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "tiny"
+    tiny_clip().save_pretrained(path)
+    clip_tokenizer().save_pretrained(path)
+    return path
+
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+PROMPTS = ("a cat", "dog", "a long prompt with many more letters")
+CONDITIONS = Conditions(prompts=PROMPTS)
+
+
+def images_of(pixels: Tensor) -> ImageSet:
+    return ImageSet(torch.zeros(len(pixels), 1), None, None, pixels.numpy())
+
+
+def cosines(pixels: Tensor, prompts: list[str]) -> Tensor:
+    model, tokenizer = tiny_clip(), clip_tokenizer()
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        output = model(pixel_values=(pixels - MEAN) / STD, **tokens)
+    image, text = (rows / rows.norm(dim=1, keepdim=True) for rows in (output.image_embeds, output.text_embeds))
+    return (image * text).sum(1)
+
+
+def test_clip_scores_are_100_times_the_cosine_of_each_image_and_the_prompt_of_its_index(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH", 4)  # so that batches do not coincide with the prompts
+    clip, images = Clip(folder, CONDITIONS), noise(0, 10, SIDE, SIDE, 3)
+    expected = 100 * cosines(images.permute(0, 3, 1, 2).float() / 255, [PROMPTS[i % 3] for i in range(10)])
+    assert float(expected.min()) > 0
+    torch.testing.assert_close(clip.scores(images, [PROMPTS[i % 3] for i in range(10)]), expected, rtol=1e-3, atol=1e-3)
+    full = images_of(images)
+    (row,) = clip.measure(full, full, 10)  # for full precision too
+    assert row["value"] == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert (row["name"], row["label"], row["n"]) == ("clip_score", "CLIP score(tiny)", 10)
+
+
+@torch.no_grad()
+def test_an_image_that_points_away_from_its_prompt_scores_0(folder: Path) -> None:
+    clip = Clip(folder, CONDITIONS)
+    clip._model.visual_projection.weight.neg_()
+    assert clip.scores(noise(0, 3, SIDE, SIDE, 3), PROMPTS).tolist() == [0, 0, 0]
+
+
+def test_images_are_scaled_to_the_shorter_side_and_cut_to_the_middle(folder: Path) -> None:
+    clip = Clip(folder, CONDITIONS)
+    wide = noise(1, 2, SIDE, SIDE + 10, 1)
+    cut = wide[:, :, 5 : 5 + SIDE].permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1) / 255
+    torch.testing.assert_close(clip._pixels(wide), (cut - MEAN) / STD, rtol=0, atol=1e-5)
+    flat = torch.full((1, 3 * SIDE, 2 * SIDE, 3), 77, dtype=torch.uint8)
+    expected = ((77 / 255 - MEAN) / STD).expand(1, 3, SIDE, SIDE)
+    torch.testing.assert_close(clip._pixels(flat), expected, rtol=0, atol=1e-5)
+    stripes = torch.zeros(1, 3 * SIDE, 3 * SIDE, 1, dtype=torch.uint8)
+    stripes[:, :, 1::3] = 255  # finer than the target: antialiasing turns them grey, without it all would be white
+    middle = (clip._pixels(stripes) * STD + MEAN)[:, :, 4:-4, 4:-4]
+    assert float((middle - 1 / 3).abs().max()) < 0.05
+
+
+def test_a_folder_without_a_clip_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="nothing is downloaded"):
+        Clip(tmp_path / "none", CONDITIONS)
+    tiny_clip().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("damaged")
+    with pytest.raises(FormatError, match="expected a CLIP model and its tokenizer") as caught:
+        Clip(tmp_path, CONDITIONS)
+    assert "\n" not in str(caught.value)
+
+
+class StandIn(nn.Module):
+    """The interface of `lpips.LPIPS`: images (N, 3, H, W) in [-1, 1], distances (N, 1, 1, 1)."""
+
+    def __init__(self, net: str, version: str, verbose: bool) -> None:
+        super().__init__()
+        self.settings = (net, version, verbose)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        assert first.shape[1] == 3
+        assert -1 <= float(first.min()) <= float(first.max()) <= 1
+        return (first - second).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+@pytest.fixture
+def lpips(monkeypatch: pytest.MonkeyPatch) -> Lpips:
+    package = ModuleType("lpips")
+    package.LPIPS = StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    return Lpips()
+
+
+def test_lpips_is_the_mean_over_scaled_pairs_of_one_seed_with_interval_and_network(
+    lpips: Lpips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH", 4)
+    assert lpips._model.settings == ("alex", "0.1", False)
+    black, white = torch.zeros(2, 32, 33, 1, dtype=torch.uint8), torch.full((2, 32, 33, 1), 255, dtype=torch.uint8)
+    white[1] = 0
+    assert lpips.distances(black, white).tolist() == [2, 0]
+    a, b = noise(0, 10, 32, 32, 3), noise(1, 10, 32, 32, 3)
+    full = images_of(b)
+    (row,) = lpips.measure(images_of(a), full, 10)
+    assert row["value"] == pytest.approx(float((a.double() - b.double()).abs().mean()) / 127.5, rel=1e-5)
+    assert (row["extractor"], row["label"], row["n"]) == ("LPIPS(alex)", "LPIPS(alex)", 10)
+    assert row["low"] < row["value"] < row["high"]
+    assert "10 images: a bootstrap interval of fewer than 30 is too narrow" in row["note"]
+    assert lpips.measure(full, full, 10) == []
+
+
+def test_lpips_refuses_images_that_are_too_small_for_its_network(lpips: Lpips) -> None:
+    lpips.check((32, 32, 1))
+    with pytest.raises(ConfigError, match="at least 32 pixels"):
+        lpips.check((28, 32, 3))
+
+
+class Brightness:
+    """A figure that counts how often it is measured."""
+
+    name = "brightness"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        if shape != SHAPE:
+            raise ConfigError("another shape")
+
+    def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
+        self.calls += 1
+        return [measurement("brightness", "brightness", None, float(np.mean(images.images)), len(images), None)]
+
+
+def run(folder: Path, extras: list[Extra], source: FakeSource) -> Suite:
+    chosen = Preset(num_images=10, steps=4, configs=("plain:8:4",))
+    return run_suite(source, FakeExtractor(), chosen, folder, extras=extras, batch_size=5, resamples=5, progress=False)
+
+
+def test_they_are_added_to_a_finished_run_without_drawing_again(tmp_path: Path) -> None:
+    first, source, extra = FakeSource(broken=["plain W8A4"]), FakeSource(), Brightness()
+    run(tmp_path, [], first)
+    suite = run(tmp_path, [extra], source)
+    assert (source.drawn, extra.calls) == ([], 3)
+    assert suite.rows[2].metric("brightness")["note"].startswith("10 of 10 images were not finite")
+    assert suite.settings["metrics"] == ["brightness"]
+    run(tmp_path, [extra], source)
+    assert extra.calls == 3
+    assert run(tmp_path, [], source).rows[1].metric("brightness") is None
+
+
+def test_what_cannot_be_judged_is_said_before_anything_is_drawn(tmp_path: Path) -> None:
+    source = FakeSource()
+    source.shape = (8, 8, 1)
+    with pytest.raises(ConfigError, match="another shape"):
+        run(tmp_path, [Brightness()], source)
+    assert source.drawn == []
+
+
+def package(folder: Path, name: str, source: str, patch: pytest.MonkeyPatch) -> str:
+    (folder / f"{name}.py").write_text(source)
+    patch.syspath_prepend(folder)
+    return name
+
+
+def test_a_package_that_is_there_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert optional_import(package(tmp_path, "modiff_fine", "x = 3", monkeypatch), "here").x == 3
+
+
+def test_a_missing_package_says_what_to_type() -> None:
+    with pytest.raises(
+        ConfigError, match=r"Here: expected the package nothing_there to load, .* pip install 'modiff\[eval\]'"
+    ):
+        optional_import("nothing_there", "Here")
+
+
+def test_a_torchvision_of_another_torch_says_how_to_get_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "raise RuntimeError('operator torchvision::nms does not exist\\nand more')"
+    name = package(tmp_path, "modiff_trap", source, monkeypatch)
+    with pytest.raises(ConfigError, match=r"RuntimeError: operator torchvision::nms .* in one command with torch"):
+        optional_import(name, "Here")
+
+
+@pytest.mark.parametrize(
+    ("text", "clip", "prompts", "message"),
+    [
+        ("fid", None, PROMPTS, "--metrics: expected lpips or clip, or both between commas, got 'fid'"),
+        ("lpips,lpips", None, PROMPTS, "--metrics: expected lpips or clip"),
+        ("", None, PROMPTS, "--metrics: expected lpips or clip"),
+        ("lpips,clip", Path("tiny"), (), "--metrics clip: expected prompts, got none.*Give --prompts FILE"),
+        ("clip", None, PROMPTS, "together with --metrics clip, got --metrics clip alone"),
+        ("lpips", Path("tiny"), PROMPTS, "together with --metrics clip, got tiny without it"),
+    ],
+)
+def test_names_that_mean_nothing_are_one_line(
+    text: str, clip: Path | None, prompts: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_extras(text, clip=clip, conditions=Conditions(prompts=prompts))
+
+
+def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"expected .*torchvision.*Install torchvision of torch's own build"):
+        load_extras("lpips", clip=None, conditions=Conditions())
+    with pytest.raises(ConfigError, match=r"expected .*transformers.* pip install 'modiff\[eval\]'"):
+        load_extras("clip", clip=Path("tiny"), conditions=Conditions(prompts=PROMPTS))
