@@ -32,5 +32,5 @@ def test_siblings_do_not_catch_each_other(name):
 
 def test_every_error_is_listed_here_and_public():
     defined = {n for n, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-    assert defined == {*KIN, "ModiffError"}
+    assert defined == {*KIN, "ModiffError", "ModiffWarning"}
     assert all(getattr(modiff, name) is getattr(errors, name) for name in defined)

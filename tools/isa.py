@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from modiff.kernels.dispatch import choose_backend
+from modiff.kernels.dispatch import plan, this_machine
 from modiff.kernels.encode import choose_encoder
-from modiff.kernels.isa import detect
 from modiff.kernels.problem import Problem
-from modiff.kernels.self_test import trust
 
 CONV = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
 
 
 def main() -> None:
     """The instruction level, the self-test, the input side, and the backend of typical layers."""
-    isa, found = detect(), trust()
+    isa = this_machine()
+    found = isa.trust
     print(f"instructions    {isa.level}, oneDNN's integer operators {'present' if isa.onednn else 'missing'}")
     print(f"self-test       few bits {'exact' if found.bounded else 'WRONG'}, all codes "
           f"{'exact' if found.full else 'saturate'}{' ' + found.detail if found.detail else ''}")  # fmt: skip
@@ -23,7 +22,7 @@ def main() -> None:
             ("linear 1152", Problem(1152, 1152, bits=bits, weight_max=weight_max)),
             ("conv 320 3x3", Problem(320, 320, **CONV, bits=bits, weight_max=weight_max)),
         ):
-            backend, reason = choose_backend(problem, isa, found)
+            backend, reason, _ = plan(problem, isa)
             print(f"A{bits}, weights up to {weight_max:<4} {name:<13} {backend:<12} {reason}")
 
 

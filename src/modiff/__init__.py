@@ -32,7 +32,15 @@ from modiff.calibration.reconstruct.report import ReconstructionReport
 from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import EveryStep, NormalSteps, UniformGroups
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
-from modiff.errors import CalibrationError, ConfigError, FormatError, KernelError, ModiffError, StateError
+from modiff.errors import (
+    CalibrationError,
+    ConfigError,
+    FormatError,
+    KernelError,
+    ModiffError,
+    ModiffWarning,
+    StateError,
+)
 from modiff.model.autotune import AutotuneResult
 from modiff.model.report import Report
 from modiff.nn import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d, ModulatedLinear
@@ -56,6 +64,7 @@ __all__ = [
     "ModiffConfig",
     "ModiffDiffusersConfig",
     "ModiffError",
+    "ModiffWarning",
     "ModulatedConv1d",
     "ModulatedConv2d",
     "ModulatedConv3d",

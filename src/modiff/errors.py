@@ -7,8 +7,12 @@
     ├── KernelError       (RuntimeError)  a backend cannot run what it was asked to
     └── FormatError       (ValueError)    a file or folder is not what its name promises
 
+    ModiffWarning         (UserWarning)   something works, but slower than it could: said once per process and cause
+
 Messages read `<where>: expected <what>, got <what>. <why>. <what to type instead>.`
 """
+
+import warnings
 
 
 class ModiffError(Exception):
@@ -33,3 +37,17 @@ class KernelError(ModiffError, RuntimeError):
 
 class FormatError(ModiffError, ValueError):
     """A file or folder is missing, truncated, of another version, or not what its name promises."""
+
+
+class ModiffWarning(UserWarning):
+    """Something works, but slower than it could, and the message says what to do about it."""
+
+
+_WARNED: set[str] = set()
+
+
+def warn_once(cause: str, message: str) -> None:
+    """Warn with a `ModiffWarning`, once for each cause in this process."""
+    if cause not in _WARNED:
+        _WARNED.add(cause)
+        warnings.warn(message, ModiffWarning, stacklevel=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,8 +38,8 @@ class Undone:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, list[str], Any]:
     """A modulated toy; the log has a word for each evaluation by Python and each recording."""
-    monkeypatch.setattr(native, "load", lambda *_: SimpleNamespace(library=None, reason="a test"))
-    monkeypatch.setattr(kernel, "choose_backend", lambda *_: Choice("reference", "a test"))
+    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "switched off"))
+    monkeypatch.setattr(kernel, "plan", lambda *_: Choice("reference", "a test"))
     model, log = toy(), []
     modiff.apply(model, presets.w8a4().on_integers())
 

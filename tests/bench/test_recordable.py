@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,8 +56,8 @@ BAD = {
 @pytest.fixture(autouse=True)
 def _visible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only kernels that torch dispatches: what runs through a library of ours is not recorded."""
-    monkeypatch.setattr(native, "load", lambda *_: SimpleNamespace(library=None, reason="a test"))
-    monkeypatch.setattr(kernel, "choose_backend", lambda *_: Choice("reference", "a test"))
+    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "switched off"))
+    monkeypatch.setattr(kernel, "plan", lambda *_: Choice("reference", "a test"))
 
 
 def inputs(seed: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modiff.kernels.layout import Geometry
-from modiff.kernels.problem import Call, Problem
+from modiff.kernels.kernel import Kernel
+from modiff.kernels.problem import Problem
 from tests.reference import layers
 
 
@@ -49,13 +49,9 @@ def operands(problem: Problem, seed: int, *, innermost: bool = True, extreme: bo
     return codes, weight.to(torch.int8)
 
 
-def call_of(problem: Problem, codes: Tensor, weight: Tensor, scale: Tensor | None = None) -> Call:
-    """The form that backends read, with weight scales of 1."""
-    geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
-    ones = torch.ones(problem.outputs, *[1] * geometry.axes)
-    one = torch.ones(()) if scale is None else scale
-    shape = problem.weight_shape
-    return Call(codes, weight, shape, ones, one, geometry, problem.bits, problem.weight_max)
+def sums_of(problem: Problem, codes: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """The sums of one backend, whether dispatch would choose it or not."""
+    return Kernel(problem, weight, torch.ones(problem.outputs, device=weight.device), backend=backend).sums(codes)
 
 
 def exact_sums(problem: Problem, codes: Tensor, weight: Tensor) -> Tensor:
@@ -81,5 +77,5 @@ def scales(problem: Problem, codes: Tensor, kind: str) -> Tensor:
 
 
 def with_groups(problem: Problem, groups: int, channels: int) -> Problem:
-    """The same layer in groups of so many channels each."""
+    """The same layer in groups of that many channels each."""
     return dataclasses.replace(problem, groups=groups, inputs=groups * channels, outputs=groups * channels)

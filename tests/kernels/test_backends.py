@@ -11,28 +11,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modiff import KernelError
-from modiff.kernels import ops
-from modiff.kernels.dispatch import Backend, float_exact_obstacle, onednn_unsupported
-from modiff.kernels.isa import detect
+from modiff.kernels.dispatch import this_machine
+from modiff.kernels.exact import FLOAT_EXACT
 from modiff.kernels.kernel import Kernel, largest_weight_code
+from modiff.kernels.onednn import ONEDNN
 from modiff.kernels.problem import Problem
-from modiff.kernels.self_test import trust
 from modiff.nn.packed import pack_nibbles
 from tests.helpers import assert_same_bits, assert_within
-from tests.kernels.problems import call_of, exact_sums, operands, problems, scales
+from tests.kernels.problems import exact_sums, operands, problems, scales, sums_of
 
-ON_CPUS: tuple[Backend, ...] = ("reference", "float_exact", "onednn")
+ON_CPUS: tuple[str, ...] = ("reference", "float_exact", "onednn")
 EPSILON = 2.0**-24
 """Relative rounding error of float32."""
 
 
-def exact_here(problem: Problem) -> list[Backend]:
+def exact_here(problem: Problem) -> list[str]:
     """The backends that dispatch may choose for the problem on this machine; slow groupings of oneDNN included."""
     apart = dataclasses.replace(problem, groups=1)
-    found: list[Backend] = ["reference"]
-    if not float_exact_obstacle(problem, detect()):
+    found: list[str] = ["reference"]
+    if not FLOAT_EXACT.unsupported(problem, this_machine()):
         found.append("float_exact")
-    if not onednn_unsupported(apart, detect(), trust()):
+    if not ONEDNN.unsupported(apart, this_machine()):
         found.append("onednn")
     return found
 
@@ -48,7 +47,7 @@ def test_the_sums_of_every_backend_equal_loops_over_integers_bit_for_bit(problem
     codes, weight = operands(problem, seed, innermost=innermost, extreme=extreme)
     expected = exact_sums(problem, codes, weight)
     for backend in exact_here(problem):
-        found = ops.sums(call_of(problem, codes, weight), backend)
+        found = sums_of(problem, codes, weight, backend)
         assert_same_bits(found.double(), expected)
 
 
@@ -109,9 +108,8 @@ def test_two_codes_in_a_byte_give_the_same_sums_as_two_bytes(problem, seed):
     packed = pack_nibbles(weight)
     expected = exact_sums(problem, codes, weight)
     for backend in exact_here(problem):
-        call = call_of(problem, codes, weight)._replace(weight=packed)
         for _ in range(2):  # the second time from the remembered layout
-            assert_same_bits(ops.sums(call, backend).double(), expected)
+            assert_same_bits(sums_of(problem, codes, packed, backend).double(), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
@@ -123,12 +121,12 @@ def test_sums_longer_than_float32_holds_are_cut_into_chunks_that_are_exact(bits,
         Problem(1200, 8, (3,), (2,), (0,), (1,), groups=2, bits=bits, weight_max=weight_max),
     ):
         codes, weight = operands(problem, bits, extreme=True)
-        expected = ops.sums(call_of(problem, codes, weight), "reference")
+        expected = sums_of(problem, codes, weight, "reference")
         if not problem.kernel_size:
             assert_same_bits(expected, exact_sums(problem, codes, weight))
-        assert_same_bits(ops.sums(call_of(problem, codes, weight), "float_exact").double(), expected)
+        assert_same_bits(sums_of(problem, codes, weight, "float_exact").double(), expected)
         if "onednn" in exact_here(problem):
-            assert_same_bits(ops.sums(call_of(problem, codes, weight), "onednn"), expected.float())
+            assert_same_bits(sums_of(problem, codes, weight, "onednn"), expected.float())
 
 
 def test_the_longest_sums_would_not_be_exact_in_one_piece():
@@ -145,12 +143,11 @@ def test_switching_onednn_off_in_torch_changes_no_sum_of_a_large_batch():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (16, 64, 16, 16), generator=generator).to(torch.uint8)
     weight = torch.randint(-127, 128, problem.weight_shape, generator=generator).to(torch.int8)
-    call = call_of(problem, codes, weight)
-    expected = ops.sums(call, "reference")
+    expected = sums_of(problem, codes, weight, "reference")
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        found = ops.sums(call, "float_exact")
+        found = sums_of(problem, codes, weight, "float_exact")
     finally:
         torch._C._set_mkldnn_enabled(before)
     assert_same_bits(found.double(), expected)
@@ -191,9 +188,8 @@ def test_signed_codes_are_refused():
 
 def test_an_unknown_backend_is_refused():
     problem = Problem(4, 3, bits=4)
-    kernel = Kernel(problem, operands(problem, 0)[1], torch.ones(3), backend="cutlass")
     with pytest.raises(KernelError, match="got 'cutlass'"):
-        kernel.compute(torch.zeros(2, 4, dtype=torch.uint8), torch.tensor(1.0))
+        Kernel(problem, operands(problem, 0)[1], torch.ones(3), backend="cutlass")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_trajectory_of_codes_scales_and_states_equals_the_core_s(
 @pytest.mark.parametrize("given_as", ["one", "all"])
 def test_given_scales_are_used_as_they_are(granularity, given_as):
     x = torch.randn(3, 5, 40)
-    shape = scale_shape(x, granularity, -1)
+    shape = scale_shape(x.shape, granularity, -1)
     scale = torch.rand(() if given_as == "one" else shape) * 0.3 + 0.05
     states = [torch.zeros_like(x) for _ in ENCODERS]
     codes = [ENCODERS[name](x, s, scale, 4, 0.1, granularity) for name, s in zip(ENCODERS, states, strict=True)]
@@ -234,7 +234,7 @@ def test_rows_are_views_whose_order_is_that_of_the_scales(shape, innermost, gran
     assert found.shape == rows
     assert found.data_ptr() == x.data_ptr()
     if granularity != "tensor":
-        means = x.mean([a for a, n in enumerate(scale_shape(x, granularity, channel)) if n == 1 and shape[a] > 1])
+        means = x.mean([a for a, n in enumerate(scale_shape(x.shape, granularity, channel)) if n == 1 and shape[a] > 1])
         assert torch.allclose(found.mean(1), means.flatten() if means.dim() else means.reshape(1), atol=1e-6)
 
 
@@ -259,7 +259,7 @@ def test_without_a_library_the_choice_says_why_and_the_codes_are_the_same(monkey
     x, state = torch.randn(3, 50), torch.randn(3, 50)
     states = [state.clone() for _ in range(2)]
     first, _ = encode_residual(x, states[0], None, 4, granularity="token")
-    monkeypatch.setattr(native, "load", lambda: native.Native(None, "no C++ compiler on the PATH"))
+    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler on the PATH"))
     assert choose_encoder().implementation == "eager"
     assert "no C++ compiler on the PATH" in choose_encoder().reason
     second, _ = encode_residual(x, states[1], None, 4, granularity="token")

@@ -6,8 +6,8 @@ import gc
 
 import torch
 
+from modiff.kernels.backend import PREPACKED, Prepacked
 from modiff.kernels.kernel import Kernel
-from modiff.kernels.prepacked import PREPACKED, Prepacked
 from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits
 

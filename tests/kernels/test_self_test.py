@@ -5,71 +5,72 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modiff.kernels import kernel, onednn, reference, self_test
-from modiff.kernels.isa import Isa, detect
+from modiff.kernels import dispatch, kernel
+from modiff.kernels.exact import REFERENCE
+from modiff.kernels.isa import Isa, Trust, detect
+from modiff.kernels.onednn import ONEDNN, self_test
 from modiff.kernels.problem import Problem
-from modiff.kernels.self_test import Trust
 
 
 @pytest.fixture
 def fresh():
     """The self-test as a new process has it; what it finds here is forgotten."""
-    self_test.trust.cache_clear()
+    self_test.cache_clear()
     yield
-    self_test.trust.cache_clear()
+    self_test.cache_clear()
 
 
-def pairs_in_16_bits(call):
+def pairs_in_16_bits(operator, codes):
     """What processors without VNNI do: products are added in pairs, and each pair saturates."""
-    if call.geometry.axes:
-        return reference.sums(call).float()
-    products = call.codes.long().unsqueeze(-2) * call.weight_codes().long()
+    if operator.geometry.axes:
+        return REFERENCE.sums(operator, codes).float()
+    products = codes.long().unsqueeze(-2) * operator.weight_codes().long()
     if products.shape[-1] % 2:
         products = torch.nn.functional.pad(products, (0, 1))
     pairs = (products[..., ::2] + products[..., 1::2]).clamp(-(2**15), 2**15 - 1)
-    zero = call.zero_point * call.weight_codes().long().sum(1)
+    zero = operator.zero_point * operator.weight_codes().long().sum(1)
     return (pairs.sum(-1) - zero).float()
 
 
 def test_a_machine_that_saturates_is_trusted_with_few_bits_only(fresh, monkeypatch):
-    monkeypatch.setattr(onednn, "sums", pairs_in_16_bits)
-    assert self_test.trust() == Trust(bounded=True, full=False)
+    monkeypatch.setattr(ONEDNN, "sums", pairs_in_16_bits)
+    assert self_test() == Trust(bounded=True, full=False)
 
 
 def test_a_machine_that_adds_up_right_is_trusted(fresh, monkeypatch):
-    monkeypatch.setattr(onednn, "sums", lambda call: reference.sums(call).float())
-    assert self_test.trust() == Trust(bounded=True, full=True)
+    monkeypatch.setattr(ONEDNN, "sums", lambda *call: REFERENCE.sums(*call).float())
+    assert self_test() == Trust(bounded=True, full=True)
 
 
 def test_a_machine_that_is_wrong_everywhere_is_not_trusted_at_all(fresh, monkeypatch):
-    monkeypatch.setattr(onednn, "sums", lambda call: reference.sums(call).float() + 1)
-    assert self_test.trust() == Trust(bounded=False, full=False)
+    monkeypatch.setattr(ONEDNN, "sums", lambda *call: REFERENCE.sums(*call).float() + 1)
+    assert self_test() == Trust(bounded=False, full=False)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("could not create a primitive\nmore"), AttributeError("no operator")])
 def test_an_operator_that_fails_is_a_finding_not_an_error(fresh, monkeypatch, error):
-    def broken(_call):
+    def broken(*_call):
         raise error
 
-    monkeypatch.setattr(onednn, "sums", broken)
-    assert self_test.trust() == Trust(bounded=False, full=False, detail=str(error).splitlines()[0])
+    monkeypatch.setattr(ONEDNN, "sums", broken)
+    assert self_test() == Trust(bounded=False, full=False, detail=str(error).splitlines()[0])
 
 
 def test_it_runs_once_per_process(fresh, monkeypatch):
     calls = []
-    monkeypatch.setattr(onednn, "sums", lambda call: calls.append(1) or reference.sums(call).float())
-    first = self_test.trust()
+    monkeypatch.setattr(ONEDNN, "sums", lambda *call: calls.append(1) or REFERENCE.sums(*call).float())
+    first = self_test()
     seen = len(calls)
-    assert self_test.trust() is first
+    assert self_test() is first
     assert len(calls) == seen > 0
 
 
 def test_a_torch_without_onednn_runs_without_asking_it(fresh, monkeypatch):
-    def unreachable(_call):
+    def unreachable(*_call):
         raise AssertionError("oneDNN was asked")
 
-    monkeypatch.setattr(onednn, "sums", unreachable)
-    monkeypatch.setattr(kernel, "detect", lambda: Isa(detect().level, onednn=False))
+    monkeypatch.setattr(ONEDNN, "sums", unreachable)
+    monkeypatch.setattr(dispatch, "detect", lambda: Isa(detect().level, onednn=False))
     conv = Problem(4, 3, (3, 3), (1, 1), (1, 1), (1, 1), bits=4)
     made = kernel.Kernel(conv, torch.ones(3, 4, 3, 3, dtype=torch.int8), torch.ones(3))
     assert made.choice.backend == "reference"
@@ -83,7 +84,7 @@ def test_a_torch_without_onednn_runs_without_asking_it(fresh, monkeypatch):
 def test_a_kernel_on_this_machine_heeds_the_self_test(fresh, monkeypatch):
     if not detect().onednn or detect().level == "other":
         pytest.skip("no oneDNN for this processor")
-    monkeypatch.setattr(onednn, "sums", lambda call: reference.sums(call).float() + 1)
+    monkeypatch.setattr(ONEDNN, "sums", lambda *call: REFERENCE.sums(*call).float() + 1)
     made = kernel.Kernel(Problem(4, 3, bits=4), torch.ones(3, 4, dtype=torch.int8), torch.ones(3))
     assert made.choice.backend == "float_exact"
     assert "failed the self-test" in made.choice.reason

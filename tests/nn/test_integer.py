@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.observers import MinMaxObserver
-from modiff.kernels.prepacked import PREPACKED
+from modiff.kernels.backend import PREPACKED
 from modiff.nn.byte_code import ByteCode
 from modiff.nn.integer import unsupported
 from tests.helpers import assert_same_bits, assert_within, drifting, worst

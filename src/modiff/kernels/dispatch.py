@@ -1,93 +1,103 @@
-"""Which backend runs a layer, and why: a pure function of the problem, the instruction set and the self-test."""
+"""Which backend runs a layer, and why: the first in the list that is exact for the problem on this machine."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
-from modiff.kernels.exact import chunk_of
-from modiff.kernels.isa import Isa
+from modiff.errors import KernelError, warn_once
+from modiff.kernels.backend import Backend
+from modiff.kernels.exact import FLOAT_EXACT, REFERENCE
+from modiff.kernels.isa import Isa, detect
+from modiff.kernels.onednn import ONEDNN, self_test
 from modiff.kernels.problem import Problem
-from modiff.kernels.self_test import Trust
-from modiff.kernels.triton.backend import gpu_obstacle
+from modiff.kernels.triton.backend import TRITON
 
-Backend = Literal["reference", "float_exact", "onednn", "triton"]
-BACKENDS: tuple[Backend, ...] = ("reference", "float_exact", "onednn", "triton")
-
-_INT16, _INT32 = 2**15 - 1, 2**31 - 1
-_BLOCK = 16
-"""Channels of a group that oneDNN's fast grouped convolutions come in, on every instruction set."""
+BACKENDS: list[Backend] = [ONEDNN, TRITON, FLOAT_EXACT, REFERENCE]
+"""In the order in which they are asked, the fastest first."""
 
 
 class Choice(NamedTuple):
-    """A backend, and one line for `explain`."""
+    """A backend by its name, one line that says why, and what each backend asked before it answered."""
 
-    backend: Backend
+    backend: str
     reason: str
+    refusals: tuple[tuple[str, str], ...] = ()
 
 
-def choose_backend(problem: Problem, isa: Isa, trust: Trust | None = None) -> Choice:
-    """The fastest backend whose sums are exact for this problem.
+def register_backend(backend: Backend) -> None:
+    """Ask this backend before all others, in every kernel built from now on.
+
+    Raises: KernelError if its name is taken.
+    """
+    if not backend.name or any(known.name == backend.name for known in BACKENDS):
+        raise KernelError(
+            f"register_backend: expected a name other than {_names()}, got {backend.name!r}. Reports and files tell "
+            "backends by name. Set `name` of the class."
+        )
+    BACKENDS.insert(0, backend)
+
+
+def unregister_backend(name: str) -> None:
+    """Ask this backend no longer; kernels that have it keep it. Raises: KernelError for an unknown name."""
+    BACKENDS.remove(backend_named(name))
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name. Raises: KernelError if there is none."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise KernelError(f"backend: expected one of {_names()}, got {name!r}. Name one of them, or register it.")
+
+
+def plan(problem: Problem, isa: Isa | None = None) -> Choice:
+    """The backend that a kernel for this problem would take, and why; nothing is built and nobody is warned.
 
     Args:
-        trust: what the self-test found; None takes oneDNN at its word.
+        isa: to pretend another machine; None asks this one, and runs oneDNN's self-test once.
     """
-    trust = Trust() if trust is None else trust
-    if problem.device != "cpu":
-        gpu = gpu_obstacle(problem)
-        return Choice("reference", f"float64 sums, slow: {gpu}") if gpu else Choice("triton", "Triton, sums in 32 bits")
-    unsupported = onednn_unsupported(problem, isa, trust)
-    if not unsupported:
-        return Choice("onednn", _why_onednn(problem, isa))
-    other = float_exact_obstacle(problem, isa)
-    if not other:
-        chunk = chunk_of(problem.bits, problem.weight_max, problem.kernel_size)
-        pieces = -(-problem.inputs // problem.groups // chunk)
-        return Choice("float_exact", f"float32 sums, exact in {pieces} chunk{'s' * (pieces > 1)}: {unsupported}")
-    return Choice("reference", f"float64 sums, slow: {unsupported}; {other}")
+    isa = this_machine(problem.device) if isa is None else isa
+    refusals: list[tuple[str, str]] = []
+    for backend in BACKENDS:
+        if backend.devices and problem.device not in backend.devices:
+            continue
+        sentence = backend.unsupported(problem, isa)
+        if not sentence:
+            causes = [cause for _, cause in refusals]
+            if backend.slow and not causes:
+                causes = [f"no faster backend runs on {problem.device}"]
+            why = backend.reason(problem, isa) + (f": {'; '.join(causes)}" if causes else "")
+            return Choice(backend.name, why, tuple(refusals))
+        refusals.append((backend.name, sentence))
+    raise KernelError(f"plan: expected a backend for {problem}, got none. {refusals}. Register one that runs it.")
 
 
-def onednn_unsupported(problem: Problem, isa: Isa, trust: Trust) -> str:
-    """Why oneDNN must not run the problem; empty if it may."""
-    if problem.device != "cpu":
-        return f"oneDNN runs on CPUs, the codes are on {problem.device}"
-    if not isa.onednn:
-        return "this torch has no oneDNN integer operators"
-    if isa.level == "other":
-        return "oneDNN's integer kernels need x86 with SSE4.1"
-    if len(problem.kernel_size) > 2:
-        return "oneDNN's accumulating convolution has at most two axes"
-    each = (problem.inputs // problem.groups, problem.outputs // problem.groups)
-    if problem.groups > 1 and not problem.depthwise and any(n % _BLOCK for n in each):
-        return f"oneDNN is slow for groups of {each[0]} and {each[1]} channels, which {_BLOCK} does not divide"
-    if problem.largest_sum > _INT32:
-        return f"a sum of {problem.summed} products may pass 32 bits"
-    if not trust.bounded:
-        return f"oneDNN failed the self-test{f' ({trust.detail})' if trust.detail else ''}"
-    pair = 2 * problem.largest_byte * problem.weight_max
-    if pair <= _INT16 or (isa.sums_in_int32 and trust.full):
-        return ""
-    cause = "failed the self-test" if isa.sums_in_int32 else "has no VNNI"
-    return (
-        f"{isa.level} {cause}: 2 x {problem.largest_byte} x {problem.weight_max} = {pair} saturates 16 bits; at most "
-        "7-bit weights, or 7-bit activations, run on integers here"
-    )
+def warn_if_slow(choice: Choice, isa: Isa) -> None:
+    """Say once per cause that integer layers are slower here than they could be, and what to do."""
+    for backend in BACKENDS:
+        broken = backend.broken(isa)
+        if broken and (backend.name, broken) in choice.refusals:
+            warn_once(
+                broken,
+                f"modiff: integer layers run on {choice.backend}, more slowly than on {backend.name}: {broken}. "
+                "Install a torch for this processor that modiff was tested with, or leave execution='simulated'.",
+            )
+            return
+    if backend_named(choice.backend).slow:
+        warn_once(
+            choice.backend,
+            f"modiff: a layer runs on {choice.reason}. Exclude such layers, or leave execution='simulated'; the report "
+            "of modiff.apply names their backends.",
+        )
 
 
-def float_exact_obstacle(problem: Problem, isa: Isa) -> str:
-    """Why float32 sums must not run the problem; empty if they may."""
-    if problem.device != "cpu":
-        return f"float32 convolutions on {problem.device} may take inexact algorithms"
-    if problem.kernel_size and not problem.pointwise and not isa.onednn:
-        return "without oneDNN a float32 convolution may take an inexact algorithm"
-    if chunk_of(problem.bits, problem.weight_max, problem.kernel_size) == 0:
-        return "one channel's products alone pass 2^24"
-    if problem.largest_sum > _INT32:
-        return "chunks are added in 32 bits"
-    return ""
+def this_machine(device: str = "cpu") -> Isa:
+    """What this process may use; for CPUs with what oneDNN's self-test shows."""
+    isa = detect()
+    asks = device == "cpu" and isa.onednn and isa.level != "other"
+    return dataclasses.replace(isa, trust=self_test()) if asks else isa
 
 
-def _why_onednn(problem: Problem, isa: Isa) -> str:
-    if isa.sums_in_int32:
-        return f"oneDNN int8 on {isa.level}, sums in 32 bits"
-    pair = 2 * problem.largest_byte * problem.weight_max
-    return f"oneDNN int8 on {isa.level}: 2 x {problem.largest_byte} x {problem.weight_max} = {pair} fits 16 bits"
+def _names() -> str:
+    return ", ".join(backend.name for backend in BACKENDS)

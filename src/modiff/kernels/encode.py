@@ -12,6 +12,7 @@ leaves the state as it is, and an infinity saturates. Denormal residuals code to
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,16 +36,16 @@ class EncoderChoice(NamedTuple):
     reason: str
 
 
-def choose_encoder(device: str = "cpu", compiled: native.Native | None = None) -> EncoderChoice:
-    """The fastest implementation for a device; `compiled` pretends a library, None asks for the real one."""
+def choose_encoder(device: str = "cpu") -> EncoderChoice:
+    """The fastest implementation for a device."""
     if device == "cuda" and gpu.installed():
         return EncoderChoice("triton", "Triton, one pass over rows that fit into a block, else two")
     if device != "cpu":
         return EncoderChoice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
-    compiled = native.load() if compiled is None else compiled
-    if compiled.library is None:
-        return EncoderChoice("eager", f"torch's own operators, several passes over memory: {compiled.reason}")
-    return EncoderChoice("native", compiled.reason)
+    library, reason = native.load("encode")
+    if library is None:
+        return EncoderChoice("eager", f"torch's own operators, several passes over memory: {reason}")
+    return EncoderChoice("native", reason)
 
 
 def encode_residual(
@@ -70,7 +71,7 @@ def encode_residual(
     Raises: KernelError for a granularity that no integer sum has, or shapes that do not fit.
     """
     if state.shape != x.shape or (move is None) != (gain is None) or (move is not None and move.shape != x.shape):
-        shapes = [tuple(part.shape) for part in (state, move) if part is not None]
+        shapes = [tuple(tensor.shape) for tensor in (state, move) if tensor is not None]
         raise KernelError(
             f"encode_residual: expected state and move of shape {tuple(x.shape)}, and move and gain both or neither, "
             f"got {' and '.join(map(str, shapes))}. They belong to another input. Start the trajectory again."
@@ -91,34 +92,6 @@ def encode_input(
     return _encode(x.detach(), None, None, None, scale, bits, clip, granularity, channel_dim)
 
 
-def _encode(
-    x: Tensor,
-    state: Tensor | None,
-    move: Tensor | None,
-    gain: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
-) -> tuple[Tensor, Tensor]:
-    if granularity not in _SUMMABLE:
-        check_granularity(granularity)
-    if scale is not None and scale.numel() == 1:
-        granularity = "tensor"
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    wide = torch.float64 in (x.dtype if state is None else state.dtype,)
-    used = (
-        x.new_empty(scale_shape(x, granularity, channel_dim), dtype=torch.float64 if wide else torch.float32)
-        if scale is None
-        else scale
-    )
-    if _natively(x, state, move, gain, codes, used, bits, clip, granularity, channel_dim, dynamic=scale is None):
-        return codes, used
-    value, measured = encode_eagerly(x, state, move, gain, scale, bits, clip, granularity, channel_dim)
-    return codes.copy_(value), measured if scale is None else scale
-
-
 def encode_eagerly(
     x: Tensor,
     state: Tensor | None,
@@ -132,77 +105,140 @@ def encode_eagerly(
 ) -> tuple[Tensor, Tensor]:
     """The same with the core's functions, one pass over memory for each operation: (codes, scale)."""
     exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
-    predicted = held = None if state is None else state.to(exact)
-    if held is not None and move is not None and gain is not None:
-        predicted = held + gain * move.to(exact)  # p_t = â_{t+1} [+ g (â_{t+1} - â_{t+2})]
-    residual = x.to(exact) if predicted is None else x.to(exact) - predicted
+    predicted = old = torch.zeros((), dtype=exact, device=x.device) if state is None else state.to(exact)
+    if move is not None and gain is not None:
+        predicted = old + gain * move.to(exact)  # p_t = â_{t+1} [+ g (â_{t+1} - â_{t+2})]
+    residual = x.to(exact) if state is None else x.to(exact) - predicted
     if scale is None:
         qparams = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim)
     else:
         qparams = QParams(scale.to(exact), None)
     codes = quantize(residual, qparams, bits)
-    if state is not None and predicted is not None and held is not None:
+    if state is not None:
         value = predicted + dequantize(codes, qparams)  # â_t = p_t + q_t
         if move is not None:
-            move.copy_(value - held)
+            move.copy_(value - old)
         state.copy_(value)
     return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale
 
 
-_SUMMABLE = ("tensor", "sample", "token")
+class Layout(NamedTuple):
+    """What encoding an input of one shape and memory layout needs to know, once for all its steps.
+
+    scales: their shape. rows: (how many, elements in each) that share a scale and lie side by side; None: not so.
+    blocks: how many partial maxima the compiled loop needs. factor: clip / qmax.
+    """
+
+    scales: tuple[int, ...]
+    rows: tuple[int, int] | None
+    blocks: int
+    qmin: int
+    qmax: int
+    factor: float
+
+
+@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
+def layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float, granularity: Granularity, channel_dim: int
+) -> Layout:
+    """Raises: KernelError for a granularity that has no integer sums."""
+    check_granularity(granularity)
+    rows, (qmin, qmax) = row_shape(shape, strides, granularity, channel_dim), qrange(bits)
+    blocks = 0 if rows is None or rows[1] <= native.BLOCK else rows[0] * -(-rows[1] // native.BLOCK)
+    return Layout(scale_shape(shape, granularity, channel_dim), rows, blocks, qmin, qmax, clip / qmax)
 
 
 def check_granularity(granularity: str) -> None:
     """Raises: KernelError for a granularity that has no integer sums."""
-    if granularity not in _SUMMABLE:
+    if granularity not in ("tensor", "sample", "token"):
         raise KernelError(
             f"encode: expected granularity 'tensor', 'sample' or 'token', got {granularity!r}. A scale along the "
             "summed axis has no integer sums. Choose one of the three."
         )
 
 
+def _encode(
+    x: Tensor,
+    state: Tensor | None,
+    move: Tensor | None,
+    gain: Tensor | None,
+    scale: Tensor | None,
+    bits: int,
+    clip: float,
+    granularity: Granularity,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
+    if scale is not None and scale.numel() == 1:
+        granularity = "tensor"
+    strides = x.stride()
+    layout = layout_of(x.shape, strides, bits, clip, granularity, channel_dim)
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    used = scale
+    if used is None:
+        wide = (x if state is None else state).dtype == torch.float64
+        used = x.new_empty(layout.scales, dtype=torch.float64 if wide else torch.float32)
+    alike = codes.stride() == strides and (state is None or state.stride() == strides)
+    if alike and layout.rows is not None and layout.rows[0] == used.numel() and used.dtype == torch.float32:
+        if x.is_cuda or gpu.INTERPRETED:
+            done = _on_gpu(layout, x, state, move, codes, used, bits, clip, dynamic=scale is None)
+        else:
+            done = _natively(layout, x, state, move, gain, codes, used, dynamic=scale is None)
+        if done:
+            return codes, used
+    value, measured = encode_eagerly(x, state, move, gain, scale, bits, clip, granularity, channel_dim)
+    return codes.copy_(value), measured if scale is None else scale
+
+
 def _natively(
+    layout: Layout,
     x: Tensor,
     state: Tensor | None,
     move: Tensor | None,
     gain: Tensor | None,
     codes: Tensor,
     scale: Tensor,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
     *,
     dynamic: bool,
 ) -> bool:
-    """Run the compiled loop; False where it does not know the layout or the types, and nothing was touched."""
-    if move is None and gpu.code(x, state, codes, scale, bits, clip, granularity, channel_dim, dynamic=dynamic):
-        return True
-    library = native.load().library
-    if library is None or x.dtype not in KINDS or x.device.type != "cpu":
+    """Run the compiled loop; False where it does not know the types, and nothing was touched."""
+    if x.dtype not in KINDS or not x.is_cpu or layout.rows is None or not scale.is_contiguous():
         return False
-    if any(t is not None and t.dtype != torch.float32 for t in (state, move, scale)) or not scale.is_contiguous():
+    if state is not None and state.dtype != torch.float32:
         return False
-    strides = x.stride()
-    if any(t is not None and t.stride() != strides for t in (state, move, codes)):
+    if move is not None and (move.dtype != torch.float32 or move.stride() != x.stride()):
         return False
-    rows = row_shape(x, granularity, channel_dim)
-    if rows is None or rows[0] != scale.numel():
+    if (library := native.loops("encode")) is None:
         return False
-    (count, elements), (lowest, highest), block = rows, qrange(bits), native.block(library)
-    partial = (
-        torch.empty(count * -(-elements // block), dtype=torch.int32, device="cpu")
-        if dynamic and elements > block
-        else None
-    )
+    partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu") if dynamic and layout.blocks else None
     gain = None if gain is None else gain.to(torch.float32).contiguous()
     library.modiff_encode(
-        x.data_ptr(), KINDS[x.dtype], _pointer(state), _pointer(move), _pointer(gain), codes.data_ptr(),
-        scale.data_ptr(), _pointer(partial), count, elements, int(dynamic), clip / highest, lowest, highest,
-        torch.get_num_threads(),
+        x.data_ptr(), KINDS[x.dtype], None if state is None else state.data_ptr(),
+        None if move is None else move.data_ptr(), None if gain is None else gain.data_ptr(), codes.data_ptr(),
+        scale.data_ptr(), None if partial is None else partial.data_ptr(), *layout.rows, int(dynamic), layout.factor,
+        layout.qmin, layout.qmax, torch.get_num_threads(),
     )  # fmt: skip
     return True
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _on_gpu(
+    layout: Layout,
+    x: Tensor,
+    state: Tensor | None,
+    move: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    clip: float,
+    *,
+    dynamic: bool,
+) -> bool:
+    """Run Triton's kernel; False where it does not know the types or the predictor, and nothing was touched."""
+    if move is not None or layout.rows is None or not gpu.installed() or not scale.is_contiguous():
+        return False
+    if state is not None and state.dtype not in gpu.STATES:
+        return False
+    strides = (layout.rows[1], 1)
+    rows, held, sent = (None if t is None else t.as_strided(layout.rows, strides) for t in (x, state, codes))
+    if rows is not None and sent is not None:
+        gpu.encode_rows(rows, held, sent, scale.view(-1), bits, clip, dynamic=dynamic)
+    return True

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modiff.kernels import native
-from modiff.kernels.layout import channels_innermost
+from modiff.kernels.layout import is_innermost
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -30,8 +30,19 @@ def add_sent(
         state: float, or int16 in units of `grid` (then `clipped`, int32 of one element, counts what was cut).
         sent: float32, sums times weight scales. scale: one element, or broadcastable. axes: 0 for linear layers.
     """
-    if not _natively(state, grid, clipped, sent, scale, axes, out):
-        add_eagerly(state, grid, clipped, sent, scale, out)
+    known = state.dtype == (torch.float32 if grid is None else torch.int16) and out.dtype in _KINDS and state.is_cpu
+    if (
+        not (known and sent.dtype == torch.float32)
+        or not _in_rows(state.shape, state.stride(), sent.stride(), out.stride(), scale.shape, axes)
+        or (library := native.loops("epilogue")) is None
+    ):
+        return add_eagerly(state, grid, clipped, sent, scale, out)
+    scale = scale.to(torch.float32).contiguous()
+    library.modiff_epilogue(
+        state.data_ptr(), None if grid is None else grid.data_ptr(), sent.data_ptr(), scale.data_ptr(), out.data_ptr(),
+        _KINDS[out.dtype], None if clipped is None else clipped.data_ptr(), scale.numel(),
+        state.numel() // scale.numel(), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def add_eagerly(
@@ -44,41 +55,33 @@ def add_eagerly(
         out.copy_(state)
         return
     steps = torch.round(step / grid).nan_to_num(0.0, 2.0**17, -(2.0**17)).clamp(-(2.0**17), 2.0**17)
-    held = state.to(torch.int32) + steps.to(torch.int32)
-    n = held.clamp(-(2**15), 2**15 - 1)
-    clipped.add_((n != held).sum())
+    whole = state.to(torch.int32) + steps.to(torch.int32)
+    n = whole.clamp(-(2**15), 2**15 - 1)
+    clipped.add_((n != whole).sum())
     state.copy_(n)
     out.copy_(torch.where(step.isnan(), step, n * grid))
 
 
-def _natively(
-    state: Tensor, grid: Tensor | None, clipped: Tensor | None, sent: Tensor, scale: Tensor, axes: int, out: Tensor
+@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
+def _in_rows(
+    shape: tuple[int, ...],
+    state: tuple[int, ...],
+    sent: tuple[int, ...],
+    out: tuple[int, ...],
+    scale: tuple[int, ...],
+    axes: int,
 ) -> bool:
-    """Run the compiled loop; False where it does not know layouts or types, and nothing was touched."""
-    expected = torch.float32 if grid is None else torch.int16
-    if state.dtype != expected or out.dtype not in _KINDS or sent.dtype != torch.float32 or state.device.type != "cpu":
-        return False
-    if not (channels_innermost(state, axes) and channels_innermost(sent, axes) and channels_innermost(out, axes)):
-        return False
-    if scale.numel() > 1 and not _by_rows(scale.shape, state.shape, axes):
-        return False
-    library = native.load("epilogue").library
-    if library is None:
-        return False
-    scale = scale.to(torch.float32).contiguous()
-    library.modiff_epilogue(
-        state.data_ptr(), None if grid is None else grid.data_ptr(), sent.data_ptr(), scale.data_ptr(), out.data_ptr(),
-        _KINDS[out.dtype], None if clipped is None else clipped.data_ptr(), scale.numel(),
-        state.numel() // scale.numel(), torch.get_num_threads(),
-    )  # fmt: skip
-    return True
+    """Whether tensors with these strides have channels innermost, and each scale serves a run of memory.
 
-
-@functools.lru_cache(4096)
-def _by_rows(scale: tuple[int, ...], state: tuple[int, ...], axes: int) -> bool:
-    """Whether scales of this shape belong to runs that follow each other in memory: a sample's or a token's."""
-    if len(scale) != len(state):
+    A run is a sample or a token, and their scales follow each other as the runs do.
+    """
+    if not all(is_innermost(shape, strides, axes) for strides in (state, sent, out)):
         return False
-    shape, size = (scale, state) if axes == 0 else ((scale[0], *scale[2:], scale[1]), (state[0], *state[2:], state[1]))
-    ones = len(shape) - next((i for i, n in enumerate(reversed(shape)) if n != 1), len(shape))
-    return shape[-1] == 1 and shape[:ones] == size[:ones]
+    if all(size == 1 for size in scale):
+        return True
+    if len(scale) != len(shape):
+        return False
+    if axes:
+        scale, shape = (scale[0], *scale[2:], scale[1]), (shape[0], *shape[2:], shape[1])
+    shared = next((i for i, n in enumerate(reversed(scale)) if n != 1), len(scale))
+    return scale[-1] == 1 and scale[: len(scale) - shared] == shape[: len(scale) - shared]

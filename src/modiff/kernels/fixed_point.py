@@ -24,11 +24,10 @@ from modiff.config import Granularity
 from modiff.core.affine import choose_qparams, qrange
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.layout import row_shape, scale_shape
+from modiff.kernels.encode import KINDS, layout_of
 
 _LARGEST = 2**15 - 1
 _MOST_MULTIPLE = 2**14
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class FixedState(NamedTuple):
@@ -66,7 +65,7 @@ def encode_fixed(
     channel_dim: int = -1,
     clipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Code x against its integer state, which becomes the next one in place.
+    """Encode x against its integer state, which becomes the next one in place.
 
     Args:
         clipped: int32, one element, to which the number of codes that were cut is added: the input outgrew its grid,
@@ -80,11 +79,19 @@ def encode_fixed(
             f"{tuple(state.n.shape)}. The state belongs to another input. Start the trajectory again."
         )
     x = x.detach()
+    layout = layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
     clipped = torch.zeros(1, dtype=torch.int32, device=x.device) if clipped is None else clipped
     codes = torch.empty_like(x, dtype=torch.uint8)
-    scale = x.new_empty(scale_shape(x, granularity, channel_dim), dtype=torch.float32)
-    if not _natively(x, state, codes, scale, clipped, bits, clip, granularity, channel_dim):
+    known = x.is_cpu and x.dtype in KINDS and state.n.stride() == x.stride() == codes.stride()
+    if layout.rows is None or not known or (library := native.loops("encode")) is None:
         return fixed_eagerly(x, state, bits, clip, granularity, channel_dim, clipped)
+    scale = x.new_empty(layout.scales, dtype=torch.float32)
+    partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu")
+    library.modiff_encode_fixed(
+        x.data_ptr(), KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
+        partial.data_ptr(), clipped.data_ptr(), *layout.rows, 1, layout.factor, layout.qmin, layout.qmax,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return codes, scale
 
 
@@ -104,40 +111,12 @@ def fixed_eagerly(
     finite = ratio.isfinite()
     multiple = torch.where(finite, ratio.ceil(), 1.0).clamp(1, _MOST_MULTIPLE)
     scale = torch.where(finite, multiple * state.grid, torch.nan)
-    held = state.n.to(torch.int32)
-    q = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
-    asked = q
+    n = state.n.to(torch.int32)
+    rounded = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
     share = 1 / multiple  # floor(room / multiple) is the whole part of (room + 1/2) / multiple
-    q = torch.minimum(q, ((_LARGEST - held + 0.5) * share).to(torch.int32))
-    q = torch.maximum(q, -((_LARGEST + 1 + held + 0.5) * share).to(torch.int32))
-    clipped.add_((q != asked).sum())
-    state.n.copy_(held + q * multiple.to(torch.int32))
+    q = torch.minimum(rounded, ((_LARGEST - n + 0.5) * share).to(torch.int32))
+    q = torch.maximum(q, -((_LARGEST + 1 + n + 0.5) * share).to(torch.int32))
+    clipped.add_((q != rounded).sum())
+    state.n.copy_(n + q * multiple.to(torch.int32))
     codes = torch.empty_like(x, dtype=torch.uint8)
     return codes.copy_(q - qmin), scale
-
-
-def _natively(
-    x: Tensor,
-    state: FixedState,
-    codes: Tensor,
-    scale: Tensor,
-    clipped: Tensor,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
-) -> bool:
-    library = native.load().library
-    if library is None or x.device.type != "cpu" or x.dtype not in _KINDS:
-        return False
-    rows = row_shape(x, granularity, channel_dim)
-    if rows is None or state.n.stride() != x.stride() or codes.stride() != x.stride():
-        return False
-    (count, elements), (lowest, highest), block = rows, qrange(bits), native.block(library)
-    partial = torch.empty(count * -(-elements // block), dtype=torch.int32, device="cpu") if elements > block else None
-    library.modiff_encode_fixed(
-        x.data_ptr(), _KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
-        None if partial is None else partial.data_ptr(), clipped.data_ptr(), count, elements, 1, clip / highest, lowest,
-        highest, torch.get_num_threads(),
-    )  # fmt: skip
-    return True

@@ -182,7 +182,7 @@ def _encode(
         codes = empty_output(x, x.shape, x.dim() - 2, torch.uint8)
     else:
         codes = torch.empty_like(x, dtype=torch.uint8)
-    used = x.new_empty(scale_shape(x, granularity, channel_dim), dtype=torch.float32)
+    used = x.new_empty(scale_shape(x.shape, granularity, channel_dim), dtype=torch.float32)
     if scale is not None:
         used.copy_(scale.reshape(used.shape))
     plan = _plan(fusion, x, memory, codes, granularity, channel_dim)
@@ -259,8 +259,8 @@ def _plan(
         return None
     if norm == "gated" and not _gates(weight, x):
         return None
-    rows = row_shape(codes, granularity, channel_dim)
-    if rows is None or (library := native.load("input_fusion").library) is None:
+    rows = row_shape(codes.shape, codes.stride(), granularity, channel_dim)
+    if rows is None or (library := native.loops("input_fusion")) is None:
         return None
     if norm == "affine":
         pitch, pixels = pixel_pitch(x), x.numel() // x.shape[1]
@@ -387,7 +387,7 @@ def _floats(*shape: int) -> Tensor:
 
 def _group_norm_as_affine(fusion: InputFusion, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """GroupNorm of x as A x + B, (N, C) each; None where the compiled loops do not know type or layout of x."""
-    library = native.load("input_fusion").library
-    if library is None or x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0:
+    if x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0 or pixel_pitch(x) != x.shape[1]:
         return None
-    return _grouped_affine(library, fusion, x) if pixel_pitch(x) == x.shape[1] else None
+    library = native.loops("input_fusion")
+    return None if library is None else _grouped_affine(library, fusion, x)

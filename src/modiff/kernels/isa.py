@@ -6,7 +6,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,15 +28,28 @@ _NO_AMX = ("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_
 _INT32 = ("amx", "avx512_vnni", "avx2_vnni")
 
 
+class Trust(NamedTuple):
+    """What oneDNN's self-test showed: right where no pair of products can saturate 16 bits, and right for all codes."""
+
+    bounded: bool = True
+    full: bool = True
+    detail: str = ""
+
+
+_TRUSTED = Trust()
+
+
 @dataclass(frozen=True)
 class Isa:
     """What the processor and oneDNN's limit leave.
 
     level: the best integer instructions. onednn: whether this torch holds oneDNN's integer operators.
+    trust: what its self-test showed; by default oneDNN is taken at its word.
     """
 
     level: Level
     onednn: bool = True
+    trust: Trust = _TRUSTED
 
     @property
     def sums_in_int32(self) -> bool:
@@ -45,7 +58,7 @@ class Isa:
 
 
 def level_of(capabilities: dict[str, object], limit: str = "") -> Level:
-    """The best level that a processor with these capabilities reaches under a limit of oneDNN ("" is none).
+    """The best level that a processor with these capabilities reaches under a limit of oneDNN ("": no limit).
 
     >>> level_of({"avx2": True, "avx512_f": True, "avx512_vnni": True}, "AVX2")
     'avx2'
@@ -72,7 +85,7 @@ def _allowed(limit: str) -> tuple[Level, ...]:
 
 
 def detect() -> Isa:
-    """The record of this process."""
+    """The record of this process, the self-test left out."""
     probe = getattr(torch.cpu, "get_capabilities", None)
     capabilities = dict(probe()) if probe is not None else _from_older_torch()
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from modiff.errors import KernelError
-from modiff.kernels import ops
-from modiff.kernels.dispatch import Backend, Choice, choose_backend
+from modiff.kernels.backend import PREPACKED, Operator
+from modiff.kernels.dispatch import Choice, backend_named, plan, this_machine, warn_if_slow
 from modiff.kernels.fixed_point import FixedState
-from modiff.kernels.isa import Isa, detect
-from modiff.kernels.layout import Geometry, empty_output, output_shape
-from modiff.kernels.problem import Call, Problem
-from modiff.kernels.self_test import trust
+from modiff.kernels.isa import Isa
+from modiff.kernels.layout import Geometry, channel_view, channels_innermost, empty_output, output_shape
+from modiff.kernels.problem import Problem
 
 
 def largest_weight_code(codes: Tensor) -> int:
@@ -27,13 +26,15 @@ def largest_weight_code(codes: Tensor) -> int:
 class Kernel:
     """ô += s * s_w[o] * sum (code - zero) * weight code, on the fastest backend that is exact.
 
+    A convolution of kernel size 1 runs as a matmul over its pixels.
+
     Args:
         problem: shapes and bits.
         weight: int8 codes (O, I / groups, ...), or uint8 (O, ceil(n / 2)) with two 4-bit codes in a byte.
         weight_scale: (O,) or (O, 1, ...), float32.
-        backend: to force one; None chooses.
+        backend: to force one by name; None takes the first that is exact, and warns once if it is a slow one.
         isa: to pretend another machine; None asks this one, and runs the self-test.
-    Raises: KernelError if the weight does not fit the problem.
+    Raises: KernelError if the weight does not fit the problem, or for the name of no backend.
     """
 
     def __init__(
@@ -42,25 +43,41 @@ class Kernel:
         weight: Tensor,
         weight_scale: Tensor,
         *,
-        backend: Backend | None = None,
+        backend: str | None = None,
         isa: Isa | None = None,
     ) -> None:
-        self.problem = problem
+        self.problem, self.geometry = problem, problem.geometry
+        self._shape, self._pointwise = problem.weight_shape, problem.pointwise
         self.weight = weight
         self.weight_scale = weight_scale.reshape(-1).contiguous()  # backends read it without strides
         self._check()
         if backend is None:
-            here = detect() if isa is None else isa
-            ask = isa is None and here.onednn and problem.device == "cpu"
-            self.choice = choose_backend(problem, here, trust() if ask else None)
+            self.choice = plan(problem, isa)
+            if isa is None:
+                warn_if_slow(self.choice, this_machine(problem.device))
         else:
             self.choice = Choice(backend, "asked for")
-        self.geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
-        self._channels = self.weight_scale.reshape(-1, *[1] * self.geometry.axes)
+        self.backend = backend_named(self.choice.backend)
+        shape, g, scales = self._shape, self.geometry, channel_view(self.weight_scale, self.geometry.axes)
+        if self._pointwise:
+            shape, g, scales = shape[:2], Geometry(), self.weight_scale
+            weight = weight if weight.dtype == torch.uint8 else weight.flatten(1)
+        self._operator = Operator(weight, shape, scales, g, problem.bits, problem.weight_max)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that this layer holds for integer execution, the weight's floats not counted.
+
+        That is codes (1 byte a weight, half of one if packed), scales, and what backends made of the codes at first
+        use: oneDNN's layout 1 byte a weight, the float32 copy of `float_exact` 4.
+        """
+        return self.weight.nbytes + self.weight_scale.nbytes + PREPACKED.bytes_of(self.weight)
 
     def accumulate(self, output: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Add what `codes` stand for to the output state, in place. Cost: one operator."""
-        ops.add(output, self._call(codes, scale), self.choice.backend)
+        self._check_step(output, codes)
+        if output.numel():
+            self.backend.accumulate(self._operator, *self._viewed(output, codes, scale))
 
     def step(
         self,
@@ -83,32 +100,57 @@ class Kernel:
                 f"{'none' if clipped is None else 'one with a float state'}. Integers that leave 16 bits must be "
                 "counted. Pass torch.zeros(1, dtype=torch.int32)."
             )
-        return ops.add_and_give(state, grid, clipped, self._call(codes, scale), self.choice.backend, dtype)
+        self._check_step(state, codes)
+        result = empty_output(codes, state.shape, self.geometry.axes, dtype)
+        if state.numel():
+            state, codes, scale = self._viewed(state, codes, scale)
+            view = result.movedim(1, -1) if self._pointwise else result
+            self.backend.step(self._operator, state, codes, scale, view, grid, clipped)
+        return result
 
     def compute(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The layer's output for codes without memory: A(codes) + bias."""
-        bias = None if bias is None else bias.detach()
-        return ops.give(self._call(codes, scale), bias, self.choice.backend, dtype)
+        """The layer's output for codes without memory, A(codes) + bias, channels innermost in memory."""
+        self._check_codes(codes)
+        axes, bias = self.geometry.axes, None if bias is None else bias.detach()
+        shape = output_shape(codes.shape, self._shape, self.geometry)
+        if not math.prod(shape):
+            return empty_output(codes, shape, axes, dtype)
+        if self._pointwise:
+            scale = scale if scale.numel() == 1 else scale.movedim(1, -1)
+            result = self.backend.compute(self._operator, codes.movedim(1, -1), scale, bias, dtype).movedim(-1, 1)
+        else:
+            result = self.backend.compute(self._operator, codes, scale, bias, dtype)
+        return result if channels_innermost(result, axes) else empty_output(codes, shape, axes, dtype).copy_(result)
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """sum (code - zero) * weight code as the backend makes it: equal to the exact sums bit for bit.
+
+        int32 or a float that holds them; float32 rounds those over 2^24 once.
+        """
+        if self._pointwise:
+            return self.backend.sums(self._operator, codes.movedim(1, -1)).movedim(-1, 1)
+        return self.backend.sums(self._operator, codes)
 
     def new_output(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros in the shape of the output and in the memory layout that `accumulate` adds into without a copy."""
-        shape = output_shape(codes.shape, self.problem.weight_shape, self.geometry)
+        shape = output_shape(codes.shape, self._shape, self.geometry)
         return empty_output(codes, shape, self.geometry.axes, dtype).zero_()
 
-    def _call(self, codes: Tensor, scale: Tensor) -> Call:
-        p = self.problem
-        return Call(codes, self.weight, p.weight_shape, self._channels, scale, self.geometry, p.bits, p.weight_max)
+    def _viewed(self, output: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the operator takes them: pixels as the rows of a matmul where the kernel size is 1."""
+        if not self._pointwise:
+            return output, codes, scale
+        return output.movedim(1, -1), codes.movedim(1, -1), scale if scale.numel() == 1 else scale.movedim(1, -1)
 
     def _check(self) -> None:
-        p = self.problem
-        per_row = math.prod(p.weight_shape[1:])
-        packed = self.weight.dtype == torch.uint8
-        expected = (p.outputs, -(-per_row // 2)) if packed else p.weight_shape
-        if tuple(self.weight.shape) != expected or self.weight_scale.numel() != p.outputs:
+        expected, packed = self._shape, self.weight.dtype == torch.uint8
+        if packed:
+            expected = (expected[0], -(-math.prod(expected[1:]) // 2))
+        if tuple(self.weight.shape) != expected or self.weight_scale.numel() != expected[0]:
             raise KernelError(
-                f"Kernel: expected weight codes of shape {expected} with {p.outputs} scales, got "
+                f"Kernel: expected weight codes of shape {expected} with {expected[0]} scales, got "
                 f"{tuple(self.weight.shape)} with {self.weight_scale.numel()}. The problem describes another layer. "
                 "Build both from the same layer."
             )
@@ -116,4 +158,20 @@ class Kernel:
             raise KernelError(
                 f"Kernel: expected int8 weight codes, got {self.weight.dtype}. Kernels add up integers. Quantize the "
                 "weight first."
+            )
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.dtype != torch.uint8:
+            raise KernelError(
+                f"Kernel: expected uint8 codes, got {codes.dtype}. Kernels add up integers. Encode the input with "
+                "modiff.kernels.encode."
+            )
+
+    def _check_step(self, output: Tensor, codes: Tensor) -> None:
+        self._check_codes(codes)
+        expected = output_shape(codes.shape, self._shape, self.geometry)
+        if output.shape != expected:
+            raise KernelError(
+                f"Kernel: expected an output state of shape {expected}, got {tuple(output.shape)}. The state belongs "
+                "to another input. Start the trajectory again."
             )

@@ -28,7 +28,8 @@ class Geometry(NamedTuple):
         return len(self.stride)
 
 
-def output_shape(codes: Sequence[int], weight: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+@functools.lru_cache(4096)  # asked at every call of every layer, for a few shapes
+def output_shape(codes: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
     """Shape of the layer's output for codes and a weight of these shapes."""
     if geometry.axes == 0:
         return (*codes[:-1], weight[0])
@@ -41,6 +42,16 @@ def output_shape(codes: Sequence[int], weight: Sequence[int], geometry: Geometry
     return (codes[0], weight[0], *spatial)
 
 
+def with_two_axes(geometry: Geometry) -> Geometry:
+    """A convolution along one axis as one along two."""
+    return Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
+
+
+def channel_view(x: Tensor, axes: int) -> Tensor:
+    """(C,) as (C, 1, ...), which broadcasts over the axes of a convolution."""
+    return x.reshape(-1, *[1] * axes)
+
+
 def empty_output(like: Tensor, shape: Sequence[int], axes: int, dtype: torch.dtype) -> Tensor:
     """An output in the layout of all backends: channels innermost in memory."""
     if axes == 0:
@@ -50,15 +61,20 @@ def empty_output(like: Tensor, shape: Sequence[int], axes: int, dtype: torch.dty
 
 def channels_innermost(x: Tensor, axes: int) -> bool:
     """Whether the channels of each pixel lie side by side and nothing lies between pixels."""
-    if axes == 2:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return (x if axes == 0 else x.movedim(1, -1)).is_contiguous()
+    return is_innermost(x.shape, x.stride(), axes)
 
 
-def scale_shape(x: Tensor, granularity: Granularity, channel_dim: int) -> tuple[int, ...]:
-    """Shape of the scales of x: the axes that share one are 1."""
-    shared = reduced_dims(x.dim(), granularity, channel_dim)
-    return tuple(1 if axis in shared else size for axis, size in enumerate(x.shape))
+def is_innermost(shape: tuple[int, ...], strides: tuple[int, ...], axes: int) -> bool:
+    """`channels_innermost` of a tensor of this shape and these strides."""
+    if axes == 0:
+        return _contiguous(shape, strides)
+    return _contiguous((shape[0], *shape[2:], shape[1]), (strides[0], *strides[2:], strides[1]))
+
+
+def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_dim: int) -> tuple[int, ...]:
+    """Shape of the scales of a tensor: the axes that share one are 1."""
+    shared = reduced_dims(len(shape), granularity, channel_dim)
+    return tuple(1 if axis in shared else size for axis, size in enumerate(shape))
 
 
 def as_rows(x: Tensor, granularity: Granularity, channel_dim: int) -> Tensor | None:
@@ -67,22 +83,18 @@ def as_rows(x: Tensor, granularity: Granularity, channel_dim: int) -> Tensor | N
     The rows come in the order of the flattened scales. "tensor" and "sample" take both memory layouts of
     convolutions; "token" needs the channels of a token side by side.
     """
-    shape = row_shape(x, granularity, channel_dim)
+    shape = row_shape(x.shape, x.stride(), granularity, channel_dim)
     return None if shape is None else x.as_strided(shape, (shape[1], 1))
 
 
-def row_shape(x: Tensor, granularity: Granularity, channel_dim: int) -> tuple[int, int] | None:
-    """The shape of `as_rows`."""
-    return _row_shape(x.shape, x.stride(), granularity, channel_dim)
-
-
-@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
-def _row_shape(
+@functools.lru_cache(4096)
+def row_shape(
     shape: tuple[int, ...], strides: tuple[int, ...], granularity: Granularity, channel_dim: int
 ) -> tuple[int, int] | None:
+    """The shape of `as_rows` for a tensor of this shape and these strides."""
     dims, numel = len(shape), math.prod(shape)
     rows = _contiguous(shape, strides)
-    innermost = dims > 2 and _contiguous((shape[0], *shape[2:], shape[1]), (strides[0], *strides[2:], strides[1]))
+    innermost = dims > 2 and is_innermost(shape, strides, dims - 2)
     if not (rows or innermost) or numel == 0:
         return None
     if granularity == "tensor":

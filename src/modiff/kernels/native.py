@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,23 +21,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modiff.errors import warn_once
+
 SWITCH = "MODIFF_NATIVE"
 """Environment variable; "off" never compiles."""
 CACHE = "MODIFF_CACHE"
 """Environment variable: folder for compiled libraries, instead of the user's cache folder."""
 
+BLOCK = 16384
+"""Elements that one task of the compiled loops works on."""
+
 _SOURCES = Path(__file__).parent / "csrc"
 _SECONDS = 120
-# -ffp-contract=off: a fused multiply-add would give other codes than torch. The two -fno let rounding be vectorized.
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", f"-DMODIFF_BLOCK={BLOCK}"),
+    "-ffp-contract=off",  # a fused multiply-add would give other codes than torch
+    *("-fno-math-errno", "-fno-trapping-math"),  # they let rounding be vectorized
+)
 _ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
-
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _END = [_INT, _FLOAT, _INT, _INT, _INT]  # dynamic, factor, lowest, highest, threads
 _SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
     "encode": {
-        "modiff_block": (_LONG, []),
         "modiff_encode": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
         "modiff_encode_fixed": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
     },
@@ -75,10 +82,16 @@ def load(name: str = "encode") -> Native:
         return Native(None, f"{Path(compiler).name} could not build it: {detail.strip().splitlines()[0]}")
 
 
-@functools.cache
-def block(library: ctypes.CDLL) -> int:
-    """Elements that one task of the compiled encoder works on."""
-    return library.modiff_block()
+def loops(name: str) -> ctypes.CDLL | None:
+    """The library of `csrc/<name>.cpp`; None without a compiler, with a warning, once, that layers take longer."""
+    library, reason = load(name)
+    if library is None and not reason.startswith("switched off"):
+        warn_once(
+            reason,
+            "modiff: integer layers run on torch's own operators, several passes over memory instead of one or two: "
+            f"{reason}.",
+        )
+    return library
 
 
 def find_compiler() -> str | None:
@@ -102,21 +115,36 @@ def _built(compiler: str, name: str) -> Path:
     """The library file for this source, this compiler and this processor; built if it is new."""
     source = _SOURCES / f"{name}.cpp"
     digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, _version(compiler), _processor())).encode())
-    for part in (source, *sorted(_SOURCES.glob("*.h"))):
-        digest.update(part.read_bytes())
-    file = f"{name}-{digest.hexdigest()[:20]}.so"
+    for file in (source, *sorted(_SOURCES.glob("*.h"))):
+        digest.update(file.read_bytes())
+    library = f"{name}-{digest.hexdigest()[:20]}.so"
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / file).exists():
-            return folder / file
-        return _build(compiler, source, folder / file)
-    except OSError:  # read-only, full, or no folder at all
-        return _build(compiler, source, Path(tempfile.mkdtemp(prefix="modiff-")) / file)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_foreign(folder)
+        if (folder / library).exists():
+            return folder / library
+        return _build(compiler, source, folder / library)
+    except OSError as error:  # read-only, full, no folder at all, or another user's
+        warn_once(
+            str(folder),
+            f"modiff: compiled loops are kept for this process alone, in a temporary folder: {error}. Set {CACHE} to a "
+            "folder of yours.",
+        )
+        return _build(compiler, source, Path(tempfile.mkdtemp(prefix="modiff-")) / library)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises: OSError for a folder in the temporary one that others made or may write: its libraries would run here."""
+    status = folder.lstat()
+    if folder.parent != Path(tempfile.gettempdir()) or not hasattr(os, "getuid"):
+        return
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(f"{folder} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}")
 
 
 def _build(compiler: str, source: Path, target: Path) -> Path:
-    """Compile beside the target and move it there whole: processes that build at once do not disturb each other."""
+    """Compile next to the target and move it there whole: processes that build at once do not disturb each other."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "built.so"
         for extra in _ATTEMPTS:

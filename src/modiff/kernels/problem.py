@@ -1,16 +1,15 @@
-"""What a layer asks of a kernel: in numbers that a dispatch can reason about, and one use of it as backends read it."""
+"""What a layer asks of a kernel, in numbers that a dispatch can reason about."""
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
 
 from modiff.errors import KernelError
-from modiff.kernels.layout import Geometry, output_shape, weight_codes
+from modiff.kernels.layout import Geometry
+
+LARGEST_INT32 = 2**31 - 1
+"""Bound of sums that are made in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -87,37 +86,7 @@ class Problem:
         """(outputs, inputs / groups, *kernel_size)."""
         return (self.outputs, self.inputs // self.groups, *self.kernel_size)
 
-
-class Call(NamedTuple):
-    """codes: uint8, channels last for linear layers and at axis 1 for convolutions, zero = 2^(bits - 1).
-
-    weight: int8 codes, or uint8 with two 4-bit codes in a byte; shape: of the codes.
-    weight_scale: (outputs, 1, ...). scale: of the codes, broadcastable to the output.
-    weight_max: largest magnitude among the weight codes.
-    """
-
-    codes: Tensor
-    weight: Tensor
-    shape: tuple[int, ...]
-    weight_scale: Tensor
-    scale: Tensor
-    geometry: Geometry
-    bits: int
-    weight_max: int
-
     @property
-    def zero_point(self) -> int:
-        """The byte that stands for zero."""
-        return 2 ** (self.bits - 1)
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """Of the layer's output."""
-        return _output_shape(self.codes.shape, self.shape, self.geometry)
-
-    def weight_codes(self) -> Tensor:
-        """The int8 codes of the weight, (outputs, inputs / groups, ...)."""
-        return weight_codes(self.weight, self.shape)
-
-
-_output_shape = functools.lru_cache(4096)(output_shape)
+    def geometry(self) -> Geometry:
+        """How the kernel slides."""
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)

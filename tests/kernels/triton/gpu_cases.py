@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig
-from modiff.kernels import ops
 from modiff.kernels.dispatch import Choice
 from modiff.kernels.encode import encode_eagerly, encode_input, encode_residual
+from modiff.kernels.isa import detect
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
-from modiff.kernels.triton import backend as gpu
+from modiff.kernels.triton.backend import TRITON
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.kernels.problems import call_of, exact_sums, operands, problems
+from tests.kernels.problems import exact_sums, operands, problems, sums_of
 from tests.recipes import play, quantized, randomised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def runs_here(problem: Problem) -> bool:
-    return not gpu.gpu_obstacle(dataclasses.replace(problem, device=DEVICE))
+    return not TRITON.unsupported(dataclasses.replace(problem, device=DEVICE), detect())
 
 
 @given(problem=problems(), seed=st.integers(0, 2**31), extreme=st.booleans(), innermost=st.booleans())
@@ -36,7 +36,7 @@ def runs_here(problem: Problem) -> bool:
 def test_sums_equal_loops_over_integers_bit_for_bit(problem, seed, extreme, innermost):
     assume(runs_here(problem))
     codes, weight = operands(problem, seed, innermost=innermost, extreme=extreme)
-    found = ops.sums(call_of(problem, codes.to(DEVICE), weight.to(DEVICE)), "triton")
+    found = sums_of(problem, codes.to(DEVICE), weight.to(DEVICE), "triton")
     assert found.dtype == torch.int32
     assert_same_bits(found.double().cpu(), exact_sums(problem, codes, weight))
 
@@ -46,7 +46,7 @@ def test_sums_over_many_blocks_and_beyond_what_float32_holds():
     weight = torch.full((20, 1100), -128, dtype=torch.int8, device=DEVICE)
     weight[0, 0] = 1
     problem = Problem(1100, 20, bits=8, weight_max=128)
-    found = ops.sums(call_of(problem, codes, weight), "triton")
+    found = sums_of(problem, codes, weight, "triton")
     assert int(found[3, 7]) == 127 * -128 * 1100
     assert int(found[129, 0]) == 127 * (-128 * 1099 + 1)
 
@@ -139,7 +139,7 @@ def test_images_are_coded_in_either_memory_layout():
 
 def test_a_layer_on_these_kernels_keeps_the_law(monkeypatch):
     """A layer from end to end: input side and output side in Triton, against its own simulation."""
-    monkeypatch.setattr("modiff.kernels.kernel.choose_backend", lambda *_: Choice("triton", "asked for"))
+    monkeypatch.setattr("modiff.kernels.kernel.plan", lambda *_: Choice("triton", "asked for"))
     config = LayerConfig(activation=QuantizerConfig(bits=4))
     original = randomised(nn.Conv2d(6, 4, 3, padding=1)).to(DEVICE)
     inputs = [x.to(DEVICE) for x in drifting(3, (2, 6, 4, 4), 4, 0.3, torch.float32)]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modiff.kernels.dispatch import choose_backend
+from modiff.kernels.dispatch import Choice, plan
+from modiff.kernels.encode import encode_input
 from modiff.kernels.isa import Isa
 from modiff.kernels.problem import Problem
 from modiff.kernels.triton import backend as gpu
@@ -33,23 +34,20 @@ def test_the_kernels_equal_the_reference_bit_for_bit() -> None:
 
 def test_dispatch_takes_them_on_gpus_and_says_why_where_it_does_not(monkeypatch):
     isa, linear = Isa("avx2"), Problem(64, 64, device="cuda")
-    assert choose_backend(linear, isa) == ("triton", "Triton, sums in 32 bits")
+    assert plan(linear, isa) == Choice("triton", "Triton, sums in 32 bits")
     conv = Problem(8, 8, (3, 3), (1, 1), (1, 1), (1, 1), groups=2, device="cuda")
-    assert choose_backend(conv, isa) == (
-        "reference", "float64 sums, slow: grouped convolutions have no Triton kernel",
-    )  # fmt: skip
+    why = "grouped convolutions have no Triton kernel"
+    assert plan(conv, isa) == ("reference", f"float64 sums, slow: {why}", (("triton", why),))
     three = Problem(8, 8, (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), device="cuda")
-    assert "three axes" in choose_backend(three, isa).reason
-    assert "32 bits" in gpu.gpu_obstacle(Problem(200_000, 8, device="cuda"))
-    assert "the codes are on xpu" in gpu.gpu_obstacle(dataclasses.replace(linear, device="xpu"))
+    assert "three axes" in plan(three, isa).reason
+    assert "32 bits" in gpu.TRITON.unsupported(Problem(200_000, 8, device="cuda"), isa)
+    assert "the codes are on xpu" in gpu.TRITON.unsupported(dataclasses.replace(linear, device="xpu"), isa)
     monkeypatch.setattr(gpu, "installed", lambda: False)
-    assert choose_backend(linear, isa).reason == "float64 sums, slow: Triton is not installed"
+    assert plan(linear, isa).reason == "float64 sums, slow: Triton is not installed"
 
 
 def test_without_the_interpreter_a_cpu_keeps_its_own_kernels(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert os.environ.get("TRITON_INTERPRET") is None
-    assert gpu.gpu_obstacle(Problem(8, 8)) == "Triton runs on GPUs, the codes are on cpu"
-    codes, scale = torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2, 1)
-    assert not gpu.code(torch.randn(2, 8), None, codes, scale, 8, 1.0, "token", -1, dynamic=True)
-    assert int(codes.sum()) == 0
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    assert gpu.TRITON.unsupported(Problem(8, 8), Isa("avx2")) == "Triton runs on GPUs, the codes are on cpu"
+    monkeypatch.setattr(gpu, "encode_rows", lambda *_, **__: pytest.fail("Triton was asked"))
+    encode_input(torch.randn(2, 8), None, 8, granularity="token")

@@ -61,14 +61,11 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
 
 extern "C" {
 
-// Elements in one block: `partial` must hold rows * ceil(count / block) numbers where count is larger.
-int64_t modiff_block() { return kBlock; }
-
 // x: float (kind 0) or bfloat16 (kind 1). state: null for plain quantization, p = 0. move: null for the "hold" predictor, else *gain is its weight.
 // scale: one for each row, read unless `dynamic`. factor: clip / highest.
 void modiff_encode(const void* x, int32_t kind, float* state, float* move, const float* gain, uint8_t* codes,
-                     float* scale, uint32_t* partial, int64_t rows, int64_t count, int32_t dynamic, float factor,
-                     int32_t lowest, int32_t highest, int32_t threads) {
+                   float* scale, uint32_t* partial, int64_t rows, int64_t count, int32_t dynamic, float factor,
+                   int32_t lowest, int32_t highest, int32_t threads) {
   const auto start = [&](const auto* values) {
     if (state == nullptr) {
       run(values, Nothing{}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest, threads);

@@ -14,7 +14,7 @@ namespace modiff {
 
 constexpr float kSmallestScale = 1e-12f;
 constexpr float kMostMultiple = 16384.0f;   // of the grid, that an integer state takes as a scale
-constexpr int64_t kBlock = 16384;     // elements that one task works on
+constexpr int64_t kBlock = MODIFF_BLOCK;  // elements that one task works on
 constexpr int64_t kParallel = 65536;  // below this one thread is faster
 
 struct Bf16 {

@@ -13,18 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from modiff.config import Granularity
-from modiff.kernels.layout import Geometry, as_rows, channels_innermost, empty_output
-from modiff.kernels.prepacked import PREPACKED
-from modiff.kernels.problem import Call, Problem
+from modiff.kernels.backend import PREPACKED, Backend, Operator
+from modiff.kernels.isa import Isa
+from modiff.kernels.layout import channels_innermost, with_two_axes
+from modiff.kernels.problem import LARGEST_INT32, Problem
 
-_STATES = (torch.float32, torch.float16, torch.bfloat16)
-_INT32 = 2**31 - 1
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs its kernels, which needs no GPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+STATES = (torch.float32, torch.float16, torch.bfloat16)
+"""The types of states that the kernels read and write."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's interpreter runs the kernels, which needs no GPU; Triton asks once, at its import."""
 
 
 @functools.cache
@@ -33,89 +30,93 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def gpu_obstacle(problem: Problem) -> str:
-    """Why these kernels must not run a problem; empty if they may."""
-    if problem.device != "cuda" and not (problem.device == "cpu" and interpreted()):
-        return f"Triton runs on GPUs, the codes are on {problem.device}"
-    if not installed():
-        return "Triton is not installed"
-    if problem.groups > 1:
-        return "grouped convolutions have no Triton kernel"
-    if len(problem.kernel_size) > 2:
-        return "convolutions of three axes have no Triton kernel"
-    if problem.largest_sum > _INT32:
-        return f"a sum of {problem.summed} products may pass 32 bits"
-    return ""
+class Triton(Backend):
+    """int8 products summed in int32; state, bias and output are dealt with in the same kernel."""
+
+    name = "triton"
+    devices = ("cuda",)
+
+    def unsupported(self, problem: Problem, isa: Isa) -> str:
+        """Why these kernels must not run a problem; empty if they may."""
+        if problem.device != "cuda" and not (problem.device == "cpu" and INTERPRETED):
+            return f"Triton runs on GPUs, the codes are on {problem.device}"
+        if not installed():
+            return "Triton is not installed"
+        if problem.groups > 1:
+            return "grouped convolutions have no Triton kernel"
+        if len(problem.kernel_size) > 2:
+            return "convolutions of three axes have no Triton kernel"
+        if problem.largest_sum > LARGEST_INT32:
+            return f"a sum of {problem.summed} products may pass 32 bits"
+        return ""
+
+    def reason(self, problem: Problem, isa: Isa) -> str:
+        """One line for the report."""
+        return "Triton, sums in 32 bits"
+
+    def sums(self, operator: Operator, codes: Tensor) -> Tensor:
+        """sum (code - zero point) * weight code, int32."""
+        output = operator.new_output(codes, torch.int32)
+        _run(operator, codes, torch.ones(1, device=codes.device), output=output)
+        return output
+
+    def scaled(self, operator: Operator, codes: Tensor) -> Tensor:
+        """weight scale * sums, float32: what is left is the scale of the codes."""
+        output = operator.new_output(codes, torch.float32)
+        _run(operator, codes, torch.ones(1, device=codes.device), output=output)
+        return output
+
+    def accumulate(self, operator: Operator, output: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """output += scale * weight scale * sums, in the kernel itself."""
+        _add(operator, output, codes, scale, None)
+
+    def step(
+        self,
+        operator: Operator,
+        state: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        output: Tensor,
+        grid: Tensor | None = None,
+        clipped: Tensor | None = None,
+    ) -> None:
+        """`accumulate`, and the new state into `output`, in one kernel; integer states take a pass of their own."""
+        if grid is None:
+            _add(operator, state, codes, scale, output)
+        else:
+            super().step(operator, state, codes, scale, output, grid, clipped)
+
+    def compute(
+        self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """scale * weight scale * sums + bias in one kernel, for the types that it writes."""
+        if dtype not in STATES:
+            return super().compute(operator, codes, scale, bias, dtype)
+        output = operator.new_output(codes, dtype)
+        _run(operator, codes, scale, output=output, bias=bias)
+        return output
 
 
-def sums(call: Call) -> Tensor:
-    """sum (code - zero point) * weight code, int32."""
-    output = empty_output(call.codes, call.output_shape, call.geometry.axes, torch.int32)
-    _run(call, output=output)
-    return output
+TRITON = Triton()
 
 
-def scaled(call: Call) -> Tensor:
-    """weight scale * sums, float32: what is left is the scale of the codes."""
-    output = empty_output(call.codes, call.output_shape, call.geometry.axes, torch.float32)
-    _run(call._replace(scale=torch.ones(1, device=call.codes.device)), output=output)
-    return output
-
-
-def accumulate(output: Tensor, call: Call) -> None:
-    """output += scale * weight scale * sums, in the kernel itself."""
-    step(output, call, None)
-
-
-def step(state: Tensor, call: Call, output: Tensor | None) -> None:
-    """The same, and the new state into `output` as well; both with channels innermost in memory, or through copies."""
-    axes = call.geometry.axes
-    dense = channels_innermost(state, axes) and state.dtype in _STATES
-    held = state if dense else empty_output(call.codes, call.output_shape, axes, torch.float32).copy_(state)
-    _run(call, state=held, output=output)
-    if not dense:
-        state.copy_(held)
-
-
-def compute(call: Call, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """scale * weight scale * sums + bias in one kernel; None for a dtype that it does not write."""
-    if dtype not in _STATES:
-        return None
-    output = empty_output(call.codes, call.output_shape, call.geometry.axes, dtype)
-    _run(call, output=output, bias=bias)
-    return output
-
-
-def code(
-    x: Tensor,
-    state: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
-    *,
-    dynamic: bool,
-) -> bool:
-    """Code x against its state in place; False where layout or types are not the kernels', and nothing was touched."""
-    if x.device.type != "cuda" and not interpreted():
-        return False
-    if not installed() or scale.dtype != torch.float32 or not scale.is_contiguous():
-        return False
-    dense = [t for t in (x, state, codes) if t is not None]
-    rows = [as_rows(t, granularity, channel_dim) for t in dense]
-    if any(r is None for r in rows) or any(t.stride() != x.stride() for t in dense):
-        return False
-    if state is not None and state.dtype not in _STATES:
-        return False
+def encode_rows(
+    x: Tensor, state: Tensor | None, codes: Tensor, scale: Tensor, bits: int, clip: float, *, dynamic: bool
+) -> None:
+    """Encode rows that share a scale, (rows, elements) each and dense; `scale` and `state` are written in place."""
     from modiff.kernels.triton.encode import code_rows
 
-    found = [torch.as_tensor(r) for r in rows]
-    held = found[1] if state is not None else None
     with _on_device_of(x):
-        code_rows(found[0], held, found[-1], scale.view(-1), bits, clip, dynamic=dynamic)
-    return True
+        code_rows(x, state, codes, scale, bits, clip, dynamic=dynamic)
+
+
+def _add(operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor | None) -> None:
+    """Into a state with channels innermost in memory, or through a copy that has them there."""
+    dense = channels_innermost(state, operator.geometry.axes) and state.dtype in STATES
+    held = state if dense else operator.new_output(codes, torch.float32).copy_(state)
+    _run(operator, codes, scale, state=held, output=output)
+    if not dense:
+        state.copy_(held)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -123,47 +124,44 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _run(call: Call, *, state: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None) -> None:
-    with _on_device_of(call.codes):
-        _launch(call, state, output, bias)
-
-
-def _launch(call: Call, state: Tensor | None, output: Tensor | None, bias: Tensor | None) -> None:
+def _run(
+    operator: Operator,
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    state: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
     from modiff.kernels.triton.conv import run_conv
     from modiff.kernels.triton.linear import run_linear
 
-    weight, scales = _weight(call), call.weight_scale.flatten().to(torch.float32)
-    scale = call.scale.to(torch.float32).contiguous()
-    if call.geometry.axes == 0:
-        depth, columns = call.shape[1], call.shape[0]
-        flat = [None if t is None else t.view(-1, columns) for t in (state, output)]
-        run_linear(call.codes.reshape(-1, depth), weight, scales, scale, call.zero_point, state=flat[0],
-                   output=flat[1], bias=bias)  # fmt: skip
-        return
-    codes, both = call.codes, [state, output]
-    if call.geometry.axes == 1:
-        codes, both = codes.unsqueeze(2), [None if t is None else t.unsqueeze(2) for t in both]
-    codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)
-    run_conv(codes, weight, scales, scale, call.zero_point, _flat(call.geometry), state=both[0], output=both[1],
-             bias=bias)  # fmt: skip
+    weight, channels, g = _weight(operator), operator.weight_scale.flatten().to(torch.float32), operator.geometry
+    scale, both = scale.to(torch.float32).contiguous(), [state, output]
+    with _on_device_of(codes):
+        if g.axes == 0:
+            rows, both = codes.reshape(-1, operator.shape[1]), [_viewed(t, operator.shape[0]) for t in both]
+            run_linear(rows, weight, channels, scale, operator.zero_point, state=both[0], output=both[1], bias=bias)
+            return
+        if g.axes == 1:
+            g, codes, both = with_two_axes(g), codes.unsqueeze(2), [t if t is None else t.unsqueeze(2) for t in both]
+        codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)
+        run_conv(codes, weight, channels, scale, operator.zero_point, g, state=both[0], output=both[1], bias=bias)
 
 
-def _weight(call: Call) -> Tensor:
+def _viewed(x: Tensor | None, columns: int) -> Tensor | None:
+    return None if x is None else x.view(-1, columns)
+
+
+def _weight(operator: Operator) -> Tensor:
     """The weight codes as the kernels read them, remembered."""
 
     def make() -> tuple[Tensor, ...]:
-        codes = call.weight_codes()
-        if call.geometry.axes == 0:
+        codes = operator.weight_codes()
+        if operator.geometry.axes == 0:
             return (codes.contiguous(),)
         from modiff.kernels.triton.conv import packed_conv
 
-        return (packed_conv(codes if call.geometry.axes == 2 else codes.unsqueeze(2)),)
+        return (packed_conv(codes if operator.geometry.axes == 2 else codes.unsqueeze(2)),)
 
-    return PREPACKED.get(call.weight, ("gpu", call.shape, call.geometry.axes), make)[0]
-
-
-def _flat(geometry: Geometry) -> Geometry:
-    """A convolution along one axis as one along two."""
-    if geometry.axes == 2:
-        return geometry
-    return Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
+    return PREPACKED.get(operator.weight, ("triton", operator.shape, operator.geometry.axes), make)[0]

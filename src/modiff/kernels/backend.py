@@ -1,0 +1,180 @@
+"""The contract of a backend, and the memory in which backends keep weights in the layout they want.
+
+A backend is an object with a name that says which problems it runs exactly, and runs them. Only `unsupported` and
+`sums` must be written; the rest follows from them, and a backend overrides what its operators do better.
+`dispatch.register_backend` adds one.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff.kernels.epilogue import add_sent
+from modiff.kernels.isa import Isa
+from modiff.kernels.layout import Geometry, channel_view, empty_output, output_shape, weight_codes
+from modiff.kernels.problem import Problem
+
+
+class Operator(NamedTuple):
+    """A layer's weight as backends read it.
+
+    weight: int8 codes (O, I / groups, ...), or uint8 with two 4-bit codes in a byte; shape: of the codes.
+    weight_scale: float32, (O, 1, ...). weight_max: largest magnitude among the weight codes. bits: of the activation.
+    Codes of the activation are uint8, (..., I) without axes, otherwise (N, I, ...); zero = 2^(bits - 1).
+    """
+
+    weight: Tensor
+    shape: tuple[int, ...]
+    weight_scale: Tensor
+    geometry: Geometry
+    bits: int
+    weight_max: int
+
+    @property
+    def zero_point(self) -> int:
+        """The byte that stands for zero."""
+        return 2 ** (self.bits - 1)
+
+    def weight_codes(self) -> Tensor:
+        """The int8 codes of the weight, (O, I / groups, ...)."""
+        return weight_codes(self.weight, self.shape)
+
+    def new_output(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for the output of these codes, channels innermost."""
+        return empty_output(codes, output_shape(codes.shape, self.shape, self.geometry), self.geometry.axes, dtype)
+
+
+class Backend:
+    """Runs ô += s * s_w[o] * sum (code - zero) * weight code, with sums that are exact.
+
+    name: by which reports and `Kernel(backend=...)` call it. devices: where its codes may lie; empty: anywhere.
+    slow: what makes it slow, for the warning where it is chosen for lack of a faster one; empty: nothing.
+    """
+
+    name = ""
+    devices: tuple[str, ...] = ()
+    slow = ""
+
+    def unsupported(self, problem: Problem, isa: Isa) -> str:
+        """Why this backend must not run the problem; empty if its sums are exact, by the bound of its weights."""
+        raise NotImplementedError
+
+    def broken(self, isa: Isa) -> str:
+        """What is wrong with this machine or this torch, so that users are warned; empty if nothing is."""
+        return ""
+
+    def reason(self, problem: Problem, isa: Isa) -> str:
+        """One line for the report where this backend is chosen."""
+        return self.name
+
+    def sums(self, operator: Operator, codes: Tensor) -> Tensor:
+        """sum (code - zero) * weight code, in any dtype; int32 and float64 hold all, float32 rounds those over 2^24."""
+        raise NotImplementedError
+
+    def scaled(self, operator: Operator, codes: Tensor) -> Tensor:
+        """weight scale * sums, float32: what is left is the scale of the codes."""
+        return self.sums(operator, codes).to(torch.float32).mul_(operator.weight_scale)
+
+    def accumulate(self, operator: Operator, output: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """output += scale * weight scale * sums, in float32, rounded once to the dtype of `output`."""
+        sent = self.scaled(operator, codes)
+        if output.dtype == sent.dtype:
+            output.addcmul_(sent, scale)
+        else:
+            output.add_(sent.mul_(scale))
+
+    def step(
+        self,
+        operator: Operator,
+        state: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        output: Tensor,
+        grid: Tensor | None = None,
+        clipped: Tensor | None = None,
+    ) -> None:
+        """`accumulate` into the state, and the new state into `output`, of another dtype perhaps.
+
+        Args:
+            grid, clipped: where the state is int16 in units of grid; clipped (int32, one element) counts what was cut.
+        """
+        add_sent(state, grid, clipped, self.scaled(operator, codes), scale, operator.geometry.axes, output)
+
+    def compute(
+        self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """scale * weight scale * sums + bias."""
+        output = operator.new_output(codes, dtype)
+        if bias is None:
+            output.zero_()
+        else:
+            output.copy_(channel_view(bias, operator.geometry.axes).expand_as(output))
+        self.accumulate(operator, output, codes, scale)
+        return output
+
+
+class _Shelf(NamedTuple):
+    """What was made of one storage; `storage` clears the shelf when the memory dies."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    made: dict[Hashable, tuple[int, tuple[Tensor, ...]]]
+
+
+class Prepacked:
+    """Weights in the layout that a backend wants, made at first use and kept as long as the weight's memory lives.
+
+    Keyed by the memory of a weight, not by the tensor object: views and `detach()` find the same entry. A write in
+    place (seen through the version counter) makes the entry again. Writes through `.data` leave no trace.
+    """
+
+    def __init__(self) -> None:
+        self._shelves: dict[int, _Shelf] = {}
+
+    def get(self, weight: Tensor, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` returns for this weight and key, at its first call or remembered."""
+        storage: Any = weight.untyped_storage()
+        shelf = self._shelves.get(storage._cdata)
+        if shelf is None or shelf.storage() is not storage:
+            shelf = self._new_shelf(storage)
+        version = 0 if weight.is_inference() else weight._version
+        full = (weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, key)
+        entry = shelf.made.get(full)
+        if entry is None or entry[0] != version:
+            entry = shelf.made[full] = (version, make())
+        return entry[1]
+
+    def bytes_of(self, weight: Tensor) -> int:
+        """Memory of everything made of this weight so far."""
+        shelf = self._shelves.get(weight.untyped_storage()._cdata)
+        tensors = [] if shelf is None else [t for _, made in shelf.made.values() for t in made]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def bytes_held(self) -> int:
+        """Memory of everything kept, for weights that are alive."""
+        tensors = [t for shelf in self._shelves.values() for _, made in shelf.made.values() for t in made]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def forget(self) -> None:
+        """Free everything; it is made again at the next use."""
+        self._shelves.clear()
+
+    def _new_shelf(self, storage: Any) -> _Shelf:
+        address = storage._cdata
+        shelf = _Shelf(weakref.ref(storage, functools.partial(self._drop, address)), {})
+        self._shelves[address] = shelf
+        return shelf
+
+    def _drop(self, address: int, dead: weakref.ref[torch.UntypedStorage]) -> None:
+        shelf = self._shelves.get(address)
+        if shelf is not None and shelf.storage is dead:
+            del self._shelves[address]
+
+
+PREPACKED = Prepacked()
+"""Of all backends of this process."""
