@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modiff.api import collect, remove
-from modiff.calibration.group_error import Group, approximate_gradient, exact_gradient, roll_out
 from modiff.calibration.reconstruct.layers import evaluating, full_precision, without_states
-from modiff.calibration.reconstruct.unit import StepLearner
+from modiff.calibration.reconstruct.learn import ScaleLearner
 from modiff.cli.options import quiet_pipeline
 from modiff.errors import ConfigError, ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
@@ -37,6 +36,7 @@ from modiff.generate.samplers import set_scheduler
 from modiff.hosts.calibration_runs import calibration_run
 from modiff.hosts.noise import noise_generators
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
+from modiff.methods.group_error import Group, approximate_gradient, exact_gradient, roll_out
 from modiff.methods.parts import plain_network
 from modiff.methods.sampler_steps import SamplerSteps, sampler_tables, with_tables
 from modiff.model.calibrate import quantizers_of
@@ -122,7 +122,7 @@ def cosines_of(pipe: Any, model: nn.Module, report: AccuquantReport, config: Acc
         group = Group(range(first, last + 1), state, trajectory.recorded[last + 1])
         with evaluating(model), without_states(model, "quantized") as trainees:
             starts = {n: c.static or (c.tables or {})[index] for n, c in quantizers.items()}
-            leaves = StepLearner({n: trainees[n] for n in starts}, starts).begin()
+            leaves = ScaleLearner({n: trainees[n] for n in starts}, starts).begin()
             _, mine = approximate_gradient(group, trajectory.evaluate, trajectory.advance, leaves)
             _, true = exact_gradient(group, trajectory.evaluate, trajectory.advance, leaves)
             state = roll_out(group, trajectory.evaluate, trajectory.advance)[0][-1]

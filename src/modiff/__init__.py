@@ -27,8 +27,7 @@ from modiff.api import (
     tune,
 )
 from modiff.calibration.data import CalibrationSet, Call
-from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.calibration.reconstruct.report import ReconstructionReport
+from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import EveryStep, NormalSteps, UniformGroups
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig

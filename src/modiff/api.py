@@ -13,9 +13,8 @@ from torch import nn
 
 from modiff.calibration.collect import record_calls
 from modiff.calibration.data import CalibrationSet, Call
-from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.reconstruct.layers import full_precision
-from modiff.calibration.reconstruct.report import ReconstructionReport
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
 from modiff.config import ModiffConfig, ModulationConfig
@@ -356,7 +355,7 @@ def reconstruct(
     if callable(calls):
         required_attachment(model, "reconstruct")
         with full_precision(model):
-            pairs = config.learn == "residual_steps"
+            pairs = config.learn == "residual_scales"
             calls = collect(target, calls, component=component, pairs=pairs, progress=progress)
     return learn_units(model, calls, config, kinds=KINDS, folder=folder, progress=progress)
 

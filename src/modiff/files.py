@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from modiff.errors import ConfigError, FormatError, StateError
@@ -71,9 +71,12 @@ def read_json(path: str | Path, what: str, advice: str) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Write tensors, and `facts` as metadata, as one safetensors file, atomically. Raises: OSError."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda file: save_file(contiguous, file.name, metadata=dict(facts)))
+    """Write tensors, and `facts` as metadata, as one safetensors file, atomically. Raises: OSError.
+
+    Cost: a copy of the tensors in memory.
+    """
+    content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata=dict(facts))
+    write_atomically(path, lambda file: file.write(content))
 
 
 def read_tensors(path: str | Path, what: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:

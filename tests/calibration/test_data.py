@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modiff import CalibrationError, CalibrationSet, Call, ConfigError, FormatError
-from modiff.calibration import shards as shards
+from modiff.calibration import data as shards
 from modiff.calibration.data import LazyCalls
 from tests.helpers import assert_same_bits
 
@@ -55,7 +55,7 @@ def test_a_set_comes_back_with_every_bit_and_every_kind_of_value(tmp_path):
 def test_a_tensor_that_calls_share_is_stored_once(tmp_path):
     text = torch.randn(1000)
     CalibrationSet([call(0, text=text), call(1, text=text)]).save(tmp_path)
-    with safe_open(shards.shard_path(tmp_path, 0, 0), "pt") as file:
+    with safe_open(shards._shard_path(tmp_path, 0, 0), "pt") as file:
         assert sum(file.get_tensor(name).numel() == 1000 for name in file.keys()) == 1
 
 
@@ -70,7 +70,7 @@ def test_views_of_one_memory_are_saved_each_for_itself(tmp_path):
 def test_what_needs_pickle_is_refused_and_leaves_no_shard(tmp_path):
     with pytest.raises(CalibrationError, match="expected tensors, numbers, strings and containers of them, got object"):
         CalibrationSet([call(0, odd=object())]).save(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["calibration.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "calibration.json"]
 
 
 def test_a_folder_of_another_set_is_not_mixed_with_this_one(tmp_path):
@@ -85,7 +85,7 @@ def damage_settings(folder):
 
 
 def other_version(folder):
-    (folder / "calibration.json").write_text(json.dumps({"format_version": 99, "settings": {}}))
+    (folder / "calibration.json").write_text(json.dumps({"format_version": 99}))
 
 
 def no_settings(folder):
@@ -93,17 +93,17 @@ def no_settings(folder):
 
 
 def cut_shard(folder):
-    path = shards.shard_path(folder, 0, 0)
+    path = shards._shard_path(folder, 0, 0)
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def foreign_shard(folder):
-    save_file({"x": torch.zeros(1)}, shards.shard_path(folder, 0, 0), metadata={"format": "pt"})
+    save_file({"x": torch.zeros(1)}, shards._shard_path(folder, 0, 0), metadata={"format": "pt"})
 
 
 def calls_that_are_no_calls(folder):
     header = {"format": shards.FORMAT, "format_version": "1", "last": "True", "calls": "[3]"}
-    save_file({"x": torch.zeros(1)}, shards.shard_path(folder, 0, 0), metadata=header)
+    save_file({"x": torch.zeros(1)}, shards._shard_path(folder, 0, 0), metadata=header)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, message):
 )
 def test_a_header_that_does_not_fit_its_file_is_one_clear_error(tmp_path, fields):
     CalibrationSet([call()]).save(tmp_path)
-    path = shards.shard_path(tmp_path, 0, 0)
+    path = shards._shard_path(tmp_path, 0, 0)
     with safe_open(path, "pt") as file:
         header = file.metadata()
     calls = json.loads(header["calls"])
@@ -147,12 +147,13 @@ def test_a_header_that_does_not_fit_its_file_is_one_clear_error(tmp_path, fields
 
 
 def test_a_trajectory_without_its_last_part_is_not_there(tmp_path):
-    shards.claim(tmp_path, {})
-    shards.write(tmp_path, 0, 0, [call(0)], last=False)
-    shards.write(tmp_path, 1, 0, [call(0, 1)], last=False)
-    shards.write(tmp_path, 1, 1, [call(1, 1)], last=True)
-    shards.write(tmp_path, 1, 2, [call(9, 1)], last=True)  # left over from a run with smaller parts
-    assert shards.complete(tmp_path) == [1]
+    with shards.shard_folder(tmp_path, {}):
+        pass
+    shards.write_shard(tmp_path, 0, 0, [call(0)], last=False)
+    shards.write_shard(tmp_path, 1, 0, [call(0, 1)], last=False)
+    shards.write_shard(tmp_path, 1, 1, [call(1, 1)], last=True)
+    shards.write_shard(tmp_path, 1, 2, [call(9, 1)], last=True)  # left over from a run with smaller parts
+    assert shards.complete_trajectories(tmp_path) == [1]
     assert [c.step for c in CalibrationSet.load(tmp_path)] == [0, 1]
 
 
@@ -166,19 +167,19 @@ def test_a_set_of_which_a_trajectory_is_missing_is_not_taken_for_a_smaller_one(t
     whole = CalibrationSet([call(0), call(0, 1), call(0, 2)], {"trajectories": 3})
     whole.save(tmp_path)
     assert len(CalibrationSet.load(tmp_path)) == 3
-    shards.shard_path(tmp_path, 1, 0).unlink()
-    with pytest.raises(FormatError, match="expected 3 trajectories, got 2 whole ones"):
+    shards._shard_path(tmp_path, 1, 0).unlink()
+    with pytest.raises(FormatError, match="expected 3 trajectories, got 2 complete ones"):
         CalibrationSet.load(tmp_path)
 
 
 def test_some_of_the_calls_are_read_when_they_are_asked_for(tmp_path):
     CalibrationSet([call(step) for step in range(6)]).save(tmp_path)
     chosen = LazyCalls([4, 1, 5], CalibrationSet.load(tmp_path).__getitem__)
-    shards.shard_path(tmp_path, 0, 0).rename(tmp_path / "away")
+    shards._shard_path(tmp_path, 0, 0).rename(tmp_path / "away")
     assert len(chosen) == 3
     with pytest.raises(FormatError):
         chosen[0]
-    (tmp_path / "away").rename(shards.shard_path(tmp_path, 0, 0))
+    (tmp_path / "away").rename(shards._shard_path(tmp_path, 0, 0))
     assert [c.step for c in chosen] == [4, 1, 5]
     assert [c.step for c in chosen[1:]] == [1, 5]
     assert chosen[-1].step == 5

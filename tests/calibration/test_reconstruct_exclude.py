@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modiff
-from modiff import ConfigError, FormatError, ReconstructConfig
+from modiff import ConfigError, ReconstructConfig
 from modiff.calibration.reconstruct.run import learn_units
 from tests.model import learning
 from tests.model.learning import KINDS, applied, codes_of, layers_of, same_codes, static_config, weights
@@ -50,7 +50,7 @@ def test_an_excluded_layer_keeps_the_rounding_that_it_learned_before_and_its_dig
     assert layers_of(model)[left].quantized_weight.fixed
     assert all(map(torch.equal, codes_of(model)[left], before))
     other, calls = applied(toy_unet, weights())
-    with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+    with pytest.raises(ConfigError, match="expected a folder of the same job"):
         learn_units(other, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 

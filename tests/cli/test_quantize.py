@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "batch": 2,
         "search": "minmax",
         "reconstruction": LEARN | {"learning_rate": 0.1},
-        "learning": LEARN | {"learn": "activation_steps", "activations": "quantized"},
+        "learning": LEARN | {"learn": "activation_scales", "activations": "quantized"},
     },
     "ptq4dm": {"samples": 2, "batch": 2, "trials": 3},
     "tfmq_dm": {"groups": 2, "samples": 2, "batch": 2, "reconstruction": None, "temporal": LEARN},

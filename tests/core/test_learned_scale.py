@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modiff.core.affine import QParams, choose_qparams, fake_quantize
-from modiff.core.learned_scale import LearnedStep, fake_quantize_through
+from modiff.core.learned_scale import LearnedScale, fake_quantize_through
 from tests.helpers import assert_same_bits, assert_within
 from tests.reference import rounding as reference
 
@@ -79,7 +79,7 @@ def test_the_gradient_of_the_step_is_the_finite_difference_of_the_surrogate(bits
 def test_a_learned_step_moves_in_shares_of_itself_and_stays_positive():
     """One Adam iteration changes a scale of 10 and one of 1e-4 by the same factor, whatever the gradients are."""
     x = torch.cat([values_of(0, 1, 64), 1e-5 * values_of(1, 1, 64)])
-    step = LearnedStep(QParams(torch.tensor([[10.0], [1e-4]]).double(), None), 4)
+    step = LearnedScale(QParams(torch.tensor([[10.0], [1e-4]]).double(), None), 4)
     before = step.frozen().scale
     optimizer = torch.optim.Adam([step.theta], lr=0.01)
     (step(x) - x).abs().sum().backward()
@@ -93,7 +93,7 @@ def test_a_learned_step_moves_in_shares_of_itself_and_stays_positive():
 
 def test_a_step_that_is_too_large_is_learned_down_to_the_best_one():
     x = values_of(2, 4096)
-    step = LearnedStep(QParams(torch.tensor(3.0).double(), None), 3)
+    step = LearnedScale(QParams(torch.tensor(3.0).double(), None), 3)
     optimizer = torch.optim.Adam([step.theta], lr=0.02)
     for _ in range(400):
         optimizer.zero_grad()
@@ -107,7 +107,7 @@ def test_a_step_that_is_too_large_is_learned_down_to_the_best_one():
 
 def test_frozen_scales_are_copies_and_keep_the_zero_point():
     zero = torch.tensor(3, dtype=torch.int32)
-    step = LearnedStep(QParams(torch.tensor(0.5), zero), 4)
+    step = LearnedScale(QParams(torch.tensor(0.5), zero), 4)
     frozen = step.frozen()
     with torch.no_grad():
         step.theta.add_(1.0)

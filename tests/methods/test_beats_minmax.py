@@ -23,7 +23,7 @@ from modiff.hosts.noise import noise_generators
 from modiff.methods.accuquant import AccuquantConfig
 from modiff.methods.modiff import ModiffMethodConfig
 from modiff.methods.ptq4dm import Ptq4dmConfig
-from modiff.methods.q_diffusion import QDiffusionConfig, quick_steps
+from modiff.methods.q_diffusion import QDiffusionConfig
 from modiff.methods.registry import quantize
 from modiff.methods.tfmq_dm import TfmqDmConfig
 
@@ -32,7 +32,7 @@ WEIGHTS = dataclasses.replace(
     ReconstructConfig.quick_weights(), iterations=50, batch=4, learning_rate=0.3, checks=2
 )  # at a rate at which each rounding can still change its mind
 BYTES = dataclasses.replace(WEIGHTS, iterations=10)
-LEARNING = dataclasses.replace(quick_steps(), iterations=5, batch=8, checks=2)
+LEARNING = dataclasses.replace(ReconstructConfig.quick_activation_scales(), iterations=5, batch=8, checks=2)
 SMALL: dict[str, Any] = {"steps": STEPS, "samples": 8, "batch": 8}
 LEARNED: dict[str, Any] = {**SMALL, "groups": 5, "reconstruction": WEIGHTS}
 METHODS = {

@@ -208,7 +208,7 @@ STATIC_ATTENTION = AttentionConfig(operands=QuantizerConfig(dynamic=False))
         ),
         ({"attention": STATIC_ATTENTION}, r"ModiffMethodConfig\.attention: expected dynamic quantizers"),
         ({"samples": 30}, r"ModiffMethodConfig\.samples: expected a multiple of batch=32, got 30"),
-        ({"learning": ReconstructConfig()}, r"ModiffMethodConfig\.learning\.learn: expected 'activation_steps'"),
+        ({"learning": ReconstructConfig()}, r"ModiffMethodConfig\.learning\.learn: expected 'activation_scales'"),
         (
             {"activation_bits": 3, "modulation": ModulationConfig(predictor="linear")},
             r"LayerConfig\.modulation\.predictor: expected 'hold' at 3 bits",

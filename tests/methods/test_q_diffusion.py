@@ -12,7 +12,6 @@ from modiff import ConfigError, ModulationConfig, StateError
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.unet import shortcut_splits
 from modiff.methods import QDiffusionConfig, apply_q_diffusion
-from modiff.methods.q_diffusion import of_residuals, quick_steps
 from modiff.model.attach import attachment_of
 from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
@@ -21,7 +20,7 @@ from tests.reference.quantizer import affine_parameters
 
 STEPS = 4
 ROUNDS = ReconstructConfig(iterations=8, batch=4, learning_rate=0.1, checks=2, patience=0)
-LEARNS = dataclasses.replace(quick_steps(), iterations=8, batch=4, checks=2)
+LEARNS = dataclasses.replace(ReconstructConfig.quick_activation_scales(), iterations=8, batch=4, checks=2)
 SMALL = QDiffusionConfig(
     activation_bits=4, steps=STEPS, groups=2, samples=4, batch=4, reconstruction=ROUNDS, learning=LEARNS
 )
@@ -152,9 +151,9 @@ def test_a_mistake_leaves_the_pipeline_as_it_was():
         ({"samples": 100}, r"QDiffusionConfig\.samples: expected a multiple of batch=32, got 100"),
         ({"groups": 0}, r"QDiffusionConfig\.groups: expected 1 or more, got 0"),
         ({"groups": 101}, r"QDiffusionConfig\.groups: expected at most steps=100, got 101"),
-        ({"learning": ReconstructConfig()}, r"QDiffusionConfig\.learning\.learn: expected 'activation_steps'"),
+        ({"learning": ReconstructConfig()}, r"QDiffusionConfig\.learning\.learn: expected 'activation_scales'"),
         (
-            {"reconstruction": ReconstructConfig.activation_steps()},
+            {"reconstruction": ReconstructConfig.activation_scales()},
             r"QDiffusionConfig\.reconstruction\.learn: expected 'weights'",
         ),
     ],
@@ -175,4 +174,4 @@ def test_the_published_settings_are_the_default_and_all_survive_json():
     assert (latent.groups, latent.samples, latent.softmax_bits, latent.reconstruction.batch) == (25, 128, 16, 8)
     for each in (config, latent, QDiffusionConfig.quick(), SMALL):
         assert QDiffusionConfig.from_json(each.to_json()) == each
-    assert of_residuals(learning) == dataclasses.replace(ReconstructConfig.residual_steps())
+    assert learning.for_residuals() == dataclasses.replace(ReconstructConfig.residual_scales())

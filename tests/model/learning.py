@@ -23,8 +23,8 @@ from tests.model.toys import activations_only, sample
 
 KINDS = ("ResidualBlock", "Attention")
 QUICK = ReconstructConfig(iterations=40, batch=8, learning_rate=0.1, checks=2)
-STEPS = dataclasses.replace(ReconstructConfig.activation_steps(), iterations=40, batch=8, learning_rate=0.1, checks=4)
-RESIDUAL = dataclasses.replace(STEPS, learn="residual_steps", unit="layer")
+STEPS = dataclasses.replace(ReconstructConfig.activation_scales(), iterations=40, batch=8, learning_rate=0.1, checks=4)
+RESIDUAL = dataclasses.replace(STEPS, learn="residual_scales", unit="layer")
 STATIC = QuantizerConfig(bits=4, dynamic=False)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
 from modiff.errors import ConfigError
 from modiff.model.attach import attachment_of
+from modiff.model.observe import observe
 from modiff.nn import quantized_class
 
 
@@ -51,31 +54,23 @@ def blocks_of(
     Cost: one evaluation, if `run` is given.
     """
     modules = dict(model.named_modules())
-    names = _layers_of(model) if layers is None else list(layers)
+    if layers is None:
+        attachment = attachment_of(model)
+        layers = [n for n, m in modules.items() if quantized_class(m)] if attachment is None else attachment.layers
+    names = list(layers)
     owners: dict[str, list[str]] = {}
     for name in names:
         owners.setdefault(_owner(name, modules, kinds, patterns), []).append(name)
     _check_patterns(patterns, names, modules)
-    found = [Block(owner, type(modules[owner]).__name__, tuple(inside)) for owner, inside in owners.items()]
-    return found if run is None else _in_order_of_execution(found, modules, run)
-
-
-def _layers_of(model: nn.Module) -> list[str]:
-    attachment = attachment_of(model)
-    if attachment is not None:
-        return list(attachment.layers)
-    return [name for name, module in model.named_modules() if quantized_class(module) is not None]
+    blocks = [Block(owner, type(modules[owner]).__name__, tuple(inside)) for owner, inside in owners.items()]
+    return blocks if run is None else _in_order_of_execution(model, blocks, run)
 
 
 def _owner(name: str, modules: dict[str, nn.Module], kinds: Sequence[str], patterns: Sequence[str]) -> str:
     around = _around(name)
-    for module in around:
-        if any(fnmatchcase(module, pattern) for pattern in patterns):
-            return module
-    for module in around:
-        if any(fnmatchcase(type(modules[module]).__name__, kind) for kind in kinds):
-            return module
-    return name
+    by_name = (m for m in around if any(fnmatchcase(m, pattern) for pattern in patterns))
+    by_kind = (m for m in around if any(fnmatchcase(type(modules[m]).__name__, kind) for kind in kinds))
+    return next(itertools.chain(by_name, by_kind, (name,)))
 
 
 def _around(name: str) -> list[str]:
@@ -88,31 +83,17 @@ def _check_patterns(patterns: Sequence[str], names: list[str], modules: dict[str
     around = {module for name in names for module in _around(name)}
     for pattern in patterns:
         if not any(fnmatchcase(module, pattern) for module in around):
-            known = ", ".join(list(modules)[1:9])
             raise ConfigError(
                 f"blocks: expected patterns that match a module with layers to learn, got {pattern!r}. No such module "
-                f"has this name. Known modules: {known}, ..."
+                f"has this name. Known modules: {', '.join(list(modules)[1:9])}, ..."
             )
 
 
-def _in_order_of_execution(
-    blocks: list[Block], modules: dict[str, nn.Module], run: Callable[[], object]
-) -> list[Block]:
+def _in_order_of_execution(model: nn.Module, blocks: list[Block], run: Callable[[], object]) -> list[Block]:
     """By the time of their first end: a unit inside another ends before it, and is learned before it."""
-    calls: dict[str, int] = {}
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-
-        return hook
-
-    handles = [modules[block.name].register_forward_hook(count(block.name)) for block in blocks]
-    try:
+    calls: Counter[str] = Counter()
+    with observe(model, lambda name, *_: calls.update([name]), layers=[block.name for block in blocks]):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     order = {name: i for i, name in enumerate(calls)}
     ranked = sorted(blocks, key=lambda block: order.get(block.name, len(order)))
-    return [Block(b.name, b.kind, b.layers, calls.get(b.name, 0)) for b in ranked]
+    return [dataclasses.replace(block, calls=calls[block.name]) for block in ranked]

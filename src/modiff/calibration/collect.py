@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modiff.calibration import shards as shards
-from modiff.calibration.data import CalibrationSet, Call, map_tensors
+from modiff.calibration.data import (
+    CalibrationSet,
+    Call,
+    complete_trajectories,
+    map_tensors,
+    shard_folder,
+    tensors_of,
+    write_shard,
+)
 from modiff.calibration.timesteps import StepSampler
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import ATTRIBUTE, TIMESTEP_NAMES, Attachment, attachment_of
+from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.nn import Clock
 from modiff.nn.source import version_of
@@ -55,7 +64,8 @@ def record_calls(
         memory_mib: the most that is held in memory. Beyond it, shards are written earlier; without a folder it is an
             error.
     Raises: ConfigError for settings that do not fit, or a folder with another set; CalibrationError if trajectories
-        have another number of evaluations or rows, exceed the memory without a folder, or run on what no file holds.
+        have another number of evaluations or rows, exceed the memory without a folder, or run on what no file holds;
+        StateError if another process collects into the folder.
     Cost: the trajectories, and a copy of what is kept.
     """
     _check(trajectories, batch, steps, sampler, memory_mib)
@@ -71,21 +81,16 @@ def record_calls(
         "pairs": pairs,
         "seed": seed,
     }
-    done: set[int] = set()
-    target = None if folder is None else Path(folder)
-    if target is not None:
-        shards.claim(target, settings)
-        done = set(shards.complete(target))
-    store = _Store(target, memory_mib)
-    with _recorded(model, _Recorder(plan, batch, pairs, store)) as recorder, torch.no_grad():
-        for index in tqdm(range(trajectories), desc="calibration data", unit="run", disable=not progress):
-            if index not in done:
-                recorder.start(index)
-                run(index)
-                recorder.end()
-    if target is not None:
-        return CalibrationSet.load(target)
-    return CalibrationSet(store.calls, settings)
+    with nullcontext() if folder is None else shard_folder(folder, settings) as shards:
+        store = _Store(None if shards is None else shards.path, memory_mib)
+        done = set() if shards is None else set(complete_trajectories(shards.path))
+        with _recorded(model, _Recorder(plan, batch, pairs, store)) as recorder, torch.no_grad():
+            for index in tqdm(range(trajectories), desc="calibration data", unit="run", disable=not progress):
+                if index not in done:
+                    recorder.start(index)
+                    run(index)
+                    recorder.end()
+    return CalibrationSet(store.calls, settings) if folder is None else CalibrationSet.load(folder)
 
 
 def _check(
@@ -109,11 +114,11 @@ class _Store:
     def __init__(self, folder: Path | None, memory_mib: float) -> None:
         self.folder, self.cap = folder, memory_mib * 2**20
         self.calls: list[Call] = []
-        self.trajectory, self.part, self.bytes = 0, 0, 0.0
+        self.trajectory, self.shard, self.bytes = 0, 0, 0.0
         self._counted: dict[int, Tensor] = {}
 
     def start(self, trajectory: int) -> None:
-        self.trajectory, self.part = trajectory, 0
+        self.trajectory, self.shard = trajectory, 0
 
     def add(self, call: Call) -> None:
         """Keep a call; write what is kept to disk when it grows over the cap. Raises: CalibrationError without disk."""
@@ -129,22 +134,26 @@ class _Store:
                 f"collect: expected at most {self.cap / 2**20:g} MiB of calls, got {len(self.calls)} calls with "
                 f"{self.bytes / 2**20:.1f} MiB. Memory is bounded. Give folder= for shards on disk, or memory_mib=."
             )
-        self._flush(last=False)
+        self.flush(last=False)
 
-    def end(self) -> None:
+    def flush(self, *, last: bool) -> None:
+        """Write what is kept as a shard, if there is a folder."""
         if self.folder is not None:
-            self._flush(last=True)
+            write_shard(self.folder, self.trajectory, self.shard, self.calls, last=last)
+            self.shard += 1
+            self.calls, self.bytes = [], 0.0
+            self._counted.clear()
 
-    def _flush(self, *, last: bool) -> None:
-        if self.folder is not None:
-            shards.write(self.folder, self.trajectory, self.part, self.calls, last=last)
-        self.part += 1
-        self.calls, self.bytes = [], 0.0
-        self._counted.clear()
+
+class _Rows(NamedTuple):
+    """length: of the batch axis. positions: those that are kept."""
+
+    length: int
+    positions: tuple[int, ...]
 
 
 class _Recorder:
-    """Forward pre-hook of the network: counts evaluations in each context and keeps those of the plan."""
+    """Called before each evaluation of the network: counts them in each context and keeps those of the plan."""
 
     def __init__(self, plan: Tensor | None, batch: int | None, pairs: bool, store: _Store) -> None:
         self.plan, self.batch, self.pairs, self.store = plan, batch, pairs, store
@@ -165,13 +174,13 @@ class _Recorder:
         """A trajectory ended. Raises: CalibrationError if it was shorter than planned, or never began."""
         seen = max(self._steps.values(), default=-1) + 1
         if seen == 0 or (self.plan is not None and seen != len(self.plan)):
-            wanted = "at least 1" if self.plan is None else str(len(self.plan))
+            expected = "at least 1" if self.plan is None else str(len(self.plan))
             raise CalibrationError(
-                f"collect: expected {wanted} evaluations in trajectory {self.trajectory}, got {seen}. "
+                f"collect: expected {expected} evaluations in trajectory {self.trajectory}, got {seen}. "
                 f"Some samplers evaluate twice in a step. {f'Give steps={seen}' if seen else 'Run the network in run'}."
             )
         self._forget()
-        self.store.end()
+        self.store.flush(last=True)
 
     def _forget(self) -> None:
         self._steps.clear()
@@ -182,10 +191,10 @@ class _Recorder:
         context = self.clock.context if self.clock is not None else "default"
         step = self._steps[context] = self._steps.get(context, -1) + 1
         rows = self._rows(step)
-        before = self._last.pop(context, None)
+        previous = self._last.pop(context, None)
         if rows is not None:
             call = self._call(args, kwargs, step, context, rows)
-            self.store.add(call if before is None else _with_previous(call, before))
+            self.store.add(dataclasses.replace(call, previous=previous))
         following = self._rows(step + 1) if self.pairs else None
         if following is not None:
             self._last[context] = self._call(args, kwargs, step, context, following)
@@ -216,17 +225,14 @@ class _Recorder:
         """Where the rows lie in batched tensors: once for each branch of guidance that is batched."""
         if not rows or self.batch is None:
             return None
-        found: list[Tensor] = []
-        map_tensors((args, {k: v for k, v in kwargs.items() if k not in UNBATCHED}), lambda t: found.append(t) or t)
-        wide = [t for t in found if t.dim() > 1]
-        if not wide or len(wide[0]) % self.batch:
+        batched = tensors_of((args, {k: v for k, v in kwargs.items() if k not in UNBATCHED}))
+        length = next((len(t) for t in batched if t.dim() > 1), None)
+        if length is None or length % self.batch:
             raise CalibrationError(
                 f"collect.batch: expected a batch axis of {self.batch} samples, or a multiple of it for guidance, got "
-                f"{len(wide[0]) if wide else 'no tensor with one'}. Rows belong to samples. Give the images in a run."
+                f"{length or 'no tensor with one'}. Rows belong to samples. Give the images in a run."
             )
-        length = len(wide[0])
-        branches = range(0, length, self.batch)
-        return _Rows(length, tuple(first + row for first in branches for row in rows))
+        return _Rows(length, tuple(first + row for first in range(0, length, self.batch) for row in rows))
 
     def _copy(self, tree: Any, chosen: _Rows | None) -> Any:
         return map_tensors(tree, lambda tensor: self._copied(tensor, chosen))
@@ -237,8 +243,10 @@ class _Recorder:
         positions = chosen.positions if cut and chosen is not None else ()
         key = (id(tensor), version_of(tensor), positions)
         part = tensor.detach()[list(positions)] if cut else tensor.detach()
-        if key in self._copies and tensor.is_inference() and not _same(part, self._copies[key][1]):
-            del self._copies[key]  # written in place: inference tensors do not count it
+        if key in self._copies and tensor.is_inference():  # it may be written in place without a new version
+            kept = self._copies[key][1]
+            if part.shape != kept.shape or not torch.equal(part.cpu(), kept):
+                del self._copies[key]
         if key not in self._copies:
             # the entry goes with the tensor: its id may be that of another one later
             alive = weakref.ref(tensor, lambda _: self._copies.pop(key, None))
@@ -246,35 +254,20 @@ class _Recorder:
         return self._copies[key][1]
 
 
-def _same(x: Tensor, kept: Tensor) -> bool:
-    return x.shape == kept.shape and torch.equal(x.cpu(), kept)
-
-
-class _Rows:
-    """length: of the batch axis. positions: those that are kept."""
-
-    def __init__(self, length: int, positions: tuple[int, ...]) -> None:
-        self.length, self.positions = length, positions
-
-
-def _with_previous(call: Call, before: Call) -> Call:
-    return Call(call.args, call.kwargs, call.step, call.timestep, call.context, call.trajectory, call.rows, before)
-
-
 @contextmanager
 def _recorded(model: nn.Module, recorder: _Recorder) -> Iterator[_Recorder]:
     """The recorder on the network; a plain network carries a clock meanwhile, so that contexts are known."""
-    attachment, plain = attachment_of(model), attachment_of(model) is None
+    attachment = attachment_of(model)
+    plain = attachment is None
     if attachment is None:
         attachment = Attachment(Clock(type(model).__name__), Report(()))
         model.__dict__[ATTRIBUTE] = attachment
     recorder.clock = attachment.clock
     names = list(inspect.signature(model.forward).parameters)
     recorder.timestep = next(((n, i) for i, n in enumerate(names) if n in TIMESTEP_NAMES), None)
-    handle = model.register_forward_pre_hook(recorder, with_kwargs=True)
     try:
-        yield recorder
+        with observe(model, before_step=recorder):
+            yield recorder
     finally:
-        handle.remove()
         if plain:
             model.__dict__.pop(ATTRIBUTE, None)

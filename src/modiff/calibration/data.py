@@ -1,18 +1,29 @@
-"""Calibration data: what a network was called with along its trajectories, in memory or in a folder of shards."""
+"""Calibration data: what a network was called with along its trajectories, in memory or in a folder of shards.
+
+A folder holds `calibration.json`, the settings, and `trajectory-00000-000.safetensors`, ...: the shards of each
+trajectory, the last of which says so; a trajectory without it was interrupted and is collected again. Tensors are
+stored as tensors, everything else as JSON in the header of the file. No pickle.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, overload
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from modiff.calibration import shards as shards
-from modiff.errors import FormatError
+from modiff.errors import CalibrationError, FormatError
+from modiff.files import ResumableFolder, read_json, write_tensors
+
+FORMAT, VERSION, SETTINGS = "modiff calibration set", 1, "calibration.json"
+_SHARD = re.compile(r"trajectory-(\d{5,})-000\.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +47,9 @@ class Call:
 
     def to(self, device: torch.device | str) -> Call:
         """The same call with its tensors, and those of the previous one, on `device`."""
-        return dataclasses.replace(
-            self,
-            args=map_tensors(self.args, lambda t: t.to(device)),
-            kwargs=map_tensors(self.kwargs, lambda t: t.to(device)),
-            previous=None if self.previous is None else self.previous.to(device),
-        )
+        args, kwargs = map_tensors((self.args, self.kwargs), lambda t: t.to(device))
+        previous = None if self.previous is None else self.previous.to(device)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, previous=previous)
 
     def evaluate(self, model: nn.Module) -> Any:
         """What `model` returns for these inputs, moved to the device of its parameters."""
@@ -51,9 +59,7 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the call and of the previous one."""
-        found: list[Tensor] = []
-        map_tensors((self.args, self.kwargs), lambda t: found.append(t) or t)
-        return found + ([] if self.previous is None else self.previous.tensors())
+        return tensors_of((self.args, self.kwargs)) + ([] if self.previous is None else self.previous.tensors())
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -65,6 +71,32 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)(map_tensors(value, change) for value in tree)
     return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries, in order."""
+    tensors: list[Tensor] = []
+    map_tensors(tree, lambda t: tensors.append(t) or t)
+    return tensors
+
+
+class LazyCalls(Sequence[Call]):
+    """Calls made from `items`, each when it is asked for: `LazyCalls(indices, calls.__getitem__)`."""
+
+    def __init__(self, items: Sequence[Any], read: Callable[[Any], Call]) -> None:
+        self._items, self._read = items, read
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Call]: ...
+    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
+        if isinstance(index, slice):
+            return LazyCalls(self._items[index], self._read)
+        return self._read(self._items[index])
 
 
 class CalibrationSet(Sequence[Call]):
@@ -96,13 +128,12 @@ class CalibrationSet(Sequence[Call]):
 
         Raises: ConfigError if the folder holds another set.
         """
-        folder = Path(folder)
-        shards.claim(folder, self.settings)
-        grouped: dict[int, list[Call]] = {}
+        trajectories: dict[int, list[Call]] = {}
         for call in self.calls:
-            grouped.setdefault(call.trajectory, []).append(call)
-        for trajectory, calls in grouped.items():
-            shards.write(folder, trajectory, 0, calls, last=True)
+            trajectories.setdefault(call.trajectory, []).append(call)
+        with shard_folder(folder, self.settings) as shards:
+            for trajectory, calls in trajectories.items():
+                write_shard(shards.path, trajectory, 0, calls, last=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -111,50 +142,144 @@ class CalibrationSet(Sequence[Call]):
         Raises: FormatError if the folder, its settings or a shard is missing, damaged or of another version.
         """
         folder = Path(folder)
-        settings = shards.read_settings(folder)
-        trajectories = shards.complete(folder)
-        wanted = settings.get("trajectories", len(trajectories))
-        if len(trajectories) != wanted:
+        settings = read_json(
+            folder / SETTINGS, "the settings of a calibration set", "Give a folder written by CalibrationSet.save."
+        )
+        version = settings.pop("format_version", None)
+        if version != VERSION:
             raise FormatError(
-                f"{folder}: expected {wanted} trajectories, got {len(trajectories)} whole ones. Collecting was "
+                f"{folder / SETTINGS}: expected format_version {VERSION}, got {version!r}. Another version of modiff "
+                "wrote it. Collect the set again."
+            )
+        trajectories = complete_trajectories(folder)
+        expected = settings.get("trajectories", len(trajectories))
+        if len(trajectories) != expected:
+            raise FormatError(
+                f"{folder}: expected {expected} trajectories, got {len(trajectories)} complete ones. Collecting was "
                 "interrupted, or files are missing. Collect again into the same folder: it goes on."
             )
-        records = [record for trajectory in trajectories for record in shards.records(folder, trajectory)]
-        return cls(LazyCalls(records, lambda record: call_from(record.read())), settings)
+        records = [record for trajectory in trajectories for record in _records(folder, trajectory) or ()]
+        return cls(LazyCalls(records, _read_call), settings)
 
 
-class LazyCalls(Sequence[Call]):
-    """Calls made from `items`, each read when it is asked for: `LazyCalls(places, calls.__getitem__)`.
+def shard_folder(folder: str | Path, settings: dict[str, Any]) -> ResumableFolder:
+    """The folder of a set with these settings, to be entered with `with`."""
+    job = {"format_version": VERSION} | settings
+    return ResumableFolder(folder, job, record=SETTINGS, items="trajectory-*.safetensors")
 
-    items: what stands for the calls, such as places in another set. read: the call of one item.
+
+def write_shard(folder: Path, trajectory: int, number: int, calls: Iterable[Call], *, last: bool) -> None:
+    """Write calls of a trajectory, atomically; a tensor that several calls hold is stored once.
+
+    Raises: CalibrationError for an argument that is neither a tensor, a plain value, nor a container of them.
     """
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
 
-    def __init__(self, items: Sequence[Any], read: Callable[[Any], Call]) -> None:
-        self._items, self._read = items, read
+    def name_of(tensor: Tensor) -> str:
+        if id(tensor) not in names:
+            names[id(tensor)] = f"t{len(names)}"
+            tensors[names[id(tensor)]] = tensor.contiguous().clone()
+        return names[id(tensor)]
 
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Call: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Call]: ...
-    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
-        if isinstance(index, slice):
-            return LazyCalls(self._items[index], self._read)
-        return self._read(self._items[index])
+    kept = list(calls)  # alive while ids are names
+    fields = [_encode_call(call, name_of) for call in kept]
+    facts = {"format": FORMAT, "format_version": str(VERSION), "last": str(last), "calls": json.dumps(fields)}
+    write_tensors(_shard_path(folder, trajectory, number), tensors, facts)
 
 
-def call_from(values: dict[str, Any]) -> Call:
-    """A call from the fields that a shard holds."""
-    previous = values["previous"]
-    return Call(
-        args=tuple(values["args"]),
-        kwargs=values["kwargs"],
-        step=values["step"],
-        timestep=values["timestep"],
-        context=values["context"],
-        trajectory=values["trajectory"],
-        rows=tuple(values["rows"]),
-        previous=None if previous is None else call_from(previous),
+def complete_trajectories(folder: Path) -> list[int]:
+    """Trajectories whose shards are all there. Raises: FormatError for a shard that is damaged."""
+    first = sorted(int(match[1]) for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name)))
+    return [trajectory for trajectory in first if _records(folder, trajectory) is not None]
+
+
+def _shard_path(folder: Path, trajectory: int, number: int) -> Path:
+    return folder / f"trajectory-{trajectory:05d}-{number:03d}.safetensors"
+
+
+def _records(folder: Path, trajectory: int) -> list[tuple[Path, dict[str, Any]]] | None:
+    """The encoded calls of a trajectory, each with its file, in order; None if the last shard is missing."""
+    records: list[tuple[Path, dict[str, Any]]] = []
+    number = 0
+    while (path := _shard_path(folder, trajectory, number)).exists():
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+            if facts.get("format") != FORMAT or facts.get("format_version") != str(VERSION):
+                raise ValueError(f"a file of format {facts.get('format')!r}")
+            calls = json.loads(facts["calls"])
+            if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+                raise TypeError("calls that are no list of objects")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _damaged(path, error) from error
+        records += [(path, call) for call in calls]
+        if facts.get("last") == "True":
+            return records
+        number += 1
+    return None
+
+
+def _read_call(record: tuple[Path, dict[str, Any]]) -> Call:
+    """The call of a record, with its tensors. Raises: FormatError if the shard does not hold them."""
+    path, encoded = record
+    try:
+        with safe_open(path, "pt") as file:
+            loaded: dict[str, Tensor] = {}
+
+            def tensor(name: str) -> Tensor:
+                if name not in loaded:
+                    loaded[name] = file.get_tensor(name)
+                return loaded[name]
+
+            return _decode({"call": encoded}, tensor)
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _encode_call(call: Call, name_of: Callable[[Tensor], str]) -> dict[str, Any]:
+    fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
+    return {name: _encode(value, name_of) for name, value in fields.items()}
+
+
+def _encode(value: Any, name_of: Callable[[Tensor], str]) -> Any:
+    """JSON for a nested value: an object with one key stands for what JSON does not have."""
+    if isinstance(value, Tensor):
+        return {"tensor": name_of(value)}
+    if isinstance(value, Call):
+        return {"call": _encode_call(value, name_of)}
+    if isinstance(value, dict):
+        return {"dict": [[_plain(key), _encode(item, name_of)] for key, item in value.items()]}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__: [_encode(item, name_of) for item in value]}
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    raise CalibrationError(
+        f"calibration set: expected tensors, numbers, strings and containers of them, got {type(value).__name__}. "
+        "Only these are saved without pickle. Call the network with plain arguments."
+    )
+
+
+def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensor(content)
+    if kind == "call":
+        return Call(**{name: _decode(item, tensor) for name, item in content.items()})
+    if kind == "dict":
+        return {key: _decode(item, tensor) for key, item in content}
+    return {"tuple": tuple, "list": list}[kind](_decode(item, tensor) for item in content)
+
+
+def _damaged(path: Path, error: Exception) -> FormatError:
+    reason = str(error).splitlines()[0] if str(error) else "nothing"
+    return FormatError(
+        f"{path}: expected a shard of a calibration set, got {type(error).__name__}: {reason}. The file is damaged, "
+        "was cut, or is of another kind. Remove it and collect again."
     )

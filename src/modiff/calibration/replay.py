@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -31,22 +32,10 @@ def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -
             f"replay: expected calls{' with the one before each' if modulated else ''}, got none among {len(calls)}. "
             "Modulated layers code the change between two steps. Collect with pairs=True."
         )
-    bar = tqdm(chosen, desc="replay", unit="call", disable=not progress)
-    with torch.no_grad():
-        if attachment is None:
-            for index in bar:
-                calls[index].evaluate(model)
-        elif not modulated:
-            with model_trajectory(model):
-                for index in bar:
-                    calls[index].evaluate(model)
-        else:
-            for index in bar:
-                _residual(model, calls[index])
-
-
-def _residual(model: nn.Module, call: Call) -> None:
-    with model_trajectory(model):
-        if call.previous is not None:
-            call.previous.evaluate(model)
-        call.evaluate(model)
+    with torch.no_grad(), model_trajectory(model) if attachment is not None and not modulated else nullcontext():
+        for index in tqdm(chosen, desc="replay", unit="call", disable=not progress):
+            call = calls[index]
+            with model_trajectory(model) if modulated else nullcontext():
+                if modulated and call.previous is not None:
+                    call.previous.evaluate(model)
+                call.evaluate(model)

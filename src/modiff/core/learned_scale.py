@@ -1,4 +1,4 @@
-"""Learned step sizes: the gradient of a quantizer with respect to its scale, straight through the rounding (LSQ).
+"""Learned scales: the gradient of a quantizer with respect to its scale, straight through the rounding (LSQ).
 
     Q(x) = s round(clamp(x / s, qmin - z, qmax - z))
     dQ/dx = 1 inside the range, 0 beyond it
@@ -28,7 +28,7 @@ def fake_quantize_through(x: Tensor, qparams: QParams, bits: int) -> Tensor:
     return (codes * qparams.scale).to(x.dtype)
 
 
-class LearnedStep:
+class LearnedScale:
     """A quantizer whose scale is learned: s = s_0 exp(theta). Its only parameter is `theta`, a tensor like s_0.
 
     The exponential keeps s positive and makes a learning rate mean the same share of every scale: Q-Diffusion's Adam

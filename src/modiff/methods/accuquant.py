@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,23 +14,26 @@ from tqdm import tqdm
 
 from modiff.api import apply, calibrate, collect, reconstruct
 from modiff.calibration.data import CalibrationSet
-from modiff.calibration.group_error import Group, approximate_gradient, error_of, roll_out
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.reconstruct.layers import evaluating, without_states
-from modiff.calibration.reconstruct.unit import StepLearner
+from modiff.calibration.reconstruct.learn import ScaleLearner
+from modiff.calibration.reconstruct.store import digest_of
 from modiff.calibration.replay import replay
 from modiff.config import JsonConfig, LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig, check, is_bits
 from modiff.core.affine import QParams
 from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import set_of
 from modiff.errors import ConfigError
+from modiff.files import ResumableFolder
 from modiff.methods.accuquant_folder import (
     GroupResult,
-    GroupStore,
+    load_group,
     noting_sampler,
     sampler_as_recorded,
+    save_group,
     settings_of,
 )
+from modiff.methods.group_error import Group, approximate_gradient, error_of, roll_out
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
 from modiff.methods.sampler_steps import SamplerSteps
 from modiff.methods.work import claim_work
@@ -166,8 +170,6 @@ def apply_accuquant(
     recorded = _trajectories(calls, count)
     scheduler = sampler_as_recorded(pipe.scheduler, work)
     steps = [SamplerSteps(model, scheduler, trajectory, guidance_scale) for trajectory in recorded]
-    settings = settings_of(config, scheduler, guidance_scale)
-    store = GroupStore(None if work is None else work / "groups", model, calls, settings)
     report = apply(pipe, config.model_config())
     with undone_on_error(pipe):
         if config.rounding == "learned":
@@ -175,9 +177,24 @@ def apply_accuquant(
             reconstruct(pipe, calls, config.reconstruction, folder=weights, progress=progress)
         keep_rounding(model)
         calibrate(pipe, lambda: replay(model, calls, progress=progress), observer="mse")
-        with evaluating(model):
-            losses = _learn(model, steps, config, store, progress)
+        with _group_folder(work, config, scheduler, guidance_scale, model, calls) as groups, evaluating(model):
+            losses = _learn(model, steps, config, None if groups is None else groups.path, progress)
     return AccuquantReport(report.entries, tuple(losses))
+
+
+def _group_folder(
+    work: Path | None,
+    config: AccuquantConfig,
+    scheduler: Any,
+    guidance_scale: float | None,
+    model: nn.Module,
+    calls: CalibrationSet,
+) -> Any:
+    if work is None:
+        return nullcontext()
+    settings = settings_of(config, scheduler, guidance_scale)
+    settings["learned from"] = digest_of(None, (*model.parameters(), *model.buffers()), calls)
+    return ResumableFolder(work / "groups", settings, items="unit-*")
 
 
 def _trajectories(calls: CalibrationSet, count: int) -> list[list[Any]]:
@@ -193,19 +210,22 @@ def _trajectories(calls: CalibrationSet, count: int) -> list[list[Any]]:
 
 
 def _learn(
-    model: nn.Module, trajectories: list[SamplerSteps], config: AccuquantConfig, store: GroupStore, progress: bool
+    model: nn.Module, trajectories: list[SamplerSteps], config: AccuquantConfig, folder: Path | None, progress: bool
 ) -> list[GroupLoss]:
     """Group after group; `states` are where the quantized trajectories stand."""
     quantizers = quantizers_of(model)
     states = [t.recorded[0] for t in trajectories]
     losses: list[GroupLoss] = []
     for index, members in enumerate(tqdm(_members(model, trajectories[0]), desc="groups", disable=not progress)):
-        result = store.load(index)
-        if result is None:
+        path = None if folder is None else folder / f"unit-{index:04d}.safetensors"
+        if path is not None and path.exists():
+            result = load_group(path)
+        else:
             target = [t.recorded[members[-1] + 1] for t in trajectories]
             groups = [Group(members, start, end) for start, end in zip(states, target, strict=True)]
             result = _learn_group(model, trajectories, groups, index, config)
-            store.save(index, result)
+            if path is not None:
+                save_group(path, result)
         for name, scales in result.scales.items():
             _keep(quantizers[name], index, scales)
         states = [state.to(before.device) for state, before in zip(result.states, states, strict=True)]
@@ -231,7 +251,7 @@ def _learn_group(
     with without_states(model, "quantized") as trainees:
         starts = {n: _scales(quantizers[n], index) for n, t in trainees.items() if t.quantized.quantizer is not None}
         holders = {n: trainees[n] for n in starts}
-        learner = StepLearner(holders, starts)
+        learner = ScaleLearner(holders, starts)
         leaves = learner.begin()
         before, first = _arrive(trajectories, groups)
         optimizer = torch.optim.Adam(leaves, lr=config.learning_rate)
@@ -248,7 +268,7 @@ def _learn_group(
         ends = groups[0].steps[0], groups[0].steps[-1]
         if not after < before:
             return GroupResult(ends, before, before, {}, first)
-        kept = {name: tuple(step.frozen() for step in holder.steps) for name, holder in holders.items()}
+        kept = {name: tuple(scale.frozen() for scale in holder.scales) for name, holder in holders.items()}
     return GroupResult(ends, before, after, kept, arrived)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from modiff.calibration.data import Call
-from modiff.calibration.reconstruct.report import UnitReport
-from modiff.calibration.reconstruct.store import UnitStore, digest_of
-from modiff.calibration.reconstruct.unit import Found, parts_of
+from modiff.calibration.reconstruct.config import UnitReport
+from modiff.calibration.reconstruct.learn import Learned, scale_tensors, segments_of
+from modiff.calibration.reconstruct.store import load_unit, save_unit
 from modiff.config import JsonConfig
 from modiff.core.affine import QParams
 from modiff.errors import FormatError
@@ -24,7 +23,7 @@ from modiff.methods.sampler_steps import sampler_tables, with_tables
 
 SAMPLER = "sampler.safetensors"
 FACTS = {"format": "modiff sampler tables", "version": "1"}
-STATE = "state"
+STATE, STEPS = "state", "steps"
 
 
 @dataclass(frozen=True)
@@ -43,42 +42,24 @@ class GroupResult:
     states: list[Tensor]
 
 
-class GroupStore:
-    """The groups of one job in a folder, one safetensors file each, written whole or not at all.
+def load_group(path: Path) -> GroupResult:
+    """A finished group. Raises: FormatError if the file is damaged."""
+    learned, report = load_unit(path)
+    states = [learned[f"{STATE}.{i}"] for i in range(sum(key.startswith(f"{STATE}.") for key in learned))]
+    scales = {name: tuple(qparams for _, qparams in segments_of(learned, name)) for name in report.layers}
+    first, last = learned[STEPS].tolist()
+    return GroupResult((first, last), report.before, report.after, scales, states)
 
-    Args:
-        folder: made when it is missing; None keeps nothing.
-        model, calls, settings: what decides the scales.
-    Raises: OSError if the folder cannot be made.
-    Cost: with a folder, one pass over the weights and the calls.
-    """
 
-    def __init__(self, folder: Path | None, model: nn.Module, calls: Sequence[Call], settings: dict[str, Any]) -> None:
-        weights = (*model.parameters(), *model.buffers())
-        self._units = UnitStore(folder, "" if folder is None else digest_of(settings, weights, calls))
-
-    def load(self, index: int) -> GroupResult | None:
-        """A finished group, None if it is not there. Raises: FormatError if it is damaged or another job's."""
-        stored = self._units.load(index, "group")
-        if stored is None:
-            return None
-        found, report = stored
-        states = [found[f"{STATE}.{i}"] for i in range(sum(key.startswith(f"{STATE}.") for key in found))]
-        scales = {name: tuple(qparams for _, qparams in parts_of(found, name)) for name in report.layers}
-        first, last = json.loads(report.reason)
-        return GroupResult((first, last), report.before, report.after, scales, states)
-
-    def save(self, index: int, group: GroupResult) -> None:
-        """Keep a finished group. Raises: OSError."""
-        tensors: Found = {f"{STATE}.{i}": state.cpu() for i, state in enumerate(group.states)}
-        for name, parts in group.scales.items():
-            for i, (scale, zero_point) in enumerate(parts):
-                tensors[f"{name}.{i}.scale"] = scale.cpu()
-                if zero_point is not None:
-                    tensors[f"{name}.{i}.zero_point"] = zero_point.cpu().clone()
-        report = UnitReport("group", "steps", tuple(group.scales), group.before, group.after, bool(group.scales), 0,
-                            json.dumps(group.steps))  # fmt: skip
-        self._units.save(index, tensors, report)
+def save_group(path: Path, group: GroupResult) -> None:
+    """Keep a finished group. Raises: OSError."""
+    tensors: Learned = {f"{STATE}.{i}": state.cpu() for i, state in enumerate(group.states)}
+    tensors[STEPS] = torch.tensor(group.steps)
+    for name, scales in group.scales.items():
+        tensors |= scale_tensors(name, scales)
+    reason = "better at the end of the group" if group.scales else "no better than the calibrated scales"
+    report = UnitReport("group", "steps", tuple(group.scales), group.before, group.after, bool(group.scales), 0, reason)
+    save_unit(path, tensors, report)
 
 
 def noting_sampler(run: Callable[[int], object], scheduler: Any, folder: Path | None) -> Callable[[int], object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from modiff.calibration.reconstruct.report import ReconstructionReport
+from modiff.calibration.reconstruct.config import ReconstructionReport
 from modiff.model.report import Report
 
 

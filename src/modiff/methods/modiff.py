@@ -30,7 +30,7 @@ from modiff.config import (
 )
 from modiff.methods.learned_report import LearnedReport
 from modiff.methods.parts import keep_rounding, plain_network, trajectories_of, undone_on_error
-from modiff.methods.q_diffusion import check_calibration, of_residuals, quick_steps
+from modiff.methods.q_diffusion import check_calibration
 from modiff.methods.residual_ranges import Halves, measure_residuals
 from modiff.methods.work import claim_work
 
@@ -53,7 +53,7 @@ class ModiffMethodConfig(JsonConfig):
     symmetric: of static scales: max|r| / (2^(b-1) - 1), or with a zero point (max r - min r) / (2^b - 1).
     halves: of a split shortcut's static scales. "own": one each, the paper's. "shared": both start at the code's, the
         range of the whole input.
-    modulation: of the loop; the paper's first step is in full precision.
+    modulation: of the loop; the paper's first step has full-precision inputs and quantized weights.
     layers: "all" is the paper's and the code's; "recommended" leaves out what ModiffConfig leaves out by default: time
         and prompt embeddings, the first and the last layer.
     attention: the paper and the code leave the attention products in full precision; dynamic quantizers only.
@@ -76,7 +76,7 @@ class ModiffMethodConfig(JsonConfig):
     granularity: Granularity = "auto"
     symmetric: bool = True
     halves: Halves = "own"
-    modulation: ModulationConfig = field(default_factory=ModulationConfig)
+    modulation: ModulationConfig = field(default_factory=lambda: ModulationConfig(anchor_weights="quantized"))
     layers: Literal["all", "recommended"] = "all"
     attention: AttentionConfig | None = None
     steps: int = 100
@@ -87,7 +87,7 @@ class ModiffMethodConfig(JsonConfig):
     search: WeightSearch = "mse"
     rounding: Literal["learned", "nearest"] = "learned"
     reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.weights)
-    learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_steps)
+    learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_scales)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class ModiffMethodConfig(JsonConfig):
         parts = () if self.attention is None else (self.attention.operands, self.attention.softmax)
         check(f"{where}.attention", self.attention, all(q.dynamic or q.bits is None for q in parts),
               "dynamic quantizers", "The pairs measure residuals; attention has none.")  # fmt: skip
-        for name, wanted in (("reconstruction", "weights"), ("learning", "activation_steps")):
+        for name, wanted in (("reconstruction", "weights"), ("learning", "activation_scales")):
             learn = getattr(self, name).learn
             check(f"{where}.{name}.learn", learn, learn == wanted, repr(wanted),
                   f"Start from ReconstructConfig.{wanted}().")  # fmt: skip
@@ -126,7 +126,7 @@ class ModiffMethodConfig(JsonConfig):
             samples=16,
             batch=16,
             reconstruction=ReconstructConfig.quick_weights(),
-            learning=quick_steps(),
+            learning=ReconstructConfig.quick_activation_scales(),
         )
 
     @property
@@ -205,7 +205,7 @@ def apply_modiff(
             measure_residuals(model, calls, halves=config.halves, progress=progress)
             if config.kind == "static_learned":
                 units = None if work is None else work / "scales"
-                scales = reconstruct(pipe, calls, of_residuals(config.learning), folder=units, progress=progress)
+                scales = reconstruct(pipe, calls, config.learning.for_residuals(), folder=units, progress=progress)
     return LearnedReport(report.entries, weights, scales)
 
 

@@ -70,7 +70,7 @@ class QDiffusionConfig(JsonConfig):
     observer: ObserverName = "minmax"
     symmetric: bool = False
     scales: Literal["learned", "measured"] = "learned"
-    learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_steps)
+    learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_scales)
     attention: Literal["quantized", "full_precision"] = "quantized"
     softmax_bits: int = 8
     split_shortcuts: Automatic = "auto"
@@ -85,7 +85,7 @@ class QDiffusionConfig(JsonConfig):
         check("QDiffusionConfig.softmax_bits", self.softmax_bits, is_bits(self.softmax_bits, (16,)), "2 to 8, or 16",
               "Use attention='full_precision' for floats.")  # fmt: skip
         check_calibration("QDiffusionConfig", self.steps, self.groups, self.samples, self.batch)
-        for name, wanted in (("reconstruction", "weights"), ("learning", "activation_steps")):
+        for name, wanted in (("reconstruction", "weights"), ("learning", "activation_scales")):
             learn = getattr(self, name).learn
             check(f"QDiffusionConfig.{name}.learn", learn, learn == wanted, repr(wanted),
                   f"Start from ReconstructConfig.{wanted}().")  # fmt: skip
@@ -99,7 +99,7 @@ class QDiffusionConfig(JsonConfig):
             samples=16,
             batch=16,
             reconstruction=ReconstructConfig.quick_weights(),
-            learning=quick_steps(),
+            learning=ReconstructConfig.quick_activation_scales(),
         )
 
     @classmethod
@@ -111,7 +111,7 @@ class QDiffusionConfig(JsonConfig):
             samples=128,
             batch=8,
             reconstruction=dataclasses.replace(ReconstructConfig.weights(), batch=8),
-            learning=dataclasses.replace(ReconstructConfig.activation_steps(), batch=8),
+            learning=dataclasses.replace(ReconstructConfig.activation_scales(), batch=8),
             observer="mse",
             softmax_bits=16,
         )
@@ -186,7 +186,7 @@ def apply_q_diffusion(
             calibrate(pipe, lambda: replay(model, calls, progress=progress), observer=config.observer)
             if config.scales == "learned":
                 units = None if work is None else work / "scales"
-                learning = config.learning if config.modulation is None else of_residuals(config.learning)
+                learning = config.learning if config.modulation is None else config.learning.for_residuals()
                 scales = reconstruct(pipe, calls, learning, folder=units, progress=progress)
     return LearnedReport(report.entries, weights, scales)
 
@@ -198,18 +198,6 @@ def check_calibration(where: str, steps: int, groups: int, samples: int, batch: 
     check(f"{where}.samples", samples, samples % batch == 0, f"a multiple of batch={batch}",
           "Trajectories run in batches. Use samples=256, batch=32.")  # fmt: skip
     check(f"{where}.groups", groups, groups <= steps, f"at most steps={steps}", "A group has at least one step.")
-
-
-def quick_steps() -> ReconstructConfig:
-    """Step sizes learned in minutes on two cores: fewer iterations, at a rate that moves as far."""
-    return dataclasses.replace(
-        ReconstructConfig.activation_steps(), iterations=60, batch=16, learning_rate=0.02, checks=4, patience=0
-    )
-
-
-def of_residuals(learning: ReconstructConfig) -> ReconstructConfig:
-    """The same learning for the residuals of modulated layers, a layer at a time."""
-    return dataclasses.replace(learning, learn="residual_steps", unit="layer", activations="full_precision")
 
 
 def _has_attention(model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from modiff.calibration.reconstruct.layers import Trainee, evaluating, full_prec
 from modiff.core.observers import MinMaxObserver
 from modiff.errors import CalibrationError
 from modiff.model.attach import required_attachment
+from modiff.model.observe import observe
 
 Halves = Literal["own", "shared"]
 
@@ -62,21 +63,14 @@ def measure_residuals(
 
 def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> dict[str, list[Tensor]]:
     """What each layer reads in one evaluation, once for each time it is called."""
-    found: dict[str, list[Tensor]] = {name: [] for name in trainees}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in trainees}
 
-    def hook(name: str) -> Any:
-        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name].append(trainees[name].prepare(args[0].detach()).clone())  # it may be written in place later
+    def keep(name: str, _layer: nn.Module, args: tuple[Tensor, ...], _kwargs: object) -> None:
+        inputs[name].append(trainees[name].prepare(args[0].detach()).clone())  # it may be written in place later
 
-        return keep
-
-    handles = [trainee.quantized.register_forward_pre_hook(hook(name)) for name, trainee in trainees.items()]
-    try:
+    with observe(model, layers=trainees, before_layer=keep):
         call.evaluate(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return inputs
 
 
 def _observe(trainee: Trainee, observers: list[MinMaxObserver], before: list[Tensor], now: list[Tensor]) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
 from modiff.calibration.reconstruct.layers import full_precision, without_states
-from modiff.calibration.reconstruct.report import UnitReport
-from modiff.calibration.reconstruct.unit import WeightLearner, keep_weight, learn
-from modiff.calibration.reconstruct.unit_data import Batch, UnitData, Visit
+from modiff.calibration.reconstruct.learn import WeightLearner, keep_weight, learn
+from modiff.calibration.reconstruct.samples import Batch, UnitCall, UnitData
 from modiff.errors import CalibrationError
 from modiff.methods.temporal import TemporalBlock
 from modiff.model.attach import required_attachment
@@ -53,9 +52,9 @@ def reconstruct_temporal(
 
     with torch.inference_mode(False), full_precision(model), torch.no_grad():
         points = [torch.tensor([t], device=device) for t in timesteps]
-        visits = [Visit((t,), {}, [f.detach().clone() for f in block(t)]) for t in points]
+        calls = [UnitCall((t,), {}, [f.detach().clone() for f in block(t)]) for t in points]
         data = UnitData(
-            visits, features, device=device, held_out=config.held_out, generator=generator, name="temporal block"
+            calls, features, device=device, held_out=config.held_out, generator=generator, name="temporal block"
         )
     data.held = data.training = [*data.held, *data.training]
     with without_states(model, "full_precision") as trainees:

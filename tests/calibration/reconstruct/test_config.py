@@ -7,8 +7,7 @@ import json
 import pytest
 
 from modiff import ConfigError
-from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.calibration.reconstruct.report import ReconstructionReport, UnitReport
+from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport, UnitReport
 
 
 def test_the_defaults_are_the_papers():
@@ -17,10 +16,10 @@ def test_the_defaults_are_the_papers():
     assert (weights.p, weights.regularizer, weights.warmup) == (2.0, 0.01, 0.2)
     assert (weights.beta_start, weights.beta_end, weights.activations) == (20.0, 2.0, "full_precision")
     assert ReconstructConfig.weights() == weights
-    for steps in (ReconstructConfig.activation_steps(), ReconstructConfig.residual_steps()):
+    for steps in (ReconstructConfig.activation_scales(), ReconstructConfig.residual_scales()):
         assert (steps.iterations, steps.batch, steps.learning_rate, steps.schedule) == (5000, 32, 4e-4, "cosine")
         assert steps.p == 2.4
-    assert ReconstructConfig.residual_steps().unit == "layer"
+    assert ReconstructConfig.residual_scales().unit == "layer"
 
 
 @pytest.mark.parametrize(
@@ -28,8 +27,8 @@ def test_the_defaults_are_the_papers():
     [
         ReconstructConfig(blocks=("up_blocks.*", "mid_block"), seed=3),
         ReconstructConfig.quick_weights(),
-        ReconstructConfig.activation_steps(),
-        ReconstructConfig.residual_steps(),
+        ReconstructConfig.activation_scales(),
+        ReconstructConfig.residual_scales(),
     ],
 )
 def test_json_brings_a_config_back(config):
@@ -50,9 +49,12 @@ def test_json_brings_a_config_back(config):
         ({"held_out": 0.0}, "held_out: expected a share in (0, 1), got 0.0"),
         ({"held_out": 1.0}, "held_out: expected a share in (0, 1), got 1.0"),
         ({"patience": -1}, "patience: expected 0 or more checks, got -1"),
-        ({"learn": "residual_steps"}, "unit: expected 'layer' for residual_steps, got 'block'"),
-        ({"learn": "activation_steps"}, "activations: expected 'quantized' for activation_steps, got 'full_precision'"),
-        ({"learn": "codes"}, "learn: expected one of 'weights', 'activation_steps', 'residual_steps', got 'codes'"),
+        ({"learn": "residual_scales"}, "unit: expected 'layer' for residual_scales, got 'block'"),
+        (
+            {"learn": "activation_scales"},
+            "activations: expected 'quantized' for activation_scales, got 'full_precision'",
+        ),
+        ({"learn": "codes"}, "learn: expected one of 'weights', 'activation_scales', 'residual_scales', got 'codes'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):

@@ -11,6 +11,7 @@ import torch
 import modiff
 from modiff import (
     AttentionConfig,
+    ConfigError,
     FormatError,
     WeightConfig,
     presets,
@@ -61,7 +62,7 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(tmp_path,
         patch.setattr(reconstruct_job.Job, "learn", interrupted)
         with pytest.raises(KeyboardInterrupt):
             learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
-    assert len(list(tmp_path.iterdir())) == finished
+    assert len(list(tmp_path.glob("unit-*"))) == finished
     model, calls = applied(build, config)  # another process: nothing but the folder is left
     with pytest.MonkeyPatch.context() as patch:
         counting, begun = killed_after(100)
@@ -77,7 +78,7 @@ def test_finished_units_are_plain_safetensors(tmp_path):
 
     model, calls = applied(toy_unet, weights())
     report = learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.glob("unit-*"))
     assert [f.name for f in files] == [f"unit-{i:04d}-{u.name}.safetensors" for i, u in enumerate(report.units)]
     split = [u.name for u in report.units].index("up_blocks.1.resnets.1")
     tensors = load_file(files[split])
@@ -123,7 +124,7 @@ def test_a_folder_of_other_start_scales_is_refused(tmp_path):
         model, calls = applied(toy, static_config())
         widened(model, calls, factor)
         if factor == 2.0:
-            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+            with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
                 learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
         else:
             learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
@@ -138,7 +139,7 @@ def test_a_folder_learned_with_activations_of_other_scales_is_refused(tmp_path):
         if factor == 3.0:
             learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
         else:
-            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+            with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
                 learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 
@@ -157,7 +158,7 @@ def test_a_folder_of_another_reconstruction_is_refused(tmp_path, change):
     else:
         with torch.no_grad():
             model.conv_in.weight.mul_(1.5)
-    with pytest.raises(FormatError, match="expected a unit of this reconstruction, got one of another version"):
+    with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
         learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 
@@ -171,14 +172,14 @@ def test_a_folder_learned_beside_other_products_of_attention_is_refused(tmp_path
             learn_units(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
             modiff.remove(pipe)
         else:
-            with pytest.raises(FormatError, match="expected a unit of this reconstruction"):
+            with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
                 learn_units(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
 
 
 def test_a_damaged_unit_is_refused_with_its_name(tmp_path):
     model, calls = applied(toy, weights())
     learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
-    path = min(tmp_path.iterdir())
+    path = min(tmp_path.glob("unit-*"))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(FormatError, match=f"{path.name}: expected a unit of a reconstruction, got SafetensorError"):
         learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
@@ -192,4 +193,4 @@ def test_a_full_disk_leaves_no_half_written_unit(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("unit-*")) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from modiff.calibration.reconstruct.config import Activations
 from modiff.core.adaround import AdaRound
 from modiff.core.hadamard import rotate
-from modiff.core.learned_scale import LearnedStep, fake_quantize_through
+from modiff.core.learned_scale import LearnedScale, fake_quantize_through
 from modiff.core.quantizer import Quantizer
 from modiff.errors import StateError
 from modiff.model.attach import required_attachment
@@ -22,16 +23,16 @@ from modiff.nn import ModulatedLayer
 class Trainee:
     """A layer as one differentiable function of its input: quantized weight, activation as asked, no memory.
 
-    rounding: takes the place of the weight's codes while they are learned, one for each segment; `decided` cuts it to
-        integers, to see what would be kept.
-    steps: take the place of the quantizer's scales while these are learned, one for each segment.
+    rounding: replaces the weight's codes while they are learned, one for each segment; `decided` cuts it to integers,
+        to see what would be kept.
+    scales: replace the quantizer's while they are learned, one for each segment.
     """
 
     def __init__(self, quantized: ModulatedLayer, activations: Activations) -> None:
         self.quantized, self.activations = quantized, activations
         self.rounding: tuple[AdaRound, ...] = ()
         self.decided = False
-        self.steps: tuple[LearnedStep, ...] = ()
+        self.scales: tuple[LearnedScale, ...] = ()
 
     @property
     def bits(self) -> int:
@@ -46,11 +47,8 @@ class Trainee:
     def prepare(self, x: Tensor) -> Tensor:
         """The input as the quantizer sees it: at least float32, rotated if the layer rotates."""
         value = x if x.dtype == torch.float64 else x.float()
-        return (
-            value
-            if self.quantized.segments is None
-            else rotate(value, self.quantized.segments, self.quantized.channel_dim)
-        )
+        segments = self.quantized.segments
+        return value if segments is None else rotate(value, segments, self.quantized.channel_dim)
 
     def operate(self, value: Tensor) -> Tensor:
         """A(value) + bias with the quantized weight."""
@@ -63,8 +61,8 @@ class Trainee:
         if quantizer is None:
             return value
         parts = value.split(list(quantizer.segments), quantizer.channel_dim)
-        if self.steps:
-            return torch.cat([step(part) for step, part in zip(self.steps, parts, strict=True)], quantizer.channel_dim)
+        if self.scales:
+            return torch.cat([scale(x) for scale, x in zip(self.scales, parts, strict=True)], quantizer.channel_dim)
         # what a modulated layer has measured belongs to its residuals, so its values are coded with fresh scales
         code = quantizer(value.detach()) if self.quantized.inputs is None else quantizer.fresh(value.detach())
         if code is None:
@@ -84,30 +82,30 @@ class Trainee:
 class Through:
     """An attention quantizer with gradients through its rounding; answers as a quantizer does.
 
-    steps: one that takes the place of its scale while that is learned, or none.
+    scales: one that replaces its scale while that is learned, or none.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
         self.bits = quantizer.bits
-        self.steps: tuple[LearnedStep, ...] = ()
+        self.scales: tuple[LearnedScale, ...] = ()
 
-    def __call__(self, x: Tensor) -> Through.Coded:
-        """The operand, coded."""
-        if self.steps:
-            return Through.Coded(self.steps[0](x))
+    def __call__(self, x: Tensor) -> _Quantized:
+        """The operand, quantized."""
+        if self.scales:
+            return _Quantized(self.scales[0](x))
         code = self.quantizer(x.detach())
-        return Through.Coded(x if code is None else x + (code.value().to(x.dtype) - x).detach())
+        return _Quantized(x if code is None else x + (code.value().to(x.dtype) - x).detach())
 
-    class Coded:
-        """What `Code` is to a quantizer."""
 
-        def __init__(self, value: Tensor) -> None:
-            self._value = value
+class _Quantized(NamedTuple):
+    """What `Code` is to a quantizer."""
 
-        def value(self) -> Tensor:
-            """The operand that the codes stand for."""
-            return self._value
+    tensor: Tensor
+
+    def value(self) -> Tensor:
+        """The operand that the codes stand for."""
+        return self.tensor
 
 
 @contextmanager

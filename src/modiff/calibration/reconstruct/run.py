@@ -1,10 +1,13 @@
-"""Learn how weights round, or how wide static steps are, unit by unit against the network in full precision."""
+"""Learn how weights round, or static scales, unit by unit against the network in full precision."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +15,12 @@ from tqdm import tqdm
 
 from modiff.calibration.blocks import Block, blocks_of
 from modiff.calibration.data import Call, LazyCalls
-from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.reconstruct.job import Job
 from modiff.calibration.reconstruct.layers import evaluating, full_precision
-from modiff.calibration.reconstruct.report import ReconstructionReport
-from modiff.calibration.reconstruct.store import UnitStore, digest_of
+from modiff.calibration.reconstruct.store import digest_of, load_unit, save_unit
 from modiff.errors import CalibrationError, ConfigError, StateError
+from modiff.files import ResumableFolder
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
 from modiff.nn import ModulatedLayer
@@ -33,21 +36,22 @@ def learn_units(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> ReconstructionReport:
-    """Learn the rounding of weights (AdaRound), or static steps, unit by unit, and fix what is better into the layers.
+    """Learn the rounding of weights (AdaRound), or static scales, unit by unit, and fix what is better into the layers.
 
     A unit's inputs come from the model as quantized so far, its targets from full precision (Q-Diffusion, "asym").
     It keeps what it learned only if that lowers the loss on rows held out; otherwise it stays as it was.
 
     Args:
         model: with modulated or plain quantized layers.
-        calls: a calibration set; with the call before each, for residual steps.
+        calls: a calibration set; with the call before each, for residual scales.
         config: Q-Diffusion's settings for weights when None.
         kinds: class names of blocks, as in `blocks_of`; `modiff.reconstruct` knows those of diffusers.
         folder: keeps each finished unit; the same call goes on after the last one there.
         progress: show a bar.
     Returns: each unit with its loss before and after.
-    Raises: StateError without modulated layers, inside a trajectory, or with packed weights; ConfigError or
-        CalibrationError for what cannot be learned; FormatError for a folder of another reconstruction.
+    Raises: StateError without modulated layers, inside a trajectory, with packed weights, or if another process learns
+        into the folder; ConfigError or CalibrationError for what cannot be learned, or a folder of another
+        reconstruction; FormatError for a damaged folder.
     Cost: for each unit, two runs of the network up to it for each call, then `config.iterations` passes of the unit.
         In memory: inputs and targets of one unit.
 
@@ -58,30 +62,41 @@ def learn_units(
     calls = _usable(calls, config)
     blocks = _blocks(model, calls, config, kinds, names)
     job = Job(model, calls, config)
-    store = UnitStore(folder, "" if folder is None else _digest(model, calls, config, blocks, job))
     reports = []
-    with evaluating(model), job.undone_on_error():
+    units = nullcontext() if folder is None else ResumableFolder(folder, _settings(job, blocks), items="unit-*")
+    with units as kept, evaluating(model), job.undone_on_error():
         for index, block in enumerate(tqdm(blocks, desc="reconstruct", unit="block", disable=not progress)):
-            stored = store.load(index, block.name)
-            if stored is None:
-                stored = job.learn(block, index)
-                store.save(index, *stored)
-            found, report = stored
-            job.keep(found)
+            path = None if kept is None else kept.path / f"unit-{index:04d}-{_as_file(block.name)}.safetensors"
+            if path is not None and path.exists():
+                learned, report = load_unit(path)
+            else:
+                learned, report = job.learn(block, index)
+                if path is not None:
+                    save_unit(path, learned, report)
+            job.keep(learned)
             reports.append(report)
     return ReconstructionReport((*reports, *job.left_out(blocks)))
 
 
-def _digest(model: nn.Module, calls: Sequence[Call], config: ReconstructConfig, blocks: list[Block], job: Job) -> str:
-    """Of everything that decides what is learned: settings, layers, units, weights, present scales, and calls."""
-    attention = required_attachment(model, "reconstruct").config.attention
-    settings = {
-        "config": config.to_dict(),
-        "layers": {name: [quantized.config.to_dict(), quantized.split] for name, quantized in job.layers.items()},
+def _as_file(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+
+
+def _settings(job: Job, blocks: list[Block]) -> dict[str, Any]:
+    """Everything that decides what is learned: settings, layers, units, weights, present scales, and calls."""
+    attention = required_attachment(job.model, "reconstruct").config.attention
+    network = {
+        "layers": {name: [layer.config.to_dict(), layer.split] for name, layer in job.layers.items()},
         "units": [[block.name, *block.layers] for block in blocks],
         "attention": None if attention is None else attention.to_dict(),
     }
-    return digest_of(settings, (*model.parameters(), *model.buffers(), *job.present_tensors()), calls)
+    weights = (*job.model.parameters(), *job.model.buffers(), *job.present_tensors())
+    return {
+        "format_version": 1,
+        "config": job.config.to_dict(),
+        "network": digest_of(network, weights),
+        "calls": digest_of(None, calls=job.calls),
+    }
 
 
 def _blocks(
@@ -95,7 +110,7 @@ def _blocks(
 
 def _usable(calls: Sequence[Call], config: ReconstructConfig) -> Sequence[Call]:
     """The calls to learn from. Raises: CalibrationError if there are none."""
-    if config.learn == "residual_steps":
+    if config.learn == "residual_scales":
         pairs = [i for i in range(len(calls)) if calls[i].previous is not None]
         if not pairs:
             raise CalibrationError(
@@ -128,7 +143,7 @@ def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
     if not names:
         why = "All of them are excluded. Exclude fewer." if taken else _NOTHING[config.learn]
         raise ConfigError(f"reconstruct: expected layers to learn, got none. {why}")
-    if config.learn != "residual_steps" and config.activations == "quantized":
+    if config.learn != "residual_scales" and config.activations == "quantized":
         for quantized in attachment.layers.values():
             _check_codes(quantized)
     return names
@@ -147,28 +162,27 @@ def _check_exclude(model: nn.Module, config: ReconstructConfig) -> None:
 
 _NOTHING = {
     "weights": "No weight is quantized. Set WeightConfig(bits=4).",
-    "activation_steps": "Dynamic scales are measured at each call, and those of modulated layers belong to residuals. "
-    "Use plain layers with QuantizerConfig(dynamic=False), or learn 'residual_steps'.",
-    "residual_steps": "Dynamic scales are measured at each call, and plain layers have no residual. Use modulated "
-    "layers with QuantizerConfig(dynamic=False), or learn 'activation_steps'.",
+    "activation_scales": "Dynamic scales are measured at each call, and those of modulated layers belong to residuals. "
+    "Use plain layers with QuantizerConfig(dynamic=False), or learn 'residual_scales'.",
+    "residual_scales": "Dynamic scales are measured at each call, and plain layers have no residual. Use modulated "
+    "layers with QuantizerConfig(dynamic=False), or learn 'activation_scales'.",
 }
 
 
 def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool:
-    """Whether a layer has what is to be learned. Raises: ConfigError for residual steps that two inputs do not make."""
+    """Whether a layer has what is to be learned. Raises: ConfigError for residuals that two inputs do not make."""
     if config.learn == "weights":
         return quantized.config.weight.bits is not None
-    static = (
-        quantized.quantizer is not None and bool(quantized.quantizer.bits) and not quantized.quantizer.config.dynamic
-    )
-    if config.learn == "activation_steps" or not static or quantized.inputs is None:
-        return static and config.learn == "activation_steps" and quantized.inputs is None
-    modulation = quantized.inputs.config
-    if modulation.predictor != "hold" or quantized.config.activation.step_groups != 1:
-        found = "predictor='linear'" if modulation.predictor != "hold" else "step_groups other than 1"
+    quantizer = quantized.quantizer
+    static = quantizer is not None and bool(quantizer.bits) and not quantizer.config.dynamic
+    if not static or (config.learn == "residual_scales") != (quantized.inputs is not None):
+        return False
+    predictor = "hold" if quantized.inputs is None else quantized.inputs.config.predictor
+    groups = quantized.config.activation.step_groups
+    if config.learn == "residual_scales" and (predictor != "hold" or groups != 1):
+        got = f"predictor={predictor!r}" if predictor != "hold" else f"step_groups={groups}"
         raise ConfigError(
-            f"{quantized.name}: expected predictor='hold' and one set of scales for all steps, got {found}. The "
-            f"residual "
+            f"{quantized.name}: expected predictor='hold' and one set of scales for all steps, got {got}. The residual "
             "is learned from two neighbouring inputs of any step. Use modiff.calibrate for this layer."
         )
     return True
@@ -181,17 +195,16 @@ def _check_codes(quantized: ModulatedLayer) -> None:
         return
     if quantizer.bits == 0:
         raise ConfigError(
-            f"{quantized.name}: expected 2 to 8 activation bits, got 0. Zero bits send nothing, so there is no "
-            f"value to "
-            "learn with. Use activations='full_precision'."
+            f"{quantized.name}: expected 2 to 8 activation bits, got 0. Zero bits send nothing, so there is no value "
+            "to learn with. Use activations='full_precision'."
         )
     if quantizer.config.dynamic or quantized.inputs is not None:
         return
     if quantizer.config.step_groups != 1:
         raise ConfigError(
             f"{quantized.name}: expected one set of scales for all steps, got "
-            f"step_groups={quantizer.config.step_groups}. Rows "
-            "of many steps are learned together. Learn weights with activations='full_precision', then calibrate."
+            f"step_groups={quantizer.config.step_groups}. Rows of many steps are learned together. Learn weights with "
+            "activations='full_precision', then calibrate."
         )
     if quantizer.static is None:
         raise CalibrationError(

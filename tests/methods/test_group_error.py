@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modiff.calibration.group_error import Group, approximate_gradient, error_of, exact_gradient, roll_out
+from modiff.methods.group_error import Group, approximate_gradient, error_of, exact_gradient, roll_out
 
 CARRY, DRIFT = 0.97, -0.11
 

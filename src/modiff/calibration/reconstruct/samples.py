@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modiff.calibration.data import Call, map_tensors
+from modiff.calibration.data import Call, map_tensors, tensors_of
 from modiff.errors import CalibrationError
+from modiff.model.observe import observe
 
-ALIKE = 1e-2
+TOLERANCE = 1e-2
 """Relative error up to which a row alone gives what it gives in its batch: kernels sum in another order."""
 
 
@@ -26,7 +27,7 @@ class Batch(NamedTuple):
     rows: int
 
 
-class Visit(NamedTuple):
+class UnitCall(NamedTuple):
     """One call of a unit while the network ran; tensors are copies on the CPU."""
 
     args: tuple[Any, ...]
@@ -38,92 +39,81 @@ class Visit(NamedTuple):
         """The batch size, by the first output."""
         return len(self.targets[0])
 
-    def leaves(self) -> list[Tensor]:
+    def inputs(self) -> list[Tensor]:
         """The tensors among the inputs."""
         return tensors_of((self.args, self.kwargs))
 
+    def has_rows(self, tensor: Tensor) -> bool:
+        """Whether an input has the batch axis."""
+        return tensor.dim() > 0 and len(tensor) == self.rows
+
 
 class Sample(NamedTuple):
-    """A row of a visit, or all of it where rows cannot be told apart (None); `group` of visits that look alike."""
+    """A row of a call, or all of it where rows cannot be told apart (None); `group` of calls that look alike."""
 
-    visit: Visit
+    call: UnitCall
     row: int | None
     group: int
 
 
-class _Reached(Exception):
+class _Enough(Exception):
     """The unit has run as often as it does in an evaluation: the rest of the network is not needed."""
 
 
-def tensors_of(tree: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dictionaries, in order."""
-    found: list[Tensor] = []
-    map_tensors(tree, lambda t: found.append(t) or t)
-    return found
-
-
 def capture(
-    model: nn.Module, unit: nn.Module, call: Call, calls: int | None, computing: AbstractContextManager[Any]
-) -> list[Visit]:
-    """What `unit` is called with and returns while the network evaluates `call`.
+    model: nn.Module, unit: str, call: Call, calls: int | None, computing: AbstractContextManager[Any]
+) -> list[UnitCall]:
+    """What a module is called with and returns while the network evaluates `call`.
 
     Args:
-        calls: after so many the evaluation is cut short; None lets it end.
+        unit: its name.
+        calls: after this many the evaluation is cut short; None lets it end.
         computing: how the layers compute meanwhile.
-    Returns: a visit for each call of the unit; `targets` are its floating-point outputs.
+    Returns: each call of the unit; `targets` are its floating-point outputs.
     Cost: the network up to the unit, and copies of the unit's inputs and outputs.
     """
     inputs: list[tuple[Any, Any]] = []
-    visits: list[Visit] = []
+    captured: list[UnitCall] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append((map_tensors(args, _to_cpu), map_tensors(kwargs, _to_cpu)))  # copies: it may write in place
+    def before(_name: str, _unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(map_tensors((args, kwargs), _to_cpu))  # copies: it may write in place
 
-    def after(_: nn.Module, _args: object, output: Any) -> None:
-        args, kwargs = inputs.pop()
-        visits.append(Visit(args, kwargs, [_to_cpu(t) for t in tensors_of(output) if t.is_floating_point()]))
-        if len(visits) == calls:
-            raise _Reached
+    def after(_name: str, _unit: nn.Module, _inputs: object, output: Any) -> None:
+        captured.append(UnitCall(*inputs.pop(), [_to_cpu(t) for t in _floats(output)]))
+        if len(captured) == calls:
+            raise _Enough
 
-    handles = [unit.register_forward_pre_hook(before, with_kwargs=True), unit.register_forward_hook(after)]
     try:
         with computing, torch.inference_mode(False), torch.no_grad():
-            _fresh(call).evaluate(model)
-    except _Reached:
+            # copies: the network may write into the call's tensors, and they may be of inference mode
+            args, kwargs = map_tensors((call.args, call.kwargs), torch.clone)
+            with observe(model, after, layers=[unit], before_layer=before):
+                dataclasses.replace(call, args=args, kwargs=kwargs, previous=None).evaluate(model)
+    except _Enough:
         pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return visits
-
-
-def _fresh(call: Call) -> Call:
-    """The call with copies of its tensors: the network may write into them, and they may be of inference mode."""
-    args, kwargs = map_tensors((call.args, call.kwargs), torch.clone)
-    return dataclasses.replace(call, args=args, kwargs=kwargs, previous=None)
+    return captured
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def paired(quantized: list[Visit], exact: list[Visit], name: str) -> list[Visit]:
+def paired(quantized: list[UnitCall], exact: list[UnitCall], name: str) -> list[UnitCall]:
     """The inputs of one run with the targets of the other. Raises: CalibrationError if the unit ran differently."""
-    alike = [[t.shape for t in v.targets] for v in quantized] == [[t.shape for t in v.targets] for v in exact]
-    if not alike:
+    if [[t.shape for t in c.targets] for c in quantized] != [[t.shape for t in c.targets] for c in exact]:
         raise CalibrationError(
             f"{name}: expected the same calls in full precision and quantized, got {len(exact)} and {len(quantized)}, "
             "or other shapes. The network branches on values. Give the unit's layers as units of their own, or "
             "exclude it."
         )
-    return [Visit(q.args, q.kwargs, e.targets) for q, e in zip(quantized, exact, strict=True)]
+    return [UnitCall(q.args, q.kwargs, e.targets) for q, e in zip(quantized, exact, strict=True)]
 
 
 class UnitData:
     """The samples of one unit, some of them held out.
 
     Args:
-        visits: all calls of the unit.
+        calls: all calls of the unit.
         run: the unit in full precision, to find out whether rows of different calls may stand in one batch.
         held_out: share of the samples to hold out, one at least.
         name: for messages.
@@ -132,7 +122,7 @@ class UnitData:
 
     def __init__(
         self,
-        visits: Sequence[Visit],
+        calls: Sequence[UnitCall],
         run: Callable[[Batch], Any],
         *,
         device: torch.device,
@@ -142,10 +132,10 @@ class UnitData:
     ) -> None:
         self.device = device
         samples: list[Sample] = []
-        for index, group in enumerate(_groups(visits, name)):
+        for index, group in enumerate(_groups(calls, name)):
             apart = self._rows_stand_alone(group, run)
-            for visit in group:
-                samples += [Sample(visit, row, index) for row in (range(visit.rows) if apart else (None,))]
+            for call in group:
+                samples += [Sample(call, row, index) for row in (range(call.rows) if apart else (None,))]
         if len(samples) < 2:
             raise CalibrationError(
                 f"{name}: expected at least two calibration samples, got {len(samples)}. One is learned on, another "
@@ -162,42 +152,41 @@ class UnitData:
         first = self.training[order[0]]
         if first.row is None:
             return self.batch([first])
-        mates = (s for i in order if (s := self.training[i]).group == first.group)
-        return self.batch([s for s, _ in zip(mates, range(rows), strict=False)])
+        alike = (s for i in order if (s := self.training[i]).group == first.group)
+        return self.batch([s for s, _ in zip(alike, range(rows), strict=False)])
 
     def held_batches(self, rows: int) -> Iterator[Batch]:
         """All samples held out, at most `rows` rows at a time."""
         yield from (self.batch([s]) for s in self.held if s.row is None)
         for group in sorted({s.group for s in self.held}):
-            mine = [s for s in self.held if s.group == group and s.row is not None]
-            for start in range(0, len(mine), rows):
-                yield self.batch(mine[start : start + rows])
+            samples = [s for s in self.held if s.group == group and s.row is not None]
+            for start in range(0, len(samples), rows):
+                yield self.batch(samples[start : start + rows])
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """The inputs and targets of some samples of one group, together."""
-        first = samples[0].visit
-        if samples[0].row is None:
-            leaves, targets, count = first.leaves(), first.targets, first.rows
-        else:
-            columns = zip(*(s.visit.leaves() for s in samples), strict=True)
-            leaves = [_stacked(c, samples) if _has_rows(c[0], first) else c[0] for c in columns]
-            sides = zip(*(s.visit.targets for s in samples), strict=True)
-            targets, count = [_stacked(side, samples) for side in sides], len(samples)
-        moved = iter([leaf.to(self.device) for leaf in leaves])
+        first = samples[0].call
+        inputs, targets, rows = first.inputs(), first.targets, first.rows
+        if samples[0].row is not None:
+            columns = zip(*(s.call.inputs() for s in samples), strict=True)
+            inputs = [_stacked(c, samples) if first.has_rows(c[0]) else c[0] for c in columns]
+            targets = [_stacked(c, samples) for c in zip(*(s.call.targets for s in samples), strict=True)]
+            rows = len(samples)
+        moved = iter([tensor.to(self.device) for tensor in inputs])
         args, kwargs = map_tensors((first.args, first.kwargs), lambda _: next(moved))
-        return Batch(args, kwargs, [t.to(self.device) for t in targets], count)
+        return Batch(args, kwargs, [t.to(self.device) for t in targets], rows)
 
     @torch.no_grad()
-    def _rows_stand_alone(self, group: list[Visit], run: Callable[[Batch], Any]) -> bool:
+    def _rows_stand_alone(self, group: list[UnitCall], run: Callable[[Batch], Any]) -> bool:
         """Whether rows of two calls give together what they give in their own batches: tried on two of them."""
-        if any(t.dim() == 0 or len(t) != visit.rows for visit in group for t in visit.targets):
+        if any(t.dim() == 0 or len(t) != call.rows for call in group for t in call.targets):
             return False
         picks = [Sample(group[0], group[0].rows - 1, 0), Sample(group[-1], 0, 0)]
         try:
             together = _floats(run(self.batch(picks)))
-            for place, pick in enumerate(picks):
-                alone = _floats(run(self.batch([Sample(pick.visit, None, 0)])))
-                pairs = [(t[place], a[pick.row]) for t, a in zip(together, alone, strict=True)]
+            for position, pick in enumerate(picks):
+                alone = _floats(run(self.batch([Sample(pick.call, None, 0)])))
+                pairs = [(t[position], a[pick.row]) for t, a in zip(together, alone, strict=True)]
                 if not all(t.shape == a.shape and _near(t, a) for t, a in pairs):
                     return False
         except (RuntimeError, ValueError, IndexError):  # shapes that fit no other batch
@@ -205,46 +194,35 @@ class UnitData:
         return True
 
 
-def _groups(visits: Sequence[Visit], name: str) -> list[list[Visit]]:
-    """Visits whose inputs differ in their rows only."""
-    groups: list[list[Visit]] = []
-    for visit in visits:
-        if not all(torch.isfinite(t).all() for t in visit.targets):
+def _groups(calls: Sequence[UnitCall], name: str) -> list[list[UnitCall]]:
+    """Calls whose inputs differ in their rows only."""
+    groups: list[list[UnitCall]] = []
+    for call in calls:
+        if not all(torch.isfinite(t).all() for t in call.targets):
             raise CalibrationError(
                 f"{name}: expected finite outputs, got NaN or infinity. A half-precision network overflowed, or its "
                 "weights are damaged. Use float32, or exclude the layer."
             )
-        for group in groups:
-            if _alike(group[0], visit):
-                group.append(visit)
-                break
+        alike = next((group for group in groups if _alike(group[0], call)), None)
+        if alike is None:
+            groups.append([call])
         else:
-            groups.append([visit])
+            alike.append(call)
     return groups
 
 
-def _alike(a: Visit, b: Visit) -> bool:
+def _alike(a: UnitCall, b: UnitCall) -> bool:
     """Same structure, shapes and settings, and equal in everything that has no rows."""
-    mine, theirs = a.leaves(), b.leaves()
-    if _skeleton(a) != _skeleton(b) or len(mine) != len(theirs):
-        return False
-    if [(t.shape[1:], t.dtype) for t in a.targets] != [(t.shape[1:], t.dtype) for t in b.targets]:
-        return False
-    for x, y in zip(mine, theirs, strict=True):
-        rows = _has_rows(x, a)
-        if rows != _has_rows(y, b) or x.dtype != y.dtype or x.shape[rows:] != y.shape[rows:]:
-            return False
-        if not rows and not torch.equal(x, y):
-            return False
-    return True
+    return _form(a) == _form(b) and all(
+        a.has_rows(x) or torch.equal(x, y) for x, y in zip(a.inputs(), b.inputs(), strict=True)
+    )
 
 
-def _skeleton(visit: Visit) -> str:
-    return repr(map_tensors((visit.args, visit.kwargs), lambda _: torch.empty(0)))
-
-
-def _has_rows(tensor: Tensor, visit: Visit) -> bool:
-    return tensor.dim() > 0 and len(tensor) == visit.rows
+def _form(call: UnitCall) -> tuple[Any, ...]:
+    """All of a call but the values of its tensors and its batch size."""
+    structure = repr(map_tensors((call.args, call.kwargs), lambda _: torch.empty(0)))
+    inputs = [(t.dtype, call.has_rows(t), t.shape[call.has_rows(t) :]) for t in call.inputs()]
+    return structure, inputs, [(t.dtype, t.shape[1:]) for t in call.targets]
 
 
 def _stacked(tensors: Sequence[Tensor], samples: Sequence[Sample]) -> Tensor:
@@ -256,4 +234,4 @@ def _floats(output: Any) -> list[Tensor]:
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    return float((a.double() - b.double()).norm()) <= ALIKE * float(b.double().norm()) + 1e-12
+    return float((a.double() - b.double()).norm()) <= TOLERANCE * float(b.double().norm()) + 1e-12

@@ -5,64 +5,66 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modiff.calibration.data import tensors_of
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.reconstruct.layers import Through, Trainee
-from modiff.calibration.reconstruct.unit_data import Batch, UnitData, tensors_of
+from modiff.calibration.reconstruct.samples import Batch, UnitData
 from modiff.core.adaround import AdaRound, beta_at
 from modiff.core.affine import QParams
-from modiff.core.learned_scale import LearnedStep
+from modiff.core.learned_scale import LearnedScale
 from modiff.core.quantizer import Quantizer
 from modiff.nn import ModulatedLayer
 
 Run = Callable[[Batch], Any]
 """The unit, on a batch, as its layers compute now."""
-Found = dict[str, Tensor]
+Learned = dict[str, Tensor]
 """What was learned, by stable names: "<layer>.0.codes", "<layer>.0.scale", ..., a number for each segment."""
 
 
-class Learner(Protocol):
-    """What is learned in a unit."""
+class Learner:
+    """What is learned in a unit; from `begin` on, its layers compute with it."""
 
     def begin(self) -> list[Tensor]:
-        """Put the learned parts in the place of the present ones; the leaves that Adam moves."""
-        ...
+        """Let the layers compute with what is learned; the leaves that Adam moves."""
+        raise NotImplementedError
+
+    def result(self) -> Learned:
+        """What the unit would keep if learning ended here; copies."""
+        raise NotImplementedError
 
     def penalty(self, iteration: int) -> Tensor | float:
         """What is added to the loss of the reconstruction."""
-        ...
+        return 0.0
 
     def decide(self, decided: bool) -> None:
         """Compute as if learning had ended here (to be measured), or go on."""
-        ...
 
     def settled(self) -> bool:
         """Whether nothing will move any more."""
-        ...
-
-    def found(self) -> Found:
-        """What the unit would keep if learning ended here; copies."""
-        ...
+        return False
 
 
-class WeightLearner:
+class WeightLearner(Learner):
     """AdaRound for the layers of a unit; their rounding must be to nearest when it begins."""
 
     def __init__(self, trainees: Mapping[str, Trainee], config: ReconstructConfig) -> None:
         self.trainees, self.config = trainees, config
+        self._rounding: dict[str, AdaRound] = {}
 
     def begin(self) -> list[Tensor]:
         """See `Learner`."""
-        for trainee in self.trainees.values():
+        for name, trainee in self.trainees.items():
             weight, bits = trainee.quantized.quantized_weight, trainee.quantized.config.weight.bits or 8
             values = weight.floats(trainee.quantized.weight).split(list(weight.segments), 1)
             pairs = zip(values, weight.codes(trainee.quantized.weight), strict=True)
             trainee.rounding = tuple(AdaRound(part, qparams, bits) for part, (_, qparams) in pairs)
-        return [part.logits for trainee in self.trainees.values() for part in trainee.rounding]
+            self._rounding |= {f"{name}.{i}": rounding for i, rounding in enumerate(trainee.rounding)}
+        return [rounding.logits for rounding in self._rounding.values()]
 
     def penalty(self, iteration: int) -> Tensor | float:
         """See `Learner`."""
@@ -70,8 +72,7 @@ class WeightLearner:
         beta = beta_at(iteration, c.iterations, warmup=c.warmup, start=c.beta_start, end=c.beta_end)
         if beta is None or c.regularizer == 0:
             return 0.0
-        parts = [part for trainee in self.trainees.values() for part in trainee.rounding]
-        return c.regularizer * torch.stack([part.penalty(beta) for part in parts]).sum()
+        return c.regularizer * torch.stack([r.penalty(beta) for r in self._rounding.values()]).sum()
 
     def decide(self, decided: bool) -> None:
         """See `Learner`."""
@@ -80,69 +81,62 @@ class WeightLearner:
 
     def settled(self) -> bool:
         """See `Learner`: where h is 0 or 1 its gradient is zero."""
-        return not any(part.undecided() for trainee in self.trainees.values() for part in trainee.rounding)
+        return not any(rounding.undecided() for rounding in self._rounding.values())
 
-    def found(self) -> Found:
+    def result(self) -> Learned:
         """See `Learner`."""
-        parts = {f"{n}.{i}": part for n, t in self.trainees.items() for i, part in enumerate(t.rounding)}
-        codes = {f"{name}.codes": part.codes().cpu() for name, part in parts.items()}
-        return codes | {f"{name}.scale": part.qparams.scale.detach().cpu().clone() for name, part in parts.items()}
+        codes = {f"{name}.codes": rounding.codes().cpu() for name, rounding in self._rounding.items()}
+        return codes | {f"{n}.scale": r.qparams.scale.detach().cpu().clone() for n, r in self._rounding.items()}
 
 
-class StepLearner:
+class ScaleLearner(Learner):
     """Learned scales of some quantizers; they start at `starts`, one for each segment, and compute from now on."""
 
     def __init__(self, holders: Mapping[str, Trainee | Through], starts: Mapping[str, tuple[QParams, ...]]) -> None:
         self.holders = holders
         for name, holder in holders.items():
-            holder.steps = tuple(LearnedStep(start, holder.bits) for start in starts[name])
+            holder.scales = tuple(LearnedScale(start, holder.bits) for start in starts[name])
 
     def begin(self) -> list[Tensor]:
         """See `Learner`."""
-        return [step.theta for holder in self.holders.values() for step in holder.steps]
+        return [scale.theta for holder in self.holders.values() for scale in holder.scales]
 
-    def penalty(self, iteration: int) -> float:
-        """See `Learner`: none."""
-        return 0.0
-
-    def decide(self, decided: bool) -> None:
-        """See `Learner`: a scale is the same while it is learned and after."""
-
-    def settled(self) -> bool:
-        """See `Learner`: never."""
-        return False
-
-    def found(self) -> Found:
+    def result(self) -> Learned:
         """See `Learner`."""
-        tensors: Found = {}
+        learned: Learned = {}
         for name, holder in self.holders.items():
-            for i, step in enumerate(holder.steps):
-                scale, zero_point = step.frozen()
-                tensors[f"{name}.{i}.scale"] = scale.cpu()
-                if zero_point is not None:
-                    tensors[f"{name}.{i}.zero_point"] = zero_point.cpu().clone()
-        return tensors
+            learned |= scale_tensors(name, tuple(scale.frozen() for scale in holder.scales))
+        return learned
 
 
-def parts_of(found: Found, name: str) -> list[tuple[Tensor | None, QParams]]:
+def scale_tensors(name: str, scales: tuple[QParams, ...]) -> Learned:
+    """The scales of one quantizer as `segments_of` reads them."""
+    tensors: Learned = {}
+    for i, (scale, zero_point) in enumerate(scales):
+        tensors[f"{name}.{i}.scale"] = scale.cpu()
+        if zero_point is not None:
+            tensors[f"{name}.{i}.zero_point"] = zero_point.cpu().clone()
+    return tensors
+
+
+def segments_of(learned: Learned, name: str) -> list[tuple[Tensor | None, QParams]]:
     """(codes, scales) of each segment of one layer, from what was learned."""
-    parts: list[tuple[Tensor | None, QParams]] = []
-    while f"{name}.{len(parts)}.scale" in found:
-        key = f"{name}.{len(parts)}"
-        qparams = QParams(found[f"{key}.scale"], found.get(f"{key}.zero_point"))
-        parts.append((found.get(f"{key}.codes"), qparams))
-    return parts
+    segments: list[tuple[Tensor | None, QParams]] = []
+    while (key := f"{name}.{len(segments)}") + ".scale" in learned:
+        qparams = QParams(learned[f"{key}.scale"], learned.get(f"{key}.zero_point"))
+        segments.append((learned.get(f"{key}.codes"), qparams))
+    return segments
 
 
-def keep_weight(quantized: ModulatedLayer, found: Found, name: str) -> None:
+def keep_weight(quantized: ModulatedLayer, learned: Learned, name: str) -> None:
     """Fix learned codes into the layer."""
-    parts = [(c, QParams(q.scale, None)) for c, q in parts_of(found, name) if c is not None]
-    quantized.quantized_weight.fix(tuple(parts))
+    segments = [(codes, QParams(q.scale, None)) for codes, q in segments_of(learned, name) if codes is not None]
+    quantized.quantized_weight.fix(tuple(segments))
 
 
-def keep_steps(quantizer: Quantizer, found: Found, name: str) -> None:
+def keep_scales(quantizer: Quantizer, learned: Learned, name: str) -> None:
     """Set learned scales in the quantizer."""
-    quantizer.static = tuple(qparams for _, qparams in parts_of(found, name))
+    quantizer.static = tuple(qparams for _, qparams in segments_of(learned, name))
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,7 @@ class Outcome:
 
     before: float
     after: float
-    best: Found | None
+    best: Learned | None
     iterations: int
     reason: str
 
@@ -166,11 +160,11 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
     leaves = learner.begin()
     optimizer = torch.optim.Adam(leaves, lr=config.learning_rate)
     every = max(1, -(-config.iterations // config.checks))
-    best: Found | None = None
+    best: Learned | None = None
     after, worse, done, reason = before, 0, 0, "all iterations run"
     with torch.enable_grad():
         for iteration in range(config.iterations):
-            _rate(optimizer, config, iteration)
+            _set_rate(optimizer, config, iteration)
             batch = data.draw(config.batch, generator)
             loss = reconstruction_loss(run(batch), batch.targets, config.p) + learner.penalty(iteration)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -184,7 +178,7 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
             now = held_loss(run, data, config)
             learner.decide(False)
             if now < after:
-                best, after, worse = learner.found(), now, 0
+                best, after, worse = learner.result(), now, 0
             elif done > config.iterations / 2:  # before that, h cut at one half says little about where it goes
                 worse += 1
             if learner.settled() or (config.patience and worse >= config.patience):
@@ -195,7 +189,7 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
     return Outcome(before, after, best, done, reason)
 
 
-def _rate(optimizer: torch.optim.Optimizer, config: ReconstructConfig, iteration: int) -> None:
+def _set_rate(optimizer: torch.optim.Optimizer, config: ReconstructConfig, iteration: int) -> None:
     """Cosine from the learning rate to 0, or the same rate throughout."""
     share = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations)) if config.schedule == "cosine" else 1.0
     for group in optimizer.param_groups:
@@ -209,13 +203,13 @@ def reconstruction_loss(output: Any, targets: list[Tensor], p: float) -> Tensor:
     """
     outputs = [t for t in tensors_of(output) if t.is_floating_point()]
     losses = []
-    for mine, target in zip(outputs, targets, strict=True):
-        distance = (_wide(mine) - _wide(target)).abs().pow(p)
+    for tensor, target in zip(outputs, targets, strict=True):
+        distance = (_at_least_float32(tensor) - _at_least_float32(target)).abs().pow(p)
         losses.append(distance.sum(1 if distance.dim() > 3 else -1).mean())
     return torch.stack(losses).sum()
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from modiff import CalibrationError
-from modiff.calibration.data import Call
-from modiff.calibration.reconstruct.unit_data import Batch, UnitData, Visit, capture, paired, tensors_of
+from modiff.calibration.data import Call, tensors_of
+from modiff.calibration.reconstruct.samples import Batch, UnitCall, UnitData, capture, paired
 from tests.helpers import assert_same_bits
 
 
@@ -29,10 +29,10 @@ def data_of(unit, visits, held_out=0.25, seed=0) -> UnitData:
     )
 
 
-def visits_of(unit, inputs) -> list[Visit]:
+def visits_of(unit, inputs) -> list[UnitCall]:
     """Each element of `inputs` is (args, kwargs)."""
     with torch.no_grad():
-        return [Visit(args, kwargs, [t for t in tensors_of(unit(*args, **kwargs))]) for args, kwargs in inputs]
+        return [UnitCall(args, kwargs, [t for t in tensors_of(unit(*args, **kwargs))]) for args, kwargs in inputs]
 
 
 def draws(data: UnitData, rows: int, count: int) -> list[Batch]:
@@ -161,7 +161,7 @@ class Net(nn.Module):
 def test_capture_copies_inputs_and_outputs_and_stops_after_the_last_call(calls):
     net, x = Net(), drawn(0, 2, 3)
     call = Call((x.clone(),), {"flag": True}, 0, None)
-    first, second = capture(net, net.unit, call, calls, nullcontext())
+    first, second = capture(net, "unit", call, calls, nullcontext())
     assert_same_bits(call.args[0], x)
     assert_same_bits(first.args[0], x)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_capture_copies_inputs_and_outputs_and_stops_after_the_last_call(calls):
 def test_capture_leaves_no_hook_when_the_network_raises():
     net = Net()
     with pytest.raises(RuntimeError):
-        capture(net, net.unit, Call((drawn(0, 2, 4),), {"flag": True}, 0, None), 2, nullcontext())
+        capture(net, "unit", Call((drawn(0, 2, 4),), {"flag": True}, 0, None), 2, nullcontext())
     assert not net.unit._forward_hooks
     assert not net.unit._forward_pre_hooks
 
@@ -185,13 +185,13 @@ def test_tensors_of_inference_mode_can_be_learned_from():
     net = Net()
     with torch.inference_mode():
         x = drawn(0, 2, 3)
-        visit = capture(net, net.unit, Call((x.clone(),), {"flag": True}, 0, None), 2, nullcontext())[0]
+        visit = capture(net, "unit", Call((x.clone(),), {"flag": True}, 0, None), 2, nullcontext())[0]
     assert not visit.args[0].is_inference()
     net.unit(visit.args[0]).sum().backward()
 
 
 def test_inputs_of_one_run_are_paired_with_targets_of_the_other():
-    a, b = Visit((drawn(0, 2, 3),), {}, [drawn(1, 2, 3)]), Visit((drawn(2, 2, 3),), {}, [drawn(3, 2, 3)])
+    a, b = UnitCall((drawn(0, 2, 3),), {}, [drawn(1, 2, 3)]), UnitCall((drawn(2, 2, 3),), {}, [drawn(3, 2, 3)])
     (pair,) = paired([a], [b], "unit")
     assert pair.args is a.args
     assert pair.targets is b.targets
