@@ -7,7 +7,7 @@ import torch
 
 import modiff
 from modiff import AttentionConfig, QuantizerConfig, StateError
-from modiff.model.attention import apply_attention, attention_coders, remove_attention
+from modiff.model.attention import apply_attention, attention_quantizers, remove_attention
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 
@@ -32,7 +32,7 @@ def test_every_host_runs_with_coded_attention_and_comes_back_to_the_bit(name):
     plain = host.call(pipe, steps=2)
     taken = apply_attention(model, config(8))
     assert len(taken) >= 1
-    assert len(attention_coders(model)) == 4 * len(taken)
+    assert len(attention_quantizers(model)) == 4 * len(taken)
     coded = host.call(pipe, steps=2)
     remove_attention(model)
     apply_attention(model, config(2))

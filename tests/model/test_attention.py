@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import modiff
 from modiff import AttentionConfig, ConfigError, QuantizerConfig, StateError
-from modiff.model.attention import apply_attention, attention_coders, attention_modules, remove_attention
+from modiff.model.attention import apply_attention, attention_modules, attention_quantizers, remove_attention
 from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 
@@ -71,7 +71,7 @@ def test_removed_attention_computes_the_same_bits_as_before():
 def test_patterns_choose_the_modules():
     model = network()
     assert apply_attention(model, coarse(include=("sec*",))) == ("second",)
-    assert set(attention_coders(model)) == {"second.q", "second.k", "second.v", "second.softmax"}
+    assert set(attention_quantizers(model)) == {"second.q", "second.k", "second.v", "second.softmax"}
     assert set(attention_modules(model, coarse(exclude=("second",)))) == {"first"}
 
 
@@ -79,7 +79,7 @@ def test_no_config_is_nothing_to_do():
     model = network()
     assert apply_attention(model, None) == ()
     assert model.__dict__.keys() == network().__dict__.keys()
-    assert attention_coders(model) == {}
+    assert attention_quantizers(model) == {}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with
     model = network()
     modiff.apply(model, modiff.presets.plain(None, 8))
     apply_attention(model, static(step_groups=0))
-    assert "first.to_q" not in attention_coders(model)
+    assert "first.to_q" not in attention_quantizers(model)
     assert {"second.to_q", "first.q", "second.softmax"} <= set(quantizers_of(model))
 
     def run() -> None:
@@ -132,7 +132,7 @@ def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with
                 model(X * (1 + i), t)
 
     modiff.calibrate(model, run)
-    quantizer = attention_coders(model)["first.v"]
+    quantizer = attention_quantizers(model)["first.v"]
     assert sorted(quantizer.moments) == [(100.0,), (500.0,), (900.0,)]
     with torch.no_grad():
         quantized = model.first.to_v

@@ -72,6 +72,14 @@ def test_one_whose_evaluation_raised_is_over_and_the_next_call_begins_another():
     assert_same_bits(model(x, 5.0), expected)
 
 
+def test_another_batch_is_another_trajectory_though_time_goes_on():
+    model, x = automatic_toy(), torch.ones(1, 3, 4, 4)
+    expected = model(x, 333.0)
+    attachment_of(model).automatic.end()
+    sample(model, steps=2)
+    assert_same_bits(model(x, 333.0), expected)
+
+
 def test_contexts_share_a_trajectory():
     times = [999, 999, 500, 500, 0, 0, 999, 999, 500, 500]
     assert starts(times, ["cond", "uncond"] * 5) == [0, 6]

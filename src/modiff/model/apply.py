@@ -10,7 +10,7 @@ from torch import nn
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
 from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of, required_attachment
-from modiff.model.attention import apply_attention, remove_attention
+from modiff.model.attention import apply_attention, quantized_attention, remove_attention
 from modiff.model.report import Entry, Report
 from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
@@ -84,12 +84,15 @@ def check_removable(model: nn.Module) -> None:
             "the integers alone. Load the full-precision model again."
         )
     modules = dict(model.named_modules())
-    for name, layer in attachment.layers.items():
-        if modules.get(name) is not layer or "forward" in layer.__dict__:
-            raise StateError(
-                f"remove: expected {name} as modiff left it, got it wrapped by another library. Putting the original "
-                "back would drop a LoRA or an offloading hook. Undo that first (unload_lora_weights, remove_all_hooks)."
-            )
+    wrapped = [n for n, layer in attachment.layers.items() if modules.get(n) is not layer or "forward" in vars(layer)]
+    wrapped += [
+        n for n, attention in quantized_attention(model).items() if not attention.attached(modules.get(n, model))
+    ]
+    if wrapped:
+        raise StateError(
+            f"remove: expected {wrapped[0]} as modiff left it, got it wrapped by another library. Putting the original "
+            "back would drop a LoRA or an offloading hook. Undo that first (unload_lora_weights, remove_all_hooks)."
+        )
 
 
 def _set(model: nn.Module, name: str, layer: nn.Module) -> None:

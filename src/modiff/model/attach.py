@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -16,35 +17,41 @@ from modiff.nn import Clock, ModulatedLayer, traced
 from modiff.nn.clock import middle
 
 ATTRIBUTE = "_modiff"
+Shape = torch.Size | None
+_BEGINNING = threading.Lock()
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
 
 
 class Automatic:
-    """Tells where one trajectory ends and the next begins, from the time steps alone.
+    """Tells where one trajectory ends and the next begins, for models that no verb of modiff was called on.
 
     A model that diffusers loads from a quantized folder meets modiff nowhere else: its pipeline calls it, and no more.
-    Time steps run one way through a trajectory. So the next one began where they turn round, or where the second is
-    the first again (one-step trajectories). A trajectory that someone else began is left alone.
+    Timesteps run one way through a trajectory. The next one began where they turn round, where the second is the first
+    again (one-step trajectories), where the sample has another shape or the call comes from another thread, and after
+    an evaluation that raised or was interrupted. A trajectory that someone else began is left alone.
 
-    A network without a time step keeps asking for `modiff.trajectory`. Cost: one host sync an evaluation.
+    A network without a timestep keeps asking for `modiff.trajectory`. Cost: one host sync an evaluation.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.owns_trajectory = False
+        self._thread = 0
         self._seen: dict[str, list[float]] = {}
+        self._shapes: dict[str, Shape] = {}
 
-    def before(self, timestep: Tensor | float | None) -> None:
-        """An evaluation begins: start a trajectory if this is its first."""
+    def before(self, timestep: Tensor | float | None, shape: Shape = None) -> None:
+        """An evaluation of a sample of this shape begins: start a trajectory if this is its first."""
         if timestep is None or (self.clock.active and not self.owns_trajectory):
             return
-        now = float(middle(timestep))
-        if not self.owns_trajectory or self._reversed(self._seen.get(self.clock.context, []), now):
-            context = self.clock.context
+        now, context, thread = float(middle(timestep)), self.clock.context, threading.get_ident()
+        other = thread != self._thread or self._shapes.get(context, shape) != shape
+        if not self.owns_trajectory or other or self._reversed(self._seen.get(context, []), now):
             self.end()
             self.clock.start()
-            self.clock.context, self.owns_trajectory = context, True
-        seen = self._seen.setdefault(self.clock.context, [])
+            self.clock.context, self.owns_trajectory, self._thread = context, True, thread
+        self._shapes[context] = shape
+        seen = self._seen.setdefault(context, [])
         if not seen or seen[-1] != now:
             seen.append(now)
         del seen[:-2]
@@ -55,6 +62,7 @@ class Automatic:
             self.clock.stop()
         self.owns_trajectory = False
         self._seen.clear()
+        self._shapes.clear()
 
     @staticmethod
     def _reversed(seen: list[float], now: float) -> bool:
@@ -80,6 +88,7 @@ class Attachment:
         self.layers: dict[str, ModulatedLayer] = {}
         self.handles: list[RemovableHandle] = []
         self.timestep: tuple[str, int] | None = None
+        self.thread = 0
         self.number = traced.number_for(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,7 +102,8 @@ class Attachment:
         self.timestep = next(((n, i) for i, n in enumerate(names) if n in TIMESTEP_NAMES), None)
         # bound methods, not closures: copy.deepcopy of the model takes them to the copy's own clock
         self.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
-        self.handles.append(model.register_forward_hook(self._after, always_call=True))
+        self.handles.append(model.register_forward_hook(self._after))
+        self.handles.append(model.register_forward_hook(self._raised, always_call=True))
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = None
@@ -105,28 +115,45 @@ class Attachment:
             given = None if timestep is None else torch.as_tensor(timestep)
             traced.begin(self.clock.token, given, self.number)
         else:
-            self.begin(timestep)
+            inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+            self.begin(timestep, next((x.shape for x in inputs if x.dim() > 1), None))
 
-    def begin(self, timestep: Tensor | float | None) -> None:
-        """An evaluation of the model begins."""
-        if self.automatic is not None:
-            self.automatic.before(timestep)
-        self.clock.call(timestep)
+    def begin(self, timestep: Tensor | float | None, shape: Shape = None) -> None:
+        """An evaluation of the model begins. Raises: StateError while another thread is in one."""
+        with _BEGINNING:
+            if self.clock.inside:  # the one before did not end: torch tells hooks of an Exception, not of Ctrl-C
+                self._refuse_other_thread()
+                self.fail()
+            self.thread = threading.get_ident()
+            if self.automatic is not None:
+                self.automatic.before(timestep, shape)
+            self.clock.call(timestep)
 
-    def _after(self, _module: nn.Module, _args: object, output: object) -> None:
+    def _refuse_other_thread(self) -> None:
+        if self.thread != threading.get_ident() and any(t.ident == self.thread for t in threading.enumerate()):
+            raise StateError(
+                f"{self.clock.name}: expected one evaluation at a time, got one while another thread is in one. The "
+                "states of a model belong to one trajectory. Give each thread a copy of the model, or let them wait "
+                "for each other; if the other evaluation was interrupted, begin with modiff.trajectory(model)."
+            )
+
+    def _after(self, *_: object) -> None:
         if torch.compiler.is_compiling():
             traced.end(self.clock.token, self.number)
-        elif output is None:  # what torch gives the hook when the module raised
-            self.fail()
         else:
             self.end()
+
+    def _raised(self, *_: object) -> None:
+        """Runs after `_after`, and alone where the model raised."""
+        if not torch.compiler.is_compiling() and self.clock.inside and self.thread == threading.get_ident():
+            self.fail()
 
     def end(self) -> None:
         """The evaluation ended."""
         self.clock.returned()
 
     def fail(self) -> None:
-        """The evaluation raised; a trajectory that began by itself is over."""
+        """The evaluation did not reach its end; a trajectory that began by itself is over."""
         self.clock.raised()
         if self.automatic is not None:
             self.automatic.end()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from modiff.config import AttentionConfig
 from modiff.core.quantizer import Quantizer
@@ -14,14 +13,6 @@ from modiff.model.attach import attachment_of
 from modiff.nn.attention import QuantizedAttention
 
 ATTRIBUTE = "_modiff_attention"
-
-
-class AttentionAttachment:
-    """What is hung on a model: the quantizers of each attention module, and the hooks that lead to them."""
-
-    def __init__(self) -> None:
-        self.modules: dict[str, QuantizedAttention] = {}
-        self.handles: list[RemovableHandle] = []
 
 
 def attention_modules(model: nn.Module, config: AttentionConfig | None) -> dict[str, nn.Module]:
@@ -53,7 +44,7 @@ def attention_modules(model: nn.Module, config: AttentionConfig | None) -> dict[
 
 
 def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[str, ...]:
-    """Code q, k, v and softmax outputs of the model's attention from now on; nothing happens for None.
+    """Quantize q, k, v and softmax outputs of the model's attention from now on; nothing happens for None.
 
     Returns: the names of the modules taken.
     Raises: ConfigError as `attention_modules` does; StateError if it was done before. The model is unchanged then.
@@ -64,31 +55,32 @@ def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[s
     if ATTRIBUTE in model.__dict__:
         raise StateError(
             f"apply_attention: expected attention in full precision, got a {type(model).__name__} with quantized "
-            "attention. It would be coded twice. Call remove_attention(model) first."
+            "attention. It would be quantized twice. Call remove_attention(model) first."
         )
-    attachment, found = attachment_of(model), AttentionAttachment()
-    for name, module in modules.items():
-        quantized = QuantizedAttention(config, name, None if attachment is None else attachment.clock)
-        found.modules[name] = quantized
-        # bound methods, not closures: copy.deepcopy of the model takes them to the copy's own quantizers
-        found.handles.append(module.register_forward_pre_hook(quantized.before))
-        found.handles.append(module.register_forward_hook(quantized.after, always_call=True))
-    model.__dict__[ATTRIBUTE] = found
+    attachment = attachment_of(model)
+    clock = None if attachment is None else attachment.clock
+    model.__dict__[ATTRIBUTE] = {name: QuantizedAttention(config, name, clock) for name in modules}
+    for name, quantized in model.__dict__[ATTRIBUTE].items():
+        quantized.attach(modules[name])
     return tuple(modules)
 
 
 def remove_attention(model: nn.Module) -> None:
     """Undo `apply_attention`, bit for bit; nothing happens where it was not called."""
-    found: AttentionAttachment | None = model.__dict__.pop(ATTRIBUTE, None)
-    for handle in found.handles if found is not None else ():
-        handle.remove()
+    for name, quantized in model.__dict__.pop(ATTRIBUTE, {}).items():
+        if quantized.attached(module := model.get_submodule(name)):
+            quantized.detach(module)
 
 
-def attention_coders(model: nn.Module) -> dict[str, Quantizer]:
+def quantized_attention(model: nn.Module) -> dict[str, QuantizedAttention]:
+    """What `apply_attention` put on the model, by the names of its modules; {} where it was not called."""
+    return model.__dict__.get(ATTRIBUTE, {})
+
+
+def attention_quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """The quantizers of attention by name, "<module>.q", "<module>.softmax", ...; {} where there are none."""
-    found: AttentionAttachment | None = model.__dict__.get(ATTRIBUTE)
-    modules = {} if found is None else found.modules
-    return {f"{n}.{operand}": c for n, m in modules.items() for operand, c in m.quantizers.items() if c is not None}
+    modules = quantized_attention(model).items()
+    return {f"{n}.{operand}": c for n, m in modules for operand, c in m.quantizers.items() if c is not None}
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from modiff.core.observers import (
 from modiff.core.quantizer import Quantizer
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import required_attachment
-from modiff.model.attention import attention_coders
+from modiff.model.attention import attention_quantizers
 
 OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMaxObserver,
@@ -45,7 +45,7 @@ def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
     """
     layers = required_attachment(model, "quantizers_of").layers
     own = {name: layer.quantizer for name, layer in layers.items() if layer.quantizer is not None}
-    return own | attention_coders(model)
+    return own | attention_quantizers(model)
 
 
 def measure_scales(

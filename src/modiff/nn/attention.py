@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +23,8 @@ from modiff.nn.clock import Clock
 class QuantizedAttention:
     """Codes q, k, v and the softmax output of one attention module (Q-Diffusion, section 4.3).
 
-    While the module runs, its calls of `scaled_dot_product_attention` come here, whichever processor makes them;
-    nothing of the module is replaced, so taking the two hooks away undoes it to the bit.
+    While the module's forward runs, its calls of `scaled_dot_product_attention` come here, whichever processor makes
+    them. `attach` puts `forward` in front of the module's own, `detach` takes it away.
 
     Args:
         config: bits and scales; with bits None everywhere the call is passed on unchanged.
@@ -43,7 +44,6 @@ class QuantizedAttention:
             operand: _coder(config.softmax if operand == "softmax" else config.operands, granularity, moment)
             for operand, granularity in automatic.items()
         }
-        self._modes: list[_Intercept] = []
         self.number = traced.number_for(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -51,24 +51,34 @@ class QuantizedAttention:
         self.__dict__.update(state)
         self.number = traced.number_for(self)
 
-    def before(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-        """Forward pre-hook: attention calls come here from now on."""
-        mode = _Intercept(self)
-        mode.__enter__()
-        self._modes.append(mode)
+    def attach(self, module: nn.Module) -> None:
+        """Quantize the attention of the module from now on."""
+        self.original = module.forward
+        module.__dict__["forward"] = self.forward  # a bound method: copy.deepcopy takes it to the copy's own quantizers
 
-    def after(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook, also called when the module raises. Raises: StateError if the module made no attention call."""
-        if not self._modes:
-            return
-        mode = self._modes.pop()
-        mode.__exit__(None, None, None)
-        if output is not None and mode.calls == 0:
+    def attached(self, module: nn.Module) -> bool:
+        """Whether the module still runs `forward`, not what another library put in front of it."""
+        return module.__dict__.get("forward") == self.forward
+
+    def detach(self, module: nn.Module) -> None:
+        """Give the module its own forward back."""
+        del module.__dict__["forward"]
+        if self.original != module.forward:  # another library had replaced it before
+            module.__dict__["forward"] = self.original
+
+    @functools.wraps(nn.Module.__call__)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, its attention quantized. Raises: StateError if it made no attention call."""
+        mode = _Intercept(self)
+        with mode:  # hooks would miss Ctrl-C: torch calls them after an Exception only
+            output = self.original(*args, **kwargs)
+        if mode.calls == 0:
             raise StateError(
                 f"{self.name}: expected a call of torch's scaled_dot_product_attention, got none. Its processor or "
                 "backend computes attention otherwise, so its operands cannot be quantized. Use diffusers' default "
                 "processor and backend, or AttentionConfig(exclude=...)."
             )
+        return output
 
     def attend(
         self,

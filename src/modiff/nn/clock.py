@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from modiff.errors import StateError
 from modiff.nn.buffers import Buffers
+
+_STARTING = threading.Lock()
+"""Of two threads that start a trajectory of one model, one must see that the other did; one lock for all models, as
+clocks are copied with them."""
 
 
 def middle(timestep: Tensor | float) -> Tensor:
@@ -75,21 +80,23 @@ class Clock:
     def start(self, buffers: Buffers | None = None) -> None:
         """Begin a trajectory, with states in `buffers` if given.
 
-        Raises: StateError inside another one of the same model.
+        Raises: StateError inside another one of the same model, also one of another thread.
         """
-        if self.active:
-            raise StateError(
-                f"{self.name}: expected no running trajectory, got a second one. Trajectories of one model cannot "
-                "nest. Leave the first `with modiff.trajectory(model):` before the next."
-            )
-        self._forget()
-        self.active, self.failed, self.buffers = True, False, buffers
+        with _STARTING:
+            if self.active:
+                raise StateError(
+                    f"{self.name}: expected no running trajectory, got a second one. Trajectories of one model cannot "
+                    "nest. Leave the first `with modiff.trajectory(model):` before the next."
+                )
+            self._forget()
+            self.active, self.inside, self.failed, self.buffers = True, False, False, buffers
 
     def stop(self) -> None:
         """End the trajectory and free all states."""
-        self.active, self.failed, self.buffers = False, False, None
-        self.context = "default"
-        self._forget()
+        with _STARTING:
+            self.active, self.inside, self.failed, self.buffers = False, False, False, None
+            self.context = "default"
+            self._forget()
 
     def place(self, key: Hashable, value: Tensor) -> Tensor:
         """`value`, where the state of this key was in the last trajectory, if this one has buffers."""

@@ -16,7 +16,7 @@ from modiff.core.learned_scale import LearnedScale, fake_quantize_through
 from modiff.core.quantizer import Quantizer
 from modiff.errors import StateError
 from modiff.model.attach import required_attachment
-from modiff.model.attention import ATTRIBUTE as ATTENTION
+from modiff.model.attention import quantized_attention
 from modiff.nn import ModulatedLayer
 
 
@@ -162,9 +162,8 @@ def without_states(model: nn.Module, activations: Activations) -> Iterator[dict[
 @contextmanager
 def _attention(model: nn.Module, activations: Activations | None) -> Iterator[None]:
     """Attention in full precision, or with gradients through its rounding."""
-    attached = model.__dict__.get(ATTENTION)
     with ExitStack() as stack:
-        for module in attached.modules.values() if attached is not None else ():
+        for module in quantized_attention(model).values():
             stack.callback(module.quantizers.update, dict(module.quantizers))
             for operand, quantizer in module.quantizers.items():
                 through = activations == "quantized" and quantizer is not None
@@ -174,9 +173,8 @@ def _attention(model: nn.Module, activations: Activations | None) -> Iterator[No
 
 def attention_through(model: nn.Module) -> dict[str, Through]:
     """The attention quantizers inside `without_states(model, "quantized")`, named as `quantizers_of` names them."""
-    attached = model.__dict__.get(ATTENTION)
-    modules = {} if attached is None else attached.modules
-    return {f"{n}.{o}": c for n, m in modules.items() for o, c in m.quantizers.items() if isinstance(c, Through)}
+    modules = quantized_attention(model).items()
+    return {f"{n}.{o}": c for n, m in modules for o, c in m.quantizers.items() if isinstance(c, Through)}
 
 
 @contextmanager
