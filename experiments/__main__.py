@@ -15,8 +15,7 @@ from experiments.settings import IMAGES, settings_for
 from experiments.study import StudyResult, run_study
 from modiff.errors import ModiffError
 from modiff.evaluate.report.document import Document
-from modiff.evaluate.report.markdown import file_name, markdown
-from modiff.evaluate.report.write import write_report
+from modiff.evaluate.report.page import markdown, write_report
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.hosts.load import load_pipeline
 
@@ -62,7 +61,7 @@ def _pages(docs: Path | None) -> tuple[Path, ...]:
 
 def write_page(document: Document, docs: Path) -> list[Path]:
     """docs/study.md and its pictures in docs/figures; figures of a study before that are not drawn any more go."""
-    pictures = {file_name(figure): figure.data for figure in document.figures()}
+    pictures = {figure.file: figure.data for figure in document.figures()}
     for name, data in pictures.items():
         path = docs / FIGURES / name
         check_writable(path)

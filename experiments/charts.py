@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modiff.evaluate.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from modiff.evaluate.analysis.drawing import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from modiff.evaluate.report.document import Figure
 
 if TYPE_CHECKING:

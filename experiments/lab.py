@@ -18,10 +18,10 @@ from experiments.store import Store
 from modiff.api import apply, remove
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
+from modiff.evaluate.analysis.watch import Watcher, watch
 from modiff.evaluate.cost import ModelCost
 from modiff.evaluate.demo import measure_image
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
-from modiff.evaluate.watch import Watcher, watch
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers import denoisers
 from modiff.hosts.noise import noise_generators
@@ -76,7 +76,7 @@ class Lab:
         return [self._row(labels, run, reference or run.reference, limit) for labels, run in plan]
 
     def watch(self, config: ModiffConfig, watchers: Sequence[Watcher], steps: int) -> Report:
-        """Show the watchers one full-precision DDIM trajectory of one batch; see `modiff.evaluate.watch`."""
+        """Show the watchers one full-precision DDIM trajectory of one batch; see `modiff.evaluate.analysis.watch`."""
         with self.sampling(Run(steps=steps)) as pipe, self.bar(steps) as advance, _counted(pipe, advance):
             count = min(self.settings.num_images, self.settings.batch_size)
             return watch(pipe, lambda: self.sample(pipe, range(count), steps), config, watchers)

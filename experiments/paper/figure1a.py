@@ -16,8 +16,8 @@ from experiments.runs import Run
 from experiments.tables import listing
 from experiments.words import error, find, number
 from modiff import presets
-from modiff.evaluate.layer_errors import norm
-from modiff.evaluate.watch import Visit
+from modiff.evaluate.analysis.layers import norm
+from modiff.evaluate.analysis.watch import Visit
 
 PRINTED = 0.40
 INTERVALS = {False: (2, 3, 5, 10), True: (2, 3, 4, 5, 7, 10)}

@@ -11,8 +11,8 @@ from experiments.experiment import Experiment, Shown, Values
 from experiments.lab import Lab
 from experiments.tables import listing
 from modiff import presets
-from modiff.evaluate.distribution import Distribution
-from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
+from modiff.evaluate.analysis.distribution import Distribution
+from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

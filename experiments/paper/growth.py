@@ -11,7 +11,7 @@ from experiments.experiment import Experiment, Shown, Values
 from experiments.lab import Lab
 from experiments.tables import listing
 from modiff import presets
-from modiff.evaluate.error_growth import ErrorGrowth, Growth, Spread
+from modiff.evaluate.analysis.growth import ErrorGrowth, Growth, Spread
 from modiff.evaluate.report.document import Table
 
 STEPS = {False: 100, True: 200}

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from modiff.cli import app
-from modiff.evaluate import analyze as module
+from modiff.evaluate.analysis import run as module
 from tests.hosts.tiny import HOSTS
 
 FIGURES = ["bit_sweep.png", "distribution.png", "error_growth.png", "layer_errors.png", "reuse.png"]
@@ -44,7 +44,7 @@ def test_it_writes_five_figures_and_the_json_and_names_them(
 
 def test_json_goes_where_it_is_told(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.analyze.__kwdefaults__, "bits", (4,))
-    monkeypatch.setattr("modiff.evaluate.figures.figures", lambda analysis, folder: [])  # drawn in the test above
+    monkeypatch.setattr("modiff.evaluate.analysis.figures.figures", lambda analysis, folder: [])
     settings = ["--steps", 2, "--num-images", 1, "--scheduler", "euler"]
     assert call(model, "-o", tmp_path / "figures", "--json", tmp_path / "found.json", *settings).exit_code == 0
     assert list((tmp_path / "figures").iterdir()) == []

@@ -104,7 +104,7 @@ def test_a_report_without_configurations_to_watch_leaves_the_layers_out(
     model: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modiff.evaluate.suite.run.watched_plan", lambda plans: None)
-    monkeypatch.setattr("modiff.evaluate.report.charts._svg", lambda draw: b"<svg/>")  # drawn in the test above
+    monkeypatch.setattr("modiff.evaluate.report.charts.file_bytes", lambda draw, kind: b"<svg/>")
     assert invoke(model, judge, "--configs", "plain:8:4", "--report", "report").exit_code == 0
     assert "Where the error arises" not in Path("report/report.html").read_text()
 
@@ -153,7 +153,7 @@ def test_a_conditional_pipeline_is_one_line(judge: Path, monkeypatch: pytest.Mon
 def test_another_runs_folder_is_one_line(model: Path, judge: Path) -> None:
     assert invoke(model, judge).exit_code == 0
     assert_one_line(invoke(model, judge, "--seed", 1), "got one with another seed")
-    assert_one_line(invoke(model, judge, "--scheduler", "euler"), "got another pipeline and sampler")
+    assert_one_line(invoke(model, judge, "--scheduler", "euler"), "got one with another pipeline and sampler")
 
 
 @pytest.mark.parametrize("option", ["--json", "--report", "-o"])

@@ -39,8 +39,7 @@ from modiff.api import apply, remove
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.report.document import Block, Document, Figure, Table
-from modiff.evaluate.report.markdown import markdown
-from modiff.evaluate.report.page import html_page
+from modiff.evaluate.report.page import html_page, markdown
 from modiff.hosts.diffusers import unconditional_run
 from modiff.model.trajectory import state_bytes
 from tests.experiments.fake_lab import FakeLab, halving

@@ -18,7 +18,7 @@ from experiments.study import StudyResult, command, run_study
 from experiments.tables import listing
 from modiff import presets
 from modiff.errors import ConfigError
-from modiff.evaluate.report.write import write_report
+from modiff.evaluate.report.page import write_report
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 

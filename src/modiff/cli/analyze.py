@@ -44,8 +44,8 @@ def analyze(
         results = output / RESULTS if json_file is None else json_file
         for path in (output / RESULTS, results):
             check_writable(path)
-        from modiff.evaluate.analyze import analyze as analyze_pipeline  # imported late: `--help` must not wait
-        from modiff.evaluate.figures import figures
+        from modiff.evaluate.analysis.figures import figures
+        from modiff.evaluate.analysis.run import analyze as analyze_pipeline  # imported late: `--help` must not wait
         from modiff.generate.samplers import set_scheduler
 
         pipe = quiet_pipeline(model, device)

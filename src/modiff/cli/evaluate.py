@@ -117,8 +117,8 @@ def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | No
 
 def _report(suite: Suite, source: PipelineSource, command: list[str], model: str, folder: Path) -> Path:
     """Watch the layers of one configuration, and write the report; its page."""
+    from modiff.evaluate.report.page import write_report
     from modiff.evaluate.report.sections import suite_document
-    from modiff.evaluate.report.write import write_report
     from modiff.evaluate.suite.run import layer_errors, watched_plan
 
     plan = watched_plan([row.plan for row in suite.rows])

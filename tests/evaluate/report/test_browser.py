@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures
+from modiff.evaluate.report.page import write_report
 from modiff.evaluate.report.sections import suite_document
-from modiff.evaluate.report.write import write_report
 from modiff.evaluate.suite.images import PipelineSource
 from modiff.evaluate.suite.plans import Preset
 from modiff.evaluate.suite.run import layer_errors, run_suite, watched_plan

@@ -1,16 +1,20 @@
-"""The drawn figures: fewer steps are in every chart of cost, points lie where they belong, names are shown as typed."""
+"""The figures of a report: fewer steps are in every chart of cost, points lie where they belong."""
 
 from __future__ import annotations
 
+import io
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from PIL import Image
 
 from modiff.errors import ConfigError
 from modiff.evaluate.report import charts
-from modiff.evaluate.report.charts import STEPS, Point, layer_map, pareto
+from modiff.evaluate.report.charts import STEPS, Point, differences, image_figures, layer_figure, pareto
 from modiff.evaluate.report.document import Figure
 
 POINTS = [
@@ -27,13 +31,13 @@ POINTS = [
 def drawn(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> Drawing:
     """The drawing behind the file."""
     seen: list[Drawing] = []
-    real = charts._draw_pareto
+    real = charts.draw_pareto
 
     def keep(drawing: Drawing, *rest: object) -> None:
         seen.append(drawing)
         real(drawing, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(charts, "_draw_pareto", keep)
+    monkeypatch.setattr(charts, "draw_pareto", keep)
     chart(points)
     return seen[0]
 
@@ -93,19 +97,85 @@ def test_names_with_dollars_are_shown_as_typed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Drawing] = []
-    real = charts._draw_layers
-    monkeypatch.setattr(charts, "_draw_layers", lambda drawing, *rest: (seen.append(drawing), real(drawing, *rest)))
-    figure = layer_map(layers([0.0, 0.1, 0.01], [0.0, 1e-9, 0.5]), "c")  # type: ignore[arg-type]
-    values = seen[0].axes[0].images[0].get_array()
+    seen: list[Axes] = []
+    real = charts.layer_map
+    monkeypatch.setattr(charts, "layer_map", lambda axis, *rest: (seen.append(axis), real(axis, *rest)))
+    figure = layer_figure(layers([0.0, 0.1, 0.01], [0.0, 1e-9, 0.5]), "c")  # type: ignore[arg-type]
+    values = seen[0].images[0].get_array()
     assert values.shape == (2, 3)
     assert values.filled(99).tolist()[0][1:] == pytest.approx([-1, -2])
     assert values.mask.tolist() == [[True, False, False], [True, True, False]]
-    assert [label.get_text() for label in seen[0].axes[0].get_yticklabels()] == ["block.0", "block.1 (call 2)"]
+    assert [label.get_text() for label in seen[0].get_yticklabels()] == ["block.0", "block.1 (call 2)"]
     assert "2 layers over 3 steps. The largest is at block.1: 0.5" in figure.alt
 
 
 def test_a_layer_that_ran_at_some_steps_only_keeps_its_columns() -> None:
     traces = layers([0.1, 0.2, 0.3], [0.1])
     traces[1]["steps"] = [step(2, 0.4)]
-    assert layer_map(traces, "c").alt.startswith("Heat map of the relative error of 2 layers over 3 steps")  # type: ignore[arg-type]
+    assert layer_figure(traces, "c").alt.startswith("Heat map of the relative error of 2 layers over 3 steps")  # type: ignore[arg-type]
+
+
+FULL = np.full((10, 64, 64, 1), 100, np.uint8)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    with Image.open(io.BytesIO(figure.data)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def changed(levels: int) -> np.ndarray:
+    images = FULL.copy()
+    images[:, 0, 0] += np.uint8(levels)
+    images[:, 32:] += np.uint8(levels)
+    return images
+
+
+def test_each_configuration_has_its_images_and_beside_them_its_difference() -> None:
+    found = image_figures([("full", FULL), ("a", changed(8)), ("b", changed(64))], seed=3)
+    assert [(f.name, f.half) for f in found] == [
+        ("images-0", False), ("images-1", True), ("difference-1", True), ("images-2", True), ("difference-2", True)
+    ]  # fmt: skip
+    assert found[0].alt == "8 images of full, seeds 3 to 10."
+    assert "Difference of a to full, enlarged 16 times; the largest is 8 of 255" in found[2].alt
+    assert all(f.pixels for f in found)
+
+
+def test_the_strips_show_the_images_themselves() -> None:
+    strip = pixels(image_figures([("full", FULL), ("a", changed(8))], seed=0)[1])
+    values, counts = np.unique(strip, return_counts=True)
+    shown = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    assert shown[100] == 3 * 8 * (32 * 64 - 1)
+    assert shown[108] == 3 * 8 * (32 * 64 + 1)
+    assert set(shown) == {100, 108, 255}
+
+
+def test_brighter_is_red_darker_is_blue_equal_is_white() -> None:
+    images = FULL[:1].copy()
+    images[0, 0, 0], images[0, 0, 1] = 228, 0
+    _, colours = differences(images, FULL[:1])
+    gain = differences(images, FULL[:1])[0]
+    assert gain == 1
+    assert colours[0, 0, 0] == pytest.approx([1, 1 - 128 / 255, 1 - 128 / 255])
+    assert colours[0, 0, 1] == pytest.approx([1 - 100 / 255, 1 - 100 / 255, 1])
+    assert (colours[0, 1:] == 1).all()
+
+
+@pytest.mark.parametrize(("levels", "gain"), [(1, 128), (2, 64), (8, 16), (127, 2), (128, 1), (155, 1)])
+def test_the_gain_is_the_largest_power_of_two_that_does_not_saturate(levels: int, gain: int) -> None:
+    assert differences(changed(levels), FULL)[0] == gain
+
+
+def test_a_few_loud_pixels_do_not_hide_the_rest() -> None:
+    images = FULL.copy()
+    images += 2
+    images[:, 0, 0] = 255
+    assert differences(images, FULL)[0] == 64
+
+
+def test_colour_images_are_compared_by_the_mean_of_their_channels() -> None:
+    colour = np.repeat(FULL[:1], 3, axis=-1)
+    other = colour.copy()
+    other[..., 0] += 3
+    gain, colours = differences(other, colour)
+    assert (gain, colours.shape) == (128, (1, 64, 64, 3))
+    assert colours[0, 0, 0, 2] == pytest.approx(1 - 128 / 255)

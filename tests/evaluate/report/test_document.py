@@ -36,23 +36,22 @@ def test_a_row_with_another_number_of_cells_is_an_error() -> None:
 def test_a_figure_needs_alt_text_and_the_bytes_of_its_kind() -> None:
     with pytest.raises(ConfigError, match="Figure f: expected alt text"):
         Figure("f", " ", "c", png())
-    with pytest.raises(ConfigError, match="expected the bytes of a svg file"):
+    with pytest.raises(ConfigError, match="the bytes of a svg file"):
         Figure("f", "a", "c", png(), "svg")
-    with pytest.raises(ConfigError, match="expected the bytes of a png file, got b'<svg'"):
+    with pytest.raises(ConfigError, match="the bytes of a png file, got 'a' and b'<svg'"):
         Figure("f", "a", "c", b"<svg")
 
 
 @pytest.mark.parametrize("name", ["", "A", "a b", "a--b", "../a", 'a"', "a.png"])
 def test_a_name_is_a_link_and_a_file_name(name: str) -> None:
-    with pytest.raises(ConfigError, match="expected a name of small letters"):
-        Figure(name, "a", "c", png())
-    with pytest.raises(ConfigError, match="expected a name of small letters"):
-        Table(name, "c", (Column("a"),), ())
+    for block in (Figure(name, "a", "c", png()), Table(name, "c", (Column("a"),), ())):
+        with pytest.raises(ConfigError, match="expected one name of small letters"):
+            Document("t", "l", (Section("one", (block,)),))
 
 
 def test_a_name_is_used_once() -> None:
     figure = Figure("numbers", "a", "c", png())
-    with pytest.raises(ConfigError, match="got numbers twice"):
+    with pytest.raises(ConfigError, match="got 'numbers'"):
         Document("t", "l", (Section("one", (figure,)), Section("two", (table("numbers"),))))
 
 

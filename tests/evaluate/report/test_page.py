@@ -1,13 +1,20 @@
-"""The page as text: self-contained, well-formed, and every text in it is text."""
+"""The page and the Markdown: self-contained, well-formed, every text in them is text, each file whole."""
 
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
-from modiff.evaluate.report.page import html_page
+import pytest
+
+from modiff.evaluate.report import page as module
+from modiff.evaluate.report.document import Cell, Code, Column, Document, Section, Table
+from modiff.evaluate.report.page import html_page, markdown, write_report
 from tests.evaluate.report.documents import NASTY, document, png
 
 VOID = {"meta", "link", "img", "br"}
@@ -100,3 +107,78 @@ def test_links_lead_to_the_sections() -> None:
 
 def test_the_same_document_is_the_same_page() -> None:
     assert html_page(document()) == html_page(document())
+
+
+def of(block: object) -> str:
+    return markdown(Document("T", "L", (Section("S", (block,)),))).partition("## S\n\n")[2].rstrip("\n")  # type: ignore[arg-type]
+
+
+def test_headings_paragraphs_figures_and_tables() -> None:
+    text = markdown(document(), "pictures")
+    assert text.startswith(
+        "# Title plain\n\nLead plain\n\n## First plain\n\nplain\n\n```text\nmodiff evaluate plain\n```"
+    )
+    assert "![Dots plain.](pictures/dots.png)\n\nCaption plain" in text
+    assert "![Lines.](pictures/lines.svg)" in text
+    assert (
+        "Some numbers.\n\n| name | value | other |\n|---|--:|--:|\n| b2 | 10 \\[9, 11\\] | 1 |\n| a | - | 2 |\n"
+        "| b10 | -2 | 3 |\n| c | 1.5 | - |\n\nvalue, other: What it is."
+    ) in text
+
+
+def test_no_text_becomes_markup() -> None:
+    text = markdown(document(NASTY))
+    without_code = re.sub(r"^```text\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "<" not in without_code
+    bare = re.sub(r"\\.", "", re.sub(r"!\[[^\n]*\]\((figures/[\w.-]+)\)", "", without_code))
+    assert not re.search(r"[`*\[\]$]", bare)
+    rows = [line for line in without_code.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (2, 4) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("- no list", "\\- no list"),
+        ("+ no list", "\\+ no list"),
+        ("3. no list", "3\\. no list"),
+        ("-3 is a number", "-3 is a number"),
+        ("3.5 is one too", "3.5 is one too"),
+        ("# no heading", "\\# no heading"),
+        ("two\n\nparagraphs", "two paragraphs"),
+    ],
+)
+def test_a_paragraph_stays_one(typed: str, shown: str) -> None:
+    assert of(typed) == shown
+
+
+def test_code_with_fences_gets_a_longer_fence() -> None:
+    assert of(Code("a\n````\nb")) == "`````text\na\n````\nb\n`````"
+
+
+def test_a_cell_stays_in_its_column() -> None:
+    table = Table("t", "c", (Column("a|b", numeric=False),), ((Cell("x|y\nz"),),))
+    assert of(table) == "c\n\n| a\\|b |\n|---|\n| x\\|y z |"
+
+
+def test_it_writes_page_text_and_figures(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "report"
+    page, text = write_report(document(), folder)
+    assert (page.name, text.name) == ("report.html", "report.md")
+    assert page.read_text(encoding="utf-8") == html_page(document())
+    assert text.read_text(encoding="utf-8") == markdown(document(), "figures")
+    assert (folder / "figures" / "dots.png").read_bytes() == png()
+    assert sorted(p.name for p in folder.rglob("*")) == ["dots.png", "figures", "lines.svg", "report.html", "report.md"]
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(document(), tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+
+    def full(path: Path, write: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    with pytest.raises(OSError, match=r"dots\.png"):
+        write_report(document("other"), tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before

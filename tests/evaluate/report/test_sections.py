@@ -9,7 +9,7 @@ import pytest
 
 from modiff.evaluate.report import charts
 from modiff.evaluate.report.charts import STEPS
-from modiff.evaluate.report.document import Code, Document, Figure, Section, Table
+from modiff.evaluate.report.document import Code, Document, Figure, Table
 from modiff.evaluate.report.sections import _point, suite_document
 from modiff.evaluate.suite.plans import Preset, plans_of
 from modiff.evaluate.suite.run import Suite, run_suite
@@ -37,7 +37,7 @@ def report(suite: Suite) -> Document:
 @pytest.fixture
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts without their drawing, which takes a while: others look at it."""
-    monkeypatch.setattr(charts, "_svg", lambda draw: b"<svg/>")
+    monkeypatch.setattr(charts, "file_bytes", lambda draw, kind: b"<svg/>")
 
 
 def block(report: Document, name: str) -> Table | Figure:
@@ -54,12 +54,6 @@ def test_the_sections_in_order(report: Document) -> None:
     assert [section.title for section in report.sections] == [
         "Results", "Images", "Error against cost", "How to get the same figures", "Every figure"
     ]  # fmt: skip
-
-
-@pytest.mark.usefixtures("_undrawn")
-def test_sections_of_other_studies_stand_before_the_command(suite: Suite) -> None:
-    titles = [s.title for s in suite_document(suite, COMMAND, more=[Section("Reuse", ("Text.",))]).sections]
-    assert titles[-3:] == ["Reuse", "How to get the same figures", "Every figure"]
 
 
 def test_every_figure_of_every_configuration_is_in_the_long_table(suite: Suite, report: Document) -> None:

@@ -187,7 +187,7 @@ def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Pat
 def test_what_the_extractor_says_of_itself_is_in_the_settings_and_in_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modiff.evaluate.report.charts._svg", lambda draw: b"<svg/>")  # drawn elsewhere
+    monkeypatch.setattr("modiff.evaluate.report.charts.file_bytes", lambda draw, kind: b"<svg/>")  # drawn elsewhere
 
     class Noted(FakeExtractor):
         note = "Weights of another time."

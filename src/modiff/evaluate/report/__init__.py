@@ -1,1 +1,1 @@
-"""What a reader gets to see: one HTML file that needs nothing else, and its Markdown quantized."""
+"""What a reader gets to see: one HTML file that needs nothing else, and the same as Markdown."""

@@ -1,40 +1,35 @@
-"""The drawn figures of a report, as SVG: error against cost, and error by layer and step."""
+"""The figures of a report: error against cost, error by layer and step, images and where they differ."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from modiff.errors import ConfigError
-from modiff.evaluate.figures import BLUE, GREEN, GREY, MOST_NAMES, ORANGE, RED, STYLE
-from modiff.evaluate.layer_errors import LayerTrace
+from modiff.evaluate.analysis.drawing import FAMILIES, GREY, file_bytes, layer_map, log_error, map_height, plain
+from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.document import Figure
+from modiff.evaluate.suite.plans import STEPS
+from modiff.generate.grid import grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-STEPS = "steps"
-"""The family of the points that quantize nothing and take fewer sampler steps: every chart of cost has it."""
-FAMILY_STYLES = {
-    "plain": (RED, "s"),
-    "uncompensated": (ORANGE, "^"),
-    "modulated": (BLUE, "o"),
-    "tuned": (GREEN, "D"),
-}
-_OTHER = (GREY, "v")
-_FLOOR = 1e-7  # below is float32's own rounding
+MOST_IMAGES = 8
+"""Columns of a strip: more would be too small to see."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A configuration in a chart of cost: error with its interval over a cost. family: STEPS, or one of FAMILY_STYLES.
+    """A configuration in a chart of cost: error with its interval over a cost. family: STEPS, or one of FAMILIES.
 
-    label: short, stands beside the point. error None: nothing to show, for example a run that diverged.
+    label: short, stands at the point. error None: nothing to show, for example a run that diverged.
     """
 
     label: str
@@ -44,6 +39,11 @@ class Point:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def style(self) -> tuple[str, str]:
+        """Colour and marker."""
+        return ("black", "x") if self.family == STEPS else FAMILIES.get(self.family, (GREY, "v"))
+
 
 def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption: str) -> Figure:
     """Error against cost, both on log scales, lower left is better; *fewer sampler steps* are always drawn in.
@@ -52,8 +52,7 @@ def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption
         cost, error: what the axes say. A point with error 0 (full precision against itself) is a vertical line.
     Raises: ConfigError without at least one run of fewer sampler steps: a method that they beat would look good alone.
     """
-    steps = [p for p in points if p.family == STEPS]
-    if not any(p.error for p in steps):
+    if not any(p.error for p in points if p.family == STEPS):
         labels = ", ".join(p.label for p in points)
         raise ConfigError(
             f"{name}: expected a run with fewer sampler steps among the points, got {labels or 'no points'}. They "
@@ -64,12 +63,12 @@ def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption
         + ("not finite" if p.error is None else f"error {p.error:.3g}")
         for p in points
     )
-    return Figure(
-        name, alt, caption, _svg(lambda drawing: _draw_pareto(drawing, points, cost, error)), "svg", half=True
-    )
+    data = file_bytes(lambda drawing: draw_pareto(drawing, points, cost, error), "svg")
+    return Figure(name, alt, caption, data, "svg", half=True)
 
 
-def _draw_pareto(drawing: Drawing, points: Sequence[Point], cost: str, error: str) -> None:
+def draw_pareto(drawing: Drawing, points: Sequence[Point], cost: str, error: str) -> None:
+    """The chart; what diverged is left out."""
     from matplotlib.ticker import LogLocator  # imported late: importing modiff must not load it
 
     drawing.set_size_inches(6.4, 4.8)
@@ -81,80 +80,92 @@ def _draw_pareto(drawing: Drawing, points: Sequence[Point], cost: str, error: st
         direction.set_minor_formatter("{x:g}")
         direction.set_major_formatter("{x:g}")
     axis.set_xlabel(cost)
-    axis.set_ylabel(_plain(error))
-    line = sorted((p.cost, p.error) for p in points if p.family == STEPS and p.error)
-    axis.plot(*zip(*line, strict=True), color="black", linestyle="--", marker="x", label="fewer sampler steps")
+    axis.set_ylabel(plain(error))
+    for family in dict.fromkeys([STEPS, *(p.family for p in points)]):
+        members = [p for p in points if p.family == family and p.error]
+        if members:
+            line = sorted((p.cost, p.error) for p in members)
+            colour, marker = members[0].style
+            label, stroke = ("fewer sampler steps", "--") if family == STEPS else (plain(family), "none")
+            axis.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=stroke, label=label)
     for point in points:
         if point.family == STEPS and point.error == 0:
-            axis.axvline(
-                point.cost, color="black", linestyle=":", linewidth=1.2, label=_plain(f"{point.label} (error 0)")
-            )
-    families = dict.fromkeys(p.family for p in points if p.family != STEPS)
-    for family in families:
-        color, marker = FAMILY_STYLES.get(family, _OTHER)
-        found = [(p.cost, p.error) for p in points if p.family == family and p.error]
-        if found:
-            axis.plot(*zip(*found, strict=True), color=color, marker=marker, linestyle="none", label=_plain(family))
-    for point in points:
-        _annotate(axis, point)
+            label = plain(f"{point.label} (error 0)")
+            axis.axvline(point.cost, color="black", linestyle=":", linewidth=1.2, label=label)
+        if point.error:
+            _annotate(axis, point, point.error)
     axis.tick_params(which="minor", labelsize=8)
     axis.margins(x=0.18, y=0.12)  # room for the names
     axis.legend(loc="best", fontsize=9)
 
 
-def _annotate(axis: Axes, point: Point) -> None:
-    if not point.error:
-        return
-    color = "black" if point.family == STEPS else FAMILY_STYLES.get(point.family, _OTHER)[0]
+def _annotate(axis: Axes, point: Point, error: float) -> None:
+    colour = point.style[0]
     if point.low is not None and point.high is not None and point.high > 0:
-        low = max(point.low, point.error / 1e3)  # a log scale has no zero
-        axis.vlines(point.cost, min(low, point.error), max(point.high, point.error), color=color, linewidth=1)
-    axis.annotate(_plain(point.label), (point.cost, point.error), xytext=(6, 4), textcoords="offset points", fontsize=8,
-                  color=color)  # fmt: skip
+        low = max(point.low, error / 1e3)  # a log scale has no zero
+        axis.vlines(point.cost, min(low, error), max(point.high, error), color=colour, linewidth=1)
+    axis.annotate(plain(point.label), (point.cost, error), xytext=(6, 4), textcoords="offset points", fontsize=8,
+                  color=colour)  # fmt: skip
 
 
-def layer_map(layers: Sequence[LayerTrace], caption: str) -> Figure:
-    """Heat map of the output's relative L2 error, layers down and steps across."""
-    names = [layer["name"] + (f" (call {layer['call'] + 1})" if layer["call"] else "") for layer in layers]
+def layer_figure(layers: Sequence[LayerTrace], caption: str) -> Figure:
+    """Map of the output's relative L2 error, layers down and steps across."""
     worst = max(layers, key=lambda layer: max(step["output_relative_l2"] for step in layer["steps"]))
     alt = (
-        f"Heat map of the relative error of {len(names)} layers over {max(len(x['steps']) for x in layers)} steps. "
+        f"Heat map of the relative error of {len(layers)} layers over {max(len(x['steps']) for x in layers)} steps. "
         f"The largest is at {worst['name']}: {max(step['output_relative_l2'] for step in worst['steps']):.3g}."
     )
-    return Figure("layer-errors", alt, caption, _svg(lambda drawing: _draw_layers(drawing, layers, names)), "svg")
+
+    def draw(drawing: Drawing) -> None:
+        drawing.set_size_inches(10, map_height(layers))
+        label = "log10 of the relative L2 error of the layer's output"
+        layer_map(drawing.subplots(), layers, log_error, label, "magma")
+
+    return Figure("layer-errors", alt, caption, file_bytes(draw, "svg"), "svg")
 
 
-def _draw_layers(drawing: Drawing, layers: Sequence[LayerTrace], names: Sequence[str]) -> None:
-    values = np.full((len(layers), 1 + max(step["step"] for layer in layers for step in layer["steps"])), np.nan)
-    for i, layer in enumerate(layers):
-        for step in layer["steps"]:
-            error = step["output_relative_l2"]
-            values[i, step["step"]] = np.log10(error) if error > _FLOOR else np.nan
-    drawing.set_size_inches(10, max(3.0, 0.19 * min(len(names), MOST_NAMES * 2) + 1.2))
-    axis = drawing.subplots()
-    shown = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="magma")
-    drawing.colorbar(shown, ax=axis, label="log10 of the relative L2 error of the layer's output")
-    every = -(-len(names) // (MOST_NAMES * 2))
-    axis.set_yticks(range(0, len(names), every), [_plain(name) for name in names[::every]], fontsize=8)
-    axis.set_xlabel("step (0 = first, anchored)")
-    axis.grid(visible=False)
+def image_figures(rows: Sequence[tuple[str, np.ndarray]], seed: int) -> list[Figure]:
+    """A strip of images for each configuration, and next to it one of differences to the first, full precision.
+
+    Args:
+        rows: (name, images uint8 (N, H, W, C)) with the same seeds in every row.
+        seed: of the first image.
+    """
+    (reference_name, images), *others = rows
+    reference = images[:MOST_IMAGES]
+    count = len(reference)
+    seeds = f"seeds {seed} to {seed + count - 1}"
+    alt = f"{count} images of {reference_name}, {seeds}."
+    figures = [Figure("images-0", alt, f"{reference_name}, {seeds}", _strip(reference / 255), pixels=True)]
+    for i, (name, others_images) in enumerate(others, 1):
+        images = others_images[:count]
+        gain, colours = differences(images, reference)
+        largest = int(np.abs(images.astype(np.int64) - reference).max())
+        alt = f"{count} images of configuration {name}, {seeds}."
+        change = f"Difference of {name} to {reference_name}, enlarged {gain:g} times; the largest is {largest} of 255."
+        figures += [
+            Figure(f"images-{i}", alt, name, _strip(images / 255), pixels=True, half=True),
+            Figure(f"difference-{i}", change, change, _strip(colours), pixels=True, half=True),
+        ]
+    return figures
 
 
-def _plain(text: str) -> str:
-    """A name as it was typed: matplotlib sets what stands between two dollars as mathematics."""
-    return text.replace("$", r"\$")
+def differences(images: np.ndarray, reference: np.ndarray) -> tuple[float, np.ndarray]:
+    """A gain, and the difference times the gain as colours (N, H, W, 3) in [0, 1]: red above, blue below, white equal.
+
+    The difference of the channels' means; the gain is the largest power of two, at least 1, that saturates at most 1 %
+    of the pixels, and 1 for images that are equal.
+    """
+    change = (images.astype(np.float64) - reference.astype(np.float64)).mean(axis=-1) / 255
+    high = float(np.quantile(np.abs(change), 0.99)) or float(np.abs(change).max())
+    gain = 2.0 ** max(0, math.floor(-math.log2(high))) if high else 1.0
+    scaled = (change * gain).clip(-1, 1)
+    red, blue = 1 + scaled.clip(max=0), 1 - scaled.clip(min=0)
+    return gain, np.stack([red, 1 - np.abs(scaled), blue], axis=-1)
 
 
-def _svg(draw: Callable[[Drawing], None]) -> bytes:
-    """An SVG file on white; the same drawing gives the same bytes."""
-    import matplotlib  # imported late: importing modiff must not load it
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure as Drawing
-
+def _strip(images: np.ndarray) -> bytes:
+    """Images (N, H, W, C) in [0, 1] in a row, as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(rc=STYLE | {"svg.hashsalt": "modiff"}):
-        drawing = Drawing(layout="constrained")
-        FigureCanvasSVG(drawing)
-        draw(drawing)
-        drawing.savefig(buffer, format="svg", metadata={"Date": None})
+    grid([("", images)]).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

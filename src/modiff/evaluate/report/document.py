@@ -54,7 +54,6 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
     def __post_init__(self) -> None:
-        _check_name("Table", self.name)
         lengths = {len(row) for row in self.rows} - {len(self.columns)}
         if lengths or not self.columns:
             raise ConfigError(
@@ -89,18 +88,17 @@ class Figure:
     half: bool = False
 
     def __post_init__(self) -> None:
-        _check_name("Figure", self.name)
-        if not self.alt.strip():
-            raise ConfigError(
-                f"Figure {self.name}: expected alt text, got none. Not every reader sees the picture. Say what it "
-                "shows in a sentence."
-            )
         begins = b"\x89PNG\r\n" if self.kind == "png" else b"<"
-        if not self.data.startswith(begins):
+        if not self.alt.strip() or not self.data.startswith(begins):
             raise ConfigError(
-                f"Figure {self.name}: expected the bytes of a {self.kind} file, got {self.data[:8]!r}. A browser would "
-                "show nothing. Give the content of the file."
+                f"Figure {self.name}: expected alt text and the bytes of a {self.kind} file, got {self.alt!r} and "
+                f"{self.data[:8]!r}. A reader would see nothing. Say what it shows, and give the content of the file."
             )
+
+    @property
+    def file(self) -> str:
+        """The name of the figure's file."""
+        return f"{self.name}.{self.kind}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A report. Raises ConfigError if two figures or tables have one name: it is their link and file name."""
+    """A report.
+
+    Raises: ConfigError if a figure or table has a name of anything but small letters, digits and single hyphens, or the
+        name of another one: it is its link and file name.
+    """
 
     title: str
     lead: str
@@ -132,21 +134,14 @@ class Document:
 
     def __post_init__(self) -> None:
         names = [b.name for s in self.sections for b in s.blocks if isinstance(b, Table | Figure)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        wrong = sorted({name for name in names if names.count(name) > 1 or not _NAME.fullmatch(name)})
+        if wrong:
             raise ConfigError(
-                f"Document: expected a name for each figure and table, got {', '.join(twice)} twice. It is the file's "
-                "name and the link. Rename one of them."
+                f"Document: expected one name of small letters, digits and single hyphens for each figure and table, "
+                f"got {', '.join(map(repr, wrong))}. It is the file's name and the link. Use for example "
+                "'error-by-layer', once."
             )
 
     def figures(self) -> list[Figure]:
         """All figures in order."""
         return [b for s in self.sections for b in s.blocks if isinstance(b, Figure)]
-
-
-def _check_name(where: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{where}: expected a name of small letters, digits and single hyphens, got {name!r}. It becomes a link "
-            "and a file name. Use for example 'error-by-layer'."
-        )

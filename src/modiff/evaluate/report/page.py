@@ -1,15 +1,35 @@
-"""A document as one HTML file: no network, no other file, every text escaped, sortable tables."""
+"""A document as one HTML file (no network, no other file, every text escaped, sortable tables), and as Markdown."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
+import re
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
-from modiff.evaluate.report.document import Block, Code, Column, Document, Figure, Section, Table
+from modiff.evaluate.report.document import Block, Code, Document, Figure, Section, Table
+from modiff.files import check_writable, write_atomically
 
+PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
 _MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
+_SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$])")
+
+
+def write_report(document: Document, folder: Path) -> list[Path]:
+    """Write report.html, which needs no other file, and report.md with its figures in figures/.
+
+    Returns: the two.
+    Raises: OSError that names the file, if one cannot be written. Each file is whole or the old one.
+    """
+    contents = {folder / FIGURES / figure.file: figure.data for figure in document.figures()}
+    contents |= {folder / TEXT: markdown(document).encode(), folder / PAGE: html_page(document).encode()}
+    for path, content in contents.items():
+        check_writable(path)
+        write_atomically(path, lambda file, content=content: file.write(content))
+    return [folder / PAGE, folder / TEXT]
 
 
 def html_page(document: Document) -> str:
@@ -18,7 +38,8 @@ def html_page(document: Document) -> str:
     Its content security policy allows the page's own style and script by their hashes, pictures inside the file, and
     nothing else: no text in it can load or run anything, whatever a model or a config is called.
     """
-    style, script = _asset("report.css"), _asset("report.js")
+    style, script = (files("modiff.evaluate.report").joinpath(name).read_text(encoding="utf-8")
+                     for name in ("report.css", "report.js"))  # fmt: skip
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     numbered = list(enumerate(document.sections, 1))
     links = "\n".join(f'<li><a href="#section-{i}">{escape(s.title)}</a></li>' for i, s in numbered)
@@ -49,10 +70,6 @@ def html_page(document: Document) -> str:
 """
 
 
-def _asset(name: str) -> str:
-    return files("modiff.evaluate.report").joinpath(name).read_text(encoding="utf-8")
-
-
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -72,20 +89,20 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Figure():
-            return _figure(block)
-
-
-def _figure(figure: Figure) -> str:
-    source = f"data:{_MEDIA[figure.kind]};base64,{base64.b64encode(figure.data).decode()}"
-    half, pixels = (' class="half"' if figure.half else ""), (' class="pixels"' if figure.pixels else "")
-    return (
-        f'<figure id="{figure.name}"{half}><img{pixels} src="{source}" alt="{escape(figure.alt)}">'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>\n"
-    )
+            source = f"data:{_MEDIA[block.kind]};base64,{base64.b64encode(block.data).decode()}"
+            half, pixels = (' class="half"' if block.half else ""), (' class="pixels"' if block.pixels else "")
+            return (
+                f'<figure id="{block.name}"{half}><img{pixels} src="{source}" alt="{escape(block.alt)}">'
+                f"<figcaption>{escape(block.caption)}</figcaption></figure>\n"
+            )
 
 
 def _table(table: Table) -> str:
-    head = "".join(map(_head, table.columns))
+    kinds = [' class="number"' if column.numeric else "" for column in table.columns]
+    head = "".join(
+        f'<th scope="col"{kind}><button type="button">{escape(column.title)}</button></th>'
+        for kind, column in zip(kinds, table.columns, strict=True)
+    )
     rows = "\n".join(f"<tr>{_row(table, i)}</tr>" for i in range(len(table.rows)))
     notes = "".join(f'<p class="note">{escape(names)}: {escape(note)}</p>\n' for names, note in table.notes())
     return (
@@ -95,18 +112,50 @@ def _table(table: Table) -> str:
     )
 
 
-def _head(column: Column) -> str:
-    kind = ' class="number"' if column.numeric else ""
-    return f'<th scope="col"{kind}><button type="button">{escape(column.title)}</button></th>'
-
-
 def _row(table: Table, index: int) -> str:
     cells: list[str] = []
-    for place, (column, cell) in enumerate(zip(table.columns, table.rows[index], strict=True)):
+    for i, (column, cell) in enumerate(zip(table.columns, table.rows[index], strict=True)):
         kind = ' class="number"' if column.numeric else ""
         value = "" if cell.value is None else f' data-value="{cell.value!r}"'
-        names_row = place == 0 and not column.numeric
+        names_row = i == 0 and not column.numeric
         opening, closing = ('<th scope="row">', "</th>") if names_row else (f"<td{kind}{value}>", "</td>")
         small = f"<br><small>{escape(cell.detail)}</small>" if cell.detail else ""
         cells.append(f"{opening}{escape(cell.text)}{small}{closing}")
     return "".join(cells)
+
+
+def markdown(document: Document, figures: str = FIGURES) -> str:
+    """The whole text for a README; figures are links to `figures`/<name>.<kind>.
+
+    Texts are escaped: markup and HTML in a name show as they were typed. Notes of columns stand below their table.
+    """
+    blocks = [f"# {_text(document.title)}", _text(document.lead)]
+    for section in document.sections:
+        blocks.append(f"## {_text(section.title)}")
+        blocks += [_markdown_block(block, figures) for block in section.blocks]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_block(block: Block, figures: str) -> str:
+    match block:
+        case str():
+            return _text(block)
+        case Code():
+            longest = max((len(run) for run in re.findall(r"`+", block.text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            return f"{fence}text\n{block.text}\n{fence}"
+        case Table():
+            lines = [[_text(column.title) for column in block.columns]]
+            lines += [[_text(f"{cell.text} {cell.detail}") for cell in row] for row in block.rows]
+            head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+            rule = "|" + "|".join("--:" if column.numeric else "---" for column in block.columns) + "|"
+            notes = [f"{_text(names)}: {_text(note)}" for names, note in block.notes()]
+            return "\n\n".join([_text(block.caption), "\n".join([head, rule, *rows]), *notes])
+        case Figure():
+            return f"![{_text(block.alt)}]({figures}/{block.file})\n\n{_text(block.caption)}"
+
+
+def _text(text: str) -> str:
+    """One line in which nothing is markup."""
+    shown = html.escape(_SPECIAL.sub(r"\\\1", " ".join(text.split())), quote=False)
+    return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", re.sub(r"^([-+])(?=\s)", r"\\\1", shown))

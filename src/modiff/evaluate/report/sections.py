@@ -5,14 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from modiff.evaluate.layer_errors import LayerTrace
-from modiff.evaluate.report.charts import STEPS, Point, layer_map, pareto
+from modiff.evaluate.analysis.layers import LayerTrace
+from modiff.evaluate.report.charts import Point, image_figures, layer_figure, pareto
 from modiff.evaluate.report.document import Block, Cell, Code, Column, Document, Section, Table
-from modiff.evaluate.report.pictures import image_figures
 from modiff.evaluate.suite.judge import DATA, FULL, Measurement
-from modiff.evaluate.suite.plans import Plan
+from modiff.evaluate.suite.plans import STEPS, Plan
 from modiff.evaluate.suite.run import Row, Suite
-from modiff.generate.environment import Environment
 
 COSTS = ("gbops", "state_mib", "seconds")
 FORMS = {"psnr_db": ".2f", "ssim": ".4f", "relative_l2": ".4f", "state_mib": ".2f", "seconds": ".1f",
@@ -28,7 +26,7 @@ CAPTIONS = {
     "to-reference": "All images of each configuration against the reference data.",
 }
 IMAGES = (
-    "The first images, none chosen, from the same noise in every row. Beside each configuration is its difference to "
+    "The first images, none chosen, from the same noise in every row. Next to each configuration is its difference to "
     "full precision: red is brighter, blue is darker, white is equal. Differences are enlarged by the factor in their "
     "caption: compare the factors, not the colours."
 )
@@ -44,21 +42,20 @@ def suite_document(
     *,
     title: str = "Evaluation",
     watched: tuple[Plan, int, Sequence[LayerTrace]] | None = None,
-    more: Sequence[Section] = (),
 ) -> Document:
     """The report of a suite.
 
     Args:
         command: what was typed.
         watched: a configuration, the number of images, and the errors of its layers, from `layer_errors`.
-        more: sections of other studies, before the environment.
     """
+    images = [(row.plan.name, samples) for row, samples in zip(suite.rows, suite.samples, strict=True)]
+    heat = [] if watched is None or not watched[2] else [_layers(*watched)]
     sections = [
         _results(suite),
-        _images(suite),
+        Section("Images", (IMAGES, *image_figures(images, int(suite.settings.get("seed", 0))))),
         _cost_against_error(suite),
-        *([_layers(*watched)] if watched and watched[2] else []),
-        *more,
+        *heat,
         _environment(suite, command),
         Section("Every figure", (_everything(suite.rows),)),
     ]
@@ -68,26 +65,19 @@ def suite_document(
 def _results(suite: Suite) -> Section:
     """Quality and cost, a row for each configuration."""
     names = [name for name in _metric_names(suite.rows) if name not in COSTS]
-    parts = {
-        "as-sets": [name for name in names if name.endswith(f"_to_{FULL}")],
-        "to-reference": [name for name in names if name.endswith(f"_to_{DATA}")],
-    }
-    parts["paired"] = [name for name in names if name not in (*parts["as-sets"], *parts["to-reference"])]
-    blocks: list[Block] = [_summary(suite.rows, parts["paired"], "paired"), _summary(suite.rows, COSTS, "costs")]
-    blocks.append(_summary(suite.rows, parts["as-sets"], "as-sets"))
-    blocks.append(_judge(suite))
+    sets, real = ([name for name in names if name.endswith(f"_to_{against}")] for against in (FULL, DATA))
+    paired = [name for name in names if name not in (*sets, *real)]
+    blocks: list[Block] = [_summary(suite.rows, paired, "paired"), _summary(suite.rows, COSTS, "costs")]
+    blocks.append(_summary(suite.rows, sets, "as-sets"))
+    settings = suite.settings
+    features = f"Features: {settings['extractor']}, {settings['extractor_dimension']} numbers an image."
+    blocks.append(f"{features} {settings['extractor_note'] or ''}".strip())
     halves = suite.rows[0].metric("fd_between_halves")
     if halves is not None and halves["value"] is not None:
         blocks.append(f"{halves['label']}: {halves['value']:.4g}. {halves['note']}")
-    if parts["to-reference"]:
-        blocks.append(_summary(suite.rows, parts["to-reference"], "to-reference"))
+    if real:
+        blocks.append(_summary(suite.rows, real, "to-reference"))
     return Section("Results", tuple(blocks))
-
-
-def _judge(suite: Suite) -> str:
-    """Which network the features are of, and what it says of itself."""
-    said = f"Features: {suite.settings['extractor']}, {suite.settings['extractor_dimension']} numbers an image."
-    return f"{said} {suite.settings['extractor_note'] or ''}".strip()
 
 
 def _metric_names(rows: Sequence[Row]) -> list[str]:
@@ -119,12 +109,6 @@ def _measured(metric: Measurement | None) -> Cell:
     if metric["name"] == "gbops" and metric["value"] is not None and metric["value"] >= 100:
         form = ",.0f"
     return Cell.number(metric["value"], form, metric["low"], metric["high"])
-
-
-def _images(suite: Suite) -> Section:
-    """Full precision, then each configuration with its difference beside it."""
-    rows = [(row.plan.name, images) for row, images in zip(suite.rows, suite.samples, strict=True)]
-    return Section("Images", (IMAGES, *image_figures(rows, int(suite.settings.get("seed", 0)))))
 
 
 def _cost_against_error(suite: Suite) -> Section:
@@ -161,9 +145,8 @@ def _point(row: Row, metric: str, cost: str) -> Point:
 
 
 def _layers(plan: Plan, num_images: int, layers: Sequence[LayerTrace]) -> Section:
-    return Section(
-        "Where the error arises", (layer_map(layers, HEAT_CAPTION.format(name=plan.name, images=num_images)),)
-    )
+    figure = layer_figure(layers, HEAT_CAPTION.format(name=plan.name, images=num_images))
+    return Section("Where the error arises", (figure,))
 
 
 def _everything(rows: Sequence[Row]) -> Table:
@@ -184,19 +167,10 @@ def _everything(rows: Sequence[Row]) -> Table:
 
 
 def _environment(suite: Suite, command: Sequence[str]) -> Section:
-    return Section(
-        "How to get the same figures", (Code(shlex.join(command)), _facts(suite), _places(suite.environment))
-    )
-
-
-def _facts(suite: Suite) -> Table:
     shown = {key: value for key, value in suite.settings.items() if key != "configs"}
     shown["configurations"] = ", ".join(row.plan.name for row in suite.rows)
-    return _pairs("settings", "Settings.", shown)
-
-
-def _places(environment: Environment) -> Table:
-    return _pairs("environment", "Where it ran.", dict(environment))
+    tables = _pairs("settings", "Settings.", shown), _pairs("environment", "Where it ran.", dict(suite.environment))
+    return Section("How to get the same figures", (Code(shlex.join(command)), *tables))
 
 
 def _pairs(name: str, caption: str, values: dict[str, object]) -> Table:

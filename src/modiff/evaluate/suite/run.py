@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from modiff.errors import ConfigError
+from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
+from modiff.evaluate.analysis.watch import has_static_scales, watch
 from modiff.evaluate.features.extractor import FeatureExtractor, note_of
-from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
 from modiff.evaluate.metrics.bootstrap import small_sample_note
 from modiff.evaluate.suite.extras import Extra
 from modiff.evaluate.suite.images import Drawn, ImageSource, PipelineSource, Session, check_reference, read_reference
@@ -23,7 +24,6 @@ from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, ImageSet, Judge
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
 from modiff.evaluate.suite.store import Batch, Store
 from modiff.evaluate.table import aligned, number
-from modiff.evaluate.watch import has_static_scales, watch
 from modiff.files import ResumableFolder
 from modiff.generate.environment import Environment, environment
 

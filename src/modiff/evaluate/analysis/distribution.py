@@ -7,7 +7,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from modiff.evaluate.watch import Visit
+from modiff.evaluate.analysis.watch import Visit
 
 BINS = 255
 """Odd, so that one bin has its middle at zero."""

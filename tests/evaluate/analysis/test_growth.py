@@ -1,7 +1,15 @@
-"""Error growth: both loops against an independent recursion, and every measured error below its bound."""
+"""Error growth: both loops against an independent recursion, every error below its bound, the printed exponents."""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from modiff import presets
@@ -9,10 +17,18 @@ from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.core.affine import QParams
 from modiff.core.quantizer import Code
 from modiff.errors import ConfigError
-from modiff.evaluate.error_growth import ErrorGrowth, Growth, scale_energy
-from modiff.evaluate.watch import watch
+from modiff.evaluate.analysis.growth import (
+    LARGEST,
+    ErrorGrowth,
+    Growth,
+    compensated_bound,
+    printed_bound,
+    scale_energy,
+    uncompensated_bound,
+)
+from modiff.evaluate.analysis.watch import watch
 from modiff.hosts.diffusers import unconditional_run
-from tests.evaluate.networks import OneLayer, driven, only_layer
+from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
 from tests.hosts.tiny import HOSTS
 from tests.recipes import recipe_of_layer
@@ -127,3 +143,84 @@ def test_a_still_input_has_no_error_and_no_bound() -> None:
 def test_full_precision_activations_have_nothing_to_grow() -> None:
     with pytest.raises(ConfigError, match="expected a layer that codes its input"):
         grown(nn.Linear(8, 5), [torch.ones(2, 8)] * 3, LayerConfig(activation=QuantizerConfig(bits=None)))
+
+
+SHARES = st.floats(0.001, 0.99)
+MOVES = st.lists(st.floats(0, 1e3), min_size=1, max_size=12)
+
+
+def by_definition(c: float, moves: list[float], last: int) -> dict[str, float]:
+    """All four at step `last`, with the paper's descending indices: step i is t = T - i, d_k is the move at T - k."""
+    big_t = len(moves) + 1
+    t = big_t - last
+    move = {k: moves[big_t - k - 1] for k in range(t, big_t)}
+    return {
+        "uncompensated": math.sqrt(c) * sum(move.values()),
+        "compensated": sum(c ** ((k - t + 1) / 2) * d for k, d in move.items()),
+        "printed uncompensated": math.sqrt(sum(2 ** (big_t - k - 1) * c * d**2 for k, d in move.items())),
+        "printed compensated": math.sqrt(sum((2 * c) ** (big_t - k - 1) * d**2 for k, d in move.items())),
+    }
+
+
+@given(SHARES, MOVES)
+def test_the_bounds_are_the_sums_of_their_formulas(c: float, moves: list[float]) -> None:
+    found = {
+        "uncompensated": uncompensated_bound(c, moves),
+        "compensated": compensated_bound(c, moves),
+        "printed uncompensated": printed_bound(c, moves, compensated=False),
+        "printed compensated": printed_bound(c, moves, compensated=True),
+    }
+    for step in range(1, len(moves) + 1):
+        for name, value in by_definition(c, moves, step).items():
+            assert found[name][step - 1] == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+def simulated(c: float, moves: list[list[float]], compensated: bool, seed: int) -> list[float]:
+    """Error norms of a quantizer that loses a share of at most c of the energy, in any direction."""
+    source = random.Random(seed)
+    error = [0.0] * len(moves[0])
+    norms = []
+    for move in moves:
+        given_to_coder = [m + e for m, e in zip(move, error, strict=True)] if compensated else move
+        direction = [source.gauss(0, 1) for _ in move]
+        scale = math.sqrt(c * source.random()) * math.hypot(*given_to_coder) / math.hypot(*direction)
+        lost = [scale * x for x in direction]
+        error = lost if compensated else [e + x for e, x in zip(error, lost, strict=True)]
+        norms.append(math.hypot(*error))
+    return norms
+
+
+@given(SHARES, st.lists(st.tuples(*[st.floats(-10, 10)] * 3).map(list), min_size=1, max_size=20), st.integers(0, 99))
+def test_no_coder_that_loses_a_share_c_exceeds_the_bounds(c: float, moves: list[list[float]], seed: int) -> None:
+    sizes = [math.hypot(*move) for move in moves]
+    for compensated, bound in ((True, compensated_bound), (False, uncompensated_bound)):
+        for error, most in zip(simulated(c, moves, compensated, seed), bound(c, sizes), strict=True):
+            assert error <= most * (1 + 1e-12) + 1e-12
+
+
+def test_the_bounds_are_met_exactly_by_the_worst_coder() -> None:
+    c, error, total = 0.3, 0.0, 0.0
+    moves = [1.0, 0.2, 3.0, 0.0, 1.0]
+    for step, move in enumerate(moves):
+        error, total = math.sqrt(c) * (move + error), total + math.sqrt(c) * move
+        assert compensated_bound(c, moves)[step] == pytest.approx(error)
+        assert uncompensated_bound(c, moves)[step] == pytest.approx(total)
+
+
+def test_a_jump_after_a_rest_breaks_the_printed_bound_and_not_the_corrected_one() -> None:
+    """The printed weight of the newest move is (2c)^(T-t-1): after 20 steps a jump no longer counts, but is coded."""
+    c = 0.04
+    moves = [0.001] + [0.0] * 19 + [1.0]
+    measured = simulated(c, [[m, 0.0, 0.0] for m in moves], compensated=True, seed=1)[-1]
+    assert measured > 0.05
+    assert measured > 10 * printed_bound(c, moves, compensated=True)[-1]
+    assert measured <= compensated_bound(c, moves)[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "bound", [uncompensated_bound, compensated_bound, *(partial(printed_bound, compensated=x) for x in (False, True))]
+)
+def test_bounds_stay_finite_over_thousands_of_steps(bound: object) -> None:
+    values = bound(4.0, [1.0] * 3000)
+    assert all(math.isfinite(v) and v <= LARGEST for v in values)
+    assert sorted(values) == values

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from modiff import presets
 from modiff.config import LayerConfig
-from modiff.evaluate.distribution import BINS, Distribution, DistributionResult, histogram
-from modiff.evaluate.watch import watch
+from modiff.evaluate.analysis.distribution import BINS, Distribution, DistributionResult, histogram
+from modiff.evaluate.analysis.watch import watch
 from modiff.hosts.diffusers import unconditional_run
-from tests.evaluate.networks import OneLayer, driven, only_layer
+from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
 from tests.hosts.tiny import HOSTS
 

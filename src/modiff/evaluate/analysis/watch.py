@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.hosts.networks import modules_of
 from modiff.hosts.unet import shortcut_splits
 from modiff.model.attach import Attachment, attachment_of
+from modiff.model.observe import observe
 from modiff.model.report import Entry, Report
 from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
@@ -46,7 +47,7 @@ class Visit(NamedTuple):
         kind = quantized_class(self.layer)
         if kind is None:
             raise StateError(
-                f"{self.entry.name}: expected a layer with a modulated quantized, got {type(self.layer).__name__}. The "
+                f"{self.entry.name}: expected a layer that can be modulated, got {type(self.layer).__name__}. The "
                 "model changed while it was watched. Start again."
             )
         return kind.from_float(self.layer, config, name=self.entry.name, split=self.split)
@@ -73,6 +74,49 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
     Raises: StateError if modiff is on the target; ConfigError if it has several networks; CalibrationError if `run`
         never reached a layer's second step.
     """
+    module = _plain_network(target)
+    splits = shortcut_splits(module)
+    report = select_layers(module, config, splits=splits)
+    entries = {entry.name: entry for entry in report.taken}
+    clock = Clock(type(module).__name__)
+    attachment = Attachment(clock, report)
+    last: dict[str, tuple[int, int]] = {}
+    steps = dict.fromkeys(entries, 0)
+
+    def show(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        entry = entries[name]
+        if entry.config is None or not clock.inside:
+            return
+        tick, call = last.get(name, (-1, 0))
+        call = call + 1 if tick == clock.tick else 0
+        last[name] = clock.tick, call
+        steps[name] += call == 0
+        split = splits.get(name) if config.split_shortcuts == "auto" else None
+        visit = Visit(layer, entry, entry.config, split, call, clock.step, clock.ratio, inputs[0].detach(),
+                      output.detach())  # fmt: skip
+        for watcher in watchers:
+            watcher.see(visit)
+
+    attachment.watch(module)
+    clock.start()
+    try:
+        with observe(module, show, layers=entries):
+            run()
+    finally:
+        clock.stop()
+        for handle in attachment.handles:
+            handle.remove()
+    idle = [name for name, count in steps.items() if count < 2]
+    if idle:
+        raise CalibrationError(
+            f"watch: expected at least two steps of every layer, got fewer of {', '.join(idle[:3])}. Errors grow over "
+            "steps. Give more steps, or exclude layers that do not run."
+        )
+    return report
+
+
+def _plain_network(target: Any) -> nn.Module:
+    """The one network of a target without modiff."""
     networks = modules_of(target)
     if len(networks) > 1:
         raise ConfigError(
@@ -85,59 +129,9 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
             f"watch: expected a plain {type(module).__name__}, got one with modulated layers. It shows what full "
             "precision computes. Call modiff.remove(...) first."
         )
-    with _Hooks(module, config, watchers) as hooks:
-        run()
-    idle = [e.name for e in hooks.report.taken if hooks.seen.get(e.name, 0) < 2]
-    if idle:
-        raise CalibrationError(
-            f"watch: expected at least two steps of every layer, got fewer of {', '.join(idle[:3])}. Errors grow over "
-            "steps. Give more steps, or exclude layers that do not run."
-        )
-    return hooks.report
+    return module
 
 
 def has_static_scales(config: ModiffConfig) -> bool:
     """Whether some layer's scales are measured once, on a modulated model, and not at each step."""
     return not all(layer.activation.dynamic for layer in (config.layer, *(layer for _, layer in config.overrides)))
-
-
-class _Hooks:
-    """The hooks on one network, while entered."""
-
-    def __init__(self, model: nn.Module, config: ModiffConfig, watchers: Sequence[Watcher]) -> None:
-        splits = shortcut_splits(model)
-        self.model, self.watchers = model, watchers
-        self.seen: dict[str, int] = {}
-        self.splits = splits if config.split_shortcuts == "auto" else {}
-        self.report = select_layers(model, config, splits=splits)
-        self.clock = Clock(type(model).__name__)
-        self.attachment = Attachment(self.clock, self.report)
-        self.calls: dict[str, tuple[int, int]] = {}
-
-    def __enter__(self) -> Self:
-        self.attachment.watch(self.model)
-        for entry in self.report.taken:
-            layer = self.model.get_submodule(entry.name)
-            self.attachment.handles.append(layer.register_forward_hook(self._hook(entry)))
-        self.clock.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clock.stop()
-        for handle in self.attachment.handles:
-            handle.remove()
-
-    def _hook(self, entry: Entry) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def show(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if entry.config is None or not self.clock.inside:
-                return
-            tick, call = self.calls.get(entry.name, (-1, 0))
-            call = call + 1 if tick == self.clock.tick else 0
-            self.calls[entry.name] = self.clock.tick, call
-            self.seen[entry.name] = self.seen.get(entry.name, 0) + (call == 0)
-            visit = Visit(layer, entry, entry.config, self.splits.get(entry.name), call, self.clock.step,
-                          self.clock.ratio, args[0].detach(), output.detach())  # fmt: skip
-            for watcher in self.watchers:
-                watcher.see(visit)
-
-        return show

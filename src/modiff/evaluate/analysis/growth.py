@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
@@ -13,15 +16,11 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.quantizer import Code
 from modiff.errors import ConfigError
-from modiff.evaluate.bounds import (
-    compensated_bound,
-    printed_compensated_bound,
-    printed_uncompensated_bound,
-    uncompensated_bound,
-)
-from modiff.evaluate.layer_errors import InputSide, coded_domain, norm
-from modiff.evaluate.watch import Visit
+from modiff.evaluate.analysis.layers import InputSide, coded_domain, norm
+from modiff.evaluate.analysis.watch import Visit
 
+LARGEST = 1e300
+"""Bounds beyond it are cut here: JSON has no infinity, and nothing is learned from one."""
 ROUNDING = 1e-4
 """The states are float32: an error that the bound meets exactly may lie this share above it."""
 
@@ -78,9 +77,8 @@ class Growth(TypedDict):
 class ErrorGrowth:
     """Watcher: the published recursion (hold predictor, exact first step), closed and open loop, on the input side.
 
-    Only the quantizer is taken from the layer's config: bits, granularity, clip ratio, rotation. Layers
-    without codes are
-    passed over. Memory: two input states and the last input of each layer.
+    Only the quantizer is taken from the layer's config: bits, granularity, clip ratio, rotation. Layers without codes
+    are passed over. Memory: two input states and the last input of each layer.
     """
 
     def __init__(self) -> None:
@@ -145,8 +143,8 @@ class _Lane:
         c, c_theorem = max(shares[0] + shares[2]), max(shares[1] + shares[3])
         return {
             "name": self.key[0], "call": self.key[1], "c": c, "c_theorem": c_theorem, "moves": moves, "norms": norms,
-            "compensated": _curve(closed, c, moves, compensated_bound, printed_compensated_bound),
-            "uncompensated": _curve(unclosed, c, moves, uncompensated_bound, printed_uncompensated_bound),
+            "compensated": _curve(closed, c, moves, compensated=True),
+            "uncompensated": _curve(unclosed, c, moves, compensated=False),
         }  # fmt: skip
 
 
@@ -160,11 +158,51 @@ def scale_energy(codes: tuple[Code, ...]) -> Tensor:
     return total
 
 
-Bound = Callable[[float, Sequence[float]], list[float]]
+def uncompensated_bound(c: float, moves: Sequence[float]) -> list[float]:
+    """||E_t|| <= sqrt(c) Σ_k ||d_k||: without compensation every step's rounding error stays, so they add up.
+
+    c: the share of the energy that the quantizer loses at most, ||r - q||² <= c ||r||². moves: ||d_k|| from step 1.
+    E_t = E_{t+1} + (d_t - q_t), then the triangle inequality: at most linear growth, and no condition on c.
+
+    >>> uncompensated_bound(0.25, [1.0, 1.0, 1.0])
+    [0.5, 1.0, 1.5]
+    """
+    return [min(math.sqrt(c) * total, LARGEST) for total in itertools.accumulate(moves)]
 
 
-def _curve(error: list[float], c: float, moves: list[float], bound: Bound, printed: Bound) -> Curve:
-    return {"error": error, "bound": bound(c, moves), "printed_bound": printed(c, moves)}
+def compensated_bound(c: float, moves: Sequence[float]) -> list[float]:
+    """||e_t|| <= Σ_k c^{(k-t+1)/2} ||d_k||: with compensation a move of n steps ago has faded by c^{n/2}.
+
+    e_t is what the quantizer loses of r_t = d_t + e_{t+1}: ||e_t|| <= sqrt(c) (||d_t|| + ||e_{t+1}||).
+
+    >>> compensated_bound(0.25, [1.0, 1.0, 1.0])
+    [0.5, 0.75, 0.875]
+    """
+    return _accumulated(moves, lambda error, move: math.sqrt(c) * (move + error))
+
+
+def printed_bound(c: float, moves: Sequence[float], *, compensated: bool) -> list[float]:
+    """The bounds as Thm 4.4 (arXiv:2506.22463) is printed, with the exponents reversed: for comparison only.
+
+    sqrt(Σ_k 2^{T-k-1} c ||d_k||²), and with compensation sqrt(Σ_k (2c)^{T-k-1} ||d_k||²). The proof's own recursion
+    gives the exponent k-t+1. With compensation it is no bound: after some steps a new move has hardly any weight.
+
+    >>> printed_bound(0.25, [1.0, 0.0, 2.0], compensated=False)
+    [0.5, 0.5, 2.0615528128088303]
+    """
+    ratio, factor = (2 * c, 1.0) if compensated else (2.0, c)
+    weights = itertools.accumulate(moves, lambda weight, _: min(weight * ratio, LARGEST), initial=factor)
+    squares = [weight * move * move for weight, move in zip(weights, moves, strict=False)]
+    return [math.sqrt(total) for total in _accumulated(squares, operator.add)]
+
+
+def _accumulated(values: Sequence[float], step: Callable[[float, float], float]) -> list[float]:
+    return list(itertools.accumulate(values, lambda total, value: min(step(total, value), LARGEST), initial=0.0))[1:]
+
+
+def _curve(error: list[float], c: float, moves: list[float], *, compensated: bool) -> Curve:
+    bound = compensated_bound(c, moves) if compensated else uncompensated_bound(c, moves)
+    return {"error": error, "bound": bound, "printed_bound": printed_bound(c, moves, compensated=compensated)}
 
 
 def _spread(layers: list[LayerGrowth], curves: list[Curve], count: int) -> Spread:

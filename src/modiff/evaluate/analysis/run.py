@@ -13,14 +13,15 @@ from tqdm import tqdm
 from modiff import presets
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.bit_sweep import MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
-from modiff.evaluate.distribution import Distribution, DistributionResult
-from modiff.evaluate.error_growth import ErrorGrowth, Growth
-from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
-from modiff.evaluate.watch import has_static_scales, watch
+from modiff.evaluate.analysis.distribution import Distribution, DistributionResult
+from modiff.evaluate.analysis.growth import ErrorGrowth, Growth
+from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
+from modiff.evaluate.analysis.sweep import MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
+from modiff.evaluate.analysis.watch import has_static_scales, watch
 from modiff.generate.environment import Environment, environment
 from modiff.hosts.diffusers import denoisers, unconditional_run
 from modiff.hosts.noise import noise_generators
+from modiff.model.observe import observe
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 INTERVALS = (2, 3, 5, 10)
@@ -61,7 +62,7 @@ def analyze(
     """Layer errors, error growth, distributions, bit-width sweep and reuse of an unconditional pipeline.
 
     One full-precision trajectory serves the first three: the layers' recursions run beside it on its inputs, with the
-    states of one step in memory. The sweeps sample anew with the modulated network and judge the images alone.
+    states of one step in memory. The sweeps sample with the modulated network and judge the images alone.
 
     Args:
         pipe: a diffusers pipeline without a prompt and without modiff; it is unchanged afterwards.
@@ -82,7 +83,7 @@ def analyze(
 
     used = [n for n in INTERVALS if n <= steps]
     errors, growth, distribution = LayerErrors(), ErrorGrowth(), Distribution()
-    found: list[np.ndarray] = []
+    reference: list[np.ndarray] = []
     with _bar(pipe, steps, 1 + len(bits) * len(MODES) + len(used), progress) as ended:
 
         def counted() -> object:
@@ -90,10 +91,10 @@ def analyze(
             ended()
             return result
 
-        watch(pipe, lambda: found.append(images(counted())), config, [errors, growth, distribution])
+        watch(pipe, lambda: reference.append(images(counted())), config, [errors, growth, distribution])
         grown = growth.growth()  # before the long part: it may have nothing to show
-        sweep = bit_sweep(pipe, counted, found[0], config, bits)
-        reuse = reuse_sweep(pipe, counted, found[0], config, used)
+        sweep = bit_sweep(pipe, counted, reference[0], config, bits)
+        reuse = reuse_sweep(pipe, counted, reference[0], config, used)
     return {
         "environment": environment(),
         "settings": {
@@ -136,14 +137,11 @@ def _bar(pipe: DiffusionPipeline, steps: int, trajectories: int, shown: bool) ->
         ExitStack() as hooks,
     ):
 
-        def evaluated(*_: object) -> None:
-            bar.update()
-
         def ended() -> None:
             nonlocal finished
             finished += 1
             bar.total = bar.n * trajectories // finished  # samplers may evaluate twice in a step
 
         for model in denoisers(pipe).values():
-            hooks.callback(model.register_forward_hook(evaluated).remove)
+            hooks.enter_context(observe(model, on_step=lambda *_: bar.update()))
         yield ended

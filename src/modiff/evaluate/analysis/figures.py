@@ -4,39 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modiff.evaluate.analyze import Analysis
-from modiff.evaluate.distribution import Histogram
-from modiff.evaluate.error_growth import Spread
+from modiff.evaluate.analysis.distribution import Histogram
+from modiff.evaluate.analysis.drawing import (
+    BLUE,
+    FAMILIES,
+    GREY,
+    ORANGE,
+    RED,
+    file_bytes,
+    layer_map,
+    log_error,
+    map_height,
+)
+from modiff.evaluate.analysis.growth import Spread
+from modiff.evaluate.analysis.layers import StepErrors
+from modiff.evaluate.analysis.run import Analysis
 from modiff.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours: apart also for the colour-blind.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-MODE_STYLES = {
-    "plain": (RED, "s"),
-    "uncompensated": (ORANGE, "^"),
-    "modulated": (BLUE, "o"),
-    "tuned": (GREEN, "D"),
-}
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-}
-MOST_NAMES = 40
-"""Layer names that fit beside a heat map; above that, every second or third layer is named."""
 
 
 def figures(analysis: Analysis, folder: Path) -> list[Path]:
@@ -46,10 +37,6 @@ def figures(analysis: Analysis, folder: Path) -> list[Path]:
         analysis: from `analyze`, or read back from its JSON.
     Returns: the files, in the order to look at them: distribution, layer errors, error growth, bit sweep, reuse.
     """
-    import matplotlib  # imported late: importing modiff must not load it
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     drawings: dict[str, Callable[[Figure, Analysis], None]] = {
         "distribution": _distribution,
         "layer_errors": _layer_errors,
@@ -58,13 +45,10 @@ def figures(analysis: Analysis, folder: Path) -> list[Path]:
         "reuse": _reuse,
     }
     paths: list[Path] = []
-    with matplotlib.rc_context(STYLE):
-        for name, draw in drawings.items():
-            figure = Figure(layout="constrained", dpi=120)
-            FigureCanvasAgg(figure)
-            draw(figure, analysis)
-            paths.append(folder / f"{name}.png")
-            write_atomically(paths[-1], lambda file, figure=figure: figure.savefig(file, format="png"))
+    for name, draw in drawings.items():
+        data = file_bytes(lambda figure, draw=draw: draw(figure, analysis), "png")
+        paths.append(folder / f"{name}.png")
+        write_atomically(paths[-1], lambda file, data=data: file.write(data))
     return paths
 
 
@@ -104,47 +88,25 @@ def _histogram_panel(axis: Axes, panel: Histogram, edges: list[float]) -> None:
 def _layer_errors(figure: Figure, analysis: Analysis) -> None:
     """Two maps, layers down and steps across: bits that the residual saves, and error of the output state."""
     layers = analysis["layers"]
-    names = [layer["name"] + (f" (call {layer['call'] + 1})" if layer["call"] else "") for layer in layers]
-    saved = [[_bits_saved(step) for step in layer["steps"]] for layer in layers]
-    error = [[_logarithm(step["output_relative_l2"]) for step in layer["steps"]] for layer in layers]
-    figure.set_size_inches(13, max(3.5, 0.19 * min(len(names), MOST_NAMES * 2) + 1.4))
+    figure.set_size_inches(13, map_height(layers) + 0.5)
     left, right = figure.subplots(1, 2, sharey=True)
-    for axis, values, title, unit, colors in (
-        (left, saved, "Range of activation over range of residual", "bits saved (log2 of the ratio)", "viridis"),
-        (right, error, "Error of the output state, same inputs", "log10 of the relative L2 error", "magma"),
-    ):
-        drawn = axis.imshow(_padded(values), aspect="auto", interpolation="nearest", cmap=colors)
-        figure.colorbar(drawn, ax=axis, label=unit)
-        axis.set_title(title)
-        axis.set_xlabel("step (0 = first, anchored)")
-        axis.grid(visible=False)
-    every = -(-len(names) // (MOST_NAMES * 2))
-    left.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
+    layer_map(right, layers, log_error, "log10 of the relative L2 error", "magma")
+    layer_map(left, layers, _bits_saved, "bits saved (log2 of the ratio)", "viridis")
+    left.set_title("Range of activation over range of residual")
+    right.set_title("Error of the output state, same inputs")
 
 
-def _bits_saved(step: Any) -> float:
+def _bits_saved(step: StepErrors) -> float:
     """log2 of the activation's range over the residual's; NaN where nothing was coded."""
-    if step["residual_max"] is None:
+    if step["residual_max"] is None or step["residual_min"] is None:
         return float("nan")
     residual = max(abs(step["residual_min"]), abs(step["residual_max"]))
     activation = max(abs(step["activation_min"]), abs(step["activation_max"]))
     return float(np.log2(activation / residual)) if residual and activation else float("nan")
 
 
-def _logarithm(value: float) -> float:
-    return float(np.log10(value)) if value > 1e-7 else float("nan")  # below is float32's own rounding
-
-
-def _padded(rows: list[list[float]]) -> np.ndarray:
-    """Rows of unequal length as one array, NaN where a layer did not run."""
-    table = np.full((len(rows), max(map(len, rows))), np.nan)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = row
-    return table
-
-
 def _error_growth(figure: Figure, analysis: Analysis) -> None:
-    """Without and with compensation beside each other, on one scale."""
+    """Without and with compensation side by side, on one scale."""
     growth = analysis["growth"]
     figure.set_size_inches(12.5, 5.4)
     axes = figure.subplots(1, 2, sharey=True)
@@ -175,7 +137,7 @@ def _bit_sweep(figure: Figure, analysis: Analysis) -> None:
     figure.set_size_inches(7, 4.8)
     axis = figure.subplots()
     rows = [row for row in analysis["sweep"] if row["relative_l2"]]
-    for mode, (color, marker) in MODE_STYLES.items():
+    for mode, (color, marker) in FAMILIES.items():
         points = sorted((row["bits"], row["relative_l2"]) for row in rows if row["mode"] == mode)
         if points:
             widths, values = zip(*points, strict=True)

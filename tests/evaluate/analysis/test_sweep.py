@@ -11,7 +11,7 @@ import modiff
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, WeightConfig
 from modiff.errors import CalibrationError
-from modiff.evaluate.bit_sweep import MODES, bit_sweep, image_error, images, reuse_sweep
+from modiff.evaluate.analysis.sweep import MODES, bit_sweep, image_error, images, reuse_sweep
 from modiff.hosts.diffusers import is_attached, unconditional_run
 from tests.hosts.tiny import HOSTS
 

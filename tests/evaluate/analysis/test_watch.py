@@ -8,9 +8,9 @@ import modiff
 from modiff import presets
 from modiff.config import LayerConfig
 from modiff.errors import CalibrationError, ConfigError, StateError
-from modiff.evaluate.watch import Visit, watch
+from modiff.evaluate.analysis.watch import Visit, watch
 from modiff.hosts.diffusers import unconditional_run
-from tests.evaluate.networks import OneLayer, driven, only_layer
+from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import assert_same_bits, drifting
 from tests.hosts.tiny import HOSTS
 
@@ -99,6 +99,6 @@ def test_fewer_than_two_steps_are_refused_and_name_the_layer(steps: int) -> None
 
 def test_several_networks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     network = OneLayer(nn.Linear(6, 6))
-    monkeypatch.setattr("modiff.evaluate.watch.modules_of", lambda target: {"unet": network, "prior": network})
+    monkeypatch.setattr("modiff.evaluate.analysis.watch.modules_of", lambda target: {"unet": network, "prior": network})
     with pytest.raises(ConfigError, match="expected one network, got unet, prior"):
         watch(network, lambda: None, only_layer(LayerConfig()), [])

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from modiff import presets
 from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
-from modiff.evaluate.layer_errors import LayerErrors, LayerTrace
-from modiff.evaluate.watch import watch
+from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
+from modiff.evaluate.analysis.watch import watch
 from modiff.hosts.diffusers import unconditional_run
-from tests.evaluate.networks import OneLayer, driven, only_layer
+from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
 from tests.hosts.tiny import HOSTS
 from tests.recipes import float64, recipe_of_layer, sizes_of

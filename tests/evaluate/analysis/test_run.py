@@ -12,8 +12,8 @@ from diffusers import DDIMPipeline
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.analyze import Analysis, analyze
-from modiff.evaluate.bit_sweep import MODES
+from modiff.evaluate.analysis.run import Analysis, analyze
+from modiff.evaluate.analysis.sweep import MODES
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers import is_attached
 from modiff.hosts.noise import noise_generators

@@ -15,7 +15,7 @@ from modiff.config import ModulationConfig
 from modiff.core.hadamard import rotate
 from modiff.core.quantizer import Code, Quantizer
 from modiff.core.recursion import Message, State, accumulate, compute_dtype, encode, encode_plain, output_of
-from modiff.evaluate.watch import Visit
+from modiff.evaluate.analysis.watch import Visit
 from modiff.nn import ModulatedLayer
 
 

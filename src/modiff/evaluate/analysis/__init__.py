@@ -1,0 +1,1 @@
+"""What `modiff analyze` shows: each layer and step, the growth of errors, distributions, and a sweep of bits."""
