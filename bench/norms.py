@@ -25,7 +25,7 @@ from modiff.config import Granularity
 from modiff.generate.environment import environment
 from modiff.kernels.encode import encode_residual
 from modiff.kernels.input_fusion import Activation, InputFusion, Norm
-from modiff.kernels.roofline import interleaved
+from modiff.model.roofline import interleaved
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import nn
 import modiff
 from modiff import CalibrationError, ConfigError, LayerConfig, ModiffConfig, QuantizerConfig, StateError, presets
 from modiff.errors import FormatError
-from modiff.kernels.roofline import Reached
 from modiff.model import autotune as tuning
 from modiff.model.autotune import MARGIN, Profile, Seconds, choose, choose_modes, measure_layer, signature
+from modiff.model.roofline import Reached
 from tests.model.toys import TAKEN, sample, toy
 
 SLOW_FLOATS = {"float": 3.0, "plain": 1.0, "modulated": 2.0}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modiff.kernels.epilogue import add_sent
 from modiff.kernels.isa import Isa
-from modiff.kernels.layout import Geometry, channel_view, empty_output, output_shape, weight_codes
+from modiff.kernels.layout import Geometry, empty_output, output_shape, weight_codes
 from modiff.kernels.problem import Problem
 
 
@@ -26,6 +26,7 @@ class Operator(NamedTuple):
 
     weight: int8 codes (O, I / groups, ...), or uint8 with two 4-bit codes in a byte; shape: of the codes.
     weight_scale: float32, (O, 1, ...). weight_max: largest magnitude among the weight codes. bits: of the activation.
+    axes: of the convolution, 2 or 3; 0 for a linear layer. `Kernel` sees to it that no backend meets one axis.
     Codes of the activation are uint8, (..., I) without axes, otherwise (N, I, ...); zero = 2^(bits - 1).
     """
 
@@ -33,6 +34,7 @@ class Operator(NamedTuple):
     shape: tuple[int, ...]
     weight_scale: Tensor
     geometry: Geometry
+    axes: int
     bits: int
     weight_max: int
 
@@ -47,7 +49,7 @@ class Operator(NamedTuple):
 
     def new_output(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Memory for the output of these codes, channels innermost."""
-        return empty_output(codes, output_shape(codes.shape, self.shape, self.geometry), self.geometry.axes, dtype)
+        return empty_output(codes, output_shape(codes.shape, self.shape, self.geometry), self.axes, dtype)
 
 
 class Backend:
@@ -104,7 +106,7 @@ class Backend:
         Args:
             grid, clipped: where the state is int16 in units of grid; clipped (int32, one element) counts what was cut.
         """
-        add_sent(state, grid, clipped, self.scaled(operator, codes), scale, operator.geometry.axes, output)
+        add_sent(state, grid, clipped, self.scaled(operator, codes), scale, operator.axes, output)
 
     def compute(
         self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -114,7 +116,7 @@ class Backend:
         if bias is None:
             output.zero_()
         else:
-            output.copy_(channel_view(bias, operator.geometry.axes).expand_as(output))
+            output.copy_(bias.reshape(-1, *[1] * operator.axes).expand_as(output))
         self.accumulate(operator, output, codes, scale)
         return output
 

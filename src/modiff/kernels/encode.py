@@ -207,7 +207,7 @@ def _natively(
         return False
     if move is not None and (move.dtype != torch.float32 or move.stride() != x.stride()):
         return False
-    if (library := native.loops("encode")) is None:
+    if (library := native.load("encode").library or native.missing("encode")) is None:
         return False
     partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu") if dynamic and layout.blocks else None
     gain = None if gain is None else gain.to(torch.float32).contiguous()

@@ -36,9 +36,9 @@ class Reference(Backend):
         """sum (code - zero point) * weight code, in float64. Padding adds nothing."""
         values = codes.to(torch.float64) - operator.zero_point
         weights, g = operator.weight_codes().to(torch.float64), operator.geometry
-        if g.axes == 0:
+        if operator.axes == 0:
             return functional.linear(values, weights)
-        return _CONVOLUTIONS[g.axes](values, weights, None, g.stride, g.padding, g.dilation, g.groups)
+        return _CONVOLUTIONS[operator.axes](values, weights, None, g.stride, g.padding, g.dilation, g.groups)
 
     def scaled(self, operator: Operator, codes: Tensor) -> Tensor:
         """weight scale * sums, rounded once to float32."""
@@ -86,11 +86,11 @@ class FloatExact(Backend):
         values = codes.to(torch.float32).sub_(operator.zero_point)
         if len(weights) == 1:
             return _product(values, weights[0], g)
-        grouped = values.unflatten(1, (g.groups, channels)) if g.axes else values
+        grouped = values.unflatten(1, (g.groups, channels)) if operator.axes else values
         total = torch.zeros((), dtype=torch.int32)
         for index, weight in enumerate(weights):
-            some = grouped.narrow(2 if g.axes else -1, index * chunk, weight.shape[1])
-            product = _product(some.flatten(1, 2) if g.axes else some, weight, g).to(torch.int32)
+            some = grouped.narrow(2 if operator.axes else -1, index * chunk, weight.shape[1])
+            product = _product(some.flatten(1, 2) if operator.axes else some, weight, g).to(torch.int32)
             total = product if index == 0 else total.add_(product)
         return total
 
@@ -109,7 +109,7 @@ def _chunks(weight: Tensor, chunk: int) -> tuple[Tensor, ...]:
 
 
 def _product(values: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    if geometry.axes == 0:
+    if not geometry.stride:
         return functional.linear(values, weight)
     # not functional.conv2d: with oneDNN switched off it may take Winograd's algorithm, which rounds
     return torch.ops.aten.mkldnn_convolution(

@@ -83,7 +83,11 @@ def encode_fixed(
     clipped = torch.zeros(1, dtype=torch.int32, device=x.device) if clipped is None else clipped
     codes = torch.empty_like(x, dtype=torch.uint8)
     known = x.is_cpu and x.dtype in KINDS and state.n.stride() == x.stride() == codes.stride()
-    if layout.rows is None or not known or (library := native.loops("encode")) is None:
+    if (
+        layout.rows is None
+        or not known
+        or (library := native.load("encode").library or native.missing("encode")) is None
+    ):
         return fixed_eagerly(x, state, bits, clip, granularity, channel_dim, clipped)
     scale = x.new_empty(layout.scales, dtype=torch.float32)
     partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu")

@@ -260,7 +260,7 @@ def _plan(
     if norm == "gated" and not _gates(weight, x):
         return None
     rows = row_shape(codes.shape, codes.stride(), granularity, channel_dim)
-    if rows is None or (library := native.loops("input_fusion")) is None:
+    if rows is None or (library := native.load("input_fusion").library or native.missing("input_fusion")) is None:
         return None
     if norm == "affine":
         pitch, pixels = pixel_pitch(x), x.numel() // x.shape[1]
@@ -389,5 +389,5 @@ def _group_norm_as_affine(fusion: InputFusion, x: Tensor) -> tuple[Tensor, Tenso
     """GroupNorm of x as A x + B, (N, C) each; None where the compiled loops do not know type or layout of x."""
     if x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0 or pixel_pitch(x) != x.shape[1]:
         return None
-    library = native.loops("input_fusion")
+    library = native.load("input_fusion").library or native.missing("input_fusion")
     return None if library is None else _grouped_affine(library, fusion, x)

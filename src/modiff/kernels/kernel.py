@@ -12,7 +12,7 @@ from modiff.kernels.backend import PREPACKED, Operator
 from modiff.kernels.dispatch import Choice, backend_named, plan, this_machine, warn_if_slow
 from modiff.kernels.fixed_point import FixedState
 from modiff.kernels.isa import Isa
-from modiff.kernels.layout import Geometry, channel_view, channels_innermost, empty_output, output_shape
+from modiff.kernels.layout import Geometry, channels_innermost, empty_output, output_shape
 from modiff.kernels.problem import Problem
 
 
@@ -26,7 +26,7 @@ def largest_weight_code(codes: Tensor) -> int:
 class Kernel:
     """ô += s * s_w[o] * sum (code - zero) * weight code, on the fastest backend that is exact.
 
-    A convolution of kernel size 1 runs as a matmul over its pixels.
+    A convolution of kernel size 1 runs as a matmul over its pixels, one along one axis as one along two.
 
     Args:
         problem: shapes and bits.
@@ -47,7 +47,7 @@ class Kernel:
         isa: Isa | None = None,
     ) -> None:
         self.problem, self.geometry = problem, problem.geometry
-        self._shape, self._pointwise = problem.weight_shape, problem.pointwise
+        self._shape, self._axes, self._pointwise = problem.weight_shape, problem.geometry.axes, problem.pointwise
         self.weight = weight
         self.weight_scale = weight_scale.reshape(-1).contiguous()  # backends read it without strides
         self._check()
@@ -58,11 +58,19 @@ class Kernel:
         else:
             self.choice = Choice(backend, "asked for")
         self.backend = backend_named(self.choice.backend)
-        shape, g, scales = self._shape, self.geometry, channel_view(self.weight_scale, self.geometry.axes)
+        shape, g = self._shape, self.geometry
         if self._pointwise:
-            shape, g, scales = shape[:2], Geometry(), self.weight_scale
-            weight = weight if weight.dtype == torch.uint8 else weight.flatten(1)
-        self._operator = Operator(weight, shape, scales, g, problem.bits, problem.weight_max)
+            shape, g = shape[:2], Geometry()
+        elif self._axes == 1:
+            shape, g = (
+                (*shape[:2], 1, *shape[2:]),
+                Geometry((1, *g.stride), (0, *g.padding), (1, *g.dilation), g.groups),
+            )
+        if weight.dtype != torch.uint8:
+            weight = weight.reshape(shape)
+        scales = self.weight_scale.reshape(-1, *[1] * g.axes)
+        self._operator = Operator(weight, shape, scales, g, g.axes, problem.bits, problem.weight_max)
+        self._views = self._pointwise or self._axes == 1
 
     @property
     def weight_bytes(self) -> int:
@@ -77,7 +85,9 @@ class Kernel:
         """Add what `codes` stand for to the output state, in place. Cost: one operator."""
         self._check_step(output, codes)
         if output.numel():
-            self.backend.accumulate(self._operator, *self._viewed(output, codes, scale))
+            if self._views:
+                output, codes, scale = self._view(output), self._view(codes), self._view(scale)
+            self.backend.accumulate(self._operator, output, codes, scale)
 
     def step(
         self,
@@ -101,10 +111,12 @@ class Kernel:
                 "counted. Pass torch.zeros(1, dtype=torch.int32)."
             )
         self._check_step(state, codes)
-        result = empty_output(codes, state.shape, self.geometry.axes, dtype)
+        result = empty_output(codes, state.shape, self._axes, dtype)
         if state.numel():
-            state, codes, scale = self._viewed(state, codes, scale)
-            view = result.movedim(1, -1) if self._pointwise else result
+            view = result
+            if self._views:
+                state, codes, scale = self._view(state), self._view(codes), self._view(scale)
+                view = self._view(result)
             self.backend.step(self._operator, state, codes, scale, view, grid, clipped)
         return result
 
@@ -113,15 +125,12 @@ class Kernel:
     ) -> Tensor:
         """The layer's output for codes without memory, A(codes) + bias, channels innermost in memory."""
         self._check_codes(codes)
-        axes, bias = self.geometry.axes, None if bias is None else bias.detach()
+        axes, bias = self._axes, None if bias is None else bias.detach()
         shape = output_shape(codes.shape, self._shape, self.geometry)
         if not math.prod(shape):
             return empty_output(codes, shape, axes, dtype)
-        if self._pointwise:
-            scale = scale if scale.numel() == 1 else scale.movedim(1, -1)
-            result = self.backend.compute(self._operator, codes.movedim(1, -1), scale, bias, dtype).movedim(-1, 1)
-        else:
-            result = self.backend.compute(self._operator, codes, scale, bias, dtype)
+        result = self.backend.compute(self._operator, self._view(codes), self._view(scale), bias, dtype)
+        result = self._unview(result)
         return result if channels_innermost(result, axes) else empty_output(codes, shape, axes, dtype).copy_(result)
 
     def sums(self, codes: Tensor) -> Tensor:
@@ -129,20 +138,23 @@ class Kernel:
 
         int32 or a float that holds them; float32 rounds those over 2^24 once.
         """
-        if self._pointwise:
-            return self.backend.sums(self._operator, codes.movedim(1, -1)).movedim(-1, 1)
-        return self.backend.sums(self._operator, codes)
+        return self._unview(self.backend.sums(self._operator, self._view(codes)))
 
     def new_output(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros in the shape of the output and in the memory layout that `accumulate` adds into without a copy."""
         shape = output_shape(codes.shape, self._shape, self.geometry)
-        return empty_output(codes, shape, self.geometry.axes, dtype).zero_()
+        return empty_output(codes, shape, self._axes, dtype).zero_()
 
-    def _viewed(self, output: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the operator takes them: pixels as the rows of a matmul where the kernel size is 1."""
-        if not self._pointwise:
-            return output, codes, scale
-        return output.movedim(1, -1), codes.movedim(1, -1), scale if scale.numel() == 1 else scale.movedim(1, -1)
+    def _view(self, x: Tensor) -> Tensor:
+        """Codes, scales or outputs as the operator takes them."""
+        if not self._views or x.dim() < 2:  # a scale for the whole tensor
+            return x
+        return x.movedim(1, -1) if self._pointwise else x.unsqueeze(2)
+
+    def _unview(self, x: Tensor) -> Tensor:
+        if not self._views:
+            return x
+        return x.movedim(-1, 1) if self._pointwise else x.squeeze(2)
 
     def _check(self) -> None:
         expected, packed = self._shape, self.weight.dtype == torch.uint8
@@ -168,7 +180,8 @@ class Kernel:
             )
 
     def _check_step(self, output: Tensor, codes: Tensor) -> None:
-        self._check_codes(codes)
+        if codes.dtype != torch.uint8:
+            self._check_codes(codes)
         expected = output_shape(codes.shape, self._shape, self.geometry)
         if output.shape != expected:
             raise KernelError(

@@ -42,16 +42,6 @@ def output_shape(codes: tuple[int, ...], weight: tuple[int, ...], geometry: Geom
     return (codes[0], weight[0], *spatial)
 
 
-def with_two_axes(geometry: Geometry) -> Geometry:
-    """A convolution along one axis as one along two."""
-    return Geometry((1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups)
-
-
-def channel_view(x: Tensor, axes: int) -> Tensor:
-    """(C,) as (C, 1, ...), which broadcasts over the axes of a convolution."""
-    return x.reshape(-1, *[1] * axes)
-
-
 def empty_output(like: Tensor, shape: Sequence[int], axes: int, dtype: torch.dtype) -> Tensor:
     """An output in the layout of all backends: channels innermost in memory."""
     if axes == 0:

@@ -82,16 +82,15 @@ def load(name: str = "encode") -> Native:
         return Native(None, f"{Path(compiler).name} could not build it: {detail.strip().splitlines()[0]}")
 
 
-def loops(name: str) -> ctypes.CDLL | None:
-    """The library of `csrc/<name>.cpp`; None without a compiler, with a warning, once, that layers take longer."""
-    library, reason = load(name)
-    if library is None and not reason.startswith("switched off"):
+def missing(name: str) -> None:
+    """Warn once that layers take longer without the library of `csrc/<name>.cpp`, unless it was switched off."""
+    reason = load(name).reason
+    if not reason.startswith("switched off"):
         warn_once(
             reason,
             "modiff: integer layers run on torch's own operators, several passes over memory instead of one or two: "
             f"{reason}.",
         )
-    return library
 
 
 def find_compiler() -> str | None:

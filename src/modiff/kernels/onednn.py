@@ -17,7 +17,7 @@ from modiff.kernels.backend import PREPACKED, Backend, Operator
 from modiff.kernels.epilogue import add_sent
 from modiff.kernels.exact import REFERENCE
 from modiff.kernels.isa import Isa, Trust
-from modiff.kernels.layout import Geometry, output_shape, with_two_axes
+from modiff.kernels.layout import Geometry, output_shape
 from modiff.kernels.problem import LARGEST_INT32, Problem
 
 _LARGEST_INT16 = 2**15 - 1
@@ -104,7 +104,7 @@ class OneDnn(Backend):
             output.copy_(state)
         else:
             sent = _compute(operator, codes, _one(), None, torch.float32)
-            add_sent(state, grid, clipped, sent, scale, operator.geometry.axes, output)
+            add_sent(state, grid, clipped, sent, scale, operator.axes, output)
 
     def compute(
         self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -118,43 +118,38 @@ class OneDnn(Backend):
 def _compute(operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     (weight, zeros), g = _weight(operator, codes), operator.geometry
     channels, zero = operator.weight_scale.flatten(), _zero_point(operator.bits)
-    if g.axes == 0:
-        rows = codes.reshape(-1, operator.shape[1])
-        result = torch.ops.onednn.qlinear_pointwise.tensor(
-            rows, scale, zero, weight, channels, zeros, bias, 1.0, 0, dtype, "none", [], ""
-        )
-        return result.view(output_shape(codes.shape, operator.shape, g))
-    flat = g if g.axes == 2 else with_two_axes(g)
-    result = torch.ops.onednn.qconv_pointwise.tensor(
-        codes if g.axes == 2 else codes.unsqueeze(2), scale, zero, weight, channels, zeros, bias, flat.stride,
-        flat.padding, flat.dilation, flat.groups, 1.0, 0, dtype, "none", [], "",
-    )  # fmt: skip
-    return result if g.axes == 2 else result.squeeze(2)
+    if operator.axes:
+        return torch.ops.onednn.qconv_pointwise.tensor(
+            codes, scale, zero, weight, channels, zeros, bias, g.stride, g.padding, g.dilation, g.groups,
+            1.0, 0, dtype, "none", [], "",
+        )  # fmt: skip
+    rows = codes.reshape(-1, operator.shape[1])
+    result = torch.ops.onednn.qlinear_pointwise.tensor(
+        rows, scale, zero, weight, channels, zeros, bias, 1.0, 0, dtype, "none", [], ""
+    )
+    return result.view(output_shape(codes.shape, operator.shape, g))
 
 
 def _add_inside(operator: Operator, output: Tensor, codes: Tensor, scale: Tensor) -> bool:
     """Let the operator add into `output`; False where its layout is not the operator's."""
     g = operator.geometry
-    target = output if g.axes != 1 else output.unsqueeze(2)
-    layout = torch.channels_last if g.axes else torch.contiguous_format
-    if not target.is_contiguous(memory_format=layout):
+    if not output.is_contiguous(memory_format=torch.channels_last if operator.axes else torch.contiguous_format):
         return False
     weight, zeros = _weight(operator, codes)
     channels, zero = operator.weight_scale.flatten(), _zero_point(operator.bits)
-    if g.axes == 0:
-        target = output.view(-1, operator.shape[0])
-        result = torch.ops.onednn.qlinear_pointwise.binary_tensor(
-            codes.reshape(-1, operator.shape[1]), scale, zero, weight, channels, zeros, target, None, 1.0, 0,
-            output.dtype, 1.0, 0, "sum", 1.0, "none", [], "",
+    if operator.axes:
+        torch.ops.onednn.qconv2d_pointwise.binary_tensor(
+            codes, scale, zero, weight, channels, zeros, output, None, g.stride, g.padding, g.dilation, g.groups,
+            1.0, 0, output.dtype, 1.0, 0, "sum", 1.0, "none", [], "",
         )  # fmt: skip
-        if result.data_ptr() != target.data_ptr():
-            target.copy_(result)
         return True
-    flat = g if g.axes == 2 else with_two_axes(g)
-    torch.ops.onednn.qconv2d_pointwise.binary_tensor(
-        codes if g.axes == 2 else codes.unsqueeze(2), scale, zero, weight, channels, zeros, target, None, flat.stride,
-        flat.padding, flat.dilation, flat.groups, 1.0, 0, output.dtype, 1.0, 0, "sum", 1.0, "none", [], "",
+    rows = output.view(-1, operator.shape[0])
+    result = torch.ops.onednn.qlinear_pointwise.binary_tensor(
+        codes.reshape(-1, operator.shape[1]), scale, zero, weight, channels, zeros, rows, None,
+        1.0, 0, output.dtype, 1.0, 0, "sum", 1.0, "none", [], "",
     )  # fmt: skip
+    if result.data_ptr() != rows.data_ptr():
+        rows.copy_(result)
     return True
 
 
@@ -165,18 +160,13 @@ def _weight(operator: Operator, codes: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pack(operator: Operator, codes: Tensor) -> tuple[Tensor, Tensor]:
-    weight, outputs, g = operator.weight_codes(), operator.shape[0], operator.geometry
-    zeros = torch.zeros(outputs, dtype=torch.int64, device="cpu")
-    if g.axes == 0:
-        return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), zeros
-    if g.axes == 1:
-        g, weight, codes = with_two_axes(g), weight.unsqueeze(2), codes.unsqueeze(2)
-    ones = torch.ones(outputs, dtype=torch.float32, device="cpu")
-    packed = torch.ops.onednn.qconv_prepack(
-        weight.contiguous(), ones, 1.0, operator.zero_point, g.stride, g.padding, g.dilation, g.groups,
-        list(codes.shape),
-    )  # fmt: skip
-    return packed, zeros
+    weight, g = operator.weight_codes().contiguous(), operator.geometry
+    zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
+    if not operator.axes:
+        return torch.ops.onednn.qlinear_prepack(weight, None), zeros
+    ones = torch.ones(len(weight), dtype=torch.float32, device="cpu")
+    settings = (operator.zero_point, g.stride, g.padding, g.dilation, g.groups, list(codes.shape))
+    return torch.ops.onednn.qconv_prepack(weight, ones, 1.0, *settings), zeros
 
 
 @functools.cache
@@ -223,4 +213,4 @@ def _cases(bits: int, weight: int) -> Iterator[tuple[Operator, Tensor]]:
         weights = torch.full(shape, -weight, dtype=torch.int8, device="cpu")
         weights[::2] = min(weight, 127)
         scales = torch.ones(shape[0], *[1] * geometry.axes, dtype=torch.float32, device="cpu")
-        yield Operator(weights, shape, scales, geometry, bits, weight), codes
+        yield Operator(weights, shape, scales, geometry, geometry.axes, bits, weight), codes

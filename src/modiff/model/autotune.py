@@ -18,11 +18,11 @@ from modiff.config import LayerConfig, ModiffConfig, check
 from modiff.errors import CalibrationError, ConfigError, FormatError, StateError
 from modiff.files import check_writable, write_json
 from modiff.kernels.isa import machine
-from modiff.kernels.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
 from modiff.model.attach import attachment_of
 from modiff.model.observe import observe
 from modiff.model.probe import Probe, probes_of
 from modiff.model.report import Report
+from modiff.model.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
 from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 from modiff.nn.byte_code import innermost

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modiff.kernels.backend import PREPACKED, Backend, Operator
 from modiff.kernels.isa import Isa
-from modiff.kernels.layout import channels_innermost, with_two_axes
+from modiff.kernels.layout import channels_innermost
 from modiff.kernels.problem import LARGEST_INT32, Problem
 
 STATES = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,7 +112,7 @@ def encode_rows(
 
 def _add(operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor | None) -> None:
     """Into a state with channels innermost in memory, or through a copy that has them there."""
-    dense = channels_innermost(state, operator.geometry.axes) and state.dtype in STATES
+    dense = channels_innermost(state, operator.axes) and state.dtype in STATES
     held = state if dense else operator.new_output(codes, torch.float32).copy_(state)
     _run(operator, codes, scale, state=held, output=output)
     if not dense:
@@ -136,32 +136,26 @@ def _run(
     from modiff.kernels.triton.conv import run_conv
     from modiff.kernels.triton.linear import run_linear
 
-    weight, channels, g = _weight(operator), operator.weight_scale.flatten().to(torch.float32), operator.geometry
-    scale, both = scale.to(torch.float32).contiguous(), [state, output]
+    weight, channels, zero = _weight(operator), operator.weight_scale.flatten().to(torch.float32), operator.zero_point
+    scale = scale.to(torch.float32).contiguous()
     with _on_device_of(codes):
-        if g.axes == 0:
-            rows, both = codes.reshape(-1, operator.shape[1]), [_viewed(t, operator.shape[0]) for t in both]
-            run_linear(rows, weight, channels, scale, operator.zero_point, state=both[0], output=both[1], bias=bias)
-            return
-        if g.axes == 1:
-            g, codes, both = with_two_axes(g), codes.unsqueeze(2), [t if t is None else t.unsqueeze(2) for t in both]
-        codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)
-        run_conv(codes, weight, channels, scale, operator.zero_point, g, state=both[0], output=both[1], bias=bias)
-
-
-def _viewed(x: Tensor | None, columns: int) -> Tensor | None:
-    return None if x is None else x.view(-1, columns)
+        if operator.axes:
+            codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)
+            run_conv(codes, weight, channels, scale, zero, operator.geometry, state=state, output=output, bias=bias)
+        else:
+            state, output = (t if t is None else t.view(-1, operator.shape[0]) for t in (state, output))
+            rows = codes.reshape(-1, operator.shape[1])
+            run_linear(rows, weight, channels, scale, zero, state=state, output=output, bias=bias)
 
 
 def _weight(operator: Operator) -> Tensor:
     """The weight codes as the kernels read them, remembered."""
 
     def make() -> tuple[Tensor, ...]:
-        codes = operator.weight_codes()
-        if operator.geometry.axes == 0:
-            return (codes.contiguous(),)
+        if operator.axes == 0:
+            return (operator.weight_codes().contiguous(),)
         from modiff.kernels.triton.conv import packed_conv
 
-        return (packed_conv(codes if operator.geometry.axes == 2 else codes.unsqueeze(2)),)
+        return (packed_conv(operator.weight_codes()),)
 
-    return PREPACKED.get(operator.weight, ("triton", operator.shape, operator.geometry.axes), make)[0]
+    return PREPACKED.get(operator.weight, ("triton", operator.shape), make)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modiff.kernels.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
+from modiff.model.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
 
 MACHINE = Reached(bytes_per_second=10.0, float_operations=100.0, integer_operations=400.0)
 
