@@ -33,8 +33,7 @@ from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.calibration_runs import calibration_run
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import calibration_run, noise_generators
 from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
 from modiff.methods.group_error import Group, approximate_gradient, exact_gradient, roll_out
 from modiff.methods.parts import plain_network

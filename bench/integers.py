@@ -17,8 +17,8 @@ from modiff.evaluate.demo import run_config
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_json
 from modiff.generate.environment import environment
-from modiff.hosts.load import load_pipeline
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.load import load_pipeline
+from modiff.hosts.diffusers.runs import noise_generators
 from modiff.kernels.isa import detect
 
 

@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from modiff.assets import embedded_folder
-from modiff.hosts.load import load_pipeline
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.load import load_pipeline
+from modiff.hosts.diffusers.runs import noise_generators
 
 WEIGHTS_SEED = 0
 CPU = torch.device("cpu")

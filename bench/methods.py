@@ -45,7 +45,7 @@ from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.digest import digest
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators
 from modiff.methods.registry import METHODS, method_config, quantize
 
 MODES = ("plain", "modulated")

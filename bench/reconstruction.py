@@ -34,8 +34,7 @@ from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.calibration_runs import calibration_run
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import calibration_run, noise_generators
 from modiff.methods.modiff import Kind, ModiffMethodConfig, apply_modiff
 from modiff.methods.parts import plain_network
 from modiff.model.attach import required_attachment

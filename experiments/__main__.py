@@ -17,7 +17,7 @@ from modiff.errors import ModiffError
 from modiff.evaluate.report.document import Document
 from modiff.evaluate.report.page import markdown, write_report
 from modiff.files import check_writable, write_atomically, write_json
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
 
 RESULTS = "results.json"
 PAGE, FIGURES, PAGE_RESULTS = "study.md", "figures", "results/study.json"

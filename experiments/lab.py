@@ -23,8 +23,8 @@ from modiff.evaluate.cost import ModelCost
 from modiff.evaluate.demo import measure_image
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers import denoisers
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.host import denoisers
+from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.report import Report
 
 Row = dict[str, Any]

@@ -19,7 +19,7 @@ from modiff.evaluate.report.document import Cell, Column, Document, Section, Tab
 from modiff.generate.digest import digest
 from modiff.generate.digest import settings as settings_of
 from modiff.generate.environment import Environment, environment
-from modiff.hosts.diffusers import unconditional_run
+from modiff.hosts.diffusers.runs import unconditional_run
 
 LEAD = (
     "Every experiment of the MoDiff paper that asks something of one trajectory, on a model of one's own: what was "

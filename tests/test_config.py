@@ -177,7 +177,10 @@ WRONG = [
         r"LayerConfig\.modulation\.first_step: expected 'full_precision' at 0 bits, got 'coded'\.",
     ),
     (lambda: ModiffConfig(include="down.*"), r"ModiffConfig\.include: expected a tuple of a string, got 'down\.\*'\."),
-    (lambda: ModiffConfig(exclude=("a", 3)), r"ModiffConfig\.exclude: expected a tuple of a string, got \('a', 3\)\."),
+    (
+        lambda: ModiffConfig(exclude=("a", 3)),
+        r"\.exclude: expected a tuple of a string or None, got \('a', 3\)\.",
+    ),
     (
         lambda: ModiffConfig(overrides=(("a",),)),
         r"ModiffConfig\.overrides: expected a tuple of \(a string, a LayerConfig\), got",

@@ -22,8 +22,8 @@ import modiff
 from modiff.checkpoint.named_config import named_config
 from modiff.errors import ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.hosts.load import load_model
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.load import load_model
+from modiff.hosts.diffusers.runs import noise_generators
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
     python training/train_dit.py --images train_images.npy --labels train_labels.npy -o runs/dit --flip --compile
 
 Images and runs are as in train_reference.py; labels are (N,) integers from 0. `OUT/pipeline` holds `transformer` and
-`scheduler` in diffusers' format: `modiff.hosts.load.load_model(OUT/pipeline/transformer)` loads the network, and
+`scheduler` in diffusers' format: `load_model(OUT/pipeline/transformer)` of modiff.hosts.diffusers.load loads it, and
 training/sample_dit.py draws from it. There is no model_index.json: diffusers' DiTPipeline wants an autoencoder, and has
 class 1000 stand for "none", so no pipeline of diffusers draws pixels of ten classes.
 """

@@ -19,7 +19,7 @@ from modiff.api import apply, remove
 from modiff.config import ModiffConfig
 from modiff.evaluate.cost import ModelCost
 from modiff.evaluate.report.document import Figure
-from modiff.hosts.diffusers import denoisers
+from modiff.hosts.diffusers.host import denoisers
 from modiff.model.attach import required_attachment
 
 BATCHES = (1, 2, 4, 8)

@@ -45,7 +45,7 @@ from modiff.model.report import Report
 from modiff.nn import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d, ModulatedLinear
 
 if _typing.TYPE_CHECKING:
-    from modiff.hosts.quantizer import ModiffDiffusersConfig
+    from modiff.hosts.diffusers.quantizer import ModiffDiffusersConfig
 
 __version__ = "0.1.0"
 
@@ -98,7 +98,7 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     """`ModiffDiffusersConfig` loads diffusers, so it waits until it is asked for."""
     if name == "ModiffDiffusersConfig":
-        from modiff.hosts.quantizer import ModiffDiffusersConfig
+        from modiff.hosts.diffusers.quantizer import ModiffDiffusersConfig
 
         return ModiffDiffusersConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

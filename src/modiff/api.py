@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,12 @@ from modiff.calibration.reconstruct.config import ReconstructConfig, Reconstruct
 from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
+from modiff.checkpoint.module_folder import bytes_of
+from modiff.checkpoint.named_config import as_config
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
-from modiff.hosts.blocks import KINDS
-from modiff.hosts.contexts import cache_contexts, unfollow_cache_context
-from modiff.hosts.networks import modules_of
-from modiff.hosts.save import is_diffusers_model, load_target, save_target
-from modiff.hosts.unet import shortcut_splits
+from modiff.hosts.host import Host, host_of, networks_of, trajectories
+from modiff.hosts.load import load_target
 from modiff.model.apply import check_removable, install, uninstall
 from modiff.model.attach import attachment_of, required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
@@ -31,69 +31,57 @@ from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_packable, pack_layers
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
-from modiff.model.trajectory import model_context, model_trajectory
+from modiff.model.trajectory import model_context
 from modiff.model.tune import search_config
-from modiff.presets import w8a8
+
+AnyConfig = ModiffConfig | str | Mapping[str, Any] | Callable[[], ModiffConfig]
 
 
-def _modulated(target: Any, verb: str) -> list[nn.Module]:
-    """The networks of a target that carry modiff. Raises: StateError if none does."""
-    modules = list(modules_of(target).values())
-    found = [m for m in modules if attachment_of(m) is not None]
-    if not found:
-        required_attachment(modules[0], verb)
-    return found
-
-
-def apply(target: Any, config: ModiffConfig | None = None) -> Report:
+def apply(target: Any, config: AnyConfig | None = None) -> Report:
     """Modulate a pipeline's denoisers, or a module, in place; `remove` undoes it bit for bit.
 
-    On a pipeline every call is a trajectory of its own. A module alone runs inside `with modiff.trajectory(module):`.
-    `save_pretrained` of a diffusers model or pipeline writes packed integers from now on; the floats stay in memory.
+    Every call of a pipeline is a trajectory from now on; a module alone runs inside `with modiff.trajectory(module):`.
+    `save_pretrained` of a diffusers model or pipeline writes packed integers; the floats stay in memory.
 
     Args:
-        config: from `modiff.presets`; W8A8 when None.
+        config: from `modiff.presets`, by name ("w8a4", "modulated:8:4", a JSON file), or a dictionary; W8A8 when None.
     Returns: each layer taken or left, and why.
-    Raises: StateError if modiff is on it already; ConfigError if the config takes no layer. Nothing is changed then.
+    Raises: StateError if modiff is on it already; ConfigError if the config takes no layer. Nothing is changed then,
+        nor by an interrupt.
     """
-    modules = modules_of(target)
-    config = config or ModiffConfig()
-    known = layer_names(modules.values())
-    done: list[nn.Module] = []
+    host, settings = host_of(target), as_config(config)
+    networks = host.networks(target)
+    known = layer_names(networks.values())
     report = Report(())
+    done: list[nn.Module] = []
     try:
-        for module in modules.values():
-            report += install(module, config, splits=shortcut_splits(module), known=known)
-            done.append(module)
-    except Exception:
-        for module in done:
-            uninstall(module)
+        for network in networks.values():
+            report += install(network, settings, splits=host.splits(network), known=known)
+            done.append(network)
+        host.attach(target)
+    except BaseException:
+        for network in done:
+            uninstall(network)
+        if len(done) == len(networks):
+            host.detach(target)
         raise
-    if any(is_diffusers_model(module) for module in done):
-        from modiff.hosts.quantizer import offer_quantizer
-
-        for module in done:
-            offer_quantizer(module)
-    if not isinstance(target, nn.Module):
-        from modiff.hosts import diffusers
-
-        diffusers.attach(target)
     return report
 
 
-def select(target: Any, config: ModiffConfig, *, splits: Mapping[str, int] | None = None) -> Report:
+def select(target: Any, config: AnyConfig, *, splits: Mapping[str, int] | None = None) -> Report:
     """Which layers of a target the config takes, and why others are left, without changing anything.
 
     Args:
-        splits: channel index of the concatenation, for layers whose input is one; known for U-Nets of diffusers.
+        splits: channel index of the concatenation, for layers whose input is one; the host's knowledge when None.
     Returns: an entry for every Linear and Conv layer, in the order of the modules.
     Raises: ConfigError for a pattern that matches no layer, a damaged weight, or nothing left to take.
     """
-    modules = modules_of(target)
-    known = layer_names(modules.values())
+    host, settings = host_of(target), as_config(config)
+    networks = host.networks(target).values()
+    known = layer_names(networks)
     reports = [
-        select_layers(module, config, splits=shortcut_splits(module) if splits is None else splits, known=known)
-        for module in modules.values()
+        select_layers(network, settings, splits=host.splits(network) if splits is None else splits, known=known)
+        for network in networks
     ]
     return sum(reports, Report(()))
 
@@ -104,21 +92,13 @@ def remove(target: Any) -> None:
     Raises: StateError if there is nothing to undo, or no way back: after `pack` or `load`, or where another library
         wrapped the layers since. Nothing is changed then.
     """
-    modules = modules_of(target)
-    for module in modules.values():
-        check_removable(module)
-    for module in modules.values():
-        uninstall(module)
-        unfollow_cache_context(module)
-    if any(is_diffusers_model(module) for module in modules.values()):
-        from modiff.hosts.quantizer import withdraw_quantizer
-
-        for module in modules.values():
-            withdraw_quantizer(module)
-    if not isinstance(target, nn.Module):
-        from modiff.hosts import diffusers
-
-        diffusers.detach(target)
+    host = host_of(target)
+    networks = host.networks(target).values()
+    for network in networks:
+        check_removable(network)
+    for network in networks:
+        uninstall(network)
+    host.detach(target)
 
 
 def pack(target: Any) -> None:
@@ -130,16 +110,12 @@ def pack(target: Any) -> None:
     Raises: StateError without modulated layers, inside a trajectory, or if weights changed after their rounding was
         learned. Nothing is changed then.
     """
-    modules = _modulated(target, "pack")
-    for module in modules:
-        check_packable(module)
-    for module in modules:
-        pack_layers(module)
-    if any(is_diffusers_model(module) for module in modules):
-        from modiff.hosts.quantizer import attach_quantizer
-
-        for module in modules:
-            attach_quantizer(module)
+    networks = _modulated(target, "pack")
+    for network in networks:
+        check_packable(network)
+    for network in networks:
+        pack_layers(network)
+        host_of(network).packed(network)
 
 
 def save(target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
@@ -153,7 +129,7 @@ def save(target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB") 
         max_shard_size: bytes, or a text such as "200MB"; larger weights go to several files.
     Raises: StateError without modulated layers, or with a LoRA loaded; FormatError if the folder holds files; OSError.
     """
-    save_target(target, _modulated(target, "save"), folder, max_shard_size)
+    host_of(target).save(target, _modulated(target, "save"), folder, bytes_of(max_shard_size))
 
 
 def load(
@@ -176,18 +152,12 @@ def load(
 
 @contextmanager
 def trajectory(target: Any) -> Iterator[None]:
-    """One generation of a loop of one's own: states start empty and are freed at the end, also when the body raises.
+    """One generation of your own loop: states start empty and are freed at the end, also when the body raises.
 
     Raises: StateError without modulated layers, or inside another trajectory of the same model.
     """
-    if isinstance(target, nn.Module):
-        with model_trajectory(target):
-            yield
-        return
     _modulated(target, "trajectory")
-    from modiff.hosts import diffusers
-
-    with diffusers.pipeline_trajectory(target):
+    with trajectories(networks_of(target)):
         yield
 
 
@@ -217,7 +187,7 @@ def tune(
     target: Any,
     bits: int,
     *,
-    config: ModiffConfig | None = None,
+    config: AnyConfig | None = None,
     weight_bits: int | None = 8,
     steps: int = 50,
     num_images: int = 4,
@@ -236,7 +206,7 @@ def tune(
     Raises: ConfigError if `run` is needed and missing; StateError if modiff is on the target already.
     Cost: a full-precision trajectory with a pass over each input per candidate, then a few modulated trajectories.
     """
-    base = config or ModiffConfig()
+    base = as_config(config)
     layer = dataclasses.replace(
         base.layer,
         weight=dataclasses.replace(base.layer.weight, bits=weight_bits),
@@ -244,15 +214,17 @@ def tune(
         modulation=dataclasses.replace(base.layer.modulation or ModulationConfig(), predictor="hold"),
     )
     base = dataclasses.replace(base, layer=layer)
-    modules = list(modules_of(target).values())
-    run = run or _unconditional("tune", target, steps, num_images, seed)
-    with _contexts_followed(modules):
-        return search_config(modules, run, base, granularity=granularity, splits=list(map(shortcut_splits, modules)))
+    host = host_of(target)
+    networks = list(host.networks(target).values())
+    run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
+    splits = [host.splits(network) for network in networks]
+    with _contexts_followed(host, networks):
+        return search_config(networks, run, base, granularity=granularity, splits=splits)
 
 
 def autotune(
     target: Any,
-    config: ModiffConfig | None = None,
+    config: AnyConfig | None = None,
     *,
     tolerance: float = 0.01,
     steps: int = 10,
@@ -279,11 +251,12 @@ def autotune(
         a file that is not a profile.
     Cost: a full-precision trajectory, and some twenty calls of each kind of layer that the profile lacks.
     """
-    modules = list(modules_of(target).values())
-    run = run or _unconditional("autotune", target, steps, num_images, seed)
-    splits = list(map(shortcut_splits, modules))
-    with stored_profile(profile) as times, _contexts_followed(modules):
-        return choose_modes(modules, run, config or w8a8(), tolerance=tolerance, profile=times, splits=splits)
+    host, settings = host_of(target), as_config(config)
+    networks = list(host.networks(target).values())
+    run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
+    splits = [host.splits(network) for network in networks]
+    with stored_profile(profile) as times, _contexts_followed(host, networks):
+        return choose_modes(networks, run, settings, tolerance=tolerance, profile=times, splits=splits)
 
 
 def collect(
@@ -319,7 +292,7 @@ def collect(
     Cost: the trajectories, and a copy of what is kept.
     """
     model = _component("collect", target, component)
-    with _contexts_followed([model]):
+    with _contexts_followed(host_of(target), [model]):
         return record_calls(
             model, run, trajectories=trajectories, batch=batch, steps=steps, sampler=sampler, pairs=pairs, seed=seed,
             folder=folder, memory_mib=memory_mib, progress=progress,
@@ -357,38 +330,36 @@ def reconstruct(
         with full_precision(model):
             pairs = config.learn == "residual_scales"
             calls = collect(target, calls, component=component, pairs=pairs, progress=progress)
-    return learn_units(model, calls, config, kinds=KINDS, folder=folder, progress=progress)
+    return learn_units(model, calls, config, kinds=host_of(model).block_classes, folder=folder, progress=progress)
 
 
 def _component(verb: str, target: Any, name: str | None) -> nn.Module:
     """The network called `name`, or the only one, or the only one that carries modiff."""
-    modules = modules_of(target)
-    if name in modules:
-        return modules[name]
-    modulated = [module for module in modules.values() if attachment_of(module) is not None]
-    for choice in (list(modules.values()), modulated):
+    networks = networks_of(target)
+    if name in networks:
+        return networks[name]
+    modulated = [network for network in networks.values() if attachment_of(network) is not None]
+    for choice in (list(networks.values()), modulated):
         if name is None and len(choice) == 1:
             return choice[0]
     raise ConfigError(
-        f"{verb}.component: expected one of {', '.join(modules)}, got {name!r}. A calibration set belongs to one "
-        f"network. Give component={next(iter(modules))!r}."
+        f"{verb}.component: expected one of {', '.join(networks)}, got {name!r}. A calibration set belongs to one "
+        f"network. Give component={next(iter(networks))!r}."
     )
 
 
-def _unconditional(verb: str, target: Any, steps: int, num_images: int, seed: int) -> Callable[[], object]:
-    if isinstance(target, nn.Module):
-        raise ConfigError(
-            f"{verb}: expected run=, a function that runs one trajectory, got none. A module alone does not say how "
-            "it is sampled. Give run=lambda: ..."
-        )
-    from modiff.hosts import diffusers
-
-    return diffusers.unconditional_run(target, steps, num_images, seed)
-
-
 @contextmanager
-def _contexts_followed(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _contexts_followed(host: Host, networks: Sequence[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(cache_contexts(module))
+        for network in networks:
+            stack.enter_context(host.contexts(network))
         yield
+
+
+def _modulated(target: Any, verb: str) -> list[nn.Module]:
+    """The networks of a target that carry modiff. Raises: StateError if none does."""
+    networks = list(networks_of(target).values())
+    modulated = [network for network in networks if attachment_of(network) is not None]
+    if not modulated:
+        required_attachment(networks[0], verb)
+    return modulated

@@ -24,36 +24,6 @@ Boundary = Literal["full_precision", "quantize"]
 Lowest = Literal["measured", "zero"]
 Execution = Literal["simulated", "integer"]
 
-DEFAULT_EXCLUDE = (
-    "*time_*emb*",
-    "*timestep_emb*",
-    "*time_proj*",
-    "*time_step_proj*",
-    "*t_embedder*",
-    "*guidance*",
-    "*modulation*",
-    "*_mod.?",
-    "*condition_embedder*",
-    "*add_embedding*",
-    "*class_embed*",
-    "*caption_projection*",
-    "*context_embedder*",
-    "*adaln_single*",
-    "*norm*.linear*",
-    "*cap_embedder*",
-    "encoder_hid_proj*",
-    "*x_embedder*",
-    "img_in",
-    "txt_in",
-    "proj_in",
-    "pos_embed*",
-    "patch_embed*",
-    "proj_out",
-    "proj_out_?",
-)
-"""Layers that read only the time step, the class or the prompt (a few rows, no cost, large effect), and the way into a
-transformer and out of it."""
-
 
 def check(where: str, value: object, valid: bool, expected: str, hint: str) -> None:
     """Raise the one-line ConfigError of a bad field; `hint` says why and what to type instead."""
@@ -350,7 +320,8 @@ class AttentionConfig(JsonConfig):
 class ModiffConfig(JsonConfig):
     """A whole model: the config of its layers, which layers are taken, and what they share.
 
-    include, exclude: fnmatch patterns on module names. overrides: (pattern, LayerConfig) pairs, the last match wins.
+    include, exclude: fnmatch patterns on module names; exclude=None leaves out what the network's host does by default.
+    overrides: (pattern, LayerConfig) pairs, the last match wins.
     first_last: "full_precision" leaves the first and the last layer of the network alone.
     min_weights: layers with fewer weights are left alone.
     share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual. A tensor
@@ -362,7 +333,7 @@ class ModiffConfig(JsonConfig):
 
     layer: LayerConfig = LayerConfig()
     include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    exclude: tuple[str, ...] | None = None
     overrides: tuple[tuple[str, LayerConfig], ...] = ()
     first_last: Boundary = "full_precision"
     min_weights: int = 256

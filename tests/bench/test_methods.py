@@ -14,7 +14,7 @@ import torch
 from bench import methods
 from modiff import ConfigError, FormatError
 from modiff.evaluate.features.classifier import Classifier, save_classifier
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
 from modiff.methods.registry import METHODS, name_of, quantize
 from tests.bench.in_process import run_here
 from tests.pixels import pixel_pipeline, saved_pipeline

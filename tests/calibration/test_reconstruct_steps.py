@@ -52,7 +52,7 @@ def test_steps_that_are_far_too_wide_are_learned_down(build, symmetric):
 
 
 def test_steps_of_attention_are_learned_with_their_block():
-    from modiff.hosts.blocks import KINDS as DIFFUSERS
+    from modiff.hosts.names import BLOCK_CLASSES as DIFFUSERS
     from modiff.model.calibrate import quantizers_of
     from tests.hosts.tiny import HOSTS
 

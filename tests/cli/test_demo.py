@@ -97,7 +97,7 @@ def test_a_conditional_pipeline_is_one_line(tmp_path: Path, monkeypatch: pytest.
 
     pipe = pixel_pipeline()
     prompted = Prompted(unet=pipe.unet, scheduler=pipe.scheduler)
-    monkeypatch.setattr("modiff.hosts.load.load_pipeline", lambda model, device: prompted)
+    monkeypatch.setattr("modiff.hosts.diffusers.load.load_pipeline", lambda model, device: prompted)
     assert_one_line(invoke("-o", tmp_path / "grid.png"), "demo: expected an unconditional pipeline, got Prompted")
 
 

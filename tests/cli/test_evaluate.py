@@ -146,7 +146,7 @@ def test_a_conditional_pipeline_is_one_line(judge: Path, monkeypatch: pytest.Mon
 
     pipe = pixel_pipeline()
     prompted = Prompted(unet=pipe.unet, scheduler=pipe.scheduler)
-    monkeypatch.setattr("modiff.hosts.load.load_pipeline", lambda model, device: prompted)
+    monkeypatch.setattr("modiff.hosts.diffusers.load.load_pipeline", lambda model, device: prompted)
     assert_one_line(invoke("any", judge), "expected an unconditional pipeline, got Prompted")
 
 

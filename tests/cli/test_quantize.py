@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import modiff
 from modiff.cli import app
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
 from modiff.methods.registry import method_config
 from modiff.methods.registry import quantize as apply_method
 from modiff.model.attach import attachment_of

@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 import modiff
 from modiff.errors import ConfigError
 from modiff.evaluate.demo import Demo, Row, plans, run_config, run_demo
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.tune import candidates
 from tests.pixels import pixel_pipeline
 

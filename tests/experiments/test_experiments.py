@@ -40,7 +40,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.report.document import Block, Document, Figure, Table
 from modiff.evaluate.report.page import html_page, markdown
-from modiff.hosts.diffusers import unconditional_run
+from modiff.hosts.diffusers.runs import unconditional_run
 from modiff.model.trajectory import state_bytes
 from tests.experiments.fake_lab import FakeLab, halving
 from tests.pixels import pixel_pipeline

@@ -20,8 +20,8 @@ from modiff.errors import ConfigError
 from modiff.evaluate.cost import LayerCost, ModelCost
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
-from modiff.hosts.diffusers import is_attached
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators
+from modiff.hosts.host import is_attached
 from modiff.model.report import Entry, Report
 from tests.pixels import pixel_pipeline
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from modiff.generate.digest import digest, settings
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 import modiff
 from modiff.errors import ConfigError, StateError
 from modiff.generate.samplers import SAMPLERS, set_scheduler
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 

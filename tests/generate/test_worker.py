@@ -20,7 +20,7 @@ from modiff.generate import worker
 from modiff.generate.engines import LocalEngine
 from modiff.generate.job import Job
 from modiff.generate.shards import Span
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline, saved_pipeline
 

@@ -74,5 +74,5 @@ def test_a_file_that_is_no_profile_is_refused_and_survives(tmp_path: Path, text:
 
 
 def test_a_module_alone_needs_a_trajectory() -> None:
-    with pytest.raises(ConfigError, match="autotune: expected run="):
+    with pytest.raises(ConfigError, match="Linear: expected run="):
         modiff.autotune(nn.Linear(2, 2))

@@ -9,8 +9,9 @@ import torch
 
 import modiff
 from modiff import presets
+from modiff.calibration.blocks import blocks_of
 from modiff.calibration.reconstruct.layers import full_precision
-from modiff.hosts.blocks import blocks_of
+from modiff.hosts.names import BLOCK_CLASSES
 from modiff.model.attach import attachment_of
 from tests.hosts.tiny import HOSTS
 
@@ -36,7 +37,7 @@ def test_blocks_cover_every_modulated_layer_once_and_run_in_their_order(name):
     modiff.apply(pipe, presets.w4a8())
     seen: list[str] = []
     with full_precision(model), torch.no_grad():
-        found = blocks_of(model, run=lambda: call.evaluate(model))
+        found = blocks_of(model, kinds=BLOCK_CLASSES, run=lambda: call.evaluate(model))
         handles = [
             model.get_submodule(b.name).register_forward_pre_hook(lambda *_, n=b.name: seen.append(n)) for b in found
         ]

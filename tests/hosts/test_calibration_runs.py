@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modiff import ConfigError
-from modiff.hosts.calibration_runs import calibration_run, evaluations
+from modiff.hosts.diffusers.runs import calibration_run, evaluations
 from tests.helpers import assert_same_bits
 from tests.hosts.parts import with_scheduler
 from tests.hosts.tiny import HOSTS, TinyHost

@@ -6,7 +6,7 @@ import pytest
 from diffusers import DDPMPipeline
 
 from modiff.errors import ConfigError
-from modiff.hosts.inputs import call_inputs
+from modiff.hosts.diffusers.runs import call_inputs
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 

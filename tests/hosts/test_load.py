@@ -13,7 +13,7 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from modiff.errors import FormatError
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
@@ -48,7 +48,7 @@ def test_half_precision_weights_are_loaded_in_float32(tmp_path: Path, variant: s
 
 
 def test_the_embedded_model_goes_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modiff.hosts.load.model_folder", {"embedded": folder}.__getitem__)
+    monkeypatch.setattr("modiff.hosts.diffusers.load.model_folder", {"embedded": folder}.__getitem__)
     assert same_weights(load_pipeline("embedded"), pixel_pipeline())
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, ModiffDiffusersConfig, WeightConfig, presets
-from modiff.hosts.quantizer import ModiffQuantizer, align
+from modiff.hosts.diffusers.quantizer import ModiffQuantizer, align
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS

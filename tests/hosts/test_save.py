@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import modiff
 from modiff import ConfigError, FormatError, StateError, presets
-from modiff.hosts.load import load_pipeline
-from modiff.hosts.quantizer import align
+from modiff.hosts.diffusers.load import load_pipeline
+from modiff.hosts.diffusers.quantizer import align
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS, TinyHost

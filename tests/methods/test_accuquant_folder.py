@@ -96,7 +96,7 @@ def test_the_kept_scales_are_learned_ones_and_a_finished_job_learns_nothing_agai
 
 
 def test_a_job_that_was_stopped_while_trajectories_ran_goes_on_with_those_that_are_missing(whole, tmp_path):
-    from modiff.hosts.calibration_runs import calibration_run
+    from modiff.hosts.diffusers.runs import calibration_run
 
     pipe, ran = small.build(), []
 

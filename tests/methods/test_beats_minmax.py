@@ -18,8 +18,8 @@ from modiff.assets import embedded_folder
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.load import load_pipeline
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.load import load_pipeline
+from modiff.hosts.diffusers.runs import noise_generators
 from modiff.methods.accuquant import AccuquantConfig
 from modiff.methods.modiff import ModiffMethodConfig
 from modiff.methods.ptq4dm import Ptq4dmConfig

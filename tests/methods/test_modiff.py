@@ -11,7 +11,7 @@ from torch import Tensor
 import modiff
 from modiff import AttentionConfig, CalibrationError, ConfigError, ModulationConfig, QuantizerConfig
 from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.hosts.unet import shortcut_splits
+from modiff.hosts.names import shortcut_splits
 from modiff.methods import ModiffMethodConfig, apply_modiff
 from modiff.model.attach import attachment_of
 from modiff.model.calibrate import quantizers_of

@@ -13,7 +13,7 @@ from modiff import CalibrationError, ConfigError, ModulationConfig, NormalSteps,
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.core.observers import Observer
 from modiff.core.range_metrics import RANGE_METRICS
-from modiff.hosts.calibration_runs import calibration_run
+from modiff.hosts.diffusers.runs import calibration_run
 from modiff.methods import Ptq4dmConfig, apply_ptq4dm
 from modiff.methods.ptq4dm import SmoothedSearchObserver
 from modiff.model.attach import attachment_of
@@ -227,7 +227,7 @@ def test_an_interrupted_job_collects_only_what_is_missing(tmp_path):
 
 def test_what_cannot_be_calibrated_is_refused_before_any_work():
     pipe = small.build()
-    with pytest.raises(ConfigError, match=r"expected run= and evaluations_per_run= for a module"):
+    with pytest.raises(ConfigError, match=r"expected run=, a function that runs one trajectory"):
         apply_ptq4dm(pipe.unet, SMALL)
     modiff.apply(pipe)
     with pytest.raises(StateError, match="apply_ptq4dm: expected a full-precision model"):

@@ -10,7 +10,7 @@ import torch
 import modiff
 from modiff import ConfigError, ModulationConfig, StateError
 from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.hosts.unet import shortcut_splits
+from modiff.hosts.names import shortcut_splits
 from modiff.methods import QDiffusionConfig, apply_q_diffusion
 from modiff.model.attach import attachment_of
 from modiff.model.calibrate import quantizers_of

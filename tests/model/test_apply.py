@@ -20,7 +20,7 @@ from modiff import (
     presets,
 )
 from modiff.config import ConfigError
-from modiff.hosts.unet import shortcut_splits
+from modiff.hosts.names import shortcut_splits
 from modiff.model.apply import install
 from modiff.model.calibrate import quantizers_of
 from modiff.nn import ModulatedLayer

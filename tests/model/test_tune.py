@@ -268,7 +268,7 @@ def test_a_run_of_one_step_has_nothing_to_judge(follower):
         (
             lambda m: modiff.tune(m, 4),
             ConfigError,
-            "tune: expected run=, a function that runs one trajectory, got none",
+            "expected run=, a function that runs one trajectory, got none",
         ),
         (lambda m: modiff.tune(m, 0, run=lambda: None), ConfigError, "tune: expected 2 to 8 activation bits, got 0"),
         (lambda m: modiff.tune(m, 1, run=lambda: None), ConfigError, "QuantizerConfig.bits: expected .* got 1"),

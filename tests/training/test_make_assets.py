@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from modiff.assets import model_folder
 from modiff.evaluate.features.classifier import Classifier, load_classifier, save_classifier
 from modiff.evaluate.features.load import load_extractor
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from modiff.hosts.load import load_model
+from modiff.hosts.diffusers.load import load_model
 
 WEIGHTS = Path("pipeline") / "transformer" / "diffusion_pytorch_model.safetensors"
 CLASSES = 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,14 +24,12 @@ from modiff.calibration.data import (
 )
 from modiff.calibration.timesteps import StepSampler
 from modiff.errors import CalibrationError, ConfigError
-from modiff.model.attach import ATTRIBUTE, TIMESTEP_NAMES, Attachment, attachment_of
+from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of
+from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.nn import Clock
 from modiff.nn.source import version_of
-
-UNBATCHED = ("txt_ids", "img_ids", "image_rotary_emb", "freqs_cis")
-"""Arguments that have no batch axis: positions, kept whole when rows are chosen."""
 
 
 def record_calls(
@@ -159,6 +156,7 @@ class _Recorder:
         self.plan, self.batch, self.pairs, self.store = plan, batch, pairs, store
         self.clock: Clock | None = None
         self.timestep: tuple[str, int] | None = None
+        self.unbatched: tuple[str, ...] = ()  # arguments without a batch axis, kept whole when rows are chosen
         self.trajectory = 0
         self._steps: dict[str, int] = {}
         self._last: dict[str, Call] = {}
@@ -217,7 +215,7 @@ class _Recorder:
             name, position = self.timestep
             value = kwargs.get(name, args[position] if position < len(args) else None)
         chosen = self._positions(args, kwargs, rows)
-        kept = {k: self._copy(v, None if k in UNBATCHED else chosen) for k, v in kwargs.items()}
+        kept = {k: self._copy(v, None if k in self.unbatched else chosen) for k, v in kwargs.items()}
         timestep = None if value is None else float(torch.as_tensor(value).flatten()[0])
         return Call(self._copy(args, chosen), kept, step, timestep, context, self.trajectory, rows)
 
@@ -225,7 +223,7 @@ class _Recorder:
         """Where the rows lie in batched tensors: once for each branch of guidance that is batched."""
         if not rows or self.batch is None:
             return None
-        batched = tensors_of((args, {k: v for k, v in kwargs.items() if k not in UNBATCHED}))
+        batched = tensors_of((args, {k: v for k, v in kwargs.items() if k not in self.unbatched}))
         length = next((len(t) for t in batched if t.dim() > 1), None)
         if length is None or length % self.batch:
             raise CalibrationError(
@@ -263,8 +261,8 @@ def _recorded(model: nn.Module, recorder: _Recorder) -> Iterator[_Recorder]:
         attachment = Attachment(Clock(type(model).__name__), Report(()))
         model.__dict__[ATTRIBUTE] = attachment
     recorder.clock = attachment.clock
-    names = list(inspect.signature(model.forward).parameters)
-    recorder.timestep = next(((n, i) for i, n in enumerate(names) if n in TIMESTEP_NAMES), None)
+    facts = facts_of(model)
+    recorder.timestep, recorder.unbatched = facts.timestep_argument(model), facts.unbatched
     try:
         with observe(model, before_step=recorder):
             yield recorder

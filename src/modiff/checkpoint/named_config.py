@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from modiff import presets
 from modiff.config import ModiffConfig
@@ -61,6 +62,28 @@ def named_config(text: str) -> ModiffConfig:
         f"({', '.join(FAMILIES)}, as in modulated:8:4), or a JSON file, got {text!r}. It is none of these. "
         "Use --config w8a4."
     )
+
+
+def as_config(config: ModiffConfig | str | Mapping[str, Any] | Callable[[], ModiffConfig] | None) -> ModiffConfig:
+    """The config that a caller means: itself, a name, a dictionary, a preset without its parentheses; W8A8 for None.
+
+    Raises: ConfigError or FormatError for anything else.
+
+    >>> as_config("w8a4") == as_config(presets.w8a4) == as_config(presets.w8a4().to_dict()) == presets.w8a4()
+    True
+    """
+    if isinstance(config, str):
+        return named_config(config)
+    if isinstance(config, Mapping):
+        return ModiffConfig.from_dict(dict(config))
+    if callable(config) and not isinstance(config, type):
+        config = config()
+    if config is not None and not isinstance(config, ModiffConfig):
+        raise ConfigError(
+            f"config: expected a ModiffConfig, a name such as 'w8a4', or a dictionary, got {config!r}. It says which "
+            "layers get which bits. Use modiff.presets.w8a8()."
+        )
+    return config or ModiffConfig()
 
 
 def _read(path: Path) -> ModiffConfig:

@@ -46,7 +46,7 @@ def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
     """Load a pipeline without the bars and remarks of diffusers; convolutions of this process round to no TF32."""
     import torch
 
-    from modiff.hosts.load import load_pipeline
+    from modiff.hosts.diffusers.load import load_pipeline
 
     quiet()
     torch.backends.cudnn.allow_tf32 = False  # full precision is what everything is compared with

@@ -27,8 +27,8 @@ from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers import denoisers, unconditional_run
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.host import denoisers
+from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
 from modiff.model.attach import attachment_of
 from modiff.model.report import Report
 from modiff.model.trajectory import state_bytes

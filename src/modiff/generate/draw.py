@@ -9,8 +9,7 @@ from diffusers import DiffusionPipeline
 
 from modiff.errors import ConfigError, StateError
 from modiff.generate.conditions import Conditions
-from modiff.hosts.inputs import call_inputs
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 
 
 def draw(

@@ -18,7 +18,7 @@ from modiff.generate.conditions import Conditions
 from modiff.generate.draw import check_finite, check_steps, draw
 from modiff.generate.grid import to_picture
 from modiff.generate.job import check_counts
-from modiff.hosts.inputs import call_inputs
+from modiff.hosts.diffusers.runs import call_inputs
 
 SETTINGS = "settings.json"
 

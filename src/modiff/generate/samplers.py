@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, ImagePipeli
 from diffusers.utils.torch_utils import randn_tensor
 
 from modiff.errors import ConfigError, StateError
-from modiff.hosts.diffusers import is_attached
+from modiff.hosts.host import is_attached
 
 
 @dataclass(frozen=True)

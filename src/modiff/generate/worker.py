@@ -19,8 +19,8 @@ from modiff.generate.environment import environment
 from modiff.generate.job import Job
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import Span, to_uint8
-from modiff.hosts.inputs import call_inputs
-from modiff.hosts.load import load_pipeline
+from modiff.hosts.diffusers.load import load_pipeline
+from modiff.hosts.diffusers.runs import call_inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.timesteps import UniformGroups
 from modiff.config import (
-    DEFAULT_EXCLUDE,
     AttentionConfig,
     Granularity,
     JsonConfig,
@@ -158,7 +157,7 @@ class ModiffMethodConfig(JsonConfig):
         every = self.layers == "all"
         return ModiffConfig(
             layer=LayerConfig(weight=weight, activation=activation, modulation=self.modulation),
-            exclude=() if every else DEFAULT_EXCLUDE,
+            exclude=() if every else None,
             first_last="quantize" if every else "full_precision",
             min_weights=0 if every else 256,
             attention=self.attention,

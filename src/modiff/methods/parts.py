@@ -12,7 +12,7 @@ from torch import nn
 from modiff.api import remove
 from modiff.config import LayerConfig, WeightConfig
 from modiff.errors import ConfigError, StateError
-from modiff.hosts.networks import modules_of
+from modiff.hosts.host import host_of, networks_of
 from modiff.model.attach import attachment_of, required_attachment
 from modiff.model.select import CANDIDATES
 from modiff.nn.weight import QuantizedWeight
@@ -23,7 +23,7 @@ BOUNDARY_BITS = 8
 
 def plain_network(target: Any, method: str) -> nn.Module:
     """The one denoiser of a pipeline, or a module, without modiff on it. Raises: ConfigError or StateError."""
-    modules = modules_of(target)
+    modules = networks_of(target)
     if len(modules) != 1:
         raise ConfigError(
             f"{method}: expected a pipeline with one denoiser, got {', '.join(modules)}. Calibration data belong to "
@@ -64,17 +64,9 @@ def trajectories_of(
 
     Raises: ConfigError where a module alone, or a pipeline with a prompt, cannot say.
     """
-    if isinstance(target, nn.Module):
-        if run is None or evaluations is None:
-            raise ConfigError(
-                "calibration: expected run= and evaluations_per_run= for a module, got none. A module alone does not "
-                "say how it is sampled. Give both, or the pipeline."
-            )
-        return run, evaluations
-    from modiff.hosts import calibration_runs  # imported late: modules need no diffusers
-
-    run = run or calibration_runs.calibration_run(target, steps=steps, batch=batch, seed=seed)
-    return run, evaluations or calibration_runs.evaluations(target, steps)
+    host = host_of(target)
+    run = run or host.run(target, steps=steps, batch=batch, seed=seed)
+    return run, evaluations or host.evaluations(target, steps)
 
 
 def keep_rounding(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from modiff.calibration.reconstruct.store import digest_of
 from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError
 from modiff.files import write_json
-from modiff.hosts.networks import modules_of
+from modiff.hosts.host import networks_of
 
 JOB = "job.json"
 VERSION = 1
@@ -49,7 +49,7 @@ def claim_work(folder: str | Path | None, target: Any, method: str, config: Json
 def job_of(target: Any, method: str, config: JsonConfig) -> dict[str, Any]:
     """What decides what is learned: method, settings, sampler, and a digest of the weights."""
     scheduler = getattr(target, "scheduler", None)
-    weights = (p for _, module in sorted(modules_of(target).items()) for p in module.parameters())
+    weights = (p for _, module in sorted(networks_of(target).items()) for p in module.parameters())
     return {
         "version": VERSION,
         "method": method,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
+from modiff.model.facts import facts_of
 from modiff.model.report import Report
 from modiff.nn import Clock, ModulatedLayer, traced
 from modiff.nn.clock import middle
@@ -19,7 +19,6 @@ from modiff.nn.clock import middle
 ATTRIBUTE = "_modiff"
 Shape = torch.Size | None
 _BEGINNING = threading.Lock()
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
 
 
 class Automatic:
@@ -98,8 +97,7 @@ class Attachment:
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""
-        names = list(inspect.signature(model.forward).parameters)
-        self.timestep = next(((n, i) for i, n in enumerate(names) if n in TIMESTEP_NAMES), None)
+        self.timestep = facts_of(model).timestep_argument(model)
         # bound methods, not closures: copy.deepcopy of the model takes them to the copy's own clock
         self.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._after))

@@ -10,19 +10,21 @@ from modiff.config import AttentionConfig
 from modiff.core.quantizer import Quantizer
 from modiff.errors import ConfigError, StateError
 from modiff.model.attach import attachment_of
+from modiff.model.facts import facts_of
 from modiff.nn.attention import QuantizedAttention
 
 ATTRIBUTE = "_modiff_attention"
 
 
 def attention_modules(model: nn.Module, config: AttentionConfig | None) -> dict[str, nn.Module]:
-    """The attention modules that a config takes: those that hold a processor, as all of diffusers do; {} for None.
+    """The attention modules that a config takes: those that the host of the model knows; {} for None.
 
     Raises: ConfigError if the model has none, or a pattern takes none of them.
     """
     if config is None:
         return {}
-    known = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    facts = facts_of(model)
+    known = {name: module for name, module in model.named_modules() if facts.is_attention(module)}
     taken = {
         name: module
         for name, module in known.items()
@@ -81,7 +83,3 @@ def attention_quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """The quantizers of attention by name, "<module>.q", "<module>.softmax", ...; {} where there are none."""
     modules = quantized_attention(model).items()
     return {f"{n}.{operand}": c for n, m in modules for operand, c in m.quantizers.items() if c is not None}
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "processor") and callable(getattr(module, "set_processor", None))

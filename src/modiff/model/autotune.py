@@ -19,6 +19,7 @@ from modiff.errors import CalibrationError, ConfigError, FormatError, StateError
 from modiff.files import check_writable, write_json
 from modiff.kernels.isa import machine
 from modiff.model.attach import attachment_of
+from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.probe import Probe, probes_of
 from modiff.model.report import Report
@@ -203,7 +204,8 @@ def choose_modes(
         report = select_layers(model, config, splits=split)
         for probe, calls in _watched(model, report, run, config.layer, split):
             rows.append(_row(model.get_submodule(probe.name), probe, calls, config.layer, tolerance, profile))
-    return AutotuneResult(_config(config, rows), tuple(rows), tolerance)
+    defaults = tuple(dict.fromkeys(p for model in models for p in facts_of(model).default_exclude))
+    return AutotuneResult(_config(config, rows, defaults), tuple(rows), tolerance)
 
 
 def _check(models: Sequence[nn.Module], config: ModiffConfig, tolerance: float) -> None:
@@ -277,14 +279,14 @@ def _expected(layer: nn.Module, x: Tensor, outputs: int, dynamic: bool, reached:
     return seconds
 
 
-def _config(config: ModiffConfig, rows: list[AutotuneRow]) -> ModiffConfig:
+def _config(config: ModiffConfig, rows: list[AutotuneRow], defaults: tuple[str, ...]) -> ModiffConfig:
     """The config that does what the rows say."""
     floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
     plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
     return dataclasses.replace(
         config,
         layer=modulated(config.layer),
-        exclude=config.exclude + floats,
+        exclude=(defaults if config.exclude is None else config.exclude) + floats,
         overrides=config.overrides + tuple((name, plain(config.layer)) for name in plains),
     )
 

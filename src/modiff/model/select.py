@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.affine import runs_on_integers
 from modiff.errors import ConfigError
+from modiff.model.facts import facts_of
 from modiff.model.report import Entry, Report
 from modiff.nn import ModulatedLayer, quantized_class
 
@@ -42,7 +44,9 @@ def select_layers(
         )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
     others = _other_names(model)
-    _check_patterns(config, [*layers, *known])
+    defaults = facts_of(model).default_exclude
+    _check_patterns(config, defaults, [*layers, *known])
+    config = config if config.exclude is not None else dataclasses.replace(config, exclude=defaults)
     splits = splits or {}
     first, last = (next(iter(layers), None), next(reversed(layers), None)) if layers else (None, None)
     entries: list[Entry] = []
@@ -76,10 +80,10 @@ def layer_config(name: str, config: ModiffConfig) -> LayerConfig:
     return matches[-1] if matches else config.layer
 
 
-def _check_patterns(config: ModiffConfig, names: list[str]) -> None:
+def _check_patterns(config: ModiffConfig, defaults: tuple[str, ...], names: list[str]) -> None:
     """An own pattern that matches nothing is a mistake; the default exclusions may miss."""
     own = [("include", p) for p in config.include]
-    own += [("exclude", p) for p in config.exclude if p not in ModiffConfig().exclude]
+    own += [("exclude", p) for p in config.exclude or () if p not in defaults]
     own += [("overrides", p) for p, _ in config.overrides]
     for field, pattern in own:
         if names and not any(fnmatchcase(name, pattern) for name in names):
@@ -96,7 +100,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
         return "taken by modiff already"
     if not any(fnmatchcase(name, p) for p in config.include):
         return "not included"
-    for pattern in config.exclude:
+    for pattern in config.exclude or ():
         if fnmatchcase(name, pattern):
             return f"excluded by {pattern!r}"
     if quantized_class(layer) is None:

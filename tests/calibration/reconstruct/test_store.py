@@ -19,7 +19,7 @@ from modiff import (
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.calibration.reconstruct.run import learn_units
-from modiff.hosts.blocks import KINDS as DIFFUSERS
+from modiff.hosts.names import BLOCK_CLASSES as DIFFUSERS
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 from tests.model.learning import (

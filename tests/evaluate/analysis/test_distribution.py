@@ -10,7 +10,7 @@ from modiff import presets
 from modiff.config import LayerConfig
 from modiff.evaluate.analysis.distribution import BINS, Distribution, DistributionResult, histogram
 from modiff.evaluate.analysis.watch import watch
-from modiff.hosts.diffusers import unconditional_run
+from modiff.hosts.diffusers.runs import unconditional_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
 from tests.hosts.tiny import HOSTS

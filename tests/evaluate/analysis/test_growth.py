@@ -27,7 +27,7 @@ from modiff.evaluate.analysis.growth import (
     uncompensated_bound,
 )
 from modiff.evaluate.analysis.watch import watch
-from modiff.hosts.diffusers import unconditional_run
+from modiff.hosts.diffusers.runs import unconditional_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
 from tests.hosts.tiny import HOSTS

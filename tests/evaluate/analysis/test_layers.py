@@ -11,7 +11,7 @@ from modiff import presets
 from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
 from modiff.evaluate.analysis.watch import watch
-from modiff.hosts.diffusers import unconditional_run
+from modiff.hosts.diffusers.runs import unconditional_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
 from tests.hosts.tiny import HOSTS

@@ -15,8 +15,8 @@ from modiff.errors import ConfigError
 from modiff.evaluate.analysis.run import Analysis, analyze
 from modiff.evaluate.analysis.sweep import MODES
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers import is_attached
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators
+from modiff.hosts.host import is_attached
 from tests.hosts.tiny import HOSTS
 
 

@@ -12,7 +12,8 @@ from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, WeightConfig
 from modiff.errors import CalibrationError
 from modiff.evaluate.analysis.sweep import MODES, bit_sweep, image_error, images, reuse_sweep
-from modiff.hosts.diffusers import is_attached, unconditional_run
+from modiff.hosts.diffusers.runs import unconditional_run
+from modiff.hosts.host import is_attached
 from tests.hosts.tiny import HOSTS
 
 EXACT = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=None)))

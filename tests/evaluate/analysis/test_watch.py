@@ -9,7 +9,7 @@ from modiff import presets
 from modiff.config import LayerConfig
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.evaluate.analysis.watch import Visit, watch
-from modiff.hosts.diffusers import unconditional_run
+from modiff.hosts.diffusers.runs import unconditional_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import assert_same_bits, drifting
 from tests.hosts.tiny import HOSTS

@@ -21,8 +21,8 @@ from modiff.evaluate.suite.images import PipelineSource, read_reference, referen
 from modiff.evaluate.suite.plans import Plan
 from modiff.generate.conditions import Conditions
 from modiff.generate.shards import Manifest, write_shard
-from modiff.hosts.diffusers import is_attached
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators
+from modiff.hosts.host import is_attached
 from modiff.model.trajectory import state_bytes
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline

@@ -19,8 +19,8 @@ from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
 from modiff.evaluate.analysis.sweep import MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
 from modiff.evaluate.analysis.watch import has_static_scales, watch
 from modiff.generate.environment import Environment, environment
-from modiff.hosts.diffusers import denoisers, unconditional_run
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.host import denoisers
+from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
 from modiff.model.observe import observe
 
 BITS = (8, 7, 6, 5, 4, 3, 2)

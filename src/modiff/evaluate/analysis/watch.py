@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.errors import CalibrationError, ConfigError, StateError
-from modiff.hosts.networks import modules_of
-from modiff.hosts.unet import shortcut_splits
+from modiff.hosts.host import networks_of
+from modiff.hosts.names import shortcut_splits
 from modiff.model.attach import Attachment, attachment_of
 from modiff.model.observe import observe
 from modiff.model.report import Entry, Report
@@ -117,7 +117,7 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
 
 def _plain_network(target: Any) -> nn.Module:
     """The one network of a target without modiff."""
-    networks = modules_of(target)
+    networks = networks_of(target)
     if len(networks) > 1:
         raise ConfigError(
             f"watch: expected one network, got {', '.join(networks)}. They may name their layers alike. "

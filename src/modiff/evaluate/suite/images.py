@@ -28,9 +28,8 @@ from modiff.generate.conditions import Conditions
 from modiff.generate.digest import digest, settings
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import MANIFEST, read_images, to_uint8
-from modiff.hosts.diffusers import denoisers
-from modiff.hosts.inputs import call_inputs
-from modiff.hosts.noise import noise_generators
+from modiff.hosts.diffusers.host import denoisers
+from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 from modiff.model.observe import observe
 from modiff.model.trajectory import state_bytes
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+import json
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
 
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from modiff.checkpoint.headers import read_headers
+from modiff.checkpoint.layout import METHOD, Layout
 from modiff.checkpoint.packed_state import (
     METADATA,
     check_files,
@@ -23,12 +29,10 @@ from modiff.checkpoint.packed_state import (
     rebuild_from,
     scale_keys,
 )
+from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError, StateError
-from modiff.hosts.adapters import refuse_fusing
-from modiff.hosts.contexts import follow_cache_context
-from modiff.hosts.quantizer_config import Method, ModiffDiffusersConfig
-from modiff.hosts.resets import follow_resets
-from modiff.hosts.unet import shortcut_splits
+from modiff.hosts.diffusers.hooks import follow_cache_context, follow_resets, refuse_fusing
+from modiff.hosts.names import DEFAULT_EXCLUDE, shortcut_splits
 from modiff.model.apply import install
 from modiff.model.attach import Automatic, required_attachment
 from modiff.model.pack import seal
@@ -36,6 +40,96 @@ from modiff.nn.packed import SCALE
 
 WHERE = "quantization_config"
 _ALIGNMENT = 64
+
+
+class Method(StrEnum):
+    """diffusers asks a quantization method for its `.value`."""
+
+    MODIFF = METHOD
+
+
+@dataclass(init=False, repr=False, eq=False)
+class ModiffDiffusersConfig(QuantizationConfigMixin):
+    """Quantize a model while diffusers loads it: `Model.from_pretrained(folder, quantization_config=...)`.
+
+    For a pipeline, `PipelineQuantizationConfig(quant_mapping={"unet": ModiffDiffusersConfig(...)})`. Importing this
+    class lets diffusers read folders that hold models of modiff, too.
+
+    Args:
+        config: layers, bits and modulation; W8A8 when None. A dictionary from `ModiffConfig.to_dict()` will do.
+        modules_to_not_convert: parts of layer names that are left in full precision, added to `config.exclude`.
+    Raises: ConfigError for settings that mean nothing.
+    """
+
+    def __init__(
+        self, config: ModiffConfig | dict[str, Any] | None = None, modules_to_not_convert: list[str] | None = None
+    ) -> None:
+        config = ModiffConfig() if config is None else config
+        config = ModiffConfig.from_dict(config) if isinstance(config, dict) else config
+        if not isinstance(config, ModiffConfig):
+            raise ConfigError(f"ModiffDiffusersConfig.config: expected a ModiffConfig, got {config!r}. It says which "
+                              "layers get which bits. Use modiff.presets.w8a8().")  # fmt: skip
+        self.quant_method: Any = Method.MODIFF
+        self.config = config
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.layout: Layout | None = None
+        self._model: nn.Module | None = None
+
+    @property
+    def chosen(self) -> ModiffConfig:
+        """The settings with `modules_to_not_convert` among the exclusions."""
+        left = tuple(f"*{part}*" for part in self.modules_to_not_convert)
+        return dataclasses.replace(
+            self.config, exclude=(DEFAULT_EXCLUDE if self.config.exclude is None else self.config.exclude) + left
+        )
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Self:
+        """The config of a model with modulated layers; it follows what happens to the model later."""
+        config = cls(Layout.of(model).config)
+        config._model = model
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read the entry of a config.json. Raises: FormatError if this version of modiff cannot."""
+        if set(config_dict) <= {"quant_method", "config", "modules_to_not_convert"}:  # of a user, not of a checkpoint
+            config = cls(config_dict.get("config"), config_dict.get("modules_to_not_convert"))
+        else:
+            layout = Layout.from_dict("quantization_config", config_dict)
+            config = cls(layout.config)
+            config.layout = layout
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: the settings alone, or with the layers once a model is quantized."""
+        layout = Layout.of(self._model) if self._model is not None else self.layout
+        if layout is not None:
+            return layout.to_dict()
+        return {
+            "quant_method": self.quant_method.value,
+            "config": self.config.to_dict(),
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `to_dict`, settings that are the default left out."""
+        values, default = self.to_dict(), type(self)().to_dict()
+        return {k: v for k, v in values.items() if k == "quant_method" or v != default.get(k)}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The dictionary as indented JSON."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __iter__(self) -> Generator[tuple[str, Any], Any, None]:
+        yield from self.to_dict().items()
+
+    def __repr__(self) -> str:
+        layers = "" if self._model is None and self.layout is None else f", {len(self.to_dict()['layers'])} layers"
+        return f"{type(self).__name__}({self.config!r}{layers})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModiffDiffusersConfig) and self.to_dict() == other.to_dict()
 
 
 class ModiffQuantizer(DiffusersQuantizer):
@@ -228,11 +322,18 @@ def align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def register() -> None:
-    """Enter modiff into diffusers' tables of quantization methods."""
+def enter_tables() -> None:
+    """Let `from_pretrained` read modiff's format: two entries in diffusers' tables of quantization methods.
+
+    diffusers has no other way to add a method. It happens when modiff meets the first object of diffusers, or when
+    `modiff.ModiffDiffusersConfig` is imported; `leave_tables` undoes it.
+    """
     quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     quantizers[Method.MODIFF.value], configs[Method.MODIFF.value] = ModiffQuantizer, ModiffDiffusersConfig
 
 
-register()
+def leave_tables() -> None:
+    """Undo `enter_tables`."""
+    for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        table.pop(Method.MODIFF.value, None)

@@ -1,0 +1,1 @@
+"""Pipelines and models of diffusers; only `modiff.hosts.diffusers_host` loads this."""

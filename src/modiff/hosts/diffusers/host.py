@@ -1,0 +1,89 @@
+"""Pipelines and models of diffusers as a `Host`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from modiff.errors import ConfigError
+from modiff.files import new_folder
+from modiff.hosts.diffusers.hooks import cache_contexts, follow_cache_context, unfollow_cache_context
+from modiff.hosts.diffusers.quantizer import attach_quantizer, offer_quantizer, saving_quantized, withdraw_quantizer
+from modiff.hosts.diffusers.runs import calibration_run, evaluations
+from modiff.hosts.host import Host
+from modiff.model.attach import attachment_of, eager
+
+DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+"""Component names under which pipelines keep the networks that run at every step."""
+
+
+def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The networks that a pipeline evaluates at every step, by component name.
+
+    Raises: ConfigError if the pipeline has none under a known name.
+    """
+    networks = {n: eager(m) for n in DENOISERS if isinstance(m := getattr(pipe, n, None), nn.Module)}
+    if not networks:
+        parts = ", ".join(sorted(pipe.components))
+        raise ConfigError(
+            f"{type(pipe).__name__}: expected a component named {', '.join(DENOISERS)}, got {parts}. This pipeline has "
+            "another name for its denoiser. Apply to the module itself and use `with modiff.trajectory(module):`."
+        )
+    return networks
+
+
+class DiffusersHost(Host):
+    """Every call of a pipeline is a trajectory; branches of guidance are the cache contexts that it enters."""
+
+    generation = "__call__"
+
+    def networks(self, target: Any) -> dict[str, nn.Module]:
+        """The denoisers of a pipeline by component name, or the model itself."""
+        return denoisers(target) if isinstance(target, DiffusionPipeline) else super().networks(target)
+
+    def attach(self, target: Any) -> None:
+        """Follow the pipeline's calls and contexts; its models save packed integers from now on."""
+        for network in self.networks(target).values():
+            if attachment_of(network) is not None:
+                offer_quantizer(network)
+            if isinstance(target, DiffusionPipeline):
+                follow_cache_context(network)
+        if isinstance(target, DiffusionPipeline):
+            super().attach(target)
+
+    def detach(self, target: Any) -> None:
+        """Undo `attach`."""
+        for network in self.networks(target).values():
+            unfollow_cache_context(network)
+            withdraw_quantizer(network)
+        super().detach(target)
+
+    def contexts(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Follow the cache contexts of a model that modiff is not on."""
+        return cache_contexts(network)
+
+    def packed(self, network: nn.Module) -> None:
+        """diffusers treats the model as quantized from now on."""
+        attach_quantizer(network)
+
+    def run(self, target: Any, *, steps: int, batch: int, seed: int) -> Callable[[int], object]:
+        """Of a pipeline that needs no prompt."""
+        if isinstance(target, DiffusionPipeline):
+            return calibration_run(target, steps=steps, batch=batch, seed=seed)
+        return super().run(target, steps=steps, batch=batch, seed=seed)
+
+    def evaluations(self, target: Any, steps: int) -> int:
+        """As the pipeline's scheduler says."""
+        if isinstance(target, DiffusionPipeline):
+            return evaluations(target, steps)
+        return super().evaluations(target, steps)
+
+    def save(self, target: Any, networks: list[nn.Module], folder: str | Path, max_shard_size: int) -> None:
+        """As diffusers writes it, with integers for the networks that carry modiff."""
+        with new_folder(folder) as partial, saving_quantized(networks):
+            target.save_pretrained(partial, max_shard_size=max_shard_size)

@@ -1,0 +1,207 @@
+"""A pipeline from a folder, a hub id, or the package itself, checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from modiff.assets import MODELS, model_folder
+from modiff.checkpoint.module_folder import CONFIG, read_config
+from modiff.errors import FormatError, ModiffError
+from modiff.hosts import diffusers_host
+from modiff.hosts.diffusers.quantizer import align
+
+INDEX = "model_index.json"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+
+
+def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """A diffusers pipeline without a progress bar of its own; weights are read from safetensors only.
+
+    A folder with networks that modiff quantized gives them back quantized: they begin trajectories by themselves.
+
+    Args:
+        model: a name of `modiff.assets.MODELS` ("embedded" is the Fashion-MNIST model of the package), a diffusers
+            folder, or a hub id such as "google/ddpm-cifar10-32", which is downloaded once.
+        device: "cpu", "cuda" or "cuda:1".
+        dtype: of all weights that are not quantized.
+    Raises: FormatError if the folder is none of a pipeline, weights are missing, damaged or not finite, the download
+        failed, or there is no such device.
+    Cost: reads all weights, and looks at each once.
+    """
+    diffusers_host()
+    where = _device(device)
+    folder = _folder(model)
+    index = _index(folder)
+    _check_weight_files(folder)
+    parts = {name: _component(folder / name, kind, dtype) for name, kind in _models(index).items()}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, variant=_variant(folder), local_files_only=True, **parts
+        )
+    except _LOADING_ERRORS as error:
+        raise _damaged(folder, error) from error
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            _check_finite(folder / name, part)
+            align(part)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(where)
+
+
+def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One network of diffusers from its folder, quantized or not. Raises: FormatError as `load_pipeline` does."""
+    diffusers_host()
+    where = _device(device)
+    name = str(read_config(folder).get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+        raise FormatError(f"{folder / CONFIG}: expected a model of diffusers, got _class_name {name!r}. This "
+                          "diffusers has no such model. Copy the folder again, or update diffusers.")  # fmt: skip
+    _check_weight_files(folder)
+    model = _component(folder, kind, dtype)
+    _check_finite(folder, model)
+    align(model)
+    return model.to(where)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if (
+        device is None
+        or device.type not in ("cpu", "cuda")
+        or (device.type == "cuda" and not torch.cuda.is_available())
+    ):
+        known = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no CUDA device here)"
+        raise FormatError(
+            f"device: expected {known}, got {name!r}. Models run where torch finds them a place. Use cpu."
+        )
+    return device
+
+
+def _folder(model: str | Path) -> Path:
+    """The folder of a model: in the package, local, or downloaded from the hub."""
+    if str(model) in MODELS:
+        return model_folder(str(model))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    hub_id = isinstance(model, str) and _HUB_ID.fullmatch(model) and not path.exists() and not path.parent.is_dir()
+    if not hub_id:
+        got = "a file" if path.exists() else "no such folder"
+        raise FormatError(
+            f"{model}: expected {', '.join(map(repr, MODELS))}, a diffusers folder or a hub id, got {got}. A pipeline "
+            f"is a folder with {INDEX}. Write one with pipe.save_pretrained(folder)."
+        )
+    try:
+        return Path(DiffusionPipeline.download(str(model), use_safetensors=True))
+    except _LOADING_ERRORS as error:
+        raise FormatError(
+            f"{model}: expected a diffusers folder or a pipeline on the hub, got {_first_line(error)} There is no "
+            "folder of this name here, and the download failed. Check the name and the network."
+        ) from error
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise FormatError(
+            f"{folder}: expected a diffusers folder, got one without {INDEX}. It may hold a single model or another "
+            "format. Write it with pipe.save_pretrained(folder)."
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise FormatError(f"{path}: expected an object with _class_name, got none. The file is not a pipeline's index. "
+                          "Write the folder with pipe.save_pretrained(folder).")  # fmt: skip
+    return index
+
+
+def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
+    """The networks of diffusers among the components, by name."""
+    found: dict[str, type[ModelMixin]] = {}
+    for name, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and value[0] == "diffusers":
+            kind = getattr(diffusers, str(value[1]), None)
+            if isinstance(kind, type) and issubclass(kind, ModelMixin):
+                found[name] = kind
+    return found
+
+
+def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Module:
+    """One network; diffusers would start weights that the file lacks at random, with no more than a log line."""
+    try:
+        model, info = kind.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            variant=_variant(path),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except ModiffError as error:
+        raise FormatError(f"{path}: {error}") from error
+    except _LOADING_ERRORS as error:
+        raise _damaged(path, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise FormatError(
+            f"{path}: expected weights for every parameter, got none for {missing[0]} ({len(missing)} in all). The "
+            "file belongs to another config or was cut. Copy the folder again."
+        )
+    return model
+
+
+def _variant(folder: Path) -> str | None:
+    """ "fp16" where the weights come in half precision only, under the name that diffusers gives them."""
+    names = [path.name for path in folder.rglob("*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Open every weight file: a header that does not fit the file's length is a copy that was cut."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise FormatError(
+                f"{path}: expected a safetensors file, got {type(error).__name__}: {_first_line(error)} The file is "
+                "damaged or was cut while copied. Copy the folder again."
+            ) from error
+
+
+def _check_finite(where: Path, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise FormatError(
+                f"{where}: expected finite weights, got NaN or infinity in {name}. The training diverged or the file "
+                "is damaged. Copy the folder again."
+            )
+
+
+def _damaged(path: Path, error: Exception) -> FormatError:
+    return FormatError(
+        f"{path}: expected part of a diffusers pipeline, got {type(error).__name__}: {_first_line(error)} Something is "
+        "missing or damaged. Copy the folder again, or write it anew with pipe.save_pretrained(folder)."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a message, as a sentence."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if text.endswith(".") else f"{text}."

@@ -1,0 +1,141 @@
+"""Trajectories of a pipeline: what it must be told, the noise of each sample, and how often it evaluates."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from modiff.errors import ConfigError
+
+_VIDEO = ("num_frames", "frames")
+_KNOWN = ("prompt", "class_labels", "self")
+
+
+def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: int = 0) -> Callable[[int], object]:
+    """`run(i)` for `modiff.collect`: generates `batch` images from the noise of seed + i * batch, ... .
+
+    Pipelines that draw classes get classes drawn from all of them, evenly and anew in each run: activation ranges of
+    one class are not those of the others.
+
+    Raises: ConfigError if the pipeline needs a prompt, or other inputs.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "prompt" in parameters:
+        raise ConfigError(
+            f"{type(pipe).__name__}: expected run=, a function that generates from prompts, got none. Calibration "
+            "prompts should be like those that follow. Give run=lambda i: pipe(prompts[i], ...)."
+        )
+    labelled = "class_labels" in parameters
+    call_inputs(pipe, 1, prompt=None, label=0 if labelled else None)  # raises where more is needed
+
+    def run(index: int) -> object:
+        inputs: dict[str, Any] = {"batch_size": batch}
+        if labelled:
+            generator = torch.Generator().manual_seed(seed + index)
+            classes = pipe.transformer.config.num_embeds_ada_norm
+            inputs = {"class_labels": torch.randint(classes, (batch,), generator=generator).tolist()}
+        noise = noise_generators(seed, range(index * batch, (index + 1) * batch))
+        return pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np")
+
+    return run
+
+
+def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
+    """How often a trajectory of `steps` steps evaluates the network, in each context: 2 a step for Heun, one but last.
+
+    Raises: ConfigError where the scheduler wants to know more than the steps.
+    """
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    try:
+        scheduler.set_timesteps(steps)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(scheduler).__name__}: expected a scheduler that needs the number of steps alone, got one that asks "
+            f"for more ({error}). Its time steps depend on the image size. Give evaluations_per_run={steps}."
+        ) from error
+    return len(scheduler.timesteps)
+
+
+def noise_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """One generator for each sample, seeded with seed + index; to be given to a pipeline as `generator=`."""
+    return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
+
+
+def call_inputs(
+    pipe: DiffusionPipeline, count: int, *, prompt: str | Sequence[str] | None, label: int | Sequence[int] | None
+) -> dict[str, Any]:
+    """The arguments that make `pipe` generate `count` images of a prompt, of a class, or of what it was trained on.
+
+    Args:
+        prompt, label: one for all images, or `count` of them.
+    Raises: ConfigError if the pipeline needs a prompt, class or other input that is not given, takes none of what is
+        given, or makes videos.
+    """
+    name = type(pipe).__name__
+    parameters = inspect.signature(pipe.__call__).parameters
+    if any(video in parameters for video in _VIDEO):
+        raise ConfigError(
+            f"{name}: expected a pipeline that makes images, got one that makes videos. Frames have no place in a "
+            "folder of images. Call the pipeline from Python after modiff.apply(pipe, config)."
+        )
+    for given, parameter, option in ((prompt, "prompt", "--prompt TEXT"), (label, "class_labels", "--label N")):
+        if given is None and parameter in parameters:
+            raise ConfigError(
+                f"{name}: expected {option}, got none. This pipeline draws what it is told to. Add {option}."
+            )
+        if given is not None and parameter not in parameters:
+            raise ConfigError(
+                f"{name}: expected no {option}, got {_short(given)}. This pipeline takes none. Leave it out."
+            )
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [n for n in needed if n not in _KNOWN]
+    if needed:
+        raise ConfigError(
+            f"{name}: expected a pipeline that needs a prompt or a class at most, got one that needs "
+            f"{', '.join(needed)}. modiff does not invent inputs. Call the pipeline from Python."
+        )
+    if prompt is not None:
+        return {"prompt": [prompt] * count if isinstance(prompt, str) else list(prompt)}
+    if label is not None:
+        labels = [label] * count if isinstance(label, int) else label
+        return {"class_labels": [_checked_label(pipe, one) for one in labels]}
+    return {"batch_size": count}
+
+
+def _short(given: object) -> str:
+    """One value, or the first of many, with no end of text."""
+    text = repr(given if isinstance(given, str | int) or not isinstance(given, Sequence) else given[0])
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _checked_label(pipe: DiffusionPipeline, label: int) -> int:
+    classes = pipe.transformer.config.num_embeds_ada_norm
+    if not 0 <= label < classes:
+        raise ConfigError(
+            f"--label: expected 0 to {classes - 1}, got {label}. The model knows {classes} classes. Pick one."
+        )
+    return label
+
+
+def unconditional_run(pipe: DiffusionPipeline, steps: int, num_images: int, seed: int) -> Callable[[], object]:
+    """A function that generates `num_images` images with a pipeline that needs no prompt.
+
+    Raises: ConfigError if the pipeline needs one.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed or "batch_size" not in parameters or "prompt" in parameters:
+        raise ConfigError(
+            f"{type(pipe).__name__}: expected a pipeline without a prompt, got one that takes "
+            f"{', '.join(needed) or 'a prompt'}. modiff does not invent inputs. Give run=lambda: pipe(...)."
+        )
+
+    def run() -> object:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return pipe(batch_size=num_images, num_inference_steps=steps, generator=generator, output_type="np")
+
+    return run

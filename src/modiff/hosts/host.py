@@ -1,0 +1,145 @@
+"""The seam between modiff and whatever runs a denoiser: `Host`, its registry, and the host of plain modules."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modiff.checkpoint.module_folder import save_module
+from modiff.errors import ConfigError
+from modiff.hosts.names import BLOCK_CLASSES, DEFAULT_EXCLUDE, UNBATCHED, shortcut_splits
+from modiff.model.attach import attachment_of, eager
+from modiff.model.facts import NetworkFacts, facts_of, register_facts
+from modiff.model.trajectory import model_trajectory
+
+_MARK = "_modiff_class"
+
+
+class Host(NetworkFacts):
+    """What modiff must know of a kind of target. As it stands, it is the host of a torch module.
+
+    A host of one's own overrides what differs, and `register_host` makes it known:
+
+        class TextHost(Host):
+            generation = "generate"
+
+        register_host(lambda target: TextHost() if isinstance(target, TextModel) else None)
+
+    generation: name of the method of a target whose call is one trajectory, from then on that `apply` was called;
+        None where a loop of the user's is, inside `with modiff.trajectory(target):`.
+    """
+
+    default_exclude = DEFAULT_EXCLUDE
+    unbatched = UNBATCHED
+    block_classes = BLOCK_CLASSES
+    generation: str | None = None
+
+    def splits(self, network: nn.Module) -> dict[str, int]:
+        """Where a U-Net in diffusers' names concatenates its decoder's channels and a skip connection's."""
+        return shortcut_splits(network)
+
+    def networks(self, target: Any) -> dict[str, nn.Module]:
+        """The networks that a target evaluates at every step, by name. A finder must know these as well."""
+        if not isinstance(target, nn.Module):
+            raise ConfigError(
+                f"target: expected a diffusers pipeline or a torch module, got {type(target).__name__}. modiff works "
+                "on objects, not on names. Load it first, e.g. DiffusionPipeline.from_pretrained(folder)."
+            )
+        model = eager(target)
+        return {type(model).__name__: model}
+
+    def attach(self, target: Any) -> None:
+        """`apply` took layers of the target: let each call of `generation` be a trajectory."""
+        if self.generation is not None:
+            follow_generations(self, target, self.generation)
+
+    def detach(self, target: Any) -> None:
+        """Undo `attach`; nothing happens where it was not called."""
+        target.__class__ = getattr(type(target), _MARK, type(target))
+
+    def contexts(self, network: nn.Module) -> AbstractContextManager[None]:
+        """While the body runs, the host's own names for branches of guidance choose states too."""
+        return nullcontext()
+
+    def packed(self, network: nn.Module) -> None:
+        """The network holds integers for good from now on."""
+
+    def run(self, target: Any, *, steps: int, batch: int, seed: int) -> Callable[[int], object]:
+        """`run(i)` generates `batch` samples with the seeds of trajectory i. Raises: ConfigError if it cannot."""
+        raise ConfigError(
+            f"{type(target).__name__}: expected run=, a function that runs one trajectory, got none. A module alone "
+            "does not say how it is sampled. Give run=lambda: ..."
+        )
+
+    def evaluations(self, target: Any, steps: int) -> int:
+        """How often a trajectory of `steps` steps evaluates the network, in each context. Raises: as `run`."""
+        raise ConfigError(
+            f"{type(target).__name__}: expected evaluations_per_run=, got none. A module alone does not say how it is "
+            "sampled. Give the number of evaluations in a run, or the pipeline."
+        )
+
+    def save(self, target: Any, networks: list[nn.Module], folder: str | Path, max_shard_size: int) -> None:
+        """Write a target; `networks` are those of its networks that carry modiff."""
+        save_module(target, folder, max_shard_size=max_shard_size)
+
+
+def register_host(find: Callable[[Any], Host | None]) -> None:
+    """Make a host known. `find` returns it for the targets that are its own and their networks, None for others.
+
+    The finder that was registered last is asked first.
+    """
+    register_facts(find)
+
+
+def host_of(target: Any) -> Host:
+    """The host of a target, or of one of its networks: what the first finder says that knows it."""
+    host = facts_of(eager(target))
+    if not isinstance(host, Host):
+        raise ConfigError(
+            f"{type(target).__name__}: expected a modiff.Host of it, got {type(host).__name__}. A finder returned "
+            "something else. Let it return a Host, or None for targets that it does not know."
+        )
+    return host
+
+
+def networks_of(target: Any) -> dict[str, nn.Module]:
+    """The networks of a target by name. Raises: ConfigError if it is neither hosted nor a module."""
+    return host_of(target).networks(target)
+
+
+@contextmanager
+def trajectories(networks: dict[str, nn.Module]) -> Iterator[None]:
+    """One generation of all networks that carry modiff."""
+    with ExitStack() as stack:
+        for network in networks.values():
+            if attachment_of(network) is not None:
+                stack.enter_context(model_trajectory(network))
+        yield
+
+
+def follow_generations(host: Host, target: Any, method: str) -> None:
+    """Make every call of `target.method` a trajectory: states start empty and are freed at its end, also if it raises.
+
+    Python looks `__call__` up on the class, so the target gets a subclass of the same name that wraps the method.
+    """
+    if is_attached(target):  # modiff was taken off its networks one by one
+        return
+    kind = type(target)
+
+    @functools.wraps(getattr(kind, method))
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with trajectories(host.networks(self)):
+            return getattr(kind, method)(self, *args, **kwargs)
+
+    names = {method: call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, _MARK: kind}
+    target.__class__ = type(kind.__name__, (kind,), names)
+
+
+def is_attached(target: object) -> bool:
+    """Whether calls of the target's own method are trajectories."""
+    return _MARK in vars(type(target))
