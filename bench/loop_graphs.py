@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from modiff.model.attach import required_attachment
 from modiff.model.trajectory import model_trajectory
-from modiff.nn.buffers import Buffers
 from recordable import STEPS_BEFORE
 
 
@@ -37,6 +37,40 @@ def on_gpu(function: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
     return graph, output
 
 
+class KeptStates:
+    """The tensors that the states had when a step was recorded: those of later trajectories are moved into them.
+
+    version: grows whenever the states have other shapes, so that what was recorded with the old ones is void.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.attachment = required_attachment(network, "KeptStates")
+        self.tensors: list[Tensor] = []
+        self.version = 0
+
+    def take(self) -> None:
+        """Give the present states, once a step has made them all, the memory that is kept."""
+        present = {id(t): t for layer in self.attachment.layers.values() for t in layer.loop.tensors()}
+        present |= {id(t): t for t in self.attachment.clock.times()}
+        states = list(present.values())
+        if len(states) != len(self.tensors) or not all(map(_alike, states, self.tensors)):
+            self.tensors, self.version = [state.detach() for state in states], self.version + 1
+            return
+        for state, kept in zip(states, self.tensors, strict=True):
+            kept.copy_(state)
+            state.data = kept
+
+    def bytes_held(self) -> int:
+        """Of all tensors kept, in a trajectory or between two."""
+        return sum(storage.nbytes() for storage in {t.untyped_storage() for t in self.tensors})
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether x fits into the memory of y, and may be written there."""
+    kinds = [(t.shape, t.stride(), t.dtype, t.device, t.is_inference()) for t in (x, y)]
+    return kinds[0] == kinds[1]
+
+
 class Recorded:
     """A network of (x, t) whose steps are recorded: call it inside `begin()`, as often as the trajectory has steps.
 
@@ -45,7 +79,7 @@ class Recorded:
 
     def __init__(self, network: nn.Module, call: Callable[[Tensor, Tensor], Tensor], record: Record = on_gpu) -> None:
         self.network, self.call, self.record = network, call, record
-        self.buffers = Buffers()
+        self.kept = KeptStates(network)
         self.graph: Graph | None = None
         self.given: tuple[Tensor, Tensor] | None = None
         self.output: Tensor | None = None
@@ -55,7 +89,7 @@ class Recorded:
     def begin(self) -> Iterator[None]:
         """One trajectory."""
         self.step = 0
-        with model_trajectory(self.network, self.buffers):
+        with model_trajectory(self.network):
             yield
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -64,9 +98,11 @@ class Recorded:
         x, t = self._copied(x, t)
         if self.step <= STEPS_BEFORE:
             return self.call(x, t).clone()
-        if self.graph is None or self.output is None or self.version != self.buffers.version:
+        if self.step == STEPS_BEFORE + 1:
+            self.kept.take()
+        if self.graph is None or self.output is None or self.version != self.kept.version:
             self.graph, self.output = self.record(lambda: self.call(x, t))
-            self.version = self.buffers.version
+            self.version = self.kept.version
         self.graph.replay()
         return self.output.clone()
 

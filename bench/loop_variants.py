@@ -313,7 +313,7 @@ def modulated(parts: Parts) -> Ready:
     if unsupported := recording_unsupported(net):
         raise CannotRun(f"no CUDA graph can hold a step: {unsupported}")
     recorded = Recorded(net, step)
-    return Ready(parts.loop, recorded, recorded.begin, recorded.buffers.bytes_held)
+    return Ready(parts.loop, recorded, recorded.begin, recorded.kept.bytes_held)
 
 
 def gated(parts: Parts) -> Ready:

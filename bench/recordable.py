@@ -6,7 +6,7 @@ from torch import nn
 
 from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
-from modiff.nn.fixed_side import FixedSide
+from modiff.nn.loop.int16 import Int16Loop
 
 STEPS_BEFORE = 3
 """Evaluations of each context before one that may be recorded: the states start, moves appear, step sizes are known."""
@@ -16,8 +16,8 @@ def recording_unsupported(model: nn.Module) -> str:
     """Why a step must not be recorded and repeated; empty if it may be, after STEPS_BEFORE evaluations of a trajectory.
 
     A recorded step repeats its operators on the same memory. So states must change in place, which those on integers
-    do, nothing may wait for the device, and no count kept in Python may decide what runs. Between trajectories the
-    states must stay where they are: `modiff.trajectory(model, buffers)`.
+    do, nothing may wait for the device, and no count kept in Python may decide what runs. The states of later
+    trajectories must lie where they lay when the step was recorded: bench/loop_graphs.py moves them there.
     Raises: StateError if modiff was not applied to the model.
     """
     quantized_layers = required_attachment(model, "recording_unsupported").layers
@@ -37,9 +37,9 @@ def _unsupported(layer: ModulatedLayer) -> str:
         return "its scales are chosen by the time step, on the host"
     if modulation is None:
         return ""
-    if layer.integer is None:
+    if not layer.on_integers:
         return "it is simulated, and its states move to new tensors at every step"
-    if isinstance(layer.integer, FixedSide):
+    if isinstance(layer.loop, Int16Loop):
         return "int16 states ask at every step whether they outgrew 16 bits"
     if quantizer.config.refresh_every != 1:
         return f"its scales are measured at every {quantizer.config.refresh_every}th step"

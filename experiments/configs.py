@@ -10,7 +10,6 @@ from modiff.config import (
     Granularity,
     ModiffConfig,
     ModulationConfig,
-    Predictor,
     StateDtype,
 )
 
@@ -32,7 +31,7 @@ def coded(
 def looped(
     config: ModiffConfig,
     *,
-    predictor: Predictor = "hold",
+    predictor: str = "hold",
     gain: float = 1.0,
     first_step: FirstStep = "full_precision",
     rounds: int = 1,

@@ -1,12 +1,13 @@
 """Zero bits by a threshold, for study only: send nothing while the residual is small, else all of it or its codes.
 
-The recursion is the library's own (`core.modulation`, `nn.stream`); only the quantizer is replaced by one that may keep
+The recursion is the library's own (`core.recursion`, `nn.loop`); only the quantizer is replaced by one that may keep
 silent. What is not sent stays in the residual, so the law ô = A(â) + bias holds as ever, and a layer that keeps silent
 does no multiply-add: `Tally` counts those that ran.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from modiff.config import JsonConfig, ModulationConfig, check
 from modiff.core.affine import QParams
 from modiff.core.quantizer import Code, Quantizer
-from modiff.core.recursion import Message
+from modiff.core.recursion import Update
 from modiff.errors import ConfigError
 from modiff.kernels.input_fusion import InputFusion
 from modiff.model.attach import required_attachment
 from modiff.nn import Clock
-from modiff.nn.stream import Inputs, Stream
+from modiff.nn.loop.simulated import SimulatedInput
+from modiff.nn.operator import LayerSpec
+from modiff.nn.sharing import InputGroup, InputState
 
 Unit = Literal["layer", "block", "sample", "token"]
 
@@ -91,7 +94,8 @@ def skip_below(model: nn.Module, rule: SkipRule) -> Tally:
     for name, quantized in quantized_layers.items():
         if quantized.quantizer is not None and quantized.config.modulation is not None:
             quantizer = _SilentCoder(quantized.quantizer, rule, verdicts, block_of(name), quantized.clock)
-            quantized.inputs = _Inputs(quantizer, quantized.config.modulation, quantized.clock, name, tally)
+            make = functools.partial(_Input, quantized.spec, quantizer, quantized.config.modulation, tally)
+            quantized.inputs = _Inputs(make, quantized.clock)
     return tally
 
 
@@ -172,39 +176,26 @@ def _energy(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.double().square().sum(dims, keepdim=True)
 
 
-class _Inputs(Inputs):
-    """The input side of one layer: nothing is shared, so that every layer is counted by itself."""
+class _Inputs(InputGroup):
+    """The input states of one layer: nothing is shared, so that every layer is counted by itself."""
 
-    def __init__(
-        self, quantizer: _SilentCoder, config: ModulationConfig, clock: Clock, name: str, tally: Tally
-    ) -> None:
-        super().__init__(quantizer, config, clock)
-        self.silent, self.name, self.tally = quantizer, name, tally
-
-    def stream_for(self, x: Tensor, place: int | None = None) -> Stream:
-        """A stream of its own for each call."""
-        self.streams.append(_Stream(self))
-        return self.streams[-1]
+    def state_for(self, x: Tensor, read: int | None) -> InputState:
+        """One for each call."""
+        self.states.append(self.make())
+        return self.states[-1]
 
 
-class _Stream(Stream):
+class _Input(SimulatedInput):
     """Shows the quantizer the input that a residual belongs to, and counts what was sent."""
 
-    def __init__(self, inputs: _Inputs) -> None:
-        super().__init__(inputs.silent, inputs.config, inputs.clock)
-        self.silent, self.name, self.tally = inputs.silent, inputs.name, inputs.tally
+    def __init__(self, spec: LayerSpec, quantizer: _SilentCoder, config: ModulationConfig, tally: Tally) -> None:
+        super().__init__(spec, quantizer, config, quantizer.clock)
+        self.silent, self.tally = quantizer, tally
 
-    def read(
-        self,
-        where: str,
-        x: Tensor,
-        value: Tensor,
-        before: InputFusion | None = None,
-        place: int | None = None,
-    ) -> Message:
-        """The message for `x`, counted."""
-        self.silent.input = value if before is None else before.compute(value)
-        message = super().read(where, x, value, before, place)
+    def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """Encode `x`, counted."""
+        self.silent.input = self.prepared(x, fusion)
+        update = super().advance(x, fusion)
         self.silent.input = None
-        self.tally.add(self.name, x.shape[0], 1.0 if message.starts else self.silent.share, message.starts)
-        return message
+        self.tally.add(self.spec.name, x.shape[0], 1.0 if update.starts else self.silent.share, update.starts)
+        return update

@@ -81,9 +81,9 @@ def _states(lab: Lab, pipe: DiffusionPipeline, config: ModiffConfig, batch: int)
 def state_sides(model: nn.Module) -> tuple[int, int]:
     """Bytes of all input states and of all output states now; what layers share counts once."""
     quantized_layers = required_attachment(model, "state_sides").layers.values()
-    inputs = [t for quantized in quantized_layers for stream in quantized.streams.values() for t in stream.tensors()]
-    outputs = [state for quantized in quantized_layers for state in quantized.outputs.values()]
-    return _bytes(list(inputs)), _bytes([t for s in outputs for t in s])
+    inputs = [t for quantized in quantized_layers for m in quantized.loop.memories.values() for t in m.input.tensors()]
+    both = [t for quantized in quantized_layers for t in quantized.loop.tensors()]
+    return _bytes(list(inputs)), _bytes(list(both)) - _bytes(list(inputs))
 
 
 def _bytes(tensors: list[Tensor | None]) -> int:

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 from modiff.errors import ConfigError
 
 Granularity = Literal["auto", "tensor", "sample", "token", "input_channel"]
-Predictor = Literal["hold", "linear"]
 AnchorWeights = Literal["exact", "quantized"]
 ErrorCompensation = Literal["closed_loop", "none"]
 FirstStep = Literal["full_precision", "coded"]
@@ -23,6 +22,9 @@ WeightSearch = Literal["minmax", "mse"]
 Boundary = Literal["full_precision", "quantize"]
 Lowest = Literal["measured", "zero"]
 Execution = Literal["simulated", "integer"]
+
+PREDICTORS = ["hold", "linear"]
+"""The names that `ModulationConfig.predictor` may have; `register_predictor` adds to them."""
 
 
 def check(where: str, value: object, valid: bool, expected: str, hint: str) -> None:
@@ -191,7 +193,7 @@ class QuantizerConfig(JsonConfig):
 class ModulationConfig(JsonConfig):
     """The closed loop of a layer: how the next input is predicted and how the states are kept.
 
-    predictor: "hold" predicts the last input state; "linear" adds gain times its last move.
+    predictor: "hold" predicts the last input state; "linear" adds gain times its last move; or a registered name.
     gain: weight of that move, in (0, 1]; on uneven schedules it is scaled by the ratio of the step sizes, at most 1.
     error_compensation: "closed_loop" codes what the state does not hold yet; "none" codes the raw difference of two
         inputs, as in the paper's ablation: its errors add up, so it is for study only.
@@ -207,7 +209,7 @@ class ModulationConfig(JsonConfig):
         which become multiples of its grid; a state that outgrows its grid starts again.
     """
 
-    predictor: Predictor = "hold"
+    predictor: str = "hold"
     gain: float = 1.0
     error_compensation: ErrorCompensation = "closed_loop"
     first_step: FirstStep = "full_precision"
@@ -219,6 +221,9 @@ class ModulationConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check("ModulationConfig.predictor", self.predictor, self.predictor in PREDICTORS,
+              f"one of {', '.join(map(repr, PREDICTORS))}",
+              "Register others with modiff.register_predictor.")  # fmt: skip
         check("ModulationConfig.gain", self.gain, 0 < self.gain <= 1, "a gain in (0, 1]", "Above 1 the loop diverges.")
         check("ModulationConfig.rounds", self.rounds, 1 <= self.rounds <= 16, "1 to 16 rounds", "4 suffice at 4 bits.")
         check("ModulationConfig.reanchor_every", self.reanchor_every, self.reanchor_every >= 0, "0 or more steps",

@@ -49,7 +49,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, list[str], Any]
 
     def record(function: Callable[[], Tensor]) -> tuple[Undone, Tensor]:
         log.append("recorded")
-        before = [(tensor, tensor.clone()) for tensor in found.buffers._held.values()]
+        before = [(tensor, tensor.clone()) for tensor in found.kept.tensors]
         with (recorder := Recorder()):
             output = function()
         return Undone(recorder, before), output
@@ -79,7 +79,7 @@ def test_steps_are_recorded_once_and_repeated_in_every_trajectory(recorded: Any)
     for seed in (0, 1):
         assert_same_bits(run(loop, inputs(seed, 6)), expected(model, inputs(seed, 6)))
     assert log == ["evaluated"] * 3 + ["recorded", "evaluated"] + ["evaluated"] * 3
-    assert loop.buffers.bytes_held() > 0
+    assert loop.kept.bytes_held() > 0
 
 
 def test_another_batch_is_recorded_anew(recorded: Any) -> None:

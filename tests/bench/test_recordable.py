@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import modiff
+from loop_graphs import KeptStates
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, presets
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
 from modiff.model.attach import attachment_of
-from modiff.model.trajectory import model_trajectory, state_bytes
-from modiff.nn.buffers import Buffers
+from modiff.model.trajectory import state_bytes
 from recordable import STEPS_BEFORE, recording_unsupported
 from tests.bench.recorder import Recorder, Waits
 from tests.helpers import assert_same_bits
@@ -90,7 +90,7 @@ class Loop:
     """As `eager`, but steps after the first ones are recorded once and then repeated."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.kept = model, KeptStates(model)
         self.x, self.t = torch.zeros(SHAPE), torch.zeros(1)
         self.recorder: Recorder | None = None
         self.output: Tensor | None = None
@@ -107,6 +107,8 @@ class Loop:
     def _step(self, step: int) -> Tensor:
         if step < STEPS_BEFORE:
             return self.model(self.x, self.t)
+        if step == STEPS_BEFORE:
+            self.kept.take()
         if self.recorder is None:
             self.recorder = Recorder()
             with self.recorder:
@@ -118,18 +120,18 @@ class Loop:
 
 
 def places(model: nn.Module) -> list[int]:
-    return [t.data_ptr() for quantized in attachment_of(model).layers.values() for t in quantized.state_tensors()]
+    return [t.data_ptr() for quantized in attachment_of(model).layers.values() for t in quantized.loop.tensors()]
 
 
 @pytest.mark.parametrize("config", GOOD.values(), ids=GOOD)
 def test_a_recorded_step_is_repeated_bit_for_bit_in_this_trajectory_and_the_next(config: ModiffConfig) -> None:
-    model, buffers = built(config), Buffers()
+    model = built(config)
     assert recording_unsupported(model) == ""
     loop = Loop(model)
     for seed in (0, 1):
         with modiff.trajectory(model):
             expected = eager(model, *inputs(seed))
-        with model_trajectory(model, buffers):
+        with modiff.trajectory(model):
             found = loop(*inputs(seed))
         assert_same_bits(torch.stack(found), torch.stack(expected))
     assert len({tuple(x.flatten().tolist()) for x in expected}) == STEPS
@@ -142,51 +144,41 @@ def test_what_is_refused_could_not_have_been_repeated(config: ModiffConfig, mess
     with modiff.trajectory(model):
         expected = eager(model, *inputs(0))
     try:
-        with model_trajectory(model, Buffers()):
+        with modiff.trajectory(model):
             found = Loop(model)(*inputs(0))
     except Waits:
         return
     assert not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_buffers_keep_the_states_where_they_are_and_trajectories_without_them_free_theirs() -> None:
-    model, buffers = built(GOOD["linear predictor"]), Buffers()
-    seen = []
+def test_states_are_moved_to_where_they_were_recorded_and_freed_otherwise() -> None:
+    model = built(GOOD["linear predictor"])
+    kept, seen = KeptStates(model), []
     for _ in range(2):
-        with model_trajectory(model, buffers):
+        with modiff.trajectory(model):
             eager(model, *inputs(0))
+            kept.take()
             seen.append(places(model))
-            version = buffers.version
         assert state_bytes(model) == 0
     assert seen[0] == seen[1]
-    assert len(seen[0]) == 20, "five layers, two sides, value and move"
-    assert buffers.version == version
-    assert buffers.bytes_held() > 0
+    assert len(seen[0]) == 20, "five layers, input and output, value and move"
+    assert kept.version == 1
+    assert kept.bytes_held() > 0
     with modiff.trajectory(model):
         eager(model, *inputs(0))
         assert not set(places(model)) & set(seen[0])
 
 
-def test_another_batch_takes_new_places_and_a_higher_version() -> None:
-    model, buffers = built(GOOD["as published"]), Buffers()
-    xs, ts = inputs(0)
-    with model_trajectory(model, buffers):
-        eager(model, xs, ts)
-    version = buffers.version
-    with model_trajectory(model, buffers):
-        found = eager(model, [x[:1] for x in xs], ts)
-    assert buffers.version > version
-    with modiff.trajectory(model):
-        assert_same_bits(torch.stack(found), torch.stack(eager(model, [x[:1] for x in xs], ts)))
-
-
-def test_tensors_of_inference_mode_are_not_written_outside_of_it() -> None:
-    model, buffers = built(GOOD["as published"]), Buffers()
-    with torch.inference_mode(), model_trajectory(model, buffers):
-        expected = [x.clone() for x in eager(model, *inputs(0))]
-    for _ in range(2):
-        with model_trajectory(model, buffers):
-            assert_same_bits(torch.stack(eager(model, *inputs(0))), torch.stack(expected))
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_states_of_another_kind_take_new_places_and_a_higher_version(mode: Any) -> None:
+    model = built(GOOD["as published"])
+    kept, (xs, ts) = KeptStates(model), inputs(0)
+    batches = (xs, [x[:1] for x in xs] if mode is torch.no_grad else xs)
+    for version, (context, batch) in enumerate(zip((mode, torch.no_grad), batches, strict=True), 1):
+        with context(), modiff.trajectory(model):
+            eager(model, batch, ts)
+            kept.take()
+        assert kept.version == version
 
 
 def test_while_scales_are_measured_nothing_may_be_recorded() -> None:

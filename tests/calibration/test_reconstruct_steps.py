@@ -132,4 +132,4 @@ def test_residual_steps_without_measured_scales_start_at_the_widest_residual():
     first = report.units[0].name
     for mine, theirs in zip(learned[first], layers_of(model)[first].quantizer.static, strict=True):
         assert_within(mine.scale, theirs.scale, 1e-6)
-    assert all(len(learned[name]) == (2 if quantized.split else 1) for name, quantized in layers_of(model).items())
+    assert all(len(learned[name]) == (2 if quantized.spec.split else 1) for name, quantized in layers_of(model).items())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modiff import ModulationConfig, QuantizerConfig
 from modiff.core.quantizer import Code, Quantizer
-from modiff.core.recursion import Message, State, accumulate, encode
+from modiff.core.recursion import State, Update, accumulate, encode
 
 WEIGHT = torch.randn(5, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 BIAS = torch.tensor([3.0, -1.0, 0.5, 10.0, 0.0], dtype=torch.float64)
@@ -34,7 +34,7 @@ class Affine:
 
 
 class Took(NamedTuple):
-    message: Message
+    update: Update
     input: State
     output: State
 
@@ -59,7 +59,7 @@ def modulate(
         if modulation.reanchor_every and t % modulation.reanchor_every == 0:
             a = None
         ratio = 1.0 if sizes is None or t < 2 else sizes[t] / sizes[t - 1]
-        message, a = encode(x, a, quantizer, modulation, ratio)
-        o = accumulate(message, o, operator, modulation)
-        took.append(Took(message, a, o))
+        update, a = encode(x, a, quantizer, modulation, ratio)
+        o = accumulate(update, o, operator, modulation)
+        took.append(Took(update, a, o))
     return took

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.core.observers import MinMaxObserver
+from modiff.core.predictors import Linear
 from modiff.core.quantizer import Quantizer
-from modiff.core.recursion import encode, encode_plain, output_of, step_gain
+from modiff.core.recursion import encode, encode_plain, output_of
 from tests.core.loop import BIAS, WEIGHT, Affine, modulate
 from tests.helpers import assert_same_bits, assert_within, drifting, worst
 from tests.recipes import recipe_for
@@ -56,9 +57,9 @@ def test_codes_and_states_equal_the_reference_at_every_step(inputs, layer, segme
     took = modulate(inputs, activation, modulation, segments=segments, granularity=granularity, sizes=sizes)
     for ours, theirs in zip(took, expected, strict=True):
         if theirs.sent is None:
-            assert ours.message.codes == ()
+            assert ours.update.codes == ()
         else:
-            codes = torch.cat([codes for codes, _ in ours.message.codes[-1].parts], -1)
+            codes = torch.cat([codes for codes, _ in ours.update.codes[-1].parts], -1)
             assert_same_bits(codes, theirs.sent.codes.to(torch.int8))
         assert_within(ours.input.value, theirs.input_state, 1e-9)
         assert_within(ours.output.value, theirs.output_state, 1e-9)
@@ -67,14 +68,14 @@ def test_codes_and_states_equal_the_reference_at_every_step(inputs, layer, segme
 def test_every_kind_of_step_sends_what_it_should():
     inputs = drifting(0, SHAPE, 5, 0.1)
     took = modulate(inputs, QuantizerConfig(bits=4), double(reanchor_every=3))
-    assert [t.message.anchor is not None for t in took] == [True, False, False, True, False]
-    assert [len(t.message.codes) for t in took] == [0, 1, 1, 0, 1]
-    assert [t.message.starts for t in took] == [True, False, False, True, False]
+    assert [t.update.anchor is not None for t in took] == [True, False, False, True, False]
+    assert [len(t.update.codes) for t in took] == [0, 1, 1, 0, 1]
+    assert [t.update.starts for t in took] == [True, False, False, True, False]
     rounds = modulate(inputs, QuantizerConfig(bits=4), double(first_step="coded", rounds=3))
-    assert [len(t.message.codes) for t in rounds] == [3, 1, 1, 1, 1]
-    assert all(t.message.anchor is None for t in rounds)
+    assert [len(t.update.codes) for t in rounds] == [3, 1, 1, 1, 1]
+    assert all(t.update.anchor is None for t in rounds)
     nothing = modulate(inputs, QuantizerConfig(bits=0), double())
-    assert [len(t.message.codes) for t in nothing] == [0] * 5
+    assert [len(t.update.codes) for t in nothing] == [0] * 5
     assert all(torch.equal(t.output.value, nothing[0].output.value) for t in nothing)
 
 
@@ -169,7 +170,7 @@ def test_invariant_6_a_coded_start_meets_the_exact_one_with_compensation_and_nev
         gaps[compensation] = [worst(b.output.value, a.output.value) for a, b in zip(*starts, strict=True)]
         if compensation == "closed_loop":  # both lie within half a step of a_t
             for t in range(3, 12):
-                steps = [float(s[t].message.codes[0].parts[0][1].scale) for s in starts]
+                steps = [float(s[t].update.codes[0].parts[0][1].scale) for s in starts]
                 assert gaps[compensation][t] <= REACH * sum(steps) / 2 + 1e-9
     assert gaps["closed_loop"][-1] < gaps["closed_loop"][0] / 4
     assert gaps["none"] == pytest.approx([gaps["none"][0]] * 12, rel=1e-9)  # the same codes follow both starts
@@ -257,12 +258,13 @@ def test_the_linear_predictor_follows_a_ramp_and_hold_lags():
 
 
 def test_the_gain_follows_the_step_sizes_and_stops_at_one():
-    config = ModulationConfig(predictor="linear", gain=0.8)
-    assert step_gain(config, 0.5) == pytest.approx(0.4)
-    assert step_gain(config, 2.0) == 1.0
-    assert step_gain(config, torch.tensor([0.5])).tolist() == pytest.approx([0.4])
-    assert step_gain(config, torch.tensor([7.0])).tolist() == [1.0]
-    assert step_gain(config, -1.0) == 0.0
+    linear = Linear()
+    assert linear.weights(1, 0.8, 0.5) == pytest.approx((0.4,))
+    assert linear.weights(1, 0.8, 2.0) == (1.0,)
+    assert linear.weights(1, 0.8, torch.tensor([0.5]))[0].tolist() == pytest.approx([0.4])
+    assert linear.weights(1, 0.8, torch.tensor([7.0]))[0].tolist() == [1.0]
+    assert linear.weights(1, 0.8, -1.0) == (0.0,)
+    assert linear.weights(0, 0.8, 1.0) == ()
 
 
 def test_after_an_anchor_the_move_before_it_is_forgotten():
@@ -277,8 +279,8 @@ def test_hold_keeps_one_tensor_for_each_side_and_linear_two():
     inputs = drifting(0, SHAPE, 3, 0.1)
     hold = modulate(inputs, QuantizerConfig(bits=4), double())[-1]
     linear = modulate(inputs, QuantizerConfig(bits=4), double(predictor="linear"))[-1]
-    assert (hold.input.move, hold.output.move) == (None, None)
-    assert_within(linear.input.move @ WEIGHT.T, linear.output.move, 1e-12)
+    assert (hold.input.moves, hold.output.moves) == ((), ())
+    assert_within(linear.input.moves[0] @ WEIGHT.T, linear.output.moves[0], 1e-12)
 
 
 def test_a_batch_permuted_is_the_result_permuted_with_a_scale_per_sample():

@@ -328,7 +328,7 @@ def test_model_totals_are_sums_over_layers_with_the_bits_of_each():
         (lambda: layer_cost().bops(-1, 4), "bits: expected None or 0 to 32, got -1"),
         (lambda: layer_cost().weight_bytes(33), "bits: expected None or 0 to 32, got 33"),
         (lambda: layer_cost().trajectory_bops(8, 4, 0), "steps: expected 1 or more, got 0"),
-        (lambda: layer_cost().state_bytes(4, "cubic"), "predictor: expected 'hold' or 'linear', got 'cubic'"),
+        (lambda: layer_cost().state_bytes(4, "cubic"), "predictor: expected one of hold, linear, got 'cubic'"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

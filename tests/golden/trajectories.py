@@ -125,6 +125,6 @@ def _states(model: nn.Module, watched: list[str]) -> Iterator[tuple[str, Tensor]
     """The first sample's states; plain layers have none."""
     for name in watched:
         layer = required_attachment(model, "golden").layers[name]
-        if layer.outputs:
+        if layer.loop.memories:
             yield f"{name}.input", layer.state.input[0].float()
             yield f"{name}.output", layer.state.output[0].float()

@@ -55,11 +55,11 @@ def worst_break_of_the_law(model: nn.Module) -> float:
     """max over layers and contexts of ||ô - (A(â) + bias)|| / ||ô||, in float64."""
     worst = 0.0
     for layer in layers_of(model).values():
-        for key, output in layer.outputs.items():
-            state = layer.streams[key].state.value.double()
+        for memory in layer.loop.memories.values():
+            state, output = memory.input.state.value.double(), memory.output
             weight = layer.quantized_weight.dense(layer.weight, torch.float64)
             bias = None if layer.bias is None else layer.bias.double()
-            worst = max(worst, error(output.value, layer.operator(state, weight, bias)))
+            worst = max(worst, error(output.value, layer.spec.operate(state, weight, bias)))
     return worst
 
 
@@ -91,7 +91,7 @@ def test_the_law_holds_the_second_call_equals_the_first_and_states_are_freed(hos
     first = host.call(pipe)
     assert len(broken) == 4 * host.calls_per_step
     assert max(broken) < 1e-5  # float32 states: each step adds a rounding of 6e-8 times the growth of the sum
-    assert all(not layer.outputs and not layer.streams for layer in layers_of(model).values())
+    assert all(not layer.loop.memories for layer in layers_of(model).values())
     assert torch.equal(host.call(pipe), first)
     assert 0 < error(first, plain) < 0.1  # four steps of a random network: far apart, and nothing damps an error
     host.call(pipe, batch=2, steps=2)  # another batch size in the next call
@@ -131,7 +131,7 @@ def test_guidance_in_two_calls_has_states_for_either_branch(name: str) -> None:
     modiff.apply(pipe, modiff.presets.w8a4())
     model = denoiser_of(host, pipe)
     layer = next(iter(layers_of(model).values()))
-    contexts = watch(model, lambda: {context for context, _ in layer.outputs})
+    contexts = watch(model, lambda: {context for context, _ in layer.loop.memories})
     host.call(pipe, steps=2)
     assert contexts[0] == {"cond"}
     assert contexts[1:] == [{"cond", "uncond"}] * 3
@@ -145,7 +145,7 @@ def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(ver
     with pytest.raises(StateError):
         verb(pipe, 4, run=lambda: None)
     layer = next(iter(layers_of(denoiser_of(host, pipe)).values()))
-    contexts = watch(denoiser_of(host, pipe), lambda: {context for context, _ in layer.outputs})
+    contexts = watch(denoiser_of(host, pipe), lambda: {context for context, _ in layer.loop.memories})
     host.call(pipe, steps=2)
     assert contexts[-1] == {"cond", "uncond"}
 
@@ -203,14 +203,14 @@ def test_a_pipeline_that_raises_frees_its_states_and_runs_again() -> None:
 
     def stop(_pipe: Any, step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 2:
-            held.append(any(layer.outputs for layer in layers))
+            held.append(any(layer.loop.memories for layer in layers))
             raise KeyboardInterrupt
         return values
 
     with pytest.raises(KeyboardInterrupt):
         host.call(pipe, callback_on_step_end=stop)
     assert held == [True]
-    assert all(not layer.outputs and not layer.streams for layer in layers)
+    assert all(not layer.loop.memories for layer in layers)
     assert torch.equal(host.call(pipe), first)
 
 

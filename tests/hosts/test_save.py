@@ -162,7 +162,7 @@ def test_the_state_of_a_loaded_pipeline_ends_with_each_call(tmp_path):
         expected = host.call(loaded, steps=3)
         attachment = attachment_of(loaded.unet)
         assert not attachment.clock.active
-        assert not any(quantized.state_tensors() for quantized in attachment.layers.values())
+        assert not any(quantized.loop.tensors() for quantized in attachment.layers.values())
 
         def broken(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
@@ -183,7 +183,7 @@ def test_guidance_in_two_calls_keeps_two_states_natively(tmp_path):
     native = natively(tmp_path / "saved")
     seen = []
     layer = next(iter(attachment_of(native.transformer).layers.values()))
-    layer.register_forward_hook(lambda *_: seen.append(set(layer.outputs)))
+    layer.register_forward_hook(lambda *_: seen.append(set(layer.loop.memories)))
     host.call(native)
     assert max(map(len, seen)) == 2
     assert {context for context, _ in seen[-1]} == {"cond", "uncond"}

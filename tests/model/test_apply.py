@@ -104,12 +104,12 @@ def test_the_published_gain_shows_and_compensation_carries_it():
 
 def test_shared_residuals_change_nothing_but_the_number_of_codings(monkeypatch):
     from modiff.core import recursion as modulation
-    from modiff.nn import stream
+    from modiff.nn import sharing
 
     counts, outputs = {}, {}
     for share in ("auto", "off"):
         calls = []
-        monkeypatch.setattr(stream, "encode", lambda *a, calls=calls: calls.append(1) or modulation.encode(*a))
+        monkeypatch.setattr(sharing, "encode", lambda *a, calls=calls: calls.append(1) or modulation.encode(*a))
         model = toy()
         config = dataclasses.replace(activations_only(4), share_residuals=share)
         report = modiff.apply(model, config)
@@ -140,10 +140,10 @@ def test_a_u_net_s_concatenations_are_split_where_the_skip_begins():
     report = modiff.apply(model, activations_only(4))
     found = quantized_layers(model)
     for name, layer in found.items():
-        assert layer.split == SPLITS.get(name)
+        assert layer.spec.split == SPLITS.get(name)
     assert all(e.reason.startswith(f"split at {SPLITS[e.name]}") for e in report.taken if e.name in SPLITS)
     assert any(e.name in SPLITS for e in report.taken)
-    assert all(len(layer.quantizer.segments) == (2 if layer.split else 1) for layer in found.values())
+    assert all(len(layer.quantizer.segments) == (2 if layer.spec.split else 1) for layer in found.values())
 
 
 def test_the_skip_channels_really_lie_behind_the_split():
@@ -159,7 +159,7 @@ def test_the_skip_channels_really_lie_behind_the_split():
 def test_splitting_can_be_turned_off():
     model = toy_unet()
     report = modiff.apply(model, dataclasses.replace(activations_only(4), split_shortcuts="off"))
-    assert all(layer.split is None for layer in quantized_layers(model).values())
+    assert all(layer.spec.split is None for layer in quantized_layers(model).values())
     assert not any("split" in e.reason for e in report.taken)
 
 

@@ -119,9 +119,9 @@ def test_the_end_frees_the_states():
     model = automatic_toy()
     sample(model)
     layer = model.body
-    assert layer.state_tensors()
+    assert layer.loop.tensors()
     attachment_of(model).automatic.end()
-    assert layer.state_tensors() == []
+    assert layer.loop.tensors() == []
     assert not attachment_of(model).clock.active
 
 

@@ -112,7 +112,7 @@ def test_the_halves_of_a_split_input_have_scales_of_their_own():
 
     modiff.calibrate(model, trajectory)
     for name, quantized in attachment_of(model).layers.items():
-        assert len(quantized.quantizer.static) == (2 if quantized.split else 1), name
+        assert len(quantized.quantizer.static) == (2 if quantized.spec.split else 1), name
     decoder, skip = (float(q.scale) for q in model.up_blocks[1].resnets[1].conv1.quantizer.static)
     assert skip > 2 * decoder
 

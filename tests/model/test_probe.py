@@ -106,7 +106,7 @@ def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was()
         outputs = sample(model)
         assert attachment_of(model) is not None
     assert [probe.name for probe in probes] == list(TAKEN)
-    assert [probe.layers[0].split for probe in probes] == [5, None, None, None, None]
+    assert [probe.layers[0].spec.split for probe in probes] == [5, None, None, None, None]
     assert all(0 < probe.errors()[0] < 0.5 for probe in probes)
     assert set(model.__dict__) == attributes
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())

@@ -61,7 +61,7 @@ def test_removing_inside_a_trajectory_frees_the_states_and_leaves_a_plain_model(
     with modiff.trajectory(model):
         sample(model, steps=2)
         modiff.remove(model)
-        assert layer.state_tensors() == []
+        assert layer.loop.tensors() == []
         plainly = sample(model)
     for a, b in zip(plainly, sample(toy()), strict=True):
         assert_same_bits(a, b)

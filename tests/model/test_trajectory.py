@@ -14,7 +14,7 @@ from tests.model.toys import activations_only, sample, toy
 
 
 def states(model: nn.Module) -> int:
-    return sum(len(quantized.state_tensors()) for quantized in attachment_of(model).layers.values())
+    return sum(len(quantized.loop.tensors()) for quantized in attachment_of(model).layers.values())
 
 
 def applied(config=None) -> nn.Module:

@@ -15,8 +15,7 @@ from torch.nn import functional
 import modiff
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.kernels.input_fusion import InputFusion
-from modiff.nn import fusion, traced
-from modiff.nn.conv import ModulatedConv2d
+from modiff.nn import ModulatedConv2d, fusion, traced
 from modiff.nn.layer import ModulatedLayer
 from tests.helpers import assert_within, drifting
 from tests.nn.fusing import BLOCKS, PLAIN, W8A8, Model, conv_block, fused, made, taken
@@ -119,9 +118,9 @@ def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_n
             compiled(first)
             calls.clear()
             compiled(second)
-            assert len({id(stream) for layer in layers(model) for stream in layer.streams.values()}) == len(norms) + (
-                block == "conv"
-            )
+            assert len({id(memory.input) for layer in layers(model) for memory in layer.loop.memories.values()}) == len(
+                norms
+            ) + (block == "conv")
         assert sorted(calls) == norms
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import modiff
 from modiff.kernels import native
-from modiff.nn import fusion, source, traced
+from modiff.nn import fusion, sharing, traced
 from modiff.nn.layer import ModulatedLayer
 from tests.helpers import assert_within, drifting
 from tests.nn.fusing import W8A8, Model, fused, taken
@@ -67,7 +67,7 @@ def written_by_position(m: Any, x: Tensor) -> Tensor:
 def states(model: nn.Module) -> int:
     """How many input states there are."""
     layers = [m for m in model.modules() if isinstance(m, ModulatedLayer)]
-    return len({id(stream) for layer in layers for stream in layer.streams.values()})
+    return len({id(memory.input) for layer in layers for memory in layer.loop.memories.values()})
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -105,7 +105,7 @@ def test_what_several_layers_read_has_a_number_unless_it_is_written_between(call
 
 
 def test_with_numbers_no_bytes_are_compared(monkeypatch):
-    monkeypatch.setattr(source, "fingerprint", lambda _: pytest.fail("a pass over memory"))
+    monkeypatch.setattr(sharing, "fingerprint", lambda _: pytest.fail("a pass over memory"))
     model = made(one_view)
     compiled = fused(model, [])
     with torch.no_grad(), modiff.trajectory(model):
@@ -163,5 +163,5 @@ def test_one_object_that_holds_another_tensor_is_another_tensor(step):
                 y.numpy()[...] += 1
             found = traced.layer(k.clock.token, y, k.number)
             q.clock.returned()
-        exact = k.affine(y)
+        exact = k.operator.affine(y)
     assert_within(found, exact, 0.05 * float(exact.abs().max()))

@@ -13,8 +13,9 @@ import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
+from modiff.nn.operator import LayerOperator
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.nn.test_integer import LAYERS, integer, output_bound, walk
+from tests.nn.loop.test_integer import LAYERS, integer, output_bound, walk
 from tests.recipes import play, quantized, randomised
 
 W4 = WeightConfig(bits=4)
@@ -38,14 +39,14 @@ def in_float64(modulation: ModulationConfig) -> ModulationConfig:
 
 
 def bias_free(layer: ModulatedLayer, x: Tensor, weight: Tensor) -> Tensor:
-    return layer.operator(x.double(), weight, None)
+    return layer.spec.operate(x.double(), weight, None)
 
 
 def law(layer: ModulatedLayer, state: Tensor, anchor: Tensor) -> Tensor:
     """A_q(â_t) + (A - A_q)(a_anchor) + bias in float64."""
     exact = layer.quantized_weight.floats(layer.weight).double()
     rounded = layer.quantized_weight.dense(layer.weight, torch.float64)
-    zero = layer.affine(torch.zeros_like(state, dtype=torch.float64))
+    zero = layer.operator.affine(torch.zeros_like(state, dtype=torch.float64))
     return bias_free(layer, state, rounded) + bias_free(layer, anchor, exact - rounded) + zero
 
 
@@ -89,7 +90,7 @@ def test_quantized_anchors_give_the_papers_law(modulation):
     """A coded first step has no input in full precision to multiply: its codes meet the quantized weight."""
     ours = quantized(randomised(nn.Linear(16, 6)).double(), config_of(in_float64(modulation)))
     for _, state, held in play(ours, walk((2, 5, 16), 5, torch.float64)):
-        assert_within(held, ours.affine(state), 1e-12)
+        assert_within(held, ours.operator.affine(state), 1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- on integers
@@ -101,7 +102,7 @@ def test_integers_follow_the_simulation_from_exact_anchors(layer, loop):
     make, shape, split = LAYERS[layer]
     original, inputs = randomised(make()), walk(shape, 7)
     ours = quantized(original, integer(config_of(LOOPS[loop])), split)
-    assert ours.integer is not None
+    assert ours.on_integers
     simulated = play(quantized(original, config_of(LOOPS[loop]), split), inputs)
     for step, ((_, state, held), (_, its_state, its_held)) in enumerate(
         zip(play(ours, inputs), simulated, strict=True)
@@ -130,7 +131,7 @@ def test_int16_states_that_outgrow_their_grid_anchor_with_the_exact_weight():
     took = play(ours, inputs)
     with torch.no_grad():
         exact = [float((held - original(state)).norm() / held.norm()) for _, state, held in took]
-    rounded = [float((held - ours.affine(state)).norm() / held.norm()) for _, state, held in took]
+    rounded = [float((held - ours.operator.affine(state)).norm() / held.norm()) for _, state, held in took]
     assert min(exact[1:]) < 1e-3
     assert min(rounded) > 0.02
 
@@ -194,17 +195,17 @@ def test_the_law_holds_for_shared_residuals_and_staggered_anchors(every, stagger
                 assert_within(output, law(layers[name], state, steps[last][name][0]), 1e-12)
 
 
-def test_each_step_another_share_of_the_layers_anchors_and_those_that_share_an_input_stay_together():
+def test_each_step_another_share_of_the_layers_anchors_and_those_that_share_an_input_stay_together(monkeypatch):
     model = network()
     states_of(model, ModulationConfig(reanchor_every=3), 1)
     layers = required_attachment(model, "test").layers
     anchored: list[set[str]] = []
+    anchor = LayerOperator.anchor
+    monkeypatch.setattr(LayerOperator, "anchor", lambda self, x: (anchored[-1].add(self.spec.name), anchor(self, x))[1])
     with torch.no_grad(), modiff.trajectory(model):
         for step, x in enumerate(drifting(0, (2, 3, 16), 7, 0.1)):
-            for layer in layers.values():
-                layer.alone = False  # keeps the message
+            anchored.append(set())
             model(x)
-            anchored.append({n for n, la in layers.items() if la.streams["default", 0].message.starts})
             assert step == 0 or len(anchored[-1]) == 4
     assert anchored[0] == set(layers)
     assert anchored[1] == anchored[4] == {"0.out", "2.q", "2.k", "2.v"}

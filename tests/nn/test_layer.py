@@ -106,19 +106,19 @@ def test_a_layer_called_twice_in_an_evaluation_has_two_states(kind):
         for inputs, results in zip(runs, expected, strict=True):
             assert_same_bits(layer(inputs[t]), results[t][0])
         layer.clock.returned()
-    assert len(layer.state_tensors()) == 4
+    assert len(layer.loop.tensors()) == 4
 
 
 def test_states_are_there_during_a_trajectory_and_freed_at_its_end(kind):
     layer, inputs = quantized(KINDS[kind][0](), CONFIG, name="up"), walk(kind)
-    assert layer.state_tensors() == []
+    assert layer.loop.tensors() == []
     layer.clock.start()
     for x in inputs:
         evaluate(layer, x)
-    assert [t.shape[0] for t in layer.state_tensors()] == [3, 3]
+    assert [t.shape[0] for t in layer.loop.tensors()] == [3, 3]
     layer.clock.stop()
-    assert layer.state_tensors() == []
-    assert layer.inputs.streams == []
+    assert layer.loop.tensors() == []
+    assert layer.inputs.states == []
     with pytest.raises(StateError, match="up: expected states, got none"):
         _ = layer.state
 
@@ -130,7 +130,7 @@ def test_the_linear_predictor_keeps_the_moves_as_well(kind):
     counts = []
     for x in walk(kind, 3):
         evaluate(layer, x)
-        counts.append(len(layer.state_tensors()))
+        counts.append(len(layer.loop.tensors()))
     assert counts == [2, 4, 4]
 
 

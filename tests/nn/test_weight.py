@@ -353,7 +353,7 @@ def test_fixed_codes_serve_a_layer_over_many_trajectories_and_copies():
         for _ in range(2):
             modulated.clock.start()
             copied.clock.active = True
-            copied.forget()
+            copied.loop.forget()
             expected = x.double() @ (parts[0][0].double() * parts[0][1].scale.double()).T
             assert_within(evaluate(copied, x), expected, 1e-5)
             modulated.clock.stop()

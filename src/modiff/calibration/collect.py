@@ -29,7 +29,7 @@ from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.nn import Clock
-from modiff.nn.source import version_of
+from modiff.nn.sharing import version_of
 
 
 def record_calls(

@@ -41,7 +41,7 @@ class Layout:
     def of(cls, model: nn.Module) -> Self:
         """The layout of a model as it is now. Raises: StateError if modiff was not applied to it."""
         attachment = required_attachment(model, "save")
-        layers = {name: Layer(quantized.config, quantized.split) for name, quantized in attachment.layers.items()}
+        layers = {name: Layer(quantized.config, quantized.spec.split) for name, quantized in attachment.layers.items()}
         scales = {
             name: tuple(sorted(quantizer.state_dict_tensors())) for name, quantizer in quantizers_of(model).items()
         }

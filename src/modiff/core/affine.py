@@ -5,6 +5,7 @@ One convention everywhere: code = clamp(round(x / scale) + zero_point, qmin, qma
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class QParams(NamedTuple):
     zero_point: Tensor | None
 
 
+@functools.cache
 def qrange(bits: int) -> tuple[int, int]:
     """Smallest and largest signed code, (-2^(b-1), 2^(b-1) - 1).
 
@@ -37,6 +39,7 @@ def qrange(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+@functools.cache
 def reduced_dims(dims: int, granularity: Granularity, channel_dim: int) -> tuple[int, ...]:
     """The axes of a tensor of `dims` axes that share one scale.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,27 +15,22 @@ from modiff.core.step_sets import Moment, grouped, set_of
 from modiff.errors import CalibrationError, ConfigError
 
 
-class Coded(Protocol):
-    """One round of integers, in whatever form: a layer can always ask what they stand for."""
+class Code:
+    """The integers that one step sends for one tensor, one pair for each run of its channels.
 
-    def value(self) -> Tensor:
-        """The values, in the shape of the residual."""
-        ...
-
-
-class Code(NamedTuple):
-    """The integers that one step sends for one tensor, one part for each segment of its channels.
-
-    parts: (int8 codes, their scale and zero point); the parts lie side by side along `channel_dim`.
+    parts: (int8 codes, their scale and zero point); they lie next to each other along `channel_dim`.
     """
 
-    parts: tuple[tuple[Tensor, QParams], ...]
-    channel_dim: int
+    def __init__(self, parts: tuple[tuple[Tensor, QParams], ...], channel_dim: int) -> None:
+        self.parts, self.channel_dim = parts, channel_dim
+        self._value: Tensor | None = None
 
     def value(self) -> Tensor:
-        """What the codes stand for, in the dtype of the scales; the shape of the residual."""
-        values = [dequantize(codes, qparams) for codes, qparams in self.parts]
-        return values[0] if len(values) == 1 else torch.cat(values, self.channel_dim)
+        """What the codes stand for, in the dtype of the scales; computed once, for the state and for each reader."""
+        if self._value is None:
+            values = [dequantize(codes, qparams) for codes, qparams in self.parts]
+            self._value = values[0] if len(values) == 1 else torch.cat(values, self.channel_dim)
+        return self._value
 
 
 class Quantizer:
@@ -88,29 +82,31 @@ class Quantizer:
         """
         if self.bits == 0:
             return None
-        watching = self._watching()
-        for observer, part in zip(watching, self._measured(residual) if watching else (), strict=True):
-            observer.observe(part)
-        if self.config.dynamic or watching:
-            return self.fresh(residual)
-        return self._code(residual, [_to(q, residual) for q in self._measured_scales(residual.device)])
+        if self.watching:
+            runs = self._split(self._measured(residual))
+            for observer, run in zip(self._observers(), runs, strict=True):
+                observer.observe(run)
+        elif not self.config.dynamic:
+            return self.scaled(residual, [_to(q, residual) for q in self._measured_scales(residual.device)])
+        return self.fresh(residual)
 
     def fresh(self, residual: Tensor) -> Code | None:
         """Codes with scales measured on this very tensor, also for static configs (first-step rounds need them)."""
         if self.bits == 0:
             return None
-        qparams = [
-            choose_qparams(
-                part,
-                self.bits,
-                self.granularity,
-                symmetric=self.config.symmetric,
-                clip=self.config.clip,
-                channel_dim=self.channel_dim,
-            )
-            for part in self._measured(residual)
-        ]
-        return self._code(residual, qparams)
+        config, parts = self.config, []
+        for run in self._split(residual):
+            qparams = choose_qparams(self._measured(run), self.bits, self.granularity, symmetric=config.symmetric,
+                                     clip=config.clip, channel_dim=self.channel_dim)  # fmt: skip
+            parts.append((quantize(run, qparams, self.bits), qparams))
+        return Code(tuple(parts), self.channel_dim)
+
+    def scaled(self, residual: Tensor, scales: Sequence[QParams]) -> Code | None:
+        """Codes of a residual with given scales, one for each run of channels; None at 0 bits."""
+        if self.bits == 0:
+            return None
+        pairs = zip(self._split(residual), scales, strict=True)
+        return Code(tuple((quantize(run, q, self.bits), q) for run, q in pairs), self.channel_dim)
 
     @property
     def watching(self) -> bool:
@@ -125,10 +121,6 @@ class Quantizer:
         if self.config.dynamic:
             return None
         return tuple(q.scale.to(torch.float32) for q in self._measured_scales(like.device))
-
-    def scaled(self, residual: Tensor, qparams: Sequence[QParams]) -> Code:
-        """Codes of a residual with given scales, one for each segment."""
-        return self._code(residual, qparams)
 
     def watch(self, make: Callable[[], Observer]) -> None:
         """Measure from now on, with an observer from `make` for each segment (and each moment, with step groups)."""
@@ -172,8 +164,8 @@ class Quantizer:
         config = self.config
         return tuple(o.qparams(self.bits, symmetric=config.symmetric, clip=config.clip) for o in observers)
 
-    def _watching(self) -> tuple[Observer, ...]:
-        """The observers of this moment, made when it is new."""
+    def _observers(self) -> tuple[Observer, ...]:
+        """Those of this moment, made when it is new."""
         if self._make is None or self.config.step_groups == 1:
             return self.observers or ()
         now = self._now()
@@ -204,16 +196,12 @@ class Quantizer:
             )
         return self.moment()
 
-    def _code(self, residual: Tensor, qparams: Sequence[QParams]) -> Code:
-        parts = zip(self._split(residual), qparams, strict=True)
-        return Code(tuple((quantize(part, q, self.bits), q) for part, q in parts), self.channel_dim)
-
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x,) if len(self.segments) == 1 else x.split(list(self.segments), self.channel_dim)
 
-    def _measured(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What ranges are measured on: nothing below zero for an always-zero quantizer."""
-        return self._split(x.clamp_min(0) if self.config.lowest == "zero" else x)
+    def _measured(self, x: Tensor) -> Tensor:
+        """What ranges are measured on: nothing below zero for values that are never negative."""
+        return x.clamp_min(0) if self.config.lowest == "zero" else x
 
 
 def _on(measured: tuple[QParams, ...], device: torch.device) -> tuple[QParams, ...]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modiff.core.predictors import predictor_named
 from modiff.errors import ConfigError
 
 Kind = Literal["linear", "conv", "transposed_conv", "attention"]
@@ -127,21 +128,16 @@ class LayerCost:
         """Bytes of the weight codes packed tightly, rounded up; None is float32. Scales and biases are not counted."""
         return -(-self.weight_elements * _width(bits) // 8)
 
-    def state_bytes(self, state_dtype_bytes: int = 4, predictor: Literal["hold", "linear"] = "hold") -> int:
-        """Bytes of input state and output state together; the linear predictor keeps those of the step before too.
+    def state_bytes(self, state_dtype_bytes: int = 4, predictor: str = "hold") -> int:
+        """Bytes of input state and output state together; predictors keep those of steps before too.
 
         The paper's memory table counts the output state alone, at the activation bits; it is a running sum, so no
         b-bit quantity.
         Raises: ConfigError if the predictor is unknown.
         """
-        if predictor not in ("hold", "linear"):
-            raise ConfigError(
-                f"predictor: expected 'hold' or 'linear', got {predictor!r}. It sets how many states there are. "
-                "Name one of the two."
-            )
         if self.kind == "attention":
             return 0
-        kept = 2 if predictor == "linear" else 1
+        kept = predictor_named(predictor).past_states
         return kept * (self.input_elements + self.output_elements) * state_dtype_bytes
 
 
@@ -175,7 +171,7 @@ class ModelCost:
         """Bytes of all weight codes, whatever the number of steps."""
         return sum(layer.weight_bytes(bits_of(layer.name)[0]) for layer in self.layers)
 
-    def state_bytes(self, state_dtype_bytes: int = 4, predictor: Literal["hold", "linear"] = "hold") -> int:
+    def state_bytes(self, state_dtype_bytes: int = 4, predictor: str = "hold") -> int:
         """Bytes of the states of all layers, resident from the first step to the last; `select` the modulated ones."""
         return sum(layer.state_bytes(state_dtype_bytes, predictor) for layer in self.layers)
 

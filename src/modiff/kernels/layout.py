@@ -49,6 +49,11 @@ def empty_output(like: Tensor, shape: Sequence[int], axes: int, dtype: torch.dty
     return like.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
 
 
+def innermost(x: Tensor) -> Tensor:
+    """The input or output of a convolution with its channels, axis 1, innermost in memory. Cost: nothing, or a copy."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def channels_innermost(x: Tensor, axes: int) -> bool:
     """Whether the channels of each pixel lie side by side and nothing lies between pixels."""
     return is_innermost(x.shape, x.stride(), axes)

@@ -130,12 +130,11 @@ def _share(attachment: Attachment) -> dict[str, str]:
     notes: dict[str, str] = {}
     for name, layer in attachment.layers.items():
         config = layer.config
-        if layer.inputs is None or layer.split is not None or not config.activation.dynamic:
+        if layer.inputs is None or layer.spec.split is not None or not config.activation.dynamic:
             continue
-        channels = layer.quantizer.segments if layer.quantizer else None
         parent = name.rpartition(".")[0]
-        key = (parent, type(layer), channels, config.activation, config.modulation, layer.segments,
-               layer.integer is not None)  # fmt: skip
+        key = (parent, type(layer), layer.spec.runs, config.activation, config.modulation, layer.spec.rotation,
+               layer.on_integers)  # fmt: skip
         leader = leaders.setdefault(key, layer)
         if leader is not layer:
             layer.share_with(leader)

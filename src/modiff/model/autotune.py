@@ -18,6 +18,7 @@ from modiff.config import LayerConfig, ModiffConfig, check
 from modiff.errors import CalibrationError, ConfigError, FormatError, StateError
 from modiff.files import check_writable, write_json
 from modiff.kernels.isa import machine
+from modiff.kernels.layout import innermost
 from modiff.model.attach import attachment_of
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
@@ -26,8 +27,6 @@ from modiff.model.report import Report
 from modiff.model.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
 from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
-from modiff.nn.byte_code import innermost
-from modiff.nn.integer import unsupported
 
 Mode = Literal["float", "plain", "modulated"]
 Seconds = dict[str, float]
@@ -256,11 +255,11 @@ def _row(
     layer: nn.Module, probe: Probe, calls: _Calls, config: LayerConfig, tolerance: float, profile: Profile
 ) -> AutotuneRow:
     x, quantized = calls.x, probe.layers[-1]
-    key = signature(layer, x, config, quantized.split)
+    key = signature(layer, x, config, quantized.spec.split)
     if key not in profile.layers:
-        profile.layers[key] = measure_layer(layer, x, config, quantized.split)
+        profile.layers[key] = measure_layer(layer, x, config, quantized.spec.split)
     seconds, (first, second) = profile.layers[key], probe.errors()
-    choice, reason = choose(seconds, (first, second), tolerance, unsupported(quantized))
+    choice, reason = choose(seconds, (first, second), tolerance, quantized.unsupported)
     dynamic = quantized.config.activation.dynamic
     return AutotuneRow(
         name=probe.name, kind=type(layer).__name__, shape=tuple(x.shape), calls=calls.count / probe.clock.tick,

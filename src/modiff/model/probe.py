@@ -48,9 +48,9 @@ class Probe:
         states = self.states.setdefault(self.clock.context, [None] * len(self.layers))
         rotated: dict[object, Tensor] = {None: x}
         for i, layer in enumerate(self.layers):
-            if layer.segments not in rotated:
-                rotated[layer.segments] = rotate(x.float(), layer.segments or (), layer.channel_dim)
-            states[i] = self._advance(i, layer, rotated[layer.segments], states[i])
+            if layer.spec.rotation not in rotated:
+                rotated[layer.spec.rotation] = rotate(x.float(), layer.spec.rotation or (), layer.channel_dim)
+            states[i] = self._advance(i, layer, rotated[layer.spec.rotation], states[i])
         if not starts:
             self.signal += float(x.float().square().sum())
 

@@ -8,23 +8,19 @@ from contextlib import contextmanager
 from torch import nn
 
 from modiff.model.attach import required_attachment
-from modiff.nn.buffers import Buffers
 
 
 @contextmanager
-def model_trajectory(model: nn.Module, buffers: Buffers | None = None) -> Iterator[None]:
+def model_trajectory(model: nn.Module) -> Iterator[None]:
     """Run one generation: states start empty and are freed at the end, also when the body raises.
 
-    Args:
-        buffers: keep the tensors of the states for the next trajectory with the same buffers, which then has its states
-            at the same places: for CUDA graphs. Layers that run on integers only.
     Raises: StateError if modiff was not applied to the model, or inside another trajectory of it.
     """
     attachment = required_attachment(model, "trajectory")
     if attachment.automatic is not None:
         attachment.automatic.end()  # one that began by itself gives way
     clock = attachment.clock
-    clock.start(buffers)
+    clock.start()
     try:
         yield
     finally:
@@ -53,6 +49,6 @@ def state_bytes(model: nn.Module) -> int:
     """
     layers = required_attachment(model, "state_bytes").layers.values()
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in layers for t in layer.state_tensors()
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in layers for t in layer.loop.tensors()
     }
     return sum(storages.values())

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Predictor, Rotation
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Rotation
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.model.apply import install, uninstall
 from modiff.model.attach import attachment_of
@@ -35,7 +35,7 @@ def candidates(base: LayerConfig) -> list[LayerConfig]:
 
     Those that the guards of `LayerConfig` refuse, because the loop would diverge, are left out.
     """
-    modes: list[tuple[Predictor, float]] = [("hold", 1.0)]
+    modes: list[tuple[str, float]] = [("hold", 1.0)]
     modes += [("linear", gain) for gain in GAINS]
     found = [_candidate(base, "none", "hold", 1.0, 1.0)]
     for predictor, gain in modes:
@@ -47,7 +47,7 @@ def candidates(base: LayerConfig) -> list[LayerConfig]:
     return found
 
 
-def _candidate(base: LayerConfig, rotation: Rotation, predictor: Predictor, gain: float, clip: float) -> LayerConfig:
+def _candidate(base: LayerConfig, rotation: Rotation, predictor: str, gain: float, clip: float) -> LayerConfig:
     activation = dataclasses.replace(base.activation, clip=clip)
     modulation = dataclasses.replace(base.modulation or ModulationConfig(), predictor=predictor, gain=gain)
     return dataclasses.replace(base, activation=activation, modulation=modulation, rotation=rotation)

@@ -1,10 +1,16 @@
-"""Which layers? Modulated quantized_layers of the torch layers, which own the states and call the recursion."""
+"""Which layers? Quantized classes of the torch layers; each has one loop object with its states."""
 
 from modiff.nn.clock import Clock
-from modiff.nn.conv import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d
-from modiff.nn.layer import LayerState, ModulatedLayer
-from modiff.nn.linear import ModulatedLinear
-from modiff.nn.registry import QUANTIZED_CLASSES, quantized_class
+from modiff.nn.layer import ModulatedLayer
+from modiff.nn.layers import (
+    QUANTIZED_CLASSES,
+    ModulatedConv1d,
+    ModulatedConv2d,
+    ModulatedConv3d,
+    ModulatedLinear,
+    quantized_class,
+)
+from modiff.nn.loop.simulated import LayerState
 
 __all__ = [
     "QUANTIZED_CLASSES",

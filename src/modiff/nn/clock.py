@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from modiff.errors import StateError
-from modiff.nn.buffers import Buffers
 
 _STARTING = threading.Lock()
 """Of two threads that start a trajectory of one model, one must see that the other did; one lock for all models, as
@@ -37,12 +36,12 @@ class _Context:
         self.times: Tensor | None = None
         self.known = (False, False, False)
 
-    def move(self, now: Tensor | None, place: Callable[[Tensor], Tensor]) -> None:
+    def move(self, now: Tensor | None) -> None:
         """The next evaluation begins; `now` is its timestep, (1,)."""
         self.step += 1
         if now is not None and (self.times is None or self.times.device != now.device):
             with torch.inference_mode(mode=False):
-                self.times = place(torch.zeros(3, dtype=torch.float32, device=now.device))
+                self.times = torch.zeros(3, dtype=torch.float32, device=now.device)
             self.known = (False, False, False)
         self.known = (*self.known[1:], now is not None)
         if self.times is not None and now is not None:
@@ -65,7 +64,6 @@ class Clock:
         self.tick = 0
         self.inside = False
         self.failed = False
-        self.buffers: Buffers | None = None
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
         self._given: Tensor | float | None = None
@@ -77,11 +75,8 @@ class Clock:
         """Register what frees a state; called when a trajectory starts, ends or raises."""
         self._listeners.append(forget)
 
-    def start(self, buffers: Buffers | None = None) -> None:
-        """Begin a trajectory, with states in `buffers` if given.
-
-        Raises: StateError inside another one of the same model, also one of another thread.
-        """
+    def start(self) -> None:
+        """Begin a trajectory. Raises: StateError inside another one of the same model, also one of another thread."""
         with _STARTING:
             if self.active:
                 raise StateError(
@@ -89,18 +84,14 @@ class Clock:
                     "nest. Leave the first `with modiff.trajectory(model):` before the next."
                 )
             self._forget()
-            self.active, self.inside, self.failed, self.buffers = True, False, False, buffers
+            self.active, self.inside, self.failed = True, False, False
 
     def stop(self) -> None:
         """End the trajectory and free all states."""
         with _STARTING:
-            self.active, self.inside, self.failed, self.buffers = False, False, False, None
+            self.active = self.inside = self.failed = False
             self.context = "default"
             self._forget()
-
-    def place(self, key: Hashable, value: Tensor) -> Tensor:
-        """`value`, where the state of this key was in the last trajectory, if this one has buffers."""
-        return value if self.buffers is None else self.buffers.place(key, value)
 
     def _forget(self) -> None:
         self._contexts.clear()
@@ -123,7 +114,7 @@ class Clock:
             self.inside = True
             context = self._contexts.setdefault(self.context, _Context())
             now = None if timestep is None else middle(timestep)
-            context.move(now, lambda times: self.place(("times", self.context), times))
+            context.move(now)
 
     def returned(self) -> None:
         """The network evaluation ended."""
@@ -161,6 +152,10 @@ class Clock:
                 "two. Use first_step='full_precision'."
             )
         return (*self.moment(), float(context.times[1]))
+
+    def times(self) -> list[Tensor]:
+        """The last timesteps of each context, which a recorded step reads."""
+        return [context.times for context in self._contexts.values() if context.times is not None]
 
     @property
     def step(self) -> int:

@@ -147,7 +147,7 @@ def _fuses(number: Any, front: _Front) -> bool:
     """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
     axis = {"group": 1, "group_last": -1, "layer": -1, "gated": -1}.get(front.norm, holder.channel_dim)
-    return holder.integer is not None and holder.channel_dim == axis and holder.integer.fuses(front.norm)
+    return holder.channel_dim == axis and holder.loop.fuses(front.norm)
 
 
 def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:

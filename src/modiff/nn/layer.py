@@ -1,52 +1,33 @@
-"""What all modulated layers share: they own the states of each context and call the recursion."""
+"""What all quantized layers share: they take a torch layer's place and parameters, and hand its input to their loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from modiff.config import Granularity, LayerConfig, ModulationConfig
-from modiff.core.hadamard import rotate, segments_of
-from modiff.core.quantizer import Coded, Quantizer
-from modiff.core.recursion import State, accumulate, encode_plain, output_of
+from modiff.config import Granularity, LayerConfig
+from modiff.core.quantizer import Quantizer
 from modiff.errors import ConfigError, StateError
-from modiff.kernels.fixed_point import FixedState
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import traced
 from modiff.nn.clock import Clock
-from modiff.nn.fixed_side import FixedSide
-from modiff.nn.fixed_stream import FixedStream
-from modiff.nn.integer import IntegerSide, Sliding, unsupported
-from modiff.nn.integer_stream import IntegerStream
+from modiff.nn.loop.int16 import Int16Loop
+from modiff.nn.loop.integer import IntegerLoop, unsupported
+from modiff.nn.loop.simulated import LayerState, SimulatedLoop
+from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
-from modiff.nn.stream import Inputs, Key, Stream
+from modiff.nn.sharing import InputGroup
 from modiff.nn.weight import QuantizedWeight
 
 
-class LayerState(NamedTuple):
-    """Both states of a layer in one context: input = â_t, output = ô_t = A_q(â_t) + (A - A_q)(a_anchor) + bias."""
-
-    input: Tensor
-    output: Tensor
-
-
-class _Calls:
-    """How often the layer was called before in the evaluation `tick`; apart, as writing to a module takes 3 us."""
-
-    __slots__ = ("count", "tick")
-
-    def __init__(self) -> None:
-        self.count, self.tick = 0, -1
-
-
 class ModulatedLayer(nn.Module):
-    """Mixin before a torch layer: codes its input with memory, ô_t = ô_{t+1} + A(code(a_t - â_{t+1})) (MoDiff, Eq. 14).
+    """Mixin before a torch layer, ô_t = ô_{t+1} + A_q(quantize(a_t - â_{t+1})) (MoDiff, Eq. 14).
 
-    Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces; the states are plain
-    attributes, never saved and never moved by `.to()`.
+    Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
+    states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
     """
 
     channel_dim: ClassVar[int]
@@ -80,47 +61,71 @@ class ModulatedLayer(nn.Module):
         return quantized
 
     def _adopt(self, config: LayerConfig, name: str, clock: Clock, split: int | None) -> None:
-        channels, groups, _ = self._geometry()
-        if split is not None and (not 0 < split < channels or groups > 1):
+        spec = self.spec_of(name, config, split)
+        if split is not None and (not 0 < split < spec.channels or spec.groups > 1):
             raise ConfigError(
-                f"{name}: expected a split between 0 and {channels} of a layer without groups, got {split} with "
-                f"{groups} groups. The cut must leave channels on both sides. Use split=None."
+                f"{name}: expected a split between 0 and {spec.channels} of a layer without groups, got {split} with "
+                f"{spec.groups} groups. The cut must leave channels on both sides. Use split=None."
             )
-        runs = (channels,) if split is None else (split, channels - split)
-        self.config, self.name, self.clock, self.split = config, name, clock, split
-        self.granularity = self._granularity(config.activation.granularity)
-        self.segments = segments_of(runs, groups, config.rotation_block) if config.rotation == "hadamard" else None
-        fan_in = channels // groups
-        folded = None
-        if self.segments is not None:
-            folded = self.segments if split is not None else segments_of((fan_in,), 1, self.segments[0].block)
-        segments = runs if split is not None else (fan_in,)
-        self.quantized_weight: QuantizedWeight | PackedWeight
-        self.quantized_weight = QuantizedWeight(config.weight, segments, folded, f"{name}.weight")
-        self.quantizer = None
+        self.spec, self.clock, self.granularity = spec, clock, self._granularity(config.activation.granularity)
+        self.operator = LayerOperator(spec, self._parameters)
+        quantizer = None
         if config.activation.bits is not None:
             moment = clock.moment if config.modulation is None else clock.transition
-            self.quantizer = Quantizer(config.activation, self.granularity, self.channel_dim, runs, moment)
-        self.integer: IntegerSide | None = None
-        if config.execution == "integer" and not unsupported(self):
-            fixed = config.modulation is not None and config.modulation.state_dtype == "int16"
-            self.integer = FixedSide(self) if fixed else IntegerSide(self)
-        self.inputs: Inputs | None = None
-        if self.quantizer is not None and config.modulation is not None:
-            kinds: dict[type | None, type[Stream]] = {IntegerSide: IntegerStream, FixedSide: FixedStream}
-            kind = kinds.get(type(self.integer), Stream)
-            self.inputs = Inputs(self.quantizer, config.modulation, clock, kind)
-        self.streams: dict[Key, Stream] = {}
-        self.outputs: dict[Key, State | FixedState] = {}
-        self._seen: dict[Key, int] = {}
-        self._calls, self.alone = _Calls(), True
+            quantizer = Quantizer(config.activation, self.granularity, self.channel_dim, spec.runs, moment)
+        self.unsupported, kind = unsupported(spec, quantizer), SimulatedLoop
+        if config.execution == "integer" and not self.unsupported:
+            int16 = config.modulation is not None and config.modulation.state_dtype == "int16"
+            kind = Int16Loop if int16 else IntegerLoop
+        self.loop: SimulatedLoop = kind(spec, self.operator, quantizer, clock)
         self.number = traced.number_for(self)
-        clock.on_reset(self.forget)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch; a copy has a number of its own."""
         super().__setstate__(state)
         self.number = traced.number_for(self)
+
+    def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
+        """What the layer's parts know of it."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """In the model, for messages."""
+        return self.spec.name
+
+    @property
+    def config(self) -> LayerConfig:
+        """Of this layer."""
+        return self.spec.config
+
+    @property
+    def on_integers(self) -> bool:
+        """Whether the layer computes with integers."""
+        return isinstance(self.loop, IntegerLoop)
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """Of the input or its residual; None where it keeps its floats."""
+        return self.loop.quantizer
+
+    @quantizer.setter
+    def quantizer(self, quantizer: Quantizer | None) -> None:
+        self.loop.quantizer = quantizer
+
+    @property
+    def inputs(self) -> InputGroup | None:
+        """The input states, which layers that read one tensor share; None without modulation."""
+        return self.loop.inputs
+
+    @inputs.setter
+    def inputs(self, inputs: InputGroup | None) -> None:
+        self.loop.inputs = inputs
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight | PackedWeight:
+        """The codes of the weight."""
+        return self.operator.quantized
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -128,29 +133,14 @@ class ModulatedLayer(nn.Module):
         weight = self.quantized_weight
         return weight.shape if isinstance(weight, PackedWeight) else tuple(self.weight.shape)
 
-    def _geometry(self) -> tuple[int, int, tuple[int, ...]]:
-        """Input channels, groups, kernel size."""
-        raise NotImplementedError
-
-    def sliding(self) -> Sliding:
-        """How a convolution's kernel moves, nothing for a linear layer."""
-        raise NotImplementedError
-
-    def operator(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The torch layer's own computation with a given weight and bias."""
-        raise NotImplementedError
-
     def _granularity(self, asked: Granularity) -> Granularity:
         if asked != "auto":
             return asked
         return "token" if self.channel_dim == -1 else "sample"
 
     def share_with(self, leader: ModulatedLayer) -> None:
-        """Read the same coded residual as `leader` whenever both are given the same tensor."""
-        self.inputs, self.quantizer = leader.inputs, leader.quantizer
-        if self.inputs is not None:
-            self.inputs.shared = True
-        self.alone = leader.alone = False
+        """Read the same quantized residual as `leader` whenever both are given the same tensor."""
+        self.loop.share_with(leader.loop)
 
     @property
     def packed(self) -> bool:
@@ -186,7 +176,8 @@ class ModulatedLayer(nn.Module):
         was, shape = self.quantized_weight, self.weight_shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer(SCALE, scale)
-        self.quantized_weight = PackedWeight(was.config, was.segments, was.rotation, was.name, shape, self._buffers)
+        self.operator.parameters = self._parameters
+        self.operator.quantized = PackedWeight(was.config, was.segments, was.rotation, was.name, shape, self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch, but scales stay float32 in `.half()` and `.to(dtype)`: rounded ones would be other weights."""
@@ -219,147 +210,37 @@ class ModulatedLayer(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def forget(self) -> None:
-        """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
-        self.quantized_weight.forget()
-        self.streams.clear()
-        self.outputs.clear()
-        self._seen.clear()
-        self._calls.tick = -1
-
     @property
     def state(self) -> LayerState:
         """Both states of the present context. Raises: StateError before the first step."""
-        key = (self.clock.context, 0)
-        if key not in self.outputs:
-            raise StateError(
-                f"{self.name}: expected states, got none. The layer has not run in this trajectory. Run it."
-            )
-        stream = self.streams[key].state
-        held = self.outputs[key]
-        output = held.value() if isinstance(held, FixedState) else held.value
-        return LayerState(stream.value if stream else output, output)
+        return self.loop.state
 
-    def state_tensors(self) -> list[Tensor]:
-        """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
-        inputs = [t for stream in self.streams.values() for t in stream.tensors()]
-        return inputs + [t for side in self.outputs.values() for t in side if t is not None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output for `x`, same dtype as `x`; one operator in a graph of torch.compile.
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's output for `input`, same dtype; one operator in a graph of torch.compile.
 
         Raises: StateError outside a trajectory, or if the input does not fit the states.
         """
         if torch.compiler.is_compiling():
-            return traced.layer(self.clock.token, x, self.number)
-        return self.run(x)
+            return traced.layer(self.clock.token, input, self.number)
+        return self.run(input)
 
-    def run(self, x: Tensor, before: InputFusion | None = None, place: int | None = None) -> Tensor:
+    def run(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
         """`forward`, outside of any graph or as an operator of one.
 
         Args:
-            before: what x passes through on its way into the layer, of its shape; the layer computes it too.
-            place: None outside of a graph; in it what the layer reads there, as `Source` has it.
+            fusion: what x passes through on its way into the layer, of its shape; the layer computes it too.
+            read: None outside of a graph; in it the number of what the layer reads there, as `Source` has it.
         """
+        spec = self.spec
         if x.numel() == 0:
-            raise StateError(f"{self.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
+            raise StateError(f"{spec.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
                              "An empty input has no range to quantize. Skip empty batches.")  # fmt: skip
+        if spec.kernel_size and x.dim() != len(spec.kernel_size) + 2:
+            raise StateError(
+                f"{spec.name}: expected {len(spec.kernel_size) + 2} axes (batch, channels, ...), got {tuple(x.shape)}. "
+                "Scales and states belong to the samples of a batch. Add the batch axis with x[None]."
+            )
         if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a small layer
-            return self._coded(x, before, place)
+            return self.loop.step(x, fusion, read)
         with torch.autocast(x.device.type, enabled=False):
-            return self._coded(x, before, place)
-
-    def _coded(self, x: Tensor, before: InputFusion | None, place: int | None) -> Tensor:
-        value = x
-        if before is not None and (self.integer is None or not self.integer.fuses(before.norm)):
-            value, before = before.compute(x), None
-        if self.segments is not None:
-            value = rotate(_at_least_float32(value), self.segments, self.channel_dim)
-        if self.quantizer is None:
-            return self.affine(_at_least_float32(value)).to(x.dtype)
-        if self.config.modulation is None or self.inputs is None:
-            if self.integer is not None and not self.quantizer.watching:
-                return self.integer.plain(value, self.quantizer, x.dtype, before)
-            value = value if before is None else before.compute(value)
-            return output_of(encode_plain(value, self.quantizer), self).to(x.dtype)
-        return self._modulated(x, value, before, place, self.config.modulation, self.inputs)
-
-    def _modulated(
-        self,
-        x: Tensor,
-        value: Tensor,
-        before: InputFusion | None,
-        place: int | None,
-        config: ModulationConfig,
-        inputs: Inputs,
-    ) -> Tensor:
-        key = self._key()
-        if key not in self.streams:
-            self.streams[key] = inputs.stream_for(x, place)
-        stream = self.streams[key]
-        message = stream.read(self.name, x, value, before, place)
-        seen = self._seen.get(key, 0)
-        if stream.count != seen + 1 and not message.starts:
-            raise StateError(
-                f"{self.name}: expected message {seen + 1} of its group, got message {stream.count}. The layer was "
-                "skipped in a step while others read the shared residual. Use ModiffConfig(share_residuals='off')."
-            )
-        self._seen[key] = stream.count
-        held = self.outputs.get(key)
-        if self.integer is not None:
-            self.outputs[key], output = self.integer.receive(message, held, stream, x.dtype)
-        else:
-            self.outputs[key] = accumulate(message, held, self, config)
-            output = self.outputs[key].value.to(x.dtype, copy=True)
-        if self.alone:
-            stream.message = None  # nobody else will read it: free the codes now
-        return output
-
-    @property
-    def calls(self) -> Key:
-        """The context, and how many times the layer was called before in this evaluation."""
-        return self.clock.context, self._calls.count
-
-    def _key(self) -> Key:
-        """A state for each context and for each time the layer is called within one evaluation of the network."""
-        clock = self.clock
-        if not (clock.active and clock.inside):
-            raise StateError(
-                f"{self.name}: expected a running trajectory, got a call outside of one. The states of a modulated "
-                "layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
-            )
-        calls = self._calls
-        calls.count = calls.count + 1 if calls.tick == clock.tick else 0
-        calls.tick = clock.tick
-        return self.calls
-
-    def affine(self, value: Tensor) -> Tensor:
-        """A_q(value) + bias with the quantized, rotated weight."""
-        return self._affine(value, self.quantized_weight.dense(self.weight, value.dtype))
-
-    def anchor(self, value: Tensor) -> Tensor:
-        """A(value) + bias where the states start: with the rotated weight before rounding, or A_q by the config."""
-        modulation = self.config.modulation
-        if modulation is None or modulation.anchor_weights == "quantized":
-            return self.affine(value)
-        return self._affine(value, self.quantized_weight.exact(self.weight, value.dtype))
-
-    def _affine(self, value: Tensor, weight: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach().to(value.dtype)
-        return self.operator(value, weight, bias)
-
-    def linear(self, code: Coded) -> Tensor:
-        """A_q(code) without bias."""
-        value = code.value()
-        return self.operator(value, self.quantized_weight.dense(self.weight, value.dtype), None)
-
-    def start(self) -> Tensor | float:
-        """The bias, shaped to be added to an output."""
-        if self.bias is None:
-            return 0.0
-        trailing = 0 if self.channel_dim == -1 else len(self._geometry()[2])
-        return _at_least_float32(self.bias.detach()).reshape(-1, *[1] * trailing)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+            return self.loop.step(x, fusion, read)

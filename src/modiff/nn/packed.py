@@ -81,6 +81,10 @@ class PackedWeight:
         parts = codes.split(list(self.segments), 1)
         return tuple((c, QParams(s.reshape(-1, 1, *ones), None)) for c, s in zip(parts, scales, strict=True))
 
+    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes as they are kept, and their scales."""
+        return weight.detach(), self._scale()
+
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the codes, two at 4 bits."""
         parts = [dequantize(c, QParams(q.scale.to(dtype), None)) for c, q in self.codes(weight)]

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from modiff.kernels.input_fusion import Activation, InputFusion, Norm
-from modiff.kernels.layout import empty_output
-from modiff.nn.byte_code import innermost
+from modiff.kernels.layout import empty_output, innermost
 
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -67,10 +66,10 @@ def _end(token: Tensor, number: int) -> None:
     _HOLDERS[number].end()
 
 
-def _layer(token: Tensor, x: Tensor, number: int, place: int = 0) -> Tensor:
+def _layer(token: Tensor, x: Tensor, number: int, read: int = 0) -> Tensor:
     """The forward of the layer of `number`, channels innermost in memory."""
     holder = holder_of(number)
-    output = holder.run(x, None, place)
+    output = holder.run(x, None, read)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
@@ -83,12 +82,12 @@ def _layer_after(
     groups: int,
     eps: float,
     activation: Activation,
-    place: int,
+    read: int,
     number: int,
 ) -> Tensor:
     """The forward of the layer of `number` for activation(norm(x)), channels innermost in memory."""
     holder = holder_of(number)
-    output = holder.run(x, InputFusion(norm, groups, weight, bias, eps, activation), place)
+    output = holder.run(x, InputFusion(norm, groups, weight, bias, eps, activation), read)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
@@ -96,9 +95,9 @@ def _fake_layer_after(token: Tensor, x: Tensor, *others: Any) -> Tensor:
     return _fake_layer(token, x, others[-1])
 
 
-def _fake_layer(token: Tensor, x: Tensor, number: int, place: int = 0) -> Tensor:
+def _fake_layer(token: Tensor, x: Tensor, number: int, read: int = 0) -> Tensor:
     holder = holder_of(number)
-    shape = holder.operator(x, x.new_empty(holder.weight_shape), None).shape
+    shape = holder.spec.operate(x, x.new_empty(holder.weight_shape), None).shape
     return empty_output(x, shape, 0 if holder.channel_dim == -1 else x.dim() - 2, x.dtype)
 
 
@@ -129,10 +128,10 @@ def _nothing(*_: object) -> None:
 
 begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()", _begin, _nothing)
 end = _operator("end(Tensor(a!) token, int number) -> ()", _end, _nothing)
-layer = _operator("layer(Tensor(a!) token, Tensor x, int number, int place=0) -> Tensor", _layer, _fake_layer)
+layer = _operator("layer(Tensor(a!) token, Tensor x, int number, int read=0) -> Tensor", _layer, _fake_layer)
 layer_after = _operator(
     "layer_after(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
-    "str activation, int place, int number) -> Tensor", _layer_after, _fake_layer_after,
+    "str activation, int read, int number) -> Tensor", _layer_after, _fake_layer_after,
 )  # fmt: skip
 attend = _operator(
     "attend(Tensor(a!) token, Tensor query, Tensor key, Tensor value, Tensor? mask, float dropout, bool causal, "

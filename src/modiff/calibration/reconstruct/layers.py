@@ -47,13 +47,13 @@ class Trainee:
     def prepare(self, x: Tensor) -> Tensor:
         """The input as the quantizer sees it: at least float32, rotated if the layer rotates."""
         value = x if x.dtype == torch.float64 else x.float()
-        segments = self.quantized.segments
-        return value if segments is None else rotate(value, segments, self.quantized.channel_dim)
+        rotation = self.quantized.spec.rotation
+        return value if rotation is None else rotate(value, rotation, self.quantized.channel_dim)
 
     def operate(self, value: Tensor) -> Tensor:
         """A(value) + bias with the quantized weight."""
         bias = None if self.quantized.bias is None else self.quantized.bias.detach().to(value.dtype)
-        return self.quantized.operator(value, self._weight(value.dtype), bias)
+        return self.quantized.spec.operate(value, self._weight(value.dtype), bias)
 
     def code(self, value: Tensor) -> Tensor:
         """`value` as the quantizer sends it, with gradients through the rounding."""

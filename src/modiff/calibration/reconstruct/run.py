@@ -86,7 +86,7 @@ def _settings(job: Job, blocks: list[Block]) -> dict[str, Any]:
     """Everything that decides what is learned: settings, layers, units, weights, present scales, and calls."""
     attention = required_attachment(job.model, "reconstruct").config.attention
     network = {
-        "layers": {name: [layer.config.to_dict(), layer.split] for name, layer in job.layers.items()},
+        "layers": {name: [layer.config.to_dict(), layer.spec.split] for name, layer in job.layers.items()},
         "units": [[block.name, *block.layers] for block in blocks],
         "attention": None if attention is None else attention.to_dict(),
     }

@@ -134,7 +134,7 @@ class _Lane:
                 if side.residual is not None and side.code is not None:
                     energy = norm(side.residual).square().clamp_min(torch.finfo(torch.float64).tiny)
                     lost = norm(side.residual - side.code).square()
-                    numbers += [lost / energy, scale_energy(side.message.codes) / energy]
+                    numbers += [lost / energy, scale_energy(side.update.codes) / energy]
             self.rows.append(torch.stack([n.double().cpu() for n in numbers]).tolist())
         self.last = x.clone()
 

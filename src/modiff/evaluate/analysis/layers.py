@@ -14,7 +14,7 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.hadamard import rotate
 from modiff.core.quantizer import Code, Quantizer
-from modiff.core.recursion import Message, State, accumulate, compute_dtype, encode, encode_plain, output_of
+from modiff.core.recursion import State, Update, accumulate, compute_dtype, encode, encode_plain, output_of, predict
 from modiff.evaluate.analysis.watch import Visit
 from modiff.nn import ModulatedLayer
 
@@ -52,12 +52,12 @@ class LayerTrace(TypedDict):
 
 
 class InputStep(NamedTuple):
-    """The input side at one step: r_t and q_t, None where the states start; â_t; the message for the output side."""
+    """The input side at one step: r_t and q_t, None where the states start; â_t; the update for the output side."""
 
     residual: Tensor | None
     code: Tensor | None
     held: Tensor
-    message: Message
+    update: Update
 
 
 class InputSide:
@@ -76,18 +76,16 @@ class InputSide:
         """One step with the input `x`, already rotated if it is to be."""
         every = self.config.reanchor_every
         before = None if every and step % every == 0 else self.state
-        message, self.state = encode(x, before, self.quantizer, self.config, ratio)
-        if before is None or self.held is None or message.starts:
+        update, self.state = encode(x, before, self.quantizer, self.config, ratio)
+        if before is None or self.held is None or update.starts:
             self.held = self.state.value
-            return InputStep(None, None, self.held, message)
+            return InputStep(None, None, self.held, update)
         x = x.to(compute_dtype(self.config))
-        prediction = before.value.to(x.dtype)
-        if message.gain is not None and before.move is not None:
-            prediction = prediction + message.gain * before.move.to(x.dtype)
-        code = code_value(message.codes, x)
+        prediction = predict(before, update.weights, x.dtype)
+        code = code_value(update.codes, x)
         closed = self.config.error_compensation == "closed_loop"
         self.held = self.state.value if closed else self.held + code.to(self.held.dtype)
-        return InputStep(x - prediction, code, self.held, message)
+        return InputStep(x - prediction, code, self.held, update)
 
 
 def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
@@ -101,7 +99,7 @@ def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
 def coded_domain(quantized: ModulatedLayer, x: Tensor) -> Tensor:
     """The tensor that a layer codes: its input in float32 or better, rotated if its config says so."""
     x = x if x.dtype == torch.float64 else x.float()
-    return x if quantized.segments is None else rotate(x, quantized.segments, quantized.channel_dim)
+    return x if quantized.spec.rotation is None else rotate(x, quantized.spec.rotation, quantized.channel_dim)
 
 
 class LayerErrors:
@@ -158,13 +156,13 @@ class _Lane:
         """r_t, q_t, â_t, ô_t."""
         quantized, config = self.quantized, self.quantized.config.modulation
         if quantized.quantizer is None:  # full-precision activations: only the weight is quantized
-            return None, None, x, quantized.affine(x)
+            return None, None, x, quantized.operator.affine(x)
         if self.inputs is None or config is None:  # plain quantization: all of the input is coded from nothing
-            message = encode_plain(x, quantized.quantizer)
-            code = code_value(message.codes, x)
-            return x, code, code, output_of(message, quantized)
+            update = encode_plain(x, quantized.quantizer)
+            code = code_value(update.codes, x)
+            return x, code, code, output_of(update, quantized.operator)
         now = self.inputs.advance(x, visit.step, visit.ratio)
-        self.output = accumulate(now.message, self.output, quantized, config)
+        self.output = accumulate(now.update, self.output, quantized.operator, config)
         return now.residual, now.code, now.held, self.output.value
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig
-from modiff.nn.fixed_side import FixedSide
-from modiff.nn.fixed_stream import FixedStream
+from modiff.nn.loop.int16 import Int16Input, Int16Loop
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.nn.test_integer import LAYERS, walk
+from tests.nn.loop.test_integer import LAYERS, walk
 from tests.recipes import evaluate, play, quantized, randomised
 
 FIXED = LayerConfig(
@@ -33,9 +32,9 @@ def test_the_law_holds_within_the_grid_and_the_inputs_error_within_a_power_of_tw
     make, shape, split = LAYERS[layer]
     original, inputs = randomised(make()), walk(shape)
     ours = quantized(original, W8A8, split)
-    assert isinstance(ours.integer, FixedSide)
+    assert isinstance(ours.loop, Int16Loop)
     for step, (x, (output, state, held)) in enumerate(zip(inputs, play(ours, inputs), strict=True)):
-        exact = ours.affine(state.double())
+        exact = ours.operator.affine(state.double())
         grid = float(held.abs().max()) * 4 / 2**15  # headroom 1.25, then the next power of two
         assert_within(held, exact, (step + 1) * 2 * grid)  # a rounding each step, two for a split layer
         assert_within(output, held, grid)
@@ -51,7 +50,7 @@ def test_states_take_half_the_memory_of_float32_ones():
         layer.clock.start()
         for x in inputs:
             evaluate(layer, x)
-        sizes.append(sum(t.numel() * t.element_size() for t in layer.state_tensors()))
+        sizes.append(sum(t.numel() * t.element_size() for t in layer.loop.tensors()))
         layer.clock.stop()
     assert sizes[0] == 4 * (2 * 8 * 256 + 2 * 4 * 256)
     assert sizes[1] == sizes[0] // 2 + 2 * 4  # and two grids
@@ -64,7 +63,9 @@ def test_errors_are_near_those_of_float32_states(layer):
     errors = []
     for config in (FLOAT, FIXED):
         ours = quantized(original, config, split)
-        exact = [ours.affine(x.double()) for x in inputs]  # the weight as it is coded: only inputs and states err
+        exact = [
+            ours.operator.affine(x.double()) for x in inputs
+        ]  # the weight as it is coded: only inputs and states err
         found = play(ours, inputs)
         errors.append(float(sum((o - e).square().sum() for (o, _, _), e in zip(found[1:], exact[1:], strict=True))))
     assert errors[1] < 2.0**2 * errors[0]  # a scale rounded up to a power of two is at most twice as coarse
@@ -78,7 +79,7 @@ def test_the_output_starts_from_what_the_integers_hold_and_not_from_the_input():
     x[0, 0] = 1.0  # the grid is 2^-14, and every other channel is rounded by a third of it, the same way
     ours = quantized(layer, W8A8)
     ((output, state, _),) = play(ours, [x])
-    assert_within(output, ours.affine(state.double()), 1e-5)
+    assert_within(output, ours.operator.affine(state.double()), 1e-5)
     assert float(x.double().sum() - state.double().sum()) > 1e-3
 
 
@@ -89,7 +90,7 @@ def test_an_input_that_outgrows_its_grid_starts_again(layer):
     ours = quantized(original, W8A8, split)
     found = play(ours, inputs)
     for x, (_, state, held) in zip(inputs, found, strict=True):
-        exact = ours.affine(state.double())
+        exact = ours.operator.affine(state.double())
         assert_within(held, exact, 12 * float(held.abs().max()) * 4 / 2**15)
         assert float((x - state).norm() / x.norm()) < 0.6  # the step that clips is late, the next one exact
     assert any(float((x - state).abs().max()) < float(x.abs().max()) / 2**14
@@ -104,7 +105,7 @@ def test_an_input_that_begins_with_zeros_starts_again_at_its_first_values(layer)
     found = play(ours, inputs)
     x, (_, state, held) = inputs[-1], found[-1]
     assert float((x - state).norm() / x.norm()) < 1e-3
-    assert_within(held, ours.affine(x.double()), 0.01 * float(held.abs().max()))
+    assert_within(held, ours.operator.affine(x.double()), 0.01 * float(held.abs().max()))
 
 
 @pytest.mark.parametrize("place", [0, 7])
@@ -128,14 +129,14 @@ def test_an_output_that_outgrows_its_grid_starts_again_from_the_input_state():
     ours = quantized(layer, W8A8)
     found = play(ours, inputs)
     for _, state, held in found:
-        assert_within(held, ours.affine(state.double()), 0.02)
+        assert_within(held, ours.operator.affine(state.double()), 0.02)
     assert found[2][2].max() > 15
     assert found[1][2].max() < 1
 
 
 def test_a_shared_residual_starts_again_for_all_its_readers():
     first, second = (quantized(randomised(nn.Linear(8, 4), seed), W8A8) for seed in (0, 1))
-    second.clock = first.clock
+    second.loop.clock = first.clock
     second.share_with(first)
     first.clock.start()
     for x in growing((3, 8), 4.0):
@@ -145,9 +146,9 @@ def test_a_shared_residual_starts_again_for_all_its_readers():
         first.clock.returned()
         for layer in (first, second):
             state, held = layer.state
-            assert_within(held, layer.affine(state.double()), 12 * float(held.abs().max()) * 4 / 2**15)
-    assert first.streams["default", 0] is second.streams["default", 0]
-    assert isinstance(first.streams["default", 0], FixedStream)
+            assert_within(held, layer.operator.affine(state.double()), 12 * float(held.abs().max()) * 4 / 2**15)
+    assert first.loop.memories["default", 0].input is second.loop.memories["default", 0].input
+    assert isinstance(first.loop.memories["default", 0].input, Int16Input)
     first.clock.stop()
 
 
@@ -162,7 +163,7 @@ def test_an_input_that_changes_its_memory_layout_is_the_same_input():
 def test_a_layer_without_kernels_keeps_float32_states():
     config = dataclasses.replace(FIXED, activation=QuantizerConfig(bits=4, symmetric=False))
     layer = quantized(randomised(nn.Linear(8, 4)), config)
-    assert layer.integer is None
+    assert not layer.on_integers
     for _, state, held in play(layer, drifting(0, (2, 8), 3, 0.3, torch.float32)):
         assert (state.dtype, held.dtype) == (torch.float32, torch.float32)
 

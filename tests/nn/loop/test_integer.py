@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels.backend import PREPACKED
-from modiff.nn.byte_code import ByteCode
-from modiff.nn.integer import unsupported
+from modiff.nn.loop.integer import ByteCode
 from tests.helpers import assert_same_bits, assert_within, drifting, worst
 from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer, sizes_of
 from tests.reference.recursion import run
@@ -73,7 +72,7 @@ def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_
     original, inputs = randomised(make()), walk(shape)
     simulated = play(quantized(original, CONFIGS[config], split), inputs, TIMES)
     ours = quantized(original, integer(CONFIGS[config]), split)
-    assert ours.integer is not None
+    assert ours.on_integers
     for (output, state, held), (expected, its_state, its_held) in zip(
         play(ours, inputs, TIMES), simulated, strict=True
     ):
@@ -117,7 +116,7 @@ def test_the_papers_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bit
     walked = drifting(seed, (2, inputs, 3, 4) if conv else (2, 3, inputs), 4, 0.3, torch.float32)
     ours = quantized(original, config)
     for x, (output, state, held) in zip(walked, play(ours, walked), strict=True):
-        exact = ours.operator(state.double(), ours.quantized_weight.dense(ours.weight, torch.float64), None)
+        exact = ours.spec.operate(state.double(), ours.quantized_weight.dense(ours.weight, torch.float64), None)
         exact = exact + layer.bias.detach().double().reshape(-1, *[1] * 2 * conv)
         assert_within(held, exact, output_bound(original, x, 4) + 1e-6)
         assert_same_bits(output, held)
@@ -143,7 +142,7 @@ def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_
     config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=modulation)
     original, inputs = randomised(make()), walk(shape)
     ours = quantized(original, integer(config), split)
-    assert ours.integer is not None
+    assert ours.on_integers
     error = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[state_dtype]  # the output state is rounded at each step
     for (_, state, held), (_, its_state, its_held) in zip(
         play(ours, inputs, TIMES), play(quantized(original, config, split), inputs, TIMES), strict=True
@@ -176,15 +175,12 @@ def test_an_input_that_changes_its_memory_layout_is_the_same_input():
         assert_within(mine[2], theirs[2], 1e-5)
 
 
-def test_a_steady_step_sends_bytes_and_never_the_values_behind_them():
+def test_a_steady_step_makes_bytes_and_never_the_values_behind_them():
     layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
-    layer.alone = False  # keeps the message
     layer.clock.start()
-    for x in walk((2, 16), steps=2):
-        evaluate(layer, x)
-    message = layer.streams["default", 0].message
-    assert message is not None
-    (code,) = message.codes
+    first, second = walk((2, 16), steps=2)
+    evaluate(layer, first)
+    (code,) = layer.loop.memories["default", 0].input.advance(second, None).codes
     assert isinstance(code, ByteCode)
     ((codes, scale),) = code.parts
     assert (codes.dtype, code.zero, scale.shape) == (torch.uint8, 8, (2, 1))
@@ -194,7 +190,7 @@ def test_a_steady_step_sends_bytes_and_never_the_values_behind_them():
 
 REASONS = {
     "keeps floats": (lambda: nn.Linear(8, 4), LayerConfig(weight=WeightConfig(bits=None))),
-    "is not coded": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(bits=None))),
+    "is not quantized": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(bits=None))),
     "0 bits send nothing": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(bits=0))),
     "zero point": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(symmetric=False))),
     "summed axis": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(granularity="input_channel"))),
@@ -212,8 +208,8 @@ def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
     make, config = REASONS[reason]
     original = randomised(make())
     ours, theirs = quantized(original, integer(config)), quantized(original, config)
-    assert ours.integer is None
-    assert reason in unsupported(ours)
+    assert not ours.on_integers
+    assert reason in ours.unsupported
     inputs = walk((2, 8) if isinstance(original, nn.Linear) else (2, 8, 5, 5), steps=3)
     for layer in (ours, theirs):
         layer.clock.start()
@@ -223,7 +219,7 @@ def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
 
 def test_simulation_is_the_default_and_builds_no_kernels():
     assert LayerConfig().execution == "simulated"
-    assert quantized(nn.Linear(8, 4), W8A4).integer is None
+    assert quantized(nn.Linear(8, 4), W8A4).on_integers is False
 
 
 def test_scales_are_measured_in_the_simulation_and_used_on_integers():
@@ -250,16 +246,16 @@ def test_a_weight_written_in_place_is_coded_anew_and_an_equal_one_keeps_its_kern
     layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
     inputs = walk((2, 16), steps=3)
     play(layer, inputs)
-    assert layer.integer is not None
-    first = layer.integer.kernels
+    assert layer.on_integers
+    first = layer.loop.kernels
     play(layer, inputs)
-    assert layer.integer.kernels is first
+    assert layer.loop.kernels is first
     with torch.no_grad():
         layer.weight.mul_(-2.0)
     expected = play(quantized(_copy_of(layer), W8A4), inputs)
     for mine, theirs in zip(play(layer, inputs), expected, strict=True):
         assert_within(mine[0], theirs[0], 1e-4)
-    assert layer.integer.kernels is not first
+    assert layer.loop.kernels is not first
 
 
 def _copy_of(layer: nn.Linear) -> nn.Linear:
@@ -278,8 +274,8 @@ def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split)
     for mine, theirs in zip(play(packed, inputs), expected, strict=True):
         assert_same_bits(mine[1], theirs[1])
         assert_within(mine[0], theirs[0], 1e-4)
-    assert packed.integer is not None
-    assert packed.integer.kernels[0].weight.dtype == (torch.uint8 if split is None else torch.int8)
+    assert packed.on_integers
+    assert packed.loop.kernels[0].weight.dtype == (torch.uint8 if split is None else torch.int8)
 
 
 def test_what_backends_made_of_a_weight_goes_with_the_layer():

@@ -1,0 +1,98 @@
+"""The layers that are quantized, and which torch layer each takes the place of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modiff.config import LayerConfig
+from modiff.nn.layer import ModulatedLayer
+from modiff.nn.operator import LayerSpec
+
+_CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class ModulatedLinear(ModulatedLayer, nn.Linear):
+    """`nn.Linear` on codes of residuals, ô_t = ô_{t+1} + W q_t: (*, in_features) -> (*, out_features)."""
+
+    channel_dim: ClassVar[int] = -1
+
+    def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
+        """What the layer's parts know of it."""
+        return LayerSpec(name, config, self.in_features, self.channel_dim, functional.linear, split)
+
+
+@dataclass(frozen=True)
+class Convolve:
+    """A convolution with the stride, padding and its mode, dilation and groups of a torch layer."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    mode: str
+    pads: tuple[int, ...]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(N, C, ...) -> (N, O, ...)."""
+        convolve, padding = _CONVOLVE[len(self.stride)], self.padding
+        if self.mode != "zeros":
+            x, padding = functional.pad(x, self.pads, mode=self.mode), 0
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class _ModulatedConv(ModulatedLayer):
+    channel_dim: ClassVar[int] = 1
+    in_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
+        """What the layer's parts know of it: stride, padding and dilation resolved."""
+        pads = self._reversed_padding_repeated_twice  # (left, right) of each axis, the last axis first
+        left, right = pads[0::2][::-1], pads[1::2][::-1]
+        unsupported = "" if left == right else "no kernel pads one side more than the other"
+        if self.padding_mode != "zeros":
+            unsupported = f"no kernel pads with {self.padding_mode!r}"
+        operate = Convolve(self.stride, self.padding, self.dilation, self.groups, self.padding_mode, tuple(pads))
+        return LayerSpec(
+            name, config, self.in_channels, self.channel_dim, operate, split, self.groups, self.kernel_size,
+            self.stride, tuple(left), self.dilation, unsupported,
+        )  # fmt: skip
+
+
+class ModulatedConv1d(_ModulatedConv, nn.Conv1d):
+    """`nn.Conv1d` on codes of residuals, ô_t = ô_{t+1} + W * q_t: (N, C, L) -> (N, O, L')."""
+
+
+class ModulatedConv2d(_ModulatedConv, nn.Conv2d):
+    """`nn.Conv2d` on codes of residuals, ô_t = ô_{t+1} + W * q_t: (N, C, H, W) -> (N, O, H', W')."""
+
+
+class ModulatedConv3d(_ModulatedConv, nn.Conv3d):
+    """`nn.Conv3d` on codes of residuals, ô_t = ô_{t+1} + W * q_t: (N, C, D, H, W) -> (N, O, D', H', W')."""
+
+
+QUANTIZED_CLASSES: dict[type[nn.Module], type[ModulatedLayer]] = {
+    nn.Linear: ModulatedLinear,
+    nn.Conv1d: ModulatedConv1d,
+    nn.Conv2d: ModulatedConv2d,
+    nn.Conv3d: ModulatedConv3d,
+}
+"""A new layer class enters here, with `spec_of` in its class."""
+
+
+def quantized_class(layer: nn.Module) -> type[ModulatedLayer] | None:
+    """The modulated class for a layer; subclasses count when they keep the torch layer's own forward."""
+    for kind, quantized in QUANTIZED_CLASSES.items():
+        if isinstance(layer, kind) and type(layer).forward is kind.forward:
+            return quantized
+    return None

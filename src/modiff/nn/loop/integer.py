@@ -1,0 +1,306 @@
+"""One layer's loop on real integers: the codes and input states of the simulation bit for bit, states in place.
+
+ô_t += s s_w[o] Σ (code - zero) * weight code
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff.core.affine import QParams
+from modiff.core.hadamard import rotate
+from modiff.core.predictors import Hold, Linear, predictor_named
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import State, Update, accumulate
+from modiff.kernels.encode import encode_input, encode_residual
+from modiff.kernels.input_fusion import InputFusion, Norm
+from modiff.kernels.kernel import Kernel, largest_weight_code
+from modiff.kernels.layout import channels_innermost, innermost
+from modiff.kernels.problem import Problem
+from modiff.nn.clock import Clock
+from modiff.nn.loop.simulated import Memory, SimulatedLoop
+from modiff.nn.operator import LayerOperator, LayerSpec, at_least_float32
+from modiff.nn.packed import PackedWeight
+from modiff.nn.sharing import InputState, version_of
+
+Codes = tuple[Tensor, Tensor]
+"""uint8 or int8 codes and their scales."""
+
+
+def unsupported(spec: LayerSpec, quantizer: Quantizer | None) -> str:
+    """Why a layer cannot run on integers and is simulated; empty if it can. What no kernel knows is refused."""
+    config, modulation = spec.config, spec.config.modulation
+    if config.weight.bits is None:
+        return "its weight keeps floats"
+    if quantizer is None or quantizer.bits == 0:
+        return "its input is not quantized" if quantizer is None else "0 bits send nothing that could be summed"
+    if not quantizer.config.symmetric:
+        return "codes with a zero point of their own have no kernel"
+    if quantizer.granularity == "input_channel":
+        return "a scale along the summed axis has no integer sums"
+    if spec.unsupported:
+        return spec.unsupported
+    if quantizer.granularity == "token" and spec.channel_dim == 1 and {*spec.kernel_size, *spec.stride} != {1}:
+        return "a scale for each pixel has no integer sums over several pixels"
+    if modulation is None:
+        return ""
+    if type(predictor_named(modulation.predictor)) not in (Hold, Linear):
+        return f"no kernel knows the predictor {modulation.predictor!r}"
+    if modulation.error_compensation == "none":
+        return "the ablation without error compensation is for study"
+    if modulation.state_dtype == "float64":
+        return "its states are kept in float64, kernels add up float32"
+    return ""
+
+
+class ByteCode(NamedTuple):
+    """The integers of one step as kernels read them: uint8 codes, where `zero` stands for 0, and float32 scales."""
+
+    parts: tuple[Codes, ...]
+    zero: int
+    channel_dim: int
+
+    def value(self) -> Tensor:
+        """What the codes stand for, float32: bit for bit that of the simulation."""
+        values = [(codes.to(torch.float32) - self.zero) * scale for codes, scale in self.parts]
+        return values[0] if len(values) == 1 else torch.cat(values, self.channel_dim)
+
+
+def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tensor, ...]:
+    """The runs of channels of x, each dense in memory, channels innermost where x has them so.
+
+    Cost: nothing for one run, otherwise a copy of x.
+    """
+    if len(runs) == 1:
+        return (x,)
+    split = x.split(list(runs), channel_dim)
+    if channel_dim == 1 and channels_innermost(x, x.dim() - 2):
+        return tuple(innermost(run) for run in split)
+    return tuple(run.contiguous() for run in split)
+
+
+def fused_runs(
+    x: Tensor, fusion: InputFusion | None, runs: tuple[int, ...], channel_dim: int
+) -> list[tuple[Tensor, InputFusion | None]]:
+    """What is encoded for each run of channels: a tensor, and what it passes through on the way.
+
+    Cost: where no kernel computes `fusion` for such runs, torch's operators do it here.
+    """
+    split = None if fusion is None else fusion.split(x, runs)
+    if split is not None:
+        return list(split)
+    value = x if fusion is None else fusion.compute(x)
+    return [(run, None) for run in dense_runs(value, runs, channel_dim)]
+
+
+def fuses(norm: Norm, device: torch.device, spec: LayerSpec) -> bool:
+    """Whether a norm or an activation before a layer can be computed while its result is encoded."""
+    modulation = spec.config.modulation
+    if spec.rotation is not None or device.type != "cpu" or (spec.split is not None and norm != "group"):
+        return False
+    return modulation is None or modulation.state_dtype in ("float32", "int16")
+
+
+def laid_otherwise(state: Tensor, x: Tensor) -> bool:
+    """Whether a state does not lie in memory as x does, which the compiled loops need.
+
+    The state of some of the channels of each pixel, or of a chunk, is dense, and was made so.
+    """
+    return state.stride() != x.stride() and (x.is_contiguous() or channels_innermost(x, max(x.dim() - 2, 0)))
+
+
+class IntegerInput(InputState):
+    """â_t in one dense tensor for each run of channels; a steady step makes bytes and writes the state in place.
+
+    The first step, and every step while scales are being measured, runs as in the simulation.
+    """
+
+    parts: tuple[State, ...] = ()
+
+    @property
+    def state(self) -> State | None:
+        """The state as one tensor. Cost: nothing for one run of channels, otherwise a copy."""
+        if len(self.parts) < 2:
+            return self.parts[0] if self.parts else None
+        joined = [
+            torch.cat(tensors, self.quantizer.channel_dim) for tensors in zip(*map(_tensors, self.parts), strict=True)
+        ]
+        return State(joined[0], tuple(joined[1:]))
+
+    def tensors(self) -> list[Tensor]:
+        """Values and moves."""
+        return [tensor for part in self.parts for tensor in _tensors(part)]
+
+    def restart(self) -> None:
+        """Forget the state."""
+        self.parts = ()
+
+    def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """Encode into bytes and write the state in place; with `fusion` in the same pass over memory."""
+        if fusion is not None and not fuses(fusion.norm, x.device, self.spec):
+            x, fusion = fusion.compute(x), None
+        if not self.parts or self.quantizer.watching:
+            update, state = self.encoded(x, fusion, self.state)
+            split = [dense_runs(t, self.quantizer.segments, self.quantizer.channel_dim) for t in _tensors(state)]
+            self.parts = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
+            return update
+        value = x if self.spec.rotation is None else self.prepared(x, None)
+        return self.encode(value, fusion)
+
+    def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """A steady step."""
+        quantizer, gain = self.quantizer, None
+        if self.predictor.past_states > 1:
+            weights = self.predictor.weights(len(self.parts[0].moves), self.config.gain, self.ratio(x.device))
+            gain = torch.as_tensor(weights[0] if weights else 0.0, dtype=torch.float32, device=x.device)
+        scales = self.held_scales()
+        given = quantizer.scales(x) if scales is None else [q.scale for q in scales]
+        runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
+        parts: list[Codes] = []
+        states: list[State] = []
+        for index, (run, fused) in enumerate(runs):
+            state = self.parts[index]
+            if gain is not None or state.value.stride() != run.stride():
+                state = _laid(state, run, gain is not None)
+            encode = encode_residual if fused is None else fused.encode
+            parts.append(
+                encode(
+                    run, state.value, None if given is None else given[index], quantizer.bits, quantizer.config.clip,
+                    quantizer.granularity, channel_dim=quantizer.channel_dim,
+                    move=state.moves[0] if state.moves else None, gain=gain,
+                )
+            )  # fmt: skip
+            states.append(state)
+        self.parts = tuple(states)
+        if quantizer.config.refresh_every > 1:
+            self.hold_scales(tuple(QParams(scale, None) for _, scale in parts))
+        code = ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), quantizer.channel_dim)
+        return Update(None, (code,), weights=() if gain is None else (gain,))
+
+
+def _tensors(state: State) -> tuple[Tensor, ...]:
+    return (state.value, *state.moves)
+
+
+def _laid(state: State, x: Tensor, moves: bool) -> State:
+    """The state in the memory layout of x, with a move if any is kept; moved once, when a trajectory begins."""
+    value = state.value
+    if laid_otherwise(value, x):
+        value = torch.empty_like(x, dtype=value.dtype).copy_(value)
+    if not moves:
+        return state if value is state.value else State(value)
+    move = state.moves[0] if state.moves else torch.zeros_like(value)
+    if move.stride() != value.stride():
+        move = torch.empty_like(value).copy_(move)
+    return State(value, (move,))
+
+
+class IntegerLoop(SimulatedLoop):
+    """ô_t with the kernels of one layer, one for each run of its input channels, built at first use and kept."""
+
+    input_kind: type[InputState] = IntegerInput
+
+    def __init__(self, spec: LayerSpec, operator: LayerOperator, quantizer: Quantizer | None, clock: Clock) -> None:
+        super().__init__(spec, operator, quantizer, clock)
+        self._source: tuple[object, ...] = ()
+        self._codes: tuple[Codes, ...] = ()
+        self._kernels: tuple[Kernel, ...] = ()
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Those of the present weight. Cost: building them waits for the device once."""
+        weight, quantized = self.operator.weight, self.operator.quantized
+        if isinstance(quantized, PackedWeight):
+            source = (weight.data_ptr(), version_of(weight), weight.device)
+            changed = source != self._source
+        else:
+            source = quantized.codes(weight)
+            changed = source is not self._source
+        if changed:
+            codes = self._weight_codes()
+            if not _equal(codes, self._codes):  # otherwise what a backend made of the old ones stays
+                self._codes, self._kernels = codes, tuple(self._kernel(*each) for each in codes)
+            self._source = source
+        return self._kernels
+
+    def take(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
+        """Move the output state on, in place where the codes are bytes."""
+        code, state = update.codes[0] if update.codes else None, memory.output
+        if not isinstance(code, ByteCode) or not isinstance(state, State):
+            state = memory.output = self.started(update, state if isinstance(state, State) else None)
+            return state.value.to(dtype, copy=True)
+        *others, last = zip(self.kernels, code.parts, strict=True)
+        if not update.weights:
+            for kernel, (codes, scale) in others:
+                kernel.accumulate(state.value, codes, scale)
+            kernel, (codes, scale) = last
+            return kernel.step(state.value, codes, scale, dtype)
+        # the move takes what is sent, ô_t - ô_{t+1} = g (ô_{t+1} - ô_{t+2}) + A_q(q_t), and the state takes the move
+        move = state.moves[0].mul_(*update.weights) if state.moves else torch.zeros_like(state.value)
+        for kernel, (codes, scale) in (*others, last):
+            kernel.accumulate(move, codes, scale)
+        memory.output = State(state.value.add_(move), (move,))
+        return state.value.to(dtype, copy=True)
+
+    def started(self, update: Update, state: State | None) -> State:
+        """The next output state as the simulation has it, in the memory layout that kernels add into."""
+        state = accumulate(update, state, self.operator, self.modulation)
+        if self.spec.channel_dim == -1:
+            return state
+        return State(innermost(state.value), tuple(innermost(move) for move in state.moves))
+
+    def plain(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
+        """A_q(quantize(x)) + bias without memory. Raises: CalibrationError as the quantizer does."""
+        quantizer, dtype = self.quantizer, x.dtype
+        if quantizer is None or quantizer.watching:
+            return super().plain(x, fusion)
+        if fusion is not None and not self.fuses(fusion.norm):
+            x, fusion = fusion.compute(x), None
+        if self.spec.rotation is not None:
+            x = rotate(at_least_float32(x), self.spec.rotation, self.spec.channel_dim)
+        given, kernels = quantizer.scales(x), self.kernels
+        total: Tensor | None = None
+        runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
+        for i, ((run, fused), kernel) in enumerate(zip(runs, kernels, strict=True)):
+            scale = None if given is None else given[i]
+            arguments = (scale, quantizer.bits, quantizer.config.clip, quantizer.granularity)
+            if fused is None:
+                codes, scale = encode_input(run, *arguments, channel_dim=quantizer.channel_dim)
+            else:
+                codes, scale = fused.encode(run, None, *arguments, channel_dim=quantizer.channel_dim)
+            if total is None:
+                total = kernel.compute(codes, scale, self.operator.bias, dtype if len(kernels) == 1 else torch.float32)
+            else:
+                kernel.accumulate(total, codes, scale)
+        return torch.as_tensor(total).to(dtype)
+
+    def fuses(self, norm: Norm) -> bool:
+        """Whether a norm or an activation before the layer can be computed while its result is encoded."""
+        return fuses(norm, self.operator.weight.device, self.spec)
+
+    def _weight_codes(self) -> tuple[Codes, ...]:
+        weight, quantized = self.operator.weight, self.operator.quantized
+        if isinstance(quantized, PackedWeight) and len(quantized.segments) == 1:
+            return (quantized.stored(weight),)  # as they are kept: two 4-bit codes in a byte
+        return tuple((codes.contiguous(), q.scale) for codes, q in quantized.codes(weight))
+
+    def _kernel(self, codes: Tensor, scale: Tensor) -> Kernel:
+        spec = self.spec
+        problem = Problem(
+            inputs=spec.channels if spec.split is None else codes.shape[1], outputs=codes.shape[0],
+            kernel_size=spec.kernel_size, stride=spec.stride, padding=spec.padding, dilation=spec.dilation,
+            groups=spec.groups, bits=spec.config.activation.bits or 8, weight_max=largest_weight_code(codes),
+            device=codes.device.type,
+        )  # fmt: skip
+        return Kernel(problem, codes, scale.to(torch.float32))
+
+
+def _equal(parts: tuple[Codes, ...], others: tuple[Codes, ...]) -> bool:
+    pairs = zip(parts, others, strict=False)
+    return len(parts) == len(others) and all(
+        (c.device, c.dtype) == (d.device, d.dtype) and torch.equal(c, d) and torch.equal(s, t)
+        for (c, s), (d, t) in pairs
+    )

@@ -1,0 +1,176 @@
+"""One layer's loop with the values that its integers stand for: what the others are compared with."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff.config import ModulationConfig
+from modiff.core.hadamard import rotate
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import State, Update, accumulate, encode_plain, output_of
+from modiff.errors import StateError
+from modiff.kernels.fixed_point import FixedState
+from modiff.kernels.input_fusion import InputFusion, Norm
+from modiff.nn.clock import Clock
+from modiff.nn.operator import LayerOperator, LayerSpec, at_least_float32
+from modiff.nn.sharing import InputGroup, InputState
+
+Key = tuple[str, int]
+"""(context, how many times the layer was called before in this evaluation)."""
+
+
+class LayerState(NamedTuple):
+    """Both states of a layer in one context: input = â_t, output = ô_t = A_q(â_t) + (A - A_q)(a_anchor) + bias."""
+
+    input: Tensor
+    output: Tensor
+
+
+class SimulatedInput(InputState):
+    """â_t as `core.recursion` keeps it."""
+
+    state: State | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Value and moves."""
+        return [] if self.state is None else [self.state.value, *self.state.moves]
+
+    def restart(self) -> None:
+        """Forget the state."""
+        self.state = None
+
+    def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """Encode and move the state on."""
+        update, self.state = self.encoded(x, fusion, self.state)
+        return update
+
+
+class Memory:
+    """What a layer remembers in one context: the input state that it reads, its output state, the updates it took."""
+
+    __slots__ = ("input", "output", "taken")
+
+    def __init__(self, state: InputState) -> None:
+        self.input, self.taken = state, 0
+        self.output: State | FixedState | None = None
+
+
+class SimulatedLoop:
+    """y_t = ô_t of one layer; without modulation A_q(quantize(x)) + b, without activation bits A_q(x) + b.
+
+    quantizer, inputs: None where the input is not quantized, not modulated; the same objects in all layers of a group.
+    memories: by context and call within one evaluation.
+    """
+
+    input_kind: type[InputState] = SimulatedInput
+
+    def __init__(self, spec: LayerSpec, operator: LayerOperator, quantizer: Quantizer | None, clock: Clock) -> None:
+        self.spec, self.operator, self.quantizer, self.clock = spec, operator, quantizer, clock
+        self.modulation = spec.config.modulation or ModulationConfig()
+        self.inputs: InputGroup | None = None
+        if quantizer is not None and spec.config.modulation is not None:
+            make = functools.partial(self.input_kind, spec, quantizer, spec.config.modulation, clock)
+            self.inputs = InputGroup(make, clock)
+        self.memories: dict[Key, Memory] = {}
+        self._calls, self._tick = 0, -1
+        clock.on_reset(self.forget)
+
+    def step(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
+        """The layer's output for `x`, or for what `fusion` makes of it; in the dtype of x.
+
+        Args:
+            read: in a graph of torch.compile the number of what is read, as `Source` has it.
+        Raises: StateError outside a trajectory, or if the input does not fit the states.
+        """
+        inputs = self.inputs
+        if inputs is None:
+            return self.plain(x, fusion)
+        memory = self._memory()
+        if memory is None:
+            memory = self.memories[self.clock.context, self._calls] = Memory(inputs.state_for(x, read))
+        state = memory.input
+        update = state.read(self.spec.name, x, fusion, read)
+        if state.count != memory.taken + 1 and not update.starts:
+            raise StateError(
+                f"{self.spec.name}: expected update {memory.taken + 1} of its group, got update {state.count}. The "
+                "layer did not run in the last step, but shares its quantized input with layers that did. Use "
+                "ModiffConfig(share_residuals='off'), or exclude it."
+            )
+        memory.taken = state.count
+        output = self.take(update, memory, x.dtype)
+        state.has_read()
+        return output
+
+    def take(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
+        """Move the output state on. Returns: its value in `dtype`, a tensor of its own."""
+        state = accumulate(update, _float(memory.output), self.operator, self.modulation)
+        memory.output = state
+        return state.value.to(dtype, copy=True)
+
+    def plain(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
+        """The output of a layer without memory."""
+        value = x if fusion is None else fusion.compute(x)
+        if self.spec.rotation is not None:
+            value = rotate(at_least_float32(value), self.spec.rotation, self.spec.channel_dim)
+        if self.quantizer is None:
+            return self.operator.affine(at_least_float32(value)).to(x.dtype)
+        return output_of(encode_plain(value, self.quantizer), self.operator).to(x.dtype)
+
+    def fuses(self, norm: Norm) -> bool:
+        """Whether a norm or an activation before the layer can be computed while its result is encoded."""
+        return False
+
+    def share_with(self, leader: SimulatedLoop) -> None:
+        """Read the same quantized residual as `leader` whenever both are given the same tensor."""
+        self.inputs, self.quantizer = leader.inputs, leader.quantizer
+        if self.inputs is not None:
+            self.inputs.shared = True
+
+    def forget(self) -> None:
+        """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
+        self.operator.quantized.forget()
+        self.memories.clear()
+        self._tick = -1
+
+    @property
+    def state(self) -> LayerState:
+        """Both states of the present context. Raises: StateError before the first step."""
+        memory = self.memories.get((self.clock.context, 0))
+        if memory is None or memory.output is None:
+            raise StateError(
+                f"{self.spec.name}: expected states, got none. The layer has not run in this trajectory. Run it."
+            )
+        state, output = memory.input.state, memory.output
+        value = output.value() if isinstance(output, FixedState) else output.value
+        return LayerState(value if state is None else state.value, value)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
+        found = [t for memory in self.memories.values() for t in memory.input.tensors()]
+        for memory in self.memories.values():
+            output = memory.output
+            if isinstance(output, FixedState):
+                found += output
+            elif output is not None:
+                found += [output.value, *output.moves]
+        return found
+
+    def _memory(self) -> Memory | None:
+        """That of this context and of this call within the evaluation; None where it is new."""
+        clock = self.clock
+        if not clock.inside:
+            raise StateError(
+                f"{self.spec.name}: expected a running trajectory, got a call outside of one. The states of a "
+                "modulated layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
+            )
+        self._calls = self._calls + 1 if self._tick == clock.tick else 0
+        self._tick = clock.tick
+        return self.memories.get((clock.context, self._calls))
+
+
+def _float(state: State | FixedState | None) -> State | None:
+    return None if isinstance(state, FixedState) else state

@@ -1,0 +1,213 @@
+"""Layers that read one tensor share one quantized residual: how they know that it is one, and what they read."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from modiff.config import ModulationConfig
+from modiff.core.affine import QParams
+from modiff.core.hadamard import rotate
+from modiff.core.predictors import Weight, predictor_named
+from modiff.core.quantizer import Quantizer
+from modiff.core.recursion import State, Update, encode
+from modiff.errors import StateError
+from modiff.kernels.input_fusion import InputFusion
+from modiff.kernels.native import fingerprint
+from modiff.nn.clock import Clock
+from modiff.nn.operator import LayerSpec, at_least_float32
+
+
+class Source:
+    """A tensor as its first reader got it.
+
+    In eager execution a tensor is recognized by identity and version counter. Under inductor, buffers are reused, and
+    inference tensors have no version, so neither works. There the read number of the graph tells, and without one the
+    bytes, where a layer joins at the same address.
+
+    Args:
+        read: None in eager execution; in a graph the number of what is read, negative for the first that reads it in
+            each run of the graph, 0 where it has none.
+        asked: whether other readers will ask; otherwise the bytes are not looked at.
+    Cost: a pass over x where its bytes are looked at, here and for each reader that asks.
+    """
+
+    __slots__ = ("address", "bytes", "read", "tensor", "version")
+
+    def __init__(self, x: Tensor, read: int | None, asked: bool) -> None:
+        self.tensor, self.version, self.address = weakref.ref(x), version_of(x), x.data_ptr()
+        self.read = read
+        self.bytes = fingerprint(x) if asked and _silent(x, read) else None
+
+    def begins(self, x: Tensor, read: int | None) -> bool:
+        """Whether a layer that reads x for the first time reads this tensor. False where nobody can tell."""
+        if read is not None and read < 0:
+            return False  # nothing was made of it yet in this run of the graph
+        if read is None and self.tensor() is None:
+            return False
+        return self.carries(x, read) and (not _silent(x, read) or self.address == x.data_ptr())
+
+    def carries(self, x: Tensor, read: int | None) -> bool:
+        """Whether x, which a reader of this tensor was given, is it, unchanged since."""
+        if (read is None) != (self.read is None):
+            return False
+        if read is not None and self.read is not None and abs(read) != abs(self.read):
+            return False
+        if _silent(x, read):
+            return self.bytes is not None and self.bytes == fingerprint(x)
+        return read is not None or (self.tensor() is x and self.version == version_of(x))
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor was written in place; inference tensors do not count, and read 0."""
+    return 0 if x.is_inference() else x._version
+
+
+def _silent(x: Tensor, read: int | None) -> bool:
+    """Whether identity and version say nothing, and no read number does."""
+    return read == 0 or (read is None and x.is_inference())
+
+
+class InputState(ABC):
+    """One tensor's input state through a trajectory, and the update of this evaluation, for each layer that reads it.
+
+    spec: of the layer that opened it; what the input's side asks of it is the same in all of a group.
+    count: updates so far; a reader that missed one cannot go on. readers: how many layers read it. open: others may
+    join. turn: the step at which it anchors again first where anchors are staggered, up to a multiple of
+    `reanchor_every`. Subclasses say how the state is kept and how the codes look.
+    """
+
+    def __init__(self, spec: LayerSpec, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
+        self.spec, self.quantizer, self.config, self.clock = spec, quantizer, config, clock
+        self.predictor = predictor_named(config.predictor)
+        self.update: Update | None = None
+        self.count, self.readers, self.unread, self.open, self.turn, self.tick = 0, 1, 0, False, 0, -1
+        self._scales: tuple[QParams, ...] = ()
+        self._age = 0
+        self._shape: tuple[torch.Size, torch.device] | None = None
+        self._source: Source | None = None
+
+    @property
+    @abstractmethod
+    def state(self) -> State | None:
+        """The state as one tensor, None before the first step."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the state keeps."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Forget the state: the next step anchors."""
+
+    @abstractmethod
+    def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """Encode x, or what `fusion` makes of it, and move the state on."""
+
+    def begins(self, x: Tensor, read: int | None) -> bool:
+        """Whether the states started in this evaluation, and from this very tensor, unchanged since."""
+        if self.update is None or not self.update.starts or self.tick != self.clock.tick or self._source is None:
+            return False
+        return self._source.begins(x, read)
+
+    def read(self, where: str, x: Tensor, fusion: InputFusion | None, read: int | None) -> Update:
+        """The update for `x`: encoded for the first reader of the evaluation, the same for all others.
+
+        Raises: StateError if shape or device changed inside the trajectory, or the readers no longer agree.
+        """
+        if self.tick == self.clock.tick and self.update is not None:
+            if self._source is None or not self._source.carries(x, read):
+                raise StateError(
+                    f"{where}: expected the tensor that its group read before, got another one. These layers read one "
+                    "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
+                )
+            return self.update
+        every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
+        if every and (self.clock.step - turn) % every == 0:
+            self.restart()
+            self._shape, self._age = None, 0
+        shape = (x.shape, x.device)
+        if self._shape is not None and self._shape != shape:
+            raise self._misfit(where, x)
+        self.update = self.advance(x, fusion)
+        asked = self.readers > 1 or (self.open and not self.count)
+        self._shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, asked)
+        self.count += 1
+        self.unread = 0 if self.open and self.update.starts else self.readers
+        return self.update
+
+    def has_read(self) -> None:
+        """One reader is done; after the last one the codes are freed."""
+        self.unread -= 1
+        if self.unread == 0:
+            self.update = None
+
+    def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
+        """The tensor that is encoded: x, or what `fusion` makes of it, rotated if the layers rotate."""
+        value = x if fusion is None else fusion.compute(x)
+        if self.spec.rotation is None:
+            return value
+        return rotate(at_least_float32(value), self.spec.rotation, self.quantizer.channel_dim)
+
+    def encoded(self, x: Tensor, fusion: InputFusion | None, state: State | None) -> tuple[Update, State]:
+        """The step of `core.recursion`."""
+        value = self.prepared(x, fusion)
+        ratio = 1.0 if self.predictor.past_states == 1 or state is None else self.ratio(x.device)
+        update, state = encode(value, state, self.quantizer, self.config, ratio, self.held_scales())
+        if update.codes and not update.starts:
+            self.hold_scales(tuple(q for _, q in update.codes[0].parts))
+        return update, state
+
+    def held_scales(self) -> Sequence[QParams] | None:
+        """The scales of an earlier step where they are held over some steps, None where this step measures them."""
+        return self._scales if self._age % self.quantizer.config.refresh_every else None
+
+    def hold_scales(self, scales: tuple[QParams, ...]) -> None:
+        """A residual was quantized with these."""
+        self._scales, self._age = scales, self._age + 1
+
+    def ratio(self, device: torch.device) -> Weight:
+        """Size of this step over the last one, on a device."""
+        ratio = self.clock.ratio
+        return ratio.to(device) if isinstance(ratio, Tensor) else ratio
+
+    def _misfit(self, where: str, x: Tensor) -> StateError:
+        shape, device = self._shape or (x.shape, x.device)
+        return StateError(
+            f"{where}: expected an input of shape {tuple(shape)} on {device}, got {tuple(x.shape)} on {x.device}. The "
+            "batch or image size changed inside one trajectory. Wrap each generation in its own "
+            "`with modiff.trajectory(model):`."
+        )
+
+
+class InputGroup:
+    """The input states of a group of layers; a group of one is the usual case.
+
+    At the step where states start, a layer joins the state of the very tensor that it reads, or opens one.
+    turn: the number of the group in its model: the groups anchor again in turn where anchors are staggered.
+    """
+
+    def __init__(self, make: Callable[[], InputState], clock: Clock) -> None:
+        self.make, self.clock = make, clock
+        self.states: list[InputState] = []
+        self.shared, self.turn = False, 0
+        clock.on_reset(self.forget)
+
+    def forget(self) -> None:
+        """Free the states."""
+        self.states.clear()
+
+    def state_for(self, x: Tensor, read: int | None) -> InputState:
+        """That of `x` in this evaluation, the newest if several fit; a new one if there is none."""
+        for state in reversed(self.states):
+            if state.begins(x, read):
+                state.readers += 1
+                return state
+        state = self.make()
+        state.open, state.turn = self.shared, self.turn
+        self.states.append(state)
+        return state
