@@ -23,7 +23,7 @@ def taken(model: nn.Module, config: ModiffConfig) -> tuple[str, ...]:
 
 def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
     assert reasons(toy(), ModiffConfig()) == {
-        "conv_in": "first or last layer",
+        "conv_in": "first or last layer (by registration)",
         "time_embedding": "excluded by '*time_*emb*'",
         "body": "",
         "attention.to_q": "",
@@ -32,7 +32,7 @@ def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
         "attention.to_out.0": "",
         "tiny": "tiny: 32 weights",
         "back": "ConvTranspose2d has no modulated quantized",
-        "conv_out": "first or last layer",
+        "conv_out": "first or last layer (by registration)",
     }
 
 
@@ -134,7 +134,7 @@ def test_splits_are_reported_for_layers_that_are_taken():
     report = modiff.select(toy_unet(), ModiffConfig(), splits={"up_blocks.0.resnets.0.conv1": 16, "conv_in": 2})
     found = {e.name: e.reason for e in report.entries}
     assert found["up_blocks.0.resnets.0.conv1"] == "split at 16"
-    assert found["conv_in"] == "first or last layer"
+    assert found["conv_in"] == "first or last layer (by registration)"
 
 
 def test_a_layer_itself_is_refused_and_stays_what_it_was():

@@ -11,6 +11,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import StateError
 from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of, required_attachment
 from modiff.model.attention import apply_attention, quantized_attention, remove_attention
+from modiff.model.ends import Ends
 from modiff.model.report import Entry, Report
 from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
@@ -50,6 +51,8 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
     entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
                     for e in report.entries)  # fmt: skip
     attachment.report = Report(entries)
+    if config.first_last == "full_precision":
+        attachment.ends = Ends(config, attachment.report)
     try:  # only now is the model touched
         for name, layer in attachment.layers.items():
             _set(model, name, layer)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
+from modiff.model.ends import Ends
 from modiff.model.facts import facts_of
 from modiff.model.report import Report
 from modiff.nn import Clock, ModulatedLayer, traced
@@ -88,6 +89,7 @@ class Attachment:
         self.handles: list[RemovableHandle] = []
         self.timestep: tuple[str, int] | None = None
         self.thread = 0
+        self.ends: Ends | None = None
         self.number = traced.number_for(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,7 +105,7 @@ class Attachment:
         self.handles.append(model.register_forward_hook(self._after))
         self.handles.append(model.register_forward_hook(self._raised, always_call=True))
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = None
         if self.timestep is not None:
             name, position = self.timestep
@@ -114,7 +116,10 @@ class Attachment:
             traced.begin(self.clock.token, given, self.number)
         else:
             inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-            self.begin(timestep, next((x.shape for x in inputs if x.dim() > 1), None))
+            sample = next((x for x in inputs if x.dim() > 1), None)
+            self.begin(timestep, None if sample is None else sample.shape)
+            if self.ends is not None:
+                self.ends.begin(model, sample)
 
     def begin(self, timestep: Tensor | float | None, shape: Shape = None) -> None:
         """An evaluation of the model begins. Raises: StateError while another thread is in one."""
@@ -149,10 +154,16 @@ class Attachment:
     def end(self) -> None:
         """The evaluation ended."""
         self.clock.returned()
+        if self.ends is not None:
+            self.ends.close()
+            self.ends.warn(self.clock.name)
+            self.ends = None
 
     def fail(self) -> None:
         """The evaluation did not reach its end; a trajectory that began by itself is over."""
         self.clock.raised()
+        if self.ends is not None:
+            self.ends.close()
         if self.automatic is not None:
             self.automatic.end()
 

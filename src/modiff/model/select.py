@@ -109,7 +109,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
         return "another library replaced its forward or weight"
     named = name in config.include or any(fnmatchcase(name, p) for p, _ in config.overrides)
     if boundary and config.first_last == "full_precision" and not named:
-        return "first or last layer"
+        return "first or last layer (by registration)"
     if weight.numel() < config.min_weights and not named:
         return f"tiny: {weight.numel()} weights"
     if not torch.is_floating_point(weight):
