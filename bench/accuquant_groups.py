@@ -34,10 +34,10 @@ from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import calibration_run, noise_generators
-from modiff.methods.accuquant import AccuquantConfig, AccuquantReport, apply_accuquant
-from modiff.methods.group_error import Group, approximate_gradient, exact_gradient, roll_out
-from modiff.methods.parts import plain_network
-from modiff.methods.sampler_steps import SamplerSteps, sampler_tables, with_tables
+from modiff.methods import AccuquantConfig, MethodReport, quantize
+from modiff.methods.group_error import Advance, Evaluate, Group, approximate_gradient, error_of, roll_out
+from modiff.methods.recipe import plain_network
+from modiff.methods.sampler_steps import SamplerSteps, as_recorded
 from modiff.model.calibrate import quantizers_of
 
 GROUP_SIZES = (1, 2, 4, 8)
@@ -72,7 +72,7 @@ def run_size(group_size: int, settings: dict[str, Any]) -> dict[str, Any]:
     model = plain_network(pipe, "bench/accuquant_groups.py")
     config = config_of(group_size, settings)
     loaded, start = peak_mib(), time.perf_counter()
-    report = apply_accuquant(pipe, config, progress=False)
+    report = quantize(pipe, config, progress=False)
     seconds, peak = time.perf_counter() - start, peak_mib()
     cosines = cosines_of(pipe, model, report, config)
     exact_peak = peak_mib()
@@ -80,9 +80,9 @@ def run_size(group_size: int, settings: dict[str, Any]) -> dict[str, Any]:
     remove(pipe)
     return {
         "group_size": group_size,
-        "groups": len(report.groups),
+        "groups": len(report.scales.units),
         "relative_l2": relative_l2(quantized, images_of(pipe, settings)),
-        "error_kept": sum(g.after for g in report.groups) / sum(g.before for g in report.groups),
+        "error_kept": sum(g.after for g in report.scales.units) / sum(g.before for g in report.scales.units),
         "cosine_mean": sum(cosines) / len(cosines),
         "cosine_lowest": min(cosines),
         "loaded_mib": loaded,
@@ -110,14 +110,14 @@ def images_of(pipe: Any, settings: dict[str, Any]) -> np.ndarray:
     return pipe(batch_size=len(noise), num_inference_steps=settings["steps"], generator=noise, output_type="np").images
 
 
-def cosines_of(pipe: Any, model: nn.Module, report: AccuquantReport, config: AccuquantConfig) -> list[float]:
+def cosines_of(pipe: Any, model: nn.Module, report: MethodReport, config: AccuquantConfig) -> list[float]:
     """Of each group: how far the approximate gradient of the kept scales points where the exact one does."""
     run = calibration_run(pipe, steps=config.steps, batch=config.batch, seed=config.seed)
     with full_precision(model):
         calls = list(collect(pipe, run, progress=False))
-        trajectory = SamplerSteps(model, with_tables(pipe.scheduler, sampler_tables(pipe.scheduler)), calls, None)
+        trajectory = SamplerSteps(model, as_recorded(pipe.scheduler, None), calls, None)
     state, quantizers, found = trajectory.recorded[0], quantizers_of(model), []
-    for index, (first, last) in enumerate(group.steps for group in report.groups):
+    for index, (first, last) in enumerate(_steps(unit.name) for unit in report.scales.units):
         group = Group(range(first, last + 1), state, trajectory.recorded[last + 1])
         with evaluating(model), without_states(model, "quantized") as trainees:
             starts = {n: c.static or (c.tables or {})[index] for n, c in quantizers.items()}
@@ -127,6 +127,26 @@ def cosines_of(pipe: Any, model: nn.Module, report: AccuquantReport, config: Acc
             state = roll_out(group, trajectory.evaluate, trajectory.advance)[0][-1]
         found.append(cosine(mine, true))
     return found
+
+
+def exact_gradient(
+    group: Group, evaluate: Evaluate, advance: Advance, leaves: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """The same error, and its gradient by back-propagation through the whole group. Cost: memory of n networks."""
+    with torch.enable_grad():
+        state = group.start
+        for step in group.steps:
+            state = advance(step, state, evaluate(step, state))
+        error = error_of(state, group.target)
+    gradients = torch.autograd.grad(error, list(leaves), allow_unused=True)
+    found = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
+    return float(error.detach()), found
+
+
+def _steps(name: str) -> tuple[int, int]:
+    """First and last of "steps 0 to 3"."""
+    _, first, _, last = name.split()
+    return int(first), int(last)
 
 
 def cosine(mine: Sequence[Tensor], true: Sequence[Tensor]) -> float:

@@ -35,8 +35,9 @@ from modiff.files import check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import calibration_run, noise_generators
-from modiff.methods.modiff import Kind, ModiffMethodConfig, apply_modiff
-from modiff.methods.parts import plain_network
+from modiff.methods import ModiffMethodConfig, quantize
+from modiff.methods.modiff import Kind
+from modiff.methods.recipe import plain_network
 from modiff.model.attach import required_attachment
 from modiff.nn.weight import Part
 
@@ -160,7 +161,7 @@ class Bench:
             batch=self.settings["samples"],
         )
         config = dataclasses.replace(config, learning=dataclasses.replace(config.learning, **self._fewer()))
-        apply_modiff(self.pipe, config, folder=self.work / kind, progress=True)
+        quantize(self.pipe, config, folder=self.work / kind, progress=True)
 
     def calibrated(self, step_groups: int = 1, clip: float = 1.0) -> None:
         """The same by `modiff.calibrate`: residuals of the quantized trajectory itself; 0 gives each step its scale.

@@ -40,6 +40,7 @@ from modiff.errors import (
     ModiffWarning,
     StateError,
 )
+from modiff.methods import quantize
 from modiff.model.autotune import AutotuneResult
 from modiff.model.report import Report
 from modiff.nn import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d, ModulatedLinear
@@ -85,6 +86,7 @@ __all__ = [
     "load",
     "pack",
     "presets",
+    "quantize",
     "reconstruct",
     "remove",
     "replay",

@@ -13,7 +13,7 @@ import torch
 
 from bench import accuquant_groups as bench
 from modiff import ConfigError
-from modiff.methods.accuquant import apply_accuquant
+from modiff.methods import quantize
 from tests.bench.in_process import run_here
 from tests.methods import small
 
@@ -71,9 +71,9 @@ def test_rows_hold_what_the_method_gives_and_each_size_is_run_once(folder, tasks
         return torch.from_numpy(images).double()
 
     exact = sampled()
-    report = apply_accuquant(pipe, bench.config_of(2, SETTINGS), progress=False)
+    report = quantize(pipe, bench.config_of(2, SETTINGS), progress=False)
     assert two["relative_l2"] == pytest.approx(float((sampled() - exact).norm() / exact.norm()), rel=1e-3)
-    assert two["error_kept"] == pytest.approx(report.groups[0].after / report.groups[0].before, rel=1e-3)
+    assert two["error_kept"] == pytest.approx(report.scales.units[0].after / report.scales.units[0].before, rel=1e-3)
 
     start(monkeypatch, folder, "--groups", "1,2")
     assert tasks == [1, 2], "kept rows are not run again"

@@ -104,20 +104,20 @@ def test_bits_modulation_and_work_folder_are_as_asked_for(folder: Path, tmp_path
 def test_an_interrupted_job_goes_on_from_its_work_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modiff.methods import ptq4dm
+    from modiff.methods import recipe
 
-    calibrate, chosen = ptq4dm.calibrate, ["--method", "ptq4dm", "--config", fields(tmp_path, "ptq4dm")]
+    calibrate, chosen = recipe.calibrate, ["--method", "ptq4dm", "--config", fields(tmp_path, "ptq4dm")]
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ptq4dm, "calibrate", interrupted)
+    monkeypatch.setattr(recipe, "calibrate", interrupted)
     result = invoke(folder, *chosen, "-o", tmp_path / "out")
     assert_one_line(result, "interrupted", code=130)
     assert not (tmp_path / "out").exists()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    monkeypatch.setattr(ptq4dm, "calibrate", calibrate)
-    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.work").glob("*.safetensors")}
+    monkeypatch.setattr(recipe, "calibrate", calibrate)
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.work" / "calls").glob("*.safetensors")}
     assert shards
     assert invoke(folder, *chosen, "-o", tmp_path / "out").exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in shards} == shards, "kept, not collected again"
@@ -147,10 +147,13 @@ def assert_one_line(result: Result, message: str, code: int = 2) -> None:
     ("arguments", "message"),
     [
         (["absent", "--method", "ptq4dm"], "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id"),
-        (["{folder}", "--method", "gptq"], "method: expected one of q_diffusion, "),
+        (["{folder}", "--method", "gptq"], "method: expected one of accuquant, "),
         (["{folder}", "--method", "accuquant", "--modulated"], "accuquant: expected no modulation, got it"),
         (["{folder}", "--method", "ptq4dm", "--weight-bits", "1"], "weight_bits: expected None or 2 to 8, got 1"),
-        (["{folder}", "--method", "accuquant", "--activation-bits", "32"], "expected a whole number, got None"),
+        (
+            ["{folder}", "--method", "accuquant", "--activation-bits", "32"],
+            "AccuquantConfig.activation_bits: expected 2 to 8, got None",
+        ),
         (["{folder}", "--method", "ptq4dm", "--config", "absent.json"], "absent.json: expected a JSON file"),
         (["{folder}", "--method", "ptq4dm", "--scheduler", "ddimm"], "scheduler: expected one of ddim, "),
         (["{folder}", "--method", "ptq4dm", "--device", "tpu"], "device: expected cpu"),

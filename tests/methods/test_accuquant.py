@@ -6,15 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import modiff
-from modiff import ConfigError, StateError
+from modiff import ConfigError, FormatError
 from modiff.calibration.data import Call
 from modiff.generate.samplers import set_scheduler
-from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
-from modiff.methods.sampler_steps import SamplerSteps
+from modiff.methods import AccuquantConfig, quantize
+from modiff.methods.sampler_steps import SamplerSteps, as_recorded, save_tables
 from modiff.model.calibrate import quantizers_of
+from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 
 QUICK = AccuquantConfig(
@@ -26,7 +27,7 @@ QUICK = AccuquantConfig(
 def outcome():
     pipe = HOSTS["ddim"].build()
     pipe.set_progress_bar_config(disable=True)
-    return pipe, apply_accuquant(pipe, QUICK, progress=False)
+    return pipe, quantize(pipe, QUICK, progress=False)
 
 
 def states_at_each_step(pipe) -> list[torch.Tensor]:
@@ -40,9 +41,9 @@ def states_at_each_step(pipe) -> list[torch.Tensor]:
 
 def test_groups_cover_all_steps_and_none_is_kept_worse_than_it_was_calibrated(outcome):
     _, report = outcome
-    assert [group.steps for group in report.groups] == [(0, 1), (2, 3)]
-    assert all(group.after <= group.before for group in report.groups)
-    assert any(group.after < group.before for group in report.groups)
+    assert [group.name for group in report.scales.units] == ["steps 0 to 1", "steps 2 to 3"]
+    assert all(group.after <= group.before for group in report.scales.units)
+    assert any(group.after < group.before for group in report.scales.units)
     assert report.taken
 
 
@@ -58,7 +59,7 @@ def test_the_error_reported_for_a_group_is_that_of_the_pipeline_s_own_states(out
     quantized = states_at_each_step(pipe)
     exact = states_at_each_step(HOSTS["ddim"].build())
     distance = (quantized[2] - exact[2]).square().flatten(1).sum(1).mean()
-    assert float(distance) == pytest.approx(report.groups[0].after, rel=1e-3)
+    assert float(distance) == pytest.approx(report.scales.units[0].after, rel=1e-3)
 
 
 @pytest.mark.parametrize("group_size", [1, 4])
@@ -70,7 +71,7 @@ def test_both_objectives_agree_for_single_steps_and_differ_for_groups(group_size
         config = dataclasses.replace(
             QUICK, steps=2, objective=objective, group_size=group_size, iterations=2, layers="recommended"
         )
-        apply_accuquant(pipe, config, progress=False)
+        quantize(pipe, config, progress=False)
         scales = [
             (quantizer.static or quantizer.tables[0])[0].scale.flatten()
             for quantizer in quantizers_of(pipe.unet).values()
@@ -84,9 +85,9 @@ def test_class_conditional_guidance_in_one_batch_is_followed_whichever_branch_co
     pipe.set_progress_bar_config(disable=True)
     config = dataclasses.replace(QUICK, steps=2, group_size=1, iterations=1)
     with pytest.raises(ConfigError, match="expected x <- step\\(network\\(x\\)\\), got states that differ"):
-        apply_accuquant(pipe, config, progress=False)
-    report = apply_accuquant(pipe, config, guidance_scale=4.0, progress=False)
-    assert len(report.groups) == 2
+        quantize(pipe, config, progress=False)
+    report = quantize(pipe, dataclasses.replace(config, guidance_scale=4.0), progress=False)
+    assert len(report.scales.units) == 2
     modiff.remove(pipe)
 
 
@@ -94,8 +95,7 @@ def test_class_conditional_guidance_in_one_batch_is_followed_whichever_branch_co
     ("changes", "message"),
     [
         ({"group_size": 0}, "AccuquantConfig.group_size: expected 1 or more, got 0"),
-        ({"activation_bits": 1}, "AccuquantConfig.activation_bits: expected 2 to 8, got 1"),
-        ({"samples": 3}, "AccuquantConfig.samples: expected a multiple of batch=2, got 3"),
+        ({"activation_bits": None}, "AccuquantConfig.activation_bits: expected 2 to 8, got None"),
         ({"learning_rate": 0.0}, "AccuquantConfig.learning_rate: expected more than 0, got 0.0"),
     ],
 )
@@ -104,16 +104,30 @@ def test_settings_that_cannot_be_are_refused(changes, message):
         dataclasses.replace(QUICK, **changes)
 
 
-def test_samplers_whose_steps_have_a_memory_a_module_and_a_modulated_pipeline_are_refused():
+def test_samplers_whose_steps_have_a_memory_and_a_module_are_refused():
     pipe = set_scheduler(HOSTS["ddpm"].build(), "dpmsolver++")
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(ConfigError, match="expected DDIM or Euler steps of flow matching, got another sampler"):
-        apply_accuquant(pipe, QUICK, progress=False)
+        quantize(pipe, QUICK, progress=False)
     with pytest.raises(ConfigError, match="expected a pipeline, got a module alone"):
-        apply_accuquant(pipe.unet, QUICK, progress=False)
-    modiff.apply(pipe, modiff.presets.w8a8())
-    with pytest.raises(StateError, match="expected a full-precision model"):
-        apply_accuquant(pipe, QUICK, progress=False)
+        quantize(pipe.unet, QUICK, progress=False)
+
+
+def test_the_sampler_s_tables_come_back_and_damaged_ones_are_refused(tmp_path):
+    used, path = FlowMatchEulerDiscreteScheduler(shift=3.0), tmp_path / "sampler.safetensors"
+    used.set_timesteps(4, mu=None)
+    save_tables(used, path)
+    fresh = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    before = fresh.timesteps.clone()
+    copied = as_recorded(fresh, path)
+    assert_same_bits(copied.timesteps, used.timesteps)
+    assert_same_bits(copied.sigmas, used.sigmas)
+    assert copied.num_inference_steps == 4
+    assert torch.equal(fresh.timesteps, before), "the pipeline's own scheduler is left alone"
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:20]), path.unlink):
+        damage()
+        with pytest.raises(FormatError, match=r"sampler\.safetensors: expected the tables of a sampler, got"):
+            as_recorded(fresh, path)
 
 
 def test_recorded_states_lie_where_the_network_is(monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modiff.methods.group_error import Group, approximate_gradient, error_of, exact_gradient, roll_out
+from accuquant_groups import exact_gradient
+from modiff.methods.group_error import Group, approximate_gradient, error_of, roll_out
 
 CARRY, DRIFT = 0.97, -0.11
 

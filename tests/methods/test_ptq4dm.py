@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 import modiff
-from modiff import CalibrationError, ConfigError, ModulationConfig, NormalSteps, StateError
-from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff import ConfigError, ModulationConfig, NormalSteps
 from modiff.core.observers import Observer
 from modiff.core.range_metrics import RANGE_METRICS
 from modiff.hosts.diffusers.runs import calibration_run
-from modiff.methods import Ptq4dmConfig, apply_ptq4dm
+from modiff.methods import Ptq4dmConfig, quantize
 from modiff.methods.ptq4dm import SmoothedSearchObserver
 from modiff.model.attach import attachment_of
 from modiff.model.calibrate import quantizers_of
-from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 from tests.methods import small
 
@@ -84,7 +82,7 @@ def test_every_range_is_that_of_a_brute_force_search_in_float64_over_the_ndtc_st
     config = dataclasses.replace(SMALL, activation_bits=4, trials=40)
     calls = collected(pipe, config)
     assert sum(len(c.args[0]) for c in calls) == config.samples
-    apply_ptq4dm(pipe, config, progress=False)
+    quantize(pipe, config, progress=False)
     quantized_layers = attachment_of(pipe.unet).layers
     shrunk = 0
     for (name, segment), values in inputs_of(pipe.unet, calls).items():
@@ -101,27 +99,13 @@ def test_every_range_is_that_of_a_brute_force_search_in_float64_over_the_ndtc_st
     assert shrunk > 5, "where no range is cut, the search is not tested"
 
 
-@pytest.mark.parametrize("host", [small, HOSTS["dit"]], ids=["unconditional", "classes"])
-def test_a_pipeline_runs_near_full_precision_and_comes_back_to_the_bit(host):
-    pipe = host.build()
-    plain = host.call(pipe, steps=STEPS)
-    report = apply_ptq4dm(pipe, SMALL, progress=False)
-    assert not report.left
-    assert {e.setting for e in report.taken} == {"W8A8 plain"}
-    coded = host.call(pipe, steps=STEPS)
-    assert_same_bits(host.call(pipe, steps=STEPS), coded)
-    assert 0 < float((coded - plain).norm() / plain.norm()) < 0.1
-    modiff.remove(pipe)
-    assert_same_bits(host.call(pipe, steps=STEPS), plain)
-
-
 def test_a_prompted_pipeline_is_calibrated_on_the_prompts_given():
     host = HOSTS["sd"]
     pipe = host.build()
     with pytest.raises(ConfigError, match="expected run=, a function that generates from prompts"):
-        apply_ptq4dm(pipe, SMALL, progress=False)
+        quantize(pipe, SMALL, progress=False)
     plain = host.call(pipe, steps=STEPS)
-    apply_ptq4dm(pipe, SMALL, run=lambda i: host.call(pipe, steps=STEPS, seed=4 * i, batch=4), progress=False)
+    quantize(pipe, SMALL, run=lambda i: host.call(pipe, steps=STEPS, seed=4 * i, batch=4), progress=False)
     assert 0 < float((host.call(pipe, steps=STEPS) - plain).norm() / plain.norm()) < 0.2
 
 
@@ -142,7 +126,7 @@ def test_classes_are_drawn_from_all_of_them_and_not_one_for_all():
 
 def test_first_and_last_layers_have_8_bits_at_any_bit_width():
     pipe = small.build()
-    report = apply_ptq4dm(pipe, dataclasses.replace(SMALL, weight_bits=4, activation_bits=6), progress=False)
+    report = quantize(pipe, dataclasses.replace(SMALL, weight_bits=4, activation_bits=6), progress=False)
     settings = {e.name: e.setting for e in report.taken}
     assert settings.pop("conv_in") == settings.pop("conv_out") == "W8A8 plain"
     assert set(settings.values()) == {"W4A6 plain"}
@@ -153,21 +137,10 @@ def test_with_modulation_the_ranges_are_those_of_residuals():
     for modulation in (None, ModulationConfig()):
         pipe = small.build()
         config = dataclasses.replace(SMALL, steps=12, spread="variance", modulation=modulation)
-        apply_ptq4dm(pipe, config, progress=False)
+        quantize(pipe, config, progress=False)
         scales.append(float(attachment_of(pipe.unet).layers["conv_in"].quantizer.static[0].scale))
         assert torch.isfinite(small.call(pipe, steps=12)).all()
     assert scales[1] < 0.5 * scales[0]
-
-
-def test_rounding_can_be_learned():
-    pipe = small.build()
-    quick = ReconstructConfig(iterations=4, batch=2, learning_rate=0.03, checks=1, patience=0)
-    apply_ptq4dm(
-        pipe,
-        dataclasses.replace(SMALL, weight_bits=3, samples=4, rounding="learned", reconstruction=quick),
-        progress=False,
-    )
-    assert any(quantized.quantized_weight.fixed for quantized in attachment_of(pipe.unet).layers.values())
 
 
 def test_the_script_smooths_the_best_range_of_each_call():
@@ -191,65 +164,7 @@ def test_the_script_s_smoothing_gives_other_ranges_than_the_paper_s():
     scales = []
     for smoothing in ("none", "script"):
         pipe = small.build()
-        apply_ptq4dm(pipe, dataclasses.replace(SMALL, smoothing=smoothing), progress=False)
+        quantize(pipe, dataclasses.replace(SMALL, smoothing=smoothing), progress=False)
         scales.append([float(t.quantizer.static[0].scale) for t in attachment_of(pipe.unet).layers.values()])
     differing = sum(a != b for a, b in zip(*scales, strict=True))
     assert differing > len(scales[0]) // 2
-
-
-def test_a_model_whose_calibration_fails_is_as_before(monkeypatch):
-    pipe = small.build()
-    plain = small.call(pipe)
-
-    def fails(*_: object, **__: object) -> None:
-        raise CalibrationError("stop")
-
-    monkeypatch.setattr("modiff.methods.ptq4dm.calibrate", fails)
-    with pytest.raises(CalibrationError, match="stop"):
-        apply_ptq4dm(pipe, SMALL, progress=False)
-    assert attachment_of(pipe.unet) is None
-    assert_same_bits(small.call(pipe), plain)
-
-
-def test_an_interrupted_job_collects_only_what_is_missing(tmp_path):
-    pipe = small.build()
-    apply_ptq4dm(pipe, SMALL, folder=tmp_path, progress=False)
-    expected = {n: c.static[0].scale for n, c in quantizers_of(pipe.unet).items()}
-    modiff.remove(pipe)
-
-    def never(_: int) -> None:
-        raise RuntimeError("all trajectories are there")
-
-    apply_ptq4dm(pipe, SMALL, run=never, folder=tmp_path, progress=False)
-    for name, quantizer in quantizers_of(pipe.unet).items():
-        assert_same_bits(quantizer.static[0].scale, expected[name])
-
-
-def test_what_cannot_be_calibrated_is_refused_before_any_work():
-    pipe = small.build()
-    with pytest.raises(ConfigError, match=r"expected run=, a function that runs one trajectory"):
-        apply_ptq4dm(pipe.unet, SMALL)
-    modiff.apply(pipe)
-    with pytest.raises(StateError, match="apply_ptq4dm: expected a full-precision model"):
-        apply_ptq4dm(pipe, SMALL)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"samples": 10, "batch": 4}, r"Ptq4dmConfig\.samples: expected a multiple of batch=4, got 10"),
-        ({"weight_bits": 1}, r"Ptq4dmConfig\.weight_bits: expected None or 2 to 8, got 1"),
-        ({"trials": 0}, r"Ptq4dmConfig\.trials: expected 1 to 100, got 0"),
-        ({"steps": 0}, r"Ptq4dmConfig\.steps: expected 1 or more, got 0"),
-        ({"mean": 2.0}, r"NormalSteps\.mean"),
-        ({"metric": "l2"}, r"Ptq4dmConfig\.metric: expected one of 'mse', 'l1', 'cosine', 'kl'"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        Ptq4dmConfig(**settings)
-
-
-def test_the_config_survives_json():
-    config = dataclasses.replace(SMALL, modulation=ModulationConfig(), spread="script")
-    assert Ptq4dmConfig.from_json(config.to_json()) == config

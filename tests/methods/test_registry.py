@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 
 import pytest
 
-from modiff import ConfigError, FormatError, ModulationConfig
+from modiff import ConfigError, ModulationConfig
 from modiff import methods as package
-from modiff.methods import Ptq4dmConfig, registry
-from modiff.methods.registry import METHODS, method_config, method_named, name_of, quantize
-from modiff.methods.work import claim_work
-from modiff.model.attach import attachment_of
-from tests.helpers import assert_same_bits
-from tests.methods import small
-
-TINY = Ptq4dmConfig(samples=4, batch=4, steps=3, trials=3)
-
-
-def test_each_method_of_the_package_has_its_name():
-    for name, method in METHODS.items():
-        assert getattr(package, f"apply_{name}") is method.apply
-        assert method.config.__name__ in package.__all__
-        assert name_of(method.quick()) == name
-        assert {"folder", "evaluations_per_run"} <= inspect.signature(method.apply).parameters.keys()
-    assert {f"apply_{name}" for name in METHODS} == {n for n in package.__all__ if n.startswith("apply_")}
+from modiff.methods import Ptq4dmConfig
+from modiff.methods.registry import METHODS, method_config, method_named, name_of
 
 
 def test_settings_come_from_the_paper_then_the_file_then_the_options():
@@ -56,10 +39,19 @@ def test_modulation_is_switched_on_once_and_a_setting_of_it_stays():
     assert method_config("accuquant", modulated=False) == package.AccuquantConfig()
 
 
+def test_each_method_has_the_name_of_its_function_and_its_settings_name_it():
+    assert set(METHODS) == {"q_diffusion", "ptq4dm", "tfmq_dm", "accuquant", "modiff"}
+    for name, method in METHODS.items():
+        assert method.recipe.__name__ == name
+        assert method.config.__name__ in package.__all__
+        assert name_of(method.quick()) == name
+    assert method_named("q-diffusion") is METHODS["q_diffusion"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"name": "brecq"}, "method: expected one of q_diffusion, .*, got 'brecq'"),
+        ({"name": "brecq"}, "method: expected one of .*, got 'brecq'"),
         ({"name": "accuquant", "modulated": True}, "accuquant: expected no modulation, got it. It learns scales of wh"),
         ({"name": "modiff", "modulated": False}, "modiff: expected modulation, got none. MoDiff is modulation"),
         ({"name": "ptq4dm", "values": {"sample": 3}}, "Ptq4dmConfig: expected a known field, got 'sample'"),
@@ -72,74 +64,3 @@ def test_modulation_is_switched_on_once_and_a_setting_of_it_stays():
 def test_what_does_not_exist_or_means_nothing_is_refused_with_the_reason(call, message):
     with pytest.raises(ConfigError, match=message):
         method_config(**call)
-
-
-def test_the_type_of_the_settings_says_which_method_runs():
-    pipe = small.build()
-    assert {e.setting for e in quantize(pipe, TINY, progress=False).taken} == {"W8A8 plain"}
-    with pytest.raises(ConfigError, match=r"expected one of QDiffusionConfig, .*, got a ModulationConfig"):
-        quantize(pipe, ModulationConfig())
-    assert method_named("q-diffusion") is METHODS["q_diffusion"]
-
-
-def test_a_folder_serves_one_job_and_the_same_job_goes_on(tmp_path, monkeypatch):
-    first, again = small.build(), small.build()
-    quantize(first, TINY, folder=tmp_path / "work", progress=False)
-
-    def never(index: int) -> object:
-        raise AssertionError(f"trajectory {index} was run again")
-
-    parts = {"run": never, "evaluations_per_run": 3}
-    changed = dataclasses.replace(METHODS["ptq4dm"], apply=lambda *a, **k: package.apply_ptq4dm(*a, **{**k, **parts}))
-    monkeypatch.setitem(registry.METHODS, "ptq4dm", changed)
-    quantize(again, TINY, folder=tmp_path / "work", progress=False)
-    assert_same_bits(small.call(again, steps=3), small.call(first, steps=3))
-
-
-def test_parts_of_another_job_are_never_mixed_in(tmp_path):
-    pipe, folder = small.build(), tmp_path / "work"
-    claim_work(folder, pipe, "ptq4dm", TINY)
-    claim_work(folder, small.build(), "ptq4dm", TINY)
-    with pytest.raises(ConfigError, match="got one with another settings"):
-        claim_work(folder, pipe, "ptq4dm", dataclasses.replace(TINY, seed=1))
-    with pytest.raises(ConfigError, match="got one with another method"):
-        claim_work(folder, pipe, "tfmq_dm", TINY)
-    pipe.scheduler.register_to_config(prediction_type="epsilon")
-    with pytest.raises(ConfigError, match="got one with another sampler"):
-        quantize(pipe, TINY, folder=folder, progress=False)
-    assert attachment_of(pipe.unet) is None
-    other = small.build()
-    other.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
-    with pytest.raises(ConfigError, match="got one with another model"):
-        claim_work(folder, other, "ptq4dm", TINY)
-    for text in ("{", "[" * 100_000):
-        (folder / "job.json").write_text(text)
-        with pytest.raises(FormatError, match=r"job\.json: expected the settings of a job"):
-            claim_work(folder, other, "ptq4dm", TINY)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got other files"):
-        claim_work(tmp_path / "mine", other, "ptq4dm", TINY)
-
-
-def test_a_folder_given_to_a_method_itself_serves_one_job_too(tmp_path):
-    package.apply_ptq4dm(small.build(), TINY, folder=tmp_path, progress=False)
-    other = small.build()
-    other.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
-    with pytest.raises(ConfigError, match="got one with another model"):
-        package.apply_ptq4dm(other, TINY, folder=tmp_path, progress=False)
-    assert attachment_of(other.unet) is None
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_claims_its_folder(name, tmp_path):
-    (tmp_path / "thesis.txt").write_text("text")
-    with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got other files"):
-        METHODS[name].apply(small.build(), METHODS[name].quick(), folder=tmp_path, progress=False)
-
-
-def test_a_job_file_is_plain_json(tmp_path):
-    claim_work(tmp_path / "work", small.build(), "ptq4dm", TINY)
-    job = json.loads((tmp_path / "work" / "job.json").read_text())
-    assert job["settings"] == TINY.to_dict()
-    assert len(job["model"]) == 64

@@ -1,20 +1,26 @@
-"""Whose recipe? One file for each published method, made of the verbs: collect, apply, reconstruct, calibrate."""
+"""Whose recipe? One file for each published method, on the skeleton of `recipe` and the registry."""
 
-from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
-from modiff.methods.modiff import ModiffMethodConfig, apply_modiff
-from modiff.methods.ptq4dm import Ptq4dmConfig, apply_ptq4dm
-from modiff.methods.q_diffusion import QDiffusionConfig, apply_q_diffusion
-from modiff.methods.tfmq_dm import TfmqDmConfig, apply_tfmq_dm
+from modiff.methods.accuquant import AccuquantConfig
+from modiff.methods.modiff import ModiffMethodConfig
+from modiff.methods.ptq4dm import Ptq4dmConfig
+from modiff.methods.q_diffusion import QDiffusionConfig
+from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, boundary_overrides, every_layer
+from modiff.methods.registry import METHODS, method_config, quantize, register
+from modiff.methods.tfmq_dm import TfmqDmConfig
 
 __all__ = [
+    "METHODS",
     "AccuquantConfig",
+    "MethodConfig",
+    "MethodJob",
+    "MethodReport",
     "ModiffMethodConfig",
     "Ptq4dmConfig",
     "QDiffusionConfig",
     "TfmqDmConfig",
-    "apply_accuquant",
-    "apply_modiff",
-    "apply_ptq4dm",
-    "apply_q_diffusion",
-    "apply_tfmq_dm",
+    "boundary_overrides",
+    "every_layer",
+    "method_config",
+    "quantize",
+    "register",
 ]

@@ -78,17 +78,3 @@ def _pulled_back(advance: Advance, step: int, state: Tensor, output: Tensor, pul
         following = advance(step, state, output)
     on_output, on_state = torch.autograd.grad(following, (output, state), pull.to(following.dtype))
     return on_output, on_state
-
-
-def exact_gradient(
-    group: Group, evaluate: Evaluate, advance: Advance, leaves: Sequence[Tensor]
-) -> tuple[float, list[Tensor]]:
-    """The same error, and its gradient by back-propagation through the whole group. Cost: memory of n networks."""
-    with torch.enable_grad():
-        state = group.start
-        for step in group.steps:
-            state = advance(step, state, evaluate(step, state))
-        error = error_of(state, group.target)
-    gradients = torch.autograd.grad(error, list(leaves), allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
-    return float(error.detach()), found

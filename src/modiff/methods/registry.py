@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modiff.calibration.reconstruct.config import ReconstructConfig
-from modiff.config import JsonConfig, ModulationConfig
+from modiff.api import remove
+from modiff.config import ModulationConfig
 from modiff.errors import ConfigError
-from modiff.methods.accuquant import AccuquantConfig, apply_accuquant
-from modiff.methods.modiff import ModiffMethodConfig, apply_modiff
-from modiff.methods.ptq4dm import Ptq4dmConfig, apply_ptq4dm
-from modiff.methods.q_diffusion import QDiffusionConfig, apply_q_diffusion
-from modiff.methods.tfmq_dm import TfmqDmConfig, apply_tfmq_dm
+from modiff.files import ResumableFolder
+from modiff.methods.recipe import MethodConfig, MethodJob, job_settings
+from modiff.model.attach import attachment_of
 from modiff.model.report import Report
+
+Recipe = Callable[[MethodJob, Any], Report]
+"""(job, settings) -> report. It applies a config to the job's target; what it raises undoes that."""
 
 
 @dataclass(frozen=True)
@@ -27,47 +29,49 @@ class Method:
     plain, modulated: why it is refused without, or with modulation; empty where it is not.
     """
 
-    config: type[JsonConfig]
-    apply: Callable[..., Report]
-    quick: Callable[[], JsonConfig]
+    recipe: Recipe
+    config: type[MethodConfig]
+    quick: Callable[[], MethodConfig]
     plain: str = ""
     modulated: str = ""
 
 
-def _quick_ptq4dm() -> Ptq4dmConfig:
-    return Ptq4dmConfig(samples=256, steps=50, reconstruction=ReconstructConfig.quick_weights())
+METHODS: dict[str, Method] = {}
+"""By name. `modiff.methods` fills it; so may you, with `register`."""
 
 
-METHODS: dict[str, Method] = {
-    "q_diffusion": Method(QDiffusionConfig, apply_q_diffusion, QDiffusionConfig.quick),
-    "ptq4dm": Method(Ptq4dmConfig, apply_ptq4dm, _quick_ptq4dm),
-    "tfmq_dm": Method(TfmqDmConfig, apply_tfmq_dm, TfmqDmConfig.quick),
-    "accuquant": Method(
-        AccuquantConfig,
-        apply_accuquant,
-        AccuquantConfig,
-        modulated="It learns scales of whole activations, and of one step without the steps before it; what a "
-        "modulated layer codes depends on those",
-    ),
-    "modiff": Method(
-        ModiffMethodConfig,
-        apply_modiff,
-        ModiffMethodConfig.quick,
-        plain="MoDiff is modulation: without it, its scales of residuals would serve whole activations",
-    ),
-}
-"""By the name that `apply_<name>` has."""
+def register(
+    config: type[MethodConfig],
+    *,
+    quick: Callable[[], MethodConfig] | None = None,
+    plain: str = "",
+    modulated: str = "",
+) -> Callable[[Recipe], Recipe]:
+    """Make a function a method, under the function's name: a decorator.
+
+        @register(MyConfig)
+        def my_method(job: MethodJob, config: MyConfig) -> Report:
+            return job.apply(every_layer(LayerConfig(weight=WeightConfig(bits=config.weight_bits))))
+
+    Args: as the fields of `Method`; `quick` is the config's own method of this name, or its defaults, when None.
+    """
+
+    def registered(recipe: Recipe) -> Recipe:
+        METHODS[recipe.__name__] = Method(recipe, config, quick or getattr(config, "quick", config), plain, modulated)
+        return recipe
+
+    return registered
 
 
 def method_named(name: str) -> Method:
     """The method of a name; "-" is as good as "_". Raises: ConfigError for a name that no method has."""
-    found = METHODS.get(name.replace("-", "_"))
-    if found is None:
+    method = METHODS.get(name.replace("-", "_"))
+    if method is None:
         raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}. Pick one of them.")
-    return found
+    return method
 
 
-def name_of(config: JsonConfig) -> str:
+def name_of(config: MethodConfig) -> str:
     """The name of the method whose settings these are. Raises: ConfigError for others."""
     for name, method in METHODS.items():
         if type(config) is method.config:
@@ -84,7 +88,7 @@ def method_config(
     values: dict[str, Any] | None = None,
     modulated: bool | None = None,
     changes: dict[str, Any] | None = None,
-) -> JsonConfig:
+) -> MethodConfig:
     """The settings of a method: the paper's or the quick ones, then `values`, then `changes`.
 
     Args:
@@ -98,33 +102,29 @@ def method_config(
     """
     method = method_named(name)
     config = method.quick() if quick else method.config()
-    fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(config)]
     for field in changes or {}:
         if field not in fields:
             raise ConfigError(f"{name}: expected one of {', '.join(fields)}, got {field!r}. It has no such setting. "
                               "Leave it out.")  # fmt: skip
-    merged = _checked(values, method.config.__name__)
-    if changes or merged:
-        config = method.config.from_dict(_merged(config.to_dict(), merged) | (changes or {}))
+    if values is not None and not isinstance(values, dict):
+        where = method.config.__name__
+        raise ConfigError(f"{where}: expected an object with named fields, got {values!r}. Write it as {{}}.")
+    if changes or values:
+        config = method.config.from_dict(_merged(config.to_dict(), values or {}) | (changes or {}))
     return config if modulated is None else _modulated(name, method, config, modulated)
 
 
 def _merged(present: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """`values` over the present ones; of settings inside of settings too, those that it lacks stay."""
-    found = dict(present)
+    merged = dict(present)
     for name, value in values.items():
-        inside = found.get(name)
-        found[name] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
-    return found
+        inside = merged.get(name)
+        merged[name] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
+    return merged
 
 
-def _checked(values: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    if values is not None and not isinstance(values, dict):
-        raise ConfigError(f"{name}: expected an object with named fields, got {values!r}. Write it as {{}}.")
-    return values or {}
-
-
-def _modulated(name: str, method: Method, config: JsonConfig, modulated: bool) -> JsonConfig:
+def _modulated(name: str, method: Method, config: MethodConfig, modulated: bool) -> MethodConfig:
     """The same settings with or without modulation. Raises: ConfigError with the reason where that is refused."""
     reason = method.modulated if modulated else method.plain
     if reason:
@@ -133,27 +133,46 @@ def _modulated(name: str, method: Method, config: JsonConfig, modulated: bool) -
             f"{name}: expected {'no ' if modulated else ''}modulation, got {'it' if modulated else 'none'}. {reason}. "
             f"Use {' or '.join(takers)}."
         )
-    fields = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    if method.plain or "modulation" not in fields or (getattr(config, "modulation", None) is not None) == modulated:
+    if method.plain or (getattr(config, "modulation", None) is not None) == modulated:
         return config
-    value = ModulationConfig() if modulated else None
-    return dataclasses.replace(config, modulation=value)  # type: ignore[type-var]
+    return dataclasses.replace(config, modulation=ModulationConfig() if modulated else None)
 
 
 def quantize(
-    pipe: Any,
-    config: JsonConfig,
+    target: Any,
+    method: str | MethodConfig,
     *,
+    quick: bool = False,
     run: Callable[[int], object] | None = None,
+    evaluations_per_run: int | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
-    """Quantize a pipeline's denoiser by the method whose settings `config` are, in place.
+    """Quantize a pipeline's denoiser, or a module, by a published method, in place; `modiff.remove(target)` undoes it.
+
+        modiff.quantize(pipe, "q_diffusion", quick=True)
+        modiff.quantize(pipe, QDiffusionConfig(weight_bits=4), run=lambda i: pipe(prompts[i]), folder="work")
 
     Args:
-        run: `run(i)` generates the images of trajectory i; needed where the pipeline takes a prompt.
-        folder: of finished parts; the same call goes on from them.
-    Raises: ConfigError if the folder holds parts of another job, and as the method.
+        target: a pipeline with one denoiser; or a module, with `run` and `evaluations_per_run` for calibration.
+        method: its settings, or its name, which stands for the paper's settings.
+        quick: with a name, the settings for small models, in minutes on two cores.
+        run: `run(i)` generates the `config.batch` images of trajectory i; needed where the pipeline takes a prompt.
+        evaluations_per_run: of the network in a trajectory; asked of the scheduler when None.
+        folder: keeps the calibration data and each learned part, so that an interrupted job goes on, to the same bits.
+    Returns: what was quantized and what was left, and the loss of each part before and after it was learned.
+    Raises: ConfigError, CalibrationError or StateError if the model cannot be quantized so, or the folder is another
+        job's; FormatError for a damaged folder. The target is as before then.
+    Cost: as the method's settings say; with a folder, one pass over the weights.
     """
-    method = METHODS[name_of(config)]
-    return method.apply(pipe, config, run=run, folder=folder, progress=progress)
+    config = method_config(method, quick=quick) if isinstance(method, str) else method
+    name = name_of(config)
+    path = None if folder is None else Path(folder)
+    job = MethodJob(target, config, run, evaluations_per_run, path, progress)
+    with nullcontext() if path is None else ResumableFolder(path, job_settings(job, name)):
+        try:
+            return METHODS[name].recipe(job, config)
+        except BaseException:
+            if attachment_of(job.model) is not None:  # half of a method is of no use to anyone
+                remove(target)
+            raise

@@ -4,35 +4,51 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from modiff.calibration.data import Call
-from modiff.errors import ConfigError
+from modiff.errors import ConfigError, FormatError
+from modiff.files import read_tensors, write_tensors
 
 STATE_NAMES = ("sample", "hidden_states")
 TOLERANCE = 1e-3
 TABLES = ("timesteps", "sigmas")
 COUNT = "num_inference_steps"
+FACTS = {"format": "modiff sampler tables", "version": "1"}
 
 
-def sampler_tables(scheduler: Any) -> dict[str, Tensor]:
-    """What a scheduler holds of the trajectory that it runs, by name: all that `with_tables` needs to go on from it."""
-    found = {name: getattr(scheduler, name, None) for name in TABLES}
-    tables = {name: value.detach().cpu().clone() for name, value in found.items() if isinstance(value, Tensor)}
-    count = getattr(scheduler, COUNT, None)
-    return tables if count is None else tables | {COUNT: torch.tensor(int(count))}
+def save_tables(scheduler: Any, path: Path) -> None:
+    """Write what a scheduler holds of the trajectory that it runs."""
+    write_tensors(path, sampler_tables(scheduler), FACTS)
 
 
-def with_tables(scheduler: Any, tables: dict[str, Tensor]) -> Any:
-    """A copy of a scheduler, set to the trajectory that `sampler_tables` was taken in."""
+def as_recorded(scheduler: Any, path: Path | None) -> Any:
+    """A copy of the scheduler as it was while the trajectories ran, by the tables in a file, or as it is now.
+
+    Raises: FormatError for a file that is missing or damaged.
+    """
+    tables = sampler_tables(scheduler)
+    if path is not None:
+        what, advice = "the tables of a sampler", "Delete the folder: its parts are made again."
+        tables, facts = read_tensors(path, what, advice)
+        if facts != FACTS:
+            raise FormatError(f"{path}: expected {what} of this version, got others. {advice}")
     copied = copy.deepcopy(scheduler)
     for name, value in tables.items():
         setattr(copied, name, int(value) if name == COUNT else value)
     return copied
+
+
+def sampler_tables(scheduler: Any) -> dict[str, Tensor]:
+    """What a scheduler holds of the trajectory that it runs, by name."""
+    held = {name: getattr(scheduler, name, None) for name in TABLES}
+    tables = {name: value.detach().cpu().clone() for name, value in held.items() if isinstance(value, Tensor)}
+    count = getattr(scheduler, COUNT, None)
+    return tables if count is None else tables | {COUNT: torch.tensor(int(count))}
 
 
 class SamplerSteps:
@@ -48,7 +64,10 @@ class SamplerSteps:
     """
 
     def __init__(self, model: nn.Module, scheduler: Any, calls: list[Call], guidance_scale: float | None) -> None:
-        if not isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler)):
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # late: other methods need no diffusers
+
+        self.ddim = isinstance(scheduler, DDIMScheduler)
+        if not self.ddim and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             raise ConfigError(
                 f"{type(scheduler).__name__}: expected DDIM or Euler steps of flow matching, got another sampler. Its "
                 "steps depend on earlier outputs or on noise, so that a group has no error of its own. "
@@ -90,7 +109,7 @@ class SamplerSteps:
 
     def advance(self, step: int, state: Tensor, output: Tensor) -> Tensor:
         """The sampler's next state; elementwise and differentiable."""
-        if isinstance(self.scheduler, DDIMScheduler):
+        if self.ddim:
             timestep = int(self.scheduler.timesteps[step])
             return self.scheduler.step(output, timestep, state, eta=0.0, return_dict=False)[0]
         sigmas = self.scheduler.sigmas

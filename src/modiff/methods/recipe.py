@@ -1,0 +1,233 @@
+"""What all published methods share: settings, a job made of the verbs, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modiff.api import apply, calibrate, collect, reconstruct
+from modiff.calibration.data import CalibrationSet, Call
+from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
+from modiff.calibration.reconstruct.store import digest_of
+from modiff.calibration.replay import replay
+from modiff.calibration.timesteps import StepSampler
+from modiff.config import (
+    AttentionConfig,
+    Automatic,
+    JsonConfig,
+    LayerConfig,
+    ModiffConfig,
+    WeightConfig,
+    check,
+    is_bits,
+)
+from modiff.errors import ConfigError, StateError
+from modiff.hosts.host import host_of, networks_of
+from modiff.model.attach import attachment_of, required_attachment
+from modiff.model.calibrate import MakeObserver, ObserverName
+from modiff.model.report import Report
+from modiff.model.select import CANDIDATES
+from modiff.nn.weight import QuantizedWeight
+
+BOUNDARY_BITS = 8
+"""The published codes keep the first and the last layer of a network at 8 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(JsonConfig):
+    """What the settings of all methods have in common.
+
+    weight_bits, activation_bits: 2 to 8; None keeps floats.
+    steps: of the sampler, the same that will be used. samples: trajectories to learn from, `batch` at a time.
+    seed: of noise, classes and steps.
+    """
+
+    weight_bits: int | None = 8
+    activation_bits: int | None = 8
+    steps: int = 100
+    samples: int | None = 256
+    batch: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("weight_bits", "activation_bits"):
+            self.check(name, is_bits(getattr(self, name)), "None or 2 to 8", "Use 4 or 8.")
+        self.check_counts("steps", "batch")
+        self.check("samples", self.drawn >= 1, "1 or more", "There is nothing to learn from.")
+        self.check("samples", self.drawn % self.batch == 0, f"a multiple of batch={self.batch}",
+                   "Trajectories run in whole batches.")  # fmt: skip
+
+    @property
+    def drawn(self) -> int:
+        """Trajectories to learn from."""
+        return 256 if self.samples is None else self.samples
+
+    def check(self, name: str, holds: bool, expected: str, advice: str) -> None:
+        """Raise the ConfigError of a setting unless it `holds`."""
+        check(f"{type(self).__name__}.{name}", getattr(self, name), holds, expected, advice)
+
+    def check_counts(self, *names: str) -> None:
+        """Raise the ConfigError of numbers below 1."""
+        for name in names:
+            self.check(name, getattr(self, name) >= 1, "1 or more", "There is nothing to do.")
+
+    def check_groups(self, groups: int) -> None:
+        """Raise the ConfigError of `groups` that `steps` cannot be cut into."""
+        self.check_counts("groups")
+        self.check("groups", groups <= self.steps, f"at most steps={self.steps}", "A group has at least one step.")
+
+    def check_learning(self, name: str, learn: str) -> None:
+        """Raise the ConfigError of settings of reconstruction that learn something else."""
+        got = getattr(self, name).learn
+        check(f"{type(self).__name__}.{name}.learn", got, got == learn, repr(learn),
+              f"Start from ReconstructConfig.{learn}().")  # fmt: skip
+
+
+def every_layer(
+    layer: LayerConfig,
+    *,
+    overrides: tuple[tuple[str, LayerConfig], ...] = (),
+    attention: AttentionConfig | None = None,
+    split_shortcuts: Automatic = "auto",
+) -> ModiffConfig:
+    """`layer` for all layers, the first and the last among them, as the published codes have it."""
+    return ModiffConfig(layer=layer, overrides=overrides, attention=attention, split_shortcuts=split_shortcuts,
+                        exclude=(), first_last="quantize", min_weights=0)  # fmt: skip
+
+
+def boundary_overrides(model: nn.Module, layer: LayerConfig) -> tuple[tuple[str, LayerConfig], ...]:
+    """`layer` with 8 bits for the first and the last layer of the network; nothing that has 8 bits or more changes."""
+    names = [name for name, module in model.named_modules() if isinstance(module, CANDIDATES)]
+    weight, activation = layer.weight, layer.activation
+    if weight.bits is not None:
+        weight = WeightConfig(bits=BOUNDARY_BITS, search=weight.search)
+    if activation.bits is not None:
+        activation = dataclasses.replace(activation, bits=BOUNDARY_BITS)
+    raised = dataclasses.replace(layer, weight=weight, activation=activation)
+    return tuple((name, raised) for name in dict.fromkeys([*names[:1], *names[-1:]]))
+
+
+@dataclass(frozen=True)
+class MethodReport(Report):
+    """The layers, and what was learned; None where nothing was to be learned.
+
+    weights: units whose rounding was learned. scales: units, or groups of steps, whose static scales were.
+    """
+
+    weights: ReconstructionReport | None = None
+    scales: ReconstructionReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers, for JSON."""
+        learned = {"weights": self.weights, "scales": self.scales}
+        return super().to_dict() | {n: None if r is None else r.to_dict()["units"] for n, r in learned.items()}
+
+    def __str__(self) -> str:
+        learned = (("Rounding of weights", self.weights), ("Static scales", self.scales))
+        return "\n".join([super().__str__(), *(f"{name}: {report}" for name, report in learned if report is not None)])
+
+
+class MethodJob:
+    """One target that a method is applied to, and the verbs on it, with the method's settings and its folder.
+
+    target: a pipeline, or a module. model: its network. folder: of finished parts, or None.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        config: MethodConfig,
+        run: Callable[[int], object] | None = None,
+        evaluations: int | None = None,
+        folder: Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.target, self.model = target, plain_network(target, type(config).__name__)
+        self.config, self.folder, self.progress = config, folder, progress
+        self._run, self._evaluations = run, evaluations
+
+    def path(self, name: str) -> Path | None:
+        """Where a part of the job lies, None without a folder."""
+        return None if self.folder is None else self.folder / name
+
+    @property
+    def evaluations(self) -> int:
+        """How often a trajectory evaluates the network. Raises: ConfigError where a module alone cannot say."""
+        return self._evaluations or host_of(self.target).evaluations(self.target, self.config.steps)
+
+    def run(self, index: int) -> object:
+        """Run trajectory `index`. Raises: ConfigError where a module alone, or a pipeline with a prompt, cannot."""
+        if self._run is None:
+            c = self.config
+            self._run = host_of(self.target).run(self.target, steps=c.steps, batch=c.batch, seed=c.seed)
+        return self._run(index)
+
+    def collect(
+        self, sampler: StepSampler | None, *, pairs: bool = False, run: Callable[[int], object] | None = None
+    ) -> CalibrationSet:
+        """The method's calibration data, in full precision, of `drawn` trajectories.
+
+        Args:
+            sampler: which steps of which samples; None keeps all evaluations whole.
+            run: runs trajectory i, `self.run` when None.
+        """
+        c = self.config
+        return collect(
+            self.target, run or self.run, trajectories=c.drawn // c.batch, batch=None if sampler is None else c.batch,
+            steps=self.evaluations, sampler=sampler, pairs=pairs, seed=c.seed, folder=self.path("calls"),
+            progress=self.progress,
+        )  # fmt: skip
+
+    def apply(self, config: ModiffConfig) -> Report:
+        """Quantize the target; the driver takes it off again if the method fails later."""
+        return apply(self.target, config)
+
+    def learn(self, calls: Sequence[Call], config: ReconstructConfig, name: str) -> ReconstructionReport:
+        """Reconstruct the target; finished units are kept under `name`."""
+        return reconstruct(self.target, calls, config, folder=self.path(name), progress=self.progress)
+
+    def measure(self, calls: Sequence[Call], observer: ObserverName | MakeObserver) -> None:
+        """Measure the static scales on the calls."""
+        calibrate(self.target, lambda: replay(self.model, calls, progress=self.progress), observer=observer)
+
+    def keep_rounding(self) -> None:
+        """Keep the present codes of all weights, as if they were learned: no other weight is taken for them."""
+        for layer in required_attachment(self.model, "keep_rounding").layers.values():
+            weight = layer.quantized_weight
+            if isinstance(weight, QuantizedWeight) and weight.config.bits is not None and not weight.fixed:
+                weight.fix(weight.codes(layer.weight))
+
+
+def plain_network(target: Any, method: str) -> nn.Module:
+    """The one denoiser of a pipeline, or a module, without modiff on it. Raises: ConfigError or StateError."""
+    modules = networks_of(target)
+    if len(modules) != 1:
+        raise ConfigError(
+            f"{method}: expected a pipeline with one denoiser, got {', '.join(modules)}. Calibration data belong to "
+            "one network. Quantize each alone: quantize(pipe.transformer, config, run=...)."
+        )
+    model = next(iter(modules.values()))
+    if attachment_of(model) is not None:
+        raise StateError(
+            f"{method}: expected a full-precision model, got a {type(model).__name__} with modulated layers. It is "
+            "calibrated against full precision. Call modiff.remove first."
+        )
+    return model
+
+
+def job_settings(job: MethodJob, name: str) -> dict[str, Any]:
+    """What decides what is learned: method, settings, sampler, and a digest of the weights."""
+    scheduler = getattr(job.target, "scheduler", None)
+    return {
+        "format_version": 1,
+        "method": name,
+        "settings": job.config.to_dict(),
+        "sampler": None if scheduler is None else [type(scheduler).__name__, repr(sorted(scheduler.config.items()))],
+        "model": digest_of({}, job.model.parameters()),
+    }

@@ -1,0 +1,188 @@
+"""What holds for every method: it resumes to the same bits, comes off to the bit, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import modiff
+from modiff import ConfigError, FormatError, ModulationConfig, ReconstructConfig, StateError
+from modiff.calibration.reconstruct import job as reconstruct_job
+from modiff.config import LayerConfig, WeightConfig
+from modiff.methods import (
+    METHODS,
+    AccuquantConfig,
+    MethodConfig,
+    MethodJob,
+    ModiffMethodConfig,
+    Ptq4dmConfig,
+    QDiffusionConfig,
+    TfmqDmConfig,
+    accuquant,
+    every_layer,
+    method_config,
+    quantize,
+    register,
+)
+from modiff.model.attach import attachment_of
+from modiff.model.report import Report
+from tests.helpers import assert_same_bits
+from tests.methods import small
+
+STEPS = 3
+WEIGHTS = ReconstructConfig(iterations=3, batch=2, learning_rate=0.1, checks=1, patience=0)
+SCALES = dataclasses.replace(ReconstructConfig.activation_scales(), iterations=3, batch=2, checks=1)
+TINY: dict[str, Any] = {"steps": STEPS, "samples": 2, "batch": 2}
+SMALL: dict[str, MethodConfig] = {
+    "q_diffusion": QDiffusionConfig(**TINY, groups=2, reconstruction=WEIGHTS, learning=SCALES),
+    "ptq4dm": Ptq4dmConfig(**TINY, trials=3, rounding="learned", reconstruction=WEIGHTS, weight_bits=3),
+    "tfmq_dm": TfmqDmConfig(**TINY, groups=2, reconstruction=WEIGHTS, temporal=WEIGHTS),
+    "accuquant": AccuquantConfig(**TINY, group_size=2, iterations=2, rounding="learned", reconstruction=WEIGHTS),
+    "modiff": ModiffMethodConfig(**TINY, groups=2, kind="static_learned", reconstruction=WEIGHTS, learning=SCALES),
+}
+
+
+def never(index: int) -> object:
+    raise AssertionError(f"trajectory {index} was run again")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_job_killed_in_its_second_part_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, tmp_path, monkeypatch):
+    whole, killed, plain = small.build(), small.build(), small.call(small.build(), steps=STEPS)
+    report = quantize(whole, SMALL[name], progress=False)
+    expected = small.call(whole, steps=STEPS)
+    assert_same_bits(small.call(whole, steps=STEPS), expected)
+    assert 0 < float((expected - plain).norm() / plain.norm()) < 0.5
+    learn = reconstruct_job.Job.learn
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruct_job.Job, "learn", lambda s, b, i: learn(s, b, i) if i == 0 else interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(killed, SMALL[name], folder=tmp_path, progress=False)
+    assert attachment_of(killed.unet) is None
+    assert quantize(killed, SMALL[name], run=never, folder=tmp_path, progress=False) == report
+    assert_same_bits(small.call(killed, steps=STEPS), expected)
+    modiff.remove(killed)
+    assert_same_bits(small.call(killed, steps=STEPS), plain)
+    monkeypatch.setattr(reconstruct_job.Job, "learn", None)
+    quantize(killed, SMALL[name], run=never, folder=tmp_path, progress=False)
+    assert_same_bits(small.call(killed, steps=STEPS), expected)
+
+
+def interrupt() -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_accuquant_killed_before_any_group_resumes_to_the_same_bits(group, tmp_path, monkeypatch):
+    whole, pipe, config = small.build(), small.build(), dataclasses.replace(SMALL["accuquant"], rounding="nearest")
+    report = quantize(whole, config, progress=False)
+    learn = accuquant._learn_group
+    with monkeypatch.context() as patch:
+        patch.setattr(accuquant, "_learn_group", lambda *args: interrupt() if args[3] == group else learn(*args))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(pipe, config, folder=tmp_path, progress=False)
+    assert len(list((tmp_path / "groups").glob("*.safetensors"))) == group
+    seen: list[int] = []
+    monkeypatch.setattr(accuquant, "_learn_group", lambda *args: seen.append(args[3]) or learn(*args))
+    assert quantize(pipe, config, run=never, folder=tmp_path, progress=False) == report
+    assert seen == [0, 1][group:]
+    assert_same_bits(small.call(pipe, steps=STEPS), small.call(whole, steps=STEPS))
+
+
+def test_parts_of_another_job_are_never_mixed_in(tmp_path):
+    pipe, config, folder = small.build(), SMALL["ptq4dm"], tmp_path / "work"
+    quantize(pipe, config, folder=folder, progress=False)
+    modiff.remove(pipe)
+    with pytest.raises(ConfigError, match=r"got one with another settings\.seed\."):
+        quantize(pipe, dataclasses.replace(config, seed=1), folder=folder)
+    with pytest.raises(ConfigError, match="got one with another method and settings"):
+        quantize(pipe, SMALL["tfmq_dm"], folder=folder)
+    pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ConfigError, match="got one with another model"):
+        quantize(pipe, config, folder=folder)
+    assert attachment_of(pipe.unet) is None
+    (folder / "job.json").write_text("{")
+    with pytest.raises(FormatError, match=r"job\.json: expected the settings of a job"):
+        quantize(pipe, config, folder=folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got thesis\.txt"):
+        quantize(pipe, config, folder=tmp_path / "mine")
+
+
+def test_what_cannot_be_calibrated_is_refused_and_stays_as_it_was():
+    pipe, config = small.build(), SMALL["q_diffusion"]
+    with pytest.raises(ConfigError, match=r"expected evaluations_per_run=, got none\. A module alone"):
+        quantize(pipe.unet, config)
+    with pytest.raises(modiff.CalibrationError, match="expected 3 evaluations"):
+        quantize(pipe, config, run=lambda i: small.call(pipe, steps=2, batch=2), progress=False)
+    with pytest.raises(modiff.CalibrationError, match="expected calls with the one before each, got none among 1"):
+        quantize(pipe, dataclasses.replace(SMALL["modiff"], rounding="nearest", steps=1, groups=1), progress=False)
+    with pytest.raises(ConfigError, match=r"expected one of .*, QDiffusionConfig, .*, got a ModulationConfig"):
+        quantize(pipe, ModulationConfig())
+    assert attachment_of(pipe.unet) is None
+    modiff.apply(pipe, modiff.presets.w8a8())
+    with pytest.raises(StateError, match="QDiffusionConfig: expected a full-precision model"):
+        quantize(pipe, config)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_survive_json_and_those_that_mean_nothing_are_refused(name):
+    for config in (SMALL[name], METHODS[name].config(), METHODS[name].quick()):
+        assert type(config).from_json(config.to_json()) == config
+    where = METHODS[name].config.__name__
+    for changes, message in (
+        ({"weight_bits": 1}, f"{where}.weight_bits: expected None or 2 to 8, got 1"),
+        ({"activation_bits": 9}, f"{where}.activation_bits: expected None or 2 to 8, got 9"),
+        ({"samples": 3}, f"{where}.samples: expected a multiple of batch=2, got 3"),
+        ({"samples": 0}, f"{where}.samples: expected 1 or more, got 0"),
+        ({"batch": 0}, f"{where}.batch: expected 1 or more, got 0"),
+        ({"steps": 0}, f"{where}.steps: expected 1 or more, got 0"),
+        ({"groups": 4}, f"{where}.groups: expected at most steps=3, got 4"),
+    ):
+        if next(iter(changes)) in {field.name for field in dataclasses.fields(SMALL[name])}:
+            with pytest.raises(ConfigError, match=message):
+                dataclasses.replace(SMALL[name], **changes)
+
+
+def test_a_method_from_outside_is_one_function_and_one_registration(monkeypatch, tmp_path):
+    monkeypatch.setattr("modiff.methods.registry.METHODS", dict(METHODS))
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class WeightsOnlyConfig(MethodConfig):
+        """Weights rounded to nearest."""
+
+    @register(WeightsOnlyConfig)
+    def weights_only(job: MethodJob, config: WeightsOnlyConfig) -> Report:
+        return job.apply(every_layer(LayerConfig(weight=WeightConfig(bits=config.weight_bits), modulation=None)))
+
+    assert method_config("weights-only", changes={"weight_bits": 4}) == WeightsOnlyConfig(weight_bits=4)
+    pipe = small.build()
+    report = quantize(pipe, WeightsOnlyConfig(weight_bits=4), folder=tmp_path)
+    assert {entry.setting for entry in report.entries} == {"W4A8 plain"}
+
+
+def test_on_the_embedded_model_modiff_is_nearer_to_full_precision_than_minmax_ranges():
+    from modiff.assets import embedded_folder
+    from modiff.generate.samplers import set_scheduler
+    from modiff.hosts.diffusers.load import load_pipeline
+    from modiff.hosts.diffusers.runs import noise_generators
+
+    def sampled(method: MethodConfig | None) -> torch.Tensor:
+        pipe = set_scheduler(load_pipeline(str(embedded_folder())), "ddim")
+        pipe.set_progress_bar_config(disable=True)
+        if method is not None:
+            quantize(pipe, method, progress=False)
+        noise = noise_generators(1_000_000, range(2))
+        return torch.from_numpy(pipe(batch_size=2, num_inference_steps=5, generator=noise, output_type="np").images)
+
+    config = ModiffMethodConfig(activation_bits=4, steps=5, groups=5, rounding="nearest")
+    minmax = QDiffusionConfig(
+        weight_bits=8, activation_bits=4, steps=5, groups=5, samples=8, batch=8, search="minmax",
+        rounding="nearest", scales="measured", attention="full_precision",
+    )  # fmt: skip
+    exact = sampled(None)
+    assert (sampled(config) - exact).norm() < 0.5 * (sampled(minmax) - exact).norm()
