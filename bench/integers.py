@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from modiff import ModiffConfig, presets
-from modiff.evaluate.demo import run_config
 from modiff.evaluate.metrics.paired import relative_l2
+from modiff.evaluate.pipelines import run_config
 from modiff.files import check_writable, write_json
 from modiff.generate.environment import environment
 from modiff.hosts.diffusers.load import load_pipeline

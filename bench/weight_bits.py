@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modiff import ModiffConfig, WeightConfig, presets
-from modiff.evaluate.demo import run_config
 from modiff.evaluate.metrics.paired import relative_l2
+from modiff.evaluate.pipelines import run_config
 from modiff.files import check_writable, write_json
 from modiff.generate.environment import environment
 from modiff.hosts.diffusers.load import load_pipeline

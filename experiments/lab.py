@@ -20,7 +20,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.watch import Watcher, watch
 from modiff.evaluate.cost import ModelCost
-from modiff.evaluate.demo import measure_image
+from modiff.evaluate.pipelines import measure_image
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.host import denoisers
@@ -190,7 +190,7 @@ def skipping_gbops(cost: ModelCost, report: Report, tally: Tally, evaluations: i
     for layer in cost.layers:
         config = taken.get(layer.name)
         if config is None:
-            total += layer.trajectory_bops(None, None, evaluations)
+            total += evaluations * layer.bops(None, None)
             continue
         starts, sent = tally.shares(layer.name)
         bits = config.activation.bits or None

@@ -50,12 +50,12 @@ def measure(lab: Lab) -> Values:
         for bits in (2, 4, 8)
         for batch in BATCHES
     ]
-    weights = lab.cost.weight_bytes(lambda name: (8 if name in taken else None, None)) / MIB
+    weights = lab.cost.weight_bytes(lambda name: 8 if name in taken else None) / MIB
     return {
         "rows": rows,
         "printed": printed,
         "weights": weights,
-        "float_weights": lab.cost.weight_bytes(lambda _: (None, None)) / MIB,
+        "float_weights": lab.cost.weight_bytes(lambda _: None) / MIB,
     }
 
 

@@ -14,10 +14,7 @@ from modiff.evaluate.cost import (
     LayerCost,
     ModelCost,
     attention_macs,
-    conv_macs,
-    linear_macs,
     measure_cost,
-    transposed_conv_macs,
 )
 from tests.core.counters import measure, torch_macs
 
@@ -99,11 +96,10 @@ def test_convolutions_count_each_product_once(case, transposed):
     assert layer.kind == ("transposed_conv" if transposed else "conv")
     assert layer.weight_elements == module.weight.numel()
     if transposed:
-        formula = transposed_conv_macs(x.shape, case["out_channels"], kernel, groups)
         counted = count(case["batch"], channel_pairs(case), *case["size"], *kernel)  # each element through each tap
     else:
-        formula, counted = conv_macs(module(x).shape, case["in_channels"], kernel, groups), count_conv(case)
-    assert layer.macs == formula == counted
+        counted = count_conv(case)
+    assert layer.macs == counted
 
 
 @settings(deadline=None, derandomize=True, max_examples=20)
@@ -111,7 +107,8 @@ def test_convolutions_count_each_product_once(case, transposed):
 def test_attention_and_linear_count_each_product_once(batch, heads, queries, keys, head_dim, value_dim):
     both = count(batch, heads, queries, keys, head_dim) + count(batch, heads, queries, value_dim, keys)
     assert attention_macs(batch, heads, queries, keys, head_dim, value_dim) == both
-    assert linear_macs((batch, queries, head_dim), head_dim, keys) == count(batch, queries, keys, head_dim)
+    x = torch.empty(batch, queries, head_dim, device="meta")
+    assert measure(nn.Linear(head_dim, keys, device="meta"), x).macs == count(batch, queries, keys, head_dim)
 
 
 CASES = {
@@ -292,45 +289,12 @@ def test_bops_are_macs_times_both_bits_and_weights_are_packed_tightly():
     bits = [(8, 4), (8, None), (None, None), (8, 0), (4, 3)]
     assert [layer_cost().bops(*pair) for pair in bits] == [32_000, 256_000, 1_024_000, 0, 12_000]
     assert [layer_cost().weight_bytes(bits) for bits in (8, 4, 3, None, 0)] == [10, 5, 4, 40, 0]
-
-
-def test_state_bytes_hold_input_and_output_and_twice_that_with_the_linear_predictor():
-    layer = layer_cost()
-    assert (layer.state_bytes(), layer.state_bytes(2), layer.state_bytes(4, "linear")) == (320, 160, 640)
-    assert layer_cost(kind="attention").state_bytes(4, "linear") == 0
-
-
-def test_first_step_of_a_trajectory_has_bits_of_its_own():
-    layer, step = layer_cost(), layer_cost().bops(8, 4)
-    assert layer.trajectory_bops(8, 4, 10) == 10 * step
-    assert layer.trajectory_bops(8, 4, 10, None) == layer.bops(8, None) + 9 * step
-    assert layer.trajectory_bops(8, 4, 10, 3 * 4) == 12 * step
-    for first in ("same", None, 16):  # activations in full precision stay so
-        assert layer.trajectory_bops(8, None, 10, first) == 10 * layer.bops(8, None)
-
-
-def test_model_totals_are_sums_over_layers_with_the_bits_of_each():
-    a, b = layer_cost(), layer_cost(name="b", kind="attention", macs=7, weight_elements=0)
-    model = ModelCost((a, b))
-    bits = {"a": (4, 8), "b": (None, None)}
+    model = ModelCost((layer_cost(), layer_cost(name="b", macs=7)))
     assert model.macs == 1007
-    assert model.bops(bits.__getitem__) == 32_000 + 7 * 1024
-    assert model.bops(bits.__getitem__, 10, None) == 128_000 + 9 * 32_000 + 10 * 7 * 1024
-    assert model.bops(bits.__getitem__, 10, 16) == 64_000 + 9 * 32_000 + 10 * 7 * 1024
-    assert model.weight_bytes(bits.__getitem__) == 5
-    assert model.state_bytes(2, "linear") == 320
-    assert model.select(lambda layer: layer.kind == "attention") == ModelCost((b,))
+    assert model.weight_bytes({"a": 4, "b": None}.__getitem__) == 5 + 40
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: layer_cost().bops(-1, 4), "bits: expected None or 0 to 32, got -1"),
-        (lambda: layer_cost().weight_bytes(33), "bits: expected None or 0 to 32, got 33"),
-        (lambda: layer_cost().trajectory_bops(8, 4, 0), "steps: expected 1 or more, got 0"),
-        (lambda: layer_cost().state_bytes(4, "cubic"), "predictor: expected one of hold, linear, got 'cubic'"),
-    ],
-)
-def test_wrong_arguments_are_named(call, message):
-    with pytest.raises(ConfigError, match=message):
-        call()
+@pytest.mark.parametrize("bits", [-1, 33])
+def test_bits_that_are_no_width_are_refused(bits):
+    with pytest.raises(ConfigError, match=f"bits: expected None or 0 to 32, got {bits}"):
+        layer_cost().bops(bits, 4)

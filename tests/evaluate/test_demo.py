@@ -14,7 +14,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 import modiff
 from modiff.errors import ConfigError
-from modiff.evaluate.demo import Demo, Row, plans, run_config, run_demo
+from modiff.evaluate.demo import Demo, Row, plans, run_demo
+from modiff.evaluate.pipelines import run_config
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.tune import candidates
 from tests.pixels import pixel_pipeline

@@ -8,7 +8,7 @@ The 35.7M-parameter CIFAR-10 DDPM U-Net, batch 1: convolutions and linear layers
 The paper's 1636 GBOPs at W8A32 are 1636 / (8 x 32) = 6.39 GMAC. It does not say how it counted, but
 6.054 + 2 x 0.168 = 6.390 meets the figure within its rounding: attention at two operations per MAC, all else at one,
 and billed at the bits of the layers although it runs in full precision. Attention counted once gives 6.222 GMAC, or
-1593 GBOPs. The paper also leaves out that the first step runs in full precision; `first_step_activation_bits` does not.
+1593 GBOPs. The paper also leaves out that the first step runs in full precision; `trajectory_gbops` does not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, Literal, cast
 
@@ -23,43 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modiff.core.predictors import predictor_named
 from modiff.errors import ConfigError
 
 Kind = Literal["linear", "conv", "transposed_conv", "attention"]
-BitsOf = Callable[[str], tuple[int | None, int | None]]
-"""A layer's name to its (weight bits, activation bits); None is full precision."""
 
 FULL_PRECISION_BITS = 32
-
-
-def linear_macs(input_shape: Sequence[int], in_features: int, out_features: int) -> int:
-    """MACs of a linear layer: rows x in x out, the rows being all axes of the input but the last.
-
-    >>> linear_macs((2, 16, 64), 64, 256)
-    524288
-    """
-    return prod(input_shape[:-1]) * in_features * out_features
-
-
-def conv_macs(output_shape: Sequence[int], in_channels: int, kernel_size: Sequence[int], groups: int = 1) -> int:
-    """MACs of a convolution: each output element sums in/groups x kernel products, padding included.
-
-    >>> conv_macs((1, 128, 32, 32), 3, (3, 3))
-    3538944
-    """
-    return prod(output_shape) * (in_channels // groups) * prod(kernel_size)
-
-
-def transposed_conv_macs(
-    input_shape: Sequence[int], out_channels: int, kernel_size: Sequence[int], groups: int = 1
-) -> int:
-    """MACs of a transposed convolution: each input element goes to out/groups x kernel places, cropped or not.
-
-    >>> transposed_conv_macs((1, 64, 8, 8), 32, (4, 4))
-    2097152
-    """
-    return prod(input_shape) * (out_channels // groups) * prod(kernel_size)
 
 
 def attention_macs(batch: int, heads: int, queries: int, keys: int, head_dim: int, value_dim: int) -> int:
@@ -69,15 +38,6 @@ def attention_macs(batch: int, heads: int, queries: int, keys: int, head_dim: in
     33554432
     """
     return batch * heads * queries * keys * (head_dim + value_dim)
-
-
-def _width(bits: int | None) -> int:
-    """Bits as a number; None is full precision."""
-    if bits is None:
-        return FULL_PRECISION_BITS
-    if not 0 <= bits <= FULL_PRECISION_BITS:
-        raise ConfigError(f"bits: expected None or 0 to 32, got {bits}. None is full precision. Use one of these.")
-    return bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,76 +64,34 @@ class LayerCost:
         """
         return self.macs * _width(weight_bits) * _width(activation_bits)
 
-    def trajectory_bops(
-        self,
-        weight_bits: int | None,
-        activation_bits: int | None,
-        steps: int,
-        first_step_activation_bits: int | Literal["same"] | None = "same",
-    ) -> int:
-        """Bit-operations of `steps` steps, the first one at bits of its own.
-
-        first_step_activation_bits: "same" ignores that the first step has no past, as the paper does; None is a first
-        step in full precision; n rounds of b bits are n x b. A layer in full precision anyway (activation_bits None)
-        stays so.
-        Raises: ConfigError if steps is under 1 or bits are outside 0..32.
-        """
-        if steps < 1:
-            raise ConfigError(f"steps: expected 1 or more, got {steps}. A trajectory has a first step. Use steps=1.")
-        special = first_step_activation_bits != "same" and activation_bits is not None
-        first = cast("int | None", first_step_activation_bits) if special else activation_bits
-        return self.bops(weight_bits, first) + (steps - 1) * self.bops(weight_bits, activation_bits)
-
     def weight_bytes(self, bits: int | None) -> int:
         """Bytes of the weight codes packed tightly, rounded up; None is float32. Scales and biases are not counted."""
         return -(-self.weight_elements * _width(bits) // 8)
 
-    def state_bytes(self, state_dtype_bytes: int = 4, predictor: str = "hold") -> int:
-        """Bytes of input state and output state together; predictors keep those of steps before too.
 
-        The paper's memory table counts the output state alone, at the activation bits; it is a running sum, so no
-        b-bit quantity.
-        Raises: ConfigError if the predictor is unknown.
-        """
-        if self.kind == "attention":
-            return 0
-        kept = predictor_named(predictor).past_states
-        return kept * (self.input_elements + self.output_elements) * state_dtype_bytes
+def _width(bits: int | None) -> int:
+    """Bits as a number; None is full precision."""
+    if bits is None:
+        return FULL_PRECISION_BITS
+    if not 0 <= bits <= FULL_PRECISION_BITS:
+        raise ConfigError(f"bits: expected None or 0 to 32, got {bits}. None is full precision. Use one of these.")
+    return bits
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """The costs of a model's layers in the order of their first call; totals are sums over the layers."""
+    """The costs of a model's layers in the order of their first call."""
 
     layers: tuple[LayerCost, ...]
-
-    def select(self, keep: Callable[[LayerCost], bool]) -> ModelCost:
-        """The cost of the layers that `keep` says yes to, such as those taken, or all that is not attention."""
-        return ModelCost(tuple(layer for layer in self.layers if keep(layer)))
 
     @property
     def macs(self) -> int:
         """MACs of one step."""
         return sum(layer.macs for layer in self.layers)
 
-    def bops(
-        self,
-        bits_of: BitsOf,
-        steps: int = 1,
-        first_step_activation_bits: int | Literal["same"] | None = "same",
-    ) -> int:
-        """Bit-operations of a trajectory of `steps` steps (1: of a step). See LayerCost.trajectory_bops."""
-        return sum(
-            layer.trajectory_bops(*bits_of(layer.name), steps, first_step_activation_bits) for layer in self.layers
-        )
-
-    def weight_bytes(self, bits_of: BitsOf) -> int:
-        """Bytes of all weight codes, whatever the number of steps."""
-        return sum(layer.weight_bytes(bits_of(layer.name)[0]) for layer in self.layers)
-
-    def state_bytes(self, state_dtype_bytes: int = 4, predictor: str = "hold") -> int:
-        """Bytes of the states of all layers, resident from the first step to the last; `select` the modulated ones."""
-        return sum(layer.state_bytes(state_dtype_bytes, predictor) for layer in self.layers)
+    def weight_bytes(self, bits_of: Callable[[str], int | None]) -> int:
+        """Bytes of all weight codes, with a layer's name to its weight bits."""
+        return sum(layer.weight_bytes(bits_of(layer.name)) for layer in self.layers)
 
 
 def measure_cost(model: nn.Module, forward: Callable[[], object]) -> ModelCost:
@@ -189,9 +107,9 @@ def measure_cost(model: nn.Module, forward: Callable[[], object]) -> ModelCost:
     recorder = _Recorder()
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            hooks.callback(module.register_forward_pre_hook(recorder.enter(name), prepend=True).remove)
-            leave = module.register_forward_hook(recorder.leave(name), with_kwargs=True, always_call=True)
-            hooks.callback(leave.remove)
+            hooks.callback(module.register_forward_pre_hook(partial(recorder.enter, name), prepend=True).remove)
+            leave = partial(recorder.leave, name)
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         # nn.MultiheadAttention's fast path is one operation that hides its products
         hooks.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -206,36 +124,29 @@ def measure_cost(model: nn.Module, forward: Callable[[], object]) -> ModelCost:
     return ModelCost(tuple(recorder.costs.values()))
 
 
-LINEAR = (nn.Linear,)
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONV = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (*LINEAR, *CONV, *TRANSPOSED_CONV)
+LAYERS = (nn.Linear, *CONV, *TRANSPOSED_CONV)
 
 
 def _layer_cost(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> LayerCost:
-    """The cost of one call of a linear or convolution layer with input x and output y."""
-    if isinstance(layer, LINEAR):
-        kind: Kind = "linear"
-        macs = linear_macs(x.shape, layer.in_features, layer.out_features)
-        weights = layer.in_features * layer.out_features
+    """The cost of one call of a linear or convolution layer with input x and output y.
+
+    Each input element of a linear or transposed convolution meets the weights of its channel, cropped or not; each
+    output element of a convolution sums over those of its channel, padding included.
+    """
+    if isinstance(layer, nn.Linear):
+        kind, weights = "linear", layer.in_features * layer.out_features
+        macs = x.numel() * layer.out_features
     else:
         conv = cast("nn.Conv2d", layer)  # all six share these attributes
         weights = conv.in_channels * conv.out_channels // conv.groups * prod(conv.kernel_size)
         if isinstance(layer, TRANSPOSED_CONV):
-            kind = "transposed_conv"
-            macs = transposed_conv_macs(x.shape, conv.out_channels, conv.kernel_size, conv.groups)
+            kind, macs = "transposed_conv", x.numel() * weights // conv.in_channels
         else:
-            kind = "conv"
-            macs = conv_macs(y.shape, conv.in_channels, conv.kernel_size, conv.groups)
-    return LayerCost(
-        name=name,
-        kind=kind,
-        macs=macs,
-        calls=1,
-        weight_elements=weights,
-        input_elements=x.numel(),
-        output_elements=y.numel(),
-    )
+            kind, macs = "conv", y.numel() * weights // conv.out_channels
+    return LayerCost(name=name, kind=cast("Kind", kind), macs=macs, calls=1, weight_elements=weights,
+                     input_elements=x.numel(), output_elements=y.numel())  # fmt: skip
 
 
 class _Recorder:
@@ -255,72 +166,42 @@ class _Recorder:
         """Sum the cost to that of earlier calls."""
         past = self.costs.get(cost.name)
         if past is not None:
-            cost = replace(
-                cost,
-                macs=past.macs + cost.macs,
-                calls=past.calls + cost.calls,
-                input_elements=past.input_elements + cost.input_elements,
-                output_elements=past.output_elements + cost.output_elements,
-            )
+            sums = ("macs", "calls", "input_elements", "output_elements")
+            cost = replace(cost, **{field: getattr(past, field) + getattr(cost, field) for field in sums})
         self.costs[cost.name] = cost
 
-    def enter(self, name: str) -> Callable[..., None]:
-        """Forward pre-hook of the module."""
+    def enter(self, name: str, module: nn.Module, args: object) -> None:
+        """Before the module runs."""
+        self.called = True
+        self.running.append((name, isinstance(module, LAYERS)))
 
-        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
-            self.called = True
-            self.running.append((name, isinstance(module, LAYERS)))
-
-        return hook
-
-    def leave(self, name: str) -> Callable[..., None]:
-        """Forward hook of the module; after an exception inside it, `output` is None."""
-
-        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-            self.running.pop()
-            if isinstance(module, LAYERS) and isinstance(output, Tensor) and not self.inside_layer:
-                x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                self.add(_layer_cost(name, module, x, output))
-
-        return hook
+    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the module; `output` is None if it raised."""
+        self.running.pop()
+        if isinstance(module, LAYERS) and isinstance(output, Tensor) and not self.inside_layer:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            self.add(_layer_cost(name, module, x, output))
 
     def add_product(self, macs: int, operands: Sequence[Tensor], output_elements: int) -> None:
         """A matrix product, charged to the innermost running module; outside the model it is not counted."""
         if self.running and not self.inside_layer:
-            cost = LayerCost(
-                name=self.running[-1][0],
-                kind="attention",
-                macs=macs,
-                calls=1,
-                weight_elements=0,
-                input_elements=sum(operand.numel() for operand in operands),
-                output_elements=output_elements,
-            )
-            self.add(cost)
+            elements = sum(operand.numel() for operand in operands)
+            self.add(LayerCost(name=self.running[-1][0], kind="attention", macs=macs, calls=1, weight_elements=0,
+                               input_elements=elements, output_elements=output_elements))  # fmt: skip
 
 
 aten = torch.ops.aten
 LEFT_OPERAND: dict[object, int] = {
-    aten.mm: 0,
-    aten.bmm: 0,
-    aten.mv: 0,
-    aten.dot: 0,
-    aten._int_mm: 0,
-    aten.addmm: 1,
-    aten.baddbmm: 1,
-    aten.addmv: 1,
+    **dict.fromkeys((aten.mm, aten.bmm, aten.mv, aten.dot, aten._int_mm), 0),
+    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addmv), 1),
 }
 """Where the left one of the two factors is among the arguments; the right one follows it."""
 
 FUSED_ATTENTION: frozenset[object] = frozenset(
-    {
-        aten._scaled_dot_product_flash_attention_for_cpu,
-        aten._scaled_dot_product_flash_attention,
-        aten._scaled_dot_product_efficient_attention,
-        aten._scaled_dot_product_cudnn_attention,
-        aten._scaled_dot_product_fused_attention_overrideable,
-    }
-)
+    getattr(aten, f"_scaled_dot_product_{name}")
+    for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention",
+                 "fused_attention_overrideable")
+)  # fmt: skip
 """What torch's scaled_dot_product_attention becomes; its plain form becomes two bmm."""
 
 

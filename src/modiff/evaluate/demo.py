@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
-from tqdm import tqdm
 
 from modiff import presets
-from modiff.api import apply, remove, tune
+from modiff.api import tune
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, measure_cost
+from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost
 from modiff.evaluate.metrics.paired import psnr, relative_l2
+from modiff.evaluate.pipelines import Run, check_unconditional, evaluations_bar, measure_image, run_config
 from modiff.evaluate.table import aligned, number
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers.host import denoisers
-from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
-from modiff.model.attach import attachment_of
-from modiff.model.report import Report
-from modiff.model.trajectory import state_bytes
+from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.tune import FINALISTS
 
 FEWEST_STEPS = 4
@@ -117,17 +109,17 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def plans(steps: int) -> list[Plan]:
     """The rows of the demo in order: steps, plain, modulated, the ablation, then activations alone."""
-    found = [
+    rows = [
         Plan("full precision", steps),
         Plan("half the steps", steps // 2),
         Plan("a quarter of the steps", steps // 4),
     ]
-    found += [Plan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
-    found += [Plan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
-    found += [Plan("modulated W8A4, no compensation", steps, presets.uncompensated(8, 4))]
-    found += [Plan("plain W32A4", steps, presets.plain(None, 4))]
-    found += [Plan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
-    return found + [Plan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
+    rows += [Plan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
+    rows += [Plan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
+    rows += [Plan("modulated W8A4, no compensation", steps, presets.uncompensated(8, 4))]
+    rows += [Plan("plain W32A4", steps, presets.plain(None, 4))]
+    rows += [Plan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
+    return rows + [Plan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
 
 
 def run_demo(
@@ -148,7 +140,7 @@ def run_demo(
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
     cost = measure_image(pipe, seed)
-    with _one_bar(pipe, passes, progress) as bar:
+    with evaluations_bar(pipe, passes, progress) as bar:
         for plan in todo:
             config = plan.config
             if plan.tuned_bits is not None:
@@ -159,115 +151,29 @@ def run_demo(
             run = run_config(pipe, config, plan.steps, noise_generators(seed, range(num_images)))
             images.append(run.images)
             rows.append(_row(plan, config, run, images[0], cost))
-    settings = {
-        "pipeline": type(pipe).__name__,
-        "sampler": "ddim",
-        "steps": steps,
-        "num_images": num_images,
-        "seed": seed,
-    }
+    settings = {"pipeline": type(pipe).__name__, "sampler": "ddim", "steps": steps, "num_images": num_images,
+                "seed": seed}  # fmt: skip
     return Demo(tuple(rows), tuple(images), tuned, settings, environment())
-
-
-@contextmanager
-def _one_bar(pipe: DiffusionPipeline, total: int, shown: bool) -> Iterator[tqdm[Any]]:
-    """A bar that counts network evaluations, in the place of the pipeline's own."""
-    own = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
-    with (
-        tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True, mininterval=0.5) as bar,
-        ExitStack() as undo,
-    ):
-        undo.callback(lambda: pipe.set_progress_bar_config(**own))
-
-        def count(*_: object) -> None:
-            bar.update()
-
-        for model in denoisers(pipe).values():
-            undo.callback(model.register_forward_hook(count).remove)
-        yield bar
 
 
 def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionPipeline:
     """The pipeline with DDIM, if the demo can run on it."""
-    try:
-        unconditional_run(pipe, steps, num_images, 0)
-    except ConfigError:
-        raise ConfigError(
-            f"demo: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another "
-            "input. The demo does not invent one. Use `modiff sample` with --prompt or --label."
-        ) from None
+    check_unconditional(pipe, "demo", steps, num_images)
     most = pipe.scheduler.config.num_train_timesteps
     if not FEWEST_STEPS <= steps <= most:
         raise ConfigError(
             f"demo: expected {FEWEST_STEPS} to {most} steps, got {steps}. One row runs a quarter of them, and the "
             "model was trained on no more. Use --steps 50."
         )
-    if num_images < 1:
-        raise ConfigError(
-            f"demo: expected at least 1 image, got {num_images}. There is nothing to compare. Use --num-images 8."
-        )
     return set_scheduler(pipe, "ddim")
-
-
-def measure_image(pipe: DiffusionPipeline, seed: int) -> ModelCost:
-    """The cost of one step of one image of an unconditional pipeline, over all denoisers. Cost: one step."""
-    return measure_step(pipe, unconditional_run(pipe, 1, 1, seed))
-
-
-def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> ModelCost:
-    """The cost of `run`, which draws one image in one step, over all denoisers. Cost: one run for each of them."""
-    layers: list[Any] = []
-    for model in denoisers(pipe).values():
-        layers += measure_cost(model, run).layers
-    return ModelCost(tuple(layers))
-
-
-@dataclass(frozen=True)
-class Run:
-    """One trajectory of a batch: images (N, H, W, C) in [0, 1], what apply did, state bytes at its end, wall time."""
-
-    images: np.ndarray
-    report: Report | None
-    state_bytes: int
-    seconds: float
-
-
-def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int, noise: list[Any]) -> Run:
-    """Sample an unconditional pipeline once under `config` (None: as it is), which is removed again, also on errors."""
-    report = None if config is None else apply(pipe, config)
-    try:
-        with _watch_states(pipe) as held:
-            start = time.perf_counter()
-            images = pipe(batch_size=len(noise), num_inference_steps=steps, generator=noise, output_type="np").images
-            seconds = time.perf_counter() - start
-    finally:
-        if report is not None:
-            remove(pipe)
-    return Run(np.asarray(images), report, held(), seconds)
-
-
-@contextmanager
-def _watch_states(pipe: DiffusionPipeline) -> Iterator[Callable[[], int]]:
-    """Measure the states after each evaluation, since they are freed when the pipeline returns; yields the last."""
-    held: dict[str, int] = {}
-    with ExitStack() as hooks:
-        for name, model in denoisers(pipe).items():
-            if attachment_of(model) is not None:
-
-                def measure(model: nn.Module, *_: object, name: str = name) -> None:
-                    held[name] = state_bytes(model)
-
-                hooks.callback(model.register_forward_hook(measure).remove)
-        yield lambda: sum(held.values())
 
 
 def _row(plan: Plan, config: ModiffConfig | None, run: Run, reference: np.ndarray, cost: ModelCost) -> Row:
     modulation = None if config is None else config.layer.modulation
     return Row(
         name=plan.name,
-        weight_bits=_width(None if config is None else config.layer.weight.bits),
-        activation_bits=_width(None if config is None else config.layer.activation.bits),
+        weight_bits=_bits(config and config.layer.weight.bits),
+        activation_bits=_bits(config and config.layer.activation.bits),
         modulated=modulation is not None,
         compensated=None if modulation is None else modulation.error_compensation == "closed_loop",
         tuned=plan.tuned_bits is not None,
@@ -280,7 +186,7 @@ def _row(plan: Plan, config: ModiffConfig | None, run: Run, reference: np.ndarra
     )
 
 
-def _width(bits: int | None) -> int:
+def _bits(bits: int | None) -> int:
     return FULL_PRECISION_BITS if bits is None else bits
 
 

@@ -22,11 +22,11 @@ def trajectory_gbops(cost: ModelCost, report: Report | None, steps: int) -> floa
     for layer in cost.layers:
         config = taken.get(layer.name)
         if config is None:
-            total += layer.trajectory_bops(None, None, steps)
+            total += steps * layer.bops(None, None)
             continue
         weight, activation = config.weight.bits, config.activation.bits
         starts = _starts(config, steps)
-        total += starts * layer.trajectory_bops(weight, activation, 1, _first_bits(config))
+        total += starts * layer.bops(weight, _first_bits(config))
         total += (steps - starts) * layer.bops(weight, activation)
     return total / 1e9
 

@@ -88,7 +88,7 @@ STATIC = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False
     ("settings", "message"),
     [
         ({"steps": 1}, "expected 2 or more steps, got 1"),
-        ({"num_images": 0}, "expected 1 or more images, got 0"),
+        ({"num_images": 0}, "expected at least 1 image, got 0"),
         ({"config": STATIC}, "expected dynamic scales"),
         ({"config": ModiffConfig(overrides=(("*conv1", STATIC.layer),))}, "expected dynamic scales"),
         ({"config": presets.modulated(8, None)}, "expected a layer that codes its input"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import itertools
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
 
 from modiff import presets
 from modiff.config import ModiffConfig
@@ -18,10 +17,9 @@ from modiff.evaluate.analysis.growth import ErrorGrowth, Growth
 from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
 from modiff.evaluate.analysis.sweep import MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
 from modiff.evaluate.analysis.watch import has_static_scales, watch
+from modiff.evaluate.pipelines import check_unconditional, evaluations_bar
 from modiff.generate.environment import Environment, environment
-from modiff.hosts.diffusers.host import denoisers
-from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
-from modiff.model.observe import observe
+from modiff.hosts.diffusers.runs import noise_generators
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 INTERVALS = (2, 3, 5, 10)
@@ -84,11 +82,12 @@ def analyze(
     used = [n for n in INTERVALS if n <= steps]
     errors, growth, distribution = LayerErrors(), ErrorGrowth(), Distribution()
     reference: list[np.ndarray] = []
-    with _bar(pipe, steps, 1 + len(bits) * len(MODES) + len(used), progress) as ended:
+    trajectories, finished = 1 + len(bits) * len(MODES) + len(used), itertools.count(1)
+    with evaluations_bar(pipe, steps * trajectories, progress) as bar:
 
         def counted() -> object:
             result = run()
-            ended()
+            bar.total = bar.n * trajectories // next(finished)  # samplers may evaluate twice in a step
             return result
 
         watch(pipe, lambda: reference.append(images(counted())), config, [errors, growth, distribution])
@@ -106,42 +105,13 @@ def analyze(
 
 
 def _check(pipe: DiffusionPipeline, config: ModiffConfig, steps: int, num_images: int) -> None:
-    try:
-        unconditional_run(pipe, steps, num_images, 0)
-    except ConfigError:
-        raise ConfigError(
-            f"analyze: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another "
-            "input. This does not invent one. Use `modiff sample` with --prompt or --label to see its images."
-        ) from None
+    check_unconditional(pipe, "analyze", steps, num_images)
     if steps < 2:
         raise ConfigError(
             f"analyze: expected 2 or more steps, got {steps}. What changes between steps is coded. Use --steps 50."
-        )
-    if num_images < 1:
-        raise ConfigError(
-            f"analyze: expected 1 or more images, got {num_images}. There is nothing to watch. Use --num-images 4."
         )
     if has_static_scales(config):
         raise ConfigError(
             "analyze: expected dynamic scales, got dynamic=False. Static ones are measured on a modulated model, "
             "and this watches the plain one. Use dynamic=True."
         )
-
-
-@contextmanager
-def _bar(pipe: DiffusionPipeline, steps: int, trajectories: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar that each evaluation moves. Yields what to call after a trajectory: the first tells how long one is."""
-    finished = 0
-    with (
-        tqdm(total=steps * trajectories, unit="step", disable=not shown, dynamic_ncols=True, mininterval=0.5) as bar,
-        ExitStack() as hooks,
-    ):
-
-        def ended() -> None:
-            nonlocal finished
-            finished += 1
-            bar.total = bar.n * trajectories // finished  # samplers may evaluate twice in a step
-
-        for model in denoisers(pipe).values():
-            hooks.enter_context(observe(model, on_step=lambda *_: bar.update()))
-        yield ended
