@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import (
-    LayerCost,
-    ModelCost,
-    attention_macs,
-    measure_cost,
-)
+from modiff.evaluate.cost import LayerCost, ModelCost, attention_macs, measure_cost
 from tests.core.counters import measure, torch_macs
 
 

@@ -12,11 +12,7 @@ from PIL import Image
 from modiff.evaluate.analysis import figures as module
 from modiff.evaluate.analysis.distribution import BINS
 from modiff.evaluate.analysis.figures import figures
-from modiff.evaluate.analysis.growth import (
-    compensated_bound,
-    printed_bound,
-    uncompensated_bound,
-)
+from modiff.evaluate.analysis.growth import compensated_bound, printed_bound, uncompensated_bound
 from modiff.evaluate.analysis.run import Analysis
 
 NAMES = ["distribution.png", "layer_errors.png", "error_growth.png", "bit_sweep.png", "reuse.png"]

@@ -20,10 +20,7 @@ from tests.reference import recursion
 from tests.reference.hadamard import along
 from tests.reference.quantizer import quantize_segments
 
-LAYERS = {
-    "linear": (nn.Linear(8, 5), (2, 3, 8)),
-    "conv": (nn.Conv2d(4, 3, 3, padding=1), (2, 4, 3, 3)),
-}
+LAYERS = {"linear": (nn.Linear(8, 5), (2, 3, 8)), "conv": (nn.Conv2d(4, 3, 3, padding=1), (2, 4, 3, 3))}
 
 
 def config(bits: int = 4, clip: float = 1.0, rotation: str = "none", **modulation: object) -> LayerConfig:

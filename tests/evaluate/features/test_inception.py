@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from modiff.errors import FormatError
-from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception, ScriptedInception, tensorflow_resize
+from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception, tensorflow_resize
 from modiff.evaluate.features.network import Block, InceptionNetwork, Unit
 from tests.evaluate.features import inception_weights
 from tests.evaluate.features.images import noise
@@ -80,7 +78,7 @@ def test_grey_images_are_repeated_and_bias_of_the_logits_is_left_out(extractor: 
 
 
 class Looker(nn.Module):
-    """In the place of the network: keeps what it is given."""
+    """Instead of the network: keeps what it is given."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.pixels = pixels
@@ -88,20 +86,14 @@ class Looker(nn.Module):
         return none, none, none
 
 
-@pytest.mark.parametrize("convention", ["tensorflow", "pytorch_fid"])
-def test_each_convention_prepares_pixels_in_its_way(inception_file: Path, convention: Any) -> None:
-    extractor = Inception(inception_file, convention=convention)
+def test_pixels_are_resized_and_scaled_as_in_the_original_graph(inception_file: Path) -> None:
+    extractor = Inception(inception_file)
     extractor._network = Looker()
     images = noise(3, 2, 32, 24, 3)
     extractor(images)
     planes = images.permute(0, 3, 1, 2).float()
-    expected = {
-        "tensorflow": (tensorflow_resize(planes, 299) - 128) / 128,
-        "pytorch_fid": 2 * (interpolate(planes / 255, (299, 299), mode="bilinear", align_corners=False)) - 1,
-    }
-    torch.testing.assert_close(extractor._network.pixels, expected[convention], rtol=0, atol=1e-5)
-    assert float((expected["tensorflow"] - expected["pytorch_fid"]).abs().max()) > 0.1
-    assert extractor.name.endswith(f":{convention}")
+    expected = (tensorflow_resize(planes, 299) - 128) / 128
+    torch.testing.assert_close(extractor._network.pixels, expected, rtol=0, atol=1e-5)
 
 
 def test_the_name_carries_the_file_and_a_note_says_that_it_is_not_the_public_one(extractor: Inception) -> None:
@@ -139,10 +131,7 @@ IMAGENET = {"fc__weight": torch.zeros(1000, 2048), "fc__bias": torch.zeros(1000)
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (
-            changed(**IMAGENET),
-            r"fc.bias of shape \(1008,\), got \(1000,\) \(2 tensors differ\)",
-        ),
+        (changed(**IMAGENET), r"fc.bias of shape \(1008,\), got \(1000,\) \(2 tensors differ\)"),
         (changed(Mixed_6a__branch3x3__conv__weight=None), "Mixed_6a.branch3x3.conv.weight of shape .*, got none"),
         (changed(AuxLogits__fc__weight=torch.zeros(2)), r"AuxLogits.fc.weight of shape none, got \(2,\)"),
         (changed(fc__bias=torch.full((1008,), torch.nan)), "NaN or infinity in fc.bias"),
@@ -190,77 +179,3 @@ def test_it_agrees_with_a_pixel_at_a_time(height: int, width: int, size: int) ->
 def test_it_starts_at_the_first_pixel_and_repeats_the_last_one() -> None:
     row = tensorflow_resize(torch.arange(4.0).expand(1, 1, 4, 4), 16)[0, 0, 0]
     assert row.tolist() == [*(i / 4 for i in range(13)), 3, 3, 3]  # torch's would be centred: 0, 0, 1/8, ...
-
-
-class Public(nn.Module):
-    """The signature of the public export on a network of two numbers."""
-
-    def __init__(self, features: int = 2048, scale: float = 1.0) -> None:
-        super().__init__()
-        self.layers = nn.Linear(3, features)
-        self.output = nn.Linear(features, 1008)
-        self.scale = scale
-
-    def forward(
-        self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
-    ) -> Tensor:
-        x = self.layers(img.to(torch.float32).mean(dim=[2, 3]) / 128 - 1)
-        if return_features:
-            return x
-        logits = torch.matmul(x, self.output.weight.t())
-        if not no_output_bias:
-            logits = logits + 10 * self.output.bias
-        return logits.softmax(dim=1) * self.scale
-
-
-class Plain(nn.Module):
-    """A network without the arguments."""
-
-    def forward(self, img: Tensor) -> Tensor:
-        return img.to(torch.float32)
-
-
-def scripted(module: nn.Module, path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(module).save(str(path))
-    return path
-
-
-def test_features_are_the_programs_own_without_the_bias_of_the_logits(tmp_path: Path) -> None:
-    network = Public()
-    extractor = ScriptedInception(scripted(network, tmp_path / "net.pt"))
-    images = noise(0, 3, 9, 7, 3)
-    found = extractor(images)
-    planes = images.permute(0, 3, 1, 2)
-    torch.testing.assert_close(found.pooled, network(planes, return_features=True).detach())
-    torch.testing.assert_close(found.probabilities, network(planes, no_output_bias=True).detach())
-    assert found.spatial is None
-    assert (extractor.dimension, len(extractor.fingerprint)) == (2048, 8)
-    assert extractor.name == f"inception-v3:{extractor.fingerprint}:torchscript"
-    assert f"TorchScript file of sha256 {extractor.fingerprint}" in extractor.note
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (Plain(), "with return_features and no_output_bias, got "),
-        (Public(features=64), r"got \(1, 64\) and \(1, 1008\)"),
-        (Public(scale=2.0), "with a sum of 2"),
-    ],
-)
-def test_another_program_is_refused(tmp_path: Path, module: nn.Module, message: str) -> None:
-    with pytest.raises(FormatError, match=message) as caught:
-        ScriptedInception(scripted(module, tmp_path / "net.pt"))
-    assert "\n" not in str(caught.value)
-    assert "inception-2015-12-05.pt" in str(caught.value)
-
-
-def test_each_kind_of_file_points_to_the_class_that_opens_it(tmp_path: Path) -> None:
-    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "state.pth")
-    for name in ("state.pth", "none.pt"):
-        with pytest.raises(FormatError, match=r"expected a TorchScript program for uint8 images .* got ") as caught:
-            ScriptedInception(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(FormatError, match=r"got a TorchScript file, .* Open it with ScriptedInception"):
-        Inception(scripted(Public(), tmp_path / "net.pt"))

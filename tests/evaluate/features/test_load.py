@@ -7,14 +7,10 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import nn
 
 from modiff.errors import FormatError
-from modiff.evaluate.features import load as module
 from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures, save_classifier
-from modiff.evaluate.features.inception import Inception, ScriptedInception
 from modiff.evaluate.features.load import Metric, load_extractor, result_name
-from tests.evaluate.features.test_inception import Public, scripted
 
 
 def test_the_packages_own_and_a_folder_of_ones_own(tmp_path: Path) -> None:
@@ -35,21 +31,6 @@ def test_the_classifier_of_cifar10_goes_by_its_name_once_it_is_there(
     assert (found.name, found.dimension) == ("cifar10-classifier", 8)
 
 
-def test_files_of_programs_and_of_weights_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[tuple[str, str]] = []
-    for kind in ("Inception", "ScriptedInception"):
-        monkeypatch.setattr(module, kind, lambda path, device, kind=kind: opened.append((kind, path.name)))
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
-    (tmp_path / "weights.safetensors").write_bytes(b"\0" * 8)
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
-        torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "program.pt")
-    for name in ("weights.pt", "weights.safetensors", "program.pt"):
-        load_extractor(str(tmp_path / name))
-    assert opened == [
-        ("Inception", "weights.pt"), ("Inception", "weights.safetensors"), ("ScriptedInception", "program.pt")
-    ]  # fmt: skip
-
-
 def test_anything_else_is_named(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="inception: expected 'classifier', a classifier's folder"):
         load_extractor("inception")
@@ -67,10 +48,10 @@ def test_other_extractors_never_lend_the_published_names() -> None:
     assert not set(names) & set(PUBLISHED)
 
 
-def test_both_forms_of_inception_give_the_published_names(tmp_path: Path, inception_file: Path) -> None:
-    for extractor in (Inception(inception_file), ScriptedInception(scripted(Public(), tmp_path / "net.pt"))):
-        names = [result_name(metric, extractor) for metric in get_args(Metric)]
-        assert names == [*PUBLISHED, f"precision({extractor.name})", f"recall({extractor.name})"]
+def test_inception_gives_the_published_names(inception_file: Path) -> None:
+    extractor = load_extractor(str(inception_file))
+    names = [result_name(metric, extractor) for metric in get_args(Metric)]
+    assert names == [*PUBLISHED, f"precision({extractor.name})", f"recall({extractor.name})"]
 
 
 def test_an_extractor_that_calls_itself_inception_is_not_believed() -> None:

@@ -247,8 +247,7 @@ def test_the_digest_is_that_of_the_content(write: Callable[[Path], Path], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "array"),
-    [("float", IMAGES / 255), ("flat", IMAGES.reshape(12, -1)), ("empty", IMAGES[:0])],
+    ("name", "array"), [("float", IMAGES / 255), ("flat", IMAGES.reshape(12, -1)), ("empty", IMAGES[:0])]
 )
 def test_arrays_that_are_no_images_are_named(name: str, array: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / f"{name}.npy", array)

@@ -117,7 +117,4 @@ def image_error(found: np.ndarray, reference: np.ndarray) -> ImageError:
     if not np.isfinite(found).all():
         return {"relative_l2": None, "psnr_db": None}
     decibels = psnr(found, reference)
-    return {
-        "relative_l2": relative_l2(found, reference),
-        "psnr_db": decibels if math.isfinite(decibels) else None,
-    }
+    return {"relative_l2": relative_l2(found, reference), "psnr_db": decibels if math.isfinite(decibels) else None}

@@ -41,11 +41,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: Sequence[int] = (16, 32, 64, 128),
-        image_channels: int = 1,
-        classes: int = 10,
-        layers: int = 1,
+        self, channels: Sequence[int] = (16, 32, 64, 128), image_channels: int = 1, classes: int = 10, layers: int = 1
     ) -> None:
         super().__init__()
         widths = (image_channels, *channels)

@@ -8,7 +8,7 @@ from typing import Literal
 from modiff.errors import FormatError
 from modiff.evaluate.features.classifier import ClassifierFeatures
 from modiff.evaluate.features.extractor import FeatureExtractor
-from modiff.evaluate.features.inception import Inception, ScriptedInception, is_program
+from modiff.evaluate.features.inception import Inception
 
 EMBEDDED = "classifier"
 CLASSIFIERS = {EMBEDDED: "embedded", "cifar10-classifier": "cifar10"}
@@ -35,7 +35,7 @@ def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
 
     Args:
         text: "classifier" (the Fashion-MNIST one of the package), "cifar10-classifier" (where the package has it), the
-            folder of another from `save_classifier`, or an Inception-v3 file: a state dict, or TorchScript.
+            folder of another from `save_classifier`, or a state dict of Inception-v3.
     Raises: FormatError if it is none of these.
     """
     if text in CLASSIFIERS:
@@ -44,7 +44,7 @@ def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
     if path.is_dir():
         return ClassifierFeatures.load(path, device=device)
     if path.is_file():
-        return ScriptedInception(path, device=device) if is_program(path) else Inception(path, device=device)
+        return Inception(path, device=device)
     raise FormatError(
         f"{text}: expected '{EMBEDDED}', a classifier's folder or an Inception-v3 file, got nothing there. Distances "
         f"are taken between features. Use --extractor {EMBEDDED}."
@@ -54,6 +54,6 @@ def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
 def result_name(metric: Metric, extractor: FeatureExtractor) -> str:
     """The name of a metric's result: "FID" with Inception, "FD(<extractor's name>)" with every other extractor."""
     published, general = _NAMES[metric]
-    if published and isinstance(extractor, Inception | ScriptedInception):
+    if published and isinstance(extractor, Inception):
         return published
     return f"{general}({extractor.name})"

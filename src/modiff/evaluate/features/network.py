@@ -2,8 +2,7 @@
 
 Architecture: Szegedy et al. 2015, arXiv:1512.00567. It differs from the Inception-v3 that torch users know: 1008
 logits, average pooling that leaves the padding out of the average, and maximum instead of average pooling in the very
-last block.
-Parameter names are those of the public state dicts, `<block>.<unit>.conv.weight` and `<block>.<unit>.bn.*`.
+last block. Parameter names are those of the public state dicts, `<block>.<unit>.conv.weight` and `<block>.<unit>.bn.*`.
 """
 
 from __future__ import annotations
@@ -29,24 +28,22 @@ class Unit(NamedTuple):
     stride: int = 1
 
 
-def _chain(name: str, *steps: tuple[int, tuple[int, int]], last_stride: int = 1) -> dict[str, Unit]:
+def _chain(name: str, *steps: tuple[int, tuple[int, int]], stride: int = 1) -> dict[str, Unit]:
     """Units name_1, name_2, ... that feed each other; the last may stride."""
-    units, source = {}, "in"
-    for index, (width, kernel) in enumerate(steps, start=1):
-        units[f"{name}_{index}"] = Unit(source, width, kernel, last_stride if index == len(steps) else 1)
-        source = f"{name}_{index}"
-    return units
+    sources = ["in", *(f"{name}_{i}" for i in range(1, len(steps) + 1))]
+    strides = [1] * (len(steps) - 1) + [stride]
+    return {f"{name}_{i + 1}": Unit(sources[i], *step, strides[i]) for i, step in enumerate(steps)}
 
 
-_3, _5, _ROW, _COLUMN = (3, 3), (5, 5), (1, 7), (7, 1)
+_1, _3, _5, _ROW, _COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 
 
 def _block_35(pool_width: int) -> dict[str, Unit]:
     """Mixed_5*: 35 x 35 positions."""
     return {
         "branch1x1": Unit("in", 64),
-        **_chain("branch5x5", (48, (1, 1)), (64, _5)),
-        **_chain("branch3x3dbl", (64, (1, 1)), (96, _3), (96, _3)),
+        **_chain("branch5x5", (48, _1), (64, _5)),
+        **_chain("branch3x3dbl", (64, _1), (96, _3), (96, _3)),
         "branch_pool": Unit("pool", pool_width),
     }
 
@@ -55,8 +52,8 @@ def _block_17(width: int) -> dict[str, Unit]:
     """Mixed_6b to 6e: 17 x 17 positions, 7 x 7 kernels as a row and a column."""
     return {
         "branch1x1": Unit("in", 192),
-        **_chain("branch7x7", (width, (1, 1)), (width, _ROW), (192, _COLUMN)),
-        **_chain("branch7x7dbl", (width, (1, 1)), (width, _COLUMN), (width, _ROW), (width, _COLUMN), (192, _ROW)),
+        **_chain("branch7x7", (width, _1), (width, _ROW), (192, _COLUMN)),
+        **_chain("branch7x7dbl", (width, _1), (width, _COLUMN), (width, _ROW), (width, _COLUMN), (192, _ROW)),
         "branch_pool": Unit("pool", 192),
     }
 
@@ -66,20 +63,35 @@ _BLOCK_8 = {
     "branch3x3_1": Unit("in", 384),
     "branch3x3_2a": Unit("branch3x3_1", 384, (1, 3)),
     "branch3x3_2b": Unit("branch3x3_1", 384, (3, 1)),
-    "branch3x3dbl_1": Unit("in", 448),
-    "branch3x3dbl_2": Unit("branch3x3dbl_1", 384, _3),
+    **_chain("branch3x3dbl", (448, _1), (384, _3)),
     "branch3x3dbl_3a": Unit("branch3x3dbl_2", 384, (1, 3)),
     "branch3x3dbl_3b": Unit("branch3x3dbl_2", 384, (3, 1)),
     "branch_pool": Unit("pool", 192),
 }
-_TO_17 = {
-    "branch3x3": Unit("in", 384, _3, 2),
-    **_chain("branch3x3dbl", (64, (1, 1)), (96, _3), (96, _3), last_stride=2),
-}
+_TO_17 = {"branch3x3": Unit("in", 384, _3, 2), **_chain("branch3x3dbl", (64, _1), (96, _3), (96, _3), stride=2)}
 _TO_8 = {
-    **_chain("branch3x3", (192, (1, 1)), (320, _3), last_stride=2),
-    **_chain("branch7x7x3", (192, (1, 1)), (192, _ROW), (192, _COLUMN), (192, _3), last_stride=2),
+    **_chain("branch3x3", (192, _1), (320, _3), stride=2),
+    **_chain("branch7x7x3", (192, _1), (192, _ROW), (192, _COLUMN), (192, _3), stride=2),
 }
+_STEM = {
+    "Conv2d_1a_3x3": (Unit("in", 32, _3, 2), (0, 0)),
+    "Conv2d_2a_3x3": (Unit("in", 32, _3), (0, 0)),
+    "Conv2d_2b_3x3": (Unit("in", 64, _3), (1, 1)),
+    "Conv2d_3b_1x1": (Unit("in", 80), (0, 0)),
+    "Conv2d_4a_3x3": (Unit("in", 192, _3), (0, 0)),
+}
+_MIXED = {
+    "Mixed_5b": (_block_35(32), "average"),
+    "Mixed_5c": (_block_35(64), "average"),
+    "Mixed_5d": (_block_35(64), "average"),
+    "Mixed_6a": (_TO_17, "shrink"),
+    **{f"Mixed_6{x}": (_block_17(n), "average") for x, n in zip("bcde", (128, 160, 160, 192), strict=True)},
+    "Mixed_7a": (_TO_8, "shrink"),
+    "Mixed_7b": (_BLOCK_8, "average"),
+    "Mixed_7c": (_BLOCK_8, "maximum"),
+}
+_HALVED_AFTER = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
+_SPATIAL = "Mixed_6d"
 
 
 class ConvUnit(nn.Module):
@@ -96,13 +108,10 @@ class ConvUnit(nn.Module):
 
 
 class Block(nn.Module):
-    """Units side by side and one after another; those that feed no other are put side by side at the end.
+    """Units by name, each after its source; the outputs of those that feed no other are concatenated.
 
-    Args:
-        wide_in: channels in.
-        units: by name, each after its source.
-        pooling: "average" or "maximum" of 3 x 3 neighbours, read by units with the source "pool"; "shrink" is the
-            maximum at every second place, and is an output itself, the last.
+    pooling: "average" or "maximum" of 3 x 3 neighbours, read by units with the source "pool"; "shrink" is the maximum
+    at every second position, and is an output itself, the last.
     """
 
     def __init__(self, wide_in: int, units: dict[str, Unit], pooling: str) -> None:
@@ -130,30 +139,6 @@ class Block(nn.Module):
         if self._pooling == "maximum":
             return functional.max_pool2d(x, 3, stride=1, padding=1)
         return functional.max_pool2d(x, 3, stride=2)
-
-
-_STEM = {
-    "Conv2d_1a_3x3": (Unit("in", 32, _3, 2), (0, 0)),
-    "Conv2d_2a_3x3": (Unit("in", 32, _3), (0, 0)),
-    "Conv2d_2b_3x3": (Unit("in", 64, _3), (1, 1)),
-    "Conv2d_3b_1x1": (Unit("in", 80), (0, 0)),
-    "Conv2d_4a_3x3": (Unit("in", 192, _3), (0, 0)),
-}
-_MIXED = {
-    "Mixed_5b": (_block_35(32), "average"),
-    "Mixed_5c": (_block_35(64), "average"),
-    "Mixed_5d": (_block_35(64), "average"),
-    "Mixed_6a": (_TO_17, "shrink"),
-    "Mixed_6b": (_block_17(128), "average"),
-    "Mixed_6c": (_block_17(160), "average"),
-    "Mixed_6d": (_block_17(160), "average"),
-    "Mixed_6e": (_block_17(192), "average"),
-    "Mixed_7a": (_TO_8, "shrink"),
-    "Mixed_7b": (_BLOCK_8, "average"),
-    "Mixed_7c": (_BLOCK_8, "maximum"),
-}
-_HALVED_AFTER = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
-_SPATIAL = "Mixed_6d"
 
 
 class InceptionNetwork(nn.Module):

@@ -92,11 +92,7 @@ def _summary(rows: Sequence[Row], names: Sequence[str], table: str) -> Table:
     columns = [Column("configuration", numeric=False), Column("steps")]
     columns += [Column(known[name]["label"], note=known[name]["note"]) for name in shown]
     body = tuple(
-        (
-            Cell(row.plan.name),
-            Cell.number(row.plan.steps, "d"),
-            *(_measured(row.metric(name)) for name in shown),
-        )
+        (Cell(row.plan.name), Cell.number(row.plan.steps, "d"), *(_measured(row.metric(name)) for name in shown))
         for row in rows
     )
     return Table(table, CAPTIONS[table], tuple(columns), body)
