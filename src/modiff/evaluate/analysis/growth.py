@@ -36,8 +36,8 @@ class Curve(TypedDict):
 class LayerGrowth(TypedDict):
     """One layer. moves: ||a_t - a_{t+1}||. norms: ||a_t||. Both from step 1 on.
 
-    c: the largest ||r - q||² / ||r||² that the quantizer showed here in any step of either loop. c_theorem: the largest
-    s² d / ||r||² of Thm 4.3, from the scales alone; at 1 or more the theorem promises nothing.
+    c: the largest ||r - q||² / ||r||² of any step of either loop. c_theorem: the largest s² d / ||r||² of Thm 4.3, from
+    the scales alone; at 1 or more the theorem promises nothing.
     """
 
     name: str
@@ -82,19 +82,18 @@ class ErrorGrowth:
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[tuple[str, int], _Lane] = {}
+        self._loops: dict[tuple[str, int], _Loops] = {}
 
     def see(self, visit: Visit) -> None:
         """Advance both loops of the layer by one step."""
-        if visit.config.activation.bits is None:
-            return
-        if visit.key not in self._lanes:
-            self._lanes[visit.key] = _Lane(visit)
-        self._lanes[visit.key].see(visit)
+        if visit.config.activation.bits is not None:
+            if visit.key not in self._loops:
+                self._loops[visit.key] = _Loops(visit)
+            self._loops[visit.key].see(visit)
 
     def growth(self) -> Growth:
         """Everything seen. Raises: ConfigError if no layer codes its input."""
-        layers = [lane.growth() for lane in self._lanes.values()]
+        layers = [loops.growth() for loops in self._loops.values()]
         if not layers:
             raise ConfigError(
                 "error growth: expected a layer that codes its input, got none. Full-precision activations have no "
@@ -109,12 +108,11 @@ class ErrorGrowth:
         }
 
 
-class _Lane:
+class _Loops:
     """One layer's two loops."""
 
     def __init__(self, visit: Visit) -> None:
-        modulated = dataclasses.replace(visit.config, modulation=ModulationConfig())
-        self.quantized = visit.quantized(modulated)
+        self.quantized = visit.quantized(dataclasses.replace(visit.config, modulation=ModulationConfig()))
         self.key = visit.key
         if self.quantized.quantizer is None:
             raise ConfigError(f"{visit.entry.name}: expected activation bits, got None. There is no code. Give 2 to 8.")
@@ -126,15 +124,14 @@ class _Lane:
     def see(self, visit: Visit) -> None:
         """One step of both loops on the layer's own input."""
         x = coded_domain(self.quantized, visit.input)
-        closed = self.closed.advance(x, visit.step, 1.0)
-        unclosed = self.open.advance(x, visit.step, 1.0)
+        steps = [side.advance(x, visit.step, 1.0) for side in (self.closed, self.open)]
         if self.last is not None:
-            numbers = [norm(x - self.last), norm(x), norm(x - closed.held), norm(x - unclosed.held)]
-            for side in (closed, unclosed):
-                if side.residual is not None and side.code is not None:
-                    energy = norm(side.residual).square().clamp_min(torch.finfo(torch.float64).tiny)
-                    lost = norm(side.residual - side.code).square()
-                    numbers += [lost / energy, scale_energy(side.update.codes) / energy]
+            numbers = [norm(x - self.last), norm(x), *(norm(x - step.state) for step in steps)]
+            for step in steps:
+                if step.residual is not None and step.code is not None:
+                    energy = norm(step.residual).square().clamp_min(torch.finfo(torch.float64).tiny)
+                    lost = norm(step.residual - step.code).square()
+                    numbers += [lost / energy, scale_energy(step.update.codes) / energy]
             self.rows.append(torch.stack([n.double().cpu() for n in numbers]).tolist())
         self.last = x.clone()
 
@@ -208,13 +205,13 @@ def _curve(error: list[float], c: float, moves: list[float], *, compensated: boo
 def _spread(layers: list[LayerGrowth], curves: list[Curve], count: int) -> Spread:
     """Quartiles over the layers of each curve relative to the layer's ||a_t||."""
     norms = np.array([layer["norms"][:count] for layer in layers]).clip(np.finfo(np.float64).tiny)
-    error = np.array([curve["error"][:count] for curve in curves]) / norms
-    bound = np.array([curve["bound"][:count] for curve in curves]) / norms
-    printed = np.array([curve["printed_bound"][:count] for curve in curves]) / norms
-    low, middle, high = np.quantile(error, (0.25, 0.5, 0.75), axis=0)
+    error, bound, printed = (
+        np.array([curve[key][:count] for curve in curves]) / norms for key in ("error", "bound", "printed_bound")
+    )
+    low, middle, high = np.quantile(error, (0.25, 0.5, 0.75), axis=0).tolist()
     return {
         "exceeded": _exceeded(error, bound), "printed_exceeded": _exceeded(error, printed),
-        "error_low": low.tolist(), "error": middle.tolist(), "error_high": high.tolist(),
+        "error_low": low, "error": middle, "error_high": high,
         "bound": np.median(bound, axis=0).tolist(), "printed_bound": np.median(printed, axis=0).tolist(),
     }  # fmt: skip
 

@@ -56,36 +56,36 @@ class InputStep(NamedTuple):
 
     residual: Tensor | None
     code: Tensor | None
-    held: Tensor
+    state: Tensor
     update: Update
 
 
 class InputSide:
     """â_t of one tensor, step by step, with what the recursion does not keep: r_t, q_t, and the â_t of the open loop.
 
-    Without compensation the state holds the raw input, and what the output has received is a_T + Σ q_k: that sum is the
-    held input here, so that ô_t = A(â_t) + bias names the same â_t in both loops.
+    Without compensation the recursion's state holds the raw input, and what the output has received is a_T + Σ q_k:
+    that sum is the input state here, so that ô_t = A(â_t) + bias names the same â_t in both loops.
     """
 
     def __init__(self, quantizer: Quantizer, config: ModulationConfig) -> None:
         self.quantizer, self.config = quantizer, config
         self.state: State | None = None
-        self.held: Tensor | None = None
+        self.input_state: Tensor | None = None
 
     def advance(self, x: Tensor, step: int, ratio: Tensor | float) -> InputStep:
         """One step with the input `x`, already rotated if it is to be."""
         every = self.config.reanchor_every
         before = None if every and step % every == 0 else self.state
         update, self.state = encode(x, before, self.quantizer, self.config, ratio)
-        if before is None or self.held is None or update.starts:
-            self.held = self.state.value
-            return InputStep(None, None, self.held, update)
+        if before is None or self.input_state is None or update.starts:
+            self.input_state = self.state.value
+            return InputStep(None, None, self.input_state, update)
         x = x.to(compute_dtype(self.config))
         prediction = predict(before, update.weights, x.dtype)
         code = code_value(update.codes, x)
         closed = self.config.error_compensation == "closed_loop"
-        self.held = self.state.value if closed else self.held + code.to(self.held.dtype)
-        return InputStep(x - prediction, code, self.held, update)
+        self.input_state = self.state.value if closed else self.input_state + code.to(self.input_state.dtype)
+        return InputStep(x - prediction, code, self.input_state, update)
 
 
 def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ class _Lane:
     def see(self, visit: Visit) -> StepErrors:
         """One step of the layer's recursion, and how far it is from full precision."""
         x = coded_domain(self.quantized, visit.input)
-        residual, code, held, output = self._advance(x, visit)
+        residual, code, state, output = self._advance(x, visit)
         numbers = [
-            x.min(), x.max(), rms(x), norm(x), norm(x - held), norm(visit.output), norm(visit.output - output)
+            x.min(), x.max(), rms(x), norm(x), norm(x - state), norm(visit.output), norm(visit.output - output)
         ]  # fmt: skip
         if residual is not None and code is not None:
             numbers += [residual.min(), residual.max(), rms(residual), norm(residual - code)]
@@ -163,7 +163,7 @@ class _Lane:
             return x, code, code, output_of(update, quantized.operator)
         now = self.inputs.advance(x, visit.step, visit.ratio)
         self.output = accumulate(now.update, self.output, quantized.operator, config)
-        return now.residual, now.code, now.held, self.output.value
+        return now.residual, now.code, now.state, self.output.value
 
 
 def norm(x: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -59,16 +58,15 @@ def bit_sweep(
         target: a pipeline without modiff; it is without when this returns or raises.
         run: generates the images, from the same noise at each call.
         reference: the images of full precision, (N, H, W, C).
-        config: selection and weight bits; the rest of its layer settings gives way to each mode's.
+        config: selection and weight bits; each mode brings the other layer settings.
     Cost: a trajectory for each mode and bit width.
     """
-    rows: list[SweepRow] = []
-    for mode in modes:
-        for width in bits:
-            layer = MODES[mode](config.layer.weight.bits, width).layer
-            with applied(target, dataclasses.replace(config, layer=layer, overrides=())):
-                rows.append({"mode": mode, "bits": width, **image_error(images(run()), reference)})
-    return rows
+    weight = config.layer.weight.bits
+    return [
+        {"mode": mode, "bits": width, **_error_with(target, run, reference, config, MODES[mode](weight, width).layer)}
+        for mode in modes
+        for width in bits
+    ]
 
 
 def reuse_sweep(
@@ -79,24 +77,21 @@ def reuse_sweep(
     In the words of the recursion: hold predictor, zero bits, anchored again every `interval` steps. Weights stay in
     full precision, so the error is that of reuse alone. Arguments and cost as for `bit_sweep`.
     """
-    rows: list[ReuseRow] = []
-    for interval in intervals:
-        layer = LayerConfig(
-            weight=WeightConfig(bits=None),
-            activation=QuantizerConfig(bits=0),
-            modulation=ModulationConfig(reanchor_every=interval, stagger=False),
-        )
-        with applied(target, dataclasses.replace(config, layer=layer, overrides=())):
-            rows.append({"interval": interval, **image_error(images(run()), reference)})
-    return rows
+    return [{"interval": n, **_error_with(target, run, reference, config, _reuse_every(n))} for n in intervals]
 
 
-@contextmanager
-def applied(target: Any, config: ModiffConfig) -> Iterator[None]:
-    """The target with modiff on it, within the body."""
-    apply(target, config)
+def _reuse_every(interval: int) -> LayerConfig:
+    modulation = ModulationConfig(reanchor_every=interval, stagger=False)
+    return LayerConfig(weight=WeightConfig(bits=None), activation=QuantizerConfig(bits=0), modulation=modulation)
+
+
+def _error_with(
+    target: Any, run: Callable[[], object], reference: np.ndarray, config: ModiffConfig, layer: LayerConfig
+) -> ImageError:
+    """The image error with the layers of `config` under another layer config."""
+    apply(target, dataclasses.replace(config, layer=layer, overrides=()))
     try:
-        yield
+        return image_error(images(run()), reference)
     finally:
         remove(target)
 
