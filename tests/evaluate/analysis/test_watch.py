@@ -99,6 +99,8 @@ def test_fewer_than_two_steps_are_refused_and_name_the_layer(steps: int) -> None
 
 def test_several_networks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     network = OneLayer(nn.Linear(6, 6))
-    monkeypatch.setattr("modiff.evaluate.analysis.watch.modules_of", lambda target: {"unet": network, "prior": network})
+    monkeypatch.setattr(
+        "modiff.evaluate.analysis.watch.networks_of", lambda target: {"unet": network, "prior": network}
+    )
     with pytest.raises(ConfigError, match="expected one network, got unet, prior"):
         watch(network, lambda: None, only_layer(LayerConfig()), [])
