@@ -227,7 +227,6 @@ def test_the_same_seeds_lower_the_distance_and_an_unchanged_model_is_at_0_only_w
         (lambda: distance(torch.ones(4, 2), torch.ones(4, 3)), "one dimension, got 2 and 3"),
         (lambda: distance(torch.ones(4, 2), torch.ones(1, 2)), "2 or more vectors, got 1"),
         (lambda: frechet_distance(TRUTH, moments(ZERO, diagonal(1, 1, 1, -0.01))), r"an eigenvalue of -0\.01"),
-        (lambda: spatial_rows(torch.zeros(2, 3)), r"feature maps \(N, C, H, W\), got \(2, 3\)"),
     ],
 )
 def test_mistakes_are_refused(call: Any, message: str) -> None:

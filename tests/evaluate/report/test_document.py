@@ -8,7 +8,7 @@ import pytest
 
 from modiff.errors import ConfigError
 from modiff.evaluate.report.document import Cell, Column, Document, Figure, Section, Table
-from tests.evaluate.report.documents import document, png, table
+from tests.evaluate.report.documents import png, table
 
 
 @pytest.mark.parametrize(
@@ -28,20 +28,6 @@ def test_numbers_as_cells(arguments: tuple[float | None, ...], text: str, value:
     assert Cell.number(*arguments) == Cell(text, value, detail)  # type: ignore[arg-type]
 
 
-def test_a_row_with_another_number_of_cells_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"Table t: expected 2 cells in every row, got \[1\]"):
-        Table("t", "c", (Column("a"), Column("b")), ((Cell("1"), Cell("2")), (Cell("1"),)))
-
-
-def test_a_figure_needs_alt_text_and_the_bytes_of_its_kind() -> None:
-    with pytest.raises(ConfigError, match="Figure f: expected alt text"):
-        Figure("f", " ", "c", png())
-    with pytest.raises(ConfigError, match="the bytes of a svg file"):
-        Figure("f", "a", "c", png(), "svg")
-    with pytest.raises(ConfigError, match="the bytes of a png file, got 'a' and b'<svg'"):
-        Figure("f", "a", "c", b"<svg")
-
-
 @pytest.mark.parametrize("name", ["", "A", "a b", "a--b", "../a", 'a"', "a.png"])
 def test_a_name_is_a_link_and_a_file_name(name: str) -> None:
     for block in (Figure(name, "a", "c", png()), Table(name, "c", (Column("a"),), ())):
@@ -57,7 +43,3 @@ def test_a_name_is_used_once() -> None:
 
 def test_notes_of_one_wording_stand_together() -> None:
     assert table().notes() == [("value, other", "What it is.")]
-
-
-def test_figures_are_listed_in_order() -> None:
-    assert [figure.name for figure in document().figures()] == ["dots", "lines"]

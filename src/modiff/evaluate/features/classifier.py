@@ -143,7 +143,7 @@ class ClassifierFeatures:
     """
 
     def __init__(self, model: Classifier, name: str, *, device: str | torch.device = "cpu") -> None:
-        self.name = name
+        self.name, self.dimension = name, model.channels[-1]
         self._device = torch.device(device)
         self._model = model.to(self._device).eval()
         ends = [index for index, module in enumerate(model.blocks, 1) if isinstance(module, nn.ReLU)]
@@ -166,11 +166,6 @@ class ClassifierFeatures:
         """
         path = Path(folder).resolve()
         return cls(load_classifier(path), f"{path.name}-{fingerprint(path / WEIGHTS)}", device=device)
-
-    @property
-    def dimension(self) -> int:
-        """Channels of the last block."""
-        return self._model.channels[-1]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

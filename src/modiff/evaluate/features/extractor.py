@@ -39,15 +39,8 @@ class FeatureExtractor(Protocol):
     note, which some have: what to say with every result, such as the weights' origin; see `note_of`.
     """
 
-    @property
-    def name(self) -> str:
-        """Which network and weights."""
-        ...
-
-    @property
-    def dimension(self) -> int:
-        """Length of a pooled row."""
-        ...
+    name: str
+    dimension: int
 
     def __call__(self, images: Tensor) -> Features:
         """Features of images, uint8 (N, H, W, C) in [0, 255], C 1 or 3."""

@@ -64,15 +64,11 @@ def resampled(
     Raises: ConfigError for empty samples, pairs of unequal length, or a statistic that is not finite.
     """
     lengths = [len(sample) for sample in samples]
-    if not lengths or min(lengths) < 1 or resamples < 1:
+    if not lengths or min(lengths) < 1 or resamples < 1 or (draw == "paired" and len(set(lengths)) > 1):
         raise ConfigError(
-            f"bootstrap: expected samples with images and 1 or more resamples, got lengths {lengths} and {resamples}. "
-            "There is nothing to draw. Give a tensor with a row for each image, and resamples=1000."
-        )
-    if draw not in ("independent", "paired") or (draw == "paired" and len(set(lengths)) > 1):
-        raise ConfigError(
-            f"bootstrap: expected draw 'independent', or 'paired' with equal lengths, got {draw!r} with {lengths}. "
-            "Pairs are rows of one index. Use draw='independent' for sets that are not paired."
+            f"bootstrap: expected samples with images, of equal lengths if they are paired, and 1 or more resamples, "
+            f"got lengths {lengths}, {draw} and {resamples}. There is nothing to draw. Give a tensor with a row for "
+            "each image, and resamples=1000."
         )
     generator = torch.Generator().manual_seed(seed)
     values = np.empty(resamples)
@@ -87,17 +83,10 @@ def resampled(
 def interval(estimate: float, values: np.ndarray, *, level: float = 0.95, kind: Kind = "percentile") -> Interval:
     """The interval that holds the share `level` of the resampled values.
 
-    kind: "percentile" takes their quantiles. "centred" shifts these so that the mean of the values lies on the
-    estimate: a Frechet distance grows when images repeat, so all its resampled values are too large, and the plain
-    interval may miss the estimate. "normal" uses their standard deviation, for a few tens of resamples, whose
-    quantiles are noise; a single value has none, and both ends are None.
-    Raises: ConfigError for a level outside (0, 1) or another kind.
+    kind: "percentile" takes their quantiles. "centred" shifts these so that their mean lies on the estimate: a Frechet
+    distance grows when images repeat, so that the plain interval may miss it. "normal" uses their standard deviation,
+    for a few tens of resamples; a single value has none, and both ends are None.
     """
-    if not 0 < level < 1 or kind not in ("percentile", "centred", "normal"):
-        raise ConfigError(
-            f"bootstrap: expected a level between 0 and 1 and the kind 'percentile', 'centred' or 'normal', got "
-            f"{level!r} and {kind!r}. The level is a share. Use level=0.95."
-        )
     low: float | None = None
     high: float | None = None
     tail = (1 - level) / 2

@@ -52,13 +52,7 @@ def spatial_rows(maps: Tensor) -> Tensor:
 
     A `frechet_distance` of them sees where things are. The convention of sFID (Nash et al. 2021, arXiv:2103.03841),
     whose maps are those of Inception's block Mixed_6d, branch 1x1, after its ReLU.
-    Raises: ConfigError if the maps are not four-dimensional.
     """
-    if maps.ndim != 4:
-        raise ConfigError(
-            f"spatial_rows: expected feature maps (N, C, H, W), got {tuple(maps.shape)}. Positions must still be "
-            "there. Give a layer's output before it is averaged."
-        )
     return maps[:, :CHANNELS].flatten(1)
 
 
@@ -137,16 +131,13 @@ class Moments:
 def frechet_distance(first: Moments, second: Moments) -> float:
     """|μ_a - μ_b|² + tr(Σ_a) + tr(Σ_b) - 2 tr((Σ_a Σ_b)^½), the squared 2-Wasserstein distance of two Gaussians.
 
-    With Inception features this is the FID (Heusel et al. 2017, arXiv:1706.08500). Σ_a Σ_b is not symmetric, and its
-    square root by Schur form comes out complex or infinite when a covariance is singular. Here instead
+    With Inception features this is the FID (Heusel et al. 2017, arXiv:1706.08500). Computed as
 
         tr((Σ_a Σ_b)^½) = ||Σ_a^½ Σ_b^½||_*        the sum of the singular values of the product of symmetric roots
 
-    which is real by construction, needs no offset on the diagonal, and holds for singular covariances (fewer images
-    than dimensions) too. Eigenvalues under D ε λ_max, the rounding error of the decomposition, count as 0.
-
-    Units: those of the features, squared. Symmetric, 0 for equal moments, never negative.
-    It is biased upwards by about c / n (see `small_sample_note`), so compare at equal n only.
+    which is real by construction, for singular covariances (fewer images than dimensions) too. Eigenvalues under
+    D ε λ_max, the rounding error of the decomposition, count as 0.
+    Units: those of the features, squared. It is biased upwards by about c / n (see `small_sample_note`).
     Raises: ConfigError for different dimensions, fewer than 2 images, or a covariance with negative eigenvalues.
     Cost: O(D³): two symmetric eigendecompositions and one set of singular values; seconds at D = 2048.
 
@@ -197,9 +188,9 @@ def frechet_interval(
 ) -> FrechetInterval:
     """`frechet_distance` of two sets of features with a bootstrap interval.
 
-    The interval says where the distance of another n images of the same models would fall, at this n: it does not
-    remove the bias. A resample holds about 63 % of the images, some of them twice, so it is biased once more; by how
-    much is returned as `bias`, a rough estimate of the first bias that grows too small when n is not far above D.
+    The interval says where the distance of another n images of the same models would fall, at this n. A resample holds
+    about 63 % of the images, some of them twice, so it is biased once more; by how much is returned as `bias`, a rough
+    estimate of the first bias that grows too small when n is not far above D.
 
     Args:
         features: (N, D).

@@ -95,7 +95,7 @@ def within_manifold(queries: Tensor | np.ndarray, manifold: Tensor | np.ndarray,
     arXiv:1904.06991; k = 3). Precision is the mean over generated images in the manifold of real ones, recall the mean
     over real images in that of generated ones; for their intervals resample these values, since resampled points would
     meet their own copies at distance 0.
-    Raises: ConfigError for different dimensions, or a manifold with no more than k vectors.
+    Raises: ConfigError for different dimensions.
     Cost: (M² + N M) D; memory is bounded by CHUNK_BYTES of distances.
 
     >>> line = torch.arange(5.0)[:, None]
@@ -104,11 +104,6 @@ def within_manifold(queries: Tensor | np.ndarray, manifold: Tensor | np.ndarray,
     """
     points, asked = feature_rows(manifold, "within_manifold"), feature_rows(queries, "within_manifold")
     check_same_dimension(asked.shape[1], points.shape[1], "within_manifold")
-    if type(neighbours) is not int or not 1 <= neighbours < len(points):
-        raise ConfigError(
-            f"within_manifold: expected 1 to {len(points) - 1} neighbours in a set of {len(points)}, got "
-            f"{neighbours!r}. Each point needs that many others. Use neighbours=3 and more images."
-        )
     # k + 1: each point is its own nearest neighbour, at a distance of exactly 0
     radii = torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in _distances(points, points)])
     inside = [(d <= radii).any(1) for d in _distances(asked, points)]
