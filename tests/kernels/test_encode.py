@@ -15,7 +15,7 @@ from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, encode, encode_plain
 from modiff.kernels import encode as module
 from modiff.kernels import native
-from modiff.kernels.encode import choose_encoder, encode_eagerly, encode_input, encode_residual
+from modiff.kernels.encode import choose_encoder, encode_eagerly, encode_input, encode_residual, layout_of
 from modiff.kernels.fixed_point import encode_fixed, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.layout import as_rows, scale_shape
@@ -24,7 +24,8 @@ from tests.helpers import assert_same_bits, drifting
 
 def eagerly(x, state, scale, bits, clip=1.0, granularity="tensor", *, channel_dim=-1, move=None, gain=None):
     """`encode_residual` by torch's operators."""
-    return encode_eagerly(x, state, move, gain, scale, bits, clip, granularity, channel_dim)
+    layout = layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
+    return encode_eagerly(x.detach(), state, move, gain, scale, layout)
 
 
 ENCODERS = {"native": encode_residual, "eager": eagerly}

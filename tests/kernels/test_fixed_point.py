@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modiff import KernelError
-from modiff.kernels.encode import encode_eagerly
+from modiff.kernels.encode import encode_eagerly, layout_of
 from modiff.kernels.fixed_point import FixedState, encode_fixed, fixed_eagerly, start
 from tests.helpers import assert_same_bits, drifting
 
@@ -49,7 +49,7 @@ def drift(dtype: torch.dtype, steps: int) -> float:
     state = inputs[0].to(dtype)
     sent = state.double()
     for x in inputs[1:]:
-        codes, scale = encode_eagerly(x, state, None, None, None, 8, 1.0, "token", -1)
+        codes, scale = encode_eagerly(x, state, None, None, None, layout_of(x.shape, x.stride(), 8, 1.0, "token", -1))
         sent = sent + (codes.double() - 128) * scale.double()
     return float((state.double() - sent).norm() / sent.norm())
 
@@ -59,6 +59,12 @@ def test_states_that_are_rounded_each_step_drift_and_bfloat16_ones_a_thousand_ti
     assert drift(torch.float32, 200) < 1e-6
     assert drift(torch.bfloat16, 200) > 5e-3
     assert drift(torch.bfloat16, 200) > 1.5 * drift(torch.bfloat16, 25)
+
+
+def eagerly(x, state, bits, clip=1.0, granularity="tensor", *, channel_dim=-1, clipped=None):
+    """`encode_fixed` by torch's operators."""
+    layout = layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
+    return fixed_eagerly(x, state, layout, none_clipped() if clipped is None else clipped)
 
 
 @given(
@@ -80,7 +86,7 @@ def test_the_compiled_loop_equals_torch_s_operators_bit_for_bit(seed, bits, clip
     other = copy_of(state)
     for x in (inputs[1], inputs[2] * jump, inputs[3]):
         codes, scale = encode_fixed(x, state, bits, clip, granularity, channel_dim=channel)
-        expected, measured = fixed_eagerly(x, other, bits, clip, granularity, channel, none_clipped())
+        expected, measured = eagerly(x, other, bits, clip, granularity, channel_dim=channel)
         assert_same_bits(codes, expected)
         assert_same_bits(scale, measured)
         assert_same_bits(state.n, other.n)
@@ -111,7 +117,7 @@ def test_a_scale_is_never_finer_than_asked_for_and_at_most_a_step_of_the_grid_co
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_nan_is_seen_in_the_scale_and_leaves_the_state(value):
     x = torch.randn(2, 40)
-    for run in (encode_fixed, lambda *a: fixed_eagerly(*a, -1, none_clipped())):
+    for run in (encode_fixed, eagerly):
         state = start(torch.randn(2, 40))
         kept = copy_of(state)
         x[0, 3] = value
@@ -142,7 +148,7 @@ def test_as_many_whole_steps_are_taken_as_fit_into_16_bits(multiple, steps, spar
     most = 32767 if sign > 0 else 32768
     spare = min(spare, multiple - 1)
     grid = torch.tensor(2.0**-10)
-    for run in (encode_fixed, fixed_eagerly):
+    for run in (encode_fixed, eagerly):
         n = torch.full((1, 2), sign * (most - steps * multiple - spare), dtype=torch.int16)
         state, clipped = FixedState(n, grid), none_clipped()
         x = state.value() + sign * 6.99 * multiple * grid  # seven steps of the scale
@@ -158,7 +164,7 @@ def test_an_input_of_another_shape_is_refused():
         encode_fixed(torch.randn(2, 3), start(torch.randn(2, 4)), 8)
 
 
-@pytest.mark.parametrize("run", [encode_fixed, fixed_eagerly])
+@pytest.mark.parametrize("run", [encode_fixed, eagerly])
 def test_codes_that_are_cut_are_counted(run):
     x = torch.linspace(-1, 1, 64).view(2, 32)
     for far, cut in ((x, False), (4 * x, True)):

@@ -39,7 +39,7 @@ class EncoderChoice(NamedTuple):
 def choose_encoder(device: str = "cpu") -> EncoderChoice:
     """The fastest implementation for a device."""
     if device == "cuda" and gpu.installed():
-        return EncoderChoice("triton", "Triton, one pass over rows that fit into a block, else two")
+        return EncoderChoice("triton", "Triton, one pass over rows that fit into a block, otherwise two")
     if device != "cpu":
         return EncoderChoice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
     library, reason = native.load("encode")
@@ -76,7 +76,7 @@ def encode_residual(
             f"encode_residual: expected state and move of shape {tuple(x.shape)}, and move and gain both or neither, "
             f"got {' and '.join(map(str, shapes))}. They belong to another input. Start the trajectory again."
         )
-    return _encode(x.detach(), state, move, gain, scale, bits, clip, granularity, channel_dim)
+    return _encode(x.detach(), state, move, gain, scale, (bits, clip, granularity, channel_dim))
 
 
 def encode_input(
@@ -89,37 +89,7 @@ def encode_input(
     channel_dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Codes of x itself, for layers without memory: (uint8 codes, scales), arguments as `encode_residual` has them."""
-    return _encode(x.detach(), None, None, None, scale, bits, clip, granularity, channel_dim)
-
-
-def encode_eagerly(
-    x: Tensor,
-    state: Tensor | None,
-    move: Tensor | None,
-    gain: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
-) -> tuple[Tensor, Tensor]:
-    """The same with the core's functions, one pass over memory for each operation: (codes, scale)."""
-    exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
-    predicted = old = torch.zeros((), dtype=exact, device=x.device) if state is None else state.to(exact)
-    if move is not None and gain is not None:
-        predicted = old + gain * move.to(exact)  # p_t = â_{t+1} [+ g (â_{t+1} - â_{t+2})]
-    residual = x.to(exact) if state is None else x.to(exact) - predicted
-    if scale is None:
-        qparams = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim)
-    else:
-        qparams = QParams(scale.to(exact), None)
-    codes = quantize(residual, qparams, bits)
-    if state is not None:
-        value = predicted + dequantize(codes, qparams)  # â_t = p_t + q_t
-        if move is not None:
-            move.copy_(value - old)
-        state.copy_(value)
-    return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale
+    return _encode(x.detach(), None, None, None, scale, (bits, clip, granularity, channel_dim))
 
 
 class Layout(NamedTuple):
@@ -129,6 +99,10 @@ class Layout(NamedTuple):
     blocks: how many partial maxima the compiled loop needs. factor: clip / qmax.
     """
 
+    bits: int
+    clip: float
+    granularity: Granularity
+    channel_dim: int
     scales: tuple[int, ...]
     rows: tuple[int, int] | None
     blocks: int
@@ -142,19 +116,40 @@ def layout_of(
     shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float, granularity: Granularity, channel_dim: int
 ) -> Layout:
     """Raises: KernelError for a granularity that has no integer sums."""
-    check_granularity(granularity)
-    rows, (qmin, qmax) = row_shape(shape, strides, granularity, channel_dim), qrange(bits)
-    blocks = 0 if rows is None or rows[1] <= native.BLOCK else rows[0] * -(-rows[1] // native.BLOCK)
-    return Layout(scale_shape(shape, granularity, channel_dim), rows, blocks, qmin, qmax, clip / qmax)
-
-
-def check_granularity(granularity: str) -> None:
-    """Raises: KernelError for a granularity that has no integer sums."""
     if granularity not in ("tensor", "sample", "token"):
         raise KernelError(
             f"encode: expected granularity 'tensor', 'sample' or 'token', got {granularity!r}. A scale along the "
             "summed axis has no integer sums. Choose one of the three."
         )
+    rows, (qmin, qmax) = row_shape(shape, strides, granularity, channel_dim), qrange(bits)
+    blocks = 0 if rows is None or rows[1] <= native.BLOCK else rows[0] * -(-rows[1] // native.BLOCK)
+    scales = scale_shape(shape, granularity, channel_dim)
+    return Layout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
+
+
+def encode_eagerly(
+    x: Tensor, state: Tensor | None, move: Tensor | None, gain: Tensor | None, scale: Tensor | None, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """`encode_residual` with the core's functions, one pass over memory for each operation: (codes, scale)."""
+    exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
+    residual = x = x.to(exact)
+    predicted = old = x if state is None else state.to(exact)
+    if state is not None:
+        if move is not None and gain is not None:
+            predicted = old + gain * move.to(exact)  # p_t = â_{t+1} [+ g (â_{t+1} - â_{t+2})]
+        residual = x - predicted
+    bits, clip, granularity, channel_dim, *_ = layout
+    if scale is None:
+        qparams = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim)
+    else:
+        qparams = QParams(scale.to(exact), None)
+    codes = quantize(residual, qparams, bits)
+    if state is not None:
+        value = predicted + dequantize(codes, qparams)  # â_t = p_t + q_t
+        if move is not None:
+            move.copy_(value - old)
+        state.copy_(value)
+    return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale
 
 
 def _encode(
@@ -163,15 +158,12 @@ def _encode(
     move: Tensor | None,
     gain: Tensor | None,
     scale: Tensor | None,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
+    settings: tuple[int, float, Granularity, int],
 ) -> tuple[Tensor, Tensor]:
     if scale is not None and scale.numel() == 1:
-        granularity = "tensor"
+        settings = (settings[0], settings[1], "tensor", settings[3])
     strides = x.stride()
-    layout = layout_of(x.shape, strides, bits, clip, granularity, channel_dim)
+    layout = layout_of(x.shape, strides, *settings)
     codes = torch.empty_like(x, dtype=torch.uint8)
     used = scale
     if used is None:
@@ -180,12 +172,12 @@ def _encode(
     alike = codes.stride() == strides and (state is None or state.stride() == strides)
     if alike and layout.rows is not None and layout.rows[0] == used.numel() and used.dtype == torch.float32:
         if x.is_cuda or gpu.INTERPRETED:
-            done = _on_gpu(layout, x, state, move, codes, used, bits, clip, dynamic=scale is None)
+            done = move is None and _on_gpu(layout, x, state, codes, used, dynamic=scale is None)
         else:
             done = _natively(layout, x, state, move, gain, codes, used, dynamic=scale is None)
         if done:
             return codes, used
-    value, measured = encode_eagerly(x, state, move, gain, scale, bits, clip, granularity, channel_dim)
+    value, measured = encode_eagerly(x, state, move, gain, scale, layout)
     return codes.copy_(value), measured if scale is None else scale
 
 
@@ -220,25 +212,14 @@ def _natively(
     return True
 
 
-def _on_gpu(
-    layout: Layout,
-    x: Tensor,
-    state: Tensor | None,
-    move: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    bits: int,
-    clip: float,
-    *,
-    dynamic: bool,
-) -> bool:
-    """Run Triton's kernel; False where it does not know the types or the predictor, and nothing was touched."""
-    if move is not None or layout.rows is None or not gpu.installed() or not scale.is_contiguous():
+def _on_gpu(layout: Layout, x: Tensor, state: Tensor | None, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
+    """Run Triton's kernel; False where it does not know the types, and nothing was touched."""
+    if layout.rows is None or not gpu.installed() or not scale.is_contiguous():
         return False
     if state is not None and state.dtype not in gpu.STATES:
         return False
     strides = (layout.rows[1], 1)
-    rows, held, sent = (None if t is None else t.as_strided(layout.rows, strides) for t in (x, state, codes))
-    if rows is not None and sent is not None:
-        gpu.encode_rows(rows, held, sent, scale.view(-1), bits, clip, dynamic=dynamic)
+    states = None if state is None else state.as_strided(layout.rows, strides)
+    rows, sent = x.as_strided(layout.rows, strides), codes.as_strided(layout.rows, strides)
+    gpu.encode_rows(rows, states, sent, scale.view(-1), layout.bits, layout.clip, dynamic=dynamic)
     return True

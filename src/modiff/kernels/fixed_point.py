@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from modiff.config import Granularity
-from modiff.core.affine import choose_qparams, qrange
+from modiff.core.affine import choose_qparams
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import KINDS, layout_of
+from modiff.kernels.encode import KINDS, Layout, layout_of
 
 _LARGEST = 2**15 - 1
 _MOST_MULTIPLE = 2**14
@@ -88,7 +88,7 @@ def encode_fixed(
         or not known
         or (library := native.load("encode").library or native.missing("encode")) is None
     ):
-        return fixed_eagerly(x, state, bits, clip, granularity, channel_dim, clipped)
+        return fixed_eagerly(x, state, layout, clipped)
     scale = x.new_empty(layout.scales, dtype=torch.float32)
     partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu")
     library.modiff_encode_fixed(
@@ -99,17 +99,10 @@ def encode_fixed(
     return codes, scale
 
 
-def fixed_eagerly(
-    x: Tensor,
-    state: FixedState,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
-    clipped: Tensor,
-) -> tuple[Tensor, Tensor]:
+def fixed_eagerly(x: Tensor, state: FixedState, layout: Layout, clipped: Tensor) -> tuple[Tensor, Tensor]:
     """The same with torch's operators."""
-    qmin, qmax = qrange(bits)
+    bits, clip, granularity, channel_dim, *_ = layout
+    qmin, qmax = layout.qmin, layout.qmax
     residual = x.to(torch.float32) - state.value()
     ratio = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim).scale / state.grid
     finite = ratio.isfinite()

@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from modiff.config import Granularity
-from modiff.core.affine import qrange
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import KINDS, check_granularity, encode_eagerly
+from modiff.kernels.encode import KINDS, Layout, encode_eagerly, layout_of
 from modiff.kernels.fixed_point import FixedState, fixed_eagerly
-from modiff.kernels.layout import empty_output, pixel_pitch, row_shape, scale_shape
+from modiff.kernels.layout import empty_output, pixel_pitch
 
 Norm = Literal["none", "group", "group_last", "layer", "affine", "gated"]
 Activation = Literal["none", "silu", "gelu_tanh", "gelu"]
@@ -119,13 +118,14 @@ class InputFusion(NamedTuple):
         n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)
         memory = _Memory(n, move, gain, grid, clipped)
         _check(x, memory, scale)
-        check_granularity(granularity)
         x, fusion = x.detach(), self._detached()
+        if scale is not None and scale.numel() == 1:
+            granularity = "tensor"
         if self.norm != "group_last":
-            return _encode(fusion, x, memory, scale, bits, clip, granularity, channel_dim)
+            return _encode(fusion, x, memory, scale, (bits, clip, granularity, channel_dim))
         fusion = fusion._replace(norm="group")  # tokens of channels are pixels with channels innermost
         memory = memory._replace(state=_channels_second(n), move=_channels_second(move))
-        codes, used = _encode(fusion, x.movedim(-1, 1), memory, scale, bits, clip, granularity, 1)
+        codes, used = _encode(fusion, x.movedim(-1, 1), memory, scale, (bits, clip, granularity, 1))
         return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
 
     def _detached(self) -> InputFusion:
@@ -170,35 +170,28 @@ def _encode(
     x: Tensor,
     memory: _Memory,
     scale: Tensor | None,
-    bits: int,
-    clip: float,
-    granularity: Granularity,
-    channel_dim: int,
+    settings: tuple[int, float, Granularity, int],
 ) -> tuple[Tensor, Tensor]:
-    """`InputFusion.encode` of checked arguments."""
-    if scale is not None and scale.numel() == 1:
-        granularity = "tensor"
+    """`InputFusion.encode` of checked arguments; settings: bits, clip, granularity, channel_dim."""
     if fusion.norm == "affine":  # of some of the channels: their codes lie side by side
         codes = empty_output(x, x.shape, x.dim() - 2, torch.uint8)
     else:
         codes = torch.empty_like(x, dtype=torch.uint8)
-    used = x.new_empty(scale_shape(x.shape, granularity, channel_dim), dtype=torch.float32)
+    layout = layout_of(codes.shape, codes.stride(), *settings)
+    used = x.new_empty(layout.scales, dtype=torch.float32)
     if scale is not None:
         used.copy_(scale.reshape(used.shape))
-    plan = _plan(fusion, x, memory, codes, granularity, channel_dim)
+    plan = _plan(fusion, x, memory, codes, layout)
     if plan is not None:
-        _natively(plan, fusion, x, memory, codes, used, scale is None, bits, clip)
-        return codes, used if scale is None else used.view(scale.shape)
-    value = _normalized(fusion, x)
-    if memory.state is not None and memory.grid is not None and memory.clipped is not None:
-        integers = FixedState(memory.state, memory.grid)
-        result, measured = fixed_eagerly(value, integers, bits, clip, granularity, channel_dim, memory.clipped)
+        _natively(plan, fusion, x, memory, codes, used, layout, dynamic=scale is None)
     else:
-        state, move, gain, *_ = memory
-        known = None if scale is None else used
-        result, measured = encode_eagerly(value, state, move, gain, known, bits, clip, granularity, channel_dim)
-    codes.copy_(result)
-    used.copy_(measured)
+        value, (state, move, gain, grid, clipped) = _normalized(fusion, x), memory
+        if state is not None and grid is not None and clipped is not None:
+            result, measured = fixed_eagerly(value, FixedState(state, grid), layout, clipped)
+        else:
+            result, measured = encode_eagerly(value, state, move, gain, None if scale is None else used, layout)
+        codes.copy_(result)
+        used.copy_(measured)
     return codes, used if scale is None else used.view(scale.shape)
 
 
@@ -248,18 +241,15 @@ class _Plan(NamedTuple):
     pitch: int
 
 
-def _plan(
-    fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, granularity: Granularity, channel_dim: int
-) -> _Plan | None:
+def _plan(fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, layout: Layout) -> _Plan | None:
     """None where the compiled loops do not know types or layout."""
-    norm, weight, axis = fusion.norm, fusion.weight, channel_dim % x.dim()
+    norm, weight, rows, axis = fusion.norm, fusion.weight, layout.rows, layout.channel_dim % x.dim()
     if x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0:
         return None
     if not memory.fits(codes) or not _dense_for(norm, x, codes):
         return None
     if norm == "gated" and not _gates(weight, x):
         return None
-    rows = row_shape(codes.shape, codes.stride(), granularity, channel_dim)
     if rows is None or (library := native.load("input_fusion").library or native.missing("input_fusion")) is None:
         return None
     if norm == "affine":
@@ -276,7 +266,7 @@ def _plan(
         return None  # the norm has its channels elsewhere
     innermost = not x.is_contiguous() or axis == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
     planes = x.numel() // (x.shape[0] * x.shape[1]) if x.dim() > 1 else x.numel()
-    length = x.shape[channel_dim] if innermost else planes
+    length = x.shape[axis] if innermost else planes
     runs = x.numel() // length
     samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
     mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
@@ -310,21 +300,20 @@ def _natively(
     memory: _Memory,
     codes: Tensor,
     scale: Tensor,
+    layout: Layout,
+    *,
     dynamic: bool,
-    bits: int,
-    clip: float,
 ) -> None:
     if memory.gain is not None:
         memory = memory._replace(gain=memory.gain.to(torch.float32).contiguous())
     gate = fusion.weight.data_ptr() if fusion.norm == "gated" and fusion.weight is not None else None
     coefficients = _coefficients(plan, fusion, x)
-    lowest, highest = qrange(bits)
     plan.library.modiff_encode_fused(
         x.data_ptr(), KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(fusion.activation),
         *[None if t is None else t.data_ptr() for t in coefficients], gate,
         *[None if t is None else t.data_ptr() for t in memory], codes.data_ptr(), scale.data_ptr(),
         plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
-        int(dynamic), clip / highest, lowest, highest, torch.get_num_threads(),
+        int(dynamic), layout.factor, layout.qmin, layout.qmax, torch.get_num_threads(),
     )  # fmt: skip
 
 

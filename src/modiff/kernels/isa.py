@@ -57,19 +57,19 @@ class Isa:
         return self.level in _INT32
 
 
-def level_of(capabilities: dict[str, object], limit: str = "") -> Level:
+def level_of(capable: dict[str, object], limit: str = "") -> Level:
     """The best level that a processor with these capabilities reaches under a limit of oneDNN ("": no limit).
 
     >>> level_of({"avx2": True, "avx512_f": True, "avx512_vnni": True}, "AVX2")
     'avx2'
     """
     has: dict[Level, bool] = {
-        "amx": bool(capabilities.get("amx_int8")),
-        "avx512_vnni": bool(capabilities.get("avx512_vnni")),
-        "avx2_vnni": bool(capabilities.get("avx_vnni")) and bool(capabilities.get("avx2")),
-        "avx512": bool(capabilities.get("avx512_f")) and bool(capabilities.get("avx512_bw")),
-        "avx2": bool(capabilities.get("avx2")),
-        "sse41": bool(capabilities.get("sse4_1")),
+        "amx": bool(capable.get("amx_int8")),
+        "avx512_vnni": bool(capable.get("avx512_vnni")),
+        "avx2_vnni": bool(capable.get("avx_vnni")) and bool(capable.get("avx2")),
+        "avx512": bool(capable.get("avx512_f")) and bool(capable.get("avx512_bw")),
+        "avx2": bool(capable.get("avx2")),
+        "sse41": bool(capable.get("sse4_1")),
     }
     allowed = _allowed(limit.strip().upper())
     found: list[Level] = [level for level in _LEVELS if has[level] and level in allowed]
@@ -84,12 +84,20 @@ def _allowed(limit: str) -> tuple[Level, ...]:
     return _LEVELS
 
 
+def capabilities() -> dict[str, object]:
+    """What torch knows of the processor; an older one answers several questions instead of one."""
+    probe = getattr(torch.cpu, "get_capabilities", None)
+    if probe is not None:
+        return dict(probe())
+    vnni, avx512, avx2 = "_is_vnni_supported", "_is_avx512_supported", "_is_avx2_supported"
+    probes = {"amx_int8": "_is_amx_tile_supported", "avx512_vnni": vnni, "avx512_f": avx512, "avx512_bw": avx512}
+    return {name: getattr(torch.cpu, ask, bool)() for name, ask in {**probes, "avx2": avx2, "sse4_1": avx2}.items()}
+
+
 def detect() -> Isa:
     """The record of this process, the self-test left out."""
-    probe = getattr(torch.cpu, "get_capabilities", None)
-    capabilities = dict(probe()) if probe is not None else _from_older_torch()
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-    return Isa(level_of(capabilities, os.environ.get(LIMIT, "")), onednn)
+    return Isa(level_of(capabilities(), os.environ.get(LIMIT, "")), onednn)
 
 
 def processor() -> str:
@@ -106,15 +114,3 @@ def processor() -> str:
 def machine() -> str:
     """What times depend on: processor, instructions, threads and torch."""
     return f"{processor()}, {detect().level}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _from_older_torch() -> dict[str, object]:
-    names = {
-        "amx_int8": "_is_amx_tile_supported",
-        "avx512_vnni": "_is_vnni_supported",
-        "avx512_f": "_is_avx512_supported",
-        "avx512_bw": "_is_avx512_supported",
-        "avx2": "_is_avx2_supported",
-        "sse4_1": "_is_avx2_supported",
-    }
-    return {name: getattr(torch.cpu, probe, bool)() for name, probe in names.items()}

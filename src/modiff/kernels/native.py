@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import warn_once
+from modiff.kernels.isa import capabilities
 
 SWITCH = "MODIFF_NATIVE"
 """Environment variable; "off" never compiles."""
@@ -113,7 +113,7 @@ def cache_folder() -> Path:
 def _built(compiler: str, name: str) -> Path:
     """The library file for this source, this compiler and this processor; built if it is new."""
     source = _SOURCES / f"{name}.cpp"
-    digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, _version(compiler), _processor())).encode())
+    digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, _version(compiler), sorted(capabilities().items()))).encode())
     for file in (source, *sorted(_SOURCES.glob("*.h"))):
         digest.update(file.read_bytes())
     library = f"{name}-{digest.hexdigest()[:20]}.so"
@@ -158,14 +158,6 @@ def _build(compiler: str, source: Path, target: Path) -> Path:
 
 def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
-
-
-def _processor() -> str:
-    probe = getattr(torch.cpu, "get_capabilities", None)
-    table = Path("/proc/cpuinfo")
-    if probe is not None:
-        return repr(sorted(dict(probe()).items()))
-    return table.read_text(errors="replace").partition("\n\n")[0] if table.is_file() else platform.processor()
 
 
 def _open(path: Path, name: str) -> ctypes.CDLL:

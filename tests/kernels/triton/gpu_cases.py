@@ -15,7 +15,7 @@ from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig
 from modiff.kernels.dispatch import Choice
-from modiff.kernels.encode import encode_eagerly, encode_input, encode_residual
+from modiff.kernels.encode import encode_eagerly, encode_input, encode_residual, layout_of
 from modiff.kernels.isa import detect
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
@@ -112,7 +112,9 @@ def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, d
     for scale, granularity in ((None, "token"), (None, "tensor"), (torch.tensor(0.05, device=DEVICE), "tensor")):
         states = [held.clone(), held.clone()]
         results = [
-            encode_eagerly(x, states[0], None, None, scale, bits, clip, granularity, -1),
+            encode_eagerly(
+                x, states[0], None, None, scale, layout_of(x.shape, x.stride(), bits, clip, granularity, -1)
+            ),
             encode_residual(x, states[1], scale, bits, clip, granularity),
         ]
         for ours, theirs in zip((*results[1], states[1]), (*results[0], states[0]), strict=True):
@@ -127,7 +129,9 @@ def test_ties_go_to_even_and_saturate_at_both_ends():
 
 def test_images_are_coded_in_either_memory_layout():
     x, held = torch.randn(2, 5, 4, 3, device=DEVICE), torch.randn(2, 5, 4, 3, device=DEVICE)
-    expected = encode_eagerly(x, other := held.clone(), None, None, None, 4, 1.0, "sample", 1)
+    expected = encode_eagerly(
+        x, other := held.clone(), None, None, None, layout_of(x.shape, x.stride(), 4, 1.0, "sample", 1)
+    )
     for layout in (torch.contiguous_format, torch.channels_last):
         state = held.clone(memory_format=layout)
         codes, scale = encode_residual(x.contiguous(memory_format=layout), state, None, 4, 1.0, "sample", channel_dim=1)
