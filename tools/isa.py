@@ -16,7 +16,7 @@ def main() -> None:
     print(f"instructions    {isa.level}, oneDNN's integer operators {'present' if isa.onednn else 'missing'}")
     print(f"self-test       few bits {'exact' if found.bounded else 'WRONG'}, all codes "
           f"{'exact' if found.full else 'saturate'}{' ' + found.detail if found.detail else ''}")  # fmt: skip
-    print(f"input side      {choose_encoder().implementation}: {choose_encoder().reason}")
+    print(f"input side      {choose_encoder().backend}: {choose_encoder().reason}")
     for bits, weight_max in ((8, 127), (7, 127), (4, 127), (8, 63), (8, 8)):
         for name, problem in (
             ("linear 1152", Problem(1152, 1152, bits=bits, weight_max=weight_max)),

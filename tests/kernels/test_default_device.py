@@ -36,7 +36,7 @@ def test_the_input_side_computes_the_same(elsewhere, rows, granularity):
     codes, scale = encode_residual(x, state, None, 8, granularity=granularity)
     with torch.device("cpu"):
         again = torch.zeros(rows, dtype=torch.float32)
-        expected = encode_eagerly(x, again, None, None, None, layout_of(x.shape, x.stride(), 8, 1.0, granularity, -1))
+        expected = encode_eagerly(x, (again, None, None), None, layout_of(x.shape, x.stride(), 8, 1.0, granularity, -1))
     assert_same_bits(codes, expected[0])
     assert_same_bits(scale, expected[1])
     assert_same_bits(state, again)

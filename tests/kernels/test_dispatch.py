@@ -102,10 +102,9 @@ def test_the_reason_names_the_number_of_chunks():
     assert "exact in 1 chunk:" in plan(dataclasses.replace(LINEAR, inputs=64), Isa("avx2")).reason
 
 
-@pytest.mark.parametrize(("bits", "zero", "largest"), [(8, 128, 255), (4, 8, 15), (2, 2, 3)])
-def test_the_zero_point_follows_the_bits(bits, zero, largest):
-    problem = dataclasses.replace(LINEAR, bits=bits)
-    assert (problem.zero_point, problem.largest_byte) == (zero, largest)
+@pytest.mark.parametrize(("bits", "largest"), [(8, 255), (4, 15), (2, 3)])
+def test_the_bound_of_the_sums_follows_the_bits(bits, largest):
+    assert dataclasses.replace(LINEAR, bits=bits, weight_max=9).largest_sum == 1152 * largest * 9
 
 
 def test_a_convolution_is_pointwise_only_where_it_is_a_matmul():

@@ -72,12 +72,11 @@ def test_the_compiled_loop_equals_torch_s_operators(seed, integers, dtype, rows,
     sent[1, 3] = special
     value = torch.randn(4, count)
     fixed = start(value, 4.0)
-    grid = fixed.grid if integers else None
     states = [(fixed.n if integers else value).clone() for _ in range(2)]
-    counts = [torch.zeros(1, dtype=torch.int32) if integers else None for _ in range(2)]
+    counts = [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
     outs = [torch.empty(4, count, dtype=dtype) for _ in range(2)]
-    add_sent(states[0], grid, counts[0], sent, scale, 0, outs[0])
-    add_eagerly(states[1], grid, counts[1], sent, scale, outs[1])
+    add_sent(states[0], (fixed.grid, counts[0]) if integers else None, sent, scale, 0, outs[0])
+    add_eagerly(states[1], (fixed.grid, counts[1]) if integers else None, sent, scale, outs[1])
     if integers:
         assert_same_bits(states[0], states[1])
         assert_same_bits(counts[0], counts[1])
@@ -89,11 +88,11 @@ def test_the_compiled_loop_equals_torch_s_operators(seed, integers, dtype, rows,
 
 def test_what_leaves_16_bits_is_cut_and_counted():
     fixed, clipped = start(torch.ones(2, 8), 2.0), torch.zeros(1, dtype=torch.int32)
-    for run in (lambda *a: add_sent(*a[:5], 0, a[5]), add_eagerly):
+    for run in (lambda *a: add_sent(*a[:4], 0, a[4]), add_eagerly):
         state = FixedState(fixed.n.clone(), fixed.grid)
         sent = torch.zeros(2, 8)
         sent[0, :3], sent[1, 0] = 100.0, -100.0
-        run(state.n, state.grid, clipped.zero_(), sent, torch.tensor(1.0), torch.empty(2, 8))
+        run(state.n, (state.grid, clipped.zero_()), sent, torch.tensor(1.0), torch.empty(2, 8))
         assert int(clipped) == 4
         assert (int(state.n.max()), int(state.n.min())) == (32767, -32768)
 

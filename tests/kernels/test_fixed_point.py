@@ -49,7 +49,7 @@ def drift(dtype: torch.dtype, steps: int) -> float:
     state = inputs[0].to(dtype)
     sent = state.double()
     for x in inputs[1:]:
-        codes, scale = encode_eagerly(x, state, None, None, None, layout_of(x.shape, x.stride(), 8, 1.0, "token", -1))
+        codes, scale = encode_eagerly(x, (state, None, None), None, layout_of(x.shape, x.stride(), 8, 1.0, "token", -1))
         sent = sent + (codes.double() - 128) * scale.double()
     return float((state.double() - sent).norm() / sent.norm())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 
 from modiff.kernels.backend import PREPACKED, Prepacked
@@ -73,16 +74,6 @@ def test_new_memory_at_an_old_address_is_not_taken_for_the_old_weight():
     assert len(calls) == 20
 
 
-def test_forget_frees_everything_and_the_next_use_prepares_again():
-    store, weight = Prepacked(), torch.ones(4, 3)
-    calls, make = counting()
-    store.get(weight, "a", make)
-    store.forget()
-    assert store.bytes_held() == 0
-    store.get(weight, "a", make)
-    assert len(calls) == 2
-
-
 def test_a_kernel_sees_a_weight_that_was_overwritten():
     weight = torch.ones(3, 16, dtype=torch.int8)
     codes = torch.full((2, 16), 9, dtype=torch.uint8)
@@ -93,3 +84,12 @@ def test_a_kernel_sees_a_weight_that_was_overwritten():
         weight.fill_(-2)
         assert_same_bits(kernel.compute(codes, torch.tensor(1.0)), torch.full((2, 3), -32.0))
         assert PREPACKED.bytes_held() == held
+
+
+@pytest.mark.parametrize(("backend", "each"), [("float_exact", 1 + 4), ("onednn", 1 + 1), ("reference", 1)])
+def test_a_kernel_tells_every_byte_it_holds_beyond_the_floats(backend, each):
+    weight = torch.randint(-8, 8, (32, 64), dtype=torch.int8)
+    kernel = Kernel(Problem(64, 32, bits=4, weight_max=8), weight, torch.ones(32), backend=backend)
+    assert kernel.weight_bytes == 32 * 64 + 32 * 4  # codes and scales
+    kernel.compute(torch.zeros(2, 64, dtype=torch.uint8), torch.tensor(1.0))
+    assert each * 32 * 64 <= kernel.weight_bytes <= (each + 0.5) * 32 * 64

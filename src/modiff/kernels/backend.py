@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.kernels.epilogue import add_sent
+from modiff.kernels.epilogue import Integers, add_sent
 from modiff.kernels.isa import Isa
 from modiff.kernels.layout import Geometry, empty_output, output_shape, weight_codes
 from modiff.kernels.problem import Problem
@@ -40,7 +40,7 @@ class Operator(NamedTuple):
 
     @property
     def zero_point(self) -> int:
-        """The byte that stands for zero."""
+        """The byte that stands for zero: as low as the bits allow, so that sums of few bits stay small."""
         return 2 ** (self.bits - 1)
 
     def weight_codes(self) -> Tensor:
@@ -92,21 +92,14 @@ class Backend:
             output.add_(sent.mul_(scale))
 
     def step(
-        self,
-        operator: Operator,
-        state: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        output: Tensor,
-        grid: Tensor | None = None,
-        clipped: Tensor | None = None,
+        self, operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor, integers: Integers = None
     ) -> None:
         """`accumulate` into the state, and the new state into `output`, of another dtype perhaps.
 
         Args:
-            grid, clipped: where the state is int16 in units of grid; clipped (int32, one element) counts what was cut.
+            integers: (grid, clipped) where the state is int16 in units of grid; clipped counts what was cut.
         """
-        add_sent(state, grid, clipped, self.scaled(operator, codes), scale, operator.axes, output)
+        add_sent(state, integers, self.scaled(operator, codes), scale, operator.axes, output)
 
     def compute(
         self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -154,17 +147,11 @@ class Prepacked:
     def bytes_of(self, weight: Tensor) -> int:
         """Memory of everything made of this weight so far."""
         shelf = self._shelves.get(weight.untyped_storage()._cdata)
-        tensors = [] if shelf is None else [t for _, made in shelf.made.values() for t in made]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return 0 if shelf is None else sum(t.nbytes for _, made in shelf.made.values() for t in made)
 
     def bytes_held(self) -> int:
         """Memory of everything kept, for weights that are alive."""
-        tensors = [t for shelf in self._shelves.values() for _, made in shelf.made.values() for t in made]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def forget(self) -> None:
-        """Free everything; it is made again at the next use."""
-        self._shelves.clear()
+        return sum(t.nbytes for shelf in self._shelves.values() for _, made in shelf.made.values() for t in made)
 
     def _new_shelf(self, storage: Any) -> _Shelf:
         address = storage._cdata

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 from modiff.errors import KernelError, warn_once
@@ -96,7 +95,7 @@ def this_machine(device: str = "cpu") -> Isa:
     """What this process may use; for CPUs with what oneDNN's self-test shows."""
     isa = detect()
     asks = device == "cpu" and isa.onednn and isa.level != "other"
-    return dataclasses.replace(isa, trust=self_test()) if asks else isa
+    return isa._replace(trust=self_test()) if asks else isa
 
 
 def _names() -> str:

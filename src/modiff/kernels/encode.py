@@ -13,7 +13,7 @@ leaves the state as it is, and an infinity saturates. Denormal residuals code to
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,30 +22,27 @@ from modiff.config import Granularity
 from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize
 from modiff.errors import KernelError
 from modiff.kernels import native
+from modiff.kernels.dispatch import Choice
 from modiff.kernels.layout import row_shape, scale_shape
+from modiff.kernels.native import KINDS
 from modiff.kernels.triton import backend as gpu
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""The types of inputs that the compiled loops read, as C++ numbers them."""
+Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(state, move, gain) of an input; none of them for codes of the input itself."""
+Settings = tuple[int, float, Granularity, int]
+"""(bits, clip, granularity, axis of the channels)."""
 
 
-class EncoderChoice(NamedTuple):
-    """What encodes on a device, and one line for `explain`."""
-
-    implementation: Literal["native", "triton", "eager"]
-    reason: str
-
-
-def choose_encoder(device: str = "cpu") -> EncoderChoice:
-    """The fastest implementation for a device."""
+def choose_encoder(device: str = "cpu") -> Choice:
+    """What encodes on a device ("native", "triton" or "eager"), and one line that says why."""
     if device == "cuda" and gpu.installed():
-        return EncoderChoice("triton", "Triton, one pass over rows that fit into a block, otherwise two")
+        return Choice("triton", "Triton, one pass over rows that fit into a block, otherwise two")
     if device != "cpu":
-        return EncoderChoice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
+        return Choice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
     library, reason = native.load("encode")
     if library is None:
-        return EncoderChoice("eager", f"torch's own operators, several passes over memory: {reason}")
-    return EncoderChoice("native", reason)
+        return Choice("eager", f"torch's own operators, several passes over memory: {reason}")
+    return Choice("native", reason)
 
 
 def encode_residual(
@@ -76,7 +73,7 @@ def encode_residual(
             f"encode_residual: expected state and move of shape {tuple(x.shape)}, and move and gain both or neither, "
             f"got {' and '.join(map(str, shapes))}. They belong to another input. Start the trajectory again."
         )
-    return _encode(x.detach(), state, move, gain, scale, (bits, clip, granularity, channel_dim))
+    return _encode(x.detach(), (state, move, gain), scale, (bits, clip, granularity, channel_dim))
 
 
 def encode_input(
@@ -89,7 +86,7 @@ def encode_input(
     channel_dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Codes of x itself, for layers without memory: (uint8 codes, scales), arguments as `encode_residual` has them."""
-    return _encode(x.detach(), None, None, None, scale, (bits, clip, granularity, channel_dim))
+    return _encode(x.detach(), (None, None, None), scale, (bits, clip, granularity, channel_dim))
 
 
 class Layout(NamedTuple):
@@ -127,10 +124,9 @@ def layout_of(
     return Layout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
 
 
-def encode_eagerly(
-    x: Tensor, state: Tensor | None, move: Tensor | None, gain: Tensor | None, scale: Tensor | None, layout: Layout
-) -> tuple[Tensor, Tensor]:
+def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """`encode_residual` with the core's functions, one pass over memory for each operation: (codes, scale)."""
+    state, move, gain = memory
     exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
     residual = x = x.to(exact)
     predicted = old = x if state is None else state.to(exact)
@@ -152,14 +148,8 @@ def encode_eagerly(
     return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale
 
 
-def _encode(
-    x: Tensor,
-    state: Tensor | None,
-    move: Tensor | None,
-    gain: Tensor | None,
-    scale: Tensor | None,
-    settings: tuple[int, float, Granularity, int],
-) -> tuple[Tensor, Tensor]:
+def _encode(x: Tensor, memory: Memory, scale: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
+    state, move, _ = memory
     if scale is not None and scale.numel() == 1:
         settings = (settings[0], settings[1], "tensor", settings[3])
     strides = x.stride()
@@ -174,25 +164,16 @@ def _encode(
         if x.is_cuda or gpu.INTERPRETED:
             done = move is None and _on_gpu(layout, x, state, codes, used, dynamic=scale is None)
         else:
-            done = _natively(layout, x, state, move, gain, codes, used, dynamic=scale is None)
+            done = _natively(layout, x, memory, codes, used, dynamic=scale is None)
         if done:
             return codes, used
-    value, measured = encode_eagerly(x, state, move, gain, scale, layout)
+    value, measured = encode_eagerly(x, memory, scale, layout)
     return codes.copy_(value), measured if scale is None else scale
 
 
-def _natively(
-    layout: Layout,
-    x: Tensor,
-    state: Tensor | None,
-    move: Tensor | None,
-    gain: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    *,
-    dynamic: bool,
-) -> bool:
+def _natively(layout: Layout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run the compiled loop; False where it does not know the types, and nothing was touched."""
+    state, move, gain = memory
     if x.dtype not in KINDS or not x.is_cpu or layout.rows is None or not scale.is_contiguous():
         return False
     if state is not None and state.dtype != torch.float32:

@@ -17,43 +17,42 @@ from torch import Tensor
 
 from modiff.kernels import native
 from modiff.kernels.layout import is_innermost
+from modiff.kernels.native import KINDS
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+Integers = tuple[Tensor, Tensor] | None
+"""(grid, clipped) of an int16 state: its unit, and an int32 element to which the values that were cut are added."""
 
 
-def add_sent(
-    state: Tensor, grid: Tensor | None, clipped: Tensor | None, sent: Tensor, scale: Tensor, axes: int, out: Tensor
-) -> None:
+def add_sent(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, axes: int, out: Tensor) -> None:
     """Add scale * sent to the state in place, and write the new state into `out`.
 
     Args:
-        state: float, or int16 in units of `grid` (then `clipped`, int32 of one element, counts what was cut).
+        state: float, or int16 with `integers`.
         sent: float32, sums times weight scales. scale: one element, or broadcastable. axes: 0 for linear layers.
     """
-    known = state.dtype == (torch.float32 if grid is None else torch.int16) and out.dtype in _KINDS and state.is_cpu
+    known = state.dtype == (torch.float32 if integers is None else torch.int16) and out.dtype in KINDS and state.is_cpu
     if (
         not (known and sent.dtype == torch.float32)
         or not _in_rows(state.shape, state.stride(), sent.stride(), out.stride(), scale.shape, axes)
         or (library := native.load("epilogue").library or native.missing("epilogue")) is None
     ):
-        return add_eagerly(state, grid, clipped, sent, scale, out)
+        return add_eagerly(state, integers, sent, scale, out)
     scale = scale.to(torch.float32).contiguous()
+    grid, clipped = (None, None) if integers is None else (tensor.data_ptr() for tensor in integers)
     library.modiff_epilogue(
-        state.data_ptr(), None if grid is None else grid.data_ptr(), sent.data_ptr(), scale.data_ptr(), out.data_ptr(),
-        _KINDS[out.dtype], None if clipped is None else clipped.data_ptr(), scale.numel(),
-        state.numel() // scale.numel(), torch.get_num_threads(),
+        state.data_ptr(), grid, sent.data_ptr(), scale.data_ptr(), out.data_ptr(), KINDS[out.dtype], clipped,
+        scale.numel(), state.numel() // scale.numel(), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def add_eagerly(
-    state: Tensor, grid: Tensor | None, clipped: Tensor | None, sent: Tensor, scale: Tensor, out: Tensor
-) -> None:
+def add_eagerly(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, out: Tensor) -> None:
     """The same with torch's operators."""
     step = sent * scale
-    if grid is None or clipped is None:
+    if integers is None:
         state.add_(step)
         out.copy_(state)
         return
+    grid, clipped = integers
     steps = torch.round(step / grid).nan_to_num(0.0, 2.0**17, -(2.0**17)).clamp(-(2.0**17), 2.0**17)
     whole = state.to(torch.int32) + steps.to(torch.int32)
     n = whole.clamp(-(2**15), 2**15 - 1)
@@ -62,15 +61,11 @@ def add_eagerly(
     out.copy_(torch.where(step.isnan(), step, n * grid))
 
 
+_Sizes = tuple[int, ...]
+
+
 @functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
-def _in_rows(
-    shape: tuple[int, ...],
-    state: tuple[int, ...],
-    sent: tuple[int, ...],
-    out: tuple[int, ...],
-    scale: tuple[int, ...],
-    axes: int,
-) -> bool:
+def _in_rows(shape: _Sizes, state: _Sizes, sent: _Sizes, out: _Sizes, scale: _Sizes, axes: int) -> bool:
     """Whether tensors with these strides have channels innermost, and each scale serves a run of memory.
 
     A run is a sample or a token, and their scales follow each other as the runs do.

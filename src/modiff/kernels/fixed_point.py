@@ -24,7 +24,8 @@ from modiff.config import Granularity
 from modiff.core.affine import choose_qparams
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import KINDS, Layout, layout_of
+from modiff.kernels.encode import Layout, layout_of
+from modiff.kernels.native import KINDS
 
 _LARGEST = 2**15 - 1
 _MOST_MULTIPLE = 2**14

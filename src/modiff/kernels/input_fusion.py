@@ -10,8 +10,7 @@ between two. The law holds all the same, as the state takes what was sent.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +19,16 @@ from torch.nn import functional
 from modiff.config import Granularity
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import KINDS, Layout, encode_eagerly, layout_of
+from modiff.kernels.encode import Layout, Settings, encode_eagerly, layout_of
 from modiff.kernels.fixed_point import FixedState, fixed_eagerly
 from modiff.kernels.layout import empty_output, pixel_pitch
+from modiff.kernels.native import KINDS
 
 Norm = Literal["none", "group", "group_last", "layer", "affine", "gated"]
 Activation = Literal["none", "silu", "gelu_tanh", "gelu"]
 
 _NORMS: tuple[Norm, ...] = ("none", "group", "layer", "affine", "gated")  # "group_last" is turned into "group"
 _ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh", "gelu")  # as input_fusion.cpp numbers them
-_WITH_STATE: dict[str, tuple[set[str], ...]] = {
-    "no": (set(), {"scale"}),
-    "a float": (set(), {"scale"}, {"gain", "move"}, {"gain", "move", "scale"}),
-    "an integer": ({"clipped"},),
-}
-"""The arguments that go with each form of state."""
 
 
 class _Memory(NamedTuple):
@@ -76,12 +70,13 @@ class InputFusion(NamedTuple):
         """(some channels of x, their fusion) for each run of channels; None where no kernel reads such runs."""
         if len(sizes) == 1:
             return [(x, self)]
-        if self.norm != "group":
+        x, known = x.detach(), x.device.type == "cpu" and x.dtype in KINDS and x.numel() > 0
+        if self.norm != "group" or not known or pixel_pitch(x.shape, x.stride()) != x.shape[1]:
             return None
-        x = x.detach()
-        affine = _group_norm_as_affine(self._detached(), x)
-        if affine is None:
+        library = native.load("input_fusion").library or native.missing("input_fusion")
+        if library is None:
             return None
+        affine = _grouped_affine(library, self._detached(), x)
         runs = zip(x.split(list(sizes), 1), *(c.split(list(sizes), 1) for c in affine), strict=True)
         return [(run, InputFusion("affine", 1, a, b, 0.0, self.activation)) for run, a, b in runs]
 
@@ -124,7 +119,8 @@ class InputFusion(NamedTuple):
         if self.norm != "group_last":
             return _encode(fusion, x, memory, scale, (bits, clip, granularity, channel_dim))
         fusion = fusion._replace(norm="group")  # tokens of channels are pixels with channels innermost
-        memory = memory._replace(state=_channels_second(n), move=_channels_second(move))
+        n, move = (None if tensor is None else tensor.movedim(-1, 1) for tensor in (n, move))
+        memory = memory._replace(state=n, move=move)
         codes, used = _encode(fusion, x.movedim(-1, 1), memory, scale, (bits, clip, granularity, 1))
         return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
 
@@ -146,31 +142,22 @@ def _check(x: Tensor, memory: _Memory, scale: Tensor | None) -> None:
                 f"InputFusion.encode: expected a {name} of shape {tuple(x.shape)}, got {tuple(value.shape)}. The "
                 f"{name} belongs to another input. Start the trajectory again."
             )
-    form = "no" if memory.state is None else "a float" if memory.grid is None else "an integer"
-    options = {"scale": scale, "move": memory.move, "gain": memory.gain, "clipped": memory.clipped}
-    names = {name for name, value in options.items() if value is not None}
-    if names not in _WITH_STATE[form]:
+    if memory.grid is None:
+        fits = memory.clipped is None and (memory.move is None) == (memory.gain is None)
+    else:
+        fits = memory.clipped is not None and scale is memory.move is memory.gain is None
+    if not fits or (memory.state is None and memory.move is not None):
+        names = {"scale": scale, **memory._asdict()}
         raise KernelError(
-            f"InputFusion.encode: expected {_listed(_WITH_STATE[form])} with {form} state, got {_listed([names])}. "
-            "Each form of state takes its own arguments. Leave out, or add, what differs."
+            "InputFusion.encode: expected move and gain, both or neither, with a float state, clipped alone with an "
+            "integer state, and no more than a scale with no state, got "
+            f"{' and '.join(name for name, value in names.items() if value is not None) or 'nothing'}. Each form of "
+            "state takes its own arguments. Leave out, or add, what differs."
         )
 
 
-def _listed(sets: Iterable[set[str]]) -> str:
-    return ", or ".join(" and ".join(sorted(names)) or "nothing" for names in sets)
-
-
-def _channels_second(x: Any) -> Any:
-    """Channels from the last axis to axis 1; None stays."""
-    return None if x is None else x.movedim(-1, 1)
-
-
 def _encode(
-    fusion: InputFusion,
-    x: Tensor,
-    memory: _Memory,
-    scale: Tensor | None,
-    settings: tuple[int, float, Granularity, int],
+    fusion: InputFusion, x: Tensor, memory: _Memory, scale: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """`InputFusion.encode` of checked arguments; settings: bits, clip, granularity, channel_dim."""
     if fusion.norm == "affine":  # of some of the channels: their codes lie side by side
@@ -183,13 +170,13 @@ def _encode(
         used.copy_(scale.reshape(used.shape))
     plan = _plan(fusion, x, memory, codes, layout)
     if plan is not None:
-        _natively(plan, fusion, x, memory, codes, used, layout, dynamic=scale is None)
+        _natively(plan, fusion, x, memory, codes, used, dynamic=scale is None)
     else:
         value, (state, move, gain, grid, clipped) = _normalized(fusion, x), memory
         if state is not None and grid is not None and clipped is not None:
             result, measured = fixed_eagerly(value, FixedState(state, grid), layout, clipped)
         else:
-            result, measured = encode_eagerly(value, state, move, gain, None if scale is None else used, layout)
+            result, measured = encode_eagerly(value, (state, move, gain), None if scale is None else used, layout)
         codes.copy_(result)
         used.copy_(measured)
     return codes, used if scale is None else used.view(scale.shape)
@@ -226,13 +213,11 @@ def _per_sample(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dim() == 1 else x.reshape(x.shape[0], *[1] * (like.dim() - 2), x.shape[1])
 
 
-# ------------------------------------------------------------------------------------------------- the compiled loops
-
-
 class _Plan(NamedTuple):
     """How the compiled loops walk: `runs` of `length` elements; mode as input_fusion.cpp numbers it."""
 
     library: ctypes.CDLL
+    layout: Layout
     mode: int
     runs: int
     length: int
@@ -248,20 +233,21 @@ def _plan(fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, layout
         return None
     if not memory.fits(codes) or not _dense_for(norm, x, codes):
         return None
-    if norm == "gated" and not _gates(weight, x):
+    gate = (x.dtype, x.shape, x.stride())  # the loops read it as they read x
+    if norm == "gated" and (weight is None or (weight.dtype, weight.shape, weight.stride()) != gate):
         return None
     if rows is None or (library := native.load("input_fusion").library or native.missing("input_fusion")) is None:
         return None
     if norm == "affine":
-        pitch, pixels = pixel_pitch(x), x.numel() // x.shape[1]
+        pitch, pixels = pixel_pitch(x.shape, x.stride()), x.numel() // x.shape[1]
         if pitch is None:
             return None
-        return _Plan(library, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
+        return _Plan(library, layout, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
     if norm == "gated":
-        tokens, pitch = x.numel() // x.shape[-1], pixel_pitch(x.movedim(-1, 1))
+        tokens, pitch = x.numel() // x.shape[-1], pixel_pitch((turned := x.movedim(-1, 1)).shape, turned.stride())
         if pitch is None or axis != x.dim() - 1:
             return None
-        return _Plan(library, 4, tokens, x.shape[-1], tokens, tokens // rows[0], pitch)
+        return _Plan(library, layout, 4, tokens, x.shape[-1], tokens, tokens // rows[0], pitch)
     if (norm == "layer" and axis != x.dim() - 1) or (norm == "group" and axis != 1):
         return None  # the norm has its channels elsewhere
     innermost = not x.is_contiguous() or axis == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
@@ -270,7 +256,7 @@ def _plan(fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, layout
     runs = x.numel() // length
     samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
     mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
-    return _Plan(library, mode, runs, length, runs // samples, runs // rows[0], length)
+    return _Plan(library, layout, mode, runs, length, runs // samples, runs // rows[0], length)
 
 
 def _dense_for(norm: Norm, x: Tensor, codes: Tensor) -> bool:
@@ -285,25 +271,13 @@ def _dense_for(norm: Norm, x: Tensor, codes: Tensor) -> bool:
         return False
     if norm == "layer":
         return x.is_contiguous()
-    return norm == "none" or x.is_contiguous() or pixel_pitch(x) == x.shape[1]
-
-
-def _gates(gate: Tensor | None, x: Tensor) -> bool:
-    """Whether the loops can read the gate as they read x."""
-    return gate is not None and (gate.dtype, gate.shape, gate.stride()) == (x.dtype, x.shape, x.stride())
+    return norm == "none" or x.is_contiguous() or pixel_pitch(x.shape, x.stride()) == x.shape[1]
 
 
 def _natively(
-    plan: _Plan,
-    fusion: InputFusion,
-    x: Tensor,
-    memory: _Memory,
-    codes: Tensor,
-    scale: Tensor,
-    layout: Layout,
-    *,
-    dynamic: bool,
+    plan: _Plan, fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, scale: Tensor, *, dynamic: bool
 ) -> None:
+    layout = plan.layout
     if memory.gain is not None:
         memory = memory._replace(gain=memory.gain.to(torch.float32).contiguous())
     gate = fusion.weight.data_ptr() if fusion.norm == "gated" and fusion.weight is not None else None
@@ -317,10 +291,7 @@ def _natively(
     )  # fmt: skip
 
 
-_Coefficients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> _Coefficients:
+def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> tuple[Tensor | None, ...]:
     """(a, b, mean, rstd) as input_fusion.cpp reads them; None where the mode has no use for them."""
     weight, bias = fusion.weight, fusion.bias
     if plan.mode in (0, 4):
@@ -330,7 +301,7 @@ def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> _Coefficients:
     if plan.mode == 1:
         return *_grouped_affine(plan.library, fusion, x), None, None
     runs = plan.runs if plan.mode == 3 else x.shape[0] * fusion.groups
-    mean, rstd = _floats(2, runs)
+    mean, rstd = torch.empty(2, runs, dtype=torch.float32, device="cpu")
     plan.library.modiff_moments(
         x.data_ptr(), KINDS[x.dtype], runs, x.numel() // runs, fusion.eps, mean.data_ptr(), rstd.data_ptr(),
         torch.get_num_threads(),
@@ -354,7 +325,7 @@ def _grouped_affine(library: ctypes.CDLL, fusion: InputFusion, x: Tensor) -> tup
     pixels = x.numel() // (samples * channels)
     tasks = 1 if samples >= threads else min(threads, pixels)
     sums = torch.empty(2 * samples * tasks * channels, dtype=torch.float64, device="cpu")
-    mean, rstd = _floats(2, samples, fusion.groups)
+    mean, rstd = torch.empty(2, samples, fusion.groups, dtype=torch.float32, device="cpu")
     library.modiff_grouped_moments(
         x.data_ptr(), KINDS[x.dtype], samples, pixels, channels, fusion.groups, fusion.eps, sums.data_ptr(), tasks,
         mean.data_ptr(), rstd.data_ptr(), threads,
@@ -367,16 +338,3 @@ def _joined(w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, T
     shape = (*mean.shape, w.numel() // mean.shape[1])
     a = rstd.unsqueeze(2) * w.view(1, *shape[1:])
     return a.flatten(1), (b.view(1, *shape[1:]) - mean.unsqueeze(2) * a).flatten(1)
-
-
-def _floats(*shape: int) -> Tensor:
-    """Room for the C++ loops; what torch takes by default may be another type and another device."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _group_norm_as_affine(fusion: InputFusion, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """GroupNorm of x as A x + B, (N, C) each; None where the compiled loops do not know type or layout of x."""
-    if x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0 or pixel_pitch(x) != x.shape[1]:
-        return None
-    library = native.load("input_fusion").library or native.missing("input_fusion")
-    return None if library is None else _grouped_affine(library, fusion, x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,11 +35,7 @@ class Trust(NamedTuple):
     detail: str = ""
 
 
-_TRUSTED = Trust()
-
-
-@dataclass(frozen=True)
-class Isa:
+class Isa(NamedTuple):
     """What the processor and oneDNN's limit leave.
 
     level: the best integer instructions. onednn: whether this torch holds oneDNN's integer operators.
@@ -49,7 +44,7 @@ class Isa:
 
     level: Level
     onednn: bool = True
-    trust: Trust = _TRUSTED
+    trust: Trust = Trust()
 
     @property
     def sums_in_int32(self) -> bool:

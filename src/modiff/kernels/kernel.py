@@ -62,10 +62,8 @@ class Kernel:
         if self._pointwise:
             shape, g = shape[:2], Geometry()
         elif self._axes == 1:
-            shape, g = (
-                (*shape[:2], 1, *shape[2:]),
-                Geometry((1, *g.stride), (0, *g.padding), (1, *g.dilation), g.groups),
-            )
+            shape = (*shape[:2], 1, *shape[2:])
+            g = Geometry((1, *g.stride), (0, *g.padding), (1, *g.dilation), g.groups)
         if weight.dtype != torch.uint8:
             weight = weight.reshape(shape)
         scales = self.weight_scale.reshape(-1, *[1] * g.axes)
@@ -83,7 +81,7 @@ class Kernel:
 
     def accumulate(self, output: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Add what `codes` stand for to the output state, in place. Cost: one operator."""
-        self._check_step(output, codes)
+        self._check_call(codes, output)
         if output.numel():
             if self._views:
                 output, codes, scale = self._view(output), self._view(codes), self._view(scale)
@@ -103,30 +101,31 @@ class Kernel:
             output: the state, float; or integers (`fixed_point.start`), which need `clipped`: int32, one element, to
                 which the number of values that left 16 bits is added. Any is a reason to start again.
         """
-        state, grid = (output.n, output.grid) if isinstance(output, FixedState) else (output, None)
-        if (grid is None) != (clipped is None):
+        state, integers = output, None
+        if isinstance(output, FixedState) and clipped is not None:
+            state, integers = output.n, (output.grid, clipped)
+        if isinstance(state, FixedState) or (integers is None) != (clipped is None):
             raise KernelError(
                 "Kernel.step: expected `clipped` with an integer state and with no other, got "
                 f"{'none' if clipped is None else 'one with a float state'}. Integers that leave 16 bits must be "
                 "counted. Pass torch.zeros(1, dtype=torch.int32)."
             )
-        self._check_step(state, codes)
-        result = empty_output(codes, state.shape, self._axes, dtype)
+        shape = self._check_call(codes, state)
+        result = empty_output(codes, shape, self._axes, dtype)
         if state.numel():
             view = result
             if self._views:
                 state, codes, scale = self._view(state), self._view(codes), self._view(scale)
                 view = self._view(result)
-            self.backend.step(self._operator, state, codes, scale, view, grid, clipped)
+            self.backend.step(self._operator, state, codes, scale, view, integers)
         return result
 
     def compute(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """The layer's output for codes without memory, A(codes) + bias, channels innermost in memory."""
-        self._check_codes(codes)
-        axes, bias = self._axes, None if bias is None else bias.detach()
-        shape = output_shape(codes.shape, self._shape, self.geometry)
+        shape, axes = self._check_call(codes), self._axes
+        bias = None if bias is None else bias.detach()
         if not math.prod(shape):
             return empty_output(codes, shape, axes, dtype)
         result = self.backend.compute(self._operator, self._view(codes), self._view(scale), bias, dtype)
@@ -172,19 +171,17 @@ class Kernel:
                 "weight first."
             )
 
-    def _check_codes(self, codes: Tensor) -> None:
+    def _check_call(self, codes: Tensor, output: Tensor | None = None) -> tuple[int, ...]:
+        """The shape of the output for these codes."""
         if codes.dtype != torch.uint8:
             raise KernelError(
                 f"Kernel: expected uint8 codes, got {codes.dtype}. Kernels add up integers. Encode the input with "
                 "modiff.kernels.encode."
             )
-
-    def _check_step(self, output: Tensor, codes: Tensor) -> None:
-        if codes.dtype != torch.uint8:
-            self._check_codes(codes)
         expected = output_shape(codes.shape, self._shape, self.geometry)
-        if output.shape != expected:
+        if output is not None and output.shape != expected:
             raise KernelError(
                 f"Kernel: expected an output state of shape {expected}, got {tuple(output.shape)}. The state belongs "
                 "to another input. Start the trajectory again."
             )
+        return expected

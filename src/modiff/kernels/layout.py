@@ -72,21 +72,15 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_dim: i
     return tuple(1 if axis in shared else size for axis, size in enumerate(shape))
 
 
-def as_rows(x: Tensor, granularity: Granularity, channel_dim: int) -> Tensor | None:
-    """x as (scales, elements that share one), a view of the same memory; None where its layout has no such view.
-
-    The rows come in the order of the flattened scales. "tensor" and "sample" take both memory layouts of
-    convolutions; "token" needs the channels of a token side by side.
-    """
-    shape = row_shape(x.shape, x.stride(), granularity, channel_dim)
-    return None if shape is None else x.as_strided(shape, (shape[1], 1))
-
-
 @functools.lru_cache(4096)
 def row_shape(
     shape: tuple[int, ...], strides: tuple[int, ...], granularity: Granularity, channel_dim: int
 ) -> tuple[int, int] | None:
-    """The shape of `as_rows` for a tensor of this shape and these strides."""
+    """(scales, elements that share one) of a tensor as rows in its own memory; None where its layout has no such view.
+
+    The rows come in the order of the flattened scales. "tensor" and "sample" take both memory layouts of
+    convolutions; "token" needs the channels of a token side by side.
+    """
     dims, numel = len(shape), math.prod(shape)
     rows = _contiguous(shape, strides)
     innermost = dims > 2 and is_innermost(shape, strides, dims - 2)
@@ -106,13 +100,9 @@ def row_shape(
     return numel // count, count
 
 
-def pixel_pitch(x: Tensor) -> int | None:
-    """Elements from pixel to pixel of (N, C, ...) whose channels lie side by side; None in any other layout."""
-    return _pixel_pitch(x.shape, x.stride())
-
-
 @functools.lru_cache(4096)
-def _pixel_pitch(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+def pixel_pitch(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """Elements from pixel to pixel of (N, C, ...) whose channels lie side by side; None in any other layout."""
     if len(shape) < 3 or (shape[1] > 1 and strides[1] != 1):
         return None
     steps = list(zip((shape[0], *shape[2:]), (strides[0], *strides[2:]), strict=True))

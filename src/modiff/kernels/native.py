@@ -30,6 +30,8 @@ CACHE = "MODIFF_CACHE"
 
 BLOCK = 16384
 """Elements that one task of the compiled loops works on."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""The types of inputs and outputs that the compiled loops know, as C++ numbers them."""
 
 _SOURCES = Path(__file__).parent / "csrc"
 _SECONDS = 120
@@ -40,22 +42,19 @@ _FLAGS = (
 )
 _ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_END = [_INT, _FLOAT, _INT, _INT, _INT]  # dynamic, factor, lowest, highest, threads
-_SIGNATURES: dict[str, dict[str, tuple[Any, list[Any]]]] = {
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_SCALING = [_I, _F, _I, _I, _I]  # dynamic, factor, lowest, highest, threads
+_SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "encode": {
-        "modiff_encode": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
-        "modiff_encode_fixed": (None, [_POINTER, _INT, *[_POINTER] * 6, _LONG, _LONG, *_END]),
+        "modiff_encode": [_P, _I, *[_P] * 6, _L, _L, *_SCALING],
+        "modiff_encode_fixed": [_P, _I, *[_P] * 6, _L, _L, *_SCALING],
     },
-    "fingerprint": {"modiff_fingerprint": (ctypes.c_uint64, [_POINTER, _LONG, _INT])},
-    "epilogue": {"modiff_epilogue": (None, [*[_POINTER] * 5, _INT, _POINTER, _LONG, _LONG, _INT])},
+    "fingerprint": {"modiff_fingerprint": [_P, _L, _I]},
+    "epilogue": {"modiff_epilogue": [*[_P] * 5, _I, _P, _L, _L, _I]},
     "input_fusion": {
-        "modiff_moments": (None, [_POINTER, _INT, _LONG, _LONG, _FLOAT, _POINTER, _POINTER, _INT]),
-        "modiff_grouped_moments": (
-            None,
-            [_POINTER, _INT, *[_LONG] * 4, _FLOAT, _POINTER, _LONG, _POINTER, _POINTER, _INT],
-        ),
-        "modiff_encode_fused": (None, [_POINTER, _INT, _INT, _INT, *[_POINTER] * 12, *[_LONG] * 6, *_END]),
+        "modiff_moments": [_P, _I, _L, _L, _F, _P, _P, _I],
+        "modiff_grouped_moments": [_P, _I, *[_L] * 4, _F, _P, _L, _P, _P, _I],
+        "modiff_encode_fused": [_P, _I, _I, _I, *[_P] * 12, *[_L] * 6, *_SCALING],
     },
 }
 
@@ -113,7 +112,9 @@ def cache_folder() -> Path:
 def _built(compiler: str, name: str) -> Path:
     """The library file for this source, this compiler and this processor; built if it is new."""
     source = _SOURCES / f"{name}.cpp"
-    digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, _version(compiler), sorted(capabilities().items()))).encode())
+    asked = [compiler, "--version"]
+    version = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+    digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, version, sorted(capabilities().items()))).encode())
     for file in (source, *sorted(_SOURCES.glob("*.h"))):
         digest.update(file.read_bytes())
     library = f"{name}-{digest.hexdigest()[:20]}.so"
@@ -138,7 +139,7 @@ def _refuse_foreign(folder: Path) -> None:
     status = folder.lstat()
     if folder.parent != Path(tempfile.gettempdir()) or not hasattr(os, "getuid"):
         return
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise PermissionError(f"{folder} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}")
 
 
@@ -156,15 +157,11 @@ def _build(compiler: str, source: Path, target: Path) -> Path:
     return target
 
 
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
-
-
 def _open(path: Path, name: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for function, (result, arguments) in _SIGNATURES[name].items():
+    for function, arguments in _SIGNATURES[name].items():
         entry = getattr(library, function)
-        entry.restype, entry.argtypes = result, arguments
+        entry.argtypes, entry.restype = arguments, ctypes.c_uint64 if name == "fingerprint" else None
     return library
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modiff.kernels.backend import PREPACKED, Backend, Operator
-from modiff.kernels.epilogue import add_sent
+from modiff.kernels.epilogue import Integers, add_sent
 from modiff.kernels.exact import REFERENCE
 from modiff.kernels.isa import Isa, Trust
 from modiff.kernels.layout import Geometry, output_shape
@@ -89,22 +89,15 @@ class OneDnn(Backend):
             super().accumulate(operator, output, codes, scale)
 
     def step(
-        self,
-        operator: Operator,
-        state: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        output: Tensor,
-        grid: Tensor | None = None,
-        clipped: Tensor | None = None,
+        self, operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor, integers: Integers = None
     ) -> None:
         """`accumulate`, and the new state into `output`; with a scale for each row both in one pass behind the sums."""
-        if grid is None and scale.numel() == 1:
+        if integers is None and scale.numel() == 1:
             self.accumulate(operator, state, codes, scale)
             output.copy_(state)
         else:
             sent = _compute(operator, codes, _one(), None, torch.float32)
-            add_sent(state, grid, clipped, sent, scale, operator.axes, output)
+            add_sent(state, integers, sent, scale, operator.axes, output)
 
     def compute(
         self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype

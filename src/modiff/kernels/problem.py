@@ -51,11 +51,6 @@ class Problem:
             )
 
     @property
-    def zero_point(self) -> int:
-        """The byte that stands for zero, 2^(b-1): as low as the bits allow, so that sums of few bits stay small."""
-        return 2 ** (self.bits - 1)
-
-    @property
     def largest_byte(self) -> int:
         """2^b - 1."""
         return 2**self.bits - 1

@@ -110,11 +110,9 @@ def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, d
     x[1], held[1] = 0, 0
     x[2, 5] = torch.nan
     for scale, granularity in ((None, "token"), (None, "tensor"), (torch.tensor(0.05, device=DEVICE), "tensor")):
-        states = [held.clone(), held.clone()]
+        states, layout = [held.clone(), held.clone()], layout_of(x.shape, x.stride(), bits, clip, granularity, -1)
         results = [
-            encode_eagerly(
-                x, states[0], None, None, scale, layout_of(x.shape, x.stride(), bits, clip, granularity, -1)
-            ),
+            encode_eagerly(x, (states[0], None, None), scale, layout),
             encode_residual(x, states[1], scale, bits, clip, granularity),
         ]
         for ours, theirs in zip((*results[1], states[1]), (*results[0], states[0]), strict=True):
@@ -130,7 +128,7 @@ def test_ties_go_to_even_and_saturate_at_both_ends():
 def test_images_are_coded_in_either_memory_layout():
     x, held = torch.randn(2, 5, 4, 3, device=DEVICE), torch.randn(2, 5, 4, 3, device=DEVICE)
     expected = encode_eagerly(
-        x, other := held.clone(), None, None, None, layout_of(x.shape, x.stride(), 4, 1.0, "sample", 1)
+        x, ((other := held.clone()), None, None), None, layout_of(x.shape, x.stride(), 4, 1.0, "sample", 1)
     )
     for layout in (torch.contiguous_format, torch.channels_last):
         state = held.clone(memory_format=layout)

@@ -9,11 +9,13 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modiff.kernels.backend import PREPACKED, Backend, Operator
+from modiff.kernels.epilogue import Integers
 from modiff.kernels.isa import Isa
 from modiff.kernels.layout import channels_innermost
 from modiff.kernels.problem import LARGEST_INT32, Problem
@@ -56,35 +58,24 @@ class Triton(Backend):
 
     def sums(self, operator: Operator, codes: Tensor) -> Tensor:
         """sum (code - zero point) * weight code, int32."""
-        output = operator.new_output(codes, torch.int32)
-        _run(operator, codes, torch.ones(1, device=codes.device), output=output)
-        return output
+        return _made(operator, codes, torch.int32)
 
     def scaled(self, operator: Operator, codes: Tensor) -> Tensor:
         """weight scale * sums, float32: what is left is the scale of the codes."""
-        output = operator.new_output(codes, torch.float32)
-        _run(operator, codes, torch.ones(1, device=codes.device), output=output)
-        return output
+        return _made(operator, codes, torch.float32)
 
     def accumulate(self, operator: Operator, output: Tensor, codes: Tensor, scale: Tensor) -> None:
         """output += scale * weight scale * sums, in the kernel itself."""
         _add(operator, output, codes, scale, None)
 
     def step(
-        self,
-        operator: Operator,
-        state: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        output: Tensor,
-        grid: Tensor | None = None,
-        clipped: Tensor | None = None,
+        self, operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor, integers: Integers = None
     ) -> None:
         """`accumulate`, and the new state into `output`, in one kernel; integer states take a pass of their own."""
-        if grid is None:
+        if integers is None:
             _add(operator, state, codes, scale, output)
         else:
-            super().step(operator, state, codes, scale, output, grid, clipped)
+            super().step(operator, state, codes, scale, output, integers)
 
     def compute(
         self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -93,7 +84,7 @@ class Triton(Backend):
         if dtype not in STATES:
             return super().compute(operator, codes, scale, bias, dtype)
         output = operator.new_output(codes, dtype)
-        _run(operator, codes, scale, output=output, bias=bias)
+        _run(operator, codes, scale, None, output, bias)
         return output
 
 
@@ -114,7 +105,7 @@ def _add(operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output
     """Into a state with channels innermost in memory, or through a copy that has them there."""
     dense = channels_innermost(state, operator.axes) and state.dtype in STATES
     held = state if dense else operator.new_output(codes, torch.float32).copy_(state)
-    _run(operator, codes, scale, state=held, output=output)
+    _run(operator, codes, scale, held, output)
     if not dense:
         state.copy_(held)
 
@@ -124,14 +115,14 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def _made(operator: Operator, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    output = operator.new_output(codes, dtype)
+    _run(operator, codes, torch.ones(1, device=codes.device), None, output)
+    return output
+
+
 def _run(
-    operator: Operator,
-    codes: Tensor,
-    scale: Tensor,
-    *,
-    state: Tensor | None = None,
-    output: Tensor | None = None,
-    bias: Tensor | None = None,
+    operator: Operator, codes: Tensor, scale: Tensor, state: Tensor | None, output: Tensor | None, bias: Any = None
 ) -> None:
     from modiff.kernels.triton.conv import run_conv
     from modiff.kernels.triton.linear import run_linear

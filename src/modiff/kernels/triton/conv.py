@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modiff.kernels.layout import Geometry
-from modiff.kernels.triton.linear import blocks_of, finish, options
+from modiff.kernels.triton.linear import blocks_of, both, finish, options
 
 
 @triton.jit
@@ -58,17 +58,9 @@ def _conv(
 
 
 def run_conv(
-    codes: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    scale: Tensor,
-    zero: int,
-    geometry: Geometry,
-    *,
-    state: Tensor | None = None,
-    output: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> None:
+    codes: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor, zero: int, geometry: Geometry, *,
+    state: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """Add to `state` in place, and write the new state into `output` as well; either may be missing.
 
     Args:
@@ -77,7 +69,7 @@ def run_conv(
         state, output: (N, O, H', W'), channels innermost in memory; an int32 output takes the sums alone.
         bias: (O,), added where there is no state.
     """
-    held, written = (output if state is None else state), (state if output is None else output)
+    held, written = both(state, output)
     images, columns, out_high, out_wide = torch.as_tensor(held).shape
     _, channels, high, wide = codes.shape
     rows = images * out_high * out_wide

@@ -75,16 +75,9 @@ def finish(
 
 
 def run_linear(
-    codes: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    scale: Tensor,
-    zero: int,
-    *,
-    state: Tensor | None = None,
-    output: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> None:
+    codes: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor, zero: int, *,
+    state: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """Add to `state` (M, N) in place, and write the new state into `output` as well; either may be missing.
 
     Args:
@@ -97,7 +90,7 @@ def run_linear(
     columns = weight.shape[0]
     block_m, block_n, block_k = blocks_of(rows, columns, depth)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)
-    held, written = _both(state, output)
+    held, written = both(state, output)
     _linear[grid](
         codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, held, written, rows,
         columns, depth, ZERO=zero, SCALES=0 if scale.numel() == 1 else rows // scale.numel(),
@@ -105,7 +98,7 @@ def run_linear(
     )  # fmt: skip
 
 
-def _both(state: Tensor | None, output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def both(state: Tensor | None, output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A pointer for each, also where it is not used."""
     return (output if state is None else state), (state if output is None else output)
 
