@@ -23,7 +23,8 @@ from modiff.calibration.data import (
     write_shard,
 )
 from modiff.calibration.timesteps import StepSampler
-from modiff.errors import CalibrationError, ConfigError
+from modiff.config import check
+from modiff.errors import CalibrationError
 from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
@@ -48,22 +49,10 @@ def record_calls(
 ) -> CalibrationSet:
     """Run trajectories and keep what the sampler chooses of the network's inputs, full-precision or quantized.
 
-    Args:
-        model: with or without modulated layers: what is kept are the states of the trajectory it really runs.
-        run: `run(i)` runs trajectory i from first step to last, the same for the same i.
-        batch: samples in a trajectory; the sampler then chooses among them, and only their rows are kept, in both
-            branches when guidance is batched. None keeps or leaves whole evaluations.
-        steps: evaluations in a trajectory (in each context, when guidance is in two calls); needed for a sampler.
-        sampler: which steps of which samples; all when None.
-        pairs: keep the evaluation before each as well (MoDiff: residuals).
-        seed: of the sampler.
-        folder: where shards go, trajectory by trajectory. Trajectories that are there already are not run again.
-        memory_mib: the most that is held in memory. Beyond it, shards are written earlier; without a folder it is an
-            error.
+    As `modiff.collect`, on one network: with modulated layers, the states of the trajectory that they really run.
     Raises: ConfigError for settings that do not fit, or a folder with another set; CalibrationError if trajectories
         have another number of evaluations or rows, exceed the memory without a folder, or run on what no file holds;
         StateError if another process collects into the folder.
-    Cost: the trajectories, and a copy of what is kept.
     """
     _check(trajectories, batch, steps, sampler, memory_mib)
     plan = None
@@ -94,15 +83,10 @@ def _check(
     trajectories: int, batch: int | None, steps: int | None, sampler: StepSampler | None, memory_mib: float
 ) -> None:
     for name, value in (("trajectories", trajectories), ("batch", batch), ("steps", steps)):
-        if value is not None and value < 1:
-            raise ConfigError(f"collect.{name}: expected 1 or more, got {value}. There is nothing to keep. Use 1.")
-    if sampler is not None and steps is None:
-        raise ConfigError(
-            "collect.steps: expected the evaluations in a trajectory, got None. A sampler chooses among them. "
-            "Give steps=50 for 50 DDIM steps, 99 for 50 Heun steps."
-        )
-    if not memory_mib > 0:
-        raise ConfigError(f"collect.memory_mib: expected more than 0, got {memory_mib}. Calls need room. Use 1024.")
+        check(f"collect.{name}", value, value is None or value >= 1, "1 or more", "There is nothing to keep. Use 1.")
+    check("collect.steps", steps, sampler is None or steps is not None, "the evaluations in a trajectory",
+          "A sampler chooses among them. Give steps=50 for 50 DDIM steps, 99 for 50 Heun steps.")  # fmt: skip
+    check("collect.memory_mib", memory_mib, memory_mib > 0, "more than 0", "Calls need room. Use 1024.")
 
 
 class _Store:

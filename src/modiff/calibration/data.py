@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,14 +89,24 @@ class LazyCalls(Sequence[Call]):
     def __len__(self) -> int:
         return len(self._items)
 
-    @overload
-    def __getitem__(self, index: int) -> Call: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Call]: ...
-    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
-        if isinstance(index, slice):
-            return LazyCalls(self._items[index], self._read)
-        return self._read(self._items[index])
+    def __getitem__(self, index: Any) -> Any:
+        item = self._items[index]
+        return LazyCalls(item, self._read) if isinstance(index, slice) else self._read(item)
+
+
+def calls_with_previous(verb: str, calls: Sequence[Call]) -> Sequence[Call]:
+    """The calls that hold the one before them. Raises: CalibrationError if there are none."""
+    pairs = [i for i in range(len(calls)) if calls[i].previous is not None]
+    if not pairs:
+        raise CalibrationError(f"{verb}: expected calls with the one before each, got none among {len(calls)}. A "
+                               "residual is the change between two steps. Collect with pairs=True.")  # fmt: skip
+    return calls if len(pairs) == len(calls) else LazyCalls(pairs, calls.__getitem__)
+
+
+def largest_step(calls: Sequence[Call]) -> float | None:
+    """The largest |timestep - timestep before| of calls with the one before each; None without timesteps."""
+    pairs = ((call.timestep, call.previous.timestep) for call in calls if call.previous is not None)
+    return max((abs(now - before) for now, before in pairs if now is not None and before is not None), default=None)
 
 
 class CalibrationSet(Sequence[Call]):
@@ -113,21 +123,11 @@ class CalibrationSet(Sequence[Call]):
     def __len__(self) -> int:
         return len(self.calls)
 
-    @overload
-    def __getitem__(self, index: int) -> Call: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Call]: ...
-    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
+    def __getitem__(self, index: Any) -> Any:
         return self.calls[index]
 
-    def __iter__(self) -> Iterator[Call]:
-        return iter(self.calls)
-
     def save(self, folder: str | Path) -> None:
-        """Write the set to `folder`, one safetensors file for each trajectory.
-
-        Raises: ConfigError if the folder holds another set.
-        """
+        """Write the set to a folder, a file for each trajectory. Raises: ConfigError if it holds another set."""
         trajectories: dict[int, list[Call]] = {}
         for call in self.calls:
             trajectories.setdefault(call.trajectory, []).append(call)
@@ -147,10 +147,8 @@ class CalibrationSet(Sequence[Call]):
         )
         version = settings.pop("format_version", None)
         if version != VERSION:
-            raise FormatError(
-                f"{folder / SETTINGS}: expected format_version {VERSION}, got {version!r}. Another version of modiff "
-                "wrote it. Collect the set again."
-            )
+            raise FormatError(f"{folder / SETTINGS}: expected format_version {VERSION}, got {version!r}. Another "
+                              "version of modiff wrote it. Collect the set again.")  # fmt: skip
         trajectories = complete_trajectories(folder)
         expected = settings.get("trajectories", len(trajectories))
         if len(trajectories) != expected:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from modiff.calibration.data import Call
+from modiff.calibration.data import Call, calls_with_previous
 from modiff.errors import CalibrationError
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import model_trajectory
@@ -26,15 +26,12 @@ def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -
     """
     attachment = attachment_of(model)
     modulated = attachment is not None and any(quantized.inputs is not None for quantized in attachment.layers.values())
-    chosen = [i for i in range(len(calls)) if not modulated or calls[i].previous is not None]
-    if not chosen:
-        raise CalibrationError(
-            f"replay: expected calls{' with the one before each' if modulated else ''}, got none among {len(calls)}. "
-            "Modulated layers code the change between two steps. Collect with pairs=True."
-        )
+    if modulated:
+        calls = calls_with_previous("replay", calls)
+    elif not len(calls):
+        raise CalibrationError("replay: expected calls, got none. There is nothing to run. Collect a trajectory.")
     with torch.no_grad(), model_trajectory(model) if attachment is not None and not modulated else nullcontext():
-        for index in tqdm(chosen, desc="replay", unit="call", disable=not progress):
-            call = calls[index]
+        for call in tqdm(calls, desc="replay", unit="call", disable=not progress):
             with model_trajectory(model) if modulated else nullcontext():
                 if modulated and call.previous is not None:
                     call.previous.evaluate(model)

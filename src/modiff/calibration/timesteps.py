@@ -44,8 +44,7 @@ class EveryStep(JsonConfig):
 class UniformGroups(JsonConfig):
     """`groups` equally spaced steps, the same for all samples (Q-Diffusion, section 4.1: every c = T / groups steps).
 
-    Kept are the steps floor(i T / groups), i = 0, ..., groups - 1: groups x samples evaluations. Q-Diffusion takes 20
-    groups of 256 samples (CIFAR, LSUN), 25 of 128 with both branches of guidance (Stable Diffusion).
+    Kept are the steps floor(i T / groups), i = 0, ..., groups - 1: groups x samples evaluations.
 
     >>> UniformGroups(groups=3).draw(10, 1, torch.Generator()).flatten().nonzero().flatten().tolist()
     [0, 3, 6]
@@ -76,14 +75,10 @@ class NormalSteps(JsonConfig):
     t_i = clamp(floor(mu + sd z_i), 0, T - 1), z_i ~ N(0, 1), mu = mean * T, for T steps counted from the clean end:
     step T - 1 - t_i. A mean under 0.5 T prefers states near the image, the paper's finding.
 
-    spread: the paper writes N(mu, T / 2). "deviation" reads sd = T / 2, the default: read as a variance, all
-        samples would come from a few per cent of the steps (45 of 4000), against the paper's own finding that they must
-        not come from one step, and its script is close to this reading. "variance" reads sd = sqrt(T / 2). "script" is
-        the released script's sd = 0.4 T.
+    spread: the paper writes N(mu, T / 2). "deviation" reads sd = T / 2, the default: with "variance", sd = sqrt(T / 2),
+        nearly all samples come from a few steps, against the paper's own finding. "script" is the released script's
+        sd = 0.4 T.
     mean: share of T; the paper asks for at most 0.5, its script takes 0.4.
-
-    The released code labels each state with the step counted from the other end, so the network reads "0.4 T" beside
-    the noise of 0.6 T. That defect has no option here: a kept call holds the state and the label the network was given.
     """
 
     mean: float = 0.4

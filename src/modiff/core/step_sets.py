@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 from modiff.core.observers import Observer
-from modiff.errors import CalibrationError
+from modiff.errors import CalibrationError, ModiffWarning
+
+MARGIN = 1.5
+"""How much larger than the calibrated ones a step may be: a few steps less are as good, half of them are not."""
 
 Moment = tuple[float, ...]
 """What tells steps apart: (timestep,) for values, (timestep, timestep before) for residuals.
@@ -56,3 +60,34 @@ def set_of(now: Moment, moments: dict[Moment, int]) -> int:
 
 def _words(moment: Moment) -> str:
     return f"timestep {moment[0]:g}" + (f" after {moment[1]:g}" if len(moment) > 1 else "")
+
+
+class StepSizes:
+    """How large the steps were that static scales of residuals were measured with: larger ones saturate them.
+
+    largest: |timestep - timestep before|; None while nothing was measured, or without timesteps.
+    measuring: steps count as measured; otherwise they are checked.
+    """
+
+    def __init__(self, largest: float | None = None, *, measuring: bool = False) -> None:
+        self.largest, self.measuring = largest, measuring
+        self._warned = False
+
+    @property
+    def matter(self) -> bool:
+        """Whether anything is to be done with the size of a step."""
+        return self.measuring or (self.largest is not None and not self._warned)
+
+    def see(self, name: str, size: float) -> None:
+        """Take a step of the network `name` into account. Warns once if it is much larger than the calibrated ones."""
+        if self.measuring:
+            self.largest = max(size, self.largest or 0.0)
+        elif self.largest is not None and size > MARGIN * self.largest and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{name}: expected steps of at most {self.largest:g} timesteps, as its static scales were measured "
+                f"with, got one of {size:g}. The residuals of larger steps exceed the scales. Calibrate with as few "
+                "steps as you sample with, or use dynamic scales.",
+                ModiffWarning,
+                stacklevel=2,
+            )

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modiff.calibration.data import Call
+from modiff.calibration.data import Call, calls_with_previous, largest_step
 from modiff.calibration.reconstruct.layers import Trainee, evaluating, full_precision
 from modiff.core.observers import MinMaxObserver
+from modiff.core.quantizer import Quantizer
+from modiff.core.step_sets import StepSizes
 from modiff.errors import CalibrationError
 from modiff.model.attach import required_attachment
 from modiff.model.observe import observe
+from modiff.nn import ModulatedLayer
 
 Halves = Literal["own", "shared"]
 
@@ -33,32 +36,25 @@ def measure_residuals(
     Raises: CalibrationError if no call holds the one before it, or a layer never ran; scales stay as they were then.
     Cost: two evaluations a call; in memory, the inputs of all layers in one evaluation.
     """
-    quantized_layers = required_attachment(model, "measure_residuals").layers
-    trainees = {
-        n: Trainee(t, "quantized")
-        for n, t in quantized_layers.items()
-        if t.inputs is not None and t.quantizer is not None
-    }
-    observers = {
-        n: [MinMaxObserver() for _ in t.quantized.quantizer.segments]
-        for n, t in trainees.items()
-        if t.quantized.quantizer
-    }
-    pairs = 0
+    calls = calls_with_previous("measure_residuals", calls)
+    attachment = required_attachment(model, "measure_residuals")
+    modulated = {n: q for n, q in attachment.layers.items() if q.config.modulation is not None and q.quantizer}
+    trainees = {name: Trainee(layer, "quantized") for name, layer in modulated.items()}
+    observers = {name: [MinMaxObserver() for _ in layer.quantizer.segments] for name, layer in modulated.items()}
     with evaluating(model), full_precision(model), torch.no_grad():
         for call in tqdm(calls, desc="residuals", unit="call", disable=not progress):
-            if call.previous is None:
-                continue
-            pairs += 1
             before, now = _inputs(model, trainees, call.previous), _inputs(model, trainees, call)
-            for name, trainee in trainees.items():
-                _observe(trainee, observers[name], before[name], now[name])
-    if not pairs:
+            for name, layer in modulated.items():
+                _observe(layer, observers[name], before[name], now[name])
+    silent = [name for name, measured in observers.items() if measured[0].minimum is None]
+    if silent:
         raise CalibrationError(
-            f"measure_residuals: expected calls with the one before each, got none among {len(calls)}. A residual is "
-            "the change between two steps. Collect with pairs=True and two steps or more."
+            f"{silent[0]}: expected inputs while calibrating, got none. The network never reached it. Exclude the "
+            "layer."
         )
-    _freeze(trainees, observers, halves)
+    for name, layer in modulated.items():
+        _freeze(layer.quantizer, observers[name], halves)
+    attachment.step_sizes = StepSizes(largest_step(calls))
 
 
 def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> dict[str, list[Tensor]]:
@@ -73,35 +69,22 @@ def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> di
     return inputs
 
 
-def _observe(trainee: Trainee, observers: list[MinMaxObserver], before: list[Tensor], now: list[Tensor]) -> None:
-    quantizer = trainee.quantized.quantizer
-    if quantizer is None or len(before) != len(now):
+def _observe(layer: ModulatedLayer, observers: list[MinMaxObserver], before: list[Tensor], now: list[Tensor]) -> None:
+    if len(before) != len(now):
         raise CalibrationError(
-            f"{trainee.quantized.name}: expected as many calls in both steps, got {len(before)} and {len(now)}. "
-            f"The network "
+            f"{layer.name}: expected as many calls in both steps, got {len(before)} and {len(now)}. The network "
             "branches on values. Exclude the layer."
         )
     for first, second in zip(before, now, strict=True):
-        parts = (second - first).split(list(quantizer.segments), quantizer.channel_dim)
+        parts = (second - first).split(list(layer.quantizer.segments), layer.quantizer.channel_dim)
         for observer, part in zip(observers, parts, strict=True):
             observer.observe(part)
 
 
-def _freeze(trainees: Mapping[str, Trainee], observers: Mapping[str, list[MinMaxObserver]], halves: Halves) -> None:
-    silent = [name for name, found in observers.items() if found[0].minimum is None]
-    if silent:
-        raise CalibrationError(
-            f"{silent[0]}: expected inputs while calibrating, got none. The network never reached it. Exclude the "
-            "layer."
-        )
-    for name, trainee in trainees.items():
-        quantizer, found = trainee.quantized.quantizer, observers[name]
-        if quantizer is None:
-            continue
-        if halves == "shared":
-            for other in found[1:]:
-                found[0].merge(other)
-            found = [found[0]] * len(found)
-        quantizer.static = tuple(
-            o.qparams(quantizer.bits, symmetric=quantizer.config.symmetric, clip=quantizer.config.clip) for o in found
-        )
+def _freeze(quantizer: Quantizer, observers: list[MinMaxObserver], halves: Halves) -> None:
+    if halves == "shared":
+        for other in observers[1:]:
+            observers[0].merge(other)
+        observers = [observers[0]] * len(observers)
+    c = quantizer.config
+    quantizer.static = tuple(o.qparams(quantizer.bits, symmetric=c.symmetric, clip=c.clip) for o in observers)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modiff.config import ModiffConfig
+from modiff.core.step_sets import StepSizes
 from modiff.errors import StateError
 from modiff.model.ends import Ends
 from modiff.model.facts import facts_of
@@ -75,7 +76,7 @@ class Attachment:
     """One per model with modulated layers; found with `attachment_of`.
 
     config: as it was applied. packed: the originals are gone for good. automatic: begins trajectories where nobody
-    else does; None where `modiff.trajectory` or a pipeline must.
+    else does; None where `modiff.trajectory` or a pipeline must. step_sizes: that static scales were measured with.
     """
 
     def __init__(self, clock: Clock, report: Report, config: ModiffConfig | None = None) -> None:
@@ -87,6 +88,7 @@ class Attachment:
         self.originals: dict[str, nn.Module] = {}
         self.layers: dict[str, ModulatedLayer] = {}
         self.handles: list[RemovableHandle] = []
+        self.step_sizes = StepSizes()
         self.timestep: tuple[str, int] | None = None
         self.thread = 0
         self.ends: Ends | None = None
@@ -131,6 +133,8 @@ class Attachment:
             if self.automatic is not None:
                 self.automatic.before(timestep, shape)
             self.clock.call(timestep)
+            if self.step_sizes.matter and (size := self.clock.step_size()) is not None:
+                self.step_sizes.see(self.clock.name, size)
 
     def _refuse_other_thread(self) -> None:
         if self.thread != threading.get_ident() and any(t.ident == self.thread for t in threading.enumerate()):

@@ -19,8 +19,9 @@ from modiff.core.observers import (
     PercentileObserver,
 )
 from modiff.core.quantizer import Quantizer
+from modiff.core.step_sets import StepSizes
 from modiff.errors import CalibrationError, ConfigError
-from modiff.model.attach import required_attachment
+from modiff.model.attach import Attachment, required_attachment
 from modiff.model.attention import attention_quantizers
 
 OBSERVERS: dict[str, type[Observer]] = {
@@ -70,8 +71,9 @@ def measure_scales(
         raise ConfigError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}. Pick one of them.")
     make: MakeObserver = OBSERVERS[observer] if isinstance(observer, str) else observer
     quantizers: list[tuple[str, Quantizer]] = []
+    attachments: list[Attachment] = []
     for model in (models,) if isinstance(models, nn.Module) else models:
-        required_attachment(model, "calibrate")
+        attachments.append(required_attachment(model, "calibrate"))
         named = quantizers_of(model).items()
         quantizers += [(name, q) for name, q in named if not q.config.dynamic and q.bits]
     if not quantizers:
@@ -79,6 +81,10 @@ def measure_scales(
             "calibrate: expected layers with static scales, got none. Dynamic scales need no calibration. "
             "Set QuantizerConfig(dynamic=False)."
         )
+    attachments = [a for a in attachments if _has_residual_scales(a)]
+    known = [attachment.step_sizes for attachment in attachments]
+    for attachment in attachments:
+        attachment.step_sizes = StepSizes(measuring=True)
     for _, quantizer in quantizers:
         axis = quantizer.channel_dim if quantizer.granularity == "input_channel" else None
         quantizer.watch(functools.partial(make, axis))
@@ -92,6 +98,15 @@ def measure_scales(
             )
         for _, quantizer in quantizers:
             quantizer.freeze()
+        known = [StepSizes(attachment.step_sizes.largest) for attachment in attachments]
     finally:
+        for attachment, step_sizes in zip(attachments, known, strict=True):
+            attachment.step_sizes = step_sizes
         for _, quantizer in quantizers:
             quantizer.unwatch()
+
+
+def _has_residual_scales(attachment: Attachment) -> bool:
+    """Whether one set of static scales serves the residuals of all steps, small or large."""
+    configs = [layer.config for layer in attachment.layers.values() if layer.config.modulation is not None]
+    return any(c.activation.bits and not c.activation.dynamic and c.activation.step_groups == 1 for c in configs)

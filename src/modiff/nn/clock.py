@@ -153,6 +153,13 @@ class Clock:
             )
         return (*self.moment(), float(context.times[1]))
 
+    def step_size(self) -> float | None:
+        """|t_now - t_last| of the present context; None at its first step, or without timesteps. Cost: a host sync."""
+        context = self._contexts.get(self.context)
+        if context is None or context.times is None or not all(context.known[1:]):
+            return None
+        return float((context.times[2] - context.times[1]).abs())
+
     def times(self) -> list[Tensor]:
         """The last timesteps of each context, which a recorded step reads."""
         return [context.times for context in self._contexts.values() if context.times is not None]

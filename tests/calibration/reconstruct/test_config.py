@@ -68,7 +68,7 @@ def unit(name: str, before: float, after: float, learned: bool) -> UnitReport:
 
 
 def test_a_report_prints_one_line_a_unit_and_turns_into_json():
-    report = ReconstructionReport((unit("down", 0.5, 0.125, True),)) + ReconstructionReport((unit("up", 0, 0, False),))
+    report = ReconstructionReport((unit("down", 0.5, 0.125, True), unit("up", 0, 0, False)))
     lines = str(report).splitlines()
     assert lines[0] == "1 of 2 units learned (loss on held-out rows, before and after)"
     assert lines[1].split() == ["down", "5.000e-01", "->", "1.250e-01", "0.250", "learned", "300", "iterations", "done"]

@@ -151,9 +151,6 @@ class ReconstructionReport:
         """Plain lists, strings and numbers, for JSON."""
         return {"units": [dataclasses.asdict(u) | {"layers": list(u.layers)} for u in self.units]}
 
-    def __add__(self, other: ReconstructionReport) -> ReconstructionReport:
-        return ReconstructionReport(self.units + other.units)
-
     def __str__(self) -> str:
         width = max((len(u.name) for u in self.units), default=4)
         lines = [f"{len(self.learned)} of {len(self.units)} units learned (loss on held-out rows, before and after)"]

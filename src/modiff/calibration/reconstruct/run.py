@@ -14,11 +14,12 @@ from torch import nn
 from tqdm import tqdm
 
 from modiff.calibration.blocks import Block, blocks_of
-from modiff.calibration.data import Call, LazyCalls
+from modiff.calibration.data import Call, calls_with_previous, largest_step
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.reconstruct.job import Job
 from modiff.calibration.reconstruct.layers import evaluating, full_precision
 from modiff.calibration.reconstruct.store import digest_of, load_unit, save_unit
+from modiff.core.step_sets import StepSizes
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.files import ResumableFolder
 from modiff.model.attach import required_attachment
@@ -38,28 +39,26 @@ def learn_units(
 ) -> ReconstructionReport:
     """Learn the rounding of weights (AdaRound), or static scales, unit by unit, and fix what is better into the layers.
 
-    A unit's inputs come from the model as quantized so far, its targets from full precision (Q-Diffusion, "asym").
-    It keeps what it learned only if that lowers the loss on rows held out; otherwise it stays as it was.
+    As `modiff.reconstruct`, on one network. A unit's inputs come from the model as quantized so far, its targets from
+    full precision (Q-Diffusion, "asym"). It keeps what it learned only if that lowers the loss on rows held out.
 
     Args:
-        model: with modulated or plain quantized layers.
         calls: a calibration set; with the call before each, for residual scales.
-        config: Q-Diffusion's settings for weights when None.
         kinds: class names of blocks, as in `blocks_of`; `modiff.reconstruct` knows those of diffusers.
-        folder: keeps each finished unit; the same call goes on after the last one there.
-        progress: show a bar.
-    Returns: each unit with its loss before and after.
     Raises: StateError without modulated layers, inside a trajectory, with packed weights, or if another process learns
         into the folder; ConfigError or CalibrationError for what cannot be learned, or a folder of another
-        reconstruction; FormatError for a damaged folder.
-    Cost: for each unit, two runs of the network up to it for each call, then `config.iterations` passes of the unit.
-        In memory: inputs and targets of one unit.
-
-    When it raises or is interrupted, the layers are as they were before; what was finished is in `folder`.
+        reconstruction; FormatError for a damaged folder. The layers are then as they were before; what was finished is
+        in `folder`.
     """
     config = config or ReconstructConfig()
     names = _learnable(model, config)
-    calls = _usable(calls, config)
+    if config.learn == "residual_scales":
+        calls = calls_with_previous("reconstruct", calls)
+    elif not len(calls):
+        raise CalibrationError(
+            "reconstruct: expected at least one calibration call, got none. There is nothing to learn from. Collect "
+            "a whole trajectory."
+        )
     blocks = _blocks(model, calls, config, kinds, names)
     job = Job(model, calls, config)
     reports = []
@@ -75,6 +74,8 @@ def learn_units(
                     save_unit(path, learned, report)
             job.keep(learned)
             reports.append(report)
+    if config.learn == "residual_scales":
+        required_attachment(model, "reconstruct").step_sizes = StepSizes(largest_step(calls))
     return ReconstructionReport((*reports, *job.left_out(blocks)))
 
 
@@ -106,24 +107,6 @@ def _blocks(
     kinds, patterns = (kinds, config.blocks) if config.unit == "block" else ((), ())
     with evaluating(model), full_precision(model), torch.no_grad():
         return blocks_of(model, kinds=kinds, patterns=patterns, layers=names, run=lambda: calls[0].evaluate(model))
-
-
-def _usable(calls: Sequence[Call], config: ReconstructConfig) -> Sequence[Call]:
-    """The calls to learn from. Raises: CalibrationError if there are none."""
-    if config.learn == "residual_scales":
-        pairs = [i for i in range(len(calls)) if calls[i].previous is not None]
-        if not pairs:
-            raise CalibrationError(
-                f"reconstruct: expected calls with the one before each, got none among {len(calls)}. A residual is "
-                "the change between two steps. Collect with pairs=True."
-            )
-        return calls if len(pairs) == len(calls) else LazyCalls(pairs, calls.__getitem__)
-    if not len(calls):
-        raise CalibrationError(
-            "reconstruct: expected at least one calibration call, got none. There is nothing to learn from. Collect "
-            "a whole trajectory."
-        )
-    return calls
 
 
 def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
@@ -177,7 +160,8 @@ def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool
     static = quantizer is not None and bool(quantizer.bits) and not quantizer.config.dynamic
     if not static or (config.learn == "residual_scales") != (quantized.inputs is not None):
         return False
-    predictor = "hold" if quantized.inputs is None else quantized.inputs.config.predictor
+    modulation = quantized.config.modulation
+    predictor = "hold" if modulation is None else modulation.predictor
     groups = quantized.config.activation.step_groups
     if config.learn == "residual_scales" and (predictor != "hold" or groups != 1):
         got = f"predictor={predictor!r}" if predictor != "hold" else f"step_groups={groups}"
