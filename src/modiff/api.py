@@ -68,6 +68,16 @@ def apply(target: Any, config: AnyConfig | None = None) -> Report:
     return report
 
 
+def report(target: Any) -> Report:
+    """What `apply` or `load` made of each layer, how it runs now and why, and the memory that it takes now.
+
+    Integer layers name the backend that was chosen for their weight, once they have run.
+    Raises: StateError without modulated layers.
+    """
+    attachments = [required_attachment(network, "report") for network in _modulated(target, "report")]
+    return sum((attachment.report for attachment in attachments), Report(()))
+
+
 def select(target: Any, config: AnyConfig, *, splits: Mapping[str, int] | None = None) -> Report:
     """Which layers of a target the config takes, and why others are left, without changing anything.
 

@@ -1,20 +1,23 @@
-"""The report: taken and left, short settings, a table, JSON."""
+"""The report: taken and left, how each layer runs and why, memory in full, a table, JSON."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 import modiff
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, Report, WeightConfig, presets
-from modiff.model.report import Entry
-from tests.model.toys import TAKEN, toy
+from modiff.kernels.dispatch import Choice
+from modiff.model.report import Entry, Memory
+from modiff.model.trajectory import state_bytes
+from tests.model.toys import TAKEN, sample, toy, toy_unet
 
-TAKEN_CONFIG = LayerConfig()
+W8A8 = LayerConfig()
 
 
-def entry(name: str = "body", weights: int = 300, config: LayerConfig | None = TAKEN_CONFIG, reason: str = "") -> Entry:
+def entry(name: str = "body", weights: int = 300, config: LayerConfig | None = W8A8, reason: str = "") -> Entry:
     return Entry(name, "Linear", weights, config, reason)
 
 
@@ -34,35 +37,74 @@ def test_a_setting_in_short(config, setting):
     assert entry(config=config).setting == setting
 
 
-def test_taken_and_left_part_the_entries():
-    report = modiff.select(toy(), presets.w8a4())
-    assert tuple(e.name for e in report.taken) == TAKEN
-    assert set(report.taken) | set(report.left) == set(report.entries)
-    assert not set(report.taken) & set(report.left)
-    assert all(e.reason for e in report.left)
-
-
-def test_the_table_counts_layers_and_weights_and_names_each_layer_with_its_reason():
-    report = Report((entry("a"), entry("bb.c", 100, None, "tiny: 100 weights")))
-    assert str(report).splitlines() == [
-        "1 layers taken (75.0 % of the weights), 1 left",
-        "  a     Linear   W8A8 modulated",
-        "  bb.c  Linear   full precision   tiny: 100 weights",
+def test_the_table_counts_layers_and_weights_and_puts_what_is_alike_on_one_line():
+    alike = [entry(f"blocks.{i}.b2.to_q") for i in range(3)]
+    others = entry("blocks.3.b2.to_q", reason="split at 8"), entry("c", 500, None, "tiny: 500 weights")
+    assert str(Report((entry("a"), *alike, *others))).splitlines() == [
+        "5 layers taken (75.0 % of the weights), 1 left",
+        "  a                     Linear  W8A8 modulated",
+        "  blocks.*.b2.to_q (3)  Linear  W8A8 modulated",
+        "  blocks.3.b2.to_q      Linear  W8A8 modulated  split at 8",
+        "  c                     Linear  full precision  tiny: 500 weights",
     ]
-
-
-def test_an_empty_report_prints():
     assert str(Report(())) == "0 layers taken (0.0 % of the weights), 0 left"
 
 
-def test_json_has_every_layer_in_order():
+def test_json_has_every_layer_in_order_and_those_left_have_a_reason():
     report = modiff.select(toy(), presets.w8a4())
+    assert tuple(e.name for e in report.taken) == TAKEN
+    assert all(e.reason for e in report.left)
     layers = json.loads(json.dumps(report.to_dict()))["layers"]
     assert [row["name"] for row in layers] == [e.name for e in report.entries]
-    body = next(row for row in layers if row["name"] == "body")
-    assert body == {"name": "body", "kind": "Conv2d", "weights": 2304, "setting": "W8A4 modulated", "reason": ""}
+    body = {"name": "body", "kind": "Conv2d", "weights": 2304, "setting": "W8A4 modulated"}
+    assert layers[2] == body | dict.fromkeys(("reason", "execution", "why"), "")
 
 
 def test_reports_of_two_networks_add_up():
-    one, two = Report((entry("a"),)), Report((entry("b", config=None, reason="not included"),))
+    one, two = Report((entry("a"),), Memory(1, 2, 3, 4)), Report((entry("b", config=None),), Memory(10, 20, 30, 40))
     assert (one + two).entries == (*one.entries, *two.entries)
+    assert (one + two + Report(())).memory == Memory(11, 22, 33, 44)
+
+
+def test_the_report_of_apply_says_how_each_layer_runs_and_why_not_on_integers(monkeypatch):
+    monkeypatch.setattr("modiff.nn.loop.integer.plan", lambda problem: Choice("fast", f"{problem.bits} bits fit"))
+    floats = LayerConfig(weight=WeightConfig(bits=None))
+    config = dataclasses.replace(presets.w8a8(), overrides=(("*to_v", floats),)).on_integers()
+    report = modiff.apply(toy(), config)
+    runs = {e.name: (e.execution, e.why) for e in report.entries}
+    assert runs["body"] == runs["attention.to_q"] == ("integers on fast", "8 bits fit")
+    assert runs["attention.to_v"] == ("simulated", "its weight keeps floats")
+    assert runs["conv_in"] == ("", "")
+    lines = str(report).splitlines()
+    assert lines[1:3] == ["  4 integers on fast: 8 bits fit", "  1 simulated: its weight keeps floats"]
+    assert {e.execution for e in modiff.apply(toy()).taken} == {"simulated"}
+
+
+def test_what_was_planned_is_what_runs_and_a_packed_model_says_it_too():
+    model = toy_unet()
+    planned = modiff.apply(model, presets.w8a8().on_integers())
+    with modiff.trajectory(model):
+        sample(model, steps=2)
+    assert all(e.execution.startswith("integers on ") for e in planned.taken)
+    assert modiff.report(model).entries == planned.entries
+    modiff.pack(model)
+    assert modiff.report(model).entries == planned.entries
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_is_told_in_full(packed):
+    model = toy()
+    modiff.apply(model, presets.w8a8().on_integers())
+    biases, weights = 4 * 5 * 16, 2304 + 4 * 256
+    assert modiff.report(model).memory == Memory(floats=4 * weights + biases)
+    assert "codes, backends and states take theirs at step 1" in str(modiff.report(model))
+    if packed:
+        modiff.pack(model)
+    with modiff.trajectory(model):
+        sample(model, steps=2)
+        states = state_bytes(model)
+    memory = modiff.report(model).memory
+    assert memory.floats == biases + (0 if packed else 4 * weights)
+    assert memory.codes == weights + 4 * 5 * 16, "a byte a weight, a float32 scale a channel"
+    assert memory.backends == sum(model.get_submodule(name).loop.bytes_of_backends() for name in TAKEN)
+    assert memory.states == states > state_bytes(model) == 0

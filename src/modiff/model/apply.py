@@ -50,9 +50,9 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
         inputs.turn = turn
     entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
                     for e in report.entries)  # fmt: skip
-    attachment.report = Report(entries)
+    attachment.selected = Report(entries)
     if config.first_last == "full_precision":
-        attachment.ends = Ends(config, attachment.report)
+        attachment.ends = Ends(config, attachment.selected)
     try:  # only now is the model touched
         for name, layer in attachment.layers.items():
             _set(model, name, layer)

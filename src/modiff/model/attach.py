@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ from modiff.core.step_sets import StepSizes
 from modiff.errors import StateError
 from modiff.model.ends import Ends
 from modiff.model.facts import facts_of
-from modiff.model.report import Report
+from modiff.model.report import Entry, Report, execution_of, memory_of
 from modiff.nn import Clock, ModulatedLayer, traced
 from modiff.nn.clock import middle
 
@@ -81,7 +82,8 @@ class Attachment:
 
     def __init__(self, clock: Clock, report: Report, config: ModiffConfig | None = None) -> None:
         self.clock = clock
-        self.report = report
+        clock.on_reset(self._measure_states)  # before the layers', which forget their states
+        self.selected = report
         self.config = config or ModiffConfig()
         self.packed = False
         self.automatic: Automatic | None = None
@@ -91,6 +93,7 @@ class Attachment:
         self.step_sizes = StepSizes()
         self.timestep: tuple[str, int] | None = None
         self.thread = 0
+        self.most_states = 0
         self.ends: Ends | None = None
         self.number = traced.number_for(self)
 
@@ -98,6 +101,24 @@ class Attachment:
         """A copy has a number of its own."""
         self.__dict__.update(state)
         self.number = traced.number_for(self)
+
+    @property
+    def report(self) -> Report:
+        """The layers as they run now. Cost: on integers, a choice of backend for each layer."""
+        entries: list[Entry] = []
+        for entry in self.selected.entries:
+            layer = self.layers.get(entry.name)
+            execution, why = ("", "") if layer is None else execution_of(layer)
+            entries.append(dataclasses.replace(entry, execution=execution, why=why))
+        return Report(tuple(entries), memory_of(self.layers.values(), self.most_states))
+
+    def state_bytes(self) -> int:
+        """Of all states, of all contexts; a state that layers share counts once."""
+        tensors = (t for layer in self.layers.values() for t in layer.loop.tensors())
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def _measure_states(self) -> None:
+        self.most_states = max(self.most_states, self.state_bytes())
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""

@@ -23,7 +23,7 @@ from modiff.model.attach import attachment_of
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.probe import Probe, probes_of
-from modiff.model.report import Report
+from modiff.model.report import Report, execution_of
 from modiff.model.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
 from modiff.model.select import select_layers
 from modiff.nn import Clock, ModulatedLayer, quantized_class
@@ -105,7 +105,7 @@ class AutotuneRow:
 
     calls: of one evaluation. seconds: of one call in each mode, measured. expected: the least that memory and
     arithmetic of this machine allow. errors: of quantizing the input, plain and modulated. state_bytes: of both states,
-    float32, if it is modulated.
+    float32, if it is modulated. backend: which would run it on integers, and why; empty if none can.
     """
 
     name: str
@@ -118,6 +118,7 @@ class AutotuneRow:
     state_bytes: int
     choice: Mode
     reason: str
+    backend: str = ""
 
     def line(self, width: int) -> str:
         """One line of a table: times in milliseconds, measured and (expected)."""
@@ -164,9 +165,10 @@ class AutotuneResult:
         times = ", ".join(f"all {mode} {1e3 * self.seconds(mode):.1f}" for mode in MODES)
         head = f"{counts}; layers of one evaluation: {1e3 * self.seconds():.1f} ms as chosen, {times}"
         width = max((len(row.name) for row in self.rows), default=4)
-        return "\n".join(
-            [f"{head}; states {self.state_bytes / 2**20:.1f} MiB", *(row.line(width) for row in self.rows)]
-        )
+        backends = [row.backend for row in self.rows if row.backend]
+        lines = [f"{head}; states {self.state_bytes / 2**20:.1f} MiB"]
+        lines += [f"  {backends.count(backend)} on {backend}" for backend in dict.fromkeys(backends)]
+        return "\n".join([*lines, *(row.line(width) for row in self.rows)])
 
 
 def choose_modes(
@@ -260,11 +262,13 @@ def _row(
         profile.layers[key] = measure_layer(layer, x, config, quantized.spec.split)
     seconds, (first, second) = profile.layers[key], probe.errors()
     choice, reason = choose(seconds, (first, second), tolerance, quantized.unsupported)
+    execution, why = execution_of(quantized)
     dynamic = quantized.config.activation.dynamic
     return AutotuneRow(
         name=probe.name, kind=type(layer).__name__, shape=tuple(x.shape), calls=calls.count / probe.clock.tick,
         seconds=seconds, expected=_expected(layer, x, calls.outputs, dynamic, profile.peaks()), errors=(first, second),
         state_bytes=4 * (x.numel() + calls.outputs), choice=choice, reason=reason,
+        backend="" if quantized.unsupported else f"{execution.removeprefix('integers on ')}: {why}",
     )  # fmt: skip
 
 

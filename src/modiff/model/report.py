@@ -1,11 +1,17 @@
-"""What `apply` did to each layer, and why."""
+"""What modiff did to each layer of a model, how the layer runs and why, and the memory it takes."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from modiff.config import LayerConfig
+from modiff.nn import ModulatedLayer
+from modiff.nn.loop.integer import IntegerLoop
 
 
 @dataclass(frozen=True)
@@ -14,6 +20,8 @@ class Entry:
 
     name: module name. kind: torch class name. weights: number of weights. config: None when the layer was left.
     reason: why it was left, or what is special about it ("split at 128", "may share with to_q"); may be empty.
+    execution: "simulated" or "integers on <backend>"; empty where nothing was applied yet. why: the reason of that
+    backend, or why a layer that was to run on integers is simulated.
     """
 
     name: str
@@ -21,6 +29,8 @@ class Entry:
     weights: int
     config: LayerConfig | None
     reason: str
+    execution: str = ""
+    why: str = ""
 
     @property
     def setting(self) -> str:
@@ -34,11 +44,39 @@ class Entry:
         return f"W{weight}A{activation} {mode}"
 
 
+class Memory(NamedTuple):
+    """Bytes of the taken layers, each tensor counted once.
+
+    floats: weights and biases before rounding, which `remove` gives back; gone after `pack`. codes: integers and their
+    scales, made at the first step. backends: copies of the codes in the layout of a backend, made at the first step.
+    states: the most that one trajectory ended with so far; 0 before the first one ended.
+    """
+
+    floats: int = 0
+    codes: int = 0
+    backends: int = 0
+    states: int = 0
+
+    def __str__(self) -> str:
+        if not self.codes:
+            return f"memory: weights {_size(self.floats)} in floats; codes, backends and states take theirs at step 1"
+        parts = f"{_size(self.floats)} in floats, {_size(self.codes)} in codes, {_size(self.backends)} in backends"
+        return f"memory: weights {parts}; states {_size(self.states) if self.states else 'known after a trajectory'}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**17 else f"{count / 2**10:.1f} KiB"
+
+
 @dataclass(frozen=True)
 class Report:
-    """Every Linear and Conv layer of a model: those taken, those left, and why. Prints as a table."""
+    """Every Linear and Conv layer of a model: those taken, those left, and why. Prints as a table.
+
+    memory: measured when the report was made; None where nothing was applied.
+    """
 
     entries: tuple[Entry, ...]
+    memory: Memory | None = None
 
     @property
     def taken(self) -> tuple[Entry, ...]:
@@ -52,16 +90,60 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and strings, for JSON."""
-        keys = ("name", "kind", "weights", "setting", "reason")
-        return {"layers": [{k: getattr(e, k) for k in keys} for e in self.entries]}
+        keys = ("name", "kind", "weights", "setting", "reason", "execution", "why")
+        layers = [{k: getattr(e, k) for k in keys} for e in self.entries]
+        return {"layers": layers, "memory": None if self.memory is None else self.memory._asdict()}
 
     def __add__(self, other: Report) -> Report:
-        return Report(self.entries + other.entries)
+        memories = [m for m in (self.memory, other.memory) if m is not None]
+        memory = Memory(*map(sum, zip(*memories, strict=True))) if memories else None
+        return Report(self.entries + other.entries, memory)
 
     def __str__(self) -> str:
         weights = sum(e.weights for e in self.entries) or 1
         share = 100 * sum(e.weights for e in self.taken) / weights
-        width = max((len(e.name) for e in self.entries), default=4)
         lines = [f"{len(self.taken)} layers taken ({share:.1f} % of the weights), {len(self.left)} left"]
-        lines += [f"  {e.name:<{width}}  {e.kind:<8} {e.setting:<16} {e.reason}".rstrip() for e in self.entries]
-        return "\n".join(lines)
+        runs = [(e.execution, e.why) for e in self.taken if e.execution]
+        lines += [f"  {runs.count(run)} {run[0]}{': ' * bool(run[1])}{run[1]}" for run in dict.fromkeys(runs)]
+        lines += [] if self.memory is None else [f"  {self.memory}"]
+        return "\n".join([*lines, *_table(self.entries)])
+
+
+def _table(entries: Iterable[Entry]) -> list[str]:
+    """A line for each layer; one for all that differ only in the numbers of their names."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for e in entries:
+        alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", e.name)
+        cells = alike, e.kind, e.setting, e.execution.removeprefix("integers "), e.reason
+        groups.setdefault(cells, []).append(e.name)
+    rows: list[tuple[str, ...]] = []
+    for (alike, *cells), names in groups.items():
+        rows.append((names[0] if len(names) == 1 else f"{alike} ({len(names)})", *cells))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
+    used = [i for i, width in enumerate(widths) if width]
+    return ["  ".join(["", *(f"{row[i]:<{widths[i]}}" for i in used), row[4]]).rstrip() for row in rows]
+
+
+def execution_of(layer: ModulatedLayer) -> tuple[str, str]:
+    """How a layer runs, and why: as `Entry` has them."""
+    if layer.config.execution == "simulated":
+        return "simulated", ""
+    if not isinstance(layer.loop, IntegerLoop):
+        return "simulated", layer.unsupported
+    choices = dict.fromkeys((choice.backend, choice.reason) for choice in layer.loop.choices())
+    backends = " and ".join(dict.fromkeys(backend for backend, _ in choices))
+    return f"integers on {backends}" if backends else "integers", "; ".join(reason for _, reason in choices)
+
+
+def memory_of(layers: Iterable[ModulatedLayer], states: int) -> Memory:
+    """What these layers take now, and the bytes of their states."""
+    floats, codes, backends = 0, 0, 0
+    parameters: dict[int, Tensor] = {}  # layers may share them
+    for layer in layers:
+        parameters |= {p.data_ptr(): p for p in layer.parameters(recurse=False)}
+        rotated, integers = layer.quantized_weight.bytes_kept()
+        floats, codes = floats + rotated, codes + integers + sum(b.nbytes for b in layer.buffers(recurse=False))
+        backends += layer.loop.bytes_of_backends() if isinstance(layer.loop, IntegerLoop) else 0
+    floats += sum(p.nbytes for p in parameters.values() if p.is_floating_point())
+    codes += sum(p.nbytes for p in parameters.values() if not p.is_floating_point())
+    return Memory(floats, codes, backends, states)

@@ -47,8 +47,4 @@ def state_bytes(model: nn.Module) -> int:
     The moves that the linear predictor keeps are counted too. 0 between trajectories: the states are freed then.
     Raises: StateError if modiff was not applied to the model.
     """
-    layers = required_attachment(model, "state_bytes").layers.values()
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in layers for t in layer.loop.tensors()
-    }
-    return sum(storages.values())
+    return required_attachment(model, "state_bytes").state_bytes()

@@ -81,6 +81,10 @@ class PackedWeight:
         parts = codes.split(list(self.segments), 1)
         return tuple((c, QParams(s.reshape(-1, 1, *ones), None)) for c, s in zip(parts, scales, strict=True))
 
+    def bytes_kept(self) -> tuple[int, int]:
+        """Nothing: the packed weight and its scales are the module's."""
+        return 0, 0
+
     def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The codes as they are kept, and their scales."""
         return weight.detach(), self._scale()

@@ -89,6 +89,11 @@ class QuantizedWeight:
         self._refresh(weight)
         return self._parts
 
+    def bytes_kept(self) -> tuple[int, int]:
+        """Of what is kept besides the weight itself: a rotated copy in floats, codes and their scales."""
+        codes = sum(codes.nbytes + qparams.scale.nbytes for codes, qparams in self._parts)
+        return 0 if self._floats is None else self._floats.nbytes, codes
+
     def floats(self, weight: Tensor) -> Tensor:
         """The values before rounding, rotated if the layer rotates; float32, or float64 for a float64 weight."""
         values = weight.detach()

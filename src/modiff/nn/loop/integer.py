@@ -15,6 +15,8 @@ from modiff.core.hadamard import rotate
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
+from modiff.kernels.backend import PREPACKED
+from modiff.kernels.dispatch import Choice, plan
 from modiff.kernels.encode import encode_input, encode_residual
 from modiff.kernels.input_fusion import InputFusion, Norm
 from modiff.kernels.kernel import Kernel, largest_weight_code
@@ -226,6 +228,21 @@ class IntegerLoop(SimulatedLoop):
             self._source = source
         return self._kernels
 
+    def choices(self) -> tuple[Choice, ...]:
+        """The backend of each run of channels, and why; empty for a weight on the meta device.
+
+        Before the weight is quantized, by the largest code of its bits.
+        """
+        bits, weight = self.spec.config.weight.bits or 8, self.operator.weight
+        if self._kernels or weight.is_meta:
+            return tuple(kernel.choice for kernel in self._kernels)
+        shape, largest = (weight.shape[0], weight.device.type), 2 ** (bits - 1) - 1
+        return tuple(plan(self._problem(inputs, *shape, largest)) for inputs in self.spec.runs)
+
+    def bytes_of_backends(self) -> int:
+        """Of the copies that backends made of the weight's codes."""
+        return sum(PREPACKED.bytes_of(kernel.weight) for kernel in self._kernels)
+
     def take(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         """Move the output state on, in place where the codes are bytes."""
         code, state = update.codes[0] if update.codes else None, memory.output
@@ -288,14 +305,17 @@ class IntegerLoop(SimulatedLoop):
         return tuple((codes.contiguous(), q.scale) for codes, q in quantized.codes(weight))
 
     def _kernel(self, codes: Tensor, scale: Tensor) -> Kernel:
-        spec = self.spec
-        problem = Problem(
-            inputs=spec.channels if spec.split is None else codes.shape[1], outputs=codes.shape[0],
-            kernel_size=spec.kernel_size, stride=spec.stride, padding=spec.padding, dilation=spec.dilation,
-            groups=spec.groups, bits=spec.config.activation.bits or 8, weight_max=largest_weight_code(codes),
-            device=codes.device.type,
-        )  # fmt: skip
+        inputs = self.spec.channels if self.spec.split is None else codes.shape[1]
+        problem = self._problem(inputs, codes.shape[0], codes.device.type, largest_weight_code(codes))
         return Kernel(problem, codes, scale.to(torch.float32))
+
+    def _problem(self, inputs: int, outputs: int, device: str, weight_max: int) -> Problem:
+        spec = self.spec
+        return Problem(
+            inputs=inputs, outputs=outputs, kernel_size=spec.kernel_size, stride=spec.stride, padding=spec.padding,
+            dilation=spec.dilation, groups=spec.groups, bits=spec.config.activation.bits or 8, weight_max=weight_max,
+            device=device,
+        )  # fmt: skip
 
 
 def _equal(parts: tuple[Codes, ...], others: tuple[Codes, ...]) -> bool:
