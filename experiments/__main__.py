@@ -1,4 +1,4 @@
-"""python -m experiments table6 --model embedded -o out: run experiments of the papers, print and write what they give.
+"""python -m experiments table6 --model embedded -o out: run experiments of the paper, print and write what they give.
 
 Stopped at any time, the same command goes on where it was. All of them at --preset quick take about 20 minutes on two
 free cores. OUT holds report.html, report.md with its figures, results.json, and the files of what is finished.
@@ -10,13 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.registry import EXPERIMENTS, experiment_names
-from experiments.settings import IMAGES, settings_for
+from experiments.lab import IMAGES, StudySettings
+from experiments.paper import EXPERIMENTS, experiment_names
 from experiments.study import StudyResult, run_study
 from modiff.errors import ModiffError
 from modiff.evaluate.report.document import Document
 from modiff.evaluate.report.page import markdown, write_report
-from modiff.files import check_writable, write_atomically, write_json
+from modiff.files import check_writable, read_json, write_atomically, write_json
 from modiff.hosts.diffusers.load import load_pipeline
 
 RESULTS = "results.json"
@@ -24,43 +24,44 @@ PAGE, FIGURES, PAGE_RESULTS = "study.md", "figures", "results/study.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is missing, print each finding, write the report; the exit status."""
+    """Run what is missing, print what each experiment says, write the report; the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        settings = settings_for(
-            options.preset,
-            num_images=options.num_images,
-            steps=options.steps,
-            seed=options.seed,
-            experiments=experiment_names(",".join(options.names)),
-            model=options.model,
-        )
-        for path in (options.output / RESULTS, *_pages(options.docs)):
-            check_writable(path)
-        result = run_study(load_pipeline(options.model, device=options.device), settings, options.output)
-        _write(result, options.model, options.output, options.docs)
+        result = _result(options)
+        document = result.document(options.model)
+        for section in document.sections[:-1]:
+            print(f"{section.title}\n  {next(b for b in section.blocks if str(b).startswith('Here: '))}\n")
+        if options.results is None:
+            write_json(options.output / RESULTS, result.to_dict())
+            print(f"report: {write_report(document, options.output)[0]}")
+        if options.docs is not None:
+            write_json(options.docs / PAGE_RESULTS, result.to_dict())
+            print(*write_page(document, options.docs), sep="\n")
     except (ModiffError, OSError) as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _write(result: StudyResult, model: str, output: Path, docs: Path | None) -> None:
-    for section in result.sections:
-        print(f"{section.title}\n  {section.summary}\n")
-    write_json(output / RESULTS, result.to_dict())
-    print(f"report: {write_report(result.document(f'Trajectory study of {model}'), output)[0]}")
-    if docs is not None:
-        write_json(docs / PAGE_RESULTS, result.to_dict())
-        print(*write_page(result.document(), docs), sep="\n")
-
-
-def _pages(docs: Path | None) -> tuple[Path, ...]:
-    return () if docs is None else (docs / PAGE, docs / PAGE_RESULTS)
+def _result(options: argparse.Namespace) -> StudyResult:
+    names = experiment_names(options.names)  # before the model is loaded: a name may be wrong
+    if options.docs is not None:
+        for path in (options.docs / PAGE, options.docs / PAGE_RESULTS):
+            check_writable(path)
+    if options.results is not None:
+        return StudyResult.from_dict(read_json(options.results, "results of experiments", "Leave out --results."))
+    settings = StudySettings(
+        depth=options.preset,
+        num_images=IMAGES[options.preset] if options.num_images is None else options.num_images,
+        steps=options.steps,
+        seed=options.seed,
+    )
+    pipe = load_pipeline(options.model, device=options.device)
+    return run_study(pipe, names, settings, options.output)
 
 
 def write_page(document: Document, docs: Path) -> list[Path]:
-    """docs/study.md and its pictures in docs/figures; figures of a study before that are not drawn any more go."""
+    """docs/study.md and its pictures in docs/figures; pictures of earlier studies that are not drawn any more go."""
     pictures = {figure.file: figure.data for figure in document.figures()}
     for name, data in pictures.items():
         path = docs / FIGURES / name
@@ -69,10 +70,8 @@ def write_page(document: Document, docs: Path) -> list[Path]:
     for path in (docs / FIGURES).glob("study-*.png"):
         if path.name not in pictures:
             path.unlink()
-    page = docs / PAGE
-    check_writable(page)
-    write_atomically(page, lambda file: file.write(markdown(document, FIGURES).encode()))
-    return [page, *(docs / FIGURES / name for name in pictures)]
+    write_atomically(docs / PAGE, lambda file: file.write(markdown(document, FIGURES).encode()))
+    return [docs / PAGE, *(docs / FIGURES / name for name in pictures)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--docs", type=Path, metavar="DIR", help=f"also write DIR/{PAGE}, its figures and results")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="show the results in FILE instead of running")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""The figures of the study: lines over one axis, as PNG."""
+"""The figures of the experiments: lines over one axis, as PNG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modiff.evaluate.analysis.drawing import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from modiff.evaluate.report.document import Figure
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DPI = 110
 MOST_TICKS = 10
-"""Whole numbers up to which each has a tick of its own."""
+"""Whole numbers up to which each has a tick."""
 COLOURS = (BLUE, RED, GREEN, ORANGE, GREY, "#56B4E9", "#CC79A7", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
@@ -25,7 +25,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 class Line:
     """Points joined in order of x; those without a y are left out. band: lower and upper edge at each x.
 
-    level: the y of a horizontal line, in the place of points. dashed: for what is compared with.
+    level: the y of a horizontal line without points. dashed: for what is compared with.
     """
 
     label: str
@@ -38,16 +38,22 @@ class Line:
     colour: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Axes:
-    """What the axes say, and their scales."""
-
-    title: str
-    x: str
-    y: str
-    log_x: bool
-    log_y: bool
-    falling: bool
+def curves(
+    rows: Sequence[Mapping[str, Any]],
+    label: str,
+    x: str,
+    y: str = "relative_l2",
+    *,
+    colours: Sequence[int | None] = (),
+    dashed: bool = False,
+) -> list[Line]:
+    """A line for each value of the field `label`, through the fields `x` and `y` of its rows."""
+    lines: list[Line] = []
+    for i, name in enumerate(dict.fromkeys(row[label] for row in rows)):
+        own = [row for row in rows if row[label] == name]
+        points = {"x": [row[x] for row in own], "y": [row[y] for row in own]}
+        lines.append(Line(label=str(name), **points, colour=colours[i] if colours else None, dashed=dashed))
+    return lines
 
 
 def line_chart(
@@ -56,7 +62,7 @@ def line_chart(
     *,
     title: str,
     x: str,
-    y: str,
+    y: str = "relative L2 to full precision",
     caption: str,
     log_x: bool = False,
     log_y: bool = True,
@@ -68,13 +74,13 @@ def line_chart(
     Args:
         x, y: what the axes say. falling: x from large to small, as bits do. half: two stand side by side.
     """
-    data = _picture(lines, _Axes(title=title, x=x, y=y, log_x=log_x, log_y=log_y, falling=falling))
+    data = _picture(lines, (title, x, y), log_x, log_y, falling)
     return Figure(name, f"{y} over {x}. {_alt(lines)}", caption, data, half=half)
 
 
-def _picture(lines: Sequence[Line], axes: _Axes) -> bytes:
-    """The bytes of a PNG file."""
-    import matplotlib  # imported late: importing modiff must not load it
+def _picture(lines: Sequence[Line], texts: tuple[str, str, str], log_x: bool, log_y: bool, falling: bool) -> bytes:
+    """The bytes of a PNG file. texts: title, x axis, y axis."""
+    import matplotlib  # imported late: importing an experiment must not load it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Drawing
 
@@ -83,23 +89,21 @@ def _picture(lines: Sequence[Line], axes: _Axes) -> bytes:
         drawing = Drawing(figsize=(6.4, 4.6), layout="constrained", dpi=DPI)
         FigureCanvasAgg(drawing)
         axis = drawing.subplots()
-        shown = [value for i, line in enumerate(lines) for value in _draw(axis, line, i, axes.log_y)]
-        if axes.log_y and shown:
+        shown = [value for i, line in enumerate(lines) for value in _draw(axis, line, i, log_y)]
+        if log_y and shown:
             axis.set_yscale("log")
             axis.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
             _plain_numbers(axis.yaxis)
-        if axes.log_x:
+        if log_x:
             axis.set_xscale("log")
             _plain_numbers(axis.xaxis)
-        places = sorted({x for line in lines for x in line.x})
-        if places and len(places) <= MOST_TICKS and all(float(x).is_integer() for x in places):
-            axis.set_xticks(places, [f"{x:g}" for x in places])
+        ticks = sorted({x for line in lines for x in line.x})
+        if ticks and len(ticks) <= MOST_TICKS and all(float(x).is_integer() for x in ticks):
+            axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.set_xticks([], minor=True)
-        if axes.falling:
+        if falling:
             axis.invert_xaxis()
-        axis.set_title(axes.title)
-        axis.set_xlabel(axes.x)
-        axis.set_ylabel(axes.y)
+        axis.set(title=texts[0], xlabel=texts[1], ylabel=texts[2])
         if lines:
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9)
         drawing.savefig(buffer, format="png", metadata={"Software": None})
@@ -111,14 +115,9 @@ def _plain_numbers(axis: Axis) -> None:
     from matplotlib.ticker import FuncFormatter
 
     low, high = sorted(axis.get_view_interval())
-    few = high < 30 * low
-
-    def minor(value: float, _: object) -> str:
-        leading = f"{value:e}"[0]
-        return f"{value:g}" if few and leading in "25" else ""
-
+    minor = "25" if high < 30 * low else ""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(minor))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in minor else ""))
 
 
 def _draw(axis: Axes, line: Line, index: int, log_y: bool) -> list[float]:
@@ -128,7 +127,7 @@ def _draw(axis: Axes, line: Line, index: int, log_y: bool) -> list[float]:
     if line.level is not None:
         axis.axhline(line.level, color=colour, linestyle=style, label=line.label)
         return [line.level] if line.level > 0 or not log_y else []
-    points = sorted((a, b) for a, b in zip(line.x, line.y, strict=True) if b is not None and (b > 0 or not log_y))
+    points = [(a, b) for a, b in _known(line) if b > 0 or not log_y]
     marker = MARKERS[which % len(MARKERS)] if line.marked else ""
     axis.plot(
         [p[0] for p in points], [p[1] for p in points], color=colour, linestyle=style, marker=marker, label=line.label
@@ -138,16 +137,19 @@ def _draw(axis: Axes, line: Line, index: int, log_y: bool) -> list[float]:
     return [p[1] for p in points]
 
 
+def _known(line: Line) -> list[tuple[float, float]]:
+    return sorted((a, b) for a, b in zip(line.x, line.y, strict=True) if b is not None)
+
+
 def _alt(lines: Sequence[Line]) -> str:
     parts: list[str] = []
     for line in lines:
-        known = sorted((a, b) for a, b in zip(line.x, line.y, strict=True) if b is not None)
+        known = _known(line)
         if line.level is not None:
             parts.append(f"{line.label}: {line.level:.3g} throughout")
         elif known:
-            parts.append(
-                f"{line.label}: {known[0][1]:.3g} at {known[0][0]:.3g}, {known[-1][1]:.3g} at {known[-1][0]:.3g}"
-            )
+            first, last = known[0], known[-1]
+            parts.append(f"{line.label}: {first[1]:.3g} at {first[0]:.3g}, {last[1]:.3g} at {last[0]:.3g}")
         else:
             parts.append(f"{line.label}: no figures")
     return "; ".join(parts) + "."

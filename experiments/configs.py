@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
-from modiff.config import (
-    ErrorCompensation,
-    FirstStep,
-    Granularity,
-    ModiffConfig,
-    ModulationConfig,
-    StateDtype,
-)
+from modiff.config import Granularity, ModiffConfig, ModulationConfig, StateDtype
+
+PAPER = ModulationConfig(anchor_weights="quantized", stagger=False)
+"""The loop as published; the experiments change single fields of it."""
 
 
-def coded(
+def quantized_with(
     config: ModiffConfig, *, clip: float | None = None, granularity: Granularity | None = None, bits: int | None = None
 ) -> ModiffConfig:
-    """The config with another quantizer; None keeps what it has."""
-    layer = config.layer
-    activation = dataclasses.replace(
-        layer.activation,
-        clip=layer.activation.clip if clip is None else clip,
-        granularity=granularity or layer.activation.granularity,
-        bits=layer.activation.bits if bits is None else bits,
+    """The config with another quantizer of activations; None keeps what it has."""
+    old = config.layer.activation
+    activation = replace(
+        old,
+        clip=old.clip if clip is None else clip,
+        granularity=granularity or old.granularity,
+        bits=old.bits if bits is None else bits,
     )
-    return dataclasses.replace(config, layer=dataclasses.replace(layer, activation=activation))
+    return replace(config, layer=replace(config.layer, activation=activation))
 
 
-def looped(
-    config: ModiffConfig,
-    *,
-    predictor: str = "hold",
-    gain: float = 1.0,
-    first_step: FirstStep = "full_precision",
-    rounds: int = 1,
-    error_compensation: ErrorCompensation = "closed_loop",
-    reanchor_every: int = 0,
-    state_dtype: StateDtype = "float32",
-) -> ModiffConfig:
-    """The config with another closed loop."""
-    modulation = ModulationConfig(
-        predictor=predictor,
-        gain=gain,
-        first_step=first_step,
-        rounds=rounds,
-        error_compensation=error_compensation,
-        anchor_weights="quantized",
-        reanchor_every=reanchor_every,
-        stagger=False,
-        state_dtype=state_dtype,
-    )
-    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
+def looped(config: ModiffConfig, modulation: ModulationConfig) -> ModiffConfig:
+    """The config with another loop."""
+    return replace(config, layer=replace(config.layer, modulation=modulation))
 
 
 def in_dtype(config: ModiffConfig, dtype: StateDtype) -> ModiffConfig:
     """The config with its states in another dtype."""
-    modulation = dataclasses.replace(config.layer.modulation or ModulationConfig(), state_dtype=dtype)
-    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
+    return looped(config, replace(config.layer.modulation or PAPER, state_dtype=dtype))

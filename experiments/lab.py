@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -12,24 +14,61 @@ from tqdm import tqdm
 
 from experiments.first_step import full_precision_first_step
 from experiments.runs import Outcome, Run, compare, errors_of
-from experiments.settings import StudySettings
 from experiments.skipping import Tally, skip_below
-from experiments.store import Store
 from modiff.api import apply, remove
-from modiff.config import ModiffConfig
+from modiff.config import JsonConfig, ModiffConfig, check
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.watch import Watcher, watch
 from modiff.evaluate.cost import ModelCost
 from modiff.evaluate.pipelines import measure_image
 from modiff.evaluate.trajectory_gbops import trajectory_gbops
+from modiff.files import check_writable, read_json, write_json
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import noise_generators
+from modiff.model.observe import observe
 from modiff.model.report import Report
 
 Row = dict[str, Any]
 Plan = Sequence[tuple[Row, Run]]
 """What a row of a table says of itself, and the run behind it."""
+Depth = Literal["quick", "full"]
+IMAGES: dict[Depth, int] = {"quick": 8, "full": 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(JsonConfig):
+    """What every experiment shares.
+
+    depth: "quick" runs coarse grids, "full" fine ones. steps: of DDIM, where an experiment does not say otherwise.
+    num_images: image i comes from the noise of seed + i, in batches of `batch_size`.
+    """
+
+    depth: Depth = "quick"
+    steps: int = 50
+    num_images: int = IMAGES["quick"]
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("StudySettings.steps", self.steps, self.steps >= 10, "10 or more steps",
+              "Rows with a tenth of them are run as well. Use 50.")  # fmt: skip
+        for name in ("num_images", "batch_size"):
+            value = getattr(self, name)
+            check(f"StudySettings.{name}", value, value >= 1, "1 or more images", "Use 8.")
+
+    @property
+    def full(self) -> bool:
+        """Whether the grids are fine."""
+        return self.depth == "full"
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """What an earlier study wrote there; None if it did not come to it. Raises: FormatError for a damaged file."""
+    if not path.exists():
+        return None
+    return read_json(path, "figures of an earlier study", "Delete it: the next study measures it again.")
 
 
 class _Sampled(NamedTuple):
@@ -39,16 +78,17 @@ class _Sampled(NamedTuple):
 
 
 class Lab:
-    """A pipeline, the study's settings, and its store; the pipeline is unchanged whenever no run is going on.
+    """A pipeline, the study's settings, and a folder of runs; between runs the pipeline is unchanged.
 
     Args:
         pipe: unconditional, without modiff.
+        folder: of what runs gave, one JSON file for a run and what it is compared with.
         progress: a bar on stderr for each experiment, in network evaluations.
     Cost: one step of one image, to count its operations.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, settings: StudySettings, store: Store, *, progress: bool) -> None:
-        self._pipe, self.settings, self.store, self._progress = pipe, settings, store, progress
+    def __init__(self, pipe: DiffusionPipeline, settings: StudySettings, folder: Path, *, progress: bool) -> None:
+        self._pipe, self.settings, self.folder, self._progress = pipe, settings, folder, progress
         self.doing = ""
         self._references: dict[str, _Sampled] = {}
         with self.sampling(Run(steps=1)) as ddim:
@@ -67,12 +107,15 @@ class Lab:
             limit: another run to compare with, for the field "to_limit": the median error over the images.
         Cost: a trajectory for each batch of a run that no earlier call or study made.
         """
-        todo = {run.key: (run, self._missing(run, reference or run.reference, limit)) for _, run in plan}
-        todo = {key: (run, against) for key, (run, against) in todo.items() if against}
-        sampled = {r.key: r for run, against in todo.values() for r in (run, *against)}
+        todo: dict[str, tuple[Run, list[Run]]] = {}
+        for _, run in plan:
+            against = [reference or run.reference, *([limit] if limit else [])]
+            if missing := [other for other in against if not self._path(run, other).exists()]:
+                todo[run.key] = run, missing
+        sampled = {r.key: r for run, missing in todo.values() for r in (run, *missing)}
         with self.bar(sum(run.steps for key, run in sampled.items() if key not in self._references)) as advance:
-            for run, against in todo.values():
-                self._measure(run, against, advance)
+            for run, missing in todo.values():
+                self._measure(run, missing, advance)
         return [self._row(labels, run, reference or run.reference, limit) for labels, run in plan]
 
     def watch(self, config: ModiffConfig, watchers: Sequence[Watcher], steps: int) -> Report:
@@ -87,7 +130,7 @@ class Lab:
         own = self._pipe.scheduler
         if run.steps > own.config.num_train_timesteps:
             raise ConfigError(
-                f"study: expected at most {own.config.num_train_timesteps} steps, got {run.steps}. The model was "
+                f"experiments: expected at most {own.config.num_train_timesteps} steps, got {run.steps}. The model was "
                 "trained on no more. Use --steps 50."
             )
         try:
@@ -109,42 +152,33 @@ class Lab:
 
     @contextmanager
     def bar(self, total: int) -> Iterator[Callable[[], object]]:
-        """A bar for so many network evaluations of one batch; yields what to call after each."""
-        batches = -(-self.settings.num_images // self.settings.batch_size)
+        """A bar for this many network evaluations of one batch; yields what to call after each."""
+        total *= -(-self.settings.num_images // self.settings.batch_size)
+        hidden = not (self._progress and total)
         with tqdm(
-            total=total * batches,
-            unit="step",
-            desc=self.doing,
-            disable=not (self._progress and total),
-            dynamic_ncols=True,
-            mininterval=0.5,
+            total=total, unit="step", desc=self.doing, disable=hidden, dynamic_ncols=True, mininterval=0.5
         ) as bar:
             yield bar.update
 
+    def _path(self, run: Run, reference: Run) -> Path:
+        return self.folder / f"{run.key}-{reference.key}.json"
+
     def _row(self, labels: Row, run: Run, reference: Run, limit: Run | None) -> Row:
-        outcome = self._kept(run, reference)
-        row = {
-            **labels,
-            **errors_of(outcome),
-            "steps": run.steps,
-            "evaluations": outcome["evaluations"],
-            "gbops": outcome["gbops"],
-        }
-        return row if limit is None else {**row, "to_limit": errors_of(self._kept(run, limit))["median"]}
+        outcome = cast("Outcome", kept(self._path(run, reference)))
+        counted = {"steps": run.steps, "evaluations": outcome["evaluations"], "gbops": outcome["gbops"]}
+        row = {**labels, **errors_of(outcome), **counted}
+        if limit is not None:
+            row["to_limit"] = errors_of(cast("Outcome", kept(self._path(run, limit))))["median"]
+        return row
 
-    def _missing(self, run: Run, reference: Run, limit: Run | None) -> list[Run]:
-        wanted = [reference] if limit is None else [reference, limit]
-        return [other for other in wanted if self.store.run(f"{run.key}-{other.key}") is None]
-
-    def _kept(self, run: Run, reference: Run) -> Outcome:
-        return cast("Outcome", self.store.run(f"{run.key}-{reference.key}"))
-
-    def _measure(self, run: Run, against: Sequence[Run], advance: Callable[[], object]) -> None:
-        wanted = [self._reference(reference, advance) for reference in against]
-        found = self._reference(run, advance) if run == run.reference else self._sampled(run, advance)
-        for reference, other in zip(against, wanted, strict=True):
-            outcome = compare(found.images, other.images, found.evaluations, found.gbops)
-            self.store.save_run(f"{run.key}-{reference.key}", {**outcome, "run": run.to_dict()})
+    def _measure(self, run: Run, references: Sequence[Run], advance: Callable[[], object]) -> None:
+        compared = [self._reference(reference, advance) for reference in references]
+        sampled = self._reference(run, advance) if run == run.reference else self._sampled(run, advance)
+        for reference, other in zip(references, compared, strict=True):
+            outcome = compare(sampled.images, other.images, sampled.evaluations, sampled.gbops)
+            path = self._path(run, reference)
+            check_writable(path)
+            write_json(path, {**outcome, "run": run.to_dict()})
 
     def _reference(self, run: Run, advance: Callable[[], object]) -> _Sampled:
         if run.key not in self._references:
@@ -152,7 +186,7 @@ class Lab:
         return self._references[run.key]
 
     def _sampled(self, run: Run, advance: Callable[[], object]) -> _Sampled:
-        """All images of a run, with the layers as before at the end."""
+        """All images of a run; afterwards the layers are what they were."""
         evaluations = 0
 
         def evaluated() -> None:
@@ -169,35 +203,15 @@ class Lab:
                 stop = min(start + self.settings.batch_size, self.settings.num_images)
                 images.append(self.sample(pipe, range(start, stop), run.steps))
         evaluations //= len(starts)
-        return _Sampled(np.concatenate(images), evaluations, self._gbops(run, report, tally, evaluations))
-
-    def _gbops(self, run: Run, report: Report | None, tally: Tally | None, evaluations: int) -> float | None:
-        """Bit-operations of one image; of silent layers only what they sent."""
-        if run.exact_first:
-            return None
-        if tally is None or report is None:
-            return trajectory_gbops(self.cost, report, evaluations)
-        return skipping_gbops(self.cost, report, tally, evaluations)
+        gbops = None if run.exact_first else _gbops(self.cost, report, tally, evaluations)
+        return _Sampled(np.concatenate(images), evaluations, gbops)
 
 
-def skipping_gbops(cost: ModelCost, report: Report, tally: Tally, evaluations: int) -> float:
-    """As `trajectory_gbops`, with layers counted as often as they ran: starts at 32 bits, codes at their own.
-
-    A layer at 0 bits sends floats where it sends: 32 bits.
-    """
-    taken: Mapping[str, Any] = {entry.name: entry.config for entry in report.taken}
-    total = 0.0
-    for layer in cost.layers:
-        config = taken.get(layer.name)
-        if config is None:
-            total += evaluations * layer.bops(None, None)
-            continue
-        starts, sent = tally.shares(layer.name)
-        bits = config.activation.bits or None
-        total += evaluations * (
-            starts * layer.bops(config.weight.bits, None) + sent * layer.bops(config.weight.bits, bits)
-        )
-    return total / 1e9
+def _gbops(cost: ModelCost, report: Report | None, tally: Tally | None, evaluations: int) -> float:
+    """Bit-operations of one image; layers that may keep silent count as often as they ran."""
+    if tally is None or report is None:
+        return trajectory_gbops(cost, report, evaluations)
+    return tally.gbops(cost, report, evaluations)
 
 
 def _prepared(pipe: DiffusionPipeline, run: Run, stack: ExitStack) -> tuple[Report | None, Tally | None]:
@@ -206,28 +220,24 @@ def _prepared(pipe: DiffusionPipeline, run: Run, stack: ExitStack) -> tuple[Repo
         return None, None
     report = apply(pipe, run.config)
     stack.callback(remove, pipe)
-    networks = list(denoisers(pipe).values())
+    networks = denoisers(pipe)
     if run.exact_first:
-        for model in networks:
+        for model in networks.values():
             full_precision_first_step(model)
     if run.skip is None:
         return report, None
     if len(networks) > 1:
         raise ConfigError(
-            f"study: expected one network, got {', '.join(denoisers(pipe))}. Their layers may have the same names, "
+            f"experiments: expected one network, got {', '.join(networks)}. Their layers may have the same names, "
             "and could not be counted apart. Leave out the experiment zero-bits."
         )
-    return report, skip_below(networks[0], run.skip)
+    return report, skip_below(next(iter(networks.values())), run.skip)
 
 
 @contextmanager
 def _counted(pipe: DiffusionPipeline, evaluated: Callable[[], object]) -> Iterator[None]:
     """Call `evaluated` after each network evaluation."""
-    with ExitStack() as hooks:
+    with ExitStack() as observers:
         for model in denoisers(pipe).values():
-            hooks.callback(model.register_forward_hook(lambda *_: _none(evaluated())).remove)
+            observers.enter_context(observe(model, on_step=lambda *_: evaluated()))
         yield
-
-
-def _none(_: object) -> None:
-    """A forward hook's result would replace the network's output."""

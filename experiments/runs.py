@@ -59,39 +59,30 @@ class Outcome(TypedDict):
     gbops: float | None
 
 
-class Errors(TypedDict):
-    """Of images in [0, 1] to the reference: all pixels together with a 95 % interval over the images, and the median
-    over the images. None if a run diverged; psnr_db also if nothing differs."""
-
-    relative_l2: float | None
-    low: float | None
-    high: float | None
-    median: float | None
-    psnr_db: float | None
-
-
 def compare(images: np.ndarray, reference: np.ndarray, evaluations: int, gbops: float | None) -> Outcome:
     """The outcome of images (N, H, W, C) against those of the reference."""
-    got, wanted = images.astype(np.float64), reference.astype(np.float64)
+    ours, theirs = images.astype(np.float64), reference.astype(np.float64)
     axes = (1, 2, 3)
-    finite = bool(np.isfinite(got).all())
-    errors = ((got - wanted) ** 2).sum(axes).tolist() if finite else None
-    sizes = (wanted**2).sum(axes).tolist()
-    return {"errors": errors, "sizes": sizes, "pixels": int(got[0].size), "evaluations": evaluations, "gbops": gbops}
+    errors = ((ours - theirs) ** 2).sum(axes).tolist() if np.isfinite(ours).all() else None
+    sizes = (theirs**2).sum(axes).tolist()
+    return {"errors": errors, "sizes": sizes, "pixels": int(ours[0].size), "evaluations": evaluations, "gbops": gbops}
 
 
-def errors_of(outcome: Outcome) -> Errors:
-    """Relative L2 with its interval and PSNR. Cost: a bootstrap over the images."""
+def errors_of(outcome: Outcome) -> dict[str, float | None]:
+    """Relative L2 of all pixels together with a 95 % interval over the images, its median over them, and PSNR.
+
+    For images in [0, 1]. All are None if the run diverged; psnr_db also if nothing differs. Cost: a bootstrap.
+    """
     if outcome["errors"] is None or not sum(outcome["sizes"]):
-        return {"relative_l2": None, "low": None, "high": None, "median": None, "psnr_db": None}
+        return dict.fromkeys(("relative_l2", "low", "high", "median", "psnr_db"))
     errors = torch.tensor(outcome["errors"], dtype=torch.float64)
     sizes = torch.tensor(outcome["sizes"], dtype=torch.float64)
-    found = bootstrap(_relative, [errors, sizes], resamples=RESAMPLES, draw="paired")
+    interval = bootstrap(_relative, [errors, sizes], resamples=RESAMPLES, draw="paired")
     mean_square = float(errors.sum()) / (len(errors) * outcome["pixels"])
     return {
-        "relative_l2": found["estimate"],
-        "low": found["low"],
-        "high": found["high"],
+        "relative_l2": interval["estimate"],
+        "low": interval["low"],
+        "high": interval["high"],
         "median": float(np.median((errors / sizes.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().numpy())),
         "psnr_db": -10 * math.log10(mean_square) if mean_square else None,
     }

@@ -19,8 +19,10 @@ from modiff.core.affine import QParams
 from modiff.core.quantizer import Code, Quantizer
 from modiff.core.recursion import Update
 from modiff.errors import ConfigError
+from modiff.evaluate.cost import ModelCost
 from modiff.kernels.input_fusion import InputFusion
 from modiff.model.attach import required_attachment
+from modiff.model.report import Report
 from modiff.nn import Clock
 from modiff.nn.loop.simulated import SimulatedInput
 from modiff.nn.operator import LayerSpec
@@ -68,6 +70,23 @@ class Tally:
         """Shares of a layer's calls that started the states, and that sent a residual; the rest was skipped."""
         rows = self.rows[name]
         return self.starts.get(name, 0.0) / rows, self.sent.get(name, 0.0) / rows
+
+    def gbops(self, cost: ModelCost, report: Report, evaluations: int) -> float:
+        """As `trajectory_gbops`, with layers counted as often as they ran: starts at 32 bits, codes at their own.
+
+        A layer at 0 bits sends floats where it sends: 32 bits.
+        """
+        configs = {entry.name: entry.config for entry in report.taken}
+        total = 0.0
+        for layer in cost.layers:
+            config = configs.get(layer.name)
+            if config is None:
+                total += evaluations * layer.bops(None, None)
+                continue
+            starts, sent = self.shares(layer.name)
+            weight, activation = config.weight.bits, config.activation.bits or None
+            total += evaluations * (starts * layer.bops(weight, None) + sent * layer.bops(weight, activation))
+        return total / 1e9
 
 
 def skip_below(model: nn.Module, rule: SkipRule) -> Tally:

@@ -1,4 +1,4 @@
-"""Run the trajectory study, or go on with one that was stopped."""
+"""Run the experiments, or go on with those that were stopped."""
 
 from __future__ import annotations
 
@@ -9,82 +9,96 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from experiments.experiment import Experiment, StudySection, Values
-from experiments.lab import Lab
-from experiments.registry import EXPERIMENTS, experiment_names
-from experiments.settings import IMAGES, StudySettings
-from experiments.store import Store
+from experiments.experiment import Values
+from experiments.lab import IMAGES, Lab, StudySettings, kept
+from experiments.paper import EXPERIMENTS, experiment_names
 from modiff.errors import ConfigError
 from modiff.evaluate.report.document import Cell, Column, Document, Section, Table
+from modiff.files import ResumableFolder, check_writable, write_json
 from modiff.generate.digest import digest
 from modiff.generate.digest import settings as settings_of
-from modiff.generate.environment import Environment, environment
+from modiff.generate.environment import environment
 from modiff.hosts.diffusers.runs import unconditional_run
 
 LEAD = (
-    "Every experiment of the MoDiff paper that asks something of one trajectory, on a model of one's own: what was "
-    "printed, what was found, and why they differ. Errors are those of the images to full precision from the same "
-    "seeds, unless said otherwise; lower is better. Bit-operations are not speed."
+    "The single-trajectory experiments of the MoDiff paper on this model: what was printed, what came out, and why "
+    "they differ. Errors are those of the images to full precision from the same seeds, unless said otherwise; lower "
+    "is better. Bit-operations are not speed."
 )
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What was found. values: of each experiment by name, as plain JSON. sections: ready to be shown."""
+    """Values of each experiment by name, as plain JSON; and what shaped them."""
 
-    sections: tuple[StudySection, ...]
     values: dict[str, Values]
     settings: dict[str, Any]
-    environment: Environment
+    environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, figures left out."""
-        return {"settings": self.settings, "environment": dict(self.environment), "experiments": self.values}
+        return {"settings": self.settings, "environment": self.environment, "experiments": self.values}
 
-    def report_sections(self) -> list[Section]:
-        """The experiments as sections of a report, for `suite_document(more=...)`."""
-        return [section.section() for section in self.sections]
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StudyResult:
+        """What `to_dict` gave."""
+        return cls(values["experiments"], values["settings"], values["environment"])
 
-    def document(self, title: str = "Trajectory study") -> Document:
-        """A report of its own."""
-        return Document(title, LEAD, (*self.report_sections(), _origin(self)))
+    def document(self, model: str, title: str = "The trajectory study") -> Document:
+        """A report: a section for each experiment, then what shaped the figures. model: what its commands name."""
+        sections = [
+            EXPERIMENTS[name].section(values, command(self.settings, name, model))
+            for name, values in self.values.items()
+        ]
+        heads = (Column("name", numeric=False), Column("value", numeric=False))
+        facts = {**self.settings, **self.environment}
+        rows = tuple((Cell(key), Cell("none" if value is None else str(value))) for key, value in facts.items())
+        origin = Table("study-origin", "What shaped the figures.", heads, rows)
+        return Document(title, LEAD, (*sections, Section("Settings and machine", (origin,))))
 
 
-def run_study(pipe: DiffusionPipeline, settings: StudySettings, folder: Path, *, progress: bool = True) -> StudyResult:
-    """Do every experiment that the settings name, but those that `folder` has the results of.
+def run_study(
+    pipe: DiffusionPipeline,
+    names: tuple[str, ...],
+    settings: StudySettings,
+    folder: Path,
+    *,
+    progress: bool = True,
+) -> StudyResult:
+    """Do the experiments with these names, except those that `folder` has the results of.
 
     Args:
         pipe: unconditional, without modiff; it is unchanged afterwards.
         folder: kept, one JSON file for each experiment and each run, written whole: the same call goes on after a kill.
         progress: a bar on stderr for each experiment.
-    Raises: ConfigError for a pipeline that needs a prompt, a folder of another model or other settings, or a name that
-        is no experiment; FormatError for a damaged file; OSError that names a file. What was finished is kept.
+    Raises: ConfigError for a pipeline that needs a prompt, or a folder of another model or other settings; FormatError
+        for a damaged file; OSError that names a file. What was finished is kept.
     Cost: see docs/study.md; all of them at "quick" are about 250 trajectories of a batch.
     """
-    names = experiment_names(",".join(settings.experiments))
+    names = experiment_names(names)
     _check(pipe)
-    present = environment()
-    shaping = {key: value for key, value in settings.to_dict().items() if key not in ("experiments", "model")}
-    shaping |= {
+    here = dict(environment())
+    job = settings.to_dict() | {
         "pipeline": type(pipe).__name__,
         "model": digest(pipe),
         "schedule": settings_of(pipe.scheduler),
-        "modiff": present["modiff"],
-        "torch": present["torch"],
+        "modiff": here["modiff"],
+        "torch": here["torch"],
     }
-    store = Store(folder, shaping)
-    lab: Lab | None = None
     values: dict[str, Values] = {}
-    for i, name in enumerate(names):
-        kept = store.experiment(name)
-        if kept is None:
-            lab = lab or Lab(pipe, settings, store, progress=progress)
-            lab.doing = f"{i + 1}/{len(names)} {name}"
-            kept = {"values": EXPERIMENTS[name].measure(lab), "environment": dict(present)}
-            store.save_experiment(name, kept)
-        values[name] = kept["values"]
-    sections = tuple(_section(EXPERIMENTS[name], found, settings) for name, found in values.items())
-    return StudyResult(sections, values, store.settings, present)
+    with ResumableFolder(folder, job, record="study.json") as study:
+        lab: Lab | None = None
+        for i, name in enumerate(names):
+            path = folder / "experiments" / f"{name}.json"
+            result = kept(path)
+            if result is None:
+                lab = lab or Lab(pipe, settings, folder / "runs", progress=progress)
+                lab.doing = f"{i + 1}/{len(names)} {name}"
+                result = {"values": EXPERIMENTS[name].measure(lab), "environment": here}
+                check_writable(path)
+                write_json(path, result)
+            values[name] = result["values"]
+        return StudyResult(values, study.job, here)
 
 
 def _check(pipe: DiffusionPipeline) -> None:
@@ -92,38 +106,19 @@ def _check(pipe: DiffusionPipeline) -> None:
         unconditional_run(pipe, 1, 1, 0)
     except ConfigError:
         raise ConfigError(
-            f"study: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another "
-            "input. This does not invent one. Use `modiff sample` with --prompt or --label to see its images."
+            f"experiments: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or "
+            "another input. This does not invent one. Use `modiff sample` with --prompt or --label to see its images."
         ) from None
 
 
-def _section(experiment: Experiment, values: Values, settings: StudySettings) -> StudySection:
-    shown = experiment.show(values)
-    return StudySection(
-        name=experiment.name,
-        title=experiment.title,
-        printed=experiment.printed,
-        found=shown.found,
-        why=shown.why,
-        command=command(settings, experiment.name),
-    )
+def command(settings: dict[str, Any], name: str, model: str) -> str:
+    """What to type for one experiment; options at their defaults are left out.
 
-
-def command(settings: StudySettings, name: str) -> str:
-    """What to type for one experiment; options at their defaults are left out."""
-    words = ["python", "-m", "experiments", name, "--model", settings.model, "--preset", settings.depth]
-    default = StudySettings()
-    for option, value, usual in (
-        ("--steps", settings.steps, default.steps),
-        ("-n", settings.num_images, IMAGES[settings.depth]),
-        ("--seed", settings.seed, default.seed),
-    ):
-        words += [option, str(value)] if value != usual else []
+    >>> command(StudySettings(seed=4).to_dict(), "clip", "my model")
+    "python -m experiments clip --model 'my model' --preset quick --seed 4"
+    """
+    words = ["python", "-m", "experiments", name, "--model", model, "--preset", settings["depth"]]
+    usual = StudySettings(depth=settings["depth"], num_images=IMAGES[settings["depth"]]).to_dict()
+    for option, key in (("--steps", "steps"), ("-n", "num_images"), ("--seed", "seed")):
+        words += [option, str(settings[key])] if settings[key] != usual[key] else []
     return shlex.join(words)
-
-
-def _origin(result: StudyResult) -> Section:
-    columns = (Column("name", numeric=False), Column("value", numeric=False))
-    facts = {**result.settings, **dict(result.environment)}
-    rows = tuple((Cell(key), Cell("none" if value is None else str(value))) for key, value in facts.items())
-    return Section("Settings and machine", (Table("study-origin", "What shaped the figures.", columns, rows),))

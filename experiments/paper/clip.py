@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.charts import Line, line_chart
-from experiments.configs import coded
-from experiments.experiment import Experiment, Shown, Values
-from experiments.lab import Lab
-from experiments.runs import Run
-from experiments.tables import crossed
-from experiments.words import error, number, times
+from experiments.charts import curves, line_chart
+from experiments.configs import quantized_with
+from experiments.experiment import Experiment, Shown, Values, crossed
+from experiments.lab import Lab, Run
 from modiff import presets
 
 CLIPS = {False: (1.0, 0.8, 0.6, 0.4), True: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)}
@@ -24,7 +21,7 @@ CONFIGS = {
 def measure(lab: Lab) -> Values:
     """Every config at every ratio."""
     plan = [
-        ({"config": name, "clip": clip}, Run(steps=lab.settings.steps, config=coded(config, clip=clip)))
+        ({"config": name, "clip": clip}, Run(steps=lab.settings.steps, config=quantized_with(config, clip=clip)))
         for name, config in CONFIGS.items()
         for clip in CLIPS[lab.settings.full]
     ]
@@ -34,49 +31,27 @@ def measure(lab: Lab) -> Values:
 def show(values: Values) -> Shown:
     """Ratios down, configs across."""
     rows = values["rows"]
-    table = crossed(
-        "study-clips",
-        f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps.",
-        rows,
-        down=("clip", "clip ratio"),
-        across="config",
-    )
-    lines = [
-        Line(
-            label=name,
-            x=[r["clip"] for r in rows if r["config"] == name],
-            y=[error(r) for r in rows if r["config"] == name],
-        )
-        for name in CONFIGS
-    ]
-    figure = line_chart(
-        "study-clip",
-        lines,
-        title="Clip ratio",
-        x="clip ratio",
-        y="relative L2 to full precision",
-        caption="1 covers the largest residual; below, codes saturate.",
-    )
+    caption = f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps."
     return Shown(
         (
-            "The best ratio and its error over that of 1.0: "
-            + "; ".join(_best(name, [r for r in rows if r["config"] == name]) for name in CONFIGS)
-            + ". In the closed loop what saturates is sent again at the next step; in the open loop and in plain "
-            "quantization it is lost.",
-            table,
-            figure,
+            f"The best ratios: {'; '.join(f'{name} {_best(rows, name)}' for name in CONFIGS)}. In the closed loop what "
+            "saturates is sent again at the next step; in the open loop and in plain quantization it is lost.",
+            crossed("study-clips", caption, rows, down="clip", across="config", title="clip ratio"),
+            line_chart(
+                "study-clip",
+                curves(rows, "config", "clip"),
+                title="Clip ratio",
+                x="clip ratio",
+                caption="1 covers the largest residual; below, codes saturate.",
+            ),
         ),
         ("the paper covers the whole range (ratio 1) everywhere; there is nothing to compare with.",),
     )
 
 
-def _best(name: str, rows: list[dict[str, object]]) -> str:
-    known = [(value, row) for row in rows if (value := error(row)) is not None]
-    if not known:
-        return f"{name}: all diverged"
-    least, row = min(known, key=lambda pair: pair[0])
-    whole = next((value for value, r in known if r["clip"] == 1.0), None)
-    return f"{name}: {row['clip']} ({number(least)}, {times(least, whole)} times)"
+def _best(rows: list[dict[str, object]], name: str) -> object:
+    known = [(row["relative_l2"], row["clip"]) for row in rows if row["config"] == name and row["relative_l2"]]
+    return min(known)[1] if known else "none"
 
 
 EXPERIMENT = Experiment(

@@ -7,9 +7,8 @@ import itertools
 import numpy as np
 
 from experiments.charts import Line, line_chart
-from experiments.experiment import Experiment, Shown, Values
+from experiments.experiment import Experiment, Shown, Values, listing
 from experiments.lab import Lab
-from experiments.tables import listing
 from modiff import presets
 from modiff.evaluate.analysis.distribution import Distribution
 from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
@@ -19,24 +18,22 @@ SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 def measure(lab: Lab) -> Values:
     """Histograms of all layers pooled, and the ratio of the ranges for each layer and step."""
-    found, errors = Distribution(), LayerErrors()
-    lab.watch(presets.published(None, 8), [found, errors], lab.settings.steps)
-    result = found.result(panels=1)
-    layers = [
-        {"name": trace["name"], "range": float(np.median(ratios[0])), "rms": float(np.median(ratios[1]))}
-        for trace in errors.layers()
-        if (ratios := _ratios(trace))[0]
-    ]
-    everywhere = [value for trace in errors.layers() for value in _ratios(trace)[0]]
+    distribution, errors = Distribution(), LayerErrors()
+    lab.watch(presets.published(None, 8), [distribution, errors], lab.settings.steps)
+    result = distribution.result(panels=1)
+    ratios = {trace["name"]: _ratios(trace) for trace in errors.layers()}
+    everywhere = [value for ranges, _ in ratios.values() for value in ranges]
+    quantiles = [(q, float(np.quantile(everywhere, q))) for q in SHARES]
     return {
         "steps": lab.settings.steps,
         "edges": result["edges"],
         "pooled": dict(result["pooled"]),
-        "layers": layers,
-        "quantiles": [
-            {"share": q, "range": float(np.quantile(everywhere, q)), "bits": float(np.log2(np.quantile(everywhere, q)))}
-            for q in SHARES
+        "layers": [
+            {"name": name, "range": float(np.median(ranges)), "rms": float(np.median(sizes))}
+            for name, (ranges, sizes) in ratios.items()
+            if ranges
         ],
+        "quantiles": [{"share": q, "range": value, "bits": float(np.log2(value))} for q, value in quantiles],
         "wider": float(np.mean([value < 1 for value in everywhere])),
         "tenfold": float(np.mean([value >= 10 for value in everywhere])),
     }
@@ -57,24 +54,16 @@ def _ratios(trace: LayerTrace) -> tuple[list[float], list[float]]:
 
 def show(values: Values) -> Shown:
     """The histograms, and quantiles of the ratio."""
-    rows = [{**row, "share": f"{row['share']:.0%}"} for row in values["quantiles"]]
     table = listing(
         "study-ranges",
         "Largest |activation| over largest |residual|, over all layers and steps but the first.",
-        rows,
-        [
-            ("share", "this share of layers and steps is below", ""),
-            ("range", "ratio", ".2f"),
-            ("bits", "bits saved", ".2f"),
-        ],
+        [{**row, "share": f"{row['share']:.0%}"} for row in values["quantiles"]],
+        "share = this share of layers and steps is below; range: .2f = ratio; bits: .2f = bits saved",
     )
-    edges = values["edges"]
-    middle = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
+    middle = [(a + b) / 2 for a, b in itertools.pairwise(values["edges"])]
     pooled = values["pooled"]
     lines = [
-        Line(
-            label=label, x=middle, y=[count / max(1, sum(pooled[key])) for count in pooled[key]], marked=False, colour=c
-        )
+        Line(label=label, x=middle, y=[n / max(1, sum(pooled[key])) for n in pooled[key]], marked=False, colour=c)
         for key, label, c in (("activation", "activation", 3), ("difference", "temporal difference", 0))
     ]
     figure = line_chart(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from experiments.charts import Line, line_chart
-from experiments.configs import coded
-from experiments.experiment import Experiment, Shown, Values, printed_table
-from experiments.lab import Lab
-from experiments.runs import Run
-from experiments.tables import crossed
-from experiments.words import error, find, less, number
+from experiments.charts import curves, line_chart
+from experiments.configs import quantized_with
+from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table
+from experiments.lab import Lab, Run
 from modiff import presets
 
-GRANULARITIES = ("tensor", "sample", "auto", "token", "input_channel")
 TITLES = {
     "tensor": "tensor",
     "sample": "sample",
@@ -27,57 +23,41 @@ def measure(lab: Lab) -> Values:
     """Both modes at every granularity and width."""
     plan = [
         (
-            {"granularity": TITLES[g], "config": f"{mode} A{bits}", "bits": bits, "mode": mode},
-            Run(steps=lab.settings.steps, config=coded(make(None, bits), granularity=g)),
+            {"granularity": title, "config": f"{mode} A{bits}", "bits": bits, "mode": mode},
+            Run(steps=lab.settings.steps, config=quantized_with(make(None, bits), granularity=granularity)),
         )
         for bits in BITS[lab.settings.full]
         for mode, make in MODES.items()
-        for g in GRANULARITIES
+        for granularity, title in TITLES.items()
     ]
     return {"steps": lab.settings.steps, "rows": lab.rows(plan)}
 
 
 def show(values: Values) -> Shown:
     """Granularities down, configs across."""
-    rows = values["rows"]
-    table = crossed(
-        "study-granularities",
-        f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps.",
-        rows,
-        down=("granularity", "a scale for each"),
-        across="config",
+    order = {title: i for i, title in enumerate(TITLES.values())}
+    rows = [{**row, "order": order[row["granularity"]]} for row in values["rows"]]
+    caption = f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps."
+    plain, modulated = (
+        {name: number(error(rows, mode=mode, bits=4, granularity=title)) for name, title in TITLES.items()}
+        for mode in MODES
     )
-    order = {TITLES[g]: i for i, g in enumerate(GRANULARITIES)}
-    names = list(dict.fromkeys(row["config"] for row in rows))
-    lines = [
-        Line(
-            label=name,
-            x=[order[r["granularity"]] for r in rows if r["config"] == name],
-            y=[error(r) for r in rows if r["config"] == name],
-        )
-        for name in names
-    ]
-    figure = line_chart(
-        "study-granularity",
-        lines,
-        title="Granularity",
-        x="0 tensor, 1 sample, 2 auto, 3 token, 4 input channel",
-        y="relative L2 to full precision",
-        caption="Coarse to fine; 3 (in convolutions) and 4 have scales that are summed over.",
-    )
-    got = {
-        mode: {g: error(find(rows, mode=mode, bits=4, granularity=TITLES[g])) for g in GRANULARITIES} for mode in MODES
-    }
-    plain, modulated = got["plain"], got["modulated"]
     return Shown(
         (
-            "At 4 bits, a scale for each input channel in the place of one for the tensor takes plain quantization "
-            f"from {number(plain['tensor'])} to {number(plain['input_channel'])} and modulation from "
-            f"{number(modulated['tensor'])} to {number(modulated['input_channel'])}. Of what an integer matrix "
-            f"product can run, auto is off by {number(modulated['auto'])} modulated, "
-            f"{less(modulated['auto'], plain['auto'])} than plain.",
-            table,
-            figure,
+            "At 4 bits, a scale for each input channel instead of one for the tensor takes plain quantization from "
+            f"{plain['tensor']} to {plain['input_channel']} and modulation from {modulated['tensor']} to "
+            f"{modulated['input_channel']}. Of what an integer matrix product can run, auto is off by "
+            f"{plain['auto']} plain and {modulated['auto']} modulated.",
+            crossed(
+                "study-granularities", caption, rows, down="granularity", across="config", title="a scale for each"
+            ),
+            line_chart(
+                "study-granularity",
+                curves(rows, "config", "order"),
+                title="Granularity",
+                x="0 tensor, 1 sample, 2 auto, 3 token, 4 input channel",
+                caption="Coarse to fine; 3 (in convolutions) and 4 have scales that are summed over.",
+            ),
         ),
         (
             "the paper's LCQ is channel-wise, with a scale for each input channel, and LTQ tensor-wise; the two names "

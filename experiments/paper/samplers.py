@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from experiments.charts import Line, line_chart
-from experiments.experiment import Experiment, Shown, Values, printed_table
-from experiments.lab import Lab
-from experiments.runs import Run
-from experiments.tables import crossed
-from experiments.words import error, find, number, times
+from experiments.charts import curves, line_chart
+from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table
+from experiments.lab import Lab, Run
 from modiff import presets
 
 SAMPLERS = ("ddim", "ddpm", "dpmsolver++", "pndm")
 STEPS = (100, 50, 20, 10)
+MODULATED = "modulated A4"
 CONFIGS = {
     False: {
         "plain A4": presets.plain(8, 4),
-        "modulated A4": presets.published(8, 4),
+        MODULATED: presets.published(8, 4),
         "modulated A3": presets.published(8, 3),
     },
     True: {
@@ -24,7 +22,6 @@ CONFIGS = {
         "tuned A4": presets.tuned(8, 4),
     },
 }
-HEADLINE = "modulated A4"
 
 
 def measure(lab: Lab) -> Values:
@@ -45,50 +42,31 @@ def measure(lab: Lab) -> Values:
 def show(values: Values) -> Shown:
     """Samplers and steps down, configs across."""
     rows = values["rows"]
-    table = crossed(
-        "study-samplers-steps",
-        "Relative L2 (PSNR), W8, to full precision with the same sampler and steps.",
-        rows,
-        down=("place", "sampler and steps"),
-        across="config",
+    caption = "Relative L2 (PSNR), W8, to full precision with the same sampler and steps."
+    most, least = (
+        ", ".join(f"{number(error(rows, sampler=s, config=MODULATED, steps=n))} ({s})" for s in SAMPLERS)
+        for n in (max(row["steps"] for row in rows), min(STEPS))
     )
-    lines = [
-        Line(
-            label=s,
-            x=[r["steps"] for r in rows if r["sampler"] == s and r["config"] == HEADLINE],
-            y=[error(r) for r in rows if r["sampler"] == s and r["config"] == HEADLINE],
-        )
-        for s in SAMPLERS
-    ]
-    figure = line_chart(
-        "study-samplers",
-        lines,
-        title="Modulated W8A4 by sampler and steps",
-        x="steps",
-        y="relative L2 to full precision",
-        log_x=True,
-        falling=True,
-        caption="Each sampler against its own full precision with as many steps.",
-    )
-    most = max(row["steps"] for row in rows)
-    at = {s: error(find(rows, sampler=s, config=HEADLINE, steps=most)) for s in SAMPLERS}
-    few = {s: error(find(rows, sampler=s, config=HEADLINE, steps=min(STEPS))) for s in SAMPLERS}
     return Shown(
         (
-            f"Modulated W8A4 with {most} steps is off by "
-            + ", ".join(f"{number(value)} ({s})" for s, value in at.items())
-            + f"; with {min(STEPS)} steps by "
-            + ", ".join(f"{number(value)} ({s})" for s, value in few.items())
-            + f". With {most} steps the stochastic DDPM, whose fresh noise moves the input at every step, has "
-            f"{times(at['ddpm'], at['ddim'])} times the error of DDIM.",
-            table,
-            figure,
+            f"Modulated W8A4 with {max(row['steps'] for row in rows)} steps is off by {most}; with {min(STEPS)} steps "
+            f"by {least}. The fresh noise of the stochastic DDPM moves the input at every step.",
+            crossed("study-samplers-steps", caption, rows, down="place", across="config", title="sampler and steps"),
+            line_chart(
+                "study-samplers",
+                curves([row for row in rows if row["config"] == MODULATED], "sampler", "steps"),
+                title="Modulated W8A4 by sampler and steps",
+                x="steps",
+                log_x=True,
+                falling=True,
+                caption="Each sampler against its own full precision with as many steps.",
+            ),
         ),
         (
             "the printed figures are Frechet distances of other models, to data; theirs hides what full precision "
             "with 20 steps has lost already, since both columns have lost it. These compare with full precision of "
             "the same sampler and steps, noise included, so they show the quantization alone. PNDM evaluates its "
-            "second step twice, at the same time: the recursion codes that evaluation as one more step.",
+            "second step twice, at the same time: the recursion treats that evaluation as one more step.",
         ),
     )
 

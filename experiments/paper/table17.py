@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.charts import Line, line_chart
-from experiments.experiment import Experiment, Shown, Values, printed_table
-from experiments.lab import Lab
-from experiments.runs import Run
-from experiments.tables import crossed
-from experiments.words import between, error, find, times
+from experiments.charts import curves, line_chart
+from experiments.experiment import Experiment, Shown, Values, crossed, error, printed_table, times
+from experiments.lab import Lab, Row, Run
 from modiff import presets
 
 STEPS = (2, 4, 8)
@@ -36,50 +33,33 @@ def measure(lab: Lab) -> Values:
 
 def show(values: Values) -> Shown:
     """Samplers and steps down, configs across."""
-    rows, many = values["rows"], values["many"]
-    table = crossed(
-        "study-few-steps",
-        "Relative L2 (PSNR), W8, to full precision with as many steps.",
-        rows,
-        down=("place", "sampler and steps"),
-        across="config",
-    )
-    names = list(dict.fromkeys(row["config"] for row in rows))
-    lines = [
-        Line(
-            label=name,
-            x=[r["steps"] for r in rows if r["config"] == name and r["sampler"] == "ddim"],
-            y=[error(r) for r in rows if r["config"] == name and r["sampler"] == "ddim"],
-        )
-        for name in names
-    ]
-    figure = line_chart(
-        "study-table17",
-        lines,
-        title="Few DDIM steps, 8-bit weights",
-        x="steps",
-        y="relative L2 to full precision",
-        log_x=True,
-        caption="The first step runs at full precision when modulated.",
-    )
-    plain, modulated = ([error(find(rows, place=f"ddim {n}", config=f"{m} A4")) for n in STEPS] for m in MODES)
-    gains = ", ".join(f"{times(p, m)} ({n} steps)" for n, p, m in zip(STEPS, plain, modulated, strict=True))
-    whole = times(*(error(find(many, config=f"{mode} A4")) for mode in MODES))
+    rows, caption = values["rows"], "Relative L2 (PSNR), W8, to full precision with as many steps."
+    gains = [f"{_gain([row for row in rows if row['place'] == f'ddim {n}'])} ({n} steps)" for n in STEPS]
     return Shown(
         (
-            f"Modulated W8A4 is off by {between(modulated)} with {STEPS[0]} to {STEPS[-1]} DDIM steps, plain by "
-            f"{between(plain)}: the gain is a factor of {gains}, against {whole} with {values['steps']} steps. The "
-            f"gain holds the first step, which is not quantized when modulated: 1/{STEPS[0]} to 1/{STEPS[-1]} of the "
-            "work.",
-            table,
-            figure,
+            f"At W8A4 modulation lowers the error by a factor of {', '.join(gains)}, against {_gain(values['many'])} "
+            f"with {values['steps']} steps. The gain includes the first step, which is not quantized when modulated: "
+            f"1/{STEPS[0]} to 1/{STEPS[-1]} of the work.",
+            crossed("study-few-steps", caption, rows, down="place", across="config", title="sampler and steps"),
+            line_chart(
+                "study-table17",
+                curves([row for row in rows if row["sampler"] == "ddim"], "config", "steps"),
+                title="Few DDIM steps, 8-bit weights",
+                x="steps",
+                log_x=True,
+                caption="The first step runs at full precision when modulated.",
+            ),
         ),
         (
             "the printed model is distilled for few steps, this one is not: its images of few steps are poor in full "
             "precision, too, and are compared with those. The printed operations leave the first step out. The larger "
-            "the steps, the wider the residual beside the activation, and the less there is to gain.",
+            "the steps, the wider the residual compared with the activation, and the less there is to gain.",
         ),
     )
+
+
+def _gain(rows: list[Row]) -> str:
+    return times(*(error(rows, config=f"{mode} A4") for mode in MODES))
 
 
 EXPERIMENT = Experiment(

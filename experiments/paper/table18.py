@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from experiments.charts import Line, line_chart
-from experiments.configs import looped
-from experiments.experiment import Experiment, Shown, Values, printed_table
-from experiments.lab import Lab
-from experiments.runs import Run
-from experiments.tables import crossed
-from experiments.words import error, find, number, times
+from experiments.configs import PAPER, looped
+from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table, times
+from experiments.lab import Lab, Run
 from modiff import presets
 
 BITS = {False: (8, 4), True: (8, 6, 4, 3)}
@@ -21,25 +20,21 @@ OPEN, OPEN_CODED = f"no compensation, {FULL}", "no compensation, first step code
 
 def measure(lab: Lab) -> Values:
     """Plain with and without an exact first step; modulated with an exact one and with rounds of codes."""
-    steps = lab.settings.steps
-    plan = []
+    steps, plan = lab.settings.steps, []
     for bits in BITS[lab.settings.full]:
         plain, modulated = presets.plain(None, bits), presets.published(None, bits)
-        plan += [
-            (PLAIN, bits, Run(steps=steps, config=plain)),
-            (PLAIN_WARM, bits, Run(steps=steps, config=plain, exact_first=True)),
-            (CLOSED, bits, Run(steps=steps, config=modulated)),
-        ]
-        plan += [
-            (_rounds(n), bits, Run(steps=steps, config=looped(modulated, first_step="coded", rounds=n)))
-            for n in ROUNDS[lab.settings.full]
-        ]
-        open_loop = looped(modulated, first_step="coded", error_compensation="none")
-        plan += [
-            (OPEN, bits, Run(steps=steps, config=presets.uncompensated(None, bits))),
-            (OPEN_CODED, bits, Run(steps=steps, config=open_loop)),
-        ]
-    return {"steps": steps, "rows": lab.rows([({"start": start, "bits": bits}, run) for start, bits, run in plan])}
+        runs = {
+            PLAIN: Run(steps=steps, config=plain),
+            PLAIN_WARM: Run(steps=steps, config=plain, exact_first=True),
+            CLOSED: Run(steps=steps, config=modulated),
+        }
+        for n in ROUNDS[lab.settings.full]:
+            runs[_rounds(n)] = Run(steps=steps, config=looped(modulated, replace(PAPER, first_step="coded", rounds=n)))
+        open_loop = looped(modulated, replace(PAPER, first_step="coded", error_compensation="none"))
+        runs[OPEN] = Run(steps=steps, config=presets.uncompensated(None, bits))
+        runs[OPEN_CODED] = Run(steps=steps, config=open_loop)
+        plan += [({"start": start, "bits": bits}, run) for start, run in runs.items()]
+    return {"steps": steps, "rows": lab.rows(plan)}
 
 
 def _rounds(count: int) -> str:
@@ -49,47 +44,32 @@ def _rounds(count: int) -> str:
 def show(values: Values) -> Shown:
     """Starts down, widths across."""
     rows = values["rows"]
-    widths = list(dict.fromkeys(row["bits"] for row in rows))
-    table = crossed(
-        "study-first-step",
-        f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps.",
-        rows,
-        down=("start", "start"),
-        across="bits",
-        titles={b: f"A{b}" for b in widths},
-    )
     lines: list[Line] = []
-    for i, bits in enumerate(widths):
-        coded = [
-            (int(row["start"].split(" in ")[1].split()[0]), error(row))
-            for row in rows
-            if row["bits"] == bits and "coded round" in row["start"]
-        ]
-        lines.append(Line(label=f"A{bits}, coded", x=[c[0] for c in coded], y=[c[1] for c in coded], colour=i))
-        exact = error(find(rows, start=CLOSED, bits=bits))
+    for i, bits in enumerate(dict.fromkeys(row["bits"] for row in rows)):
+        coded = {n: error(rows, start=_rounds(n), bits=bits) for n in ROUNDS[True]}
+        x = [n for n in coded if any(row["start"] == _rounds(n) for row in rows)]
+        lines.append(Line(label=f"A{bits}, coded", x=x, y=[coded[n] for n in x], colour=i))
+        exact = error(rows, start=CLOSED, bits=bits)
         if exact is not None:
             lines.append(Line(label=f"A{bits}, full precision", level=exact, dashed=True, colour=i))
-    figure = line_chart(
-        "study-table18",
-        lines,
-        title="Warm-up rounds of the first step",
-        x="rounds",
-        y="relative L2 to full precision",
-        caption="The first step in coded rounds, against one in full precision.",
-    )
-    plain, warm, closed, open_loop, open_coded = (
-        error(find(rows, start=start, bits=4)) for start in (PLAIN, PLAIN_WARM, CLOSED, OPEN, OPEN_CODED)
-    )
-    once, four = (error(find(rows, start=_rounds(n), bits=4)) for n in (1, 4))
+    caption = f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps."
+    starts = (PLAIN, PLAIN_WARM, CLOSED, OPEN, OPEN_CODED, _rounds(1), _rounds(4))
+    plain, warm, closed, open_loop, open_coded, once, four = (error(rows, start=s, bits=4) for s in starts)
     return Shown(
         (
             f"At 4 bits a first step in full precision takes plain quantization from {number(plain)} to "
-            f"{number(warm)}, and the modulated run, which has one, is at {number(closed)}. With its first step coded "
-            f"once it is at {number(once)}, after four rounds at {number(four)}: {times(four, closed)} times a first "
-            "step in full precision. Without compensation, which never sends the start's error again, it is "
-            f"{number(open_loop)} after an exact start and {number(open_coded)} after a coded one.",
-            table,
-            figure,
+            f"{number(warm)}. Modulated, the error is {number(closed)} with such a step, {number(once)} with a first "
+            f"step coded once and {number(four)} after four rounds. Without compensation, which never sends the "
+            f"start's error again, it is {number(open_loop)} after an exact start and {number(open_coded)} after a "
+            "coded one.",
+            crossed("study-first-step", caption, rows, down="start", across="bits", head="A{}"),
+            line_chart(
+                "study-table18",
+                lines,
+                title="Warm-up rounds of the first step",
+                x="rounds",
+                caption="The first step in coded rounds, against one in full precision.",
+            ),
         ),
         (
             "Table 18 is captioned LCQ, but its values are those of LTQ (the paper's Table 14). In print the first "

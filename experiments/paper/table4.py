@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.charts import Line, line_chart
-from experiments.experiment import Experiment, Shown, Values, printed_table
-from experiments.lab import Lab
-from experiments.runs import Run
-from experiments.tables import crossed
-from experiments.words import error, find, number, times
+from experiments.charts import curves, line_chart
+from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table, times
+from experiments.lab import Lab, Run
 from modiff import presets
 
 BITS = {False: (8, 6, 4), True: (8, 6, 4, 3)}
@@ -39,51 +36,25 @@ def measure(lab: Lab) -> Values:
 
 def show(values: Values) -> Shown:
     """Widths down, modes across; then steps down."""
-    rows, longer = values["rows"], values["longer"]
-    table = crossed(
-        "study-ablation",
-        f"Relative L2 (PSNR), W8, {values['steps']} DDIM steps.",
-        rows,
-        down=("bits", "bits"),
-        across="mode",
-    )
-    lengths = crossed(
-        "study-ablation-steps",
-        "Relative L2 (PSNR), full-precision weights, 4 bits, by steps.",
-        longer,
-        down=("length", "steps"),
-        across="mode",
-    )
-    lines = [
-        Line(
-            label=mode,
-            x=[r["bits"] for r in rows if r["mode"] == mode],
-            y=[error(r) for r in rows if r["mode"] == mode],
-            colour=c,
-        )
-        for mode, c in zip(MODES, (1, 3, 0), strict=True)
-    ]
-    figure = line_chart(
-        "study-table4",
-        lines,
-        title="Ablation, 8-bit weights",
-        x="bits of activation or residual",
-        y="relative L2 to full precision",
-        falling=True,
-        caption="Plain quantization, coded differences, and coded differences with compensation.",
-    )
-    plain, open_loop, closed = (error(find(rows, mode=mode, bits=4)) for mode in MODES)
-    last = max((row["length"] for row in longer), default=values["steps"])
-    grown = [error(find(longer, mode="modulation only", length=n)) for n in (values["steps"], last)]
+    rows, longer, steps = values["rows"], values["longer"], values["steps"]
+    caption = f"Relative L2 (PSNR), W8, {steps} DDIM steps."
+    longer_caption = "Relative L2 (PSNR), full-precision weights, 4 bits, by steps."
+    plain, open_loop, closed = (error(rows, mode=mode, bits=4) for mode in MODES)
+    grown = [f"{number(row['relative_l2'])} ({row['length']})" for row in longer if row["mode"] == "modulation only"]
     return Shown(
         (
             f"At W8A4 plain quantization is {number(plain)} off, modulation alone {number(open_loop)}, with "
-            f"compensation {number(closed)}: compensation is worth a factor of {times(open_loop, closed)}. Without it "
-            f"the error at 4 bits goes from {number(grown[0])} with {values['steps']} steps to {number(grown[1])} "
-            f"with {last}.",
-            table,
-            lengths,
-            figure,
+            f"compensation {number(closed)}. Without it the error grows with the steps: {', '.join(grown)}.",
+            crossed("study-ablation", caption, rows, down="bits", across="mode"),
+            crossed("study-ablation-steps", longer_caption, longer, down="length", across="mode", title="steps"),
+            line_chart(
+                "study-table4",
+                curves(rows, "mode", "bits", colours=(1, 3, 0)),
+                title="Ablation, 8-bit weights",
+                x="bits of activation or residual",
+                falling=True,
+                caption="Plain quantization, quantized differences, and quantized differences with compensation.",
+            ),
         ),
         (
             "the printed values are labelled FID at W8A8, W8A6 and W8A4 but equal the sFID entries of the paper's "

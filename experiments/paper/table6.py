@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from experiments.charts import Line, line_chart
-from experiments.configs import in_dtype, looped
-from experiments.experiment import Experiment, Shown, Values, printed_table
-from experiments.lab import Lab
-from experiments.runs import Run
-from experiments.tables import listing
-from experiments.words import find
+from experiments.charts import curves, line_chart
+from experiments.configs import PAPER, in_dtype, looped
+from experiments.experiment import Experiment, Row, Shown, Values, listing, printed_table
+from experiments.lab import Lab, Run
 from modiff import presets
 from modiff.api import apply, remove
 from modiff.config import ModiffConfig
-from modiff.evaluate.cost import ModelCost
-from modiff.evaluate.report.document import Figure
 from modiff.hosts.diffusers.host import denoisers
 from modiff.model.attach import required_attachment
+from modiff.model.observe import observe
 
 BATCHES = (1, 2, 4, 8)
 BITS = 4
@@ -35,137 +31,94 @@ def measure(lab: Lab) -> Values:
     variants = {
         "hold, float32": base,
         "hold, float16": in_dtype(base, "float16"),
-        "linear, float32": looped(base, predictor="linear", gain=0.8),
+        "linear, float32": looped(base, replace(PAPER, predictor="linear", gain=0.8)),
     }
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     taken: set[str] = set()
     with lab.sampling(Run(steps=STEPS)) as pipe, lab.bar(0):
         for name, config in variants.items():
             for batch in BATCHES:
                 inputs, outputs, taken = _states(lab, pipe, config, batch)
                 rows.append({"states": name, "batch": batch, "input": inputs / MIB, "output": outputs / MIB})
-    layers = ModelCost(tuple(layer for layer in lab.cost.layers if layer.name in taken))
+    elements = sum(layer.output_elements for layer in lab.cost.layers if layer.name in taken)
     printed = [
-        {"bits": bits, "batch": batch, "state": sum(x.output_elements for x in layers.layers) * batch * bits / 8 / MIB}
+        {"bits": bits, "batch": batch, "state": elements * batch * bits / 8 / MIB}
         for bits in (2, 4, 8)
         for batch in BATCHES
     ]
-    weights = lab.cost.weight_bytes(lambda name: 8 if name in taken else None) / MIB
     return {
         "rows": rows,
         "printed": printed,
-        "weights": weights,
+        "weights": lab.cost.weight_bytes(lambda name: 8 if name in taken else None) / MIB,
         "float_weights": lab.cost.weight_bytes(lambda _: None) / MIB,
     }
 
 
 def _states(lab: Lab, pipe: DiffusionPipeline, config: ModiffConfig, batch: int) -> tuple[int, int, set[str]]:
     """Bytes of the input states and of the output states at the end of a short trajectory, and the layers' names."""
-    held = (0, 0)
+    sizes = [(0, 0)]
     report = apply(pipe, config)
     (model,) = denoisers(pipe).values()
-
-    def look(*_: object) -> None:
-        nonlocal held
-        held = state_sides(model)
-
-    handle = model.register_forward_hook(look)
     try:
-        lab.sample(pipe, range(batch), STEPS)
+        with observe(model, on_step=lambda *_: sizes.append(state_sizes(model))):
+            lab.sample(pipe, range(batch), STEPS)
     finally:
-        handle.remove()
         remove(pipe)
-    return *held, {entry.name for entry in report.taken}
+    return *sizes[-1], {entry.name for entry in report.taken}
 
 
-def state_sides(model: nn.Module) -> tuple[int, int]:
+def state_sizes(model: nn.Module) -> tuple[int, int]:
     """Bytes of all input states and of all output states now; what layers share counts once."""
-    quantized_layers = required_attachment(model, "state_sides").layers.values()
-    inputs = [t for quantized in quantized_layers for m in quantized.loop.memories.values() for t in m.input.tensors()]
-    both = [t for quantized in quantized_layers for t in quantized.loop.tensors()]
-    return _bytes(list(inputs)), _bytes(list(both)) - _bytes(list(inputs))
+    layers = required_attachment(model, "state_sizes").layers.values()
+    inputs = _bytes([t for layer in layers for memory in layer.loop.memories.values() for t in memory.input.tensors()])
+    return inputs, _bytes([t for layer in layers for t in layer.loop.tensors()]) - inputs
 
 
 def _bytes(tensors: list[Tensor | None]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
-    return sum(storages.values())
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def show(values: Values) -> Shown:
     """Both states, and what counting as the paper does would give."""
-    weights = values["weights"]
-    rows = [
-        {**row, "both": row["input"] + row["output"], "total": weights + row["input"] + row["output"]}
-        for row in values["rows"]
-    ]
-    table = listing(
-        "study-memory",
-        f"MiB, measured in a trajectory at W8A{BITS}; total is with the 8-bit weights.",
-        rows,
-        [
-            ("states", "states", ""),
-            ("batch", "batch", "d"),
-            ("input", "input states", ".2f"),
-            ("output", "output states", ".2f"),
-            ("both", "both", ".2f"),
-            ("total", "total", ".2f"),
-        ],
-    )
+    weights, counted = values["weights"], f"counted as printed, {BITS} bits"
+    rows = [{**row, "both": row["input"] + row["output"]} for row in values["rows"]]
+    rows = [{**row, "total": weights + row["both"]} for row in rows]
     printed = [{**row, "total": weights + row["state"]} for row in values["printed"]]
-    as_printed = listing(
-        "study-memory-counted-as-printed",
-        "MiB of this model counted as the paper does: the output state alone, at the bits of the residual.",
-        printed,
-        [("bits", "bits", "d"), ("batch", "batch", "d"), ("state", "output states", ".2f"), ("total", "total", ".2f")],
-    )
-    figure = _chart(rows, printed)
-    eight = find(rows, states=rows[0]["states"], batch=max(BATCHES))
-    counted = find(printed, bits=BITS, batch=max(BATCHES))["state"]
+    four = [{**row, "states": counted} for row in printed if row["bits"] == BITS]
+    most = next(row for row in rows if row["batch"] == max(BATCHES))
     return Shown(
         (
             f"The weights of this model are {values['float_weights']:.1f} MiB in float32 and {weights:.1f} MiB with "
-            f"8-bit codes. At batch {max(BATCHES)} the states hold {eight['both']:.1f} MiB: {eight['input']:.1f} of "
-            f"input and {eight['output']:.1f} of output, {eight['both'] / counted:.1f} times what counting as printed "
-            f"would give ({counted:.1f} MiB). They are the same at every bit width.",
-            table,
-            as_printed,
-            figure,
+            f"8-bit codes. At batch {max(BATCHES)} the states hold {most['both']:.1f} MiB, counting as printed gives "
+            f"{four[-1]['state']:.1f} MiB. They are the same at every bit width.",
+            listing(
+                "study-memory",
+                f"MiB, measured in a trajectory at W8A{BITS}; total is with the 8-bit weights.",
+                rows,
+                "states; batch: d; input: .2f = input states; output: .2f = output states; both: .2f; total: .2f",
+            ),
+            listing(
+                "study-memory-counted-as-printed",
+                "MiB of this model counted as the paper does: the output state alone, at the bits of the residual.",
+                printed,
+                "bits: d; batch: d; state: .2f = output states; total: .2f",
+            ),
+            line_chart(
+                "study-table6",
+                [*curves(rows, "states", "batch", "both"), *curves(four, "states", "batch", "state", dashed=True)],
+                title="Memory of the states",
+                x="batch",
+                y="MiB",
+                log_x=True,
+                caption="Measured bytes of both states, and the paper's way of counting.",
+            ),
         ),
         (
             "the printed table counts one state of the two, at the bits of the residual. Neither state is a quantity "
-            "of so few bits: the output state is a running sum, the input state a sum of codes with other scales at "
+            "of few bits: the output state is a running sum, the input state a sum of codes with other scales at "
             "every step. Both are kept in float32 here, and in float16 where the dtype is chosen.",
         ),
-    )
-
-
-def _chart(rows: list[dict[str, Any]], printed: list[dict[str, Any]]) -> Figure:
-    """Measured bytes, and those counted as printed."""
-    names = list(dict.fromkeys(row["states"] for row in rows))
-    lines = [
-        Line(
-            label=name,
-            x=[r["batch"] for r in rows if r["states"] == name],
-            y=[r["both"] for r in rows if r["states"] == name],
-        )
-        for name in names
-    ]
-    lines.append(
-        Line(
-            label=f"counted as printed, {BITS} bits",
-            x=BATCHES,
-            dashed=True,
-            y=[find(printed, bits=BITS, batch=b)["state"] for b in BATCHES],
-        )
-    )
-    return line_chart(
-        "study-table6",
-        lines,
-        title="Memory of the states",
-        x="batch",
-        y="MiB",
-        log_x=True,
-        caption="Measured bytes of both states, and the paper's way of counting.",
     )
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from dataclasses import replace
+from typing import get_args
 
-from experiments.charts import Line, line_chart
-from experiments.configs import coded, looped
-from experiments.experiment import Experiment, Shown, Values
-from experiments.lab import Lab, Plan, Row
-from experiments.paper.zero_bits_text import WHY, found_text, tables
-from experiments.runs import Run
+from experiments.charts import Line, curves, line_chart
+from experiments.configs import PAPER, looped, quantized_with
+from experiments.experiment import Experiment, Shown, Values, listing
+from experiments.lab import Lab, Plan, Row, Run
 from experiments.skipping import SkipRule, Unit
-from experiments.words import error
 from modiff import presets
 from modiff.config import ModiffConfig
-from modiff.evaluate.report.document import Block, Figure
+from modiff.evaluate.report.document import Block, Figure, Table
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
 THRESHOLDS = {False: (0.01, 0.03, 0.1), True: (0.003, 0.01, 0.02, 0.03, 0.06, 0.1, 0.2)}
@@ -35,8 +33,8 @@ Curve = Sequence[tuple[float, float]]
 
 def silent(predictor: str) -> ModiffConfig:
     """Full precision that may keep silent: what is sent is the residual itself."""
-    nothing = coded(presets.published(None, 8), bits=0)
-    return looped(nothing, predictor="linear", gain=GAIN) if predictor == "linear" else looped(nothing)
+    nothing = quantized_with(presets.published(None, 8), bits=0)
+    return looped(nothing, replace(PAPER, predictor="linear", gain=GAIN) if predictor == "linear" else PAPER)
 
 
 def measure(lab: Lab) -> Values:
@@ -45,7 +43,7 @@ def measure(lab: Lab) -> Values:
     return {"bases": [_measured(lab, steps) for steps in bases if steps <= lab.most_steps]}
 
 
-def _measured(lab: Lab, steps: int) -> dict[str, Any]:
+def _measured(lab: Lab, steps: int) -> Row:
     full = Run(steps=steps, spacing=SPACING)
     skipping: Plan = [
         (
@@ -57,22 +55,22 @@ def _measured(lab: Lab, steps: int) -> dict[str, Any]:
         for threshold in THRESHOLDS[lab.settings.full]
     ]
     limit = {s: Run(steps=min(LIMIT * steps, lab.most_steps), sampler=s, spacing=SPACING) for s in SAMPLERS}
-    found: dict[str, Any] = {"steps": steps, "limit_steps": limit["ddim"].steps}
+    base: Row = {"steps": steps, "limit_steps": limit["ddim"].steps}
     fewer = sorted({max(2, round(share * steps)) for share in SHARES[lab.settings.full]} - {steps}, reverse=True)
     for sampler in SAMPLERS:
         own = Run(steps=steps, sampler=sampler, spacing=SPACING)
         plan: Plan = [({}, Run(steps=n, sampler=sampler, spacing=SPACING)) for n in (steps, *fewer)]
-        found[sampler] = lab.rows(plan, reference=own, limit=limit[sampler])
-    whole = found["ddim"][0]["gbops"]
-    curves = {s: _curve(found[s], whole, "relative_l2") for s in SAMPLERS}
-    curves |= {f"{s}_limit": _curve(found[s], whole, "to_limit") for s in SAMPLERS}
-    found["skipping"] = _judged(lab.rows(skipping, reference=full, limit=limit["ddim"]), whole, curves)
-    found["half"] = _half(found["skipping"], curves)
-    found["coded"] = _coded(lab, full, fewer, whole)
-    return found
+        base[sampler] = lab.rows(plan, reference=own, limit=limit[sampler])
+    whole = base["ddim"][0]["gbops"]
+    fewer_steps = {s: _curve(base[s], whole, "relative_l2") for s in SAMPLERS}
+    fewer_steps |= {f"{s}_limit": _curve(base[s], whole, "to_limit") for s in SAMPLERS}
+    base["skipping"] = _judged(lab.rows(skipping, reference=full, limit=limit["ddim"]), whole, fewer_steps)
+    base["half"] = _half(base["skipping"], fewer_steps)
+    base["coded"] = _coded(lab, full, fewer, whole)
+    return base
 
 
-def _coded(lab: Lab, full: Run, fewer: Sequence[int], whole: float) -> dict[str, Any]:
+def _coded(lab: Lab, full: Run, fewer: Sequence[int], whole: float) -> Row:
     """4-bit codes that may keep silent, against 4-bit codes with fewer steps."""
     config = presets.published(None, CODED_BITS)
     steps: Plan = [({}, Run(steps=n, spacing=SPACING, config=config)) for n in (full.steps, *fewer)]
@@ -85,33 +83,32 @@ def _coded(lab: Lab, full: Run, fewer: Sequence[int], whole: float) -> dict[str,
         for r in rules
     ]
     rows = lab.rows(steps, reference=full)
-    curves = {"ddim": _curve(rows, whole, "relative_l2")}
-    return {"steps": rows, "skipping": _judged(lab.rows(silences, reference=full), whole, curves)}
+    fewer_steps = {"ddim": _curve(rows, whole, "relative_l2")}
+    return {"steps": rows, "skipping": _judged(lab.rows(silences, reference=full), whole, fewer_steps)}
 
 
 def _curve(rows: Sequence[Row], whole: float, key: str) -> Curve:
     return [(row["gbops"] / whole, row[key]) for row in rows if row[key] is not None]
 
 
-def _judged(rows: Sequence[Row], whole: float, curves: dict[str, Curve]) -> list[Row]:
+def _judged(rows: Sequence[Row], whole: float, steps: dict[str, Curve]) -> list[Row]:
     """The rows with their share of the operations, and the error of fewer steps at as many."""
-    found: list[Row] = []
-    for row in rows:
-        share = row["gbops"] / whole
-        equal = {f"{name}_equal": at_share(curve, share) for name, curve in curves.items()}
-        found.append({**row, "share": share, **equal})
-    return found
+    shares = [row["gbops"] / whole for row in rows]
+    return [
+        {**row, "share": share, **{f"{name}_equal": at_share(curve, share) for name, curve in steps.items()}}
+        for row, share in zip(rows, shares, strict=True)
+    ]
 
 
-def _half(rows: Sequence[Row], curves: dict[str, Curve]) -> list[Row]:
+def _half(rows: Sequence[Row], fewer: dict[str, Curve]) -> list[Row]:
     """The error at half of the operations, of silence (between two thresholds that were run) and of fewer steps."""
-    found: list[Row] = []
+    halves: list[Row] = []
     for unit, predictor in dict.fromkeys((row["unit"], row["predictor"]) for row in rows):
         own = [row for row in rows if (row["unit"], row["predictor"]) == (unit, predictor)]
         silence = at_share([(row["share"], row["relative_l2"]) for row in own if row["relative_l2"] is not None], 0.5)
-        steps = {f"{sampler}_equal": at_share(curves[sampler], 0.5) for sampler in SAMPLERS}
-        found.append({"unit": unit, "predictor": predictor, "silence": silence, **steps})
-    return found
+        steps = {f"{sampler}_equal": at_share(fewer[sampler], 0.5) for sampler in SAMPLERS}
+        halves.append({"unit": unit, "predictor": predictor, "silence": silence, **steps})
+    return halves
 
 
 def at_share(curve: Curve, share: float) -> float | None:
@@ -134,32 +131,118 @@ def at_share(curve: Curve, share: float) -> float | None:
 
 
 def show(values: Values) -> Shown:
-    """For each number of steps: what silence costs beside fewer steps, as tables and charts."""
+    """For each number of steps: what silence costs compared with fewer steps, as tables and charts."""
     blocks: list[Block] = []
     for base in values["bases"]:
-        blocks += [found_text(base), *tables(base), *(_chart(base, predictor) for predictor in ("hold", "linear"))]
+        blocks += [_sentence(base), *_tables(base), *(_chart(base, predictor) for predictor in ("hold", "linear"))]
     return Shown(tuple(blocks), WHY)
 
 
-def _chart(base: dict[str, Any], predictor: str) -> Figure:
-    whole = base["ddim"][0]["gbops"]
-    lines = [
-        Line(
-            label=f"{sampler}, fewer steps",
-            x=[row["gbops"] / whole for row in base[sampler]],
-            y=[error(row) for row in base[sampler]],
-            dashed=True,
-            colour=colour,
-        )
-        for sampler, colour in zip(SAMPLERS, (7, 4), strict=True)
+WHY = (
+    "the paper leaves the question open. Silence saves operations of layers only: norms, attention products and "
+    "everything outside of the layers run at every step, and both states are kept in memory. Fewer steps save all of "
+    "it and need nothing. Silence by token in convolutions counts every tap of a silent pixel as saved; no library "
+    "kernel saves them, so these rows flatter it. The unit layer decides for the whole batch at once, block by the "
+    "first layer of a block that runs.",
+    "Errors to the same number of steps ask how well that very trajectory is followed. A sampler with fewer steps "
+    "takes another one, which may lead to an image as good; the distance to the limit, many more steps of the same "
+    "sampler, asks that instead.",
+)
+RIVALS = {
+    "ddim_equal": "fewer DDIM steps",
+    "dpmsolver++_equal": "fewer DPM-Solver++ steps",
+    "ddim_limit_equal": "fewer DDIM steps in the distance to the limit",
+    "dpmsolver++_limit_equal": "fewer DPM-Solver++ steps in the distance to the limit",
+}
+CERTAIN = 0.999
+"""With a larger share of the operations nothing was saved."""
+
+
+def _sentence(base: Row) -> str:
+    """In how many settings silence beats fewer steps at equal operations."""
+    wins = [f"{name} in {_wins(base['skipping'], key)}" for key, name in RIVALS.items()]
+    return (
+        f"{base['steps']} steps. At equal operations silence beats {'; '.join(wins)}. On top of 4-bit codes, at equal "
+        f"bit-operations, it beats 4-bit codes with fewer steps in {_wins(base['coded']['skipping'], 'ddim_equal')}."
+    )
+
+
+def _wins(rows: Sequence[Row], key: str) -> str:
+    judged = [row for row in rows if row[key] is not None and row["relative_l2"] is not None and row["share"] < CERTAIN]
+    return f"{sum(beats(row, key) for row in judged)} of {len(judged)} settings"
+
+
+def beats(row: Row, key: str) -> bool:
+    """Whether a setting saved something, and is nearer than fewer steps with as many operations."""
+    value = row["to_limit"] if "limit" in key else row["relative_l2"]
+    return row[key] is not None and value is not None and row["share"] < CERTAIN and value < row[key]
+
+
+def _tables(base: Row) -> list[Table]:
+    """Silence, what it costs at half of the operations, fewer steps, and both on top of 4-bit codes."""
+    steps, whole = base["steps"], base["ddim"][0]["gbops"]
+    caption = (
+        f"Silence at {steps} DDIM steps, and the error of fewer steps with as many operations, each to {steps} steps "
+        f"of its own sampler. To the limit: median over the images of the error to {base['limit_steps']} steps of it."
+    )
+    fewer = [{**row, "sampler": s, "share": row["gbops"] / whole} for s in SAMPLERS for row in base[s]]
+    coded = [{**row, "share": row["gbops"] / whole} for row in base["coded"]["steps"]]
+    unit, rivals = (
+        "unit; predictor = prediction",
+        ("ddim_equal: .4f = DDIM, fewer steps; dpmsolver++_equal: .4f = DPM-Solver++, fewer steps"),
+    )
+    limits = (
+        "to_limit: .4f = to the limit; ddim_limit_equal: .4f = DDIM, to the limit; "
+        "dpmsolver++_limit_equal: .4f = DPM-Solver++, to the limit"
+    )
+    operations, error = "share: .1%= operations", "relative_l2: l2 = relative L2"
+    bit_operations = "share: .2% = bit-operations"
+    return [
+        listing(
+            f"study-zero-bits-{steps}",
+            caption,
+            base["skipping"],
+            f"{unit}; threshold: g; {operations}; {error}; {rivals}; {limits}",
+        ),
+        listing(
+            f"study-zero-bits-half-{steps}",
+            "Half of the operations, between two thresholds and between two numbers of steps that were run.",
+            base["half"],
+            f"{unit}; silence: .4f; {rivals}",
+        ),
+        listing(
+            f"study-zero-bits-fewer-{steps}",
+            f"Fewer steps, relative L2 to {steps} steps of the same sampler.",
+            fewer,
+            f"sampler; steps: d; {operations}; {error}; to_limit: .4f = to the limit",
+        ),
+        listing(
+            f"study-zero-bits-coded-{steps}",
+            "Silence on top of 4-bit codes, and 4-bit codes with fewer steps and as many bit-operations.",
+            base["coded"]["skipping"],
+            f"{unit}; threshold: g; {bit_operations}; {error}; ddim_equal: .4f = A4, fewer steps",
+        ),
+        listing(
+            f"study-zero-bits-coded-steps-{steps}",
+            "4-bit codes with fewer steps.",
+            coded,
+            f"steps: d; {bit_operations}; {error}",
+        ),
     ]
-    for i, unit in enumerate(UNITS):
-        rows = [row for row in base["skipping"] if row["unit"] == unit and row["predictor"] == predictor]
-        label = f"silent by {unit}"
-        lines.append(Line(label=label, x=[row["share"] for row in rows], y=[error(row) for row in rows], colour=i))
+
+
+def _chart(base: Row, predictor: str) -> Figure:
+    whole = base["ddim"][0]["gbops"]
+    lines: list[Line] = []
+    for sampler, colour in zip(SAMPLERS, (7, 4), strict=True):
+        rows = [{**row, "name": f"{sampler}, fewer steps", "share": row["gbops"] / whole} for row in base[sampler]]
+        lines += curves(rows, "name", "share", colours=(colour,), dashed=True)
+    silences = [
+        {**row, "name": f"silent by {row['unit']}"} for row in base["skipping"] if row["predictor"] == predictor
+    ]
     return line_chart(
         f"study-zero-bits-{predictor}-{base['steps']}",
-        lines,
+        [*lines, *curves(silences, "name", "share", colours=range(len(UNITS)))],
         title=f"Zero bits, {predictor}",
         x="share of the operations",
         y=f"relative L2 to {base['steps']} steps",
