@@ -40,10 +40,6 @@ def test_no_command_shows_the_commands() -> None:
         assert f"\n  {command} " in result.output
 
 
-def test_an_unknown_command_is_exit_code_2() -> None:
-    assert CliRunner().invoke(app, ["dmeo"]).exit_code == 2
-
-
 def test_help_does_not_wait_for_diffusers() -> None:
     probe = "import sys, modiff.cli; print('diffusers' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
 
-from modiff.cli import app
 from modiff.evaluate import demo as logic
-from tests.pixels import pixel_pipeline, saved_pipeline
+from tests.cli.commands import assert_one_line, done, modiff
+from tests.pixels import saved_pipeline
 
 
 @pytest.fixture
@@ -31,22 +30,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["demo", "--steps", "4", "--num-images", "2", *map(str, arguments)])
-
-
-def assert_one_line(result: Result, message: str, code: int = 2) -> None:
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("modiff: ")]
-    assert len(lines) == 1, result.stderr
-    assert message in lines[0]
-    assert "Traceback" not in result.output
+    return modiff("demo", "--steps", 4, "--num-images", 2, *arguments)
 
 
 @pytest.mark.usefixtures("short")
 def test_it_prints_the_table_and_writes_picture_and_json(folder: Path, tmp_path: Path) -> None:
     picture, figures = tmp_path / "out" / "grid.png", tmp_path / "out" / "demo.json"
-    result = invoke("--model", folder, "-o", picture, "--json", figures)
-    assert result.exit_code == 0, result.output
+    result = done(invoke("--model", folder, "-o", picture, "--json", figures))
     values = json.loads(figures.read_text())
     assert [r["name"] for r in values["rows"]] == ["full precision", "plain W8A4", "modulated W8A4"]
     for row in values["rows"]:
@@ -67,38 +57,6 @@ def test_cifar10_is_one_line_until_its_folder_is_there(tmp_path: Path, monkeypat
     saved_pipeline(tmp_path / "cifar10")
     assert invoke("--model", "cifar10", "-o", picture).exit_code == 0
     assert picture.exists()
-
-
-@pytest.mark.usefixtures("short")
-def test_the_seed_chooses_the_noise(folder: Path, tmp_path: Path) -> None:
-    found = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert invoke("--model", folder, "--seed", seed, "-o", tmp_path / f"{name}.png").exit_code == 0
-        found.append((tmp_path / f"{name}.png").read_bytes())
-    assert found[0] == found[1] != found[2]
-
-
-def test_the_wrong_folder_is_one_line(tmp_path: Path) -> None:
-    picture = tmp_path / "grid.png"
-    assert_one_line(invoke("--model", tmp_path, "-o", picture), f"{tmp_path}: expected a diffusers folder")
-    assert not picture.exists()
-
-
-def test_a_corrupt_checkpoint_is_one_line(folder: Path, tmp_path: Path) -> None:
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert_one_line(invoke("--model", folder, "-o", tmp_path / "grid.png"), f"{weights}: expected a safetensors file")
-
-
-def test_a_conditional_pipeline_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Prompted(type(pixel_pipeline())):  # type: ignore[misc]
-        def __call__(self, prompt: str, batch_size: int = 1) -> None:
-            raise NotImplementedError
-
-    pipe = pixel_pipeline()
-    prompted = Prompted(unet=pipe.unet, scheduler=pipe.scheduler)
-    monkeypatch.setattr("modiff.hosts.diffusers.load.load_pipeline", lambda model, device: prompted)
-    assert_one_line(invoke("-o", tmp_path / "grid.png"), "demo: expected an unconditional pipeline, got Prompted")
 
 
 def test_too_few_steps_are_one_line(folder: Path, tmp_path: Path) -> None:
@@ -131,13 +89,6 @@ def test_a_full_disk_is_one_line_and_the_table_is_shown_all_the_same(
     assert "modulated W8A4" in result.stdout
     assert picture.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "pipeline"]
-
-
-@pytest.mark.usefixtures("short")
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_device_is_one_line(folder: Path, tmp_path: Path) -> None:
-    result = invoke("--model", folder, "-o", tmp_path / "grid.png", "--json", "/dev/full")
-    assert_one_line(result, "/dev/full: expected a file that can be written, got No space left on device")
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
-from modiff.cli import app
 from modiff.evaluate.features.classifier import Classifier, save_classifier
 from modiff.evaluate.suite import run as logic
+from tests.cli.commands import assert_one_line, done, modiff
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 NAMES = ["full precision", "half the steps", "plain W8A4", "modulated W8A4"]
@@ -38,16 +37,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def invoke(model: object, judge: object, *arguments: object) -> Result:
-    words = ["evaluate", model, "--extractor", judge, "--steps", 4, "-n", 12, "--batch-size", 6, *arguments]
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def assert_one_line(result: Result, message: str, code: int = 2) -> None:
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("modiff: ")]
-    assert len(lines) == 1, result.stderr
-    assert message in lines[0]
-    assert "Traceback" not in result.output
+    return modiff("evaluate", model, "--extractor", judge, "--steps", 4, "-n", 12, "--batch-size", 6, *arguments)
 
 
 def test_it_prints_the_table_and_writes_json_and_report(
@@ -58,7 +48,7 @@ def test_it_prints_the_table_and_writes_json_and_report(
     result = invoke(
         model, judge, "--json", "out/found.json", "--report", "out/report", "--reference", "real.npy", "--seed", 7
     )
-    assert result.exit_code == 0, result.output
+    done(result)
     found = json.loads(Path("out/found.json").read_text())
     assert [c["name"] for c in found["configurations"]] == NAMES
     assert found["command"] == "modiff evaluate 'a model'"
@@ -95,7 +85,7 @@ def test_it_goes_on_where_it_was_stopped(model: Path, judge: Path, monkeypatch: 
 def test_configs_take_the_place_of_the_presets(model: Path, judge: Path) -> None:
     Path("mine.json").write_text(json.dumps({"min_weights": 7}))
     result = invoke(model, judge, "--configs", "w8a3, mine.json", "--json", "found.json")
-    assert result.exit_code == 0, result.output
+    done(result)
     names = [c["name"] for c in json.loads(Path("found.json").read_text())["configurations"]]
     assert names == ["full precision", "half the steps", "modulated W8A3", "mine"]
 
@@ -135,10 +125,6 @@ def test_mistakes_are_one_line(model: Path, judge: Path, words: list[str], messa
     assert_one_line(invoke(model, judge, *words), message)
 
 
-def test_the_wrong_folder_is_one_line(judge: Path, tmp_path: Path) -> None:
-    assert_one_line(invoke(tmp_path, judge), f"{tmp_path}: expected a diffusers folder")
-
-
 def test_a_conditional_pipeline_is_one_line(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Prompted(type(pixel_pipeline())):  # type: ignore[misc]
         def __call__(self, prompt: str, batch_size: int = 1) -> None:
@@ -148,12 +134,6 @@ def test_a_conditional_pipeline_is_one_line(judge: Path, monkeypatch: pytest.Mon
     prompted = Prompted(unet=pipe.unet, scheduler=pipe.scheduler)
     monkeypatch.setattr("modiff.hosts.diffusers.load.load_pipeline", lambda model, device: prompted)
     assert_one_line(invoke("any", judge), "expected an unconditional pipeline, got Prompted")
-
-
-def test_another_runs_folder_is_one_line(model: Path, judge: Path) -> None:
-    assert invoke(model, judge).exit_code == 0
-    assert_one_line(invoke(model, judge, "--seed", 1), "got one with another seed")
-    assert_one_line(invoke(model, judge, "--scheduler", "euler"), "got one with another pipeline and sampler")
 
 
 @pytest.mark.parametrize("option", ["--json", "--report", "-o"])

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from typer.testing import CliRunner
+from click.testing import Result
 
-from modiff.cli import app
+from tests.cli.commands import assert_one_line, done, modiff
 from tests.hosts.tiny import HOSTS
 
 
-def explain(model: Path, *words: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["explain", str(model), "--steps", "3", "-n", "1", *words])
-    return result.exit_code, result.output
+def explain(model: Path, *words: object) -> Result:
+    return modiff("explain", model, "--steps", 3, "-n", 1, *words)
 
 
 def test_every_layer_has_a_choice_times_errors_and_what_its_state_costs(tmp_path: Path) -> None:
     HOSTS["ddim"].build().save_pretrained(tmp_path / "model")
     results = tmp_path / "explain.json"
-    code, text = explain(tmp_path / "model", "--config", "modulated:8:4", "--tolerance", "0.3", "--json", str(results))
-    assert code == 0, text
+    words = ["--config", "modulated:8:4", "--tolerance", 0.3, "--json", results]
+    text = done(explain(tmp_path / "model", *words)).output
     written = json.loads(results.read_text())
     assert written["machine"] in text
     assert written["tolerance"] == 0.3
@@ -34,6 +33,4 @@ def test_every_layer_has_a_choice_times_errors_and_what_its_state_costs(tmp_path
 
 
 def test_an_unknown_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    code, text = explain(tmp_path, "--config", "w9")
-    assert code == 2
-    assert len(text.strip().splitlines()) == 1
+    assert_one_line(explain(tmp_path, "--config", "w9"), "'w9'")

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
-from modiff.cli import app
 from modiff.generate.job import Job
 from modiff.generate.run import run_job
+from tests.cli.commands import assert_one_line, done, modiff
 from tests.generate.fakes import FakeEngine
 
 
@@ -24,13 +23,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+    return modiff("export", *arguments)
 
 
 def test_it_writes_the_array_and_says_what_it_is(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "images.npz"
     result = invoke(folder, "-o", path, "-n", 5, "--json", tmp_path / "export.json")
-    assert result.exit_code == 0, result.output
+    done(result)
     assert result.stdout == f"arr_0 (5, 4, 5, 3) uint8: {path}\n"
     assert np.load(path)["arr_0"].shape == (5, 4, 5, 3)
     expected = {"array": "arr_0", "shape": [5, 4, 5, 3], "dtype": "uint8", "file": str(path)}
@@ -49,13 +48,5 @@ def test_it_writes_the_array_and_says_what_it_is(folder: Path, tmp_path: Path) -
 def test_a_mistake_is_one_line_and_no_file(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     out = tmp_path / "out.npz"
     result = invoke(*[text.format(folder=folder, out=out) for text in arguments])
-    assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    assert_one_line(result, message)
     assert not out.exists()
-
-
-def test_help_has_an_example() -> None:
-    result = invoke("--help")
-    assert "Example:\n      modiff export images -o images.npz" in result.stdout
-    assert "--json" in result.stdout

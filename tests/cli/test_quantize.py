@@ -11,15 +11,15 @@ import pytest
 import torch
 from click.testing import Result
 from diffusers import DDPMPipeline, DDPMScheduler
-from typer.testing import CliRunner
 
 import modiff
-from modiff.cli import app
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.methods.registry import method_config
 from modiff.methods.registry import quantize as apply_method
 from modiff.model.attach import attachment_of
+from tests.cli.commands import assert_one_line, done
+from tests.cli.commands import modiff as command
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 STEPS = 3
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["quantize", *map(str, arguments), "--steps", str(STEPS)])
+    return command("quantize", *arguments, "--steps", STEPS)
 
 
 def fields(tmp_path: Path, method: str) -> Path:
@@ -71,7 +71,7 @@ def images(pipe: Any) -> np.ndarray:
 def test_the_folder_makes_the_images_of_the_method_bit_for_bit(folder: Path, tmp_path: Path, method: str) -> None:
     out, figures = tmp_path / "out", tmp_path / "quantize.json"
     result = invoke(folder, "--method", method, "--config", fields(tmp_path, method), "-o", out, "--json", figures)
-    assert result.exit_code == 0, result.output
+    done(result)
     pipe = load_pipeline(folder)
     config = method_config(method, values=FIELDS[method], changes={"steps": STEPS})
     report = apply_method(pipe, config, progress=False)
@@ -90,7 +90,7 @@ def test_the_folder_makes_the_images_of_the_method_bit_for_bit(folder: Path, tmp
 def test_bits_modulation_and_work_folder_are_as_asked_for(folder: Path, tmp_path: Path) -> None:
     chosen = ["--method", "ptq4dm", "--config", fields(tmp_path, "ptq4dm"), "--weight-bits", 4, "--activation-bits", 6]
     result = invoke(folder, *chosen, "--modulated", "--seed", 5, "-o", tmp_path / "out", "--work", tmp_path / "parts")
-    assert result.exit_code == 0, result.output
+    done(result)
     settings = {e.setting for e in attachment_of(modiff.load(tmp_path / "out").unet).report.taken}
     assert settings == {"W4A6 modulated", "W8A8 modulated"}  # the first and the last layer have 8
     job = json.loads((tmp_path / "parts" / "job.json").read_text())
@@ -135,14 +135,6 @@ def test_another_sampler_is_calibrated_on_and_saved_where_diffusers_can(folder: 
         assert np.isfinite(images(set_scheduler(loaded, name))).all()
 
 
-def assert_one_line(result: Result, message: str, code: int = 2) -> None:
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("modiff: ")]
-    assert len(lines) == 1, result.stderr
-    assert message in lines[0]
-    assert "Traceback" not in result.output
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -181,9 +173,3 @@ def test_nothing_is_overwritten_and_it_says_so_before_the_model_is_loaded(tmp_pa
     result = invoke("absent", "--method", "ptq4dm", "-o", tmp_path / "out")
     assert_one_line(result, "expected a new or an empty folder, got files in it")
     assert (tmp_path / "out" / "mine.txt").read_text() == "text"
-
-
-def test_help_has_an_example() -> None:
-    result = invoke("--help")
-    assert "modiff quantize embedded --method q_diffusion" in result.stdout
-    assert "--json" in result.stdout

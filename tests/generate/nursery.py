@@ -1,8 +1,7 @@
-"""Kill a job before each of its file operations in turn, take it up again, and compare with one that was left alone.
+"""Kill a job before each of its file operations in turn, run it again, and compare with one that was left alone.
 
-Run as a script: `python -m tests.generate.nursery FOLDER`; prints {"kills": ..., "failures": [...]}. It forks
-before any
-thread is started, so that a process costs milliseconds, and every one dies of a real SIGKILL.
+Run as a script: `python -m tests.generate.nursery FOLDER`; prints {"kills": ..., "failures": [...]}. It forks before
+any thread is started, so that a process costs milliseconds, and each dies of a real SIGKILL.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff.generate.job import Job
-from modiff.generate.run import generate_to_shards
+from modiff.generate.run import run_job
 from modiff.generate.shards import Manifest, Span, whole_shards
 from tests.generate.fakes import FakeEngine
 
@@ -49,7 +48,7 @@ def in_child(folder: Path, num_images: int, log: Path, kill_before: int | None) 
     os.fsync = lambda handle: None  # a kill, unlike a power cut, loses nothing that was handed to the system
     try:
         sys.addaudithook(watch)
-        generate_to_shards(job(num_images), folder, engine=FakeEngine(log=log))
+        run_job(job(num_images), folder, engine=FakeEngine(log=log))
     except BaseException:
         traceback.print_exc()
         os._exit(1)

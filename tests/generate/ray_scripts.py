@@ -27,5 +27,5 @@ def dying(marker: str) -> Callable[[Job, int, Span], Drawn]:
 
 
 if __name__ == "__main__":
-    asked = Job(model=sys.argv[1], num_images=100_000, steps=2, batch_size=2, shard_size=2)
-    run_job(asked, Path(sys.argv[2]), engine=RayEngine(workers=1, task=dying(sys.argv[3])))
+    job = Job(model=sys.argv[1], num_images=100_000, steps=2, batch_size=2, shard_size=2)
+    run_job(job, Path(sys.argv[2]), engine=RayEngine(workers=1, task=dying(sys.argv[3])))

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from modiff.errors import ConfigError, StateError
+from modiff.files import LOCK
 from modiff.generate import worker
-from modiff.generate.engines import LocalEngine
 from modiff.generate.job import Job
 from modiff.generate.on_ray import RayEngine
-from modiff.generate.run import LOCK, run_job
+from modiff.generate.run import LocalEngine, run_job
 from modiff.generate.shards import Span
 from modiff.generate.worker import Drawn
 from tests.generate.fakes import FakeEngine
@@ -147,17 +147,19 @@ def test_the_folder_is_that_of_one_process_whatever_the_number_of_workers(
     assert ray.settings.get("num_cpus") == workers
 
 
-def test_every_task_is_tried_again_and_takes_its_threads(tmp_path: Path, ray: StandIn) -> None:
-    run_job(job(threads=2), tmp_path, engine=RayEngine(task=draw))
-    own = {"num_cpus": 2, "num_gpus": 0, "max_retries": 3, "retry_exceptions": False}
-    assert ray.options == [own, own]
-    assert ray.most == 2  # four processors
-
-
-def test_a_job_on_gpus_takes_one_for_each_worker(tmp_path: Path, ray: StandIn) -> None:
-    ray.resources = {"CPU": 16.0, "GPU": 2.0}
-    run_job(job(device="cuda"), tmp_path, engine=RayEngine(task=draw))
-    assert ray.options[1]["num_gpus"] == 1
+@pytest.mark.parametrize(
+    ("changes", "resources", "options"),
+    [
+        ({"threads": 2}, {"CPU": 4.0}, {"num_cpus": 2, "num_gpus": 0}),
+        ({"device": "cuda"}, {"CPU": 16.0, "GPU": 2.0}, {"num_cpus": 1, "num_gpus": 1}),
+    ],
+)
+def test_every_task_is_tried_again_and_takes_its_threads_or_its_gpu(
+    tmp_path: Path, ray: StandIn, changes: dict[str, Any], resources: dict[str, float], options: dict[str, int]
+) -> None:
+    ray.resources = resources
+    run_job(job(**changes), tmp_path, engine=RayEngine(task=draw))
+    assert ray.options == [options | {"max_retries": 3, "retry_exceptions": False}] * 2
     assert ray.most == 2
 
 
@@ -179,19 +181,15 @@ def test_a_model_in_a_folder_is_found_from_any_working_directory(
     assert {asked.threads for asked in seen} == {1}
 
 
-def test_a_cluster_that_was_there_before_stays(tmp_path: Path, ray: StandIn) -> None:
-    ray.up = True
-    run_job(job(), tmp_path, engine=RayEngine(task=draw))
-    assert ray.calls == []
-    assert ray.settings == {}
-
-
-def test_an_address_is_joined_as_it_is(tmp_path: Path, ray: StandIn) -> None:
+def test_a_cluster_that_was_there_before_stays_and_an_address_is_joined_as_it_is(tmp_path: Path, ray: StandIn) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        run_job(job(), tmp_path, engine=RayEngine(address=address, workers=2, task=draw))
+        run_job(job(), tmp_path / "a", engine=RayEngine(address=address, workers=2, task=draw))
     assert ray.settings["address"] == address
     assert "num_cpus" not in ray.settings
+    ray.up, ray.calls = True, []
+    run_job(job(), tmp_path / "b", engine=RayEngine(task=draw))
+    assert ray.calls == []
 
 
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "ray://127.0.0.1:1"])
@@ -231,29 +229,28 @@ def test_an_error_of_ours_in_a_task_comes_back_as_it_is_and_stops_the_others(tmp
     assert 4 in {span.first for span in fake.drawn}
 
 
-def test_a_bug_in_a_task_keeps_its_traceback(tmp_path: Path, ray: StandIn) -> None:
+@pytest.mark.parametrize(
+    ("raised", "caught", "message"),
+    [
+        (ZeroDivisionError(), RayTaskError, "traceback"),
+        (RayError("WorkerCrashed"), StateError, "expected a worker that lives, got RayError after 3 retries"),
+    ],
+)
+def test_a_bug_keeps_its_traceback_and_workers_that_die_again_and_again_are_a_clear_error(
+    tmp_path: Path, ray: StandIn, raised: Exception, caught: type[Exception], message: str
+) -> None:
     def failing(job: Job, batch_size: int, span: Span) -> Drawn:
-        raise ZeroDivisionError
+        raise raised
 
-    with pytest.raises(RayTaskError) as caught:
+    with pytest.raises(caught, match=message):
         run_job(job(), tmp_path, engine=RayEngine(task=failing))
-    assert isinstance(caught.value.cause, ZeroDivisionError)
 
 
-def test_workers_that_die_again_and_again_are_a_clear_error(tmp_path: Path, ray: StandIn) -> None:
-    def dead(job: Job, batch_size: int, span: Span) -> Drawn:
-        raise RayError("WorkerCrashed")
-
-    with pytest.raises(StateError, match="expected a worker that lives, got RayError after 3 retries"):
-        run_job(job(), tmp_path, engine=RayEngine(task=dead))
-
-
-def test_workers_are_counted_from_one(ray: StandIn) -> None:
+def test_workers_are_counted_from_one_and_without_ray_it_says_what_to_install(
+    ray: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="--workers: expected 1 or more, got 0"):
         RayEngine(workers=0)
-
-
-def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"got none\. It is an extra\. Install it with pip install 'modiff\[ray\]'"):
         RayEngine()

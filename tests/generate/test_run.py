@@ -17,12 +17,13 @@ import pytest
 from filelock import FileLock
 
 from modiff import presets
-from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError, StateError
+from modiff.files import LOCK
 from modiff.generate import run as engine
 from modiff.generate import shards
+from modiff.generate.conditions import Conditions
 from modiff.generate.job import Job
-from modiff.generate.run import LOCK, Outcome, generate_to_shards, run_job
+from modiff.generate.run import Outcome, run_job
 from modiff.generate.shards import Manifest, Span, read_images
 from tests.generate.fakes import ENVIRONMENT, FakeEngine, image
 from tests.pixels import saved_pipeline
@@ -51,20 +52,16 @@ def expected(num_images: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_images", [1, 3, 4, 5, 8, 11])
-def test_a_folder_holds_the_images_of_the_indices(tmp_path: Path, num_images: int) -> None:
+def test_a_folder_holds_the_images_of_the_indices_and_drawing_again_changes_no_byte(
+    tmp_path: Path, num_images: int
+) -> None:
     done = run(tmp_path, num_images, seed=40)
     assert np.array_equal(images(tmp_path), expected(num_images, seed=40))
     assert (done.made, done.kept, done.damaged) == (num_images, 0, ())
     assert done.manifest == Manifest.load(tmp_path)
-    assert done.manifest.missing == ()
-    assert len(done.manifest.shards) == -(-num_images // 4)
-
-
-def test_a_finished_job_draws_nothing_and_changes_no_byte(tmp_path: Path) -> None:
-    run(tmp_path)
     before, fake = content(tmp_path), FakeEngine()
-    done = run(tmp_path, fake=fake)
-    assert (done.made, done.kept, fake.drawn) == (0, 11, [])
+    done = run(tmp_path, num_images, fake, seed=40)
+    assert (done.made, done.kept, fake.drawn) == (0, num_images, [])
     assert content(tmp_path) == before
 
 
@@ -80,8 +77,6 @@ def test_shards_may_come_in_any_order(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_is_whole_and_frees_the_folder(tmp_path: Path, stop_at: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, fake=FakeEngine(stop_at=stop_at))
-    listed = Manifest.load(tmp_path)
-    assert [shard.first for shard in listed.shards] == [4 * i for i in range(stop_at)]
     with pytest.raises(FormatError, match=f"expected 11 images, got {4 * stop_at}"):
         read_images(tmp_path)
     fake = FakeEngine()
@@ -104,44 +99,32 @@ def test_more_images_extend_a_folder_to_the_bytes_of_one_that_began_with_them(tm
     run(tmp_path / "grown", 5)
     fake = FakeEngine()
     done = run(tmp_path / "grown", 11, fake)
-    # the shard that had one image is made anew with four
+    # the shard that had one image is made again with four
     assert (fake.drawn, done.kept) == ([Span(first=4, count=4), Span(first=8, count=3)], 4)
     run(tmp_path / "whole", 11)
     assert content(tmp_path / "grown") == content(tmp_path / "whole")
-
-
-def test_fewer_images_are_those_first_ones_and_the_others_stay_for_later(tmp_path: Path) -> None:
-    run(tmp_path, 11)
     fake = FakeEngine()
-    for num_images in (3, 9, 11):
-        done = run(tmp_path, num_images, fake)
+    for num_images in (3, 9, 11):  # fewer are the first ones, and the others stay for later
+        done = run(tmp_path / "grown", num_images, fake)
         assert (done.made, done.kept) == (0, num_images)
-        assert np.array_equal(images(tmp_path), expected(num_images))
+        assert np.array_equal(images(tmp_path / "grown"), expected(num_images))
     assert fake.drawn == []
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "gone", "a pixel"])
-def test_a_damaged_shard_is_made_anew_and_named(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["cut", "empty", "gone", "a pixel", "manifest"])
+def test_what_is_damaged_is_made_again_and_named(tmp_path: Path, how: str) -> None:
     run(tmp_path)
     before = content(tmp_path)
-    path = tmp_path / "shard-000001.safetensors"
+    path = tmp_path / ("manifest.json" if how == "manifest" else "shard-000001.safetensors")
     whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:-7], "empty": b"", "a pixel": whole[:-1] + bytes([whole[-1] ^ 1])}.get(how, whole))
+    path.write_bytes({"empty": b"", "a pixel": whole[:-1] + bytes([whole[-1] ^ 1])}.get(how, whole[:-7]))
     if how == "gone":
         path.unlink()
     fake = FakeEngine()
     done = run(tmp_path, fake=fake)
-    assert (fake.drawn, done.made) == ([Span(first=4, count=4)], 4)
-    assert done.damaged == (() if how == "gone" else (path.name,))
+    assert fake.drawn == ([] if how == "manifest" else [Span(first=4, count=4)])
+    assert done.damaged == (() if how in ("gone", "manifest") else (path.name,))
     assert content(tmp_path) == before
-
-
-def test_a_damaged_shard_that_is_not_asked_for_is_left_alone(tmp_path: Path) -> None:
-    run(tmp_path)
-    (tmp_path / "shard-000002.safetensors").write_bytes(b"")
-    done = run(tmp_path, 8)
-    assert (done.made, done.damaged, len(done.manifest.shards)) == (0, (), 2)
-    assert run(tmp_path, 11).made == 3
 
 
 OTHERS: list[tuple[dict[str, Any], str]] = [
@@ -149,10 +132,9 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"steps": 3}, "another steps"),
     ({"config": presets.w8a8().to_dict()}, "another config"),
     ({"scheduler": "ddim"}, "another scheduler"),
-    ({"prompt": "a fox", "label": 3}, "another prompt and label"),
-    ({"prompts": ("a fox", "a cat"), "labels": (3,)}, "another prompts and labels"),
-    ({"batch_size": 4}, "another batch-size"),
-    ({"shard_size": 8}, "another shard-size"),
+    ({"conditions": Conditions(prompts=("a fox",), labels=(3,))}, "another labels and prompts"),
+    ({"batch_size": 4}, "another batch_size"),
+    ({"shard_size": 8}, "another shard_size"),
 ]
 
 
@@ -165,71 +147,36 @@ def test_a_folder_never_mixes_two_jobs(tmp_path: Path, other: dict[str, Any], me
     assert content(tmp_path) == before
 
 
-def test_a_folder_keeps_its_prompts_and_classes_and_refuses_others(tmp_path: Path) -> None:
-    several = {"prompts": ("a fox", "a cat"), "labels": (3, 1)}
-    run(tmp_path, 5, **several)
-    request = Manifest.load(tmp_path).request
-    assert (request["prompts"], request["labels"]) == (["a fox", "a cat"], [3, 1])
-    assert run(tmp_path, 11, **several).kept == 4
-    for other in ({"labels": (1, 3)}, {"prompts": ("a fox",)}, {"labels": None}):
-        with pytest.raises(ConfigError, match=r"another (labels|prompts)"):
-            run(tmp_path, 11, **several | other)
-
-
-def test_another_model_under_the_same_name_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path, 5)
-    found = FakeEngine.describe
-    monkeypatch.setattr(FakeEngine, "describe", lambda self, j: engine.dataclasses.replace(found(self, j), digest="x"))
-    with pytest.raises(ConfigError, match="another model"):
-        run(tmp_path, 11)
-
-
-def test_the_same_model_under_another_name_is_the_same_job_and_sizes_left_out_are_the_folders(tmp_path: Path) -> None:
-    run(tmp_path, 5)
-    assert run(tmp_path, 11, model="/moved", batch_size=None, shard_size=None).made == 7
-    assert np.array_equal(images(tmp_path), expected(11))
-
-
-def test_a_folder_begun_before_a_setting_existed_goes_on_with_its_default(
+def test_the_weights_make_the_job_and_the_name_of_the_model_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, now = presets.w8a8().to_dict(), ModiffConfig.to_dict
-    with monkeypatch.context() as patch:
-        patch.setattr(ModiffConfig, "to_dict", lambda self: {k: v for k, v in now(self).items() if k != "min_weights"})
-        run(tmp_path, 5, config=config)
-    assert run(tmp_path, 11, config=config).kept == 4
-    with pytest.raises(ConfigError, match="another config"):
-        run(tmp_path, 11, config=config | {"min_weights": 7})
+    run(tmp_path, 5)
+    # sizes that are left open are the folder's
+    assert run(tmp_path, 11, model="/moved", batch_size=None, shard_size=None).made == 7
+    assert np.array_equal(images(tmp_path), expected(11))
+    describe = FakeEngine.describe
+    monkeypatch.setattr(
+        FakeEngine, "describe", lambda self, j: engine.dataclasses.replace(describe(self, j), digest="x")
+    )
+    with pytest.raises(ConfigError, match="another model"):
+        run(tmp_path, 11)
 
 
 def test_a_worker_with_another_model_stops_the_job(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="expected the same model on every machine"):
         run(tmp_path, fake=FakeEngine(digest="other"))
-    assert list(content(tmp_path)) == ["manifest.json"]
+    assert sorted(content(tmp_path)) == ["job.json", "manifest.json"]
 
 
-def test_a_shard_of_another_job_among_ours_is_refused(tmp_path: Path) -> None:
+def test_shards_of_another_job_or_of_no_job_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "a", 5)
     run(tmp_path / "b", 11, seed=1)
     shutil.copy(tmp_path / "b" / "shard-000002.safetensors", tmp_path / "a")
     with pytest.raises(ConfigError, match=r"shard-000002\.safetensors: .* one of another job"):
         run(tmp_path / "a", 11)
-
-
-def test_shards_without_a_manifest_do_not_count_as_done(tmp_path: Path) -> None:
-    run(tmp_path, 5)
-    (tmp_path / "manifest.json").unlink()
-    with pytest.raises(ConfigError, match=r"got shard-000000\.safetensors and no manifest\.json"):
-        run(tmp_path, 5)
-
-
-def test_a_damaged_manifest_is_an_error_and_costs_no_shard(tmp_path: Path) -> None:
-    run(tmp_path, 5)
-    (tmp_path / "manifest.json").write_text("{")
-    before = content(tmp_path)
-    with pytest.raises(FormatError, match="The file is damaged"):
-        run(tmp_path, 5)
-    assert content(tmp_path) == before
+    (tmp_path / "b" / "job.json").unlink()
+    with pytest.raises(ConfigError, match=r"shard-000000\.safetensors alone"):
+        run(tmp_path / "b", 11, seed=1)
 
 
 def test_shards_of_two_environments_are_told_apart(tmp_path: Path) -> None:
@@ -249,33 +196,22 @@ def test_two_processes_never_write_to_one_folder(tmp_path: Path) -> None:
     assert run(tmp_path, 11).made == 7
 
 
-def test_what_a_killed_process_left_half_written_is_cleared_and_nothing_else(tmp_path: Path) -> None:
-    run(tmp_path, 5)
-    (tmp_path / ".shard-000001.safetensors.abc.tmp").write_bytes(b"half")
-    (tmp_path / ".manifest.json.abc.tmp").write_bytes(b"half")
-    (tmp_path / "notes.tmp").write_bytes(b"mine")
-    run(tmp_path, 5)
-    names = {"manifest.json", "notes.tmp", "shard-000000.safetensors", "shard-000001.safetensors"}
-    assert set(content(tmp_path)) == names
-
-
-Usage = namedtuple("Usage", "total used free")
-
-
 def test_a_disk_without_room_is_an_error_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels = 4 * 5 * 3
-    room = (11 + 4) * pixels + (1 << 20)
-    monkeypatch.setattr(engine.shutil, "disk_usage", lambda folder: Usage(0, 0, room - 1))
-    fake = FakeEngine()
+    def free(room: int) -> None:
+        usage = namedtuple("Usage", "total used free")(0, 0, room)
+        monkeypatch.setattr(engine.shutil, "disk_usage", lambda folder: usage)
+
+    room, fake = (11 + 4) * 4 * 5 * 3 + (1 << 20), FakeEngine()
+    free(room - 1)
     with pytest.raises(OSError, match=r"No space left on device: 11 images need 1\.0 MB, free are 1\.0 MB") as caught:
         run(tmp_path, fake=fake)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
-    assert (fake.drawn, content(tmp_path)) == ([], {})
-    monkeypatch.setattr(engine.shutil, "disk_usage", lambda folder: Usage(0, 0, room))
+    assert fake.drawn == []
+    free(room)
     run(tmp_path)
-    monkeypatch.setattr(engine.shutil, "disk_usage", lambda folder: Usage(0, 0, 0))
+    free(0)
     assert run(tmp_path).kept == 11  # what is there needs no room
 
 
@@ -297,7 +233,9 @@ def test_a_disk_that_fills_up_on_the_way_keeps_the_shards_before(
         run(tmp_path)
     assert caught.value.filename == str(tmp_path / "shard-000002.safetensors")
     monkeypatch.undo()
-    assert sorted(content(tmp_path)) == ["manifest.json", "shard-000000.safetensors", "shard-000001.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("*shard*")) == [
+        "shard-000000.safetensors", "shard-000001.safetensors"
+    ]  # fmt: skip
     fake = FakeEngine()
     run(tmp_path, fake=fake)
     assert fake.drawn == [Span(first=8, count=3)]
@@ -306,7 +244,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_the_shards_before(
 def test_a_folder_that_cannot_be_written_is_known_before_the_model_is_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"exists|directory") as caught:
-        generate_to_shards(job(model="absent"), tmp_path / "file")
+        run_job(job(model="absent"), tmp_path / "file")
     assert str(tmp_path / "file") in str(caught.value.filename)
 
 
@@ -315,8 +253,8 @@ def test_a_real_model_stopped_twice_gives_the_bytes_of_one_run(
     tmp_path: Path, config: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = str(saved_pipeline(tmp_path / "model"))
-    asked = Job(model=model, num_images=7, steps=2, config=config, batch_size=2, shard_size=2, threads=1)
-    generate_to_shards(asked, tmp_path / "whole")
+    real = Job(model=model, num_images=7, steps=2, config=config, batch_size=2, shard_size=2, threads=1)
+    run_job(real, tmp_path / "whole")
     written: list[int] = []
 
     def stopping(*arguments: Any) -> shards.Shard:
@@ -328,8 +266,8 @@ def test_a_real_model_stopped_twice_gives_the_bytes_of_one_run(
     monkeypatch.setattr(engine, "write_shard", stopping)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            generate_to_shards(asked, tmp_path / "halves")
-    generate_to_shards(asked, tmp_path / "halves")
+            run_job(real, tmp_path / "halves")
+    run_job(real, tmp_path / "halves")
     assert len(written) == 6
     assert content(tmp_path / "halves") == content(tmp_path / "whole")
     assert len({picture.tobytes() for picture in images(tmp_path / "whole")}) == 7

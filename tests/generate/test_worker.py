@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import modiff
 from modiff import presets
@@ -17,8 +16,9 @@ from modiff.cli.options import quiet_pipeline
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
 from modiff.errors import CalibrationError, ConfigError, FormatError, StateError
 from modiff.generate import worker
-from modiff.generate.engines import LocalEngine
+from modiff.generate.conditions import Conditions
 from modiff.generate.job import Job
+from modiff.generate.run import LocalEngine
 from modiff.generate.shards import Span
 from modiff.hosts.diffusers.load import load_pipeline
 from tests.hosts.tiny import HOSTS
@@ -40,8 +40,8 @@ def job(folder: Path, **changes: Any) -> Job:
     return Job(**{"model": str(folder), "num_images": 9, "steps": 2} | changes)
 
 
-def drawn(asked: Job, first: int, count: int, batch_size: int = 2) -> np.ndarray:
-    return worker.draw_span(asked, batch_size, Span(first=first, count=count)).images
+def drawn(job: Job, first: int, count: int, batch_size: int = 2) -> np.ndarray:
+    return worker.draw_span(job, batch_size, Span(first=first, count=count)).images
 
 
 CONFIGS = pytest.mark.parametrize("config", [None, presets.plain(8, 4).to_dict(), presets.w8a4().to_dict()])
@@ -49,14 +49,14 @@ CONFIGS = pytest.mark.parametrize("config", [None, presets.plain(8, 4).to_dict()
 
 @CONFIGS
 def test_an_image_has_the_same_bits_whatever_span_it_is_drawn_in(folder: Path, config: dict[str, Any] | None) -> None:
-    asked = job(folder, config=config, scheduler="ddpm")  # ddpm draws noise at each step, too
-    whole = drawn(asked, 0, 6)
+    noisy = job(folder, config=config, scheduler="ddpm")  # ddpm draws noise at each step, too
+    whole = drawn(noisy, 0, 6)
     assert whole.dtype == np.uint8
     assert len({image.tobytes() for image in whole}) == 6
     # the last batch is whole, though one image of it is not asked for
-    assert np.array_equal(drawn(asked, 0, 5), whole[:5])
+    assert np.array_equal(drawn(noisy, 0, 5), whole[:5])
     worker.close()
-    assert np.array_equal(drawn(asked, 2, 4), whole[2:])
+    assert np.array_equal(drawn(noisy, 2, 4), whole[2:])
 
 
 def test_images_of_full_precision_are_not_rounded_to_tf32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,25 +66,21 @@ def test_images_of_full_precision_are_not_rounded_to_tf32(folder: Path, monkeypa
         assert not torch.backends.cudnn.allow_tf32
 
 
-def test_every_batch_has_the_same_size_also_the_last_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_batch_has_the_same_size_and_progress_hears_of_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # at 8 bits the tiny model hides what another batch does to its sums: so look at the batches
     batches: list[list[int]] = []
+    ticks: list[int] = []
 
     def noted(pipe: Any, indices: Any, **options: Any) -> np.ndarray:
         batches.append(list(indices))
         return np.full((len(indices), 8, 8, 1), 0.5)
 
     monkeypatch.setattr(worker, "draw", noted)
-    assert drawn(job(folder), 4, 3).shape == (3, 8, 8, 1)
-    assert batches == [[4, 5], [6, 7]]
-
-
-@CONFIGS
-def test_another_batch_size_changes_rounding_only(folder: Path, config: dict[str, Any] | None) -> None:
-    one, three = (drawn(job(folder, config=config), 0, 3, batch_size).astype(int) for batch_size in (1, 3))
-    # floats to their last digits; at 4 bits an activation near a tie may then take the other code
-    assert np.abs(one - three).max() <= (1 if config is None else 16)
-    assert np.abs(one - three).mean() < np.abs(one[0] - one[1]).mean() / 20
+    images = worker.draw_span(job(folder), 2, Span(first=4, count=3), ticks.append).images
+    assert images.shape == (3, 8, 8, 1)
+    assert (batches, ticks) == ([[4, 5], [6, 7]], [2, 1])
 
 
 def test_the_images_are_those_of_the_pipeline_with_the_seeds_of_the_indices(folder: Path) -> None:
@@ -93,96 +89,59 @@ def test_the_images_are_those_of_the_pipeline_with_the_seeds_of_the_indices(fold
     assert np.abs(drawn(job(folder, seed=7), 4, 2) - 255 * expected).max() <= 0.51
 
 
-def test_what_is_drawn_says_where_and_by_which_model(folder: Path) -> None:
-    asked = job(folder, threads=1)
-    with LocalEngine():
-        found = worker.draw_span(asked, 2, Span(first=2, count=1))
-        assert (found.first, found.environment["threads"]) == (2, 1)
-        assert found.digest == worker.describe(asked).digest
-
-
-def test_progress_hears_of_every_batch(folder: Path) -> None:
-    heard: list[int] = []
-    worker.draw_span(job(folder), 2, Span(first=0, count=5), heard.append)
-    assert heard == [2, 2, 1]
-
-
 @pytest.mark.parametrize(("dynamic", "steps"), [(True, 1), (True, 2), (False, 2)])
 def test_a_pipeline_that_was_quantized_and_saved_draws_the_same_again(
     tmp_path: Path, dynamic: bool, steps: int
 ) -> None:
     pipe, folder = pixel_pipeline(), tmp_path / "saved"
-    activation = QuantizerConfig(bits=4, dynamic=dynamic)
-    modiff.apply(pipe, ModiffConfig(layer=LayerConfig(activation=activation)))
+    modiff.apply(pipe, ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(bits=4, dynamic=dynamic))))
     if not dynamic:
         modiff.calibrate(pipe, lambda: pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(9)))
     modiff.pack(pipe)
     modiff.save(pipe, folder)
-    digests, found = set(), []
+    digests, spans = set(), []
     for _ in range(2):
-        asked = job(folder, steps=steps)
-        digests.add(worker.describe(asked).digest)
-        found += [drawn(asked, 2, 4), drawn(asked, 0, 6)[2:]]
+        saved = job(folder, steps=steps)
+        digests.add(worker.describe(saved).digest)
+        spans += [drawn(saved, 2, 4), drawn(saved, 0, 6)[2:]]
         worker.close()
     assert len(digests) == 1
-    assert len({images.tobytes() for images in found}) == 1
+    assert len({images.tobytes() for images in spans}) == 1
     full = drawn(job(saved_pipeline(tmp_path / "full"), steps=steps), 2, 4).astype(int)
-    assert 0 < np.abs(found[0] - full).mean() < np.abs(full[0] - full[1]).mean()
+    assert 0 < np.abs(spans[0] - full).mean() < np.abs(full[0] - full[1]).mean()
     with pytest.raises(StateError):
         worker.describe(job(folder, config=presets.w8a8().to_dict()))
 
 
-def test_the_layout_of_the_file_does_not_count(tmp_path: Path) -> None:
-    folder, other = (saved_pipeline(tmp_path / name) for name in ("folder", "other"))
-    path = other / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file(load_file(path), path, metadata={"format": "pt", "note": "x" * 33})
-    assert folder.joinpath("unet", path.name).stat().st_size < path.stat().st_size
-    assert np.array_equal(drawn(job(folder), 0, 2), drawn(job(other), 0, 2))
-
-
-@pytest.mark.parametrize(("name", "shape"), [("ddpm", (8, 8, 3)), ("sd", (8, 8, 3)), ("dit", (8, 8, 3))])
-def test_the_shape_is_found_for_each_kind_of_pipeline(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
-    HOSTS[name].build().save_pretrained(tmp_path / "model")
-    more = {"sd": {"prompt": "a fox"}, "dit": {"label": 3}}.get(name, {})
-    asked = job(tmp_path / "model", config=presets.w8a8().to_dict(), **more)
-    found = worker.describe(asked)
-    assert found.shape == shape
-    assert found.pipeline == type(HOSTS[name].build()).__name__
-    assert drawn(asked, 2, 1).shape == (1, *shape)
-
-
 @pytest.mark.parametrize(
-    ("name", "several"),
-    [("dit", {"labels": (3, 999, 0)}), ("sd", {"prompts": ("a fox", "a cat", "two words more")})],
+    ("name", "conditions"),
+    [
+        ("ddpm", Conditions()),
+        ("dit", Conditions(labels=(3, 999, 0))),
+        ("sd", Conditions(prompts=("a fox", "a cat", "two words more"))),
+    ],
 )
 def test_each_image_is_drawn_of_its_own_class_or_prompt_whatever_the_span(
-    tmp_path: Path, name: str, several: dict[str, Any]
+    tmp_path: Path, name: str, conditions: Conditions
 ) -> None:
     HOSTS[name].build().save_pretrained(tmp_path / "model")
-    asked = job(tmp_path / "model", **several)
-    whole = drawn(asked, 0, 6).astype(int)
-    assert np.array_equal(drawn(asked, 2, 3), whole[2:5])
-    (kind, values), *_ = several.items()
-    alike: list[int] = []
-    for index in range(5):
-        alone = [drawn(job(tmp_path / "model", **{kind.rstrip("s"): value}), index, 1, 1) for value in values]
+    several = job(tmp_path / "model", conditions=conditions)
+    assert worker.describe(several).shape == (8, 8, 3)
+    whole = drawn(several, 0, 6).astype(int)
+    assert np.array_equal(drawn(several, 2, 3), whole[2:5])
+    ones = [Conditions(prompts=(p,)) for p in conditions.prompts] + [Conditions(labels=(n,)) for n in conditions.labels]
+    for index in range(5 if ones else 0):
+        alone = [drawn(job(tmp_path / "model", conditions=one), index, 1, 1) for one in ones]
         errors = [int(np.abs(image - whole[index]).max()) for image in alone]
-        assert errors[index % 3] <= 2, errors  # another batch: rounding
-        alike += errors[: index % 3] + errors[index % 3 + 1 :]
-    assert min(alike) > 2
-
-
-def test_a_class_that_the_model_does_not_know_is_an_error_before_anything_is_drawn(tmp_path: Path) -> None:
-    HOSTS["dit"].build().save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="expected 0 to 999, got 1000"):
-        worker.describe(job(tmp_path / "model", labels=(0, 1, 1000)))
+        assert errors.pop(index % 3) <= 2  # another batch: rounding
+        assert min(errors) > 2
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"model": "absent"}, FormatError, "no such folder"),
-        ({"prompt": "fox"}, ConfigError, "expected no --prompt"),
+        ({"conditions": Conditions(prompts=("fox",))}, ConfigError, "expected no --prompt"),
         ({"steps": 1001}, ConfigError, "--steps: expected at most 1000"),
         ({"scheduler": "ddimm"}, ConfigError, "scheduler: expected one of"),
     ],
@@ -192,6 +151,12 @@ def test_a_job_that_the_model_cannot_do_is_an_error(
 ) -> None:
     with pytest.raises(error, match=message):
         worker.describe(job(folder, **changes))
+
+
+def test_a_class_that_the_model_does_not_know_is_an_error_before_anything_is_drawn(tmp_path: Path) -> None:
+    HOSTS["dit"].build().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="expected 0 to 999, got 1000"):
+        worker.describe(job(tmp_path / "model", conditions=Conditions(labels=(0, 1, 1000))))
 
 
 def test_pixels_that_are_not_finite_are_an_error_that_names_the_image(tmp_path: Path) -> None:
@@ -218,8 +183,10 @@ def test_scales_that_were_never_measured_are_an_error_before_anything_is_written
 def test_the_engine_of_this_process_gives_its_threads_back_and_lets_go_of_the_model(folder: Path) -> None:
     threads = torch.get_num_threads()
     with LocalEngine() as engine:
-        engine.describe(job(folder, threads=threads + 1))
-        assert torch.get_num_threads() == threads + 1
+        more = job(folder, threads=threads + 1)
+        description = engine.describe(more)
+        span = worker.draw_span(more, 2, Span(first=2, count=1))
+        assert (span.first, span.environment["threads"], span.digest) == (2, threads + 1, description.digest)
         assert worker._open.cache_info().currsize == 1
     assert torch.get_num_threads() == threads
     assert worker._open.cache_info().currsize == 0

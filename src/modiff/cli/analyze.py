@@ -9,8 +9,7 @@ import typer
 
 from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
-from modiff.cli.sample import SCHEDULER_HELP
+from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Scheduler, Seed, Steps, quiet_pipeline
 from modiff.files import check_writable, write_json
 
 CONFIG_HELP = (
@@ -24,7 +23,7 @@ def analyze(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Unconditional ones only.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the figures.")],
     config: Annotated[str, typer.Option("--config", help=CONFIG_HELP)] = "modulated:32:4",
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)] = None,
+    scheduler: Scheduler = None,
     steps: Steps = 50,
     num_images: NumImages = 4,
     seed: Seed = 0,
@@ -46,10 +45,8 @@ def analyze(
             check_writable(path)
         from modiff.evaluate.analysis.figures import figures
         from modiff.evaluate.analysis.run import analyze as analyze_pipeline  # imported late: `--help` must not wait
-        from modiff.generate.samplers import set_scheduler
 
-        pipe = quiet_pipeline(model, device)
-        pipe = pipe if scheduler is None else set_scheduler(pipe, scheduler)
+        pipe = quiet_pipeline(model, device, scheduler)
         analysis = analyze_pipeline(pipe, chosen, steps=steps, num_images=num_images, seed=seed)
         write_json(results, analysis)
         for path in (*figures(analysis, output), results):

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import LABELS_HELP, MODEL_HELP, PROMPTS_HELP, Device, Json, Seed, conditions_of, quiet_pipeline
-from modiff.cli.sample import SCHEDULER_HELP
+from modiff.cli.options import (
+    MODEL_HELP,
+    SCHEDULER_HELP,
+    Device,
+    Json,
+    Labels,
+    Prompts,
+    Seed,
+    conditions_of,
+    quiet_pipeline,
+)
 from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
     from modiff.evaluate.suite.run import Suite
 
 CONFIGS_HELP = (
-    "Comma-separated, in the place of the preset's: presets (w8a8, w8a4, ...), families with weight and activation "
+    "Comma-separated, instead of the preset's: presets (w8a8, w8a4, ...), families with weight and activation "
     "bits (modulated:8:4, plain:8:4, tuned:8:3), JSON files of ModiffConfig.to_json(). Full precision and half the "
     "steps are always run."
 )
@@ -38,10 +47,8 @@ EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
     "another, or an Inception-v3 file: only with it is a distance called FID."
 )
-OUTPUT_HELP = "Finished batches; run again, it goes on from them. modiff-evaluation when left out."
+OUTPUT_HELP = "Finished batches; run again, it goes on from them."
 FOLDER = Path("modiff-evaluation")
-EXTRACTOR = "classifier"
-BATCH_SIZE = 50
 LAYER_IMAGES = 4
 
 
@@ -52,18 +59,18 @@ def evaluate(
     preset: Annotated[str, typer.Option("--preset", help=PRESET_HELP)] = "quick",
     json_file: Json = None,
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help=REPORT_HELP)] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = None,
-    extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = EXTRACTOR,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = FOLDER,
+    extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = "classifier",
     metrics: Annotated[str | None, typer.Option("--metrics", metavar="NAMES", help=METRICS_HELP)] = None,
     clip: Annotated[Path | None, typer.Option("--clip", metavar="DIR", help=CLIP_HELP)] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)] = None,
-    labels: Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)] = None,
+    prompts: Prompts = None,
+    labels: Labels = None,
     scheduler: Annotated[str, typer.Option("--scheduler", help=SCHEDULER_HELP)] = "ddim",
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; the preset's when left out.")] = None,
     num_images: Annotated[
         int | None, typer.Option("-n", "--num-images", help="Images of each configuration; the preset's when left out.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = BATCH_SIZE,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 50,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -84,18 +91,18 @@ def evaluate(
         chosen = _chosen(preset, num_images, steps, configs)
         for path in filter(None, (json_file, report and report / "report.html")):
             check_writable(path)
-        conditions = conditions_of(prompts, labels)
+        conditions = conditions_of(prompts=prompts, labels=labels)
         extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
         pipe = quiet_pipeline(model, device)
         judge = load_extractor(extractor, device=device)
         source = PipelineSource(pipe, sampler=scheduler, seed=seed, conditions=conditions)
-        suite = run_suite(source, judge, chosen, output or FOLDER, reference=reference, extras=extras,
+        suite = run_suite(source, judge, chosen, output, reference=reference, extras=extras,
                           batch_size=batch_size)  # fmt: skip
         _show(suite, source, model, json_file, report)
 
 
 def _chosen(name: str, num_images: int | None, steps: int | None, configs: str | None) -> Preset:
-    """The preset with what was given in the place of its own. Raises: ConfigError for a name that is none."""
+    """The preset with the options that replace its own. Raises: ConfigError for an unknown name."""
     from modiff.evaluate.suite.plans import plans_of, preset
 
     named = [] if configs is None else [part.strip() for part in configs.split(",")]
@@ -105,7 +112,7 @@ def _chosen(name: str, num_images: int | None, steps: int | None, configs: str |
 
 
 def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | None, report: Path | None) -> None:
-    """Print the table, and write what was asked for."""
+    """Print the table, and write the files that the options name."""
     command = ["modiff", *sys.argv[1:]]
     typer.echo(suite.table())
     if json_file is not None:

@@ -11,24 +11,26 @@ import typer
 from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import (
-    LABELS_HELP,
     MODEL_HELP,
-    PROMPTS_HELP,
     Device,
     Json,
+    Label,
+    Labels,
     NumImages,
+    Prompt,
+    Prompts,
+    Scheduler,
     Seed,
     Steps,
     conditions_of,
     quiet,
 )
-from modiff.cli.sample import CONFIG_HELP, SCHEDULER_HELP
+from modiff.cli.sample import CONFIG_HELP
 from modiff.errors import ConfigError
 from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from modiff.generate.engines import Engine
-    from modiff.generate.run import Outcome
+    from modiff.generate.run import Engine, Outcome
 
 
 class EngineName(StrEnum):
@@ -51,15 +53,15 @@ def generate(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the shards.")],
     num_images: NumImages,
     config: Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)] = None,
+    scheduler: Scheduler = None,
     steps: Steps = 50,
     seed: Seed = 0,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help=BATCH_HELP)] = None,
     shard_size: Annotated[int | None, typer.Option("--shard-size", help=SHARD_HELP)] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="For models that take text.")] = None,
-    label: Annotated[int | None, typer.Option("--label", help="For class-conditional models.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)] = None,
-    labels: Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)] = None,
+    prompt: Prompt = None,
+    label: Label = None,
+    prompts: Prompts = None,
+    labels: Labels = None,
     engine: Annotated[EngineName, typer.Option("--engine", help=ENGINE_HELP)] = EngineName.LOCAL,
     address: Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)] = None,
     workers: Annotated[int | None, typer.Option("--workers", help=WORKERS_HELP)] = None,
@@ -70,7 +72,7 @@ def generate(
     """Generate many images into a folder of shards. Run again after any interruption, it goes on where it stopped.
 
     Image i is the same bit for bit however often the job was interrupted, and however many images or workers there
-    are, on one kind of machine with one batch size; else up to rounding. More images extend a folder.
+    are, on one kind of machine with one batch size; otherwise up to rounding. More images extend a folder.
 
     \b
     Example:
@@ -84,10 +86,9 @@ def generate(
         from modiff.generate.job import Job  # imported late: `modiff --help` must not wait
         from modiff.generate.run import run_job
 
-        known = conditions_of(prompts, labels)
         job = Job(model=model, num_images=num_images, steps=steps, seed=seed, config=chosen, scheduler=scheduler,
-                  prompt=prompt, label=label, prompts=known.prompts or None, labels=known.labels or None,
-                  device=device, batch_size=batch_size, shard_size=shard_size, threads=threads)  # fmt: skip
+                  conditions=conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels), device=device,
+                  batch_size=batch_size, shard_size=shard_size, threads=threads)  # fmt: skip
         where = _engine(engine, address, workers)
         quiet()
         done = run_job(job, output, engine=where, progress=True)
@@ -97,8 +98,8 @@ def generate(
 
 
 def _engine(name: EngineName, address: str | None, workers: int | None) -> Engine:
-    from modiff.generate.engines import LocalEngine
     from modiff.generate.on_ray import RayEngine
+    from modiff.generate.run import LocalEngine
 
     if name is EngineName.RAY:
         return RayEngine(address=address, workers=workers)
@@ -114,7 +115,7 @@ def _engine(name: EngineName, address: str | None, workers: int | None) -> Engin
 def _tell(done: Outcome, output: Path) -> None:
     typer.echo(f"{done.made} made, {done.kept} kept: {output}")
     if done.damaged:
-        typer.echo(f"made anew, because damaged: {', '.join(done.damaged)}")
+        typer.echo(f"made again, because damaged: {', '.join(done.damaged)}")
     places = len(done.manifest.environments)
     if places > 1:
         typer.echo(f"made in {places} environments (see manifest.json): repeatable up to rounding only")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from modiff.errors import ConfigError
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -18,20 +20,38 @@ MODEL_HELP = (
 )
 PROMPTS_HELP = "A text file with a prompt in each line: image i is drawn of line i modulo their number."
 LABELS_HELP = "Classes such as 0-9 or 3,5,8: image i is drawn of number i modulo how many they are."
+SCHEDULER_HELP = "ddim, ddpm, dpmsolver++, euler, heun, unipc, ...; the model's own when left out."
 
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
 NumImages = Annotated[int, typer.Option("-n", "--num-images", help="How many images.")]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)]
 Seed = Annotated[int, typer.Option("--seed", help="Image i comes from the noise of seed + i.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="For models that take text.")]
+Label = Annotated[int | None, typer.Option("--label", help="For class-conditional models.")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)]
+Labels = Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
 
 
-def conditions_of(prompts: Path | None, labels: str | None) -> Conditions:
-    """What the images are drawn of, from --prompts and --labels."""
+def conditions_of(
+    *, prompt: str | None = None, label: int | None = None, prompts: Path | None = None, labels: str | None = None
+) -> Conditions:
+    """What the images are drawn of, from the options of these names. Raises: ConfigError for one and several."""
     from modiff.generate.conditions import Conditions, parse_labels, read_prompts  # imported late, as diffusers
 
-    known = () if labels is None else parse_labels(labels)
-    return Conditions(prompts=() if prompts is None else read_prompts(prompts), labels=known)
+    for option, one, several in (("prompt", prompt, prompts), ("label", label, labels)):
+        if one is not None and several is not None:
+            raise ConfigError(
+                f"--{option}s: expected no --{option} with it, got {one!r:.60}. An image is drawn of one. "
+                f"Leave --{option} out."
+            )
+    texts = () if prompt is None else (prompt,)
+    classes = () if label is None else (label,)
+    return Conditions(
+        prompts=texts if prompts is None else read_prompts(prompts),
+        labels=classes if labels is None else parse_labels(labels),
+    )
 
 
 def quiet() -> None:
@@ -42,12 +62,17 @@ def quiet() -> None:
     diffusers.utils.logging.set_verbosity_error()
 
 
-def quiet_pipeline(model: str, device: str) -> DiffusionPipeline:
-    """Load a pipeline without the bars and remarks of diffusers; convolutions of this process round to no TF32."""
+def quiet_pipeline(model: str, device: str, scheduler: str | None = None) -> DiffusionPipeline:
+    """Load a pipeline without the bars and remarks of diffusers; convolutions of this process round to no TF32.
+
+    scheduler: that of SCHEDULER_HELP; None leaves the model its own.
+    """
     import torch
 
+    from modiff.generate.samplers import set_scheduler
     from modiff.hosts.diffusers.load import load_pipeline
 
     quiet()
     torch.backends.cudnn.allow_tf32 = False  # full precision is what everything is compared with
-    return load_pipeline(model, device=device)
+    pipe = load_pipeline(model, device=device)
+    return pipe if scheduler is None else set_scheduler(pipe, scheduler)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from modiff.checkpoint.named_config import FULL_PRECISION
 from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import MODEL_HELP, Device, Json, quiet_pipeline
-from modiff.cli.sample import SCHEDULER_HELP
-from modiff.errors import FormatError
-from modiff.files import check_writable, new_folder, write_json
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from modiff.cli.options import MODEL_HELP, Device, Json, Scheduler, quiet_pipeline
+from modiff.files import check_writable, new_folder, read_json, write_json
 
 METHOD_HELP = "q_diffusion, ptq4dm, tfmq_dm, accuquant or modiff."
 CONFIG_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."
@@ -26,6 +20,7 @@ QUICK_HELP = "Settings for the embedded model and others of its size: minutes on
 STEPS_HELP = "Denoising steps, as many as you will sample with. The settings' when left out."
 SEED_HELP = "Of the noise of calibration."
 WORK_HELP = "Finished parts; run again, it goes on from them. FOLDER.work when left out; delete it when you are done."
+SETTINGS = "a JSON file with settings of the method"
 OUTPUT_HELP = "New folder of the quantized pipeline."
 
 
@@ -38,7 +33,7 @@ def quantize(
     activation_bits: Annotated[int | None, typer.Option("--activation-bits", help=BITS_HELP)] = None,
     modulated: Annotated[bool, typer.Option("--modulated", help=MODULATED_HELP)] = False,
     quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)] = None,
+    scheduler: Scheduler = None,
     steps: Annotated[int | None, typer.Option("--steps", help=STEPS_HELP)] = None,
     seed: Annotated[int | None, typer.Option("--seed", help=SEED_HELP)] = None,
     work: Annotated[Path | None, typer.Option("--work", metavar="DIR", help=WORK_HELP)] = None,
@@ -58,56 +53,28 @@ def quantize(
         if json_file is not None:
             check_writable(json_file)
         with new_folder(output) as partial:  # taken now: a folder that cannot be written is found before the work
-            from modiff.methods import registry  # imported late: `modiff --help` must not wait for diffusers
+            from modiff.api import save  # imported late: `modiff --help` must not wait for diffusers
+            from modiff.generate.environment import environment
+            from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
+            from modiff.methods import registry
 
             bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-            changes: dict[str, Any] = {n: _bits(b) for n, b in bits.items() if b is not None}
+            changes: dict[str, Any] = {
+                name: None if width == FULL_PRECISION else width for name, width in bits.items() if width is not None
+            }
             changes |= {n: v for n, v in (("steps", steps), ("seed", seed)) if v is not None}
-            values = None if config is None else _read(config)
+            values = None if config is None else read_json(config, SETTINGS, "Write one with the config's to_json().")
             chosen = registry.method_config(
                 method, quick=quick, values=values, modulated=True if modulated else None, changes=changes
             )
             pipe = quiet_pipeline(model, device)
-            sampling = pipe if scheduler is None else _with_scheduler(pipe, scheduler)
-            place = work or output.with_name(f"{output.name}.work")
-            report = registry.quantize(sampling, chosen, folder=place)
-            _save(sampling, pipe, partial)
+            sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
+            report = registry.quantize(sampling, chosen, folder=work or output.with_name(f"{output.name}.work"))
+            # diffusers has no class for the pipeline of any scheduler: then the model's own with the same network
+            save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, partial)
         typer.echo(f"{report}\nsaved: {output}")
         if json_file is not None:
             settings = {"model": model, "method": registry.name_of(chosen), "config": chosen.to_dict()}
-            write_json(json_file, settings | {"folder": str(output)} | report.to_dict() | {"environment": _where()})
-
-
-def _bits(bits: int) -> int | None:
-    return None if bits == FULL_PRECISION else bits
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise FormatError(
-            f"{path}: expected a JSON file with settings of the method, got {reason}. Write one from the method's "
-            "config.to_json()."
-        ) from None
-
-
-def _with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
-    from modiff.generate.samplers import set_scheduler
-
-    return set_scheduler(pipe, name)
-
-
-def _save(sampling: DiffusionPipeline, pipe: DiffusionPipeline, folder: Path) -> None:
-    """The pipeline as it sampled, or where diffusers has no class for that, the model's own with the same network."""
-    from modiff.api import save
-    from modiff.generate.samplers import UnconditionalPipeline
-
-    save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, folder)
-
-
-def _where() -> dict[str, Any]:
-    from modiff.generate.environment import environment
-
-    return dict(environment())
+            write_json(
+                json_file, settings | {"folder": str(output)} | report.to_dict() | {"environment": environment()}
+            )

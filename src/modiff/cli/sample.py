@@ -9,27 +9,38 @@ import typer
 
 from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
+from modiff.cli.options import (
+    MODEL_HELP,
+    Device,
+    Json,
+    Label,
+    NumImages,
+    Prompt,
+    Scheduler,
+    Seed,
+    Steps,
+    conditions_of,
+    quiet_pipeline,
+)
 from modiff.files import check_writable, write_json
 
 CONFIG_HELP = (
     "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "
     "or a JSON file of ModiffConfig.to_json(). Full precision when left out."
 )
-SCHEDULER_HELP = "ddim, ddpm, dpmsolver++, euler, heun, unipc, ...; the model's own when left out."
 
 
 def sample(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the images.")],
     config: Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)] = None,
+    scheduler: Scheduler = None,
     steps: Steps = 50,
     num_images: NumImages = 8,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time; they stay the same.")] = 8,
     seed: Seed = 0,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="For models that take text.")] = None,
-    label: Annotated[int | None, typer.Option("--label", help="For class-conditional models.")] = None,
+    prompt: Prompt = None,
+    label: Label = None,
     json_file: Json = None,
     device: Device = "cpu",
 ) -> None:
@@ -46,19 +57,21 @@ def sample(
         check_writable(output / "settings.json")
         from modiff.api import apply
         from modiff.generate.environment import environment
-        from modiff.generate.generate import Request, generate  # imported late: `modiff --help` must not wait
-        from modiff.generate.samplers import set_scheduler
+        from modiff.generate.job import check_counts
+        from modiff.generate.pictures import draw_pictures  # imported late: `modiff --help` must not wait
 
-        request = Request(num_images=num_images, steps=steps, seed=seed, prompt=prompt, label=label)
-        pipe = quiet_pipeline(model, device)
-        pipe = pipe if scheduler is None else set_scheduler(pipe, scheduler)
+        check_counts({"--num-images": num_images, "--steps": steps, "--batch-size": batch_size}, seed)
+        pipe = quiet_pipeline(model, device, scheduler)
         report = None if chosen is None else apply(pipe, chosen)
         settings = {
             "model": model,
             "config": None if chosen is None else chosen.to_dict(),
             "scheduler": type(pipe.scheduler).__name__ if scheduler is None else scheduler,
         }
-        done = generate(pipe, request, output, settings=settings, batch_size=batch_size)
+        done = draw_pictures(
+            pipe, output, num_images=num_images, steps=steps, seed=seed, settings=settings, batch_size=batch_size,
+            conditions=conditions_of(prompt=prompt, label=label),
+        )  # fmt: skip
         typer.echo(f"{done.written} written, {len(done.files) - done.written} kept: {output}")
         if json_file is not None:
             result = {"settings": settings | {"steps": steps, "seed": seed, "prompt": prompt, "label": label}}

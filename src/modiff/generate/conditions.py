@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modiff.errors import ConfigError, FormatError
 
@@ -23,6 +24,10 @@ class Conditions:
 
     prompts: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"prompts": list(self.prompts) or None, "labels": list(self.labels) or None}
 
     def prompts_of(self, indices: Sequence[int]) -> list[str] | None:
         """The prompt of each index; None if there are none.
@@ -45,17 +50,17 @@ def parse_labels(text: str) -> tuple[int, ...]:
     >>> parse_labels("0-3,7")
     (0, 1, 2, 3, 7)
     """
-    found: list[int] = []
+    labels: list[int] = []
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
-        if last < first or len(found) + last - first >= MOST_LABELS:
+        if last < first or len(labels) + last - first >= MOST_LABELS:
             raise ConfigError(
                 f"--labels: expected numbers and ranges between commas, got {part.strip()[:40]!r} in {text[:40]!r}. "
                 "Image i gets the one at i modulo their number. Use for example --labels 0-9 or --labels 3,5,8."
             )
-        found += range(first, last + 1)
-    return tuple(found)
+        labels += range(first, last + 1)
+    return tuple(labels)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -70,9 +75,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
             f"{path}: expected a text file with a prompt in each line, got {type(error).__name__}. It is missing or "
             "holds something else. Write the prompts into it, in UTF-8."
         ) from error
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
         raise FormatError(
             f"{path}: expected a prompt in each line, got none. There is nothing to draw. Write prompts into it."
         )
-    return found
+    return prompts

@@ -23,7 +23,7 @@ def export_npz(
     """Write the images of a folder, in index order, as `arr_0` (N, H, W, C) uint8 into an npz file, atomically.
 
     Args:
-        num_images: the first so many; None for all that were asked for last.
+        num_images: as many of the first ones; None for as many as the last job wanted.
         rgb: repeat grey images in three channels, which Inception networks expect.
     Returns: the shape of the array.
     Raises: FormatError if images are missing or damaged; ConfigError for `rgb` with images of two or four channels;

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.errors import ConfigError
 from modiff.generate.conditions import Conditions
+
+BATCH_SIZE, SHARD_SIZE = 50, 100
 
 
 def check_counts(counts: dict[str, int | None], seed: int) -> None:
@@ -29,12 +31,10 @@ class Job:
     model: "embedded", "cifar10", a diffusers folder, or a hub id.
     config: `ModiffConfig.to_dict()`; None for full precision. Scales must be dynamic.
     scheduler: a key of `generate.samplers.SAMPLERS`; None for the model's own.
-    prompt, label: for pipelines that take them; the same for all images.
-    prompts, labels: in their place several that the images take in turn, by their index.
-    batch_size: images computed at a time. None: what the folder has, else 50, or num_images if that is less.
-    shard_size: images in a file, a multiple of batch_size. None: what the folder has, else about 100.
+    batch_size: images computed at a time. None: what the folder has; in a new one 50, or num_images if that is less.
+    shard_size: images in a file, a multiple of batch_size. None: what the folder has; in a new one about 100.
     threads: of one worker. None: as torch has them; 1 on Ray.
-    Raises: ConfigError for a number out of range, sizes that do not fit, or a config that is none or needs calibration.
+    Raises: ConfigError for a number out of range, sizes that do not fit, or a config that needs calibration.
     """
 
     model: str
@@ -43,10 +43,7 @@ class Job:
     seed: int = 0
     config: dict[str, Any] | None = None
     scheduler: str | None = None
-    prompt: str | None = None
-    label: int | None = None
-    prompts: tuple[str, ...] | None = None
-    labels: tuple[int, ...] | None = None
+    conditions: Conditions = field(default_factory=Conditions)
     device: str = "cpu"
     batch_size: int | None = None
     shard_size: int | None = None
@@ -60,12 +57,6 @@ class Job:
                 f"--shard-size: expected a multiple of --batch-size {self.batch_size}, got {self.shard_size}. A shard "
                 "is made of whole batches. Leave --shard-size out."
             )
-        for option, one, several in (("prompt", self.prompt, self.prompts), ("label", self.label, self.labels)):
-            if several is not None and (one is not None or not several):
-                raise ConfigError(
-                    f"--{option}s: expected one or more and no --{option} beside them, got {several!r:.60} and "
-                    f"{one!r:.60}. An image is drawn of one. Leave --{option} out."
-                )
         config = self.modiff_config
         if config is not None and any(map(_is_static, (config.layer, *(layer for _, layer in config.overrides)))):
             raise ConfigError(
@@ -78,29 +69,19 @@ class Job:
         """The config as an object."""
         return None if self.config is None else ModiffConfig.from_dict(self.config)
 
-    @property
-    def conditions(self) -> Conditions:
-        """What each image is drawn of."""
-        prompts = self.prompts or (() if self.prompt is None else (self.prompt,))
-        labels = self.labels or (() if self.label is None else (self.label,))
-        return Conditions(prompts=prompts, labels=labels)
-
     def sizes(self) -> tuple[int, int]:
         """(batch_size, shard_size) of a new folder."""
+        most = min(BATCH_SIZE, self.num_images)
         if self.shard_size is not None:
-            most = min(_BATCH, self.num_images)
             fitting = max(size for size in range(1, most + 1) if self.shard_size % size == 0)
             return self.batch_size or fitting, self.shard_size
-        batch = self.batch_size or min(_BATCH, self.num_images)
-        return batch, batch * -(-_SHARD // batch)
+        batch = self.batch_size or most
+        return batch, batch * -(-SHARD_SIZE // batch)
 
     def loading(self) -> tuple[str, str, str | None, str | None]:
         """What makes the pipeline: (model, device, scheduler, config as JSON); a key of what is loaded."""
         config = None if self.config is None else json.dumps(self.config, sort_keys=True)
         return self.model, self.device, self.scheduler, config
-
-
-_BATCH, _SHARD = 50, 100
 
 
 def _is_static(layer: LayerConfig) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from modiff.errors import ConfigError, FormatError
-from modiff.files import write_atomically, write_json
+from modiff.files import read_json, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
@@ -50,7 +50,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(Span):
-    """A file of whole images. sha256: of the file. environment: where it was made, as `evaluate.environment` tells."""
+    """A file of whole images. sha256: of the file. environment: where it was made, as `generate.environment` tells."""
 
     file: str
     sha256: str
@@ -63,7 +63,7 @@ class Manifest:
 
     model: as it was typed, for the reader only. request: all that shapes the images (digest of the model, config,
         scheduler, steps, seed, prompts, labels); plain JSON values.
-    num_images: how many were asked for last. A folder may hold more of them; it is complete when it holds these.
+    num_images: of the last job. A folder may hold more of them; it is complete when it holds these.
     shape: (H, W, C) of one image.
     batch_size, shard_size: images computed at a time, and per file: fixed for a folder, because kernels sum in another
         order for another batch.
@@ -79,14 +79,19 @@ class Manifest:
     shards: tuple[Shard, ...] = ()
 
     @property
+    def job(self) -> dict[str, Any]:
+        """All that decides the content of the shards, as JSON values."""
+        sizes = {"batch_size": self.batch_size, "shard_size": self.shard_size, "shape": list(self.shape)}
+        return {"format": FORMAT, "rounding": ROUNDING} | self.request | sizes
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of what every shard of this folder has in common."""
-        common = [FORMAT, ROUNDING, self.request, self.batch_size, self.shard_size, self.shape]
-        return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
 
     @property
     def missing(self) -> tuple[Span, ...]:
-        """The shards to make, as long as they must be: those that are not there, and those with too few images."""
+        """The shards to make: those that are not there, and those with too few images."""
         there = {shard.first: shard.count for shard in self.shards}
         spans = (
             Span(first=first, count=min(self.shard_size, self.num_images - first))
@@ -96,24 +101,24 @@ class Manifest:
 
     @property
     def present(self) -> int:
-        """How many of the images asked for are there."""
+        """How many of the `num_images` images are there."""
         return self.num_images - sum(span.count for span in self.missing)
 
     @property
     def environments(self) -> list[dict[str, Any]]:
         """Where the shards were made; more than one means that images are repeatable only up to float rounding."""
-        found: list[dict[str, Any]] = []
+        unique: list[dict[str, Any]] = []
         for shard in self.shards:
-            if shard.environment not in found:
-                found.append(shard.environment)
-        return found
+            if shard.environment not in unique:
+                unique.append(shard.environment)
+        return unique
 
     def file_of(self, first: int) -> str:
         """The name of the shard that begins with image `first`."""
         return f"shard-{first // self.shard_size:06d}.safetensors"
 
     def with_shard(self, shard: Shard) -> Self:
-        """This manifest and one shard more, which takes the place of one with the same first image."""
+        """This manifest and one shard more, which replaces one with the same first image."""
         others = [other for other in self.shards if other.first != shard.first]
         return dataclasses.replace(self, shards=tuple(sorted([*others, shard], key=lambda one: one.first)))
 
@@ -126,36 +131,25 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild a manifest. Raises: FormatError if the values are none, or of another version."""
-        try:
-            if values["format"] != FORMAT:
-                raise ValueError(f"format {values['format']}")
-            places = values["environments"]
-            shards = [Shard(**shard | {"environment": places[shard["environment"]]}) for shard in values["shards"]]
-            height, width, channels = values["shape"]
-            numbers = [values[name] for name in ("num_images", "batch_size", "shard_size")]
-            numbers += [height, width, channels, *(shard.count for shard in shards)]
-            firsts = [shard.first for shard in shards]
-            if not all(type(n) is int and n > 0 for n in numbers) or not all(type(n) is int and n >= 0 for n in firsts):
-                raise ValueError(f"sizes {numbers}, first images {firsts}")
-            manifest = cls(
-                model=values["model"],
-                request=values["request"],
-                num_images=values["num_images"],
-                shape=(height, width, channels),
-                batch_size=values["batch_size"],
-                shard_size=values["shard_size"],
-                shards=tuple(shards),
-            )
-            for shard in shards:
-                if shard.file != manifest.file_of(shard.first):  # nothing outside the folder is read
-                    raise ValueError(f"file {shard.file} for the images from {shard.first} on")
-            return manifest
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise FormatError(
-                f"manifest: expected one of format {FORMAT}, got {type(error).__name__}: {error}. It was changed by "
-                "hand, or written by another version. Generate into another folder."
-            ) from error
+        """Rebuild a manifest. Raises: KeyError, TypeError, ValueError or IndexError for values of another kind."""
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}")
+        environments = values["environments"]
+        shards = [Shard(**shard | {"environment": environments[shard["environment"]]}) for shard in values["shards"]]
+        height, width, channels = values["shape"]
+        sizes = {name: values[name] for name in ("num_images", "batch_size", "shard_size")}
+        positive = [*sizes.values(), height, width, channels, *(shard.count for shard in shards)]
+        firsts = [shard.first for shard in shards]
+        if not all(type(n) is int and n > 0 for n in positive) or not all(type(n) is int and n >= 0 for n in firsts):
+            raise ValueError(f"sizes {positive}, first images {firsts}")
+        shape = (height, width, channels)
+        manifest = cls(
+            model=values["model"], request=dict(values["request"]), shape=shape, shards=tuple(shards), **sizes
+        )
+        for shard in shards:
+            if shard.file != manifest.file_of(shard.first):  # nothing outside the folder is read
+                raise ValueError(f"file {shard.file} for the images from {shard.first} on")
+        return manifest
 
     def save(self, folder: Path) -> None:
         """Write it into the folder, atomically. Raises: OSError that names the file."""
@@ -170,12 +164,14 @@ class Manifest:
                 f"{folder}: expected a folder of modiff generate, got one without {MANIFEST}. Nothing says what its "
                 "files are. Make one with modiff generate MODEL -o DIR."
             )
+        advice = "Run modiff generate again with the same options: it writes the manifest again."
+        values = read_json(path, "the manifest of modiff generate", advice)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:  # FormatError is one
+            return cls.from_dict(values)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FormatError(
-                f"{path}: expected the manifest of modiff generate, got {error}"
-                + ("" if isinstance(error, FormatError) else ". The file is damaged. Generate into another folder.")
+                f"{path}: expected the manifest of modiff generate, format {FORMAT}, got {type(error).__name__}: "
+                f"{error}. It was changed by hand, or written by another version. {advice}"
             ) from error
 
 
@@ -213,8 +209,8 @@ def read_shard(folder: Path, file: str, manifest: Manifest) -> tuple[Shard, np.n
             f"{folder / file}: expected a shard of this job in its place, got {got}. It would be mixed with images "
             "that it does not belong to. Move it away, or give another folder."
         )
-    found = Shard(file=file, first=first, count=len(images), sha256=_sha256(content), environment=environment)
-    return found, images
+    shard = Shard(file=file, first=first, count=len(images), sha256=_sha256(content), environment=environment)
+    return shard, images
 
 
 def whole_shards(folder: Path, manifest: Manifest) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
@@ -237,19 +233,19 @@ def read_images(folder: str | Path, num_images: int | None = None) -> Iterator[n
     """The images of a folder in index order, a shard at a time: uint8 (n, H, W, C), n at most the shard size.
 
     Args:
-        num_images: the first so many; None for all that were asked for last.
+        num_images: as many of the first ones; None for as many as the last job wanted.
     Raises: FormatError, at once, if the folder holds fewer or has no manifest, and on the way if a shard is damaged.
     Cost: one shard in memory.
     """
     folder, manifest = Path(folder), Manifest.load(folder)
-    wanted = manifest.num_images if num_images is None else num_images
-    asked = dataclasses.replace(manifest, num_images=wanted)
-    if wanted < 1 or asked.missing:
+    count = manifest.num_images if num_images is None else num_images
+    manifest = dataclasses.replace(manifest, num_images=count)
+    if count < 1 or manifest.missing:
         raise FormatError(
-            f"{folder}: expected {wanted} images, got {asked.present} in whole shards. The job is not at its end, or "
+            f"{folder}: expected {count} images, got {manifest.present} in whole shards. The job is not at its end, or "
             "was for fewer. Run modiff generate again with the same options: it goes on where it stopped."
         )
-    return _images(folder, asked)
+    return _images(folder, manifest)
 
 
 def _images(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
@@ -257,10 +253,10 @@ def _images(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
         if shard.first >= manifest.num_images:
             return
         try:
-            found, images = read_shard(folder, shard.file, manifest)
+            read, images = read_shard(folder, shard.file, manifest)
         except FileNotFoundError as error:
             raise _damaged(folder / shard.file, "no such file") from error
-        if found.sha256 != shard.sha256:
+        if read.sha256 != shard.sha256:
             raise _damaged(folder / shard.file, f"another sha256 than {MANIFEST} says")
         yield images[: manifest.num_images - shard.first]
 
@@ -290,5 +286,5 @@ def _sha256(content: bytes | bytearray) -> str:
 def _damaged(path: Path, got: str) -> FormatError:
     return FormatError(
         f"{path}: expected a whole shard, got {got}. The file was cut or changed. Run modiff generate again with the "
-        "same options: it makes this shard anew."
+        "same options: it makes this shard again."
     )

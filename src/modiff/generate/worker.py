@@ -1,8 +1,8 @@
-"""The work of one process: open the model once, draw spans of images; pure functions of the job."""
+"""Images of a pipeline by index, and the work of one process on a job: pure functions, the same on every machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,14 +13,15 @@ from diffusers import DiffusionPipeline
 
 from modiff.api import apply
 from modiff.config import ModiffConfig
+from modiff.errors import ConfigError, StateError
+from modiff.generate.conditions import Conditions
 from modiff.generate.digest import digest, settings
-from modiff.generate.draw import check_finite, check_steps, draw
 from modiff.generate.environment import environment
 from modiff.generate.job import Job
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import Span, to_uint8
 from modiff.hosts.diffusers.load import load_pipeline
-from modiff.hosts.diffusers.runs import call_inputs
+from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +47,45 @@ class Drawn:
     environment: dict[str, Any]
 
 
+def draw(
+    pipe: DiffusionPipeline, indices: Sequence[int], *, steps: int, seed: int, conditions: Conditions
+) -> np.ndarray:
+    """(N, H, W, C) in [0, 1]: the image of each index, from the noise of seed + index, of its prompt or class.
+
+    Raises: ConfigError for inputs that the pipeline cannot take; StateError for pixels that are NaN or infinite.
+    """
+    prompts, labels = conditions.prompts_of(indices), conditions.labels_of(indices)
+    inputs = call_inputs(pipe, len(indices), prompt=prompts, label=labels)
+    result = pipe(**inputs, num_inference_steps=steps, generator=noise_generators(seed, indices), output_type="np")
+    images = np.asarray(result.images)
+    if not np.isfinite(images).all():
+        raise StateError(
+            f"image {indices[0]}: expected finite pixels, got NaN or infinity. The generation diverged. Use more "
+            "activation bits, or leave --config out to see whether the model itself is sound."
+        )
+    return images
+
+
+def check_inputs(pipe: DiffusionPipeline, steps: int, conditions: Conditions) -> None:
+    """Raises: ConfigError for prompts or classes that the pipeline cannot take, or more steps than in its training."""
+    labels = conditions.labels or None
+    call_inputs(pipe, len(conditions.labels) or 1, prompt=conditions.prompts_of([0]), label=labels)
+    most = pipe.scheduler.config.num_train_timesteps
+    if steps > most:
+        raise ConfigError(
+            f"--steps: expected at most {most}, got {steps}. The model was trained on no more. Use --steps 50."
+        )
+
+
 def describe(job: Job) -> Description:
     """Open the model, see that it can do the job, and draw one image in two steps to learn its shape.
 
     Raises: FormatError, ConfigError or CalibrationError as the model or the job gives reason.
     """
     pipe, model = _pipeline(job)
-    known = job.conditions
-    call_inputs(pipe, len(known.labels) or 1, prompt=known.prompts_of([0]), label=known.labels or None)  # all of them
-    check_steps(pipe, job.steps)
+    check_inputs(pipe, job.steps, job.conditions)
     # two: the first evaluation is in full precision, so that one would not see scales that are missing
-    image = draw(pipe, [0], steps=min(2, job.steps), seed=job.seed, conditions=known)[0]
+    image = draw(pipe, [0], steps=min(2, job.steps), seed=job.seed, conditions=job.conditions)[0]
     height, width, channels = image.shape
     scheduler = {"kind": type(pipe.scheduler).__name__} | settings(pipe.scheduler)
     shape = (height, width, channels)
@@ -66,8 +95,8 @@ def describe(job: Job) -> Description:
 def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], object] = lambda images: None) -> Drawn:
     """The images of a span, which begins with a whole batch.
 
-    All batches are of one size, the last one too: what it has too many is dropped. Kernels choose their order of
-    summation by the batch, so an image would else depend on how many were asked for.
+    All batches are of one size, the last one too: its superfluous images are dropped. Kernels choose their order of
+    summation by the batch, so an image would otherwise depend on how many are drawn.
 
     Args:
         tick: called with the number of images after each batch.
@@ -78,10 +107,8 @@ def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], objec
     for start in range(span.first, span.first + span.count, batch_size):
         indices = range(start, start + batch_size)
         images = draw(pipe, indices, steps=job.steps, seed=job.seed, conditions=job.conditions)
-        images = images[: span.first + span.count - start]
-        check_finite(images, start)
-        parts.append(to_uint8(images))
-        tick(len(images))
+        parts.append(to_uint8(images[: span.first + span.count - start]))
+        tick(len(parts[-1]))
     return Drawn(first=span.first, images=np.concatenate(parts), digest=model, environment=dict(environment()))
 
 
@@ -104,7 +131,7 @@ def _open(loading: tuple[str, str, str | None, str | None]) -> tuple[DiffusionPi
     model, device, scheduler, config = loading
     pipe = load_pipeline(model, device=device)
     pipe = pipe if scheduler is None else set_scheduler(pipe, scheduler)
-    found = digest(pipe)
+    weights = digest(pipe)
     if config is not None:
         apply(pipe, ModiffConfig.from_json(config))
-    return pipe, found
+    return pipe, weights
