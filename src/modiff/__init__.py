@@ -41,6 +41,7 @@ from modiff.errors import (
     ModiffWarning,
     StateError,
 )
+from modiff.hosts import Host, register_host
 from modiff.methods import quantize
 from modiff.model.autotune import AutotuneResult
 from modiff.model.report import Report
@@ -60,6 +61,7 @@ __all__ = [
     "ConfigError",
     "EveryStep",
     "FormatError",
+    "Host",
     "KernelError",
     "LayerConfig",
     "ModiffConfig",
@@ -89,6 +91,7 @@ __all__ = [
     "presets",
     "quantize",
     "reconstruct",
+    "register_host",
     "remove",
     "replay",
     "report",
@@ -102,6 +105,9 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     """`ModiffDiffusersConfig` loads diffusers, so it waits until it is asked for."""
     if name == "ModiffDiffusersConfig":
+        from modiff.hosts import diffusers_host
+
+        diffusers_host()  # lets diffusers read folders that hold models of modiff
         from modiff.hosts.diffusers.quantizer import ModiffDiffusersConfig
 
         return ModiffDiffusersConfig

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import StateError
+from modiff.hosts.diffusers.hooks import unfollow_cache_context
 from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
 from tests.hosts.parts import with_scheduler
@@ -135,6 +136,17 @@ def test_guidance_in_two_calls_has_states_for_either_branch(name: str) -> None:
     host.call(pipe, steps=2)
     assert contexts[0] == {"cond"}
     assert contexts[1:] == [{"cond", "uncond"}] * 3
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_guidance_in_two_calls_needs_no_contexts_of_the_pipeline(name: str) -> None:
+    """Many pipelines enter none; the second evaluation at a timestep is the other branch."""
+    host = HOSTS[name]
+    pipe = host.build()
+    modiff.apply(pipe, modiff.presets.modulated(None, 4))
+    with_contexts = host.call(pipe)
+    unfollow_cache_context(denoiser_of(host, pipe))
+    assert torch.equal(host.call(pipe), with_contexts)
 
 
 @pytest.mark.parametrize("verb", [modiff.tune, lambda p, _, run: modiff.autotune(p, modiff.presets.w8a4(), run=run)])

@@ -180,3 +180,60 @@ def test_timesteps_are_kept_in_float32_whatever_torch_takes_by_default():
         assert float(clock.ratio) == 2.0
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+EVALUATIONS = {  # timesteps of the evaluations, and the branch of each
+    "one": ([9, 6, 3, 0], [0, 0, 0, 0]),
+    "tiles": ([9, 9, 9, 6, 6, 6, 3, 3, 3], [0, 1, 2, 0, 1, 2, 0, 1, 2]),
+    "a sampler that visits timesteps twice": ([9, 6, 6, 3, 3, 0], [0] * 6),
+    "the same with guidance in two calls": ([9, 9, 6, 6, 6, 6, 3, 3, 3, 3], [0, 1] * 5),
+    "no timestep": ([None] * 4, [0] * 4),
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_evaluations_at_one_timestep_are_branches_as_many_as_at_the_first(kind):
+    clock, (times, branches) = Clock("model"), EVALUATIONS[kind]
+    clock.numbered = True
+    clock.start()
+    seen = []
+    for time in times:
+        clock.call(time)
+        seen.append((clock.context, clock.step))
+        clock.returned()
+        assert clock.context == "default"
+    names = ["default" if branch == 0 else f"default #{branch}" for branch in branches]
+    assert seen == [(name, names[:i].count(name)) for i, name in enumerate(names)]
+
+
+def test_another_number_of_evaluations_at_a_timestep_warns_once():
+    clock = Clock("model")
+    clock.numbered = True
+    clock.start()
+    for time in (9, 9, 6):
+        clock.call(time)
+        clock.returned()
+    with pytest.warns(UserWarning, match="expected as many evaluations at each timestep as at the first"):
+        clock.call(3)
+    clock.returned()
+    clock.call(0)  # warnings are errors here
+
+
+def test_the_first_timestep_after_others_begins_another_generation():
+    clock, forgotten = Clock("model"), []
+    clock.on_reset(lambda: forgotten.append(clock.tick))
+    clock.numbered = True
+    clock.start()
+    for time in (9, 6, 3, 9, 6, 3):
+        clock.call(time)
+        clock.returned()
+    assert forgotten == [0, 4]
+    assert clock.step == 2
+
+
+def test_evaluations_at_one_timestep_are_steps_where_the_host_does_not_number_them():
+    clock = Clock("model")
+    clock.start()
+    for time in (9, 9):
+        clock.call(time)
+    assert (clock.context, clock.step) == ("default", 1)

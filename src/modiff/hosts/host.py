@@ -55,8 +55,13 @@ class Host(NetworkFacts):
 
     def attach(self, target: Any) -> None:
         """`apply` took layers of the target: let each call of `generation` be a trajectory."""
-        if self.generation is not None:
-            follow_generations(self, target, self.generation)
+        if self.generation is None:
+            return
+        for network in self.networks(target).values():
+            attachment = attachment_of(network)
+            if attachment is not None:
+                attachment.clock.numbered = True
+        follow_generations(self, target, self.generation)
 
     def detach(self, target: Any) -> None:
         """Undo `attach`; nothing happens where it was not called."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from modiff.errors import StateError
+from modiff.errors import ModiffWarning, StateError
 
 _STARTING = threading.Lock()
 """Of two threads that start a trajectory of one model, one must see that the other did; one lock for all models, as
@@ -50,17 +51,52 @@ class _Context:
             self.times.copy_(self.times.roll(-1))
 
 
+class _Branches:
+    """Numbers the evaluations at one timestep of one context: tiles, windows, guidance in several calls.
+
+    The first timestep tells how many there are. From then on evaluation k of a timestep is of branch k mod that many,
+    so a sampler that visits a timestep twice, as Heun's does, stays in its branch.
+    """
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.now: float | None = None
+        self.count = self.total = 0
+
+    def begins_again(self, now: float) -> bool:
+        """Whether another generation begins: its first timestep comes again after others."""
+        return self.total > 0 and now == self.first
+
+    def number(self, now: float) -> tuple[int, bool]:
+        """The branch of the evaluation that begins, and whether the last timestep had as many as the first."""
+        regular = True
+        if now == self.now:
+            self.count += 1
+        else:
+            if self.first is None:
+                self.first = now
+            elif not self.total:
+                self.total = self.count
+            else:
+                regular = self.count % self.total == 0 and self.count <= 2 * self.total
+            self.now, self.count = now, 1
+        return (self.count - 1) % (self.total or self.count), regular
+
+
 class Clock:
     """Shared by all layers of one model.
 
     tick: counts network evaluations, over all contexts. step: evaluations of the present context in this trajectory,
     from 0. ratio: size of this step over the last one, in units of the timestep, 0-d tensor or 1.0 when unknown.
+    numbered: several evaluations at one timestep in one context have states of their own; a host that knows that its
+    timesteps move sets it. Costs a host sync an evaluation.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.active = False
         self.context = "default"
+        self.numbered = False
         self.tick = 0
         self.inside = False
         self.failed = False
@@ -69,6 +105,9 @@ class Clock:
         self._given: Tensor | float | None = None
         self._moment: tuple[float, ...] | None = None
         self._contexts: dict[str, _Context] = {}
+        self._branches: dict[str, _Branches] = {}
+        self._named: str | None = None
+        self._warned = False
         self._listeners: list[Callable[[], None]] = []
 
     def on_reset(self, forget: Callable[[], None]) -> None:
@@ -90,11 +129,12 @@ class Clock:
         """End the trajectory and free all states."""
         with _STARTING:
             self.active = self.inside = self.failed = False
-            self.context = "default"
+            self.context, self._named = "default", None
             self._forget()
 
     def _forget(self) -> None:
         self._contexts.clear()
+        self._branches.clear()
         for forget in self._listeners:
             forget()
 
@@ -112,17 +152,43 @@ class Clock:
         if self.active:
             self.tick += 1
             self.inside = True
-            context = self._contexts.setdefault(self.context, _Context())
             now = None if timestep is None else middle(timestep)
-            context.move(now)
+            if self.numbered and now is not None:
+                self._enter_branch(float(now))
+            self._contexts.setdefault(self.context, _Context()).move(now)
 
     def returned(self) -> None:
         """The network evaluation ended."""
         self.inside = False
+        self._leave_branch()
 
     def raised(self) -> None:
         """The network evaluation raised: the states of its layers may be of two steps."""
         self.inside, self.failed = False, self.active
+        self._leave_branch()
+
+    def _enter_branch(self, now: float) -> None:
+        """Until the evaluation ends, the context is that of its branch."""
+        self._leave_branch()  # of an evaluation that never ended
+        name = self.context
+        if name in self._branches and self._branches[name].begins_again(now):
+            self._forget()
+        branch, regular = self._branches.setdefault(name, _Branches()).number(now)
+        if not regular and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: expected as many evaluations at each timestep as at the first, got another number "
+                f"before timestep {now:g}. Evaluations of different inputs may share a state, which costs quality. "
+                "Put each into `with modiff.context(model, name):`.",
+                ModiffWarning,
+                stacklevel=2,
+            )
+        if branch:
+            self._named, self.context = name, f"{name} #{branch}"
+
+    def _leave_branch(self) -> None:
+        if self._named is not None:
+            self.context, self._named = self._named, None
 
     def moment(self) -> tuple[float]:
         """(timestep,) of this evaluation: what scales per step of a plain layer are kept under.

@@ -78,10 +78,11 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
     @property
     def chosen(self) -> ModiffConfig:
         """The settings with `modules_to_not_convert` among the exclusions."""
+        if not self.modules_to_not_convert:
+            return self.config
         left = tuple(f"*{part}*" for part in self.modules_to_not_convert)
-        return dataclasses.replace(
-            self.config, exclude=(DEFAULT_EXCLUDE if self.config.exclude is None else self.config.exclude) + left
-        )
+        exclude = DEFAULT_EXCLUDE if self.config.exclude is None else self.config.exclude
+        return dataclasses.replace(self.config, exclude=exclude + left)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Self:
