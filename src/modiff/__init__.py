@@ -31,6 +31,7 @@ from modiff.calibration.data import CalibrationSet, Call
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import EveryStep, NormalSteps, UniformGroups
+from modiff.checkpoint.layout import VERSION as __version__  # noqa: F401
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.errors import (
     CalibrationError,
@@ -50,7 +51,6 @@ from modiff.nn import ModulatedConv1d, ModulatedConv2d, ModulatedConv3d, Modulat
 if _typing.TYPE_CHECKING:
     from modiff.hosts.diffusers.quantizer import ModiffDiffusersConfig
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AttentionConfig",

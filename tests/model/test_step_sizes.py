@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -82,3 +84,15 @@ def test_a_network_without_a_timestep_is_not_checked():
     modiff.calibrate(model, loop)
     assert attachment_of(model).step_sizes.largest is None
     loop()
+
+
+def test_a_checkpoint_keeps_the_step_size_and_one_without_it_is_not_checked(tmp_path):
+    modiff.save(calibrated(), tmp_path / "new")
+    assert attachment_of(modiff.load(tmp_path / "new", into=toy())).step_sizes.largest == 100
+    text = (tmp_path / "new" / "config.json").read_text()
+    assert '"largest_step": 100.0' in text
+    (tmp_path / "new" / "config.json").write_text(text.replace('"largest_step": 100.0', '"largest_step": null'))
+    old = modiff.load(tmp_path / "new", into=toy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(old, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -13,6 +12,8 @@ from modiff.errors import ConfigError, FormatError
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
 
+VERSION = "0.1.0"
+"""Of modiff, written into checkpoints; `modiff.__version__`."""
 METHOD = "modiff"
 FORMAT_VERSION = 1
 _FIELDS = ("config", "layer_configs", "layers", "scales")
@@ -31,11 +32,13 @@ class Layout:
     """Everything about a quantized model but its tensors; plain JSON in and out.
 
     config: as it was applied. layers: by module name. scales: names of the measured activation scales, by quantizer.
+    largest_step: between timesteps, that scales of residuals were measured with; None where that is not known.
     """
 
     config: ModiffConfig
     layers: dict[str, Layer] = field(default_factory=dict)
     scales: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    largest_step: float | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -45,7 +48,8 @@ class Layout:
         scales = {
             name: tuple(sorted(quantizer.state_dict_tensors())) for name, quantizer in quantizers_of(model).items()
         }
-        return cls(attachment.config, layers, {name: names for name, names in scales.items() if names})
+        measured = {name: names for name, names in scales.items() if names}
+        return cls(attachment.config, layers, measured, attachment.step_sizes.largest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists; a layer names its config by its place in the list of different ones."""
@@ -58,11 +62,12 @@ class Layout:
         return {
             "quant_method": METHOD,
             "version": FORMAT_VERSION,
-            "written_by": f"modiff {_own_version()}",
+            "written_by": f"modiff {VERSION}",
             "config": self.config.to_dict(),
             "layer_configs": [c.to_dict() for c in configs],
             "layers": layers,
             "scales": {name: list(names) for name, names in self.scales.items()},
+            "largest_step": self.largest_step,
         }
 
     @classmethod
@@ -97,7 +102,10 @@ class Layout:
         for name, names in scales.items():
             if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
                 raise _wrong(where, f"names of scales for {name}", names)
-        return cls(config, layers, {name: tuple(names) for name, names in scales.items()})
+        largest = values.get("largest_step")
+        if isinstance(largest, bool) or not isinstance(largest, int | float | None) or (largest or 0) < 0:
+            raise _wrong(where, "a difference of timesteps as largest_step", repr(largest))
+        return cls(config, layers, {name: tuple(names) for name, names in scales.items()}, largest)
 
 
 def _layer(where: str, name: str, entry: object, configs: list[LayerConfig]) -> Layer:
@@ -121,7 +129,3 @@ def _wrong(where: str, expected: str, got: object) -> FormatError:
         f"{where}: expected {expected}, got {got}. The config is damaged or belongs to another model. "
         "Copy the folder again."
     )
-
-
-def _own_version() -> str:
-    return str(sys.modules["modiff"].__version__)  # looked up, as this room may not import the package's front door

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modiff.checkpoint.headers import DTYPES, Claim, Expected, check_claims
 from modiff.checkpoint.layout import FORMAT_VERSION, METHOD, Layout
 from modiff.core.affine import qrange
+from modiff.core.step_sets import StepSizes
 from modiff.errors import ConfigError, FormatError, StateError
 from modiff.kernels.layout import weight_codes
 from modiff.model.attach import Attachment, required_attachment
@@ -100,6 +101,7 @@ def rebuild_from(where: str, model: nn.Module, layout: Layout) -> Attachment:
 
 def load_scales(where: str, model: nn.Module, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
     """Give each quantizer the scales that were measured for it. Raises: FormatError if they do not fit it."""
+    required_attachment(model, "load").step_sizes = StepSizes(layout.largest_step)
     quantizers = quantizers_of(model)
     for name, keys in layout.scales.items():
         if name not in quantizers:
