@@ -28,12 +28,6 @@ def test_a_layer_outside_of_all_blocks_is_a_unit_of_its_own():
     ]
 
 
-def test_without_kinds_every_layer_is_a_unit():
-    model = toy()
-    modiff.apply(model, presets.w4a8())
-    assert [b.layers for b in blocks_of(model)] == [(name,) for name in TAKEN]
-
-
 def test_a_plain_network_is_cut_by_the_layers_that_could_be_taken():
     found = blocks_of(toy(), kinds=("Attention",))
     assert sorted(name for block in found for name in block.layers) == sorted(
@@ -67,10 +61,6 @@ def nested() -> nn.Module:
     return model
 
 
-def test_the_outermost_block_is_the_unit():
-    assert names(blocks_of(nested(), kinds=("Sequential", "Nested"))) == ["block", "last"]
-
-
 def test_a_pattern_of_the_user_goes_before_the_known_blocks():
     found = blocks_of(nested(), kinds=("Nested",), patterns=("block.inner",))
     assert {b.name: b.layers for b in found} == {
@@ -87,19 +77,6 @@ def test_units_come_in_the_order_of_execution_and_say_how_often_they_run():
     found = blocks_of(model, run=lambda: model(torch.randn(2, 4)))
     order = ["block.early", "block.inner.0", "block.inner.1", "block.late", "last", "block.unused"]
     assert [(b.name, b.calls) for b in found] == list(zip(order, [1, 2, 2, 1, 1, 0], strict=True))
-    assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_a_unit_inside_another_comes_before_it():
-    model = nested()
-    found = blocks_of(model, kinds=("Nested",), patterns=("block.inner",), run=lambda: model(torch.randn(2, 4)))
-    assert names(found) == ["block.inner", "block", "last"]
-
-
-def test_hooks_are_gone_when_the_run_raises():
-    model = nested()
-    with pytest.raises(RuntimeError):
-        blocks_of(model, run=lambda: model(torch.randn(2, 5)))
     assert not any(m._forward_hooks for m in model.modules())
 
 

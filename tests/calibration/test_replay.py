@@ -67,18 +67,6 @@ def test_modulated_layers_are_calibrated_on_the_residual_of_each_pair():
     assert largest < 0.7 * max(float(a.abs().max()) for a in now), "the two must differ, else nothing is tested"
 
 
-def test_each_step_of_the_calls_has_its_own_scales():
-    model = toy()
-    found = calls(model, pairs=True)
-    modiff.apply(model, static(True, step_groups=0))
-    modiff.calibrate(model, lambda: modiff.replay(model, found))
-    moments = attachment_of(model).layers["body"].quantizer.moments
-    expected = {(c.timestep, c.previous.timestep) for c in found if c.previous is not None}
-    assert {tuple(round(t, 3) for t in m) for m in moments} == {tuple(round(t, 3) for t in m) for m in expected}
-    with modiff.trajectory(model):
-        sample(model, STEPS)
-
-
 def test_modulated_layers_need_pairs():
     model = toy()
     found = calls(model, pairs=False)

@@ -59,3 +59,18 @@ def test_counting_leaves_the_scheduler_as_it_is():
 def test_a_pipeline_that_takes_a_prompt_must_be_given_a_run(name):
     with pytest.raises(ConfigError, match="expected run=, a function that generates from prompts, got none"):
         calibration_run(HOSTS[name].build(), steps=2, batch=1)
+
+
+def test_classes_are_drawn_from_all_of_them_and_not_one_for_all():
+    pipe = HOSTS["dit"].build()
+    labels: list[int] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _m, _a, kwargs: labels.extend(kwargs["class_labels"][: len(kwargs["class_labels"]) // 2].tolist()),
+        with_kwargs=True,
+    )
+    run = calibration_run(pipe, steps=1, batch=6)
+    run(0)
+    first = labels.copy()
+    run(1)
+    assert len(set(first)) >= 5
+    assert labels[6:] != first

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accuquant_groups import exact_gradient
-from modiff.methods.group_error import Group, approximate_gradient, error_of, roll_out
+from modiff.methods.group_error import Group, approximate_gradient, error_of
 
 CARRY, DRIFT = 0.97, -0.11
 
@@ -56,21 +56,6 @@ def test_the_gradient_is_exact_for_one_step_and_for_a_network_blind_to_its_state
     assert error == pytest.approx(true_error, rel=1e-12)
     for mine, true in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12)
-
-
-def test_the_exact_gradient_is_that_of_finite_differences() -> None:
-    net = Net(0.5)
-    _, found = exact_gradient(group(3), net.evaluate, advance, net.leaves)
-    h = 1e-6
-    with torch.no_grad():
-        for leaf, gradient in zip(net.leaves, found, strict=True):
-            for i in range(len(leaf)):
-                errors = []
-                for sign in (1, -1):
-                    leaf[i] += sign * h
-                    errors.append(float(error_of(roll_out(group(3), net.evaluate, advance)[0][-1], group(3).target)))
-                    leaf[i] -= sign * h
-                assert float(gradient[i]) == pytest.approx((errors[0] - errors[1]) / (2 * h), rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize(("steps", "least"), [(2, 0.95), (4, 0.9)])

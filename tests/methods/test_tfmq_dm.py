@@ -103,17 +103,6 @@ def test_the_loss_is_that_of_all_features_in_float64_and_learning_lowers_it():
         assert float(((learned[name] - floats[name]).abs() / scale).max()) < 1 + 1e-4, "rounded up or down, no further"
 
 
-def test_unquantized_temporal_weights_are_nothing_to_learn():
-    pipe = small.build()
-    modiff.apply(pipe, modiff.presets.plain(4, 8))  # leaves the time embedding alone
-    projections = [n for n in TemporalBlock(pipe.unet).layers if n in attachment_of(pipe.unet).layers]
-    if projections:
-        assert all(n.endswith("time_emb_proj") for n in projections)
-        return
-    with pytest.raises(CalibrationError, match="expected quantized weights in the temporal block, got none"):
-        reconstruct_temporal(pipe.unet, [1.0], QUICK)
-
-
 def test_each_time_step_has_the_range_of_its_own_sines_and_others_are_refused():
     pipe = small.build()
     with torch.no_grad():

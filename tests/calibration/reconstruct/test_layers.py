@@ -168,14 +168,6 @@ def test_a_forward_that_another_library_replaced_is_not_lost():
     assert "forward" not in attachment_of(model).layers["body"].__dict__
 
 
-def test_packed_weights_have_no_full_precision():
-    model = toy()
-    modiff.apply(model, presets.w4a4())
-    attachment_of(model).layers["attention.to_v"].pack()
-    with pytest.raises(StateError, match=r"attention\.to_v: expected a weight with its floats, got a packed one"):
-        full_precision(model).__enter__()
-
-
 def test_dropout_is_off_while_learning_and_on_after():
     model = toy()
     model.train()

@@ -241,14 +241,6 @@ def test_nothing_else_of_the_model_changes():
         assert_same_bits(a, b)
 
 
-def test_learning_again_starts_from_the_nearest_again():
-    model, calls = applied(toy, weights())
-    first = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
-    codes = codes_of(model)
-    assert learn_units(model, calls, QUICK, kinds=KINDS, progress=False) == first
-    assert same_codes(codes_of(model), codes)
-
-
 def test_the_inputs_of_one_unit_at_a_time_are_in_memory():
     model, calls = applied(toy_unet, weights())
     alive: list[int] = []

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
 
 import modiff
 from modiff import (
-    AttentionConfig,
     ConfigError,
     FormatError,
     WeightConfig,
@@ -19,9 +17,7 @@ from modiff import (
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.calibration.reconstruct.run import learn_units
-from modiff.hosts.names import BLOCK_CLASSES as DIFFUSERS
 from tests.helpers import assert_same_bits
-from tests.hosts.tiny import HOSTS
 from tests.model.learning import (
     KINDS,
     QUICK,
@@ -73,21 +69,6 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(tmp_path,
     assert same_codes(codes_of(model), expected)
 
 
-def test_finished_units_are_plain_safetensors(tmp_path):
-    from safetensors.torch import load_file
-
-    model, calls = applied(toy_unet, weights())
-    report = learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
-    files = sorted(tmp_path.glob("unit-*"))
-    assert [f.name for f in files] == [f"unit-{i:04d}-{u.name}.safetensors" for i, u in enumerate(report.units)]
-    split = [u.name for u in report.units].index("up_blocks.1.resnets.1")
-    tensors = load_file(files[split])
-    conv1 = layers_of(model)["up_blocks.1.resnets.1.conv1"]
-    for i, (codes, qparams) in enumerate(conv1.quantized_weight.codes(conv1.weight)):
-        assert_same_bits(tensors[f"up_blocks.1.resnets.1.conv1.{i}.codes"], codes)
-        assert_same_bits(tensors[f"up_blocks.1.resnets.1.conv1.{i}.scale"], qparams.scale)
-
-
 @pytest.mark.parametrize("learned", [False, True])
 def test_an_interrupted_run_leaves_the_codes_as_they_were(learned):
     model, calls = applied(toy, weights())
@@ -117,17 +98,6 @@ def test_interrupted_steps_are_as_they_were_and_go_on(tmp_path):
         learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path if units == 1 else None, progress=False)
         found.append(torch.cat([q.scale.flatten() for t in layers_of(model).values() for q in t.quantizer.static]))
     assert_same_bits(*found)
-
-
-def test_a_folder_of_other_start_scales_is_refused(tmp_path):
-    for factor in (3.0, 2.0):
-        model, calls = applied(toy, static_config())
-        widened(model, calls, factor)
-        if factor == 2.0:
-            with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
-                learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
-        else:
-            learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
 
 
 def test_a_folder_learned_with_activations_of_other_scales_is_refused(tmp_path):
@@ -162,20 +132,6 @@ def test_a_folder_of_another_reconstruction_is_refused(tmp_path, change):
         learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
 
 
-def test_a_folder_learned_beside_other_products_of_attention_is_refused(tmp_path):
-    pipe = HOSTS["ddpm"].build()
-    calls = modiff.collect(pipe, lambda _: HOSTS["ddpm"].call(pipe, steps=2, batch=4), progress=False)
-    config = dataclasses.replace(QUICK, iterations=4, batch=4)
-    for attention in (None, AttentionConfig()):
-        modiff.apply(pipe, dataclasses.replace(weights(), include=("*mid_block.attentions*",), attention=attention))
-        if attention is None:
-            learn_units(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
-            modiff.remove(pipe)
-        else:
-            with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
-                learn_units(pipe.unet, calls, config, kinds=DIFFUSERS, folder=tmp_path, progress=False)
-
-
 def test_a_damaged_unit_is_refused_with_its_name(tmp_path):
     model, calls = applied(toy, weights())
     learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
@@ -183,14 +139,3 @@ def test_a_damaged_unit_is_refused_with_its_name(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(FormatError, match=f"{path.name}: expected a unit of a reconstruction, got SafetensorError"):
         learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
-
-
-def test_a_full_disk_leaves_no_half_written_unit(tmp_path, monkeypatch):
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    model, calls = applied(toy, weights())
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
-    assert list(tmp_path.glob("unit-*")) == []
