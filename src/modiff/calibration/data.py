@@ -81,7 +81,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 class LazyCalls(Sequence[Call]):
-    """Calls made from `items`, each when it is asked for: `LazyCalls(indices, calls.__getitem__)`."""
+    """Calls made from `items`, each when it is needed: `LazyCalls(indices, calls.__getitem__)`."""
 
     def __init__(self, items: Sequence[Any], read: Callable[[Any], Call]) -> None:
         self._items, self._read = items, read
@@ -137,7 +137,7 @@ class CalibrationSet(Sequence[Call]):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The set in `folder`; tensors are read when a call is asked for.
+        """The set in `folder`; tensors are read when a call is needed.
 
         Raises: FormatError if the folder, its settings or a shard is missing, damaged or of another version.
         """

@@ -56,7 +56,7 @@ class ModiffMethodConfig(MethodConfig):
         32 for "static_minmax" and "static_steps", 256 otherwise.
     step_groups: of "static_steps"; 0 is a scale for each step. They serve only the steps that they were measured at.
     rounding: of weights. "learned" with `reconstruction`: MoDiff takes Q-Diffusion's checkpoints. "nearest": `search`
-        says how ranges are found.
+        says how ranges are searched.
     learning: of the scales (Adam 4e-4 to 0, p = 2.4; the code has p = 2 for latent models).
 
     Defects of the released code that have no option here: symmetric scales of (max - min) / (levels - 1) with half the

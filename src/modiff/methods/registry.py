@@ -158,7 +158,7 @@ def quantize(
         method: its settings, or its name, which stands for the paper's settings.
         quick: with a name, the settings for small models, in minutes on two cores.
         run: `run(i)` generates the `config.batch` images of trajectory i; needed where the pipeline takes a prompt.
-        evaluations_per_run: of the network in a trajectory; asked of the scheduler when None.
+        evaluations_per_run: of the network in a trajectory; the scheduler says it when None.
         folder: keeps the calibration data and each learned part, so that an interrupted job goes on, to the same bits.
     Returns: what was quantized and what was left, and the loss of each part before and after it was learned.
     Raises: ConfigError, CalibrationError or StateError if the model cannot be quantized so, or the folder is another

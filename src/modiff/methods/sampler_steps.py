@@ -103,8 +103,8 @@ class SamplerSteps:
         output = self._with_state(self.calls[step], state).evaluate(self.model)
         tensor: Tensor = output if isinstance(output, Tensor) else output[0]
         if self.guidance_scale is not None:
-            without, given = tensor.chunk(2)
-            tensor = without + self.guidance_scale * (given - without)
+            unconditional, conditional = tensor.chunk(2)
+            tensor = unconditional + self.guidance_scale * (conditional - unconditional)
         return tensor[:, : state.shape[1]]  # a learned variance comes in channels behind
 
     def advance(self, step: int, state: Tensor, output: Tensor) -> Tensor:
@@ -116,14 +116,14 @@ class SamplerSteps:
         return state + (sigmas[step + 1] - sigmas[step]).to(state) * output
 
     def _state(self, call: Call) -> Tensor:
-        given = call.args[0] if call.args else next((call.kwargs[n] for n in STATE_NAMES if n in call.kwargs), None)
-        if not isinstance(given, Tensor):
+        state = call.args[0] if call.args else next((call.kwargs[n] for n in STATE_NAMES if n in call.kwargs), None)
+        if not isinstance(state, Tensor):
             raise ConfigError(
-                f"{type(self.model).__name__}: expected the state as the first argument, got {type(given).__name__}. "
+                f"{type(self.model).__name__}: expected the state as the first argument, got {type(state).__name__}. "
                 "The trajectory cannot be run from another state. Use another method."
             )
-        device = next((p.device for p in self.model.parameters()), given.device)
-        return (given if self.guidance_scale is None else given.chunk(2)[1]).to(device)
+        device = next((p.device for p in self.model.parameters()), state.device)
+        return (state if self.guidance_scale is None else state.chunk(2)[1]).to(device)
 
     def _with_state(self, call: Call, state: Tensor) -> Call:
         state = state if self.guidance_scale is None else torch.cat([state, state])
@@ -136,4 +136,4 @@ class SamplerSteps:
         """Relative error of states that these functions compute, to the recorded ones."""
         steps = [step for step in {0, len(self.calls) // 2} if step + 1 < len(self.calls)]
         pairs = [(self.follow(step), self.recorded[step + 1]) for step in steps]
-        return max((float((mine - true).norm() / true.norm()) for mine, true in pairs), default=0.0)
+        return max((float((state - true).norm() / true.norm()) for state, true in pairs), default=0.0)

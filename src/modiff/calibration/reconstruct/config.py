@@ -19,7 +19,7 @@ class ReconstructConfig(JsonConfig):
     learn: "weights" rounds each weight up or down (AdaRound); "activation_scales" learns the static scales of plain
         layers and of attention; "residual_scales" those of modulated layers (MoDiff).
     unit: "block" learns the layers of a block together; "layer" one at a time, as residual scales always are.
-    blocks: fnmatch patterns on module names that are units, beside the blocks that are known.
+    blocks: fnmatch patterns on module names that are units, as well as the blocks that are known.
     exclude: fnmatch patterns on names of layers, and of attention's operands, that stay as they are; the others of
         their block are learned around them.
     activations: of the layers while weights are learned. "quantized" quantizes each by itself, as plain quantization

@@ -1,4 +1,4 @@
-"""One unit after the other: capture what it is given, learn, and fix what is better into the layers."""
+"""One unit after the other: capture its inputs, learn, and fix what is better into the layers."""
 
 from __future__ import annotations
 

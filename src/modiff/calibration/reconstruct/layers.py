@@ -21,7 +21,7 @@ from modiff.nn import ModulatedLayer
 
 
 class Trainee:
-    """A layer as one differentiable function of its input: quantized weight, activation as asked, no memory.
+    """A layer as one differentiable function of its input: quantized weight, activation quantized or not, no memory.
 
     rounding: replaces the weight's codes while they are learned, one for each segment; `decided` cuts it to integers,
         to see what would be kept.
@@ -63,7 +63,7 @@ class Trainee:
         parts = value.split(list(quantizer.segments), quantizer.channel_dim)
         if self.scales:
             return torch.cat([scale(x) for scale, x in zip(self.scales, parts, strict=True)], quantizer.channel_dim)
-        # what a modulated layer has measured belongs to its residuals, so its values are coded with fresh scales
+        # what a modulated layer has measured belongs to its residuals, so its values get fresh scales
         code = quantizer(value.detach()) if self.quantized.inputs is None else quantizer.fresh(value.detach())
         if code is None:
             return value
@@ -151,7 +151,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 def without_states(model: nn.Module, activations: Activations) -> Iterator[dict[str, Trainee]]:
     """Let a model compute with quantized weights and no memory, differentiably; the layers by name.
 
-    Attention products are coded if activations are, with gradients through the rounding.
+    Attention products are quantized if activations are, with gradients through the rounding.
     """
     quantized_layers = required_attachment(model, "without_states").layers
     trainees = {name: Trainee(quantized, activations) for name, quantized in quantized_layers.items()}

@@ -121,14 +121,14 @@ def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
             "Call it after `with modiff.trajectory(model):`."
         )
     _check_exclude(model, config)
-    taken = [name for name, quantized in attachment.layers.items() if _has_something(quantized, config)]
-    names = [name for name in taken if config.takes(name)]
+    able = [name for name, quantized in attachment.layers.items() if _has_something(quantized, config)]
+    names = [name for name in able if config.takes(name)]
     if not names:
-        why = "All of them are excluded. Exclude fewer." if taken else _NOTHING[config.learn]
+        why = "All of them are excluded. Exclude fewer." if able else _NOTHING[config.learn]
         raise ConfigError(f"reconstruct: expected layers to learn, got none. {why}")
     if config.learn != "residual_scales" and config.activations == "quantized":
         for quantized in attachment.layers.values():
-            _check_codes(quantized)
+            _check_activation(quantized)
     return names
 
 
@@ -172,8 +172,8 @@ def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool
     return True
 
 
-def _check_codes(quantized: ModulatedLayer) -> None:
-    """Raises: ConfigError or CalibrationError if a layer's activation cannot be coded from nothing."""
+def _check_activation(quantized: ModulatedLayer) -> None:
+    """Raises: ConfigError or CalibrationError if a layer's activation cannot be quantized by itself."""
     quantizer = quantized.quantizer
     if quantizer is None:
         return
