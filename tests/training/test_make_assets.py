@@ -118,21 +118,6 @@ def test_the_assets_of_cifar10_are_those_that_the_package_looks_for(
     )
 
 
-def test_the_distance_is_that_of_two_gaussians_on_the_features_of_the_classifier(maker: ModuleType) -> None:
-    torch.manual_seed(0)
-    classifier = Classifier(channels=(4, 3), image_channels=1).eval()
-    sides = [torch.randint(0, high, (40, 1, 8, 8), dtype=torch.uint8) for high in (256, 128)]
-    found = maker.distance(classifier, *sides, "cpu")
-    with torch.no_grad():
-        features = [classifier.double().features(side.double() / 127.5 - 1).numpy() for side in sides]
-    means, covariances = [f.mean(0) for f in features], [np.cov(f.T) for f in features]
-    roots = np.linalg.eigvals(covariances[0] @ covariances[1])
-    wanted = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1])
-    wanted -= 2 * np.sqrt(roots.real.clip(0)).sum()
-    assert found["value"] == pytest.approx(wanted, rel=1e-4)
-    assert (found["count"], found["features"]) == (40, 3)
-
-
 def test_more_samples_than_test_images_are_refused_before_any_is_drawn(
     maker: ModuleType, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,17 +168,6 @@ def test_an_interrupted_run_goes_on_with_its_samples_and_ends_in_the_same_files(
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
-def test_samples_of_another_seed_are_not_kept(maker: ModuleType, inputs: list[str], tmp_path: Path) -> None:
-    options = maker.parse_arguments([*inputs, "-o", str(tmp_path / "assets")])
-    left_over = maker.stage(options) / "samples" / "0000.npy"
-    np.save(left_over, np.zeros((3, 8, 8, 1), np.uint8))
-    maker.stage(options)
-    assert left_over.exists()
-    options.seed = 6
-    maker.stage(options)
-    assert not left_over.exists()
-
-
 def test_new_assets_replace_the_old_ones_and_a_failure_keeps_them(
     maker: ModuleType, inputs: list[str], tmp_path: Path
 ) -> None:
@@ -229,24 +203,6 @@ def test_the_share_counts_confidences_over_nine_tenths_and_the_entropy_is_of_the
     assert found["confident_share"] == 0.5
     assert found["class_counts"] == [3, 1, 0]
     assert found["class_entropy_nats"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-
-
-def test_one_class_only_has_no_entropy(maker: ModuleType) -> None:
-    found = maker.judge(Fixed([[1.0, 0.0]] * 3), torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
-    assert found["class_entropy_nats"] == 0
-
-
-def test_the_grid_shows_the_images_in_reading_order(maker: ModuleType, tmp_path: Path) -> None:
-    images = torch.arange(70, dtype=torch.uint8).reshape(70, 1, 1, 1).repeat(1, 1, 4, 5)
-    maker.draw_grid(images, tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as image:
-        grid = np.asarray(image)
-    assert grid.shape == (8 * 10 + 2, 8 * 12 + 2)
-    for index in range(64):
-        top, left = 2 + index // 8 * 10, 2 + index % 8 * 12
-        assert (grid[top : top + 8, left : left + 10] == index).all()
-    assert (grid[:2] == 255).all()
-    assert (grid[:, -2:] == 255).all()
 
 
 @pytest.mark.parametrize(

@@ -58,27 +58,6 @@ def test_a_run_writes_a_network_that_modiff_loads_and_its_scheduler(whole: Path)
     assert str(whole.parent) not in text
 
 
-def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
-    run: Callable[..., Path], whole: Path, tmp_path: Path
-) -> None:
-    run(tmp_path / "halves", 4, interrupt_at=9)  # two looks before the loop, three a step: the third step begins
-    assert json.loads((tmp_path / "halves" / "training.json").read_text())["step"] == 2
-    halves = run(tmp_path / "halves", 4)
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, halves)]
-    for part in ("model", "average"):
-        assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part]), part
-
-
-def test_the_default_is_a_transformer_of_the_size_that_is_asked_for(trainer: ModuleType) -> None:
-    options = trainer.parse_arguments(["--images", "i.npy", "--labels", "l.npy", "-o", "unused"])
-    with torch.device("meta"):
-        model = trainer.build_model(options, 3, 10)
-    assert sum(p.numel() for p in model.parameters()) == 35_233_932
-    assert model.inner_dim == 384
-    assert len(model.transformer_blocks) == 12
-    assert model.transformer_blocks[0].attn1.heads == 6
-
-
 def test_a_fresh_network_passes_its_tokens_through_and_predicts_zero(trainer: ModuleType, tiny: list[str]) -> None:
     torch.manual_seed(0)
     model = trainer.build_model(trainer.parse_arguments([*tiny, "-o", "unused"]), 1, CLASSES).eval()
@@ -101,23 +80,6 @@ def test_a_hidden_label_is_hidden_from_every_block(trainer: ModuleType, tiny: li
     model(torch.randn(100, 1, 8, 8), torch.zeros(100, dtype=torch.long), class_labels=labels)
     assert len(seen) == 3  # two blocks, and the first one's embedding again for the output
     assert all(torch.equal(given, labels) for given in seen)
-
-
-def test_labels_are_hidden_at_the_rate_asked_for_and_others_stay(trainer: ModuleType) -> None:
-    torch.manual_seed(0)
-    labels = torch.arange(1000) % CLASSES
-    found = trainer.hidden(labels, 0.1, CLASSES)
-    gone = found == CLASSES
-    assert 60 < gone.sum() < 140  # 1000 coins of 0.1: four standard deviations
-    assert torch.equal(found[~gone], labels[~gone])
-    assert torch.equal(trainer.hidden(labels, 0.0, CLASSES), labels)
-
-
-def test_a_width_that_heads_do_not_divide_ends_in_one_line(run: Callable[..., Path], tmp_path: Path) -> None:
-    for options in (("--heads", "3"), ("--patch", "3")):
-        with pytest.raises(SystemExit, match="expected multiples of") as caught:
-            run(tmp_path / "run", 1, *options)
-        assert "\n" not in str(caught.value)
 
 
 class Guided(torch.nn.Module):

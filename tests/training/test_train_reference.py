@@ -88,23 +88,6 @@ def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
         assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part]), part
 
 
-def test_more_time_continues_the_count_of_steps_and_images(run: Callable[..., Path], copy: Path) -> None:
-    run(copy, 6)
-    assert (progress(copy)["step"], progress(copy)["images_seen"]) == (6, 24)
-
-
-def test_a_call_with_other_options_is_kept_beside_the_first_and_one_with_the_same_is_not(
-    run: Callable[..., Path], copy: Path
-) -> None:
-    run(copy, 4)
-    first = progress(copy)["calls"]
-    run(copy, 6)
-    longer = progress(copy)["calls"][-1]["minutes"]
-    assert longer > first[0]["minutes"]
-    assert progress(copy)["calls"] == [*first, {**first[0], "minutes": longer, "from_image": 16}]
-    assert json.loads((copy / "training.json").read_text())["calls"] == progress(copy)["calls"]
-
-
 @pytest.mark.parametrize(("option", "value"), [("--schedule", "cosine"), ("--seed", "7"), ("--flip", None)])
 def test_a_run_does_not_go_on_with_what_would_be_another_model(
     run: Callable[..., Path], copy: Path, option: str, value: str | None
@@ -113,12 +96,6 @@ def test_a_run_does_not_go_on_with_what_would_be_another_model(
     with pytest.raises(SystemExit, match=f"one with another {option[2:]}"):
         run(copy, 6, *([option] if value is None else [option, value]))
     assert (copy / "checkpoint.pt").read_bytes() == before
-
-
-def test_used_up_time_trains_no_further_step(run: Callable[..., Path], whole: Path, copy: Path) -> None:
-    run(copy, 4)
-    assert progress(copy) == progress(whole)
-    assert (copy / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
 def cut_short(path: Path) -> None:
@@ -181,14 +158,6 @@ def test_a_wrong_image_file_ends_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("channels", ["24,48", "8", "0"])
-def test_channels_that_the_norms_cannot_group_end_in_one_line(
-    run: Callable[..., Path], tmp_path: Path, channels: str
-) -> None:
-    with pytest.raises(SystemExit, match="expected multiples of 16"):
-        run(tmp_path / "run", 1, "--channels", channels)
-
-
 @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 5, 6, 3)], ids=["grey", "colour"])
 def test_images_are_padded_with_black_and_put_in_the_middle(
     reference: ModuleType, tmp_path: Path, shape: tuple[int, ...]
@@ -203,12 +172,6 @@ def test_images_are_padded_with_black_and_put_in_the_middle(
             expected = images[n] if len(shape) == 3 else images[n, :, :, channel]
             assert (padded[n, channel, 1:6, 1:7] == expected).all()
             assert padded[n, channel].astype(int).sum() == expected.astype(int).sum()
-
-
-def test_prepared_images_span_minus_one_to_one(reference: ModuleType, tiny_unet: list[str]) -> None:
-    options = reference.parse_arguments([*tiny_unet, "-o", "unused"])
-    batch = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 1, 1, 3)
-    torch.testing.assert_close(reference.prepare(batch, options).flatten(), torch.tensor([-1.0, -0.6, 1.0]))
 
 
 def test_flips_are_of_whole_images_and_of_about_half_of_them(reference: ModuleType, tiny_unet: list[str]) -> None:
@@ -328,12 +291,3 @@ def test_a_folder_that_no_run_can_start_from_ends_in_one_line(
     with pytest.raises(SystemExit, match="expected a pipeline folder of this model") as caught:
         run(tmp_path / "started", 6, "--start-from", str(copy / "pipeline"), *options)
     assert "\n" not in str(caught.value)
-
-
-def test_compiling_spends_no_time_no_random_number_and_no_weight(
-    run: Callable[..., Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    compiled = run(tmp_path / "compiled", 4, "--compile")
-    assert progress(compiled) == progress(whole)
-    assert (compiled / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
