@@ -20,7 +20,7 @@ from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
 from modiff.checkpoint.module_folder import bytes_of
 from modiff.checkpoint.named_config import as_config
-from modiff.config import ModiffConfig, ModulationConfig
+from modiff.config import ModiffConfig, ModulationConfig, PackedAnchors
 from modiff.errors import ConfigError
 from modiff.hosts.host import Host, host_of, networks_of, trajectories
 from modiff.hosts.load import load_target
@@ -28,7 +28,7 @@ from modiff.model.apply import check_removable, install, uninstall
 from modiff.model.attach import attachment_of, required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
-from modiff.model.pack import check_packable, pack_layers
+from modiff.model.pack import check_anchors, check_packable, pack_layers
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context
@@ -111,24 +111,30 @@ def remove(target: Any) -> None:
     host.detach(target)
 
 
-def pack(target: Any) -> None:
+def pack(target: Any, *, anchor_weights: PackedAnchors = "quantized") -> Report:
     """Keep integer codes and float32 scales in the place of float weights: half a byte a weight at 4 bits or fewer.
 
-    States then start with the quantized weights, so outputs change unless `anchor_weights="quantized"` was set; then
-    they stay the same bits. There is no way back: `remove` is refused afterwards. diffusers then treats its models
-    as quantized: `.half()` is refused.
-    Raises: StateError without modulated layers, inside a trajectory, or if weights changed after their rounding was
-        learned. Nothing is changed then.
+    Anchors lose the exact weights too, so outputs change; with quantized anchors they stay the same bits. There is no
+    way back: `remove` is refused afterwards. diffusers then treats its models as quantized: `.half()` is refused.
+
+    Args:
+        anchor_weights: "int8" keeps 8-bit codes of what rounding took from the weights, a byte more each, for anchors.
+    Returns: the report of the layers, which says what each anchors with now.
+    Raises: StateError without modulated layers, inside a trajectory, if weights changed after their rounding was
+        learned, or for "int8" without floats; ConfigError for "int8" without exact anchors. Nothing is changed then.
     """
     networks = _modulated(target, "pack")
     for network in networks:
-        check_packable(network)
+        check_packable(network, anchor_weights)
     for network in networks:
-        pack_layers(network)
+        pack_layers(network, anchor_weights)
         host_of(network).packed(network)
+    return report(target)
 
 
-def save(target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+def save(
+    target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB", anchor_weights: PackedAnchors = "quantized"
+) -> None:
     """Write a modulated pipeline or module as plain safetensors and JSON: packed weights, float32 scales, settings.
 
     The target is not changed and needs no `pack`. A pipeline or a model of diffusers is written as diffusers writes it,
@@ -137,9 +143,13 @@ def save(target: Any, folder: str | Path, *, max_shard_size: int | str = "5GB") 
     Args:
         folder: new or empty; it appears when all of it is on disk.
         max_shard_size: bytes, or a text such as "200MB"; larger weights go to several files.
-    Raises: StateError without modulated layers, or with a LoRA loaded; FormatError if the folder holds files; OSError.
+        anchor_weights: what is kept of float weights, as `pack` has it; packed layers are written as they are.
+    Raises: StateError without modulated layers, or with a LoRA loaded; FormatError for a folder with files; OSError.
     """
-    host_of(target).save(target, _modulated(target, "save"), folder, bytes_of(max_shard_size))
+    networks = _modulated(target, "save")
+    for network in networks:
+        check_anchors(network, "save", anchor_weights)
+    host_of(target).save(target, networks, folder, bytes_of(max_shard_size), anchor_weights)
 
 
 def load(

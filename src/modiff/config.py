@@ -13,6 +13,7 @@ from modiff.errors import ConfigError
 
 Granularity = Literal["auto", "tensor", "sample", "token", "input_channel"]
 AnchorWeights = Literal["exact", "quantized"]
+PackedAnchors = Literal["quantized", "int8"]
 ErrorCompensation = Literal["closed_loop", "none"]
 FirstStep = Literal["full_precision", "coded"]
 StateDtype = Literal["float32", "float64", "float16", "bfloat16", "int16"]

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 import modiff
-from modiff import ConfigError, FormatError, StateError, presets
+from modiff import ConfigError, FormatError, ModiffDiffusersConfig, StateError, presets
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.quantizer import align
 from modiff.model.attach import attachment_of
@@ -120,6 +120,40 @@ def test_a_model_alone_goes_to_a_folder_and_back(tmp_path):
     modiff.save(pipe, tmp_path / "pipeline")
     with pytest.raises(ConfigError, match=r"load: expected no into= for .*Use modiff\.load\(folder\)"):
         modiff.load(tmp_path / "pipeline", into=unet)
+
+
+@pytest.mark.parametrize("name", ["ddim", "flux"])
+def test_anchor_codes_travel_with_the_pipeline(tmp_path, name):
+    host = HOSTS[name]
+    pipe, packed = host.build(), host.build()
+    for target in (pipe, packed):
+        modiff.apply(target, presets.w4a8())
+    exact = host.call(pipe, steps=2)
+    modiff.save(pipe, tmp_path / "saved", anchor_weights="int8")
+    modiff.save(pipe, tmp_path / "without")
+    modiff.pack(packed, anchor_weights="int8")
+    modiff.save(packed, tmp_path / "packed")
+    expected = host.call(packed, steps=2)
+    for load in (modiff.load, natively):
+        for folder in ("saved", "packed"):
+            assert_same_bits(host.call(load(tmp_path / folder), steps=2), expected)
+    rounded = host.call(modiff.load(tmp_path / "without"), steps=2)
+    assert float((expected - exact).norm()) < 0.1 * float((rounded - exact).norm())
+    assert "int8 anchor codes" in str(attachment_of(denoiser(host, natively(tmp_path / "saved"))).report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_pretrained_keeps_anchor_codes_when_asked_and_reads_them_in_any_dtype(tmp_path, dtype):
+    SMALL.build().unet.save_pretrained(tmp_path / "plain")
+    config = ModiffDiffusersConfig(presets.w4a8(), anchor_weights="int8")
+    model = UNet2DModel.from_pretrained(tmp_path / "plain", quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    written = load_file(tmp_path / "packed" / "diffusion_pytorch_model.safetensors")
+    again = UNet2DModel.from_pretrained(tmp_path / "packed", dtype=dtype).state_dict()
+    errors = [key for key in written if "weight_error" in key]
+    assert len(errors) == 2 * len(attachment_of(model).layers)
+    for key in errors:
+        assert_same_bits(again[key], written[key])
 
 
 def test_measured_scales_travel_with_the_pipeline(tmp_path):

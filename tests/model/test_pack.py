@@ -157,3 +157,44 @@ def test_removing_drops_no_layer_that_was_wrapped_since():
         modiff.remove(model)
     del wrapped.forward
     modiff.remove(model)
+
+
+# ----------------------------------------------------------------------------------------------------- anchor codes
+
+
+def test_anchor_codes_cost_a_byte_a_weight_and_leave_outputs_almost_as_they_were():
+    errors, sizes = [], []
+    for anchor_weights in ("quantized", "int8"):
+        model = toy_unet()
+        modiff.apply(model, presets.w4a8())
+        exact = outputs_of(model)[0]
+        weights = sum(e.weights for e in modiff.pack(model, anchor_weights=anchor_weights).taken)
+        errors.append(float((outputs_of(model)[0] - exact).norm() / exact.norm()))
+        sizes.append(sum(t.nbytes for t in [*model.parameters(), *model.buffers()]))
+    assert errors[1] < 0.03 * errors[0]
+    assert weights < sizes[1] - sizes[0] < 1.2 * weights  # and a scale for each output channel
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (presets.published(4, 8), ConfigError, "pack.anchor_weights: expected 'quantized' for Toy, got 'int8'"),
+        (presets.plain(4, 8), ConfigError, "pack.anchor_weights: expected 'quantized' for Toy, got 'int8'"),
+    ],
+)
+def test_anchor_codes_that_nothing_would_read_are_refused(config, error, message):
+    model = toy()
+    modiff.apply(model, config)
+    with pytest.raises(error, match=message):
+        modiff.pack(model, anchor_weights="int8")
+    modiff.remove(model)
+
+
+def test_anchor_codes_are_not_made_of_floats_that_are_gone():
+    model = toy()
+    modiff.apply(model, presets.w4a8())
+    with pytest.raises(ConfigError, match=r"pack.anchor_weights: expected 'quantized' or 'int8', got 'exact'"):
+        modiff.pack(model, anchor_weights="exact")
+    modiff.pack(model)
+    with pytest.raises(StateError, match="body: expected a float weight, got a packed one without anchor codes"):
+        modiff.pack(model, anchor_weights="int8")

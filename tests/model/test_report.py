@@ -57,7 +57,7 @@ def test_json_has_every_layer_in_order_and_those_left_have_a_reason():
     layers = json.loads(json.dumps(report.to_dict()))["layers"]
     assert [row["name"] for row in layers] == [e.name for e in report.entries]
     body = {"name": "body", "kind": "Conv2d", "weights": 2304, "setting": "W8A4 modulated"}
-    assert layers[2] == body | dict.fromkeys(("reason", "execution", "why"), "")
+    assert layers[2] == body | dict.fromkeys(("reason", "execution", "why", "anchor"), "")
 
 
 def test_reports_of_two_networks_add_up():
@@ -87,8 +87,9 @@ def test_what_was_planned_is_what_runs_and_a_packed_model_says_it_too():
         sample(model, steps=2)
     assert all(e.execution.startswith("integers on ") for e in planned.taken)
     assert modiff.report(model).entries == planned.entries
-    modiff.pack(model)
-    assert modiff.report(model).entries == planned.entries
+    assert {e.anchor for e in planned.taken} == {"exact weights"}
+    packed = [dataclasses.replace(e, anchor="quantized weights" if e.config else "") for e in planned.entries]
+    assert modiff.pack(model).entries == modiff.report(model).entries == tuple(packed)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -108,3 +109,28 @@ def test_memory_is_told_in_full(packed):
     assert memory.codes == weights + 4 * 5 * 16, "a byte a weight, a float32 scale a channel"
     assert memory.backends == sum(model.get_submodule(name).loop.bytes_of_backends() for name in TAKEN)
     assert memory.states == states > state_bytes(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "pack", "anchor"),
+    [
+        (presets.w4a8(), None, "exact weights"),
+        (presets.w4a8(), "quantized", "quantized weights"),
+        (presets.w4a8(), "int8", "int8 anchor codes (1.5 bytes a weight)"),
+        (presets.published(4, 8), None, "quantized weights"),
+        (presets.published(None, 8), None, "exact weights"),
+    ],
+)
+def test_the_report_says_what_the_layers_anchor_with(config, pack, anchor):
+    model = toy()
+    report = modiff.apply(model, config)
+    if pack:
+        report = modiff.pack(model, anchor_weights=pack)
+    assert {e.name: e.anchor for e in report.entries if e.anchor} == dict.fromkeys(TAKEN, anchor)
+    assert f"  5 anchor with {anchor}" in str(report).splitlines()
+
+
+def test_a_plain_model_has_no_anchors():
+    report = modiff.apply(toy(), presets.plain(8, 8))
+    assert "anchor" not in str(report)
+    assert {e.anchor for e in report.entries} == {""}

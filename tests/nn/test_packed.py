@@ -14,7 +14,7 @@ from torch import nn
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.hadamard import Segment
 from modiff.kernels.layout import weight_codes
-from modiff.nn.packed import SCALE, pack_nibbles, storage
+from modiff.nn.packed import ERROR, SCALE, pack_nibbles, packed_storage, storage
 from modiff.nn.weight import QuantizedWeight
 from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.recipes import evaluate, play, quantized, randomised
@@ -36,6 +36,13 @@ def modulated(kind: str, bits: int | None, rotation: str = "none", search: str =
         modulation=ModulationConfig(anchor_weights="quantized"),
         rotation=rotation,
     )
+    return quantized(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
+
+
+def anchored(kind: str, bits: int | None, rotation: str = "none", execution: str = "simulated"):
+    make, shape, split = LAYERS[kind]
+    weight = WeightConfig(bits=bits, search="mse")
+    config = LayerConfig(weight=weight, rotation=rotation, execution=execution)
     return quantized(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
 
 
@@ -88,14 +95,16 @@ def test_a_packed_layer_computes_the_same_bits(kind, bits, rotation):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_storage_that_a_layer_announces_is_the_one_it_takes(kind):
-    for bits in (4, 8):
-        layer, _ = modulated(kind, bits)
-        announced = layer.packed_storage()
-        layer.pack()
-        assert announced == layer.packed_storage()
-        for (dtype, shape), tensor in zip(announced, (layer.weight, layer.weight_scale), strict=True):
-            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape)
+@pytest.mark.parametrize("anchor_weights", ["quantized", "int8"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_storage_that_is_announced_is_the_one_a_layer_takes(kind, bits, anchor_weights):
+    layer, _ = anchored(kind, bits)
+    segments = len(layer.quantized_weight.segments)
+    announced = packed_storage(bits, layer.weight_shape, segments, error=anchor_weights == "int8")
+    layer.pack(anchor_weights)
+    state = layer.packed_state()
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == announced
+    assert {name for name, _ in layer.named_buffers()} == announced.keys() - {"weight"}
 
 
 def test_the_layer_it_was_made_from_keeps_its_own_weight():
@@ -203,3 +212,78 @@ def test_float64_weights_lose_no_more_than_the_rounding_of_a_float32_scale():
     layer.pack()
     expected = alone.dense(weight, torch.float64)
     assert_within(layer.quantized_weight.dense(layer.weight, torch.float64), expected, 2.0**-23 * expected.abs())
+
+
+# ----------------------------------------------------------------------------------------------------- anchor codes
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_anchor_codes_are_the_rounding_error_to_half_a_scale(kind, bits, rotation):
+    layer, _ = anchored(kind, bits, rotation)
+    exact = layer.quantized_weight.floats(layer.weight).double()
+    layer.pack("int8")
+    kept = layer.quantized_weight.exact(layer.weight, torch.float64)
+    segments = list(layer.quantized_weight.segments)
+    for error, scale in zip(
+        (exact - kept).split(segments, 1), layer.weight_error_scale.double().unbind(1), strict=True
+    ):
+        bound = scale.reshape(-1, *[1] * (error.dim() - 1)) / 2
+        assert_within(error, torch.zeros_like(error), (bound + 1e-7).expand_as(error))
+    rounded = layer.quantized_weight.dense(layer.weight, torch.float64)
+    assert float((exact - kept).norm()) < 0.02 * float((exact - rounded).norm())
+
+
+@pytest.mark.parametrize("execution", ["simulated", "integer"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_packed_layer_anchors_with_the_codes_that_it_keeps(kind, execution):
+    outputs = {}
+    for anchor_weights in ("exact", "int8", "quantized"):
+        layer, inputs = anchored(kind, 4, execution=execution)
+        if anchor_weights != "exact":
+            layer.pack(anchor_weights)
+        outputs[anchor_weights] = [output for output, _, _ in play(layer, inputs)]
+    for exact, kept, rounded in zip(*outputs.values(), strict=True):
+        assert float((kept - exact).norm()) < 0.05 * float((rounded - exact).norm())
+
+
+def test_only_layers_with_exact_anchors_keep_codes_for_them():
+    for layer in (modulated("linear", 4)[0], anchored("linear", None)[0]):
+        layer.pack("int8")
+        assert not layer.keeps_error()
+        assert not hasattr(layer, ERROR)
+
+
+@pytest.mark.parametrize(
+    ("bits", "pack", "words"),
+    [
+        (4, None, "exact weights"),
+        (None, "int8", "exact weights"),
+        (4, "quantized", "quantized weights"),
+        (4, "int8", "int8 anchor codes (1.5 bytes a weight)"),
+        (8, "int8", "int8 anchor codes (2 bytes a weight)"),
+    ],
+)
+def test_a_layer_says_what_it_anchors_with(bits, pack, words):
+    layer, _ = anchored("conv", bits)
+    if pack:
+        layer.pack(pack)
+    assert layer.anchors_with == words
+
+
+def test_anchor_codes_are_moved_copied_and_never_rounded_with_the_layer():
+    layer, inputs = anchored("split", 4)
+    layer.pack("int8")
+    expected = play(layer, inputs)
+    for change in (copy.deepcopy, lambda m: m.double().half().float(), lambda m: m.to("cpu")):
+        state = {name: tensor.clone() for name, tensor in layer.packed_state().items()}
+        bias = layer.bias.detach().clone()
+        layer = change(layer)
+        layer.bias.data = bias
+        for name, tensor in layer.packed_state().items():
+            assert_same_bits(tensor, state[name])
+        for ours, theirs in zip(play(layer, inputs), expected, strict=True):
+            assert_same_bits(ours[0], theirs[0])
+    layer.pack("quantized")
+    assert layer.keeps_error()

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from modiff.config import LayerConfig, ModiffConfig
+from modiff.config import LayerConfig, ModiffConfig, PackedAnchors
 from modiff.errors import ConfigError, FormatError
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
@@ -21,10 +21,14 @@ _FIELDS = ("config", "layer_configs", "layers", "scales")
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized layer: its config, and the channel where its input is cut in two."""
+    """One quantized layer: its config, the channel where its input is cut in two, and what it keeps for anchors.
+
+    anchor_weights: "int8" for codes of its weight's rounding error.
+    """
 
     config: LayerConfig
     split: int | None = None
+    anchor_weights: PackedAnchors = "quantized"
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,16 @@ class Layout:
     largest_step: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """The layout of a model as it is now. Raises: StateError if modiff was not applied to it."""
+    def of(cls, model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> Self:
+        """The layout of a model as it is now, floats packed with `anchor_weights`.
+
+        Raises: StateError if modiff was not applied to it.
+        """
         attachment = required_attachment(model, "save")
-        layers = {name: Layer(quantized.config, quantized.spec.split) for name, quantized in attachment.layers.items()}
+        layers = {
+            name: Layer(layer.config, layer.spec.split, "int8" if layer.keeps_error(anchor_weights) else "quantized")
+            for name, layer in attachment.layers.items()
+        }
         scales = {
             name: tuple(sorted(quantizer.state_dict_tensors())) for name, quantizer in quantizers_of(model).items()
         }
@@ -54,11 +64,13 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists; a layer names its config by its place in the list of different ones."""
         configs = list(dict.fromkeys(layer.config for layer in self.layers.values()))
-        layers: dict[str, dict[str, int]] = {}
+        layers: dict[str, dict[str, int | str]] = {}
         for name, layer in self.layers.items():
             layers[name] = {"config": configs.index(layer.config)}
             if layer.split is not None:
                 layers[name]["split"] = layer.split
+            if layer.anchor_weights == "int8":
+                layers[name]["anchor_weights"] = "int8"
         return {
             "quant_method": METHOD,
             "version": FORMAT_VERSION,
@@ -87,9 +99,9 @@ class Layout:
         if missing:
             raise _wrong(where, "the field", f"no {missing[0]}")
         try:
-            config = ModiffConfig.from_dict(values["config"])
+            config = ModiffConfig.from_dict(_with_anchors(values["config"], "layer"))
             kept = values["layer_configs"]
-            configs = [LayerConfig.from_dict(c) for c in (kept if isinstance(kept, list) else [kept])]
+            configs = [LayerConfig.from_dict(_with_anchors(c)) for c in (kept if isinstance(kept, list) else [kept])]
         except (ConfigError, TypeError) as error:
             raise FormatError(f"{where}: expected the settings of modiff, got: {error}") from error
         layers = {
@@ -115,7 +127,26 @@ def _layer(where: str, name: str, entry: object, configs: list[LayerConfig]) -> 
         raise _wrong(where, f"the number of one of {len(configs)} layer configs for {name}", index)
     if split is not None and (isinstance(split, bool) or not isinstance(split, int)):
         raise _wrong(where, f"a channel to split {name} at", split)
-    return Layer(configs[index], split)
+    anchor, config = values.get("anchor_weights", "quantized"), configs[index]
+    loop = config.modulation
+    exact = loop is not None and loop.anchor_weights == "exact" and loop.first_step == "full_precision"
+    if anchor not in ("quantized", "int8"):
+        raise _wrong(where, f"'quantized' or 'int8' as anchor_weights of {name}", repr(anchor))
+    if anchor == "int8" and (config.weight.bits is None or config.activation.bits is None or not exact):
+        raise _wrong(where, f"no anchor codes for {name}, as its config has no use for them", "int8")
+    return Layer(config, split, anchor)
+
+
+def _with_anchors(config: object, *path: str) -> object:
+    """A config as the first edition wrote it, made complete: quantized anchors, of all layers at one step."""
+    if not isinstance(config, dict):
+        return config
+    name, *rest = (*path, "modulation")
+    if name in config and rest:
+        return config | {name: _with_anchors(config[name])}
+    if isinstance(config.get(name), dict):
+        return config | {name: {"anchor_weights": "quantized", "stagger": False} | config[name]}
+    return config
 
 
 def _object(where: str, name: str, value: object) -> dict[str, Any]:

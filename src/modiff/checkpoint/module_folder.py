@@ -22,12 +22,13 @@ from modiff.checkpoint.packed_state import (
     quantized_state,
     rebuild_from,
 )
+from modiff.config import PackedAnchors
 from modiff.errors import ConfigError, FormatError
 from modiff.files import new_folder, write_json
 from modiff.model.apply import uninstall
 from modiff.model.attach import Attachment
 from modiff.model.pack import check_plain, seal
-from modiff.nn.packed import SCALE
+from modiff.nn.packed import PACKED
 
 CONFIG = "config.json"
 CLASS = "modiff_module"
@@ -36,17 +37,24 @@ _STEM = "model"
 _SIZE = re.compile(r"(\d+)\s*([KMG])B", re.IGNORECASE)
 
 
-def save_module(model: nn.Module, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+def save_module(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    anchor_weights: PackedAnchors = "quantized",
+) -> None:
     """Write the quantized weights and settings of a module with modulated layers; the module is not changed.
 
     Args:
         folder: new or empty; it appears when all of it is on disk.
         max_shard_size: bytes, or a text such as "200MB"; weights beyond it go to further files.
+        anchor_weights: what is written of float weights for anchors.
     Raises: StateError if modiff was not applied or a layer was wrapped since; FormatError for a folder with files;
         ConfigError for a size that is none; OSError.
     """
-    layout = Layout.of(model)
-    shards = _shards(quantized_state(model, model.state_dict()), bytes_of(max_shard_size))
+    layout = Layout.of(model, anchor_weights)
+    shards = _shards(quantized_state(model, model.state_dict(), anchor_weights), bytes_of(max_shard_size))
     names = [f"{_STEM}.safetensors"]
     if len(shards) > 1:
         names = [f"{_STEM}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -95,12 +103,7 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
         raise
     seal(attachment)
     now = model.state_dict()
-    packed = {
-        f"{name}.{leaf}"
-        for name, quantized in attachment.layers.items()
-        if quantized.packed
-        for leaf in ("weight", SCALE)
-    }
+    packed = {f"{name}.{leaf}" for name, quantized in attachment.layers.items() if quantized.packed for leaf in PACKED}
     rest = {name: tensors[name].clone() for name in now.keys() - packed}  # not views of the file: it may change
     model.load_state_dict(rest, strict=False, assign=any(now[name].is_meta for name in rest))
     return model
@@ -153,7 +156,7 @@ def _fill(attachment: Attachment, tensors: Mapping[str, Tensor], before: Mapping
     """Give the packed layers their codes and scales, where their float weights were."""
     for name, quantized in attachment.layers.items():
         if quantized.packed:
-            weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{SCALE}"]
             was = before[f"{name}.weight"]
             device = torch.device("cpu") if was.is_meta else was.device
-            quantized.hold_packed(weight.clone().to(device), scale.clone().to(device))
+            leaves = quantized.packed_state()
+            quantized.hold_packed({leaf: tensors[f"{name}.{leaf}"].clone().to(device) for leaf in leaves})

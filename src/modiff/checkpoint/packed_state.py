@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modiff.checkpoint.headers import DTYPES, Claim, Expected, check_claims
 from modiff.checkpoint.layout import FORMAT_VERSION, METHOD, Layout
+from modiff.config import PackedAnchors
 from modiff.core.affine import qrange
 from modiff.core.step_sets import StepSizes
 from modiff.errors import ConfigError, FormatError, StateError
@@ -17,7 +18,7 @@ from modiff.model.attach import Attachment, required_attachment
 from modiff.model.calibrate import quantizers_of
 from modiff.model.pack import rebuild
 from modiff.nn import quantized_class
-from modiff.nn.packed import SCALE, storage
+from modiff.nn.packed import ERROR, ERROR_SCALE, SCALE, packed_storage
 
 METADATA = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
 """What each safetensors file says of itself."""
@@ -33,8 +34,13 @@ def scale_keys(layout: Layout) -> set[str]:
     return {scale_key(quantizer, name) for quantizer, names in layout.scales.items() for name in names}
 
 
-def quantized_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def quantized_state(
+    model: nn.Module, state: Mapping[str, Tensor], anchor_weights: PackedAnchors = "quantized"
+) -> dict[str, Tensor]:
     """The tensors to write for a model: its state dict with packed weights, their scales, and measured scales.
+
+    Args:
+        anchor_weights: what is kept of float weights for anchors.
 
     Raises: StateError if layers were wrapped since (a LoRA is loaded) or are offloaded to the meta device.
     """
@@ -49,7 +55,7 @@ def quantized_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
             raise StateError(f"{name}: expected a weight in memory, got one on the meta device. It is offloaded to "
                              "another place. Remove the offloading hooks, then save.")  # fmt: skip
         if quantized.config.weight.bits is not None:
-            found[f"{name}.weight"], found[f"{name}.{SCALE}"] = quantized.packed_tensors()
+            found |= {f"{name}.{leaf}": value for leaf, value in quantized.packed_state(anchor_weights).items()}
     for name, quantizer in quantizers_of(model).items():
         for key, tensor in quantizer.state_dict_tensors().items():
             found[scale_key(name, key)] = tensor
@@ -76,9 +82,10 @@ def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: 
                 "checkpoint belongs to another model. Give the model that it was saved from."
             )
         if layer.config.weight.bits is not None:
-            shape = expected[f"{name}.weight"].shape
-            expected[f"{name}.weight"] = Expected(*storage(layer.config.weight.bits, shape))
-            expected[f"{name}.{SCALE}"] = Expected(torch.float32, (shape[0], 1 if layer.split is None else 2))
+            shape, segments = expected[f"{name}.weight"].shape, 1 if layer.split is None else 2
+            error = layer.anchor_weights == "int8"
+            stored = packed_storage(layer.config.weight.bits, shape, segments, error=error)
+            expected |= {f"{name}.{leaf}": Expected(*storage) for leaf, storage in stored.items()}
     scales = scale_keys(layout)
     for name in (
         scales & claims.keys()
@@ -94,7 +101,8 @@ def rebuild_from(where: str, model: nn.Module, layout: Layout) -> Attachment:
     layers = {name: layer.config for name, layer in layout.layers.items()}
     splits = {name: layer.split for name, layer in layout.layers.items() if layer.split is not None}
     try:
-        return rebuild(model, layout.config, layers, splits)
+        anchored = {name for name, layer in layout.layers.items() if layer.anchor_weights == "int8"}
+        return rebuild(model, layout.config, layers, splits, anchored)
     except ConfigError as error:
         raise FormatError(f"{where}: expected settings that fit {type(model).__name__}, got: {error}") from error
 
@@ -116,15 +124,21 @@ def check_values(where: str, attachment: Attachment) -> None:
         bits = quantized.config.weight.bits
         if bits is None:
             continue
-        weight, scale = quantized.packed_tensors()
-        if weight.is_meta or scale.is_meta:
+        tensors = quantized.packed_state()
+        if any(tensor.is_meta for tensor in tensors.values()):
             raise FormatError(f"{where}: expected a weight and scales for {name}, got none. The weights belong to "
                               "another config or were changed. Copy the folder again.")  # fmt: skip
-        codes = weight_codes(weight, (weight.shape[0], 2 * weight.shape[1]))
-        low, high = (int(extreme) for extreme in torch.aminmax(codes)) if codes.numel() else (0, 0)
-        qmin, qmax = qrange(bits)
-        if low < qmin or high > qmax or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise FormatError(
-                f"{where}: expected codes from {qmin} to {qmax} and positive scales in {name}, got others. The weights "
-                "are damaged or belong to another config. Copy the folder again."
-            )
+        weight = tensors["weight"]
+        _check_codes(where, name, weight_codes(weight, (weight.shape[0], 2 * weight.shape[1])), bits, tensors[SCALE])
+        if ERROR in tensors:
+            _check_codes(where, f"{name}.{ERROR}", tensors[ERROR], 8, tensors[ERROR_SCALE])
+
+
+def _check_codes(where: str, name: str, codes: Tensor, bits: int, scale: Tensor) -> None:
+    low, high = (int(extreme) for extreme in torch.aminmax(codes)) if codes.numel() else (0, 0)
+    qmin, qmax = qrange(bits)
+    if low < qmin or high > qmax or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise FormatError(
+            f"{where}: expected codes from {qmin} to {qmax} and positive scales in {name}, got others. The weights "
+            "are damaged or belong to another config. Copy the folder again."
+        )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from modiff.checkpoint.module_folder import save_module
+from modiff.config import PackedAnchors
 from modiff.errors import ConfigError
 from modiff.hosts.names import BLOCK_CLASSES, DEFAULT_EXCLUDE, UNBATCHED, shortcut_splits
 from modiff.model.attach import attachment_of, eager
@@ -88,9 +89,16 @@ class Host(NetworkFacts):
             "sampled. Give the number of evaluations in a run, or the pipeline."
         )
 
-    def save(self, target: Any, networks: list[nn.Module], folder: str | Path, max_shard_size: int) -> None:
+    def save(
+        self,
+        target: Any,
+        networks: list[nn.Module],
+        folder: str | Path,
+        max_shard_size: int,
+        anchor_weights: PackedAnchors,
+    ) -> None:
         """Write a target; `networks` are those of its networks that carry modiff."""
-        save_module(target, folder, max_shard_size=max_shard_size)
+        save_module(target, folder, max_shard_size=max_shard_size, anchor_weights=anchor_weights)
 
 
 def register_host(find: Callable[[Any], Host | None]) -> None:

@@ -109,7 +109,8 @@ class Attachment:
         for entry in self.selected.entries:
             layer = self.layers.get(entry.name)
             execution, why = ("", "") if layer is None else execution_of(layer)
-            entries.append(dataclasses.replace(entry, execution=execution, why=why))
+            anchor = "" if layer is None else layer.anchors_with
+            entries.append(dataclasses.replace(entry, execution=execution, why=why, anchor=anchor))
         return Report(tuple(entries), memory_of(self.layers.values(), self.most_states))
 
     def state_bytes(self) -> int:

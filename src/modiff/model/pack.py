@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
-from modiff.config import LayerConfig, ModiffConfig
-from modiff.errors import StateError
+from modiff.config import LayerConfig, ModiffConfig, PackedAnchors, check
+from modiff.errors import ConfigError, StateError
 from modiff.model.apply import replace_layers
 from modiff.model.attach import Attachment, attachment_of, required_attachment
 from modiff.model.report import Entry, Report
 from modiff.model.select import CANDIDATES
+from modiff.nn.packed import packed_storage
 
 
-def pack_layers(model: nn.Module) -> None:
+def pack_layers(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> None:
     """Replace the float weights of modulated layers by integer codes and float32 scales.
 
-    Weights of 2 to 4 bits take half a byte, those of 5 to 8 bits one. States start with the quantized weights from now
-    on; outputs of layers that did so before stay the same bits. There is no way back: `remove` is refused afterwards.
-    Layers whose weights have no bits keep their floats.
-    Raises: StateError if modiff was not applied, inside a trajectory, or if weights changed after their rounding was
-        learned; ConfigError for a weight with NaN. The model is as it was then.
+    Weights of 2 to 4 bits take half a byte, those of 5 to 8 bits one; `anchor_weights="int8"` keeps a byte more for
+    anchors. States start with what is kept from now on; outputs of layers with quantized anchors stay the same bits.
+    There is no way back: `remove` is refused afterwards. Layers whose weights have no bits keep their floats.
+    Raises: as `check_packable`. The model is as it was then.
     Cost: two passes over the weights.
     """
-    check_packable(model)
+    check_packable(model, anchor_weights)
     attachment = required_attachment(model, "pack")
     for layer in attachment.layers.values():
-        layer.pack()
+        layer.pack(anchor_weights)
     seal(attachment)
 
 
-def check_packable(model: nn.Module) -> None:
-    """Raise what `pack` would raise, before anything is packed."""
+def check_packable(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> None:
+    """Make sure that a model can be packed, before anything is.
+
+    Raises: StateError if modiff was not applied, inside a trajectory, if weights changed after their rounding was
+        learned, or if int8 anchors need floats that are gone; ConfigError for a weight with NaN, or for int8 anchors of
+        a model that does not anchor with exact weights.
+    """
     attachment = required_attachment(model, "pack")
+    check_anchors(model, "pack", anchor_weights)
     if attachment.clock.active and not (attachment.automatic and attachment.automatic.owns_trajectory):
         raise StateError(
             f"pack: expected no running trajectory of {type(model).__name__}, got one. Its states belong to the "
@@ -50,6 +56,26 @@ def check_packable(model: nn.Module) -> None:
             layer.quantized_weight.codes(layer.weight)
 
 
+def check_anchors(model: nn.Module, verb: str, anchor_weights: PackedAnchors) -> None:
+    """Make sure that `anchor_weights` can be kept of a model. Raises: as `check_packable`."""
+    check(f"{verb}.anchor_weights", anchor_weights, anchor_weights in ("quantized", "int8"), "'quantized' or 'int8'",
+          "It says what is kept of a weight for anchors.")  # fmt: skip
+    if anchor_weights == "quantized":
+        return
+    exact = [layer for layer in required_attachment(model, verb).layers.values() if layer.spec.anchors_exactly]
+    if not exact:
+        raise ConfigError(
+            f"{verb}.anchor_weights: expected 'quantized' for {type(model).__name__}, got 'int8'. None of its layers "
+            "anchors with exact weights, so nothing would read the codes. Leave it out."
+        )
+    gone = next((layer for layer in exact if layer.packed and not layer.keeps_error()), None)
+    if gone is not None:
+        raise StateError(
+            f"{gone.name}: expected a float weight, got a packed one without anchor codes. They are made from the "
+            f"floats, which are gone. Give anchor_weights='int8' when the model is packed, or leave it out here."
+        )
+
+
 def seal(attachment: Attachment) -> None:
     """Drop the original layers: the model is packed."""
     attachment.originals.clear()
@@ -57,10 +83,16 @@ def seal(attachment: Attachment) -> None:
 
 
 def rebuild(
-    model: nn.Module, config: ModiffConfig, layers: Mapping[str, LayerConfig], splits: Mapping[str, int]
+    model: nn.Module,
+    config: ModiffConfig,
+    layers: Mapping[str, LayerConfig],
+    splits: Mapping[str, int],
+    anchored: Collection[str],
 ) -> Attachment:
     """Replace the named layers of a plain model by packed ones whose codes and scales lie on the meta device.
 
+    Args:
+        anchored: layers that have codes of their weight's rounding error too.
     Nothing is allocated. The float weights stay in the originals until `seal`.
     Raises: StateError if the model carries modiff already; ConfigError for a split outside the channels, the model then
         unchanged.
@@ -73,10 +105,11 @@ def rebuild(
             reason = "in full precision in the checkpoint" if layer is None else ""
             entries.append(Entry(name, type(module).__name__, module.weight.numel(), layer, reason))
     attachment = replace_layers(model, config, Report(tuple(entries)), splits)
-    for layer in attachment.layers.values():
-        if layer.config.weight.bits is not None:
-            weight, scale = (torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in layer.packed_storage())
-            layer.hold_packed(weight, scale)
+    for name, layer in attachment.layers.items():
+        bits, segments = layer.config.weight.bits, len(layer.quantized_weight.segments)
+        if bits is not None:
+            stored = packed_storage(bits, layer.weight_shape, segments, error=name in anchored)
+            layer.hold_packed({k: torch.empty(shape, dtype=d, device="meta") for k, (d, shape) in stored.items()})
     return attachment
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ class Entry:
     reason: why it was left, or what is special about it ("split at 128", "may share with to_q"); may be empty.
     execution: "simulated" or "integers on <backend>"; empty where nothing was applied yet. why: the reason of that
     backend, or why a layer that was to run on integers is simulated.
+    anchor: what the input meets where the states start, "exact weights", "quantized weights" or "int8 anchor codes (1.5
+    bytes a weight)"; empty where nothing was applied yet, and for a layer without states.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Entry:
     reason: str
     execution: str = ""
     why: str = ""
+    anchor: str = ""
 
     @property
     def setting(self) -> str:
@@ -90,7 +94,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and strings, for JSON."""
-        keys = ("name", "kind", "weights", "setting", "reason", "execution", "why")
+        keys = ("name", "kind", "weights", "setting", "reason", "execution", "why", "anchor")
         layers = [{k: getattr(e, k) for k in keys} for e in self.entries]
         return {"layers": layers, "memory": None if self.memory is None else self.memory._asdict()}
 
@@ -105,6 +109,8 @@ class Report:
         lines = [f"{len(self.taken)} layers taken ({share:.1f} % of the weights), {len(self.left)} left"]
         runs = [(e.execution, e.why) for e in self.taken if e.execution]
         lines += [f"  {runs.count(run)} {run[0]}{': ' * bool(run[1])}{run[1]}" for run in dict.fromkeys(runs)]
+        anchors = Counter(e.anchor for e in self.entries if e.anchor)
+        lines += [f"  {count} anchor with {kind}" for kind, count in anchors.items()]
         lines += [] if self.memory is None else [f"  {self.memory}"]
         return "\n".join([*lines, *_table(self.entries)])
 

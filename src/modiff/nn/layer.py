@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from modiff.config import Granularity, LayerConfig
+from modiff.config import Granularity, LayerConfig, PackedAnchors
 from modiff.core.quantizer import Quantizer
 from modiff.errors import ConfigError, StateError
 from modiff.kernels.input_fusion import InputFusion
@@ -18,7 +18,7 @@ from modiff.nn.loop.int16 import Int16Loop
 from modiff.nn.loop.integer import IntegerLoop, unsupported
 from modiff.nn.loop.simulated import LayerState, SimulatedLoop
 from modiff.nn.operator import LayerOperator, LayerSpec
-from modiff.nn.packed import SCALE, PackedWeight, pack_parts, storage
+from modiff.nn.packed import ERROR, ERROR_SCALE, SCALE, PackedWeight, pack_parts
 from modiff.nn.sharing import InputGroup
 from modiff.nn.weight import QuantizedWeight
 
@@ -147,13 +147,15 @@ class ModulatedLayer(nn.Module):
         """Whether the weight is integers for good."""
         return isinstance(self.quantized_weight, PackedWeight)
 
-    def pack(self) -> None:
+    def pack(self, anchor_weights: PackedAnchors = "quantized") -> None:
         """Keep the codes of the weight and drop its floats; nothing happens where the weight has no bits, or again.
 
+        Args:
+            anchor_weights: "int8" keeps codes of the rounding error for anchors, where those have exact weights.
         Raises: ConfigError for a weight with NaN; StateError if it no longer belongs to its fixed codes.
         """
         if self.config.weight.bits is not None and not self.packed:
-            self.hold_packed(*self.packed_tensors())
+            self.hold_packed(self.packed_state(anchor_weights))
 
     def packed_tensors(self) -> tuple[Tensor, Tensor]:
         """The packed weight and its scales, whether the layer is packed or not. For layers with weight bits only."""
@@ -162,30 +164,56 @@ class ModulatedLayer(nn.Module):
             return self.weight.detach(), scale
         return pack_parts(self.quantized_weight.codes(self.weight), self.config.weight.bits or 8)
 
-    def packed_storage(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of the packed weight and of its scales. For layers with weight bits only."""
-        shape, segments = self.weight_shape, self.quantized_weight.segments
-        return storage(self.config.weight.bits or 8, shape), (torch.float32, (shape[0], len(segments)))
+    def packed_state(self, anchor_weights: PackedAnchors = "quantized") -> dict[str, Tensor]:
+        """All tensors of the packed weight, by their names in `PACKED`, as `pack` would keep them or has kept them."""
+        weight, scale = self.packed_tensors()
+        state = {"weight": weight, SCALE: scale}
+        if not self.keeps_error(anchor_weights):
+            return state
+        if isinstance(self.quantized_weight, PackedWeight):
+            return state | {name: self.get_buffer(name) for name in (ERROR, ERROR_SCALE)}
+        error, error_scale = pack_parts(self.quantized_weight.error(self.weight), 8)
+        return state | {ERROR: error, ERROR_SCALE: error_scale}
 
-    def hold_packed(self, weight: Tensor, scale: Tensor) -> None:
-        """Take packed codes and their scales, as `packed_storage` says, in the place of the weight.
+    def keeps_error(self, anchor_weights: PackedAnchors = "quantized") -> bool:
+        """Whether the layer holds codes of its weight's rounding error, or `pack(anchor_weights)` would make them."""
+        if self.packed:
+            return self._buffers.get(ERROR) is not None
+        return anchor_weights == "int8" and self.spec.anchors_exactly and self.config.weight.bits is not None
+
+    @property
+    def anchors_with(self) -> str:
+        """What the input meets where the states start, in words; empty for a layer without states."""
+        if self.inputs is None:
+            return ""
+        if self.config.weight.bits is None or (self.spec.anchors_exactly and not self.packed):
+            return "exact weights"
+        if self.keeps_error():
+            return f"int8 anchor codes ({1.5 if self.config.weight.bits <= 4 else 2} bytes a weight)"
+        return "quantized weights"
+
+    def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a packed weight, as `packed_storage` has them, in the place of the weight.
 
         The layer that this one was made from keeps its own parameters.
         """
         self._parameters, self._buffers = dict(self._parameters), dict(self._buffers)
         was, shape = self.quantized_weight, self.weight_shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer(SCALE, scale)
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        for name, tensor in tensors.items():
+            if name != "weight":
+                self.register_buffer(name, tensor)
         self.operator.parameters = self._parameters
         self.operator.quantized = PackedWeight(was.config, was.segments, was.rotation, was.name, shape, self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch, but scales stay float32 in `.half()` and `.to(dtype)`: rounded ones would be other weights."""
-        scale = self._buffers.get(SCALE)
+        scales = {name: self._buffers.get(name) for name in (SCALE, ERROR_SCALE)}
         super()._apply(fn, recurse)
-        moved = self._buffers.get(SCALE)
-        if scale is not None and moved is not None and moved.dtype != scale.dtype:
-            self._buffers[SCALE] = scale.to(moved.device)
+        for name, scale in scales.items():
+            moved = self._buffers.get(name)
+            if scale is not None and moved is not None and moved.dtype != scale.dtype:
+                self._buffers[name] = scale.to(moved.device)
         return self
 
     def _load_from_state_dict(

@@ -56,6 +56,14 @@ class LayerSpec:
             return None
         return segments_of(self.runs, self.groups, self.config.rotation_block)
 
+    @cached_property
+    def anchors_exactly(self) -> bool:
+        """Whether the config asks for the weight before rounding where the states start."""
+        modulation = self.config.modulation
+        if modulation is None or modulation.first_step == "coded" or self.config.activation.bits is None:
+            return False
+        return modulation.anchor_weights == "exact"
+
     def weight_of(self) -> QuantizedWeight:
         """The weight's quantizer: the runs of its input channels, and the rotation folded into them."""
         fan_in, rotation = self.channels // self.groups, self.rotation
@@ -91,8 +99,7 @@ class LayerOperator:
 
     def anchor(self, value: Tensor) -> Tensor:
         """A(value) + bias where the states start: with the rotated weight before rounding, or A_q by the config."""
-        modulation = self.spec.config.modulation
-        if modulation is None or modulation.anchor_weights == "quantized":
+        if not self.spec.anchors_exactly:
             return self.affine(value)
         return self._affine(value, self.quantized.exact(self.weight, value.dtype))
 

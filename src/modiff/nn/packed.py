@@ -1,4 +1,7 @@
-"""Weights that are integers for good: two 4-bit codes in a byte or one 8-bit code, and a float32 scale per channel."""
+"""Weights that are integers for good: two 4-bit codes in a byte or one 8-bit code, and a float32 scale per channel.
+
+For anchors a layer may keep 8-bit codes of what rounding took from its weight, W - W_q, as well.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ import torch
 from torch import Tensor
 
 from modiff.config import WeightConfig
-from modiff.core.affine import QParams, dequantize
+from modiff.core.affine import QParams
 from modiff.core.hadamard import Segment
 from modiff.errors import StateError
 from modiff.kernels.layout import weight_codes
-from modiff.nn.weight import Part
+from modiff.nn.weight import Part, dense
 
-SCALE = "weight_scale"
-"""Name of the buffer beside a packed `weight`: float32, (output channels, segments)."""
+SCALE, ERROR, ERROR_SCALE = "weight_scale", "weight_error", "weight_error_scale"
+"""Names of the buffers of a packed layer: scales of `weight`; codes of its rounding error and their scales."""
+PACKED = ("weight", SCALE, ERROR, ERROR_SCALE)
+"""Names of all tensors that stand for a packed weight."""
 _HALF_BYTE = 4
 
 
@@ -29,6 +34,15 @@ def storage(bits: int, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, 
     if bits > _HALF_BYTE:
         return torch.int8, shape
     return torch.uint8, (shape[0], -(-math.prod(shape[1:]) // 2))
+
+
+def packed_storage(
+    bits: int, shape: tuple[int, ...], segments: int, *, error: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor that stands for a packed weight; `error`: codes of its rounding error too."""
+    scales = torch.float32, (shape[0], segments)
+    stored = {"weight": storage(bits, shape), SCALE: scales}
+    return stored | {ERROR: (torch.int8, shape), ERROR_SCALE: scales} if error else stored
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -51,7 +65,7 @@ class PackedWeight:
     Args:
         config, segments, rotation, name: as `QuantizedWeight` has them.
         shape: of the weight, (O, I / groups, ...).
-        buffers: of the layer; `SCALE` is read from it at each use, as it moves with the layer.
+        buffers: of the layer; scales and error codes are read from it at each use, as they move with the layer.
 
     Codes are unpacked at each use and never kept: at 4 bits the layer holds half a byte a weight.
     """
@@ -75,8 +89,10 @@ class PackedWeight:
 
     def codes(self, weight: Tensor) -> tuple[Part, ...]:
         """(int8 codes, scales) for each segment along axis 1, from the packed `weight`."""
-        codes = weight_codes(weight.detach(), self.shape)
-        scales = self._scale().split(1, 1)
+        return self._parts(weight_codes(weight.detach(), self.shape), SCALE)
+
+    def _parts(self, codes: Tensor, scale: str) -> tuple[Part, ...]:
+        scales = self._buffer(scale).split(1, 1)
         ones = [1] * (len(self.shape) - 2)
         parts = codes.split(list(self.segments), 1)
         return tuple((c, QParams(s.reshape(-1, 1, *ones), None)) for c, s in zip(parts, scales, strict=True))
@@ -87,16 +103,17 @@ class PackedWeight:
 
     def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The codes as they are kept, and their scales."""
-        return weight.detach(), self._scale()
+        return weight.detach(), self._buffer(SCALE)
 
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the codes, two at 4 bits."""
-        parts = [dequantize(c, QParams(q.scale.to(dtype), None)) for c, q in self.codes(weight)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return dense(self.codes(weight), dtype)
 
     def exact(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `dense`: the weight before rounding is gone."""
-        return self.dense(weight, dtype)
+        """The weight before rounding as far as it was kept: `dense`, and what the codes of its rounding error say."""
+        codes = self._buffers.get(ERROR)
+        kept = self.dense(weight, dtype)
+        return kept if codes is None else kept + dense(self._parts(codes, ERROR_SCALE), dtype)
 
     def floats(self, _weight: Tensor) -> Never:
         """Raises: StateError; the floats are gone."""
@@ -110,10 +127,10 @@ class PackedWeight:
         """Raises: StateError; rounding again would need the floats."""
         raise self._gone()
 
-    def _scale(self) -> Tensor:
-        scale = self._buffers.get(SCALE)
+    def _buffer(self, name: str) -> Tensor:
+        scale = self._buffers.get(name)
         if scale is None:
-            raise StateError(f"{self.name}: expected the buffer {SCALE}, got none. A packed weight means nothing "
+            raise StateError(f"{self.name}: expected the buffer {name}, got none. A packed weight means nothing "
                              "without its scales. Load the model again.")  # fmt: skip
         return scale
 

@@ -105,12 +105,17 @@ class QuantizedWeight:
         self._refresh(weight)
         return self.floats(weight).to(dtype)
 
+    def error(self, weight: Tensor) -> tuple[Part, ...]:
+        """W - W_q in 8-bit codes for each segment, to half a scale; for weights with bits. Raises: as `codes`."""
+        self._refresh(weight)
+        values = self.floats(weight)
+        return tuple(_nearest(part, 8) for part in (values - dense(self._parts, values.dtype)).split(self.segments, 1))
+
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the weight when quantized."""
         self._refresh(weight)
         if self._parts:
-            parts = [dequantize(c, QParams(q.scale.to(dtype), None)) for c, q in self._parts]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return dense(self._parts, dtype)
         return (weight if self._floats is None else self._floats).detach().to(dtype)
 
     def _refresh(self, weight: Tensor) -> None:
@@ -145,11 +150,9 @@ class QuantizedWeight:
         for index, part in enumerate(values.split(list(self.segments), 1)):
             if self.config.search == "mse":
                 qparams = self._search(index, part, bits)
+                parts.append((quantize(part, qparams, bits), qparams))
             else:
-                observer = MinMaxObserver(0)
-                observer.observe(part)
-                qparams = observer.qparams(bits)
-            parts.append((quantize(part, qparams, bits), qparams))
+                parts.append(_nearest(part, bits))
         return tuple(parts)
 
     def _search(self, index: int, part: Tensor, bits: int) -> QParams:
@@ -196,6 +199,19 @@ class QuantizedWeight:
                 "its rounding was learned. The codes mean nothing for it. Undo the change, or call modiff.reconstruct "
                 "again."
             )
+
+
+def dense(parts: tuple[Part, ...], dtype: torch.dtype) -> Tensor:
+    """What the codes of all segments stand for, in `dtype`."""
+    values = [dequantize(codes, QParams(q.scale.to(dtype), None)) for codes, q in parts]
+    return values[0] if len(values) == 1 else torch.cat(values, 1)
+
+
+def _nearest(values: Tensor, bits: int) -> Part:
+    observer = MinMaxObserver(0)
+    observer.observe(values)
+    qparams = observer.qparams(bits)
+    return quantize(values, qparams, bits), qparams
 
 
 def _to(qparams: QParams, weight: Tensor) -> QParams:

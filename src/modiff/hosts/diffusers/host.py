@@ -10,6 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from modiff.config import PackedAnchors
 from modiff.errors import ConfigError
 from modiff.files import new_folder
 from modiff.hosts.diffusers.hooks import cache_contexts, follow_cache_context, unfollow_cache_context
@@ -83,7 +84,14 @@ class DiffusersHost(Host):
             return evaluations(target, steps)
         return super().evaluations(target, steps)
 
-    def save(self, target: Any, networks: list[nn.Module], folder: str | Path, max_shard_size: int) -> None:
+    def save(
+        self,
+        target: Any,
+        networks: list[nn.Module],
+        folder: str | Path,
+        max_shard_size: int,
+        anchor_weights: PackedAnchors,
+    ) -> None:
         """As diffusers writes it, with integers for the networks that carry modiff."""
-        with new_folder(folder) as partial, saving_quantized(networks):
+        with new_folder(folder) as partial, saving_quantized(networks, anchor_weights):
             target.save_pretrained(partial, max_shard_size=max_shard_size)

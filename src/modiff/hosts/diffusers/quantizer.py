@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,17 +29,21 @@ from modiff.checkpoint.packed_state import (
     rebuild_from,
     scale_keys,
 )
-from modiff.config import ModiffConfig
+from modiff.config import ModiffConfig, PackedAnchors, check
 from modiff.errors import ConfigError, FormatError, StateError
 from modiff.hosts.diffusers.hooks import follow_cache_context, follow_resets, refuse_fusing
 from modiff.hosts.names import DEFAULT_EXCLUDE, shortcut_splits
 from modiff.model.apply import install
 from modiff.model.attach import Automatic, required_attachment
 from modiff.model.pack import seal
-from modiff.nn.packed import SCALE
+from modiff.nn.packed import ERROR_SCALE, PACKED, SCALE
 
 WHERE = "quantization_config"
 _ALIGNMENT = 64
+
+
+_SETTINGS = {"quant_method", "config", "modules_to_not_convert", "anchor_weights"}
+"""The entries of a config that a user gave, not a checkpoint."""
 
 
 class Method(StrEnum):
@@ -58,18 +62,25 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
     Args:
         config: layers, bits and modulation; W8A8 when None. A dictionary from `ModiffConfig.to_dict()` will do.
         modules_to_not_convert: parts of layer names that are left in full precision, added to `config.exclude`.
+        anchor_weights: what is kept of each weight for anchors, as `modiff.pack` has it.
     Raises: ConfigError for settings that mean nothing.
     """
 
     def __init__(
-        self, config: ModiffConfig | dict[str, Any] | None = None, modules_to_not_convert: list[str] | None = None
+        self,
+        config: ModiffConfig | dict[str, Any] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        anchor_weights: PackedAnchors = "quantized",
     ) -> None:
         config = ModiffConfig() if config is None else config
         config = ModiffConfig.from_dict(config) if isinstance(config, dict) else config
         if not isinstance(config, ModiffConfig):
             raise ConfigError(f"ModiffDiffusersConfig.config: expected a ModiffConfig, got {config!r}. It says which "
                               "layers get which bits. Use modiff.presets.w8a8().")  # fmt: skip
+        check("ModiffDiffusersConfig.anchor_weights", anchor_weights, anchor_weights in ("quantized", "int8"),
+              "'quantized' or 'int8'", "It says what is kept of a weight for anchors.")  # fmt: skip
         self.quant_method: Any = Method.MODIFF
+        self.anchor_weights: PackedAnchors = anchor_weights
         self.config = config
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.layout: Layout | None = None
@@ -94,8 +105,8 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read the entry of a config.json. Raises: FormatError if this version of modiff cannot."""
-        if set(config_dict) <= {"quant_method", "config", "modules_to_not_convert"}:  # of a user, not of a checkpoint
-            config = cls(config_dict.get("config"), config_dict.get("modules_to_not_convert"))
+        if set(config_dict) <= _SETTINGS:  # of a user, not of a checkpoint
+            config = cls(**{key: value for key, value in config_dict.items() if key != "quant_method"})
         else:
             layout = Layout.from_dict("quantization_config", config_dict)
             config = cls(layout.config)
@@ -104,13 +115,14 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: the settings alone, or with the layers once a model is quantized."""
-        layout = Layout.of(self._model) if self._model is not None else self.layout
+        layout = Layout.of(self._model, self.anchor_weights) if self._model is not None else self.layout
         if layout is not None:
             return layout.to_dict()
         return {
             "quant_method": self.quant_method.value,
             "config": self.config.to_dict(),
             "modules_to_not_convert": list(self.modules_to_not_convert),
+            "anchor_weights": self.anchor_weights,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -182,7 +194,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         if layout is None:
             return state_dict
         scales = scale_keys(layout)
-        exact = {k: v for k, v in state_dict.items() if k in scales or k.rpartition(".")[2] == SCALE}
+        exact = {k: v for k, v in state_dict.items() if k in scales or k.rpartition(".")[2] in (SCALE, ERROR_SCALE)}
         self._exact |= exact
         return {k: v for k, v in state_dict.items() if k not in scales}
 
@@ -205,7 +217,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         """Whether a tensor belongs to a weight that is, or is to be, packed."""
         name, _, leaf = param_name.rpartition(".")
         quantized = required_attachment(model, "from_pretrained").layers.get(name)
-        return quantized is not None and quantized.config.weight.bits is not None and leaf in ("weight", SCALE)
+        return quantized is not None and quantized.config.weight.bits is not None and leaf in PACKED
 
     def create_quantized_param(
         self,
@@ -223,11 +235,11 @@ class ModiffQuantizer(DiffusersQuantizer):
         value = self._exact.pop(param_name, param_value).to(target_device, copy=True)
         if self.quantization_config.layout is None:
             quantized.weight = nn.Parameter(value, requires_grad=False)
-            quantized.pack()
-        elif leaf == SCALE:
-            quantized.weight_scale = value
-        else:
+            quantized.pack(self.quantization_config.anchor_weights)
+        elif leaf == "weight":
             quantized.weight = nn.Parameter(value, requires_grad=False)
+        else:
+            setattr(quantized, leaf, value)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **_: object) -> ModelMixin:
         """Check what was read, give the quantizers their scales, and let the model live without verbs of modiff."""
@@ -257,11 +269,11 @@ class ModiffQuantizer(DiffusersQuantizer):
                               "only, never pickles. Leave it out.")  # fmt: skip
         if self.model is None:
             return state_dict, {}
-        return quantized_state(self.model, state_dict), METADATA
+        return quantized_state(self.model, state_dict, self.quantization_config.anchor_weights), METADATA
 
 
 @contextmanager
-def saving_quantized(models: Iterable[nn.Module]) -> Iterator[None]:
+def saving_quantized(models: Sequence[nn.Module], anchor_weights: PackedAnchors) -> Iterator[None]:
     """Let `save_pretrained` of diffusers models with modulated layers write integers while the body runs."""
     plain = [m for m in models if not isinstance(getattr(m, "hf_quantizer", None), ModiffQuantizer)]
     for model in plain:
@@ -270,9 +282,15 @@ def saving_quantized(models: Iterable[nn.Module]) -> Iterator[None]:
                              "another method as well. Two formats do not mix. Load it without.")  # fmt: skip
     for model in plain:
         _enter(model)
+    configs = [model.hf_quantizer.quantization_config for model in models]
+    before = [config.anchor_weights for config in configs]
     try:
+        for config in configs:
+            config.anchor_weights = anchor_weights
         yield
     finally:
+        for config, was in zip(configs, before, strict=True):
+            config.anchor_weights = was
         for model in plain:
             withdraw_quantizer(model)
 
