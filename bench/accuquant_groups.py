@@ -30,7 +30,7 @@ from modiff.calibration.reconstruct.learn import ScaleLearner
 from modiff.cli.options import quiet_pipeline
 from modiff.errors import ConfigError, ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.files import check_writable, write_atomically, write_json
+from modiff.files import ResumableFolder, check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import calibration_run, noise_generators
@@ -157,24 +157,19 @@ def cosine(mine: Sequence[Tensor], true: Sequence[Tensor]) -> float:
 
 def run_all(sizes: Sequence[int], settings: dict[str, Any], work: Path) -> list[dict[str, Any]]:
     """The sizes, each in a process of its own. Raises: ConfigError if the folder holds rows of other settings."""
-    claim = work / "settings.json"
-    if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != settings:
-        raise ConfigError(f"{work}: expected rows of the same settings, got others. They cannot stand in one table. "
-                          "Give another --work.")  # fmt: skip
-    check_writable(claim)
-    write_json(claim, settings)
-    found = []
-    for size in tqdm(sizes, desc="group sizes"):
-        path = work / f"group-{size}.json"
-        if not path.exists():
-            task = json.dumps({"group_size": size, "settings": settings, "out": str(path)})
-            done = subprocess.run([sys.executable, __file__, "--task", task], check=False)
-            if done.returncode:
-                raise SystemExit(done.returncode)
-        found.append(json.loads(path.read_text(encoding="utf-8")))
-    first = next((row["peak_mib"] for row in found if row["group_size"] == 1), None)
-    ratios = [{"peak_ratio": None if first is None else row["peak_mib"] / first} for row in found]
-    return [{field: (row | ratio)[field] for field in FIELDS} for row, ratio in zip(found, ratios, strict=True)]
+    rows = []
+    with ResumableFolder(work, settings, record="settings.json", items="group-*"):
+        for size in tqdm(sizes, desc="group sizes"):
+            path = work / f"group-{size}.json"
+            if not path.exists():
+                task = json.dumps({"group_size": size, "settings": settings, "out": str(path)})
+                done = subprocess.run([sys.executable, __file__, "--task", task], check=False)
+                if done.returncode:
+                    raise SystemExit(done.returncode)
+            rows.append(json.loads(path.read_text(encoding="utf-8")))
+    first = next((row["peak_mib"] for row in rows if row["group_size"] == 1), None)
+    ratios = [{"peak_ratio": None if first is None else row["peak_mib"] / first} for row in rows]
+    return [{field: (row | ratio)[field] for field in FIELDS} for row, ratio in zip(rows, ratios, strict=True)]
 
 
 def run_task(text: str) -> None:

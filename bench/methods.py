@@ -41,7 +41,7 @@ from modiff.evaluate.features.load import EMBEDDED, load_extractor
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.suite.images import read_reference, reference_digest
-from modiff.files import check_writable, write_atomically, write_json
+from modiff.files import ResumableFolder, check_writable, write_atomically, write_json
 from modiff.generate.digest import digest
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
@@ -84,13 +84,13 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "minmax": Recipe("q_diffusion", MEASURED, "round to nearest, static min-max ranges; layers as in Q-Diffusion"),
     "ptq4dm": Recipe("ptq4dm", {}, "NDTC states, searched ranges; first and last layer at 8 bits"),
-    "q_diffusion": Recipe("q_diffusion", {}, "learned rounding and step sizes; attention products coded too"),
+    "q_diffusion": Recipe("q_diffusion", {}, "learned rounding and scales; attention products quantized too"),
     "tfmq_dm": Recipe("tfmq_dm", {}, "temporal block learned apart, its scales per step; first and last layer 8 bits"),
     "accuquant": Recipe("accuquant", {}, "scales of groups of 4 steps learned on the quantized trajectory"),
     "modiff_dynamic": Recipe("modiff", {"kind": "dynamic"}, "learned rounding, dynamic scales per token or sample"),
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
     "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),
-    "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual step sizes"),
+    "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual scales"),
 }
 
 
@@ -234,19 +234,23 @@ def _number(value: float) -> float | None:
 
 
 def run_all(wanted: list[Row], settings: dict[str, Any], work: Path) -> dict[str, dict[str, Any]]:
-    """What is missing, each in a process of its own, full precision first. Returns: everything found, by row name."""
-    claim(work, settings)
-    found: dict[str, dict[str, Any]] = {}
-    for row in tqdm([None, *wanted], desc="methods", unit="row"):
-        name = FULL_PRECISION if row is None else row.name
-        path = work / f"{name}.json"
-        if not path.exists() or (row is None and not path.with_suffix(".npz").exists()):
-            task = {"row": None if row is None else asdict(row), "settings": settings, "out": str(path)}
-            done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], check=False)
-            if done.returncode:
-                raise SystemExit(done.returncode)
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """What is missing, each in a process of its own, full precision first; by row name.
+
+    The data count by their digest, wherever they lie: a folder goes on on another machine.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    job = {key: value for key, value in settings.items() if key != "reference"}
+    with ResumableFolder(work, job, record="settings.json"):
+        for row in tqdm([None, *wanted], desc="methods", unit="row"):
+            name = FULL_PRECISION if row is None else row.name
+            path = work / f"{name}.json"
+            if not path.exists() or (row is None and not path.with_suffix(".npz").exists()):
+                task = {"row": None if row is None else asdict(row), "settings": settings, "out": str(path)}
+                done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], check=False)
+                if done.returncode:
+                    raise SystemExit(done.returncode)
+            rows[name] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
 
 
 def run_task(text: str) -> None:
@@ -254,19 +258,6 @@ def run_task(text: str) -> None:
     task = json.loads(text)
     out, row = Path(task["out"]), task["row"]
     write_json(out, run_row(None if row is None else Row(**row), task["settings"], out.parent))
-
-
-def claim(work: Path, settings: dict[str, Any]) -> None:
-    """Make the folder this table's. Raises: ConfigError if it holds rows of other settings.
-
-    The data count by their digest, wherever they lie: a folder goes on on another machine.
-    """
-    path, settings = work / "settings.json", {k: v for k, v in settings.items() if k != "reference"}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise ConfigError(f"{work}: expected rows of the same settings, got others. They cannot stand in one table. "
-                          "Give another --work.")  # fmt: skip
-    check_writable(path)
-    write_json(path, settings)
 
 
 def json_rows(wanted: list[Row], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,9 +29,9 @@ from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.cli.options import quiet_pipeline
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig, WeightSearch
-from modiff.errors import ConfigError, ModiffError
+from modiff.errors import ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.files import check_writable, write_atomically, write_json
+from modiff.files import ResumableFolder, check_writable, write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import calibration_run, noise_generators
@@ -74,7 +74,7 @@ BARS = (
     Bar("reconstruction against rounding to nearest, least error, W4A8", LEARNED, "W4A8 nearest, mse", 0.65),
     Bar("modulated W4A4 against W4A32, same weights", "W4A4 modulated, learned", "W4A32 learned", 1.5),
     Bar("static modulated W32A8, min-max of residuals", "W32A8 static_minmax", None, 0.005),
-    Bar("static modulated W32A8, learned step sizes", "W32A8 static_learned", None, 0.005),
+    Bar("static modulated W32A8, learned scales", "W32A8 static_learned", None, 0.005),
     Bar("static modulated W32A8, modiff.calibrate", "W32A8 calibrate", None, 0.005),
     Bar("static modulated W32A8, modiff.calibrate, a quarter of the range", CLIPPED, None, 0.005),
     Bar("static modulated W32A8, modiff.calibrate, 10 groups of steps", GROUPED, None, 0.005),
@@ -209,19 +209,15 @@ def weights_only() -> ModiffConfig:
 
 def run_all(settings: dict[str, Any], work: Path) -> dict[str, dict[str, Any]]:
     """What is missing of the rows; each is kept. Raises: ConfigError if the folder holds rows of other settings."""
-    claim = work / "settings.json"
-    if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != settings:
-        raise ConfigError(f"{work}: expected rows of the same settings, got others. They cannot stand in one table. "
-                          "Give another --work.")  # fmt: skip
-    check_writable(claim)
-    write_json(claim, settings)
-    bench, found = Bench(settings, work), {}
-    for index, (name, (put, steps)) in enumerate(tqdm(bench.rows().items(), desc="rows")):
-        path = work / f"row-{index}.json"
-        if not path.exists():
-            write_json(path, bench.measure(put, steps))
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    rows: dict[str, dict[str, Any]] = {}
+    with ResumableFolder(work, settings, record="settings.json"):
+        bench = Bench(settings, work)
+        for index, (name, (put, steps)) in enumerate(tqdm(bench.rows().items(), desc="rows")):
+            path = work / f"row-{index}.json"
+            if not path.exists():
+                write_json(path, bench.measure(put, steps))
+            rows[name] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
 
 
 def judged(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

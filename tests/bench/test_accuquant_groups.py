@@ -82,7 +82,7 @@ def test_rows_hold_what_the_method_gives_and_each_size_is_run_once(folder, tasks
     assert "| 2 | 1 | " in text
     assert str(folder) not in text
     assert "Bar:" not in text, "a bar that was not measured is not judged"
-    with pytest.raises(ConfigError, match="expected rows of the same settings, got others"):
+    with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
         start(monkeypatch, folder, "--seed", "1")
 
 
@@ -96,6 +96,7 @@ def test_the_bar_is_judged_by_the_ratio_at_eight(ratio, word):
 def test_without_a_group_of_one_there_is_no_ratio(tmp_path, monkeypatch):
     row = {"group_size": 8} | dict.fromkeys(bench.FIELDS[1:], 2.0)
     (tmp_path / "group-8.json").write_text(json.dumps(row))
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
     (found,) = bench.run_all([8], SETTINGS, tmp_path)
     assert found["peak_ratio"] is None
     assert "| 2 | - | 2 |" in bench.page([found], SETTINGS | {"model": "m"}, "c")

@@ -124,10 +124,10 @@ def test_rows_hold_what_the_method_gives_and_are_run_once(
     assert "`python bench/methods.py --model pipeline --reference real.npy" in text
     assert str(tmp_path) not in text
     assert f"torch {torch.__version__}" in text
-    with pytest.raises(ConfigError, match="expected rows of the same settings, got others"):
+    with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
         start(monkeypatch, tmp_path, "--methods", "minmax", "--seed", "1")
     pixel_pipeline(seed=1).save_pretrained(model)
-    with pytest.raises(ConfigError, match="expected rows of the same settings, got others"):
+    with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
         start(monkeypatch, tmp_path, "--methods", "minmax", "--modes", "plain", "--bits", "4:8")
     pixel_pipeline().save_pretrained(model)
 

@@ -113,7 +113,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(folder, monkeypatch):
     text = (folder / "docs" / "page.md").read_text()
     assert str(folder) not in text
     assert "| W4A8 learned | 4 | " in text
-    with pytest.raises(ConfigError, match="expected rows of the same settings, got others"):
+    with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
         start(monkeypatch, folder, "--seed", "1")
 
 
