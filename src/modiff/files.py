@@ -22,6 +22,7 @@ from torch import Tensor
 from modiff.errors import ConfigError, FormatError, StateError
 
 LOCK = ".lock"
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -55,48 +56,48 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: str | Path, what: str, advice: str) -> dict[str, Any]:
-    """The JSON object in a file.
+@contextmanager
+def reading(path: str | Path, what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a missing or damaged file raises in the body into a FormatError of one line.
 
-    Args: what, advice: complete the message "expected `what`, got .... The file is missing or damaged. `advice`".
-    Raises: FormatError if the file is missing, damaged, or holds something other than an object.
+    `what` and `advice` complete "expected `what`, got .... The file is missing or damaged. `advice`".
     """
     try:
+        yield
+    except FormatError:
+        raise
+    except _DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        got = f"{type(error).__name__}: {reason}"
+        raise FormatError(f"{path}: expected {what}, got {got}. The file is missing or damaged. {advice}") from error
+
+
+def read_json(path: str | Path, what: str, advice: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises: FormatError, see `reading`, also for something other than an object."""
+    with reading(path, what, advice):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise TypeError(f"a JSON {type(value).__name__}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FormatError(_damaged(path, what, error, advice)) from error
-    return value
+        return value
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Write tensors, and `facts` as metadata, as one safetensors file, atomically. Raises: OSError.
-
-    Cost: a copy of the tensors in memory.
-    """
+    """Write tensors, and `facts` as metadata, atomically. Raises: OSError. Cost: a copy of the tensors in memory."""
     content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata=dict(facts))
     write_atomically(path, lambda file: file.write(content))
 
 
 def read_tensors(path: str | Path, what: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; `what` and `advice` as for `read_json`.
-
-    Raises: FormatError if the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise FormatError(_damaged(path, what, error, advice)) from error
+    """The tensors and the metadata of a safetensors file. Raises: FormatError, see `reading`."""
+    with reading(path, what, advice), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the body is done; nothing is left of it when the body raises.
 
-    Raises: FormatError if `path` is a file or a folder with files in it: nothing is ever overwritten; or if a disk is
-        mounted at `path`, which nothing can be moved onto; OSError.
+    Raises: FormatError if `path` is a file, holds files, or is where a disk is mounted: nothing is lost; OSError.
     """
     path = Path(path).resolve()  # a link to an empty folder stays a link to the one that is filled
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -116,10 +117,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Make sure that `path` can be written later, and make its folder: to be asked before a long job, not after.
-
-    Raises: OSError that names `path`, if it is a folder or lies where nothing can be written.
-    """
+    """Make the folder of a path, and raise an OSError that names the path if it cannot be written later."""
     path = Path(path)
     with _errors_name(path):
         if path.is_dir():
@@ -143,7 +141,6 @@ class ResumableFolder:
 
     On entry the folder is made, locked against other processes, and claimed: a new one gets the job as a JSON file,
     an old one must hold the same job. What a killed process left half-written, here and one folder deeper, is removed.
-    An item written with the functions above is either whole or not there.
 
     Args:
         job: what decides the content of the items, as JSON values. What may grow, such as the number of items, is no
@@ -227,8 +224,3 @@ def _errors_name(path: Path) -> Iterator[None]:
 def _partial(path: Path) -> Path:
     """A new name in the same folder. Files and folders made with open and mkdir get the user's permissions."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _damaged(path: str | Path, what: str, error: Exception, advice: str) -> str:
-    reason = str(error).splitlines()[0] if str(error) else "no reason given"
-    return f"{path}: expected {what}, got {type(error).__name__}: {reason}. The file is missing or damaged. {advice}"

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from modiff.errors import CalibrationError, FormatError
-from modiff.files import ResumableFolder, read_json, write_tensors
+from modiff.files import ResumableFolder, read_json, reading, write_tensors
 
 FORMAT, VERSION, SETTINGS = "modiff calibration set", 1, "calibration.json"
-_SHARD = re.compile(r"trajectory-(\d{5,})-000\.safetensors")
+_FIRST = re.compile(r"trajectory-(\d{5,})-000\.safetensors")
+_SHARD = ("a shard of a calibration set", "Remove it and collect again.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +189,7 @@ def write_shard(folder: Path, trajectory: int, number: int, calls: Iterable[Call
 
 def complete_trajectories(folder: Path) -> list[int]:
     """Trajectories whose shards are all there. Raises: FormatError for a shard that is damaged."""
-    first = sorted(int(match[1]) for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name)))
+    first = sorted(int(match[1]) for path in folder.iterdir() if (match := _FIRST.fullmatch(path.name)))
     return [trajectory for trajectory in first if _records(folder, trajectory) is not None]
 
 
@@ -201,7 +202,7 @@ def _records(folder: Path, trajectory: int) -> list[tuple[Path, dict[str, Any]]]
     records: list[tuple[Path, dict[str, Any]]] = []
     number = 0
     while (path := _shard_path(folder, trajectory, number)).exists():
-        try:
+        with reading(path, *_SHARD):
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
             if facts.get("format") != FORMAT or facts.get("format_version") != str(VERSION):
@@ -209,8 +210,6 @@ def _records(folder: Path, trajectory: int) -> list[tuple[Path, dict[str, Any]]]
             calls = json.loads(facts["calls"])
             if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
                 raise TypeError("calls that are no list of objects")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _damaged(path, error) from error
         records += [(path, call) for call in calls]
         if facts.get("last") == "True":
             return records
@@ -221,18 +220,15 @@ def _records(folder: Path, trajectory: int) -> list[tuple[Path, dict[str, Any]]]
 def _read_call(record: tuple[Path, dict[str, Any]]) -> Call:
     """The call of a record, with its tensors. Raises: FormatError if the shard does not hold them."""
     path, encoded = record
-    try:
-        with safe_open(path, "pt") as file:
-            loaded: dict[str, Tensor] = {}
+    with reading(path, *_SHARD), safe_open(path, "pt") as file:
+        loaded: dict[str, Tensor] = {}
 
-            def tensor(name: str) -> Tensor:
-                if name not in loaded:
-                    loaded[name] = file.get_tensor(name)
-                return loaded[name]
+        def tensor(name: str) -> Tensor:
+            if name not in loaded:
+                loaded[name] = file.get_tensor(name)
+            return loaded[name]
 
-            return _decode({"call": encoded}, tensor)
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _damaged(path, error) from error
+        return _decode({"call": encoded}, tensor)
 
 
 def _encode_call(call: Call, name_of: Callable[[Tensor], str]) -> dict[str, Any]:
@@ -273,11 +269,3 @@ def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if kind == "dict":
         return {key: _decode(item, tensor) for key, item in content}
     return {"tuple": tuple, "list": list}[kind](_decode(item, tensor) for item in content)
-
-
-def _damaged(path: Path, error: Exception) -> FormatError:
-    reason = str(error).splitlines()[0] if str(error) else "nothing"
-    return FormatError(
-        f"{path}: expected a shard of a calibration set, got {type(error).__name__}: {reason}. The file is damaged, "
-        "was cut, or is of another kind. Remove it and collect again."
-    )

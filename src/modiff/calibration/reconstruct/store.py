@@ -14,11 +14,10 @@ from torch import Tensor
 
 from modiff.calibration.data import Call
 from modiff.calibration.reconstruct.config import UnitReport
-from modiff.errors import FormatError
-from modiff.files import read_tensors, write_tensors
+from modiff.files import read_tensors, reading, write_tensors
 
 FORMAT = {"format": "modiff reconstruction unit", "version": "1"}
-_WHAT, _ADVICE = "a unit of a reconstruction", "Delete it: the unit is learned again."
+_UNIT = ("a unit of a reconstruction", "Delete it: the unit is learned again.")
 
 
 def save_unit(path: Path, learned: dict[str, Tensor], report: UnitReport) -> None:
@@ -28,14 +27,12 @@ def save_unit(path: Path, learned: dict[str, Tensor], report: UnitReport) -> Non
 
 def load_unit(path: Path) -> tuple[dict[str, Tensor], UnitReport]:
     """What a unit learned, and its report. Raises: FormatError if the file is damaged or of another version."""
-    learned, facts = read_tensors(path, _WHAT, _ADVICE)
-    try:
+    learned, facts = read_tensors(path, *_UNIT)
+    with reading(path, *_UNIT):
         if {key: facts.get(key) for key in FORMAT} != FORMAT:
             raise ValueError(f"format {facts.get('format')!r}, version {facts.get('version')!r}")
         values = json.loads(facts["report"])
         return learned, UnitReport(**values | {"layers": tuple(values["layers"])})
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected {_WHAT}, got {type(error).__name__}: {error}. {_ADVICE}") from error
 
 
 def digest_of(settings: Any, tensors: Iterable[Tensor] = (), calls: Iterable[Call] = ()) -> str:
