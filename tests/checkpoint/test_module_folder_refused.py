@@ -46,10 +46,16 @@ def first_row(tensors: dict, name: str, value: float) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda f: [p.unlink() for p in f.iterdir()], "config.json: expected the config of a saved model"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "expected model.safetensors, got none"),
-    "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "damaged or was cut"),
-    "garbled config": (lambda f: (f / "config.json").write_text("{"), "got damaged JSON"),
-    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "got damaged JSON"),
-    "list config": (lambda f: (f / "config.json").write_text("[]"), "expected the config of a saved model, got list"),
+    "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "missing or damaged"),
+    "garbled config": (lambda f: (f / "config.json").write_text("{"), "config of a saved model, got "),
+    "deep config": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        "expected the config of a saved model, got ",
+    ),
+    "list config": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "saved model, got TypeError: a JSON list",
+    ),
     "another class": (
         lambda f: edit_config(f, lambda c: c.update(modiff_module="UNet")),
         "expected the config of a Toy, got one of 'UNet'",
@@ -174,7 +180,7 @@ def test_a_module_must_be_given_and_be_of_the_right_kind(saved):
     with pytest.raises(FormatError, match="expected the config of a ToyUNet, got one of 'Toy'"):
         modiff.load(saved, into=toy_unet())
     with pytest.raises(
-        FormatError, match=r"nowhere.config\.json: expected the config of a saved model, got No such file"
+        FormatError, match=r"nowhere.config\.json: expected the config of a saved model, got FileNotFound"
     ):
         modiff.load(saved / "nowhere", into=toy())
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from modiff.errors import FormatError
+from modiff.files import read_json, reading
 
 DTYPES = {
     "F64": torch.float64,
@@ -49,26 +49,17 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, Claim]:
         tensor of an unknown dtype, or one that another file holds as well.
     Cost: reads headers only.
     """
-    found: dict[str, Claim] = {}
+    claims: dict[str, Claim] = {}
     for path in map(Path, files):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # not a mapping
-                    view = file.get_slice(name)
-                    claim = Claim(_dtype(path, name, view.get_dtype()), tuple(view.get_shape()), path)
-                    if name in found:
-                        raise FormatError(
-                            f"{path}: expected each tensor once, got {name} also in {found[name].file.name}. The "
-                            "shards of two checkpoints are mixed. Copy the folder again."
-                        )
-                    found[name] = claim
-        except (OSError, SafetensorError) as error:
-            text = str(error).splitlines()[0] if str(error) else "no reason"
-            raise FormatError(
-                f"{path}: expected a safetensors file, got {type(error).__name__}: {text.rstrip('.')}. The file is "
-                "damaged or was cut while copied. Copy it again."
-            ) from error
-    return found
+        with reading(path, "a safetensors file", "Copy it again."), safe_open(path, "pt") as file:
+            for name in file.keys():  # not a mapping
+                if name in claims:
+                    raise FormatError(f"{path}: expected each tensor once, got {name} also in "
+                                      f"{claims[name].file.name}. The shards of two checkpoints are mixed. Copy the "
+                                      "folder again.")  # fmt: skip
+                view = file.get_slice(name)
+                claims[name] = Claim(_dtype(path, name, view.get_dtype()), tuple(view.get_shape()), path)
+    return claims
 
 
 def _dtype(path: Path, name: str, text: str) -> torch.dtype:
@@ -107,13 +98,11 @@ def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
             raise FormatError(f"{folder}: expected {single.name}, got none. The weights are missing. Copy the folder "
                               "again.")  # fmt: skip
         return (single,)
-    try:
-        shards = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{index}: expected the index of a sharded checkpoint, got {type(error).__name__}. The file "
-                          "is damaged. Copy the folder again.") from error  # fmt: skip
+    what, advice = "the index of a sharded checkpoint", "Copy the folder again."
+    with reading(index, what, advice):
+        shards = sorted({str(name) for name in read_json(index, what, advice)["weight_map"].values()})
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FormatError(f"{index}: expected the names of files beside it, got {shard!r}. A shard is missing or "
+            raise FormatError(f"{index}: expected the names of files next to it, got {shard!r}. A shard is missing or "
                               "the index was changed. Copy the folder again.")  # fmt: skip
     return tuple(folder / shard for shard in shards)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from modiff.checkpoint.packed_state import (
 )
 from modiff.config import PackedAnchors
 from modiff.errors import ConfigError, FormatError
-from modiff.files import new_folder, write_json
+from modiff.files import new_folder, read_json, write_json
 from modiff.model.apply import uninstall
 from modiff.model.attach import Attachment
 from modiff.model.pack import check_plain, seal
@@ -110,18 +109,10 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in `config.json`. Raises: FormatError if there is none."""
-    path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "damaged JSON"
-        raise FormatError(f"{path}: expected the config of a saved model, got {reason}. The folder is none that modiff "
-                          "or diffusers wrote. Write one with modiff.save.") from error  # fmt: skip
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: expected the config of a saved model, got {type(values).__name__}. The file is "
-                          "damaged. Copy the folder again.")  # fmt: skip
-    return values
+    """The object in `config.json`. Raises: FormatError if the folder has no such file, or it is damaged."""
+    return read_json(
+        folder / CONFIG, "the config of a saved model", "Give a folder that modiff.save or diffusers wrote."
+    )
 
 
 def bytes_of(size: int | str) -> int:
