@@ -252,27 +252,11 @@ def test_model_is_left_as_it_was_also_when_forward_raises():
     assert measure(block, x) == before
 
 
-def test_an_exception_that_the_model_catches_does_not_confuse_the_names():
-    class Catches(Block):
-        def forward(self, x):
-            with pytest.raises(RuntimeError):
-                self.qk(x[..., :5])
-            return super().forward(x)
-
-    x = torch.randn(2, 5, 8)
-    assert measure(Catches(), x) == measure(Block(), x)
-
-
 def test_measuring_runs_without_gradients_and_counts_only_the_model():
     block, x, outputs = Block(), torch.randn(2, 5, 8), []
     cost = measure_cost(block, lambda: (torch.bmm(x, x.mT), outputs.append(block(x))))
     assert cost == measure(block, x)
     assert not outputs[0].requires_grad
-
-
-def test_a_forward_that_leaves_the_model_out_is_an_error():
-    with pytest.raises(ConfigError, match=r"measure_cost: expected forward\(\) to call the model, got no call"):
-        measure_cost(Block(), lambda: Block()(torch.randn(1, 5, 8)))
 
 
 def layer_cost(**changes):

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -59,32 +58,6 @@ def test_counts_of_a_pipeline_sum_up_to_all_values_of_all_steps_but_the_first() 
     assert len({layer["name"] for layer in result["layers"]}) == 3
 
 
-def test_a_still_input_has_all_differences_in_the_middle_bin() -> None:
-    pooled = counted([torch.linspace(-2, 2, 16).reshape(2, 8)] * 3)["pooled"]
-    assert pooled["difference"][BINS // 2] == sum(pooled["difference"]) == 32
-    assert pooled["activation"][0] == pooled["activation"][-1] == 2
-
-
-def test_the_edges_span_minus_one_to_one_around_a_bin_at_zero() -> None:
-    edges = counted(drifting(2, (3, 8), 2, 0.4, torch.float32))["edges"]
-    assert (edges[0], edges[-1], len(edges)) == (-1, 1, BINS + 1)
-    assert edges[BINS // 2] < 0 < edges[BINS // 2 + 1]
-
-
 def test_values_outside_are_counted_at_the_ends() -> None:
     counts = histogram(torch.tensor([-7.0, -1.0, 1.0, 2.5, 0.0]))
     assert (int(counts[0]), int(counts[-1]), int(counts[BINS // 2]), int(counts.sum())) == (2, 2, 1, 5)
-
-
-def test_an_input_of_zeros_is_counted_at_zero() -> None:
-    pooled = counted([torch.zeros(2, 8)] * 2)["pooled"]
-    assert pooled["activation"][BINS // 2] == pooled["difference"][BINS // 2] == 16
-
-
-@pytest.mark.parametrize("panels", [1, 2, 3])
-def test_one_layer_gives_one_panel(panels: int) -> None:
-    network = OneLayer(nn.Linear(8, 5))
-    distribution = Distribution()
-    run = driven(network, drifting(2, (3, 8), 3, 0.4, torch.float32))
-    watch(network, run, only_layer(LayerConfig()), [distribution])
-    assert [layer["name"] for layer in distribution.result(panels)["layers"]] == ["layer"]

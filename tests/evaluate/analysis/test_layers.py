@@ -112,13 +112,6 @@ def test_full_precision_activations_leave_the_weight_error_alone() -> None:
     assert all(r["output_error"] == 0 for r in watched(layer, inputs, exact, [3.0, 2.0, 1.0])["steps"])
 
 
-def test_calls_within_one_evaluation_have_traces_of_their_own() -> None:
-    network = OneLayer(nn.Linear(8, 8), times=2)
-    errors = LayerErrors()
-    watch(network, driven(network, drifting(0, (2, 8), 4, 0.2, torch.float32)), only_layer(LayerConfig()), [errors])
-    assert [(t["name"], t["call"], len(t["steps"])) for t in errors.layers()] == [("layer", 0, 4), ("layer", 1, 4)]
-
-
 def test_a_pipeline_has_a_row_for_every_layer_and_step_and_the_output_follows_the_input() -> None:
     pipe = HOSTS["ddim"].build()
     pipe.set_progress_bar_config(disable=True)

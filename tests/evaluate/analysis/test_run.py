@@ -68,11 +68,6 @@ def test_one_bar_counts_every_evaluation_of_the_job(analysed: tuple[DDIMPipeline
     assert f"{4 * trajectories}/{4 * trajectories}" in analysed[2].replace("\r", "\n").splitlines()[-1]
 
 
-def test_the_same_seed_gives_the_same_figures() -> None:
-    first, second = (analyze(build(), steps=2, num_images=1, seed=1, bits=(4,), progress=False) for _ in range(2))
-    assert first == second
-
-
 def test_a_sampler_with_two_evaluations_a_step_fills_its_bar() -> None:
     shown = io.StringIO()
     with redirect_stderr(shown):
@@ -101,8 +96,3 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain(settings
         analyze(pipe, **{"steps": 2, "num_images": 1, "progress": False, **settings})
     assert "\n" not in str(caught.value)
     assert sum(len(m._forward_hooks) for m in pipe.unet.modules()) == 0
-
-
-def test_a_pipeline_that_needs_a_prompt_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected an unconditional pipeline, got DiTPipeline"):
-        analyze(HOSTS["dit"].build(), steps=2)

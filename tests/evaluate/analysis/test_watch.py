@@ -46,14 +46,6 @@ def test_a_layer_called_twice_has_two_keys_and_both_start_at_step_0() -> None:
     assert [(v.key, v.step) for v in recorder.visits] == [(("layer", c), s) for s in range(3) for c in range(2)]
 
 
-def test_the_ratio_is_that_of_the_step_sizes() -> None:
-    network = OneLayer(nn.Linear(6, 6))
-    recorder = Recorder()
-    run = driven(network, drifting(0, (2, 6), 4, 0.1, torch.float32), [90.0, 70.0, 60.0, 20.0])
-    watch(network, run, only_layer(LayerConfig()), [recorder])
-    assert [float(v.ratio) for v in recorder.visits] == [1.0, 1.0, 0.5, 4.0]
-
-
 def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -> None:
     pipe = HOSTS["ddim"].build()
     run = unconditional_run(pipe, 3, 2, 0)
@@ -66,20 +58,6 @@ def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -
     splits = {v.entry.name: v.split for v in recorder.visits if v.split}
     assert splits
     assert all(f"split at {v.split}" in v.entry.reason for v in recorder.visits if v.split)
-
-
-def test_hooks_are_gone_after_an_error() -> None:
-    network = OneLayer(nn.Linear(6, 6))
-
-    class Faulty:
-        def see(self, visit: Visit) -> None:
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        watch(
-            network, driven(network, drifting(0, (1, 6), 2, 0.1, torch.float32)), only_layer(LayerConfig()), [Faulty()]
-        )
-    assert hooks(network) == 0
 
 
 def test_a_modulated_target_is_refused() -> None:

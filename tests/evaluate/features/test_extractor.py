@@ -43,10 +43,6 @@ def test_all_images_come_in_order_from_batches_of_any_size() -> None:
     assert found.probabilities is None
 
 
-def test_what_the_extractor_does_not_give_is_none() -> None:
-    assert extract(Recorder(places=False), [IMAGES]).spatial is None
-
-
 def test_no_images_are_an_error() -> None:
     with pytest.raises(ConfigError, match="extract: expected images, got none"):
         extract(Recorder(), [])

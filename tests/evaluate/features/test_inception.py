@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modiff.errors import FormatError
 from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception, tensorflow_resize
-from modiff.evaluate.features.network import Block, InceptionNetwork, Unit
+from modiff.evaluate.features.network import InceptionNetwork
 from tests.evaluate.features import inception_weights
 from tests.evaluate.features.images import noise
 from tests.reference import metrics as reference
@@ -52,29 +52,6 @@ def test_features_are_those_of_a_network_written_apart(extractor: Inception) -> 
     assert [tuple(part.shape) for part in found] == [(1, 2048), (1, 2023), (1, 1008)]
     for other in (Reference(WEIGHTS, last_pool="average"), Reference(WEIGHTS, count_padding=True)):
         assert relative(found.pooled, other(pixels)[0]) > 1e-3  # so these weights do tell the variants apart
-
-
-def test_averages_leave_the_padding_out_and_the_last_block_takes_the_maximum() -> None:
-    ones, ramp = torch.ones(1, 2, 4, 4), torch.arange(16.0).view(1, 1, 4, 4).repeat(1, 2, 1, 1)
-    units = {"branch_pool": Unit("pool", 3)}
-    assert torch.equal(Block(2, units, "average")._pooled(ones), ones)
-    assert Block(2, units, "maximum")._pooled(ramp)[0, 0, 0].tolist() == [5, 6, 7, 7]
-    assert Block(2, units, "shrink")._pooled(ramp)[0, 0].tolist() == [[10]]
-    with torch.device("meta"):
-        network = InceptionNetwork()
-    pooling = {name: block._pooling for name, block in network.named_children() if isinstance(block, Block)}
-    assert {name for name, kind in pooling.items() if kind == "maximum"} == {"Mixed_7c"}
-    assert {name for name, kind in pooling.items() if kind == "shrink"} == {"Mixed_6a", "Mixed_7a"}
-
-
-def test_grey_images_are_repeated_and_bias_of_the_logits_is_left_out(extractor: Inception) -> None:
-    grey = noise(1, 1, 20, 20, 1)
-    found = extractor(torch.cat([grey, noise(2, 1, 20, 20, 1)]))
-    colour = extractor(grey.repeat(1, 1, 1, 3))
-    for first, second in zip(found, colour, strict=True):
-        torch.testing.assert_close(first[:1], second, rtol=1e-3, atol=1e-4)
-    expected = (colour.pooled @ WEIGHTS["fc.weight"].T).softmax(1)
-    torch.testing.assert_close(colour.probabilities, expected, rtol=1e-3, atol=1e-7)
 
 
 class Looker(nn.Module):
@@ -174,8 +151,3 @@ def test_it_agrees_with_a_pixel_at_a_time(height: int, width: int, size: int) ->
     expected = reference.tensorflow_resize(image.numpy(), size)
     found = tensorflow_resize(image[None, None], size)[0, 0]
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
-
-
-def test_it_starts_at_the_first_pixel_and_repeats_the_last_one() -> None:
-    row = tensorflow_resize(torch.arange(4.0).expand(1, 1, 4, 4), 16)[0, 0, 0]
-    assert row.tolist() == [*(i / 4 for i in range(13)), 3, 3, 3]  # torch's would be centred: 0, 0, 1/8, ...

@@ -113,11 +113,6 @@ def test_mistakes_are_refused(samples: list[Tensor], settings: dict[str, Any], m
         bootstrap(lambda *found: float(found[0].sum()), samples, **{"resamples": 5, **settings})
 
 
-def test_an_infinite_statistic_has_no_interval() -> None:
-    with pytest.raises(ConfigError, match="a finite statistic, got inf"):
-        bootstrap(lambda values: math.inf, [torch.ones(3)], resamples=5)
-
-
 @pytest.mark.parametrize(
     ("metric", "enough", "size", "words"),
     [

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from modiff.evaluate.report import charts
-from modiff.evaluate.report.charts import STEPS
 from modiff.evaluate.report.document import Code, Document, Figure, Table
-from modiff.evaluate.report.sections import _point, suite_document
+from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.plans import Preset, plans_of
 from modiff.evaluate.suite.run import Suite, run_suite
 from tests.evaluate.suite.fakes import FakeExtractor, FakeSource
@@ -89,10 +86,6 @@ def _columns(report: Document, name: str) -> tuple[object, ...]:
     return table.columns
 
 
-def test_sampling_noise_is_told_beside_the_distances(report: Document) -> None:
-    assert any(isinstance(b, str) and b.startswith("FD(quadrants) between halves: ") for b in report.sections[0].blocks)
-
-
 def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(report: Document) -> None:
     found = [b for b in report.sections[2].blocks if isinstance(b, Figure)]
     assert [c.name for c in found] == [
@@ -101,36 +94,6 @@ def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(repor
     for chart in found:
         for part in ("8 steps", "4 steps", "2 steps", "plain W8A4", "modulated W8A4"):
             assert part in chart.alt, (chart.name, part)
-
-
-def test_points_are_per_image(suite: Suite) -> None:
-    plain = suite.rows[3]
-    assert (_point(plain, "relative_l2", "gbops").cost, _point(plain, "relative_l2", "seconds").cost) == (800, 0.5)
-    assert (_point(suite.rows[0], "relative_l2", "gbops").error, suite.rows[0].plan.family) == (0.0, STEPS)
-    assert (_point(plain, "relative_l2", "gbops").label, _point(plain, "relative_l2", "gbops").family) == (
-        "W8A4", "plain"
-    )  # fmt: skip
-
-
-@pytest.mark.usefixtures("_undrawn")
-def test_without_a_reference_the_distance_drawn_is_that_to_full_precision(tmp_path: Path) -> None:
-    suite = run_suite(FakeSource(), FakeExtractor(), CHOSEN, tmp_path, batch_size=5, resamples=10, progress=False)
-    report = suite_document(suite, COMMAND)
-    names = [b.name for b in report.sections[2].blocks if isinstance(b, Figure)]
-    assert names[2:] == ["fd-to-full-precision-by-gbops", "fd-to-full-precision-by-seconds"]
-    assert not any(isinstance(b, Table) and b.name == "to-reference" for b in report.sections[0].blocks)
-
-
-@pytest.mark.usefixtures("_undrawn")
-def test_layers_are_shown_if_they_were_watched(suite: Suite) -> None:
-    steps = [{"step": t, "output_relative_l2": 0.1 * t} for t in range(3)]
-    traces = [{"name": "conv", "call": 0, "steps": steps}]
-    watched = (suite.rows[-1].plan, 4, traces)
-    section = suite_document(suite, COMMAND, watched=watched).sections[3]  # type: ignore[arg-type]
-    assert section.title == "Where the error arises"
-    (figure,) = section.blocks
-    assert isinstance(figure, Figure)
-    assert "modulated W8A4, 4 images" in figure.caption
 
 
 def test_the_command_and_the_environment_are_told(suite: Suite, report: Document) -> None:

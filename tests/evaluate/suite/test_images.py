@@ -111,14 +111,6 @@ def test_static_scales_are_measured_on_other_noise_first() -> None:
     assert np.linalg.norm(found.astype(float) - full) < 0.2 * np.linalg.norm(full.astype(float))
 
 
-def test_it_knows_the_images_shape_and_what_shapes_them() -> None:
-    source = PipelineSource(pixel_pipeline(), sampler="euler", seed=5)
-    assert source.shape == (8, 8, 1)
-    assert (source.settings["sampler"], source.settings["seed"]) == ("euler", 5)
-    assert source.settings["model"] == PipelineSource(pixel_pipeline()).settings["model"]
-    assert source.settings["model"] != PipelineSource(pixel_pipeline(seed=1)).settings["model"]
-
-
 @pytest.mark.parametrize("change", [{"beta_schedule": "squaredcos_cap_v2"}, {"timestep_spacing": "linspace"}])
 def test_another_noise_schedule_is_another_job(change: dict[str, str]) -> None:
     pipe = pixel_pipeline()
@@ -227,13 +219,6 @@ def test_every_kind_gives_all_images_in_order(
     assert max(map(len, parts)) <= 8
 
 
-def test_grey_images_get_their_channel(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", IMAGES[..., 0])
-    assert np.array_equal(next(read_reference(tmp_path / "a.npy")), IMAGES[..., :1])
-    Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / "a.png")
-    assert np.array_equal(next(read_reference(tmp_path / "a.png")), IMAGES[:1, ..., :1])
-
-
 @pytest.mark.parametrize("write", KINDS, ids=lambda kind: kind.__name__)
 def test_the_digest_is_that_of_the_content(write: Callable[[Path], Path], tmp_path: Path) -> None:
     path = write(tmp_path)
@@ -266,13 +251,6 @@ def test_nothing_there_an_empty_folder_and_a_damaged_file_are_named(tmp_path: Pa
     (tmp_path / "b.png").write_bytes(b"nothing")
     with pytest.raises(FormatError, match=r"b\.png: expected images, got UnidentifiedImageError"):
         list(read_reference(tmp_path / "b.png"))
-
-
-def test_images_of_two_sizes_are_an_error(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", IMAGES)
-    np.save(tmp_path / "b.npy", ODD)
-    with pytest.raises(FormatError, match=r"b\.npy: expected images of 4 x 5 x 3 like those before, got 2 x 2 x 1"):
-        list(read_reference(tmp_path))
 
 
 def test_objects_are_not_unpickled(tmp_path: Path) -> None:

@@ -29,13 +29,6 @@ def test_quick_is_what_the_issue_asks_for() -> None:
     assert [plan.config for plan in plans_of(chosen)] == [None, None, presets.plain(8, 4), presets.modulated(8, 4)]
 
 
-def test_full_has_ten_thousand_images_and_everything_of_quick() -> None:
-    chosen = preset("full")
-    assert chosen.num_images == 10_000
-    assert set(names(preset("quick"))) < set(names(chosen))
-    assert [steps for _, steps, family in names(chosen) if family == "steps"] == [50, 25, 12, 10, 5]
-
-
 def test_what_is_given_takes_the_place_of_the_presets_own() -> None:
     chosen = preset("quick", num_images=9, steps=6, configs=["w8a3", "tuned:8:3"])
     assert chosen.num_images == 9
@@ -45,14 +38,6 @@ def test_what_is_given_takes_the_place_of_the_presets_own() -> None:
     ]  # fmt: skip
 
 
-def test_half_the_steps_are_run_whatever_a_preset_says() -> None:
-    assert [plan.steps for plan in plans_of(Preset(num_images=8, steps=9, configs=(), fewer=(4,)))] == [9, 4, 2]
-
-
-def test_shares_of_few_steps_that_leave_none_are_left_out() -> None:
-    assert [plan.steps for plan in plans_of(Preset(num_images=8, steps=3, configs=(), fewer=(2, 4)))] == [3, 1]
-
-
 def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     config = dataclasses.replace(presets.w8a4(), min_weights=7)
     (tmp_path / "mine.json").write_text(config.to_json())
@@ -60,25 +45,10 @@ def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     assert (plan.name, plan.family, plan.config) == ("mine", "config", config)
 
 
-def test_a_file_with_the_config_of_a_family_keeps_its_name_and_gets_the_familys_colour(tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text(presets.plain(8, 4).to_json())
-    plan = plans_of(Preset(num_images=8, steps=4, configs=(str(tmp_path / "mine.json"),)))[-1]
-    assert (plan.name, plan.family) == ("mine", "plain")
-
-
 @pytest.mark.parametrize("configs", [("w8a4", "modulated:8:4"), ("w8a4", "w8a4")])
 def test_one_configuration_twice_is_an_error(configs: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="different configurations, got modulated W8A4 twice"):
         plans_of(Preset(num_images=8, steps=4, configs=configs))
-
-
-def test_two_files_of_one_name_are_an_error(tmp_path: Path) -> None:
-    for folder, config in (("a", presets.w8a3()), ("b", presets.w8a4())):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.json").write_text(config.to_json())
-    both = tuple(str(tmp_path / folder / "mine.json") for folder in "ab")
-    with pytest.raises(ConfigError, match="got mine twice"):
-        plans_of(Preset(num_images=8, steps=4, configs=both))
 
 
 def test_an_unknown_preset_and_too_few_steps_are_errors() -> None:

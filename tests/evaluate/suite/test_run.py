@@ -92,17 +92,6 @@ def test_a_stop_between_metrics_keeps_the_rows_that_were_ready(tmp_path: Path, m
     assert measured == [400, 200, 400, 400, 400]  # the third one twice
 
 
-def test_more_images_and_more_configurations_keep_what_is_there(tmp_path: Path) -> None:
-    run(tmp_path)
-    source = FakeSource()
-    suite = run(tmp_path, source, Preset(num_images=12, steps=4, configs=("plain:8:4", "plain:8:3")))
-    assert source.drawn == [
-        *((name, range(8, 12)) for name in NAMES[:3]),
-        *(("plain W8A3", span) for span in (range(4), range(4, 8), range(8, 12))),
-    ]
-    assert {m["n"] for row in suite.rows for m in row.metrics} <= {12, 6, 1}
-
-
 def test_rows_are_computed_anew_with_a_reference_or_other_resamples(tmp_path: Path) -> None:
     first = run(tmp_path / "run")
     np.save(tmp_path / "real.npy", FakeSource(seed=50).images(plans_of(CHOSEN)[0], range(12)))
@@ -116,15 +105,6 @@ def test_rows_are_computed_anew_with_a_reference_or_other_resamples(tmp_path: Pa
     assert third.rows[1].metric("relative_l2")["low"] != first.rows[1].metric("relative_l2")["low"]
 
 
-def test_the_reference_is_what_distances_are_taken_to(tmp_path: Path) -> None:
-    full = FakeSource().images(plans_of(CHOSEN)[0], range(10))
-    np.savez(tmp_path / "same.npz", full)
-    suite = run(tmp_path / "run", reference=tmp_path / "same.npz")
-    assert values(suite.rows[0])["fd_to_reference"] == pytest.approx(0, abs=1e-9)
-    assert values(suite.rows[2])["fd_to_reference"] == pytest.approx(values(suite.rows[2])["fd_to_full_precision"])
-    assert suite.settings["reference"]
-
-
 def test_a_reference_that_does_not_fit_stops_it_before_anything_is_drawn(tmp_path: Path) -> None:
     source = FakeSource()
     np.save(tmp_path / "small.npy", np.zeros((20, 8, 8, 1), np.uint8))
@@ -133,14 +113,6 @@ def test_a_reference_that_does_not_fit_stops_it_before_anything_is_drawn(tmp_pat
     np.save(tmp_path / "few.npy", np.zeros((7, 12, 12, 1), np.uint8))
     with pytest.raises(FormatError, match="expected 8 images or more, got 7"):
         run(tmp_path / "run", source, reference=tmp_path / "few.npy")
-    assert source.drawn == []
-
-
-def test_an_extractor_that_takes_other_images_stops_it_before_anything_is_drawn(tmp_path: Path) -> None:
-    source = FakeSource()
-    extractor = ClassifierFeatures(Classifier(channels=(4, 8), image_channels=3), "colour")
-    with pytest.raises(ConfigError, match="expected float images"):
-        run_suite(source, extractor, CHOSEN, tmp_path, progress=False)
     assert source.drawn == []
 
 
@@ -158,18 +130,6 @@ def test_settings_that_mean_nothing_are_errors_and_make_no_folder(
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "run", chosen=chosen, **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_another_jobs_folder_is_refused(tmp_path: Path) -> None:
-    run(tmp_path)
-    with pytest.raises(ConfigError, match="another seed"):
-        run(tmp_path, FakeSource(seed=1))
-
-
-def test_a_configuration_that_diverged_is_judged_and_said(tmp_path: Path) -> None:
-    suite = run(tmp_path, FakeSource(broken=["plain W8A4"]))
-    assert all("10 of 10 images were not finite" in m["note"] for m in suite.rows[2].metrics)
-    assert not any("not finite" in m["note"] for row in (suite.rows[0], suite.rows[3]) for m in row.metrics)
 
 
 def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Path) -> None:
@@ -203,14 +163,6 @@ def test_what_the_extractor_says_of_itself_is_in_the_settings_and_in_the_report(
     assert "Features: quadrants, 4 numbers an image. Weights of another time." in results.blocks
 
 
-def test_the_table_has_a_line_for_each_configuration(tmp_path: Path) -> None:
-    suite = run(tmp_path)
-    lines = suite.table().splitlines()
-    assert [line.split("  ")[0] for line in lines[2:6]] == NAMES
-    assert f"{values(suite.rows[2])['relative_l2']:.4f}" in lines[4]
-    assert lines[-1].startswith("Warning: 10 images: the distance is biased upwards")
-
-
 def test_a_real_pipeline_ends_with_small_errors_for_modulation_and_larger_for_fewer_steps(tmp_path: Path) -> None:
     extractor = ClassifierFeatures(Classifier(channels=(4, 8), classes=3), "tiny")
     suite = run_suite(
@@ -237,11 +189,6 @@ def test_the_last_modulated_configuration_with_dynamic_scales_is_shown() -> None
     assert watched_plan([FULL, MODULATED, PLAIN, STATIC]) == MODULATED
     assert watched_plan([FULL, PLAIN, STATIC]) == PLAIN
     assert watched_plan([FULL, STATIC]) is None
-
-
-def test_a_static_override_counts_as_static() -> None:
-    config = dataclasses.replace(presets.w8a4(), overrides=(("*conv*", static(presets.w8a4()).layer),))
-    assert watched_plan([Plan(name="mixed", steps=4, config=config)]) is None
 
 
 def test_every_layer_has_its_error_at_every_step() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +58,6 @@ def test_more_images_keep_the_full_batches_and_draw_the_short_one_again(tmp_path
     assert [len(b.images) for b in kept.load(PLAN, 10)] == [4, 4, 2]
 
 
-def test_plans_with_other_settings_do_not_share_batches(tmp_path: Path) -> None:
-    kept = store(tmp_path)
-    fill(kept, 8)
-    assert len(kept.missing(Plan(name="plain", steps=4, config=presets.plain(8, 3)), 8)) == 2
-    assert len(kept.missing(Plan(name="plain", steps=5, config=presets.plain(8, 4)), 8)) == 2
-
-
 @pytest.mark.parametrize("keep", [0, 10, 300])
 def test_a_damaged_batch_is_named_and_says_what_to_do(tmp_path: Path, keep: int) -> None:
     kept = store(tmp_path)
@@ -100,13 +92,3 @@ def test_a_row_is_kept_only_for_what_it_was_computed_from(tmp_path: Path) -> Non
     assert kept.row(PLAN, {"n": 5, "t": (1, 2)}) is None
     (tmp_path / PLAN.key / "row.json").write_text("{}")
     assert kept.row(PLAN, {"n": 4, "t": (1, 2)}) is None
-
-
-def test_bit_operations_are_kept_with_what_the_plan_is(tmp_path: Path) -> None:
-    kept = store(tmp_path)
-    assert kept.gbops(PLAN) is None
-    kept.save_gbops(PLAN, 1.5)
-    assert store(tmp_path).gbops(PLAN) == 1.5
-    assert json.loads((tmp_path / PLAN.key / "plan.json").read_text())["config"] == presets.plain(8, 4).to_dict()
-    (tmp_path / PLAN.key / "plan.json").write_text('{"gbops": null}')
-    assert kept.gbops(PLAN) is None
