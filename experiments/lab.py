@@ -19,9 +19,8 @@ from modiff.api import apply, remove
 from modiff.config import JsonConfig, ModiffConfig, check
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.watch import Watcher, watch
-from modiff.evaluate.cost import ModelCost
+from modiff.evaluate.cost import ModelCost, trajectory_gbops
 from modiff.evaluate.pipelines import measure_image
-from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.files import check_writable, read_json, write_json
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.host import denoisers

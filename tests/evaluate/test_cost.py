@@ -1,5 +1,8 @@
-"""Counts against loops that count one by one, against torch's own counter, and against the paper's U-Net."""
+"""Counts against loops that count one by one, against torch's own counter, and bit-operations by hand."""
 
+from __future__ import annotations
+
+import dataclasses
 import itertools
 
 import pytest
@@ -9,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from modiff import presets
+from modiff.config import LayerConfig, ModulationConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import LayerCost, ModelCost, attention_macs, measure_cost
+from modiff.evaluate.cost import LayerCost, ModelCost, attention_macs, measure_cost, trajectory_gbops
+from modiff.model.report import Entry, Report
 from tests.core.counters import measure, torch_macs
 
 
@@ -277,3 +283,55 @@ def test_bops_are_macs_times_both_bits_and_weights_are_packed_tightly():
 def test_bits_that_are_no_width_are_refused(bits):
     with pytest.raises(ConfigError, match=f"bits: expected None or 0 to 32, got {bits}"):
         layer_cost().bops(bits, 4)
+
+
+STEPS = 10
+
+
+def gbops(config: LayerConfig) -> float:
+    """GBOPs of ten steps of one taken layer of 1 GMAC."""
+    return trajectory_gbops(
+        ModelCost((layer_cost(macs=10**9, name="a"),)), Report((Entry("a", "Conv2d", 1, config, ""),)), STEPS
+    )
+
+
+def with_modulation(config: LayerConfig, **settings: object) -> LayerConfig:
+    return dataclasses.replace(config, modulation=ModulationConfig(**settings))  # type: ignore[arg-type]
+
+
+W8A4 = presets.modulated(8, 4).layer
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (presets.plain(8, 4).layer, 10 * 8 * 4),
+        (W8A4, 8 * 32 + 9 * 8 * 4),
+        (presets.modulated(None, 4).layer, 32 * 32 + 9 * 32 * 4),
+        (presets.modulated(8, None).layer, 10 * 8 * 32),
+        (presets.modulated(8, 0).layer, 8 * 32),
+        (with_modulation(W8A4, first_step="coded", rounds=3), 8 * 12 + 9 * 8 * 4),
+        (with_modulation(W8A4, reanchor_every=4), 3 * 8 * 32 + 7 * 8 * 4),
+    ],
+)
+def test_a_layer_counts_each_step_at_the_bits_it_runs_with(config: LayerConfig, expected: int) -> None:
+    assert gbops(config) == expected
+
+
+def test_layers_that_were_left_and_attention_count_in_full_precision() -> None:
+    cost = ModelCost(
+        (
+            layer_cost(macs=10**9, name="a"),
+            layer_cost(macs=10**9, name="left"),
+            layer_cost(macs=10**9, name="attention"),
+        )
+    )
+    report = Report((Entry("a", "Conv2d", 1, presets.plain(8, 8).layer, ""), Entry("left", "Conv2d", 1, None, "tiny")))
+    assert trajectory_gbops(cost, report, 2) == 2 * (8 * 8 + 2 * 32 * 32)
+
+
+def test_without_a_report_everything_is_full_precision() -> None:
+    assert (
+        trajectory_gbops(ModelCost((layer_cost(macs=10**9, name="a"), layer_cost(macs=10**9, name="b"))), None, 3)
+        == 3 * 2 * 32 * 32
+    )

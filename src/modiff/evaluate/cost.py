@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modiff.errors import ConfigError
+from modiff.model.report import Report
 
 Kind = Literal["linear", "conv", "transposed_conv", "attention"]
 
@@ -118,7 +119,7 @@ def measure_cost(model: nn.Module, forward: Callable[[], object]) -> ModelCost:
         forward()
     if not recorder.called:
         raise ConfigError(
-            "measure_cost: expected forward() to call the model, got no call. It may run a copy or another part. "
+            "measure_cost: expected forward() to call the model, got no call. It may run a copy of it. "
             "Pass the module that forward() runs."
         )
     return ModelCost(tuple(recorder.costs.values()))
@@ -232,3 +233,30 @@ class _ProductMode(TorchDispatchMode):
         with self:  # under inference_mode matmul, linear, ... arrive whole: take them apart and look at the pieces
             output = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if output is NotImplemented else output
+
+
+def trajectory_gbops(cost: ModelCost, report: Report | None, steps: int) -> float:
+    """Sum over layers and steps of MACs x weight bits x activation bits of one image, in units of 10^9.
+
+    Layers that were left, and the products inside attention, count 32 x 32 bits. A modulated layer's first step counts
+    at the bits it runs with: 32 where it anchors in full precision, rounds x bits if coded; so does re-anchoring.
+
+    Args:
+        cost: of one step of one image.
+        report: what `apply` took; None for the full-precision model.
+    """
+    configs = {} if report is None else {entry.name: entry.config for entry in report.taken}
+    total = 0
+    for layer in cost.layers:
+        config = configs.get(layer.name)
+        if config is None:
+            total += steps * layer.bops(None, None)
+            continue
+        weight, bits, modulation = config.weight.bits, config.activation.bits, config.modulation
+        starts, first = 0, None
+        if modulation is not None:
+            starts = -(-steps // modulation.reanchor_every) if modulation.reanchor_every else 1
+            if bits is not None and modulation.first_step == "coded":
+                first = min(FULL_PRECISION_BITS, modulation.rounds * bits)
+        total += starts * layer.bops(weight, first) + (steps - starts) * layer.bops(weight, bits)
+    return total / 1e9

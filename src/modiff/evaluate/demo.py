@@ -15,11 +15,10 @@ from modiff import presets
 from modiff.api import tune
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost
+from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, trajectory_gbops
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.pipelines import Run, check_unconditional, evaluations_bar, measure_image, run_config
 from modiff.evaluate.table import aligned, number
-from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
 from modiff.generate.samplers import set_scheduler

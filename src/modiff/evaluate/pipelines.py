@@ -69,7 +69,7 @@ def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> ModelCos
 
 @contextmanager
 def evaluations_bar(pipe: DiffusionPipeline, total: int, shown: bool) -> Iterator[tqdm[Any]]:
-    """A bar on stderr that counts network evaluations, in the place of the pipeline's own."""
+    """A bar on stderr that counts network evaluations, instead of the pipeline's own."""
     own = getattr(pipe, "_progress_bar_config", {})
     with (
         tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True, mininterval=0.5) as bar,

@@ -112,18 +112,18 @@ class _Loops:
     """One layer's two loops."""
 
     def __init__(self, visit: Visit) -> None:
-        self.quantized = visit.quantized(dataclasses.replace(visit.config, modulation=ModulationConfig()))
+        self.layer = visit.modulated(dataclasses.replace(visit.config, modulation=ModulationConfig()))
         self.key = visit.key
-        if self.quantized.quantizer is None:
+        if self.layer.quantizer is None:
             raise ConfigError(f"{visit.entry.name}: expected activation bits, got None. There is no code. Give 2 to 8.")
-        self.closed = InputSide(self.quantized.quantizer, ModulationConfig())
-        self.open = InputSide(self.quantized.quantizer, ModulationConfig(error_compensation="none"))
+        self.closed = InputSide(self.layer.quantizer, ModulationConfig())
+        self.open = InputSide(self.layer.quantizer, ModulationConfig(error_compensation="none"))
         self.last: Tensor | None = None
         self.rows: list[list[float]] = []
 
     def see(self, visit: Visit) -> None:
         """One step of both loops on the layer's own input."""
-        x = coded_domain(self.quantized, visit.input)
+        x = coded_domain(self.layer, visit.input)
         steps = [side.advance(x, visit.step, 1.0) for side in (self.closed, self.open)]
         if self.last is not None:
             numbers = [norm(x - self.last), norm(x), *(norm(x - step.state) for step in steps)]

@@ -96,51 +96,49 @@ def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
     return total
 
 
-def coded_domain(quantized: ModulatedLayer, x: Tensor) -> Tensor:
+def coded_domain(layer: ModulatedLayer, x: Tensor) -> Tensor:
     """The tensor that a layer codes: its input in float32 or better, rotated if its config says so."""
     x = x if x.dtype == torch.float64 else x.float()
-    return x if quantized.spec.rotation is None else rotate(x, quantized.spec.rotation, quantized.channel_dim)
+    return x if layer.spec.rotation is None else rotate(x, layer.spec.rotation, layer.channel_dim)
 
 
 class LayerErrors:
-    """Watcher: runs each layer's own recursion beside it; memory is one step's states and a few numbers per step."""
+    """Watcher: runs the recursion of each layer on its inputs; memory: one step's states, a few numbers per step."""
 
     def __init__(self) -> None:
         self.traces: dict[tuple[str, int], LayerTrace] = {}
-        self._lanes: dict[tuple[str, int], _Lane] = {}
+        self._loops: dict[tuple[str, int], _Loop] = {}
 
     def see(self, visit: Visit) -> None:
         """Advance the layer's states by one step and note the errors."""
-        if visit.key not in self._lanes:
+        if visit.key not in self._loops:
             entry = visit.entry
-            self._lanes[visit.key] = _Lane(visit.quantized(visit.config))
+            self._loops[visit.key] = _Loop(visit.modulated(visit.config))
             self.traces[visit.key] = {
                 "name": entry.name, "kind": entry.kind, "call": visit.call, "setting": entry.setting, "steps": []
             }  # fmt: skip
-        self.traces[visit.key]["steps"].append(self._lanes[visit.key].see(visit))
+        self.traces[visit.key]["steps"].append(self._loops[visit.key].see(visit))
 
     def layers(self) -> list[LayerTrace]:
         """All traces, in the order in which the layers first ran."""
         return list(self.traces.values())
 
 
-class _Lane:
+class _Loop:
     """Both states of one layer."""
 
-    def __init__(self, quantized: ModulatedLayer) -> None:
-        self.quantized = quantized
+    def __init__(self, layer: ModulatedLayer) -> None:
+        self.layer = layer
         self.output: State | None = None
         self.inputs: InputSide | None = None
-        if quantized.quantizer is not None and quantized.config.modulation is not None:
-            self.inputs = InputSide(quantized.quantizer, quantized.config.modulation)
+        if layer.quantizer is not None and layer.config.modulation is not None:
+            self.inputs = InputSide(layer.quantizer, layer.config.modulation)
 
     def see(self, visit: Visit) -> StepErrors:
         """One step of the layer's recursion, and how far it is from full precision."""
-        x = coded_domain(self.quantized, visit.input)
+        x = coded_domain(self.layer, visit.input)
         residual, code, state, output = self._advance(x, visit)
-        numbers = [
-            x.min(), x.max(), rms(x), norm(x), norm(x - state), norm(visit.output), norm(visit.output - output)
-        ]  # fmt: skip
+        numbers = [x.min(), x.max(), rms(x), norm(x), norm(x - state), norm(visit.output), norm(visit.output - output)]
         if residual is not None and code is not None:
             numbers += [residual.min(), residual.max(), rms(residual), norm(residual - code)]
         low, high, size, a, a_error, o, o_error, *rest = torch.stack([n.double() for n in numbers]).tolist()
@@ -154,15 +152,15 @@ class _Lane:
 
     def _advance(self, x: Tensor, visit: Visit) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """r_t, q_t, â_t, ô_t."""
-        quantized, config = self.quantized, self.quantized.config.modulation
-        if quantized.quantizer is None:  # full-precision activations: only the weight is quantized
-            return None, None, x, quantized.operator.affine(x)
+        operator, quantizer, config = self.layer.operator, self.layer.quantizer, self.layer.config.modulation
+        if quantizer is None:  # full-precision activations: only the weight is quantized
+            return None, None, x, operator.affine(x)
         if self.inputs is None or config is None:  # plain quantization: all of the input is coded from nothing
-            update = encode_plain(x, quantized.quantizer)
+            update = encode_plain(x, quantizer)
             code = code_value(update.codes, x)
-            return x, code, code, output_of(update, quantized.operator)
+            return x, code, code, output_of(update, operator)
         now = self.inputs.advance(x, visit.step, visit.ratio)
-        self.output = accumulate(now.update, self.output, quantized.operator, config)
+        self.output = accumulate(now.update, self.output, operator, config)
         return now.residual, now.code, now.state, self.output.value
 
 

@@ -26,7 +26,7 @@ INTERVALS = (2, 3, 5, 10)
 
 
 class Settings(TypedDict):
-    """What was asked for."""
+    """The arguments of `analyze`."""
 
     steps: int
     num_images: int
@@ -59,7 +59,7 @@ def analyze(
 ) -> Analysis:
     """Layer errors, error growth, distributions, bit-width sweep and reuse of an unconditional pipeline.
 
-    One full-precision trajectory serves the first three: the layers' recursions run beside it on its inputs, with the
+    One full-precision trajectory serves the first three: the layers' recursions run on its inputs, with the
     states of one step in memory. The sweeps sample with the modulated network and judge the images alone.
 
     Args:

@@ -98,18 +98,18 @@ def _error_with(
 
 def images(result: object) -> np.ndarray:
     """The images of what a pipeline returned. Raises: CalibrationError if it holds none."""
-    found = getattr(result, "images", result)
-    if not isinstance(found, np.ndarray):
+    array = getattr(result, "images", result)
+    if not isinstance(array, np.ndarray):
         raise CalibrationError(
-            f"run: expected an array of images, got {type(found).__name__}. They are compared number by number. "
+            f"run: expected an array of images, got {type(array).__name__}. They are compared number by number. "
             'Call the pipeline with output_type="np".'
         )
-    return found
+    return array
 
 
-def image_error(found: np.ndarray, reference: np.ndarray) -> ImageError:
+def image_error(value: np.ndarray, reference: np.ndarray) -> ImageError:
     """Relative L2 and PSNR of images in [0, 1]."""
-    if not np.isfinite(found).all():
+    if not np.isfinite(value).all():
         return {"relative_l2": None, "psnr_db": None}
-    decibels = psnr(found, reference)
-    return {"relative_l2": relative_l2(found, reference), "psnr_db": decibels if math.isfinite(decibels) else None}
+    decibels = psnr(value, reference)
+    return {"relative_l2": relative_l2(value, reference), "psnr_db": decibels if math.isfinite(decibels) else None}

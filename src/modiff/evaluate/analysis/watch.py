@@ -42,8 +42,8 @@ class Visit(NamedTuple):
         """Name and call: what has states of its own."""
         return self.entry.name, self.call
 
-    def quantized(self, config: LayerConfig) -> ModulatedLayer:
-        """The modulated layer for a config; it shares the weights, and only its parts are used."""
+    def modulated(self, config: LayerConfig) -> ModulatedLayer:
+        """The modulated layer for a config, with the same weights; it is not run as a whole."""
         kind = quantized_class(self.layer)
         if kind is None:
             raise StateError(

@@ -36,7 +36,7 @@ def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
     Args:
         text: "classifier" (the Fashion-MNIST one of the package), "cifar10-classifier" (where the package has it), the
             folder of another from `save_classifier`, or a state dict of Inception-v3.
-    Raises: FormatError if it is none of these.
+    Raises: FormatError for anything else.
     """
     if text in CLASSIFIERS:
         return ClassifierFeatures.embedded(CLASSIFIERS[text], device=device)

@@ -102,11 +102,11 @@ def within_manifold(queries: Tensor | np.ndarray, manifold: Tensor | np.ndarray,
     >>> within_manifold(line + 0.5, line[:4], neighbours=1).tolist()
     [True, True, True, True, False]
     """
-    points, asked = feature_rows(manifold, "within_manifold"), feature_rows(queries, "within_manifold")
-    check_same_dimension(asked.shape[1], points.shape[1], "within_manifold")
+    points, rows = feature_rows(manifold, "within_manifold"), feature_rows(queries, "within_manifold")
+    check_same_dimension(rows.shape[1], points.shape[1], "within_manifold")
     # k + 1: each point is its own nearest neighbour, at a distance of exactly 0
     radii = torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in _distances(points, points)])
-    inside = [(d <= radii).any(1) for d in _distances(asked, points)]
+    inside = [(d <= radii).any(1) for d in _distances(rows, points)]
     return torch.cat(inside) if inside else torch.zeros(0, dtype=torch.bool)
 
 

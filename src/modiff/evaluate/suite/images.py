@@ -21,10 +21,10 @@ from torch import nn
 from modiff.api import apply, calibrate, remove
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.analysis.watch import has_static_scales
+from modiff.evaluate.cost import trajectory_gbops
 from modiff.evaluate.demo import TUNING_SEED
 from modiff.evaluate.pipelines import measure_step
 from modiff.evaluate.suite.plans import Plan
-from modiff.evaluate.trajectory_gbops import trajectory_gbops
 from modiff.generate.conditions import Conditions
 from modiff.generate.digest import digest, settings
 from modiff.generate.samplers import set_scheduler

@@ -69,7 +69,7 @@ PRESETS = {
 
 def preset(name: str, *, num_images: int | None = None, steps: int | None = None,
            configs: Sequence[str] = ()) -> Preset:  # fmt: skip
-    """A preset by name, with the arguments in the place of its own. Raises: ConfigError for an unknown name."""
+    """A preset by name, with the arguments instead of its own. Raises: ConfigError for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}. Use --preset quick.")
     chosen = PRESETS[name]
