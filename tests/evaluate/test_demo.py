@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline
 
 import modiff
 from modiff.errors import ConfigError
@@ -125,17 +125,6 @@ def test_a_run_leaves_the_pipeline_as_it_was_also_when_it_fails() -> None:
     assert {name: type(module) for name, module in pipe.unet.named_modules()} == before
     assert len(pipe.unet._forward_hooks) == hooks
     modiff.apply(pipe, config)  # raises if modiff were still on it
-
-
-def test_a_ddpm_pipeline_is_sampled_with_ddim(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = [p for p in plans(STEPS) if p.name in ("full precision", "modulated W8A8")]
-    monkeypatch.setattr("modiff.evaluate.demo.plans", lambda steps: first)
-    ddim = pixel_pipeline()
-    scheduler = DDPMScheduler.from_config(ddim.scheduler.config)
-    ddpm = DDPMPipeline(unet=ddim.unet, scheduler=scheduler)
-    result = run_demo(ddpm, steps=STEPS, num_images=IMAGES, seed=SEED, progress=False)
-    assert np.array_equal(result.images[0], reference_images(STEPS))
-    assert ddpm.scheduler is scheduler
 
 
 def test_the_bar_counts_every_evaluation_and_goes_to_stderr(

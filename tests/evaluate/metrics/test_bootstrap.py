@@ -67,16 +67,6 @@ def test_a_resample_draws_rows_with_replacement_as_many_as_there_are() -> None:
     assert distinct == pytest.approx(50 * (1 - (1 - 1 / 50) ** 50), rel=0.02)  # 64 %
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_one_other_rows() -> None:
-    values = normal(1, 30)
-    first, again, other = (resampled(mean, [values], resamples=20, seed=seed, draw="independent") for seed in (3, 3, 4))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-    sizes = resampled(lambda a, b: len(a) + len(b) / 100, [values[:5], values[:7]], resamples=3, seed=0,
-                      draw="independent")  # fmt: skip
-    assert sizes.tolist() == [5.07] * 3
-
-
 def test_pairs_stay_together_and_independent_sets_do_not() -> None:
     first = normal(2, 60)
     second = first + 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modiff.evaluate.report import charts
 from modiff.evaluate.report.document import Code, Document, Figure, Table
 from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.plans import Preset, plans_of
@@ -29,12 +28,6 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 @pytest.fixture(scope="module")
 def report(suite: Suite) -> Document:
     return suite_document(suite, COMMAND)
-
-
-@pytest.fixture
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts without their drawing, which takes a while: others look at it."""
-    monkeypatch.setattr(charts, "file_bytes", lambda draw, kind: b"<svg/>")
 
 
 def block(report: Document, name: str) -> Table | Figure:

@@ -151,12 +151,6 @@ def test_lpips_is_the_mean_over_scaled_pairs_of_one_seed_with_interval_and_netwo
     assert lpips.measure(full, full, 10) == []
 
 
-def test_lpips_refuses_images_that_are_too_small_for_its_network(lpips: Lpips) -> None:
-    lpips.check((32, 32, 1))
-    with pytest.raises(ConfigError, match="at least 32 pixels"):
-        lpips.check((28, 32, 3))
-
-
 class Brightness:
     """A figure that counts how often it is measured."""
 

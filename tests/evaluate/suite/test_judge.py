@@ -49,18 +49,6 @@ def pixels(found: ImageSet) -> np.ndarray:
     return found.images
 
 
-def test_gathering_joins_the_batches_in_order() -> None:
-    parts = batches(0, broken=1)
-    found = gather(parts)
-    assert np.array_equal(pixels(found), np.concatenate([b.images for b in parts]))
-    assert torch.equal(found.pooled, EXTRACTOR(torch.from_numpy(pixels(found))).pooled)
-    assert (len(found), found.seconds, found.state_bytes_per_image, found.broken) == (N, 0.5 * N, 2**20, 3)
-    assert found.spatial is not None
-    rows = EXTRACTOR(torch.from_numpy(pixels(found))).spatial
-    assert rows is not None
-    assert torch.allclose(found.spatial.covariance(), Moments.of(rows).covariance())
-
-
 def test_distances_of_sets_are_those_of_the_metrics() -> None:
     for name, other in (("full_precision", FULL), ("reference", REAL)):
         wanted = frechet_distance(Moments.of(FOUND.pooled), Moments.of(other.pooled))

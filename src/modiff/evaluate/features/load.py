@@ -14,16 +14,13 @@ EMBEDDED = "classifier"
 CLASSIFIERS = {EMBEDDED: "embedded", "cifar10-classifier": "cifar10"}
 """The classifiers of the package: of which model's data each is."""
 
-Metric = Literal[
-    "frechet_distance", "spatial_frechet_distance", "kernel_distance", "inception_score", "to_full_precision",
-    "precision", "recall",
-]  # fmt: skip
+Metric = Literal["fd", "fd_to_full_precision", "spatial_fd", "kernel_distance", "score", "precision", "recall"]
 _NAMES: dict[Metric, tuple[str | None, str]] = {
-    "frechet_distance": ("FID", "FD"),
-    "spatial_frechet_distance": ("sFID", "sFD"),
+    "fd": ("FID", "FD"),
+    "fd_to_full_precision": ("FID2FP32", "FD2FP32"),
+    "spatial_fd": ("sFID", "sFD"),
     "kernel_distance": ("KID", "KD"),
-    "inception_score": ("IS", "score"),
-    "to_full_precision": ("FID2FP32", "FD2FP32"),
+    "score": ("IS", "score"),
     "precision": (None, "precision"),
     "recall": (None, "recall"),
 }

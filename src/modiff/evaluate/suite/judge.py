@@ -28,11 +28,6 @@ LEAST_IMAGES = 2 * (NEIGHBOURS + 1)
 
 DATA, FULL = "reference", "full_precision"
 _AGAINST = {DATA: "reference", FULL: "full precision"}
-_NAMES: dict[Metric, str] = {
-    "frechet_distance": "fd", "to_full_precision": "fd", "spatial_frechet_distance": "spatial_fd",
-    "kernel_distance": "kernel_distance", "inception_score": "score", "precision": "precision", "recall": "recall",
-}  # fmt: skip
-"""Keys for programs, the same for every extractor, so none of them says FID, KID or Inception: the labels do."""
 
 SAME_SEEDS = "Same seeds: the sets are dependent, which lowers the value; an unchanged model is at 0."
 PAIRED = "Image i of both from seed i; 8-bit images, all pixels together."
@@ -45,7 +40,7 @@ SECONDS = "Wall time of the denoising of all images. Simulated integers are not 
 
 
 class Measurement(TypedDict):
-    """A figure. name: for programs. label: for people; FID only with Inception, else FD with the extractor's name.
+    """A figure. name: for programs, the same for every extractor. label: for people; FID only with Inception.
 
     extractor: None where none is involved. value None: not measured, or not finite; the note says why. n: images behind
     it. low, high: 95 % interval, None where there is none.
@@ -143,20 +138,20 @@ class Judge:
     def _row(self, metric: Metric, against: str | None, value: float | None, n: int,
              interval: Mapping[str, Any] | None, *notes: str | None) -> Measurement:  # fmt: skip
         """The row of a metric of features, named after the extractor."""
-        name, label = _NAMES[metric], result_name(metric, self.extractor)
+        label, name = result_name(metric, self.extractor), metric
         if against is not None:
-            name = f"{name}_to_{against}"
-            label = label if metric == "to_full_precision" else f"{label} to {_AGAINST[against]}"
+            name, label = f"{metric}_to_{against}", f"{label} to {_AGAINST[against]}"
+        if name == "fd_to_full_precision":
+            label = result_name(name, self.extractor)
         return measurement(name, label, self.extractor.name, value, n, interval, *notes, note_of(self.extractor))
 
     def _distances(self, images: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
         """Frechet distances of pooled and, where there are any, of spatial features; kernel distance and manifolds."""
         to_full = against == FULL
-        metric: Metric = "to_full_precision" if to_full else "frechet_distance"
-        rows = [self._frechet(metric, images.pooled, other.pooled if to_full else Moments.of(other.pooled), against)]
+        rows = [self._frechet("fd", images.pooled, other.pooled if to_full else Moments.of(other.pooled), against)]
         spatial = other.spatial_rows if to_full else other.spatial
         if images.spatial_rows is not None and spatial is not None:
-            rows.append(self._frechet("spatial_frechet_distance", images.spatial_rows, spatial, against))
+            rows.append(self._frechet("spatial_fd", images.spatial_rows, spatial, against))
         return [*rows, self._kernel(images, other, against), *self._manifolds(images, other, against)]
 
     def _frechet(self, metric: Metric, rows: Tensor, other: Tensor | Moments, against: str) -> Measurement:
@@ -206,7 +201,7 @@ class Judge:
             return []
         score = bootstrap(inception_score, [images.probabilities.double()], resamples=self.resamples, kind="centred")
         small = small_sample_note("inception_score", len(images), images.probabilities.shape[1])
-        return [self._row("inception_score", None, score["estimate"], len(images), score, "One split.", small)]
+        return [self._row("score", None, score["estimate"], len(images), score, "One split.", small)]
 
     def _halves(self) -> list[Measurement]:
         """How far two sets of full precision are apart, each of half the images."""
@@ -218,7 +213,7 @@ class Judge:
         distance = frechet_interval(first, second, resamples=resamples, kind=kind)
         how = f"Two halves of {half} images of full precision, other seeds: what sampling alone makes at this n."
         small = small_sample_note("frechet_distance", half, self.full.pooled.shape[1])
-        row = self._row("frechet_distance", None, distance["estimate"], half, distance, how, small, effort)
+        row = self._row("fd", None, distance["estimate"], half, distance, how, small, effort)
         return [{**row, "name": "fd_between_halves", "label": f"{row['label']} between halves"}]
 
     def _paired(self, images: ImageSet) -> list[Measurement]:

@@ -52,7 +52,6 @@ class Row:
     """One configuration with all its figures."""
 
     plan: Plan
-    gbops: float
     metrics: tuple[Measurement, ...]
 
     def metric(self, name: str) -> Measurement | None:
@@ -150,7 +149,7 @@ def run_suite(
         metrics = _judge_all(
             extractor, store, dict(zip(plans, gbops, strict=True)), reference, extras, depends_on, progress
         )
-    rows = [Row(plan, g, tuple(figures)) for plan, g, figures in zip(plans, gbops, metrics, strict=True)]
+    rows = [Row(plan, tuple(figures)) for plan, figures in zip(plans, metrics, strict=True)]
     settings = dataclasses.asdict(chosen) | job | {
         "reference": real, "resamples": resamples, "metrics": [extra.name for extra in extras],
         "extractor_dimension": extractor.dimension, "extractor_note": note_of(extractor),
