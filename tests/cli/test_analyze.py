@@ -56,7 +56,7 @@ def test_json_goes_where_it_is_told(model: str, tmp_path: Path, monkeypatch: pyt
     [
         (["--config", "w9a9"], "'w9a9'"),
         (["--steps", "1"], "expected 2 or more steps"),
-        (["--num-images", "0"], "expected 1 or more images"),
+        (["--num-images", "0"], "expected at least 1 image"),
         (["--scheduler", "nonsense"], "'nonsense'"),
         (["--json", "/"], "/"),
         (["-o", "{taken}"], "taken"),
