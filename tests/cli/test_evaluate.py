@@ -115,7 +115,7 @@ def test_a_report_without_configurations_to_watch_leaves_the_layers_out(
         (["--extractor", "absent"], "absent: expected 'classifier'"),
         (["--device", "tpu"], "device: expected"),
         (["--metrics", "fid"], "--metrics: expected lpips or clip"),
-        (["--metrics", "clip"], "--metrics clip: expected prompts, got none"),
+        (["--metrics", "clip"], "--metrics clip: expected --clip with the folder of a CLIP model, and prompts"),
         (["--labels", "0-9"], "expected no --label N, got 0"),
         (["--labels", "x"], "--labels: expected numbers and ranges"),
         (["--prompts", "absent.txt"], "absent.txt: expected a text file"),

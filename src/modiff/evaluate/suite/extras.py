@@ -113,8 +113,7 @@ class Clip:
         self._side = int(self._model.config.vision_config.image_size)
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Grey or colour images."""
-        check_images(torch.zeros(1, *shape, dtype=torch.uint8), "clip")
+        """Any size will do."""
 
     def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
         """One row, for full precision too: what its score is the others are to be compared with."""
@@ -167,22 +166,14 @@ def load_extras(text: str | None, *, clip: Path | None, conditions: Conditions, 
             f"--metrics: expected {' or '.join(EXTRAS)}, or both between commas, got {text!r}. All other figures are "
             "always there. Use --metrics lpips."
         )
-    if "clip" in names and not conditions.prompts:
+    if ("clip" in names) != (clip is not None) or ("clip" in names and not conditions.prompts):
         raise ConfigError(
-            "--metrics clip: expected prompts, got none. It compares an image with the prompt that it was drawn of. "
-            "Give --prompts FILE with a model that takes text, or leave clip out."
+            f"--metrics clip: expected --clip with the folder of a CLIP model, and prompts, got --metrics {text}, "
+            f"--clip {clip} and {len(conditions.prompts)} prompts. It compares an image with the prompt that it was "
+            "drawn of. Use --metrics clip --clip DIR --prompts FILE with a model that takes text."
         )
-    if ("clip" in names) != (clip is not None):
-        raise ConfigError(
-            f"--clip: expected the folder of a CLIP model together with --metrics clip, got "
-            f"{'--metrics clip alone' if clip is None else f'{clip} without it'}. Nothing is downloaded. "
-            "Use --metrics clip --clip DIR."
-        )
-    make: dict[str, Callable[[], Extra]] = {
-        "lpips": lambda: Lpips(device=device),
-        "clip": lambda: Clip(clip or Path(), conditions, device=device),
-    }
-    return [make[name]() for name in names]
+    extras: list[Extra] = [Lpips(device=device)] if "lpips" in names else []
+    return extras if clip is None else [*extras, Clip(clip, conditions, device=device)]
 
 
 def optional_import(package: str, where: str) -> ModuleType:
