@@ -37,7 +37,7 @@ from modiff.cli.options import quiet_pipeline
 from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError, ModiffError
 from modiff.evaluate.features.extractor import extract
-from modiff.evaluate.features.load import EMBEDDED, load_extractor
+from modiff.evaluate.features.load import DEFAULT_EXTRACTOR, load_extractor
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.suite.images import read_reference, reference_digest
@@ -324,7 +324,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--modes", default=",".join(MODES), help="rows, between commas")
     parser.add_argument("--bits", default="8:8,4:8,8:4,4:4", help="weight:activation, between commas")
     parser.add_argument("--reference", type=Path, help="real images, .npy, .npz or a folder")
-    parser.add_argument("--extractor", default=EMBEDDED)
+    parser.add_argument("--extractor", default=DEFAULT_EXTRACTOR)
     parser.add_argument("--num-images", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=50)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from experiments.lab import Lab, Row
-from modiff.evaluate.report.document import Block, Cell, Code, Column, Section, Table
+from modiff.evaluate.report.document import Cell, Column, Content, Section, Table, Verbatim
 
 Values = dict[str, Any]
 """What an experiment measured, as plain JSON values."""
@@ -17,7 +17,7 @@ L2_NOTE = "relative L2 to the reference, 95 % interval over the images"
 class Shown(NamedTuple):
     """What came out, as blocks of a report, the first a sentence; and why it is not what was printed."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[Content, ...]
     why: tuple[str, ...]
 
 
@@ -31,7 +31,7 @@ class Experiment:
 
     name: str
     title: str
-    printed: tuple[Block, ...]
+    printed: tuple[Content, ...]
     measure: Callable[[Lab], Values]
     show: Callable[[Values], Shown]
     also: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Experiment:
         shown = self.show(values)
         led = ("The paper: ", self.printed), ("Here: ", shown.blocks), ("Why they differ: ", shown.why)
         blocks = [block for words, part in led for block in (words + str(part[0]), *part[1:])]
-        return Section(self.title, (*blocks, Code(command)))
+        return Section(self.title, (*blocks, Verbatim(command)))
 
 
 def printed_table(name: str, caption: str, head: str, rows: Sequence[str]) -> Table:

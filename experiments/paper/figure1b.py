@@ -11,14 +11,14 @@ from experiments.experiment import Experiment, Shown, Values, listing
 from experiments.lab import Lab
 from modiff import presets
 from modiff.evaluate.analysis.distribution import Distribution
-from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
+from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def measure(lab: Lab) -> Values:
     """Histograms of all layers pooled, and the ratio of the ranges for each layer and step."""
-    distribution, errors = Distribution(), LayerErrors()
+    distribution, errors = Distribution(), LayerTraces()
     lab.watch(presets.published(None, 8), [distribution, errors], lab.settings.steps)
     result = distribution.result(panels=1)
     ratios = {trace["name"]: _ratios(trace) for trace in errors.layers()}

@@ -15,7 +15,7 @@ from experiments.lab import Lab, Plan, Row, Run
 from experiments.skipping import SkipRule, Unit
 from modiff import presets
 from modiff.config import ModiffConfig
-from modiff.evaluate.report.document import Block, Figure, Table
+from modiff.evaluate.report.document import Content, Figure, Table
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
 THRESHOLDS = {False: (0.01, 0.03, 0.1), True: (0.003, 0.01, 0.02, 0.03, 0.06, 0.1, 0.2)}
@@ -132,7 +132,7 @@ def at_share(curve: Curve, share: float) -> float | None:
 
 def show(values: Values) -> Shown:
     """For each number of steps: what silence costs compared with fewer steps, as tables and charts."""
-    blocks: list[Block] = []
+    blocks: list[Content] = []
     for base in values["bases"]:
         blocks += [_sentence(base), *_tables(base), *(_chart(base, predictor) for predictor in ("hold", "linear"))]
     return Shown(tuple(blocks), WHY)

@@ -28,7 +28,9 @@ def call(*words: object) -> Result:
 def test_it_writes_five_figures_and_the_json_and_names_them(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module.analyze.__kwdefaults__, "bits", (4,))  # all seven widths would take seven times as long
+    monkeypatch.setitem(
+        module.analyze_pipeline.__kwdefaults__, "bits", (4,)
+    )  # all seven widths would take seven times as long
     folder = tmp_path / "new" / "folder"
     result = call(model, "-o", folder, "--steps", 3, "--num-images", 1, "--seed", 7, "--config", "tuned:8:3")
     done(result)
@@ -43,7 +45,7 @@ def test_it_writes_five_figures_and_the_json_and_names_them(
 
 
 def test_json_goes_where_it_is_told(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.analyze.__kwdefaults__, "bits", (4,))
+    monkeypatch.setitem(module.analyze_pipeline.__kwdefaults__, "bits", (4,))
     monkeypatch.setattr("modiff.evaluate.analysis.figures.figures", lambda analysis, folder: [])
     settings = ["--steps", 2, "--num-images", 1, "--scheduler", "euler"]
     assert call(model, "-o", tmp_path / "figures", "--json", tmp_path / "found.json", *settings).exit_code == 0

@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline
 
 import modiff
 from modiff.errors import ConfigError
-from modiff.evaluate.demo import Demo, Row, plans, run_demo
+from modiff.evaluate.demo import Demo, DemoRow, plans, run_demo
 from modiff.evaluate.pipelines import run_config
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.tune import candidates
@@ -34,7 +34,7 @@ def demo() -> Iterator[Demo]:
         yield run_demo(pixel_pipeline(), steps=STEPS, num_images=IMAGES, seed=SEED, progress=False)
 
 
-def row(demo: Demo, name: str) -> Row:
+def row(demo: Demo, name: str) -> DemoRow:
     return next(r for r in demo.rows if r.name == name)
 
 

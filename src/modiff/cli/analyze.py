@@ -44,7 +44,7 @@ def analyze(
         for path in (output / RESULTS, results):
             check_writable(path)
         from modiff.evaluate.analysis.figures import figures
-        from modiff.evaluate.analysis.run import analyze as analyze_pipeline  # imported late: `--help` must not wait
+        from modiff.evaluate.analysis.run import analyze_pipeline  # imported late: `--help` must not wait
 
         pipe = quiet_pipeline(model, device, scheduler)
         analysis = analyze_pipeline(pipe, chosen, steps=steps, num_images=num_images, seed=seed)

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modiff.errors import ConfigError
 from modiff.model.report import Report
 
-Kind = Literal["linear", "conv", "transposed_conv", "attention"]
+WorkKind = Literal["linear", "conv", "transposed_conv", "attention"]
 
 FULL_PRECISION_BITS = 32
 
@@ -51,7 +51,7 @@ class LayerCost:
     """
 
     name: str
-    kind: Kind
+    kind: WorkKind
     macs: int
     calls: int
     weight_elements: int
@@ -146,7 +146,7 @@ def _layer_cost(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> LayerCost:
             kind, macs = "transposed_conv", x.numel() * weights // conv.in_channels
         else:
             kind, macs = "conv", y.numel() * weights // conv.out_channels
-    return LayerCost(name=name, kind=cast("Kind", kind), macs=macs, calls=1, weight_elements=weights,
+    return LayerCost(name=name, kind=cast("WorkKind", kind), macs=macs, calls=1, weight_elements=weights,
                      input_elements=x.numel(), output_elements=y.numel())  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, trajectory_gbops
 from modiff.evaluate.metrics.paired import psnr, relative_l2
-from modiff.evaluate.pipelines import Run, check_unconditional, evaluations_bar, measure_image, run_config
+from modiff.evaluate.pipelines import Sampled, check_unconditional, evaluations_bar, measure_image, run_config
 from modiff.evaluate.table import aligned, number
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
@@ -29,7 +29,7 @@ FEWEST_STEPS = 4
 TUNING_SEED = 1_000_003
 """Added to the seed: tuning never sees the noise that its rows are judged on."""
 
-FOOTNOTE = """\
+_FOOTNOTE = """\
 Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
 GBOPs: MACs x weight bits x activation bits of one image, all steps. The first step of a modulated run counts at 32-bit
 activations, layers left in full precision and attention products at 32 x 32 bits. Bit-operations are not speed.
@@ -38,7 +38,7 @@ Seconds: this run, whole batch. Integers are simulated in float here, so quantiz
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class DemoRow:
     """One line of the demo. 32 bits are full precision; None is what has no meaning for the row, or is not finite."""
 
     name: str
@@ -56,7 +56,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """A row to be run: `config` None is full precision, `tuned_bits` asks for a config tuned at that width."""
 
     name: str
@@ -69,7 +69,7 @@ class Plan:
 class Demo:
     """The result: rows, their images (N, H, W, C) in [0, 1], the tuned configs by bits, and where it ran."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[DemoRow, ...]
     images: tuple[np.ndarray, ...]
     tuned: dict[int, ModiffConfig]
     settings: dict[str, Any]
@@ -87,14 +87,14 @@ class Demo:
     def table(self) -> str:
         """The rows as aligned text, with what the columns mean below."""
         head = ("", "steps", "rel. L2", "PSNR dB", "GBOPs", "state MiB", "seconds")
-        return f"{aligned([head, *(_cells(row) for row in self.rows)])}\n\n{FOOTNOTE}"
+        return f"{aligned([head, *(_cells(row) for row in self.rows)])}\n\n{_FOOTNOTE}"
 
     def picture(self) -> Image.Image:
         """All images, a row for each setting."""
         return grid([(row.name, images) for row, images in zip(self.rows, self.images, strict=True)])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: DemoRow) -> tuple[str, ...]:
     return (
         row.name,
         str(row.steps),
@@ -106,19 +106,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def plans(steps: int) -> list[Plan]:
+def plans(steps: int) -> list[DemoPlan]:
     """The rows of the demo in order: steps, plain, modulated, the ablation, then activations alone."""
     rows = [
-        Plan("full precision", steps),
-        Plan("half the steps", steps // 2),
-        Plan("a quarter of the steps", steps // 4),
+        DemoPlan("full precision", steps),
+        DemoPlan("half the steps", steps // 2),
+        DemoPlan("a quarter of the steps", steps // 4),
     ]
-    rows += [Plan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
-    rows += [Plan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
-    rows += [Plan("modulated W8A4, no compensation", steps, presets.uncompensated(8, 4))]
-    rows += [Plan("plain W32A4", steps, presets.plain(None, 4))]
-    rows += [Plan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
-    return rows + [Plan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
+    rows += [DemoPlan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
+    rows += [DemoPlan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
+    rows += [DemoPlan("modulated W8A4, no compensation", steps, presets.uncompensated(8, 4))]
+    rows += [DemoPlan("plain W32A4", steps, presets.plain(None, 4))]
+    rows += [DemoPlan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
+    return rows + [DemoPlan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
 
 
 def run_demo(
@@ -135,7 +135,7 @@ def run_demo(
     pipe = _checked(pipe, steps, num_images)
     todo = plans(steps)
     passes = sum(p.steps for p in todo) + steps * (1 + FINALISTS) * sum(p.tuned_bits is not None for p in todo)
-    rows: list[Row] = []
+    rows: list[DemoRow] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
     cost = measure_image(pipe, seed)
@@ -167,9 +167,9 @@ def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionP
     return set_scheduler(pipe, "ddim")
 
 
-def _row(plan: Plan, config: ModiffConfig | None, run: Run, reference: np.ndarray, cost: ModelCost) -> Row:
+def _row(plan: DemoPlan, config: ModiffConfig | None, run: Sampled, reference: np.ndarray, cost: ModelCost) -> DemoRow:
     modulation = None if config is None else config.layer.modulation
-    return Row(
+    return DemoRow(
         name=plan.name,
         weight_bits=_bits(config and config.layer.weight.bits),
         activation_bits=_bits(config and config.layer.activation.bits),

@@ -26,7 +26,7 @@ from modiff.model.trajectory import state_bytes
 
 
 @dataclass(frozen=True)
-class Run:
+class Sampled:
     """One trajectory of a batch: images (N, H, W, C) in [0, 1], what apply did, state bytes at its end, wall time."""
 
     images: np.ndarray
@@ -35,7 +35,7 @@ class Run:
     seconds: float
 
 
-def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int, noise: list[Any]) -> Run:
+def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int, noise: list[Any]) -> Sampled:
     """Sample an unconditional pipeline once under `config` (None: as it is), which is removed again, also on errors."""
     report = None if config is None else apply(pipe, config)
     sizes: dict[nn.Module, int] = {}
@@ -54,7 +54,7 @@ def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int,
     finally:
         if report is not None:
             remove(pipe)
-    return Run(np.asarray(images), report, sum(sizes.values()), seconds)
+    return Sampled(np.asarray(images), report, sum(sizes.values()), seconds)
 
 
 def measure_image(pipe: DiffusionPipeline, seed: int) -> ModelCost:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modiff import presets
 from modiff.config import LayerConfig
-from modiff.evaluate.analysis.distribution import BINS, Distribution, DistributionResult, histogram
+from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS, Distribution, DistributionResult, histogram
 from modiff.evaluate.analysis.watch import watch
 from modiff.hosts.diffusers.runs import unconditional_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
@@ -23,9 +23,9 @@ def counted(inputs: list[Tensor]) -> DistributionResult:
 
 
 def by_hand(values: list[float]) -> list[int]:
-    counts = [0] * BINS
+    counts = [0] * HISTOGRAM_BINS
     for value in values:
-        counts[min(BINS - 1, max(0, int((value + 1) / 2 * BINS)))] += 1
+        counts[min(HISTOGRAM_BINS - 1, max(0, int((value + 1) / 2 * HISTOGRAM_BINS)))] += 1
     return counts
 
 
@@ -60,4 +60,4 @@ def test_counts_of_a_pipeline_sum_up_to_all_values_of_all_steps_but_the_first() 
 
 def test_values_outside_are_counted_at_the_ends() -> None:
     counts = histogram(torch.tensor([-7.0, -1.0, 1.0, 2.5, 0.0]))
-    assert (int(counts[0]), int(counts[-1]), int(counts[BINS // 2]), int(counts.sum())) == (2, 2, 1, 5)
+    assert (int(counts[0]), int(counts[-1]), int(counts[HISTOGRAM_BINS // 2]), int(counts.sum())) == (2, 2, 1, 5)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from modiff.evaluate.analysis import figures as module
-from modiff.evaluate.analysis.distribution import BINS
+from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS
 from modiff.evaluate.analysis.figures import figures
 from modiff.evaluate.analysis.growth import compensated_bound, printed_bound, uncompensated_bound
 from modiff.evaluate.analysis.run import Analysis
@@ -39,7 +39,7 @@ def spread(bound: object, *, compensated: bool) -> dict[str, object]:
 
 def small_analysis() -> Analysis:
     """What analyze returns, in small: two layers and five steps."""
-    bell = np.exp(-(((np.arange(BINS) - BINS // 2) / 30) ** 2) * 4) * 1000
+    bell = np.exp(-(((np.arange(HISTOGRAM_BINS) - HISTOGRAM_BINS // 2) / 30) ** 2) * 4) * 1000
     shape = {
         "name": "all layers",
         "activation": bell.astype(int).tolist(),
@@ -57,7 +57,7 @@ def small_analysis() -> Analysis:
             "layers": [],
         },
         "distribution": {
-            "edges": np.linspace(-1, 1, BINS + 1).tolist(),
+            "edges": np.linspace(-1, 1, HISTOGRAM_BINS + 1).tolist(),
             "pooled": shape,
             "layers": [{**shape, "name": n} for n in names],
         },

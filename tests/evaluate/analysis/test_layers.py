@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modiff import presets
 from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
-from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
+from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 from modiff.evaluate.analysis.watch import watch
 from modiff.hosts.diffusers.runs import unconditional_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
@@ -45,7 +45,7 @@ CONFIGS = {
 
 def watched(layer: nn.Module, inputs: list[Tensor], chosen: LayerConfig, timesteps: list[float]) -> LayerTrace:
     network = OneLayer(layer).double()
-    errors = LayerErrors()
+    errors = LayerTraces()
     watch(network, driven(network, inputs, timesteps), only_layer(chosen), [errors])
     (trace,) = errors.layers()
     return trace
@@ -115,7 +115,7 @@ def test_full_precision_activations_leave_the_weight_error_alone() -> None:
 def test_a_pipeline_has_a_row_for_every_layer_and_step_and_the_output_follows_the_input() -> None:
     pipe = HOSTS["ddim"].build()
     pipe.set_progress_bar_config(disable=True)
-    errors = LayerErrors()
+    errors = LayerTraces()
     report = watch(pipe, unconditional_run(pipe, 4, 2, 0), presets.modulated(None, 4), [errors])
     assert {t["name"] for t in errors.layers()} == {e.name for e in report.taken}
     for trace in errors.layers():

@@ -12,8 +12,8 @@ from diffusers import DDIMPipeline
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.analysis.run import Analysis, analyze
-from modiff.evaluate.analysis.sweep import MODES
+from modiff.evaluate.analysis.run import Analysis, analyze_pipeline
+from modiff.evaluate.analysis.sweep import SWEEP_MODES
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.hosts.host import is_attached
@@ -30,7 +30,7 @@ def build() -> DDIMPipeline:
 def analysed() -> tuple[DDIMPipeline, Analysis, str]:
     pipe, shown = build(), io.StringIO()
     with redirect_stderr(shown):
-        analysis = analyze(pipe, steps=4, num_images=2, seed=5, bits=(8, 3))
+        analysis = analyze_pipeline(pipe, steps=4, num_images=2, seed=5, bits=(8, 3))
     return pipe, analysis, shown.getvalue()
 
 
@@ -47,7 +47,7 @@ def test_it_is_plain_json_with_the_documented_fields(analysed: tuple[DDIMPipelin
     assert {type(leaf) for leaf in leaves(analysis)} <= {str, int, float, bool, type(None)}
     assert set(analysis["layers"][0]) == {"name", "kind", "call", "setting", "steps"}
     assert len(analysis["layers"][0]["steps"]) == 4
-    assert {(row["mode"], row["bits"]) for row in analysis["sweep"]} == {(m, b) for m in MODES for b in (8, 3)}
+    assert {(row["mode"], row["bits"]) for row in analysis["sweep"]} == {(m, b) for m in SWEEP_MODES for b in (8, 3)}
     assert [row["interval"] for row in analysis["reuse"]] == [2, 3]
     assert analysis["growth"]["steps"] == [1, 2, 3]
     expected = {"steps": 4, "num_images": 2, "seed": 5, "bits": [8, 3], "config": presets.modulated(None, 4).to_dict()}
@@ -64,14 +64,14 @@ def test_the_pipeline_is_unchanged(analysed: tuple[DDIMPipeline, Analysis, str])
 
 
 def test_one_bar_counts_every_evaluation_of_the_job(analysed: tuple[DDIMPipeline, Analysis, str]) -> None:
-    trajectories = 1 + 2 * len(MODES) + 2
+    trajectories = 1 + 2 * len(SWEEP_MODES) + 2
     assert f"{4 * trajectories}/{4 * trajectories}" in analysed[2].replace("\r", "\n").splitlines()[-1]
 
 
 def test_a_sampler_with_two_evaluations_a_step_fills_its_bar() -> None:
     shown = io.StringIO()
     with redirect_stderr(shown):
-        analysis = analyze(set_scheduler(build(), "heun"), steps=2, num_images=1, bits=(4,))
+        analysis = analyze_pipeline(set_scheduler(build(), "heun"), steps=2, num_images=1, bits=(4,))
     assert len(analysis["layers"][0]["steps"]) == 3  # Heun's last step has one evaluation
     assert "18/18" in shown.getvalue()
 
@@ -93,6 +93,6 @@ STATIC = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False
 def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain(settings: dict[str, Any], message: str) -> None:
     pipe = build()
     with pytest.raises(ConfigError, match=message) as caught:
-        analyze(pipe, **{"steps": 2, "num_images": 1, "progress": False, **settings})
+        analyze_pipeline(pipe, **{"steps": 2, "num_images": 1, "progress": False, **settings})
     assert "\n" not in str(caught.value)
     assert sum(len(m._forward_hooks) for m in pipe.unet.modules()) == 0

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from modiff.evaluate.report.document import Cell, Code, Column, Document, Figure, Section, Table
+from modiff.evaluate.report.document import Cell, Column, Document, Figure, Section, Table, Verbatim
 
 NASTY = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1">"\'&|`*_[a](b) $x$'
 
@@ -33,7 +33,7 @@ def document(text: str = "plain") -> Document:
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><rect width="40" height="30"/></svg>'
     blocks = (
         text,
-        Code(f"modiff evaluate {text}"),
+        Verbatim(f"modiff evaluate {text}"),
         Figure("dots", f"Dots {text}.", f"Caption {text}", png(), pixels=True, half=True),
         Figure("lines", "Lines.", "Lines", svg, "svg", half=True),
         table(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modiff.evaluate.report.document import Code, Document, Figure, Table
+from modiff.evaluate.report.document import Document, Figure, Table, Verbatim
 from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.plans import Preset, plans_of
 from modiff.evaluate.suite.run import Suite, run_suite
@@ -91,7 +91,7 @@ def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(repor
 
 def test_the_command_and_the_environment_are_told(suite: Suite, report: Document) -> None:
     last = report.sections[-2].blocks
-    assert Code("modiff evaluate 'my model'") in last
+    assert Verbatim("modiff evaluate 'my model'") in last
     settings = dict(texts(block(report, "settings")))
     assert (settings["num_images"], settings["seed"], settings["extractor"]) == ("10", "3", "quadrants")
     assert settings["configurations"] == ", ".join(row.plan.name for row in suite.rows)

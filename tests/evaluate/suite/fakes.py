@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modiff.evaluate.features.extractor import Features
-from modiff.evaluate.suite.images import Drawn, Session
+from modiff.evaluate.suite.images import DrawnImages, Session
 from modiff.evaluate.suite.plans import Plan
 
 SHAPE = (12, 12, 1)
@@ -33,13 +33,13 @@ class FakeSource:
     def open(self, plan: Plan, evaluated: Callable[[], object]) -> Iterator[Session]:
         self.opened.append(plan.name)
 
-        def draw(indices: Sequence[int]) -> Drawn:
+        def draw(indices: Sequence[int]) -> DrawnImages:
             if self.stop_after is not None and len(self.drawn) >= self.stop_after:
                 raise KeyboardInterrupt
             self.drawn.append((plan.name, range(indices[0], indices[-1] + 1)))
             evaluated()
             broken = len(indices) if plan.name in self.broken else 0
-            return Drawn(self.images(plan, indices), 0.5 * len(indices), 2**20 * len(indices), broken)
+            return DrawnImages(self.images(plan, indices), 0.5 * len(indices), 2**20 * len(indices), broken)
 
         yield Session(draw, gbops=100.0 * plan.steps)
 

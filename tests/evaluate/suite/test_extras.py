@@ -76,7 +76,7 @@ def cosines(pixels: Tensor, prompts: list[str]) -> Tensor:
 def test_clip_scores_are_100_times_the_cosine_of_each_image_and_the_prompt_of_its_index(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 4)  # so that batches do not coincide with the prompts
+    monkeypatch.setattr(module, "_BATCH", 4)  # so that batches do not coincide with the prompts
     clip, images = Clip(folder, CONDITIONS), noise(0, 10, SIDE, SIDE, 3)
     expected = 100 * cosines(images.permute(0, 3, 1, 2).float() / 255, [PROMPTS[i % 3] for i in range(10)])
     assert float(expected.min()) > 0
@@ -136,7 +136,7 @@ def lpips(monkeypatch: pytest.MonkeyPatch) -> Lpips:
 def test_lpips_is_the_mean_over_scaled_pairs_of_one_seed_with_interval_and_network(
     lpips: Lpips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "_BATCH", 4)
     assert lpips._model.settings == ("alex", "0.1", False)
     black, white = torch.zeros(2, 32, 33, 1, dtype=torch.uint8), torch.full((2, 32, 33, 1), 255, dtype=torch.uint8)
     white[1] = 0

@@ -14,14 +14,14 @@ from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.metrics.sets import kernel_distance, within_manifold
 from modiff.evaluate.suite import judge as module
 from modiff.evaluate.suite.judge import ImageSet, Judge, Measurement, gather
-from modiff.evaluate.suite.store import Batch
+from modiff.evaluate.suite.store import SavedBatch
 from tests.evaluate.suite.fakes import FakeExtractor
 
 N, RESAMPLES = 24, 20
 EXTRACTOR = FakeExtractor()
 
 
-def batches(seed: int, *, noise: float = 0.0, broken: int = 0) -> list[Batch]:
+def batches(seed: int, *, noise: float = 0.0, broken: int = 0) -> list[SavedBatch]:
     """Images of one seed, with as much noise added; in batches of 10, 10 and 4."""
     images = np.random.default_rng(seed).integers(30, 220, (N, 12, 12, 1)).astype(np.float64)
     images = (images + noise * np.random.default_rng(99).standard_normal(images.shape)).clip(0, 255).astype(np.uint8)
@@ -29,7 +29,7 @@ def batches(seed: int, *, noise: float = 0.0, broken: int = 0) -> list[Batch]:
     for part in np.split(images, [10, 20]):
         features = EXTRACTOR(torch.from_numpy(part))
         rows = [x.numpy() for x in features if x is not None]
-        found.append(Batch(part, *rows, 0.5 * len(part), 2**20 * len(part), broken))
+        found.append(SavedBatch(part, *rows, 0.5 * len(part), 2**20 * len(part), broken))
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 from modiff import presets
 from modiff.errors import FormatError
 from modiff.evaluate.suite.plans import Plan
-from modiff.evaluate.suite.store import Batch, Store
+from modiff.evaluate.suite.store import SavedBatch, Store
 
 PLAN = Plan(name="plain", steps=4, config=presets.plain(8, 4))
 
@@ -19,10 +19,10 @@ def store(folder: Path) -> Store:
     return Store(folder, 4)
 
 
-def batch(count: int, *, rich: bool = True) -> Batch:
+def batch(count: int, *, rich: bool = True) -> SavedBatch:
     images = np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3)
     rows = np.linspace(0, 1, count * 5, dtype=np.float32).reshape(count, 5)
-    return Batch(images, rows, rows[:, :2] if rich else None, rows[:, :3] if rich else None, 1.25, 77, 1)
+    return SavedBatch(images, rows, rows[:, :2] if rich else None, rows[:, :3] if rich else None, 1.25, 77, 1)
 
 
 def fill(kept: Store, num_images: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modiff.evaluate.analysis.watch import Visit
 
-BINS = 255
+HISTOGRAM_BINS = 255
 """Odd, so that one bin has its middle at zero."""
 
 
@@ -22,7 +22,7 @@ class Histogram(TypedDict):
 
 
 class DistributionResult(TypedDict):
-    """edges: BINS + 1 of them from -1 to 1, in units of the layer's largest |a_t| at that step.
+    """edges: HISTOGRAM_BINS + 1 of them from -1 to 1, in units of the layer's largest |a_t| at that step.
 
     The end bins also hold what lies outside.
     """
@@ -56,16 +56,16 @@ class Distribution:
         chosen = sorted({round(i * (len(names) - 1) / max(1, panels - 1)) for i in range(min(panels, len(names)))})
         pooled = torch.stack(list(self._counts.values())).sum(0)
         return {
-            "edges": torch.linspace(-1, 1, BINS + 1, dtype=torch.float64).tolist(),
+            "edges": torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64).tolist(),
             "pooled": _histogram("all layers", pooled),
             "layers": [_histogram(names[i], self._counts[names[i]]) for i in chosen],
         }
 
 
 def histogram(x: Tensor) -> Tensor:
-    """Integer counts in BINS bins of [-1, 1]; what lies outside is counted in the end bins."""
-    bins = ((x + 1) * (BINS / 2)).floor().clamp(0, BINS - 1).long()
-    return torch.bincount(bins.flatten(), minlength=BINS).cpu()
+    """Integer counts in HISTOGRAM_BINS bins of [-1, 1]; what lies outside is counted in the end bins."""
+    bins = ((x + 1) * (HISTOGRAM_BINS / 2)).floor().clamp(0, HISTOGRAM_BINS - 1).long()
+    return torch.bincount(bins.flatten(), minlength=HISTOGRAM_BINS).cpu()
 
 
 def _histogram(name: str, counts: Tensor) -> Histogram:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: apart also for the colour-blind.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-FAMILIES = {"plain": (RED, "s"), "uncompensated": (ORANGE, "^"), "modulated": (BLUE, "o"), "tuned": (GREEN, "D")}
+FAMILY_STYLES = {"plain": (RED, "s"), "uncompensated": (ORANGE, "^"), "modulated": (BLUE, "o"), "tuned": (GREEN, "D")}
 """Colour and marker of each family of presets."""
 STYLE = {
     "font.size": 11,
@@ -57,7 +57,7 @@ def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErr
     axis.figure.colorbar(shown, ax=axis, label=label)
     names = [layer["name"] + (f" (call {layer['call'] + 1})" if layer["call"] else "") for layer in layers]
     every = -(-len(names) // MOST_NAMES)
-    axis.set_yticks(range(0, len(names), every), [plain(name) for name in names[::every]], fontsize=8)
+    axis.set_yticks(range(0, len(names), every), [as_typed(name) for name in names[::every]], fontsize=8)
     axis.set_xlabel("step (0 = first, anchored)")
     axis.grid(visible=False)
 
@@ -73,6 +73,6 @@ def log_error(step: StepErrors) -> float:
     return float(np.log10(error)) if error > 1e-7 else float("nan")
 
 
-def plain(text: str) -> str:
+def as_typed(text: str) -> str:
     """A name as it was typed: matplotlib sets what stands between two dollars as mathematics."""
     return text.replace("$", r"\$")

@@ -11,7 +11,7 @@ import numpy as np
 from modiff.evaluate.analysis.distribution import Histogram
 from modiff.evaluate.analysis.drawing import (
     BLUE,
-    FAMILIES,
+    FAMILY_STYLES,
     GREY,
     ORANGE,
     RED,
@@ -20,7 +20,7 @@ from modiff.evaluate.analysis.drawing import (
     log_error,
     map_height,
 )
-from modiff.evaluate.analysis.growth import Spread
+from modiff.evaluate.analysis.growth import GrowthSpread
 from modiff.evaluate.analysis.layers import StepErrors
 from modiff.evaluate.analysis.run import Analysis
 from modiff.files import write_atomically
@@ -121,7 +121,7 @@ def _error_growth(figure: Figure, analysis: Analysis) -> None:
     figure.suptitle("Error growth over the steps against the bounds, medians over the layers")
 
 
-def _growth_panel(axis: Axes, steps: list[int], spread: Spread, color: str, title: str) -> None:
+def _growth_panel(axis: Axes, steps: list[int], spread: GrowthSpread, color: str, title: str) -> None:
     axis.fill_between(steps, spread["error_low"], spread["error_high"], color=color, alpha=0.25, linewidth=0,
                       label="measured, middle half of the layers")  # fmt: skip
     axis.plot(steps, spread["error"], color=color, label="measured, median")
@@ -137,7 +137,7 @@ def _bit_sweep(figure: Figure, analysis: Analysis) -> None:
     figure.set_size_inches(7, 4.8)
     axis = figure.subplots()
     rows = [row for row in analysis["sweep"] if row["relative_l2"]]
-    for mode, (color, marker) in FAMILIES.items():
+    for mode, (color, marker) in FAMILY_STYLES.items():
         points = sorted((row["bits"], row["relative_l2"]) for row in rows if row["mode"] == mode)
         if points:
             widths, values = zip(*points, strict=True)

@@ -21,7 +21,7 @@ from modiff.evaluate.analysis.watch import Visit
 
 LARGEST = 1e300
 """Bounds beyond it are cut here: JSON has no infinity, and nothing is learned from one."""
-ROUNDING = 1e-4
+_ROUNDING = 1e-4
 """The states are float32: an error that the bound meets exactly may lie this share above it."""
 
 
@@ -50,7 +50,7 @@ class LayerGrowth(TypedDict):
     uncompensated: Curve
 
 
-class Spread(TypedDict):
+class GrowthSpread(TypedDict):
     """The layers' curves over ||a_t||: quartiles of the errors, medians of the bounds.
 
     exceeded, printed_exceeded: share of all layers and steps where the error is above the bound.
@@ -69,8 +69,8 @@ class Growth(TypedDict):
     """All layers, and what is typical of them. steps: from 1."""
 
     steps: list[int]
-    compensated: Spread
-    uncompensated: Spread
+    compensated: GrowthSpread
+    uncompensated: GrowthSpread
     layers: list[LayerGrowth]
 
 
@@ -202,7 +202,7 @@ def _curve(error: list[float], c: float, moves: list[float], *, compensated: boo
     return {"error": error, "bound": bound, "printed_bound": printed_bound(c, moves, compensated=compensated)}
 
 
-def _spread(layers: list[LayerGrowth], curves: list[Curve], count: int) -> Spread:
+def _spread(layers: list[LayerGrowth], curves: list[Curve], count: int) -> GrowthSpread:
     """Quartiles over the layers of each curve relative to the layer's ||a_t||."""
     norms = np.array([layer["norms"][:count] for layer in layers]).clip(np.finfo(np.float64).tiny)
     error, bound, printed = (
@@ -217,4 +217,4 @@ def _spread(layers: list[LayerGrowth], curves: list[Curve], count: int) -> Sprea
 
 
 def _exceeded(error: np.ndarray, bound: np.ndarray) -> float:
-    return float(np.mean(error > bound * (1 + ROUNDING)))
+    return float(np.mean(error > bound * (1 + _ROUNDING)))

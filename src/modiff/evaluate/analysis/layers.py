@@ -102,7 +102,7 @@ def coded_domain(layer: ModulatedLayer, x: Tensor) -> Tensor:
     return x if layer.spec.rotation is None else rotate(x, layer.spec.rotation, layer.channel_dim)
 
 
-class LayerErrors:
+class LayerTraces:
     """Watcher: runs the recursion of each layer on its inputs; memory: one step's states, a few numbers per step."""
 
     def __init__(self) -> None:

@@ -14,8 +14,8 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.distribution import Distribution, DistributionResult
 from modiff.evaluate.analysis.growth import ErrorGrowth, Growth
-from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
-from modiff.evaluate.analysis.sweep import MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
+from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
+from modiff.evaluate.analysis.sweep import SWEEP_MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
 from modiff.evaluate.analysis.watch import has_static_scales, watch
 from modiff.evaluate.pipelines import check_unconditional, evaluations_bar
 from modiff.generate.environment import Environment, environment
@@ -25,7 +25,7 @@ BITS = (8, 7, 6, 5, 4, 3, 2)
 INTERVALS = (2, 3, 5, 10)
 
 
-class Settings(TypedDict):
+class AnalysisSettings(TypedDict):
     """The arguments of `analyze`."""
 
     steps: int
@@ -39,7 +39,7 @@ class Analysis(TypedDict):
     """Everything `analyze` finds, as plain numbers for JSON."""
 
     environment: Environment
-    settings: Settings
+    settings: AnalysisSettings
     layers: list[LayerTrace]
     growth: Growth
     distribution: DistributionResult
@@ -47,7 +47,7 @@ class Analysis(TypedDict):
     reuse: list[ReuseRow]
 
 
-def analyze(
+def analyze_pipeline(
     pipe: DiffusionPipeline,
     config: ModiffConfig | None = None,
     *,
@@ -80,9 +80,9 @@ def analyze(
         return pipe(batch_size=num_images, num_inference_steps=steps, generator=noise, output_type="np")
 
     used = [n for n in INTERVALS if n <= steps]
-    errors, growth, distribution = LayerErrors(), ErrorGrowth(), Distribution()
+    errors, growth, distribution = LayerTraces(), ErrorGrowth(), Distribution()
     reference: list[np.ndarray] = []
-    trajectories, finished = 1 + len(bits) * len(MODES) + len(used), itertools.count(1)
+    trajectories, finished = 1 + len(bits) * len(SWEEP_MODES) + len(used), itertools.count(1)
     with evaluations_bar(pipe, steps * trajectories, progress) as bar:
 
         def counted() -> object:

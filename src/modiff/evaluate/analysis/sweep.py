@@ -15,7 +15,7 @@ from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Quantizer
 from modiff.errors import CalibrationError
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 
-MODES: dict[str, Callable[[int | None, int], ModiffConfig]] = {
+SWEEP_MODES: dict[str, Callable[[int | None, int], ModiffConfig]] = {
     "plain": presets.plain,
     "modulated": presets.modulated,
     "uncompensated": presets.uncompensated,
@@ -50,7 +50,7 @@ def bit_sweep(
     reference: np.ndarray,
     config: ModiffConfig,
     bits: Sequence[int],
-    modes: Sequence[str] = tuple(MODES),
+    modes: Sequence[str] = tuple(SWEEP_MODES),
 ) -> list[SweepRow]:
     """The image error of every mode at every bit width.
 
@@ -63,7 +63,11 @@ def bit_sweep(
     """
     weight = config.layer.weight.bits
     return [
-        {"mode": mode, "bits": width, **_error_with(target, run, reference, config, MODES[mode](weight, width).layer)}
+        {
+            "mode": mode,
+            "bits": width,
+            **_error_with(target, run, reference, config, SWEEP_MODES[mode](weight, width).layer),
+        }
         for mode in modes
         for width in bits
     ]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from modiff.assets import EMBEDDED, classifier_folder
 from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.features.extractor import Features, check_finite, check_images, fingerprint, load_weights
+from modiff.evaluate.features.extractor import Features, check_finite_weights, check_images, file_digest, load_weights
 from modiff.evaluate.metrics.frechet import spatial_rows
 from modiff.files import write_atomically, write_json
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -93,9 +93,9 @@ def save_classifier(model: Classifier, folder: str | Path) -> None:
         name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    check_finite(tensors, folder / WEIGHTS, "Train again with a smaller learning rate.")
+    check_finite_weights(tensors, folder / WEIGHTS, "Train again with a smaller learning rate.")
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "channels": list(model.channels),
         "image_channels": model.image_channels,
         "classes": model.classes,
@@ -117,12 +117,12 @@ def load_classifier(folder: str | Path) -> Classifier:
     try:
         config = json.loads(path.read_text())
         version = config.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version != _FORMAT_VERSION:
             raise ValueError(f"format_version {version!r}")
         model = Classifier(**config)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise FormatError(
-            f"{path}: expected the config of a classifier folder of format_version {FORMAT_VERSION}, got "
+            f"{path}: expected the config of a classifier folder of format_version {_FORMAT_VERSION}, got "
             f"{config or 'nothing'}. {type(error).__name__}: {error} Give a folder written by save_classifier."
         ) from error
     load_weights(model, Path(folder) / WEIGHTS, "Copy the folder again.")
@@ -165,7 +165,7 @@ class ClassifierFeatures:
         Raises: FormatError if the folder holds no classifier.
         """
         path = Path(folder).resolve()
-        return cls(load_classifier(path), f"{path.name}-{fingerprint(path / WEIGHTS)}", device=device)
+        return cls(load_classifier(path), f"{path.name}-{file_digest(path / WEIGHTS)}", device=device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modiff.errors import ConfigError, FormatError
 
-BATCH = 64
+_BATCH = 64
 
 
 class Features(NamedTuple):
@@ -64,7 +64,7 @@ def check_images(images: Tensor, where: str) -> None:
 
 
 def extract(
-    extractor: FeatureExtractor, batches: Iterable[np.ndarray | Tensor], *, batch_size: int = BATCH
+    extractor: FeatureExtractor, batches: Iterable[np.ndarray | Tensor], *, batch_size: int = _BATCH
 ) -> Features:
     """The features of all images, in order.
 
@@ -89,7 +89,7 @@ def _joined(rows: list[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if len(present) == len(rows) else None
 
 
-def fingerprint(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """The first 8 hexadecimal digits of a file's sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:8]
@@ -132,13 +132,13 @@ def load_weights(network: nn.Module, path: Path, advice: str) -> None:
             f"{path}: expected {name} of shape {here.get(name, 'none')}, got {there.get(name, 'none')} "
             f"({len(differing)} tensors differ). The weights are those of another network. {advice}"
         )
-    check_finite(tensors, path, advice)
+    check_finite_weights(tensors, path, advice)
     floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     network.load_state_dict(floats, strict=False, assign=True)  # not strict: counters; all other names were checked
     network.eval().requires_grad_(False)
 
 
-def check_finite(tensors: dict[str, Tensor], path: Path, advice: str) -> None:
+def check_finite_weights(tensors: dict[str, Tensor], path: Path, advice: str) -> None:
     """Raise a FormatError for weights that hold NaN or infinity."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

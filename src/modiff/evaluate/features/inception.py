@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modiff.evaluate.features.extractor import Features, check_images, fingerprint, load_weights
+from modiff.evaluate.features.extractor import Features, check_images, file_digest, load_weights
 from modiff.evaluate.features.network import DIMENSION, SIDE, InceptionNetwork
 
 PUBLIC_SHA256 = "6726825d"
@@ -42,7 +42,7 @@ class Inception:
         load_weights(network, path, _GET_IT)
         self._network = network.to(device)
         self._device = torch.device(device)
-        self.fingerprint = fingerprint(path)
+        self.fingerprint = file_digest(path)
         self.name = f"inception-v3:{self.fingerprint}:tensorflow"
 
     @property

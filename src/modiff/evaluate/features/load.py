@@ -10,8 +10,8 @@ from modiff.evaluate.features.classifier import ClassifierFeatures
 from modiff.evaluate.features.extractor import FeatureExtractor
 from modiff.evaluate.features.inception import Inception
 
-EMBEDDED = "classifier"
-CLASSIFIERS = {EMBEDDED: "embedded", "cifar10-classifier": "cifar10"}
+DEFAULT_EXTRACTOR = "classifier"
+CLASSIFIERS = {DEFAULT_EXTRACTOR: "embedded", "cifar10-classifier": "cifar10"}
 """The classifiers of the package: of which model's data each is."""
 
 Metric = Literal["fd", "fd_to_full_precision", "spatial_fd", "kernel_distance", "score", "precision", "recall"]
@@ -43,8 +43,8 @@ def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
     if path.is_file():
         return Inception(path, device=device)
     raise FormatError(
-        f"{text}: expected '{EMBEDDED}', a classifier's folder or an Inception-v3 file, got nothing there. Distances "
-        f"are taken between features. Use --extractor {EMBEDDED}."
+        f"{text}: expected '{DEFAULT_EXTRACTOR}', a classifier's folder or an Inception-v3 file, got nothing there. "
+        f"Distances are taken between features. Use --extractor {DEFAULT_EXTRACTOR}."
     )
 
 

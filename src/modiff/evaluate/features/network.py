@@ -107,7 +107,7 @@ class ConvUnit(nn.Module):
         return functional.relu(self.bn(self.conv(x)))
 
 
-class Block(nn.Module):
+class InceptionBlock(nn.Module):
     """Units by name, each after its source; the outputs of those that feed no other are concatenated.
 
     pooling: "average" or "maximum" of 3 x 3 neighbours, read by units with the source "pool"; "shrink" is the maximum
@@ -151,7 +151,7 @@ class InceptionNetwork(nn.Module):
             self.add_module(name, ConvUnit(wide, unit, padding))
             wide = unit.width
         for name, (units, pooling) in _MIXED.items():
-            block = Block(wide, units, pooling)
+            block = InceptionBlock(wide, units, pooling)
             self.add_module(name, block)
             wide = block.width
         self.fc = nn.Linear(wide, LOGITS)

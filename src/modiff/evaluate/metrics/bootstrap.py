@@ -14,7 +14,7 @@ from torch import Tensor
 from modiff.errors import ConfigError
 
 Draw = Literal["independent", "paired"]
-Kind = Literal["percentile", "centred", "normal"]
+IntervalKind = Literal["percentile", "centred", "normal"]
 
 FRECHET_IMAGES, MANIFOLD_IMAGES, MEAN_IMAGES = 2048, 10_000, 30
 
@@ -37,7 +37,7 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
     draw: Draw = "independent",
-    kind: Kind = "percentile",
+    kind: IntervalKind = "percentile",
 ) -> Interval:
     """The statistic of the samples, and the range of `level` of its values over resampled images (Efron 1979).
 
@@ -80,7 +80,9 @@ def resampled(
     return values
 
 
-def interval(estimate: float, values: np.ndarray, *, level: float = 0.95, kind: Kind = "percentile") -> Interval:
+def interval(
+    estimate: float, values: np.ndarray, *, level: float = 0.95, kind: IntervalKind = "percentile"
+) -> Interval:
     """The interval that holds the share `level` of the resampled values.
 
     kind: "percentile" takes their quantiles. "centred" shifts these so that their mean lies on the estimate: a Frechet

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import ConfigError
-from modiff.evaluate.metrics.bootstrap import Draw, Interval, Kind, interval, resampled
+from modiff.evaluate.metrics.bootstrap import Draw, Interval, IntervalKind, interval, resampled
 
 CHANNELS = 7
 """Channels of a spatial row, the first ones: 7 * 17 * 17 = 2023 numbers of Inception, about as many as its averages."""
@@ -184,7 +184,7 @@ def frechet_interval(
     level: float = 0.95,
     seed: int = 0,
     draw: Draw = "independent",
-    kind: Kind = "centred",
+    kind: IntervalKind = "centred",
 ) -> FrechetInterval:
     """`frechet_distance` of two sets of features with a bootstrap interval.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modiff.errors import ConfigError
-from modiff.evaluate.analysis.drawing import FAMILIES, GREY, file_bytes, layer_map, log_error, map_height, plain
+from modiff.evaluate.analysis.drawing import FAMILY_STYLES, GREY, as_typed, file_bytes, layer_map, log_error, map_height
 from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.document import Figure
 from modiff.evaluate.suite.plans import STEPS
@@ -27,7 +27,7 @@ MOST_IMAGES = 8
 
 @dataclass(frozen=True)
 class Point:
-    """A configuration in a chart of cost: error with its interval over a cost. family: STEPS, or one of FAMILIES.
+    """A configuration in a chart of cost: error with its interval over a cost. family: STEPS, or one of FAMILY_STYLES.
 
     label: short, stands at the point. error None: nothing to show, for example a run that diverged.
     """
@@ -42,7 +42,7 @@ class Point:
     @property
     def style(self) -> tuple[str, str]:
         """Colour and marker."""
-        return ("black", "x") if self.family == STEPS else FAMILIES.get(self.family, (GREY, "v"))
+        return ("black", "x") if self.family == STEPS else FAMILY_STYLES.get(self.family, (GREY, "v"))
 
 
 def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption: str) -> Figure:
@@ -80,17 +80,17 @@ def draw_pareto(drawing: Drawing, points: Sequence[Point], cost: str, error: str
         direction.set_minor_formatter("{x:g}")
         direction.set_major_formatter("{x:g}")
     axis.set_xlabel(cost)
-    axis.set_ylabel(plain(error))
+    axis.set_ylabel(as_typed(error))
     for family in dict.fromkeys([STEPS, *(p.family for p in points)]):
         members = [p for p in points if p.family == family and p.error]
         if members:
             line = sorted((p.cost, p.error) for p in members)
             colour, marker = members[0].style
-            label, stroke = ("fewer sampler steps", "--") if family == STEPS else (plain(family), "none")
+            label, stroke = ("fewer sampler steps", "--") if family == STEPS else (as_typed(family), "none")
             axis.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=stroke, label=label)
     for point in points:
         if point.family == STEPS and point.error == 0:
-            label = plain(f"{point.label} (error 0)")
+            label = as_typed(f"{point.label} (error 0)")
             axis.axvline(point.cost, color="black", linestyle=":", linewidth=1.2, label=label)
         if point.error:
             _annotate(axis, point, point.error)
@@ -104,7 +104,7 @@ def _annotate(axis: Axes, point: Point, error: float) -> None:
     if point.low is not None and point.high is not None and point.high > 0:
         low = max(point.low, error / 1e3)  # a log scale has no zero
         axis.vlines(point.cost, min(low, error), max(point.high, error), color=colour, linewidth=1)
-    axis.annotate(plain(point.label), (point.cost, error), xytext=(6, 4), textcoords="offset points", fontsize=8,
+    axis.annotate(as_typed(point.label), (point.cost, error), xytext=(6, 4), textcoords="offset points", fontsize=8,
                   color=colour)  # fmt: skip
 
 

@@ -85,13 +85,13 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Code:
+class Verbatim:
     """Text to be shown as it is: a command, settings."""
 
     text: str
 
 
-Block = str | Code | Table | Figure
+Content = str | Verbatim | Table | Figure
 """A paragraph, or one of the others."""
 
 
@@ -100,7 +100,7 @@ class Section:
     """A heading and what stands under it, in order."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[Content, ...]
 
 
 @dataclass(frozen=True)

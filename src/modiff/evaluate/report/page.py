@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from modiff.evaluate.report.document import Block, Code, Document, Figure, Section, Table
+from modiff.evaluate.report.document import Content, Document, Figure, Section, Table, Verbatim
 from modiff.files import check_writable, write_atomically
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
@@ -80,11 +80,11 @@ def _section(number: int, section: Section) -> str:
     return f'<section aria-labelledby="section-{number}">\n{head}\n<div class="flow">\n{blocks}</div>\n</section>\n'
 
 
-def _block(block: Block) -> str:
+def _block(block: Content) -> str:
     match block:
         case str():
             return f"<p>{escape(block)}</p>\n"
-        case Code():
+        case Verbatim():
             return f"<pre><code>{escape(block.text)}</code></pre>\n"
         case Table():
             return _table(block)
@@ -136,11 +136,11 @@ def markdown(document: Document, figures: str = FIGURES) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_block(block: Block, figures: str) -> str:
+def _markdown_block(block: Content, figures: str) -> str:
     match block:
         case str():
             return _text(block)
-        case Code():
+        case Verbatim():
             longest = max((len(run) for run in re.findall(r"`+", block.text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}text\n{block.text}\n{fence}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.charts import Point, image_figures, layer_figure, pareto
-from modiff.evaluate.report.document import Block, Cell, Code, Column, Document, Section, Table
+from modiff.evaluate.report.document import Cell, Column, Content, Document, Section, Table, Verbatim
 from modiff.evaluate.suite.judge import DATA, FULL, Measurement
 from modiff.evaluate.suite.plans import STEPS, Plan
 from modiff.evaluate.suite.run import Row, Suite
@@ -67,7 +67,7 @@ def _results(suite: Suite) -> Section:
     names = [name for name in _metric_names(suite.rows) if name not in COSTS]
     sets, real = ([name for name in names if name.endswith(f"_to_{against}")] for against in (FULL, DATA))
     paired = [name for name in names if name not in (*sets, *real)]
-    blocks: list[Block] = [_summary(suite.rows, paired, "paired"), _summary(suite.rows, COSTS, "costs")]
+    blocks: list[Content] = [_summary(suite.rows, paired, "paired"), _summary(suite.rows, COSTS, "costs")]
     blocks.append(_summary(suite.rows, sets, "as-sets"))
     settings = suite.settings
     features = f"Features: {settings['extractor']}, {settings['extractor_dimension']} numbers an image."
@@ -111,7 +111,7 @@ def _cost_against_error(suite: Suite) -> Section:
     """Relative L2 and the distance to real images, or else to full precision, against both costs."""
     names = _metric_names(suite.rows)
     distance = "fd_to_reference" if "fd_to_reference" in names else "fd_to_full_precision"
-    blocks: list[Block] = [
+    blocks: list[Content] = [
         "Lower left is better. What lies above the dashed line is beaten by taking fewer steps with the unquantized "
         "model. Bit-operations are not speed: time is what was measured here, with integers simulated in floats where "
         "a row does not say that it runs on them."
@@ -166,7 +166,7 @@ def _environment(suite: Suite, command: Sequence[str]) -> Section:
     shown = {key: value for key, value in suite.settings.items() if key != "configs"}
     shown["configurations"] = ", ".join(row.plan.name for row in suite.rows)
     tables = _pairs("settings", "Settings.", shown), _pairs("environment", "Where it ran.", dict(suite.environment))
-    return Section("How to get the same figures", (Code(shlex.join(command)), *tables))
+    return Section("How to get the same figures", (Verbatim(shlex.join(command)), *tables))
 
 
 def _pairs(name: str, caption: str, values: dict[str, object]) -> Table:

@@ -21,7 +21,7 @@ from modiff.evaluate.metrics.paired import mean
 from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
 from modiff.generate.conditions import Conditions
 
-BATCH = 64
+_BATCH = 64
 EXTRAS = ("lpips", "clip")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels CLIP was trained on, in [0, 1]."""
@@ -205,7 +205,7 @@ def _planes(images: Tensor) -> Tensor:
 
 def _by_batch(images: np.ndarray, one: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """A number for each image, float64 (N,)."""
-    batches = (slice(first, first + BATCH) for first in range(0, len(images), BATCH))
+    batches = (slice(first, first + _BATCH) for first in range(0, len(images), _BATCH))
     return torch.cat([one(torch.from_numpy(images[batch]), batch) for batch in batches]).double()
 
 

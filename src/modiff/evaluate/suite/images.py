@@ -41,7 +41,7 @@ NOTHING = Conditions()
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-class Drawn(NamedTuple):
+class DrawnImages(NamedTuple):
     """A batch: images uint8 (N, H, W, C), wall time, state bytes at the trajectory's end, and how many images held
     pixels that are not finite (they count as black)."""
 
@@ -55,7 +55,7 @@ class Drawn(NamedTuple):
 class Session:
     """A configuration that is ready: `draw` gives the images of sample indices; gbops of one image, all steps."""
 
-    draw: Callable[[Sequence[int]], Drawn]
+    draw: Callable[[Sequence[int]], DrawnImages]
     gbops: float
 
 
@@ -137,12 +137,12 @@ class PipelineSource:
                 lambda indices: self._draw(plan.steps, indices, sizes), trajectory_gbops(self.cost, report, plan.steps)
             )
 
-    def _draw(self, steps: int, indices: Sequence[int], sizes: dict[nn.Module, int]) -> Drawn:
+    def _draw(self, steps: int, indices: Sequence[int], sizes: dict[nn.Module, int]) -> DrawnImages:
         start = time.perf_counter()
         pixels = self.run(steps, indices)
         seconds = time.perf_counter() - start
         images, broken = to_codes(pixels)
-        return Drawn(images, seconds, sum(sizes.values()), broken)
+        return DrawnImages(images, seconds, sum(sizes.values()), broken)
 
 
 def _check_inputs(pipe: DiffusionPipeline, conditions: Conditions) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from modiff.evaluate.features.extractor import FeatureExtractor, note_of
 from modiff.evaluate.features.load import Metric, result_name
-from modiff.evaluate.metrics.bootstrap import Kind, bootstrap, small_sample_note
+from modiff.evaluate.metrics.bootstrap import IntervalKind, bootstrap, small_sample_note
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import WINDOW, mean, paired_errors
 from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
-from modiff.evaluate.suite.store import Batch
+from modiff.evaluate.suite.store import SavedBatch
 
 RESAMPLES = 200
 LARGEST_RESAMPLED, FEW_RESAMPLES = 256, 20
@@ -86,7 +86,7 @@ class ImageSet:
         return len(self.pooled)
 
 
-def gather(batches: Iterable[Batch], *, images: bool = True) -> ImageSet:
+def gather(batches: Iterable[SavedBatch], *, images: bool = True) -> ImageSet:
     """One set from batches. Memory: its pooled features, with `images` also these and the spatial rows."""
     columns: dict[str, list[np.ndarray]] = {"pooled": [], "probabilities": [], "images": [], "spatial": []}
     spatial: Moments | None = None
@@ -165,7 +165,7 @@ class Judge:
         small = small_sample_note("frechet_distance", min(len(rows), count), rows.shape[1])
         return self._row(metric, against, distance["estimate"], len(rows), distance, how, small, effort)
 
-    def _effort(self, dimension: int) -> tuple[int, Kind, str | None]:
+    def _effort(self, dimension: int) -> tuple[int, IntervalKind, str | None]:
         """Resamples that a Frechet distance can pay for, the interval that they allow, and what to say of it."""
         if dimension <= LARGEST_RESAMPLED:
             return self.resamples, "centred", None

@@ -14,7 +14,7 @@ from modiff.checkpoint.named_config import FAMILIES, named_config
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 
-FULL_PRECISION = "full precision"
+_FULL_PRECISION = "full precision"
 STEPS = "steps"
 """The family of the plans that quantize nothing and take fewer sampler steps."""
 SHARES = {2: "half the steps", 4: "a quarter of the steps", 5: "a fifth of the steps", 10: "a tenth of the steps"}
@@ -91,7 +91,7 @@ def plans_of(chosen: Preset) -> list[Plan]:
             f"--steps: expected 2 or more, got {chosen.steps}. Half of them are run as well, and what changes between "
             "steps is coded. Use --steps 50."
         )
-    plans = [Plan(name=FULL_PRECISION, steps=chosen.steps)]
+    plans = [Plan(name=_FULL_PRECISION, steps=chosen.steps)]
     plans += [Plan(name=SHARES.get(n, f"1/{n} of the steps"), steps=chosen.steps // n)
               for n in sorted({2, *chosen.fewer}) if chosen.steps // n]  # fmt: skip
     plans += [_named_plan(text, chosen.steps) for text in chosen.configs]

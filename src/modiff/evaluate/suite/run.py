@@ -14,20 +14,27 @@ import torch
 from tqdm import tqdm
 
 from modiff.errors import ConfigError
-from modiff.evaluate.analysis.layers import LayerErrors, LayerTrace
+from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 from modiff.evaluate.analysis.watch import has_static_scales, watch
 from modiff.evaluate.features.extractor import FeatureExtractor, note_of
 from modiff.evaluate.metrics.bootstrap import small_sample_note
 from modiff.evaluate.suite.extras import Extra
-from modiff.evaluate.suite.images import Drawn, ImageSource, PipelineSource, Session, check_reference, read_reference
+from modiff.evaluate.suite.images import (
+    DrawnImages,
+    ImageSource,
+    PipelineSource,
+    Session,
+    check_reference,
+    read_reference,
+)
 from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, ImageSet, Judge, Measurement, gather, mark_broken
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
-from modiff.evaluate.suite.store import Batch, Store
+from modiff.evaluate.suite.store import SavedBatch, Store
 from modiff.evaluate.table import aligned, number
 from modiff.files import ResumableFolder
 from modiff.generate.environment import Environment, environment
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 ROWS = 2
 """Counts up when the names or definitions of the figures change, so that rows of earlier runs are computed again."""
 SAMPLES = 8
@@ -41,7 +48,7 @@ COLUMNS = {
     "state_mib": ("state MiB", ".2f"),
     "seconds": ("seconds", ".1f"),
 }
-FOOTNOTE = """\
+_FOOTNOTE = """\
 FD: {extractor} features, all seeds shared; intervals, notes and all other figures are in --json and --report.
 Relative L2 and PSNR: 8-bit images against full precision. GBOPs and state: of one image. Bit-operations are not speed.
 Seconds: all {n} images. Integers are simulated in floats, and slower, where a row does not say that it runs on them."""
@@ -98,7 +105,7 @@ def text_table(rows: Sequence[Row]) -> str:
         shown = ((row.metric(name) or {"value": None}, COLUMNS[name][1]) for name in names)
         cells.append([row.plan.name, str(row.plan.steps), *(number(m["value"], form) for m, form in shown)])
     extractor = next((m["extractor"] for m in figures if m["extractor"]), "no")
-    return f"{aligned(cells)}\n\n{FOOTNOTE.format(extractor=extractor, n=max(m['n'] for m in figures))}"
+    return f"{aligned(cells)}\n\n{_FOOTNOTE.format(extractor=extractor, n=max(m['n'] for m in figures))}"
 
 
 def run_suite(
@@ -137,7 +144,7 @@ def run_suite(
     for extra in extras:
         extra.check(source.shape)
     present = environment()
-    job = {"format_version": FORMAT_VERSION, **source.settings, "extractor": extractor.name, "batch_size": batch_size,
+    job = {"format_version": _FORMAT_VERSION, **source.settings, "extractor": extractor.name, "batch_size": batch_size,
            "modiff": present["modiff"], "torch": present["torch"]}  # fmt: skip
     with ResumableFolder(folder, job, record="settings.json"):
         store = Store(folder, batch_size)
@@ -185,16 +192,16 @@ def _draw_plan(session: Session, extractor: FeatureExtractor, store: Store, plan
         bar.update(start + plan.steps - bar.n)  # samplers may evaluate more or less often than once in a step
 
 
-def _batch(extractor: FeatureExtractor, drawn: Drawn) -> Batch:
+def _batch(extractor: FeatureExtractor, drawn: DrawnImages) -> SavedBatch:
     rows = extractor(torch.tensor(drawn.images))
     pooled, spatial, probabilities = (None if row is None else row.detach().cpu().float().numpy() for row in rows)
-    return Batch(drawn.images, np.asarray(pooled), spatial, probabilities, drawn.seconds, drawn.state_bytes,
+    return SavedBatch(drawn.images, np.asarray(pooled), spatial, probabilities, drawn.seconds, drawn.state_bytes,
                  drawn.broken)  # fmt: skip
 
 
 def _reference_set(path: Path, extractor: FeatureExtractor) -> ImageSet:
     """The features of real images; the images themselves are not kept in memory."""
-    return gather((_batch(extractor, Drawn(images, 0.0, 0, 0)) for images in read_reference(path)), images=False)
+    return gather((_batch(extractor, DrawnImages(images, 0.0, 0, 0)) for images in read_reference(path)), images=False)
 
 
 def _judge_all(
@@ -241,6 +248,6 @@ def layer_errors(source: PipelineSource, plan: Plan, *, num_images: int = 4) -> 
     """
     if plan.config is None:
         return []
-    errors = LayerErrors()
+    errors = LayerTraces()
     watch(source.pipe, lambda: source.run(plan.steps, range(num_images)), plan.config, [errors])
     return errors.layers()

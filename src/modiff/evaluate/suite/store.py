@@ -17,7 +17,7 @@ from modiff.files import check_writable, write_atomically, write_json
 PLAN, ROW = "plan.json", "row.json"
 
 
-class Batch(NamedTuple):
+class SavedBatch(NamedTuple):
     """Images of consecutive sample indices: uint8 (N, H, W, C), and what the extractor and the clock said of them."""
 
     images: np.ndarray
@@ -43,14 +43,14 @@ class Store:
         """The batches that are still to be drawn, as ranges of sample indices."""
         return [indices for indices in self._batches(num_images) if not self._path(plan, indices).is_file()]
 
-    def save(self, plan: Plan, indices: range, batch: Batch) -> None:
+    def save(self, plan: Plan, indices: range, batch: SavedBatch) -> None:
         """Write a batch; it is there whole or not at all."""
         path = self._path(plan, indices)
         arrays = {name: value for name, value in batch._asdict().items() if value is not None}
         check_writable(path)
         write_atomically(path, lambda file: np.savez(file, **arrays))
 
-    def load(self, plan: Plan, num_images: int) -> Iterator[Batch]:
+    def load(self, plan: Plan, num_images: int) -> Iterator[SavedBatch]:
         """All batches in order of the sample index. Raises: FormatError for a file that is damaged."""
         for indices in self._batches(num_images):
             yield _read(self._path(plan, indices), len(indices))
@@ -94,11 +94,11 @@ class Store:
         return self.folder / plan.key / f"{indices.start:06d}-{indices.stop:06d}.npz"
 
 
-def _read(path: Path, count: int) -> Batch:
+def _read(path: Path, count: int) -> SavedBatch:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        batch = Batch(
+        batch = SavedBatch(
             images=arrays["images"], pooled=arrays["pooled"], spatial=arrays.get("spatial"),
             probabilities=arrays.get("probabilities"), seconds=float(arrays["seconds"]),
             state_bytes=int(arrays["state_bytes"]), broken=int(arrays["broken"]),
