@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ def problems(draw: st.DrawFn, bits: st.SearchStrategy[int] | None = None) -> Pro
     )
 
 
-def operands(problem: Problem, seed: int, *, innermost: bool = True, extreme: bool = False) -> tuple[Tensor, Tensor]:
+def operands(problem: Problem, seed: int, *, inner: bool = True, extreme: bool = False) -> tuple[Tensor, Tensor]:
     """(uint8 codes, int8 weight codes); half of both are the extreme codes where asked, so that pairs saturate."""
     generator = torch.Generator().manual_seed(seed)
     shape = (2, 3, problem.inputs) if not problem.kernel_size else (2, problem.inputs, *[5] * len(problem.kernel_size))
@@ -44,8 +45,8 @@ def operands(problem: Problem, seed: int, *, innermost: bool = True, extreme: bo
     if extreme:
         codes[0], weight[::2] = problem.largest_byte, largest
     codes = codes.to(torch.uint8)
-    if problem.kernel_size and innermost:
-        codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)
+    if problem.kernel_size and inner:
+        codes = innermost(codes)
     return codes, weight.to(torch.int8)
 
 
@@ -76,6 +77,23 @@ def scales(problem: Problem, codes: Tensor, kind: str) -> Tensor:
     return torch.rand(codes.shape[0], *[1] * (codes.dim() - 1)) * 0.05 + 0.01
 
 
-def with_groups(problem: Problem, groups: int, channels: int) -> Problem:
-    """The same layer in groups of that many channels each."""
-    return dataclasses.replace(problem, groups=groups, inputs=groups * channels, outputs=groups * channels)
+def along(*sizes: int) -> dict[str, tuple[int, ...]]:
+    """The settings of a convolution that keeps its image, of these kernel sizes; none of a linear layer."""
+    ones = (1,) * len(sizes)
+    return {"kernel_size": sizes, "stride": ones, "padding": tuple(size // 2 for size in sizes), "dilation": ones}
+
+
+def innermost(x: Tensor) -> Tensor:
+    """x with its channels, axis 1, innermost in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """That many threads of torch, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The choice of a backend is a pure function; every machine can be made up."""
+"""The choice of a backend is a pure function, every machine can be made up; a slow choice is told once."""
 
 from __future__ import annotations
 
@@ -13,106 +13,78 @@ from modiff.kernels.dispatch import plan
 from modiff.kernels.isa import Isa, Trust
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
+from tests.kernels.problems import along
 
-CONV = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
-LINEAR = Problem(1152, 1152)
-PLAIN = Problem(320, 320, **CONV)
+LINEAR, CONV = Problem(1152, 1152), Problem(320, 320, **along(3, 3))
+
+
+def grouped(groups: int, inputs: int, outputs: int) -> Problem:
+    return dataclasses.replace(CONV, groups=groups, inputs=inputs, outputs=outputs)
 
 
 @pytest.mark.parametrize("level", ["amx", "avx512_vnni", "avx2_vnni"])
-@pytest.mark.parametrize("problem", [LINEAR, PLAIN, dataclasses.replace(LINEAR, bits=3)])
+@pytest.mark.parametrize("problem", [LINEAR, CONV, dataclasses.replace(LINEAR, bits=3)])
 def test_vnni_runs_full_range_codes_on_onednn(level, problem):
-    choice = plan(problem, Isa(level))
-    assert choice.backend == "onednn"
-    assert level in choice.reason
+    assert plan(problem, Isa(level))[:2] == ("onednn", f"oneDNN int8 on {level}, sums in 32 bits")
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "sse41"])
+@pytest.mark.parametrize("trust", [Trust(bounded=True, full=False), Trust()])  # a test passed does not replace VNNI
 @pytest.mark.parametrize(
     ("bits", "weight_max", "backend"),
-    [
-        (8, 64, "onednn"),
-        (8, 65, "float_exact"),
-        (8, 127, "float_exact"),
-        (8, 8, "onednn"),
-        (7, 128, "onednn"),
-        (4, 128, "onednn"),
-    ],
+    [(8, 64, "onednn"), (8, 65, "float_exact"), (8, 127, "float_exact"), (7, 128, "onednn"), (4, 128, "onednn")],
 )
-def test_without_vnni_onednn_runs_only_what_cannot_saturate_16_bits(level, bits, weight_max, backend):
-    for problem in (LINEAR, PLAIN):
-        asked = dataclasses.replace(problem, bits=bits, weight_max=weight_max)
-        choice = plan(asked, Isa(level))
+def test_without_vnni_onednn_runs_only_what_cannot_saturate_16_bits(level, trust, bits, weight_max, backend):
+    for problem in (LINEAR, CONV):
+        choice = plan(dataclasses.replace(problem, bits=bits, weight_max=weight_max), Isa(level, trust=trust))
         assert choice.backend == backend
         assert "16 bits" in choice.reason
         assert ("7-bit weights" in choice.reason) == (backend == "float_exact")
 
 
 def test_a_machine_that_fails_the_self_test_is_not_trusted_whatever_it_says():
-    full_only = Trust(bounded=True, full=False)
+    full_only, nothing = Trust(bounded=True, full=False), Trust(bounded=False, full=False, detail="no primitive")
+    few = dataclasses.replace(LINEAR, bits=4)
     assert plan(LINEAR, Isa("amx", trust=full_only)).backend == "float_exact"
     assert "failed the self-test" in plan(LINEAR, Isa("amx", trust=full_only)).reason
-    assert plan(dataclasses.replace(LINEAR, bits=4), Isa("amx", trust=full_only)).backend == "onednn"
-    nothing = Trust(bounded=False, full=False, detail="no primitive")
+    assert plan(few, Isa("amx", trust=full_only)).backend == "onednn"
     for level in ("amx", "avx2"):
-        choice = plan(dataclasses.replace(LINEAR, bits=4), Isa(level, trust=nothing))
+        choice = plan(few, Isa(level, trust=nothing))
         assert (choice.backend, "no primitive" in choice.reason) == ("float_exact", True)
-
-
-def test_passing_the_self_test_does_not_replace_vnni():
-    assert plan(LINEAR, Isa("avx2", trust=Trust(bounded=True, full=True))).backend == "float_exact"
 
 
 @pytest.mark.parametrize(
     ("problem", "isa", "backend", "reason"),
     [
         (LINEAR, Isa("amx", onednn=False), "float_exact", "no oneDNN integer operators"),
-        (PLAIN, Isa("amx", onednn=False), "reference", "inexact algorithm"),
-        (
-            Problem(64, 64, (1, 1), (1, 1), (0, 0), (1, 1)),
-            Isa("amx", onednn=False),
-            "float_exact",
-            "no oneDNN integer operators",
-        ),
+        (CONV, Isa("amx", onednn=False), "reference", "inexact algorithm"),
+        (Problem(64, 64, **along(1, 1)), Isa("amx", onednn=False), "float_exact", "no oneDNN integer operators"),
         (LINEAR, Isa("other"), "float_exact", "x86"),
+        (LINEAR, Isa("avx2"), "float_exact", "exact in 2 chunks:"),
+        (dataclasses.replace(LINEAR, inputs=64), Isa("avx2"), "float_exact", "exact in 1 chunk:"),
         (dataclasses.replace(LINEAR, device="xpu"), Isa("amx"), "reference", "xpu"),
-        (dataclasses.replace(PLAIN, groups=4, inputs=32, outputs=64), Isa("amx"), "float_exact", "groups of 8 and 16"),
-        (dataclasses.replace(PLAIN, groups=4, inputs=64, outputs=32), Isa("amx"), "float_exact", "groups of 16 and 8"),
-        (dataclasses.replace(PLAIN, groups=4, inputs=64, outputs=64), Isa("amx"), "onednn", "oneDNN int8"),
-        (dataclasses.replace(PLAIN, groups=64, inputs=64, outputs=64), Isa("amx"), "onednn", "oneDNN int8"),
-        (dataclasses.replace(PLAIN, groups=64, inputs=64, outputs=128), Isa("amx"), "float_exact", "groups of 1 and 2"),
-        (
-            Problem(8, 8, (3, 3, 3), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
-            Isa("amx"),
-            "float_exact",
-            "at most two axes",
-        ),
+        (grouped(4, 32, 64), Isa("amx"), "float_exact", "groups of 8 and 16"),
+        (grouped(4, 64, 32), Isa("amx"), "float_exact", "groups of 16 and 8"),
+        (grouped(4, 64, 64), Isa("amx"), "onednn", "oneDNN int8"),
+        (grouped(64, 64, 64), Isa("amx"), "onednn", "oneDNN int8"),
+        (grouped(64, 64, 128), Isa("amx"), "float_exact", "groups of 1 and 2"),
+        (Problem(8, 8, **along(3, 3, 3)), Isa("amx"), "float_exact", "at most two axes"),
         (Problem(70000, 8), Isa("amx"), "reference", "may pass 32 bits"),
-        (Problem(4, 4, (64, 64), (1, 1), (0, 0), (1, 1)), Isa("avx2"), "reference", "alone pass 2^24"),
+        (Problem(4, 4, **along(64, 64)), Isa("avx2"), "reference", "alone pass 2^24"),
     ],
 )
 def test_what_a_backend_cannot_run_goes_elsewhere_with_a_reason(problem, isa, backend, reason):
     choice = plan(problem, isa)
     assert choice.backend == backend
     assert reason in choice.reason
-
-
-def test_the_reason_names_the_number_of_chunks():
-    assert "exact in 2 chunks:" in plan(LINEAR, Isa("avx2")).reason
-    assert "exact in 1 chunk:" in plan(dataclasses.replace(LINEAR, inputs=64), Isa("avx2")).reason
-
-
-@pytest.mark.parametrize(("bits", "largest"), [(8, 255), (4, 15), (2, 3)])
-def test_the_bound_of_the_sums_follows_the_bits(bits, largest):
-    assert dataclasses.replace(LINEAR, bits=bits, weight_max=9).largest_sum == 1152 * largest * 9
+    assert all(sentence in choice.reason for _, sentence in choice.refusals)
 
 
 def test_a_convolution_is_pointwise_only_where_it_is_a_matmul():
-    one = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
-    assert Problem(4, 4, **one).pointwise
+    assert Problem(4, 4, **along(1, 1)).pointwise
     assert not LINEAR.pointwise
     for change in ({"kernel_size": (1, 3)}, {"stride": (2, 1)}, {"padding": (0, 1)}, {"groups": 2}):
-        assert not Problem(4, 4, **{**one, **change}).pointwise
+        assert not Problem(4, 4, **{**along(1, 1), **change}).pointwise
 
 
 @pytest.mark.parametrize(
@@ -131,52 +103,50 @@ def test_a_problem_that_means_nothing_is_refused(fields, message):
         dataclasses.replace(LINEAR, **fields)
 
 
-BROKEN = {
-    "a torch without the operators": (Isa("amx", onednn=False), "no oneDNN integer operators"),
-    "a processor that oneDNN's kernels do not know": (Isa("other"), "need x86 with SSE4.1"),
-    "operators of another signature": (Isa("amx", trust=Trust(False, False, "expected 13 arguments")), "13 arguments"),
-    "sums that saturate against the processor's word": (Isa("amx", trust=Trust(True, False)), "failed the self-test"),
-}
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """A process in which nobody was warned yet."""
+def warned(monkeypatch: pytest.MonkeyPatch, machine: Isa, *sizes: int, **options: object) -> list[str]:
+    """What a process on that machine says when kernels of these sizes are built, one after the other."""
     monkeypatch.setattr(errors, "_WARNED", set())
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_slow_fallback_warns_once_and_says_what_to_do(case, fresh, monkeypatch):
-    isa, cause = BROKEN[case]
-    monkeypatch.setattr("modiff.kernels.dispatch.this_machine", lambda *_: isa)
-    monkeypatch.setattr("modiff.kernels.kernel.this_machine", lambda *_: isa)
+    monkeypatch.setattr("modiff.kernels.dispatch.this_machine", lambda *_: machine)
+    monkeypatch.setattr("modiff.kernels.kernel.this_machine", lambda *_: machine)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for inputs in (64, 64, 65):
-            Kernel(Problem(inputs, 8), torch.ones(8, inputs, dtype=torch.int8), torch.ones(8))
-    assert [w.category for w in seen] == [ModiffWarning]
-    message = str(seen[0].message)
+        for size in sizes:
+            plan(Problem(size, 8))
+            Kernel(Problem(size, 8), torch.ones(8, size, dtype=torch.int8), torch.ones(8), **options)
+    assert all(warning.category is ModiffWarning for warning in seen)
+    return [str(warning.message) for warning in seen]
+
+
+@pytest.mark.parametrize(
+    ("isa", "cause"),
+    [
+        (Isa("amx", onednn=False), "no oneDNN integer operators"),
+        (Isa("other"), "need x86 with SSE4.1"),
+        (Isa("amx", trust=Trust(False, False, "expected 13 arguments")), "13 arguments"),
+        (Isa("amx", trust=Trust(True, False)), "failed the self-test"),
+    ],
+)
+def test_a_slow_fallback_warns_once_and_says_what_to_do(isa, cause, monkeypatch):
+    (message,) = warned(monkeypatch, isa, 64, 64, 65)
     assert cause in message
     assert "float_exact, more slowly than on onednn" in message
     assert "leave execution='simulated'" in message
 
 
-def test_float64_sums_warn_whatever_the_machine(fresh, monkeypatch):
-    monkeypatch.setattr("modiff.kernels.dispatch.this_machine", lambda *_: Isa("amx"))
-    monkeypatch.setattr("modiff.kernels.kernel.this_machine", lambda *_: Isa("amx"))
-    with pytest.warns(ModiffWarning, match="a layer runs on float64 sums, slow: a sum of 70000 products may pass 32"):
-        Kernel(Problem(70_000, 2), torch.ones(2, 70_000, dtype=torch.int8), torch.ones(2))
+def test_float64_sums_warn_whatever_the_machine(monkeypatch):
+    (message,) = warned(monkeypatch, Isa("amx"), 70_000, 70_001)
+    assert "a layer runs on float64 sums, slow: a sum of 70000 products may pass 32" in message
 
 
-@pytest.mark.parametrize("ask", ["plan", "VNNI", "no VNNI", "pretended", "forced"])
-def test_what_is_as_fast_as_the_processor_allows_is_silent(ask, fresh, monkeypatch):
-    isa = {"VNNI": Isa("amx"), "no VNNI": Isa("avx2")}.get(ask, Isa("other"))
-    monkeypatch.setattr("modiff.kernels.dispatch.this_machine", lambda *_: isa)
-    monkeypatch.setattr("modiff.kernels.kernel.this_machine", lambda *_: isa)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if ask == "plan":
-            assert plan(LINEAR).backend == "float_exact"
-            return
-        options = {"pretended": {"isa": isa}, "forced": {"backend": "reference"}}.get(ask, {})
-        Kernel(Problem(64, 8), torch.ones(8, 64, dtype=torch.int8), torch.ones(8), **options)
+@pytest.mark.parametrize(
+    ("isa", "options"),
+    [
+        (Isa("amx"), {}),
+        (Isa("avx2"), {}),  # as fast as the processor allows
+        (Isa("other"), {"isa": Isa("other")}),
+        (Isa("other"), {"backend": "reference"}),
+    ],
+    ids=["VNNI", "no VNNI", "pretended", "forced"],
+)
+def test_what_is_as_fast_as_it_can_be_or_was_asked_for_is_silent(isa, options, monkeypatch):
+    assert not warned(monkeypatch, isa, 64, **options)

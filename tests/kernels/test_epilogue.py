@@ -14,10 +14,12 @@ from modiff.kernels.fixed_point import FixedState, start
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.kernels.problems import exact_sums, operands, problems, scales
-from tests.kernels.test_backends import bound, exact_here
+from tests.kernels.problems import along, exact_sums, operands, problems, scales
+from tests.kernels.test_kernel import bound, exact_here
 
-needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+
+def none_clipped() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32)
 
 
 @given(
@@ -26,10 +28,10 @@ needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="need
     kind=st.sampled_from(["one", "sample", "token"]),
     integers=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    innermost=st.booleans(),
+    inner=st.booleans(),
 )
 @settings(max_examples=60)
-def test_a_step_adds_to_the_state_and_gives_the_output(problem, seed, kind, integers, dtype, innermost):
+def test_a_step_adds_to_the_state_and_gives_the_output(problem, seed, kind, integers, dtype, inner):
     kind = "sample" if kind == "token" and problem.kernel_size and not problem.pointwise else kind
     codes, weight = operands(problem, seed)
     torch.manual_seed(seed)
@@ -38,23 +40,17 @@ def test_a_step_adds_to_the_state_and_gives_the_output(problem, seed, kind, inte
     sent = exact_sums(problem, codes, weight) * scale.double() * weight_scale.double().reshape(per_output)
     for backend in exact_here(problem):
         kernel = Kernel(problem, weight, weight_scale, backend=backend)
-        state = kernel.new_output(codes)
-        state += torch.randn(state.shape) + (sent.abs().max() if integers else 0.0)
-        state = state if innermost else state.contiguous()
-        if integers:
-            held, clipped = start(state, 4.0), torch.zeros(1, dtype=torch.int32)
-            before = held.value()
-            found = kernel.step(held, codes, scale, dtype, clipped)
-            after, error = held.value(), bound(before, sent) + float(held.grid) / 2
-            assert int(clipped) == 0
-        else:
-            before, held = state.clone(), state
-            found = kernel.step(held, codes, scale, dtype)
-            after, error = held, bound(before, sent)
-        assert_within(after, before.double() + sent, error)
-        assert_same_bits(found, after.to(dtype))
-        assert found.data_ptr() != after.data_ptr()
-        assert found.stride() == kernel.new_output(codes).stride()
+        floats = kernel.new_output(codes) + torch.randn(sent.shape) + (sent.abs().max() if integers else 0.0)
+        floats = floats if inner else floats.contiguous()
+        state, clipped = (start(floats, 4.0), none_clipped()) if integers else (floats, None)
+        before = state.value() if isinstance(state, FixedState) else state.clone()
+        output = kernel.step(state, codes, scale, dtype, clipped)
+        after, coarse = (state.value(), state.grid) if isinstance(state, FixedState) else (state, 0.0)
+        assert clipped is None or int(clipped) == 0
+        assert_within(after, before.double() + sent, bound(before, sent) + float(coarse) / 2)
+        assert_same_bits(output, after.to(dtype))
+        assert output.data_ptr() != after.data_ptr()
+        assert output.stride() == kernel.new_output(codes).stride()
 
 
 @given(
@@ -68,57 +64,53 @@ def test_a_step_adds_to_the_state_and_gives_the_output(problem, seed, kind, inte
 @settings(max_examples=60)
 def test_the_compiled_loop_equals_torch_s_operators(seed, integers, dtype, rows, count, special):
     torch.manual_seed(seed)
-    sent, scale = torch.randn(4, count) * 50, torch.rand(rows) * 0.1
+    sent, scale, value = torch.randn(4, count) * 50, torch.rand(rows) * 0.1, torch.randn(4, count)
     sent[1, 3] = special
-    value = torch.randn(4, count)
-    fixed = start(value, 4.0)
-    states = [(fixed.n if integers else value).clone() for _ in range(2)]
-    counts = [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
-    outs = [torch.empty(4, count, dtype=dtype) for _ in range(2)]
-    add_sent(states[0], (fixed.grid, counts[0]) if integers else None, sent, scale, 0, outs[0])
-    add_eagerly(states[1], (fixed.grid, counts[1]) if integers else None, sent, scale, outs[1])
-    if integers:
-        assert_same_bits(states[0], states[1])
-        assert_same_bits(counts[0], counts[1])
-    assert torch.equal(torch.nan_to_num(states[0].float()), torch.nan_to_num(states[1].float()))
-    assert torch.equal(outs[0].isnan(), outs[1].isnan())
-    assert torch.equal(outs[0].nan_to_num(0.0), outs[1].nan_to_num(0.0))
-    assert bool(outs[0][1, 3].isnan()) == (special != special)
+    fixed, results = start(value, 4.0), []
+    for run in (lambda *given: add_sent(*given[:4], 0, given[4]), add_eagerly):
+        state, clipped, out = (
+            (fixed.n if integers else value).clone(),
+            none_clipped(),
+            torch.empty(4, count, dtype=dtype),
+        )
+        run(state, (fixed.grid, clipped) if integers else None, sent, scale, out)
+        results.append((state.float(), clipped.float(), out))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(0.0), other.nan_to_num(0.0))
+    assert bool(results[0][2][1, 3].isnan()) == (special != special)
 
 
-def test_what_leaves_16_bits_is_cut_and_counted():
-    fixed, clipped = start(torch.ones(2, 8), 2.0), torch.zeros(1, dtype=torch.int32)
-    for run in (lambda *a: add_sent(*a[:4], 0, a[4]), add_eagerly):
-        state = FixedState(fixed.n.clone(), fixed.grid)
-        sent = torch.zeros(2, 8)
-        sent[0, :3], sent[1, 0] = 100.0, -100.0
-        run(state.n, (state.grid, clipped.zero_()), sent, torch.tensor(1.0), torch.empty(2, 8))
-        assert int(clipped) == 4
-        assert (int(state.n.max()), int(state.n.min())) == (32767, -32768)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_leaves_16_bits_is_cut_and_counted(compiled, monkeypatch):
+    state, clipped, sent = start(torch.ones(2, 8), 2.0), none_clipped(), torch.zeros(2, 8)
+    sent[0, :3], sent[1, 0] = 100.0, -100.0
+    if not compiled:
+        monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+    add_sent(state.n, (state.grid, clipped), sent, torch.tensor(1.0), 0, torch.empty(2, 8))
+    assert (int(clipped), int(state.n.max()), int(state.n.min())) == (4, 32767, -32768)
 
 
 def drift(kind: str, steps: int) -> float:
-    """Relative error of the output state after so many steps, against the operator on the input state."""
+    """Relative error of the output state after that many steps, against the operator on the input state."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (64, 96), generator=generator).to(torch.int8)
     weight_scale = torch.rand(64, generator=generator) * 1e-2 + 1e-3
     kernel = Kernel(Problem(96, 64, bits=8), weight, weight_scale, backend="reference")
     exact = weight.double() * weight_scale.double().unsqueeze(1)
-    inputs = [x.float() for x in drifting(1, (16, 96), steps + 1, 0.1)]
-    value = inputs[0].double()
-    output = torch.nn.functional.linear(value, exact)
-    clipped = torch.zeros(1, dtype=torch.int32) if kind == "int16" else None
-    state = start(output.float(), 2.0) if kind == "int16" else output.to(getattr(torch, kind))
-    for x in inputs[1:]:
+    first, *inputs = (x.float() for x in drifting(1, (16, 96), steps + 1, 0.1))
+    value, clipped = first.double(), none_clipped() if kind == "int16" else None
+    output = (value @ exact.T).float()
+    state = start(output, 2.0) if kind == "int16" else output.to(getattr(torch, kind))
+    for x in inputs:
         residual = x.double() - value
         scale = (residual.abs().amax(1, keepdim=True) / 127).float()
         codes = torch.round(residual / scale.double())
         value = value + codes * scale.double()
         kernel.step(state, (codes + 128).to(torch.uint8), scale, clipped=clipped)
-    found = state.value() if isinstance(state, FixedState) else state
-    truth = torch.nn.functional.linear(value, exact)
+    after, truth = state.value() if isinstance(state, FixedState) else state, value @ exact.T
     assert clipped is None or int(clipped) == 0
-    return float((found.double() - truth).norm() / truth.norm())
+    return float((after.double() - truth).norm() / truth.norm())
 
 
 def test_formats_of_the_output_state_in_the_order_of_their_error():
@@ -129,33 +121,26 @@ def test_formats_of_the_output_state_in_the_order_of_their_error():
     assert errors["bfloat16"] > 8 * errors["int16"]
 
 
-@needs_compiler
-def test_with_a_compiler_the_compiled_loop_runs(monkeypatch):
-    monkeypatch.setattr(epilogue, "add_eagerly", lambda *_: pytest.fail("torch's operators ran"))
-    for axes, kinds in ((0, ("sample", "token")), (2, ("sample",))):
-        problem = Problem(12, 10, *[(3,) * axes, (1,) * axes, (1,) * axes, (1,) * axes], bits=4)
-        codes, weight = operands(problem, 0)
-        for backend in ("float_exact", "onednn"):
-            kernel = Kernel(problem, weight, torch.ones(10), backend=backend)
-            for kind in kinds:
-                kernel.step(kernel.new_output(codes), codes, scales(problem, codes, kind), torch.bfloat16)
-
-
-def test_without_a_compiler_steps_are_the_same(monkeypatch):
-    problem = Problem(12, 10, bits=4)
+@pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("sizes", "kind"), [((), "sample"), ((), "token"), ((3, 3), "sample")])
+@pytest.mark.parametrize("backend", ["float_exact", "onednn"])
+def test_with_a_compiler_the_compiled_loop_runs_and_without_one_steps_are_the_same(sizes, kind, backend, monkeypatch):
+    problem = Problem(12, 10, **along(*sizes), bits=4)
     codes, weight = operands(problem, 0)
-    kernel, scale = Kernel(problem, weight, torch.ones(10)), scales(problem, codes, "token")
-    first = kernel.step(kernel.new_output(codes), codes, scale)
+    kernel, scale = Kernel(problem, weight, torch.ones(10), backend=backend), scales(problem, codes, kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(epilogue, "add_eagerly", lambda *_: pytest.fail("torch's operators ran"))
+        first = kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16)
     monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
-    assert_within(kernel.step(kernel.new_output(codes), codes, scale), first, 1e-4)
+    assert_same_bits(kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16), first)
 
 
 def test_integers_without_a_count_of_what_was_cut_are_refused():
-    problem = Problem(12, 10, bits=4)
+    problem, scale = Problem(12, 10, bits=4), torch.tensor(0.1)
     codes, weight = operands(problem, 0)
     kernel = Kernel(problem, weight, torch.ones(10))
     state = kernel.new_output(codes)
     with pytest.raises(KernelError, match="expected `clipped` with an integer state and with no other, got none"):
-        kernel.step(start(state), codes, torch.tensor(0.1))
+        kernel.step(start(state), codes, scale)
     with pytest.raises(KernelError, match="got one with a float state"):
-        kernel.step(state, codes, torch.tensor(0.1), clipped=torch.zeros(1, dtype=torch.int32))
+        kernel.step(state, codes, scale, clipped=none_clipped())

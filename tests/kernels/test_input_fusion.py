@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,304 +13,268 @@ from torch.nn import functional
 
 from modiff import KernelError
 from modiff.kernels import input_fusion, native
+from modiff.kernels.encode import encode_residual
+from modiff.kernels.fixed_point import encode_fixed, start
 from modiff.kernels.input_fusion import InputFusion
 from tests.helpers import assert_same_bits, assert_within
-from tests.kernels.coded import ACTIVATIONS, active, check
+from tests.kernels.problems import innermost, on_threads
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
 
-
-def shapes_and_layout(draw_size: tuple[int, ...], innermost: bool, dtype: torch.dtype, seed: int) -> Tensor:
-    x = torch.randn(draw_size, generator=torch.Generator().manual_seed(seed)) * 2 + 1
-    return (x.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else x).to(dtype)
-
-
-@given(
-    seed=st.integers(0, 2**31),
-    size=st.sampled_from([(2, 12, 5, 7), (1, 36, 9, 4), (3, 12, 50)]),
-    groups=st.sampled_from([1, 4, 12]),
-    activation=st.sampled_from(ACTIVATIONS),
-    granularity=st.sampled_from(["tensor", "sample", "token"]),
-    bits=st.sampled_from([4, 8]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    innermost=st.booleans(),
-    affine=st.booleans(),
-)
-@settings(max_examples=40)
-def test_group_norm_before_a_convolution(seed, size, groups, activation, granularity, bits, dtype, innermost, affine):
-    x = shapes_and_layout(size, innermost, dtype, seed)
-    weight, bias = (torch.randn(size[1]), torch.randn(size[1])) if affine else (None, None)
-    wide = None if weight is None else weight.double()
-    exact = active(functional.group_norm(x.double(), groups, wide, None if bias is None else bias.double()), activation)
-    state = torch.empty_like(x, dtype=torch.float32)
-    state.copy_(exact + 0.3 * torch.randn(size))
-    before = state.clone()
-    fusion = InputFusion("group", groups, weight, bias, 1e-5, activation)
-    found = fusion.encode(x, state, None, bits, granularity=granularity, channel_dim=1)
-    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (1,)}[granularity]
-    check(found, before, state, exact, bits, axes)
-    assert found[0].stride() == x.stride()
+ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu")
+GRANULARITIES = ("tensor", "sample", "token")
+KINDS = ("group", "group, innermost", "group_last", "layer", "layer, weighted", "layer, modulated", "gated",
+         "gated, swapped", "gated, apart", "gated, of another type", "none")  # fmt: skip
+PIXELS, TOKENS = ((2, 12, 5, 7), (1, 36, 9, 4), (3, 12, 50)), ((2, 5, 48), (1, 3, 12), (2, 3, 4, 36))
 
 
-@pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("granularity", ["tensor", "sample", "token"])
-@pytest.mark.parametrize("size", [(2, 7, 12), (1, 3, 5, 24)])
-def test_group_norm_of_tokens_is_that_of_pixels(size, granularity, dense):
-    x = torch.randn(size) if dense else torch.randn(size[0], size[-1], *size[1:-1]).movedim(1, -1)
-    weight, bias = torch.randn(size[-1]), torch.randn(size[-1])
-    exact = functional.group_norm(x.double().movedim(-1, 1), 4, weight.double(), bias.double()).movedim(1, -1)
-    fusion = InputFusion("group_last", 4, weight, bias, 1e-5)
-    assert_within(fusion.compute(x), exact, 1e-5)
-    state = (exact + 0.3 * torch.randn(size)).float().contiguous()
-    before = state.clone()
-    found = fusion.encode(x, state, None, 8, granularity=granularity)
-    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
-    assert found[1].shape == exact.amax(axes, keepdim=True).shape
-    check(found, before, state, exact, 8, axes)
-    codes, used = fusion.encode(x, before, found[1], 8, granularity=granularity)
-    assert_same_bits(used, found[1])
-    assert torch.equal(codes, found[0])
-    assert_same_bits(before, state)
+class Case(NamedTuple):
+    """An input, what it passes through, the axis of its channels, and y in float64."""
+
+    x: Tensor
+    fusion: InputFusion
+    axis: int
+    exact: Tensor
+
+    def shared(self, granularity: str) -> tuple[int, ...]:
+        """The axes that share a scale."""
+        dims = self.x.dim()
+        return {"tensor": tuple(range(dims)), "sample": tuple(range(1, dims)), "token": (self.axis % dims,)}[
+            granularity
+        ]
+
+    def floats(self, around: float = 0.3) -> Tensor:
+        """A state near y, laid in memory as codes are."""
+        state = torch.empty_like(self.x, dtype=torch.float32)
+        return state.copy_(self.exact + around * torch.randn(self.x.shape))
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    size=st.sampled_from([(2, 5, 48), (3, 40), (2, 3, 4, 33)]),
-    activation=st.sampled_from(ACTIVATIONS),
-    granularity=st.sampled_from(["tensor", "sample", "token"]),
-    bits=st.sampled_from([4, 8]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    modulated=st.sampled_from(["no", "shared", "samples"]),
-)
-@settings(max_examples=60)
-def test_layer_norm_and_its_modulation_before_a_linear_layer(
-    seed, size, activation, granularity, bits, dtype, modulated
-):
-    x = shapes_and_layout(size, False, dtype, seed)
-    each = {"no": None, "shared": (size[-1],), "samples": (size[0], size[-1])}[modulated]
-    weight, bias = (None, None) if each is None else (1 + 0.5 * torch.randn(each), torch.randn(each))
-    exact = functional.layer_norm(x.double(), size[-1:], eps=1e-6)
+def active(y: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return functional.silu(y)
+    approximate = {"gelu_tanh": "tanh", "gelu": "none"}.get(activation)
+    return y if approximate is None else functional.gelu(y, approximate=approximate)
+
+
+def case(kind: str, seed: int, activation: str = "silu", dtype: torch.dtype = torch.float32, size=None) -> Case:
+    torch.manual_seed(seed)
+    norm, _, variant = kind.partition(", ")
+    size = size or (PIXELS if norm == "group" else TOKENS)[seed % 3]
+    axis = 1 if norm == "group" else -1
+    channels, groups = size[axis], (1, 4, 12)[seed // 3 % 3]
+    x = (2 * torch.randn(size) + 1).to(dtype)
+    if norm == "gated":
+        x, gate = (2 * torch.randn(*size[:-1], 2 * channels)).to(dtype).chunk(2, -1)[:: -1 if "swap" in variant else 1]
+        if variant in ("apart", "of another type"):
+            x, gate = x.contiguous(), gate.contiguous().to(torch.float64 if variant != "apart" else dtype)
+        return Case(x, InputFusion("gated", weight=gate, activation=activation), -1,
+                    x.double() * active(gate.double(), activation))  # fmt: skip
+    weight = bias = None
+    if norm.startswith("group") or variant in ("weighted", "modulated"):
+        each = (size[0], channels) if variant == "modulated" else (channels,)
+        weight, bias = 1 + 0.5 * torch.randn(each), torch.randn(each)
+    fusion = InputFusion(norm, groups if norm.startswith("group") else 1, weight, bias, 1e-5, activation)
+    y = x.double().movedim(axis, 1)
+    if norm.startswith("group"):
+        y = functional.group_norm(y, groups, eps=1e-5)
+    elif norm == "layer":
+        y = functional.layer_norm(x.double(), size[-1:], eps=1e-5).movedim(-1, 1)
     if weight is not None and bias is not None:
-        ones = [1] * (len(size) - 2) if modulated == "samples" else []
-        lead = [size[0]] if modulated == "samples" else []
-        exact = exact * weight.double().view(*lead, *ones, -1) + bias.double().view(*lead, *ones, -1)
-    exact = active(exact, activation)
-    state = (exact + 0.3 * torch.randn(size)).float()
-    before = state.clone()
-    fusion = InputFusion("layer", 1, weight, bias, 1e-6, activation)
-    found = fusion.encode(x, state, None, bits, granularity=granularity)
-    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
-    check(found, before, state, exact, bits, axes)
+        ones = [1] * (len(size) - 2)
+        y = y * weight.double().reshape(-1, channels, *ones) + bias.double().reshape(-1, channels, *ones)
+    return Case(innermost(x) if variant == "innermost" else x, fusion, axis, active(y.movedim(1, axis), activation))
+
+
+def check(codes: Tensor, scale: Tensor, predicted: Tensor, after: Tensor, exact: Tensor, bits: int, axes) -> None:
+    """The scale, the codes and the state are those of y, up to the float error of a norm."""
+    error = 4e-6 * (1 + exact.abs().max())
+    largest = (exact - predicted.double()).abs().amax(axes, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert_within(scale, largest.reshape(scale.shape), 1e-5 * float(largest.max()) + error)
+    value = (codes.double() - 2 ** (bits - 1)) * scale.double().reshape(largest.shape)
+    assert_within(after, predicted.double() + value, 1e-6 * (1 + exact.abs().max()))
+    assert_within(after, exact, (0.5001 * scale.double().reshape(largest.shape) + error).expand_as(exact))
 
 
 @given(
+    kind=st.sampled_from(KINDS),
     seed=st.integers(0, 2**31),
-    size=st.sampled_from([(2, 5, 48), (1, 3, 7), (2, 3, 4, 33), (2, 40, 130)]),
     activation=st.sampled_from(ACTIVATIONS),
-    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    granularity=st.sampled_from(GRANULARITIES),
     bits=st.sampled_from([4, 8]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    halves=st.sampled_from(["one after the other", "swapped", "apart", "of another type"]),
+    form=st.sampled_from(["no state", "state", "state and move"]),
 )
-@settings(max_examples=60)
-def test_a_gate_before_a_linear_layer(seed, size, activation, granularity, bits, dtype, halves):
-    both = shapes_and_layout((*size[:-1], 2 * size[-1]), False, dtype, seed)
-    x, gate = both.chunk(2, -1) if halves == "one after the other" else both.chunk(2, -1)[::-1]
-    if halves in ("apart", "of another type"):
-        x, gate = x.contiguous(), gate.contiguous()
-    if halves == "of another type":  # torch's operators
-        gate = gate.double()
-    exact = x.double() * active(gate.double(), activation)
-    state = (exact + 0.3 * torch.randn(size)).float()
-    before = state.clone()
-    fusion = InputFusion("gated", weight=gate, activation=activation)
-    found = fusion.encode(x, state, None, bits, granularity=granularity)
-    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (x.dim() - 1,)}[granularity]
-    check(found, before, state, exact, bits, axes)
-    assert found[0].is_contiguous()
-    codes, scale = fusion.encode(x, None, None, bits, granularity=granularity)
-    step = scale.double().reshape(exact.abs().amax(axes, keepdim=True).shape)
-    error = 4e-6 * (1 + exact.abs().max())
-    assert_within((codes.double() - 2 ** (bits - 1)) * step, exact, (0.501 * step + error).expand_as(exact))
+@settings(max_examples=200)
+def test_codes_scales_and_states_are_those_of_y(kind, seed, activation, granularity, bits, dtype, form):
+    it = case(kind, seed, activation, dtype)
+    state = None if form == "no state" else it.floats()
+    move = it.floats() * 0.2 if form == "state and move" else None
+    gain = None if move is None else torch.tensor(0.7)
+    old = torch.zeros(it.x.shape) if state is None else state.clone()
+    predicted = old if move is None or gain is None else old + gain * move
+    codes, scale = it.fusion.encode(
+        it.x, state, None, bits, granularity=granularity, channel_dim=it.axis, move=move, gain=gain
+    )
+    after = predicted + (codes.float() - 2 ** (bits - 1)) * scale if state is None else state
+    check(codes, scale, predicted, after, it.exact, bits, it.shared(granularity))
+    if move is not None:
+        assert_within(move, after.double() - old.double(), 1e-6 * (1 + after.abs().max()))
+    assert codes.stride() == torch.empty_like(it.x).stride()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("size", [(3, 7, 40), (2, 8, 6, 5), (50,)])
-def test_an_activation_alone(activation, size):
-    x = torch.randn(size) * 6
-    exact, state = active(x.double(), activation), torch.zeros(size)
-    found = InputFusion(activation=activation).encode(x, state, None, 8)
-    check(found, torch.zeros(size), state, exact, 8, tuple(range(x.dim())))
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_integer_states_take_multiples_of_their_grid(kind, granularity):
+    it = case(kind, 4)
+    state, clipped = start(it.floats()), torch.zeros(1, dtype=torch.int32)
+    before, axes = state.n.clone(), it.shared(granularity)
+    codes, scale = it.fusion.encode(it.x, state, None, 8, granularity=granularity, channel_dim=it.axis, clipped=clipped)
+    assert clipped.item() == 0
+    needed = (it.exact - before.double() * state.grid).abs().amax(axes, keepdim=True) / 127
+    multiples = (scale.reshape(needed.shape) / state.grid).double()
+    assert_same_bits(multiples, multiples.round().clamp(min=1))
+    assert_within(multiples * state.grid, needed + state.grid / 2, state.grid / 2 + 1e-5 * (1 + needed))
+    assert torch.equal(state.n.int(), before.int() + (codes.int() - 128) * multiples.int())
+    error = 4e-6 * (1 + it.exact.abs().max())
+    assert_within(state.value(), it.exact, (0.5001 * multiples * state.grid + error).expand_as(it.exact))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "granularity"),
+    [
+        ("group", (3, 40, 47, 43), "sample"),
+        ("group, innermost", (1, 40, 47, 43), "sample"),
+        ("group, innermost", (2, 40, 47, 43), "token"),
+        ("group, innermost", (2, 40, 47, 43), "tensor"),
+        ("layer, modulated", (2, 5, 1300), "token"),
+        ("gated", (2, 300, 128), "sample"),
+    ],
+)
+def test_inputs_of_many_strips_are_the_same_on_one_thread_and_on_two(kind, size, granularity):
+    it, results = case(kind, 4, size=size), []
+    options = {"granularity": granularity, "channel_dim": it.axis}
+    state = it.floats()
+    for threads in (1, 2):
+        held, again = state.clone(), state.clone()
+        integers, clipped = start(state), torch.zeros(1, dtype=torch.int32)
+        with on_threads(threads):
+            codes, scale = it.fusion.encode(it.x, held, None, 8, **options)
+            same, used = it.fusion.encode(it.x, again, scale, 8, **options)
+            fixed = it.fusion.encode(it.x, integers, None, 8, **options, clipped=clipped)
+        assert_same_bits(used, scale)
+        assert_same_bits(same, codes)
+        assert_same_bits(again, held)
+        results.append((codes, scale, held, *fixed, integers.n))
+    check(*results[0][:2], state, results[0][2], it.exact, 8, it.shared(granularity))
+    for one, two in zip(*results, strict=True):
+        assert_within(
+            one.double(), two.double(), 1 if one.dtype == torch.uint8 else 1e-3 * (1 + float(two.abs().max()))
+        )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_activations_are_right_over_the_whole_range_and_keep_nan(activation):
     x = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([0.0, -0.0, 1e-40, 1e30, -1e30])]).reshape(1, -1)
-    exact, state = active(x.double(), activation), torch.zeros_like(x)
-    for shift in (0.0, 1.0):  # two rounds: the second codes what the first left, on a fine grid
-        before = state.clone()
-        scale = torch.full((1, 1), 2e-5) if shift else None
-        if scale is None:
-            scale = (exact.abs() / 127).float().clamp_min(1e-12)
-            state.copy_(torch.round(exact / scale).clamp(-128, 127) * scale)
-            continue
-        InputFusion(activation=activation).encode(x, state, scale, 8, granularity="token")
-        near = (exact - before.double()).abs() < 127 * 2e-5
-        assert_within(state[near], exact[near], 1.01e-5 + 1e-6 * exact[near].abs())
+    exact, step = active(x.double(), activation), 2e-5
+    coarse = (exact.abs() / 127).float().clamp_min(1e-12)
+    state = (torch.round(exact / coarse).clamp(-128, 127) * coarse).float()  # what is left fits a fine grid
+    near = (exact - state.double()).abs() < 127 * step
+    InputFusion(activation=activation).encode(x, state, torch.full((1, 1), step), 8, granularity="token")
+    assert_within(state[near], exact[near], 0.5 * step + 1e-7 + 1e-6 * exact[near].abs())
     missing = torch.tensor([[1.0, float("nan")]])
-    _, scale = InputFusion(activation=activation).encode(missing, torch.zeros(1, 2), None, 8)
-    assert scale.isnan().all()
+    assert InputFusion(activation=activation).encode(missing, torch.zeros(1, 2), None, 8)[1].isnan().all()
 
 
-@pytest.mark.parametrize("innermost", [False, True])
-def test_given_scales_are_used_and_returned(innermost):
-    x = shapes_and_layout((2, 12, 5, 7), innermost, torch.float32, 0)
-    for scale in (torch.tensor(0.05), torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)):
-        state = torch.zeros_like(x)
-        fusion = InputFusion("group", 3, eps=1e-5, activation="silu")
-        codes, used = fusion.encode(x, state, scale, 8, granularity="sample", channel_dim=1)
-        assert_same_bits(used, scale)
-        exact = functional.silu(functional.group_norm(x.double(), 3))
-        assert_within(codes.double() - 128, exact / scale.double(), 0.501)
+@pytest.mark.parametrize("scale", [torch.tensor(0.05), torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)])
+@pytest.mark.parametrize("kind", ["group", "group, innermost"])
+def test_given_scales_are_used_and_returned(kind, scale):
+    it = case(kind, 0)
+    codes, used = it.fusion.encode(it.x, torch.zeros_like(it.x), scale, 8, granularity="sample", channel_dim=1)
+    assert_same_bits(used, scale)
+    assert_within(codes.double() - 128, (it.exact / scale.double()).clamp(-128, 127), 0.501)
 
 
-def test_large_means_cost_no_digits():
-    x = torch.randn(2, 8, 6, 6) + 3000
-    for layout in (torch.contiguous_format, torch.channels_last):
-        value = x.contiguous(memory_format=layout)
-        state = torch.zeros_like(value)
-        fusion = InputFusion("group", 2, eps=1e-5)
-        _, scale = fusion.encode(value, state, None, 8, granularity="sample", channel_dim=1)
-        exact = functional.group_norm(x.double(), 2, eps=1e-5)
-        assert_within(state, exact, (0.5 * scale + 2e-3).expand_as(exact))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_means_cost_no_digits(layout):
+    x = (torch.randn(2, 8, 6, 6) + 3000).contiguous(memory_format=layout)
+    rows, wide = torch.zeros_like(x), torch.randn(2, 3, 1300) + 1000
+    _, scale = InputFusion("group", 2, eps=1e-5).encode(x, rows, None, 8, granularity="sample", channel_dim=1)
+    exact = functional.group_norm(x.double(), 2, eps=1e-5)
+    assert_within(rows, exact, (0.5 * scale + 2e-3).expand_as(exact))
+    tokens = torch.zeros_like(wide)
+    _, scale = InputFusion("layer", eps=1e-6).encode(wide, tokens, None, 8, granularity="token")
+    exact = functional.layer_norm(wide.double(), (1300,), eps=1e-6)
+    assert_within(tokens, exact, (0.5001 * scale + 1e-3).expand_as(exact))
 
 
-def test_without_a_compiler_torch_s_operators_give_codes_at_most_one_apart(monkeypatch):
-    x = torch.randn(2, 12, 5, 7)
-    states = [torch.zeros_like(x) for _ in range(2)]
-    fusion = InputFusion("group", 3, torch.randn(12), torch.randn(12), 1e-5, "silu")
-    first, _ = fusion.encode(x, states[0], None, 8, granularity="sample", channel_dim=1)
-    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
-    second, _ = fusion.encode(x, states[1], None, 8, granularity="sample", channel_dim=1)
-    assert (first.int() - second.int()).abs().max() <= 1
-    assert_within(states[0], states[1], 0.05)
+@pytest.mark.parametrize("form", ["moves", "integers"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_behind_nothing_codes_and_states_are_those_of_the_residual_bit_for_bit(form, granularity):
+    x, state, gain = torch.randn(3, 70, 48), torch.randn(3, 70, 48), torch.tensor(0.6)
+    if form == "moves":
+        move = torch.randn(3, 70, 48)
+        ours, theirs = (state.clone(), move.clone()), (state.clone(), move.clone())
+        found = InputFusion().encode(x, ours[0], None, 6, 0.8, granularity, move=ours[1], gain=gain)
+        expected = encode_residual(x, theirs[0], None, 6, 0.8, granularity, move=theirs[1], gain=gain)
+    else:
+        ours, theirs, cut = start(state, 0.5), start(state, 0.5), [torch.zeros(1, dtype=torch.int32) for _ in range(2)]
+        found = InputFusion().encode(x, ours, None, 6, 0.8, granularity, clipped=cut[0])
+        expected = encode_fixed(x, theirs, 6, 0.8, granularity, clipped=cut[1])
+        assert cut[0].item() == cut[1].item() > 0
+    for one, other in zip((*found, *ours), (*expected, *theirs), strict=True):
+        assert_same_bits(one, other)
 
 
 @needs_compiler
-def test_with_a_compiler_the_compiled_loops_run(monkeypatch):
-    slow: list[object] = []
-    monkeypatch.setattr(input_fusion, "_normalized", lambda _, x: slow.append(x) or x.float())
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, 12, 5, 7).contiguous(memory_format=layout)
-        for dtype in (torch.float32, torch.bfloat16):
-            for state in (torch.zeros_like(x), None):
-                InputFusion("group", 3, eps=1e-5).encode(
-                    x.to(dtype), state, None, 8, granularity="sample", channel_dim=1
-                )
-    InputFusion("layer", eps=1e-5).encode(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
-    InputFusion(activation="silu").encode(torch.randn(2, 3, 8), torch.zeros(2, 3, 8), None, 8, granularity="token")
-    x, gate = torch.randn(2, 3, 16).chunk(2, -1)
-    for dtype in (torch.float32, torch.bfloat16):
-        fusion = InputFusion("gated", weight=gate.to(dtype), activation="gelu")
-        fusion.encode(x.to(dtype), torch.zeros(2, 3, 8), None, 8, granularity="token")
-    InputFusion("gated", weight=gate, activation="gelu").encode(x, None, None, 8, granularity="tensor")
-    assert not slow  # torch's operators
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("batch", "granularity"), [(1, "sample"), (3, "sample"), (2, "token"), (2, "tensor")])
-@pytest.mark.parametrize("innermost", [False, True])
-def test_inputs_of_many_strips_on_one_thread_and_on_two(batch, granularity, innermost, threads):
-    if granularity == "token" and not innermost:
-        innermost = True  # a token's channels lie side by side
-    x = shapes_and_layout((batch, 40, 47, 43), innermost, torch.float32, batch)
-    weight, bias = torch.randn(40), torch.randn(40)
-    exact = active(functional.group_norm(x.double(), 8, weight.double(), bias.double()), "silu")
-    state = torch.empty_like(x).copy_(exact + 0.3 * torch.randn(x.shape))
-    before, fusion, had = state.clone(), InputFusion("group", 8, weight, bias, 1e-5, "silu"), torch.get_num_threads()
-    axes = {"tensor": (0, 1, 2, 3), "sample": (1, 2, 3), "token": (1,)}[granularity]
-    torch.set_num_threads(threads)
-    try:
-        found = fusion.encode(x, state, None, 8, granularity=granularity, channel_dim=1)
-        again = torch.empty_like(x).copy_(before)
-        given, _ = fusion.encode(x, again, found[1], 8, granularity=granularity, channel_dim=1)
-        plain, scale = fusion.encode(x, None, None, 8, granularity=granularity, channel_dim=1)
-    finally:
-        torch.set_num_threads(had)
-    check(found, before, state, exact, 8, axes)
-    assert_same_bits(given, found[0])
-    assert_same_bits(again, state)
-    assert_within((plain.double() - 128) * scale, exact, (0.501 * scale).expand_as(exact))
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gated, of another type"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_a_compiler_torch_s_operators_do_not_run_and_without_one_they_give_the_same(kind, dtype, monkeypatch):
+    it, states = case(kind, 5, dtype=dtype), []
+    for compiler in (True, False):
+        state, integers, clipped = it.floats(0.0), start(it.floats(0.0)), torch.zeros(1, dtype=torch.int32)
+        with monkeypatch.context() as patch:
+            if compiler:
+                patch.setattr(input_fusion, "_normalized", lambda *_: pytest.fail("torch's operators ran"))
+            else:
+                patch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+            it.fusion.encode(it.x, None, None, 8, granularity="sample", channel_dim=it.axis)
+            it.fusion.encode(it.x, state, torch.tensor(0.1), 8, channel_dim=it.axis)
+            it.fusion.encode(it.x, integers, None, 8, channel_dim=it.axis, clipped=clipped)
+        states.append((state, integers.value()))
+    for one, other in zip(*states, strict=True):
+        assert_within(one, other.double(), 0.11)
 
 
 @given(
     seed=st.integers(0, 2**31),
-    size=st.sampled_from([(2, 12, 5, 7), (1, 36, 9, 4), (3, 12, 50)]),
-    cut=st.sampled_from([(5, 7), (1, 11), (8, 4)]),
-    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    granularity=st.sampled_from(GRANULARITIES),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    cut=st.sampled_from([5, 1, 11]),
 )
 @settings(max_examples=25)
-def test_runs_of_channels_behind_one_group_norm_have_scales_and_states_of_their_own(
-    seed, size, cut, granularity, dtype
-):
-    segments = (cut[0], size[1] - cut[0])
-    x = shapes_and_layout(size, True, dtype, seed)
-    weight, bias = torch.randn(size[1]), torch.randn(size[1])
-    exact = active(functional.group_norm(x.double(), 4, weight.double(), bias.double()), "silu")
-    parts = InputFusion("group", 4, weight, bias, 1e-5, "silu").split(x, segments)
-    assert parts is not None
-    axes = {"tensor": tuple(range(x.dim())), "sample": tuple(range(1, x.dim())), "token": (1,)}[granularity]
-    for (part, fusion), true in zip(parts, exact.split(list(segments), 1), strict=True):
-        state = torch.empty_like(true.movedim(1, -1).contiguous().movedim(-1, 1), dtype=torch.float32)
-        state.copy_(true + 0.3 * torch.randn(true.shape))
+@needs_compiler
+def test_runs_of_channels_behind_one_group_norm_have_their_own_scales_and_states(seed, cut, granularity, dtype):
+    it = case("group, innermost", seed, dtype=dtype)
+    sizes = (cut, it.x.shape[1] - cut)
+    runs = it.fusion.split(it.x, sizes)
+    assert runs is not None
+    for (x, fusion), exact in zip(runs, it.exact.split(list(sizes), 1), strict=True):
+        state = innermost(exact.float() + 0.3 * torch.randn(exact.shape))
         before = state.clone()
-        found = fusion.encode(part, state, None, 8, granularity=granularity, channel_dim=1)
-        check(found, before, state, true, 8, axes)
-        again = fusion.compute(part)
-        assert_within(again, true, 4e-6 * (1 + exact.abs().max()))
-        assert found[0].movedim(1, -1).is_contiguous()
+        codes, scale = fusion.encode(x, state, None, 8, granularity=granularity, channel_dim=1)
+        check(codes, scale, before, state, exact, 8, it.shared(granularity))
+        assert_within(fusion.compute(x), exact, 4e-6 * (1 + it.exact.abs().max()))
+        assert codes.movedim(1, -1).is_contiguous()
 
 
-def test_parts_that_no_kernel_reads_are_left_to_the_caller(monkeypatch):
+def test_runs_that_no_kernel_reads_are_left_to_the_caller(monkeypatch):
     fusion, x = InputFusion("group", 2, eps=1e-5), torch.randn(2, 4, 3, 3)
+    inner = x.contiguous(memory_format=torch.channels_last)
     assert fusion.split(x, (4,)) == [(x, fusion)]
     assert fusion.split(x, (1, 3)) is None  # channels are not innermost
-    assert InputFusion(activation="silu").split(x.contiguous(memory_format=torch.channels_last), (1, 3)) is None
+    assert InputFusion(activation="silu").split(inner, (1, 3)) is None
     monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
-    assert fusion.split(x.contiguous(memory_format=torch.channels_last), (1, 3)) is None
-
-
-@pytest.mark.parametrize("size", [(2, 5, 1300), (1, 3, 70, 600)])
-@pytest.mark.parametrize("mean", [0.0, 1000.0])
-def test_long_rows_are_normalized_with_every_digit(size, mean):
-    x = torch.randn(size) + mean
-    state = torch.zeros(size)
-    exact = functional.layer_norm(x.double(), size[-1:], eps=1e-6)
-    _, scale = InputFusion("layer", eps=1e-6).encode(x, state, None, 8, granularity="token")
-    assert_within(state, exact, (0.5001 * scale + 1e-6 * (1 + mean)).expand_as(exact))
-
-
-def test_plain_codes_are_those_of_a_state_of_zeros():
-    x, fusion = (
-        torch.randn(2, 5, 48),
-        InputFusion("layer", 1, torch.randn(2, 48), torch.randn(2, 48), 1e-6, "gelu_tanh"),
-    )
-    for scale in (None, torch.tensor(0.03)):
-        first = fusion.encode(x, None, scale, 6, 0.7, "token")
-        second = fusion.encode(x, torch.zeros_like(x), scale, 6, 0.7, "token")
-        assert_same_bits(first[0], second[0])
-        assert_same_bits(first[1], second[1])
-
-
-def test_what_is_not_fused_is_refused():
-    x = torch.randn(2, 3)
-    with pytest.raises(KernelError, match="got 'none' and 'relu'"):
-        InputFusion(activation="relu").encode(x, torch.zeros(2, 3), None, 8)
-    with pytest.raises(KernelError, match=r"state of shape \(2, 3\), got \(3, 3\)"):
-        InputFusion(activation="silu").encode(x, torch.zeros(3, 3), None, 8)
-    with pytest.raises(KernelError, match="got 'input_channel'"):
-        InputFusion(activation="silu").encode(x, torch.zeros(2, 3), None, 8, granularity="input_channel")
+    assert fusion.split(inner, (1, 3)) is None
 
 
 SLICED = {
@@ -317,7 +283,7 @@ SLICED = {
     "half of a chunk, one sample": ("layer", -1, lambda: torch.randn(1, 9, 48).chunk(2, -1)[0]),
     "one row for all samples": ("layer", -1, lambda: torch.randn(1, 9, 24).expand(3, -1, -1)),
     "tokens that were pixels": ("layer", -1, lambda: torch.randn(2, 24, 3, 4).flatten(2).transpose(1, 2)),
-    "tokens that were pixels, one sample": ("layer", -1, lambda: torch.randn(1, 24, 12).transpose(1, 2)),
+    "tokens that were pixels, grouped": ("group_last", -1, lambda: torch.randn(1, 24, 12).transpose(1, 2)),
     "some channels": ("group", 1, lambda: torch.randn(2, 36, 5, 4)[:, :24]),
     "some channels, innermost": ("group", 1, lambda: torch.randn(2, 5, 4, 36).movedim(-1, 1)[:, 12:]),
     "height and width changed places": ("group", 1, lambda: torch.randn(2, 24, 5, 4).transpose(2, 3)),
@@ -325,35 +291,44 @@ SLICED = {
 }
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "sample"])
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("case", SLICED)
-def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(case, plain, granularity):
-    norm, axis, make = SLICED[case]
+@pytest.mark.parametrize("stateless", [False, True])
+@pytest.mark.parametrize("name", SLICED)
+def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(name, stateless):
+    norm, axis, make = SLICED[name]
     x = make()
-    fusion = InputFusion(norm, 4 if norm == "group" else 1, None, None, 1e-5, "silu")
-    expected, state = fusion.compute(x.contiguous()), torch.randn(x.shape)
-    held = None if plain else torch.empty_like(x, dtype=torch.float32).copy_(state)
-    codes, scale = fusion.encode(x, held, None, 8, granularity=granularity, channel_dim=axis)
-    residual = expected if plain else expected - state
-    axes = tuple(range(x.dim())) if granularity == "tensor" else tuple(range(1, x.dim()))
-    step = residual.abs().amax(axes, keepdim=True) / 127
-    assert_within(scale.reshape(step.shape), step, 1e-5)
-    value = (codes.float() - 128) * step
-    assert_within(value, residual, (0.501 * step + 1e-5).expand_as(residual))
-    if held is not None:
-        assert_within(held, state + value, 1e-5)
+    fusion = InputFusion(norm, 4 if "group" in norm else 1, None, None, 1e-5, "silu")
+    exact, old = fusion.compute(x.contiguous()).double(), torch.zeros(x.shape) if stateless else torch.randn(x.shape)
+    state = None if stateless else torch.empty_like(x).copy_(old)
+    codes, scale = fusion.encode(x, state, None, 8, granularity="sample", channel_dim=axis)
+    after = (codes.float() - 128) * scale if state is None else state
+    check(codes, scale, old, after, exact, 8, tuple(range(1, x.dim())))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_torch_takes_by_default_is_no_matter(dtype):
-    x, weight = torch.randn(2, 24, 5, 4), torch.randn(24)
-    fusion = InputFusion("group", 4, None, weight, 1e-5, "silu")
-    expected = fusion.encode(x, torch.zeros_like(x), None, 8, channel_dim=1)
-    torch.set_default_dtype(dtype)
-    try:
-        found = fusion.encode(x, torch.zeros_like(x), None, 8, channel_dim=1)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_same_bits(ours, theirs)
+@pytest.mark.parametrize(
+    ("state", "options"),
+    [
+        (torch.zeros(2, 3), {"move": torch.zeros(2, 3)}),
+        (torch.zeros(2, 3), {"gain": torch.tensor(1.0)}),
+        (torch.zeros(2, 3), {"clipped": torch.zeros(1, dtype=torch.int32)}),
+        (None, {"move": torch.zeros(2, 3), "gain": torch.tensor(1.0)}),
+        (None, {"clipped": torch.zeros(1, dtype=torch.int32)}),
+        (start(torch.zeros(2, 3)), {}),
+        (start(torch.zeros(2, 3)), {"clipped": torch.zeros(1, dtype=torch.int32), "gain": torch.tensor(1.0)}),
+        (start(torch.zeros(2, 3)), {"clipped": torch.zeros(1, dtype=torch.int32), "scale": torch.tensor(1.0)}),
+    ],
+)
+def test_what_does_not_belong_to_a_state_is_refused(state, options):
+    with pytest.raises(KernelError, match=r"with .* state, .* got"):
+        InputFusion(activation="silu").encode(torch.randn(2, 3), state, options.pop("scale", None), 8, **options)
+
+
+def test_what_is_not_fused_and_what_belongs_to_another_input_is_refused():
+    x, zeros = torch.randn(2, 3), torch.zeros(2, 3)
+    with pytest.raises(KernelError, match="got 'none' and 'relu'"):
+        InputFusion(activation="relu").encode(x, zeros, None, 8)
+    with pytest.raises(KernelError, match=r"state of shape \(2, 3\), got \(3, 3\)"):
+        InputFusion().encode(x, torch.zeros(3, 3), None, 8)
+    with pytest.raises(KernelError, match=r"move of shape \(2, 3\), got \(1, 3\)"):
+        InputFusion().encode(x, zeros, None, 8, move=torch.zeros(1, 3), gain=torch.tensor(1.0))
+    with pytest.raises(KernelError, match="got 'input_channel'"):
+        InputFusion().encode(x, zeros, None, 8, granularity="input_channel")

@@ -1,4 +1,4 @@
-"""Building the compiled library: found again, switched off, without a compiler, with a broken one."""
+"""Building the compiled loops: found again, switched off, without a compiler, with a broken one; and fingerprints."""
 
 from __future__ import annotations
 
@@ -6,139 +6,135 @@ import os
 import stat
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from modiff import ModiffWarning, errors
 from modiff.kernels import native
 from modiff.kernels.encode import encode_input
 from modiff.kernels.input_fusion import InputFusion
+from modiff.kernels.native import fingerprint
+from tests.kernels.problems import innermost, on_threads
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+NAME = "fingerprint"
+"""The library that is built fastest."""
 
 
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A process that has not asked yet, with a cache of its own."""
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A process that has not asked yet and was not warned, with an empty cache folder."""
     native.load.cache_clear()
     monkeypatch.setenv(native.CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(native.SWITCH, raising=False)
-    yield
+    monkeypatch.setattr(errors, "_WARNED", set())
+    yield tmp_path / "cache"
     native.load.cache_clear()
 
 
 def script(folder: Path, text: str) -> str:
     path = folder / "compiler"
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo 1;; {text};; esac\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
 
 @needs_compiler
-def test_a_library_is_built_once_and_found_by_the_next_process():
-    first = native.load()
-    assert first.library is not None
-    assert "compiled with" in first.reason
-    files = list(native.cache_folder().iterdir())
-    assert len(files) == 1
-    built = files[0].stat().st_mtime_ns
+def test_a_library_is_built_once_and_found_by_the_next_process(cache):
+    assert "compiled with" in native.load(NAME).reason
+    ((path, built),) = [(file, file.stat().st_mtime_ns) for file in cache.iterdir()]
     native.load.cache_clear()
-    assert native.load().library is not None
-    assert [f.stat().st_mtime_ns for f in native.cache_folder().iterdir()] == [built]
+    assert native.load(NAME).library is not None
+    assert [(file, file.stat().st_mtime_ns) for file in cache.iterdir()] == [(path, built)]
 
 
 @pytest.mark.parametrize("value", ["off", "OFF", "0", "no"])
-def test_it_can_be_switched_off(monkeypatch, value):
+def test_it_can_be_switched_off_and_then_nobody_is_warned(value, cache, monkeypatch):
     monkeypatch.setenv(native.SWITCH, value)
-    assert native.load() == (None, "switched off by MODIFF_NATIVE")
-
-
-def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    found = native.load()
-    assert found.library is None
-    assert found.reason == "no C++ compiler on the PATH. Install g++ or clang++, or name one in CXX"
-
-
-def test_a_compiler_that_fails_is_named_with_its_first_complaint(monkeypatch, tmp_path):
-    monkeypatch.setenv(
-        "CXX", script(tmp_path, 'case "$*" in *--version*) echo 1;; *) echo "no headers" >&2; exit 1;; esac')
-    )
-    found = native.load()
-    assert found.library is None
-    assert found.reason == "compiler could not build it: no headers"
-
-
-def test_a_compiler_that_makes_no_library_is_noticed(monkeypatch, tmp_path):
-    made = 'case "$*" in *--version*) echo 1;; *) while [ "$1" != -o ]; do shift; done; echo text > "$2";; esac'
-    monkeypatch.setenv("CXX", script(tmp_path, made))
-    found = native.load()
-    assert found.library is None
-    assert "could not build it" in found.reason
-
-
-@needs_compiler
-def test_a_compiler_without_openmp_still_builds(monkeypatch, tmp_path):
-    real = native.find_compiler()
-    refuses = f'case "$*" in *-fopenmp*) exit 1;; *) exec {real} "$@";; esac'
-    monkeypatch.setenv("CXX", script(tmp_path, refuses))
-    assert native.load().library is not None
-
-
-def test_a_layer_that_misses_the_compiled_loops_warns_once_and_one_that_asks_for_a_fingerprint_does_not(monkeypatch):
-    monkeypatch.setattr(errors, "_WARNED", set())
-    monkeypatch.setattr(native, "find_compiler", lambda: None)
-    x = torch.randn(4, 8)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        assert native.fingerprint(x) is None
-        assert not seen
-        for _ in range(2):
-            encode_input(x, None, 8)
-            InputFusion("layer", eps=1e-5).encode(x, None, None, 8)
-    assert [w.category for w in seen] == [ModiffWarning]
-    assert "several passes over memory" in str(seen[0].message)
-    assert "Install g++ or clang++" in str(seen[0].message)
-
-
-def test_who_switched_the_loops_off_is_not_warned(monkeypatch):
-    monkeypatch.setattr(errors, "_WARNED", set())
-    monkeypatch.setenv(native.SWITCH, "off")
+    assert native.load(NAME) == (None, "switched off by MODIFF_NATIVE")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encode_input(torch.randn(4, 8), None, 8)
 
 
-@pytest.fixture
-def homeless(monkeypatch, tmp_path):
-    """No cache folder but the one among everybody's temporary files, which is `tmp_path`."""
-    for name in (native.CACHE, "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", raising_home)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(errors, "_WARNED", set())
-    return native.cache_folder()
-
-
-def raising_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (None, "no C++ compiler on the PATH. Install g++ or clang++, or name one in CXX"),
+        ('*) echo "no headers" >&2; exit 1', "compiler could not build it: no headers"),
+        ('*) while [ "$1" != -o ]; do shift; done; echo text > "$2"', "compiler could not build it: "),
+    ],
+)
+def test_without_a_working_compiler_the_reason_says_what_is_missing(compiler, reason, cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path) if compiler is None else os.environ["PATH"])
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler is not None:
+        monkeypatch.setenv("CXX", script(tmp_path, compiler))
+    library, said = native.load(NAME)
+    assert library is None
+    assert said.startswith(reason)
 
 
 @needs_compiler
-def test_a_folder_among_temporary_files_is_made_for_its_owner_alone(homeless):
-    assert native.load("fingerprint").library is not None
-    assert stat.S_IMODE(homeless.stat().st_mode) == 0o700
-    assert len(list(homeless.iterdir())) == 1
+def test_a_compiler_without_openmp_still_builds(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", script(tmp_path, f'*-fopenmp*) exit 1;; *) exec {native.find_compiler()} "$@"'))
+    assert native.load(NAME).library is not None
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_made_is_replaced_for_this_process_with_one_line(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(native.CACHE, str(tmp_path / "file" / "cache"))
+    with pytest.warns(
+        ModiffWarning, match="for this process alone, in a temporary folder: .* Set MODIFF_CACHE"
+    ) as seen:
+        assert native.load(NAME).library is not None
+    assert len(seen) == 1
+    assert "\n" not in str(seen[0].message)
+
+
+def test_a_layer_that_misses_the_loops_warns_once_and_one_that_asks_for_a_fingerprint_does_not(cache, monkeypatch):
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    x = torch.randn(4, 8)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert fingerprint(x) is None
+        assert not seen
+        for _ in range(2):
+            encode_input(x, None, 8)
+            InputFusion("layer", eps=1e-5).encode(x, None, None, 8)
+    assert [warning.category for warning in seen] == [ModiffWarning]
+    assert "several passes over memory" in str(seen[0].message)
+    assert "Install g++ or clang++" in str(seen[0].message)
+
+
+@pytest.fixture
+def homeless(cache, monkeypatch, tmp_path) -> Path:
+    """The cache folder of a user without a home: among everybody's temporary files, which are in `tmp_path`."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (native.CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return native.cache_folder()
 
 
 @needs_compiler
 @pytest.mark.parametrize("trap", ["another user's", "open to others", "a link"])
-def test_a_library_of_somebody_else_is_never_loaded(trap, homeless, monkeypatch, tmp_path):
-    """Red before: whoever made the folder first chose what ran in the process of another user."""
-    native.load("fingerprint")
+def test_without_a_home_a_folder_is_made_for_its_owner_and_a_library_of_somebody_else_never_loaded(
+    trap, homeless, monkeypatch, tmp_path
+):
+    assert native.load(NAME).library is not None
+    assert stat.S_IMODE(homeless.stat().st_mode) == 0o700
     (planted,) = homeless.iterdir()
     planted.write_bytes(b"not what was compiled")
     if trap == "another user's":
@@ -152,31 +148,120 @@ def test_a_library_of_somebody_else_is_never_loaded(trap, homeless, monkeypatch,
         homeless.symlink_to(tmp_path / "elsewhere")
     native.load.cache_clear()
     with pytest.warns(ModiffWarning, match="belongs to user .* with mode .* Set MODIFF_CACHE") as seen:
-        assert native.load("fingerprint").library is not None
+        assert native.load(NAME).library is not None
     assert len(seen) == 1
 
 
-@needs_compiler
-@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root writes everywhere")
-def test_a_cache_folder_that_cannot_be_written_is_replaced_for_this_process(monkeypatch, tmp_path):
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    monkeypatch.setenv(native.CACHE, str(closed / "cache"))
-    assert native.load().library is not None
-
-
-@needs_compiler
-def test_a_cache_folder_that_cannot_be_made_is_replaced_for_this_process(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv(native.CACHE, str(tmp_path / "file" / "cache"))
-    assert native.load().library is not None
-
-
-def test_the_cache_folder_follows_the_user_s_settings(monkeypatch, tmp_path):
-    assert native.cache_folder() == tmp_path / "cache"
+def test_the_cache_folder_follows_the_user_s_settings(cache, monkeypatch, tmp_path):
+    assert native.cache_folder() == cache
     monkeypatch.delenv(native.CACHE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert native.cache_folder() == tmp_path / "xdg" / "modiff"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert native.cache_folder() == tmp_path / ".cache" / "modiff"
+
+
+# --------------------------------------------------------------------------------------------------------- fingerprints
+
+BLOCK = 1 << 18
+sizes = st.one_of(st.integers(1, 300), st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 77]))
+
+
+def of(x: Tensor) -> int:
+    number = fingerprint(x)
+    assert number is not None
+    return number[0]
+
+
+def some(count: int) -> Tensor:
+    return torch.randint(-128, 128, (count,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+
+
+@needs_compiler
+@given(count=sizes, data=st.data())
+def test_every_bit_counts(count, data):
+    x, before = some(count), of(some(count))
+    place, bit = data.draw(st.integers(0, count - 1)), data.draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64, -128]))
+    x[place] ^= bit
+    assert of(x) != before
+    x[place] ^= bit
+    assert of(x) == before
+
+
+@needs_compiler
+@given(count=st.sampled_from([2, 130, BLOCK // 2]), data=st.data())
+def test_two_values_that_change_places_are_seen(count, data):
+    x = torch.randperm(count, generator=torch.Generator().manual_seed(2)).float()
+    a = data.draw(st.integers(0, count - 1))
+    b = data.draw(st.integers(0, count - 1).filter(lambda b: b != a))
+    other = x.clone()
+    other[[a, b]] = x[[b, a]]
+    assert of(other) != of(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("count", "run"), [(4096, 64), (4 * BLOCK, BLOCK)])
+def test_whole_stripes_and_whole_blocks_that_change_places_are_seen(count, run):
+    x = some(count)
+    assert of(torch.cat([x[run : 2 * run], x[:run], x[2 * run :]])) != of(x)
+
+
+def mixed(x: int) -> int:
+    """The finalizer of splitmix64, as the loop takes its keys from it."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+@needs_compiler
+@pytest.mark.parametrize("high", [0, 1, 2**32 - 1])
+@pytest.mark.parametrize("low", [0, 1])
+def test_a_bit_is_seen_where_the_key_leaves_next_to_nothing_of_the_product(high, low):
+    key = mixed(0x9E3779B97F4A7C15)  # of the first word
+    halves = [key % 2**32 ^ (low * (2**32 - 1)), key >> 32 ^ high]
+    x = torch.tensor(halves, dtype=torch.int64).to(torch.uint32).view(torch.int32)
+    before = of(x)
+    for bit in range(32):
+        other = x.clone()
+        other[0] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
+        assert of(other) != before
+
+
+@needs_compiler
+def test_changes_that_cancel_in_a_sum_and_more_zeros_are_seen():
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(1))
+    assert len({of(y) for y in (x, -x, x.flip(0), x.roll(1), x.roll(16), x * 2, x.abs())}) == 7
+    assert len({of(torch.zeros(n)) for n in (1, 2, 15, 16, 17, 1 << 16, (1 << 16) + 1)}) == 7
+
+
+@needs_compiler
+def test_threads_and_what_lies_around_a_tensor_do_not_change_it():
+    x, numbers = some(9 * BLOCK + 13), set()
+    for count in (1, 2, 5):
+        with on_threads(count):
+            numbers.add(of(x))
+    assert len(numbers) == 1
+    assert of(x[64:128]) == of(x[64:128].clone())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_the_dtype_and_the_order_in_memory_belong_to_it(dtype):
+    x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(dtype)
+    inner = innermost(x.float()).to(dtype)
+    assert fingerprint(x) == fingerprint(x.clone())
+    assert fingerprint(inner) == fingerprint(inner.clone())
+    assert fingerprint(x) not in (fingerprint(inner), fingerprint(x.view(6, 20)), fingerprint(x.view(torch.uint8)))
+    square = torch.ones(4, 4, dtype=torch.float32).to(dtype)
+    assert fingerprint(square) != fingerprint(square.T)  # the same bytes
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(0, 3), torch.zeros(4, 6)[:, :3], torch.zeros(1, 3).expand(2, 3), torch.zeros(3, device="meta"),
+     torch.zeros(3, 3).to_sparse()],
+    ids=["empty", "slice", "expanded", "meta", "sparse"],
+)  # fmt: skip
+def test_where_nothing_can_be_told_it_says_so(x):
+    assert fingerprint(x) is None
