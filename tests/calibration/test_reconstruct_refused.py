@@ -20,7 +20,7 @@ from modiff import (
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.reconstruct.run import learn_units
-from tests.model.learning import (
+from tests.calibration.learning import (
     KINDS,
     QUICK,
     RESIDUAL,

@@ -17,8 +17,7 @@ from modiff import (
 )
 from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
-from tests.helpers import assert_within, drifting
-from tests.model.learning import (
+from tests.calibration.learning import (
     KINDS,
     RESIDUAL,
     STATIC,
@@ -29,6 +28,7 @@ from tests.model.learning import (
     static_config,
     widened,
 )
+from tests.helpers import assert_within, drifting
 from tests.model.toys import sample, toy, toy_unet
 
 

@@ -75,13 +75,6 @@ def test_patterns_choose_the_modules():
     assert set(attention_modules(model, coarse(exclude=("second",)))) == {"first"}
 
 
-def test_no_config_is_nothing_to_do():
-    model = network()
-    assert apply_attention(model, None) == ()
-    assert model.__dict__.keys() == network().__dict__.keys()
-    assert attention_quantizers(model) == {}
-
-
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
@@ -95,11 +88,6 @@ def test_a_config_that_takes_nothing_is_refused_and_changes_nothing(patterns, me
     with pytest.raises(ConfigError, match=message):
         apply_attention(model, coarse(**patterns))
     assert "_modiff_attention" not in model.__dict__
-
-
-def test_a_network_without_attention_is_refused():
-    with pytest.raises(ConfigError, match="Sequential: expected at least one attention module to take, got none of 0"):
-        apply_attention(nn.Sequential(nn.Linear(2, 2)), coarse())
 
 
 def test_applying_twice_is_an_error_that_changes_nothing():

@@ -80,11 +80,6 @@ def test_another_batch_is_another_trajectory_though_time_goes_on():
     assert_same_bits(model(x, 333.0), expected)
 
 
-def test_contexts_share_a_trajectory():
-    times = [999, 999, 500, 500, 0, 0, 999, 999, 500, 500]
-    assert starts(times, ["cond", "uncond"] * 5) == [0, 6]
-
-
 def automatic_toy(bits: int = 4) -> torch.nn.Module:
     model = toy()
     modiff.apply(model, presets.published(8, bits))
@@ -101,28 +96,6 @@ def test_generations_in_a_row_equal_those_in_trajectories_of_their_own():
             expected = sample(guarded, seed=seed)
         for ours, theirs in zip(sample(model, seed=seed), expected, strict=True):
             assert_same_bits(ours, theirs)
-
-
-def test_a_generation_that_broke_off_does_not_reach_into_the_next():
-    model = automatic_toy()
-    expected = sample(model)
-    sample(model, steps=9)
-    for broken in (1, 2, 4):
-        x = torch.randn(2, 3, 4, 4)
-        for i in range(broken):
-            model(x, 1000.0 * (1 - i / 6))
-        for ours, theirs in zip(sample(model), expected, strict=True):
-            assert_same_bits(ours, theirs)
-
-
-def test_the_end_frees_the_states():
-    model = automatic_toy()
-    sample(model)
-    layer = model.body
-    assert layer.loop.tensors()
-    attachment_of(model).automatic.end()
-    assert layer.loop.tensors() == []
-    assert not attachment_of(model).clock.active
 
 
 def test_a_trajectory_of_somebody_else_is_left_alone_and_takes_over():

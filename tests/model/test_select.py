@@ -36,14 +36,6 @@ def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
     }
 
 
-def test_selecting_changes_nothing():
-    model = toy()
-    modules, attributes = dict(model.named_modules()), dict(model.__dict__)
-    modiff.select(model, ModiffConfig())
-    assert dict(model.named_modules()) == modules
-    assert model.__dict__ == attributes
-
-
 @pytest.mark.parametrize(
     ("config", "names"),
     [
@@ -100,24 +92,17 @@ def test_a_damaged_weight_is_an_error_unless_its_layer_is_left(value):
     assert taken(model, ModiffConfig(exclude=("body", "time*"))) == TAKEN[1:]
 
 
-def test_layers_that_somebody_else_changed_are_left():
+def test_layers_that_cannot_be_taken_say_why():
     model = toy()
-    model.body.forward = lambda x: x
+    modiff.apply(model, ModiffConfig(include=("attention.to_q",)))
+    model.attention.to_v.forward = lambda x: x
     weight_norm(model.attention.to_k)
-    found = reasons(model, ModiffConfig())
-    assert found["body"] == found["attention.to_k"] == "another library replaced its forward or weight"
-
-
-def test_integer_weights_are_left():
-    model = toy()
     model.body.weight = nn.Parameter(torch.zeros(16, 16, 3, 3, dtype=torch.int8), requires_grad=False)
-    assert reasons(model, ModiffConfig())["body"] == "weight is torch.int8, not floating point"
-
-
-def test_layers_that_modiff_runs_already_are_left():
-    model = toy()
-    modiff.apply(model, ModiffConfig(include=("body",)))
-    assert reasons(model, ModiffConfig())["body"] == "taken by modiff already"
+    found, modules = reasons(model, ModiffConfig()), dict(model.named_modules())
+    assert found["attention.to_q"] == "taken by modiff already"
+    assert found["attention.to_v"] == found["attention.to_k"] == "another library replaced its forward or weight"
+    assert found["body"] == "weight is torch.int8, not floating point"
+    assert dict(model.named_modules()) == modules, "selecting changes nothing"
 
 
 def test_scales_that_no_integer_matmul_can_run_are_marked():

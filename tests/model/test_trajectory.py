@@ -9,6 +9,7 @@ from torch import nn
 import modiff
 from modiff import StateError, presets
 from modiff.model.attach import attachment_of
+from modiff.model.trajectory import state_bytes
 from tests.helpers import assert_same_bits
 from tests.model.toys import activations_only, sample, toy
 
@@ -21,15 +22,6 @@ def applied(config=None) -> nn.Module:
     model = toy()
     modiff.apply(model, config or presets.w8a4())
     return model
-
-
-def test_states_live_inside_and_are_freed_at_the_end():
-    model = applied()
-    with modiff.trajectory(model):
-        assert states(model) == 0
-        sample(model)
-        assert states(model) == 10
-    assert states(model) == 0
 
 
 def test_states_are_freed_when_the_body_raises_and_the_next_trajectory_is_a_fresh_one():
@@ -81,12 +73,6 @@ def test_a_compiled_model_has_the_trajectories_of_the_model_behind_it():
     with modiff.trajectory(compiled), modiff.context(compiled, "cond"):
         for ours, theirs in zip(sample(compiled, steps=2), expected, strict=True):
             assert_same_bits(ours, theirs)
-
-
-def test_outside_a_trajectory_the_model_says_so():
-    model = applied()
-    with pytest.raises(StateError, match=r"expected a running trajectory.*with modiff\.trajectory\(model\)"):
-        sample(model)
 
 
 def test_trajectories_of_one_model_cannot_nest_and_the_outer_one_goes_on():
@@ -163,10 +149,29 @@ def test_the_timestep_reaches_the_clock_by_position_or_by_name():
         assert attachment_of(model).clock.step == 2
 
 
-def test_a_model_without_a_timestep_has_even_steps():
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
-    modiff.apply(model, presets.tuned(8, 4))
-    with modiff.trajectory(model), torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(2, 16))
-        assert attachment_of(model).clock.ratio == 1.0
+class TwoReaders(nn.Module):
+    """Two layers that read one tensor, between ends that are left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.to_q, self.to_k, self.last = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(self.to_q(x) * self.to_k(x))
+
+
+@pytest.mark.parametrize(
+    ("config", "copies"), [(presets.plain(8, 8), 0), (presets.modulated(8, 4), 1), (presets.tuned(8, 4), 2)]
+)
+def test_state_bytes_by_hand_shared_inputs_once_and_each_context(config, copies):
+    """Linear predictors keep the last move of each state from the second step on; plain layers keep nothing."""
+    model, each = TwoReaders(), 4 * 3 * 16
+    modiff.apply(model, config)
+    with torch.no_grad(), modiff.trajectory(model):
+        for count, name in enumerate(("cond", "uncond"), 1):
+            with modiff.context(model, name):
+                model(torch.randn(3, 16))
+                model(torch.randn(3, 16))
+            assert state_bytes(model) == count * copies * 3 * each
+    assert state_bytes(model) == 0

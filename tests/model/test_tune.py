@@ -22,7 +22,6 @@ from modiff import (
     presets,
 )
 from modiff.model.attach import attachment_of
-from modiff.model.select import layer_names, select_layers
 from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, _by_name, candidates, search_config
 from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import activations_only, sample, toy
@@ -203,17 +202,6 @@ def test_layers_of_one_name_in_two_networks_are_judged_by_the_geometric_mean_of_
     assert _by_name(errors) == {"a": [2.0, 1.0], "b": [2.0, 3.0]}
 
 
-def test_a_setting_for_a_layer_that_only_one_of_two_networks_has_is_no_mistake():
-    models, _ = two_networks(1.0)
-    found = activations_only(4)
-    known = layer_names(models)
-    own = dataclasses.replace(found, overrides=(("own", found.layer),))
-    with pytest.raises(ConfigError, match="expected a pattern that matches a layer, got 'own'"):
-        select_layers(models[0], own)
-    assert [e.name for e in select_layers(models[0], own, known=known).taken] == ["layer"]
-    assert [e.name for e in select_layers(models[1], own, known=known).taken] == ["layer", "own"]
-
-
 def test_the_best_few_run_for_real_and_no_more():
     model, runs = toy(), []
     modiff.tune(model, 4, run=lambda: runs.append(sample(model)))
@@ -256,12 +244,6 @@ def test_candidates_are_valid_different_and_include_the_published_setting(bits):
     assert {c.activation.clip for c in found if c.rotation == "hadamard"} == set(CLIPS.get(bits, MANY_BITS_CLIPS))
 
 
-def test_a_run_of_one_step_has_nothing_to_judge(follower):
-    model, inputs, _ = follower
-    with pytest.raises(CalibrationError, match="tune: expected at least two steps of every layer"):
-        modiff.tune(model, 4, run=lambda: model(inputs[0], 1.0))
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -269,6 +251,16 @@ def test_a_run_of_one_step_has_nothing_to_judge(follower):
             lambda m: modiff.tune(m, 4),
             ConfigError,
             "expected run=, a function that runs one trajectory, got none",
+        ),
+        (
+            lambda m: search_config(m, print, presets.plain(8, 4), choices=[presets.plain(8, 4).layer]),
+            ConfigError,
+            "tune: expected modulated candidates, got a plain one",
+        ),
+        (
+            lambda m: modiff.apply(m) and modiff.tune(m, 4, run=print),
+            StateError,
+            "tune: expected a plain model, got one with modulated layers",
         ),
         (lambda m: modiff.tune(m, 0, run=lambda: None), ConfigError, "tune: expected 2 to 8 activation bits, got 0"),
         (lambda m: modiff.tune(m, 1, run=lambda: None), ConfigError, "QuantizerConfig.bits: expected .* got 1"),
@@ -283,17 +275,3 @@ def test_a_run_of_one_step_has_nothing_to_judge(follower):
 def test_what_cannot_be_tuned_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(toy())
-
-
-def test_a_modulated_model_is_refused():
-    model = toy()
-    modiff.apply(model, presets.w8a4())
-    with pytest.raises(StateError, match="tune: expected a plain model, got one with modulated layers"):
-        modiff.tune(model, 4, run=lambda: None)
-
-
-def test_a_plain_candidate_is_refused():
-    model = toy()
-    plain = presets.plain(8, 4)
-    with pytest.raises(ConfigError, match="tune: expected modulated candidates, got a plain one"):
-        search_config(model, lambda: sample(model), plain, choices=[plain.layer])

@@ -18,8 +18,7 @@ from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.calibration.reconstruct.layers import without_states
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.reconstruct.samples import UnitData
-from tests.helpers import assert_same_bits, drifting
-from tests.model.learning import (
+from tests.calibration.learning import (
     KINDS,
     QUICK,
     applied,
@@ -30,6 +29,7 @@ from tests.model.learning import (
     same_codes,
     weights,
 )
+from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import sample, toy, toy_unet
 
 

@@ -17,8 +17,7 @@ from modiff import (
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.calibration.reconstruct.run import learn_units
-from tests.helpers import assert_same_bits
-from tests.model.learning import (
+from tests.calibration.learning import (
     KINDS,
     QUICK,
     STEPS,
@@ -30,6 +29,7 @@ from tests.model.learning import (
     weights,
     widened,
 )
+from tests.helpers import assert_same_bits
 from tests.model.toys import toy, toy_unet
 
 
