@@ -10,8 +10,8 @@ import torch
 import modiff
 from modiff import ConfigError, ReconstructConfig
 from modiff.calibration.reconstruct.run import learn_units
+from tests.calibration import learning
 from tests.calibration.learning import KINDS, applied, codes_of, layers_of, same_codes, static_config, weights
-from tests.model import learning
 from tests.model.toys import toy_unet
 
 QUICK = dataclasses.replace(learning.QUICK, iterations=10)
