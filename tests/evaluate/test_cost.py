@@ -293,12 +293,14 @@ W8A4 = presets.modulated(8, 4).layer
     ("config", "expected"),
     [
         (presets.plain(8, 4).layer, 10 * 8 * 4),
-        (W8A4, 8 * 32 + 9 * 8 * 4),
+        (W8A4, 32 * 32 + 9 * 8 * 4),
+        (presets.published(8, 4).layer, 8 * 32 + 9 * 8 * 4),
         (presets.modulated(None, 4).layer, 32 * 32 + 9 * 32 * 4),
         (presets.modulated(8, None).layer, 10 * 8 * 32),
-        (presets.modulated(8, 0).layer, 8 * 32),
+        (presets.modulated(8, 0).layer, 32 * 32),
         (with_modulation(W8A4, first_step="coded", rounds=3), 8 * 12 + 9 * 8 * 4),
-        (with_modulation(W8A4, reanchor_every=4), 3 * 8 * 32 + 7 * 8 * 4),
+        (with_modulation(W8A4, reanchor_every=4, stagger=False), 3 * 32 * 32 + 7 * 8 * 4),
+        (with_modulation(W8A4, reanchor_every=3), 4 * 32 * 32 + 6 * 8 * 4),
     ],
 )
 def test_a_layer_counts_each_step_at_the_bits_it_runs_with(config: LayerConfig, expected: int) -> None:

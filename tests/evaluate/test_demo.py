@@ -106,14 +106,6 @@ def test_states_are_measured_while_they_live(demo: Demo) -> None:
     assert row(demo, "tuned W32A4").state_mib == (2 if linear else 1) * expected
 
 
-def test_the_table_has_a_line_for_each_row_and_says_what_its_columns_mean(demo: Demo) -> None:
-    lines = demo.table().splitlines()
-    assert [line.startswith(r.name) for line, r in zip(lines[2:], demo.rows, strict=False)] == [True] * len(demo.rows)
-    assert f"{row(demo, 'plain W8A4').relative_l2:.4f}" in next(x for x in lines if x.startswith("plain W8A4"))
-    assert "first step of a modulated run counts at 32-bit" in demo.table()
-    assert "not speed" in demo.table()
-
-
 def test_a_run_leaves_the_pipeline_as_it_was_also_when_it_fails() -> None:
     pipe = pixel_pipeline()
     before = {name: type(module) for name, module in pipe.unet.named_modules()}

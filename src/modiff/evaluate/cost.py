@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modiff.config import ModulationConfig
 from modiff.errors import ConfigError
 from modiff.model.report import Report
 
@@ -238,25 +239,35 @@ class _ProductMode(TorchDispatchMode):
 def trajectory_gbops(cost: ModelCost, report: Report | None, steps: int) -> float:
     """Sum over layers and steps of MACs x weight bits x activation bits of one image, in units of 10^9.
 
-    Layers that were left, and the products inside attention, count 32 x 32 bits. A modulated layer's first step counts
-    at the bits it runs with: 32 where it anchors in full precision, rounds x bits if coded; so does re-anchoring.
+    Layers that were left, and the products inside attention, count 32 x 32 bits. A step at which a modulated layer
+    anchors counts at the bits it runs with: inputs at 32, or rounds x bits if coded; weights at 32 if they are exact.
+    Layers that anchor staggered do so 1 + (steps - 1) / reanchor_every times on average.
 
     Args:
         cost: of one step of one image.
         report: what `apply` took; None for the full-precision model.
     """
     configs = {} if report is None else {entry.name: entry.config for entry in report.taken}
-    total = 0
+    total = 0.0
     for layer in cost.layers:
         config = configs.get(layer.name)
         if config is None:
             total += steps * layer.bops(None, None)
             continue
         weight, bits, modulation = config.weight.bits, config.activation.bits, config.modulation
-        starts, first = 0, None
-        if modulation is not None:
-            starts = -(-steps // modulation.reanchor_every) if modulation.reanchor_every else 1
-            if bits is not None and modulation.first_step == "coded":
-                first = min(FULL_PRECISION_BITS, modulation.rounds * bits)
-        total += starts * layer.bops(weight, first) + (steps - starts) * layer.bops(weight, bits)
+        anchors, anchor_bops = 0.0, 0
+        if modulation is not None and bits is not None:
+            anchors = _anchors(modulation, steps)
+            coded, exact = modulation.first_step == "coded", modulation.anchor_weights == "exact"
+            inputs = min(FULL_PRECISION_BITS, modulation.rounds * bits) if coded else None
+            anchor_bops = layer.bops(None if exact and not coded else weight, inputs)
+        total += anchors * anchor_bops + (steps - anchors) * layer.bops(weight, bits)
     return total / 1e9
+
+
+def _anchors(modulation: ModulationConfig, steps: int) -> float:
+    """How often a layer anchors in a trajectory, the average over the layers."""
+    every = modulation.reanchor_every
+    if not every:
+        return 1
+    return 1 + (steps - 1) / every if modulation.stagger else -(-steps // every)

@@ -31,8 +31,8 @@ TUNING_SEED = 1_000_003
 
 _FOOTNOTE = """\
 Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
-GBOPs: MACs x weight bits x activation bits of one image, all steps. The first step of a modulated run counts at 32-bit
-activations, layers left in full precision and attention products at 32 x 32 bits. Bit-operations are not speed.
+GBOPs: MACs x weight bits x activation bits of one image, all steps. Steps that anchor count at 32-bit activations, with
+exact weights at 32 x 32 bits, as layers in full precision and attention products do. Bit-operations are not speed.
 State MiB: measured at the end of the trajectory, whole batch, input and output states.
 Seconds: this run, whole batch. Integers are simulated in float here, so quantized rows are slower, not faster."""
 

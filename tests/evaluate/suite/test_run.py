@@ -15,7 +15,6 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.images import PipelineSource
 from modiff.evaluate.suite.judge import Measurement
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
@@ -141,25 +140,6 @@ def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Pat
     assert found["settings"]["num_images"] == 10
     assert {"cpu", "torch", "modiff"} <= set(found["environment"])
     assert str(tmp_path) not in json.dumps(found)
-
-
-def test_what_the_extractor_says_of_itself_is_in_the_settings_and_in_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("modiff.evaluate.report.charts.file_bytes", lambda draw, kind: b"<svg/>")  # drawn elsewhere
-
-    class Noted(FakeExtractor):
-        note = "Weights of another time."
-
-    suite = run_suite(FakeSource(), Noted(), CHOSEN, tmp_path, batch_size=4, resamples=3, progress=False)
-    found = suite.to_dict(["modiff"])
-    assert (found["settings"]["extractor"], found["settings"]["extractor_dimension"]) == ("quadrants", 4)
-    assert found["settings"]["extractor_note"] == "Weights of another time."
-    judged = [m for c in found["configurations"] for m in c["metrics"] if m["extractor"] is not None]
-    assert judged
-    assert all("Weights of another time." in m["note"] for m in judged)
-    results = suite_document(suite, ["modiff"]).sections[0]
-    assert "Features: quadrants, 4 numbers an image. Weights of another time." in results.blocks
 
 
 def test_a_real_pipeline_ends_with_small_errors_for_modulation_and_larger_for_fewer_steps(tmp_path: Path) -> None:
