@@ -339,8 +339,8 @@ def reconstruct(
         component: which denoiser, for pipelines with several.
         folder: keeps each finished unit as safetensors; the same call continues after the last one there.
     Returns: each unit, with its loss on held-out rows before and after.
-    Raises: StateError without modulated layers; ConfigError or CalibrationError for what cannot be learned;
-        FormatError for a folder of another reconstruction.
+    Raises: StateError without modulated layers; ConfigError or CalibrationError for what cannot be learned, or a
+        folder of another reconstruction; FormatError for a damaged one.
     Cost: for each unit, two runs of the network up to it for each call, then `config.iterations` passes of the unit.
     """
     model = _component("reconstruct", target, component)

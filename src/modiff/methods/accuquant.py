@@ -107,7 +107,8 @@ def accuquant(job: MethodJob, config: AccuquantConfig) -> MethodReport:
     job.keep_rounding()
     job.measure(calls, "mse")
     with evaluating(job.model):
-        return MethodReport(report.entries, weights, ReconstructionReport(_learn(job, config, trajectories)))
+        scales = ReconstructionReport(_learn(job, config, trajectories))
+    return MethodReport.of(report, weights=weights, scales=scales)
 
 
 def _trajectories(calls: CalibrationSet, count: int) -> list[list[Any]]:

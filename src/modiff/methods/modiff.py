@@ -156,7 +156,7 @@ def modiff(job: MethodJob, config: ModiffMethodConfig) -> MethodReport:
         measure_residuals(job.model, calls, halves=config.halves, progress=job.progress)
         if config.kind == "static_learned":
             scales = job.learn(calls, config.learning.for_residuals(), "scales")
-    return MethodReport(report.entries, weights, scales)
+    return MethodReport.of(report, weights=weights, scales=scales)
 
 
 def _sample(job: MethodJob, config: ModiffMethodConfig) -> None:

@@ -83,7 +83,7 @@ def ptq4dm(job: MethodJob, config: Ptq4dmConfig) -> MethodReport:
     job.keep_rounding()
     if config.activation_bits is not None:
         job.measure(calls, config.observer)
-    return MethodReport(report.entries, weights)
+    return MethodReport.of(report, weights=weights)
 
 
 class SmoothedSearchObserver(Observer):

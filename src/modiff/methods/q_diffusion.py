@@ -114,7 +114,7 @@ def q_diffusion(job: MethodJob, config: QDiffusionConfig) -> MethodReport:
         if config.scales == "learned":
             learning = config.learning if config.modulation is None else config.learning.for_residuals()
             scales = job.learn(calls, learning, "scales")
-    return MethodReport(report.entries, weights, scales)
+    return MethodReport.of(report, weights=weights, scales=scales)
 
 
 def _has_attention(model: nn.Module) -> bool:

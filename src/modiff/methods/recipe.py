@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -122,6 +122,13 @@ class MethodReport(Report):
 
     weights: ReconstructionReport | None = None
     scales: ReconstructionReport | None = None
+
+    @classmethod
+    def of(
+        cls, report: Report, *, weights: ReconstructionReport | None = None, scales: ReconstructionReport | None = None
+    ) -> Self:
+        """What `apply` reported, with what was learned."""
+        return cls(report.entries, report.memory, weights, scales)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, for JSON."""

@@ -88,7 +88,7 @@ def tfmq_dm(job: MethodJob, config: TfmqDmConfig) -> MethodReport:
     job.keep_rounding()
     if config.activation_bits is not None:
         job.measure(calls, config.observer)
-    return MethodReport(report.entries, weights)
+    return MethodReport.of(report, weights=weights)
 
 
 def _learn_weights(job: MethodJob, config: TfmqDmConfig, calls: CalibrationSet) -> ReconstructionReport:
