@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -61,3 +65,48 @@ def test_inherited_and_generated_docstrings_do_not_count() -> None:
     assert own_docstring("Documented", documented) == "One sentence."
     assert own_docstring("Child", child) == ""
     assert own_docstring("Generated", generated) == ""
+
+
+PACKAGE = Path(modiff.__file__).parent
+STILL_TWICE = {
+    "Job",
+    "Layout",
+    "Memory",
+    "Operator",
+    "Outcome",
+    "blocks_of",
+    "load",
+    "load_scales",
+    "modulated",
+    "plain",
+    "quantize",
+    "scale_tensors",
+    "segments_of",
+    "write_shard",
+}
+"""Names that two modules still have; this set may only get smaller."""
+
+
+def names_twice(files: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Public top-level functions and classes that several of the (path, source) define.
+
+    A command carries the name of its verb, and the functions of one backend's modules are called through the backend.
+    """
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for path, source in files:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if not path.startswith("cli/"):
+                    places[node.name].append(path)
+    return {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_no_public_name_stands_in_two_modules():
+    files = [(p.relative_to(PACKAGE).as_posix(), p.read_text(encoding="utf-8")) for p in sorted(PACKAGE.rglob("*.py"))]
+    twice = names_twice(files)
+    assert {name: paths for name, paths in twice.items() if name not in STILL_TWICE} == {}
+
+
+def test_a_name_in_two_modules_is_seen_and_a_command_is_not_counted():
+    files = [("a.py", "def f(): ..."), ("b.py", "class f: ..."), ("cli/f.py", "def g(): ..."), ("c.py", "def g(): ...")]
+    assert names_twice(files) == {"f": ["a.py", "b.py"]}

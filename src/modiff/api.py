@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,12 @@ from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
 from modiff.checkpoint.module_folder import bytes_of
-from modiff.checkpoint.named_config import as_config
+from modiff.checkpoint.named_config import AnyConfig, as_config
 from modiff.config import ModiffConfig, ModulationConfig, PackedAnchors
-from modiff.errors import ConfigError
-from modiff.hosts.host import Host, host_of, networks_of, trajectories
+from modiff.hosts.host import host_of, modulated_networks, network_named, networks_of, trajectories
 from modiff.hosts.load import load_target
 from modiff.model.apply import check_removable, install, uninstall
-from modiff.model.attach import attachment_of, required_attachment
+from modiff.model.attach import required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
@@ -34,20 +33,17 @@ from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context
 from modiff.model.tune import search_config
 
-AnyConfig = ModiffConfig | str | Mapping[str, Any] | Callable[[], ModiffConfig]
-
 
 def apply(target: Any, config: AnyConfig | None = None) -> Report:
     """Modulate a pipeline's denoisers, or a module, in place; `remove` undoes it bit for bit.
 
     Every call of a pipeline is a trajectory from now on; a module alone runs inside `with modiff.trajectory(module):`.
-    `save_pretrained` of a diffusers model or pipeline writes packed integers; the floats stay in memory.
+    `save_pretrained` of diffusers writes packed integers; the floats stay in memory.
 
     Args:
         config: from `modiff.presets`, by name ("w8a4", "modulated:8:4", a JSON file), or a dictionary; W8A8 when None.
     Returns: each layer taken or left, and why.
-    Raises: StateError if modiff is on it already; ConfigError if the config takes no layer. Nothing is changed then,
-        nor by an interrupt.
+    Raises: StateError if modiff is on it already; ConfigError if no layer is taken. Nothing is changed then.
     """
     host, settings = host_of(target), as_config(config)
     networks = host.networks(target)
@@ -74,16 +70,14 @@ def report(target: Any) -> Report:
     Integer layers name the backend that was chosen for their weight, once they have run.
     Raises: StateError without modulated layers.
     """
-    attachments = [required_attachment(network, "report") for network in _modulated(target, "report")]
+    attachments = [required_attachment(network, "report") for network in modulated_networks(target, "report")]
     return sum((attachment.report for attachment in attachments), Report(()))
 
 
 def select(target: Any, config: AnyConfig, *, splits: Mapping[str, int] | None = None) -> Report:
     """Which layers of a target the config takes, and why others are left, without changing anything.
 
-    Args:
-        splits: channel index of the concatenation, for layers whose input is one; the host's knowledge when None.
-    Returns: an entry for every Linear and Conv layer, in the order of the modules.
+    splits: channel index of the concatenation, for layers whose input is one; the host's knowledge when None.
     Raises: ConfigError for a pattern that matches no layer, a damaged weight, or nothing left to take.
     """
     host, settings = host_of(target), as_config(config)
@@ -99,8 +93,7 @@ def select(target: Any, config: AnyConfig, *, splits: Mapping[str, int] | None =
 def remove(target: Any) -> None:
     """Undo `apply`: the same modules, parameters and bits as before.
 
-    Raises: StateError if there is nothing to undo, or no way back: after `pack` or `load`, or where another library
-        wrapped the layers since. Nothing is changed then.
+    Raises: StateError if there is nothing to undo, or no way back: after `pack` or `load`, or if layers were wrapped.
     """
     host = host_of(target)
     networks = host.networks(target).values()
@@ -123,7 +116,7 @@ def pack(target: Any, *, anchor_weights: PackedAnchors = "quantized") -> Report:
     Raises: StateError without modulated layers, inside a trajectory, if weights changed after their rounding was
         learned, or for "int8" without floats; ConfigError for "int8" without exact anchors. Nothing is changed then.
     """
-    networks = _modulated(target, "pack")
+    networks = modulated_networks(target, "pack")
     for network in networks:
         check_packable(network, anchor_weights)
     for network in networks:
@@ -146,7 +139,7 @@ def save(
         anchor_weights: what is kept of float weights, as `pack` has it; packed layers are written as they are.
     Raises: StateError without modulated layers, or with a LoRA loaded; FormatError for a folder with files; OSError.
     """
-    networks = _modulated(target, "save")
+    networks = modulated_networks(target, "save")
     for network in networks:
         check_anchors(network, "save", anchor_weights)
     host_of(target).save(target, networks, folder, bytes_of(max_shard_size), anchor_weights)
@@ -158,14 +151,13 @@ def load(
     """Read what `save` wrote: the same codes and scales, the outputs of the packed model bit for bit.
 
     Args:
-        into: a module of the class that was saved, in full precision, which is changed in place; for modules that are
-            not of diffusers.
+        into: for modules that are not of diffusers: one of the saved class, in full precision, changed in place.
         device: "cpu", "cuda" or "cuda:1".
         dtype: of what is not quantized, for pipelines and models of diffusers; scales stay float32.
     Returns: a pipeline (each call is a trajectory), a model of diffusers (begins trajectories by its time steps), or
         `into` (runs inside `modiff.trajectory`); packed.
-    Raises: FormatError in one line for a folder that is missing, damaged, hostile or of another version, before
-        anything large is allocated; ConfigError if `into` is needed and missing, or not needed and given.
+    Raises: FormatError for a folder that is missing, damaged or of another version, before anything large is
+        allocated; ConfigError if `into` is needed and missing, or not needed and given.
     """
     return load_target(folder, into, device, dtype)
 
@@ -176,7 +168,7 @@ def trajectory(target: Any) -> Iterator[None]:
 
     Raises: StateError without modulated layers, or inside another trajectory of the same model.
     """
-    _modulated(target, "trajectory")
+    modulated_networks(target, "trajectory")
     with trajectories(networks_of(target)):
         yield
 
@@ -197,10 +189,10 @@ def calibrate(
         forward_loop: runs whole trajectories, for example `lambda: pipe(...)`.
         observer: how values become a range: "minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl", or
             what makes an observer for an axis, `lambda axis: MSEObserver(axis, trials=100)`.
-    Raises: StateError without modulated layers; ConfigError for an observer that does not exist; CalibrationError if no
-        layer has static scales, or one never ran.
+    Raises: StateError without modulated layers; ConfigError for an unknown observer; CalibrationError if no layer has
+        static scales, or one never ran.
     """
-    measure_scales(_modulated(target, "calibrate"), forward_loop, observer=observer)
+    measure_scales(modulated_networks(target, "calibrate"), forward_loop, observer=observer)
 
 
 def tune(
@@ -238,7 +230,7 @@ def tune(
     networks = list(host.networks(target).values())
     run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
     splits = [host.splits(network) for network in networks]
-    with _contexts_followed(host, networks):
+    with host.all_contexts(networks):
         return search_config(networks, run, base, granularity=granularity, splits=splits)
 
 
@@ -267,15 +259,14 @@ def autotune(
         profile: JSON file of the times of layers, by machine. The same file gives the same choice; what it lacks is
             measured and added.
     Returns: the choice of each layer with its reason, and a config for `modiff.apply`. The target is not changed.
-    Raises: ConfigError if `run` is needed and missing; StateError if modiff is on the target already; FormatError for
-        a file that is not a profile.
+    Raises: ConfigError if `run` is needed; StateError if modiff is on the target; FormatError for a damaged profile.
     Cost: a full-precision trajectory, and some twenty calls of each kind of layer that the profile lacks.
     """
     host, settings = host_of(target), as_config(config)
     networks = list(host.networks(target).values())
     run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
     splits = [host.splits(network) for network in networks]
-    with stored_profile(profile) as times, _contexts_followed(host, networks):
+    with stored_profile(profile) as times, host.all_contexts(networks):
         return choose_modes(networks, run, settings, tolerance=tolerance, profile=times, splits=splits)
 
 
@@ -297,7 +288,6 @@ def collect(
     """Run trajectories and keep what the sampler chooses of the denoiser's inputs, full-precision or quantized.
 
     Args:
-        target: a pipeline, or a module that `run` evaluates; with modulated layers, the quantized states are kept.
         run: `run(i)` generates with seeds of trajectory i, for example
             `lambda i: pipe(batch_size=8, generator=torch.Generator().manual_seed(i), num_inference_steps=50)`.
         component: which denoiser, for pipelines with several.
@@ -311,8 +301,8 @@ def collect(
     Raises: ConfigError for settings that do not fit; CalibrationError if trajectories are not what they say.
     Cost: the trajectories, and a copy of what is kept.
     """
-    model = _component("collect", target, component)
-    with _contexts_followed(host_of(target), [model]):
+    model = network_named(component, target, "collect")
+    with host_of(target).contexts(model):
         return record_calls(
             model, run, trajectories=trajectories, batch=batch, steps=steps, sampler=sampler, pairs=pairs, seed=seed,
             folder=folder, memory_mib=memory_mib, progress=progress,
@@ -331,11 +321,9 @@ def reconstruct(
     """Learn how each weight rounds (AdaRound), or static scales, block by block, and keep what is better.
 
     Args:
-        target: a pipeline, or a module, that `modiff.apply` was called on.
         calls: a calibration set of its denoiser from `modiff.collect`; or `run(i)`, which generates with the seeds of
             trajectory i: one trajectory in full precision is collected then, all steps of it.
         config: what is learned and how long; Q-Diffusion's settings for weights when None.
-            `ReconstructConfig.quick_weights()` is for small models on a CPU.
         component: which denoiser, for pipelines with several.
         folder: keeps each finished unit as safetensors; the same call continues after the last one there.
     Returns: each unit, with its loss on held-out rows before and after.
@@ -343,7 +331,7 @@ def reconstruct(
         folder of another reconstruction; FormatError for a damaged one.
     Cost: for each unit, two runs of the network up to it for each call, then `config.iterations` passes of the unit.
     """
-    model = _component("reconstruct", target, component)
+    model = network_named(component, target, "reconstruct")
     config = config or ReconstructConfig()
     if callable(calls):
         required_attachment(model, "reconstruct")
@@ -351,35 +339,3 @@ def reconstruct(
             pairs = config.learn == "residual_scales"
             calls = collect(target, calls, component=component, pairs=pairs, progress=progress)
     return learn_units(model, calls, config, kinds=host_of(model).block_classes, folder=folder, progress=progress)
-
-
-def _component(verb: str, target: Any, name: str | None) -> nn.Module:
-    """The network called `name`, or the only one, or the only one that carries modiff."""
-    networks = networks_of(target)
-    if name in networks:
-        return networks[name]
-    modulated = [network for network in networks.values() if attachment_of(network) is not None]
-    for choice in (list(networks.values()), modulated):
-        if name is None and len(choice) == 1:
-            return choice[0]
-    raise ConfigError(
-        f"{verb}.component: expected one of {', '.join(networks)}, got {name!r}. A calibration set belongs to one "
-        f"network. Give component={next(iter(networks))!r}."
-    )
-
-
-@contextmanager
-def _contexts_followed(host: Host, networks: Sequence[nn.Module]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for network in networks:
-            stack.enter_context(host.contexts(network))
-        yield
-
-
-def _modulated(target: Any, verb: str) -> list[nn.Module]:
-    """The networks of a target that carry modiff. Raises: StateError if none does."""
-    networks = list(networks_of(target).values())
-    modulated = [network for network in networks if attachment_of(network) is not None]
-    if not modulated:
-        required_attachment(networks[0], verb)
-    return modulated

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import modiff
 from modiff import StateError
 from modiff.hosts.diffusers.hooks import unfollow_cache_context
+from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
 from tests.hosts.parts import with_scheduler
@@ -345,3 +346,40 @@ def test_a_pipeline_with_two_denoisers_is_tuned_as_one_and_takes_the_config() ->
     report = modiff.apply(pipe, dataclasses.replace(found, overrides=((only_second, found.layer),)))
     assert [e.name for e in report.taken].count(only_second) == 1
     assert len(report.taken) == 2 * len(modiff.apply(HOSTS["wan"].build(), found).taken) + 1
+
+
+@pytest.mark.parametrize("at", ["second network", "attach"])
+def test_an_interrupted_apply_leaves_nothing_on_a_pipeline_with_two_denoisers(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = HOSTS["wan"].build().components
+    pipe = WanPipeline(**parts | {"transformer_2": copy.deepcopy(parts["transformer"]), "boundary_ratio": 0.5})
+    kind = type(pipe)
+    if at == "second network":
+        replaced: list[object] = []
+
+        def interrupt(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if replaced:
+                raise KeyboardInterrupt
+            replaced.append(module)
+            return install(module, *args, **kwargs)
+
+        monkeypatch.setattr("modiff.api.install", interrupt)
+    else:
+        monkeypatch.setattr("modiff.hosts.host.follow_generations", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        modiff.apply(pipe, modiff.presets.w8a8())
+    assert type(pipe) is kind
+    for network in (pipe.transformer, pipe.transformer_2):
+        assert attachment_of(network) is None
+        assert not hasattr(network, "hf_quantizer")
+        assert "cache_context" not in network.__dict__
+
+
+@pytest.mark.parametrize("name", ["w8a4", modiff.presets.w8a4, modiff.presets.w8a4().to_dict()])
+def test_a_config_may_be_a_name_a_preset_or_a_dictionary(name: Any) -> None:
+    pipe = HOSTS["ddim"].build()
+    modiff.apply(pipe, name)
+    attachment = attachment_of(pipe.unet)
+    assert attachment is not None
+    assert attachment.config == modiff.presets.w8a4()

@@ -11,6 +11,8 @@ from modiff import presets
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError
 
+AnyConfig = ModiffConfig | str | Mapping[str, Any] | Callable[[], ModiffConfig]
+"""What stands for a config: itself, its name, its dictionary, or a preset without parentheses."""
 FULL_PRECISION = 32
 FAMILIES: dict[str, Callable[[int | None, int | None], ModiffConfig]] = {
     "plain": presets.plain,
@@ -64,7 +66,7 @@ def named_config(text: str) -> ModiffConfig:
     )
 
 
-def as_config(config: ModiffConfig | str | Mapping[str, Any] | Callable[[], ModiffConfig] | None) -> ModiffConfig:
+def as_config(config: AnyConfig | None) -> ModiffConfig:
     """The config that a caller means: itself, a name, a dictionary, a preset without its parentheses; W8A8 for None.
 
     Raises: ConfigError or FormatError for anything else.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from modiff.checkpoint.module_folder import save_module
 from modiff.config import PackedAnchors
 from modiff.errors import ConfigError
 from modiff.hosts.names import BLOCK_CLASSES, DEFAULT_EXCLUDE, UNBATCHED, shortcut_splits
-from modiff.model.attach import attachment_of, eager
+from modiff.model.attach import attachment_of, eager, required_attachment
 from modiff.model.facts import NetworkFacts, facts_of, register_facts
 from modiff.model.trajectory import model_trajectory
 
@@ -72,6 +72,14 @@ class Host(NetworkFacts):
         """While the body runs, the host's own names for branches of guidance choose states too."""
         return nullcontext()
 
+    @contextmanager
+    def all_contexts(self, networks: Iterable[nn.Module]) -> Iterator[None]:
+        """`contexts` of several networks."""
+        with ExitStack() as stack:
+            for network in networks:
+                stack.enter_context(self.contexts(network))
+            yield
+
     def packed(self, network: nn.Module) -> None:
         """The network holds integers for good from now on."""
 
@@ -123,6 +131,30 @@ def host_of(target: Any) -> Host:
 def networks_of(target: Any) -> dict[str, nn.Module]:
     """The networks of a target by name. Raises: ConfigError if it is neither hosted nor a module."""
     return host_of(target).networks(target)
+
+
+def modulated_networks(target: Any, verb: str) -> list[nn.Module]:
+    """The networks of a target that carry modiff. Raises: StateError if none does."""
+    networks = list(networks_of(target).values())
+    modulated = [network for network in networks if attachment_of(network) is not None]
+    if not modulated:
+        required_attachment(networks[0], verb)
+    return modulated
+
+
+def network_named(name: str | None, target: Any, verb: str) -> nn.Module:
+    """The network of that name; without one the only network, or the only one that carries modiff."""
+    networks = networks_of(target)
+    if name in networks:
+        return networks[name]
+    modulated = [network for network in networks.values() if attachment_of(network) is not None]
+    for choice in (list(networks.values()), modulated):
+        if name is None and len(choice) == 1:
+            return choice[0]
+    raise ConfigError(
+        f"{verb}.component: expected one of {', '.join(networks)}, got {name!r}. A calibration set belongs to one "
+        f"network. Give component={next(iter(networks))!r}."
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 from modiff.checkpoint.module_folder import CLASS, CONFIG, load_module, read_config
 from modiff.errors import ConfigError, FormatError
 from modiff.hosts import diffusers_host
+from modiff.hosts.host import host_of
 from modiff.model.attach import attachment_of
 
 INDEX = "model_index.json"
@@ -26,7 +27,9 @@ def load_target(folder: str | Path, into: nn.Module | None, device: str, dtype: 
                 f"load: expected into=, a {config[CLASS]} in full precision, got none. A folder holds the weights of a "
                 "torch module, not its code. Use modiff.load(folder, into=module)."
             )
-        return load_module(path, into).to(device)
+        module = load_module(path, into).to(device)
+        host_of(module).attach(module)
+        return module
     if into is not None:
         raise ConfigError(
             f"load: expected no into= for {path}, got a {type(into).__name__}. The folder says which class of "

@@ -46,7 +46,7 @@ _SETTINGS = {"quant_method", "config", "modules_to_not_convert", "anchor_weights
 """The entries of a config that a user gave, not a checkpoint."""
 
 
-class Method(StrEnum):
+class _Method(StrEnum):
     """diffusers asks a quantization method for its `.value`."""
 
     MODIFF = METHOD
@@ -79,7 +79,7 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
                               "layers get which bits. Use modiff.presets.w8a8().")  # fmt: skip
         check("ModiffDiffusersConfig.anchor_weights", anchor_weights, anchor_weights in ("quantized", "int8"),
               "'quantized' or 'int8'", "It says what is kept of a weight for anchors.")  # fmt: skip
-        self.quant_method: Any = Method.MODIFF
+        self.quant_method: Any = _Method.MODIFF
         self.anchor_weights: PackedAnchors = anchor_weights
         self.config = config
         self.modules_to_not_convert = list(modules_to_not_convert or [])
@@ -319,7 +319,7 @@ def attach_quantizer(model: nn.Module) -> None:
     """
     if isinstance(model, ModelMixin):
         _enter(model)
-        model.is_quantized, model.quantization_method = True, Method.MODIFF
+        model.is_quantized, model.quantization_method = True, _Method.MODIFF
         refuse_fusing(model)
 
 
@@ -349,10 +349,10 @@ def enter_tables() -> None:
     """
     quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-    quantizers[Method.MODIFF.value], configs[Method.MODIFF.value] = ModiffQuantizer, ModiffDiffusersConfig
+    quantizers[_Method.MODIFF.value], configs[_Method.MODIFF.value] = ModiffQuantizer, ModiffDiffusersConfig
 
 
 def leave_tables() -> None:
     """Undo `enter_tables`."""
     for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
-        table.pop(Method.MODIFF.value, None)
+        table.pop(_Method.MODIFF.value, None)
