@@ -158,16 +158,6 @@ def test_inputs_that_want_gradients_leave_no_graph_behind(compiler, monkeypatch)
     assert not any(tensor.requires_grad for tensor in (state, *integers, *(scale for _, scale in made)))
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_a_residual_of_zeros_codes_to_zeros_and_keeps_the_state(encoder):
-    state = torch.randn(4, 8)
-    kept = state.clone()
-    codes, scale = ENCODERS[encoder](state.clone(), state, None, 4, granularity="token")
-    assert_same_bits(codes, torch.full((4, 8), 8, dtype=torch.uint8))
-    assert_same_bits(state, kept)
-    assert bool((scale == torch.tensor(1e-12)).all())
-
-
 @pytest.mark.parametrize("count", [native.BLOCK - 1, native.BLOCK, native.BLOCK + 1, 70000])
 @pytest.mark.parametrize("granularity", ["tensor", "sample"])
 def test_rows_longer_than_a_block_are_the_same_as_short_ones_on_any_number_of_threads(count, granularity):
@@ -207,12 +197,6 @@ def test_what_has_no_integer_sums_or_belongs_to_another_input_is_refused(changes
         encode_residual(torch.randn(2, 4), **options)
 
 
-def test_without_a_library_the_choice_says_why(monkeypatch):
-    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler on the PATH"))
-    assert choose_encoder().backend == "eager"
-    assert "no C++ compiler on the PATH" in choose_encoder().reason
-
-
 @needs_compiler
 def test_with_a_compiler_the_compiled_loop_runs(monkeypatch):
     assert choose_encoder().backend == "native"
@@ -227,45 +211,47 @@ def test_with_a_compiler_the_compiled_loop_runs(monkeypatch):
                 encode_input(x.to(dtype), None, 4, **options)
 
 
-@pytest.mark.parametrize(("device", "installed"), [("xpu", True), ("cuda", False), ("cuda", True)])
-def test_other_devices_have_triton_or_are_told_that_the_loop_is_for_cpus(device, installed, monkeypatch):
-    monkeypatch.setattr("modiff.kernels.triton.backend.installed", lambda: installed)
-    choice = choose_encoder(device)
-    if device == "cuda" and installed:
-        assert choice.backend == "triton"
-    else:
-        assert choice[:2] == ("eager", f"the compiled loop runs on CPUs, the input is on {device}")
+def test_the_choice_says_what_encodes_and_why(monkeypatch):
+    gpu, loop = "modiff.kernels.triton.backend.installed", "the compiled loop runs on CPUs, the input is on"
+    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler on the PATH"))
+    assert choose_encoder()[:2] == (
+        "eager", "torch's own operators, several passes over memory: no C++ compiler on the PATH",
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, lambda: False)
+    assert choose_encoder("cuda")[:2] == ("eager", f"{loop} cuda")
+    monkeypatch.setattr(gpu, lambda: True)
+    assert choose_encoder("cuda").backend == "triton"
+    assert choose_encoder("xpu")[:2] == ("eager", f"{loop} xpu")
 
 
-@pytest.mark.parametrize("default", ["meta", "bfloat16"])
-def test_what_torch_takes_by_default_is_no_matter(default):
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)])
+def test_what_torch_takes_by_default_is_no_matter(device, dtype):
     """Memory that kernels make for themselves lies where their inputs lie, and holds what the loops expect."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    tokens, pixels, zeros = torch.randn(2, 3, 20_000), torch.randn(2, 24, 5, 4), torch.zeros(2, 3, 20_000)
-    problem, codes = Problem(12, 5, bits=4), torch.full((6, 12), 9, dtype=torch.uint8)
-    weight, scales = torch.randint(-7, 8, (5, 12), generator=generator).to(torch.int8), torch.rand(5)
-    one = torch.ones(())
+    tokens, pixels, zeros, one = (
+        torch.randn(2, 3, 20_000),
+        torch.randn(2, 24, 5, 4),
+        torch.zeros(2, 3, 20_000),
+        torch.ones(()),
+    )
+    codes, weight, scales = torch.full((6, 12), 9).to(torch.uint8), torch.ones(5, 12).to(torch.int8), torch.rand(5)
 
     def everything() -> list[Tensor]:
         for cache in (onednn.self_test, onednn._one, onednn._zero_point):
             cache.cache_clear()
-        fusion = InputFusion("group", 4, None, pixels[0, :, 0, 0].contiguous(), 1e-5, "silu")
         return [
             *encode_residual(tokens, zeros.clone(), None, 8, granularity="sample"),
             *encode_fixed(tokens + 0.01, start(tokens), 8),
-            *fusion.encode(pixels, pixels.clone(), None, 8, channel_dim=1),
-            Kernel(problem, weight, scales).compute(codes, one),
+            *InputFusion("group", 4, None, scales.repeat(5)[:24], 1e-5).encode(pixels, None, None, 8, channel_dim=1),
+            Kernel(Problem(12, 5, bits=4), weight, scales).compute(codes, one),
         ]
 
     expected = everything()
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
     try:
-        if default == "meta":
-            torch.set_default_device("meta")
-        else:
-            torch.set_default_dtype(torch.bfloat16)
         found = everything()
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    for one_, other in zip(found, expected, strict=True):
-        assert_same_bits(one_, other)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_bits(ours, theirs)

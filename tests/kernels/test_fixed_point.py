@@ -1,4 +1,4 @@
-"""Integer states: the law without any rounding of its own, over long trajectories; and where others drift."""
+"""Integer states: the law without any rounding of its own, over long trajectories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modiff import KernelError
-from modiff.kernels.encode import encode_eagerly, layout_of
+from modiff.kernels.encode import layout_of
 from modiff.kernels.fixed_point import FixedState, encode_fixed, fixed_eagerly, start
 from tests.helpers import assert_same_bits, drifting
 
@@ -44,24 +44,6 @@ def test_after_200_steps_the_state_is_what_was_sent_to_the_last_bit(bits, clip, 
     assert_same_bits(state.value().double(), sent)
     left = (1 / clip - 1) * (2 ** (bits - 1) - 1) + 1  # scales beyond the clip, and the rounding
     assert (x - state.value()).abs().max() <= left * scale.max()
-
-
-def drift(dtype: torch.dtype, steps: int) -> float:
-    """Relative distance of a state of that dtype from the sum of what was sent."""
-    inputs = [x.float() for x in drifting(5, (4, 64), steps + 1, 0.1)]
-    state = inputs[0].to(dtype)
-    sent = state.double()
-    for x in inputs[1:]:
-        codes, scale = encode_eagerly(x, (state, None, None), None, layout_of(x.shape, x.stride(), 8, 1.0, "token", -1))
-        sent = sent + (codes.double() - 128) * scale.double()
-    return float((state.double() - sent).norm() / sent.norm())
-
-
-def test_states_that_are_rounded_each_step_drift_and_bfloat16_ones_a_thousand_times_as_much_as_float32():
-    """Why the formats are what they are: the output state only sees the codes."""
-    assert drift(torch.float32, 200) < 1e-6
-    assert drift(torch.bfloat16, 200) > 5e-3
-    assert drift(torch.bfloat16, 200) > 1.5 * drift(torch.bfloat16, 25)
 
 
 @given(
@@ -116,18 +98,6 @@ def test_a_nan_is_seen_in_the_scale_and_leaves_the_state(run, value):
 
 
 @BOTH
-def test_a_value_beyond_16_bits_saturates_with_its_code(run):
-    state = start(torch.ones(1, 4))
-    before, far = state.value().double(), torch.full((1, 4), 1e4)
-    for _ in range(50):
-        codes, scale = run(far, state, 8)
-        after = state.value().double()
-        assert_same_bits(after - before, (codes.double() - 128) * scale.double())
-        before = after
-    assert bool((32767 - state.n.int() < 2**14).all())  # no whole step of the coarsest scale fits any more
-
-
-@BOTH
 @pytest.mark.parametrize("multiple", [1, 2, 41, 61, 300])
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("spare", [0, 1])
@@ -142,17 +112,6 @@ def test_as_many_whole_steps_are_taken_as_fit_into_16_bits(run, multiple, steps,
     assert_same_bits(codes.int() - 8, torch.full((1, 2), sign * steps, dtype=torch.int32))
     assert_same_bits(state.n.int(), torch.full((1, 2), sign * (most - spare), dtype=torch.int32))
     assert int(clipped) == 2
-
-
-@BOTH
-@pytest.mark.parametrize("reach", [1, 4])
-def test_codes_that_are_cut_are_counted(run, reach):
-    x = torch.linspace(-1, 1, 64).view(2, 32)
-    state, clipped = start(x), none_clipped()
-    for _ in range(8):  # the first codes of a residual this large are coarse; the grid ends at 2
-        run(reach * x, state, 8, clipped=clipped)
-    assert bool(clipped > 0) == (reach > 1)
-    assert int(clipped) >= int(((reach * x).abs() > 32767 * state.grid).sum())
 
 
 def test_an_input_of_another_shape_is_refused():

@@ -103,20 +103,23 @@ def check(codes: Tensor, scale: Tensor, predicted: Tensor, after: Tensor, exact:
     bits=st.sampled_from([4, 8]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     form=st.sampled_from(["no state", "state", "state and move"]),
+    given_scale=st.sampled_from(["none", "one", "each"]),
 )
 @settings(max_examples=200)
-def test_codes_scales_and_states_are_those_of_y(kind, seed, activation, granularity, bits, dtype, form):
+def test_codes_scales_and_states_are_those_of_y(kind, seed, activation, granularity, bits, dtype, form, given_scale):
     it = case(kind, seed, activation, dtype)
     state = None if form == "no state" else it.floats()
     move = it.floats() * 0.2 if form == "state and move" else None
-    gain = None if move is None else torch.tensor(0.7)
+    gain, options = None if move is None else torch.tensor(0.7), {"granularity": granularity, "channel_dim": it.axis}
     old = torch.zeros(it.x.shape) if state is None else state.clone()
-    predicted = old if move is None or gain is None else old + gain * move
-    codes, scale = it.fusion.encode(
-        it.x, state, None, bits, granularity=granularity, channel_dim=it.axis, move=move, gain=gain
-    )
-    after = predicted + (codes.float() - 2 ** (bits - 1)) * scale if state is None else state
-    check(codes, scale, predicted, after, it.exact, bits, it.shared(granularity))
+    predicted, qmax, scale = old if move is None or gain is None else old + gain * move, 2 ** (bits - 1) - 1, None
+    if given_scale != "none":  # as large as it would be measured, for all or for each
+        axes = it.shared("tensor" if given_scale == "one" else granularity)
+        scale = ((it.exact - predicted).abs().amax(axes, keepdim=True) / qmax).float()
+    codes, used = it.fusion.encode(it.x, state, scale, bits, **options, move=move, gain=gain)
+    after = predicted + (codes.float() - qmax - 1) * used if state is None else state
+    assert scale is None or torch.equal(used, scale)
+    check(codes, used, predicted, after, it.exact, bits, it.shared("tensor" if given_scale == "one" else granularity))
     if move is not None:
         assert_within(move, after.double() - old.double(), 1e-6 * (1 + after.abs().max()))
     assert codes.stride() == torch.empty_like(it.x).stride()
@@ -183,15 +186,6 @@ def test_activations_are_right_over_the_whole_range_and_keep_nan(activation):
     assert_within(state[near], exact[near], 0.5 * step + 1e-7 + 1e-6 * exact[near].abs())
     missing = torch.tensor([[1.0, float("nan")]])
     assert InputFusion(activation=activation).encode(missing, torch.zeros(1, 2), None, 8)[1].isnan().all()
-
-
-@pytest.mark.parametrize("scale", [torch.tensor(0.05), torch.tensor([0.05, 0.2]).view(2, 1, 1, 1)])
-@pytest.mark.parametrize("kind", ["group", "group, innermost"])
-def test_given_scales_are_used_and_returned(kind, scale):
-    it = case(kind, 0)
-    codes, used = it.fusion.encode(it.x, torch.zeros_like(it.x), scale, 8, granularity="sample", channel_dim=1)
-    assert_same_bits(used, scale)
-    assert_within(codes.double() - 128, (it.exact / scale.double()).clamp(-128, 127), 0.501)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -304,31 +298,27 @@ def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(na
     check(codes, scale, old, after, exact, 8, tuple(range(1, x.dim())))
 
 
+ZEROS, ONE, COUNT = torch.zeros(2, 3), torch.tensor(1.0), torch.zeros(1, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
-    ("state", "options"),
+    ("options", "message"),
     [
-        (torch.zeros(2, 3), {"move": torch.zeros(2, 3)}),
-        (torch.zeros(2, 3), {"gain": torch.tensor(1.0)}),
-        (torch.zeros(2, 3), {"clipped": torch.zeros(1, dtype=torch.int32)}),
-        (None, {"move": torch.zeros(2, 3), "gain": torch.tensor(1.0)}),
-        (None, {"clipped": torch.zeros(1, dtype=torch.int32)}),
-        (start(torch.zeros(2, 3)), {}),
-        (start(torch.zeros(2, 3)), {"clipped": torch.zeros(1, dtype=torch.int32), "gain": torch.tensor(1.0)}),
-        (start(torch.zeros(2, 3)), {"clipped": torch.zeros(1, dtype=torch.int32), "scale": torch.tensor(1.0)}),
+        ({"move": ZEROS}, "with a float state, .* got state and move"),
+        ({"gain": ONE}, "got state and gain"),
+        ({"clipped": COUNT}, "got state and clipped"),
+        ({"state": None, "move": ZEROS, "gain": ONE}, "no more than a scale with no state, got move and gain"),
+        ({"state": None, "clipped": COUNT}, "got clipped"),
+        ({"state": start(ZEROS)}, "clipped alone with an integer state, .* got state and grid"),
+        ({"state": start(ZEROS), "clipped": COUNT, "gain": ONE}, "got state and gain and grid and clipped"),
+        ({"state": start(ZEROS), "clipped": COUNT, "scale": ONE}, "got scale and state and grid and clipped"),
+        ({"state": torch.zeros(3, 3)}, r"state of shape \(2, 3\), got \(3, 3\)"),
+        ({"move": torch.zeros(1, 3), "gain": ONE}, r"move of shape \(2, 3\), got \(1, 3\)"),
+        ({"granularity": "input_channel"}, "got 'input_channel'"),
+        ({"activation": "relu"}, "got 'none' and 'relu'. Nothing else is fused"),
     ],
 )
-def test_what_does_not_belong_to_a_state_is_refused(state, options):
-    with pytest.raises(KernelError, match=r"with .* state, .* got"):
-        InputFusion(activation="silu").encode(torch.randn(2, 3), state, options.pop("scale", None), 8, **options)
-
-
-def test_what_is_not_fused_and_what_belongs_to_another_input_is_refused():
-    x, zeros = torch.randn(2, 3), torch.zeros(2, 3)
-    with pytest.raises(KernelError, match="got 'none' and 'relu'"):
-        InputFusion(activation="relu").encode(x, zeros, None, 8)
-    with pytest.raises(KernelError, match=r"state of shape \(2, 3\), got \(3, 3\)"):
-        InputFusion().encode(x, torch.zeros(3, 3), None, 8)
-    with pytest.raises(KernelError, match=r"move of shape \(2, 3\), got \(1, 3\)"):
-        InputFusion().encode(x, zeros, None, 8, move=torch.zeros(1, 3), gain=torch.tensor(1.0))
-    with pytest.raises(KernelError, match="got 'input_channel'"):
-        InputFusion().encode(x, zeros, None, 8, granularity="input_channel")
+def test_what_does_not_fit_is_refused(options, message):
+    options = {"state": ZEROS.clone(), "scale": None, "bits": 8} | options
+    with pytest.raises(KernelError, match=message):
+        InputFusion(activation=options.pop("activation", "silu")).encode(torch.randn(2, 3), **options)

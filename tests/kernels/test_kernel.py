@@ -13,6 +13,7 @@ from torch import Tensor
 from modiff import KernelError
 from modiff.kernels.dispatch import this_machine
 from modiff.kernels.exact import FLOAT_EXACT
+from modiff.kernels.fixed_point import start
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.onednn import ONEDNN
 from modiff.kernels.problem import Problem
@@ -51,30 +52,47 @@ def test_the_sums_of_every_backend_equal_loops_over_integers_bit_for_bit(problem
     seed=st.integers(0, 2**31),
     kind=st.sampled_from(["one", "sample", "token"]),
     inner=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    state_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-@settings(max_examples=80)
-def test_accumulate_adds_scaled_sums_to_the_state_and_compute_adds_them_to_the_bias(problem, seed, kind, inner, dtype):
+@settings(max_examples=100)
+def test_states_take_scaled_sums_in_place_and_outputs_are_theirs_or_start_from_the_bias(
+    problem, seed, kind, inner, state_dtype, dtype
+):
     assume(kind != "token" or not problem.kernel_size or problem.pointwise)
     codes, weight = operands(problem, seed)
     torch.manual_seed(seed)
     weight_scale, scale = torch.rand(problem.outputs) + 0.1, scales(problem, codes, kind)
     per_output = (-1, *[1] * len(problem.kernel_size))
     sent = exact_sums(problem, codes, weight) * scale.double() * weight_scale.double().reshape(per_output)
-    coarse = 0.0 if dtype == torch.float32 else 2**-8 * 1.001  # rounded once to the dtype
+    coarse = 2**-8 * 1.001  # of bfloat16, rounded once
     for backend in exact_here(problem):
         kernel = Kernel(problem, weight, weight_scale, backend=backend)
-        state = kernel.new_output(codes, dtype) + torch.randn(()).to(dtype)
-        state = state if inner else state.contiguous()
-        before, address = state.double(), state.data_ptr()
-        kernel.accumulate(state, codes, scale)
-        assert (state.data_ptr(), state.dtype) == (address, dtype)
-        assert_within(state, before + sent, bound(before, sent) + coarse * (before + sent).abs())
+        floats = kernel.new_output(codes) + torch.randn(sent.shape)
+        floats = floats if inner else floats.contiguous()
+        if state_dtype == torch.int16:
+            state, clipped = start(floats + sent.abs().max(), 4.0), torch.zeros(1, dtype=torch.int32)
+            before, error = state.value().double(), float(state.grid) / 2
+            output, after = kernel.step(state, codes, scale, dtype, clipped), state.value()
+            assert int(clipped) == 0
+        else:
+            after = floats.to(state_dtype)
+            before, address = after.double(), after.data_ptr()
+            kernel.accumulate(after, codes, scale)
+            error = coarse * (before + sent).abs() if state_dtype == torch.bfloat16 else 0.0
+            assert_within(after, before + sent, bound(before, sent) + error)
+            before, output = after.double(), kernel.step(after, codes, scale, dtype)
+            error = coarse * (before + sent).abs() if state_dtype == torch.bfloat16 else 0.0
+            assert after.data_ptr() == address
+        assert_within(after, before + sent, bound(before, sent) + error)
+        if state_dtype != torch.bfloat16:
+            assert_same_bits(output, after.to(dtype))
+        assert output.data_ptr() != after.data_ptr()
         bias = torch.randn(problem.outputs)
-        for known, start in ((bias, bias.reshape(per_output).expand(sent.shape)), (None, torch.zeros_like(sent))):
-            found = kernel.compute(codes, scale, known, dtype)
-            assert found.stride() == kernel.new_output(codes).stride()
-            assert_within(found, start + sent, bound(start, sent) + 2 * coarse * (start.abs() + sent.abs()))
+        for known, first in ((bias, bias.reshape(per_output).expand(sent.shape)), (None, torch.zeros_like(sent))):
+            made = kernel.compute(codes, scale, known)
+            assert_within(made, first + sent, bound(first, sent))
+            assert made.stride() == output.stride() == kernel.new_output(codes).stride()
 
 
 @given(problem=problems(bits=st.sampled_from([4, 8])), seed=st.integers(0, 2**31))

@@ -62,39 +62,22 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_step_adds_to_the_state_and_writes_the_output_in_one_kernel(shape, each, dtype):
-    problem, size = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, size, generator=generator).to(torch.uint8)
-    weight = torch.randint(-127, 128, problem.weight_shape, generator=generator).to(torch.int8)
-    across = torch.rand(problem.outputs, generator=generator) * 1e-3
-    ones = [1] * (len(size) - 1)
-    scale = torch.rand(size[0], *ones, generator=generator) if each else torch.tensor(0.3)
-    kernels = {name: Kernel(problem, weight.to(DEVICE), across.to(DEVICE), backend=name)
-               for name in ("triton", "reference")}  # fmt: skip
-    state = torch.randn(kernels["reference"].new_output(codes).shape, generator=generator)
-    found = {}
-    for name, kernel in kernels.items():
-        held = kernel.new_output(codes.to(DEVICE), dtype).copy_(state.to(dtype))
-        output = kernel.step(held, codes.to(DEVICE), scale.to(DEVICE), torch.bfloat16)
+def test_state_output_and_bias_are_dealt_with_in_one_kernel(shape, each, dtype):
+    (problem, size), generator = SHAPES[shape], torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, size, generator=generator).to(torch.uint8).to(DEVICE)
+    weight = torch.randint(-127, 128, problem.weight_shape, generator=generator).to(torch.int8).to(DEVICE)
+    across, bias = torch.rand(2, problem.outputs, generator=generator).to(DEVICE) * 1e-3
+    scale = (torch.rand(size[0], *[1] * (len(size) - 1)) if each else torch.tensor(0.3)).to(DEVICE)
+    results = []
+    for name in ("triton", "reference"):
+        kernel = Kernel(problem, weight, across, backend=name)
+        state = kernel.new_output(codes, dtype) + 0.5
+        output = kernel.step(state, codes, scale, torch.bfloat16)
         assert output.dtype == torch.bfloat16
-        found[name] = held.float().cpu(), output.float().cpu()
+        results.append((state.float(), output.float(), kernel.compute(codes, scale, bias)))
     epsilon = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
-    assert_within(found["triton"][0], found["reference"][0], epsilon * float(found["reference"][0].abs().max()))
-    assert_within(found["triton"][1], found["triton"][0], 8e-3 * float(found["triton"][0].abs().max()))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_plain_layers_have_their_bias_from_the_same_kernel(shape):
-    problem, size = SHAPES[shape]
-    codes = torch.randint(0, 256, size).to(torch.uint8).to(DEVICE)
-    weight = torch.randint(-127, 128, problem.weight_shape).to(torch.int8).to(DEVICE)
-    across, bias = torch.rand(problem.outputs, device=DEVICE) * 1e-3, torch.randn(problem.outputs, device=DEVICE)
-    found, expected = (
-        Kernel(problem, weight, across, backend=name).compute(codes, torch.tensor(0.3, device=DEVICE), bias)
-        for name in ("triton", "reference")
-    )
-    assert_within(found, expected, 1e-5 * float(expected.abs().max()))
+    for (ours, theirs), error in zip(zip(*results, strict=True), (epsilon, 1.6e-2, 1e-5), strict=True):
+        assert_within(ours, theirs, error * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("whole", [8192, 8])
