@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import modiff
-from modiff import StateError, presets
+from modiff import ModiffWarning, StateError, presets
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import state_bytes
 from tests.helpers import assert_same_bits
@@ -175,3 +177,19 @@ def test_state_bytes_by_hand_shared_inputs_once_and_each_context(config, copies)
                 model(torch.randn(3, 16))
             assert state_bytes(model) == count * copies * 3 * each
     assert state_bytes(model) == 0
+
+
+def test_a_third_evaluation_at_one_timestep_in_one_context_warns_once(monkeypatch):
+    monkeypatch.setattr("modiff.errors._WARNED", set())
+    model, x = applied(), torch.randn(2, 3, 4, 4)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", ModiffWarning)
+        for tiles in (("a", "b", "c"), ("default", "default", "default")):
+            with modiff.trajectory(model), torch.no_grad():
+                for t in (900.0, 800.0):
+                    for tile in tiles:
+                        with modiff.context(model, tile):
+                            model(x, t)
+                            model(x, torch.tensor(t))  # samplers of second order evaluate twice
+            assert len(seen) == (tiles[0] == "default")
+    assert "Toy: expected at most two evaluations at one timestep, got a third in the" in str(seen[0].message)

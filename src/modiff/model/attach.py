@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff.config import ModiffConfig
 from modiff.core.step_sets import StepSizes
-from modiff.errors import StateError
+from modiff.errors import StateError, warn_once
 from modiff.model.ends import Ends
 from modiff.model.facts import facts_of
 from modiff.model.report import Entry, Report, execution_of, memory_of
@@ -94,6 +94,7 @@ class Attachment:
         self.timestep: tuple[str, int] | None = None
         self.thread = 0
         self.most_states = 0
+        self.visits: dict[str, int] = {}
         self.ends: Ends | None = None
         self.number = traced.number_for(self)
 
@@ -157,6 +158,20 @@ class Attachment:
             self.clock.call(timestep)
             if self.step_sizes.matter and (size := self.clock.step_size()) is not None:
                 self.step_sizes.see(self.clock.name, size)
+            if not (self.clock.numbered or (isinstance(timestep, Tensor) and timestep.device.type != "cpu")):
+                self._count_visits()
+
+    def _count_visits(self) -> None:
+        """Warn at the third evaluation of a context at one timestep, where the clock gives it no state of its own."""
+        visits = self.visits.get(self.clock.context, 0) + 1 if self.clock.step_size() == 0 else 1
+        self.visits[self.clock.context] = visits
+        if visits == 3:
+            warn_once(
+                f"visits of {self.clock.name}",
+                f"{self.clock.name}: expected at most two evaluations at one timestep, got a third in the context "
+                f"{self.clock.context!r}. Tiles, windows or prompts that share a state are quantized against each "
+                "other, which costs quality. Put each into `with modiff.context(model, name):`.",
+            )
 
     def _refuse_other_thread(self) -> None:
         if self.thread != threading.get_ident() and any(t.ident == self.thread for t in threading.enumerate()):

@@ -67,11 +67,11 @@ def select_layers(
 
 def _other_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """All names of each layer: one that stands in two places would be replaced in the first alone."""
-    found: dict[nn.Module, list[str]] = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, CANDIDATES):
-            found.setdefault(module, []).append(name)
-    return found
+            names.setdefault(module, []).append(name)
+    return names
 
 
 def layer_config(name: str, config: ModiffConfig) -> LayerConfig:

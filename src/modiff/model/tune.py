@@ -37,14 +37,14 @@ def candidates(base: LayerConfig) -> list[LayerConfig]:
     """
     modes: list[tuple[str, float]] = [("hold", 1.0)]
     modes += [("linear", gain) for gain in GAINS]
-    found = [_candidate(base, "none", "hold", 1.0, 1.0)]
+    settings = [_candidate(base, "none", "hold", 1.0, 1.0)]
     for predictor, gain in modes:
         for clip in CLIPS.get(base.activation.bits or 8, MANY_BITS_CLIPS):
             try:
-                found.append(_candidate(base, "hadamard", predictor, gain, clip))
+                settings.append(_candidate(base, "hadamard", predictor, gain, clip))
             except ConfigError:  # a guard: this pair of bits and predictor diverges
                 continue
-    return found
+    return settings
 
 
 def _candidate(base: LayerConfig, rotation: Rotation, predictor: str, gain: float, clip: float) -> LayerConfig:
@@ -64,9 +64,9 @@ def search_config(
 ) -> ModiffConfig:
     """The config with the settings that keep the samples closest to full precision.
 
-    Two stages. On one full-precision trajectory every candidate runs its input side, â_t = p_t + code(a_t - p_t), and
-    is judged by ||a_t - â_t|| / ||a_t||: no operator is needed, so all run in one pass. Then the best few run for real,
-    and the one whose samples reach the last evaluation with the least mean relative L2 error wins.
+    Two stages. One full-precision trajectory gives every candidate's error of the input state, ||a_t - â_t|| / ||a_t||.
+    Then the best few run for real, and the one whose samples reach the last evaluation with the least mean relative L2
+    error wins.
 
     Args:
         models: one network, or all that `run` evaluates: they get one config, judged on all of them together.
@@ -80,15 +80,13 @@ def search_config(
     Cost: a full-precision trajectory with one encoding per candidate, layer and step, and an input state per candidate;
         then `FINALISTS` modulated trajectories.
     """
-    found = [models] if isinstance(models, nn.Module) else list(models)
-    _check(found, config)
+    networks = [models] if isinstance(models, nn.Module) else list(models)
+    _check(networks, config)
     choices = candidates(config.layer) if choices is None else choices
     if any(choice.modulation is None for choice in choices):
-        raise ConfigError(
-            "tune: expected modulated candidates, got a plain one. It has no predictor or gain to tune. "
-            "Give it a modulation."
-        )
-    trial = _Trial(found, list(splits) or [{}] * len(found), run)
+        raise ConfigError("tune: expected modulated candidates, got a plain one. It has no predictor or gain to tune. "
+                          "Give it a modulation.")  # fmt: skip
+    trial = _Trial(networks, list(splits) or [{}] * len(networks), run)
     errors = trial.layer_errors(config, choices)
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
     if granularity == "layer":
@@ -100,15 +98,11 @@ def search_config(
 
 def _check(models: list[nn.Module], config: ModiffConfig) -> None:
     if any(attachment_of(model) is not None for model in models):
-        raise StateError(
-            "tune: expected a plain model, got one with modulated layers. It is judged against full precision. "
-            "Call modiff.remove(model) first."
-        )
+        raise StateError("tune: expected a plain model, got one with modulated layers. It is judged against full "
+                         "precision. Call modiff.remove(model) first.")  # fmt: skip
     if config.layer.activation.bits in (None, 0):
-        raise ConfigError(
-            f"tune: expected 2 to 8 activation bits, got {config.layer.activation.bits}. There is no code to tune. "
-            "Give bits=4."
-        )
+        raise ConfigError(f"tune: expected 2 to 8 activation bits, got {config.layer.activation.bits}. There is no "
+                          "code to tune. Give bits=4.")  # fmt: skip
 
 
 def _shortlist(choices: list[LayerConfig], errors: LayerErrors) -> list[LayerConfig]:
@@ -178,18 +172,18 @@ class _Trial:
                 f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
                 "Fix its seed, steps and batch."
             )
-        mine, true = track.samples[-1:], self.reference.samples[-1:]
-        if all(map(torch.equal, mine, true)):
-            mine, true = track.outputs, self.reference.outputs
-        score = _relative_error(mine, true)
+        ours, exact = track.samples[-1:], self.reference.samples[-1:]
+        if all(map(torch.equal, ours, exact)):
+            ours, exact = track.outputs, self.reference.outputs
+        score = _relative_error(ours, exact)
         return score if math.isfinite(score) else math.inf
 
 
-def _relative_error(mine: list[Tensor], true: list[Tensor]) -> float:
-    """Mean over the samples of ||mine - true|| / ||true||, the tensors of a sample taken together.
+def _relative_error(ours: list[Tensor], exact: list[Tensor]) -> float:
+    """Mean over the samples of ||ours - exact|| / ||exact||, the tensors of a sample taken together.
 
     A mean square would be the error of the one sample that tips over to another image; a mean logarithm would miss it.
     """
-    noise = sum((m.double() - t.double()).flatten(1).square().sum(1) for m, t in zip(mine, true, strict=True))
-    signal = sum(t.double().flatten(1).square().sum(1) for t in true)
+    noise = sum((m.double() - t.double()).flatten(1).square().sum(1) for m, t in zip(ours, exact, strict=True))
+    signal = sum(t.double().flatten(1).square().sum(1) for t in exact)
     return float(torch.as_tensor(noise / signal).sqrt().mean())
