@@ -51,7 +51,11 @@ class Profile:
             self._outermost = None
         if event != "call":
             return
-        if self._outermost is None and id(frame.f_locals.get("self")) in self.layers:
+        if (
+            self._outermost is None
+            and frame.f_code.co_name == "_wrapped_call_impl"
+            and id(frame.f_locals.get("self")) in self.layers
+        ):
             self._outermost = frame
         file = frame.f_code.co_filename
         if not file.startswith("<") and ("site-packages" in file or not file.startswith(_STDLIB)):

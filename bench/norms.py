@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modiff.config import Granularity
 from modiff.generate.environment import environment
 from modiff.kernels.encode import encode_residual
 from modiff.kernels.input_fusion import Activation, InputFusion, Norm
@@ -38,7 +37,7 @@ class Case:
     activation: Activation
 
     @property
-    def granularity(self) -> Granularity:
+    def granularity(self) -> str:
         """Of the scales: a sample's before convolutions, a token's before linear layers."""
         return "sample" if len(self.size) == 4 else "token"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from modiff.config import Granularity, ModiffConfig, ModulationConfig, StateDtype
+from modiff.config import ModiffConfig, ModulationConfig, StateDtype
 
 PAPER = ModulationConfig(anchor_weights="quantized", stagger=False)
 """The loop as published; the experiments change single fields of it."""
 
 
 def quantized_with(
-    config: ModiffConfig, *, clip: float | None = None, granularity: Granularity | None = None, bits: int | None = None
+    config: ModiffConfig, *, clip: float | None = None, granularity: str | None = None, bits: int | None = None
 ) -> ModiffConfig:
     """The config with another quantizer of activations; None keeps what it has."""
     old = config.layer.activation

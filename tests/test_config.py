@@ -131,7 +131,7 @@ WRONG = [
     ),
     (
         lambda: ModulationConfig(predictor="cubic"),
-        r"ModulationConfig\.predictor: expected one of 'hold', 'linear', got 'cubic'\.",
+        r"ModulationConfig\.predictor: expected one of 'hold', 'linear'.*, got 'cubic'\.",
     ),
     (lambda: ModulationConfig(gain=0.0), r"ModulationConfig\.gain: expected a gain in \(0, 1\], got 0\.0\."),
     (

@@ -33,6 +33,8 @@ from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import EveryStep, NormalSteps, UniformGroups
 from modiff.checkpoint.layout import VERSION as __version__  # noqa: F401
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.core.granularity import Granularity, register_granularity
+from modiff.core.predictors import Predictor, register_predictor
 from modiff.errors import (
     CalibrationError,
     ConfigError,
@@ -61,6 +63,7 @@ __all__ = [
     "ConfigError",
     "EveryStep",
     "FormatError",
+    "Granularity",
     "Host",
     "KernelError",
     "LayerConfig",
@@ -74,6 +77,7 @@ __all__ = [
     "ModulatedLinear",
     "ModulationConfig",
     "NormalSteps",
+    "Predictor",
     "QuantizerConfig",
     "ReconstructConfig",
     "ReconstructionReport",
@@ -91,7 +95,9 @@ __all__ = [
     "presets",
     "quantize",
     "reconstruct",
+    "register_granularity",
     "register_host",
+    "register_predictor",
     "remove",
     "replay",
     "report",

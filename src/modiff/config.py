@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 
 from modiff.errors import ConfigError
 
-Granularity = Literal["auto", "tensor", "sample", "token", "input_channel"]
 AnchorWeights = Literal["exact", "quantized"]
 PackedAnchors = Literal["quantized", "int8"]
 ErrorCompensation = Literal["closed_loop", "none"]
@@ -24,6 +23,8 @@ Boundary = Literal["full_precision", "quantize"]
 Lowest = Literal["measured", "zero"]
 Execution = Literal["simulated", "integer"]
 
+GRANULARITIES = ["auto", "tensor", "sample", "token", "input_channel"]
+"""The names that `QuantizerConfig.granularity` may have; `register_granularity` adds to them."""
 PREDICTORS = ["hold", "linear"]
 """The names that `ModulationConfig.predictor` may have; `register_predictor` adds to them."""
 
@@ -32,6 +33,10 @@ def check(where: str, value: object, valid: bool, expected: str, hint: str) -> N
     """Raise the one-line ConfigError of a bad field; `hint` says why and what to type instead."""
     if not valid:
         raise ConfigError(f"{where}: expected {expected}, got {value!r}. {hint}")
+
+
+def _check_name(where: str, name: str, known: list[str], register: str) -> None:
+    check(where, name, name in known, f"one of {', '.join(map(repr, known))}", f"Register others with {register}.")
 
 
 def is_bits(value: object, lowest: tuple[int, ...] = ()) -> bool:
@@ -161,7 +166,7 @@ class QuantizerConfig(JsonConfig):
     """
 
     bits: int | None = 8
-    granularity: Granularity = "auto"
+    granularity: str = "auto"
     symmetric: bool = True
     dynamic: bool = True
     clip: float = 1.0
@@ -175,6 +180,7 @@ class QuantizerConfig(JsonConfig):
         check("QuantizerConfig.bits", self.bits, is_bits(self.bits, special), "None, 0 or 2 to 8",
               "One bit has no symmetric code. Use 2 bits or more, 0 to send nothing, None for floats.")  # fmt: skip
         check("QuantizerConfig.clip", self.clip, 0 < self.clip <= 1, "a ratio in (0, 1]", "1.0 clips nothing.")
+        _check_name("QuantizerConfig.granularity", self.granularity, GRANULARITIES, "modiff.register_granularity")
         static_row = not self.dynamic and self.granularity in ("sample", "token")
         check("QuantizerConfig.granularity", self.granularity, not static_row, "'tensor', 'input_channel' or 'auto'",
               "No static scale belongs to one sample or token. Use granularity='tensor' or dynamic=True.")  # fmt: skip
@@ -222,15 +228,13 @@ class ModulationConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("ModulationConfig.predictor", self.predictor, self.predictor in PREDICTORS,
-              f"one of {', '.join(map(repr, PREDICTORS))}",
-              "Register others with modiff.register_predictor.")  # fmt: skip
+        _check_name("ModulationConfig.predictor", self.predictor, PREDICTORS, "modiff.register_predictor")
         check("ModulationConfig.gain", self.gain, 0 < self.gain <= 1, "a gain in (0, 1]", "Above 1 the loop diverges.")
         check("ModulationConfig.rounds", self.rounds, 1 <= self.rounds <= 16, "1 to 16 rounds", "4 suffice at 4 bits.")
         check("ModulationConfig.reanchor_every", self.reanchor_every, self.reanchor_every >= 0, "0 or more steps",
               "0 never anchors again.")  # fmt: skip
-        open_linear = self.predictor == "linear" and self.error_compensation == "none"
-        check("ModulationConfig.predictor", self.predictor, not open_linear, "'hold' when error_compensation is 'none'",
+        open_loop = self.predictor != "hold" and self.error_compensation == "none"
+        check("ModulationConfig.predictor", self.predictor, not open_loop, "'hold' when error_compensation is 'none'",
               "The ablation is of the published predictor. Use error_compensation='closed_loop'.")  # fmt: skip
 
 

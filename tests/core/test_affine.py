@@ -17,8 +17,6 @@ from modiff.core.affine import (
     qparams_from_range,
     qrange,
     quantize,
-    reduced_dims,
-    runs_on_integers,
 )
 from tests.helpers import assert_float_error, assert_same_bits, assert_within
 from tests.reference import quantizer as reference
@@ -138,29 +136,7 @@ def test_a_sample_s_codes_do_not_depend_on_what_it_is_batched_with():
         assert_same_bits(quantize(x[i : i + 1], alone, 4), quantize(x, together, 4)[i : i + 1])
 
 
-@pytest.mark.parametrize(
-    ("granularity", "kernel", "executable"),
-    [
-        ("tensor", (3, 3), True),
-        ("sample", (3, 3), True),
-        ("token", (), True),
-        ("token", (1, 1), True),
-        ("token", (1, 3), False),
-        ("input_channel", (), False),
-        ("input_channel", (1,), False),
-    ],
-)
-def test_scales_on_the_summed_axis_are_not_executable_on_integers(granularity, kernel, executable):
-    assert runs_on_integers(granularity, kernel) is executable
-
-
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 32])
 def test_other_bit_widths_are_refused(bits):
     with pytest.raises(ConfigError, match=rf"bits: expected 2 to 8, got {bits}\."):
         qrange(bits)
-
-
-@pytest.mark.parametrize("granularity", ["auto", "channel"])
-def test_an_unresolved_granularity_is_refused(granularity):
-    with pytest.raises(ConfigError, match=f"granularity: expected 'tensor'.* got '{granularity}'"):
-        reduced_dims(2, granularity, -1)

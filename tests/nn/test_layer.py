@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import modiff
 from modiff import (
     ConfigError,
     LayerConfig,
+    ModiffConfig,
     ModulatedLinear,
     ModulationConfig,
     QuantizerConfig,
@@ -238,3 +240,45 @@ def test_static_scales_serve_a_layer_once_measured(kind):
     assert scale == pytest.approx(max(float(r.abs().max()) for r in residuals) / 7, rel=1e-6)
     for x, (_, a, _) in list(zip(inputs, play(layer, inputs), strict=True))[1:]:
         assert_within(a, x, scale * (1 + 1e-5))  # half a step, and what the slightly other residuals clip
+
+
+@pytest.mark.parametrize("execution", ["simulated", "integer"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_forward_with_gradients_works_and_its_backward_is_refused(compiled, execution):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.body(self.first(x).relu())
+
+    torch.compiler.reset()
+    model = Net()
+    modiff.apply(model, ModiffConfig(layer=LayerConfig(execution=execution), include=("body",), min_weights=0))
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    x = torch.randn(3, 8)
+    with modiff.trajectory(model):
+        with torch.no_grad():
+            expected = run(x)
+    with modiff.trajectory(model):
+        output = run(x.requires_grad_())
+        assert_same_bits(output.detach(), expected)
+        with pytest.raises(StateError, match=r"body: expected no gradient, got a backward pass"):
+            output.sum().backward()
+    with modiff.trajectory(model), torch.no_grad():
+        assert not run(x).requires_grad
+
+
+def test_the_gradient_of_a_layer_with_rounded_weights_alone_is_its_own():
+    layer = quantized(nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(bits=None)))
+    x = torch.randn(3, 8, requires_grad=True)
+    layer(x).sum().backward()
+    weight = layer.quantized_weight.dense(layer.weight, torch.float32)
+    assert_within(x.grad, weight.sum(0).expand(3, 8), 1e-6)
+
+
+def test_a_layer_may_be_called_by_keyword_as_torch_s_own():
+    layer = quantized(nn.Linear(8, 4), LayerConfig(modulation=None))
+    x = torch.randn(3, 8)
+    assert_same_bits(layer(input=x), layer(x))

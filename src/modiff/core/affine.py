@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.config import Granularity
+from modiff.core.granularity import extremes, granularity_named
 from modiff.errors import ConfigError
 
 SMALLEST_SCALE = 1e-12
@@ -39,41 +39,6 @@ def qrange(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-@functools.cache
-def reduced_dims(dims: int, granularity: Granularity, channel_dim: int) -> tuple[int, ...]:
-    """The axes of a tensor of `dims` axes that share one scale.
-
-    "tensor" reduces all; "sample" all but the first; "token" only the channels; "input_channel" all but the channels.
-    A tensor of one axis is one sample and one token. "auto" must be resolved by the layer before.
-    """
-    channel = channel_dim % dims
-    if granularity == "tensor":
-        return tuple(range(dims))
-    if granularity == "sample":
-        return tuple(range(1, dims)) if dims > 1 else (0,)
-    if granularity == "token":
-        return (channel,)
-    if granularity == "input_channel":
-        return tuple(d for d in range(dims) if d != channel)
-    raise ConfigError(
-        f"granularity: expected 'tensor', 'sample', 'token' or 'input_channel', got {granularity!r}. "
-        "Only a layer can resolve 'auto'. Name one of the four."
-    )
-
-
-def runs_on_integers(granularity: Granularity, kernel_size: tuple[int, ...] = ()) -> bool:
-    """Whether an integer matmul can run the granularity: its scale must not lie along the summed axis.
-
-    A scale per token of a convolution wider than 1 is summed over as well.
-
-    >>> runs_on_integers("token"), runs_on_integers("token", (3, 3)), runs_on_integers("input_channel")
-    (True, False, False)
-    """
-    if granularity == "input_channel":
-        return False
-    return not (granularity == "token" and any(k > 1 for k in kernel_size))
-
-
 def qparams_from_range(
     minimum: Tensor, maximum: Tensor, bits: int, *, symmetric: bool = True, clip: float = 1.0
 ) -> QParams:
@@ -96,7 +61,7 @@ def qparams_from_range(
 def choose_qparams(
     x: Tensor,
     bits: int,
-    granularity: Granularity,
+    granularity: str,
     *,
     symmetric: bool = True,
     clip: float = 1.0,
@@ -106,8 +71,9 @@ def choose_qparams(
 
     Args:
         x: any float tensor; float16 and bfloat16 are measured in float32.
+        granularity: a name of `core.granularity`.
         channel_dim: axis of the channels, -1 for linear layers, 1 for convolutions.
-    Returns: scale with the reduced axes kept as 1; > 0 also when x is all zeros or empty.
+    Returns: scale, broadcastable to x; > 0 also when x is all zeros or empty.
     Cost: one pass over x. No host sync.
 
     >>> choose_qparams(torch.tensor([-1.0, 1.0]), 8, "tensor").scale
@@ -115,16 +81,11 @@ def choose_qparams(
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    dims = reduced_dims(x.dim(), granularity, channel_dim)
+    shared = granularity_named(granularity)
     if symmetric:
-        largest = x.abs().amax(dims, keepdim=True) if dims else x.abs()
+        largest = shared.reduce(x.abs(), channel_dim, torch.amax)
         return qparams_from_range(largest, largest, bits, clip=clip)
-    return qparams_from_range(*extremes(x, dims), bits, symmetric=False, clip=clip)
-
-
-def extremes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Smallest and largest values over `dims`, kept as 1. No axes reduce nothing (torch's amin would reduce all)."""
-    return (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
+    return qparams_from_range(*extremes(x, shared, channel_dim), bits, symmetric=False, clip=clip)
 
 
 def quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:

@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from modiff.core.affine import QParams, extremes, qparams_from_range, reduced_dims
+from modiff.core.affine import QParams, qparams_from_range
+from modiff.core.granularity import extremes, granularity_named
 from modiff.core.range_metrics import RangeMetric, cosine, kullback_leibler, l1, power
 from modiff.errors import CalibrationError, ConfigError
 
@@ -78,11 +79,8 @@ class Observer:
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if self.channel_dim is None:
-            dims = reduced_dims(x.dim(), "tensor", 0)
-        else:
-            dims = reduced_dims(x.dim(), "input_channel", self.channel_dim)
-        return extremes(x, dims)
+        shared = granularity_named("tensor" if self.channel_dim is None else "input_channel")
+        return extremes(x, shared, self.channel_dim or 0)
 
     def _merge(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         minimum, maximum = self.range()

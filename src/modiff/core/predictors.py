@@ -9,6 +9,7 @@ state, predicted by the same weights, keeps its bias.
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 from torch import Tensor
@@ -81,6 +82,7 @@ def register_predictor(name: str, predictor: Predictor) -> None:
     PREDICTORS.append(name)
 
 
+@functools.cache
 def predictor_named(name: str) -> Predictor:
     """The predictor that a config names. Raises: ConfigError where the name is not registered."""
     if name not in _PREDICTORS:

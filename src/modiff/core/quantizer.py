@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from modiff.config import Granularity, QuantizerConfig
+from modiff.config import QuantizerConfig
 from modiff.core.affine import QParams, choose_qparams, dequantize, quantize
+from modiff.core.granularity import granularity_named
 from modiff.core.observers import Observer
 from modiff.core.scale_tensors import load_scales, scale_tensors
 from modiff.core.step_sets import Moment, grouped, set_of
@@ -28,8 +29,10 @@ class Code:
     def value(self) -> Tensor:
         """What the codes stand for, in the dtype of the scales; computed once, for the state and for each reader."""
         if self._value is None:
-            values = [dequantize(codes, qparams) for codes, qparams in self.parts]
-            self._value = values[0] if len(values) == 1 else torch.cat(values, self.channel_dim)
+            first, *others = self.parts
+            self._value = dequantize(*first)
+            if others:
+                self._value = torch.cat([self._value, *(dequantize(*part) for part in others)], self.channel_dim)
         return self._value
 
 
@@ -51,7 +54,7 @@ class Quantizer:
     def __init__(
         self,
         config: QuantizerConfig,
-        granularity: Granularity,
+        granularity: str,
         channel_dim: int,
         segments: tuple[int, ...],
         moment: Callable[[], Moment] | None = None,
@@ -60,11 +63,16 @@ class Quantizer:
             raise ConfigError(
                 "Quantizer.bits: expected 0 or 2 to 8, got None. Full precision has no codes. Skip the quantizer."
             )
-        if not config.dynamic and granularity in ("sample", "token"):
+        if not config.dynamic and not granularity_named(granularity).static:
+            if config.granularity not in ("auto", "sample", "token"):
+                raise ConfigError(
+                    f"Quantizer.granularity: expected one whose scales can be measured before, got {granularity!r} "
+                    "with dynamic=False. Its scales belong to one input. Use dynamic=True."
+                )
             granularity = "tensor"  # "auto" of a static quantizer: one scale that was measured before
         self.config = config
         self.bits = config.bits
-        self.granularity: Granularity = granularity
+        self.granularity = granularity
         self.channel_dim = channel_dim
         self.segments = segments
         self.moment = moment
@@ -82,10 +90,9 @@ class Quantizer:
         """
         if self.bits == 0:
             return None
-        if self.watching:
-            runs = self._split(self._measured(residual))
-            for observer, run in zip(self._observers(), runs, strict=True):
-                observer.observe(run)
+        if self.observers is not None or self._make is not None:
+            for observer, run in zip(self._observers(), self._split(residual), strict=True):
+                observer.observe(run.clamp_min(0) if self.config.lowest == "zero" else run)
         elif not self.config.dynamic:
             return self.scaled(residual, [_to(q, residual) for q in self._measured_scales(residual.device)])
         return self.fresh(residual)
@@ -96,7 +103,8 @@ class Quantizer:
             return None
         config, parts = self.config, []
         for run in self._split(residual):
-            qparams = choose_qparams(self._measured(run), self.bits, self.granularity, symmetric=config.symmetric,
+            measured = run.clamp_min(0) if config.lowest == "zero" else run  # nothing below zero for unsigned values
+            qparams = choose_qparams(measured, self.bits, self.granularity, symmetric=config.symmetric,
                                      clip=config.clip, channel_dim=self.channel_dim)  # fmt: skip
             parts.append((quantize(run, qparams, self.bits), qparams))
         return Code(tuple(parts), self.channel_dim)
@@ -107,6 +115,11 @@ class Quantizer:
             return None
         pairs = zip(self._split(residual), scales, strict=True)
         return Code(tuple((quantize(run, q, self.bits), q) for run, q in pairs), self.channel_dim)
+
+    @property
+    def observed_dim(self) -> int | None:
+        """The axis along which observers keep a range for each index; None for one range of the whole tensor."""
+        return self.channel_dim if granularity_named(self.granularity).per_channel else None
 
     @property
     def watching(self) -> bool:
@@ -157,7 +170,7 @@ class Quantizer:
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the scales that `state_dict_tensors` gave. Raises: FormatError if they do not fit this quantizer."""
-        channels = self.segments if self.granularity == "input_channel" else (1,) * len(self.segments)
+        channels = (1,) * len(self.segments) if self.observed_dim is None else self.segments
         self.static, self.tables, self.moments = load_scales(tensors, channels, symmetric=self.config.symmetric)
 
     def _frozen(self, observers: tuple[Observer, ...]) -> tuple[QParams, ...]:
@@ -197,11 +210,7 @@ class Quantizer:
         return self.moment()
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x,) if len(self.segments) == 1 else x.split(list(self.segments), self.channel_dim)
-
-    def _measured(self, x: Tensor) -> Tensor:
-        """What ranges are measured on: nothing below zero for values that are never negative."""
-        return x.clamp_min(0) if self.config.lowest == "zero" else x
+        return (x,) if len(self.segments) == 1 else x.split_with_sizes(self.segments, self.channel_dim)
 
 
 def _on(measured: tuple[QParams, ...], device: torch.device) -> tuple[QParams, ...]:

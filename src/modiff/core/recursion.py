@@ -74,14 +74,16 @@ class Operator(Protocol):
         ...
 
 
+_STORED = {
+    "int16": torch.float32,
+    **{name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")},
+}
+"""The dtype of states by their config: integer states are float32, until a kernel makes integers of them."""
+
+
 def compute_dtype(config: ModulationConfig) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64 states, else float32, whatever the states are stored in."""
     return torch.float64 if config.state_dtype == "float64" else torch.float32
-
-
-def state_dtype(config: ModulationConfig) -> torch.dtype:
-    """The dtype of the states here: integer states are float32, until a kernel makes integers of them."""
-    return torch.float32 if config.state_dtype == "int16" else getattr(torch, config.state_dtype)
 
 
 def predict(state: State, weights: Sequence[Weight], dtype: torch.dtype) -> Tensor:
@@ -94,7 +96,7 @@ def predict(state: State, weights: Sequence[Weight], dtype: torch.dtype) -> Tens
 
 def _next(value: Tensor, state: State, config: ModulationConfig) -> State:
     """The state of this step, with its moves if the predictor looks at any."""
-    dtype, moves = state_dtype(config), predictor_named(config.predictor).past_states - 1
+    dtype, moves = _STORED[config.state_dtype], predictor_named(config.predictor).past_states - 1
     if moves == 0:
         return State(value.to(dtype))
     move = (value - state.value.to(value.dtype)).to(dtype)
@@ -129,7 +131,7 @@ def encode(
     codes = quantizer(x - prediction) if scales is None else quantizer.scaled(x - prediction, scales)
     update = Update(None, () if codes is None else (codes,), weights=weights)
     if config.error_compensation == "none":  # the ablation holds the raw input: rounding errors are never sent again
-        return update, State(x.to(state_dtype(config), copy=True))
+        return update, State(x.to(_STORED[config.state_dtype], copy=True))
     value = prediction if codes is None else prediction + codes.value()
     return update, _next(value, state, config)
 
@@ -137,7 +139,7 @@ def encode(
 def _anchor(x: Tensor, quantizer: Quantizer, config: ModulationConfig) -> tuple[Update, State]:
     """Start the states: â_T = a_T, or rounds of codes, each with a fresh scale (a stale one would never contract)."""
     if config.first_step == "full_precision":
-        return Update(x, (), starts=True), State(x.to(state_dtype(config), copy=True))
+        return Update(x, (), starts=True), State(x.to(_STORED[config.state_dtype], copy=True))
     value = torch.zeros_like(x)
     rounds: list[Code] = []
     for _ in range(config.rounds):
@@ -147,7 +149,7 @@ def _anchor(x: Tensor, quantizer: Quantizer, config: ModulationConfig) -> tuple[
             rounds.append(codes)
     if config.error_compensation == "none":
         value = x  # the ablation differences raw inputs, so the error of the start stays for ever
-    return Update(None, tuple(rounds), starts=True), State(value.to(state_dtype(config), copy=True))
+    return Update(None, tuple(rounds), starts=True), State(value.to(_STORED[config.state_dtype], copy=True))
 
 
 def encode_plain(x: Tensor, quantizer: Quantizer) -> Update:
@@ -162,11 +164,13 @@ def accumulate(update: Update, state: State | None, operator: Operator, config: 
     Where the states start, ô_T = A(â_T) + b. Cost: one operator a round, none at 0 bits, and one pass over the output.
     """
     if update.anchor is not None:
-        return State(operator.anchor(update.anchor).to(state_dtype(config)))
+        return State(operator.anchor(update.anchor).to(_STORED[config.state_dtype]))
     if state is None or update.starts:
-        return State(output_of(update, operator).to(state_dtype(config)))
+        return State(output_of(update, operator).to(_STORED[config.state_dtype]))
     value = predict(state, update.weights, compute_dtype(config))
-    return _next(value + _sum(update, operator), state, config)
+    for codes in update.codes:
+        value = value + operator.linear(codes)
+    return _next(value, state, config)
 
 
 def _sum(update: Update, operator: Operator) -> Tensor | float:

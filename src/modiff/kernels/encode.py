@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.config import Granularity
 from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize
 from modiff.errors import KernelError
 from modiff.kernels import native
@@ -29,7 +28,7 @@ from modiff.kernels.triton import backend as gpu
 
 Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(state, move, gain) of an input; none of them for codes of the input itself."""
-Settings = tuple[int, float, Granularity, int]
+Settings = tuple[int, float, str, int]
 """(bits, clip, granularity, axis of the channels)."""
 
 
@@ -51,7 +50,7 @@ def encode_residual(
     scale: Tensor | None,
     bits: int,
     clip: float = 1.0,
-    granularity: Granularity = "tensor",
+    granularity: str = "tensor",
     *,
     channel_dim: int = -1,
     move: Tensor | None = None,
@@ -81,7 +80,7 @@ def encode_input(
     scale: Tensor | None,
     bits: int,
     clip: float = 1.0,
-    granularity: Granularity = "tensor",
+    granularity: str = "tensor",
     *,
     channel_dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +97,7 @@ class Layout(NamedTuple):
 
     bits: int
     clip: float
-    granularity: Granularity
+    granularity: str
     channel_dim: int
     scales: tuple[int, ...]
     rows: tuple[int, int] | None
@@ -110,7 +109,7 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
 def layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float, granularity: Granularity, channel_dim: int
+    shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float, granularity: str, channel_dim: int
 ) -> Layout:
     """Raises: KernelError for a granularity that has no integer sums."""
     if granularity not in ("tensor", "sample", "token"):

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.config import Granularity
 from modiff.core.affine import choose_qparams
 from modiff.errors import KernelError
 from modiff.kernels import native
@@ -61,7 +60,7 @@ def encode_fixed(
     state: FixedState,
     bits: int,
     clip: float = 1.0,
-    granularity: Granularity = "tensor",
+    granularity: str = "tensor",
     *,
     channel_dim: int = -1,
     clipped: Tensor | None = None,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modiff.config import Granularity
 from modiff.errors import KernelError
 from modiff.kernels import native
 from modiff.kernels.encode import Layout, Settings, encode_eagerly, layout_of
@@ -93,7 +92,7 @@ class InputFusion(NamedTuple):
         scale: Tensor | None,
         bits: int,
         clip: float = 1.0,
-        granularity: Granularity = "tensor",
+        granularity: str = "tensor",
         *,
         channel_dim: int = -1,
         move: Tensor | None = None,

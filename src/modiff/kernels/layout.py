@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.config import Granularity
-from modiff.core.affine import reduced_dims
+from modiff.core.granularity import granularity_named
 
 
 class Geometry(NamedTuple):
@@ -66,15 +65,15 @@ def is_innermost(shape: tuple[int, ...], strides: tuple[int, ...], axes: int) ->
     return _contiguous((shape[0], *shape[2:], shape[1]), (strides[0], *strides[2:], strides[1]))
 
 
-def scale_shape(shape: tuple[int, ...], granularity: Granularity, channel_dim: int) -> tuple[int, ...]:
+def scale_shape(shape: tuple[int, ...], granularity: str, channel_dim: int) -> tuple[int, ...]:
     """Shape of the scales of a tensor: the axes that share one are 1."""
-    shared = reduced_dims(len(shape), granularity, channel_dim)
+    shared = granularity_named(granularity).reduced_dims(len(shape), channel_dim)
     return tuple(1 if axis in shared else size for axis, size in enumerate(shape))
 
 
 @functools.lru_cache(4096)
 def row_shape(
-    shape: tuple[int, ...], strides: tuple[int, ...], granularity: Granularity, channel_dim: int
+    shape: tuple[int, ...], strides: tuple[int, ...], granularity: str, channel_dim: int
 ) -> tuple[int, int] | None:
     """(scales, elements that share one) of a tensor as rows in its own memory; None where its layout has no such view.
 

@@ -13,7 +13,6 @@ from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.timesteps import UniformGroups
 from modiff.config import (
     AttentionConfig,
-    Granularity,
     LayerConfig,
     ModiffConfig,
     ModulationConfig,
@@ -68,7 +67,7 @@ class ModiffMethodConfig(MethodConfig):
     """
 
     kind: Kind = "dynamic"
-    granularity: Granularity = "auto"
+    granularity: str = "auto"
     symmetric: bool = True
     halves: Halves = "own"
     modulation: ModulationConfig = field(default_factory=_published)

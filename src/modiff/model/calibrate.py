@@ -86,7 +86,7 @@ def measure_scales(
     for attachment in attachments:
         attachment.step_sizes = StepSizes(measuring=True)
     for _, quantizer in quantizers:
-        axis = quantizer.channel_dim if quantizer.granularity == "input_channel" else None
+        axis = quantizer.observed_dim
         quantizer.watch(functools.partial(make, axis))
     try:
         forward_loop()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from modiff.config import LayerConfig, ModiffConfig
-from modiff.core.affine import runs_on_integers
+from modiff.core.granularity import granularity_named
 from modiff.errors import ConfigError
 from modiff.model.facts import facts_of
 from modiff.model.report import Entry, Report
@@ -127,6 +127,6 @@ def _notes(layer: nn.Module, config: LayerConfig | None, split: int | None) -> s
     kernel = tuple(getattr(layer, "kernel_size", ()))
     if config is not None and config.activation.bits is not None:
         granularity = config.activation.granularity
-        if granularity != "auto" and not runs_on_integers(granularity, kernel):
+        if granularity != "auto" and granularity_named(granularity).unsupported(kernel):
             notes.append(f"{granularity} scales: not executable on integers, for study only")
     return ", ".join(notes)

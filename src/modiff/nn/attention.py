@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from modiff.config import AttentionConfig, Granularity, QuantizerConfig
+from modiff.config import AttentionConfig, QuantizerConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import Moment
 from modiff.errors import StateError
@@ -39,7 +39,7 @@ class QuantizedAttention:
         self.stepwise = any(each.step_groups != 1 for each in (config.operands, config.softmax))
         moment = None if clock is None else clock.moment
         # v is summed over its tokens, so an integer matmul allows it no scale per token
-        automatic: dict[str, Granularity] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
+        automatic: dict[str, str] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
         self.quantizers: dict[str, Quantizer | None] = {
             operand: _coder(config.softmax if operand == "softmax" else config.operands, granularity, moment)
             for operand, granularity in automatic.items()
@@ -140,7 +140,7 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _coder(config: QuantizerConfig, automatic: Granularity, moment: Callable[[], Moment] | None) -> Quantizer | None:
+def _coder(config: QuantizerConfig, automatic: str, moment: Callable[[], Moment] | None) -> Quantizer | None:
     if config.bits is None:
         return None
     return Quantizer(config, automatic if config.granularity == "auto" else config.granularity, -1, (1,), moment)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from modiff.config import Granularity, LayerConfig, PackedAnchors
+from modiff.config import LayerConfig, PackedAnchors
+from modiff.core.granularity import resolve
 from modiff.core.quantizer import Quantizer
 from modiff.errors import ConfigError, StateError
 from modiff.kernels.input_fusion import InputFusion
@@ -28,6 +29,7 @@ class ModulatedLayer(nn.Module):
 
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
+    A weight that is written through `.data` leaves no trace on a tensor: it is seen where the next trajectory begins.
     """
 
     channel_dim: ClassVar[int]
@@ -67,12 +69,13 @@ class ModulatedLayer(nn.Module):
                 f"{name}: expected a split between 0 and {spec.channels} of a layer without groups, got {split} with "
                 f"{spec.groups} groups. The cut must leave channels on both sides. Use split=None."
             )
-        self.spec, self.clock, self.granularity = spec, clock, self._granularity(config.activation.granularity)
+        self.spec, self.clock = spec, clock
         self.operator = LayerOperator(spec, self._parameters)
         quantizer = None
         if config.activation.bits is not None:
             moment = clock.moment if config.modulation is None else clock.transition
-            quantizer = Quantizer(config.activation, self.granularity, self.channel_dim, spec.runs, moment)
+            granularity = resolve(config.activation.granularity, self.channel_dim)
+            quantizer = Quantizer(config.activation, granularity, self.channel_dim, spec.runs, moment)
         self.unsupported, kind = unsupported(spec, quantizer), SimulatedLoop
         if config.execution == "integer" and not self.unsupported:
             int16 = config.modulation is not None and config.modulation.state_dtype == "int16"
@@ -132,11 +135,6 @@ class ModulatedLayer(nn.Module):
         """Of the weight as it computes, packed or not."""
         weight = self.quantized_weight
         return weight.shape if isinstance(weight, PackedWeight) else tuple(self.weight.shape)
-
-    def _granularity(self, asked: Granularity) -> Granularity:
-        if asked != "auto":
-            return asked
-        return "token" if self.channel_dim == -1 else "sample"
 
     def share_with(self, leader: ModulatedLayer) -> None:
         """Read the same quantized residual as `leader` whenever both are given the same tensor."""
@@ -246,11 +244,16 @@ class ModulatedLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output for `input`, same dtype; one operator in a graph of torch.compile.
 
+        A gradient for `input` is refused when it is asked for: its backward raises StateError.
         Raises: StateError outside a trajectory, or if the input does not fit the states.
         """
         if torch.compiler.is_compiling():
-            return traced.layer(self.clock.token, input, self.number)
-        return self.run(input)
+            output = traced.layer(self.clock.token, input, self.number)
+        else:
+            output = self.run(input)
+        if input.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
+            return traced.guard(input, output, self.number)
+        return output
 
     def run(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
         """`forward`, outside of any graph or as an operator of one.

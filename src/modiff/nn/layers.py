@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from modiff.config import LayerConfig
 from modiff.nn.layer import ModulatedLayer
-from modiff.nn.operator import LayerSpec
-
-_CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+from modiff.nn.operator import Convolve, LayerSpec
 
 
 class ModulatedLinear(ModulatedLayer, nn.Linear):
@@ -23,25 +20,6 @@ class ModulatedLinear(ModulatedLayer, nn.Linear):
     def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
         """What the layer's parts know of it."""
         return LayerSpec(name, config, self.in_features, self.channel_dim, functional.linear, split)
-
-
-@dataclass(frozen=True)
-class Convolve:
-    """A convolution with the stride, padding and its mode, dilation and groups of a torch layer."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    groups: int
-    mode: str
-    pads: tuple[int, ...]
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(N, C, ...) -> (N, O, ...)."""
-        convolve, padding = _CONVOLVE[len(self.stride)], self.padding
-        if self.mode != "zeros":
-            x, padding = functional.pad(x, self.pads, mode=self.mode), 0
-        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class _ModulatedConv(ModulatedLayer):

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from modiff.config import LayerConfig
 from modiff.core.hadamard import Segment, segments_of
 from modiff.core.quantizer import Code
 from modiff.nn.packed import PackedWeight
 from modiff.nn.weight import QuantizedWeight
+
+_CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 Parameters = dict[str, Any]
 """The parameters of a module by name, the dictionary that the module itself keeps."""
@@ -73,6 +76,25 @@ class LayerSpec:
         return QuantizedWeight(self.config.weight, runs, rotation, f"{self.name}.weight")
 
 
+@dataclass(frozen=True)
+class Convolve:
+    """A convolution with the stride, padding and its mode, dilation and groups of a torch layer."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    mode: str
+    pads: tuple[int, ...]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(N, C, ...) -> (N, O, ...)."""
+        convolve, padding = _CONVOLVE[len(self.stride)], self.padding
+        if self.mode != "zeros":
+            x, padding = functional.pad(x, self.pads, mode=self.mode), 0
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
 class LayerOperator:
     """A(x) + b of one layer, with its quantized weight or the weight before rounding.
 
@@ -106,7 +128,7 @@ class LayerOperator:
     def linear(self, code: Code) -> Tensor:
         """A_q(code) without bias."""
         value = code.value()
-        return self.spec.operate(value, self.quantized.dense(self.weight, value.dtype), None)
+        return self.spec.operate(value, self.quantized.dense(self.parameters["weight"], value.dtype), None)
 
     def start(self) -> Tensor | float:
         """The bias, shaped to be added to an output."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Source:
 
     In eager execution a tensor is recognized by identity and version counter. Under inductor, buffers are reused, and
     inference tensors have no version, so neither works. There the read number of the graph tells, and without one the
-    bytes, where a layer joins at the same address.
+    bytes, where a layer joins at the same address. A write through `.data` between two readers is not seen.
 
     Args:
         read: None in eager execution; in a graph the number of what is read, negative for the first that reads it in
@@ -39,8 +39,8 @@ class Source:
     __slots__ = ("address", "bytes", "read", "tensor", "version")
 
     def __init__(self, x: Tensor, read: int | None, asked: bool) -> None:
-        self.tensor, self.version, self.address = weakref.ref(x), version_of(x), x.data_ptr()
-        self.read = read
+        self.tensor, self.read, self.address = weakref.ref(x), read, x.data_ptr()
+        self.version = 0 if x.is_inference() else x._version
         self.bytes = fingerprint(x) if asked and _silent(x, read) else None
 
     def begins(self, x: Tensor, read: int | None) -> bool:
@@ -76,9 +76,11 @@ class InputState(ABC):
     """One tensor's input state through a trajectory, and the update of this evaluation, for each layer that reads it.
 
     spec: of the layer that opened it; what the input's side asks of it is the same in all of a group.
-    count: updates so far; a reader that missed one cannot go on. readers: how many layers read it. open: others may
-    join. turn: the step at which it anchors again first where anchors are staggered, up to a multiple of
-    `reanchor_every`. Subclasses say how the state is kept and how the codes look.
+    count: updates so far; a reader that missed one cannot go on. readers: how many layers read it. unread: those that
+    did not take this update yet; after the last one it is freed. open: others may join. turn: the step at which it
+    anchors again first where anchors are staggered, up to a multiple of `reanchor_every`. scales, age: of the last
+    residual, and how many were quantized since an anchor, where scales are held over some steps.
+    Subclasses say how the state is kept and how the codes look.
     """
 
     def __init__(self, spec: LayerSpec, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
@@ -86,8 +88,8 @@ class InputState(ABC):
         self.predictor = predictor_named(config.predictor)
         self.update: Update | None = None
         self.count, self.readers, self.unread, self.open, self.turn, self.tick = 0, 1, 0, False, 0, -1
-        self._scales: tuple[QParams, ...] = ()
-        self._age = 0
+        self.scales: tuple[QParams, ...] = ()
+        self.age = 0
         self._shape: tuple[torch.Size, torch.device] | None = None
         self._source: Source | None = None
 
@@ -129,7 +131,7 @@ class InputState(ABC):
         every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
         if every and (self.clock.step - turn) % every == 0:
             self.restart()
-            self._shape, self._age = None, 0
+            self._shape, self.age = None, 0
         shape = (x.shape, x.device)
         if self._shape is not None and self._shape != shape:
             raise self._misfit(where, x)
@@ -140,12 +142,6 @@ class InputState(ABC):
         self.unread = 0 if self.open and self.update.starts else self.readers
         return self.update
 
-    def has_read(self) -> None:
-        """One reader is done; after the last one the codes are freed."""
-        self.unread -= 1
-        if self.unread == 0:
-            self.update = None
-
     def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
         """The tensor that is encoded: x, or what `fusion` makes of it, rotated if the layers rotate."""
         value = x if fusion is None else fusion.compute(x)
@@ -155,20 +151,14 @@ class InputState(ABC):
 
     def encoded(self, x: Tensor, fusion: InputFusion | None, state: State | None) -> tuple[Update, State]:
         """The step of `core.recursion`."""
-        value = self.prepared(x, fusion)
+        value = x if fusion is None and self.spec.rotation is None else self.prepared(x, fusion)
         ratio = 1.0 if self.predictor.past_states == 1 or state is None else self.ratio(x.device)
-        update, state = encode(value, state, self.quantizer, self.config, ratio, self.held_scales())
-        if update.codes and not update.starts:
-            self.hold_scales(tuple(q for _, q in update.codes[0].parts))
+        every = self.quantizer.config.refresh_every
+        scales = self.scales if every > 1 and self.age % every else None
+        update, state = encode(value, state, self.quantizer, self.config, ratio, scales)
+        if every > 1 and update.codes and not update.starts:
+            self.scales, self.age = tuple(q for _, q in update.codes[0].parts), self.age + 1
         return update, state
-
-    def held_scales(self) -> Sequence[QParams] | None:
-        """The scales of an earlier step where they are held over some steps, None where this step measures them."""
-        return self._scales if self._age % self.quantizer.config.refresh_every else None
-
-    def hold_scales(self, scales: tuple[QParams, ...]) -> None:
-        """A residual was quantized with these."""
-        self._scales, self._age = scales, self._age + 1
 
     def ratio(self, device: torch.device) -> Weight:
         """Size of this step over the last one, on a device."""

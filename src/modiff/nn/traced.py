@@ -5,6 +5,7 @@
     modiff::layer_after    the same behind a norm and an activation, which `fusion` puts into a graph
     modiff::attend   coded attention whose scales change from step to step
     modiff::end      the evaluation ended
+    modiff::guard    a layer's output where a gradient is recorded, modiff::refuse its backward: it raises
 
 What a layer remembers stays outside of the graph: no step, state or first use is a reason to compile again. Codes are
 those of eager execution for the same inputs. All of them write into the clock's `token`, which keeps their order.
@@ -20,12 +21,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modiff.errors import StateError
 from modiff.kernels.input_fusion import Activation, InputFusion, Norm
 from modiff.kernels.layout import empty_output, innermost
 
@@ -126,6 +128,23 @@ def _nothing(*_: object) -> None:
     return None
 
 
+def _guard(x: Tensor, output: Tensor, number: int) -> Tensor:
+    """`output`, through which no gradient reaches x."""
+    return output.clone()
+
+
+def _refuse(gradient: Tensor, shape: Sequence[int], number: int) -> Tensor:
+    """Raises: StateError; in a graph only when the backward runs, not when it is traced."""
+    raise StateError(
+        f"{holder_of(number).name}: expected no gradient, got a backward pass. Rounded codes have no gradient, and the "
+        "states hold earlier steps without one. Sample under torch.no_grad(), or call modiff.remove(model) first."
+    )
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.shape, ctx.number = inputs[0].shape, inputs[2]
+
+
 begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()", _begin, _nothing)
 end = _operator("end(Tensor(a!) token, int number) -> ()", _end, _nothing)
 layer = _operator("layer(Tensor(a!) token, Tensor x, int number, int read=0) -> Tensor", _layer, _fake_layer)
@@ -137,3 +156,14 @@ attend = _operator(
     "attend(Tensor(a!) token, Tensor query, Tensor key, Tensor value, Tensor? mask, float dropout, bool causal, "
     "float? scale, bool grouped, int number) -> Tensor", _attend, _fake_attend,
 )  # fmt: skip
+guard = _operator("guard(Tensor x, Tensor output, int number) -> Tensor", _guard, lambda _x, output, _: output.clone())
+refuse = _operator("refuse(Tensor gradient, SymInt[] shape, int number) -> Tensor", _refuse,
+                   lambda gradient, shape, _: gradient.new_empty(shape))  # fmt: skip
+for _name in ("layer", "layer_after"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # `guard` says what their gradient is
+torch.library.register_autograd(
+    "modiff::guard",
+    lambda ctx, gradient: (refuse(gradient, ctx.shape, ctx.number), None, None),
+    setup_context=_remember,
+    lib=_LIBRARY,
+)

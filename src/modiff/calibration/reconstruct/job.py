@@ -193,7 +193,7 @@ def _fixed_segments(layer: ModulatedLayer) -> tuple[tuple[Tensor, QParams], ...]
 
 def _widest(trainee: Trainee, quantizer: Quantizer, calls: Sequence[UnitCall]) -> tuple[QParams, ...]:
     """Scales that cover every residual: where learning starts unless some were measured."""
-    axis = quantizer.channel_dim if quantizer.granularity == "input_channel" else None
+    axis = quantizer.observed_dim
     observers = [MinMaxObserver(axis) for _ in quantizer.segments]
     device = trainee.quantized.weight.device
     for call in calls:

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modiff.core.affine import QParams
+from modiff.core.granularity import granularity_named
 from modiff.core.hadamard import rotate
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
@@ -41,12 +43,10 @@ def unsupported(spec: LayerSpec, quantizer: Quantizer | None) -> str:
         return "its input is not quantized" if quantizer is None else "0 bits send nothing that could be summed"
     if not quantizer.config.symmetric:
         return "codes with a zero point of their own have no kernel"
-    if quantizer.granularity == "input_channel":
-        return "a scale along the summed axis has no integer sums"
     if spec.unsupported:
         return spec.unsupported
-    if quantizer.granularity == "token" and spec.channel_dim == 1 and {*spec.kernel_size, *spec.stride} != {1}:
-        return "a scale for each pixel has no integer sums over several pixels"
+    if reason := granularity_named(quantizer.granularity).unsupported(spec.kernel_size, spec.stride):
+        return reason
     if modulation is None:
         return ""
     if type(predictor_named(modulation.predictor)) not in (Hold, Linear):
@@ -78,7 +78,7 @@ def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tens
     """
     if len(runs) == 1:
         return (x,)
-    split = x.split(list(runs), channel_dim)
+    split = x.split_with_sizes(runs, channel_dim)
     if channel_dim == 1 and channels_innermost(x, x.dim() - 2):
         return tuple(innermost(run) for run in split)
     return tuple(run.contiguous() for run in split)
@@ -144,12 +144,14 @@ class IntegerInput(InputState):
         """Encode into bytes and write the state in place; with `fusion` in the same pass over memory."""
         if fusion is not None and not fuses(fusion.norm, x.device, self.spec):
             x, fusion = fusion.compute(x), None
-        if not self.parts or self.quantizer.watching:
+        if not self.parts or (not self.quantizer.config.dynamic and self.quantizer.watching):
             update, state = self.encoded(x, fusion, self.state)
             split = [dense_runs(t, self.quantizer.segments, self.quantizer.channel_dim) for t in _tensors(state)]
             self.parts = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
             return update
         value = x if self.spec.rotation is None else self.prepared(x, None)
+        if self.spec.channel_dim == -1 and fusion is None:
+            value = value.contiguous()  # compiled loops read tokens whose channels lie next to each other
         return self.encode(value, fusion)
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
@@ -158,9 +160,14 @@ class IntegerInput(InputState):
         if self.predictor.past_states > 1:
             weights = self.predictor.weights(len(self.parts[0].moves), self.config.gain, self.ratio(x.device))
             gain = torch.as_tensor(weights[0] if weights else 0.0, dtype=torch.float32, device=x.device)
-        scales = self.held_scales()
-        given = quantizer.scales(x) if scales is None else [q.scale for q in scales]
-        runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
+        every, given = quantizer.config.refresh_every, None
+        if not quantizer.config.dynamic:
+            given = quantizer.scales(x)
+        elif every > 1 and self.age % every:
+            given = [q.scale for q in self.scales]
+        runs: Sequence[tuple[Tensor, InputFusion | None]] = ((x, fusion),)
+        if len(quantizer.segments) > 1:
+            runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
         parts: list[Codes] = []
         states: list[State] = []
         for index, (run, fused) in enumerate(runs):
@@ -177,8 +184,8 @@ class IntegerInput(InputState):
             )  # fmt: skip
             states.append(state)
         self.parts = tuple(states)
-        if quantizer.config.refresh_every > 1:
-            self.hold_scales(tuple(QParams(scale, None) for _, scale in parts))
+        if every > 1:
+            self.scales, self.age = tuple(QParams(scale, None) for _, scale in parts), self.age + 1
         code = ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), quantizer.channel_dim)
         return Update(None, (code,), weights=() if gain is None else (gain,))
 
@@ -214,7 +221,7 @@ class IntegerLoop(SimulatedLoop):
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """Those of the present weight. Cost: building them waits for the device once."""
-        weight, quantized = self.operator.weight, self.operator.quantized
+        weight, quantized = self.operator.parameters["weight"], self.operator.quantized
         if isinstance(quantized, PackedWeight):
             source = (weight.data_ptr(), version_of(weight), weight.device)
             changed = source != self._source
@@ -299,7 +306,7 @@ class IntegerLoop(SimulatedLoop):
         return fuses(norm, self.operator.weight.device, self.spec)
 
     def _weight_codes(self) -> tuple[Codes, ...]:
-        weight, quantized = self.operator.weight, self.operator.quantized
+        weight, quantized = self.operator.parameters["weight"], self.operator.quantized
         if isinstance(quantized, PackedWeight) and len(quantized.segments) == 1:
             return (quantized.stored(weight),)  # as they are kept: two 4-bit codes in a byte
         return tuple((codes.contiguous(), q.scale) for codes, q in quantized.codes(weight))

@@ -89,9 +89,14 @@ class SimulatedLoop:
         inputs = self.inputs
         if inputs is None:
             return self.plain(x, fusion)
-        memory = self._memory()
+        clock = self.clock
+        if not clock.inside:
+            raise self._outside()
+        self._calls = self._calls + 1 if self._tick == clock.tick else 0
+        self._tick = clock.tick
+        memory = self.memories.get((clock.context, self._calls))
         if memory is None:
-            memory = self.memories[self.clock.context, self._calls] = Memory(inputs.state_for(x, read))
+            memory = self.memories[clock.context, self._calls] = Memory(inputs.state_for(x, read))
         state = memory.input
         update = state.read(self.spec.name, x, fusion, read)
         if state.count != memory.taken + 1 and not update.starts:
@@ -102,12 +107,15 @@ class SimulatedLoop:
             )
         memory.taken = state.count
         output = self.take(update, memory, x.dtype)
-        state.has_read()
+        state.unread -= 1
+        if state.unread == 0:
+            state.update = None
         return output
 
     def take(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         """Move the output state on. Returns: its value in `dtype`, a tensor of its own."""
-        state = accumulate(update, _float(memory.output), self.operator, self.modulation)
+        state = memory.output
+        state = accumulate(update, state if isinstance(state, State) else None, self.operator, self.modulation)
         memory.output = state
         return state.value.to(dtype, copy=True)
 
@@ -159,18 +167,8 @@ class SimulatedLoop:
                 found += [output.value, *output.moves]
         return found
 
-    def _memory(self) -> Memory | None:
-        """That of this context and of this call within the evaluation; None where it is new."""
-        clock = self.clock
-        if not clock.inside:
-            raise StateError(
-                f"{self.spec.name}: expected a running trajectory, got a call outside of one. The states of a "
-                "modulated layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
-            )
-        self._calls = self._calls + 1 if self._tick == clock.tick else 0
-        self._tick = clock.tick
-        return self.memories.get((clock.context, self._calls))
-
-
-def _float(state: State | FixedState | None) -> State | None:
-    return None if isinstance(state, FixedState) else state
+    def _outside(self) -> StateError:
+        return StateError(
+            f"{self.spec.name}: expected a running trajectory, got a call outside of one. The states of a modulated "
+            "layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
+        )

@@ -1,0 +1,92 @@
+"""A predictor from outside of the package: quadratic extrapolation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modiff
+from modiff import ConfigError, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig
+from modiff.evaluate.cost import measure_cost
+from tests.helpers import assert_within
+
+
+class Quadratic:
+    """p_t = 3 x_{t+1} - 3 x_{t+2} + x_{t+3} = x_{t+1} + 2 (x_{t+1} - x_{t+2}) - (x_{t+2} - x_{t+3})."""
+
+    past_states = 3
+
+    def weights(self, moves, gain, ratio):
+        return ((), (1.0,), (2.0, -1.0))[moves]
+
+
+modiff.register_predictor("quadratic", Quadratic())
+
+
+def config(predictor: str, execution: str = "simulated", **activation: object) -> ModiffConfig:
+    layer = LayerConfig(
+        activation=QuantizerConfig(bits=8, granularity="tensor", **activation),
+        modulation=ModulationConfig(predictor=predictor),
+        execution=execution,
+    )
+    return ModiffConfig(layer=layer, min_weights=0, first_last="quantize")
+
+
+def parabola(steps: int) -> list[Tensor]:
+    start, slope, bend = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0))
+    return [start + 0.1 * t * slope + 0.03 * t * t * bend for t in range(steps)]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 8))
+
+
+def errors(predictor: str) -> list[float]:
+    network, found = model(), []
+    modiff.apply(network, config(predictor))
+    with torch.no_grad(), modiff.trajectory(network):
+        for x in parabola(9):
+            network(x)
+            found.append(float((network[0].state.input - x).abs().max()))
+    return found
+
+
+def test_it_follows_a_parabola_which_the_others_lag() -> None:
+    last = {name: errors(name)[-1] for name in ("hold", "linear", "quadratic")}
+    assert last["quadratic"] < last["linear"] / 100
+    assert last["linear"] < last["hold"] / 2
+
+
+def test_the_law_holds_and_it_keeps_two_moves() -> None:
+    network = model()
+    modiff.apply(network, config("quadratic"))
+    layer = network[0]
+    with torch.no_grad(), modiff.trajectory(network):
+        for step, x in enumerate(parabola(6)):
+            output = network(x)
+            if step == 0:
+                anchor = layer.operator.anchor(x) - layer.operator.affine(x)
+            assert_within(output, layer.operator.affine(layer.state.input) + anchor, 1e-5)
+        assert len(layer.loop.tensors()) == 6
+
+
+def test_its_name_survives_json_and_the_cost_model_counts_its_states() -> None:
+    assert ModiffConfig.from_json(config("quadratic").to_json()) == config("quadratic")
+    cost = measure_cost(network := model(), lambda: network(torch.ones(2, 16)))
+    assert cost.state_bytes(4, "quadratic") == 3 * cost.state_bytes(4, "hold")
+
+
+def test_integers_refuse_it_and_say_so() -> None:
+    network = model()
+    modiff.apply(network, config("quadratic", "integer"))
+    assert not network[0].on_integers
+    assert network[0].unsupported == "no kernel knows the predictor 'quadratic'"
+
+
+def test_unknown_and_taken_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected one of 'hold', 'linear'.*got 'cubic'.*register_predictor"):
+        ModulationConfig(predictor="cubic")
+    with pytest.raises(ConfigError, match="expected a new name, got 'linear'"):
+        modiff.register_predictor("linear", Quadratic())
