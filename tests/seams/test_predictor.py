@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig
-from modiff.evaluate.cost import measure_cost
+from modiff.model.trajectory import state_bytes
 from tests.helpers import assert_within
 
 
@@ -70,12 +70,11 @@ def test_the_law_holds_and_it_keeps_two_moves() -> None:
                 anchor = layer.operator.anchor(x) - layer.operator.affine(x)
             assert_within(output, layer.operator.affine(layer.state.input) + anchor, 1e-5)
         assert len(layer.loop.tensors()) == 6
+        assert state_bytes(network) == 3 * 4 * (2 * 16 + 2 * 8)
 
 
-def test_its_name_survives_json_and_the_cost_model_counts_its_states() -> None:
+def test_its_name_survives_json() -> None:
     assert ModiffConfig.from_json(config("quadratic").to_json()) == config("quadratic")
-    cost = measure_cost(network := model(), lambda: network(torch.ones(2, 16)))
-    assert cost.state_bytes(4, "quadratic") == 3 * cost.state_bytes(4, "hold")
 
 
 def test_integers_refuse_it_and_say_so() -> None:
