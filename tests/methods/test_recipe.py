@@ -11,24 +11,18 @@ import torch
 import modiff
 from modiff import ConfigError, FormatError, ModulationConfig, ReconstructConfig, StateError
 from modiff.calibration.reconstruct import job as reconstruct_job
-from modiff.config import LayerConfig, WeightConfig
 from modiff.methods import (
     METHODS,
     AccuquantConfig,
     MethodConfig,
-    MethodJob,
     ModiffMethodConfig,
     Ptq4dmConfig,
     QDiffusionConfig,
     TfmqDmConfig,
     accuquant,
-    every_layer,
-    method_config,
     quantize,
-    register,
 )
 from modiff.model.attach import attachment_of
-from modiff.model.report import Report
 from tests.helpers import assert_same_bits
 from tests.methods import small
 
@@ -146,23 +140,6 @@ def test_settings_survive_json_and_those_that_mean_nothing_are_refused(name):
         if next(iter(changes)) in {field.name for field in dataclasses.fields(SMALL[name])}:
             with pytest.raises(ConfigError, match=message):
                 dataclasses.replace(SMALL[name], **changes)
-
-
-def test_a_method_from_outside_is_one_function_and_one_registration(monkeypatch, tmp_path):
-    monkeypatch.setattr("modiff.methods.registry.METHODS", dict(METHODS))
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class WeightsOnlyConfig(MethodConfig):
-        """Weights rounded to nearest."""
-
-    @register(WeightsOnlyConfig)
-    def weights_only(job: MethodJob, config: WeightsOnlyConfig) -> Report:
-        return job.apply(every_layer(LayerConfig(weight=WeightConfig(bits=config.weight_bits), modulation=None)))
-
-    assert method_config("weights-only", changes={"weight_bits": 4}) == WeightsOnlyConfig(weight_bits=4)
-    pipe = small.build()
-    report = quantize(pipe, WeightsOnlyConfig(weight_bits=4), folder=tmp_path)
-    assert {entry.setting for entry in report.entries} == {"W4A8 plain"}
 
 
 def test_on_the_embedded_model_modiff_is_nearer_to_full_precision_than_minmax_ranges():

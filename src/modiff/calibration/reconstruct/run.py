@@ -65,7 +65,8 @@ def learn_units(
     units = nullcontext() if folder is None else ResumableFolder(folder, _settings(job, blocks), items="unit-*")
     with units as kept, evaluating(model), job.undone_on_error():
         for index, block in enumerate(tqdm(blocks, desc="reconstruct", unit="block", disable=not progress)):
-            path = None if kept is None else kept.path / f"unit-{index:04d}-{_as_file(block.name)}.safetensors"
+            file = f"unit-{index:04d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', block.name)}.safetensors"
+            path = None if kept is None else kept.path / file
             if path is not None and path.exists():
                 learned, report = load_unit(path)
             else:
@@ -77,10 +78,6 @@ def learn_units(
     if config.learn == "residual_scales":
         required_attachment(model, "reconstruct").step_sizes = StepSizes(largest_step(calls))
     return ReconstructionReport((*reports, *job.left_out(blocks)))
-
-
-def _as_file(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def _settings(job: Job, blocks: list[Block]) -> dict[str, Any]:
