@@ -301,6 +301,7 @@ W8A4 = presets.modulated(8, 4).layer
         (with_modulation(W8A4, first_step="coded", rounds=3), 8 * 12 + 9 * 8 * 4),
         (with_modulation(W8A4, reanchor_every=4, stagger=False), 3 * 32 * 32 + 7 * 8 * 4),
         (with_modulation(W8A4, reanchor_every=3), 4 * 32 * 32 + 6 * 8 * 4),
+        (with_modulation(W8A4, reanchor_every=3, anchor_weights="quantized"), 4 * 8 * 32 + 6 * 8 * 4),
     ],
 )
 def test_a_layer_counts_each_step_at_the_bits_it_runs_with(config: LayerConfig, expected: int) -> None:

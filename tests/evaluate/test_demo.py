@@ -21,7 +21,8 @@ from tests.pixels import pixel_pipeline
 
 STEPS, IMAGES, SEED = 4, 2, 3
 FIELDS = [
-    "name", "weight_bits", "activation_bits", "modulated", "compensated", "tuned", "steps",
+    "name", "weight_bits", "activation_bits", "modulated", "compensated", "anchor_weights",
+    "reanchor_every", "tuned", "steps",
     "relative_l2", "psnr_db", "gbops", "state_mib", "seconds",
 ]  # fmt: skip
 
@@ -51,12 +52,24 @@ def test_the_rows_are_those_of_the_issue_in_order(demo: Demo) -> None:
         (*full, 4), (*full, 2), (*full, 1),
         *[(8, bits, False, None, False, 4) for bits in (8, 4, 3)],
         *[(8, bits, True, True, False, 4) for bits in (8, 4, 3, 2)],
+        *[(bits, 8, True, True, False, 4) for bits in (4, 8, 8, 4, 4)],
         (8, 4, True, False, False, 4),
         (32, 4, False, None, False, 4),
         (32, 4, True, True, False, 4), (32, 3, True, True, False, 4),
         *[(32, bits, True, True, True, 4) for bits in (4, 3, 2)],
     ]  # fmt: skip
     assert len({r.name for r in demo.rows}) == len(demo.rows)
+    anchors = {r.name: (r.anchor_weights, r.reanchor_every) for r in demo.rows}
+    assert anchors["modulated W4A8"] == ("exact", 0)
+    assert anchors["modulated W4A8, quantized anchor"] == ("quantized", 0)
+    assert anchors["modulated W8A8, anchored every 10"] == ("exact", 10)
+    assert anchors["plain W8A8"] == anchors["full precision"] == (None, None)
+
+
+def test_exact_anchors_pay(demo: Demo) -> None:
+    error = {r.name: r.relative_l2 or 0.0 for r in demo.rows}
+    assert error["modulated W4A8"] < 0.5 * error["modulated W4A8, quantized anchor"]
+    assert row(demo, "modulated W4A8, quantized anchor").gbops < row(demo, "modulated W4A8").gbops
 
 
 def test_the_json_has_exactly_the_fields_agreed_on_and_no_infinity(demo: Demo) -> None:

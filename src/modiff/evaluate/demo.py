@@ -13,7 +13,7 @@ from PIL import Image
 
 from modiff import presets
 from modiff.api import tune
-from modiff.config import ModiffConfig
+from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, trajectory_gbops
 from modiff.evaluate.metrics.paired import psnr, relative_l2
@@ -26,6 +26,8 @@ from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.tune import FINALISTS
 
 FEWEST_STEPS = 4
+EVERY = 10
+"""Steps from one anchor of a layer to the next, in the rows that anchor again."""
 TUNING_SEED = 1_000_003
 """Added to the seed: tuning never sees the noise that its rows are judged on."""
 
@@ -33,6 +35,7 @@ _FOOTNOTE = """\
 Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
 GBOPs: MACs x weight bits x activation bits of one image, all steps. Steps that anchor count at 32-bit activations, with
 exact weights at 32 x 32 bits, as layers in full precision and attention products do. Bit-operations are not speed.
+Anchors: modulated runs start from the exact weights; "quantized anchor" is the paper's form.
 State MiB: measured at the end of the trajectory, whole batch, input and output states.
 Seconds: this run, whole batch. Integers are simulated in float here, so quantized rows are slower, not faster."""
 
@@ -46,6 +49,8 @@ class DemoRow:
     activation_bits: int
     modulated: bool
     compensated: bool | None
+    anchor_weights: str | None
+    reanchor_every: int | None
     tuned: bool
     steps: int
     relative_l2: float | None
@@ -107,7 +112,7 @@ def _cells(row: DemoRow) -> tuple[str, ...]:
 
 
 def plans(steps: int) -> list[DemoPlan]:
-    """The rows of the demo in order: steps, plain, modulated, the ablation, then activations alone."""
+    """The rows of the demo in order: steps, plain, modulated, anchors, the ablation, then activations alone."""
     rows = [
         DemoPlan("full precision", steps),
         DemoPlan("half the steps", steps // 2),
@@ -115,10 +120,20 @@ def plans(steps: int) -> list[DemoPlan]:
     ]
     rows += [DemoPlan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
     rows += [DemoPlan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
+    rows += [DemoPlan("modulated W4A8", steps, presets.modulated(4, 8))]
+    for w in (8, 4):
+        again = _anchored_again(presets.modulated(w, 8))
+        rows.append(DemoPlan(f"modulated W{w}A8, quantized anchor", steps, presets.published(w, 8)))
+        rows.append(DemoPlan(f"modulated W{w}A8, anchored every {EVERY}", steps, again))
     rows += [DemoPlan("modulated W8A4, no compensation", steps, presets.uncompensated(8, 4))]
     rows += [DemoPlan("plain W32A4", steps, presets.plain(None, 4))]
     rows += [DemoPlan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
     return rows + [DemoPlan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
+
+
+def _anchored_again(config: ModiffConfig) -> ModiffConfig:
+    modulation = dataclasses.replace(config.layer.modulation or ModulationConfig(), reanchor_every=EVERY)
+    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
 
 
 def run_demo(
@@ -130,7 +145,7 @@ def run_demo(
         steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
         progress: a bar on stderr that counts network evaluations.
     Raises: ConfigError for a pipeline that needs a prompt, or fewer steps or images than make sense.
-    Cost: 16 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
+    Cost: 22 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """
     pipe = _checked(pipe, steps, num_images)
     todo = plans(steps)
@@ -175,6 +190,8 @@ def _row(plan: DemoPlan, config: ModiffConfig | None, run: Sampled, reference: n
         activation_bits=_bits(config and config.layer.activation.bits),
         modulated=modulation is not None,
         compensated=None if modulation is None else modulation.error_compensation == "closed_loop",
+        anchor_weights=None if modulation is None else modulation.anchor_weights,
+        reanchor_every=None if modulation is None else modulation.reanchor_every,
         tuned=plan.tuned_bits is not None,
         steps=plan.steps,
         relative_l2=_finite(relative_l2(run.images, reference)),
