@@ -11,7 +11,7 @@ from modiff.model.attention import apply_attention, attention_quantizers, remove
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 
-NAMES = ["ddim", "sd", "dit", "pixart", "sd3", "flux", "wan"]
+NAMES = ["ddim", "dit", "sd3", "flux"]
 
 
 def config(bits: int | None) -> AttentionConfig:

@@ -48,13 +48,6 @@ def test_evaluations_are_counted_as_the_scheduler_runs_them(scheduler, count):
     assert len(ran) == count
 
 
-def test_counting_leaves_the_scheduler_as_it_is():
-    pipe = HOSTS["ddim"].build()
-    pipe.scheduler.set_timesteps(7)
-    assert evaluations(pipe, 3) == 3
-    assert len(pipe.scheduler.timesteps) == 7
-
-
 @pytest.mark.parametrize("name", ["sd", "flux", "pixart"])
 def test_a_pipeline_that_takes_a_prompt_must_be_given_a_run(name):
     with pytest.raises(ConfigError, match="expected run=, a function that generates from prompts, got none"):

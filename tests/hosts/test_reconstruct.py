@@ -18,7 +18,7 @@ from tests.hosts.tiny import HOSTS
 QUICK = ReconstructConfig(iterations=8, batch=4, learning_rate=0.2, checks=2)
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "wan"])
+@pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_no_unit_of_a_host_gets_worse_and_some_get_better(name):
     host = HOSTS[name]
     pipe = host.build()
@@ -39,7 +39,7 @@ def test_a_set_can_be_collected_before_and_blocks_named_by_the_user():
     exact = host.call(pipe)
     modiff.apply(pipe, presets.plain(3, 8))
     before = float((host.call(pipe) - exact).norm())
-    config = dataclasses.replace(QUICK, blocks=("down_blocks.?", "mid_block", "up_blocks.?"), iterations=16)
+    config = dataclasses.replace(QUICK, blocks=("down_blocks.?", "mid_block", "up_blocks.?"))
     report = reconstruct(pipe, calls, config, progress=False)
     assert [u.name for u in report.units] == [
         "down_blocks.0",

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hosts.parts import with_scheduler
 from tests.hosts.tiny import HOSTS, TinyHost, reload
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -46,23 +45,6 @@ def test_a_host_gives_the_same_result_twice_and_after_save_and_load(host: TinyHo
 
 
 @hosts
-def test_row_i_of_a_batch_is_the_call_with_the_next_seeds(host: TinyHost) -> None:
-    pipe = host.build()
-    rows = host.call(pipe, steps=2, batch=2)
-    singles = torch.cat([host.call(pipe, steps=2, seed=0), host.call(pipe, steps=2, seed=1)])
-    # Batched kernels sum in another order: some float32 roundings (1e-7 each) of values up to 6.
-    assert torch.allclose(rows, singles, rtol=0, atol=2e-5)
-    assert (rows[0] - rows[1]).norm() > 0.1 * rows[0].norm()
-
-
-@hosts
-def test_a_build_leaves_the_global_random_state_alone(host: TinyHost) -> None:
-    before = torch.get_rng_state()
-    host.build()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@hosts
 def test_every_layer_of_the_denoiser_has_a_say(host: TinyHost) -> None:
     pipe = host.build()
     calls = denoiser_calls(host, pipe, steps=2)
@@ -77,11 +59,3 @@ def test_every_layer_of_the_denoiser_has_a_say(host: TinyHost) -> None:
     assert {(host.name, name) for name, value in share.items() if value < 1e-3} == {
         (name, layer) for name, layer in IDLE if name == host.name
     }
-
-
-@samplers
-def test_a_listed_scheduler_samples_and_repeats(host: TinyHost, scheduler: str) -> None:
-    pipe = with_scheduler(host.build(), scheduler)
-    first = host.call(pipe)
-    assert torch.isfinite(first).all()
-    assert torch.equal(host.call(pipe), first)

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from modiff.hosts.host import Host, register_host
+from modiff.hosts.private_names import DIFFUSERS, check_private_names
 
 
 @functools.cache
@@ -14,6 +15,7 @@ def diffusers_host() -> Host:
     from modiff.hosts.diffusers.host import DiffusersHost
     from modiff.hosts.diffusers.quantizer import enter_tables
 
+    check_private_names(DIFFUSERS)
     enter_tables()
     return DiffusersHost()
 

@@ -14,6 +14,7 @@ from modiff.checkpoint.module_folder import save_module
 from modiff.config import PackedAnchors
 from modiff.errors import ConfigError
 from modiff.hosts.names import BLOCK_CLASSES, DEFAULT_EXCLUDE, UNBATCHED, shortcut_splits
+from modiff.hosts.private_names import TORCH, check_private_names
 from modiff.model.attach import attachment_of, eager, required_attachment
 from modiff.model.facts import NetworkFacts, facts_of, register_facts
 from modiff.model.trajectory import model_trajectory
@@ -119,6 +120,7 @@ def register_host(find: Callable[[Any], Host | None]) -> None:
 
 def host_of(target: Any) -> Host:
     """The host of a target, or of one of its networks: what the first finder says that knows it."""
+    check_private_names(TORCH)
     host = facts_of(eager(target))
     if not isinstance(host, Host):
         raise ConfigError(

@@ -1,0 +1,57 @@
+"""Private names of torch and diffusers that modiff uses, so that a version without one of them is told by its name.
+
+Neither library promises to keep them. torch's are looked up with the first target, diffusers' with its first object.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from operator import attrgetter
+
+from modiff.errors import KernelError
+
+TORCH = (
+    "torch.nn.modules.conv:Conv1d._conv_forward",
+    "torch.nn.modules.conv:Conv2d._conv_forward",
+    "torch.nn.modules.conv:Conv3d._conv_forward",
+    "torch:Tensor._version",
+    "torch:UntypedStorage._cdata",
+    "torch:_ops.OpOverload",
+    "torch:_ops.OpOverloadPacket",
+    "torch:_ops.HigherOrderOperator",
+)
+DIFFUSERS = (
+    "diffusers.quantizers.auto:AUTO_QUANTIZER_MAPPING",
+    "diffusers.quantizers.auto:AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "diffusers.quantizers.base:DiffusersQuantizer._process_model_before_weight_loading",
+    "diffusers.quantizers.base:DiffusersQuantizer._process_model_after_weight_loading",
+    "diffusers.configuration_utils:FrozenDict",
+    "diffusers.configuration_utils:ConfigMixin._internal_dict",
+    "diffusers.models.cache_utils:CacheMixin._reset_stateful_cache",
+)
+COMPILER = ("torch._dynamo:lookup_backend", "torch._dynamo.eval_frame:OptimizedModule")
+"""Loading these takes seconds, so torch.compile asks for them itself."""
+_OF_INSTANCES = {"ConfigMixin._internal_dict": "register_to_config"}
+"""Attributes that only instances have, and the method of the class that sets them."""
+
+
+@functools.cache
+def check_private_names(names: tuple[str, ...]) -> None:
+    """Raises: KernelError that names the first one that is missing, and the version of its library."""
+    for name in names:
+        module, _, path = name.partition(":")
+        package = importlib.import_module(module.partition(".")[0])
+        kind, _, attribute = path.rpartition(".")
+        setter = _OF_INSTANCES.get(path)
+        try:
+            holder = importlib.import_module(module)
+            if setter is None:
+                attrgetter(path)(holder)
+            elif attribute not in attrgetter(f"{kind}.{setter}")(holder).__code__.co_names:
+                raise AttributeError(attribute)
+        except (ImportError, AttributeError) as error:
+            raise KernelError(
+                f"{package.__name__} {package.__version__}: expected {module}.{path}, which modiff uses, got none. It "
+                "is private there and has changed. Install the version that modiff's pyproject.toml names."
+            ) from error

@@ -1,0 +1,38 @@
+"""Private names of other libraries: those that are used are listed, those that are missing are named."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import modiff
+from modiff.errors import KernelError
+from modiff.hosts.private_names import DIFFUSERS, TORCH, check_private_names
+
+LISTED = {part for name in TORCH + DIFFUSERS for part in name.partition(":")[2].split(".")}
+
+
+@pytest.mark.parametrize("names", [TORCH, DIFFUSERS])
+def test_this_torch_and_this_diffusers_have_them_all(names):
+    check_private_names(names)
+
+
+def test_a_missing_name_is_one_clear_error():
+    with pytest.raises(KernelError, match=r"torch .*: expected torch\.Tensor\._gone, which modiff uses, got none"):
+        check_private_names(("torch:Tensor._gone",))
+
+
+def test_the_private_attributes_of_tensors_storages_and_models_in_use_are_listed():
+    used = set()
+    for path in Path(modiff.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in (
+                "_version",
+                "_cdata",
+                "_internal_dict",
+                "_conv_forward",
+            ):
+                used.add(node.attr)
+    assert used <= LISTED
