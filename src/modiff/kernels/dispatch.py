@@ -17,7 +17,7 @@ BACKENDS: list[Backend] = [ONEDNN, TRITON, FLOAT_EXACT, REFERENCE]
 
 
 class Choice(NamedTuple):
-    """A backend by its name, one line that says why, and what each backend asked before it answered."""
+    """A backend by its name, one line that says why, and what each backend before it answered."""
 
     backend: str
     reason: str

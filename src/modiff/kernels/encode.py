@@ -173,9 +173,8 @@ def _encode(x: Tensor, memory: Memory, scale: Tensor | None, settings: Settings)
 def _natively(layout: Layout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run the compiled loop; False where it does not know the types, and nothing was touched."""
     state, move, gain = memory
-    if x.dtype not in KINDS or not x.is_cpu or layout.rows is None or not scale.is_contiguous():
-        return False
-    if state is not None and state.dtype != torch.float32:
+    known = x.dtype in KINDS and x.is_cpu and scale.is_contiguous() and (state is None or state.dtype == torch.float32)
+    if layout.rows is None or not known:
         return False
     if move is not None and (move.dtype != torch.float32 or move.stride() != x.stride()):
         return False
@@ -194,9 +193,8 @@ def _natively(layout: Layout, x: Tensor, memory: Memory, codes: Tensor, scale: T
 
 def _on_gpu(layout: Layout, x: Tensor, state: Tensor | None, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run Triton's kernel; False where it does not know the types, and nothing was touched."""
-    if layout.rows is None or not gpu.installed() or not scale.is_contiguous():
-        return False
-    if state is not None and state.dtype not in gpu.STATES:
+    known = gpu.installed() and scale.is_contiguous() and (state is None or state.dtype in gpu.STATES)
+    if layout.rows is None or not known:
         return False
     strides = (layout.rows[1], 1)
     states = None if state is None else state.as_strided(layout.rows, strides)

@@ -24,7 +24,6 @@ _LIMITS: dict[str, tuple[Level, ...]] = {
     "AVX512_CORE": ("avx512", "avx2", "sse41"),
 }
 _NO_AMX = ("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
-_INT32 = ("amx", "avx512_vnni", "avx2_vnni")
 
 
 class Trust(NamedTuple):
@@ -49,7 +48,7 @@ class Isa(NamedTuple):
     @property
     def sums_in_int32(self) -> bool:
         """Whether u8 x s8 products are summed in 32 bits. Without VNNI pairs are summed in int16, which saturates."""
-        return self.level in _INT32
+        return self.level in ("amx", "avx512_vnni", "avx2_vnni")
 
 
 def level_of(capable: dict[str, object], limit: str = "") -> Level:
@@ -67,8 +66,8 @@ def level_of(capable: dict[str, object], limit: str = "") -> Level:
         "sse41": bool(capable.get("sse4_1")),
     }
     allowed = _allowed(limit.strip().upper())
-    found: list[Level] = [level for level in _LEVELS if has[level] and level in allowed]
-    return found[0] if found else "other"
+    levels: list[Level] = [level for level in _LEVELS if has[level] and level in allowed]
+    return levels[0] if levels else "other"
 
 
 def _allowed(limit: str) -> tuple[Level, ...]:

@@ -77,7 +77,7 @@ class Kernel:
         That is codes (1 byte a weight, half of one if packed), scales, and what backends made of the codes at first
         use: oneDNN's layout 1 byte a weight, the float32 copy of `float_exact` 4.
         """
-        return self.weight.nbytes + self.weight_scale.nbytes + PREPACKED.bytes_of(self.weight)
+        return self.weight.nbytes + self.weight_scale.nbytes + PREPACKED.bytes_of(self._operator.weight)
 
     def accumulate(self, output: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Add what `codes` stand for to the output state, in place. Cost: one operator."""

@@ -94,8 +94,8 @@ def missing(name: str) -> None:
 
 def find_compiler() -> str | None:
     """The C++ compiler that CXX names, or the first of the usual ones."""
-    asked = os.environ.get("CXX")
-    names = [asked] if asked else ["c++", "g++", "clang++"]
+    chosen = os.environ.get("CXX")
+    names = [chosen] if chosen else ["c++", "g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
@@ -112,8 +112,8 @@ def cache_folder() -> Path:
 def _built(compiler: str, name: str) -> Path:
     """The library file for this source, this compiler and this processor; built if it is new."""
     source = _SOURCES / f"{name}.cpp"
-    asked = [compiler, "--version"]
-    version = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+    command = [compiler, "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
     digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, version, sorted(capabilities().items()))).encode())
     for file in (source, *sorted(_SOURCES.glob("*.h"))):
         digest.update(file.read_bytes())
@@ -175,10 +175,8 @@ def fingerprint(x: Tensor) -> Fingerprint | None:
     That is for a tensor that is empty, not on the CPU or not dense, and on a machine without a C++ compiler.
     Cost: one pass over x.
     """
-    if x.device.type != "cpu" or x.layout != torch.strided or x.data_ptr() == 0 or not _dense(x):
-        return None
-    library = load("fingerprint").library
-    if library is None:
+    known = x.device.type == "cpu" and x.layout == torch.strided and x.data_ptr() != 0 and _dense(x)
+    if not known or (library := load("fingerprint").library) is None:
         return None
     number = library.modiff_fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads())
     return number, x.dtype, x.shape, x.stride()

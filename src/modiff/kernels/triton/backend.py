@@ -104,10 +104,10 @@ def encode_rows(
 def _add(operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor | None) -> None:
     """Into a state with channels innermost in memory, or through a copy that has them there."""
     dense = channels_innermost(state, operator.axes) and state.dtype in STATES
-    held = state if dense else operator.new_output(codes, torch.float32).copy_(state)
-    _run(operator, codes, scale, held, output)
+    target = state if dense else operator.new_output(codes, torch.float32).copy_(state)
+    _run(operator, codes, scale, target, output)
     if not dense:
-        state.copy_(held)
+        state.copy_(target)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -69,14 +69,14 @@ def run_conv(
         state, output: (N, O, H', W'), channels innermost in memory; an int32 output takes the sums alone.
         bias: (O,), added where there is no state.
     """
-    held, written = both(state, output)
-    images, columns, out_high, out_wide = torch.as_tensor(held).shape
+    added, written = both(state, output)
+    images, columns, out_high, out_wide = torch.as_tensor(added).shape
     _, channels, high, wide = codes.shape
     rows = images * out_high * out_wide
     blocks = blocks_of(rows, columns, channels)
     grid = (triton.cdiv(rows, blocks[0]) * triton.cdiv(columns, blocks[1]),)
     _conv[grid](
-        codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, held, written, images,
+        codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, added, written, images,
         high, wide, channels, out_high, out_wide, columns, ZERO=zero, SCALES=int(scale.numel() > 1),
         KERNEL_Y=weight.shape[1], KERNEL_X=weight.shape[2], STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
         PAD_Y=geometry.padding[0], PAD_X=geometry.padding[1], STEP_Y=geometry.dilation[0],

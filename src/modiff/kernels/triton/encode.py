@@ -30,12 +30,12 @@ def _rounded(x, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
 def _code(x, state, codes, scale, at, mask, KEEPS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
     """Codes of the elements `at`, and the next state in place."""
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    held = tl.load(state + at, mask=mask, other=0.0).to(tl.float32) if KEEPS else value * 0.0
-    residual = value - held if KEEPS else value
+    old = tl.load(state + at, mask=mask, other=0.0).to(tl.float32) if KEEPS else value * 0.0
+    residual = value - old if KEEPS else value
     q = _rounded(tl.div_rn(residual, scale), LOWEST, HIGHEST)
     tl.store(codes + at, (q - LOWEST).to(tl.uint8), mask=mask)
     if KEEPS:
-        tl.store(state + at, (held + q * scale).to(state.dtype.element_ty), mask=mask)
+        tl.store(state + at, (old + q * scale).to(state.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -74,16 +74,16 @@ def _whole_rows(
 
 
 @triton.jit
-def _largest(x, state, found, count, KEEPS: tl.constexpr, BLOCK: tl.constexpr):
+def _largest(x, state, maxima, count, KEEPS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest magnitude of a row, block by block; integers, so that the order of blocks does not matter."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.atomic_max(found + row, tl.max(_magnitude(x, state, row * count + k, k < count, KEEPS), 0))
+    tl.atomic_max(maxima + row, tl.max(_magnitude(x, state, row * count + k, k < count, KEEPS), 0))
 
 
 @triton.jit
-def _parts(
-    x, state, codes, scales, found, count, factor,
+def _blocks(
+    x, state, codes, scales, maxima, count, factor,
     KEEPS: tl.constexpr, DYNAMIC: tl.constexpr, EACH: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def _parts(
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if DYNAMIC:
-        scale = _scale_of(tl.load(found + row).to(tl.float32, bitcast=True), factor)
+        scale = _scale_of(tl.load(maxima + row).to(tl.float32, bitcast=True), factor)
         if tl.program_id(1) == 0:
             tl.store(scales + row, scale)
     else:
@@ -106,20 +106,20 @@ def code_rows(
 
     Args:
         x, state, codes: (rows, elements), dense; any float, float32 or float16, uint8. state None: plain quantization.
-        scales: float32, one a row; given ones may be one for all.
+        scales: float32, one a row; where not dynamic, one may serve all.
     """
     rows, count = x.shape
     highest = 2 ** (bits - 1) - 1
     words = {"KEEPS": state is not None, "DYNAMIC": dynamic, "EACH": int(scales.numel() > 1), "LOWEST": -highest - 1,
              "HIGHEST": highest, "enable_fp_fusion": False}  # fmt: skip
-    held, factor = x if state is None else state, clip / highest
+    states, factor = x if state is None else state, clip / highest
     if count <= _WHOLE:
         block = triton.next_power_of_2(count)
-        _whole_rows[(rows,)](x, held, codes, scales, count, factor, BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        _whole_rows[(rows,)](x, states, codes, scales, count, factor, BLOCK=block, num_warps=4 if block <= 2048 else 8,
                              **words)  # fmt: skip
         return
     grid = (rows, triton.cdiv(count, _BLOCK))
-    found = torch.zeros(rows, dtype=torch.int32, device=x.device)
+    maxima = torch.zeros(rows, dtype=torch.int32, device=x.device)
     if dynamic:
-        _largest[grid](x, held, found, count, KEEPS=state is not None, BLOCK=_BLOCK)
-    _parts[grid](x, held, codes, scales, found, count, factor, BLOCK=_BLOCK, **words)
+        _largest[grid](x, states, maxima, count, KEEPS=state is not None, BLOCK=_BLOCK)
+    _blocks[grid](x, states, codes, scales, maxima, count, factor, BLOCK=_BLOCK, **words)

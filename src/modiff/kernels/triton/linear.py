@@ -27,7 +27,7 @@ def _linear(
 ):  # fmt: skip
     """One block of the output. codes (M, K) uint8, weight (N, K) int8, state and output (M, N), all dense.
 
-    SCALES: 0 for one scale, else how many rows share one. KEEPS: add to the state; else start from zero, or the bias.
+    SCALES: how many rows share a scale, 0 for all. KEEPS: add to the state, not to zero or the bias.
     RAW: write the int32 sums alone.
     """
     pid = tl.program_id(0)
@@ -90,9 +90,9 @@ def run_linear(
     columns = weight.shape[0]
     block_m, block_n, block_k = blocks_of(rows, columns, depth)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)
-    held, written = both(state, output)
+    added, written = both(state, output)
     _linear[grid](
-        codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, held, written, rows,
+        codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, added, written, rows,
         columns, depth, ZERO=zero, SCALES=0 if scale.numel() == 1 else rows // scale.numel(),
         **options(state, output, bias, (block_m, block_n, block_k)),
     )  # fmt: skip
