@@ -1,4 +1,4 @@
-"""MoDiff's three kinds: dynamic scales, ranges of residuals, and learned steps that are never worse than they began."""
+"""MoDiff's three kinds: dynamic scales, ranges of residuals, learned scales that are never worse than they began."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_shared_halves_have_the_range_of_the_whole_input(residuals):
         assert scales == pytest.approx([whole / 7] * 2, rel=1e-4)
 
 
-def test_learned_steps_start_at_the_ranges_and_no_layer_is_worse():
+def test_learned_scales_start_at_the_ranges_and_no_layer_is_worse():
     measured, learned = small.build(), small.build()
     quantize(measured, MINMAX, progress=False)
     report = quantize(learned, LEARNED, progress=False)

@@ -1,4 +1,4 @@
-"""Q-Diffusion: all layers and the attention products coded, rounding and step sizes learned, never worse than begun."""
+"""Q-Diffusion: all layers and the attention products quantized, rounding and scales learned, never worse than begun."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from tests.model.toys import sample, toy, toy_unet
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("build", [toy, toy_unet])
-def test_steps_that_are_far_too_wide_are_learned_down(build, symmetric):
+def test_scales_that_are_far_too_wide_are_learned_down(build, symmetric):
     model, calls = applied(build, static_config(symmetric))
     start = widened(model, calls, 3.0)
     report = learn_units(model, calls, STEPS, kinds=KINDS, progress=False)
@@ -51,7 +51,7 @@ def test_steps_that_are_far_too_wide_are_learned_down(build, symmetric):
     assert sum(m < 0.8 for m in moved) > len(moved) / 2
 
 
-def test_steps_of_attention_are_learned_with_their_block():
+def test_scales_of_attention_are_learned_with_their_block():
     from modiff.hosts.names import BLOCK_CLASSES as DIFFUSERS
     from modiff.model.calibrate import quantizers_of
     from tests.hosts.tiny import HOSTS
@@ -77,7 +77,7 @@ def test_steps_of_attention_are_learned_with_their_block():
     assert {"mid_block.attentions.0.q", "mid_block.attentions.0.softmax"} <= set(before)
 
 
-def test_steps_that_are_right_stay():
+def test_scales_that_are_right_stay():
     model, calls = applied(toy, static_config())
     start = widened(model, calls, 1.0)
     wild = dataclasses.replace(STEPS, learning_rate=20.0, iterations=2, checks=2)
@@ -86,7 +86,7 @@ def test_steps_that_are_right_stay():
     assert all(layers_of(model)[name].quantizer.static is start[name] for name in start)
 
 
-def test_residual_steps_are_learned_on_pairs_of_steps():
+def test_residual_scales_are_learned_on_pairs_of_steps():
     model, calls = applied(toy, static_config(modulation=ModulationConfig()), pairs=True)
     start = widened(model, calls, 3.0)
     report = learn_units(model, calls, RESIDUAL, progress=False)
@@ -101,7 +101,7 @@ def test_residual_steps_are_learned_on_pairs_of_steps():
     assert learned < error_of(model, exact)
 
 
-def test_the_loss_of_residual_steps_is_that_of_the_layer_run_on_both_inputs():
+def test_the_loss_of_residual_scales_is_that_of_the_layer_run_on_both_inputs():
     """The loss before learning, against the modulated layer itself: two steps of a trajectory, p = 2.4."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16))
@@ -122,7 +122,7 @@ def test_the_loss_of_residual_steps_is_that_of_the_layer_run_on_both_inputs():
     assert min(abs(m / report.units[0].before - 1) for m in means) < 1e-4
 
 
-def test_residual_steps_without_measured_scales_start_at_the_widest_residual():
+def test_residual_scales_without_measured_scales_start_at_the_widest_residual():
     model, calls = applied(toy_unet, static_config(modulation=ModulationConfig()), pairs=True)
     report = learn_units(model, calls, dataclasses.replace(RESIDUAL, learning_rate=20.0, iterations=1), progress=False)
     assert not report.learned
