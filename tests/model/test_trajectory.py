@@ -44,15 +44,6 @@ def test_states_are_freed_when_the_body_raises_and_the_next_trajectory_is_a_fres
             assert_same_bits(ours, theirs)
 
 
-def test_an_evaluation_that_raises_does_not_leave_the_model_inside():
-    model = applied()
-    with modiff.trajectory(model):
-        with pytest.raises(AttributeError):
-            model(None, 0.0)
-        with pytest.raises(StateError, match="body: expected a running trajectory"):
-            model.body(torch.randn(2, 16, 4, 4))
-
-
 def test_an_evaluation_that_raises_half_way_is_not_repeated_on_its_half_states(monkeypatch):
     model = applied()
     with modiff.trajectory(model):

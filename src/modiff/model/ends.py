@@ -35,10 +35,9 @@ class Ends:
         self.ran, self.reads_sample = [], ""
         if sample is None or any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
             return
-        memory = sample.untyped_storage().data_ptr()
 
         def on_layer(name: str, _layer: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
-            if inputs[0].untyped_storage().data_ptr() == memory:
+            if inputs[0] is sample:
                 self.reads_sample = self.reads_sample or name
             self.ran.append(name)
 
