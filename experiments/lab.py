@@ -19,7 +19,7 @@ from modiff.api import apply, remove
 from modiff.config import JsonConfig, ModiffConfig, check
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.watch import Watcher, watch
-from modiff.evaluate.cost import ModelCost, trajectory_gbops
+from modiff.evaluate.cost import LayerCost, trajectory_gbops
 from modiff.evaluate.pipelines import measure_image
 from modiff.files import check_writable, read_json, write_json
 from modiff.generate.samplers import set_scheduler
@@ -91,7 +91,7 @@ class Lab:
         self.doing = ""
         self._references: dict[str, _Sampled] = {}
         with self.sampling(Run(steps=1)) as ddim:
-            self.cost: ModelCost = measure_image(ddim, settings.seed)
+            self.cost: list[LayerCost] = measure_image(ddim, settings.seed)
 
     @property
     def most_steps(self) -> int:
@@ -206,7 +206,7 @@ class Lab:
         return _Sampled(np.concatenate(images), evaluations, gbops)
 
 
-def _gbops(cost: ModelCost, report: Report | None, tally: Tally | None, evaluations: int) -> float:
+def _gbops(cost: list[LayerCost], report: Report | None, tally: Tally | None, evaluations: int) -> float:
     """Bit-operations of one image; layers that may keep silent count as often as they ran."""
     if tally is None or report is None:
         return trajectory_gbops(cost, report, evaluations)

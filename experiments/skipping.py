@@ -19,7 +19,7 @@ from modiff.core.affine import QParams
 from modiff.core.quantizer import Code, Quantizer
 from modiff.core.recursion import Update
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import ModelCost
+from modiff.evaluate.cost import LayerCost
 from modiff.kernels.input_fusion import InputFusion
 from modiff.model.attach import required_attachment
 from modiff.model.report import Report
@@ -71,14 +71,14 @@ class Tally:
         rows = self.rows[name]
         return self.starts.get(name, 0.0) / rows, self.sent.get(name, 0.0) / rows
 
-    def gbops(self, cost: ModelCost, report: Report, evaluations: int) -> float:
+    def gbops(self, cost: list[LayerCost], report: Report, evaluations: int) -> float:
         """As `trajectory_gbops`, with layers counted as often as they ran: starts at 32 bits, codes at their own.
 
         A layer at 0 bits sends floats where it sends: 32 bits.
         """
         configs = {entry.name: entry.config for entry in report.taken}
         total = 0.0
-        for layer in cost.layers:
+        for layer in cost:
             config = configs.get(layer.name)
             if config is None:
                 total += evaluations * layer.bops(None, None)

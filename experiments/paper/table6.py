@@ -40,7 +40,7 @@ def measure(lab: Lab) -> Values:
             for batch in BATCHES:
                 inputs, outputs, taken = _states(lab, pipe, config, batch)
                 rows.append({"states": name, "batch": batch, "input": inputs / MIB, "output": outputs / MIB})
-    elements = sum(layer.output_elements for layer in lab.cost.layers if layer.name in taken)
+    elements = sum(layer.output_elements for layer in lab.cost if layer.name in taken)
     printed = [
         {"bits": bits, "batch": batch, "state": elements * batch * bits / 8 / MIB}
         for bits in (2, 4, 8)
@@ -49,8 +49,8 @@ def measure(lab: Lab) -> Values:
     return {
         "rows": rows,
         "printed": printed,
-        "weights": lab.cost.weight_bytes(lambda name: 8 if name in taken else None) / MIB,
-        "float_weights": lab.cost.weight_bytes(lambda _: None) / MIB,
+        "weights": sum(layer.weight_elements * (1 if layer.name in taken else 4) for layer in lab.cost) / MIB,
+        "float_weights": sum(4 * layer.weight_elements for layer in lab.cost) / MIB,
     }
 
 

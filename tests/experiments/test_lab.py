@@ -15,7 +15,7 @@ from experiments.runs import Run, compare, errors_of
 from experiments.skipping import SkipRule, Tally
 from modiff import presets
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import LayerCost, ModelCost
+from modiff.evaluate.cost import LayerCost
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import noise_generators
@@ -84,7 +84,7 @@ def test_evaluations_and_operations_are_those_of_one_image(tmp_path: Path) -> No
             Run(steps=4, config=presets.plain(8, 8), exact_first=True),
             Run(steps=4, config=SILENT, skip=skip)]  # fmt: skip
     full, pndm, plain, warm, never = lab.rows([({}, run) for run in runs])
-    whole = 4 * lab.cost.macs * 1024 / 1e9
+    whole = 4 * sum(layer.macs for layer in lab.cost) * 1024 / 1e9
     assert (full["evaluations"], pndm["evaluations"]) == (4, 5)
     assert full["gbops"] == pytest.approx(whole)
     assert pndm["gbops"] == pytest.approx(whole * 5 / 4)
@@ -98,16 +98,12 @@ def test_evaluations_and_operations_are_those_of_one_image(tmp_path: Path) -> No
     ("config", "weight", "activation"), [(SILENT.layer, 32, 32), (presets.published(8, 4).layer, 8, 4)]
 )
 def test_operations_of_a_silent_layer_by_hand(config: modiff.LayerConfig, weight: int, activation: int) -> None:
-    def layer(name: str) -> LayerCost:
-        return LayerCost(name=name, kind="linear", macs=10**9, calls=1, weight_elements=1, input_elements=1,
-                         output_elements=1)  # fmt: skip
-
     tally = Tally()
     for step in range(4):
         tally.add("b", 2, 1.0 if step == 0 else 0.25, step == 0)
     report = Report((Entry("a", "Linear", 1, None, "left"), Entry("b", "Linear", 1, config, "")))
     expected = 4 * 32 * 32 + weight * 32 + 3 * 0.25 * weight * activation
-    assert tally.gbops(ModelCost((layer("a"), layer("b"))), report, 4) == pytest.approx(expected)
+    assert tally.gbops([LayerCost(name=name, macs=10**9) for name in "ab"], report, 4) == pytest.approx(expected)
 
 
 def test_the_pipeline_is_left_as_it_was_also_after_an_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from modiff import presets
 from modiff.api import tune
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import FULL_PRECISION_BITS, ModelCost, trajectory_gbops
+from modiff.evaluate.cost import FULL_PRECISION_BITS, LayerCost, trajectory_gbops
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.pipelines import Sampled, check_unconditional, evaluations_bar, measure_image, run_config
 from modiff.evaluate.table import aligned, number
@@ -182,7 +182,9 @@ def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionP
     return set_scheduler(pipe, "ddim")
 
 
-def _row(plan: DemoPlan, config: ModiffConfig | None, run: Sampled, reference: np.ndarray, cost: ModelCost) -> DemoRow:
+def _row(
+    plan: DemoPlan, config: ModiffConfig | None, run: Sampled, reference: np.ndarray, cost: list[LayerCost]
+) -> DemoRow:
     modulation = None if config is None else config.layer.modulation
     return DemoRow(
         name=plan.name,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modiff.api import apply, remove
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.cost import ModelCost, measure_cost
+from modiff.evaluate.cost import LayerCost, measure_cost
 from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import unconditional_run
 from modiff.model.attach import attachment_of
@@ -57,14 +57,14 @@ def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int,
     return Sampled(np.asarray(images), report, sum(sizes.values()), seconds)
 
 
-def measure_image(pipe: DiffusionPipeline, seed: int) -> ModelCost:
+def measure_image(pipe: DiffusionPipeline, seed: int) -> list[LayerCost]:
     """The cost of one step of one image of an unconditional pipeline, over all denoisers. Cost: one step."""
     return measure_step(pipe, unconditional_run(pipe, 1, 1, seed))
 
 
-def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> ModelCost:
+def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> list[LayerCost]:
     """The cost of `run`, which draws one image in one step, over all denoisers. Cost: one run for each of them."""
-    return ModelCost(tuple(layer for model in denoisers(pipe).values() for layer in measure_cost(model, run).layers))
+    return [cost for model in denoisers(pipe).values() for cost in measure_cost(model, run)]
 
 
 @contextmanager
