@@ -2,12 +2,13 @@
 # make test     the whole test suite; make test ARGS="tests/core -x" a part of it
 # make check    lint, format, types, import order
 # make golden   write the golden trajectories anew; read the diff before you commit it
+# make mutants  small faults that the tests of core, nn and checkpoint should notice; make mutants ARGS="--count 40 core"
 # make lint-fix what ruff can repair by itself
 # make env      the environment of the developers, and nothing more
 #
 # Only Python 3.11 or 3.12 with pip is needed; everything goes into $(VENV). Another interpreter: make demo PYTHON=python3.12
 
-.PHONY: demo test check golden lint-fix env
+.PHONY: demo test check golden mutants lint-fix env
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 
@@ -35,6 +36,9 @@ check: $(VENV)/.dev
 
 golden: $(VENV)/.dev
 	$(BIN)/python -m tests.golden.write
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 lint-fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

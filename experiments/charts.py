@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 DPI = 110
-MOST_TICKS = 10
-"""Whole numbers up to which each has a tick."""
 COLOURS = (BLUE, RED, GREEN, ORANGE, GREY, "#56B4E9", "#CC79A7", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
@@ -65,7 +63,6 @@ def line_chart(
     y: str = "relative L2 to full precision",
     caption: str,
     log_x: bool = False,
-    log_y: bool = True,
     falling: bool = False,
     half: bool = False,
 ) -> Figure:
@@ -74,11 +71,11 @@ def line_chart(
     Args:
         x, y: what the axes say. falling: x from large to small, as bits do. half: two stand side by side.
     """
-    data = _picture(lines, (title, x, y), log_x, log_y, falling)
+    data = _picture(lines, (title, x, y), log_x, falling)
     return Figure(name, f"{y} over {x}. {_alt(lines)}", caption, data, half=half)
 
 
-def _picture(lines: Sequence[Line], texts: tuple[str, str, str], log_x: bool, log_y: bool, falling: bool) -> bytes:
+def _picture(lines: Sequence[Line], texts: tuple[str, str, str], log_x: bool, falling: bool) -> bytes:
     """The bytes of a PNG file. texts: title, x axis, y axis."""
     import matplotlib  # imported late: importing an experiment must not load it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -89,8 +86,8 @@ def _picture(lines: Sequence[Line], texts: tuple[str, str, str], log_x: bool, lo
         drawing = Drawing(figsize=(6.4, 4.6), layout="constrained", dpi=DPI)
         FigureCanvasAgg(drawing)
         axis = drawing.subplots()
-        shown = [value for i, line in enumerate(lines) for value in _draw(axis, line, i, log_y)]
-        if log_y and shown:
+        shown = [value for i, line in enumerate(lines) for value in _draw(axis, line, i)]
+        if shown:
             axis.set_yscale("log")
             axis.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
             _plain_numbers(axis.yaxis)
@@ -98,7 +95,7 @@ def _picture(lines: Sequence[Line], texts: tuple[str, str, str], log_x: bool, lo
             axis.set_xscale("log")
             _plain_numbers(axis.xaxis)
         ticks = sorted({x for line in lines for x in line.x})
-        if ticks and len(ticks) <= MOST_TICKS and all(float(x).is_integer() for x in ticks):
+        if ticks and len(ticks) <= 10 and all(float(x).is_integer() for x in ticks):
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.set_xticks([], minor=True)
         if falling:
@@ -120,14 +117,14 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in minor else ""))
 
 
-def _draw(axis: Axes, line: Line, index: int, log_y: bool) -> list[float]:
+def _draw(axis: Axes, line: Line, index: int) -> list[float]:
     """Draw one line; the values that the axis must hold."""
     which = index if line.colour is None else line.colour
     colour, style = COLOURS[which % len(COLOURS)], "--" if line.dashed else "-"
     if line.level is not None:
         axis.axhline(line.level, color=colour, linestyle=style, label=line.label)
-        return [line.level] if line.level > 0 or not log_y else []
-    points = [(a, b) for a, b in _known(line) if b > 0 or not log_y]
+        return [line.level] if line.level > 0 else []
+    points = [(a, b) for a, b in _known(line) if b > 0]
     marker = MARKERS[which % len(MARKERS)] if line.marked else ""
     axis.plot(
         [p[0] for p in points], [p[1] for p in points], color=colour, linestyle=style, marker=marker, label=line.label

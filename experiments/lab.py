@@ -12,9 +12,8 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from experiments.first_step import full_precision_first_step
 from experiments.runs import Outcome, Run, compare, errors_of
-from experiments.skipping import Tally, skip_below
+from experiments.skipping import Tally, full_precision_first_step, skip_below
 from modiff.api import apply, remove
 from modiff.config import JsonConfig, ModiffConfig, check
 from modiff.errors import ConfigError
@@ -202,15 +201,11 @@ class Lab:
                 stop = min(start + self.settings.batch_size, self.settings.num_images)
                 images.append(self.sample(pipe, range(start, stop), run.steps))
         evaluations //= len(starts)
-        gbops = None if run.exact_first else _gbops(self.cost, report, tally, evaluations)
+        if tally is not None and report is not None:
+            gbops = tally.gbops(self.cost, report, evaluations)
+        else:
+            gbops = None if run.exact_first else trajectory_gbops(self.cost, report, evaluations)
         return _Sampled(np.concatenate(images), evaluations, gbops)
-
-
-def _gbops(cost: list[LayerCost], report: Report | None, tally: Tally | None, evaluations: int) -> float:
-    """Bit-operations of one image; layers that may keep silent count as often as they ran."""
-    if tally is None or report is None:
-        return trajectory_gbops(cost, report, evaluations)
-    return tally.gbops(cost, report, evaluations)
 
 
 def _prepared(pipe: DiffusionPipeline, run: Run, stack: ExitStack) -> tuple[Report | None, Tally | None]:

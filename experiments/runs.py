@@ -1,11 +1,11 @@
-"""One run of the study: a sampler, its steps, and what modiff does; and what came of it, as plain numbers."""
+"""One run of the study: a sampler, its steps, and modiff's config; and what came of it, as plain numbers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
@@ -13,10 +13,36 @@ import torch
 from torch import Tensor
 
 from experiments.skipping import SkipRule
-from modiff.config import JsonConfig, ModiffConfig
+from modiff.config import Granularity, JsonConfig, ModiffConfig, ModulationConfig, StateDtype
 from modiff.evaluate.metrics.bootstrap import bootstrap
 
 RESAMPLES = 1000
+PAPER = ModulationConfig(anchor_weights="quantized", stagger=False)
+"""The loop as published; the experiments change single fields of it."""
+
+
+def quantized_with(
+    config: ModiffConfig, *, clip: float | None = None, granularity: Granularity | None = None, bits: int | None = None
+) -> ModiffConfig:
+    """The config with another quantizer of activations; None keeps what it has."""
+    old = config.layer.activation
+    activation = replace(
+        old,
+        clip=old.clip if clip is None else clip,
+        granularity=granularity or old.granularity,
+        bits=old.bits if bits is None else bits,
+    )
+    return replace(config, layer=replace(config.layer, activation=activation))
+
+
+def looped(config: ModiffConfig, modulation: ModulationConfig) -> ModiffConfig:
+    """The config with another loop."""
+    return replace(config, layer=replace(config.layer, modulation=modulation))
+
+
+def in_dtype(config: ModiffConfig, dtype: StateDtype) -> ModiffConfig:
+    """The config with its states in another dtype."""
+    return looped(config, replace(config.layer.modulation or PAPER, state_dtype=dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
-"""Zero bits by a threshold, for study only: send nothing while the residual is small, else all of it or its codes.
+"""Quantizers for study only: one that sends nothing while the residual is small, and one that starts exactly.
 
 The recursion is the library's own (`core.recursion`, `nn.loop`); only the quantizer is replaced by one that may keep
-silent. What is not sent stays in the residual, so the law ô = A(â) + bias holds as ever, and a layer that keeps silent
+silent. What is not sent stays in the residual, so the law ô = A(â) + bias still holds, and a layer that keeps silent
 does no multiply-add: `Tally` counts those that ran.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,8 @@ from modiff.nn.operator import LayerSpec
 from modiff.nn.sharing import InputGroup, InputState
 
 Unit = Literal["layer", "block", "sample", "token"]
+Decisions = dict[str, tuple[int, Tensor]]
+"""Of each block: its last evaluation, and True where something is sent, broadcastable to the residual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +59,16 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.rows: dict[str, float] = {}
-        self.starts: dict[str, float] = {}
-        self.sent: dict[str, float] = {}
+        self.rows, self.starts, self.sent = Counter[str](), Counter[str](), Counter[str]()
 
     def add(self, name: str, rows: int, share: float, starts: bool) -> None:
         """One call of a layer."""
-        self.rows[name] = self.rows.get(name, 0.0) + rows
-        counted = self.starts if starts else self.sent
-        counted[name] = counted.get(name, 0.0) + rows * share
+        self.rows[name] += rows
+        (self.starts if starts else self.sent)[name] += rows * share
 
     def shares(self, name: str) -> tuple[float, float]:
         """Shares of a layer's calls that started the states, and that sent a residual; the rest was skipped."""
-        rows = self.rows[name]
-        return self.starts.get(name, 0.0) / rows, self.sent.get(name, 0.0) / rows
+        return self.starts[name] / self.rows[name], self.sent[name] / self.rows[name]
 
     def gbops(self, cost: list[LayerCost], report: Report, evaluations: int) -> float:
         """As `trajectory_gbops`, with layers counted as often as they ran: starts at 32 bits, codes at their own.
@@ -96,23 +95,19 @@ def skip_below(model: nn.Module, rule: SkipRule) -> Tally:
     Returns: the count, which grows as the model runs.
     Raises: StateError if modiff was not applied; ConfigError for plain layers, which have no state to hold.
     """
-    tally, verdicts = Tally(), _Verdicts()
+    tally, decisions = Tally(), {}
     quantized_layers = required_attachment(model, "skip_below").layers
     for name, quantized in quantized_layers.items():
-        if (
-            quantized.quantizer is None
-            or quantized.config.modulation is None
-            or not quantized.config.activation.dynamic
-        ):
+        config = quantized.config
+        if quantized.quantizer is None or config.modulation is None or not config.activation.dynamic:
             raise ConfigError(
-                f"{name}: expected a modulated layer with dynamic scales, got {quantized.config.to_dict()}. "
-                f"What is not "
-                "sent is repeated from a state, and no static scale was measured on what is. Use 0 or 2 to 8 bits "
-                "with modulation=ModulationConfig()."
+                f"{name}: expected a modulated layer with dynamic scales, got {config.to_dict()}. What is not sent is "
+                "repeated from a state, and no static scale was measured on what is. Use 0 or 2 to 8 bits with "
+                "modulation=ModulationConfig()."
             )
     for name, quantized in quantized_layers.items():
         if quantized.quantizer is not None and quantized.config.modulation is not None:
-            quantizer = _SilentCoder(quantized.quantizer, rule, verdicts, block_of(name), quantized.clock)
+            quantizer = _SilentQuantizer(quantized.quantizer, rule, decisions, block_of(name), quantized.clock)
             make = functools.partial(_Input, quantized.spec, quantizer, quantized.config.modulation, tally)
             quantized.inputs = _Inputs(make, quantized.clock)
     return tally
@@ -130,32 +125,16 @@ def block_of(name: str) -> str:
 
 
 def exact_code(residual: Tensor, channel_dim: int) -> Code:
-    """A message that stands for the residual itself: "codes" that are floats, with scale 1."""
+    """A code that stands for the residual itself: floats with scale 1."""
     return Code(((residual, QParams(torch.ones((), dtype=residual.dtype, device=residual.device), None)),), channel_dim)
 
 
-class _Verdicts:
-    """What each block decided in the present evaluation."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[int, Tensor]] = {}
-
-    def of(self, block: str, tick: int) -> Tensor | None:
-        """The verdict of this evaluation, None if the block has not decided yet."""
-        past, verdict = self._kept.get(block, (-1, None))
-        return verdict if past == tick else None
-
-    def keep(self, block: str, tick: int, verdict: Tensor) -> None:
-        """The first layer of the block has decided."""
-        self._kept[block] = tick, verdict
-
-
-class _SilentCoder(Quantizer):
+class _SilentQuantizer(Quantizer):
     """The layer's quantizer behind the rule. share: what the last residual sent, 0 to 1."""
 
-    def __init__(self, quantizer: Quantizer, rule: SkipRule, verdicts: _Verdicts, block: str, clock: Clock) -> None:
+    def __init__(self, quantizer: Quantizer, rule: SkipRule, decisions: Decisions, block: str, clock: Clock) -> None:
         super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.segments)
-        self.rule, self.verdicts, self.block, self.clock = rule, verdicts, block, clock
+        self.rule, self.decisions, self.block, self.clock = rule, decisions, block, clock
         self.input: Tensor | None = None
         self.share = 1.0
 
@@ -172,11 +151,11 @@ class _SilentCoder(Quantizer):
         """True where something is sent, broadcastable to the residual."""
         if self.rule.unit != "block":
             return self._decide(residual)
-        verdict = self.verdicts.of(self.block, self.clock.tick)
-        if verdict is None:
-            verdict = self._decide(residual)
-            self.verdicts.keep(self.block, self.clock.tick, verdict)
-        return verdict
+        tick, decision = self.decisions.get(self.block, (-1, residual))
+        if tick != self.clock.tick:  # the first layer of the block to run
+            decision = self._decide(residual)
+            self.decisions[self.block] = self.clock.tick, decision
+        return decision
 
     def _decide(self, residual: Tensor) -> Tensor:
         value = residual if self.input is None else self.input.to(residual.dtype)
@@ -207,7 +186,7 @@ class _Inputs(InputGroup):
 class _Input(SimulatedInput):
     """Shows the quantizer the input that a residual belongs to, and counts what was sent."""
 
-    def __init__(self, spec: LayerSpec, quantizer: _SilentCoder, config: ModulationConfig, tally: Tally) -> None:
+    def __init__(self, spec: LayerSpec, quantizer: _SilentQuantizer, config: ModulationConfig, tally: Tally) -> None:
         super().__init__(spec, quantizer, config, quantizer.clock)
         self.silent, self.tally = quantizer, tally
 
@@ -218,3 +197,35 @@ class _Input(SimulatedInput):
         self.silent.input = None
         self.tally.add(self.spec.name, x.shape[0], 1.0 if update.starts else self.silent.share, update.starts)
         return update
+
+
+def full_precision_first_step(model: nn.Module) -> None:
+    """Let plain layers pass their input on unrounded at the first step of each trajectory, until `remove`.
+
+    Raises: StateError if modiff was not applied; ConfigError for modulated layers, whose config says how they start.
+    """
+    quantized_layers = required_attachment(model, "full_precision_first_step").layers
+    for name, quantized in quantized_layers.items():
+        if quantized.quantizer is None or quantized.config.modulation is not None:
+            raise ConfigError(
+                f"{name}: expected a plainly quantized layer, got {quantized.config.to_dict()}. Modulated layers have "
+                "ModulationConfig(first_step=...). Use presets.plain(...)."
+            )
+    for quantized in quantized_layers.values():
+        if quantized.quantizer is not None:
+            quantized.quantizer = _FirstStepQuantizer(quantized.quantizer, quantized.clock)
+
+
+class _FirstStepQuantizer(Quantizer):
+    """The layer's quantizer from the second step on."""
+
+    def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
+        super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.segments)
+        self.clock = clock
+
+    def __call__(self, residual: Tensor) -> Code | None:
+        """The activation itself at the first step, its codes at all others."""
+        # a plain layer needs no trajectory; outside of one there is no first step
+        if self.clock.active and self.clock.step == 0:
+            return exact_code(residual, self.channel_dim)
+        return super().__call__(residual)

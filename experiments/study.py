@@ -58,12 +58,7 @@ class StudyResult:
 
 
 def run_study(
-    pipe: DiffusionPipeline,
-    names: tuple[str, ...],
-    settings: StudySettings,
-    folder: Path,
-    *,
-    progress: bool = True,
+    pipe: DiffusionPipeline, names: tuple[str, ...], settings: StudySettings, folder: Path, *, progress: bool = True
 ) -> StudyResult:
     """Do the experiments with these names, except those that `folder` has the results of.
 

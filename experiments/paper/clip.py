@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from experiments.charts import curves, line_chart
-from experiments.configs import quantized_with
 from experiments.experiment import Experiment, Shown, Values, crossed
-from experiments.lab import Lab, Run
+from experiments.lab import Lab
+from experiments.runs import Run, quantized_with
 from modiff import presets
 
 CLIPS = {False: (1.0, 0.8, 0.6, 0.4), True: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)}
@@ -29,7 +29,6 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
-    """Ratios down, configs across."""
     rows = values["rows"]
     caption = f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps."
     return Shown(

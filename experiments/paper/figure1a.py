@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from experiments.charts import Line, line_chart
-from experiments.configs import PAPER, looped, quantized_with
 from experiments.experiment import Experiment, Shown, Values, error, listing, number
-from experiments.lab import Lab, Run
+from experiments.lab import Lab
+from experiments.runs import PAPER, Run, looped, quantized_with
 from modiff import presets
 from modiff.evaluate.analysis.layers import norm
 from modiff.evaluate.analysis.watch import Visit
@@ -69,7 +69,6 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
-    """A line for each interval."""
     layers, images, modulated = values["layers"], values["rows"], error(values["coded"], bits=4)
     rows = [{**row, **{f"layer_{k}": v for k, v in layer.items()}} for row, layer in zip(images, layers, strict=True)]
     columns = (

@@ -53,7 +53,6 @@ def _ratios(trace: LayerTrace) -> tuple[list[float], list[float]]:
 
 
 def show(values: Values) -> Shown:
-    """The histograms, and quantiles of the ratio."""
     table = listing(
         "study-ranges",
         "Largest |activation| over largest |residual|, over all layers and steps but the first.",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from experiments.charts import curves, line_chart
-from experiments.configs import quantized_with
 from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table
-from experiments.lab import Lab, Run
+from experiments.lab import Lab
+from experiments.runs import Run, quantized_with
 from modiff import presets
 
 TITLES = {
@@ -34,7 +34,6 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
-    """Granularities down, configs across."""
     order = {title: i for i, title in enumerate(TITLES.values())}
     rows = [{**row, "order": order[row["granularity"]]} for row in values["rows"]]
     caption = f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps."

@@ -41,7 +41,6 @@ def _contraction(growth: Growth) -> dict[str, Any]:
 
 
 def show(values: Values) -> Shown:
-    """Error and bounds at a few steps, and both loops as figures."""
     growths = values["growth"]
     four = next(growth for growth in growths if growth["bits"] == 4)
     figures = [_chart(four, loop, colour) for loop, colour in zip(LOOPS, (3, 0), strict=True)]

@@ -40,7 +40,6 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
-    """Samplers and steps down, configs across."""
     rows = values["rows"]
     caption = "Relative L2 (PSNR), W8, to full precision with the same sampler and steps."
     most, least = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import typing
 
 from experiments.charts import curves, line_chart
-from experiments.configs import in_dtype
 from experiments.experiment import Experiment, Shown, Values, crossed, error, number
-from experiments.lab import Lab, Run
+from experiments.lab import Lab
+from experiments.runs import Run, in_dtype
 from modiff import presets
 from modiff.config import StateDtype
 
@@ -35,7 +35,6 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
-    """Dtypes down, configs and steps across."""
     rows, last = values["rows"], values["lengths"][-1]
     eight = [{**row, "dtype": f"{row['dtype']}, A8"} for row in rows if row["name"] == "modulated A8"]
     caption = "Relative L2 (PSNR), full-precision weights, DDIM."

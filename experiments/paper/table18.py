@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiments.charts import Line, line_chart
-from experiments.configs import PAPER, looped
 from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table, times
-from experiments.lab import Lab, Run
+from experiments.lab import Lab
+from experiments.runs import PAPER, Run, looped
 from modiff import presets
 
 BITS = {False: (8, 4), True: (8, 6, 4, 3)}
@@ -42,7 +42,6 @@ def _rounds(count: int) -> str:
 
 
 def show(values: Values) -> Shown:
-    """Starts down, widths across."""
     rows = values["rows"]
     lines: list[Line] = []
     for i, bits in enumerate(dict.fromkeys(row["bits"] for row in rows)):

@@ -24,7 +24,6 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
-    """Widths down, modes across."""
     rows = [row for row in values["rows"] if row["mode"] in MODES]
     floor = error(values["rows"], mode="weights")
     plain, modulated = (error(rows, mode=mode, bits=4) for mode in ("plain", "modulated"))

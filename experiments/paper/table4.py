@@ -35,7 +35,6 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
-    """Widths down, modes across; then steps down."""
     rows, longer, steps = values["rows"], values["longer"], values["steps"]
     caption = f"Relative L2 (PSNR), W8, {steps} DDIM steps."
     longer_caption = "Relative L2 (PSNR), full-precision weights, 4 bits, by steps."

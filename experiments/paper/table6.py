@@ -8,9 +8,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from experiments.charts import curves, line_chart
-from experiments.configs import PAPER, in_dtype, looped
 from experiments.experiment import Experiment, Row, Shown, Values, listing, printed_table
-from experiments.lab import Lab, Run
+from experiments.lab import Lab
+from experiments.runs import PAPER, Run, in_dtype, looped
 from modiff import presets
 from modiff.api import apply, remove
 from modiff.config import ModiffConfig
@@ -80,7 +80,6 @@ def _bytes(tensors: list[Tensor | None]) -> int:
 
 
 def show(values: Values) -> Shown:
-    """Both states, and what counting as the paper does would give."""
     weights, counted = values["weights"], f"counted as printed, {BITS} bits"
     rows = [{**row, "both": row["input"] + row["output"]} for row in values["rows"]]
     rows = [{**row, "total": weights + row["both"]} for row in rows]

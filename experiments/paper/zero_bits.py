@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import get_args
 
 from experiments.charts import Line, curves, line_chart
-from experiments.configs import PAPER, looped, quantized_with
 from experiments.experiment import Experiment, Shown, Values, listing
-from experiments.lab import Lab, Plan, Row, Run
+from experiments.lab import Lab, Plan, Row
+from experiments.runs import PAPER, Run, looped, quantized_with
 from experiments.skipping import SkipRule, Unit
 from modiff import presets
 from modiff.config import ModiffConfig
@@ -44,47 +44,35 @@ def measure(lab: Lab) -> Values:
 
 
 def _measured(lab: Lab, steps: int) -> Row:
-    full = Run(steps=steps, spacing=SPACING)
-    skipping: Plan = [
-        (
-            {"unit": unit, "predictor": predictor, "threshold": threshold},
-            Run(steps=steps, spacing=SPACING, config=silent(predictor), skip=SkipRule(unit=unit, threshold=threshold)),
-        )
-        for predictor in ("hold", "linear")
-        for unit in UNITS
-        for threshold in THRESHOLDS[lab.settings.full]
-    ]
+    full, coded = Run(steps=steps, spacing=SPACING), presets.published(None, CODED_BITS)
     limit = {s: Run(steps=min(LIMIT * steps, lab.most_steps), sampler=s, spacing=SPACING) for s in SAMPLERS}
     base: Row = {"steps": steps, "limit_steps": limit["ddim"].steps}
     fewer = sorted({max(2, round(share * steps)) for share in SHARES[lab.settings.full]} - {steps}, reverse=True)
-    for sampler in SAMPLERS:
-        own = Run(steps=steps, sampler=sampler, spacing=SPACING)
-        plan: Plan = [({}, Run(steps=n, sampler=sampler, spacing=SPACING)) for n in (steps, *fewer)]
-        base[sampler] = lab.rows(plan, reference=own, limit=limit[sampler])
+    for s in SAMPLERS:
+        plan: Plan = [({}, Run(steps=n, sampler=s, spacing=SPACING)) for n in (steps, *fewer)]
+        base[s] = lab.rows(plan, reference=Run(steps=steps, sampler=s, spacing=SPACING), limit=limit[s])
     whole = base["ddim"][0]["gbops"]
-    fewer_steps = {s: _curve(base[s], whole, "relative_l2") for s in SAMPLERS}
-    fewer_steps |= {f"{s}_limit": _curve(base[s], whole, "to_limit") for s in SAMPLERS}
-    base["skipping"] = _judged(lab.rows(skipping, reference=full, limit=limit["ddim"]), whole, fewer_steps)
-    base["half"] = _half(base["skipping"], fewer_steps)
-    base["coded"] = _coded(lab, full, fewer, whole)
+    curve = {s: _curve(base[s], whole, "relative_l2") for s in SAMPLERS}
+    curve |= {f"{s}_limit": _curve(base[s], whole, "to_limit") for s in SAMPLERS}
+    plans = [_silences(lab, steps, UNITS, predictor, silent(predictor)) for predictor in ("hold", "linear")]
+    base["skipping"] = _judged(lab.rows([*plans[0], *plans[1]], reference=full, limit=limit["ddim"]), whole, curve)
+    rows = lab.rows([({}, Run(steps=n, spacing=SPACING, config=coded)) for n in (steps, *fewer)], reference=full)
+    silences = lab.rows(_silences(lab, steps, CODED_UNITS, "hold", coded), reference=full)
+    curve = {"ddim": _curve(rows, whole, "relative_l2")}
+    base["coded"] = {"steps": rows, "skipping": _judged(silences, whole, curve)}
     return base
 
 
-def _coded(lab: Lab, full: Run, fewer: Sequence[int], whole: float) -> Row:
-    """4-bit codes that may keep silent, against 4-bit codes with fewer steps."""
-    config = presets.published(None, CODED_BITS)
-    steps: Plan = [({}, Run(steps=n, spacing=SPACING, config=config)) for n in (full.steps, *fewer)]
-    rules = [SkipRule(unit=unit, threshold=t) for unit in CODED_UNITS for t in THRESHOLDS[lab.settings.full]]
-    silences: Plan = [
+def _silences(lab: Lab, steps: int, units: Sequence[Unit], predictor: str, config: ModiffConfig) -> Plan:
+    """A run for each unit and threshold."""
+    rules = [SkipRule(unit=unit, threshold=t) for unit in units for t in THRESHOLDS[lab.settings.full]]
+    return [
         (
-            {"unit": r.unit, "predictor": "hold", "threshold": r.threshold},
-            Run(steps=full.steps, spacing=SPACING, config=config, skip=r),
+            {"unit": rule.unit, "predictor": predictor, "threshold": rule.threshold},
+            Run(steps=steps, spacing=SPACING, config=config, skip=rule),
         )
-        for r in rules
+        for rule in rules
     ]
-    rows = lab.rows(steps, reference=full)
-    fewer_steps = {"ddim": _curve(rows, whole, "relative_l2")}
-    return {"steps": rows, "skipping": _judged(lab.rows(silences, reference=full), whole, fewer_steps)}
 
 
 def _curve(rows: Sequence[Row], whole: float, key: str) -> Curve:
@@ -98,17 +86,6 @@ def _judged(rows: Sequence[Row], whole: float, steps: dict[str, Curve]) -> list[
         {**row, "share": share, **{f"{name}_equal": at_share(curve, share) for name, curve in steps.items()}}
         for row, share in zip(rows, shares, strict=True)
     ]
-
-
-def _half(rows: Sequence[Row], fewer: dict[str, Curve]) -> list[Row]:
-    """The error at half of the operations, of silence (between two thresholds that were run) and of fewer steps."""
-    halves: list[Row] = []
-    for unit, predictor in dict.fromkeys((row["unit"], row["predictor"]) for row in rows):
-        own = [row for row in rows if (row["unit"], row["predictor"]) == (unit, predictor)]
-        silence = at_share([(row["share"], row["relative_l2"]) for row in own if row["relative_l2"] is not None], 0.5)
-        steps = {f"{sampler}_equal": at_share(fewer[sampler], 0.5) for sampler in SAMPLERS}
-        halves.append({"unit": unit, "predictor": predictor, "silence": silence, **steps})
-    return halves
 
 
 def at_share(curve: Curve, share: float) -> float | None:
@@ -131,7 +108,6 @@ def at_share(curve: Curve, share: float) -> float | None:
 
 
 def show(values: Values) -> Shown:
-    """For each number of steps: what silence costs compared with fewer steps, as tables and charts."""
     blocks: list[Content] = []
     for base in values["bases"]:
         blocks += [_sentence(base), *_tables(base), *(_chart(base, predictor) for predictor in ("hold", "linear"))]
@@ -179,14 +155,13 @@ def beats(row: Row, key: str) -> bool:
 
 
 def _tables(base: Row) -> list[Table]:
-    """Silence, what it costs at half of the operations, fewer steps, and both on top of 4-bit codes."""
+    """Silence, fewer steps, and both on top of 4-bit codes."""
     steps, whole = base["steps"], base["ddim"][0]["gbops"]
     caption = (
         f"Silence at {steps} DDIM steps, and the error of fewer steps with as many operations, each to {steps} steps "
         f"of its own sampler. To the limit: median over the images of the error to {base['limit_steps']} steps of it."
     )
     fewer = [{**row, "sampler": s, "share": row["gbops"] / whole} for s in SAMPLERS for row in base[s]]
-    coded = [{**row, "share": row["gbops"] / whole} for row in base["coded"]["steps"]]
     unit, rivals = (
         "unit; predictor = prediction",
         ("ddim_equal: .4f = DDIM, fewer steps; dpmsolver++_equal: .4f = DPM-Solver++, fewer steps"),
@@ -205,12 +180,6 @@ def _tables(base: Row) -> list[Table]:
             f"{unit}; threshold: g; {operations}; {error}; {rivals}; {limits}",
         ),
         listing(
-            f"study-zero-bits-half-{steps}",
-            "Half of the operations, between two thresholds and between two numbers of steps that were run.",
-            base["half"],
-            f"{unit}; silence: .4f; {rivals}",
-        ),
-        listing(
             f"study-zero-bits-fewer-{steps}",
             f"Fewer steps, relative L2 to {steps} steps of the same sampler.",
             fewer,
@@ -221,12 +190,6 @@ def _tables(base: Row) -> list[Table]:
             "Silence on top of 4-bit codes, and 4-bit codes with fewer steps and as many bit-operations.",
             base["coded"]["skipping"],
             f"{unit}; threshold: g; {bit_operations}; {error}; ddim_equal: .4f = A4, fewer steps",
-        ),
-        listing(
-            f"study-zero-bits-coded-steps-{steps}",
-            "4-bit codes with fewer steps.",
-            coded,
-            f"steps: d; {bit_operations}; {error}",
         ),
     ]
 

@@ -19,7 +19,7 @@ def test_every_layer_has_a_choice_times_errors_and_what_its_state_costs(tmp_path
     HOSTS["ddim"].build().save_pretrained(tmp_path / "model")
     results = tmp_path / "explain.json"
     words = ["--config", "modulated:8:4", "--tolerance", 0.3, "--json", results]
-    text = done(explain(tmp_path / "model", *words)).output
+    text, _, integers = done(explain(tmp_path / "model", *words)).output.partition("on integers:")
     written = json.loads(results.read_text())
     assert written["machine"] in text
     assert written["tolerance"] == 0.3
@@ -30,6 +30,10 @@ def test_every_layer_has_a_choice_times_errors_and_what_its_state_costs(tmp_path
         assert row["reason"] in line
         assert f"state {row['state_bytes'] / 2**20:.2f} MiB" in line
         assert f"plain {1e3 * row['seconds']['plain']:.3f} ({1e3 * row['expected']['plain']:.3f})" in line
+    for entry in written["on_integers"]["layers"]:
+        if entry["setting"] != "full precision":
+            assert f"  {entry['name']}  {entry['execution']}: {entry['why']}" in integers
+            assert entry["execution"].startswith("integers on ") or entry["why"]
 
 
 def test_an_unknown_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import modiff
-from experiments.configs import PAPER, looped, quantized_with
 from experiments.lab import Lab, StudySettings
-from experiments.runs import Run, compare, errors_of
+from experiments.runs import PAPER, Run, compare, errors_of, looped, quantized_with
 from experiments.skipping import SkipRule, Tally
 from modiff import presets
 from modiff.errors import ConfigError

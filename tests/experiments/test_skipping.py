@@ -1,7 +1,6 @@
 """Silence by a threshold: the law holds, an independent loop agrees, and operations are counted as they run."""
 
 import dataclasses
-import doctest
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from experiments import skipping
-from experiments.skipping import SkipRule, Tally, Unit, block_of, exact_code, skip_below
+from experiments.skipping import SkipRule, Tally, Unit, block_of, full_precision_first_step, skip_below
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.errors import ConfigError, StateError
@@ -86,15 +84,15 @@ def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(
     original = model[0]
     states, masks = by_hand(inputs, unit, 0.13, 0.8 if predictor == "linear" else 0.0)
     assert 0.2 < torch.stack(masks).mean() < 0.9  # some are sent, some are not
-    found: list[Tensor] = []
+    states_seen: list[Tensor] = []
     with silent(model, config(predictor=predictor), SkipRule(unit=unit, threshold=0.13)) as (quantized, tally):
         for x in inputs:
             out = model(x)
-            found.append(quantized.state.input.clone())
+            states_seen.append(quantized.state.input.clone())
             expected = original(quantized.state.input)
             assert_within(out, expected, 1e-9)
             assert_within(quantized.state.output, expected, 1e-9)
-    for state, wanted in zip(found, states, strict=True):
+    for state, wanted in zip(states_seen, states, strict=True):
         assert_within(state, wanted, 1e-9)
     starts, sent = tally.shares("0")
     assert starts == pytest.approx(1 / STEPS)
@@ -125,18 +123,6 @@ def test_a_tiny_threshold_is_full_precision_and_still_inputs_send_nothing(unit: 
         for _ in range(3):
             model(inputs[-1])
     assert tally.shares("0") == pytest.approx((1 / 6, 2 / 6))
-
-
-def test_a_threshold_that_nothing_reaches_repeats_the_first_output() -> None:
-    inputs, model = drifting(1, LINEAR, 4, 0.5), network(LINEAR)
-    with silent(model, config(), SkipRule(unit="sample", threshold=100.0)) as (_, tally):
-        outputs = [model(x).clone() for x in inputs]
-    assert all(torch.equal(out, outputs[0]) for out in outputs)
-    assert tally.shares("0") == (0.25, 0.0)
-    with torch.no_grad(), modiff.trajectory(model):  # a second batch starts again
-        for x in inputs:
-            model(x)
-    assert tally.shares("0") == (0.25, 0.0)
 
 
 def test_a_residual_that_is_not_finite_is_sent() -> None:
@@ -208,11 +194,6 @@ def test_the_block_of_a_layer(name: str, block: str) -> None:
     assert block_of(name) == block
 
 
-def test_an_exact_code_stands_for_the_tensor_itself() -> None:
-    x = torch.randn(2, 3)
-    assert_same_bits(exact_code(x, -1).value(), x)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -239,16 +220,30 @@ def test_a_plain_model_and_a_negative_threshold_are_refused() -> None:
         SkipRule(unit="channel", threshold=0.1)
 
 
-def test_remove_gives_the_plain_layers_back() -> None:
-    model = network(LINEAR)
-    layer, x = model[0], drifting(0, LINEAR, 1, 0.1)[0]
-    with silent(model, config(), SkipRule(unit="layer", threshold=0.1)):
-        model(x)
-    modiff.remove(model)
-    assert model[0] is layer
-    assert torch.equal(model(x), layer(x))
+PLAIN = dataclasses.replace(presets.plain(None, 3), include=("0",))
 
 
-def test_the_examples_in_the_docstrings_hold() -> None:
-    result = doctest.testmod(skipping)
-    assert (result.failed, result.attempted > 0) == (0, True)
+def test_the_first_step_is_exact_and_the_others_are_plain() -> None:
+    inputs = drifting(0, (2, 16), 3, 0.3, torch.float32)
+    layer = randomised(nn.Linear(16, 8))
+    plain, warm = nn.Sequential(layer), nn.Sequential(layer)
+    for model in (plain, warm):
+        modiff.apply(model, PLAIN)
+    full_precision_first_step(warm)
+    with torch.no_grad():
+        for _ in range(2):
+            with modiff.trajectory(warm), modiff.trajectory(plain):
+                assert_same_bits(warm(inputs[0]), layer(inputs[0]))
+                assert not torch.equal(plain(inputs[0]), layer(inputs[0]))
+                for x in inputs[1:]:
+                    assert_same_bits(warm(x), plain(x))
+        assert_same_bits(warm(inputs[0]), plain(inputs[0]))  # no trajectory, no first step
+
+
+def test_an_exact_first_step_is_refused_for_modulated_and_for_untouched_models() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(StateError, match="plain Sequential"):
+        full_precision_first_step(model)
+    modiff.apply(model, dataclasses.replace(presets.published(None, 4), include=("0",)))
+    with pytest.raises(ConfigError, match="expected a plainly quantized layer"):
+        full_precision_first_step(model)

@@ -11,7 +11,7 @@ import numpy as np
 
 from modiff.generate.job import Job
 from modiff.generate.shards import Span
-from modiff.generate.worker import Description, Drawn
+from modiff.generate.worker import Description, DrawnSpan
 
 SHAPE = (4, 5, 3)
 ENVIRONMENT = {"threads": 1}
@@ -41,7 +41,9 @@ class FakeEngine:
     def describe(self, job: Job) -> Description:
         return Description(digest="model", pipeline="Fake", scheduler={"kind": str(job.scheduler)}, shape=SHAPE)
 
-    def draw(self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]) -> Iterator[Drawn]:
+    def draw(
+        self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
+    ) -> Iterator[DrawnSpan]:
         for span in reversed(spans) if self.backwards else spans:
             if len(self.drawn) == self.stop_at:
                 raise KeyboardInterrupt
@@ -51,4 +53,4 @@ class FakeEngine:
                     file.write(f"{span.first} {span.count}\n")
             images = np.stack([image(job.seed + i) for i in range(span.first, span.first + span.count)])
             tick(span.count)
-            yield Drawn(first=span.first, images=images, digest=self.digest, environment=self.environment)
+            yield DrawnSpan(first=span.first, images=images, digest=self.digest, environment=self.environment)

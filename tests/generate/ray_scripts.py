@@ -11,13 +11,13 @@ from modiff.generate.job import Job
 from modiff.generate.on_ray import RayEngine
 from modiff.generate.run import run_job
 from modiff.generate.shards import Span
-from modiff.generate.worker import Drawn, draw_span
+from modiff.generate.worker import DrawnSpan, draw_span
 
 
-def dying(marker: str) -> Callable[[Job, int, Span], Drawn]:
+def dying(marker: str) -> Callable[[Job, int, Span], DrawnSpan]:
     """draw_span in a worker that dies at the second shard, once; the marker says that it did."""
 
-    def draw(job: Job, batch_size: int, span: Span) -> Drawn:
+    def draw(job: Job, batch_size: int, span: Span) -> DrawnSpan:
         if span.first == batch_size and not os.path.exists(marker):  # noqa: PTH110
             with open(marker, "w"):  # noqa: PTH123
                 os._exit(1)

@@ -16,7 +16,7 @@ from modiff.generate import export
 from modiff.generate.export import export_npz
 from modiff.generate.job import Job
 from modiff.generate.run import run_job
-from modiff.generate.shards import Manifest, write_shard
+from modiff.generate.shards import Manifest, write_images
 from tests.generate.fakes import FakeEngine, image
 
 
@@ -33,7 +33,7 @@ def counting(folder: Path, num_images: int = 5, shape: tuple[int, int, int] = (2
     for span in manifest.missing:
         values = np.arange(span.first, span.first + span.count, dtype=np.uint8)
         images = np.broadcast_to(values[:, None, None, None], (span.count, *shape)).copy()
-        manifest = manifest.with_shard(write_shard(folder, manifest, span.first, images, {}))
+        manifest = manifest.with_shard(write_images(folder, manifest, span.first, images, {}))
     manifest.save(folder)
     return folder
 

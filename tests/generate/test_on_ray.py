@@ -23,7 +23,7 @@ from modiff.generate.job import Job
 from modiff.generate.on_ray import RayEngine
 from modiff.generate.run import LocalEngine, run_job
 from modiff.generate.shards import Span
-from modiff.generate.worker import Drawn
+from modiff.generate.worker import DrawnSpan
 from tests.generate.fakes import FakeEngine
 from tests.pixels import saved_pipeline
 
@@ -122,7 +122,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return found
 
 
-def draw(job: Job, batch_size: int, span: Span) -> Drawn:
+def draw(job: Job, batch_size: int, span: Span) -> DrawnSpan:
     return next(FakeEngine().draw(job, batch_size, [span], lambda images: None))
 
 
@@ -170,7 +170,7 @@ def test_a_model_in_a_folder_is_found_from_any_working_directory(
     monkeypatch.chdir(tmp_path)
     seen: list[Job] = []
 
-    def noted(job: Job, batch_size: int, span: Span) -> Drawn:
+    def noted(job: Job, batch_size: int, span: Span) -> DrawnSpan:
         seen.append(job)
         return draw(job, batch_size, span)
 
@@ -216,7 +216,7 @@ def test_a_job_that_no_machine_can_run_is_an_error_and_not_a_wait(
 
 
 def test_an_error_of_ours_in_a_task_comes_back_as_it_is_and_stops_the_others(tmp_path: Path, ray: StandIn) -> None:
-    def failing(job: Job, batch_size: int, span: Span) -> Drawn:
+    def failing(job: Job, batch_size: int, span: Span) -> DrawnSpan:
         if span.first == 4:
             raise StateError("image 4: expected finite pixels")
         return draw(job, batch_size, span)
@@ -239,7 +239,7 @@ def test_an_error_of_ours_in_a_task_comes_back_as_it_is_and_stops_the_others(tmp
 def test_a_bug_keeps_its_traceback_and_workers_that_die_again_and_again_are_a_clear_error(
     tmp_path: Path, ray: StandIn, raised: Exception, caught: type[Exception], message: str
 ) -> None:
-    def failing(job: Job, batch_size: int, span: Span) -> Drawn:
+    def failing(job: Job, batch_size: int, span: Span) -> DrawnSpan:
         raise raised
 
     with pytest.raises(caught, match=message):

@@ -23,7 +23,7 @@ from modiff.generate import run as engine
 from modiff.generate import shards
 from modiff.generate.conditions import Conditions
 from modiff.generate.job import Job
-from modiff.generate.run import Outcome, run_job
+from modiff.generate.run import Generated, run_job
 from modiff.generate.shards import Manifest, Span, read_images
 from tests.generate.fakes import ENVIRONMENT, FakeEngine, image
 from tests.pixels import saved_pipeline
@@ -35,7 +35,7 @@ def job(num_images: int = 11, **changes: Any) -> Job:
     return Job(**{"model": "fake", "num_images": num_images, "batch_size": 2, "shard_size": 4} | changes)
 
 
-def run(folder: Path, num_images: int = 11, fake: FakeEngine | None = None, **changes: Any) -> Outcome:
+def run(folder: Path, num_images: int = 11, fake: FakeEngine | None = None, **changes: Any) -> Generated:
     return run_job(job(num_images, **changes), folder, engine=fake or FakeEngine())
 
 
@@ -261,9 +261,9 @@ def test_a_real_model_stopped_twice_gives_the_bytes_of_one_run(
         written.append(1)
         if len(written) in (2, 4):
             raise KeyboardInterrupt
-        return shards.write_shard(*arguments)
+        return shards.write_images(*arguments)
 
-    monkeypatch.setattr(engine, "write_shard", stopping)
+    monkeypatch.setattr(engine, "write_images", stopping)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_job(real, tmp_path / "halves")

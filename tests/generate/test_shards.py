@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from modiff.errors import ConfigError, FormatError
-from modiff.generate.shards import Manifest, Shard, read_images, read_shard, to_uint8, whole_shards, write_shard
+from modiff.generate.shards import Manifest, Shard, read_images, read_shard, to_uint8, whole_shards, write_images
 
 HERE, THERE = {"torch": "1", "threads": 1}, {"torch": "2", "threads": 1}
 
@@ -36,7 +36,7 @@ def filled(folder: Path, num_images: int = 5) -> Manifest:
     folder.mkdir(exist_ok=True)
     made = manifest(num_images)
     for span in made.missing:
-        made = made.with_shard(write_shard(folder, made, span.first, some(span.first, span.count), HERE))
+        made = made.with_shard(write_images(folder, made, span.first, some(span.first, span.count), HERE))
     made.save(folder)
     return made
 
@@ -150,7 +150,7 @@ def test_a_damaged_shard_is_known(tmp_path: Path, how: str) -> None:
 
 def test_a_shard_that_is_gone_or_was_exchanged_is_known_when_it_is_read(tmp_path: Path) -> None:
     made = filled(tmp_path)
-    write_shard(tmp_path, made, 4, some(9, 1), HERE)  # whole, of this job, but not what the manifest lists
+    write_images(tmp_path, made, 4, some(9, 1), HERE)  # whole, of this job, but not what the manifest lists
     with pytest.raises(FormatError, match=r"another sha256 than manifest\.json says"):
         list(read_images(tmp_path))
     (tmp_path / "shard-000000.safetensors").unlink()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,12 @@ from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
 from modiff.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from modiff.config import ModiffConfig
+    from modiff.model.report import Report
 
 CONFIG_HELP = "Bits and selection: a preset (w8a8, ...), modulated:8:4, or a JSON file of ModiffConfig.to_json()."
 TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
@@ -30,7 +36,8 @@ def explain(
 ) -> None:
     """Which layers pay on this machine? Floats, plain or modulated integers for each, the times, and what states cost.
 
-    Times are of one call, measured, and in brackets the least that memory and arithmetic of this machine allow.
+    Times are of one call, measured, and in brackets the least that memory and arithmetic of this machine allow. Below,
+    the backend that runs each layer on integers, and why it was chosen, or why none can.
 
     \b
     Example:
@@ -44,10 +51,26 @@ def explain(
         from modiff.kernels.encode import choose_encoder
         from modiff.kernels.isa import machine
 
-        found = autotune(
-            quiet_pipeline(model, device), chosen, tolerance=tolerance, steps=steps, num_images=num_images, seed=seed,
-            profile=profile,
-        )  # fmt: skip
-        typer.echo(f"{machine()}; input side: {choose_encoder(device).reason}\n{found}")
+        pipe = quiet_pipeline(model, device)
+        choices = autotune(
+            pipe, chosen, tolerance=tolerance, steps=steps, num_images=num_images, seed=seed, profile=profile
+        )
+        layers = _on_integers(pipe, chosen, seed)
+        typer.echo(f"{machine()}; input side: {choose_encoder(device).reason}\n{choices}\n\non integers:")
+        for entry in layers.taken:
+            typer.echo(f"  {entry.name}  {entry.execution}: {entry.why}")
         if json_file is not None:
-            write_json(json_file, {"machine": machine()} | found.to_dict())
+            write_json(json_file, {"machine": machine()} | choices.to_dict() | {"on_integers": layers.to_dict()})
+
+
+def _on_integers(pipe: DiffusionPipeline, config: ModiffConfig, seed: int) -> Report:
+    """How each layer runs on integers and why, after two steps of one image; the pipeline is left as it was."""
+    from modiff.api import apply, remove, report
+    from modiff.hosts.diffusers.runs import unconditional_run
+
+    apply(pipe, config.on_integers())
+    try:
+        unconditional_run(pipe, 2, 1, seed)()
+        return report(pipe)
+    finally:
+        remove(pipe)

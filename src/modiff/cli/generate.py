@@ -30,7 +30,7 @@ from modiff.errors import ConfigError
 from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from modiff.generate.run import Engine, Outcome
+    from modiff.generate.run import Engine, Generated
 
 
 class EngineName(StrEnum):
@@ -112,7 +112,7 @@ def _engine(name: EngineName, address: str | None, workers: int | None) -> Engin
     return LocalEngine()
 
 
-def _tell(done: Outcome, output: Path) -> None:
+def _tell(done: Generated, output: Path) -> None:
     typer.echo(f"{done.made} made, {done.kept} kept: {output}")
     if done.damaged:
         typer.echo(f"made again, because damaged: {', '.join(done.damaged)}")
@@ -121,6 +121,6 @@ def _tell(done: Outcome, output: Path) -> None:
         typer.echo(f"made in {places} environments (see manifest.json): repeatable up to rounding only")
 
 
-def _results(done: Outcome) -> dict[str, Any]:
+def _results(done: Generated) -> dict[str, Any]:
     counts = {"made": done.made, "kept": done.kept, "damaged": list(done.damaged), "seconds": done.seconds}
     return counts | {"manifest": done.manifest.to_dict()}

@@ -16,7 +16,7 @@ from modiff.errors import ConfigError, ModiffError, StateError
 from modiff.generate import worker
 from modiff.generate.job import Job
 from modiff.generate.shards import Span
-from modiff.generate.worker import Description, Drawn
+from modiff.generate.worker import Description, DrawnSpan
 
 LOCAL = "local"
 RETRIES = 3
@@ -34,7 +34,7 @@ class RayEngine:
         *,
         address: str | None = None,
         workers: int | None = None,
-        task: Callable[[Job, int, Span], Drawn] = worker.draw_span,
+        task: Callable[[Job, int, Span], DrawnSpan] = worker.draw_span,
     ) -> None:
         """Remember where to work; nothing is started before the engine is entered.
 
@@ -72,7 +72,9 @@ class RayEngine:
         self._connect(job)
         return self._result(self._remote(worker.describe, job).remote(_anywhere(job)))
 
-    def draw(self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]) -> Iterator[Drawn]:
+    def draw(
+        self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
+    ) -> Iterator[DrawnSpan]:
         """The spans as they are done; `tick` hears of each. Raises: StateError if a span killed every worker it had."""
         task = self._remote(self._task, job)
         waiting, running = deque(spans), dict[Any, Span]()

@@ -20,8 +20,8 @@ from modiff.errors import StateError
 from modiff.files import ResumableFolder, check_writable, read_json
 from modiff.generate import worker
 from modiff.generate.job import Job
-from modiff.generate.shards import MANIFEST, SHARDS, Manifest, Span, whole_shards, write_shard
-from modiff.generate.worker import Description, Drawn
+from modiff.generate.shards import MANIFEST, SHARDS, Manifest, Span, whole_shards, write_images
+from modiff.generate.worker import Description, DrawnSpan
 
 RECORD = "job.json"
 _SLACK = 1 << 20
@@ -34,7 +34,9 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         """As `generate.worker.describe`."""
         ...
 
-    def draw(self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]) -> Iterator[Drawn]:
+    def draw(
+        self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
+    ) -> Iterator[DrawnSpan]:
         """As `generate.worker.draw_span` for each span, as they are done; `tick` hears of the images."""
         ...
 
@@ -56,14 +58,16 @@ class LocalEngine:
         """Open the model and see what it makes."""
         return worker.describe(job)
 
-    def draw(self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]) -> Iterator[Drawn]:
+    def draw(
+        self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
+    ) -> Iterator[DrawnSpan]:
         """The spans in their order; `tick` hears of each batch."""
         for span in spans:
             yield worker.draw_span(job, batch_size, span, tick)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Generated:
     """made, kept: images drawn now, and found in the folder. damaged: shards that were made again."""
 
     manifest: Manifest
@@ -73,7 +77,7 @@ class Outcome:
     seconds: float
 
 
-def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progress: bool = False) -> Outcome:
+def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progress: bool = False) -> Generated:
     """Generate the images of a job into a folder of shards and a manifest; what is there already is kept.
 
     Image i comes from the noise of seed + i. It has the same bits whatever num_images, the number of restarts and the
@@ -105,7 +109,7 @@ def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progr
                     manifest = _keep(folder, manifest, drawn)
             seconds = time.perf_counter() - start
     remade = tuple(name for name in damaged if name in {manifest.file_of(span.first) for span in spans})
-    return Outcome(manifest=manifest, made=job.num_images - kept, kept=kept, damaged=remade, seconds=seconds)
+    return Generated(manifest=manifest, made=job.num_images - kept, kept=kept, damaged=remade, seconds=seconds)
 
 
 def _manifest(folder: Path, job: Job, description: Description) -> Manifest:
@@ -133,14 +137,14 @@ def _manifest(folder: Path, job: Job, description: Description) -> Manifest:
     )
 
 
-def _keep(folder: Path, manifest: Manifest, drawn: Drawn) -> Manifest:
+def _keep(folder: Path, manifest: Manifest, drawn: DrawnSpan) -> Manifest:
     """Write a shard, then the manifest that lists it: killed in between, the shard is found by its own note."""
     if drawn.digest != manifest.request["model"]:
         raise StateError(
             f"{manifest.model}: expected the same model on every machine, got another on one. Its images would be "
             "mixed with others. Copy the same folder to all machines, then run the command again."
         )
-    shard = write_shard(folder, manifest, drawn.first, drawn.images, drawn.environment)
+    shard = write_images(folder, manifest, drawn.first, drawn.images, drawn.environment)
     manifest = manifest.with_shard(shard)
     manifest.save(folder)
     return manifest

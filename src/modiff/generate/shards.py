@@ -175,7 +175,9 @@ class Manifest:
             ) from error
 
 
-def write_shard(folder: Path, manifest: Manifest, first: int, images: np.ndarray, environment: dict[str, Any]) -> Shard:
+def write_images(
+    folder: Path, manifest: Manifest, first: int, images: np.ndarray, environment: dict[str, Any]
+) -> Shard:
     """Write images first, first + 1, ... to their file, atomically: the same bytes whenever the images are the same.
 
     Raises: OSError that names the file; a file that was there is whole then.

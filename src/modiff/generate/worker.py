@@ -38,7 +38,7 @@ class Description:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class DrawnSpan:
     """Images of a span, uint8 (N, H, W, C), and by what they were made."""
 
     first: int
@@ -92,7 +92,7 @@ def describe(job: Job) -> Description:
     return Description(digest=model, pipeline=type(pipe).__name__, scheduler=scheduler, shape=shape)
 
 
-def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], object] = lambda images: None) -> Drawn:
+def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], object] = lambda images: None) -> DrawnSpan:
     """The images of a span, which begins with a whole batch.
 
     All batches are of one size, the last one too: its superfluous images are dropped. Kernels choose their order of
@@ -109,7 +109,7 @@ def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], objec
         images = draw(pipe, indices, steps=job.steps, seed=job.seed, conditions=job.conditions)
         parts.append(to_uint8(images[: span.first + span.count - start]))
         tick(len(parts[-1]))
-    return Drawn(first=span.first, images=np.concatenate(parts), digest=model, environment=dict(environment()))
+    return DrawnSpan(first=span.first, images=np.concatenate(parts), digest=model, environment=dict(environment()))
 
 
 def close() -> None:
