@@ -105,7 +105,7 @@ def remove(target: Any) -> None:
 
 
 def pack(target: Any, *, anchor_weights: PackedAnchors = "quantized") -> Report:
-    """Keep integer codes and float32 scales in the place of float weights: half a byte a weight at 4 bits or fewer.
+    """Keep integer codes and float32 scales instead of float weights: half a byte a weight at 4 bits or fewer.
 
     Anchors lose the exact weights too, so outputs change; with quantized anchors they stay the same bits. There is no
     way back: `remove` is refused afterwards. diffusers then treats its models as quantized: `.half()` is refused.

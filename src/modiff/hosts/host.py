@@ -25,7 +25,7 @@ _MARK = "_modiff_class"
 class Host(NetworkFacts):
     """What modiff must know of a kind of target. As it stands, it is the host of a torch module.
 
-    A host of one's own overrides what differs, and `register_host` makes it known:
+    A host of your own overrides what differs, and `register_host` makes it known:
 
         class TextHost(Host):
             generation = "generate"

@@ -41,7 +41,7 @@ class QuantizedAttention:
         # v is summed over its tokens, so an integer matmul allows it no scale per token
         automatic: dict[str, str] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
         self.quantizers: dict[str, Quantizer | None] = {
-            operand: _coder(config.softmax if operand == "softmax" else config.operands, granularity, moment)
+            operand: _quantizer_of(config.softmax if operand == "softmax" else config.operands, granularity, moment)
             for operand, granularity in automatic.items()
         }
         self.number = traced.number_for(self)

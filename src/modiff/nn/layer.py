@@ -191,7 +191,7 @@ class ModulatedLayer(nn.Module):
         return "quantized weights"
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a packed weight, as `packed_storage` has them, in the place of the weight.
+        """Take the tensors of a packed weight, as `packed_storage` has them, instead of the weight.
 
         The layer that this one was made from keeps its own parameters.
         """

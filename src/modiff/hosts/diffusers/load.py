@@ -197,7 +197,7 @@ def _check_finite(where: Path, module: nn.Module) -> None:
 def _damaged(path: Path, error: Exception) -> FormatError:
     return FormatError(
         f"{path}: expected part of a diffusers pipeline, got {type(error).__name__}: {_first_line(error)} Something is "
-        "missing or damaged. Copy the folder again, or write it anew with pipe.save_pretrained(folder)."
+        "missing or damaged. Copy the folder again, or write it again with pipe.save_pretrained(folder)."
     )
 
 

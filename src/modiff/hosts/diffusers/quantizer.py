@@ -263,7 +263,7 @@ class ModiffQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Packed weights in the place of floats. Raises: ConfigError for pickles; StateError as `modiff.save`."""
+        """Packed weights instead of floats. Raises: ConfigError for pickles; StateError as `modiff.save`."""
         if not safe_serialization:
             raise ConfigError("save_pretrained: expected safe_serialization=True, got False. modiff writes safetensors "
                               "only, never pickles. Leave it out.")  # fmt: skip

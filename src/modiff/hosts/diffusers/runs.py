@@ -18,7 +18,7 @@ _KNOWN = ("prompt", "class_labels", "self")
 def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: int = 0) -> Callable[[int], object]:
     """`run(i)` for `modiff.collect`: generates `batch` images from the noise of seed + i * batch, ... .
 
-    Pipelines that draw classes get classes drawn from all of them, evenly and anew in each run: activation ranges of
+    Pipelines that draw classes get classes drawn from all of them, evenly, and others in each run: activation ranges of
     one class are not those of the others.
 
     Raises: ConfigError if the pipeline needs a prompt, or other inputs.
