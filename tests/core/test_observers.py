@@ -77,6 +77,12 @@ def test_a_percentile_leaves_out_the_same_share_on_either_side():
     assert observer.qparams(8).scale.item() == pytest.approx(90 / 127)
 
 
+def test_less_than_one_percent_is_a_percentile():
+    observer = PercentileObserver(percentile=0.5)
+    observer.observe(torch.arange(-1000.0, 1001.0))
+    assert 0 < observer.qparams(8).scale.item() * 127 < 10
+
+
 def test_a_percentile_of_100_is_min_max():
     x = torch.randn(1000)
     percentile, minmax = PercentileObserver(percentile=100.0), MinMaxObserver()
