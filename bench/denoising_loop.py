@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from layers import commit
-from loop_models import HIDDEN, MODELS, LoopModel
-from loop_report import append_rows, plot, row_of, table
-from loop_rounds import Record, Run, gpu_mib
-from loop_variants import GRAPHS, MODES, REFERENCE, VARIANTS, Task, has_bf16
+from loop.models import HIDDEN, MODELS, LoopModel
+from loop.report import append_rows, plot, row_of, table
+from loop.rounds import Record, Run, gpu_mib
+from loop.variants import GRAPHS, MODES, REFERENCE, VARIANTS, Task, has_bf16
 from modiff.errors import ConfigError, ModiffError
 from modiff.generate.environment import environment
 from modiff.kernels.isa import LIMIT, level_of

@@ -15,7 +15,7 @@ ROOMS = {"src/modiff"}
 """A folder of rooms and of what stands above them; docs name each."""
 FOLDERS = sorted(
     folder
-    for tree in (PACKAGE, ROOT / "experiments", ROOT / "training", ROOT / "tools")
+    for tree in (PACKAGE, *(ROOT / name for name in ("bench", "experiments", "training", "tools")))
     for folder in (tree, *tree.rglob("*"))
     if folder.is_dir() and any(folder.glob("*.py"))
 )

@@ -20,14 +20,14 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 import denoising_loop
-import loop_child
-import loop_report
-import loop_rounds
-import loop_variants
-from loop_deepcache import DeepCache
-from loop_models import HIDDEN, MODELS, Loop
-from loop_rounds import Record
-from loop_variants import VARIANTS, CannotRun, Task, parts_of, prepare
+from loop import child as loop_child
+from loop import report as loop_report
+from loop import rounds as loop_rounds
+from loop import variants as loop_variants
+from loop.deepcache import DeepCache
+from loop.models import HIDDEN, MODELS, Loop
+from loop.rounds import Record
+from loop.variants import VARIANTS, CannotRun, Task, parts_of, prepare
 from modiff import ConfigError
 from modiff.generate.samplers import UnconditionalPipeline
 from modiff.kernels.isa import Isa

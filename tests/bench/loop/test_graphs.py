@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import loop_graphs
-import loop_variants
 import modiff
-from loop_graphs import Recorded
-from loop_models import HIDDEN
-from loop_variants import CannotRun, Task
+from loop import graphs as loop_graphs
+from loop import variants as loop_variants
+from loop.graphs import Recorded
+from loop.models import HIDDEN
+from loop.variants import CannotRun, Task
 from modiff import ModiffConfig, presets
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
-from tests.bench.recorder import Recorder
+from tests.bench.loop.recorder import Recorder
 from tests.helpers import assert_same_bits
 from tests.model.toys import SHAPE, toy
 

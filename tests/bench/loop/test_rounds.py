@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-import loop_report
-import loop_rounds
-from loop_models import HIDDEN
-from loop_rounds import Child, Record, Run
-from loop_variants import Task
-from tests.bench import loop_stub
+from loop import report as loop_report
+from loop import rounds as loop_rounds
+from loop.models import HIDDEN
+from loop.rounds import Child, Record, Run
+from loop.variants import Task
+from tests.bench.loop import stub as loop_stub
 
 TINY = HIDDEN["tiny"]
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from loop_deepcache import DeepCache
-from loop_graphs import Recorded
-from loop_models import Inputs, Loop, LoopModel, Step, of_rows, repeated
+from loop.deepcache import DeepCache
+from loop.graphs import Recorded
+from loop.models import Inputs, Loop, LoopModel, Step, of_rows, repeated
+from loop.recordable import recording_unsupported
 from modiff import presets
 from modiff.config import ModiffConfig, ModulationConfig, StateDtype
 from modiff.kernels.isa import detect
 from modiff.model.trajectory import state_bytes
 from modiff.nn.fusion import backend
-from recordable import recording_unsupported
 
 CALIBRATION_SEED = 1_000_000
 """OpenVINO's ranges come from noise that no figure is judged on."""

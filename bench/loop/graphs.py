@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from loop.recordable import STEPS_BEFORE
 from modiff.model.attach import required_attachment
 from modiff.model.trajectory import model_trajectory
-from recordable import STEPS_BEFORE
 
 
 class Graph(Protocol):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import loop_models
-import loop_variants
-from loop_models import MODELS
-from loop_variants import Task, parts_of
+from loop import models as loop_models
+from loop import variants as loop_variants
+from loop.models import MODELS
+from loop.variants import Task, parts_of
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from loop_child import serve
-from loop_variants import REFERENCE, Task
+from loop.child import serve
+from loop.variants import REFERENCE, Task
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Set it to keep what is compiled for the next call; it gets a folder for each variant."""

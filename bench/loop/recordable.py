@@ -17,7 +17,7 @@ def recording_unsupported(model: nn.Module) -> str:
 
     A recorded step repeats its operators on the same memory. So states must change in place, which those on integers
     do, nothing may wait for the device, and no count kept in Python may decide what runs. The states of later
-    trajectories must lie where they lay when the step was recorded: bench/loop_graphs.py moves them there.
+    trajectories must lie where they lay when the step was recorded: bench/loop/graphs.py moves them there.
     Raises: StateError if modiff was not applied to the model.
     """
     quantized_layers = required_attachment(model, "recording_unsupported").layers

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from loop_graphs import KeptStates
+from loop.graphs import KeptStates
+from loop.recordable import STEPS_BEFORE, recording_unsupported
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, presets
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import state_bytes
-from recordable import STEPS_BEFORE, recording_unsupported
-from tests.bench.recorder import Recorder, Waits
+from tests.bench.loop.recorder import Recorder, Waits
 from tests.helpers import assert_same_bits
 from tests.model.toys import SHAPE, Toy, toy
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loop_rounds import Record
+from loop.rounds import Record
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import write_atomically
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loop_variants import CannotRun, Ready, Task, isa_of, prepare
+from loop.variants import CannotRun, Ready, Task, isa_of, prepare
 from modiff.cli.options import quiet
 
 SEED = 0

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-import loop_child
-import loop_variants
-from loop_models import HIDDEN, MODELS
-from loop_variants import VARIANTS, CannotRun, Task, parts_of, prepare
+from loop import child as loop_child
+from loop import variants as loop_variants
+from loop.models import HIDDEN, MODELS
+from loop.variants import VARIANTS, CannotRun, Task, parts_of, prepare
 from modiff import ModiffConfig, presets
 
 TINY = HIDDEN["tiny"]
