@@ -73,7 +73,6 @@ STILL_TWICE = {
     "Layout",
     "Memory",
     "Operator",
-    "Outcome",
     "blocks_of",
     "load",
     "load_scales",
@@ -82,7 +81,6 @@ STILL_TWICE = {
     "quantize",
     "scale_tensors",
     "segments_of",
-    "write_shard",
 }
 """Names that two modules still have; this set may only get smaller."""
 

@@ -19,7 +19,7 @@ from modiff.evaluate.suite import images as module
 from modiff.evaluate.suite.images import PipelineSource, read_reference, reference_digest, to_codes
 from modiff.evaluate.suite.plans import Plan
 from modiff.generate.conditions import Conditions
-from modiff.generate.shards import Manifest, write_shard
+from modiff.generate.shards import Manifest, write_images
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.hosts.host import is_attached
 from modiff.model.trajectory import state_bytes
@@ -187,7 +187,7 @@ def pictures(folder: Path) -> Path:
 def generated(folder: Path) -> Path:
     manifest = Manifest(model="m", request={}, num_images=12, shape=(4, 5, 3), batch_size=4, shard_size=8)
     for first in (0, 8):
-        shard = write_shard(folder, manifest, first, IMAGES[first : first + 8], {})
+        shard = write_images(folder, manifest, first, IMAGES[first : first + 8], {})
         manifest = manifest.with_shard(shard)
     manifest.save(folder)
     return folder
