@@ -140,7 +140,7 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _coder(config: QuantizerConfig, automatic: str, moment: Callable[[], Moment] | None) -> Quantizer | None:
+def _quantizer_of(config: QuantizerConfig, automatic: str, moment: Callable[[], Moment] | None) -> Quantizer | None:
     if config.bits is None:
         return None
     return Quantizer(config, automatic if config.granularity == "auto" else config.granularity, -1, (1,), moment)
