@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.skipping import SkipRule
-from modiff.config import Granularity, JsonConfig, ModiffConfig, ModulationConfig, StateDtype
+from modiff.config import JsonConfig, ModiffConfig, ModulationConfig, StateDtype
 from modiff.evaluate.metrics.bootstrap import bootstrap
 
 RESAMPLES = 1000
@@ -22,7 +22,7 @@ PAPER = ModulationConfig(anchor_weights="quantized", stagger=False)
 
 
 def quantized_with(
-    config: ModiffConfig, *, clip: float | None = None, granularity: Granularity | None = None, bits: int | None = None
+    config: ModiffConfig, *, clip: float | None = None, granularity: str | None = None, bits: int | None = None
 ) -> ModiffConfig:
     """The config with another quantizer of activations; None keeps what it has."""
     old = config.layer.activation
