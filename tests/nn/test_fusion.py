@@ -269,7 +269,7 @@ def test_shape_and_layout_behind_a_norm_are_known_before_it_runs(block):
     model = made(make, PLAIN)
     layer, x = layers(model)[0], torch.randn(shape)
     arguments = (layer.clock.token, x, None, None, "none", 1, 0.0, "silu", 1, layer.number)
-    found = torch.library.opcheck(traced.layer_after, arguments, test_utils="test_faketensor")
+    found = torch.library.opcheck(traced.fused_layer, arguments, test_utils="test_faketensor")
     assert found == {"test_faketensor": "SUCCESS"}
 
 

@@ -49,6 +49,6 @@ def test_attention_is_known_before_it_runs(dtype):
 
 
 def test_no_cuda_graph_may_hold_the_operators_that_run_python() -> None:
-    for name in ("begin", "layer", "layer_after", "attend", "end"):
+    for name in ("begin", "layer", "fused_layer", "attend", "end"):
         operator = getattr(torch.ops.modiff, name).default
         assert torch.Tag.cudagraph_unsafe in operator.tags, name

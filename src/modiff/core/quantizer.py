@@ -190,8 +190,8 @@ class Quantizer:
         """Those of this step; moved to a device once and kept there, as a copy at each step would wait for it."""
         if self.tables is not None:
             index = set_of(self._now(), self.moments)
-            self.tables[index] = found = _on(self.tables[index], device)
-            return found
+            self.tables[index] = _on(self.tables[index], device)
+            return self.tables[index]
         if self.static is None:
             raise CalibrationError(
                 "Quantizer: expected measured scales, got none. The config says dynamic=False. "

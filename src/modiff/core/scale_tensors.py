@@ -21,21 +21,21 @@ def scale_tensors(
     static: tuple[QParams, ...] | None, tables: Tables | None, moments: dict[Moment, int]
 ) -> dict[str, Tensor]:
     """Names and tensors; {} where nothing was measured."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for segment, qparams in enumerate(static or ()):
-        found[f"scale.{segment}"] = qparams.scale.detach()
+        tensors[f"scale.{segment}"] = qparams.scale.detach()
         if qparams.zero_point is not None:
-            found[f"zero_point.{segment}"] = qparams.zero_point
+            tensors[f"zero_point.{segment}"] = qparams.zero_point
     if tables:
         sets = [tables[index] for index in sorted(tables)]
         for segment in range(len(sets[0])):
-            found[f"step_scale.{segment}"] = torch.stack([s[segment].scale.detach() for s in sets])
+            tensors[f"step_scale.{segment}"] = torch.stack([s[segment].scale.detach() for s in sets])
             points = [p for s in sets if (p := s[segment].zero_point) is not None]
             if points:
-                found[f"step_zero_point.{segment}"] = torch.stack(points)
-        found["moments"] = torch.tensor(list(moments), dtype=torch.float64)
-        found["moment_sets"] = torch.tensor(list(moments.values()), dtype=torch.int64)
-    return found
+                tensors[f"step_zero_point.{segment}"] = torch.stack(points)
+        tensors["moments"] = torch.tensor(list(moments), dtype=torch.float64)
+        tensors["moment_sets"] = torch.tensor(list(moments.values()), dtype=torch.int64)
+    return tensors
 
 
 def load_scales(

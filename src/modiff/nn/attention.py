@@ -92,7 +92,7 @@ class QuantizedAttention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """`scaled_dot_product_attention` of coded operands, (..., N, D) x (..., M, D) x (..., M, E) -> (..., N, E).
+        """`scaled_dot_product_attention` of quantized operands, (..., N, D) x (..., M, D) x (..., M, E) -> (..., N, E).
 
         In a graph of torch.compile it is one operator where its scales change from step to step.
         Cost: with softmax bits, (..., N, M) probabilities in memory in float32; without, torch's own kernel.

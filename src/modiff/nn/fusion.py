@@ -1,6 +1,6 @@
 """What torch.compile sees between layers, moved into them: norms, activations and the codes in one pass over memory.
 
-    y = layer(silu(group_norm(x)))   becomes   y = modiff::layer_after(x, group norm, silu)
+    y = layer(silu(group_norm(x)))   becomes   y = modiff::fused_layer(x, group norm, silu)
 
     torch.compile(model, backend="modiff", fullgraph=True)
 
@@ -22,12 +22,12 @@ from torch.nn import functional
 from modiff.kernels.input_fusion import Activation, Norm
 from modiff.nn import traced
 
-_PLACES = itertools.count(1)
+_READS = itertools.count(1)
 _VIEWS = ("transpose", "permute", "reshape", "view", "flatten")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 
 
-class _Front(NamedTuple):
+class _Match(NamedTuple):
     """The nodes of one match: y = activation(norm(x)), or x activation(weight) where norm is "gated".
 
     weight and bias: (C,), or (B, 1, C) where `each` is True. views: what stands between the norm and the layer.
@@ -60,9 +60,9 @@ def fuse(module: GraphModule) -> int:
     """
     moved = 0
     for node in list(module.graph.nodes):
-        if node.op in ("call_function", "call_method") and (front := _match(node)) and _readers(node, front):
+        if node.op in ("call_function", "call_method") and (match := _match(node)) and _readers(node, match):
             moved += len(node.users)
-            _move(module, sorted(node.users), front)
+            _move(module, sorted(node.users), match)
             _erase(node)
     for node in module.graph.nodes:
         _number(node)
@@ -71,23 +71,23 @@ def fuse(module: GraphModule) -> int:
     return moved
 
 
-def _readers(node: Node, front: _Front) -> bool:
+def _readers(node: Node, match: _Match) -> bool:
     """Whether all that read the node are layers that can compute it, and read it as their input."""
     users = list(node.users)
     return bool(users) and all(
         user.target is traced.layer
         and user.args[1] is node
-        and _fuses(user.args[2], front)
-        and not _changed(front, user)
+        and _fuses(user.args[2], match)
+        and not _changed(match, user)
         for user in users
     )
 
 
-def _changed(front: _Front, reader: Node) -> bool:
+def _changed(match: _Match, reader: Node) -> bool:
     """Whether anything is written in place between x and its reader: it may be what x is a view of."""
-    first = front.x
-    if front.norm == "gated" and front.weight is not None and front.weight < first:
-        first = front.weight
+    first = match.x
+    if match.norm == "gated" and match.weight is not None and match.weight < first:
+        first = match.weight
     return _written(first, reader)
 
 
@@ -105,19 +105,19 @@ def _number(node: Node) -> None:
     """A number for what several layers read as it is."""
     readers = sorted(user for user in node.users if user.target is traced.layer and user.args[1] is node)
     if len(readers) > 1 and not _written(readers[0], readers[-1]):
-        for reader, place in zip(readers, _places(readers), strict=True):
-            reader.args = (*reader.args[:3], place)
+        for reader, read in zip(readers, _read_numbers(readers), strict=True):
+            reader.args = (*reader.args[:3], read)
 
 
-def _places(readers: list[Node]) -> list[int]:
+def _read_numbers(readers: list[Node]) -> list[int]:
     """A number for each group of layers that share, negative for the first of it: it begins in each run of a graph."""
     begun: dict[int, int] = {}
-    places: list[int] = []
+    reads: list[int] = []
     for reader in readers:
         group = id(traced.holder_of(reader.args[2]).inputs)
-        places.append(begun[group] if group in begun else -next(_PLACES))
-        begun.setdefault(group, -places[-1])
-    return places
+        reads.append(begun[group] if group in begun else -next(_READS))
+        begun.setdefault(group, -reads[-1])
+    return reads
 
 
 def _in_place(node: Node) -> bool:
@@ -143,25 +143,25 @@ def _mutates(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target.namespace != "modiff"
 
 
-def _fuses(number: Any, front: _Front) -> bool:
+def _fuses(number: Any, match: _Match) -> bool:
     """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
-    axis = {"group": 1, "group_last": -1, "layer": -1, "gated": -1}.get(front.norm, holder.channel_dim)
-    return holder.channel_dim == axis and holder.loop.fuses(front.norm)
+    axis = {"group": 1, "group_last": -1, "layer": -1, "gated": -1}.get(match.norm, holder.channel_dim)
+    return holder.channel_dim == axis and holder.loop.fuses(match.norm)
 
 
-def _move(module: GraphModule, readers: list[Node], front: _Front) -> None:
-    graph, x, weight, bias = module.graph, front.x, front.weight, front.bias
+def _move(module: GraphModule, readers: list[Node], match: _Match) -> None:
+    graph, x, weight, bias = module.graph, match.x, match.weight, match.bias
     with graph.inserting_before(readers[0]):
-        if front.each:
+        if match.each:
             weight, bias = (graph.call_method("flatten", (part, 1)) for part in (weight, bias))
-        for view in front.views:
+        for view in match.views:
             x = graph.call_method(_turn(view), (x, *view.args[1:]), view.kwargs)
-    for reader, place in zip(readers, _places(readers), strict=True):
+    for reader, read in zip(readers, _read_numbers(readers), strict=True):
         token, _, number = reader.args
-        arguments = (token, x, weight, bias, front.norm, front.groups, front.eps, front.activation, place, number)
+        arguments = (token, x, weight, bias, match.norm, match.groups, match.eps, match.activation, read, number)
         with graph.inserting_before(reader):
-            after = graph.call_function(traced.layer_after, arguments)
+            after = graph.call_function(traced.fused_layer, arguments)
         after.meta.update(reader.meta)
         reader.replace_all_uses_with(after)
         graph.erase_node(reader)
@@ -186,23 +186,23 @@ def _writes(node: Node) -> bool:
 # ------------------------------------------------------------------------------------------------------- what matches
 
 
-def _match(node: Node) -> _Front | None:
+def _match(node: Node) -> _Match | None:
     """activation(norm(x)) with at least one of the two, where nothing else reads what lies between."""
     last = _without_dropout(node)
     if gated := _gated(last):
         return gated
     activation = _activation(last)
     if activation == "none":
-        front = _norm(last)
+        match = _norm(last)
     else:
         inner = _without_dropout(_argument(last, 0, "input"))
-        front = (_norm(inner) if _only(inner, last) else None) or _Front(inner)
-    if front is None or _dtype(front.x) != _dtype(node):
+        match = (_norm(inner) if _only(inner, last) else None) or _Match(inner)
+    if match is None or _dtype(match.x) != _dtype(node):
         return None
-    return front._replace(activation=activation)
+    return match._replace(activation=activation)
 
 
-def _norm(node: Any) -> _Front | None:
+def _norm(node: Any) -> _Match | None:
     return _group_norm(node) or _layer_norm(node) or _modulated_norm(node) or _turned_norm(node)
 
 
@@ -214,7 +214,7 @@ def _activation(node: Node) -> Activation:
     return "none"
 
 
-def _gated(node: Node) -> _Front | None:
+def _gated(node: Node) -> _Match | None:
     """x * activation(gate) of two tensors that lie in memory alike, as the halves of a chunk do."""
     if node.target is not operator.mul:
         return None
@@ -223,11 +223,11 @@ def _gated(node: Node) -> _Front | None:
         if activation == "none":
             continue
         gate = _argument(active, 0, "input")
-        like, given = _example(x), _example(gate)
-        if like is None or given is None or like.dim() < 3 or like.dtype != given.dtype:
+        like, other = _example(x), _example(gate)
+        if like is None or other is None or like.dim() < 3 or like.dtype != other.dtype:
             continue
-        if (like.shape, like.stride()) == (given.shape, given.stride()) and like.stride(-1) == 1:
-            return _Front(x, "gated", weight=gate, activation=activation)
+        if (like.shape, like.stride()) == (other.shape, other.stride()) and like.stride(-1) == 1:
+            return _Match(x, "gated", weight=gate, activation=activation)
     return None
 
 
@@ -243,16 +243,16 @@ def _only(node: Any, reader: Node) -> bool:
     return isinstance(node, Node) and set(node.users) == {reader}
 
 
-def _group_norm(node: Node) -> _Front | None:
+def _group_norm(node: Node) -> _Match | None:
     if node.target is not functional.group_norm:
         return None
     x, groups, weight, bias, eps = (
         _argument(node, i, name) for i, name in enumerate(("input", "num_groups", "weight", "bias", "eps"))
     )
-    return _Front(x, "group", groups, weight, bias, 1e-5 if eps is None else eps)
+    return _Match(x, "group", groups, weight, bias, 1e-5 if eps is None else eps)
 
 
-def _turned_norm(node: Node) -> _Front | None:
+def _turned_norm(node: Node) -> _Match | None:
     """group_norm behind views that make tokens of pixels: (N, C, ...) -> (N, ..., C)."""
     views: list[Node] = []
     while node.op == "call_method" and node.target in _VIEWS and len(node.all_input_nodes) == 1:
@@ -286,16 +286,16 @@ def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
     return torch.equal(turned.flatten(1, -2), expected)
 
 
-def _layer_norm(node: Node) -> _Front | None:
+def _layer_norm(node: Node) -> _Match | None:
     if node.target is not functional.layer_norm:
         return None
     x, shape, weight, bias, eps = (
         _argument(node, i, name) for i, name in enumerate(("input", "normalized_shape", "weight", "bias", "eps"))
     )
-    return _Front(x, "layer", 1, weight, bias, 1e-5 if eps is None else eps) if len(shape) == 1 else None
+    return _Match(x, "layer", 1, weight, bias, 1e-5 if eps is None else eps) if len(shape) == 1 else None
 
 
-def _modulated_norm(node: Node) -> _Front | None:
+def _modulated_norm(node: Node) -> _Match | None:
     """layer_norm(x) * scale + shift with a scale and a shift for each sample: (B, 1, C)."""
     if node.target is not operator.add:
         return None

@@ -2,7 +2,7 @@
 
     modiff::begin    an evaluation of the network begins: the clock moves on
     modiff::layer    a layer's forward, states and all
-    modiff::layer_after    the same behind a norm and an activation, which `fusion` puts into a graph
+    modiff::fused_layer    the same behind a norm and an activation, which `fusion` puts into a graph
     modiff::attend   coded attention whose scales change from step to step
     modiff::end      the evaluation ended
     modiff::guard    a layer's output where a gradient is recorded, modiff::refuse its backward: it raises
@@ -75,7 +75,7 @@ def _layer(token: Tensor, x: Tensor, number: int, read: int = 0) -> Tensor:
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
-def _layer_after(
+def _fused_layer(
     token: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -93,7 +93,7 @@ def _layer_after(
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
-def _fake_layer_after(token: Tensor, x: Tensor, *others: Any) -> Tensor:
+def _fake_fused_layer(token: Tensor, x: Tensor, *others: Any) -> Tensor:
     return _fake_layer(token, x, others[-1])
 
 
@@ -148,9 +148,9 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> N
 begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()", _begin, _nothing)
 end = _operator("end(Tensor(a!) token, int number) -> ()", _end, _nothing)
 layer = _operator("layer(Tensor(a!) token, Tensor x, int number, int read=0) -> Tensor", _layer, _fake_layer)
-layer_after = _operator(
-    "layer_after(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
-    "str activation, int read, int number) -> Tensor", _layer_after, _fake_layer_after,
+fused_layer = _operator(
+    "fused_layer(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
+    "str activation, int read, int number) -> Tensor", _fused_layer, _fake_fused_layer,
 )  # fmt: skip
 attend = _operator(
     "attend(Tensor(a!) token, Tensor query, Tensor key, Tensor value, Tensor? mask, float dropout, bool causal, "
@@ -159,7 +159,7 @@ attend = _operator(
 guard = _operator("guard(Tensor x, Tensor output, int number) -> Tensor", _guard, lambda _x, output, _: output.clone())
 refuse = _operator("refuse(Tensor gradient, SymInt[] shape, int number) -> Tensor", _refuse,
                    lambda gradient, shape, _: gradient.new_empty(shape))  # fmt: skip
-for _name in ("layer", "layer_after"):
+for _name in ("layer", "fused_layer"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # `guard` says what their gradient is
 torch.library.register_autograd(
     "modiff::guard",

@@ -123,8 +123,8 @@ class QuantizedWeight:
         key = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape)
         if key == self._key:
             return
-        found = fingerprint(weight)
-        if found is not None and found == self._bytes:
+        digest = fingerprint(weight)
+        if digest is not None and digest == self._bytes:
             self._key = key
             return
         self._bytes = None
@@ -143,7 +143,7 @@ class QuantizedWeight:
         elif self.rotation is not None:
             values = self.floats(weight)  # blocks of one channel turn nothing, and give the weight itself
             self._floats = None if values.data_ptr() == weight.data_ptr() else values
-        self._key, self._bytes = key, found
+        self._key, self._bytes = key, digest
 
     def _quantize(self, values: Tensor, bits: int) -> tuple[Part, ...]:
         parts: list[Part] = []

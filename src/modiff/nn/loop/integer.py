@@ -160,11 +160,11 @@ class IntegerInput(InputState):
         if self.predictor.past_states > 1:
             weights = self.predictor.weights(len(self.parts[0].moves), self.config.gain, self.ratio(x.device))
             gain = torch.as_tensor(weights[0] if weights else 0.0, dtype=torch.float32, device=x.device)
-        every, given = quantizer.config.refresh_every, None
+        every, scales = quantizer.config.refresh_every, None
         if not quantizer.config.dynamic:
-            given = quantizer.scales(x)
+            scales = quantizer.scales(x)
         elif every > 1 and self.age % every:
-            given = [q.scale for q in self.scales]
+            scales = [q.scale for q in self.scales]
         runs: Sequence[tuple[Tensor, InputFusion | None]] = ((x, fusion),)
         if len(quantizer.segments) > 1:
             runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
@@ -177,7 +177,7 @@ class IntegerInput(InputState):
             encode = encode_residual if fused is None else fused.encode
             parts.append(
                 encode(
-                    run, state.value, None if given is None else given[index], quantizer.bits, quantizer.config.clip,
+                    run, state.value, None if scales is None else scales[index], quantizer.bits, quantizer.config.clip,
                     quantizer.granularity, channel_dim=quantizer.channel_dim,
                     move=state.moves[0] if state.moves else None, gain=gain,
                 )
@@ -285,11 +285,11 @@ class IntegerLoop(SimulatedLoop):
             x, fusion = fusion.compute(x), None
         if self.spec.rotation is not None:
             x = rotate(at_least_float32(x), self.spec.rotation, self.spec.channel_dim)
-        given, kernels = quantizer.scales(x), self.kernels
+        scales, kernels = quantizer.scales(x), self.kernels
         total: Tensor | None = None
         runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
         for i, ((run, fused), kernel) in enumerate(zip(runs, kernels, strict=True)):
-            scale = None if given is None else given[i]
+            scale = None if scales is None else scales[i]
             arguments = (scale, quantizer.bits, quantizer.config.clip, quantizer.granularity)
             if fused is None:
                 codes, scale = encode_input(run, *arguments, channel_dim=quantizer.channel_dim)

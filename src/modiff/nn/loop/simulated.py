@@ -158,14 +158,14 @@ class SimulatedLoop:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
-        found = [t for memory in self.memories.values() for t in memory.input.tensors()]
+        tensors = [t for memory in self.memories.values() for t in memory.input.tensors()]
         for memory in self.memories.values():
             output = memory.output
             if isinstance(output, FixedState):
-                found += output
+                tensors += output
             elif output is not None:
-                found += [output.value, *output.moves]
-        return found
+                tensors += [output.value, *output.moves]
+        return tensors
 
     def _outside(self) -> StateError:
         return StateError(
