@@ -62,18 +62,6 @@ def test_the_error_reported_for_a_group_is_that_of_the_pipeline_s_own_states(out
     assert float(distance) == pytest.approx(report.scales.units[0].after, rel=1e-3)
 
 
-@pytest.mark.parametrize("group_size", [1, 2])
-def test_both_objectives_agree_for_single_steps_and_differ_for_groups(group_size):
-    scales = []
-    for objective in ("group_end", "each_step"):
-        pipe = small.build()
-        config = dataclasses.replace(QUICK, steps=2, objective=objective, group_size=group_size, iterations=2)
-        quantize(pipe, config, progress=False)
-        quantizers = quantizers_of(pipe.unet).values()
-        scales.append(torch.cat([(q.static or q.tables[0])[0].scale.flatten() for q in quantizers]))
-    assert torch.equal(*scales) == (group_size == 1)
-
-
 def test_class_conditional_guidance_in_one_batch_is_followed_whichever_branch_comes_first():
     pipe = HOSTS["dit"].build()
     pipe.set_progress_bar_config(disable=True)

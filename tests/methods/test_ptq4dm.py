@@ -11,10 +11,8 @@ from torch import Tensor
 import modiff
 from modiff import ConfigError, ModulationConfig, NormalSteps
 from modiff.core.observers import Observer
-from modiff.core.range_metrics import RANGE_METRICS
 from modiff.hosts.diffusers.runs import calibration_run
 from modiff.methods import Ptq4dmConfig, quantize
-from modiff.methods.ptq4dm import SmoothedSearchObserver
 from modiff.model.attach import attachment_of
 from modiff.model.calibrate import quantizers_of
 from tests.hosts.tiny import HOSTS
@@ -126,20 +124,3 @@ def test_with_modulation_the_ranges_are_those_of_residuals():
         scales.append(float(attachment_of(pipe.unet).layers["conv_in"].quantizer.static[0].scale))
         assert torch.isfinite(small.call(pipe, steps=12)).all()
     assert scales[1] < 0.5 * scales[0]
-
-
-def test_the_script_smooths_the_best_range_of_each_call():
-    tensors = [torch.randn(400, generator=torch.Generator().manual_seed(i)) * (1 + i) for i in range(4)]
-    observer = SmoothedSearchObserver(None, RANGE_METRICS["mse"], 100)
-    low = high = None
-    for x in tensors:
-        observer.observe(x)
-        values = x.double()
-        ratio = min(
-            (1 - 0.01 * i for i in range(100)),
-            key=lambda r, v=values: loss(v, float(v.min()) * r, float(v.max()) * r),
-        )
-        new_low, new_high = float(x.min()) * ratio, float(x.max()) * ratio
-        low = new_low if low is None else 0.9 * low + 0.1 * new_low
-        high = new_high if high is None else 0.9 * high + 0.1 * new_high
-    assert float(observer.qparams(8, symmetric=False).scale) == pytest.approx((high - low) / 255, rel=0.005)

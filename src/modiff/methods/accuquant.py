@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,8 +33,6 @@ class AccuquantConfig(MethodConfig):
     weight_bits, activation_bits: activations have one static scale per layer and group of steps.
     group_size: at most this many steps share scales and are judged by where they arrive together; 1 calibrates each
         step on the quantized trajectory. Reviews report that too large a group is worse than none; there is no rule.
-    objective: "group_end" minimises the error at the end of the group, with the approximate gradient; "each_step" the
-        error after each step, the states before it taken as given. Both are the same for group_size 1.
     iterations: Adam steps a group. learning_rate: of the logarithm of the scales.
     rounding: of weights, "nearest" (ranges of least error), or learned first with `reconstruction`.
     layers: "all", as the methods it is compared with, or "recommended": what ModiffConfig takes by default, without the
@@ -51,7 +48,6 @@ class AccuquantConfig(MethodConfig):
     """
 
     group_size: int = 4
-    objective: Literal["group_end", "each_step"] = "group_end"
     steps: int = 50
     samples: int | None = 16
     batch: int = 8
@@ -168,11 +164,10 @@ def _learn_group(
         for iteration in range(config.iterations):
             which = iteration % len(groups)
             sampler = trajectories[which]
-            for group in _objectives(groups[which], sampler, config):
-                _, gradients = approximate_gradient(group, sampler.evaluate, sampler.advance, leaves)
-                for leaf, gradient in zip(leaves, gradients, strict=True):
-                    leaf.grad = gradient
-                optimizer.step()
+            _, gradients = approximate_gradient(groups[which], sampler.evaluate, sampler.advance, leaves)
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
         after, arrived_after = _arrive(trajectories, groups)
     better = after < before
     states = {f"state.{i}": s.cpu() for i, s in enumerate(arrived_after if better else arrived)}
@@ -181,18 +176,6 @@ def _learn_group(
     unit = UnitReport(name, "group of steps", tuple(holders) if better else (), before, after if better else before,
                       better, config.iterations, reason)  # fmt: skip
     return states | (learner.result() if better else {}), unit
-
-
-def _objectives(group: Group, sampler: SamplerSteps, config: AccuquantConfig) -> Iterator[Group]:
-    """What one iteration descends on: the group, or step after step, each from where the present scales lead."""
-    if config.objective == "group_end":
-        yield group
-        return
-    state = group.start
-    for step in group.steps:
-        single = Group([step], state, sampler.recorded[step + 1])
-        yield single
-        state = roll_out(single, sampler.evaluate, sampler.advance)[0][-1]
 
 
 def _arrive(trajectories: list[SamplerSteps], groups: list[Group]) -> tuple[float, list[Tensor]]:

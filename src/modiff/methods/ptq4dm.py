@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-from torch import Tensor
-
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.timesteps import NormalSteps, Spread
 from modiff.config import AttentionConfig, LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
-from modiff.core.affine import QParams, qparams_from_range
 from modiff.core.observers import Observer, RangeSearchObserver
-from modiff.core.range_metrics import RANGE_METRICS, RangeMetric
+from modiff.core.range_metrics import RANGE_METRICS
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, boundary_overrides, every_layer
 from modiff.methods.registry import register
-
-MOMENTUM = 0.9
-KEPT_OF_A_CALL = 1 << 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +22,12 @@ class Ptq4dmConfig(MethodConfig):
     samples: states to calibrate on, one from each trajectory. mean, spread: of their steps, see `NormalSteps`;
         "deviation" is the reading that fits the paper's findings, "script" what the released script does.
     metric: of the range search; the paper compares all four and takes MSE. trials: ranges tried, 1 % apart.
-    smoothing: "none" searches one range over all samples; "script" searches one for each batch and averages them with
-        weights 0.9 and 0.1, as the released code does.
     rounding: "nearest", or learned with `reconstruction`. The released code can learn it and does not.
     modulation: None is the published method; with it, ranges are those of residuals, from pairs of neighbouring steps.
     attention: the paper leaves softmax and its products in full precision.
 
-    Defects of the released code that have no option here: states labelled with the step counted from the wrong end,
-    one class for all samples of conditional models, and step indices fed without the respacing map.
+    Of the released code there is no option for: states labelled with the step counted from the wrong end, one class for
+    all samples of conditional models, step indices fed without the respacing map, and ranges smoothed over batches.
     Cost: `samples` trajectories, an evaluation for each sample, and `trials` passes over the values kept of each layer.
     """
 
@@ -44,7 +36,6 @@ class Ptq4dmConfig(MethodConfig):
     spread: Spread = "deviation"
     metric: Literal["mse", "l1", "cosine", "kl"] = "mse"
     trials: int = 100
-    smoothing: Literal["none", "script"] = "none"
     rounding: Literal["nearest", "learned"] = "nearest"
     reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig)
     modulation: ModulationConfig | None = None
@@ -68,8 +59,7 @@ class Ptq4dmConfig(MethodConfig):
 
     def observer(self, axis: int | None) -> Observer:
         """What turns the values of one layer into a range."""
-        kind = SmoothedSearchObserver if self.smoothing == "script" else RangeSearchObserver
-        return kind(axis, RANGE_METRICS[self.metric], self.trials)
+        return RangeSearchObserver(axis, RANGE_METRICS[self.metric], self.trials)
 
 
 @register(Ptq4dmConfig)
@@ -84,28 +74,3 @@ def ptq4dm(job: MethodJob, config: Ptq4dmConfig) -> MethodReport:
     if config.activation_bits is not None:
         job.measure(calls, config.observer)
     return MethodReport.of(report, weights=weights)
-
-
-class SmoothedSearchObserver(Observer):
-    """The released code's range: the best one of each call, smoothed over the calls, range <- 0.9 range + 0.1 new."""
-
-    def __init__(self, channel_dim: int | None, metric: RangeMetric, trials: int) -> None:
-        super().__init__(channel_dim)
-        self.metric, self.trials = metric, trials
-        self._calls: list[RangeSearchObserver] = []
-
-    def observe(self, x: Tensor) -> None:
-        """Take one call into account; at most `KEPT_OF_A_CALL` of its values are kept."""
-        super().observe(x)
-        one = RangeSearchObserver(self.channel_dim, self.metric, self.trials, keep=KEPT_OF_A_CALL)
-        one.observe(x)
-        self._calls.append(one)
-
-    def qparams(self, bits: int, *, symmetric: bool = True, clip: float = 1.0) -> QParams:
-        """Scale and zero point of the smoothed range."""
-        self.range()
-        ranges = [call.searched(bits, symmetric=symmetric, clip=clip) for call in self._calls]
-        low, high = ranges[0]
-        for new_low, new_high in ranges[1:]:
-            low, high = low.lerp(new_low, 1 - MOMENTUM), high.lerp(new_high, 1 - MOMENTUM)
-        return qparams_from_range(low, high, bits, symmetric=symmetric, clip=clip)
