@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
 from modiff.checkpoint.module_folder import bytes_of
 from modiff.checkpoint.named_config import AnyConfig, as_config
-from modiff.config import ModiffConfig, ModulationConfig, PackedAnchors
+from modiff.config import ModiffConfig, PackedAnchors
 from modiff.hosts.host import host_of, modulated_networks, network_named, networks_of, trajectories
 from modiff.hosts.load import load_target
 from modiff.model.apply import check_removable, install, uninstall
@@ -31,7 +30,7 @@ from modiff.model.pack import check_anchors, check_packable, pack_layers
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context
-from modiff.model.tune import search_config
+from modiff.model.tune import search_config, with_bits
 
 
 def apply(target: Any, config: AnyConfig | None = None) -> Report:
@@ -156,8 +155,7 @@ def load(
         dtype: of what is not quantized, for pipelines and models of diffusers; scales stay float32.
     Returns: a pipeline (each call is a trajectory), a model of diffusers (begins trajectories by its time steps), or
         `into` (runs inside `modiff.trajectory`); packed.
-    Raises: FormatError for a folder that is missing, damaged or of another version, before anything large is
-        allocated; ConfigError if `into` is needed and missing, or not needed and given.
+    Raises: FormatError for a damaged folder, before anything large is allocated; ConfigError for a wrong `into`.
     """
     return load_target(folder, into, device, dtype)
 
@@ -189,8 +187,7 @@ def calibrate(
         forward_loop: runs whole trajectories, for example `lambda: pipe(...)`.
         observer: how values become a range: "minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl", or
             what makes an observer for an axis, `lambda axis: MSEObserver(axis, trials=100)`.
-    Raises: StateError without modulated layers; ConfigError for an unknown observer; CalibrationError if no layer has
-        static scales, or one never ran.
+    Raises: StateError; ConfigError for an unknown observer; CalibrationError without static scales or runs of a layer.
     """
     measure_scales(modulated_networks(target, "calibrate"), forward_loop, observer=observer)
 
@@ -218,15 +215,7 @@ def tune(
     Raises: ConfigError if `run` is needed and missing; StateError if modiff is on the target already.
     Cost: a full-precision trajectory with a pass over each input per candidate, then a few modulated trajectories.
     """
-    base = as_config(config)
-    layer = dataclasses.replace(
-        base.layer,
-        weight=dataclasses.replace(base.layer.weight, bits=weight_bits),
-        activation=dataclasses.replace(base.layer.activation, bits=bits),
-        modulation=dataclasses.replace(base.layer.modulation or ModulationConfig(), predictor="hold"),
-    )
-    base = dataclasses.replace(base, layer=layer)
-    host = host_of(target)
+    host, base = host_of(target), with_bits(as_config(config), weight_bits, bits)
     networks = list(host.networks(target).values())
     run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
     splits = [host.splits(network) for network in networks]

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from modiff.hosts.host import Host, register_host
-from modiff.hosts.private_names import DIFFUSERS, check_private_names
+from modiff.private_names import DIFFUSERS, check_private_names
 
 
 @functools.cache

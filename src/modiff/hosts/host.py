@@ -14,10 +14,10 @@ from modiff.checkpoint.module_folder import save_module
 from modiff.config import PackedAnchors
 from modiff.errors import ConfigError
 from modiff.hosts.names import BLOCK_CLASSES, DEFAULT_EXCLUDE, UNBATCHED, shortcut_splits
-from modiff.hosts.private_names import TORCH, check_private_names
 from modiff.model.attach import attachment_of, eager, required_attachment
 from modiff.model.facts import NetworkFacts, facts_of, register_facts
 from modiff.model.trajectory import model_trajectory
+from modiff.private_names import TORCH, check_private_names
 
 _MARK = "_modiff_class"
 

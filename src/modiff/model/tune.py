@@ -53,6 +53,17 @@ def _candidate(base: LayerConfig, rotation: Rotation, predictor: str, gain: floa
     return dataclasses.replace(base, activation=activation, modulation=modulation, rotation=rotation)
 
 
+def with_bits(config: ModiffConfig, weight_bits: int | None, activation_bits: int) -> ModiffConfig:
+    """The config to search from at other bit widths: modulated, with the predictor that is published."""
+    layer = dataclasses.replace(
+        config.layer,
+        weight=dataclasses.replace(config.layer.weight, bits=weight_bits),
+        activation=dataclasses.replace(config.layer.activation, bits=activation_bits),
+        modulation=dataclasses.replace(config.layer.modulation or ModulationConfig(), predictor="hold"),
+    )
+    return dataclasses.replace(config, layer=layer)
+
+
 def search_config(
     models: nn.Module | Sequence[nn.Module],
     run: Callable[[], object],

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from modiff.kernels.input_fusion import Activation, Norm
 from modiff.nn import traced
+from modiff.private_names import COMPILER, check_private_names
 
 _READS = itertools.count(1)
 _VIEWS = ("transpose", "permute", "reshape", "view", "flatten")
@@ -46,6 +47,7 @@ class _Match(NamedTuple):
 
 def backend(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """What torch.compile calls for `backend="modiff"`."""
+    check_private_names(COMPILER)
     from torch._dynamo import lookup_backend  # imported late: it takes seconds
 
     fuse(module)

@@ -9,12 +9,12 @@ import pytest
 
 import modiff
 from modiff.errors import KernelError
-from modiff.hosts.private_names import DIFFUSERS, TORCH, check_private_names
+from modiff.private_names import COMPILER, DIFFUSERS, TORCH, check_private_names
 
 LISTED = {part for name in TORCH + DIFFUSERS for part in name.partition(":")[2].split(".")}
 
 
-@pytest.mark.parametrize("names", [TORCH, DIFFUSERS])
+@pytest.mark.parametrize("names", [TORCH, DIFFUSERS, COMPILER])
 def test_this_torch_and_this_diffusers_have_them_all(names):
     check_private_names(names)
 
