@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -99,7 +98,6 @@ def register_granularity(name: str, granularity: Granularity) -> None:
     GRANULARITIES.append(name)
 
 
-@functools.cache
 def granularity_named(name: str) -> Granularity:
     """The granularity that a config names. Raises: ConfigError for "auto", and where the name is not registered."""
     if name not in _GRANULARITIES:
