@@ -5,13 +5,12 @@ One convention everywhere: code = clamp(round(x / scale) + zero_point, qmin, qma
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from modiff.core.granularity import extremes, granularity_named
+from modiff.core.granularity import BY_NAME, extremes
 from modiff.errors import ConfigError
 
 SMALLEST_SCALE = 1e-12
@@ -25,7 +24,16 @@ class QParams(NamedTuple):
     zero_point: Tensor | None
 
 
-@functools.cache
+class _Ranges(dict[int, tuple[int, int]]):
+    """By bits. Looked up at every step: by subscription, as torch.compile warns of a cached function."""
+
+    def __missing__(self, bits: int) -> tuple[int, int]:
+        raise ConfigError(f"bits: expected 2 to 8, got {bits}. Codes are stored as int8. Use None for full precision.")
+
+
+_RANGES = _Ranges({bits: (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (*range(2, 9), 16)})
+
+
 def qrange(bits: int) -> tuple[int, int]:
     """Smallest and largest signed code, (-2^(b-1), 2^(b-1) - 1).
 
@@ -34,9 +42,7 @@ def qrange(bits: int) -> tuple[int, int]:
     >>> qrange(4)
     (-8, 7)
     """
-    if not 2 <= bits <= 8 and bits != 16:
-        raise ConfigError(f"bits: expected 2 to 8, got {bits}. Codes are stored as int8. Use None for full precision.")
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return _RANGES[bits]
 
 
 def qparams_from_range(
@@ -48,7 +54,7 @@ def qparams_from_range(
     Asymmetric: scale = clip * (maximum - minimum) / (2^b - 1) with the range widened to hold zero,
     zero_point = qmin - round(clip * minimum / scale).
     """
-    qmin, qmax = qrange(bits)
+    qmin, qmax = _RANGES[bits]
     if symmetric:
         scale = torch.maximum(minimum.abs(), maximum.abs()) * (clip / qmax)
         return QParams(scale.clamp_min(SMALLEST_SCALE), None)
@@ -81,7 +87,7 @@ def choose_qparams(
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    shared = granularity_named(granularity)
+    shared = BY_NAME[granularity]
     if symmetric:
         largest = shared.reduce(x.abs(), channel_dim, torch.amax)
         return qparams_from_range(largest, largest, bits, clip=clip)
@@ -96,7 +102,7 @@ def quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:
     >>> quantize(torch.tensor([-9.0, 0.4, 2.6]), QParams(torch.tensor(1.0), None), 4)
     tensor([-8,  0,  3], dtype=torch.int8)
     """
-    qmin, qmax = qrange(bits)
+    qmin, qmax = _RANGES[bits]
     codes = torch.round(x / qparams.scale)
     if qparams.zero_point is not None:
         codes = codes + qparams.zero_point

@@ -81,9 +81,15 @@ class _InputChannel(Granularity):
         return "a scale along the summed axis has no integer sums"
 
 
-_GRANULARITIES: dict[str, Granularity] = {
-    "tensor": _Tensor(), "sample": _Sample(), "token": _Token(), "input_channel": _InputChannel()
-}  # fmt: skip
+class _Named(dict[str, Granularity]):
+    """By name. Looked up at every step: by subscription, as torch.compile warns of a cached function."""
+
+    def __missing__(self, name: str) -> Granularity:
+        raise ConfigError(f"granularity: expected one of {', '.join(self)}, got {name!r}. Only a layer can "
+                          "resolve 'auto'. Name one of them, or register it first.")  # fmt: skip
+
+
+BY_NAME = _Named(tensor=_Tensor(), sample=_Sample(), token=_Token(), input_channel=_InputChannel())
 
 
 def register_granularity(name: str, granularity: Granularity) -> None:
@@ -94,16 +100,13 @@ def register_granularity(name: str, granularity: Granularity) -> None:
     if name in GRANULARITIES:
         raise ConfigError(f"register_granularity: expected a new name, got {name!r}. Configs that say {name!r} mean "
                           "another granularity. Choose another name.")  # fmt: skip
-    _GRANULARITIES[name] = granularity
+    BY_NAME[name] = granularity
     GRANULARITIES.append(name)
 
 
 def granularity_named(name: str) -> Granularity:
     """The granularity that a config names. Raises: ConfigError for "auto", and where the name is not registered."""
-    if name not in _GRANULARITIES:
-        raise ConfigError(f"granularity: expected one of {', '.join(_GRANULARITIES)}, got {name!r}. Only a layer can "
-                          "resolve 'auto'. Name one of them, or register it first.")  # fmt: skip
-    return _GRANULARITIES[name]
+    return BY_NAME[name]
 
 
 def resolve(name: str, channel_dim: int) -> str:
