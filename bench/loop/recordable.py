@@ -37,6 +37,8 @@ def _unsupported(layer: ModulatedLayer) -> str:
         return "its scales are chosen by the time step, on the host"
     if modulation is None:
         return ""
+    if not quantizer.config.dynamic:
+        return "its static scales are compared with the size of each step, on the host"
     if not layer.on_integers:
         return "it is simulated, and its states move to new tensors at every step"
     if isinstance(layer.loop, Int16Loop):

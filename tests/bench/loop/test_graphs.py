@@ -18,6 +18,7 @@ from loop.variants import CannotRun, Task
 from modiff import ModiffConfig, presets
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
+from modiff.model.attach import Attachment
 from tests.bench.loop.recorder import Recorder
 from tests.helpers import assert_same_bits
 from tests.model.toys import SHAPE, toy
@@ -38,6 +39,7 @@ class Undone:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, list[str], Any]:
     """A modulated toy; the log has a word for each evaluation by Python and each recording."""
+    monkeypatch.setattr(Attachment, "_count_visits", lambda _: None)  # as on GPUs: it would wait for the device
     monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "switched off"))
     monkeypatch.setattr(kernel, "plan", lambda *_: Choice("reference", "a test"))
     model, log = toy(), []
