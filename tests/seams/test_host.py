@@ -12,6 +12,7 @@ import modiff
 from modiff import AttentionConfig, Host, ModiffConfig, StateError, presets
 from modiff.hosts.host import host_of
 from modiff.model import facts
+from modiff.nn import ModulatedLayer
 
 WORDS, WIDTH, MASK = 16, 32, 0
 
@@ -88,12 +89,12 @@ def model() -> TextModel:
 def states(target: TextModel) -> list[int]:
     """Of how many layers states are held, after each evaluation."""
     layers, seen = layers_of(target), []
-    target.register_forward_hook(lambda *_: seen.append(sum(bool(layer.state_tensors()) for layer in layers)))
+    target.register_forward_hook(lambda *_: seen.append(sum(bool(layer.loop.tensors()) for layer in layers)))
     return seen
 
 
 def layers_of(target: TextModel) -> list[Any]:
-    return [module for module in target.modules() if hasattr(module, "state_tensors")]
+    return [module for module in target.modules() if isinstance(module, ModulatedLayer)]
 
 
 def test_every_call_of_its_own_loop_is_a_trajectory_and_remove_gives_back_the_bits():
@@ -102,9 +103,10 @@ def test_every_call_of_its_own_loop_is_a_trajectory_and_remove_gives_back_the_bi
     report = modiff.apply(target, presets.w8a8())
     assert {entry.name for entry in report.left} == {"head", "blocks.0.down", "blocks.1.down"}
     layers, seen = layers_of(target), states(target)
+    assert len(layers) == len(report.taken) == 6
     first = target.generate()
     assert seen == [len(layers)] * 8
-    assert not any(layer.state_tensors() for layer in layers)
+    assert not any(layer.loop.tensors() for layer in layers)
     assert torch.equal(target.generate(), first)
     with pytest.raises(StateError, match=r"modiff\.trajectory"):
         target(first, torch.zeros_like(first, dtype=torch.bool))
