@@ -1,10 +1,14 @@
-"""Presets say what their names say."""
+"""Presets hold what their names say; a config by name is a preset, a family with bits, or a file."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig, presets
+from modiff.errors import ConfigError, FormatError, ModiffError
+from modiff.presets import PRESETS, named_config
 
 SHORT = {"w8a8": (8, 8), "w8a4": (8, 4), "w8a3": (8, 3), "w4a8": (4, 8), "w4a4": (4, 4)}
 
@@ -12,11 +16,11 @@ SHORT = {"w8a8": (8, 8), "w8a4": (8, 4), "w8a3": (8, 3), "w4a8": (4, 8), "w4a4":
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_name_is_the_published_method_at_its_bits(name):
     weight, activation = SHORT[name]
-    assert getattr(presets, name)() == presets.modulated(weight, activation)
+    assert getattr(presets, name)() == named_config(name) == presets.modulated(weight, activation)
 
 
 def test_the_short_names_are_all_there_are():
-    assert {n for n in vars(presets) if n[0] == "w" and n[1].isdigit()} == set(SHORT)
+    assert {n for n in vars(presets) if n[0] == "w" and n[1].isdigit()} == set(SHORT) == set(PRESETS)
 
 
 @pytest.mark.parametrize("bits", [(8, 4), (None, 3), (4, None)])
@@ -55,3 +59,45 @@ def test_the_tuned_settings_clip_more_at_fewer_bits_and_predict_where_it_is_stab
     assert (layer.modulation.predictor, layer.rotation) == (predictor, "hadamard")
     assert layer.weight.bits is None
     assert predictor == "hold" or layer.modulation.gain == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain:8:4", presets.plain(8, 4)),
+        ("uncompensated:8:4", presets.uncompensated(8, 4)),
+        ("tuned:32:4", presets.tuned(None, 4)),
+        ("plain:8:32", presets.plain(8, None)),
+        ("modulated:8:0", presets.modulated(8, 0)),
+        ("w8a8:integer", presets.w8a8().on_integers()),
+        ("plain:4:8:integer", presets.plain(4, 8).on_integers()),
+    ],
+)
+def test_a_family_takes_weight_bits_then_activation_bits_and_32_is_full_precision(text: str, expected: object) -> None:
+    assert named_config(text) == expected
+
+
+def test_a_json_file_is_a_config_and_other_content_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(presets.tuned(8, 3).to_json())
+    assert named_config(str(path)) == presets.tuned(8, 3)
+    for content, message in ((b"{", "JSON"), (b'{"bits": 4}', "'bits'"), (b"\xff\xfe", "expected")):
+        path.write_bytes(content)
+        with pytest.raises(ModiffError, match=message):
+            named_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("w8a5x", ConfigError, "expected a preset .*w8a4.* got 'w8a5x'"),
+        ("modulated:8", ConfigError, "modulated:8:4"),
+        ("modulated:8:four", ConfigError, "expected a preset"),
+        ("plain:8:1", ConfigError, "expected None, 0 or 2 to 8, got 1"),
+        ("tuned:8:32", ConfigError, "2 to 8 activation bits for tuned"),
+        ("absent.json", FormatError, "absent.json: expected a JSON file of a ModiffConfig, got No such file"),
+    ],
+)
+def test_a_text_that_names_no_config_is_refused_with_what_would(text: str, kind: type[ModiffError], message: str):
+    with pytest.raises(kind, match=message):
+        named_config(text)

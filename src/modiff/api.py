@@ -18,7 +18,6 @@ from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
 from modiff.checkpoint.module_folder import bytes_of
-from modiff.checkpoint.named_config import AnyConfig, as_config
 from modiff.config import ModiffConfig, PackedAnchors
 from modiff.hosts.host import host_of, modulated_networks, network_named, networks_of, trajectories
 from modiff.hosts.load import load_target
@@ -31,6 +30,7 @@ from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context
 from modiff.model.tune import search_config, with_bits
+from modiff.presets import AnyConfig, as_config
 
 
 def apply(target: Any, config: AnyConfig | None = None) -> Report:

@@ -1,4 +1,4 @@
-"""Torch modules to a folder and back: the same codes and output bits; a damaged folder changes nothing."""
+"""Torch modules to a folder and back: the same codes and output bits, packed or not, with anchor codes or without."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import modiff
 from modiff import (
@@ -25,23 +25,11 @@ from modiff import (
 from modiff.checkpoint.module_folder import bytes_of
 from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
-from tests.model.toys import sample, toy, toy_unet
+from tests.model.toys import TAKEN, sample, toy, toy_unet
 from tests.recipes import quantized_anchors
 
 WEIGHTS = "model.safetensors"
-STATIC = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=8, dynamic=False)))
-
-
-def outputs_of(model: nn.Module) -> list[torch.Tensor]:
-    with modiff.trajectory(model):
-        return sample(model)
-
-
-def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert_same_bits(a, b)
-
-
+STATIC = LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=8, dynamic=False))
 MIXED = ModiffConfig(
     layer=LayerConfig(weight=WeightConfig(bits=3), activation=QuantizerConfig(bits=4), rotation="hadamard"),
     overrides=(
@@ -52,19 +40,45 @@ MIXED = ModiffConfig(
 )
 
 
-def mixed(model: nn.Module) -> ModiffConfig:
-    names = [name for name, _ in model.named_modules()]
-    wanted = [(p, c) for p, c in MIXED.overrides if any(name.endswith(p.lstrip("*")) for name in names)]
-    return dataclasses.replace(MIXED, overrides=tuple(wanted))
+def outputs_of(model: nn.Module) -> list[Tensor]:
+    with modiff.trajectory(model):
+        return sample(model)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("make", [toy, toy_unet])
-@pytest.mark.parametrize("preset", ["w8a4", "w4a8", "tuned", "plain", "mixed"])
-def test_a_module_comes_back_with_the_same_codes_and_output_bits(tmp_path, preset, make, packed):
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_bits(a, b)
+
+
+def assert_same_files(folder, other) -> None:
+    written, again = load_file(folder / WEIGHTS), load_file(other / WEIGHTS)
+    assert list(again) == list(written)
+    assert_equal(list(again.values()), list(written.values()))
+    assert (other / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def applied(config: ModiffConfig | None = None, make=toy) -> nn.Module:
     model = make()
-    configs = {"tuned": presets.tuned(4, 4), "plain": presets.plain(8, 8), "mixed": mixed(model)}
-    modiff.apply(model, quantized_anchors(configs[preset] if preset in configs else getattr(presets, preset)()))
+    names = [name for name, _ in model.named_modules()]
+    config = config or presets.published(4, 8)
+    fitting = tuple((p, c) for p, c in config.overrides if any(name.endswith(p.lstrip("*")) for name in names))
+    modiff.apply(model, dataclasses.replace(config, overrides=fitting))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "packed"),
+    [
+        (toy, presets.w8a4(), False),
+        (toy, presets.w4a8(), True),
+        (toy, MIXED, False),
+        (toy_unet, presets.tuned(4, 4), False),
+        (toy_unet, presets.plain(8, 8), True),
+        (toy_unet, MIXED, True),
+    ],
+)
+def test_a_module_comes_back_with_the_same_codes_and_output_bits(tmp_path, make, config, packed):
+    model = applied(quantized_anchors(config), make)
     expected = outputs_of(model)
     if packed:
         modiff.pack(model)
@@ -73,97 +87,70 @@ def test_a_module_comes_back_with_the_same_codes_and_output_bits(tmp_path, prese
     loaded = make(seed=1)
     assert modiff.load(tmp_path / "saved", into=loaded) is loaded
     assert_equal(outputs_of(loaded), expected)
-    theirs = dict(model.named_modules())
-    for name, layer in loaded.named_modules():
-        if getattr(layer, "quantized_weight", None) is not None:
-            pairs = zip(
-                layer.quantized_weight.codes(layer.weight),
-                theirs[name].quantized_weight.codes(theirs[name].weight),
-                strict=True,
-            )
-            for (codes, qparams), (other, scale) in pairs:
-                assert_same_bits(codes, other)
-                assert_same_bits(qparams.scale, scale.scale)
     with pytest.raises(StateError, match="remove: expected float weights"):
         modiff.remove(loaded)
     modiff.save(loaded, tmp_path / "again")
-    written, again = load_file(tmp_path / "saved" / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
-    assert list(again) == list(written)
-    for key, tensor in written.items():
-        assert_same_bits(again[key], tensor)
-    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
+    assert_same_files(tmp_path / "saved", tmp_path / "again")
+    if not packed:
+        modiff.remove(model)
+        assert_equal(list(model.state_dict().values()), list(make().state_dict().values()))
 
 
-def test_saving_changes_nothing_and_remove_still_gives_the_bits_back(tmp_path):
-    model = toy()
-    modiff.apply(model, presets.w4a4())
-    modiff.save(model, tmp_path / "saved")
-    modiff.remove(model)
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), toy().named_parameters(), strict=True):
-        assert_same_bits(ours.detach(), theirs.detach())
-        assert name
+@pytest.mark.parametrize(("make", "config"), [(toy, presets.w4a8()), (toy_unet, presets.tuned(8, 4))])
+def test_a_module_comes_back_with_its_anchor_codes(tmp_path, make, config):
+    model, packed = applied(config, make), applied(config, make)
+    modiff.save(model, tmp_path / "saved", anchor_weights="int8")
+    modiff.pack(packed, anchor_weights="int8")
+    modiff.save(packed, tmp_path / "packed")
+    loaded = modiff.load(tmp_path / "saved", into=make(seed=1))
+    assert_equal(outputs_of(loaded), outputs_of(packed))
+    modiff.save(loaded, tmp_path / "again")
+    assert_same_files(tmp_path / "saved", tmp_path / "packed")
+    assert_same_files(tmp_path / "saved", tmp_path / "again")
+    tensors = load_file(tmp_path / "saved" / WEIGHTS)
+    for name in TAKEN if make is toy else ():
+        assert tensors[f"{name}.weight_error"].dtype == torch.int8
+        assert tensors[f"{name}.weight_error"].shape == toy().get_parameter(f"{name}.weight").shape
+        assert tensors[f"{name}.weight_error_scale"].dtype == torch.float32
 
 
-def test_the_files_hold_integers_float32_scales_and_no_pickle(saved):
+def test_the_files_hold_integers_float32_scales_and_nothing_more(saved):
     assert {path.name for path in saved.iterdir()} == {"config.json", WEIGHTS}
     tensors = load_file(saved / WEIGHTS)
-    assert tensors["body.weight"].dtype == torch.uint8
-    assert tensors["body.weight"].shape == (16, 72)
-    assert tensors["body.weight_scale"].dtype == torch.float32
+    assert (tensors["body.weight"].dtype, tensors["body.weight"].shape) == (torch.uint8, (16, 72))
+    assert (tensors["body.weight_scale"].dtype, tensors["body.weight_scale"].shape) == (torch.float32, (16, 1))
     assert tensors["conv_in.weight"].dtype == torch.float32
+    assert not any("error" in name for name in tensors), "anchor codes are written on request only"
+    assert (saved / WEIGHTS).stat().st_size <= sum(t.nbytes for t in tensors.values()) + 4096
     config = json.loads((saved / "config.json").read_text())
-    assert config["modiff_module"] == "Toy"
-    assert config["quantization_config"]["quant_method"] == "modiff"
-
-
-def test_four_bit_checkpoints_take_at_most_six_tenths_of_a_byte_a_weight(tmp_path):
-    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)))
-    modiff.apply(model, ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=4)), first_last="quantize"))
-    modiff.save(model, tmp_path / "saved")
-    tensors = load_file(tmp_path / "saved" / WEIGHTS)
-    for i in range(4):
-        size = tensors[f"{i}.weight"].nbytes + tensors[f"{i}.weight_scale"].nbytes
-        assert size == 128 * 64 + 128 * 4
-        assert size <= 0.6 * 128 * 128
-    biases, header = 4 * 128 * 4, 4096
-    assert (tmp_path / "saved" / WEIGHTS).stat().st_size <= 0.6 * 4 * 128 * 128 + biases + header
+    assert (config["modiff_module"], config["quantization_config"]["quant_method"]) == ("Toy", "modiff")
 
 
 @pytest.mark.parametrize(
-    "config", [STATIC, dataclasses.replace(STATIC, layer=dataclasses.replace(STATIC.layer, modulation=None))]
+    ("make", "layer"),
+    [
+        (toy_unet, STATIC),
+        (toy_unet, dataclasses.replace(STATIC, modulation=None)),
+        (toy, LayerConfig(activation=QuantizerConfig(dynamic=False, step_groups=0), modulation=None)),
+    ],
 )
-def test_measured_scales_come_back_and_unmeasured_ones_are_still_asked_for(tmp_path, config):
-    model = toy_unet()
-    modiff.apply(model, quantized_anchors(config))
+def test_measured_scales_come_back_and_unmeasured_ones_are_still_missing(tmp_path, make, layer):
+    model = applied(quantized_anchors(ModiffConfig(layer=layer)), make)
     modiff.save(model, tmp_path / "before")
     modiff.calibrate(model, lambda: outputs_of(model))
-    expected = outputs_of(model)
     modiff.save(model, tmp_path / "saved")
-    loaded = modiff.load(tmp_path / "saved", into=toy_unet(1))
-    assert_equal(outputs_of(loaded), expected)
+    loaded = modiff.load(tmp_path / "saved", into=make(1))
+    assert_equal(outputs_of(loaded), outputs_of(model))
     for name, quantizer in quantizers_of(loaded).items():
         ours, theirs = quantizer.state_dict_tensors(), quantizers_of(model)[name].state_dict_tensors()
         assert ours.keys() == theirs.keys() != set()
-        for key in ours:
-            assert_same_bits(ours[key], theirs[key])
+        assert_equal(list(ours.values()), list(theirs.values()))
     with pytest.raises(CalibrationError, match=r"modiff\.calibrate"):
-        outputs_of(modiff.load(tmp_path / "before", into=toy_unet(1)))
-
-
-def test_a_set_of_scales_for_each_step_comes_back(tmp_path):
-    activation = QuantizerConfig(bits=8, dynamic=False, step_groups=0)
-    config = ModiffConfig(layer=LayerConfig(activation=activation, modulation=None))
-    model = toy()
-    modiff.apply(model, quantized_anchors(config))
-    modiff.calibrate(model, lambda: outputs_of(model))
-    expected = outputs_of(model)
-    modiff.save(model, tmp_path / "saved")
-    assert_equal(outputs_of(modiff.load(tmp_path / "saved", into=toy(1))), expected)
+        outputs_of(modiff.load(tmp_path / "before", into=make(1)))
 
 
 def test_learned_codes_come_back(tmp_path):
-    model = toy()
-    modiff.apply(model, presets.published(4, 8))
+    model = applied()
     layer = model.body
     ((codes, qparams),) = layer.quantized_weight.codes(layer.weight)
     floats = layer.quantized_weight.floats(layer.weight)
@@ -177,14 +164,12 @@ def test_learned_codes_come_back(tmp_path):
 
 
 def test_large_weights_go_to_several_files(tmp_path):
-    model = toy_unet()
-    modiff.apply(model, presets.published(4, 8))
-    expected = outputs_of(model)
+    model = applied(make=toy_unet)
     modiff.save(model, tmp_path / "saved", max_shard_size="4KB")
     shards = sorted((tmp_path / "saved").glob("model-*.safetensors"))
     assert len(shards) > 3
     assert all(sum(t.nbytes for t in load_file(shard).values()) <= 4000 for shard in shards)
-    assert_equal(outputs_of(modiff.load(tmp_path / "saved", into=toy_unet(1))), expected)
+    assert_equal(outputs_of(modiff.load(tmp_path / "saved", into=toy_unet(1))), outputs_of(model))
     shards[1].unlink()
     with pytest.raises(FormatError, match="A shard is missing"):
         modiff.load(tmp_path / "saved", into=toy_unet(1))
@@ -196,21 +181,19 @@ def test_sizes_are_bytes_or_what_people_write(size, expected):
 
 
 @pytest.mark.parametrize("size", [0, -1, True, "", "5", "5TB", "GB", None, 1.5])
-def test_a_size_that_is_none_is_refused(size):
+def test_what_is_not_a_size_is_refused(size):
     with pytest.raises(ConfigError, match="max_shard_size: expected bytes or a text such as '200MB'"):
         bytes_of(size)
 
 
-def test_a_module_on_the_meta_device_is_filled_without_floats_of_its_own(tmp_path):
-    model = toy()
-    modiff.apply(model, presets.published(4, 8))
-    expected = outputs_of(model)
+def test_a_module_on_the_meta_device_is_filled(tmp_path):
+    model = applied()
     modiff.save(model, tmp_path / "saved")
     with torch.device("meta"):
         empty = type(toy())()
     loaded = modiff.load(tmp_path / "saved", into=empty.eval())
     assert not any(t.is_meta for t in loaded.state_dict().values())
-    assert_equal(outputs_of(loaded), expected)
+    assert_equal(outputs_of(loaded), outputs_of(model))
 
 
 def test_a_half_precision_module_keeps_its_dtype_and_float32_scales(saved):
@@ -225,12 +208,7 @@ def test_a_half_precision_module_keeps_its_dtype_and_float32_scales(saved):
 def test_tied_weights_are_written_for_each_layer(tmp_path):
     model = toy()
     model.attention.to_k.weight = model.attention.to_q.weight
-    modiff.apply(
-        model,
-        dataclasses.replace(
-            presets.published(8, 8), overrides=(("*to_?", LayerConfig(weight=WeightConfig(bits=None))),)
-        ),
-    )
-    expected = outputs_of(model)
+    floats = (("*to_?", LayerConfig(weight=WeightConfig(bits=None))),)
+    modiff.apply(model, dataclasses.replace(presets.published(8, 8), overrides=floats))
     modiff.save(model, tmp_path / "saved")
-    assert_equal(outputs_of(modiff.load(tmp_path / "saved", into=toy(1))), expected)
+    assert_equal(outputs_of(modiff.load(tmp_path / "saved", into=toy(1))), outputs_of(model))

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint says beside its tensors: format version, config, and layers."""
+"""What a quantized checkpoint holds besides its tensors: format version, config, and layers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ _FIELDS = ("config", "layer_configs", "layers", "scales")
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized layer: its config, the channel where its input is cut in two, and what it keeps for anchors.
-
-    anchor_weights: "int8" for codes of its weight's rounding error.
-    """
+    """One quantized layer: its config, the channel that its input is split at, and what it keeps for anchors."""
 
     config: LayerConfig
     split: int | None = None
@@ -46,23 +43,18 @@ class Layout:
 
     @classmethod
     def of(cls, model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> Self:
-        """The layout of a model as it is now, floats packed with `anchor_weights`.
-
-        Raises: StateError if modiff was not applied to it.
-        """
+        """Of a model as it is now, floats packed with `anchor_weights`. Raises: StateError if modiff is not applied."""
         attachment = required_attachment(model, "save")
         layers = {
             name: Layer(layer.config, layer.spec.split, "int8" if layer.keeps_error(anchor_weights) else "quantized")
             for name, layer in attachment.layers.items()
         }
-        scales = {
-            name: tuple(sorted(quantizer.state_dict_tensors())) for name, quantizer in quantizers_of(model).items()
-        }
+        scales = {name: tuple(sorted(q.state_dict_tensors())) for name, q in quantizers_of(model).items()}
         measured = {name: names for name, names in scales.items() if names}
         return cls(attachment.config, layers, measured, attachment.step_sizes.largest)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and lists; a layer names its config by its place in the list of different ones."""
+        """Plain dictionaries and lists; a layer names its config by its index in the list of different ones."""
         configs = list(dict.fromkeys(layer.config for layer in self.layers.values()))
         layers: dict[str, dict[str, int | str]] = {}
         for name, layer in self.layers.items():
@@ -104,12 +96,10 @@ class Layout:
             configs = [LayerConfig.from_dict(_with_anchors(c)) for c in (kept if isinstance(kept, list) else [kept])]
         except (ConfigError, TypeError) as error:
             raise FormatError(f"{where}: expected the settings of modiff, got: {error}") from error
-        layers = {
-            name: _layer(where, name, entry, configs)
-            for name, entry in _object(where, "layers", values["layers"]).items()
-        }
+        entries = _object(where, "layers", values["layers"])
+        layers = {name: _layer(where, name, entry, configs) for name, entry in entries.items()}
         if config.split_shortcuts == "off" and (cut := [name for name, layer in layers.items() if layer.split]):
-            raise _wrong(where, "layers in one piece, as split_shortcuts is off", f"{cut[0]} cut in two")
+            raise _wrong(where, "layers that are not split, as split_shortcuts is off", f"{cut[0]} split")
         scales = _object(where, "scales", values["scales"])
         for name, names in scales.items():
             if not isinstance(names, list) or not all(isinstance(n, str) for n in names):

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modiff.checkpoint.headers import read_headers, weight_files
 from modiff.checkpoint.layout import Layout
-from modiff.checkpoint.packed_state import (
+from modiff.checkpoint.tensors import (
     METADATA,
     check_files,
     check_values,
     load_scales,
     quantized_state,
+    read_headers,
     rebuild_from,
+    weight_files,
 )
 from modiff.config import PackedAnchors
 from modiff.errors import ConfigError, FormatError
@@ -50,7 +51,7 @@ def save_module(
         max_shard_size: bytes, or a text such as "200MB"; weights beyond it go to further files.
         anchor_weights: what is written of float weights for anchors.
     Raises: StateError if modiff was not applied or a layer was wrapped since; FormatError for a folder with files;
-        ConfigError for a size that is none; OSError.
+        ConfigError for a size that means nothing; OSError.
     """
     layout = Layout.of(model, anchor_weights)
     shards = _shards(quantized_state(model, model.state_dict(), anchor_weights), bytes_of(max_shard_size))
@@ -65,9 +66,8 @@ def save_module(
         if len(shards) > 1:
             total = sum(t.nbytes for shard in shards for t in shard.values())
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            write_json(
-                partial / f"{_STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
-            )
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_json(partial / f"{_STEM}.safetensors.index.json", index)
         write_json(partial / CONFIG, {CLASS: type(model).__name__, "quantization_config": layout.to_dict()})
 
 
@@ -110,13 +110,12 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The object in `config.json`. Raises: FormatError if the folder has no such file, or it is damaged."""
-    return read_json(
-        folder / CONFIG, "the config of a saved model", "Give a folder that modiff.save or diffusers wrote."
-    )
+    advice = "Give a folder that modiff.save or diffusers wrote."
+    return read_json(folder / CONFIG, "the config of a saved model", advice)
 
 
 def bytes_of(size: int | str) -> int:
-    """A number of bytes from what a person types. Raises: ConfigError if it is none.
+    """A number of bytes from what a person types. Raises: ConfigError for anything else.
 
     >>> bytes_of("5GB"), bytes_of(1000)
     (5000000000, 1000)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Scheduler, Seed, Steps, quiet_pipeline
 from modiff.files import check_writable, write_json
+from modiff.presets import named_config
 
 CONFIG_HELP = (
     "What the layers are watched with, and the weights of the sweep: a preset (w8a4, ...), a family with weight and "

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
 from modiff.files import check_writable, write_json
+from modiff.presets import named_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import (
     MODEL_HELP,
@@ -28,6 +27,7 @@ from modiff.cli.options import (
 from modiff.cli.sample import CONFIG_HELP
 from modiff.errors import ConfigError
 from modiff.files import check_writable, write_json
+from modiff.presets import named_config
 
 if TYPE_CHECKING:
     from modiff.generate.run import Engine, Generated

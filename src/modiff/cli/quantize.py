@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from modiff.checkpoint.named_config import FULL_PRECISION
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import MODEL_HELP, Device, Json, Scheduler, quiet_pipeline
 from modiff.files import check_writable, new_folder, read_json, write_json
+from modiff.presets import FULL_PRECISION
 
 METHOD_HELP = "q_diffusion, ptq4dm, tfmq_dm, accuquant or modiff."
 CONFIG_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."

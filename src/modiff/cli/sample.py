@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli.errors import errors_as_exit_code
 from modiff.cli.options import (
     MODEL_HELP,
@@ -23,6 +22,7 @@ from modiff.cli.options import (
     quiet_pipeline,
 )
 from modiff.files import check_writable, write_json
+from modiff.presets import named_config
 
 CONFIG_HELP = (
     "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "

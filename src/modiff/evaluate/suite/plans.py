@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modiff.checkpoint.named_config import FAMILIES, named_config
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
+from modiff.presets import FAMILIES, named_config
 
 _FULL_PRECISION = "full precision"
 STEPS = "steps"

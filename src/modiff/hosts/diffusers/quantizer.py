@@ -18,14 +18,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from modiff.checkpoint.headers import read_headers
 from modiff.checkpoint.layout import METHOD, Layout
-from modiff.checkpoint.packed_state import (
+from modiff.checkpoint.tensors import (
     METADATA,
     check_files,
     check_values,
     load_scales,
     quantized_state,
+    read_headers,
     rebuild_from,
     scale_keys,
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modiff.checkpoint.headers import Expected, check_claims, read_headers, weight_files
+from modiff.checkpoint.tensors import Expected, check_claims, read_headers, weight_files
 from modiff.errors import FormatError
 
 TENSORS = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.int8)}
@@ -30,8 +30,8 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
 def test_claims_tell_dtype_shape_and_file(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x.safetensors")
     save_file({"c": torch.zeros(1, dtype=torch.bfloat16)}, tmp_path / "y.safetensors")
-    found = read_headers([tmp_path / "x.safetensors", str(tmp_path / "y.safetensors")])
-    assert {name: (c.dtype, c.shape, c.file.name) for name, c in found.items()} == {
+    claims = read_headers([tmp_path / "x.safetensors", str(tmp_path / "y.safetensors")])
+    assert {name: (c.dtype, c.shape, c.file.name) for name, c in claims.items()} == {
         "a": (torch.float32, (2, 3), "x.safetensors"),
         "b": (torch.int8, (4,), "x.safetensors"),
         "c": (torch.bfloat16, (1,), "y.safetensors"),
@@ -58,21 +58,22 @@ def test_claims_tell_dtype_shape_and_file(tmp_path: Path) -> None:
         ({"a": {"dtype": "F32"}}, bytes(8), None),
     ],
 )
-def test_headers_that_lie_are_found_before_anything_is_read(tmp_path, header, data, claimed) -> None:
+def test_headers_that_lie_are_refused_before_anything_is_read(tmp_path, header, data, claimed) -> None:
     path = raw(tmp_path / "x.safetensors", header, data, claimed)
     with pytest.raises(FormatError, match=r"x\.safetensors: expected a safetensors file, got .*Copy it again\.$"):
         read_headers([path])
 
 
-@pytest.mark.parametrize("length", [0, 4, 8, 30, -1])
-def test_a_file_cut_anywhere_is_found(tmp_path: Path, length: int) -> None:
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x.safetensors")
-    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:length])
-    with pytest.raises(FormatError, match="missing or damaged"):
-        read_headers([tmp_path / "x.safetensors"])
+    content = (tmp_path / "x.safetensors").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "x.safetensors").write_bytes(content[:length])
+        with pytest.raises(FormatError, match="missing or damaged"):
+            read_headers([tmp_path / "x.safetensors"])
 
 
-def test_a_missing_file_a_foreign_dtype_and_a_tensor_twice_are_found(tmp_path: Path) -> None:
+def test_a_missing_file_a_foreign_dtype_and_a_tensor_twice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"gone\.safetensors: expected a safetensors file, got FileNotFoundError"):
         read_headers([tmp_path / "gone.safetensors"])
     save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "f8.safetensors")
@@ -94,11 +95,7 @@ EXPECTED = {"a": Expected(None, (2, 3)), "b": Expected(torch.int8, (4,))}
         ({"c": torch.zeros(1)}, r"expected 2 tensors, got an unknown c \(1 such\)"),
         ({"a": torch.zeros(3, 2)}, r"expected a of shape \(2, 3\) in floating point, got \(3, 2\) in torch.float32"),
         ({"a": torch.zeros(2, 3, dtype=torch.int32)}, r"in floating point, got \(2, 3\) in torch.int32"),
-        (
-            {"b": torch.zeros(4, dtype=torch.uint8)},
-            r"expected b of shape \(4,\) in torch.int8, got \(4,\) in torch.uint8",
-        ),
-        ({"b": torch.zeros(4)}, r"in torch.int8, got \(4,\) in torch.float32"),
+        ({"b": torch.zeros(4, dtype=torch.uint8)}, r"b of shape \(4,\) in torch.int8, got \(4,\) in torch.uint8"),
         ({"b": torch.zeros(1, 4, dtype=torch.int8)}, r"got \(1, 4\) in torch.int8"),
     ],
 )
@@ -109,10 +106,10 @@ def test_files_must_hold_what_the_config_promises_and_no_more(tmp_path, change, 
         check_claims("here", read_headers([tmp_path / "x.safetensors"]), EXPECTED)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_floating_dtype_will_do_where_it_is_cast(tmp_path: Path, dtype: torch.dtype) -> None:
-    save_file({**TENSORS, "a": TENSORS["a"].to(dtype)}, tmp_path / "x.safetensors")
-    check_claims("here", read_headers([tmp_path / "x.safetensors"]), EXPECTED)
+def test_any_floating_dtype_will_do_where_it_is_cast(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        save_file({**TENSORS, "a": TENSORS["a"].to(dtype)}, tmp_path / "x.safetensors")
+        check_claims("here", read_headers([tmp_path / "x.safetensors"]), EXPECTED)
 
 
 def test_weights_are_one_file_or_the_shards_of_an_index(tmp_path: Path) -> None:
@@ -130,14 +127,14 @@ def test_weights_are_one_file_or_the_shards_of_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "[" * 50_000, '{"weight_map": null}']
 )
-def test_a_damaged_index_is_found(tmp_path: Path, content: str) -> None:
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(FormatError, match="expected the index of a sharded checkpoint"):
         weight_files(tmp_path, "model")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/m1", "gone", "", ".."])
-def test_an_index_points_at_files_beside_it_only(tmp_path: Path, name: str) -> None:
+def test_an_index_points_at_files_next_to_it_only(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "m1").write_bytes(b"")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))

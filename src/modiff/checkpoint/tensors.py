@@ -1,18 +1,21 @@
-"""The tensors of a quantized checkpoint: what a model writes, what a layout promises, and what came back."""
+"""The tensors of a quantized checkpoint: what a model writes, what files claim and must hold, and what came back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from modiff.checkpoint.headers import DTYPES, Claim, Expected, check_claims
 from modiff.checkpoint.layout import FORMAT_VERSION, METHOD, Layout
 from modiff.config import PackedAnchors
 from modiff.core.affine import qrange
 from modiff.core.step_sets import StepSizes
 from modiff.errors import ConfigError, FormatError, StateError
+from modiff.files import read_json, reading
 from modiff.kernels.layout import weight_codes
 from modiff.model.attach import Attachment, required_attachment
 from modiff.model.calibrate import quantizers_of
@@ -22,6 +25,89 @@ from modiff.nn.packed import ERROR, ERROR_SCALE, SCALE, packed_storage
 
 METADATA = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
 """What each safetensors file says of itself."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""What modiff writes and reads, by the names of safetensors."""
+
+
+class Claim(NamedTuple):
+    """What a file says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+
+
+class Expected(NamedTuple):
+    """What a tensor must be. dtype: None for any floating-point one, which is cast when it is read."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Iterable[str | Path]) -> dict[str, Claim]:
+    """The claims of all files together.
+
+    Raises: FormatError for a file that is no safetensors file, is cut, claims sizes that it does not have, holds a
+        tensor of an unknown dtype, or one that another file holds as well.
+    Cost: reads headers only.
+    """
+    claims: dict[str, Claim] = {}
+    for path in map(Path, files):
+        with reading(path, "a safetensors file", "Copy it again."), safe_open(path, "pt") as file:
+            for name in file.keys():  # not a mapping
+                if name in claims:
+                    raise FormatError(f"{path}: expected each tensor once, got {name} also in "
+                                      f"{claims[name].file.name}. The shards of two checkpoints are mixed. Copy the "
+                                      "folder again.")  # fmt: skip
+                view = file.get_slice(name)
+                if (dtype := DTYPES.get(view.get_dtype())) is None:
+                    raise FormatError(f"{path}: expected numbers that modiff writes in {name}, got {view.get_dtype()}. "
+                                      "The file comes from another program. Save it with modiff.save.")  # fmt: skip
+                claims[name] = Claim(dtype, tuple(view.get_shape()), path)
+    return claims
+
+
+def check_claims(where: str | Path, claims: Mapping[str, Claim], expected: Mapping[str, Expected]) -> None:
+    """Make sure that files hold exactly the tensors that the config promises. Raises: FormatError if not."""
+    for kind, names in (("no", expected.keys() - claims.keys()), ("an unknown", claims.keys() - expected.keys())):
+        if names:
+            raise FormatError(
+                f"{where}: expected {len(expected)} tensors, got {kind} {min(names)} ({len(names)} such). The weights "
+                "belong to another config or were changed. Copy the folder again."
+            )
+    for name, (dtype, shape) in expected.items():
+        claim = claims[name]
+        fits = claim.dtype.is_floating_point if dtype is None else claim.dtype == dtype
+        if claim.shape != shape or not fits:
+            raise FormatError(
+                f"{where}: expected {name} of shape {shape} in {dtype or 'floating point'}, got {claim.shape} in "
+                f"{claim.dtype}. The weights belong to another config or were changed. Copy the folder again."
+            )
+
+
+def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
+    """`stem`.safetensors in a folder, or the shards that `stem`.safetensors.index.json lists.
+
+    Raises: FormatError if there is neither, the index is damaged, or it points outside the folder or at nothing.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        if not single.is_file():
+            raise FormatError(f"{folder}: expected {single.name}, got none. The weights are missing. Copy the folder "
+                              "again.")  # fmt: skip
+        return (single,)
+    what, advice = "the index of a sharded checkpoint", "Copy the folder again."
+    with reading(index, what, advice):
+        shards = sorted({str(name) for name in read_json(index, what, advice)["weight_map"].values()})
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise FormatError(f"{index}: expected the names of files next to it, got {shard!r}. A shard is missing or "
+                              "the index was changed. Copy the folder again.")  # fmt: skip
+    return tuple(folder / shard for shard in shards)
 
 
 def scale_key(quantizer: str, name: str) -> str:
@@ -39,31 +125,28 @@ def quantized_state(
 ) -> dict[str, Tensor]:
     """The tensors to write for a model: its state dict with packed weights, their scales, and measured scales.
 
-    Args:
-        anchor_weights: what is kept of float weights for anchors.
-
     Raises: StateError if layers were wrapped since (a LoRA is loaded) or are offloaded to the meta device.
     """
-    found = dict(state)
+    tensors = dict(state)
     for name, quantized in required_attachment(model, "save").layers.items():
         if f"{name}.weight" not in state:
             raise StateError(
                 f"{name}: expected the layer that modiff put there, got another one around it. A LoRA is loaded, which "
-                "has no place in a checkpoint of the model. Unload it first: pipe.unload_lora_weights()."
+                "a checkpoint of the model cannot hold. Unload it first: pipe.unload_lora_weights()."
             )
         if state[f"{name}.weight"].is_meta:
-            raise StateError(f"{name}: expected a weight in memory, got one on the meta device. It is offloaded to "
-                             "another place. Remove the offloading hooks, then save.")  # fmt: skip
+            raise StateError(f"{name}: expected a weight in memory, got one on the meta device. It is offloaded. "
+                             "Remove the offloading hooks, then save.")  # fmt: skip
         if quantized.config.weight.bits is not None:
-            found |= {f"{name}.{leaf}": value for leaf, value in quantized.packed_state(anchor_weights).items()}
+            tensors |= {f"{name}.{leaf}": value for leaf, value in quantized.packed_state(anchor_weights).items()}
     for name, quantizer in quantizers_of(model).items():
         for key, tensor in quantizer.state_dict_tensors().items():
-            found[scale_key(name, key)] = tensor
-    for name, tensor in found.items():
+            tensors[scale_key(name, key)] = tensor
+    for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise StateError(f"{name}: expected a common dtype, got {tensor.dtype}. Layerwise casting keeps it so, and "
                              "its rounding would be saved. Save before enable_layerwise_casting.")  # fmt: skip
-    return found
+    return tensors
 
 
 def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: nn.Module) -> None:
@@ -86,13 +169,8 @@ def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: 
             error = layer.anchor_weights == "int8"
             stored = packed_storage(layer.config.weight.bits, shape, segments, error=error)
             expected |= {f"{name}.{leaf}": Expected(*storage) for leaf, storage in stored.items()}
-    scales = scale_keys(layout)
-    for name in (
-        scales & claims.keys()
-    ):  # their shapes are the quantizers' business; a quantizer refuses what does not fit it
-        expected[name] = Expected(claims[name].dtype, claims[name].shape)
-    for name in scales - claims.keys():
-        expected[name] = Expected(None, ())
+    for name in scale_keys(layout):  # each quantizer refuses scales whose shapes do not fit it
+        expected[name] = Expected(*claims[name][:2]) if name in claims else Expected(None, ())
     check_claims(where, claims, expected)
 
 
@@ -113,8 +191,8 @@ def load_scales(where: str, model: nn.Module, layout: Layout, tensors: Mapping[s
     quantizers = quantizers_of(model)
     for name, keys in layout.scales.items():
         if name not in quantizers:
-            raise FormatError(f"{where}: expected a layer or attention module that codes its input, got {name}. The "
-                              "config is damaged or belongs to another model. Copy the folder again.")  # fmt: skip
+            raise FormatError(f"{where}: expected a layer or attention module that quantizes its input, got {name}. "
+                              "The config is damaged or belongs to another model. Copy the folder again.")  # fmt: skip
         quantizers[name].load_tensors({key: tensors[scale_key(name, key)] for key in keys})
 
 
