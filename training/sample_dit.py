@@ -19,11 +19,11 @@ from torch import Tensor
 from train_dit import PART
 
 import modiff
-from modiff.checkpoint.named_config import named_config
 from modiff.errors import ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.hosts.diffusers.load import load_model
 from modiff.hosts.diffusers.runs import noise_generators
+from modiff.presets import named_config
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
