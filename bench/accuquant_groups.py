@@ -56,12 +56,12 @@ a time, in {iterations} iterations a group at the rate {learning_rate:g}.
 - relative L2: {num_images} final images in [0, 1] against full precision, from noise that nothing was calibrated on.
 - error kept: what learning leaves of the error at the ends of the groups; 1 is that of the calibrated scales. Each
   group starts where the one before arrived, so rows are not comparable in it.
-- cosine: between the approximate gradient of the scales, which drops how a network's output depends on its own input
-  state, and exact back-propagation through the group, one trajectory batch, at the scales kept; mean of the groups, and
-  lowest.
+- cosine: between the approximate gradient of the scales, which ignores how a network's output depends on the sample it
+  is given, and exact back-propagation through the group; one batch of trajectories, at the scales kept; mean and
+  lowest of the groups.
 - peak: the most memory of the process until calibration was done, libraries and model included ({loaded} MiB of it were
-  there before); beside it the ratio to a group of 1. It is that of the dearest stage, which may be the measuring of
-  ranges: more groups are more observers. Exact: the peak after back-propagation through whole groups as well, which
+  there before); next to it the ratio to a group of 1. The stage with the highest peak counts, which may be the
+  measuring of ranges: more groups have more observers. Exact: the peak after back-propagation through whole groups as well, which
   shows only where it exceeds the peak before.
 """
 

@@ -235,7 +235,7 @@ def page(found: dict[str, dict[str, Any]], settings: dict[str, Any], command: st
     for name, row in found.items():
         errors = " | ".join(f"{row[key]:.4f}" for key in ("relative_l2", "median_image", "worst_image"))
         lines.append(f"| {name} | {row['steps']} | {errors} | {row['seconds']:.0f} |")
-    bars = ["| bar | at most | found | |", "| --- | --- | --- | --- |"]
+    bars = ["| bar | at most | measured | |", "| --- | --- | --- | --- |"]
     for bar in judged(found):
         times = "" if bar["than"] is None else "x"
         met = "met" if bar["met"] else "missed"

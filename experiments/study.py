@@ -24,8 +24,8 @@ LEAD = (
     "The single-trajectory experiments of the MoDiff paper on this model: what was printed, what came out, and why "
     "they differ. Errors are those of the images to full precision from the same seeds, unless said otherwise; lower "
     "is better. Bit-operations are not speed. Modulated rows have the paper's anchors, with quantized weights "
-    "(presets.published). So have the tuned rows of docs/study.md, measured at commit b682d91; the preset now anchors "
-    "with exact weights."
+    "(presets.published). So have the tuned rows of docs/study.md, measured at commit b682d91 or before; the preset "
+    "now anchors with exact weights."
 )
 
 
