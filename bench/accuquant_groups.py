@@ -61,8 +61,8 @@ a time, in {iterations} iterations a group at the rate {learning_rate:g}.
   lowest of the groups.
 - peak: the most memory of the process until calibration was done, libraries and model included ({loaded} MiB of it were
   there before); next to it the ratio to a group of 1. The stage with the highest peak counts, which may be the
-  measuring of ranges: more groups have more observers. Exact: the peak after back-propagation through whole groups as well, which
-  shows only where it exceeds the peak before.
+  measuring of ranges: more groups have more observers. Exact: the peak after back-propagation through whole groups too,
+  which shows only where it exceeds the peak before.
 """
 
 

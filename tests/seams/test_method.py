@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> MethodConfig:
     monkeypatch.setattr("modiff.methods.registry.METHODS", dict(METHODS))
-    section = PAGE.read_text(encoding="utf-8").partition("## A new method")[2]
+    section = PAGE.read_text(encoding="utf-8").partition("## Method")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert code is not None
     exec(compile(code[1], str(PAGE), "exec"), {"__name__": __name__})
