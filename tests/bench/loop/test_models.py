@@ -1,51 +1,73 @@
-"""The models of the loop benchmark: sizes as published, and a row of conditions for each row of x."""
+"""The models of the loop benchmark: sizes as published, the pipeline's loop, a row of conditions for each row of x."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from loop import models as loop_models
 from loop import variants as loop_variants
-from loop.models import MODELS
-from loop.variants import Task, parts_of
+from loop.models import HIDDEN, MODELS, Loop
+from loop.variants import VARIANTS, Task, parts_of
+from modiff.generate.samplers import UnconditionalPipeline
+
+TINY = HIDDEN["tiny"]
+
+
+def test_a_loop_is_the_pipelines_loop_and_stops_where_it_is_told() -> None:
+    net, _, _ = TINY.build(torch.device("cpu"))
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    pipe = UnconditionalPipeline(net, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    noise = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+    images = pipe(batch_size=2, generator=noise, num_inference_steps=10, output_type="np").images
+    loop = Loop(TINY, scheduler, 10, 10, torch.device("cpu"))
+    seen: list[Tensor] = []
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return net(x, t).sample
+
+    with torch.inference_mode():
+        np.testing.assert_allclose(loop.run(step, 5).permute(0, 2, 3, 1).numpy(), images, atol=1e-6)
+        assert len(loop.seconds) == len(seen) == 10
+        loop.run(step, 5, timed=3)
+    assert len(loop.seconds) == 3
+    assert [t.tolist() for t in seen[10:]] == [[t, t] for t in scheduler.timesteps[:3].tolist()]
+
+
+def test_half_of_the_steps_go_as_far_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_variants, "compiler", lambda *_: lambda net: net)
+    whole = parts_of(Task(TINY, "fewer-steps-2", timed=6))
+    fewer = VARIANTS["fewer-steps-2"](whole).loop
+    assert (whole.loop.steps, whole.loop.timed, fewer.steps, fewer.timed) == (10, 6, 5, 3)
+    assert fewer.scheduler.timesteps[:3].tolist() == [999, 799, 599], "the whole: 999, 899, ..., 499"
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "further"),
-    [
-        ("ddpm-cifar10", 35_746_307, {}),
-        ("sd15", 859_520_964, {"encoder_hidden_states": (2, 77, 768)}),
-        ("sdxl", 2_567_463_684, {"encoder_hidden_states": (2, 77, 2048)}),
-        ("dit-xl", 749_826_464, {"class_labels": (2,)}),
-    ],
+    ("name", "parameters"),
+    [("ddpm-cifar10", 35_746_307), ("sd15", 859_520_964), ("sdxl", 2_567_463_684), ("dit-xl", 749_826_464)],
 )
-def test_the_models_have_the_published_sizes(
-    name: str, parameters: int, further: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_models_have_the_published_sizes(name: str, parameters: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_meta(kind: Any, config: dict[str, Any], _: torch.device) -> Any:
         with torch.device("meta"):
             return kind(**config)
 
     monkeypatch.setattr(loop_models, "drawn", on_meta)
-    net, inputs, _ = MODELS[name].build(torch.device("cpu"))
+    net, _, _ = MODELS[name].build(torch.device("cpu"))
     assert sum(p.numel() for p in net.parameters()) == parameters
-    assert {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)} == further
     assert MODELS[name].size[1:] == (net.config.in_channels, net.config.sample_size, net.config.sample_size)
 
 
 def test_conditions_repeat_in_turn_to_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_models, "drawn", lambda *_: torch.nn.Identity())
-    text, added = parts_of(Task(MODELS["sdxl"], "bf16-eager", timed=1)).inputs.values()
-    assert text.shape == (4, 77, 2048)
+    text, _ = parts_of(Task(MODELS["sdxl"], "bf16-eager", timed=1)).inputs.values()
     assert torch.equal(text[:2], text[2:])
     assert not torch.equal(text[0], text[1])
-    assert {name: tuple(value.shape) for name, value in added.items()} == {"text_embeds": (4, 1280), "time_ids": (4, 6)}
-    halves = loop_variants.in_dtype({"text": text, "added": added, "labels": torch.tensor([1])}, torch.bfloat16)
-    assert [halves["text"].dtype, halves["added"]["time_ids"].dtype] == [torch.bfloat16] * 2
-    assert halves["labels"].dtype == torch.int64
     labels = parts_of(Task(MODELS["dit-xl"].on("cuda"), "bf16-eager", timed=1)).inputs["class_labels"]
     assert labels.tolist() == [1, 2] * 16
