@@ -211,10 +211,13 @@ def _data(settings: dict[str, Any], work: Path, extractor: Any, shape: tuple[int
         moments = Moments(extractor.dimension)
         for images in read_reference(Path(settings["reference"])):
             moments.update(extract(extractor, [bordered(images, shape)]).pooled)
-        mean, covariance = moments.mean.numpy(), moments.covariance().numpy()
-        write_atomically(kept, lambda file: np.savez(file, mean=mean, covariance=covariance, count=moments.count))
+        mean, scatter = moments.mean.numpy(), moments.scatter.numpy()
+        write_atomically(kept, lambda file: np.savez(file, mean=mean, scatter=scatter, count=moments.count))
     with np.load(kept) as arrays:
-        return Moments.from_statistics(arrays["mean"], arrays["covariance"], int(arrays["count"]))
+        moments = Moments(extractor.dimension)
+        moments.count = int(arrays["count"])
+        moments.mean, moments.scatter = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scatter"])
+    return moments
 
 
 def bordered(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

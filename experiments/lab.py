@@ -19,11 +19,11 @@ from modiff.config import JsonConfig, ModiffConfig, check
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.watch import Watcher, watch
 from modiff.evaluate.cost import LayerCost, trajectory_gbops
-from modiff.evaluate.pipelines import measure_image
+from modiff.evaluate.pipelines import measure_step
 from modiff.files import check_writable, read_json, write_json
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.host import denoisers
-from modiff.hosts.diffusers.runs import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
 from modiff.model.observe import observe
 from modiff.model.report import Report
 
@@ -90,7 +90,7 @@ class Lab:
         self.doing = ""
         self._references: dict[str, _Sampled] = {}
         with self.sampling(Run(steps=1)) as ddim:
-            self.cost: list[LayerCost] = measure_image(ddim, settings.seed)
+            self.cost: list[LayerCost] = measure_step(ddim, unconditional_run(ddim, 1, 1, settings.seed))
 
     @property
     def most_steps(self) -> int:

@@ -69,10 +69,10 @@ def test_it_goes_on_where_it_was_stopped(model: Path, judge: Path, monkeypatch: 
     saved: list[tuple[str, range]] = []
     real = logic.Store.save
 
-    def stopping(self: Any, plan: Any, indices: range, batch: Any) -> None:
+    def stopping(self: Any, plan: Any, indices: range, *batch: Any) -> None:
         if len(saved) == 5:
             raise KeyboardInterrupt
-        real(self, plan, indices, batch)
+        real(self, plan, indices, *batch)
         saved.append((plan.name, indices))
 
     monkeypatch.setattr(logic.Store, "save", stopping)
@@ -93,7 +93,7 @@ def test_configs_take_the_place_of_the_presets(model: Path, judge: Path) -> None
 def test_a_report_without_configurations_to_watch_leaves_the_layers_out(
     model: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modiff.evaluate.suite.run.watched_plan", lambda plans: None)
+    monkeypatch.setattr("modiff.evaluate.suite.run.watched_layers", lambda source, plans: None)
     monkeypatch.setattr("modiff.evaluate.report.charts.file_bytes", lambda draw, kind: b"<svg/>")
     assert invoke(model, judge, "--configs", "plain:8:4", "--report", "report").exit_code == 0
     assert "Where the error arises" not in Path("report/report.html").read_text()
@@ -148,7 +148,7 @@ def test_an_output_that_cannot_be_written_is_one_line(model: Path, judge: Path, 
 
 def test_a_damaged_batch_is_one_line_that_says_what_to_do(model: Path, judge: Path) -> None:
     assert invoke(model, judge).exit_code == 0
-    (batch, *_) = sorted(Path("modiff-evaluation").glob("plain*/*.npz"))
+    (batch, *_) = sorted(Path("modiff-evaluation").glob("plain*/*.safetensors"))
     batch.write_bytes(b"")
     assert_one_line(invoke(model, judge), f"{batch}: expected a batch of 6 images")
     batch.unlink()

@@ -32,7 +32,7 @@ def analyze(
 ) -> None:
     """See why it works: ranges and errors of each layer and step, error growth against its bounds, and a sweep of bits.
 
-    Writes five figures and analysis.json into the folder. Up to 3 minutes on two cores for the embedded model.
+    Writes three figures and analysis.json into the folder. Up to 3 minutes on two cores for the embedded model.
 
     \b
     Example:

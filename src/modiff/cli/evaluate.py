@@ -49,7 +49,6 @@ EXTRACTOR_HELP = (
 )
 OUTPUT_HELP = "Finished batches; run again, it goes on from them."
 FOLDER = Path("modiff-evaluation")
-LAYER_IMAGES = 4
 
 
 def evaluate(
@@ -126,9 +125,7 @@ def _report(suite: Suite, source: PipelineSource, command: list[str], model: str
     """Watch the layers of one configuration, and write the report; its page."""
     from modiff.evaluate.report.page import write_report
     from modiff.evaluate.report.sections import suite_document
-    from modiff.evaluate.suite.run import layer_errors, watched_plan
+    from modiff.evaluate.suite.run import watched_layers
 
-    plan = watched_plan([row.plan for row in suite.rows])
-    traces = [] if plan is None else layer_errors(source, plan, num_images=LAYER_IMAGES)
-    watched = None if plan is None else (plan, LAYER_IMAGES, traces)
+    watched = watched_layers(source, [row.plan for row in suite.rows])
     return write_report(suite_document(suite, command, title=f"Evaluation of {model}", watched=watched), folder)[0]

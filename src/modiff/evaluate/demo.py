@@ -17,12 +17,12 @@ from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import FULL_PRECISION_BITS, LayerCost, trajectory_gbops
 from modiff.evaluate.metrics.paired import psnr, relative_l2
-from modiff.evaluate.pipelines import Sampled, check_unconditional, evaluations_bar, measure_image, run_config
+from modiff.evaluate.pipelines import Sampled, check_pipeline, evaluations_bar, measure_step, run_config
 from modiff.evaluate.table import aligned, number
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers.runs import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
 from modiff.model.tune import FINALISTS
 
 FEWEST_STEPS = 4
@@ -153,7 +153,7 @@ def run_demo(
     rows: list[DemoRow] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
-    cost = measure_image(pipe, seed)
+    cost = measure_step(pipe, unconditional_run(pipe, 1, 1, seed))
     with evaluations_bar(pipe, passes, progress) as bar:
         for plan in todo:
             config = plan.config
@@ -172,7 +172,7 @@ def run_demo(
 
 def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionPipeline:
     """The pipeline with DDIM, if the demo can run on it."""
-    check_unconditional(pipe, "demo", steps, num_images)
+    check_pipeline(pipe, "demo", num_images)
     most = pipe.scheduler.config.num_train_timesteps
     if not FEWEST_STEPS <= steps <= most:
         raise ConfigError(

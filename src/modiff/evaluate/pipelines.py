@@ -13,16 +13,18 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm import tqdm
 
-from modiff.api import apply, remove
+from modiff.api import apply, calibrate, remove
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import LayerCost, measure_cost
+from modiff.generate.conditions import Conditions
 from modiff.hosts.diffusers.host import denoisers
-from modiff.hosts.diffusers.runs import unconditional_run
-from modiff.model.attach import attachment_of
+from modiff.hosts.diffusers.runs import call_inputs
 from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.model.trajectory import state_bytes
+
+NOTHING = Conditions()
 
 
 @dataclass(frozen=True)
@@ -37,29 +39,49 @@ class Sampled:
 
 def run_config(pipe: DiffusionPipeline, config: ModiffConfig | None, steps: int, noise: list[Any]) -> Sampled:
     """Sample an unconditional pipeline once under `config` (None: as it is), which is removed again, also on errors."""
-    report = None if config is None else apply(pipe, config)
-    sizes: dict[nn.Module, int] = {}
-
-    def measure(model: nn.Module, *_: object) -> None:
-        sizes[model] = state_bytes(model)  # after each evaluation, since they are freed when the pipeline returns
-
-    try:
-        with ExitStack() as stack:
-            for model in denoisers(pipe).values():
-                if attachment_of(model) is not None:
-                    stack.enter_context(observe(model, on_step=measure))
-            start = time.perf_counter()
-            images = pipe(batch_size=len(noise), num_inference_steps=steps, generator=noise, output_type="np").images
-            seconds = time.perf_counter() - start
-    finally:
-        if report is not None:
-            remove(pipe)
+    with configured(pipe, config) as (report, sizes):
+        start = time.perf_counter()
+        images = pipe(batch_size=len(noise), num_inference_steps=steps, generator=noise, output_type="np").images
+        seconds = time.perf_counter() - start
     return Sampled(np.asarray(images), report, sum(sizes.values()), seconds)
 
 
-def measure_image(pipe: DiffusionPipeline, seed: int) -> list[LayerCost]:
-    """The cost of one step of one image of an unconditional pipeline, over all denoisers. Cost: one step."""
-    return measure_step(pipe, unconditional_run(pipe, 1, 1, seed))
+@contextmanager
+def configured(
+    pipe: DiffusionPipeline,
+    config: ModiffConfig | None,
+    *,
+    calibration: Callable[[], object] | None = None,
+    evaluated: Callable[[], object] | None = None,
+) -> Iterator[tuple[Report | None, dict[nn.Module, int]]]:
+    """A pipeline under a config in the body, with what `apply` did and each network's state bytes, measured as it runs.
+
+    Args:
+        calibration: samples a trajectory, for configs with static scales. evaluated: called after each network call.
+    """
+    sizes: dict[nn.Module, int] = {}
+
+    def after_step(model: nn.Module, *_: object) -> None:
+        if config is not None:
+            sizes[model] = state_bytes(model)  # now: they are freed when the pipeline returns
+        if evaluated is not None:
+            evaluated()
+
+    with ExitStack() as stack:
+        report = None
+        if config is not None:
+            report = apply(pipe, config)
+            stack.callback(remove, pipe)
+            if calibration is not None and has_static_scales(config):
+                calibrate(pipe, calibration)
+        for model in denoisers(pipe).values():
+            stack.enter_context(observe(model, on_step=after_step))
+        yield report, sizes
+
+
+def has_static_scales(config: ModiffConfig) -> bool:
+    """Whether some layer's scales are measured once, on a modulated model, and not at each step."""
+    return not all(layer.activation.dynamic for layer in (config.layer, *(layer for _, layer in config.overrides)))
 
 
 def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> list[LayerCost]:
@@ -82,16 +104,19 @@ def evaluations_bar(pipe: DiffusionPipeline, total: int, shown: bool) -> Iterato
         yield bar
 
 
-def check_unconditional(pipe: DiffusionPipeline, where: str, steps: int, num_images: int) -> None:
-    """Raise a ConfigError for a pipeline that needs a prompt or another input, or no images."""
+def check_pipeline(pipe: DiffusionPipeline, where: str, num_images: int = 1, conditions: Conditions = NOTHING) -> None:
+    """Raise a ConfigError if the pipeline needs other inputs than these, or is to draw no images."""
     if num_images < 1:
         raise ConfigError(
             f"{where}: expected at least 1 image, got {num_images}. There is nothing to compare. Use --num-images 4."
         )
+    values = conditions.prompts or conditions.labels
     try:
-        unconditional_run(pipe, steps, num_images, 0)
+        call_inputs(pipe, len(values) or 1, prompt=conditions.prompts or None, label=conditions.labels or None)
     except ConfigError:
+        if values:
+            raise
         raise ConfigError(
-            f"{where}: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or another "
-            "input. This does not invent one. Use `modiff sample` with --prompt or --label to see its images."
+            f"{where}: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt, a class or "
+            "another input. This does not invent one. `modiff evaluate` takes --prompts FILE and --labels N-M."
         ) from None

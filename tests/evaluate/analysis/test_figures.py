@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from modiff.evaluate.analysis import figures as module
-from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS
 from modiff.evaluate.analysis.figures import figures
 from modiff.evaluate.analysis.growth import compensated_bound, printed_bound, uncompensated_bound
 from modiff.evaluate.analysis.run import Analysis
 
-NAMES = ["distribution.png", "layer_errors.png", "error_growth.png", "bit_sweep.png", "reuse.png"]
+NAMES = ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
 
 
 def step(number: int) -> dict[str, object]:
@@ -39,12 +38,6 @@ def spread(bound: object, *, compensated: bool) -> dict[str, object]:
 
 def small_analysis() -> Analysis:
     """What analyze returns, in small: two layers and five steps."""
-    bell = np.exp(-(((np.arange(HISTOGRAM_BINS) - HISTOGRAM_BINS // 2) / 30) ** 2) * 4) * 1000
-    shape = {
-        "name": "all layers",
-        "activation": bell.astype(int).tolist(),
-        "difference": (bell**2).astype(int).tolist(),
-    }
     names = ["down.conv", "up.conv"]
     return {
         "environment": {},
@@ -56,14 +49,8 @@ def small_analysis() -> Analysis:
             "uncompensated": spread(uncompensated_bound, compensated=False),
             "layers": [],
         },
-        "distribution": {
-            "edges": np.linspace(-1, 1, HISTOGRAM_BINS + 1).tolist(),
-            "pooled": shape,
-            "layers": [{**shape, "name": n} for n in names],
-        },
         "sweep": [{"mode": m, "bits": b, "relative_l2": 0.1 / b, "psnr_db": 30.0}
                   for m in ("plain", "modulated", "tuned") for b in (8, 4)],
-        "reuse": [{"interval": i, "relative_l2": 0.1 * i, "psnr_db": 20.0} for i in (2, 5)],
     }  # fmt: skip
 
 
@@ -84,9 +71,9 @@ def changed(paths: list[Path], baseline: dict[str, Path]) -> list[str]:
     return [path.name for path in paths if not np.array_equal(picture(path), picture(baseline[path.name]))]
 
 
-def test_five_pictures_are_drawn_from_json(baseline: dict[str, Path]) -> None:
+def test_three_pictures_are_drawn_from_json(baseline: dict[str, Path]) -> None:
     assert list(baseline) == NAMES
-    assert sorted(path.name for path in baseline["reuse.png"].parent.iterdir()) == sorted(NAMES)
+    assert sorted(path.name for path in baseline["bit_sweep.png"].parent.iterdir()) == sorted(NAMES)
     for path in baseline.values():
         pixels = picture(path)
         assert min(pixels.shape) >= 400
@@ -96,13 +83,12 @@ def test_five_pictures_are_drawn_from_json(baseline: dict[str, Path]) -> None:
 def test_a_diverged_run_of_one_layer_leaves_gaps_and_not_errors(baseline: dict[str, Path], tmp_path: Path) -> None:
     analysis = small_analysis()
     analysis["sweep"] = [{**row, "relative_l2": None, "psnr_db": None} for row in analysis["sweep"]]
-    analysis["reuse"] = [{**row, "relative_l2": None, "psnr_db": None} for row in analysis["reuse"]]
     analysis["layers"] = analysis["layers"][:1]
     for mode in ("compensated", "uncompensated"):
         growth = analysis["growth"][mode]
         analysis["growth"][mode] = {k: [0.0] * 4 if isinstance(v, list) else v for k, v in growth.items()}
     paths = figures(analysis, tmp_path)
-    assert changed(paths, baseline) == ["layer_errors.png", "error_growth.png", "bit_sweep.png", "reuse.png"]
+    assert changed(paths, baseline) == ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
 
 
 def test_importing_the_module_does_not_load_matplotlib() -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from diffusers import DDIMPipeline
 
+import modiff
 from modiff import presets
-from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
+from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.analysis.run import Analysis, analyze_pipeline
-from modiff.evaluate.analysis.sweep import SWEEP_MODES
+from modiff.evaluate.analysis.run import SWEEP_MODES, Analysis, analyze_pipeline, bit_sweep, image_error
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers.runs import noise_generators
+from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
 from modiff.hosts.host import is_attached
 from tests.hosts.tiny import HOSTS
 
@@ -43,12 +43,11 @@ def leaves(value: Any) -> list[Any]:
 def test_it_is_plain_json_with_the_documented_fields(analysed: tuple[DDIMPipeline, Analysis, str]) -> None:
     analysis = analysed[1]
     assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis
-    assert set(analysis) == {"environment", "settings", "layers", "growth", "distribution", "sweep", "reuse"}
+    assert set(analysis) == {"environment", "settings", "layers", "growth", "sweep"}
     assert {type(leaf) for leaf in leaves(analysis)} <= {str, int, float, bool, type(None)}
     assert set(analysis["layers"][0]) == {"name", "kind", "call", "setting", "steps"}
     assert len(analysis["layers"][0]["steps"]) == 4
     assert {(row["mode"], row["bits"]) for row in analysis["sweep"]} == {(m, b) for m in SWEEP_MODES for b in (8, 3)}
-    assert [row["interval"] for row in analysis["reuse"]] == [2, 3]
     assert analysis["growth"]["steps"] == [1, 2, 3]
     expected = {"steps": 4, "num_images": 2, "seed": 5, "bits": [8, 3], "config": presets.modulated(None, 4).to_dict()}
     assert analysis["settings"] == expected
@@ -64,7 +63,7 @@ def test_the_pipeline_is_unchanged(analysed: tuple[DDIMPipeline, Analysis, str])
 
 
 def test_one_bar_counts_every_evaluation_of_the_job(analysed: tuple[DDIMPipeline, Analysis, str]) -> None:
-    trajectories = 1 + 2 * len(SWEEP_MODES) + 2
+    trajectories = 1 + 2 * len(SWEEP_MODES)
     assert f"{4 * trajectories}/{4 * trajectories}" in analysed[2].replace("\r", "\n").splitlines()[-1]
 
 
@@ -73,7 +72,7 @@ def test_a_sampler_with_two_evaluations_a_step_fills_its_bar() -> None:
     with redirect_stderr(shown):
         analysis = analyze_pipeline(set_scheduler(build(), "heun"), steps=2, num_images=1, bits=(4,))
     assert len(analysis["layers"][0]["steps"]) == 3  # Heun's last step has one evaluation
-    assert "18/18" in shown.getvalue()
+    assert "15/15" in shown.getvalue()
 
 
 STATIC = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False, granularity="tensor")))
@@ -96,3 +95,33 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain(settings
         analyze_pipeline(pipe, **{"steps": 2, "num_images": 1, "progress": False, **settings})
     assert "\n" not in str(caught.value)
     assert sum(len(m._forward_hooks) for m in pipe.unet.modules()) == 0
+
+
+def relative(images: np.ndarray, reference: np.ndarray) -> float:
+    return float(
+        ((images.astype(np.float64) - reference) ** 2).sum() ** 0.5 / (reference.astype(np.float64) ** 2).sum() ** 0.5
+    )
+
+
+def test_rows_equal_runs_by_hand_and_keep_the_configs_weights_and_selection() -> None:
+    pipe = build()
+    run = unconditional_run(pipe, 3, 1, 0)
+    reference = run().images
+    config = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=6)), include=("down_blocks.*",))
+    rows = bit_sweep(pipe, run, reference, config, (8, 3), ("plain", "tuned"))
+    assert [(row["mode"], row["bits"]) for row in rows] == [("plain", 8), ("plain", 3), ("tuned", 8), ("tuned", 3)]
+    for row in rows:
+        layer = {"plain": presets.plain, "tuned": presets.tuned}[row["mode"]](6, row["bits"]).layer
+        modiff.apply(pipe, ModiffConfig(layer=layer, include=("down_blocks.*",)))
+        images = run().images
+        modiff.remove(pipe)
+        assert row["relative_l2"] == pytest.approx(relative(images, reference), rel=1e-9)
+        assert row["psnr_db"] == pytest.approx(
+            -10 * np.log10(np.mean((images.astype(np.float64) - reference) ** 2)), rel=1e-9
+        )
+
+
+def test_images_that_are_not_finite_or_equal_have_no_figures_that_json_cannot_hold() -> None:
+    reference = np.full((1, 2, 2, 1), 0.5)
+    assert image_error(np.full_like(reference, np.nan), reference) == {"relative_l2": None, "psnr_db": None}
+    assert image_error(reference, reference) == {"relative_l2": 0.0, "psnr_db": None}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import ConfigError
-from modiff.evaluate.metrics.bootstrap import bootstrap, interval, resampled, small_sample_note
+from modiff.evaluate.metrics.bootstrap import bootstrap, small_sample_note
 from modiff.evaluate.metrics.sets import inception_score
 
 
@@ -25,31 +25,45 @@ def normal(seed: int, count: int) -> Tensor:
 
 def test_the_interval_of_a_mean_is_1_96_standard_errors_wide() -> None:
     values = normal(0, 400)
-    found = bootstrap(mean, [values], resamples=2000)
+    interval = bootstrap(mean, [values], resamples=2000)
     error = float(values.std(correction=0)) / 20
-    assert found["estimate"] == mean(values)
-    assert found["low"] == pytest.approx(mean(values) - 1.96 * error, abs=0.15 * error)
-    assert found["high"] == pytest.approx(mean(values) + 1.96 * error, abs=0.15 * error)
-    assert (found["level"], found["resamples"]) == (0.95, 2000)
+    assert interval["estimate"] == mean(values)
+    assert interval["low"] == pytest.approx(mean(values) - 1.96 * error, abs=0.15 * error)
+    assert interval["high"] == pytest.approx(mean(values) + 1.96 * error, abs=0.15 * error)
+    assert (interval["level"], interval["resamples"]) == (0.95, 2000)
     narrow = bootstrap(mean, [values], resamples=2000, level=0.6827)
     assert narrow["high"] - narrow["low"] == pytest.approx(2 * error, rel=0.08)
 
 
+def resampled(kind: Any = "percentile", **settings: Any) -> Any:
+    """An interval of a statistic that is 10 of the sample itself and 1, 2 and 6 of its resamples."""
+    values = iter([10.0, 1.0, 2.0, 6.0])
+    return bootstrap(lambda _: next(values), [torch.zeros(3)], kind=kind, **{"resamples": 3, **settings})
+
+
 def test_a_normal_interval_is_the_spread_of_the_values_around_the_estimate() -> None:
-    values = np.array([1.0, 2.0, 6.0])
-    found = interval(10.0, values, kind="normal")
+    interval = resampled("normal")
     spread = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2)
-    assert found["low"] == pytest.approx(10 - 1.959964 * spread, rel=1e-6)
-    assert found["high"] == pytest.approx(10 + 1.959964 * spread, rel=1e-6)
-    alone = interval(10.0, values[:1], kind="normal")
+    assert interval["low"] == pytest.approx(10 - 1.959964 * spread, rel=1e-6)
+    assert interval["high"] == pytest.approx(10 + 1.959964 * spread, rel=1e-6)
+    alone = resampled("normal", resamples=1)
     assert (alone["low"], alone["estimate"], alone["high"]) == (None, 10.0, None)
+
+
+def test_percentiles_are_those_of_the_values_and_centring_moves_them_onto_the_estimate() -> None:
+    low, high = np.quantile([1.0, 2.0, 6.0], [0.05, 0.95])
+    interval = resampled(level=0.9)
+    assert interval == {"estimate": 10.0, "low": pytest.approx(low), "high": pytest.approx(high), "level": 0.9,
+                        "resamples": 3}  # fmt: skip
+    centred = resampled("centred", level=0.9)
+    assert (centred["low"], centred["high"]) == (pytest.approx(low + 7), pytest.approx(high + 7))
 
 
 def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(100):
-        found = bootstrap(mean, [normal(seed, 40)], resamples=100, level=0.9, seed=seed)
-        covered += found["low"] <= 0 <= found["high"]
+        interval = bootstrap(mean, [normal(seed, 40)], resamples=100, level=0.9, seed=seed)
+        covered += interval["low"] <= 0 <= interval["high"]
     assert 79 <= covered <= 98  # 0.9 * 100, up to 3.5 standard deviations from it
 
 
@@ -60,7 +74,8 @@ def test_a_resample_draws_rows_with_replacement_as_many_as_there_are() -> None:
         seen.append(rows.tolist())
         return 0.0
 
-    resampled(look, [torch.arange(50)], resamples=200, seed=1, draw="independent")
+    bootstrap(look, [torch.arange(50)], resamples=200, seed=1)
+    assert seen.pop(0) == list(range(50))  # the estimate
     assert {len(rows) for rows in seen} == {50}
     assert {row for rows in seen for row in rows} == set(range(50))
     distinct = np.mean([len(set(rows)) for rows in seen])
@@ -69,24 +84,15 @@ def test_a_resample_draws_rows_with_replacement_as_many_as_there_are() -> None:
 
 def test_pairs_stay_together_and_independent_sets_do_not() -> None:
     first = normal(2, 60)
-    second = first + 1
 
     def difference(a: Tensor, b: Tensor) -> float:
-        return float((b - a).mean()) if len(a) == len(b) else math.nan
+        return float((b - a).mean())
 
-    paired = resampled(difference, [first, second], resamples=50, seed=0, draw="paired")
-    assert np.abs(paired - 1).max() < 1e-12
-    independent = resampled(difference, [first, second], resamples=50, seed=0, draw="independent")
-    assert independent.std() == pytest.approx(math.sqrt(2 / 60) * float(first.std()), rel=0.4)
-
-
-def test_the_quantiles_are_those_of_the_values_and_centring_moves_them_onto_the_estimate() -> None:
-    values = np.arange(101.0)
-    low, high = pytest.approx(5), pytest.approx(95)
-    expected = {"estimate": 7.0, "low": low, "high": high, "level": 0.9, "resamples": 101}
-    assert interval(7.0, values, level=0.9) == expected
-    centred = interval(7.0, values, level=0.9, kind="centred")
-    assert (centred["low"], centred["high"]) == (pytest.approx(7 - 45), pytest.approx(7 + 45))
+    paired = bootstrap(difference, [first, first + 1], resamples=50, draw="paired")
+    assert (paired["low"], paired["high"]) == (pytest.approx(1, abs=1e-12), pytest.approx(1, abs=1e-12))
+    independent = bootstrap(difference, [first, first + 1], resamples=50)
+    error = math.sqrt(2 / 60) * float(first.std())
+    assert independent["high"] - independent["low"] == pytest.approx(2 * 1.96 * error, rel=0.4)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,7 @@ def test_the_quantiles_are_those_of_the_values_and_centring_moves_them_onto_the_
 )
 def test_mistakes_are_refused(samples: list[Tensor], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        bootstrap(lambda *found: float(found[0].sum()), samples, **{"resamples": 5, **settings})
+        bootstrap(lambda rows, *_: float(rows.sum()), samples, **{"resamples": 5, **settings})
 
 
 @pytest.mark.parametrize(

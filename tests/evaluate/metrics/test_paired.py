@@ -68,8 +68,8 @@ def test_constant_images_differ_in_ssim_by_their_brightness_alone() -> None:
 def test_ssim_agrees_with_a_window_at_a_time(seed: int, height: int, width: int, change: int) -> None:
     x = noise(seed, height, width).double()
     y = (x + noise(seed + 1, height, width).double() * change / 255 - change / 2).clamp(0, 255).round()
-    found = ssim(x[None, :, :, None], y[None, :, :, None]).item()
-    assert found == pytest.approx(reference.ssim(x.numpy(), y.numpy()), rel=1e-9, abs=1e-12)
+    errors = ssim(x[None, :, :, None], y[None, :, :, None]).item()
+    assert errors == pytest.approx(reference.ssim(x.numpy(), y.numpy()), rel=1e-9, abs=1e-12)
 
 
 def test_ssim_agrees_with_torchmetrics_on_colour_and_is_symmetric() -> None:
@@ -83,18 +83,18 @@ def test_ssim_agrees_with_torchmetrics_on_colour_and_is_symmetric() -> None:
 
 
 def test_the_estimates_are_the_metrics_of_the_whole_arrays() -> None:
-    found = paired_errors(CHANGED, torch.from_numpy(ORIGINAL), resamples=20)
-    assert found["n"] == 40
-    assert found["psnr_db"]["estimate"] == pytest.approx(psnr(CHANGED, ORIGINAL, data_range=255), rel=1e-12)
-    assert found["relative_l2"]["estimate"] == pytest.approx(relative_l2(CHANGED, ORIGINAL), rel=1e-12)
-    assert found["ssim"] is not None
-    assert found["ssim"]["estimate"] == pytest.approx(float(ssim(CHANGED, ORIGINAL).mean()), rel=1e-12)
-    assert found["note"] is None
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    errors = paired_errors(CHANGED, torch.from_numpy(ORIGINAL), resamples=20)
+    assert errors["n"] == 40
+    assert errors["psnr_db"]["estimate"] == pytest.approx(psnr(CHANGED, ORIGINAL, data_range=255), rel=1e-12)
+    assert errors["relative_l2"]["estimate"] == pytest.approx(relative_l2(CHANGED, ORIGINAL), rel=1e-12)
+    assert errors["ssim"] is not None
+    assert errors["ssim"]["estimate"] == pytest.approx(float(ssim(CHANGED, ORIGINAL).mean()), rel=1e-12)
+    assert errors["note"] is None
+    assert json.loads(json.dumps(errors, allow_nan=False)) == errors
 
 
 def test_the_ends_come_from_resampled_pairs_of_images() -> None:
-    found = paired_errors(CHANGED, ORIGINAL, resamples=50, seed=3, level=0.8)
+    errors = paired_errors(CHANGED, ORIGINAL, resamples=50, seed=3, level=0.8)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(40, (40,), generator=generator).numpy() for _ in range(50)]
     for name, by_hand in (
@@ -104,9 +104,9 @@ def test_the_ends_come_from_resampled_pairs_of_images() -> None:
     ):
         low, high = np.quantile(by_hand, [0.1, 0.9])
         # the quantile is taken of the mean square error and of its logarithm there: they differ between two values
-        assert found[name]["low"] == pytest.approx(low, rel=1e-6)
-        assert found[name]["high"] == pytest.approx(high, rel=1e-6)
-        assert found[name]["low"] < found[name]["estimate"] < found[name]["high"]
+        assert errors[name]["low"] == pytest.approx(low, rel=1e-6)
+        assert errors[name]["high"] == pytest.approx(high, rel=1e-6)
+        assert errors[name]["low"] < errors[name]["estimate"] < errors[name]["high"]
 
 
 def test_equal_images_have_no_finite_psnr_and_one_pixel_leaves_an_open_end() -> None:
@@ -125,17 +125,18 @@ def test_equal_images_have_no_finite_psnr_and_one_pixel_leaves_an_open_end() -> 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: relative_l2(torch.ones(2, 3), torch.ones(3)), r"relative_l2: .* got \(2, 3\) and \(3,\)"),
-        (lambda: relative_l2(torch.ones(0), torch.ones(0)), "at least one element"),
+        (
+            lambda: relative_l2(torch.ones(2, 3), torch.ones(3)),
+            r"relative_l2: .* got \(2, 3\) .* and \(3,\)",
+        ),
+        (lambda: relative_l2(torch.ones(0), torch.ones(0)), "at least one, got"),
         (lambda: relative_l2(torch.ones(3), torch.zeros(3)), "not zero"),
         (lambda: relative_l2(torch.ones(3, dtype=torch.complex64), torch.ones(3)), "real values"),
-        (lambda: psnr(torch.ones(2, 3), torch.ones(1, 3)), "psnr: expected two equal shapes"),
-        *((lambda r=r: psnr(torch.ones(1), torch.ones(1), data_range=r), "positive") for r in (0, math.inf, math.nan)),
+        (lambda: psnr(torch.ones(2, 3), torch.ones(1, 3)), "psnr: expected real values of one shape"),
         (lambda: ssim(torch.zeros(1, 10, 12, 1), torch.zeros(1, 10, 12, 1)), "at least 11 pixels a side"),
         (lambda: ssim(torch.zeros(12, 12), torch.zeros(12, 12)), r"images \(N, H, W, C\)"),
-        (lambda: ssim(torch.zeros(1, 12, 12, 1), torch.zeros(1, 12, 12, 3)), "two equal shapes"),
-        (lambda: paired_errors(ORIGINAL / 255, ORIGINAL), "uint8 images"),
-        (lambda: paired_errors(ORIGINAL[:5], ORIGINAL), "two equal shapes"),
+        (lambda: ssim(torch.zeros(1, 12, 12, 1), torch.zeros(1, 12, 12, 3)), "of one shape"),
+        (lambda: paired_errors(ORIGINAL[:5], ORIGINAL), "of one shape"),
         (lambda: paired_errors(ORIGINAL, 0 * ORIGINAL), "not black throughout"),
     ],
 )

@@ -13,7 +13,7 @@ from modiff.evaluate.report.page import write_report
 from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.images import PipelineSource
 from modiff.evaluate.suite.plans import Preset
-from modiff.evaluate.suite.run import layer_errors, run_suite, watched_plan
+from modiff.evaluate.suite.run import run_suite, watched_layers
 from tests.browser import Browser, chromium, keep_screenshot
 from tests.evaluate.report.documents import NASTY, document
 from tests.pixels import pixel_pipeline
@@ -57,9 +57,7 @@ def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser:
     chosen = Preset(num_images=12, steps=4, configs=("plain:8:4", "modulated:8:4"))
     extractor = ClassifierFeatures(Classifier(channels=(4, 8), classes=3), "tiny")
     suite = run_suite(source, extractor, chosen, tmp_path / "run", batch_size=6, resamples=10, progress=False)
-    plan = watched_plan([row.plan for row in suite.rows])
-    assert plan is not None
-    watched = (plan, 2, layer_errors(source, plan, num_images=2))
+    watched = watched_layers(source, [row.plan for row in suite.rows], 2)
     report = suite_document(suite, ["modiff", "evaluate"], watched=watched)
     browser.open(write_report(report, tmp_path / "report")[0])
     found = browser.run(IMAGES)

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
-from modiff.errors import ConfigError
 from modiff.evaluate.report import charts
 from modiff.evaluate.report.charts import STEPS, Point, differences, image_figures, layer_figure, pareto
 from modiff.evaluate.report.document import Figure
@@ -69,12 +68,6 @@ def test_fewer_steps_are_a_dashed_line_through_their_points(monkeypatch: pytest.
 def test_each_family_has_its_points_and_what_diverged_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = {line.get_label(): list(line.get_xdata()) for line in drawn(POINTS, monkeypatch).axes[0].get_lines()}
     assert (lines["plain"], lines["modulated"], lines["config"]) == ([5.0], [6.0], [5.5])
-
-
-@pytest.mark.parametrize("points", [[], POINTS[:1], POINTS[3:], [POINTS[0], *POINTS[3:]]])
-def test_a_chart_without_fewer_steps_is_an_error(points: list[Point]) -> None:
-    with pytest.raises(ConfigError, match="expected a run with fewer sampler steps"):
-        chart(points)
 
 
 def test_it_is_an_svg_file_that_is_the_same_each_time() -> None:

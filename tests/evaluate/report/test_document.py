@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from modiff.errors import ConfigError
-from modiff.evaluate.report.document import Cell, Column, Document, Figure, Section, Table
-from tests.evaluate.report.documents import png, table
+from modiff.evaluate.report.document import Cell
+from tests.evaluate.report.documents import table
 
 
 @pytest.mark.parametrize(
@@ -26,19 +25,6 @@ from tests.evaluate.report.documents import png, table
 )
 def test_numbers_as_cells(arguments: tuple[float | None, ...], text: str, value: float | None, detail: str) -> None:
     assert Cell.number(*arguments) == Cell(text, value, detail)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["", "A", "a b", "a--b", "../a", 'a"', "a.png"])
-def test_a_name_is_a_link_and_a_file_name(name: str) -> None:
-    for block in (Figure(name, "a", "c", png()), Table(name, "c", (Column("a"),), ())):
-        with pytest.raises(ConfigError, match="expected one name of small letters"):
-            Document("t", "l", (Section("one", (block,)),))
-
-
-def test_a_name_is_used_once() -> None:
-    figure = Figure("numbers", "a", "c", png())
-    with pytest.raises(ConfigError, match="got 'numbers'"):
-        Document("t", "l", (Section("one", (figure,)), Section("two", (table("numbers"),))))
 
 
 def test_notes_of_one_wording_stand_together() -> None:

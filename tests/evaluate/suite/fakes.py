@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from modiff.evaluate.features.extractor import Features
-from modiff.evaluate.suite.images import DrawnImages, Session
 from modiff.evaluate.suite.plans import Plan
+from modiff.evaluate.suite.store import DrawnImages
 
 SHAPE = (12, 12, 1)
 
@@ -30,7 +30,7 @@ class FakeSource:
         self.drawn: list[tuple[str, range]] = []
 
     @contextmanager
-    def open(self, plan: Plan, evaluated: Callable[[], object]) -> Iterator[Session]:
+    def open(self, plan: Plan, evaluated: Callable[[], object]) -> Iterator[Callable[[Sequence[int]], DrawnImages]]:
         self.opened.append(plan.name)
 
         def draw(indices: Sequence[int]) -> DrawnImages:
@@ -39,19 +39,21 @@ class FakeSource:
             self.drawn.append((plan.name, range(indices[0], indices[-1] + 1)))
             evaluated()
             broken = len(indices) if plan.name in self.broken else 0
-            return DrawnImages(self.images(plan, indices), 0.5 * len(indices), 2**20 * len(indices), broken)
+            return DrawnImages(
+                self.images(plan, indices), 0.5 * len(indices), 2**20 * len(indices), broken, 100.0 * plan.steps
+            )
 
-        yield Session(draw, gbops=100.0 * plan.steps)
+        yield draw
 
     def images(self, plan: Plan, indices: Sequence[int]) -> np.ndarray:
         full = plan.family == "steps" and plan.name == "full precision"
         size = 0 if full else 4 + int(hashlib.sha256(plan.key.encode()).hexdigest(), 16) % 8
-        found = []
+        images = []
         for index in indices:
             rng = np.random.default_rng(self.seed + index)
             image = rng.integers(30, 220, SHAPE)
-            found.append(image + rng.integers(-size, size + 1, SHAPE))
-        return np.stack(found).astype(np.uint8)
+            images.append(image + rng.integers(-size, size + 1, SHAPE))
+        return np.stack(images).astype(np.uint8)
 
 
 class FakeExtractor:

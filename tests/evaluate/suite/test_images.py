@@ -35,15 +35,15 @@ OTHERS = {"dit": Conditions(labels=(7,)), "sd": Conditions(prompts=("a fox jumps
 
 
 def drawn(source: PipelineSource, plan: Plan, *batches: range) -> np.ndarray:
-    with source.open(plan, lambda: None) as session:
-        return np.concatenate([session.draw(batch).images for batch in batches])
+    with source.open(plan) as draw:
+        return np.concatenate([draw(batch).images for batch in batches])
 
 
 def test_full_precision_images_are_those_of_diffusers_rounded_to_bytes() -> None:
     noise = [torch.Generator().manual_seed(7 + i) for i in range(2)]
-    wanted = pixel_pipeline()(batch_size=2, num_inference_steps=STEPS, generator=noise, output_type="np").images
-    found = drawn(PipelineSource(pixel_pipeline(), seed=7), FULL, range(2))
-    assert np.array_equal(found, np.rint(np.float64(wanted) * 255).astype(np.uint8))
+    expected = pixel_pipeline()(batch_size=2, num_inference_steps=STEPS, generator=noise, output_type="np").images
+    images = drawn(PipelineSource(pixel_pipeline(), seed=7), FULL, range(2))
+    assert np.array_equal(images, np.rint(np.float64(expected) * 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("plan", [FULL, MODULATED], ids=lambda plan: plan.name)
@@ -59,11 +59,11 @@ def test_a_plan_gets_its_config_and_the_model_is_left_alone() -> None:
     pipe = pixel_pipeline()
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     source = PipelineSource(pipe)
-    found = drawn(source, MODULATED, range(2))
+    images = drawn(source, MODULATED, range(2))
     modiff.apply(pipe, MODULATED.config)
-    wanted = pipe(batch_size=2, num_inference_steps=STEPS, generator=noise_generators(0, range(2)), output_type="np")
+    expected = pipe(batch_size=2, num_inference_steps=STEPS, generator=noise_generators(0, range(2)), output_type="np")
     modiff.remove(pipe)
-    assert np.array_equal(found, to_codes(wanted.images)[0])
+    assert np.array_equal(images, to_codes(expected.images)[0])
     assert not is_attached(source.pipe)
     assert not source.pipe.unet._forward_hooks
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
@@ -71,7 +71,7 @@ def test_a_plan_gets_its_config_and_the_model_is_left_alone() -> None:
 
 def test_the_model_is_left_alone_when_drawing_fails() -> None:
     source = PipelineSource(pixel_pipeline())
-    with pytest.raises(KeyboardInterrupt), source.open(MODULATED, lambda: None):
+    with pytest.raises(KeyboardInterrupt), source.open(MODULATED):
         raise KeyboardInterrupt
     assert not is_attached(source.pipe)
     assert not source.pipe.unet._forward_hooks
@@ -80,23 +80,23 @@ def test_the_model_is_left_alone_when_drawing_fails() -> None:
 def test_states_are_measured_at_the_end_of_the_trajectory_and_every_evaluation_is_told() -> None:
     source, told = PipelineSource(pixel_pipeline()), []
     held: list[int] = []
-    with source.open(MODULATED, lambda: told.append(1)) as session:
+    with source.open(MODULATED, lambda: told.append(1)) as draw:
         handle = source.pipe.unet.register_forward_hook(lambda model, *_: held.append(state_bytes(model)))
-        found = session.draw(range(2))
+        images = draw(range(2))
         handle.remove()
     assert len(told) == STEPS
-    assert found.state_bytes == held[-1] > 0
-    with source.open(FULL, lambda: None) as session:
-        assert session.draw(range(2)).state_bytes == 0
+    assert images.state_bytes == held[-1] > 0
+    with source.open(FULL) as draw:
+        assert draw(range(2)).state_bytes == 0
 
 
 def test_static_scales_are_measured_on_other_noise_first() -> None:
     layer = presets.modulated(8, 8).layer
     activation = dataclasses.replace(layer.activation, dynamic=False, granularity="tensor")
     config = dataclasses.replace(presets.modulated(8, 8), layer=dataclasses.replace(layer, activation=activation))
-    found = drawn(PipelineSource(pixel_pipeline()), Plan(name="static", steps=STEPS, config=config), range(2))
+    images = drawn(PipelineSource(pixel_pipeline()), Plan(name="static", steps=STEPS, config=config), range(2))
     full = drawn(PipelineSource(pixel_pipeline()), FULL, range(2))
-    assert np.linalg.norm(found.astype(float) - full) < 0.2 * np.linalg.norm(full.astype(float))
+    assert np.linalg.norm(images.astype(float) - full) < 0.2 * np.linalg.norm(full.astype(float))
 
 
 @pytest.mark.parametrize("change", [{"beta_schedule": "squaredcos_cap_v2"}, {"timestep_spacing": "linspace"}])
@@ -114,14 +114,14 @@ def test_a_conditional_pipeline_draws_each_image_of_its_own_class_or_prompt(name
     pipe = HOSTS[name].build()
     pipe.set_progress_bar_config(disable=True)
     source = PipelineSource(pipe, conditions=known)
-    found = drawn(source, FULL, range(1), range(1, 4)).astype(int)
+    images = drawn(source, FULL, range(1), range(1, 4)).astype(int)
     inputs = {"class_labels": [3, 999, 0, 3]} if name == "dit" else {"prompt": ["a fox", "a cat", known.prompts[2]] * 2}
     if name == "sd":
         inputs["prompt"] = inputs["prompt"][:4]
     noise = noise_generators(0, range(4))
-    wanted = pipe(**inputs, num_inference_steps=STEPS, generator=noise, output_type="np").images
-    assert np.abs(found - 255 * wanted).max() <= 2.5  # another batch: rounding
-    assert np.abs(drawn(PipelineSource(pipe, conditions=OTHERS[name]), FULL, range(2)) - found[:2]).max() > 2
+    expected = pipe(**inputs, num_inference_steps=STEPS, generator=noise, output_type="np").images
+    assert np.abs(images - 255 * expected).max() <= 2.5  # another batch: rounding
+    assert np.abs(drawn(PipelineSource(pipe, conditions=OTHERS[name]), FULL, range(2)) - images[:2]).max() > 2
     assert drawn(source, MODULATED, range(2)).shape == (2, *source.shape)
     assert source.settings["labels" if name == "dit" else "prompts"] == (
         "3, 999, 0" if name == "dit" else "a fox, a cat, two words more"
@@ -136,11 +136,11 @@ def test_a_pipeline_with_a_prompt_and_too_many_steps_are_refused() -> None:
     pipe = pixel_pipeline()
     with pytest.raises(ConfigError, match="expected no --prompt TEXT, got 'a fox jumps'"):
         PipelineSource(pixel_pipeline(), conditions=OTHERS["sd"])
-    with pytest.raises(ConfigError, match=r"expected an unconditional pipeline, got Prompted.*Give --prompts FILE"):
+    with pytest.raises(ConfigError, match=r"expected an unconditional pipeline, got Prompted.*takes --prompts FILE"):
         PipelineSource(Prompted(unet=pipe.unet, scheduler=pipe.scheduler))
     with (
         pytest.raises(ConfigError, match="--steps: expected at most 1000, got 1001"),
-        PipelineSource(pipe).open(Plan(name="long", steps=1001), lambda: None),
+        PipelineSource(pipe).open(Plan(name="long", steps=1001)),
     ):
         pass
 
@@ -201,9 +201,9 @@ def test_every_kind_gives_all_images_in_order(
     write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", 5)
-    parts = list(read_reference(write(tmp_path)))
-    assert np.array_equal(np.concatenate(parts), IMAGES)
-    assert max(map(len, parts)) <= 8
+    batches = list(read_reference(write(tmp_path)))
+    assert np.array_equal(np.concatenate(batches), IMAGES)
+    assert max(map(len, batches)) <= 8
 
 
 @pytest.mark.parametrize("write", KINDS, ids=lambda kind: kind.__name__)

@@ -8,64 +8,58 @@ import numpy as np
 import pytest
 import torch
 
+from modiff.evaluate.features.extractor import Features
 from modiff.evaluate.features.inception import Inception
 from modiff.evaluate.metrics.frechet import Moments, frechet_distance, frechet_interval
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.metrics.sets import kernel_distance, within_manifold
 from modiff.evaluate.suite import judge as module
 from modiff.evaluate.suite.judge import ImageSet, Judge, Measurement, gather
-from modiff.evaluate.suite.store import SavedBatch
+from modiff.evaluate.suite.store import DrawnImages
 from tests.evaluate.suite.fakes import FakeExtractor
 
 N, RESAMPLES = 24, 20
 EXTRACTOR = FakeExtractor()
 
 
-def batches(seed: int, *, noise: float = 0.0, broken: int = 0) -> list[SavedBatch]:
+def batches(seed: int, *, noise: float = 0.0, broken: int = 0) -> list[tuple[DrawnImages, Features]]:
     """Images of one seed, with as much noise added; in batches of 10, 10 and 4."""
     images = np.random.default_rng(seed).integers(30, 220, (N, 12, 12, 1)).astype(np.float64)
     images = (images + noise * np.random.default_rng(99).standard_normal(images.shape)).clip(0, 255).astype(np.uint8)
-    found = []
-    for part in np.split(images, [10, 20]):
-        features = EXTRACTOR(torch.from_numpy(part))
-        rows = [x.numpy() for x in features if x is not None]
-        found.append(SavedBatch(part, *rows, 0.5 * len(part), 2**20 * len(part), broken))
-    return found
+    return [
+        (DrawnImages(batch, 0.5 * len(batch), 2**20 * len(batch), broken, 42.0), EXTRACTOR(torch.from_numpy(batch)))
+        for batch in np.split(images, [10, 20])
+    ]
 
 
 FULL = gather(batches(0))
-FOUND = gather(batches(0, noise=12.0))
+DRAWN = gather(batches(0, noise=12.0))
 REAL = dataclasses.replace(gather(batches(5), images=False))
-ROWS = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FOUND, 42.0)
+ROWS = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(DRAWN)
 
 
 def row(name: str, rows: list[Measurement] = ROWS) -> Measurement:
-    (found,) = [r for r in rows if r["name"] == name]
-    return found
-
-
-def pixels(found: ImageSet) -> np.ndarray:
-    assert found.images is not None
-    return found.images
+    return next(r for r in rows if r["name"] == name)
 
 
 def test_distances_of_sets_are_those_of_the_metrics() -> None:
     for name, other in (("full_precision", FULL), ("reference", REAL)):
-        wanted = frechet_distance(Moments.of(FOUND.pooled), Moments.of(other.pooled))
-        assert row(f"fd_to_{name}")["value"] == pytest.approx(wanted)
-        assert FOUND.spatial is not None
+        expected = frechet_distance(Moments.of(DRAWN.pooled), Moments.of(other.pooled))
+        assert row(f"fd_to_{name}")["value"] == pytest.approx(expected)
+        assert DRAWN.spatial is not None
         assert other.spatial is not None
-        assert row(f"spatial_fd_to_{name}")["value"] == pytest.approx(frechet_distance(FOUND.spatial, other.spatial))
-        kernel = kernel_distance(FOUND.pooled, other.pooled, subsets=100, subset_size=N // 2)
+        assert row(f"spatial_fd_to_{name}")["value"] == pytest.approx(frechet_distance(DRAWN.spatial, other.spatial))
+        kernel = kernel_distance(DRAWN.pooled, other.pooled, subsets=100, subset_size=N // 2)
         assert row(f"kernel_distance_to_{name}")["value"] == pytest.approx(kernel[0])
-        assert row(f"precision_to_{name}")["value"] == within_manifold(FOUND.pooled, other.pooled).double().mean()
-        assert row(f"recall_to_{name}")["value"] == within_manifold(other.pooled, FOUND.pooled).double().mean()
+        assert row(f"precision_to_{name}")["value"] == within_manifold(DRAWN.pooled, other.pooled).double().mean()
+        assert row(f"recall_to_{name}")["value"] == within_manifold(other.pooled, DRAWN.pooled).double().mean()
 
 
 def test_paired_errors_are_those_of_the_bytes() -> None:
-    got, wanted = pixels(FOUND).astype(float), pixels(FULL).astype(float)
-    assert row("relative_l2")["value"] == pytest.approx(relative_l2(got, wanted))
-    assert row("psnr_db")["value"] == pytest.approx(psnr(got, wanted, data_range=255.0))
+    pixels, full = DRAWN.images.astype(float), FULL.images.astype(float)
+    assert row("gbops")["value"] == 42
+    assert row("relative_l2")["value"] == pytest.approx(relative_l2(pixels, full))
+    assert row("psnr_db")["value"] == pytest.approx(psnr(pixels, full, data_range=255.0))
     assert 0.5 < (row("ssim")["value"] or 0) < 1
 
 
@@ -92,9 +86,9 @@ def test_the_kernel_distances_interval_is_as_wide_as_the_spread_of_independent_s
     truth = np.std([kernel_distance(a, b, subsets=1, subset_size=40)[0] for a, b in draws])
     widths = []
     for a, b in draws[:12]:
-        sets = [ImageSet(x.float(), None, None, None) for x in (a, b)]
-        found = row("kernel_distance_to_reference", Judge(EXTRACTOR, sets[0], sets[1], 1).measure(sets[0], 1.0))
-        widths.append((found["high"] - found["low"]) / (2 * 1.96))
+        sets = [ImageSet(x.float(), images=np.zeros((40, 1, 1, 1), np.uint8)) for x in (a, b)]
+        figure = row("kernel_distance_to_reference", Judge(EXTRACTOR, sets[0], sets[1], 1).measure(sets[0]))
+        widths.append((figure["high"] - figure["low"]) / (2 * 1.96))
     assert np.mean(widths) == pytest.approx(truth, rel=0.35)
 
 
@@ -121,7 +115,7 @@ def test_notes_say_what_a_reviewer_asks() -> None:
 def test_inception_brings_the_published_names_and_says_in_every_row_which_weights_these_are() -> None:
     extractor = Inception.__new__(Inception)  # its name and note alone: the features are others'
     extractor.fingerprint, extractor.name = "01234567", "inception-v3:01234567:tensorflow"
-    rows = Judge(extractor, FULL, REAL, 3).measure(FOUND, 1.0)
+    rows = Judge(extractor, FULL, REAL, 3).measure(DRAWN)
     labels = {r["name"]: r["label"] for r in rows}
     assert (labels["fd_to_reference"], labels["fd_to_full_precision"]) == ("FID to reference", "FID2FP32")
     assert (labels["kernel_distance_to_reference"], labels["score"]) == ("KID to reference", "IS")
@@ -129,19 +123,19 @@ def test_inception_brings_the_published_names_and_says_in_every_row_which_weight
 
 
 def test_full_precision_is_not_compared_with_itself_but_its_halves_are() -> None:
-    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FULL, 1.0)
+    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FULL)
     names = {r["name"] for r in rows}
     assert {"fd_to_reference", "fd_between_halves", "gbops"} <= names
     assert not {n for n in names if "full_precision" in n} | (names & {"relative_l2", "psnr_db"})
-    wanted = frechet_distance(Moments.of(FULL.pooled[:12]), Moments.of(FULL.pooled[12:]))
-    assert row("fd_between_halves", rows)["value"] == pytest.approx(wanted)
-    assert row("fd_between_halves", rows)["low"] < wanted < row("fd_between_halves", rows)["high"]
+    expected = frechet_distance(Moments.of(FULL.pooled[:12]), Moments.of(FULL.pooled[12:]))
+    assert row("fd_between_halves", rows)["value"] == pytest.approx(expected)
+    assert row("fd_between_halves", rows)["low"] < expected < row("fd_between_halves", rows)["high"]
     assert "12 images: the distance is biased" in row("fd_between_halves", rows)["note"]
 
 
 def test_equal_images_have_no_distance_and_an_infinite_psnr_is_said_not_shown() -> None:
     same = gather(batches(0))
-    rows = Judge(EXTRACTOR, FULL, None, RESAMPLES).measure(same, 1.0)
+    rows = Judge(EXTRACTOR, FULL, None, RESAMPLES).measure(same)
     assert row("fd_to_full_precision", rows)["value"] == pytest.approx(0, abs=1e-9)
     assert row("relative_l2", rows)["value"] == 0
     assert row("psnr_db", rows)["value"] is None
@@ -152,21 +146,21 @@ def test_equal_images_have_no_distance_and_an_infinite_psnr_is_said_not_shown() 
 def test_many_dimensions_have_an_interval_of_few_resamples_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_RESAMPLED", 3)
     monkeypatch.setattr(module, "FEW_RESAMPLES", 5)
-    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(FOUND, 1.0)
-    spread = frechet_interval(FOUND.pooled, Moments.of(REAL.pooled), resamples=5, kind="normal")
+    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(DRAWN)
+    spread = frechet_interval(DRAWN.pooled, Moments.of(REAL.pooled), resamples=5, kind="normal")
     assert (row("fd_to_reference", rows)["low"], row("fd_to_reference", rows)["high"]) == pytest.approx(
         (spread["low"], spread["high"])
     )
     for name in ("fd_to_full_precision", "fd_to_reference"):
-        found = row(name, rows)
-        assert found["value"] == pytest.approx(row(name)["value"])
-        assert found["high"] - found["value"] == pytest.approx(found["value"] - found["low"])
-        assert found["high"] > found["value"]
-        assert "1.96 standard deviations over 5 resamples" in found["note"]
+        figure = row(name, rows)
+        assert figure["value"] == pytest.approx(row(name)["value"])
+        assert figure["high"] - figure["value"] == pytest.approx(figure["value"] - figure["low"])
+        assert figure["high"] > figure["value"]
+        assert "1.96 standard deviations over 5 resamples" in figure["note"]
     assert "Same seeds" in row("fd_to_full_precision", rows)["note"]
 
 
 def test_images_that_were_not_finite_are_told_with_every_figure() -> None:
-    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(gather(batches(0, noise=12.0, broken=2)), 1.0)
+    rows = Judge(EXTRACTOR, FULL, REAL, RESAMPLES).measure(gather(batches(0, noise=12.0, broken=2)))
     assert all(r["note"].startswith("6 of 24 images were not finite and count as black.") for r in rows)
     assert not any("not finite" in r["note"] for r in ROWS)

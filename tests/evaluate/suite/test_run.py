@@ -18,13 +18,13 @@ from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.suite.images import PipelineSource
 from modiff.evaluate.suite.judge import Measurement
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
-from modiff.evaluate.suite.run import Row, Suite, run_suite, text_table, watched_plan
+from modiff.evaluate.suite.run import Row, Suite, run_suite, watched_layers
+from modiff.generate.environment import environment
 from tests.evaluate.suite.fakes import FakeExtractor, FakeSource
 from tests.pixels import pixel_pipeline
 
 CHOSEN = Preset(num_images=10, steps=4, configs=("plain:8:4", "modulated:8:4"))
 NAMES = ["full precision", "half the steps", "plain W8A4", "modulated W8A4"]
-TIMES = ("seconds",)
 
 
 def run(folder: Path, source: Any = None, chosen: Preset = CHOSEN, **options: Any) -> Suite:
@@ -49,7 +49,7 @@ def test_every_configuration_gets_the_same_seeds_and_the_figures_of_its_own_imag
         assert values(row)["relative_l2"] == pytest.approx(relative_l2(images.astype(float), full))
         assert values(row)["gbops"] == 100 * plan.steps
         assert values(row)["seconds"] == 5.0
-        assert np.array_equal(samples, images[:4])
+        assert np.array_equal(samples, images[:8])
 
 
 def test_finished_work_is_not_done_again(tmp_path: Path) -> None:
@@ -72,35 +72,15 @@ def test_a_run_stopped_at_any_batch_ends_as_one_that_was_not(after: int, tmp_pat
     assert resumed.rows == whole.rows
 
 
-def test_a_stop_between_metrics_keeps_the_rows_that_were_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modiff.evaluate.suite.judge import Judge
-
-    measured, real = [], Judge.measure
-
-    def counted(self: Judge, found: Any, gbops: float) -> Any:
-        measured.append(gbops)
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        return real(self, found, gbops)
-
-    monkeypatch.setattr(Judge, "measure", counted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
-    run(tmp_path)
-    assert measured == [400, 200, 400, 400, 400]  # the third one twice
-
-
-def test_rows_are_computed_anew_with_a_reference_or_other_resamples(tmp_path: Path) -> None:
+def test_a_finished_run_is_judged_again_with_a_reference_or_other_resamples(tmp_path: Path) -> None:
     first = run(tmp_path / "run")
     np.save(tmp_path / "real.npy", FakeSource(seed=50).images(plans_of(CHOSEN)[0], range(12)))
     source = FakeSource()
-    second = run(tmp_path / "run", source, reference=tmp_path / "real.npy")
+    second = run(tmp_path / "run", source, reference=tmp_path / "real.npy", resamples=11)
     assert source.drawn == []
     assert "fd_to_reference" not in values(first.rows[0])
     assert all(values(row)["fd_to_reference"] > 0 for row in second.rows)
-    third = run(tmp_path / "run", resamples=11)
-    assert "fd_to_reference" not in values(third.rows[0])
-    assert third.rows[1].metric("relative_l2")["low"] != first.rows[1].metric("relative_l2")["low"]
+    assert second.rows[1].metric("relative_l2")["low"] != first.rows[1].metric("relative_l2")["low"]
 
 
 def test_a_reference_that_does_not_fit_stops_it_before_anything_is_drawn(tmp_path: Path) -> None:
@@ -131,15 +111,15 @@ def test_settings_that_mean_nothing_are_errors_and_make_no_folder(
 
 
 def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Path) -> None:
-    found = json.loads(json.dumps(run(tmp_path).to_dict(["modiff", "evaluate", "my model"]), allow_nan=False))
-    assert found["command"] == "modiff evaluate 'my model'"
-    assert [c["name"] for c in found["configurations"]] == NAMES
-    assert found["configurations"][2]["config"]["layer"]["activation"]["bits"] == 4
+    result = json.loads(json.dumps(run(tmp_path).to_dict(["modiff", "evaluate", "my model"]), allow_nan=False))
+    assert result["command"] == "modiff evaluate 'my model'"
+    assert [c["name"] for c in result["configurations"]] == NAMES
+    assert result["configurations"][2]["config"]["layer"]["activation"]["bits"] == 4
     fields = ["name", "label", "extractor", "value", "n", "low", "high", "note"]
-    assert all(list(m) == fields for c in found["configurations"] for m in c["metrics"])
-    assert found["settings"]["num_images"] == 10
-    assert {"cpu", "torch", "modiff"} <= set(found["environment"])
-    assert str(tmp_path) not in json.dumps(found)
+    assert all(list(m) == fields for c in result["configurations"] for m in c["metrics"])
+    assert result["settings"]["num_images"] == 10
+    assert {"cpu", "torch", "modiff"} <= set(result["environment"])
+    assert str(tmp_path) not in json.dumps(result)
 
 
 def test_a_real_pipeline_ends_with_small_errors_for_modulation_and_larger_for_fewer_steps(tmp_path: Path) -> None:
@@ -164,32 +144,35 @@ MODULATED = Plan(name="modulated", steps=4, config=presets.modulated(8, 4))
 STATIC = Plan(name="static", steps=4, config=static(presets.modulated(8, 4)))
 
 
-def test_the_last_modulated_configuration_with_dynamic_scales_is_shown() -> None:
-    assert watched_plan([FULL, MODULATED, PLAIN, STATIC]) == MODULATED
-    assert watched_plan([FULL, PLAIN, STATIC]) == PLAIN
-    assert watched_plan([FULL, STATIC]) is None
+@pytest.mark.parametrize(
+    ("plans", "watched"),
+    [([FULL, MODULATED, PLAIN, STATIC], MODULATED), ([FULL, PLAIN, STATIC], PLAIN), ([FULL, STATIC], None)],
+)
+def test_the_last_modulated_configuration_with_dynamic_scales_is_watched(
+    plans: list[Plan], watched: Plan | None
+) -> None:
+    layers = watched_layers(PipelineSource(pixel_pipeline()), plans, 1)
+    assert (layers and layers[0]) == watched
+    assert layers is None or all(len(trace["steps"]) == 4 for trace in layers[2])
 
 
-def measured(name: str, value: float | None, n: int = 500, extractor: str | None = None) -> Measurement:
-    return {"name": name, "label": name, "extractor": extractor, "value": value, "n": n, "low": None, "high": None,
+def measured(name: str, value: float | None, n: int = 500) -> Measurement:
+    return {"name": name, "label": name, "extractor": None, "value": value, "n": n, "low": None, "high": None,
             "note": ""}  # fmt: skip
 
 
-def table_row(name: str, metrics: list[Measurement]) -> Row:
-    return Row(Plan(name=name, steps=50), tuple(metrics))
-
-
 def test_the_table_as_it_is_printed() -> None:
-    rows = [
-        table_row("full precision", [measured("gbops", 1234.5, 1), measured("seconds", 61.26)]),
-        table_row("plain", [measured("gbops", 0.5, 1), measured("relative_l2", 0.1), measured("psnr_db", None),
-                       measured("fd_to_full_precision", 0.25, extractor="mine"), measured("unknown", 1.0)]),
-    ]  # fmt: skip
-    assert text_table(rows).splitlines()[:4] == [
+    full = [measured("gbops", 1234.5, 1), measured("seconds", 61.26)]
+    plain = [measured("gbops", 0.5, 1), measured("relative_l2", 0.1), measured("psnr_db", None),
+             measured("fd_to_full_precision", 0.25), measured("unknown", 1.0)]  # fmt: skip
+    rows = tuple(Row(Plan(name=n, steps=50), tuple(m)) for n, m in (("full precision", full), ("plain", plain)))
+    text = Suite(rows, (), {"num_images": 500, "extractor": "mine", "extractor_dimension": 8}, environment()).table()
+    assert text.splitlines()[:4] == [
         "                steps  FD to full precision  rel. L2  PSNR dB  GBOPs  seconds",
         "-----------------------------------------------------------------------------",
         "full precision     50                     -        -        -   1234     61.3",
         "plain              50                  0.25   0.1000        -    0.5        -",
     ]
-    assert "mine features" in text_table(rows)
-    assert "all 500 images" in text_table(rows)
+    assert "mine features" in text
+    assert "all 500 images" in text
+    assert "500 images: the distance is biased" in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +13,11 @@ HISTOGRAM_BINS = 255
 """Odd, so that one bin has its middle at zero."""
 
 
-class Histogram(TypedDict):
-    """Counts per bin over all steps but the first, of a_t and of a_t - a_{t+1}: as many of one as of the other."""
-
-    name: str
-    activation: list[int]
-    difference: list[int]
-
-
-class DistributionResult(TypedDict):
-    """edges: HISTOGRAM_BINS + 1 of them from -1 to 1, in units of the layer's largest |a_t| at that step.
-
-    The end bins also hold what lies outside.
-    """
-
-    edges: list[float]
-    pooled: Histogram
-    layers: list[Histogram]
+Histogram = dict[str, Any]
+"""name; activation, difference: counts per bin over all steps but the first, of a_t and of a_t - a_{t+1}."""
+DistributionResult = dict[str, Any]
+"""edges: HISTOGRAM_BINS + 1 of them from -1 to 1, in units of the layer's largest |a_t| at that step; the end bins also
+hold what lies outside. pooled: the histogram of all layers. layers: those of some."""
 
 
 class Distribution:

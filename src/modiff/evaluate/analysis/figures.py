@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modiff.evaluate.analysis.distribution import Histogram
 from modiff.evaluate.analysis.drawing import (
     BLUE,
     FAMILY_STYLES,
     GREY,
     ORANGE,
-    RED,
     file_bytes,
     layer_map,
     log_error,
     map_height,
 )
-from modiff.evaluate.analysis.growth import GrowthSpread
 from modiff.evaluate.analysis.layers import StepErrors
 from modiff.evaluate.analysis.run import Analysis
 from modiff.files import write_atomically
@@ -35,54 +32,15 @@ def figures(analysis: Analysis, folder: Path) -> list[Path]:
 
     Args:
         analysis: from `analyze`, or read back from its JSON.
-    Returns: the files, in the order to look at them: distribution, layer errors, error growth, bit sweep, reuse.
+    Returns: the files, in the order to look at them: layer errors, error growth, bit sweep.
     """
-    drawings: dict[str, Callable[[Figure, Analysis], None]] = {
-        "distribution": _distribution,
-        "layer_errors": _layer_errors,
-        "error_growth": _error_growth,
-        "bit_sweep": _bit_sweep,
-        "reuse": _reuse,
-    }
-    paths: list[Path] = []
-    for name, draw in drawings.items():
-        data = file_bytes(lambda figure, draw=draw: draw(figure, analysis), "png")
-        paths.append(folder / f"{name}.png")
-        write_atomically(paths[-1], lambda file, data=data: file.write(data))
+    drawings = {"layer_errors": _layer_errors, "error_growth": _error_growth,
+                "bit_sweep": _bit_sweep}  # fmt: skip
+    paths = [folder / f"{name}.png" for name in drawings]
+    for path, draw in zip(paths, drawings.values(), strict=True):
+        data = file_bytes(functools.partial(draw, analysis=analysis), "png")
+        write_atomically(path, lambda file, data=data: file.write(data))
     return paths
-
-
-def _distribution(figure: Figure, analysis: Analysis) -> None:
-    """Activation against temporal difference, all layers pooled and some of them alone."""
-    result = analysis["distribution"]
-    panels = [result["pooled"], *result["layers"]]
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure.set_size_inches(5.2 * columns, 3.1 * rows + 0.6)
-    axes = np.atleast_2d(figure.subplots(rows, columns, sharex=True, sharey=True))
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        _histogram_panel(axis, panel, result["edges"])
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("value / largest |activation| of the layer")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("share of values per bin")
-    axes.flat[0].legend(loc="upper right")
-    figure.suptitle("What is left to code: the change since the last step is narrower than the activation")
-
-
-def _histogram_panel(axis: Axes, panel: Histogram, edges: list[float]) -> None:
-    for counts, label, color in (
-        (panel["activation"], "activation", ORANGE),
-        (panel["difference"], "temporal difference", BLUE),
-    ):
-        share = np.array(counts) / max(1, sum(counts))
-        axis.stairs(share, edges, color=color, label=label, fill=True, alpha=0.45)
-        axis.stairs(share, edges, color=color, linewidth=1)
-    axis.set_yscale("log")
-    axis.set_title(panel["name"])
-    axis.set_xlim(-1, 1)
 
 
 def _layer_errors(figure: Figure, analysis: Analysis) -> None:
@@ -121,7 +79,7 @@ def _error_growth(figure: Figure, analysis: Analysis) -> None:
     figure.suptitle("Error growth over the steps against the bounds, medians over the layers")
 
 
-def _growth_panel(axis: Axes, steps: list[int], spread: GrowthSpread, color: str, title: str) -> None:
+def _growth_panel(axis: Axes, steps: list[int], spread: dict[str, Any], color: str, title: str) -> None:
     axis.fill_between(steps, spread["error_low"], spread["error_high"], color=color, alpha=0.25, linewidth=0,
                       label="measured, middle half of the layers")  # fmt: skip
     axis.plot(steps, spread["error"], color=color, label="measured, median")
@@ -151,24 +109,4 @@ def _bit_sweep(figure: Figure, analysis: Analysis) -> None:
     weight = analysis["settings"]["config"]["layer"]["weight"]["bits"]
     axis.set_title(f"Image error by bit width, weights {f'at {weight} bits' if weight else 'in full precision'}")
     axis.set_xlabel("bits of activation or residual")
-    axis.set_ylabel("relative L2 to the full-precision images")
-
-
-def _reuse(figure: Figure, analysis: Analysis) -> None:
-    """Image error of repeating outputs, and of modulated 4 bits at every step for comparison."""
-    figure.set_size_inches(7, 4.8)
-    axis = figure.subplots()
-    points = [(row["interval"], row["relative_l2"]) for row in analysis["reuse"] if row["relative_l2"]]
-    if points:
-        intervals, values = zip(*points, strict=True)
-        axis.plot(intervals, values, color=RED, marker="s", label="outputs reused (zero bits)")
-        axis.set_xticks(intervals)
-    for row in analysis["sweep"]:
-        if row["mode"] == "modulated" and row["bits"] == 4 and row["relative_l2"]:
-            axis.axhline(row["relative_l2"], color=BLUE, linestyle="--", label="modulated 4 bits, every step")
-    if axis.lines:  # all runs may have diverged
-        axis.legend(loc="upper left")
-    axis.set_ylim(bottom=0)
-    axis.set_title("Image error of reusing all layers' outputs")
-    axis.set_xlabel("reuse interval (steps)")
     axis.set_ylabel("relative L2 to the full-precision images")

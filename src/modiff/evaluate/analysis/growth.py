@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,55 +23,14 @@ LARGEST = 1e300
 """Bounds beyond it are cut here: JSON has no infinity, and nothing is learned from one."""
 _ROUNDING = 1e-4
 """The states are float32: an error that the bound meets exactly may lie this share above it."""
+Growth = dict[str, Any]
+"""steps: from 1. compensated, uncompensated: typical curves, over ||a_t||: error_low, error, error_high (quartiles over
+the layers), bound and printed_bound (medians); exceeded, printed_exceeded: share of layers and steps above the bound.
 
-
-class Curve(TypedDict):
-    """Measured ||a_t - â_t||, its bound, and the bound as the paper prints it; one value a step, from step 1."""
-
-    error: list[float]
-    bound: list[float]
-    printed_bound: list[float]
-
-
-class LayerGrowth(TypedDict):
-    """One layer. moves: ||a_t - a_{t+1}||. norms: ||a_t||. Both from step 1 on.
-
-    c: the largest ||r - q||² / ||r||² of any step of either loop. c_theorem: the largest s² d / ||r||² of Thm 4.3, from
-    the scales alone; at 1 or more the theorem promises nothing.
-    """
-
-    name: str
-    call: int
-    c: float
-    c_theorem: float
-    moves: list[float]
-    norms: list[float]
-    compensated: Curve
-    uncompensated: Curve
-
-
-class GrowthSpread(TypedDict):
-    """The layers' curves over ||a_t||: quartiles of the errors, medians of the bounds.
-
-    exceeded, printed_exceeded: share of all layers and steps where the error is above the bound.
-    """
-
-    exceeded: float
-    printed_exceeded: float
-    error_low: list[float]
-    error: list[float]
-    error_high: list[float]
-    bound: list[float]
-    printed_bound: list[float]
-
-
-class Growth(TypedDict):
-    """All layers, and what is typical of them. steps: from 1."""
-
-    steps: list[int]
-    compensated: GrowthSpread
-    uncompensated: GrowthSpread
-    layers: list[LayerGrowth]
+layers: of each name and call; moves ||a_t - a_{t+1}||, norms ||a_t||, and under compensated and uncompensated error
+||a_t - â_t||, bound and printed_bound, one value a step. c: the largest ||r - q||² / ||r||² of any step of either loop.
+c_theorem: the largest s² d / ||r||² of Thm 4.3, from the scales alone; at 1 or more the theorem promises nothing.
+"""
 
 
 class ErrorGrowth:
@@ -100,12 +59,8 @@ class ErrorGrowth:
                 "error to grow. Give the config 2 to 8 activation bits."
             )
         count = min(len(layer["moves"]) for layer in layers)
-        return {
-            "steps": list(range(1, count + 1)),
-            "compensated": _spread(layers, [layer["compensated"] for layer in layers], count),
-            "uncompensated": _spread(layers, [layer["uncompensated"] for layer in layers], count),
-            "layers": layers,
-        }
+        spreads = {mode: _spread(layers, mode, count) for mode in ("compensated", "uncompensated")}
+        return {"steps": list(range(1, count + 1)), **spreads, "layers": layers}
 
 
 class _Loops:
@@ -135,7 +90,7 @@ class _Loops:
             self.rows.append(torch.stack([n.double().cpu() for n in numbers]).tolist())
         self.last = x.clone()
 
-    def growth(self) -> LayerGrowth:
+    def growth(self) -> dict[str, Any]:
         moves, norms, closed, unclosed, *shares = (list(column) for column in zip(*self.rows, strict=True))
         c, c_theorem = max(shares[0] + shares[2]), max(shares[1] + shares[3])
         return {
@@ -197,24 +152,21 @@ def _accumulated(values: Sequence[float], step: Callable[[float, float], float])
     return list(itertools.accumulate(values, lambda total, value: min(step(total, value), LARGEST), initial=0.0))[1:]
 
 
-def _curve(error: list[float], c: float, moves: list[float], *, compensated: bool) -> Curve:
+def _curve(error: list[float], c: float, moves: list[float], *, compensated: bool) -> dict[str, list[float]]:
     bound = compensated_bound(c, moves) if compensated else uncompensated_bound(c, moves)
     return {"error": error, "bound": bound, "printed_bound": printed_bound(c, moves, compensated=compensated)}
 
 
-def _spread(layers: list[LayerGrowth], curves: list[Curve], count: int) -> GrowthSpread:
+def _spread(layers: list[dict[str, Any]], mode: str, count: int) -> dict[str, Any]:
     """Quartiles over the layers of each curve relative to the layer's ||a_t||."""
     norms = np.array([layer["norms"][:count] for layer in layers]).clip(np.finfo(np.float64).tiny)
     error, bound, printed = (
-        np.array([curve[key][:count] for curve in curves]) / norms for key in ("error", "bound", "printed_bound")
+        np.array([layer[mode][key][:count] for layer in layers]) / norms for key in ("error", "bound", "printed_bound")
     )
     low, middle, high = np.quantile(error, (0.25, 0.5, 0.75), axis=0).tolist()
+    exceeded, printed_exceeded = (float(np.mean(error > b * (1 + _ROUNDING))) for b in (bound, printed))
     return {
-        "exceeded": _exceeded(error, bound), "printed_exceeded": _exceeded(error, printed),
+        "exceeded": exceeded, "printed_exceeded": printed_exceeded,
         "error_low": low, "error": middle, "error_high": high,
         "bound": np.median(bound, axis=0).tolist(), "printed_bound": np.median(printed, axis=0).tolist(),
     }  # fmt: skip
-
-
-def _exceeded(error: np.ndarray, bound: np.ndarray) -> float:
-    return float(np.mean(error > bound * (1 + _ROUNDING)))

@@ -6,7 +6,7 @@ the recursion of that layer alone, not errors that it inherits from layers befor
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,37 +18,16 @@ from modiff.core.recursion import State, Update, accumulate, compute_dtype, enco
 from modiff.evaluate.analysis.watch import Visit
 from modiff.nn import ModulatedLayer
 
+StepErrors = dict[str, Any]
+"""One layer at one step. Ranges in the domain that is coded: rotated, if the config rotates. Norms over the batch.
 
-class StepErrors(TypedDict):
-    """One layer at one step. Ranges in the domain that is coded: rotated, if the config rotates. Norms over the batch.
-
-    residual_*, code_error: None where nothing is coded (the states start, or full-precision activations).
-    code_error: ||r_t - q_t||. input_error: ||a_t - â_t||. output_error: ||o_t - ô_t|| against the full-precision o_t.
-    input_relative_l2, output_relative_l2: the same over ||a_t|| and ||o_t||.
-    """
-
-    step: int
-    activation_min: float
-    activation_max: float
-    activation_rms: float
-    residual_min: float | None
-    residual_max: float | None
-    residual_rms: float | None
-    code_error: float | None
-    input_error: float
-    output_error: float
-    input_relative_l2: float
-    output_relative_l2: float
-
-
-class LayerTrace(TypedDict):
-    """A layer through the trajectory. call: 0, or more for a layer that runs several times in one evaluation."""
-
-    name: str
-    kind: str
-    call: int
-    setting: str
-    steps: list[StepErrors]
+step; activation_min, _max, _rms; residual_min, _max, _rms, code_error ||r_t - q_t||: None where nothing is coded;
+input_error ||a_t - â_t||, output_error ||o_t - ô_t|| against the full-precision o_t; input_relative_l2 and
+output_relative_l2: the same over ||a_t|| and ||o_t||.
+"""
+LayerTrace = dict[str, Any]
+"""A layer through the trajectory: name, kind, setting, steps, and call: 0, or more for a layer that runs several times
+in one evaluation."""
 
 
 class InputStep(NamedTuple):
@@ -90,10 +69,7 @@ class InputSide:
 
 def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
     """The sum of what codes stand for; zeros if nothing was sent."""
-    total = torch.zeros_like(like)
-    for code in codes:
-        total = total + code.value()
-    return total
+    return sum((code.value() for code in codes), torch.zeros_like(like))
 
 
 def coded_domain(layer: ModulatedLayer, x: Tensor) -> Tensor:

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any, TypedDict
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
 
 from modiff import presets
+from modiff.api import apply, remove
 from modiff.config import ModiffConfig
-from modiff.errors import ConfigError
-from modiff.evaluate.analysis.distribution import Distribution, DistributionResult
-from modiff.evaluate.analysis.growth import ErrorGrowth, Growth
-from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
-from modiff.evaluate.analysis.sweep import SWEEP_MODES, ReuseRow, SweepRow, bit_sweep, images, reuse_sweep
-from modiff.evaluate.analysis.watch import has_static_scales, watch
-from modiff.evaluate.pipelines import check_unconditional, evaluations_bar
-from modiff.generate.environment import Environment, environment
+from modiff.errors import CalibrationError, ConfigError
+from modiff.evaluate.analysis.growth import ErrorGrowth
+from modiff.evaluate.analysis.layers import LayerTraces
+from modiff.evaluate.analysis.watch import watch
+from modiff.evaluate.metrics.paired import psnr, relative_l2
+from modiff.evaluate.pipelines import check_pipeline, evaluations_bar, has_static_scales
+from modiff.generate.environment import environment
 from modiff.hosts.diffusers.runs import noise_generators
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
-INTERVALS = (2, 3, 5, 10)
-
-
-class AnalysisSettings(TypedDict):
-    """The arguments of `analyze`."""
-
-    steps: int
-    num_images: int
-    seed: int
-    bits: list[int]
-    config: dict[str, Any]
-
-
-class Analysis(TypedDict):
-    """Everything `analyze` finds, as plain numbers for JSON."""
-
-    environment: Environment
-    settings: AnalysisSettings
-    layers: list[LayerTrace]
-    growth: Growth
-    distribution: DistributionResult
-    sweep: list[SweepRow]
-    reuse: list[ReuseRow]
+SWEEP_MODES: dict[str, Callable[[int | None, int], ModiffConfig]] = {
+    "plain": presets.plain,
+    "modulated": presets.modulated,
+    "uncompensated": presets.uncompensated,
+    "tuned": presets.tuned,
+}
+"""tuned is the preset; `modiff.tune` would refine it for the model."""
+Analysis = dict[str, Any]
+"""environment; settings: the arguments; layers: see `LayerTrace`; growth: see `Growth`;
+sweep: rows of mode, bits, relative_l2 and psnr_db. All of it plain values for JSON."""
 
 
 def analyze_pipeline(
@@ -57,10 +46,10 @@ def analyze_pipeline(
     bits: Sequence[int] = BITS,
     progress: bool = True,
 ) -> Analysis:
-    """Layer errors, error growth, distributions, bit-width sweep and reuse of an unconditional pipeline.
+    """Layer errors, error growth and a sweep of bit widths of an unconditional pipeline.
 
-    One full-precision trajectory serves the first three: the layers' recursions run on its inputs, with the
-    states of one step in memory. The sweeps sample with the modulated network and judge the images alone.
+    One full-precision trajectory serves the first two: the layers' recursions run on its inputs, with the
+    states of one step in memory. The sweep samples with the modulated network and judges the images alone.
 
     Args:
         pipe: a diffusers pipeline without a prompt and without modiff; it is unchanged afterwards.
@@ -70,7 +59,7 @@ def analyze_pipeline(
         bits: widths of the sweep, in any order.
         progress: a bar on stderr that counts network evaluations over the whole job.
     Raises: ConfigError if the pipeline needs a prompt, the config has static scales or codes nothing.
-    Cost: len(bits) * 4 + 5 trajectories, most of them modulated.
+    Cost: len(bits) * 4 + 1 trajectories, most of them modulated.
     """
     config = config or presets.modulated(None, 4)
     _check(pipe, config, steps, num_images)
@@ -79,10 +68,9 @@ def analyze_pipeline(
         noise = noise_generators(seed, range(num_images))
         return pipe(batch_size=num_images, num_inference_steps=steps, generator=noise, output_type="np")
 
-    used = [n for n in INTERVALS if n <= steps]
-    errors, growth, distribution = LayerTraces(), ErrorGrowth(), Distribution()
+    errors, growth = LayerTraces(), ErrorGrowth()
     reference: list[np.ndarray] = []
-    trajectories, finished = 1 + len(bits) * len(SWEEP_MODES) + len(used), itertools.count(1)
+    trajectories, finished = 1 + len(bits) * len(SWEEP_MODES), itertools.count(1)
     with evaluations_bar(pipe, steps * trajectories, progress) as bar:
 
         def counted() -> object:
@@ -90,22 +78,20 @@ def analyze_pipeline(
             bar.total = bar.n * trajectories // next(finished)  # samplers may evaluate twice in a step
             return result
 
-        watch(pipe, lambda: reference.append(images(counted())), config, [errors, growth, distribution])
+        watch(pipe, lambda: reference.append(images(counted())), config, [errors, growth])
         grown = growth.growth()  # before the long part: it may have nothing to show
         sweep = bit_sweep(pipe, counted, reference[0], config, bits)
-        reuse = reuse_sweep(pipe, counted, reference[0], config, used)
     return {
         "environment": environment(),
         "settings": {
             "steps": steps, "num_images": num_images, "seed": seed, "bits": list(bits), "config": config.to_dict()
         },
-        "layers": errors.layers(), "growth": grown, "distribution": distribution.result(), "sweep": sweep,
-        "reuse": reuse,
+        "layers": errors.layers(), "growth": grown, "sweep": sweep,
     }  # fmt: skip
 
 
 def _check(pipe: DiffusionPipeline, config: ModiffConfig, steps: int, num_images: int) -> None:
-    check_unconditional(pipe, "analyze", steps, num_images)
+    check_pipeline(pipe, "analyze", num_images)
     if steps < 2:
         raise ConfigError(
             f"analyze: expected 2 or more steps, got {steps}. What changes between steps is coded. Use --steps 50."
@@ -115,3 +101,50 @@ def _check(pipe: DiffusionPipeline, config: ModiffConfig, steps: int, num_images
             "analyze: expected dynamic scales, got dynamic=False. Static ones are measured on a modulated model, "
             "and this watches the plain one. Use dynamic=True."
         )
+
+
+def bit_sweep(
+    target: Any,
+    run: Callable[[], object],
+    reference: np.ndarray,
+    config: ModiffConfig,
+    bits: Sequence[int],
+    modes: Sequence[str] = tuple(SWEEP_MODES),
+) -> list[dict[str, Any]]:
+    """The image error of every mode at every bit width.
+
+    Args:
+        target: a pipeline without modiff; it is without when this returns or raises.
+        run: generates the images, from the same noise at each call.
+        reference: the images of full precision, (N, H, W, C).
+        config: selection and weight bits; each mode brings the other layer settings.
+    Cost: a trajectory for each mode and bit width.
+    """
+    rows: list[dict[str, Any]] = []
+    for mode, width in itertools.product(modes, bits):
+        layer = SWEEP_MODES[mode](config.layer.weight.bits, width).layer
+        apply(target, dataclasses.replace(config, layer=layer, overrides=()))
+        try:
+            rows.append({"mode": mode, "bits": width, **image_error(images(run()), reference)})
+        finally:
+            remove(target)
+    return rows
+
+
+def images(result: object) -> np.ndarray:
+    """The images of what a pipeline returned. Raises: CalibrationError if it holds none."""
+    array = getattr(result, "images", result)
+    if not isinstance(array, np.ndarray):
+        raise CalibrationError(
+            f"run: expected an array of images, got {type(array).__name__}. They are compared number by number. "
+            'Call the pipeline with output_type="np".'
+        )
+    return array
+
+
+def image_error(value: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
+    """Relative L2 and PSNR of images in [0, 1]. None if they are not finite; psnr_db also if they are equal."""
+    if not np.isfinite(value).all():
+        return {"relative_l2": None, "psnr_db": None}
+    decibels = psnr(value, reference)
+    return {"relative_l2": relative_l2(value, reference), "psnr_db": decibels if math.isfinite(decibels) else None}

@@ -130,8 +130,3 @@ def _plain_network(target: Any) -> nn.Module:
             "precision computes. Call modiff.remove(...) first."
         )
     return module
-
-
-def has_static_scales(config: ModiffConfig) -> bool:
-    """Whether some layer's scales are measured once, on a modulated model, and not at each step."""
-    return not all(layer.activation.dynamic for layer in (config.layer, *(layer for _, layer in config.overrides)))

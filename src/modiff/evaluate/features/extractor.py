@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -77,16 +77,14 @@ def extract(
     rows = [extractor(images) for batch in batches for images in torch.as_tensor(batch).split(batch_size)]
     if not rows:
         raise ConfigError("extract: expected images, got none. The set is empty. Check the folder of the images.")
-    return Features(
-        torch.cat([row.pooled for row in rows]),
-        _joined([row.spatial for row in rows]),
-        _joined([row.probabilities for row in rows]),
-    )
+    return joined(rows)
 
 
-def _joined(rows: list[Tensor | None]) -> Tensor | None:
-    present = [row for row in rows if row is not None]
-    return torch.cat(present) if len(present) == len(rows) else None
+def joined(batches: Sequence[Features]) -> Features:
+    """The features of several batches as those of one."""
+    columns = ([rows for rows in column if rows is not None] for column in zip(*batches, strict=True))
+    pooled, *others = (torch.cat(rows) if len(rows) == len(batches) else None for rows in columns)
+    return Features(cast("Tensor", pooled), *others)
 
 
 def file_digest(path: Path) -> str:

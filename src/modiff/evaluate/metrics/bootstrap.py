@@ -44,24 +44,16 @@ def bootstrap(
     Args:
         statistic: takes one tensor for each sample and gives a finite number.
         samples: tensors whose rows are images.
-        resamples, seed, draw: see `resampled`. level, kind: see `interval`.
+        draw: "independent" draws from each sample as many rows as it has, with replacement; "paired" the same rows from
+            all of them, for samples whose rows come from the same seeds.
+        kind: "percentile" takes quantiles of the values. "centred" shifts these so that their mean lies on the
+            estimate: a Frechet distance grows when images repeat, so that the plain interval may miss it. "normal" uses
+            their standard deviation, for a few tens of resamples; a single value has none, and both ends are None.
+    Raises: ConfigError for empty samples, pairs of unequal length, or a statistic that is not finite.
     Cost: resamples + 1 evaluations of the statistic.
 
     >>> bootstrap(lambda x: float(x.mean()), [torch.zeros(5, 1)], resamples=10)
     {'estimate': 0.0, 'low': 0.0, 'high': 0.0, 'level': 0.95, 'resamples': 10}
-    """
-    values = resampled(statistic, samples, resamples=resamples, seed=seed, draw=draw)
-    return interval(_finite(statistic(*samples)), values, level=level, kind=kind)
-
-
-def resampled(
-    statistic: Callable[..., float], samples: Sequence[Tensor], *, resamples: int, seed: int, draw: Draw
-) -> np.ndarray:
-    """The statistic of `resamples` draws of rows with replacement, float64 (resamples,); the seed decides the draws.
-
-    draw: "independent" draws from each sample as many rows as it has; "paired" draws the same rows from all of them,
-    for samples whose rows come from the same seeds.
-    Raises: ConfigError for empty samples, pairs of unequal length, or a statistic that is not finite.
     """
     lengths = [len(sample) for sample in samples]
     if not lengths or min(lengths) < 1 or resamples < 1 or (draw == "paired" and len(set(lengths)) > 1):
@@ -71,34 +63,24 @@ def resampled(
             "each image, and resamples=1000."
         )
     generator = torch.Generator().manual_seed(seed)
-    values = np.empty(resamples)
+    estimate, values = _finite(statistic(*samples)), np.empty(resamples)
     for index in range(resamples):
-        drawn = lengths[:1] if draw == "paired" else lengths
-        rows = [torch.randint(length, (length,), generator=generator) for length in drawn]
-        rows = rows * len(samples) if draw == "paired" else rows
-        values[index] = _finite(statistic(*(sample[row] for sample, row in zip(samples, rows, strict=True))))
-    return values
-
-
-def interval(
-    estimate: float, values: np.ndarray, *, level: float = 0.95, kind: IntervalKind = "percentile"
-) -> Interval:
-    """The interval that holds the share `level` of the resampled values.
-
-    kind: "percentile" takes their quantiles. "centred" shifts these so that their mean lies on the estimate: a Frechet
-    distance grows when images repeat, so that the plain interval may miss it. "normal" uses their standard deviation,
-    for a few tens of resamples; a single value has none, and both ends are None.
-    """
+        rows = torch.randint(lengths[0], (lengths[0],), generator=generator)
+        drawn = [samples[0][rows]]
+        for sample in samples[1:]:
+            rows = rows if draw == "paired" else torch.randint(len(sample), (len(sample),), generator=generator)
+            drawn.append(sample[rows])
+        values[index] = _finite(statistic(*drawn))
     low: float | None = None
     high: float | None = None
     tail = (1 - level) / 2
     if kind != "normal":
         shift = estimate - float(values.mean()) if kind == "centred" else 0.0
         low, high = (float(end) + shift for end in np.quantile(values, [tail, 1 - tail]))
-    elif len(values) > 1:
+    elif resamples > 1:
         reach = statistics.NormalDist().inv_cdf(1 - tail) * float(values.std(ddof=1))
         low, high = estimate - reach, estimate + reach
-    return {"estimate": estimate, "low": low, "high": high, "level": level, "resamples": len(values)}
+    return {"estimate": estimate, "low": low, "high": high, "level": level, "resamples": resamples}
 
 
 def _finite(value: float) -> float:
@@ -116,11 +98,8 @@ def small_sample_note(
     """One sentence on what too few images do to a metric, or None if there are enough.
 
     Frechet (size: D, the length of a vector): two sets of n from one Gaussian with covariance σ² I are apart by about
-    σ² D (D + 5) / (2 n) for n much larger than D (arXiv:1911.07023 finds the 1 / n). Inception score (size: number of
-    classes K): the entropy of a mean over n images is too low by up to (K - 1) / (2 n) (Miller 1955).
-
-    >>> small_sample_note("mean", 30) is None
-    True
+    σ² D (D + 5) / (2 n) for large n (arXiv:1911.07023). Inception score (size: number of classes K): too low by up to
+    (K - 1) / (2 n) of its logarithm (Miller 1955).
     """
     if metric == "frechet_distance" and count <= size:
         return (

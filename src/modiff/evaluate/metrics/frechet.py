@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from modiff.errors import ConfigError
-from modiff.evaluate.metrics.bootstrap import Draw, Interval, IntervalKind, interval, resampled
+from modiff.evaluate.metrics.bootstrap import Draw, Interval, IntervalKind, bootstrap
 
 CHANNELS = 7
 """Channels of a spatial row, the first ones: 7 * 17 * 17 = 2023 numbers of Inception, about as many as its averages."""
-_SYMMETRY = 1e-8
-"""How far a published covariance may be from symmetric, as a share of its largest entry."""
-_NEGATIVE = 1e-6
-"""An eigenvalue below minus this share of the largest is no rounding error."""
 
 
 def feature_rows(value: Tensor | np.ndarray, where: str) -> Tensor:
@@ -86,24 +82,6 @@ class Moments:
         moments.update(rows)
         return moments
 
-    @classmethod
-    def from_statistics(cls, mean: Tensor | np.ndarray, covariance: Tensor | np.ndarray, count: int) -> Moments:
-        """Those of published statistics: mean (D,), covariance (D, D) divided by count - 1, and number of images.
-
-        Raises: ConfigError if the shapes do not fit, the matrix is not symmetric, or count is below 2.
-        """
-        center, matrix = torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()
-        square = center.ndim == 1 and matrix.shape == (len(center), len(center)) and len(center) > 0
-        if count < 2 or not square or float((matrix - matrix.T).abs().max()) > _SYMMETRY * float(matrix.abs().max()):
-            raise ConfigError(
-                f"Moments: expected a mean (D,), a symmetric covariance (D, D) and 2 or more images, got "
-                f"{tuple(center.shape)}, {tuple(matrix.shape)} and {count}. They describe one set. Give all three "
-                "from one file."
-            )
-        moments = cls(len(center))
-        moments.count, moments.mean, moments.scatter = count, center, (matrix + matrix.T) * (0.5 * (count - 1))
-        return moments
-
     def update(self, features: Tensor | np.ndarray) -> None:
         """Take in a batch (N, D); an empty one changes nothing. Raises: ConfigError for other shapes or NaN."""
         rows = feature_rows(features, "Moments.update")
@@ -138,7 +116,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     which is real by construction, for singular covariances (fewer images than dimensions) too. Eigenvalues under
     D ε λ_max, the rounding error of the decomposition, count as 0.
     Units: those of the features, squared. It is biased upwards by about c / n (see `small_sample_note`).
-    Raises: ConfigError for different dimensions, fewer than 2 images, or a covariance with negative eigenvalues.
+    Raises: ConfigError for different dimensions, or fewer than 2 images.
     Cost: O(D³): two symmetric eigendecompositions and one set of singular values; seconds at D = 2048.
 
     >>> a, b = Moments.of(torch.tensor([[-1.0], [1.0]])), Moments.of(torch.tensor([[-1.0], [3.0]]))
@@ -147,33 +125,17 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     """
     check_same_dimension(len(first.mean), len(second.mean), "frechet_distance")
     left, right = first.covariance(), second.covariance()
-    root = torch.linalg.svdvals(symmetric_root(left) @ symmetric_root(right)).sum()
+    root = torch.linalg.svdvals(_root(left) @ _root(right)).sum()
     delta = first.mean - second.mean
     distance = float(delta @ delta + left.trace() + right.trace() - 2 * root)
     return max(distance, 0.0)  # a squared distance; rounding leaves about -1e-13 for equal sets
 
 
-def symmetric_root(covariance: Tensor) -> Tensor:
-    """The symmetric positive semidefinite R with R R = covariance, (D, D) float64.
-
-    Raises: ConfigError if an eigenvalue is negative beyond rounding.
-    """
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric positive semidefinite R with R R = covariance."""
     values, vectors = torch.linalg.eigh(covariance)
-    largest = float(values[-1].abs())
-    if float(values[0]) < -_NEGATIVE * largest:
-        raise ConfigError(
-            "frechet_distance: expected a positive semidefinite covariance, got an eigenvalue of "
-            f"{float(values[0]):.3g}, the largest being {largest:.3g}. No set of images has such moments. Compute "
-            "them again."
-        )
-    floor = len(values) * torch.finfo(torch.float64).eps * largest
+    floor = len(values) * torch.finfo(torch.float64).eps * values[-1].abs()
     return (vectors * torch.where(values > floor, values, 0).sqrt()) @ vectors.T
-
-
-class FrechetInterval(Interval):
-    """`bias`: an estimate of how much larger the distance is at this n than with unlimited images."""
-
-    bias: float
 
 
 def frechet_interval(
@@ -185,19 +147,17 @@ def frechet_interval(
     seed: int = 0,
     draw: Draw = "independent",
     kind: IntervalKind = "centred",
-) -> FrechetInterval:
-    """`frechet_distance` of two sets of features with a bootstrap interval.
+) -> Interval:
+    """`frechet_distance` of two sets of features with a `bootstrap` interval.
 
-    The interval says where the distance of another n images of the same models would fall, at this n. A resample holds
-    about 63 % of the images, some of them twice, so it is biased once more; by how much is returned as `bias`, a rough
-    estimate of the first bias that grows too small when n is not far above D.
+    The interval says where the distance of another n images of the same models would fall, at this n.
 
     Args:
         features: (N, D).
         reference: features (M, D), or the moments of a fixed reference, which is not resampled.
         draw: "paired" if row i of both comes from one seed: the biases cancel, and an unchanged model is at 0, so the
-            value does not compare with one of independent seeds. See `resampled`; kind: see `interval`.
-    Raises: ConfigError as `resampled` and `frechet_distance`.
+            value does not compare with one of independent seeds.
+    Raises: ConfigError as `bootstrap` and `frechet_distance`.
     Cost: resamples + 1 distances, each O((N + M) D² + D³).
     """
     rows = feature_rows(features, "frechet_interval")
@@ -206,6 +166,4 @@ def frechet_interval(
     def distance(first: Tensor, second: Tensor | Moments = reference) -> float:
         return frechet_distance(Moments.of(first), second if isinstance(second, Moments) else Moments.of(second))
 
-    estimate = distance(*samples)
-    values = resampled(distance, samples, resamples=resamples, seed=seed, draw=draw)
-    return {**interval(estimate, values, level=level, kind=kind), "bias": float(values.mean()) - estimate}
+    return bootstrap(distance, samples, resamples=resamples, level=level, seed=seed, draw=draw, kind=kind)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modiff.errors import ConfigError
 from modiff.evaluate.analysis.drawing import FAMILY_STYLES, GREY, as_typed, file_bytes, layer_map, log_error, map_height
 from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.document import Figure
@@ -50,14 +49,7 @@ def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption
 
     Args:
         cost, error: what the axes say. A point with error 0 (full precision against itself) is a vertical line.
-    Raises: ConfigError without at least one run of fewer sampler steps: a method that they beat would look good alone.
     """
-    if not any(p.error for p in points if p.family == STEPS):
-        labels = ", ".join(p.label for p in points)
-        raise ConfigError(
-            f"{name}: expected a run with fewer sampler steps among the points, got {labels or 'no points'}. They "
-            "are the simplest way to make a sampler cheaper. Add one, for example half the steps."
-        )
     alt = f"{error} against {cost}. " + "; ".join(
         f"{p.label if p.family == STEPS else f'{p.family} {p.label}'} costs {p.cost:.3g}, "
         + ("not finite" if p.error is None else f"error {p.error:.3g}")

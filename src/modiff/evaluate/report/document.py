@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal, Self
-
-from modiff.errors import ConfigError
-
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -105,25 +100,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A report.
-
-    Raises: ConfigError if a figure or table has a name of anything but small letters, digits and single hyphens, or the
-        name of another one: it is its link and file name.
-    """
+    """A report. The names of its figures and tables are links and file names: small letters, digits and hyphens."""
 
     title: str
     lead: str
     sections: tuple[Section, ...]
-
-    def __post_init__(self) -> None:
-        names = [b.name for s in self.sections for b in s.blocks if isinstance(b, Table | Figure)]
-        wrong = sorted({name for name in names if names.count(name) > 1 or not _NAME.fullmatch(name)})
-        if wrong:
-            raise ConfigError(
-                f"Document: expected one name of small letters, digits and single hyphens for each figure and table, "
-                f"got {', '.join(map(repr, wrong))}. It is the file's name and the link. Use for example "
-                "'error-by-layer', once."
-            )
 
     def figures(self) -> list[Figure]:
         """All figures in order."""

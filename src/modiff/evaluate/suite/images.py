@@ -1,83 +1,48 @@
-"""Where the suite's images come from: a pipeline in this process, any other source, and files of real images."""
+"""Where the suite's images come from: a pipeline in this process, and files of real images."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
 
-from modiff.api import apply, calibrate, remove
-from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.analysis.watch import has_static_scales
+from modiff.errors import FormatError
 from modiff.evaluate.cost import trajectory_gbops
 from modiff.evaluate.demo import TUNING_SEED
-from modiff.evaluate.pipelines import measure_step
+from modiff.evaluate.pipelines import NOTHING, check_pipeline, configured, measure_step
 from modiff.evaluate.suite.plans import Plan
+from modiff.evaluate.suite.store import DrawnImages
 from modiff.generate.conditions import Conditions
 from modiff.generate.digest import digest, settings
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import MANIFEST, read_images, to_uint8
+from modiff.generate.worker import check_inputs
 from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import call_inputs, noise_generators
-from modiff.model.observe import observe
-from modiff.model.trajectory import state_bytes
 
 CALIBRATION_IMAGES = 8
 CHUNK = 500
 """Real images at a time."""
-NOTHING = Conditions()
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
-
-class DrawnImages(NamedTuple):
-    """A batch: images uint8 (N, H, W, C), wall time, state bytes at the trajectory's end, and how many images held
-    pixels that are not finite (they count as black)."""
-
-    images: np.ndarray
-    seconds: float
-    state_bytes: int
-    broken: int
-
-
-@dataclass(frozen=True)
-class Session:
-    """A configuration that is ready: `draw` gives the images of sample indices; gbops of one image, all steps."""
-
-    draw: Callable[[Sequence[int]], DrawnImages]
-    gbops: float
-
-
-class ImageSource(Protocol):
-    """Something that draws images; image i is the same whatever else is drawn with it, up to float rounding.
-
-    settings: all that shapes the images except the plan, as plain JSON values. shape: (H, W, C) of an image.
-    """
-
-    settings: dict[str, Any]
-    shape: tuple[int, int, int]
-
-    def open(self, plan: Plan, evaluated: Callable[[], object]) -> AbstractContextManager[Session]:
-        """Make a configuration ready, and undo it at the end; `evaluated` is to be called after each network call."""
-        ...
 
 
 class PipelineSource:
     """A pipeline in this process; image i comes from the noise of seed + i, and of its prompt or class.
 
-    Its layers are as before whenever no session is open. Cost: two steps of one image, to count its operations and
-    learn its shape.
+    settings: all that shapes the images except the plan, as plain JSON values. shape: (H, W, C) of an image.
+    Its layers are as before whenever no plan is open. Cost: two steps of one image, to count its operations and learn
+    its shape.
     Args:
         conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
     Raises: ConfigError for a pipeline that needs other inputs, or does not take these conditions.
@@ -86,10 +51,10 @@ class PipelineSource:
     def __init__(
         self, pipe: DiffusionPipeline, *, sampler: str = "ddim", seed: int = 0, conditions: Conditions = NOTHING
     ) -> None:
-        _check_inputs(pipe, conditions)
+        check_pipeline(pipe, "evaluate", conditions=conditions)
         self.pipe, self.seed, self.conditions = set_scheduler(pipe, sampler), seed, conditions
-        self.cost = measure_step(self.pipe, lambda: self.run(1, [0]))
-        self.shape: tuple[int, int, int] = self._draw(1, [0], {}).images.shape[1:]
+        self._costs = measure_step(self.pipe, lambda: self.run(1, [0]))
+        self.shape: tuple[int, ...] = self.run(1, [0]).shape[1:]
         networks = denoisers(self.pipe)
         self.settings: dict[str, Any] = {
             "pipeline": type(self.pipe).__name__,
@@ -110,53 +75,27 @@ class PipelineSource:
         return np.asarray(self.pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np").images)
 
     @contextmanager
-    def open(self, plan: Plan, evaluated: Callable[[], object]) -> Iterator[Session]:
-        """Apply the plan's config; static scales are measured first, on noise that no image comes from."""
-        most = self.pipe.scheduler.config.num_train_timesteps
-        if plan.steps > most:
-            raise ConfigError(
-                f"--steps: expected at most {most}, got {plan.steps}. The model was trained on no more. Use --steps 50."
-            )
-        with ExitStack() as stack:
-            report = None
-            if plan.config is not None:
-                report = apply(self.pipe, plan.config)
-                stack.callback(remove, self.pipe)
-                if has_static_scales(plan.config):
-                    others, seed = range(CALIBRATION_IMAGES), self.seed + TUNING_SEED
-                    calibrate(self.pipe, lambda: self.run(plan.steps, others, seed))
-            sizes: dict[nn.Module, int] = {}
+    def open(
+        self, plan: Plan, evaluated: Callable[[], object] | None = None
+    ) -> Iterator[Callable[[Sequence[int]], DrawnImages]]:
+        """Apply the plan's config, and give a function that draws the images of sample indices.
 
-            def after_step(model: nn.Module, *_: object) -> None:
-                sizes[model] = 0 if report is None else state_bytes(model)
-                evaluated()
+        Static scales are measured first, on noise that no image comes from. evaluated: called after each network call.
+        """
+        check_inputs(self.pipe, plan.steps, self.conditions)
+        others, seed = range(CALIBRATION_IMAGES), self.seed + TUNING_SEED
+        calibration = functools.partial(self.run, plan.steps, others, seed)
+        with configured(self.pipe, plan.config, calibration=calibration, evaluated=evaluated) as (report, sizes):
+            gbops = trajectory_gbops(self._costs, report, plan.steps)
 
-            for model in denoisers(self.pipe).values():
-                stack.enter_context(observe(model, on_step=after_step))
-            yield Session(
-                lambda indices: self._draw(plan.steps, indices, sizes), trajectory_gbops(self.cost, report, plan.steps)
-            )
+            def draw(indices: Sequence[int]) -> DrawnImages:
+                start = time.perf_counter()
+                pixels = self.run(plan.steps, indices)
+                seconds = time.perf_counter() - start
+                images, broken = to_codes(pixels)
+                return DrawnImages(images, seconds, sum(sizes.values()), broken, gbops)
 
-    def _draw(self, steps: int, indices: Sequence[int], sizes: dict[nn.Module, int]) -> DrawnImages:
-        start = time.perf_counter()
-        pixels = self.run(steps, indices)
-        seconds = time.perf_counter() - start
-        images, broken = to_codes(pixels)
-        return DrawnImages(images, seconds, sum(sizes.values()), broken)
-
-
-def _check_inputs(pipe: DiffusionPipeline, conditions: Conditions) -> None:
-    """Raise a ConfigError if the pipeline cannot draw what it is told to."""
-    values = conditions.prompts or conditions.labels
-    try:
-        call_inputs(pipe, len(values) or 1, prompt=conditions.prompts or None, label=conditions.labels or None)
-    except ConfigError:
-        if values:
-            raise
-        raise ConfigError(
-            f"evaluate: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt, a class "
-            "or another input. This does not invent one. Give --prompts FILE or --labels N-M where it takes them."
-        ) from None
+            yield draw
 
 
 def _short(values: Sequence[str] | Sequence[int]) -> str | None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modiff.evaluate.features.extractor import FeatureExtractor, note_of
+from modiff.evaluate.features.extractor import FeatureExtractor, Features, joined, note_of
 from modiff.evaluate.features.load import Metric, result_name
 from modiff.evaluate.metrics.bootstrap import IntervalKind, bootstrap, small_sample_note
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import WINDOW, mean, paired_errors
 from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
-from modiff.evaluate.suite.store import SavedBatch
+from modiff.evaluate.suite.store import DrawnImages
 
 RESAMPLES = 200
 LARGEST_RESAMPLED, FEW_RESAMPLES = 256, 20
@@ -70,49 +70,41 @@ class ImageSet:
     """All images of a configuration, or a set of real ones, as the metrics need them. N images, D features.
 
     pooled (N, D) float32. spatial: moments of the spatial rows. images: uint8 (N, H, W, C), spatial_rows (N, D2)
-    float32: None for real ones, which are neither shown nor resampled.
+    float32: empty and None for real ones, which are neither shown nor resampled.
     """
 
     pooled: Tensor
-    spatial: Moments | None
-    probabilities: Tensor | None
-    images: np.ndarray | None
+    spatial: Moments | None = None
+    probabilities: Tensor | None = None
+    images: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     seconds: float = 0.0
     state_bytes_per_image: float = 0.0
     broken: int = 0
+    gbops: float = 0.0
     spatial_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
 
 
-def gather(batches: Iterable[SavedBatch], *, images: bool = True) -> ImageSet:
+def gather(batches: Iterable[tuple[DrawnImages, Features]], *, images: bool = True) -> ImageSet:
     """One set from batches. Memory: its pooled features, with `images` also these and the spatial rows."""
-    columns: dict[str, list[np.ndarray]] = {"pooled": [], "probabilities": [], "images": [], "spatial": []}
-    spatial: Moments | None = None
-    seconds, state, broken = 0.0, 0.0, 0
-    for batch in batches:
-        for name in columns if images else ("pooled", "probabilities"):
-            array = getattr(batch, name)
-            columns[name] += [] if array is None else [array]
-        if batch.spatial is not None:
-            spatial = spatial or Moments(batch.spatial.shape[1])
-            spatial.update(torch.from_numpy(batch.spatial))
-        seconds += batch.seconds
-        state = max(state, batch.state_bytes / len(batch.images))
-        broken += batch.broken
-
-    def joined(name: str) -> Tensor | None:
-        return torch.from_numpy(np.concatenate(columns[name])) if columns[name] else None
-
-    return ImageSet(
-        pooled=torch.from_numpy(np.concatenate(columns["pooled"])),
-        spatial=spatial,
-        probabilities=joined("probabilities"),
-        images=np.concatenate(columns["images"]) if images else None,
-        seconds=seconds, state_bytes_per_image=state, broken=broken,
-        spatial_rows=joined("spatial"),
-    )  # fmt: skip
+    gathered = ImageSet(torch.zeros(0))
+    features: list[Features] = []
+    pixels: list[np.ndarray] = []
+    for drawn, rows in batches:
+        if rows.spatial is not None:
+            gathered.spatial = gathered.spatial or Moments(rows.spatial.shape[1])
+            gathered.spatial.update(rows.spatial)
+        features.append(rows if images else rows._replace(spatial=None))
+        pixels += [drawn.images] if images else []
+        gathered.seconds += drawn.seconds
+        gathered.state_bytes_per_image = max(gathered.state_bytes_per_image, drawn.state_bytes / len(drawn.images))
+        gathered.broken += drawn.broken
+        gathered.gbops = drawn.gbops
+    gathered.pooled, gathered.spatial_rows, gathered.probabilities = joined(features)
+    gathered.images = np.concatenate(pixels) if images else gathered.images
+    return gathered
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ class Judge:
     reference: ImageSet | None = None
     resamples: int = RESAMPLES
 
-    def measure(self, images: ImageSet, gbops: float) -> list[Measurement]:
+    def measure(self, images: ImageSet) -> list[Measurement]:
         """All figures of a configuration; those to full precision only if it is not full precision itself."""
         rows: list[Measurement] = []
         if images is self.full:
@@ -133,7 +125,7 @@ class Judge:
             rows += [*self._distances(images, self.full, FULL), *self._paired(images)]
         if self.reference is not None:
             rows += self._distances(images, self.reference, DATA)
-        return mark_broken(images, [*rows, *self._score(images), *_costs(images, gbops)])
+        return mark_broken(images, [*rows, *self._score(images), *_costs(images)])
 
     def _row(self, metric: Metric, against: str | None, value: float | None, n: int,
              interval: Mapping[str, Any] | None, *notes: str | None) -> Measurement:  # fmt: skip
@@ -218,8 +210,6 @@ class Judge:
 
     def _paired(self, images: ImageSet) -> list[Measurement]:
         """Against full precision, image by image."""
-        if images.images is None or self.full.images is None:
-            return []
         errors = paired_errors(images.images, self.full.images, resamples=self.resamples)
         rows: list[Measurement] = []
         for name, label in (("relative_l2", "relative L2"), ("psnr_db", "PSNR dB"), ("ssim", "SSIM")):
@@ -235,9 +225,9 @@ class Judge:
         return rows
 
 
-def _costs(images: ImageSet, gbops: float) -> list[Measurement]:
+def _costs(images: ImageSet) -> list[Measurement]:
     return [
-        measurement("gbops", "GBOPs", None, gbops, 1, None, GBOPS),
+        measurement("gbops", "GBOPs", None, images.gbops, 1, None, GBOPS),
         measurement("state_mib", "state MiB", None, images.state_bytes_per_image / 2**20, len(images), None, STATE),
         measurement("seconds", "seconds", None, images.seconds, len(images), None, SECONDS),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,20 @@ from tqdm import tqdm
 
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
-from modiff.evaluate.analysis.watch import has_static_scales, watch
-from modiff.evaluate.features.extractor import FeatureExtractor, note_of
+from modiff.evaluate.analysis.watch import watch
+from modiff.evaluate.features.extractor import FeatureExtractor, Features, note_of
 from modiff.evaluate.metrics.bootstrap import small_sample_note
+from modiff.evaluate.pipelines import has_static_scales
 from modiff.evaluate.suite.extras import Extra
-from modiff.evaluate.suite.images import (
-    DrawnImages,
-    ImageSource,
-    PipelineSource,
-    Session,
-    check_reference,
-    read_reference,
-)
-from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, ImageSet, Judge, Measurement, gather, mark_broken
+from modiff.evaluate.suite.images import PipelineSource, check_reference, read_reference
+from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, mark_broken
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
-from modiff.evaluate.suite.store import SavedBatch, Store
+from modiff.evaluate.suite.store import DrawnImages, Store
 from modiff.evaluate.table import aligned, number
 from modiff.files import ResumableFolder
 from modiff.generate.environment import Environment, environment
 
-_FORMAT_VERSION = 1
-ROWS = 2
-"""Counts up when the names or definitions of the figures change, so that rows of earlier runs are computed again."""
+_FORMAT_VERSION = 2
 SAMPLES = 8
 """Images of each configuration that the result holds, to be looked at."""
 COLUMNS = {
@@ -82,9 +74,17 @@ class Suite:
     environment: Environment
 
     def table(self) -> str:
-        """The main figures as aligned text, and what too few images do to the distances."""
-        small = small_sample_note("frechet_distance", self.settings["num_images"], self.settings["extractor_dimension"])
-        return text_table(self.rows) + (f"\nWarning: {small}" if small else "")
+        """Name, steps and main figures of each configuration as aligned text, and what the columns mean."""
+        figures = [m for row in self.rows for m in row.metrics]
+        names = [name for name in COLUMNS if any(m["name"] == name for m in figures)]
+        cells = [["", "steps", *(COLUMNS[name][0] for name in names)]]
+        for row in self.rows:
+            shown = ((row.metric(name) or {"value": None}, COLUMNS[name][1]) for name in names)
+            cells.append([row.plan.name, str(row.plan.steps), *(number(m["value"], form) for m, form in shown)])
+        count, dimension = self.settings["num_images"], self.settings["extractor_dimension"]
+        small = small_sample_note("frechet_distance", count, dimension)
+        footnote = _FOOTNOTE.format(extractor=self.settings["extractor"], n=count)
+        return f"{aligned(cells)}\n\n{footnote}" + (f"\nWarning: {small}" if small else "")
 
     def to_dict(self, command: Sequence[str]) -> dict[str, Any]:
         """Plain values for JSON, images left out; `command` is what was typed."""
@@ -96,20 +96,8 @@ class Suite:
         }
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """Name, steps and main figures of each configuration, aligned, with what the columns mean below."""
-    figures = [m for row in rows for m in row.metrics]
-    names = [name for name in COLUMNS if any(m["name"] == name for m in figures)]
-    cells = [["", "steps", *(COLUMNS[name][0] for name in names)]]
-    for row in rows:
-        shown = ((row.metric(name) or {"value": None}, COLUMNS[name][1]) for name in names)
-        cells.append([row.plan.name, str(row.plan.steps), *(number(m["value"], form) for m, form in shown)])
-    extractor = next((m["extractor"] for m in figures if m["extractor"]), "no")
-    return f"{aligned(cells)}\n\n{_FOOTNOTE.format(extractor=extractor, n=max(m['n'] for m in figures))}"
-
-
 def run_suite(
-    source: ImageSource,
+    source: PipelineSource,
     extractor: FeatureExtractor,
     chosen: Preset,
     folder: Path,
@@ -123,12 +111,11 @@ def run_suite(
     """Draw every configuration's images, or go on where an earlier run in `folder` stopped, and judge them.
 
     Args:
-        source: draws the images, for example a PipelineSource. chosen: how many, how many steps, which configs.
-        folder: a batch or a row that is finished there is never computed twice.
+        folder: a batch of images that is finished there is never drawn twice.
         reference: real images, see `read_reference`; of the size that the model draws.
         extras: figures on top of those that are always there; see `load_extras`.
         resamples: of the bootstrap intervals.
-        progress: a bar on stderr, in images of full precision with all its steps.
+        progress: bars on stderr.
     Raises: ConfigError for settings that mean nothing, a folder of another job or a reference of another size;
         FormatError for files that cannot be read; OSError that names a file. What was finished stays.
     Cost: as many trajectories as configurations; the metrics take seconds each with a small extractor.
@@ -148,106 +135,60 @@ def run_suite(
            "modiff": present["modiff"], "torch": present["torch"]}  # fmt: skip
     with ResumableFolder(folder, job, record="settings.json"):
         store = Store(folder, batch_size)
-        real = None if reference is None else check_reference(reference, source.shape, LEAST_IMAGES)
-        gbops = _draw_all(source, extractor, store, plans, chosen, progress)
-        samples = tuple(next(store.load(plan, chosen.num_images)).images[:SAMPLES] for plan in plans)
-        depends_on = {"rows": ROWS, "num_images": chosen.num_images, "full": plans[0].key, "reference": real,
-                      "resamples": resamples, "extras": [extra.name for extra in extras]}  # fmt: skip
-        metrics = _judge_all(
-            extractor, store, dict(zip(plans, gbops, strict=True)), reference, extras, depends_on, progress
-        )
-    rows = [Row(plan, tuple(figures)) for plan, figures in zip(plans, metrics, strict=True)]
+        digest = None if reference is None else check_reference(reference, source.shape, LEAST_IMAGES)
+        _draw_all(source, extractor, store, plans, chosen.num_images, progress)
+        real = None if reference is None else gather(_reference_batches(reference, extractor), images=False)
+        full = gather(store.load(plans[0], chosen.num_images))
+        judge = Judge(extractor, full, real, resamples)
+        rows: list[Row] = []
+        samples: list[np.ndarray] = []
+        for plan in tqdm(plans, unit="configuration", desc="metrics", disable=not progress):
+            images = gather(store.load(plan, chosen.num_images)) if rows else full
+            more = [figure for extra in extras for figure in extra.measure(images, full, resamples)]
+            rows.append(Row(plan, (*judge.measure(images), *mark_broken(images, more))))
+            samples.append(images.images[:SAMPLES])
     settings = dataclasses.asdict(chosen) | job | {
-        "reference": real, "resamples": resamples, "metrics": [extra.name for extra in extras],
+        "reference": digest, "resamples": resamples, "metrics": [extra.name for extra in extras],
         "extractor_dimension": extractor.dimension, "extractor_note": note_of(extractor),
     }  # fmt: skip
-    return Suite(tuple(rows), samples, settings, present)
+    return Suite(tuple(rows), tuple(samples), settings, present)
 
 
-def _draw_all(source: ImageSource, extractor: FeatureExtractor, store: Store, plans: Sequence[Plan], chosen: Preset,
-              progress: bool) -> list[float]:  # fmt: skip
-    """Draw what is missing of every plan; the bit-operations of each."""
-    missing = {plan: store.missing(plan, chosen.num_images) for plan in plans}
+def _draw_all(source: PipelineSource, extractor: FeatureExtractor, store: Store, plans: Sequence[Plan],
+              num_images: int, progress: bool) -> None:  # fmt: skip
+    """Draw and save what is missing of every plan, with its features."""
+    missing = {plan: batches for plan in plans if (batches := store.missing(plan, num_images))}
     total = sum(plan.steps * len(batches) for plan, batches in missing.items())
-    gbops: list[float] = []
     with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True, mininterval=0.5) as bar:
         for plan, batches in missing.items():
             bar.set_description(plan.name)
-            known = store.gbops(plan)
-            if batches or known is None:
-                with source.open(plan, bar.update) as session:
-                    _draw_plan(session, extractor, store, plan, batches, bar)
-                    known = session.gbops
-                store.save_gbops(plan, known)
-            gbops.append(known)
-    return gbops
+            with source.open(plan, bar.update) as draw:
+                for indices in batches:
+                    start = bar.n
+                    drawn = draw(indices)
+                    store.save(plan, indices, drawn, extractor(torch.tensor(drawn.images)))
+                    bar.update(start + plan.steps - bar.n)  # samplers may evaluate more or less often than once a step
 
 
-def _draw_plan(session: Session, extractor: FeatureExtractor, store: Store, plan: Plan, batches: Sequence[range],
-               bar: tqdm[Any]) -> None:  # fmt: skip
-    """Draw and save the batches of one plan, with their features."""
-    for indices in batches:
-        start = bar.n
-        store.save(plan, indices, _batch(extractor, session.draw(indices)))
-        bar.update(start + plan.steps - bar.n)  # samplers may evaluate more or less often than once in a step
+def _reference_batches(path: Path, extractor: FeatureExtractor) -> Iterator[tuple[DrawnImages, Features]]:
+    for images in read_reference(path):
+        yield DrawnImages(images), extractor(torch.tensor(images))
 
 
-def _batch(extractor: FeatureExtractor, drawn: DrawnImages) -> SavedBatch:
-    rows = extractor(torch.tensor(drawn.images))
-    pooled, spatial, probabilities = (None if row is None else row.detach().cpu().float().numpy() for row in rows)
-    return SavedBatch(drawn.images, np.asarray(pooled), spatial, probabilities, drawn.seconds, drawn.state_bytes,
-                 drawn.broken)  # fmt: skip
+def watched_layers(
+    source: PipelineSource, plans: Sequence[Plan], num_images: int = 4
+) -> tuple[Plan, int, list[LayerTrace]] | None:
+    """A configuration, `num_images`, and the errors of every layer at every step, fed with full-precision inputs.
 
-
-def _reference_set(path: Path, extractor: FeatureExtractor) -> ImageSet:
-    """The features of real images; the images themselves are not kept in memory."""
-    return gather((_batch(extractor, DrawnImages(images, 0.0, 0, 0)) for images in read_reference(path)), images=False)
-
-
-def _judge_all(
-    extractor: FeatureExtractor,
-    store: Store,
-    gbops: dict[Plan, float],
-    reference: Path | None,
-    extras: Sequence[Extra],
-    depends_on: dict[str, Any],
-    progress: bool,
-) -> list[list[Measurement]]:
-    """The figures of every plan, those of the extras last; computed only where the store has none."""
-    rows = {plan: store.row(plan, depends_on) for plan in gbops}
-    if not all(rows.values()):
-        count = depends_on["num_images"]
-        data = None if reference is None else _reference_set(reference, extractor)
-        full = gather(store.load(next(iter(gbops)), count))
-        judge = Judge(extractor, full, data, depends_on["resamples"])
-        for i, (plan, row) in enumerate(tqdm(rows.items(), unit="configuration", desc="metrics", disable=not progress)):
-            if row is None:
-                images = full if i == 0 else gather(store.load(plan, count))
-                more = [figure for extra in extras for figure in extra.measure(images, full, judge.resamples)]
-                rows[plan] = {"metrics": [*judge.measure(images, gbops[plan]), *mark_broken(images, more)]}
-                store.save_row(plan, depends_on, rows[plan])
-    return [row["metrics"] for row in rows.values() if row]
-
-
-def watched_plan(plans: Sequence[Plan]) -> Plan | None:
-    """The configuration whose layers are shown: the last modulated one with dynamic scales, else the last such one.
-
-    None if there is none: static scales are measured on a modulated model, and layers are watched on the plain one.
-    """
-    dynamic = [plan for plan in plans if plan.config is not None and not has_static_scales(plan.config)]
-    modulated = [plan for plan in dynamic if plan.config is not None and plan.config.layer.modulation is not None]
-    return (modulated or dynamic or [None])[-1]
-
-
-def layer_errors(source: PipelineSource, plan: Plan, *, num_images: int = 4) -> list[LayerTrace]:
-    """The errors of every layer at every step, layers fed with their full-precision inputs.
-
-    Args:
-        source: its pipeline must be without modiff. plan: one with a config.
+    It is the last modulated one with dynamic scales, otherwise the last such one, otherwise None: static scales are
+    measured on a modulated model, and layers are watched on the plain one.
     Cost: one trajectory of `num_images`, with each layer's recursion next to it.
     """
-    if plan.config is None:
-        return []
+    dynamic = [plan for plan in plans if plan.config and not has_static_scales(plan.config)]
+    modulated = [plan for plan in dynamic if plan.config and plan.config.layer.modulation]
+    plan = (modulated or dynamic or [None])[-1]
+    if plan is None or plan.config is None:
+        return None
     errors = LayerTraces()
     watch(source.pipe, lambda: source.run(plan.steps, range(num_images)), plan.config, [errors])
-    return errors.layers()
+    return plan, num_images, errors.layers()
