@@ -27,7 +27,8 @@ from modiff.kernels.encode import choose_encoder, encode_input, encode_residual
 from modiff.kernels.isa import LIMIT, detect
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
-from modiff.model.roofline import Reached, Work, bytes_moved, interleaved, measure_peaks, roofline_seconds
+from modiff.model.autotune import interleaved
+from roofline import Reached, Work, bytes_moved, measure_peaks, roofline_seconds
 
 LIMITS = {"native": "", "vnni": "AVX512_CORE_VNNI", "avx512": "AVX512_CORE", "avx2": "AVX2", "sse41": "SSE41"}
 THREE = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}

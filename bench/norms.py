@@ -24,7 +24,7 @@ from torch.nn import functional
 from modiff.generate.environment import environment
 from modiff.kernels.encode import encode_residual
 from modiff.kernels.input_fusion import Activation, InputFusion, Norm
-from modiff.model.roofline import interleaved
+from modiff.model.autotune import interleaved
 
 
 @dataclass(frozen=True)

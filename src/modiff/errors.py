@@ -7,7 +7,7 @@
     ├── KernelError       (RuntimeError)  a backend cannot run what it was asked to
     └── FormatError       (ValueError)    a file or folder is not what its name promises
 
-    ModiffWarning         (UserWarning)   something works, but slower than it could: said once per process and cause
+    ModiffWarning         (UserWarning)   something works, but slower or worse than it could: once for each cause
 
 Messages read `<where>: expected <what>, got <what>. <why>. <what to type instead>.`
 """
@@ -40,7 +40,7 @@ class FormatError(ModiffError, ValueError):
 
 
 class ModiffWarning(UserWarning):
-    """Something works, but slower than it could, and the message says what to do about it."""
+    """Something works, but slower or less exactly than it could, and the message says what to do about it."""
 
 
 _WARNED: set[str] = set()

@@ -41,7 +41,7 @@ def test_a_gated_pipeline_samples_and_the_same_file_gives_the_same_config(tmp_pa
 @pytest.mark.usefixtures("slow_floats")
 def test_times_of_another_machine_are_kept_and_not_used(tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps({"another": {"peaks": None, "layers": {}}}))
+    profile.write_text(json.dumps({"another": {"layers": {}}}))
     modiff.autotune(HOSTS["ddim"].build(), steps=2, profile=profile)
     assert set(json.loads(profile.read_text())) == {"another", machine()}
 
@@ -57,11 +57,13 @@ def test_where_nothing_pays_there_is_nothing_to_apply(monkeypatch: pytest.Monkey
         modiff.apply(pipe, found.config)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, '{"MACHINE": {"layers": {}}}'])
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", "[" * 100_000, '{"MACHINE": {"layers": 3}}', '{"MACHINE": {"layers": {"a": {"float": 1.0}}}}']
+)
 def test_a_file_that_is_no_profile_is_refused_and_survives(tmp_path: Path, text: str) -> None:
     profile, text = tmp_path / "profile.json", text.replace("MACHINE", machine())
     profile.write_text(text)
-    with pytest.raises(FormatError, match=r"expected (a profile that modiff wrote|peaks and times of layers)"):
+    with pytest.raises(FormatError, match="expected a profile that modiff wrote"):
         modiff.autotune(HOSTS["ddim"].build(), steps=2, profile=profile)
     assert profile.read_text() == text
 

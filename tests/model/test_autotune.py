@@ -12,13 +12,10 @@ from torch import nn
 
 import modiff
 from modiff import CalibrationError, ConfigError, LayerConfig, ModiffConfig, QuantizerConfig, StateError, presets
-from modiff.errors import FormatError
-from modiff.model.autotune import MARGIN, Profile, Seconds, choose, choose_modes, measure_layer, signature
-from modiff.model.roofline import Reached
+from modiff.model.autotune import MARGIN, Seconds, choose, choose_modes, interleaved, measure_layer, signature
 from tests.model.toys import TAKEN, sample, toy
 
 SLOW_FLOATS = {"float": 3.0, "plain": 1.0, "modulated": 2.0}
-PEAKS = Reached(1e10, 1e11, 4e11)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +33,8 @@ PEAKS = Reached(1e10, 1e11, 4e11)
 def test_the_fastest_mode_within_the_tolerance_wins_and_floats_where_it_does_not_pay(
     seconds, errors, tolerance, choice, reason
 ):
-    found, why = choose(seconds, errors, tolerance)
-    assert found == choice
+    chosen, why = choose(seconds, errors, tolerance)
+    assert chosen == choice
     assert reason in why
     assert choose(seconds, errors, tolerance, "its weight keeps floats") == (
         "float", "no integers: its weight keeps floats",
@@ -58,16 +55,15 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run_autotune(model: nn.Module, config: ModiffConfig | None = None, **words: object) -> modiff.AutotuneResult:
-    words.setdefault("profile", Profile(PEAKS))
     return choose_modes([model], lambda: sample(model), config or presets.w8a8(), **words)
 
 
 def test_the_config_does_what_the_rows_say(times):
     model = toy()
-    found = run_autotune(model, tolerance=0.5)
-    assert [row.name for row in found.rows] == list(TAKEN)
-    assert {row.name: row.choice for row in found.rows} == {"body": "plain"} | dict.fromkeys(TAKEN[1:], "float")
-    report = modiff.apply(model, found.config)
+    result = run_autotune(model, tolerance=0.5)
+    assert [row.name for row in result.rows] == list(TAKEN)
+    assert {row.name: row.choice for row in result.rows} == {"body": "plain"} | dict.fromkeys(TAKEN[1:], "float")
+    report = modiff.apply(model, result.config)
     assert [entry.name for entry in report.taken] == ["body"]
     assert report.taken[0].config == LayerConfig(modulation=None, execution="integer")
     assert torch.stack(sample(model)).isfinite().all()
@@ -78,52 +74,43 @@ def test_a_tighter_tolerance_turns_plain_layers_into_modulated_ones(times):
     (body, *_) = run_autotune(model, tolerance=0.5).rows
     plain, modulated = body.errors
     assert modulated < plain
-    found = run_autotune(model, tolerance=(plain + modulated) / 2)
-    assert found.rows[0].choice == "modulated"
-    assert found.state_bytes == found.rows[0].state_bytes == 4 * (2 * 16 * 4 * 4 + 2 * 16 * 4 * 4)
-    modiff.apply(model, found.config)
+    result = run_autotune(model, tolerance=(plain + modulated) / 2)
+    assert result.rows[0].choice == "modulated"
+    assert result.state_bytes == result.rows[0].state_bytes == 4 * (2 * 16 * 4 * 4 + 2 * 16 * 4 * 4)
+    modiff.apply(model, result.config)
     assert model.body.inputs is not None
     assert run_autotune(toy(), tolerance=modulated / 2).rows[0].choice == "float"
 
 
 def test_the_same_profile_gives_the_same_choice_and_measures_nothing_again(times):
-    profile = Profile(PEAKS)
+    profile: dict[str, Seconds] = {}
     first = run_autotune(toy(), tolerance=0.5, profile=profile)
-    assert len(times) == len(set(times)) == len(profile.layers) == 2  # all linear layers are alike
-    again = run_autotune(toy(), tolerance=0.5, profile=Profile.from_dict(json.loads(json.dumps(profile.to_dict()))))
-    assert again == first
+    assert len(times) == len(set(times)) == len(profile) == 2  # all linear layers are alike
+    assert run_autotune(toy(), tolerance=0.5, profile=profile) == first
     assert len(times) == 2
 
 
 def test_static_scales_are_judged_by_measured_ones_and_stay_in_the_config(times):
     config = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False)))
-    found = run_autotune(toy(), config, tolerance=0.5)
-    assert found.rows[0].choice == "plain"
-    assert not found.config.layer.activation.dynamic
+    result = run_autotune(toy(), config, tolerance=0.5)
+    assert result.rows[0].choice == "plain"
+    assert not result.config.layer.activation.dynamic
 
 
 def test_the_seconds_of_an_evaluation_are_the_sum_over_its_calls(times):
-    found = run_autotune(toy(), tolerance=0.5)
-    assert [row.calls for row in found.rows] == [1.0] * 5
-    assert (found.seconds("float"), found.seconds("plain"), found.seconds()) == (7.0, 9.0, 5.0)
-    text = str(found)
+    result = run_autotune(toy(), tolerance=0.5)
+    assert [row.calls for row in result.rows] == [1.0] * 5
+    assert (result.seconds("float"), result.seconds("plain"), result.seconds()) == (7.0, 9.0, 5.0)
+    text = str(result)
     assert "4 float, 1 plain, 0 modulated; layers of one evaluation: 5000.0 ms as chosen, all float 7000.0" in text
-    assert json.loads(json.dumps(found.to_dict()))["layers"][0]["choice"] == "plain"
-
-
-def test_the_model_is_left_as_it_was(times):
-    model = toy()
-    before = dict(model.__dict__)
-    run_autotune(model)
-    assert model.__dict__ == before
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert json.loads(json.dumps(result.to_dict()))["layers"][0]["choice"] == "plain"
 
 
 def test_a_layer_is_timed_in_all_three_modes_and_each_signature_stands_for_one_kind():
     layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 6, 6)
-    found = measure_layer(layer, x, LayerConfig())
-    assert set(found) == {"float", "plain", "modulated"}
-    assert all(0 < seconds < 60 for seconds in found.values())
+    result = measure_layer(layer, x, LayerConfig())
+    assert set(result) == {"float", "plain", "modulated"}
+    assert all(0 < seconds < 60 for seconds in result.values())
     base = signature(layer, x, LayerConfig(), None)
     others = [
         signature(nn.Conv2d(8, 8, 3), x, LayerConfig(), None),
@@ -136,24 +123,26 @@ def test_a_layer_is_timed_in_all_three_modes_and_each_signature_stands_for_one_k
     assert signature(nn.Conv2d(8, 8, 3, padding=1), torch.zeros_like(x), LayerConfig(), None) == base
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "KeyError"),
-        ({"peaks": None, "layers": {"a": {"float": 1.0}}}, "KeyError"),
-        ({"peaks": 3, "layers": {}}, ""),
-    ],
-)
-def test_a_profile_that_is_none_is_refused(values, message):
-    with pytest.raises(FormatError, match=f"profile: expected peaks and times of layers.*{message}.*Delete it"):
-        Profile.from_dict(values)
+def test_every_round_has_every_run_in_turn_after_one_that_does_not_count():
+    called: list[str] = []
+    times = interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
+    assert "".join(called) == "ababab"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
 
 
-def test_what_cannot_be_gated_is_refused():
+def test_a_run_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("|"))
+    interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
+    assert "".join(called) == "ab" + "|a||b|" * 2
+
+
+def test_what_cannot_be_tuned_is_refused():
     model = toy()
     with pytest.raises(ConfigError, match=r"autotune.tolerance: expected a relative error above 0, got 0"):
         run_autotune(model, tolerance=0)
-    with pytest.raises(ConfigError, match="autotune: expected a config with modulation, got none"):
+    with pytest.raises(ConfigError, match="autotune: expected a config with modulation, got None"):
         run_autotune(model, presets.plain())
     with pytest.raises(ConfigError, match="autotune: expected a config without overrides"):
         run_autotune(model, dataclasses.replace(presets.w8a8(), overrides=(("body", LayerConfig()),)))
@@ -162,5 +151,5 @@ def test_what_cannot_be_gated_is_refused():
     with pytest.raises(CalibrationError, match="autotune: expected a trajectory of two steps or more"):
         choose_modes([model], lambda: sample(model, steps=1), presets.w8a8())
     modiff.apply(model, presets.w8a8())
-    with pytest.raises(StateError, match="autotune: expected a plain model, got one with modulated layers"):
+    with pytest.raises(StateError, match="autotune: expected a plain model, got Toy with modulated layers"):
         run_autotune(model)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import modiff
 from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.model.attach import attachment_of
 from modiff.model.probe import Probe, probes_of
@@ -100,9 +99,8 @@ def test_a_probe_of_a_split_layer_gives_each_half_a_scale_of_its_own():
 
 def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was():
     model = toy()
-    report = modiff.select(model, activations_only(3))
     attributes = set(model.__dict__)
-    with probes_of(model, report, [PUBLISHED], {"body": 5}) as probes:
+    with probes_of(model, activations_only(3), [PUBLISHED], {"body": 5}) as probes:
         outputs = sample(model)
         assert attachment_of(model) is not None
     assert [probe.name for probe in probes] == list(TAKEN)

@@ -31,7 +31,7 @@ def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
         "attention.to_v": "",
         "attention.to_out.0": "",
         "tiny": "tiny: 32 weights",
-        "back": "ConvTranspose2d has no modulated quantized",
+        "back": "ConvTranspose2d has no modulated form",
         "conv_out": "first or last layer (by registration)",
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from modiff import (
     ModulationConfig,
     QuantizerConfig,
     StateError,
-    presets,
 )
 from modiff.model.attach import attachment_of
 from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, _by_name, candidates, search_config
@@ -82,12 +80,13 @@ def few(config: LayerConfig) -> list[LayerConfig]:
     return [config, clipped, linear, dataclasses.replace(linear, rotation="hadamard")]
 
 
-def test_the_choice_is_the_best_by_the_reference_and_beats_the_published_setting(follower):
+def test_the_choice_is_the_best_by_the_reference_and_beats_the_published_setting(follower, monkeypatch):
     model, inputs, run_it = follower
     base = activations_only(4, granularity="sample")
     choices = few(base.layer)
     errors = [judged(model.layer, choice, inputs) for choice in choices]
-    chosen = search_config(model, run_it, base, choices=choices).layer
+    monkeypatch.setattr("modiff.model.tune.candidates", lambda base: choices)
+    chosen = search_config([model], run_it, base).layer
     assert choices.index(chosen) == errors.index(min(errors))
     assert min(errors) < 0.7 * errors[0]
 
@@ -140,7 +139,7 @@ class Pair(nn.Module):
         return torch.cat([self.smooth(smooth), self.noisy(noisy)], -1)
 
 
-def test_a_setting_for_each_layer_wins_where_layers_differ_and_comes_as_overrides():
+def test_a_setting_for_each_layer_wins_where_layers_differ_and_comes_as_overrides(monkeypatch):
     torch.manual_seed(3)
     model, noise = Pair(), drifting(0, (8, 16), 25, 0.3, torch.float32)
     inputs = [torch.cat([s, 20 * n], -1) for s, n in zip(smooth_inputs(), noise, strict=True)]
@@ -153,16 +152,17 @@ def test_a_setting_for_each_layer_wins_where_layers_differ_and_comes_as_override
     base = activations_only(4)
     linear = dataclasses.replace(base.layer, modulation=ModulationConfig(predictor="linear"))
     choices = [base.layer, linear]
-    whole = search_config(model, run_it, base, choices=choices)
-    found = search_config(model, run_it, base, choices=choices, granularity="layer")
+    monkeypatch.setattr("modiff.model.tune.candidates", lambda base: choices)
+    whole = search_config([model], run_it, base)
+    tuned = search_config([model], run_it, base, granularity="layer")
     assert whole.layer in choices
     assert whole.overrides == ()
-    assert found.overrides == (("smooth", linear), ("noisy", base.layer))
-    assert [e.config for e in modiff.apply(model, found).taken] == [linear, base.layer]
+    assert tuned.overrides == (("smooth", linear), ("noisy", base.layer))
+    assert [e.config for e in modiff.apply(model, tuned).taken] == [linear, base.layer]
 
 
 class Renamed(nn.Module):
-    """A second network: one layer named as in `Follower`, one of its own."""
+    """A second network: one layer named as in `Follower`, another one that it has alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,28 +172,24 @@ class Renamed(nn.Module):
         return self.own(self.layer(x))
 
 
-def two_networks(second_scale: float) -> tuple[list[nn.Module], Callable[[], None]]:
-    """The first half of the steps is for the one network, the second half, with other inputs, for the other."""
+@pytest.mark.parametrize(("scale", "predictor"), [(1e-3, "linear"), (1e3, "hold")])
+def test_two_networks_get_one_config_judged_on_both_together(scale, predictor, monkeypatch):
     torch.manual_seed(3)
     models, noise = [Follower(), Renamed()], drifting(0, (8, 16), 25, 0.3, torch.float32)
+    smooth = smooth_inputs()
 
     def run_it() -> None:
         with torch.no_grad():
             for x, t in zip(smooth, TIMES, strict=True):
                 models[0](x, t)
             for x, t in zip(noise, TIMES, strict=True):
-                models[1](second_scale * x, t)
+                models[1](scale * x, t)
 
-    smooth = smooth_inputs()
-    return models, run_it
-
-
-@pytest.mark.parametrize(("scale", "predictor"), [(1e-3, "linear"), (1e3, "hold")])
-def test_two_networks_get_one_config_judged_on_both_together(scale, predictor):
-    models, run_it = two_networks(scale)  # whichever network says more decides: smooth inputs extrapolate, noise holds
+    # whichever network says more decides: smooth inputs extrapolate, noise holds
     base = activations_only(4, granularity="sample")
-    found = search_config(models, run_it, base, choices=few(base.layer)[1:3])
-    assert found.layer.modulation.predictor == predictor
+    monkeypatch.setattr("modiff.model.tune.candidates", lambda base: few(base)[1:3])
+    tuned = search_config(models, run_it, base)
+    assert tuned.layer.modulation.predictor == predictor
     assert all(attachment_of(model) is None for model in models)
 
 
@@ -224,24 +220,24 @@ def test_bits_weights_and_the_rest_of_the_config_are_kept():
         include=("attention.*",),
         share_residuals="off",
     )
-    found = modiff.tune(model, 3, config=base, weight_bits=4, run=lambda: sample(model))
-    assert (found.layer.activation.bits, found.layer.weight.bits) == (3, 4)
-    assert (found.include, found.share_residuals) == (base.include, "off")
-    kept = found.layer.modulation
+    tuned = modiff.tune(model, 3, config=base, weight_bits=4, run=lambda: sample(model))
+    assert (tuned.layer.activation.bits, tuned.layer.weight.bits) == (3, 4)
+    assert (tuned.include, tuned.share_residuals) == (base.include, "off")
+    kept = tuned.layer.modulation
     assert (kept.first_step, kept.rounds, kept.state_dtype) == ("coded", 3, "float64")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_candidates_are_valid_different_and_include_the_published_setting(bits):
     base = LayerConfig(activation=QuantizerConfig(bits=bits))
-    found = candidates(base)
-    assert base in found
-    assert len(set(found)) == len(found)
-    linear = [c for c in found if c.modulation.predictor == "linear"]
+    tuned = candidates(base)
+    assert base in tuned
+    assert len(set(tuned)) == len(tuned)
+    linear = [c for c in tuned if c.modulation.predictor == "linear"]
     assert bool(linear) == (bits > 2)
     assert {c.modulation.gain for c in linear} == (set(GAINS) if bits > 2 else set())
     assert bits != 3 or all(c.activation.clip < 1 for c in linear)
-    assert {c.activation.clip for c in found if c.rotation == "hadamard"} == set(CLIPS.get(bits, MANY_BITS_CLIPS))
+    assert {c.activation.clip for c in tuned if c.rotation == "hadamard"} == set(CLIPS.get(bits, MANY_BITS_CLIPS))
 
 
 @pytest.mark.parametrize(
@@ -253,14 +249,9 @@ def test_candidates_are_valid_different_and_include_the_published_setting(bits):
             "expected run=, a function that runs one trajectory, got none",
         ),
         (
-            lambda m: search_config(m, print, presets.plain(8, 4), choices=[presets.plain(8, 4).layer]),
-            ConfigError,
-            "tune: expected modulated candidates, got a plain one",
-        ),
-        (
             lambda m: modiff.apply(m) and modiff.tune(m, 4, run=print),
             StateError,
-            "tune: expected a plain model, got one with modulated layers",
+            "tune: expected a plain model, got Toy with modulated layers",
         ),
         (lambda m: modiff.tune(m, 0, run=lambda: None), ConfigError, "tune: expected 2 to 8 activation bits, got 0"),
         (lambda m: modiff.tune(m, 1, run=lambda: None), ConfigError, "QuantizerConfig.bits: expected .* got 1"),

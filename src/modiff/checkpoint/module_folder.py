@@ -26,8 +26,8 @@ from modiff.config import PackedAnchors
 from modiff.errors import ConfigError, FormatError
 from modiff.files import new_folder, read_json, write_json
 from modiff.model.apply import uninstall
-from modiff.model.attach import Attachment
-from modiff.model.pack import check_plain, seal
+from modiff.model.attach import Attachment, check_plain
+from modiff.model.pack import seal
 from modiff.nn.packed import PACKED
 
 CONFIG = "config.json"
@@ -79,7 +79,7 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
     Raises: FormatError for a damaged, hostile or foreign folder, StateError for a module that carries modiff already;
         the module is as it was then.
     """
-    check_plain(model)
+    check_plain(model, "load", "The checkpoint brings its own. Call modiff.remove(model) first, or give a new model.")
     folder = Path(folder)
     where, config = str(folder / CONFIG), read_config(folder)
     if config.get(CLASS) != type(model).__name__:

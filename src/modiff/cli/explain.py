@@ -36,8 +36,7 @@ def explain(
 ) -> None:
     """Which layers pay on this machine? Floats, plain or modulated integers for each, the times, and what states cost.
 
-    Times are of one call, measured, and in brackets the least that memory and arithmetic of this machine allow. Below,
-    the backend that runs each layer on integers, and why it was chosen, or why none can.
+    Times are of one call. Below, the backend that runs each layer on integers, and why it was chosen, or why none can.
 
     \b
     Example:

@@ -9,12 +9,12 @@ from torch import nn
 
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
-from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of, required_attachment
+from modiff.model.attach import ATTRIBUTE, Attachment, check_plain, required_attachment
 from modiff.model.attention import apply_attention, quantized_attention, remove_attention
 from modiff.model.ends import Ends
-from modiff.model.report import Entry, Report
-from modiff.model.select import select_layers
-from modiff.nn import Clock, ModulatedLayer, quantized_class
+from modiff.model.report import Report
+from modiff.model.select import modulated_layer, select_layers
+from modiff.nn import Clock, ModulatedLayer
 
 
 def install(
@@ -30,20 +30,19 @@ def install(
         KeyboardInterrupt, leaves the model as it was.
     Cost: one pass over the weights at the first forward.
     """
-    if attachment_of(model) is not None:
-        raise StateError(
-            f"apply: expected a plain model, got {type(model).__name__} with modulated layers. Applying twice would "
-            "lose the originals. Call modiff.remove(model) first."
-        )
+    check_plain(model, "apply", "Applying twice would lose the originals. Call modiff.remove(model) first.")
     return replace_layers(model, config, select_layers(model, config, splits=splits, known=known), splits or {}).report
 
 
 def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
     """Replace the layers that `report` takes, and watch the model. Raises: as `install`."""
     attachment = Attachment(Clock(type(model).__name__), report, config)
-    for entry in report.taken:
-        split = splits.get(entry.name) if config.split_shortcuts == "auto" else None
-        _build(model, entry, attachment, split)
+    for entry in report.entries:
+        if entry.config is not None:
+            original = attachment.originals[entry.name] = model.get_submodule(entry.name)
+            split = splits.get(entry.name) if config.split_shortcuts == "auto" else None
+            layer = modulated_layer(original, entry.config, entry.name, attachment.clock, split)
+            attachment.layers[entry.name] = layer
     notes = _share(attachment) if config.share_residuals == "auto" else {}
     groups = dict.fromkeys(layer.inputs for layer in attachment.layers.values() if layer.inputs is not None)
     for turn, inputs in enumerate(groups):
@@ -79,7 +78,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 def check_removable(model: nn.Module) -> None:
-    """Raise the StateError of a model whose originals cannot come back; nothing happens for any other."""
+    """Raise the StateError of a model whose originals cannot come back."""
     attachment = required_attachment(model, "remove")
     if attachment.packed:
         raise StateError(
@@ -111,17 +110,6 @@ def _undo(model: nn.Module, attachment: Attachment) -> None:
     for name, original in attachment.originals.items():
         _set(model, name, original)
     model.__dict__.pop(ATTRIBUTE, None)
-
-
-def _build(model: nn.Module, entry: Entry, attachment: Attachment, split: int | None) -> None:
-    original = model.get_submodule(entry.name)
-    kind = quantized_class(original)
-    if kind is None or entry.config is None:
-        raise StateError(f"{entry.name}: expected a layer that select took, got {type(original).__name__}. The model "
-                         "changed while modiff was applied. Apply again.")  # fmt: skip
-    layer = kind.from_float(original, entry.config, name=entry.name, clock=attachment.clock, split=split)
-    attachment.originals[entry.name] = original
-    attachment.layers[entry.name] = layer
 
 
 def _share(attachment: Attachment) -> dict[str, str]:

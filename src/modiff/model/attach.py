@@ -1,21 +1,22 @@
-"""What modiff hung on a model: the quantized_layers in place, the originals to put back, the clock and the hooks."""
+"""What modiff hung on a model: the layers in place, the originals to put back, the clock and the hooks."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modiff.config import ModiffConfig
+from modiff.config import ModiffConfig, check
 from modiff.core.step_sets import StepSizes
 from modiff.errors import StateError, warn_once
 from modiff.model.ends import Ends
 from modiff.model.facts import facts_of
-from modiff.model.report import Entry, Report, execution_of, memory_of
+from modiff.model.report import Report, execution_of, memory_of
 from modiff.nn import Clock, ModulatedLayer, traced
 from modiff.nn.clock import middle
 
@@ -25,12 +26,11 @@ _BEGINNING = threading.Lock()
 
 
 class Automatic:
-    """Tells where one trajectory ends and the next begins, for models that no verb of modiff was called on.
+    """Tells where one trajectory ends and the next begins, for a model that diffusers loaded from a quantized folder.
 
-    A model that diffusers loads from a quantized folder meets modiff nowhere else: its pipeline calls it, and no more.
     Timesteps run one way through a trajectory. The next one began where they turn round, where the second is the first
     again (one-step trajectories), where the sample has another shape or the call comes from another thread, and after
-    an evaluation that raised or was interrupted. A trajectory that someone else began is left alone.
+    an evaluation that raised or was interrupted. A trajectory that `modiff.trajectory` began is left alone.
 
     A network without a timestep keeps asking for `modiff.trajectory`. Cost: one host sync an evaluation.
     """
@@ -59,7 +59,7 @@ class Automatic:
         del seen[:-2]
 
     def end(self) -> None:
-        """The trajectory ended: free the states. Nothing happens where it is someone else's."""
+        """The trajectory ended: free its states, if it began here."""
         if self.owns_trajectory:
             self.clock.stop()
         self.owns_trajectory = False
@@ -74,10 +74,10 @@ class Automatic:
 
 
 class Attachment:
-    """One per model with modulated layers; found with `attachment_of`.
+    """One per model with modulated layers; `attachment_of` returns it.
 
-    config: as it was applied. packed: the originals are gone for good. automatic: begins trajectories where nobody
-    else does; None where `modiff.trajectory` or a pipeline must. step_sizes: that static scales were measured with.
+    packed: the originals are gone for good. automatic: begins trajectories, where neither `modiff.trajectory` nor a
+    pipeline does. step_sizes: that static scales were measured with.
     """
 
     def __init__(self, clock: Clock, report: Report, config: ModiffConfig | None = None) -> None:
@@ -99,19 +99,17 @@ class Attachment:
         self.number = traced.number_for(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has a number of its own."""
         self.__dict__.update(state)
-        self.number = traced.number_for(self)
+        self.number = traced.number_for(self)  # a copy has another
 
     @property
     def report(self) -> Report:
         """The layers as they run now. Cost: on integers, a choice of backend for each layer."""
-        entries: list[Entry] = []
-        for entry in self.selected.entries:
-            layer = self.layers.get(entry.name)
-            execution, why = ("", "") if layer is None else execution_of(layer)
-            anchor = "" if layer is None else layer.anchors_with
-            entries.append(dataclasses.replace(entry, execution=execution, why=why, anchor=anchor))
+        entries = list(self.selected.entries)
+        for i, entry in enumerate(entries):
+            if (layer := self.layers.get(entry.name)) is not None:
+                execution, why = execution_of(layer)
+                entries[i] = dataclasses.replace(entry, execution=execution, why=why, anchor=layer.anchors_with)
         return Report(tuple(entries), memory_of(self.layers.values(), self.most_states))
 
     def state_bytes(self) -> int:
@@ -137,11 +135,9 @@ class Attachment:
             value = kwargs.get(name, args[position] if position < len(args) else None)
         timestep = value if isinstance(value, (Tensor, float, int)) else None
         if torch.compiler.is_compiling():
-            given = None if timestep is None else torch.as_tensor(timestep)
-            traced.begin(self.clock.token, given, self.number)
+            traced.begin(self.clock.token, None if timestep is None else torch.as_tensor(timestep), self.number)
         else:
-            inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-            sample = next((x for x in inputs if x.dim() > 1), None)
+            sample = sample_of(args, kwargs)
             self.begin(timestep, None if sample is None else sample.shape)
             if self.ends is not None:
                 self.ends.begin(model, sample)
@@ -214,6 +210,12 @@ def eager(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The sample among the arguments of a network: the first float tensor with a batch."""
+    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+    return next((x for x in tensors if x.dim() > 1), None)
+
+
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, also of one that torch.compile returned; None if modiff was not applied to it."""
     return eager(model).__dict__.get(ATTRIBUTE)
@@ -228,3 +230,18 @@ def required_attachment(model: nn.Module, verb: str) -> Attachment:
             "applied to it, or was removed. Call modiff.apply(model, config) first."
         )
     return attachment
+
+
+def check_plain(model: nn.Module, verb: str, why: str) -> None:
+    """Raise the StateError of a model that carries modiff already."""
+    if attachment_of(model) is not None:
+        name = type(model).__name__
+        raise StateError(f"{verb}: expected a plain model, got {name} with modulated layers. {why}")
+
+
+def check_searchable(models: Sequence[nn.Module], config: ModiffConfig, verb: str) -> None:
+    """Make sure that settings can be judged. Raises: StateError if modiff is on a model; ConfigError without codes."""
+    for model in models:
+        check_plain(model, verb, "It is judged against full precision. Call modiff.remove(model) first.")
+    bits = config.layer.activation.bits
+    check(verb, bits, bits not in (None, 0), "2 to 8 activation bits", "Without codes there is nothing to choose.")

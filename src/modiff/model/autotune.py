@@ -6,66 +6,37 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, check
-from modiff.errors import CalibrationError, ConfigError, FormatError, StateError
+from modiff.errors import CalibrationError, FormatError
 from modiff.files import check_writable, write_json
 from modiff.kernels.isa import machine
 from modiff.kernels.layout import innermost
-from modiff.model.attach import attachment_of
+from modiff.model.attach import check_searchable
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.probe import Probe, probes_of
-from modiff.model.report import Report, execution_of
-from modiff.model.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
-from modiff.model.select import select_layers
-from modiff.nn import Clock, ModulatedLayer, quantized_class
+from modiff.model.report import execution_of
+from modiff.model.select import layer_names, modulated_layer
+from modiff.nn import Clock, ModulatedLayer
 
 Mode = Literal["float", "plain", "modulated"]
 Seconds = dict[str, float]
 """Of one call in each mode."""
+Profile = dict[str, Seconds]
+"""The times of layers on one machine, by `signature`."""
 MODES: tuple[Mode, ...] = ("float", "plain", "modulated")
 MARGIN = 0.97
 """Integers must take at most this share of the time of floats: less is noise, and floats have no error."""
 _ROUNDS = 7
-
-
-@dataclasses.dataclass
-class Profile:
-    """What was measured on one machine: its peaks, and the times of layers by `signature`."""
-
-    reached: Reached | None = None
-    layers: dict[str, Seconds] = dataclasses.field(default_factory=dict)
-
-    def peaks(self) -> Reached:
-        """Of the machine, measured once."""
-        if self.reached is None:
-            self.reached = measure_peaks()
-        return self.reached
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, for JSON."""
-        return {"peaks": None if self.reached is None else self.reached._asdict(), "layers": self.layers}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises: FormatError for anything else."""
-        try:
-            peaks, layers = values["peaks"], values["layers"]
-            reached = None if peaks is None else Reached(**{name: float(value) for name, value in peaks.items()})
-            return cls(reached, {str(key): {mode: float(row[mode]) for mode in MODES} for key, row in layers.items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"profile: expected peaks and times of layers, got something else ({error!r}). It was not written by "
-                "modiff, or changed. Delete it: it is measured again."
-            ) from None
 
 
 @contextmanager
@@ -75,37 +46,28 @@ def stored_profile(path: str | Path | None) -> Iterator[Profile]:
     Raises: FormatError for a file that is not a profile, which is then left as it is; OSError.
     """
     if path is None:
-        yield Profile()
+        yield {}
         return
-    profiles = _profiles(Path(path))
-    profile = Profile.from_dict(profiles[machine()]) if machine() in profiles else Profile()
+    path = Path(path)
+    try:
+        profiles = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        layers = profiles.get(machine(), {"layers": {}})["layers"]
+        profile = {str(key): {mode: float(row[mode]) for mode in MODES} for key, row in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: expected a profile that modiff wrote, got something else ({error!r}). It was "
+                          "changed, or is another file. Delete it: it is measured again.") from None  # fmt: skip
     check_writable(path)
     yield profile
-    write_json(path, profiles | {machine(): profile.to_dict()})
-
-
-def _profiles(path: Path) -> dict[str, Any]:
-    """What the file holds, by machine."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise FormatError(
-            f"{path}: expected a profile that modiff wrote, got something else. Delete it: it is measured again."
-        )
-    return values
+    write_json(path, profiles | {machine(): {"layers": profile}})
 
 
 @dataclasses.dataclass(frozen=True)
 class AutotuneRow:
     """One layer.
 
-    calls: of one evaluation. seconds: of one call in each mode, measured. expected: the least that memory and
-    arithmetic of this machine allow. errors: of quantizing the input, plain and modulated. state_bytes: of both states,
-    float32, if it is modulated. backend: which would run it on integers, and why; empty if none can.
+    calls: of one evaluation. seconds: of one call in each mode. errors: of quantizing the input, plain and modulated.
+    state_bytes: of both states, float32, if it is modulated. backend: which would run it on integers, and why; empty if
+    none can.
     """
 
     name: str
@@ -113,7 +75,6 @@ class AutotuneRow:
     shape: tuple[int, ...]
     calls: float
     seconds: Seconds
-    expected: Seconds
     errors: tuple[float, float]
     state_bytes: int
     choice: Mode
@@ -121,8 +82,8 @@ class AutotuneRow:
     backend: str = ""
 
     def line(self, width: int) -> str:
-        """One line of a table: times in milliseconds, measured and (expected)."""
-        times = "  ".join(f"{m} {1e3 * self.seconds[m]:.3f} ({1e3 * self.expected[m]:.3f})" for m in MODES)
+        """One line of a table, times in milliseconds."""
+        times = "  ".join(f"{mode} {1e3 * self.seconds[mode]:.3f}" for mode in MODES)
         errors = f"error plain {self.errors[0]:.4f} modulated {self.errors[1]:.4f}"
         size = f"state {self.state_bytes / 2**20:.2f} MiB"
         return f"  {self.name:<{width}}  {self.choice:<9}  {times} ms  {errors}  {size}  {self.reason}"
@@ -180,7 +141,7 @@ def choose_modes(
     profile: Profile | None = None,
     splits: Sequence[Mapping[str, int]] = (),
 ) -> AutotuneResult:
-    """Choose for each layer that `config` selects.
+    """Choose for each layer that `config` selects, as `modiff.autotune` says.
 
     On one full-precision trajectory the error ||a - quantized a|| / ||a|| of the layer's input is measured for both
     integer modes; each kind of layer is then timed in all three. Scales are measured at each call in either, also where
@@ -188,39 +149,33 @@ def choose_modes(
 
     Args:
         models: the networks that `run` evaluates; they get one config.
-        run: runs one trajectory, with the batch and the number of steps to be used later.
-        tolerance: the largest such error that a layer may have.
         profile: what is known of this machine; what is missing is measured and added.
         splits: as for `apply`, for each of the models.
     Raises: StateError if modiff is on a model; ConfigError for a config with overrides or without modulation;
         CalibrationError if `run` never reached a second step.
-    Cost: for each model a full-precision trajectory that quantizes each input twice; some twenty calls of each kind of
-        layer.
     """
-    _check(models, config, tolerance)
-    profile = Profile() if profile is None else profile
-    rows: list[AutotuneRow] = []
-    for model, known in zip(models, list(splits) or [{}] * len(models), strict=True):
-        split = known if config.split_shortcuts == "auto" else {}
-        report = select_layers(model, config, splits=split)
-        for probe, calls in _watched(model, report, run, config.layer, split):
-            rows.append(_row(model.get_submodule(probe.name), probe, calls, config.layer, tolerance, profile))
-    defaults = tuple(dict.fromkeys(p for model in models for p in facts_of(model).default_exclude))
-    return AutotuneResult(_config(config, rows, defaults), tuple(rows), tolerance)
-
-
-def _check(models: Sequence[nn.Module], config: ModiffConfig, tolerance: float) -> None:
     why = "0.01 is one percent of the input."
     check("autotune.tolerance", tolerance, tolerance > 0, "a relative error above 0", why)
-    if any(attachment_of(model) is not None for model in models):
-        raise StateError("autotune: expected a plain model, got one with modulated layers. Floats are one of the "
-                         "choices. Call modiff.remove(model) first.")  # fmt: skip
-    if config.overrides:
-        raise ConfigError("autotune: expected a config without overrides, got some. Autotune writes them. "
-                          "Use exclude= for layers to leave alone.")  # fmt: skip
-    if config.layer.activation.bits in (None, 0):
-        raise ConfigError(f"autotune: expected 2 to 8 activation bits, got {config.layer.activation.bits}. Without "
-                          "codes there is nothing to choose. Use presets.w8a8().")  # fmt: skip
+    check_searchable(models, config, "autotune")
+    why = "Autotune writes them. Use exclude= for layers to leave alone."
+    check("autotune", config.overrides, not config.overrides, "a config without overrides", why)
+    why = "It chooses between the two. Use presets.modulated()."
+    check("autotune", config.layer.modulation, config.layer.modulation is not None, "a config with modulation", why)
+    profile, known = {} if profile is None else profile, layer_names(models)
+    rows: list[AutotuneRow] = []
+    for model, split in zip(models, list(splits) or [{}] * len(models), strict=True):
+        for probe, calls in _watched(model, config, run, split, known):
+            rows.append(_row(model.get_submodule(probe.name), probe, calls, config.layer, tolerance, profile))
+    defaults = tuple(dict.fromkeys(p for model in models for p in facts_of(model).default_exclude))
+    floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
+    plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
+    chosen = dataclasses.replace(
+        config,
+        layer=dataclasses.replace(config.layer, execution="integer"),
+        exclude=(defaults if config.exclude is None else config.exclude) + floats,
+        overrides=tuple((name, plain(config.layer)) for name in plains),
+    )
+    return AutotuneResult(chosen, tuple(rows), tolerance)
 
 
 @dataclasses.dataclass
@@ -233,7 +188,7 @@ class _Calls:
 
 
 def _watched(
-    model: nn.Module, report: Report, run: Callable[[], object], layer: LayerConfig, splits: Mapping[str, int]
+    model: nn.Module, config: ModiffConfig, run: Callable[[], object], splits: Mapping[str, int], known: set[str]
 ) -> list[tuple[Probe, _Calls]]:
     """The probes of all layers that ran, after one trajectory, and how they were called."""
     calls: dict[str, _Calls] = {}
@@ -243,8 +198,8 @@ def _watched(
             calls[name] = _Calls(inputs[0].detach().clone(), output.numel())
         calls[name].count += 1
 
-    choices, names = [measurable(plain(layer)), measurable(modulated(layer))], [e.name for e in report.taken]
-    with torch.no_grad(), probes_of(model, report, choices, splits) as probes, observe(model, on_layer, layers=names):
+    probing = probes_of(model, config, _measured(config.layer), splits, known)
+    with torch.no_grad(), probing as probes, observe(model, on_layer, layers=[probe.name for probe in probes]):
         run()
     ran = [(probe, calls[probe.name]) for probe in probes if not math.isnan(probe.errors()[0])]
     if not ran:
@@ -258,40 +213,17 @@ def _row(
 ) -> AutotuneRow:
     x, quantized = calls.x, probe.layers[-1]
     key = signature(layer, x, config, quantized.spec.split)
-    if key not in profile.layers:
-        profile.layers[key] = measure_layer(layer, x, config, quantized.spec.split)
-    seconds, (first, second) = profile.layers[key], probe.errors()
+    if key not in profile:
+        profile[key] = measure_layer(layer, x, config, quantized.spec.split)
+    seconds, (first, second) = profile[key], probe.errors()
     choice, reason = choose(seconds, (first, second), tolerance, quantized.unsupported)
     execution, why = execution_of(quantized)
-    dynamic = quantized.config.activation.dynamic
     return AutotuneRow(
         name=probe.name, kind=type(layer).__name__, shape=tuple(x.shape), calls=calls.count / probe.clock.tick,
-        seconds=seconds, expected=_expected(layer, x, calls.outputs, dynamic, profile.peaks()), errors=(first, second),
-        state_bytes=4 * (x.numel() + calls.outputs), choice=choice, reason=reason,
+        seconds=seconds, errors=(first, second), state_bytes=4 * (x.numel() + calls.outputs), choice=choice,
+        reason=reason,
         backend="" if quantized.unsupported else f"{execution.removeprefix('integers on ')}: {why}",
     )  # fmt: skip
-
-
-def _expected(layer: nn.Module, x: Tensor, outputs: int, dynamic: bool, reached: Reached) -> Seconds:
-    weight = torch.as_tensor(layer.weight)
-    operations = 2 * outputs * weight[0].numel()
-    seconds: Seconds = {}
-    for mode in MODES:
-        moved = bytes_moved(mode, x.numel(), weight.numel(), outputs, dynamic=dynamic, itemsize=x.element_size())
-        seconds[mode] = roofline_seconds(moved, operations, reached, integer=mode != "float")
-    return seconds
-
-
-def _config(config: ModiffConfig, rows: list[AutotuneRow], defaults: tuple[str, ...]) -> ModiffConfig:
-    """The config that does what the rows say."""
-    floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
-    plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
-    return dataclasses.replace(
-        config,
-        layer=modulated(config.layer),
-        exclude=(defaults if config.exclude is None else config.exclude) + floats,
-        overrides=config.overrides + tuple((name, plain(config.layer)) for name in plains),
-    )
 
 
 def choose(seconds: Seconds, errors: tuple[float, float], tolerance: float, unsupported: str = "") -> tuple[Mode, str]:
@@ -326,25 +258,17 @@ def signature(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | Non
     return f"{type(layer).__name__}({'; '.join(words)})"
 
 
-def measurable(config: LayerConfig) -> LayerConfig:
-    """The same with scales that are measured at each call: static ones come later, from `modiff.calibrate`."""
-    if config.activation.dynamic:
-        return config
-    activation = dataclasses.replace(config.activation, dynamic=True, granularity="tensor", step_groups=1)
-    return dataclasses.replace(config, activation=activation)
-
-
 def plain(config: LayerConfig) -> LayerConfig:
     """The same without memory, on integers."""
     return dataclasses.replace(config, modulation=None, rotation="none", execution="integer")
 
 
-def modulated(config: LayerConfig) -> LayerConfig:
-    """The same on integers. Raises: ConfigError for a config without modulation."""
-    if config.modulation is None:
-        raise ConfigError("autotune: expected a config with modulation, got none. It chooses between the two. "
-                          "Use presets.modulated().")  # fmt: skip
-    return dataclasses.replace(config, execution="integer")
+def _measured(config: LayerConfig) -> list[LayerConfig]:
+    """Plain and modulated, with scales that are measured at each call: static ones come later, from calibration."""
+    if not config.activation.dynamic:
+        activation = dataclasses.replace(config.activation, dynamic=True, granularity="tensor", step_groups=1)
+        config = dataclasses.replace(config, activation=activation)
+    return [plain(config), dataclasses.replace(config, execution="integer")]
 
 
 def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | None = None) -> Seconds:
@@ -352,18 +276,37 @@ def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int |
 
     Images come with their channels innermost in memory, as integer layers hand them on. Cost: some twenty calls.
     """
-    kind = quantized_class(layer)
-    if kind is None:
-        raise ConfigError(f"autotune: expected a layer that modiff can modulate, got {type(layer).__name__}. "
-                          "Exclude it.")  # fmt: skip
-    x = innermost(x) if kind.channel_dim == 1 else x
+    quantized = [modulated_layer(layer, c, "autotune", Clock("autotune"), split) for c in _measured(config)]
+    x = innermost(x) if quantized[0].channel_dim == 1 else x
     near = [x, (x * 1.01).to(x.dtype)]  # two inputs in turn: the residual is never zero
-    runs = {"float": _alternating(layer, near)}
-    for name, chosen in (("plain", plain(config)), ("modulated", modulated(config))):
-        quantized = kind.from_float(layer, measurable(chosen), clock=Clock("autotune"), split=split)
-        runs[name] = _alternating(_alone(quantized), near)
+    runs = zip(MODES, (layer, *map(_alone, quantized)), strict=True)
     with torch.no_grad():
-        return {name: min(seconds) for name, seconds in interleaved(runs, _ROUNDS).items()}
+        times = interleaved({mode: _alternating(run, near) for mode, run in runs}, _ROUNDS)
+    return {name: min(seconds) for name, seconds in times.items()}
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round; every round has all of them, after one that is not counted.
+
+    Short runs, many rounds: a busy machine lends no long ones, and disturbs all alike.
+    """
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _wait() -> None:
+    """Until a GPU is done: Python only hands it the work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _alone(layer: ModulatedLayer) -> Callable[[Tensor], Tensor]:

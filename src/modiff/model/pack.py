@@ -10,7 +10,7 @@ from torch import nn
 from modiff.config import LayerConfig, ModiffConfig, PackedAnchors, check
 from modiff.errors import ConfigError, StateError
 from modiff.model.apply import replace_layers
-from modiff.model.attach import Attachment, attachment_of, required_attachment
+from modiff.model.attach import Attachment, required_attachment
 from modiff.model.report import Entry, Report
 from modiff.model.select import CANDIDATES
 from modiff.nn.packed import packed_storage
@@ -94,10 +94,8 @@ def rebuild(
     Args:
         anchored: layers that have codes of their weight's rounding error too.
     Nothing is allocated. The float weights stay in the originals until `seal`.
-    Raises: StateError if the model carries modiff already; ConfigError for a split outside the channels, the model then
-        unchanged.
+    Raises: ConfigError for a split outside the channels, the model then unchanged.
     """
-    check_plain(model)
     entries: list[Entry] = []
     for name, module in model.named_modules():
         if isinstance(module, CANDIDATES):
@@ -111,12 +109,3 @@ def rebuild(
             stored = packed_storage(bits, layer.weight_shape, segments, error=name in anchored)
             layer.hold_packed({k: torch.empty(shape, dtype=d, device="meta") for k, (d, shape) in stored.items()})
     return attachment
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raise the StateError of a model that a checkpoint cannot be loaded into; nothing happens for any other."""
-    if attachment_of(model) is not None:
-        raise StateError(
-            f"load: expected a plain model, got {type(model).__name__} with modulated layers. The checkpoint brings "
-            "its own. Call modiff.remove(model) first, or give a new model."
-        )

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modiff.config import LayerConfig
+from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.hadamard import rotate
-from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, compute_dtype, encode
 from modiff.errors import ConfigError
-from modiff.model.attach import ATTRIBUTE, Attachment
+from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import observe
-from modiff.model.report import Report
-from modiff.nn import Clock, ModulatedLayer, quantized_class
+from modiff.model.select import modulated_layer, select_layers
+from modiff.nn import Clock, ModulatedLayer
 
 
 class Probe:
@@ -27,15 +26,8 @@ class Probe:
     def __init__(
         self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock, split: int | None = None
     ) -> None:
-        kind = quantized_class(layer)
-        if kind is None:
-            raise ConfigError(
-                f"{name}: expected a layer that modiff can modulate, got {type(layer).__name__}. Exclude it."
-            )
         self.name, self.clock = name, clock
-        self.layers: list[ModulatedLayer] = [
-            kind.from_float(layer, c, name=name, clock=clock, split=split) for c in choices
-        ]
+        self.layers = [modulated_layer(layer, choice, name, clock, split) for choice in choices]
         self.states: dict[str, list[State | None]] = {}
         self.noise = torch.zeros(len(choices), dtype=torch.float64)
         self.signal = 0.0
@@ -57,25 +49,18 @@ class Probe:
     def _advance(self, i: int, layer: ModulatedLayer, value: Tensor, state: State | None) -> State | None:
         quantizer, modulation = layer.quantizer, layer.config.modulation
         if quantizer is None:
-            raise ConfigError(
-                f"{layer.name}: expected a candidate with activation bits, got none. Floats have no error to measure. "
-                "Give it 2 to 8 bits."
-            )
-        if modulation is None:
-            return self._plain(i, quantizer, value, state)
+            raise ConfigError(f"{layer.name}: expected a candidate with activation bits, got none. Give it 2 to 8.")
+        if modulation is None:  # counted from the second step on, like the others
+            if state is not None:
+                code = quantizer(value.float())
+                self.noise[i] += float((value.float() - (0.0 if code is None else code.value())).square().sum())
+            return State(value)
         ratio = self.clock.ratio if state is not None else 1.0
         _, state_now = encode(value, state, quantizer, modulation, ratio)
         if state is not None:
             error = value.to(compute_dtype(modulation)) - state_now.value
             self.noise[i] += float(error.square().sum())
         return state_now
-
-    def _plain(self, i: int, quantizer: Quantizer, value: Tensor, seen: State | None) -> State:
-        """The error of quantizing the input itself; counted from the second step on, like that of the others."""
-        if seen is not None:
-            code = quantizer(value.float())
-            self.noise[i] += float((value.float() - (0.0 if code is None else code.value())).square().sum())
-        return State(value)
 
     def errors(self) -> list[float]:
         """Relative error of each candidate over all steps but the first; NaN if there are none."""
@@ -86,11 +71,17 @@ class Probe:
 
 @contextmanager
 def probes_of(
-    model: nn.Module, report: Report, choices: list[LayerConfig], splits: Mapping[str, int]
+    model: nn.Module,
+    config: ModiffConfig,
+    choices: list[LayerConfig],
+    splits: Mapping[str, int],
+    known: Collection[str] = (),
 ) -> Iterator[list[Probe]]:
-    """Probes on the layers that `report` takes, while the body runs one full-precision trajectory."""
+    """Probes on the layers that the config takes, while the body runs one full-precision trajectory."""
     clock = Clock(type(model).__name__)
+    report = select_layers(model, config, splits=splits, known=known)
     watcher = Attachment(clock, report)
+    splits = splits if config.split_shortcuts == "auto" else {}
     probes = {
         entry.name: Probe(model.get_submodule(entry.name), entry.name, choices, clock, splits.get(entry.name))
         for entry in report.taken
@@ -120,12 +111,11 @@ class Track:
 
 @contextmanager
 def tracked(models: Sequence[nn.Module]) -> Iterator[Track]:
-    """Record the evaluations of all of `models` in the body: the sample is the first float tensor with a batch."""
+    """Record the evaluations of all of `models` in the body."""
     track = Track()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-        sample = next((x for x in tensors if x.dim() > 1), None)
+        sample = sample_of(args, kwargs)
         track.samples += [] if sample is None else [sample.detach().clone()]
 
     def after(_: nn.Module, _args: object, _kwargs: object, output: Any) -> None:

@@ -15,7 +15,7 @@ from modiff.core.granularity import granularity_named
 from modiff.errors import ConfigError
 from modiff.model.facts import facts_of
 from modiff.model.report import Entry, Report
-from modiff.nn import ModulatedLayer, quantized_class
+from modiff.nn import Clock, ModulatedLayer, quantized_class
 
 CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -42,8 +42,11 @@ def select_layers(
             f"apply: expected a network with layers inside, got a {type(model).__name__} itself. A layer is replaced "
             "in the module that holds it. Use nn.Sequential(layer)."
         )
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
-    others = _other_names(model)
+    names: dict[nn.Module, list[str]] = {}  # a layer that stands in two places would be replaced in the first alone
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, CANDIDATES):
+            names.setdefault(module, []).append(name)
+    layers = {first: layer for layer, (first, *_) in names.items()}
     defaults = facts_of(model).default_exclude
     _check_patterns(config, defaults, [*layers, *known])
     config = config if config.exclude is not None else dataclasses.replace(config, exclude=defaults)
@@ -52,7 +55,7 @@ def select_layers(
     entries: list[Entry] = []
     for name, layer in layers.items():
         reason = _reason_to_leave(name, layer, config, name in (first, last))
-        reason = reason or ", ".join(f"is {other} too" for other in others.get(layer, [])[1:])
+        reason = reason or ", ".join(f"is {other} too" for other in names[layer][1:])
         chosen = None if reason else layer_config(name, config)
         notes = reason or _notes(layer, chosen, splits.get(name) if config.split_shortcuts == "auto" else None)
         entries.append(Entry(name, type(layer).__name__, layer.weight.numel(), chosen, notes))
@@ -65,23 +68,24 @@ def select_layers(
     return report
 
 
-def _other_names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names of each layer: one that stands in two places would be replaced in the first alone."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, CANDIDATES):
-            names.setdefault(module, []).append(name)
-    return names
+def modulated_layer(
+    layer: nn.Module, config: LayerConfig, name: str, clock: Clock, split: int | None = None
+) -> ModulatedLayer:
+    """The modulated layer that takes the place of a plain one. Raises: ConfigError for a layer that has none."""
+    kind = quantized_class(layer)
+    if kind is None:
+        raise ConfigError(f"{name}: expected a layer that modiff can modulate, got {type(layer).__name__}. Exclude it.")
+    return kind.from_float(layer, config, name=name, clock=clock, split=split)
 
 
 def layer_config(name: str, config: ModiffConfig) -> LayerConfig:
-    """The config of one layer: the last override whose pattern matches, else the model's."""
+    """The config of one layer: the last override whose pattern matches, or the model's."""
     matches = [layer for pattern, layer in config.overrides if fnmatchcase(name, pattern)]
     return matches[-1] if matches else config.layer
 
 
 def _check_patterns(config: ModiffConfig, defaults: tuple[str, ...], names: list[str]) -> None:
-    """An own pattern that matches nothing is a mistake; the default exclusions may miss."""
+    """A pattern of the user's that matches nothing is a mistake; the default exclusions may miss."""
     own = [("include", p) for p in config.include]
     own += [("exclude", p) for p in config.exclude or () if p not in defaults]
     own += [("overrides", p) for p, _ in config.overrides]
@@ -104,7 +108,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
         if fnmatchcase(name, pattern):
             return f"excluded by {pattern!r}"
     if quantized_class(layer) is None:
-        return f"{type(layer).__name__} has no modulated quantized"
+        return f"{type(layer).__name__} has no modulated form"
     if "forward" in layer.__dict__ or parametrize.is_parametrized(layer):
         return "another library replaced its forward or weight"
     named = name in config.include or any(fnmatchcase(name, p) for p, _ in config.overrides)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Rotation
-from modiff.errors import CalibrationError, ConfigError, StateError
+from modiff.errors import CalibrationError, ConfigError
 from modiff.model.apply import install, uninstall
-from modiff.model.attach import attachment_of
+from modiff.model.attach import check_searchable
 from modiff.model.probe import Probe, Track, probes_of, tracked
-from modiff.model.select import layer_names, select_layers
+from modiff.model.select import layer_names
 from modiff.model.trajectory import model_trajectory
 
 CLIPS = {2: (0.6, 0.45, 0.3), 3: (0.8, 0.6, 0.45, 0.3), 4: (1.0, 0.8, 0.6)}
-"""Clip ratios worth trying at so many bits; the fewer codes there are, the more it pays to cut the tails."""
+"""Clip ratios worth trying, by bits; the fewer codes there are, the more it pays to cut the tails."""
 MANY_BITS_CLIPS = (1.0, 0.8)
 GAINS = (0.5, 0.8, 1.0)
 FINALISTS = 4
@@ -35,14 +35,12 @@ def candidates(base: LayerConfig) -> list[LayerConfig]:
 
     Those that the guards of `LayerConfig` refuse, because the loop would diverge, are left out.
     """
-    modes: list[tuple[str, float]] = [("hold", 1.0)]
-    modes += [("linear", gain) for gain in GAINS]
     settings = [_candidate(base, "none", "hold", 1.0, 1.0)]
-    for predictor, gain in modes:
+    for predictor, gain in [("hold", 1.0), *(("linear", gain) for gain in GAINS)]:
         for clip in CLIPS.get(base.activation.bits or 8, MANY_BITS_CLIPS):
             try:
                 settings.append(_candidate(base, "hadamard", predictor, gain, clip))
-            except ConfigError:  # a guard: this pair of bits and predictor diverges
+            except ConfigError:  # this pair of bits and predictor diverges
                 continue
     return settings
 
@@ -65,11 +63,10 @@ def with_bits(config: ModiffConfig, weight_bits: int | None, activation_bits: in
 
 
 def search_config(
-    models: nn.Module | Sequence[nn.Module],
+    models: Sequence[nn.Module],
     run: Callable[[], object],
     config: ModiffConfig,
     *,
-    choices: list[LayerConfig] | None = None,
     granularity: Literal["model", "layer"] = "model",
     splits: Sequence[Mapping[str, int]] = (),
 ) -> ModiffConfig:
@@ -80,10 +77,8 @@ def search_config(
     error wins.
 
     Args:
-        models: one network, or all that `run` evaluates: they get one config, judged on all of them together.
+        models: the networks that `run` evaluates: they get one config, judged on all of them together.
         run: runs one trajectory at the number of steps to be used later, the same each time it is called.
-        config: bits and selection; its activation bits must be 2 to 8.
-        choices: settings to try; `candidates(config.layer)` when None.
         granularity: "model" for one setting; "layer" lets the best setting of each layer, as overrides, compete too.
             Layers of the same name in two networks get the same one.
         splits: as for `apply`, for each of the models.
@@ -91,13 +86,9 @@ def search_config(
     Cost: a full-precision trajectory with one encoding per candidate, layer and step, and an input state per candidate;
         then `FINALISTS` modulated trajectories.
     """
-    networks = [models] if isinstance(models, nn.Module) else list(models)
-    _check(networks, config)
-    choices = candidates(config.layer) if choices is None else choices
-    if any(choice.modulation is None for choice in choices):
-        raise ConfigError("tune: expected modulated candidates, got a plain one. It has no predictor or gain to tune. "
-                          "Give it a modulation.")  # fmt: skip
-    trial = _Trial(networks, list(splits) or [{}] * len(networks), run)
+    check_searchable(models, config, "tune")
+    choices = candidates(config.layer)
+    trial = _Trial(models, list(splits) or [{}] * len(models), run)
     errors = trial.layer_errors(config, choices)
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
     if granularity == "layer":
@@ -105,15 +96,6 @@ def search_config(
         finalists.append(dataclasses.replace(config, overrides=config.overrides + best))
     scores = [trial.sample_error(finalist) for finalist in finalists]
     return finalists[scores.index(min(scores))]
-
-
-def _check(models: list[nn.Module], config: ModiffConfig) -> None:
-    if any(attachment_of(model) is not None for model in models):
-        raise StateError("tune: expected a plain model, got one with modulated layers. It is judged against full "
-                         "precision. Call modiff.remove(model) first.")  # fmt: skip
-    if config.layer.activation.bits in (None, 0):
-        raise ConfigError(f"tune: expected 2 to 8 activation bits, got {config.layer.activation.bits}. There is no "
-                          "code to tune. Give bits=4.")  # fmt: skip
 
 
 def _shortlist(choices: list[LayerConfig], errors: LayerErrors) -> list[LayerConfig]:
@@ -141,7 +123,7 @@ def _by_name(errors: LayerErrors) -> dict[str, list[float]]:
 class _Trial:
     """The networks that `run` evaluates, and the full-precision trajectory that settings are judged against."""
 
-    models: list[nn.Module]
+    models: Sequence[nn.Module]
     splits: list[Mapping[str, int]]
     run: Callable[[], object]
     reference: Track = field(default_factory=Track)
@@ -152,9 +134,7 @@ class _Trial:
         probes: list[Probe] = []
         with tracked(self.models) as self.reference, ExitStack() as stack:
             for model, splits in zip(self.models, self.splits, strict=True):
-                report = select_layers(model, config, splits=splits, known=known)
-                active = splits if config.split_shortcuts == "auto" else {}
-                probes += stack.enter_context(probes_of(model, report, choices, active))
+                probes += stack.enter_context(probes_of(model, config, choices, splits, known))
             self.run()
         errors = [(probe.name, probe.errors()) for probe in probes]
         if any(not math.isfinite(e) for _, row in errors for e in row):

@@ -5,7 +5,6 @@ seconds = max(bytes / (bytes a second), operations / (operations a second))
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.nn import functional
 
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
+from modiff.model.autotune import interleaved
 
 Work = Literal["float", "plain", "modulated", "matmul"]
 """A layer in floats, on integers without memory, modulated on integers; or the integer matmul alone."""
@@ -42,33 +42,9 @@ def measure_peaks(rounds: int = 50, mebibytes: int = 64) -> Reached:
         "float": lambda: functional.linear(a, w),
         "integer": lambda: kernel.accumulate(output, codes, one),
     }
-    best = {name: min(found) for name, found in interleaved(runs, rounds).items()}
+    best = {name: min(seconds) for name, seconds in interleaved(runs, rounds).items()}
     operations = 2 * rows * inner * columns
     return Reached(2 * source.nbytes / best["copy"], operations / best["float"], operations / best["integer"])
-
-
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; every round has all of them, after one that is not counted.
-
-    Short runs, many rounds: a busy machine lends no long ones, and disturbs all alike.
-    """
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            _wait()
-            start = time.perf_counter()
-            run()
-            _wait()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _wait() -> None:
-    """Until a GPU is done: Python only hands it the work."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def bytes_moved(
@@ -95,6 +71,6 @@ def bytes_moved(
 
 
 def roofline_seconds(moved: int, operations: int, reached: Reached, *, integer: bool) -> float:
-    """The least time for so many bytes and operations (2 for each product that is summed)."""
+    """The least time for these bytes and operations (2 for each product that is summed)."""
     rate = reached.integer_operations if integer else reached.float_operations
     return max(moved / reached.bytes_per_second, operations / rate)

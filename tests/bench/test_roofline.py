@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from modiff.model.roofline import Reached, bytes_moved, interleaved, measure_peaks, roofline_seconds
+from roofline import Reached, bytes_moved, measure_peaks, roofline_seconds
 
 MACHINE = Reached(bytes_per_second=10.0, float_operations=100.0, integer_operations=400.0)
 
@@ -30,21 +29,6 @@ def test_the_slower_of_memory_and_arithmetic_decides():
     assert roofline_seconds(20, 100, MACHINE, integer=False) == 2.0
     assert roofline_seconds(20, 1000, MACHINE, integer=False) == 10.0
     assert roofline_seconds(20, 1000, MACHINE, integer=True) == 2.5
-
-
-def test_every_round_has_every_run_in_turn_after_one_that_does_not_count():
-    called: list[str] = []
-    times = interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
-    assert "".join(called) == "ababab"
-    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
-
-
-def test_a_run_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
-    called: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("|"))
-    interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
-    assert "".join(called) == "ab" + "|a||b|" * 2
 
 
 def test_a_machine_reaches_something():
