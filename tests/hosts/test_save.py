@@ -18,20 +18,20 @@ from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.quantizer import align
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
-from tests.hosts.tiny import HOSTS, TinyHost
+from tests.hosts.tiny import HOSTS, TinyHost, pixels
 from tests.pixels import pixel_pipeline, saved_pipeline
 from tests.recipes import quantized_anchors
 
 SETTINGS = {"flux": presets.tuned(4, 4), "sdxl": presets.w8a4(), "dit": presets.plain(8, 8), "wan": presets.tuned(3, 3)}
 
 
-def call_small(pipe: DiffusionPipeline, steps: int = 3) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return torch.from_numpy(pipe(2, generator, num_inference_steps=steps, output_type="np", return_dict=False)[0])
+class Small(TinyHost):
+    def call(self, pipe: DiffusionPipeline, steps: int = 3) -> torch.Tensor:
+        return super().call(pipe, steps, batch=2)
 
 
-SMALL = TinyHost(name="small", build=pixel_pipeline, call=call_small, denoiser="unet", schedulers=())
+SMALL = Small(name="small", build=pixel_pipeline, settings=pixels, denoiser="unet")
+call_small = SMALL.call
 
 
 def modulated(host: TinyHost) -> tuple[TinyHost, DiffusionPipeline]:

@@ -1,11 +1,10 @@
-"""Tiny, randomly weighted pipelines of every kind we host: built offline in well under two seconds, savable, float32.
+"""Tiny, randomly weighted pipelines of every kind we host: built offline, savable, float32.
 
-A host is asked for by name, `HOSTS["flux"]`, and has two verbs: `build()` gives a new pipeline, with the same weights
-each time; `call(pipe, steps=4, seed=0, batch=1)` gives its result as one tensor. Further words go to the pipeline, as
-in `call(pipe, guidance_scale=1.0)`. Row i of a batch starts from the noise of seed + i, and one prompt serves all rows,
-so row i equals the call with seed + i and batch 1 to float error.
+`HOSTS["flux"].build()` gives a new pipeline, with the same weights each time; `.call(pipe, steps=4, seed=0, batch=1)`
+gives its result as one tensor, and passes further words on, as in `guidance_scale=1.0`. Row i of a batch starts from
+the noise of seed + i, and one prompt serves all rows: row i equals the call with seed + i and batch 1 to float error.
 
-No layer is idle: diffusers starts several at zero (adaLN gates, last layers), so all parameters are drawn anew.
+No layer is idle: diffusers starts several at zero (adaLN gates, last layers), so all parameters are drawn.
 No network predicts the noise: x_0 = (x - sqrt(1 - a) noise) / sqrt(a) multiplies the initial noise by 15 to 150, which
 drowns what a random network says. Pixel hosts predict the image, nearly all of which the clamp to 0..1 spares; the
 others the velocity.
@@ -13,89 +12,148 @@ others the velocity.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from string import ascii_lowercase
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDPMPipeline,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tests.hosts.parts import (
-    DECODED,
-    LATENT,
-    PIXEL,
-    TEXT_LENGTH,
-    WIDTH,
-    call_text,
-    clip,
-    clip_tokenizer,
-    clip_with_projection,
-    drawn,
-    image_vae,
-    make_scheduler,
-    noise_of,
-    run_pipeline,
-    t5,
-    t5_tokenizer,
-)
-from tests.hosts.tiny_two_calls import build_flux, build_wan, call_flux, call_wan
+TEXT_LENGTH = 8  # tokens
+WIDTH = 32  # channels of text and transformers
+
+# ---------------------------------------------------------------------------------------------------------- schedulers
+
+_SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": False}),
+    "plms": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpm++2s": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "sde-dpm++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+}
+SAMPLERS = tuple(_SAMPLERS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TinyHost:
-    """A kind of pipeline.
+def make_scheduler(name: str, predicts: str = "v_prediction") -> SchedulerMixin:
+    """A scheduler by name, with the noise schedule of Stable Diffusion."""
+    kind, settings = _SAMPLERS[name]
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return kind(**betas, prediction_type=predicts, **settings)
 
-    `denoiser` is the attribute that holds the network, `calls_per_step` how often the pipeline calls it before each
-    `scheduler.step` (2: guidance in two calls), `schedulers` the names that its loop can run, for `with_scheduler`.
+
+def flow() -> SchedulerMixin:
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+# ------------------------------------------------------------------------------------------------- networks and text
+
+_TIMED = re.compile(r"time_emb|timestep_embedder|time_embedder|time_proj|norm\w*\.linear|adaln_single")
+_MODULATES = re.compile(r"scale_shift_table|(norm\w*\.linear|adaln_single\.linear|time_proj)\.bias")
+
+
+def drawn(make: Callable[[], nn.Module], seed: int) -> Any:
+    """A module in eval mode with weights N(0, 1 / fan_in), gains of norms N(1, 0.1²) and biases N(0, 0.1²).
+
+    What sees the timestep gets a third of it: from step to step the networks change slowly, as trained ones do.
+    What sets adaLN's scale, shift and gate gets N(0, 0.5²): with gates near zero the blocks would hardly count.
     """
-
-    name: str
-    build: Callable[[], DiffusionPipeline]
-    call: Callable[..., torch.Tensor]
-    denoiser: str
-    schedulers: tuple[str, ...]
-    calls_per_step: int = 1
-
-
-def reload(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
-    """The pipeline, saved to `folder` and loaded from it.
-
-    Parameters are copied into memory of their own. As loaded they are views of the file, not on 64-byte boundaries, and
-    CPU kernels then sum in another order: outputs differ by 1e-6 though every weight is equal.
-    """
-    pipe.save_pretrained(folder)
-    loaded = DiffusionPipeline.from_pretrained(folder)
-    for component in loaded.components.values():
-        if isinstance(component, torch.nn.Module):
-            for parameter in component.parameters():
-                parameter.data = parameter.data.clone()
-    return loaded
+    with torch.random.fork_rng(devices=[]):  # the global random state stays as it was
+        module = make()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if _MODULATES.search(name):
+                parameter.copy_(0.5 * noise)
+            elif parameter.ndim > 1:
+                std = parameter[0].numel() ** -0.5
+                parameter.copy_(noise * (std / 3 if _TIMED.search(name) else std))
+            else:
+                parameter.copy_(0.1 * noise + name.endswith("weight"))
+    return module.eval()
 
 
-# -------------------------------------------------------------------------------------------- pixels, no condition
+def image_vae() -> diffusers.AutoencoderKL:
+    """One level: latents and images have the same size."""
+    sizes = {"latent_channels": 4, "block_out_channels": (8,), "norm_num_groups": 4, "sample_size": 8}
+    return drawn(lambda: diffusers.AutoencoderKL(**sizes, shift_factor=0.0), seed=1)
 
 
-def _unet2d(seed: int, **settings: Any) -> UNet2DModel:
+def clip_tokenizer() -> CLIPTokenizer:
+    """A token is a letter."""
+    tokens = ("<|startoftext|>", "<|endoftext|>", *ascii_lowercase, *(f"{letter}</w>" for letter in ascii_lowercase))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
+
+
+def clip() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=WIDTH, projection_dim=WIDTH, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=TEXT_LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return drawn(lambda: CLIPTextModel(config), seed=2)
+
+
+def encoders(count: int) -> dict[str, Any]:
+    """Something that can be saved for every text encoder and tokenizer of a pipeline that is called with embeddings."""
+    numbers = ["", *(f"_{i}" for i in range(2, count + 1))]
+    return {f"text_encoder{n}": clip() for n in numbers} | {f"tokenizer{n}": clip_tokenizer() for n in numbers}
+
+
+# ------------------------------------------------------------------------------------------------- settings of calls
+
+
+def pixels(batch: int) -> dict[str, Any]:
+    """(batch, 3, 8, 8) in 0..1."""
+    return {"batch_size": batch, "output_type": "pt"}
+
+
+def classes(batch: int) -> dict[str, Any]:
+    """(batch, 3, 8, 8) in 0..1: a DiTPipeline always decodes."""
+    return {"class_labels": [207] * batch, "guidance_scale": 3.0, "output_type": "pt"}
+
+
+def prompts(batch: int) -> dict[str, Any]:
+    """(batch, 4, 8, 8) latents."""
+    return {"prompt": ["red fox"] * batch, "negative_prompt": ["dim"] * batch, "guidance_scale": 3.0}
+
+
+def embeddings(batch: int, *, pooled: bool = True, guidance: str = "guidance_scale", **more: Any) -> dict[str, Any]:
+    """Of text that was encoded before."""
+    text = torch.randn(2, 1, TEXT_LENGTH, WIDTH, generator=torch.Generator().manual_seed(16)).repeat(1, batch, 1, 1)
+    settings = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], guidance: 3.0} | more
+    if pooled:
+        settings |= {"pooled_prompt_embeds": text[0, :, 0], "negative_pooled_prompt_embeds": text[1, :, 0]}
+    return settings
+
+
+def masked_embeddings(batch: int) -> dict[str, Any]:
+    """The prompts have six and three tokens of TEXT_LENGTH."""
+    masks = (torch.arange(TEXT_LENGTH) < torch.tensor([6, 3])[:, None]).long()
+    named = {"prompt_attention_mask": masks[:1], "negative_prompt_attention_mask": masks[1:]}
+    named = {name: mask.repeat(batch, 1) for name, mask in named.items()}
+    return embeddings(batch, pooled=False, negative_prompt=None, use_resolution_binning=False, **named)
+
+
+# ----------------------------------------------------------------------------------------------------------- U-Nets
+
+
+def _pixel_unet(seed: int, **settings: Any) -> diffusers.UNet2DModel:
     return drawn(
-        lambda: UNet2DModel(
+        lambda: diffusers.UNet2DModel(
             sample_size=8,
-            in_channels=3,
-            out_channels=3,
             block_out_channels=(32, 64),
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -107,227 +165,173 @@ def _unet2d(seed: int, **settings: Any) -> UNet2DModel:
     )
 
 
-def build_ddpm() -> DDPMPipeline:
+def build_ddpm() -> DiffusionPipeline:
     """As the CIFAR-10 model of DDPM: asymmetric padding in the downsampler, sines before cosines."""
-    unet = _unet2d(10, layers_per_block=1, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
-    return DDPMPipeline(unet=unet, scheduler=make_scheduler("ddpm", "sample"))
+    unet = _pixel_unet(10, layers_per_block=1, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
+    return diffusers.DDPMPipeline(unet=unet, scheduler=make_scheduler("ddpm", "sample"))
 
 
-def build_ddim() -> DDIMPipeline:
+def build_ddim() -> DiffusionPipeline:
     """Two resnets a block, the defaults elsewhere."""
-    return DDIMPipeline(unet=_unet2d(11, layers_per_block=2), scheduler=make_scheduler("ddim", "sample"))
+    unet = _pixel_unet(11, layers_per_block=2)
+    return diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("ddim", "sample"))
 
 
-def call_pixels(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
-    """(batch, 3, 8, 8) in 0..1."""
-    settings = {
-        "batch_size": batch,
-        "generator": noise_of(seed, batch),
-        "num_inference_steps": steps,
-        "output_type": "pt",
-    }
-    return run_pipeline(pipe, settings | more)
+def _text_unet(seed: int, **settings: Any) -> UNet2DConditionModel:
+    shared = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+    return drawn(lambda: UNet2DConditionModel(cross_attention_dim=WIDTH, **shared, **settings), seed)
 
 
-# ------------------------------------------------------------------------------------ latents of a U-Net, with text
-
-
-def build_stable_diffusion() -> StableDiffusionPipeline:
+def build_stable_diffusion() -> DiffusionPipeline:
     """Convolutional proj_in and proj_out, as in Stable Diffusion 1; guidance batched into one call."""
-    unet = drawn(
-        lambda: UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=WIDTH,
-            attention_head_dim=2,
-            norm_num_groups=8,
-        ),
-        seed=12,
+    unet = _text_unet(
+        12,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
     )
-    return StableDiffusionPipeline(
-        vae=image_vae(4),
-        text_encoder=clip(),
-        tokenizer=clip_tokenizer(),
-        unet=unet,
-        scheduler=make_scheduler("ddim"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return diffusers.StableDiffusionPipeline(
+        vae=image_vae(), unet=unet, scheduler=make_scheduler("ddim"), **encoders(1), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
-def build_sdxl() -> StableDiffusionXLPipeline:
+def build_sdxl() -> DiffusionPipeline:
     """Linear proj_in and proj_out, blocks of one and two transformers, size and pooled text embedded with the time."""
-    unet = drawn(
-        lambda: UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2),
-            cross_attention_dim=2 * WIDTH,
-            attention_head_dim=(2, 4),
-            norm_num_groups=8,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
-        ),
-        seed=13,
+    unet = _text_unet(
+        13,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
     )
-    return StableDiffusionXLPipeline(
-        vae=image_vae(4),
-        text_encoder=clip(),
-        text_encoder_2=clip_with_projection(seed=3),
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(),
-        unet=unet,
-        scheduler=make_scheduler("euler"),
-        add_watermarker=False,
-    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=image_vae(), unet=unet, scheduler=make_scheduler("euler"), text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, add_watermarker=False,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- transformers
 
 
-def build_dit() -> DiTPipeline:
+def build_dit() -> DiffusionPipeline:
     """adaLN-Zero per block, classes as condition, eight output channels of which four are the learned variance."""
     transformer = drawn(
-        lambda: DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            sample_size=8,
+        lambda: diffusers.DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
             num_embeds_ada_norm=1000,
         ),
         seed=14,
-    )
-    return DiTPipeline(transformer=transformer, vae=image_vae(4), scheduler=make_scheduler("ddim"))
+    )  # fmt: skip
+    return diffusers.DiTPipeline(transformer=transformer, vae=image_vae(), scheduler=make_scheduler("ddim"))
 
 
-def call_dit(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
-    """(batch, 3, 8, 8) in 0..1: this pipeline always decodes."""
-    settings = {
-        "class_labels": [207] * batch,
-        "guidance_scale": 3.0,
-        "generator": noise_of(seed, batch),
-        "num_inference_steps": steps,
-        "output_type": "pt",
-    }
-    return run_pipeline(pipe, settings | more)
-
-
-def build_pixart() -> PixArtAlphaPipeline:
-    """One adaLN for all blocks, cross attention to masked text; no text encoder: `call_pixart` brings embeddings."""
+def build_pixart() -> DiffusionPipeline:
+    """One adaLN for all blocks, cross attention to masked text."""
     transformer = drawn(
-        lambda: PixArtTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            sample_size=8,
-            cross_attention_dim=WIDTH,
-            caption_channels=WIDTH,
+        lambda: diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+            cross_attention_dim=WIDTH, caption_channels=WIDTH,
         ),
         seed=15,
-    )
-    return PixArtAlphaPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=image_vae(4),
-        transformer=transformer,
-        scheduler=make_scheduler("dpm++2m"),
+    )  # fmt: skip
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=None, text_encoder=None, vae=image_vae(), transformer=transformer, scheduler=make_scheduler("dpm++2m")
     )
 
 
-def call_pixart(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
-    """(batch, 4, 8, 8) latents; the prompts have six and three tokens of TEXT_LENGTH."""
-    embeddings = torch.randn(2, 1, TEXT_LENGTH, WIDTH, generator=torch.Generator().manual_seed(16))
-    masks = (torch.arange(TEXT_LENGTH) < torch.tensor([6, 3])[:, None]).long()
-    settings = {
-        "prompt_embeds": embeddings[0].repeat(batch, 1, 1),
-        "prompt_attention_mask": masks[:1].repeat(batch, 1),
-        "negative_prompt": None,
-        "negative_prompt_embeds": embeddings[1].repeat(batch, 1, 1),
-        "negative_prompt_attention_mask": masks[1:].repeat(batch, 1),
-        "guidance_scale": 3.0,
-        "use_resolution_binning": False,
-        "generator": noise_of(seed, batch),
-        "num_inference_steps": steps,
-        "output_type": "latent",
-    }
-    return run_pipeline(pipe, settings | more)
-
-
-def build_sd3() -> StableDiffusion3Pipeline:
+def build_sd3() -> DiffusionPipeline:
     """Joint attention of text and image; block 0 as in 3.5 (a second attention), the last one without a text output."""
     transformer = drawn(
-        lambda: SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=2 * WIDTH,
-            caption_projection_dim=WIDTH,
-            pooled_projection_dim=2 * WIDTH,
-            pos_embed_max_size=8,
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=4, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pos_embed_max_size=8,
+            pooled_projection_dim=WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm",
         ),
         seed=17,
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(transformer=transformer, scheduler=flow(), vae=image_vae(), **encoders(3))
+
+
+def build_flux() -> DiffusionPipeline:
+    """A double-stream and a single-stream block, no guidance embedding; true guidance, in two calls a step."""
+    transformer = drawn(
+        lambda: diffusers.FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
+        ),
+        seed=18,
+    )  # fmt: skip
+    return diffusers.FluxPipeline(transformer=transformer, scheduler=flow(), vae=image_vae(), **encoders(2))
+
+
+def build_wan() -> DiffusionPipeline:
+    """Video of 12 tokens in three latent frames: a patch convolution in three dimensions; guidance in two calls."""
+    transformer = drawn(
+        lambda: diffusers.WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=WIDTH,
+            freq_dim=WIDTH, ffn_dim=2 * WIDTH, num_layers=2, rope_max_seq_len=16,
+        ),
+        seed=19,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return diffusers.WanPipeline(transformer=transformer, scheduler=flow(), vae=vae, **encoders(1))
+
+
+def build_wan_of_two() -> DiffusionPipeline:
+    """As Wan 2.2: high noise is sampled with `transformer`, low noise with `transformer_2`."""
+    parts = build_wan().components
+    second = copy.deepcopy(parts["transformer"])
+    return diffusers.WanPipeline(**parts | {"transformer_2": second, "boundary_ratio": 0.5})
+
+
+# ------------------------------------------------------------------------------------------------------------ hosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyHost:
+    """A kind of pipeline.
+
+    `denoiser` is the attribute that holds the network, `settings` makes the arguments of a call for a batch size,
+    `calls_per_step` says how often the pipeline calls the network before each `scheduler.step`.
+    """
+
+    name: str
+    build: Callable[[], DiffusionPipeline]
+    settings: Callable[[int], dict[str, Any]]
+    denoiser: str = "transformer"
+    calls_per_step: int = 1
+
+    def network(self, pipe: DiffusionPipeline) -> nn.Module:
+        return getattr(pipe, self.denoiser)
+
+    def call(self, pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        noise = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+        shared = {"num_inference_steps": steps, "generator": noise, "output_type": "latent", "return_dict": False}
+        return pipe(**shared | self.settings(batch) | more)[0]
+
+
+_FLUX = partial(embeddings, guidance="true_cfg_scale", height=8, width=8)
+_WAN = partial(embeddings, pooled=False, height=32, width=32, num_frames=9)
+HOSTS: dict[str, TinyHost] = {
+    host.name: host
+    for host in (
+        TinyHost(name="ddpm", build=build_ddpm, settings=pixels, denoiser="unet"),
+        TinyHost(name="ddim", build=build_ddim, settings=pixels, denoiser="unet"),
+        TinyHost(name="sd", build=build_stable_diffusion, settings=prompts, denoiser="unet"),
+        TinyHost(name="sdxl", build=build_sdxl, settings=embeddings, denoiser="unet"),
+        TinyHost(name="dit", build=build_dit, settings=classes),
+        TinyHost(name="pixart", build=build_pixart, settings=masked_embeddings),
+        TinyHost(name="sd3", build=build_sd3, settings=embeddings),
+        TinyHost(name="flux", build=build_flux, settings=_FLUX, calls_per_step=2),
+        TinyHost(name="wan", build=build_wan, settings=_WAN, calls_per_step=2),
     )
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=make_scheduler("flow-euler"),
-        vae=image_vae(4),
-        text_encoder=clip_with_projection(seed=2),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_with_projection(seed=3),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5(2 * WIDTH),
-        tokenizer_3=t5_tokenizer(),
-    )
-
-
-def call_sd3(pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> torch.Tensor:
-    """(batch, 4, 8, 8) latents."""
-    return call_text(pipe, steps, seed, batch, **{"max_sequence_length": TEXT_LENGTH} | more)
-
-
-_ALL = (
-    TinyHost(name="ddpm", build=build_ddpm, call=call_pixels, denoiser="unet", schedulers=PIXEL),
-    # DDIMPipeline makes whatever it gets a DDIM.
-    TinyHost(name="ddim", build=build_ddim, call=call_pixels, denoiser="unet", schedulers=("ddim",)),
-    TinyHost(name="sd", build=build_stable_diffusion, call=call_text, denoiser="unet", schedulers=LATENT),
-    TinyHost(name="sdxl", build=build_sdxl, call=call_text, denoiser="unet", schedulers=LATENT),
-    TinyHost(name="dit", build=build_dit, call=call_dit, denoiser="transformer", schedulers=DECODED),
-    TinyHost(name="pixart", build=build_pixart, call=call_pixart, denoiser="transformer", schedulers=LATENT),
-    TinyHost(name="sd3", build=build_sd3, call=call_sd3, denoiser="transformer", schedulers=("flow-euler",)),
-    TinyHost(
-        name="flux",
-        build=build_flux,
-        call=call_flux,
-        denoiser="transformer",
-        schedulers=("flow-euler",),
-        calls_per_step=2,
-    ),
-    TinyHost(
-        name="wan",
-        build=build_wan,
-        call=call_wan,
-        denoiser="transformer",
-        schedulers=("flow-euler", "flow-unipc"),
-        calls_per_step=2,
-    ),
-)
-HOSTS: dict[str, TinyHost] = {host.name: host for host in _ALL}
+}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from diffusers import DDIMPipeline, UNet2DModel
 from torch import Tensor
 
-from tests.hosts.parts import drawn, make_scheduler
-from tests.hosts.tiny import call_pixels
+from tests.hosts.tiny import HOSTS, drawn, make_scheduler
 
 
 def build() -> DDIMPipeline:
@@ -32,4 +31,4 @@ def build() -> DDIMPipeline:
 
 def call(pipe: DDIMPipeline, steps: int = 5, seed: int = 0, batch: int = 1) -> Tensor:
     """(batch, 3, 8, 8) in 0..1."""
-    return call_pixels(pipe, steps=steps, seed=seed, batch=batch)
+    return HOSTS["ddim"].call(pipe, steps=steps, seed=seed, batch=batch)

@@ -21,7 +21,7 @@ from modiff.evaluate.suite.run import Suite, run_suite
 from modiff.generate.conditions import Conditions
 from tests.evaluate.features.images import noise
 from tests.evaluate.suite.fakes import SHAPE, FakeExtractor, FakeSource
-from tests.hosts.parts import TEXT_LENGTH, clip_tokenizer
+from tests.hosts.tiny import TEXT_LENGTH, clip_tokenizer
 
 SIDE = 16
 
