@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ from modiff.api import tune
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import FULL_PRECISION_BITS, LayerCost, trajectory_gbops
-from modiff.evaluate.metrics.paired import psnr, relative_l2
-from modiff.evaluate.pipelines import Sampled, check_pipeline, evaluations_bar, measure_step, run_config
+from modiff.evaluate.pipelines import Sampled, check_pipeline, evaluations_bar, image_error, measure_step, run_config
 from modiff.evaluate.table import aligned, number
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
@@ -40,26 +38,6 @@ State MiB: measured at the end of the trajectory, whole batch, input and output 
 Seconds: this run, whole batch. Integers are simulated in float here, so quantized rows are slower, not faster."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoRow:
-    """One line of the demo. 32 bits are full precision; None is what has no meaning for the row, or is not finite."""
-
-    name: str
-    weight_bits: int
-    activation_bits: int
-    modulated: bool
-    compensated: bool | None
-    anchor_weights: str | None
-    reanchor_every: int | None
-    tuned: bool
-    steps: int
-    relative_l2: float | None
-    psnr_db: float | None
-    gbops: float
-    state_mib: float | None
-    seconds: float
-
-
 @dataclass(frozen=True)
 class DemoPlan:
     """A row to be run: `config` None is full precision, `tuned_bits` asks for a config tuned at that width."""
@@ -72,9 +50,12 @@ class DemoPlan:
 
 @dataclass(frozen=True)
 class Demo:
-    """The result: rows, their images (N, H, W, C) in [0, 1], the tuned configs by bits, and where it ran."""
+    """The result: rows, their images (N, H, W, C) in [0, 1], the tuned configs by bits, and where it ran.
 
-    rows: tuple[DemoRow, ...]
+    rows: plain values. 32 bits are full precision; None is what has no meaning for the row, or is not finite.
+    """
+
+    rows: tuple[dict[str, Any], ...]
     images: tuple[np.ndarray, ...]
     tuned: dict[int, ModiffConfig]
     settings: dict[str, Any]
@@ -83,7 +64,7 @@ class Demo:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, images left out."""
         return {
-            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "rows": list(self.rows),
             "settings": self.settings,
             "tuned": {str(bits): config.to_dict() for bits, config in self.tuned.items()},
             "environment": dict(self.environment),
@@ -96,19 +77,13 @@ class Demo:
 
     def picture(self) -> Image.Image:
         """All images, a row for each setting."""
-        return grid([(row.name, images) for row, images in zip(self.rows, self.images, strict=True)])
+        return grid([(row["name"], images) for row, images in zip(self.rows, self.images, strict=True)])
 
 
-def _cells(row: DemoRow) -> tuple[str, ...]:
-    return (
-        row.name,
-        str(row.steps),
-        number(row.relative_l2, ".4f"),
-        number(row.psnr_db, ".1f"),
-        number(row.gbops, ".0f" if row.gbops >= 100 else ".3g"),
-        number(row.state_mib, ".1f"),
-        number(row.seconds, ".1f"),
-    )
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    forms = {"relative_l2": ".4f", "psnr_db": ".1f", "gbops": ".0f" if row["gbops"] >= 100 else ".3g",
+             "state_mib": ".1f", "seconds": ".1f"}  # fmt: skip
+    return (row["name"], str(row["steps"]), *(number(row[name], form) for name, form in forms.items()))
 
 
 def plans(steps: int) -> list[DemoPlan]:
@@ -147,10 +122,17 @@ def run_demo(
     Raises: ConfigError for a pipeline that needs a prompt, or fewer steps or images than make sense.
     Cost: 22 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """
-    pipe = _checked(pipe, steps, num_images)
+    check_pipeline(pipe, "demo", num_images)
+    most = pipe.scheduler.config.num_train_timesteps
+    if not FEWEST_STEPS <= steps <= most:
+        raise ConfigError(
+            f"demo: expected {FEWEST_STEPS} to {most} steps, got {steps}. One row runs a quarter of them, and the "
+            "model was trained on no more. Use --steps 50."
+        )
+    pipe = set_scheduler(pipe, "ddim")
     todo = plans(steps)
     passes = sum(p.steps for p in todo) + steps * (1 + FINALISTS) * sum(p.tuned_bits is not None for p in todo)
-    rows: list[DemoRow] = []
+    rows: list[dict[str, Any]] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
     cost = measure_step(pipe, unconditional_run(pipe, 1, 1, seed))
@@ -170,44 +152,23 @@ def run_demo(
     return Demo(tuple(rows), tuple(images), tuned, settings, environment())
 
 
-def _checked(pipe: DiffusionPipeline, steps: int, num_images: int) -> DiffusionPipeline:
-    """The pipeline with DDIM, if the demo can run on it."""
-    check_pipeline(pipe, "demo", num_images)
-    most = pipe.scheduler.config.num_train_timesteps
-    if not FEWEST_STEPS <= steps <= most:
-        raise ConfigError(
-            f"demo: expected {FEWEST_STEPS} to {most} steps, got {steps}. One row runs a quarter of them, and the "
-            "model was trained on no more. Use --steps 50."
-        )
-    return set_scheduler(pipe, "ddim")
-
-
 def _row(
-    plan: DemoPlan, config: ModiffConfig | None, run: Sampled, reference: np.ndarray, cost: list[LayerCost]
-) -> DemoRow:
+    plan: DemoPlan, config: ModiffConfig | None, run: Sampled, reference: np.ndarray, costs: list[LayerCost]
+) -> dict[str, Any]:
     modulation = None if config is None else config.layer.modulation
-    return DemoRow(
-        name=plan.name,
-        weight_bits=_bits(config and config.layer.weight.bits),
-        activation_bits=_bits(config and config.layer.activation.bits),
-        modulated=modulation is not None,
-        compensated=None if modulation is None else modulation.error_compensation == "closed_loop",
-        anchor_weights=None if modulation is None else modulation.anchor_weights,
-        reanchor_every=None if modulation is None else modulation.reanchor_every,
-        tuned=plan.tuned_bits is not None,
-        steps=plan.steps,
-        relative_l2=_finite(relative_l2(run.images, reference)),
-        psnr_db=_finite(psnr(run.images, reference)),
-        gbops=trajectory_gbops(cost, run.report, plan.steps),
-        state_mib=None if modulation is None else run.state_bytes / 2**20,
-        seconds=run.seconds,
-    )
-
-
-def _bits(bits: int | None) -> int:
-    return FULL_PRECISION_BITS if bits is None else bits
-
-
-def _finite(value: float) -> float | None:
-    """JSON has neither infinity (the PSNR of equal images) nor NaN (a run that diverged)."""
-    return value if math.isfinite(value) else None
+    weight, activation = (None, None) if config is None else (config.layer.weight.bits, config.layer.activation.bits)
+    return {
+        "name": plan.name,
+        "weight_bits": FULL_PRECISION_BITS if weight is None else weight,
+        "activation_bits": FULL_PRECISION_BITS if activation is None else activation,
+        "modulated": modulation is not None,
+        "compensated": modulation and modulation.error_compensation == "closed_loop",
+        "anchor_weights": modulation and modulation.anchor_weights,
+        "reanchor_every": modulation and modulation.reanchor_every,
+        "tuned": plan.tuned_bits is not None,
+        "steps": plan.steps,
+        **image_error(run.images, reference),
+        "gbops": trajectory_gbops(costs, run.report, plan.steps),
+        "state_mib": modulation and run.state_bytes / 2**20,
+        "seconds": run.seconds,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from modiff.api import apply, calibrate, remove
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import LayerCost, measure_cost
+from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.generate.conditions import Conditions
 from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import call_inputs
@@ -87,6 +89,14 @@ def has_static_scales(config: ModiffConfig) -> bool:
 def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> list[LayerCost]:
     """The cost of `run`, which draws one image in one step, over all denoisers. Cost: one run for each of them."""
     return [cost for model in denoisers(pipe).values() for cost in measure_cost(model, run)]
+
+
+def image_error(value: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
+    """Relative L2 and PSNR of images in [0, 1]. None if they are not finite; psnr_db also if they are equal."""
+    if not np.isfinite(value).all():
+        return {"relative_l2": None, "psnr_db": None}
+    decibels = psnr(value, reference)
+    return {"relative_l2": relative_l2(value, reference), "psnr_db": decibels if math.isfinite(decibels) else None}
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import modiff
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.analysis.run import SWEEP_MODES, Analysis, analyze_pipeline, bit_sweep, image_error
+from modiff.evaluate.analysis.run import SWEEP_MODES, Analysis, analyze_pipeline, bit_sweep
+from modiff.evaluate.pipelines import image_error
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
 from modiff.hosts.host import is_attached

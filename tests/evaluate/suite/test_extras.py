@@ -80,7 +80,6 @@ def test_clip_scores_are_100_times_the_cosine_of_each_image_and_the_prompt_of_it
     clip, images = Clip(folder, CONDITIONS), noise(0, 10, SIDE, SIDE, 3)
     expected = 100 * cosines(images.permute(0, 3, 1, 2).float() / 255, [PROMPTS[i % 3] for i in range(10)])
     assert float(expected.min()) > 0
-    torch.testing.assert_close(clip.scores(images, [PROMPTS[i % 3] for i in range(10)]), expected, rtol=1e-3, atol=1e-3)
     full = images_of(images)
     (row,) = clip.measure(full, full, 10)  # for full precision too
     assert row["value"] == pytest.approx(float(expected.mean()), rel=1e-4)
@@ -140,7 +139,8 @@ def test_lpips_is_the_mean_over_scaled_pairs_of_one_seed_with_interval_and_netwo
     assert lpips._model.settings == ("alex", "0.1", False)
     black, white = torch.zeros(2, 32, 33, 1, dtype=torch.uint8), torch.full((2, 32, 33, 1), 255, dtype=torch.uint8)
     white[1] = 0
-    assert lpips.distances(black, white).tolist() == [2, 0]
+    (row,) = lpips.measure(images_of(black), images_of(white), 10)
+    assert row["value"] == 1
     a, b = noise(0, 10, 32, 32, 3), noise(1, 10, 32, 32, 3)
     full = images_of(b)
     (row,) = lpips.measure(images_of(a), full, 10)

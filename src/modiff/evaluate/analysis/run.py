@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from modiff.errors import CalibrationError, ConfigError
 from modiff.evaluate.analysis.growth import ErrorGrowth
 from modiff.evaluate.analysis.layers import LayerTraces
 from modiff.evaluate.analysis.watch import watch
-from modiff.evaluate.metrics.paired import psnr, relative_l2
-from modiff.evaluate.pipelines import check_pipeline, evaluations_bar, has_static_scales
+from modiff.evaluate.pipelines import check_pipeline, evaluations_bar, has_static_scales, image_error
 from modiff.generate.environment import environment
 from modiff.hosts.diffusers.runs import noise_generators
 
@@ -140,11 +138,3 @@ def images(result: object) -> np.ndarray:
             'Call the pipeline with output_type="np".'
         )
     return array
-
-
-def image_error(value: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
-    """Relative L2 and PSNR of images in [0, 1]. None if they are not finite; psnr_db also if they are equal."""
-    if not np.isfinite(value).all():
-        return {"relative_l2": None, "psnr_db": None}
-    decibels = psnr(value, reference)
-    return {"relative_l2": relative_l2(value, reference), "psnr_db": decibels if math.isfinite(decibels) else None}

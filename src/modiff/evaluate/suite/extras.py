@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,25 +26,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 """Of the pixels CLIP was trained on, in [0, 1]."""
 
 
-class Extra(Protocol):
-    """A figure that is measured on demand. name: tells network and weights, so it shapes the result."""
-
-    name: str
-
-    def check(self, shape: tuple[int, int, int]) -> None:
-        """Raise ConfigError if it cannot judge images (H, W, C)."""
-        ...
-
-    def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
-        """Its rows of a configuration; none where it has nothing to say."""
-        ...
-
-
 class Lpips:
     """Mean LPIPS (Zhang et al. 2018, arXiv:1801.03924) of image i to image i of full precision.
 
-    By the package `lpips`, its version 0.1 and AlexNet, the authors' choice for judging images. It needs torchvision,
-    and downloads the network's weights at the first use.
+    By the package `lpips`, its version 0.1 and AlexNet. It needs torchvision, and downloads the network's weights.
     Raises: ConfigError if lpips or torchvision is missing or does not load.
     """
 
@@ -70,15 +54,15 @@ class Lpips:
         """One row; none for full precision itself."""
         if images is full:
             return []
-        reference = torch.from_numpy(full.images)
-        values = _by_batch(images.images, lambda batch, indices: self.distances(batch, reference[indices]))
-        return [_mean_row("lpips", self.name, values, resamples, "Image i of both from seed i.")]
 
-    @torch.no_grad()
-    def distances(self, images: Tensor, reference: Tensor) -> Tensor:
-        """Of each pair of uint8 images (N, H, W, C), float32 (N,); grey ones are repeated to three channels."""
-        first, second = (_planes(each.to(self._device)) / 127.5 - 1 for each in (images, reference))
-        return self._model(first, second).flatten().float().cpu()
+        @torch.no_grad()
+        def distances(batch: Tensor, indices: slice) -> Tensor:
+            reference = torch.from_numpy(full.images[indices])
+            first, second = (_planes(each.to(self._device)) / 127.5 - 1 for each in (batch, reference))
+            return self._model(first, second).flatten()
+
+        return [_mean_row("lpips", self.name, _by_batch(images.images, distances), resamples,
+                          "Image i of both from seed i.")]  # fmt: skip
 
 
 class Clip:
@@ -86,11 +70,9 @@ class Clip:
 
     By the package transformers, without torchvision: images are resized here, the shorter side to the model's (bicubic
     with antialiasing, clamped and rounded to bytes), cut to the centre square, and normalised with CLIP's mean and std.
-    Prompts longer than the model's 77 tokens are cut.
 
     Args:
         folder: a local CLIP model with its tokenizer, as transformers saves them; nothing is downloaded.
-        conditions: with the prompts.
     Raises: ConfigError if transformers is missing or does not load; FormatError if the folder holds no CLIP model.
     """
 
@@ -117,24 +99,17 @@ class Clip:
 
     def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
         """One row, for full precision too: what its score is the others are to be compared with."""
+        length = int(self._model.config.text_config.max_position_embeddings)
 
+        @torch.no_grad()
         def scores(batch: Tensor, indices: slice) -> Tensor:
-            prompts = self._conditions.prompts_of(range(indices.start, indices.start + len(batch))) or []
-            return self.scores(batch, prompts)
+            prompts = self._conditions.prompts_of(range(indices.start, indices.start + len(batch)))
+            tokens = self._tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            output = self._model(pixel_values=self._pixels(batch), **tokens.to(self._device))
+            return 100 * functional.cosine_similarity(output.image_embeds, output.text_embeds).clamp_min(0)
 
         note = "Of each image and its own prompt. No error: compare with full precision's."
         return [_mean_row("clip_score", self.name, _by_batch(images.images, scores), resamples, note)]
-
-    @torch.no_grad()
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of each uint8 image (N, H, W, C) and its prompt, float32 (N,), 0 to 100."""
-        length = int(self._model.config.text_config.max_position_embeddings)
-        tokens = self._tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        ).to(self._device)
-        output = self._model(pixel_values=self._pixels(images), **tokens)
-        cosine = functional.cosine_similarity(output.image_embeds, output.text_embeds)
-        return (100 * cosine.clamp_min(0)).float().cpu()
 
     def _pixels(self, images: Tensor) -> Tensor:
         """(N, 3, side, side), normalised."""
@@ -149,12 +124,15 @@ class Clip:
         return (square - center) / spread
 
 
+Extra = Lpips | Clip
+"""A figure that is measured on demand. name: tells network and weights. check: raises ConfigError for images (H, W, C)
+that it cannot judge. measure: its rows of a configuration."""
+
+
 def load_extras(text: str | None, *, clip: Path | None, conditions: Conditions, device: str = "cpu") -> list[Extra]:
     """The figures that `text` names: lpips and clip, between commas; none for None.
 
-    Args:
-        clip: the folder of a CLIP model, for clip.
-        conditions: with the prompts that the images are drawn of, for clip.
+    clip: the folder of a CLIP model.
     Raises: ConfigError for another name, a name twice, packages that are missing, clip without its folder or without
         prompts, or a folder without clip; FormatError if the folder holds no CLIP model.
     """
@@ -177,11 +155,7 @@ def load_extras(text: str | None, *, clip: Path | None, conditions: Conditions, 
 def optional_import(package: str, where: str) -> ModuleType:
     """The module `package` of the extra `eval`.
 
-    Raises: ConfigError if it is not installed, or installed and broken. The known case of the latter is a torchvision
-    built for another torch, which raises `operator torchvision::nms does not exist` and takes down what imports it.
-
-    >>> optional_import("json", "here").__name__
-    'json'
+    Raises: ConfigError if it is not installed, or installed and broken, as a torchvision built for another torch.
     """
     try:
         return importlib.import_module(package)
@@ -204,7 +178,7 @@ def _planes(images: Tensor) -> Tensor:
 def _by_batch(images: np.ndarray, one: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """A number for each image, float64 (N,)."""
     batches = (slice(first, first + _BATCH) for first in range(0, len(images), _BATCH))
-    return torch.cat([one(torch.from_numpy(images[batch]), batch) for batch in batches]).double()
+    return torch.cat([one(torch.from_numpy(images[batch]), batch).cpu() for batch in batches]).double()
 
 
 def _mean_row(name: str, label: str, values: Tensor, resamples: int, note: str) -> Measurement:

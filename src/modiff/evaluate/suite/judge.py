@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modiff.evaluate.features.extractor import FeatureExtractor, Features, joined, note_of
 from modiff.evaluate.features.load import Metric, result_name
-from modiff.evaluate.metrics.bootstrap import IntervalKind, bootstrap, small_sample_note
+from modiff.evaluate.metrics.bootstrap import Draw, Interval, bootstrap, small_sample_note
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import WINDOW, mean, paired_errors
 from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
@@ -148,21 +148,23 @@ class Judge:
 
     def _frechet(self, metric: Metric, rows: Tensor, other: Tensor | Moments, against: str) -> Measurement:
         """One Frechet distance: paired to full precision; a reference is not resampled."""
-        resamples, kind, effort = self._effort(rows.shape[1])
         paired = isinstance(other, Tensor)
         count = len(other) if paired else other.count
-        distance = frechet_interval(rows, other, resamples=resamples, kind=kind,
-                                    draw="paired" if paired else "independent")  # fmt: skip
         how = SAME_SEEDS if paired else f"To {count} images of the reference data, which are not resampled."
-        small = small_sample_note("frechet_distance", min(len(rows), count), rows.shape[1])
-        return self._row(metric, against, distance["estimate"], len(rows), distance, how, small, effort)
+        distance, notes = self._interval(rows, other, "paired" if paired else "independent", min(len(rows), count))
+        return self._row(metric, against, distance["estimate"], len(rows), distance, how, *notes)
 
-    def _effort(self, dimension: int) -> tuple[int, IntervalKind, str | None]:
-        """Resamples that a Frechet distance can pay for, the interval that they allow, and what to say of it."""
-        if dimension <= LARGEST_RESAMPLED:
-            return self.resamples, "centred", None
-        few = min(self.resamples, FEW_RESAMPLES)
-        return few, "normal", f"Interval: 1.96 standard deviations over {few} resamples, as one takes long."
+    def _interval(
+        self, rows: Tensor, other: Tensor | Moments, draw: Draw, count: int
+    ) -> tuple[Interval, list[str | None]]:
+        """A Frechet distance with as many resamples as it can pay for, and what to say of it."""
+        dimension, resamples = rows.shape[1], self.resamples
+        kind, effort = "centred", None
+        if dimension > LARGEST_RESAMPLED:
+            kind, resamples = "normal", min(self.resamples, FEW_RESAMPLES)
+            effort = f"Interval: 1.96 standard deviations over {resamples} resamples, as one takes long."
+        interval = frechet_interval(rows, other, resamples=resamples, kind=kind, draw=draw)
+        return interval, [small_sample_note("frechet_distance", count, dimension), effort]
 
     def _kernel(self, images: ImageSet, other: ImageSet, against: str) -> Measurement:
         smaller = min(len(images), len(other))
@@ -198,14 +200,10 @@ class Judge:
     def _halves(self) -> list[Measurement]:
         """How far two sets of full precision are apart, each of half the images."""
         half = len(self.full) // 2
-        if half < 2:
-            return []
-        resamples, kind, effort = self._effort(self.full.pooled.shape[1])
         first, second = self.full.pooled[:half], self.full.pooled[half : 2 * half]
-        distance = frechet_interval(first, second, resamples=resamples, kind=kind)
+        distance, notes = self._interval(first, second, "independent", half)
         how = f"Two halves of {half} images of full precision, other seeds: what sampling alone makes at this n."
-        small = small_sample_note("frechet_distance", half, self.full.pooled.shape[1])
-        row = self._row("fd", None, distance["estimate"], half, distance, how, small, effort)
+        row = self._row("fd", None, distance["estimate"], half, distance, how, *notes)
         return [{**row, "name": "fd_between_halves", "label": f"{row['label']} between halves"}]
 
     def _paired(self, images: ImageSet) -> list[Measurement]:

@@ -106,22 +106,14 @@ def plans_of(chosen: Preset) -> list[Plan]:
 
 
 def _named_plan(text: str, steps: int) -> Plan:
+    """Named by its family and bits, a file after itself; its family is that of presets with exactly this config."""
     config = named_config(text)
-    family, layer = _family(config), config.layer
-    name = f"{family} W{layer.weight.bits or 32}A{layer.activation.bits or 32}"
+    bits = config.layer.weight.bits, config.layer.activation.bits
+    made = {name: make(*bits) for name, make in FAMILIES.items() if name != "tuned" or bits[1] is not None}
+    family = next((name for name, same in made.items() if config in (same, same.on_integers())), None)
+    name = f"{family} W{bits[0] or 32}A{bits[1] or 32}"
     if family is None or text.endswith(".json"):
         name = Path(text).stem
-    if family is not None and layer.execution == "integer":
+    if family is not None and config.layer.execution == "integer":
         name += " on integers"
     return Plan(name=name, steps=steps, config=config, family=family or "config")
-
-
-def _family(config: ModiffConfig) -> str | None:
-    """The family of presets that has exactly this config, simulated or on integers."""
-    bits = config.layer.weight.bits, config.layer.activation.bits
-    for name, make in FAMILIES.items():
-        if bits[1] is None and name == "tuned":
-            continue
-        if config in (make(*bits), make(*bits).on_integers()):
-            return name
-    return None
