@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 
 def figures(analysis: Analysis, folder: Path) -> list[Path]:
-    """Draw all figures as PNG files into an existing folder.
-
-    Args:
-        analysis: from `analyze`, or read back from its JSON.
-    Returns: the files, in the order to look at them: layer errors, error growth, bit sweep.
-    """
+    """Draw all figures as PNG files into an existing folder, from an analysis or its JSON. Returns: the files."""
     drawings = {"layer_errors": _layer_errors, "error_growth": _error_growth,
                 "bit_sweep": _bit_sweep}  # fmt: skip
     paths = [folder / f"{name}.png" for name in drawings]
@@ -44,7 +39,6 @@ def figures(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def _layer_errors(figure: Figure, analysis: Analysis) -> None:
-    """Two maps, layers down and steps across: bits that the residual saves, and error of the output state."""
     layers = analysis["layers"]
     figure.set_size_inches(13, map_height(layers) + 0.5)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -64,7 +58,6 @@ def _bits_saved(step: StepErrors) -> float:
 
 
 def _error_growth(figure: Figure, analysis: Analysis) -> None:
-    """Without and with compensation side by side, on one scale."""
     growth = analysis["growth"]
     figure.set_size_inches(12.5, 5.4)
     axes = figure.subplots(1, 2, sharey=True)
@@ -91,7 +84,6 @@ def _growth_panel(axis: Axes, steps: list[int], spread: dict[str, Any], color: s
 
 
 def _bit_sweep(figure: Figure, analysis: Analysis) -> None:
-    """Image error over the bit width of the activations, one line per mode."""
     figure.set_size_inches(7, 4.8)
     axis = figure.subplots()
     rows = [row for row in analysis["sweep"] if row["relative_l2"]]

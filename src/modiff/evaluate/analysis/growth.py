@@ -64,8 +64,6 @@ class ErrorGrowth:
 
 
 class _Loops:
-    """One layer's two loops."""
-
     def __init__(self, visit: Visit) -> None:
         self.layer = visit.modulated(dataclasses.replace(visit.config, modulation=ModulationConfig()))
         self.key = visit.key
@@ -114,7 +112,6 @@ def uncompensated_bound(c: float, moves: Sequence[float]) -> list[float]:
     """||E_t|| <= sqrt(c) Σ_k ||d_k||: without compensation every step's rounding error stays, so they add up.
 
     c: the share of the energy that the quantizer loses at most, ||r - q||² <= c ||r||². moves: ||d_k|| from step 1.
-    E_t = E_{t+1} + (d_t - q_t), then the triangle inequality: at most linear growth, and no condition on c.
 
     >>> uncompensated_bound(0.25, [1.0, 1.0, 1.0])
     [0.5, 1.0, 1.5]
@@ -125,8 +122,6 @@ def uncompensated_bound(c: float, moves: Sequence[float]) -> list[float]:
 def compensated_bound(c: float, moves: Sequence[float]) -> list[float]:
     """||e_t|| <= Σ_k c^{(k-t+1)/2} ||d_k||: with compensation a move of n steps ago has faded by c^{n/2}.
 
-    e_t is what the quantizer loses of r_t = d_t + e_{t+1}: ||e_t|| <= sqrt(c) (||d_t|| + ||e_{t+1}||).
-
     >>> compensated_bound(0.25, [1.0, 1.0, 1.0])
     [0.5, 0.75, 0.875]
     """
@@ -136,11 +131,8 @@ def compensated_bound(c: float, moves: Sequence[float]) -> list[float]:
 def printed_bound(c: float, moves: Sequence[float], *, compensated: bool) -> list[float]:
     """The bounds as Thm 4.4 (arXiv:2506.22463) is printed, with the exponents reversed: for comparison only.
 
-    sqrt(Σ_k 2^{T-k-1} c ||d_k||²), and with compensation sqrt(Σ_k (2c)^{T-k-1} ||d_k||²). The proof's own recursion
-    gives the exponent k-t+1. With compensation it is no bound: after some steps a new move has hardly any weight.
-
-    >>> printed_bound(0.25, [1.0, 0.0, 2.0], compensated=False)
-    [0.5, 0.5, 2.0615528128088303]
+    sqrt(Σ_k 2^{T-k-1} c ||d_k||²), and with compensation sqrt(Σ_k (2c)^{T-k-1} ||d_k||²); the proof's own recursion
+    gives the exponent k-t+1.
     """
     ratio, factor = (2 * c, 1.0) if compensated else (2.0, c)
     weights = itertools.accumulate(moves, lambda weight, _: min(weight * ratio, LARGEST), initial=factor)

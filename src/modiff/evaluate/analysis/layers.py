@@ -101,8 +101,6 @@ class LayerTraces:
 
 
 class _Loop:
-    """Both states of one layer."""
-
     def __init__(self, layer: ModulatedLayer) -> None:
         self.layer = layer
         self.output: State | None = None

@@ -44,18 +44,15 @@ def analyze_pipeline(
     bits: Sequence[int] = BITS,
     progress: bool = True,
 ) -> Analysis:
-    """Layer errors, error growth and a sweep of bit widths of an unconditional pipeline.
+    """Layer errors, error growth and a sweep of bit widths of an unconditional pipeline, which is unchanged afterwards.
 
-    One full-precision trajectory serves the first two: the layers' recursions run on its inputs, with the
-    states of one step in memory. The sweep samples with the modulated network and judges the images alone.
+    The layers' recursions run on the inputs of one full-precision trajectory; the sweep samples with the modulated
+    network and judges the images alone.
 
     Args:
-        pipe: a diffusers pipeline without a prompt and without modiff; it is unchanged afterwards.
         config: of the layers' recursion, with dynamic scales; modulated 4 bits and full-precision weights when None,
             so that all errors are those of the activations.
         num_images: generated in one batch, image i from the noise of seed + i.
-        bits: widths of the sweep, in any order.
-        progress: a bar on stderr that counts network evaluations over the whole job.
     Raises: ConfigError if the pipeline needs a prompt, the config has static scales or codes nothing.
     Cost: len(bits) * 4 + 1 trajectories, most of them modulated.
     """
@@ -109,14 +106,10 @@ def bit_sweep(
     bits: Sequence[int],
     modes: Sequence[str] = tuple(SWEEP_MODES),
 ) -> list[dict[str, Any]]:
-    """The image error of every mode at every bit width.
+    """The image error of every mode at every bit width, on a pipeline that is without modiff before and after.
 
-    Args:
-        target: a pipeline without modiff; it is without when this returns or raises.
-        run: generates the images, from the same noise at each call.
-        reference: the images of full precision, (N, H, W, C).
-        config: selection and weight bits; each mode brings the other layer settings.
-    Cost: a trajectory for each mode and bit width.
+    run: generates the images, from the same noise at each call. reference: those of full precision, (N, H, W, C).
+    config: selection and weight bits; each mode brings the other layer settings.
     """
     rows: list[dict[str, Any]] = []
     for mode, width in itertools.product(modes, bits):

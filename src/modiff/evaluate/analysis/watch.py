@@ -64,13 +64,8 @@ class Watcher(Protocol):
 def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers: Sequence[Watcher]) -> Report:
     """Run one full-precision trajectory and show the watchers every layer that `config` would take.
 
-    The network computes what it always does. Nothing is kept here, so memory is what the watchers keep: those of this
-    package keep the states of one step and a few numbers per layer and step.
-
-    Args:
-        target: a pipeline with one denoiser, or a module, without modiff.
-        run: samples one trajectory.
-    Returns: the layers taken and left.
+    The network computes what it always does, and nothing is kept here. `run` samples one trajectory of the target, a
+    pipeline with one denoiser, or a module, without modiff. Returns: the layers taken and left.
     Raises: StateError if modiff is on the target; ConfigError if it has several networks; CalibrationError if `run`
         never reached a layer's second step.
     """
@@ -116,7 +111,6 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
 
 
 def _plain_network(target: Any) -> nn.Module:
-    """The one network of a target without modiff."""
     networks = networks_of(target)
     if len(networks) > 1:
         raise ConfigError(

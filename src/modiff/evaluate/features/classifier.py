@@ -30,11 +30,7 @@ class Classifier(nn.Module):
 
     Args:
         channels: channels of each block; the last is the number of features D.
-        image_channels: 1 for grey, 3 for colour.
-        classes: number of logits.
         layers: convolutions in each block, with batch norm and ReLU each; the maximum follows the last one.
-    Raises: ConfigError if a count is not a positive integer.
-    Cost: about 4 MMAC for a 32x32 grey image with the default channels.
 
     >>> Classifier(channels=(4, 8), classes=3)(torch.zeros(2, 1, 32, 32)).shape
     torch.Size([2, 3])
@@ -132,14 +128,8 @@ def load_classifier(folder: str | Path) -> Classifier:
 class ClassifierFeatures:
     """A `Classifier` as feature extractor; results are named after it and compare models of its own data set only.
 
-    pooled: what its last layer sees, D = its last channel count. probabilities: softmax of its logits.
-    spatial: `spatial_rows` of the maps after block max(1, number of blocks // 2) and its ReLU; 7 x 7 x 7 = 343 numbers
-    for the embedded classifier and 28 x 28 images.
-
-    Args:
-        model: moved to the device and put into evaluation mode.
-        name: of these weights, for the names of results.
-        device: where it runs; features come back to the CPU.
+    pooled: what its last layer sees. probabilities: softmax of its logits. spatial: `spatial_rows` of the maps after
+    block max(1, number of blocks // 2) and its ReLU.
     """
 
     def __init__(self, model: Classifier, name: str, *, device: str | torch.device = "cpu") -> None:

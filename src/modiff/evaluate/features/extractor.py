@@ -66,13 +66,9 @@ def check_images(images: Tensor, where: str) -> None:
 def extract(
     extractor: FeatureExtractor, batches: Iterable[np.ndarray | Tensor], *, batch_size: int = _BATCH
 ) -> Features:
-    """The features of all images, in order.
+    """The features of all images, uint8 arrays (n, H, W, C) of any n, in order.
 
-    Args:
-        batches: uint8 arrays (n, H, W, C) of any n, as `read_images` gives them; an array of all images in a list.
-        batch_size: images at once through the network.
     Raises: ConfigError if there are no images, or as the extractor.
-    Memory: 4 (D + D2 + K) bytes an image and the largest batch.
     """
     rows = [extractor(images) for batch in batches for images in torch.as_tensor(batch).split(batch_size)]
     if not rows:

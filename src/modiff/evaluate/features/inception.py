@@ -20,15 +20,11 @@ _GET_IT = (
 
 
 class Inception:
-    """Features of the published Inception-v3.
+    """Features of the published Inception-v3, from a state dict: .safetensors or a torch file (read with weights_only).
 
-    Pixels are prepared as in the original graph, the ADM suite and torch-fidelity: resized to 299 as by TensorFlow 1,
-    scaled by (x - 128) / 128. pooled: 2048 averages after the last block. probabilities: softmax over 1008 logits
-    without their bias, as in the published Inception score. spatial: the sFID convention, 2023 numbers.
-
-    Args:
-        file: a state dict, .safetensors or a torch file (read with weights_only, so it cannot run code).
-        device: where it runs; features come back to the CPU.
+    Pixels are prepared as in the original graph: resized to 299 as by TensorFlow 1, scaled by (x - 128) / 128. pooled:
+    2048 averages after the last block. probabilities: softmax over 1008 logits without their bias, as in the published
+    Inception score. spatial: the sFID convention, 2023 numbers.
     Raises: FormatError if the file is missing, damaged or of another network.
     Cost: 5.7 GMAC an image.
     """
@@ -70,12 +66,8 @@ class Inception:
 def tensorflow_resize(images: Tensor, size: int) -> Tensor:
     """Images (N, C, H, W), float, to (N, C, size, size), as `tf.image.resize_bilinear(align_corners=False)` did.
 
-    Output pixel i is taken at i * H / size: pixel corners are aligned at the top left and not at the bottom right,
-    unlike `interpolate(..., align_corners=False)` of torch, which takes it at (i + 1/2) H / size - 1/2. Beyond the last
-    pixel the border is repeated; nothing is smoothed before shrinking.
-
-    >>> tensorflow_resize(torch.tensor([[[[0.0, 2.0], [0.0, 2.0]]]]), 4)[0, 0, 0].tolist()
-    [0.0, 1.0, 2.0, 2.0]
+    Output pixel i is taken at i * H / size: pixel corners are aligned at the top left and not at the bottom right.
+    Beyond the last pixel the border is repeated; nothing is smoothed before shrinking.
     """
     for dim in (3, 2):
         length = images.shape[dim]

@@ -28,11 +28,9 @@ _NAMES: dict[Metric, tuple[str | None, str]] = {
 
 
 def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
-    """The extractor that `text` names.
+    """The extractor that `text` names: "classifier" (Fashion-MNIST, of the package), "cifar10-classifier" (where the
+    package has it), the folder of another from `save_classifier`, or a state dict of Inception-v3.
 
-    Args:
-        text: "classifier" (the Fashion-MNIST one of the package), "cifar10-classifier" (where the package has it), the
-            folder of another from `save_classifier`, or a state dict of Inception-v3.
     Raises: FormatError for anything else.
     """
     if text in CLASSIFIERS:

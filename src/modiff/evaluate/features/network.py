@@ -29,7 +29,6 @@ class Unit(NamedTuple):
 
 
 def _chain(name: str, *steps: tuple[int, tuple[int, int]], stride: int = 1) -> dict[str, Unit]:
-    """Units name_1, name_2, ... that feed each other; the last may stride."""
     sources = ["in", *(f"{name}_{i}" for i in range(1, len(steps) + 1))]
     strides = [1] * (len(steps) - 1) + [stride]
     return {f"{name}_{i + 1}": Unit(sources[i], *step, strides[i]) for i, step in enumerate(steps)}
@@ -39,7 +38,6 @@ _1, _3, _5, _ROW, _COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 
 
 def _block_35(pool_width: int) -> dict[str, Unit]:
-    """Mixed_5*: 35 x 35 positions."""
     return {
         "branch1x1": Unit("in", 64),
         **_chain("branch5x5", (48, _1), (64, _5)),
@@ -49,7 +47,6 @@ def _block_35(pool_width: int) -> dict[str, Unit]:
 
 
 def _block_17(width: int) -> dict[str, Unit]:
-    """Mixed_6b to 6e: 17 x 17 positions, 7 x 7 kernels as a row and a column."""
     return {
         "branch1x1": Unit("in", 192),
         **_chain("branch7x7", (width, _1), (width, _ROW), (192, _COLUMN)),

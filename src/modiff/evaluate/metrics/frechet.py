@@ -59,14 +59,7 @@ class Moments:
 
         n = n_a + n_b        μ = μ_a + δ n_b / n        S = S_a + S_b + δδᵀ n_a n_b / n
 
-    so neither their sizes nor their order matters beyond rounding, and no large squares are subtracted.
-    Memory: 8 D² bytes. Cost of n vectors: n D² multiply-adds.
-
-    >>> moments = Moments(1)
-    >>> moments.update(torch.tensor([[1.0], [3.0]]))
-    >>> moments.update(torch.tensor([[8.0]]))
-    >>> moments.count, moments.mean.item(), moments.covariance().item()
-    (3, 4.0, 13.0)
+    so neither their sizes nor their order matters beyond rounding. Memory: 8 D² bytes.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -109,19 +102,10 @@ class Moments:
 def frechet_distance(first: Moments, second: Moments) -> float:
     """|μ_a - μ_b|² + tr(Σ_a) + tr(Σ_b) - 2 tr((Σ_a Σ_b)^½), the squared 2-Wasserstein distance of two Gaussians.
 
-    With Inception features this is the FID (Heusel et al. 2017, arXiv:1706.08500). Computed as
-
-        tr((Σ_a Σ_b)^½) = ||Σ_a^½ Σ_b^½||_*        the sum of the singular values of the product of symmetric roots
-
-    which is real by construction, for singular covariances (fewer images than dimensions) too. Eigenvalues under
-    D ε λ_max, the rounding error of the decomposition, count as 0.
-    Units: those of the features, squared. It is biased upwards by about c / n (see `small_sample_note`).
-    Raises: ConfigError for different dimensions, or fewer than 2 images.
-    Cost: O(D³): two symmetric eigendecompositions and one set of singular values; seconds at D = 2048.
-
-    >>> a, b = Moments.of(torch.tensor([[-1.0], [1.0]])), Moments.of(torch.tensor([[-1.0], [3.0]]))
-    >>> round(frechet_distance(a, b), 9)  # (0 - 1)² + (√2 - 2√2)²
-    3.0
+    With Inception features this is the FID (arXiv:1706.08500). tr((Σ_a Σ_b)^½) = ||Σ_a^½ Σ_b^½||_*, the sum of the
+    singular values of the product of symmetric roots, is real for singular covariances (fewer images than dimensions)
+    too. Eigenvalues under D ε λ_max count as 0. It is biased upwards by about c / n (see `small_sample_note`).
+    Raises: ConfigError for different dimensions, or fewer than 2 images. Cost: O(D³); seconds at D = 2048.
     """
     check_same_dimension(len(first.mean), len(second.mean), "frechet_distance")
     left, right = first.covariance(), second.covariance()
@@ -132,7 +116,6 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """The symmetric positive semidefinite R with R R = covariance."""
     values, vectors = torch.linalg.eigh(covariance)
     floor = len(values) * torch.finfo(torch.float64).eps * values[-1].abs()
     return (vectors * torch.where(values > floor, values, 0).sqrt()) @ vectors.T
@@ -148,17 +131,12 @@ def frechet_interval(
     draw: Draw = "independent",
     kind: IntervalKind = "centred",
 ) -> Interval:
-    """`frechet_distance` of two sets of features with a `bootstrap` interval.
+    """`frechet_distance` of features (N, D) to others (M, D), or to moments, which are not resampled, with an interval.
 
     The interval says where the distance of another n images of the same models would fall, at this n.
-
-    Args:
-        features: (N, D).
-        reference: features (M, D), or the moments of a fixed reference, which is not resampled.
-        draw: "paired" if row i of both comes from one seed: the biases cancel, and an unchanged model is at 0, so the
-            value does not compare with one of independent seeds.
-    Raises: ConfigError as `bootstrap` and `frechet_distance`.
-    Cost: resamples + 1 distances, each O((N + M) D² + D³).
+    draw: "paired" if row i of both comes from one seed: the biases cancel, and an unchanged model is at 0, so the value
+        does not compare with one of independent seeds. kind: see `bootstrap`.
+    Cost: resamples + 1 distances.
     """
     rows = feature_rows(features, "frechet_interval")
     samples = [rows] if isinstance(reference, Moments) else [rows, feature_rows(reference, "frechet_interval")]

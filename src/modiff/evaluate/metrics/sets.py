@@ -27,11 +27,7 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Mean and standard deviation of `polynomial_mmd` over random subsets; with Inception features the KID.
 
-    Subsets are drawn from each set without replacement (arXiv:1801.01401). The standard deviation is that of one
-    subset, not of the mean.
-
-    Args:
-        first, second: features (N, D) and (M, D), N and M at least subset_size.
+    Subsets are drawn from each set (N, D) without replacement (arXiv:1801.01401). The deviation is that of one subset.
     Raises: ConfigError for different dimensions, sets smaller than a subset, subsets of fewer than 2, or several
         subsets of the full size, which would all be equal.
     Cost: subsets * 3 subset_size² D multiply-adds, 24 subset_size² bytes.
@@ -59,10 +55,6 @@ def polynomial_mmd(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> f
 
     Its expectation over sets of one distribution is 0, so it is often negative there.
     Raises: ConfigError for different dimensions or fewer than 2 vectors in a set.
-    Cost: (N² + M² + N M) (D multiply-adds and 8 bytes).
-
-    >>> polynomial_mmd(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0]]))  # 1 + 1 - 2 (1 + 1 + 1 + 8) / 4
-    -3.5
     """
     left, right = feature_rows(first, "polynomial_mmd"), feature_rows(second, "polynomial_mmd")
     check_same_dimension(left.shape[1], right.shape[1], "polynomial_mmd")
@@ -79,7 +71,6 @@ def _kernel(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _among(rows: Tensor) -> float:
-    """The mean over pairs of two different vectors."""
     kernel = _kernel(rows, rows)
     return float((kernel.sum() - kernel.trace()) / (len(rows) * (len(rows) - 1)))
 
@@ -91,16 +82,10 @@ def _subset(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def within_manifold(queries: Tensor | np.ndarray, manifold: Tensor | np.ndarray, *, neighbours: int = 3) -> Tensor:
     """Which queries (N, D) lie in a ball around a point of `manifold` (M, D): bool (N,).
 
-    The ball of a point reaches to its k-th nearest other point, border included (Kynkäänniemi et al. 2019,
-    arXiv:1904.06991; k = 3). Precision is the mean over generated images in the manifold of real ones, recall the mean
-    over real images in that of generated ones; for their intervals resample these values, since resampled points would
-    meet their own copies at distance 0.
+    The ball of a point reaches to its k-th nearest other point, border included (arXiv:1904.06991; k = 3). Precision is
+    the mean over generated images in the manifold of real ones, recall the mean over real images in that of generated
+    ones; for their intervals resample these values, since resampled points would meet their own copies at distance 0.
     Raises: ConfigError for different dimensions.
-    Cost: (M² + N M) D; memory is bounded by CHUNK_BYTES of distances.
-
-    >>> line = torch.arange(5.0)[:, None]
-    >>> within_manifold(line + 0.5, line[:4], neighbours=1).tolist()
-    [True, True, True, True, False]
     """
     points, rows = feature_rows(manifold, "within_manifold"), feature_rows(queries, "within_manifold")
     check_same_dimension(rows.shape[1], points.shape[1], "within_manifold")
@@ -120,15 +105,9 @@ def _distances(left: Tensor, right: Tensor) -> Iterator[Tensor]:
 def inception_score(probabilities: Tensor | np.ndarray) -> float:
     """exp(mean_x KL(p(y|x) || p(y))), p(y) being the mean over all images (Salimans et al. 2016, arXiv:1606.03498).
 
-    From 1 (all alike) to the number of classes K (certain and even). 0 log 0 counts as 0. Published scores are means
-    over 10 splits, which biases them downwards; this is one split.
-
-    Args:
-        probabilities: p(y|x) of the classifier, (N, K), rows that sum to 1.
+    Of p(y|x) (N, K), rows that sum to 1; from 1 (all alike) to K (certain and even). Published scores are means over 10
+    splits, which biases them downwards; this is one split.
     Raises: ConfigError if they are not probabilities, or there are none.
-
-    >>> inception_score(torch.eye(4))
-    4.0
     """
     rows = feature_rows(probabilities, "inception_score")
     total = rows.sum(1)

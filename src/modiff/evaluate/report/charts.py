@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 8
 """Columns of a strip: more would be too small to see."""
+GAIN = 8
+"""Of the colours of a difference."""
 
 
 @dataclass(frozen=True)
@@ -131,29 +132,22 @@ def image_figures(rows: Sequence[tuple[str, np.ndarray]], seed: int) -> list[Fig
     figures = [Figure("images-0", alt, f"{reference_name}, {seeds}", _strip(reference / 255), pixels=True)]
     for i, (name, others_images) in enumerate(others, 1):
         images = others_images[:count]
-        gain, colours = differences(images, reference)
         largest = int(np.abs(images.astype(np.int64) - reference).max())
         alt = f"{count} images of configuration {name}, {seeds}."
-        change = f"Difference of {name} to {reference_name}, enlarged {gain:g} times; the largest is {largest} of 255."
+        change = f"Difference of {name} to {reference_name}, enlarged {GAIN} times; the largest is {largest} of 255."
         figures += [
             Figure(f"images-{i}", alt, name, _strip(images / 255), pixels=True, half=True),
-            Figure(f"difference-{i}", change, change, _strip(colours), pixels=True, half=True),
+            Figure(f"difference-{i}", change, change, _strip(differences(images, reference)), pixels=True, half=True),
         ]
     return figures
 
 
-def differences(images: np.ndarray, reference: np.ndarray) -> tuple[float, np.ndarray]:
-    """A gain, and the difference times the gain as colours (N, H, W, 3) in [0, 1]: red above, blue below, white equal.
-
-    The difference of the channels' means; the gain is the largest power of two, at least 1, that saturates at most 1 %
-    of the pixels, and 1 for images that are equal.
-    """
+def differences(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """GAIN times the difference of the channels' means (N, H, W, 3) in [0, 1]: red above, blue below, white equal."""
     change = (images.astype(np.float64) - reference.astype(np.float64)).mean(axis=-1) / 255
-    high = float(np.quantile(np.abs(change), 0.99)) or float(np.abs(change).max())
-    gain = 2.0 ** max(0, math.floor(-math.log2(high))) if high else 1.0
-    scaled = (change * gain).clip(-1, 1)
+    scaled = (change * GAIN).clip(-1, 1)
     red, blue = 1 + scaled.clip(max=0), 1 - scaled.clip(min=0)
-    return gain, np.stack([red, 1 - np.abs(scaled), blue], axis=-1)
+    return np.stack([red, 1 - np.abs(scaled), blue], axis=-1)
 
 
 def _strip(images: np.ndarray) -> bytes:

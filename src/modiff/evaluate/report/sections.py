@@ -27,8 +27,7 @@ CAPTIONS = {
 }
 IMAGES = (
     "The first images, none chosen, from the same noise in every row. Next to each configuration is its difference to "
-    "full precision: red is brighter, blue is darker, white is equal. Differences are enlarged by the factor in their "
-    "caption: compare the factors, not the colours."
+    "full precision: red is brighter, blue is darker, white is equal."
 )
 HEAT_CAPTION = (
     "Error of every layer's output at every step in configuration {name}, {images} images: each layer is fed with the "
@@ -63,7 +62,6 @@ def suite_document(
 
 
 def _results(suite: Suite) -> Section:
-    """Quality and cost, a row for each configuration."""
     names = [name for name in _metric_names(suite.rows) if name not in COSTS]
     sets, real = ([name for name in names if name.endswith(f"_to_{against}")] for against in (FULL, DATA))
     paired = [name for name in names if name not in (*sets, *real)]
@@ -146,7 +144,6 @@ def _layers(plan: Plan, num_images: int, layers: Sequence[LayerTrace]) -> Sectio
 
 
 def _everything(rows: Sequence[Row]) -> Table:
-    """A line for each figure, with what there is to know of it."""
     columns = (
         Column("configuration", numeric=False), Column("figure", numeric=False), Column("value"), Column("low"),
         Column("high"), Column("n"), Column("note", numeric=False),

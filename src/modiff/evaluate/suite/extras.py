@@ -176,7 +176,6 @@ def _planes(images: Tensor) -> Tensor:
 
 
 def _by_batch(images: np.ndarray, one: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """A number for each image, float64 (N,)."""
     batches = (slice(first, first + _BATCH) for first in range(0, len(images), _BATCH))
     return torch.cat([one(torch.from_numpy(images[batch]), batch).cpu() for batch in batches]).double()
 

@@ -147,7 +147,6 @@ class Judge:
         return [*rows, self._kernel(images, other, against), *self._manifolds(images, other, against)]
 
     def _frechet(self, metric: Metric, rows: Tensor, other: Tensor | Moments, against: str) -> Measurement:
-        """One Frechet distance: paired to full precision; a reference is not resampled."""
         paired = isinstance(other, Tensor)
         count = len(other) if paired else other.count
         how = SAME_SEEDS if paired else f"To {count} images of the reference data, which are not resampled."
@@ -177,7 +176,6 @@ class Judge:
         return self._row("kernel_distance", against, distance, len(images), ends, note)
 
     def _manifolds(self, images: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
-        """Precision and recall."""
         real, made = other.pooled[:MANIFOLD], images.pooled[:MANIFOLD]
         small = small_sample_note("precision_recall", min(len(real), len(made)))
         rows: list[Measurement] = []
@@ -190,7 +188,6 @@ class Judge:
         return rows
 
     def _score(self, images: ImageSet) -> list[Measurement]:
-        """The Inception score of all images in one split."""
         if images.probabilities is None:
             return []
         score = bootstrap(inception_score, [images.probabilities.double()], resamples=self.resamples, kind="centred")
@@ -207,7 +204,6 @@ class Judge:
         return [{**row, "name": "fd_between_halves", "label": f"{row['label']} between halves"}]
 
     def _paired(self, images: ImageSet) -> list[Measurement]:
-        """Against full precision, image by image."""
         errors = paired_errors(images.images, self.full.images, resamples=self.resamples)
         rows: list[Measurement] = []
         for name, label in (("relative_l2", "relative L2"), ("psnr_db", "PSNR dB"), ("ssim", "SSIM")):

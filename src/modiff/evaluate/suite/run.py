@@ -156,7 +156,6 @@ def run_suite(
 
 def _draw_all(source: PipelineSource, extractor: FeatureExtractor, store: Store, plans: Sequence[Plan],
               num_images: int, progress: bool) -> None:  # fmt: skip
-    """Draw and save what is missing of every plan, with its features."""
     missing = {plan: batches for plan in plans if (batches := store.missing(plan, num_images))}
     total = sum(plan.steps * len(batches) for plan, batches in missing.items())
     with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True, mininterval=0.5) as bar:
