@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-SCREENSHOTS = "MODIFF_SCREENSHOTS"
-"""Environment variable: the folder where screenshots are kept; nowhere when it is not set."""
 WAIT = 60
 
 
@@ -28,36 +26,29 @@ class Browser:
         # no-sandbox: tests run as root in containers; dev-shm: their /dev/shm is small
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
                    "binary": browser}  # fmt: skip
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-        self.session = f"/session/{session['sessionId']}"
+        chrome = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        window = self._call("POST", "/session", {"capabilities": {"alwaysMatch": chrome}})
+        self.window = f"/session/{window['sessionId']}"
 
     def open(self, page: Path) -> None:
         """Load a local file."""
-        self._call("POST", f"{self.session}/url", {"url": page.resolve().as_uri()})
+        self._call("POST", f"{self.window}/url", {"url": page.resolve().as_uri()})
 
     def run(self, script: str) -> Any:
         """The value that a JavaScript function body returns; a promise is waited for."""
-        return self._call("POST", f"{self.session}/execute/sync", {"script": script, "args": []})
+        return self._call("POST", f"{self.window}/execute/sync", {"script": script, "args": []})
 
     def command(self, name: str, **parameters: Any) -> Any:
         """A command of the DevTools protocol."""
-        return self._call("POST", f"{self.session}/goog/cdp/execute", {"cmd": name, "params": dict(parameters)})
+        return self._call("POST", f"{self.window}/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def console(self) -> list[str]:
         """What was logged since the last call: errors, warnings, refused requests."""
-        found = self._call("POST", f"{self.session}/se/log", {"type": "browser"})
-        return [entry["message"] for entry in found]
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG file."""
-        shown = self.command("Page.captureScreenshot", captureBeyondViewport=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(shown["data"]))
+        return [entry["message"] for entry in self._call("POST", f"{self.window}/se/log", {"type": "browser"})]
 
     def close(self) -> None:
         """End the window."""
-        self._call("DELETE", self.session)
+        self._call("DELETE", self.window)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -88,9 +79,11 @@ def chromium() -> Iterator[Browser]:
 
 
 def keep_screenshot(browser: Browser, name: str) -> None:
-    """Keep one where the environment asks for it."""
-    if folder := os.environ.get(SCREENSHOTS):
-        browser.screenshot(Path(folder) / f"{name}.png")
+    """The whole page as a PNG file, where the environment names a folder."""
+    if folder := os.environ.get("MODIFF_SCREENSHOTS"):
+        shown = browser.command("Page.captureScreenshot", captureBeyondViewport=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shown["data"]))
 
 
 def _port(process: subprocess.Popen[str]) -> int:

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Read once, at import, by the libraries that the tests import later; also by the processes that tests start.
@@ -33,10 +33,8 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests without a CUDA device."""
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -47,41 +45,32 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def _is_local(host: object) -> bool:
-    if host in (None, "", "localhost", b"localhost"):
-        return True
+def _refuse_remote(host: Any) -> None:
+    host = host.decode() if isinstance(host, bytes) else host
     try:
-        return ipaddress.ip_address(host.decode() if isinstance(host, bytes) else str(host)).is_loopback
+        local = host in (None, "", "localhost") or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False
-
-
-def _refuse_remote(host: object) -> None:
-    if not _is_local(host):
+        local = False
+    if not local:
         # Not an OSError: code that retries or falls back on network errors must not swallow it.
         raise RuntimeError(f"tests: expected no network, got a call to {host!r}. Tests run offline. Build it locally.")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _offline() -> Iterator[None]:
-    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+        def connect(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                _refuse_remote(address[0])
+            return call(self, address)
 
-    def guarded_connect(self: socket.socket, address: Any) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6):
-            _refuse_remote(address[0])
-        connect(self, address)
+        return connect
 
-    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
-        if self.family in (socket.AF_INET, socket.AF_INET6):
-            _refuse_remote(address[0])
-        return connect_ex(self, address)
-
-    def guarded_getaddrinfo(host: Any, *rest: Any, **named: Any) -> Any:
-        _refuse_remote(host)
-        return getaddrinfo(host, *rest, **named)
-
+    getaddrinfo = socket.getaddrinfo
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", guarded_connect)
-        patch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
-        patch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+        patch.setattr(socket.socket, "connect", guarded(socket.socket.connect))
+        patch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex))
+        patch.setattr(
+            socket, "getaddrinfo", lambda host, *a, **k: (_refuse_remote(host), getaddrinfo(host, *a, **k))[1]
+        )
         yield

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 
+def _difference(actual: Tensor, exact: Tensor) -> Tensor:
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    return (actual.detach().double() - exact.detach().double()).abs()
+
+
 def worst(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference in float64. Infinite for NaN; AssertionError for another shape."""
-    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
-    difference = (actual.detach().double() - exact.detach().double()).abs()
+    difference = _difference(actual, exact)
     return float("inf") if difference.isnan().any() else float(difference.max())
 
 
 def assert_within(actual: Tensor, exact: Tensor, bound: Tensor | float) -> None:
     """Every element of `actual` lies within `bound` (a number, or one for each element) of `exact`."""
-    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
-    difference = (actual.detach().double() - exact.detach().double()).abs()
+    difference = _difference(actual, exact)
     excess = (difference - bound).max()
     assert bool((difference <= bound).all()), f"worst difference {difference.max():.3e}, {excess:.3e} over the bound"
 
@@ -42,12 +45,10 @@ def drifting(
 ) -> list[Tensor]:
     """Stationary Gaussian inputs; each step replaces a share `change` (relative L2) of the one before."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    found = [x]
+    found = [torch.randn(shape, generator=generator, dtype=torch.float64)]
     for _ in range(steps - 1):
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        x = (1 - change**2) ** 0.5 * x + change * noise
-        found.append(x)
+        found.append((1 - change**2) ** 0.5 * found[-1] + change * noise)
     return [x.to(dtype) for x in found]
 
 

@@ -37,22 +37,13 @@ def recipe_for(
     assert activation.dynamic
     assert activation.bits is not None
     return Recipe(
-        operator=operator,
-        anchor=anchor or operator,
-        bias=bias,
-        bits=activation.bits,
-        segments=segments,
-        granularity=granularity,
-        channel_dim=channel_dim,
-        symmetric=activation.symmetric,
-        clip=activation.clip,
-        predictor=modulation.predictor,
-        gain=modulation.gain,
+        operator=operator, anchor=anchor or operator, bias=bias, bits=activation.bits, segments=segments,
+        granularity=granularity, channel_dim=channel_dim, symmetric=activation.symmetric, clip=activation.clip,
+        predictor=modulation.predictor, gain=modulation.gain,
         compensated=modulation.error_compensation == "closed_loop",
         rounds=modulation.rounds if modulation.first_step == "coded" else 0,
-        reanchor_every=modulation.reanchor_every,
-        matrix=matrix,
-    )
+        reanchor_every=modulation.reanchor_every, matrix=matrix,
+    )  # fmt: skip
 
 
 def torch_operator(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -66,32 +57,29 @@ def torch_operator(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tenso
 
 
 def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = None) -> Recipe:
-    """The recipe of the modulated quantized of a torch layer, derived from the torch layer alone."""
+    """The recipe of a modulated layer, derived from its torch layer alone."""
     linear = isinstance(layer, nn.Linear)
-    groups = 1 if linear else layer.groups
-    fan_in = layer.weight.shape[1]
+    groups, fan_in = 1 if linear else layer.groups, layer.weight.shape[1]
     channels = fan_in * groups
     runs = (channels,) if split is None else (split, channels - split)
     weight, matrix = layer.weight.detach().double(), None
     if config.rotation == "hadamard":
         matrix = rotation(runs, config.rotation_block, groups)
         weight = along(weight, matrix[:fan_in, :fan_in].T, 1)  # W R; the blocks of all groups are alike
-    exact = weight
-    weight = quantize_weight(weight, config.weight.bits, runs if split is not None else ())
+    exact, weight = weight, quantize_weight(weight, config.weight.bits, runs if split is not None else ())
     bias = 0.0
     if layer.bias is not None:
         bias = layer.bias.detach().double().reshape(-1, *[1] * (weight.dim() - 2))
-    auto = "token" if linear else "sample"
-    asked = config.activation.granularity
+    granularity = config.activation.granularity.replace("auto", "token" if linear else "sample")
     return recipe_for(
-        config, torch_operator(layer, weight), bias, segments=runs, granularity=auto if asked == "auto" else asked,
+        config, torch_operator(layer, weight), bias, segments=runs, granularity=granularity,
         channel_dim=-1 if linear else 1, matrix=matrix,
         anchor=torch_operator(layer, exact) if config.modulation.anchor_weights == "exact" else None,
     )  # fmt: skip
 
 
 def quantized(layer: nn.Module, config: LayerConfig, split: int | None = None, name: str = "layer") -> ModulatedLayer:
-    """The modulated quantized of a torch layer, with a clock of its own."""
+    """The modulated layer of a torch layer, with its own clock."""
     kind = quantized_class(layer)
     assert kind is not None
     return kind.from_float(layer, config, name=name, clock=Clock("model"), split=split)

@@ -62,8 +62,8 @@ def layer_configs(draw: st.DrawFn) -> LayerConfig:
     plain = draw(st.booleans())
     activation = draw(quantizer_configs(lowest=(None,) if plain else (0, None)))
     return LayerConfig(
-        weight=WeightConfig(
-            bits=draw(st.sampled_from([None, 2, 4, 8])), search=draw(st.sampled_from(["minmax", "mse"]))
+        weight=draw(
+            st.builds(WeightConfig, bits=st.sampled_from([None, 2, 4, 8]), search=st.sampled_from(["minmax", "mse"]))
         ),
         activation=activation,
         modulation=None if plain else draw(modulation_configs(activation)),
