@@ -62,27 +62,6 @@ def test_without_bits_the_call_is_torch_s_own_to_the_bit(dtype):
     )
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_the_error_of_coded_values_is_at_most_half_a_step_of_v(bits):
-    """sum_j p_j (v_j - Q(v_j)) with sum p = 1."""
-    q, k, v = operands()
-    layer = QuantizedAttention(config(bits, None), "attention")
-    layer.quantizers["q"] = layer.quantizers["k"] = None
-    step = v.abs().amax((1, 2, 3), keepdim=True) / (2 ** (bits - 1) - 1)
-    assert_within(layer.attend(q, k, v), functional.scaled_dot_product_attention(q, k, v), step / 2 * (1 + 1e-9))
-
-
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_the_error_of_coded_probabilities_is_at_most_half_a_step_for_each_key(bits):
-    """sum_j (p_j - Q(p_j)) v_j with |p_j - Q(p_j)| <= max_j p_j / (2^b - 1) / 2."""
-    q, k, v = operands()
-    found = QuantizedAttention(config(None, bits), "attention").attend(q, k, v)
-    p = (q @ k.mT / math.sqrt(4)).softmax(-1)
-    bound = p.amax(-1, keepdim=True) / (2**bits - 1) / 2 * v.abs().sum(-2, keepdim=True)
-    assert_within(found, p @ v, bound * (1 + 1e-9) + 1e-15)
-    assert float((found - p @ v).abs().max()) > 0
-
-
 def exact_softmax(q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
     """Attention through the explicit path, with codes too fine to see."""
     layer = QuantizedAttention(config(None, 16), "attention")
@@ -115,13 +94,6 @@ def test_the_explicit_path_is_torch_s_attention(settings, dtype):
     exact = functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), **settings | wide)
     plain = functional.scaled_dot_product_attention(q, k, v, **settings | cast)
     assert_float_error(exact_softmax(q, k, v, **settings | cast), plain, exact)
-
-
-def test_grouped_queries_share_keys():
-    q, k, v = operands()
-    k, v = k[:, :1], v[:, :1]
-    found = exact_softmax(q, k, v, enable_gqa=True)
-    assert_within(found, functional.scaled_dot_product_attention(q, k, v, enable_gqa=True), 1e-12)
 
 
 def test_dropout_acts_on_the_probabilities():
@@ -179,16 +151,6 @@ def test_attention_that_is_computed_otherwise_is_an_error_and_not_left_uncoded()
     module.explicit = True
     with pytest.raises(StateError, match=r"blocks\.0\.attn: expected a call of torch's scaled_dot_product_attention"):
         module(*operands())
-
-
-def test_static_operands_have_one_scale_each():
-    layer = QuantizedAttention(config(8, 8, dynamic=False), "attention")
-    assert [layer.quantizers[n].granularity for n in ("q", "k", "v", "softmax")] == [
-        "tensor",
-        "tensor",
-        "tensor",
-        "token",
-    ]
 
 
 def test_autocast_rounds_neither_scores_nor_probabilities():

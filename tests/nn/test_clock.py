@@ -1,4 +1,4 @@
-"""The clock: evaluations per context, step size ratios, and who is told to forget."""
+"""The clock: evaluations per context, step size ratios, branches, and who is told to forget."""
 
 from __future__ import annotations
 
@@ -10,59 +10,68 @@ from modiff.nn import Clock
 from modiff.nn.clock import middle
 
 
-def test_steps_count_per_context_and_ticks_over_all():
-    clock = Clock("model")
+@pytest.fixture
+def clock() -> Clock:
+    """Of a model in a trajectory."""
+    clock = Clock("UNet")
     clock.start()
+    return clock
+
+
+def test_steps_count_per_context_and_ticks_over_all(clock):
     seen = []
-    for name in ("cond", "uncond", "cond", "uncond", "cond"):
+    for t, name in zip((10.0, 10.0, 8.0, 8.0, 7.0, 7.0), ("cond", "uncond") * 3, strict=True):
         clock.context = name
-        clock.call(None)
+        clock.call(t)
         seen.append((clock.tick, clock.step))
-    assert seen == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]
-
-
-@pytest.mark.parametrize(
-    "make", [float, lambda t: torch.tensor(t), lambda t: torch.full((4,), t), lambda t: torch.tensor([int(t)])]
-)
-def test_the_ratio_is_this_step_s_size_over_the_last_one_s(make):
-    clock = Clock("model")
-    clock.start()
-    ratios = []
-    for t in (999.0, 899.0, 849.0, 649.0):
-        clock.call(make(t))
-        ratios.append(float(clock.ratio))
-    assert ratios == pytest.approx([1.0, 1.0, 0.5, 4.0])
-
-
-def test_a_repeated_timestep_predicts_no_move_and_none_is_divided_by_zero():
-    clock = Clock("model")
-    clock.start()
-    ratios = []
-    for t in (10.0, 10.0, 8.0, 8.0, 6.0):
-        clock.call(t)
-        ratios.append(float(clock.ratio))
-    assert ratios == [1.0, 1.0, 0.0, 0.0, 0.0]
-
-
-def test_without_timesteps_all_steps_are_alike():
-    clock = Clock("model")
-    clock.start()
-    for t in (None, 5.0, None, 3.0):
-        clock.call(t)
-        assert clock.ratio == 1.0
-
-
-def test_step_sizes_are_those_of_the_context():
-    clock = Clock("model")
-    clock.start()
-    for t in (10.0, 8.0, 7.0):
-        for name in ("a", "b"):
-            clock.context = name
-            clock.call(t)
+    assert seen == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)]
     assert float(clock.ratio) == 0.5
 
 
-def test_starting_and_stopping_frees_what_was_registered_and_counts_anew():
+FORMS = [
+    float,
+    torch.tensor,
+    lambda t: torch.full((4,), t),
+    lambda t: torch.tensor([int(t)]),
+    lambda t: torch.tensor([[0.0, 0.0, 2 * t, 2 * t]]),  # image-to-video: tokens of the first frame stay at 0
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("times", "ratios"),
+    [
+        ((999.0, 899.0, 849.0, 649.0), [1.0, 1.0, 0.5, 4.0]),
+        ((10.0, 10.0, 8.0, 8.0, 6.0), [1.0, 1.0, 0.0, 0.0, 0.0]),  # nothing is divided by zero
+        ((None, 5.0, None, 3.0), [1.0] * 4),
+    ],
+)
+def test_the_ratio_is_this_step_s_size_over_the_last_one_s(clock, form, times, ratios):
+    seen = []
+    for t in times:
+        clock.call(None if t is None else form(t))
+        seen.append(float(clock.ratio))
+    assert seen == pytest.approx(ratios)
+
+
+def test_timesteps_are_kept_in_float32_whatever_torch_takes_by_default(clock):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for t in (1000.0, 999.0, 997.0):
+            clock.call(t)
+        assert float(clock.ratio) == 2.0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("value", [0.1, 999.0, 1e-3, 7.3e8])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_the_middle_of_equal_timesteps_is_theirs_to_the_bit(value, count):
+    each = torch.full((count,), value)
+    assert torch.equal(middle(each), each[:1])
+
+
+def test_starting_and_stopping_frees_what_was_registered_and_counts_from_zero():
     clock, calls = Clock("model"), []
     clock.on_reset(lambda: calls.append(clock.active))
     clock.start()
@@ -74,51 +83,45 @@ def test_starting_and_stopping_frees_what_was_registered_and_counts_anew():
     clock.start()
     clock.call(1.0)
     assert clock.step == 0
+    with pytest.raises(StateError, match=r"model: expected no running trajectory, got a second one"):
+        clock.start()
 
 
-def test_a_call_outside_a_trajectory_is_not_counted():
+def test_the_network_is_inside_between_its_call_and_its_return_in_a_trajectory():
     clock = Clock("model")
     clock.call(3.0)
     assert (clock.tick, clock.inside) == (0, False)
-
-
-def test_the_network_is_inside_between_its_call_and_its_return():
-    clock = Clock("model")
+    clock.raised()  # outside of a trajectory: spoils none
     clock.start()
     assert not clock.inside
     clock.call(None)
-    assert clock.inside
+    assert (clock.step, clock.inside) == (0, True)
     clock.returned()
     assert not clock.inside
 
 
-def test_trajectories_of_one_model_cannot_nest():
-    clock = Clock("UNet")
+def test_after_an_evaluation_that_raised_the_trajectory_is_over(clock):
+    clock.call(2.0)
+    clock.raised()
+    with pytest.raises(StateError, match="got one whose last evaluation raised"):
+        clock.call(1.0)
+    clock.stop()
     clock.start()
-    with pytest.raises(StateError, match=r"UNet: expected no running trajectory, got a second one"):
-        clock.start()
+    clock.call(2.0)
 
 
-def test_the_moment_is_the_timestep_of_the_evaluation_also_outside_of_a_trajectory():
+def test_the_moment_is_the_one_timestep_of_the_evaluation_also_outside_of_a_trajectory():
     clock = Clock("model")
-    for given, found in ((torch.tensor(981), 981.0), (torch.tensor([0.5, 0.5]), 0.5), (7.0, 7.0), (3, 3.0)):
-        clock.call(given)
-        assert clock.moment() == (found,)
+    for timestep, moment in ((torch.tensor(981), 981.0), (torch.tensor([0.5, 0.5]), 0.5), (7.0, 7.0), (3, 3.0)):
+        clock.call(timestep)
+        assert clock.moment() == (moment,)
+    for timestep, got in ((torch.tensor([5.0, 6.0]), "several"), (None, "none")):
+        clock.call(timestep)
+        with pytest.raises(StateError, match=f"expected one timestep for the whole batch, got {got}"):
+            clock.moment()
 
 
-def test_a_moment_needs_one_timestep_for_the_whole_batch():
-    clock = Clock("model")
-    clock.call(torch.tensor([5.0, 6.0]))
-    with pytest.raises(StateError, match="expected one timestep for the whole batch, got several"):
-        clock.moment()
-    clock.call(None)
-    with pytest.raises(StateError, match="expected one timestep for the whole batch, got none"):
-        clock.moment()
-
-
-def test_a_transition_is_the_last_two_timesteps_of_its_context():
-    clock = Clock("model")
-    clock.start()
+def test_a_transition_is_the_last_two_timesteps_of_its_context(clock):
     clock.call(10.0)
     with pytest.raises(StateError, match="expected a step before this one, got the first"):
         clock.transition()
@@ -130,72 +133,20 @@ def test_a_transition_is_the_last_two_timesteps_of_its_context():
     assert clock.transition() == (5.0, 6.0)
 
 
-def test_tokens_with_timesteps_of_their_own_share_the_middle_one():
-    clock, ratios = Clock("model"), []
-    clock.start()
-    for t in (1000.0, 900.0, 850.0):
-        clock.call(torch.tensor([[0.0, 0.0, t, t, t]]))
-        ratios.append(float(clock.ratio))
-    assert ratios == [1.0, 1.0, 0.5]
-
-
-@pytest.mark.parametrize("value", [0.1, 999.0, 1e-3, 7.3e8])
-@pytest.mark.parametrize("count", [1, 3, 7])
-def test_the_middle_of_equal_timesteps_is_theirs_to_the_bit(value, count):
-    each = torch.full((count,), value)
-    assert torch.equal(middle(each), each[:1])
-
-
-def test_after_an_evaluation_that_raised_the_trajectory_is_over():
-    clock = Clock("model")
-    clock.start()
-    clock.call(2.0)
-    clock.raised()
-    with pytest.raises(StateError, match="got one whose last evaluation raised"):
-        clock.call(1.0)
-    clock.stop()
-    clock.start()
-    clock.call(2.0)
-    clock.returned()
-    clock.call(1.0)
-
-
-def test_an_evaluation_that_raised_outside_a_trajectory_spoils_none():
-    clock = Clock("model")
-    clock.call(2.0)
-    clock.raised()
-    clock.start()
-    clock.call(2.0)
-    assert clock.step == 0
-
-
-def test_timesteps_are_kept_in_float32_whatever_torch_takes_by_default():
-    clock = Clock("model")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        clock.start()
-        for t in (1000.0, 999.0, 997.0):
-            clock.call(t)
-            clock.returned()
-        assert float(clock.ratio) == 2.0
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 EVALUATIONS = {  # timesteps of the evaluations, and the branch of each
     "one": ([9, 6, 3, 0], [0, 0, 0, 0]),
     "tiles": ([9, 9, 9, 6, 6, 6, 3, 3, 3], [0, 1, 2, 0, 1, 2, 0, 1, 2]),
     "a sampler that visits timesteps twice": ([9, 6, 6, 3, 3, 0], [0] * 6),
     "the same with guidance in two calls": ([9, 9, 6, 6, 6, 6, 3, 3, 3, 3], [0, 1] * 5),
     "no timestep": ([None] * 4, [0] * 4),
+    "a host that does not number them": ([9, 9], [0, 0]),
 }
 
 
 @pytest.mark.parametrize("kind", EVALUATIONS)
-def test_evaluations_at_one_timestep_are_branches_as_many_as_at_the_first(kind):
-    clock, (times, branches) = Clock("model"), EVALUATIONS[kind]
-    clock.numbered = True
-    clock.start()
+def test_evaluations_at_one_timestep_are_branches_as_many_as_at_the_first(clock, kind):
+    times, branches = EVALUATIONS[kind]
+    clock.numbered = "host" not in kind
     seen = []
     for time in times:
         clock.call(time)
@@ -206,10 +157,8 @@ def test_evaluations_at_one_timestep_are_branches_as_many_as_at_the_first(kind):
     assert seen == [(name, names[:i].count(name)) for i, name in enumerate(names)]
 
 
-def test_another_number_of_evaluations_at_a_timestep_warns_once():
-    clock = Clock("model")
+def test_another_number_of_evaluations_at_a_timestep_warns_once(clock):
     clock.numbered = True
-    clock.start()
     for time in (9, 9, 6):
         clock.call(time)
         clock.returned()
@@ -219,21 +168,12 @@ def test_another_number_of_evaluations_at_a_timestep_warns_once():
     clock.call(0)  # warnings are errors here
 
 
-def test_the_first_timestep_after_others_begins_another_generation():
-    clock, forgotten = Clock("model"), []
+def test_the_first_timestep_after_others_begins_another_generation(clock):
+    forgotten = []
     clock.on_reset(lambda: forgotten.append(clock.tick))
     clock.numbered = True
-    clock.start()
     for time in (9, 6, 3, 9, 6, 3):
         clock.call(time)
         clock.returned()
-    assert forgotten == [0, 4]
+    assert forgotten == [4]
     assert clock.step == 2
-
-
-def test_evaluations_at_one_timestep_are_steps_where_the_host_does_not_number_them():
-    clock = Clock("model")
-    clock.start()
-    for time in (9, 9):
-        clock.call(time)
-    assert (clock.context, clock.step) == ("default", 1)

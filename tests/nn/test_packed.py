@@ -14,9 +14,10 @@ from torch import nn
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.hadamard import Segment
 from modiff.kernels.layout import weight_codes
-from modiff.nn.packed import ERROR, SCALE, pack_nibbles, packed_storage, storage
+from modiff.nn.packed import ERROR, SCALE, pack_nibbles, packed_storage
 from modiff.nn.weight import QuantizedWeight
 from tests.helpers import assert_same_bits, assert_within, drifting
+from tests.nn.building import same_bits
 from tests.recipes import evaluate, play, quantized, randomised
 
 LAYERS = {
@@ -28,21 +29,10 @@ LAYERS = {
 }
 
 
-def modulated(kind: str, bits: int | None, rotation: str = "none", search: str = "minmax"):
+def layer_of(kind: str, bits: int | None, anchor: str = "quantized", search: str = "minmax", **settings):
     make, shape, split = LAYERS[kind]
-    config = LayerConfig(
-        weight=WeightConfig(bits=bits, search=search),
-        activation=QuantizerConfig(bits=6),
-        modulation=ModulationConfig(anchor_weights="quantized"),
-        rotation=rotation,
-    )
-    return quantized(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
-
-
-def anchored(kind: str, bits: int | None, rotation: str = "none", execution: str = "simulated"):
-    make, shape, split = LAYERS[kind]
-    weight = WeightConfig(bits=bits, search="mse")
-    config = LayerConfig(weight=weight, rotation=rotation, execution=execution)
+    weight, modulation = WeightConfig(bits=bits, search=search), ModulationConfig(anchor_weights=anchor)
+    config = LayerConfig(weight=weight, activation=QuantizerConfig(bits=6), modulation=modulation, **settings)
     return quantized(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
 
 
@@ -63,48 +53,35 @@ def test_packing_and_unpacking_give_the_codes_back(rows, channels, kernel, seed)
     assert_same_bits(weight_codes(packed, tuple(codes.shape)), codes)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_four_bits_and_fewer_take_half_a_byte_a_weight_more_take_one(bits):
-    dtype, shape = storage(bits, (6, 5, 3, 3))
-    assert (dtype, shape) == ((torch.uint8, (6, 23)) if bits <= 4 else (torch.int8, (6, 5, 3, 3)))
-    layer, _ = modulated("conv", bits)
-    layer.pack()
-    assert layer.weight.dtype == dtype
-    assert layer.weight.nbytes == (6 * 9 // 2 if bits <= 4 else 6 * 9) * 5
-
-
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_packed_layer_computes_the_same_bits(kind, bits, rotation):
-    layer, inputs = modulated(kind, bits, rotation, "mse")
-    codes, before = layer.quantized_weight.codes(layer.weight), play(layer, inputs)
-    stored = layer.packed_tensors()
+    layer, inputs = layer_of(kind, bits, search="mse", rotation=rotation)
+    codes, before, stored = layer.quantized_weight.codes(layer.weight), play(layer, inputs), layer.packed_tensors()
     layer.pack()
     assert layer.packed
     for (ours, q), (theirs, expected) in zip(layer.quantized_weight.codes(layer.weight), codes, strict=True):
-        assert_same_bits(ours, theirs)
-        assert_same_bits(q.scale, expected.scale)
-    for ours, theirs in zip(play(layer, inputs), before, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert_same_bits(a, b)
-    for ours, theirs in zip(layer.packed_tensors(), stored, strict=True):
-        assert_same_bits(ours, theirs)
+        same_bits([(ours, q.scale)], [(theirs, expected.scale)])
+    same_bits(play(layer, inputs), before)
     layer.pack()
+    same_bits([layer.packed_tensors()], [stored])
     assert_same_bits(layer.weight.detach(), stored[0])
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("anchor_weights", ["quantized", "int8"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_the_storage_that_is_announced_is_the_one_a_layer_takes(kind, bits, anchor_weights):
-    layer, _ = anchored(kind, bits)
-    segments = len(layer.quantized_weight.segments)
-    announced = packed_storage(bits, layer.weight_shape, segments, error=anchor_weights == "int8")
+    """Four bits and fewer take half a byte a weight, more take one."""
+    layer, _ = layer_of(kind, bits, "exact")
+    shape = layer.weight_shape
+    announced = packed_storage(bits, shape, len(layer.quantized_weight.segments), error=anchor_weights == "int8")
     layer.pack(anchor_weights)
     state = layer.packed_state()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == announced
     assert {name for name, _ in layer.named_buffers()} == announced.keys() - {"weight"}
+    assert layer.weight.nbytes == shape[0] * math.ceil(math.prod(shape[1:]) / (2 if bits <= 4 else 1))
 
 
 def test_the_layer_it_was_made_from_keeps_its_own_weight():
@@ -118,50 +95,49 @@ def test_the_layer_it_was_made_from_keeps_its_own_weight():
 
 
 def test_a_weight_without_bits_stays_as_it_is():
-    layer, _ = modulated("linear", None)
+    layer, _ = layer_of("linear", None)
     before = layer.weight
     layer.pack()
     assert not layer.packed
     assert layer.weight is before
 
 
-@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
-def test_scales_stay_float32_and_codes_integers_whatever_the_dtype(change):
-    layer, inputs = modulated("conv", 4)
-    layer.pack()
-    scale, weight = layer.weight_scale.clone(), layer.weight.detach().clone()
-    change(layer)
-    assert_same_bits(layer.weight_scale, scale)
-    assert_same_bits(layer.weight.detach(), weight)
-    assert layer.bias.dtype != torch.float32
-    assert play(layer, [x.to(layer.bias.dtype) for x in inputs])[0][0].dtype == layer.bias.dtype
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_scales_stay_float32_and_codes_integers_whatever_the_dtype(dtype):
+    layer, inputs = layer_of("split", 4, "exact")
+    layer.pack("int8")
+    before = {name: tensor.clone() for name, tensor in layer.packed_state().items()}
+    layer.to(dtype)
+    for name, tensor in layer.packed_state().items():
+        assert_same_bits(tensor, before[name])
+    assert layer.bias.dtype == dtype
+    assert play(layer, [x.to(dtype) for x in inputs])[0][0].dtype == dtype
 
 
-def test_packed_layers_can_be_copied_and_moved_to_the_meta_device_and_filled_again():
-    layer, inputs = modulated("conv", 4)
-    layer.pack()
+@pytest.mark.parametrize("anchor", ["quantized", "int8"])
+def test_packed_layers_can_be_copied_and_moved_to_the_meta_device_and_filled_again(anchor):
+    layer, inputs = layer_of("split", 4, "quantized" if anchor == "quantized" else "exact")
+    layer.pack(anchor)
     expected = play(layer, inputs)
     copied = copy.deepcopy(layer)
     layer.weight_scale.zero_()
-    for ours, theirs in zip(play(copied, inputs), expected, strict=True):
-        assert_same_bits(ours[0], theirs[0])
+    same_bits(play(copied, inputs), expected)
     state = {name: tensor.clone() for name, tensor in copied.state_dict().items()}
-    assert set(state) == {"weight", "bias", SCALE}
+    assert state.keys() == {"bias", *layer.packed_state()}
     copied.to_empty(device="meta")
     assert copied.weight_scale.is_meta
     copied.half()
     assert copied.weight_scale.dtype == torch.float32
     copied.load_state_dict(state, assign=True)
-    for ours, theirs in zip(play(copied, inputs), expected, strict=True):
-        assert_same_bits(ours[0], theirs[0])
+    same_bits(play(copied, inputs), expected)
+    assert copied.keeps_error() == (anchor == "int8")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("strict", [True, False])
 def test_float_weights_are_not_cast_into_a_packed_layer_nor_codes_into_a_float_one(bits, strict):
     """torch would copy 0.3 into an int8 weight as 0."""
-    floats, _ = modulated("conv", bits)
-    packed, _ = modulated("conv", bits)
+    floats, packed = layer_of("conv", bits)[0], layer_of("conv", bits)[0]
     packed.pack()
     for layer, state in ((packed, floats.state_dict()), (floats, packed.state_dict())):
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -172,8 +148,8 @@ def test_float_weights_are_not_cast_into_a_packed_layer_nor_codes_into_a_float_o
     packed.load_state_dict(packed.state_dict())
 
 
-def test_nothing_that_needs_floats_is_answered_from_integers():
-    layer, _ = modulated("linear", 4)
+def test_nothing_that_needs_floats_is_answered_from_integers_and_lost_scales_are_missed():
+    layer, inputs = layer_of("linear", 4)
     parts = layer.quantized_weight.codes(layer.weight)
     layer.pack()
     weight = layer.quantized_weight
@@ -181,19 +157,14 @@ def test_nothing_that_needs_floats_is_answered_from_integers():
     for call in (lambda: weight.floats(layer.weight), lambda: weight.fix(parts), weight.unfix):
         with pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one"):
             call()
-
-
-def test_scales_that_were_lost_are_missed():
-    layer, inputs = modulated("linear", 4)
-    layer.pack()
     del layer.weight_scale
     layer.clock.start()
-    with pytest.raises(StateError, match=r"up.weight: expected the buffer weight_scale, got none"):
+    with pytest.raises(StateError, match=rf"up.weight: expected the buffer {SCALE}, got none"):
         evaluate(layer, inputs[0])
 
 
 def test_learned_codes_are_packed_as_they_are():
-    layer, _ = modulated("linear", 4)
+    layer, _ = layer_of("linear", 4)
     ((codes, qparams),) = layer.quantized_weight.codes(layer.weight)
     floats = layer.quantized_weight.floats(layer.weight)
     other = torch.where(floats / qparams.scale > codes, codes + 1, codes - 1).clamp(-8, 7).to(torch.int8)
@@ -221,18 +192,16 @@ def test_float64_weights_lose_no_more_than_the_rounding_of_a_float32_scale():
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_anchor_codes_are_the_rounding_error_to_half_a_scale(kind, bits, rotation):
-    layer, _ = anchored(kind, bits, rotation)
+    layer, _ = layer_of(kind, bits, "exact", "mse", rotation=rotation)
     exact = layer.quantized_weight.floats(layer.weight).double()
     layer.pack("int8")
-    kept = layer.quantized_weight.exact(layer.weight, torch.float64)
-    segments = list(layer.quantized_weight.segments)
-    for error, scale in zip(
-        (exact - kept).split(segments, 1), layer.weight_error_scale.double().unbind(1), strict=True
-    ):
-        bound = scale.reshape(-1, *[1] * (error.dim() - 1)) / 2
-        assert_within(error, torch.zeros_like(error), (bound + 1e-7).expand_as(error))
+    error = exact - layer.quantized_weight.exact(layer.weight, torch.float64)
     rounded = layer.quantized_weight.dense(layer.weight, torch.float64)
-    assert float((exact - kept).norm()) < 0.02 * float((exact - rounded).norm())
+    for part, scale in zip(
+        error.split(layer.quantized_weight.segments, 1), layer.weight_error_scale.double().unbind(1), strict=True
+    ):
+        assert_within(part, torch.zeros_like(part), scale.reshape(-1, *[1] * (part.dim() - 1)) / 2 + 1e-7)
+    assert float(error.norm()) < 0.02 * float((exact - rounded).norm())
 
 
 @pytest.mark.parametrize("execution", ["simulated", "integer"])
@@ -240,7 +209,7 @@ def test_anchor_codes_are_the_rounding_error_to_half_a_scale(kind, bits, rotatio
 def test_a_packed_layer_anchors_with_the_codes_that_it_keeps(kind, execution):
     outputs = {}
     for anchor_weights in ("exact", "int8", "quantized"):
-        layer, inputs = anchored(kind, 4, execution=execution)
+        layer, inputs = layer_of(kind, 4, "exact", execution=execution)
         if anchor_weights != "exact":
             layer.pack(anchor_weights)
         outputs[anchor_weights] = [output for output, _, _ in play(layer, inputs)]
@@ -248,42 +217,20 @@ def test_a_packed_layer_anchors_with_the_codes_that_it_keeps(kind, execution):
         assert float((kept - exact).norm()) < 0.05 * float((rounded - exact).norm())
 
 
-def test_only_layers_with_exact_anchors_keep_codes_for_them():
-    for layer in (modulated("linear", 4)[0], anchored("linear", None)[0]):
-        layer.pack("int8")
-        assert not layer.keeps_error()
-        assert not hasattr(layer, ERROR)
-
-
 @pytest.mark.parametrize(
-    ("bits", "pack", "words"),
+    ("bits", "anchor", "pack", "words"),
     [
-        (4, None, "exact weights"),
-        (None, "int8", "exact weights"),
-        (4, "quantized", "quantized weights"),
-        (4, "int8", "int8 anchor codes (1.5 bytes a weight)"),
-        (8, "int8", "int8 anchor codes (2 bytes a weight)"),
+        (4, "exact", None, "exact weights"),
+        (None, "exact", "int8", "exact weights"),
+        (4, "exact", "quantized", "quantized weights"),
+        (4, "quantized", "int8", "quantized weights"),
+        (4, "exact", "int8", "int8 anchor codes (1.5 bytes a weight)"),
+        (8, "exact", "int8", "int8 anchor codes (2 bytes a weight)"),
     ],
 )
-def test_a_layer_says_what_it_anchors_with(bits, pack, words):
-    layer, _ = anchored("conv", bits)
+def test_a_layer_says_what_it_anchors_with_and_keeps_codes_only_for_exact_anchors(bits, anchor, pack, words):
+    layer, _ = layer_of("conv", bits, anchor)
     if pack:
         layer.pack(pack)
     assert layer.anchors_with == words
-
-
-def test_anchor_codes_are_moved_copied_and_never_rounded_with_the_layer():
-    layer, inputs = anchored("split", 4)
-    layer.pack("int8")
-    expected = play(layer, inputs)
-    for change in (copy.deepcopy, lambda m: m.double().half().float(), lambda m: m.to("cpu")):
-        state = {name: tensor.clone() for name, tensor in layer.packed_state().items()}
-        bias = layer.bias.detach().clone()
-        layer = change(layer)
-        layer.bias.data = bias
-        for name, tensor in layer.packed_state().items():
-            assert_same_bits(tensor, state[name])
-        for ours, theirs in zip(play(layer, inputs), expected, strict=True):
-            assert_same_bits(ours[0], theirs[0])
-    layer.pack("quantized")
-    assert layer.keeps_error()
+    assert hasattr(layer, ERROR) == layer.keeps_error() == ("codes" in words)

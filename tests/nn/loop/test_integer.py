@@ -9,31 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
+from modiff import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels.backend import PREPACKED
 from modiff.nn.loop.integer import ByteCode
 from tests.helpers import assert_same_bits, assert_within, drifting, worst
+from tests.nn.building import LAYERS, TIMES, W8A4, integer, output_bound, walk
 from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer, sizes_of
 from tests.reference.recursion import run
 
-W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
 LINEAR = ModulationConfig(predictor="linear", gain=0.8)
 PAPER = ModulationConfig(anchor_weights="quantized")
-LAYERS = {
-    "linear": (lambda: nn.Linear(16, 6), (2, 5, 16), None),
-    "linear of odd channels": (lambda: nn.Linear(7, 3, bias=False), (4, 7), None),
-    "conv": (lambda: nn.Conv2d(8, 4, 3, padding=1), (2, 8, 5, 6), None),
-    "conv with a stride": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding=(0, 1), dilation=(1, 2)), (2, 6, 7, 9), None),
-    "conv in groups": (lambda: nn.Conv2d(8, 6, 3, groups=2, padding="same"), (1, 8, 4, 4), None),
-    "conv of one pixel": (lambda: nn.Conv2d(8, 5, 1), (3, 8, 4, 4), None),
-    "conv along one axis": (lambda: nn.Conv1d(8, 5, 3, padding=2), (2, 8, 9), None),
-    "conv along three axes": (lambda: nn.Conv3d(4, 3, 3, padding=1), (1, 4, 3, 4, 4), None),
-    "split conv": (lambda: nn.Conv2d(8, 4, 3, padding=1), (2, 8, 4, 4), 5),
-    "split linear": (lambda: nn.Linear(12, 4), (2, 3, 12), 4),
-}
 CONFIGS = {
     "W8A4": W8A4,
     "W8A8": LayerConfig(),
@@ -44,25 +32,10 @@ CONFIGS = {
     "scales of every second step": LayerConfig(activation=QuantizerConfig(bits=4, refresh_every=2)),
     "coded first step": LayerConfig(modulation=ModulationConfig(first_step="coded", rounds=2, reanchor_every=3)),
 }
-TIMES = [900.0, 700.0, 600.0, 500.0, 450.0]
-
-
-def integer(config: LayerConfig) -> LayerConfig:
-    return dataclasses.replace(config, execution="integer")
 
 
 def plainly(config: LayerConfig) -> LayerConfig:
     return dataclasses.replace(config, modulation=None)
-
-
-def walk(shape: tuple[int, ...], steps: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return drifting(3, shape, steps, 0.3, dtype)
-
-
-def output_bound(layer: nn.Module, x: Tensor, steps: int) -> float:
-    """Float error of sums over the fan-in, of `steps` steps: generous, and far below one code."""
-    fan_in = layer.weight[0].numel()
-    return 2e-6 * steps * float(x.abs().max()) * float(layer.weight.detach().abs().max()) * fan_in
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -152,29 +125,6 @@ def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_
         assert_within(held, its_held, 3 * len(inputs) * error * float(its_held.abs().max()))
 
 
-def test_a_caller_that_writes_into_the_output_or_its_input_does_not_touch_the_states():
-    original, inputs = randomised(nn.Linear(16, 6)), walk((2, 5, 16))
-    expected = play(quantized(original, integer(W8A4)), inputs)
-    ours = quantized(original, integer(W8A4))
-    ours.clock.start()
-    for x, (_, state, held) in zip(inputs, expected, strict=True):
-        mine = x.clone()
-        evaluate(ours, mine).fill_(9.0)
-        mine.fill_(-9.0)
-        assert_same_bits(ours.state.input, state)
-        assert_same_bits(ours.state.output, held)
-    ours.clock.stop()
-
-
-def test_an_input_that_changes_its_memory_layout_is_the_same_input():
-    original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    expected = play(quantized(original, integer(W8A4)), inputs)
-    other = [x.to(memory_format=torch.channels_last) if i % 2 else x for i, x in enumerate(inputs)]
-    for mine, theirs in zip(play(quantized(original, integer(W8A4)), other), expected, strict=True):
-        assert_same_bits(mine[1], theirs[1])
-        assert_within(mine[2], theirs[2], 1e-5)
-
-
 def test_a_steady_step_makes_bytes_and_never_the_values_behind_them():
     layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
     layer.clock.start()
@@ -215,11 +165,6 @@ def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
         layer.clock.start()
     for x in inputs:
         assert_same_bits(evaluate(ours, x), evaluate(theirs, x))
-
-
-def test_simulation_is_the_default_and_builds_no_kernels():
-    assert LayerConfig().execution == "simulated"
-    assert quantized(nn.Linear(8, 4), W8A4).on_integers is False
 
 
 def test_scales_are_measured_in_the_simulation_and_used_on_integers():
@@ -287,20 +232,6 @@ def test_what_backends_made_of_a_weight_goes_with_the_layer():
     del layer
     gc.collect()
     assert PREPACKED.bytes_held() == before
-
-
-def test_a_batch_that_changes_inside_a_trajectory_is_refused_and_the_states_survive():
-    layer = quantized(randomised(nn.Conv2d(8, 4, 3)), integer(W8A4), split=3)
-    inputs = walk((2, 8, 4, 4))
-    layer.clock.start()
-    evaluate(layer, inputs[0])
-    evaluate(layer, inputs[1])
-    before = [t.clone() for t in layer.state]
-    with pytest.raises(StateError, match=r"layer: expected an input of shape \(2, 8, 4, 4\).*got \(1, 8, 4, 4\)"):
-        evaluate(layer, inputs[2][:1])
-    for kept, was in zip(layer.state, before, strict=True):
-        assert_same_bits(kept, was)
-    layer.clock.stop()
 
 
 def test_nan_is_seen_in_the_output_under_a_dynamic_scale():

@@ -1,0 +1,181 @@
+"""Linear layers and convolutions in every geometry against loops in float64, and against torch with bits off."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from modiff import LayerConfig, ModulatedLinear, ModulationConfig, QuantizerConfig, StateError, WeightConfig
+from modiff.nn import QUANTIZED_CLASSES, quantized_class
+from tests.helpers import assert_float_error, assert_same_bits, assert_within, drifting
+from tests.recipes import evaluate, float64, play, quantized, randomised, recipe_of_layer, sizes_of, torch_operator
+from tests.reference import layers
+from tests.reference.quantizer import quantize, quantize_weight
+from tests.reference.recursion import run
+from tests.strategies import modulation_configs, quantizer_configs, trajectories
+
+MODES = ("zeros", "reflect", "replicate", "circular")
+VARIANTS = {
+    "linear": (nn.Linear(64, 32), (16, 64)),
+    "linear without bias": (nn.Linear(64, 32, bias=False), (16, 64)),
+    "1d": (nn.Conv1d(4, 3, 3, padding=1), (2, 4, 7)),
+    "1d strided, dilated": (nn.Conv1d(4, 2, 3, stride=2, dilation=2, bias=False), (2, 4, 9)),
+    "2d 1x1": (nn.Conv2d(4, 3, 1), (2, 4, 3, 4)),
+    "2d 3x3": (nn.Conv2d(4, 3, 3, padding=1), (2, 4, 4, 5)),
+    "2d same, even kernel": (nn.Conv2d(4, 3, (2, 4), padding="same"), (2, 4, 4, 5)),
+    "2d valid": (nn.Conv2d(4, 3, 2, padding="valid"), (2, 4, 3, 3)),
+    "2d strided": (nn.Conv2d(4, 3, 3, stride=(2, 1), padding=(1, 0)), (2, 4, 5, 4)),
+    "2d dilated": (nn.Conv2d(4, 3, 3, dilation=2, padding=2), (1, 4, 5, 5)),
+    "2d grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 3, 3)),
+    "2d depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1, bias=False), (2, 4, 3, 3)),
+    "3d": (nn.Conv3d(4, 2, (1, 2, 2), stride=(1, 2, 1)), (1, 4, 2, 3, 3)),
+    **{f"2d {m}": (nn.Conv2d(4, 2, 3, padding=(2, 1), padding_mode=m), (1, 4, 3, 3)) for m in MODES},
+    **{f"1d {m}": (nn.Conv1d(4, 2, 4, padding="same", padding_mode=m), (1, 4, 6)) for m in MODES},
+    "3d circular": (nn.Conv3d(4, 2, 2, padding=1, padding_mode="circular"), (1, 4, 2, 2, 2)),
+}
+OFF = {"weight": WeightConfig(bits=None), "activation": QuantizerConfig(bits=None)}
+W4A4 = {"weight": WeightConfig(bits=4), "activation": QuantizerConfig(bits=4)}
+FLOAT64 = ModulationConfig(state_dtype="float64")
+# Uneven "same" padding of an even kernel: torch says that it may copy the input. Ours calls the same function.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def equals_the_reference(layer, config, inputs, split=None, timesteps=None):
+    expected = run(inputs, recipe_of_layer(layer, config, split), None if timesteps is None else sizes_of(timesteps))
+    for (output, a, o), step in zip(play(quantized(layer, config, split), inputs, timesteps), expected, strict=True):
+        bound = 1e-9 if timesteps is None else 1e-7  # ratios of step sizes, and gains times them, are float32
+        assert_within(a, step.input_state, bound)
+        assert_within(o, step.output_state, bound)
+        assert_same_bits(output, o)
+
+
+@st.composite
+def modulated_configs(draw: st.DrawFn) -> LayerConfig:
+    activation = draw(quantizer_configs(lowest=(0,)).filter(lambda q: q.dynamic))
+    return float64(
+        LayerConfig(
+            weight=WeightConfig(bits=draw(st.sampled_from([None, 2, 4, 8]))),
+            activation=activation,
+            modulation=draw(modulation_configs(activation)),
+            rotation=draw(st.sampled_from(["none", "hadamard"])),
+            rotation_block=draw(st.sampled_from([2, 64])),
+        )
+    )
+
+
+@given(
+    inputs=trajectories((2, 2, 12), max_steps=5),
+    config=modulated_configs(),
+    split=st.sampled_from([None, 4]),
+    timesteps=st.sampled_from([None, [999.0, 900.0, 700.0, 650.0, 1.0]]),
+)
+@settings(max_examples=60)
+def test_a_linear_layer_equals_the_reference(inputs, config, split, timesteps):
+    equals_the_reference(randomised(nn.Linear(12, 5)).double(), config, inputs, split, timesteps)
+
+
+@given(
+    inputs=trajectories((2, 8, 3), max_steps=4),
+    bits=st.sampled_from([0, 2, 4, 8]),
+    granularity=st.sampled_from(["auto", "tensor", "token", "input_channel"]),
+    rotation=st.sampled_from(["none", "hadamard"]),
+    split_and_groups=st.sampled_from([(None, 1), (2, 1), (6, 1), (None, 2), (None, 4)]),
+    symmetric=st.booleans(),
+)
+@settings(max_examples=40)
+def test_a_convolution_equals_the_reference(inputs, bits, granularity, rotation, split_and_groups, symmetric):
+    split, groups = split_and_groups
+    activation = QuantizerConfig(bits=bits, granularity=granularity, symmetric=symmetric)
+    config = LayerConfig(weight=W4A4["weight"], activation=activation, modulation=FLOAT64, rotation=rotation)
+    layer = randomised(nn.Conv1d(8, 4, 3, padding=1, groups=groups)).double()
+    equals_the_reference(layer, config, inputs, split)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_every_geometry_equals_the_reference(variant, rotation):
+    layer, shape = VARIANTS[variant]
+    config = LayerConfig(**W4A4, modulation=FLOAT64, rotation=rotation)
+    equals_the_reference(randomised(layer).double(), config, drifting(1, shape, 3, 0.2))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_with_bits_off_it_is_the_torch_layer_to_float_error(variant, dtype):
+    layer, shape = VARIANTS[variant]
+    layer, x = randomised(layer).to(dtype), torch.randn(shape).to(dtype)
+    bias = 0.0
+    if layer.bias is not None:
+        bias = layer.bias.detach().double().reshape(-1, *[1] * (layer.weight.dim() - 2))
+    exact = torch_operator(layer, layer.weight.detach())(x) + bias
+    for rotation in ("none", "hadamard") if isinstance(layer, nn.Linear) else ("none",):
+        ours = quantized(layer, LayerConfig(**OFF, rotation=rotation))(x)
+        if dtype == torch.float64:
+            assert_within(ours, exact, 1e-12)
+        else:
+            assert_float_error(ours, layer(x), exact)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "sample", "token"])
+def test_plain_quantization_is_the_layer_at_the_quantized_input(granularity):
+    layer, x = randomised(nn.Linear(12, 5)).double(), torch.randn(2, 3, 12, dtype=torch.float64)
+    activation = QuantizerConfig(bits=4, granularity=granularity)
+    config = LayerConfig(weight=W4A4["weight"], activation=activation, modulation=None)
+    expected = layers.linear(quantize(x, 4, granularity).value, quantize_weight(layer.weight.detach(), 4), layer.bias)
+    assert_within(quantized(layer, config)(x), expected, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 12), (2, 2, 2, 12)])
+@pytest.mark.parametrize("bits", [4, None])
+def test_any_number_of_leading_axes_is_taken(shape, bits):
+    layer, x = randomised(nn.Linear(12, 5)), torch.randn(shape)
+    modulated = quantized(layer, LayerConfig(weight=OFF["weight"], activation=QuantizerConfig(bits=bits)))
+    modulated.clock.start()
+    assert_within(evaluate(modulated, x), layer(x), 1e-6)
+    assert evaluate(modulated, x + 0.1).shape == layer(x).shape
+
+
+def test_a_split_convolution_is_the_sum_of_two_that_know_nothing_of_each_other():
+    whole = randomised(nn.Conv2d(8, 4, 3, padding=1)).double()
+    first, second = (nn.Conv2d(n, 4, 3, padding=1, bias=bias).double() for n, bias in ((5, True), (3, False)))
+    with torch.no_grad():
+        whole.weight[:, 5:] *= 30
+        first.weight.copy_(whole.weight[:, :5])
+        first.bias.copy_(whole.bias)
+        second.weight.copy_(whole.weight[:, 5:])
+    weight = WeightConfig(bits=4, search="mse")
+    config = LayerConfig(weight=weight, activation=QuantizerConfig(bits=4), modulation=FLOAT64)
+    inputs = drifting(0, (2, 8, 5, 4), 4, 0.3)
+    one = play(quantized(first, config), [x[:, :5] for x in inputs])
+    two = play(quantized(second, config), [x[:, 5:] for x in inputs])
+    for (both, _, _), (a, _, _), (b, _, _) in zip(play(quantized(whole, config, 5), inputs), one, two, strict=True):
+        assert_within(both, a + b, 1e-9)
+
+
+@pytest.mark.parametrize("variant", ["1d", "2d 3x3", "3d"])
+def test_an_input_without_a_batch_axis_is_refused(variant):
+    layer, shape = VARIANTS[variant]
+    modulated = quantized(layer.float(), LayerConfig(rotation="hadamard"), name="conv_in")
+    modulated.clock.start()
+    with pytest.raises(StateError, match=rf"conv_in: expected {len(shape)} axes \(batch, channels, ...\)"):
+        evaluate(modulated, torch.randn(shape[1:]))
+
+
+def test_only_layers_that_keep_torch_s_own_forward_are_quantized():
+    class Named(nn.Linear):
+        """A subclass that adds nothing to the computation."""
+
+    class Scaled(nn.Linear):
+        """A subclass that computes something else."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    assert quantized_class(Named(2, 2)) is ModulatedLinear
+    assert quantized_class(Scaled(2, 2)) is None
+    assert quantized_class(nn.ConvTranspose2d(2, 2, 1)) is None
+    assert quantized_class(quantized(nn.Linear(2, 2), LayerConfig())) is None
+    assert all(quantized_class(layer) in QUANTIZED_CLASSES.values() for layer, _ in VARIANTS.values())
