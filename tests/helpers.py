@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype, f"{actual.dtype} instead of {expected.dtype}"
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} elements differ"
+
+
+def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal names, and every bit of what they name."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_same_bits(actual[name], tensor)
 
 
 def drifting(

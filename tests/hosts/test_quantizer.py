@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,44 +15,24 @@ import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, ModiffDiffusersConfig, WeightConfig, presets
 from modiff.hosts.diffusers.quantizer import align
 from modiff.model.attach import attachment_of
-from tests.helpers import assert_same_bits
-from tests.hosts.tiny import HOSTS
-from tests.pixels import pixel_pipeline, saved_pipeline
+from tests.helpers import assert_same_bits, assert_same_tensors
+from tests.hosts.tiny import HOSTS, SMALL
 
 FILE = "diffusion_pytorch_model.safetensors"
+W4A8 = ModiffDiffusersConfig(presets.w4a8())
 
 
-def call(pipe: DiffusionPipeline) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return torch.from_numpy(pipe(2, generator, num_inference_steps=3, output_type="np", return_dict=False)[0])
-
-
-@pytest.fixture(scope="module")
-def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_pipeline(tmp_path_factory.mktemp("floats") / "pipe")
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipe = pixel_pipeline()
-    modiff.apply(pipe, presets.w4a8())
-    modiff.save(pipe, tmp_path_factory.mktemp("quantized") / "pipe")
-    return tmp_path_factory.getbasetemp() / "quantized0" / "pipe"
-
-
-def with_unet(unet: torch.nn.Module) -> DiffusionPipeline:
-    pipe = pixel_pipeline()
-    pipe.unet = unet
+def packed(config: ModiffConfig, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    pipe = SMALL.build().to(dtype)
+    modiff.apply(pipe, config)
+    modiff.pack(pipe)
     return pipe
 
 
 # --------------------------------------------------------------------------------------------------- the config
 
-CONFIGS = [ModiffDiffusersConfig(), ModiffDiffusersConfig(presets.tuned(4, 3), ["conv2"])]
 
-
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [ModiffDiffusersConfig(), ModiffDiffusersConfig(presets.tuned(4, 3), ["conv2"])])
 def test_a_config_is_json_and_comes_back(config):
     """Trap 1: diffusers evaluates repr() and to_diff_dict(), which its own base class does not have."""
     values = json.loads(json.dumps(config.to_dict()))
@@ -70,57 +49,48 @@ def test_a_config_is_json_and_comes_back(config):
 
 
 def test_settings_may_come_as_a_dictionary_and_nonsense_may_not():
-    assert ModiffDiffusersConfig(presets.w4a8().to_dict()) == ModiffDiffusersConfig(presets.w4a8())
-    for wrong in ("w4a8", 4):
-        with pytest.raises(ConfigError, match=r"ModiffDiffusersConfig.config: expected a ModiffConfig, got"):
-            ModiffDiffusersConfig(wrong)
+    assert ModiffDiffusersConfig(presets.w4a8().to_dict()) == W4A8
+    with pytest.raises(ConfigError, match=r"ModiffDiffusersConfig.config: expected a ModiffConfig, got 4"):
+        ModiffDiffusersConfig(4)
     with pytest.raises(ConfigError, match="ModiffConfig"):
         ModiffDiffusersConfig({"unheard_of": 1})
 
 
-TABLES = """
-import modiff, modiff.hosts, torch
-import diffusers
-from diffusers.quantizers import auto
-tables = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-modiff.apply(torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3))))
-print(["modiff" in table for table in tables])
-try:
-    modiff.select(diffusers.UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-                                        up_block_types=("UpBlock2D",) * 2), "w8a8")
-finally:
-    print(["modiff" in table for table in tables])
-from modiff.hosts.diffusers.quantizer import leave_tables
-leave_tables()
-print(["modiff" in table for table in tables])
-"""
-
-
-def test_the_tables_of_diffusers_change_when_its_first_object_is_met_and_can_be_changed_back():
-    done = subprocess.run([sys.executable, "-c", TABLES], capture_output=True, text=True, check=True, timeout=170)
-    assert done.stdout.splitlines() == ["[False, False]", "[True, True]", "[False, False]"]
-
-
-UNREGISTERED = """
+PROBE = """
 import sys, warnings
 warnings.simplefilter("ignore")
+import torch
 from diffusers import UNet2DModel
+from diffusers.quantizers import auto
+def show():
+    print(*("modiff" in table for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)))
 try:
     UNet2DModel.from_pretrained(sys.argv[1])
 except ValueError as error:
     print(str(error).splitlines()[0])
+import modiff, modiff.hosts
+modiff.apply(torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3))))
+show()
 from modiff import ModiffDiffusersConfig
-print(type(UNet2DModel.from_pretrained(sys.argv[1]).hf_quantizer).__name__)
+show()
+unet = UNet2DModel.from_pretrained(sys.argv[1])
+print(type(unet.hf_quantizer).__name__)
+from modiff.hosts.diffusers.quantizer import leave_tables
+leave_tables()
+show()
+modiff.hosts.diffusers_host.cache_clear()  # as if none of its objects had been met
+modiff.hosts.host.host_of(unet)
+show()
 """
 
 
-def test_a_process_that_never_met_modiff_is_told_so_by_diffusers_and_one_name_is_enough(quantized):
+def test_the_tables_of_diffusers_change_with_its_first_object_or_one_name_of_modiff_and_can_be_changed_back(quantized):
     """Trap 8: diffusers has no plugins; something of modiff must be imported, and the error is diffusers' own."""
-    probe = [sys.executable, "-c", UNREGISTERED, str(quantized / "unet")]
+    probe = [sys.executable, "-c", PROBE, str(quantized / "unet")]
     done = subprocess.run(probe, capture_output=True, text=True, check=True, timeout=170)
-    refused, loaded = done.stdout.strip().splitlines()
+    refused, *lines = done.stdout.splitlines()
     assert refused.startswith("Unknown quantization type, got modiff")
-    assert loaded == "ModiffQuantizer"
+    assert lines == ["False False", "True True", "ModiffQuantizer", "False False", "True True"]
 
 
 # ------------------------------------------------------------------------------------------- from_pretrained, floats
@@ -131,7 +101,6 @@ def test_a_process_that_never_met_modiff_is_told_so_by_diffusers_and_one_name_is
     [
         presets.w8a8(),
         presets.tuned(4, 4),
-        presets.plain(3, 8),
         ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=None)), overrides=(("*conv1", LayerConfig()),)),
     ],
 )
@@ -141,36 +110,32 @@ def test_on_the_fly_gives_the_bits_of_apply_and_pack(floats, config):
         floats / "unet", quantization_config=ModiffDiffusersConfig(config), output_loading_info=True
     )
     assert not any(info.values())
-    pipe = pixel_pipeline()
-    modiff.apply(pipe, config)
-    modiff.pack(pipe)
-    expected = pipe.unet.state_dict()
-    assert unet.state_dict().keys() == expected.keys()
-    for name, tensor in unet.state_dict().items():
-        assert_same_bits(tensor, expected[name])
-    assert_same_bits(call(with_unet(unet)), call(pipe))
     assert not unet.training
+    pipe = packed(config)
+    assert_same_tensors(unet.state_dict(), pipe.unet.state_dict())
+    assert_same_bits(SMALL.call(SMALL.around(unet)), SMALL.call(pipe))
 
 
 def test_on_the_fly_for_a_pipeline_by_component(floats, tmp_path):
     """Trap 3: the mapping works; the string form asks transformers for the method, too, and is refused."""
-    mapping = PipelineQuantizationConfig(quant_mapping={"unet": ModiffDiffusersConfig(presets.w4a8())})
+    mapping = PipelineQuantizationConfig(quant_mapping={"unet": W4A8})
     pipe = DiffusionPipeline.from_pretrained(floats, quantization_config=mapping)
-    expected = call(pipe)
+    expected = SMALL.call(pipe)
     assert attachment_of(pipe.unet) is not None
     pipe.save_pretrained(tmp_path / "saved")
-    assert_same_bits(call(DiffusionPipeline.from_pretrained(tmp_path / "saved")), expected)
-    assert_same_bits(call(modiff.load(tmp_path / "saved")), expected)
+    for load in (DiffusionPipeline.from_pretrained, modiff.load):
+        assert_same_bits(SMALL.call(load(tmp_path / "saved")), expected)
     with pytest.raises(ValueError, match="quant_backend=modiff was not found"):
         PipelineQuantizationConfig(quant_backend="modiff", quant_kwargs={"config": {}})
     with pytest.raises(ValueError, match="must be an instance of `PipelineQuantizationConfig`"):
-        DiffusionPipeline.from_pretrained(floats, quantization_config=ModiffDiffusersConfig())
+        DiffusionPipeline.from_pretrained(floats, quantization_config=W4A8)
 
 
-def test_the_config_file_says_that_the_model_is_quantized(floats, tmp_path):
+def test_the_config_file_says_that_the_model_is_quantized_and_one_config_serves_two_models(floats, tmp_path):
     """Trap 6: diffusers leaves the entry out unless the quantizer registers it."""
-    unet = UNet2DModel.from_pretrained(floats / "unet", quantization_config=ModiffDiffusersConfig(presets.w4a8()))
-    assert isinstance(unet.config.quantization_config, ModiffDiffusersConfig)
+    unet, other = (UNet2DModel.from_pretrained(floats / "unet", quantization_config=W4A8) for _ in range(2))
+    assert ModiffDiffusersConfig(presets.w4a8()) == W4A8
+    assert unet.config.quantization_config is not other.config.quantization_config
     assert unet.config.quantization_config.config == presets.w4a8()
     assert unet.config._pre_quantization_dtype is None
     for folder in ("one", "two"):  # diffusers puts the dictionary of the first save into the model's config
@@ -181,13 +146,6 @@ def test_the_config_file_says_that_the_model_is_quantized(floats, tmp_path):
         assert load_file(tmp_path / folder / FILE).keys() == unet.state_dict().keys()
 
 
-def test_one_config_serves_two_models(floats):
-    config = ModiffDiffusersConfig(presets.w4a8())
-    one, two = (UNet2DModel.from_pretrained(floats / "unet", quantization_config=config) for _ in range(2))
-    assert config == ModiffDiffusersConfig(presets.w4a8())
-    assert one.config.quantization_config is not two.config.quantization_config
-
-
 def test_modules_to_not_convert_stay_in_full_precision(floats):
     """Trap 9: the name that diffusers' users know."""
     config = ModiffDiffusersConfig(presets.w8a8(), modules_to_not_convert=["conv2", "mid_block"])
@@ -195,29 +153,20 @@ def test_modules_to_not_convert_stay_in_full_precision(floats):
     taken = set(attachment_of(unet).layers)
     assert taken
     assert not any("conv2" in name or "mid_block" in name for name in taken)
+    config = ModiffDiffusersConfig(modules_to_not_convert=["nothing_like_it"])
     with pytest.raises(ConfigError, match="nothing_like_it"):
-        UNet2DModel.from_pretrained(
-            floats / "unet", quantization_config=ModiffDiffusersConfig(modules_to_not_convert=["nothing_like_it"])
-        )
+        UNet2DModel.from_pretrained(floats / "unet", quantization_config=config)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_the_fly_in_half_precision_quantizes_the_rounded_weights_with_float32_scales(floats, dtype):
-    unet = UNet2DModel.from_pretrained(
-        floats / "unet", dtype=dtype, quantization_config=ModiffDiffusersConfig(presets.w4a8())
-    )
-    assert unet.config._pre_quantization_dtype == dtype
-    pipe = pixel_pipeline().to(dtype)
-    modiff.apply(pipe, presets.w4a8())
-    modiff.pack(pipe)
-    for name, tensor in pipe.unet.state_dict().items():
-        assert_same_bits(unet.state_dict()[name], tensor)
+def test_on_the_fly_in_half_precision_quantizes_the_rounded_weights_with_float32_scales(floats):
+    unet = UNet2DModel.from_pretrained(floats / "unet", dtype=torch.bfloat16, quantization_config=W4A8)
+    assert unet.dtype == unet.config._pre_quantization_dtype == torch.bfloat16
+    assert_same_tensors(unet.state_dict(), packed(presets.w4a8(), torch.bfloat16).unet.state_dict())
     assert {t.dtype for n, t in unet.state_dict().items() if n.endswith("weight_scale")} == {torch.float32}
-    assert unet.dtype == dtype
 
 
-def test_a_damaged_float_weight_is_refused(floats, tmp_path):
-    unet = pixel_pipeline().unet
+def test_a_damaged_float_weight_is_refused(tmp_path):
+    unet = SMALL.build().unet
     unet.down_blocks[0].resnets[0].conv1.weight.data[0] = float("nan")
     unet.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"conv1.weight: expected finite numbers"):
@@ -241,101 +190,89 @@ def test_scales_are_not_rounded_to_the_dtype_of_the_model(quantized):
 
 def test_modules_that_diffusers_keeps_in_float32_stay_so_and_its_class_is_not_changed(tmp_path):
     """Trap 5: the list of such modules is the class's own; adding to it would change every later model."""
-    host = HOSTS["wan"]
-    pipe = host.build()
+    model = HOSTS["wan"].build().transformer
     before = list(WanTransformer3DModel._keep_in_fp32_modules)
-    pipe.transformer.save_pretrained(tmp_path / "floats")
-    modiff.apply(pipe, presets.w8a8())
-    modiff.save(pipe.transformer, tmp_path / "saved")
-    plain = WanTransformer3DModel.from_pretrained(tmp_path / "floats", dtype=torch.bfloat16)
-    fly = ModiffDiffusersConfig(presets.w8a8())
-    for quantized in (
-        WanTransformer3DModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16),
-        WanTransformer3DModel.from_pretrained(tmp_path / "floats", dtype=torch.bfloat16, quantization_config=fly),
-    ):
+    model.save_pretrained(tmp_path / "floats")
+    modiff.apply(model, presets.w8a8())
+    modiff.save(model, tmp_path / "saved")
+
+    def load(folder: str, **settings: object) -> WanTransformer3DModel:
+        return WanTransformer3DModel.from_pretrained(tmp_path / folder, dtype=torch.bfloat16, **settings)
+
+    plain = load("floats")
+    for other in (load("saved"), load("floats", quantization_config=ModiffDiffusersConfig(presets.w8a8()))):
         for name, parameter in plain.named_parameters():
-            ours = quantized.get_parameter(name)
-            assert ours.dtype in (parameter.dtype, torch.int8)
-        assert quantized.scale_shift_table.dtype == torch.float32
+            assert other.get_parameter(name).dtype in (parameter.dtype, torch.int8)
+        assert other.scale_shift_table.dtype == torch.float32
     assert WanTransformer3DModel._keep_in_fp32_modules == before
 
 
-def test_casting_is_refused_and_moving_is_not(floats, quantized):
+def test_casting_is_refused_and_moving_is_not(quantized):
     """Trap 9."""
-    loaded = UNet2DModel.from_pretrained(quantized / "unet")
-    pipe = pixel_pipeline()
+    pipe = SMALL.build()
     modiff.apply(pipe, presets.w4a8())
     pipe.to(torch.float64).to(torch.float32)
     modiff.pack(pipe)
+    loaded = UNet2DModel.from_pretrained(quantized / "unet")
     for unet in (loaded, pipe.unet):
-        for cast in (
-            unet.half,
-            unet.float,
-            lambda u=unet: u.to(torch.float16),
-            lambda u=unet: u.to(dtype=torch.float16),
-        ):
+        for cast in (unet.half, unet.float, lambda u=unet: u.to(torch.float16), lambda u=unet: u.to(dtype=torch.half)):
             with pytest.raises(ValueError, match=r"not supported|unsupported"):
                 cast()
         with pytest.raises(NotImplementedError, match="dequantize"):
             unet.dequantize()
         assert unet.to("cpu") is unet
-    assert_same_bits(call(with_unet(loaded)), call(pipe))
+    assert_same_bits(SMALL.call(SMALL.around(loaded)), SMALL.call(pipe))
 
 
 def test_a_config_for_a_quantized_folder_is_ignored_with_a_warning(quantized):
+    config = ModiffDiffusersConfig(presets.w8a8())
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        unet = UNet2DModel.from_pretrained(
-            quantized / "unet", quantization_config=ModiffDiffusersConfig(presets.w8a8())
-        )
+        unet = UNet2DModel.from_pretrained(quantized / "unet", quantization_config=config)
     assert unet.config.quantization_config.config == presets.w4a8()
 
 
-@pytest.mark.parametrize("device_map", [{"": "cpu"}, "cpu"])
-def test_a_device_map_places_packed_weights(floats, quantized, device_map):
-    for folder, config in ((quantized, None), (floats, ModiffDiffusersConfig(presets.w4a8()))):
-        plain = UNet2DModel.from_pretrained(folder / "unet", quantization_config=config)
+def test_a_device_map_places_packed_weights(floats, quantized):
+    expected = SMALL.call(SMALL.around(UNet2DModel.from_pretrained(quantized / "unet")))
+    for folder, device_map, config in ((quantized, "cpu", None), (floats, {"": "cpu"}, W4A8)):
         placed = UNet2DModel.from_pretrained(folder / "unet", device_map=device_map, quantization_config=config)
         align(placed)
-        assert_same_bits(call(with_unet(placed)), call(with_unet(plain)))
+        assert_same_bits(SMALL.call(SMALL.around(placed)), expected)
         assert not any(tensor.is_meta for tensor in placed.state_dict().values())
 
 
-def test_weights_on_disk_and_models_filled_before_loading_are_refused(floats, quantized, tmp_path):
-    for folder, config in ((quantized, None), (floats, ModiffDiffusersConfig())):
-        with pytest.raises(ConfigError, match="expected a device_map without 'disk', got one with it"):
-            UNet2DModel.from_pretrained(
-                folder / "unet", device_map={"": "disk"}, offload_folder=str(tmp_path), quantization_config=config
-            )
-        with pytest.raises(ValueError, match="low_cpu_mem_usage"):
-            UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False, quantization_config=config)
-        with pytest.raises(ConfigError, match=r"expected dtype float32, float16 or bfloat16, got torch.float8_e4m3fn"):
-            UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float8_e4m3fn, quantization_config=config)
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"device_map": {"": "disk"}, "offload_folder": "x"}, ConfigError, "expected a device_map without 'disk'"),
+        ({"low_cpu_mem_usage": False}, ValueError, "low_cpu_mem_usage"),
+        ({"dtype": torch.float8_e4m3fn}, ConfigError, "expected dtype float32, float16 or bfloat16, got torch.float8"),
+    ],
+)
+def test_weights_on_disk_and_models_filled_before_loading_are_refused(floats, quantized, settings, kind, message):
+    for folder, config in ((quantized, None), (floats, W4A8)):
+        with pytest.raises(kind, match=message):
+            UNet2DModel.from_pretrained(folder / "unet", quantization_config=config, **settings)
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-def test_shards_may_be_read_by_many_threads(floats, tmp_path, monkeypatch, parallel):
-    monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", parallel)
-    whole = UNet2DModel.from_pretrained(floats / "unet", quantization_config=ModiffDiffusersConfig(presets.w4a8()))
+def test_shards_may_be_read_by_many_threads(floats, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", True)
+    whole = UNet2DModel.from_pretrained(floats / "unet", quantization_config=W4A8)
     whole.save_pretrained(tmp_path / "shards", max_shard_size="2KB")
-    pixel_pipeline().unet.save_pretrained(tmp_path / "floats", max_shard_size="9KB")
+    SMALL.build().unet.save_pretrained(tmp_path / "floats", max_shard_size="9KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 5
-    for loaded in (
-        UNet2DModel.from_pretrained(tmp_path / "shards"),
-        UNet2DModel.from_pretrained(tmp_path / "floats", quantization_config=ModiffDiffusersConfig(presets.w4a8())),
-    ):
-        for name, tensor in whole.state_dict().items():
-            assert_same_bits(loaded.state_dict()[name], tensor)
+    for folder, config in (("shards", None), ("floats", W4A8)):
+        loaded = UNet2DModel.from_pretrained(tmp_path / folder, quantization_config=config)
+        assert_same_tensors(loaded.state_dict(), whole.state_dict())
 
 
 def test_a_folder_may_be_written_over_by_the_model_that_was_read_from_it(quantized, tmp_path):
-    """Tensors that are views of a file would change, or end the process, when the file does."""
+    """Tensors that are views of a file would change, or end the process, when the file does. Variants keep a name."""
     unet = UNet2DModel.from_pretrained(quantized / "unet")
-    unet.save_pretrained(tmp_path)
-    again = UNet2DModel.from_pretrained(tmp_path)
-    again.save_pretrained(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / FILE)
-    for name, tensor in unet.state_dict().items():
-        assert_same_bits(again.state_dict()[name], tensor)
+    unet.save_pretrained(tmp_path, variant="fp16")
+    again = UNet2DModel.from_pretrained(tmp_path, variant="fp16")
+    again.save_pretrained(tmp_path, variant="fp16")
+    save_file({"x": torch.zeros(1)}, tmp_path / FILE.replace(".", ".fp16.", 1))
+    assert_same_tensors(again.state_dict(), unet.state_dict())
 
 
 def test_pickles_are_neither_written_nor_read(quantized, tmp_path):
@@ -348,19 +285,12 @@ def test_pickles_are_neither_written_nor_read(quantized, tmp_path):
         UNet2DModel.from_pretrained(tmp_path, use_safetensors=False)
 
 
-def test_variants_keep_their_names(quantized, tmp_path):
-    unet = UNet2DModel.from_pretrained(quantized / "unet")
-    unet.save_pretrained(tmp_path, variant="fp16")
-    assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    again = UNet2DModel.from_pretrained(tmp_path, variant="fp16")
-    for name, tensor in unet.state_dict().items():
-        assert_same_bits(again.state_dict()[name], tensor)
-
-
-def test_another_quantizer_on_the_model_is_not_saved_under_our_name(tmp_path):
-    pipe = pixel_pipeline()
+def test_another_quantizer_on_the_model_is_left_alone_and_not_saved_under_our_name(tmp_path):
+    pipe = SMALL.build()
+    pipe.unet.hf_quantizer = other = object()
     modiff.apply(pipe)
-    pipe.unet.hf_quantizer = object()
     with pytest.raises(modiff.StateError, match="save: expected a model that modiff alone quantized"):
         modiff.save(pipe, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+    modiff.remove(pipe)
+    assert pipe.unet.hf_quantizer is other

@@ -26,6 +26,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tests.pixels import pixel_pipeline
+
 TEXT_LENGTH = 8  # tokens
 WIDTH = 32  # channels of text and transformers
 
@@ -312,6 +314,12 @@ class TinyHost:
     def network(self, pipe: DiffusionPipeline) -> nn.Module:
         return getattr(pipe, self.denoiser)
 
+    def around(self, network: nn.Module) -> DiffusionPipeline:
+        """A new pipeline with that network in place of its denoiser."""
+        pipe = self.build()
+        setattr(pipe, self.denoiser, network)
+        return pipe
+
     def call(self, pipe: DiffusionPipeline, steps: int = 4, seed: int = 0, batch: int = 1, **more: Any) -> Tensor:
         pipe.set_progress_bar_config(disable=True)
         noise = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
@@ -335,3 +343,5 @@ HOSTS: dict[str, TinyHost] = {
         TinyHost(name="wan", build=build_wan, settings=_WAN, calls_per_step=2),
     )
 }
+SMALL = TinyHost(name="small", build=pixel_pipeline, settings=pixels, denoiser="unet")
+"""The pipeline of `tests.pixels`, where the kind of host does not matter."""
