@@ -27,13 +27,6 @@ LAYERS = {
     ),
     "weights alone": LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=None), modulation=None),
 }
-CASES = [
-    ("ddim", "integer"),
-    ("flux", "integer"),
-    ("dit", "simulated"),
-    ("dit", "plain integer"),
-    ("dit", "weights alone"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +42,12 @@ def graphs() -> int:
 
 
 def compiled(host: TinyHost, pipe: object) -> None:
-    getattr(pipe, host.denoiser).compile(fullgraph=True, backend="aot_eager")
+    host.network(pipe).compile(fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ddpm", "integer"), ("dit", "simulated"), ("dit", "plain integer"), ("dit", "weights alone")]
+)
 def test_a_compiled_model_gives_the_images_of_an_eager_one_from_one_graph(name, kind):
     host = HOSTS[name]
     pipe = host.build()
@@ -68,11 +63,10 @@ def test_a_compiled_model_gives_the_images_of_an_eager_one_from_one_graph(name, 
 SOFTMAX = QuantizerConfig(bits=8, symmetric=False, lowest="zero")
 
 
-@pytest.mark.parametrize(("name", "step_groups"), [("flux", None), ("dit", 1), ("dit", 0)])
-def test_coded_attention_compiles_into_the_same_graph(name, step_groups):
+@pytest.mark.parametrize(("name", "changes"), [("flux", {}), ("dit", {"dynamic": False, "step_groups": 0})])
+def test_quantized_attention_compiles_into_the_same_graph(name, changes):
     host = HOSTS[name]
     pipe = host.build()
-    changes = {} if step_groups is None else {"dynamic": False, "step_groups": step_groups}
     attention = AttentionConfig(
         operands=QuantizerConfig(bits=6, **changes), softmax=dataclasses.replace(SOFTMAX, **changes)
     )
@@ -87,30 +81,28 @@ def test_coded_attention_compiles_into_the_same_graph(name, step_groups):
     assert graphs() == before == 3, "the model, and its clock before and after it"
 
 
-def test_a_copy_of_a_compiled_model_has_states_of_its_own():
+def test_a_copy_of_a_compiled_model_has_states_that_it_does_not_share():
     host = HOSTS["dit"]
     pipe = host.build()
     modiff.apply(pipe, ModiffConfig(layer=LAYERS["integer"]))
     expected = host.call(pipe)
     other = copy.deepcopy(pipe)
-    compiled(host, pipe)
     compiled(host, other)
     with modiff.trajectory(pipe):  # the copy samples while the first one is in the middle of its own trajectory
         assert torch.equal(host.call(other), expected)
-    numbers = [m.number for p in (pipe, other) for m in getattr(p, host.denoiser).modules() if hasattr(m, "number")]
+    numbers = [m.number for p in (pipe, other) for m in p.transformer.modules() if hasattr(m, "number")]
     assert len(set(numbers)) == len(numbers)
 
 
 def test_what_torch_compile_returns_is_the_model_behind_it_to_every_verb():
     host = HOSTS["dit"]
     pipe = host.build()
-    plain = host.call(pipe)
+    plain = host.call(pipe, steps=2)
     modiff.apply(pipe, ModiffConfig(layer=LAYERS["integer"]))
-    expected = host.call(pipe)
-    wrapped = torch.compile(getattr(pipe, host.denoiser), fullgraph=True, backend="aot_eager")
-    setattr(pipe, host.denoiser, wrapped)
-    assert torch.equal(host.call(pipe), expected)
+    expected = host.call(pipe, steps=2)
+    pipe.transformer = wrapped = torch.compile(pipe.transformer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(host.call(pipe, steps=2), expected)
     modiff.remove(pipe)
-    assert torch.equal(host.call(pipe), plain)
+    assert torch.equal(host.call(pipe, steps=2), plain)
     assert modiff.apply(wrapped, ModiffConfig(layer=LAYERS["simulated"])).taken
     modiff.remove(wrapped)

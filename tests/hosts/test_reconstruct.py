@@ -1,4 +1,4 @@
-"""Reconstruction inside real networks: outputs that are tuples, contexts of guidance, split shortcuts, own blocks."""
+"""Reconstruction inside real networks: outputs that are tuples, contexts of guidance, named blocks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_no_unit_of_a_host_gets_worse_and_some_get_better(name):
     report = reconstruct(pipe, lambda i: host.call(pipe, steps=3, seed=i, batch=2), QUICK, progress=False)
     assert all(math.isfinite(u.before) and u.after <= u.before for u in report.units)
     assert report.learned
-    quantized_layers = attachment_of(getattr(pipe, host.denoiser)).layers
+    layers = attachment_of(host.network(pipe)).layers
     kept = {layer for unit in report.learned for layer in unit.layers}
-    assert {name for name, quantized in quantized_layers.items() if quantized.quantized_weight.fixed} == kept
+    assert {name for name, quantized in layers.items() if quantized.quantized_weight.fixed} == kept
     assert torch.isfinite(host.call(pipe)).all()
 
 
@@ -39,15 +39,10 @@ def test_a_set_can_be_collected_before_and_blocks_named_by_the_user():
     exact = host.call(pipe)
     modiff.apply(pipe, presets.plain(3, 8))
     before = float((host.call(pipe) - exact).norm())
+    names = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     config = dataclasses.replace(QUICK, blocks=("down_blocks.?", "mid_block", "up_blocks.?"))
     report = reconstruct(pipe, calls, config, progress=False)
-    assert [u.name for u in report.units] == [
-        "down_blocks.0",
-        "down_blocks.1",
-        "mid_block",
-        "up_blocks.0",
-        "up_blocks.1",
-    ]
+    assert [u.name for u in report.units] == names
     assert report.learned
     assert sum(u.after for u in report.units) < sum(u.before for u in report.units)
     assert float((host.call(pipe) - exact).norm()) < before
