@@ -1,46 +1,128 @@
-"""What every command has, and that help and version are there at once."""
+"""What every command has: help and version at once, and one line with an exit code for a mistake."""
 
 from __future__ import annotations
 
+import errno
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import modiff
-from modiff.cli import app
+from modiff import presets
+from modiff.cli import Commands, app
+from modiff.errors import ConfigError, FormatError
+from tests.cli.commands import assert_one_line
+from tests.cli.commands import modiff as command
 
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+NAMES = ["analyze", "demo", "evaluate", "explain", "export", "generate", "quantize", "sample"]
 NOTHING_DRAWN = ("explain", "export")
 """They draw no images, so they have no seed and no steps of their own."""
 
 
-def test_version() -> None:
-    result = CliRunner().invoke(app, ["--version"])
-    assert (result.exit_code, result.stdout) == (0, f"modiff {modiff.__version__}\n")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example_json_and_seed(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--help"])
-    assert result.exit_code == 0
-    assert f"Example:\n      modiff {command} " in result.stdout
-    for option in ("--json",) if command in NOTHING_DRAWN else ("--json", "--seed", "--steps"):
-        assert option in result.stdout
-
-
-def test_the_commands_of_readme_are_there() -> None:
-    assert {"analyze", "demo", "evaluate", "export", "generate", "quantize", "sample"} <= set(COMMANDS)
-
-
-def test_no_command_shows_the_commands() -> None:
-    result = CliRunner().invoke(app, [])
-    for command in COMMANDS:
-        assert f"\n  {command} " in result.output
+def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
+    assert command("--version").stdout == f"modiff {modiff.__version__}\n"
+    assert [call.callback.__name__ for call in app.registered_commands if call.callback] == NAMES
+    overview = command().output
+    for name in NAMES:
+        assert f"\n  {name} " in overview
+        result = command(name, "--help")
+        assert result.exit_code == 0
+        assert f"Example:\n      modiff {name} " in result.stdout
+        for option in ("--json",) if name in NOTHING_DRAWN else ("--json", "--seed", "--steps"):
+            assert option in result.stdout
 
 
 def test_help_does_not_wait_for_diffusers() -> None:
     probe = "import sys, modiff.cli; print('diffusers' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("bits: expected 2 to 8, got 1."), 2, "modiff: bits: expected 2 to 8, got 1.\n"),
+        (FormatError("a: expected b.\nmore\ndetail"), 2, "modiff: a: expected b.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out.png"),
+            2,
+            "modiff: out.png: expected a file that can be written, got No space left on device. Nothing was left half "
+            "done. Free some space, or give another path.\n",
+        ),
+        (KeyboardInterrupt(), 130, "modiff: interrupted. Files that were finished are kept.\n"),
+        (ZeroDivisionError(), 1, ""),
+    ],
+)
+def test_an_error_becomes_one_line_and_a_code_and_a_bug_goes_through(
+    error: BaseException, code: int, line: str
+) -> None:
+    failing = typer.Typer(cls=Commands)
+
+    @failing.callback()
+    def main() -> None: ...
+
+    @failing.command()
+    def fail() -> None:
+        raise error
+
+    result = CliRunner().invoke(failing, ["fail"])
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", line)
+    assert code != 1 or result.exception is error
+
+
+STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("analyze {model} -o {out} --config w9a9", "'w9a9'"),
+        ("analyze {model} -o {out} --steps 1", "expected 2 or more steps"),
+        ("analyze {model} -o {file}", "expected a file that can be written"),
+        ("demo --model {model} -o {out} --steps 2", "expected 4 to 1000 steps, got 2"),
+        ("demo --model absent -o {file}/below", "expected a file that can be written"),
+        ("evaluate {model} --configs w9a9", "'w9a9'"),
+        ("evaluate {model} --configs w8a4,modulated:8:4", "got modulated W8A4 twice"),
+        ("evaluate {model} --preset fast", "expected one of quick, full, got 'fast'"),
+        ("evaluate {model} --metrics clip", "--metrics clip: expected --clip with the folder of a CLIP model"),
+        ("evaluate {model} --labels 0-9", "expected no --label N, got 0"),
+        ("evaluate absent --report {file}/below", "expected a file that can be written"),
+        ("explain {model} --config w9", "'w9'"),
+        ("export absent -o {out}", "absent: expected a folder of modiff generate, got one without manifest.json"),
+        ("export {model} -o {out} --json {model}", "got Is a directory"),
+        ("generate absent -o {out} -n 2", "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id"),
+        ("generate {model} -o {out} -n 0", "--num-images: expected 1 or more"),
+        ("generate {model} -o {file} -n 2", "expected a file that can be written"),
+        ("generate {model} -o {out} -n 2 --config {static}", "config: expected dynamic scales, got static ones"),
+        ("generate {model} -o {out} -n 2 --prompts {prompts}", "expected no --prompt TEXT, got 'a fox'"),
+        ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
+        ("generate {model} -o {out} -n 2 --labels 9-0", "--labels: expected numbers and ranges between commas"),
+        ("generate {model} -o {out} -n 2 --address auto", "--address: expected --engine ray with it"),
+        ("generate {model} -o {out} -n 2 --workers 2", "--workers: expected --engine ray with it"),
+        ("quantize {model} --method gptq -o {out}", "method: expected one of accuquant, "),
+        ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "weight_bits: expected None or 2 to 8, got 1"),
+        ("quantize {model} --method ptq4dm --config {prompts} -o {out}", "prompts.txt: expected a JSON file"),
+        ("quantize absent --method ptq4dm -o {model}", "expected a new or an empty folder, got files in it"),
+        ("sample {model} -o {out} --scheduler ddimm", "scheduler: expected one of ddim, "),
+        ("sample {model} -o {out} --config absent.json", "absent.json: expected a JSON file"),
+        ("sample {model} -o {out} --device tpu", "device: expected cpu"),
+        ("sample absent -o {file}", "expected a file that can be written"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {name: tmp_path / f"{name}.txt" for name in ("file", "prompts")} | {"static": tmp_path / "static.json"}
+    for path in files.values():
+        path.write_text("a fox\na cat\n")
+    files["static"].write_text(json.dumps(STATIC))
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "out"
+    assert_one_line(command(*(word.format(model=model, out=out, **files) for word in words.split())), message)
+    assert sorted(path for path in tmp_path.iterdir() if path != out or path.is_file() or any(out.iterdir())) == before

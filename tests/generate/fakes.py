@@ -4,47 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 import numpy as np
 
+from modiff.files import LOCK
 from modiff.generate.job import Job
+from modiff.generate.run import Generated, run_job
 from modiff.generate.shards import Span
 from modiff.generate.worker import Description, DrawnSpan
 
 SHAPE = (4, 5, 3)
-ENVIRONMENT = {"threads": 1}
 
 
 def image(index: int) -> np.ndarray:
     return np.random.default_rng(index).integers(0, 256, SHAPE, dtype=np.uint8)
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
+
+
+def fake_job(num_images: int = 11, **changes: Any) -> Job:
+    return Job(**{"model": "fake", "num_images": num_images, "batch_size": 2, "shard_size": 4} | changes)
+
+
 class FakeEngine:
     """`stop_at`: raises KeyboardInterrupt instead of the span with that number. `log`: a file of the spans drawn."""
 
-    def __init__(self, *, stop_at: int | None = None, log: Path | None = None, digest: str = "model") -> None:
-        self.stop_at, self.log, self.digest = stop_at, log, digest
-        self.environment = dict(ENVIRONMENT)
-        self.drawn: list[Span] = []
-        self.backwards = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self, *, stop_at: int | None = None, log: Path | None = None, digest: str = "model", threads: int = 1
     ) -> None:
-        pass
+        self.stop_at, self.log, self.digest, self.environment = stop_at, log, digest, {"threads": threads}
+        self.drawn: list[Span] = []
 
     def describe(self, job: Job) -> Description:
-        return Description(digest="model", pipeline="Fake", scheduler={"kind": str(job.scheduler)}, shape=SHAPE)
+        return {"model": self.digest, "pipeline": "Fake", "scheduler": {"kind": str(job.scheduler)}}, SHAPE
 
     def draw(
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
-        for span in reversed(spans) if self.backwards else spans:
+        for span in spans:
             if len(self.drawn) == self.stop_at:
                 raise KeyboardInterrupt
             self.drawn.append(span)
@@ -53,4 +53,12 @@ class FakeEngine:
                     file.write(f"{span.first} {span.count}\n")
             images = np.stack([image(job.seed + i) for i in range(span.first, span.first + span.count)])
             tick(span.count)
-            yield DrawnSpan(first=span.first, images=images, digest=self.digest, environment=self.environment)
+            yield DrawnSpan(span.first, images, self.digest, self.environment)
+
+    def close(self) -> None:
+        pass
+
+
+def run(folder: Path, num_images: int = 11, engine: FakeEngine | None = None, **changes: Any) -> Generated:
+    """A fake job into a folder."""
+    return run_job(fake_job(num_images, **changes), folder, engine=engine or FakeEngine())

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from modiff.generate import worker
 from modiff.generate.job import Job
 from modiff.generate.on_ray import RayEngine
 from modiff.generate.run import run_job
@@ -28,4 +29,5 @@ def dying(marker: str) -> Callable[[Job, int, Span], DrawnSpan]:
 
 if __name__ == "__main__":
     job = Job(model=sys.argv[1], num_images=100_000, steps=2, batch_size=2, shard_size=2)
-    run_job(job, Path(sys.argv[2]), engine=RayEngine(workers=1, task=dying(sys.argv[3])))
+    worker.draw_span = dying(sys.argv[3])
+    run_job(job, Path(sys.argv[2]), engine=RayEngine(workers=1))

@@ -17,30 +17,26 @@ def test_images_take_them_in_turn_by_their_index() -> None:
     assert (Conditions().prompts_of([0]), Conditions().labels_of([0])) == (None, None)
 
 
-@pytest.mark.parametrize(
-    ("text", "labels"),
-    [("7", (7,)), ("0-3", (0, 1, 2, 3)), ("3,1", (3, 1)), ("0-1, 5-5,2", (0, 1, 5, 2)), ("1,1,2", (1, 1, 2))],
-)
+@pytest.mark.parametrize(("text", "labels"), [("7", (7,)), ("0-1, 5-5,2", (0, 1, 5, 2)), ("3,1,1", (3, 1, 1))])
 def test_labels_are_numbers_and_ranges(text: str, labels: tuple[int, ...]) -> None:
     assert parse_labels(text) == labels
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,", "1-2-3", "0.5", "0-99999999999", "0-99999,1"])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,", "1-2-3", "0.5", "0-99999,1"])
 def test_other_labels_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--labels: expected numbers and ranges"):
         parse_labels(text)
 
 
-def test_a_prompt_is_a_line_that_is_not_empty(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("a red fox\n\n  two cäts, sitting \r\n", encoding="utf-8")
-    assert read_prompts(path) == ("a red fox", "two cäts, sitting")
-
-
-@pytest.mark.parametrize("content", [None, b" \n\n", b"\xff\xfe\x00bad"])
-def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "content", [None, b" \n\n", b"\xff\xfe\x00bad", b"a red fox\n\n  two c\xc3\xa4ts, sitting \r\n"]
+)
+def test_a_prompt_is_a_line_that_is_not_empty(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(FormatError, match=r"prompts\.txt: expected a.* prompt in each line"):
-        read_prompts(path)
+    if content and b"fox" in content:
+        assert read_prompts(path) == ("a red fox", "two cäts, sitting")
+    else:
+        with pytest.raises(FormatError, match=r"prompts\.txt: expected a text file with a prompt in each line"):
+            read_prompts(path)

@@ -1,23 +1,56 @@
-"""The command line: parse, call, show. No logic lives here."""
+"""The command line: parse, call, show. No logic lives here. A user's mistake is one line on stderr, no traceback."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from modiff import __version__
 from modiff.cli.analyze import analyze
 from modiff.cli.demo import demo
 from modiff.cli.evaluate import evaluate
 from modiff.cli.explain import explain
-from modiff.cli.export import export
-from modiff.cli.generate import generate
+from modiff.cli.generate import export, generate
 from modiff.cli.quantize import quantize
 from modiff.cli.sample import sample
+from modiff.errors import ModiffError
+
+MISTAKE, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """Our errors and failed files become exit code 2, Ctrl-C 130, each with one line; bugs keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, the reading of its options included."""
+        try:
+            return super().invoke(ctx)
+        except ModiffError as error:  # the first line: what follows is detail for those who call from Python
+            _stop(str(error).partition("\n")[0], MISTAKE, error)
+        except BrokenPipeError:  # `modiff ... | head`: click ends quietly
+            raise
+        except OSError as error:
+            _stop(
+                f"{error.filename or 'output'}: expected a file that can be written, got {error.strerror or error}. "
+                "Nothing was left half done. Free some space, or give another path.",
+                MISTAKE,
+                error,
+            )
+        except KeyboardInterrupt as error:
+            _stop("interrupted. Files that were finished are kept.", INTERRUPTED, error)
+
+
+def _stop(message: str, code: int, cause: BaseException) -> None:
+    typer.echo(f"modiff: {message}", err=True)
+    raise typer.Exit(code) from cause
+
 
 app = typer.Typer(
     name="modiff",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -25,8 +58,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"modiff {__version__}")
         raise typer.Exit
 
@@ -45,11 +78,5 @@ def main(
     """
 
 
-app.command()(analyze)
-app.command()(demo)
-app.command()(evaluate)
-app.command()(explain)
-app.command()(export)
-app.command()(generate)
-app.command()(quantize)
-app.command()(sample)
+for command in (analyze, demo, evaluate, explain, export, generate, quantize, sample):
+    app.command()(command)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline
-from modiff.files import check_writable, write_atomically, write_json
+from modiff.cli.options import MODEL_HELP, Device, Json, NumImages, Seed, Steps, quiet_pipeline, writable
+from modiff.files import write_atomically, write_json
 
-Grid = Annotated[Path, typer.Option("-o", "--output", metavar="PNG", help="Where the grid of images goes.")]
+Grid = Annotated[
+    Path, typer.Option("-o", "--output", metavar="PNG", callback=writable, help="Where the grid of images goes.")
+]
 
 
 def demo(
@@ -31,15 +32,12 @@ def demo(
     Example:
         modiff demo --steps 50 --num-images 8 --json demo.json
     """
-    with errors_as_exit_code():
-        for path in filter(None, (output, json_file)):
-            check_writable(path)
-        from modiff.evaluate.demo import run_demo  # imported late: `modiff --help` must not wait for diffusers
+    from modiff.evaluate.demo import run_demo  # imported late: `modiff --help` must not wait for diffusers
 
-        result = run_demo(quiet_pipeline(model, device), steps=steps, num_images=num_images, seed=seed)
-        typer.echo(result.table())
-        write_atomically(output, lambda file: result.picture().save(file, format="PNG"))
-        typer.echo(f"\nimages: {output}")
-        if json_file is not None:
-            write_json(json_file, result.to_dict())
-            typer.echo(f"figures: {json_file}")
+    result = run_demo(quiet_pipeline(model, device), steps=steps, num_images=num_images, seed=seed)
+    typer.echo(result.table())
+    write_atomically(output, lambda file: result.picture().save(file, format="PNG"))
+    typer.echo(f"\nimages: {output}")
+    if json_file is not None:
+        write_json(json_file, result.to_dict())
+        typer.echo(f"figures: {json_file}")

@@ -8,29 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import (
-    MODEL_HELP,
-    SCHEDULER_HELP,
-    Device,
-    Json,
-    Labels,
-    Prompts,
-    Seed,
-    conditions_of,
-    quiet_pipeline,
-)
+from modiff.cli import options
 from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from modiff.evaluate.suite.images import PipelineSource
-    from modiff.evaluate.suite.plans import Preset
     from modiff.evaluate.suite.run import Suite
 
 CONFIGS_HELP = (
-    "Comma-separated, instead of the preset's: presets (w8a8, w8a4, ...), families with weight and activation "
-    "bits (modulated:8:4, plain:8:4, tuned:8:3), JSON files of ModiffConfig.to_json(). Full precision and half the "
-    "steps are always run."
+    f"Comma-separated, instead of the preset's. {options.CONFIG_HELP} Full precision and half the steps always run."
 )
 REFERENCE_HELP = (
     "Real images of the model's size: .npz (arr_0, or its first array), .npy, or a folder of these, of pictures or of "
@@ -42,36 +28,38 @@ PRESET_HELP = (
 )
 REPORT_HELP = "Write report.html, which needs no other file, and report.md here."
 METRICS_HELP = "Also lpips, to full precision, and clip, to the prompts; they need modiff[eval]. Between commas."
-CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
 EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
     "another, or an Inception-v3 file: only with it is a distance called FID."
 )
+CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
 OUTPUT_HELP = "Finished batches; run again, it goes on from them."
-FOLDER = Path("modiff-evaluation")
+STEPS_HELP = "Denoising steps; the preset's when left out."
+COUNT_HELP = "Images of each configuration; the preset's when left out."
+LAYER_IMAGES = 4
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: options.Model,
     reference: Annotated[Path | None, typer.Option("--reference", metavar="DIR|FILE", help=REFERENCE_HELP)] = None,
     configs: Annotated[str | None, typer.Option("--configs", help=CONFIGS_HELP)] = None,
     preset: Annotated[str, typer.Option("--preset", help=PRESET_HELP)] = "quick",
-    json_file: Json = None,
+    json_file: options.Json = None,
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help=REPORT_HELP)] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = FOLDER,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = Path(
+        "modiff-evaluation"
+    ),
     extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = "classifier",
     metrics: Annotated[str | None, typer.Option("--metrics", metavar="NAMES", help=METRICS_HELP)] = None,
     clip: Annotated[Path | None, typer.Option("--clip", metavar="DIR", help=CLIP_HELP)] = None,
-    prompts: Prompts = None,
-    labels: Labels = None,
-    scheduler: Annotated[str, typer.Option("--scheduler", help=SCHEDULER_HELP)] = "ddim",
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps; the preset's when left out.")] = None,
-    num_images: Annotated[
-        int | None, typer.Option("-n", "--num-images", help="Images of each configuration; the preset's when left out.")
-    ] = None,
+    prompts: options.Prompts = None,
+    labels: options.Labels = None,
+    scheduler: Annotated[str, typer.Option("--scheduler", help=options.SCHEDULER_HELP)] = "ddim",
+    steps: Annotated[int | None, typer.Option("--steps", help=STEPS_HELP)] = None,
+    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help=COUNT_HELP)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 50,
-    seed: Seed = 0,
-    device: Device = "cpu",
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
 ) -> None:
     """Is it any good? Every configuration against full precision, fewer steps and real images, with intervals.
 
@@ -81,51 +69,40 @@ def evaluate(
     Example:
         modiff evaluate embedded --preset quick --json evaluation.json --report report
     """
-    with errors_as_exit_code():
-        from modiff.evaluate.features.load import load_extractor  # imported late: `--help` must not wait for diffusers
-        from modiff.evaluate.suite.extras import load_extras
-        from modiff.evaluate.suite.images import PipelineSource
-        from modiff.evaluate.suite.run import run_suite
+    from modiff.evaluate.features.load import load_extractor  # imported late: `--help` must not wait for diffusers
+    from modiff.evaluate.suite import plans
+    from modiff.evaluate.suite.extras import load_extras
+    from modiff.evaluate.suite.images import PipelineSource
+    from modiff.evaluate.suite.run import run_suite
 
-        chosen = _chosen(preset, num_images, steps, configs)
-        for path in filter(None, (json_file, report and report / "report.html")):
-            check_writable(path)
-        conditions = conditions_of(prompts=prompts, labels=labels)
-        extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
-        pipe = quiet_pipeline(model, device)
-        judge = load_extractor(extractor, device=device)
-        source = PipelineSource(pipe, sampler=scheduler, seed=seed, conditions=conditions)
-        suite = run_suite(source, judge, chosen, output, reference=reference, extras=extras,
-                          batch_size=batch_size)  # fmt: skip
-        _show(suite, source, model, json_file, report)
-
-
-def _chosen(name: str, num_images: int | None, steps: int | None, configs: str | None) -> Preset:
-    """The preset with the options that replace its own. Raises: ConfigError for an unknown name."""
-    from modiff.evaluate.suite.plans import plans_of, preset
-
-    named = [] if configs is None else [part.strip() for part in configs.split(",")]
-    chosen = preset(name, num_images=num_images, steps=steps, configs=named)
-    plans_of(chosen)  # before the model is loaded: a name may be wrong
-    return chosen
+    named = [] if configs is None else [name.strip() for name in configs.split(",")]
+    chosen = plans.preset(preset, num_images=num_images, steps=steps, configs=named)
+    plans.plans_of(chosen)  # before the model is loaded: a name may be wrong
+    if report is not None:
+        check_writable(report / "report.html")
+    conditions = options.conditions_of(prompts=prompts, labels=labels)
+    extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
+    pipe = options.quiet_pipeline(model, device)
+    judge = load_extractor(extractor, device=device)
+    source = PipelineSource(pipe, sampler=scheduler, seed=seed, conditions=conditions)
+    suite = run_suite(source, judge, chosen, output, reference=reference, extras=extras, batch_size=batch_size)
+    _show(suite, source, model, json_file, report)
 
 
 def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | None, report: Path | None) -> None:
-    """Print the table, and write the files that the options name."""
+    """Print the table, and write the files that the options name; the report watches the layers of one of the rows."""
+    from modiff.evaluate.report.page import write_report
+    from modiff.evaluate.report.sections import suite_document
+    from modiff.evaluate.suite.run import layer_errors, watched_plan
+
     command = ["modiff", *sys.argv[1:]]
     typer.echo(suite.table())
     if json_file is not None:
         write_json(json_file, suite.to_dict(command))
         typer.echo(f"figures: {json_file}")
     if report is not None:
-        typer.echo(f"report: {_report(suite, source, command, model, report)}")
-
-
-def _report(suite: Suite, source: PipelineSource, command: list[str], model: str, folder: Path) -> Path:
-    """Watch the layers of one configuration, and write the report; its page."""
-    from modiff.evaluate.report.page import write_report
-    from modiff.evaluate.report.sections import suite_document
-    from modiff.evaluate.suite.run import watched_layers
-
-    watched = watched_layers(source, [row.plan for row in suite.rows])
-    return write_report(suite_document(suite, command, title=f"Evaluation of {model}", watched=watched), folder)[0]
+        plan = watched_plan([row.plan for row in suite.rows])
+        traces = [] if plan is None else layer_errors(source, plan, num_images=LAYER_IMAGES)
+        watched = None if plan is None else (plan, LAYER_IMAGES, traces)
+        document = suite_document(suite, command, title=f"Evaluation of {model}", watched=watched)
+        typer.echo(f"report: {write_report(document, report)[0]}")

@@ -1,44 +1,16 @@
-"""`modiff generate`."""
+"""`modiff generate` and `modiff export`."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from modiff.cli.errors import errors_as_exit_code
-from modiff.cli.options import (
-    MODEL_HELP,
-    Device,
-    Json,
-    Label,
-    Labels,
-    NumImages,
-    Prompt,
-    Prompts,
-    Scheduler,
-    Seed,
-    Steps,
-    conditions_of,
-    quiet,
-)
-from modiff.cli.sample import CONFIG_HELP
+from modiff.checkpoint.named_config import named_config
+from modiff.cli import options
 from modiff.errors import ConfigError
-from modiff.files import check_writable, write_json
-from modiff.presets import named_config
-
-if TYPE_CHECKING:
-    from modiff.generate.run import Engine, Generated
-
-
-class EngineName(StrEnum):
-    """Where the images are drawn."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
+from modiff.files import write_json
 
 BATCH_HELP = "Images computed at a time; fixed for a folder. 50 when left out."
 SHARD_HELP = "Images in a file, a multiple of the batch; fixed for a folder. About 100 when left out."
@@ -46,28 +18,29 @@ ENGINE_HELP = "local: this process. ray: a Ray cluster, on this machine if there
 ADDRESS_HELP = "The Ray cluster to work on: auto, HOST:PORT or ray://HOST:PORT."
 WORKERS_HELP = "Shards that Ray draws at a time; as many as there are processors or GPUs when left out."
 THREADS_HELP = "Threads of each worker; when left out, as torch has them, and 1 with Ray."
+RGB_HELP = "Repeat grey images in three channels, which Inception networks expect."
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: options.Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the shards.")],
-    num_images: NumImages,
-    config: Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)] = None,
-    scheduler: Scheduler = None,
-    steps: Steps = 50,
-    seed: Seed = 0,
+    num_images: options.NumImages,
+    config: options.MaybeConfig = None,
+    scheduler: options.Scheduler = None,
+    steps: options.Steps = 50,
+    seed: options.Seed = 0,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help=BATCH_HELP)] = None,
     shard_size: Annotated[int | None, typer.Option("--shard-size", help=SHARD_HELP)] = None,
-    prompt: Prompt = None,
-    label: Label = None,
-    prompts: Prompts = None,
-    labels: Labels = None,
-    engine: Annotated[EngineName, typer.Option("--engine", help=ENGINE_HELP)] = EngineName.LOCAL,
+    prompt: options.Prompt = None,
+    label: options.Label = None,
+    prompts: options.Prompts = None,
+    labels: options.Labels = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help=ENGINE_HELP)] = "local",
     address: Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)] = None,
     workers: Annotated[int | None, typer.Option("--workers", help=WORKERS_HELP)] = None,
     threads: Annotated[int | None, typer.Option("--threads", help=THREADS_HELP)] = None,
-    json_file: Json = None,
-    device: Device = "cpu",
+    json_file: options.Json = None,
+    device: options.Device = "cpu",
 ) -> None:
     """Generate many images into a folder of shards. Run again after any interruption, it goes on where it stopped.
 
@@ -78,49 +51,50 @@ def generate(
     Example:
         modiff generate embedded --config w8a4 --scheduler ddim --steps 50 -n 50000 -o images
     """
-    with errors_as_exit_code():
-        chosen = None if config is None else named_config(config).to_dict()
-        for path in (output / "manifest.json", json_file):
-            if path is not None:
-                check_writable(path)
-        from modiff.generate.job import Job  # imported late: `modiff --help` must not wait
-        from modiff.generate.run import run_job
-
-        job = Job(model=model, num_images=num_images, steps=steps, seed=seed, config=chosen, scheduler=scheduler,
-                  conditions=conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels), device=device,
-                  batch_size=batch_size, shard_size=shard_size, threads=threads)  # fmt: skip
-        where = _engine(engine, address, workers)
-        quiet()
-        done = run_job(job, output, engine=where, progress=True)
-        _tell(done, output)
-        if json_file is not None:
-            write_json(json_file, _results(done))
-
-
-def _engine(name: EngineName, address: str | None, workers: int | None) -> Engine:
+    if engine == "local" and (address, workers) != (None, None):
+        raise ConfigError(
+            f"--{'workers' if address is None else 'address'}: expected --engine ray with it, got it without. This "
+            "process works alone. Add --engine ray."
+        )
+    chosen = None if config is None else named_config(config).to_dict()
+    from modiff.generate.job import Job  # imported late: `modiff --help` must not wait
     from modiff.generate.on_ray import RayEngine
-    from modiff.generate.run import LocalEngine
+    from modiff.generate.run import run_job
 
-    if name is EngineName.RAY:
-        return RayEngine(address=address, workers=workers)
-    for option, value in (("--address", address), ("--workers", workers)):
-        if value is not None:
-            raise ConfigError(
-                f"{option}: expected --engine ray with it, got {value!r} without. This process works alone. "
-                "Add --engine ray."
-            )
-    return LocalEngine()
-
-
-def _tell(done: Generated, output: Path) -> None:
+    conditions = options.conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels)
+    job = Job(model=model, num_images=num_images, steps=steps, seed=seed, config=chosen, scheduler=scheduler,
+              conditions=conditions, device=device, batch_size=batch_size, shard_size=shard_size,
+              threads=threads)  # fmt: skip
+    options.quiet()
+    where = RayEngine(address=address, workers=workers) if engine == "ray" else None
+    done = run_job(job, output, engine=where, progress=True)
     typer.echo(f"{done.made} made, {done.kept} kept: {output}")
     if done.damaged:
         typer.echo(f"made again, because damaged: {', '.join(done.damaged)}")
-    places = len(done.manifest.environments)
-    if places > 1:
-        typer.echo(f"made in {places} environments (see manifest.json): repeatable up to rounding only")
+    if len(environments := done.manifest.environments) > 1:
+        typer.echo(f"made in {len(environments)} environments (see manifest.json): repeatable up to rounding only")
+    if json_file is not None:
+        write_json(json_file, vars(done) | {"manifest": done.manifest.to_dict()})
 
 
-def _results(done: Generated) -> dict[str, Any]:
-    counts = {"made": done.made, "kept": done.kept, "damaged": list(done.damaged), "seconds": done.seconds}
-    return counts | {"manifest": done.manifest.to_dict()}
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of modiff generate.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.npz", help="The file to write.")],
+    num_images: Annotated[
+        int | None, typer.Option("-n", "--num-images", help="The first ones; all when left out.")
+    ] = None,
+    rgb: Annotated[bool, typer.Option("--rgb", help=RGB_HELP)] = False,
+    json_file: options.Json = None,
+) -> None:
+    """Write the images of a folder into one file: arr_0 (N, H, W, C) uint8, as the ADM evaluation suite reads it.
+
+    \b
+    Example:
+        modiff export images -o images.npz
+    """
+    from modiff.generate.export import ARRAY, export_npz  # imported late: `modiff --help` must not wait
+
+    shape = export_npz(folder, output, num_images=num_images, rgb=rgb)
+    typer.echo(f"{ARRAY} {shape} uint8: {output}")
+    if json_file is not None:
+        write_json(json_file, {"array": ARRAY, "shape": list(shape), "dtype": "uint8", "file": str(output)})

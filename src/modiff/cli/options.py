@@ -8,20 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modiff.errors import ConfigError
+from modiff.files import check_writable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from modiff.generate.conditions import Conditions
 
+
+def writable(path: Path | None) -> Path | None:
+    """A callback for options that name a file: it is refused before a model is loaded."""
+    if path is not None:
+        check_writable(path)
+    return path
+
+
 MODEL_HELP = (
     "'embedded' (the Fashion-MNIST model of the package), 'cifar10' (where the package has it), a local diffusers "
     "folder, or a hub id."
+)
+CONFIG_HELP = (
+    "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "
+    "or a JSON file of ModiffConfig.to_json()."
 )
 PROMPTS_HELP = "A text file with a prompt in each line: image i is drawn of line i modulo their number."
 LABELS_HELP = "Classes such as 0-9 or 3,5,8: image i is drawn of number i modulo how many they are."
 SCHEDULER_HELP = "ddim, ddpm, dpmsolver++, euler, heun, unipc, ...; the model's own when left out."
 
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Unconditional = Annotated[str, typer.Argument(help=f"{MODEL_HELP} Unconditional ones only.")]
+Config = Annotated[str, typer.Option("--config", help=CONFIG_HELP)]
+MaybeConfig = Annotated[str | None, typer.Option("--config", help=f"{CONFIG_HELP} Full precision when left out.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
 NumImages = Annotated[int, typer.Option("-n", "--num-images", help="How many images.")]
 Scheduler = Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)]
@@ -31,7 +48,9 @@ Label = Annotated[int | None, typer.Option("--label", help="For class-conditiona
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)]
 Labels = Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", callback=writable, help="Write the results to this file.")
+]
 
 
 def conditions_of(

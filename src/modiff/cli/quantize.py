@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from modiff.cli.errors import errors_as_exit_code
+from modiff.checkpoint.named_config import FULL_PRECISION
 from modiff.cli.options import MODEL_HELP, Device, Json, Scheduler, quiet_pipeline
-from modiff.files import check_writable, new_folder, read_json, write_json
-from modiff.presets import FULL_PRECISION
+from modiff.files import new_folder, read_json, write_json
 
 METHOD_HELP = "q_diffusion, ptq4dm, tfmq_dm, accuquant or modiff."
 CONFIG_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."
@@ -18,9 +17,7 @@ BITS_HELP = "2 to 8; 32 is full precision. The settings' when left out."
 MODULATED_HELP = "Code the change between steps instead of whole activations."
 QUICK_HELP = "Settings for the embedded model and others of its size: minutes on two cores instead of hours on a GPU."
 STEPS_HELP = "Denoising steps, as many as you will sample with. The settings' when left out."
-SEED_HELP = "Of the noise of calibration."
-WORK_HELP = "Finished parts; run again, it goes on from them. FOLDER.work when left out; delete it when you are done."
-SETTINGS = "a JSON file with settings of the method"
+WORK_HELP = "Finished work; run again, it goes on from it. FOLDER.work when left out; delete it when you are done."
 OUTPUT_HELP = "New folder of the quantized pipeline."
 
 
@@ -35,7 +32,7 @@ def quantize(
     quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
     scheduler: Scheduler = None,
     steps: Annotated[int | None, typer.Option("--steps", help=STEPS_HELP)] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help=SEED_HELP)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise of calibration.")] = None,
     work: Annotated[Path | None, typer.Option("--work", metavar="DIR", help=WORK_HELP)] = None,
     json_file: Json = None,
     device: Device = "cpu",
@@ -49,32 +46,26 @@ def quantize(
     Example:
         modiff quantize embedded --method q_diffusion --quick --weight-bits 4 -o fashion-w4a8
     """
-    with errors_as_exit_code():
-        if json_file is not None:
-            check_writable(json_file)
-        with new_folder(output) as partial:  # taken now: a folder that cannot be written is found before the work
-            from modiff.api import save  # imported late: `modiff --help` must not wait for diffusers
-            from modiff.generate.environment import environment
-            from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
-            from modiff.methods import registry
+    with new_folder(output) as partial:  # taken now: a folder that cannot be written is known before the work
+        from modiff.api import save  # imported late: `modiff --help` must not wait for diffusers
+        from modiff.generate.environment import environment
+        from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
+        from modiff.methods import registry
 
-            bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-            changes: dict[str, Any] = {
-                name: None if width == FULL_PRECISION else width for name, width in bits.items() if width is not None
-            }
-            changes |= {n: v for n, v in (("steps", steps), ("seed", seed)) if v is not None}
-            values = None if config is None else read_json(config, SETTINGS, "Write one with the config's to_json().")
-            chosen = registry.method_config(
-                method, quick=quick, values=values, modulated=True if modulated else None, changes=changes
-            )
-            pipe = quiet_pipeline(model, device)
-            sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
-            report = registry.quantize(sampling, chosen, folder=work or output.with_name(f"{output.name}.work"))
-            # diffusers has no class for the pipeline of any scheduler: then the model's own with the same network
-            save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, partial)
-        typer.echo(f"{report}\nsaved: {output}")
-        if json_file is not None:
-            settings = {"model": model, "method": registry.name_of(chosen), "config": chosen.to_dict()}
-            write_json(
-                json_file, settings | {"folder": str(output)} | report.to_dict() | {"environment": environment()}
-            )
+        options = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
+        changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        changes |= {name: None for name in ("weight_bits", "activation_bits") if options[name] == FULL_PRECISION}
+        advice = "Write one with the config's to_json()."
+        values = None if config is None else read_json(config, "a JSON file with settings of the method", advice)
+        chosen = registry.method_config(
+            method, quick=quick, values=values, modulated=modulated or None, changes=changes
+        )
+        pipe = quiet_pipeline(model, device)
+        sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
+        report = registry.quantize(sampling, chosen, folder=work or output.with_name(f"{output.name}.work"))
+        # diffusers has no class for the pipeline of any scheduler: then the model's own with the same network
+        save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, partial)
+    typer.echo(f"{report}\nsaved: {output}")
+    if json_file is not None:
+        settings = {"model": model, "method": registry.name_of(chosen), "config": chosen.to_dict()}
+        write_json(json_file, settings | {"folder": str(output)} | report.to_dict() | {"environment": environment()})

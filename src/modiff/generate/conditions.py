@@ -1,4 +1,4 @@
-"""What each image is drawn of: a prompt or a class by its index, so that a set is the same in whatever parts."""
+"""What each image is drawn of: a prompt or a class by its index, however a set is divided."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modiff.errors import ConfigError, FormatError
+from modiff.errors import ConfigError
+from modiff.files import reading
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 MOST_LABELS = 100_000
@@ -16,11 +17,7 @@ MOST_LABELS = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Prompts and class labels that the images take in turn: image i has number i modulo how many there are.
-
-    Whatever the batches, workers or restarts, image i is drawn of the same; k classes are balanced in any multiple of k
-    images. Empty: none.
-    """
+    """Prompts and class labels that the images take in turn: image i has number i modulo their number. Empty: none."""
 
     prompts: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
@@ -51,12 +48,12 @@ def parse_labels(text: str) -> tuple[int, ...]:
     (0, 1, 2, 3, 7)
     """
     labels: list[int] = []
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
+    for typed in text.split(","):
+        match = _RANGE.fullmatch(typed.strip())
         first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
         if last < first or len(labels) + last - first >= MOST_LABELS:
             raise ConfigError(
-                f"--labels: expected numbers and ranges between commas, got {part.strip()[:40]!r} in {text[:40]!r}. "
+                f"--labels: expected numbers and ranges between commas, got {typed.strip()[:40]!r} in {text[:40]!r}. "
                 "Image i gets the one at i modulo their number. Use for example --labels 0-9 or --labels 3,5,8."
             )
         labels += range(first, last + 1)
@@ -68,16 +65,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
     Raises: FormatError if it cannot be read as UTF-8, or holds no prompt.
     """
-    try:
+    with reading(path, "a text file with a prompt in each line", "Write the prompts into it, in UTF-8."):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(
-            f"{path}: expected a text file with a prompt in each line, got {type(error).__name__}. It is missing or "
-            "holds something else. Write the prompts into it, in UTF-8."
-        ) from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise FormatError(
-            f"{path}: expected a prompt in each line, got none. There is nothing to draw. Write prompts into it."
-        )
+        prompts = tuple(line.strip() for line in lines if line.strip())
+        if not prompts:
+            raise ValueError("none")
     return prompts

@@ -20,22 +20,22 @@ def digest(pipe: DiffusionPipeline) -> str:
     Cost: reads all weights once.
     """
     total = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
+    for name, component in sorted(pipe.components.items()):
         if name == "scheduler":
             continue
-        total.update(json.dumps([name, type(part).__name__, settings(part)], sort_keys=True).encode())
-        if isinstance(part, nn.Module):
-            for key, tensor in sorted(part.state_dict().items()):
+        total.update(json.dumps([name, type(component).__name__, settings(component)], sort_keys=True).encode())
+        if isinstance(component, nn.Module):
+            for key, tensor in sorted(component.state_dict().items()):
                 total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def settings(part: object) -> dict[str, Any]:
+def settings(component: object) -> dict[str, Any]:
     """A component's config as plain JSON values, without what the library keeps for itself."""
-    values = _plain(getattr(part, "config", {}))
-    own = {key: value for key, value in values.items() if not key.startswith("_") and key not in _OF_THE_LIBRARY}
-    return json.loads(json.dumps(own, default=_plain))
+    values = _plain(getattr(component, "config", {}))
+    kept = {key: value for key, value in values.items() if not key.startswith("_") and key not in _OF_THE_LIBRARY}
+    return json.loads(json.dumps(kept, default=_plain))
 
 
 def _plain(value: Any) -> Any:

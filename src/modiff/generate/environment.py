@@ -5,44 +5,27 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import TypedDict
+from typing import Any
 
 import torch
 
 from modiff.kernels.isa import processor
 
-
-class Environment(TypedDict):
-    """What a reader needs to compare figures; cores are those this process may use, gpu is None without CUDA."""
-
-    python: str
-    torch: str
-    diffusers: str
-    modiff: str
-    cpu: str
-    cores: int
-    threads: int
-    gpu: str | None
+Environment = dict[str, Any]
+"""What a reader needs to compare figures; cores are those this process may use, gpu is None without CUDA."""
 
 
 def environment() -> Environment:
     """Versions, processor and threads of this process."""
+    import modiff  # imported late: the package imports its modules
+
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "diffusers": _version("diffusers"),
-        "modiff": _version("modiff"),
+        "diffusers": metadata.version("diffusers"),
+        "modiff": modiff.__version__,
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _version(package: str) -> str:
-    """The version of an installed package; modiff run from its source tree knows its own."""
-    if package == "modiff":
-        import modiff  # imported late: the package imports its parts
-
-        return modiff.__version__
-    return metadata.version(package)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from modiff.errors import ConfigError, FormatError
-from modiff.files import check_writable, write_atomically
+from modiff.errors import ConfigError
+from modiff.files import write_atomically
 from modiff.generate.shards import Manifest, read_images
 
 ARRAY = "arr_0"
@@ -23,14 +21,13 @@ def export_npz(
     """Write the images of a folder, in index order, as `arr_0` (N, H, W, C) uint8 into an npz file, atomically.
 
     Args:
-        num_images: as many of the first ones; None for as many as the last job wanted.
+        num_images: the first ones; None for those of the last job.
         rgb: repeat grey images in three channels, which Inception networks expect.
     Returns: the shape of the array.
     Raises: FormatError if images are missing or damaged; ConfigError for `rgb` with images of two or four channels;
-        OSError that names the file, also if the disk has no room for it.
+        OSError that names the file.
     Cost: one shard in memory; the same bytes in the file for the same images.
     """
-    path = Path(path)
     read_images(folder, num_images)  # complete? asked before a file is touched
     manifest = Manifest.load(folder)
     height, width, channels = manifest.shape
@@ -40,11 +37,6 @@ def export_npz(
             "Leave --rgb out."
         )
     shape = (num_images or manifest.num_images, height, width, 3 if rgb else channels)
-    check_writable(path)
-    size, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
-    if free < size and (path.is_file() or not path.exists()):
-        text = f"No space left on device: the array needs {size / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB"
-        raise OSError(errno.ENOSPC, text, str(path))
     write_atomically(path, lambda file: _write(file, folder, shape))
     return shape
 
@@ -52,15 +44,9 @@ def export_npz(
 def _write(file: BinaryIO, folder: str | Path, shape: tuple[int, int, int, int]) -> None:
     """An npz by hand, because numpy wants the whole array at once: a stored zip member with an npy header."""
     head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-    written = 0
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as member:  # dated 1980, so bytes repeat
             np.lib.format.write_array_header_1_0(member, head)
             for images in read_images(folder, shape[0]):
                 full = np.broadcast_to(images, (len(images), *shape[1:]))
                 member.write(np.ascontiguousarray(full).data)
-                written += len(images)
-    if written != shape[0]:
-        raise FormatError(
-            f"{folder}: expected {shape[0]} images, got {written}. The folder was changed meanwhile. Export again."
-        )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from modiff.config import LayerConfig, ModiffConfig
+from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.generate.conditions import Conditions
 
@@ -18,10 +17,10 @@ def check_counts(counts: dict[str, int | None], seed: int) -> None:
     for option, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{option}: expected 1 or more, got {count}. There is nothing to do. Use {option} 1.")
-    if seed < 0:
-        raise ConfigError(f"--seed: expected 0 or more, got {seed}. Sample i uses seed + i. Use --seed 0.")
-    if seed >= 2**62:
-        raise ConfigError(f"--seed: expected less than 2**62, got {seed}. Generators count in 64 bits. Use --seed 0.")
+    if not 0 <= seed < 2**62:
+        raise ConfigError(
+            f"--seed: expected 0 or more and less than 2**62, got {seed}. Image i uses seed + i. Use --seed 0."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +56,13 @@ class Job:
                 f"--shard-size: expected a multiple of --batch-size {self.batch_size}, got {self.shard_size}. A shard "
                 "is made of whole batches. Leave --shard-size out."
             )
-        config = self.modiff_config
-        if config is not None and any(map(_is_static, (config.layer, *(layer for _, layer in config.overrides)))):
+        config = ModiffConfig() if self.config is None else ModiffConfig.from_dict(self.config)
+        activations = [layer.activation for layer in (config.layer, *(layer for _, layer in config.overrides))]
+        if self.config is not None and any(not a.dynamic and a.bits not in (None, 0) for a in activations):
             raise ConfigError(
                 "config: expected dynamic scales, got static ones. They must be measured first, on inputs that this "
                 "command does not know. Calibrate in Python, write with modiff.save(pipe, DIR), and generate from DIR."
             )
-
-    @property
-    def modiff_config(self) -> ModiffConfig | None:
-        """The config as an object."""
-        return None if self.config is None else ModiffConfig.from_dict(self.config)
 
     def sizes(self) -> tuple[int, int]:
         """(batch_size, shard_size) of a new folder."""
@@ -77,12 +72,3 @@ class Job:
             return self.batch_size or fitting, self.shard_size
         batch = self.batch_size or most
         return batch, batch * -(-SHARD_SIZE // batch)
-
-    def loading(self) -> tuple[str, str, str | None, str | None]:
-        """What makes the pipeline: (model, device, scheduler, config as JSON); a key of what is loaded."""
-        config = None if self.config is None else json.dumps(self.config, sort_keys=True)
-        return self.model, self.device, self.scheduler, config
-
-
-def _is_static(layer: LayerConfig) -> bool:
-    return not layer.activation.dynamic and layer.activation.bits not in (None, 0)

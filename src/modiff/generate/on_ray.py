@@ -8,13 +8,12 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from modiff.assets import MODELS
 from modiff.errors import ConfigError, ModiffError, StateError
 from modiff.generate import worker
-from modiff.generate.job import Job
+from modiff.generate.job import Job, check_counts
 from modiff.generate.shards import Span
 from modiff.generate.worker import Description, DrawnSpan
 
@@ -25,28 +24,18 @@ RETRIES = 3
 class RayEngine:
     """Workers of a Ray cluster. They need modiff and the model under the same name, but not the output folder.
 
-    A span is a pure function of the job: Ray may run it again, and the same images come back. Results travel to this
-    process, the only one that writes.
+    A span is a pure function of the job: Ray may run it again. This process alone writes.
     """
 
-    def __init__(
-        self,
-        *,
-        address: str | None = None,
-        workers: int | None = None,
-        task: Callable[[Job, int, Span], DrawnSpan] = worker.draw_span,
-    ) -> None:
-        """Remember where to work; nothing is started before the engine is entered.
+    def __init__(self, *, address: str | None = None, workers: int | None = None) -> None:
+        """Remember where to work; nothing is started before a job is described.
 
         Args:
-            address: of a running cluster, as `ray.init` takes it; None starts one on this machine and stops it at the
-                end.
-            workers: spans drawn at a time; None for as many as the cluster has processors, or GPUs for a CUDA device.
-            task: what draws a span.
+            address: of a running cluster, as `ray.init` takes it; None starts one here and stops it at the end.
+            workers: spans drawn at a time; None for the number of processors, or of GPUs for a CUDA device.
         Raises: ConfigError without the package ray, or for less than one worker.
         """
-        if workers is not None and workers < 1:
-            raise ConfigError(f"--workers: expected 1 or more, got {workers}. Someone must work. Use --workers 1.")
+        check_counts({"--workers": workers}, 0)
         try:
             import ray  # an extra, and slow to import
         except ImportError as error:
@@ -55,15 +44,10 @@ class RayEngine:
                 "pip install 'modiff[ray]', or leave --engine out."
             ) from error
         self._ray: Any = ray
-        self._address, self._workers, self._task = address, workers, task
+        self._address, self._workers, self._ours = address, workers, not ray.is_initialized()
 
-    def __enter__(self) -> Self:
-        self._ours = not self._ray.is_initialized()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Stop the cluster, unless it was there before."""
         if self._ours:
             self._ray.shutdown()
 
@@ -76,12 +60,16 @@ class RayEngine:
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
         """The spans as they are done; `tick` hears of each. Raises: StateError if a span killed every worker it had."""
-        task = self._remote(self._task, job)
+        task = self._remote(worker.draw_span, job)
         waiting, running = deque(spans), dict[Any, Span]()
-        places = self._places(job)
+        most = self._workers
+        if most is None:
+            total = self._ray.cluster_resources()
+            free = total.get("GPU", 0) if _on_gpu(job) else total.get("CPU", 0) / _threads(job)
+            most = max(1, int(free))
         try:
             while waiting or running:
-                while waiting and len(running) < places:
+                while waiting and len(running) < most:
                     span = waiting.popleft()
                     running[task.remote(_anywhere(job), batch_size, span)] = span
                 done, _ = self._ray.wait(list(running), num_returns=1)
@@ -94,25 +82,18 @@ class RayEngine:
                 self._ray.cancel(reference, force=True)
 
     def _remote(self, function: Callable[..., Any], job: Job) -> Any:
-        return self._ray.remote(
-            num_cpus=_threads(job), num_gpus=int(_on_gpu(job)), max_retries=RETRIES, retry_exceptions=False
-        )(function)
+        resources = {"num_cpus": _threads(job), "num_gpus": int(_on_gpu(job))}
+        return self._ray.remote(**resources, max_retries=RETRIES, retry_exceptions=False)(function)
 
     def _connect(self, job: Job) -> None:
         """Start or reach the cluster, and see that a machine of it can take a task: Ray would wait forever."""
         if not self._ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            own: dict[str, Any] = {"include_dashboard": False}
-            if self._workers is not None:
-                own["num_cpus"] = self._workers * _threads(job)
+            cpus = None if self._workers is None else self._workers * _threads(job)
+            new = {"include_dashboard": False, "num_cpus": cpus} if self._address is None else {}
             try:
                 _knock(self._address)
-                self._ray.init(
-                    address=self._address or LOCAL,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    **own if self._address is None else {},
-                )
+                self._ray.init(address=self._address or LOCAL, log_to_driver=False, logging_level="ERROR", **new)
             except (OSError, RuntimeError, ValueError) as error:
                 reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 raise ConfigError(
@@ -131,14 +112,6 @@ class RayEngine:
                 f"--engine ray: expected a machine with {need} {kind} for a worker, got {most:g} at most. No worker "
                 f"could start. Use {'--device cpu' if kind == 'GPU' else f'--threads {max(1, int(most))}'}."
             )
-
-    def _places(self, job: Job) -> int:
-        """How many spans to have under way."""
-        if self._workers is not None:
-            return self._workers
-        total = self._ray.cluster_resources()
-        free = total.get("GPU", 0) if _on_gpu(job) else total.get("CPU", 0) / _threads(job)
-        return max(1, int(free))
 
     def _result(self, reference: Any) -> Any:
         """What a task returned, or raised, or that its workers died."""

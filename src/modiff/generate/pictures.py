@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
@@ -19,8 +18,7 @@ from modiff.generate.worker import check_inputs, draw
 SETTINGS = "settings.json"
 
 
-@dataclass(frozen=True)
-class Pictures:
+class Pictures(NamedTuple):
     """files: all images in order. written: how many of them now. seconds: wall time of these."""
 
     files: tuple[Path, ...]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -24,11 +21,10 @@ from modiff.generate.shards import MANIFEST, SHARDS, Manifest, Span, whole_shard
 from modiff.generate.worker import Description, DrawnSpan
 
 RECORD = "job.json"
-_SLACK = 1 << 20
 
 
-class Engine(AbstractContextManager["Engine"], Protocol):
-    """Draws spans, in any order, on whatever machines it has. It is entered before it is used, and left at the end."""
+class Engine(Protocol):
+    """Draws spans, in any order, on whatever machines it has; closed when a job ends."""
 
     def describe(self, job: Job) -> Description:
         """As `generate.worker.describe`."""
@@ -40,17 +36,19 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         """As `generate.worker.draw_span` for each span, as they are done; `tick` hears of the images."""
         ...
 
+    def close(self) -> None:
+        """Let go of models and machines."""
+        ...
+
 
 class LocalEngine:
     """This process, one span after the other."""
 
-    def __enter__(self) -> Self:
+    def __init__(self) -> None:
         self._threads = torch.get_num_threads()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the model; the process has its threads again."""
         torch.set_num_threads(self._threads)
         worker.close()
 
@@ -62,13 +60,12 @@ class LocalEngine:
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
         """The spans in their order; `tick` hears of each batch."""
-        for span in spans:
-            yield worker.draw_span(job, batch_size, span, tick)
+        return (worker.draw_span(job, batch_size, span, tick) for span in spans)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """made, kept: images drawn now, and found in the folder. damaged: shards that were made again."""
+    """made, kept: images drawn now, and those that were there. damaged: shards that were made again."""
 
     manifest: Manifest
     made: int
@@ -92,16 +89,15 @@ def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progr
         progress: a bar with rate and time left.
     Raises: ConfigError for a job that the model cannot do, or a folder of another job; StateError if another process
         writes to the folder, or images are not finite; FormatError for a model or record that cannot be read; OSError
-        that names the file, also if the disk has no room for the images.
+        that names the file.
     """
     folder = Path(folder)
     check_writable(folder / MANIFEST)
-    with engine or LocalEngine() as engine:
+    with closing(engine or LocalEngine()) as engine:
         manifest = _manifest(folder, job, engine.describe(job))
         with ResumableFolder(folder, manifest.job, record=RECORD, items=SHARDS):
             shards, damaged = whole_shards(folder, manifest)
             manifest = dataclasses.replace(manifest, shards=shards)
-            _check_space(folder, manifest)
             manifest.save(folder)
             kept, spans, start = manifest.present, manifest.missing, time.perf_counter()
             with tqdm(total=job.num_images, initial=kept, unit="image", disable=not progress) as bar:
@@ -114,49 +110,23 @@ def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progr
 
 def _manifest(folder: Path, job: Job, description: Description) -> Manifest:
     """The manifest of the job, without shards yet. Sizes that the job leaves open are those of the folder."""
-    request = {
-        "model": description.digest,
-        "pipeline": description.pipeline,
-        "scheduler": description.scheduler,
-        "config": job.config,
-        "steps": job.steps,
-        "seed": job.seed,
-        **job.conditions.to_dict(),
-    }
+    facts, shape = description
+    request = facts | {"config": job.config, "steps": job.steps, "seed": job.seed}
     batch, shard = job.sizes()
     if (folder / RECORD).is_file():
         past = read_json(folder / RECORD, "the settings of a job", "Give another folder, or delete this one.")
         batch, shard = job.batch_size or past.get("batch_size", batch), job.shard_size or past.get("shard_size", shard)
-    return Manifest(
-        model=job.model,
-        request=request,
-        num_images=job.num_images,
-        shape=description.shape,
-        batch_size=batch,
-        shard_size=shard,
-    )
+    return Manifest(model=job.model, request=request | job.conditions.to_dict(), num_images=job.num_images,
+                    shape=shape, batch_size=batch, shard_size=shard)  # fmt: skip
 
 
 def _keep(folder: Path, manifest: Manifest, drawn: DrawnSpan) -> Manifest:
-    """Write a shard, then the manifest that lists it: killed in between, the shard is found by its own note."""
+    """Write a shard, then the manifest that lists it: killed in between, the shard is known by its own note."""
     if drawn.digest != manifest.request["model"]:
         raise StateError(
             f"{manifest.model}: expected the same model on every machine, got another on one. Its images would be "
             "mixed with others. Copy the same folder to all machines, then run the command again."
         )
-    shard = write_images(folder, manifest, drawn.first, drawn.images, drawn.environment)
-    manifest = manifest.with_shard(shard)
+    manifest = manifest.with_shard(write_images(folder, manifest, drawn.first, drawn.images, drawn.environment))
     manifest.save(folder)
     return manifest
-
-
-def _check_space(folder: Path, manifest: Manifest) -> None:
-    """Raises: OSError if the images that are missing do not fit on the disk. Shards are not compressed."""
-    height, width, channels = manifest.shape
-    images = sum(span.count for span in manifest.missing)
-    # one shard while it replaces a shorter one, headers, and the manifest
-    need = (images + manifest.shard_size) * height * width * channels + _SLACK
-    free = shutil.disk_usage(folder).free
-    if images and free < need:
-        text = f"No space left on device: {images} images need {need / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB"
-        raise OSError(errno.ENOSPC, text, str(folder))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -15,30 +14,26 @@ from modiff.errors import ConfigError, StateError
 from modiff.hosts.host import is_attached
 
 
-@dataclass(frozen=True)
-class Sampler:
+class Sampler(NamedTuple):
     """A scheduler of diffusers and the settings that make it this sampler.
 
     flow: it can follow a flow-matching model. noise: it can follow a model that predicts noise, the sample or v.
     """
 
     kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = {}  # noqa: RUF012  # read only
     flow: bool = False
     noise: bool = True
 
 
+_SECOND_ORDER = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler("DDIMScheduler"),
     "ddpm": Sampler("DDPMScheduler"),
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
-    "dpmsolver++": Sampler(
-        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, flow=True
-    ),
-    "dpmsolver++2s": Sampler(
-        "DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True}
-    ),
-    "sde-dpmsolver++": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpmsolver++": Sampler("DPMSolverMultistepScheduler", _SECOND_ORDER, flow=True),
+    "dpmsolver++2s": Sampler("DPMSolverSinglestepScheduler", _SECOND_ORDER | {"lower_order_final": True}),
+    "sde-dpmsolver++": Sampler("DPMSolverMultistepScheduler", _SECOND_ORDER | {"algorithm_type": "sde-dpmsolver++"}),
     "euler": Sampler("EulerDiscreteScheduler"),
     "heun": Sampler("HeunDiscreteScheduler"),
     "unipc": Sampler("UniPCMultistepScheduler", flow=True),
@@ -65,7 +60,8 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
     if name not in SAMPLERS:
         raise ConfigError(f"scheduler: expected one of {', '.join(SAMPLERS)}, got {name!r}. Pick one of them.")
     sampler, config = SAMPLERS[name], pipe.scheduler.config
-    flow = is_flow(pipe)
+    # the path of the model, to judge by the scheduler it was saved with
+    flow = type(pipe.scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
     if not (sampler.flow if flow else sampler.noise):
         fitting = ", ".join(n for n, s in SAMPLERS.items() if (s.flow if flow else s.noise))
         raise ConfigError(
@@ -85,12 +81,6 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
         return other
     pipe.scheduler = scheduler
     return pipe
-
-
-def is_flow(pipe: DiffusionPipeline) -> bool:
-    """Whether the model follows a flow-matching path, to judge by the scheduler it was saved with."""
-    config = pipe.scheduler.config
-    return type(pipe.scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
 
 
 class UnconditionalPipeline(DDPMPipeline):

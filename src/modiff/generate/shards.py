@@ -1,7 +1,7 @@
 """Many images in a folder: shards of a fixed size, each whole or not there, and a manifest that says what they are.
 
-A shard is a safetensors file with one tensor, `images` (N, H, W, C) uint8, and a note of its own: the job that it
-belongs to, its first index, a checksum. So a shard that was finished just before a kill is known without the manifest.
+A shard is a safetensors file with one tensor, `images` (N, H, W, C) uint8, and as metadata the job that it belongs to,
+its first index and a checksum. So a shard that was finished just before a kill is known without the manifest.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from safetensors.numpy import save
+import torch
 
 from modiff.errors import ConfigError, FormatError
-from modiff.files import read_json, write_atomically, write_json
+from modiff.files import read_json, read_tensors, reading, write_json, write_tensors
 
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
 FORMAT = 1
 ROUNDING = "round half to even of clamp(x / 2 + 0.5, 0, 1) * 255"
 _NOTE = "modiff"
+_AGAIN = "Run modiff generate again with the same options: it makes again what is not whole."
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -109,8 +109,7 @@ class Manifest:
         """Where the shards were made; more than one means that images are repeatable only up to float rounding."""
         unique: list[dict[str, Any]] = []
         for shard in self.shards:
-            if shard.environment not in unique:
-                unique.append(shard.environment)
+            unique += [] if shard.environment in unique else [shard.environment]
         return unique
 
     def file_of(self, first: int) -> str:
@@ -123,33 +122,11 @@ class Manifest:
         return dataclasses.replace(self, shards=tuple(sorted([*others, shard], key=lambda one: one.first)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; the inverse of `from_dict`. Shards refer to the list of environments."""
-        places = self.environments
-        shards = [vars(shard) | {"environment": places.index(shard.environment)} for shard in self.shards]
-        own = {"shape": list(self.shape), "environments": places, "shards": shards}
-        return {"format": FORMAT, "rounding": ROUNDING} | vars(self) | own
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild a manifest. Raises: KeyError, TypeError, ValueError or IndexError for values of another kind."""
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']}")
-        environments = values["environments"]
-        shards = [Shard(**shard | {"environment": environments[shard["environment"]]}) for shard in values["shards"]]
-        height, width, channels = values["shape"]
-        sizes = {name: values[name] for name in ("num_images", "batch_size", "shard_size")}
-        positive = [*sizes.values(), height, width, channels, *(shard.count for shard in shards)]
-        firsts = [shard.first for shard in shards]
-        if not all(type(n) is int and n > 0 for n in positive) or not all(type(n) is int and n >= 0 for n in firsts):
-            raise ValueError(f"sizes {positive}, first images {firsts}")
-        shape = (height, width, channels)
-        manifest = cls(
-            model=values["model"], request=dict(values["request"]), shape=shape, shards=tuple(shards), **sizes
-        )
-        for shard in shards:
-            if shard.file != manifest.file_of(shard.first):  # nothing outside the folder is read
-                raise ValueError(f"file {shard.file} for the images from {shard.first} on")
-        return manifest
+        """Plain JSON values. Shards refer to the list of environments."""
+        environments = self.environments
+        shards = [vars(shard) | {"environment": environments.index(shard.environment)} for shard in self.shards]
+        listed = {"shape": list(self.shape), "environments": environments, "shards": shards}
+        return {"format": FORMAT, "rounding": ROUNDING} | vars(self) | listed
 
     def save(self, folder: Path) -> None:
         """Write it into the folder, atomically. Raises: OSError that names the file."""
@@ -164,15 +141,27 @@ class Manifest:
                 f"{folder}: expected a folder of modiff generate, got one without {MANIFEST}. Nothing says what its "
                 "files are. Make one with modiff generate MODEL -o DIR."
             )
-        advice = "Run modiff generate again with the same options: it writes the manifest again."
-        values = read_json(path, "the manifest of modiff generate", advice)
-        try:
-            return cls.from_dict(values)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise FormatError(
-                f"{path}: expected the manifest of modiff generate, format {FORMAT}, got {type(error).__name__}: "
-                f"{error}. It was changed by hand, or written by another version. {advice}"
-            ) from error
+        with reading(path, f"the manifest of modiff generate, format {FORMAT}", _AGAIN):
+            values = read_json(path, "the manifest of modiff generate", _AGAIN)
+            if values.pop("format") != FORMAT:
+                raise ValueError("another format")
+            environments = dict(enumerate(values.pop("environments")))
+            shards = [
+                Shard(**entry | {"environment": environments[entry["environment"]]}) for entry in values["shards"]
+            ]
+            del values["rounding"]
+            height, width, channels = values["shape"]
+            shape, request = (height, width, channels), dict(values["request"])
+            fields: dict[str, Any] = values | {"shape": shape, "request": request, "shards": tuple(shards)}
+            made = cls(**fields)
+            sizes = [made.num_images, made.batch_size, made.shard_size, *shape]
+            sizes += [number for shard in shards for number in (shard.count, shard.first + 1)]
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError(f"sizes {sizes}")
+            for shard in shards:
+                if shard.file != made.file_of(shard.first):  # nothing outside the folder is read
+                    raise ValueError(f"file {shard.file} for the images from {shard.first} on")
+        return made
 
 
 def write_images(
@@ -183,36 +172,34 @@ def write_images(
     Raises: OSError that names the file; a file that was there is whole then.
     """
     images = np.ascontiguousarray(images)
-    own = {"job": manifest.fingerprint, "first": first, "environment": environment}
+    note = {"job": manifest.fingerprint, "first": first, "environment": environment}
     # one key: safetensors does not keep the order of several
-    content = save({"images": images}, metadata={_NOTE: json.dumps(own | {"sha256": _checksum(own, images)})})
+    facts = {_NOTE: json.dumps(note | {"sha256": _checksum(note, images)})}
     name = manifest.file_of(first)
-    write_atomically(folder / name, lambda file: file.write(content))
-    return Shard(file=name, first=first, count=len(images), sha256=_sha256(content), environment=environment)
+    write_tensors(folder / name, {"images": torch.from_numpy(images)}, facts)
+    return Shard(file=name, first=first, count=len(images), sha256=_sha256(folder / name), environment=environment)
 
 
 def read_shard(folder: Path, file: str, manifest: Manifest) -> tuple[Shard, np.ndarray]:
     """A shard and its images, checked against its own checksum.
 
-    Raises: FormatError if it is damaged; ConfigError if it is whole and belongs to another job or another place.
+    Raises: FormatError if it is damaged; ConfigError if it is whole and belongs to another job or another index.
     """
-    content = bytearray((folder / file).read_bytes())  # so that the images can be written to, as torch wants them
-    try:
-        own, images = _parse(content)
-        checksum = own.pop("sha256")
-        job, first, environment = own["job"], own["first"], own["environment"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(folder / file, f"{type(error).__name__}: {error}") from error
-    if checksum != _checksum(own, images) or len(images) == 0:
-        raise _damaged(folder / file, "another checksum than it was written with")
+    path = folder / file
+    with reading(path, "a whole shard", _AGAIN):
+        tensors, facts = read_tensors(path, "a whole shard", _AGAIN)
+        images, note = tensors["images"].numpy(), json.loads(facts[_NOTE])
+        checksum = note.pop("sha256")
+        job, first, environment = note["job"], note["first"], note["environment"]
+        if checksum != _checksum(note, images) or images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
+            raise ValueError("another checksum than it was written with")
     if job != manifest.fingerprint or manifest.file_of(first) != file:
         got = "one of another job" if job != manifest.fingerprint else f"the images from {first} on"
         raise ConfigError(
-            f"{folder / file}: expected a shard of this job in its place, got {got}. It would be mixed with images "
+            f"{path}: expected a shard of this job under its own name, got {got}. It would be mixed with images "
             "that it does not belong to. Move it away, or give another folder."
         )
-    shard = Shard(file=file, first=first, count=len(images), sha256=_sha256(content), environment=environment)
-    return shard, images
+    return Shard(file=file, first=first, count=len(images), sha256=_sha256(path), environment=environment), images
 
 
 def whole_shards(folder: Path, manifest: Manifest) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
@@ -235,7 +222,7 @@ def read_images(folder: str | Path, num_images: int | None = None) -> Iterator[n
     """The images of a folder in index order, a shard at a time: uint8 (n, H, W, C), n at most the shard size.
 
     Args:
-        num_images: as many of the first ones; None for as many as the last job wanted.
+        num_images: the first ones; None for those of the last job.
     Raises: FormatError, at once, if the folder holds fewer or has no manifest, and on the way if a shard is damaged.
     Cost: one shard in memory.
     """
@@ -252,41 +239,21 @@ def read_images(folder: str | Path, num_images: int | None = None) -> Iterator[n
 
 def _images(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
     for shard in manifest.shards:
-        if shard.first >= manifest.num_images:
-            return
-        try:
+        if shard.first < manifest.num_images:
             read, images = read_shard(folder, shard.file, manifest)
-        except FileNotFoundError as error:
-            raise _damaged(folder / shard.file, "no such file") from error
-        if read.sha256 != shard.sha256:
-            raise _damaged(folder / shard.file, f"another sha256 than {MANIFEST} says")
-        yield images[: manifest.num_images - shard.first]
+            with reading(folder / shard.file, "a whole shard", _AGAIN):
+                if read.sha256 != shard.sha256:
+                    raise ValueError(f"another sha256 than {MANIFEST} says")
+            yield images[: manifest.num_images - shard.first]
 
 
-def _parse(content: bytearray) -> tuple[dict[str, Any], np.ndarray]:
-    """Note and images of a shard. safetensors: length of the header in 8 bytes, header in JSON, data."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    entry, own = header["images"], json.loads(header["__metadata__"][_NOTE])
-    data = memoryview(content)[end:]
-    if entry["dtype"] != "U8" or len(entry["shape"]) != 4 or math.prod(entry["shape"]) != len(data):
-        raise ValueError(f"{len(data)} bytes for {entry['dtype']} {entry['shape']}")
-    return own, np.frombuffer(data, dtype=np.uint8).reshape(entry["shape"])
-
-
-def _checksum(own: dict[str, Any], images: np.ndarray) -> str:
+def _checksum(note: dict[str, Any], images: np.ndarray) -> str:
     """sha256 over a shard's note and pixels."""
-    total = hashlib.sha256(json.dumps(own).encode())
+    total = hashlib.sha256(json.dumps(note).encode())
     total.update(images.reshape(-1).data)
     return total.hexdigest()
 
 
-def _sha256(content: bytes | bytearray) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _damaged(path: Path, got: str) -> FormatError:
-    return FormatError(
-        f"{path}: expected a whole shard, got {got}. The file was cut or changed. Run modiff generate again with the "
-        "same options: it makes this shard again."
-    )
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

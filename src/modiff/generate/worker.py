@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,23 +22,12 @@ from modiff.generate.shards import Span, to_uint8
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """What a job turns out to be once its model is open.
-
-    digest: of the networks. pipeline: its class. scheduler: kind and settings. shape: (H, W, C) of an image.
-    """
-
-    digest: str
-    pipeline: str
-    scheduler: dict[str, Any]
-    shape: tuple[int, int, int]
+Description = tuple[dict[str, Any], tuple[int, int, int]]
+"""What decides the images of a job (the "model" by its digest, "pipeline", "scheduler"), and their shape (H, W, C)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawnSpan:
-    """Images of a span, uint8 (N, H, W, C), and by what they were made."""
+class DrawnSpan(NamedTuple):
+    """The images from `first` on, uint8 (N, H, W, C), the digest of the model, and where they were made."""
 
     first: int
     images: np.ndarray
@@ -88,28 +76,26 @@ def describe(job: Job) -> Description:
     image = draw(pipe, [0], steps=min(2, job.steps), seed=job.seed, conditions=job.conditions)[0]
     height, width, channels = image.shape
     scheduler = {"kind": type(pipe.scheduler).__name__} | settings(pipe.scheduler)
-    shape = (height, width, channels)
-    return Description(digest=model, pipeline=type(pipe).__name__, scheduler=scheduler, shape=shape)
+    facts = {"model": model, "pipeline": type(pipe).__name__, "scheduler": scheduler}
+    return facts, (height, width, channels)
 
 
 def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], object] = lambda images: None) -> DrawnSpan:
-    """The images of a span, which begins with a whole batch.
+    """The images of a span, which begins with a whole batch; `tick` is called with their number after each batch.
 
     All batches are of one size, the last one too: its superfluous images are dropped. Kernels choose their order of
     summation by the batch, so an image would otherwise depend on how many are drawn.
 
-    Args:
-        tick: called with the number of images after each batch.
     Raises: StateError for pixels that are not finite.
     """
     pipe, model = _pipeline(job)
-    parts: list[np.ndarray] = []
+    batches: list[np.ndarray] = []
     for start in range(span.first, span.first + span.count, batch_size):
         indices = range(start, start + batch_size)
         images = draw(pipe, indices, steps=job.steps, seed=job.seed, conditions=job.conditions)
-        parts.append(to_uint8(images[: span.first + span.count - start]))
-        tick(len(parts[-1]))
-    return DrawnSpan(first=span.first, images=np.concatenate(parts), digest=model, environment=dict(environment()))
+        batches.append(to_uint8(images[: span.first + span.count - start]))
+        tick(len(batches[-1]))
+    return DrawnSpan(span.first, np.concatenate(batches), model, dict(environment()))
 
 
 def close() -> None:
@@ -122,16 +108,16 @@ def _pipeline(job: Job) -> tuple[DiffusionPipeline, str]:
     torch.backends.cudnn.allow_tf32 = False  # images of full precision are what others are compared with
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    return _open(job.loading())
+    config = None if job.config is None else ModiffConfig.from_dict(job.config)
+    return _open(job.model, job.device, job.scheduler, config)
 
 
 @lru_cache(maxsize=1)
-def _open(loading: tuple[str, str, str | None, str | None]) -> tuple[DiffusionPipeline, str]:
+def _open(model: str, device: str, scheduler: str | None, config: ModiffConfig | None) -> tuple[DiffusionPipeline, str]:
     """A pipeline and the digest of its model; kept for the next span."""
-    model, device, scheduler, config = loading
     pipe = load_pipeline(model, device=device)
     pipe = pipe if scheduler is None else set_scheduler(pipe, scheduler)
     weights = digest(pipe)
     if config is not None:
-        apply(pipe, ModiffConfig.from_json(config))
+        apply(pipe, config)
     return pipe, weights
