@@ -69,7 +69,7 @@ def test_it_goes_on_where_it_was_stopped_and_names_a_damaged_batch(
         if len(saved) == 5:
             saved.append(("stop", range(0)))
             raise KeyboardInterrupt
-        save(self, plan, indices, batch)
+        save(self, plan, indices, *batch)
         saved.append((plan.name, indices))
 
     monkeypatch.setattr(logic.Store, "save", stopping)
@@ -78,6 +78,6 @@ def test_it_goes_on_where_it_was_stopped_and_names_a_damaged_batch(
     names = [c["name"] for c in json.loads(Path("a.json").read_text())["configurations"]]
     assert names == ["full precision", "half the steps", "plain W8A3", "mine"]
     assert [s for s in saved if s[0] != "stop"] == [(name, span) for name in names for span in (range(6), range(6, 12))]
-    (batch, *_) = sorted(Path("modiff-evaluation").glob("plain*/*.npz"))
+    (batch, *_) = sorted(Path("modiff-evaluation").glob("plain*/*.safetensors"))
     batch.write_bytes(b"")
     assert_one_line(invoke(model, judge, *words), f"{batch}: expected a batch of 6 images")

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli.options import Config, Device, Json, NumImages, Scheduler, Seed, Steps, Unconditional, quiet_pipeline
 from modiff.files import check_writable, write_json
 from modiff.presets import named_config
@@ -26,7 +25,7 @@ def analyze(
 ) -> None:
     """See why it works: ranges and errors of each layer and step, error growth against its bounds, and a sweep of bits.
 
-    Writes five figures and analysis.json into the folder. The layers are watched with --config; its weights are those
+    Writes three figures and analysis.json into the folder. The layers are watched with --config; its weights are those
     of the sweep. Up to 3 minutes on two cores for the embedded model.
 
     \b

@@ -36,7 +36,6 @@ CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
 OUTPUT_HELP = "Finished batches; run again, it goes on from them."
 STEPS_HELP = "Denoising steps; the preset's when left out."
 COUNT_HELP = "Images of each configuration; the preset's when left out."
-LAYER_IMAGES = 4
 
 
 def evaluate(
@@ -93,7 +92,7 @@ def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | No
     """Print the table, and write the files that the options name; the report watches the layers of one of the rows."""
     from modiff.evaluate.report.page import write_report
     from modiff.evaluate.report.sections import suite_document
-    from modiff.evaluate.suite.run import layer_errors, watched_plan
+    from modiff.evaluate.suite.run import watched_layers
 
     command = ["modiff", *sys.argv[1:]]
     typer.echo(suite.table())
@@ -101,8 +100,6 @@ def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | No
         write_json(json_file, suite.to_dict(command))
         typer.echo(f"figures: {json_file}")
     if report is not None:
-        plan = watched_plan([row.plan for row in suite.rows])
-        traces = [] if plan is None else layer_errors(source, plan, num_images=LAYER_IMAGES)
-        watched = None if plan is None else (plan, LAYER_IMAGES, traces)
+        watched = watched_layers(source, [row.plan for row in suite.rows])
         document = suite_document(suite, command, title=f"Evaluation of {model}", watched=watched)
         typer.echo(f"report: {write_report(document, report)[0]}")

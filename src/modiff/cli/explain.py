@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli.options import Config, Device, Json, NumImages, Seed, Steps, Unconditional, quiet_pipeline
 from modiff.files import write_json
+from modiff.presets import named_config
 
 TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
 PROFILE_HELP = "Keep the times of layers in this file; the same file gives the same choices."

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli import options
 from modiff.errors import ConfigError
 from modiff.files import write_json
+from modiff.presets import named_config
 
 BATCH_HELP = "Images computed at a time; fixed for a folder. 50 when left out."
 SHARD_HELP = "Images in a file, a multiple of the batch; fixed for a folder. About 100 when left out."

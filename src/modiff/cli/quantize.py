@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from modiff.checkpoint.named_config import FULL_PRECISION
 from modiff.cli.options import MODEL_HELP, Device, Json, Scheduler, quiet_pipeline
 from modiff.files import new_folder, read_json, write_json
+from modiff.presets import FULL_PRECISION
 
 METHOD_HELP = "q_diffusion, ptq4dm, tfmq_dm, accuquant or modiff."
 CONFIG_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."

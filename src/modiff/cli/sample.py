@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from modiff.checkpoint.named_config import named_config
 from modiff.cli import options
 from modiff.files import check_writable, write_json
 from modiff.presets import named_config
