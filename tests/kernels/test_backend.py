@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,53 +14,55 @@ from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits
 
 
-@pytest.fixture
-def store() -> tuple[Prepacked, list[int], Callable[[], tuple[Tensor, ...]]]:
-    """An empty store, how often something was made, and the maker."""
-    calls: list[int] = []
-    return Prepacked(), calls, lambda: calls.append(1) or (torch.zeros(10),)
+class Counted(Prepacked):
+    """A store that counts how often something was made."""
+
+    calls = 0
+
+    def make(self) -> tuple[Tensor, ...]:
+        self.calls += 1
+        return (torch.zeros(10),)
+
+    def ask(self, weight: Tensor, kind: str = "a") -> None:
+        self.get(weight, kind, self.make)
 
 
-def test_one_memory_is_prepared_once_through_views_and_detached_tensors(store):
-    (kept, calls, make), weight = store, torch.nn.Parameter(torch.ones(4, 3), requires_grad=False)
+def test_one_memory_is_prepared_once_through_views_and_detached_tensors():
+    store, weight = Counted(), torch.nn.Parameter(torch.ones(4, 3), requires_grad=False)
     for same in (weight, weight.detach(), weight.data, weight.view(4, 3)):
-        kept.get(same, "a", make)
-    assert len(calls) == 1
-    kept.get(weight, "b", make)
-    kept.get(weight.detach()[1:], "a", make)
-    assert len(calls) == 3
+        store.ask(same)
+    assert store.calls == 1
+    store.ask(weight, "b")
+    store.ask(weight.detach()[1:])
+    assert store.calls == 3
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_write_in_place_prepares_again_where_tensors_count_them(store, inference):
-    kept, calls, make = store
+def test_a_write_in_place_prepares_again_where_tensors_count_them(inference):
+    store = Counted()
     with torch.inference_mode(inference):
         weight = torch.ones(4, 3)
-        kept.get(weight, "a", make)
+        store.ask(weight)
         if not inference:
             weight.add_(1)
         for _ in range(2):
-            kept.get(weight, "a", make)
-    assert len(calls) == 1 + (not inference)
+            store.ask(weight)
+    assert store.calls == 1 + (not inference)
 
 
-def test_nothing_outlives_the_weight(store):
-    (kept, _, make), weight = store, torch.ones(4, 3)
-    kept.get(weight, "a", make)
+def test_nothing_outlives_the_weight_and_new_memory_at_its_address_is_not_taken_for_it():
+    store, weight = Counted(), torch.ones(4, 3)
+    store.ask(weight)
     view = weight[1:]
     del weight
     gc.collect()
-    assert kept.bytes_held() == kept.bytes_of(view) == 40
+    assert store.bytes_held() == store.bytes_of(view) == 40
     del view
     gc.collect()
-    assert kept.bytes_held() == 0
-
-
-def test_new_memory_at_an_old_address_is_not_taken_for_the_old_weight(store):
-    kept, calls, make = store
+    assert store.bytes_held() == 0
     for _ in range(20):
-        kept.get(torch.ones(4, 3), "a", make)
-    assert len(calls) == 20
+        store.ask(torch.ones(4, 3))
+    assert store.calls == 21
 
 
 @pytest.mark.parametrize("backend", ["float_exact", "onednn"])

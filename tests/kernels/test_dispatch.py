@@ -23,9 +23,9 @@ def grouped(groups: int, inputs: int, outputs: int) -> Problem:
 
 
 @pytest.mark.parametrize("level", ["amx", "avx512_vnni", "avx2_vnni"])
-@pytest.mark.parametrize("problem", [LINEAR, CONV, dataclasses.replace(LINEAR, bits=3)])
-def test_vnni_runs_full_range_codes_on_onednn(level, problem):
-    assert plan(problem, Isa(level))[:2] == ("onednn", f"oneDNN int8 on {level}, sums in 32 bits")
+def test_vnni_runs_full_range_codes_on_onednn(level):
+    for problem in (LINEAR, CONV, dataclasses.replace(LINEAR, bits=3)):
+        assert plan(problem, Isa(level))[:2] == ("onednn", f"oneDNN int8 on {level}, sums in 32 bits")
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "sse41"])
@@ -80,24 +80,11 @@ def test_what_a_backend_cannot_run_goes_elsewhere_with_a_reason(problem, isa, ba
     assert all(sentence in choice.reason for _, sentence in choice.refusals)
 
 
-def test_a_convolution_is_pointwise_only_where_it_is_a_matmul():
-    assert Problem(4, 4, **along(1, 1)).pointwise
-    assert not LINEAR.pointwise
-    for change in ({"kernel_size": (1, 3)}, {"stride": (2, 1)}, {"padding": (0, 1)}, {"groups": 2}):
-        assert not Problem(4, 4, **{**along(1, 1), **change}).pointwise
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [
-        ({"kernel_size": (3, 3)}, "for each of at most 3 axes"),
-        ({"bits": 9}, "got 9 bits"),
-        ({"bits": 1}, "got 1 bits"),
-        ({"weight_max": 129}, "at most 128"),
-        ({"groups": 5}, "groups that divide 1152"),
-        ({"groups": 0}, "got 0"),
-    ],
-)
+    [({"kernel_size": (3, 3)}, "for each of at most 3 axes"), ({"bits": 9}, "got 9 bits"), ({"bits": 1}, "got 1 bits"),
+     ({"weight_max": 129}, "at most 128"), ({"groups": 5}, "groups that divide 1152"), ({"groups": 0}, "got 0")],
+)  # fmt: skip
 def test_a_problem_that_means_nothing_is_refused(fields, message):
     with pytest.raises(KernelError, match=message):
         dataclasses.replace(LINEAR, **fields)
@@ -118,19 +105,23 @@ def warned(monkeypatch: pytest.MonkeyPatch, machine: Isa, *sizes: int, **options
 
 
 @pytest.mark.parametrize(
-    ("isa", "cause"),
+    ("isa", "causes"),
     [
-        (Isa("amx", onednn=False), "no oneDNN integer operators"),
-        (Isa("other"), "need x86 with SSE4.1"),
-        (Isa("amx", trust=Trust(False, False, "expected 13 arguments")), "13 arguments"),
-        (Isa("amx", trust=Trust(True, False)), "failed the self-test"),
+        (Isa("amx", onednn=False), ["no oneDNN integer operators"]),
+        (Isa("other"), ["need x86 with SSE4.1"]),
+        (Isa("amx", trust=Trust(False, False, "expected 13 arguments")), ["13 arguments"]),
+        (Isa("amx", trust=Trust(True, False)), ["failed the self-test"]),
+        (Isa("amx"), []),
+        (Isa("avx2"), []),  # as fast as the processor allows
     ],
 )
-def test_a_slow_fallback_warns_once_and_says_what_to_do(isa, cause, monkeypatch):
-    (message,) = warned(monkeypatch, isa, 64, 64, 65)
-    assert cause in message
-    assert "float_exact, more slowly than on onednn" in message
-    assert "leave execution='simulated'" in message
+def test_a_slow_fallback_warns_once_and_says_what_to_do(isa, causes, monkeypatch):
+    messages = warned(monkeypatch, isa, 64, 64, 65)
+    assert len(messages) == len(causes)
+    for message, cause in zip(messages, causes, strict=True):
+        assert cause in message
+        assert "float_exact, more slowly than on onednn" in message
+        assert "leave execution='simulated'" in message
 
 
 def test_float64_sums_warn_whatever_the_machine(monkeypatch):
@@ -138,15 +129,6 @@ def test_float64_sums_warn_whatever_the_machine(monkeypatch):
     assert "a layer runs on float64 sums, slow: a sum of 70000 products may pass 32" in message
 
 
-@pytest.mark.parametrize(
-    ("isa", "options"),
-    [
-        (Isa("amx"), {}),
-        (Isa("avx2"), {}),  # as fast as the processor allows
-        (Isa("other"), {"isa": Isa("other")}),
-        (Isa("other"), {"backend": "reference"}),
-    ],
-    ids=["VNNI", "no VNNI", "pretended", "forced"],
-)
-def test_what_is_as_fast_as_it_can_be_or_was_asked_for_is_silent(isa, options, monkeypatch):
-    assert not warned(monkeypatch, isa, 64, **options)
+@pytest.mark.parametrize("options", [{"isa": Isa("other")}, {"backend": "reference"}])
+def test_what_was_asked_for_is_silent(options, monkeypatch):
+    assert not warned(monkeypatch, Isa("other"), 64, **options)

@@ -60,8 +60,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "each"), [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)])
 def test_state_output_and_bias_are_dealt_with_in_one_kernel(shape, each, dtype):
     (problem, size), generator = SHAPES[shape], torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, size, generator=generator).to(torch.uint8).to(DEVICE)
@@ -110,9 +109,8 @@ def test_ties_go_to_even_and_saturate_at_both_ends():
 
 def test_images_are_coded_in_either_memory_layout():
     x, held = torch.randn(2, 5, 4, 3, device=DEVICE), torch.randn(2, 5, 4, 3, device=DEVICE)
-    expected = encode_eagerly(
-        x, ((other := held.clone()), None, None), None, layout_of(x.shape, x.stride(), 4, 1.0, "sample", 1)
-    )
+    rows = layout_of(x.shape, x.stride(), 4, 1.0, "sample", 1)
+    expected = encode_eagerly(x, ((other := held.clone()), None, None), None, rows)
     for layout in (torch.contiguous_format, torch.channels_last):
         state = held.clone(memory_format=layout)
         codes, scale = encode_residual(x.contiguous(memory_format=layout), state, None, 4, 1.0, "sample", channel_dim=1)

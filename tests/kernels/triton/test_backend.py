@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from modiff.kernels.encode import encode_input
 from modiff.kernels.isa import Isa
 from modiff.kernels.problem import Problem
 from modiff.kernels.triton import backend as gpu
+from tests.kernels.problems import along
 
 CASES = Path(__file__).with_name("gpu_cases.py")
 
@@ -35,13 +35,11 @@ def test_the_kernels_equal_the_reference_bit_for_bit() -> None:
 def test_dispatch_takes_them_on_gpus_and_says_why_where_it_does_not(monkeypatch):
     isa, linear = Isa("avx2"), Problem(64, 64, device="cuda")
     assert plan(linear, isa) == Choice("triton", "Triton, sums in 32 bits")
-    conv = Problem(8, 8, (3, 3), (1, 1), (1, 1), (1, 1), groups=2, device="cuda")
-    why = "grouped convolutions have no Triton kernel"
+    conv, why = Problem(8, 8, **along(3, 3), groups=2, device="cuda"), "grouped convolutions have no Triton kernel"
     assert plan(conv, isa) == ("reference", f"float64 sums, slow: {why}", (("triton", why),))
-    three = Problem(8, 8, (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), device="cuda")
-    assert "three axes" in plan(three, isa).reason
+    assert "three axes" in plan(Problem(8, 8, **along(3, 3, 3), device="cuda"), isa).reason
     assert "32 bits" in gpu.TRITON.unsupported(Problem(200_000, 8, device="cuda"), isa)
-    assert "the codes are on xpu" in gpu.TRITON.unsupported(dataclasses.replace(linear, device="xpu"), isa)
+    assert "the codes are on xpu" in gpu.TRITON.unsupported(Problem(64, 64, device="xpu"), isa)
     monkeypatch.setattr(gpu, "installed", lambda: False)
     assert plan(linear, isa).reason == "float64 sums, slow: Triton is not installed"
 
