@@ -27,9 +27,9 @@ from modiff.api import (
     trajectory,
     tune,
 )
+from modiff.calibration.collect import replay
 from modiff.calibration.data import CalibrationSet, Call
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
-from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import EveryStep, NormalSteps, UniformGroups
 from modiff.checkpoint.layout import VERSION as __version__  # noqa: F401
 from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig

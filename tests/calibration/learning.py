@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import (
-    LayerConfig,
-    ModiffConfig,
-    ModulationConfig,
-    QuantizerConfig,
-    WeightConfig,
-)
+from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.core.affine import QParams
@@ -63,8 +57,8 @@ def same_codes(a: dict[str, list[Tensor]], b: dict[str, list[Tensor]]) -> bool:
 def error_of(model: nn.Module, exact: list[Tensor]) -> float:
     """Relative L2 along a trajectory of other seeds."""
     with modiff.trajectory(model):
-        found = sample(model, seed=100)
-    return float(sum((f - e).norm() ** 2 for f, e in zip(found, exact, strict=True)) ** 0.5)
+        pairs = zip(sample(model, seed=100), exact, strict=True)
+        return float(sum((x - e).norm() ** 2 for x, e in pairs) ** 0.5)
 
 
 def widened(model: nn.Module, calls: CalibrationSet, factor: float) -> dict[str, tuple[QParams, ...]]:

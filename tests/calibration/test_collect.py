@@ -1,6 +1,8 @@
-"""Collecting calibration data: the very inputs of the network, those that were asked for, in bounded memory."""
+"""Calibration data: the very inputs of the network, those that were chosen, in bounded memory; and their replay."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import modiff
 from modiff import CalibrationError, CalibrationSet, ConfigError, EveryStep, NormalSteps, UniformGroups
 from modiff.calibration.collect import record_calls
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.model.toys import activations_only, sample, toy
 
@@ -17,11 +20,11 @@ STEPS = 6
 
 def seen_by(model: nn.Module, run) -> list[tuple[Tensor, float]]:
     """Inputs of every evaluation."""
-    found: list[tuple[Tensor, float]] = []
-    handle = model.register_forward_pre_hook(lambda _, args: found.append((args[0].clone(), float(args[1]))))
+    seen: list[tuple[Tensor, float]] = []
+    handle = model.register_forward_pre_hook(lambda _, args: seen.append((args[0].clone(), float(args[1]))))
     run()
     handle.remove()
-    return found
+    return seen
 
 
 def runs(model: nn.Module, batch: int = 2):
@@ -30,50 +33,36 @@ def runs(model: nn.Module, batch: int = 2):
 
 def test_every_evaluation_is_kept_as_it_came():
     model = toy()
-    found = record_calls(model, runs(model), trajectories=2, progress=False)
+    calls = record_calls(model, runs(model), trajectories=2, progress=False)
     true = seen_by(model, lambda: [runs(model)(i) for i in range(2)])
-    assert [(c.trajectory, c.step) for c in found] == [(i, s) for i in range(2) for s in range(STEPS)]
-    for call, (x, t) in zip(found, true, strict=True):
+    assert [(c.trajectory, c.step) for c in calls] == [(i, s) for i in range(2) for s in range(STEPS)]
+    for call, (x, t) in zip(calls, true, strict=True):
         assert_same_bits(call.args[0], x)
         assert call.timestep == pytest.approx(t)
         assert call.rows == ()
         assert call.previous is None
     outputs = runs(model)(0)
     with torch.no_grad():
-        assert_same_bits(found[3].evaluate(model), outputs[3])
-
-
-def test_a_sampler_chooses_steps_and_pairs_bring_the_step_before():
-    model = toy()
-    found = record_calls(
-        model, runs(model), trajectories=2, steps=STEPS, sampler=UniformGroups(groups=3), pairs=True, progress=False
-    )
-    true = seen_by(model, lambda: runs(model)(1))
-    assert [c.step for c in found] == [0, 2, 4] * 2
-    assert found[3].previous is None
-    for call in found[4:]:
-        assert call.previous.step == call.step - 1
-        assert call.previous.trajectory == call.trajectory == 1
-        assert_same_bits(call.args[0], true[call.step][0])
-        assert_same_bits(call.previous.args[0], true[call.step - 1][0])
-        assert call.previous.timestep == pytest.approx(true[call.step - 1][1])
+        assert_same_bits(calls[3].evaluate(model), outputs[3])
 
 
 def test_one_step_of_each_sample_keeps_exactly_that_many_rows():
     model, batch, sampler = toy(), 5, NormalSteps()
-    found = record_calls(
+    calls = record_calls(
         model, runs(model, batch), trajectories=3, batch=batch, steps=STEPS, sampler=sampler, pairs=True, progress=False
     )
     plan = sampler.draw(STEPS, 3 * batch, torch.Generator().manual_seed(0))
-    assert sum(len(c.args[0]) for c in found) == 3 * batch
-    for call in found:
+    assert sum(len(c.args[0]) for c in calls) == 3 * batch
+    for call in calls:
         columns = plan[call.step, call.trajectory * batch : (call.trajectory + 1) * batch]
         rows = columns.nonzero().flatten().tolist()
         assert call.rows == (() if len(rows) == batch else tuple(rows))
         true = seen_by(model, lambda i=call.trajectory: runs(model, batch)(i))
         assert_same_bits(call.args[0], true[call.step][0][rows])
         if call.step:
+            assert (call.previous.step, call.previous.trajectory) == (call.step - 1, call.trajectory)
             assert_same_bits(call.previous.args[0], true[call.step - 1][0][rows])
+            assert call.previous.timestep == pytest.approx(true[call.step - 1][1])
 
 
 class Guided(nn.Module):
@@ -92,33 +81,28 @@ def batched_guidance(model: nn.Module, batch: int, seed: int = 0) -> list[Tensor
     x = torch.randn(batch, 4, generator=generator)
     text = {"embedding": torch.randn(2 * batch, 4, generator=generator)}
     ids = torch.randn(2 * batch, 3, generator=generator)  # as long as the batch, and no batch
-    given = []
+    inputs = []
     for i in range(STEPS):
         both = torch.cat([x, x])
-        given.append(both)
+        inputs.append(both)
         uncond, cond = model(both, torch.full((2 * batch,), 10.0 - i), text, txt_ids=ids).chunk(2)
         x = x - 0.1 * (uncond + 2.0 * (cond - uncond))
-    return [*given, text["embedding"], ids]
+    return [*inputs, text["embedding"], ids]
 
 
 def test_batched_guidance_keeps_a_sample_in_both_branches():
     model, batch = Guided(), 4
-    sampler = NormalSteps()
-    found = record_calls(
-        model,
-        lambda i: batched_guidance(model, batch, i),
-        batch=batch,
-        steps=STEPS,
-        sampler=sampler,
+    calls = record_calls(
+        model, lambda i: batched_guidance(model, batch, i), batch=batch, steps=STEPS, sampler=NormalSteps(),
         progress=False,
-    )
+    )  # fmt: skip
     with torch.no_grad():
-        *given, embedding, ids = batched_guidance(model, batch)
-    assert any(0 < len(c.rows) < batch for c in found)
-    for call in found:
+        *inputs, embedding, ids = batched_guidance(model, batch)
+    assert any(0 < len(c.rows) < batch for c in calls)
+    for call in calls:
         rows = list(call.rows) or list(range(batch))
         both = rows + [batch + r for r in rows]
-        assert_same_bits(call.args[0], given[call.step][both])
+        assert_same_bits(call.args[0], inputs[call.step][both])
         assert_same_bits(call.args[1], torch.full((len(both),), 10.0 - call.step))
         assert_same_bits(call.args[2]["embedding"], embedding[both])
         assert_same_bits(call.kwargs["txt_ids"], ids)
@@ -137,26 +121,11 @@ def test_guidance_in_two_calls_is_counted_and_paired_by_context():
                     with modiff.context(model, name):
                         model(x + (name == "cond"), 10.0 - i)
 
-    found = record_calls(model, run, steps=STEPS, sampler=UniformGroups(groups=2), pairs=True, progress=False)
-    assert [(c.context, c.step) for c in found] == [("cond", 0), ("uncond", 0), ("cond", 3), ("uncond", 3)]
-    for call in found[2:]:
+    calls = record_calls(model, run, steps=STEPS, sampler=UniformGroups(groups=2), pairs=True, progress=False)
+    assert [(c.context, c.step) for c in calls] == [("cond", 0), ("uncond", 0), ("cond", 3), ("uncond", 3)]
+    for call in calls[2:]:
         assert (call.previous.context, call.previous.step) == (call.context, 2)
-    assert_same_bits(found[2].args[0], found[3].args[0] + 1)
-
-
-def test_quantized_trajectories_give_quantized_states():
-    model = toy()
-    plain = record_calls(model, runs(model), progress=False)
-    modiff.apply(model, activations_only(2))
-
-    def run(i: int) -> None:
-        with modiff.trajectory(model):
-            runs(model)(i)
-
-    quantized = record_calls(model, run, progress=False)
-    assert_same_bits(quantized[0].args[0], plain[0].args[0])
-    assert float((quantized[-1].args[0] - plain[-1].args[0]).abs().max()) > 1e-4
-    assert "_modiff" in model.__dict__, "what apply hung on the model stays"
+    assert_same_bits(calls[2].args[0], calls[3].args[0] + 1)
 
 
 def test_a_plain_model_is_left_as_it_was_also_when_a_run_raises():
@@ -174,24 +143,12 @@ def test_a_plain_model_is_left_as_it_was_also_when_a_run_raises():
     assert not model._forward_pre_hooks
 
 
-def test_inputs_that_the_caller_changes_later_are_copies():
-    model = toy()
-
-    def run(_: int) -> None:
-        x = torch.zeros(1, 3, 4, 4)
-        for i in range(3):
-            model(x, 10.0 - i)
-            x += 1
-
-    found = record_calls(model, run, progress=False)
-    assert [float(c.args[0].mean()) for c in found] == [0.0, 1.0, 2.0]
-
-
-def test_a_tensor_that_is_written_in_inference_mode_is_copied_anew_and_any_other_once():
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_tensor_that_is_written_in_place_is_copied_again_and_any_other_once(inference):
     model, x, y = toy(), torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
 
     def run(_: int) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(inference):
             moving, still = x.clone(), y.clone()
             for step in range(3):
                 model(moving, 3.0 - step)
@@ -208,12 +165,12 @@ def test_memory_is_bounded_in_memory_and_on_disk(tmp_path):
     one = 2 * 3 * 4 * 4 * 4 / 2**20  # MiB of an input
     with pytest.raises(CalibrationError, match=r"collect: expected at most .* MiB of calls, got 3 calls .* folder="):
         record_calls(model, runs(model), memory_mib=2.5 * one, progress=False)
-    found = record_calls(model, runs(model), trajectories=2, folder=tmp_path, memory_mib=2.5 * one, progress=False)
+    calls = record_calls(model, runs(model), trajectories=2, folder=tmp_path, memory_mib=2.5 * one, progress=False)
     whole = record_calls(model, runs(model), trajectories=2, progress=False)
     sizes = [len(p.read_bytes()) for p in tmp_path.glob("trajectory-00000-*.safetensors")]
     assert len(sizes) == 3
-    assert len(found) == len(whole) == 2 * STEPS
-    for mine, true in zip(found, whole, strict=True):
+    assert len(calls) == len(whole) == 2 * STEPS
+    for mine, true in zip(calls, whole, strict=True):
         assert_same_bits(mine.args[0], true.args[0])
         assert (mine.trajectory, mine.step, mine.timestep) == (true.trajectory, true.step, true.timestep)
 
@@ -237,11 +194,11 @@ def test_a_job_that_was_interrupted_runs_only_what_is_missing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         job()
-    found = job()
+    calls = job()
     assert ran == [0, 1, 1, 2]
     whole = record_calls(model, runs(model), trajectories=3, progress=False)
-    assert [(c.trajectory, c.step) for c in found] == [(c.trajectory, c.step) for c in whole]
-    for mine, true in zip(found, whole, strict=True):
+    assert [(c.trajectory, c.step) for c in calls] == [(c.trajectory, c.step) for c in whole]
+    for mine, true in zip(calls, whole, strict=True):
         assert_same_bits(mine.args[0], true.args[0])
     job()
     assert ran == [0, 1, 1, 2]
@@ -256,6 +213,8 @@ def test_a_trajectory_of_another_length_is_an_error(steps):
     model = toy()
     with pytest.raises(CalibrationError, match=f"expected {steps} evaluations in trajectory 0, got {STEPS}"):
         record_calls(model, runs(model), steps=steps, sampler=EveryStep(), progress=False)
+    with pytest.raises(CalibrationError, match="expected at least 1 evaluations in trajectory 0, got 0"):
+        record_calls(model, lambda i: None, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +237,68 @@ def test_settings_that_do_not_fit_are_refused(settings, error, message):
         record_calls(model, runs(model), **settings, progress=False)
 
 
-def test_a_run_that_never_reaches_the_network_is_an_error():
-    with pytest.raises(CalibrationError, match="expected at least 1 evaluations in trajectory 0, got 0"):
-        record_calls(toy(), lambda i: None, progress=False)
+def two_trajectories(model, pairs: bool, sampler=None):
+    return record_calls(
+        model, lambda i: sample(model, STEPS, seed=i), trajectories=2, steps=STEPS, pairs=pairs, progress=False,
+        sampler=sampler,
+    )  # fmt: skip
+
+
+def static(modulated: bool, **settings):
+    config = activations_only(8, dynamic=False, **settings)
+    return config if modulated else dataclasses.replace(
+        config, layer=dataclasses.replace(config.layer, modulation=None)
+    )  # fmt: skip
+
+
+def scales(model) -> dict[str, float]:
+    return {name: float(quantized.quantizer.static[0].scale) for name, quantized in attachment_of(model).layers.items()}
+
+
+def body_inputs(calls) -> list[torch.Tensor]:
+    """What the layer `body` is given in full precision, for each call."""
+    model, seen = toy(), []
+    model.body.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        for call in calls:
+            call.evaluate(model)
+    return seen
+
+
+def test_plain_layers_are_calibrated_on_the_calls_alone():
+    model = toy()
+    calls = two_trajectories(model, pairs=False, sampler=UniformGroups(groups=2))
+    modiff.apply(model, static(False))
+    modiff.calibrate(model, lambda: modiff.replay(model, calls))
+    largest = max(float(x.abs().max()) for x in body_inputs(calls))
+    assert scales(model)["body"] == pytest.approx(largest / 127, rel=1e-5)
+
+
+def test_modulated_layers_are_calibrated_on_the_residual_of_each_pair():
+    """MoDiff, residual ranges: (max - min) of a_t - a_prev over all calibration data."""
+    model = toy()
+    calls = two_trajectories(model, pairs=True)
+    modiff.apply(model, static(True))
+    modiff.calibrate(model, lambda: modiff.replay(model, calls))
+    now = body_inputs([c for c in calls if c.previous is not None])
+    before = body_inputs([c.previous for c in calls if c.previous is not None])
+    assert len(now) == 2 * (STEPS - 1)
+    largest = max(float((a - b).abs().max()) for a, b in zip(now, before, strict=True))
+    assert scales(model)["body"] == pytest.approx(largest / 127, rel=1e-4)
+    assert largest < 0.7 * max(float(a.abs().max()) for a in now), "the two must differ, else nothing is tested"
+
+
+def test_modulated_layers_need_pairs():
+    model = toy()
+    calls = two_trajectories(model, pairs=False)
+    modiff.apply(model, static(True))
+    with pytest.raises(CalibrationError, match="replay: expected calls with the one before each, got none among 12"):
+        modiff.replay(model, calls)
+
+
+def test_a_network_without_modiff_is_just_evaluated():
+    model, ran = toy(), []
+    calls = two_trajectories(model, pairs=True)
+    model.register_forward_hook(lambda *_: ran.append(1))
+    modiff.replay(model, calls)
+    assert len(ran) == len(calls)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import modiff
-from modiff import AttentionConfig, ConfigError, ModulationConfig, QuantizerConfig
+from modiff import ConfigError, ModulationConfig
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.names import shortcut_splits
 from modiff.methods import ModiffMethodConfig, quantize
@@ -71,27 +71,6 @@ def test_symmetric_scales_cover_the_largest_residual_of_each_half(residuals, bit
         assert scales == pytest.approx([e / (2 ** (bits - 1) - 1) for e in expected], rel=1e-4)
 
 
-def test_scales_with_a_zero_point_cover_the_range_with_all_levels(residuals):
-    pipe = small.build()
-    quantize(pipe, dataclasses.replace(MINMAX, symmetric=False), progress=False)
-    splits, quantizers = shortcut_splits(pipe.unet), quantizers_of(pipe.unet)
-    for name, tensors in residuals.items():
-        for (scale, zero_point), part in zip(quantizers[name].static, parts(name, tensors, splits), strict=True):
-            low = min(0.0, *(float(r.min()) for r in part))
-            high = max(0.0, *(float(r.max()) for r in part))
-            assert float(scale) == pytest.approx((high - low) / 15, rel=1e-4)
-            assert abs(int(zero_point) - (-8 - low / float(scale))) <= 0.5 + 1e-3
-
-
-def test_shared_halves_have_the_range_of_the_whole_input(residuals):
-    pipe = small.build()
-    quantize(pipe, dataclasses.replace(MINMAX, halves="shared"), progress=False)
-    for name in shortcut_splits(pipe.unet):
-        whole = max(float(r.abs().max()) for r in residuals[name])
-        scales = [float(q.scale) for q in quantizers_of(pipe.unet)[name].static]
-        assert scales == pytest.approx([whole / 7] * 2, rel=1e-4)
-
-
 def test_learned_scales_start_at_the_ranges_and_no_layer_is_worse():
     measured, learned = small.build(), small.build()
     quantize(measured, MINMAX, progress=False)
@@ -144,20 +123,15 @@ def test_dynamic_scales_with_rounding_to_nearest_need_no_trajectory():
     assert_same_bits(small.call(pipe, steps=STEPS), plain)
 
 
-STATIC_ATTENTION = AttentionConfig(operands=QuantizerConfig(dynamic=False))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"activation_bits": 1}, r"ModiffMethodConfig\.activation_bits: expected None or 2 to 8, got 1"),
-        ({"kind": "static_minmax", "granularity": "sample"}, r"granularity: expected 'auto' with kind='static_minmax'"),
         ({"kind": "static_learned", "activation_bits": None}, r"activation_bits: expected 2 to 8 with kind='static_le"),
         (
             {"kind": "static_minmax", "modulation": ModulationConfig(predictor="linear")},
             r"modulation: expected predictor='hold' with kind='static_minmax'",
         ),
-        ({"attention": STATIC_ATTENTION}, r"ModiffMethodConfig\.attention: expected dynamic quantizers"),
         ({"learning": ReconstructConfig()}, r"ModiffMethodConfig\.learning\.learn: expected 'activation_scales'"),
         (
             {"activation_bits": 3, "modulation": ModulationConfig(predictor="linear")},

@@ -69,7 +69,7 @@ def collected(pipe, config: Ptq4dmConfig, **settings):
         trajectories=config.samples // config.batch,
         batch=config.batch,
         steps=STEPS,
-        sampler=NormalSteps(mean=config.mean, spread=config.spread),
+        sampler=NormalSteps(mean=config.mean),
         progress=False,
         **settings,
     )
@@ -119,7 +119,7 @@ def test_with_modulation_the_ranges_are_those_of_residuals():
     scales = []
     for modulation in (None, ModulationConfig()):
         pipe = small.build()
-        config = dataclasses.replace(SMALL, steps=12, spread="variance", modulation=modulation)
+        config = dataclasses.replace(SMALL, steps=12, modulation=modulation)
         quantize(pipe, config, progress=False)
         scales.append(float(attachment_of(pipe.unet).layers["conv_in"].quantizer.static[0].scale))
         assert torch.isfinite(small.call(pipe, steps=12)).all()

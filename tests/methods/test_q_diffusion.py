@@ -106,7 +106,6 @@ def test_weights_alone_activations_alone_and_attention_left_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"softmax_bits": 9}, r"QDiffusionConfig\.softmax_bits: expected 2 to 8, or 16, got 9"),
         ({"groups": 0}, r"QDiffusionConfig\.groups: expected 1 or more, got 0"),
         ({"groups": 101}, r"QDiffusionConfig\.groups: expected at most steps=100, got 101"),
         ({"learning": ReconstructConfig()}, r"QDiffusionConfig\.learning\.learn: expected 'activation_scales'"),
@@ -123,11 +122,8 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 
 def test_the_published_settings_are_the_default():
     config = QDiffusionConfig()
-    assert (config.groups, config.samples, config.softmax_bits) == (20, 256, 8)
+    assert (config.groups, config.samples) == (20, 256)
     assert (config.reconstruction.iterations, config.reconstruction.batch) == (20_000, 32)
     assert config.reconstruction.learning_rate == 1e-3
     learning = config.learning
     assert (learning.iterations, learning.learning_rate, learning.schedule, learning.p) == (5000, 4e-4, "cosine", 2.4)
-    latent = QDiffusionConfig.stable_diffusion()
-    assert (latent.groups, latent.samples, latent.softmax_bits, latent.reconstruction.batch) == (25, 128, 16, 8)
-    assert learning.for_residuals() == dataclasses.replace(ReconstructConfig.residual_scales())

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import pytest
-import torch
 
 import modiff
 from modiff import ConfigError, FormatError, ModulationConfig, ReconstructConfig, StateError
@@ -21,6 +20,7 @@ from modiff.methods import (
     TfmqDmConfig,
     accuquant,
     quantize,
+    recipe,
 )
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
@@ -32,9 +32,9 @@ SCALES = dataclasses.replace(ReconstructConfig.activation_scales(), iterations=3
 TINY: dict[str, Any] = {"steps": STEPS, "samples": 2, "batch": 2}
 SMALL: dict[str, MethodConfig] = {
     "q_diffusion": QDiffusionConfig(**TINY, groups=2, reconstruction=WEIGHTS, learning=SCALES),
-    "ptq4dm": Ptq4dmConfig(**TINY, trials=3, rounding="learned", reconstruction=WEIGHTS, weight_bits=3),
+    "ptq4dm": Ptq4dmConfig(**TINY, trials=3, weight_bits=3),
     "tfmq_dm": TfmqDmConfig(**TINY, groups=2, reconstruction=WEIGHTS, temporal=WEIGHTS),
-    "accuquant": AccuquantConfig(**TINY, group_size=2, iterations=2, rounding="learned", reconstruction=WEIGHTS),
+    "accuquant": AccuquantConfig(**TINY, group_size=2, iterations=2),
     "modiff": ModiffMethodConfig(**TINY, groups=2, kind="static_learned", reconstruction=WEIGHTS, learning=SCALES),
 }
 
@@ -43,16 +43,38 @@ def never(index: int) -> object:
     raise AssertionError(f"trajectory {index} was run again")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_job_killed_in_its_second_part_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, tmp_path, monkeypatch):
+PARTS = ((reconstruct_job.Job, "learn"), (accuquant, "_learn_group"), (recipe, "calibrate"))
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, parts: int) -> None:
+    """Let a job be killed when it begins another part after this many."""
+    begun: list[object] = []
+
+    def counted(original: Any) -> Any:
+        def run(*args: Any, **settings: Any) -> Any:
+            begun.append(original)
+            if len(begun) > parts:
+                raise KeyboardInterrupt
+            return original(*args, **settings)
+
+        return run
+
+    for owner, name in PARTS:
+        patch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("q_diffusion", 1), ("ptq4dm", 0), ("tfmq_dm", 1), ("accuquant", 2), ("modiff", 1)],
+)
+def test_a_killed_job_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, parts, tmp_path, monkeypatch):
     whole, killed, plain = small.build(), small.build(), small.call(small.build(), steps=STEPS)
     report = quantize(whole, SMALL[name], progress=False)
     expected = small.call(whole, steps=STEPS)
     assert_same_bits(small.call(whole, steps=STEPS), expected)
     assert 0 < float((expected - plain).norm() / plain.norm()) < 0.5
-    learn = reconstruct_job.Job.learn
     with monkeypatch.context() as patch:
-        patch.setattr(reconstruct_job.Job, "learn", lambda s, b, i: learn(s, b, i) if i == 0 else interrupt())
+        interrupt_after(patch, parts)
         with pytest.raises(KeyboardInterrupt):
             quantize(killed, SMALL[name], folder=tmp_path, progress=False)
     assert attachment_of(killed.unet) is None
@@ -60,30 +82,10 @@ def test_a_job_killed_in_its_second_part_resumes_to_the_same_bits_and_comes_off_
     assert_same_bits(small.call(killed, steps=STEPS), expected)
     modiff.remove(killed)
     assert_same_bits(small.call(killed, steps=STEPS), plain)
-    monkeypatch.setattr(reconstruct_job.Job, "learn", None)
+    for owner, part in PARTS[:2]:
+        monkeypatch.setattr(owner, part, None)
     quantize(killed, SMALL[name], run=never, folder=tmp_path, progress=False)
     assert_same_bits(small.call(killed, steps=STEPS), expected)
-
-
-def interrupt() -> Any:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("group", [0, 1])
-def test_accuquant_killed_before_any_group_resumes_to_the_same_bits(group, tmp_path, monkeypatch):
-    whole, pipe, config = small.build(), small.build(), dataclasses.replace(SMALL["accuquant"], rounding="nearest")
-    report = quantize(whole, config, progress=False)
-    learn = accuquant._learn_group
-    with monkeypatch.context() as patch:
-        patch.setattr(accuquant, "_learn_group", lambda *args: interrupt() if args[3] == group else learn(*args))
-        with pytest.raises(KeyboardInterrupt):
-            quantize(pipe, config, folder=tmp_path, progress=False)
-    assert len(list((tmp_path / "groups").glob("*.safetensors"))) == group
-    seen: list[int] = []
-    monkeypatch.setattr(accuquant, "_learn_group", lambda *args: seen.append(args[3]) or learn(*args))
-    assert quantize(pipe, config, run=never, folder=tmp_path, progress=False) == report
-    assert seen == [0, 1][group:]
-    assert_same_bits(small.call(pipe, steps=STEPS), small.call(whole, steps=STEPS))
 
 
 def test_parts_of_another_job_are_never_mixed_in(tmp_path):
@@ -140,26 +142,3 @@ def test_settings_survive_json_and_those_that_mean_nothing_are_refused(name):
         if next(iter(changes)) in {field.name for field in dataclasses.fields(SMALL[name])}:
             with pytest.raises(ConfigError, match=message):
                 dataclasses.replace(SMALL[name], **changes)
-
-
-def test_on_the_embedded_model_modiff_is_nearer_to_full_precision_than_minmax_ranges():
-    from modiff.assets import embedded_folder
-    from modiff.generate.samplers import set_scheduler
-    from modiff.hosts.diffusers.load import load_pipeline
-    from modiff.hosts.diffusers.runs import noise_generators
-
-    def sampled(method: MethodConfig | None) -> torch.Tensor:
-        pipe = set_scheduler(load_pipeline(str(embedded_folder())), "ddim")
-        pipe.set_progress_bar_config(disable=True)
-        if method is not None:
-            quantize(pipe, method, progress=False)
-        noise = noise_generators(1_000_000, range(2))
-        return torch.from_numpy(pipe(batch_size=2, num_inference_steps=5, generator=noise, output_type="np").images)
-
-    config = ModiffMethodConfig(activation_bits=4, steps=5, groups=5, rounding="nearest")
-    minmax = QDiffusionConfig(
-        weight_bits=8, activation_bits=4, steps=5, groups=5, samples=8, batch=8, search="minmax",
-        rounding="nearest", scales="measured", attention="full_precision",
-    )  # fmt: skip
-    exact = sampled(None)
-    assert (sampled(config) - exact).norm() < 0.5 * (sampled(minmax) - exact).norm()

@@ -124,13 +124,6 @@ def test_each_time_step_has_the_range_of_its_own_sines_and_others_are_refused():
         small.call(pipe, steps=STEPS + 1)
 
 
-def test_the_code_s_reading_has_sets_per_step_for_every_layer():
-    pipe = small.build()
-    quantize(pipe, dataclasses.replace(SMALL, sets="all"), progress=False)
-    quantized_layers = attachment_of(pipe.unet).layers
-    assert all(len(t.quantizer.tables) == STEPS for t in quantized_layers.values())
-
-
 def test_blocks_are_learned_apart_from_the_temporal_layers(tmp_path):
     pipe = small.build()
     quick = dataclasses.replace(QUICK, iterations=2, checks=1, batch=2)

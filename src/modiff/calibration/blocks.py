@@ -19,9 +19,8 @@ from modiff.nn import quantized_class
 
 @dataclass(frozen=True)
 class Block:
-    """One unit of reconstruction: a module of the network and the layers inside whose weights are learned together.
+    """One unit of reconstruction: a module's name and class, and the names of the layers inside, learned together.
 
-    name: of the module. kind: its class name. layers: full names, in the order of the modules; none is in two units.
     calls: how often one evaluation of the network runs it; None where that was not traced.
     """
 
@@ -45,23 +44,26 @@ def blocks_of(
     whose class matches `kinds`; failing that, it is a unit of its own.
 
     Args:
-        kinds: fnmatch patterns on class names, such as "ResnetBlock2D" or "*TransformerBlock".
-        patterns: fnmatch patterns on module names, of the user.
+        kinds, patterns: fnmatch patterns on class names and on module names.
         layers: names of the layers to be cut into units; the modulated ones, or all that could be, when None.
-        run: evaluates the network once. The units are then in the order in which they finish, which is the order of
-            execution, and those that never ran come last with 0 calls; without it, in the order of the modules.
+        run: evaluates the network once. The units are then in the order in which they finish, and those that never ran
+            come last with 0 calls; without it, in the order of the modules.
     Raises: ConfigError for a pattern that matches no module with such a layer.
-    Cost: one evaluation, if `run` is given.
     """
     modules = dict(model.named_modules())
     if layers is None:
         attachment = attachment_of(model)
         layers = [n for n, m in modules.items() if quantized_class(m)] if attachment is None else attachment.layers
-    names = list(layers)
     owners: dict[str, list[str]] = {}
-    for name in names:
+    for name in (names := list(layers)):
         owners.setdefault(_owner(name, modules, kinds, patterns), []).append(name)
-    _check_patterns(patterns, names, modules)
+    around = {module for name in names for module in _around(name)}
+    for pattern in patterns:
+        if not any(fnmatchcase(module, pattern) for module in around):
+            raise ConfigError(
+                f"blocks: expected patterns that match a module with layers to learn, got {pattern!r}. No such module "
+                f"has this name. Known modules: {', '.join(list(modules)[1:9])}, ..."
+            )
     blocks = [Block(owner, type(modules[owner]).__name__, tuple(inside)) for owner, inside in owners.items()]
     return blocks if run is None else _in_order_of_execution(model, blocks, run)
 
@@ -75,18 +77,7 @@ def _owner(name: str, modules: dict[str, nn.Module], kinds: Sequence[str], patte
 
 def _around(name: str) -> list[str]:
     """The modules around a layer, outermost first, the layer itself last; not the network."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _check_patterns(patterns: Sequence[str], names: list[str], modules: dict[str, nn.Module]) -> None:
-    around = {module for name in names for module in _around(name)}
-    for pattern in patterns:
-        if not any(fnmatchcase(module, pattern) for module in around):
-            raise ConfigError(
-                f"blocks: expected patterns that match a module with layers to learn, got {pattern!r}. No such module "
-                f"has this name. Known modules: {', '.join(list(modules)[1:9])}, ..."
-            )
+    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 def _in_order_of_execution(model: nn.Module, blocks: list[Block], run: Callable[[], object]) -> list[Block]:

@@ -1,10 +1,10 @@
-"""Gather calibration data: what a network is called with while trajectories run, in one pass over each."""
+"""Calibration data: what a network is called with while trajectories run, and running it on that again."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from modiff.calibration.data import (
     CalibrationSet,
     Call,
+    calls_with_previous,
     complete_trajectories,
     map_tensors,
     shard_folder,
@@ -29,6 +30,7 @@ from modiff.model.attach import ATTRIBUTE, Attachment, attachment_of
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.report import Report
+from modiff.model.trajectory import model_trajectory
 from modiff.nn import Clock
 from modiff.nn.sharing import version_of
 
@@ -47,14 +49,12 @@ def record_calls(
     memory_mib: float = 1024.0,
     progress: bool = True,
 ) -> CalibrationSet:
-    """Run trajectories and keep what the sampler chooses of the network's inputs, full-precision or quantized.
-
-    As `modiff.collect`, on one network: with modulated layers, the states of the trajectory that they really run.
-    Raises: ConfigError for settings that do not fit, or a folder with another set; CalibrationError if trajectories
-        have another number of evaluations or rows, exceed the memory without a folder, or run on what no file holds;
-        StateError if another process collects into the folder.
-    """
-    _check(trajectories, batch, steps, sampler, memory_mib)
+    """As `modiff.collect`, on one network: with modulated layers, the states of the trajectory that they really run."""
+    for name, value in (("trajectories", trajectories), ("batch", batch), ("steps", steps)):
+        check(f"collect.{name}", value, value is None or value >= 1, "1 or more", "There is nothing to keep. Use 1.")
+    check("collect.steps", steps, sampler is None or steps is not None, "the evaluations in a trajectory",
+          "A sampler chooses among them. Give steps=50 for 50 DDIM steps, 99 for 50 Heun steps.")  # fmt: skip
+    check("collect.memory_mib", memory_mib, memory_mib > 0, "more than 0", "Calls need room. Use 1024.")
     plan = None
     if sampler is not None and steps is not None:
         plan = sampler.draw(steps, trajectories * (batch or 1), torch.Generator().manual_seed(seed))
@@ -79,16 +79,6 @@ def record_calls(
     return CalibrationSet(store.calls, settings) if folder is None else CalibrationSet.load(folder)
 
 
-def _check(
-    trajectories: int, batch: int | None, steps: int | None, sampler: StepSampler | None, memory_mib: float
-) -> None:
-    for name, value in (("trajectories", trajectories), ("batch", batch), ("steps", steps)):
-        check(f"collect.{name}", value, value is None or value >= 1, "1 or more", "There is nothing to keep. Use 1.")
-    check("collect.steps", steps, sampler is None or steps is not None, "the evaluations in a trajectory",
-          "A sampler chooses among them. Give steps=50 for 50 DDIM steps, 99 for 50 Heun steps.")  # fmt: skip
-    check("collect.memory_mib", memory_mib, memory_mib > 0, "more than 0", "Calls need room. Use 1024.")
-
-
 class _Store:
     """Calls in memory up to a cap, then on disk."""
 
@@ -98,11 +88,7 @@ class _Store:
         self.trajectory, self.shard, self.bytes = 0, 0, 0.0
         self._counted: dict[int, Tensor] = {}
 
-    def start(self, trajectory: int) -> None:
-        self.trajectory, self.shard = trajectory, 0
-
     def add(self, call: Call) -> None:
-        """Keep a call; write what is kept to disk when it grows over the cap. Raises: CalibrationError without disk."""
         for tensor in call.tensors():
             if id(tensor) not in self._counted:  # calls share what did not change from step to step
                 self._counted[id(tensor)] = tensor
@@ -118,7 +104,6 @@ class _Store:
         self.flush(last=False)
 
     def flush(self, *, last: bool) -> None:
-        """Write what is kept as a shard, if there is a folder."""
         if self.folder is not None:
             write_shard(self.folder, self.trajectory, self.shard, self.calls, last=last)
             self.shard += 1
@@ -127,9 +112,7 @@ class _Store:
 
 
 class _Rows(NamedTuple):
-    """length: of the batch axis. positions: those that are kept."""
-
-    length: int
+    length: int  # of the batch axis
     positions: tuple[int, ...]
 
 
@@ -148,9 +131,9 @@ class _Recorder:
 
     def start(self, trajectory: int) -> None:
         """A trajectory begins."""
-        self.trajectory = trajectory
+        self.trajectory = self.store.trajectory = trajectory
+        self.store.shard = 0
         self._forget()
-        self.store.start(trajectory)
 
     def end(self) -> None:
         """A trajectory ended. Raises: CalibrationError if it was shorter than planned, or never began."""
@@ -199,9 +182,9 @@ class _Recorder:
             name, position = self.timestep
             value = kwargs.get(name, args[position] if position < len(args) else None)
         chosen = self._positions(args, kwargs, rows)
-        kept = {k: self._copy(v, None if k in self.unbatched else chosen) for k, v in kwargs.items()}
+        kept = {k: self._copies_of(v, None if k in self.unbatched else chosen) for k, v in kwargs.items()}
         timestep = None if value is None else float(torch.as_tensor(value).flatten()[0])
-        return Call(self._copy(args, chosen), kept, step, timestep, context, self.trajectory, rows)
+        return Call(self._copies_of(args, chosen), kept, step, timestep, context, self.trajectory, rows)
 
     def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: tuple[int, ...]) -> _Rows | None:
         """Where the rows lie in batched tensors: once for each branch of guidance that is batched."""
@@ -216,7 +199,7 @@ class _Recorder:
             )
         return _Rows(length, tuple(first + row for first in range(0, length, self.batch) for row in rows))
 
-    def _copy(self, tree: Any, chosen: _Rows | None) -> Any:
+    def _copies_of(self, tree: Any, chosen: _Rows | None) -> Any:
         return map_tensors(tree, lambda tensor: self._copied(tensor, chosen))
 
     def _copied(self, tensor: Tensor, chosen: _Rows | None) -> Tensor:
@@ -224,15 +207,15 @@ class _Recorder:
         cut = chosen is not None and tensor.dim() > 0 and len(tensor) == chosen.length and chosen.length > 1
         positions = chosen.positions if cut and chosen is not None else ()
         key = (id(tensor), version_of(tensor), positions)
-        part = tensor.detach()[list(positions)] if cut else tensor.detach()
+        rows = tensor.detach()[list(positions)] if cut else tensor.detach()
         if key in self._copies and tensor.is_inference():  # it may be written in place without a new version
             kept = self._copies[key][1]
-            if part.shape != kept.shape or not torch.equal(part.cpu(), kept):
+            if rows.shape != kept.shape or not torch.equal(rows.cpu(), kept):
                 del self._copies[key]
         if key not in self._copies:
             # the entry goes with the tensor: its id may be that of another one later
             alive = weakref.ref(tensor, lambda _: self._copies.pop(key, None))
-            self._copies[key] = (alive, part.to("cpu", copy=True))
+            self._copies[key] = (alive, rows.to("cpu", copy=True))
         return self._copies[key][1]
 
 
@@ -253,3 +236,26 @@ def _recorded(model: nn.Module, recorder: _Recorder) -> Iterator[_Recorder]:
     finally:
         if plain:
             model.__dict__.pop(ATTRIBUTE, None)
+
+
+def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -> None:
+    """Evaluate the network on each call, for `modiff.calibrate(model, lambda: replay(model, calls))`.
+
+    Modulated layers see each call as the second step of a trajectory whose first step is the call before it: they
+    quantize the residual of the two (MoDiff). Calls of a first step have no residual and are left out.
+
+    Raises: CalibrationError without calls, or with modulated layers and no call that holds the one before it.
+    Cost: one evaluation a call, two with modulated layers.
+    """
+    attachment = attachment_of(model)
+    modulated = attachment is not None and any(quantized.inputs is not None for quantized in attachment.layers.values())
+    if modulated:
+        calls = calls_with_previous("replay", calls)
+    elif not len(calls):
+        raise CalibrationError("replay: expected calls, got none. There is nothing to run. Collect a trajectory.")
+    with torch.no_grad(), model_trajectory(model) if attachment is not None and not modulated else nullcontext():
+        for call in tqdm(calls, desc="replay", unit="call", disable=not progress):
+            with model_trajectory(model) if modulated else nullcontext():
+                if modulated and call.previous is not None:
+                    call.previous.evaluate(model)
+                call.evaluate(model)

@@ -7,7 +7,6 @@ stored as tensors, everything else as JSON in the header of the file. No pickle.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -46,17 +45,11 @@ class Call:
     rows: tuple[int, ...] = ()
     previous: Call | None = None
 
-    def to(self, device: torch.device | str) -> Call:
-        """The same call with its tensors, and those of the previous one, on `device`."""
-        args, kwargs = map_tensors((self.args, self.kwargs), lambda t: t.to(device))
-        previous = None if self.previous is None else self.previous.to(device)
-        return dataclasses.replace(self, args=args, kwargs=kwargs, previous=previous)
-
     def evaluate(self, model: nn.Module) -> Any:
         """What `model` returns for these inputs, moved to the device of its parameters."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        call = self.to(device)
-        return model(*call.args, **call.kwargs)
+        args, kwargs = map_tensors((self.args, self.kwargs), lambda t: t.to(device))
+        return model(*args, **kwargs)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the call and of the previous one."""
@@ -143,9 +136,8 @@ class CalibrationSet(Sequence[Call]):
         Raises: FormatError if the folder, its settings or a shard is missing, damaged or of another version.
         """
         folder = Path(folder)
-        settings = read_json(
-            folder / SETTINGS, "the settings of a calibration set", "Give a folder written by CalibrationSet.save."
-        )
+        advice = "Give a folder written by CalibrationSet.save."
+        settings = read_json(folder / SETTINGS, "the settings of a calibration set", advice)
         version = settings.pop("format_version", None)
         if version != VERSION:
             raise FormatError(f"{folder / SETTINGS}: expected format_version {VERSION}, got {version!r}. Another "
@@ -182,7 +174,7 @@ def write_shard(folder: Path, trajectory: int, number: int, calls: Iterable[Call
         return names[id(tensor)]
 
     kept = list(calls)  # alive while ids are names
-    fields = [_encode_call(call, name_of) for call in kept]
+    fields = [_encode(call, name_of)["call"] for call in kept]
     facts = {"format": FORMAT, "format_version": str(VERSION), "last": str(last), "calls": json.dumps(fields)}
     write_tensors(_shard_path(folder, trajectory, number), tensors, facts)
 
@@ -231,17 +223,12 @@ def _read_call(record: tuple[Path, dict[str, Any]]) -> Call:
         return _decode({"call": encoded}, tensor)
 
 
-def _encode_call(call: Call, name_of: Callable[[Tensor], str]) -> dict[str, Any]:
-    fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
-    return {name: _encode(value, name_of) for name, value in fields.items()}
-
-
 def _encode(value: Any, name_of: Callable[[Tensor], str]) -> Any:
     """JSON for a nested value: an object with one key stands for what JSON does not have."""
     if isinstance(value, Tensor):
         return {"tensor": name_of(value)}
     if isinstance(value, Call):
-        return {"call": _encode_call(value, name_of)}
+        return {"call": {name: _encode(item, name_of) for name, item in vars(value).items()}}
     if isinstance(value, dict):
         return {"dict": [[_plain(key), _encode(item, name_of)] for key, item in value.items()]}
     if isinstance(value, (tuple, list)):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from modiff.config import JsonConfig, check
 from modiff.errors import ConfigError
-
-Spread = Literal["deviation", "variance", "script"]
 
 
 class StepSampler(Protocol):
@@ -72,30 +69,23 @@ class UniformGroups(JsonConfig):
 class NormalSteps(JsonConfig):
     """One step for each sample, near a normal distribution (NDTC; PTQ4DM, section 3.3).
 
-    t_i = clamp(floor(mu + sd z_i), 0, T - 1), z_i ~ N(0, 1), mu = mean * T, for T steps counted from the clean end:
-    step T - 1 - t_i. A mean under 0.5 T prefers states near the image, the paper's finding.
+    t_i = clamp(floor(mu + T / 2 z_i), 0, T - 1), z_i ~ N(0, 1), mu = mean * T, for T steps counted from the clean end:
+    step T - 1 - t_i. The paper writes N(mu, T / 2): as a variance, nearly all samples would come from a few steps,
+    against its own finding.
 
-    spread: the paper writes N(mu, T / 2). "deviation" reads sd = T / 2, the default: with "variance", sd = sqrt(T / 2),
-        nearly all samples come from a few steps, against the paper's own finding. "script" is the released script's
-        sd = 0.4 T.
-    mean: share of T; the paper asks for at most 0.5, its script takes 0.4.
+    mean: share of T; under 0.5 prefers states near the image, the paper's finding; its script takes 0.4.
     """
 
     mean: float = 0.4
-    spread: Spread = "deviation"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check("NormalSteps.mean", self.mean, 0 <= self.mean <= 1, "a share of the steps in [0, 1]", "PTQ4DM takes 0.4.")
 
-    def deviation(self, steps: int) -> float:
-        """The standard deviation in steps."""
-        return {"deviation": steps / 2, "variance": math.sqrt(steps / 2), "script": 0.4 * steps}[self.spread]
-
     def draw(self, steps: int, samples: int, generator: torch.Generator) -> Tensor:
         """Booleans (steps, samples) with one True for each sample."""
         noise = torch.randn(samples, generator=generator, dtype=torch.float64)
-        times = (self.mean * steps + self.deviation(steps) * noise).floor().clamp(0, steps - 1).long()
+        times = (self.mean * steps + steps / 2 * noise).floor().clamp(0, steps - 1).long()
         kept = torch.zeros(steps, samples, dtype=torch.bool)
         kept[steps - 1 - times, torch.arange(samples)] = True
         return kept

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from modiff.calibration.data import CalibrationSet
-from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport, UnitReport
+from modiff.calibration.reconstruct.config import ReconstructionReport, UnitReport
 from modiff.calibration.reconstruct.layers import evaluating, without_states
-from modiff.calibration.reconstruct.learn import Learned, ScaleLearner, segments_of
+from modiff.calibration.reconstruct.learn import Learned, ScaleLearner, learned_scales
 from modiff.calibration.reconstruct.store import load_unit, save_unit
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
 from modiff.core.affine import QParams
@@ -34,9 +34,6 @@ class AccuquantConfig(MethodConfig):
     group_size: at most this many steps share scales and are judged by where they arrive together; 1 calibrates each
         step on the quantized trajectory. Reviews report that too large a group is worse than none; there is no rule.
     iterations: Adam steps a group. learning_rate: of the logarithm of the scales.
-    rounding: of weights, "nearest" (ranges of least error), or learned first with `reconstruction`.
-    layers: "all", as the methods it is compared with, or "recommended": what ModiffConfig takes by default, without the
-        first and the last layer and the embeddings.
     guidance_scale: of guidance with both branches in one batch; None without guidance.
 
     Groups are learned from the noisiest on, each from the states that the quantized groups before it arrive at. Scales
@@ -53,9 +50,6 @@ class AccuquantConfig(MethodConfig):
     batch: int = 8
     iterations: int = 20
     learning_rate: float = 0.02
-    rounding: Literal["nearest", "learned"] = "nearest"
-    reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.quick_weights)
-    layers: Literal["all", "recommended"] = "all"
     guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -71,8 +65,7 @@ class AccuquantConfig(MethodConfig):
             step_groups=-(-self.steps // self.group_size),
         )  # fmt: skip
         weight = WeightConfig(bits=self.weight_bits, search="mse")
-        layer = LayerConfig(weight=weight, activation=activation, modulation=None)
-        return every_layer(layer) if self.layers == "all" else ModiffConfig(layer=layer)
+        return every_layer(LayerConfig(weight=weight, activation=activation, modulation=None))
 
 
 @register(
@@ -99,12 +92,11 @@ def accuquant(job: MethodJob, config: AccuquantConfig) -> MethodReport:
     recorded = _trajectories(calls, config.drawn // config.batch)
     trajectories = [SamplerSteps(job.model, scheduler, evaluations, config.guidance_scale) for evaluations in recorded]
     report = job.apply(config.model_config())
-    weights = job.learn(calls, config.reconstruction, "weights") if config.rounding == "learned" else None
     job.keep_rounding()
     job.measure(calls, "mse")
     with evaluating(job.model):
         scales = ReconstructionReport(_learn(job, config, trajectories))
-    return MethodReport.of(report, weights=weights, scales=scales)
+    return MethodReport.of(report, scales=scales)
 
 
 def _trajectories(calls: CalibrationSet, count: int) -> list[list[Any]]:
@@ -134,7 +126,7 @@ def _learn(job: MethodJob, config: AccuquantConfig, trajectories: list[SamplerSt
             if path is not None:
                 save_unit(path, learned, unit)
         for name in unit.layers:
-            _keep(quantizers[name], index, [qparams for _, qparams in segments_of(learned, name)])
+            _keep(quantizers[name], index, learned_scales(learned, name))
         states = [learned[f"state.{i}"].to(before.device) for i, before in enumerate(states)]
         units.append(unit)
     return tuple(units)
@@ -190,7 +182,7 @@ def _scales(quantizer: Quantizer, index: int) -> tuple[QParams, ...]:
     return (quantizer.static or ()) if quantizer.tables is None else quantizer.tables[index]
 
 
-def _keep(quantizer: Quantizer, index: int, scales: list[QParams]) -> None:
+def _keep(quantizer: Quantizer, index: int, scales: tuple[QParams, ...]) -> None:
     device = _scales(quantizer, index)[0].scale.device
     moved = tuple(
         QParams(q.scale.to(device), None if q.zero_point is None else q.zero_point.to(device)) for q in scales

@@ -11,18 +11,10 @@ from torch import nn
 from modiff.api import calibrate, trajectory
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.timesteps import UniformGroups
-from modiff.config import (
-    AttentionConfig,
-    LayerConfig,
-    ModiffConfig,
-    ModulationConfig,
-    QuantizerConfig,
-    WeightConfig,
-    WeightSearch,
-)
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, every_layer
 from modiff.methods.registry import register
-from modiff.methods.residual_ranges import Halves, measure_residuals
+from modiff.methods.residual_ranges import measure_residuals
 
 Kind = Literal["dynamic", "static_minmax", "static_learned", "static_steps"]
 
@@ -41,42 +33,26 @@ class ModiffMethodConfig(MethodConfig):
         ours, measures the residuals of modulated trajectories, a scale for each of `step_groups` groups of
         neighbouring steps: one scale for all is made for the largest step and too coarse for the others.
     weight_bits, activation_bits: None keeps floats.
-    granularity: of dynamic scales. "auto" is per token and per sample; "sample" is the code's --act_tensor; "tensor",
-        the code's default, has one scale for the batch, so an image depends on the others in it. Static scales are per
-        tensor.
-    symmetric: of static scales: max|r| / (2^(b-1) - 1), or with a zero point (max r - min r) / (2^b - 1).
-    halves: of a split shortcut's static scales. "own": one each, the paper's. "shared": both start at the code's, the
-        range of the whole input.
     modulation: of the loop; the paper's first step has full-precision inputs and quantized weights.
-    layers: "all" is the paper's and the code's; "recommended" leaves out what ModiffConfig leaves out by default: time
-        and prompt embeddings, the first and the last layer.
-    attention: the paper and the code leave the attention products in full precision; dynamic quantizers only.
     groups: equally spaced steps that residuals and states are kept of. samples: states of each; None takes the code's,
         32 for "static_minmax" and "static_steps", 256 otherwise.
     step_groups: of "static_steps"; 0 is a scale for each step. They serve only the steps that they were measured at.
-    rounding: of weights. "learned" with `reconstruction`: MoDiff takes Q-Diffusion's checkpoints. "nearest": `search`
-        says how ranges are searched.
+    rounding: of weights. "learned" with `reconstruction`: MoDiff takes Q-Diffusion's checkpoints; or "nearest".
     learning: of the scales (Adam 4e-4 to 0, p = 2.4; the code has p = 2 for latent models).
 
-    Defects of the released code that have no option here: symmetric scales of (max - min) / (levels - 1) with half the
-    levels, which throw away one bit and divide by zero at 2 bits; zero points that are not those of the new scale; and
-    pairs of a first step with itself, whose residual is zero.
+    Dynamic scales are per token and per sample, static ones per tensor, max|r| / (2^(b-1) - 1), one for each half of a
+    split shortcut. Not taken over from the released code: scales of (max - min) / (levels - 1) with half the levels,
+    which throw away one bit, and pairs of a first step with itself, whose residual is zero.
     Cost: none for dynamic scales with weights rounded to nearest. Otherwise `samples` trajectories; two evaluations of
         each state for static scales, or `samples` modulated trajectories for "static_steps"; block reconstruction of
         weights and of each layer's scale where they are learned.
     """
 
     kind: Kind = "dynamic"
-    granularity: str = "auto"
-    symmetric: bool = True
-    halves: Halves = "own"
     modulation: ModulationConfig = field(default_factory=_published)
-    layers: Literal["all", "recommended"] = "all"
-    attention: AttentionConfig | None = None
     groups: int = 20
     samples: int | None = None
     step_groups: int = 10
-    search: WeightSearch = "mse"
     rounding: Literal["learned", "nearest"] = "learned"
     reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.weights)
     learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_scales)
@@ -85,17 +61,12 @@ class ModiffMethodConfig(MethodConfig):
         super().__post_init__()
         self.check_groups(self.groups)
         static = self.kind != "dynamic"
-        self.check("granularity", not static or self.granularity == "auto", f"'auto' with kind={self.kind!r}",
-                   "Static scales are one per layer.")  # fmt: skip
         self.check("activation_bits", not static or self.activation_bits is not None,
                    f"2 to 8 with kind={self.kind!r}", "Floats have no scale. Use kind='dynamic'.")  # fmt: skip
         self.check("step_groups", self.step_groups >= 0, "0 or more groups", "0 is a scale for each step.")
         hold = self.modulation.predictor == "hold"
         self.check("modulation", hold or self.kind in ("dynamic", "static_steps"),
                    f"predictor='hold' with kind={self.kind!r}", "Ranges are those of a change.")  # fmt: skip
-        products = () if self.attention is None else (self.attention.operands, self.attention.softmax)
-        self.check("attention", all(q.dynamic or q.bits is None for q in products), "dynamic quantizers",
-                   "The pairs measure residuals; attention has none.")  # fmt: skip
         self.check_learning("reconstruction", "weights")
         self.check_learning("learning", "activation_scales")
         self.model_config()
@@ -126,14 +97,11 @@ class ModiffMethodConfig(MethodConfig):
         """All layers alike."""
         static = self.kind != "dynamic"
         activation = QuantizerConfig(
-            bits=self.activation_bits, granularity="tensor" if static else self.granularity, symmetric=self.symmetric,
-            dynamic=not static, step_groups=self.step_groups if self.kind == "static_steps" else 1,
+            bits=self.activation_bits, granularity="tensor" if static else "auto", dynamic=not static,
+            step_groups=self.step_groups if self.kind == "static_steps" else 1,
         )  # fmt: skip
-        weight = WeightConfig(bits=self.weight_bits, search=self.search)
-        layer = LayerConfig(weight=weight, activation=activation, modulation=self.modulation)
-        if self.layers == "recommended":
-            return ModiffConfig(layer=layer, attention=self.attention)
-        return every_layer(layer, attention=self.attention)
+        weight = WeightConfig(bits=self.weight_bits, search="mse")
+        return every_layer(LayerConfig(weight=weight, activation=activation, modulation=self.modulation))
 
 
 @register(
@@ -152,7 +120,7 @@ def modiff(job: MethodJob, config: ModiffMethodConfig) -> MethodReport:
     if config.kind == "static_steps":
         calibrate(job.target, lambda: _sample(job, config))
     elif calls is not None and config.pairs:
-        measure_residuals(job.model, calls, halves=config.halves, progress=job.progress)
+        measure_residuals(job.model, calls, progress=job.progress)
         if config.kind == "static_learned":
             scales = job.learn(calls, config.learning.for_residuals(), "scales")
     return MethodReport.of(report, weights=weights, scales=scales)

@@ -12,18 +12,15 @@ from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.timesteps import UniformGroups
 from modiff.config import (
     AttentionConfig,
-    Automatic,
     LayerConfig,
     ModiffConfig,
     ModulationConfig,
     QuantizerConfig,
     WeightConfig,
     WeightSearch,
-    is_bits,
 )
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, every_layer
 from modiff.methods.registry import register
-from modiff.model.calibrate import ObserverName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +31,9 @@ class QDiffusionConfig(MethodConfig):
     groups: equally spaced steps whose states are kept. samples: states of each (the paper: 20 x 256).
     search: of weight ranges where rounding starts; the paper's is the least error, p = 2.4.
     rounding: "learned" with `reconstruction` (AdaRound by blocks), or "nearest".
-    observer: of the activation ranges where scales start: the code takes "minmax" for CIFAR-10, "mse" for latent
-        models, "moving_average" (0.95) for bedrooms.
-    symmetric: of activations. The paper's quantizer has a zero point, the default; the code runs CIFAR-10 and bedrooms
-        symmetric.
-    scales: "learned" with `learning` (Adam 4e-4 to 0, p = 2.4), or as "measured".
-    attention: "quantized" quantizes q, k, v with `activation_bits` and the softmax outputs, from zero up, with
-        `softmax_bits`: 8, 16 for Stable Diffusion. "full_precision" leaves both products alone.
-    split_shortcuts: "auto" gives both halves of a concatenated skip input quantizers of their own.
+    scales: "learned" with `learning` (Adam 4e-4 to 0, p = 2.4), or as "measured", from minimum to maximum.
+    attention: "quantized" quantizes q, k, v with `activation_bits` and the softmax outputs, from zero up, with 8 bits.
+        "full_precision" leaves both products alone.
     modulation: None is the published method; with it, layers quantize residuals: their scales are learned from pairs of
         steps, layer by layer, while those of attention stay as measured.
 
@@ -55,19 +47,13 @@ class QDiffusionConfig(MethodConfig):
     search: WeightSearch = "mse"
     rounding: Literal["learned", "nearest"] = "learned"
     reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.weights)
-    observer: ObserverName = "minmax"
-    symmetric: bool = False
     scales: Literal["learned", "measured"] = "learned"
     learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_scales)
     attention: Literal["quantized", "full_precision"] = "quantized"
-    softmax_bits: int = 8
-    split_shortcuts: Automatic = "auto"
     modulation: ModulationConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("softmax_bits", is_bits(self.softmax_bits, (16,)), "2 to 8, or 16",
-                   "Use attention='full_precision' for floats.")  # fmt: skip
         self.check_groups(self.groups)
         self.check_learning("reconstruction", "weights")
         self.check_learning("learning", "activation_scales")
@@ -78,26 +64,16 @@ class QDiffusionConfig(MethodConfig):
         weights, scales = ReconstructConfig.quick_weights(), ReconstructConfig.quick_activation_scales()
         return cls(steps=50, groups=10, samples=16, batch=16, reconstruction=weights, learning=scales)
 
-    @classmethod
-    def stable_diffusion(cls) -> Self:
-        """The code's settings there: 25 x 128 states with both branches of guidance, a 16-bit softmax, batches of 8."""
-        weights = dataclasses.replace(ReconstructConfig.weights(), batch=8)
-        scales = dataclasses.replace(ReconstructConfig.activation_scales(), batch=8)
-        return cls(steps=50, groups=25, samples=128, batch=8, reconstruction=weights, learning=scales,
-                   observer="mse", softmax_bits=16)  # fmt: skip
-
     def model_config(self, model: nn.Module) -> ModiffConfig:
         """All layers alike, and the attention products of a network that has attention."""
-        activation = QuantizerConfig(
-            bits=self.activation_bits, granularity="tensor", symmetric=self.symmetric, dynamic=False
-        )
+        activation = QuantizerConfig(bits=self.activation_bits, granularity="tensor", symmetric=False, dynamic=False)
         weight = WeightConfig(bits=self.weight_bits, search=self.search)
         attention = None
         if self.attention == "quantized" and self.activation_bits is not None and _has_attention(model):
-            softmax = dataclasses.replace(activation, bits=self.softmax_bits, symmetric=False, lowest="zero")
+            softmax = dataclasses.replace(activation, bits=8, lowest="zero")
             attention = AttentionConfig(operands=activation, softmax=softmax)
         layer = LayerConfig(weight=weight, activation=activation, modulation=self.modulation)
-        return every_layer(layer, split_shortcuts=self.split_shortcuts, attention=attention)
+        return every_layer(layer, attention=attention)
 
 
 @register(QDiffusionConfig)
@@ -110,7 +86,7 @@ def q_diffusion(job: MethodJob, config: QDiffusionConfig) -> MethodReport:
         weights = job.learn(calls, config.reconstruction, "weights")
     job.keep_rounding()
     if config.activation_bits is not None:
-        job.measure(calls, config.observer)
+        job.measure(calls)
         if config.scales == "learned":
             learning = config.learning if config.modulation is None else config.learning.for_residuals()
             scales = job.learn(calls, learning, "scales")

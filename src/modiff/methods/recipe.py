@@ -11,14 +11,13 @@ from typing import Any, Self
 from torch import nn
 
 from modiff.api import apply, calibrate, collect, reconstruct
+from modiff.calibration.collect import replay
 from modiff.calibration.data import CalibrationSet, Call
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.reconstruct.store import digest_of
-from modiff.calibration.replay import replay
 from modiff.calibration.timesteps import StepSampler
 from modiff.config import (
     AttentionConfig,
-    Automatic,
     JsonConfig,
     LayerConfig,
     ModiffConfig,
@@ -94,11 +93,10 @@ def every_layer(
     *,
     overrides: tuple[tuple[str, LayerConfig], ...] = (),
     attention: AttentionConfig | None = None,
-    split_shortcuts: Automatic = "auto",
 ) -> ModiffConfig:
     """`layer` for all layers, the first and the last among them, as the published codes have it."""
-    return ModiffConfig(layer=layer, overrides=overrides, attention=attention, split_shortcuts=split_shortcuts,
-                        exclude=(), first_last="quantize", min_weights=0)  # fmt: skip
+    return ModiffConfig(layer=layer, overrides=overrides, attention=attention, exclude=(), first_last="quantize",
+                        min_weights=0)  # fmt: skip
 
 
 def boundary_overrides(model: nn.Module, layer: LayerConfig) -> tuple[tuple[str, LayerConfig], ...]:
@@ -178,12 +176,7 @@ class MethodJob:
     def collect(
         self, sampler: StepSampler | None, *, pairs: bool = False, run: Callable[[int], object] | None = None
     ) -> CalibrationSet:
-        """The method's calibration data, in full precision, of `drawn` trajectories.
-
-        Args:
-            sampler: which steps of which samples; None keeps all evaluations whole.
-            run: runs trajectory i, `self.run` when None.
-        """
+        """The full-precision calls that `sampler` chooses, or all, of `drawn` trajectories by `run`, or `self.run`."""
         c = self.config
         return collect(
             self.target, run or self.run, trajectories=c.drawn // c.batch, batch=None if sampler is None else c.batch,
@@ -199,7 +192,7 @@ class MethodJob:
         """Reconstruct the target; finished units are kept under `name`."""
         return reconstruct(self.target, calls, config, folder=self.path(name), progress=self.progress)
 
-    def measure(self, calls: Sequence[Call], observer: ObserverName | MakeObserver) -> None:
+    def measure(self, calls: Sequence[Call], observer: ObserverName | MakeObserver = "minmax") -> None:
         """Measure the static scales on the calls."""
         calibrate(self.target, lambda: replay(self.model, calls, progress=self.progress), observer=observer)
 

@@ -45,8 +45,8 @@ def as_recorded(scheduler: Any, path: Path | None) -> Any:
 
 def sampler_tables(scheduler: Any) -> dict[str, Tensor]:
     """What a scheduler holds of the trajectory that it runs, by name."""
-    held = {name: getattr(scheduler, name, None) for name in TABLES}
-    tables = {name: value.detach().cpu().clone() for name, value in held.items() if isinstance(value, Tensor)}
+    present = {name: getattr(scheduler, name, None) for name in TABLES}
+    tables = {name: value.detach().cpu().clone() for name, value in present.items() if isinstance(value, Tensor)}
     count = getattr(scheduler, COUNT, None)
     return tables if count is None else tables | {COUNT: torch.tensor(int(count))}
 

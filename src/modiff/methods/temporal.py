@@ -12,7 +12,7 @@ from modiff.calibration.blocks import Block
 from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
 from modiff.calibration.reconstruct.job import unit_report
 from modiff.calibration.reconstruct.layers import full_precision, without_states
-from modiff.calibration.reconstruct.learn import WeightLearner, keep_weight, learn
+from modiff.calibration.reconstruct.learn import WeightLearner, learn, learned_codes
 from modiff.calibration.reconstruct.samples import Batch, UnitCall, UnitData
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import required_attachment
@@ -70,16 +70,9 @@ class TemporalBlock:
 def reconstruct_temporal(model: nn.Module, timesteps: Sequence[float], config: ReconstructConfig) -> UnitReport:
     """Learn how the weights of the time MLP and of all embedding projections round, together.
 
-    The loss is the sum over the residual blocks of the squared error of their projected temporal features. It is
-    learned and judged on all of `timesteps`: they are all there will ever be.
-
-    Args:
-        model: a U-Net with modulated or plain quantized layers.
-        timesteps: those of the sampler.
-        config: AdaRound's settings; Q-Diffusion's when None.
-    Returns: the loss before and after. Rounding to nearest stays where learning did not lower the loss.
-    Raises: ConfigError if the network has no such block; CalibrationError if none of its weights is quantized.
-    Cost: `config.iterations` passes of the block, a few rows each.
+    The loss is the sum over the residual blocks of the squared error of their projected temporal features, learned and
+    judged on all `timesteps` of the sampler. Rounding to nearest stays where learning did not lower the loss.
+    Raises: ConfigError if the network has no such block; CalibrationError if no weight of it is quantized.
     """
     block = TemporalBlock(model)
     quantized_layers = required_attachment(model, "reconstruct_temporal").layers
@@ -108,5 +101,5 @@ def reconstruct_temporal(model: nn.Module, timesteps: Sequence[float], config: R
         learner = WeightLearner({name: trainees[name] for name in names}, config)
         outcome = learn(features, data, learner, config, generator)
     for name in names if outcome.best is not None else ():
-        keep_weight(quantized_layers[name], outcome.best or {}, name)
+        quantized_layers[name].quantized_weight.fix(learned_codes(outcome.best or {}, name))
     return unit_report(Block("temporal block", "TemporalBlock", tuple(names)), outcome)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -12,11 +12,10 @@ from torch import nn
 from modiff.calibration.data import CalibrationSet, LazyCalls
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.timesteps import EveryStep, UniformGroups
-from modiff.config import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, boundary_overrides, every_layer
 from modiff.methods.registry import register
 from modiff.methods.temporal import PROJECTION, TemporalBlock, reconstruct_temporal
-from modiff.model.calibrate import ObserverName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +23,11 @@ class TfmqDmConfig(MethodConfig):
     """TFMQ-DM's settings: 4-bit weights, 8-bit activations, U-Nets only.
 
     weight_bits, activation_bits: None keeps floats. The first and the last layer have 8 bits in any case.
-    sets: which layers have a set of activation scales for each time step. "temporal", the paper's: those of the
-        temporal block, whose inputs are a finite set. "all", the released code's: every layer.
-    steps: of the sampler. The scales serve these time steps and no others.
+    steps: of the sampler. Layers of the temporal block have a set of scales for each of these, and for no others.
     samples: trajectories for activations, all steps of each.
     groups: of steps whose states weights are learned on (Q-Diffusion: 20 x 256).
-    observer: how values become a range; the released code takes "moving_average" (0.95).
     reconstruction: of all blocks but the temporal one; None rounds those to nearest. temporal: of the temporal block.
     modulation: None is the published method; with it, other layers than the temporal ones quantize residuals.
-    attention: quantizers of the products inside attention; None leaves them in full precision.
 
     The temporal block is learned last and replaces what its layers learned within other units.
     Cost: `samples` trajectories, block reconstruction of the U-Net on `groups` x `samples` states, and one more
@@ -40,13 +35,10 @@ class TfmqDmConfig(MethodConfig):
     """
 
     weight_bits: int | None = 4
-    sets: Literal["temporal", "all"] = "temporal"
     groups: int = 20
-    observer: ObserverName = "minmax"
     reconstruction: ReconstructConfig | None = field(default_factory=ReconstructConfig)
     temporal: ReconstructConfig = field(default_factory=ReconstructConfig)
     modulation: ModulationConfig | None = None
-    attention: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,10 +64,10 @@ class TfmqDmConfig(MethodConfig):
 
         Raises: ConfigError if it has no temporal block.
         """
-        layer = self.layer(per_step=self.sets == "all")
+        layer = self.layer(per_step=False)
         temporal = dataclasses.replace(self.layer(per_step=True), modulation=None)
         overrides = tuple((name, temporal) for name in TemporalBlock(model).layers)
-        return every_layer(layer, overrides=boundary_overrides(model, layer) + overrides, attention=self.attention)
+        return every_layer(layer, overrides=boundary_overrides(model, layer) + overrides)
 
 
 @register(TfmqDmConfig)
@@ -87,7 +79,7 @@ def tfmq_dm(job: MethodJob, config: TfmqDmConfig) -> MethodReport:
     weights = _learn_weights(job, config, calls) if config.weight_bits is not None else None
     job.keep_rounding()
     if config.activation_bits is not None:
-        job.measure(calls, config.observer)
+        job.measure(calls)
     return MethodReport.of(report, weights=weights)
 
 

@@ -18,7 +18,6 @@ from modiff import (
     presets,
 )
 from modiff.calibration.data import CalibrationSet
-from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.reconstruct.run import learn_units
 from tests.calibration.learning import (
     KINDS,
@@ -33,46 +32,37 @@ from tests.calibration.learning import (
 )
 from tests.model.toys import toy
 
-
-def refused(config: ModiffConfig, learn: ReconstructConfig, pairs: bool = True, build=toy):
-    model, calls = applied(build, config, pairs=pairs)
-    return lambda: learn_units(model, calls, learn, kinds=KINDS, progress=False)
-
-
-def test_what_cannot_be_learned_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match=r"expected layers to learn, got none\. No weight is quantized"):
-        refused(presets.plain(None, 8), QUICK)()
-    with pytest.raises(
-        ConfigError, match=r"got none\. Dynamic scales are measured at each call, and those of modulated"
-    ):
-        refused(presets.plain(4, 8), STEPS)()
-    with pytest.raises(
-        ConfigError, match=r"got none\. Dynamic scales are measured at each call, and those of modulated"
-    ):
-        refused(static_config(modulation=ModulationConfig()), STEPS)()
-    with pytest.raises(
-        ConfigError, match=r"got none\. Dynamic scales are measured at each call, and plain layers have"
-    ):
-        refused(static_config(), RESIDUAL)()
-    with pytest.raises(ConfigError, match="body: expected predictor='hold' and one set of scales for all steps, got p"):
-        refused(static_config(modulation=ModulationConfig(predictor="linear")), RESIDUAL)()
-    with pytest.raises(CalibrationError, match="expected calls with the one before each, got none among 4"):
-        refused(static_config(modulation=ModulationConfig()), RESIDUAL, pairs=False)()
-    with pytest.raises(CalibrationError, match="body: expected measured scales, got none"):
-        refused(static_config(), STEPS)()
-
-
-def test_activations_that_cannot_be_coded_while_learning_are_refused():
-    quantized = dataclasses.replace(QUICK, activations="quantized")
-    with pytest.raises(ConfigError, match="body: expected 2 to 8 activation bits, got 0"):
-        refused(presets.modulated(4, 0), quantized)()
-    layer = LayerConfig(
+DYNAMIC = r"got none\. Dynamic scales are measured at each call, and "
+MODULATED = static_config(modulation=ModulationConfig())
+LINEAR = static_config(modulation=ModulationConfig(predictor="linear"))
+QUANTIZED = dataclasses.replace(QUICK, activations="quantized")
+STEPWISE = ModiffConfig(
+    layer=LayerConfig(
         weight=WeightConfig(bits=4), activation=dataclasses.replace(STATIC, step_groups=0), modulation=None
     )
-    with pytest.raises(ConfigError, match="body: expected one set of scales for all steps, got step_groups=0"):
-        refused(ModiffConfig(layer=layer), quantized)()
-    assert refused(ModiffConfig(layer=layer), QUICK)().learned
-    assert refused(presets.modulated(4, 0), QUICK)().learned
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "learn", "error", "message"),
+    [
+        (presets.plain(None, 8), QUICK, ConfigError, r"expected layers to learn, got none\. No weight is quantized"),
+        (presets.plain(4, 8), STEPS, ConfigError, DYNAMIC + "those of modulated"),
+        (MODULATED, STEPS, ConfigError, DYNAMIC + "those of modulated"),
+        (static_config(), RESIDUAL, ConfigError, DYNAMIC + "plain layers have"),
+        (LINEAR, RESIDUAL, ConfigError, "body: expected predictor='hold' and one set of scales for all steps, got p"),
+        (MODULATED, RESIDUAL, CalibrationError, "expected calls with the one before each, got none among 4"),
+        (static_config(), STEPS, CalibrationError, "body: expected measured scales, got none"),
+        (presets.modulated(4, 0), QUANTIZED, ConfigError, "body: expected 2 to 8 activation bits, got 0"),
+        (STEPWISE, QUANTIZED, ConfigError, "body: expected one set of scales for all steps, got step_groups=0"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_with_the_reason(config, learn, error, message):
+    model, calls = applied(toy, config, pairs=error is ConfigError)
+    with pytest.raises(error, match=message):
+        learn_units(model, calls, learn, kinds=KINDS, progress=False)
+    if learn is QUANTIZED:
+        assert learn_units(model, calls, QUICK, kinds=KINDS, progress=False).learned
 
 
 def test_a_plain_model_no_calls_and_a_running_trajectory_are_refused():

@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 import modiff
-from modiff import (
-    AttentionConfig,
-    ModulationConfig,
-    QuantizerConfig,
-)
+from modiff import AttentionConfig, ModulationConfig, QuantizerConfig
 from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
 from tests.calibration.learning import (
@@ -32,8 +28,7 @@ from tests.helpers import assert_within, drifting
 from tests.model.toys import sample, toy, toy_unet
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("build", [toy, toy_unet])
+@pytest.mark.parametrize(("build", "symmetric"), [(toy, True), (toy_unet, False)])
 def test_scales_that_are_far_too_wide_are_learned_down(build, symmetric):
     model, calls = applied(build, static_config(symmetric))
     start = widened(model, calls, 3.0)

@@ -8,12 +8,7 @@ import pytest
 import torch
 
 import modiff
-from modiff import (
-    ConfigError,
-    FormatError,
-    WeightConfig,
-    presets,
-)
+from modiff import ConfigError, FormatError, WeightConfig, presets
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.calibration.reconstruct.run import learn_units
@@ -30,11 +25,11 @@ from tests.calibration.learning import (
     widened,
 )
 from tests.helpers import assert_same_bits
-from tests.model.toys import toy, toy_unet
+from tests.model.toys import toy
 
 
 def killed_after(units: int):
-    """A `learn` that is interrupted in the unit after so many, and a list of the units begun."""
+    """A `learn` that is interrupted in the unit after this many, and a list of the units begun."""
     begun: list[str] = []
     learn = reconstruct_job.Job.learn
 
@@ -47,8 +42,9 @@ def killed_after(units: int):
     return interrupted, begun
 
 
-@pytest.mark.parametrize(("build", "config", "finished"), [(toy_unet, weights(), 3), (toy, presets.modulated(3, 8), 1)])
-def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(tmp_path, build, config, finished):
+@pytest.mark.parametrize("config", [weights(), presets.modulated(3, 8)])
+def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(tmp_path, config):
+    build, finished = toy, 1
     model, calls = applied(build, config)
     whole = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     expected = codes_of(model)
@@ -85,7 +81,7 @@ def test_an_interrupted_run_leaves_the_codes_as_they_were(learned):
 
 
 def test_interrupted_steps_are_as_they_were_and_go_on(tmp_path):
-    found = []
+    learned = []
     for units in (100, 1):
         model, calls = applied(toy, static_config())
         start = widened(model, calls, 3.0)
@@ -96,8 +92,8 @@ def test_interrupted_steps_are_as_they_were_and_go_on(tmp_path):
                     learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
             assert all(layers_of(model)[name].quantizer.static is start[name] for name in start)
         learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path if units == 1 else None, progress=False)
-        found.append(torch.cat([q.scale.flatten() for t in layers_of(model).values() for q in t.quantizer.static]))
-    assert_same_bits(*found)
+        learned.append(torch.cat([q.scale.flatten() for t in layers_of(model).values() for q in t.quantizer.static]))
+    assert_same_bits(*learned)
 
 
 def test_a_folder_learned_with_activations_of_other_scales_is_refused(tmp_path):

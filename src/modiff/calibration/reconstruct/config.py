@@ -26,8 +26,7 @@ class ReconstructConfig(JsonConfig):
         does; inside the modulated loop activations are nearly exact, which "full_precision" stands for.
     iterations, batch, learning_rate, schedule: of Adam; a batch is this many rows of the calibration calls.
     p: of the loss, sum over channels of |output - target|^p, mean over the rest.
-    regularizer, beta_start, beta_end, warmup: lambda * sum(1 - |2h - 1|^beta) with beta falling from start to end, and
-        none of it in the first share `warmup` of the iterations.
+    regularizer: lambda of the penalty lambda * sum(1 - |2h - 1|^beta), see `core.adaround.beta_at`.
     held_out: share of the rows that are not learned on; they decide whether a unit keeps what it learned.
     checks: how often in all the held-out loss is measured while learning; the best that was seen is kept. A unit stops
         at the check that finds every weight decided.
@@ -46,9 +45,6 @@ class ReconstructConfig(JsonConfig):
     schedule: Literal["constant", "cosine"] = "constant"
     p: float = 2.0
     regularizer: float = 0.01
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    warmup: float = 0.2
     held_out: float = 0.125
     checks: int = 20
     patience: int = 5
@@ -64,9 +60,6 @@ class ReconstructConfig(JsonConfig):
             ("learning_rate", self.learning_rate > 0, "a positive number", "Try 0.001."),
             ("p", self.p >= 1, "1 or more", "2 for weights, 2.4 for activations."),
             ("regularizer", self.regularizer >= 0, "0 or more", "It pushes each weight up or down. Try 0.01."),
-            ("beta_end", 1 <= self.beta_end <= self.beta_start, f"1 to beta_start={self.beta_start}",
-             "beta falls. Use 20 and 2."),
-            ("warmup", 0 <= self.warmup <= 1, "a share in [0, 1]", "Try 0.2."),
             ("held_out", 0 < self.held_out < 1, "a share in (0, 1)",
              "Without rows held out nobody knows whether a unit got better. Try 0.125."),
             ("unit", self.learn != "residual_scales" or self.unit == "layer", "'layer' for residual_scales",
@@ -103,13 +96,8 @@ class ReconstructConfig(JsonConfig):
         quick = {"iterations": 60, "batch": 16, "learning_rate": 0.02, "checks": 4, "patience": 0}
         return dataclasses.replace(cls.activation_scales(), **quick)
 
-    @classmethod
-    def residual_scales(cls) -> Self:
-        """Static residual scales as MoDiff learns them, layer by layer: as `activation_scales`."""
-        return cls.activation_scales().for_residuals()
-
     def for_residuals(self) -> Self:
-        """The same learning for the residuals of modulated layers, a layer at a time."""
+        """The same for static residual scales, layer by layer, as MoDiff learns them."""
         return dataclasses.replace(self, learn="residual_scales", unit="layer", activations="full_precision")
 
 
@@ -149,15 +137,12 @@ class ReconstructionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, for JSON."""
-        return {"units": [dataclasses.asdict(u) | {"layers": list(u.layers)} for u in self.units]}
+        return {"units": [dataclasses.asdict(unit) for unit in self.units]}
 
     def __str__(self) -> str:
         width = max((len(u.name) for u in self.units), default=4)
         lines = [f"{len(self.learned)} of {len(self.units)} units learned (loss on held-out rows, before and after)"]
         for u in self.units:
-            kept = "learned" if u.learned else "kept   "
-            lines.append(
-                f"  {u.name:<{width}}  {u.before:10.3e} -> {u.after:10.3e} {u.ratio:6.3f}  {kept}  "
-                f"{u.iterations:>6} iterations  {u.reason}".rstrip()
-            )
+            losses = f"{u.before:10.3e} -> {u.after:10.3e} {u.ratio:6.3f}  {'learned' if u.learned else 'kept   '}"
+            lines.append(f"  {u.name:<{width}}  {losses}  {u.iterations:>6} iterations  {u.reason}".rstrip())
         return "\n".join(lines)

@@ -19,9 +19,9 @@ from modiff.calibration.reconstruct.learn import (
     Run,
     ScaleLearner,
     WeightLearner,
-    keep_scales,
-    keep_weight,
     learn,
+    learned_codes,
+    learned_scales,
 )
 from modiff.calibration.reconstruct.samples import Batch, UnitCall, UnitData, capture, paired
 from modiff.core.affine import QParams
@@ -46,7 +46,7 @@ class Job:
         self.quantizers = quantizers_of(model)
 
     def learn(self, block: Block, index: int) -> tuple[Learned, UnitReport]:
-        """Learn one unit. Returns: what it shall keep, {} for nothing new, and its report. The layers are as before."""
+        """What one unit shall keep, {} for nothing new, and its report; its layers are as before."""
         generator = torch.Generator().manual_seed(self.config.seed + index)
         if block.calls == 0:
             return {}, unit_report(block, Outcome(0.0, 0.0, None, 0, NEVER_RAN))
@@ -61,12 +61,15 @@ class Job:
             with full_precision(self.model):
                 return run(batch)
 
-        data = self._data(block, self._unit_calls(block), exact, generator)
+        calls: list[UnitCall] = []
+        for call in self.calls:  # inputs from the model as quantized so far, targets from full precision
+            targets = self._captured(block, call, exact=True)
+            calls += paired(self._captured(block, call, exact=False), targets, block.name)
+        data = self._data(block, calls, exact, generator)
         with without_states(self.model, self.config.activations) as trainees:
             inside = {name: trainees[name] for name in block.layers}
-            learner = (
-                WeightLearner(inside, self.config) if self.config.learn == "weights" else self._scales(block, inside)
-            )
+            weights = self.config.learn == "weights"
+            learner = WeightLearner(inside, self.config) if weights else self._scales(block, inside)
             outcome = learn(run, data, learner, self.config, generator)
         return outcome.best or {}, unit_report(block, outcome)
 
@@ -98,15 +101,12 @@ class Job:
         """Fix what a unit learned into its layers."""
         for name in dict.fromkeys(key.rpartition(".")[0].rpartition(".")[0] for key in learned):
             if self.config.learn == "weights":
-                keep_weight(self.layers[name], learned, name)
+                self.layers[name].quantized_weight.fix(learned_codes(learned, name))
             else:
-                keep_scales(self.quantizers[name], learned, name)
+                self.quantizers[name].static = learned_scales(learned, name)
 
     def present_tensors(self) -> list[Tensor]:
-        """What is quantized already and decides what is learned: fixed codes and scales.
-
-        Rounding starts from the weights, so that codes which are to be learned do not count.
-        """
+        """Fixed codes and scales that decide what is learned; codes that are to be learned start from the weights."""
         rounding = self.config.learn == "weights"
         fixed = (
             layer.quantized_weight.codes(layer.weight)
@@ -153,14 +153,6 @@ class Job:
         how = full_precision(self.model) if exact else without_states(self.model, self.config.activations)
         return capture(self.model, block.name, call, block.calls, how)
 
-    def _unit_calls(self, block: Block) -> list[UnitCall]:
-        """Inputs from the model as quantized so far, targets from full precision."""
-        calls: list[UnitCall] = []
-        for call in self.calls:
-            exact = self._captured(block, call, exact=True)
-            calls += paired(self._captured(block, call, exact=False), exact, block.name)
-        return calls
-
     def _data(self, block: Block, calls: Sequence[UnitCall], run: Run, generator: torch.Generator) -> UnitData:
         device, held_out = self.layers[block.layers[0]].weight.device, self.config.held_out
         return UnitData(calls, run, device=device, held_out=held_out, generator=generator, name=block.name)
@@ -176,15 +168,13 @@ class Job:
 
 
 def unit_report(block: Block, outcome: Outcome) -> UnitReport:
-    """What a unit came to."""
-    o = outcome
-    return UnitReport(
-        block.name, block.kind, block.layers, o.before, o.after, o.best is not None, o.iterations, o.reason
-    )
+    """The report of a unit."""
+    o, learned = outcome, outcome.best is not None
+    return UnitReport(block.name, block.kind, block.layers, o.before, o.after, learned, o.iterations, o.reason)
 
 
 def _fixed_segments(layer: ModulatedLayer) -> tuple[tuple[Tensor, QParams], ...]:
-    """The codes fixed into a layer, () where there are none, or they belong to a weight that was there before."""
+    """The codes fixed into a layer; () without, or where they belong to an earlier weight."""
     try:
         return layer.quantized_weight.codes(layer.weight) if layer.quantized_weight.fixed else ()
     except StateError:
@@ -193,13 +183,10 @@ def _fixed_segments(layer: ModulatedLayer) -> tuple[tuple[Tensor, QParams], ...]
 
 def _widest(trainee: Trainee, quantizer: Quantizer, calls: Sequence[UnitCall]) -> tuple[QParams, ...]:
     """Scales that cover every residual: where learning starts unless some were measured."""
-    axis = quantizer.observed_dim
-    observers = [MinMaxObserver(axis) for _ in quantizer.segments]
-    device = trainee.quantized.weight.device
+    quantizer.watch(lambda: MinMaxObserver(quantizer.observed_dim))
     for call in calls:
-        before, now = (trainee.prepare(x.to(device)) for x in call.args)
-        segments = (now - before).split(list(quantizer.segments), quantizer.channel_dim)
-        for observer, segment in zip(observers, segments, strict=True):
-            observer.observe(segment)
-    c = quantizer.config
-    return tuple(o.qparams(quantizer.bits, symmetric=c.symmetric, clip=c.clip) for o in observers)
+        before, now = (trainee.prepare(x.to(trainee.quantized.weight.device)) for x in call.args)
+        quantizer(now - before)
+    quantizer.freeze()
+    starts, quantizer.static = quantizer.static or (), None
+    return starts

@@ -21,11 +21,10 @@ from modiff.nn import ModulatedLayer
 
 
 class Trainee:
-    """A layer as one differentiable function of its input: quantized weight, activation quantized or not, no memory.
+    """A layer as one differentiable function of its input: quantized weight, activation quantized or not, no states.
 
-    rounding: replaces the weight's codes while they are learned, one for each segment; `decided` cuts it to integers,
-        to see what would be kept.
-    scales: replace the quantizer's while they are learned, one for each segment.
+    rounding, scales: replace the weight's codes and the quantizer's scales while they are learned, one for each run of
+        channels; `decided` cuts the rounding to integers, to see what would be kept.
     """
 
     def __init__(self, quantized: ModulatedLayer, activations: Activations) -> None:
@@ -42,11 +41,12 @@ class Trainee:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for `x`, same dtype as `x`."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.operate(self._activation(self.prepare(x))).to(x.dtype)
+            value = self.prepare(x)
+            return self.operate(value if self.activations == "full_precision" else self.code(value)).to(x.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
         """The input as the quantizer sees it: at least float32, rotated if the layer rotates."""
-        value = x if x.dtype == torch.float64 else x.float()
+        value = x.to(torch.promote_types(x.dtype, torch.float32))
         rotation = self.quantized.spec.rotation
         return value if rotation is None else rotate(value, rotation, self.quantized.channel_dim)
 
@@ -60,34 +60,27 @@ class Trainee:
         quantizer = self.quantized.quantizer
         if quantizer is None:
             return value
-        parts = value.split(list(quantizer.segments), quantizer.channel_dim)
+        runs, axis = value.split(list(quantizer.segments), quantizer.channel_dim), quantizer.channel_dim
         if self.scales:
-            return torch.cat([scale(x) for scale, x in zip(self.scales, parts, strict=True)], quantizer.channel_dim)
+            return torch.cat([scale(x) for scale, x in zip(self.scales, runs, strict=True)], axis)
         # what a modulated layer has measured belongs to its residuals, so its values get fresh scales
         code = quantizer(value.detach()) if self.quantized.inputs is None else quantizer.fresh(value.detach())
         if code is None:
             return value
-        pairs = zip(parts, code.parts, strict=True)
-        return torch.cat([fake_quantize_through(p, q, quantizer.bits) for p, (_, q) in pairs], quantizer.channel_dim)
-
-    def _activation(self, value: Tensor) -> Tensor:
-        return value if self.activations == "full_precision" else self.code(value)
+        pairs = zip(runs, code.parts, strict=True)
+        return torch.cat([fake_quantize_through(x, q, quantizer.bits) for x, (_, q) in pairs], axis)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         if not self.rounding:
             return self.quantized.quantized_weight.dense(self.quantized.weight, dtype)
-        return torch.cat([part.hard() if self.decided else part.soft() for part in self.rounding], 1).to(dtype)
+        return torch.cat([r.hard() if self.decided else r.soft() for r in self.rounding], 1).to(dtype)
 
 
 class Through:
-    """An attention quantizer with gradients through its rounding; answers as a quantizer does.
-
-    scales: one that replaces its scale while that is learned, or none.
-    """
+    """An attention quantizer with gradients through its rounding; `scales` replace its own while they are learned."""
 
     def __init__(self, quantizer: Quantizer) -> None:
-        self.quantizer = quantizer
-        self.bits = quantizer.bits
+        self.quantizer, self.bits = quantizer, quantizer.bits
         self.scales: tuple[LearnedScale, ...] = ()
 
     def __call__(self, x: Tensor) -> _Quantized:
@@ -110,7 +103,7 @@ class _Quantized(NamedTuple):
 
 @contextmanager
 def computing(forwards: Mapping[ModulatedLayer, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Let layers compute with other functions while the body runs; they keep their place, parameters and hooks.
+    """Let layers compute with other functions while the body runs; they keep their parameters and hooks.
 
     Raises: StateError if another library replaced a layer's forward: its function would be lost.
     """
@@ -131,7 +124,7 @@ def computing(forwards: Mapping[ModulatedLayer, Callable[[Tensor], Tensor]]) -> 
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Let the layers and the attention of a model compute as if modiff were not there, without a trajectory.
+    """Let a model compute as if modiff were not applied, without a trajectory.
 
     Raises: StateError if modiff was not applied, or the floats of a layer are gone because it was packed.
     """

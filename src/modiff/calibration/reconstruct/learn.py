@@ -17,24 +17,22 @@ from modiff.calibration.reconstruct.samples import Batch, UnitData
 from modiff.core.adaround import AdaRound, beta_at
 from modiff.core.affine import QParams
 from modiff.core.learned_scale import LearnedScale
-from modiff.core.quantizer import Quantizer
-from modiff.nn import ModulatedLayer
 
 Run = Callable[[Batch], Any]
 """The unit, on a batch, as its layers compute now."""
 Learned = dict[str, Tensor]
-"""What was learned, by stable names: "<layer>.0.codes", "<layer>.0.scale", ..., a number for each segment."""
+"""What was learned, by stable names: "<layer>.0.codes", "<layer>.0.scale", ..., a number for each run of channels."""
 
 
 class Learner:
     """What is learned in a unit; from `begin` on, its layers compute with it."""
 
     def begin(self) -> list[Tensor]:
-        """Let the layers compute with what is learned; the leaves that Adam moves."""
+        """Let the layers compute with what is learned. Returns: the leaves that Adam moves."""
         raise NotImplementedError
 
     def result(self) -> Learned:
-        """What the unit would keep if learning ended here; copies."""
+        """Copies of what the unit would keep if learning ended here."""
         raise NotImplementedError
 
     def penalty(self, iteration: int) -> Tensor | float:
@@ -62,17 +60,16 @@ class WeightLearner(Learner):
             weight, bits = trainee.quantized.quantized_weight, trainee.quantized.config.weight.bits or 8
             values = weight.floats(trainee.quantized.weight).split(list(weight.segments), 1)
             pairs = zip(values, weight.codes(trainee.quantized.weight), strict=True)
-            trainee.rounding = tuple(AdaRound(part, qparams, bits) for part, (_, qparams) in pairs)
+            trainee.rounding = tuple(AdaRound(floats, qparams, bits) for floats, (_, qparams) in pairs)
             self._rounding |= {f"{name}.{i}": rounding for i, rounding in enumerate(trainee.rounding)}
         return [rounding.logits for rounding in self._rounding.values()]
 
     def penalty(self, iteration: int) -> Tensor | float:
         """See `Learner`."""
-        c = self.config
-        beta = beta_at(iteration, c.iterations, warmup=c.warmup, start=c.beta_start, end=c.beta_end)
-        if beta is None or c.regularizer == 0:
+        beta = beta_at(iteration, self.config.iterations)
+        if beta is None or self.config.regularizer == 0:
             return 0.0
-        return c.regularizer * torch.stack([r.penalty(beta) for r in self._rounding.values()]).sum()
+        return self.config.regularizer * torch.stack([r.penalty(beta) for r in self._rounding.values()]).sum()
 
     def decide(self, decided: bool) -> None:
         """See `Learner`."""
@@ -90,7 +87,7 @@ class WeightLearner(Learner):
 
 
 class ScaleLearner(Learner):
-    """Learned scales of some quantizers; they start at `starts`, one for each segment, and compute from now on."""
+    """Learned scales of some quantizers; from `starts` on, one for each run of channels, they compute from now on."""
 
     def __init__(self, holders: Mapping[str, Trainee | Through], starts: Mapping[str, tuple[QParams, ...]]) -> None:
         self.holders = holders
@@ -105,38 +102,24 @@ class ScaleLearner(Learner):
         """See `Learner`."""
         learned: Learned = {}
         for name, holder in self.holders.items():
-            learned |= scale_tensors(name, tuple(scale.frozen() for scale in holder.scales))
+            for i, (scale, zero_point) in enumerate(scale.frozen() for scale in holder.scales):
+                learned[f"{name}.{i}.scale"] = scale.cpu()
+                if zero_point is not None:
+                    learned[f"{name}.{i}.zero_point"] = zero_point.cpu().clone()
         return learned
 
 
-def scale_tensors(name: str, scales: tuple[QParams, ...]) -> Learned:
-    """The scales of one quantizer as `segments_of` reads them."""
-    tensors: Learned = {}
-    for i, (scale, zero_point) in enumerate(scales):
-        tensors[f"{name}.{i}.scale"] = scale.cpu()
-        if zero_point is not None:
-            tensors[f"{name}.{i}.zero_point"] = zero_point.cpu().clone()
-    return tensors
+def learned_scales(learned: Learned, name: str) -> tuple[QParams, ...]:
+    """The scales of one layer or quantizer, one for each run of channels."""
+    scales: list[QParams] = []
+    while (key := f"{name}.{len(scales)}") + ".scale" in learned:
+        scales.append(QParams(learned[f"{key}.scale"], learned.get(f"{key}.zero_point")))
+    return tuple(scales)
 
 
-def segments_of(learned: Learned, name: str) -> list[tuple[Tensor | None, QParams]]:
-    """(codes, scales) of each segment of one layer, from what was learned."""
-    segments: list[tuple[Tensor | None, QParams]] = []
-    while (key := f"{name}.{len(segments)}") + ".scale" in learned:
-        qparams = QParams(learned[f"{key}.scale"], learned.get(f"{key}.zero_point"))
-        segments.append((learned.get(f"{key}.codes"), qparams))
-    return segments
-
-
-def keep_weight(quantized: ModulatedLayer, learned: Learned, name: str) -> None:
-    """Fix learned codes into the layer."""
-    segments = [(codes, QParams(q.scale, None)) for codes, q in segments_of(learned, name) if codes is not None]
-    quantized.quantized_weight.fix(tuple(segments))
-
-
-def keep_scales(quantizer: Quantizer, learned: Learned, name: str) -> None:
-    """Set learned scales in the quantizer."""
-    quantizer.static = tuple(qparams for _, qparams in segments_of(learned, name))
+def learned_codes(learned: Learned, name: str) -> tuple[tuple[Tensor, QParams], ...]:
+    """The codes and scales of one weight, as `QuantizedWeight.fix` takes them."""
+    return tuple((learned[f"{name}.{i}.codes"], qparams) for i, qparams in enumerate(learned_scales(learned, name)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +139,7 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
 
     Cost: `config.iterations` forward and backward passes of the unit, and `config.checks` + 1 of what is held out.
     """
-    before = held_loss(run, data, config)
+    before = _held_out_loss(run, data, config)
     leaves = learner.begin()
     optimizer = torch.optim.Adam(leaves, lr=config.learning_rate)
     every = max(1, -(-config.iterations // config.checks))
@@ -175,7 +158,7 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
             if done % every and done != config.iterations:
                 continue
             learner.decide(True)
-            now = held_loss(run, data, config)
+            now = _held_out_loss(run, data, config)
             learner.decide(False)
             if now < after:
                 best, after, worse = learner.result(), now, 0
@@ -190,7 +173,6 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, config: ReconstructConfig, iteration: int) -> None:
-    """Cosine from the learning rate to 0, or the same rate throughout."""
     share = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations)) if config.schedule == "cosine" else 1.0
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * share
@@ -204,17 +186,13 @@ def reconstruction_loss(output: Any, targets: list[Tensor], p: float) -> Tensor:
     outputs = [t for t in tensors_of(output) if t.is_floating_point()]
     losses = []
     for tensor, target in zip(outputs, targets, strict=True):
-        distance = (_at_least_float32(tensor) - _at_least_float32(target)).abs().pow(p)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        distance = (tensor.to(wide) - target.to(wide)).abs().pow(p)
         losses.append(distance.sum(1 if distance.dim() > 3 else -1).mean())
     return torch.stack(losses).sum()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def held_loss(run: Run, data: UnitData, config: ReconstructConfig) -> float:
-    """The loss on what was held out, each row counting alike."""
+def _held_out_loss(run: Run, data: UnitData, config: ReconstructConfig) -> float:
     total, rows = 0.0, 0
     with torch.no_grad():
         for batch in data.held_batches(config.batch):

@@ -37,18 +37,10 @@ def learn_units(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> ReconstructionReport:
-    """Learn the rounding of weights (AdaRound), or static scales, unit by unit, and fix what is better into the layers.
+    """As `modiff.reconstruct`, on one network, with the class names of blocks as in `blocks_of`.
 
-    As `modiff.reconstruct`, on one network. A unit's inputs come from the model as quantized so far, its targets from
-    full precision (Q-Diffusion, "asym"). It keeps what it learned only if that lowers the loss on rows held out.
-
-    Args:
-        calls: a calibration set; with the call before each, for residual scales.
-        kinds: class names of blocks, as in `blocks_of`; `modiff.reconstruct` knows those of diffusers.
-    Raises: StateError without modulated layers, inside a trajectory, with packed weights, or if another process learns
-        into the folder; ConfigError or CalibrationError for what cannot be learned, or a folder of another
-        reconstruction; FormatError for a damaged folder. The layers are then as they were before; what was finished is
-        in `folder`.
+    A unit's inputs come from the model as quantized so far, its targets from full precision (Q-Diffusion, "asym"). It
+    keeps what it learned only if that lowers the loss on rows held out. Where it raises, the layers are as before.
     """
     config = config or ReconstructConfig()
     names = _learnable(model, config)
@@ -59,7 +51,9 @@ def learn_units(
             "reconstruct: expected at least one calibration call, got none. There is nothing to learn from. Collect "
             "a whole trajectory."
         )
-    blocks = _blocks(model, calls, config, kinds, names)
+    by_kind, patterns = (kinds, config.blocks) if config.unit == "block" else ((), ())
+    with evaluating(model), full_precision(model), torch.no_grad():
+        blocks = blocks_of(model, kinds=by_kind, patterns=patterns, layers=names, run=lambda: calls[0].evaluate(model))
     job = Job(model, calls, config)
     reports = []
     units = nullcontext() if folder is None else ResumableFolder(folder, _settings(job, blocks), items="unit-*")
@@ -81,7 +75,7 @@ def learn_units(
 
 
 def _settings(job: Job, blocks: list[Block]) -> dict[str, Any]:
-    """Everything that decides what is learned: settings, layers, units, weights, present scales, and calls."""
+    """Everything that decides what is learned."""
     attention = required_attachment(job.model, "reconstruct").config.attention
     network = {
         "layers": {name: [layer.config.to_dict(), layer.spec.split] for name, layer in job.layers.items()},
@@ -97,27 +91,21 @@ def _settings(job: Job, blocks: list[Block]) -> dict[str, Any]:
     }
 
 
-def _blocks(
-    model: nn.Module, calls: Sequence[Call], config: ReconstructConfig, kinds: Sequence[str], names: list[str]
-) -> list[Block]:
-    """The units in the order in which the first call runs them."""
-    kinds, patterns = (kinds, config.blocks) if config.unit == "block" else ((), ())
-    with evaluating(model), full_precision(model), torch.no_grad():
-        return blocks_of(model, kinds=kinds, patterns=patterns, layers=names, run=lambda: calls[0].evaluate(model))
-
-
 def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
-    """The layers that have something to learn.
-
-    Raises: StateError inside a trajectory; ConfigError or CalibrationError, with the reason, where nothing can be.
-    """
+    """The layers that have something to learn. Raises: StateError inside a trajectory; ConfigError for what cannot."""
     attachment = required_attachment(model, "reconstruct")
     if attachment.clock.active:
         raise StateError(
             "reconstruct: expected no running trajectory, got one. Its states belong to the weights as they were. "
             "Call it after `with modiff.trajectory(model):`."
         )
-    _check_exclude(model, config)
+    known = dict.fromkeys((*attachment.layers, *quantizers_of(model)))
+    for pattern in config.exclude:  # a typing error would be learned through
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ConfigError(
+                f"ReconstructConfig.exclude: expected patterns that match a layer, got {pattern!r}. No quantized layer "
+                f"has this name. Known layers: {', '.join(list(known)[:8])}, ..."
+            )
     able = [name for name, quantized in attachment.layers.items() if _has_something(quantized, config)]
     names = [name for name in able if config.takes(name)]
     if not names:
@@ -127,17 +115,6 @@ def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
         for quantized in attachment.layers.values():
             _check_activation(quantized)
     return names
-
-
-def _check_exclude(model: nn.Module, config: ReconstructConfig) -> None:
-    """Raises: ConfigError for a pattern that no layer has; a typing error would be learned through."""
-    known = dict.fromkeys((*required_attachment(model, "reconstruct").layers, *quantizers_of(model)))
-    for pattern in config.exclude:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            raise ConfigError(
-                f"ReconstructConfig.exclude: expected patterns that match a layer, got {pattern!r}. No quantized layer "
-                f"has this name. Known layers: {', '.join(list(known)[:8])}, ..."
-            )
 
 
 _NOTHING = {
@@ -157,11 +134,9 @@ def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool
     static = quantizer is not None and bool(quantizer.bits) and not quantizer.config.dynamic
     if not static or (config.learn == "residual_scales") != (quantized.inputs is not None):
         return False
-    modulation = quantized.config.modulation
-    predictor = "hold" if modulation is None else modulation.predictor
-    groups = quantized.config.activation.step_groups
-    if config.learn == "residual_scales" and (predictor != "hold" or groups != 1):
-        got = f"predictor={predictor!r}" if predictor != "hold" else f"step_groups={groups}"
+    loop, groups = quantized.config.modulation, quantized.config.activation.step_groups
+    if loop is not None and config.learn == "residual_scales" and (loop.predictor != "hold" or groups != 1):
+        got = f"predictor={loop.predictor!r}" if loop.predictor != "hold" else f"step_groups={groups}"
         raise ConfigError(
             f"{quantized.name}: expected predictor='hold' and one set of scales for all steps, got {got}. The residual "
             "is learned from two neighbouring inputs of any step. Use modiff.calibrate for this layer."

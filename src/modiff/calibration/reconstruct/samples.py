@@ -36,7 +36,7 @@ class UnitCall(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The batch size, by the first output."""
+        """The batch size, of the first output."""
         return len(self.targets[0])
 
     def inputs(self) -> list[Tensor]:
@@ -63,14 +63,9 @@ class _Enough(Exception):
 def capture(
     model: nn.Module, unit: str, call: Call, calls: int | None, computing: AbstractContextManager[Any]
 ) -> list[UnitCall]:
-    """What a module is called with and returns while the network evaluates `call`.
+    """The calls of the module named `unit` while the network evaluates `call`; `targets` are its float outputs.
 
-    Args:
-        unit: its name.
-        calls: after this many the evaluation is cut short; None lets it end.
-        computing: how the layers compute meanwhile.
-    Returns: each call of the unit; `targets` are its floating-point outputs.
-    Cost: the network up to the unit, and copies of the unit's inputs and outputs.
+    calls: after this many the evaluation is cut short; None lets it end. computing: how the layers compute meanwhile.
     """
     inputs: list[tuple[Any, Any]] = []
     captured: list[UnitCall] = []
@@ -110,13 +105,9 @@ def paired(quantized: list[UnitCall], exact: list[UnitCall], name: str) -> list[
 
 
 class UnitData:
-    """The samples of one unit, some of them held out.
+    """The samples of one unit, a share of them, one at least, held out.
 
-    Args:
-        calls: all calls of the unit.
-        run: the unit in full precision, to find out whether rows of different calls may stand in one batch.
-        held_out: share of the samples to hold out, one at least.
-        name: for messages.
+    run: the unit in full precision, which tells whether rows of different calls may stand in one batch.
     Raises: CalibrationError if there are fewer than two samples, or an output is not finite.
     """
 

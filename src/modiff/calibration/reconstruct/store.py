@@ -21,7 +21,7 @@ _UNIT = ("a unit of a reconstruction", "Delete it: the unit is learned again.")
 
 
 def save_unit(path: Path, learned: dict[str, Tensor], report: UnitReport) -> None:
-    """Write what a unit learned, atomically. Raises: OSError."""
+    """Write what a unit learned, atomically."""
     write_tensors(path, learned, FORMAT | {"report": json.dumps(dataclasses.asdict(report))})
 
 
