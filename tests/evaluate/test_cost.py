@@ -40,67 +40,6 @@ def count(*axes):
     return sum(1 for _ in itertools.product(*(range(axis) if isinstance(axis, int) else axis for axis in axes)))
 
 
-@st.composite
-def conv_cases(draw):
-    dims = draw(st.integers(1, 2))
-    groups = draw(st.integers(1, 3))
-
-    def per_axis(lowest, highest):
-        return tuple(draw(st.integers(lowest, highest)) for _ in range(dims))
-
-    case = {
-        "batch": draw(st.integers(1, 2)),
-        "in_channels": groups * draw(st.integers(1, 2)),
-        "out_channels": groups * draw(st.integers(1, 2)),
-        "groups": groups,
-        "kernel_size": per_axis(1, 3),
-        "stride": per_axis(1, 3),
-        "padding": per_axis(0, 2),
-        "dilation": per_axis(1, 2),
-    }
-    reach = [d * (k - 1) + 1 for d, k in zip(case["dilation"], case["kernel_size"], strict=True)]
-    case["size"] = tuple(draw(st.integers(max(1, r - 2 * p), 5)) for r, p in zip(reach, case["padding"], strict=True))
-    return case
-
-
-def channel_pairs(case):
-    """The (input channel, output channel) pairs that share a group."""
-    return [
-        (i, o)
-        for i in range(case["in_channels"])
-        for o in range(case["out_channels"])
-        if i * case["groups"] // case["in_channels"] == o * case["groups"] // case["out_channels"]
-    ]
-
-
-def count_conv(case):
-    """Slide the kernel over the padded input and count each product of a weight and an input element."""
-    axes = (case[key] for key in ("size", "kernel_size", "stride", "padding", "dilation"))
-    starts = [
-        [i for i in range(0, n + 2 * p, s) if i + d * (k - 1) < n + 2 * p] for n, k, s, p, d in zip(*axes, strict=True)
-    ]
-    return count(case["batch"], channel_pairs(case), *starts, *case["kernel_size"])
-
-
-@settings(deadline=None, derandomize=True, max_examples=25)
-@given(conv_cases(), st.booleans())
-def test_convolutions_count_each_product_once(case, transposed):
-    dims, kernel, groups = len(case["size"]), case["kernel_size"], case["groups"]
-    if transposed:
-        case["padding"] = (0,) * dims
-    arguments = {key: case[key] for key in ("in_channels", "out_channels", "stride", "padding", "dilation")}
-    layer_type = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
-    module = layer_type(kernel_size=kernel, groups=groups, **arguments, device="meta")
-    x = torch.empty(case["batch"], case["in_channels"], *case["size"], device="meta")
-    layer = only(measure(module, x))
-    assert layer.weight_elements == module.weight.numel()
-    if transposed:
-        counted = count(case["batch"], channel_pairs(case), *case["size"], *kernel)  # each element through each tap
-    else:
-        counted = count_conv(case)
-    assert layer.macs == counted
-
-
 @settings(deadline=None, derandomize=True, max_examples=20)
 @given(*[st.integers(1, 3)] * 6)
 def test_attention_and_linear_count_each_product_once(batch, heads, queries, keys, head_dim, value_dim):

@@ -5,14 +5,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from modiff import presets
 from modiff.config import LayerConfig
 from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS, Distribution, DistributionResult, histogram
 from modiff.evaluate.analysis.watch import watch
-from modiff.hosts.diffusers.runs import unconditional_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
-from tests.hosts.tiny import HOSTS
 
 
 def counted(inputs: list[Tensor]) -> DistributionResult:
@@ -38,24 +35,6 @@ def test_counts_equal_a_loop_over_all_values() -> None:
         difference += ((x - last) / x.abs().max()).flatten().tolist()
     assert pooled["activation"] == by_hand(activation)
     assert pooled["difference"] == by_hand(difference)
-
-
-def test_counts_of_a_pipeline_sum_up_to_all_values_of_all_steps_but_the_first() -> None:
-    pipe = HOSTS["ddim"].build()
-    pipe.set_progress_bar_config(disable=True)
-    distribution, sizes = Distribution(), []
-
-    class Sizes:
-        def see(self, visit: object) -> None:
-            sizes.append((visit.step, visit.input.numel()))
-
-    watch(pipe, unconditional_run(pipe, 4, 2, 0), presets.w8a4(), [distribution, Sizes()])
-    result = distribution.result()
-    expected = sum(size for step, size in sizes if step > 0)
-    assert sum(result["pooled"]["activation"]) == sum(result["pooled"]["difference"]) == expected
-    assert len(result["layers"]) == 3
-    assert all(0 < sum(layer["activation"]) < expected for layer in result["layers"])
-    assert len({layer["name"] for layer in result["layers"]}) == 3
 
 
 def test_values_outside_are_counted_at_the_ends() -> None:

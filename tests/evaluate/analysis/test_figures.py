@@ -1,7 +1,5 @@
 """The figures: drawn from JSON alone, legible pictures, and robust to runs that diverged."""
 
-import ast
-import inspect
 import json
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modiff.evaluate.analysis import figures as module
 from modiff.evaluate.analysis.figures import figures
 from modiff.evaluate.analysis.growth import compensated_bound, printed_bound, uncompensated_bound
 from modiff.evaluate.analysis.run import Analysis
@@ -89,10 +86,3 @@ def test_a_diverged_run_of_one_layer_leaves_gaps_and_not_errors(baseline: dict[s
         analysis["growth"][mode] = {k: [0.0] * 4 if isinstance(v, list) else v for k, v in growth.items()}
     paths = figures(analysis, tmp_path)
     assert changed(paths, baseline) == ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
-
-
-def test_importing_the_module_does_not_load_matplotlib() -> None:
-    """Only functions, and code for type checkers, may name it."""
-    top = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert top
-    assert not any("matplotlib" in ast.unparse(node) for node in top)

@@ -12,13 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from modiff.errors import ConfigError
 from modiff.evaluate.metrics.paired import paired_errors, psnr, relative_l2, ssim
 from tests.reference import metrics as reference
-
-C1 = (0.01 * 255) ** 2
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -59,27 +56,12 @@ def test_psnr_of_equal_images_is_infinite_and_nan_shows() -> None:
     assert math.isnan(psnr(x, x * math.nan))
 
 
-def test_constant_images_differ_in_ssim_by_their_brightness_alone() -> None:
-    x, y = torch.full((1, 12, 12, 1), 100), torch.full((1, 12, 12, 1), 180)
-    assert ssim(x, y).item() == pytest.approx((2 * 100 * 180 + C1) / (100**2 + 180**2 + C1), rel=1e-12)
-
-
 @given(st.integers(0, 10**6), st.integers(11, 13), st.integers(11, 13), st.sampled_from([5, 60, 255]))
 def test_ssim_agrees_with_a_window_at_a_time(seed: int, height: int, width: int, change: int) -> None:
     x = noise(seed, height, width).double()
     y = (x + noise(seed + 1, height, width).double() * change / 255 - change / 2).clamp(0, 255).round()
     errors = ssim(x[None, :, :, None], y[None, :, :, None]).item()
     assert errors == pytest.approx(reference.ssim(x.numpy(), y.numpy()), rel=1e-9, abs=1e-12)
-
-
-def test_ssim_agrees_with_torchmetrics_on_colour_and_is_symmetric() -> None:
-    x, y = noise(1, 5, 20, 17, 3), noise(2, 5, 20, 17, 3)
-    y = (0.7 * x.double() + 0.3 * y.double()).round().to(torch.uint8)
-    planes = [images.permute(0, 3, 1, 2).double() for images in (x, y)]
-    _, theirs = structural_similarity_index_measure(*planes, data_range=255.0, return_full_image=True)
-    inside = theirs[:, :, 5:-5, 5:-5].mean(dim=(1, 2, 3))  # its mean also counts windows over a mirrored border
-    torch.testing.assert_close(ssim(x, y), inside, rtol=1e-9, atol=1e-12)
-    assert torch.equal(ssim(x, y), ssim(y, x))
 
 
 def test_the_estimates_are_the_metrics_of_the_whole_arrays() -> None:

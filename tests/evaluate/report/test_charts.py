@@ -65,22 +65,12 @@ def test_fewer_steps_are_a_dashed_line_through_their_points(monkeypatch: pytest.
     assert list(full.get_xdata()) == [100.0, 100.0]
 
 
-def test_each_family_has_its_points_and_what_diverged_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = {line.get_label(): list(line.get_xdata()) for line in drawn(POINTS, monkeypatch).axes[0].get_lines()}
-    assert (lines["plain"], lines["modulated"], lines["config"]) == ([5.0], [6.0], [5.5])
-
-
 def test_it_is_an_svg_file_that_is_the_same_each_time() -> None:
     first, second = chart(POINTS), chart(POINTS)
     assert first.data == second.data
     root = ElementTree.fromstring(first.data)
     assert root.tag.endswith("svg")
     assert not re.search(rb'href="(?!#)', first.data)
-
-
-def test_names_with_dollars_are_shown_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [text.get_text() for text in drawn(POINTS, monkeypatch).axes[0].texts]
-    assert r"my \$config\$" in texts
 
 
 def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,12 +40,6 @@ def texts(table: Table | Figure) -> list[list[str]]:
     return [[cell.text for cell in row] for row in table.rows]
 
 
-def test_the_sections_in_order(report: Document) -> None:
-    assert [section.title for section in report.sections] == [
-        "Results", "Images", "Error against cost", "How to get the same figures", "Every figure"
-    ]  # fmt: skip
-
-
 def test_every_figure_of_every_configuration_is_in_the_long_table(suite: Suite, report: Document) -> None:
     table = block(report, "figures")
     assert isinstance(table, Table)
@@ -65,18 +59,6 @@ def test_the_short_tables_have_each_configuration_once_and_its_own_figures(suite
         assert metric is not None
         assert (cells[column].value, cells[column].text) == (metric["value"], f"{metric['value']:.4f}")
     assert paired.rows[0][column].text == "-"
-
-
-def test_every_short_figure_is_in_exactly_one_table(suite: Suite, report: Document) -> None:
-    titles = [c.title for name in ("paired", "costs", "as-sets", "to-reference") for c in _columns(report, name)[2:]]
-    labels = {m["label"] for row in suite.rows for m in row.metrics if m["name"] != "fd_between_halves"}
-    assert sorted(titles) == sorted(labels)
-
-
-def _columns(report: Document, name: str) -> tuple[object, ...]:
-    table = block(report, name)
-    assert isinstance(table, Table)
-    return table.columns
 
 
 def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(report: Document) -> None:

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.suite import extras as module
-from modiff.evaluate.suite.extras import Clip, Extra, Lpips, load_extras, optional_import
+from modiff.evaluate.suite.extras import Clip, Extra, Lpips, load_extras
 from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
 from modiff.evaluate.suite.plans import Preset
 from modiff.evaluate.suite.run import Suite, run_suite
@@ -181,28 +181,6 @@ def test_they_are_added_to_a_finished_run_without_drawing_again(tmp_path: Path) 
     assert suite.rows[2].metric("brightness")["note"].startswith("10 of 10 images were not finite")
     assert suite.settings["metrics"] == ["brightness"]
     assert run(tmp_path, [], source).rows[1].metric("brightness") is None
-
-
-def package(folder: Path, name: str, source: str, patch: pytest.MonkeyPatch) -> str:
-    (folder / f"{name}.py").write_text(source)
-    patch.syspath_prepend(folder)
-    return name
-
-
-def test_a_missing_package_says_what_to_type() -> None:
-    with pytest.raises(
-        ConfigError, match=r"Here: expected the package nothing_there to load, .* pip install 'modiff\[eval\]'"
-    ):
-        optional_import("nothing_there", "Here")
-
-
-def test_a_torchvision_of_another_torch_says_how_to_get_the_right_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = "raise RuntimeError('operator torchvision::nms does not exist\\nand more')"
-    name = package(tmp_path, "modiff_trap", source, monkeypatch)
-    with pytest.raises(ConfigError, match=r"RuntimeError: operator torchvision::nms .* in one command with torch"):
-        optional_import(name, "Here")
 
 
 @pytest.mark.parametrize(

@@ -52,14 +52,6 @@ def test_every_configuration_gets_the_same_seeds_and_the_figures_of_its_own_imag
         assert np.array_equal(samples, images[:8])
 
 
-def test_finished_work_is_not_done_again(tmp_path: Path) -> None:
-    first, source = run(tmp_path), FakeSource()
-    again = run(tmp_path, source)
-    assert (source.opened, source.drawn) == ([], [])
-    assert again.rows == first.rows
-    assert all(np.array_equal(a, b) for a, b in zip(again.samples, first.samples, strict=True))
-
-
 @pytest.mark.parametrize("after", [0, 1, 5, 11])
 def test_a_run_stopped_at_any_batch_ends_as_one_that_was_not(after: int, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")

@@ -44,13 +44,6 @@ def test_a_batch_comes_back_bit_for_bit(tmp_path: Path, rich: bool) -> None:
         assert rows_again is rows is None or torch.equal(rows, rows_again)
 
 
-def test_what_is_missing_is_what_was_not_saved(tmp_path: Path) -> None:
-    kept = store(tmp_path)
-    assert kept.missing(PLAN, 10) == [range(4), range(4, 8), range(8, 10)]
-    kept.save(PLAN, range(4, 8), *batch(4))
-    assert store(tmp_path).missing(PLAN, 10) == [range(4), range(8, 10)]
-
-
 def test_more_images_keep_the_full_batches_and_draw_the_short_one_again(tmp_path: Path) -> None:
     kept = store(tmp_path)
     fill(kept, 10)
