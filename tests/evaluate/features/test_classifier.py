@@ -111,7 +111,7 @@ DAMAGES = {
     "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "expected the config"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected the config"),
     "another version": (lambda f: spoil_config(f, format_version=2), "expected the config"),
-    "a wrong count": (lambda f: spoil_config(f, classes=0), "expected the config"),
+    "a wrong count": (lambda f: spoil_config(f, classes=4), "tensors differ"),
     "channels are no list": (lambda f: spoil_config(f, channels=5), "expected the config"),
     "config of other channels": (lambda f: spoil_config(f, channels=[4, 6, 9]), "tensors differ"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "expected a weights file"),

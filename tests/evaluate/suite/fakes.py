@@ -61,6 +61,7 @@ class FakeExtractor:
 
     name = "quadrants"
     dimension = 4
+    note = None
 
     def __call__(self, images: Tensor) -> Features:
         pixels = images.float()[..., 0] / 255

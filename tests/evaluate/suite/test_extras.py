@@ -204,7 +204,7 @@ def test_names_that_mean_nothing_are_one_line(
 def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"expected .*torchvision.*Install torchvision of torch's own build"):
+    with pytest.raises(ConfigError, match=r"expected .*torchvision.*Get torchvision in one command with torch"):
         load_extras("lpips", clip=None, conditions=Conditions())
     with pytest.raises(ConfigError, match=r"expected .*transformers.* pip install 'modiff\[eval\]'"):
         load_extras("clip", clip=Path("tiny"), conditions=Conditions(prompts=PROMPTS))

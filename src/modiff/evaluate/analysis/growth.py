@@ -7,14 +7,14 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.quantizer import Code
+from modiff.core.quantizer import Code, Quantizer
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.layers import InputSide, coded_domain, norm
 from modiff.evaluate.analysis.watch import Visit
@@ -67,10 +67,9 @@ class _Loops:
     def __init__(self, visit: Visit) -> None:
         self.layer = visit.modulated(dataclasses.replace(visit.config, modulation=ModulationConfig()))
         self.key = visit.key
-        if self.layer.quantizer is None:
-            raise ConfigError(f"{visit.entry.name}: expected activation bits, got None. There is no code. Give 2 to 8.")
-        self.closed = InputSide(self.layer.quantizer, ModulationConfig())
-        self.open = InputSide(self.layer.quantizer, ModulationConfig(error_compensation="none"))
+        quantizer = cast("Quantizer", self.layer.quantizer)
+        self.closed = InputSide(quantizer, ModulationConfig())
+        self.open = InputSide(quantizer, ModulationConfig(error_compensation="none"))
         self.last: Tensor | None = None
         self.rows: list[list[float]] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -44,12 +44,7 @@ class Visit(NamedTuple):
 
     def modulated(self, config: LayerConfig) -> ModulatedLayer:
         """The modulated layer for a config, with the same weights; it is not run as a whole."""
-        kind = quantized_class(self.layer)
-        if kind is None:
-            raise StateError(
-                f"{self.entry.name}: expected a layer that can be modulated, got {type(self.layer).__name__}. The "
-                "model changed while it was watched. Start again."
-            )
+        kind = cast("type[ModulatedLayer]", quantized_class(self.layer))
         return kind.from_float(self.layer, config, name=self.entry.name, split=self.split)
 
 

@@ -41,12 +41,6 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         widths = (image_channels, *channels)
-        if not channels or any(type(n) is not int or n < 1 for n in (*widths, classes, layers)):
-            raise ConfigError(
-                "Classifier: expected positive integers for channels, image_channels, classes and layers, got "
-                f"{channels!r}, {image_channels!r}, {classes!r} and {layers!r}. Each is a number of planes, logits or "
-                "convolutions. Give for example channels=(16, 32, 64, 128), image_channels=1, classes=10, layers=1."
-            )
         self.channels, self.image_channels, self.classes, self.layers = tuple(channels), image_channels, classes, layers
         blocks: list[nn.Module] = []
         for index, (wide_in, wide_out) in enumerate(itertools.pairwise(widths), start=1):
@@ -133,7 +127,7 @@ class ClassifierFeatures:
     """
 
     def __init__(self, model: Classifier, name: str, *, device: str | torch.device = "cpu") -> None:
-        self.name, self.dimension = name, model.channels[-1]
+        self.name, self.dimension, self.note = name, model.channels[-1], None
         self._device = torch.device(device)
         self._model = model.to(self._device).eval()
         ends = [index for index, module in enumerate(model.blocks, 1) if isinstance(module, nn.ReLU)]

@@ -35,21 +35,17 @@ class Features(NamedTuple):
 class FeatureExtractor(Protocol):
     """Turns images into feature vectors; the same image gives the same row in any batch, up to float32 rounding.
 
-    name: goes into the names of all results, so it tells which weights these are. dimension: D.
-    note, which some have: what to say with every result, such as the weights' origin; see `note_of`.
+    name: goes into the names of all results, so it tells which weights these are. dimension: D. note: what to say with
+    every result, such as the weights' origin, or None.
     """
 
     name: str
     dimension: int
+    note: str | None
 
     def __call__(self, images: Tensor) -> Features:
         """Features of images, uint8 (N, H, W, C) in [0, 255], C 1 or 3."""
         ...
-
-
-def note_of(extractor: FeatureExtractor) -> str | None:
-    """What an extractor has to say with its results; None if nothing."""
-    return getattr(extractor, "note", None)
 
 
 def check_images(images: Tensor, where: str) -> None:

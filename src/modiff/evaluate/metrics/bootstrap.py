@@ -102,22 +102,16 @@ def small_sample_note(
     (K - 1) / (2 n) of its logarithm (Miller 1955).
     """
     if metric == "frechet_distance" and count <= size:
-        return (
-            f"{count} images for {size} dimensions: the covariance is singular, and the distance is mostly bias. "
-            "It is comparable only with others at the same n."
-        )
-    if metric == "frechet_distance" and count < FRECHET_IMAGES:
-        return (
-            f"{count} images: the distance is biased upwards by an amount that falls as 1/n. Published ones use "
-            "50 000; compare at the same n only."
-        )
-    if metric == "inception_score" and count < 4 * (size - 1):
-        return (
-            f"{count} images for {size} classes: the score may be too low by up to "
-            f"{100 * (size - 1) / (2 * count):.0f} %."
-        )
-    if metric == "precision_recall" and count < MANIFOLD_IMAGES:
-        return f"{count} images: precision and recall depend on n; published ones use {MANIFOLD_IMAGES} or more."
-    if metric == "mean" and count < MEAN_IMAGES:
-        return f"{count} images: a bootstrap interval of fewer than {MEAN_IMAGES} is too narrow."
-    return None
+        said = (f"for {size} dimensions: the covariance is singular, and the distance is mostly bias. It is comparable "
+                "only with others at the same n")  # fmt: skip
+    elif metric == "frechet_distance" and count < FRECHET_IMAGES:
+        said = ": the distance is biased upwards by an amount that falls as 1/n. Compare at the same n only"
+    elif metric == "inception_score" and count < 4 * (size - 1):
+        said = f"for {size} classes: the score may be too low by up to {100 * (size - 1) / (2 * count):.0f} %"
+    elif metric == "precision_recall" and count < MANIFOLD_IMAGES:
+        said = f": precision and recall depend on n; published ones use {MANIFOLD_IMAGES} or more"
+    elif metric == "mean" and count < MEAN_IMAGES:
+        said = f": a bootstrap interval of fewer than {MEAN_IMAGES} is too narrow"
+    else:
+        return None
+    return f"{count} images{'' if said.startswith(':') else ' '}{said}."

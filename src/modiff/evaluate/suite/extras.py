@@ -160,13 +160,10 @@ def optional_import(package: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        reason = first_line(error)
-        advice = "Type: pip install 'modiff[eval]'."
-        if "torchvision" in reason:
-            advice = "Install torchvision of torch's own build: from the same package index, in one command with torch."
         raise ConfigError(
-            f"{where}: expected the package {package} to load, got {reason}. It is missing, broken or built for "
-            f"another torch; modiff needs it for nothing else. {advice}"
+            f"{where}: expected the package {package} to load, got {first_line(error)}. It is missing, broken or built "
+            "for another torch; modiff needs it for nothing else. Type: pip install 'modiff[eval]'. Get torchvision in "
+            "one command with torch, from the same package index."
         ) from error
 
 

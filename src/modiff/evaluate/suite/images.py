@@ -138,32 +138,21 @@ def read_reference(path: Path) -> Iterator[np.ndarray]:
 
 
 def reference_digest(path: Path) -> str:
-    """A digest of all bytes that `read_reference` would read. Raises: FormatError if there is nothing."""
+    """A digest of the images of `read_reference`. Raises: FormatError if there is nothing."""
     digest = hashlib.sha256()
-    manifest = path / MANIFEST
-    for file in [manifest] if manifest.is_file() else _files(path):  # the manifest holds the digests of its shards
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as opened:
-            while block := opened.read(2**20):
-                digest.update(block)
+    for images in read_reference(path):
+        digest.update(f"{images.shape[1:]}".encode() + images.tobytes())
     return digest.hexdigest()[:16]
 
 
 def check_reference(path: Path, shape: tuple[int, ...], least: int) -> str:
-    """The digest of real images, if they have the shape of the model's and are at least `least`.
-
-    Raises: FormatError if not.
-    """
+    """The digest of real images. Raises: FormatError if they are fewer than `least`, or not of `shape`."""
     sizes = [images.shape for images in read_reference(path)]
-    if sizes[0][1:] != shape:
+    if sizes[0][1:] != shape or sum(size[0] for size in sizes) < least:
         raise FormatError(
-            f"{path}: expected images of {_size(shape)} like those of the model, got {_size(sizes[0][1:])}. Features "
-            "change with the size. Pad or resize the images as the model's training did."
-        )
-    if sum(size[0] for size in sizes) < least:
-        raise FormatError(
-            f"{path}: expected {least} images or more, got {sum(size[0] for size in sizes)}. A distance of sets "
-            "needs a set. Give more images."
+            f"{path}: expected {least} images or more of {_size(shape)} like those of the model, got "
+            f"{sum(size[0] for size in sizes)} of {_size(sizes[0][1:])}. A distance of sets needs a set, and features "
+            "change with the size. Give more images, or pad or resize them as the model's training did."
         )
     return reference_digest(path)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modiff.evaluate.features.extractor import FeatureExtractor, Features, joined, note_of
+from modiff.evaluate.features.extractor import FeatureExtractor, Features, joined
 from modiff.evaluate.features.load import Metric, result_name
 from modiff.evaluate.metrics.bootstrap import Draw, Interval, bootstrap, small_sample_note
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
@@ -135,7 +135,7 @@ class Judge:
             name, label = f"{metric}_to_{against}", f"{label} to {_AGAINST[against]}"
         if name == "fd_to_full_precision":
             label = result_name(name, self.extractor)
-        return measurement(name, label, self.extractor.name, value, n, interval, *notes, note_of(self.extractor))
+        return measurement(name, label, self.extractor.name, value, n, interval, *notes, self.extractor.note)
 
     def _distances(self, images: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
         """Frechet distances of pooled and, where there are any, of spatial features; kernel distance and manifolds."""

@@ -72,13 +72,8 @@ def preset(name: str, *, num_images: int | None = None, steps: int | None = None
     """A preset by name, with the arguments instead of its own. Raises: ConfigError for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}. Use --preset quick.")
-    chosen = PRESETS[name]
-    return dataclasses.replace(
-        chosen,
-        num_images=chosen.num_images if num_images is None else num_images,
-        steps=chosen.steps if steps is None else steps,
-        configs=tuple(configs) or chosen.configs,
-    )
+    changes = {"num_images": num_images, "steps": steps, "configs": tuple(configs) or None}
+    return dataclasses.replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
 
 
 def plans_of(chosen: Preset) -> list[Plan]:

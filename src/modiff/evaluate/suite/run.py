@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modiff.errors import ConfigError
 from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 from modiff.evaluate.analysis.watch import watch
-from modiff.evaluate.features.extractor import FeatureExtractor, Features, note_of
+from modiff.evaluate.features.extractor import FeatureExtractor, Features
 from modiff.evaluate.metrics.bootstrap import small_sample_note
 from modiff.evaluate.pipelines import has_static_scales
 from modiff.evaluate.suite.extras import Extra
@@ -149,7 +149,7 @@ def run_suite(
             samples.append(images.images[:SAMPLES])
     settings = dataclasses.asdict(chosen) | job | {
         "reference": digest, "resamples": resamples, "metrics": [extra.name for extra in extras],
-        "extractor_dimension": extractor.dimension, "extractor_note": note_of(extractor),
+        "extractor_dimension": extractor.dimension, "extractor_note": extractor.note,
     }  # fmt: skip
     return Suite(tuple(rows), tuple(samples), settings, present)
 
