@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modiff.evaluate.analysis.drawing import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from modiff.evaluate.analysis.figures import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from modiff.evaluate.report.document import Figure
 
 if TYPE_CHECKING:

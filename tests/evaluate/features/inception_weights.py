@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modiff.evaluate.features.network import InceptionNetwork
+from modiff.evaluate.features.inception import InceptionNetwork
 
 
 def shapes() -> dict[str, tuple[int, ...]]:

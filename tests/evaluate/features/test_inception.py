@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff.errors import FormatError
-from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception, tensorflow_resize
-from modiff.evaluate.features.network import InceptionNetwork
+from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception, InceptionNetwork, tensorflow_resize
 from tests.evaluate.features import inception_weights
 from tests.evaluate.features.images import noise
 from tests.reference import metrics as reference

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modiff.evaluate.analysis.drawing import FAMILY_STYLES, GREY, as_typed, file_bytes, layer_map, log_error, map_height
+from modiff.evaluate.analysis.figures import FAMILY_STYLES, GREY, as_typed, file_bytes, layer_map, log_error, map_height
 from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.document import Figure
 from modiff.evaluate.suite.plans import STEPS
