@@ -94,31 +94,6 @@ def test_modulation_and_tuning_pay_also_on_random_weights(demo: Demo) -> None:
     assert error["modulated W8A8"] < error["modulated W8A4"] < error["modulated W8A3"] < error["modulated W8A2"]
 
 
-def test_states_are_measured_while_they_live(demo: Demo) -> None:
-    assert [r["name"] for r in demo.rows if r["state_mib"] is None] == [
-        r["name"] for r in demo.rows if not r["modulated"]
-    ]
-    pipe = pixel_pipeline()
-    report = modiff.apply(pipe, modiff.presets.w8a4())
-    sizes: list[int] = []
-
-    def both(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        sizes.append(4 * (args[0].numel() + output.numel()))
-
-    def output_only(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        sizes.append(4 * output.numel())
-
-    for name in [entry.name for entry in report.taken]:
-        reads_what_to_q_reads = name.endswith(("to_k", "to_v"))
-        pipe.unet.get_submodule(name).register_forward_hook(output_only if reads_what_to_q_reads else both)
-    pipe(batch_size=IMAGES, num_inference_steps=1, output_type="np")
-    expected = sum(sizes) / 2**20
-    assert row(demo, "modulated W8A4")["state_mib"] == expected
-    # the linear predictor keeps the last move of each state as well
-    linear = demo.tuned[4].layer.modulation.predictor == "linear"
-    assert row(demo, "tuned W32A4")["state_mib"] == (2 if linear else 1) * expected
-
-
 def test_a_run_leaves_the_pipeline_as_it_was_also_when_it_fails() -> None:
     pipe = pixel_pipeline()
     before = {name: type(module) for name, module in pipe.unet.named_modules()}

@@ -74,13 +74,6 @@ def test_texts_show_as_they_were_typed_everywhere() -> None:
     assert len(reader.all("script")) == 1
 
 
-def test_cells_carry_what_they_are_sorted_by() -> None:
-    page = html_page(document())
-    assert '<td class="number" data-value="10.0">10<br><small>[9, 11]</small></td>' in page
-    assert '<td class="number">-</td>' in page
-    assert '<th scope="row">b10</th>' in page
-
-
 def of(block: object) -> str:
     return markdown(Document("T", "L", (Section("S", (block,)),))).partition("## S\n\n")[2].rstrip("\n")  # type: ignore[arg-type]
 

@@ -69,14 +69,6 @@ def test_a_plan_gets_its_config_and_the_model_is_left_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
 
 
-def test_the_model_is_left_alone_when_drawing_fails() -> None:
-    source = PipelineSource(pixel_pipeline())
-    with pytest.raises(KeyboardInterrupt), source.open(MODULATED):
-        raise KeyboardInterrupt
-    assert not is_attached(source.pipe)
-    assert not source.pipe.unet._forward_hooks
-
-
 def test_states_are_measured_at_the_end_of_the_trajectory_and_every_evaluation_is_told() -> None:
     source, told = PipelineSource(pixel_pipeline()), []
     held: list[int] = []

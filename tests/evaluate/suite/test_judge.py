@@ -102,6 +102,8 @@ def test_inception_brings_the_published_names_and_says_in_every_row_which_weight
     labels = {r["name"]: r["label"] for r in rows}
     assert (labels["fd_to_reference"], labels["fd_to_full_precision"]) == ("FID to reference", "FID2FP32")
     assert (labels["kernel_distance_to_reference"], labels["score"]) == ("KID to reference", "IS")
+    assert labels["spatial_fd_to_reference"] == "sFID to reference"
+    assert labels["precision_to_reference"] == "precision(inception-v3:01234567:tensorflow) to reference"
     assert all(extractor.note in r["note"] for r in rows if r["extractor"] is not None)
 
 

@@ -29,15 +29,6 @@ def test_quick_is_what_the_issue_asks_for() -> None:
     assert [plan.config for plan in plans_of(chosen)] == [None, None, presets.plain(8, 4), presets.modulated(8, 4)]
 
 
-def test_what_is_given_takes_the_place_of_the_presets_own() -> None:
-    chosen = preset("quick", num_images=9, steps=6, configs=["w8a3", "tuned:8:3"])
-    assert chosen.num_images == 9
-    assert names(chosen) == [
-        ("full precision", 6, "steps"), ("half the steps", 3, "steps"), ("modulated W8A3", 6, "modulated"),
-        ("tuned W8A3", 6, "tuned"),
-    ]  # fmt: skip
-
-
 def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     config = dataclasses.replace(presets.w8a4(), min_weights=7)
     (tmp_path / "mine.json").write_text(config.to_json())
