@@ -7,49 +7,71 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modiff.errors import FormatError
 from modiff.evaluate.features.inception import PUBLIC_SHA256, Inception, InceptionNetwork, tensorflow_resize
-from tests.evaluate.features import inception_weights
 from tests.evaluate.features.images import noise
 from tests.reference import metrics as reference
 from tests.reference.inception import Inception as Reference
 
-WEIGHTS = inception_weights.drawn()
-LAYOUT = {name: torch.zeros(()).expand(shape) for name, shape in inception_weights.shapes().items()}  # small on disk
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        state = InceptionNetwork().state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if "num_batches" not in name}
+
+
+def drawn() -> dict[str, Tensor]:
+    """Weights that keep the size of what passes through."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith(("running_var", "bn.weight")):
+            return torch.rand(shape, generator=generator) + 0.5
+        values = torch.randn(shape, generator=generator)
+        return values * (2 / values[0].numel()) ** 0.5 if values.ndim > 1 else values * 0.1
+
+    return {name: tensor(name, shape) for name, shape in shapes().items()}
+
+
+WEIGHTS = drawn()
+LAYOUT = {name: torch.zeros(()).expand(shape) for name, shape in shapes().items()}  # small on disk
 
 
 @pytest.fixture(scope="module")
-def extractor(inception_file: Path) -> Inception:
-    return Inception(inception_file)
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> Inception:
+    path = tmp_path_factory.mktemp("inception") / "drawn.safetensors"
+    save_file(WEIGHTS, path)
+    return Inception(path)
 
 
 def test_the_size_is_that_of_the_published_network() -> None:
     """Names and order are those that the network written apart reads."""
     with torch.device("meta"):
         network = InceptionNetwork()
-    assert len({name.removesuffix(".conv.weight") for name in inception_weights.shapes() if "conv" in name}) == 94
+    assert len({name.removesuffix(".conv.weight") for name in shapes() if "conv" in name}) == 94
     # torch's own Inception-v3 without its auxiliary head has 23 834 568 parameters at 1000 classes
     assert sum(parameter.numel() for parameter in network.parameters()) == 23_834_568 + 8 * 2049
     assert {module.eps for module in network.modules() if isinstance(module, nn.BatchNorm2d)} == {0.001}
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+def relative(features: Tensor, expected: Tensor) -> float:
+    return float((features.double() - expected).norm() / expected.norm())
 
 
 def test_features_are_those_of_a_network_written_apart(extractor: Inception) -> None:
     images = noise(0, 1, 40, 30, 3)
-    found = extractor(images)
+    features = extractor(images)
     pixels = (tensorflow_resize(images.permute(0, 3, 1, 2).double(), 299) - 128) / 128
     pooled, spatial, logits = Reference(WEIGHTS)(pixels)
-    assert relative(found.pooled, pooled) < 1e-5
-    assert relative(found.spatial, spatial.flatten(1)) < 1e-5
-    assert relative(found.probabilities, logits.softmax(1)) < 1e-4
-    assert [tuple(part.shape) for part in found] == [(1, 2048), (1, 2023), (1, 1008)]
+    assert relative(features.pooled, pooled) < 1e-5
+    assert relative(features.spatial, spatial.flatten(1)) < 1e-5
+    assert relative(features.probabilities, logits.softmax(1)) < 1e-4
+    assert [tuple(part.shape) for part in features] == [(1, 2048), (1, 2023), (1, 1008)]
     for other in (Reference(WEIGHTS, last_pool="average"), Reference(WEIGHTS, count_padding=True)):
-        assert relative(found.pooled, other(pixels)[0]) > 1e-3  # so these weights do tell the variants apart
+        assert relative(features.pooled, other(pixels)[0]) > 1e-3  # so these weights do tell the variants apart
 
 
 def test_the_name_carries_the_file_and_a_note_says_that_it_is_not_the_public_one(extractor: Inception) -> None:
@@ -130,5 +152,5 @@ def test_a_missing_damaged_or_dangerous_file_is_refused(tmp_path: Path, capsys: 
 def test_it_agrees_with_a_pixel_at_a_time(height: int, width: int, size: int) -> None:
     image = torch.rand(height, width, dtype=torch.float64)
     expected = reference.tensorflow_resize(image.numpy(), size)
-    found = tensorflow_resize(image[None, None], size)[0, 0]
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+    features = tensorflow_resize(image[None, None], size)[0, 0]
+    torch.testing.assert_close(features, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
