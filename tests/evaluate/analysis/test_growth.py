@@ -65,18 +65,18 @@ def test_both_loops_and_c_equal_an_independent_float64_recursion() -> None:
     layer = nn.Linear(8, 5)
     inputs = drifting(5, (2, 3, 8), 7, 0.3)
     config = LayerConfig(activation=QuantizerConfig(bits=3, clip=0.7), modulation=ModulationConfig(predictor="linear"))
-    (found,) = grown(layer.double(), inputs, config)["layers"]
+    (growth,) = grown(layer.double(), inputs, config)["layers"]
     shares = []
     for mode, compensation in (("compensated", "closed_loop"), ("uncompensated", "none")):
         hold = LayerConfig(activation=config.activation, modulation=ModulationConfig(error_compensation=compensation))
-        held = inputs[0]
+        input_state = inputs[0]
         for i, step in enumerate(recursion.run(inputs, recipe_of_layer(layer, hold))[1:]):
-            held = held + step.sent.value
-            assert found["moves"][i] == pytest.approx(float((inputs[i + 1] - inputs[i]).norm()))
-            assert found["norms"][i] == pytest.approx(float(inputs[i + 1].norm()))
-            assert found[mode]["error"][i] == pytest.approx(float((inputs[i + 1] - held).norm()), rel=1e-4)
+            input_state = input_state + step.sent.value
+            assert growth["moves"][i] == pytest.approx(float((inputs[i + 1] - inputs[i]).norm()))
+            assert growth["norms"][i] == pytest.approx(float(inputs[i + 1].norm()))
+            assert growth[mode]["error"][i] == pytest.approx(float((inputs[i + 1] - input_state).norm()), rel=1e-4)
             shares.append(float((step.residual - step.sent.value).square().sum() / step.residual.square().sum()))
-    assert found["c"] == pytest.approx(max(shares), rel=1e-4)
+    assert growth["c"] == pytest.approx(max(shares), rel=1e-4)
 
 
 def test_a_rest_and_a_jump_break_the_printed_bound_of_a_real_layer_but_not_the_corrected_one() -> None:
@@ -121,7 +121,7 @@ def by_definition(c: float, moves: list[float], last: int) -> dict[str, float]:
 
 @given(SHARES, MOVES)
 def test_the_bounds_are_the_sums_of_their_formulas(c: float, moves: list[float]) -> None:
-    found = {
+    bounds = {
         "uncompensated": uncompensated_bound(c, moves),
         "compensated": compensated_bound(c, moves),
         "printed uncompensated": printed_bound(c, moves, compensated=False),
@@ -129,4 +129,4 @@ def test_the_bounds_are_the_sums_of_their_formulas(c: float, moves: list[float])
     }
     for step in range(1, len(moves) + 1):
         for name, value in by_definition(c, moves, step).items():
-            assert found[name][step - 1] == pytest.approx(value, rel=1e-9, abs=1e-9)
+            assert bounds[name][step - 1] == pytest.approx(value, rel=1e-9, abs=1e-9)

@@ -66,17 +66,17 @@ def test_the_local_view_equals_an_independent_float64_recursion(kind: str, name:
     trace = watched(layer, inputs, CONFIGS[name], timesteps)
     layer = layer.double()
     recipe = recipe_of_layer(layer, CONFIGS[name])
-    held = torch.zeros(())
+    input_state = torch.zeros(())
     for row, x, step in zip(trace["steps"], inputs, recursion.run(inputs, recipe, sizes_of(timesteps)), strict=True):
         a = x if recipe.matrix is None else along(x, recipe.matrix, recipe.channel_dim)
         starts = row["step"] == 0 or (recipe.reanchor_every and row["step"] % recipe.reanchor_every == 0)
         sent = torch.zeros_like(a) if step.sent is None else step.sent.value
-        held = step.input_state if recipe.compensated or starts else held + sent
+        input_state = step.input_state if recipe.compensated or starts else input_state + sent
         assert row["activation_min"] == approximately(float(a.min()))
         assert row["activation_max"] == approximately(float(a.max()))
         assert row["activation_rms"] == approximately(norm(a) / a.numel() ** 0.5)
-        assert row["input_error"] == approximately(norm(a - held))
-        assert row["input_relative_l2"] == approximately(norm(a - held) / norm(a))
+        assert row["input_error"] == approximately(norm(a - input_state))
+        assert row["input_relative_l2"] == approximately(norm(a - input_state) / norm(a))
         output = layer(x).detach()
         assert row["output_error"] == approximately(norm(output - step.output_state))
         assert row["output_relative_l2"] == approximately(norm(output - step.output_state) / norm(output))

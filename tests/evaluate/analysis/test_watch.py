@@ -50,10 +50,10 @@ def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -
     pipe = HOSTS["ddim"].build()
     run = unconditional_run(pipe, 3, 2, 0)
     plain = torch.as_tensor(run().images)
-    found: list[torch.Tensor] = []
+    watched: list[torch.Tensor] = []
     recorder, before = Recorder(), hooks(pipe.unet)
-    watch(pipe, lambda: found.append(torch.as_tensor(run().images)), presets.w8a4(), [recorder])
-    assert_same_bits(found[0], plain)
+    watch(pipe, lambda: watched.append(torch.as_tensor(run().images)), presets.w8a4(), [recorder])
+    assert_same_bits(watched[0], plain)
     assert hooks(pipe.unet) == before
     splits = {v.entry.name: v.split for v in recorder.visits if v.split}
     assert splits

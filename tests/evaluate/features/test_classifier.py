@@ -157,25 +157,25 @@ def model(**settings: int) -> Classifier:
 def test_rows_are_the_features_and_probabilities_of_images_scaled_as_in_training() -> None:
     network = model(image_channels=3).train()
     images = noise(0, 6, 12, 16, 3)
-    found = ClassifierFeatures(network, "test")(images)
+    features = ClassifierFeatures(network, "test")(images)
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     assert float(pixels.min()) >= -1
     assert float(pixels.max()) <= 1
-    torch.testing.assert_close(found.pooled, network.eval().features(pixels))
-    torch.testing.assert_close(found.probabilities, network(pixels).softmax(1))
-    assert found.pooled.dtype == torch.float32
-    assert not found.pooled.requires_grad
-    assert (found.pooled.shape, found.probabilities.shape) == ((6, 5), (6, 3))
+    torch.testing.assert_close(features.pooled, network.eval().features(pixels))
+    torch.testing.assert_close(features.probabilities, network(pixels).softmax(1))
+    assert features.pooled.dtype == torch.float32
+    assert not features.pooled.requires_grad
+    assert (features.pooled.shape, features.probabilities.shape) == ((6, 5), (6, 3))
 
 
 def test_spatial_rows_are_seven_channels_after_the_middle_block() -> None:
     network = model().eval()
     images = noise(1, 2, 12, 16, 1)
     maps = network.blocks[:4](images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # block 1 of 3: conv, pool, norm, ReLU
-    found = ClassifierFeatures(network, "test")(images).spatial
+    features = ClassifierFeatures(network, "test")(images).spatial
     assert maps.shape == (2, 4, 6, 8)
-    torch.testing.assert_close(found, maps.flatten(1))
-    assert float(found.min()) == 0  # after the ReLU
+    torch.testing.assert_close(features, maps.flatten(1))
+    assert float(features.min()) == 0  # after the ReLU
     wide = Classifier(channels=(3, 9, 5, 5), classes=2)
     assert ClassifierFeatures(wide, "wide")(noise(2, 1, 16, 16, 1)).spatial.shape == (1, 7 * 4 * 4)
     assert ClassifierFeatures(Classifier(channels=(5,), classes=2), "one")(images).spatial.shape == (2, 5 * 12 * 16)
@@ -183,7 +183,7 @@ def test_spatial_rows_are_seven_channels_after_the_middle_block() -> None:
 
 def test_the_embedded_one_needs_no_network_and_knows_its_classes() -> None:
     extractor = ClassifierFeatures.embedded()
-    found = extractor(noise(4, 3, 28, 28, 1))
+    features = extractor(noise(4, 3, 28, 28, 1))
     assert (extractor.name, extractor.dimension) == ("fashion-mnist-classifier", 128)
-    assert [tuple(part.shape) for part in found] == [(3, 128), (3, 7 * 7 * 7), (3, 10)]
-    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(3))
+    assert [tuple(part.shape) for part in features] == [(3, 128), (3, 7 * 7 * 7), (3, 10)]
+    torch.testing.assert_close(features.probabilities.sum(1), torch.ones(3))

@@ -36,11 +36,11 @@ PIXELS = IMAGES.flatten(1).float()
 def test_all_images_come_in_order_from_batches_of_any_size() -> None:
     recorder = Recorder()
     batches = [IMAGES[:1].numpy(), IMAGES[1:8].numpy(), IMAGES[8:]]
-    found = extract(recorder, iter(batches), batch_size=3)
+    features = extract(recorder, iter(batches), batch_size=3)
     assert recorder.sizes == [1, 3, 3, 1, 3]
-    assert torch.equal(found.pooled, PIXELS)
-    assert torch.equal(found.spatial, PIXELS * 2)
-    assert found.probabilities is None
+    assert torch.equal(features.pooled, PIXELS)
+    assert torch.equal(features.spatial, PIXELS * 2)
+    assert features.probabilities is None
 
 
 def test_no_images_are_an_error() -> None:

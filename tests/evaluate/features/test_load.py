@@ -14,8 +14,8 @@ from modiff.evaluate.features.load import load_extractor
 def test_the_packages_own_and_a_folder_of_ones_own(tmp_path: Path) -> None:
     assert load_extractor("classifier").name == "fashion-mnist-classifier"
     save_classifier(Classifier(channels=(4, 8), classes=3), tmp_path / "mine")
-    found = load_extractor(str(tmp_path / "mine"))
-    assert (found.name.rpartition("-")[0], found.dimension) == ("mine", 8)
+    extractor = load_extractor(str(tmp_path / "mine"))
+    assert (extractor.name.rpartition("-")[0], extractor.dimension) == ("mine", 8)
 
 
 def test_anything_else_is_named(tmp_path: Path) -> None:

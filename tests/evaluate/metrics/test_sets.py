@@ -31,10 +31,10 @@ def test_the_discrepancy_agrees_with_plain_loops_and_is_symmetric(first: Tensor,
 
 
 def test_sets_of_one_distribution_are_at_0_on_average_with_negative_values_among_them() -> None:
-    found = [polynomial_mmd(gaussian(2 * i, 10, ZERO, ONE), gaussian(2 * i + 1, 10, ZERO, ONE)) for i in range(400)]
-    error = np.std(found) / np.sqrt(len(found))
-    assert abs(np.mean(found)) < 3 * error
-    assert min(found) < 0 < max(found)
+    values = [polynomial_mmd(gaussian(2 * i, 10, ZERO, ONE), gaussian(2 * i + 1, 10, ZERO, ONE)) for i in range(400)]
+    error = np.std(values) / np.sqrt(len(values))
+    assert abs(np.mean(values)) < 3 * error
+    assert min(values) < 0 < max(values)
     assert error < 0.07  # so that the biased estimate, 0.9 at this size, would not pass
 
 

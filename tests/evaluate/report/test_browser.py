@@ -60,10 +60,10 @@ def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser:
     watched = watched_layers(source, [row.plan for row in suite.rows], 2)
     report = suite_document(suite, ["modiff", "evaluate"], watched=watched)
     browser.open(write_report(report, tmp_path / "report")[0])
-    found = browser.run(IMAGES)
+    images = browser.run(IMAGES)
     assert browser.console() == []
-    assert [image["id"] for image in found] == [figure.name for figure in report.figures()]
-    for image in found:
+    assert [image["id"] for image in images] == [figure.name for figure in report.figures()]
+    for image in images:
         assert image["natural"] > 0, image
         assert image["width"] > 100, image
         assert image["height"] > 20, image

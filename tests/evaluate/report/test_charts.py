@@ -58,9 +58,9 @@ def layers(*errors: list[float]) -> list[dict[str, object]]:
 
 def test_fewer_steps_are_a_dashed_line_through_their_points(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = drawn(POINTS, monkeypatch).axes[0].get_lines()
-    (found,) = [line for line in lines if line.get_label() == "fewer sampler steps"]
-    assert found.get_linestyle() == "--"
-    assert list(zip(*map(list, found.get_data()), strict=True)) == [(24.0, 0.3), (50.0, 0.1)]
+    (line_of_steps,) = [line for line in lines if line.get_label() == "fewer sampler steps"]
+    assert line_of_steps.get_linestyle() == "--"
+    assert list(zip(*map(list, line_of_steps.get_data()), strict=True)) == [(24.0, 0.3), (50.0, 0.1)]
     (full,) = [line for line in lines if line.get_label() == "50 steps (error 0)"]
     assert list(full.get_xdata()) == [100.0, 100.0]
 

@@ -31,8 +31,7 @@ def report(suite: Suite) -> Document:
 
 
 def block(report: Document, name: str) -> Table | Figure:
-    (found,) = [b for s in report.sections for b in s.blocks if isinstance(b, Table | Figure) and b.name == name]
-    return found
+    return next(b for s in report.sections for b in s.blocks if isinstance(b, Table | Figure) and b.name == name)
 
 
 def texts(table: Table | Figure) -> list[list[str]]:
@@ -43,8 +42,8 @@ def texts(table: Table | Figure) -> list[list[str]]:
 def test_every_figure_of_every_configuration_is_in_the_long_table(suite: Suite, report: Document) -> None:
     table = block(report, "figures")
     assert isinstance(table, Table)
-    found = [(row[0].text, row[1].text, row[2].value, row[-1].text) for row in table.rows]
-    assert found == [(r.plan.name, m["label"], m["value"], m["note"]) for r in suite.rows for m in r.metrics]
+    lines = [(row[0].text, row[1].text, row[2].value, row[-1].text) for row in table.rows]
+    assert lines == [(r.plan.name, m["label"], m["value"], m["note"]) for r in suite.rows for m in r.metrics]
 
 
 def test_the_short_tables_have_each_configuration_once_and_its_own_figures(suite: Suite, report: Document) -> None:
@@ -62,11 +61,11 @@ def test_the_short_tables_have_each_configuration_once_and_its_own_figures(suite
 
 
 def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(report: Document) -> None:
-    found = [b for b in report.sections[2].blocks if isinstance(b, Figure)]
-    assert [c.name for c in found] == [
+    charts = [b for b in report.sections[2].blocks if isinstance(b, Figure)]
+    assert [c.name for c in charts] == [
         "relative-l2-by-gbops", "relative-l2-by-seconds", "fd-to-reference-by-gbops", "fd-to-reference-by-seconds"
     ]  # fmt: skip
-    for chart in found:
+    for chart in charts:
         for part in ("8 steps", "4 steps", "2 steps", "plain W8A4", "modulated W8A4"):
             assert part in chart.alt, (chart.name, part)
 

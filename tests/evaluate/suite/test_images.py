@@ -71,13 +71,13 @@ def test_a_plan_gets_its_config_and_the_model_is_left_alone() -> None:
 
 def test_states_are_measured_at_the_end_of_the_trajectory_and_every_evaluation_is_told() -> None:
     source, told = PipelineSource(pixel_pipeline()), []
-    held: list[int] = []
+    sizes: list[int] = []
     with source.open(MODULATED, lambda: told.append(1)) as draw:
-        handle = source.pipe.unet.register_forward_hook(lambda model, *_: held.append(state_bytes(model)))
+        handle = source.pipe.unet.register_forward_hook(lambda model, *_: sizes.append(state_bytes(model)))
         images = draw(range(2))
         handle.remove()
     assert len(told) == STEPS
-    assert images.state_bytes == held[-1] > 0
+    assert images.state_bytes == sizes[-1] > 0
     with source.open(FULL) as draw:
         assert draw(range(2)).state_bytes == 0
 
