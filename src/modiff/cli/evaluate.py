@@ -19,7 +19,7 @@ CONFIGS_HELP = (
     f"Comma-separated, instead of the preset's. {options.CONFIG_HELP} Full precision and half the steps always run."
 )
 REFERENCE_HELP = (
-    "Real images of the model's size: .npz (arr_0, or its first array), .npy, or a folder of these, of pictures or of "
+    "Real images of the model's size: .npz (arr_0, or its first array), .npy, or a folder of pictures or of "
     "`modiff generate`."
 )
 PRESET_HELP = (

@@ -150,13 +150,6 @@ def npy(folder: Path) -> Path:
     return folder / "a.npy"
 
 
-def arrays(folder: Path) -> Path:
-    for name, part in (("part2", IMAGES[5:9]), ("part10", IMAGES[9:]), ("part1", IMAGES[:5])):
-        np.save(folder / f"{name}.npy", part)
-    Image.fromarray(IMAGES[0]).save(folder / "preview.png")
-    return folder
-
-
 def pictures(folder: Path) -> Path:
     for i in reversed(range(12)):
         Image.fromarray(IMAGES[i]).save(folder / f"{i}.png")
@@ -173,7 +166,7 @@ def generated(folder: Path) -> Path:
     return folder
 
 
-KINDS = (npz, npy, arrays, pictures, generated)
+KINDS = (npz, npy, pictures, generated)
 
 
 @pytest.mark.parametrize("write", KINDS, ids=lambda kind: kind.__name__)
@@ -203,10 +196,9 @@ def test_arrays_that_are_no_images_are_named(name: str, array: np.ndarray, tmp_p
 
 
 def test_nothing_there_an_empty_folder_and_a_damaged_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="got nothing there"):
-        list(read_reference(tmp_path / "absent"))
-    with pytest.raises(FormatError, match="got a folder without any"):
-        list(read_reference(tmp_path))
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(FormatError, match="got none there"):
+            list(read_reference(path))
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04nothing")
     with pytest.raises(FormatError, match=r"a\.npz: expected images, got"):
         list(read_reference(tmp_path / "a.npz"))

@@ -116,9 +116,8 @@ def read_reference(path: Path) -> Iterator[np.ndarray]:
     """The real images of `path` as uint8 (n, H, W, C), at most CHUNK at a time.
 
     Args:
-        path: an .npz with the images in `arr_0`, or else in its first array; an .npy; a folder of `modiff generate`; or
-            one of arrays or of pictures, in the order of their names, numbers by value. Images (N, H, W, C), or grey
-            ones (N, H, W).
+        path: an .npz with the images in `arr_0`, or otherwise in its first array; an .npy; a folder of `modiff
+            generate`; or one of pictures. Images (N, H, W, C), or grey ones (N, H, W).
     Raises: FormatError if there are none, they are not uint8, or their sizes differ.
     """
     if (path / MANIFEST).is_file():
@@ -158,23 +157,19 @@ def check_reference(path: Path, shape: tuple[int, ...], least: int) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that hold the images, in order: all arrays of a folder, or else all its pictures."""
+    """A file, or the pictures of a folder in the order of their names, numbers by value."""
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise FormatError(
-            f"{path}: expected a file or a folder of images, got nothing there. Give an .npz, an .npy or a folder."
-        )
     inside = sorted(path.iterdir(), key=lambda file: [(0, int(text), "") if text.isdecimal() else (1, 0, text)
-                                                      for text in re.split(r"(\d+)", file.name)])  # fmt: skip
-    for suffixes in ((".npz", ".npy"), _PICTURES):
-        files = [file for file in inside if file.suffix.lower() in suffixes and not file.name.startswith(".")]
-        if files:
-            return files
-    raise FormatError(
-        f"{path}: expected shards (.npz, .npy) or pictures ({', '.join(_PICTURES)}), got a folder without any. "
-        "Give the folder that holds the images."
-    )
+                                                      for text in re.split(r"(\d+)", file.name)]
+                    ) if path.is_dir() else []  # fmt: skip
+    files = [file for file in inside if file.suffix.lower() in _PICTURES and not file.name.startswith(".")]
+    if not files:
+        raise FormatError(
+            f"{path}: expected a file or a folder of pictures ({', '.join(_PICTURES)}), got none there. Give an .npz, "
+            "an .npy or the folder that holds the images."
+        )
+    return files
 
 
 def _read_file(file: Path) -> np.ndarray:
