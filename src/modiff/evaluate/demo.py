@@ -15,8 +15,16 @@ from modiff.api import tune
 from modiff.config import ModiffConfig, ModulationConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import FULL_PRECISION_BITS, LayerCost, trajectory_gbops
-from modiff.evaluate.pipelines import Sampled, check_pipeline, evaluations_bar, image_error, measure_step, run_config
-from modiff.evaluate.table import aligned, number
+from modiff.evaluate.pipelines import (
+    Sampled,
+    aligned,
+    check_pipeline,
+    evaluations_bar,
+    image_error,
+    measure_step,
+    number,
+    run_config,
+)
 from modiff.generate.environment import Environment, environment
 from modiff.generate.grid import grid
 from modiff.generate.samplers import set_scheduler

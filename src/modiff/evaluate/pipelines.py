@@ -1,10 +1,10 @@
-"""What the demo, the analysis and the suite do with a pipeline: run it under a config, count its work, show a bar."""
+"""What the demo, the analysis and the suite do with a pipeline: run it under a config, count its work, show it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,3 +130,18 @@ def check_pipeline(pipe: DiffusionPipeline, where: str, num_images: int = 1, con
             f"{where}: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt, a class or "
             "another input. This does not invent one. `modiff evaluate` takes --prompts FILE and --labels N-M."
         ) from None
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A head, a rule and rows of equal length; the first column starts at the left, the others end at the right."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    head, *lines = (
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
+        for name, *rest in cells
+    )
+    return "\n".join([head, "-" * len(head), *lines])
+
+
+def number(value: float | None, form: str) -> str:
+    """A formatted number; a dash for None."""
+    return "-" if value is None else format(value, form)

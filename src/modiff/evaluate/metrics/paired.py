@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,16 +84,6 @@ def _blur(images: Tensor) -> Tensor:
     return nn.functional.conv2d(planes, weights.view(1, 1, 1, -1)).unflatten(0, images.shape[:2])[:, :, 0]
 
 
-class PairedErrors(TypedDict):
-    """Each with its interval over the images. ssim is None for images smaller than its window of 11 pixels."""
-
-    n: int
-    psnr_db: Interval
-    ssim: Interval | None
-    relative_l2: Interval
-    note: str | None
-
-
 def paired_errors(
     images: Tensor | np.ndarray,
     reference: Tensor | np.ndarray,
@@ -101,11 +91,11 @@ def paired_errors(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> PairedErrors:
-    """PSNR, SSIM and relative L2 of images to full precision, image i of both from seed i, with intervals over pairs.
+) -> dict[str, Any]:
+    """n, psnr_db, ssim and relative_l2 of images to full precision, image i of both from seed i, with intervals.
 
     PSNR and relative L2 are those of all pixels together, so one equal pair among many does not make them infinite;
-    SSIM is the mean over images. Images are uint8 (N, H, W, C).
+    SSIM is the mean over images, and None below its window of 11 pixels. Images are uint8 (N, H, W, C).
     Raises: ConfigError for other shapes, or a reference that is black throughout.
     """
     x, y = _float64_pair(images, reference, "paired_errors")

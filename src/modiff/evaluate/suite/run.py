@@ -18,13 +18,12 @@ from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 from modiff.evaluate.analysis.watch import watch
 from modiff.evaluate.features.extractor import FeatureExtractor, Features
 from modiff.evaluate.metrics.bootstrap import small_sample_note
-from modiff.evaluate.pipelines import has_static_scales
+from modiff.evaluate.pipelines import aligned, has_static_scales, number
 from modiff.evaluate.suite.extras import Extra
 from modiff.evaluate.suite.images import PipelineSource, check_reference, read_reference
 from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, mark_broken
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
 from modiff.evaluate.suite.store import DrawnImages, Store
-from modiff.evaluate.table import aligned, number
 from modiff.files import ResumableFolder
 from modiff.generate.environment import Environment, environment
 
