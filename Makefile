@@ -1,9 +1,9 @@
 # make demo     see it: 4-bit activations with and without modulation, on the model that comes with the package
 # make test     the whole test suite; make test ARGS="tests/core -x" a part of it
 # make check    lint, format, types, import order
-# make golden   write the golden trajectories anew; read the diff before you commit it
+# make golden   write the golden trajectories again; read the diff before you commit it
 # make mutants  small faults that the tests of core, nn and checkpoint should notice; make mutants ARGS="--count 40 core"
-# make lint-fix what ruff can repair by itself
+# make lint-fix what ruff can repair
 # make env      the environment of the developers, and nothing more
 #
 # Only Python 3.11 or 3.12 with pip is needed; everything goes into $(VENV). Another interpreter: make demo PYTHON=python3.12
@@ -24,7 +24,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 demo: $(VENV)/.base
 	$(BIN)/modiff demo $(ARGS)
 
-# Two processes of one thread: half the time of one process. Options of one's own take their place.
+# Two processes of one thread: half the time of one process. Options of yours replace them.
 test: $(VENV)/.dev
 	$(if $(strip $(ARGS)),,OMP_NUM_THREADS=1 )$(BIN)/python -m pytest $(or $(strip $(ARGS)),-n 2 --dist loadfile)
 

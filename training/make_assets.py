@@ -120,7 +120,7 @@ def stage(options: argparse.Namespace) -> Path:
         shutil.rmtree(working, ignore_errors=True)
         (working / "samples").mkdir(parents=True)
         shutil.copytree(options.run / "pipeline", working / options.data, copy_function=shutil.copyfile)
-        # Last: a copy that was interrupted has no key, and is made anew.
+        # Last: a copy that was interrupted has no key, and is made again.
         recorded.write_text(key)
     return working
 

@@ -2,7 +2,7 @@
 
 On every n-th step the whole U-Net runs, and the feature that enters its last up block is kept. On the others only the
 shallowest level runs: conv_in, the first down block without its downsampler, the last up block on the kept feature,
-and the output layers. Written anew for UNet2DModel and UNet2DConditionModel because the published package cannot be
+and the output layers. Written again for UNet2DModel and UNet2DConditionModel because the published package cannot be
 compiled, and an opponent that is not compiled would be slower than it need be.
 """
 
