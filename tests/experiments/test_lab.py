@@ -44,7 +44,7 @@ def by_hand(sampler: str, steps: int, config: modiff.ModiffConfig | None = None,
     return np.concatenate(images)
 
 
-@pytest.mark.parametrize(("sampler", "spacing"), [("ddim", None), ("ddpm", None), ("ddim", "trailing")])
+@pytest.mark.parametrize(("sampler", "spacing"), [("ddpm", None), ("ddim", "trailing")])
 def test_a_row_equals_runs_by_hand_image_by_image(tmp_path: Path, sampler: str, spacing: str | None) -> None:
     config, scheduler = presets.published(8, 4), {"timestep_spacing": spacing} if spacing else {}
     run = Run(steps=STEPS, sampler=sampler, spacing=spacing, config=config)
@@ -139,15 +139,3 @@ def test_errors_are_those_of_all_pixels_together_with_the_median_over_images() -
     assert min(each) <= errors["low"] < errors["relative_l2"] < errors["high"] <= max(each)
     images[2, 0, 0, 0] = np.inf
     assert set(errors_of(compare(images, reference, 1, None)).values()) == {None}
-
-
-def test_keys_tell_runs_apart() -> None:
-    config = presets.published(8, 4)
-    runs = [Run(steps=5), Run(steps=6), Run(steps=5, sampler="ddpm"), Run(steps=5, spacing="trailing"),
-            Run(steps=5, config=config), Run(steps=5, config=presets.plain(8, 4)),
-            Run(steps=5, config=presets.plain(8, 4), exact_first=True),
-            Run(steps=5, config=config, skip=SkipRule(unit="layer", threshold=0.1)),
-            Run(steps=5, config=config, skip=SkipRule(unit="layer", threshold=0.2))]  # fmt: skip
-    assert len({run.key for run in runs}) == len(runs)
-    assert Run.from_dict(runs[-1].to_dict()).key == runs[-1].key
-    assert runs[-1].reference == Run(steps=5)

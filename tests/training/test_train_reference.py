@@ -46,33 +46,23 @@ def progress(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]
 
 
-def test_a_run_writes_a_pipeline_that_diffusers_loads_and_samples(whole: Path) -> None:
-    found = progress(whole)
-    assert [call["from_image"] for call in found.pop("calls")] == [0]
-    assert found == {"step": 4, "images_seen": 16, "seconds": 4.0, "losses": []}
-    assert {t.dtype for t in load_file(whole / WEIGHTS).values()} == {torch.float16}
+def test_a_run_writes_a_pipeline_of_the_averaged_weights_that_diffusers_loads_and_samples(whole: Path) -> None:
+    state = torch.load(whole / "checkpoint.pt", weights_only=True)
+    saved, done = load_file(whole / WEIGHTS), state["progress"]
+    assert [call["from_image"] for call in done.pop("calls")] == [0]
+    assert done == {"step": 4, "images_seen": 16, "seconds": 4.0, "losses": []}
+    assert saved.keys() == state["average"].keys()
+    assert all(torch.equal(saved[name], tensor.half()) for name, tensor in state["average"].items())
+    assert any(not torch.equal(saved[name], tensor.half()) for name, tensor in state["model"].items())
+    record = (whole / "training.json").read_text()
+    assert json.loads(record)["images"] == "images.npy"
+    assert str(whole.parent) not in record
     pipeline = DDIMPipeline.from_pretrained(whole / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 8, 8, 1)
     assert np.isfinite(images).all()
     assert 0 <= images.min() < images.max() <= 1
-
-
-def test_the_pipeline_holds_the_average_and_not_the_last_weights(whole: Path) -> None:
-    state = torch.load(whole / "checkpoint.pt", weights_only=True)
-    saved = load_file(whole / WEIGHTS)
-    assert saved.keys() == state["average"].keys()
-    assert all(torch.equal(saved[name], tensor.half()) for name, tensor in state["average"].items())
-    assert any(not torch.equal(saved[name], tensor.half()) for name, tensor in state["model"].items())
-
-
-def test_the_record_names_files_without_their_folders(whole: Path) -> None:
-    text = (whole / "training.json").read_text()
-    record = json.loads(text)
-    assert (record["images"], record["output"]) == ("images.npy", "whole")
-    assert (record["step"], record["images_seen"], record["training_seconds"]) == (4, 16, 4)
-    assert str(whole.parent) not in text
 
 
 def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
@@ -88,7 +78,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
         assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part]), part
 
 
-@pytest.mark.parametrize(("option", "value"), [("--schedule", "cosine"), ("--seed", "7"), ("--flip", None)])
+@pytest.mark.parametrize(("option", "value"), [("--seed", "7"), ("--flip", None)])
 def test_a_run_does_not_go_on_with_what_would_be_another_model(
     run: Callable[..., Path], copy: Path, option: str, value: str | None
 ) -> None:
@@ -107,11 +97,10 @@ def cut_short(path: Path) -> None:
     [
         (lambda path: None, ("--channels", "16,32")),
         (cut_short, ()),
-        (lambda path: path.write_bytes(b"not a checkpoint"), ()),
         (lambda path: path.write_bytes(pickle.dumps(Path("x"), protocol=2)), ()),
         (lambda path: torch.save({"model": {}}, path), ()),
     ],
-    ids=["of other channels", "cut short", "text", "pickle of an object", "without its parts"],
+    ids=["of other channels", "cut short", "pickle of an object", "without its parts"],
 )
 def test_a_checkpoint_that_does_not_fit_ends_in_one_line_and_stays_as_it_is(
     run: Callable[..., Path],
@@ -128,24 +117,16 @@ def test_a_checkpoint_that_does_not_fit_ends_in_one_line_and_stays_as_it_is(
     assert checkpoint.read_bytes() == before
 
 
-def write_npz(path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, images=np.zeros((2, 6, 6), np.uint8))
-
-
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda path: None, "got FileNotFoundError"),
-        (lambda path: path.write_text("no array"), "expected an .npy array of images"),
         (lambda path: path.write_bytes(b""), "expected an .npy array of images"),
-        (write_npz, "expected an .npy array of images"),
-        (lambda path: np.save(path, np.zeros((2, 6, 6))), "float64"),
         (lambda path: np.save(path, np.zeros((6, 6), np.uint8)), r"got \(6, 6\) uint8"),
         (lambda path: np.save(path, np.zeros((0, 6, 6), np.uint8)), "N > 0"),
         (lambda path: np.save(path, np.zeros((2, 9, 6), np.uint8)), "do not fit --size 8"),
     ],
-    ids=["missing", "text", "empty file", "npz", "floats", "one image", "no images", "too large"],
+    ids=["missing", "empty file", "one image", "no images", "too large"],
 )
 def test_a_wrong_image_file_ends_in_one_line(
     reference: ModuleType, tmp_path: Path, write: Callable[[Path], object], message: str
@@ -271,23 +252,3 @@ def test_a_run_goes_on_from_the_folder_of_another_where_its_checkpoint_is_lost(
     saved = load_file(whole / WEIGHTS)
     assert all(torch.equal(state[part][name], saved[name].float()) for part in ("model", "average") for name in saved)
     assert (progress(run(started, 6, "--start-from", "gone"))["step"]) == 6  # its own checkpoint counts, nothing else
-
-
-@pytest.mark.parametrize(
-    ("spoil", "options"),
-    [
-        (lambda path: (path / "training.json").unlink(), ()),
-        (lambda path: (path / "training.json").write_text("{}"), ()),
-        (lambda path: (path / WEIGHTS).unlink(), ()),
-        (lambda path: cut_short(path / WEIGHTS), ()),
-        (lambda path: None, ("--channels", "16,32")),
-    ],
-    ids=["no record", "empty record", "no weights", "damaged weights", "of other channels"],
-)
-def test_a_folder_that_no_run_can_start_from_ends_in_one_line(
-    run: Callable[..., Path], copy: Path, tmp_path: Path, spoil: Callable[[Path], None], options: tuple[str, ...]
-) -> None:
-    spoil(copy)
-    with pytest.raises(SystemExit, match="expected a pipeline folder of this model") as caught:
-        run(tmp_path / "started", 6, "--start-from", str(copy / "pipeline"), *options)
-    assert "\n" not in str(caught.value)
