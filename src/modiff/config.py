@@ -283,14 +283,14 @@ class LayerConfig(JsonConfig):
                   "Use predictor='hold', or 3 bits with clip under 1.")  # fmt: skip
 
     def _check_integer_states(self, modulation: ModulationConfig) -> None:
-        for where, value, wanted, why in (
+        for where, value, required, why in (
             ("execution", self.execution, "integer", "Only kernels keep integers."),
             ("activation.dynamic", self.activation.dynamic, True, "A static scale is no multiple of the grid."),
             ("activation.refresh_every", self.activation.refresh_every, 1, "An old scale may leave 16 bits."),
             ("modulation.predictor", modulation.predictor, "hold", "A move is no multiple of the grid."),
             ("modulation.first_step", modulation.first_step, "full_precision", "The grid is made from whole inputs."),
         ):
-            check(f"LayerConfig.{where}", value, value == wanted, f"{wanted!r} with state_dtype='int16'",
+            check(f"LayerConfig.{where}", value, value == required, f"{required!r} with state_dtype='int16'",
                   f"{why} Use state_dtype='float32'.")  # fmt: skip
 
 

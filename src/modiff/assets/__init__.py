@@ -12,7 +12,7 @@ EMBEDDED = "embedded"
 
 
 class Shipped(NamedTuple):
-    """The folders of a model and of its classifier beside this file, and what to type where they are missing."""
+    """The folders of a model and of its classifier next to this file, and what to type where they are missing."""
 
     model: str
     classifier: str
@@ -70,7 +70,7 @@ def _shipped(name: str) -> Shipped:
 
 
 def _folder(name: str, landmark: str, remedy: str) -> Path:
-    """The folder `name` beside this file, if it holds the file `landmark`."""
+    """The folder `name` next to this file, if it holds the file `landmark`."""
     folder = Path(str(files(__name__).joinpath(name)))
     if not (folder / landmark).is_file():
         raise FormatError(f"modiff.assets: expected {name}/{landmark} in the package, got no such file. {remedy}")

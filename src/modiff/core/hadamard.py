@@ -22,7 +22,7 @@ class Segment(NamedTuple):
 
 
 def hadamard_block(channels: int, largest: int = 64) -> int:
-    """The block size for so many channels: the largest power of two that divides them, at most `largest`.
+    """The block size for a number of channels: the largest power of two that divides them, at most `largest`.
 
     >>> hadamard_block(192), hadamard_block(96), hadamard_block(7)
     (64, 32, 1)

@@ -128,10 +128,10 @@ class MovingAverageObserver(Observer):
 
 
 class _SampleObserver(Observer):
-    """Keeps evenly drawn values beside the extremes, for searches that need the distribution.
+    """Keeps the extremes and evenly drawn values, for searches that need the distribution.
 
     Args:
-        keep: at most so many values of one tensor, in all its ranges; None for every value of every tensor.
+        keep: the most values of one tensor, in all its ranges; None for every value of every tensor.
     """
 
     def __init__(self, channel_dim: int | None = None, keep: int | None = KEPT_VALUES) -> None:
@@ -204,7 +204,7 @@ class RangeSearchObserver(_SampleObserver):
     Args:
         metric: how far the quantized values are from the values.
         trials: 1 to 100; the last range is 1 - 0.01 (trials - 1) of the first.
-        keep: at most so many values of one tensor decide; None for all.
+        keep: the most values of one tensor that decide; None for all.
     """
 
     def __init__(

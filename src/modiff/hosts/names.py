@@ -99,5 +99,5 @@ def _out_channels(layer: object) -> int:
 
 
 def _modules(parent: nn.Module, name: str) -> list[nn.Module]:
-    found = getattr(parent, name, None)
-    return list(found) if isinstance(found, nn.ModuleList) else []
+    modules = getattr(parent, name, None)
+    return list(modules) if isinstance(modules, nn.ModuleList) else []

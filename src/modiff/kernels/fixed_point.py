@@ -6,7 +6,7 @@ The state is n * grid with a power of two `grid` for the layer, and every scale 
 
 so the state is the sum of what was sent, with no rounding of its own. A state that is rounded at each step drifts away
 from the output state, which only sees the codes. It costs up to one step of the grid in the scale. Multiples stop at
-2^14: a residual larger than so many steps of the grid is clipped, and a code that would leave 16 bits is cut, both sent
+2^14: a residual larger than 2^14 steps of the grid is clipped, and a code that would leave 16 bits is cut, both sent
 later as always.
 
 An integer holds no NaN: a NaN, or an infinity, makes the scale of its tensor (sample, token) NaN and with it every

@@ -98,8 +98,8 @@ class QuantizedAttention:
         Cost: with softmax bits, (..., N, M) probabilities in memory in float32; without, torch's own kernel.
         """
         if self.stepwise and self.clock is not None and torch.compiler.is_compiling():
-            given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-            return traced.attend(self.clock.token, *given, self.number)
+            arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return traced.attend(self.clock.token, *arguments, self.number)
         q, k, v = (_coded(x, self.quantizers[name]) for name, x in (("q", query), ("k", key), ("v", value)))
         softmax = self.quantizers["softmax"]
         if softmax is None:

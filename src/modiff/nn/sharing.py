@@ -32,16 +32,16 @@ class Source:
     Args:
         read: None in eager execution; in a graph the number of what is read, negative for the first that reads it in
             each run of the graph, 0 where it has none.
-        asked: whether other readers will ask; otherwise the bytes are not looked at.
+        shared: whether other readers will come; otherwise the bytes are not looked at.
     Cost: a pass over x where its bytes are looked at, here and for each reader that asks.
     """
 
     __slots__ = ("address", "bytes", "read", "tensor", "version")
 
-    def __init__(self, x: Tensor, read: int | None, asked: bool) -> None:
+    def __init__(self, x: Tensor, read: int | None, shared: bool) -> None:
         self.tensor, self.read, self.address = weakref.ref(x), read, x.data_ptr()
         self.version = 0 if x.is_inference() else x._version
-        self.bytes = fingerprint(x) if asked and _silent(x, read) else None
+        self.bytes = fingerprint(x) if shared and _silent(x, read) else None
 
     def begins(self, x: Tensor, read: int | None) -> bool:
         """Whether a layer that reads x for the first time reads this tensor. False where nobody can tell."""
@@ -136,8 +136,8 @@ class InputState(ABC):
         if self._shape is not None and self._shape != shape:
             raise self._misfit(where, x)
         self.update = self.advance(x, fusion)
-        asked = self.readers > 1 or (self.open and not self.count)
-        self._shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, asked)
+        shared = self.readers > 1 or (self.open and not self.count)
+        self._shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, shared)
         self.count += 1
         self.unread = 0 if self.open and self.update.starts else self.readers
         return self.update

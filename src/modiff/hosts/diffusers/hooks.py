@@ -73,7 +73,7 @@ def refuse_fusing(model: nn.Module) -> None:
     def fuse_lora(self: nn.Module, *_: Any, **__: Any) -> Never:
         raise StateError(
             f"fuse_lora: expected float weights to add the LoRA to, got {type(self).__name__} with packed ones. An "
-            "adapter beside a packed layer works as it is. Leave it unfused, or fuse it before modiff.apply."
+            "adapter next to a packed layer works as it is. Leave it unfused, or fuse it before modiff.apply."
         )
 
     model.__dict__[_FUSE] = types.MethodType(fuse_lora, model)  # copy.deepcopy binds it to the copy

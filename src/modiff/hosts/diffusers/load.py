@@ -133,13 +133,13 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
     """The networks of diffusers among the components, by name."""
-    found: dict[str, type[ModelMixin]] = {}
+    models: dict[str, type[ModelMixin]] = {}
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and value[0] == "diffusers":
             kind = getattr(diffusers, str(value[1]), None)
             if isinstance(kind, type) and issubclass(kind, ModelMixin):
-                found[name] = kind
-    return found
+                models[name] = kind
+    return models
 
 
 def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Module:

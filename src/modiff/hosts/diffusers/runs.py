@@ -82,14 +82,14 @@ def call_inputs(
             f"{name}: expected a pipeline that makes images, got one that makes videos. Frames have no place in a "
             "folder of images. Call the pipeline from Python after modiff.apply(pipe, config)."
         )
-    for given, parameter, option in ((prompt, "prompt", "--prompt TEXT"), (label, "class_labels", "--label N")):
-        if given is None and parameter in parameters:
+    for value, parameter, option in ((prompt, "prompt", "--prompt TEXT"), (label, "class_labels", "--label N")):
+        if value is None and parameter in parameters:
             raise ConfigError(
                 f"{name}: expected {option}, got none. This pipeline draws what it is told to. Add {option}."
             )
-        if given is not None and parameter not in parameters:
+        if value is not None and parameter not in parameters:
             raise ConfigError(
-                f"{name}: expected no {option}, got {_short(given)}. This pipeline takes none. Leave it out."
+                f"{name}: expected no {option}, got {_short(value)}. This pipeline takes none. Leave it out."
             )
     needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     needed = [n for n in needed if n not in _KNOWN]
@@ -106,9 +106,9 @@ def call_inputs(
     return {"batch_size": count}
 
 
-def _short(given: object) -> str:
+def _short(value: object) -> str:
     """One value, or the first of many, with no end of text."""
-    text = repr(given if isinstance(given, str | int) or not isinstance(given, Sequence) else given[0])
+    text = repr(value if isinstance(value, str | int) or not isinstance(value, Sequence) else value[0])
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
