@@ -88,13 +88,13 @@ A = "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TY
 
 
 @pytest.mark.parametrize(
-    ("texts", "found"),
+    ("texts", "seen"),
     [
         ({"p.a": A, "p.b": "from p import a\n"}, {"p.a", "p.b"}),
         ({"p.a": A, "p.b": "def f():\n    import p.c\n", "p.c": "from p.a import A\n"}, {"p.a", "p.b", "p.c"}),
         ({"p": "from p.a import A\n", "p.a": A, "p.b": "import os\n"}, set()),
     ],
 )
-def test_circles_are_seen(texts: dict[str, str], found: set[str]) -> None:
-    assert set(circle(imports(texts))) == found
+def test_circles_are_seen(texts: dict[str, str], seen: set[str]) -> None:
+    assert set(circle(imports(texts))) == seen
     assert families(["suite", "suite_plans", "suited"]) == [("suite", "suite_plans")]

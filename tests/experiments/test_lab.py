@@ -54,14 +54,6 @@ def test_a_row_equals_runs_by_hand_image_by_image(tmp_path: Path, sampler: str, 
     assert row["name"] == 1
 
 
-def test_fewer_steps_are_compared_with_the_reference_and_with_the_limit(tmp_path: Path) -> None:
-    (row,) = lab_at(tmp_path).rows([({}, Run(steps=2))], reference=Run(steps=STEPS), limit=Run(steps=8))
-    two, four, eight = (by_hand("ddim", n) for n in (2, STEPS, 8))
-    assert row["relative_l2"] == pytest.approx(relative_l2(two, four), rel=1e-4)
-    each = [relative_l2(a, b) for a, b in zip(two, eight, strict=True)]
-    assert row["to_limit"] == pytest.approx(float(np.median(each)), rel=1e-4)
-
-
 def test_a_run_is_sampled_once(tmp_path: Path) -> None:
     pipe, calls = pixel_pipeline(), []
     lab, config = lab_at(tmp_path, pipe), presets.plain(8, 4)

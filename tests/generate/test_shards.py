@@ -44,12 +44,7 @@ def filled(folder: Path) -> Manifest:
 @given(st.floats(min_value=0, max_value=1, width=32))
 def test_codes_are_rounded_half_to_even_of_the_exact_product(value: float) -> None:
     assert to_uint8(np.array([value], dtype=np.float32))[0] == round(Fraction(value) * 255)
-
-
-def test_ties_go_to_the_even_code_and_values_outside_are_clipped() -> None:
-    # (2 k + 1) / 510 is a tie only where it is a binary fraction: 0.5 = 127.5 / 255 is the one in float32
-    assert to_uint8(np.array([0.5, -1.0, 2.0], dtype=np.float32)).tolist() == [128, 0, 255]
-    assert to_uint8(np.array([0.5 / 255, 1.5 / 255, 2.5 / 255])).tolist() == [0, 2, 2]
+    assert to_uint8(np.array([-value, 2.5 / 255, 1 + value])).tolist() == [0, 2, 255]
 
 
 def test_a_shard_is_a_safetensors_file_of_uint8_whose_bytes_depend_on_its_images_alone(tmp_path: Path) -> None:
@@ -158,10 +153,8 @@ LISTED = {"file": "shard-000000.safetensors", "first": 0, "count": 2, "sha256": 
         ({"format": 2}, "another format"),
         ({"shard_size": 0}, "sizes"),
         ({"num_images": "many"}, "sizes"),
-        ({"shape": [2, 3]}, "ValueError"),
         ({"request": 3}, "TypeError"),
         ({"more": 3}, "TypeError"),
-        ({"shards": [{"file": "a"}]}, "KeyError"),
         ({"shards": [LISTED | {"environment": 2}]}, "KeyError"),
         ({"shards": [LISTED | {"file": "/dev/zero"}]}, "file /dev/zero for the images from 0 on"),
         ({"shards": [LISTED | {"first": 2}]}, "file shard-000000.safetensors for the images from 2 on"),

@@ -83,8 +83,8 @@ def colours(script: Callable[[str], ModuleType], maker: ModuleType, tmp_path: Pa
     words = ["--size", "8", "--batch", "4", "--threads", "1", "--device", "cpu"]
     unet = ["--images", colour, "--channels", "16,16", "--attention", "4", "--minutes", "1e-9", "--flip", *words]
     reference.train(reference.parse_arguments([*unet, "-o", str(tmp_path / "run")]))
-    given = ["--images", colour, "--labels", label, "--test-images", colour, "--test-labels", label, "--flip"]
-    judge.main([*given, *words, "--channels", "4,8", "--layers", "2", "--epochs", "1", "-o", str(tmp_path / "judge")])
+    data = ["--images", colour, "--labels", label, "--test-images", colour, "--test-labels", label, "--flip"]
+    judge.main([*data, *words, "--channels", "4,8", "--layers", "2", "--epochs", "1", "-o", str(tmp_path / "judge")])
     made = ["--data", "cifar10", "--run", str(tmp_path / "run"), "--classifier", str(tmp_path / "judge")]
     made += ["--test-images", colour, "--samples", "10", "--steps", "2", "--batch", "5", "--threads", "1"]
     return [*made, "--device", "cpu", "-o", str(tmp_path / "assets")], tmp_path
@@ -191,10 +191,10 @@ class Fixed(torch.nn.Module):
 def test_the_share_counts_confidences_over_nine_tenths_and_the_entropy_is_of_the_classes(maker: ModuleType) -> None:
     nearly, sure = math.log(0.89 / 0.055), math.log(0.91 / 0.045)  # against two logits of 0: softmax 0.89 and 0.91
     model = Fixed([[nearly, 0, 0], [sure, 0, 0], [0, sure, 0], [nearly, 0, 0]])
-    found = maker.judge(model, torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-    assert found["confident_share"] == 0.5
-    assert found["class_counts"] == [3, 1, 0]
-    assert found["class_entropy_nats"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    judged = maker.judge(model, torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    assert judged["confident_share"] == 0.5
+    assert judged["class_counts"] == [3, 1, 0]
+    assert judged["class_entropy_nats"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
 
 
 @pytest.mark.parametrize(

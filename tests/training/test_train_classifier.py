@@ -42,13 +42,15 @@ def test_a_classifier_learns_to_tell_stripes_and_records_its_accuracy(
     model = load_classifier(tmp_path / "out")
     images = torch.from_numpy(np.load(tmp_path / "test-images.npy"))[:, None].double() / 255 * 2 - 1
     labels = torch.from_numpy(np.load(tmp_path / "test-labels.npy"))
-    found = model.double()(images).softmax(-1)
-    accuracy = (found.argmax(-1) == labels).double().mean().item()
+    confidence = model.double()(images).softmax(-1)
+    accuracy = (confidence.argmax(-1) == labels).double().mean().item()
     text = (tmp_path / "out" / "training.json").read_text()
     record = json.loads(text)
     assert accuracy > 0.9  # chance is 0.25
     assert record["test_accuracy"] == pytest.approx(accuracy)
-    assert record["test_confident_share"] == pytest.approx((found.amax(-1) > 0.9).double().mean().item(), abs=0.0101)
+    assert record["test_confident_share"] == pytest.approx(
+        (confidence.amax(-1) > 0.9).double().mean().item(), abs=0.0101
+    )
     assert (record["images_seen"], record["images"], record["output"]) == (3200, "images.npy", "out")
     assert str(tmp_path) not in text
     assert model.classes == 4
@@ -74,9 +76,9 @@ def test_random_flips_mirror_some_images_whole_and_deeper_classifiers_train(
 ) -> None:
     torch.manual_seed(0)
     images = torch.arange(40 * 2 * 3 * 4).reshape(40, 2, 3, 4)
-    found = trainer.flip_at_random(images)
-    mirrored = [torch.equal(new, old.flip(2)) for new, old in zip(found, images, strict=True)]
-    same = [torch.equal(new, old) for new, old in zip(found, images, strict=True)]
+    flipped = trainer.flip_at_random(images)
+    mirrored = [torch.equal(new, old.flip(2)) for new, old in zip(flipped, images, strict=True)]
+    same = [torch.equal(new, old) for new, old in zip(flipped, images, strict=True)]
     assert all(a != b for a, b in zip(mirrored, same, strict=True))
     assert 10 < sum(mirrored) < 30
     trainer.main([*stripes, "--flip", "--layers", "2", "-o", str(tmp_path / "deep")])

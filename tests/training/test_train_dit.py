@@ -79,7 +79,7 @@ def test_a_hidden_label_is_hidden_from_every_block(trainer: ModuleType, tiny: li
     labels = torch.tensor([0, 1, 2, CLASSES] * 25)
     model(torch.randn(100, 1, 8, 8), torch.zeros(100, dtype=torch.long), class_labels=labels)
     assert len(seen) == 3  # two blocks, and the first one's embedding again for the output
-    assert all(torch.equal(given, labels) for given in seen)
+    assert all(torch.equal(label, labels) for label in seen)
 
 
 class Guided(torch.nn.Module):
@@ -102,13 +102,13 @@ def test_guidance_goes_from_none_through_the_class_and_beyond(script: Callable[[
     sampler = script("sample_dit")
     scheduler = DDIMScheduler(clip_sample=False)
     net, labels = Guided(), torch.tensor([0, 2])
-    found = sampler.draw(net, scheduler, labels, steps=1, guidance=2.5, seed=7)
+    drawn = sampler.draw(net, scheduler, labels, steps=1, guidance=2.5, seed=7)
     assert net.calls == [(4, [0, 2, CLASSES, CLASSES])]
     noise = torch.cat([torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(7 + i)) for i in range(2)])
-    given = torch.tensor([0.3 + 2.5 * (0.0 - 0.3), 0.3 + 2.5 * (0.2 - 0.3)]).reshape(2, 1, 1, 1)
+    guided = torch.tensor([0.3 + 2.5 * (0.0 - 0.3), 0.3 + 2.5 * (0.2 - 0.3)]).reshape(2, 1, 1, 1)
     abar = scheduler.alphas_cumprod[scheduler.timesteps[0]]
-    clean = (noise - (1 - abar).sqrt() * given) / abar.sqrt()
-    torch.testing.assert_close(found, (clean / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-5)
+    clean = (noise - (1 - abar).sqrt() * guided) / abar.sqrt()
+    torch.testing.assert_close(drawn, (clean / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-5)
     sampler.draw(net, scheduler, labels, steps=1, guidance=1.0, seed=7)
     assert net.calls[1] == (2, [0, 2])
 
