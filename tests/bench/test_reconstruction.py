@@ -82,8 +82,6 @@ def test_a_second_run_measures_only_the_row_that_is_missing_from_learned_blocks_
     (folder / "work" / "row-2.json").unlink()
     monkeypatch.setattr("modiff.calibration.reconstruct.job.Job.learn", None)
     assert [row["relative_l2"] for row in start(monkeypatch, folder)] == [row["relative_l2"] for row in before]
-    monkeypatch.setattr(bench.Bench, "measure", None)
-    start(monkeypatch, folder)
     assert "| W4A8 learned | 4 | " in (folder / "docs" / "page.md").read_text()
 
 

@@ -1,33 +1,44 @@
-"""Checkpoints that the first edition saved load, and compute what they computed then."""
+"""Checkpoints that the first edition saved load, and compute what they computed then.
+
+`first_edition/` is what commit b682d91 saved: a U-Net (W4A8 with a split shortcut), a transformer (tuned W8A4) and a
+plain module (W4A8 with static scales). `outputs.safetensors` holds the last sample of each, packed.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import modiff
-from tests.golden.first_edition import FOLDER, module, network, sampled
+from tests.golden.trajectories import NETWORKS, STEPS, wave
 
-WANTED = load_file(FOLDER / "outputs.safetensors")
+FOLDER = Path(__file__).parent / "first_edition"
+OUTPUTS = load_file(FOLDER / "outputs.safetensors")
+
+
+def check(name: str, model: nn.Module, x: Tensor, evaluate: Callable[[nn.Module, Tensor, int], Tensor]) -> None:
+    """The last sample of eight steps from x is the one that was kept."""
+    with torch.no_grad(), modiff.trajectory(model):
+        for step in range(STEPS):
+            output = evaluate(model, x, step)
+            x = x - 0.1 * output / output.std()
+    torch.testing.assert_close(x, OUTPUTS[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["unet", "dit"])
 def test_a_network_saved_by_the_first_edition_samples_what_it_did(name: str) -> None:
-    _, x, evaluate = network(name)
-    loaded = modiff.load(FOLDER / name)
-
-    def evaluate_loaded(value: torch.Tensor, step: int) -> torch.Tensor:
-        cells = evaluate.__closure__ or ()
-        cell = next(c for c in cells if isinstance(c.cell_contents, nn.Module))
-        cell.cell_contents = loaded
-        return evaluate(value, step)
-
-    torch.testing.assert_close(sampled(loaded, x, evaluate_loaded), WANTED[name], rtol=1e-4, atol=1e-5)
+    _, x, evaluate, _ = NETWORKS[name]()
+    check(name, modiff.load(FOLDER / name), x.float(), evaluate)
 
 
 def test_a_module_with_static_scales_saved_by_the_first_edition_samples_what_it_did() -> None:
-    model, x = module()
+    model = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 8)).eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data = wave(parameter.shape, index, 0.3).float()
     loaded = modiff.load(FOLDER / "module", into=model)
-    torch.testing.assert_close(sampled(loaded, x, lambda y, _: loaded(y)), WANTED["module"], rtol=1e-4, atol=1e-5)
+    check("module", loaded, wave((4, 8), 0.5, 1.0).float(), lambda loaded, y, _: loaded(y))

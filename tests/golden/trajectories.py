@@ -20,6 +20,8 @@ from modiff.model.attach import required_attachment
 
 HERE = Path(__file__).parent
 STEPS = 8
+Network = tuple[nn.Module, Tensor, Callable[[nn.Module, Tensor, int], Tensor], list[str]]
+"""(model, first sample, how a model is evaluated at a step, the layers to watch)."""
 
 
 def with_modulation(config: modiff.ModiffConfig, **changes: Any) -> modiff.ModiffConfig:
@@ -52,46 +54,33 @@ def fill(model: nn.Module) -> nn.Module:
     return model
 
 
-def unet() -> tuple[nn.Module, Tensor, Callable[[Tensor, int], Tensor], list[str]]:
+def unet() -> Network:
     """A U-Net with a skip connection, attention and a split shortcut."""
     model = fill(
         UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=8,
-            norm_num_groups=4,
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=8, norm_num_groups=4,
         )
-    )
+    )  # fmt: skip
 
-    def evaluate(x: Tensor, step: int) -> Tensor:
+    def evaluate(model: nn.Module, x: Tensor, step: int) -> Tensor:
         return model(x, 1000 - 125 * step).sample
 
     watched = ["down_blocks.0.resnets.0.conv2", "up_blocks.0.resnets.0.conv1", "mid_block.attentions.0.to_k"]
     return model, wave((2, 1, 8, 8), 0.5, 1.0), evaluate, watched
 
 
-def dit() -> tuple[nn.Module, Tensor, Callable[[Tensor, int], Tensor], list[str]]:
+def dit() -> Network:
     """A class-conditional transformer."""
     model = fill(
         DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=2,
-            out_channels=2,
-            num_layers=2,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=10,
-            norm_num_groups=4,
+            num_attention_heads=2, attention_head_dim=8, in_channels=2, out_channels=2, num_layers=2, sample_size=8,
+            patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
         )
-    )
+    )  # fmt: skip
 
-    def evaluate(x: Tensor, step: int) -> Tensor:
+    def evaluate(model: nn.Module, x: Tensor, step: int) -> Tensor:
         t = torch.full((x.shape[0],), 1000 - 125 * step)
         return model(x, timestep=t, class_labels=torch.tensor([1, 2])).sample
 
@@ -113,7 +102,7 @@ def record(network: str, mode: str) -> dict[str, Tensor]:
     with torch.no_grad(), modiff.trajectory(model):
         for step in range(STEPS):
             found[f"{step}.x"] = x
-            output = evaluate(x, step)
+            output = evaluate(model, x, step)
             found[f"{step}.output"] = output
             found.update({f"{step}.{key}": value for key, value in _states(model, watched)})
             x = x - 0.1 * output / output.std()

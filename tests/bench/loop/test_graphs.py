@@ -12,11 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import modiff
-from loop import variants as loop_variants
 from loop.graphs import KeptStates, Recorded
 from loop.models import HIDDEN
 from loop.recordable import recording_unsupported
-from loop.variants import CannotRun, Task
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, presets
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
@@ -196,14 +194,6 @@ def test_states_of_inference_mode_are_not_taken_for_others() -> None:
                 model(x, t)
             kept.take()
         assert kept.version == version
-
-
-def test_on_gpus_a_variant_that_no_graph_can_hold_says_why() -> None:
-    parts = loop_variants.parts_of(Task(HIDDEN["tiny"], "modulated-w8a8", timed=2))
-    parts.loop.device = torch.device("cuda")  # what follows looks at it, and computes nothing
-    modiff.apply(parts.net, presets.w8a8())
-    with pytest.raises(CannotRun, match=r"no CUDA graph can hold a step: .*it is simulated"):
-        loop_variants.modulated(parts)
 
 
 @pytest.mark.gpu
