@@ -22,7 +22,7 @@ from tests.strategies import model_configs
 
 
 @given(config=model_configs())
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_a_config_survives_json_and_plain_dictionaries_with_every_field(config):
     assert ModiffConfig.from_json(config.to_json()) == config
     assert ModiffConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -5,13 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from modiff.kernels import native
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from tests.reference import layers
+
+BACKENDS = ("reference", "float_exact", "onednn")
+GRANULARITIES = ("tensor", "sample", "token")
+needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+
+
+def none_clipped() -> Tensor:
+    """A count of what left 16 bits, before anything did."""
+    return torch.zeros(1, dtype=torch.int32)
 
 
 @st.composite

@@ -21,7 +21,7 @@ from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits, drifting
-from tests.kernels.problems import innermost, on_threads
+from tests.kernels.problems import BACKENDS, GRANULARITIES, innermost, needs_compiler, on_threads
 
 
 def eagerly(x, state, scale, bits, clip=1.0, granularity="tensor", *, channel_dim=-1, move=None, gain=None):
@@ -31,10 +31,7 @@ def eagerly(x, state, scale, bits, clip=1.0, granularity="tensor", *, channel_di
 
 
 ENCODERS = {"native": encode_residual, "eager": eagerly}
-GRANULARITIES = ("tensor", "sample", "token")
 SHAPES = [((3, 40, 70), -1), ((5, 33), -1), ((2, 6, 9, 7), 1), ((2, 40, 33), 1), ((7,), -1)]
-
-needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
 
 
 def assert_same_floats(actual: Tensor, expected: Tensor) -> None:
@@ -144,7 +141,7 @@ def test_nan_infinity_and_denormals_do_what_they_do_in_the_core(encoder, value, 
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-@pytest.mark.parametrize("backend", ["reference", "float_exact", "onednn"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_and_biases_that_want_gradients_leave_no_graph_behind(compiler, backend, monkeypatch):
     if not compiler:
         monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "none"))

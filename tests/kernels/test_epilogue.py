@@ -14,11 +14,7 @@ from modiff.kernels.fixed_point import start
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits
-from tests.kernels.problems import along, operands, scales
-
-
-def none_clipped() -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.int32)
+from tests.kernels.problems import along, needs_compiler, none_clipped, operands, scales
 
 
 @given(
@@ -68,7 +64,7 @@ def test_200_steps_cost_an_integer_state_far_less_than_bfloat16_which_no_step_re
     assert least <= error <= most
 
 
-@pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize(("sizes", "kind"), [((), "sample"), ((), "token"), ((3, 3), "sample")])
 @pytest.mark.parametrize("backend", ["float_exact", "onednn"])
 def test_with_a_compiler_the_compiled_loop_runs_and_without_one_steps_are_the_same(sizes, kind, backend, monkeypatch):

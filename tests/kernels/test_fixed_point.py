@@ -13,10 +13,7 @@ from modiff import KernelError
 from modiff.kernels.encode import encode_residual, layout_of
 from modiff.kernels.fixed_point import FixedState, encode_fixed, fixed_eagerly, start
 from tests.helpers import assert_same_bits, drifting
-
-
-def none_clipped() -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.int32)
+from tests.kernels.problems import GRANULARITIES, none_clipped
 
 
 def copy_of(state: FixedState) -> FixedState:
@@ -70,7 +67,7 @@ def test_rounded_states_drift_from_what_was_sent_in_200_steps_and_float32_and_in
     seed=st.integers(0, 2**31),
     bits=st.integers(2, 8),
     clip=st.sampled_from([1.0, 0.4]),
-    granularity=st.sampled_from(["tensor", "sample", "token"]),
+    granularity=st.sampled_from(GRANULARITIES),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     size=st.sampled_from([((3, 5, 33), -1), ((2, 6, 4, 5), 1), ((2, 20000), -1)]),
     jump=st.sampled_from([1.0, 1e-3, 50.0, 1e20]),

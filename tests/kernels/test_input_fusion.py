@@ -17,12 +17,9 @@ from modiff.kernels.encode import encode_residual
 from modiff.kernels.fixed_point import encode_fixed, start
 from modiff.kernels.input_fusion import InputFusion
 from tests.helpers import assert_same_bits, assert_within
-from tests.kernels.problems import innermost, on_threads
-
-needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+from tests.kernels.problems import GRANULARITIES, innermost, needs_compiler, none_clipped, on_threads
 
 ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu")
-GRANULARITIES = ("tensor", "sample", "token")
 KINDS = ("group", "group, innermost", "group_last", "layer", "layer, weighted", "layer, modulated", "gated",
          "gated, swapped", "gated, apart", "gated, of another type", "none")  # fmt: skip
 PIXELS, TOKENS = ((2, 12, 5, 7), (1, 36, 9, 4), (3, 12, 50)), ((2, 5, 48), (1, 3, 12), (2, 3, 4, 36))
@@ -127,7 +124,7 @@ def test_codes_scales_and_states_are_those_of_y(kind, seed, activation, granular
 @pytest.mark.parametrize("kind", KINDS)
 def test_integer_states_take_multiples_of_their_grid(kind, granularity):
     it = case(kind, 4)
-    state, clipped = start(it.floats()), torch.zeros(1, dtype=torch.int32)
+    state, clipped = start(it.floats()), none_clipped()
     before, axes = state.n.clone(), it.shared(granularity)
     codes, scale = it.fusion.encode(it.x, state, None, 8, granularity=granularity, channel_dim=it.axis, clipped=clipped)
     assert clipped.item() == 0
@@ -152,7 +149,7 @@ def test_inputs_of_many_strips_are_the_same_on_one_thread_and_on_two(kind, size,
     state = it.floats()
     for threads in (1, 2):
         held, again = state.clone(), state.clone()
-        integers, clipped = start(state), torch.zeros(1, dtype=torch.int32)
+        integers, clipped = start(state), none_clipped()
         with on_threads(threads):
             codes, scale = it.fusion.encode(it.x, held, None, 8, **options)
             same, used = it.fusion.encode(it.x, again, scale, 8, **options)
@@ -198,7 +195,7 @@ def test_behind_nothing_codes_and_states_are_those_of_the_residual_bit_for_bit(g
     results = []
     for fused in (True, False):
         floats, moves, integers = state.clone(), move.clone(), start(state, 0.5)
-        cut, loop = torch.zeros(1, dtype=torch.int32), {"move": moves, "gain": gain}
+        cut, loop = none_clipped(), {"move": moves, "gain": gain}
         if fused:
             codes = (*InputFusion().encode(x, floats, None, 6, 0.8, granularity, **loop),
                      *InputFusion().encode(x, integers, None, 6, 0.8, granularity, clipped=cut))  # fmt: skip
@@ -217,7 +214,7 @@ def test_behind_nothing_codes_and_states_are_those_of_the_residual_bit_for_bit(g
 def test_with_a_compiler_torch_s_operators_do_not_run_and_without_one_they_give_the_same(kind, dtype, monkeypatch):
     it, states = case(kind, 5, dtype=dtype), []
     for compiler in (True, False):
-        state, integers, clipped = it.floats(0.0), start(it.floats(0.0)), torch.zeros(1, dtype=torch.int32)
+        state, integers, clipped = it.floats(0.0), start(it.floats(0.0)), none_clipped()
         with monkeypatch.context() as patch:
             if compiler:
                 patch.setattr(input_fusion, "_normalized", lambda *_: pytest.fail("torch's operators ran"))
@@ -289,7 +286,7 @@ def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(na
     check(codes, scale, old, after, exact, 8, tuple(range(1, x.dim())))
 
 
-ZEROS, ONE, COUNT = torch.zeros(2, 3), torch.tensor(1.0), torch.zeros(1, dtype=torch.int32)
+ZEROS, ONE, COUNT = torch.zeros(2, 3), torch.tensor(1.0), none_clipped()
 
 
 @pytest.mark.parametrize(

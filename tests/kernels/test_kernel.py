@@ -19,9 +19,8 @@ from modiff.kernels.onednn import ONEDNN
 from modiff.kernels.problem import Problem
 from modiff.nn.packed import pack_nibbles
 from tests.helpers import assert_same_bits, assert_within
-from tests.kernels.problems import along, exact_sums, operands, problems, scales, sums_of
+from tests.kernels.problems import BACKENDS, along, exact_sums, none_clipped, operands, problems, scales, sums_of
 
-ON_CPUS = ("reference", "float_exact", "onednn")
 EPSILON = 2.0**-24
 """Relative rounding error of float32."""
 
@@ -71,7 +70,7 @@ def test_states_take_scaled_sums_in_place_and_outputs_are_theirs_or_start_from_t
         floats = kernel.new_output(codes) + torch.randn(sent.shape)
         floats = floats if inner else floats.contiguous()
         if state_dtype == torch.int16:
-            state, clipped = start(floats + sent.abs().max(), 4.0), torch.zeros(1, dtype=torch.int32)
+            state, clipped = start(floats + sent.abs().max(), 4.0), none_clipped()
             before, error = state.value().double(), float(state.grid) / 2
             output, after = kernel.step(state, codes, scale, dtype, clipped), state.value()
             assert int(clipped) == 0
@@ -141,7 +140,7 @@ def test_switching_onednn_off_in_torch_changes_no_sum_of_a_large_batch():
         torch._C._set_mkldnn_enabled(before)
 
 
-@pytest.mark.parametrize("backend", ON_CPUS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(), (3, 3)])
 def test_an_empty_batch_gives_an_empty_output(backend, sizes):
     problem = Problem(4, 3, **along(*sizes), bits=4)

@@ -21,9 +21,8 @@ from modiff.kernels import native
 from modiff.kernels.encode import encode_input
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.native import fingerprint
-from tests.kernels.problems import innermost, on_threads
+from tests.kernels.problems import innermost, needs_compiler, on_threads
 
-needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
 NAME = "fingerprint"
 """The library that is built fastest."""
 
