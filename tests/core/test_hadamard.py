@@ -49,14 +49,6 @@ def test_the_float_error_is_that_of_a_plain_matrix_product(dtype, dim):
     assert_float_error(actual, plain, along(x, matrix, dim))
 
 
-def test_an_outlier_channel_is_spread_over_its_block_and_no_further():
-    x = torch.zeros(1, 128)
-    x[0, 3] = 64.0
-    turned = rotate(x, (Segment(128, 64),), -1)
-    assert torch.equal(turned[0, :64].abs(), torch.full((64,), 8.0))
-    assert torch.equal(turned[0, 64:], torch.zeros(64))
-
-
 @pytest.mark.parametrize("channels", [1, 2, 3, 7, 12, 48, 64, 96, 128, 192, 320, 1152])
 @pytest.mark.parametrize("largest", [2, 16, 64])
 def test_the_block_is_the_largest_power_of_two_that_divides(channels, largest):
@@ -66,11 +58,6 @@ def test_the_block_is_the_largest_power_of_two_that_divides(channels, largest):
 def test_blocks_stay_inside_a_group_and_inside_a_segment():
     assert segments_of((32,), groups=4) == (Segment(32, 8),)
     assert segments_of((24, 64), 1, 16) == (Segment(24, 8), Segment(64, 16))
-
-
-def test_channels_that_no_power_of_two_divides_stay_as_they_are():
-    x = torch.randn(2, 7)
-    assert rotate(x, segments_of((7,)), -1) is x
 
 
 def test_a_rotation_that_was_first_made_in_inference_mode_takes_gradients_later():

@@ -44,14 +44,13 @@ def drift(state_dtype: str, change: float) -> tuple[float, float]:
     return float((o - a @ MIXER.T).square().mean().sqrt()) / size, each / size
 
 
-@pytest.mark.parametrize("change", [0.01, 0.1])
 @pytest.mark.parametrize(("state_dtype", "arithmetic"), [("float16", 1.0), ("bfloat16", 1.0), ("float32", 2.0)])
-def test_states_of_moving_inputs_drift_as_a_random_walk_of_their_roundings(state_dtype, arithmetic, change):
+def test_states_of_moving_inputs_drift_as_a_random_walk_of_their_roundings(state_dtype, arithmetic):
     """A rounding is uniform in +-u |x|, of root mean square u |x| / sqrt(3); T independent ones add up to sqrt(T).
 
     With float32 states the arithmetic rounds as coarsely as the storing, hence twice the bound.
     """
-    measured, each = drift(state_dtype, change)
+    measured, each = drift(state_dtype, 0.1)
     walk = (STEPS / 3) ** 0.5 * each
     assert walk / 5 < measured < arithmetic * walk
 
@@ -60,9 +59,3 @@ def test_states_of_moving_inputs_drift_as_a_random_walk_of_their_roundings(state
 def test_16_bit_states_of_an_input_that_stands_still_drift_in_proportion_to_the_steps(state_dtype):
     measured, each = drift(state_dtype, 0.0)
     assert 2 * (STEPS / 3) ** 0.5 * each < measured < STEPS * each
-
-
-def test_float32_states_drift_thousands_of_times_less():
-    for change in (0.0, 0.1):
-        assert drift("float32", change)[0] < drift("float16", change)[0] / 2000
-        assert drift("float32", change)[0] < 2e-6

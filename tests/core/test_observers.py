@@ -1,22 +1,29 @@
-"""Each observer against its definition, on data where the definitions differ."""
+"""Each observer and each range metric against its definition, on data where the definitions differ."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modiff import CalibrationError, ConfigError
-from modiff.core.affine import fake_quantize
+from modiff.core.affine import QParams, fake_quantize, qparams_from_range
 from modiff.core.observers import (
-    KEPT_VALUES,
+    BINS,
+    RANGE_METRICS,
     MinMaxObserver,
     MovingAverageObserver,
     MSEObserver,
     Observer,
     PercentileObserver,
+    RangeSearchObserver,
     evenly_drawn,
+    l1,
 )
-from tests.helpers import assert_same_bits, assert_within
+from tests.helpers import assert_within
 
 ALL = (MinMaxObserver, MovingAverageObserver, PercentileObserver, MSEObserver)
 
@@ -40,13 +47,6 @@ def test_a_moving_average_weighs_the_newest_extremes_with_one_minus_momentum():
         low = a if low is None else 0.75 * low + 0.25 * a
         high = b if high is None else 0.75 * high + 0.25 * b
     assert ranges(observer) == pytest.approx([low, high])
-
-
-def test_the_default_momentum_is_that_of_q_diffusion():
-    observer = MovingAverageObserver()
-    observer.observe(torch.tensor([0.0, 1.0]))
-    observer.observe(torch.tensor([0.0, 2.0]))
-    assert ranges(observer)[1] == pytest.approx(1.05)
 
 
 @pytest.mark.parametrize("kind", [MinMaxObserver, MovingAverageObserver, MSEObserver, PercentileObserver])
@@ -83,33 +83,6 @@ def test_less_than_one_percent_is_a_percentile():
     assert 0 < observer.qparams(8).scale.item() * 127 < 10
 
 
-def test_a_percentile_of_100_is_min_max():
-    x = torch.randn(1000)
-    percentile, minmax = PercentileObserver(percentile=100.0), MinMaxObserver()
-    for observer in (percentile, minmax):
-        observer.observe(x)
-    assert percentile.qparams(4).scale.item() == minmax.qparams(4).scale.item()
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_mse_search_finds_the_best_of_all_its_trials(symmetric):
-    x = torch.cat([torch.randn(2000), torch.tensor([6.0, -8.0])])
-    observer = MSEObserver()
-    observer.observe(x)
-    scale = observer.qparams(4, symmetric=symmetric).scale.item()
-    whole = 8 / 7 if symmetric else 14 / 15
-    errors: dict[float, float] = {}
-    for trial in range(80):
-        ratio = 1 - 0.01 * trial
-        step = whole * ratio
-        low, high = (-8, 7) if symmetric else (-round(8 * ratio / step), 15 - round(8 * ratio / step))
-        value = torch.round(x / step).clamp(low, high) * step
-        errors[ratio] = float((x - value).double().abs().pow(2.4).mean())
-    best = min(errors, key=errors.__getitem__)
-    assert best < 0.8, "the outliers must make shrinking worth it, else the search is not tested"
-    assert scale == pytest.approx(whole * best, rel=1e-5)
-
-
 def test_the_mse_search_pays_on_outliers_and_keeps_the_whole_range_without_any():
     outlier, uniform = torch.cat([torch.randn(30_000), torch.tensor([12.0])]), torch.linspace(-1, 1, 3001)
     for x, pays in ((outlier, True), (uniform, False)):
@@ -130,15 +103,6 @@ def test_the_clip_ratio_applies_to_what_was_observed():
             assert_within(ratio, torch.full_like(ratio, 0.5), 1e-6)
 
 
-def test_large_tensors_are_thinned_out_evenly_and_their_extremes_kept():
-    x = torch.zeros(3 * KEPT_VALUES)
-    x[1], x[-1] = -7.0, 9.0
-    observer = PercentileObserver()
-    observer.observe(x)
-    assert sum(kept.numel() for kept in observer.kept) <= KEPT_VALUES
-    assert ranges(observer) == [-7.0, 9.0]
-
-
 @pytest.mark.parametrize("kind", ALL)
 def test_nothing_observed_is_an_error(kind):
     with pytest.raises(CalibrationError, match=f"{kind.__name__}: expected at least one tensor, got none"):
@@ -152,9 +116,9 @@ def test_nothing_observed_is_an_error(kind):
         (lambda: MovingAverageObserver(momentum=-0.1), r"momentum: expected a number in \[0, 1\), got -0.1"),
         (lambda: PercentileObserver(percentile=0.0), r"percentile: expected \(0, 100\], got 0.0"),
         (lambda: PercentileObserver(percentile=101.0), r"percentile: expected \(0, 100\], got 101.0"),
-        (lambda: MSEObserver(p=0.0), r"expected p > 0 and 1 to 100 trials, got p=0.0"),
-        (lambda: MSEObserver(trials=0), r"1 to 100 trials, got p=2.4, trials=0"),
-        (lambda: MSEObserver(trials=101), r"1 to 100 trials, got p=2.4, trials=101"),
+        (lambda: MSEObserver(p=0.0), r"expected p > 0, got p=0.0"),
+        (lambda: MSEObserver(trials=0), r"MSEObserver: expected 1 to 100 trials, got trials=0"),
+        (lambda: MSEObserver(trials=101), r"1 to 100 trials, got trials=101"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make, message):
@@ -210,13 +174,6 @@ def test_what_is_drawn_of_a_tensor_comes_from_all_places_along_each_of_its_axes(
     assert drawn.unique(dim=1).shape[1] > 0.99 * drawn.shape[1]
 
 
-def test_values_are_kept_whole_while_they_are_few_and_drawn_alike_by_the_same_seed():
-    rows = torch.randn(2, 50)
-    assert_same_bits(evenly_drawn(rows, 50, seed=1), rows)
-    assert_same_bits(evenly_drawn(rows, 20, seed=1), evenly_drawn(rows, 20, seed=1))
-    assert not torch.equal(evenly_drawn(rows, 20, seed=1), evenly_drawn(rows, 20, seed=2))
-
-
 def test_thinning_out_never_looks_at_one_edge_of_a_picture_alone(monkeypatch):
     monkeypatch.setattr("modiff.core.observers.KEPT_IN_ALL", 1 << 10)
     observer = MSEObserver()
@@ -226,3 +183,97 @@ def test_thinning_out_never_looks_at_one_edge_of_a_picture_alone(monkeypatch):
         observer.observe(picture)
     kept = torch.cat([k.flatten() for k in observer.kept])
     assert kept.mean().item() == pytest.approx(15 / 16, abs=0.03)
+
+
+def value_of(x: float, scale: float, zero: int, bits: int) -> tuple[int, float]:
+    code = min(max(round(x / scale) + zero, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1)
+    return code, scale * (code - zero)
+
+
+def reference(name: str, values: list[float], scale: float, zero: int, bits: int) -> float:
+    """The metric in float64, by loops."""
+    coded = [value_of(x, scale, zero, bits) for x in values]
+    if name in ("l1", "mse"):
+        p = 1.0 if name == "l1" else 2.4
+        return sum(abs(x - q) ** p for x, (_, q) in zip(values, coded, strict=True)) / len(values)
+    if name == "cosine":
+        product = sum(x * q for x, (_, q) in zip(values, coded, strict=True))
+        norms = math.sqrt(sum(x * x for x in values)) * math.sqrt(sum(q * q for _, q in coded))
+        return 1 - product / norms
+    low, high = min(values), max(values)
+    width = (high - low) / BINS
+    mass = [0.0] * BINS
+    for x in values:
+        mass[min(int((x - low) / width), BINS - 1)] += 1 / len(values)
+    codes = [value_of(low + (i + 0.5) * width, scale, zero, bits)[0] for i in range(BINS)]
+    total = 0.0
+    for code in set(codes):
+        filled = [mass[i] for i in range(BINS) if codes[i] == code and mass[i] > 0]
+        total += sum(m * math.log(m / (sum(filled) / len(filled))) for m in filled)
+    return total
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from([2, 4, 8]),
+    symmetric=st.booleans(),
+    ratio=st.sampled_from([1.0, 0.6, 0.2]),
+)
+def test_each_metric_equals_its_definition(seed, bits, symmetric, ratio):
+    rows = torch.randn(2, 60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.3
+    low, high = rows.amin(1, keepdim=True) * ratio, rows.amax(1, keepdim=True) * ratio
+    qparams = qparams_from_range(low, high, bits, symmetric=symmetric)
+    for name, metric in RANGE_METRICS.items():
+        found = metric(rows, qparams, bits)
+        assert found.shape == (2, 1)
+        for row in range(2):
+            zero = 0 if qparams.zero_point is None else int(qparams.zero_point[row])
+            true = reference(name, rows[row].tolist(), float(qparams.scale[row]), zero, bits)
+            assert float(found[row]) == pytest.approx(true, rel=1e-9, abs=1e-12), name
+
+
+@pytest.mark.parametrize("name", RANGE_METRICS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_search_takes_the_trial_with_the_least_loss(name, symmetric):
+    x = torch.cat([torch.randn(1500), torch.tensor([7.0, -9.0])]) + 0.2
+    observer = RangeSearchObserver(None, RANGE_METRICS[name], 90)
+    observer.observe(x)
+    found = observer.qparams(4, symmetric=symmetric)
+    losses: dict[float, float] = {}
+    for trial in range(90):
+        ratio = 1 - 0.01 * trial
+        low, high = float(x.min()) * ratio, float(x.max()) * ratio
+        scale = max(-low, high) / 7 if symmetric else (high - low) / 15
+        zero = 0 if symmetric else -8 - round(low / scale)
+        losses[scale] = reference(name, x.double().tolist(), scale, zero, 4)
+    best = min(losses, key=losses.__getitem__)
+    mine = min(losses, key=lambda scale: abs(scale - float(found.scale)))
+    assert float(found.scale) == pytest.approx(mine, rel=1e-5)
+    assert losses[mine] <= losses[best] * (1 + 1e-5) + 1e-9
+    assert best < 0.9 * max(losses), "the outliers must make shrinking worth it, else the search is not tested"
+
+
+def test_a_hundred_trials_reach_a_hundredth_of_the_range():
+    x = torch.cat([torch.randn(100_000), torch.tensor([300.0])])
+    observer = RangeSearchObserver(None, l1, 100)
+    observer.observe(x)
+    shorter = RangeSearchObserver(None, l1, 80)
+    shorter.observe(x)
+    whole = 300 / 7
+    assert float(observer.qparams(4).scale) == pytest.approx(0.01 * whole, rel=1e-4)
+    assert float(shorter.qparams(4).scale) >= 0.2 * whole
+
+
+def test_cosine_is_one_where_nothing_is_left():
+    rows = torch.full((1, 4), 0.1)
+    assert RANGE_METRICS["cosine"](rows, QParams(torch.ones(1, 1), None), 4).item() == 1.0
+
+
+def test_each_row_has_a_range_of_its_own():
+    x = torch.randn(3, 500) * torch.tensor([[1.0], [10.0], [100.0]])
+    together = RangeSearchObserver(0, l1, 50)
+    together.observe(x)
+    for row in range(3):
+        alone = RangeSearchObserver(None, l1, 50)
+        alone.observe(x[row])
+        assert float(together.qparams(4).scale[row]) == pytest.approx(float(alone.qparams(4).scale), rel=1e-6)

@@ -183,7 +183,6 @@ def test_invariant_6_a_coded_start_meets_the_exact_one_with_compensation_and_nev
 @pytest.mark.parametrize(
     ("change", "bits", "plain", "open_mean", "open_last", "closed"),
     [
-        (0.02, 4, 0.113, 0.015, 0.022, 0.0022),
         (0.1, 4, 0.111, 0.073, 0.110, 0.0110),
         (0.1, 3, 0.239, 0.156, 0.232, 0.0241),
     ],
@@ -199,19 +198,11 @@ def test_the_toy_study_s_figures_come_out(change, bits, plain, open_mean, open_l
         exact = x @ operator.weight.T
         return float((output - exact).norm() / exact.norm())
 
-    errors = {
-        c: [
-            error(t.output.value, x)
-            for t, x in zip(
-                modulate(
-                    inputs, activation, ModulationConfig(error_compensation=c), operator=operator, quantizer=quantizer
-                ),
-                inputs,
-                strict=True,
-            )
-        ][1:]
-        for c in ("closed_loop", "none")
-    }
+    errors: dict[str, list[float]] = {}
+    for c in ("closed_loop", "none"):
+        config = ModulationConfig(error_compensation=c)
+        took = modulate(inputs, activation, config, operator=operator, quantizer=quantizer)
+        errors[c] = [error(t.output.value, x) for t, x in zip(took, inputs, strict=True)][1:]
     no_memory = [error(output_of(encode_plain(x, quantizer), operator), x) for x in inputs]
     assert sum(no_memory) / 100 == pytest.approx(plain, rel=0.15)
     assert sum(errors["none"]) / 99 == pytest.approx(open_mean, rel=0.15)
@@ -238,25 +229,6 @@ def test_rounds_of_the_first_step_contract_also_when_the_static_scale_is_stale(b
         assert_within(state.value, x, float(x.abs().max()) * factor**rounds + 1e-12)
 
 
-def test_what_a_clip_ratio_holds_back_is_sent_later():
-    x = drifting(9, SHAPE, 1, 0.0)[0]
-    took = modulate([0 * x, *[x] * 40], QuantizerConfig(bits=4, clip=0.45), double())
-    largest = float(x.abs().max())
-    assert worst(took[1].input.value, x) > 0.4 * largest  # clipped at first: 1 - 0.45 of the largest value is missing
-    assert worst(took[-1].input.value, x) < 1e-6 * largest
-
-
-def test_the_linear_predictor_follows_a_ramp_and_hold_lags():
-    start, slope = drifting(1, SHAPE, 2, 1.0)
-    ramp = [start + 0.1 * t * slope for t in range(20)]
-    errors = {}
-    for predictor in ("hold", "linear"):
-        took = modulate(ramp, QuantizerConfig(bits=4), double(predictor=predictor))
-        errors[predictor] = worst(took[-1].input.value, ramp[-1])
-    assert errors["linear"] < 1e-6  # the residual is the rounding error alone, so it shrinks at every step
-    assert errors["hold"] > 1e-3  # the residual is the slope, so half a step of its grid stays
-
-
 def test_the_gain_follows_the_step_sizes_and_stops_at_one():
     linear = Linear()
     assert linear.weights(1, 0.8, 0.5) == pytest.approx((0.4,))
@@ -275,14 +247,6 @@ def test_after_an_anchor_the_move_before_it_is_forgotten():
         assert_same_bits(again.output.value, first.output.value)
 
 
-def test_hold_keeps_one_tensor_for_each_side_and_linear_two():
-    inputs = drifting(0, SHAPE, 3, 0.1)
-    hold = modulate(inputs, QuantizerConfig(bits=4), double())[-1]
-    linear = modulate(inputs, QuantizerConfig(bits=4), double(predictor="linear"))[-1]
-    assert (hold.input.moves, hold.output.moves) == ((), ())
-    assert_within(linear.input.moves[0] @ WEIGHT.T, linear.output.moves[0], 1e-12)
-
-
 def test_a_batch_permuted_is_the_result_permuted_with_a_scale_per_sample():
     inputs = drifting(12, (4, 3, 8), 6, 0.2)
     order = torch.tensor([2, 0, 3, 1])
@@ -293,14 +257,6 @@ def test_a_batch_permuted_is_the_result_permuted_with_a_scale_per_sample():
     for a, b, c in zip(straight, permuted, alone, strict=True):
         assert_within(b.output.value, a.output.value[order], 1e-12)
         assert_within(c.output.value, a.output.value[1:2], 1e-12)
-
-
-def test_plain_quantization_has_no_memory_and_its_bias():
-    quantizer = Quantizer(QuantizerConfig(bits=4), "tensor", -1, (8,))
-    x = drifting(0, SHAPE, 1, 0.0)[0]
-    once = output_of(encode_plain(x, quantizer), Affine())
-    assert_within(once, quantizer(x).value() @ WEIGHT.T + BIAS, 1e-12)
-    assert_same_bits(output_of(encode_plain(x, quantizer), Affine()), once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -316,9 +272,6 @@ def test_the_first_state_is_a_copy_of_the_input():
         x = drifting(0, SHAPE, 1, 0.0, torch.float32)[0]
         kept = x.clone()
         config = ModulationConfig(error_compensation=compensation)
-        _message, state = encode(x, None, Quantizer(QuantizerConfig(bits=4), "tensor", -1, (8,)), config)
+        _update, state = encode(x, None, Quantizer(QuantizerConfig(bits=4), "tensor", -1, (8,)), config)
         x.add_(1.0)
         assert_same_bits(state.value, kept)
-
-
-# ------------------------------------------------------------------------------------------------- drift of the states

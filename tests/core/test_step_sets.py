@@ -1,22 +1,24 @@
-"""Finite sets of scales: who shares one, and no set for a step that was not calibrated."""
+"""Finite sets of scales: who shares one, no set for a step that was not calibrated, and bit-equal tensors of them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from modiff import CalibrationError
+from modiff import CalibrationError, FormatError, QuantizerConfig
 from modiff.core.observers import MinMaxObserver
-from modiff.core.step_sets import grouped, set_of
+from modiff.core.quantizer import Quantizer
+from modiff.core.step_sets import grouped, load_scales, set_of
+from tests.helpers import assert_same_bits
 
 
 def watched(values: dict[float, float]) -> dict[tuple[float, ...], tuple[MinMaxObserver, ...]]:
-    found = {}
+    sets = {}
     for timestep, largest in values.items():
         observer = MinMaxObserver()
         observer.observe(torch.tensor([-largest, largest]))
-        found[(timestep,)] = (observer,)
-    return found
+        sets[(timestep,)] = (observer,)
+    return sets
 
 
 def test_no_merging_keeps_a_set_for_each_moment_the_largest_timestep_first():
@@ -35,7 +37,7 @@ def test_groups_are_runs_of_neighbours_that_cover_the_largest_range_of_their_mem
     assert [sets[i][0].range()[1].item() for i in sorted(sets)] == [max(m) for m in members]
 
 
-def test_a_moment_is_found_up_to_float32_rounding_and_no_further():
+def test_a_moment_is_sets_up_to_float32_rounding_and_no_further():
     moments = {(0.1,): 0, (999.0,): 1}
     assert set_of((float(torch.tensor(0.1)),), moments) == 0
     assert set_of((999.0,), moments) == 1
@@ -51,3 +53,97 @@ def test_a_residual_after_another_step_size_is_another_moment():
         set_of((900.0, 1000.0), moments)
     with pytest.raises(CalibrationError, match="got timestep 900"):
         set_of((900.0,), moments)
+
+
+def quantizer_of(segments=(3, 5), granularity="tensor", **settings) -> Quantizer:
+    moment = settings.pop("moment", None)
+    return Quantizer(QuantizerConfig(dynamic=False, **settings), granularity, -1, segments, moment)
+
+
+def measured(original: Quantizer, now: list[float] | None = None) -> Quantizer:
+    original.watch(lambda: MinMaxObserver(-1 if original.granularity == "input_channel" else None))
+    for i in range(3):
+        if now is not None:
+            now[0] = 10.0 - i
+        original(torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) * (1 + i))
+    original.freeze()
+    return original
+
+
+def same(a: Quantizer, b: Quantizer, x: torch.Tensor) -> None:
+    for (mine, p), (true, q) in zip(a(x).parts, b(x).parts, strict=True):
+        assert_same_bits(mine, true)
+        assert_same_bits(p.scale, q.scale)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "input_channel"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("segments", [(8,), (3, 5)])
+def test_one_set_comes_back_bit_for_bit(granularity, symmetric, segments):
+    original = measured(quantizer_of(segments, granularity, symmetric=symmetric))
+    tensors = original.state_dict_tensors()
+    kinds = ["scale"] if symmetric else ["scale", "zero_point"]
+    assert set(tensors) == {f"{kind}.{i}" for kind in kinds for i in range(len(segments))}
+    copy = quantizer_of(segments, granularity, symmetric=symmetric)
+    copy.load_tensors(tensors)
+    same(copy, original, torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("step_groups", [0, 2])
+def test_sets_for_groups_of_steps_come_back_bit_for_bit(symmetric, step_groups):
+    now = [0.0]
+    moment = lambda: (now[0],)  # noqa: E731
+    original = measured(quantizer_of(symmetric=symmetric, step_groups=step_groups, moment=moment), now)
+    tensors = original.state_dict_tensors()
+    assert tensors["moments"].tolist() == [[10.0], [9.0], [8.0]]
+    assert tensors["moment_sets"].tolist() == ([0, 1, 2] if step_groups == 0 else [0, 0, 1])
+    assert tensors["step_scale.1"].shape[0] == (3 if step_groups == 0 else 2)
+    copy = quantizer_of(symmetric=symmetric, step_groups=step_groups, moment=moment)
+    copy.load_tensors(tensors)
+    for now[0] in (10.0, 9.0, 8.0):
+        same(copy, original, torch.randn(4, 8))
+
+
+def test_nothing_measured_is_nothing_saved_and_loads_as_nothing():
+    assert quantizer_of().state_dict_tensors() == {}
+    original = measured(quantizer_of())
+    original.load_tensors({})
+    assert original.static is None
+
+
+GOOD = {"scale.0": torch.ones(1, 1), "scale.1": torch.ones(1, 1)}
+STEPS = {
+    "step_scale.0": torch.ones(2, 1, 1),
+    "moments": torch.tensor([[10.0], [9.0]]).double(),
+    "moment_sets": torch.tensor([0, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "channels", "message"),
+    [
+        ({"scale.0": torch.ones(1)}, (1, 1), r"expected the tensors scale\.0, scale\.1, got scale\.0"),
+        (GOOD | {"extra": torch.ones(1)}, (1, 1), "got extra, scale"),
+        (GOOD | {"scale.1": torch.ones(1, 3)}, (1, 1), r"expected 1 x 1 scales, got \(1, 3\) torch.float32"),
+        (GOOD | {"scale.1": torch.ones(1, 1, dtype=torch.int32)}, (1, 1), r"expected 1 x 1 scales"),
+        (GOOD | {"scale.0": torch.zeros(1, 1)}, (1, 1), "expected finite scales above 0"),
+        (GOOD | {"scale.0": torch.full((1, 1), torch.nan)}, (1, 1), "expected finite scales above 0"),
+        (GOOD | {"scale.0": torch.full((1, 1), torch.inf)}, (1, 1), "expected finite scales above 0"),
+        (STEPS | {"moments": torch.zeros(2, 3)}, (1,), r"expected moments \(M, 1 or 2\)"),
+        (STEPS | {"moment_sets": torch.tensor([0])}, (1,), r"expected moments \(M, 1 or 2\)"),
+        (STEPS | {"moment_sets": torch.tensor([0, 10**15])}, (1,), "expected sets numbered from 0"),
+        (STEPS | {"moment_sets": torch.tensor([0, -1])}, (1,), "expected sets numbered from 0"),
+        (STEPS | {"step_scale.0": torch.ones(3, 1, 1)}, (1,), r"expected 2 x 1 scales, got \(3, 1, 1\)"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(tensors, channels, message):
+    with pytest.raises(FormatError, match=message):
+        load_scales(tensors, channels, symmetric=True)
+
+
+def test_zero_points_are_asked_for_where_the_quantizer_has_them():
+    with pytest.raises(FormatError, match=r"expected the tensors scale\.0, zero_point\.0, got scale\.0"):
+        load_scales({"scale.0": torch.ones(1)}, (1,), symmetric=False)
+    with pytest.raises(FormatError, match="expected int32 zero points"):
+        load_scales({"scale.0": torch.ones(1), "zero_point.0": torch.ones(1)}, (1,), symmetric=False)

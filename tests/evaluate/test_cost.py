@@ -16,7 +16,7 @@ from modiff import presets
 from modiff.config import LayerConfig, ModulationConfig
 from modiff.evaluate.cost import LayerCost, attention_macs, trajectory_gbops
 from modiff.model.report import Entry, Report
-from tests.core.counters import measure, torch_macs
+from tests.evaluate.counters import measure, torch_macs
 
 
 class Apply(nn.Module):

@@ -50,14 +50,6 @@ def best_rounding(weights: list[float], scale: float, bits: int, loss: Callable[
     return min(loss(list(rounded)) for rounded in itertools.product(*choices))
 
 
-def surrogate(x: float, scale: float, zero: int, bits: int, at: tuple[float, float]) -> float:
-    """Q(x; s) whose rounding adds the constant that it adds at `at` = (x, s): smooth inside the range."""
-    low, high = bounds(bits)
-    cut = min(max(at[0] / at[1], low - zero), high - zero)
-    constant = round(cut) - cut
-    return scale * (min(max(x / scale, low - zero), high - zero) + constant)
-
-
 def step_gradient(x: float, scale: float, zero: int, bits: int) -> float:
     """dQ/ds as LSQ states it."""
     low, high = bounds(bits)

@@ -55,8 +55,8 @@ def rotate(x: Tensor, segments: tuple[Segment, ...], dim: int) -> Tensor:
     """
     if len(segments) == 1:
         return _rotate_blocks(x, segments[0].block, dim)
-    parts = x.split([s.channels for s in segments], dim)
-    return torch.cat([_rotate_blocks(p, s.block, dim) for p, s in zip(parts, segments, strict=True)], dim)
+    runs = x.split([s.channels for s in segments], dim)
+    return torch.cat([_rotate_blocks(run, s.block, dim) for run, s in zip(runs, segments, strict=True)], dim)
 
 
 def _rotate_blocks(x: Tensor, block: int, dim: int) -> Tensor:

@@ -11,8 +11,7 @@ from modiff.config import QuantizerConfig
 from modiff.core.affine import QParams, choose_qparams, dequantize, quantize
 from modiff.core.granularity import granularity_named
 from modiff.core.observers import Observer
-from modiff.core.scale_tensors import load_scales, scale_tensors
-from modiff.core.step_sets import Moment, grouped, set_of
+from modiff.core.step_sets import Moment, grouped, load_scales, scale_tensors, set_of
 from modiff.errors import CalibrationError, ConfigError
 
 
@@ -40,12 +39,11 @@ class Quantizer:
     """code(r) = clamp(round(r / s), qmin, qmax) with s = clip * max|r| / qmax, for each segment of the channels.
 
     Args:
-        config: bits, clip ratio, dynamic or static scales. bits None is not for a quantizer: there is nothing to code.
+        config: bits, clip ratio, dynamic or static scales.
         granularity: resolved, not "auto".
         channel_dim: -1 for linear layers, 1 for convolutions.
         segments: channel counts that get a quantizer each; one segment is the usual case, two a split shortcut.
-        moment: what tells the steps of a trajectory apart, asked for at each call; needed where
-            `config.step_groups` is not 1.
+        moment: tells the steps of a trajectory apart; needed where `config.step_groups` is not 1.
 
     static: the scales of all steps. tables: or one set of scales for each group of steps; `moments` says which group a
     moment belongs to. Both are None before calibration, and with dynamic scales.
@@ -110,7 +108,7 @@ class Quantizer:
         return Code(tuple(parts), self.channel_dim)
 
     def scaled(self, residual: Tensor, scales: Sequence[QParams]) -> Code | None:
-        """Codes of a residual with given scales, one for each run of channels; None at 0 bits."""
+        """Codes of a residual with known scales, one for each run of channels; None at 0 bits."""
         if self.bits == 0:
             return None
         pairs = zip(self._split(residual), scales, strict=True)
@@ -203,9 +201,8 @@ class Quantizer:
     def _now(self) -> Moment:
         if self.moment is None:
             raise CalibrationError(
-                "Quantizer: expected a clock that tells the steps apart, got none. Scales per step belong to a "
-                "layer of a "
-                "model. Use step_groups=1."
+                "Quantizer: expected a clock that tells the steps apart, got none. Scales per step belong to a layer "
+                "of a model. Use step_groups=1."
             )
         return self.moment()
 

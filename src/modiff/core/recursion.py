@@ -173,14 +173,9 @@ def accumulate(update: Update, state: State | None, operator: Operator, config: 
     return _next(value, state, config)
 
 
-def _sum(update: Update, operator: Operator) -> Tensor | float:
-    """Σ A_q(q) over the rounds."""
+def output_of(update: Update, operator: Operator) -> Tensor:
+    """A_q(q_t) + b of an update alone: what a layer without memory returns. Cost: one operator."""
     total: Tensor | float = 0.0
     for codes in update.codes:
         total = total + operator.linear(codes)
-    return total
-
-
-def output_of(update: Update, operator: Operator) -> Tensor:
-    """A_q(q_t) + b of an update alone: what a layer without memory returns. Cost: one operator."""
-    return torch.as_tensor(operator.start() + _sum(update, operator))
+    return torch.as_tensor(operator.start() + total)

@@ -173,7 +173,7 @@ def choose_modes(
         config,
         layer=dataclasses.replace(config.layer, execution="integer"),
         exclude=(defaults if config.exclude is None else config.exclude) + floats,
-        overrides=tuple((name, plain(config.layer)) for name in plains),
+        overrides=tuple((name, without_memory(config.layer)) for name in plains),
     )
     return AutotuneResult(chosen, tuple(rows), tolerance)
 
@@ -258,7 +258,7 @@ def signature(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | Non
     return f"{type(layer).__name__}({'; '.join(words)})"
 
 
-def plain(config: LayerConfig) -> LayerConfig:
+def without_memory(config: LayerConfig) -> LayerConfig:
     """The same without memory, on integers."""
     return dataclasses.replace(config, modulation=None, rotation="none", execution="integer")
 
@@ -268,7 +268,7 @@ def _measured(config: LayerConfig) -> list[LayerConfig]:
     if not config.activation.dynamic:
         activation = dataclasses.replace(config.activation, dynamic=True, granularity="tensor", step_groups=1)
         config = dataclasses.replace(config, activation=activation)
-    return [plain(config), dataclasses.replace(config, execution="integer")]
+    return [without_memory(config), dataclasses.replace(config, execution="integer")]
 
 
 def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | None = None) -> Seconds:

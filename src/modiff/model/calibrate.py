@@ -9,14 +9,12 @@ from typing import Literal
 from torch import nn
 
 from modiff.core.observers import (
-    CosineObserver,
-    KLObserver,
-    L1Observer,
+    RANGE_METRICS,
     MinMaxObserver,
     MovingAverageObserver,
-    MSEObserver,
     Observer,
     PercentileObserver,
+    RangeSearchObserver,
 )
 from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import StepSizes
@@ -24,18 +22,15 @@ from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import Attachment, required_attachment
 from modiff.model.attention import attention_quantizers
 
-OBSERVERS: dict[str, type[Observer]] = {
-    "minmax": MinMaxObserver,
-    "moving_average": MovingAverageObserver,
-    "percentile": PercentileObserver,
-    "mse": MSEObserver,
-    "l1": L1Observer,
-    "cosine": CosineObserver,
-    "kl": KLObserver,
-}
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl"]
 MakeObserver = Callable[[int | None], Observer]
 """Makes an observer for one scale (None), or for one scale for each index of an axis."""
+OBSERVERS: dict[str, MakeObserver] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+    "percentile": PercentileObserver,
+    **{name: functools.partial(RangeSearchObserver, metric=metric) for name, metric in RANGE_METRICS.items()},
+}
 
 
 def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:

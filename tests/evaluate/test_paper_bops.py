@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modiff.evaluate.cost import attention_macs
-from tests.core.counters import measure, torch_macs
+from tests.evaluate.counters import measure, torch_macs
 
 
 @pytest.fixture(scope="module")
