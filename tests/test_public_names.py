@@ -16,7 +16,7 @@ import modiff
 PACKAGE = Path(modiff.__file__).parent
 STILL_TWICE = {
     "Job", "Layout", "Memory", "Operator", "blocks_of", "load", "load_scales",
-    "modulated", "plain", "quantize", "scale_tensors", "segments_of",
+    "quantize", "scale_tensors", "segments_of",
 }  # fmt: skip
 """Names that two modules still have; this set may only get smaller."""
 
