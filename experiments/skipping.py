@@ -25,7 +25,6 @@ from modiff.kernels.input_fusion import InputFusion
 from modiff.model.attach import required_attachment
 from modiff.model.report import Report
 from modiff.nn import Clock
-from modiff.nn.loop.simulated import SimulatedInput
 from modiff.nn.operator import LayerSpec
 from modiff.nn.sharing import InputGroup, InputState
 
@@ -183,7 +182,7 @@ class _Inputs(InputGroup):
         return self.states[-1]
 
 
-class _Input(SimulatedInput):
+class _Input(InputState):
     """Shows the quantizer the input that a residual belongs to, and counts what was sent."""
 
     def __init__(self, spec: LayerSpec, quantizer: _SilentQuantizer, config: ModulationConfig, tally: Tally) -> None:

@@ -1,4 +1,4 @@
-"""Attention operands: each coded as its quantizer says, the products as torch's, and nothing left behind."""
+"""Attention operands: each quantized as its quantizer says, the products as torch's, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, bits: int, softmax_bits: int) -> 
 
 
 @pytest.mark.parametrize(("bits", "softmax_bits"), [(8, 8), (4, 4), (8, 2), (2, 8)])
-def test_attention_of_coded_operands_equals_the_reference(bits, softmax_bits):
+def test_attention_of_quantized_operands_equals_the_reference(bits, softmax_bits):
     q, k, v = operands()
-    found = QuantizedAttention(config(bits, softmax_bits), "attention").attend(q, k, v)
-    assert_within(found, reference(q, k, v, bits, softmax_bits), 1e-9)
+    ours = QuantizedAttention(config(bits, softmax_bits), "attention").attend(q, k, v)
+    assert_within(ours, reference(q, k, v, bits, softmax_bits), 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
@@ -63,7 +63,7 @@ def test_without_bits_the_call_is_torch_s_own_to_the_bit(dtype):
 
 
 def exact_softmax(q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
-    """Attention through the explicit path, with codes too fine to see."""
+    """Attention through the explicit path, which rounds nothing."""
     layer = QuantizedAttention(config(None, 16), "attention")
     layer.quantizers["softmax"].__class__ = type(
         "Exact", (type(layer.quantizers["softmax"]),), {"__call__": lambda *_: None}
@@ -80,6 +80,7 @@ BOOLEAN = torch.tensor([[True, True, False, False, False]] * 4 + [[False] * 5]) 
         {},
         {"scale": 0.7},
         {"is_causal": True},
+        {"enable_gqa": True},
         {"attn_mask": BOOLEAN},
         {"attn_mask": torch.linspace(-3, 3, 25).reshape(5, 5)},
         {"attn_mask": torch.zeros(2, 1, 1, 5).masked_fill(torch.arange(5) > 2, -torch.inf)},
@@ -88,6 +89,8 @@ BOOLEAN = torch.tensor([[True, True, False, False, False]] * 4 + [[False] * 5]) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_explicit_path_is_torch_s_attention(settings, dtype):
     q, k, v = operands(dtype)
+    if "enable_gqa" in settings:
+        k, v = k[:, :1], v[:, :1]
     mask = settings.get("attn_mask")
     cast = {"attn_mask": mask.to(dtype)} if mask is not None and mask.dtype != torch.bool else {}
     wide = {"attn_mask": cast["attn_mask"].double()} if cast else {}
@@ -99,8 +102,8 @@ def test_the_explicit_path_is_torch_s_attention(settings, dtype):
 def test_dropout_acts_on_the_probabilities():
     q, k, _ = operands()
     torch.manual_seed(0)
-    found = exact_softmax(q, k, torch.eye(5, dtype=torch.float64).expand(2, 3, 5, 5), dropout_p=0.5)
-    share = (found == 0).double().mean().item()
+    ours = exact_softmax(q, k, torch.eye(5, dtype=torch.float64).expand(2, 3, 5, 5), dropout_p=0.5)
+    share = (ours == 0).double().mean().item()
     assert 0.3 < share < 0.7
 
 
@@ -127,7 +130,7 @@ def attached(bits: int | None = 8) -> tuple[Products, QuantizedAttention]:
     return module, attention
 
 
-def test_calls_inside_the_module_are_coded_and_those_outside_are_not():
+def test_calls_inside_the_module_are_quantized_and_those_outside_are_not():
     q, k, v = operands()
     module, attention = attached(4)
     assert_same_bits(module(q, k, v), 2 * attention.attend(q, k, v))
@@ -146,7 +149,7 @@ def test_a_module_that_raises_leaves_torch_as_it_was(error):
     assert_same_bits(functional.scaled_dot_product_attention(q, k, v), exact)
 
 
-def test_attention_that_is_computed_otherwise_is_an_error_and_not_left_uncoded():
+def test_attention_that_is_computed_otherwise_is_an_error_and_not_left_in_floats():
     module, _ = attached()
     module.explicit = True
     with pytest.raises(StateError, match=r"blocks\.0\.attn: expected a call of torch's scaled_dot_product_attention"):

@@ -61,19 +61,19 @@ def anchors(states: Sequence[Tensor], every: int) -> list[Tensor]:
 def test_the_law_holds_at_every_step(layer, rotation, loop):
     make, shape, split = LAYERS[layer]
     ours = quantized(randomised(make()).double(), config_of(in_float64(LOOPS[loop]), rotation=rotation), split)
-    took = play(ours, walk(shape, 7, torch.float64))
-    states = [state for _, state, _ in took]
-    for (output, state, held), anchor in zip(took, anchors(states, LOOPS[loop].reanchor_every), strict=True):
-        assert_within(held, law(ours, state, anchor), 1e-12)
-        assert_same_bits(output, held)
+    steps = play(ours, walk(shape, 7, torch.float64))
+    states = [state for _, state, _ in steps]
+    for (output, state, output_state), anchor in zip(steps, anchors(states, LOOPS[loop].reanchor_every), strict=True):
+        assert_within(output_state, law(ours, state, anchor), 1e-12)
+        assert_same_bits(output, output_state)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_first_output_is_that_of_the_layer_before_rounding(layer):
     make, shape, split = LAYERS[layer]
     original, inputs = randomised(make()).double(), walk(shape, 1, torch.float64)
-    took = play(quantized(original, config_of(in_float64(LOOPS["hold"])), split), inputs)
-    assert_within(took[0][0], original(inputs[0]), 1e-12)
+    steps = play(quantized(original, config_of(in_float64(LOOPS["hold"])), split), inputs)
+    assert_within(steps[0][0], original(inputs[0]), 1e-12)
 
 
 @pytest.mark.parametrize("modulation", [
@@ -82,8 +82,8 @@ def test_the_first_output_is_that_of_the_layer_before_rounding(layer):
 def test_quantized_anchors_give_the_papers_law(modulation):
     """A coded first step has no input in full precision to multiply: its codes meet the quantized weight."""
     ours = quantized(randomised(nn.Linear(16, 6)).double(), config_of(in_float64(modulation)))
-    for _, state, held in play(ours, walk((2, 5, 16), 5, torch.float64)):
-        assert_within(held, ours.operator.affine(state), 1e-12)
+    for _, state, output_state in play(ours, walk((2, 5, 16), 5, torch.float64)):
+        assert_within(output_state, ours.operator.affine(state), 1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- on integers
@@ -97,13 +97,13 @@ def test_integers_follow_the_simulation_from_exact_anchors(layer, loop):
     ours = quantized(original, integer(config_of(LOOPS[loop])), split)
     assert ours.on_integers
     simulated = play(quantized(original, config_of(LOOPS[loop]), split), inputs)
-    for step, ((_, state, held), (_, its_state, its_held)) in enumerate(
+    for step, ((_, state, output_state), (_, simulated_state, simulated_output)) in enumerate(
         zip(play(ours, inputs), simulated, strict=True)
     ):
-        assert_same_bits(state, its_state)
-        assert_within(held, its_held, output_bound(original, inputs[0], len(inputs)))
+        assert_same_bits(state, simulated_state)
+        assert_within(output_state, simulated_output, output_bound(original, inputs[0], len(inputs)))
         if step % (LOOPS[loop].reanchor_every or 99) == 0:
-            assert_same_bits(held, its_held)
+            assert_same_bits(output_state, simulated_output)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -122,10 +122,15 @@ def test_int16_states_that_outgrow_their_grid_anchor_with_the_exact_weight():
     original = randomised(nn.Linear(16, 6))
     ours = quantized(original, FIXED)
     inputs = [x * 4.0**i for i, x in enumerate(walk((2, 5, 16), 6))]
-    took = play(ours, inputs)
+    steps = play(ours, inputs)
     with torch.no_grad():
-        exact = [float((held - original(state)).norm() / held.norm()) for _, state, held in took]
-    rounded = [float((held - ours.operator.affine(state)).norm() / held.norm()) for _, state, held in took]
+        exact = [
+            float((output_state - original(state)).norm() / output_state.norm()) for _, state, output_state in steps
+        ]
+    rounded = [
+        float((output_state - ours.operator.affine(state)).norm() / output_state.norm())
+        for _, state, output_state in steps
+    ]
     assert min(exact[1:]) < 1e-3
     assert min(rounded) > 0.02
 

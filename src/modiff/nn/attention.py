@@ -21,7 +21,7 @@ from modiff.nn.clock import Clock
 
 
 class QuantizedAttention:
-    """Codes q, k, v and the softmax output of one attention module (Q-Diffusion, section 4.3).
+    """Quantizes q, k, v and the softmax output of one attention module (Q-Diffusion, section 4.3).
 
     While the module's forward runs, its calls of `scaled_dot_product_attention` come here, whichever processor makes
     them. `attach` puts `forward` in front of the module's own, `detach` takes it away.
@@ -100,7 +100,7 @@ class QuantizedAttention:
         if self.stepwise and self.clock is not None and torch.compiler.is_compiling():
             arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return traced.attend(self.clock.token, *arguments, self.number)
-        q, k, v = (_coded(x, self.quantizers[name]) for name, x in (("q", query), ("k", key), ("v", value)))
+        q, k, v = (_quantized(x, self.quantizers[name]) for name, x in (("q", query), ("k", key), ("v", value)))
         softmax = self.quantizers["softmax"]
         if softmax is None:
             return functional.scaled_dot_product_attention(
@@ -146,7 +146,7 @@ def _quantizer_of(config: QuantizerConfig, automatic: str, moment: Callable[[], 
     return Quantizer(config, automatic if config.granularity == "auto" else config.granularity, -1, (1,), moment)
 
 
-def _coded(x: Tensor, quantizer: Quantizer | None) -> Tensor:
+def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:
     if quantizer is None:
         return x
     code = quantizer(x if x.dtype == torch.float64 else x.float())

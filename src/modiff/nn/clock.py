@@ -12,14 +12,13 @@ from torch import Tensor
 from modiff.errors import ModiffWarning, StateError
 
 _STARTING = threading.Lock()
-"""Of two threads that start a trajectory of one model, one must see that the other did; one lock for all models, as
-clocks are copied with them."""
+"""One for all models, as clocks are copied with them: of two threads that start, one must see the other."""
 
 
 def middle(timestep: Tensor | float) -> Tensor:
     """The timestep of an evaluation, (1,), float32: half of the least and the greatest, exact where they are one.
 
-    Image-to-video pipelines give each token its own, and hold those of the first frame at 0 all along.
+    Image-to-video pipelines give each token its own, and keep those of the first frame at 0.
     """
     low, high = torch.as_tensor(timestep, dtype=torch.float32).detach().aminmax()
     return ((low + high) / 2).reshape(1)
@@ -29,7 +28,7 @@ class _Context:
     """What one context (conditional, unconditional, ...) has seen of the trajectory.
 
     times: the last three timesteps, (3,), moved up in place, so that a recorded step reads the present ones.
-    known: which of them were given.
+    known: which of them are real.
     """
 
     def __init__(self) -> None:
@@ -45,27 +44,21 @@ class _Context:
                 self.times = torch.zeros(3, dtype=torch.float32, device=now.device)
             self.known = (False, False, False)
         self.known = (*self.known[1:], now is not None)
-        if self.times is not None and now is not None:
-            self.times.copy_(torch.cat([self.times[1:], now]))
-        elif self.times is not None:
-            self.times.copy_(self.times.roll(-1))
+        if self.times is not None:
+            self.times.copy_(self.times.roll(-1) if now is None else torch.cat([self.times[1:], now]))
 
 
 class _Branches:
     """Numbers the evaluations at one timestep of one context: tiles, windows, guidance in several calls.
 
-    The first timestep tells how many there are. From then on evaluation k of a timestep is of branch k mod that many,
-    so a sampler that visits a timestep twice, as Heun's does, stays in its branch.
+    The first timestep tells the total. From then on evaluation k of a timestep is of branch k mod total, so a sampler
+    that visits a timestep twice, as Heun's does, stays in its branch.
     """
 
     def __init__(self) -> None:
         self.first: float | None = None
         self.now: float | None = None
         self.count = self.total = 0
-
-    def begins_again(self, now: float) -> bool:
-        """Whether another generation begins: its first timestep comes again after others."""
-        return self.total > 0 and now == self.first
 
     def number(self, now: float) -> tuple[int, bool]:
         """The branch of the evaluation that begins, and whether the last timestep had as many as the first."""
@@ -88,8 +81,8 @@ class Clock:
 
     tick: counts network evaluations, over all contexts. step: evaluations of the present context in this trajectory,
     from 0. ratio: size of this step over the last one, in units of the timestep, 0-d tensor or 1.0 when unknown.
-    numbered: several evaluations at one timestep in one context have states of their own; a host that knows that its
-    timesteps move sets it. Costs a host sync an evaluation.
+    numbered: several evaluations at one timestep in one context have their own states, for a host sync an evaluation; a
+    host whose timesteps move sets it.
     """
 
     def __init__(self, name: str) -> None:
@@ -102,8 +95,8 @@ class Clock:
         self.failed = False
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
-        self._given: Tensor | float | None = None
-        self._moment: tuple[float, ...] | None = None
+        self._timestep: Tensor | float | None = None
+        self._moment: tuple[float] | None = None
         self._contexts: dict[str, _Context] = {}
         self._branches: dict[str, _Branches] = {}
         self._named: str | None = None
@@ -148,7 +141,7 @@ class Clock:
                 f"{self.name}: expected a trajectory whose evaluations all ended, got one whose last evaluation "
                 "raised. Some layers hold states of that step and some of the step before. Begin the trajectory again."
             )
-        self._given, self._moment = timestep, None
+        self._timestep, self._moment = timestep, None
         if self.active:
             self.tick += 1
             self.inside = True
@@ -170,9 +163,9 @@ class Clock:
     def _enter_branch(self, now: float) -> None:
         """Until the evaluation ends, the context is that of its branch."""
         self._leave_branch()  # of an evaluation that never ended
-        name = self.context
-        if name in self._branches and self._branches[name].begins_again(now):
-            self._forget()
+        name, known = self.context, self._branches.get(self.context)
+        if known is not None and known.total and now == known.first:
+            self._forget()  # the first timestep comes again after others: another generation
         branch, regular = self._branches.setdefault(name, _Branches()).number(now)
         if not regular and not self._warned:
             self._warned = True
@@ -191,23 +184,25 @@ class Clock:
             self.context, self._named = self._named, None
 
     def moment(self) -> tuple[float]:
-        """(timestep,) of this evaluation: what scales per step of a plain layer are kept under.
+        """(timestep,) of this evaluation, the key of a plain layer's scales per step.
 
-        Raises: StateError if the network was given no timestep, or several at once. Cost: one host sync an evaluation.
+        Raises: StateError if the network has no timestep, or several at once. Cost: one host sync an evaluation.
         """
         if self._moment is None:
-            values = torch.as_tensor(torch.nan if self._given is None else self._given).detach().flatten().double()
+            values = (
+                torch.as_tensor(torch.nan if self._timestep is None else self._timestep).detach().flatten().double()
+            )
             if not bool((values == values[0]).all()):
                 raise StateError(
                     f"{self.name}: expected one timestep for the whole batch, got "
-                    f"{'none' if self._given is None else 'several'}. Scales per step are chosen by it. "
+                    f"{'none' if self._timestep is None else 'several'}. Scales per step are chosen by it. "
                     "Evaluate one step at a time, or use step_groups=1."
                 )
             self._moment = (float(values[0]),)
-        return (self._moment[0],)
+        return self._moment
 
     def transition(self) -> tuple[float, float]:
-        """(timestep, timestep before) of the present context: what scales per step of residuals are kept under.
+        """(timestep, the one before) of the present context, the key of a residual's scales per step.
 
         Raises: StateError as `moment` does, and at the first step, which has no residual.
         """

@@ -1,4 +1,4 @@
-"""What torch.compile sees between layers, moved into them: norms, activations and the codes in one pass over memory.
+"""Norms and activations between layers, moved into them: computed in the pass over memory that makes the codes.
 
     y = layer(silu(group_norm(x)))   becomes   y = modiff::fused_layer(x, group norm, silu)
 
@@ -25,6 +25,8 @@ from modiff.private_names import COMPILER, check_private_names
 
 _READS = itertools.count(1)
 _VIEWS = ("transpose", "permute", "reshape", "view", "flatten")
+_TURN: dict[Any, Any] = {"view": "reshape"}  # a norm gives what can be viewed so, its input may not
+_CALLS = ("call_function", "call_method")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 
 
@@ -55,14 +57,13 @@ def backend(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 
 def fuse(module: GraphModule) -> int:
-    """Rewrite a graph of torch.compile in place. Returns: how many layers took in what stands before them.
+    """Rewrite a graph of torch.compile in place. Returns: how many layers took in the norm or activation they read.
 
-    Layers that read one tensor get a number for it, by which they know that they share: in memory inductor keeps other
-    tensors at the same place, one after the other.
+    Layers that read one tensor get a number for it, as inductor keeps one tensor after the other in the same memory.
     """
     moved = 0
     for node in list(module.graph.nodes):
-        if node.op in ("call_function", "call_method") and (match := _match(node)) and _readers(node, match):
+        if node.op in _CALLS and (match := _match(node)) and _readers(node, match):
             moved += len(node.users)
             _move(module, sorted(node.users), match)
             _erase(node)
@@ -74,30 +75,24 @@ def fuse(module: GraphModule) -> int:
 
 
 def _readers(node: Node, match: _Match) -> bool:
-    """Whether all that read the node are layers that can compute it, and read it as their input."""
-    users = list(node.users)
-    return bool(users) and all(
-        user.target is traced.layer
-        and user.args[1] is node
-        and _fuses(user.args[2], match)
-        and not _changed(match, user)
-        for user in users
-    )
-
-
-def _changed(match: _Match, reader: Node) -> bool:
-    """Whether anything is written in place between x and its reader: it may be what x is a view of."""
+    """Whether all that read the node are layers that can compute it, and nothing is written in place before they do."""
     first = match.x
     if match.norm == "gated" and match.weight is not None and match.weight < first:
         first = match.weight
-    return _written(first, reader)
+    return bool(node.users) and all(
+        user.target is traced.layer
+        and user.args[1] is node
+        and _fuses(user.args[2], match)
+        and not _written(first, user)  # maybe into what x is a view of
+        for user in node.users
+    )
 
 
 def _written(first: Node, last: Node) -> bool:
     """Whether anything is written in place between two nodes."""
     node = first.next
     while node is not last:
-        if node.op == "call_module" or (node.op in ("call_function", "call_method") and _in_place(node)):
+        if node.op == "call_module" or (node.op in _CALLS and _in_place(node)):
             return True
         node = node.next
     return False
@@ -124,16 +119,11 @@ def _read_numbers(readers: list[Node]) -> list[int]:
 
 def _in_place(node: Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    named = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return named or _asked_in_place(node) or node.kwargs.get("out") is not None or _mutates(node.target)
-
-
-def _asked_in_place(node: Node) -> bool:
-    """Whether `inplace` is given, by its name or by its position in a function of Python."""
-    if node.kwargs.get("inplace"):
+    if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
         return True
     names = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
-    return "inplace" in names and bool(_argument(node, names.index("inplace"), "inplace"))
+    index = names.index("inplace") if "inplace" in names else len(node.args)
+    return bool(_argument(node, index, "inplace")) or _mutates(node.target)
 
 
 def _mutates(target: object) -> bool:
@@ -158,7 +148,7 @@ def _move(module: GraphModule, readers: list[Node], match: _Match) -> None:
         if match.each:
             weight, bias = (graph.call_method("flatten", (part, 1)) for part in (weight, bias))
         for view in match.views:
-            x = graph.call_method(_turn(view), (x, *view.args[1:]), view.kwargs)
+            x = graph.call_method(_TURN.get(view.target, view.target), (x, *view.args[1:]), view.kwargs)
     for reader, read in zip(readers, _read_numbers(readers), strict=True):
         token, _, number = reader.args
         arguments = (token, x, weight, bias, match.norm, match.groups, match.eps, match.activation, read, number)
@@ -176,13 +166,9 @@ def _erase(node: Node) -> None:
     read = node.all_input_nodes
     node.graph.erase_node(node)
     for each in read:
-        if each.op in ("call_function", "call_method") and not _writes(each):
+        overload = each.target if isinstance(each.target, torch._ops.OpOverload) else None
+        if each.op in _CALLS and not (overload is not None and overload._schema.is_mutable):
             _erase(each)
-
-
-def _writes(node: Node) -> bool:
-    """Whether a node does more than give its value."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 # ------------------------------------------------------------------------------------------------------- what matches
@@ -199,7 +185,8 @@ def _match(node: Node) -> _Match | None:
     else:
         inner = _without_dropout(_argument(last, 0, "input"))
         match = (_norm(inner) if _only(inner, last) else None) or _Match(inner)
-    if match is None or _dtype(match.x) != _dtype(node):
+    x, y = (None, None) if match is None else (_example(match.x), _example(node))
+    if match is None or (x is not None and x.dtype) != (y is not None and y.dtype):
         return None
     return match._replace(activation=activation)
 
@@ -248,9 +235,8 @@ def _only(node: Any, reader: Node) -> bool:
 def _group_norm(node: Node) -> _Match | None:
     if node.target is not functional.group_norm:
         return None
-    x, groups, weight, bias, eps = (
-        _argument(node, i, name) for i, name in enumerate(("input", "num_groups", "weight", "bias", "eps"))
-    )
+    names = ("input", "num_groups", "weight", "bias", "eps")
+    x, groups, weight, bias, eps = (_argument(node, i, name) for i, name in enumerate(names))
     return _Match(x, "group", groups, weight, bias, 1e-5 if eps is None else eps)
 
 
@@ -268,11 +254,6 @@ def _turned_norm(node: Node) -> _Match | None:
     return norm._replace(norm="group_last", views=tuple(views))
 
 
-def _turn(view: Node) -> str:
-    """The method that does the same to any tensor: a norm gives what can be viewed so, its input may not."""
-    return "reshape" if view.target == "view" else str(view.target)
-
-
 def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
     """Whether the views keep samples and the order of pixels, and put the channels last; tried on numbers."""
     if like is None or like.dim() < 3 or not all(type(size) is int for size in like.shape):
@@ -282,7 +263,7 @@ def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
     for view in views:
         if any(isinstance(argument, torch.dtype) for argument in (*view.args, *view.kwargs.values())):
             return False
-        turned = getattr(turned, _turn(view))(*view.args[1:], **view.kwargs)
+        turned = getattr(turned, _TURN.get(view.target, view.target))(*view.args[1:], **view.kwargs)
     if turned.dim() < 3 or (turned.shape[0], turned.shape[-1]) != (like.shape[0], like.shape[1]):
         return False
     return torch.equal(turned.flatten(1, -2), expected)
@@ -291,9 +272,8 @@ def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
 def _layer_norm(node: Node) -> _Match | None:
     if node.target is not functional.layer_norm:
         return None
-    x, shape, weight, bias, eps = (
-        _argument(node, i, name) for i, name in enumerate(("input", "normalized_shape", "weight", "bias", "eps"))
-    )
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    x, shape, weight, bias, eps = (_argument(node, i, name) for i, name in enumerate(names))
     return _Match(x, "layer", 1, weight, bias, 1e-5 if eps is None else eps) if len(shape) == 1 else None
 
 
@@ -327,8 +307,3 @@ def _argument(node: Node, index: int, name: str) -> Any:
 def _example(node: Any) -> Tensor | None:
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
-
-
-def _dtype(node: Node) -> torch.dtype | None:
-    value = _example(node)
-    return None if value is None else value.dtype

@@ -1,4 +1,4 @@
-"""What all quantized layers share: they take a torch layer's place and parameters, and hand its input to their loop."""
+"""What all quantized layers share: they have the parameters of a torch layer, and hand its input to their loop."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ class ModulatedLayer(nn.Module):
     channel_dim: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
+    spec: LayerSpec
+    clock: Clock
+    operator: LayerOperator
+    unsupported: str
+    loop: SimulatedLoop
+    number: int
 
     @classmethod
     def from_float(
@@ -46,42 +52,36 @@ class ModulatedLayer(nn.Module):
         clock: Clock | None = None,
         split: int | None = None,
     ) -> Self:
-        """A modulated quantized of a torch layer.
+        """The quantized layer of a torch layer, which is not changed.
 
         Args:
-            layer: the torch layer; it is not changed.
             name: for messages.
             clock: of the model the layer sits in; its own when None.
             split: channel index where the input is cut into two halves with a quantizer each.
         Raises: ConfigError if the split lies outside the channels or the layer has groups.
         """
         quantized = cls.__new__(cls)
-        quantized.__dict__ = dict(
-            layer.__dict__
-        )  # the same parameters, buffers and hooks: remove() has nothing to copy
-        quantized._adopt(config, name, clock or Clock(name), split)
-        return quantized
-
-    def _adopt(self, config: LayerConfig, name: str, clock: Clock, split: int | None) -> None:
-        spec = self.spec_of(name, config, split)
+        quantized.__dict__ = dict(layer.__dict__)  # the same parameters, buffers and hooks: remove() copies nothing
+        spec = quantized.spec = quantized.spec_of(name, config, split)
         if split is not None and (not 0 < split < spec.channels or spec.groups > 1):
             raise ConfigError(
                 f"{name}: expected a split between 0 and {spec.channels} of a layer without groups, got {split} with "
                 f"{spec.groups} groups. The cut must leave channels on both sides. Use split=None."
             )
-        self.spec, self.clock = spec, clock
-        self.operator = LayerOperator(spec, self._parameters)
+        clock = quantized.clock = clock or Clock(name)
+        quantized.operator = LayerOperator(spec, quantized._parameters)
         quantizer = None
         if config.activation.bits is not None:
             moment = clock.moment if config.modulation is None else clock.transition
-            granularity = resolve(config.activation.granularity, self.channel_dim)
-            quantizer = Quantizer(config.activation, granularity, self.channel_dim, spec.runs, moment)
-        self.unsupported, kind = unsupported(spec, quantizer), SimulatedLoop
-        if config.execution == "integer" and not self.unsupported:
+            granularity = resolve(config.activation.granularity, cls.channel_dim)
+            quantizer = Quantizer(config.activation, granularity, cls.channel_dim, spec.runs, moment)
+        quantized.unsupported, kind = unsupported(spec, quantizer), SimulatedLoop
+        if config.execution == "integer" and not quantized.unsupported:
             int16 = config.modulation is not None and config.modulation.state_dtype == "int16"
             kind = Int16Loop if int16 else IntegerLoop
-        self.loop: SimulatedLoop = kind(spec, self.operator, quantizer, clock)
-        self.number = traced.number_for(self)
+        quantized.loop = kind(spec, quantized.operator, quantizer, clock)
+        quantized.number = traced.number_for(quantized)
+        return quantized
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch; a copy has a number of its own."""
@@ -89,7 +89,7 @@ class ModulatedLayer(nn.Module):
         self.number = traced.number_for(self)
 
     def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
-        """What the layer's parts know of it."""
+        """Geometry, config and name."""
         raise NotImplementedError
 
     @property
@@ -126,7 +126,7 @@ class ModulatedLayer(nn.Module):
         self.loop.inputs = inputs
 
     @property
-    def quantized_weight(self) -> QuantizedWeight | PackedWeight:
+    def quantized_weight(self) -> QuantizedWeight:
         """The codes of the weight."""
         return self.operator.quantized
 
@@ -155,26 +155,18 @@ class ModulatedLayer(nn.Module):
         if self.config.weight.bits is not None and not self.packed:
             self.hold_packed(self.packed_state(anchor_weights))
 
-    def packed_tensors(self) -> tuple[Tensor, Tensor]:
-        """The packed weight and its scales, whether the layer is packed or not. For layers with weight bits only."""
-        scale = self._buffers.get(SCALE)
-        if self.packed and scale is not None:
-            return self.weight.detach(), scale
-        return pack_parts(self.quantized_weight.codes(self.weight), self.config.weight.bits or 8)
-
     def packed_state(self, anchor_weights: PackedAnchors = "quantized") -> dict[str, Tensor]:
         """All tensors of the packed weight, by their names in `PACKED`, as `pack` would keep them or has kept them."""
-        weight, scale = self.packed_tensors()
-        state = {"weight": weight, SCALE: scale}
-        if not self.keeps_error(anchor_weights):
-            return state
-        if isinstance(self.quantized_weight, PackedWeight):
-            return state | {name: self.get_buffer(name) for name in (ERROR, ERROR_SCALE)}
-        error, error_scale = pack_parts(self.quantized_weight.error(self.weight), 8)
-        return state | {ERROR: error, ERROR_SCALE: error_scale}
+        names = (SCALE, ERROR, ERROR_SCALE) if self.keeps_error(anchor_weights) else (SCALE,)
+        if self.packed:
+            return {"weight": self.weight.detach(), **{name: self.get_buffer(name) for name in names}}
+        parts = pack_parts(self.quantized_weight.codes(self.weight), self.config.weight.bits or 8)
+        if len(names) > 1:
+            parts += pack_parts(self.quantized_weight.error(self.weight), 8)
+        return dict(zip(("weight", *names), parts, strict=True))
 
     def keeps_error(self, anchor_weights: PackedAnchors = "quantized") -> bool:
-        """Whether the layer holds codes of its weight's rounding error, or `pack(anchor_weights)` would make them."""
+        """Whether the layer keeps codes of its weight's rounding error, or `pack(anchor_weights)` would make them."""
         if self.packed:
             return self._buffers.get(ERROR) is not None
         return anchor_weights == "int8" and self.spec.anchors_exactly and self.config.weight.bits is not None
@@ -191,18 +183,15 @@ class ModulatedLayer(nn.Module):
         return "quantized weights"
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a packed weight, as `packed_storage` has them, instead of the weight.
-
-        The layer that this one was made from keeps its own parameters.
-        """
+        """Take the tensors of a packed weight, as `packed_storage` has them; the replaced layer keeps its weight."""
         self._parameters, self._buffers = dict(self._parameters), dict(self._buffers)
-        was, shape = self.quantized_weight, self.weight_shape
+        shape = self.weight_shape
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         for name, tensor in tensors.items():
             if name != "weight":
                 self.register_buffer(name, tensor)
         self.operator.parameters = self._parameters
-        self.operator.quantized = PackedWeight(was.config, was.segments, was.rotation, was.name, shape, self._buffers)
+        self.operator.quantized = PackedWeight(self.quantized_weight, shape, self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch, but scales stay float32 in `.half()` and `.to(dtype)`: rounded ones would be other weights."""
@@ -214,26 +203,16 @@ class ModulatedLayer(nn.Module):
                 self._buffers[name] = scale.to(moved.device)
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """As torch, but floats are not cast to the integers of a packed weight, nor the other way round."""
         weight = state_dict.get(f"{prefix}weight")
-        if isinstance(weight, Tensor) and weight.is_floating_point() != self.weight.is_floating_point():
-            error_msgs.append(
-                f"{prefix}weight: expected {self.weight.dtype}, got {weight.dtype}. Packed and float weights do not "
-                "fit each other. Load it with modiff.load."
-            )
+        if not isinstance(weight, Tensor) or weight.is_floating_point() == self.weight.is_floating_point():
+            super()._load_from_state_dict(state_dict, prefix, *others)
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        messages: list[str] = others[-1]
+        messages.append(
+            f"{prefix}weight: expected {self.weight.dtype}, got {weight.dtype}. Packed and float weights do not fit "
+            "each other. Load it with modiff.load."
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch.nn import functional
 
 from modiff.config import LayerConfig
 from modiff.nn.layer import ModulatedLayer
-from modiff.nn.operator import Convolve, LayerSpec
+from modiff.nn.operator import LayerSpec, convolve
 
 
 class ModulatedLinear(ModulatedLayer, nn.Linear):
@@ -18,7 +19,7 @@ class ModulatedLinear(ModulatedLayer, nn.Linear):
     channel_dim: ClassVar[int] = -1
 
     def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
-        """What the layer's parts know of it."""
+        """Geometry, config and name."""
         return LayerSpec(name, config, self.in_features, self.channel_dim, functional.linear, split)
 
 
@@ -34,13 +35,14 @@ class _ModulatedConv(ModulatedLayer):
     _reversed_padding_repeated_twice: list[int]
 
     def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
-        """What the layer's parts know of it: stride, padding and dilation resolved."""
+        """Geometry, with stride, padding and dilation resolved, config and name."""
         pads = self._reversed_padding_repeated_twice  # (left, right) of each axis, the last axis first
         left, right = pads[0::2][::-1], pads[1::2][::-1]
         unsupported = "" if left == right else "no kernel pads one side more than the other"
         if self.padding_mode != "zeros":
             unsupported = f"no kernel pads with {self.padding_mode!r}"
-        operate = Convolve(self.stride, self.padding, self.dilation, self.groups, self.padding_mode, tuple(pads))
+        settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        operate = functools.partial(convolve, mode=self.padding_mode, pads=pads, **settings)
         return LayerSpec(
             name, config, self.in_channels, self.channel_dim, operate, split, self.groups, self.kernel_size,
             self.stride, tuple(left), self.dilation, unsupported,

@@ -1,4 +1,4 @@
-"""What the parts of a layer know of it, and its affine map with the quantized weight."""
+"""A layer's geometry, config and name, and its affine map with the quantized weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.nn import functional
 from modiff.config import LayerConfig
 from modiff.core.hadamard import Segment, segments_of
 from modiff.core.quantizer import Code
-from modiff.nn.packed import PackedWeight
 from modiff.nn.weight import QuantizedWeight
 
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -67,32 +66,14 @@ class LayerSpec:
             return False
         return modulation.anchor_weights == "exact"
 
-    def weight_of(self) -> QuantizedWeight:
-        """The weight's quantizer: the runs of its input channels, and the rotation folded into them."""
-        fan_in, rotation = self.channels // self.groups, self.rotation
-        if rotation is not None and self.split is None:
-            rotation = segments_of((fan_in,), 1, rotation[0].block)
-        runs = (fan_in,) if self.split is None else self.runs
-        return QuantizedWeight(self.config.weight, runs, rotation, f"{self.name}.weight")
 
-
-@dataclass(frozen=True)
-class Convolve:
-    """A convolution with the stride, padding and its mode, dilation and groups of a torch layer."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    groups: int
-    mode: str
-    pads: tuple[int, ...]
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(N, C, ...) -> (N, O, ...)."""
-        convolve, padding = _CONVOLVE[len(self.stride)], self.padding
-        if self.mode != "zeros":
-            x, padding = functional.pad(x, self.pads, mode=self.mode), 0
-        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, mode: str, pads: list[int], padding: Any, **settings: Any
+) -> Tensor:
+    """(N, C, ...) -> (N, O, ...) with what a torch layer pads in front of it."""
+    if mode != "zeros":
+        x, padding = functional.pad(x, pads, mode=mode), 0
+    return _CONVOLVE[x.dim() - 2](x, weight, bias, padding=padding, **settings)
 
 
 class LayerOperator:
@@ -103,7 +84,11 @@ class LayerOperator:
 
     def __init__(self, spec: LayerSpec, parameters: Parameters) -> None:
         self.spec, self.parameters = spec, parameters
-        self.quantized: QuantizedWeight | PackedWeight = spec.weight_of()
+        runs, rotation = spec.runs, spec.rotation
+        if spec.split is None:
+            runs = (spec.channels // spec.groups,)
+            rotation = None if rotation is None else segments_of(runs, 1, rotation[0].block)
+        self.quantized = QuantizedWeight(spec.config.weight, runs, rotation, f"{spec.name}.weight")
 
     @property
     def weight(self) -> Tensor:

@@ -11,12 +11,10 @@ from typing import Never
 import torch
 from torch import Tensor
 
-from modiff.config import WeightConfig
 from modiff.core.affine import QParams
-from modiff.core.hadamard import Segment
 from modiff.errors import StateError
 from modiff.kernels.layout import weight_codes
-from modiff.nn.weight import Part, dense
+from modiff.nn.weight import Part, QuantizedWeight, dense
 
 SCALE, ERROR, ERROR_SCALE = "weight_scale", "weight_error", "weight_error_scale"
 """Names of the buffers of a packed layer: scales of `weight`; codes of its rounding error and their scales."""
@@ -25,23 +23,17 @@ PACKED = ("weight", SCALE, ERROR, ERROR_SCALE)
 _HALF_BYTE = 4
 
 
-def storage(bits: int, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Dtype and shape that codes of a weight take: 2 to 4 bits two in a byte along each row, 5 to 8 bits one.
-
-    >>> storage(4, (320, 320, 3, 3)), storage(8, (320, 320, 3, 3))
-    ((torch.uint8, (320, 1440)), (torch.int8, (320, 320, 3, 3)))
-    """
-    if bits > _HALF_BYTE:
-        return torch.int8, shape
-    return torch.uint8, (shape[0], -(-math.prod(shape[1:]) // 2))
-
-
 def packed_storage(
     bits: int, shape: tuple[int, ...], segments: int, *, error: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor that stands for a packed weight; `error`: codes of its rounding error too."""
+    """Dtype and shape of each tensor that stands for a packed weight; `error`: codes of its rounding error too.
+
+    >>> packed_storage(4, (320, 320, 3, 3), 1, error=False)["weight"]
+    (torch.uint8, (320, 1440))
+    """
+    halves = torch.uint8, (shape[0], -(-math.prod(shape[1:]) // 2))
     scales = torch.float32, (shape[0], segments)
-    stored = {"weight": storage(bits, shape), SCALE: scales}
+    stored = {"weight": halves if bits <= _HALF_BYTE else (torch.int8, shape), SCALE: scales}
     return stored | {ERROR: (torch.int8, shape), ERROR_SCALE: scales} if error else stored
 
 
@@ -59,50 +51,26 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     return ((rows[:, ::2] & 15) | (rows[:, 1::2] << 4)).view(torch.uint8)
 
 
-class PackedWeight:
-    """w ~ scale_o * code_o where only the codes are kept; takes the place of `QuantizedWeight` in a packed layer.
+class PackedWeight(QuantizedWeight):
+    """w ~ scale_o * code_o where only the codes are kept, and unpacked at each use.
 
     Args:
-        config, segments, rotation, name: as `QuantizedWeight` has them.
+        was: the weight that was packed.
         shape: of the weight, (O, I / groups, ...).
         buffers: of the layer; scales and error codes are read from it at each use, as they move with the layer.
-
-    Codes are unpacked at each use and never kept: at 4 bits the layer holds half a byte a weight.
     """
 
-    fixed = True
-
-    def __init__(
-        self,
-        config: WeightConfig,
-        segments: tuple[int, ...],
-        rotation: tuple[Segment, ...] | None,
-        name: str,
-        shape: tuple[int, ...],
-        buffers: dict[str, Tensor | None],
-    ) -> None:
-        self.config, self.segments, self.rotation, self.name = config, segments, rotation, name
+    def __init__(self, was: QuantizedWeight, shape: tuple[int, ...], buffers: dict[str, Tensor | None]) -> None:
+        super().__init__(was.config, was.segments, was.rotation, was.name)
         self.shape, self._buffers = shape, buffers
-
-    def forget(self) -> None:
-        """Nothing to forget: the codes are the weight."""
+        self._fixed = ()  # the codes are the weight, and never rounded again
 
     def codes(self, weight: Tensor) -> tuple[Part, ...]:
         """(int8 codes, scales) for each segment along axis 1, from the packed `weight`."""
-        return self._parts(weight_codes(weight.detach(), self.shape), SCALE)
-
-    def _parts(self, codes: Tensor, scale: str) -> tuple[Part, ...]:
-        scales = self._buffer(scale).split(1, 1)
-        ones = [1] * (len(self.shape) - 2)
-        parts = codes.split(list(self.segments), 1)
-        return tuple((c, QParams(s.reshape(-1, 1, *ones), None)) for c, s in zip(parts, scales, strict=True))
-
-    def bytes_kept(self) -> tuple[int, int]:
-        """Nothing: the packed weight and its scales are the module's."""
-        return 0, 0
+        return self._split(weight_codes(weight.detach(), self.shape), SCALE)
 
     def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes as they are kept, and their scales."""
+        """The codes as they are kept, and their scales. Raises: StateError without them."""
         return weight.detach(), self._buffer(SCALE)
 
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,19 +81,28 @@ class PackedWeight:
         """The weight before rounding as far as it was kept: `dense`, and what the codes of its rounding error say."""
         codes = self._buffers.get(ERROR)
         kept = self.dense(weight, dtype)
-        return kept if codes is None else kept + dense(self._parts(codes, ERROR_SCALE), dtype)
+        return kept if codes is None else kept + dense(self._split(codes, ERROR_SCALE), dtype)
 
-    def floats(self, _weight: Tensor) -> Never:
+    def floats(self, weight: Tensor) -> Never:
         """Raises: StateError; the floats are gone."""
-        raise self._gone()
+        raise StateError(
+            f"{self.name}: expected a float weight, got a packed one. Packing keeps the integers alone, and rounding "
+            "starts from floats. Do this before modiff.pack, on the full-precision model."
+        )
 
-    def fix(self, _parts: tuple[Part, ...]) -> Never:
-        """Raises: StateError; other codes would need the floats."""
-        raise self._gone()
+    def fix(self, parts: tuple[Part, ...]) -> Never:
+        """Raises: StateError, as `floats`."""
+        self.floats(parts[0][0])
 
     def unfix(self) -> Never:
-        """Raises: StateError; rounding again would need the floats."""
-        raise self._gone()
+        """Raises: StateError, as `floats`."""
+        self.floats(torch.empty(0))
+
+    def _split(self, codes: Tensor, scale: str) -> tuple[Part, ...]:
+        scales = self._buffer(scale).split(1, 1)
+        ones = [1] * (len(self.shape) - 2)
+        parts = codes.split(self.segments, 1)
+        return tuple((c, QParams(s.reshape(-1, 1, *ones), None)) for c, s in zip(parts, scales, strict=True))
 
     def _buffer(self, name: str) -> Tensor:
         scale = self._buffers.get(name)
@@ -133,12 +110,6 @@ class PackedWeight:
             raise StateError(f"{self.name}: expected the buffer {name}, got none. A packed weight means nothing "
                              "without its scales. Load the model again.")  # fmt: skip
         return scale
-
-    def _gone(self) -> StateError:
-        return StateError(
-            f"{self.name}: expected a float weight, got a packed one. Packing keeps the integers alone, and rounding "
-            "starts from floats. Do this before modiff.pack, on the full-precision model."
-        )
 
 
 def pack_parts(parts: tuple[Part, ...], bits: int) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,37 +25,32 @@ from modiff.nn.operator import LayerSpec, at_least_float32
 class Source:
     """A tensor as its first reader got it.
 
-    In eager execution a tensor is recognized by identity and version counter. Under inductor, buffers are reused, and
-    inference tensors have no version, so neither works. There the read number of the graph tells, and without one the
-    bytes, where a layer joins at the same address. A write through `.data` between two readers is not seen.
+    In eager execution a tensor is recognized by identity and version counter. Inductor reuses buffers and inference
+    tensors have no version: there the read number of the graph tells, and without one the bytes, where a layer joins at
+    the same address. A write through `.data` between two readers is not seen.
 
     Args:
         read: None in eager execution; in a graph the number of what is read, negative for the first that reads it in
             each run of the graph, 0 where it has none.
-        shared: whether other readers will come; otherwise the bytes are not looked at.
-    Cost: a pass over x where its bytes are looked at, here and for each reader that asks.
+        shared: whether other readers will come; otherwise the bytes, which cost a pass over x, are not looked at.
     """
 
     __slots__ = ("address", "bytes", "read", "tensor", "version")
 
     def __init__(self, x: Tensor, read: int | None, shared: bool) -> None:
         self.tensor, self.read, self.address = weakref.ref(x), read, x.data_ptr()
-        self.version = 0 if x.is_inference() else x._version
+        self.version = version_of(x)
         self.bytes = fingerprint(x) if shared and _silent(x, read) else None
 
     def begins(self, x: Tensor, read: int | None) -> bool:
         """Whether a layer that reads x for the first time reads this tensor. False where nobody can tell."""
-        if read is not None and read < 0:
-            return False  # nothing was made of it yet in this run of the graph
-        if read is None and self.tensor() is None:
-            return False
+        if (read is None and self.tensor() is None) or (read is not None and read < 0):
+            return False  # the tensor is gone, or nothing was made of it yet in this run of the graph
         return self.carries(x, read) and (not _silent(x, read) or self.address == x.data_ptr())
 
     def carries(self, x: Tensor, read: int | None) -> bool:
         """Whether x, which a reader of this tensor was given, is it, unchanged since."""
-        if (read is None) != (self.read is None):
-            return False
-        if read is not None and self.read is not None and abs(read) != abs(self.read):
+        if (None if read is None else abs(read)) != (None if self.read is None else abs(self.read)):
             return False
         if _silent(x, read):
             return self.bytes is not None and self.bytes == fingerprint(x)
@@ -72,20 +67,21 @@ def _silent(x: Tensor, read: int | None) -> bool:
     return read == 0 or (read is None and x.is_inference())
 
 
-class InputState(ABC):
-    """One tensor's input state through a trajectory, and the update of this evaluation, for each layer that reads it.
+class InputState:
+    """One tensor's input state â_t, as `core.recursion` keeps it, and its update, for each layer that reads the tensor.
 
-    spec: of the layer that opened it; what the input's side asks of it is the same in all of a group.
-    count: updates so far; a reader that missed one cannot go on. readers: how many layers read it. unread: those that
-    did not take this update yet; after the last one it is freed. open: others may join. turn: the step at which it
-    anchors again first where anchors are staggered, up to a multiple of `reanchor_every`. scales, age: of the last
-    residual, and how many were quantized since an anchor, where scales are held over some steps.
-    Subclasses say how the state is kept and how the codes look.
+    spec: of the layer that opened it; what concerns the input is the same in all of a group.
+    count: updates so far. readers: how many layers read it. unread: those that did not take this update yet; after the
+    last one it is freed. open: others may join. turn: the step at which it anchors again first where anchors are
+    staggered. scales, age: of the last residual, and how many were quantized since an anchor, where scales last longer
+    than a step.
+    Subclasses keep the state and the codes in another form.
     """
 
     def __init__(self, spec: LayerSpec, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
         self.spec, self.quantizer, self.config, self.clock = spec, quantizer, config, clock
         self.predictor = predictor_named(config.predictor)
+        self.parts: tuple[Any, ...] = ()
         self.update: Update | None = None
         self.count, self.readers, self.unread, self.open, self.turn, self.tick = 0, 1, 0, False, 0, -1
         self.scales: tuple[QParams, ...] = ()
@@ -94,21 +90,19 @@ class InputState(ABC):
         self._source: Source | None = None
 
     @property
-    @abstractmethod
     def state(self) -> State | None:
         """The state as one tensor, None before the first step."""
+        return self.parts[0] if self.parts else None
 
-    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """Every tensor that the state keeps."""
+        return [tensor for state in self.parts for tensor in (state.value, *state.moves)]
 
-    @abstractmethod
-    def restart(self) -> None:
-        """Forget the state: the next step anchors."""
-
-    @abstractmethod
     def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """Encode x, or what `fusion` makes of it, and move the state on."""
+        update, state = self.encoded(x, fusion, self.parts[0] if self.parts else None)
+        self.parts = (state,)
+        return update
 
     def begins(self, x: Tensor, read: int | None) -> bool:
         """Whether the states started in this evaluation, and from this very tensor, unchanged since."""
@@ -130,11 +124,14 @@ class InputState(ABC):
             return self.update
         every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
         if every and (self.clock.step - turn) % every == 0:
-            self.restart()
-            self._shape, self.age = None, 0
+            self.parts, self._shape, self.age = (), None, 0
         shape = (x.shape, x.device)
         if self._shape is not None and self._shape != shape:
-            raise self._misfit(where, x)
+            raise StateError(
+                f"{where}: expected an input of shape {tuple(self._shape[0])} on {self._shape[1]}, got "
+                f"{tuple(x.shape)} on {x.device}. The batch or image size changed inside one trajectory. Wrap each "
+                "generation in its own `with modiff.trajectory(model):`."
+            )
         self.update = self.advance(x, fusion)
         shared = self.readers > 1 or (self.open and not self.count)
         self._shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, shared)
@@ -164,14 +161,6 @@ class InputState(ABC):
         """Size of this step over the last one, on a device."""
         ratio = self.clock.ratio
         return ratio.to(device) if isinstance(ratio, Tensor) else ratio
-
-    def _misfit(self, where: str, x: Tensor) -> StateError:
-        shape, device = self._shape or (x.shape, x.device)
-        return StateError(
-            f"{where}: expected an input of shape {tuple(shape)} on {device}, got {tuple(x.shape)} on {x.device}. The "
-            "batch or image size changed inside one trajectory. Wrap each generation in its own "
-            "`with modiff.trajectory(model):`."
-        )
 
 
 class InputGroup:

@@ -3,18 +3,15 @@
     modiff::begin    an evaluation of the network begins: the clock moves on
     modiff::layer    a layer's forward, states and all
     modiff::fused_layer    the same behind a norm and an activation, which `fusion` puts into a graph
-    modiff::attend   coded attention whose scales change from step to step
+    modiff::attend   quantized attention whose scales change from step to step
     modiff::end      the evaluation ended
     modiff::guard    a layer's output where a gradient is recorded, modiff::refuse its backward: it raises
 
-What a layer remembers stays outside of the graph: no step, state or first use is a reason to compile again. Codes are
-those of eager execution for the same inputs. All of them write into the clock's `token`, which keeps their order.
+What a layer remembers stays outside of the graph: no step, state or first use is a reason to compile again. All of them
+write into the clock's `token`, which keeps their order. They run Python at every call, so no CUDA graph may hold them,
+which would repeat the first steps of a trajectory for ever: the tag says so.
 
-They are registered one level below `torch.library.custom_op`, whose wrappers take 15 to 20 us a call: a layer has no
-gradient here, and nobody reads the version of the token.
-
-They run Python at every call, so no CUDA graph may hold them. The tag says so to torch.compile(mode="reduce-overhead"),
-which would record the first steps of a trajectory and repeat them for ever.
+They are registered one level below `torch.library.custom_op`, whose wrappers take 15 to 20 us a call.
 """
 
 from __future__ import annotations
@@ -59,19 +56,17 @@ def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _begin(token: Tensor, timestep: Tensor | None, number: int) -> None:
-    """The attachment of `number` hears that an evaluation begins."""
     _HOLDERS[number].begin(timestep)
 
 
 def _end(token: Tensor, number: int) -> None:
-    """The attachment of `number` hears that the evaluation ended."""
     _HOLDERS[number].end()
 
 
-def _layer(token: Tensor, x: Tensor, number: int, read: int = 0) -> Tensor:
+def _layer(token: Tensor, x: Tensor, number: int, read: int = 0, fusion: InputFusion | None = None) -> Tensor:
     """The forward of the layer of `number`, channels innermost in memory."""
     holder = holder_of(number)
-    output = holder.run(x, None, read)
+    output = holder.run(x, fusion, read)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
@@ -87,10 +82,7 @@ def _fused_layer(
     read: int,
     number: int,
 ) -> Tensor:
-    """The forward of the layer of `number` for activation(norm(x)), channels innermost in memory."""
-    holder = holder_of(number)
-    output = holder.run(x, InputFusion(norm, groups, weight, bias, eps, activation), read)
-    return output.contiguous() if holder.channel_dim == -1 else innermost(output)
+    return _layer(token, x, number, read, InputFusion(norm, groups, weight, bias, eps, activation))
 
 
 def _fake_fused_layer(token: Tensor, x: Tensor, *others: Any) -> Tensor:
@@ -115,7 +107,6 @@ def _attend(
     grouped: bool,
     number: int,
 ) -> Tensor:
-    """The attention of `number`; contiguous."""
     attend = holder_of(number).attend
     return attend(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped).contiguous()
 

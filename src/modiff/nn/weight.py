@@ -30,10 +30,9 @@ class QuantizedWeight:
         rotation: blocks of the input rotation folded into the weight, or None.
         name: for messages.
 
-    The codes follow the parameter: after `.to()`, `.half()` or a loaded state dict they are made again. Writes through
-    `.data` (a fused LoRA) leave no trace on a tensor: after `forget`, which every trajectory calls, the bytes of the
-    weight are compared by a fingerprint, and the codes made again where they changed or no fingerprint can be taken.
-    Codes that were learned are kept instead (`fix`), and checked against the parameter whenever others are made again.
+    The codes follow the parameter. Writes through `.data` (a fused LoRA) leave no trace on a tensor: after `forget`,
+    which every trajectory calls, a fingerprint of the bytes tells whether the codes must be made again.
+    Learned codes (`fix`) are kept, and checked against the parameter whenever others would be made again.
     """
 
     def __init__(
@@ -64,12 +63,11 @@ class QuantizedWeight:
         """Let these codes be the weight from now on, for example after AdaRound.
 
         Args:
-            parts: int8 codes (O, segment, ...) in the rotated domain if the layer rotates, and symmetric scales
-                (O, 1, ...), one pair for each segment along axis 1. They survive `.to()`, `.half()` and `forget`.
+            parts: for each segment along axis 1, int8 codes (O, segment, ...) of the rotated weight if the layer
+                rotates, and symmetric scales (O, 1, ...). They survive `.to()`, `.half()` and `forget`.
         Raises: ConfigError if they are no codes for this layer.
         """
-        problem = self._problem(parts)
-        if problem:
+        if problem := self._problem(parts):
             raise ConfigError(
                 f"{self.name}: expected codes for {len(self.segments)} segments at {self.config.bits} bits, got "
                 f"{problem}. Fixed codes take the place of rounding. Give what `codes` returns, rounded otherwise."
@@ -136,7 +134,9 @@ class QuantizedWeight:
             )
         self._floats, self._parts = None, ()
         if self._fixed is not None:
-            self._fixed = self._parts = tuple((c.to(weight.device), _to(q, weight)) for c, q in self._fixed)
+            self._fixed = self._parts = tuple(
+                (c.to(weight.device), QParams(q.scale.to(weight.device), None)) for c, q in self._fixed
+            )
             self._check_fixed(self.floats(weight))
         elif self.config.bits is not None:
             self._parts = self._quantize(self.floats(weight), self.config.bits)
@@ -146,20 +146,14 @@ class QuantizedWeight:
         self._key, self._bytes = key, digest
 
     def _quantize(self, values: Tensor, bits: int) -> tuple[Part, ...]:
-        parts: list[Part] = []
-        for index, part in enumerate(values.split(list(self.segments), 1)):
-            if self.config.search == "mse":
-                qparams = self._search(index, part, bits)
-                parts.append((quantize(part, qparams, bits), qparams))
-            else:
-                parts.append(_nearest(part, bits))
-        return tuple(parts)
+        split = values.split(self.segments, 1)
+        if self.config.search != "mse":
+            return tuple(_nearest(part, bits) for part in split)
+        scales = [self._search(index, part, bits) for index, part in enumerate(split)]
+        return tuple((quantize(part, qparams, bits), qparams) for part, qparams in zip(split, scales, strict=True))
 
     def _search(self, index: int, part: Tensor, bits: int) -> QParams:
-        """The scales of least error over all weights of a segment; 80 passes, and one while its bits stay.
-
-        What each row's scale depends on is the set of its values: the sum of their bit patterns tells a change.
-        """
+        """The scales of least error: 80 passes, and one while the sums of the rows' bit patterns stay."""
         patterns = part.view(torch.int64 if part.dtype == torch.float64 else torch.int32)
         sums = patterns.flatten(1).sum(1)
         known = self._searched.get(index)
@@ -214,17 +208,11 @@ def _nearest(values: Tensor, bits: int) -> Part:
     return quantize(values, qparams, bits), qparams
 
 
-def _to(qparams: QParams, weight: Tensor) -> QParams:
-    return QParams(qparams.scale.to(weight.device), None)
-
-
 def _half_error(values: Tensor, rotation: tuple[Segment, ...] | None) -> Tensor:
     """Bound of |R e| after a pass through half precision, |e| <= eps |w|: eps times the norm of the block."""
-    if rotation is None:
-        return _HALF * values.abs() + _TINY
-    parts = values.split([s.channels for s in rotation], 1)
     bounds = []
-    for part, segment in zip(parts, rotation, strict=True):
+    segments = rotation or (Segment(values.shape[1], 1),)
+    for part, segment in zip(values.split([s.channels for s in segments], 1), segments, strict=True):
         blocks = part.unflatten(1, (-1, segment.block))
         norm = blocks.square().sum(2, keepdim=True).sqrt() + _TINY / _HALF * segment.block**0.5
         bounds.append((_HALF * norm).expand_as(blocks).flatten(1, 2))

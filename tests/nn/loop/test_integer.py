@@ -46,12 +46,12 @@ def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_
     simulated = play(quantized(original, CONFIGS[config], split), inputs, TIMES)
     ours = quantized(original, integer(CONFIGS[config]), split)
     assert ours.on_integers
-    for (output, state, held), (expected, its_state, its_held) in zip(
+    for (output, state, output_state), (expected, simulated_state, simulated_output) in zip(
         play(ours, inputs, TIMES), simulated, strict=True
     ):
-        assert_same_bits(state, its_state)
+        assert_same_bits(state, simulated_state)
         bound = output_bound(original, inputs[0], len(inputs))
-        assert_within(held, its_held, bound)
+        assert_within(output_state, simulated_output, bound)
         assert_within(output, expected, bound)
         assert output.dtype == expected.dtype
 
@@ -88,11 +88,11 @@ def test_the_papers_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bit
     config = integer(LayerConfig(weight=weight, activation=activation, modulation=PAPER))
     walked = drifting(seed, (2, inputs, 3, 4) if conv else (2, 3, inputs), 4, 0.3, torch.float32)
     ours = quantized(original, config)
-    for x, (output, state, held) in zip(walked, play(ours, walked), strict=True):
+    for x, (output, state, output_state) in zip(walked, play(ours, walked), strict=True):
         exact = ours.spec.operate(state.double(), ours.quantized_weight.dense(ours.weight, torch.float64), None)
         exact = exact + layer.bias.detach().double().reshape(-1, *[1] * 2 * conv)
-        assert_within(held, exact, output_bound(original, x, 4) + 1e-6)
-        assert_same_bits(output, held)
+        assert_within(output_state, exact, output_bound(original, x, 4) + 1e-6)
+        assert_same_bits(output, output_state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -100,10 +100,12 @@ def test_the_output_has_the_dtype_of_the_input_and_the_state_keeps_its_own(dtype
     original = randomised(nn.Conv2d(8, 4, 3, padding=1)).to(dtype)
     inputs = walk((2, 8, 4, 4), dtype=dtype)
     simulated = play(quantized(original, W8A4), inputs)
-    for (output, state, held), theirs in zip(play(quantized(original, integer(W8A4)), inputs), simulated, strict=True):
-        assert (output.dtype, state.dtype, held.dtype) == (dtype, torch.float32, torch.float32)
+    for (output, state, output_state), theirs in zip(
+        play(quantized(original, integer(W8A4)), inputs), simulated, strict=True
+    ):
+        assert (output.dtype, state.dtype, output_state.dtype) == (dtype, torch.float32, torch.float32)
         assert_same_bits(state, theirs[1])
-        assert_within(held, theirs[2], 1e-4)
+        assert_within(output_state, theirs[2], 1e-4)
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
@@ -117,12 +119,12 @@ def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_
     ours = quantized(original, integer(config), split)
     assert ours.on_integers
     error = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[state_dtype]  # the output state is rounded at each step
-    for (_, state, held), (_, its_state, its_held) in zip(
+    for (_, state, output_state), (_, simulated_state, simulated_output) in zip(
         play(ours, inputs, TIMES), play(quantized(original, config, split), inputs, TIMES), strict=True
     ):
-        assert_same_bits(state, its_state)
-        assert held.dtype == getattr(torch, state_dtype)
-        assert_within(held, its_held, 3 * len(inputs) * error * float(its_held.abs().max()))
+        assert_same_bits(state, simulated_state)
+        assert output_state.dtype == getattr(torch, state_dtype)
+        assert_within(output_state, simulated_output, 3 * len(inputs) * error * float(simulated_output.abs().max()))
 
 
 def test_a_steady_step_makes_bytes_and_never_the_values_behind_them():
@@ -185,7 +187,7 @@ def test_scales_are_measured_in_the_simulation_and_used_on_integers():
 
 
 @pytest.mark.parametrize("by", ["its bytes", "its codes"])
-def test_a_weight_written_in_place_is_coded_anew_and_an_equal_one_keeps_its_kernel(monkeypatch, by):
+def test_a_weight_written_in_place_is_quantized_again_and_an_equal_one_keeps_its_kernel(monkeypatch, by):
     if by == "its codes":
         monkeypatch.setattr("modiff.nn.weight.fingerprint", lambda _: None)
     layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))

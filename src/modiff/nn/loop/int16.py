@@ -24,7 +24,6 @@ from modiff.nn.loop.integer import (
     IntegerLoop,
     dense_runs,
     fused_runs,
-    fuses,
     laid_otherwise,
 )
 from modiff.nn.loop.simulated import Memory
@@ -43,34 +42,24 @@ class Int16Input(IntegerInput):
 
     def __init__(self, spec: LayerSpec, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
         super().__init__(spec, quantizer, config, clock)
-        self.fixed: tuple[FixedState, ...] = ()
         self._clipped = torch.zeros(1, dtype=torch.int32)
-        self._outgrown = False
 
     @property
     def state(self) -> State | None:
         """What the integers stand for. Cost: a pass over them."""
-        return State(self._value()) if self.fixed else None
+        return State(self._value()) if self.parts else None
 
     def tensors(self) -> list[Tensor]:
         """Integers and grids."""
-        return [tensor for fixed in self.fixed for tensor in fixed]
+        return [tensor for fixed in self.parts for tensor in fixed]
 
-    def restart(self) -> None:
-        """Forget the state."""
-        self.fixed = ()
-
-    def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
-        """Encode into bytes and write the integers in place."""
-        if fusion is not None and not fuses(fusion.norm, x.device, self.spec):
-            x, fusion = fusion.compute(x), None
-        if self._outgrown or not self.fixed:
-            self._outgrown = False
-            update, state = self.encoded(x, fusion, None)
-            runs = dense_runs(state.value, self.quantizer.segments, self.quantizer.channel_dim)
-            self.fixed = tuple(start(run, HEADROOM) for run in runs)
-            return update._replace(anchor=self._value())
-        return self.encode(x if self.spec.rotation is None else self.prepared(x, None), fusion)
+    def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """The states start from what the integers stand for."""
+        self.outgrown = False
+        update, state = self.encoded(x, fusion, None)
+        runs = dense_runs(state.value, self.quantizer.segments, self.quantizer.channel_dim)
+        self.parts = tuple(start(run, HEADROOM) for run in runs)
+        return update._replace(anchor=self._value())
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step; one whose codes were cut is the last before the state starts again: nothing is lost."""
@@ -79,7 +68,7 @@ class Int16Input(IntegerInput):
         parts: list[Codes] = []
         states: list[FixedState] = []
         runs = fused_runs(x, fusion, quantizer.segments, channel_dim)
-        for (run, fused), state in zip(runs, self.fixed, strict=True):
+        for (run, fused), state in zip(runs, self.parts, strict=True):
             if laid_otherwise(state.n, run):
                 state = state._replace(n=torch.empty_like(run, dtype=torch.int16).copy_(state.n))
             arguments = (quantizer.bits, quantizer.config.clip, quantizer.granularity)
@@ -89,12 +78,12 @@ class Int16Input(IntegerInput):
                 codes = fused.encode(run, state, None, *arguments, channel_dim=channel_dim, clipped=self._clipped)
             parts.append(codes)
             states.append(state)
-        self.fixed = tuple(states)
-        self._outgrown = bool(self._clipped > 0)
+        self.parts = tuple(states)
+        self.outgrown = bool(self._clipped > 0)
         return Update(None, (ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), channel_dim),))
 
     def _value(self) -> Tensor:
-        values = [fixed.value() for fixed in self.fixed]
+        values = [fixed.value() for fixed in self.parts]
         return values[0] if len(values) == 1 else torch.cat(values, self.quantizer.channel_dim)
 
 
@@ -117,10 +106,10 @@ class Int16Loop(IntegerLoop):
             for kernel, (codes, scale) in zip(self.kernels, code.parts, strict=True)
         ]
         if bool(clipped > 0):
-            held = memory.input.state
-            return self._start(Update(None if held is None else held.value, (), starts=True), memory, dtype)
+            anchor = memory.input.state
+            return self._start(Update(None if anchor is None else anchor.value, (), starts=True), memory, dtype)
         # NaN leaves no trace in the integers of the state: that of an earlier run of channels is kept in the output
-        return functools.reduce(lambda before, now: torch.where(before.isnan(), before, now), outputs)
+        return functools.reduce(lambda first, second: torch.where(first.isnan(), first, second), outputs)
 
     def _start(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         value = self.started(update, None).value

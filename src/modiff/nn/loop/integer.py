@@ -99,7 +99,7 @@ def fused_runs(
 
 
 def fuses(norm: Norm, device: torch.device, spec: LayerSpec) -> bool:
-    """Whether a norm or an activation before a layer can be computed while its result is encoded."""
+    """Whether a norm or an activation in front of a layer can be computed while its result is encoded."""
     modulation = spec.config.modulation
     if spec.rotation is not None or device.type != "cpu" or (spec.split is not None and norm != "group"):
         return False
@@ -120,39 +120,33 @@ class IntegerInput(InputState):
     The first step, and every step while scales are being measured, runs as in the simulation.
     """
 
-    parts: tuple[State, ...] = ()
+    outgrown = False
 
     @property
     def state(self) -> State | None:
         """The state as one tensor. Cost: nothing for one run of channels, otherwise a copy."""
         if len(self.parts) < 2:
             return self.parts[0] if self.parts else None
-        joined = [
-            torch.cat(tensors, self.quantizer.channel_dim) for tensors in zip(*map(_tensors, self.parts), strict=True)
-        ]
-        return State(joined[0], tuple(joined[1:]))
-
-    def tensors(self) -> list[Tensor]:
-        """Values and moves."""
-        return [tensor for part in self.parts for tensor in _tensors(part)]
-
-    def restart(self) -> None:
-        """Forget the state."""
-        self.parts = ()
+        value, *moves = (torch.cat(t, self.quantizer.channel_dim) for t in zip(*map(_tensors, self.parts), strict=True))
+        return State(value, tuple(moves))
 
     def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """Encode into bytes and write the state in place; with `fusion` in the same pass over memory."""
         if fusion is not None and not fuses(fusion.norm, x.device, self.spec):
             x, fusion = fusion.compute(x), None
-        if not self.parts or (not self.quantizer.config.dynamic and self.quantizer.watching):
-            update, state = self.encoded(x, fusion, self.state)
-            split = [dense_runs(t, self.quantizer.segments, self.quantizer.channel_dim) for t in _tensors(state)]
-            self.parts = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
-            return update
+        if self.outgrown or not self.parts or (not self.quantizer.config.dynamic and self.quantizer.watching):
+            return self.begin(x, fusion)
         value = x if self.spec.rotation is None else self.prepared(x, None)
         if self.spec.channel_dim == -1 and fusion is None:
             value = value.contiguous()  # compiled loops read tokens whose channels lie next to each other
         return self.encode(value, fusion)
+
+    def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """A step of the simulation."""
+        update, state = self.encoded(x, fusion, self.state)
+        split = [dense_runs(t, self.quantizer.segments, self.quantizer.channel_dim) for t in _tensors(state)]
+        self.parts = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
+        return update
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step."""
@@ -222,17 +216,16 @@ class IntegerLoop(SimulatedLoop):
     def kernels(self) -> tuple[Kernel, ...]:
         """Those of the present weight. Cost: building them waits for the device once."""
         weight, quantized = self.operator.parameters["weight"], self.operator.quantized
-        if isinstance(quantized, PackedWeight):
-            source = (weight.data_ptr(), version_of(weight), weight.device)
-            changed = source != self._source
-        else:
-            source = quantized.codes(weight)
-            changed = source is not self._source
-        if changed:
-            codes = self._weight_codes()
-            if not _equal(codes, self._codes):  # otherwise what a backend made of the old ones stays
+        packed = isinstance(quantized, PackedWeight)
+        source = (weight.data_ptr(), version_of(weight), weight.device) if packed else quantized.codes(weight)
+        if source != self._source if packed else source is not self._source:
+            if packed and len(quantized.segments) == 1:
+                codes: tuple[Codes, ...] = (quantized.stored(weight),)  # two 4-bit codes in a byte, as they are kept
+            else:
+                codes = tuple((each.contiguous(), q.scale) for each, q in quantized.codes(weight))
+            if len(codes) != len(self._codes) or not all(map(_equal, codes, self._codes)):
                 self._codes, self._kernels = codes, tuple(self._kernel(*each) for each in codes)
-            self._source = source
+            self._source = source  # where the codes are the same, what a backend made of them stays
         return self._kernels
 
     def choices(self) -> tuple[Choice, ...]:
@@ -302,14 +295,8 @@ class IntegerLoop(SimulatedLoop):
         return torch.as_tensor(total).to(dtype)
 
     def fuses(self, norm: Norm) -> bool:
-        """Whether a norm or an activation before the layer can be computed while its result is encoded."""
+        """As the function."""
         return fuses(norm, self.operator.weight.device, self.spec)
-
-    def _weight_codes(self) -> tuple[Codes, ...]:
-        weight, quantized = self.operator.parameters["weight"], self.operator.quantized
-        if isinstance(quantized, PackedWeight) and len(quantized.segments) == 1:
-            return (quantized.stored(weight),)  # as they are kept: two 4-bit codes in a byte
-        return tuple((codes.contiguous(), q.scale) for codes, q in quantized.codes(weight))
 
     def _kernel(self, codes: Tensor, scale: Tensor) -> Kernel:
         inputs = self.spec.channels if self.spec.split is None else codes.shape[1]
@@ -325,9 +312,6 @@ class IntegerLoop(SimulatedLoop):
         )  # fmt: skip
 
 
-def _equal(parts: tuple[Codes, ...], others: tuple[Codes, ...]) -> bool:
-    pairs = zip(parts, others, strict=False)
-    return len(parts) == len(others) and all(
-        (c.device, c.dtype) == (d.device, d.dtype) and torch.equal(c, d) and torch.equal(s, t)
-        for (c, s), (d, t) in pairs
-    )
+def _equal(one: Codes, other: Codes) -> bool:
+    same = (one[0].device, one[0].dtype) == (other[0].device, other[0].dtype)
+    return same and torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])

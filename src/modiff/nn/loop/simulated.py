@@ -30,27 +30,8 @@ class LayerState(NamedTuple):
     output: Tensor
 
 
-class SimulatedInput(InputState):
-    """â_t as `core.recursion` keeps it."""
-
-    state: State | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """Value and moves."""
-        return [] if self.state is None else [self.state.value, *self.state.moves]
-
-    def restart(self) -> None:
-        """Forget the state."""
-        self.state = None
-
-    def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
-        """Encode and move the state on."""
-        update, self.state = self.encoded(x, fusion, self.state)
-        return update
-
-
 class Memory:
-    """What a layer remembers in one context: the input state that it reads, its output state, the updates it took."""
+    """Of one layer in one context: the input state that it reads, its output state, the updates it took."""
 
     __slots__ = ("input", "output", "taken")
 
@@ -66,7 +47,7 @@ class SimulatedLoop:
     memories: by context and call within one evaluation.
     """
 
-    input_kind: type[InputState] = SimulatedInput
+    input_kind: type[InputState] = InputState
 
     def __init__(self, spec: LayerSpec, operator: LayerOperator, quantizer: Quantizer | None, clock: Clock) -> None:
         self.spec, self.operator, self.quantizer, self.clock = spec, operator, quantizer, clock
@@ -91,7 +72,10 @@ class SimulatedLoop:
             return self.plain(x, fusion)
         clock = self.clock
         if not clock.inside:
-            raise self._outside()
+            raise StateError(
+                f"{self.spec.name}: expected a running trajectory, got a call outside of one. The states of a "
+                "modulated layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
+            )
         self._calls = self._calls + 1 if self._tick == clock.tick else 0
         self._tick = clock.tick
         memory = self.memories.get((clock.context, self._calls))
@@ -159,16 +143,6 @@ class SimulatedLoop:
     def tensors(self) -> list[Tensor]:
         """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
         tensors = [t for memory in self.memories.values() for t in memory.input.tensors()]
-        for memory in self.memories.values():
-            output = memory.output
-            if isinstance(output, FixedState):
-                tensors += output
-            elif output is not None:
-                tensors += [output.value, *output.moves]
+        for output in (memory.output for memory in self.memories.values() if memory.output is not None):
+            tensors += output if isinstance(output, FixedState) else [output.value, *output.moves]
         return tensors
-
-    def _outside(self) -> StateError:
-        return StateError(
-            f"{self.spec.name}: expected a running trajectory, got a call outside of one. The states of a modulated "
-            "layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
-        )
