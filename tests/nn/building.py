@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.nn import Clock, ModulatedLayer, quantized_class
-from tests.helpers import assert_same_bits, drifting
+from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.recipes import randomised
 
 W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
@@ -49,6 +49,21 @@ def same_bits(ours, theirs) -> None:
     for mine, expected in zip(ours, theirs, strict=True):
         for a, b in zip(mine, expected, strict=True):
             assert_same_bits(a, b)
+
+
+def drawn(name: str, steps: int = 5, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Tensor], int | None]:
+    """A layer of `LAYERS`, its inputs, where it is split."""
+    make, shape, split = LAYERS[name]
+    return randomised(make()).to(dtype), walk(shape, steps, dtype), split
+
+
+def follows(ours, theirs, bound: float) -> None:
+    """Input states bit for bit, outputs and their states within `bound`, in all steps as `play` gives them."""
+    for (output, state, output_state), (expected, expected_state, expected_output) in zip(ours, theirs, strict=True):
+        assert_same_bits(state, expected_state)
+        assert (output.dtype, output_state.dtype) == (expected.dtype, expected_output.dtype)
+        assert_within(output_state, expected_output, bound)
+        assert_within(output, expected, bound)
 
 
 def group_of(size: int, *, shared: bool, config: LayerConfig = W8A4) -> tuple[Clock, list[ModulatedLayer]]:

@@ -54,9 +54,8 @@ def test_a_rewritten_block_gives_what_the_block_gives_and_keeps_the_law(block, f
                 anchors = anchors or [layer.state.input.clone() for layer in layers(model)]
                 for layer, anchor in zip(layers(model), anchors, strict=True):
                     state = layer.state
-                    assert_within(
-                        state.output, law(layer, state.input, anchor), error * (1 + float(state.output.abs().max()))
-                    )
+                    bound = error * (1 + float(state.output.abs().max()))
+                    assert_within(state.output, law(layer, state.input, anchor), bound)
     assert sum(counts) == moved
 
 

@@ -36,16 +36,16 @@ def test_shape_dtype_and_memory_layout_are_known_before_it_runs(layer, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_known_before_it_runs(dtype):
-    coded = QuantizedAttention(AttentionConfig(), "attention", Clock("model"))
+    attention = QuantizedAttention(AttentionConfig(), "attention", Clock("model"))
     q, k, v = (torch.randn(2, 3, length, size).to(dtype) for length, size in ((5, 8), (7, 8), (7, 6)))
     q = q.transpose(-1, -2).contiguous().transpose(-1, -2)
     mask = torch.ones(5, 7, dtype=torch.bool).tril()
-    for given in ((None, 0.0, True, 0.3, False), (mask, 0.0, False, None, False)):
-        arguments = (coded.clock.token, q, k, v, *given, coded.number)
-        torch.library.opcheck(traced.attend, arguments, test_utils="test_faketensor")
-        expected = coded.attend(q, k, v, given[0], is_causal=given[2], scale=given[3])
-        assert torch.equal(traced.attend(*arguments), expected)
-    assert copy.deepcopy(coded).number != coded.number
+    for arguments in ((None, 0.0, True, 0.3, False), (mask, 0.0, False, None, False)):
+        call = (attention.clock.token, q, k, v, *arguments, attention.number)
+        torch.library.opcheck(traced.attend, call, test_utils="test_faketensor")
+        expected = attention.attend(q, k, v, arguments[0], is_causal=arguments[2], scale=arguments[3])
+        assert torch.equal(traced.attend(*call), expected)
+    assert copy.deepcopy(attention).number != attention.number
 
 
 def test_no_cuda_graph_may_hold_the_operators_that_run_python() -> None:

@@ -16,15 +16,15 @@ from modiff.nn.operator import LayerSpec
 from tests.helpers import assert_same_bits, assert_within, drifting
 
 
+def scaled(x, weight, bias):
+    return functional.linear(2 * x, weight, bias)
+
+
 class Scaled(nn.Linear):
     """y = 2 x W^T + b."""
 
     def forward(self, x):
-        return functional.linear(2 * x, self.weight, self.bias)
-
-
-def scaled(x, weight, bias):
-    return functional.linear(2 * x, weight, bias)
+        return scaled(x, self.weight, self.bias)
 
 
 class ModulatedScaled(ModulatedLayer, Scaled):

@@ -24,12 +24,9 @@ class Quadratic:
 modiff.register_predictor("quadratic", Quadratic())
 
 
-def config(predictor: str, execution: str = "simulated", **activation: object) -> ModiffConfig:
-    layer = LayerConfig(
-        activation=QuantizerConfig(bits=8, granularity="tensor", **activation),
-        modulation=ModulationConfig(predictor=predictor),
-        execution=execution,
-    )
+def config(predictor: str, execution: str = "simulated") -> ModiffConfig:
+    activation, modulation = QuantizerConfig(granularity="tensor"), ModulationConfig(predictor=predictor)
+    layer = LayerConfig(activation=activation, modulation=modulation, execution=execution)
     return ModiffConfig(layer=layer, min_weights=0, first_last="quantize")
 
 
@@ -38,30 +35,28 @@ def parabola(steps: int) -> list[Tensor]:
     return [start + 0.1 * t * slope + 0.03 * t * t * bend for t in range(steps)]
 
 
-def model() -> nn.Module:
+def model(predictor: str, execution: str = "simulated") -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 8))
+    network = nn.Sequential(nn.Linear(16, 8))
+    modiff.apply(network, config(predictor, execution))
+    return network
 
 
-def errors(predictor: str) -> list[float]:
-    network, found = model(), []
-    modiff.apply(network, config(predictor))
+def error(predictor: str) -> float:
+    network = model(predictor)
     with torch.no_grad(), modiff.trajectory(network):
         for x in parabola(9):
             network(x)
-            found.append(float((network[0].state.input - x).abs().max()))
-    return found
+        return float((network[0].state.input - x).abs().max())
 
 
 def test_it_follows_a_parabola_which_the_others_lag() -> None:
-    last = {name: errors(name)[-1] for name in ("hold", "linear", "quadratic")}
-    assert last["quadratic"] < last["linear"] / 100
-    assert last["linear"] < last["hold"] / 2
+    assert error("quadratic") < error("linear") / 100
+    assert error("linear") < error("hold") / 2
 
 
 def test_the_law_holds_and_it_keeps_two_moves() -> None:
-    network = model()
-    modiff.apply(network, config("quadratic"))
+    network = model("quadratic")
     layer = network[0]
     with torch.no_grad(), modiff.trajectory(network):
         for step, x in enumerate(parabola(6)):
@@ -73,18 +68,13 @@ def test_the_law_holds_and_it_keeps_two_moves() -> None:
         assert state_bytes(network) == 3 * 4 * (2 * 16 + 2 * 8)
 
 
-def test_its_name_survives_json() -> None:
-    assert ModiffConfig.from_json(config("quadratic").to_json()) == config("quadratic")
-
-
 def test_integers_refuse_it_and_say_so() -> None:
-    network = model()
-    modiff.apply(network, config("quadratic", "integer"))
-    assert not network[0].on_integers
-    assert network[0].unsupported == "no kernel knows the predictor 'quadratic'"
+    layer = model("quadratic", "integer")[0]
+    assert (layer.on_integers, layer.unsupported) == (False, "no kernel knows the predictor 'quadratic'")
 
 
-def test_unknown_and_taken_names_are_refused() -> None:
+def test_its_name_survives_json_and_unknown_and_taken_ones_are_refused() -> None:
+    assert ModiffConfig.from_json(config("quadratic").to_json()) == config("quadratic")
     with pytest.raises(ConfigError, match=r"expected one of 'hold', 'linear'.*got 'cubic'.*register_predictor"):
         ModulationConfig(predictor="cubic")
     with pytest.raises(ConfigError, match="expected a new name, got 'linear'"):

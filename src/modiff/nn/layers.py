@@ -41,8 +41,10 @@ class _ModulatedConv(ModulatedLayer):
         unsupported = "" if left == right else "no kernel pads one side more than the other"
         if self.padding_mode != "zeros":
             unsupported = f"no kernel pads with {self.padding_mode!r}"
-        settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        operate = functools.partial(convolve, mode=self.padding_mode, pads=pads, **settings)
+        operate = functools.partial(
+            convolve, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
+            mode=self.padding_mode, pads=pads,
+        )  # fmt: skip
         return LayerSpec(
             name, config, self.in_channels, self.channel_dim, operate, split, self.groups, self.kernel_size,
             self.stride, tuple(left), self.dilation, unsupported,

@@ -68,12 +68,21 @@ class LayerSpec:
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, mode: str, pads: list[int], padding: Any, **settings: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str | int,
+    dilation: tuple[int, ...],
+    groups: int,
+    mode: str,
+    pads: list[int],
 ) -> Tensor:
     """(N, C, ...) -> (N, O, ...) with what a torch layer pads in front of it."""
     if mode != "zeros":
         x, padding = functional.pad(x, pads, mode=mode), 0
-    return _CONVOLVE[x.dim() - 2](x, weight, bias, padding=padding, **settings)
+    return _CONVOLVE[len(stride)](x, weight, bias, stride, padding, dilation, groups)
 
 
 class LayerOperator:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import StateError
-from modiff.kernels.input_fusion import Activation, InputFusion, Norm
+from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.layout import empty_output, innermost
 
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
@@ -70,18 +70,8 @@ def _layer(token: Tensor, x: Tensor, number: int, read: int = 0, fusion: InputFu
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)
 
 
-def _fused_layer(
-    token: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: Norm,
-    groups: int,
-    eps: float,
-    activation: Activation,
-    read: int,
-    number: int,
-) -> Tensor:
+def _fused_layer(token: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    weight, bias, norm, groups, eps, activation, read, number = arguments
     return _layer(token, x, number, read, InputFusion(norm, groups, weight, bias, eps, activation))
 
 
@@ -95,20 +85,9 @@ def _fake_layer(token: Tensor, x: Tensor, number: int, read: int = 0) -> Tensor:
     return empty_output(x, shape, 0 if holder.channel_dim == -1 else x.dim() - 2, x.dtype)
 
 
-def _attend(
-    token: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-    grouped: bool,
-    number: int,
-) -> Tensor:
-    attend = holder_of(number).attend
-    return attend(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped).contiguous()
+def _attend(token: Tensor, *arguments: Any) -> Tensor:
+    *operands, scale, grouped, number = arguments
+    return holder_of(number).attend(*operands, scale=scale, enable_gqa=grouped).contiguous()
 
 
 def _fake_attend(token: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

@@ -16,7 +16,7 @@ from modiff.core.observers import MinMaxObserver
 from modiff.kernels.backend import PREPACKED
 from modiff.nn.loop.integer import ByteCode
 from tests.helpers import assert_same_bits, assert_within, drifting, worst
-from tests.nn.building import LAYERS, TIMES, W8A4, integer, output_bound, walk
+from tests.nn.building import LAYERS, TIMES, W8A4, drawn, follows, integer, output_bound, same_bits, walk
 from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer, sizes_of
 from tests.reference.recursion import run
 
@@ -30,53 +30,45 @@ CONFIGS = {
     "linear predictor": LayerConfig(activation=QuantizerConfig(bits=4), modulation=LINEAR),
     "rotated": LayerConfig(activation=QuantizerConfig(bits=4), rotation="hadamard", rotation_block=8),
     "scales of every second step": LayerConfig(activation=QuantizerConfig(bits=4, refresh_every=2)),
+    "anchored again": LayerConfig(modulation=ModulationConfig(reanchor_every=3), weight=WeightConfig(bits=4)),
+    "linear, anchored again": LayerConfig(modulation=ModulationConfig(predictor="linear", reanchor_every=2)),
     "coded first step": LayerConfig(modulation=ModulationConfig(first_step="coded", rounds=2, reanchor_every=3)),
 }
-
-
-def plainly(config: LayerConfig) -> LayerConfig:
-    return dataclasses.replace(config, modulation=None)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_error(layer, config):
-    make, shape, split = LAYERS[layer]
-    original, inputs = randomised(make()), walk(shape)
-    simulated = play(quantized(original, CONFIGS[config], split), inputs, TIMES)
+    original, inputs, split = drawn(layer)
     ours = quantized(original, integer(CONFIGS[config]), split)
     assert ours.on_integers
-    for (output, state, output_state), (expected, simulated_state, simulated_output) in zip(
-        play(ours, inputs, TIMES), simulated, strict=True
-    ):
-        assert_same_bits(state, simulated_state)
-        bound = output_bound(original, inputs[0], len(inputs))
-        assert_within(output_state, simulated_output, bound)
-        assert_within(output, expected, bound)
-        assert output.dtype == expected.dtype
+    steps, simulated = play(ours, inputs, TIMES), play(quantized(original, CONFIGS[config], split), inputs, TIMES)
+    follows(steps, simulated, output_bound(original, inputs[0], len(inputs)))
+    same_bits(steps[:1], simulated[:1])
+    if every := CONFIGS[config].modulation.reanchor_every:
+        same_bits(steps[every::every], simulated[every::every])
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_outputs_are_at_most_twice_as_far_from_the_float64_reference_as_the_simulation(layer):
-    make, shape, split = LAYERS[layer]
-    original, inputs = randomised(make()), walk(shape)
+    original, inputs, split = drawn(layer)
     config = dataclasses.replace(W8A4, activation=QuantizerConfig(bits=8), modulation=LINEAR)
     exact = run([x.double() for x in inputs], recipe_of_layer(original, config, split), sizes_of(TIMES))
-    ours = play(quantized(original, integer(config), split), inputs, TIMES)
-    theirs = play(quantized(original, config, split), inputs, TIMES)
-    worst_ours = max(worst(a[0], step.output_state) for a, step in zip(ours, exact, strict=True))
-    worst_theirs = max(worst(a[0], step.output_state) for a, step in zip(theirs, exact, strict=True))
-    assert worst_ours <= 2 * worst_theirs
+    errors = []
+    for each in (integer(config), config):
+        steps = play(quantized(original, each, split), inputs, TIMES)
+        errors.append(max(worst(a[0], step.output_state) for a, step in zip(steps, exact, strict=True)))
+    assert errors[0] <= 2 * errors[1]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_plain_layers_equal_the_simulation_within_float_error(layer):
-    make, shape, split = LAYERS[layer]
-    original, inputs = randomised(make()), walk(shape, steps=2)
-    for config in (plainly(W8A4), plainly(LayerConfig())):
-        ours, theirs = quantized(original, integer(config), split), quantized(original, config, split)
-        for x in inputs:
-            assert_within(evaluate(ours, x), evaluate(theirs, x), output_bound(original, x, 1))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plain_layers_equal_the_simulation_within_float_error(layer, bits):
+    original, inputs, split = drawn(layer, steps=2)
+    config = LayerConfig(activation=QuantizerConfig(bits=bits), modulation=None)
+    ours, theirs = quantized(original, integer(config), split), quantized(original, config, split)
+    for x in inputs:
+        assert_within(evaluate(ours, x), evaluate(theirs, x), output_bound(original, x, 1))
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
@@ -97,34 +89,26 @@ def test_the_papers_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bit
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_output_has_the_dtype_of_the_input_and_the_state_keeps_its_own(dtype):
-    original = randomised(nn.Conv2d(8, 4, 3, padding=1)).to(dtype)
-    inputs = walk((2, 8, 4, 4), dtype=dtype)
+    original, inputs, _ = drawn("conv", dtype=dtype)
     simulated = play(quantized(original, W8A4), inputs)
-    for (output, state, output_state), theirs in zip(
-        play(quantized(original, integer(W8A4)), inputs), simulated, strict=True
-    ):
-        assert (output.dtype, state.dtype, output_state.dtype) == (dtype, torch.float32, torch.float32)
-        assert_same_bits(state, theirs[1])
-        assert_within(output_state, theirs[2], 1e-4)
+    for ours, (output, *states) in zip(play(quantized(original, integer(W8A4)), inputs), simulated, strict=True):
+        assert [t.dtype for t in ours] == [output.dtype, *(t.dtype for t in states)]
+        assert [t.dtype for t in ours] == [dtype, torch.float32, torch.float32]
+        assert_same_bits(ours[1], states[0])
+        assert_within(ours[2], states[1], 1e-4)
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
-@pytest.mark.parametrize("state_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("state_dtype", "error"), [("float16", 2.0**-10), ("bfloat16", 2.0**-7)])
 @pytest.mark.parametrize("predictor", ["hold", "linear"])
-def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_dtype, predictor):
-    make, shape, split = LAYERS[layer]
+def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_dtype, error, predictor):
+    original, inputs, split = drawn(layer)
     modulation = ModulationConfig(state_dtype=state_dtype, predictor=predictor)
     config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=modulation)
-    original, inputs = randomised(make()), walk(shape)
-    ours = quantized(original, integer(config), split)
-    assert ours.on_integers
-    error = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[state_dtype]  # the output state is rounded at each step
-    for (_, state, output_state), (_, simulated_state, simulated_output) in zip(
-        play(ours, inputs, TIMES), play(quantized(original, config, split), inputs, TIMES), strict=True
-    ):
-        assert_same_bits(state, simulated_state)
-        assert output_state.dtype == getattr(torch, state_dtype)
-        assert_within(output_state, simulated_output, 3 * len(inputs) * error * float(simulated_output.abs().max()))
+    steps, simulated = (play(quantized(original, c, split), inputs, TIMES) for c in (integer(config), config))
+    assert steps[0][2].dtype == getattr(torch, state_dtype)
+    largest = max(float(output_state.abs().max()) for _, _, output_state in simulated)
+    follows(steps, simulated, 3 * len(inputs) * error * largest)  # the output state is rounded at each step
 
 
 def test_a_steady_step_makes_bytes_and_never_the_values_behind_them():
@@ -172,18 +156,13 @@ def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
 def test_scales_are_measured_in_the_simulation_and_used_on_integers():
     config = LayerConfig(activation=QuantizerConfig(bits=4, dynamic=False, granularity="tensor", clip=0.8))
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    quantized_layers = [quantized(original, config), quantized(original, integer(config))]
-    for layer in quantized_layers:
-        assert layer.quantizer is not None
+    layers = [quantized(original, config), quantized(original, integer(config))]
+    for layer in layers:
         layer.quantizer.watch(lambda: MinMaxObserver(None))
-    measuring = [play(layer, inputs) for layer in quantized_layers]
-    for layer in quantized_layers:
-        assert layer.quantizer is not None
+    follows(*(play(layer, inputs) for layer in reversed(layers)), 1e-4)
+    for layer in layers:
         layer.quantizer.freeze()
-    for simulated, ours in (measuring, [play(layer, inputs) for layer in quantized_layers]):
-        for theirs, mine in zip(simulated, ours, strict=True):
-            assert_same_bits(mine[1], theirs[1])
-            assert_within(mine[0], theirs[0], 1e-4)
+    follows(*(play(layer, inputs) for layer in reversed(layers)), 1e-4)
 
 
 @pytest.mark.parametrize("by", ["its bytes", "its codes"])
@@ -199,28 +178,19 @@ def test_a_weight_written_in_place_is_quantized_again_and_an_equal_one_keeps_its
     assert layer.loop.kernels is first
     with torch.no_grad():
         layer.weight.mul_(-2.0)
-    expected = play(quantized(_copy_of(layer), W8A4), inputs)
-    for mine, theirs in zip(play(layer, inputs), expected, strict=True):
-        assert_within(mine[0], theirs[0], 1e-4)
+    copied = nn.Linear(16, 6)
+    copied.load_state_dict(layer.state_dict())
+    follows(play(layer, inputs), play(quantized(copied, W8A4), inputs), 1e-4)
     assert layer.loop.kernels is not first
-
-
-def _copy_of(layer: nn.Linear) -> nn.Linear:
-    copy = nn.Linear(layer.in_features, layer.out_features)
-    copy.load_state_dict(layer.state_dict())
-    return copy
 
 
 @pytest.mark.parametrize("split", [None, 5])
 def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split):
     config = LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=4), modulation=PAPER)
     original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    expected = play(quantized(original, integer(config), split), inputs)
     packed = quantized(original, integer(config), split)
     packed.pack()
-    for mine, theirs in zip(play(packed, inputs), expected, strict=True):
-        assert_same_bits(mine[1], theirs[1])
-        assert_within(mine[0], theirs[0], 1e-4)
+    follows(play(packed, inputs), play(quantized(original, integer(config), split), inputs), 1e-4)
     assert packed.on_integers
     assert packed.loop.kernels[0].weight.dtype == (torch.uint8 if split is None else torch.int8)
 

@@ -24,7 +24,7 @@ from modiff.nn.loop.integer import (
     IntegerLoop,
     dense_runs,
     fused_runs,
-    laid_otherwise,
+    laid_as,
 )
 from modiff.nn.loop.simulated import Memory
 from modiff.nn.operator import LayerSpec
@@ -69,8 +69,7 @@ class Int16Input(IntegerInput):
         states: list[FixedState] = []
         runs = fused_runs(x, fusion, quantizer.segments, channel_dim)
         for (run, fused), state in zip(runs, self.parts, strict=True):
-            if laid_otherwise(state.n, run):
-                state = state._replace(n=torch.empty_like(run, dtype=torch.int16).copy_(state.n))
+            state = state._replace(n=laid_as(state.n, run))
             arguments = (quantizer.bits, quantizer.config.clip, quantizer.granularity)
             if fused is None:
                 codes = encode_fixed(run, state, *arguments, channel_dim=channel_dim, clipped=self._clipped)

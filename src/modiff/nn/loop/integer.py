@@ -106,12 +106,11 @@ def fuses(norm: Norm, device: torch.device, spec: LayerSpec) -> bool:
     return modulation is None or modulation.state_dtype in ("float32", "int16")
 
 
-def laid_otherwise(state: Tensor, x: Tensor) -> bool:
-    """Whether a state does not lie in memory as x does, which the compiled loops need.
-
-    The state of some of the channels of each pixel, or of a chunk, is dense, and was made so.
-    """
-    return state.stride() != x.stride() and (x.is_contiguous() or channels_innermost(x, max(x.dim() - 2, 0)))
+def laid_as(state: Tensor, x: Tensor) -> Tensor:
+    """A state in the memory layout of x, which compiled loops need; that of some channels or of a chunk is dense."""
+    if state.stride() == x.stride() or not (x.is_contiguous() or channels_innermost(x, max(x.dim() - 2, 0))):
+        return state
+    return torch.empty_like(x, dtype=state.dtype).copy_(state)
 
 
 class IntegerInput(InputState):
@@ -190,9 +189,7 @@ def _tensors(state: State) -> tuple[Tensor, ...]:
 
 def _laid(state: State, x: Tensor, moves: bool) -> State:
     """The state in the memory layout of x, with a move if any is kept; moved once, when a trajectory begins."""
-    value = state.value
-    if laid_otherwise(value, x):
-        value = torch.empty_like(x, dtype=value.dtype).copy_(value)
+    value = laid_as(state.value, x)
     if not moves:
         return state if value is state.value else State(value)
     move = state.moves[0] if state.moves else torch.zeros_like(value)
