@@ -13,7 +13,6 @@ import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
-from modiff.nn.operator import LayerOperator
 from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.nn.building import LAYERS, drawn, walk
 from tests.recipes import play, quantized, randomised
@@ -170,24 +169,6 @@ def test_the_law_holds_for_shared_residuals_and_staggered_anchors(every, stagger
                     last = step
                 state, output = states[name]
                 assert_within(output, law(layers[name], state, steps[last][name][0]), 1e-12)
-
-
-def test_each_step_another_share_of_the_layers_anchors_and_those_that_share_an_input_stay_together(monkeypatch):
-    model = network()
-    states_of(model, ModulationConfig(reanchor_every=3), 1)
-    layers = required_attachment(model, "test").layers
-    anchored: list[set[str]] = []
-    anchor = LayerOperator.anchor
-    monkeypatch.setattr(LayerOperator, "anchor", lambda self, x: (anchored[-1].add(self.spec.name), anchor(self, x))[1])
-    with torch.no_grad(), modiff.trajectory(model):
-        for step, x in enumerate(drifting(0, (2, 3, 16), 7, 0.1)):
-            anchored.append(set())
-            model(x)
-            assert step == 0 or len(anchored[-1]) == 4
-    assert anchored[0] == set(layers)
-    assert anchored[1] == anchored[4] == {"0.out", "2.q", "2.k", "2.v"}
-    assert set.union(*anchored[1:4]) == set(layers)
-    assert anchored[1:4] == anchored[4:7]
 
 
 def test_a_compiled_model_anchors_as_the_eager_one():

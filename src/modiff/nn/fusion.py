@@ -26,6 +26,10 @@ from modiff.private_names import COMPILER, check_private_names
 _READS = itertools.count(1)
 _VIEWS = ("transpose", "permute", "reshape", "view", "flatten")
 _TURN: dict[Any, Any] = {"view": "reshape"}  # a norm gives what can be viewed so, its input may not
+_NORMS: dict[Norm, tuple[Any, str]] = {
+    "group": (functional.group_norm, "num_groups"),
+    "layer": (functional.layer_norm, "normalized_shape"),
+}
 _CALLS = ("call_function", "call_method")
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 
@@ -192,7 +196,7 @@ def _match(node: Node) -> _Match | None:
 
 
 def _norm(node: Any) -> _Match | None:
-    return _group_norm(node) or _layer_norm(node) or _modulated_norm(node) or _turned_norm(node)
+    return _torch_norm(node, "group") or _torch_norm(node, "layer") or _modulated_norm(node) or _turned_norm(node)
 
 
 def _activation(node: Node) -> Activation:
@@ -232,12 +236,16 @@ def _only(node: Any, reader: Node) -> bool:
     return isinstance(node, Node) and set(node.users) == {reader}
 
 
-def _group_norm(node: Node) -> _Match | None:
-    if node.target is not functional.group_norm:
+def _torch_norm(node: Node, norm: Norm) -> _Match | None:
+    """group_norm, or layer_norm over the last axis."""
+    target, second = _NORMS[norm]
+    if node.target is not target:
         return None
-    names = ("input", "num_groups", "weight", "bias", "eps")
-    x, groups, weight, bias, eps = (_argument(node, i, name) for i, name in enumerate(names))
-    return _Match(x, "group", groups, weight, bias, 1e-5 if eps is None else eps)
+    names = ("input", second, "weight", "bias", "eps")
+    x, size, weight, bias, eps = (_argument(node, i, name) for i, name in enumerate(names))
+    if norm == "layer" and len(size) != 1:
+        return None
+    return _Match(x, norm, size if norm == "group" else 1, weight, bias, 1e-5 if eps is None else eps)
 
 
 def _turned_norm(node: Node) -> _Match | None:
@@ -248,7 +256,7 @@ def _turned_norm(node: Node) -> _Match | None:
         node = node.all_input_nodes[0]
         if not _only(node, views[0]):
             return None
-    norm = _group_norm(node) if views else None
+    norm = _torch_norm(node, "group") if views else None
     if norm is None or not _make_tokens(views, _example(norm.x)):
         return None
     return norm._replace(norm="group_last", views=tuple(views))
@@ -269,14 +277,6 @@ def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
     return torch.equal(turned.flatten(1, -2), expected)
 
 
-def _layer_norm(node: Node) -> _Match | None:
-    if node.target is not functional.layer_norm:
-        return None
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    x, shape, weight, bias, eps = (_argument(node, i, name) for i, name in enumerate(names))
-    return _Match(x, "layer", 1, weight, bias, 1e-5 if eps is None else eps) if len(shape) == 1 else None
-
-
 def _modulated_norm(node: Node) -> _Match | None:
     """layer_norm(x) * scale + shift with a scale and a shift for each sample: (B, 1, C)."""
     if node.target is not operator.add:
@@ -285,7 +285,7 @@ def _modulated_norm(node: Node) -> _Match | None:
         if not _only(product, node) or product.target is not operator.mul:
             continue
         for inner, scale in (product.args, product.args[::-1]):
-            norm = _layer_norm(inner) if _only(inner, product) else None
+            norm = _torch_norm(inner, "layer") if _only(inner, product) else None
             if norm is None or norm.weight is not None or norm.bias is not None:
                 continue
             if _each_sample(scale, norm.x) and _each_sample(shift, norm.x):

@@ -138,7 +138,9 @@ class ModulatedLayer(nn.Module):
 
     def share_with(self, leader: ModulatedLayer) -> None:
         """Read the same quantized residual as `leader` whenever both are given the same tensor."""
-        self.loop.share_with(leader.loop)
+        self.inputs, self.quantizer = leader.inputs, leader.quantizer
+        if self.inputs is not None:
+            self.inputs.shared = True
 
     @property
     def packed(self) -> bool:

@@ -17,15 +17,7 @@ from modiff.core.recursion import State, Update
 from modiff.kernels.fixed_point import FixedState, encode_fixed, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
-from modiff.nn.loop.integer import (
-    ByteCode,
-    Codes,
-    IntegerInput,
-    IntegerLoop,
-    dense_runs,
-    fused_runs,
-    laid_as,
-)
+from modiff.nn.loop.integer import ByteCode, Codes, IntegerInput, IntegerLoop, dense_runs, fused_runs, laid_as
 from modiff.nn.loop.simulated import Memory
 from modiff.nn.operator import LayerSpec
 from modiff.nn.sharing import InputState

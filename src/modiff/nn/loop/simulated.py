@@ -116,12 +116,6 @@ class SimulatedLoop:
         """Whether a norm or an activation before the layer can be computed while its result is encoded."""
         return False
 
-    def share_with(self, leader: SimulatedLoop) -> None:
-        """Read the same quantized residual as `leader` whenever both are given the same tensor."""
-        self.inputs, self.quantizer = leader.inputs, leader.quantizer
-        if self.inputs is not None:
-            self.inputs.shared = True
-
     def forget(self) -> None:
         """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
         self.operator.quantized.forget()
