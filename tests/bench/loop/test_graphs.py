@@ -186,14 +186,12 @@ def test_states_are_moved_to_where_they_were_recorded_and_freed_otherwise() -> N
     assert kept.bytes_held() > 0
 
 
-def test_states_of_inference_mode_are_not_taken_for_others() -> None:
-    kept = KeptStates(model := built(GOOD["as published"]))
-    for version, mode in enumerate((torch.inference_mode, torch.no_grad), 1):
-        with mode(), modiff.trajectory(model):
-            for x, t in inputs(0):
-                model(x, t)
-            kept.take()
-        assert kept.version == version
+def test_states_of_inference_mode_are_others_and_recorded_again() -> None:
+    loop, log = recorded(model := built(GOOD["as published"]))
+    for version, mode in enumerate((torch.no_grad, torch.inference_mode), 1):
+        with mode():
+            assert_same_bits(run(loop, inputs(version)), expected(model, inputs(version)))
+        assert log.count("recorded") == loop.kept.version == version
 
 
 @pytest.mark.gpu
