@@ -62,11 +62,8 @@ class RayEngine:
         """The spans as they are done; `tick` hears of each. Raises: StateError if a span killed every worker it had."""
         task = self._remote(worker.draw_span, job)
         waiting, running = deque(spans), dict[Any, Span]()
-        most = self._workers
-        if most is None:
-            total = self._ray.cluster_resources()
-            free = total.get("GPU", 0) if _on_gpu(job) else total.get("CPU", 0) / _threads(job)
-            most = max(1, int(free))
+        kind, need = _need(job)
+        most = self._workers or max(1, int(self._ray.cluster_resources().get(kind, 0) / need))
         try:
             while waiting or running:
                 while waiting and len(running) < most:
@@ -82,14 +79,14 @@ class RayEngine:
                 self._ray.cancel(reference, force=True)
 
     def _remote(self, function: Callable[..., Any], job: Job) -> Any:
-        resources = {"num_cpus": _threads(job), "num_gpus": int(_on_gpu(job))}
+        resources = {"num_cpus": job.threads or 1, "num_gpus": int(_need(job)[0] == "GPU")}
         return self._ray.remote(**resources, max_retries=RETRIES, retry_exceptions=False)(function)
 
     def _connect(self, job: Job) -> None:
         """Start or reach the cluster, and see that a machine of it can take a task: Ray would wait forever."""
         if not self._ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            cpus = None if self._workers is None else self._workers * _threads(job)
+            cpus = None if self._workers is None else self._workers * (job.threads or 1)
             new = {"include_dashboard": False, "num_cpus": cpus} if self._address is None else {}
             try:
                 _knock(self._address)
@@ -105,7 +102,7 @@ class RayEngine:
                 f"--device: expected cpu or cuda with --engine ray, got {job.device}. Ray gives every worker a GPU of "
                 "its own. Use --device cuda."
             )
-        kind, need = ("GPU", 1) if _on_gpu(job) else ("CPU", _threads(job))
+        kind, need = _need(job)
         most = max((node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]), default=0)
         if most < need:
             raise ConfigError(
@@ -137,16 +134,13 @@ def _knock(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _threads(job: Job) -> int:
-    return job.threads or 1
-
-
-def _on_gpu(job: Job) -> bool:
-    return job.device.startswith("cuda")
+def _need(job: Job) -> tuple[str, int]:
+    """What a worker takes of a machine."""
+    return ("GPU", 1) if job.device.startswith("cuda") else ("CPU", job.threads or 1)
 
 
 def _anywhere(job: Job) -> Job:
     """The job for another working directory; a model of the package has its name there too."""
     folder = Path(job.model).expanduser()
     model = str(folder.resolve()) if job.model not in MODELS and folder.is_dir() else job.model
-    return dataclasses.replace(job, model=model, threads=_threads(job))
+    return dataclasses.replace(job, model=model, threads=job.threads or 1)

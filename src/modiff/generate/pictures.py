@@ -43,8 +43,7 @@ def draw_pictures(
     Image i comes from the noise of seed + i, so it is the same whatever the batch size, up to float rounding.
 
     Args:
-        settings: what else shapes the images (model, config, ...), plain JSON values: kept in settings.json with steps,
-            seed and conditions, so that a folder never mixes two.
+        settings: what else shapes the images (model, config, ...), as JSON values; a folder never mixes two.
     Raises: ConfigError for inputs the pipeline cannot take, or a folder made with other settings; StateError for pixels
         that are not finite; OSError that names the file, if one cannot be written. Images written before are kept.
     """

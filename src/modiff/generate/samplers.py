@@ -98,22 +98,18 @@ class UnconditionalPipeline(DDPMPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[object]:
-        """Generate `batch_size` images, as `DDPMPipeline` does; with `output_type="np"` (N, H, W, C) in [0, 1].
-
-        Args:
-            generator: one for all, or one per image.
-        """
+        """Generate `batch_size` images, as `DDPMPipeline` does; with `output_type="np"` (N, H, W, C) in [0, 1]."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
         image = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         image = image * self.scheduler.init_noise_sigma
-        takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
-        randomness = {"generator": generator} if takes_noise else {}
+        random = "generator" in inspect.signature(self.scheduler.step).parameters
+        noise = {"generator": generator} if random else {}
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(image, t)
-            image = self.scheduler.step(self.unet(scaled, t).sample, t, image, **randomness).prev_sample
+            image = self.scheduler.step(self.unet(scaled, t).sample, t, image, **noise).prev_sample
         image = (image / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             image = image.cpu().permute(0, 2, 3, 1).numpy()
