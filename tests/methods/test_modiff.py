@@ -20,15 +20,9 @@ from tests.methods.test_q_diffusion import LEARNS, ROUNDS
 
 STEPS, GROUPS, BATCH = 6, 3, 2
 SMALL = ModiffMethodConfig(
-    activation_bits=4,
-    steps=STEPS,
-    groups=GROUPS,
-    samples=BATCH,
-    batch=BATCH,
-    rounding="nearest",
-    reconstruction=ROUNDS,
-    learning=LEARNS,
-)
+    activation_bits=4, steps=STEPS, groups=GROUPS, samples=BATCH, batch=BATCH, rounding="nearest",
+    reconstruction=ROUNDS, learning=LEARNS,
+)  # fmt: skip
 MINMAX = dataclasses.replace(SMALL, kind="static_minmax")
 LEARNED = dataclasses.replace(SMALL, kind="static_learned")
 
@@ -132,6 +126,7 @@ def test_dynamic_scales_with_rounding_to_nearest_need_no_trajectory():
             {"kind": "static_minmax", "modulation": ModulationConfig(predictor="linear")},
             r"modulation: expected predictor='hold' with kind='static_minmax'",
         ),
+        ({"step_groups": -1}, r"ModiffMethodConfig\.step_groups: expected 0 or more groups, got -1"),
         ({"learning": ReconstructConfig()}, r"ModiffMethodConfig\.learning\.learn: expected 'activation_scales'"),
         (
             {"activation_bits": 3, "modulation": ModulationConfig(predictor="linear")},
@@ -144,47 +139,30 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
         ModiffMethodConfig(**settings)
 
 
-def test_the_published_samples_are_the_default():
-    assert ModiffMethodConfig().drawn == ModiffMethodConfig(kind="static_learned").drawn == 256
-    assert ModiffMethodConfig(kind="static_minmax").drawn == 32
-
-
 STEPWISE = dataclasses.replace(SMALL, kind="static_steps", step_groups=2)
+
+
+def assert_same_scales(ours, theirs) -> None:
+    expected = quantizers_of(theirs.unet)
+    for name, quantizer in quantizers_of(ours.unet).items():
+        tensors = quantizer.state_dict_tensors()
+        assert set(tensors) == set(expected[name].state_dict_tensors())
+        for key, tensor in expected[name].state_dict_tensors().items():
+            assert torch.equal(tensors[key], tensor)
 
 
 @pytest.mark.parametrize("groups", [0, 2])
 def test_scales_of_groups_of_steps_are_those_of_modulated_trajectories(groups):
-    ours, by_hand = small.build(), small.build()
-    quantize(ours, dataclasses.replace(STEPWISE, step_groups=groups), progress=False)
-    modiff.apply(
-        by_hand, STEPWISE.model_config() if groups else dataclasses.replace(STEPWISE, step_groups=0).model_config()
-    )
+    ours, by_hand, module = small.build(), small.build(), small.build()
+    config = dataclasses.replace(STEPWISE, step_groups=groups)
+    quantize(ours, config, progress=False)
+    modiff.apply(by_hand, config.model_config())
     modiff.calibrate(by_hand, lambda: small.call(by_hand, steps=STEPS, batch=BATCH))
-    for name, quantizer in quantizers_of(ours.unet).items():
-        expected = quantizers_of(by_hand.unet)[name].state_dict_tensors()
-        found = quantizer.state_dict_tensors()
-        assert set(quantizer.tables) == set(range(groups or STEPS - 1))
-        assert set(found) == set(expected)
-        for key, tensor in found.items():
-            assert torch.equal(tensor, expected[key])
-
-
-def test_a_module_alone_is_calibrated_inside_trajectories_of_its_own():
-    pipe = small.build()
-    expected = small.build()
-    quantize(expected, STEPWISE, progress=False)
+    assert_same_scales(ours, by_hand)
+    assert set(quantizers_of(ours.unet)["conv_in"].tables) == set(range(groups or STEPS - 1))
 
     def run(_: int) -> object:
-        return small.call(pipe, steps=STEPS, batch=BATCH)
+        return small.call(module, steps=STEPS, batch=BATCH)
 
-    quantize(pipe.unet, STEPWISE, run=run, evaluations_per_run=STEPS, progress=False)
-    for name, quantizer in quantizers_of(pipe.unet).items():
-        for key, tensor in quantizer.state_dict_tensors().items():
-            assert torch.equal(tensor, quantizers_of(expected.unet)[name].state_dict_tensors()[key])
-
-
-def test_groups_of_steps_draw_as_few_trajectories_as_ranges_and_are_counted():
-    assert ModiffMethodConfig(kind="static_steps").drawn == 32
-    with pytest.raises(ConfigError, match=r"ModiffMethodConfig\.step_groups: expected 0 or more groups, got -1"):
-        ModiffMethodConfig(step_groups=-1)
-    ModiffMethodConfig(kind="static_steps", modulation=ModulationConfig(predictor="linear"))
+    quantize(module.unet, config, run=run, evaluations_per_run=STEPS, progress=False)  # in trajectories of its own
+    assert_same_scales(module, ours)

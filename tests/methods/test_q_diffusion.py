@@ -106,8 +106,8 @@ def test_weights_alone_activations_alone_and_attention_left_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"groups": 0}, r"QDiffusionConfig\.groups: expected 1 or more, got 0"),
-        ({"groups": 101}, r"QDiffusionConfig\.groups: expected at most steps=100, got 101"),
+        ({"groups": 0}, r"QDiffusionConfig\.groups: expected 1 to steps=100, got 0"),
+        ({"groups": 101}, r"QDiffusionConfig\.groups: expected 1 to steps=100, got 101"),
         ({"learning": ReconstructConfig()}, r"QDiffusionConfig\.learning\.learn: expected 'activation_scales'"),
         (
             {"reconstruction": ReconstructConfig.activation_scales()},
@@ -123,7 +123,5 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 def test_the_published_settings_are_the_default():
     config = QDiffusionConfig()
     assert (config.groups, config.samples) == (20, 256)
-    assert (config.reconstruction.iterations, config.reconstruction.batch) == (20_000, 32)
-    assert config.reconstruction.learning_rate == 1e-3
-    learning = config.learning
-    assert (learning.iterations, learning.learning_rate, learning.schedule, learning.p) == (5000, 4e-4, "cosine", 2.4)
+    assert config.reconstruction == ReconstructConfig.weights()
+    assert config.learning == ReconstructConfig.activation_scales()

@@ -137,7 +137,7 @@ def test_settings_survive_json_and_those_that_mean_nothing_are_refused(name):
         ({"samples": 0}, f"{where}.samples: expected 1 or more, got 0"),
         ({"batch": 0}, f"{where}.batch: expected 1 or more, got 0"),
         ({"steps": 0}, f"{where}.steps: expected 1 or more, got 0"),
-        ({"groups": 4}, f"{where}.groups: expected at most steps=3, got 4"),
+        ({"groups": 4}, f"{where}.groups: expected 1 to steps=3, got 4"),
     ):
         if next(iter(changes)) in {field.name for field in dataclasses.fields(SMALL[name])}:
             with pytest.raises(ConfigError, match=message):

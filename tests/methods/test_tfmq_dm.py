@@ -29,7 +29,7 @@ def timesteps_of(pipe) -> list[float]:
     return [float(t) for t in pipe.scheduler.timesteps]
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "sd"])
+@pytest.mark.parametrize("name", ["ddim", "sd"])
 def test_the_block_computes_the_temporal_features_of_the_network(name):
     host = HOSTS[name]
     pipe = host.build()

@@ -28,11 +28,10 @@ _SHARD = ("a shard of a calibration set", "Remove it and collect again.")
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One evaluation of the network: its inputs as they came, and where in the trajectory it stood.
+    """One evaluation of the network.
 
-    args, kwargs: tensors on the CPU, batched as they came; both branches of guidance lie in one batch, or in two calls
-        of different `context`. step: from 0, the noisiest. timestep: what the network was given, None if it takes none.
-    rows: the samples of the trajectory's batch that were kept; empty for all.
+    args, kwargs: its inputs, tensors on the CPU; both branches of guidance in one batch, or in two calls of different
+        `context`. step: from 0, the noisiest. rows: the samples of the batch that were kept; empty for all.
     previous: the evaluation of the same rows and context one step before, for residuals; None at step 0 or if not kept.
     """
 
@@ -104,9 +103,8 @@ def largest_step(calls: Sequence[Call]) -> float | None:
 
 
 class CalibrationSet(Sequence[Call]):
-    """Calls of one network, by trajectory and then in the order they were made; indexable and iterable.
+    """Calls of one network, by trajectory and then in their order; read from disk one at a time if it lies in a folder.
 
-    calls: the same as the set itself; read from disk one at a time when the set lies in a folder.
     settings: how they were collected; plain JSON values.
     """
 

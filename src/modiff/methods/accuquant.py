@@ -40,8 +40,7 @@ class AccuquantConfig(MethodConfig):
     that are no better at the end of their group than the calibrated ones are not kept. For pipelines with DDIM (eta 0)
     or flow-matching Euler steps and one evaluation a step.
     Cost: `samples` full-precision trajectories, then for each group `iterations` times its steps, forward twice and
-        backward once. Memory: one network graph of `batch` rows, whatever the group size; while ranges are measured, at
-        most 1 MiB for each layer and step, of the values that their search looks at.
+        backward once. Memory: one network graph of `batch` rows; at most 1 MiB a layer and step for the range search.
     """
 
     group_size: int = 4
@@ -184,9 +183,7 @@ def _scales(quantizer: Quantizer, index: int) -> tuple[QParams, ...]:
 
 def _keep(quantizer: Quantizer, index: int, scales: tuple[QParams, ...]) -> None:
     device = _scales(quantizer, index)[0].scale.device
-    moved = tuple(
-        QParams(q.scale.to(device), None if q.zero_point is None else q.zero_point.to(device)) for q in scales
-    )
+    moved = tuple(QParams(*(None if x is None else x.to(device) for x in q)) for q in scales)
     if quantizer.tables is None:
         quantizer.static = moved
     else:

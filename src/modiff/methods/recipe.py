@@ -39,10 +39,9 @@ BOUNDARY_BITS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(JsonConfig):
-    """What the settings of all methods have in common.
+    """The settings that all methods share: bits (2 to 8; None keeps floats), and what is learned from.
 
-    weight_bits, activation_bits: 2 to 8; None keeps floats.
-    steps: of the sampler, the same that will be used. samples: trajectories to learn from, `batch` at a time.
+    steps: of the sampler, as many as you will sample with. samples: trajectories to learn from, `batch` at a time.
     seed: of noise, classes and steps.
     """
 
@@ -78,8 +77,7 @@ class MethodConfig(JsonConfig):
 
     def check_groups(self, groups: int) -> None:
         """Raise the ConfigError of `groups` that `steps` cannot be cut into."""
-        self.check_counts("groups")
-        self.check("groups", groups <= self.steps, f"at most steps={self.steps}", "A group has at least one step.")
+        self.check("groups", 1 <= groups <= self.steps, f"1 to steps={self.steps}", "A group has at least one step.")
 
     def check_learning(self, name: str, learn: str) -> None:
         """Raise the ConfigError of settings of reconstruction that learn something else."""
@@ -122,11 +120,9 @@ class MethodReport(Report):
     scales: ReconstructionReport | None = None
 
     @classmethod
-    def of(
-        cls, report: Report, *, weights: ReconstructionReport | None = None, scales: ReconstructionReport | None = None
-    ) -> Self:
-        """What `apply` reported, with what was learned."""
-        return cls(report.entries, report.memory, weights, scales)
+    def of(cls, report: Report, **learned: ReconstructionReport | None) -> Self:
+        """What `apply` reported, with `weights` and `scales` that were learned."""
+        return cls(report.entries, report.memory, **learned)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, for JSON."""
@@ -134,15 +130,12 @@ class MethodReport(Report):
         return super().to_dict() | {n: None if r is None else r.to_dict()["units"] for n, r in learned.items()}
 
     def __str__(self) -> str:
-        learned = (("Rounding of weights", self.weights), ("Static scales", self.scales))
-        return "\n".join([super().__str__(), *(f"{name}: {report}" for name, report in learned if report is not None)])
+        learned = {"Rounding of weights": self.weights, "Static scales": self.scales}
+        return "\n".join([super().__str__(), *(f"{name}: {report}" for name, report in learned.items() if report)])
 
 
 class MethodJob:
-    """One target that a method is applied to, and the verbs on it, with the method's settings and its folder.
-
-    target: a pipeline, or a module. model: its network. folder: of finished parts, or None.
-    """
+    """A pipeline or module, its network `model`, and the verbs on it, with a method's settings and its folder."""
 
     def __init__(
         self,
@@ -158,7 +151,7 @@ class MethodJob:
         self._run, self._evaluations = run, evaluations
 
     def path(self, name: str) -> Path | None:
-        """Where a part of the job lies, None without a folder."""
+        """Where something that the job keeps lies; None without a folder."""
         return None if self.folder is None else self.folder / name
 
     @property
@@ -185,7 +178,7 @@ class MethodJob:
         )  # fmt: skip
 
     def apply(self, config: ModiffConfig) -> Report:
-        """Quantize the target; the driver takes it off again if the method fails later."""
+        """Quantize the target; it is as before if the method fails later."""
         return apply(self.target, config)
 
     def learn(self, calls: Sequence[Call], config: ReconstructConfig, name: str) -> ReconstructionReport:

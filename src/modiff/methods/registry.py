@@ -47,11 +47,7 @@ def register(
     plain: str = "",
     modulated: str = "",
 ) -> Callable[[Recipe], Recipe]:
-    """Make a function a method, under the function's name: a decorator.
-
-        @register(MyConfig)
-        def my_method(job: MethodJob, config: MyConfig) -> Report:
-            return job.apply(every_layer(LayerConfig(weight=WeightConfig(bits=config.weight_bits))))
+    """Make a function a method, under the function's name: a decorator; see docs/extending.md.
 
     Args: as the fields of `Method`; `quick` is the config's own method of this name, or its defaults, when None.
     """
@@ -89,12 +85,9 @@ def method_config(
     modulated: bool | None = None,
     changes: dict[str, Any] | None = None,
 ) -> MethodConfig:
-    """The settings of a method: the paper's or the quick ones, then `values`, then `changes`.
+    """The settings of a method: the paper's or the quick ones, then `values`, as JSON has them, then `changes`.
 
-    Args:
-        values: fields as JSON has them, for example of a file; those that it lacks stay.
-        modulated: True for residuals, False for whole activations, None as the settings say.
-        changes: fields, for example {"weight_bits": 4}.
+    modulated: True for residuals, False for whole activations, None as the settings say.
     Raises: ConfigError for a name, field or value that does not exist, or a combination that is refused.
 
     >>> method_config("ptq4dm", quick=True, changes={"activation_bits": 4}).activation_bits
@@ -107,16 +100,13 @@ def method_config(
         if field not in fields:
             raise ConfigError(f"{name}: expected one of {', '.join(fields)}, got {field!r}. It has no such setting. "
                               "Leave it out.")  # fmt: skip
-    if values is not None and not isinstance(values, dict):
-        where = method.config.__name__
-        raise ConfigError(f"{where}: expected an object with named fields, got {values!r}. Write it as {{}}.")
     if changes or values:
         config = method.config.from_dict(_merged(config.to_dict(), values or {}) | (changes or {}))
     return config if modulated is None else _modulated(name, method, config, modulated)
 
 
 def _merged(present: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` over the present ones; of settings inside of settings too, those that it lacks stay."""
+    """`values` over the present ones, also inside of nested settings."""
     merged = dict(present)
     for name, value in values.items():
         inside = merged.get(name)
@@ -150,17 +140,14 @@ def quantize(
 ) -> Report:
     """Quantize a pipeline's denoiser, or a module, by a published method, in place; `modiff.remove(target)` undoes it.
 
-        modiff.quantize(pipe, "q_diffusion", quick=True)
         modiff.quantize(pipe, QDiffusionConfig(weight_bits=4), run=lambda i: pipe(prompts[i]), folder="work")
 
     Args:
         target: a pipeline with one denoiser; or a module, with `run` and `evaluations_per_run` for calibration.
-        method: its settings, or its name, which stands for the paper's settings.
-        quick: with a name, the settings for small models, in minutes on two cores.
+        method: its settings, or its name, which stands for the paper's settings, or for the `quick` ones.
         run: `run(i)` generates the `config.batch` images of trajectory i; needed where the pipeline takes a prompt.
         evaluations_per_run: of the network in a trajectory; the scheduler says it when None.
-        folder: keeps the calibration data and each learned part, so that an interrupted job goes on, to the same bits.
-    Returns: what was quantized and what was left, and the loss of each part before and after it was learned.
+        folder: keeps the calibration data and what was learned, so that an interrupted job goes on, to the same bits.
     Raises: ConfigError, CalibrationError or StateError if the model cannot be quantized so, or the folder is another
         job's; FormatError for a damaged folder. The target is as before then.
     Cost: as the method's settings say; with a folder, one pass over the weights.

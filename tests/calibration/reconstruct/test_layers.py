@@ -139,13 +139,18 @@ def test_gradients_pass_through_quantized_attention():
     assert float((quantized - exact).norm()) < 0.05 * float(exact.norm())
 
 
-def test_layers_are_themselves_again_also_when_the_body_raises():
+def test_layers_are_themselves_again_also_when_the_body_raises_and_dropout_is_off_meanwhile():
     model = toy()
     modiff.apply(model, presets.w4a4())
-    for context in (full_precision(model), without_states(model, "quantized")):
+    model.train()
+    model.norm.eval()
+    for context in (full_precision(model), without_states(model, "quantized"), evaluating(model)):
         with pytest.raises(KeyboardInterrupt), context:
             raise KeyboardInterrupt
     assert not any("forward" in quantized.__dict__ for quantized in attachment_of(model).layers.values())
+    assert (model.training, model.norm.training, model.attention.to_q.training) == (True, False, True)
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
     with pytest.raises(StateError, match="expected a running trajectory"):
         sample(model)
 
@@ -162,14 +167,3 @@ def test_a_forward_that_another_library_replaced_is_not_lost():
         pass
     assert quantized.__dict__["forward"] is theirs
     assert "forward" not in attachment_of(model).layers["body"].__dict__
-
-
-def test_dropout_is_off_while_learning_and_on_after():
-    model = toy()
-    model.train()
-    model.norm.eval()
-    with evaluating(model):
-        assert not any(m.training for m in model.modules())
-    assert model.training
-    assert not model.norm.training
-    assert model.attention.to_q.training

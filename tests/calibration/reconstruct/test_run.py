@@ -19,7 +19,6 @@ from tests.calibration.learning import (
     KINDS,
     QUICK,
     applied,
-    calls_of,
     codes_of,
     error_of,
     layers_of,
@@ -130,17 +129,6 @@ def test_a_unit_stops_at_the_check_that_sees_every_weight_decided():
     assert {(u.iterations, u.reason) for u in report.units} == {(70, "every weight is decided")}
 
 
-def test_a_half_precision_network_is_learned_in_float32():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16)).bfloat16()
-    inputs = drifting(0, (16, 16), 4, 0.5, torch.bfloat16)
-    calls = modiff.collect(model, lambda _: [model(x) for x in inputs], progress=False)
-    modiff.apply(model, dataclasses.replace(weights(), first_last="quantize"))
-    report = learn_units(model, calls, QUICK, progress=False)
-    assert all(u.learned for u in report.units)
-    assert {t.quantized_weight.codes(t.weight)[0][1].scale.dtype for t in layers_of(model).values()} == {torch.float32}
-
-
 def test_the_same_seed_learns_the_same_codes_and_another_one_others():
     found = []
     for seed in (0, 0, 1):
@@ -168,39 +156,6 @@ def test_weights_of_modulated_layers_are_learned_without_their_states(activation
         assert bits == 3 or error_of(model, exact) < before
         found.append(codes_of(model))
     assert same_codes(*found) == (activations == "full_precision")
-
-
-def test_grouped_convolutions_and_layers_that_share_a_residual():
-    class Grouped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2)
-            self.pair = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
-
-        def forward(self, sample: Tensor, timestep: float) -> Tensor:
-            h = self.conv(sample)
-            return self.pair[0](h) + self.pair[1](h).tanh()
-
-    torch.manual_seed(0)
-    model = Grouped()
-    inputs = drifting(0, (4, 8, 4, 4), 6, 0.3, torch.float32)
-    calls = modiff.collect(model, lambda _: [model(x, 0.0) for x in inputs], progress=False)
-    config = dataclasses.replace(presets.tuned(3, 8), first_last="quantize", min_weights=1)
-    modiff.apply(model, config)
-    report = learn_units(model, calls, QUICK, kinds=("Grouped",), progress=False)
-    assert [u.layers for u in report.units] == [("conv",), ("pair.0",), ("pair.1",)]
-    assert all(u.learned for u in report.units)
-
-
-def test_a_layer_that_never_ran_is_left_and_said_so():
-    model = toy()
-    model.add_module("idle", nn.Linear(32, 32))
-    calls = calls_of(model)
-    modiff.apply(model, dataclasses.replace(weights(), first_last="quantize", exclude=("time_embedding",)))
-    report = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
-    assert (report.units[-1].name, report.units[-1].learned) == ("idle", False)
-    assert report.units[-1].reason == "never ran on the calibration calls"
-    assert not layers_of(model)["idle"].quantized_weight.fixed
 
 
 def test_nothing_else_of_the_model_changes():
@@ -236,3 +191,32 @@ def test_the_inputs_of_one_unit_at_a_time_are_in_memory(monkeypatch):
     learn_units(model, calls, config, kinds=KINDS, progress=False)
     assert len(units) > 30
     assert alive == [0] * 5
+
+
+class Odd(nn.Module):
+    """A grouped convolution, two layers that share a residual, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.pair = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+        self.idle = nn.Conv2d(8, 8, 1)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        h = self.conv(sample)
+        return self.pair[0](h) + self.pair[1](h).tanh()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_layers_are_learned_in_float32_and_one_that_never_ran_is_left(dtype):
+    torch.manual_seed(0)
+    model = Odd().to(dtype)
+    inputs = drifting(0, (8, 8, 4, 4), 6, 0.3, dtype)
+    calls = modiff.collect(model, lambda _: [model(x) for x in inputs], progress=False)
+    modiff.apply(model, dataclasses.replace(presets.tuned(3, 8), first_last="quantize", min_weights=1))
+    *learned, idle = learn_units(model, calls, QUICK, kinds=("Odd",), progress=False).units
+    assert [u.layers for u in learned] == [("conv",), ("pair.0",), ("pair.1",)]
+    assert all(u.learned for u in learned)
+    assert (idle.name, idle.learned, idle.reason) == ("idle", False, "never ran on the calibration calls")
+    layers = [layers_of(model)[u.name] for u in learned]
+    assert {q.quantized_weight.codes(q.weight)[0][1].scale.dtype for q in layers} == {torch.float32}

@@ -124,7 +124,7 @@ def learned_codes(learned: Learned, name: str) -> tuple[tuple[Tensor, QParams], 
 
 @dataclass(frozen=True)
 class Outcome:
-    """before, after: held-out loss of the start, and of `best`. best: None where nothing was better than the start."""
+    """before, after: held-out loss of the start, and of `best`, which is None where nothing was better."""
 
     before: float
     after: float
