@@ -120,9 +120,11 @@ class MethodReport(Report):
     scales: ReconstructionReport | None = None
 
     @classmethod
-    def of(cls, report: Report, **learned: ReconstructionReport | None) -> Self:
-        """What `apply` reported, with `weights` and `scales` that were learned."""
-        return cls(report.entries, report.memory, **learned)
+    def of(
+        cls, report: Report, *, weights: ReconstructionReport | None = None, scales: ReconstructionReport | None = None
+    ) -> Self:
+        """What `apply` reported, with what was learned."""
+        return cls(report.entries, report.memory, weights, scales)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, for JSON."""
