@@ -256,7 +256,17 @@ def test_removing_drops_no_layer_that_was_wrapped_since():
     modiff.remove(model)
 
 
-@pytest.mark.parametrize("verb", [modiff.remove, modiff.pack, modiff.report, lambda m: modiff.calibrate(m, print)])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        modiff.remove,
+        modiff.pack,
+        modiff.report,
+        lambda m: modiff.calibrate(m, print),
+        lambda m: modiff.trajectory(m).__enter__(),
+        lambda m: modiff.context(m, "cond").__enter__(),
+    ],
+)
 def test_a_plain_model_has_nothing_on_it(verb):
-    with pytest.raises(StateError, match=r"(remove|pack|report|calibrate): expected a model with modulated .* Toy"):
+    with pytest.raises(StateError, match=r"^\w+: expected a model with modulated layers, got a plain Toy"):
         verb(toy())

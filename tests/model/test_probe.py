@@ -64,18 +64,6 @@ def test_errors_are_those_of_the_reference_over_all_coded_steps_and_contexts():
         assert error == pytest.approx(expected, rel=1e-5)  # rotated inputs are float32
 
 
-def test_a_probe_forgets_its_states_with_the_trajectory_and_has_no_errors_before_a_second_step():
-    layer, clock = nn.Linear(16, 4), Clock("model")
-    probe = Probe(layer, "layer", CHOICES, clock)
-    for x in drifting(0, (2, 16), 2, 0.2, torch.float32):
-        clock.start()
-        clock.call(None)
-        probe.see(x)
-        clock.stop()
-        assert probe.states == {}
-    assert all(math.isnan(error) for error in probe.errors())
-
-
 def test_a_probe_of_a_split_layer_gives_each_half_a_scale_of_its_own():
     layer, clock = nn.Conv2d(16, 4, 1).double(), Clock("model")
     inputs = drifting(0, (2, 16, 3, 3), 6, 0.2)

@@ -128,9 +128,3 @@ def test_the_report_says_what_the_layers_anchor_with(config, pack, anchor):
         report = modiff.pack(model, anchor_weights=pack)
     assert {e.name: e.anchor for e in report.entries if e.anchor} == dict.fromkeys(TAKEN, anchor)
     assert f"  5 anchor with {anchor}" in str(report).splitlines()
-
-
-def test_a_plain_model_has_no_anchors():
-    report = modiff.apply(toy(), presets.plain(8, 8))
-    assert "anchor" not in str(report)
-    assert {e.anchor for e in report.entries} == {""}

@@ -78,13 +78,6 @@ def test_trajectories_of_one_model_cannot_nest_and_the_outer_one_goes_on():
     assert len(first) == 2
 
 
-@pytest.mark.parametrize("verb", ["trajectory", "context"])
-def test_a_plain_model_has_no_trajectory_and_no_context(verb):
-    enter = modiff.trajectory(toy()) if verb == "trajectory" else modiff.context(toy(), "cond")
-    with pytest.raises(StateError, match=f"{verb}: expected a model with modulated layers, got a plain Toy"), enter:
-        pass
-
-
 def test_two_contexts_are_two_trajectories_side_by_side():
     model = applied(presets.tuned(8, 4))
     starts = {"cond": torch.randn(2, 3, 4, 4), "uncond": torch.randn(2, 3, 4, 4)}
