@@ -199,7 +199,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         return {k: v for k, v in state_dict.items() if k not in scales}
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **_: object) -> None:
-        """Put quantized_layers into the empty model."""
+        """Put quantized layers into the empty model."""
         if self.quantization_config.layout is None:
             config = self.quantization_config.chosen
             install(model, config, splits=shortcut_splits(model))
