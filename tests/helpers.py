@@ -48,6 +48,11 @@ def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Ten
         assert_same_bits(actual[name], tensor)
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in float64."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
 def drifting(
     seed: int, shape: tuple[int, ...], steps: int, change: float, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:

@@ -14,11 +14,6 @@ import pytest
 import modiff
 
 PACKAGE = Path(modiff.__file__).parent
-STILL_TWICE = {
-    "Job", "Layout", "Memory", "Operator", "blocks_of", "load", "load_scales",
-    "quantize", "scale_tensors", "segments_of",
-}  # fmt: skip
-"""Names that two modules still have; this set may only get smaller."""
 
 
 def test_all_is_sorted_and_exactly_what_a_user_sees() -> None:
@@ -56,6 +51,6 @@ def names_twice(files: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def test_no_public_name_stands_in_two_modules():
     files = [(p.relative_to(PACKAGE).as_posix(), p.read_text(encoding="utf-8")) for p in sorted(PACKAGE.rglob("*.py"))]
-    assert {name: paths for name, paths in names_twice(files).items() if name not in STILL_TWICE} == {}
+    assert names_twice(files) == {}
     files = [("a.py", "def f(): ..."), ("b.py", "class f: ..."), ("cli/f.py", "def g(): ..."), ("c.py", "def g(): ...")]
     assert names_twice(files) == {"f": ["a.py", "b.py"]}

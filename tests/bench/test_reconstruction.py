@@ -80,7 +80,7 @@ def test_learned_rows_share_one_set_of_codes_and_full_precision_comes_back(folde
 def test_a_second_run_measures_only_the_row_that_is_missing_from_learned_blocks_that_are_kept(folder, monkeypatch):
     before = json.loads((folder / "rows.json").read_text())["rows"]
     (folder / "work" / "row-2.json").unlink()
-    monkeypatch.setattr("modiff.calibration.reconstruct.job.Job.learn", None)
+    monkeypatch.setattr("modiff.calibration.reconstruct.job.ReconstructionJob.learn", None)
     assert [row["relative_l2"] for row in start(monkeypatch, folder)] == [row["relative_l2"] for row in before]
     assert "| W4A8 learned | 4 | " in (folder / "docs" / "page.md").read_text()
 

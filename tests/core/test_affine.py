@@ -16,7 +16,7 @@ from modiff.core.affine import (
     fake_quantize,
     qparams_from_range,
     qrange,
-    quantize,
+    quantize_tensor,
 )
 from tests.helpers import assert_float_error, assert_same_bits, assert_within
 from tests.reference import quantizer as reference
@@ -38,7 +38,7 @@ def test_codes_and_values_equal_the_reference(seed, bits, granularity, symmetric
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
     expected = reference.quantize(x, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel)
     qparams = choose_qparams(x, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel)
-    codes = quantize(x, qparams, bits)
+    codes = quantize_tensor(x, qparams, bits)
     assert_same_bits(codes, expected.codes.to(torch.int8))
     assert_within(qparams.scale.expand(shape), expected.step, 1e-15 * expected.step)
     assert_within(dequantize(codes, qparams), expected.value, 1e-13 * expected.step)
@@ -53,7 +53,7 @@ def test_low_precision_inputs_are_coded_as_exactly_as_their_values_allow(granula
     qparams = choose_qparams(x, 6, granularity)
     assert qparams.scale.dtype == torch.float32
     expected = reference.quantize(x, 6, granularity)
-    assert_same_bits(quantize(x, qparams, 6), expected.codes.to(torch.int8))
+    assert_same_bits(quantize_tensor(x, qparams, 6), expected.codes.to(torch.int8))
     value = fake_quantize(x, qparams, 6)
     assert value.dtype == dtype
     axes = {"tensor": (0, 1, 2), "sample": (1, 2), "token": (2,), "input_channel": (0, 1)}[granularity]
@@ -72,14 +72,14 @@ def test_the_range_is_that_of_two_s_complement(bits):
 def test_codes_never_leave_the_range_of_their_bits_also_on_a_scale_far_too_fine(bits, symmetric, clip):
     seen = torch.randn(64)
     qparams = choose_qparams(seen, bits, "tensor", symmetric=symmetric, clip=clip)
-    codes = quantize(100 * torch.linspace(-1, 1, 101), qparams, bits).tolist()
+    codes = quantize_tensor(100 * torch.linspace(-1, 1, 101), qparams, bits).tolist()
     assert min(codes) == -(2 ** (bits - 1))
     assert max(codes) == 2 ** (bits - 1) - 1
 
 
 def test_ties_go_to_even():
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
-    assert quantize(x, QParams(torch.tensor(1.0), None), 4).tolist() == [-2, -2, 0, 0, 2, 2]
+    assert quantize_tensor(x, QParams(torch.tensor(1.0), None), 4).tolist() == [-2, -2, 0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -87,7 +87,7 @@ def test_zeros_code_to_exact_zeros_with_a_positive_scale(symmetric):
     x = torch.zeros(2, 3)
     qparams = choose_qparams(x, 4, "sample", symmetric=symmetric)
     assert qparams.scale.flatten().tolist() == pytest.approx([SMALLEST_SCALE] * 2)
-    assert torch.equal(dequantize(quantize(x, qparams, 4), qparams), x)
+    assert torch.equal(dequantize(quantize_tensor(x, qparams, 4), qparams), x)
 
 
 @given(seed=st.integers(0, 2**31), bits=st.integers(2, 8), low=st.sampled_from([-5.0, -0.1, 0.3]))

@@ -8,7 +8,7 @@ import torch
 from modiff import CalibrationError, FormatError, QuantizerConfig
 from modiff.core.observers import MinMaxObserver
 from modiff.core.quantizer import Quantizer
-from modiff.core.step_sets import grouped, load_scales, set_of
+from modiff.core.step_sets import grouped, read_scale_tensors, set_of
 from tests.helpers import assert_same_bits
 
 
@@ -139,11 +139,11 @@ STEPS = {
 )
 def test_what_does_not_fit_is_one_clear_error(tensors, channels, message):
     with pytest.raises(FormatError, match=message):
-        load_scales(tensors, channels, symmetric=True)
+        read_scale_tensors(tensors, channels, symmetric=True)
 
 
 def test_zero_points_are_asked_for_where_the_quantizer_has_them():
     with pytest.raises(FormatError, match=r"expected the tensors scale\.0, zero_point\.0, got scale\.0"):
-        load_scales({"scale.0": torch.ones(1)}, (1,), symmetric=False)
+        read_scale_tensors({"scale.0": torch.ones(1)}, (1,), symmetric=False)
     with pytest.raises(FormatError, match="expected int32 zero points"):
-        load_scales({"scale.0": torch.ones(1), "zero_point.0": torch.ones(1)}, (1,), symmetric=False)
+        read_scale_tensors({"scale.0": torch.ones(1), "zero_point.0": torch.ones(1)}, (1,), symmetric=False)

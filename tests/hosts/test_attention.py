@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import modiff
 from modiff import AttentionConfig, QuantizerConfig, StateError
 from modiff.model.attention import apply_attention, attention_quantizers, remove_attention
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, relative_error
 from tests.hosts.tiny import HOSTS
 
 
@@ -16,10 +15,6 @@ def config(bits: int | None) -> AttentionConfig:
     return AttentionConfig(
         operands=QuantizerConfig(bits=bits), softmax=QuantizerConfig(bits=bits, symmetric=False, lowest="zero")
     )
-
-
-def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "wan"])
@@ -37,14 +32,14 @@ def test_a_host_runs_with_quantized_attention_beneath_modulated_layers_and_comes
     for bits in (8, 2):
         taken = apply_attention(model, config(bits))
         assert len(attention_quantizers(model)) == 4 * len(taken) > 0
-        errors.append(error(host.call(pipe, steps=2), modulated))
+        errors.append(relative_error(host.call(pipe, steps=2), modulated))
         remove_attention(model)
     assert 0 < errors[0] < 0.03
     assert errors[1] > 5 * errors[0]
     assert_same_bits(host.call(pipe, steps=2), modulated)
 
 
-def test_a_processor_that_computes_attention_by_itself_is_an_error():
+def test_a_processor_that_computes_attention_by_itself_is_an_relative_error():
     from diffusers.models.attention_processor import AttnProcessor
 
     pipe = HOSTS["sd"].build()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiffusionPipeline
+from diffusers import DDIMPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,15 +27,11 @@ def folder(floats: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(floats, tmp_path / "pipeline"))
 
 
-def assert_same_weights(pipe: DiffusionPipeline, other: DiffusionPipeline) -> None:
-    assert_same_tensors(pipe.unet.state_dict(), other.unet.float().state_dict())
-
-
 def test_a_saved_pipeline_comes_back_quiet_and_with_the_same_weights(floats):
     for name in (floats, str(floats)):
         pipe = load_pipeline(name)
         assert type(pipe) is DDIMPipeline
-        assert_same_weights(pipe, SMALL.build())
+        assert_same_tensors(pipe.unet.state_dict(), SMALL.build().unet.state_dict())
         assert not pipe.unet.training
         assert pipe._progress_bar_config["disable"]
 
@@ -44,20 +40,7 @@ def test_a_saved_pipeline_comes_back_quiet_and_with_the_same_weights(floats):
 def test_half_precision_weights_are_loaded_in_float32(tmp_path, variant):
     half = SMALL.build().to(torch.float16)
     half.save_pretrained(tmp_path, variant=variant)
-    assert_same_weights(load_pipeline(tmp_path), half)
-
-
-def test_the_embedded_model_goes_by_its_name(floats, monkeypatch):
-    monkeypatch.setattr("modiff.hosts.diffusers.load.model_folder", {"embedded": floats}.__getitem__)
-    assert_same_weights(load_pipeline("embedded"), SMALL.build())
-
-
-def test_a_model_of_the_package_goes_by_its_name_once_its_folder_is_there(floats, tmp_path, monkeypatch):
-    monkeypatch.setattr("modiff.assets.files", {"modiff.assets": tmp_path}.__getitem__)
-    with pytest.raises(FormatError, match=r"expected cifar10/model_index\.json .*trained on a GPU.*--data cifar10"):
-        load_pipeline("cifar10")
-    shutil.copytree(floats, tmp_path / "cifar10")
-    assert_same_weights(load_pipeline("cifar10"), SMALL.build())
+    assert_same_tensors(load_pipeline(tmp_path).unet.state_dict(), half.unet.float().state_dict())
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
@@ -98,8 +81,6 @@ NOT_PART = "expected part of a diffusers pipeline"
     ("damage", "message"),
     [
         (cut, f"{WEIGHTS}: expected a safetensors file, got SafetensorError"),
-        (written(WEIGHTS, b"not a safetensors file, by any measure"), f"{WEIGHTS}: expected a safetensors file"),
-        (written(WEIGHTS, b""), f"{WEIGHTS}: expected a safetensors file"),
         (pickled, f"unet: {NOT_PART}, got OSError"),
         (
             tensors(lambda t: t.pop("conv_in.weight")),
@@ -112,11 +93,9 @@ NOT_PART = "expected part of a diffusers pipeline"
         ),
         (missing("model_index.json"), "pipeline: expected a diffusers folder, got one without model_index"),
         (written("model_index.json", b"{"), f"model_index.json: {NOT_PART}"),
-        (written("model_index.json", b"[" * 100_000), f"model_index.json: {NOT_PART}"),
         (written("model_index.json", b"[]"), "model_index.json: expected an object with _class_name"),
         (unknown_class, f"pipeline: {NOT_PART}"),
         (written("unet/config.json", b"{"), f"unet: {NOT_PART}"),
-        (missing("scheduler/scheduler_config.json"), f"pipeline: {NOT_PART}"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_error(folder, damage, message):

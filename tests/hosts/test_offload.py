@@ -15,6 +15,7 @@ from modiff import ConfigError, StateError, presets
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import SMALL
 
+Way = Callable[[DiffusionPipeline], object]
 CPU = torch.device("cpu")
 CONFIG = presets.published(4, 8)  # anchors with the quantized weights, so that packing changes no bit
 
@@ -27,59 +28,48 @@ def applied(packed: bool = False) -> DiffusionPipeline:
     return pipe
 
 
-def call(pipe: DiffusionPipeline) -> torch.Tensor:
-    return SMALL.call(pipe, steps=3)
+def by_groups(kind: str, **settings: int) -> Way:
+    return lambda pipe: apply_group_offloading(pipe.unet, CPU, CPU, offload_type=kind, **settings)
 
 
-def in_groups(pipe: DiffusionPipeline) -> None:
-    apply_group_offloading(pipe.unet, CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
-
-
-def by_leaf(pipe: DiffusionPipeline) -> None:
-    apply_group_offloading(pipe.unet, CPU, CPU, offload_type="leaf_level")
-
-
-def as_a_whole(pipe: DiffusionPipeline) -> None:
-    accelerate.cpu_offload_with_hook(pipe.unet, "cpu")
-
-
-def in_sequence(pipe: DiffusionPipeline) -> None:
-    accelerate.cpu_offload(pipe.unet, "cpu")
-
-
-def with_buffers(pipe: DiffusionPipeline) -> None:
-    accelerate.cpu_offload(pipe.unet, "cpu", offload_buffers=True)
-
-
-AROUND: list[Callable[[DiffusionPipeline], None]] = [in_groups, as_a_whole]  # the network or its blocks
-WRAPPING = [by_leaf, in_sequence, with_buffers]  # these replace the forward of every layer
+AROUND: dict[str, Way] = {  # hooks on the network or its blocks
+    "blocks": by_groups("block_level", num_blocks_per_group=1),
+    "whole": lambda pipe: accelerate.cpu_offload_with_hook(pipe.unet, "cpu"),
+}
+WRAPPING: dict[str, Way] = {  # these replace the forward of every layer
+    "leaves": by_groups("leaf_level"),
+    "sequence": lambda pipe: accelerate.cpu_offload(pipe.unet, "cpu"),
+    "buffers": lambda pipe: accelerate.cpu_offload(pipe.unet, "cpu", offload_buffers=True),
+}
+around = pytest.mark.parametrize("way", AROUND.values(), ids=AROUND)
+wrapping = pytest.mark.parametrize("way", WRAPPING.values(), ids=WRAPPING)
 
 
 @pytest.fixture(scope="module")
 def expected() -> torch.Tensor:
-    return call(applied())
+    return SMALL.call(applied())
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("way", AROUND + WRAPPING)
+@pytest.mark.parametrize("way", [*AROUND.values(), *WRAPPING.values()], ids=[*AROUND, *WRAPPING])
 def test_outputs_are_the_same_bits_over_several_calls(way, packed, expected):
     pipe = applied(packed)
     way(pipe)
     for _ in range(2):
-        assert_same_bits(call(pipe), expected)
+        assert_same_bits(SMALL.call(pipe), expected)
 
 
-@pytest.mark.parametrize("way", AROUND)
+@around
 def test_hooks_around_the_whole_network_or_its_blocks_may_come_first_and_stay(way, expected):
     pipe = SMALL.build()
     way(pipe)
     modiff.apply(pipe, CONFIG)
-    assert_same_bits(call(pipe), expected)
+    assert_same_bits(SMALL.call(pipe), expected)
     modiff.remove(pipe)
-    assert_same_bits(call(pipe), call(SMALL.build()))
+    assert_same_bits(SMALL.call(pipe), SMALL.call(SMALL.build()))
 
 
-@pytest.mark.parametrize("way", WRAPPING)
+@wrapping
 def test_hooks_on_each_layer_must_come_last_and_go_first(way):
     pipe = SMALL.build()
     way(pipe)
@@ -93,7 +83,7 @@ def test_hooks_on_each_layer_must_come_last_and_go_first(way):
 
 def test_weights_that_are_not_in_memory_are_not_saved_or_packed_as_nothing(tmp_path):
     pipe = applied()
-    in_sequence(pipe)
+    WRAPPING["sequence"](pipe)
     for verb in (lambda: modiff.save(pipe, tmp_path / "saved"), lambda: modiff.pack(pipe)):
         with pytest.raises(StateError, match=r"expected a weight in memory, got one on the meta device. It is offload"):
             verb()
@@ -102,11 +92,11 @@ def test_weights_that_are_not_in_memory_are_not_saved_or_packed_as_nothing(tmp_p
 
 def test_a_pipeline_that_offloads_by_groups_can_be_saved(tmp_path, expected):
     pipe = applied()
-    by_leaf(pipe)
+    WRAPPING["leaves"](pipe)
     modiff.save(pipe, tmp_path / "saved")
     loaded = modiff.load(tmp_path / "saved")
-    by_leaf(loaded)
-    assert_same_bits(call(loaded), expected)
+    WRAPPING["leaves"](loaded)
+    assert_same_bits(SMALL.call(loaded), expected)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -115,7 +105,7 @@ def test_layerwise_casting_leaves_codes_and_scales_and_such_a_model_is_not_saved
     pipe = applied(packed)
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    assert torch.isfinite(call(pipe)).all()
+    assert torch.isfinite(SMALL.call(pipe)).all()
     for name, tensor in pipe.unet.state_dict().items():
         if name.endswith("weight_scale") or not before[name].is_floating_point():
             assert_same_bits(tensor, before[name])
@@ -133,6 +123,6 @@ def test_offloading_a_pipeline_on_a_real_device(packed):
     )):  # fmt: skip
         pipe = applied(packed)
         offload(pipe)
-        results += [call(pipe), call(pipe)]
+        results += [SMALL.call(pipe), SMALL.call(pipe)]
     for result in results:
         assert_same_bits(result, results[0])

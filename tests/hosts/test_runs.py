@@ -42,11 +42,6 @@ def test_evaluations_are_counted_as_the_scheduler_runs_them(scheduler, count):
     assert len(ran) == count
 
 
-def test_a_pipeline_that_takes_a_prompt_must_be_told_how_it_runs():
-    with pytest.raises(ConfigError, match="expected run=, a function that generates from prompts, got none"):
-        calibration_run(HOSTS["pixart"].build(), steps=2, batch=1)
-
-
 def test_classes_are_drawn_from_all_of_them_and_not_one_for_all():
     pipe = HOSTS["dit"].build()
     labels: list[list[int]] = []

@@ -1,13 +1,11 @@
 """Tiny, randomly weighted pipelines of every kind we host: built offline, savable, float32.
 
-`HOSTS["flux"].build()` gives a new pipeline, with the same weights each time; `.call(pipe, steps=4, seed=0, batch=1)`
-gives its result as one tensor, and passes further words on, as in `guidance_scale=1.0`. Row i of a batch starts from
-the noise of seed + i, and one prompt serves all rows: row i equals the call with seed + i and batch 1 to float error.
+`HOSTS["flux"].build()` gives a pipeline, with the same weights each time; `.call(pipe, steps=4, seed=0, batch=1)` gives
+its result as one tensor and passes further words on. Row i of a batch equals the call with seed + i to float error.
 
-No layer is idle: diffusers starts several at zero (adaLN gates, last layers), so all parameters are drawn.
-No network predicts the noise: x_0 = (x - sqrt(1 - a) noise) / sqrt(a) multiplies the initial noise by 15 to 150, which
-drowns what a random network says. Pixel hosts predict the image, nearly all of which the clamp to 0..1 spares; the
-others the velocity.
+No layer is idle: diffusers starts several at zero (adaLN gates, last layers), so all parameters are drawn. No network
+predicts the noise: x_0 = (x - sqrt(1 - a) noise) / sqrt(a) multiplies the initial noise by 15 to 150, which drowns what
+a random network says. Pixel hosts predict the image, nearly all of which the clamp to 0..1 spares; others the velocity.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -31,7 +29,6 @@ from tests.pixels import pixel_pipeline
 TEXT_LENGTH = 8  # tokens
 WIDTH = 32  # channels of text and transformers
 
-# ---------------------------------------------------------------------------------------------------------- schedulers
 
 _SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
@@ -58,8 +55,6 @@ def make_scheduler(name: str, predicts: str = "v_prediction") -> SchedulerMixin:
 def flow() -> SchedulerMixin:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 
-
-# ------------------------------------------------------------------------------------------------- networks and text
 
 _TIMED = re.compile(r"time_emb|timestep_embedder|time_embedder|time_proj|norm\w*\.linear|adaln_single")
 _MODULATES = re.compile(r"scale_shift_table|(norm\w*\.linear|adaln_single\.linear|time_proj)\.bias")
@@ -114,9 +109,6 @@ def encoders(count: int) -> dict[str, Any]:
     return {f"text_encoder{n}": clip() for n in numbers} | {f"tokenizer{n}": clip_tokenizer() for n in numbers}
 
 
-# ------------------------------------------------------------------------------------------------- settings of calls
-
-
 def pixels(batch: int) -> dict[str, Any]:
     """(batch, 3, 8, 8) in 0..1."""
     return {"batch_size": batch, "output_type": "pt"}
@@ -149,49 +141,39 @@ def masked_embeddings(batch: int) -> dict[str, Any]:
     return embeddings(batch, pooled=False, negative_prompt=None, use_resolution_binning=False, **named)
 
 
-# ----------------------------------------------------------------------------------------------------------- U-Nets
+def network(kind: Callable[..., nn.Module], seed: int, **settings: Any) -> Any:
+    return drawn(lambda: kind(**settings), seed)
 
 
-def _pixel_unet(seed: int, **settings: Any) -> diffusers.UNet2DModel:
-    return drawn(
-        lambda: diffusers.UNet2DModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=16,
-            norm_num_groups=8,
-            **settings,
-        ),
-        seed,
-    )
+_UNET = {"sample_size": 8, "block_out_channels": (32, 64), "norm_num_groups": 8}
+_PIXELS = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 16,
+}
+_SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "in_channels": 4}
 
 
 def build_ddpm() -> DiffusionPipeline:
     """As the CIFAR-10 model of DDPM: asymmetric padding in the downsampler, sines before cosines."""
-    unet = _pixel_unet(10, layers_per_block=1, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
+    padding = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1}
+    unet = network(diffusers.UNet2DModel, 10, layers_per_block=1, **padding, **_UNET, **_PIXELS)
     return diffusers.DDPMPipeline(unet=unet, scheduler=make_scheduler("ddpm", "sample"))
 
 
 def build_ddim() -> DiffusionPipeline:
     """Two resnets a block, the defaults elsewhere."""
-    unet = _pixel_unet(11, layers_per_block=2)
+    unet = network(diffusers.UNet2DModel, 11, layers_per_block=2, **_UNET, **_PIXELS)
     return diffusers.DDIMPipeline(unet=unet, scheduler=make_scheduler("ddim", "sample"))
-
-
-def _text_unet(seed: int, **settings: Any) -> UNet2DConditionModel:
-    shared = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
-    return drawn(lambda: UNet2DConditionModel(cross_attention_dim=WIDTH, **shared, **settings), seed)
 
 
 def build_stable_diffusion() -> DiffusionPipeline:
     """Convolutional proj_in and proj_out, as in Stable Diffusion 1; guidance batched into one call."""
-    unet = _text_unet(
-        12,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-    )
+    unet = network(
+        diffusers.UNet2DConditionModel, 12, layers_per_block=1, cross_attention_dim=WIDTH, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **_UNET,
+    )  # fmt: skip
     return diffusers.StableDiffusionPipeline(
         vae=image_vae(), unet=unet, scheduler=make_scheduler("ddim"), **encoders(1), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
@@ -200,47 +182,29 @@ def build_stable_diffusion() -> DiffusionPipeline:
 
 def build_sdxl() -> DiffusionPipeline:
     """Linear proj_in and proj_out, blocks of one and two transformers, size and pooled text embedded with the time."""
-    unet = _text_unet(
-        13,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
-    )
+    unet = network(
+        diffusers.UNet2DConditionModel, 13, layers_per_block=1, cross_attention_dim=WIDTH, attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + WIDTH, **_UNET,
+    )  # fmt: skip
     return diffusers.StableDiffusionXLPipeline(
         vae=image_vae(), unet=unet, scheduler=make_scheduler("euler"), text_encoder=None, tokenizer=None,
         text_encoder_2=None, tokenizer_2=None, add_watermarker=False,
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- transformers
-
-
 def build_dit() -> DiffusionPipeline:
     """adaLN-Zero per block, classes as condition, eight output channels of which four are the learned variance."""
-    transformer = drawn(
-        lambda: diffusers.DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-            num_embeds_ada_norm=1000,
-        ),
-        seed=14,
-    )  # fmt: skip
+    more = {"out_channels": 8, "sample_size": 8, "num_embeds_ada_norm": 1000}
+    transformer = network(diffusers.DiTTransformer2DModel, 14, **_SIZE, **more)
     return diffusers.DiTPipeline(transformer=transformer, vae=image_vae(), scheduler=make_scheduler("ddim"))
 
 
 def build_pixart() -> DiffusionPipeline:
     """One adaLN for all blocks, cross attention to masked text."""
-    transformer = drawn(
-        lambda: diffusers.PixArtTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-            cross_attention_dim=WIDTH, caption_channels=WIDTH,
-        ),
-        seed=15,
-    )  # fmt: skip
+    more = {"out_channels": 8, "sample_size": 8, "cross_attention_dim": WIDTH, "caption_channels": WIDTH}
+    transformer = network(diffusers.PixArtTransformer2DModel, 15, **_SIZE, **more)
     return diffusers.PixArtAlphaPipeline(
         tokenizer=None, text_encoder=None, vae=image_vae(), transformer=transformer, scheduler=make_scheduler("dpm++2m")
     )
@@ -248,38 +212,27 @@ def build_pixart() -> DiffusionPipeline:
 
 def build_sd3() -> DiffusionPipeline:
     """Joint attention of text and image; block 0 as in 3.5 (a second attention), the last one without a text output."""
-    transformer = drawn(
-        lambda: diffusers.SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-            num_attention_heads=4, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pos_embed_max_size=8,
-            pooled_projection_dim=WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm",
-        ),
-        seed=17,
+    transformer = network(
+        diffusers.SD3Transformer2DModel, 17, sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=4, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH,
+        pos_embed_max_size=8, pooled_projection_dim=WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(transformer=transformer, scheduler=flow(), vae=image_vae(), **encoders(3))
 
 
 def build_flux() -> DiffusionPipeline:
     """A double-stream and a single-stream block, no guidance embedding; true guidance, in two calls a step."""
-    transformer = drawn(
-        lambda: diffusers.FluxTransformer2DModel(
-            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
-        ),
-        seed=18,
+    transformer = network(
+        diffusers.FluxTransformer2DModel, 18, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     return diffusers.FluxPipeline(transformer=transformer, scheduler=flow(), vae=image_vae(), **encoders(2))
 
 
 def build_wan() -> DiffusionPipeline:
     """Video of 12 tokens in three latent frames: a patch convolution in three dimensions; guidance in two calls."""
-    transformer = drawn(
-        lambda: diffusers.WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=WIDTH,
-            freq_dim=WIDTH, ffn_dim=2 * WIDTH, num_layers=2, rope_max_seq_len=16,
-        ),
-        seed=19,
-    )  # fmt: skip
+    more = {"out_channels": 4, "text_dim": WIDTH, "freq_dim": WIDTH, "ffn_dim": 2 * WIDTH, "rope_max_seq_len": 16}
+    transformer = network(diffusers.WanTransformer3DModel, 19, **_SIZE, **more)
     vae = diffusers.AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
@@ -292,9 +245,6 @@ def build_wan_of_two() -> DiffusionPipeline:
     parts = build_wan().components
     second = copy.deepcopy(parts["transformer"])
     return diffusers.WanPipeline(**parts | {"transformer_2": second, "boundary_ratio": 0.5})
-
-
-# ------------------------------------------------------------------------------------------------------------ hosts
 
 
 @dataclass(frozen=True, kw_only=True)

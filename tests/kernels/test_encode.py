@@ -144,7 +144,7 @@ def test_nan_infinity_and_denormals_do_what_they_do_in_the_core(encoder, value, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_and_biases_that_want_gradients_leave_no_graph_behind(compiler, backend, monkeypatch):
     if not compiler:
-        monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "none"))
+        monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "none"))
     x, weight = torch.randn(2, 8, requires_grad=True), torch.nn.Parameter(torch.ones(8))
     state, integers = torch.zeros(2, 8), start(x)
     made = [encode_residual(x, state, None, 8), encode_input(x, None, 8), encode_fixed(x, integers, 8),
@@ -210,7 +210,7 @@ def test_with_a_compiler_the_compiled_loop_runs(granularity, dtype, monkeypatch)
      ("xpu", True, "eager", "the compiled loop runs on CPUs, the input is on xpu")],
 )  # fmt: skip
 def test_the_choice_says_what_encodes_and_why(device, triton, backend, reason, monkeypatch):
-    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler on the PATH"))
+    monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler on the PATH"))
     monkeypatch.setattr("modiff.kernels.triton.backend.installed", lambda: triton)
     assert choose_encoder(device).backend == backend
     assert choose_encoder(device).reason.startswith(reason)

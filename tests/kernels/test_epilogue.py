@@ -47,7 +47,7 @@ def test_what_leaves_16_bits_is_cut_and_counted(compiled, monkeypatch):
     state, clipped, sent = start(torch.ones(2, 8), 2.0), none_clipped(), torch.zeros(2, 8)
     sent[0, :3], sent[1, 0] = 100.0, -100.0
     if not compiled:
-        monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+        monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
     add_sent(state.n, (state.grid, clipped), sent, torch.tensor(1.0), 0, torch.empty(2, 8))
     assert (int(clipped), int(state.n.max()), int(state.n.min())) == (4, 32767, -32768)
 
@@ -74,7 +74,7 @@ def test_with_a_compiler_the_compiled_loop_runs_and_without_one_steps_are_the_sa
     with monkeypatch.context() as patch:
         patch.setattr(epilogue, "add_eagerly", lambda *_: pytest.fail("torch's operators ran"))
         first = kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16)
-    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+    monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
     assert_same_bits(kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16), first)
 
 

@@ -219,7 +219,7 @@ def test_with_a_compiler_torch_s_operators_do_not_run_and_without_one_they_give_
             if compiler:
                 patch.setattr(input_fusion, "_normalized", lambda *_: pytest.fail("torch's operators ran"))
             else:
-                patch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+                patch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
             it.fusion.encode(it.x, None, None, 8, granularity="sample", channel_dim=it.axis)
             it.fusion.encode(it.x, state, torch.tensor(0.1), 8, channel_dim=it.axis)
             it.fusion.encode(it.x, integers, None, 8, channel_dim=it.axis, clipped=clipped)
@@ -255,7 +255,7 @@ def test_runs_that_no_kernel_reads_are_left_to_the_caller(monkeypatch):
     assert fusion.split(x, (4,)) == [(x, fusion)]
     assert fusion.split(x, (1, 3)) is None  # channels are not innermost
     assert InputFusion(activation="silu").split(innermost(x), (1, 3)) is None
-    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "no C++ compiler"))
+    monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
     assert fusion.split(innermost(x), (1, 3)) is None
 
 

@@ -30,12 +30,12 @@ NAME = "fingerprint"
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A process that has not asked yet and was not warned, with an empty cache folder."""
-    native.load.cache_clear()
+    native.load_library.cache_clear()
     monkeypatch.setenv(native.CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(native.SWITCH, raising=False)
     monkeypatch.setattr(errors, "_WARNED", set())
     yield tmp_path / "cache"
-    native.load.cache_clear()
+    native.load_library.cache_clear()
 
 
 def script(folder: Path, text: str) -> str:
@@ -48,17 +48,17 @@ def script(folder: Path, text: str) -> str:
 @needs_compiler
 def test_a_library_is_built_once_and_found_by_the_next_process_also_without_openmp(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", script(tmp_path, f'*-fopenmp*) exit 1;; *) exec {native.find_compiler()} "$@"'))
-    assert "compiled with" in native.load(NAME).reason
+    assert "compiled with" in native.load_library(NAME).reason
     ((path, built),) = [(file, file.stat().st_mtime_ns) for file in cache.iterdir()]
-    native.load.cache_clear()
-    assert native.load(NAME).library is not None
+    native.load_library.cache_clear()
+    assert native.load_library(NAME).library is not None
     assert [(file, file.stat().st_mtime_ns) for file in cache.iterdir()] == [(path, built)]
 
 
 @pytest.mark.parametrize("value", ["OFF", "0"])
 def test_it_can_be_switched_off_and_then_nobody_is_warned(value, cache, monkeypatch):
     monkeypatch.setenv(native.SWITCH, value)
-    assert native.load(NAME) == (None, "switched off by MODIFF_NATIVE")
+    assert native.load_library(NAME) == (None, "switched off by MODIFF_NATIVE")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encode_input(torch.randn(4, 8), None, 8)
@@ -77,7 +77,7 @@ def test_without_a_working_compiler_the_reason_says_what_is_missing(compiler, re
     monkeypatch.delenv("CXX", raising=False)
     if compiler is not None:
         monkeypatch.setenv("CXX", script(tmp_path, compiler))
-    library, said = native.load(NAME)
+    library, said = native.load_library(NAME)
     assert library is None
     assert said.startswith(reason)
 
@@ -89,7 +89,7 @@ def test_a_cache_folder_that_cannot_be_made_is_replaced_for_this_process_with_on
     with pytest.warns(
         ModiffWarning, match=r"for this process alone, in a temporary folder: .* Set MODIFF_CACHE"
     ) as seen:
-        assert native.load(NAME).library is not None
+        assert native.load_library(NAME).library is not None
     assert len(seen) == 1
 
 
@@ -125,7 +125,7 @@ def homeless(cache, monkeypatch, tmp_path) -> Path:
 def test_without_a_home_a_folder_is_made_for_its_owner_and_a_library_of_somebody_else_never_loaded(
     trap, homeless, monkeypatch, tmp_path
 ):
-    assert native.load(NAME).library is not None
+    assert native.load_library(NAME).library is not None
     assert stat.S_IMODE(homeless.stat().st_mode) == 0o700
     (planted,) = homeless.iterdir()
     planted.unlink()  # written over in place, the library that this process has loaded would crash at its end
@@ -139,9 +139,9 @@ def test_without_a_home_a_folder_is_made_for_its_owner_and_a_library_of_somebody
     else:
         homeless.rename(tmp_path / "elsewhere")
         homeless.symlink_to(tmp_path / "elsewhere")
-    native.load.cache_clear()
+    native.load_library.cache_clear()
     with pytest.warns(ModiffWarning, match="belongs to user .* with mode .* Set MODIFF_CACHE") as seen:
-        assert native.load(NAME).library is not None
+        assert native.load_library(NAME).library is not None
     assert len(seen) == 1
 
 

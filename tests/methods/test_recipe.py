@@ -43,7 +43,7 @@ def never(index: int) -> object:
     raise AssertionError(f"trajectory {index} was run again")
 
 
-PARTS = ((reconstruct_job.Job, "learn"), (accuquant, "_learn_group"), (recipe, "calibrate"))
+PARTS = ((reconstruct_job.ReconstructionJob, "learn"), (accuquant, "_learn_group"), (recipe, "calibrate"))
 
 
 def interrupt_after(patch: pytest.MonkeyPatch, parts: int) -> None:

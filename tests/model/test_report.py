@@ -10,7 +10,7 @@ import pytest
 import modiff
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, Report, WeightConfig, presets
 from modiff.kernels.dispatch import Choice
-from modiff.model.report import Entry, Memory
+from modiff.model.report import Entry, MemoryUse
 from modiff.model.trajectory import state_bytes
 from tests.model.toys import TAKEN, sample, toy, toy_unet
 
@@ -61,9 +61,12 @@ def test_json_has_every_layer_in_order_and_those_left_have_a_reason():
 
 
 def test_reports_of_two_networks_add_up():
-    one, two = Report((entry("a"),), Memory(1, 2, 3, 4)), Report((entry("b", config=None),), Memory(10, 20, 30, 40))
+    one, two = (
+        Report((entry("a"),), MemoryUse(1, 2, 3, 4)),
+        Report((entry("b", config=None),), MemoryUse(10, 20, 30, 40)),
+    )
     assert (one + two).entries == (*one.entries, *two.entries)
-    assert (one + two + Report(())).memory == Memory(11, 22, 33, 44)
+    assert (one + two + Report(())).memory == MemoryUse(11, 22, 33, 44)
 
 
 def test_the_report_of_apply_says_how_each_layer_runs_and_why_not_on_integers(monkeypatch):
@@ -97,7 +100,7 @@ def test_memory_is_told_in_full(packed):
     model = toy()
     modiff.apply(model, presets.w8a8().on_integers())
     biases, weights = 4 * 5 * 16, 2304 + 4 * 256
-    assert modiff.report(model).memory == Memory(floats=4 * weights + biases)
+    assert modiff.report(model).memory == MemoryUse(floats=4 * weights + biases)
     assert "codes, backends and states take theirs at step 1" in str(modiff.report(model))
     if packed:
         modiff.pack(model)

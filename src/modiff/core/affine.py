@@ -94,12 +94,12 @@ def choose_qparams(
     return qparams_from_range(*extremes(x, shared, channel_dim), bits, symmetric=False, clip=clip)
 
 
-def quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+def quantize_tensor(x: Tensor, qparams: QParams, bits: int) -> Tensor:
     """Integer codes clamp(round(x / scale) + zero_point, qmin, qmax), int8, same shape as x; ties go to even.
 
     16 bits give int16.
 
-    >>> quantize(torch.tensor([-9.0, 0.4, 2.6]), QParams(torch.tensor(1.0), None), 4)
+    >>> quantize_tensor(torch.tensor([-9.0, 0.4, 2.6]), QParams(torch.tensor(1.0), None), 4)
     tensor([-8,  0,  3], dtype=torch.int8)
     """
     qmin, qmax = _RANGES[bits]
@@ -122,5 +122,5 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 
 
 def fake_quantize(x: Tensor, qparams: QParams, bits: int) -> Tensor:
-    """`dequantize(quantize(x))` in the dtype of x: the nearest value that the codes can express."""
-    return dequantize(quantize(x, qparams, bits), qparams).to(x.dtype)
+    """`dequantize(quantize_tensor(x))` in the dtype of x: the nearest value that the codes can express."""
+    return dequantize(quantize_tensor(x, qparams, bits), qparams).to(x.dtype)

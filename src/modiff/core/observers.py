@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modiff.core.affine import QParams, fake_quantize, qparams_from_range, quantize
+from modiff.core.affine import QParams, fake_quantize, qparams_from_range, quantize_tensor
 from modiff.core.granularity import extremes, granularity_named
 from modiff.errors import CalibrationError, ConfigError
 
@@ -238,7 +238,7 @@ def kullback_leibler(rows: Tensor, qparams: QParams, bits: int) -> Tensor:
     mass.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
     mass = mass / rows.shape[1]
     centres = low + (torch.arange(BINS, device=rows.device) + 0.5) * width
-    codes = quantize(centres, qparams, bits).long() + 2 ** (bits - 1)  # from 0
+    codes = quantize_tensor(centres, qparams, bits).long() + 2 ** (bits - 1)  # from 0
     filled = (mass > 0).double()
     per_code = torch.zeros(len(rows), 2**bits, dtype=torch.float64, device=rows.device)
     shared = per_code.scatter_add(1, codes, mass) / per_code.scatter_add(1, codes, filled).clamp_min(1)

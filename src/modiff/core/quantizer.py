@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from modiff.config import QuantizerConfig
-from modiff.core.affine import QParams, choose_qparams, dequantize, quantize
+from modiff.core.affine import QParams, choose_qparams, dequantize, quantize_tensor
 from modiff.core.granularity import granularity_named
 from modiff.core.observers import Observer
-from modiff.core.step_sets import Moment, grouped, load_scales, scale_tensors, set_of
+from modiff.core.step_sets import Moment, grouped, read_scale_tensors, scale_tensors, set_of
 from modiff.errors import CalibrationError, ConfigError
 
 
@@ -104,7 +104,7 @@ class Quantizer:
             measured = run.clamp_min(0) if config.lowest == "zero" else run  # nothing below zero for unsigned values
             qparams = choose_qparams(measured, self.bits, self.granularity, symmetric=config.symmetric,
                                      clip=config.clip, channel_dim=self.channel_dim)  # fmt: skip
-            parts.append((quantize(run, qparams, self.bits), qparams))
+            parts.append((quantize_tensor(run, qparams, self.bits), qparams))
         return Code(tuple(parts), self.channel_dim)
 
     def scaled(self, residual: Tensor, scales: Sequence[QParams]) -> Code | None:
@@ -112,7 +112,7 @@ class Quantizer:
         if self.bits == 0:
             return None
         pairs = zip(self._split(residual), scales, strict=True)
-        return Code(tuple((quantize(run, q, self.bits), q) for run, q in pairs), self.channel_dim)
+        return Code(tuple((quantize_tensor(run, q, self.bits), q) for run, q in pairs), self.channel_dim)
 
     @property
     def observed_dim(self) -> int | None:
@@ -169,7 +169,7 @@ class Quantizer:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the scales that `state_dict_tensors` gave. Raises: FormatError if they do not fit this quantizer."""
         channels = (1,) * len(self.segments) if self.observed_dim is None else self.segments
-        self.static, self.tables, self.moments = load_scales(tensors, channels, symmetric=self.config.symmetric)
+        self.static, self.tables, self.moments = read_scale_tensors(tensors, channels, symmetric=self.config.symmetric)
 
     def _frozen(self, observers: tuple[Observer, ...]) -> tuple[QParams, ...]:
         config = self.config

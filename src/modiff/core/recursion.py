@@ -58,7 +58,7 @@ class Update(NamedTuple):
     weights: tuple[Weight, ...] = ()
 
 
-class Operator(Protocol):
+class LinearOperator(Protocol):
     """The layer as the recursion sees it."""
 
     def anchor(self, value: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def encode_plain(x: Tensor, quantizer: Quantizer) -> Update:
     return Update(None, () if codes is None else (codes,))
 
 
-def accumulate(update: Update, state: State | None, operator: Operator, config: ModulationConfig) -> State:
+def accumulate(update: Update, state: State | None, operator: LinearOperator, config: ModulationConfig) -> State:
     """One step of an output: ô_t = predict(ô_{t+1}, ...) + A_q(q_t).
 
     Where the states start, ô_T = A(â_T) + b. Cost: one operator a round, none at 0 bits, and one pass over the output.
@@ -173,7 +173,7 @@ def accumulate(update: Update, state: State | None, operator: Operator, config: 
     return _next(value, state, config)
 
 
-def output_of(update: Update, operator: Operator) -> Tensor:
+def output_of(update: Update, operator: LinearOperator) -> Tensor:
     """A_q(q_t) + b of an update alone: what a layer without memory returns. Cost: one operator."""
     total: Tensor | float = 0.0
     for codes in update.codes:

@@ -123,7 +123,7 @@ def scale_tensors(
     return tensors
 
 
-def load_scales(
+def read_scale_tensors(
     tensors: dict[str, Tensor], channels: tuple[int, ...], *, symmetric: bool
 ) -> tuple[tuple[QParams, ...] | None, Tables | None, dict[Moment, int]]:
     """The inverse of `scale_tensors`.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize
+from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize_tensor
 from modiff.errors import KernelError
 from modiff.kernels import native
 from modiff.kernels.dispatch import Choice
@@ -38,7 +38,7 @@ def choose_encoder(device: str = "cpu") -> Choice:
         return Choice("triton", "Triton, one pass over rows that fit into a block, otherwise two")
     if device != "cpu":
         return Choice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
-    library, reason = native.load("encode")
+    library, reason = native.load_library("encode")
     if library is None:
         return Choice("eager", f"torch's own operators, several passes over memory: {reason}")
     return Choice("native", reason)
@@ -88,7 +88,7 @@ def encode_input(
     return _encode(x.detach(), (None, None, None), scale, (bits, clip, granularity, channel_dim))
 
 
-class Layout(NamedTuple):
+class EncodeLayout(NamedTuple):
     """What encoding an input of one shape and memory layout needs to know, once for all its steps.
 
     scales: their shape. rows: (how many, elements in each) that share a scale and lie side by side; None: not so.
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
 @functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
 def layout_of(
     shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float, granularity: str, channel_dim: int
-) -> Layout:
+) -> EncodeLayout:
     """Raises: KernelError for a granularity that has no integer sums."""
     if granularity not in ("tensor", "sample", "token"):
         raise KernelError(
@@ -120,10 +120,10 @@ def layout_of(
     rows, (qmin, qmax) = row_shape(shape, strides, granularity, channel_dim), qrange(bits)
     blocks = 0 if rows is None or rows[1] <= native.BLOCK else rows[0] * -(-rows[1] // native.BLOCK)
     scales = scale_shape(shape, granularity, channel_dim)
-    return Layout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
+    return EncodeLayout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
 
 
-def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: EncodeLayout) -> tuple[Tensor, Tensor]:
     """`encode_residual` with the core's functions, one pass over memory for each operation: (codes, scale)."""
     state, move, gain = memory
     exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
@@ -138,7 +138,7 @@ def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: Layo
         qparams = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim)
     else:
         qparams = QParams(scale.to(exact), None)
-    codes = quantize(residual, qparams, bits)
+    codes = quantize_tensor(residual, qparams, bits)
     if state is not None:
         value = predicted + dequantize(codes, qparams)  # â_t = p_t + q_t
         if move is not None:
@@ -170,7 +170,7 @@ def _encode(x: Tensor, memory: Memory, scale: Tensor | None, settings: Settings)
     return codes.copy_(value), measured if scale is None else scale
 
 
-def _natively(layout: Layout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
+def _natively(layout: EncodeLayout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run the compiled loop; False where it does not know the types, and nothing was touched."""
     state, move, gain = memory
     known = x.dtype in KINDS and x.is_cpu and scale.is_contiguous() and (state is None or state.dtype == torch.float32)
@@ -178,7 +178,7 @@ def _natively(layout: Layout, x: Tensor, memory: Memory, codes: Tensor, scale: T
         return False
     if move is not None and (move.dtype != torch.float32 or move.stride() != x.stride()):
         return False
-    if (library := native.load("encode").library or native.missing("encode")) is None:
+    if (library := native.load_library("encode").library or native.missing("encode")) is None:
         return False
     partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu") if dynamic and layout.blocks else None
     gain = None if gain is None else gain.to(torch.float32).contiguous()
@@ -191,7 +191,9 @@ def _natively(layout: Layout, x: Tensor, memory: Memory, codes: Tensor, scale: T
     return True
 
 
-def _on_gpu(layout: Layout, x: Tensor, state: Tensor | None, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
+def _on_gpu(
+    layout: EncodeLayout, x: Tensor, state: Tensor | None, codes: Tensor, scale: Tensor, *, dynamic: bool
+) -> bool:
     """Run Triton's kernel; False where it does not know the types, and nothing was touched."""
     known = gpu.installed() and scale.is_contiguous() and (state is None or state.dtype in gpu.STATES)
     if layout.rows is None or not known:

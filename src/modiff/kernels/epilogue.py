@@ -34,7 +34,7 @@ def add_sent(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, axe
     if (
         not (known and sent.dtype == torch.float32)
         or not _in_rows(state.shape, state.stride(), sent.stride(), out.stride(), scale.shape, axes)
-        or (library := native.load("epilogue").library or native.missing("epilogue")) is None
+        or (library := native.load_library("epilogue").library or native.missing("epilogue")) is None
     ):
         return add_eagerly(state, integers, sent, scale, out)
     scale = scale.to(torch.float32).contiguous()

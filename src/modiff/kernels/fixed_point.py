@@ -23,7 +23,7 @@ from torch import Tensor
 from modiff.core.affine import choose_qparams
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import Layout, layout_of
+from modiff.kernels.encode import EncodeLayout, layout_of
 from modiff.kernels.native import KINDS
 
 _LARGEST = 2**15 - 1
@@ -86,7 +86,7 @@ def encode_fixed(
     if (
         layout.rows is None
         or not known
-        or (library := native.load("encode").library or native.missing("encode")) is None
+        or (library := native.load_library("encode").library or native.missing("encode")) is None
     ):
         return fixed_eagerly(x, state, layout, clipped)
     scale = x.new_empty(layout.scales, dtype=torch.float32)
@@ -99,7 +99,7 @@ def encode_fixed(
     return codes, scale
 
 
-def fixed_eagerly(x: Tensor, state: FixedState, layout: Layout, clipped: Tensor) -> tuple[Tensor, Tensor]:
+def fixed_eagerly(x: Tensor, state: FixedState, layout: EncodeLayout, clipped: Tensor) -> tuple[Tensor, Tensor]:
     """The same with torch's operators."""
     bits, clip, granularity, channel_dim, *_ = layout
     qmin, qmax = layout.qmin, layout.qmax

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import Layout, Settings, encode_eagerly, layout_of
+from modiff.kernels.encode import EncodeLayout, Settings, encode_eagerly, layout_of
 from modiff.kernels.fixed_point import FixedState, fixed_eagerly
 from modiff.kernels.layout import empty_output, pixel_pitch
 from modiff.kernels.native import KINDS
@@ -72,7 +72,7 @@ class InputFusion(NamedTuple):
         x, known = x.detach(), x.device.type == "cpu" and x.dtype in KINDS and x.numel() > 0
         if self.norm != "group" or not known or pixel_pitch(x.shape, x.stride()) != x.shape[1]:
             return None
-        library = native.load("input_fusion").library or native.missing("input_fusion")
+        library = native.load_library("input_fusion").library or native.missing("input_fusion")
         if library is None:
             return None
         affine = _grouped_affine(library, self._detached(), x)
@@ -216,7 +216,7 @@ class _Plan(NamedTuple):
     """How the compiled loops walk: `runs` of `length` elements; mode as input_fusion.cpp numbers it."""
 
     library: ctypes.CDLL
-    layout: Layout
+    layout: EncodeLayout
     mode: int
     runs: int
     length: int
@@ -225,7 +225,7 @@ class _Plan(NamedTuple):
     pitch: int
 
 
-def _plan(fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, layout: Layout) -> _Plan | None:
+def _plan(fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, layout: EncodeLayout) -> _Plan | None:
     """None where the compiled loops do not know types or layout."""
     norm, weight, rows, axis = fusion.norm, fusion.weight, layout.rows, layout.channel_dim % x.dim()
     if x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0:
@@ -235,7 +235,10 @@ def _plan(fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, layout
     gate = (x.dtype, x.shape, x.stride())  # the loops read it as they read x
     if norm == "gated" and (weight is None or (weight.dtype, weight.shape, weight.stride()) != gate):
         return None
-    if rows is None or (library := native.load("input_fusion").library or native.missing("input_fusion")) is None:
+    if (
+        rows is None
+        or (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None
+    ):
         return None
     if norm == "affine":
         pitch, pixels = pixel_pitch(x.shape, x.stride()), x.numel() // x.shape[1]

@@ -1,7 +1,7 @@
 """The compiled half of the kernels: C++ with a C interface, built at first use with the compiler at hand.
 
 No torch headers, so the build takes a second or two and fits every torch. Without a compiler everything still runs, on
-torch's own operators, and `load().reason` says what was missing.
+torch's own operators, and `load_library().reason` says what was missing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Native(NamedTuple):
 
 
 @functools.cache
-def load(name: str = "encode") -> Native:
+def load_library(name: str = "encode") -> Native:
     """Build or find the library of `csrc/<name>.cpp`; asked once per process."""
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return Native(None, f"switched off by {SWITCH}")
@@ -83,7 +83,7 @@ def load(name: str = "encode") -> Native:
 
 def missing(name: str) -> None:
     """Warn once that layers take longer without the library of `csrc/<name>.cpp`, unless it was switched off."""
-    reason = load(name).reason
+    reason = load_library(name).reason
     if not reason.startswith("switched off"):
         warn_once(
             reason,
@@ -176,7 +176,7 @@ def fingerprint(x: Tensor) -> Fingerprint | None:
     Cost: one pass over x.
     """
     known = x.device.type == "cpu" and x.layout == torch.strided and x.data_ptr() != 0 and _dense(x)
-    if not known or (library := load("fingerprint").library) is None:
+    if not known or (library := load_library("fingerprint").library) is None:
         return None
     number = library.modiff_fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads())
     return number, x.dtype, x.shape, x.stride()

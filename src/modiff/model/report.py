@@ -48,7 +48,7 @@ class Entry:
         return f"W{weight}A{activation} {mode}"
 
 
-class Memory(NamedTuple):
+class MemoryUse(NamedTuple):
     """Bytes of the taken layers, each tensor counted once.
 
     floats: weights and biases before rounding, which `remove` gives back; gone after `pack`. codes: integers and their
@@ -80,7 +80,7 @@ class Report:
     """
 
     entries: tuple[Entry, ...]
-    memory: Memory | None = None
+    memory: MemoryUse | None = None
 
     @property
     def taken(self) -> tuple[Entry, ...]:
@@ -100,7 +100,7 @@ class Report:
 
     def __add__(self, other: Report) -> Report:
         memories = [m for m in (self.memory, other.memory) if m is not None]
-        memory = Memory(*map(sum, zip(*memories, strict=True))) if memories else None
+        memory = MemoryUse(*map(sum, zip(*memories, strict=True))) if memories else None
         return Report(self.entries + other.entries, memory)
 
     def __str__(self) -> str:
@@ -141,7 +141,7 @@ def execution_of(layer: ModulatedLayer) -> tuple[str, str]:
     return f"integers on {backends}" if backends else "integers", "; ".join(reason for _, reason in choices)
 
 
-def memory_of(layers: Iterable[ModulatedLayer], states: int) -> Memory:
+def memory_of(layers: Iterable[ModulatedLayer], states: int) -> MemoryUse:
     """What these layers take now, and the bytes of their states."""
     floats, codes, backends = 0, 0, 0
     parameters: dict[int, Tensor] = {}  # layers may share them
@@ -152,4 +152,4 @@ def memory_of(layers: Iterable[ModulatedLayer], states: int) -> Memory:
         backends += layer.loop.bytes_of_backends() if isinstance(layer.loop, IntegerLoop) else 0
     floats += sum(p.nbytes for p in parameters.values() if p.is_floating_point())
     codes += sum(p.nbytes for p in parameters.values() if not p.is_floating_point())
-    return Memory(floats, codes, backends, states)
+    return MemoryUse(floats, codes, backends, states)

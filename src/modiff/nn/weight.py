@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modiff.config import WeightConfig
-from modiff.core.affine import QParams, dequantize, qrange, quantize
+from modiff.core.affine import QParams, dequantize, qrange, quantize_tensor
 from modiff.core.hadamard import Segment, rotate
 from modiff.core.observers import MinMaxObserver, MSEObserver
 from modiff.errors import ConfigError, StateError
@@ -150,7 +150,9 @@ class QuantizedWeight:
         if self.config.search != "mse":
             return tuple(_nearest(part, bits) for part in split)
         scales = [self._search(index, part, bits) for index, part in enumerate(split)]
-        return tuple((quantize(part, qparams, bits), qparams) for part, qparams in zip(split, scales, strict=True))
+        return tuple(
+            (quantize_tensor(part, qparams, bits), qparams) for part, qparams in zip(split, scales, strict=True)
+        )
 
     def _search(self, index: int, part: Tensor, bits: int) -> QParams:
         """The scales of least error: 80 passes, and one while the sums of the rows' bit patterns stay."""
@@ -205,7 +207,7 @@ def _nearest(values: Tensor, bits: int) -> Part:
     observer = MinMaxObserver(0)
     observer.observe(values)
     qparams = observer.qparams(bits)
-    return quantize(values, qparams, bits), qparams
+    return quantize_tensor(values, qparams, bits), qparams
 
 
 def _half_error(values: Tensor, rotation: tuple[Segment, ...] | None) -> Tensor:

@@ -58,7 +58,7 @@ def _as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Only kernels that torch dispatches, and no look at timesteps that happen to lie on the host."""
     if request.node.get_closest_marker("gpu"):
         return
-    monkeypatch.setattr(native, "load", lambda *_: native.Native(None, "switched off"))
+    monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "switched off"))
     monkeypatch.setattr(kernel, "plan", lambda *_: Choice("reference", "a test"))
     monkeypatch.setattr(Attachment, "_count_visits", lambda _: None)
 

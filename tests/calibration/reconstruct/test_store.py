@@ -31,7 +31,7 @@ from tests.model.toys import toy
 def killed_after(units: int):
     """A `learn` that is interrupted in the unit after this many, and a list of the units begun."""
     begun: list[str] = []
-    learn = reconstruct_job.Job.learn
+    learn = reconstruct_job.ReconstructionJob.learn
 
     def interrupted(self, block, index):
         begun.append(block.name)
@@ -51,14 +51,14 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(tmp_path,
     model, calls = applied(build, config)
     with pytest.MonkeyPatch.context() as patch:
         interrupted, _ = killed_after(finished)
-        patch.setattr(reconstruct_job.Job, "learn", interrupted)
+        patch.setattr(reconstruct_job.ReconstructionJob, "learn", interrupted)
         with pytest.raises(KeyboardInterrupt):
             learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     assert len(list(tmp_path.glob("unit-*"))) == finished
     model, calls = applied(build, config)  # another process: nothing but the folder is left
     with pytest.MonkeyPatch.context() as patch:
         counting, begun = killed_after(100)
-        patch.setattr(reconstruct_job.Job, "learn", counting)
+        patch.setattr(reconstruct_job.ReconstructionJob, "learn", counting)
         resumed = learn_units(model, calls, QUICK, kinds=KINDS, folder=tmp_path, progress=False)
     assert begun == [u.name for u in whole.units[finished:]]
     assert resumed == whole
@@ -73,7 +73,7 @@ def test_an_interrupted_run_leaves_the_codes_as_they_were(learned):
     before = codes_of(model)
     fixed = {name: quantized.quantized_weight.fixed for name, quantized in layers_of(model).items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruct_job.Job, "learn", killed_after(1)[0])
+        patch.setattr(reconstruct_job.ReconstructionJob, "learn", killed_after(1)[0])
         with pytest.raises(KeyboardInterrupt):
             learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
     assert same_codes(codes_of(model), before)
@@ -87,7 +87,7 @@ def test_interrupted_steps_are_as_they_were_and_go_on(tmp_path):
         start = widened(model, calls, 3.0)
         if units == 1:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(reconstruct_job.Job, "learn", killed_after(units)[0])
+                patch.setattr(reconstruct_job.ReconstructionJob, "learn", killed_after(units)[0])
                 with pytest.raises(KeyboardInterrupt):
                     learn_units(model, calls, STEPS, kinds=KINDS, folder=tmp_path, progress=False)
             assert all(layers_of(model)[name].quantizer.static is start[name] for name in start)

@@ -36,7 +36,7 @@ NEVER_RAN = "never ran on the calibration calls"
 OUTSIDE = "lies in no block: the scales of its products stay as measured"
 
 
-class Job:
+class ReconstructionJob:
     """The reconstruction of one model; holds the inputs and targets of one unit at a time."""
 
     def __init__(self, model: nn.Module, calls: Sequence[Call], config: ReconstructConfig) -> None:

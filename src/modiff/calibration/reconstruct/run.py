@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modiff.calibration.blocks import Block, blocks_of
 from modiff.calibration.data import Call, calls_with_previous, largest_step
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
-from modiff.calibration.reconstruct.job import Job
+from modiff.calibration.reconstruct.job import ReconstructionJob
 from modiff.calibration.reconstruct.layers import evaluating, full_precision
 from modiff.calibration.reconstruct.store import digest_of, load_unit, save_unit
 from modiff.core.step_sets import StepSizes
@@ -54,7 +54,7 @@ def learn_units(
     by_kind, patterns = (kinds, config.blocks) if config.unit == "block" else ((), ())
     with evaluating(model), full_precision(model), torch.no_grad():
         blocks = blocks_of(model, kinds=by_kind, patterns=patterns, layers=names, run=lambda: calls[0].evaluate(model))
-    job = Job(model, calls, config)
+    job = ReconstructionJob(model, calls, config)
     reports = []
     units = nullcontext() if folder is None else ResumableFolder(folder, _settings(job, blocks), items="unit-*")
     with units as kept, evaluating(model), job.undone_on_error():
@@ -74,7 +74,7 @@ def learn_units(
     return ReconstructionReport((*reports, *job.left_out(blocks)))
 
 
-def _settings(job: Job, blocks: list[Block]) -> dict[str, Any]:
+def _settings(job: ReconstructionJob, blocks: list[Block]) -> dict[str, Any]:
     """Everything that decides what is learned."""
     attention = required_attachment(job.model, "reconstruct").config.attention
     network = {

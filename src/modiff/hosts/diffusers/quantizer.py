@@ -331,7 +331,7 @@ def _enter(model: ModelMixin) -> None:
 
 
 def align(model: nn.Module) -> None:
-    """Copy parameters that are views of a file into memory of their own.
+    """Copy parameters that are views of a file.
 
     A view starts anywhere, CPU kernels sum in another order there, and outputs would differ from run to run of nothing
     but the file's layout.

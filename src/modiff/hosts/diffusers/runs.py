@@ -61,7 +61,7 @@ def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
 
 
 def noise_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """One generator for each sample, seeded with seed + index; to be given to a pipeline as `generator=`."""
+    """One generator for each sample, seeded with seed + index; pass them to a pipeline as `generator=`."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
 
 
@@ -72,8 +72,8 @@ def call_inputs(
 
     Args:
         prompt, label: one for all images, or `count` of them.
-    Raises: ConfigError if the pipeline needs a prompt, class or other input that is not given, takes none of what is
-        given, or makes videos.
+    Raises: ConfigError if the pipeline needs a prompt, class or other input that is missing, has no use for one,
+        or makes videos.
     """
     name = type(pipe).__name__
     parameters = inspect.signature(pipe.__call__).parameters

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modiff.kernels.layout import Geometry
-from modiff.kernels.triton.linear import blocks_of, both, finish, options
+from modiff.kernels.triton.linear import both, finish, options, tile_sizes
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def run_conv(
     images, columns, out_high, out_wide = torch.as_tensor(added).shape
     _, channels, high, wide = codes.shape
     rows = images * out_high * out_wide
-    blocks = blocks_of(rows, columns, channels)
+    blocks = tile_sizes(rows, columns, channels)
     grid = (triton.cdiv(rows, blocks[0]) * triton.cdiv(columns, blocks[1]),)
     _conv[grid](
         codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, added, written, images,

@@ -88,7 +88,7 @@ def run_linear(
     """
     rows, depth = codes.shape
     columns = weight.shape[0]
-    block_m, block_n, block_k = blocks_of(rows, columns, depth)
+    block_m, block_n, block_k = tile_sizes(rows, columns, depth)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)
     added, written = both(state, output)
     _linear[grid](
@@ -115,7 +115,7 @@ def options(
     }  # fmt: skip
 
 
-def blocks_of(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
+def tile_sizes(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
     """Sizes of the blocks: large where there is enough work to fill a GPU with them."""
     wide = 256 if columns >= 2048 and rows >= 2048 else 128
     return _fit(rows, 128), _fit(columns, wide), _fit(depth, 128)
