@@ -16,7 +16,7 @@ from modiff.core.observers import MinMaxObserver
 from modiff.kernels.backend import PREPACKED
 from modiff.nn.loop.integer import ByteCode
 from tests.helpers import assert_same_bits, assert_within, drifting, worst
-from tests.nn.building import LAYERS, TIMES, W8A4, drawn, follows, integer, output_bound, same_bits, walk
+from tests.nn.building import INT16, LAYERS, TIMES, W8A4, drawn, follows, integer, output_bound, same_bits, walk
 from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer, sizes_of
 from tests.reference.recursion import run
 
@@ -47,6 +47,18 @@ def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_
     same_bits(steps[:1], simulated[:1])
     if every := CONFIGS[config].modulation.reanchor_every:
         same_bits(steps[every::every], simulated[every::every])
+
+
+@pytest.mark.parametrize("config", [*map(integer, CONFIGS.values()), INT16], ids=[*CONFIGS, "int16"])
+def test_steps_in_and_out_of_inference_mode_take_turns(config):
+    original, inputs, split = drawn("split conv")
+    ours = quantized(original, config, split)
+    expected = [output for output, *_ in play(ours, inputs, TIMES)]
+    ours.clock.start()
+    for x, time, output, inference in zip(inputs, TIMES, expected, [1, 1, 0, 0, 1], strict=True):
+        with torch.inference_mode(bool(inference)):
+            assert_same_bits(evaluate(ours, x, time), output)
+    ours.clock.stop()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -209,6 +209,13 @@ class IntegerLoop(SimulatedLoop):
         self._codes: tuple[Codes, ...] = ()
         self._kernels: tuple[Kernel, ...] = ()
 
+    def step(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
+        """As simulated. States are no inference tensors, which a later step without that mode could not write."""
+        if not torch.is_inference_mode_enabled():
+            return super().step(x, fusion, read)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return super().step(x, fusion, read)
+
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """Those of the present weight. Cost: building them waits for the device once."""
