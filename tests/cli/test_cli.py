@@ -37,6 +37,13 @@ def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
             assert option in result.stdout
 
 
+@pytest.mark.parametrize("words", [("export", "images", "-o", "a.npz", "--json", "-"), ("demo", "-o", "-")])
+def test_a_dash_is_not_the_name_of_a_file(words, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(command(*words), "expected the name of a file, got '-'")
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_does_not_wait_for_diffusers() -> None:
     probe = "import sys, modiff.cli; print('diffusers' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)

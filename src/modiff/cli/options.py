@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def writable(path: Path | None) -> Path | None:
     """A callback for options that name a file: it is refused before a model is loaded."""
+    if path == Path("-"):
+        raise ConfigError("output: expected the name of a file, got '-'. Standard output has the table. Use a.json.")
     if path is not None:
         check_writable(path)
     return path
@@ -48,9 +50,7 @@ Label = Annotated[int | None, typer.Option("--label", help="For class-conditiona
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)]
 Labels = Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", callback=writable, help="Write the results to this file.")
-]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=writable, help="Where the results go.")]
 
 
 def conditions_of(
