@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -60,10 +61,12 @@ def test_an_end_that_is_quantized_is_named_once_with_what_to_type():
         ModiffConfig(first_last="quantize"),
     ],
 )
-def test_ends_that_the_config_names_are_meant(config):
+def test_ends_that_the_config_names_are_not_warned_about(config):
     model = HeadFirst()
     modiff.apply(model, config)
-    run(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ModiffWarning)
+        run(model)
 
 
 def test_a_network_that_runs_in_the_order_of_registration_is_not_warned_about_whatever_embeds_its_time():
