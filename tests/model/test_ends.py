@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -37,6 +39,14 @@ def run(model: nn.Module) -> None:
             model(torch.ones(2, 16))
 
 
+@contextmanager
+def warnings_fail() -> Iterator[None]:
+    """The suite ignores this kind of warning elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ModiffWarning)
+        yield
+
+
 def hooks_on(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules() if m is not model)
 
@@ -64,15 +74,14 @@ def test_an_end_that_is_quantized_is_named_once_with_what_to_type():
 def test_ends_that_the_config_names_are_not_warned_about(config):
     model = HeadFirst()
     modiff.apply(model, config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ModiffWarning)
+    with warnings_fail():
         run(model)
 
 
 def test_a_network_that_runs_in_the_order_of_registration_is_not_warned_about_whatever_embeds_its_time():
     model = toy()
     modiff.apply(model)
-    with modiff.trajectory(model):
+    with modiff.trajectory(model), warnings_fail():
         sample(model)
     assert hooks_on(model) == 0
 
