@@ -119,7 +119,7 @@ def test_a_trajectory_without_its_last_part_is_not_there(tmp_path):
     shards.write_shard(tmp_path, 1, 0, [call(0, 1)], last=False)
     shards.write_shard(tmp_path, 1, 1, [call(1, 1)], last=True)
     shards.write_shard(tmp_path, 1, 2, [call(9, 1)], last=True)  # left over from a run with smaller parts
-    assert shards.complete_trajectories(tmp_path) == [1]
+    assert list(shards.complete_trajectories(tmp_path)) == [1]
     assert [c.step for c in CalibrationSet.load(tmp_path)] == [0, 1]
 
 

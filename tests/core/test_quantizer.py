@@ -20,7 +20,7 @@ def quantizer_of(segments=(8,), granularity="tensor", channel_dim=-1, **settings
 
 
 def calibrated(quantizer: Quantizer, *tensors: torch.Tensor) -> Quantizer:
-    quantizer.observers = tuple(MinMaxObserver() for _ in quantizer.segments)
+    quantizer.watch(MinMaxObserver)
     for x in tensors:
         quantizer(x)
     quantizer.freeze()
@@ -79,11 +79,11 @@ def test_static_scales_of_float32_serve_float64_residuals_and_the_other_way():
 
 def test_while_it_is_observed_a_static_quantizer_measures_each_tensor_afresh():
     quantizer = quantizer_of(bits=4, dynamic=False)
-    quantizer.observers = (MinMaxObserver(),)
+    quantizer.watch(MinMaxObserver)
     quantizer(torch.full((1, 8), 70.0))
     assert float(quantizer(torch.full((1, 8), 7.0)).parts[0][1].scale) == 1.0
     quantizer.freeze()
-    assert quantizer.observers is None
+    assert not quantizer.watching
     assert float(quantizer(torch.full((1, 8), 7.0)).parts[0][1].scale) == 10.0
 
 

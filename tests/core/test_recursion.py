@@ -220,7 +220,7 @@ def test_rounds_of_the_first_step_contract_also_when_the_static_scale_is_stale(b
     x = drifting(8, SHAPE, 1, 0.0)[0]
     quantizer = Quantizer(QuantizerConfig(bits=bits, dynamic=dynamic), "tensor", -1, (8,))
     if not dynamic:
-        quantizer.observers = (MinMaxObserver(),)
+        quantizer.watch(MinMaxObserver)
         quantizer(100 * x)
         quantizer.freeze()
     factor = 1 / (2 * (2 ** (bits - 1) - 1))

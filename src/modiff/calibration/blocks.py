@@ -55,29 +55,20 @@ def blocks_of(
         attachment = attachment_of(model)
         layers = [n for n, m in modules.items() if quantized_class(m)] if attachment is None else attachment.layers
     owners: dict[str, list[str]] = {}
-    for name in (names := list(layers)):
-        owners.setdefault(_owner(name, modules, kinds, patterns), []).append(name)
-    around = {module for name in names for module in _around(name)}
+    # the modules around each layer, outermost first, the layer itself last; not the network
+    around = {name: list(itertools.accumulate(name.split("."), "{}.{}".format)) for name in layers}
+    for name, outer in around.items():
+        by_name = (m for m in outer if any(fnmatchcase(m, pattern) for pattern in patterns))
+        by_kind = (m for m in outer if any(fnmatchcase(type(modules[m]).__name__, kind) for kind in kinds))
+        owners.setdefault(next(itertools.chain(by_name, by_kind, (name,))), []).append(name)
     for pattern in patterns:
-        if not any(fnmatchcase(module, pattern) for module in around):
+        if not any(fnmatchcase(module, pattern) for outer in around.values() for module in outer):
             raise ConfigError(
                 f"blocks: expected patterns that match a module with layers to learn, got {pattern!r}. No such module "
                 f"has this name. Known modules: {', '.join(list(modules)[1:9])}, ..."
             )
     blocks = [Block(owner, type(modules[owner]).__name__, tuple(inside)) for owner, inside in owners.items()]
     return blocks if run is None else _in_order_of_execution(model, blocks, run)
-
-
-def _owner(name: str, modules: dict[str, nn.Module], kinds: Sequence[str], patterns: Sequence[str]) -> str:
-    around = _around(name)
-    by_name = (m for m in around if any(fnmatchcase(m, pattern) for pattern in patterns))
-    by_kind = (m for m in around if any(fnmatchcase(type(modules[m]).__name__, kind) for kind in kinds))
-    return next(itertools.chain(by_name, by_kind, (name,)))
-
-
-def _around(name: str) -> list[str]:
-    """The modules around a layer, outermost first, the layer itself last; not the network."""
-    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 def _in_order_of_execution(model: nn.Module, blocks: list[Block], run: Callable[[], object]) -> list[Block]:

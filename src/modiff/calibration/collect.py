@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +69,11 @@ def record_calls(
     }
     with nullcontext() if folder is None else shard_folder(folder, settings) as shards:
         store = _Store(None if shards is None else shards.path, memory_mib)
-        done = set() if shards is None else set(complete_trajectories(shards.path))
+        done = [] if shards is None else complete_trajectories(shards.path)
         with _recorded(model, _Recorder(plan, batch, pairs, store)) as recorder, torch.no_grad():
             for index in tqdm(range(trajectories), desc="calibration data", unit="run", disable=not progress):
                 if index not in done:
-                    recorder.start(index)
+                    store.trajectory = index
                     run(index)
                     recorder.end()
     return CalibrationSet(store.calls, settings) if folder is None else CalibrationSet.load(folder)
@@ -106,14 +106,13 @@ class _Store:
     def flush(self, *, last: bool) -> None:
         if self.folder is not None:
             write_shard(self.folder, self.trajectory, self.shard, self.calls, last=last)
-            self.shard += 1
+            self.shard = 0 if last else self.shard + 1
             self.calls, self.bytes = [], 0.0
             self._counted.clear()
 
 
-class _Rows(NamedTuple):
-    length: int  # of the batch axis
-    positions: tuple[int, ...]
+_Rows = tuple[int, tuple[int, ...]]
+"""The length of the batch axis, and the positions kept."""
 
 
 class _Recorder:
@@ -124,16 +123,9 @@ class _Recorder:
         self.clock: Clock | None = None
         self.timestep: tuple[str, int] | None = None
         self.unbatched: tuple[str, ...] = ()  # arguments without a batch axis, kept whole when rows are chosen
-        self.trajectory = 0
         self._steps: dict[str, int] = {}
         self._last: dict[str, Call] = {}
         self._copies: dict[tuple[int, int, tuple[int, ...]], tuple[weakref.ref[Tensor], Tensor]] = {}
-
-    def start(self, trajectory: int) -> None:
-        """A trajectory begins."""
-        self.trajectory = self.store.trajectory = trajectory
-        self.store.shard = 0
-        self._forget()
 
     def end(self) -> None:
         """A trajectory ended. Raises: CalibrationError if it was shorter than planned, or never began."""
@@ -141,19 +133,15 @@ class _Recorder:
         if seen == 0 or (self.plan is not None and seen != len(self.plan)):
             expected = "at least 1" if self.plan is None else str(len(self.plan))
             raise CalibrationError(
-                f"collect: expected {expected} evaluations in trajectory {self.trajectory}, got {seen}. "
+                f"collect: expected {expected} evaluations in trajectory {self.store.trajectory}, got {seen}. "
                 f"Some samplers evaluate twice in a step. {f'Give steps={seen}' if seen else 'Run the network in run'}."
             )
-        self._forget()
+        for kept in (self._steps, self._last, self._copies):
+            kept.clear()
         self.store.flush(last=True)
 
-    def _forget(self) -> None:
-        self._steps.clear()
-        self._last.clear()
-        self._copies.clear()
-
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        context = self.clock.context if self.clock is not None else "default"
+        context = "default" if self.clock is None else self.clock.context
         step = self._steps[context] = self._steps.get(context, -1) + 1
         rows = self._rows(step)
         previous = self._last.pop(context, None)
@@ -171,7 +159,7 @@ class _Recorder:
         if step >= len(self.plan):
             return None
         columns = self.batch or 1
-        kept = self.plan[step, self.trajectory * columns : (self.trajectory + 1) * columns]
+        kept = self.plan[step].split(columns)[self.store.trajectory]
         if not kept.any():
             return None
         return () if self.batch is None or bool(kept.all()) else tuple(kept.nonzero().flatten().tolist())
@@ -182,9 +170,9 @@ class _Recorder:
             name, position = self.timestep
             value = kwargs.get(name, args[position] if position < len(args) else None)
         chosen = self._positions(args, kwargs, rows)
-        kept = {k: self._copies_of(v, None if k in self.unbatched else chosen) for k, v in kwargs.items()}
+        copies = {k: self._copies_of(v, None if k in self.unbatched else chosen) for k, v in kwargs.items()}
         timestep = None if value is None else float(torch.as_tensor(value).flatten()[0])
-        return Call(self._copies_of(args, chosen), kept, step, timestep, context, self.trajectory, rows)
+        return Call(self._copies_of(args, chosen), copies, step, timestep, context, self.store.trajectory, rows)
 
     def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: tuple[int, ...]) -> _Rows | None:
         """Where the rows lie in batched tensors: once for each branch of guidance that is batched."""
@@ -197,17 +185,18 @@ class _Recorder:
                 f"collect.batch: expected a batch axis of {self.batch} samples, or a multiple of it for guidance, got "
                 f"{length or 'no tensor with one'}. Rows belong to samples. Give the images in a run."
             )
-        return _Rows(length, tuple(first + row for first in range(0, length, self.batch) for row in rows))
+        return length, tuple(first + row for first in range(0, length, self.batch) for row in rows)
 
     def _copies_of(self, tree: Any, chosen: _Rows | None) -> Any:
         return map_tensors(tree, lambda tensor: self._copied(tensor, chosen))
 
     def _copied(self, tensor: Tensor, chosen: _Rows | None) -> Tensor:
         """A CPU copy; one for all steps that are given the same tensor, unchanged."""
-        cut = chosen is not None and tensor.dim() > 0 and len(tensor) == chosen.length and chosen.length > 1
-        positions = chosen.positions if cut and chosen is not None else ()
+        length, positions = chosen or (0, ())
+        if length < 2 or tensor.dim() == 0 or len(tensor) != length:
+            positions = ()
         key = (id(tensor), version_of(tensor), positions)
-        rows = tensor.detach()[list(positions)] if cut else tensor.detach()
+        rows = tensor.detach()[list(positions)] if positions else tensor.detach()
         if key in self._copies and tensor.is_inference():  # it may be written in place without a new version
             kept = self._copies[key][1]
             if rows.shape != kept.shape or not torch.equal(rows.cpu(), kept):
@@ -225,8 +214,7 @@ def _recorded(model: nn.Module, recorder: _Recorder) -> Iterator[_Recorder]:
     attachment = attachment_of(model)
     plain = attachment is None
     if attachment is None:
-        attachment = Attachment(Clock(type(model).__name__), Report(()))
-        model.__dict__[ATTRIBUTE] = attachment
+        attachment = model.__dict__[ATTRIBUTE] = Attachment(Clock(type(model).__name__), Report(()))
     recorder.clock = attachment.clock
     facts = facts_of(model)
     recorder.timestep, recorder.unbatched = facts.timestep_argument(model), facts.unbatched
@@ -253,7 +241,8 @@ def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -
         calls = calls_with_previous("replay", calls)
     elif not len(calls):
         raise CalibrationError("replay: expected calls, got none. There is nothing to run. Collect a trajectory.")
-    with torch.no_grad(), model_trajectory(model) if attachment is not None and not modulated else nullcontext():
+    together = model_trajectory(model) if attachment is not None and not modulated else nullcontext()
+    with torch.no_grad(), together:
         for call in tqdm(calls, desc="replay", unit="call", disable=not progress):
             with model_trajectory(model) if modulated else nullcontext():
                 if modulated and call.previous is not None:

@@ -147,8 +147,7 @@ class CalibrationSet(Sequence[Call]):
                 f"{folder}: expected {expected} trajectories, got {len(trajectories)} complete ones. Collecting was "
                 "interrupted, or files are missing. Collect again into the same folder: it goes on."
             )
-        records = [record for trajectory in trajectories for record in _records(folder, trajectory) or ()]
-        return cls(LazyCalls(records, _read_call), settings)
+        return cls(LazyCalls([record for records in trajectories.values() for record in records], _read_call), settings)
 
 
 def shard_folder(folder: str | Path, settings: dict[str, Any]) -> ResumableFolder:
@@ -177,10 +176,13 @@ def write_shard(folder: Path, trajectory: int, number: int, calls: Iterable[Call
     write_tensors(_shard_path(folder, trajectory, number), tensors, facts)
 
 
-def complete_trajectories(folder: Path) -> list[int]:
-    """Trajectories whose shards are all there. Raises: FormatError for a shard that is damaged."""
+def complete_trajectories(folder: Path) -> dict[int, list[tuple[Path, dict[str, Any]]]]:
+    """Trajectories whose shards are all there, with their encoded calls, each with its file, in order.
+
+    Raises: FormatError for a shard that is damaged.
+    """
     first = sorted(int(match[1]) for path in folder.iterdir() if (match := _FIRST.fullmatch(path.name)))
-    return [trajectory for trajectory in first if _records(folder, trajectory) is not None]
+    return {trajectory: records for trajectory in first if (records := _records(folder, trajectory)) is not None}
 
 
 def _shard_path(folder: Path, trajectory: int, number: int) -> Path:
@@ -188,7 +190,7 @@ def _shard_path(folder: Path, trajectory: int, number: int) -> Path:
 
 
 def _records(folder: Path, trajectory: int) -> list[tuple[Path, dict[str, Any]]] | None:
-    """The encoded calls of a trajectory, each with its file, in order; None if the last shard is missing."""
+    """None if the last shard is missing."""
     records: list[tuple[Path, dict[str, Any]]] = []
     number = 0
     while (path := _shard_path(folder, trajectory, number)).exists():

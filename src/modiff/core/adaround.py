@@ -73,7 +73,9 @@ class AdaRound:
 
     def soft(self) -> Tensor:
         """W_q with h between 0 and 1, for training; differentiable in `logits`, except where the code saturates."""
-        return self._values(rectified_sigmoid(self.logits))
+        qmin, qmax = qrange(self.bits)
+        codes = (self.floor + rectified_sigmoid(self.logits)).clamp(qmin, qmax)
+        return dequantize(codes, self.qparams)
 
     def codes(self) -> Tensor:
         """The learned integers: h cut at one half. int8, no gradient."""
@@ -92,10 +94,3 @@ class AdaRound:
         """How many weights are still further than `margin` from both ends. Cost: a host sync."""
         share = rectified_sigmoid(self.logits.detach())
         return int(((share > margin) & (share < 1 - margin)).sum())
-
-    def _values(self, share: Tensor) -> Tensor:
-        qmin, qmax = qrange(self.bits)
-        codes = (self.floor + share).clamp(qmin, qmax)
-        if self.qparams.zero_point is not None:
-            codes = codes - self.qparams.zero_point
-        return codes * self.qparams.scale

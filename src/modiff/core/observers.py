@@ -53,19 +53,13 @@ class Observer:
 
     def observe(self, x: Tensor) -> None:
         """Take one tensor into account. Cost: two passes over x, no host sync."""
-        low, high = self._extremes(x.detach())
-        if self.minimum is None or self.maximum is None:
-            self.minimum, self.maximum = low, high
-        else:
-            self.minimum, self.maximum = self._merge(low, high)
+        x = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
+        shared = granularity_named("tensor" if self.channel_dim is None else "input_channel")
+        self._take(*extremes(x, shared, self.channel_dim or 0))
 
     def merge(self, other: Observer) -> None:
         """Take into account all that another observer of the same kind saw."""
-        low, high = other.range()
-        if self.minimum is None or self.maximum is None:
-            self.minimum, self.maximum = low, high
-        else:
-            self.minimum, self.maximum = self._merge(low, high)
+        self._take(*other.range())
 
     def range(self) -> tuple[Tensor, Tensor]:
         """The range to cover, broadcastable to the tensors. Raises: CalibrationError before the first tensor."""
@@ -81,24 +75,17 @@ class Observer:
         low, high = self.range()
         return qparams_from_range(low, high, bits, symmetric=symmetric, clip=clip)
 
-    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        shared = granularity_named("tensor" if self.channel_dim is None else "input_channel")
-        return extremes(x, shared, self.channel_dim or 0)
+    def _take(self, low: Tensor, high: Tensor) -> None:
+        if self.minimum is not None and self.maximum is not None:
+            low, high = self._merged(self.minimum, self.maximum, low, high)
+        self.minimum, self.maximum = low, high
 
-    def _merge(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        minimum, maximum = self.range()
+    def _merged(self, minimum: Tensor, maximum: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return torch.minimum(minimum, low), torch.maximum(maximum, high)
 
 
 class MinMaxObserver(Observer):
-    """The smallest and the largest value ever seen.
-
-    >>> observer = MinMaxObserver()
-    >>> observer.observe(torch.tensor([-1.0, 3.0]))
-    >>> [x.item() for x in observer.range()]
-    [-1.0, 3.0]
-    """
+    """The smallest and the largest value ever seen."""
 
 
 class MovingAverageObserver(Observer):
@@ -126,8 +113,7 @@ class MovingAverageObserver(Observer):
         self.minimum, self.maximum = self.minimum.lerp(low, share), self.maximum.lerp(high, share)
         self.count += other.count
 
-    def _merge(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        minimum, maximum = self.range()
+    def _merged(self, minimum: Tensor, maximum: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return minimum.lerp(low, 1 - self.momentum), maximum.lerp(high, 1 - self.momentum)
 
 
@@ -151,12 +137,9 @@ class _SampleObserver(Observer):
         rows = rows.flatten(1).float()
         length = rows.shape[1]
         most = length if self.keep is None else min(length, max(1, self.keep // max(1, rows.shape[0])))
-        self.kept.append(self._drawn(rows, -(-most // self._thinning)))
-        self._thin_out()
-
-    def _drawn(self, rows: Tensor, count: int) -> Tensor:
         self._draws += 1
-        return evenly_drawn(rows, count, self._draws)
+        self.kept.append(evenly_drawn(rows, -(-most // self._thinning), self._draws))
+        self._thin_out()
 
     def merge(self, other: Observer) -> None:
         """Take into account all that another observer of the same kind saw."""
@@ -172,7 +155,8 @@ class _SampleObserver(Observer):
             and self._rows().shape[1] > 1
         ):
             rows = self._rows()
-            self.kept = [self._drawn(rows, -(-rows.shape[1] // 2))]
+            self._draws += 1
+            self.kept = [evenly_drawn(rows, -(-rows.shape[1] // 2), self._draws)]
             self._thinning *= 2
 
     def _rows(self) -> Tensor:
@@ -204,11 +188,6 @@ RangeMetric = Callable[[Tensor, QParams, int], Tensor]
 
 BINS = 2048
 """Bins of the histogram that the Kullback-Leibler metric compares."""
-
-
-def l1(rows: Tensor, qparams: QParams, bits: int) -> Tensor:
-    """mean |x - Q(x)|."""
-    return power(rows, qparams, bits, 1.0)
 
 
 def power(rows: Tensor, qparams: QParams, bits: int, p: float = 2.4) -> Tensor:
@@ -247,6 +226,7 @@ def kullback_leibler(rows: Tensor, qparams: QParams, bits: int) -> Tensor:
     return terms.sum(1, keepdim=True).to(rows.dtype)
 
 
+l1 = functools.partial(power, p=1.0)
 RANGE_METRICS: dict[str, RangeMetric] = {"l1": l1, "mse": power, "cosine": cosine, "kl": kullback_leibler}
 
 

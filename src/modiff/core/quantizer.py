@@ -77,7 +77,6 @@ class Quantizer:
         self.static: tuple[QParams, ...] | None = None
         self.tables: dict[int, tuple[QParams, ...]] | None = None
         self.moments: dict[Moment, int] = {}
-        self.observers: tuple[Observer, ...] | None = None
         self._make: Callable[[], Observer] | None = None
         self._watched: dict[Moment, tuple[Observer, ...]] = {}
 
@@ -88,11 +87,15 @@ class Quantizer:
         """
         if self.bits == 0:
             return None
-        if self.observers is not None or self._make is not None:
-            for observer, run in zip(self._observers(), self._split(residual), strict=True):
+        if self._make is not None:
+            now: Moment = () if self.config.step_groups == 1 else self._now()
+            if now not in self._watched:
+                self._watched[now] = tuple(self._make() for _ in self.segments)
+            for observer, run in zip(self._watched[now], self._split(residual), strict=True):
                 observer.observe(run.clamp_min(0) if self.config.lowest == "zero" else run)
         elif not self.config.dynamic:
-            return self.scaled(residual, [_to(q, residual) for q in self._measured_scales(residual.device)])
+            measured = self._measured_scales(residual.device)
+            return self.scaled(residual, [QParams(q.scale.to(residual.dtype), q.zero_point) for q in measured])
         return self.fresh(residual)
 
     def fresh(self, residual: Tensor) -> Code | None:
@@ -122,7 +125,7 @@ class Quantizer:
     @property
     def watching(self) -> bool:
         """Whether scales are being measured."""
-        return self.observers is not None or self._make is not None
+        return self._make is not None
 
     def scales(self, like: Tensor) -> tuple[Tensor, ...] | None:
         """The scales of this step, one for each segment, on the device of `like`; None where each call measures them.
@@ -136,30 +139,30 @@ class Quantizer:
     def watch(self, make: Callable[[], Observer]) -> None:
         """Measure from now on, with an observer from `make` for each segment (and each moment, with step groups)."""
         self._make, self._watched = make, {}
-        if self.config.step_groups == 1:
-            self.observers = tuple(make() for _ in self.segments)
 
     def unwatch(self) -> None:
         """Stop measuring and forget what was seen; scales measured before stay."""
-        self.observers, self._make = None, None
-        self._watched.clear()
+        self._make, self._watched = None, {}
 
     @property
     def saw_nothing(self) -> bool:
         """Whether no tensor came since `watch`."""
-        if self.observers:
-            return self.observers[0].minimum is None
         return not self._watched
 
     def freeze(self) -> None:
         """Turn what the observers saw into static scales. Raises: CalibrationError if they saw nothing."""
-        if self.observers is None and self._make is not None:
-            if not self._watched:
-                self._make().range()  # raises: nothing was seen
-            merged, self.moments = grouped(self._watched, self.config.step_groups)
-            self.tables = {index: self._frozen(observers) for index, observers in merged.items()}
+        if not self._watched and self._make is not None:
+            self._make().range()  # raises: nothing was seen
+        config, groups = self.config, self.config.step_groups
+        merged, moments = grouped(self._watched, groups)
+        tables = {
+            index: tuple(o.qparams(self.bits, symmetric=config.symmetric, clip=config.clip) for o in observers)
+            for index, observers in merged.items()
+        }
+        if groups == 1:
+            self.static = tables[0]
         else:
-            self.static = self._frozen(self.observers or ())
+            self.tables, self.moments = tables, moments
         self.unwatch()
 
     def state_dict_tensors(self) -> dict[str, Tensor]:
@@ -170,19 +173,6 @@ class Quantizer:
         """Take the scales that `state_dict_tensors` gave. Raises: FormatError if they do not fit this quantizer."""
         channels = (1,) * len(self.segments) if self.observed_dim is None else self.segments
         self.static, self.tables, self.moments = read_scale_tensors(tensors, channels, symmetric=self.config.symmetric)
-
-    def _frozen(self, observers: tuple[Observer, ...]) -> tuple[QParams, ...]:
-        config = self.config
-        return tuple(o.qparams(self.bits, symmetric=config.symmetric, clip=config.clip) for o in observers)
-
-    def _observers(self) -> tuple[Observer, ...]:
-        """Those of this moment, made when it is new."""
-        if self._make is None or self.config.step_groups == 1:
-            return self.observers or ()
-        now = self._now()
-        if now not in self._watched:
-            self._watched[now] = tuple(self._make() for _ in self.segments)
-        return self._watched[now]
 
     def _measured_scales(self, device: torch.device) -> tuple[QParams, ...]:
         """Those of this step; moved to a device once and kept there, as a copy at each step would wait for it."""
@@ -216,8 +206,3 @@ def _on(measured: tuple[QParams, ...], device: torch.device) -> tuple[QParams, .
     return tuple(
         QParams(q.scale.to(device), None if q.zero_point is None else q.zero_point.to(device)) for q in measured
     )
-
-
-def _to(qparams: QParams, like: Tensor) -> QParams:
-    zero_point = None if qparams.zero_point is None else qparams.zero_point.to(like.device)
-    return QParams(qparams.scale.to(like.device, like.dtype), zero_point)

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from modiff.calibration.blocks import Block
 from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
-from modiff.calibration.reconstruct.job import unit_report
 from modiff.calibration.reconstruct.layers import full_precision, without_states
 from modiff.calibration.reconstruct.learn import WeightLearner, learn, learned_codes
-from modiff.calibration.reconstruct.samples import Batch, UnitCall, UnitData
+from modiff.calibration.reconstruct.samples import UnitCall, UnitData
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import required_attachment
 
@@ -87,7 +86,7 @@ def reconstruct_temporal(model: nn.Module, timesteps: Sequence[float], config: R
     device = quantized_layers[names[0]].weight.device
     generator = torch.Generator().manual_seed(config.seed)
 
-    def features(batch: Batch) -> Any:
+    def features(batch: UnitCall) -> Any:
         return block(batch.args[0])
 
     with torch.inference_mode(False), full_precision(model), torch.no_grad():
@@ -99,7 +98,9 @@ def reconstruct_temporal(model: nn.Module, timesteps: Sequence[float], config: R
     data.held = data.training = [*data.held, *data.training]
     with without_states(model, "full_precision") as trainees:
         learner = WeightLearner({name: trainees[name] for name in names}, config)
-        outcome = learn(features, data, learner, config, generator)
-    for name in names if outcome.best is not None else ():
-        quantized_layers[name].quantized_weight.fix(learned_codes(outcome.best or {}, name))
-    return unit_report(Block("temporal block", "TemporalBlock", tuple(names)), outcome)
+        best, report = learn(
+            Block("temporal block", "TemporalBlock", tuple(names)), features, data, learner, config, generator
+        )
+    for name in names if best else ():
+        quantized_layers[name].quantized_weight.fix(learned_codes(best or {}, name))
+    return report

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modiff import CalibrationError
 from modiff.calibration.data import Call, tensors_of
-from modiff.calibration.reconstruct.samples import Batch, UnitCall, UnitData, capture, paired
+from modiff.calibration.reconstruct.samples import UnitCall, UnitData, capture, paired
 from tests.helpers import assert_same_bits
 
 
@@ -36,7 +36,7 @@ def visits_of(unit, inputs) -> list[UnitCall]:
         return [UnitCall(args, kwargs, [t for t in tensors_of(unit(*args, **kwargs))]) for args, kwargs in inputs]
 
 
-def draws(data: UnitData, rows: int, count: int) -> list[Batch]:
+def draws(data: UnitData, rows: int, count: int) -> list[UnitCall]:
     generator = torch.Generator().manual_seed(1)
     return [data.draw(rows, generator) for _ in range(count)]
 

@@ -15,7 +15,6 @@ from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
 from modiff.calibration.reconstruct.layers import Through, Trainee, attention_through, full_precision, without_states
 from modiff.calibration.reconstruct.learn import (
     Learned,
-    Outcome,
     Run,
     ScaleLearner,
     WeightLearner,
@@ -23,7 +22,7 @@ from modiff.calibration.reconstruct.learn import (
     learned_codes,
     learned_scales,
 )
-from modiff.calibration.reconstruct.samples import Batch, UnitCall, UnitData, capture, paired
+from modiff.calibration.reconstruct.samples import UnitCall, UnitData, capture, paired
 from modiff.core.affine import QParams
 from modiff.core.observers import MinMaxObserver
 from modiff.core.quantizer import Quantizer
@@ -31,9 +30,6 @@ from modiff.errors import StateError
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
 from modiff.nn import ModulatedLayer
-
-NEVER_RAN = "never ran on the calibration calls"
-OUTSIDE = "lies in no block: the scales of its products stay as measured"
 
 
 class ReconstructionJob:
@@ -49,15 +45,15 @@ class ReconstructionJob:
         """What one unit shall keep, {} for nothing new, and its report; its layers are as before."""
         generator = torch.Generator().manual_seed(self.config.seed + index)
         if block.calls == 0:
-            return {}, unit_report(block, Outcome(0.0, 0.0, None, 0, NEVER_RAN))
+            return {}, _left(block, "never ran on the calibration calls")
         if self.config.learn == "residual_scales":
             return self._learn_residual(block, generator)
         unit = self.model.get_submodule(block.name)
 
-        def run(batch: Batch) -> Any:
+        def run(batch: UnitCall) -> Any:
             return unit(*batch.args, **batch.kwargs)
 
-        def exact(batch: Batch) -> Any:
+        def exact(batch: UnitCall) -> Any:
             with full_precision(self.model):
                 return run(batch)
 
@@ -70,8 +66,8 @@ class ReconstructionJob:
             inside = {name: trainees[name] for name in block.layers}
             weights = self.config.learn == "weights"
             learner = WeightLearner(inside, self.config) if weights else self._scales(block, inside)
-            outcome = learn(run, data, learner, self.config, generator)
-        return outcome.best or {}, unit_report(block, outcome)
+            best, report = learn(block, run, data, learner, self.config, generator)
+        return best or {}, report
 
     def _learn_residual(self, block: Block, generator: torch.Generator) -> tuple[Learned, UnitReport]:
         """The static scale of one layer's residual (MoDiff, 1.5): run on the previous input, then on this one.
@@ -87,15 +83,15 @@ class ReconstructionJob:
                 before, now = (self._captured(block, c, exact=True) for c in (call.previous, call))
                 calls += [UnitCall((b.args[0], n.args[0]), {}, n.targets) for b, n in zip(before, now, strict=True)]
 
-        def residual(batch: Batch) -> Tensor:
+        def residual(batch: UnitCall) -> Tensor:
             before, now = (trainee.prepare(x) for x in batch.args)
             return trainee.operate(before + trainee.code(now - before))
 
         data = self._data(block, calls, lambda batch: self.originals[name](batch.args[1]), generator)
         learner = ScaleLearner({name: trainee}, {name: quantizer.static or _widest(trainee, quantizer, calls)})
         start = learner.result()
-        outcome = learn(residual, data, learner, self.config, generator)
-        return outcome.best or start, unit_report(block, outcome)
+        best, report = learn(block, residual, data, learner, self.config, generator)
+        return best or start, report
 
     def keep(self, learned: Learned) -> None:
         """Fix what a unit learned into its layers."""
@@ -147,7 +143,8 @@ class ReconstructionJob:
             return []
         modules = dict.fromkeys(name.rpartition(".")[0] for name in self.quantizers if name not in self.layers)
         outside = [name for name in modules if not any(f"{name}.".startswith(f"{b.name}.") for b in blocks)]
-        return [UnitReport(name, "attention", (), 0.0, 0.0, False, 0, OUTSIDE) for name in outside]
+        reason = "lies in no block: the scales of its products stay as measured"
+        return [_left(Block(name, "attention", ()), reason) for name in outside]
 
     def _captured(self, block: Block, call: Call, *, exact: bool) -> list[UnitCall]:
         how = full_precision(self.model) if exact else without_states(self.model, self.config.activations)
@@ -167,10 +164,8 @@ class ReconstructionJob:
         return ScaleLearner({name: holders[name] for name in starts}, starts)
 
 
-def unit_report(block: Block, outcome: Outcome) -> UnitReport:
-    """The report of a unit."""
-    o, learned = outcome, outcome.best is not None
-    return UnitReport(block.name, block.kind, block.layers, o.before, o.after, learned, o.iterations, o.reason)
+def _left(block: Block, reason: str) -> UnitReport:
+    return UnitReport(block.name, block.kind, block.layers, 0.0, 0.0, False, 0, reason)
 
 
 def _fixed_segments(layer: ModulatedLayer) -> tuple[tuple[Tensor, QParams], ...]:

@@ -24,19 +24,14 @@ class Trainee:
     """A layer as one differentiable function of its input: quantized weight, activation quantized or not, no states.
 
     rounding, scales: replace the weight's codes and the quantizer's scales while they are learned, one for each run of
-        channels; `decided` cuts the rounding to integers, to see what would be kept.
+        channels; without gradients the rounding is cut to integers, to see what would be kept.
     """
 
     def __init__(self, quantized: ModulatedLayer, activations: Activations) -> None:
         self.quantized, self.activations = quantized, activations
+        self.bits = quantized.config.activation.bits or 8
         self.rounding: tuple[AdaRound, ...] = ()
-        self.decided = False
         self.scales: tuple[LearnedScale, ...] = ()
-
-    @property
-    def bits(self) -> int:
-        """Of the activation."""
-        return self.quantized.config.activation.bits or 8
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for `x`, same dtype as `x`."""
@@ -73,7 +68,7 @@ class Trainee:
     def _weight(self, dtype: torch.dtype) -> Tensor:
         if not self.rounding:
             return self.quantized.quantized_weight.dense(self.quantized.weight, dtype)
-        return torch.cat([r.hard() if self.decided else r.soft() for r in self.rounding], 1).to(dtype)
+        return torch.cat([r.soft() if torch.is_grad_enabled() else r.hard() for r in self.rounding], 1).to(dtype)
 
 
 class Through:

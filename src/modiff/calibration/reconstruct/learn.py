@@ -4,50 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modiff.calibration.blocks import Block
 from modiff.calibration.data import tensors_of
-from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
 from modiff.calibration.reconstruct.layers import Through, Trainee
-from modiff.calibration.reconstruct.samples import Batch, UnitData
+from modiff.calibration.reconstruct.samples import UnitCall, UnitData
 from modiff.core.adaround import AdaRound, beta_at
 from modiff.core.affine import QParams
 from modiff.core.learned_scale import LearnedScale
 
-Run = Callable[[Batch], Any]
+Run = Callable[[UnitCall], Any]
 """The unit, on a batch, as its layers compute now."""
 Learned = dict[str, Tensor]
 """What was learned, by stable names: "<layer>.0.codes", "<layer>.0.scale", ..., a number for each run of channels."""
 
 
-class Learner:
-    """What is learned in a unit; from `begin` on, its layers compute with it."""
-
-    def begin(self) -> list[Tensor]:
-        """Let the layers compute with what is learned. Returns: the leaves that Adam moves."""
-        raise NotImplementedError
-
-    def result(self) -> Learned:
-        """Copies of what the unit would keep if learning ended here."""
-        raise NotImplementedError
-
-    def penalty(self, iteration: int) -> Tensor | float:
-        """What is added to the loss of the reconstruction."""
-        return 0.0
-
-    def decide(self, decided: bool) -> None:
-        """Compute as if learning had ended here (to be measured), or go on."""
-
-    def settled(self) -> bool:
-        """Whether nothing will move any more."""
-        return False
-
-
-class WeightLearner(Learner):
+class WeightLearner:
     """AdaRound for the layers of a unit; their rounding must be to nearest when it begins."""
 
     def __init__(self, trainees: Mapping[str, Trainee], config: ReconstructConfig) -> None:
@@ -55,7 +32,7 @@ class WeightLearner(Learner):
         self._rounding: dict[str, AdaRound] = {}
 
     def begin(self) -> list[Tensor]:
-        """See `Learner`."""
+        """Let the layers compute with what is learned. Returns: the leaves that Adam moves."""
         for name, trainee in self.trainees.items():
             weight, bits = trainee.quantized.quantized_weight, trainee.quantized.config.weight.bits or 8
             values = weight.floats(trainee.quantized.weight).split(list(weight.segments), 1)
@@ -65,29 +42,27 @@ class WeightLearner(Learner):
         return [rounding.logits for rounding in self._rounding.values()]
 
     def penalty(self, iteration: int) -> Tensor | float:
-        """See `Learner`."""
+        """What is added to the loss of the reconstruction."""
         beta = beta_at(iteration, self.config.iterations)
         if beta is None or self.config.regularizer == 0:
             return 0.0
         return self.config.regularizer * torch.stack([r.penalty(beta) for r in self._rounding.values()]).sum()
 
-    def decide(self, decided: bool) -> None:
-        """See `Learner`."""
-        for trainee in self.trainees.values():
-            trainee.decided = decided
-
     def settled(self) -> bool:
-        """See `Learner`: where h is 0 or 1 its gradient is zero."""
+        """Whether nothing will move any more: where h is 0 or 1 its gradient is zero."""
         return not any(rounding.undecided() for rounding in self._rounding.values())
 
     def result(self) -> Learned:
-        """See `Learner`."""
+        """Copies of what the unit would keep if learning ended here."""
         codes = {f"{name}.codes": rounding.codes().cpu() for name, rounding in self._rounding.items()}
         return codes | {f"{n}.scale": r.qparams.scale.detach().cpu().clone() for n, r in self._rounding.items()}
 
 
-class ScaleLearner(Learner):
+class ScaleLearner:
     """Learned scales of some quantizers; from `starts` on, one for each run of channels, they compute from now on."""
+
+    penalty = staticmethod(lambda iteration: 0.0)
+    settled = staticmethod(lambda: False)
 
     def __init__(self, holders: Mapping[str, Trainee | Through], starts: Mapping[str, tuple[QParams, ...]]) -> None:
         self.holders = holders
@@ -95,11 +70,11 @@ class ScaleLearner(Learner):
             holder.scales = tuple(LearnedScale(start, holder.bits) for start in starts[name])
 
     def begin(self) -> list[Tensor]:
-        """See `Learner`."""
+        """As in `WeightLearner`."""
         return [scale.theta for holder in self.holders.values() for scale in holder.scales]
 
     def result(self) -> Learned:
-        """See `Learner`."""
+        """As in `WeightLearner`."""
         learned: Learned = {}
         for name, holder in self.holders.items():
             for i, (scale, zero_point) in enumerate(scale.frozen() for scale in holder.scales):
@@ -122,21 +97,18 @@ def learned_codes(learned: Learned, name: str) -> tuple[tuple[Tensor, QParams], 
     return tuple((learned[f"{name}.{i}.codes"], qparams) for i, qparams in enumerate(learned_scales(learned, name)))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """before, after: held-out loss of the start, and of `best`, which is None where nothing was better."""
-
-    before: float
-    after: float
-    best: Learned | None
-    iterations: int
-    reason: str
-
-
 @torch.inference_mode(False)
-def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig, generator: torch.Generator) -> Outcome:
+def learn(
+    block: Block,
+    run: Run,
+    data: UnitData,
+    learner: WeightLearner | ScaleLearner,
+    config: ReconstructConfig,
+    generator: torch.Generator,
+) -> tuple[Learned | None, UnitReport]:
     """Minimise loss + penalty; the best of all checks is kept, if it beats the start on what was held out.
 
+    Returns: what was learned, None where nothing was better, and the report of the unit.
     Cost: `config.iterations` forward and backward passes of the unit, and `config.checks` + 1 of what is held out.
     """
     before = _held_out_loss(run, data, config)
@@ -147,7 +119,9 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
     after, worse, done, reason = before, 0, 0, "all iterations run"
     with torch.enable_grad():
         for iteration in range(config.iterations):
-            _set_rate(optimizer, config, iteration)
+            if config.schedule == "cosine":
+                share = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
+                optimizer.param_groups[0]["lr"] = config.learning_rate * share
             batch = data.draw(config.batch, generator)
             loss = reconstruction_loss(run(batch), batch.targets, config.p) + learner.penalty(iteration)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -157,9 +131,7 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
             done = iteration + 1
             if done % every and done != config.iterations:
                 continue
-            learner.decide(True)
             now = _held_out_loss(run, data, config)
-            learner.decide(False)
             if now < after:
                 best, after, worse = learner.result(), now, 0
             elif done > config.iterations / 2:  # before that, h cut at one half says little about where it goes
@@ -169,13 +141,7 @@ def learn(run: Run, data: UnitData, learner: Learner, config: ReconstructConfig,
                 break
     if best is None:
         reason = "what was learned is no better on the rows held out"
-    return Outcome(before, after, best, done, reason)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, config: ReconstructConfig, iteration: int) -> None:
-    share = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations)) if config.schedule == "cosine" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * share
+    return best, UnitReport(block.name, block.kind, block.layers, before, after, best is not None, done, reason)
 
 
 def reconstruction_loss(output: Any, targets: list[Tensor], p: float) -> Tensor:

@@ -18,17 +18,8 @@ TOLERANCE = 1e-2
 """Relative error up to which a row alone gives what it gives in its batch: kernels sum in another order."""
 
 
-class Batch(NamedTuple):
-    """args, kwargs: of one call of the unit, on its device. targets: its outputs in full precision. rows: how many."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    targets: list[Tensor]
-    rows: int
-
-
 class UnitCall(NamedTuple):
-    """One call of a unit while the network ran; tensors are copies on the CPU."""
+    """One call of a unit, and its outputs in full precision: copies on the CPU, or a batch on its device."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -114,7 +105,7 @@ class UnitData:
     def __init__(
         self,
         calls: Sequence[UnitCall],
-        run: Callable[[Batch], Any],
+        run: Callable[[UnitCall], Any],
         *,
         device: torch.device,
         held_out: float,
@@ -137,7 +128,7 @@ class UnitData:
         self.held = [samples[i] for i in order[:count]]
         self.training = [samples[i] for i in order[count:]]
 
-    def draw(self, rows: int, generator: torch.Generator) -> Batch:
+    def draw(self, rows: int, generator: torch.Generator) -> UnitCall:
         """`rows` training rows without replacement, or fewer where there are no more, or a whole call."""
         order = torch.randperm(len(self.training), generator=generator).tolist()
         first = self.training[order[0]]
@@ -146,7 +137,7 @@ class UnitData:
         alike = (s for i in order if (s := self.training[i]).group == first.group)
         return self.batch([s for s, _ in zip(alike, range(rows), strict=False)])
 
-    def held_batches(self, rows: int) -> Iterator[Batch]:
+    def held_batches(self, rows: int) -> Iterator[UnitCall]:
         """All samples held out, at most `rows` rows at a time."""
         yield from (self.batch([s]) for s in self.held if s.row is None)
         for group in sorted({s.group for s in self.held}):
@@ -154,21 +145,20 @@ class UnitData:
             for start in range(0, len(samples), rows):
                 yield self.batch(samples[start : start + rows])
 
-    def batch(self, samples: Sequence[Sample]) -> Batch:
+    def batch(self, samples: Sequence[Sample]) -> UnitCall:
         """The inputs and targets of some samples of one group, together."""
         first = samples[0].call
-        inputs, targets, rows = first.inputs(), first.targets, first.rows
+        inputs, targets = first.inputs(), first.targets
         if samples[0].row is not None:
             columns = zip(*(s.call.inputs() for s in samples), strict=True)
             inputs = [_stacked(c, samples) if first.has_rows(c[0]) else c[0] for c in columns]
             targets = [_stacked(c, samples) for c in zip(*(s.call.targets for s in samples), strict=True)]
-            rows = len(samples)
         moved = iter([tensor.to(self.device) for tensor in inputs])
         args, kwargs = map_tensors((first.args, first.kwargs), lambda _: next(moved))
-        return Batch(args, kwargs, [t.to(self.device) for t in targets], rows)
+        return UnitCall(args, kwargs, [t.to(self.device) for t in targets])
 
     @torch.no_grad()
-    def _rows_stand_alone(self, group: list[UnitCall], run: Callable[[Batch], Any]) -> bool:
+    def _rows_stand_alone(self, group: list[UnitCall], run: Callable[[UnitCall], Any]) -> bool:
         """Whether rows of two calls give together what they give in their own batches: tried on two of them."""
         if any(t.dim() == 0 or len(t) != call.rows for call in group for t in call.targets):
             return False
@@ -186,7 +176,7 @@ class UnitData:
 
 
 def _groups(calls: Sequence[UnitCall], name: str) -> list[list[UnitCall]]:
-    """Calls whose inputs differ in their rows only."""
+    """Calls that look alike: their inputs differ in their rows only."""
     groups: list[list[UnitCall]] = []
     for call in calls:
         if not all(torch.isfinite(t).all() for t in call.targets):
@@ -194,16 +184,14 @@ def _groups(calls: Sequence[UnitCall], name: str) -> list[list[UnitCall]]:
                 f"{name}: expected finite outputs, got NaN or infinity. A half-precision network overflowed, or its "
                 "weights are damaged. Use float32, or exclude the layer."
             )
-        alike = next((group for group in groups if _alike(group[0], call)), None)
-        if alike is None:
-            groups.append([call])
-        else:
-            alike.append(call)
+        alike = next((group for group in groups if _alike(group[0], call)), [])
+        if not alike:
+            groups.append(alike)
+        alike.append(call)
     return groups
 
 
 def _alike(a: UnitCall, b: UnitCall) -> bool:
-    """Same structure, shapes and settings, and equal in everything that has no rows."""
     return _form(a) == _form(b) and all(
         a.has_rows(x) or torch.equal(x, y) for x, y in zip(a.inputs(), b.inputs(), strict=True)
     )

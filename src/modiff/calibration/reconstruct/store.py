@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,16 +39,10 @@ def load_unit(path: Path) -> tuple[dict[str, Tensor], UnitReport]:
 def digest_of(settings: Any, tensors: Iterable[Tensor] = (), calls: Iterable[Call] = ()) -> str:
     """SHA-256 of JSON values, tensors and calls. Cost: one pass over the tensors."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in tensors:
-        _add(digest, tensor)
-    for call in calls:
-        digest.update(repr((call.step, call.timestep, call.context, call.rows)).encode())
-        for tensor in call.tensors():
-            _add(digest, tensor)
+    named = ((repr((c.step, c.timestep, c.context, c.rows)), c.tensors()) for c in calls)
+    for facts, group in itertools.chain([("", tensors)], named):
+        digest.update(facts.encode())
+        for tensor in group:
+            digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _add(digest: Any, tensor: Tensor) -> None:
-    plain = tensor.detach().cpu().contiguous().flatten()
-    digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
-    digest.update(plain.view(torch.uint8).numpy().tobytes())
