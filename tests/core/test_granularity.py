@@ -23,13 +23,6 @@ def test_scales_are_1_along_the_axes_that_share_one(name, channel_dim, shape):
     assert granularity_named(name).reduce(torch.ones(2, 3, 4, 5), channel_dim, torch.amax).shape == shape
 
 
-def test_a_tensor_of_one_axis_is_one_sample_and_one_token():
-    x = torch.tensor([1.0, -3.0])
-    assert granularity_named("sample").reduce(x, -1, torch.amin).tolist() == [-3.0]
-    assert granularity_named("token").reduce(x, -1, torch.amin).tolist() == [-3.0]
-    assert granularity_named("input_channel").reduce(x, -1, torch.amin).tolist() == [1.0, -3.0]
-
-
 @pytest.mark.parametrize(
     ("name", "kernel", "reason"),
     [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modiff import CalibrationError, ConfigError
-from modiff.core.affine import QParams, fake_quantize, qparams_from_range
+from modiff.core.affine import fake_quantize, qparams_from_range
 from modiff.core.observers import (
     BINS,
     RANGE_METRICS,
@@ -32,13 +32,6 @@ def ranges(observer: Observer) -> list[float]:
     return [side.item() for side in observer.range()]
 
 
-def test_min_max_remembers_the_extremes_of_all_tensors():
-    observer = MinMaxObserver()
-    for values in ([-1.0, 2.0], [0.5, 0.6], [-0.2, 3.0]):
-        observer.observe(torch.tensor(values))
-    assert ranges(observer) == [-1.0, 3.0]
-
-
 def test_a_moving_average_weighs_the_newest_extremes_with_one_minus_momentum():
     observer = MovingAverageObserver(momentum=0.75)
     low = high = None
@@ -47,25 +40,25 @@ def test_a_moving_average_weighs_the_newest_extremes_with_one_minus_momentum():
         low = a if low is None else 0.75 * low + 0.25 * a
         high = b if high is None else 0.75 * high + 0.25 * b
     assert ranges(observer) == pytest.approx([low, high])
-
-
-@pytest.mark.parametrize("kind", [MinMaxObserver, MovingAverageObserver, MSEObserver, PercentileObserver])
-def test_one_range_for_each_channel_of_the_axis_asked_for(kind):
-    x = torch.randn(2, 3, 50) * torch.tensor([1.0, 10.0, 100.0])[None, :, None]
-    observer = kind(channel_dim=1)
-    observer.observe(x)
-    scale = observer.qparams(8).scale
-    assert scale.shape == (1, 3, 1)
-    alone = kind()
-    alone.observe(x[:, 1])
-    assert scale[0, 1].item() == pytest.approx(alone.qparams(8).scale.item(), rel=1e-6)
+    other = MovingAverageObserver()  # merged, each side weighs as many tensors as it saw
+    other.observe(torch.tensor([-8.0, 8.0]))
+    other.merge(observer)
+    assert ranges(other) == pytest.approx([(-8.0 + 3 * low) / 4, (8.0 + 3 * high) / 4])
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_low_precision_tensors_are_observed_in_float32(kind):
-    observer = kind()
-    observer.observe(torch.tensor([-1.0, 2.0], dtype=torch.bfloat16))
-    assert observer.qparams(8).scale.dtype == torch.float32
+def test_one_range_for_each_channel_of_the_axis_asked_for(kind):
+    x = (torch.randn(2, 3, 50) * torch.tensor([1.0, 10.0, 100.0])[None, :, None]).bfloat16()
+    observer, alone = kind(channel_dim=1), kind()
+    observer.observe(x)
+    alone.observe(x[:, 1])
+    scale, narrow = observer.qparams(8).scale, observer.qparams(8, clip=0.5).scale
+    assert (scale.shape, scale.dtype) == ((1, 3, 1), torch.float32)
+    assert scale[0, 1].item() == pytest.approx(alone.qparams(8).scale.item(), rel=1e-6)
+    if kind is not MSEObserver:  # it searches the best range for the clipped quantizer
+        assert_within(narrow, scale / 2, 1e-6 * scale)
+    with pytest.raises(CalibrationError, match=f"{kind.__name__}: expected at least one tensor, got none"):
+        kind().qparams(8)
 
 
 def test_a_percentile_leaves_out_the_same_share_on_either_side():
@@ -75,12 +68,6 @@ def test_a_percentile_leaves_out_the_same_share_on_either_side():
     asymmetric = observer.qparams(8, symmetric=False)
     assert asymmetric.scale.item() == pytest.approx(90 / 255)  # the range is widened to hold zero: [0, 90]
     assert observer.qparams(8).scale.item() == pytest.approx(90 / 127)
-
-
-def test_less_than_one_percent_is_a_percentile():
-    observer = PercentileObserver(percentile=0.5)
-    observer.observe(torch.arange(-1000.0, 1001.0))
-    assert 0 < observer.qparams(8).scale.item() * 127 < 10
 
 
 def test_the_mse_search_pays_on_outliers_and_keeps_the_whole_range_without_any():
@@ -94,31 +81,13 @@ def test_the_mse_search_pays_on_outliers_and_keeps_the_whole_range_without_any()
         assert (search.qparams(4).scale < 0.9 * minmax.qparams(4).scale).item() is pays
 
 
-def test_the_clip_ratio_applies_to_what_was_observed():
-    for kind in ALL:
-        observer = kind()
-        observer.observe(torch.linspace(-3, 3, 7))
-        ratio = observer.qparams(8, clip=0.5).scale / observer.qparams(8).scale
-        if kind is not MSEObserver:  # it searches the best range for the clipped quantizer
-            assert_within(ratio, torch.full_like(ratio, 0.5), 1e-6)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_nothing_observed_is_an_error(kind):
-    with pytest.raises(CalibrationError, match=f"{kind.__name__}: expected at least one tensor, got none"):
-        kind().qparams(8)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: MovingAverageObserver(momentum=1.0), r"momentum: expected a number in \[0, 1\), got 1.0"),
-        (lambda: MovingAverageObserver(momentum=-0.1), r"momentum: expected a number in \[0, 1\), got -0.1"),
         (lambda: PercentileObserver(percentile=0.0), r"percentile: expected \(0, 100\], got 0.0"),
-        (lambda: PercentileObserver(percentile=101.0), r"percentile: expected \(0, 100\], got 101.0"),
         (lambda: MSEObserver(p=0.0), r"expected p > 0, got p=0.0"),
         (lambda: MSEObserver(trials=0), r"MSEObserver: expected 1 to 100 trials, got trials=0"),
-        (lambda: MSEObserver(trials=101), r"1 to 100 trials, got trials=101"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make, message):
@@ -140,16 +109,6 @@ def test_merged_observers_know_what_both_saw(kind):
     assert ranges(empty) == ranges(whole)
 
 
-def test_merged_moving_averages_weigh_each_side_with_its_tensors():
-    first, second = MovingAverageObserver(), MovingAverageObserver()
-    for _ in range(3):
-        first.observe(torch.tensor([-4.0, 0.0]))
-    second.observe(torch.tensor([0.0, 8.0]))
-    first.merge(second)
-    assert ranges(first) == pytest.approx([-3.0, 2.0])
-    assert first.count == 4
-
-
 def test_what_is_kept_of_many_tensors_is_bounded_and_even(monkeypatch):
     monkeypatch.setattr("modiff.core.observers.KEPT_IN_ALL", 1000)
     observer = PercentileObserver(percentile=100.0)
@@ -159,8 +118,7 @@ def test_what_is_kept_of_many_tensors_is_bounded_and_even(monkeypatch):
     assert 250 <= len(kept) <= 1000
     assert ranges(observer) == [0.0, 5999.0]
     for part in range(6):  # each thousand of the 6000 values is there in about equal number
-        share = ((kept >= 1000 * part) & (kept < 1000 * (part + 1))).double().mean().item()
-        assert 0.08 < share < 0.28
+        assert 0.08 < (kept // 1000 == part).double().mean().item() < 0.28
 
 
 @pytest.mark.parametrize("axes", [(512, 9), (2048, 32, 32), (1280, 10, 640)])
@@ -172,17 +130,6 @@ def test_what_is_drawn_of_a_tensor_comes_from_all_places_along_each_of_its_axes(
         assert counts.mean() == pytest.approx(1)
         assert counts.std() < 1.5 / (drawn.shape[1] / length) ** 0.5  # no more uneven than chance
     assert drawn.unique(dim=1).shape[1] > 0.99 * drawn.shape[1]
-
-
-def test_thinning_out_never_looks_at_one_edge_of_a_picture_alone(monkeypatch):
-    monkeypatch.setattr("modiff.core.observers.KEPT_IN_ALL", 1 << 10)
-    observer = MSEObserver()
-    picture = torch.zeros(8, 16, 16)
-    picture[..., 1:] = 1.0  # all but the left edge
-    for _ in range(30):
-        observer.observe(picture)
-    kept = torch.cat([k.flatten() for k in observer.kept])
-    assert kept.mean().item() == pytest.approx(15 / 16, abs=0.03)
 
 
 def value_of(x: float, scale: float, zero: int, bits: int) -> tuple[int, float]:
@@ -262,18 +209,3 @@ def test_a_hundred_trials_reach_a_hundredth_of_the_range():
     whole = 300 / 7
     assert float(observer.qparams(4).scale) == pytest.approx(0.01 * whole, rel=1e-4)
     assert float(shorter.qparams(4).scale) >= 0.2 * whole
-
-
-def test_cosine_is_one_where_nothing_is_left():
-    rows = torch.full((1, 4), 0.1)
-    assert RANGE_METRICS["cosine"](rows, QParams(torch.ones(1, 1), None), 4).item() == 1.0
-
-
-def test_each_row_has_a_range_of_its_own():
-    x = torch.randn(3, 500) * torch.tensor([[1.0], [10.0], [100.0]])
-    together = RangeSearchObserver(0, l1, 50)
-    together.observe(x)
-    for row in range(3):
-        alone = RangeSearchObserver(None, l1, 50)
-        alone.observe(x[row])
-        assert float(together.qparams(4).scale[row]) == pytest.approx(float(alone.qparams(4).scale), rel=1e-6)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.core.observers import MinMaxObserver
@@ -16,7 +15,7 @@ from modiff.core.predictors import Linear
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import encode, encode_plain, output_of
 from tests.core.loop import BIAS, WEIGHT, Affine, modulate
-from tests.helpers import assert_same_bits, assert_within, drifting, worst
+from tests.helpers import assert_same_bits, assert_within, drifting, relative_error, worst
 from tests.recipes import recipe_for
 from tests.reference import recursion as reference
 from tests.strategies import CLIPS, GAINS, modulation_configs, trajectories
@@ -74,9 +73,8 @@ def test_every_kind_of_step_sends_what_it_should():
     rounds = modulate(inputs, QuantizerConfig(bits=4), double(first_step="coded", rounds=3))
     assert [len(t.update.codes) for t in rounds] == [3, 1, 1, 1, 1]
     assert all(t.update.anchor is None for t in rounds)
-    nothing = modulate(inputs, QuantizerConfig(bits=0), double())
-    assert [len(t.update.codes) for t in nothing] == [0] * 5
-    assert all(torch.equal(t.output.value, nothing[0].output.value) for t in nothing)
+    assert Linear().weights(1, 0.8, torch.tensor([7.0]))[0].tolist() == [1.0], "the gain stops at one"
+    assert Linear().weights(1, 0.8, -1.0) == (0.0,)
 
 
 # ------------------------------------------------------------------------------------------- invariants (methods 1.1)
@@ -125,18 +123,6 @@ def test_invariant_2_the_error_is_half_a_step_of_the_last_residual_s_grid(inputs
         assert_within(took[t].input.value, inputs[t], bound)
 
 
-def test_invariant_3_more_bits_converge_to_the_layer_in_full_precision():
-    inputs = drifting(3, SHAPE, 10, 0.2)
-    exact = [x @ WEIGHT.T + BIAS for x in inputs]
-    errors = {}
-    for bits in range(2, 9):
-        took = modulate(inputs, QuantizerConfig(bits=bits), double())
-        errors[bits] = max(worst(t.output.value, e) for t, e in zip(took, exact, strict=True))
-    for bits in range(2, 8):
-        assert errors[bits + 1] < 0.75 * errors[bits]
-    assert errors[8] < errors[2] / 2**6
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_invariant_4_a_constant_input_is_reached_geometrically(bits):
     """|r_(n+1)| <= s_n / 2 = max|r_n| / (2 qmax): two times 2^(b-1) - 1 less at every step."""
@@ -177,37 +163,21 @@ def test_invariant_6_a_coded_start_meets_the_exact_one_with_compensation_and_nev
     assert gaps["none"][0] > 0.1
 
 
-# ------------------------------------------------------------------------------ figures of the study (methods 1.1)
-
-
-@pytest.mark.parametrize(
-    ("change", "bits", "plain", "open_mean", "open_last", "closed"),
-    [
-        (0.1, 4, 0.111, 0.073, 0.110, 0.0110),
-        (0.1, 3, 0.239, 0.156, 0.232, 0.0241),
-    ],
-)
-def test_the_toy_study_s_figures_come_out(change, bits, plain, open_mean, open_last, closed):
-    """256 -> 128 linear layer, stationary input, one scale a sample, 100 steps: relative L2 error of the output."""
-    inputs = drifting(11, (16, 256), 100, change, torch.float32)
+def test_the_toy_study_s_figures_come_out():
+    """256 -> 128 linear layer, stationary input, one scale a sample, 4 bits: relative L2 error of the output."""
+    inputs = drifting(11, (16, 256), 100, 0.1, torch.float32)
     operator = Affine(torch.randn(128, 256) / 16, torch.zeros(128))
-    activation = QuantizerConfig(bits=bits, symmetric=False)
-    quantizer = Quantizer(activation, "sample", -1, (256,))
-
-    def error(output: Tensor, x: Tensor) -> float:
-        exact = x @ operator.weight.T
-        return float((output - exact).norm() / exact.norm())
-
-    errors: dict[str, list[float]] = {}
-    for c in ("closed_loop", "none"):
-        config = ModulationConfig(error_compensation=c)
-        took = modulate(inputs, activation, config, operator=operator, quantizer=quantizer)
-        errors[c] = [error(t.output.value, x) for t, x in zip(took, inputs, strict=True)][1:]
-    no_memory = [error(output_of(encode_plain(x, quantizer), operator), x) for x in inputs]
-    assert sum(no_memory) / 100 == pytest.approx(plain, rel=0.15)
-    assert sum(errors["none"]) / 99 == pytest.approx(open_mean, rel=0.15)
-    assert errors["none"][-1] == pytest.approx(open_last, rel=0.15)
-    assert sum(errors["closed_loop"]) / 99 == pytest.approx(closed, rel=0.15)
+    quantizer = Quantizer(QuantizerConfig(bits=4, symmetric=False), "sample", -1, (256,))
+    exact = [x @ operator.weight.T for x in inputs]
+    pairs = list(zip(inputs, exact, strict=True))
+    errors = [[relative_error(output_of(encode_plain(x, quantizer), operator), e) for x, e in pairs]]
+    for c in ("none", "closed_loop"):
+        took = modulate(
+            inputs, quantizer.config, ModulationConfig(error_compensation=c), operator=operator, quantizer=quantizer
+        )
+        errors.append([relative_error(t.output.value, e) for t, e in zip(took, exact, strict=True)][1:])
+    assert [sum(e) / len(e) for e in errors] == pytest.approx([0.111, 0.073, 0.0110], rel=0.15)
+    assert errors[1][-1] == pytest.approx(0.110, rel=0.15)
 
 
 # --------------------------------------------------------------------------------------------------- single behaviours
@@ -229,49 +199,11 @@ def test_rounds_of_the_first_step_contract_also_when_the_static_scale_is_stale(b
         assert_within(state.value, x, float(x.abs().max()) * factor**rounds + 1e-12)
 
 
-def test_the_gain_follows_the_step_sizes_and_stops_at_one():
-    linear = Linear()
-    assert linear.weights(1, 0.8, 0.5) == pytest.approx((0.4,))
-    assert linear.weights(1, 0.8, 2.0) == (1.0,)
-    assert linear.weights(1, 0.8, torch.tensor([0.5]))[0].tolist() == pytest.approx([0.4])
-    assert linear.weights(1, 0.8, torch.tensor([7.0]))[0].tolist() == [1.0]
-    assert linear.weights(1, 0.8, -1.0) == (0.0,)
-    assert linear.weights(0, 0.8, 1.0) == ()
-
-
-def test_after_an_anchor_the_move_before_it_is_forgotten():
-    inputs = drifting(10, SHAPE, 8, 0.3)
-    took = modulate(inputs, QuantizerConfig(bits=4), double(predictor="linear", reanchor_every=4))
-    fresh = modulate(inputs[4:], QuantizerConfig(bits=4), double(predictor="linear"))
-    for again, first in zip(took[4:], fresh, strict=True):
-        assert_same_bits(again.output.value, first.output.value)
-
-
-def test_a_batch_permuted_is_the_result_permuted_with_a_scale_per_sample():
-    inputs = drifting(12, (4, 3, 8), 6, 0.2)
-    order = torch.tensor([2, 0, 3, 1])
-    config = QuantizerConfig(bits=3)
-    straight = modulate(inputs, config, double(), granularity="sample")
-    permuted = modulate([x[order] for x in inputs], config, double(), granularity="sample")
-    alone = modulate([x[1:2] for x in inputs], config, double(), granularity="sample")
-    for a, b, c in zip(straight, permuted, alone, strict=True):
-        assert_within(b.output.value, a.output.value[order], 1e-12)
-        assert_within(c.output.value, a.output.value[1:2], 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_inputs_of_any_float_dtype_are_held_in_the_state_s_dtype(dtype):
-    inputs = drifting(0, SHAPE, 3, 0.1, dtype)
-    took = modulate(inputs, QuantizerConfig(bits=8), ModulationConfig())
-    assert {t.input.value.dtype for t in took} | {t.output.value.dtype for t in took} == {torch.float32}
-    assert_same_bits(took[0].input.value, inputs[0].float())
-
-
 def test_the_first_state_is_a_copy_of_the_input():
-    for compensation in ("closed_loop", "none"):
-        x = drifting(0, SHAPE, 1, 0.0, torch.float32)[0]
+    for compensation, dtype in (("closed_loop", torch.float32), ("none", torch.float16)):
+        x = drifting(0, SHAPE, 1, 0.0, dtype)[0]
         kept = x.clone()
         config = ModulationConfig(error_compensation=compensation)
         _update, state = encode(x, None, Quantizer(QuantizerConfig(bits=4), "tensor", -1, (8,)), config)
         x.add_(1.0)
-        assert_same_bits(state.value, kept)
+        assert_same_bits(state.value, kept.float())

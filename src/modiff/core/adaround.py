@@ -34,18 +34,16 @@ def logits_of(share: Tensor) -> Tensor:
     return torch.logit((share - GAMMA) / (ZETA - GAMMA))
 
 
-def beta_at(
-    iteration: int, iterations: int, *, warmup: float = 0.2, start: float = 20.0, end: float = 2.0
-) -> float | None:
-    """The exponent of the penalty: linear from `start` to `end` after the warm-up; None while there is no penalty.
+def beta_at(iteration: int, iterations: int) -> float | None:
+    """The exponent of the penalty: linear from 20 to 2 after a fifth of the iterations; None before, without penalty.
 
     >>> beta_at(19, 100), beta_at(20, 100), beta_at(60, 100), beta_at(100, 100)
     (None, 20.0, 11.0, 2.0)
     """
-    first = warmup * iterations
+    first = 0.2 * iterations
     if iteration < first:
         return None
-    return end + (start - end) * max(0.0, 1.0 - (iteration - first) / max(1.0, iterations - first))
+    return 2.0 + 18.0 * max(0.0, 1.0 - (iteration - first) / max(1.0, iterations - first))
 
 
 class AdaRound:

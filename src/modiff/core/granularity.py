@@ -44,22 +44,19 @@ class Granularity:
         return "no kernel knows its granularity"
 
 
-class _Tensor(Granularity):
-    static = True
-
-    def reduced_dims(self, dims: int, channel_dim: int) -> tuple[int, ...]:
-        return tuple(range(dims))
-
-    def unsupported(self, kernel_size: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> str:
-        return ""
-
-
 class _Sample(Granularity):
     def reduced_dims(self, dims: int, channel_dim: int) -> tuple[int, ...]:
         return tuple(range(1, dims)) if dims > 1 else (0,)
 
     def unsupported(self, kernel_size: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> str:
         return ""
+
+
+class _Tensor(_Sample):
+    static = True
+
+    def reduced_dims(self, dims: int, channel_dim: int) -> tuple[int, ...]:
+        return tuple(range(dims))
 
 
 class _Token(Granularity):

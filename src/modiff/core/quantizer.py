@@ -68,12 +68,8 @@ class Quantizer:
                     "with dynamic=False. Its scales belong to one input. Use dynamic=True."
                 )
             granularity = "tensor"  # "auto" of a static quantizer: one scale that was measured before
-        self.config = config
-        self.bits = config.bits
-        self.granularity = granularity
-        self.channel_dim = channel_dim
-        self.segments = segments
-        self.moment = moment
+        self.config, self.bits, self.granularity = config, config.bits, granularity
+        self.channel_dim, self.segments, self.moment = channel_dim, segments, moment
         self.static: tuple[QParams, ...] | None = None
         self.tables: dict[int, tuple[QParams, ...]] | None = None
         self.moments: dict[Moment, int] = {}

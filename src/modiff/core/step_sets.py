@@ -107,17 +107,13 @@ def scale_tensors(
 ) -> dict[str, Tensor]:
     """Names and tensors; {} where nothing was measured."""
     tensors: dict[str, Tensor] = {}
-    for segment, qparams in enumerate(static or ()):
-        tensors[f"scale.{segment}"] = qparams.scale.detach()
-        if qparams.zero_point is not None:
-            tensors[f"zero_point.{segment}"] = qparams.zero_point
+    sets = [tables[index] for index in sorted(tables)] if tables else [static] if static else []
+    for segment, each in enumerate(zip(*sets, strict=True)):
+        for kind, values in zip(("scale", "zero_point"), zip(*each, strict=True), strict=True):
+            if values[0] is not None:
+                stacked = torch.stack([value.detach() for value in values])
+                tensors[f"step_{kind}.{segment}" if tables else f"{kind}.{segment}"] = stacked if tables else stacked[0]
     if tables:
-        sets = [tables[index] for index in sorted(tables)]
-        for segment in range(len(sets[0])):
-            tensors[f"step_scale.{segment}"] = torch.stack([s[segment].scale.detach() for s in sets])
-            points = [p for s in sets if (p := s[segment].zero_point) is not None]
-            if points:
-                tensors[f"step_zero_point.{segment}"] = torch.stack(points)
         tensors["moments"] = torch.tensor(list(moments), dtype=torch.float64)
         tensors["moment_sets"] = torch.tensor(list(moments.values()), dtype=torch.int64)
     return tensors
