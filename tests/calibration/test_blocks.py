@@ -13,21 +13,6 @@ from modiff.model.attach import attachment_of
 from tests.model.toys import TAKEN, toy, toy_unet
 
 
-def names(blocks) -> list[str]:
-    return [block.name for block in blocks]
-
-
-def test_a_layer_outside_of_all_blocks_is_a_unit_of_its_own():
-    model = toy()
-    modiff.apply(model, presets.w4a8())
-    found = blocks_of(model, kinds=("Attention",))
-    assert names(found) == ["body", "attention"]
-    assert [(b.kind, b.layers, b.calls) for b in found] == [
-        ("ModulatedConv2d", ("body",), None),
-        ("Attention", TAKEN[1:], None),
-    ]
-
-
 def test_a_plain_network_is_cut_by_the_layers_that_could_be_taken():
     blocks = blocks_of(toy(), kinds=("Attention",))
     layers = [name for name, m in toy().named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -65,7 +50,7 @@ def test_a_pattern_of_the_user_goes_before_the_known_blocks():
         "last": ("last",),
     }
     everything = blocks_of(nested(), kinds=("Nested",), patterns=("*.inner", "block"))
-    assert names(everything) == ["block", "last"]
+    assert [b.name for b in everything] == ["block", "last"]
 
 
 def test_units_come_in_the_order_of_execution_and_say_how_often_they_run():
@@ -76,9 +61,14 @@ def test_units_come_in_the_order_of_execution_and_say_how_often_they_run():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_a_pattern_that_matches_nothing_is_refused():
+def test_a_layer_outside_of_all_blocks_is_a_unit_and_a_pattern_that_matches_nothing_is_refused():
     model = toy()
     modiff.apply(model, presets.w4a8())
+    found = blocks_of(model, kinds=("Attention",))
+    assert [(b.name, b.kind, b.layers, b.calls) for b in found] == [
+        ("body", "ModulatedConv2d", ("body",), None),
+        ("attention", "Attention", TAKEN[1:], None),
+    ]
     with pytest.raises(ConfigError, match="blocks: expected patterns that match a module with layers to learn, got 'n"):
         blocks_of(model, patterns=("norm",))
 

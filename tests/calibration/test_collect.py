@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import CalibrationError, CalibrationSet, ConfigError, EveryStep, NormalSteps, UniformGroups
+from modiff import CalibrationError, ConfigError, EveryStep, NormalSteps, UniformGroups
 from modiff.calibration.collect import record_calls
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
@@ -38,12 +38,9 @@ def test_every_evaluation_is_kept_as_it_came():
     assert [(c.trajectory, c.step) for c in calls] == [(i, s) for i in range(2) for s in range(STEPS)]
     for call, (x, t) in zip(calls, true, strict=True):
         assert_same_bits(call.args[0], x)
-        assert call.timestep == pytest.approx(t)
-        assert call.rows == ()
-        assert call.previous is None
-    outputs = runs(model)(0)
+        assert (call.timestep, call.rows, call.previous) == (pytest.approx(t), (), None)
     with torch.no_grad():
-        assert_same_bits(calls[3].evaluate(model), outputs[3])
+        assert_same_bits(calls[3].evaluate(model), runs(model)(0)[3])
 
 
 def test_one_step_of_each_sample_keeps_exactly_that_many_rows():
@@ -128,21 +125,6 @@ def test_guidance_in_two_calls_is_counted_and_paired_by_context():
     assert_same_bits(calls[2].args[0], calls[3].args[0] + 1)
 
 
-def test_a_plain_model_is_left_as_it_was_also_when_a_run_raises():
-    model = toy()
-    before = dict(model.__dict__)
-
-    def interrupted(i: int) -> None:
-        runs(model)(i)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        record_calls(model, interrupted, progress=False)
-    record_calls(model, runs(model), progress=False)
-    assert model.__dict__.keys() == before.keys()
-    assert not model._forward_pre_hooks
-
-
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_tensor_that_is_written_in_place_is_copied_again_and_any_other_once(inference):
     model, x, y = toy(), torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
@@ -160,52 +142,33 @@ def test_a_tensor_that_is_written_in_place_is_copied_again_and_any_other_once(in
     assert calls[1].args[0] is calls[3].args[0]
 
 
-def test_memory_is_bounded_in_memory_and_on_disk(tmp_path):
-    model = toy()
-    one = 2 * 3 * 4 * 4 * 4 / 2**20  # MiB of an input
+def test_memory_is_bounded_and_a_job_that_was_interrupted_runs_only_what_is_missing(tmp_path):
+    model, ran = toy(), []
+    before, memory_mib = dict(model.__dict__), 2.5 * 2 * 3 * 4 * 4 * 4 / 2**20  # of two inputs and a half
     with pytest.raises(CalibrationError, match=r"collect: expected at most .* MiB of calls, got 3 calls .* folder="):
-        record_calls(model, runs(model), memory_mib=2.5 * one, progress=False)
-    calls = record_calls(model, runs(model), trajectories=2, folder=tmp_path, memory_mib=2.5 * one, progress=False)
-    whole = record_calls(model, runs(model), trajectories=2, progress=False)
-    sizes = [len(p.read_bytes()) for p in tmp_path.glob("trajectory-00000-*.safetensors")]
-    assert len(sizes) == 3
-    assert len(calls) == len(whole) == 2 * STEPS
-    for mine, true in zip(calls, whole, strict=True):
-        assert_same_bits(mine.args[0], true.args[0])
-        assert (mine.trajectory, mine.step, mine.timestep) == (true.trajectory, true.step, true.timestep)
-
-
-def test_a_job_that_was_interrupted_runs_only_what_is_missing(tmp_path):
-    model = toy()
-    one = 2 * 3 * 4 * 4 * 4 / 2**20
-    ran: list[int] = []
+        record_calls(model, runs(model), memory_mib=memory_mib, progress=False)
 
     def run(i: int) -> None:
         ran.append(i)
         runs(model)(i)
-        if i == 1 and len(ran) == 2:
+        if ran == [0, 1]:
             raise KeyboardInterrupt
 
-    def job() -> CalibrationSet:
-        return record_calls(
-            model, run, trajectories=3, steps=STEPS, sampler=EveryStep(), folder=tmp_path, memory_mib=2.5 * one,
-            progress=False,
-        )  # fmt: skip
-
+    settings = {"trajectories": 3, "steps": STEPS, "sampler": EveryStep(), "folder": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        job()
-    calls = job()
-    assert ran == [0, 1, 1, 2]
+        record_calls(model, run, **settings, memory_mib=memory_mib)
+    assert model.__dict__.keys() == before.keys()
+    assert not model._forward_pre_hooks
+    for _ in range(2):
+        calls = record_calls(model, run, **settings, memory_mib=memory_mib)
+        assert ran == [0, 1, 1, 2]
+    assert len(list(tmp_path.glob("trajectory-00000-*.safetensors"))) == 3
     whole = record_calls(model, runs(model), trajectories=3, progress=False)
-    assert [(c.trajectory, c.step) for c in calls] == [(c.trajectory, c.step) for c in whole]
     for mine, true in zip(calls, whole, strict=True):
         assert_same_bits(mine.args[0], true.args[0])
-    job()
-    assert ran == [0, 1, 1, 2]
+        assert (mine.trajectory, mine.step, mine.timestep) == (true.trajectory, true.step, true.timestep)
     with pytest.raises(ConfigError, match="got one with another seed"):
-        record_calls(
-            model, run, trajectories=3, steps=STEPS, sampler=EveryStep(), folder=tmp_path, seed=1, progress=False
-        )
+        record_calls(model, run, **settings, seed=1)
 
 
 @pytest.mark.parametrize("steps", [STEPS - 1, STEPS + 1])
@@ -221,7 +184,6 @@ def test_a_trajectory_of_another_length_is_an_error(steps):
     ("settings", "error", "message"),
     [
         ({"sampler": EveryStep()}, ConfigError, r"collect\.steps: expected the evaluations in a trajectory, got None"),
-        ({"trajectories": 0}, ConfigError, r"collect\.trajectories: expected 1 or more, got 0"),
         ({"batch": 0}, ConfigError, r"collect\.batch: expected 1 or more, got 0"),
         ({"memory_mib": 0.0}, ConfigError, r"collect\.memory_mib: expected more than 0"),
         (
@@ -237,68 +199,32 @@ def test_settings_that_do_not_fit_are_refused(settings, error, message):
         record_calls(model, runs(model), **settings, progress=False)
 
 
-def two_trajectories(model, pairs: bool, sampler=None):
-    return record_calls(
-        model, lambda i: sample(model, STEPS, seed=i), trajectories=2, steps=STEPS, pairs=pairs, progress=False,
-        sampler=sampler,
-    )  # fmt: skip
-
-
-def static(modulated: bool, **settings):
-    config = activations_only(8, dynamic=False, **settings)
-    return config if modulated else dataclasses.replace(
-        config, layer=dataclasses.replace(config.layer, modulation=None)
-    )  # fmt: skip
-
-
-def scales(model) -> dict[str, float]:
-    return {name: float(quantized.quantizer.static[0].scale) for name, quantized in attachment_of(model).layers.items()}
-
-
-def body_inputs(calls) -> list[torch.Tensor]:
-    """What the layer `body` is given in full precision, for each call."""
-    model, seen = toy(), []
-    model.body.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+@pytest.mark.parametrize("modulated", [False, True])
+def test_plain_layers_are_calibrated_on_the_calls_and_modulated_ones_on_the_residual_of_each_pair(modulated):
+    """MoDiff, residual ranges: (max - min) of a_t - a_prev over all calibration data."""
+    model, plain, ran, seen = toy(), toy(), [], []
+    calls = record_calls(model, runs(model), trajectories=2, pairs=modulated, progress=False)
+    plain.register_forward_hook(lambda *_: ran.append(1))
+    modiff.replay(plain, calls)  # a network without modiff is just evaluated
+    assert len(ran) == len(calls)
+    config = activations_only(8, dynamic=False)
+    if not modulated:
+        config = dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=None))
+    modiff.apply(model, config)
+    modiff.calibrate(model, lambda: modiff.replay(model, calls))
+    plain.body.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with torch.no_grad():
         for call in calls:
-            call.evaluate(model)
-    return seen
-
-
-def test_plain_layers_are_calibrated_on_the_calls_alone():
-    model = toy()
-    calls = two_trajectories(model, pairs=False, sampler=UniformGroups(groups=2))
-    modiff.apply(model, static(False))
-    modiff.calibrate(model, lambda: modiff.replay(model, calls))
-    largest = max(float(x.abs().max()) for x in body_inputs(calls))
-    assert scales(model)["body"] == pytest.approx(largest / 127, rel=1e-5)
-
-
-def test_modulated_layers_are_calibrated_on_the_residual_of_each_pair():
-    """MoDiff, residual ranges: (max - min) of a_t - a_prev over all calibration data."""
-    model = toy()
-    calls = two_trajectories(model, pairs=True)
-    modiff.apply(model, static(True))
-    modiff.calibrate(model, lambda: modiff.replay(model, calls))
-    now = body_inputs([c for c in calls if c.previous is not None])
-    before = body_inputs([c.previous for c in calls if c.previous is not None])
-    assert len(now) == 2 * (STEPS - 1)
-    largest = max(float((a - b).abs().max()) for a, b in zip(now, before, strict=True))
-    assert scales(model)["body"] == pytest.approx(largest / 127, rel=1e-4)
-    assert largest < 0.7 * max(float(a.abs().max()) for a in now), "the two must differ, else nothing is tested"
-
-
-def test_modulated_layers_need_pairs():
-    model = toy()
-    calls = two_trajectories(model, pairs=False)
-    modiff.apply(model, static(True))
-    with pytest.raises(CalibrationError, match="replay: expected calls with the one before each, got none among 12"):
-        modiff.replay(model, calls)
-
-
-def test_a_network_without_modiff_is_just_evaluated():
-    model, ran = toy(), []
-    calls = two_trajectories(model, pairs=True)
-    model.register_forward_hook(lambda *_: ran.append(1))
-    modiff.replay(model, calls)
-    assert len(ran) == len(calls)
+            call.evaluate(plain)
+    largest = max(float(x.abs().max()) for x in seen)
+    if modulated:
+        pairs = [(a, b) for a, b, call in zip(seen[1:], seen, calls[1:], strict=False) if call.step]
+        assert len(pairs) == 2 * (STEPS - 1)
+        moved = max(float((a - b).abs().max()) for a, b in pairs)
+        assert moved < 0.7 * largest, "the two must differ, else nothing is tested"
+        largest = moved
+    scale = float(attachment_of(model).layers["body"].quantizer.static[0].scale)
+    assert scale == pytest.approx(largest / 127, rel=1e-4)
+    if modulated:
+        with pytest.raises(CalibrationError, match="replay: expected calls with the one before each, got none among 6"):
+            modiff.replay(model, record_calls(plain, runs(plain), progress=False))

@@ -53,15 +53,10 @@ def test_a_tensor_that_calls_share_is_stored_once_and_views_of_one_memory_each(t
     assert_same_bits(loaded.kwargs["b"], memory.T)
 
 
-def test_what_needs_pickle_is_refused_and_leaves_no_shard(tmp_path):
+def test_what_needs_pickle_is_refused_and_leaves_no_shard_and_sets_do_not_mix(tmp_path):
     with pytest.raises(CalibrationError, match="expected tensors, numbers, strings and containers of them, got object"):
         CalibrationSet([call(0, odd=object())]).save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "calibration.json"]
-
-
-def test_a_folder_of_another_set_is_not_mixed_with_this_one(tmp_path):
-    CalibrationSet([call()], {"steps": 4, "seed": 0}).save(tmp_path)
-    CalibrationSet([call()], {"steps": 4, "seed": 0}).save(tmp_path)
     with pytest.raises(ConfigError, match="got one with another seed and steps"):
         CalibrationSet([call()], {"steps": 5, "seed": 1}).save(tmp_path)
 
@@ -75,7 +70,6 @@ NO_CALLS = {"format": shards.FORMAT, "format_version": "1", "last": "True", "cal
     [
         ("calibration.json", b"{", "expected the settings of a calibration set, got JSONDecodeError"),
         ("calibration.json", b'{"format_version": 99}', "expected format_version 1, got 99"),
-        ("calibration.json", None, "expected the settings of a calibration set, got FileNotFoundError"),
         (SHARD, b"\0" * 100, "expected a shard of a calibration set, got SafetensorError"),
         (SHARD, save({"x": torch.zeros(1)}, {"format": "pt"}), "got ValueError: a file of format 'pt'"),
         (SHARD, save({"x": torch.zeros(1)}, NO_CALLS), "got TypeError: calls that are no list"),
@@ -91,23 +85,14 @@ def test_a_damaged_folder_is_one_clear_error(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"args": {"tuple": [{"tensor": "t99"}]}},
-        {"args": {"set": [1]}},
-        {"args": {"tuple": 3}},
-        {"args": {"a": 1, "b": 2}},
-        {"kwargs": {"dict": [1]}},
-    ],
-)
-def test_a_header_that_does_not_fit_its_file_is_one_clear_error(tmp_path, fields):
+@pytest.mark.parametrize("args", [{"tuple": [{"tensor": "t99"}]}, {"set": [1]}, {"tuple": 3}, {"a": 1, "b": 2}])
+def test_a_header_that_does_not_fit_its_file_is_one_clear_error(tmp_path, args):
     CalibrationSet([call()]).save(tmp_path)
     path = shards._shard_path(tmp_path, 0, 0)
     with safe_open(path, "pt") as file:
         header = file.metadata()
     calls = json.loads(header["calls"])
-    save_file({"t0": torch.zeros(1)}, path, metadata=header | {"calls": json.dumps([calls[0] | fields])})
+    save_file({"t0": torch.zeros(1)}, path, metadata=header | {"calls": json.dumps([calls[0] | {"args": args}])})
     with pytest.raises(FormatError, match="expected a shard of a calibration set"):
         CalibrationSet.load(tmp_path)[0]
 
@@ -124,9 +109,7 @@ def test_a_trajectory_without_its_last_part_is_not_there(tmp_path):
 
 
 def test_a_set_of_which_a_trajectory_is_missing_is_not_taken_for_a_smaller_one(tmp_path):
-    whole = CalibrationSet([call(0), call(0, 1), call(0, 2)], {"trajectories": 3})
-    whole.save(tmp_path)
-    assert len(CalibrationSet.load(tmp_path)) == 3
+    CalibrationSet([call(0), call(0, 1), call(0, 2)], {"trajectories": 3}).save(tmp_path)
     shards._shard_path(tmp_path, 1, 0).unlink()
     with pytest.raises(FormatError, match="expected 3 trajectories, got 2 complete ones"):
         CalibrationSet.load(tmp_path)

@@ -42,17 +42,6 @@ def test_full_precision_is_the_network_without_modiff(build, config):
         assert not torch.equal(sample(model)[-1], exact[-1])
 
 
-@pytest.mark.parametrize("name", ["ddim", "flux"])
-def test_full_precision_reaches_the_attention_of_a_host(name):
-    host = HOSTS[name]
-    exact = host.call(host.build())
-    pipe = host.build()
-    modiff.apply(pipe, dataclasses.replace(presets.w4a4(), attention=AttentionConfig()))
-    with full_precision(getattr(pipe, host.denoiser)):
-        assert_same_bits(host.call(pipe), exact)
-    assert not torch.equal(host.call(pipe), exact)
-
-
 @pytest.mark.parametrize(
     ("build", "rotation", "activations"),
     [
@@ -72,23 +61,25 @@ def test_without_states_plain_layers_compute_as_ever(build, rotation, activation
         assert_within(a.detach(), b, 1e-6 * float(b.abs().max()))
 
 
-def test_without_states_attention_is_quantized_as_ever():
-    host = HOSTS["ddim"]
-    pipe = host.build()
+@pytest.mark.parametrize("name", ["ddim", "flux"])
+def test_the_attention_of_a_host_is_in_full_precision_or_quantized_as_ever_with_gradients(name):
+    host = HOSTS[name]
+    exact, pipe = host.call(host.build()), host.build()
     modiff.apply(pipe, dataclasses.replace(plain(ROTATED), attention=AttentionConfig()))
-    expected = host.call(pipe)
-    model = pipe.unet
+    expected, model = host.call(pipe), getattr(pipe, host.denoiser)
+    with full_precision(model):
+        assert_same_bits(host.call(pipe), exact)
     with without_states(model, "quantized"):
         assert attention_through(model)
-        found = host.call(pipe)
-    assert_within(found, expected, 2e-5)
+        assert_within(host.call(pipe), expected, 2e-5)
     assert attention_through(model) == {}
     assert_same_bits(host.call(pipe), expected)
-
-
-def assert_near(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert_within(a.detach(), b, 1e-5)
+    assert not torch.equal(expected, exact)
+    if name == "ddim":
+        modiff.remove(pipe)
+        modiff.apply(pipe, dataclasses.replace(presets.plain(8, 8), attention=AttentionConfig()))
+        quantized, plainly = gradients(model, model.mid_block.attentions[0], 2, 64, 2, 2)
+        assert float((quantized - plainly).norm()) < 0.05 * float(plainly.norm())
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -101,16 +92,12 @@ def test_modulated_layers_quantize_their_values_with_fresh_scales_without_a_traj
         quantized.quantizer.static = (QParams(torch.tensor(1e-4), None),)
     fresh = QuantizerConfig(bits=4, granularity="tensor" if static else "auto")
     modiff.apply(plainly, plain(LayerConfig(weight=WeightConfig(bits=4), activation=fresh), share_residuals="off"))
-    with without_states(model, "quantized"):
-        assert_near(sample(model), sample(plainly))
-
-
-def test_with_activations_in_full_precision_only_the_weights_are_quantized():
-    model, weights_only = toy_unet(), toy_unet()
-    modiff.apply(model, presets.w4a4())
+    weights_only = toy()
     modiff.apply(weights_only, presets.plain(4, None))
-    with without_states(model, "full_precision"):
-        assert_near(sample(model), sample(weights_only))
+    for activations, other in (("quantized", plainly), ("full_precision", weights_only)):
+        with without_states(model, activations):
+            for a, b in zip(sample(model), sample(other), strict=True):
+                assert_within(a.detach(), b, 1e-5)
 
 
 def gradients(model: nn.Module, module: nn.Module, *shape: int) -> list[Tensor]:
@@ -132,13 +119,6 @@ def test_gradients_pass_to_the_input_where_codes_do_not_saturate(groups, rotatio
     assert_within(*gradients(model, model, 2, 8, 4, 4), 1e-5)
 
 
-def test_gradients_pass_through_quantized_attention():
-    pipe = HOSTS["ddim"].build()
-    modiff.apply(pipe, dataclasses.replace(presets.plain(8, 8), attention=AttentionConfig()))
-    quantized, exact = gradients(pipe.unet, pipe.unet.mid_block.attentions[0], 2, 64, 2, 2)
-    assert float((quantized - exact).norm()) < 0.05 * float(exact.norm())
-
-
 def test_layers_are_themselves_again_also_when_the_body_raises_and_dropout_is_off_meanwhile():
     model = toy()
     modiff.apply(model, presets.w4a4())
@@ -153,17 +133,9 @@ def test_layers_are_themselves_again_also_when_the_body_raises_and_dropout_is_of
         assert not any(m.training for m in model.modules())
     with pytest.raises(StateError, match="expected a running trajectory"):
         sample(model)
-
-
-def test_a_forward_that_another_library_replaced_is_not_lost():
-    model = toy()
-    modiff.apply(model, presets.w4a4())
-    quantized = attachment_of(model).layers["attention.to_k"]
+    quantized = attachment_of(model).layers["attention.to_k"]  # a forward that another library replaced is not lost
     theirs = quantized.__dict__["forward"] = type(quantized).forward.__get__(quantized)
-    with (
-        pytest.raises(StateError, match=r"attention\.to_k: expected a layer with its own forward"),
-        full_precision(model),
-    ):
+    with pytest.raises(StateError, match=r"to_k: expected a layer with its own forward"), full_precision(model):
         pass
     assert quantized.__dict__["forward"] is theirs
     assert "forward" not in attachment_of(model).layers["body"].__dict__

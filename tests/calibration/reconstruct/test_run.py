@@ -79,26 +79,23 @@ def test_before_and_after_are_the_losses_of_the_layers_as_they_are(seen):
         return values
 
     assert [u.name for u in report.units] == ["body", "attention"]
+    captured, inputs, targets = seen["attention"][0], [], []
+    exact = toy()
+    exact.attention.register_forward_hook(lambda _m, a, o: (inputs.append(a[0]), targets.append(o)) and None)
+    with torch.no_grad():
+        for call in calls:
+            call.evaluate(exact)
+    for visit, true, target in zip(captured, inputs, targets, strict=True):
+        assert_same_bits(visit.targets[0], target)
+        assert float((visit.args[0] - true).norm()) > 0.01 * float(true.norm()), "the inputs are of the quantized model"
+    again, calls = applied(toy, weights())
+    torch.manual_seed(1)  # the global state has no say
+    assert learn_units(again, calls, QUICK, kinds=KINDS, progress=False) == report
+    assert same_codes(codes_of(again), codes_of(model))
     assert losses() == pytest.approx([u.after for u in report.units], rel=1e-4)
     for quantized in layers_of(model).values():
         quantized.quantized_weight.unfix()
     assert losses() == pytest.approx([u.before for u in report.units], rel=1e-4)
-
-
-def test_inputs_come_from_the_quantized_model_and_targets_from_full_precision(seen):
-    model, calls = applied(toy, weights(bits=2))
-    learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
-    exact, inputs, targets, quantized = toy(), [], [], []
-    exact.attention.register_forward_hook(lambda _m, a, o: (inputs.append(a[0]), targets.append(o)) and None)
-    model.attention.register_forward_pre_hook(lambda _m, a: quantized.append(a[0]))
-    with without_states(model, "full_precision"), torch.no_grad():
-        for call in calls:
-            call.evaluate(exact)
-            call.evaluate(model)
-    for visit, q, i, t in zip(seen["attention"][0], quantized, inputs, targets, strict=True):
-        assert_same_bits(visit.args[0], q)
-        assert_same_bits(visit.targets[0], t)
-        assert float((q - i).norm()) > 0.01 * float(i.norm()), "the layer before changed nothing, so nothing is tested"
 
 
 def test_what_is_no_better_is_not_kept():
@@ -114,31 +111,21 @@ def test_what_is_no_better_is_not_kept():
     assert not any(quantized.quantized_weight.fixed for quantized in layers_of(model).values())
 
 
-@pytest.mark.parametrize(("patience", "iterations"), [(0, 8), (2, 6), (1, 5)])
-def test_a_unit_stops_after_checks_without_gain_in_the_second_half(patience, iterations):
+@pytest.mark.parametrize(
+    ("settings", "iterations", "reason"),
+    [
+        ({}, 8, "what was learned is no better on the rows held out"),
+        ({"patience": 2}, 6, "what was learned is no better on the rows held out"),
+        ({"iterations": 80, "regularizer": 100.0, "learning_rate": 0.3}, 70, "every weight is decided"),
+    ],
+)
+def test_a_unit_stops_after_checks_without_gain_in_the_second_half_or_with_every_weight_decided(
+    settings, iterations, reason
+):
     model, calls = applied(toy, weights())
-    still = dataclasses.replace(QUICK, iterations=8, learning_rate=1e-6, regularizer=0.0, checks=8, patience=patience)
-    report = learn_units(model, calls, still, kinds=KINDS, progress=False)
-    assert {u.iterations for u in report.units} == {iterations}
-
-
-def test_a_unit_stops_at_the_check_that_sees_every_weight_decided():
-    model, calls = applied(toy, weights())
-    hasty = dataclasses.replace(QUICK, iterations=80, checks=8, regularizer=100.0, learning_rate=0.3)
-    report = learn_units(model, calls, hasty, kinds=KINDS, progress=False)
-    assert {(u.iterations, u.reason) for u in report.units} == {(70, "every weight is decided")}
-
-
-def test_the_same_seed_learns_the_same_codes_and_another_one_others():
-    found = []
-    for seed in (0, 0, 1):
-        model, calls = applied(toy, weights())
-        torch.manual_seed(len(found))  # the global state has no say
-        report = learn_units(model, calls, dataclasses.replace(QUICK, seed=seed), kinds=KINDS, progress=False)
-        found.append((codes_of(model), report))
-    assert same_codes(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-    assert not same_codes(found[0][0], found[2][0])
+    still = {"iterations": 8, "learning_rate": 1e-6, "regularizer": 0.0, "checks": 8, "patience": 0}
+    report = learn_units(model, calls, dataclasses.replace(QUICK, **still | settings), kinds=KINDS, progress=False)
+    assert {(u.iterations, u.reason) for u in report.units} == {(iterations, reason)}
 
 
 @pytest.mark.parametrize("activations", ["full_precision", "quantized"])
@@ -187,8 +174,7 @@ def test_the_inputs_of_one_unit_at_a_time_are_in_memory(monkeypatch):
         return UnitData(visits, run, **settings)
 
     monkeypatch.setattr(reconstruct_job, "UnitData", spy)
-    config = dataclasses.replace(QUICK, iterations=1, unit="layer")
-    learn_units(model, calls, config, kinds=KINDS, progress=False)
+    learn_units(model, calls, dataclasses.replace(QUICK, iterations=1, unit="layer"), kinds=KINDS, progress=False)
     assert len(units) > 30
     assert alive == [0] * 5
 

@@ -24,7 +24,7 @@ from tests.calibration.learning import (
     static_config,
     widened,
 )
-from tests.helpers import assert_within, drifting
+from tests.helpers import drifting
 from tests.model.toys import sample, toy, toy_unet
 
 
@@ -115,16 +115,3 @@ def test_the_loss_of_residual_scales_is_that_of_the_layer_run_on_both_inputs():
         losses = (outputs[1] - model(inputs[1])).abs().pow(2.4).sum(-1)
     means = [float(losses[list(rows)].mean()) for rows in itertools.combinations(range(6), 3)]
     assert min(abs(m / report.units[0].before - 1) for m in means) < 1e-4
-
-
-def test_residual_scales_without_measured_scales_start_at_the_widest_residual():
-    model, calls = applied(toy_unet, static_config(modulation=ModulationConfig()), pairs=True)
-    report = learn_units(model, calls, dataclasses.replace(RESIDUAL, learning_rate=20.0, iterations=1), progress=False)
-    assert not report.learned
-    learned = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
-    modiff.calibrate(model, lambda: modiff.replay(model, calls))
-    # replayed layers see the inputs that quantized layers before them leave; in the first layer they are the same
-    first = report.units[0].name
-    for mine, theirs in zip(learned[first], layers_of(model)[first].quantizer.static, strict=True):
-        assert_within(mine.scale, theirs.scale, 1e-6)
-    assert all(len(learned[name]) == (2 if quantized.spec.split else 1) for name, quantized in layers_of(model).items())
