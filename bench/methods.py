@@ -42,9 +42,9 @@ from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import psnr, relative_l2
 from modiff.evaluate.suite.images import read_reference, reference_digest
 from modiff.files import ResumableFolder, check_writable, write_atomically, write_json
-from modiff.generate.digest import digest
 from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
+from modiff.generate.worker import digest
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.methods.registry import METHODS, method_config, quantize
 

@@ -15,9 +15,9 @@ from experiments.paper import EXPERIMENTS, experiment_names
 from modiff.errors import ConfigError
 from modiff.evaluate.report.document import Cell, Column, Document, Section, Table
 from modiff.files import ResumableFolder, check_writable, write_json
-from modiff.generate.digest import digest
-from modiff.generate.digest import settings as settings_of
 from modiff.generate.environment import environment
+from modiff.generate.worker import digest
+from modiff.generate.worker import settings as settings_of
 from modiff.hosts.diffusers.runs import unconditional_run
 
 LEAD = (

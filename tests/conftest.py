@@ -7,6 +7,7 @@ import os
 import random
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Read once, at import, by the libraries that the tests import later; also by the processes that tests start.
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline that tests only read."""
+    from tests.pixels import saved_pipeline  # imported late, as diffusers
+
+    return saved_pipeline(tmp_path_factory.mktemp("models") / "pipeline")
 
 
 @pytest.fixture(autouse=True)

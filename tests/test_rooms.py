@@ -20,7 +20,7 @@ FOLDERS = sorted(
     for folder in (tree, *tree.rglob("*"))
     if folder.is_dir() and any(folder.glob("*.py"))
 )
-BUDGETS = {"experiments": (["experiments"], 2_500), "generate": (["src/modiff/generate", "src/modiff/cli"], 1_830)}
+BUDGETS = {"experiments": (["experiments"], 2_500), "generate": (["src/modiff/generate", "src/modiff/cli"], 1_700)}
 """What a part may hold, in lines of Python: (folders, lines)."""
 
 

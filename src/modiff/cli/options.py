@@ -13,7 +13,7 @@ from modiff.files import check_writable
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from modiff.generate.conditions import Conditions
+    from modiff.generate.job import Conditions
 
 
 def writable(path: Path | None) -> Path | None:
@@ -57,7 +57,7 @@ def conditions_of(
     *, prompt: str | None = None, label: int | None = None, prompts: Path | None = None, labels: str | None = None
 ) -> Conditions:
     """What the images are drawn of, from the options of these names. Raises: ConfigError for one and several."""
-    from modiff.generate.conditions import Conditions, parse_labels, read_prompts  # imported late, as diffusers
+    from modiff.generate.job import Conditions, parse_labels, read_prompts  # imported late, as diffusers
 
     for option, one, several in (("prompt", prompt, prompts), ("label", label, labels)):
         if one is not None and several is not None:
@@ -65,12 +65,9 @@ def conditions_of(
                 f"--{option}s: expected no --{option} with it, got {one!r:.60}. An image is drawn of one. "
                 f"Leave --{option} out."
             )
-    texts = () if prompt is None else (prompt,)
-    classes = () if label is None else (label,)
-    return Conditions(
-        prompts=texts if prompts is None else read_prompts(prompts),
-        labels=classes if labels is None else parse_labels(labels),
-    )
+    texts = read_prompts(prompts) if prompts is not None else () if prompt is None else (prompt,)
+    classes = parse_labels(labels) if labels is not None else () if label is None else (label,)
+    return Conditions(prompts=texts, labels=classes)
 
 
 def quiet() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -52,9 +52,9 @@ def quantize(
         from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
         from modiff.methods import registry
 
-        options = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
-        changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        changes |= {name: None for name in ("weight_bits", "activation_bits") if options[name] == FULL_PRECISION}
+        bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        changes = {name: None if b == FULL_PRECISION else b for name, b in bits.items() if b is not None}
+        changes |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
         advice = "Write one with the config's to_json()."
         values = None if config is None else read_json(config, "a JSON file with settings of the method", advice)
         chosen = registry.method_config(

@@ -26,7 +26,7 @@ from modiff.evaluate.pipelines import (
     run_config,
 )
 from modiff.generate.environment import Environment, environment
-from modiff.generate.grid import grid
+from modiff.generate.pictures import grid
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
 from modiff.model.tune import FINALISTS

@@ -19,7 +19,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.cost import LayerCost, measure_cost
 from modiff.evaluate.metrics.paired import psnr, relative_l2
-from modiff.generate.conditions import Conditions
+from modiff.generate.job import Conditions
 from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import call_inputs
 from modiff.model.observe import observe

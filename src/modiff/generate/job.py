@@ -2,14 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
-from modiff.generate.conditions import Conditions
+from modiff.files import reading
 
 BATCH_SIZE, SHARD_SIZE = 50, 100
+MOST_LABELS = 100_000
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Prompts and class labels that the images take in turn: image i has number i modulo their number. Empty: none."""
+
+    prompts: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"prompts": list(self.prompts) or None, "labels": list(self.labels) or None}
+
+    def prompts_of(self, indices: Sequence[int]) -> list[str] | None:
+        """The prompt of each index; None if there are none.
+
+        >>> Conditions(prompts=("a", "b", "c")).prompts_of([2, 3, 7])
+        ['c', 'a', 'b']
+        """
+        return [self.prompts[i % len(self.prompts)] for i in indices] if self.prompts else None
+
+    def labels_of(self, indices: Sequence[int]) -> list[int] | None:
+        """The class of each index; None if there are none."""
+        return [self.labels[i % len(self.labels)] for i in indices] if self.labels else None
+
+
+def parse_labels(text: str) -> tuple[int, ...]:
+    """Labels as they are typed: numbers and ranges between commas, both ends in.
+
+    Raises: ConfigError for anything else, a range that falls, or more than 100,000 labels.
+
+    >>> parse_labels("0-3,7")
+    (0, 1, 2, 3, 7)
+    """
+    labels: list[int] = []
+    for typed in text.split(","):
+        match = _RANGE.fullmatch(typed.strip())
+        first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if last < first or len(labels) + last - first >= MOST_LABELS:
+            raise ConfigError(
+                f"--labels: expected numbers and ranges between commas, got {typed.strip()[:40]!r} in {text[:40]!r}. "
+                "Image i gets the one at i modulo their number. Use for example --labels 0-9 or --labels 3,5,8."
+            )
+        labels += range(first, last + 1)
+    return tuple(labels)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts in a text file, one a line; lines of nothing but spaces do not count.
+
+    Raises: FormatError if it cannot be read as UTF-8, or holds no prompt.
+    """
+    with reading(path, "a text file with a prompt in each line", "Write the prompts into it, in UTF-8."):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = tuple(line.strip() for line in lines if line.strip())
+        if not prompts:
+            raise ValueError("none")
+    return prompts
 
 
 def check_counts(counts: dict[str, int | None], seed: int) -> None:
@@ -28,7 +91,7 @@ class Job:
     """Images 0 to num_images - 1 of a model; image i comes from the noise of seed + i. Picklable.
 
     model: "embedded", "cifar10", a diffusers folder, or a hub id.
-    config: `ModiffConfig.to_dict()`; None for full precision. Scales must be dynamic.
+    config: None for full precision. Scales must be dynamic.
     scheduler: a key of `generate.samplers.SAMPLERS`; None for the model's own.
     batch_size: images computed at a time. None: what the folder has; in a new one 50, or num_images if that is less.
     shard_size: images in a file, a multiple of batch_size. None: what the folder has; in a new one about 100.
@@ -40,9 +103,9 @@ class Job:
     num_images: int
     steps: int = 50
     seed: int = 0
-    config: dict[str, Any] | None = None
+    config: ModiffConfig | None = None
     scheduler: str | None = None
-    conditions: Conditions = field(default_factory=Conditions)
+    conditions: Conditions = Conditions()
     device: str = "cpu"
     batch_size: int | None = None
     shard_size: int | None = None
@@ -56,9 +119,8 @@ class Job:
                 f"--shard-size: expected a multiple of --batch-size {self.batch_size}, got {self.shard_size}. A shard "
                 "is made of whole batches. Leave --shard-size out."
             )
-        config = ModiffConfig() if self.config is None else ModiffConfig.from_dict(self.config)
-        activations = [layer.activation for layer in (config.layer, *(layer for _, layer in config.overrides))]
-        if self.config is not None and any(not a.dynamic and a.bits not in (None, 0) for a in activations):
+        layers = () if self.config is None else (self.config.layer, *dict(self.config.overrides).values())
+        if any(not layer.activation.dynamic and layer.activation.bits not in (None, 0) for layer in layers):
             raise ConfigError(
                 "config: expected dynamic scales, got static ones. They must be measured first, on inputs that this "
                 "command does not know. Calibrate in Python, write with modiff.save(pipe, DIR), and generate from DIR."
@@ -67,8 +129,5 @@ class Job:
     def sizes(self) -> tuple[int, int]:
         """(batch_size, shard_size) of a new folder."""
         most = min(BATCH_SIZE, self.num_images)
-        if self.shard_size is not None:
-            fitting = max(size for size in range(1, most + 1) if self.shard_size % size == 0)
-            return self.batch_size or fitting, self.shard_size
-        batch = self.batch_size or most
-        return batch, batch * -(-SHARD_SIZE // batch)
+        batch = self.batch_size or max(size for size in range(1, most + 1) if (self.shard_size or size) % size == 0)
+        return batch, self.shard_size or batch * -(-SHARD_SIZE // batch)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from modiff.generate.job import Job, check_counts
 from modiff.generate.shards import Span
 from modiff.generate.worker import Description, DrawnSpan
 
-LOCAL = "local"
 RETRIES = 3
 
 
@@ -30,9 +30,8 @@ class RayEngine:
     def __init__(self, *, address: str | None = None, workers: int | None = None) -> None:
         """Remember where to work; nothing is started before a job is described.
 
-        Args:
-            address: of a running cluster, as `ray.init` takes it; None starts one here and stops it at the end.
-            workers: spans drawn at a time; None for the number of processors, or of GPUs for a CUDA device.
+        address: of a running cluster, as `ray.init` takes it; None starts one here and stops it at the end.
+        workers: spans drawn at a time; None for the number of processors, or of GPUs for a CUDA device.
         Raises: ConfigError without the package ray, or for less than one worker.
         """
         check_counts({"--workers": workers}, 0)
@@ -44,7 +43,7 @@ class RayEngine:
                 "pip install 'modiff[ray]', or leave --engine out."
             ) from error
         self._ray: Any = ray
-        self._address, self._workers, self._ours = address, workers, not ray.is_initialized()
+        self._address, self._workers, self._ours = address or "local", workers, not ray.is_initialized()
 
     def close(self) -> None:
         """Stop the cluster, unless it was there before."""
@@ -54,47 +53,52 @@ class RayEngine:
     def describe(self, job: Job) -> Description:
         """Open the model on a worker and see what it makes. Raises: ConfigError if no machine can run the job."""
         self._connect(job)
-        return self._result(self._remote(worker.describe, job).remote(_anywhere(job)))
+        return self._result(self._remote(worker.describe, job)())
 
     def draw(
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
         """The spans as they are done; `tick` hears of each. Raises: StateError if a span killed every worker it had."""
-        task = self._remote(worker.draw_span, job)
-        waiting, running = deque(spans), dict[Any, Span]()
+        draw = self._remote(worker.draw_span, job)
         kind, need = _need(job)
         most = self._workers or max(1, int(self._ray.cluster_resources().get(kind, 0) / need))
+        waiting = iter(spans)
+        running = {draw(batch_size, span): span for span in islice(waiting, most)}
         try:
-            while waiting or running:
-                while waiting and len(running) < most:
-                    span = waiting.popleft()
-                    running[task.remote(_anywhere(job), batch_size, span)] = span
-                done, _ = self._ray.wait(list(running), num_returns=1)
-                span = running.pop(done[0])
-                drawn = self._result(done[0])
+            while running:
+                (done,), _ = self._ray.wait(list(running), num_returns=1)
+                span, drawn = running.pop(done), self._result(done)
+                running |= {draw(batch_size, after): after for after in islice(waiting, 1)}
                 tick(span.count)
                 yield drawn
         finally:
             for reference in running:
                 self._ray.cancel(reference, force=True)
 
-    def _remote(self, function: Callable[..., Any], job: Job) -> Any:
-        resources = {"num_cpus": job.threads or 1, "num_gpus": int(_need(job)[0] == "GPU")}
-        return self._ray.remote(**resources, max_retries=RETRIES, retry_exceptions=False)(function)
+    def _remote(self, function: Callable[..., Any], job: Job) -> Callable[..., Any]:
+        """Starts `function` on a worker with the job, said so that any working directory understands it."""
+        folder, threads = Path(job.model).expanduser(), job.threads or 1
+        local = job.model not in MODELS and folder.is_dir()  # a model of the package has its name there too
+        there = dataclasses.replace(job, model=str(folder.resolve()) if local else job.model, threads=threads)
+        resources = {"num_cpus": threads, "num_gpus": int(_need(job)[0] == "GPU")}
+        task = self._ray.remote(**resources, max_retries=RETRIES, retry_exceptions=False)(function)
+        return partial(task.remote, there)
 
     def _connect(self, job: Job) -> None:
         """Start or reach the cluster, and see that a machine of it can take a task: Ray would wait forever."""
         if not self._ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             cpus = None if self._workers is None else self._workers * (job.threads or 1)
-            new = {"include_dashboard": False, "num_cpus": cpus} if self._address is None else {}
+            new = {"include_dashboard": False, "num_cpus": cpus} if self._address == "local" else {}
+            host, colon, port = self._address.removeprefix("ray://").rpartition(":")
             try:
-                _knock(self._address)
-                self._ray.init(address=self._address or LOCAL, log_to_driver=False, logging_level="ERROR", **new)
+                if colon and port.isdecimal():  # if nobody listens there, Ray itself would try for minutes
+                    socket.create_connection((host, int(port)), timeout=10).close()
+                self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **new)
             except (OSError, RuntimeError, ValueError) as error:
                 reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 raise ConfigError(
-                    f"--address: expected a Ray cluster at {self._address or LOCAL}, got {reason.rstrip('.')}. It does "
+                    f"--address: expected a Ray cluster at {self._address}, got {reason.rstrip('.')}. It does "
                     "not answer, or runs another version. Check it with ray status, or leave --address out."
                 ) from error
         if ":" in job.device:
@@ -127,20 +131,6 @@ class RayEngine:
             ) from error
 
 
-def _knock(address: str | None) -> None:
-    """Raises: OSError if nobody listens at HOST:PORT; Ray itself would try for minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
 def _need(job: Job) -> tuple[str, int]:
     """What a worker takes of a machine."""
     return ("GPU", 1) if job.device.startswith("cuda") else ("CPU", job.threads or 1)
-
-
-def _anywhere(job: Job) -> Job:
-    """The job for another working directory; a model of the package has its name there too."""
-    folder = Path(job.model).expanduser()
-    model = str(folder.resolve()) if job.model not in MODELS and folder.is_dir() else job.model
-    return dataclasses.replace(job, model=model, threads=job.threads or 1)

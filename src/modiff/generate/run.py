@@ -28,29 +28,21 @@ class Engine(Protocol):
 
     def describe(self, job: Job) -> Description:
         """As `generate.worker.describe`."""
-        ...
 
     def draw(
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
         """As `generate.worker.draw_span` for each span, as they are done; `tick` hears of the images."""
-        ...
 
     def close(self) -> None:
         """Let go of models and machines."""
-        ...
 
 
 class LocalEngine:
-    """This process, one span after the other."""
+    """This process, one span after the other; `tick` hears of each batch."""
 
     def __init__(self) -> None:
         self._threads = torch.get_num_threads()
-
-    def close(self) -> None:
-        """Let go of the model; the process has its threads again."""
-        torch.set_num_threads(self._threads)
-        worker.close()
 
     def describe(self, job: Job) -> Description:
         """Open the model and see what it makes."""
@@ -59,8 +51,13 @@ class LocalEngine:
     def draw(
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
-        """The spans in their order; `tick` hears of each batch."""
+        """The spans in their order."""
         return (worker.draw_span(job, batch_size, span, tick) for span in spans)
+
+    def close(self) -> None:
+        """Let go of the model; the process has its threads again."""
+        torch.set_num_threads(self._threads)
+        worker.opened.cache_clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +77,10 @@ def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progr
     Image i comes from the noise of seed + i. It has the same bits whatever num_images, the number of restarts and the
     engine, for one batch size (fixed by the folder), processor, number of threads and versions of the libraries;
     otherwise it is equal up to float rounding. The manifest tells where each shard was made.
+    A process that is killed at any moment loses the shard that it was at. The folder may be extended (more images) or
+    read in part (fewer).
 
-    A process that is killed at any moment loses the shard that it was at, and nothing more. The folder may then be
-    extended (more images) or read in part (fewer).
-
-    Args:
-        engine: this process, if None.
-        progress: a bar with rate and time left.
+    engine: this process, if None. progress: a bar with rate and time left.
     Raises: ConfigError for a job that the model cannot do, or a folder of another job; StateError if another process
         writes to the folder, or images are not finite; FormatError for a model or record that cannot be read; OSError
         that names the file.
@@ -111,7 +105,8 @@ def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progr
 def _manifest(folder: Path, job: Job, description: Description) -> Manifest:
     """The manifest of the job, without shards yet. Sizes that the job leaves open are those of the folder."""
     facts, shape = description
-    request = facts | {"config": job.config, "steps": job.steps, "seed": job.seed}
+    config = None if job.config is None else job.config.to_dict()
+    request = facts | {"config": config, "steps": job.steps, "seed": job.seed}
     batch, shard = job.sizes()
     if (folder / RECORD).is_file():
         past = read_json(folder / RECORD, "the settings of a job", "Give another folder, or delete this one.")

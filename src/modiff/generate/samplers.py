@@ -43,10 +43,8 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
-    """Let a pipeline sample with the scheduler `name`, built from the noise schedule of its present one.
+    """Let a pipeline sample with the scheduler `name` of SAMPLERS, built from the noise schedule of its present one.
 
-    Args:
-        name: a key of SAMPLERS.
     Returns: the pipeline to call. It is `pipe` itself, but for DDIMPipeline and DDPMPipeline, whose loops serve one
         family of schedulers only: then a pipeline with the same U-Net, and `pipe` keeps its own scheduler.
     Raises: ConfigError for an unknown name, or one that cannot follow what the model was trained to predict; StateError

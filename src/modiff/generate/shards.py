@@ -9,21 +9,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
 
 from modiff.errors import ConfigError, FormatError
-from modiff.files import read_json, read_tensors, reading, write_json, write_tensors
+from modiff.files import read_json, read_tensors, reading, write_atomically, write_json, write_tensors
 
 MANIFEST = "manifest.json"
 SHARDS = "shard-*.safetensors"
 FORMAT = 1
 ROUNDING = "round half to even of clamp(x / 2 + 0.5, 0, 1) * 255"
+ARRAY = "arr_0"
 _NOTE = "modiff"
 _AGAIN = "Run modiff generate again with the same options: it makes again what is not whole."
 
@@ -63,11 +65,8 @@ class Manifest:
 
     model: as it was typed, for the reader only. request: all that shapes the images (digest of the model, config,
         scheduler, steps, seed, prompts, labels); plain JSON values.
-    num_images: of the last job. A folder may hold more of them; it is complete when it holds these.
-    shape: (H, W, C) of one image.
-    batch_size, shard_size: images computed at a time, and per file: fixed for a folder, because kernels sum in another
-        order for another batch.
-    shards: by index.
+    num_images: of the last job; a folder may hold more. shape: (H, W, C) of one image.
+    batch_size, shard_size: images computed at a time, which decides how kernels sum, and per file; fixed for a folder.
     """
 
     model: str
@@ -118,8 +117,8 @@ class Manifest:
 
     def with_shard(self, shard: Shard) -> Self:
         """This manifest and one shard more, which replaces one with the same first image."""
-        others = [other for other in self.shards if other.first != shard.first]
-        return dataclasses.replace(self, shards=tuple(sorted([*others, shard], key=lambda one: one.first)))
+        shards = {one.first: one for one in (*self.shards, shard)}
+        return dataclasses.replace(self, shards=tuple(shards[first] for first in sorted(shards)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Shards refer to the list of environments."""
@@ -145,16 +144,13 @@ class Manifest:
             values = read_json(path, "the manifest of modiff generate", _AGAIN)
             if values.pop("format") != FORMAT:
                 raise ValueError("another format")
-            environments = dict(enumerate(values.pop("environments")))
-            shards = [
-                Shard(**entry | {"environment": environments[entry["environment"]]}) for entry in values["shards"]
-            ]
+            places = dict(enumerate(values.pop("environments")))
+            shards = [Shard(**entry | {"environment": places[entry["environment"]]}) for entry in values["shards"]]
             del values["rounding"]
             height, width, channels = values["shape"]
-            shape, request = (height, width, channels), dict(values["request"])
-            fields: dict[str, Any] = values | {"shape": shape, "request": request, "shards": tuple(shards)}
-            made = cls(**fields)
-            sizes = [made.num_images, made.batch_size, made.shard_size, *shape]
+            fields: dict[str, Any] = {"shape": (height, width, channels), "request": dict(values["request"])}
+            made = cls(**values | fields | {"shards": tuple(shards)})
+            sizes = [made.num_images, made.batch_size, made.shard_size, height, width, channels]
             sizes += [number for shard in shards for number in (shard.count, shard.first + 1)]
             if not all(type(size) is int and size > 0 for size in sizes):
                 raise ValueError(f"sizes {sizes}")
@@ -169,7 +165,7 @@ def write_images(
 ) -> Shard:
     """Write images first, first + 1, ... to their file, atomically: the same bytes whenever the images are the same.
 
-    Raises: OSError that names the file; a file that was there is whole then.
+    Raises: OSError that names the file.
     """
     images = np.ascontiguousarray(images)
     note = {"job": manifest.fingerprint, "first": first, "environment": environment}
@@ -226,25 +222,58 @@ def read_images(folder: str | Path, num_images: int | None = None) -> Iterator[n
     Raises: FormatError, at once, if the folder holds fewer or has no manifest, and on the way if a shard is damaged.
     Cost: one shard in memory.
     """
-    folder, manifest = Path(folder), Manifest.load(folder)
-    count = manifest.num_images if num_images is None else num_images
-    manifest = dataclasses.replace(manifest, num_images=count)
+    folder, listed = Path(folder), Manifest.load(folder)
+    count = listed.num_images if num_images is None else num_images
+    manifest = dataclasses.replace(listed, num_images=count)
     if count < 1 or manifest.missing:
         raise FormatError(
             f"{folder}: expected {count} images, got {manifest.present} in whole shards. The job is not at its end, or "
             "was for fewer. Run modiff generate again with the same options: it goes on where it stopped."
         )
-    return _images(folder, manifest)
+    return (_listed(folder, shard, manifest)[: count - shard.first] for shard in manifest.shards if shard.first < count)
 
 
-def _images(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
-    for shard in manifest.shards:
-        if shard.first < manifest.num_images:
-            read, images = read_shard(folder, shard.file, manifest)
-            with reading(folder / shard.file, "a whole shard", _AGAIN):
-                if read.sha256 != shard.sha256:
-                    raise ValueError(f"another sha256 than {MANIFEST} says")
-            yield images[: manifest.num_images - shard.first]
+def _listed(folder: Path, shard: Shard, manifest: Manifest) -> np.ndarray:
+    read, images = read_shard(folder, shard.file, manifest)
+    with reading(folder / shard.file, "a whole shard", _AGAIN):
+        if read.sha256 != shard.sha256:
+            raise ValueError(f"another sha256 than {MANIFEST} says")
+    return images
+
+
+def export_npz(
+    folder: str | Path, path: str | Path, *, num_images: int | None = None, rgb: bool = False
+) -> tuple[int, int, int, int]:
+    """Write the images of a folder, in index order, as `arr_0` (N, H, W, C) uint8 into an npz file, atomically.
+
+    num_images: the first ones; None for those of the last job.
+    rgb: repeat grey images in three channels, which Inception networks expect.
+    Returns: the shape of the array.
+    Raises: FormatError if images are missing or damaged; ConfigError for `rgb` with two or four channels; OSError.
+    Cost: one shard in memory; the same bytes in the file for the same images.
+    """
+    read_images(folder, num_images)  # complete? asked before a file is touched
+    manifest = Manifest.load(folder)
+    height, width, channels = manifest.shape
+    if rgb and channels not in (1, 3):
+        raise ConfigError(
+            f"--rgb: expected images of 1 or 3 channels, got {channels}. Only grey has a meaning in three channels. "
+            "Leave --rgb out."
+        )
+    shape = (num_images or manifest.num_images, height, width, 3 if rgb else channels)
+    write_atomically(path, lambda file: _write(file, folder, shape))
+    return shape
+
+
+def _write(file: BinaryIO, folder: str | Path, shape: tuple[int, int, int, int]) -> None:
+    """An npz by hand, because numpy wants the whole array at once: a stored zip member with an npy header."""
+    head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as member:  # dated 1980, so bytes repeat
+            np.lib.format.write_array_header_1_0(member, head)
+            for images in read_images(folder, shape[0]):
+                full = np.broadcast_to(images, (len(images), *shape[1:]))
+                member.write(np.ascontiguousarray(full).data)
 
 
 def _checksum(note: dict[str, Any], images: np.ndarray) -> str:

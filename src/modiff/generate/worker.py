@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from modiff.api import apply
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, StateError
-from modiff.generate.conditions import Conditions
-from modiff.generate.digest import digest, settings
 from modiff.generate.environment import environment
-from modiff.generate.job import Job
+from modiff.generate.job import Conditions, Job
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import Span, to_uint8
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 
+_OF_THE_LIBRARY = ("transformers_version", "torch_dtype", "dtype")
 Description = tuple[dict[str, Any], tuple[int, int, int]]
 """What decides the images of a job (the "model" by its digest, "pipeline", "scheduler"), and their shape (H, W, C)."""
 
@@ -66,10 +68,7 @@ def check_inputs(pipe: DiffusionPipeline, steps: int, conditions: Conditions) ->
 
 
 def describe(job: Job) -> Description:
-    """Open the model, see that it can do the job, and draw one image in two steps to learn its shape.
-
-    Raises: FormatError, ConfigError or CalibrationError as the model or the job gives reason.
-    """
+    """Open the model, see that it can do the job (FormatError, ConfigError, CalibrationError), and learn its shape."""
     pipe, model = _pipeline(job)
     check_inputs(pipe, job.steps, job.conditions)
     # two: the first evaluation is in full precision, so that one would not see scales that are missing
@@ -83,10 +82,8 @@ def describe(job: Job) -> Description:
 def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], object] = lambda images: None) -> DrawnSpan:
     """The images of a span, which begins with a whole batch; `tick` is called with their number after each batch.
 
-    All batches are of one size, the last one too: its superfluous images are dropped. Kernels choose their order of
-    summation by the batch, so an image would otherwise depend on how many are drawn.
-
-    Raises: StateError for pixels that are not finite.
+    All batches are of one size, also the last one, whose superfluous images are dropped: kernels choose their order of
+    summation by the batch. Raises: StateError for pixels that are not finite.
     """
     pipe, model = _pipeline(job)
     batches: list[np.ndarray] = []
@@ -98,22 +95,16 @@ def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], objec
     return DrawnSpan(span.first, np.concatenate(batches), model, dict(environment()))
 
 
-def close() -> None:
-    """Let go of the model."""
-    _open.cache_clear()
-
-
 def _pipeline(job: Job) -> tuple[DiffusionPipeline, str]:
     """The pipeline of a job and the digest of its model; this process has the job's threads then, and no TF32."""
     torch.backends.cudnn.allow_tf32 = False  # images of full precision are what others are compared with
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    config = None if job.config is None else ModiffConfig.from_dict(job.config)
-    return _open(job.model, job.device, job.scheduler, config)
+    return opened(job.model, job.device, job.scheduler, job.config)
 
 
 @lru_cache(maxsize=1)
-def _open(model: str, device: str, scheduler: str | None, config: ModiffConfig | None) -> tuple[DiffusionPipeline, str]:
+def opened(model: str, device: str, scheduler: str | None, config: ModiffConfig | None) -> tuple[Any, str]:
     """A pipeline and the digest of its model; kept for the next span."""
     pipe = load_pipeline(model, device=device)
     pipe = pipe if scheduler is None else set_scheduler(pipe, scheduler)
@@ -121,3 +112,34 @@ def _open(model: str, device: str, scheduler: str | None, config: ModiffConfig |
     if config is not None:
         apply(pipe, config)
     return pipe, weights
+
+
+def digest(pipe: DiffusionPipeline) -> str:
+    """sha256 over kind, settings and weights of every component but the scheduler; paths and versions do not count.
+
+    Cost: reads all weights once.
+    """
+    total = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        if name == "scheduler":
+            continue
+        total.update(json.dumps([name, type(component).__name__, settings(component)], sort_keys=True).encode())
+        if isinstance(component, nn.Module):
+            for key, tensor in sorted(component.state_dict().items()):
+                total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def settings(component: object) -> dict[str, Any]:
+    """A component's config as plain JSON values, without what the library keeps for itself."""
+    values = _plain(getattr(component, "config", {}))
+    kept = {key: value for key, value in values.items() if not key.startswith("_") and key not in _OF_THE_LIBRARY}
+    return json.loads(json.dumps(kept, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """A config as a dictionary, also one within another; other objects by their kind, as their text may hold ids."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return dict(value) if isinstance(value, Mapping) else f"{type(value).__module__}.{type(value).__qualname__}"

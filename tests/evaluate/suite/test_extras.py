@@ -18,7 +18,7 @@ from modiff.evaluate.suite.extras import Clip, Extra, Lpips, load_extras
 from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
 from modiff.evaluate.suite.plans import Preset
 from modiff.evaluate.suite.run import Suite, run_suite
-from modiff.generate.conditions import Conditions
+from modiff.generate.job import Conditions
 from tests.evaluate.features.images import noise
 from tests.evaluate.suite.fakes import SHAPE, FakeExtractor, FakeSource
 from tests.hosts.tiny import TEXT_LENGTH, clip_tokenizer

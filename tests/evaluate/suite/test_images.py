@@ -18,7 +18,7 @@ from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.suite import images as module
 from modiff.evaluate.suite.images import PipelineSource, read_reference, reference_digest, to_codes
 from modiff.evaluate.suite.plans import Plan
-from modiff.generate.conditions import Conditions
+from modiff.generate.job import Conditions
 from modiff.generate.shards import Manifest, write_images
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.hosts.host import is_attached

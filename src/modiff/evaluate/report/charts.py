@@ -13,7 +13,7 @@ from modiff.evaluate.analysis.figures import FAMILY_STYLES, GREY, as_typed, file
 from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.document import Figure
 from modiff.evaluate.suite.plans import STEPS
-from modiff.generate.grid import grid
+from modiff.generate.pictures import grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

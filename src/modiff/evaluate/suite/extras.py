@@ -18,7 +18,7 @@ from modiff.evaluate.features.extractor import check_images, first_line
 from modiff.evaluate.metrics.bootstrap import bootstrap, small_sample_note
 from modiff.evaluate.metrics.paired import mean
 from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
-from modiff.generate.conditions import Conditions
+from modiff.generate.job import Conditions
 
 _BATCH = 64
 EXTRAS = ("lpips", "clip")

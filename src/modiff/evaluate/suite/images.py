@@ -23,11 +23,10 @@ from modiff.evaluate.demo import TUNING_SEED
 from modiff.evaluate.pipelines import NOTHING, check_pipeline, configured, measure_step
 from modiff.evaluate.suite.plans import Plan
 from modiff.evaluate.suite.store import DrawnImages
-from modiff.generate.conditions import Conditions
-from modiff.generate.digest import digest, settings
+from modiff.generate.job import Conditions
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import MANIFEST, read_images, to_uint8
-from modiff.generate.worker import check_inputs
+from modiff.generate.worker import check_inputs, digest, settings
 from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 

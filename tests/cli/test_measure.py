@@ -1,0 +1,65 @@
+"""`modiff demo`, `modiff analyze` and `modiff explain` end to end on tiny folders: what they print and leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from modiff.evaluate import demo as logic
+from modiff.evaluate.analysis import run as module
+from tests.cli.commands import done, modiff
+
+FIGURES = ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
+ROWS = ["full precision", "plain W8A4", "modulated W8A4"]
+
+
+def test_demo_prints_the_table_and_writes_picture_and_json(model: Path, tmp_path: Path, monkeypatch) -> None:
+    # three of the rows: all of them run in tests/evaluate/test_demo.py
+    rows = [plan for plan in logic.plans(4) if plan.name in ROWS]
+    monkeypatch.setattr(logic, "plans", lambda steps: rows)
+    picture, figures = tmp_path / "out" / "grid.png", tmp_path / "out" / "demo.json"
+    result = done(modiff("demo", "--steps", 4, "-n", 2, "--model", model, "-o", picture, "--json", figures))
+    values = json.loads(figures.read_text())
+    assert [r["name"] for r in values["rows"]] == ROWS
+    for row in values["rows"]:
+        assert f"{row['relative_l2']:.4f}" in next(x for x in result.stdout.splitlines() if x.startswith(row["name"]))
+    assert str(tmp_path) not in figures.read_text()
+    with Image.open(picture) as image:
+        assert image.height == 2 + 3 * 66
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["demo.json", "grid.png"]
+
+
+def test_analyze_writes_three_figures_and_the_json_and_names_them(model: Path, tmp_path: Path, monkeypatch) -> None:
+    # all seven widths would take seven times as long
+    monkeypatch.setitem(module.analyze_pipeline.__kwdefaults__, "bits", (4,))
+    folder, results = tmp_path / "new" / "folder", tmp_path / "analysis.json"
+    words = ["-o", folder, "--steps", 3, "-n", 1, "--seed", 7, "--config", "tuned:8:3", "--scheduler", "euler"]
+    result = done(modiff("analyze", model, *words, "--json", results))
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FIGURES)
+    assert [Path(line).name for line in result.stdout.split()] == [*FIGURES, "analysis.json"]
+    settings = json.loads(results.read_text())["settings"]
+    assert (settings["steps"], settings["num_images"], settings["seed"]) == (3, 1, 7)
+    assert settings["config"]["layer"]["activation"]["bits"] == 3
+    assert "15/15" in result.stderr
+
+
+def test_explain_gives_every_layer_a_choice_times_errors_and_what_its_state_costs(model: Path, tmp_path: Path) -> None:
+    results = tmp_path / "explain.json"
+    words = ["--steps", 3, "-n", 1, "--config", "modulated:8:4", "--tolerance", 0.3, "--json", results]
+    text, _, integers = done(modiff("explain", model, *words)).output.partition("on integers:")
+    written = json.loads(results.read_text())
+    assert written["machine"] in text
+    assert written["tolerance"] == 0.3
+    assert "input side: " in text
+    for row in written["layers"]:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {row['name']} ")]
+        assert row["choice"] in line
+        assert row["reason"] in line
+        assert f"state {row['state_bytes'] / 2**20:.2f} MiB" in line
+        assert f"plain {1e3 * row['seconds']['plain']:.3f}" in line
+    for entry in written["on_integers"]["layers"]:
+        if entry["setting"] != "full precision":
+            assert f"  {entry['name']}  {entry['execution']}: {entry['why']}" in integers
+            assert entry["execution"].startswith("integers on ") or entry["why"]
