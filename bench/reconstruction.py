@@ -153,7 +153,7 @@ class Bench:
     def static(self, kind: Kind) -> None:
         """MoDiff's static scales, 8 bits, float weights."""
         config = dataclasses.replace(
-            ModiffMethodConfig.quick(kind),
+            dataclasses.replace(ModiffMethodConfig.quick(), kind=kind),
             weight_bits=None,
             steps=self.settings["static_steps"],
             groups=min(20, self.settings["static_steps"]),

@@ -30,15 +30,6 @@ def outcome():
     return pipe, quantize(pipe, QUICK, progress=False)
 
 
-def states_at_each_step(pipe) -> list[torch.Tensor]:
-    states: list[torch.Tensor] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
-    noise = [torch.Generator().manual_seed(i) for i in range(2)]
-    pipe(batch_size=2, generator=noise, num_inference_steps=4, output_type="np")
-    handle.remove()
-    return states
-
-
 def test_groups_cover_all_steps_with_scales_each_and_none_is_kept_worse_than_it_was_calibrated(outcome):
     pipe, report = outcome
     assert [group.name for group in report.scales.units] == ["steps 0 to 1", "steps 2 to 3"]
@@ -51,9 +42,8 @@ def test_groups_cover_all_steps_with_scales_each_and_none_is_kept_worse_than_it_
 
 def test_the_error_reported_for_a_group_is_that_of_the_pipeline_s_own_states(outcome):
     pipe, report = outcome
-    quantized = states_at_each_step(pipe)
-    exact = states_at_each_step(small.build())
-    distance = (quantized[2] - exact[2]).square().flatten(1).sum(1).mean()
+    quantized, exact = (small.states_of(p, steps=4, batch=2)[2] for p in (pipe, small.build()))
+    distance = (quantized - exact).square().flatten(1).sum(1).mean()
     assert float(distance) == pytest.approx(report.scales.units[0].after, rel=1e-3)
 
 

@@ -44,26 +44,26 @@ def group(steps: int) -> Group:
 
 
 def cosine(mine: list[Tensor], true: list[Tensor]) -> float:
-    a, b = (torch.cat([t.flatten() for t in found]) for found in (mine, true))
+    a, b = (torch.cat([t.flatten() for t in gradients]) for gradients in (mine, true))
     return float(a @ b / (a.norm() * b.norm()))
 
 
 @pytest.mark.parametrize(("steps", "mix"), [(1, 1.0), (1, 0.0), (4, 0.0), (6, 0.0)])
 def test_the_gradient_is_exact_for_one_step_and_for_a_network_blind_to_its_state(steps: int, mix: float) -> None:
     net = Net(mix)
-    error, found = approximate_gradient(group(steps), net.evaluate, advance, net.leaves)
+    error, gradients = approximate_gradient(group(steps), net.evaluate, advance, net.leaves)
     true_error, expected = exact_gradient(group(steps), net.evaluate, advance, net.leaves)
     assert error == pytest.approx(true_error, rel=1e-12)
-    for mine, true in zip(found, expected, strict=True):
+    for mine, true in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("steps", "least"), [(2, 0.95), (4, 0.9)])
 def test_the_approximate_gradient_points_where_the_exact_one_does(steps: int, least: float) -> None:
     net = Net(0.5)
-    _, found = approximate_gradient(group(steps), net.evaluate, advance, net.leaves)
+    _, gradients = approximate_gradient(group(steps), net.evaluate, advance, net.leaves)
     _, expected = exact_gradient(group(steps), net.evaluate, advance, net.leaves)
-    assert least < cosine(found, expected) < 1 - 1e-6
+    assert least < cosine(gradients, expected) < 1 - 1e-6
 
 
 def test_the_error_is_the_mean_over_rows_of_squared_distances() -> None:
@@ -75,13 +75,10 @@ def alive_at_most(steps: int) -> int:
     """The most values that autograd kept at any time."""
     history = [0]
 
-    def freed(values: int) -> None:
-        history.append(history[-1] - values)
-
     def keep(tensor: Tensor) -> Tensor:
-        copy = tensor.detach().clone()
-        history.append(history[-1] + copy.numel())
-        weakref.finalize(copy, freed, copy.numel())
+        copy, values = tensor.detach().clone(), tensor.numel()
+        history.append(history[-1] + values)
+        weakref.finalize(copy, lambda: history.append(history[-1] - values))
         return copy
 
     net = Net(0.5)

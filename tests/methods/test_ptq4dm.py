@@ -31,15 +31,15 @@ class Keeper(Observer):
 
     def observe(self, x: Tensor) -> None:
         super().observe(x)
-        self.seen.append(x.detach().clone())
+        self.seen.append(x.detach().flatten().double())
 
 
-def inputs_of(model, calls) -> dict[tuple[str, int], Tensor]:
-    """What each quantizer is given while the set is replayed as calibration does, in float64."""
+def inputs_of(model, calls) -> dict[str, list[Keeper]]:
+    """What each quantizer is given while the set is replayed as calibration does, by runs of channels."""
     keepers: dict[str, list[Keeper]] = {}
 
     def keeper(name: str) -> Keeper:
-        keepers.setdefault(name, []).append(Keeper())  # one for each segment, in order
+        keepers.setdefault(name, []).append(Keeper())
         return keepers[name][-1]
 
     for name, quantizer in quantizers_of(model).items():
@@ -47,53 +47,34 @@ def inputs_of(model, calls) -> dict[tuple[str, int], Tensor]:
     modiff.replay(model, calls)
     for quantizer in quantizers_of(model).values():
         quantizer.unwatch()
-    return {
-        (name, segment): torch.cat([x.flatten() for x in one.seen]).double()
-        for name, found in keepers.items()
-        for segment, one in enumerate(found)
-    }
+    return keepers
 
 
-def loss(values: Tensor, low: float, high: float, bits: int = 8) -> float:
+def loss(values: Tensor, low: float, high: float, bits: int) -> float:
     """mean |x - Q(x)|^2.4 of an asymmetric quantizer, in float64."""
-    low, high, top = min(low, 0.0), max(high, 0.0), 2**bits - 1
+    top = 2**bits - 1
     scale = (high - low) / top
     zero = round(-low / scale)
     return float((values - scale * ((values / scale).round() + zero).clamp(0, top).sub(zero)).abs().pow(2.4).mean())
 
 
-def collected(pipe, config: Ptq4dmConfig, **settings):
-    return modiff.collect(
-        pipe,
-        calibration_run(pipe, steps=STEPS, batch=config.batch, seed=config.seed),
-        trajectories=config.samples // config.batch,
-        batch=config.batch,
-        steps=STEPS,
-        sampler=NormalSteps(mean=config.mean),
-        progress=False,
-        **settings,
-    )
-
-
 def test_every_range_is_that_of_a_brute_force_search_in_float64_over_the_ndtc_states():
-    pipe = small.build()
-    config = dataclasses.replace(SMALL, activation_bits=4, trials=40)
-    calls = collected(pipe, config)
-    assert sum(len(c.args[0]) for c in calls) == config.samples
-    quantize(pipe, config, progress=False)
-    quantized_layers = attachment_of(pipe.unet).layers
-    shrunk = 0
-    for (name, segment), values in inputs_of(pipe.unet, calls).items():
-        bits, scale = (
-            quantized_layers[name].quantizer.bits,
-            float(quantized_layers[name].quantizer.static[segment].scale),
-        )
-        low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-        losses = {r: loss(values, low * r, high * r, bits) for r in (1 - 0.01 * i for i in range(config.trials))}
-        mine = min(losses, key=lambda r: abs((high - low) * r / (2**bits - 1) - scale))
-        assert scale == pytest.approx((high - low) * mine / (2**bits - 1), rel=1e-5), name
-        assert losses[mine] <= min(losses.values()) * (1 + 1e-4), name
-        shrunk += mine < 1
+    pipe, trials = small.build(), 40
+    run = calibration_run(pipe, steps=STEPS, batch=4, seed=0)
+    calls = modiff.collect(pipe, run, batch=4, steps=STEPS, sampler=NormalSteps(mean=SMALL.mean), progress=False)
+    assert sum(len(c.args[0]) for c in calls) == SMALL.samples
+    quantize(pipe, dataclasses.replace(SMALL, activation_bits=4, trials=trials), progress=False)
+    shrunk, quantizers = 0, quantizers_of(pipe.unet)
+    for name, keepers in inputs_of(pipe.unet, calls).items():
+        bits = quantizers[name].bits
+        for keeper, qparams in zip(keepers, quantizers[name].static, strict=True):
+            values, scale = torch.cat(keeper.seen), float(qparams.scale)
+            low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+            losses = {r: loss(values, low * r, high * r, bits) for r in (1 - 0.01 * i for i in range(trials))}
+            mine = min(losses, key=lambda r: abs((high - low) * r / (2**bits - 1) - scale))
+            assert scale == pytest.approx((high - low) * mine / (2**bits - 1), rel=1e-5), name
+            assert losses[mine] <= min(losses.values()) * (1 + 1e-4), name
+            shrunk += mine < 1
     assert shrunk > 5, "where no range is cut, the search is not tested"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import modiff
-from modiff import ConfigError, FormatError, ModulationConfig, ReconstructConfig, StateError
+from modiff import ConfigError, ModulationConfig, ReconstructConfig, StateError
 from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.methods import (
     METHODS,
@@ -43,38 +43,35 @@ def never(index: int) -> object:
     raise AssertionError(f"trajectory {index} was run again")
 
 
-PARTS = ((reconstruct_job.ReconstructionJob, "learn"), (accuquant, "_learn_group"), (recipe, "calibrate"))
+STAGES = ((reconstruct_job.ReconstructionJob, "learn"), (accuquant, "_learn_group"), (recipe, "calibrate"))
 
 
-def interrupt_after(patch: pytest.MonkeyPatch, parts: int) -> None:
-    """Let a job be killed when it begins another part after this many."""
-    begun: list[object] = []
+def interrupt_after(patch: pytest.MonkeyPatch, stages: int) -> None:
+    """Let a job be killed when it begins another stage after this many."""
+    left = iter(range(stages))
 
     def counted(original: Any) -> Any:
         def run(*args: Any, **settings: Any) -> Any:
-            begun.append(original)
-            if len(begun) > parts:
+            if next(left, None) is None:
                 raise KeyboardInterrupt
             return original(*args, **settings)
 
         return run
 
-    for owner, name in PARTS:
+    for owner, name in STAGES:
         patch.setattr(owner, name, counted(getattr(owner, name)))
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"),
-    [("q_diffusion", 1), ("ptq4dm", 0), ("tfmq_dm", 1), ("accuquant", 2), ("modiff", 1)],
+    ("name", "stages"), [("q_diffusion", 1), ("ptq4dm", 0), ("tfmq_dm", 1), ("accuquant", 2), ("modiff", 1)]
 )
-def test_a_killed_job_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, parts, tmp_path, monkeypatch):
+def test_a_killed_job_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, stages, tmp_path, monkeypatch):
     whole, killed, plain = small.build(), small.build(), small.call(small.build(), steps=STEPS)
     report = quantize(whole, SMALL[name], progress=False)
     expected = small.call(whole, steps=STEPS)
-    assert_same_bits(small.call(whole, steps=STEPS), expected)
     assert 0 < float((expected - plain).norm() / plain.norm()) < 0.5
     with monkeypatch.context() as patch:
-        interrupt_after(patch, parts)
+        interrupt_after(patch, stages)
         with pytest.raises(KeyboardInterrupt):
             quantize(killed, SMALL[name], folder=tmp_path, progress=False)
     assert attachment_of(killed.unet) is None
@@ -82,13 +79,13 @@ def test_a_killed_job_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, pa
     assert_same_bits(small.call(killed, steps=STEPS), expected)
     modiff.remove(killed)
     assert_same_bits(small.call(killed, steps=STEPS), plain)
-    for owner, part in PARTS[:2]:
-        monkeypatch.setattr(owner, part, None)
+    for owner, stage in STAGES[:2]:
+        monkeypatch.setattr(owner, stage, None)
     quantize(killed, SMALL[name], run=never, folder=tmp_path, progress=False)
     assert_same_bits(small.call(killed, steps=STEPS), expected)
 
 
-def test_parts_of_another_job_are_never_mixed_in(tmp_path):
+def test_work_of_another_job_is_never_mixed_in(tmp_path):
     pipe, config, folder = small.build(), SMALL["ptq4dm"], tmp_path / "work"
     quantize(pipe, config, folder=folder, progress=False)
     modiff.remove(pipe)
@@ -100,13 +97,6 @@ def test_parts_of_another_job_are_never_mixed_in(tmp_path):
     with pytest.raises(ConfigError, match="got one with another model"):
         quantize(pipe, config, folder=folder)
     assert attachment_of(pipe.unet) is None
-    (folder / "job.json").write_text("{")
-    with pytest.raises(FormatError, match=r"job\.json: expected the settings of a job"):
-        quantize(pipe, config, folder=folder)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got thesis\.txt"):
-        quantize(pipe, config, folder=tmp_path / "mine")
 
 
 def test_what_cannot_be_calibrated_is_refused_and_stays_as_it_was():
@@ -127,12 +117,11 @@ def test_what_cannot_be_calibrated_is_refused_and_stays_as_it_was():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_survive_json_and_those_that_mean_nothing_are_refused(name):
-    for config in (SMALL[name], METHODS[name].config(), METHODS[name].quick()):
+    for config in (SMALL[name], METHODS[name].config(), METHODS[name].config.quick()):
         assert type(config).from_json(config.to_json()) == config
     where = METHODS[name].config.__name__
     for changes, message in (
         ({"weight_bits": 1}, f"{where}.weight_bits: expected None or 2 to 8, got 1"),
-        ({"activation_bits": 9}, f"{where}.activation_bits: expected None or 2 to 8, got 9"),
         ({"samples": 3}, f"{where}.samples: expected a multiple of batch=2, got 3"),
         ({"samples": 0}, f"{where}.samples: expected 1 or more, got 0"),
         ({"batch": 0}, f"{where}.batch: expected 1 or more, got 0"),

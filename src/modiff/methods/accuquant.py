@@ -14,7 +14,6 @@ from modiff.calibration.reconstruct.config import ReconstructionReport, UnitRepo
 from modiff.calibration.reconstruct.layers import evaluating, without_states
 from modiff.calibration.reconstruct.learn import Learned, ScaleLearner, learned_scales
 from modiff.calibration.reconstruct.store import load_unit, save_unit
-from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
 from modiff.core.affine import QParams
 from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import set_of
@@ -54,17 +53,9 @@ class AccuquantConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("activation_bits", self.activation_bits is not None, "2 to 8", "Their scales are what is learned.")
-        self.check_counts("group_size", "iterations")
+        for name, number in (("group_size", self.group_size), ("iterations", self.iterations)):
+            self.check(name, number >= 1, "1 or more", "There is nothing to do.")
         self.check("learning_rate", self.learning_rate > 0, "more than 0", "0.02 is a good one.")
-
-    def model_config(self) -> ModiffConfig:
-        """All layers alike, with a set of scales for each group of neighbouring steps."""
-        activation = QuantizerConfig(
-            bits=self.activation_bits, granularity="tensor", symmetric=False, dynamic=False,
-            step_groups=-(-self.steps // self.group_size),
-        )  # fmt: skip
-        weight = WeightConfig(bits=self.weight_bits, search="mse")
-        return every_layer(LayerConfig(weight=weight, activation=activation, modulation=None))
 
 
 @register(
@@ -90,7 +81,7 @@ def accuquant(job: MethodJob, config: AccuquantConfig) -> MethodReport:
     scheduler = as_recorded(job.target.scheduler, tables)
     recorded = _trajectories(calls, config.drawn // config.batch)
     trajectories = [SamplerSteps(job.model, scheduler, evaluations, config.guidance_scale) for evaluations in recorded]
-    report = job.apply(config.model_config())
+    report = job.apply(every_layer(config.static_layer(step_groups=-(-config.steps // config.group_size))))
     job.keep_rounding()
     job.measure(calls, "mse")
     with evaluating(job.model):
@@ -125,7 +116,11 @@ def _learn(job: MethodJob, config: AccuquantConfig, trajectories: list[SamplerSt
             if path is not None:
                 save_unit(path, learned, unit)
         for name in unit.layers:
-            _keep(quantizers[name], index, learned_scales(learned, name))
+            quantizer, scales = quantizers[name], learned_scales(learned, name)
+            if quantizer.tables is None:
+                quantizer.static = scales
+            else:
+                quantizer.tables[index] = scales
         states = [learned[f"state.{i}"].to(before.device) for i, before in enumerate(states)]
         units.append(unit)
     return tuple(units)
@@ -137,7 +132,7 @@ def _groups(model: nn.Module, trajectory: SamplerSteps) -> list[list[int]]:
     steps = range(len(trajectory.calls))
     if quantizer.tables is None:
         return [list(steps)]
-    sets = [set_of((trajectory.timestep(step),), quantizer.moments) for step in steps]
+    sets = [set_of((float(trajectory.calls[step].timestep or 0.0),), quantizer.moments) for step in steps]
     return [[step for step in steps if sets[step] == index] for index in sorted(quantizer.tables)]
 
 
@@ -179,12 +174,3 @@ def _arrive(trajectories: list[SamplerSteps], groups: list[Group]) -> tuple[floa
 
 def _scales(quantizer: Quantizer, index: int) -> tuple[QParams, ...]:
     return (quantizer.static or ()) if quantizer.tables is None else quantizer.tables[index]
-
-
-def _keep(quantizer: Quantizer, index: int, scales: tuple[QParams, ...]) -> None:
-    device = _scales(quantizer, index)[0].scale.device
-    moved = tuple(QParams(*(None if x is None else x.to(device) for x in q)) for q in scales)
-    if quantizer.tables is None:
-        quantizer.static = moved
-    else:
-        quantizer.tables[index] = moved

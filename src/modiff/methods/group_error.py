@@ -61,20 +61,12 @@ def approximate_gradient(
     pull = 2 * (states[-1] - group.target) / len(group.start)
     totals = [torch.zeros_like(leaf) for leaf in leaves]
     for step, state, output in zip(reversed(group.steps), states[-2::-1], reversed(outputs), strict=True):
-        on_output, pull = _pulled_back(advance, step, state, output, pull)
         with torch.enable_grad():
-            again = evaluate(step, state)
+            known, told = state.detach().requires_grad_(), output.detach().requires_grad_()
+            following, again = advance(step, known, told), evaluate(step, state)
+        on_output, pull = torch.autograd.grad(following, (told, known), pull.to(following.dtype))
         gradients = torch.autograd.grad(again, list(leaves), on_output.to(again.dtype), allow_unused=True)
         for total, gradient in zip(totals, gradients, strict=True):
             if gradient is not None:
                 total += gradient
     return float(error_of(states[-1], group.target)), totals
-
-
-def _pulled_back(advance: Advance, step: int, state: Tensor, output: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
-    """A gradient at the next state, taken back through the sampler to this step's output and state."""
-    with torch.enable_grad():
-        state, output = state.detach().requires_grad_(), output.detach().requires_grad_()
-        following = advance(step, state, output)
-    on_output, on_state = torch.autograd.grad(following, (output, state), pull.to(following.dtype))
-    return on_output, on_state

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from modiff.api import calibrate, trajectory
-from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.data import Call, calls_with_previous, largest_step
+from modiff.calibration.reconstruct.layers import Trainee, evaluating, full_precision
 from modiff.calibration.timesteps import UniformGroups
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
-from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, every_layer
+from modiff.core.step_sets import StepSizes
+from modiff.errors import CalibrationError
+from modiff.methods.recipe import LearnedConfig, MethodJob, MethodReport, every_layer
 from modiff.methods.registry import register
-from modiff.methods.residual_ranges import measure_residuals
+from modiff.model.attach import required_attachment
+from modiff.model.calibrate import measure_scales
+from modiff.model.observe import observe
 
 Kind = Literal["dynamic", "static_minmax", "static_learned", "static_steps"]
-
-
-def _published() -> ModulationConfig:
-    return ModulationConfig(anchor_weights="quantized")
+_PUBLISHED = ModulationConfig(anchor_weights="quantized")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModiffMethodConfig(MethodConfig):
+class ModiffMethodConfig(LearnedConfig):
     """MoDiff's settings: 8-bit weights, residuals in 8 bits or fewer, all linear layers and convolutions.
 
     kind: of the residuals' scales. "dynamic" measures each residual (the paper's LCQ and LTQ). "static_minmax" has one
@@ -34,11 +39,9 @@ class ModiffMethodConfig(MethodConfig):
         neighbouring steps: one scale for all is made for the largest step and too coarse for the others.
     weight_bits, activation_bits: None keeps floats.
     modulation: of the loop; the paper's first step has full-precision inputs and quantized weights.
-    groups: equally spaced steps that residuals and states are kept of. samples: states of each; None takes the code's,
-        32 for "static_minmax" and "static_steps", 256 otherwise.
+    samples: None takes the code's, 32 for "static_minmax" and "static_steps", 256 otherwise.
     step_groups: of "static_steps"; 0 is a scale for each step. They serve only the steps that they were measured at.
-    rounding: of weights. "learned" with `reconstruction`: MoDiff takes Q-Diffusion's checkpoints; or "nearest".
-    learning: of the scales (Adam 4e-4 to 0, p = 2.4; the code has p = 2 for latent models).
+    rounding: "learned", as MoDiff takes Q-Diffusion's checkpoints. learning: the code has p = 2 for latent models.
 
     Dynamic scales are per token and per sample, static ones per tensor, max|r| / (2^(b-1) - 1), one for each half of a
     split shortcut. Not taken over from the released code: scales of (max - min) / (levels - 1) with half the levels,
@@ -49,17 +52,12 @@ class ModiffMethodConfig(MethodConfig):
     """
 
     kind: Kind = "dynamic"
-    modulation: ModulationConfig = field(default_factory=_published)
-    groups: int = 20
+    modulation: ModulationConfig = _PUBLISHED
     samples: int | None = None
     step_groups: int = 10
-    rounding: Literal["learned", "nearest"] = "learned"
-    reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.weights)
-    learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_scales)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_groups(self.groups)
         static = self.kind != "dynamic"
         self.check("activation_bits", not static or self.activation_bits is not None,
                    f"2 to 8 with kind={self.kind!r}", "Floats have no scale. Use kind='dynamic'.")  # fmt: skip
@@ -67,15 +65,7 @@ class ModiffMethodConfig(MethodConfig):
         hold = self.modulation.predictor == "hold"
         self.check("modulation", hold or self.kind in ("dynamic", "static_steps"),
                    f"predictor='hold' with kind={self.kind!r}", "Ranges are those of a change.")  # fmt: skip
-        self.check_learning("reconstruction", "weights")
-        self.check_learning("learning", "activation_scales")
         self.model_config()
-
-    @classmethod
-    def quick(cls, kind: Kind = "dynamic") -> Self:
-        """For the embedded model and others of its size, in minutes on two cores."""
-        weights, scales = ReconstructConfig.quick_weights(), ReconstructConfig.quick_activation_scales()
-        return cls(kind=kind, steps=50, groups=10, samples=16, batch=16, reconstruction=weights, learning=scales)
 
     @property
     def drawn(self) -> int:
@@ -87,11 +77,6 @@ class ModiffMethodConfig(MethodConfig):
     def pairs(self) -> bool:
         """Whether calibration looks at residuals of full precision."""
         return self.kind in ("static_minmax", "static_learned")
-
-    @property
-    def learns_weights(self) -> bool:
-        """Whether rounding is learned."""
-        return self.weight_bits is not None and self.rounding == "learned"
 
     def model_config(self) -> ModiffConfig:
         """All layers alike."""
@@ -131,3 +116,45 @@ def _sample(job: MethodJob, config: ModiffMethodConfig) -> None:
     for i in range(config.drawn // config.batch):
         with trajectory(job.target) if isinstance(job.target, nn.Module) else nullcontext():
             job.run(i)
+
+
+@torch.inference_mode(False)
+def measure_residuals(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -> None:
+    """Set the static scales of modulated layers to max|a_t - a_{t+1}| / qmax over the calls, in full precision.
+
+    Calls of a first step have no residual, and are left out.
+    Raises: CalibrationError if no call holds the one before it, or a layer never ran; scales stay as they were then.
+    Cost: two evaluations a call; in memory, the inputs of all layers in two evaluations.
+    """
+    calls = calls_with_previous("measure_residuals", calls)
+    attachment = required_attachment(model, "measure_residuals")
+    layers = {name: layer for name, layer in attachment.layers.items() if layer.quantizer is not None}
+    trainees = {name: Trainee(layer, "quantized") for name, layer in layers.items()}
+
+    def show() -> None:
+        with evaluating(model), full_precision(model), torch.no_grad():
+            for call in tqdm(calls, desc="residuals", unit="call", disable=not progress):
+                before, now = (_inputs(model, trainees, c) for c in (call.previous, call) if c is not None)
+                for name, layer in layers.items():
+                    if len(before[name]) != len(now[name]):
+                        raise CalibrationError(
+                            f"{name}: expected as many calls in both steps, got {len(before[name])} and "
+                            f"{len(now[name])}. The network branches on values. Exclude the layer."
+                        )
+                    for first, second in zip(before[name], now[name], strict=True):
+                        layer.quantizer(second - first)
+
+    measure_scales(model, show)
+    attachment.step_sizes = StepSizes(largest_step(calls))
+
+
+def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> dict[str, list[Tensor]]:
+    """What each layer reads in one evaluation, once for each time it is called."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in trainees}
+
+    def keep(name: str, _layer: nn.Module, args: tuple[Tensor, ...], _kwargs: object) -> None:
+        inputs[name].append(trainees[name].prepare(args[0].detach()).clone())  # it may be written in place later
+
+    with observe(model, layers=trainees, before_layer=keep):
+        call.evaluate(model)
+    return inputs

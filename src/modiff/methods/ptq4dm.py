@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from modiff.calibration.timesteps import NormalSteps
-from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.config import ModulationConfig
 from modiff.core.observers import MSEObserver
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, boundary_overrides, every_layer
 from modiff.methods.registry import register
@@ -41,18 +41,12 @@ class Ptq4dmConfig(MethodConfig):
         """For the embedded model and others of its size, in minutes on two cores."""
         return cls(samples=256, steps=50)
 
-    def layer(self) -> LayerConfig:
-        """The config of all layers but the first and the last: one asymmetric scale a tensor, one a weight channel."""
-        activation = QuantizerConfig(bits=self.activation_bits, granularity="tensor", symmetric=False, dynamic=False)
-        weight = WeightConfig(bits=self.weight_bits, search="mse")
-        return LayerConfig(weight=weight, activation=activation, modulation=self.modulation)
-
 
 @register(Ptq4dmConfig)
 def ptq4dm(job: MethodJob, config: Ptq4dmConfig) -> MethodReport:
     """Ranges from states drawn by NDTC."""
     calls = job.collect(NormalSteps(mean=config.mean), pairs=config.modulation is not None)
-    layer = config.layer()
+    layer = config.static_layer(config.modulation)
     report = job.apply(every_layer(layer, overrides=boundary_overrides(job.model, layer)))
     job.keep_rounding()
     if config.activation_bits is not None:

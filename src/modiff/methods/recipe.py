@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import nn
 
@@ -21,7 +21,10 @@ from modiff.config import (
     JsonConfig,
     LayerConfig,
     ModiffConfig,
+    ModulationConfig,
+    QuantizerConfig,
     WeightConfig,
+    WeightSearch,
     check,
     is_bits,
 )
@@ -33,6 +36,10 @@ from modiff.model.report import Report
 from modiff.model.select import CANDIDATES
 from modiff.nn.weight import QuantizedWeight
 
+Outcome = ReconstructionReport | None
+Overrides = tuple[tuple[str, LayerConfig], ...]
+Runs = Callable[[int], object] | None
+"""`run(i)` generates trajectory i."""
 BOUNDARY_BITS = 8
 """The published codes keep the first and the last layer of a network at 8 bits."""
 
@@ -56,8 +63,8 @@ class MethodConfig(JsonConfig):
         super().__post_init__()
         for name in ("weight_bits", "activation_bits"):
             self.check(name, is_bits(getattr(self, name)), "None or 2 to 8", "Use 4 or 8.")
-        self.check_counts("steps", "batch")
-        self.check("samples", self.drawn >= 1, "1 or more", "There is nothing to learn from.")
+        for name, number in (("steps", self.steps), ("batch", self.batch), ("samples", self.drawn)):
+            self.check(name, number >= 1, "1 or more", "There is nothing to learn from.")
         self.check("samples", self.drawn % self.batch == 0, f"a multiple of batch={self.batch}",
                    "Trajectories run in whole batches.")  # fmt: skip
 
@@ -66,47 +73,80 @@ class MethodConfig(JsonConfig):
         """Trajectories to learn from."""
         return 256 if self.samples is None else self.samples
 
+    @classmethod
+    def quick(cls) -> Self:
+        """For the embedded model and others of its size, in minutes on two cores; the published ones if not told."""
+        return cls()
+
+    def static_layer(
+        self, modulation: ModulationConfig | None = None, *, step_groups: int = 1, search: WeightSearch = "mse"
+    ) -> LayerConfig:
+        """A layer at these bits: a scale for each output channel, and an asymmetric static one for each activation."""
+        activation = QuantizerConfig(bits=self.activation_bits, granularity="tensor", symmetric=False, dynamic=False,
+                                     step_groups=step_groups)  # fmt: skip
+        weight = WeightConfig(bits=self.weight_bits, search=search)
+        return LayerConfig(weight=weight, activation=activation, modulation=modulation)
+
     def check(self, name: str, holds: bool, expected: str, advice: str) -> None:
         """Raise the ConfigError of a setting unless it `holds`."""
         check(f"{type(self).__name__}.{name}", getattr(self, name), holds, expected, advice)
-
-    def check_counts(self, *names: str) -> None:
-        """Raise the ConfigError of numbers below 1."""
-        for name in names:
-            self.check(name, getattr(self, name) >= 1, "1 or more", "There is nothing to do.")
 
     def check_groups(self, groups: int) -> None:
         """Raise the ConfigError of `groups` that `steps` cannot be cut into."""
         self.check("groups", 1 <= groups <= self.steps, f"1 to steps={self.steps}", "A group has at least one step.")
 
-    def check_learning(self, name: str, learn: str) -> None:
-        """Raise the ConfigError of settings of reconstruction that learn something else."""
-        got = getattr(self, name).learn
-        check(f"{type(self).__name__}.{name}.learn", got, got == learn, repr(learn),
-              f"Start from ReconstructConfig.{learn}().")  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedConfig(MethodConfig):
+    """The settings of methods that learn as Q-Diffusion does.
+
+    groups: equally spaced steps whose states are kept. samples: states of each (Q-Diffusion: 20 x 256).
+    rounding: of weights: "learned" with `reconstruction` (AdaRound by blocks), or to the "nearest".
+    learning: of static scales, where they are learned (Adam 4e-4 to 0, p = 2.4).
+    """
+
+    groups: int = 20
+    rounding: Literal["learned", "nearest"] = "learned"
+    reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig.weights)
+    learning: ReconstructConfig = field(default_factory=ReconstructConfig.activation_scales)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_groups(self.groups)
+        for name, got, learn in (("reconstruction", self.reconstruction.learn, "weights"),
+                                 ("learning", self.learning.learn, "activation_scales")):  # fmt: skip
+            check(f"{type(self).__name__}.{name}.learn", got, got == learn, repr(learn),
+                  f"Start from ReconstructConfig.{learn}().")  # fmt: skip
+
+    @classmethod
+    def quick(cls) -> Self:
+        """For the embedded model and others of its size, in minutes on two cores."""
+        weights, scales = ReconstructConfig.quick_weights(), ReconstructConfig.quick_activation_scales()
+        return cls(steps=50, groups=10, samples=16, batch=16, reconstruction=weights, learning=scales)
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether rounding is learned."""
+        return self.weight_bits is not None and self.rounding == "learned"
 
 
 def every_layer(
-    layer: LayerConfig,
-    *,
-    overrides: tuple[tuple[str, LayerConfig], ...] = (),
-    attention: AttentionConfig | None = None,
+    layer: LayerConfig, *, overrides: Overrides = (), attention: AttentionConfig | None = None
 ) -> ModiffConfig:
     """`layer` for all layers, the first and the last among them, as the published codes have it."""
     return ModiffConfig(layer=layer, overrides=overrides, attention=attention, exclude=(), first_last="quantize",
                         min_weights=0)  # fmt: skip
 
 
-def boundary_overrides(model: nn.Module, layer: LayerConfig) -> tuple[tuple[str, LayerConfig], ...]:
-    """`layer` with 8 bits for the first and the last layer of the network; nothing that has 8 bits or more changes."""
+def boundary_overrides(model: nn.Module, layer: LayerConfig) -> Overrides:
+    """`layer` with 8 bits for the first and the last layer of the network; floats stay floats."""
     names = [name for name, module in model.named_modules() if isinstance(module, CANDIDATES)]
-    weight, activation = layer.weight, layer.activation
-    if weight.bits is not None:
-        weight = WeightConfig(bits=BOUNDARY_BITS, search=weight.search)
-    if activation.bits is not None:
-        activation = dataclasses.replace(activation, bits=BOUNDARY_BITS)
-    raised = dataclasses.replace(layer, weight=weight, activation=activation)
-    return tuple((name, raised) for name in dict.fromkeys([*names[:1], *names[-1:]]))
+
+    def raised(config: Any) -> Any:
+        return config if config.bits is None else dataclasses.replace(config, bits=BOUNDARY_BITS)
+
+    boundary = dataclasses.replace(layer, weight=raised(layer.weight), activation=raised(layer.activation))
+    return tuple((name, boundary) for name in dict.fromkeys([*names[:1], *names[-1:]]))
 
 
 @dataclass(frozen=True)
@@ -116,13 +156,11 @@ class MethodReport(Report):
     weights: units whose rounding was learned. scales: units, or groups of steps, whose static scales were.
     """
 
-    weights: ReconstructionReport | None = None
-    scales: ReconstructionReport | None = None
+    weights: Outcome = None
+    scales: Outcome = None
 
     @classmethod
-    def of(
-        cls, report: Report, *, weights: ReconstructionReport | None = None, scales: ReconstructionReport | None = None
-    ) -> Self:
+    def of(cls, report: Report, *, weights: Outcome = None, scales: Outcome = None) -> Self:
         """What `apply` reported, with what was learned."""
         return cls(report.entries, report.memory, weights, scales)
 
@@ -140,20 +178,14 @@ class MethodJob:
     """A pipeline or module, its network `model`, and the verbs on it, with a method's settings and its folder."""
 
     def __init__(
-        self,
-        target: Any,
-        config: MethodConfig,
-        run: Callable[[int], object] | None = None,
-        evaluations: int | None = None,
-        folder: Path | None = None,
-        progress: bool = False,
+        self, target: Any, config: MethodConfig, run: Runs, evaluations: int | None, folder: Path | None, progress: bool
     ) -> None:
         self.target, self.model = target, plain_network(target, type(config).__name__)
         self.config, self.folder, self.progress = config, folder, progress
         self._run, self._evaluations = run, evaluations
 
     def path(self, name: str) -> Path | None:
-        """Where something that the job keeps lies; None without a folder."""
+        """Where the job keeps something; None without a folder."""
         return None if self.folder is None else self.folder / name
 
     @property
@@ -168,9 +200,7 @@ class MethodJob:
             self._run = host_of(self.target).run(self.target, steps=c.steps, batch=c.batch, seed=c.seed)
         return self._run(index)
 
-    def collect(
-        self, sampler: StepSampler | None, *, pairs: bool = False, run: Callable[[int], object] | None = None
-    ) -> CalibrationSet:
+    def collect(self, sampler: StepSampler | None, *, pairs: bool = False, run: Runs = None) -> CalibrationSet:
         """The full-precision calls that `sampler` chooses, or all, of `drawn` trajectories by `run`, or `self.run`."""
         c = self.config
         return collect(

@@ -25,13 +25,12 @@ Recipe = Callable[[MethodJob, Any], Report]
 class Method:
     """A published method.
 
-    config: its settings; without arguments, the paper's. quick: those for the embedded model and others of its size.
+    config: its settings; without arguments, the paper's; `quick()` for the embedded model and others of its size.
     plain, modulated: why it is refused without, or with modulation; empty where it is not.
     """
 
     recipe: Recipe
     config: type[MethodConfig]
-    quick: Callable[[], MethodConfig]
     plain: str = ""
     modulated: str = ""
 
@@ -40,31 +39,14 @@ METHODS: dict[str, Method] = {}
 """By name. `modiff.methods` fills it; so may you, with `register`."""
 
 
-def register(
-    config: type[MethodConfig],
-    *,
-    quick: Callable[[], MethodConfig] | None = None,
-    plain: str = "",
-    modulated: str = "",
-) -> Callable[[Recipe], Recipe]:
-    """Make a function a method, under the function's name: a decorator; see docs/extending.md.
-
-    Args: as the fields of `Method`; `quick` is the config's own method of this name, or its defaults, when None.
-    """
+def register(config: type[MethodConfig], *, plain: str = "", modulated: str = "") -> Callable[[Recipe], Recipe]:
+    """Make a function a method, under the function's name: a decorator with the fields of `Method`."""
 
     def registered(recipe: Recipe) -> Recipe:
-        METHODS[recipe.__name__] = Method(recipe, config, quick or getattr(config, "quick", config), plain, modulated)
+        METHODS[recipe.__name__] = Method(recipe, config, plain, modulated)
         return recipe
 
     return registered
-
-
-def method_named(name: str) -> Method:
-    """The method of a name; "-" is as good as "_". Raises: ConfigError for a name that no method has."""
-    method = METHODS.get(name.replace("-", "_"))
-    if method is None:
-        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}. Pick one of them.")
-    return method
 
 
 def name_of(config: MethodConfig) -> str:
@@ -87,14 +69,17 @@ def method_config(
 ) -> MethodConfig:
     """The settings of a method: the paper's or the quick ones, then `values`, as JSON has them, then `changes`.
 
+    name: "-" is as good as "_".
     modulated: True for residuals, False for whole activations, None as the settings say.
     Raises: ConfigError for a name, field or value that does not exist, or a combination that is refused.
 
     >>> method_config("ptq4dm", quick=True, changes={"activation_bits": 4}).activation_bits
     4
     """
-    method = method_named(name)
-    config = method.quick() if quick else method.config()
+    method = METHODS.get(name.replace("-", "_"))
+    if method is None:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}. Pick one of them.")
+    config = method.config.quick() if quick else method.config()
     fields = [field.name for field in dataclasses.fields(config)]
     for field in changes or {}:
         if field not in fields:

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from modiff.calibration.data import Call
-from modiff.errors import ConfigError, FormatError
+from modiff.errors import ConfigError
 from modiff.files import read_tensors, write_tensors
 
 STATE_NAMES = ("sample", "hidden_states")
 TOLERANCE = 1e-3
-TABLES = ("timesteps", "sigmas")
 COUNT = "num_inference_steps"
-FACTS = {"format": "modiff sampler tables", "version": "1"}
 
 
 def save_tables(scheduler: Any, path: Path) -> None:
     """Write what a scheduler holds of the trajectory that it runs."""
-    write_tensors(path, sampler_tables(scheduler), FACTS)
+    tables = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas", COUNT)}
+    write_tensors(path, {n: torch.as_tensor(value).cpu() for n, value in tables.items() if value is not None}, {})
 
 
 def as_recorded(scheduler: Any, path: Path | None) -> Any:
@@ -31,24 +30,11 @@ def as_recorded(scheduler: Any, path: Path | None) -> Any:
 
     Raises: FormatError for a file that is missing or damaged.
     """
-    tables = sampler_tables(scheduler)
-    if path is not None:
-        what, advice = "the tables of a sampler", "Delete the folder: its parts are made again."
-        tables, facts = read_tensors(path, what, advice)
-        if facts != FACTS:
-            raise FormatError(f"{path}: expected {what} of this version, got others. {advice}")
-    copied = copy.deepcopy(scheduler)
+    copied, advice = copy.deepcopy(scheduler), "Delete the folder: its files are made again."
+    tables = {} if path is None else read_tensors(path, "the tables of a sampler", advice)[0]
     for name, value in tables.items():
         setattr(copied, name, int(value) if name == COUNT else value)
     return copied
-
-
-def sampler_tables(scheduler: Any) -> dict[str, Tensor]:
-    """What a scheduler holds of the trajectory that it runs, by name."""
-    present = {name: getattr(scheduler, name, None) for name in TABLES}
-    tables = {name: value.detach().cpu().clone() for name, value in present.items() if isinstance(value, Tensor)}
-    count = getattr(scheduler, COUNT, None)
-    return tables if count is None else tables | {COUNT: torch.tensor(int(count))}
 
 
 class SamplerSteps:
@@ -88,10 +74,6 @@ class SamplerSteps:
                 "Give guidance_scale=, or use eta 0 and no rescaling."
             )
         self.recorded[-1] = self.follow(len(calls) - 1)
-
-    def timestep(self, step: int) -> float:
-        """What the network is told at a step."""
-        return float(self.calls[step].timestep or 0.0)
 
     def follow(self, step: int) -> Tensor:
         """The state after a step from the recorded one, by the network as it computes now."""

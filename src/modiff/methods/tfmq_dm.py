@@ -12,7 +12,7 @@ from torch import nn
 from modiff.calibration.data import CalibrationSet, LazyCalls
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
 from modiff.calibration.timesteps import EveryStep, UniformGroups
-from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.config import ModiffConfig, ModulationConfig
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, boundary_overrides, every_layer
 from modiff.methods.registry import register
 from modiff.methods.temporal import PROJECTION, TemporalBlock, reconstruct_temporal
@@ -50,23 +50,13 @@ class TfmqDmConfig(MethodConfig):
         learned = ReconstructConfig.quick_weights()
         return cls(steps=50, samples=16, batch=16, groups=10, reconstruction=learned, temporal=learned)
 
-    def layer(self, *, per_step: bool) -> LayerConfig:
-        """The config of a layer, with a set of activation scales for each step or one for all."""
-        activation = QuantizerConfig(
-            bits=self.activation_bits, granularity="tensor", symmetric=False, dynamic=False,
-            step_groups=0 if per_step else 1,
-        )  # fmt: skip
-        weight = WeightConfig(bits=self.weight_bits, search="mse")
-        return LayerConfig(weight=weight, activation=activation, modulation=self.modulation)
-
     def model_config(self, model: nn.Module) -> ModiffConfig:
         """All layers of a U-Net, those of its temporal block with sets per step and without modulation.
 
         Raises: ConfigError if it has no temporal block.
         """
-        layer = self.layer(per_step=False)
-        temporal = dataclasses.replace(self.layer(per_step=True), modulation=None)
-        overrides = tuple((name, temporal) for name in TemporalBlock(model).layers)
+        layer = self.static_layer(self.modulation)
+        overrides = tuple((name, self.static_layer(step_groups=0)) for name in TemporalBlock(model).layers)
         return every_layer(layer, overrides=boundary_overrides(model, layer) + overrides)
 
 
