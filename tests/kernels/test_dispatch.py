@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from modiff import KernelError, ModiffWarning, errors
+from modiff.kernels import native
 from modiff.kernels.dispatch import plan
 from modiff.kernels.isa import Isa, Trust
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from tests.kernels.problems import along
+
+OFF = native.Native(None, "no compiler")
 
 LINEAR, CONV = Problem(1152, 1152), Problem(320, 320, **along(3, 3))
 
@@ -25,7 +28,14 @@ def grouped(groups: int, inputs: int, outputs: int) -> Problem:
 @pytest.mark.parametrize("level", ["amx", "avx512_vnni", "avx2_vnni"])
 def test_vnni_runs_full_range_codes_on_onednn(level):
     for problem in (LINEAR, CONV, dataclasses.replace(LINEAR, bits=3)):
-        assert plan(problem, Isa(level))[:2] == ("onednn", f"oneDNN int8 on {level}, sums in 32 bits")
+        backend, reason, _ = plan(problem, Isa(level))
+        assert (backend, reason.partition(":")[0]) == ("onednn", f"oneDNN int8 on {level}, sums in 32 bits")
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2"])
+def test_without_vnni_the_compiled_loops_run_all_bits(level):
+    for problem in (LINEAR, CONV, dataclasses.replace(LINEAR, bits=3), grouped(4, 64, 32)):
+        assert plan(problem, Isa(level)).backend == "native"
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "sse41"])
@@ -34,7 +44,10 @@ def test_vnni_runs_full_range_codes_on_onednn(level):
     ("bits", "weight_max", "backend"),
     [(8, 64, "onednn"), (8, 65, "float_exact"), (8, 127, "float_exact"), (7, 128, "onednn"), (4, 128, "onednn")],
 )
-def test_without_vnni_onednn_runs_only_what_cannot_saturate_16_bits(level, trust, bits, weight_max, backend):
+def test_without_vnni_onednn_runs_only_what_cannot_saturate_16_bits(
+    level, trust, bits, weight_max, backend, monkeypatch
+):
+    monkeypatch.setattr(native, "load_library", lambda *_: OFF)
     for problem in (LINEAR, CONV):
         choice = plan(dataclasses.replace(problem, bits=bits, weight_max=weight_max), Isa(level, trust=trust))
         assert choice.backend == backend
@@ -48,7 +61,7 @@ def test_a_machine_that_fails_the_self_test_is_not_trusted_whatever_it_says():
     assert plan(LINEAR, Isa("amx", trust=full_only)).backend == "float_exact"
     assert "failed the self-test" in plan(LINEAR, Isa("amx", trust=full_only)).reason
     assert plan(few, Isa("amx", trust=full_only)).backend == "onednn"
-    for level in ("amx", "avx2"):
+    for level in ("amx", "sse41"):
         choice = plan(few, Isa(level, trust=nothing))
         assert (choice.backend, "no primitive" in choice.reason) == ("float_exact", True)
 
@@ -60,8 +73,8 @@ def test_a_machine_that_fails_the_self_test_is_not_trusted_whatever_it_says():
         (CONV, Isa("amx", onednn=False), "reference", "inexact algorithm"),
         (Problem(64, 64, **along(1, 1)), Isa("amx", onednn=False), "float_exact", "no oneDNN integer operators"),
         (LINEAR, Isa("other"), "float_exact", "x86"),
-        (LINEAR, Isa("avx2"), "float_exact", "exact in 2 chunks:"),
-        (dataclasses.replace(LINEAR, inputs=64), Isa("avx2"), "float_exact", "exact in 1 chunk:"),
+        (LINEAR, Isa("sse41"), "float_exact", "exact in 2 chunks:"),
+        (dataclasses.replace(LINEAR, inputs=64), Isa("sse41"), "float_exact", "exact in 1 chunk:"),
         (dataclasses.replace(LINEAR, device="xpu"), Isa("amx"), "reference", "xpu"),
         (grouped(4, 32, 64), Isa("amx"), "float_exact", "groups of 8 and 16"),
         (grouped(4, 64, 32), Isa("amx"), "float_exact", "groups of 16 and 8"),
@@ -70,7 +83,7 @@ def test_a_machine_that_fails_the_self_test_is_not_trusted_whatever_it_says():
         (grouped(64, 64, 128), Isa("amx"), "float_exact", "groups of 1 and 2"),
         (Problem(8, 8, **along(3, 3, 3)), Isa("amx"), "float_exact", "at most two axes"),
         (Problem(70000, 8), Isa("amx"), "reference", "may pass 32 bits"),
-        (Problem(4, 4, **along(64, 64)), Isa("avx2"), "reference", "alone pass 2^24"),
+        (Problem(4, 4, **along(64, 64)), Isa("sse41"), "reference", "alone pass 2^24"),
     ],
 )
 def test_what_a_backend_cannot_run_goes_elsewhere_with_a_reason(problem, isa, backend, reason):

@@ -17,6 +17,7 @@ from modiff.kernels.fixed_point import start
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.onednn import ONEDNN
 from modiff.kernels.problem import Problem
+from modiff.kernels.product import NATIVE
 from modiff.nn.packed import pack_nibbles
 from tests.helpers import assert_same_bits, assert_within
 from tests.kernels.problems import BACKENDS, along, exact_sums, none_clipped, operands, problems, scales, sums_of
@@ -29,6 +30,7 @@ def exact_here(problem: Problem) -> list[str]:
     """The backends that dispatch may choose for the problem on this machine; slow groupings of oneDNN included."""
     isa, apart = this_machine(), dataclasses.replace(problem, groups=1)
     refusals = {"float_exact": FLOAT_EXACT.unsupported(problem, isa), "onednn": ONEDNN.unsupported(apart, isa)}
+    refusals["native"] = NATIVE.unsupported(problem, isa._replace(level="avx2"))
     return ["reference", *(name for name, reason in refusals.items() if not reason)]
 
 

@@ -13,6 +13,7 @@ from modiff.kernels.isa import Isa, Trust, detect
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.onednn import ONEDNN, self_test
 from modiff.kernels.problem import Problem
+from modiff.kernels.product import NATIVE
 from tests.kernels.problems import along
 
 
@@ -69,6 +70,7 @@ def test_it_shows_what_the_operators_do_once_per_process(sums, trust, monkeypatc
 
 @pytest.mark.parametrize(("sizes", "backend"), [((3, 3), "reference"), ((), "float_exact")])
 def test_a_torch_without_onednn_runs_without_asking_it(sizes, backend, monkeypatch):
+    monkeypatch.setattr(NATIVE, "unsupported", lambda *_: "switched off")
     monkeypatch.setattr(ONEDNN, "sums", refusing(AssertionError("oneDNN was asked")))
     monkeypatch.setattr(dispatch, "detect", lambda: Isa(detect().level, onednn=False))
     made = Kernel(Problem(4, 3, **along(*sizes), bits=4), torch.ones(3, 4, *sizes, dtype=torch.int8), torch.ones(3))
@@ -78,6 +80,7 @@ def test_a_torch_without_onednn_runs_without_asking_it(sizes, backend, monkeypat
 
 @pytest.mark.skipif(not detect().onednn or detect().level == "other", reason="no oneDNN for this processor")
 def test_a_kernel_on_this_machine_heeds_the_self_test(monkeypatch):
+    monkeypatch.setattr(NATIVE, "unsupported", lambda *_: "switched off")
     monkeypatch.setattr(ONEDNN, "sums", wrong)
     made = Kernel(Problem(4, 3, bits=4), torch.ones(3, 4, dtype=torch.int8), torch.ones(3))
     assert made.choice.backend == "float_exact"

@@ -52,7 +52,7 @@ def test_it_is_asked_first_and_its_reason_is_the_choice_s(counting):
     assert plan(Problem(64, 8), Isa("amx")) == Choice("counting", "counted, on float_exact")
     refused = plan(Problem(65, 8), Isa("amx"))
     assert refused.backend == "onednn"
-    assert refused.refusals == (("counting", "counts to 64"),)
+    assert refused.refusals[0] == ("counting", "counts to 64")
     assert "counts to 64" in refused.reason
 
 
@@ -96,7 +96,7 @@ def test_a_model_runs_on_it(counting):
 
 
 def test_names_are_told_apart(counting):
-    with pytest.raises(KernelError, match=r"expected a name other than counting, onednn.*, got 'counting'"):
+    with pytest.raises(KernelError, match=r"expected a name other than counting, .*onednn.*, got 'counting'"):
         register_backend(Counting(backend_named("reference")))
     unregister_backend("counting")
     with pytest.raises(KernelError, match="got 'counting'"):

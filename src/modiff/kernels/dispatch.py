@@ -10,9 +10,10 @@ from modiff.kernels.exact import FLOAT_EXACT, REFERENCE
 from modiff.kernels.isa import Isa, detect
 from modiff.kernels.onednn import ONEDNN, self_test
 from modiff.kernels.problem import Problem
+from modiff.kernels.product import NATIVE
 from modiff.kernels.triton.backend import TRITON
 
-BACKENDS: list[Backend] = [ONEDNN, TRITON, FLOAT_EXACT, REFERENCE]
+BACKENDS: list[Backend] = [NATIVE, ONEDNN, TRITON, FLOAT_EXACT, REFERENCE]
 """In the order in which they are asked, the fastest first."""
 
 

@@ -33,7 +33,7 @@ def add_sent(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, axe
     known = state.dtype == (torch.float32 if integers is None else torch.int16) and out.dtype in KINDS and state.is_cpu
     if (
         not (known and sent.dtype == torch.float32)
-        or not _in_rows(state.shape, state.stride(), sent.stride(), out.stride(), scale.shape, axes)
+        or not in_rows(axes, scale.shape, state, sent, out)
         or (library := native.load_library("epilogue").library or native.missing("epilogue")) is None
     ):
         return add_eagerly(state, integers, sent, scale, out)
@@ -61,16 +61,17 @@ def add_eagerly(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, 
     out.copy_(torch.where(step.isnan(), step, n * grid))
 
 
-_Sizes = tuple[int, ...]
-
-
-@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
-def _in_rows(shape: _Sizes, state: _Sizes, sent: _Sizes, out: _Sizes, scale: _Sizes, axes: int) -> bool:
-    """Whether tensors with these strides have channels innermost, and each scale serves a run of memory.
+def in_rows(axes: int, scale: tuple[int, ...], *tensors: Tensor) -> bool:
+    """Whether tensors of one shape have channels innermost, and each scale serves a run of their memory.
 
     A run is a sample or a token, and their scales follow each other as the runs do.
     """
-    if not all(is_innermost(shape, strides, axes) for strides in (state, sent, out)):
+    return _in_rows(tensors[0].shape, tuple(tensor.stride() for tensor in tensors), scale, axes)
+
+
+@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
+def _in_rows(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], scale: tuple[int, ...], axes: int) -> bool:
+    if not all(is_innermost(shape, each, axes) for each in strides):
         return False
     if all(size == 1 for size in scale):
         return True

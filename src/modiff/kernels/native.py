@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import warn_once
-from modiff.kernels.isa import capabilities
+from modiff.kernels.isa import capabilities, detect
 
 SWITCH = "MODIFF_NATIVE"
 """Environment variable; "off" never compiles."""
@@ -41,6 +41,13 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math"),  # they let rounding be vectorized
 )
 _ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
+_WITHOUT = {
+    "avx512": ("-mno-avx512vnni", "-mno-avxvnni"),
+    "avx2_vnni": ("-mno-avx512f",),
+    "avx2": ("-mno-avx512f", "-mno-avxvnni"),
+    "sse41": ("-mno-avx",),
+}
+"""By level, what the compiler leaves out where oneDNN's limit hides the rest of the processor."""
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _SCALING = [_I, _F, _I, _I, _I]  # dynamic, factor, lowest, highest, threads
@@ -50,6 +57,10 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "modiff_encode_fixed": [_P, _I, *[_P] * 6, _L, _L, *_SCALING],
     },
     "fingerprint": {"modiff_fingerprint": [_P, _L, _I]},
+    "product": {
+        "modiff_family": [],
+        "modiff_product": [_P, _P, _P, _I, _I, _P, _L, _P, _I, _I, *[_P] * 6, _L, _P, _P, _I, _I],
+    },
     "epilogue": {"modiff_epilogue": [*[_P] * 5, _I, _P, _L, _L, _I]},
     "input_fusion": {
         "modiff_moments": [_P, _I, _L, _L, _F, _P, _P, _I],
@@ -57,6 +68,8 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "modiff_encode_fused": [_P, _I, _I, _I, *[_P] * 12, *[_L] * 6, *_SCALING],
     },
 }
+
+_RESULTS: dict[str, Any] = {"modiff_fingerprint": ctypes.c_uint64, "modiff_family": _I}
 
 
 class Native(NamedTuple):
@@ -114,7 +127,8 @@ def _built(compiler: str, name: str) -> Path:
     source = _SOURCES / f"{name}.cpp"
     command = [compiler, "--version"]
     version = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
-    digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, version, sorted(capabilities().items()))).encode())
+    machine = (sorted(capabilities().items()), detect().level)
+    digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, version, machine)).encode())
     for file in (source, *sorted(_SOURCES.glob("*.h"))):
         digest.update(file.read_bytes())
     library = f"{name}-{digest.hexdigest()[:20]}.so"
@@ -148,7 +162,8 @@ def _build(compiler: str, source: Path, target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "built.so"
         for extra in _ATTEMPTS:
-            command = [compiler, *_FLAGS, *extra, str(source), "-o", str(made)]
+            fewer = _WITHOUT.get(detect().level, ()) if "-march=native" in extra else ()
+            command = [compiler, *_FLAGS, *extra, *fewer, str(source), "-o", str(made)]
             last = extra == _ATTEMPTS[-1]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=last)
             if done.returncode == 0:
@@ -161,7 +176,7 @@ def _open(path: Path, name: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for function, arguments in _SIGNATURES[name].items():
         entry = getattr(library, function)
-        entry.argtypes, entry.restype = arguments, ctypes.c_uint64 if name == "fingerprint" else None
+        entry.argtypes, entry.restype = arguments, _RESULTS.get(function)
     return library
 
 

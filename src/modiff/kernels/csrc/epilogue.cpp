@@ -13,13 +13,6 @@ namespace {
 
 using namespace modiff;
 
-inline void store(float* out, int64_t i, float value) { out[i] = value; }
-inline void store(Bf16* out, int64_t i, float value) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out[i].bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
-}
-
 template <class Out>
 void add(float* __restrict state, const float* __restrict sent, Out* __restrict out, float scale, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {

@@ -24,6 +24,13 @@ struct Bf16 {
 inline float load(float x) { return x; }
 inline float load(Bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 
+inline void store(float* out, int64_t i, float value) { out[i] = value; }
+inline void store(Bf16* out, int64_t i, float value) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out[i].bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
 // The input as it is. Other sources compute it on the way: a norm, an activation.
 template <class X>
 struct Plain {

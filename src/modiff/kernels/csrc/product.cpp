@@ -1,0 +1,227 @@
+// A linear layer or convolution on codes, with the output side in the tile: no pass over memory of its own.
+//
+//     sent   = float(sum (code - zero) w) * weight scale * scale           zero * sum w is taken off each sum
+//     state += sent, out = state                                           or n += round(sent / grid), out = n * grid
+//     out    = bias + sent                                                 layers without memory
+//
+// Codes lie as pixels with their channels innermost; a linear layer is one row of pixels with a kernel of one tap.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "loops.h"
+#include "tile.h"
+
+namespace {
+
+using namespace modiff;
+
+constexpr int64_t kResident = 192 << 10;  // bytes of codes that stay in the second cache while all weights pass by
+constexpr int64_t kMostRows = 40 * kRows;
+constexpr int64_t kSmall = 1 << 20;       // products below which one thread is faster
+
+struct Shape {
+  int64_t samples, height, width, groups, inputs, outputs;  // channels of a group
+  int64_t out_height, out_width, stride_y, stride_x, pad_y, pad_x;
+  int64_t padded() const { return (inputs + 3) / 4 * 4; }   // whole groups of inputs
+  int64_t tall() const { return height + 2 * pad_y; }
+  int64_t broad() const { return width + 2 * pad_x; }
+  int64_t pixels() const { return samples * out_height * out_width; }
+};
+
+enum Mode : int32_t { kSums, kAccumulate, kStep, kCompute };
+
+struct Output {
+  Mode mode;
+  void* state;           // float, or int16 in units of *grid
+  const float* grid;
+  int32_t* clipped;
+  const int32_t* zeros;  // zero * sum of the weights, for each output
+  const float* weight_scale;
+  const float* scale;
+  int64_t each;          // pixels that share a scale
+  const float* bias;
+  void* out;
+};
+
+// Rows of codes as tiles read them: padded by the zero point (or widened to int16 and zero), whole groups of channels.
+template <bool wide>
+void lay(const uint8_t* codes, const Shape& s, int32_t zero, void* laid, int threads) {
+  using Code = std::conditional_t<wide, int16_t, uint8_t>;
+  const int64_t padded = s.padded(), line = s.broad() * s.groups * padded;
+  const Code fill = wide ? 0 : static_cast<Code>(zero);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t y = 0; y < s.samples * s.tall(); ++y) {
+    Code* to = static_cast<Code*>(laid) + y * line;
+    const int64_t inside = y % s.tall() - s.pad_y;
+    if (inside < 0 || inside >= s.height) {
+      std::fill(to, to + line, fill);
+      continue;
+    }
+    const uint8_t* from = codes + (y / s.tall() * s.height + inside) * s.width * s.groups * s.inputs;
+    const int64_t edge = s.pad_x * s.groups * padded;
+    std::fill(to, to + edge, fill);
+    std::fill(to + line - edge, to + line, fill);
+    to += edge;
+    if (padded == s.inputs) {
+      for (int64_t i = 0; i < s.width * s.groups * s.inputs; ++i) {
+        to[i] = static_cast<Code>(wide ? from[i] - zero : from[i]);
+      }
+      continue;
+    }
+    for (int64_t block = 0; block < s.width * s.groups; ++block, from += s.inputs, to += padded) {
+      for (int64_t i = 0; i < s.inputs; ++i) {
+        to[i] = static_cast<Code>(wide ? from[i] - zero : from[i]);
+      }
+      std::fill(to + s.inputs, to + padded, fill);
+    }
+  }
+}
+
+// One pixel's outputs of a tile; `columns` of them exist, and `at` is the first in all tensors of pixels.
+template <class Out>
+void finish(const Output& o, const int32_t* sums, int64_t first, int64_t pixel, int64_t at, int columns,
+            int32_t* clipped) {
+  const int32_t* zeros = o.zeros + first;
+  if (o.mode == kSums) {
+    for (int c = 0; c < columns; ++c) {
+      static_cast<int32_t*>(o.out)[at + c] = sums[c] - zeros[c];
+    }
+    return;
+  }
+  const float* weights = o.weight_scale + first;
+  const float scale = o.scale[pixel / o.each];
+  float sent[kOutputs];
+  for (int c = 0; c < columns; ++c) {
+    sent[c] = static_cast<float>(sums[c] - zeros[c]) * weights[c] * scale;
+  }
+  Out* out = static_cast<Out*>(o.out) + at;
+  if (o.mode == kCompute) {
+    for (int c = 0; c < columns; ++c) {
+      store(out, c, (o.bias == nullptr ? 0.0f : o.bias[first + c]) + sent[c]);
+    }
+  } else if (o.grid == nullptr) {
+    float* state = static_cast<float*>(o.state) + at;
+    for (int c = 0; c < columns; ++c) {
+      state[c] += sent[c];
+    }
+    if (o.mode == kStep) {
+      for (int c = 0; c < columns; ++c) {
+        store(out, c, state[c]);
+      }
+    }
+  } else {
+    int16_t* state = static_cast<int16_t*>(o.state) + at;
+    for (int c = 0; c < columns; ++c) {
+      const int32_t value = state[c] + rounded(sent[c] / *o.grid, -131072.0f, 131072.0f);
+      int32_t n = value < -32768 ? -32768 : value;
+      n = n > 32767 ? 32767 : n;
+      *clipped += n != value;
+      state[c] = static_cast<int16_t>(n);
+      store(out, c, sent[c] == sent[c] ? static_cast<float>(n) * *o.grid : sent[c]);
+    }
+  }
+}
+
+// Two 4-bit codes in a byte: the low halves are the first half of a group's weights.
+void unpack(const int8_t* halves, int64_t groups, int8_t* weights) {
+  for (int64_t g = 0; g < groups; ++g, halves += 32, weights += 64) {
+    for (int i = 0; i < 32; ++i) {
+      weights[i] = static_cast<int8_t>(((halves[i] & 15) ^ 8) - 8);
+      weights[32 + i] = static_cast<int8_t>(halves[i] >> 4);
+    }
+  }
+}
+
+template <bool wide, class Out>
+void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t count, const int8_t* weights, bool halves,
+         const Output& o, int threads) {
+  const int64_t bytes = wide ? 2 : 1, pitch = s.groups * s.padded() * bytes, pixels = s.pixels();
+  int64_t summed = 0;  // groups of inputs
+  for (int64_t i = 0; i < count; ++i) {
+    summed += stretches[i].groups;
+  }
+  const int64_t size = summed * (wide ? 32 : 64), tiles = (s.outputs + kOutputs - 1) / kOutputs;
+  int64_t block = std::clamp<int64_t>(kResident / (s.padded() * bytes), kRows, kMostRows) / kRows * kRows;
+  const int64_t parts = threads > 1 ? 2 * threads : 1;
+  if (pixels < parts * block) {  // a share for each thread
+    block = std::max<int64_t>((pixels + parts * kRows - 1) / (parts * kRows), 1) * kRows;
+  }
+  const int64_t blocks = (pixels + block - 1) / block;
+  const int64_t splits = std::min<int64_t>(tiles, (parts + blocks - 1) / blocks), tasks = blocks * s.groups * splits;
+  int32_t clipped = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1 && pixels * s.outputs * summed > kSmall / 4) reduction(+ : clipped)
+  {
+    std::vector<const uint8_t*> rows(block);
+    std::vector<int8_t> whole(halves ? size : 0);
+    alignas(64) int32_t sums[kRows * kOutputs];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t split = task % splits, group = task / splits % s.groups, begin = task / splits / s.groups * block;
+      const int64_t end = std::min(begin + block, pixels);
+      for (int64_t m = begin; m < end; ++m) {
+        const int64_t x = m % s.out_width, y = m / s.out_width % s.out_height, n = m / s.out_width / s.out_height;
+        rows[m - begin] = laid + ((n * s.tall() + y * s.stride_y) * s.broad() + x * s.stride_x) * pitch +
+                          group * s.padded() * bytes;
+      }
+      for (int64_t t = tiles * split / splits; t < tiles * (split + 1) / splits; ++t) {
+        const int64_t first = group * s.outputs + t * kOutputs;
+        const int columns = static_cast<int>(std::min<int64_t>(kOutputs, s.outputs - t * kOutputs));
+        const int8_t* w = weights + (group * tiles + t) * (halves ? size / 2 : size);
+        if (halves) {
+          unpack(w, summed, whole.data());
+          w = whole.data();
+        }
+        for (int64_t m = begin; m < end; m += kRows) {
+          const int64_t some = std::min<int64_t>(kRows, end - m);
+          tile_of<wide>(some, rows.data() + (m - begin), stretches, count, w, sums);
+          for (int64_t r = 0; r < some; ++r) {
+            const int64_t at = (m + r) * s.groups * s.outputs + first;
+            if (columns == kOutputs) {
+              finish<Out>(o, sums + r * kOutputs, first, m + r, at, kOutputs, &clipped);
+            } else {
+              finish<Out>(o, sums + r * kOutputs, first, m + r, at, columns, &clipped);
+            }
+          }
+        }
+      }
+    }
+  }
+  if (clipped != 0 && o.clipped != nullptr) {
+    __atomic_fetch_add(o.clipped, clipped, __ATOMIC_RELAXED);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0 plain C++, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 VNNI.
+int32_t modiff_family() { return kFamily; }
+
+// shape: as `Shape`. stretches: (offset in bytes, groups, flush) triples. laid: scratch, or null where codes are read
+// as they lie: no padding, whole groups of inputs, not wide. pointers: of the output, null where its mode has none.
+void modiff_product(const uint8_t* codes, void* laid, const int64_t* shape, int32_t zero, int32_t wide,
+                    const int64_t* stretches, int64_t count, const int8_t* weights, int32_t halves, int32_t mode,
+                    void* state, const float* grid, int32_t* clipped, const int32_t* zeros, const float* weight_scale,
+                    const float* scale, int64_t each, const float* bias, void* out, int32_t kind, int32_t threads) {
+  Shape s;
+  std::copy(shape, shape + 12, &s.samples);
+  std::vector<Stretch> list(count);
+  for (int64_t i = 0; i < count; ++i) {
+    list[i] = {stretches[3 * i], static_cast<int32_t>(stretches[3 * i + 1]), static_cast<int32_t>(stretches[3 * i + 2])};
+  }
+  const Output o{static_cast<Mode>(mode), state, grid, clipped, zeros, weight_scale, scale, each, bias, out};
+  const uint8_t* from = codes;
+  if (laid != nullptr) {
+    wide ? lay<true>(codes, s, zero, laid, threads) : lay<false>(codes, s, zero, laid, threads);
+    from = static_cast<const uint8_t*>(laid);
+  }
+  const auto start = [&](auto wider) {
+    kind == 0 ? run<wider.value, float>(from, s, list.data(), count, weights, halves != 0, o, threads)
+              : run<wider.value, Bf16>(from, s, list.data(), count, weights, halves != 0, o, threads);
+  };
+  wide ? start(std::true_type{}) : start(std::false_type{});
+}
+}

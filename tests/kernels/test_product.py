@@ -1,0 +1,135 @@
+"""The compiled loops in every form that this processor can run: their sums are exact, also where 16 bits just hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from modiff.core.affine import qrange
+from modiff.kernels import native
+from modiff.kernels.backend import Operator
+from modiff.kernels.epilogue import add_eagerly
+from modiff.kernels.exact import REFERENCE
+from modiff.kernels.isa import capabilities
+from modiff.kernels.layout import Geometry
+from modiff.kernels.product import NATIVE, family, windows
+from modiff.nn.packed import pack_nibbles
+from tests.kernels.problems import innermost, needs_compiler, none_clipped, on_threads
+
+pytestmark = needs_compiler
+LINEAR = Geometry()
+FAMILIES = {"plain": (0, "", ()), "avx2": (1, "avx2", ("-mavx2",)), "vnni": (2, "avx_vnni", ("-mavx2", "-mavxvnni")),
+            "vnni512": (3, "avx512_vnni", ("-mavx512f", "-mavx512vnni"))}  # fmt: skip
+"""Number, capability of the processor, and the compiler's flags."""
+
+
+@pytest.fixture(params=FAMILIES)
+def loops(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[int]:
+    """The loops compiled for one set of instructions."""
+    number, needed, flags = FAMILIES[request.param]
+    if needed and not capabilities().get(needed):
+        pytest.skip(f"this processor has no {needed}")
+    folder: Path = tmp_path_factory.getbasetemp() / "families"
+    monkeypatch.setenv(native.CACHE, str(folder))
+    monkeypatch.setattr(native, "_ATTEMPTS", ((*flags, "-fopenmp"), flags))
+    native.load_library.cache_clear()
+    assert family() == number
+    yield number
+    native.load_library.cache_clear()
+
+
+def operator(weight: torch.Tensor, bits: int, geometry: Geometry = LINEAR, *, halves: bool = False) -> Operator:
+    """With random scales; weights of 4 bits two in a byte where asked."""
+    scales = torch.rand(len(weight), *[1] * geometry.axes)
+    stored = pack_nibbles(weight) if halves else weight
+    return Operator(stored, tuple(weight.shape), scales, geometry, geometry.axes, bits, int(weight.abs().max()))
+
+
+def worst_codes(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """For each output the codes that drive its sums highest, and those that drive them lowest."""
+    rows = weight.flatten(1)
+    return torch.cat([(rows > 0).to(torch.uint8), (rows < 0).to(torch.uint8)]) * (2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("spread", [3.0, 30.0, 1e9])  # bell-shaped, or every weight at its bound
+@pytest.mark.parametrize("largest", [7, 127])
+def test_sums_are_exact_where_every_lane_is_driven_to_its_bound(bits, spread, largest, loops):
+    weight = (torch.randn(19, 1030) * spread).round().clamp(-largest - 1, largest).to(torch.int8)
+    operands = operator(weight, bits, halves=largest == 7)
+    codes = worst_codes(weight, bits)
+    assert torch.equal(NATIVE.sums(operands, codes).double(), REFERENCE.sums(operands, codes))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_windows_are_the_longest_that_no_codes_overflow(bits):
+    lanes = torch.randint(-127, 128, (5, 300, 2, 2), dtype=torch.int8)
+    ends, start = windows(lanes, 2**bits - 1).tolist(), 0
+    for end in ends:
+        for stop, fits in ((end, True), (end + 1, False)):
+            some = lanes[:, start:stop].double()
+            most = max(some.clamp_min(0).sum((1, 3)).max(), -some.clamp_max(0).sum((1, 3)).min())
+            assert (most * (2**bits - 1) <= 2**15 - 1) == fits or stop > 300
+        start = end
+    assert ends[-1] == 300
+    assert len(windows(torch.full((1, 2, 2, 2), 127, dtype=torch.int8), 255)) == 0  # one group overflows
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size", "geometry"),
+    [
+        (1, 1, (1, 1), Geometry((1, 1), (0, 0), (1, 1))),
+        (7, 17, (3, 3), Geometry((1, 1), (1, 1), (1, 1))),
+        (5, 33, (3, 2), Geometry((2, 1), (2, 0), (1, 2))),
+        (8, 16, (1, 3), Geometry((1, 1), (0, 1), (1, 1))),
+        (12, 20, (3, 3), Geometry((2, 2), (1, 1), (1, 1), 2)),
+        (16, 48, (5, 5), Geometry((1, 1), (2, 2), (1, 1), 4)),
+    ],
+)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_convolutions_of_any_geometry_add_up_exactly_and_take_their_step(inputs, outputs, size, geometry, bits, loops):
+    low, high = qrange(8)
+    weight = torch.randint(low, high + 1, (outputs * geometry.groups, inputs, *size), dtype=torch.int8)
+    operands = operator(weight, bits, geometry)
+    codes = torch.randint(0, 2**bits, (2, inputs * geometry.groups, 6, 9), dtype=torch.uint8)
+    expected = REFERENCE.sums(operands, codes)
+    with on_threads(3):
+        assert torch.equal(NATIVE.sums(operands, codes).double(), expected)
+        for scale in (torch.rand(1), torch.rand(2, 1, 1, 1), torch.rand(2, 1, *expected.shape[2:])):
+            check_step(operands, codes, scale, expected.float() * operands.weight_scale)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_linear_layers_take_their_step_with_a_scale_for_each_token(rows, loops):
+    operands = operator(torch.randint(-8, 8, (40, 33), dtype=torch.int8), 4, halves=True)
+    codes = torch.randint(0, 16, (2, rows, 33), dtype=torch.uint8)
+    sent = REFERENCE.sums(operands, codes).float() * operands.weight_scale
+    with on_threads(4):
+        check_step(operands, codes, torch.rand(2, rows, 1), sent)
+
+
+def check_step(operands: Operator, codes: torch.Tensor, scale: torch.Tensor, sent: torch.Tensor) -> None:
+    """Float and integer states, outputs and biases as torch's own operators have them, bit for bit."""
+    lay = innermost if operands.axes else torch.Tensor.contiguous
+    grid = torch.tensor(2.0**-4)
+    for dtype in (torch.float32, torch.bfloat16):
+        for start, integers in (
+            (torch.randn(sent.shape), None),
+            (torch.randint(-30000, 30000, sent.shape, dtype=torch.int16), (grid, none_clipped())),
+        ):
+            states = [lay(start.clone()), lay(start.clone())]
+            outputs = [lay(torch.empty(sent.shape, dtype=dtype)) for _ in states]
+            counts = None if integers is None else (grid, none_clipped())
+            NATIVE.step(operands, states[0], codes, scale, outputs[0], integers)
+            add_eagerly(states[1], counts, lay(sent), scale, outputs[1])
+            assert torch.equal(states[0], states[1])
+            assert torch.equal(outputs[0], outputs[1])
+            assert integers is None or counts is None or torch.equal(integers[1], counts[1])
+    bias = torch.randn(len(operands.weight))
+    shaped = bias.reshape(-1, *[1] * operands.axes)
+    assert torch.equal(NATIVE.compute(operands, codes, scale, bias, torch.float32), shaped + sent * scale)
