@@ -29,7 +29,7 @@ _SUMS, _ACCUMULATE, _STEP, _COMPUTE = range(4)
 _LOOK = 512
 
 
-class Native(Backend):
+class NativeLoops(Backend):
     """u8 x s8 products, compiled for the processor: VNNI where there is one, otherwise AVX2.
 
     Without VNNI sums stay in 16 bits for as many products as the weights and the bits allow (`windows`); where that is
@@ -219,4 +219,4 @@ def _layout(operator: Operator, codes: torch.Size, ends: list[int], wide: bool) 
     return torch.tensor(shape), torch.tensor(stretches)
 
 
-NATIVE = Native()
+NATIVE = NativeLoops()
