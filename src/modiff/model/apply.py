@@ -20,12 +20,8 @@ from modiff.nn import Clock, ModulatedLayer
 def install(
     model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
 ) -> Report:
-    """Replace the selected layers of `model` in place; they share the parameters of the originals.
+    """Replace the layers that `select_layers` selects in place; they share the parameters of the originals.
 
-    Args:
-        splits: channel index of the concatenation, for layers whose input is one.
-        known: layers of other networks that the config is for too; patterns may match those alone.
-    Returns: what was taken, what was left, and why.
     Raises: StateError if the model carries modiff already; ConfigError as `select_layers`. Whatever is raised, also
         KeyboardInterrupt, leaves the model as it was.
     Cost: one pass over the weights at the first forward.
@@ -115,7 +111,7 @@ def _undo(model: nn.Module, attachment: Attachment) -> None:
 def _share(attachment: Attachment) -> dict[str, str]:
     """Group layers of one parent that could read one tensor (q, k, v; gate, up); what they really read decides.
 
-    Static scales belong to one layer, so only dynamic ones are shared.
+    Static scales belong to one layer, so only dynamic ones are shared. Returns: a note for each that follows another.
     """
     leaders: dict[tuple[object, ...], ModulatedLayer] = {}
     notes: dict[str, str] = {}

@@ -30,9 +30,8 @@ class Automatic:
 
     Timesteps run one way through a trajectory. The next one began where they turn round, where the second is the first
     again (one-step trajectories), where the sample has another shape or the call comes from another thread, and after
-    an evaluation that raised or was interrupted. A trajectory that `modiff.trajectory` began is left alone.
-
-    A network without a timestep keeps asking for `modiff.trajectory`. Cost: one host sync an evaluation.
+    an evaluation that raised or was interrupted. A trajectory that `modiff.trajectory` began is left alone, and a
+    network without a timestep keeps asking for one. Cost: one host sync an evaluation.
     """
 
     def __init__(self, clock: Clock) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
 from torch import nn
 
 from modiff.config import AttentionConfig
@@ -11,6 +9,7 @@ from modiff.core.quantizer import Quantizer
 from modiff.errors import ConfigError, StateError
 from modiff.model.attach import attachment_of
 from modiff.model.facts import facts_of
+from modiff.model.select import check_patterns, matches
 from modiff.nn.attention import QuantizedAttention
 
 ATTRIBUTE = "_modiff_attention"
@@ -25,18 +24,9 @@ def attention_modules(model: nn.Module, config: AttentionConfig | None) -> dict[
         return {}
     facts = facts_of(model)
     known = {name: module for name, module in model.named_modules() if facts.is_attention(module)}
-    taken = {
-        name: module
-        for name, module in known.items()
-        if any(fnmatchcase(name, p) for p in config.include) and not any(fnmatchcase(name, p) for p in config.exclude)
-    }
-    own = [("include", p) for p in config.include] + [("exclude", p) for p in config.exclude]
-    for field, pattern in own:
-        if known and not any(fnmatchcase(name, pattern) for name in known):
-            raise ConfigError(
-                f"AttentionConfig.{field}: expected a pattern that matches an attention module, got {pattern!r}. None "
-                f"has such a name. Known: {', '.join([*known][:8])}{', ...' if len(known) > 8 else ''}."
-            )
+    taken = {n: m for n, m in known.items() if matches(n, config.include) and not matches(n, config.exclude)}
+    own = {"AttentionConfig.include": config.include, "AttentionConfig.exclude": config.exclude}
+    check_patterns(own, [*known], "an attention module")
     if not taken:
         raise ConfigError(
             f"{type(model).__name__}: expected at least one attention module to take, got none of {len(known)}. "

@@ -22,7 +22,6 @@ from modiff.kernels.isa import machine
 from modiff.kernels.layout import innermost
 from modiff.model.attach import check_searchable
 from modiff.model.facts import facts_of
-from modiff.model.observe import observe
 from modiff.model.probe import Probe, probes_of
 from modiff.model.report import execution_of
 from modiff.model.select import layer_names, modulated_layer
@@ -81,12 +80,10 @@ class AutotuneRow:
     reason: str
     backend: str = ""
 
-    def line(self, width: int) -> str:
-        """One line of a table, times in milliseconds."""
+    def __str__(self) -> str:
         times = "  ".join(f"{mode} {1e3 * self.seconds[mode]:.3f}" for mode in MODES)
         errors = f"error plain {self.errors[0]:.4f} modulated {self.errors[1]:.4f}"
-        size = f"state {self.state_bytes / 2**20:.2f} MiB"
-        return f"  {self.name:<{width}}  {self.choice:<9}  {times} ms  {errors}  {size}  {self.reason}"
+        return f"{self.choice:<9}  {times} ms  {errors}  state {self.state_bytes / 2**20:.2f} MiB  {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,7 @@ class AutotuneResult:
         backends = [row.backend for row in self.rows if row.backend]
         lines = [f"{head}; states {self.state_bytes / 2**20:.1f} MiB"]
         lines += [f"  {backends.count(backend)} on {backend}" for backend in dict.fromkeys(backends)]
-        return "\n".join([*lines, *(row.line(width) for row in self.rows)])
+        return "\n".join([*lines, *(f"  {row.name:<{width}}  {row}" for row in self.rows)])
 
 
 def choose_modes(
@@ -161,11 +158,16 @@ def choose_modes(
     check("autotune", config.overrides, not config.overrides, "a config without overrides", why)
     why = "It chooses between the two. Use presets.modulated()."
     check("autotune", config.layer.modulation, config.layer.modulation is not None, "a config with modulation", why)
-    profile, known = {} if profile is None else profile, layer_names(models)
+    profile, choices, known = {} if profile is None else profile, _measured(config.layer), layer_names(models)
     rows: list[AutotuneRow] = []
     for model, split in zip(models, list(splits) or [{}] * len(models), strict=True):
-        for probe, calls in _watched(model, config, run, split, known):
-            rows.append(_row(model.get_submodule(probe.name), probe, calls, config.layer, tolerance, profile))
+        with torch.no_grad(), probes_of(model, config, choices, split, known) as probes:
+            run()
+        ran = [probe for probe in probes if not math.isnan(probe.errors()[0])]
+        if not ran:
+            raise CalibrationError("autotune: expected a trajectory of two steps or more, got fewer. A residual needs "
+                                   "a step before it. Let run sample with several steps.")  # fmt: skip
+        rows += [_row(model.get_submodule(p.name), p, config.layer, tolerance, profile) for p in ran]
     defaults = tuple(dict.fromkeys(p for model in models for p in facts_of(model).default_exclude))
     floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
     plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
@@ -178,49 +180,17 @@ def choose_modes(
     return AutotuneResult(chosen, tuple(rows), tolerance)
 
 
-@dataclasses.dataclass
-class _Calls:
-    """x: the first input of a layer. outputs: size of an output. count: how often it was called."""
-
-    x: Tensor
-    outputs: int
-    count: int = 0
-
-
-def _watched(
-    model: nn.Module, config: ModiffConfig, run: Callable[[], object], splits: Mapping[str, int], known: set[str]
-) -> list[tuple[Probe, _Calls]]:
-    """The probes of all layers that ran, after one trajectory, and how they were called."""
-    calls: dict[str, _Calls] = {}
-
-    def on_layer(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if name not in calls:
-            calls[name] = _Calls(inputs[0].detach().clone(), output.numel())
-        calls[name].count += 1
-
-    probing = probes_of(model, config, _measured(config.layer), splits, known)
-    with torch.no_grad(), probing as probes, observe(model, on_layer, layers=[probe.name for probe in probes]):
-        run()
-    ran = [(probe, calls[probe.name]) for probe in probes if not math.isnan(probe.errors()[0])]
-    if not ran:
-        raise CalibrationError("autotune: expected a trajectory of two steps or more, got fewer. A residual needs a "
-                               "step before it. Let run sample with several steps.")  # fmt: skip
-    return ran
-
-
-def _row(
-    layer: nn.Module, probe: Probe, calls: _Calls, config: LayerConfig, tolerance: float, profile: Profile
-) -> AutotuneRow:
-    x, quantized = calls.x, probe.layers[-1]
+def _row(layer: nn.Module, probe: Probe, config: LayerConfig, tolerance: float, profile: Profile) -> AutotuneRow:
+    x, quantized = probe.input, probe.layers[-1]
     key = signature(layer, x, config, quantized.spec.split)
     if key not in profile:
         profile[key] = measure_layer(layer, x, config, quantized.spec.split)
-    seconds, (first, second) = profile[key], probe.errors()
-    choice, reason = choose(seconds, (first, second), tolerance, quantized.unsupported)
+    seconds, (plain, modulated) = profile[key], probe.errors()
+    choice, reason = choose(seconds, (plain, modulated), tolerance, quantized.unsupported)
     execution, why = execution_of(quantized)
     return AutotuneRow(
-        name=probe.name, kind=type(layer).__name__, shape=tuple(x.shape), calls=calls.count / probe.clock.tick,
-        seconds=seconds, errors=(first, second), state_bytes=4 * (x.numel() + calls.outputs), choice=choice,
+        name=probe.name, kind=type(layer).__name__, shape=tuple(x.shape), calls=probe.calls / probe.clock.tick,
+        seconds=seconds, errors=(plain, modulated), state_bytes=4 * (x.numel() + probe.outputs), choice=choice,
         reason=reason,
         backend="" if quantized.unsupported else f"{execution.removeprefix('integers on ')}: {why}",
     )  # fmt: skip
@@ -259,7 +229,7 @@ def signature(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | Non
 
 
 def without_memory(config: LayerConfig) -> LayerConfig:
-    """The same without memory, on integers."""
+    """The same, plain, on integers."""
     return dataclasses.replace(config, modulation=None, rotation="none", execution="integer")
 
 
@@ -272,9 +242,9 @@ def _measured(config: LayerConfig) -> list[LayerConfig]:
 
 
 def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | None = None) -> Seconds:
-    """The best of a few interleaved rounds, on an input like `x`; scales are measured at each call.
+    """The best of a few interleaved rounds, on inputs like `x`; images with their channels innermost in memory.
 
-    Images come with their channels innermost in memory, as integer layers hand them on. Cost: some twenty calls.
+    Cost: some twenty calls.
     """
     quantized = [modulated_layer(layer, c, "autotune", Clock("autotune"), split) for c in _measured(config)]
     x = innermost(x) if quantized[0].channel_dim == 1 else x
@@ -282,7 +252,7 @@ def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int |
     runs = zip(MODES, (layer, *map(_alone, quantized)), strict=True)
     with torch.no_grad():
         times = interleaved({mode: _alternating(run, near) for mode, run in runs}, _ROUNDS)
-    return {name: min(seconds) for name, seconds in times.items()}
+    return {mode: min(seconds) for mode, seconds in times.items()}
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -293,24 +263,19 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None  # it only gets its work
     for _ in range(rounds):
         for name, run in runs.items():
-            _wait()
+            wait()
             start = time.perf_counter()
             run()
-            _wait()
+            wait()
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def _wait() -> None:
-    """Until a GPU is done: Python only hands it the work."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 def _alone(layer: ModulatedLayer) -> Callable[[Tensor], Tensor]:
-    """A modulated layer that is a network of its own, as a function: each call is a step."""
+    """A quantized layer as a function whose calls are the steps of a trajectory."""
     layer.clock.start()
 
     def run(x: Tensor) -> Tensor:

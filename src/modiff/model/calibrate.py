@@ -50,39 +50,31 @@ def measure_scales(
     *,
     observer: ObserverName | MakeObserver = "minmax",
 ) -> None:
-    """Run `forward_loop` with dynamic scales, watch what each layer codes, and freeze the scales.
+    """Run `forward_loop` with dynamic scales, watch what each layer codes, and freeze them, as `modiff.calibrate`.
 
     Modulated layers are watched on their residuals, plain ones on their inputs: each on exactly what it will code. With
     `step_groups`, each step of the loop is watched alone, and the steps are then cut into groups.
 
     Args:
         models: one model, or all that `forward_loop` runs: they are watched in one go.
-        forward_loop: runs whole trajectories, for example `lambda: pipe(...)`, or calls that were collected,
-            `lambda: modiff.replay(model, calls)`.
-        observer: how values become a range, by name, or what makes one: `lambda axis: MSEObserver(axis, trials=100)`.
     Raises: CalibrationError if no layer has static scales or a layer never ran; scales measured before are then kept.
     """
     if isinstance(observer, str) and observer not in OBSERVERS:
         raise ConfigError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}. Pick one of them.")
     make: MakeObserver = OBSERVERS[observer] if isinstance(observer, str) else observer
-    quantizers: list[tuple[str, Quantizer]] = []
-    attachments: list[Attachment] = []
-    for model in (models,) if isinstance(models, nn.Module) else models:
-        attachments.append(required_attachment(model, "calibrate"))
-        named = quantizers_of(model).items()
-        quantizers += [(name, q) for name, q in named if not q.config.dynamic and q.bits]
+    models = [models] if isinstance(models, nn.Module) else models
+    step_sizes = {a: a.step_sizes for m in models if _has_residual_scales(a := required_attachment(m, "calibrate"))}
+    named = [item for model in models for item in quantizers_of(model).items()]
+    quantizers = [(name, q) for name, q in named if not q.config.dynamic and q.bits]
     if not quantizers:
         raise CalibrationError(
             "calibrate: expected layers with static scales, got none. Dynamic scales need no calibration. "
             "Set QuantizerConfig(dynamic=False)."
         )
-    attachments = [a for a in attachments if _has_residual_scales(a)]
-    known = [attachment.step_sizes for attachment in attachments]
-    for attachment in attachments:
+    for attachment in step_sizes:
         attachment.step_sizes = StepSizes(measuring=True)
     for _, quantizer in quantizers:
-        axis = quantizer.observed_dim
-        quantizer.watch(functools.partial(make, axis))
+        quantizer.watch(functools.partial(make, quantizer.observed_dim))
     try:
         forward_loop()
         silent = [name for name, quantizer in quantizers if quantizer.saw_nothing]
@@ -93,10 +85,10 @@ def measure_scales(
             )
         for _, quantizer in quantizers:
             quantizer.freeze()
-        known = [StepSizes(attachment.step_sizes.largest) for attachment in attachments]
+        step_sizes = {attachment: StepSizes(attachment.step_sizes.largest) for attachment in step_sizes}
     finally:
-        for attachment, step_sizes in zip(attachments, known, strict=True):
-            attachment.step_sizes = step_sizes
+        for attachment, sizes in step_sizes.items():
+            attachment.step_sizes = sizes
         for _, quantizer in quantizers:
             quantizer.unwatch()
 

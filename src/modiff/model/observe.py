@@ -8,25 +8,18 @@ from typing import Any
 
 from torch import nn
 
-OnLayer = Callable[[str, nn.Module, tuple[Any, ...], Any], object]
-"""(name, layer, inputs, output); inputs by position, then those by keyword."""
-OnStep = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], object]
-"""(model, args, kwargs, output)"""
-BeforeLayer = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], object]
-"""(name, layer, args, kwargs)"""
-BeforeStep = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object]
-"""(model, args, kwargs)"""
+Function = Callable[..., object]
 
 
 @contextmanager
 def observe(
     model: nn.Module,
-    on_layer: OnLayer | None = None,
-    on_step: OnStep | None = None,
+    on_layer: Function | None = None,
+    on_step: Function | None = None,
     *,
     layers: Iterable[str] = (),
-    before_layer: BeforeLayer | None = None,
-    before_step: BeforeStep | None = None,
+    before_layer: Function | None = None,
+    before_step: Function | None = None,
 ) -> Iterator[None]:
     """In the body, call functions around every call of the named layers and around every evaluation of the model.
 
@@ -37,6 +30,10 @@ def observe(
 
     Args:
         layers: names of modules of any kind; "" is the model.
+        on_layer: (name, layer, inputs, output); inputs by position, then those by keyword.
+        on_step: (model, args, kwargs, output).
+        before_layer: (name, layer, args, kwargs).
+        before_step: (model, args, kwargs).
     Raises: AttributeError for a name that the model does not have; nothing is attached then.
 
     >>> import torch
@@ -47,20 +44,20 @@ def observe(
     """
     modules = {name: model.get_submodule(name) for name in layers}
     with ExitStack() as hooks:
-        if before_step is not None:
-            hooks.callback(model.register_forward_pre_hook(_silent(before_step), with_kwargs=True).remove)
+
+        def add(register: Callable[..., Any], function: Function | None, *first: str) -> None:
+            if function is not None:
+                hooks.callback(register(_silent(function, *first), with_kwargs=True).remove)
+
+        add(model.register_forward_pre_hook, before_step)
         for name, module in modules.items():
-            if before_layer is not None:
-                before = _silent(before_layer, name)
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            if on_layer is not None:
-                hooks.callback(module.register_forward_hook(_after(on_layer, name), with_kwargs=True).remove)
-        if on_step is not None:
-            hooks.callback(model.register_forward_hook(_silent(on_step), with_kwargs=True).remove)
+            add(module.register_forward_pre_hook, before_layer, name)
+            add(module.register_forward_hook, on_layer and _with_all_inputs(on_layer), name)
+        add(model.register_forward_hook, on_step)
         yield
 
 
-def _silent(function: Callable[..., object], *first: str) -> Callable[..., None]:
+def _silent(function: Function, *first: str) -> Callable[..., None]:
     """A hook that returns nothing: torch would take what it returns for new inputs or outputs."""
 
     def hook(*args: Any) -> None:
@@ -69,8 +66,5 @@ def _silent(function: Callable[..., object], *first: str) -> Callable[..., None]
     return hook
 
 
-def _after(on_layer: OnLayer, name: str) -> Callable[..., None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        on_layer(name, layer, (*args, *kwargs.values()), output)
-
-    return hook
+def _with_all_inputs(on_layer: Function) -> Function:
+    return lambda name, layer, args, kwargs, output: on_layer(name, layer, (*args, *kwargs.values()), output)

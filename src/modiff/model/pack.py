@@ -17,12 +17,9 @@ from modiff.nn.packed import packed_storage
 
 
 def pack_layers(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> None:
-    """Replace the float weights of modulated layers by integer codes and float32 scales.
+    """Replace the float weights of modulated layers by integer codes and float32 scales, as `modiff.pack` says.
 
-    Weights of 2 to 4 bits take half a byte, those of 5 to 8 bits one; `anchor_weights="int8"` keeps a byte more for
-    anchors. States start with what is kept from now on; outputs of layers with quantized anchors stay the same bits.
-    There is no way back: `remove` is refused afterwards. Layers whose weights have no bits keep their floats.
-    Raises: as `check_packable`. The model is as it was then.
+    Layers whose weights have no bits keep their floats. Raises: as `check_packable`; the model is as it was then.
     Cost: two passes over the weights.
     """
     check_packable(model, anchor_weights)
@@ -91,10 +88,8 @@ def rebuild(
 ) -> Attachment:
     """Replace the named layers of a plain model by packed ones whose codes and scales lie on the meta device.
 
-    Args:
-        anchored: layers that have codes of their weight's rounding error too.
-    Nothing is allocated. The float weights stay in the originals until `seal`.
-    Raises: ConfigError for a split outside the channels, the model then unchanged.
+    anchored: layers that have codes of their weight's rounding error too. The float weights stay in the originals until
+    `seal`. Raises: ConfigError for a split outside the channels, the model then unchanged.
     """
     entries: list[Entry] = []
     for name, module in model.named_modules():

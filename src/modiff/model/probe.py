@@ -21,21 +21,26 @@ from modiff.nn import Clock, ModulatedLayer
 
 
 class Probe:
-    """Quantizes the input of one full-precision layer as every candidate would, and sums up their errors."""
+    """Quantizes the input of one full-precision layer as every candidate would, and sums up their errors.
+
+    input: the first one. outputs: numbers in an output. calls: of the layer.
+    """
 
     def __init__(
         self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock, split: int | None = None
     ) -> None:
         self.name, self.clock = name, clock
+        self.input, self.outputs, self.calls = torch.empty(0), 0, 0
         self.layers = [modulated_layer(layer, choice, name, clock, split) for choice in choices]
         self.states: dict[str, list[State | None]] = {}
         self.noise = torch.zeros(len(choices), dtype=torch.float64)
         self.signal = 0.0
         clock.on_reset(self.states.clear)
 
-    def see(self, x: Tensor) -> None:
+    def see(self, x: Tensor, outputs: int = 0) -> None:
         """The layer ran on `x`: one step of every candidate."""
-        x = x.detach()
+        x, self.outputs, self.calls = x.detach(), outputs, self.calls + 1
+        self.input = x if self.calls == 1 else self.input
         starts = self.clock.context not in self.states
         states = self.states.setdefault(self.clock.context, [None] * len(self.layers))
         rotated: dict[object, Tensor] = {None: x}
@@ -55,12 +60,10 @@ class Probe:
                 code = quantizer(value.float())
                 self.noise[i] += float((value.float() - (0.0 if code is None else code.value())).square().sum())
             return State(value)
-        ratio = self.clock.ratio if state is not None else 1.0
-        _, state_now = encode(value, state, quantizer, modulation, ratio)
+        _, now = encode(value, state, quantizer, modulation, 1.0 if state is None else self.clock.ratio)
         if state is not None:
-            error = value.to(compute_dtype(modulation)) - state_now.value
-            self.noise[i] += float(error.square().sum())
-        return state_now
+            self.noise[i] += float((value.to(compute_dtype(modulation)) - now.value).square().sum())
+        return now
 
     def errors(self) -> list[float]:
         """Relative error of each candidate over all steps but the first; NaN if there are none."""
@@ -89,7 +92,8 @@ def probes_of(
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in watcher.handles])
         watcher.watch(model)
-        stack.enter_context(observe(model, lambda name, _, inputs, __: probes[name].see(inputs[0]), layers=probes))
+        on_layer = lambda name, _, inputs, output: probes[name].see(inputs[0], output.numel())  # noqa: E731
+        stack.enter_context(observe(model, on_layer, layers=probes))
         stack.callback(clock.stop)
         clock.start()
         stack.callback(model.__dict__.pop, ATTRIBUTE, None)

@@ -19,12 +19,11 @@ from modiff.nn.loop.integer import IntegerLoop
 class Entry:
     """One Linear or Conv layer of the model.
 
-    name: module name. kind: torch class name. weights: number of weights. config: None when the layer was left.
+    name, kind: of the module and its class. weights: their number. config: None where the layer was left.
     reason: why it was left, or what is special about it ("split at 128", "may share with to_q"); may be empty.
-    execution: "simulated" or "integers on <backend>"; empty where nothing was applied yet. why: the reason of that
-    backend, or why a layer that was to run on integers is simulated.
-    anchor: what the input meets where the states start, "exact weights", "quantized weights" or "int8 anchor codes (1.5
-    bytes a weight)"; empty where nothing was applied yet, and for a layer without states.
+    execution: "simulated" or "integers on <backend>". why: the reason of that backend, or why a layer that was to run
+    on integers is simulated. anchor: what the input meets where the states start, "exact weights", "quantized weights"
+    or "int8 anchor codes (1.5 bytes a weight)". All three are empty where nothing was applied yet.
     """
 
     name: str
@@ -42,10 +41,8 @@ class Entry:
         if self.config is None:
             return "full precision"
         weight, activation = self.config.weight.bits or 32, self.config.activation.bits
-        mode = "plain" if self.config.modulation is None else "modulated"
-        if activation is None:
-            return f"W{weight}A32"
-        return f"W{weight}A{activation} {mode}"
+        mode = " plain" if self.config.modulation is None else " modulated"
+        return f"W{weight}A32" if activation is None else f"W{weight}A{activation}{mode}"
 
 
 class MemoryUse(NamedTuple):
@@ -122,9 +119,8 @@ def _table(entries: Iterable[Entry]) -> list[str]:
         alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", e.name)
         cells = alike, e.kind, e.setting, e.execution.removeprefix("integers "), e.reason
         groups.setdefault(cells, []).append(e.name)
-    rows: list[tuple[str, ...]] = []
-    for (alike, *cells), names in groups.items():
-        rows.append((names[0] if len(names) == 1 else f"{alike} ({len(names)})", *cells))
+    rows = [(names[0] if len(names) == 1 else f"{alike} ({len(names)})", *cells)
+            for (alike, *cells), names in groups.items()]  # fmt: skip
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     used = [i for i, width in enumerate(widths) if width]
     return ["  ".join(["", *(f"{row[i]:<{widths[i]}}" for i in used), row[4]]).rstrip() for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -35,7 +35,7 @@ def select_layers(
         known: layers of other networks that the config is for too; patterns may match those alone.
     Returns: an entry for every Linear and Conv layer, in the order of the modules.
     Raises: ConfigError for a network that is a layer itself, a pattern that matches no layer, a damaged weight, or
-        nothing left to take.
+        if nothing is taken.
     """
     if isinstance(model, CANDIDATES):
         raise ConfigError(
@@ -48,7 +48,9 @@ def select_layers(
             names.setdefault(module, []).append(name)
     layers = {first: layer for layer, (first, *_) in names.items()}
     defaults = facts_of(model).default_exclude
-    _check_patterns(config, defaults, [*layers, *known])
+    own = {"include": config.include, "exclude": [p for p in config.exclude or () if p not in defaults],
+           "overrides": [p for p, _ in config.overrides]}  # fmt: skip
+    check_patterns({f"ModiffConfig.{field}": own[field] for field in own}, [*layers, *known], "a layer")
     config = config if config.exclude is not None else dataclasses.replace(config, exclude=defaults)
     splits = splits or {}
     first, last = (next(iter(layers), None), next(reversed(layers), None)) if layers else (None, None)
@@ -80,29 +82,31 @@ def modulated_layer(
 
 def layer_config(name: str, config: ModiffConfig) -> LayerConfig:
     """The config of one layer: the last override whose pattern matches, or the model's."""
-    matches = [layer for pattern, layer in config.overrides if fnmatchcase(name, pattern)]
-    return matches[-1] if matches else config.layer
+    overrides = [layer for pattern, layer in config.overrides if fnmatchcase(name, pattern)]
+    return overrides[-1] if overrides else config.layer
 
 
-def _check_patterns(config: ModiffConfig, defaults: tuple[str, ...], names: list[str]) -> None:
-    """A pattern of the user's that matches nothing is a mistake; the default exclusions may miss."""
-    own = [("include", p) for p in config.include]
-    own += [("exclude", p) for p in config.exclude or () if p not in defaults]
-    own += [("overrides", p) for p, _ in config.overrides]
-    for field, pattern in own:
-        if names and not any(fnmatchcase(name, pattern) for name in names):
-            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ConfigError(
-                f"ModiffConfig.{field}: expected a pattern that matches a layer, got {pattern!r}. No layer has such a "
-                f"name. Known layers: {known}."
-            )
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether any of the fnmatch patterns matches."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_patterns(patterns: Mapping[str, Iterable[str]], names: Sequence[str], what: str) -> None:
+    """Raise the ConfigError of a field with a pattern that matches none of `names`: it was misspelled."""
+    for field, its in patterns.items():
+        for pattern in its:
+            if names and not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"{field}: expected a pattern that matches {what}, got {pattern!r}. None has such a name. "
+                    f"Known: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+                )
 
 
 def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary: bool) -> str:
     weight = layer.weight
     if isinstance(layer, ModulatedLayer):
         return "taken by modiff already"
-    if not any(fnmatchcase(name, p) for p in config.include):
+    if not matches(name, config.include):
         return "not included"
     for pattern in config.exclude or ():
         if fnmatchcase(name, pattern):
@@ -111,7 +115,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
         return f"{type(layer).__name__} has no modulated form"
     if "forward" in layer.__dict__ or parametrize.is_parametrized(layer):
         return "another library replaced its forward or weight"
-    named = name in config.include or any(fnmatchcase(name, p) for p, _ in config.overrides)
+    named = name in config.include or matches(name, (p for p, _ in config.overrides))
     if boundary and config.first_last == "full_precision" and not named:
         return "first or last layer (by registration)"
     if weight.numel() < config.min_weights and not named:

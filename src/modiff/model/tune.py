@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from typing import Literal
 
 import torch
@@ -38,10 +37,8 @@ def candidates(base: LayerConfig) -> list[LayerConfig]:
     settings = [_candidate(base, "none", "hold", 1.0, 1.0)]
     for predictor, gain in [("hold", 1.0), *(("linear", gain) for gain in GAINS)]:
         for clip in CLIPS.get(base.activation.bits or 8, MANY_BITS_CLIPS):
-            try:
+            with suppress(ConfigError):  # this pair of bits and predictor diverges
                 settings.append(_candidate(base, "hadamard", predictor, gain, clip))
-            except ConfigError:  # this pair of bits and predictor diverges
-                continue
     return settings
 
 
@@ -70,7 +67,7 @@ def search_config(
     granularity: Literal["model", "layer"] = "model",
     splits: Sequence[Mapping[str, int]] = (),
 ) -> ModiffConfig:
-    """The config with the settings that keep the samples closest to full precision.
+    """The config with the settings that keep the samples closest to full precision, as `modiff.tune` says.
 
     Two stages. One full-precision trajectory gives every candidate's error of the input state, ||a_t - â_t|| / ||a_t||.
     Then the best few run for real, and the one whose samples reach the last evaluation with the least mean relative L2
@@ -78,23 +75,19 @@ def search_config(
 
     Args:
         models: the networks that `run` evaluates: they get one config, judged on all of them together.
-        run: runs one trajectory at the number of steps to be used later, the same each time it is called.
-        granularity: "model" for one setting; "layer" lets the best setting of each layer, as overrides, compete too.
-            Layers of the same name in two networks get the same one.
+        granularity: "layer" lets the best setting of each layer, as overrides, compete too; layers of the same name in
+            two networks get the same one.
         splits: as for `apply`, for each of the models.
     Raises: StateError if modiff is on a model; CalibrationError if `run` never reached a second step.
-    Cost: a full-precision trajectory with one encoding per candidate, layer and step, and an input state per candidate;
-        then `FINALISTS` modulated trajectories.
     """
     check_searchable(models, config, "tune")
-    choices = candidates(config.layer)
-    trial = _Trial(models, list(splits) or [{}] * len(models), run)
-    errors = trial.layer_errors(config, choices)
+    choices, splits = candidates(config.layer), list(splits) or [{}] * len(models)
+    errors, exact = _layer_errors(models, run, config, choices, splits)
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
     if granularity == "layer":
         best = tuple((name, choices[row.index(min(row))]) for name, row in _by_name(errors).items())
         finalists.append(dataclasses.replace(config, overrides=config.overrides + best))
-    scores = [trial.sample_error(finalist) for finalist in finalists]
+    scores = [_sample_error(models, run, finalist, splits, exact) for finalist in finalists]
     return finalists[scores.index(min(scores))]
 
 
@@ -119,62 +112,65 @@ def _by_name(errors: LayerErrors) -> dict[str, list[float]]:
             for name, same in rows.items()}  # fmt: skip
 
 
-@dataclass
-class _Trial:
-    """The networks that `run` evaluates, and the full-precision trajectory that settings are judged against."""
-
-    models: Sequence[nn.Module]
-    splits: list[Mapping[str, int]]
-    run: Callable[[], object]
-    reference: Track = field(default_factory=Track)
-
-    def layer_errors(self, config: ModiffConfig, choices: list[LayerConfig]) -> LayerErrors:
-        """Run in full precision; the relative error of each choice's input side, for every layer of every network."""
-        known = layer_names(self.models)
-        probes: list[Probe] = []
-        with tracked(self.models) as self.reference, ExitStack() as stack:
-            for model, splits in zip(self.models, self.splits, strict=True):
-                probes += stack.enter_context(probes_of(model, config, choices, splits, known))
-            self.run()
-        errors = [(probe.name, probe.errors()) for probe in probes]
-        if any(not math.isfinite(e) for _, row in errors for e in row):
-            raise CalibrationError(
-                "tune: expected at least two steps of every layer, got fewer. `run` must run a whole trajectory. "
-                "Give more steps, or exclude layers that do not run."
-            )
-        return errors
-
-    def sample_error(self, config: ModiffConfig) -> float:
-        """Mean relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
-
-        Where outputs do not feed back into inputs, the samples are equal and the outputs of all are compared.
-        """
-        known = layer_names(self.models)
-        with ExitStack() as stack:
-            for model, splits in zip(self.models, self.splits, strict=True):
-                install(model, config, splits=splits, known=known)
-                stack.callback(uninstall, model)
-                stack.enter_context(model_trajectory(model))
-            track = stack.enter_context(tracked(self.models))
-            self.run()
-        if track.shapes() != self.reference.shapes() or not track.outputs:
-            raise CalibrationError(
-                f"tune: expected run to evaluate the network {len(self.reference.outputs)} times as before, got "
-                f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
-                "Fix its seed, steps and batch."
-            )
-        ours, exact = track.samples[-1:], self.reference.samples[-1:]
-        if all(map(torch.equal, ours, exact)):
-            ours, exact = track.outputs, self.reference.outputs
-        score = _relative_error(ours, exact)
-        return score if math.isfinite(score) else math.inf
+def _layer_errors(
+    models: Sequence[nn.Module],
+    run: Callable[[], object],
+    config: ModiffConfig,
+    choices: list[LayerConfig],
+    splits: Sequence[Mapping[str, int]],
+) -> tuple[LayerErrors, Track]:
+    """Run in full precision: the relative error of each choice's input side, for every layer; and what was computed."""
+    known, probes = layer_names(models), list[Probe]()
+    with tracked(models) as exact, ExitStack() as stack:
+        for model, its_splits in zip(models, splits, strict=True):
+            probes += stack.enter_context(probes_of(model, config, choices, its_splits, known))
+        run()
+    errors = [(probe.name, probe.errors()) for probe in probes]
+    if any(not math.isfinite(e) for _, row in errors for e in row):
+        raise CalibrationError(
+            "tune: expected at least two steps of every layer, got fewer. `run` must run a whole trajectory. "
+            "Give more steps, or exclude layers that do not run."
+        )
+    return errors, exact
 
 
-def _relative_error(ours: list[Tensor], exact: list[Tensor]) -> float:
+def _sample_error(
+    models: Sequence[nn.Module],
+    run: Callable[[], object],
+    config: ModiffConfig,
+    splits: Sequence[Mapping[str, int]],
+    exact: Track,
+) -> float:
+    """Mean relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
+
+    Where outputs do not feed back into inputs, the samples are equal and the outputs of all are compared.
+    """
+    known = layer_names(models)
+    with ExitStack() as stack:
+        for model, its_splits in zip(models, splits, strict=True):
+            install(model, config, splits=its_splits, known=known)
+            stack.callback(uninstall, model)
+            stack.enter_context(model_trajectory(model))
+        track = stack.enter_context(tracked(models))
+        run()
+    if track.shapes() != exact.shapes() or not track.outputs:
+        raise CalibrationError(
+            f"tune: expected run to evaluate the network {len(exact.outputs)} times as before, got "
+            f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
+            "Fix its seed, steps and batch."
+        )
+    pairs = list(zip(track.samples[-1:], exact.samples[-1:], strict=True))
+    if all(torch.equal(*pair) for pair in pairs):
+        pairs = list(zip(track.outputs, exact.outputs, strict=True))
+    score = _relative_error(pairs)
+    return score if math.isfinite(score) else math.inf
+
+
+def _relative_error(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """Mean over the samples of ||ours - exact|| / ||exact||, the tensors of a sample taken together.
 
     A mean square would be the error of the one sample that tips over to another image; a mean logarithm would miss it.
     """
-    noise = sum((m.double() - t.double()).flatten(1).square().sum(1) for m, t in zip(ours, exact, strict=True))
-    signal = sum(t.double().flatten(1).square().sum(1) for t in exact)
+    noise = sum((ours.double() - exact.double()).flatten(1).square().sum(1) for ours, exact in pairs)
+    signal = sum(exact.double().flatten(1).square().sum(1) for _, exact in pairs)
     return float(torch.as_tensor(noise / signal).sqrt().mean())
