@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import modiff
-from modiff import AttentionConfig, ConfigError, QuantizerConfig, StateError
+from modiff import AttentionConfig, ConfigError, QuantizerConfig
 from modiff.model.attention import apply_attention, attention_modules, attention_quantizers, remove_attention
 from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
@@ -55,17 +56,22 @@ def coarse(**patterns) -> AttentionConfig:
     )
 
 
-def test_removed_attention_computes_the_same_bits_as_before():
+def test_removed_attention_computes_the_same_bits_as_before_and_a_copy_has_quantizers_of_its_own():
     model = network()
     with torch.no_grad():
         before = model(X, 5.0)
         assert apply_attention(model, coarse()) == ("first", "second")
-        assert float((model(X, 5.0) - before).abs().max()) > 1e-3
+        coded = model(X, 5.0)
+        assert float((coded - before).abs().max()) > 1e-3
+        quantized = copy.deepcopy(model)
+        remove_attention(model)
         remove_attention(model)
         assert_same_bits(model(X, 5.0), before)
+        assert_same_bits(quantized(X, 5.0), coded)
+        remove_attention(quantized)
+        assert_same_bits(quantized(X, 5.0), before)
     assert "_modiff_attention" not in model.__dict__
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    remove_attention(model)
 
 
 def test_patterns_choose_the_modules():
@@ -79,7 +85,6 @@ def test_patterns_choose_the_modules():
     ("patterns", "message"),
     [
         ({"include": ("third",)}, r"AttentionConfig\.include: expected a pattern that matches .* got 'third'"),
-        ({"exclude": ("third",)}, r"AttentionConfig\.exclude: expected a pattern that matches .* got 'third'"),
         ({"exclude": ("*",)}, "Network: expected at least one attention module to take, got none of 2"),
     ],
 )
@@ -90,27 +95,13 @@ def test_a_config_that_takes_nothing_is_refused_and_changes_nothing(patterns, me
     assert "_modiff_attention" not in model.__dict__
 
 
-def test_applying_twice_is_an_error_that_changes_nothing():
-    model = network()
-    apply_attention(model, coarse())
-    with torch.no_grad():
-        first = model(X, 5.0)
-        with pytest.raises(StateError, match="expected attention in full precision"):
-            apply_attention(model, coarse())
-        assert_same_bits(model(X, 5.0), first)
-
-
-def static(step_groups: int = 1) -> AttentionConfig:
-    return AttentionConfig(
-        operands=QuantizerConfig(dynamic=False, step_groups=step_groups),
-        softmax=QuantizerConfig(symmetric=False, lowest="zero", dynamic=False, step_groups=step_groups),
-    )
-
-
 def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with_their_clock():
     model = network()
     modiff.apply(model, modiff.presets.plain(None, 8))
-    apply_attention(model, static(step_groups=0))
+    static = QuantizerConfig(dynamic=False, step_groups=0)
+    apply_attention(model, AttentionConfig(
+        operands=static, softmax=dataclasses.replace(static, symmetric=False, lowest="zero")
+    ))  # fmt: skip
     assert "first.to_q" not in attention_quantizers(model)
     assert {"second.to_q", "first.q", "second.softmax"} <= set(quantizers_of(model))
 
@@ -130,17 +121,3 @@ def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with
             assert float(table[0].scale) == pytest.approx(expected, rel=1e-5)
         with pytest.raises(modiff.CalibrationError, match="got timestep 300"):
             model(X, 300.0)
-
-
-def test_a_copy_of_a_model_has_quantizers_of_its_own():
-    model = network()
-    with torch.no_grad():
-        plain = model(X, 5.0)
-        apply_attention(model, coarse())
-        coded = model(X, 5.0)
-        quantized = copy.deepcopy(model)
-        remove_attention(model)
-        assert_same_bits(model(X, 5.0), plain)
-        assert_same_bits(quantized(X, 5.0), coded)
-        remove_attention(quantized)
-        assert_same_bits(quantized(X, 5.0), plain)

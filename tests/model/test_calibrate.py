@@ -1,131 +1,280 @@
-"""Calibration watches what each layer will code: residuals of modulated layers, inputs of plain ones."""
+"""Calibration watches what each layer will code, of one step if need be, and how large the steps are."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import modiff
-from modiff import (
-    CalibrationError,
-    ConfigError,
-    LayerConfig,
-    ModiffConfig,
-    QuantizerConfig,
-    WeightConfig,
-    presets,
-)
+from modiff import CalibrationError, ConfigError, LayerConfig, ModiffConfig, ModiffWarning, QuantizerConfig, presets
+from modiff.core.observers import MSEObserver
+from modiff.core.quantizer import Quantizer
 from modiff.model.attach import attachment_of
-from tests.helpers import assert_same_bits, drifting
-from tests.model.toys import activations_only, sample, toy
+from tests.helpers import assert_same_bits, assert_within, drifting
+from tests.model.toys import activations_only, applied, generate, sample, toy
 from tests.recipes import recipe_of_layer
-from tests.reference.recursion import run
+from tests.reference.recursion import run as reference_run
 
 
-def static(bits: int = 4, **settings) -> ModiffConfig:
-    return activations_only(bits, dynamic=False, **settings)
+class Timed(nn.Module):
+    """One layer, and a time step that it does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, sample: Tensor, timestep: float | Tensor = 0.0) -> Tensor:
+        return self.layer(sample)
 
 
-def one_layer(config: ModiffConfig) -> nn.Module:
+TIMES = [900.0, 700.0, 400.0, 0.0]
+INPUTS = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(4)]
+
+
+def static(bits: int = 4, *, modulated: bool = True, **settings) -> nn.Module:
+    """One layer with static scales for its activation, that are not measured yet."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16))
-    modiff.apply(model, dataclasses.replace(config, first_last="quantize"))
+    model, config = Timed(), activations_only(bits, dynamic=False, **settings)
+    layer = config.layer if modulated else dataclasses.replace(config.layer, modulation=None)
+    modiff.apply(model, dataclasses.replace(config, layer=layer, first_last="quantize"))
     return model
 
 
-def loop(model: nn.Module, inputs: list[torch.Tensor]):
-    def run_it() -> None:
-        with modiff.trajectory(model), torch.no_grad():
-            for x in inputs:
-                model(x)
-
-    return run_it
+def play(model: nn.Module, inputs: list[Tensor] = INPUTS, times: list[float] = TIMES) -> list[Tensor]:
+    times = times if len(times) == len(inputs) else [float(len(inputs) - i) for i in range(len(inputs))]
+    with torch.no_grad(), modiff.trajectory(model):
+        return [model(x, t) for x, t in zip(inputs, times, strict=True)]
 
 
-def scale_of(model: nn.Module, name: str = "0") -> float:
-    return float(attachment_of(model).layers[name].quantizer.static[0].scale)
+def calibrate(model: nn.Module, *arguments, **options) -> nn.Module:
+    modiff.calibrate(model, lambda: play(model, *arguments), **options)
+    return model
+
+
+def quantizer_of(model: nn.Module) -> Quantizer:
+    return attachment_of(model).layers["layer"].quantizer
+
+
+def scale_of(model: nn.Module) -> float:
+    return float(quantizer_of(model).static[0].scale)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_scale_is_that_of_the_residuals_and_not_of_the_activations(bits):
     inputs = drifting(0, (4, 16), 20, 0.02, torch.float32)
-    model = one_layer(static(bits))
-    modiff.calibrate(model, loop(model, inputs))
-    dynamic = LayerConfig(weight=WeightConfig(bits=None), activation=QuantizerConfig(bits=bits, granularity="tensor"))
-    steps = run(inputs, recipe_of_layer(nn.Linear(16, 16), dynamic))
+    dynamic = activations_only(bits, granularity="tensor").layer
+    steps = reference_run(inputs, recipe_of_layer(nn.Linear(16, 16), dynamic))
     largest = max(float(step.residual.abs().max()) for step in steps[1:])
-    assert scale_of(model) == pytest.approx(largest / (2 ** (bits - 1) - 1), rel=1e-5)
+    assert scale_of(calibrate(static(bits), inputs)) == pytest.approx(largest / (2 ** (bits - 1) - 1), rel=1e-5)
     assert largest < 0.25 * float(torch.stack(inputs).abs().max()), "the two must differ, else nothing is tested"
 
 
 def test_a_calibrated_model_follows_its_network_and_repeats_itself():
     model, exact = toy(), sample(toy(), steps=8)
-    modiff.apply(model, static(8))
-
-    def trajectory() -> list[torch.Tensor]:
-        with modiff.trajectory(model):
-            return sample(model, steps=8)
-
+    modiff.apply(model, activations_only(8, dynamic=False))
     with pytest.raises(CalibrationError, match="expected measured scales, got none"):
-        trajectory()
-    modiff.calibrate(model, trajectory)
-    first, second = trajectory(), trajectory()
-    for a, b, e in zip(first, second, exact, strict=True):
+        generate(model, steps=8)
+    modiff.calibrate(model, lambda: generate(model, steps=8))
+    for a, b, e in zip(generate(model, steps=8), generate(model, steps=8), exact, strict=True):
         assert_same_bits(b, a)
         assert float((a - e).norm() / e.norm()) < 0.01
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse", "l1", "cosine"])
+@pytest.mark.parametrize("observer", ["moving_average", "percentile", "mse", "l1", "cosine"])
 def test_every_observer_can_be_asked_for(observer):
     inputs = drifting(0, (64, 16), 20, 0.05, torch.float32)
-    model = one_layer(static(3))
-    modiff.calibrate(model, loop(model, inputs), observer=observer)
-    scales = {observer: scale_of(model)}
-    modiff.calibrate(model, loop(model, inputs))
-    scales["minmax"] = scale_of(model)
-    if observer != "minmax":
-        assert scales[observer] < scales["minmax"]
+    model = static(3)
+    calibrate(model, inputs, observer=observer)
+    assert scale_of(model) < scale_of(calibrate(static(3), inputs))
+
+
+def test_an_observer_with_settings_of_its_own_can_be_given():
+    x = torch.randn(2000, 16)
+    x[0, 0] = 12.0
+    scales = [scale_of(calibrate(static(modulated=False), [x], observer=observer))
+              for observer in ("mse", lambda axis: MSEObserver(axis, trials=1))]  # fmt: skip
+    assert scales[1] == pytest.approx(12 / 7, rel=1e-6)
+    assert scales[0] < 0.8 * scales[1]
 
 
 def test_input_channels_get_a_scale_each():
-    model = one_layer(static(4, granularity="input_channel"))
     inputs = [x * torch.logspace(-2, 2, 16) for x in drifting(0, (8, 16), 5, 0.1, torch.float32)]
-    modiff.calibrate(model, loop(model, inputs))
-    scales = attachment_of(model).layers["0"].quantizer.static[0].scale.flatten()
+    scales = quantizer_of(calibrate(static(granularity="input_channel"), inputs)).static[0].scale.flatten()
     assert scales.shape == (16,)
     assert float(scales[-1] / scales[0]) > 1000
 
 
 def test_a_loop_that_raises_keeps_the_scales_measured_before():
-    inputs = drifting(0, (4, 16), 5, 0.1, torch.float32)
-    model = one_layer(static(4))
-    modiff.calibrate(model, loop(model, inputs))
+    model = calibrate(static())
     before = scale_of(model)
 
     def interrupted() -> None:
-        loop(model, [10 * x for x in inputs])()
+        play(model, [10 * x for x in INPUTS])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         modiff.calibrate(model, interrupted)
     assert scale_of(model) == before
-    assert attachment_of(model).layers["0"].quantizer.watching is False
-    loop(model, inputs)()
+    assert quantizer_of(model).watching is False
+    play(model)
 
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ConfigError, match=r"observer: expected one of minmax, .*, cosine, kl, got 'max'"):
-        modiff.calibrate(one_layer(static(4)), lambda: None, observer="max")
+        calibrate(static(), observer="max")
+    dynamic = applied(presets.w8a4())
     with pytest.raises(CalibrationError, match="calibrate: expected layers with static scales, got none"):
-        modiff.calibrate(one_layer(presets.w8a4()), lambda: None)
+        modiff.calibrate(dynamic, lambda: None)
+    model = static()
+    with pytest.raises(CalibrationError, match="layer: expected inputs while calibrating, got none"):
+        calibrate(model, INPUTS[:1])  # scales observed at the first step alone never see a residual
+    assert quantizer_of(model).watching is False
 
 
-def test_a_layer_that_never_reached_a_coded_step_is_an_error():
-    """Scales observed at the first step alone never see a residual."""
-    model = one_layer(static(4))
-    with pytest.raises(CalibrationError, match="0: expected inputs while calibrating, got none"):
-        modiff.calibrate(model, loop(model, drifting(0, (4, 16), 1, 0.1, torch.float32)))
-    assert attachment_of(model).layers["0"].quantizer.watching is False
+# ------------------------------------------------------------------------------------------------- scales of a step
+
+
+@pytest.mark.parametrize(
+    ("step_groups", "groups"), [(0, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]]), (3, [[0, 1], [2], [3]])]
+)
+def test_each_group_of_steps_has_the_scale_of_its_largest_input(step_groups, groups):
+    model = calibrate(static(modulated=False, step_groups=step_groups))
+    quantizer = quantizer_of(model)
+    assert quantizer.static is None
+    assert [float(q.scale) for (q,) in quantizer.tables.values()] == pytest.approx(
+        [max(float(INPUTS[i].abs().max()) for i in group) / 7 for group in groups], rel=1e-6
+    )
+    outputs = play(model)
+    for i, x in enumerate(INPUTS):
+        step = next(float(quantizer.tables[g][0].scale) for g, members in enumerate(groups) if i in members)
+        exact = nn.functional.linear(torch.round(x / step) * step, model.layer.weight, model.layer.bias)
+        assert_within(outputs[i], exact, 1e-4)
+
+
+def test_residuals_are_kept_by_their_step_and_the_one_before():
+    model = calibrate(static(step_groups=0))
+    assert sorted(quantizer_of(model).moments, reverse=True) == [(700.0, 900.0), (400.0, 700.0), (0.0, 400.0)]
+    for a, b in zip(play(model), play(model), strict=True):
+        assert_same_bits(b, a)
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_a_sampler_with_other_steps_is_an_error_and_not_the_nearest_scale(modulated):
+    model = calibrate(static(modulated=modulated, step_groups=0))
+    with pytest.raises(CalibrationError, match=r"expected a step of the . calibrated ones, .* got timestep 600"):
+        play(model, INPUTS, [900.0, 600.0, 400.0, 0.0])
+    coarser = INPUTS[::2], [900.0, 400.0]  # the inputs of a step are the same, its residual is of a step twice as long
+    if not modulated:
+        assert len(play(model, *coarser)) == 2
+        return
+    with pytest.raises(CalibrationError, match="got timestep 400 after 900"):
+        play(model, *coarser)
+
+
+def test_plain_layers_find_their_step_also_outside_of_a_trajectory_and_for_a_whole_batch_of_timesteps():
+    model = calibrate(static(modulated=False, step_groups=0))
+    expected = play(model)
+    with torch.no_grad():
+        assert_same_bits(model(INPUTS[1], torch.full((4,), 700.0)), expected[1])
+        with pytest.raises(modiff.StateError, match="expected one timestep for the whole batch, got several"):
+            model(INPUTS[1], torch.tensor([700.0, 400.0, 700.0, 700.0]))
+
+
+def test_both_contexts_of_guidance_share_the_scales_of_a_step():
+    model = static(step_groups=0)
+
+    def guided() -> None:
+        with torch.no_grad(), modiff.trajectory(model):
+            for t, x in zip(TIMES, INPUTS, strict=True):
+                for name, factor in (("cond", 1.0), ("uncond", 3.0)):
+                    with modiff.context(model, name):
+                        model(factor * x, t)
+
+    modiff.calibrate(model, guided)
+    quantizer = quantizer_of(model)
+    shared = float(quantizer.tables[quantizer.moments[(700.0, 900.0)]][0].scale)
+    alone = quantizer_of(calibrate(static(step_groups=0)))
+    assert shared == pytest.approx(3 * float(alone.tables[0][0].scale), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- sizes of steps
+
+STATIC = activations_only(8, dynamic=False)
+MESSAGE = "expected steps of at most 100 timesteps, as its static scales were measured with, got one of 166.667"
+
+
+def calibrated(config: ModiffConfig = STATIC, steps: int = 10) -> nn.Module:
+    model = applied(config)
+    if not config.layer.activation.dynamic:
+        modiff.calibrate(model, lambda: generate(model, steps=steps))
+    return model
+
+
+def test_a_step_that_is_much_larger_than_the_calibrated_ones_warns_once():
+    model = calibrated()
+    generate(model, steps=10)
+    generate(model, steps=7)  # 143 timesteps: slightly fewer steps are as good
+    with pytest.warns(ModiffWarning, match=MESSAGE):
+        generate(model, steps=6)
+    generate(model, steps=6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        activations_only(8),
+        ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False), modulation=None)),
+        activations_only(8, dynamic=False, step_groups=0),
+    ],
+)
+def test_scales_that_are_dynamic_of_values_or_of_each_step_have_no_step_size(config):
+    assert attachment_of(calibrated(config)).step_sizes.largest is None
+
+
+def test_measuring_again_forgets_the_step_size_and_a_failed_measurement_keeps_it():
+    model = calibrated()
+    modiff.calibrate(model, lambda: generate(model, steps=4))
+    with pytest.raises(CalibrationError):
+        modiff.calibrate(model, lambda: None)
+    assert attachment_of(model).step_sizes.largest == 250
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_pairs_of_steps_say_how_large_a_step_is(learned):
+    model = toy()
+    calls = modiff.collect(model, lambda i: sample(model, 10, batch=4), pairs=True, progress=False)
+    modiff.apply(model, STATIC)
+    if learned:
+        config = modiff.ReconstructConfig(learn="residual_scales", unit="layer", iterations=1, checks=1)
+        modiff.reconstruct(model, calls, config, progress=False)
+    else:
+        modiff.calibrate(model, lambda: modiff.replay(model, calls))
+    with pytest.warns(ModiffWarning, match=MESSAGE):
+        generate(model, steps=6)
+
+
+def test_a_network_without_a_timestep_is_not_checked():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    modiff.apply(model, STATIC)
+
+    def loop() -> None:
+        with modiff.trajectory(model), torch.no_grad():
+            for i in range(3):
+                model(torch.full((2, 32), 1.0 + i))
+
+    modiff.calibrate(model, loop)
+    assert attachment_of(model).step_sizes.largest is None
+
+
+def test_a_checkpoint_keeps_the_step_size_and_one_without_it_is_not_checked(tmp_path):
+    modiff.save(calibrated(), tmp_path / "new")
+    assert attachment_of(modiff.load(tmp_path / "new", into=toy())).step_sizes.largest == 100
+    config = tmp_path / "new" / "config.json"
+    config.write_text(config.read_text().replace('"largest_step": 100.0', '"largest_step": null'))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(modiff.load(tmp_path / "new", into=toy()), steps=3)

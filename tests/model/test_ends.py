@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import modiff
 from modiff import ModiffConfig, presets
 from modiff.errors import ModiffWarning
-from tests.model.toys import sample, toy
+from tests.model.toys import applied, sample
 
 
 class HeadFirst(nn.Module):
@@ -79,8 +79,7 @@ def test_ends_that_the_config_names_are_not_warned_about(config):
 
 
 def test_a_network_that_runs_in_the_order_of_registration_is_not_warned_about_whatever_embeds_its_time():
-    model = toy()
-    modiff.apply(model)
+    model = applied()
     with modiff.trajectory(model), warnings_fail():
         sample(model)
     assert hooks_on(model) == 0

@@ -47,42 +47,49 @@ def judged(
     return noise, signal
 
 
-def test_errors_are_those_of_the_reference_over_all_coded_steps_and_contexts():
-    layer, clock = nn.Linear(16, 4).double(), Clock("model")
-    probe = Probe(layer, "layer", CHOICES, clock)
-    runs = {name: drifting(seed, (2, 3, 16), 6, 0.2) for seed, name in enumerate(("cond", "uncond"))}
+def probed(
+    layer: nn.Module, choices: list[LayerConfig], runs: dict[str, list[torch.Tensor]], split: int | None
+) -> Probe:
+    """A probe that saw the runs step by step, each in its context."""
+    clock = Clock("model")
+    probe = Probe(layer, "layer", choices, clock, split)
     clock.start()
     for t, time in enumerate(TIMES):
         for name, inputs in runs.items():
             clock.context = name
             clock.call(time)
-            probe.see(inputs[t].float().double())
+            probe.see(inputs[t])
             clock.returned()
-    for choice, error in zip(CHOICES, probe.errors(), strict=True):
-        parts = [judged(layer, choice, [x.float().double() for x in inputs]) for inputs in runs.values()]
-        expected = math.sqrt(sum(n for n, _ in parts) / sum(s for _, s in parts))
-        assert error == pytest.approx(expected, rel=1e-5)  # rotated inputs are float32
+    return probe
+
+
+def test_errors_are_those_of_the_reference_over_all_coded_steps_and_contexts():
+    layer = nn.Linear(16, 4).double()
+    runs = {name: [x.float().double() for x in drifting(seed, (2, 3, 16), 6, 0.2)] for seed, name in enumerate("ab")}
+    for choice, error in zip(CHOICES, probed(layer, CHOICES, runs, None).errors(), strict=True):
+        noises, signals = zip(*(judged(layer, choice, inputs) for inputs in runs.values()), strict=True)
+        assert error == pytest.approx(math.sqrt(sum(noises) / sum(signals)), rel=1e-5)  # rotated inputs are float32
 
 
 def test_a_probe_of_a_split_layer_gives_each_half_a_scale_of_its_own():
-    layer, clock = nn.Conv2d(16, 4, 1).double(), Clock("model")
-    inputs = drifting(0, (2, 16, 3, 3), 6, 0.2)
+    layer, inputs = nn.Conv2d(16, 4, 1).double(), drifting(0, (2, 16, 3, 3), 6, 0.2)
     for x in inputs:
         x[:, :5] *= 100
-    errors = []
-    for split in (None, 5):
-        probe = Probe(layer, "layer", CHOICES[:2], clock, split)
-        clock.start()
-        for time, x in zip(TIMES, inputs, strict=True):
-            clock.call(time)
-            probe.see(x)
-            clock.returned()
-        clock.stop()
-        errors.append(probe.errors())
-    for choice, error in zip(CHOICES, errors[1], strict=False):
+    whole, halves = (probed(layer, CHOICES[:2], {"default": inputs}, split).errors() for split in (None, 5))
+    for choice, error in zip(CHOICES, halves, strict=False):
         noise, signal = judged(layer, choice, inputs, 5)
         assert error == pytest.approx(math.sqrt(noise / signal), rel=1e-5)
-    assert errors[0] != errors[1]
+    assert whole != halves
+
+
+def test_the_error_of_a_plain_candidate_is_that_of_coding_each_input_from_nothing():
+    """The first step is full precision for modulated candidates: it is not counted for anyone."""
+    inputs = drifting(0, (3, 16), 6, 0.3, torch.float32)
+    plain = LayerConfig(activation=QuantizerConfig(bits=4), modulation=None)
+    x = torch.stack(inputs[1:]).double()
+    scale = x.abs().amax(-1, keepdim=True) / 7
+    expected = float((x - (x / scale).round() * scale).norm() / x.norm())
+    assert probed(nn.Linear(16, 4), [plain], {"default": inputs}, None).errors() == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_the_network_computes_as_ever_while_it_is_probed_and_is_left_as_it_was():
@@ -109,19 +116,3 @@ def test_what_cannot_be_probed_is_refused():
     floats = LayerConfig(activation=QuantizerConfig(bits=None), modulation=None)
     with pytest.raises(ConfigError, match="up: expected a candidate with activation bits, got none"):
         Probe(nn.Linear(16, 4), "up", [floats], clock).see(torch.randn(2, 16))
-
-
-def test_the_error_of_a_plain_candidate_is_that_of_coding_each_input_from_nothing():
-    layer, clock = nn.Linear(16, 4), Clock("model")
-    inputs = drifting(0, (3, 16), 4, 0.3, torch.float32)
-    probe = Probe(layer, "up", [LayerConfig(activation=QuantizerConfig(bits=4), modulation=None)], clock)
-    clock.start()
-    noise = signal = 0.0
-    for step, x in enumerate(inputs):
-        clock.call(None)
-        probe.see(x)
-        if step:  # the first step is full precision for modulated candidates: it is not counted for anyone
-            scale = x.double().abs().amax(1, keepdim=True) / 7
-            noise += float((x.double() - (x.double() / scale).round() * scale).square().sum())
-            signal += float(x.double().square().sum())
-    assert probe.errors()[0] == pytest.approx((noise / signal) ** 0.5, rel=1e-5)

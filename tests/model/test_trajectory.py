@@ -6,30 +6,19 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import modiff
 from modiff import ModiffWarning, StateError, presets
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import state_bytes
 from tests.helpers import assert_same_bits
-from tests.model.toys import activations_only, sample, toy
-
-
-def states(model: nn.Module) -> int:
-    return sum(len(quantized.loop.tensors()) for quantized in attachment_of(model).layers.values())
-
-
-def applied(config=None) -> nn.Module:
-    model = toy()
-    modiff.apply(model, config or presets.w8a4())
-    return model
+from tests.model.toys import activations_only, applied, assert_equal, generate, sample
 
 
 def test_states_are_freed_when_the_body_raises_and_the_next_trajectory_is_a_fresh_one():
-    model = applied()
-    with modiff.trajectory(model):
-        expected = sample(model)
+    model = applied(presets.w8a4())
+    expected = generate(model)
 
     def interrupted() -> None:
         with modiff.trajectory(model):
@@ -38,44 +27,18 @@ def test_states_are_freed_when_the_body_raises_and_the_next_trajectory_is_a_fres
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert states(model) == 0
-    with modiff.trajectory(model):
-        for ours, theirs in zip(sample(model), expected, strict=True):
-            assert_same_bits(ours, theirs)
-
-
-def test_an_evaluation_that_raises_half_way_is_not_repeated_on_its_half_states(monkeypatch):
-    model = applied()
-    with modiff.trajectory(model):
-        first = sample(model, steps=2)[-1]
-        with monkeypatch.context() as patch:
-            patch.setattr(model.body, "forward", lambda x: (_ for _ in ()).throw(MemoryError("no room")))
-            with pytest.raises(MemoryError):
-                model(first, 3.0)
-        with pytest.raises(StateError, match="Begin the trajectory again"):
-            model(first, 3.0)
-    with modiff.trajectory(model):
-        sample(model, steps=2)
-
-
-def test_a_compiled_model_has_the_trajectories_of_the_model_behind_it():
-    model = applied()
-    compiled = torch.compile(model, backend="eager")
-    with modiff.trajectory(model):
-        expected = sample(model, steps=2)
-    with modiff.trajectory(compiled), modiff.context(compiled, "cond"):
-        for ours, theirs in zip(sample(compiled, steps=2), expected, strict=True):
-            assert_same_bits(ours, theirs)
+    assert state_bytes(model) == 0
+    compiled = torch.compile(model, backend="eager")  # it has the trajectories of the model behind it
+    assert_equal(generate(compiled), expected)
 
 
 def test_trajectories_of_one_model_cannot_nest_and_the_outer_one_goes_on():
-    model = applied()
+    model = applied(presets.w8a4())
     with modiff.trajectory(model):
-        first = sample(model, steps=2)
+        sample(model, steps=2)
         with pytest.raises(StateError, match="Toy: expected no running trajectory"), modiff.trajectory(model):
             pass
-        assert states(model) == 10
-    assert len(first) == 2
+        assert state_bytes(model) > 0
 
 
 def test_two_contexts_are_two_trajectories_side_by_side():
@@ -83,7 +46,7 @@ def test_two_contexts_are_two_trajectories_side_by_side():
     starts = {"cond": torch.randn(2, 3, 4, 4), "uncond": torch.randn(2, 3, 4, 4)}
     expected = {}
 
-    def advance(x: torch.Tensor, step: int) -> torch.Tensor:
+    def advance(x: Tensor, step: int) -> Tensor:
         with torch.no_grad():
             return x - 0.1 * model(x, 1000.0 - 100 * step)
 
@@ -102,31 +65,26 @@ def test_two_contexts_are_two_trajectories_side_by_side():
 
 
 def test_a_context_ends_with_its_body_also_when_it_raises():
-    model = applied()
+    model = applied(presets.w8a4())
     clock = attachment_of(model).clock
     with modiff.trajectory(model):
         with modiff.context(model, "cond"):
-            with pytest.raises(AttributeError), modiff.context(model, "inner"):
-                model(clock.context, 0.0)
-            with modiff.context(model, "inner"):
-                assert clock.context == "inner"
+            with pytest.raises(ValueError, match="inner"), modiff.context(model, "inner"):
+                raise ValueError(clock.context)
             assert clock.context == "cond"
         assert clock.context == "default"
 
 
 def test_a_batch_that_changes_inside_is_refused_by_the_first_layer_that_sees_it():
-    model = applied()
+    model = applied(presets.w8a4())
     with modiff.trajectory(model):
         sample(model, steps=1)
-        with pytest.raises(
-            StateError, match=r"body: expected an input of shape \(2, 16, 4, 4\) on cpu, got \(1, 16, 4, 4\)"
-        ):
+        with pytest.raises(StateError, match=r"body: expected an input of shape \(2, 16, 4, 4\) on cpu, got \(1, 16"):
             sample(model, steps=1, batch=1)
 
 
 def test_the_timestep_reaches_the_clock_by_position_or_by_name():
-    model = applied(activations_only(4))
-    x = torch.randn(2, 3, 4, 4)
+    model, x = applied(activations_only(4)), torch.randn(2, 3, 4, 4)
     with modiff.trajectory(model), torch.no_grad():
         model(x, 1000.0)
         model(sample=x, timestep=torch.tensor(900))
@@ -142,7 +100,7 @@ class TwoReaders(nn.Module):
         super().__init__()
         self.first, self.to_q, self.to_k, self.last = (nn.Linear(16, 16) for _ in range(4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         return self.last(self.to_q(x) * self.to_k(x))
 
@@ -160,12 +118,11 @@ def test_state_bytes_by_hand_shared_inputs_once_and_each_context(config, copies)
                 model(torch.randn(3, 16))
                 model(torch.randn(3, 16))
             assert state_bytes(model) == count * copies * 3 * each
-    assert state_bytes(model) == 0
 
 
 def test_a_third_evaluation_at_one_timestep_in_one_context_warns_once(monkeypatch):
     monkeypatch.setattr("modiff.errors._WARNED", set())
-    model, x = applied(), torch.randn(2, 3, 4, 4)
+    model, x = applied(presets.w8a4()), torch.randn(2, 3, 4, 4)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", ModiffWarning)
         for tiles in (("a", "b", "c"), ("default", "default", "default")):

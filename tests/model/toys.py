@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+import modiff
 from modiff import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
+from tests.helpers import assert_same_bits
 
 SHAPE = (2, 3, 4, 4)
 
@@ -40,11 +42,8 @@ class Toy(nn.Module):
         self.conv_out = nn.Conv2d(16, 3, 3, padding=1)
 
     def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        t = (
-            torch.as_tensor(timestep, dtype=sample.dtype).flatten()[0]
-            / 1000
-            * torch.linspace(0, 1, 16, dtype=sample.dtype)
-        )
+        t = torch.as_tensor(timestep, dtype=sample.dtype).flatten()[0] / 1000
+        t = t * torch.linspace(0, 1, 16, dtype=sample.dtype)
         h = self.conv_in(sample) + self.time_embedding(t)[:, None, None]
         h = h + self.body(torch.nn.functional.silu(self.norm(h)))
         tokens = h.flatten(2).mT
@@ -71,6 +70,25 @@ def sample(model: Callable[..., Tensor], steps: int = 6, seed: int = 0, batch: i
             outputs.append(model(x, 1000.0 * (1 - i / steps)))
             x = x - 0.1 * outputs[-1]
     return outputs
+
+
+def applied(config: ModiffConfig | None = None, make: Callable[[], nn.Module] = toy) -> nn.Module:
+    """A network with modulated layers."""
+    model = make()
+    modiff.apply(model, config)
+    return model
+
+
+def generate(model: nn.Module, **options: int) -> list[Tensor]:
+    """`sample` as a trajectory."""
+    with modiff.trajectory(model):
+        return sample(model, **options)
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """The same bits at each step."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_bits(a, b)
 
 
 def activations_only(bits: int | None, **settings) -> ModiffConfig:

@@ -47,7 +47,7 @@ class Automatic:
             return
         now, context, thread = float(middle(timestep)), self.clock.context, threading.get_ident()
         other = thread != self._thread or self._shapes.get(context, shape) != shape
-        if not self.owns_trajectory or other or self._reversed(self._seen.get(context, []), now):
+        if not self.owns_trajectory or other or _reversed(self._seen.get(context, []), now):
             self.end()
             self.clock.start()
             self.clock.context, self.owns_trajectory, self._thread = context, True, thread
@@ -65,15 +65,13 @@ class Automatic:
         self._seen.clear()
         self._shapes.clear()
 
-    @staticmethod
-    def _reversed(seen: list[float], now: float) -> bool:
-        if len(seen) == 1:
-            return now == seen[0]
-        return len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0
+
+def _reversed(seen: list[float], now: float) -> bool:
+    return seen == [now] or (len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0)
 
 
 class Attachment:
-    """One per model with modulated layers; `attachment_of` returns it.
+    """One per model with modulated layers.
 
     packed: the originals are gone for good. automatic: begins trajectories, where neither `modiff.trajectory` nor a
     pipeline does. step_sizes: that static scales were measured with.
@@ -239,7 +237,7 @@ def check_plain(model: nn.Module, verb: str, why: str) -> None:
 
 
 def check_searchable(models: Sequence[nn.Module], config: ModiffConfig, verb: str) -> None:
-    """Make sure that settings can be judged. Raises: StateError if modiff is on a model; ConfigError without codes."""
+    """Raise the StateError of a model that carries modiff, or the ConfigError of settings without codes to judge."""
     for model in models:
         check_plain(model, verb, "It is judged against full precision. Call modiff.remove(model) first.")
     bits = config.layer.activation.bits

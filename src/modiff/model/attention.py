@@ -6,7 +6,7 @@ from torch import nn
 
 from modiff.config import AttentionConfig
 from modiff.core.quantizer import Quantizer
-from modiff.errors import ConfigError, StateError
+from modiff.errors import ConfigError
 from modiff.model.attach import attachment_of
 from modiff.model.facts import facts_of
 from modiff.model.select import check_patterns, matches
@@ -39,16 +39,11 @@ def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[s
     """Quantize q, k, v and softmax outputs of the model's attention from now on; nothing happens for None.
 
     Returns: the names of the modules taken.
-    Raises: ConfigError as `attention_modules` does; StateError if it was done before. The model is unchanged then.
+    Raises: ConfigError as `attention_modules` does; the model is unchanged then.
     """
     modules = attention_modules(model, config)
     if config is None:
         return ()
-    if ATTRIBUTE in model.__dict__:
-        raise StateError(
-            f"apply_attention: expected attention in full precision, got a {type(model).__name__} with quantized "
-            "attention. It would be quantized twice. Call remove_attention(model) first."
-        )
     attachment = attachment_of(model)
     clock = None if attachment is None else attachment.clock
     model.__dict__[ATTRIBUTE] = {name: QuantizedAttention(config, name, clock) for name in modules}

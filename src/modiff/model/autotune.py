@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from modiff.model.facts import facts_of
 from modiff.model.probe import Probe, probes_of
 from modiff.model.report import execution_of
 from modiff.model.select import layer_names, modulated_layer
-from modiff.nn import Clock, ModulatedLayer
+from modiff.nn import Clock
 
 Mode = Literal["float", "plain", "modulated"]
 Seconds = dict[str, float]
@@ -65,8 +66,7 @@ class AutotuneRow:
     """One layer.
 
     calls: of one evaluation. seconds: of one call in each mode. errors: of quantizing the input, plain and modulated.
-    state_bytes: of both states, float32, if it is modulated. backend: which would run it on integers, and why; empty if
-    none can.
+    state_bytes: of both states, float32, if it is modulated. backend: of the integers, and why; empty if none can.
     """
 
     name: str
@@ -147,7 +147,6 @@ def choose_modes(
     Args:
         models: the networks that `run` evaluates; they get one config.
         profile: what is known of this machine; what is missing is measured and added.
-        splits: as for `apply`, for each of the models.
     Raises: StateError if modiff is on a model; ConfigError for a config with overrides or without modulation;
         CalibrationError if `run` never reached a second step.
     """
@@ -246,13 +245,19 @@ def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int |
 
     Cost: some twenty calls.
     """
-    quantized = [modulated_layer(layer, c, "autotune", Clock("autotune"), split) for c in _measured(config)]
+    clock = Clock("autotune")
+    quantized = [modulated_layer(layer, c, "autotune", clock, split) for c in _measured(config)]
     x = innermost(x) if quantized[0].channel_dim == 1 else x
-    near = [x, (x * 1.01).to(x.dtype)]  # two inputs in turn: the residual is never zero
-    runs = zip(MODES, (layer, *map(_alone, quantized)), strict=True)
+    inputs = itertools.cycle([x, (x * 1.01).to(x.dtype)])  # in turn: the residual is never zero
+
+    def step(run: Callable[[Tensor], Tensor]) -> Tensor:
+        clock.call(None)
+        return run(next(inputs))
+
+    clock.start()
+    runs = {mode: partial(step, run) for mode, run in zip(MODES, (layer, *quantized), strict=True)}
     with torch.no_grad():
-        times = interleaved({mode: _alternating(run, near) for mode, run in runs}, _ROUNDS)
-    return {mode: min(seconds) for mode, seconds in times.items()}
+        return {mode: min(seconds) for mode, seconds in interleaved(runs, _ROUNDS).items()}
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -263,7 +268,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None  # it only gets its work
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None  # a GPU is handed its work
     for _ in range(rounds):
         for name, run in runs.items():
             wait()
@@ -272,22 +277,3 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             wait()
             times[name].append(time.perf_counter() - start)
     return times
-
-
-def _alone(layer: ModulatedLayer) -> Callable[[Tensor], Tensor]:
-    """A quantized layer as a function whose calls are the steps of a trajectory."""
-    layer.clock.start()
-
-    def run(x: Tensor) -> Tensor:
-        layer.clock.call(None)
-        output = layer(x)
-        layer.clock.returned()
-        return output
-
-    return run
-
-
-def _alternating(run: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], Tensor]:
-    run(inputs[0])  # a modulated layer starts its states: the steps after are the ones that count
-    turns = itertools.cycle(reversed(inputs))
-    return lambda: run(next(turns))
