@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,7 +24,7 @@ from modiff.evaluate.pipelines import measure_step
 from modiff.files import check_writable, read_json, write_json
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.host import denoisers
-from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
+from modiff.hosts.diffusers.runs import calibration_run, noise_generators
 from modiff.model.observe import observe
 from modiff.model.report import Report
 
@@ -90,7 +91,7 @@ class Lab:
         self.doing = ""
         self._references: dict[str, _Sampled] = {}
         with self.sampling(Run(steps=1)) as ddim:
-            self.cost: list[LayerCost] = measure_step(ddim, unconditional_run(ddim, 1, 1, settings.seed))
+            self.cost: list[LayerCost] = measure_step(ddim, partial(calibration_run(ddim, steps=1, batch=1), 0))
 
     @property
     def most_steps(self) -> int:

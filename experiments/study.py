@@ -18,7 +18,7 @@ from modiff.files import ResumableFolder, check_writable, write_json
 from modiff.generate.environment import environment
 from modiff.generate.worker import digest
 from modiff.generate.worker import settings as settings_of
-from modiff.hosts.diffusers.runs import unconditional_run
+from modiff.hosts.diffusers.runs import call_inputs
 
 LEAD = (
     "The single-trajectory experiments of the MoDiff paper on this model: what was printed, what came out, and why "
@@ -100,7 +100,7 @@ def run_study(
 
 def _check(pipe: DiffusionPipeline) -> None:
     try:
-        unconditional_run(pipe, 1, 1, 0)
+        call_inputs(pipe, 1, prompt=None, label=None)
     except ConfigError:
         raise ConfigError(
             f"experiments: expected an unconditional pipeline, got {type(pipe).__name__}, which needs a prompt or "

@@ -219,7 +219,7 @@ def tune(
     networks = list(host.networks(target).values())
     run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
     splits = [host.splits(network) for network in networks]
-    with host.all_contexts(networks):
+    with host.contexts(*networks):
         return search_config(networks, run, base, granularity=granularity, splits=splits)
 
 
@@ -255,7 +255,7 @@ def autotune(
     networks = list(host.networks(target).values())
     run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
     splits = [host.splits(network) for network in networks]
-    with stored_profile(profile) as times, host.all_contexts(networks):
+    with stored_profile(profile) as times, host.contexts(*networks):
         return choose_modes(networks, run, settings, tolerance=tolerance, profile=times, splits=splits)
 
 

@@ -20,7 +20,7 @@ from modiff import presets
 from modiff.api import apply, remove
 from modiff.evaluate.report.document import Document, Figure, Table
 from modiff.evaluate.report.page import html_page, markdown
-from modiff.hosts.diffusers.runs import unconditional_run
+from modiff.hosts.diffusers.runs import calibration_run
 from modiff.model.trajectory import state_bytes
 from tests.experiments.fakes import FakeLab
 from tests.pixels import pixel_pipeline
@@ -150,7 +150,7 @@ def test_memory_counts_both_states_and_equals_state_bytes(lab: Lab) -> None:
     pipe, sizes = pixel_pipeline(), []
     apply(pipe, presets.modulated(8, 4))
     pipe.unet.register_forward_hook(lambda model, *_: sizes.append(state_bytes(model)))
-    unconditional_run(pipe, 2, 2, 0)()
+    calibration_run(pipe, steps=2, batch=2)(0)
     remove(pipe)
     assert both * 2**20 == pytest.approx(sizes[-1])
     assert f"the states hold {by['hold, float32', 8]:.1f} MiB" in shown("table6", values)[0]

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PriorTransformer
+from diffusers import DiffusionPipeline, PriorTransformer, StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
 import modiff
 from modiff import StateError, presets
-from modiff.hosts.diffusers.hooks import unfollow_cache_context
 from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
@@ -109,7 +108,7 @@ def test_guidance_in_two_calls_needs_no_contexts_of_the_pipeline(name: str) -> N
     pipe = host.build()
     modiff.apply(pipe, presets.modulated(None, 4))
     with_contexts = host.call(pipe)
-    unfollow_cache_context(host.network(pipe))
+    del host.network(pipe).__dict__["cache_context"]
     assert torch.equal(host.call(pipe), with_contexts)
 
 
@@ -242,6 +241,35 @@ def test_an_interrupted_apply_leaves_nothing_on_a_pipeline_with_two_denoisers(
         assert attachment_of(network) is None
         assert not hasattr(network, "hf_quantizer")
         assert "cache_context" not in network.__dict__
+
+
+def image_to_image(pipe: DiffusionPipeline, **more: Any) -> Tensor:
+    image, noise = torch.full((1, 3, 8, 8), 0.3), torch.Generator().manual_seed(0)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("fox", image, 0.8, num_inference_steps=5, generator=noise, output_type="latent", **more).images
+
+
+def test_a_network_begins_trajectories_in_every_pipeline_that_runs_it() -> None:
+    host = HOSTS["sd"]
+    pipe, alone = host.build(), host.build()
+    plain = host.call(pipe)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    modiff.apply(other, presets.w8a4())
+    expected = image_to_image(other)
+    modiff.remove(other)
+    modiff.apply(pipe, presets.w8a4())
+    first = host.call(pipe)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    again = type(pipe)(**pipe.components, requires_safety_checker=False)
+    modiff.apply(alone.unet, presets.w8a4())
+    for _ in range(2):
+        for run in (pipe, again, alone):
+            assert torch.equal(host.call(run), first)
+        assert torch.equal(image_to_image(other), expected)
+    modiff.remove(alone.unet)
+    modiff.remove(pipe)
+    for run in (pipe, again, alone):
+        assert torch.equal(host.call(run), plain)
 
 
 @pytest.mark.parametrize("config", ["w8a4", presets.w8a4, presets.w8a4().to_dict()])

@@ -44,7 +44,7 @@ def test_a_config_is_json_and_comes_back(config):
     assert repr(config).startswith("ModiffDiffusersConfig(ModiffConfig(")
     assert ModiffDiffusersConfig.from_dict(values, return_unused_kwargs=True, more=1) == (config, {"more": 1})
     assert ModiffDiffusersConfig(config.config.to_dict()).config == config.config
-    with pytest.raises(ConfigError, match=r"ModiffDiffusersConfig.config: expected a ModiffConfig, got 4"):
+    with pytest.raises(ConfigError, match=r"config: expected a ModiffConfig, .* got 4"):
         ModiffDiffusersConfig(4)
 
 
@@ -65,24 +65,17 @@ modiff.apply(torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3))))
 show()
 from modiff import ModiffDiffusersConfig
 show()
-unet = UNet2DModel.from_pretrained(sys.argv[1])
-print(type(unet.hf_quantizer).__name__)
-from modiff.hosts.diffusers.quantizer import leave_tables
-leave_tables()
-show()
-modiff.hosts.diffusers_host.cache_clear()  # as if none of its objects had been met
-modiff.hosts.host.host_of(unet)
-show()
+print(type(UNet2DModel.from_pretrained(sys.argv[1]).hf_quantizer).__name__)
 """
 
 
-def test_the_tables_of_diffusers_change_with_its_first_object_or_one_name_of_modiff_and_can_be_changed_back(quantized):
+def test_the_tables_of_diffusers_change_with_one_name_of_modiff(quantized):
     """Trap 8: diffusers has no plugins; something of modiff must be imported, and the error is diffusers' own."""
     probe = [sys.executable, "-c", PROBE, str(quantized / "unet")]
     done = subprocess.run(probe, capture_output=True, text=True, check=True, timeout=170)
     refused, *lines = done.stdout.splitlines()
     assert refused.startswith("Unknown quantization type, got modiff")
-    assert lines == ["False False", "True True", "ModiffQuantizer", "False False", "True True"]
+    assert lines == ["False False", "True True", "ModiffQuantizer"]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def explain(
     """
     chosen = named_config(config)
     from modiff import api  # imported late: `modiff --help` must not wait for diffusers
-    from modiff.hosts.diffusers.runs import unconditional_run
+    from modiff.hosts.diffusers.runs import calibration_run
     from modiff.kernels.encode import choose_encoder
     from modiff.kernels.isa import machine
 
@@ -109,7 +109,7 @@ def explain(
         pipe, chosen, tolerance=tolerance, steps=steps, num_images=num_images, seed=seed, profile=profile
     )
     api.apply(pipe, chosen.on_integers())
-    unconditional_run(pipe, 2, 1, seed)()  # two steps: the second one is on integers
+    calibration_run(pipe, steps=2, batch=1, seed=seed)(0)  # two steps: the second one is on integers
     layers = api.report(pipe)
     typer.echo(f"{machine()}; input side: {choose_encoder(device).reason}\n{choices}\n\non integers:")
     for entry in layers.taken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from modiff.evaluate.pipelines import (
 from modiff.generate.environment import Environment, environment
 from modiff.generate.pictures import grid
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers.runs import noise_generators, unconditional_run
+from modiff.hosts.diffusers.runs import calibration_run, noise_generators
 from modiff.model.tune import FINALISTS
 
 FEWEST_STEPS = 4
@@ -143,7 +144,7 @@ def run_demo(
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
-    cost = measure_step(pipe, unconditional_run(pipe, 1, 1, seed))
+    cost = measure_step(pipe, partial(calibration_run(pipe, steps=1, batch=1, seed=seed), 0))
     with evaluations_bar(pipe, passes, progress) as bar:
         for plan in todo:
             config = plan.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,17 +69,9 @@ class Host(NetworkFacts):
         """Undo `attach`; nothing happens where it was not called."""
         target.__class__ = getattr(type(target), _MARK, type(target))
 
-    def contexts(self, network: nn.Module) -> AbstractContextManager[None]:
+    def contexts(self, *networks: nn.Module) -> AbstractContextManager[object]:
         """While the body runs, the host's own names for branches of guidance choose states too."""
         return nullcontext()
-
-    @contextmanager
-    def all_contexts(self, networks: Iterable[nn.Module]) -> Iterator[None]:
-        """`contexts` of several networks."""
-        with ExitStack() as stack:
-            for network in networks:
-                stack.enter_context(self.contexts(network))
-            yield
 
     def packed(self, network: nn.Module) -> None:
         """The network holds integers for good from now on."""
@@ -131,7 +123,7 @@ def host_of(target: Any) -> Host:
 
 
 def networks_of(target: Any) -> dict[str, nn.Module]:
-    """The networks of a target by name. Raises: ConfigError if it is neither hosted nor a module."""
+    """The networks of a target by name. Raises: ConfigError if there are none."""
     return host_of(target).networks(target)
 
 

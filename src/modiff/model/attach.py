@@ -26,7 +26,7 @@ _BEGINNING = threading.Lock()
 
 
 class Automatic:
-    """Tells where one trajectory ends and the next begins, for a model that diffusers loaded from a quantized folder.
+    """Tells where one trajectory ends and the next begins, for a model that any pipeline may run.
 
     Timesteps run one way through a trajectory. The next one began where they turn round, where the second is the first
     again (one-step trajectories), where the sample has another shape or the call comes from another thread, and after
@@ -36,7 +36,7 @@ class Automatic:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.owns_trajectory = False
+        self.owns_trajectory = self._numbered = False
         self._thread = 0
         self._seen: dict[str, list[float]] = {}
         self._shapes: dict[str, Shape] = {}
@@ -50,6 +50,7 @@ class Automatic:
         if not self.owns_trajectory or other or _reversed(self._seen.get(context, []), now):
             self.end()
             self.clock.start()
+            self._numbered, self.clock.numbered = self.clock.numbered, True
             self.clock.context, self.owns_trajectory, self._thread = context, True, thread
         self._shapes[context] = shape
         seen = self._seen.setdefault(context, [])
@@ -61,6 +62,7 @@ class Automatic:
         """The trajectory ended: free its states, if it began here."""
         if self.owns_trajectory:
             self.clock.stop()
+            self.clock.numbered = self._numbered
         self.owns_trajectory = False
         self._seen.clear()
         self._shapes.clear()

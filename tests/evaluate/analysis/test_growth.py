@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from modiff.evaluate.analysis.growth import (
     uncompensated_bound,
 )
 from modiff.evaluate.analysis.watch import watch
-from modiff.hosts.diffusers.runs import unconditional_run
+from modiff.hosts.diffusers.runs import calibration_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
 from tests.hosts.tiny import HOSTS
@@ -46,7 +47,7 @@ def unet() -> Growth:
     pipe = HOSTS["ddim"].build()
     pipe.set_progress_bar_config(disable=True)
     growth = ErrorGrowth()
-    watch(pipe, unconditional_run(pipe, 8, 2, 0), presets.w8a4(), [growth])
+    watch(pipe, partial(calibration_run(pipe, steps=8, batch=2), 0), presets.w8a4(), [growth])
     return growth.growth()
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stderr
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from modiff.errors import ConfigError
 from modiff.evaluate.analysis.run import SWEEP_MODES, Analysis, analyze_pipeline, bit_sweep
 from modiff.evaluate.pipelines import image_error
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers.runs import unconditional_run
+from modiff.hosts.diffusers.runs import calibration_run
 from tests.hosts.tiny import HOSTS
 
 
@@ -91,7 +92,7 @@ def relative(images: np.ndarray, reference: np.ndarray) -> float:
 
 def test_rows_equal_runs_by_hand_and_keep_the_configs_weights_and_selection() -> None:
     pipe = build()
-    run = unconditional_run(pipe, 3, 1, 0)
+    run = partial(calibration_run(pipe, steps=3, batch=1), 0)
     reference = run().images
     config = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=6)), include=("down_blocks.*",))
     rows = bit_sweep(pipe, run, reference, config, (8, 3), ("plain", "tuned"))

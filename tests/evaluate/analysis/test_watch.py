@@ -1,5 +1,7 @@
 """Watching a full-precision network: what is shown, that nothing changes, and what is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from modiff import presets
 from modiff.config import LayerConfig
 from modiff.errors import CalibrationError, ConfigError, StateError
 from modiff.evaluate.analysis.watch import Visit, watch
-from modiff.hosts.diffusers.runs import unconditional_run
+from modiff.hosts.diffusers.runs import calibration_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import assert_same_bits, drifting
 from tests.hosts.tiny import HOSTS
@@ -48,7 +50,7 @@ def test_a_layer_called_twice_has_two_keys_and_both_start_at_step_0() -> None:
 
 def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -> None:
     pipe = HOSTS["ddim"].build()
-    run = unconditional_run(pipe, 3, 2, 0)
+    run = partial(calibration_run(pipe, steps=3, batch=2), 0)
     plain = torch.as_tensor(run().images)
     watched: list[torch.Tensor] = []
     recorder, before = Recorder(), hooks(pipe.unet)

@@ -11,7 +11,7 @@ from typing import Any, Never
 from torch import nn
 
 from modiff.errors import StateError
-from modiff.model.attach import attachment_of
+from modiff.model.attach import Automatic, attachment_of, required_attachment
 from modiff.model.trajectory import model_context
 
 _RESET = "_reset_stateful_cache"
@@ -33,11 +33,6 @@ def follow_cache_context(model: nn.Module) -> None:
     model.__dict__["cache_context"] = types.MethodType(cache_context, model)  # copy.deepcopy binds it to the copy
 
 
-def unfollow_cache_context(model: nn.Module) -> None:
-    """Undo `follow_cache_context`; nothing happens where it was not called."""
-    model.__dict__.pop("cache_context", None)
-
-
 @contextmanager
 def cache_contexts(model: nn.Module) -> Iterator[None]:
     """Follow the model's cache contexts while the body runs; nothing changes where they are followed already."""
@@ -48,11 +43,17 @@ def cache_contexts(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        unfollow_cache_context(model)
+        model.__dict__.pop("cache_context", None)
 
 
-def follow_resets(model: nn.Module) -> None:
-    """Let the end of a pipeline call end a trajectory that began by itself."""
+def follow(model: nn.Module) -> None:
+    """Let a model with modulated layers begin trajectories by itself, whichever pipeline runs it.
+
+    Its cache contexts choose states, and the reset at the end of a pipeline's call ends the trajectory.
+    """
+    attachment = required_attachment(model, "follow")
+    attachment.automatic = Automatic(attachment.clock)
+    follow_cache_context(model)
     own = getattr(type(model), _RESET, None)
 
     def reset(self: nn.Module, recurse: bool = True) -> None:
@@ -63,6 +64,12 @@ def follow_resets(model: nn.Module) -> None:
             own(self, recurse)
 
     model.__dict__[_RESET] = types.MethodType(reset, model)  # copy.deepcopy binds it to the copy
+
+
+def unfollow(model: nn.Module) -> None:
+    """Undo `follow`; nothing happens where it was not called."""
+    for name in ("cache_context", _RESET, _FUSE):
+        model.__dict__.pop(name, None)
 
 
 def refuse_fusing(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from modiff.config import PackedAnchors
 from modiff.errors import ConfigError
 from modiff.files import new_folder
-from modiff.hosts.diffusers.hooks import cache_contexts, follow_cache_context, unfollow_cache_context
+from modiff.hosts.diffusers.hooks import cache_contexts, follow, unfollow
 from modiff.hosts.diffusers.quantizer import attach_quantizer, offer_quantizer, saving_quantized, withdraw_quantizer
 from modiff.hosts.diffusers.runs import calibration_run, evaluations
 from modiff.hosts.host import Host
@@ -48,25 +48,27 @@ class DiffusersHost(Host):
         return denoisers(target) if isinstance(target, DiffusionPipeline) else super().networks(target)
 
     def attach(self, target: Any) -> None:
-        """Follow the pipeline's calls and contexts; its models save packed integers from now on."""
+        """Follow the models, and the pipeline's calls; models save packed integers from now on."""
         for network in self.networks(target).values():
             if attachment_of(network) is not None:
                 offer_quantizer(network)
-            if isinstance(target, DiffusionPipeline):
-                follow_cache_context(network)
+                follow(network)
         if isinstance(target, DiffusionPipeline):
             super().attach(target)
 
     def detach(self, target: Any) -> None:
         """Undo `attach`."""
         for network in self.networks(target).values():
-            unfollow_cache_context(network)
+            unfollow(network)
             withdraw_quantizer(network)
         super().detach(target)
 
-    def contexts(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Follow the cache contexts of a model that modiff is not on."""
-        return cache_contexts(network)
+    def contexts(self, *networks: nn.Module) -> AbstractContextManager[object]:
+        """Follow the cache contexts of models that modiff is not on."""
+        stack = ExitStack()
+        for network in networks:
+            stack.enter_context(cache_contexts(network))
+        return stack
 
     def packed(self, network: nn.Module) -> None:
         """diffusers treats the model as quantized from now on."""

@@ -25,9 +25,7 @@ _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Attri
 
 
 def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """A diffusers pipeline without a progress bar of its own; weights are read from safetensors only.
-
-    A folder with networks that modiff quantized gives them back quantized: they begin trajectories by themselves.
+    """A diffusers pipeline without a progress bar, its weights from safetensors; quantized networks come quantized.
 
     Args:
         model: a name of `modiff.assets.MODELS` ("embedded" is the Fashion-MNIST model of the package), a diffusers
@@ -75,20 +73,13 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if (
-        device is None
-        or device.type not in ("cpu", "cuda")
-        or (device.type == "cuda" and not torch.cuda.is_available())
-    ):
-        known = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no CUDA device here)"
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if name.partition(":")[0] not in kinds:
+        known = "cpu or cuda" if len(kinds) > 1 else "cpu (there is no CUDA device here)"
         raise FormatError(
             f"device: expected {known}, got {name!r}. Models run where torch finds them a place. Use cpu."
         )
-    return device
+    return torch.device(name)
 
 
 def _folder(model: str | Path) -> Path:
@@ -143,16 +134,12 @@ def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
 
 
 def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Module:
-    """One network; diffusers would start weights that the file lacks at random, with no more than a log line."""
+    """One network; weights that the file lacks would start at random, with no more than a log line."""
     try:
         model, info = kind.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            variant=_variant(path),
-            local_files_only=True,
+            path, dtype=dtype, use_safetensors=True, variant=_variant(path), local_files_only=True,
             output_loading_info=True,
-        )
+        )  # fmt: skip
     except ModiffError as error:
         raise FormatError(f"{path}: {error}") from error
     except _LOADING_ERRORS as error:

@@ -31,17 +31,16 @@ from modiff.checkpoint.tensors import (
 )
 from modiff.config import ModiffConfig, PackedAnchors, check
 from modiff.errors import ConfigError, FormatError, StateError
-from modiff.hosts.diffusers.hooks import follow_cache_context, follow_resets, refuse_fusing
+from modiff.hosts.diffusers.hooks import follow, refuse_fusing
 from modiff.hosts.names import DEFAULT_EXCLUDE, shortcut_splits
 from modiff.model.apply import install
-from modiff.model.attach import Automatic, required_attachment
+from modiff.model.attach import required_attachment
 from modiff.model.pack import seal
 from modiff.nn.packed import ERROR_SCALE, PACKED, SCALE
+from modiff.presets import AnyConfig, as_config
 
 WHERE = "quantization_config"
 _ALIGNMENT = 64
-
-
 _SETTINGS = {"quant_method", "config", "modules_to_not_convert", "anchor_weights"}
 """The entries of a config that a user gave, not a checkpoint."""
 
@@ -60,7 +59,7 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
     class lets diffusers read folders that hold models of modiff, too.
 
     Args:
-        config: layers, bits and modulation; W8A8 when None. A dictionary from `ModiffConfig.to_dict()` will do.
+        config: as `modiff.apply` takes it.
         modules_to_not_convert: parts of layer names that are left in full precision, added to `config.exclude`.
         anchor_weights: what is kept of each weight for anchors, as `modiff.pack` has it.
     Raises: ConfigError for settings that mean nothing.
@@ -68,20 +67,15 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        config: ModiffConfig | dict[str, Any] | None = None,
+        config: AnyConfig | None = None,
         modules_to_not_convert: list[str] | None = None,
         anchor_weights: PackedAnchors = "quantized",
     ) -> None:
-        config = ModiffConfig() if config is None else config
-        config = ModiffConfig.from_dict(config) if isinstance(config, dict) else config
-        if not isinstance(config, ModiffConfig):
-            raise ConfigError(f"ModiffDiffusersConfig.config: expected a ModiffConfig, got {config!r}. It says which "
-                              "layers get which bits. Use modiff.presets.w8a8().")  # fmt: skip
         check("ModiffDiffusersConfig.anchor_weights", anchor_weights, anchor_weights in ("quantized", "int8"),
               "'quantized' or 'int8'", "It says what is kept of a weight for anchors.")  # fmt: skip
         self.quant_method: Any = _Method.MODIFF
         self.anchor_weights: PackedAnchors = anchor_weights
-        self.config = config
+        self.config = as_config(config)
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.layout: Layout | None = None
         self._model: nn.Module | None = None
@@ -146,10 +140,10 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
 
 
 class ModiffQuantizer(DiffusersQuantizer):
-    """What diffusers calls while it loads or saves a model of modiff; users meet `ModiffDiffusersConfig` only.
+    """What diffusers calls while it loads or saves a model of modiff.
 
     On the fly, each weight is quantized and packed as it is read. From a quantized folder, packed layers are put into
-    the empty model first. Either way the model begins and ends its trajectories itself, as no verb of modiff sees it.
+    the empty model first. Either way the model begins trajectories by itself.
     """
 
     use_keep_in_fp32_modules = True
@@ -177,8 +171,6 @@ class ModiffQuantizer(DiffusersQuantizer):
             raise ConfigError("from_pretrained: expected a device_map without 'disk', got one with it. Weights on disk "
                               "never meet the quantizer. Use enable_group_offload.")  # fmt: skip
 
-    # ---------------------------------------------------------------------------------------------------- loading
-
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Note the files, to look at their headers; measured scales of activations are not the model's to load."""
         self._files = [str(file) for file in checkpoint_files]
@@ -201,8 +193,7 @@ class ModiffQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: ModelMixin, **_: object) -> None:
         """Put quantized layers into the empty model."""
         if self.quantization_config.layout is None:
-            config = self.quantization_config.chosen
-            install(model, config, splits=shortcut_splits(model))
+            install(model, self.quantization_config.chosen, splits=shortcut_splits(model))
             return
         pickled = [file for file in self._files if not file.endswith(".safetensors")]
         if pickled:
@@ -250,15 +241,11 @@ class ModiffQuantizer(DiffusersQuantizer):
         self._exact.clear()
         seal(attachment)
         align(model)
-        attachment.automatic = Automatic(attachment.clock)
-        follow_cache_context(model)
-        follow_resets(model)
+        follow(model)
         refuse_fusing(model)
         self.model, self.quantization_config = model, ModiffDiffusersConfig.of_model(model)
         model.register_to_config(quantization_config=self.quantization_config)
         return model
-
-    # ----------------------------------------------------------------------------------------------------- saving
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -274,14 +261,11 @@ class ModiffQuantizer(DiffusersQuantizer):
 
 @contextmanager
 def saving_quantized(models: Sequence[nn.Module], anchor_weights: PackedAnchors) -> Iterator[None]:
-    """Let `save_pretrained` of diffusers models with modulated layers write integers while the body runs."""
-    plain = [m for m in models if not isinstance(getattr(m, "hf_quantizer", None), ModiffQuantizer)]
-    for model in plain:
-        if getattr(model, "hf_quantizer", None) is not None:
+    """Let `save_pretrained` of diffusers models with modulated layers keep these anchors while the body runs."""
+    for model in models:
+        if not isinstance(getattr(model, "hf_quantizer", None), ModiffQuantizer):
             raise StateError(f"save: expected a model that modiff alone quantized, got {type(model).__name__} with "
                              "another method as well. Two formats do not mix. Load it without.")  # fmt: skip
-    for model in plain:
-        _enter(model)
     configs = [model.hf_quantizer.quantization_config for model in models]
     before = [config.anchor_weights for config in configs]
     try:
@@ -291,15 +275,10 @@ def saving_quantized(models: Sequence[nn.Module], anchor_weights: PackedAnchors)
     finally:
         for config, was in zip(configs, before, strict=True):
             config.anchor_weights = was
-        for model in plain:
-            withdraw_quantizer(model)
 
 
 def offer_quantizer(model: nn.Module) -> None:
-    """Let `save_pretrained` of a model with modulated layers write integers; the model stays as it is otherwise.
-
-    Nothing happens to modules that are not diffusers', or that another method quantized.
-    """
+    """Let `save_pretrained` of a diffusers model write integers, unless another method quantized it."""
     if isinstance(model, ModelMixin) and getattr(model, "hf_quantizer", None) is None:
         _enter(model)
 
@@ -313,10 +292,7 @@ def withdraw_quantizer(model: nn.Module) -> None:
 
 
 def attach_quantizer(model: nn.Module) -> None:
-    """Tell diffusers that a model is packed: it saves the integers, and refuses `.half()`, `.float()`, `.to(dtype)`.
-
-    Other modules than diffusers' are left alone.
-    """
+    """Tell diffusers that its model is packed: it refuses `.half()`, `.float()` and `.to(dtype)` from now on."""
     if isinstance(model, ModelMixin):
         _enter(model)
         model.is_quantized, model.quantization_method = True, _Method.MODIFF
@@ -331,11 +307,7 @@ def _enter(model: ModelMixin) -> None:
 
 
 def align(model: nn.Module) -> None:
-    """Copy parameters that are views of a file.
-
-    A view starts anywhere, CPU kernels sum in another order there, and outputs would differ from run to run of nothing
-    but the file's layout.
-    """
+    """Copy parameters that are views of a file: CPU kernels sum in another order where memory is not aligned."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
             parameter.data = parameter.data.clone()
@@ -345,14 +317,8 @@ def enter_tables() -> None:
     """Let `from_pretrained` read modiff's format: two entries in diffusers' tables of quantization methods.
 
     diffusers has no other way to add a method. It happens when modiff meets the first object of diffusers, or when
-    `modiff.ModiffDiffusersConfig` is imported; `leave_tables` undoes it.
+    `modiff.ModiffDiffusersConfig` is imported.
     """
     quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     quantizers[_Method.MODIFF.value], configs[_Method.MODIFF.value] = ModiffQuantizer, ModiffDiffusersConfig
-
-
-def leave_tables() -> None:
-    """Undo `enter_tables`."""
-    for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
-        table.pop(_Method.MODIFF.value, None)

@@ -16,11 +16,9 @@ _KNOWN = ("prompt", "class_labels", "self")
 
 
 def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: int = 0) -> Callable[[int], object]:
-    """`run(i)` for `modiff.collect`: generates `batch` images from the noise of seed + i * batch, ... .
+    """`run(i)`, which generates `batch` images from the noise of seed + i * batch, ... .
 
-    Pipelines that draw classes get classes drawn from all of them, evenly, and others in each run: activation ranges of
-    one class are not those of the others.
-
+    Pipelines that draw classes get other ones in each run, drawn evenly from all: their activation ranges differ.
     Raises: ConfigError if the pipeline needs a prompt, or other inputs.
     """
     parameters = inspect.signature(pipe.__call__).parameters
@@ -45,10 +43,7 @@ def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: in
 
 
 def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
-    """How often a trajectory of `steps` steps evaluates the network, in each context: 2 a step for Heun, one but last.
-
-    Raises: ConfigError where the scheduler wants to know more than the steps.
-    """
+    """As `Host.evaluations`: two a step for Heun, one for the last. Raises: ConfigError if the steps do not tell."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     try:
         scheduler.set_timesteps(steps)
@@ -119,23 +114,3 @@ def _checked_label(pipe: DiffusionPipeline, label: int) -> int:
             f"--label: expected 0 to {classes - 1}, got {label}. The model knows {classes} classes. Pick one."
         )
     return label
-
-
-def unconditional_run(pipe: DiffusionPipeline, steps: int, num_images: int, seed: int) -> Callable[[], object]:
-    """A function that generates `num_images` images with a pipeline that needs no prompt.
-
-    Raises: ConfigError if the pipeline needs one.
-    """
-    parameters = inspect.signature(pipe.__call__).parameters
-    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if needed or "batch_size" not in parameters or "prompt" in parameters:
-        raise ConfigError(
-            f"{type(pipe).__name__}: expected a pipeline without a prompt, got one that takes "
-            f"{', '.join(needed) or 'a prompt'}. modiff does not invent inputs. Give run=lambda: pipe(...)."
-        )
-
-    def run() -> object:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return pipe(batch_size=num_images, num_inference_steps=steps, generator=generator, output_type="np")
-
-    return run
