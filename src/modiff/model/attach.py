@@ -111,6 +111,11 @@ class Attachment:
                 entries[i] = dataclasses.replace(entry, execution=execution, why=why, anchor=layer.anchors_with)
         return Report(tuple(entries), memory_of(self.layers.values(), self.most_states))
 
+    @property
+    def in_trajectory(self) -> bool:
+        """Whether a trajectory runs that did not begin by itself."""
+        return self.clock.active and not (self.automatic is not None and self.automatic.owns_trajectory)
+
     def state_bytes(self) -> int:
         """Of all states, of all contexts; a state that layers share counts once."""
         tensors = (t for layer in self.layers.values() for t in layer.loop.tensors())

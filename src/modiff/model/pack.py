@@ -38,7 +38,7 @@ def check_packable(model: nn.Module, anchor_weights: PackedAnchors = "quantized"
     """
     attachment = required_attachment(model, "pack")
     check_anchors(model, "pack", anchor_weights)
-    if attachment.clock.active and not (attachment.automatic and attachment.automatic.owns_trajectory):
+    if attachment.in_trajectory:
         raise StateError(
             f"pack: expected no running trajectory of {type(model).__name__}, got one. Its states belong to the "
             "weights as they are. Leave `with modiff.trajectory(model):` first."

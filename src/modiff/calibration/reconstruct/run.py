@@ -94,7 +94,7 @@ def _settings(job: ReconstructionJob, blocks: list[Block]) -> dict[str, Any]:
 def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
     """The layers that have something to learn. Raises: StateError inside a trajectory; ConfigError for what cannot."""
     attachment = required_attachment(model, "reconstruct")
-    if attachment.clock.active:
+    if attachment.in_trajectory:
         raise StateError(
             "reconstruct: expected no running trajectory, got one. Its states belong to the weights as they were. "
             "Call it after `with modiff.trajectory(model):`."
