@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from modiff.errors import ConfigError
 
+VERSION = "0.1.0"
+"""Of modiff, written into checkpoints; `modiff.__version__`."""
 AnchorWeights = Literal["exact", "quantized"]
 PackedAnchors = Literal["quantized", "int8"]
 ErrorCompensation = Literal["closed_loop", "none"]

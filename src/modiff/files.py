@@ -12,14 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from modiff.errors import ConfigError, FormatError, StateError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK = ".lock"
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
@@ -83,6 +84,8 @@ def read_json(path: str | Path, what: str, advice: str) -> dict[str, Any]:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
     """Write tensors, and `facts` as metadata, atomically. Raises: OSError. Cost: a copy of the tensors in memory."""
+    from safetensors.torch import save  # imported late: it loads torch
+
     content = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata=dict(facts))
     write_atomically(path, lambda file: file.write(content))
 

@@ -37,10 +37,23 @@ def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
             assert option in result.stdout
 
 
-def test_help_does_not_wait_for_diffusers() -> None:
-    probe = "import sys, modiff.cli; print('diffusers' in sys.modules, 'matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["False", "False"]
+AT_ONCE = ["", "-h", "--version", "sample --help", "smaple", "sample", "demo --steps x", "explain m --config w9", "-x"]
+
+
+def test_help_version_and_usage_errors_do_not_wait_for_torch() -> None:
+    probe = (
+        "import sys; from typer.testing import CliRunner; from modiff.cli import app\n"
+        "for words in sys.argv[1:]: print(CliRunner().invoke(app, words.split()).exit_code)\n"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", probe, *AT_ONCE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["2", "0", "0", "0", "2", "2", "2", "2", "2", "False"]
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "modiff", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"modiff {modiff.__version__}\n")
 
 
 @pytest.mark.parametrize(

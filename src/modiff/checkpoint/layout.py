@@ -7,13 +7,11 @@ from typing import Any, Self
 
 from torch import nn
 
-from modiff.config import LayerConfig, ModiffConfig, PackedAnchors
+from modiff.config import VERSION, LayerConfig, ModiffConfig, PackedAnchors
 from modiff.errors import ConfigError, FormatError
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
 
-VERSION = "0.1.0"
-"""Of modiff, written into checkpoints; `modiff.__version__`."""
 METHOD = "modiff"
 FORMAT_VERSION = 1
 _FIELDS = ("config", "layer_configs", "layers", "scales")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -21,7 +20,7 @@ MISTAKE, INTERRUPTED = 2, 130
 class Commands(TyperGroup):
     """Our errors and failed files become exit code 2, Ctrl-C 130, each with one line; bugs keep their traceback."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:
         """Run a command, the reading of its options included."""
         try:
             return super().invoke(ctx)
@@ -49,6 +48,7 @@ app = typer.Typer(
     name="modiff",
     cls=Commands,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

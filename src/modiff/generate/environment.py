@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from modiff.config import VERSION
 from modiff.kernels.isa import processor
 
 Environment = dict[str, Any]
@@ -17,13 +18,11 @@ Environment = dict[str, Any]
 
 def environment() -> Environment:
     """Versions, processor and threads of this process."""
-    import modiff  # imported late: the package imports its modules
-
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "diffusers": metadata.version("diffusers"),
-        "modiff": modiff.__version__,
+        "modiff": VERSION,
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),

@@ -1,0 +1,5 @@
+"""`python -m modiff` is `modiff`."""
+
+from modiff.cli import app
+
+app(prog_name="modiff")
