@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.calibration.data import CalibrationSet
-from modiff.calibration.reconstruct.config import ReconstructConfig
+from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
+from modiff.calibration.reconstruct.run import learn_units
 from modiff.core.affine import QParams
 from modiff.model.attach import attachment_of
 from tests.model.toys import activations_only, sample
@@ -40,6 +41,10 @@ def applied(build, config: ModiffConfig, pairs: bool = False) -> tuple[nn.Module
     calls = calls_of(model, pairs=pairs)
     modiff.apply(model, config)
     return model, calls
+
+
+def learn(model: nn.Module, calls, config=QUICK, kinds=KINDS, folder=None, **changes) -> ReconstructionReport:
+    return learn_units(model, calls, dataclasses.replace(config, **changes), kinds=kinds, folder=folder, progress=False)
 
 
 def layers_of(model: nn.Module):

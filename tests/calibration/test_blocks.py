@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -11,14 +13,6 @@ from modiff import ConfigError, presets
 from modiff.calibration.blocks import blocks_of
 from modiff.model.attach import attachment_of
 from tests.model.toys import TAKEN, toy, toy_unet
-
-
-def test_a_plain_network_is_cut_by_the_layers_that_could_be_taken():
-    blocks = blocks_of(toy(), kinds=("Attention",))
-    layers = [name for name, m in toy().named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    assert sorted(name for block in blocks for name in block.layers) == sorted(layers)
-    some = blocks_of(toy(), kinds=("Attention",), layers=["attention.to_v", "body"])
-    assert [(b.name, b.layers) for b in some] == [("attention", ("attention.to_v",)), ("body", ("body",))]
 
 
 class Nested(nn.Module):
@@ -36,10 +30,7 @@ class Nested(nn.Module):
 
 
 def nested() -> nn.Module:
-    model = nn.Sequential()
-    model.add_module("block", Nested())
-    model.add_module("last", nn.Linear(4, 4))
-    return model
+    return nn.Sequential(OrderedDict(block=Nested(), last=nn.Linear(4, 4)))
 
 
 def test_a_pattern_of_the_user_goes_before_the_known_blocks():
@@ -77,5 +68,8 @@ def test_a_layer_outside_of_all_blocks_is_a_unit_and_a_pattern_that_matches_noth
 def test_every_modulated_layer_is_in_exactly_one_unit(kinds):
     model = toy_unet()
     modiff.apply(model, presets.w4a8())
-    found = [name for block in blocks_of(model, kinds=kinds) for name in block.layers]
-    assert sorted(found) == sorted(attachment_of(model).layers)
+    plain = [name for name, m in toy_unet().named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for network, layers in ((model, attachment_of(model).layers), (toy_unet(), plain)):
+        assert sorted(n for block in blocks_of(network, kinds=kinds) for n in block.layers) == sorted(layers)
+    some = blocks_of(toy(), kinds=("Attention",), layers=["attention.to_v", "body"])
+    assert [(b.name, b.layers) for b in some] == [("attention", ("attention.to_v",)), ("body", ("body",))]

@@ -12,19 +12,11 @@ def hadamard(block: int) -> Tensor:
     return torch.tensor(signs, dtype=torch.float64) / block**0.5
 
 
-def largest_block(channels: int, limit: int) -> int:
-    """The largest power of two that divides `channels`, at most `limit`; by trial."""
-    block = 1
-    while block * 2 <= limit and channels % (block * 2) == 0:
-        block *= 2
-    return block
-
-
 def rotation(runs: tuple[int, ...], limit: int, groups: int = 1) -> Tensor:
     """The whole (channels x channels) matrix: blocks never cross a run or a group."""
     matrix, first = torch.zeros(sum(runs), sum(runs), dtype=torch.float64), 0
     for run in runs:
-        block = largest_block(run // groups, limit)
+        block = max(b for b in (1, 2, 4, 8, 16, 32, 64) if b <= limit and run // groups % b == 0)
         for start in range(first, first + run, block):
             matrix[start : start + block, start : start + block] = hadamard(block)
         first += run

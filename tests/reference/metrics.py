@@ -106,16 +106,15 @@ def tensorflow_resize(image: Array, size: int) -> Array:
     """A grey image (H, W) to (size, size), pixel by pixel: output (i, j) is taken at (i H / size, j W / size)."""
     height, width = image.shape
     out = np.zeros((size, size))
-    for i in range(size):
-        for j in range(size):
-            y, x = i * height / size, j * width / size
-            top, left = math.floor(y), math.floor(x)
-            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-            dy, dx = y - top, x - left
-            out[i, j] = (
-                image[top, left] * (1 - dy) * (1 - dx)
-                + image[top, right] * (1 - dy) * dx
-                + image[bottom, left] * dy * (1 - dx)
-                + image[bottom, right] * dy * dx
-            )
+    for i, j in np.ndindex(size, size):
+        y, x = i * height / size, j * width / size
+        top, left = math.floor(y), math.floor(x)
+        bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+        dy, dx = y - top, x - left
+        out[i, j] = (
+            image[top, left] * (1 - dy) * (1 - dx)
+            + image[top, right] * (1 - dy) * dx
+            + image[bottom, left] * dy * (1 - dx)
+            + image[bottom, right] * dy * dx
+        )
     return out

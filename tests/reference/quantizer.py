@@ -22,7 +22,6 @@ class Quantized(NamedTuple):
     codes: Tensor
     value: Tensor
     step: Tensor
-    zero: Tensor
 
 
 def group_of(index: tuple[int, ...], granularity: str, channel_dim: int) -> tuple[int, ...]:
@@ -66,24 +65,20 @@ def quantize(
         groups.setdefault(group_of(index, granularity, channel_dim), []).append(x[index].item())
     parameters = {name: affine_parameters(values, bits, symmetric, clip) for name, values in groups.items()}
     codes, value, step = torch.zeros(x.shape, dtype=torch.int64), torch.zeros_like(x), torch.zeros_like(x)
-    zeros = torch.zeros(x.shape, dtype=torch.int64)
     bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     for index in indices:
         scale, zero = parameters[group_of(index, granularity, channel_dim)]
         code = min(max(round(x[index].item() / scale) + zero, bottom), top)
-        codes[index], value[index], step[index], zeros[index] = code, scale * (code - zero), scale, zero
-    return Quantized(codes, value, step, zeros)
+        codes[index], value[index], step[index] = code, scale * (code - zero), scale
+    return Quantized(codes, value, step)
 
 
 def quantize_segments(
     x: Tensor, segments: tuple[int, ...], bits: int, granularity: str, *, symmetric: bool, clip: float, channel_dim: int
 ) -> Quantized:
     """Each run of channels with scales of its own, put side by side again."""
-    first, parts = 0, []
-    for count in segments:
-        part = x.narrow(channel_dim, first, count)
-        parts.append(quantize(part, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel_dim))
-        first += count
+    options = {"symmetric": symmetric, "clip": clip, "channel_dim": channel_dim}
+    parts = [quantize(part, bits, granularity, **options) for part in x.split(list(segments), channel_dim)]
     return Quantized(*(torch.cat(side, channel_dim) for side in zip(*parts, strict=True)))
 
 

@@ -16,11 +16,6 @@ def share(logit: float) -> float:
     return min(max(1.2 / (1 + math.exp(-logit)) - 0.1, 0.0), 1.0)
 
 
-def logit(fraction: float) -> float:
-    """The v with h(v) = fraction."""
-    return -math.log(1.2 / (fraction + 0.1) - 1)
-
-
 def bounds(bits: int) -> tuple[int, int]:
     """Smallest and largest code."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -54,9 +49,8 @@ def step_gradient(x: float, scale: float, zero: int, bits: int) -> float:
     """dQ/ds as LSQ states it."""
     low, high = bounds(bits)
     ratio = x / scale
-    if ratio < low - zero or ratio > high - zero:
-        return float((low if ratio < low - zero else high) - zero)
-    return round(ratio) - ratio
+    cut = min(max(ratio, low - zero), high - zero)
+    return cut if cut != ratio else round(ratio) - ratio
 
 
 def input_gradient(x: float, scale: float, zero: int, bits: int) -> float:

@@ -1,4 +1,4 @@
-"""Learned rounding on toys: better or unchanged, repeatable, and one unit in memory at a time."""
+"""Learned rounding on toys: better or unchanged, repeatable, a unit in memory at a time; what is left or refused."""
 
 from __future__ import annotations
 
@@ -10,20 +10,34 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import presets
+from modiff import (
+    CalibrationError,
+    ConfigError,
+    LayerConfig,
+    ModiffConfig,
+    ModulationConfig,
+    StateError,
+    WeightConfig,
+    presets,
+)
+from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct import job as reconstruct_job
 from modiff.calibration.reconstruct.layers import without_states
-from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.reconstruct.samples import UnitCall, UnitData
 from tests.calibration.learning import (
-    KINDS,
     QUICK,
+    RESIDUAL,
+    STATIC,
+    STEPS,
     applied,
     codes_of,
     error_of,
     layers_of,
+    learn,
     same_codes,
+    static_config,
     weights,
+    widened,
 )
 from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import sample, toy, toy_unet
@@ -47,7 +61,7 @@ def test_learned_rounding_lowers_the_loss_and_the_error_of_the_network(unit, rot
     model, calls = applied(toy_unet, weights(rotation=rotation))
     exact = sample(toy_unet(), seed=100)
     before, nearest = error_of(model, exact), codes_of(model)
-    report = learn_units(model, calls, dataclasses.replace(QUICK, unit=unit), kinds=KINDS, progress=False)
+    report = learn(model, calls, unit=unit)
     assert len(report.units) == (7 if unit == "block" else len(nearest))
     assert sum(u.after for u in report.units) < 0.75 * sum(u.before for u in report.units)
     if rotation == "none":  # a sum of losses says little about one noise; with this rotation it is the other way round
@@ -66,7 +80,7 @@ def test_learned_rounding_lowers_the_loss_and_the_error_of_the_network(unit, rot
 def test_before_and_after_are_the_losses_of_the_layers_as_they_are(seen):
     """Measured once more from outside: inputs of the quantized prefix, targets of full precision, rows held out."""
     model, calls = applied(toy, weights())
-    report = learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
+    report = learn(model, calls)
 
     def losses() -> list[float]:
         values = []
@@ -90,7 +104,7 @@ def test_before_and_after_are_the_losses_of_the_layers_as_they_are(seen):
         assert float((visit.args[0] - true).norm()) > 0.01 * float(true.norm()), "the inputs are of the quantized model"
     again, calls = applied(toy, weights())
     torch.manual_seed(1)  # the global state has no say
-    assert learn_units(again, calls, QUICK, kinds=KINDS, progress=False) == report
+    assert learn(again, calls) == report
     assert same_codes(codes_of(again), codes_of(model))
     assert losses() == pytest.approx([u.after for u in report.units], rel=1e-4)
     for quantized in layers_of(model).values():
@@ -98,34 +112,27 @@ def test_before_and_after_are_the_losses_of_the_layers_as_they_are(seen):
     assert losses() == pytest.approx([u.before for u in report.units], rel=1e-4)
 
 
-def test_what_is_no_better_is_not_kept():
-    """One step of a rate that throws every weight up or down: rounding to nearest stays, to the bit."""
-    model, calls = applied(toy, weights())
-    nearest = codes_of(model)
-    wild = dataclasses.replace(QUICK, iterations=8, learning_rate=50.0, regularizer=0.0, checks=8, unit="layer")
-    report = learn_units(model, calls, wild, progress=False)
-    assert [u.learned for u in report.units] == [False] * 5
-    assert all(u.after == u.before > 0 for u in report.units)
-    assert {u.reason for u in report.units} == {"what was learned is no better on the rows held out"}
-    assert same_codes(codes_of(model), nearest)
-    assert not any(quantized.quantized_weight.fixed for quantized in layers_of(model).values())
-
-
 @pytest.mark.parametrize(
     ("settings", "iterations", "reason"),
     [
-        ({}, 8, "what was learned is no better on the rows held out"),
-        ({"patience": 2}, 6, "what was learned is no better on the rows held out"),
-        ({"iterations": 80, "regularizer": 100.0, "learning_rate": 0.3}, 70, "every weight is decided"),
+        ({}, {8}, "what was learned is no better on the rows held out"),
+        ({"patience": 2}, {6}, "what was learned is no better on the rows held out"),
+        ({"learning_rate": 50.0, "unit": "layer"}, {1, 2}, "what was learned is no better on the rows held out"),
+        ({"iterations": 80, "regularizer": 100.0, "learning_rate": 0.3}, {70}, "every weight is decided"),
     ],
 )
 def test_a_unit_stops_after_checks_without_gain_in_the_second_half_or_with_every_weight_decided(
     settings, iterations, reason
 ):
     model, calls = applied(toy, weights())
+    nearest = codes_of(model)
     still = {"iterations": 8, "learning_rate": 1e-6, "regularizer": 0.0, "checks": 8, "patience": 0}
-    report = learn_units(model, calls, dataclasses.replace(QUICK, **still | settings), kinds=KINDS, progress=False)
-    assert {(u.iterations, u.reason) for u in report.units} == {(iterations, reason)}
+    report = learn(model, calls, **still | settings)
+    assert ({u.iterations for u in report.units}, {u.reason for u in report.units}) == (iterations, {reason})
+    if "every" not in reason:  # rounding to nearest stays, to the bit
+        assert all(not u.learned and u.after == u.before > 0 for u in report.units)
+        assert same_codes(codes_of(model), nearest)
+        assert not any(quantized.quantized_weight.fixed for quantized in layers_of(model).values())
 
 
 @pytest.mark.parametrize("activations", ["full_precision", "quantized"])
@@ -136,9 +143,7 @@ def test_weights_of_modulated_layers_are_learned_without_their_states(activation
         model, calls = applied(toy, presets.published(4, bits))  # exact anchors leave less to learn
         exact = sample(toy(), seed=100)
         before = error_of(model, exact)
-        report = learn_units(
-            model, calls, dataclasses.replace(QUICK, activations=activations), kinds=KINDS, progress=False
-        )
+        report = learn(model, calls, activations=activations)
         assert report.learned
         assert bits == 3 or error_of(model, exact) < before
         found.append(codes_of(model))
@@ -151,7 +156,7 @@ def test_nothing_else_of_the_model_changes():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     with torch.inference_mode():
-        learn_units(model, calls, QUICK, kinds=KINDS, progress=False)
+        learn(model, calls)
     for name, tensor in model.state_dict().items():
         assert_same_bits(tensor, before[name])
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -174,7 +179,7 @@ def test_the_inputs_of_one_unit_at_a_time_are_in_memory(monkeypatch):
         return UnitData(visits, run, **settings)
 
     monkeypatch.setattr(reconstruct_job, "UnitData", spy)
-    learn_units(model, calls, dataclasses.replace(QUICK, iterations=1, unit="layer"), kinds=KINDS, progress=False)
+    learn(model, calls, iterations=1, unit="layer")
     assert len(units) > 30
     assert alive == [0] * 5
 
@@ -200,9 +205,101 @@ def test_odd_layers_are_learned_in_float32_and_one_that_never_ran_is_left(dtype)
     inputs = drifting(0, (8, 8, 4, 4), 6, 0.3, dtype)
     calls = modiff.collect(model, lambda _: [model(x) for x in inputs], progress=False)
     modiff.apply(model, dataclasses.replace(presets.tuned(3, 8), first_last="quantize", min_weights=1))
-    *learned, idle = learn_units(model, calls, QUICK, kinds=("Odd",), progress=False).units
+    *learned, idle = learn(model, calls, kinds=("Odd",)).units
     assert [u.layers for u in learned] == [("conv",), ("pair.0",), ("pair.1",)]
     assert all(u.learned for u in learned)
     assert (idle.name, idle.learned, idle.reason) == ("idle", False, "never ran on the calibration calls")
     layers = [layers_of(model)[u.name] for u in learned]
     assert {q.quantized_weight.codes(q.weight)[0][1].scale.dtype for q in layers} == {torch.float32}
+
+
+def test_excluded_layers_round_to_nearest_while_the_others_of_their_block_are_learned():
+    model, calls = applied(toy, weights())
+    nearest, left = codes_of(model), "attention.to_q"
+    report = learn(model, calls, exclude=(left,))
+    assert {n for unit in report.units for n in unit.layers} == set(nearest) - {left}
+    codes = codes_of(model)
+    assert same_codes({left: codes[left]}, {left: nearest[left]})
+    assert not layers_of(model)[left].quantized_weight.fixed
+    assert any(not same_codes({n: codes[n]}, {n: nearest[n]}) for n in report.units[-1].layers)
+
+
+def test_an_excluded_layer_keeps_the_rounding_that_it_learned_before_and_its_digest_knows(tmp_path):
+    model, calls = applied(toy, weights())
+    left = learn(model, calls).learned[0].layers[0]
+    before = codes_of(model)[left]
+    learn(model, calls, exclude=(left,), folder=tmp_path)
+    assert layers_of(model)[left].quantized_weight.fixed
+    assert all(map(torch.equal, codes_of(model)[left], before))
+    other, calls = applied(toy, weights())
+    with pytest.raises(ConfigError, match="expected a folder of the same job"):
+        learn(other, calls, exclude=(left,), folder=tmp_path)
+
+
+def test_static_scales_of_excluded_layers_stay_as_measured():
+    model, calls = applied(toy, static_config())
+    before = widened(model, calls, 3.0)
+    left = list(before)[1:3]
+    report = learn(model, calls, STEPS, exclude=tuple(left))
+    after = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
+    assert all(after[name] is before[name] for name in left)
+    learned = [name for unit in report.learned for name in unit.layers]
+    assert learned
+    assert all(not torch.equal(after[name][0].scale, before[name][0].scale) for name in learned)
+
+
+def test_a_pattern_may_name_many_and_must_name_one_and_something_must_be_left():
+    model, calls = applied(toy, weights())
+    with pytest.raises(ConfigError, match=r"exclude: expected patterns that match a layer, got 'conv9'.* body,"):
+        learn(model, calls, exclude=("body", "conv9"))
+    with pytest.raises(ConfigError, match=r"expected layers to learn, got none\. All of them are excluded"):
+        learn(model, calls, exclude=("*",))
+
+
+DYNAMIC = r"got none\. Dynamic scales are measured at each call, and "
+MODULATED = static_config(modulation=ModulationConfig())
+LINEAR = static_config(modulation=ModulationConfig(predictor="linear"))
+QUANTIZED = dataclasses.replace(QUICK, activations="quantized")
+STEPWISE = ModiffConfig(
+    layer=LayerConfig(
+        weight=WeightConfig(bits=4), activation=dataclasses.replace(STATIC, step_groups=0), modulation=None
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "learning", "error", "message"),
+    [
+        (presets.plain(None, 8), QUICK, ConfigError, r"expected layers to learn, got none\. No weight is quantized"),
+        (presets.plain(4, 8), STEPS, ConfigError, DYNAMIC + "those of modulated"),
+        (MODULATED, STEPS, ConfigError, DYNAMIC + "those of modulated"),
+        (static_config(), RESIDUAL, ConfigError, DYNAMIC + "plain layers have"),
+        (LINEAR, RESIDUAL, ConfigError, "body: expected predictor='hold' and one set of scales for all steps, got p"),
+        (MODULATED, RESIDUAL, CalibrationError, "expected calls with the one before each, got none among 4"),
+        (static_config(), STEPS, CalibrationError, "body: expected measured scales, got none"),
+        (presets.modulated(4, 0), QUANTIZED, ConfigError, "body: expected 2 to 8 activation bits, got 0"),
+        (STEPWISE, QUANTIZED, ConfigError, "body: expected one set of scales for all steps, got step_groups=0"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_with_the_reason(config, learning, error, message):
+    model, calls = applied(toy, config, pairs=error is ConfigError)
+    with pytest.raises(error, match=message):
+        learn(model, calls, learning)
+    if learning is QUANTIZED:
+        assert learn(model, calls).learned
+
+
+def test_a_plain_model_no_calls_and_a_running_trajectory_are_refused():
+    model, calls = applied(toy, weights())
+    with pytest.raises(StateError, match="reconstruct: expected a model with modulated layers, got a plain Toy"):
+        learn(toy(), calls, QUICK)
+    with pytest.raises(CalibrationError, match="reconstruct: expected at least one calibration call, got none"):
+        learn(model, CalibrationSet([]), QUICK)
+    with (
+        modiff.trajectory(model),
+        pytest.raises(StateError, match="reconstruct: expected no running trajectory, got one"),
+    ):
+        learn(model, calls)
+    layers_of(model)["body"].pack()
+    with pytest.raises(StateError, match="body: expected a weight with its floats, got a packed one"):
+        learn(model, calls)

@@ -47,32 +47,23 @@ def test_rows_of_different_calls_stand_in_one_batch_and_none_held_out_is_learned
     assert [batch.rows for batch in data.held_batches(3)] == [3, 3, 3, 1]
 
 
-def test_inputs_without_rows_are_shared_and_settings_are_passed_on():
-    def unit(x: Tensor, table: Tensor, *, factor: float, extra: dict) -> Tensor:
+@pytest.mark.parametrize("change", ["shape", "table", "factor", "rows"])
+def test_calls_that_differ_in_more_than_rows_never_meet_and_what_has_no_rows_is_shared(change):
+    def unit(x: Tensor, table: Tensor, factor: float, *, extra: dict) -> Tensor:
         assert extra["name"] == "kept"
-        return x @ table * factor + extra["shift"]
-
-    table = drawn(9, 3, 3)
-    inputs = [((drawn(i, 4, 3), table), {"factor": 2.0, "extra": {"name": "kept", "shift": drawn(20 + i, 4, 3)}})
-              for i in range(3)]  # fmt: skip
-    for batch in draws(data_of(unit, visits_of(unit, inputs)), 5, 4):
-        assert batch.args[1].shape == (3, 3)
-        assert torch.allclose(unit(*batch.args, **batch.kwargs), batch.targets[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("change", ["shape", "table", "factor"])
-def test_calls_that_differ_in_more_than_rows_never_meet(change):
-    def unit(x: Tensor, table: Tensor, factor: float) -> Tensor:
-        return x * factor + table.sum()
+        return x * factor + table.sum() + extra["shift"]
 
     def inputs(i: int):
         odd = i % 2
         length = 5 if change == "shape" and odd else 3
         table = drawn(odd if change == "table" else 0, 2)
-        return (drawn(i, 4, length), table, 2.0 if change == "factor" and odd else 1.0), {}
+        extra = {"name": "kept", "shift": drawn(20 + i, 4, 1)}
+        return (drawn(i, 4, length), table, 2.0 if change == "factor" and odd else 1.0), {"extra": extra}
 
     for batch in draws(data_of(unit, visits_of(unit, [inputs(i) for i in range(4)])), 8, 10):
-        assert torch.allclose(unit(*batch.args), batch.targets[0], atol=1e-6)
+        assert (batch.rows == 8) == (change == "rows")
+        assert batch.args[1].shape == (2,)
+        assert torch.allclose(unit(*batch.args, **batch.kwargs), batch.targets[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import modiff
 from modiff import ConfigError, FormatError, WeightConfig, presets
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct import job as reconstruct_job
-from modiff.calibration.reconstruct.run import learn_units
 from tests.calibration.learning import (
-    KINDS,
     QUICK,
     STEPS,
     applied,
     codes_of,
     layers_of,
+    learn,
     static_config,
     weights,
     widened,
@@ -60,25 +59,25 @@ def test_a_killed_run_is_undone_goes_on_and_ends_where_an_uninterrupted_one_ends
         if kind == "scales":
             widened(model, calls, 3.0)
         elif kind == "weights again":
-            learn_units(model, calls, dataclasses.replace(QUICK, seed=5), kinds=KINDS, progress=False)
+            learn(model, calls, seed=5)
         return model, calls
 
     config = STEPS if kind == "scales" else QUICK
     model, calls = prepared()
-    whole = learn_units(model, calls, config, kinds=KINDS, progress=False)
+    whole = learn(model, calls, config)
     expected = state_of(model)
     model, calls = prepared()
     before = state_of(model)
     begun.append("kill")
     with pytest.raises(KeyboardInterrupt):
-        learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+        learn(model, calls, config, folder=tmp_path)
     assert len(list(tmp_path.glob("unit-*"))) == 1
     assert all(map(torch.equal, state_of(model), before))
     assert any(q.quantized_weight.fixed for q in layers_of(model).values()) == (kind == "weights again")
     begun.clear()
     model, calls = prepared()  # another process: nothing but the folder is left
     begun.clear()
-    resumed = learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+    resumed = learn(model, calls, config, folder=tmp_path)
     assert begun == [u.name for u in whole.units[1:]]
     assert resumed == whole
     assert all(map(torch.equal, state_of(model), expected))
@@ -94,7 +93,7 @@ def test_a_folder_of_another_reconstruction_and_a_damaged_one_are_refused(tmp_pa
     model, calls = applied(toy, applies)
     if change == "scales":
         widened(model, calls, 3.0)
-    learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+    learn(model, calls, config, folder=tmp_path)
     other, kept = config, calls
     if change == "config":
         other = dataclasses.replace(QUICK, seed=7)
@@ -109,9 +108,9 @@ def test_a_folder_of_another_reconstruction_and_a_damaged_one_are_refused(tmp_pa
         with torch.no_grad():
             model.conv_in.weight.mul_(1.5)
     with pytest.raises(ConfigError, match="expected a folder of the same job, got one with another "):
-        learn_units(model, kept, other, kinds=KINDS, folder=tmp_path, progress=False)
+        learn(model, kept, other, folder=tmp_path)
     if change == "config":
         path = min(tmp_path.glob("unit-*"))
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(FormatError, match=f"{path.name}: expected a unit of a reconstruction, got SafetensorError"):
-            learn_units(model, calls, config, kinds=KINDS, folder=tmp_path, progress=False)
+            learn(model, calls, config, folder=tmp_path)
