@@ -26,10 +26,8 @@ from modiff.calibration.reconstruct.samples import UnitCall, UnitData, capture, 
 from modiff.core.affine import QParams
 from modiff.core.observers import MinMaxObserver
 from modiff.core.quantizer import Quantizer
-from modiff.errors import StateError
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
-from modiff.nn import ModulatedLayer
 
 
 class ReconstructionJob:
@@ -118,23 +116,16 @@ class ReconstructionJob:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Start from rounding to nearest where rounding is learned; if the body raises, all is as it was before."""
-        weights = {
-            layer.quantized_weight: _fixed_segments(layer)
-            for name, layer in self.layers.items()
-            if self.config.learn == "weights" and layer.config.weight.bits is not None and self.config.takes(name)
-        }
-        scales = {name: quantizer.static for name, quantizer in self.quantizers.items()}
-        for weight in weights:
-            weight.unfix()
+        weights = {layer.quantized_weight: name for name, layer in self.layers.items()}
+        before = [(each, dict(vars(each))) for each in (*weights, *self.quantizers.values())]
+        for weight, name in weights.items():
+            if self.config.learn == "weights" and self.config.takes(name):
+                weight.unfix()
         try:
             yield
         except BaseException:
-            for weight, segments in weights.items():
-                weight.unfix()
-                if segments:
-                    weight.fix(segments)
-            for name, quantizer in self.quantizers.items():
-                quantizer.static = scales[name]
+            for each, attributes in before:
+                vars(each).update(attributes)
             raise
 
     def left_out(self, blocks: Sequence[Block]) -> list[UnitReport]:
@@ -166,14 +157,6 @@ class ReconstructionJob:
 
 def _left(block: Block, reason: str) -> UnitReport:
     return UnitReport(block.name, block.kind, block.layers, 0.0, 0.0, False, 0, reason)
-
-
-def _fixed_segments(layer: ModulatedLayer) -> tuple[tuple[Tensor, QParams], ...]:
-    """The codes fixed into a layer; () without, or where they belong to an earlier weight."""
-    try:
-        return layer.quantized_weight.codes(layer.weight) if layer.quantized_weight.fixed else ()
-    except StateError:
-        return ()
 
 
 def _widest(trainee: Trainee, quantizer: Quantizer, calls: Sequence[UnitCall]) -> tuple[QParams, ...]:
