@@ -95,7 +95,7 @@ def _matmuls(shape: Shape, device: torch.device) -> dict[str, Callable[[], objec
 
 
 def _convolutions(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
-    from modiff.kernels.triton.conv import packed_conv, run_conv
+    from modiff.kernels.triton.conv import run_conv
 
     size = (shape.rows, shape.depth, shape.side, shape.side)
     layout = torch.channels_last
@@ -103,7 +103,7 @@ def _convolutions(shape: Shape, device: torch.device) -> dict[str, Callable[[], 
     w = torch.randn(shape.columns, shape.depth, 3, 3, device=device, dtype=torch.bfloat16)
     w = w.contiguous(memory_format=layout)
     codes, weight, across, one = _integers(size, (shape.columns, shape.depth, 3, 3), device)
-    codes, packed = codes.contiguous(memory_format=layout), packed_conv(weight)
+    codes, packed = codes.contiguous(memory_format=layout), weight.permute(0, 2, 3, 1).contiguous()
     geometry, out = Geometry((1, 1), (1, 1), (1, 1)), (shape.rows, shape.columns, shape.side, shape.side)
     state = torch.zeros(out, device=device, dtype=torch.float16).contiguous(memory_format=layout)
     sums = torch.empty(out, device=device, dtype=torch.int32).contiguous(memory_format=layout)

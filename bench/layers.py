@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modiff.generate.environment import environment
-from modiff.kernels.encode import choose_encoder, encode_input, encode_residual
+from modiff.kernels.encode import choose_encoder, encode_residual
 from modiff.kernels.isa import LIMIT, detect
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.problem import Problem
@@ -81,7 +81,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
     state, bias, dense = x + 0.1 * torch.randn_like(x), torch.randn(p.outputs), torch.randn(problem.weight_shape)
     granularity, channel = ("sample", 1) if axes else ("token", -1)
     scale = torch.tensor(0.02)
-    codes, _ = encode_input(x, None, bits, granularity=granularity, channel_dim=channel)
+    codes, _ = encode_residual(x, None, None, bits, granularity=granularity, channel_dim=channel)
     output = kernel.new_output(codes)
 
     def full() -> Tensor:
@@ -100,7 +100,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
 
     def stateless(given: Tensor | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            sent, used = encode_input(x, given, bits, granularity=granularity, channel_dim=channel)
+            sent, used = encode_residual(x, None, given, bits, granularity=granularity, channel_dim=channel)
             return kernel.compute(sent, used, bias)
 
         return run

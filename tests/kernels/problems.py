@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modiff.kernels import native
+from modiff.kernels.encode import encode_eagerly, encode_residual, memory_of
+from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel
+from modiff.kernels.layout import innermost, layout_of
 from modiff.kernels.problem import Problem
 from tests.reference import layers
 
@@ -88,15 +91,21 @@ def scales(problem: Problem, codes: Tensor, kind: str) -> Tensor:
     return torch.rand(codes.shape[0], *[1] * (codes.dim() - 1)) * 0.05 + 0.01
 
 
+def eagerly(x, state, scale, bits, clip=1.0, granularity="tensor", *, channel_dim=-1, **loop):
+    """`encode_residual` by torch's operators."""
+    memory = memory_of(x, state, scale, *map(loop.get, ("move", "gain", "clipped")))
+    return encode_eagerly(
+        x.detach(), memory, scale, layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
+    )
+
+
+ENCODERS = {"native": encode_residual, "eager": eagerly, "fused": InputFusion().encode}
+
+
 def along(*sizes: int) -> dict[str, tuple[int, ...]]:
     """The settings of a convolution that keeps its image, of these kernel sizes; none of a linear layer."""
     ones = (1,) * len(sizes)
     return {"kernel_size": sizes, "stride": ones, "padding": tuple(size // 2 for size in sizes), "dilation": ones}
-
-
-def innermost(x: Tensor) -> Tensor:
-    """x with its channels, axis 1, innermost in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 @contextlib.contextmanager

@@ -15,22 +15,15 @@ from modiff.core import recursion
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State
 from modiff.kernels import encode, native, onednn
-from modiff.kernels.encode import choose_encoder, encode_eagerly, encode_input, encode_residual, layout_of
-from modiff.kernels.fixed_point import encode_fixed, start
+from modiff.kernels.encode import choose_encoder, encode_residual
+from modiff.kernels.fixed_point import start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel
+from modiff.kernels.layout import innermost
 from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits, drifting
-from tests.kernels.problems import BACKENDS, GRANULARITIES, innermost, needs_compiler, on_threads
+from tests.kernels.problems import BACKENDS, ENCODERS, GRANULARITIES, eagerly, needs_compiler, none_clipped, on_threads
 
-
-def eagerly(x, state, scale, bits, clip=1.0, granularity="tensor", *, channel_dim=-1, move=None, gain=None):
-    """`encode_residual` by torch's operators."""
-    layout = layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
-    return encode_eagerly(x.detach(), (state, move, gain), scale, layout)
-
-
-ENCODERS = {"native": encode_residual, "eager": eagerly}
 SHAPES = [((3, 40, 70), -1), ((5, 33), -1), ((2, 6, 9, 7), 1), ((2, 40, 33), 1), ((7,), -1)]
 
 
@@ -94,7 +87,7 @@ def test_codes_without_a_state_equal_those_of_a_layer_without_memory(
     (x,) = (t.to(dtype) for t in drifting(seed, size, 1, 0.2))
     codes, qparams = recursion.encode_plain(x, quantizer).codes[0].parts[0]
     scale = qparams.scale if given_scale else None
-    found, used = encode_input(x, scale, bits, granularity=granularity, channel_dim=channel)
+    found, used = encode_residual(x, None, scale, bits, granularity=granularity, channel_dim=channel)
     assert_same_bits(found, core_codes(codes, bits))
     assert_same_bits(used, qparams.scale)
 
@@ -108,7 +101,7 @@ def test_given_scales_are_used_as_they_are(encoder, granularity, given_as):
     scale = torch.rand(() if given_as == "one" else scales) * 0.3 + 0.05
     found, used = ENCODERS[encoder](x, state, scale, 4, 0.1, granularity)
     expected = torch.round(x / scale).clamp(-8, 7)
-    assert encoder == "eager" or used is scale
+    assert encoder != "native" or used is scale
     assert_same_bits(found, (expected + 8).to(torch.uint8))
     assert_same_floats(state, 0.0 + expected * scale)
 
@@ -147,10 +140,11 @@ def test_inputs_and_biases_that_want_gradients_leave_no_graph_behind(compiler, b
         monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "none"))
     x, weight = torch.randn(2, 8, requires_grad=True), torch.nn.Parameter(torch.ones(8))
     state, integers = torch.zeros(2, 8), start(x)
-    made = [encode_residual(x, state, None, 8), encode_input(x, None, 8), encode_fixed(x, integers, 8),
+    made = [encode_residual(x, state, None, 8), encode_residual(x, None, None, 8),
+            encode_residual(x, integers, None, 8, clipped=none_clipped()),
             InputFusion("layer", 1, weight, weight, 1e-5).encode(x, state, None, 8, granularity="token")]  # fmt: skip
     kernel = Kernel(Problem(8, 8), torch.ones(8, 8, dtype=torch.int8), torch.ones(8), backend=backend)
-    output = kernel.compute(*encode_input(x, torch.tensor(0.1), 8), weight)
+    output = kernel.compute(*encode_residual(x, None, torch.tensor(0.1), 8), weight)
     assert not any(tensor.requires_grad for tensor in (state, *integers, *(scale for _, scale in made), output))
 
 
@@ -169,25 +163,33 @@ def test_rows_longer_than_a_block_are_the_same_as_short_ones_on_any_number_of_th
 def test_layouts_without_rows_and_wide_states_run_on_the_core_s_own_functions():
     wide, strided = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 6, 4).transpose(1, 2)
     for x, state in ((wide, wide + 1), (strided, torch.randn(3, 4, 6)), (wide.float(), strided.clone())):
-        states = [state.clone() for _ in ENCODERS]
-        codes = [run(x, s, None, 8, granularity="token")[0] for run, s in zip(ENCODERS.values(), states, strict=True)]
-        for one, other in (codes, states):
-            assert_same_bits(one, other)
+        made = [(run(x, s := state.clone(), None, 8, granularity="token")[0], s) for run in ENCODERS.values()]
+        for codes, after in made[1:]:
+            assert_same_bits(codes, made[0][0])
+            assert_same_bits(after, made[0][1])
+
+
+ZEROS, ONE = torch.zeros(2, 3), torch.tensor(1.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"granularity": "input_channel"}, "scale along the summed axis"),
-        ({"state": torch.zeros(3, 4)}, r"state and move of shape \(2, 4\)"),
-        ({"move": torch.zeros(2, 4)}, "both or neither"),
-        ({"move": torch.zeros(1, 4), "gain": torch.tensor(1.0)}, r"of shape \(2, 4\), .* got \(2, 4\) and \(1, 4\)"),
+        ({"state": torch.zeros(3, 3)}, r"a state of shape \(2, 3\), got \(3, 3\)"),
+        ({"move": torch.zeros(1, 3), "gain": ONE}, r"a move of shape \(2, 3\), got \(1, 3\)"),
+        ({"gain": ONE}, "with a float state, .* got state and gain"),
+        ({"clipped": none_clipped()}, "got state and clipped"),
+        ({"state": None, "move": ZEROS, "gain": ONE}, "no more than a scale with no state, got move and gain"),
+        ({"state": start(ZEROS)}, "clipped alone with an integer state, .* got state and grid"),
+        ({"state": start(ZEROS), "clipped": none_clipped(), "scale": ONE}, "got scale and state and grid and clipped"),
     ],
 )
 def test_what_has_no_integer_sums_or_belongs_to_another_input_is_refused(changes, message):
-    options = {"state": torch.zeros(2, 4), "scale": None, "bits": 8} | changes
-    with pytest.raises(KernelError, match=message):
-        encode_residual(torch.randn(2, 4), **options)
+    options = {"state": ZEROS, "scale": None, "bits": 8} | changes
+    for run in (encode_residual, InputFusion().encode):
+        with pytest.raises(KernelError, match=message):
+            run(torch.randn(2, 3), **options)
 
 
 @needs_compiler
@@ -200,7 +202,7 @@ def test_with_a_compiler_the_compiled_loop_runs(granularity, dtype, monkeypatch)
         options = {"granularity": granularity, "channel_dim": channel}
         for scale in (None, torch.tensor(0.1)):
             encode_residual(x.to(dtype), torch.zeros_like(x), scale, 4, **options)
-        encode_input(x.to(dtype), None, 4, **options)
+        encode_residual(x.to(dtype), None, None, 4, **options)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_what_torch_takes_by_default_is_no_matter(device, dtype):
             cache.cache_clear()
         return [
             *encode_residual(tokens, 0 * tokens, None, 8, granularity="sample"),
-            *encode_fixed(tokens + 0.01, start(tokens), 8),
+            *encode_residual(tokens + 0.01, start(tokens), None, 8, clipped=none_clipped()),
             *InputFusion("group", 4, None, scales.repeat(5)[:24], 1e-5).encode(pixels, None, None, 8, channel_dim=1),
             Kernel(Problem(12, 5, bits=4), weight, scales).compute(codes, one),
         ]

@@ -167,9 +167,9 @@ def test_states_and_codes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("weight", "scales", "message"),
     [
-        (torch.zeros(3, 5, dtype=torch.int8), 3, r"shape \(3, 4\) with 3 scales, got \(3, 5\)"),
-        (torch.zeros(3, 4, dtype=torch.int8), 2, r"got \(3, 4\) with 2"),
-        (torch.zeros(3, 4), 3, r"expected int8 weight codes, got torch\.float32"),
+        (torch.zeros(3, 5, dtype=torch.int8), 3, r"shape \(3, 4\) with 3 scales, got torch.int8 of \(3, 5\)"),
+        (torch.zeros(3, 4, dtype=torch.int8), 2, r"of \(3, 4\) with 2"),
+        (torch.zeros(3, 4), 3, r"got torch\.float32"),
         (torch.zeros(3, 4, dtype=torch.uint8), 3, r"shape \(3, 2\)"),
     ],
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modiff.kernels.layout import channels_innermost, row_shape
-from tests.kernels.problems import innermost
+from modiff.kernels.layout import channels_innermost, innermost, row_shape
 
 
 @pytest.mark.parametrize(
@@ -14,7 +13,6 @@ from tests.kernels.problems import innermost
     [
         (torch.ones(2, 3, 4), "tensor", -1, (1, 24)),
         (torch.ones(6), "sample", -1, (1, 6)),
-        (torch.ones(2, 3, 4), "input_channel", -1, None),
         (torch.ones(2, 3, 4).transpose(0, 1), "sample", -1, None),
         (torch.ones(2, 3, 4, 5), "token", 1, None),
         (innermost(torch.ones(2, 3, 4, 5)), "token", 1, (40, 3)),

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from modiff import ModiffWarning, errors
 from modiff.kernels import native
-from modiff.kernels.encode import encode_input
+from modiff.kernels.encode import encode_residual
 from modiff.kernels.input_fusion import InputFusion
+from modiff.kernels.layout import innermost
 from modiff.kernels.native import fingerprint
-from tests.kernels.problems import innermost, needs_compiler, on_threads
+from tests.kernels.problems import needs_compiler, on_threads
 
 NAME = "fingerprint"
 """The library that is built fastest."""
@@ -61,7 +62,7 @@ def test_it_can_be_switched_off_and_then_nobody_is_warned(value, cache, monkeypa
     assert native.load_library(NAME) == (None, "switched off by MODIFF_NATIVE")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encode_input(torch.randn(4, 8), None, 8)
+        encode_residual(torch.randn(4, 8), None, None, 8)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_layer_that_misses_the_loops_warns_once_and_one_that_asks_for_a_finger
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(2):
-            encode_input(x, None, 8)
+            encode_residual(x, None, None, 8)
             InputFusion("layer", eps=1e-5).encode(x, None, None, 8)
     assert [warning.category for warning in seen] == [ModiffWarning]
     assert re.search(r"several passes over memory.*Install g\+\+ or clang\+\+", str(seen[0].message))

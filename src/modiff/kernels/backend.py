@@ -7,7 +7,6 @@ A backend is an object with a name that says which problems it runs exactly, and
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -73,7 +72,7 @@ class Backend:
 
     def reason(self, problem: Problem, isa: Isa) -> str:
         """One line for the report where this backend is chosen."""
-        return self.name
+        return self.slow or self.name
 
     def sums(self, operator: Operator, codes: Tensor) -> Tensor:
         """sum (code - zero) * weight code, in any dtype; int32 and float64 hold all, float32 rounds those over 2^24."""
@@ -114,13 +113,6 @@ class Backend:
         return output
 
 
-class _Shelf(NamedTuple):
-    """What was made of one storage; `storage` clears the shelf when the memory dies."""
-
-    storage: weakref.ref[torch.UntypedStorage]
-    made: dict[Hashable, tuple[int, tuple[Tensor, ...]]]
-
-
 class Prepacked:
     """Weights in the layout that a backend wants, made at first use and kept as long as the weight's memory lives.
 
@@ -129,40 +121,30 @@ class Prepacked:
     """
 
     def __init__(self) -> None:
-        self._shelves: dict[int, _Shelf] = {}
+        self._made: dict[int, dict[Hashable, tuple[int, tuple[Tensor, ...]]]] = {}
 
     def get(self, weight: Tensor, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` returns for this weight and key, at its first call or remembered."""
         storage: Any = weight.untyped_storage()
-        shelf = self._shelves.get(storage._cdata)
-        if shelf is None or shelf.storage() is not storage:
-            shelf = self._new_shelf(storage)
+        made = self._made.get(storage._cdata)
+        if made is None:
+            made = self._made[storage._cdata] = {}
+            weakref.finalize(storage, self._made.pop, storage._cdata).atexit = False  # before the address is free
         version = 0 if weight.is_inference() else weight._version
         full = (weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, key)
-        entry = shelf.made.get(full)
+        entry = made.get(full)
         if entry is None or entry[0] != version:
-            entry = shelf.made[full] = (version, make())
+            entry = made[full] = (version, make())
         return entry[1]
 
     def bytes_of(self, weight: Tensor) -> int:
         """Memory of everything made of this weight so far."""
-        shelf = self._shelves.get(weight.untyped_storage()._cdata)
-        return 0 if shelf is None else sum(t.nbytes for _, made in shelf.made.values() for t in made)
+        made = self._made.get(weight.untyped_storage()._cdata, {})
+        return sum(t.nbytes for _, tensors in made.values() for t in tensors)
 
     def bytes_held(self) -> int:
         """Memory of everything kept, for weights that are alive."""
-        return sum(t.nbytes for shelf in self._shelves.values() for _, made in shelf.made.values() for t in made)
-
-    def _new_shelf(self, storage: Any) -> _Shelf:
-        address = storage._cdata
-        shelf = _Shelf(weakref.ref(storage, functools.partial(self._drop, address)), {})
-        self._shelves[address] = shelf
-        return shelf
-
-    def _drop(self, address: int, dead: weakref.ref[torch.UntypedStorage]) -> None:
-        shelf = self._shelves.get(address)
-        if shelf is not None and shelf.storage is dead:
-            del self._shelves[address]
+        return sum(t.nbytes for made in self._made.values() for _, tensors in made.values() for t in tensors)
 
 
 PREPACKED = Prepacked()

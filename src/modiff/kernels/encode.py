@@ -12,24 +12,35 @@ leaves the state as it is, and an infinity saturates. Denormal residuals code to
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from modiff.core.affine import QParams, choose_qparams, dequantize, qrange, quantize_tensor
+from modiff.core.affine import QParams, choose_qparams, dequantize, quantize_tensor
 from modiff.errors import KernelError
 from modiff.kernels import native
 from modiff.kernels.dispatch import Choice
-from modiff.kernels.layout import row_shape, scale_shape
+from modiff.kernels.fixed_point import FixedState, fixed_eagerly
+from modiff.kernels.layout import EncodeLayout, layout_of
 from modiff.kernels.native import KINDS
 from modiff.kernels.triton import backend as gpu
 
-Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""(state, move, gain) of an input; none of them for codes of the input itself."""
-Settings = tuple[int, float, str, int]
-"""(bits, clip, granularity, axis of the channels)."""
+
+class Memory(NamedTuple):
+    """What a step knows of the last one, in the order of the C++ loops; grid and clipped belong to int16 states."""
+
+    state: Tensor | None
+    move: Tensor | None
+    gain: Tensor | None
+    grid: Tensor | None
+    clipped: Tensor | None
+
+    def fits(self, strides: tuple[int, ...]) -> bool:
+        """Whether the compiled loops know its types, and meet it in memory as they meet the codes."""
+        state, move, dtype = self.state, self.move, torch.float32 if self.grid is None else torch.int16
+        fits = state is None or (state.dtype == dtype and state.stride() == strides)
+        return fits and (move is None or (move.dtype == dtype and move.stride() == strides))
 
 
 def choose_encoder(device: str = "cpu") -> Choice:
@@ -45,87 +56,71 @@ def choose_encoder(device: str = "cpu") -> Choice:
 
 
 def encode_residual(
-    x: Tensor,
-    state: Tensor,
-    scale: Tensor | None,
-    bits: int,
-    clip: float = 1.0,
-    granularity: str = "tensor",
-    *,
-    channel_dim: int = -1,
-    move: Tensor | None = None,
-    gain: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, bits: int, clip: float = 1.0,
+    granularity: str = "tensor", *, channel_dim: int = -1, move: Tensor | None = None, gain: Tensor | None = None,
+    clipped: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Quantize what x differs from its prediction by, and write the next state (and move) in place.
 
     Args:
         x: a_t, any float dtype; on the compiled path float32 and bfloat16.
-        state: â_{t+1}, the shape of x; float32 on the compiled path. It becomes â_t.
-        scale: given scales, one or as many as the granularity has; None measures them.
-        move, gain: of the "linear" predictor; move becomes â_t - â_{t+1}.
+        state: â_{t+1}, the shape of x; float32 on the compiled path, or integers. It becomes â_t. None: codes of x.
+        scale: given scales, one or as many as the granularity has; None measures them. Integer states take none.
+        move, gain: of the "linear" predictor, with a float state; move becomes â_t - â_{t+1}.
+        clipped: int32, one element, with an integer state: to it the number of codes is added that were cut, as the
+            input outgrew its grid; only a new start brings it back into reach.
     Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and the scales, float32.
-    Raises: KernelError for a granularity that no integer sum has, or shapes that do not fit.
+    Raises: KernelError for a granularity that no integer sum has, shapes that do not fit, or arguments that belong to
+        another form of state.
+    Cost: 9 bytes of state and codes an element, 5 with integers; x is read once, twice where scales are measured.
     """
-    if state.shape != x.shape or (move is None) != (gain is None) or (move is not None and move.shape != x.shape):
-        shapes = [tuple(tensor.shape) for tensor in (state, move) if tensor is not None]
+    x, memory = x.detach(), memory_of(x, state, scale, move, gain, clipped)
+    if scale is not None and scale.numel() == 1:
+        granularity = "tensor"
+    layout = layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
+    codes, used = torch.empty_like(x, dtype=torch.uint8), scale
+    if used is None:
+        wide = (x if memory.state is None else memory.state).dtype == torch.float64
+        used = x.new_empty(layout.scales, dtype=torch.float64 if wide else torch.float32)
+    fits = layout.rows is not None and layout.rows[0] == used.numel() and used.dtype == torch.float32
+    if fits and used.is_contiguous() and codes.stride() == x.stride():
+        run = _on_gpu if x.is_cuda or gpu.INTERPRETED else _natively
+        if run(layout, x, memory, codes, used, dynamic=scale is None):
+            return codes, used
+    value, measured = encode_eagerly(x, memory, scale, layout)
+    return codes.copy_(value), measured if scale is None else scale
+
+
+def memory_of(
+    x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, move: Tensor | None = None,
+    gain: Tensor | None = None, clipped: Tensor | None = None,
+) -> Memory:  # fmt: skip
+    """The arguments of `encode_residual` as one, checked."""
+    n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)
+    for name, value in (("state", n), ("move", move)):
+        if value is not None and value.shape != x.shape:
+            raise KernelError(
+                f"encode: expected a {name} of shape {tuple(x.shape)}, got {tuple(value.shape)}. The {name} belongs to "
+                "another input. Start the trajectory again."
+            )
+    memory = Memory(n, move, None if gain is None else gain.to(torch.float32).contiguous(), grid, clipped)
+    fits = clipped is None and (move is None) == (gain is None) if grid is None else clipped is not None
+    if not fits or (move is not None and n is None) or (grid is not None and not scale is move is gain is None):
+        names = {"scale": scale, **memory._asdict()}
         raise KernelError(
-            f"encode_residual: expected state and move of shape {tuple(x.shape)}, and move and gain both or neither, "
-            f"got {' and '.join(map(str, shapes))}. They belong to another input. Start the trajectory again."
+            "encode: expected move and gain, both or neither, with a float state, clipped alone with an integer state, "
+            "and no more than a scale with no state, got "
+            f"{' and '.join(name for name, value in names.items() if value is not None) or 'nothing'}. Each form of "
+            "state takes its own arguments. Leave out, or add, what differs."
         )
-    return _encode(x.detach(), (state, move, gain), scale, (bits, clip, granularity, channel_dim))
-
-
-def encode_input(
-    x: Tensor,
-    scale: Tensor | None,
-    bits: int,
-    clip: float = 1.0,
-    granularity: str = "tensor",
-    *,
-    channel_dim: int = -1,
-) -> tuple[Tensor, Tensor]:
-    """Codes of x itself, for layers without memory: (uint8 codes, scales), arguments as `encode_residual` has them."""
-    return _encode(x.detach(), (None, None, None), scale, (bits, clip, granularity, channel_dim))
-
-
-class EncodeLayout(NamedTuple):
-    """What encoding an input of one shape and memory layout needs to know, once for all its steps.
-
-    scales: their shape. rows: (how many, elements in each) that share a scale and lie side by side; None: not so.
-    blocks: how many partial maxima the compiled loop needs. factor: clip / qmax.
-    """
-
-    bits: int
-    clip: float
-    granularity: str
-    channel_dim: int
-    scales: tuple[int, ...]
-    rows: tuple[int, int] | None
-    blocks: int
-    qmin: int
-    qmax: int
-    factor: float
-
-
-@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
-def layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float, granularity: str, channel_dim: int
-) -> EncodeLayout:
-    """Raises: KernelError for a granularity that has no integer sums."""
-    if granularity not in ("tensor", "sample", "token"):
-        raise KernelError(
-            f"encode: expected granularity 'tensor', 'sample' or 'token', got {granularity!r}. A scale along the "
-            "summed axis has no integer sums. Choose one of the three."
-        )
-    rows, (qmin, qmax) = row_shape(shape, strides, granularity, channel_dim), qrange(bits)
-    blocks = 0 if rows is None or rows[1] <= native.BLOCK else rows[0] * -(-rows[1] // native.BLOCK)
-    scales = scale_shape(shape, granularity, channel_dim)
-    return EncodeLayout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
+    return memory
 
 
 def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: EncodeLayout) -> tuple[Tensor, Tensor]:
     """`encode_residual` with the core's functions, one pass over memory for each operation: (codes, scale)."""
-    state, move, gain = memory
+    state, move, gain, grid, clipped = memory
+    if state is not None and grid is not None and clipped is not None:
+        return fixed_eagerly(x, FixedState(state, grid), layout, clipped)
     exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
     residual = x = x.to(exact)
     predicted = old = x if state is None else state.to(exact)
@@ -147,59 +142,29 @@ def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: Enco
     return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale
 
 
-def _encode(x: Tensor, memory: Memory, scale: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
-    state, move, _ = memory
-    if scale is not None and scale.numel() == 1:
-        settings = (settings[0], settings[1], "tensor", settings[3])
-    strides = x.stride()
-    layout = layout_of(x.shape, strides, *settings)
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    used = scale
-    if used is None:
-        wide = (x if state is None else state).dtype == torch.float64
-        used = x.new_empty(layout.scales, dtype=torch.float64 if wide else torch.float32)
-    alike = codes.stride() == strides and (state is None or state.stride() == strides)
-    if alike and layout.rows is not None and layout.rows[0] == used.numel() and used.dtype == torch.float32:
-        if x.is_cuda or gpu.INTERPRETED:
-            done = move is None and _on_gpu(layout, x, state, codes, used, dynamic=scale is None)
-        else:
-            done = _natively(layout, x, memory, codes, used, dynamic=scale is None)
-        if done:
-            return codes, used
-    value, measured = encode_eagerly(x, memory, scale, layout)
-    return codes.copy_(value), measured if scale is None else scale
-
-
 def _natively(layout: EncodeLayout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run the compiled loop; False where it does not know the types, and nothing was touched."""
-    state, move, gain = memory
-    known = x.dtype in KINDS and x.is_cpu and scale.is_contiguous() and (state is None or state.dtype == torch.float32)
-    if layout.rows is None or not known:
-        return False
-    if move is not None and (move.dtype != torch.float32 or move.stride() != x.stride()):
+    if layout.rows is None or x.dtype not in KINDS or not x.is_cpu or not memory.fits(codes.stride()):
         return False
     if (library := native.load_library("encode").library or native.missing("encode")) is None:
         return False
     partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu") if dynamic and layout.blocks else None
-    gain = None if gain is None else gain.to(torch.float32).contiguous()
     library.modiff_encode(
-        x.data_ptr(), KINDS[x.dtype], None if state is None else state.data_ptr(),
-        None if move is None else move.data_ptr(), None if gain is None else gain.data_ptr(), codes.data_ptr(),
+        x.data_ptr(), KINDS[x.dtype], *[None if t is None else t.data_ptr() for t in memory], codes.data_ptr(),
         scale.data_ptr(), None if partial is None else partial.data_ptr(), *layout.rows, int(dynamic), layout.factor,
         layout.qmin, layout.qmax, torch.get_num_threads(),
     )  # fmt: skip
     return True
 
 
-def _on_gpu(
-    layout: EncodeLayout, x: Tensor, state: Tensor | None, codes: Tensor, scale: Tensor, *, dynamic: bool
-) -> bool:
+def _on_gpu(layout: EncodeLayout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run Triton's kernel; False where it does not know the types, and nothing was touched."""
-    known = gpu.installed() and scale.is_contiguous() and (state is None or state.dtype in gpu.STATES)
-    if layout.rows is None or not known:
+    state = memory.state
+    known = state is None or (state.dtype in gpu.STATES and state.stride() == codes.stride())
+    if layout.rows is None or memory.move is not None or not known or not gpu.installed():
         return False
-    strides = (layout.rows[1], 1)
-    states = None if state is None else state.as_strided(layout.rows, strides)
-    rows, sent = x.as_strided(layout.rows, strides), codes.as_strided(layout.rows, strides)
+    rows, states, sent = (
+        None if t is None else t.as_strided(layout.rows, (layout.rows[1], 1)) for t in (x, state, codes)
+    )
     gpu.encode_rows(rows, states, sent, scale.view(-1), layout.bits, layout.clip, dynamic=dynamic)
     return True

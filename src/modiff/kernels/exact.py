@@ -28,10 +28,6 @@ class Reference(Backend):
         """Empty: no layer has 2^38 products of two bytes."""
         return ""
 
-    def reason(self, problem: Problem, isa: Isa) -> str:
-        """One line for the report."""
-        return self.slow
-
     def sums(self, operator: Operator, codes: Tensor) -> Tensor:
         """sum (code - zero point) * weight code, in float64. Padding adds nothing."""
         values = codes.to(torch.float64) - operator.zero_point
@@ -81,7 +77,9 @@ class FloatExact(Backend):
         g, channels = operator.geometry, operator.shape[1]
         chunk = chunk_of(operator.bits, operator.weight_max, operator.shape[2:])
         weights = PREPACKED.get(
-            operator.weight, ("float_exact", operator.shape, chunk), lambda: _chunks(operator.weight_codes(), chunk)
+            operator.weight,
+            ("float_exact", operator.shape, chunk),
+            lambda: tuple(some.to(torch.float32).contiguous() for some in operator.weight_codes().split(chunk, 1)),
         )
         values = codes.to(torch.float32).sub_(operator.zero_point)
         if len(weights) == 1:
@@ -102,10 +100,6 @@ def chunk_of(bits: int, weight_max: int, kernel_size: tuple[int, ...]) -> int:
     (1024, 113, 16512)
     """
     return EXACT // (2 ** (bits - 1) * max(weight_max, 1) * math.prod(kernel_size))
-
-
-def _chunks(weight: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    return tuple(some.to(torch.float32).contiguous() for some in weight.split(chunk, 1))
 
 
 def _product(values: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

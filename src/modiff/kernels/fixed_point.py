@@ -21,10 +21,7 @@ import torch
 from torch import Tensor
 
 from modiff.core.affine import choose_qparams
-from modiff.errors import KernelError
-from modiff.kernels import native
-from modiff.kernels.encode import EncodeLayout, layout_of
-from modiff.kernels.native import KINDS
+from modiff.kernels.layout import EncodeLayout
 
 _LARGEST = 2**15 - 1
 _MOST_MULTIPLE = 2**14
@@ -55,52 +52,8 @@ def start(x: Tensor, headroom: float = 2.0) -> FixedState:
     return FixedState(whole.nan_to_num(0.0).to(torch.int16), grid)
 
 
-def encode_fixed(
-    x: Tensor,
-    state: FixedState,
-    bits: int,
-    clip: float = 1.0,
-    granularity: str = "tensor",
-    *,
-    channel_dim: int = -1,
-    clipped: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Encode x against its integer state, which becomes the next one in place.
-
-    Args:
-        clipped: int32, one element, to which the number of codes that were cut is added: the input outgrew its grid,
-            and only a new start brings it back into reach.
-    Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and scales, float32.
-    Cost: 5 bytes of state and codes an element (9 with a float32 state), x read twice.
-    """
-    if state.n.shape != x.shape or state.n.dtype != torch.int16:
-        raise KernelError(
-            f"encode_fixed: expected an int16 state of shape {tuple(x.shape)}, got {state.n.dtype} of "
-            f"{tuple(state.n.shape)}. The state belongs to another input. Start the trajectory again."
-        )
-    x = x.detach()
-    layout = layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
-    clipped = torch.zeros(1, dtype=torch.int32, device=x.device) if clipped is None else clipped
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    known = x.is_cpu and x.dtype in KINDS and state.n.stride() == x.stride() == codes.stride()
-    if (
-        layout.rows is None
-        or not known
-        or (library := native.load_library("encode").library or native.missing("encode")) is None
-    ):
-        return fixed_eagerly(x, state, layout, clipped)
-    scale = x.new_empty(layout.scales, dtype=torch.float32)
-    partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu")
-    library.modiff_encode_fixed(
-        x.data_ptr(), KINDS[x.dtype], state.n.data_ptr(), state.grid.data_ptr(), codes.data_ptr(), scale.data_ptr(),
-        partial.data_ptr(), clipped.data_ptr(), *layout.rows, 1, layout.factor, layout.qmin, layout.qmax,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return codes, scale
-
-
 def fixed_eagerly(x: Tensor, state: FixedState, layout: EncodeLayout, clipped: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with torch's operators."""
+    """`encode_residual` against integers, with torch's operators."""
     bits, clip, granularity, channel_dim, *_ = layout
     qmin, qmax = layout.qmin, layout.qmax
     residual = x.to(torch.float32) - state.value()
@@ -115,5 +68,4 @@ def fixed_eagerly(x: Tensor, state: FixedState, layout: EncodeLayout, clipped: T
     q = torch.maximum(q, -((_LARGEST + 1 + n + 0.5) * share).to(torch.int32))
     clipped.add_((q != rounded).sum())
     state.n.copy_(n + q * multiple.to(torch.int32))
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    return codes.copy_(q - qmin), scale
+    return (q - qmin).to(torch.uint8), scale

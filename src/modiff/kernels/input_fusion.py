@@ -10,6 +10,8 @@ between two. The law holds all the same, as the state takes what was sent.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,32 +20,21 @@ from torch.nn import functional
 
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import EncodeLayout, Settings, encode_eagerly, layout_of
-from modiff.kernels.fixed_point import FixedState, fixed_eagerly
-from modiff.kernels.layout import empty_output, pixel_pitch
+from modiff.kernels.encode import Memory, encode_eagerly, memory_of
+from modiff.kernels.fixed_point import FixedState
+from modiff.kernels.layout import EncodeLayout, empty_output, layout_of, pixel_pitch
 from modiff.kernels.native import KINDS
 
 Norm = Literal["none", "group", "group_last", "layer", "affine", "gated"]
 Activation = Literal["none", "silu", "gelu_tanh", "gelu"]
 
 _NORMS: tuple[Norm, ...] = ("none", "group", "layer", "affine", "gated")  # "group_last" is turned into "group"
-_ACTIVATIONS: tuple[Activation, ...] = ("none", "silu", "gelu_tanh", "gelu")  # as input_fusion.cpp numbers them
-
-
-class _Memory(NamedTuple):
-    """What a step knows of the last one, in the order of input_fusion.cpp; grid and clipped belong to int16 states."""
-
-    state: Tensor | None
-    move: Tensor | None
-    gain: Tensor | None
-    grid: Tensor | None
-    clipped: Tensor | None
-
-    def fits(self, codes: Tensor) -> bool:
-        """Whether the compiled loops know its types, and meet it in memory as they meet the codes."""
-        dtype = torch.float32 if self.grid is None else torch.int16
-        tensors = [x for x in (self.state, self.move) if x is not None]
-        return all(x.dtype == dtype and x.stride() == codes.stride() for x in tensors)
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order in which input_fusion.cpp numbers them
+    "none": lambda y: y,
+    "silu": functional.silu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "gelu": functional.gelu,
+}
 
 
 class InputFusion(NamedTuple):
@@ -72,8 +63,7 @@ class InputFusion(NamedTuple):
         x, known = x.detach(), x.device.type == "cpu" and x.dtype in KINDS and x.numel() > 0
         if self.norm != "group" or not known or pixel_pitch(x.shape, x.stride()) != x.shape[1]:
             return None
-        library = native.load_library("input_fusion").library or native.missing("input_fusion")
-        if library is None:
+        if (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None:
             return None
         affine = _grouped_affine(library, self._detached(), x)
         runs = zip(x.split(list(sizes), 1), *(c.split(list(sizes), 1) for c in affine), strict=True)
@@ -86,41 +76,20 @@ class InputFusion(NamedTuple):
         return _normalized(self._detached(), x.detach())
 
     def encode(
-        self,
-        x: Tensor,
-        state: Tensor | FixedState | None,
-        scale: Tensor | None,
-        bits: int,
-        clip: float = 1.0,
-        granularity: str = "tensor",
-        *,
-        channel_dim: int = -1,
-        move: Tensor | None = None,
-        gain: Tensor | None = None,
-        clipped: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Codes of y against its state, which becomes the next one in place.
-
-        Args:
-            state: â of y, shaped as x; integers as `encode_fixed` has them, with `clipped` and no given scale; None for
-                codes of y itself.
-            scale, bits, clip, granularity, channel_dim, move, gain: as `encode_residual` has them.
-            clipped: as `encode_fixed` has it.
-        Returns: uint8 codes in the layout of x, and the scales, float32.
-        Raises: KernelError for a state of another shape, or a norm or an activation that nothing fuses.
-        """
-        n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)
-        memory = _Memory(n, move, gain, grid, clipped)
-        _check(x, memory, scale)
+        self, x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, bits: int, clip: float = 1.0,
+        granularity: str = "tensor", *, channel_dim: int = -1, **loop: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`encode_residual` of y, shaped as x. Raises: KernelError also for a norm or activation that nothing fuses."""
+        memory = memory_of(x, state, scale, **loop)
         x, fusion = x.detach(), self._detached()
         if scale is not None and scale.numel() == 1:
             granularity = "tensor"
         if self.norm != "group_last":
-            return _encode(fusion, x, memory, scale, (bits, clip, granularity, channel_dim))
+            return _encode(fusion, x, memory, scale, bits, clip, granularity, channel_dim)
         fusion = fusion._replace(norm="group")  # tokens of channels are pixels with channels innermost
-        n, move = (None if tensor is None else tensor.movedim(-1, 1) for tensor in (n, move))
-        memory = memory._replace(state=n, move=move)
-        codes, used = _encode(fusion, x.movedim(-1, 1), memory, scale, (bits, clip, granularity, 1))
+        n, moved = (None if tensor is None else tensor.movedim(-1, 1) for tensor in memory[:2])
+        memory = memory._replace(state=n, move=moved)
+        codes, used = _encode(fusion, x.movedim(-1, 1), memory, scale, bits, clip, granularity, 1)
         return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
 
     def _detached(self) -> InputFusion:
@@ -134,50 +103,31 @@ class InputFusion(NamedTuple):
         return self._replace(weight=weight, bias=bias)
 
 
-def _check(x: Tensor, memory: _Memory, scale: Tensor | None) -> None:
-    for name, value in (("state", memory.state), ("move", memory.move)):
-        if value is not None and value.shape != x.shape:
-            raise KernelError(
-                f"InputFusion.encode: expected a {name} of shape {tuple(x.shape)}, got {tuple(value.shape)}. The "
-                f"{name} belongs to another input. Start the trajectory again."
-            )
-    if memory.grid is None:
-        fits = memory.clipped is None and (memory.move is None) == (memory.gain is None)
-    else:
-        fits = memory.clipped is not None and scale is memory.move is memory.gain is None
-    if not fits or (memory.state is None and memory.move is not None):
-        names = {"scale": scale, **memory._asdict()}
-        raise KernelError(
-            "InputFusion.encode: expected move and gain, both or neither, with a float state, clipped alone with an "
-            "integer state, and no more than a scale with no state, got "
-            f"{' and '.join(name for name, value in names.items() if value is not None) or 'nothing'}. Each form of "
-            "state takes its own arguments. Leave out, or add, what differs."
-        )
-
-
 def _encode(
-    fusion: InputFusion, x: Tensor, memory: _Memory, scale: Tensor | None, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """`InputFusion.encode` of checked arguments; settings: bits, clip, granularity, channel_dim."""
+    fusion: InputFusion, x: Tensor, memory: Memory, scale: Tensor | None,
+    bits: int, clip: float, granularity: str, channel_dim: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if fusion.norm == "affine":  # of some of the channels: their codes lie side by side
         codes = empty_output(x, x.shape, x.dim() - 2, torch.uint8)
     else:
         codes = torch.empty_like(x, dtype=torch.uint8)
-    layout = layout_of(codes.shape, codes.stride(), *settings)
-    used = x.new_empty(layout.scales, dtype=torch.float32)
-    if scale is not None:
-        used.copy_(scale.reshape(used.shape))
-    plan = _plan(fusion, x, memory, codes, layout)
-    if plan is not None:
-        _natively(plan, fusion, x, memory, codes, used, dynamic=scale is None)
+    layout = layout_of(codes.shape, codes.stride(), bits, clip, granularity, channel_dim)
+    if scale is None:
+        used = x.new_empty(layout.scales, dtype=torch.float32)
     else:
-        value, (state, move, gain, grid, clipped) = _normalized(fusion, x), memory
-        if state is not None and grid is not None and clipped is not None:
-            result, measured = fixed_eagerly(value, FixedState(state, grid), layout, clipped)
-        else:
-            result, measured = encode_eagerly(value, (state, move, gain), None if scale is None else used, layout)
-        codes.copy_(result)
-        used.copy_(measured)
+        used = scale.to(torch.float32).reshape(layout.scales).contiguous()
+    plan = _plan(fusion, x, memory, codes, layout)
+    if plan is None:
+        value, used = encode_eagerly(_normalized(fusion, x), memory, None if scale is None else used, layout)
+        codes.copy_(value)
+    else:
+        coefficients = _coefficients(plan, fusion, x)
+        plan.library.modiff_encode_fused(
+            x.data_ptr(), KINDS[x.dtype], plan.mode, list(_ACTIVATIONS).index(fusion.activation),
+            *[None if t is None else t.data_ptr() for t in (*coefficients, *memory)], codes.data_ptr(),
+            used.data_ptr(), plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
+            int(scale is None), layout.factor, layout.qmin, layout.qmax, torch.get_num_threads(),
+        )  # fmt: skip
     return codes, used if scale is None else used.view(scale.shape)
 
 
@@ -195,16 +145,8 @@ def _normalized(fusion: InputFusion, x: Tensor) -> Tensor:
         shape = (*weight.shape, *[1] * (value.dim() - 2))
         value = value * weight.reshape(shape) + bias.reshape(shape)
     elif fusion.norm == "gated" and weight is not None:
-        return value * _activated(weight, fusion.activation)
-    return _activated(value, fusion.activation)
-
-
-def _activated(value: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return functional.silu(value)
-    if activation == "none":
-        return value
-    return functional.gelu(value, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return value * _ACTIVATIONS[fusion.activation](weight)
+    return _ACTIVATIONS[fusion.activation](value)
 
 
 def _per_sample(x: Tensor, like: Tensor) -> Tensor:
@@ -216,7 +158,6 @@ class _Plan(NamedTuple):
     """How the compiled loops walk: `runs` of `length` elements; mode as input_fusion.cpp numbers it."""
 
     library: ctypes.CDLL
-    layout: EncodeLayout
     mode: int
     runs: int
     length: int
@@ -225,93 +166,63 @@ class _Plan(NamedTuple):
     pitch: int
 
 
-def _plan(fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, layout: EncodeLayout) -> _Plan | None:
-    """None where the compiled loops do not know types or layout."""
+def _plan(fusion: InputFusion, x: Tensor, memory: Memory, codes: Tensor, layout: EncodeLayout) -> _Plan | None:
+    """None where the compiled loops do not know types or layout.
+
+    "affine" and "gated" have a pitch, as some of the channels are read. Anything else must be dense, as the codes are:
+    a slice, an expanded tensor or a half of a chunk is not.
+    """
     norm, weight, rows, axis = fusion.norm, fusion.weight, layout.rows, layout.channel_dim % x.dim()
-    if x.device.type != "cpu" or x.dtype not in KINDS or x.numel() == 0:
+    if not x.is_cpu or x.dtype not in KINDS or x.numel() == 0 or rows is None or not memory.fits(codes.stride()):
         return None
-    if not memory.fits(codes) or not _dense_for(norm, x, codes):
-        return None
+    if norm in ("none", "layer", "group"):
+        dense = x.is_contiguous() or (norm != "layer" and pixel_pitch(x.shape, x.stride()) == x.shape[1])
+        if x.stride() != codes.stride() or not (dense or norm == "none"):
+            return None
+        if (norm == "layer" and axis != x.dim() - 1) or (norm == "group" and axis != 1):
+            return None  # the norm has its channels elsewhere
     gate = (x.dtype, x.shape, x.stride())  # the loops read it as they read x
     if norm == "gated" and (weight is None or (weight.dtype, weight.shape, weight.stride()) != gate):
         return None
-    if (
-        rows is None
-        or (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None
-    ):
+    if (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None:
         return None
     if norm == "affine":
         pitch, pixels = pixel_pitch(x.shape, x.stride()), x.numel() // x.shape[1]
         if pitch is None:
             return None
-        return _Plan(library, layout, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
+        return _Plan(library, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
     if norm == "gated":
         tokens, pitch = x.numel() // x.shape[-1], pixel_pitch((turned := x.movedim(-1, 1)).shape, turned.stride())
         if pitch is None or axis != x.dim() - 1:
             return None
-        return _Plan(library, layout, 4, tokens, x.shape[-1], tokens, tokens // rows[0], pitch)
-    if (norm == "layer" and axis != x.dim() - 1) or (norm == "group" and axis != 1):
-        return None  # the norm has its channels elsewhere
+        return _Plan(library, 4, tokens, x.shape[-1], tokens, tokens // rows[0], pitch)
     innermost = not x.is_contiguous() or axis == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
     planes = x.numel() // (x.shape[0] * x.shape[1]) if x.dim() > 1 else x.numel()
     length = x.shape[axis] if innermost else planes
     runs = x.numel() // length
     samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
     mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
-    return _Plan(library, layout, mode, runs, length, runs // samples, runs // rows[0], length)
-
-
-def _dense_for(norm: Norm, x: Tensor, codes: Tensor) -> bool:
-    """Whether the loops, which go through memory from the first element on, meet x as it is meant.
-
-    "affine" and "gated" have a pitch, as some of the channels are read. Anything else must be dense, as the codes are:
-    a slice, an expanded tensor or a half of a chunk is not.
-    """
-    if norm in ("affine", "gated"):
-        return True
-    if x.stride() != codes.stride():
-        return False
-    if norm == "layer":
-        return x.is_contiguous()
-    return norm == "none" or x.is_contiguous() or pixel_pitch(x.shape, x.stride()) == x.shape[1]
-
-
-def _natively(
-    plan: _Plan, fusion: InputFusion, x: Tensor, memory: _Memory, codes: Tensor, scale: Tensor, *, dynamic: bool
-) -> None:
-    layout = plan.layout
-    if memory.gain is not None:
-        memory = memory._replace(gain=memory.gain.to(torch.float32).contiguous())
-    gate = fusion.weight.data_ptr() if fusion.norm == "gated" and fusion.weight is not None else None
-    coefficients = _coefficients(plan, fusion, x)
-    plan.library.modiff_encode_fused(
-        x.data_ptr(), KINDS[x.dtype], plan.mode, _ACTIVATIONS.index(fusion.activation),
-        *[None if t is None else t.data_ptr() for t in coefficients], gate,
-        *[None if t is None else t.data_ptr() for t in memory], codes.data_ptr(), scale.data_ptr(),
-        plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
-        int(dynamic), layout.factor, layout.qmin, layout.qmax, torch.get_num_threads(),
-    )  # fmt: skip
+    return _Plan(library, mode, runs, length, runs // samples, runs // rows[0], length)
 
 
 def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> tuple[Tensor | None, ...]:
-    """(a, b, mean, rstd) as input_fusion.cpp reads them; None where the mode has no use for them."""
-    weight, bias = fusion.weight, fusion.bias
+    """(a, b, mean, rstd, gate) as input_fusion.cpp reads them; None where the mode has no use for them."""
     if plan.mode in (0, 4):
-        return None, None, None, None
-    if fusion.norm == "affine" and weight is not None and bias is not None:
-        return weight.float().contiguous(), bias.float().contiguous(), None, None
-    if plan.mode == 1:
-        return *_grouped_affine(plan.library, fusion, x), None, None
+        return None, None, None, None, fusion.weight
+    if plan.mode == 1 and fusion.norm == "group":
+        return *_grouped_affine(plan.library, fusion, x), None, None, None
+    w, b = _affine(fusion, plan.length if plan.mode == 3 else x.shape[1])
+    if fusion.norm == "affine":
+        return w, b, None, None, None
     runs = plan.runs if plan.mode == 3 else x.shape[0] * fusion.groups
     mean, rstd = torch.empty(2, runs, dtype=torch.float32, device="cpu")
     plan.library.modiff_moments(
         x.data_ptr(), KINDS[x.dtype], runs, x.numel() // runs, fusion.eps, mean.data_ptr(), rstd.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    w, b = _affine(fusion, plan.length if plan.mode == 3 else x.shape[1])
     if plan.mode == 3:
-        return w, b, mean, rstd
-    return *_joined(w, b, mean.view(-1, fusion.groups), rstd.view(-1, fusion.groups)), None, None
+        return w, b, mean, rstd, None
+    return *_joined(w, b, mean.view(-1, fusion.groups), rstd.view(-1, fusion.groups)), None, None, None
 
 
 def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:

@@ -14,16 +14,22 @@ Level = Literal["amx", "avx512_vnni", "avx2_vnni", "avx512", "avx2", "sse41", "o
 LIMIT = "ONEDNN_MAX_CPU_ISA"
 """oneDNN's own variable; it is read once, when oneDNN first runs."""
 
-_LEVELS: tuple[Level, ...] = ("amx", "avx512_vnni", "avx2_vnni", "avx512", "avx2", "sse41")
-_LIMITS: dict[str, tuple[Level, ...]] = {
-    "SSE41": ("sse41",),
-    "AVX": ("sse41",),
-    "AVX2": ("avx2", "sse41"),
-    "AVX2_VNNI": ("avx2_vnni", "avx2", "sse41"),
-    "AVX2_VNNI_2": ("avx2_vnni", "avx2", "sse41"),
-    "AVX512_CORE": ("avx512", "avx2", "sse41"),
+_LEVELS: dict[Level, tuple[str, ...]] = {
+    "amx": ("amx_int8",),
+    "avx512_vnni": ("avx512_vnni",),
+    "avx512": ("avx512_f", "avx512_bw"),
+    "avx2_vnni": ("avx_vnni", "avx2"),
+    "avx2": ("avx2",),
+    "sse41": ("sse4_1",),
 }
-_NO_AMX = ("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
+"""The capabilities that make a level, in the order in which oneDNN prefers them."""
+_LIMITS: dict[str, Level] = {
+    **dict.fromkeys(("SSE41", "AVX"), "sse41"),
+    "AVX2": "avx2",
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), "avx2_vnni"),
+    "AVX512_CORE": "avx512",
+    **dict.fromkeys(("AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"), "avx512_vnni"),
+}
 
 
 class Trust(NamedTuple):
@@ -57,52 +63,24 @@ def level_of(capable: dict[str, object], limit: str = "") -> Level:
     >>> level_of({"avx2": True, "avx512_f": True, "avx512_vnni": True}, "AVX2")
     'avx2'
     """
-    has: dict[Level, bool] = {
-        "amx": bool(capable.get("amx_int8")),
-        "avx512_vnni": bool(capable.get("avx512_vnni")),
-        "avx2_vnni": bool(capable.get("avx_vnni")) and bool(capable.get("avx2")),
-        "avx512": bool(capable.get("avx512_f")) and bool(capable.get("avx512_bw")),
-        "avx2": bool(capable.get("avx2")),
-        "sse41": bool(capable.get("sse4_1")),
-    }
-    allowed = _allowed(limit.strip().upper())
-    levels: list[Level] = [level for level in _LEVELS if has[level] and level in allowed]
-    return levels[0] if levels else "other"
-
-
-def _allowed(limit: str) -> tuple[Level, ...]:
-    if limit in _LIMITS:
-        return _LIMITS[limit]
-    if limit in _NO_AMX:
-        return _LEVELS[1:]
-    return _LEVELS
-
-
-def capabilities() -> dict[str, object]:
-    """What torch knows of the processor; an older one answers several questions instead of one."""
-    probe = getattr(torch.cpu, "get_capabilities", None)
-    if probe is not None:
-        return dict(probe())
-    vnni, avx512, avx2 = "_is_vnni_supported", "_is_avx512_supported", "_is_avx2_supported"
-    probes = {"amx_int8": "_is_amx_tile_supported", "avx512_vnni": vnni, "avx512_f": avx512, "avx512_bw": avx512}
-    return {name: getattr(torch.cpu, ask, bool)() for name, ask in {**probes, "avx2": avx2, "sse4_1": avx2}.items()}
+    levels = list(_LEVELS)
+    allowed = levels[levels.index(_LIMITS.get(limit.strip().upper(), "amx")) :]
+    return next((level for level in allowed if all(capable.get(name) for name in _LEVELS[level])), "other")
 
 
 def detect() -> Isa:
     """The record of this process, the self-test left out."""
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-    return Isa(level_of(capabilities(), os.environ.get(LIMIT, "")), onednn)
+    return Isa(level_of(torch.cpu.get_capabilities(), os.environ.get(LIMIT, "")), onednn)
 
 
 def processor() -> str:
     """The processor's marketing name where the system tells it, else its architecture."""
     table = Path("/proc/cpuinfo")
-    if table.is_file():
-        for line in table.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    lines = table.read_text(errors="replace").splitlines() if table.is_file() else []
+    fields = (line.partition(":") for line in lines)
+    names = (value.strip() for key, _, value in fields if key.strip() == "model name")
+    return next(names, platform.processor() or platform.machine())
 
 
 def machine() -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import KernelError
-from modiff.kernels.backend import PREPACKED, Operator
+from modiff.kernels.backend import Operator
 from modiff.kernels.dispatch import Choice, backend_named, plan, this_machine, warn_if_slow
 from modiff.kernels.fixed_point import FixedState
 from modiff.kernels.isa import Isa
@@ -38,14 +38,9 @@ class Kernel:
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        weight: Tensor,
-        weight_scale: Tensor,
-        *,
-        backend: str | None = None,
+        self, problem: Problem, weight: Tensor, weight_scale: Tensor, *, backend: str | None = None,
         isa: Isa | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.problem, self.geometry = problem, problem.geometry
         self._shape, self._axes, self._pointwise = problem.weight_shape, problem.geometry.axes, problem.pointwise
         self.weight = weight
@@ -70,15 +65,6 @@ class Kernel:
         self._operator = Operator(weight, shape, scales, g, g.axes, problem.bits, problem.weight_max)
         self._views = self._pointwise or self._axes == 1
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that this layer holds for integer execution, the weight's floats not counted.
-
-        That is codes (1 byte a weight, half of one if packed), scales, and what backends made of the codes at first
-        use: oneDNN's layout 1 byte a weight, the float32 copy of `float_exact` 4.
-        """
-        return self.weight.nbytes + self.weight_scale.nbytes + PREPACKED.bytes_of(self._operator.weight)
-
     def accumulate(self, output: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Add what `codes` stand for to the output state, in place. Cost: one operator."""
         self._check_call(codes, output)
@@ -88,13 +74,9 @@ class Kernel:
             self.backend.accumulate(self._operator, output, codes, scale)
 
     def step(
-        self,
-        output: Tensor | FixedState,
-        codes: Tensor,
-        scale: Tensor,
-        dtype: torch.dtype = torch.float32,
+        self, output: Tensor | FixedState, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32,
         clipped: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """`accumulate`, and the new output in `dtype`, a tensor of its own. Cost: the operator and one pass over it.
 
         Args:
@@ -159,16 +141,12 @@ class Kernel:
         expected, packed = self._shape, self.weight.dtype == torch.uint8
         if packed:
             expected = (expected[0], -(-math.prod(expected[1:]) // 2))
-        if tuple(self.weight.shape) != expected or self.weight_scale.numel() != expected[0]:
+        fits = tuple(self.weight.shape) == expected and self.weight_scale.numel() == expected[0]
+        if not fits or not (packed or self.weight.dtype == torch.int8):
             raise KernelError(
-                f"Kernel: expected weight codes of shape {expected} with {expected[0]} scales, got "
-                f"{tuple(self.weight.shape)} with {self.weight_scale.numel()}. The problem describes another layer. "
-                "Build both from the same layer."
-            )
-        if not packed and self.weight.dtype != torch.int8:
-            raise KernelError(
-                f"Kernel: expected int8 weight codes, got {self.weight.dtype}. Kernels add up integers. Quantize the "
-                "weight first."
+                f"Kernel: expected int8 or uint8 weight codes of shape {expected} with {expected[0]} scales, got "
+                f"{self.weight.dtype} of {tuple(self.weight.shape)} with {self.weight_scale.numel()}. The problem "
+                "describes another layer. Quantize the weight, and build both from the same layer."
             )
 
     def _check_call(self, codes: Tensor, output: Tensor | None = None) -> tuple[int, ...]:

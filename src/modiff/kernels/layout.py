@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modiff.core.affine import qrange
 from modiff.core.granularity import granularity_named
+from modiff.errors import KernelError
+from modiff.kernels.native import BLOCK
 
 
 class Geometry(NamedTuple):
@@ -65,13 +68,42 @@ def is_innermost(shape: tuple[int, ...], strides: tuple[int, ...], axes: int) ->
     return _contiguous((shape[0], *shape[2:], shape[1]), (strides[0], *strides[2:], strides[1]))
 
 
-def scale_shape(shape: tuple[int, ...], granularity: str, channel_dim: int) -> tuple[int, ...]:
-    """Shape of the scales of a tensor: the axes that share one are 1."""
+class EncodeLayout(NamedTuple):
+    """What encoding an input of one shape and memory layout needs to know, once for all its steps.
+
+    scales: their shape. rows: (how many, elements in each) that share a scale and lie side by side; None: not so.
+    blocks: how many partial maxima the compiled loop needs. factor: clip / qmax.
+    """
+
+    bits: int
+    clip: float
+    granularity: str
+    channel_dim: int
+    scales: tuple[int, ...]
+    rows: tuple[int, int] | None
+    blocks: int
+    qmin: int
+    qmax: int
+    factor: float
+
+
+@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
+def layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float, granularity: str, channel_dim: int
+) -> EncodeLayout:
+    """Raises: KernelError for a granularity that has no integer sums."""
+    if granularity not in ("tensor", "sample", "token"):
+        raise KernelError(
+            f"encode: expected granularity 'tensor', 'sample' or 'token', got {granularity!r}. A scale along the "
+            "summed axis has no integer sums. Choose one of the three."
+        )
+    rows, (qmin, qmax) = row_shape(shape, strides, granularity, channel_dim), qrange(bits)
+    blocks = 0 if rows is None or rows[1] <= BLOCK else rows[0] * -(-rows[1] // BLOCK)
     shared = granularity_named(granularity).reduced_dims(len(shape), channel_dim)
-    return tuple(1 if axis in shared else size for axis, size in enumerate(shape))
+    scales = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
+    return EncodeLayout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
 
 
-@functools.lru_cache(4096)
 def row_shape(
     shape: tuple[int, ...], strides: tuple[int, ...], granularity: str, channel_dim: int
 ) -> tuple[int, int] | None:
@@ -80,22 +112,15 @@ def row_shape(
     The rows come in the order of the flattened scales. "tensor" and "sample" take both memory layouts of
     convolutions; "token" needs the channels of a token side by side.
     """
-    dims, numel = len(shape), math.prod(shape)
-    rows = _contiguous(shape, strides)
+    dims, numel, axis = len(shape), math.prod(shape), channel_dim % len(shape)
     innermost = dims > 2 and is_innermost(shape, strides, dims - 2)
-    if not (rows or innermost) or numel == 0:
-        return None
-    if granularity == "tensor":
-        count = numel
-    elif granularity == "sample":
-        count = numel // (shape[0] if dims > 1 else 1)
-    elif granularity == "token":
-        last = channel_dim % dims == dims - 1
-        if not (rows if last else channel_dim % dims == 1 and innermost):
-            return None
-        count = shape[channel_dim]
+    if granularity == "token" and axis != dims - 1:
+        dense = axis == 1 and innermost
     else:
+        dense = _contiguous(shape, strides) or (innermost and granularity != "token")
+    if not dense or numel == 0:
         return None
+    count = {"tensor": numel, "sample": numel // (shape[0] if dims > 1 else 1), "token": shape[axis]}[granularity]
     return numel // count, count
 
 

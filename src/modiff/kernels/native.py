@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import warn_once
-from modiff.kernels.isa import capabilities, detect
+from modiff.kernels.isa import detect
 
 SWITCH = "MODIFF_NATIVE"
 """Environment variable; "off" never compiles."""
@@ -52,10 +52,7 @@ _WITHOUT = {
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _SCALING = [_I, _F, _I, _I, _I]  # dynamic, factor, lowest, highest, threads
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
-    "encode": {
-        "modiff_encode": [_P, _I, *[_P] * 6, _L, _L, *_SCALING],
-        "modiff_encode_fixed": [_P, _I, *[_P] * 6, _L, _L, *_SCALING],
-    },
+    "encode": {"modiff_encode": [_P, _I, *[_P] * 8, _L, _L, *_SCALING]},
     "fingerprint": {"modiff_fingerprint": [_P, _L, _I]},
     "product": {
         "modiff_family": [],
@@ -127,7 +124,7 @@ def _built(compiler: str, name: str) -> Path:
     source = _SOURCES / f"{name}.cpp"
     command = [compiler, "--version"]
     version = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
-    machine = (sorted(capabilities().items()), detect().level)
+    machine = (sorted(torch.cpu.get_capabilities().items()), detect().level)
     digest = hashlib.sha256(repr((_FLAGS, _ATTEMPTS, version, machine)).encode())
     for file in (source, *sorted(_SOURCES.glob("*.h"))):
         digest.update(file.read_bytes())
@@ -190,14 +187,9 @@ def fingerprint(x: Tensor) -> Fingerprint | None:
     That is for a tensor that is empty, not on the CPU or not dense, and on a machine without a C++ compiler.
     Cost: one pass over x.
     """
-    known = x.device.type == "cpu" and x.layout == torch.strided and x.data_ptr() != 0 and _dense(x)
-    if not known or (library := load_library("fingerprint").library) is None:
+    known = x.device.type == "cpu" and x.layout == torch.strided and x.data_ptr() != 0
+    dense = known and torch.ops.aten.is_non_overlapping_and_dense(x)
+    if not dense or (library := load_library("fingerprint").library) is None:
         return None
     number = library.modiff_fingerprint(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads())
     return number, x.dtype, x.shape, x.stride()
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether the elements lie side by side in memory, in any order of the axes."""
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return x.permute(order).is_contiguous()

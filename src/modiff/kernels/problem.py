@@ -32,22 +32,14 @@ class Problem:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        axes = len(self.kernel_size)
-        if not {len(self.stride), len(self.padding), len(self.dilation)} == {axes} or axes > 3:
+        axes, groups = len(self.kernel_size), self.groups
+        fits = {len(self.stride), len(self.padding), len(self.dilation)} == {axes} and axes <= 3
+        divide = groups > 0 and not self.inputs % groups and not self.outputs % groups
+        if not fits or not divide or not (2 <= self.bits <= 8 and 0 <= self.weight_max <= 128):
             raise KernelError(
-                f"Problem: expected stride, padding and dilation for each of at most 3 axes of the kernel, got "
-                f"{self.stride}, {self.padding}, {self.dilation} for {self.kernel_size}. A linear layer has no axes. "
-                "Give one number for each axis."
-            )
-        if not (2 <= self.bits <= 8 and 0 <= self.weight_max <= 128):
-            raise KernelError(
-                f"Problem: expected 2 to 8 bits and weight codes of at most 128, got {self.bits} bits and "
-                f"{self.weight_max}. Codes are bytes. Quantize first."
-            )
-        if self.groups < 1 or self.inputs % self.groups or self.outputs % self.groups:
-            raise KernelError(
-                f"Problem: expected groups that divide {self.inputs} and {self.outputs} channels, got {self.groups}. "
-                "Every group reads and writes as many channels as every other. Use groups=1."
+                "Problem: expected stride, padding and dilation for each of at most 3 axes of the kernel, groups that "
+                f"divide the channels, 2 to 8 bits and weight codes of at most 128, got {self}. A linear layer has no "
+                "axes, and codes are bytes. Describe the layer as its module has it."
             )
 
     @property

@@ -15,13 +15,13 @@ from torch import nn
 
 from modiff import LayerConfig, QuantizerConfig
 from modiff.kernels.dispatch import Choice
-from modiff.kernels.encode import encode_eagerly, encode_input, encode_residual, layout_of
+from modiff.kernels.encode import encode_residual
 from modiff.kernels.isa import detect
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from modiff.kernels.triton.backend import TRITON
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.kernels.problems import exact_sums, operands, problems, sums_of
+from tests.kernels.problems import eagerly, exact_sums, operands, problems, sums_of
 from tests.recipes import play, quantized, randomised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,10 +92,10 @@ def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, d
     x[1], held[1] = 0, 0
     x[2, 5] = torch.nan
     for scale, granularity in ((None, "token"), (None, "tensor"), (torch.tensor(0.05, device=DEVICE), "tensor")):
-        states, layout = [held.clone(), held.clone()], layout_of(x.shape, x.stride(), bits, clip, granularity, -1)
+        states = [held.clone(), held.clone()]
         results = [
-            encode_eagerly(x, (states[0], None, None), scale, layout),
-            encode_residual(x, states[1], scale, bits, clip, granularity),
+            run(x, state, scale, bits, clip, granularity)
+            for run, state in zip((eagerly, encode_residual), states, strict=True)
         ]
         for ours, theirs in zip((*results[1], states[1]), (*results[0], states[0]), strict=True):
             assert_same_bits(ours.nan_to_num(-7.0), theirs.nan_to_num(-7.0))
@@ -103,14 +103,13 @@ def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, d
 
 def test_ties_go_to_even_and_saturate_at_both_ends():
     x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 300.0, -300.0]], device=DEVICE)
-    codes, _ = encode_input(x, torch.tensor(1.0, device=DEVICE), 4, granularity="tensor")
+    codes, _ = encode_residual(x, None, torch.tensor(1.0, device=DEVICE), 4, granularity="tensor")
     assert (codes.int() - 8).tolist() == [[0, 2, 2, 0, -2, -2, 7, -8]]
 
 
 def test_images_are_coded_in_either_memory_layout():
     x, held = torch.randn(2, 5, 4, 3, device=DEVICE), torch.randn(2, 5, 4, 3, device=DEVICE)
-    rows = layout_of(x.shape, x.stride(), 4, 1.0, "sample", 1)
-    expected = encode_eagerly(x, ((other := held.clone()), None, None), None, rows)
+    expected = eagerly(x, other := held.clone(), None, 4, 1.0, "sample", channel_dim=1)
     for layout in (torch.contiguous_format, torch.channels_last):
         state = held.clone(memory_format=layout)
         codes, scale = encode_residual(x.contiguous(memory_format=layout), state, None, 4, 1.0, "sample", channel_dim=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modiff.kernels.dispatch import Choice, plan
-from modiff.kernels.encode import encode_input
+from modiff.kernels.encode import encode_residual
 from modiff.kernels.isa import Isa
 from modiff.kernels.problem import Problem
 from modiff.kernels.triton import backend as gpu
@@ -48,4 +48,4 @@ def test_without_the_interpreter_a_cpu_keeps_its_own_kernels(monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     assert gpu.TRITON.unsupported(Problem(8, 8), Isa("avx2")) == "Triton runs on GPUs, the codes are on cpu"
     monkeypatch.setattr(gpu, "encode_rows", lambda *_, **__: pytest.fail("Triton was asked"))
-    encode_input(torch.randn(2, 8), None, 8, granularity="token")
+    encode_residual(torch.randn(2, 8), None, None, 8, granularity="token")

@@ -61,32 +61,26 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
 
 extern "C" {
 
-// x: float (kind 0) or bfloat16 (kind 1). state: null for plain quantization, p = 0. move: null for the "hold" predictor, else *gain is its weight.
-// scale: one for each row, read unless `dynamic`. factor: clip / highest.
-void modiff_encode(const void* x, int32_t kind, float* state, float* move, const float* gain, uint8_t* codes,
-                   float* scale, uint32_t* partial, int64_t rows, int64_t count, int32_t dynamic, float factor,
-                   int32_t lowest, int32_t highest, int32_t threads) {
+// x: float (kind 0) or bfloat16 (kind 1). state: null for plain quantization, p = 0. grid: null for states of floats;
+// else the state is 16-bit integers in units of *grid, a power of two, and given scales must be multiples of it: the
+// number of codes that were cut to stay within 16 bits is added to *clipped. move: null for the "hold" predictor, else
+// *gain is its weight. scale: one for each row, read unless `dynamic`. factor: clip / highest.
+void modiff_encode(const void* x, int32_t kind, void* state, float* move, const float* gain, const float* grid,
+                   int32_t* clipped, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
+                   int32_t dynamic, float factor, int32_t lowest, int32_t highest, int32_t threads) {
+  const auto against = [&](const auto* values, const auto& held) {
+    run(values, held, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest, threads);
+  };
   const auto start = [&](const auto* values) {
     if (state == nullptr) {
-      run(values, Nothing{}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest, threads);
+      against(values, Nothing{});
+    } else if (grid != nullptr) {
+      against(values, Fixed{static_cast<int16_t*>(state), *grid, 0, clipped});
     } else if (move == nullptr) {
-      run(values, Hold{state}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest, threads);
+      against(values, Hold{static_cast<float*>(state)});
     } else {
-      run(values, Linear{state, move, *gain}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest,
-          highest, threads);
+      against(values, Linear{static_cast<float*>(state), move, *gain});
     }
-  };
-  kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
-}
-
-// The state as 16-bit integers in units of *grid, a power of two; given scales must be multiples of it.
-// clipped: the number of codes that were cut to stay within 16 bits is added to it.
-void modiff_encode_fixed(const void* x, int32_t kind, int16_t* state, const float* grid, uint8_t* codes,
-                           float* scale, uint32_t* partial, int32_t* clipped, int64_t rows, int64_t count,
-                           int32_t dynamic, float factor, int32_t lowest, int32_t highest, int32_t threads) {
-  const auto start = [&](const auto* values) {
-    run(values, Fixed{state, *grid, 0, clipped}, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest,
-        threads);
   };
   kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from modiff.kernels.backend import PREPACKED, Backend, Operator
 from modiff.kernels.epilogue import Integers
 from modiff.kernels.isa import Isa
-from modiff.kernels.layout import channels_innermost
+from modiff.kernels.layout import channels_innermost, innermost
 from modiff.kernels.problem import LARGEST_INT32, Problem
 
 STATES = (torch.float32, torch.float16, torch.bfloat16)
@@ -131,7 +131,7 @@ def _run(
     scale = scale.to(torch.float32).contiguous()
     with _on_device_of(codes):
         if operator.axes:
-            codes = codes.movedim(1, -1).contiguous().movedim(-1, 1)
+            codes = innermost(codes)
             run_conv(codes, weight, channels, scale, zero, operator.geometry, state=state, output=output, bias=bias)
         else:
             state, output = (t if t is None else t.view(-1, operator.shape[0]) for t in (state, output))
@@ -140,13 +140,10 @@ def _run(
 
 
 def _weight(operator: Operator) -> Tensor:
-    """The weight codes as the kernels read them, remembered."""
+    """The weight codes as the kernels read them, channels innermost, remembered."""
 
     def make() -> tuple[Tensor, ...]:
-        if operator.axes == 0:
-            return (operator.weight_codes().contiguous(),)
-        from modiff.kernels.triton.conv import packed_conv
-
-        return (packed_conv(operator.weight_codes()),)
+        codes = operator.weight_codes()
+        return ((codes.permute(0, 2, 3, 1) if operator.axes else codes).contiguous(),)
 
     return PREPACKED.get(operator.weight, ("triton", operator.shape), make)[0]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modiff.kernels.layout import Geometry
-from modiff.kernels.triton.linear import both, finish, options, tile_sizes
+from modiff.kernels.triton.linear import finish, options, tile_sizes
 
 
 @triton.jit
@@ -64,26 +64,20 @@ def run_conv(
     """Add to `state` in place, and write the new state into `output` as well; either may be missing.
 
     Args:
-        codes: uint8 (N, C, H, W), channels innermost in memory. weight: int8 (O, KY, KX, C), dense; see `packed_conv`.
+        codes: uint8 (N, C, H, W), channels innermost in memory. weight: int8 (O, KY, KX, C), dense.
         weight_scale: float32 (O,). scale: float32, one, or one a sample.
         state, output: (N, O, H', W'), channels innermost in memory; an int32 output takes the sums alone.
         bias: (O,), added where there is no state.
     """
-    added, written = both(state, output)
-    images, columns, out_high, out_wide = torch.as_tensor(added).shape
+    images, columns, out_high, out_wide = torch.as_tensor(output if state is None else state).shape
     _, channels, high, wide = codes.shape
     rows = images * out_high * out_wide
     blocks = tile_sizes(rows, columns, channels)
     grid = (triton.cdiv(rows, blocks[0]) * triton.cdiv(columns, blocks[1]),)
     _conv[grid](
-        codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, added, written, images,
-        high, wide, channels, out_high, out_wide, columns, ZERO=zero, SCALES=int(scale.numel() > 1),
+        codes, weight, weight_scale, scale.reshape(-1), images=images, high=high, wide=wide, channels=channels,
+        out_high=out_high, out_wide=out_wide, columns=columns, ZERO=zero, SCALES=int(scale.numel() > 1),
         KERNEL_Y=weight.shape[1], KERNEL_X=weight.shape[2], STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
         PAD_Y=geometry.padding[0], PAD_X=geometry.padding[1], STEP_Y=geometry.dilation[0],
-        STEP_X=geometry.dilation[1], **options(state, output, bias, blocks),
+        STEP_X=geometry.dilation[1], **options(weight_scale, state, output, bias, blocks),
     )  # fmt: skip
-
-
-def packed_conv(weight: Tensor) -> Tensor:
-    """int8 (O, C, KY, KX) -> (O, KY, KX, C), dense: the channels of a tap side by side."""
-    return weight.permute(0, 2, 3, 1).contiguous()

@@ -14,9 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SMALL = 16
-"""Least size of a block of `tl.dot`."""
-
 
 @triton.jit
 def _linear(
@@ -90,24 +87,20 @@ def run_linear(
     columns = weight.shape[0]
     block_m, block_n, block_k = tile_sizes(rows, columns, depth)
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)
-    added, written = both(state, output)
     _linear[grid](
-        codes, weight, weight_scale, scale.reshape(-1), weight_scale if bias is None else bias, added, written, rows,
-        columns, depth, ZERO=zero, SCALES=0 if scale.numel() == 1 else rows // scale.numel(),
-        **options(state, output, bias, (block_m, block_n, block_k)),
+        codes, weight, weight_scale, scale.reshape(-1), rows=rows, columns=columns, depth=depth, ZERO=zero,
+        SCALES=0 if scale.numel() == 1 else rows // scale.numel(),
+        **options(weight_scale, state, output, bias, (block_m, block_n, block_k)),
     )  # fmt: skip
 
 
-def both(state: Tensor | None, output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A pointer for each, also where it is not used."""
-    return (output if state is None else state), (state if output is None else output)
-
-
 def options(
-    state: Tensor | None, output: Tensor | None, bias: Tensor | None, blocks: tuple[int, int, int]
+    weight_scale: Tensor, state: Tensor | None, output: Tensor | None, bias: Tensor | None, blocks: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+    """What both kernels are compiled for, and pointers: one for each, also where it is not used."""
     return {
+        "bias": weight_scale if bias is None else bias, "state": output if state is None else state,
+        "output": state if output is None else output,
         "KEEPS": state is not None, "WRITES": output is not None, "BIASED": bias is not None,
         "RAW": output is not None and output.dtype == torch.int32, "BLOCK_M": blocks[0], "BLOCK_N": blocks[1],
         "BLOCK_K": blocks[2], "GROUP": 8, "num_warps": 8 if blocks[0] >= 128 else 4, "num_stages": 3,
@@ -116,10 +109,9 @@ def options(
 
 
 def tile_sizes(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
-    """Sizes of the blocks: large where there is enough work to fill a GPU with them."""
-    wide = 256 if columns >= 2048 and rows >= 2048 else 128
-    return _fit(rows, 128), _fit(columns, wide), _fit(depth, 128)
-
-
-def _fit(size: int, most: int) -> int:
-    return max(_SMALL, min(most, triton.next_power_of_2(size)))
+    """Sizes of the blocks: large where there is enough work to fill a GPU with them, at least what `tl.dot` takes."""
+    most = (128, 256 if columns >= 2048 and rows >= 2048 else 128, 128)
+    m, n, k = (
+        max(16, min(triton.next_power_of_2(size), top)) for size, top in zip((rows, columns, depth), most, strict=True)
+    )
+    return m, n, k

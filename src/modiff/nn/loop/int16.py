@@ -14,7 +14,8 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update
-from modiff.kernels.fixed_point import FixedState, encode_fixed, start
+from modiff.kernels.encode import encode_residual
+from modiff.kernels.fixed_point import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
 from modiff.nn.loop.integer import ByteCode, Codes, IntegerInput, IntegerLoop, dense_runs, fused_runs, laid_as
@@ -62,12 +63,13 @@ class Int16Input(IntegerInput):
         runs = fused_runs(x, fusion, quantizer.segments, channel_dim)
         for (run, fused), state in zip(runs, self.parts, strict=True):
             state = state._replace(n=laid_as(state.n, run))
-            arguments = (quantizer.bits, quantizer.config.clip, quantizer.granularity)
-            if fused is None:
-                codes = encode_fixed(run, state, *arguments, channel_dim=channel_dim, clipped=self._clipped)
-            else:
-                codes = fused.encode(run, state, None, *arguments, channel_dim=channel_dim, clipped=self._clipped)
-            parts.append(codes)
+            encode = encode_residual if fused is None else fused.encode
+            parts.append(
+                encode(
+                    run, state, None, quantizer.bits, quantizer.config.clip, quantizer.granularity,
+                    channel_dim=channel_dim, clipped=self._clipped,
+                )
+            )  # fmt: skip
             states.append(state)
         self.parts = tuple(states)
         self.outgrown = bool(self._clipped > 0)

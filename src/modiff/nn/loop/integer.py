@@ -19,7 +19,7 @@ from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
 from modiff.kernels.backend import PREPACKED
 from modiff.kernels.dispatch import Choice, plan
-from modiff.kernels.encode import encode_input, encode_residual
+from modiff.kernels.encode import encode_residual
 from modiff.kernels.input_fusion import InputFusion, Norm
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.layout import channels_innermost, innermost
@@ -288,10 +288,8 @@ class IntegerLoop(SimulatedLoop):
         for i, ((run, fused), kernel) in enumerate(zip(runs, kernels, strict=True)):
             scale = None if scales is None else scales[i]
             arguments = (scale, quantizer.bits, quantizer.config.clip, quantizer.granularity)
-            if fused is None:
-                codes, scale = encode_input(run, *arguments, channel_dim=quantizer.channel_dim)
-            else:
-                codes, scale = fused.encode(run, None, *arguments, channel_dim=quantizer.channel_dim)
+            encode = encode_residual if fused is None else fused.encode
+            codes, scale = encode(run, None, *arguments, channel_dim=quantizer.channel_dim)
             if total is None:
                 total = kernel.compute(codes, scale, self.operator.bias, dtype if len(kernels) == 1 else torch.float32)
             else:
