@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modiff.kernels import native
-from modiff.kernels.encode import encode_eagerly, encode_residual, memory_of
+from modiff.kernels.encode import encode_eagerly, encode_residual, past_of
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.layout import innermost, layout_of
@@ -93,10 +93,8 @@ def scales(problem: Problem, codes: Tensor, kind: str) -> Tensor:
 
 def eagerly(x, state, scale, bits, clip=1.0, granularity="tensor", *, channel_dim=-1, **loop):
     """`encode_residual` by torch's operators."""
-    memory = memory_of(x, state, scale, *map(loop.get, ("move", "gain", "clipped")))
-    return encode_eagerly(
-        x.detach(), memory, scale, layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
-    )
+    past = past_of(x, state, scale, *map(loop.get, ("move", "gain", "clipped")))
+    return encode_eagerly(x.detach(), past, scale, layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim))
 
 
 ENCODERS = {"native": encode_residual, "eager": eagerly, "fused": InputFusion().encode}

@@ -27,7 +27,7 @@ from modiff.kernels.native import KINDS
 from modiff.kernels.triton import backend as gpu
 
 
-class Memory(NamedTuple):
+class Past(NamedTuple):
     """What a step knows of the last one, in the order of the C++ loops; grid and clipped belong to int16 states."""
 
     state: Tensor | None
@@ -74,27 +74,27 @@ def encode_residual(
         another form of state.
     Cost: 9 bytes of state and codes an element, 5 with integers; x is read once, twice where scales are measured.
     """
-    x, memory = x.detach(), memory_of(x, state, scale, move, gain, clipped)
+    x, past = x.detach(), past_of(x, state, scale, move, gain, clipped)
     if scale is not None and scale.numel() == 1:
         granularity = "tensor"
     layout = layout_of(x.shape, x.stride(), bits, clip, granularity, channel_dim)
     codes, used = torch.empty_like(x, dtype=torch.uint8), scale
     if used is None:
-        wide = (x if memory.state is None else memory.state).dtype == torch.float64
+        wide = (x if past.state is None else past.state).dtype == torch.float64
         used = x.new_empty(layout.scales, dtype=torch.float64 if wide else torch.float32)
     fits = layout.rows is not None and layout.rows[0] == used.numel() and used.dtype == torch.float32
     if fits and used.is_contiguous() and codes.stride() == x.stride():
         run = _on_gpu if x.is_cuda or gpu.INTERPRETED else _natively
-        if run(layout, x, memory, codes, used, dynamic=scale is None):
+        if run(layout, x, past, codes, used, dynamic=scale is None):
             return codes, used
-    value, measured = encode_eagerly(x, memory, scale, layout)
+    value, measured = encode_eagerly(x, past, scale, layout)
     return codes.copy_(value), measured if scale is None else scale
 
 
-def memory_of(
+def past_of(
     x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, move: Tensor | None = None,
     gain: Tensor | None = None, clipped: Tensor | None = None,
-) -> Memory:  # fmt: skip
+) -> Past:  # fmt: skip
     """The arguments of `encode_residual` as one, checked."""
     n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)
     for name, value in (("state", n), ("move", move)):
@@ -103,22 +103,22 @@ def memory_of(
                 f"encode: expected a {name} of shape {tuple(x.shape)}, got {tuple(value.shape)}. The {name} belongs to "
                 "another input. Start the trajectory again."
             )
-    memory = Memory(n, move, None if gain is None else gain.to(torch.float32).contiguous(), grid, clipped)
+    past = Past(n, move, None if gain is None else gain.to(torch.float32).contiguous(), grid, clipped)
     fits = clipped is None and (move is None) == (gain is None) if grid is None else clipped is not None
     if not fits or (move is not None and n is None) or (grid is not None and not scale is move is gain is None):
-        names = {"scale": scale, **memory._asdict()}
+        names = {"scale": scale, **past._asdict()}
         raise KernelError(
             "encode: expected move and gain, both or neither, with a float state, clipped alone with an integer state, "
             "and no more than a scale with no state, got "
             f"{' and '.join(name for name, value in names.items() if value is not None) or 'nothing'}. Each form of "
             "state takes its own arguments. Leave out, or add, what differs."
         )
-    return memory
+    return past
 
 
-def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: EncodeLayout) -> tuple[Tensor, Tensor]:
+def encode_eagerly(x: Tensor, past: Past, scale: Tensor | None, layout: EncodeLayout) -> tuple[Tensor, Tensor]:
     """`encode_residual` with the core's functions, one pass over memory for each operation: (codes, scale)."""
-    state, move, gain, grid, clipped = memory
+    state, move, gain, grid, clipped = past
     if state is not None and grid is not None and clipped is not None:
         return fixed_eagerly(x, FixedState(state, grid), layout, clipped)
     exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
@@ -142,26 +142,26 @@ def encode_eagerly(x: Tensor, memory: Memory, scale: Tensor | None, layout: Enco
     return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale
 
 
-def _natively(layout: EncodeLayout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
+def _natively(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run the compiled loop; False where it does not know the types, and nothing was touched."""
-    if layout.rows is None or x.dtype not in KINDS or not x.is_cpu or not memory.fits(codes.stride()):
+    if layout.rows is None or x.dtype not in KINDS or not x.is_cpu or not past.fits(codes.stride()):
         return False
     if (library := native.load_library("encode").library or native.missing("encode")) is None:
         return False
     partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu") if dynamic and layout.blocks else None
     library.modiff_encode(
-        x.data_ptr(), KINDS[x.dtype], *[None if t is None else t.data_ptr() for t in memory], codes.data_ptr(),
+        x.data_ptr(), KINDS[x.dtype], *[None if t is None else t.data_ptr() for t in past], codes.data_ptr(),
         scale.data_ptr(), None if partial is None else partial.data_ptr(), *layout.rows, int(dynamic), layout.factor,
         layout.qmin, layout.qmax, torch.get_num_threads(),
     )  # fmt: skip
     return True
 
 
-def _on_gpu(layout: EncodeLayout, x: Tensor, memory: Memory, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
+def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
     """Run Triton's kernel; False where it does not know the types, and nothing was touched."""
-    state = memory.state
+    state = past.state
     known = state is None or (state.dtype in gpu.STATES and state.stride() == codes.stride())
-    if layout.rows is None or memory.move is not None or not known or not gpu.installed():
+    if layout.rows is None or past.move is not None or not known or not gpu.installed():
         return False
     rows, states, sent = (
         None if t is None else t.as_strided(layout.rows, (layout.rows[1], 1)) for t in (x, state, codes)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import Memory, encode_eagerly, memory_of
+from modiff.kernels.encode import Past, encode_eagerly, past_of
 from modiff.kernels.fixed_point import FixedState
 from modiff.kernels.layout import EncodeLayout, empty_output, layout_of, pixel_pitch
 from modiff.kernels.native import KINDS
@@ -80,16 +80,16 @@ class InputFusion(NamedTuple):
         granularity: str = "tensor", *, channel_dim: int = -1, **loop: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`encode_residual` of y, shaped as x. Raises: KernelError also for a norm or activation that nothing fuses."""
-        memory = memory_of(x, state, scale, **loop)
+        past = past_of(x, state, scale, **loop)
         x, fusion = x.detach(), self._detached()
         if scale is not None and scale.numel() == 1:
             granularity = "tensor"
         if self.norm != "group_last":
-            return _encode(fusion, x, memory, scale, bits, clip, granularity, channel_dim)
+            return _encode(fusion, x, past, scale, bits, clip, granularity, channel_dim)
         fusion = fusion._replace(norm="group")  # tokens of channels are pixels with channels innermost
-        n, moved = (None if tensor is None else tensor.movedim(-1, 1) for tensor in memory[:2])
-        memory = memory._replace(state=n, move=moved)
-        codes, used = _encode(fusion, x.movedim(-1, 1), memory, scale, bits, clip, granularity, 1)
+        n, moved = (None if tensor is None else tensor.movedim(-1, 1) for tensor in past[:2])
+        past = past._replace(state=n, move=moved)
+        codes, used = _encode(fusion, x.movedim(-1, 1), past, scale, bits, clip, granularity, 1)
         return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
 
     def _detached(self) -> InputFusion:
@@ -104,7 +104,7 @@ class InputFusion(NamedTuple):
 
 
 def _encode(
-    fusion: InputFusion, x: Tensor, memory: Memory, scale: Tensor | None,
+    fusion: InputFusion, x: Tensor, past: Past, scale: Tensor | None,
     bits: int, clip: float, granularity: str, channel_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if fusion.norm == "affine":  # of some of the channels: their codes lie side by side
@@ -116,15 +116,15 @@ def _encode(
         used = x.new_empty(layout.scales, dtype=torch.float32)
     else:
         used = scale.to(torch.float32).reshape(layout.scales).contiguous()
-    plan = _plan(fusion, x, memory, codes, layout)
+    plan = _plan(fusion, x, past, codes, layout)
     if plan is None:
-        value, used = encode_eagerly(_normalized(fusion, x), memory, None if scale is None else used, layout)
+        value, used = encode_eagerly(_normalized(fusion, x), past, None if scale is None else used, layout)
         codes.copy_(value)
     else:
         coefficients = _coefficients(plan, fusion, x)
         plan.library.modiff_encode_fused(
             x.data_ptr(), KINDS[x.dtype], plan.mode, list(_ACTIVATIONS).index(fusion.activation),
-            *[None if t is None else t.data_ptr() for t in (*coefficients, *memory)], codes.data_ptr(),
+            *[None if t is None else t.data_ptr() for t in (*coefficients, *past)], codes.data_ptr(),
             used.data_ptr(), plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
             int(scale is None), layout.factor, layout.qmin, layout.qmax, torch.get_num_threads(),
         )  # fmt: skip
@@ -166,14 +166,14 @@ class _Plan(NamedTuple):
     pitch: int
 
 
-def _plan(fusion: InputFusion, x: Tensor, memory: Memory, codes: Tensor, layout: EncodeLayout) -> _Plan | None:
+def _plan(fusion: InputFusion, x: Tensor, past: Past, codes: Tensor, layout: EncodeLayout) -> _Plan | None:
     """None where the compiled loops do not know types or layout.
 
     "affine" and "gated" have a pitch, as some of the channels are read. Anything else must be dense, as the codes are:
     a slice, an expanded tensor or a half of a chunk is not.
     """
     norm, weight, rows, axis = fusion.norm, fusion.weight, layout.rows, layout.channel_dim % x.dim()
-    if not x.is_cpu or x.dtype not in KINDS or x.numel() == 0 or rows is None or not memory.fits(codes.stride()):
+    if not x.is_cpu or x.dtype not in KINDS or x.numel() == 0 or rows is None or not past.fits(codes.stride()):
         return None
     if norm in ("none", "layer", "group"):
         dense = x.is_contiguous() or (norm != "layer" and pixel_pitch(x.shape, x.stride()) == x.shape[1])
