@@ -92,8 +92,8 @@ def encode_residual(
 
 
 def past_of(
-    x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, move: Tensor | None = None,
-    gain: Tensor | None = None, clipped: Tensor | None = None,
+    x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, move: Tensor | None, gain: Tensor | None,
+    clipped: Tensor | None,
 ) -> Past:  # fmt: skip
     """The arguments of `encode_residual` as one, checked."""
     n, grid = (state.n, state.grid) if isinstance(state, FixedState) else (state, None)

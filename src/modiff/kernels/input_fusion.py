@@ -77,10 +77,11 @@ class InputFusion(NamedTuple):
 
     def encode(
         self, x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, bits: int, clip: float = 1.0,
-        granularity: str = "tensor", *, channel_dim: int = -1, **loop: Tensor | None,
+        granularity: str = "tensor", *, channel_dim: int = -1, move: Tensor | None = None, gain: Tensor | None = None,
+        clipped: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`encode_residual` of y, shaped as x. Raises: KernelError also for a norm or activation that nothing fuses."""
-        past = past_of(x, state, scale, **loop)
+        past = past_of(x, state, scale, move, gain, clipped)
         x, fusion = x.detach(), self._detached()
         if scale is not None and scale.numel() == 1:
             granularity = "tensor"
