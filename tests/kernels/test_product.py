@@ -13,11 +13,10 @@ from modiff.kernels import native
 from modiff.kernels.backend import Operator
 from modiff.kernels.epilogue import add_eagerly
 from modiff.kernels.exact import REFERENCE
-from modiff.kernels.isa import capabilities
-from modiff.kernels.layout import Geometry
+from modiff.kernels.layout import Geometry, innermost
 from modiff.kernels.product import NATIVE, family, windows
 from modiff.nn.packed import pack_nibbles
-from tests.kernels.problems import innermost, needs_compiler, none_clipped, on_threads
+from tests.kernels.problems import needs_compiler, none_clipped, on_threads
 
 pytestmark = needs_compiler
 LINEAR = Geometry()
@@ -32,7 +31,7 @@ def loops(
 ) -> Iterator[int]:
     """The loops compiled for one set of instructions."""
     number, needed, flags = FAMILIES[request.param]
-    if needed and not capabilities().get(needed):
+    if needed and not torch.cpu.get_capabilities().get(needed):
         pytest.skip(f"this processor has no {needed}")
     folder: Path = tmp_path_factory.getbasetemp() / "families"
     monkeypatch.setenv(native.CACHE, str(folder))
