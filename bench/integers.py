@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from modiff import ModiffConfig, presets
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.evaluate.pipelines import run_config
+from modiff.evaluate.pipelines import DrawnImages, PipelineSource
 from modiff.files import check_writable, write_json
 from modiff.generate.environment import environment
 from modiff.hosts.diffusers.load import load_pipeline
-from modiff.hosts.diffusers.runs import noise_generators
 from modiff.kernels.isa import detect
 
 
@@ -43,8 +42,11 @@ ROWS: dict[str, ModiffConfig] = {
 def measure(pipe: Any, steps: int, num_images: int, seed: int) -> list[dict[str, Any]]:
     """One row a config: distance to full precision and to the simulation, and what the states take."""
 
-    def run(config: ModiffConfig | None) -> Any:
-        return run_config(pipe, config, steps, noise_generators(seed, range(num_images)))
+    source = PipelineSource(pipe, seed=seed)
+
+    def run(config: ModiffConfig | None) -> DrawnImages:
+        with source.open(config, steps) as draw:
+            return draw(range(num_images))
 
     exact, rows, simulated = run(None).images, [], None
     for name, config in tqdm(ROWS.items(), unit="row"):

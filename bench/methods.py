@@ -36,7 +36,7 @@ from modiff.api import save
 from modiff.cli.options import quiet_pipeline
 from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError, ModiffError
-from modiff.evaluate.features.extractor import extract
+from modiff.evaluate.features.extractor import FeatureExtractor
 from modiff.evaluate.features.load import DEFAULT_EXTRACTOR, load_extractor
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import psnr, relative_l2
@@ -143,6 +143,10 @@ def rows(
 # ------------------------------------------------------------------------------------------------ one row, one process
 
 
+def _pooled(extractor: FeatureExtractor, images: np.ndarray) -> torch.Tensor:
+    return torch.cat([extractor(batch).pooled for batch in torch.as_tensor(images).split(64)])
+
+
 def run_row(row: Row | None, settings: dict[str, Any], work: Path) -> dict[str, Any]:
     """Calibrate, measure the cost, save, sample and compare; None is full precision, whose images the others need."""
     pipe = set_scheduler(quiet_pipeline(settings["model"], "cpu"), "ddim")
@@ -157,7 +161,7 @@ def run_row(row: Row | None, settings: dict[str, Any], work: Path) -> dict[str, 
             save(pipe, Path(folder) / "checkpoint")
             size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
     images = np.concatenate(list(_batches(pipe, settings)))
-    features = extract(extractor, [as_bytes(images)]).pooled
+    features = _pooled(extractor, as_bytes(images))
     reference = work / f"{FULL_PRECISION}.npz"
     if row is None:
         write_atomically(reference, lambda file: np.savez(file, images=images, features=features.numpy()))
@@ -210,7 +214,7 @@ def _data(settings: dict[str, Any], work: Path, extractor: Any, shape: tuple[int
     if not kept.exists():
         moments = Moments(extractor.dimension)
         for images in read_reference(Path(settings["reference"])):
-            moments.update(extract(extractor, [bordered(images, shape)]).pooled)
+            moments.update(_pooled(extractor, bordered(images, shape)))
         mean, scatter = moments.mean.numpy(), moments.scatter.numpy()
         write_atomically(kept, lambda file: np.savez(file, mean=mean, scatter=scatter, count=moments.count))
     with np.load(kept) as arrays:

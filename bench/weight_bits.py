@@ -9,15 +9,15 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from modiff import ModiffConfig, WeightConfig, presets
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.evaluate.pipelines import run_config
+from modiff.evaluate.pipelines import PipelineSource
 from modiff.files import check_writable, write_json
 from modiff.generate.environment import environment
 from modiff.hosts.diffusers.load import load_pipeline
-from modiff.hosts.diffusers.runs import noise_generators
 
 
 def with_search(config: ModiffConfig) -> ModiffConfig:
@@ -50,8 +50,11 @@ def main() -> None:
     pipe = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
 
-    def images(config: ModiffConfig | None) -> object:
-        return run_config(pipe, config, options.steps, noise_generators(options.seed, range(options.num_images))).images
+    source = PipelineSource(pipe, seed=options.seed)
+
+    def images(config: ModiffConfig | None) -> np.ndarray:
+        with source.open(config, options.steps) as draw:
+            return draw(range(options.num_images)).images
 
     reference = images(None)
     rows = [{"name": n, "relative_l2": relative_l2(images(c), reference)} for n, c in tqdm(ROWS.items())]

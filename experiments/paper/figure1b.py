@@ -20,14 +20,14 @@ def measure(lab: Lab) -> Values:
     """Histograms of all layers pooled, and the ratio of the ranges for each layer and step."""
     distribution, errors = Distribution(), LayerTraces()
     lab.watch(presets.published(None, 8), [distribution, errors], lab.settings.steps)
-    result = distribution.result(panels=1)
+    result = distribution.result()
     ratios = {trace["name"]: _ratios(trace) for trace in errors.layers()}
     everywhere = [value for ranges, _ in ratios.values() for value in ranges]
     quantiles = [(q, float(np.quantile(everywhere, q))) for q in SHARES]
     return {
         "steps": lab.settings.steps,
         "edges": result["edges"],
-        "pooled": dict(result["pooled"]),
+        "pooled": {key: result[key] for key in ("activation", "difference")},
         "layers": [
             {"name": name, "range": float(np.median(ranges)), "rms": float(np.median(sizes))}
             for name, (ranges, sizes) in ratios.items()

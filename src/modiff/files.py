@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import secrets
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK = ".lock"
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, SafetensorError,
+           zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 

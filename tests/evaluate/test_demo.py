@@ -1,4 +1,4 @@
-"""The demo on a tiny pipeline: the rows asked for, the same noise in each, honest figures, and a model left alone."""
+"""The demo on a tiny pipeline: the rows asked for, the same noise in each, and honest figures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
 
 import modiff
 from modiff.errors import ConfigError
 from modiff.evaluate.demo import Demo, run_demo
-from modiff.evaluate.pipelines import run_config
-from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.tune import candidates
 from tests.pixels import pixel_pipeline
 
@@ -33,16 +30,6 @@ def demo() -> Iterator[Demo]:
         # a few candidates only: what is tested here is the demo
         patch.setattr("modiff.model.tune.candidates", lambda base: candidates(base)[::4])
         yield run_demo(pixel_pipeline(), steps=STEPS, num_images=IMAGES, seed=SEED, progress=False)
-
-
-def row(demo: Demo, name: str) -> dict[str, Any]:
-    return next(r for r in demo.rows if r["name"] == name)
-
-
-def reference_images(steps: int) -> np.ndarray:
-    """diffusers alone."""
-    noise = [torch.Generator().manual_seed(SEED + i) for i in range(IMAGES)]
-    return pixel_pipeline()(batch_size=IMAGES, num_inference_steps=steps, generator=noise, output_type="np").images
 
 
 def test_the_rows_are_those_of_the_issue_in_order(demo: Demo) -> None:
@@ -76,12 +63,14 @@ def test_the_json_has_exactly_the_fields_agreed_on_and_no_infinity(demo: Demo) -
     assert values["settings"]["seed"] == SEED
 
 
-def test_errors_are_those_of_the_images_against_full_precision(demo: Demo) -> None:
-    reference = reference_images(STEPS).astype(np.float64)
+def test_errors_are_those_of_the_images_against_diffusers_alone(demo: Demo) -> None:
+    noise = [torch.Generator().manual_seed(SEED + i) for i in range(IMAGES)]
+    reference = pixel_pipeline()(batch_size=IMAGES, num_inference_steps=STEPS, generator=noise, output_type="np").images
     for r, images in zip(demo.rows[1:], demo.images[1:], strict=True):
         difference = images.astype(np.float64) - reference
         # two float64 sums of 128 terms
-        assert r["relative_l2"] == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(reference), rel=1e-12)
+        expected = np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64))
+        assert r["relative_l2"] == pytest.approx(expected, rel=1e-12)
         assert r["psnr_db"] == pytest.approx(-10 * np.log10(np.mean(difference**2)), rel=1e-12)
     assert (demo.rows[0]["relative_l2"], demo.rows[0]["psnr_db"]) == (0.0, None)
 
@@ -94,40 +83,14 @@ def test_modulation_and_tuning_pay_also_on_random_weights(demo: Demo) -> None:
     assert error["modulated W8A8"] < error["modulated W8A4"] < error["modulated W8A3"] < error["modulated W8A2"]
 
 
-def test_a_run_leaves_the_pipeline_as_it_was_also_when_it_fails() -> None:
-    pipe = pixel_pipeline()
-    before = {name: type(module) for name, module in pipe.unet.named_modules()}
-    hooks = len(pipe.unet._forward_hooks)
-    config = modiff.presets.w8a4()
-    run_config(pipe, config, 2, noise_generators(0, range(1)))
-    with pytest.raises(ValueError, match="num_inference_steps"):
-        run_config(pipe, config, 10**6, noise_generators(0, range(1)))
-    assert {name: type(module) for name, module in pipe.unet.named_modules()} == before
-    assert len(pipe.unet._forward_hooks) == hooks
-    modiff.apply(pipe, config)  # raises if modiff were still on it
-
-
-class Prompted(DDPMPipeline):
-    """A pipeline that takes a prompt."""
-
-    def __call__(self, prompt: str | None = None, batch_size: int = 1) -> None:
-        raise NotImplementedError
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 3}, "expected 4 to 1000 steps, got 3"),
-        ({"steps": 1001}, "expected 4 to 1000 steps, got 1001"),
+        ({"steps": 3}, "expected 4 or more, got 3"),
+        ({"steps": 1001}, "expected at most 1000, got 1001"),
         ({"num_images": 0}, "at least 1 image"),
     ],
 )
-def test_a_demo_that_cannot_run_says_so_at_once(options: dict[str, int], message: str) -> None:
+def test_a_demo_that_cannot_run_says_so_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_demo(pixel_pipeline(), **options)
-
-
-def test_a_conditional_pipeline_is_one_clear_error() -> None:
-    pipe = pixel_pipeline()
-    with pytest.raises(ConfigError, match="unconditional pipeline, got Prompted"):
-        run_demo(Prompted(unet=pipe.unet, scheduler=pipe.scheduler))

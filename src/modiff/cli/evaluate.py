@@ -12,7 +12,7 @@ from modiff.cli import options
 from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from modiff.evaluate.suite.images import PipelineSource
+    from modiff.evaluate.pipelines import PipelineSource
     from modiff.evaluate.suite.run import Suite
 
 CONFIGS_HELP = (
@@ -69,9 +69,9 @@ def evaluate(
         modiff evaluate embedded --preset quick --json evaluation.json --report report
     """
     from modiff.evaluate.features.load import load_extractor  # imported late: `--help` must not wait for diffusers
+    from modiff.evaluate.pipelines import PipelineSource
     from modiff.evaluate.suite import plans
     from modiff.evaluate.suite.extras import load_extras
-    from modiff.evaluate.suite.images import PipelineSource
     from modiff.evaluate.suite.run import run_suite
 
     named = [] if configs is None else [name.strip() for name in configs.split(",")]

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from modiff.config import ModulationConfig
-from modiff.errors import ConfigError
+from modiff.config import ModulationConfig, check
 from modiff.model.report import Report
 from modiff.model.select import CANDIDATES
 
@@ -50,15 +49,6 @@ class LayerCost:
         return self.macs * weight * activation
 
 
-def attention_macs(batch: int, heads: int, queries: int, keys: int, head_dim: int, value_dim: int) -> int:
-    """MACs of both attention products, Q K^T and softmax V. Softmax is not counted, masked positions are.
-
-    >>> attention_macs(1, 1, 256, 256, 256, 256)
-    33554432
-    """
-    return batch * heads * queries * keys * (head_dim + value_dim)
-
-
 def measure_cost(model: nn.Module, forward: Callable[[], object]) -> list[LayerCost]:
     """Run `forward()` once, without gradients, and count what `model` does in it, in the order of the first calls.
 
@@ -77,17 +67,13 @@ def measure_cost(model: nn.Module, forward: Callable[[], object]) -> list[LayerC
         hooks.enter_context(torch.no_grad())
         hooks.enter_context(counter)
         forward()
-    if not counter.called:
-        raise ConfigError(
-            "measure_cost: expected forward() to call the model, got no call. It may run a copy of it. "
-            "Pass the module that forward() runs."
-        )
+    why = "forward() may run a copy of it. Pass the module that it runs."
+    check("measure_cost", "no call", bool(counter.costs), "forward() to call the model", why)
     return [cost for cost in counter.costs.values() if cost.macs]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
-    batch, heads, queries, head_dim = q.shape
-    return 2 * attention_macs(batch, heads, queries, k.shape[2], head_dim, v.shape[3])
+    return 2 * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
 
 
 aten = torch.ops.aten
@@ -110,11 +96,9 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.costs: dict[str, LayerCost] = {}
         self.running: list[LayerCost] = []
-        self.called = False
 
     def enter(self, name: str, module: nn.Module, args: object) -> None:
         """Before the module runs."""
-        self.called = True
         self.running.append(self.costs.setdefault(name, LayerCost(name=name)))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

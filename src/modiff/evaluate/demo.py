@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,30 +12,27 @@ from PIL import Image
 
 from modiff import presets
 from modiff.api import tune
-from modiff.config import ModiffConfig, ModulationConfig
-from modiff.errors import ConfigError
-from modiff.evaluate.cost import FULL_PRECISION_BITS, LayerCost, trajectory_gbops
+from modiff.config import ModiffConfig, ModulationConfig, check
+from modiff.evaluate.cost import FULL_PRECISION_BITS
 from modiff.evaluate.pipelines import (
-    Sampled,
+    NOTHING,
+    TUNING_SEED,
+    DrawnImages,
+    PipelineSource,
     aligned,
-    check_pipeline,
-    evaluations_bar,
     image_error,
-    measure_step,
     number,
-    run_config,
 )
+from modiff.evaluate.suite.plans import Plan
 from modiff.generate.environment import Environment, environment
+from modiff.generate.job import Conditions
 from modiff.generate.pictures import grid
-from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers.runs import calibration_run, noise_generators
+from modiff.generate.worker import check_inputs
 from modiff.model.tune import FINALISTS
 
-FEWEST_STEPS = 4
 EVERY = 10
 """Steps from one anchor of a layer to the next, in the rows that anchor again."""
-TUNING_SEED = 1_000_003
-"""Added to the seed: tuning never sees the noise that its rows are judged on."""
+TUNING_IMAGES = 4
 
 _FOOTNOTE = """\
 Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
@@ -45,16 +41,6 @@ exact weights at 32 x 32 bits, as layers in full precision and attention product
 Anchors: modulated runs start from the exact weights; "quantized anchor" is the paper's form.
 State MiB: measured at the end of the trajectory, whole batch, input and output states.
 Seconds: this run, whole batch. Integers are simulated in float here, so quantized rows are slower, not faster."""
-
-
-@dataclass(frozen=True)
-class DemoPlan:
-    """A row to be run: `config` None is full precision, `tuned_bits` asks for a config tuned at that width."""
-
-    name: str
-    steps: int
-    config: ModiffConfig | None = None
-    tuned_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,24 +81,24 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["name"], str(row["steps"]), *(number(row[name], form) for name, form in forms.items()))
 
 
-def plans(steps: int) -> list[DemoPlan]:
-    """The rows of the demo in order: steps, plain, modulated, anchors, the ablation, then activations alone."""
-    rows = [
-        DemoPlan("full precision", steps),
-        DemoPlan("half the steps", steps // 2),
-        DemoPlan("a quarter of the steps", steps // 4),
-    ]
-    rows += [DemoPlan(f"plain W8A{b}", steps, presets.plain(8, b)) for b in (8, 4, 3)]
-    rows += [DemoPlan(f"modulated W8A{b}", steps, presets.modulated(8, b)) for b in (8, 4, 3, 2)]
-    rows += [DemoPlan("modulated W4A8", steps, presets.modulated(4, 8))]
+def plans(steps: int) -> list[Plan]:
+    """The rows of the demo in order: steps, plain, modulated, anchors, the ablation, then activations alone.
+
+    The last ones are of the family "tuned": their config is tuned for the model at its bits.
+    """
+    fewer = {"full precision": 1, "half the steps": 2, "a quarter of the steps": 4}
+    configs = {f"plain W8A{b}": presets.plain(8, b) for b in (8, 4, 3)}
+    configs |= {f"modulated W8A{b}": presets.modulated(8, b) for b in (8, 4, 3, 2)}
+    configs["modulated W4A8"] = presets.modulated(4, 8)
     for w in (8, 4):
-        again = _anchored_again(presets.modulated(w, 8))
-        rows.append(DemoPlan(f"modulated W{w}A8, quantized anchor", steps, presets.published(w, 8)))
-        rows.append(DemoPlan(f"modulated W{w}A8, anchored every {EVERY}", steps, again))
-    rows += [DemoPlan("modulated W8A4, no compensation", steps, presets.uncompensated(8, 4))]
-    rows += [DemoPlan("plain W32A4", steps, presets.plain(None, 4))]
-    rows += [DemoPlan(f"modulated W32A{b}", steps, presets.modulated(None, b)) for b in (4, 3)]
-    return rows + [DemoPlan(f"tuned W32A{b}", steps, tuned_bits=b) for b in (4, 3, 2)]
+        configs[f"modulated W{w}A8, quantized anchor"] = presets.published(w, 8)
+        configs[f"modulated W{w}A8, anchored every {EVERY}"] = _anchored_again(presets.modulated(w, 8))
+    configs["modulated W8A4, no compensation"] = presets.uncompensated(8, 4)
+    configs["plain W32A4"] = presets.plain(None, 4)
+    configs |= {f"modulated W32A{b}": presets.modulated(None, b) for b in (4, 3)}
+    configs |= {f"tuned W32A{b}": presets.tuned(None, b) for b in (4, 3, 2)}
+    rows = [Plan(name=name, steps=steps // share) for name, share in fewer.items()]
+    return rows + [Plan(name=n, steps=steps, config=c, family=n.partition(" ")[0]) for n, c in configs.items()]
 
 
 def _anchored_again(config: ModiffConfig) -> ModiffConfig:
@@ -121,49 +107,52 @@ def _anchored_again(config: ModiffConfig) -> ModiffConfig:
 
 
 def run_demo(
-    pipe: DiffusionPipeline, *, steps: int = 50, num_images: int = 8, seed: int = 0, progress: bool = True
+    pipe: DiffusionPipeline,
+    *,
+    steps: int = 50,
+    num_images: int = 8,
+    seed: int = 0,
+    conditions: Conditions = NOTHING,
+    progress: bool = True,
 ) -> Demo:
-    """Run every row of the demo on an unconditional pipeline with DDIM; its layers are as before at the end.
+    """Run every row of the demo on a pipeline with DDIM; its layers are as before at the end.
 
     Args:
         steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
+        conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
         progress: a bar on stderr that counts network evaluations.
-    Raises: ConfigError for a pipeline that needs a prompt, or fewer steps or images than make sense.
+    Raises: ConfigError for a pipeline that needs other inputs, or fewer steps or images than make sense.
     Cost: 22 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """
-    check_pipeline(pipe, "demo", num_images)
-    most = pipe.scheduler.config.num_train_timesteps
-    if not FEWEST_STEPS <= steps <= most:
-        raise ConfigError(
-            f"demo: expected {FEWEST_STEPS} to {most} steps, got {steps}. One row runs a quarter of them, and the "
-            "model was trained on no more. Use --steps 50."
-        )
-    pipe = set_scheduler(pipe, "ddim")
+    source = PipelineSource(pipe, sampler="ddim", seed=seed, conditions=conditions)
+    check("--steps", steps, steps >= 4, "4 or more", "One row runs a quarter of them. Use --steps 50.")
+    check("--num-images", num_images, num_images >= 1, "at least 1 image", "Use --num-images 8.")
+    check_inputs(source.pipe, steps, conditions)
     todo = plans(steps)
-    passes = sum(p.steps for p in todo) + steps * (1 + FINALISTS) * sum(p.tuned_bits is not None for p in todo)
+    passes = sum(p.steps for p in todo) + steps * (1 + FINALISTS) * sum(p.family == "tuned" for p in todo)
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
-    cost = measure_step(pipe, partial(calibration_run(pipe, steps=1, batch=1, seed=seed), 0))
-    with evaluations_bar(pipe, passes, progress) as bar:
+    with source.bar(passes, progress) as bar:
         for plan in todo:
-            config = plan.config
-            if plan.tuned_bits is not None:
-                bar.set_description(f"tuning {plan.tuned_bits} bits")
-                config = tune(pipe, plan.tuned_bits, weight_bits=None, steps=steps, seed=seed + TUNING_SEED)
-                tuned[plan.tuned_bits] = config
             bar.set_description(plan.name)
-            run = run_config(pipe, config, plan.steps, noise_generators(seed, range(num_images)))
-            images.append(run.images)
-            rows.append(_row(plan, config, run, images[0], cost))
+            config = plan.config
+            if config is not None and plan.family == "tuned":
+                bits = config.layer.activation.bits or 0
+                config = tuned[bits] = tune(
+                    source.pipe, bits, weight_bits=None,
+                    run=lambda: source.draw(steps, range(TUNING_IMAGES), seed + TUNING_SEED),
+                )  # fmt: skip
+            with source.open(config, plan.steps) as draw:
+                drawn = draw(range(num_images))
+            images.append(drawn.images)
+            rows.append(_row(plan, config, drawn, images[0]))
     settings = {"pipeline": type(pipe).__name__, "sampler": "ddim", "steps": steps, "num_images": num_images,
-                "seed": seed}  # fmt: skip
+                "seed": seed, **conditions.to_dict()}  # fmt: skip
     return Demo(tuple(rows), tuple(images), tuned, settings, environment())
 
 
-def _row(
-    plan: DemoPlan, config: ModiffConfig | None, run: Sampled, reference: np.ndarray, costs: list[LayerCost]
-) -> dict[str, Any]:
+def _row(plan: Plan, config: ModiffConfig | None, drawn: DrawnImages, reference: np.ndarray) -> dict[str, Any]:
     modulation = None if config is None else config.layer.modulation
     weight, activation = (None, None) if config is None else (config.layer.weight.bits, config.layer.activation.bits)
     return {
@@ -174,10 +163,10 @@ def _row(
         "compensated": modulation and modulation.error_compensation == "closed_loop",
         "anchor_weights": modulation and modulation.anchor_weights,
         "reanchor_every": modulation and modulation.reanchor_every,
-        "tuned": plan.tuned_bits is not None,
+        "tuned": plan.family == "tuned",
         "steps": plan.steps,
-        **image_error(run.images, reference),
-        "gbops": trajectory_gbops(costs, run.report, plan.steps),
-        "state_mib": modulation and run.state_bytes / 2**20,
-        "seconds": run.seconds,
+        **image_error(drawn.images, reference),
+        "gbops": drawn.gbops,
+        "state_mib": modulation and drawn.state_bytes / 2**20,
+        "seconds": drawn.seconds,
     }

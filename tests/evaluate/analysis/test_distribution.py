@@ -3,20 +3,13 @@
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modiff.config import LayerConfig
-from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS, Distribution, DistributionResult
+from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS, Distribution
 from modiff.evaluate.analysis.watch import watch
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
 from tests.helpers import drifting
-
-
-def counted(inputs: list[Tensor]) -> DistributionResult:
-    network = OneLayer(nn.Linear(8, 5))
-    distribution = Distribution()
-    watch(network, driven(network, inputs), only_layer(LayerConfig()), [distribution])
-    return distribution.result()
 
 
 def by_hand(values: list[float]) -> list[int]:
@@ -27,11 +20,16 @@ def by_hand(values: list[float]) -> list[int]:
 
 
 def test_counts_equal_a_loop_over_all_values() -> None:
-    inputs = drifting(2, (3, 8), 5, 0.4, torch.float32)
-    pooled = counted(inputs)["pooled"]
+    inputs, network, distribution = (
+        drifting(2, (3, 8), 5, 0.4, torch.float32),
+        OneLayer(nn.Linear(8, 5)),
+        Distribution(),
+    )
+    watch(network, driven(network, inputs), only_layer(LayerConfig()), [distribution])
+    result = distribution.result()
     activation, difference = [], []
     for last, x in pairwise(inputs):
         activation += (x / x.abs().max()).flatten().tolist()
         difference += ((x - last) / x.abs().max()).flatten().tolist()
-    assert pooled["activation"] == by_hand(activation)
-    assert pooled["difference"] == by_hand(difference)
+    assert result["activation"] == by_hand(activation)
+    assert result["difference"] == by_hand(difference)

@@ -15,12 +15,10 @@ NAMES = ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
 
 
 def step(number: int) -> dict[str, object]:
-    residual = {"residual_min": -0.1, "residual_max": 0.05, "residual_rms": 0.01, "code_error": 0.1}
+    residual = {"residual_min": -0.1, "residual_max": 0.05}
     return {
-        "step": number, "activation_min": -1.0, "activation_max": 2.0, "activation_rms": 0.3,
+        "step": number, "activation_min": -1.0, "activation_max": 2.0, "output_relative_l2": 0.02 * number,
         **(residual if number else dict.fromkeys(residual)),
-        "input_error": 0.1 * number, "output_error": 0.2 * number,
-        "input_relative_l2": 0.01 * number, "output_relative_l2": 0.02 * number,
     }  # fmt: skip
 
 
@@ -64,10 +62,6 @@ def picture(path: Path) -> np.ndarray:
         return np.asarray(image.convert("L"))
 
 
-def changed(paths: list[Path], baseline: dict[str, Path]) -> list[str]:
-    return [path.name for path in paths if not np.array_equal(picture(path), picture(baseline[path.name]))]
-
-
 def test_three_pictures_are_drawn_from_json(baseline: dict[str, Path]) -> None:
     assert list(baseline) == NAMES
     assert sorted(path.name for path in baseline["bit_sweep.png"].parent.iterdir()) == sorted(NAMES)
@@ -84,5 +78,5 @@ def test_a_diverged_run_of_one_layer_leaves_gaps_and_not_errors(baseline: dict[s
     for mode in ("compensated", "uncompensated"):
         growth = analysis["growth"][mode]
         analysis["growth"][mode] = {k: [0.0] * 4 if isinstance(v, list) else v for k, v in growth.items()}
-    paths = figures(analysis, tmp_path)
-    assert changed(paths, baseline) == ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
+    for path in figures(analysis, tmp_path):
+        assert not np.array_equal(picture(path), picture(baseline[path.name]))

@@ -15,7 +15,6 @@ from modiff import presets
 from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.core.affine import QParams
 from modiff.core.quantizer import Code
-from modiff.errors import ConfigError
 from modiff.evaluate.analysis.growth import (
     ErrorGrowth,
     Growth,
@@ -95,39 +94,27 @@ def test_scale_energy_counts_each_scale_for_the_elements_that_share_it() -> None
     codes = torch.zeros(2, 3, 4, dtype=torch.int8)
     rows = Code(((codes, QParams(torch.tensor([1.0, 2.0]).reshape(2, 1, 1), None)),), 1)
     assert float(scale_energy((rows,))) == 12 * 1.0 + 12 * 4.0
-    assert float(scale_energy(())) == 0
-
-
-def test_full_precision_activations_have_nothing_to_grow() -> None:
-    with pytest.raises(ConfigError, match="expected a layer that codes its input"):
-        grown(nn.Linear(8, 5), [torch.ones(2, 8)] * 3, LayerConfig(activation=QuantizerConfig(bits=None)))
 
 
 SHARES = st.floats(0.001, 0.99)
 MOVES = st.lists(st.floats(0, 1e3), min_size=1, max_size=12)
 
 
-def by_definition(c: float, moves: list[float], last: int) -> dict[str, float]:
-    """All four at step `last`, with the paper's descending indices: step i is t = T - i, d_k is the move at T - k."""
-    big_t = len(moves) + 1
-    t = big_t - last
-    move = {k: moves[big_t - k - 1] for k in range(t, big_t)}
-    return {
-        "uncompensated": math.sqrt(c) * sum(move.values()),
-        "compensated": sum(c ** ((k - t + 1) / 2) * d for k, d in move.items()),
-        "printed uncompensated": math.sqrt(sum(2 ** (big_t - k - 1) * c * d**2 for k, d in move.items())),
-        "printed compensated": math.sqrt(sum((2 * c) ** (big_t - k - 1) * d**2 for k, d in move.items())),
-    }
-
-
 @given(SHARES, MOVES)
 def test_the_bounds_are_the_sums_of_their_formulas(c: float, moves: list[float]) -> None:
-    bounds = {
-        "uncompensated": uncompensated_bound(c, moves),
-        "compensated": compensated_bound(c, moves),
-        "printed uncompensated": printed_bound(c, moves, compensated=False),
-        "printed compensated": printed_bound(c, moves, compensated=True),
-    }
-    for step in range(1, len(moves) + 1):
-        for name, value in by_definition(c, moves, step).items():
-            assert bounds[name][step - 1] == pytest.approx(value, rel=1e-9, abs=1e-9)
+    """With the paper's descending indices: step i is t = T - i, d_k is the move at T - k."""
+    bounds = zip(
+        uncompensated_bound(c, moves), compensated_bound(c, moves),
+        printed_bound(c, moves, compensated=False), printed_bound(c, moves, compensated=True), strict=True,
+    )  # fmt: skip
+    big_t = len(moves) + 1
+    for step, values in enumerate(bounds, 1):
+        t = big_t - step
+        move = {k: moves[big_t - k - 1] for k in range(t, big_t)}.items()
+        expected = (
+            math.sqrt(c) * sum(d for _, d in move),
+            sum(c ** ((k - t + 1) / 2) * d for k, d in move),
+            math.sqrt(sum(2 ** (big_t - k - 1) * c * d**2 for k, d in move)),
+            math.sqrt(sum((2 * c) ** (big_t - k - 1) * d**2 for k, d in move)),
+        )
+        assert values == pytest.approx(expected, rel=1e-9, abs=1e-9)

@@ -90,8 +90,7 @@ def test_the_local_view_equals_an_independent_float64_recursion(kind: str, name:
 
 
 def test_a_plain_layer_codes_all_of_its_input_at_every_step() -> None:
-    layer, shape = LAYERS["linear"]
-    inputs = drifting(3, shape, 3, 0.3)
+    layer, inputs = LAYERS["linear"][0], drifting(3, LAYERS["linear"][1], 3, 0.3)
     chosen = presets.plain(None, 4).layer
     for row, x in zip(watched(layer, inputs, chosen, [3.0, 2.0, 1.0])["steps"], inputs, strict=True):
         coded = quantize_segments(x, (8,), 4, "token", symmetric=True, clip=1.0, channel_dim=-1).value
@@ -101,8 +100,7 @@ def test_a_plain_layer_codes_all_of_its_input_at_every_step() -> None:
 
 
 def test_full_precision_activations_leave_the_weight_error_alone() -> None:
-    layer, shape = LAYERS["linear"]
-    inputs = drifting(3, shape, 3, 0.3)
+    layer, inputs = LAYERS["linear"][0], drifting(3, LAYERS["linear"][1], 3, 0.3)
     chosen = dataclasses.replace(config(), activation=QuantizerConfig(bits=None))
     rows = watched(layer, inputs, chosen, [3.0, 2.0, 1.0])["steps"]
     assert all(r["input_error"] == 0 and r["code_error"] is None and r["output_error"] > 0 for r in rows)

@@ -62,25 +62,15 @@ def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -
     assert all(f"split at {v.split}" in v.entry.reason for v in recorder.visits if v.split)
 
 
-def test_a_modulated_target_is_refused() -> None:
-    network = OneLayer(nn.Linear(6, 6))
+def test_a_modulated_target_several_networks_and_single_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, inputs = OneLayer(nn.Linear(6, 6)), drifting(0, (1, 6), 2, 0.1, torch.float32)
+    for few in (inputs[:0], inputs[:1]):
+        with pytest.raises(CalibrationError, match="got fewer of layer"):
+            watch(network, driven(network, few), only_layer(LayerConfig()), [])
     modiff.apply(network, only_layer(LayerConfig()))
     with pytest.raises(StateError, match="with modulated layers"):
         watch(network, lambda: None, only_layer(LayerConfig()), [])
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_fewer_than_two_steps_are_refused_and_name_the_layer(steps: int) -> None:
-    network = OneLayer(nn.Linear(6, 6))
-    run = driven(network, drifting(0, (1, 6), 2, 0.1, torch.float32)[:steps])
-    with pytest.raises(CalibrationError, match="got fewer of layer"):
-        watch(network, run, only_layer(LayerConfig()), [])
-
-
-def test_several_networks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = OneLayer(nn.Linear(6, 6))
-    monkeypatch.setattr(
-        "modiff.evaluate.analysis.watch.networks_of", lambda target: {"unet": network, "prior": network}
-    )
-    with pytest.raises(ConfigError, match="expected one network, got unet, prior"):
+    two = {"unet": network, "prior": network}
+    monkeypatch.setattr("modiff.evaluate.analysis.watch.networks_of", lambda target: two)
+    with pytest.raises(ConfigError, match=r"expected one network, got \['unet', 'prior'\]"):
         watch(network, lambda: None, only_layer(LayerConfig()), [])

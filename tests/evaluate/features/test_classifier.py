@@ -82,17 +82,9 @@ def test_a_saved_classifier_loads_as_its_float16_rounding_in_float32(tmp_path: P
     assert torch.equal(loaded(images), rounded(images))
 
 
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.zeros(1, 3, 16, 16),
-        torch.zeros(1, 16, 16),
-        torch.zeros(1, 1, 16, 3),
-        torch.zeros(1, 1, 16, 16, dtype=torch.uint8),
-    ],
-    ids=["three channels", "no batch", "too narrow", "uint8"],
-)
-def test_images_of_another_kind_are_refused(images: torch.Tensor) -> None:
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 16, 16), (1, 1, 16, 3), (1, 1, 16, 16)], ids=str)
+def test_images_of_another_kind_are_refused(shape: tuple[int, ...]) -> None:
+    images = torch.zeros(shape, dtype=torch.uint8 if shape == (1, 1, 16, 16) else torch.float32)
     with pytest.raises(ConfigError, match=r"expected float images \(N, 1, H, W\)"):
         trained()(images)
 
@@ -102,32 +94,29 @@ def spoil_config(folder: Path, **fields: object) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
-def spoil_weights(folder: Path, **tensors: torch.Tensor) -> None:
-    save_file({**load_file(folder / "model.safetensors"), **tensors}, folder / "model.safetensors")
-
-
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "expected the config"),
     "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "expected the config"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected the config"),
     "another version": (lambda f: spoil_config(f, format_version=2), "expected the config"),
-    "a wrong count": (lambda f: spoil_config(f, classes=4), "tensors differ"),
     "channels are no list": (lambda f: spoil_config(f, channels=5), "expected the config"),
     "config of other channels": (lambda f: spoil_config(f, channels=[4, 6, 9]), "tensors differ"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "expected a weights file"),
     "weights are a pickle": (
-        lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"head.bias": [0.0]})),
-        "expected a weights file",
+        lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"head.bias": [0.0]})), "expected a weights file"
     ),
-    "NaN in the weights": (lambda f: spoil_weights(f, **{"head.bias": torch.full((3,), torch.nan)}), "expected finite"),
-}
+    "NaN in the weights": (
+        lambda f: save_file(
+            {**load_file(f / "model.safetensors"), "head.bias": torch.full((3,), torch.nan)}, f / "model.safetensors"
+        ),
+        "expected finite",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused_with_its_path(tmp_path: Path, damage: str) -> None:
     spoil, message = DAMAGES[damage]
     save_classifier(trained(), tmp_path)
-    load_classifier(tmp_path)
     spoil(tmp_path)
     with pytest.raises(FormatError, match=message) as caught:
         load_classifier(tmp_path)
@@ -145,31 +134,20 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path: Path
     assert (tmp_path / "model.safetensors").read_bytes() == good
 
 
-def model(**settings: int) -> Classifier:
-    made = Classifier(channels=(4, 9, 5), classes=3, **settings)
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):  # statistics of their own, so that training mode would show
-            nn.init.uniform_(module.running_mean, -1, 1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return made
-
-
 def test_rows_are_the_features_and_probabilities_of_images_scaled_as_in_training() -> None:
-    network = model(image_channels=3).train()
+    network = trained(image_channels=3).train()
     images = noise(0, 6, 12, 16, 3)
     features = ClassifierFeatures(network, "test")(images)
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert float(pixels.min()) >= -1
-    assert float(pixels.max()) <= 1
     torch.testing.assert_close(features.pooled, network.eval().features(pixels))
     torch.testing.assert_close(features.probabilities, network(pixels).softmax(1))
     assert features.pooled.dtype == torch.float32
     assert not features.pooled.requires_grad
-    assert (features.pooled.shape, features.probabilities.shape) == ((6, 5), (6, 3))
+    assert (features.pooled.shape, features.probabilities.shape) == ((6, 8), (6, 3))
 
 
 def test_spatial_rows_are_seven_channels_after_the_middle_block() -> None:
-    network = model().eval()
+    network = trained(channels=(4, 9, 5))
     images = noise(1, 2, 12, 16, 1)
     maps = network.blocks[:4](images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # block 1 of 3: conv, pool, norm, ReLU
     features = ClassifierFeatures(network, "test")(images).spatial
@@ -179,11 +157,3 @@ def test_spatial_rows_are_seven_channels_after_the_middle_block() -> None:
     wide = Classifier(channels=(3, 9, 5, 5), classes=2)
     assert ClassifierFeatures(wide, "wide")(noise(2, 1, 16, 16, 1)).spatial.shape == (1, 7 * 4 * 4)
     assert ClassifierFeatures(Classifier(channels=(5,), classes=2), "one")(images).spatial.shape == (2, 5 * 12 * 16)
-
-
-def test_the_embedded_one_needs_no_network_and_knows_its_classes() -> None:
-    extractor = ClassifierFeatures.embedded()
-    features = extractor(noise(4, 3, 28, 28, 1))
-    assert (extractor.name, extractor.dimension) == ("fashion-mnist-classifier", 128)
-    assert [tuple(part.shape) for part in features] == [(3, 128), (3, 7 * 7 * 7), (3, 10)]
-    torch.testing.assert_close(features.probabilities.sum(1), torch.ones(3))

@@ -11,16 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from modiff.errors import ConfigError
 from modiff.evaluate.metrics.paired import paired_errors, psnr, relative_l2, ssim
+from tests.evaluate.features.images import noise
 from tests.reference import metrics as reference
-
-
-def noise(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
 
 ORIGINAL = noise(0, 40, 12, 12, 3).numpy()
 CHANGED = np.clip(ORIGINAL + np.random.default_rng(9).integers(-30, 31, ORIGINAL.shape), 0, 255).astype(np.uint8)
@@ -103,18 +98,11 @@ def test_equal_images_have_no_finite_psnr_and_one_pixel_leaves_an_open_end() -> 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: relative_l2(torch.ones(2, 3), torch.ones(3)),
-            r"relative_l2: .* got \(2, 3\) .* and \(3,\)",
-        ),
+        (lambda: relative_l2(torch.ones(2, 3), torch.ones(3)), r"relative_l2: .* got \[\(\(2, 3\), .*\(\(3,\)"),
         (lambda: relative_l2(torch.ones(0), torch.ones(0)), "at least one, got"),
         (lambda: relative_l2(torch.ones(3), torch.zeros(3)), "not zero"),
         (lambda: relative_l2(torch.ones(3, dtype=torch.complex64), torch.ones(3)), "real values"),
-        (lambda: psnr(torch.ones(2, 3), torch.ones(1, 3)), "psnr: expected real values of one shape"),
         (lambda: ssim(torch.zeros(1, 10, 12, 1), torch.zeros(1, 10, 12, 1)), "at least 11 pixels a side"),
-        (lambda: ssim(torch.zeros(12, 12), torch.zeros(12, 12)), r"images \(N, H, W, C\)"),
-        (lambda: ssim(torch.zeros(1, 12, 12, 1), torch.zeros(1, 12, 12, 3)), "of one shape"),
-        (lambda: paired_errors(ORIGINAL[:5], ORIGINAL), "of one shape"),
         (lambda: paired_errors(ORIGINAL, 0 * ORIGINAL), "not black throughout"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
-from PIL import Image
 
 from modiff.evaluate.report import charts
-from modiff.evaluate.report.charts import STEPS, Point, differences, image_figures, layer_figure, pareto
-from modiff.evaluate.report.document import Figure
+from modiff.evaluate.report.charts import STEPS, Point, differences, draw_pareto, image_figures, layer_figure, pareto
 
 POINTS = [
     Point("50 steps", STEPS, 100.0, 0.0),
@@ -27,37 +24,10 @@ POINTS = [
 ]
 
 
-def drawn(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> Drawing:
-    """The drawing behind the file."""
-    seen: list[Drawing] = []
-    real = charts.draw_pareto
-
-    def keep(drawing: Drawing, *rest: object) -> None:
-        seen.append(drawing)
-        real(drawing, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(charts, "draw_pareto", keep)
-    chart(points)
-    return seen[0]
-
-
-def chart(points: list[Point]) -> Figure:
-    return pareto("cost", points, cost="GBOPs", error="relative L2", caption="c")
-
-
-def step(number: int, error: float) -> dict[str, float]:
-    return {"step": number, "output_relative_l2": error}
-
-
-def layers(*errors: list[float]) -> list[dict[str, object]]:
-    return [
-        {"name": f"block.{i}", "call": i % 2, "steps": [step(t, e) for t, e in enumerate(line)]}
-        for i, line in enumerate(errors)
-    ]
-
-
-def test_fewer_steps_are_a_dashed_line_through_their_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = drawn(POINTS, monkeypatch).axes[0].get_lines()
+def test_fewer_steps_are_a_dashed_line_through_their_points() -> None:
+    drawing = Drawing()
+    draw_pareto(drawing, POINTS, "GBOPs", "relative L2")
+    lines = drawing.axes[0].get_lines()
     (line_of_steps,) = [line for line in lines if line.get_label() == "fewer sampler steps"]
     assert line_of_steps.get_linestyle() == "--"
     assert list(zip(*map(list, line_of_steps.get_data()), strict=True)) == [(24.0, 0.3), (50.0, 0.1)]
@@ -66,7 +36,7 @@ def test_fewer_steps_are_a_dashed_line_through_their_points(monkeypatch: pytest.
 
 
 def test_it_is_an_svg_file_that_is_the_same_each_time() -> None:
-    first, second = chart(POINTS), chart(POINTS)
+    first, second = (pareto("cost", POINTS, cost="GBOPs", error="relative L2", caption="c") for _ in range(2))
     assert first.data == second.data
     root = ElementTree.fromstring(first.data)
     assert root.tag.endswith("svg")
@@ -77,7 +47,11 @@ def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch
     seen: list[Axes] = []
     real = charts.layer_map
     monkeypatch.setattr(charts, "layer_map", lambda axis, *rest: (seen.append(axis), real(axis, *rest)))
-    figure = layer_figure(layers([0.0, 0.1, 0.01], [0.0, 1e-9, 0.5]), "c")  # type: ignore[arg-type]
+    layers = [
+        {"name": f"block.{i}", "call": i, "steps": [{"step": t, "output_relative_l2": e} for t, e in enumerate(line)]}
+        for i, line in enumerate(([0.0, 0.1, 0.01], [0.0, 1e-9, 0.5]))
+    ]
+    figure = layer_figure(layers, "c")
     values = seen[0].images[0].get_array()
     assert values.shape == (2, 3)
     assert values.filled(99).tolist()[0][1:] == pytest.approx([-1, -2])
@@ -89,20 +63,8 @@ def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch
 FULL = np.full((10, 64, 64, 1), 100, np.uint8)
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    with Image.open(io.BytesIO(figure.data)) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
-def changed(levels: int) -> np.ndarray:
-    images = FULL.copy()
-    images[:, 0, 0] += np.uint8(levels)
-    images[:, 32:] += np.uint8(levels)
-    return images
-
-
 def test_each_configuration_has_its_images_and_beside_them_its_difference() -> None:
-    figures = image_figures([("full", FULL), ("a", changed(8)), ("b", changed(64))], seed=3)
+    figures = image_figures([("full", FULL), ("a", FULL + np.uint8(8)), ("b", FULL)], seed=3)
     assert [(f.name, f.half) for f in figures] == [
         ("images-0", False), ("images-1", True), ("difference-1", True), ("images-2", True), ("difference-2", True)
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from modiff.evaluate.report.document import Document, Figure, Table, Verbatim
 from modiff.evaluate.report.sections import suite_document
-from modiff.evaluate.suite.plans import Preset, plans_of
+from modiff.evaluate.suite.plans import Preset
 from modiff.evaluate.suite.run import Suite, run_suite
 from tests.evaluate.suite.fakes import FakeExtractor, FakeSource
 
@@ -18,10 +18,10 @@ COMMAND = ["modiff", "evaluate", "my model"]
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     folder = tmp_path_factory.mktemp("suite")
-    np.save(folder / "real.npy", FakeSource(seed=50).images(plans_of(CHOSEN)[0], range(12)))
+    np.save(folder / "real.npy", FakeSource(seed=50).images(None, 8, range(12)))
     return run_suite(
-        FakeSource(seed=3), FakeExtractor(), CHOSEN, folder / "run", reference=folder / "real.npy", batch_size=5,
-        resamples=10, progress=False,
+        FakeSource(seed=3, steps=8), FakeExtractor(), CHOSEN, folder / "run", reference=folder / "real.npy",
+        batch_size=5, resamples=10, progress=False,
     )  # fmt: skip
 
 

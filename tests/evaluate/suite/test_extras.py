@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.suite import extras as module
-from modiff.evaluate.suite.extras import Clip, Extra, Lpips, load_extras
-from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
+from modiff.evaluate.suite.extras import Clip, Lpips, load_extras
+from modiff.evaluate.suite.judge import ImageSet
 from modiff.evaluate.suite.plans import Preset
-from modiff.evaluate.suite.run import Suite, run_suite
+from modiff.evaluate.suite.run import run_suite
 from modiff.generate.job import Conditions
 from tests.evaluate.features.images import noise
-from tests.evaluate.suite.fakes import SHAPE, FakeExtractor, FakeSource
+from tests.evaluate.suite.fakes import FakeExtractor, FakeSource
 from tests.hosts.tiny import TEXT_LENGTH, clip_tokenizer
 
 SIDE = 16
@@ -29,14 +28,8 @@ SIDE = 16
 def tiny_clip() -> CLIPModel:
     tokenizer = clip_tokenizer()
     small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = CLIPTextConfig(
-        **small,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=TEXT_LENGTH,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("eos", "bos", "pad")}
+    text = CLIPTextConfig(**small, **ids, vocab_size=len(tokenizer), max_position_embeddings=TEXT_LENGTH)
     vision = CLIPVisionConfig(**small, image_size=SIDE, patch_size=8)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=6)
     torch.manual_seed(3)
@@ -101,7 +94,7 @@ def test_images_are_scaled_to_the_shorter_side_and_cut_to_the_middle(folder: Pat
 
 
 def test_a_folder_without_a_clip_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="nothing is downloaded"):
+    with pytest.raises(FormatError, match="Nothing is downloaded"):
         Clip(tmp_path / "none", CONDITIONS)
     tiny_clip().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_text("damaged")
@@ -151,36 +144,16 @@ def test_lpips_is_the_mean_over_scaled_pairs_of_one_seed_with_interval_and_netwo
     assert lpips.measure(full, full, 10) == []
 
 
-class Brightness:
-    """A figure that counts how often it is measured."""
-
-    name = "brightness"
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def check(self, shape: tuple[int, int, int]) -> None:
-        if shape != SHAPE:
-            raise ConfigError("another shape")
-
-    def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
-        self.calls += 1
-        return [measurement("brightness", "brightness", None, float(np.mean(images.images)), len(images), None)]
-
-
-def run(folder: Path, extras: list[Extra], source: FakeSource) -> Suite:
+def test_they_are_added_to_a_finished_run_without_drawing_again(lpips: Lpips, tmp_path: Path) -> None:
+    lpips.check = lambda shape: None  # the images of the fake are too small for the network
     chosen = Preset(num_images=10, steps=4, configs=("plain:8:4",))
-    return run_suite(source, FakeExtractor(), chosen, folder, extras=extras, batch_size=5, resamples=5, progress=False)
-
-
-def test_they_are_added_to_a_finished_run_without_drawing_again(tmp_path: Path) -> None:
-    first, source, extra = FakeSource(broken=["plain W8A4"]), FakeSource(), Brightness()
-    run(tmp_path, [], first)
-    suite = run(tmp_path, [extra], source)
-    assert (source.drawn, extra.calls) == ([], 3)
-    assert suite.rows[2].metric("brightness")["note"].startswith("10 of 10 images were not finite")
-    assert suite.settings["metrics"] == ["brightness"]
-    assert run(tmp_path, [], source).rows[1].metric("brightness") is None
+    options = {"batch_size": 5, "resamples": 5, "progress": False}
+    first, source = FakeSource(broken=True), FakeSource()
+    assert run_suite(first, FakeExtractor(), chosen, tmp_path, **options).rows[1].metric("lpips") is None
+    suite = run_suite(source, FakeExtractor(), chosen, tmp_path, extras=[lpips], **options)
+    assert source.drawn == []
+    assert suite.rows[2].metric("lpips")["note"].startswith("10 of 10 images were not finite")
+    assert suite.settings["metrics"] == ["LPIPS(alex)"]
 
 
 @pytest.mark.parametrize(
@@ -188,10 +161,9 @@ def test_they_are_added_to_a_finished_run_without_drawing_again(tmp_path: Path) 
     [
         ("fid", None, PROMPTS, "--metrics: expected lpips or clip, or both between commas, got 'fid'"),
         ("lpips,lpips", None, PROMPTS, "--metrics: expected lpips or clip"),
-        ("", None, PROMPTS, "--metrics: expected lpips or clip"),
         ("lpips,clip", Path("tiny"), (), "--metrics clip: expected .* and 0 prompts.*--prompts FILE"),
-        ("clip", None, PROMPTS, "got --metrics clip, --clip None and 3 prompts"),
-        ("lpips", Path("tiny"), PROMPTS, "got --metrics lpips, --clip tiny and"),
+        ("clip", None, PROMPTS, "got '--metrics clip, --clip None and 3 prompts"),
+        ("lpips", Path("tiny"), PROMPTS, "got '--metrics lpips, --clip tiny and"),
     ],
 )
 def test_names_that_mean_nothing_are_one_line(

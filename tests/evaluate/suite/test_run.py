@@ -13,11 +13,10 @@ import pytest
 from modiff import presets
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.evaluate.suite.images import PipelineSource
+from modiff.evaluate.pipelines import PipelineSource
 from modiff.evaluate.suite.judge import Measurement
-from modiff.evaluate.suite.plans import Plan, Preset, plans_of
+from modiff.evaluate.suite.plans import Plan, Preset, plans_of, preset
 from modiff.evaluate.suite.run import Row, Suite, run_suite, watched_layers
 from modiff.generate.environment import environment
 from tests.evaluate.suite.fakes import FakeExtractor, FakeSource
@@ -25,6 +24,7 @@ from tests.pixels import pixel_pipeline
 
 CHOSEN = Preset(num_images=10, steps=4, configs=("plain:8:4", "modulated:8:4"))
 NAMES = ["full precision", "half the steps", "plain W8A4", "modulated W8A4"]
+SPANS = [range(4), range(4, 8), range(8, 10)]
 
 
 def run(folder: Path, source: Any = None, chosen: Preset = CHOSEN, **options: Any) -> Suite:
@@ -40,65 +40,76 @@ def test_every_configuration_gets_the_same_seeds_and_the_figures_of_its_own_imag
     source = FakeSource()
     suite = run(tmp_path, source)
     assert [row.plan.name for row in suite.rows] == NAMES
-    spans = [range(4), range(4, 8), range(8, 10)]
-    assert source.drawn == [(name, span) for name in NAMES for span in spans]
-    plans = plans_of(CHOSEN)
-    full = source.images(plans[0], range(10)).astype(float)
-    for row, plan, samples in zip(suite.rows[1:], plans[1:], suite.samples[1:], strict=True):
-        images = source.images(plan, range(10))
+    assert source.drawn == SPANS * 4
+    full = source.images(None, 4, range(10)).astype(float)
+    for row, plan, samples in zip(suite.rows[1:], plans_of(CHOSEN)[1:], suite.samples[1:], strict=True):
+        images = source.images(plan.config, plan.steps, range(10))
         assert values(row)["relative_l2"] == pytest.approx(relative_l2(images.astype(float), full))
         assert values(row)["gbops"] == 100 * plan.steps
         assert values(row)["seconds"] == 5.0
         assert np.array_equal(samples, images[:8])
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 11])
+@pytest.mark.parametrize("after", [0, 5, 11])
 def test_a_run_stopped_at_any_batch_ends_as_one_that_was_not(after: int, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
-    stopped = FakeSource(stop_after=after)
+    stopped, source = FakeSource(stop_after=after), FakeSource()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", stopped)
-    source = FakeSource()
     resumed = run(tmp_path / "stopped", source)
-    assert [*stopped.drawn, *source.drawn] == [(n, s) for n in NAMES for s in (range(4), range(4, 8), range(8, 10))]
+    assert [*stopped.drawn, *source.drawn] == SPANS * 4
     assert resumed.rows == whole.rows
 
 
-def test_a_finished_run_is_judged_again_with_a_reference_or_other_resamples(tmp_path: Path) -> None:
-    first = run(tmp_path / "run")
-    np.save(tmp_path / "real.npy", FakeSource(seed=50).images(plans_of(CHOSEN)[0], range(12)))
-    source = FakeSource()
+def test_a_finished_run_is_judged_again_with_a_reference_and_more_images_keep_its_full_batches(tmp_path: Path) -> None:
+    first, source = run(tmp_path / "run"), FakeSource()
+    np.save(tmp_path / "real.npy", FakeSource(seed=50).images(None, 4, range(12)))
     second = run(tmp_path / "run", source, reference=tmp_path / "real.npy", resamples=11)
     assert source.drawn == []
     assert "fd_to_reference" not in values(first.rows[0])
     assert all(values(row)["fd_to_reference"] > 0 for row in second.rows)
     assert second.rows[1].metric("relative_l2")["low"] != first.rows[1].metric("relative_l2")["low"]
+    run(tmp_path / "run", source, dataclasses.replace(CHOSEN, num_images=13))
+    assert source.drawn == [range(8, 12), range(12, 13)] * 4
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300])
+def test_a_damaged_batch_is_named_and_says_what_to_do(tmp_path: Path, keep: int) -> None:
+    run(tmp_path)
+    path = next(tmp_path.rglob("000004-000008.safetensors"))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(FormatError, match=r"000004-000008\.safetensors: expected a batch of 4 .* Delete it"):
+        run(tmp_path)
+    path.write_bytes(path.with_name("000008-000010.safetensors").read_bytes())
+    with pytest.raises(FormatError, match="expected a batch of 4 images, got ValueError: 2 images"):
+        run(tmp_path)
 
 
 def test_a_reference_that_does_not_fit_stops_it_before_anything_is_drawn(tmp_path: Path) -> None:
     source = FakeSource()
-    np.save(tmp_path / "small.npy", np.zeros((20, 8, 8, 1), np.uint8))
-    with pytest.raises(FormatError, match="of 12 x 12 x 1 like those of the model, got 20 of 8 x 8 x 1"):
-        run(tmp_path / "run", source, reference=tmp_path / "small.npy")
-    np.save(tmp_path / "few.npy", np.zeros((7, 12, 12, 1), np.uint8))
-    with pytest.raises(FormatError, match=r"expected 8 images or more .* got 7 of"):
-        run(tmp_path / "run", source, reference=tmp_path / "few.npy")
+    for name, count, side, message in (("small", 20, 8, "of 12 x 12 x 1 like those of the model, got 20 of 8 x 8 x 1"),
+                                       ("few", 7, 12, r"expected 8 images or more .* got 7 of")):  # fmt: skip
+        np.save(tmp_path / f"{name}.npy", np.zeros((count, side, side, 1), np.uint8))
+        with pytest.raises(FormatError, match=message):
+            run(tmp_path / "run", source, reference=tmp_path / f"{name}.npy")
     assert source.drawn == []
 
 
 @pytest.mark.parametrize(
     ("chosen", "options", "message"),
     [
-        (Preset(num_images=7, steps=4, configs=()), {}, "--num-images: expected 8 or more, got 7"),
-        (CHOSEN, {"batch_size": 0}, "--batch-size: expected 1 or more, got 0"),
-        (Preset(num_images=8, steps=4, configs=("w9a9",)), {}, "'w9a9'"),
+        ({"num_images": 7}, {}, "--num-images: expected 8 or more, got 7"),
+        ({}, {"batch_size": 0}, "--batch-size: expected 1 or more, got 0"),
+        ({"configs": ("w9a9",)}, {}, "'w9a9'"),
+        ({"configs": ("w8a4", "modulated:8:4")}, {}, "different configurations, got 'modulated W8A4 twice'"),
+        ({"steps": 1}, {}, "--steps: expected 2 or more, got 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_errors_and_make_no_folder(
-    chosen: Preset, options: dict[str, Any], message: str, tmp_path: Path
+    chosen: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(tmp_path / "run", chosen=chosen, **options)
+        run(tmp_path / "run", chosen=dataclasses.replace(CHOSEN, **chosen), **options)
     assert not (tmp_path / "run").exists()
 
 
@@ -109,20 +120,8 @@ def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Pat
     assert result["configurations"][2]["config"]["layer"]["activation"]["bits"] == 4
     fields = ["name", "label", "extractor", "value", "n", "low", "high", "note"]
     assert all(list(m) == fields for c in result["configurations"] for m in c["metrics"])
-    assert result["settings"]["num_images"] == 10
     assert {"cpu", "torch", "modiff"} <= set(result["environment"])
     assert str(tmp_path) not in json.dumps(result)
-
-
-def test_a_real_pipeline_ends_with_small_errors_for_modulation_and_larger_for_fewer_steps(tmp_path: Path) -> None:
-    extractor = ClassifierFeatures(Classifier(channels=(4, 8), classes=3), "tiny")
-    suite = run_suite(
-        PipelineSource(pixel_pipeline()), extractor, CHOSEN, tmp_path, batch_size=5, resamples=10, progress=False
-    )
-    error = {row.plan.name: values(row)["relative_l2"] for row in suite.rows[1:]}
-    assert error["modulated W8A4"] < error["plain W8A4"] < error["half the steps"]
-    assert values(suite.rows[3])["state_mib"] > 0 == values(suite.rows[2])["state_mib"]
-    assert values(suite.rows[1])["gbops"] * 2 == values(suite.rows[0])["gbops"]
 
 
 def static(config: ModiffConfig) -> ModiffConfig:
@@ -130,10 +129,10 @@ def static(config: ModiffConfig) -> ModiffConfig:
     return dataclasses.replace(config, layer=dataclasses.replace(config.layer, activation=activation))
 
 
-FULL = Plan(name="full", steps=4)
-PLAIN = Plan(name="plain", steps=4, config=presets.plain(8, 4))
-MODULATED = Plan(name="modulated", steps=4, config=presets.modulated(8, 4))
-STATIC = Plan(name="static", steps=4, config=static(presets.modulated(8, 4)))
+FULL = Plan(name="full", steps=2)
+PLAIN = Plan(name="plain", steps=2, config=presets.plain(8, 4))
+MODULATED = Plan(name="modulated", steps=2, config=presets.modulated(8, 4))
+STATIC = Plan(name="static", steps=2, config=static(presets.modulated(8, 4)))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +144,23 @@ def test_the_last_modulated_configuration_with_dynamic_scales_is_watched(
 ) -> None:
     layers = watched_layers(PipelineSource(pixel_pipeline()), plans, 1)
     assert (layers and layers[0]) == watched
-    assert layers is None or all(len(trace["steps"]) == 4 for trace in layers[2])
+    assert layers is None or all(len(trace["steps"]) == 2 for trace in layers[2])
+
+
+def test_names_and_families_of_plans_tell_them_apart(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(dataclasses.replace(presets.w8a4(), min_weights=7).to_json())
+    chosen = preset("quick", configs=("plain:8:4", "w8a4", "modulated:8:4:integer", str(tmp_path / "mine.json")))
+    assert (chosen.num_images, chosen.steps) == (500, 50)
+    plans = plans_of(chosen)
+    assert [(plan.name, plan.steps, plan.family) for plan in plans] == [
+        ("full precision", 50, "steps"), ("half the steps", 25, "steps"), ("plain W8A4", 50, "plain"),
+        ("modulated W8A4", 50, "modulated"), ("modulated W8A4 on integers", 50, "modulated"), ("mine", 50, "config"),
+    ]  # fmt: skip
+    assert len({dataclasses.replace(plan, name="a").key for plan in plans}) == len(plans)
+    assert plans[0].key == Plan(name="full precision", steps=50).key
+    assert Plan(name="../A b/ü", steps=4).key.startswith("a-b-")
+    with pytest.raises(ConfigError, match="preset: expected one of quick, full, got 'fast'"):
+        preset("fast")
 
 
 def measured(name: str, value: float | None, n: int = 500) -> Measurement:
@@ -166,5 +181,4 @@ def test_the_table_as_it_is_printed() -> None:
         "plain              50                  0.25   0.1000        -    0.5        -",
     ]
     assert "mine features" in text
-    assert "all 500 images" in text
     assert "500 images: the distance is biased" in text

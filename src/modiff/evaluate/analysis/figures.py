@@ -84,12 +84,11 @@ def as_typed(text: str) -> str:
 
 def figures(analysis: Analysis, folder: Path) -> list[Path]:
     """Draw all figures as PNG files into an existing folder, from an analysis or its JSON. Returns: the files."""
-    drawings = {"layer_errors": _layer_errors, "error_growth": _error_growth,
-                "bit_sweep": _bit_sweep}  # fmt: skip
-    paths = [folder / f"{name}.png" for name in drawings]
-    for path, draw in zip(paths, drawings.values(), strict=True):
+    paths: list[Path] = []
+    for name, draw in (("layer_errors", _layer_errors), ("error_growth", _error_growth), ("bit_sweep", _bit_sweep)):
         data = file_bytes(functools.partial(draw, analysis=analysis), "png")
-        write_atomically(path, lambda file, data=data: file.write(data))
+        paths.append(folder / f"{name}.png")
+        write_atomically(paths[-1], lambda file, data=data: file.write(data))
     return paths
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from modiff.config import LayerConfig, ModiffConfig
-from modiff.errors import CalibrationError, ConfigError, StateError
+from modiff.config import LayerConfig, ModiffConfig, check
+from modiff.errors import CalibrationError
 from modiff.hosts.host import networks_of
 from modiff.hosts.names import shortcut_splits
-from modiff.model.attach import Attachment, attachment_of
+from modiff.model.attach import Attachment, check_plain
 from modiff.model.observe import observe
 from modiff.model.report import Entry, Report
-from modiff.model.select import select_layers
-from modiff.nn import Clock, ModulatedLayer, quantized_class
+from modiff.model.select import modulated_layer, select_layers
+from modiff.nn import Clock, ModulatedLayer
 
 
 class Visit(NamedTuple):
@@ -44,8 +45,7 @@ class Visit(NamedTuple):
 
     def modulated(self, config: LayerConfig) -> ModulatedLayer:
         """The modulated layer for a config, with the same weights; it is not run as a whole."""
-        kind = cast("type[ModulatedLayer]", quantized_class(self.layer))
-        return kind.from_float(self.layer, config, name=self.entry.name, split=self.split)
+        return modulated_layer(self.layer, config, self.entry.name, Clock("watch"), self.split)
 
 
 class Watcher(Protocol):
@@ -64,8 +64,12 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
     Raises: StateError if modiff is on the target; ConfigError if it has several networks; CalibrationError if `run`
         never reached a layer's second step.
     """
-    module = _plain_network(target)
-    splits = shortcut_splits(module)
+    networks = networks_of(target)
+    why = "They may name their layers alike. Watch one of the modules, with run= of the whole pipeline."
+    check("watch", list(networks), len(networks) == 1, "one network", why)
+    (module,) = networks.values()
+    check_plain(module, "watch", "It shows what full precision computes. Call modiff.remove(...) first.")
+    splits = shortcut_splits(module) if config.split_shortcuts == "auto" else {}
     report = select_layers(module, config, splits=splits)
     entries = {entry.name: entry for entry in report.taken}
     clock = Clock(type(module).__name__)
@@ -81,21 +85,18 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
         call = call + 1 if tick == clock.tick else 0
         last[name] = clock.tick, call
         steps[name] += call == 0
-        split = splits.get(name) if config.split_shortcuts == "auto" else None
-        visit = Visit(layer, entry, entry.config, split, call, clock.step, clock.ratio, inputs[0].detach(),
-                      output.detach())  # fmt: skip
+        x, y = inputs[0].detach(), output.detach()
+        visit = Visit(layer, entry, entry.config, splits.get(name), call, clock.step, clock.ratio, x, y)
         for watcher in watchers:
             watcher.see(visit)
 
-    attachment.watch(module)
-    clock.start()
-    try:
-        with observe(module, show, layers=entries):
-            run()
-    finally:
-        clock.stop()
-        for handle in attachment.handles:
-            handle.remove()
+    with ExitStack() as stack:
+        stack.callback(lambda: [handle.remove() for handle in attachment.handles])
+        attachment.watch(module)
+        stack.enter_context(observe(module, show, layers=entries))
+        stack.callback(clock.stop)
+        clock.start()
+        run()
     idle = [name for name, count in steps.items() if count < 2]
     if idle:
         raise CalibrationError(
@@ -103,19 +104,3 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
             "steps. Give more steps, or exclude layers that do not run."
         )
     return report
-
-
-def _plain_network(target: Any) -> nn.Module:
-    networks = networks_of(target)
-    if len(networks) > 1:
-        raise ConfigError(
-            f"watch: expected one network, got {', '.join(networks)}. They may name their layers alike. "
-            "Watch one of the modules, with run= of the whole pipeline."
-        )
-    (module,) = networks.values()
-    if attachment_of(module) is not None:
-        raise StateError(
-            f"watch: expected a plain {type(module).__name__}, got one with modulated layers. It shows what full "
-            "precision computes. Call modiff.remove(...) first."
-        )
-    return module

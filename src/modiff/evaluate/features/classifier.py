@@ -6,20 +6,17 @@ A folder holds `config.json` (format version, architecture) and `model.safetenso
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from modiff.assets import EMBEDDED, classifier_folder
-from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.features.extractor import Features, check_finite_weights, check_images, file_digest, load_weights
+from modiff.config import check
+from modiff.evaluate.features.extractor import Features, check_finite_weights, check_images, load_weights
 from modiff.evaluate.metrics.frechet import spatial_rows
-from modiff.files import write_atomically, write_json
+from modiff.files import read_json, reading, write_atomically, write_json
 
 _FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -60,12 +57,9 @@ class Classifier(nn.Module):
         """
         smallest = 2 ** (len(self.channels) - 1)
         fits = images.ndim == 4 and images.shape[1] == self.image_channels and min(images.shape[2:]) >= smallest
-        if not fits or not images.is_floating_point():
-            raise ConfigError(
-                f"Classifier: expected float images (N, {self.image_channels}, H, W) of at least {smallest} pixels a "
-                f"side, got {tuple(images.shape)} {images.dtype}. Images are scaled to [-1, 1], channels first. "
-                "For uint8 images give `images.float() / 127.5 - 1`."
-            )
+        expected = f"float images (N, {self.image_channels}, H, W) of at least {smallest} pixels a side"
+        got, why = (tuple(images.shape), images.dtype), "For uint8 images give `images.float() / 127.5 - 1`."
+        check("Classifier", got, fits and images.is_floating_point(), expected, why)
         return self.blocks(images.to(self.head.weight.dtype)).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,21 +74,14 @@ def save_classifier(model: Classifier, folder: str | Path) -> None:
     """
     folder = Path(folder)
     tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu()
         for name, tensor in model.state_dict().items()
     }
     check_finite_weights(tensors, folder / WEIGHTS, "Train again with a smaller learning rate.")
-    config = {
-        "format_version": _FORMAT_VERSION,
-        "channels": list(model.channels),
-        "image_channels": model.image_channels,
-        "classes": model.classes,
-    }
-    if model.layers > 1:
-        config["layers"] = model.layers
+    config = {name: getattr(model, name) for name in ("channels", "image_channels", "classes", "layers")}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, lambda file: file.write(save(tensors)))
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, {"format_version": _FORMAT_VERSION, **config})
 
 
 def load_classifier(folder: str | Path) -> Classifier:
@@ -102,19 +89,13 @@ def load_classifier(folder: str | Path) -> Classifier:
 
     Raises: FormatError if the folder, its config or its weights are missing, damaged or of another version.
     """
-    path = Path(folder) / CONFIG
-    config: Any = None
-    try:
-        config = json.loads(path.read_text())
+    what, advice = f"the config of a classifier, format_version {_FORMAT_VERSION}", "Give one of save_classifier."
+    config = read_json(Path(folder) / CONFIG, what, advice)
+    with reading(Path(folder) / CONFIG, what, advice):
         version = config.pop("format_version", None)
         if version != _FORMAT_VERSION:
             raise ValueError(f"format_version {version!r}")
         model = Classifier(**config)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise FormatError(
-            f"{path}: expected the config of a classifier folder of format_version {_FORMAT_VERSION}, got "
-            f"{config or 'nothing'}. {type(error).__name__}: {error} Give a folder written by save_classifier."
-        ) from error
     load_weights(model, Path(folder) / WEIGHTS, "Copy the folder again.")
     return model
 
@@ -132,24 +113,6 @@ class ClassifierFeatures:
         self._model = model.to(self._device).eval()
         ends = [index for index, module in enumerate(model.blocks, 1) if isinstance(module, nn.ReLU)]
         self._middle = ends[max(len(ends) // 2, 1) - 1]
-
-    @classmethod
-    def embedded(cls, model: str = EMBEDDED, *, device: str | torch.device = "cpu") -> ClassifierFeatures:
-        """The classifier of the package for the data of a model of the package, Fashion-MNIST by default.
-
-        Raises: FormatError if it is missing.
-        """
-        folder = classifier_folder(model)
-        return cls(load_classifier(folder), folder.name.replace("_", "-"), device=device)
-
-    @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> ClassifierFeatures:
-        """A classifier saved by `save_classifier`, named after its folder and the first digits of its weights' sha256.
-
-        Raises: FormatError if the folder holds no classifier.
-        """
-        path = Path(folder).resolve()
-        return cls(load_classifier(path), f"{path.name}-{file_digest(path / WEIGHTS)}", device=device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

@@ -47,18 +47,12 @@ class Inception:
         load_weights(network, path, _GET_IT)
         self._network = network.to(device)
         self._device = torch.device(device)
-        self.fingerprint = file_digest(path)
-        self.name = f"inception-v3:{self.fingerprint}:tensorflow"
-
-    @property
-    def note(self) -> str:
-        """What to say with the results: which weights, and how pixels are prepared."""
-        if self.fingerprint == PUBLIC_SHA256:
-            return f"Inception-v3, the public weights file. {_PIXELS}"
-        return (
-            f"The weights file is not byte for byte the public one (sha256 {self.fingerprint}..., public "
-            f"{PUBLIC_SHA256}...): the results compare with published ones only if the weights are the same. {_PIXELS}"
-        )
+        sha256 = file_digest(path)
+        self.name = f"inception-v3:{sha256}:tensorflow"
+        self.note = f"Inception-v3, the public weights file. {_PIXELS}" if sha256 == PUBLIC_SHA256 else (
+            f"The weights file is not byte for byte the public one (sha256 {sha256}..., public {PUBLIC_SHA256}...): "
+            f"the results compare with published ones only if the weights are the same. {_PIXELS}"
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from modiff.assets import classifier_folder
 from modiff.errors import FormatError
-from modiff.evaluate.features.classifier import ClassifierFeatures
-from modiff.evaluate.features.extractor import FeatureExtractor
+from modiff.evaluate.features.classifier import WEIGHTS, ClassifierFeatures, load_classifier
+from modiff.evaluate.features.extractor import FeatureExtractor, file_digest
 from modiff.evaluate.features.inception import Inception
 
 DEFAULT_EXTRACTOR = "classifier"
@@ -29,15 +30,17 @@ _NAMES: dict[Metric, tuple[str | None, str]] = {
 
 def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
     """The extractor that `text` names: "classifier" (Fashion-MNIST, of the package), "cifar10-classifier" (where the
-    package has it), the folder of another from `save_classifier`, or a state dict of Inception-v3.
+    package has it), the folder of another from `save_classifier` (its name carries the first digits of the weights'
+    sha256), or a state dict of Inception-v3.
 
     Raises: FormatError for anything else.
     """
-    if text in CLASSIFIERS:
-        return ClassifierFeatures.embedded(CLASSIFIERS[text], device=device)
-    path = Path(text).expanduser()
+    packaged = text in CLASSIFIERS
+    path = classifier_folder(CLASSIFIERS[text]) if packaged else Path(text).expanduser().resolve()
     if path.is_dir():
-        return ClassifierFeatures.load(path, device=device)
+        model = load_classifier(path)
+        name = path.name.replace("_", "-") if packaged else f"{path.name}-{file_digest(path / WEIGHTS)}"
+        return ClassifierFeatures(model, name, device=device)
     if path.is_file():
         return Inception(path, device=device)
     raise FormatError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modiff.errors import ConfigError
+from modiff.config import check
 
 Draw = Literal["independent", "paired"]
 IntervalKind = Literal["percentile", "centred", "normal"]
@@ -56,12 +56,10 @@ def bootstrap(
     {'estimate': 0.0, 'low': 0.0, 'high': 0.0, 'level': 0.95, 'resamples': 10}
     """
     lengths = [len(sample) for sample in samples]
-    if not lengths or min(lengths) < 1 or resamples < 1 or (draw == "paired" and len(set(lengths)) > 1):
-        raise ConfigError(
-            f"bootstrap: expected samples with images, of equal lengths if they are paired, and 1 or more resamples, "
-            f"got lengths {lengths}, {draw} and {resamples}. There is nothing to draw. Give a tensor with a row for "
-            "each image, and resamples=1000."
-        )
+    fits = bool(lengths) and min(lengths) > 0 and resamples > 0 and (draw != "paired" or len(set(lengths)) == 1)
+    expected = "samples with images, of equal lengths if they are paired, and 1 or more resamples"
+    why = "There is nothing to draw. Give a tensor with a row for each image, and resamples=1000."
+    check("bootstrap", (lengths, draw, resamples), fits, expected, why)
     generator = torch.Generator().manual_seed(seed)
     estimate, values = _finite(statistic(*samples)), np.empty(resamples)
     for index in range(resamples):
@@ -84,11 +82,8 @@ def bootstrap(
 
 
 def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ConfigError(
-            f"bootstrap: expected a finite statistic, got {value}. An interval of infinite values means nothing. "
-            "Resample a finite one, such as the mean square error instead of PSNR."
-        )
+    why = "Resample one that is always finite, such as the mean square error instead of PSNR."
+    check("bootstrap", value, math.isfinite(value), "a finite statistic", why)
     return float(value)
 
 

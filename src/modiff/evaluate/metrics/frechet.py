@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modiff.errors import ConfigError
+from modiff.config import check
 from modiff.evaluate.metrics.bootstrap import Draw, Interval, IntervalKind, bootstrap
 
 CHANNELS = 7
@@ -19,28 +19,20 @@ def feature_rows(value: Tensor | np.ndarray, where: str) -> Tensor:
     Raises: ConfigError if they are not two-dimensional, complex, NaN or infinite, or have no column.
     """
     rows = torch.as_tensor(value).detach()
-    if rows.ndim != 2 or rows.shape[1] == 0 or rows.is_complex():
-        raise ConfigError(
-            f"{where}: expected real feature vectors (N, D), got {tuple(rows.shape)} {rows.dtype}. Each row is one "
-            "image. Flatten each image's features to one row."
-        )
+    fits = rows.ndim == 2 and rows.shape[1] > 0 and not rows.is_complex()
+    why = "Each row is one image. Flatten each image's features to one row."
+    check(where, (tuple(rows.shape), rows.dtype), fits, "real feature vectors (N, D)", why)
     rows = rows.to("cpu", torch.float64)
     broken = int((~torch.isfinite(rows)).any(1).sum())
-    if broken:
-        raise ConfigError(
-            f"{where}: expected finite features, got NaN or infinity in {broken} of {len(rows)} rows. The images "
-            "or the extractor are broken. Look at the images of these rows."
-        )
+    why = "The images or the extractor are broken. Look at the images of these rows."
+    check(where, f"NaN or infinity in {broken} of {len(rows)} rows", not broken, "finite features", why)
     return rows
 
 
 def check_same_dimension(first: int, second: int, where: str) -> None:
     """Raise a ConfigError if the vectors of two sets have different lengths."""
-    if first != second:
-        raise ConfigError(
-            f"{where}: expected two sets of one dimension, got {first} and {second}. Features of different extractors "
-            "cannot be compared. Extract both sets with the same one."
-        )
+    why = "Features of different extractors cannot be compared. Extract both sets with the same one."
+    check(where, (first, second), first == second, "two sets of one dimension", why)
 
 
 def spatial_rows(maps: Tensor) -> Tensor:
@@ -91,11 +83,7 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """S / (n - 1), (D, D) float64. Raises: ConfigError below 2 vectors."""
-        if self.count < 2:
-            raise ConfigError(
-                f"Moments.covariance: expected 2 or more vectors, got {self.count}. One has no spread. "
-                "Give more images."
-            )
+        check("Moments.covariance", self.count, self.count >= 2, "2 or more vectors", "Give more images.")
         return self.scatter / (self.count - 1)
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modiff.errors import ConfigError
+from modiff.config import check
 from modiff.evaluate.metrics.bootstrap import Interval, bootstrap, small_sample_note
 
 WINDOW, SIGMA, K1, K2, PEAK = 11, 1.5, 0.01, 0.03, 255.0
+_NOTHING = "An error cannot be a share of nothing. Look at the reference, or compare the norm of the difference."
 
 
 def relative_l2(value: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> float:
@@ -26,11 +27,7 @@ def relative_l2(value: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> f
     """
     x, y = _float64_pair(value, reference, "relative_l2")
     size = y.norm()
-    if size == 0:
-        raise ConfigError(
-            "relative_l2: expected a reference that is not zero, got zeros. An error cannot be a share of nothing. "
-            "Compare the norm of the difference instead."
-        )
+    check("relative_l2", 0, bool(size != 0), "a reference that is not zero", _NOTHING)
     return float((x - y).norm() / size)
 
 
@@ -55,11 +52,9 @@ def ssim(value: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> Tensor:
     Raises: ConfigError if the shapes differ or are under 11 pixels a side.
     """
     first, second = _float64_pair(value, reference, "ssim")
-    if first.ndim != 4 or min(first.shape[1:3]) < WINDOW:
-        raise ConfigError(
-            f"ssim: expected images (N, H, W, C) of at least {WINDOW} pixels a side, got {tuple(first.shape)}. The "
-            f"window is {WINDOW} pixels wide. Use psnr for smaller images."
-        )
+    fits = first.ndim == 4 and min(first.shape[1:3]) >= WINDOW
+    expected = f"images (N, H, W, C) of at least {WINDOW} pixels a side"
+    check("ssim", tuple(first.shape), fits, expected, "That is its window. Use psnr for smaller images.")
     pairs = zip(first.split(64), second.split(64), strict=True)
     return torch.cat([_ssim(x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)) for x, y in pairs])
 
@@ -100,11 +95,7 @@ def paired_errors(
     """
     x, y = _float64_pair(images, reference, "paired_errors")
     errors, sizes = (x - y).square().sum(dim=(1, 2, 3)), y.square().sum(dim=(1, 2, 3))
-    if not float(sizes.sum()):
-        raise ConfigError(
-            "paired_errors: expected a reference that is not black throughout, got zeros. An error cannot be a share "
-            "of nothing. Look at the reference images."
-        )
+    check("paired_errors", 0, bool(sizes.sum()), "a reference that is not black throughout", _NOTHING)
 
     def relative(error: Tensor, size: Tensor) -> float:
         return math.sqrt(float(error.sum()) / max(float(size.sum()), 1.0))  # a resample of black images only: size 0
@@ -134,12 +125,9 @@ def _decibels(mean_square: Interval) -> Interval:
 
 
 def _float64_pair(value: Tensor | np.ndarray, reference: Tensor | np.ndarray, where: str) -> tuple[Tensor, Tensor]:
-    """Both in double precision on the CPU."""
     x, y = (torch.as_tensor(each).detach() for each in (value, reference))
-    if x.shape != y.shape or x.numel() == 0 or x.is_complex() or y.is_complex():
-        raise ConfigError(
-            f"{where}: expected real values of one shape, at least one, got {tuple(x.shape)} {x.dtype} and "
-            f"{tuple(y.shape)} {y.dtype}. Broadcasting would compare what does not belong together. Reshape one of "
-            "them."
-        )
+    fits = x.shape == y.shape and x.numel() > 0 and not x.is_complex() and not y.is_complex()
+    got = [(tuple(each.shape), each.dtype) for each in (x, y)]
+    why = "Broadcasting would compare what does not belong together. Reshape one of them."
+    check(where, got, fits, "real values of one shape, at least one", why)
     return x.cpu().double(), y.cpu().double()

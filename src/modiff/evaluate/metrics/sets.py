@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modiff.errors import ConfigError
+from modiff.config import check
 from modiff.evaluate.metrics.frechet import check_same_dimension, feature_rows
 
 CHUNK_BYTES = 64 * 2**20
@@ -34,12 +34,10 @@ def kernel_distance(
     """
     left, right = feature_rows(first, "kernel_distance"), feature_rows(second, "kernel_distance")
     smallest, largest = sorted((len(left), len(right)))
-    if subsets < 1 or not 2 <= subset_size <= smallest or (subset_size == largest and subsets > 1):
-        raise ConfigError(
-            f"kernel_distance: expected 1 or more subsets of 2 to {smallest} vectors, and fewer vectors than {largest} "
-            f"in several, got {subsets} of {subset_size}. They are drawn without replacement. Use smaller subsets, "
-            "subsets=1, or more images."
-        )
+    fits = subsets > 0 and 2 <= subset_size <= smallest and (subset_size < largest or subsets == 1)
+    expected = f"1 or more subsets of 2 to {smallest} vectors, and fewer vectors than {largest} in several"
+    why = "They are drawn without replacement. Use smaller subsets, subsets=1, or more images."
+    check("kernel_distance", (subsets, subset_size), fits, expected, why)
     generator = torch.Generator().manual_seed(seed)
     values = [
         polynomial_mmd(_subset(left, subset_size, generator), _subset(right, subset_size, generator))
@@ -58,11 +56,8 @@ def polynomial_mmd(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> f
     """
     left, right = feature_rows(first, "polynomial_mmd"), feature_rows(second, "polynomial_mmd")
     check_same_dimension(left.shape[1], right.shape[1], "polynomial_mmd")
-    if min(len(left), len(right)) < 2:
-        raise ConfigError(
-            f"polynomial_mmd: expected 2 or more vectors in each set, got {len(left)} and {len(right)}. "
-            "The estimate averages over pairs. Give more images."
-        )
+    sizes, why = (len(left), len(right)), "The estimate averages over pairs. Give more images."
+    check("polynomial_mmd", sizes, min(sizes) >= 2, "2 or more vectors in each set", why)
     return _among(left) + _among(right) - 2 * float(_kernel(left, right).mean())
 
 
@@ -111,11 +106,9 @@ def inception_score(probabilities: Tensor | np.ndarray) -> float:
     """
     rows = feature_rows(probabilities, "inception_score")
     total = rows.sum(1)
-    if not len(rows) or float(rows.min()) < 0 or float((total - 1).abs().max()) > _SUM:
-        raise ConfigError(
-            f"inception_score: expected probabilities, at least 0 and with a sum of 1 in each row, got {len(rows)} "
-            "rows that are not. Logits have to be normalised first. Give logits.softmax(1)."
-        )
+    fits = len(rows) > 0 and float(rows.min()) >= 0 and float((total - 1).abs().max()) <= _SUM
+    expected = "probabilities, at least 0 and with a sum of 1 in each row"
+    check("inception_score", f"{len(rows)} rows that are not", fits, expected, "Give logits.softmax(1).")
     rows = rows / total[:, None]
     conditional = -torch.special.xlogy(rows, rows).sum(1).mean()
     marginal = rows.mean(0)

@@ -9,15 +9,16 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
-from modiff.errors import ConfigError, FormatError
-from modiff.evaluate.features.extractor import check_images, first_line
+from modiff.config import check
+from modiff.errors import ConfigError
+from modiff.evaluate.features.extractor import check_images
 from modiff.evaluate.metrics.bootstrap import bootstrap, small_sample_note
 from modiff.evaluate.metrics.paired import mean
 from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
+from modiff.files import reading
 from modiff.generate.job import Conditions
 
 _BATCH = 64
@@ -44,11 +45,8 @@ class Lpips:
     def check(self, shape: tuple[int, int, int]) -> None:
         """At least 32 pixels a side, grey or colour."""
         check_images(torch.zeros(1, *shape, dtype=torch.uint8), "lpips")
-        if min(shape[:2]) < 32:
-            raise ConfigError(
-                f"lpips: expected images of at least 32 pixels a side, got {shape}. The network halves them five "
-                "times. Leave lpips out: SSIM and PSNR are always there."
-            )
+        why = "The network halves them five times. Leave lpips out: SSIM and PSNR are always there."
+        check("lpips", shape, min(shape[:2]) >= 32, "images of at least 32 pixels a side", why)
 
     def measure(self, images: ImageSet, full: ImageSet, resamples: int) -> list[Measurement]:
         """One row; none for full precision itself."""
@@ -78,17 +76,12 @@ class Clip:
 
     def __init__(self, folder: Path, conditions: Conditions, *, device: str = "cpu") -> None:
         transformers = optional_import("transformers", "clip")
-        try:
+        advice = "Nothing is downloaded: get openai/clip-vit-base-patch16 once, with model.safetensors."
+        with reading(folder, "a CLIP model and its tokenizer", advice):
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError("no config.json")
             self._model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise FormatError(
-                f"{folder}: expected a CLIP model and its tokenizer, got {first_line(error)}. Files are missing, "
-                "damaged or of another model, and nothing is downloaded. Download openai/clip-vit-base-patch16 once, "
-                "with model.safetensors, and give its folder."
-            ) from error
         self.name = f"CLIP score({folder.resolve().name})"
         self._conditions, self._device = conditions, device
         self._model = self._model.to(device).eval()
@@ -137,17 +130,13 @@ def load_extras(text: str | None, *, clip: Path | None, conditions: Conditions, 
         prompts, or a folder without clip; FormatError if the folder holds no CLIP model.
     """
     names = [] if text is None else [name.strip() for name in text.split(",")]
-    if any(name not in EXTRAS or names.count(name) > 1 for name in names):
-        raise ConfigError(
-            f"--metrics: expected {' or '.join(EXTRAS)}, or both between commas, got {text!r}. All other figures are "
-            "always there. Use --metrics lpips."
-        )
-    if ("clip" in names) != (clip is not None) or ("clip" in names and not conditions.prompts):
-        raise ConfigError(
-            f"--metrics clip: expected --clip with the folder of a CLIP model, and prompts, got --metrics {text}, "
-            f"--clip {clip} and {len(conditions.prompts)} prompts. It compares an image with the prompt that it was "
-            "drawn of. Use --metrics clip --clip DIR --prompts FILE with a model that takes text."
-        )
+    fits = all(name in EXTRAS and names.count(name) == 1 for name in names)
+    why = "All other figures are always there. Use --metrics lpips."
+    check("--metrics", text, fits, f"{' or '.join(EXTRAS)}, or both between commas", why)
+    fits = ("clip" not in names and clip is None) or ("clip" in names and clip is not None and bool(conditions.prompts))
+    got = f"--metrics {text}, --clip {clip} and {len(conditions.prompts)} prompts"
+    why = "Images are compared with their prompts. Use --metrics clip --clip DIR --prompts FILE."
+    check("--metrics clip", got, fits, "--clip with the folder of a CLIP model, and prompts", why)
     extras: list[Extra] = [Lpips(device=device)] if "lpips" in names else []
     return extras if clip is None else [*extras, Clip(clip, conditions, device=device)]
 
@@ -161,9 +150,9 @@ def optional_import(package: str, where: str) -> ModuleType:
         return importlib.import_module(package)
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise ConfigError(
-            f"{where}: expected the package {package} to load, got {first_line(error)}. It is missing, broken or built "
-            "for another torch; modiff needs it for nothing else. Type: pip install 'modiff[eval]'. Get torchvision in "
-            "one command with torch, from the same package index."
+            f"{where}: expected the package {package} to load, got {type(error).__name__} ({error}). It is missing, "
+            "broken or built for another torch. Type: pip install 'modiff[eval]'. Get torchvision in one command with "
+            "torch, from the same package index."
         ) from error
 
 

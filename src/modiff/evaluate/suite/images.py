@@ -1,114 +1,29 @@
-"""Where the suite's images come from: a pipeline in this process, and files of real images."""
+"""Images as bytes: those that were drawn, and real ones from files."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 import re
-import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from modiff.errors import FormatError
-from modiff.evaluate.cost import trajectory_gbops
-from modiff.evaluate.demo import TUNING_SEED
-from modiff.evaluate.pipelines import NOTHING, check_pipeline, configured, measure_step
-from modiff.evaluate.suite.plans import Plan
-from modiff.evaluate.suite.store import DrawnImages
-from modiff.generate.job import Conditions
-from modiff.generate.samplers import set_scheduler
+from modiff.evaluate.pipelines import DrawnImages
+from modiff.files import reading
 from modiff.generate.shards import MANIFEST, read_images, to_uint8
-from modiff.generate.worker import check_inputs, digest, settings
-from modiff.hosts.diffusers.host import denoisers
-from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 
-CALIBRATION_IMAGES = 8
 CHUNK = 500
 """Real images at a time."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-class PipelineSource:
-    """A pipeline in this process; image i comes from the noise of seed + i, and of its prompt or class.
-
-    settings: all that shapes the images except the plan, as plain JSON values. shape: (H, W, C) of an image.
-    Its layers are as before whenever no plan is open. Cost: two steps of one image, to count its operations and learn
-    its shape.
-    Args:
-        conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
-    Raises: ConfigError for a pipeline that needs other inputs, or does not take these conditions.
-    """
-
-    def __init__(
-        self, pipe: DiffusionPipeline, *, sampler: str = "ddim", seed: int = 0, conditions: Conditions = NOTHING
-    ) -> None:
-        check_pipeline(pipe, "evaluate", conditions=conditions)
-        self.pipe, self.seed, self.conditions = set_scheduler(pipe, sampler), seed, conditions
-        self._costs = measure_step(self.pipe, lambda: self.run(1, [0]))
-        self.shape: tuple[int, ...] = self.run(1, [0]).shape[1:]
-        networks = denoisers(self.pipe)
-        self.settings: dict[str, Any] = {
-            "pipeline": type(self.pipe).__name__,
-            "model": digest(self.pipe),
-            "schedule": settings(self.pipe.scheduler),
-            "device": str(next(p.device for m in networks.values() for p in m.parameters())),
-            "sampler": sampler,
-            "seed": seed,
-            "prompts": _short(conditions.prompts),
-            "labels": _short(conditions.labels),
-        }
-
-    def run(self, steps: int, indices: Sequence[int], seed: int | None = None) -> np.ndarray:
-        """The images of sample indices in [0, 1], (N, H, W, C); from the noise of `seed` instead of its own."""
-        prompts, labels = self.conditions.prompts_of(indices), self.conditions.labels_of(indices)
-        inputs = call_inputs(self.pipe, len(indices), prompt=prompts, label=labels)
-        noise = noise_generators(self.seed if seed is None else seed, indices)
-        return np.asarray(self.pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np").images)
-
-    @contextmanager
-    def open(
-        self, plan: Plan, evaluated: Callable[[], object] | None = None
-    ) -> Iterator[Callable[[Sequence[int]], DrawnImages]]:
-        """Apply the plan's config, and give a function that draws the images of sample indices.
-
-        Static scales are measured first, on noise that no image comes from. evaluated: called after each network call.
-        """
-        check_inputs(self.pipe, plan.steps, self.conditions)
-        others, seed = range(CALIBRATION_IMAGES), self.seed + TUNING_SEED
-        calibration = functools.partial(self.run, plan.steps, others, seed)
-        with configured(self.pipe, plan.config, calibration=calibration, evaluated=evaluated) as (report, sizes):
-            gbops = trajectory_gbops(self._costs, report, plan.steps)
-
-            def draw(indices: Sequence[int]) -> DrawnImages:
-                start = time.perf_counter()
-                pixels = self.run(plan.steps, indices)
-                seconds = time.perf_counter() - start
-                images, broken = to_codes(pixels)
-                return DrawnImages(images, seconds, sum(sizes.values()), broken, gbops)
-
-            yield draw
-
-
-def _short(values: Sequence[str] | Sequence[int]) -> str | None:
-    """All values if they are few, otherwise their number and a digest; None if there are none."""
-    text = ", ".join(map(str, values))
-    if len(text) > 80:
-        text = f"{len(values)}, sha256 {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]}"
-    return text or None
-
-
-def to_codes(images: np.ndarray) -> tuple[np.ndarray, int]:
-    """(N, H, W, C) in [0, 1] to bytes as `to_uint8` rounds them, and how many images are not finite: NaN becomes 0."""
-    broken = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
-    return to_uint8(np.nan_to_num(images, nan=0.0)), broken
+def as_bytes(drawn: DrawnImages) -> DrawnImages:
+    """Images in [0, 1] as `to_uint8` rounds them; NaN becomes 0, and images that are not finite are counted."""
+    broken = int((~np.isfinite(drawn.images)).any(axis=(1, 2, 3)).sum())
+    return drawn._replace(images=to_uint8(np.nan_to_num(drawn.images, nan=0.0)), broken=broken)
 
 
 def read_reference(path: Path) -> Iterator[np.ndarray]:
@@ -172,7 +87,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_file(file: Path) -> np.ndarray:
-    try:
+    advice = "Values are 0 to 255, for example from numpy.rint(x * 255).astype('uint8')."
+    with reading(file, "uint8 images (N, H, W, C)", advice):
         if file.suffix.lower() in _PICTURES:
             with Image.open(file) as picture:
                 images = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))[None]
@@ -181,16 +97,8 @@ def _read_file(file: Path) -> np.ndarray:
                 images = np.load(opened, allow_pickle=False)
                 if not isinstance(images, np.ndarray):
                     images = images["arr_0" if "arr_0" in images.files else images.files[0]]
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise FormatError(
-            f"{file}: expected images, got {type(error).__name__}: {error}. The file is damaged or holds something "
-            "else. Write it with numpy.save or numpy.savez."
-        ) from error
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-        raise FormatError(
-            f"{file}: expected uint8 images (N, H, W, C), got {images.dtype} {images.shape}. Values are 0 to 255. "
-            "Convert them first, for example numpy.rint(x * 255).astype('uint8')."
-        )
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+            raise ValueError(f"{images.dtype} {images.shape}")
     return images if images.ndim == 4 else images[..., None]
 
 

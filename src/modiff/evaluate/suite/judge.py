@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from modiff.evaluate.features.extractor import FeatureExtractor, Features, joined
@@ -17,7 +16,7 @@ from modiff.evaluate.metrics.bootstrap import Draw, Interval, bootstrap, small_s
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import WINDOW, mean, paired_errors
 from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
-from modiff.evaluate.suite.store import DrawnImages
+from modiff.evaluate.pipelines import DrawnImages
 
 RESAMPLES = 200
 LARGEST_RESAMPLED, FEW_RESAMPLES = 256, 20
@@ -75,13 +74,13 @@ class ImageSet:
 
     pooled: Tensor
     spatial: Moments | None = None
+    spatial_rows: Tensor | None = None
     probabilities: Tensor | None = None
     images: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     seconds: float = 0.0
     state_bytes_per_image: float = 0.0
     broken: int = 0
     gbops: float = 0.0
-    spatial_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -89,22 +88,24 @@ class ImageSet:
 
 def gather(batches: Iterable[tuple[DrawnImages, Features]], *, images: bool = True) -> ImageSet:
     """One set from batches. Memory: its pooled features, with `images` also these and the spatial rows."""
-    gathered = ImageSet(torch.zeros(0))
+    spatial: Moments | None = None
     features: list[Features] = []
-    pixels: list[np.ndarray] = []
+    kept: list[DrawnImages] = []
     for drawn, rows in batches:
         if rows.spatial is not None:
-            gathered.spatial = gathered.spatial or Moments(rows.spatial.shape[1])
-            gathered.spatial.update(rows.spatial)
+            spatial = spatial or Moments(rows.spatial.shape[1])
+            spatial.update(rows.spatial)
         features.append(rows if images else rows._replace(spatial=None))
-        pixels += [drawn.images] if images else []
-        gathered.seconds += drawn.seconds
-        gathered.state_bytes_per_image = max(gathered.state_bytes_per_image, drawn.state_bytes / len(drawn.images))
-        gathered.broken += drawn.broken
-        gathered.gbops = drawn.gbops
-    gathered.pooled, gathered.spatial_rows, gathered.probabilities = joined(features)
-    gathered.images = np.concatenate(pixels) if images else gathered.images
-    return gathered
+        kept.append(drawn if images else drawn._replace(images=drawn.images[:0]))
+    pooled, spatial_rows, probabilities = joined(features)
+    return ImageSet(
+        pooled, spatial, spatial_rows, probabilities,
+        images=np.concatenate([drawn.images for drawn in kept]),
+        seconds=sum(drawn.seconds for drawn in kept),
+        state_bytes_per_image=max(d.state_bytes / len(f.pooled) for d, f in zip(kept, features, strict=True)),
+        broken=sum(drawn.broken for drawn in kept),
+        gbops=kept[0].gbops,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

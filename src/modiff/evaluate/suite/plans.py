@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modiff.config import ModiffConfig
-from modiff.errors import ConfigError
+from modiff.config import ModiffConfig, check
 from modiff.presets import FAMILIES, named_config
 
-_FULL_PRECISION = "full precision"
 STEPS = "steps"
 """The family of the plans that quantize nothing and take fewer sampler steps."""
 SHARES = {2: "half the steps", 4: "a quarter of the steps", 5: "a fifth of the steps", 10: "a tenth of the steps"}
@@ -70,8 +69,7 @@ PRESETS = {
 def preset(name: str, *, num_images: int | None = None, steps: int | None = None,
            configs: Sequence[str] = ()) -> Preset:  # fmt: skip
     """A preset by name, with the arguments instead of its own. Raises: ConfigError for an unknown name."""
-    if name not in PRESETS:
-        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}. Use --preset quick.")
+    check("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}", "Use --preset quick.")
     changes = {"num_images": num_images, "steps": steps, "configs": tuple(configs) or None}
     return dataclasses.replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
 
@@ -81,22 +79,16 @@ def plans_of(chosen: Preset) -> list[Plan]:
 
     Raises: ConfigError for a config that does not exist or is named twice, or fewer than 2 steps.
     """
-    if chosen.steps < 2:
-        raise ConfigError(
-            f"--steps: expected 2 or more, got {chosen.steps}. Half of them are run as well, and what changes between "
-            "steps is coded. Use --steps 50."
-        )
-    plans = [Plan(name=_FULL_PRECISION, steps=chosen.steps)]
+    why = "Half of them are run as well, and what changes between steps is coded. Use --steps 50."
+    check("--steps", chosen.steps, chosen.steps >= 2, "2 or more", why)
+    plans = [Plan(name="full precision", steps=chosen.steps)]
     plans += [Plan(name=SHARES.get(n, f"1/{n} of the steps"), steps=chosen.steps // n)
               for n in sorted({2, *chosen.fewer}) if chosen.steps // n]  # fmt: skip
     plans += [_named_plan(text, chosen.steps) for text in chosen.configs]
-    for i, plan in enumerate(plans):
-        for other in plans[:i]:
-            if plan.name == other.name or (plan.config is not None and plan.config == other.config):
-                raise ConfigError(
-                    f"--configs: expected different configurations, got {plan.name} twice. Their rows would be equal "
-                    "or could not be told apart. Leave one out, or rename its file."
-                )
+    why = "Their rows would be equal or could not be told apart. Leave one out, or rename its file."
+    for one, other in itertools.combinations(plans, 2):
+        same = one.name == other.name or (one.config is not None and one.config == other.config)
+        check("--configs", f"{one.name} twice", not same, "different configurations", why)
     return plans
 
 

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modiff.errors import ConfigError
+from modiff.config import check
 from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 from modiff.evaluate.analysis.watch import watch
 from modiff.evaluate.features.extractor import FeatureExtractor, Features
 from modiff.evaluate.metrics.bootstrap import small_sample_note
-from modiff.evaluate.pipelines import aligned, has_static_scales, number
+from modiff.evaluate.pipelines import DrawnImages, PipelineSource, aligned, has_static_scales, number
 from modiff.evaluate.suite.extras import Extra
-from modiff.evaluate.suite.images import PipelineSource, check_reference, read_reference
+from modiff.evaluate.suite.images import as_bytes, check_reference, read_reference
 from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, mark_broken
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
-from modiff.evaluate.suite.store import DrawnImages, Store
+from modiff.evaluate.suite.store import Store
 from modiff.files import ResumableFolder
 from modiff.generate.environment import Environment, environment
 
@@ -121,11 +121,7 @@ def run_suite(
     """
     plans = plans_of(chosen)
     for option, value, least in (("--num-images", chosen.num_images, LEAST_IMAGES), ("--batch-size", batch_size, 1)):
-        if value < least:
-            raise ConfigError(
-                f"{option}: expected {least} or more, got {value}. A distance of sets needs a set, and a batch images. "
-                f"Use {option} 50."
-            )
+        check(option, value, value >= least, f"{least} or more", f"A distance of sets needs a set. Use {option} 50.")
     extractor(torch.zeros(1, *source.shape, dtype=torch.uint8))  # before the long part: it may not take such images
     for extra in extras:
         extra.check(source.shape)
@@ -157,13 +153,13 @@ def _draw_all(source: PipelineSource, extractor: FeatureExtractor, store: Store,
               num_images: int, progress: bool) -> None:  # fmt: skip
     missing = {plan: batches for plan in plans if (batches := store.missing(plan, num_images))}
     total = sum(plan.steps * len(batches) for plan, batches in missing.items())
-    with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True, mininterval=0.5) as bar:
+    with source.bar(total, progress) as bar:
         for plan, batches in missing.items():
             bar.set_description(plan.name)
-            with source.open(plan, bar.update) as draw:
+            with source.open(plan.config, plan.steps) as draw:
                 for indices in batches:
                     start = bar.n
-                    drawn = draw(indices)
+                    drawn = as_bytes(draw(indices))
                     store.save(plan, indices, drawn, extractor(torch.tensor(drawn.images)))
                     bar.update(start + plan.steps - bar.n)  # samplers may evaluate more or less often than once a step
 
@@ -188,5 +184,5 @@ def watched_layers(
     if plan is None or plan.config is None:
         return None
     errors = LayerTraces()
-    watch(source.pipe, lambda: source.run(plan.steps, range(num_images)), plan.config, [errors])
+    watch(source.pipe, lambda: source.draw(plan.steps, range(num_images)), plan.config, [errors])
     return plan, num_images, errors.layers()

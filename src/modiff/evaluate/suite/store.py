@@ -5,25 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from modiff.evaluate.features.extractor import Features
+from modiff.evaluate.pipelines import DrawnImages
 from modiff.evaluate.suite.plans import Plan
 from modiff.files import read_tensors, reading, write_tensors
-
-
-class DrawnImages(NamedTuple):
-    """A batch: uint8 (N, H, W, C), wall time, state bytes at the trajectory's end, how many images held pixels that are
-    not finite (they count as black), and the bit-operations of one image in 10^9."""
-
-    images: np.ndarray
-    seconds: float = 0.0
-    state_bytes: int = 0
-    broken: int = 0
-    gbops: float = 0.0
 
 
 class Store:
