@@ -56,6 +56,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "fingerprint": {"modiff_fingerprint": [_P, _L, _I]},
     "product": {
         "modiff_family": [],
+        "modiff_outputs": [],
         "modiff_product": [_P, _P, _P, _I, _I, _P, _L, _P, _I, _I, *[_P] * 6, _L, _P, _P, _I, _I],
     },
     "epilogue": {"modiff_epilogue": [*[_P] * 5, _I, _P, _L, _L, _I]},
@@ -66,7 +67,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     },
 }
 
-_RESULTS: dict[str, Any] = {"modiff_fingerprint": ctypes.c_uint64, "modiff_family": _I}
+_RESULTS: dict[str, Any] = {"modiff_fingerprint": ctypes.c_uint64, "modiff_family": _I, "modiff_outputs": _I}
 
 
 class Native(NamedTuple):

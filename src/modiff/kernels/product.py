@@ -21,7 +21,7 @@ from modiff.kernels.native import KINDS
 from modiff.kernels.problem import LARGEST_INT32, Problem
 
 _LARGEST_INT16 = 2**15 - 1
-_TILE, _GROUP = 16, 4
+_GROUP = 4
 _AVX2 = 1
 _SHORT = 3
 """Groups of inputs between two flushes below which sums in 32 bits take less time."""
@@ -147,9 +147,10 @@ def _weights(operator: Operator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _pack(operator: Operator) -> tuple[Tensor, ...]:
     codes, g = operator.weight_codes(), operator.geometry.groups
     taps = codes.reshape(g, codes.shape[0] // g, codes.shape[1], -1)
-    taps = pad(taps, (0, 0, 0, -taps.shape[2] % _GROUP, 0, -taps.shape[1] % _TILE))
-    # (groups, tiles, 16, groups of inputs, inputs of a group, taps) -> (groups, tiles, taps, groups of inputs, 16, ...)
-    grouped = taps.unflatten(1, (-1, _TILE)).unflatten(3, (-1, _GROUP)).permute(0, 1, 5, 3, 2, 4)
+    tile = native.load_library("product").library.modiff_outputs()
+    taps = pad(taps, (0, 0, 0, -taps.shape[2] % _GROUP, 0, -taps.shape[1] % tile))
+    # (groups, tiles, outputs, groups of inputs, inputs of one, taps) -> (groups, tiles, taps, groups of inputs, ...)
+    grouped = taps.unflatten(1, (-1, tile)).unflatten(3, (-1, _GROUP)).permute(0, 1, 5, 3, 2, 4)
     lanes = grouped.permute(0, 1, 4, 2, 3, 5).flatten(0, 2).flatten(1, 2).unflatten(2, (2, 2))
     ends, wide = torch.tensor([lanes.shape[1]]), family() == _AVX2
     if wide:
@@ -157,7 +158,7 @@ def _pack(operator: Operator) -> tuple[Tensor, ...]:
         wide = len(ends) == 0 or len(ends) * _SHORT > lanes.shape[1]
     zeros = operator.zero_point * codes.flatten(1).sum(1, dtype=torch.int32)
     if wide:
-        grouped = taps.unflatten(1, (-1, _TILE)).unflatten(3, (-1, 2)).permute(0, 1, 5, 3, 2, 4)
+        grouped = taps.unflatten(1, (-1, tile)).unflatten(3, (-1, 2)).permute(0, 1, 5, 3, 2, 4)
         return grouped.contiguous(), torch.zeros_like(zeros), ends, torch.tensor(True)
     packed = grouped.contiguous()
     if operator.weight.dtype == torch.uint8:

@@ -81,7 +81,7 @@ void lay(const uint8_t* codes, const Shape& s, int32_t zero, void* laid, int thr
 
 // One pixel's outputs of a tile; `columns` of them exist, and `at` is the first in all tensors of pixels.
 template <class Out>
-void finish(const Output& o, const int32_t* sums, int64_t first, int64_t pixel, int64_t at, int columns,
+void finish(const Output& o, const int32_t* sums, int64_t first, float scale, int64_t at, int columns,
             int32_t* clipped) {
   const int32_t* zeros = o.zeros + first;
   if (o.mode == kSums) {
@@ -91,7 +91,6 @@ void finish(const Output& o, const int32_t* sums, int64_t first, int64_t pixel, 
     return;
   }
   const float* weights = o.weight_scale + first;
-  const float scale = o.scale[pixel / o.each];
   float sent[kOutputs];
   for (int c = 0; c < columns; ++c) {
     sent[c] = static_cast<float>(sums[c] - zeros[c]) * weights[c] * scale;
@@ -126,10 +125,11 @@ void finish(const Output& o, const int32_t* sums, int64_t first, int64_t pixel, 
 
 // Two 4-bit codes in a byte: the low halves are the first half of a group's weights.
 void unpack(const int8_t* halves, int64_t groups, int8_t* weights) {
-  for (int64_t g = 0; g < groups; ++g, halves += 32, weights += 64) {
-    for (int i = 0; i < 32; ++i) {
+  constexpr int kHalf = 2 * kOutputs;
+  for (int64_t g = 0; g < groups; ++g, halves += kHalf, weights += 2 * kHalf) {
+    for (int i = 0; i < kHalf; ++i) {
       weights[i] = static_cast<int8_t>(((halves[i] & 15) ^ 8) - 8);
-      weights[32 + i] = static_cast<int8_t>(halves[i] >> 4);
+      weights[kHalf + i] = static_cast<int8_t>(halves[i] >> 4);
     }
   }
 }
@@ -142,7 +142,7 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     summed += stretches[i].groups;
   }
-  const int64_t size = summed * (wide ? 32 : 64), tiles = (s.outputs + kOutputs - 1) / kOutputs;
+  const int64_t size = summed * kOutputs * (wide ? 2 : 4), tiles = (s.outputs + kOutputs - 1) / kOutputs;
   int64_t block = std::clamp<int64_t>(kResident / (s.padded() * bytes), kRows, kMostRows) / kRows * kRows;
   const int64_t parts = threads > 1 ? 2 * threads : 1;
   if (pixels < parts * block) {  // a share for each thread
@@ -154,16 +154,25 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
 #pragma omp parallel num_threads(threads) if (threads > 1 && pixels * s.outputs * summed > kSmall / 4) reduction(+ : clipped)
   {
     std::vector<const uint8_t*> rows(block);
+    std::vector<float> scales(block);
     std::vector<int8_t> whole(halves ? size : 0);
     alignas(64) int32_t sums[kRows * kOutputs];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t split = task % splits, group = task / splits % s.groups, begin = task / splits / s.groups * block;
       const int64_t end = std::min(begin + block, pixels);
+      int64_t x = begin % s.out_width, y = begin / s.out_width % s.out_height, n = begin / s.out_width / s.out_height;
       for (int64_t m = begin; m < end; ++m) {
-        const int64_t x = m % s.out_width, y = m / s.out_width % s.out_height, n = m / s.out_width / s.out_height;
         rows[m - begin] = laid + ((n * s.tall() + y * s.stride_y) * s.broad() + x * s.stride_x) * pitch +
                           group * s.padded() * bytes;
+        scales[m - begin] = o.scale == nullptr ? 1.0f : o.scale[m / o.each];
+        if (++x == s.out_width) {
+          x = 0;
+          if (++y == s.out_height) {
+            y = 0;
+            ++n;
+          }
+        }
       }
       for (int64_t t = tiles * split / splits; t < tiles * (split + 1) / splits; ++t) {
         const int64_t first = group * s.outputs + t * kOutputs;
@@ -178,10 +187,11 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
           tile_of<wide>(some, rows.data() + (m - begin), stretches, count, w, sums);
           for (int64_t r = 0; r < some; ++r) {
             const int64_t at = (m + r) * s.groups * s.outputs + first;
+            const float scale = scales[m + r - begin];
             if (columns == kOutputs) {
-              finish<Out>(o, sums + r * kOutputs, first, m + r, at, kOutputs, &clipped);
+              finish<Out>(o, sums + r * kOutputs, first, scale, at, kOutputs, &clipped);
             } else {
-              finish<Out>(o, sums + r * kOutputs, first, m + r, at, columns, &clipped);
+              finish<Out>(o, sums + r * kOutputs, first, scale, at, columns, &clipped);
             }
           }
         }
@@ -199,6 +209,9 @@ extern "C" {
 
 // 0 plain C++, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 VNNI.
 int32_t modiff_family() { return kFamily; }
+
+// Outputs of a tile of weights.
+int32_t modiff_outputs() { return kOutputs; }
 
 // shape: as `Shape`. stretches: (offset in bytes, groups, flush) triples. laid: scratch, or null where codes are read
 // as they lie: no padding, whole groups of inputs, not wide. pointers: of the output, null where its mode has none.

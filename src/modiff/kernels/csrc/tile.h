@@ -1,6 +1,6 @@
-// Sums of products for a tile of R rows and 16 outputs, by the best instructions that the compiler may use.
+// Sums of products for a tile of R rows and kOutputs outputs, by the best instructions that the compiler may use.
 //
-// Weights of 16 outputs lie as groups of inputs, [groups][16][inputs of a group]. Rows are read at rows[r] + offset:
+// Weights of a tile lie as groups of inputs, [groups][kOutputs][inputs of a group]. Rows are read at rows[r] + offset:
 // a convolution is the same sum over several stretches of a row, one for each tap of its kernel, and needs no copy of
 // its input for each tap.
 //
@@ -19,8 +19,6 @@
 
 namespace modiff {
 
-constexpr int kOutputs = 16;
-
 // groups of inputs that lie side by side in a row from `offset` bytes on; 16-bit sums are flushed behind it.
 struct Stretch {
   int64_t offset;
@@ -37,28 +35,36 @@ inline T read(const void* from) {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 
-constexpr int kFamily = 3, kRows = 12;
+constexpr int kFamily = 3, kRows = 8, kOutputs = 32;
 
 template <int R, bool wide>
 void tile(const uint8_t* const* rows, const Stretch* stretches, int64_t count, const int8_t* weights, int32_t* sums) {
-  __m512i total[R];
-#pragma GCC unroll 12
+  __m512i total[R][2];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    total[r] = _mm512_setzero_si512();
+    total[r][0] = total[r][1] = _mm512_setzero_si512();
   }
   for (int64_t s = 0; s < count; ++s) {
-    const int64_t offset = stretches[s].offset, size = 4 * static_cast<int64_t>(stretches[s].groups);
-    for (int64_t at = 0; at < size; at += 4, weights += 64) {
-      const __m512i w = _mm512_loadu_si512(weights);
-#pragma GCC unroll 12
+    const uint8_t* from[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      from[r] = rows[r] + stretches[s].offset;
+    }
+    const int64_t size = 4 * static_cast<int64_t>(stretches[s].groups);
+    for (int64_t at = 0; at < size; at += 4, weights += 128) {
+      const __m512i w0 = _mm512_loadu_si512(weights), w1 = _mm512_loadu_si512(weights + 64);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        total[r] = _mm512_dpbusd_epi32(total[r], _mm512_set1_epi32(read<int32_t>(rows[r] + offset + at)), w);
+        const __m512i codes = _mm512_set1_epi32(read<int32_t>(from[r] + at));
+        total[r][0] = _mm512_dpbusd_epi32(total[r][0], codes, w0);
+        total[r][1] = _mm512_dpbusd_epi32(total[r][1], codes, w1);
       }
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    _mm512_storeu_si512(sums + kOutputs * r, total[r]);
+    _mm512_storeu_si512(sums + kOutputs * r, total[r][0]);
+    _mm512_storeu_si512(sums + kOutputs * r + 16, total[r][1]);
   }
 }
 
@@ -68,10 +74,10 @@ inline __m256i load256(const void* from) { return _mm256_loadu_si256(static_cast
 inline void store256(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
 
 #if defined(__AVXVNNI__)
-constexpr int kFamily = 2, kRows = 6;
+constexpr int kFamily = 2, kRows = 6, kOutputs = 16;
 inline __m256i dot(__m256i total, __m256i codes, __m256i w) { return _mm256_dpbusd_avx_epi32(total, codes, w); }
 #else
-constexpr int kFamily = 1, kRows = 6;
+constexpr int kFamily = 1, kRows = 6, kOutputs = 16;
 inline __m256i dot(__m256i total, __m256i codes, __m256i w) {
   return _mm256_add_epi16(total, _mm256_maddubs_epi16(codes, w));
 }
@@ -140,7 +146,7 @@ void tile(const uint8_t* const* rows, const Stretch* stretches, int64_t count, c
 
 #else
 
-constexpr int kFamily = 0, kRows = 4;
+constexpr int kFamily = 0, kRows = 4, kOutputs = 16;
 
 template <int R, bool wide>
 void tile(const uint8_t* const* rows, const Stretch* stretches, int64_t count, const int8_t* weights, int32_t* sums) {
