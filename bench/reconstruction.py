@@ -39,7 +39,7 @@ from modiff.methods import ModiffMethodConfig, quantize
 from modiff.methods.modiff import Kind
 from modiff.methods.recipe import plain_network
 from modiff.model.attach import required_attachment
-from modiff.nn.weight import Part
+from modiff.nn.weight import WeightCodes
 
 FIRST_NOISE = 1_000_000  # calibration draws from 0 on
 LEARNED = "W4A8 learned"
@@ -109,7 +109,7 @@ class Bench:
         run = calibration_run(self.pipe, steps=self.settings["calibration_steps"], batch=self.settings["samples"])
         return collect(self.pipe, run, folder=self.work / "calls", progress=False)
 
-    def learned(self) -> dict[str, tuple[Part, ...]]:
+    def learned(self) -> dict[str, tuple[WeightCodes, ...]]:
         """The codes that reconstruction found, by layer; each finished block is kept."""
         calls = self.calls()
         apply(self.pipe, weights_only())

@@ -108,7 +108,7 @@ def skip_below(model: nn.Module, rule: SkipRule) -> Tally:
         if quantized.quantizer is not None and quantized.config.modulation is not None:
             quantizer = _SilentQuantizer(quantized.quantizer, rule, decisions, block_of(name), quantized.clock)
             make = functools.partial(_Input, quantized.spec, quantizer, quantized.config.modulation, tally)
-            quantized.inputs = _Inputs(make, quantized.clock)
+            quantized.loop.inputs = _Inputs(make, quantized.clock)
     return tally
 
 
@@ -191,7 +191,7 @@ class _Input(InputState):
 
     def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """Encode `x`, counted."""
-        self.silent.input = self.prepared(x, fusion)
+        self.silent.input = self.spec.prepared(x, fusion)
         update = super().advance(x, fusion)
         self.silent.input = None
         self.tally.add(self.spec.name, x.shape[0], 1.0 if update.starts else self.silent.share, update.starts)
@@ -212,7 +212,7 @@ def full_precision_first_step(model: nn.Module) -> None:
             )
     for quantized in quantized_layers.values():
         if quantized.quantizer is not None:
-            quantized.quantizer = _FirstStepQuantizer(quantized.quantizer, quantized.clock)
+            quantized.loop.quantizer = _FirstStepQuantizer(quantized.quantizer, quantized.clock)
 
 
 class _FirstStepQuantizer(Quantizer):

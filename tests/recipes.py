@@ -102,7 +102,7 @@ def play(
     layer.clock.start()
     for t, x in enumerate(inputs):
         output = evaluate(layer, x, None if timesteps is None else timesteps[t])
-        found.append((output, *(s.clone() for s in layer.state)))
+        found.append((output, *(s.clone() for s in layer.loop.state)))
     layer.clock.stop()
     return found
 

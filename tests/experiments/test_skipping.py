@@ -88,10 +88,10 @@ def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(
     with silent(model, config(predictor=predictor), SkipRule(unit=unit, threshold=0.13)) as (quantized, tally):
         for x in inputs:
             out = model(x)
-            states_seen.append(quantized.state.input.clone())
-            expected = original(quantized.state.input)
+            states_seen.append(quantized.loop.state.input.clone())
+            expected = original(quantized.loop.state.input)
             assert_within(out, expected, 1e-9)
-            assert_within(quantized.state.output, expected, 1e-9)
+            assert_within(quantized.loop.state.output, expected, 1e-9)
     for state, exact in zip(states_seen, states, strict=True):
         assert_within(state, exact, 1e-9)
     starts, sent = tally.shares("0")
@@ -142,7 +142,7 @@ def test_codes_are_those_of_the_library_where_all_is_sent_and_of_what_is_sent_el
         for x in inputs:
             out = rare(x)
             weight, bias = quantized.weight.detach(), quantized.bias.detach()
-            assert_within(out.double(), layers.linear(quantized.state.input.double(), weight, bias), 2e-5)
+            assert_within(out.double(), layers.linear(quantized.loop.state.input.double(), weight, bias), 2e-5)
     assert 0.1 < tally.shares("0")[1] < 0.8
 
 

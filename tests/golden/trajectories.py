@@ -115,5 +115,5 @@ def _states(model: nn.Module, watched: list[str]) -> Iterator[tuple[str, Tensor]
     for name in watched:
         layer = required_attachment(model, "golden").layers[name]
         if layer.loop.memories:
-            yield f"{name}.input", layer.state.input[0].float()
-            yield f"{name}.output", layer.state.output[0].float()
+            yield f"{name}.input", layer.loop.state.input[0].float()
+            yield f"{name}.output", layer.loop.state.output[0].float()

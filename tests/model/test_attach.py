@@ -86,14 +86,14 @@ def test_a_trajectory_of_somebody_else_is_left_alone_and_takes_over():
     sample(model)  # one that began by itself still runs
     with modiff.trajectory(model):
         sample(model)
-        before = model.body.state.input.clone()
+        before = model.body.loop.state.input.clone()
         sample(model, seed=1)  # time turns round, but this is one trajectory: at 0 bits the state stays
-        assert_same_bits(model.body.state.input, before)
+        assert_same_bits(model.body.loop.state.input, before)
         attachment_of(model).automatic.end()
         assert attachment_of(model).clock.active
     assert not attachment_of(model).clock.active
     sample(model, seed=1)
-    assert not torch.equal(model.body.state.input, before)
+    assert not torch.equal(model.body.loop.state.input, before)
 
 
 def test_a_network_without_time_steps_keeps_asking_for_a_trajectory():

@@ -21,11 +21,11 @@ PLAIN = dataclasses.replace(W8A8, modulation=None)
 class Model(nn.Module):
     """Any function of x between modules that it names."""
 
-    def __init__(self, call: Callable[[Model, Tensor], Tensor], **parts: nn.Module) -> None:
+    def __init__(self, call: Callable[[Model, Tensor], Tensor], **modules: nn.Module) -> None:
         super().__init__()
         self.call = call
-        for name, part in parts.items():
-            self.add_module(name, part)
+        for name, module in modules.items():
+            self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(self, x)

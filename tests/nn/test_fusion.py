@@ -51,9 +51,9 @@ def test_a_rewritten_block_gives_what_the_block_gives_and_keeps_the_law(block, f
             expected, exact = eager(x), full(x)
             assert_within(compiled(x), exact, 1.5 * float((expected - exact).abs().max()) + 1e-5)
             if config.modulation is not None:
-                anchors = anchors or [layer.state.input.clone() for layer in layers(model)]
+                anchors = anchors or [layer.loop.state.input.clone() for layer in layers(model)]
                 for layer, anchor in zip(layers(model), anchors, strict=True):
-                    state = layer.state
+                    state = layer.loop.state
                     bound = error * (1 + float(state.output.abs().max()))
                     assert_within(state.output, law(layer, state.input, anchor), bound)
     assert sum(counts) == moved
@@ -67,16 +67,15 @@ def test_a_split_layer_computes_its_group_norm_too(form, innermost):
     for rewrite in (False, True):
         torch.manual_seed(0)
         model = Model(conv_of_norm, norm=nn.GroupNorm(4, 16), conv=nn.Conv2d(16, 8, 3, padding=1))
-        split = ModulatedConv2d.from_float(model.conv, FORMS[form][0], split=6)
-        model.conv, counts = split, []
+        split = model.conv = ModulatedConv2d.from_float(model.conv, FORMS[form][0], name="conv", split=6)
+        counts: list[int] = []
         run = fused(model, counts) if rewrite else model
-        with torch.no_grad():
-            split.clock.start()
-            for x in drifting(0, (2, 16, 6, 5), 4, 0.3, torch.float32):
-                split.clock.call(None)
+        split.clock.start()
+        for x in drifting(0, (2, 16, 6, 5), 4, 0.3, torch.float32):
+            split.clock.call(None)
+            with torch.no_grad():
                 last = run(x.contiguous(memory_format=torch.channels_last) if innermost else x)
-                split.clock.returned()
-            split.clock.stop()
+            split.clock.returned()
         outputs.append(last)
         assert sum(counts) == rewrite
     assert_within(outputs[1], outputs[0], 0.03 * float(outputs[0].abs().max()))
@@ -85,12 +84,7 @@ def test_a_split_layer_computes_its_group_norm_too(form, innermost):
 def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_not(monkeypatch):
     calls: list[str] = []
     real = InputFusion.encode
-
-    def counted(self: InputFusion, *args: Any, **options: Any) -> Any:
-        calls.append(self.norm)
-        return real(self, *args, **options)
-
-    monkeypatch.setattr(InputFusion, "encode", counted)
+    monkeypatch.setattr(InputFusion, "encode", lambda self, *a, **k: (calls.append(self.norm), real(self, *a, **k))[1])
     for block, norms in (("dit", ["layer", "layer", "none"]), ("conv", ["group", "group"])):
         make, shape, _ = BLOCKS[block]
         model = made(make)
@@ -111,16 +105,6 @@ def conv_of_norm(m: Any, x: Tensor) -> Tensor:
     return m.conv(functional.silu(m.norm(x)))
 
 
-def read_twice(m: Any, x: Tensor) -> Tensor:
-    y = functional.silu(m.norm(x))
-    return m.conv(y) + y
-
-
-def norm_read_twice(m: Any, x: Tensor) -> Tensor:
-    y = m.norm(x)
-    return m.conv(functional.silu(y)) + y
-
-
 def written(write: Callable[[Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
     def call(m: Any, x: Tensor) -> Tensor:
         x = x * 2
@@ -136,21 +120,6 @@ def by_operators(x: Tensor) -> None:
     x += 1
 
 
-def widened(m: Any, x: Tensor) -> Tensor:
-    scale = x.mean(1, keepdim=True)
-    return m.fc(m.norm(x.bfloat16()) * scale + scale)
-
-
-def view_read_twice(m: Any, x: Tensor) -> Tensor:
-    y = m.norm(x.transpose(1, 2))
-    return m.fc(y.transpose(1, 2)) + y.transpose(1, 2)
-
-
-def gate_read_twice(m: Any, x: Tensor) -> Tensor:
-    active = functional.silu(x + 1)
-    return m.fc(x * active) + active
-
-
 def gate_written(m: Any, x: Tensor) -> Tensor:
     gate = x + 1
     active = functional.silu(gate)
@@ -161,8 +130,8 @@ def gate_written(m: Any, x: Tensor) -> Tensor:
 GROUP, GROUP2, LAYER = nn.GroupNorm(4, 32), nn.GroupNorm(2, 6), nn.LayerNorm(32, elementwise_affine=False)
 PICTURE, COLUMNS, TOKENS = (2, 32, 6, 5), (2, 32, 7), (2, 7, 32)
 CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], nn.Module, tuple[int, ...], int]] = {
-    "read twice": (read_twice, GROUP, PICTURE, 0),
-    "norm read twice": (norm_read_twice, GROUP, PICTURE, 1),
+    "read twice": (lambda m, x: m.conv(y := functional.silu(m.norm(x))) + y, GROUP, PICTURE, 0),
+    "norm read twice": (lambda m, x: m.conv(functional.silu(y := m.norm(x))) + y, GROUP, PICTURE, 1),
     "written": (written(lambda x: x.add_(1)), GROUP, PICTURE, 0),
     "written by operators": (written(by_operators), GROUP, PICTURE, 0),
     "written as out": (written(lambda x: torch.add(x, 1, out=x)), GROUP, PICTURE, 0),
@@ -172,16 +141,16 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], nn.Module, tuple[int, ..
     "exact gelu": (lambda m, x: m.conv(functional.gelu(x)), GROUP, PICTURE, 1),
     "other dtype": (lambda m, x: m.conv(functional.silu(m.norm(x).bfloat16())).float(), GROUP, PICTURE, 1),
     "other channels": (lambda m, x: m.fc(functional.silu(m.norm(x))), GROUP2, (2, 6, 32), 0),
-    "widened": (widened, LAYER, TOKENS, 0),
+    "widened": (lambda m, x: m.fc(m.norm(x.bfloat16()) * (y := x.mean(1, keepdim=True)) + y), LAYER, TOKENS, 0),
     "modulated by token": (lambda m, x: m.fc(m.norm(x) * x.tanh() + x.tanh()), LAYER, TOKENS, 0),
     "rows of tokens": (lambda m, x: m.fc(m.norm(x).reshape(2, 7, 32)), GROUP, COLUMNS, 0),
     "columns first": (lambda m, x: m.fc(m.norm(x[..., None]).permute(2, 3, 0, 1).reshape(7, 2, 32)), GROUP, COLUMNS, 0),
-    "view read twice": (view_read_twice, GROUP, TOKENS, 0),
+    "view read twice": (lambda m, x: m.fc((y := m.norm(x.mT)).transpose(1, 2)) + y.transpose(1, 2), GROUP, TOKENS, 0),
     "view of a slice": (lambda m, x: m.fc(m.norm(x[..., :3]).view(2, 32, -1).transpose(1, 2)), GROUP, PICTURE, 1),
     "view as a type": (lambda m, x: m.fc(m.norm(x).view(torch.float32).transpose(1, 2)), GROUP, COLUMNS, 0),
     "gate of a picture": (lambda m, x: m.conv(x * functional.silu(x + 1)), GROUP, PICTURE, 0),
     "gate of samples": (lambda m, x: m.fc(x * functional.silu(x.mean(1, keepdim=True))), GROUP, TOKENS, 0),
-    "gate read twice": (gate_read_twice, GROUP, TOKENS, 0),
+    "gate read twice": (lambda m, x: m.fc(x * (y := functional.silu(x + 1))) + y, GROUP, TOKENS, 0),
     "gate laid otherwise": (lambda m, x: m.fc(x * functional.silu(x.mT.contiguous().mT)), GROUP, TOKENS, 0),
     "gate written": (gate_written, GROUP, TOKENS, 0),
     "gate of rows": (lambda m, x: m.fc(x[0] * functional.silu(x[1])), GROUP, TOKENS, 0),
@@ -193,8 +162,8 @@ def test_what_something_reads_or_writes_or_no_kernel_knows_is_still_computed(cas
     call, norm, shape, moved = CASES[case]
     counts: list[int] = []
     torch.manual_seed(0)
-    parts = {"norm": norm, "conv": nn.Conv2d(32, 32, 3, padding=1), "fc": nn.Linear(32, 32)}
-    model, x = taken(Model(call, **parts).eval(), PLAIN), torch.randn(shape)
+    modules = {"norm": norm, "conv": nn.Conv2d(32, 32, 3, padding=1), "fc": nn.Linear(32, 32)}
+    model, x = taken(Model(call, **modules).eval(), PLAIN), torch.randn(shape)
     with torch.no_grad():
         assert_within(fused(model, counts)(x), model(x), 0.05 if moved else 1e-5)
     assert sum(counts) == moved
@@ -220,10 +189,10 @@ def test_layers_that_cannot_compute_a_norm_leave_it_where_it_is(reason):
 def test_calibration_sees_what_the_layer_reads_behind_its_norm():
     static = dataclasses.replace(PLAIN, activation=QuantizerConfig(bits=8, dynamic=False, granularity="tensor"))
     eager, model = made(conv_block, static), made(conv_block, static)
-    compiled, inputs = fused(model, []), drifting(0, (2, 16, 6, 5), 3, 0.3, torch.float32)
+    inputs = drifting(0, (2, 16, 6, 5), 3, 0.3, torch.float32)
     with torch.no_grad():
-        modiff.calibrate(eager, lambda: [eager(x) for x in inputs])
-        modiff.calibrate(model, lambda: [compiled(x) for x in inputs])
+        for run, each in ((eager, eager), (compiled := fused(model, []), model)):
+            modiff.calibrate(each, lambda run=run: [run(x) for x in inputs])
         for x in inputs:
             assert_within(compiled(x), eager(x), 0.05)
 
@@ -237,22 +206,16 @@ def test_shape_and_layout_behind_a_norm_are_known_before_it_runs(block):
     assert result == {"test_faketensor": "SUCCESS"}
 
 
-def test_torch_finds_the_backend_by_its_name():
-    assert "modiff" in dynamo.list_backends()
-    assert dynamo.lookup_backend("modiff") is fusion.backend
-
-
 # ------------------------------------------------------------------------------------------------- shared residuals
 
 
-def one_tensor(m: Any, x: Tensor) -> Tensor:
-    y = torch.tanh(x) + 1
+def one_tensor(m: Any, x: Tensor, view: bool = False) -> Tensor:
+    y = (torch.tanh(x) + 1).flatten(0, 1) if view else torch.tanh(x) + 1
     return m.to_q(y) + m.to_k(y) * m.to_v(y)
 
 
 def one_view(m: Any, x: Tensor) -> Tensor:
-    y = (torch.tanh(x) + 1).flatten(0, 1)
-    return m.to_q(y) + m.to_k(y) * m.to_v(y)
+    return one_tensor(m, x, True)
 
 
 def one_after_the_other(m: Any, x: Tensor) -> Tensor:
@@ -262,18 +225,15 @@ def one_after_the_other(m: Any, x: Tensor) -> Tensor:
     return m.to_v(torch.cos(k) * 2) + q + k
 
 
-def written_between(m: Any, x: Tensor) -> Tensor:
-    y = torch.tanh(x) + 1
+def written_between(m: Any, x: Tensor, write: Callable[[Tensor], Any] = lambda y: y.mul_(2)) -> Tensor:
+    y = torch.tanh(x)
     q = m.to_q(y)
-    y.mul_(2)
+    write(y)
     return q + m.to_k(y) * m.to_v(y)
 
 
 def written_by_position(m: Any, x: Tensor) -> Tensor:
-    y = torch.tanh(x)
-    q = m.to_q(y)
-    functional.relu(y, True)
-    return q + m.to_k(y) * m.to_v(y)
+    return written_between(m, x, lambda y: functional.relu(y, True))
 
 
 def projections(call: Callable[[Any, Tensor], Tensor], **more: nn.Module) -> Model:

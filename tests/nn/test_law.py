@@ -140,7 +140,7 @@ def states_of(model: nn.Module, modulation: ModulationConfig, steps: int) -> lis
     with torch.no_grad(), modiff.trajectory(model):
         for x in drifting(0, (2, 3, 16), steps, 0.1):
             model(x)
-            history.append({name: (layer.state.input, layer.state.output) for name, layer in layers.items()})
+            history.append({name: (layer.loop.state.input, layer.loop.state.output) for name, layer in layers.items()})
     return history
 
 

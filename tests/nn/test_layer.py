@@ -49,11 +49,11 @@ def test_a_batch_that_changes_inside_a_trajectory_is_refused_and_the_states_surv
     layer.clock.start()
     for x in inputs[:2]:
         evaluate(layer, x)
-    before = [state.clone() for state in layer.state]
+    before = [state.clone() for state in layer.loop.state]
     for other in (inputs[2][:2], inputs[2][None]):
         with pytest.raises(StateError, match=r"mid: expected (an input of shape \(3, 8|4 axes).*got \("):
             evaluate(layer, other)
-    same_bits([layer.state], [before])
+    same_bits([layer.loop.state], [before])
 
 
 def test_a_sample_s_result_does_not_depend_on_its_batch_and_a_permuted_batch_permutes_it(kind):
@@ -72,7 +72,7 @@ def test_contexts_and_repeated_calls_in_an_evaluation_have_states_of_their_own(k
         for number, inputs in enumerate(runs):
             layer.clock.context = f"branch {number}"
             assert_same_bits(evaluate(layer, inputs[t]), expected[number][t][0])
-            assert_same_bits(layer.state.input, expected[number][t][1])
+            assert_same_bits(layer.loop.state.input, expected[number][t][1])
     layer.clock.stop()
     layer.clock.start()
     for t in range(4):
@@ -94,7 +94,7 @@ def test_states_are_there_during_a_trajectory_and_freed_at_its_end(kind):
     assert layer.loop.tensors() == []
     assert layer.inputs.states == []
     with pytest.raises(StateError, match="up: expected states, got none"):
-        _ = layer.state
+        _ = layer.loop.state
 
 
 def test_outside_of_an_evaluation_in_a_trajectory_only_layers_without_memory_run(kind):
@@ -178,7 +178,7 @@ def test_neither_the_model_s_input_nor_its_output_is_shared_with_the_states(comp
         assert_same_bits(ours, output)
         x.fill_(float("nan"))
         ours.mul_(1000.0)
-        same_bits([spoiled.state], [states])
+        same_bits([spoiled.loop.state], [states])
 
 
 def test_inputs_that_change_their_memory_layout_are_the_same_inputs():

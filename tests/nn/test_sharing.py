@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError
 from modiff.core import quantizer, recursion
 from modiff.kernels import native
-from modiff.nn import sharing
+from modiff.nn import operator, sharing
 from modiff.nn.sharing import Source
 from tests.helpers import assert_same_bits, drifting
 from tests.nn.building import group_of, same_bits, step
@@ -133,7 +133,7 @@ def test_layers_of_a_group_encode_one_tensor_once_and_give_what_they_would_alone
                 walks = [(x.clone(), y.clone()) for x, y in pairs]
                 results.append([step(clock, layers, *((x, y, y) if several else (x,))) for x, y in walks])
             assert len(encodes) == 5 * (1 + several if shared else 3)
-            assert len({layer.state.input.data_ptr() for layer in layers}) == (1 + several if shared else 3)
+            assert len({layer.loop.state.input.data_ptr() for layer in layers}) == (1 + several if shared else 3)
         same_bits(*results)
 
 
@@ -180,8 +180,8 @@ def test_a_tensor_changed_in_place_before_the_states_start_opens_a_state_of_its_
         layers[0](x)
         x.mul_(2.0)
         layers[1](x)
-        assert_same_bits(layers[1].state.input, x)
-        assert_same_bits(2 * layers[0].state.input, x)
+        assert_same_bits(layers[1].loop.state.input, x)
+        assert_same_bits(2 * layers[0].loop.state.input, x)
 
 
 @pytest.mark.parametrize("execution", ["simulated", "integer"])
@@ -239,7 +239,7 @@ def test_rotation_and_dequantization_run_once_for_all_layers_of_a_group(monkeypa
     clock.start()
     first, second = drifting(0, (2, 8), 2, 0.1, torch.float32)
     step(clock, layers, first)
-    counted(sharing, "rotate")
+    counted(operator, "rotate")
     counted(quantizer, "dequantize")
     step(clock, layers, second)
     assert counts == {"rotate": 1, "dequantize": 1}

@@ -1,4 +1,4 @@
-"""Weights as integers per output channel, in step with the parameter whatever happens to it."""
+"""The quantized weight: equal to the reference, never stale, read when needed; and learned codes that replace it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from modiff import ConfigError, LayerConfig, ModulationConfig, StateError, WeightConfig
-from modiff.core.affine import QParams, quantize_tensor
+from modiff.core.affine import QParams
 from modiff.core.hadamard import Segment
 from modiff.core.observers import MSEObserver
 from modiff.kernels import native
-from modiff.nn.weight import QuantizedWeight
+from modiff.nn.weight import QuantizedWeight, WeightCodes
 from tests.helpers import assert_same_bits, assert_within
 from tests.recipes import evaluate, quantized, randomised
 from tests.reference.hadamard import along, rotation
 from tests.reference.quantizer import quantize_weight
 
 W4 = WeightConfig(bits=4)
-Codes = tuple[tuple[Tensor, QParams], ...]
 
 
-def same_codes(ours: Codes, theirs: Codes) -> None:
+def same_codes(ours: tuple[WeightCodes, ...], theirs: tuple[WeightCodes, ...]) -> None:
     for (codes, qparams), (expected, scale) in zip(ours, theirs, strict=True):
         assert_same_bits(codes, expected)
         assert_same_bits(qparams.scale, scale.scale)
@@ -32,24 +31,35 @@ def same_codes(ours: Codes, theirs: Codes) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(5, 12), (5, 12, 3), (5, 12, 3, 3)])
-@pytest.mark.parametrize("segments", [(12,), (4, 8)])
-def test_the_dense_weight_equals_the_reference(bits, shape, segments):
+@pytest.mark.parametrize("columns", [(12,), (4, 8)])
+def test_the_dense_weight_equals_the_reference(bits, shape, columns):
     weight = torch.randn(shape, dtype=torch.float64) * torch.logspace(-3, 3, 5).reshape(-1, *[1] * (len(shape) - 1))
-    ours = QuantizedWeight(WeightConfig(bits=bits), segments, None)
-    expected = quantize_weight(weight, bits, segments)
+    ours = QuantizedWeight(WeightConfig(bits=bits), columns, None)
+    expected = quantize_weight(weight, bits, columns)
     assert_within(ours.dense(weight, torch.float64), expected, 1e-12 * expected.abs() + 1e-300)
     codes = [codes for codes, _ in ours.codes(weight)]
-    assert [c.shape[1] for c in codes] == list(segments)
+    assert [c.shape[1] for c in codes] == list(columns)
     assert all(c.dtype == torch.int8 and c.abs().max() == 2 ** (bits - 1) - 1 for c in codes)
-    assert [q.scale.numel() for _, q in ours.codes(weight)] == [5] * len(segments)
 
 
-def test_a_rotated_weight_is_rotated_before_it_is_rounded():
-    weight = torch.randn(3, 12, 2, dtype=torch.float64)
-    turned = along(weight, rotation((12,), 64), 1)
-    for bits in (None, 4):
-        dense = QuantizedWeight(WeightConfig(bits=bits), (12,), (Segment(12, 4),)).dense(weight, torch.float64)
-        assert_within(dense, quantize_weight(turned, bits), 1e-12)
+CASES = [((12,), None), ((4, 8), None), ((12,), (Segment(12, 4),)), ((4, 8), (Segment(4, 4), Segment(8, 8)))]
+each_case = pytest.mark.parametrize("case", range(len(CASES)))
+
+
+@pytest.mark.parametrize("bits", [None, 5])
+@each_case
+def test_a_weight_is_rotated_in_float32_at_least_before_it_is_rounded(bits, case):
+    columns, folded = CASES[case]
+    ours, weight = QuantizedWeight(WeightConfig(bits=bits), columns, folded), torch.randn(6, 12, 3).half()
+    turned = weight.double()
+    if folded is not None:
+        runs = zip(turned.split([s.channels for s in folded], 1), folded, strict=True)
+        turned = torch.cat([along(run, rotation((s.channels,), s.block), 1) for run, s in runs], 1)
+    assert ours.floats(weight).dtype == torch.float32
+    assert_within(ours.floats(weight), turned, 1e-6)
+    expected = quantize_weight(ours.floats(weight).double(), bits, columns if len(columns) > 1 else ())
+    assert_within(ours.dense(weight, torch.float64), expected, 1e-6)
+    assert_within(ours.dense(weight.double(), torch.float64), quantize_weight(turned, bits, columns), 1e-12)
 
 
 @pytest.mark.parametrize("folded", [None, (Segment(3, 1),)])
@@ -77,17 +87,16 @@ def test_the_mse_search_shrinks_the_range_of_each_output_channel():
 def test_the_mse_search_looks_at_every_tap_of_a_large_kernel():
     weight = torch.randn(512, 130, 3, 3) * 0.1
     weight[:, :, 1, 1] *= 6  # as trained kernels: the centre weighs most
-    errors = {}
-    for search in ("mse", "minmax"):
-        dense = QuantizedWeight(WeightConfig(bits=8, search=search), (130,), None).dense(weight, torch.float32)
-        errors[search] = (dense - weight).square().mean().item()
-    assert errors["mse"] <= errors["minmax"]
+    weights = [QuantizedWeight(WeightConfig(bits=8, search=search), (130,), None) for search in ("mse", "minmax")]
+    searched, largest = ((each.dense(weight, torch.float32) - weight).square().mean() for each in weights)
+    assert searched <= largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_mse_search_is_made_again_only_for_other_values(monkeypatch, dtype):
     seen: list[Tensor] = []
     monkeypatch.setattr(MSEObserver, "observe", lambda self, x, of=MSEObserver.observe: (seen.append(x), of(self, x)))
+    monkeypatch.setattr("modiff.nn.weight.fingerprint", lambda _: None)
     weight = torch.randn(4, 12, 3, dtype=dtype)
     ours = QuantizedWeight(WeightConfig(bits=4, search="mse"), (4, 8), None)
     before = ours.dense(weight, dtype).clone()
@@ -104,19 +113,14 @@ def test_the_mse_search_is_made_again_only_for_other_values(monkeypatch, dtype):
 # ------------------------------------------------------------------------------------------- changes of the parameter
 
 
-def in_place(layer: nn.Linear) -> None:
-    with torch.no_grad():
-        layer.weight.mul_(3.0)
-
-
-def in_inference_mode(layer: nn.Linear) -> None:
-    with torch.inference_mode():
+def in_place(layer: nn.Linear, inference: bool = False) -> None:
+    with torch.inference_mode(inference), torch.no_grad():
         layer.weight.mul_(3.0)
 
 
 CHANGES = {
     "in place": in_place,
-    "in inference mode": in_inference_mode,
+    "in inference mode": lambda layer: in_place(layer, True),
     "replaced": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach() * 3.0)),
     "loaded": lambda layer: layer.load_state_dict({k: 3.0 * v for k, v in layer.state_dict().items()}),
     "to double": lambda layer: layer.to(torch.float64),
@@ -176,7 +180,7 @@ def test_a_weight_that_comes_back_after_its_codes_could_not_be_made_has_them_aga
     weight.data.neg_()
     ours.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "_quantize", Mock(side_effect=MemoryError))
+        patch.setattr(ours, "_quantized", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             ours.codes(weight)
     weight.data.neg_()
@@ -185,68 +189,49 @@ def test_a_weight_that_comes_back_after_its_codes_could_not_be_made_has_them_aga
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_weight_is_refused(value):
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_damaged_weight_is_refused(value, bits):
     weight = torch.randn(4, 8)
     weight[1, 2] = value
-    for bits in (None, 8):
-        with pytest.raises(ConfigError, match="weight: expected finite numbers, got NaN or infinity"):
-            QuantizedWeight(WeightConfig(bits=bits), (8,), None).dense(weight, torch.float32)
+    with pytest.raises(ConfigError, match="weight: expected finite numbers, got NaN or infinity"):
+        QuantizedWeight(WeightConfig(bits=bits), (8,), None).dense(weight, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------- learned codes
 
-CASES = [((12,), None), ((4, 8), None), ((12,), (Segment(12, 4),)), ((4, 8), (Segment(4, 4), Segment(8, 8)))]
-each_case = pytest.mark.parametrize("case", range(len(CASES)))
 
-
-def learned(ours: QuantizedWeight, weight: Tensor) -> Codes:
+def learned(ours: QuantizedWeight, weight: Tensor) -> tuple[WeightCodes, ...]:
     """As AdaRound gives them: each value rounded down or up at random."""
     generator, bits = torch.Generator().manual_seed(0), ours.config.bits
-    parts = []
-    for (_, qparams), values in zip(ours.codes(weight), ours.floats(weight).split(ours.segments, 1), strict=True):
+    pairs = []
+    for (_, qparams), values in zip(ours.codes(weight), ours.floats(weight).split(ours.columns, 1), strict=True):
         up = torch.rand(values.shape, generator=generator) < 0.5
         codes = (torch.floor(values / qparams.scale) + up).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        parts.append((codes.to(torch.int8), qparams))
-    return tuple(parts)
+        pairs.append((codes.to(torch.int8), qparams))
+    return tuple(pairs)
 
 
-def fixed(bits: int = 4, case: int = 0, size: float = 1.0) -> tuple[QuantizedWeight, Tensor, Codes]:
+def fixed(bits: int = 4, case: int = 0, size: float = 1.0) -> tuple[QuantizedWeight, Tensor, tuple[WeightCodes, ...]]:
     weight = size * torch.randn(6, 12, 3, generator=torch.Generator().manual_seed(1))
     ours = QuantizedWeight(WeightConfig(bits=bits), *CASES[case])
-    parts = learned(ours, weight)
-    ours.fix(parts)
-    return ours, weight, parts
-
-
-@each_case
-def test_floats_are_the_rotated_values_that_rounding_starts_from(case):
-    segments, folded = CASES[case]
-    weight = torch.randn(6, 12, 3).half()
-    ours = QuantizedWeight(WeightConfig(bits=5), segments, folded)
-    floats, expected = ours.floats(weight), weight.double()
-    if folded is not None:
-        runs = zip(weight.double().split([s.channels for s in folded], 1), folded, strict=True)
-        expected = torch.cat([along(part, rotation((s.channels,), s.block), 1) for part, s in runs], 1)
-    assert floats.dtype == torch.float32
-    assert_within(floats, expected, 1e-6)
-    for (codes, qparams), part in zip(ours.codes(weight), floats.split(segments, 1), strict=True):
-        assert_same_bits(codes, quantize_tensor(part, qparams, 5))
-    assert ours.floats(weight.double()).dtype == torch.float64
+    codes = learned(ours, weight)
+    ours.fix(codes)
+    return ours, weight, codes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @each_case
 def test_fixed_codes_are_the_weight_and_unfix_rounds_again(bits, case):
-    ours, weight, parts = fixed(bits, case)
-    rounded = QuantizedWeight(ours.config, ours.segments, ours.rotation)
+    ours, weight, codes = fixed(bits, case)
+    rounded = QuantizedWeight(ours.config, ours.columns, ours.rotation).dense(weight, torch.float32)
+    expected = torch.cat([each.double() * qparams.scale.double() for each, qparams in codes], 1)
     assert ours.fixed
-    expected = torch.cat([codes.double() * qparams.scale.double() for codes, qparams in parts], 1)
     assert_within(ours.dense(weight, torch.float64), expected, 1e-12)
-    same_codes(ours.codes(weight), parts)
-    assert (ours.dense(weight, torch.float32) != rounded.dense(weight, torch.float32)).any()
+    same_codes(ours.codes(weight), codes)
+    assert (ours.dense(weight, torch.float32) != rounded).any()
     ours.unfix()
     assert not ours.fixed
-    assert_same_bits(ours.dense(weight, torch.float32), rounded.dense(weight, torch.float32))
+    assert_same_bits(ours.dense(weight, torch.float32), rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -255,10 +240,10 @@ def test_fixed_codes_are_the_weight_and_unfix_rounds_again(bits, case):
 @each_case
 def test_fixed_codes_survive_a_change_of_dtype_and_the_way_back(dtype, bits, size, case):
     """Below 6e-5 float16 loses relative precision: at 1e-6, 8-bit scales are smaller than its rounding."""
-    ours, weight, parts = fixed(bits, case, size)
+    ours, weight, codes = fixed(bits, case, size)
     for passed in (weight.to(dtype), weight.to(dtype).float()):
         ours.forget()
-        same_codes(ours.codes(passed), parts)
+        same_codes(ours.codes(passed), codes)
 
 
 @each_case
@@ -290,43 +275,33 @@ def test_fixed_codes_serve_a_layer_over_many_trajectories_and_copies():
     layer, x = randomised(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
     modulation = ModulationConfig(anchor_weights="quantized")
     modulated = quantized(layer, LayerConfig(weight=WeightConfig(bits=3), modulation=modulation), name="up")
-    parts = learned(modulated.quantized_weight, layer.weight)
-    modulated.quantized_weight.fix(parts)
-    expected = x.double() @ (parts[0][0].double() * parts[0][1].scale.double()).T
+    ((codes, qparams),) = learned(modulated.quantized_weight, layer.weight)
+    modulated.quantized_weight.fix(((codes, qparams),))
+    expected = x.double() @ (codes.double() * qparams.scale.double()).T
     for copied in (modulated, copy.deepcopy(modulated)):
         for _ in range(2):
             copied.clock.start()
             assert_within(evaluate(copied, x), expected, 1e-5)
             copied.clock.stop()
-    layer.weight.data *= 3
-    modulated.clock.start()
-    with pytest.raises(StateError, match=r"up.weight: expected the weight whose codes were fixed"):
-        evaluate(modulated, x)
 
 
 CODES, SCALE = torch.ones(6, 12, 3, dtype=torch.int8), torch.ones(6, 1, 1)
 
 
-@pytest.mark.parametrize(
-    ("parts", "got"),
-    [
-        ((), r"shapes \[\]"),
-        (((CODES[:, :4], QParams(SCALE, None)),), r"shapes \[\(6, 4, 3\)\]"),
-        (((CODES, QParams(SCALE, None)),) * 2, "shapes"),
-        (((CODES.int(), QParams(SCALE, None)),), "torch.int32 outside -8..7"),
-        (((CODES * 8, QParams(SCALE, None)),), "torch.int8 outside -8..7"),
-        (((CODES * -9, QParams(SCALE, None)),), "torch.int8 outside -8..7"),
-        (((CODES, QParams(SCALE.flatten(), None)),), r"scales of shape \(6,\)"),
-        (((CODES, QParams(SCALE, torch.zeros(6, 1, 1, dtype=torch.int32))),), ".*with zero points"),
-        (((CODES, QParams(-SCALE, None)),), "scales that are not positive numbers"),
-        (((CODES, QParams(SCALE * float("nan"), None)),), "scales that are not positive numbers"),
-        (((CODES, QParams(SCALE.int(), None)),), "scales that are not positive numbers"),
-    ],
-)
-def test_what_is_no_code_for_the_layer_is_refused_and_changes_nothing(parts, got):
+@pytest.mark.parametrize("codes", [
+    (),
+    ((CODES[:, :4], QParams(SCALE, None)),),
+    ((CODES.int(), QParams(SCALE, None)),),
+    ((CODES * 8, QParams(SCALE, None)),),
+    ((CODES, QParams(SCALE.flatten(), None)),),
+    ((CODES, QParams(SCALE, torch.zeros(6, 1, 1, dtype=torch.int32))),),
+    ((CODES, QParams(SCALE * float("nan"), None)),),
+    ((CODES, QParams(-SCALE, None)),),
+])  # fmt: skip
+def test_what_is_no_code_for_the_layer_is_refused_and_changes_nothing(codes):
     ours, weight, before = fixed()
-    with pytest.raises(ConfigError, match=f"weight: expected codes for 1 segments at 4 bits, got {got}"):
-        ours.fix(parts)
+    with pytest.raises(ConfigError, match=r"weight: expected codes of 4 bits .* for \(12,\) columns, got \["):
+        ours.fix(codes)
     same_codes(ours.codes(weight), before)
-    with pytest.raises(ConfigError, match="got codes for a layer whose weight keeps its floats"):
+    with pytest.raises(ConfigError, match="weight: expected codes of None bits"):
         QuantizedWeight(WeightConfig(bits=None), (12,), None).fix(before)

@@ -47,7 +47,7 @@ def error(predictor: str) -> float:
     with torch.no_grad(), modiff.trajectory(network):
         for x in parabola(9):
             network(x)
-        return float((network[0].state.input - x).abs().max())
+        return float((network[0].loop.state.input - x).abs().max())
 
 
 def test_it_follows_a_parabola_which_the_others_lag() -> None:
@@ -63,7 +63,7 @@ def test_the_law_holds_and_it_keeps_two_moves() -> None:
             output = network(x)
             if step == 0:
                 anchor = layer.operator.anchor(x) - layer.operator.affine(x)
-            assert_within(output, layer.operator.affine(layer.state.input) + anchor, 1e-5)
+            assert_within(output, layer.operator.affine(layer.loop.state.input) + anchor, 1e-5)
         assert len(layer.loop.tensors()) == 6
         assert state_bytes(network) == 3 * 4 * (2 * 16 + 2 * 8)
 

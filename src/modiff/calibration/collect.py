@@ -32,7 +32,7 @@ from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.model.trajectory import model_trajectory
 from modiff.nn import Clock
-from modiff.nn.sharing import version_of
+from modiff.nn.weight import version_of
 
 
 def record_calls(

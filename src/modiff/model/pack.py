@@ -99,8 +99,8 @@ def rebuild(
             entries.append(Entry(name, type(module).__name__, module.weight.numel(), layer, reason))
     attachment = replace_layers(model, config, Report(tuple(entries)), splits)
     for name, layer in attachment.layers.items():
-        bits, segments = layer.config.weight.bits, len(layer.quantized_weight.segments)
+        bits, ranges = layer.config.weight.bits, len(layer.quantized_weight.columns)
         if bits is not None:
-            stored = packed_storage(bits, layer.weight_shape, segments, error=name in anchored)
+            stored = packed_storage(bits, layer.weight_shape, ranges, error=name in anchored)
             layer.hold_packed({k: torch.empty(shape, dtype=d, device="meta") for k, (d, shape) in stored.items()})
     return attachment

@@ -10,12 +10,10 @@ from modiff.nn.layers import (
     ModulatedLinear,
     quantized_class,
 )
-from modiff.nn.loop.simulated import LayerState
 
 __all__ = [
     "QUANTIZED_CLASSES",
     "Clock",
-    "LayerState",
     "ModulatedConv1d",
     "ModulatedConv2d",
     "ModulatedConv3d",

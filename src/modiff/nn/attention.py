@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from modiff.config import AttentionConfig, QuantizerConfig
+from modiff.config import AttentionConfig
 from modiff.core.quantizer import Quantizer
-from modiff.core.step_sets import Moment
 from modiff.errors import StateError
 from modiff.nn import traced
 from modiff.nn.clock import Clock
@@ -40,10 +38,11 @@ class QuantizedAttention:
         moment = None if clock is None else clock.moment
         # v is summed over its tokens, so an integer matmul allows it no scale per token
         automatic: dict[str, str] = {"q": "token", "k": "token", "v": "sample", "softmax": "token"}
-        self.quantizers: dict[str, Quantizer | None] = {
-            operand: _quantizer_of(config.softmax if operand == "softmax" else config.operands, granularity, moment)
-            for operand, granularity in automatic.items()
-        }
+        self.quantizers: dict[str, Quantizer | None] = {}
+        for operand, granularity in automatic.items():
+            each = config.softmax if operand == "softmax" else config.operands
+            granularity = granularity if each.granularity == "auto" else each.granularity
+            self.quantizers[operand] = None if each.bits is None else Quantizer(each, granularity, -1, (1,), moment)
         self.number = traced.number_for(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,17 +80,9 @@ class QuantizedAttention:
         return output
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
         """`scaled_dot_product_attention` of quantized operands, (..., N, D) x (..., M, D) x (..., M, E) -> (..., N, E).
 
         In a graph of torch.compile it is one operator where its scales change from step to step.
@@ -100,9 +91,8 @@ class QuantizedAttention:
         if self.stepwise and self.clock is not None and torch.compiler.is_compiling():
             arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             return traced.attend(self.clock.token, *arguments, self.number)
-        q, k, v = (_quantized(x, self.quantizers[name]) for name, x in (("q", query), ("k", key), ("v", value)))
-        softmax = self.quantizers["softmax"]
-        if softmax is None:
+        q, k, v = (self._quantized(name, x) for name, x in (("q", query), ("k", key), ("v", value)))
+        if self.quantizers["softmax"] is None:
             return functional.scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -114,12 +104,13 @@ class QuantizedAttention:
             scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
             if is_causal:
                 attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            probabilities = _softmax(scores, attn_mask)
-            code = softmax(probabilities)
-            probabilities = probabilities if code is None else code.value().to(probabilities.dtype)
-            if dropout_p > 0:
-                probabilities = functional.dropout(probabilities, dropout_p)
-            return (probabilities @ v).to(query.dtype)
+            probabilities = self._quantized("softmax", _softmax(scores, attn_mask))
+            return (functional.dropout(probabilities, dropout_p) @ v).to(query.dtype)
+
+    def _quantized(self, operand: str, x: Tensor) -> Tensor:
+        quantizer = self.quantizers[operand]
+        code = None if quantizer is None else quantizer(x if x.dtype == torch.float64 else x.float())
+        return x if code is None else code.value().to(x.dtype)
 
 
 class _Intercept(TorchFunctionMode):
@@ -138,19 +129,6 @@ class _Intercept(TorchFunctionMode):
         if func is Tensor.unflatten:  # under a mode torch.compile cannot follow its super(); the same operator by name
             func = torch.unflatten
         return func(*args, **kwargs or {})
-
-
-def _quantizer_of(config: QuantizerConfig, automatic: str, moment: Callable[[], Moment] | None) -> Quantizer | None:
-    if config.bits is None:
-        return None
-    return Quantizer(config, automatic if config.granularity == "auto" else config.granularity, -1, (1,), moment)
-
-
-def _quantized(x: Tensor, quantizer: Quantizer | None) -> Tensor:
-    if quantizer is None:
-        return x
-    code = quantizer(x if x.dtype == torch.float64 else x.float())
-    return x if code is None else code.value().to(x.dtype)
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

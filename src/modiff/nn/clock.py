@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from modiff.errors import ModiffWarning, StateError
+from modiff.errors import StateError, warn_once
 
 _STARTING = threading.Lock()
 """One for all models, as clocks are copied with them: of two threads that start, one must see the other."""
@@ -28,24 +27,25 @@ class _Context:
     """What one context (conditional, unconditional, ...) has seen of the trajectory.
 
     times: the last three timesteps, (3,), moved up in place, so that a recorded step reads the present ones.
-    known: which of them are real.
+    known: how many of the last evaluations had one.
     """
 
     def __init__(self) -> None:
-        self.step = -1
+        self.step, self.known = -1, 0
         self.times: Tensor | None = None
-        self.known = (False, False, False)
 
     def move(self, now: Tensor | None) -> None:
         """The next evaluation begins; `now` is its timestep, (1,)."""
         self.step += 1
-        if now is not None and (self.times is None or self.times.device != now.device):
+        if now is None:
+            self.known = 0
+            return
+        if self.times is None or self.times.device != now.device:
             with torch.inference_mode(mode=False):
                 self.times = torch.zeros(3, dtype=torch.float32, device=now.device)
-            self.known = (False, False, False)
-        self.known = (*self.known[1:], now is not None)
-        if self.times is not None:
-            self.times.copy_(self.times.roll(-1) if now is None else torch.cat([self.times[1:], now]))
+            self.known = 0
+        self.known += 1
+        self.times.copy_(torch.cat([self.times[1:], now]))
 
 
 class _Branches:
@@ -63,16 +63,15 @@ class _Branches:
     def number(self, now: float) -> tuple[int, bool]:
         """The branch of the evaluation that begins, and whether the last timestep had as many as the first."""
         regular = True
-        if now == self.now:
-            self.count += 1
-        else:
+        if now != self.now:
             if self.first is None:
                 self.first = now
             elif not self.total:
                 self.total = self.count
             else:
                 regular = self.count % self.total == 0 and self.count <= 2 * self.total
-            self.now, self.count = now, 1
+            self.now, self.count = now, 0
+        self.count += 1
         return (self.count - 1) % (self.total or self.count), regular
 
 
@@ -86,21 +85,15 @@ class Clock:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.active = False
-        self.context = "default"
-        self.numbered = False
-        self.tick = 0
-        self.inside = False
-        self.failed = False
+        self.name, self.context, self.tick = name, "default", 0
+        self.active = self.inside = self.failed = self.numbered = False
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
         self._timestep: Tensor | float | None = None
         self._moment: tuple[float] | None = None
         self._contexts: dict[str, _Context] = {}
         self._branches: dict[str, _Branches] = {}
-        self._named: str | None = None
-        self._warned = False
+        self._named: str | None = None  # the context that an evaluation of a branch returns to
         self._listeners: list[Callable[[], None]] = []
 
     def on_reset(self, forget: Callable[[], None]) -> None:
@@ -167,14 +160,12 @@ class Clock:
         if known is not None and known.total and now == known.first:
             self._forget()  # the first timestep comes again after others: another generation
         branch, regular = self._branches.setdefault(name, _Branches()).number(now)
-        if not regular and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if not regular:
+            warn_once(
+                f"branches of {self.name}",
                 f"{self.name}: expected as many evaluations at each timestep as at the first, got another number "
                 f"before timestep {now:g}. Evaluations of different inputs may share a state, which costs quality. "
                 "Put each into `with modiff.context(model, name):`.",
-                ModiffWarning,
-                stacklevel=2,
             )
         if branch:
             self._named, self.context = name, f"{name} #{branch}"
@@ -189,10 +180,9 @@ class Clock:
         Raises: StateError if the network has no timestep, or several at once. Cost: one host sync an evaluation.
         """
         if self._moment is None:
-            values = (
-                torch.as_tensor(torch.nan if self._timestep is None else self._timestep).detach().flatten().double()
-            )
-            if not bool((values == values[0]).all()):
+            timestep = torch.nan if self._timestep is None else self._timestep
+            values = torch.as_tensor(timestep).detach().flatten().double()
+            if not bool((values == values[0]).all()):  # NaN equals nothing
                 raise StateError(
                     f"{self.name}: expected one timestep for the whole batch, got "
                     f"{'none' if self._timestep is None else 'several'}. Scales per step are chosen by it. "
@@ -207,7 +197,7 @@ class Clock:
         Raises: StateError as `moment` does, and at the first step, which has no residual.
         """
         context = self._contexts[self.context]
-        if context.times is None or not context.known[1]:
+        if context.times is None or context.known < 2:
             raise StateError(
                 f"{self.name}: expected a step before this one, got the first of the trajectory. A residual needs "
                 "two. Use first_step='full_precision'."
@@ -217,7 +207,7 @@ class Clock:
     def step_size(self) -> float | None:
         """|t_now - t_last| of the present context; None at its first step, or without timesteps. Cost: a host sync."""
         context = self._contexts.get(self.context)
-        if context is None or context.times is None or not all(context.known[1:]):
+        if context is None or context.times is None or context.known < 2:
             return None
         return float((context.times[2] - context.times[1]).abs())
 
@@ -234,7 +224,7 @@ class Clock:
     def ratio(self) -> Tensor | float:
         """|t_now - t_last| / |t_last - t_before|, 1-element tensor, no host sync; 0 after a step of size 0."""
         context = self._contexts[self.context]
-        if context.times is None or not all(context.known):
+        if context.times is None or context.known < 3:
             return 1.0
         before, last, now = context.times.split(1)
         size, previous = (now - last).abs(), (last - before).abs()

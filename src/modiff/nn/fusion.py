@@ -80,9 +80,7 @@ def fuse(module: GraphModule) -> int:
 
 def _readers(node: Node, match: _Match) -> bool:
     """Whether all that read the node are layers that can compute it, and nothing is written in place before they do."""
-    first = match.x
-    if match.norm == "gated" and match.weight is not None and match.weight < first:
-        first = match.weight
+    first = min(match.x, match.weight) if match.norm == "gated" and match.weight is not None else match.x
     return bool(node.users) and all(
         user.target is traced.layer
         and user.args[1] is node
@@ -95,11 +93,9 @@ def _readers(node: Node, match: _Match) -> bool:
 def _written(first: Node, last: Node) -> bool:
     """Whether anything is written in place between two nodes."""
     node = first.next
-    while node is not last:
-        if node.op == "call_module" or (node.op in _CALLS and _in_place(node)):
-            return True
+    while node is not last and not (node.op == "call_module" or (node.op in _CALLS and _in_place(node))):
         node = node.next
-    return False
+    return node is not last
 
 
 def _number(node: Node) -> None:
@@ -112,13 +108,9 @@ def _number(node: Node) -> None:
 
 def _read_numbers(readers: list[Node]) -> list[int]:
     """A number for each group of layers that share, negative for the first of it: it begins in each run of a graph."""
-    begun: dict[int, int] = {}
-    reads: list[int] = []
-    for reader in readers:
-        group = id(traced.holder_of(reader.args[2]).inputs)
-        reads.append(begun[group] if group in begun else -next(_READS))
-        begun.setdefault(group, -reads[-1])
-    return reads
+    groups = [id(traced.holder_of(reader.args[2]).inputs) for reader in readers]
+    numbers = {group: next(_READS) for group in dict.fromkeys(groups)}
+    return [numbers[group] * (-1 if group not in groups[:i] else 1) for i, group in enumerate(groups)]
 
 
 def _in_place(node: Node) -> bool:
@@ -142,8 +134,8 @@ def _mutates(target: object) -> bool:
 def _fuses(number: Any, match: _Match) -> bool:
     """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
-    axis = {"group": 1, "group_last": -1, "layer": -1, "gated": -1}.get(match.norm, holder.channel_dim)
-    return holder.channel_dim == axis and holder.loop.fuses(match.norm)
+    axis = {"group": 1, "none": holder.channel_dim}.get(match.norm, -1)
+    return holder.channel_dim == axis and holder.on_integers and holder.spec.fuses(match.norm, holder.weight.device)
 
 
 def _move(module: GraphModule, readers: list[Node], match: _Match) -> None:
@@ -170,8 +162,8 @@ def _erase(node: Node) -> None:
     read = node.all_input_nodes
     node.graph.erase_node(node)
     for each in read:
-        overload = each.target if isinstance(each.target, torch._ops.OpOverload) else None
-        if each.op in _CALLS and not (overload is not None and overload._schema.is_mutable):
+        schema = each.target._schema if isinstance(each.target, torch._ops.OpOverload) else None
+        if each.op in _CALLS and not (schema and schema.is_mutable):
             _erase(each)
 
 
@@ -189,8 +181,7 @@ def _match(node: Node) -> _Match | None:
     else:
         inner = _without_dropout(_argument(last, 0, "input"))
         match = (_norm(inner) if _only(inner, last) else None) or _Match(inner)
-    x, y = (None, None) if match is None else (_example(match.x), _example(node))
-    if match is None or (x is not None and x.dtype) != (y is not None and y.dtype):
+    if match is None or getattr(_example(match.x), "dtype", None) != getattr(_example(node), "dtype", None):
         return None
     return match._replace(activation=activation)
 
@@ -286,18 +277,13 @@ def _modulated_norm(node: Node) -> _Match | None:
             continue
         for inner, scale in (product.args, product.args[::-1]):
             norm = _torch_norm(inner, "layer") if _only(inner, product) else None
-            if norm is None or norm.weight is not None or norm.bias is not None:
+            like = None if norm is None else _example(norm.x)
+            if norm is None or norm.weight is not None or norm.bias is not None or like is None or like.dim() != 3:
                 continue
-            if _each_sample(scale, norm.x) and _each_sample(shift, norm.x):
+            values = [_example(each) for each in (scale, shift)]
+            if all(v is not None and tuple(v.shape) == (len(like), 1, like.shape[2]) for v in values):
                 return norm._replace(weight=scale, bias=shift, each=True)
     return None
-
-
-def _each_sample(node: Any, x: Node) -> bool:
-    value, like = _example(node), _example(x)
-    if value is None or like is None or like.dim() != 3:
-        return False
-    return tuple(value.shape) == (like.shape[0], 1, like.shape[2])
 
 
 def _argument(node: Node, index: int, name: str) -> Any:

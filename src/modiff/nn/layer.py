@@ -17,9 +17,9 @@ from modiff.nn import traced
 from modiff.nn.clock import Clock
 from modiff.nn.loop.int16 import Int16Loop
 from modiff.nn.loop.integer import IntegerLoop, unsupported
-from modiff.nn.loop.simulated import LayerState, SimulatedLoop
+from modiff.nn.loop.simulated import SimulatedLoop
 from modiff.nn.operator import LayerOperator, LayerSpec
-from modiff.nn.packed import ERROR, ERROR_SCALE, SCALE, PackedWeight, pack_parts
+from modiff.nn.packed import ERROR, ERROR_SCALE, PACKED, SCALE, PackedWeight, pack_codes
 from modiff.nn.sharing import InputGroup
 from modiff.nn.weight import QuantizedWeight
 
@@ -33,8 +33,11 @@ class ModulatedLayer(nn.Module):
     """
 
     channel_dim: ClassVar[int]
+    spec_of: Callable[[str, LayerConfig, int | None], LayerSpec]
     weight: Tensor
     bias: Tensor | None
+    name: str
+    config: LayerConfig
     spec: LayerSpec
     clock: Clock
     operator: LayerOperator
@@ -44,13 +47,7 @@ class ModulatedLayer(nn.Module):
 
     @classmethod
     def from_float(
-        cls,
-        layer: nn.Module,
-        config: LayerConfig,
-        *,
-        name: str = "layer",
-        clock: Clock | None = None,
-        split: int | None = None,
+        cls, layer: nn.Module, config: LayerConfig, *, name: str, clock: Clock | None = None, split: int | None = None
     ) -> Self:
         """The quantized layer of a torch layer, which is not changed.
 
@@ -62,6 +59,7 @@ class ModulatedLayer(nn.Module):
         """
         quantized = cls.__new__(cls)
         quantized.__dict__ = dict(layer.__dict__)  # the same parameters, buffers and hooks: remove() copies nothing
+        quantized.name, quantized.config = name, config
         spec = quantized.spec = quantized.spec_of(name, config, split)
         if split is not None and (not 0 < split < spec.channels or spec.groups > 1):
             raise ConfigError(
@@ -88,20 +86,6 @@ class ModulatedLayer(nn.Module):
         super().__setstate__(state)
         self.number = traced.number_for(self)
 
-    def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
-        """Geometry, config and name."""
-        raise NotImplementedError
-
-    @property
-    def name(self) -> str:
-        """In the model, for messages."""
-        return self.spec.name
-
-    @property
-    def config(self) -> LayerConfig:
-        """Of this layer."""
-        return self.spec.config
-
     @property
     def on_integers(self) -> bool:
         """Whether the layer computes with integers."""
@@ -112,18 +96,10 @@ class ModulatedLayer(nn.Module):
         """Of the input or its residual; None where it keeps its floats."""
         return self.loop.quantizer
 
-    @quantizer.setter
-    def quantizer(self, quantizer: Quantizer | None) -> None:
-        self.loop.quantizer = quantizer
-
     @property
     def inputs(self) -> InputGroup | None:
         """The input states, which layers that read one tensor share; None without modulation."""
         return self.loop.inputs
-
-    @inputs.setter
-    def inputs(self, inputs: InputGroup | None) -> None:
-        self.loop.inputs = inputs
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
@@ -133,14 +109,13 @@ class ModulatedLayer(nn.Module):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of the weight as it computes, packed or not."""
-        weight = self.quantized_weight
-        return weight.shape if isinstance(weight, PackedWeight) else tuple(self.weight.shape)
+        return getattr(self.quantized_weight, "shape", tuple(self.weight.shape))
 
     def share_with(self, leader: ModulatedLayer) -> None:
         """Read the same quantized residual as `leader` whenever both are given the same tensor."""
-        self.inputs, self.quantizer = leader.inputs, leader.quantizer
-        if self.inputs is not None:
-            self.inputs.shared = True
+        self.loop.inputs, self.loop.quantizer = leader.inputs, leader.quantizer
+        if leader.inputs is not None:
+            leader.inputs.shared = True
 
     @property
     def packed(self) -> bool:
@@ -159,13 +134,12 @@ class ModulatedLayer(nn.Module):
 
     def packed_state(self, anchor_weights: PackedAnchors = "quantized") -> dict[str, Tensor]:
         """All tensors of the packed weight, by their names in `PACKED`, as `pack` would keep them or has kept them."""
-        names = (SCALE, ERROR, ERROR_SCALE) if self.keeps_error(anchor_weights) else (SCALE,)
         if self.packed:
-            return {"weight": self.weight.detach(), **{name: self.get_buffer(name) for name in names}}
-        parts = pack_parts(self.quantized_weight.codes(self.weight), self.config.weight.bits or 8)
-        if len(names) > 1:
-            parts += pack_parts(self.quantized_weight.error(self.weight), 8)
-        return dict(zip(("weight", *names), parts, strict=True))
+            return {name: tensor.detach() for name in PACKED if (tensor := getattr(self, name, None)) is not None}
+        tensors = pack_codes(self.quantized_weight.codes(self.weight), self.config.weight.bits or 8)
+        if self.keeps_error(anchor_weights):
+            tensors += pack_codes(self.quantized_weight.error(self.weight), 8)
+        return dict(zip(PACKED, tensors, strict=False))
 
     def keeps_error(self, anchor_weights: PackedAnchors = "quantized") -> bool:
         """Whether the layer keeps codes of its weight's rounding error, or `pack(anchor_weights)` would make them."""
@@ -186,23 +160,18 @@ class ModulatedLayer(nn.Module):
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a packed weight, as `packed_storage` has them; the replaced layer keeps its weight."""
-        self._parameters, self._buffers = dict(self._parameters), dict(self._buffers)
-        shape = self.weight_shape
-        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
-        for name, tensor in tensors.items():
-            if name != "weight":
-                self.register_buffer(name, tensor)
-        self.operator.parameters = self._parameters
+        weight, shape = nn.Parameter(tensors["weight"], requires_grad=False), self.weight_shape
+        self._parameters = self.operator.parameters = {**self._parameters, "weight": weight}
+        self._buffers = {**self._buffers, **{name: each for name, each in tensors.items() if name != "weight"}}
         self.operator.quantized = PackedWeight(self.quantized_weight, shape, self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch, but scales stay float32 in `.half()` and `.to(dtype)`: rounded ones would be other weights."""
-        scales = {name: self._buffers.get(name) for name in (SCALE, ERROR_SCALE)}
+        scales = {name: self._buffers[name] for name in (SCALE, ERROR_SCALE) if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
-            moved = self._buffers.get(name)
-            if scale is not None and moved is not None and moved.dtype != scale.dtype:
-                self._buffers[name] = scale.to(moved.device)
+            if self._buffers[name].dtype != scale.dtype:
+                self._buffers[name] = scale.to(self._buffers[name].device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
@@ -211,16 +180,10 @@ class ModulatedLayer(nn.Module):
         if not isinstance(weight, Tensor) or weight.is_floating_point() == self.weight.is_floating_point():
             super()._load_from_state_dict(state_dict, prefix, *others)
             return
-        messages: list[str] = others[-1]
-        messages.append(
+        others[-1].append(
             f"{prefix}weight: expected {self.weight.dtype}, got {weight.dtype}. Packed and float weights do not fit "
             "each other. Load it with modiff.load."
         )
-
-    @property
-    def state(self) -> LayerState:
-        """Both states of the present context. Raises: StateError before the first step."""
-        return self.loop.state
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output for `input`, same dtype; one operator in a graph of torch.compile.

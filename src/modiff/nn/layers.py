@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn import functional
 
 from modiff.config import LayerConfig
 from modiff.nn.layer import ModulatedLayer
-from modiff.nn.operator import LayerSpec, convolve
+from modiff.nn.operator import LayerSpec
 
 
 class ModulatedLinear(ModulatedLayer, nn.Linear):
@@ -25,26 +25,18 @@ class ModulatedLinear(ModulatedLayer, nn.Linear):
 
 class _ModulatedConv(ModulatedLayer):
     channel_dim: ClassVar[int] = 1
-    in_channels: int
-    groups: int
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    padding_mode: str
-    _reversed_padding_repeated_twice: list[int]
 
-    def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
-        """Geometry, with stride, padding and dilation resolved, config and name."""
+    def spec_of(self: Any, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
+        """Geometry, with padding resolved, config and name."""
         pads = self._reversed_padding_repeated_twice  # (left, right) of each axis, the last axis first
         left, right = pads[0::2][::-1], pads[1::2][::-1]
         unsupported = "" if left == right else "no kernel pads one side more than the other"
-        if self.padding_mode != "zeros":
-            unsupported = f"no kernel pads with {self.padding_mode!r}"
         operate = functools.partial(
-            convolve, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups,
-            mode=self.padding_mode, pads=pads,
+            getattr(functional, f"conv{len(self.kernel_size)}d"), stride=self.stride, padding=self.padding,
+            dilation=self.dilation, groups=self.groups,
         )  # fmt: skip
+        if self.padding_mode != "zeros":
+            operate, unsupported = self._conv_forward, f"no kernel pads with {self.padding_mode!r}"
         return LayerSpec(
             name, config, self.in_channels, self.channel_dim, operate, split, self.groups, self.kernel_size,
             self.stride, tuple(left), self.dilation, unsupported,

@@ -9,17 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from modiff.config import LayerConfig
-from modiff.core.hadamard import Segment, segments_of
+from modiff.core.hadamard import Segment, rotate, segments_of
 from modiff.core.quantizer import Code
-from modiff.nn.weight import QuantizedWeight
-
-_CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-
-Parameters = dict[str, Any]
-"""The parameters of a module by name, the dictionary that the module itself keeps."""
+from modiff.kernels.input_fusion import InputFusion, Norm
+from modiff.nn.weight import QuantizedWeight, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -66,38 +61,32 @@ class LayerSpec:
             return False
         return modulation.anchor_weights == "exact"
 
+    def fuses(self, norm: Norm, device: torch.device) -> bool:
+        """Whether kernels compute a norm or an activation in front of the layer while its result is encoded."""
+        modulation = self.config.modulation
+        if self.rotation is not None or device.type != "cpu" or (self.split is not None and norm != "group"):
+            return False
+        return modulation is None or modulation.state_dtype in ("float32", "int16")
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str | int,
-    dilation: tuple[int, ...],
-    groups: int,
-    mode: str,
-    pads: list[int],
-) -> Tensor:
-    """(N, C, ...) -> (N, O, ...) with what a torch layer pads in front of it."""
-    if mode != "zeros":
-        x, padding = functional.pad(x, pads, mode=mode), 0
-    return _CONVOLVE[len(stride)](x, weight, bias, stride, padding, dilation, groups)
+    def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
+        """The tensor that is encoded: x, or what `fusion` makes of it, rotated if the layer rotates."""
+        value = x if fusion is None else fusion.compute(x)
+        return value if self.rotation is None else rotate(at_least_float32(value), self.rotation, self.channel_dim)
 
 
 class LayerOperator:
     """A(x) + b of one layer, with its quantized weight or the weight before rounding.
 
-    parameters: of the layer; `weight` and `bias` are read at each use, as they may be replaced and moved.
+    parameters: the layer's own dictionary; `weight` and `bias` are read at each use, as they may be replaced and moved.
     """
 
-    def __init__(self, spec: LayerSpec, parameters: Parameters) -> None:
+    def __init__(self, spec: LayerSpec, parameters: dict[str, Any]) -> None:
         self.spec, self.parameters = spec, parameters
-        runs, rotation = spec.runs, spec.rotation
+        columns, rotation = spec.runs, spec.rotation
         if spec.split is None:
-            runs = (spec.channels // spec.groups,)
-            rotation = None if rotation is None else segments_of(runs, 1, rotation[0].block)
-        self.quantized = QuantizedWeight(spec.config.weight, runs, rotation, f"{spec.name}.weight")
+            columns = (spec.channels // spec.groups,)
+            rotation = None if rotation is None else segments_of(columns, 1, rotation[0].block)
+        self.quantized = QuantizedWeight(spec.config.weight, columns, rotation, f"{spec.name}.weight")
 
     @property
     def weight(self) -> Tensor:
@@ -111,13 +100,11 @@ class LayerOperator:
 
     def affine(self, value: Tensor) -> Tensor:
         """A_q(value) + bias with the quantized, rotated weight."""
-        return self._affine(value, self.quantized.dense(self.weight, value.dtype))
+        return self._affine(value, self.quantized.dense)
 
     def anchor(self, value: Tensor) -> Tensor:
         """A(value) + bias where the states start: with the rotated weight before rounding, or A_q by the config."""
-        if not self.spec.anchors_exactly:
-            return self.affine(value)
-        return self._affine(value, self.quantized.exact(self.weight, value.dtype))
+        return self._affine(value, self.quantized.exact if self.spec.anchors_exactly else self.quantized.dense)
 
     def linear(self, code: Code) -> Tensor:
         """A_q(code) without bias."""
@@ -126,17 +113,10 @@ class LayerOperator:
 
     def start(self) -> Tensor | float:
         """The bias, shaped to be added to an output."""
-        bias = self.bias
-        if bias is None:
+        if (bias := self.bias) is None:
             return 0.0
-        trailing = 0 if self.spec.channel_dim == -1 else len(self.spec.kernel_size)
-        return at_least_float32(bias.detach()).reshape(-1, *[1] * trailing)
+        return at_least_float32(bias.detach()).reshape(-1, *[1] * len(self.spec.kernel_size))
 
-    def _affine(self, value: Tensor, weight: Tensor) -> Tensor:
-        bias = self.bias
-        return self.spec.operate(value, weight, None if bias is None else bias.detach().to(value.dtype))
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """float64 stays; anything else as float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    def _affine(self, value: Tensor, weight_of: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
+        bias = None if self.bias is None else self.bias.detach().to(value.dtype)
+        return self.spec.operate(value, weight_of(self.weight, value.dtype), bias)

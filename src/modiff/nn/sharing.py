@@ -11,7 +11,6 @@ from torch import Tensor
 
 from modiff.config import ModulationConfig
 from modiff.core.affine import QParams
-from modiff.core.hadamard import rotate
 from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, encode
@@ -19,7 +18,8 @@ from modiff.errors import StateError
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.native import fingerprint
 from modiff.nn.clock import Clock
-from modiff.nn.operator import LayerSpec, at_least_float32
+from modiff.nn.operator import LayerSpec
+from modiff.nn.weight import version_of
 
 
 class Source:
@@ -57,11 +57,6 @@ class Source:
         return read is not None or (self.tensor() is x and self.version == version_of(x))
 
 
-def version_of(x: Tensor) -> int:
-    """How often a tensor was written in place; inference tensors do not count, and read 0."""
-    return 0 if x.is_inference() else x._version
-
-
 def _silent(x: Tensor, read: int | None) -> bool:
     """Whether identity and version say nothing, and no read number does."""
     return read == 0 or (read is None and x.is_inference())
@@ -81,27 +76,26 @@ class InputState:
     def __init__(self, spec: LayerSpec, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
         self.spec, self.quantizer, self.config, self.clock = spec, quantizer, config, clock
         self.predictor = predictor_named(config.predictor)
-        self.parts: tuple[Any, ...] = ()
+        self.states: tuple[Any, ...] = ()
         self.update: Update | None = None
-        self.count, self.readers, self.unread, self.open, self.turn, self.tick = 0, 1, 0, False, 0, -1
+        self.count, self.readers, self.unread, self.open, self.turn, self.tick, self.age = 0, 1, 0, False, 0, -1, 0
         self.scales: tuple[QParams, ...] = ()
-        self.age = 0
         self._shape: tuple[torch.Size, torch.device] | None = None
         self._source: Source | None = None
 
     @property
     def state(self) -> State | None:
         """The state as one tensor, None before the first step."""
-        return self.parts[0] if self.parts else None
+        return self.states[0] if self.states else None
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the state keeps."""
-        return [tensor for state in self.parts for tensor in (state.value, *state.moves)]
+        return [tensor for state in self.states for tensor in (state.value, *state.moves)]
 
     def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """Encode x, or what `fusion` makes of it, and move the state on."""
-        update, state = self.encoded(x, fusion, self.parts[0] if self.parts else None)
-        self.parts = (state,)
+        update, state = self.encoded(x, fusion, self.states[0] if self.states else None)
+        self.states = (state,)
         return update
 
     def begins(self, x: Tensor, read: int | None) -> bool:
@@ -124,7 +118,7 @@ class InputState:
             return self.update
         every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
         if every and (self.clock.step - turn) % every == 0:
-            self.parts, self._shape, self.age = (), None, 0
+            self.states, self._shape, self.age = (), None, 0
         shape = (x.shape, x.device)
         if self._shape is not None and self._shape != shape:
             raise StateError(
@@ -139,16 +133,9 @@ class InputState:
         self.unread = 0 if self.open and self.update.starts else self.readers
         return self.update
 
-    def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
-        """The tensor that is encoded: x, or what `fusion` makes of it, rotated if the layers rotate."""
-        value = x if fusion is None else fusion.compute(x)
-        if self.spec.rotation is None:
-            return value
-        return rotate(at_least_float32(value), self.spec.rotation, self.quantizer.channel_dim)
-
     def encoded(self, x: Tensor, fusion: InputFusion | None, state: State | None) -> tuple[Update, State]:
         """The step of `core.recursion`."""
-        value = x if fusion is None and self.spec.rotation is None else self.prepared(x, fusion)
+        value = x if fusion is None and self.spec.rotation is None else self.spec.prepared(x, fusion)
         ratio = 1.0 if self.predictor.past_states == 1 or state is None else self.ratio(x.device)
         every = self.quantizer.config.refresh_every
         scales = self.scales if every > 1 and self.age % every else None

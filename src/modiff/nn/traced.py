@@ -55,14 +55,6 @@ def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(torch.ops.modiff, name).default
 
 
-def _begin(token: Tensor, timestep: Tensor | None, number: int) -> None:
-    _HOLDERS[number].begin(timestep)
-
-
-def _end(token: Tensor, number: int) -> None:
-    _HOLDERS[number].end()
-
-
 def _layer(token: Tensor, x: Tensor, number: int, read: int = 0, fusion: InputFusion | None = None) -> Tensor:
     """The forward of the layer of `number`, channels innermost in memory."""
     holder = holder_of(number)
@@ -75,10 +67,6 @@ def _fused_layer(token: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     return _layer(token, x, number, read, InputFusion(norm, groups, weight, bias, eps, activation))
 
 
-def _fake_fused_layer(token: Tensor, x: Tensor, *others: Any) -> Tensor:
-    return _fake_layer(token, x, others[-1])
-
-
 def _fake_layer(token: Tensor, x: Tensor, number: int, read: int = 0) -> Tensor:
     holder = holder_of(number)
     shape = holder.spec.operate(x, x.new_empty(holder.weight_shape), None).shape
@@ -88,10 +76,6 @@ def _fake_layer(token: Tensor, x: Tensor, number: int, read: int = 0) -> Tensor:
 def _attend(token: Tensor, *arguments: Any) -> Tensor:
     *operands, scale, grouped, number = arguments
     return holder_of(number).attend(*operands, scale=scale, enable_gqa=grouped).contiguous()
-
-
-def _fake_attend(token: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _nothing(*_: object) -> None:
@@ -115,16 +99,19 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> N
     ctx.shape, ctx.number = inputs[0].shape, inputs[2]
 
 
-begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()", _begin, _nothing)
-end = _operator("end(Tensor(a!) token, int number) -> ()", _end, _nothing)
+begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()",
+                  lambda _, timestep, number: holder_of(number).begin(timestep), _nothing)  # fmt: skip
+end = _operator("end(Tensor(a!) token, int number) -> ()", lambda _, number: holder_of(number).end(), _nothing)
 layer = _operator("layer(Tensor(a!) token, Tensor x, int number, int read=0) -> Tensor", _layer, _fake_layer)
 fused_layer = _operator(
     "fused_layer(Tensor(a!) token, Tensor x, Tensor? weight, Tensor? bias, str norm, int groups, float eps, "
-    "str activation, int read, int number) -> Tensor", _fused_layer, _fake_fused_layer,
+    "str activation, int read, int number) -> Tensor",
+    _fused_layer, lambda token, x, *others: _fake_layer(token, x, others[-1]),
 )  # fmt: skip
 attend = _operator(
     "attend(Tensor(a!) token, Tensor query, Tensor key, Tensor value, Tensor? mask, float dropout, bool causal, "
-    "float? scale, bool grouped, int number) -> Tensor", _attend, _fake_attend,
+    "float? scale, bool grouped, int number) -> Tensor",
+    _attend, lambda _, query, key, value, *__: query.new_empty((*query.shape[:-1], value.shape[-1])),
 )  # fmt: skip
 guard = _operator("guard(Tensor x, Tensor output, int number) -> Tensor", _guard, lambda _x, output, _: output.clone())
 refuse = _operator("refuse(Tensor gradient, SymInt[] shape, int number) -> Tensor", _refuse,

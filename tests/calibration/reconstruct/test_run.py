@@ -70,7 +70,7 @@ def test_learned_rounding_lowers_the_loss_and_the_error_of_the_network(unit, rot
     assert len(learned) > len(nearest) / 2
     for name, layer in layers_of(model).items():
         weight = layer.quantized_weight
-        floats = weight.floats(layer.weight).split(list(weight.segments), 1)
+        floats = weight.floats(layer.weight).split(list(weight.columns), 1)
         for (codes, qparams), values, was in zip(weight.codes(layer.weight), floats, nearest[name], strict=True):
             assert ((values / qparams.scale - codes).abs() <= 1 + 1e-5).all(), name
             assert ((codes - was).abs() <= 1).all()

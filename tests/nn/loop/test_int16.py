@@ -101,7 +101,7 @@ def test_a_shared_residual_starts_again_for_all_its_readers():
     for x in growing((3, 8), 4.0):
         step(clock, layers, x)
         for layer in layers:
-            state, output = layer.state
+            state, output = layer.loop.state
             assert_within(output, layer.operator.affine(state.double()), 12 * grid_of(output))
     first, second = (layer.loop.memories["default", 0].input for layer in layers)
     assert first is second

@@ -35,7 +35,7 @@ class WeightLearner:
         """Let the layers compute with what is learned. Returns: the leaves that Adam moves."""
         for name, trainee in self.trainees.items():
             weight, bits = trainee.quantized.quantized_weight, trainee.quantized.config.weight.bits or 8
-            values = weight.floats(trainee.quantized.weight).split(list(weight.segments), 1)
+            values = weight.floats(trainee.quantized.weight).split(list(weight.columns), 1)
             pairs = zip(values, weight.codes(trainee.quantized.weight), strict=True)
             trainee.rounding = tuple(AdaRound(floats, qparams, bits) for floats, (_, qparams) in pairs)
             self._rounding |= {f"{name}.{i}": rounding for i, rounding in enumerate(trainee.rounding)}

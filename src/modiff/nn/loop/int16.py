@@ -14,11 +14,10 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update
-from modiff.kernels.encode import encode_residual
 from modiff.kernels.fixed_point import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
-from modiff.nn.loop.integer import ByteCode, Codes, IntegerInput, IntegerLoop, dense_runs, fused_runs, laid_as
+from modiff.nn.loop.integer import ByteCode, IntegerInput, IntegerLoop, dense_runs, encode_run, fused_runs, laid_as
 from modiff.nn.loop.simulated import Memory
 from modiff.nn.operator import LayerSpec
 from modiff.nn.sharing import InputState
@@ -40,44 +39,35 @@ class Int16Input(IntegerInput):
     @property
     def state(self) -> State | None:
         """What the integers stand for. Cost: a pass over them."""
-        return State(self._value()) if self.parts else None
+        values = [fixed.value() for fixed in self.states]
+        if len(values) < 2:
+            return State(values[0]) if values else None
+        return State(torch.cat(values, self.spec.channel_dim))
 
     def tensors(self) -> list[Tensor]:
         """Integers and grids."""
-        return [tensor for fixed in self.parts for tensor in fixed]
+        return [tensor for fixed in self.states for tensor in fixed]
 
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """The states start from what the integers stand for."""
         self.outgrown = False
         update, state = self.encoded(x, fusion, None)
-        runs = dense_runs(state.value, self.quantizer.segments, self.quantizer.channel_dim)
-        self.parts = tuple(start(run, HEADROOM) for run in runs)
-        return update._replace(anchor=self._value())
+        runs = dense_runs(state.value, self.quantizer.segments, self.spec.channel_dim)
+        self.states = tuple(start(run, HEADROOM) for run in runs)
+        return update._replace(anchor=None if self.state is None else self.state.value)
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step; one whose codes were cut is the last before the state starts again: nothing is lost."""
-        quantizer, channel_dim = self.quantizer, self.quantizer.channel_dim
         self._clipped = self._clipped.to(x.device).zero_()
-        parts: list[Codes] = []
-        states: list[FixedState] = []
-        runs = fused_runs(x, fusion, quantizer.segments, channel_dim)
-        for (run, fused), state in zip(runs, self.parts, strict=True):
-            state = state._replace(n=laid_as(state.n, run))
-            encode = encode_residual if fused is None else fused.encode
-            parts.append(
-                encode(
-                    run, state, None, quantizer.bits, quantizer.config.clip, quantizer.granularity,
-                    channel_dim=channel_dim, clipped=self._clipped,
-                )
-            )  # fmt: skip
-            states.append(state)
-        self.parts = tuple(states)
+        runs = fused_runs(x, fusion, self.quantizer)
+        layouts = zip(self.states, runs, strict=True)
+        self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
+        codes = [
+            encode_run(run, fused, state, self.quantizer, clipped=self._clipped)
+            for (run, fused), state in zip(runs, self.states, strict=True)
+        ]
         self.outgrown = bool(self._clipped > 0)
-        return Update(None, (ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), channel_dim),))
-
-    def _value(self) -> Tensor:
-        values = [fixed.value() for fixed in self.parts]
-        return values[0] if len(values) == 1 else torch.cat(values, self.quantizer.channel_dim)
+        return self.update_of(codes)
 
 
 class Int16Loop(IntegerLoop):
@@ -96,7 +86,7 @@ class Int16Loop(IntegerLoop):
         clipped = torch.zeros(1, dtype=torch.int32, device=state.n.device)
         outputs = [
             kernel.step(state, codes, scale, dtype, clipped)
-            for kernel, (codes, scale) in zip(self.kernels, code.parts, strict=True)
+            for kernel, (codes, scale) in zip(self.kernels, code.runs, strict=True)
         ]
         if bool(clipped > 0):
             anchor = memory.input.state

@@ -11,24 +11,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modiff.config import ModulationConfig
 from modiff.core.affine import QParams
 from modiff.core.granularity import granularity_named
-from modiff.core.hadamard import rotate
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
 from modiff.kernels.backend import PREPACKED
 from modiff.kernels.dispatch import Choice, plan
-from modiff.kernels.encode import encode_residual
-from modiff.kernels.input_fusion import InputFusion, Norm
+from modiff.kernels.encode import encode_input, encode_residual
+from modiff.kernels.fixed_point import FixedState, encode_fixed
+from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.layout import channels_innermost, innermost
 from modiff.kernels.problem import Problem
 from modiff.nn.clock import Clock
 from modiff.nn.loop.simulated import Memory, SimulatedLoop
-from modiff.nn.operator import LayerOperator, LayerSpec, at_least_float32
+from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.packed import PackedWeight
-from modiff.nn.sharing import InputState, version_of
+from modiff.nn.sharing import InputState
+from modiff.nn.weight import version_of
 
 Codes = tuple[Tensor, Tensor]
 """uint8 or int8 codes and their scales."""
@@ -36,38 +38,35 @@ Codes = tuple[Tensor, Tensor]
 
 def unsupported(spec: LayerSpec, quantizer: Quantizer | None) -> str:
     """Why a layer cannot run on integers and is simulated; empty if it can. What no kernel knows is refused."""
-    config, modulation = spec.config, spec.config.modulation
+    config, modulation = spec.config, spec.config.modulation or ModulationConfig()
     if config.weight.bits is None:
         return "its weight keeps floats"
-    if quantizer is None or quantizer.bits == 0:
-        return "its input is not quantized" if quantizer is None else "0 bits send nothing that could be summed"
-    if not quantizer.config.symmetric:
-        return "codes with a zero point of their own have no kernel"
-    if spec.unsupported:
-        return spec.unsupported
-    if reason := granularity_named(quantizer.granularity).unsupported(spec.kernel_size, spec.stride):
-        return reason
-    if modulation is None:
-        return ""
-    if type(predictor_named(modulation.predictor)) not in (Hold, Linear):
-        return f"no kernel knows the predictor {modulation.predictor!r}"
-    if modulation.error_compensation == "none":
-        return "the ablation without error compensation is for study"
-    if modulation.state_dtype == "float64":
-        return "its states are kept in float64, kernels add up float32"
-    return ""
+    if quantizer is None:
+        return "its input is not quantized"
+    granularity = granularity_named(quantizer.granularity).unsupported(spec.kernel_size, spec.stride)
+    known = type(predictor_named(modulation.predictor)) in (Hold, Linear)
+    reasons = (
+        (quantizer.bits == 0, "0 bits send nothing that could be summed"),
+        (not quantizer.config.symmetric, "codes with a zero point of their own have no kernel"),
+        (spec.unsupported, spec.unsupported),
+        (granularity, granularity),
+        (not known, f"no kernel knows the predictor {modulation.predictor!r}"),
+        (modulation.error_compensation == "none", "the ablation without error compensation is for study"),
+        (modulation.state_dtype == "float64", "its states are kept in float64, kernels add up float32"),
+    )
+    return next((why for applies, why in reasons if applies), "")
 
 
 class ByteCode(NamedTuple):
     """The integers of one step as kernels read them: uint8 codes, where `zero` stands for 0, and float32 scales."""
 
-    parts: tuple[Codes, ...]
+    runs: tuple[Codes, ...]
     zero: int
     channel_dim: int
 
     def value(self) -> Tensor:
         """What the codes stand for, float32: bit for bit that of the simulation."""
-        values = [(codes.to(torch.float32) - self.zero) * scale for codes, scale in self.parts]
+        values = [(codes.to(torch.float32) - self.zero) * scale for codes, scale in self.runs]
         return values[0] if len(values) == 1 else torch.cat(values, self.channel_dim)
 
 
@@ -84,26 +83,33 @@ def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tens
     return tuple(run.contiguous() for run in split)
 
 
-def fused_runs(
-    x: Tensor, fusion: InputFusion | None, runs: tuple[int, ...], channel_dim: int
-) -> list[tuple[Tensor, InputFusion | None]]:
+def fused_runs(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> list[tuple[Tensor, InputFusion | None]]:
     """What is encoded for each run of channels: a tensor, and what it passes through on the way.
 
     Cost: where no kernel computes `fusion` for such runs, torch's operators do it here.
     """
-    split = None if fusion is None else fusion.split(x, runs)
-    if split is not None:
-        return list(split)
-    value = x if fusion is None else fusion.compute(x)
-    return [(run, None) for run in dense_runs(value, runs, channel_dim)]
+    if len(quantizer.segments) == 1:
+        return [(x, fusion)]
+    if fusion is not None:
+        if split := fusion.split(x, quantizer.segments):
+            return list(split)
+        x = fusion.compute(x)
+    return [(run, None) for run in dense_runs(x, quantizer.segments, quantizer.channel_dim)]
 
 
-def fuses(norm: Norm, device: torch.device, spec: LayerSpec) -> bool:
-    """Whether a norm or an activation in front of a layer can be computed while its result is encoded."""
-    modulation = spec.config.modulation
-    if spec.rotation is not None or device.type != "cpu" or (spec.split is not None and norm != "group"):
-        return False
-    return modulation is None or modulation.state_dtype in ("float32", "int16")
+def encode_run(
+    x: Tensor, fusion: InputFusion | None, state: Tensor | FixedState | None, quantizer: Quantizer,
+    scale: Tensor | None = None, **memory: Tensor | None,
+) -> Codes:  # fmt: skip
+    """Codes of one run of channels by the kernel for its state, which becomes the next one in place."""
+    settings = (quantizer.bits, quantizer.config.clip, quantizer.granularity)
+    if fusion is not None:
+        return fusion.encode(x, state, scale, *settings, channel_dim=quantizer.channel_dim, **memory)
+    if isinstance(state, FixedState):
+        return encode_fixed(x, state, *settings, channel_dim=quantizer.channel_dim, **memory)
+    if state is None:
+        return encode_input(x, scale, *settings, channel_dim=quantizer.channel_dim)
+    return encode_residual(x, state, scale, *settings, channel_dim=quantizer.channel_dim, **memory)
 
 
 def laid_as(state: Tensor, x: Tensor) -> Tensor:
@@ -124,18 +130,19 @@ class IntegerInput(InputState):
     @property
     def state(self) -> State | None:
         """The state as one tensor. Cost: nothing for one run of channels, otherwise a copy."""
-        if len(self.parts) < 2:
-            return self.parts[0] if self.parts else None
-        value, *moves = (torch.cat(t, self.quantizer.channel_dim) for t in zip(*map(_tensors, self.parts), strict=True))
+        if len(self.states) < 2:
+            return super().state
+        values = zip(*((state.value, *state.moves) for state in self.states), strict=True)
+        value, *moves = (torch.cat(runs, self.spec.channel_dim) for runs in values)
         return State(value, tuple(moves))
 
     def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """Encode into bytes and write the state in place; with `fusion` in the same pass over memory."""
-        if fusion is not None and not fuses(fusion.norm, x.device, self.spec):
+        if fusion is not None and not self.spec.fuses(fusion.norm, x.device):
             x, fusion = fusion.compute(x), None
-        if self.outgrown or not self.parts or (not self.quantizer.config.dynamic and self.quantizer.watching):
+        if self.outgrown or not self.states or (not self.quantizer.config.dynamic and self.quantizer.watching):
             return self.begin(x, fusion)
-        value = x if self.spec.rotation is None else self.prepared(x, None)
+        value = x if self.spec.rotation is None else self.spec.prepared(x, None)
         if self.spec.channel_dim == -1 and fusion is None:
             value = value.contiguous()  # compiled loops read tokens whose channels lie next to each other
         return self.encode(value, fusion)
@@ -143,48 +150,38 @@ class IntegerInput(InputState):
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A step of the simulation."""
         update, state = self.encoded(x, fusion, self.state)
-        split = [dense_runs(t, self.quantizer.segments, self.quantizer.channel_dim) for t in _tensors(state)]
-        self.parts = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
+        split = [dense_runs(t, self.quantizer.segments, self.spec.channel_dim) for t in (state.value, *state.moves)]
+        self.states = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
         return update
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step."""
         quantizer, gain = self.quantizer, None
         if self.predictor.past_states > 1:
-            weights = self.predictor.weights(len(self.parts[0].moves), self.config.gain, self.ratio(x.device))
+            weights = self.predictor.weights(len(self.states[0].moves), self.config.gain, self.ratio(x.device))
             gain = torch.as_tensor(weights[0] if weights else 0.0, dtype=torch.float32, device=x.device)
         every, scales = quantizer.config.refresh_every, None
         if not quantizer.config.dynamic:
             scales = quantizer.scales(x)
         elif every > 1 and self.age % every:
             scales = [q.scale for q in self.scales]
-        runs: Sequence[tuple[Tensor, InputFusion | None]] = ((x, fusion),)
-        if len(quantizer.segments) > 1:
-            runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
-        parts: list[Codes] = []
-        states: list[State] = []
-        for index, (run, fused) in enumerate(runs):
-            state = self.parts[index]
+        codes, states = [], []
+        for index, (run, fused) in enumerate(fused_runs(x, fusion, quantizer)):
+            state = self.states[index]
             if gain is not None or state.value.stride() != run.stride():
                 state = _laid(state, run, gain is not None)
-            encode = encode_residual if fused is None else fused.encode
-            parts.append(
-                encode(
-                    run, state.value, None if scales is None else scales[index], quantizer.bits, quantizer.config.clip,
-                    quantizer.granularity, channel_dim=quantizer.channel_dim,
-                    move=state.moves[0] if state.moves else None, gain=gain,
-                )
-            )  # fmt: skip
             states.append(state)
-        self.parts = tuple(states)
+            scale, move = None if scales is None else scales[index], state.moves[0] if state.moves else None
+            codes.append(encode_run(run, fused, state.value, quantizer, scale, move=move, gain=gain))
+        self.states = tuple(states)
         if every > 1:
-            self.scales, self.age = tuple(QParams(scale, None) for _, scale in parts), self.age + 1
-        code = ByteCode(tuple(parts), 2 ** (quantizer.bits - 1), quantizer.channel_dim)
-        return Update(None, (code,), weights=() if gain is None else (gain,))
+            self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
+        return self.update_of(codes, () if gain is None else (gain,))
 
-
-def _tensors(state: State) -> tuple[Tensor, ...]:
-    return (state.value, *state.moves)
+    def update_of(self, codes: Sequence[Codes], weights: tuple[Tensor, ...] = ()) -> Update:
+        """What the outputs take of a steady step."""
+        code = ByteCode(tuple(codes), 2 ** (self.quantizer.bits - 1), self.spec.channel_dim)
+        return Update(None, (code,), weights=weights)
 
 
 def _laid(state: State, x: Tensor, moves: bool) -> State:
@@ -205,7 +202,7 @@ class IntegerLoop(SimulatedLoop):
 
     def __init__(self, spec: LayerSpec, operator: LayerOperator, quantizer: Quantizer | None, clock: Clock) -> None:
         super().__init__(spec, operator, quantizer, clock)
-        self._source: tuple[object, ...] = ()
+        self._source: tuple[object, ...] = ()  # of the codes that the kernels were made of
         self._codes: tuple[Codes, ...] = ()
         self._kernels: tuple[Kernel, ...] = ()
 
@@ -223,12 +220,12 @@ class IntegerLoop(SimulatedLoop):
         packed = isinstance(quantized, PackedWeight)
         source = (weight.data_ptr(), version_of(weight), weight.device) if packed else quantized.codes(weight)
         if source != self._source if packed else source is not self._source:
-            if packed and len(quantized.segments) == 1:
+            if packed and len(quantized.columns) == 1:
                 codes: tuple[Codes, ...] = (quantized.stored(weight),)  # two 4-bit codes in a byte, as they are kept
             else:
                 codes = tuple((each.contiguous(), q.scale) for each, q in quantized.codes(weight))
             if len(codes) != len(self._codes) or not all(map(_equal, codes, self._codes)):
-                self._codes, self._kernels = codes, tuple(self._kernel(*each) for each in codes)
+                self._codes, self._kernels = codes, tuple(map(self._kernel, self.spec.runs, codes))
             self._source = source  # where the codes are the same, what a backend made of them stays
         return self._kernels
 
@@ -237,11 +234,10 @@ class IntegerLoop(SimulatedLoop):
 
         Before the weight is quantized, by the largest code of its bits.
         """
-        bits, weight = self.spec.config.weight.bits or 8, self.operator.weight
+        weight, largest = self.operator.weight, 2 ** ((self.spec.config.weight.bits or 8) - 1) - 1
         if self._kernels or weight.is_meta:
             return tuple(kernel.choice for kernel in self._kernels)
-        shape, largest = (weight.shape[0], weight.device.type), 2 ** (bits - 1) - 1
-        return tuple(plan(self._problem(inputs, *shape, largest)) for inputs in self.spec.runs)
+        return tuple(plan(self._problem(run, len(weight), weight.device.type, largest)) for run in self.spec.runs)
 
     def bytes_of_backends(self) -> int:
         """Of the copies that backends made of the weight's codes."""
@@ -253,16 +249,16 @@ class IntegerLoop(SimulatedLoop):
         if not isinstance(code, ByteCode) or not isinstance(state, State):
             state = memory.output = self.started(update, state if isinstance(state, State) else None)
             return state.value.to(dtype, copy=True)
-        *others, last = zip(self.kernels, code.parts, strict=True)
+        *others, last = zip(self.kernels, code.runs, strict=True)
         if not update.weights:
-            for kernel, (codes, scale) in others:
-                kernel.accumulate(state.value, codes, scale)
-            kernel, (codes, scale) = last
-            return kernel.step(state.value, codes, scale, dtype)
+            for kernel, codes in others:
+                kernel.accumulate(state.value, *codes)
+            kernel, codes = last
+            return kernel.step(state.value, *codes, dtype)
         # the move takes what is sent, ô_t - ô_{t+1} = g (ô_{t+1} - ô_{t+2}) + A_q(q_t), and the state takes the move
         move = state.moves[0].mul_(*update.weights) if state.moves else torch.zeros_like(state.value)
-        for kernel, (codes, scale) in (*others, last):
-            kernel.accumulate(move, codes, scale)
+        for kernel, codes in (*others, last):
+            kernel.accumulate(move, *codes)
         memory.output = State(state.value.add_(move), (move,))
         return state.value.to(dtype, copy=True)
 
@@ -275,35 +271,24 @@ class IntegerLoop(SimulatedLoop):
 
     def plain(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
         """A_q(quantize(x)) + bias without memory. Raises: CalibrationError as the quantizer does."""
-        quantizer, dtype = self.quantizer, x.dtype
+        quantizer, kernels, dtype = self.quantizer, self.kernels, x.dtype
         if quantizer is None or quantizer.watching:
             return super().plain(x, fusion)
-        if fusion is not None and not self.fuses(fusion.norm):
-            x, fusion = fusion.compute(x), None
-        if self.spec.rotation is not None:
-            x = rotate(at_least_float32(x), self.spec.rotation, self.spec.channel_dim)
-        scales, kernels = quantizer.scales(x), self.kernels
-        total: Tensor | None = None
-        runs = fused_runs(x, fusion, quantizer.segments, quantizer.channel_dim)
-        for i, ((run, fused), kernel) in enumerate(zip(runs, kernels, strict=True)):
-            scale = None if scales is None else scales[i]
-            arguments = (scale, quantizer.bits, quantizer.config.clip, quantizer.granularity)
-            encode = encode_residual if fused is None else fused.encode
-            codes, scale = encode(run, None, *arguments, channel_dim=quantizer.channel_dim)
+        if fusion is None or not self.spec.fuses(fusion.norm, x.device):
+            x, fusion = self.spec.prepared(x, fusion), None
+        scales, total = quantizer.scales(x), None
+        for i, ((run, fused), kernel) in enumerate(zip(fused_runs(x, fusion, quantizer), kernels, strict=True)):
+            codes, scale = encode_run(run, fused, None, quantizer, None if scales is None else scales[i])
             if total is None:
                 total = kernel.compute(codes, scale, self.operator.bias, dtype if len(kernels) == 1 else torch.float32)
             else:
                 kernel.accumulate(total, codes, scale)
         return torch.as_tensor(total).to(dtype)
 
-    def fuses(self, norm: Norm) -> bool:
-        """As the function."""
-        return fuses(norm, self.operator.weight.device, self.spec)
-
-    def _kernel(self, codes: Tensor, scale: Tensor) -> Kernel:
-        inputs = self.spec.channels if self.spec.split is None else codes.shape[1]
-        problem = self._problem(inputs, codes.shape[0], codes.device.type, largest_weight_code(codes))
-        return Kernel(problem, codes, scale.to(torch.float32))
+    def _kernel(self, inputs: int, codes: Codes) -> Kernel:
+        weight, scale = codes
+        problem = self._problem(inputs, len(weight), weight.device.type, largest_weight_code(weight))
+        return Kernel(problem, weight, scale.to(torch.float32))
 
     def _problem(self, inputs: int, outputs: int, device: str, weight_max: int) -> Problem:
         spec = self.spec
@@ -315,5 +300,5 @@ class IntegerLoop(SimulatedLoop):
 
 
 def _equal(one: Codes, other: Codes) -> bool:
-    same = (one[0].device, one[0].dtype) == (other[0].device, other[0].dtype)
-    return same and torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    pairs = zip(one, other, strict=True)
+    return all((a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b) for a, b in pairs)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.hadamard import rotate
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate, encode_plain, output_of
 from modiff.errors import StateError
 from modiff.kernels.fixed_point import FixedState
-from modiff.kernels.input_fusion import InputFusion, Norm
+from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
-from modiff.nn.operator import LayerOperator, LayerSpec, at_least_float32
+from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.sharing import InputGroup, InputState
+from modiff.nn.weight import at_least_float32
 
 Key = tuple[str, int]
 """(context, how many times the layer was called before in this evaluation)."""
@@ -30,14 +31,13 @@ class LayerState(NamedTuple):
     output: Tensor
 
 
+@dataclass(slots=True)
 class Memory:
     """Of one layer in one context: the input state that it reads, its output state, the updates it took."""
 
-    __slots__ = ("input", "output", "taken")
-
-    def __init__(self, state: InputState) -> None:
-        self.input, self.taken = state, 0
-        self.output: State | FixedState | None = None
+    input: InputState
+    output: State | FixedState | None = None
+    taken: int = 0
 
 
 class SimulatedLoop:
@@ -105,16 +105,10 @@ class SimulatedLoop:
 
     def plain(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
         """The output of a layer without memory."""
-        value = x if fusion is None else fusion.compute(x)
-        if self.spec.rotation is not None:
-            value = rotate(at_least_float32(value), self.spec.rotation, self.spec.channel_dim)
+        value = self.spec.prepared(x, fusion)
         if self.quantizer is None:
             return self.operator.affine(at_least_float32(value)).to(x.dtype)
         return output_of(encode_plain(value, self.quantizer), self.operator).to(x.dtype)
-
-    def fuses(self, norm: Norm) -> bool:
-        """Whether a norm or an activation before the layer can be computed while its result is encoded."""
-        return False
 
     def forget(self) -> None:
         """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
@@ -127,9 +121,7 @@ class SimulatedLoop:
         """Both states of the present context. Raises: StateError before the first step."""
         memory = self.memories.get((self.clock.context, 0))
         if memory is None or memory.output is None:
-            raise StateError(
-                f"{self.spec.name}: expected states, got none. The layer has not run in this trajectory. Run it."
-            )
+            raise StateError(f"{self.spec.name}: expected states, got none. The layer has not run in this trajectory.")
         state, output = memory.input.state, memory.output
         value = output.value() if isinstance(output, FixedState) else output.value
         return LayerState(value if state is None else state.value, value)
