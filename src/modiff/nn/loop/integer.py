@@ -99,17 +99,18 @@ def fused_runs(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> l
 
 def encode_run(
     x: Tensor, fusion: InputFusion | None, state: Tensor | FixedState | None, quantizer: Quantizer,
-    scale: Tensor | None = None, **memory: Tensor | None,
+    scale: Tensor | None = None, *, move: Tensor | None = None, gain: Tensor | None = None,
+    clipped: Tensor | None = None,
 ) -> Codes:  # fmt: skip
     """Codes of one run of channels by the kernel for its state, which becomes the next one in place."""
-    settings = (quantizer.bits, quantizer.config.clip, quantizer.granularity)
+    settings, channel_dim = (quantizer.bits, quantizer.config.clip, quantizer.granularity), quantizer.channel_dim
     if fusion is not None:
-        return fusion.encode(x, state, scale, *settings, channel_dim=quantizer.channel_dim, **memory)
+        return fusion.encode(x, state, scale, *settings, channel_dim=channel_dim, move=move, gain=gain, clipped=clipped)
     if isinstance(state, FixedState):
-        return encode_fixed(x, state, *settings, channel_dim=quantizer.channel_dim, **memory)
+        return encode_fixed(x, state, *settings, channel_dim=channel_dim, clipped=clipped)
     if state is None:
-        return encode_input(x, scale, *settings, channel_dim=quantizer.channel_dim)
-    return encode_residual(x, state, scale, *settings, channel_dim=quantizer.channel_dim, **memory)
+        return encode_input(x, scale, *settings, channel_dim=channel_dim)
+    return encode_residual(x, state, scale, *settings, channel_dim=channel_dim, move=move, gain=gain)
 
 
 def laid_as(state: Tensor, x: Tensor) -> Tensor:
