@@ -19,8 +19,8 @@ from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
 from modiff.kernels.backend import PREPACKED
 from modiff.kernels.dispatch import Choice, plan
-from modiff.kernels.encode import encode_input, encode_residual
-from modiff.kernels.fixed_point import FixedState, encode_fixed
+from modiff.kernels.encode import encode_residual
+from modiff.kernels.fixed_point import FixedState
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.layout import channels_innermost, innermost
@@ -102,15 +102,12 @@ def encode_run(
     scale: Tensor | None = None, *, move: Tensor | None = None, gain: Tensor | None = None,
     clipped: Tensor | None = None,
 ) -> Codes:  # fmt: skip
-    """Codes of one run of channels by the kernel for its state, which becomes the next one in place."""
-    settings, channel_dim = (quantizer.bits, quantizer.config.clip, quantizer.granularity), quantizer.channel_dim
-    if fusion is not None:
-        return fusion.encode(x, state, scale, *settings, channel_dim=channel_dim, move=move, gain=gain, clipped=clipped)
-    if isinstance(state, FixedState):
-        return encode_fixed(x, state, *settings, channel_dim=channel_dim, clipped=clipped)
-    if state is None:
-        return encode_input(x, scale, *settings, channel_dim=channel_dim)
-    return encode_residual(x, state, scale, *settings, channel_dim=channel_dim, move=move, gain=gain)
+    """Codes of one run of channels against its state, which becomes the next one in place."""
+    encode = encode_residual if fusion is None else fusion.encode
+    return encode(
+        x, state, scale, quantizer.bits, quantizer.config.clip, quantizer.granularity,
+        channel_dim=quantizer.channel_dim, move=move, gain=gain, clipped=clipped,
+    )  # fmt: skip
 
 
 def laid_as(state: Tensor, x: Tensor) -> Tensor:
