@@ -75,8 +75,8 @@ def test_another_batch_or_thread_is_another_trajectory_though_time_goes_on(other
 
 def test_generations_in_a_row_equal_those_in_trajectories_of_their_own():
     model, guarded = modulated(), modulated(automatic=False)
-    for seed in (0, 1, 0):
-        assert_equal(sample(model, seed=seed), generate(guarded, seed=seed))
+    for seed, batch in ((0, 2), (1, 1), (0, 2)):
+        assert_equal(sample(model, seed=seed, batch=batch), generate(guarded, seed=seed, batch=batch))
     modiff.pack(model)  # waits for no trajectory that began by itself
     assert_equal(sample(model), generate(guarded))
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 import modiff
 from modiff import ModiffConfig, presets
 from modiff.errors import ModiffWarning
-from tests.model.toys import applied, sample
+from tests.model.toys import applied, generate
 
 
 class HeadFirst(nn.Module):
@@ -39,14 +36,6 @@ def run(model: nn.Module) -> None:
             model(torch.ones(2, 16))
 
 
-@contextmanager
-def warnings_fail() -> Iterator[None]:
-    """The suite ignores this kind of warning elsewhere."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ModiffWarning)
-        yield
-
-
 def hooks_on(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules() if m is not model)
 
@@ -62,6 +51,7 @@ def test_an_end_that_is_quantized_is_named_once_with_what_to_type():
     assert hooks_on(model) == 0
 
 
+@pytest.mark.filterwarnings("error::modiff.ModiffWarning")
 @pytest.mark.parametrize(
     "config",
     [
@@ -74,14 +64,13 @@ def test_an_end_that_is_quantized_is_named_once_with_what_to_type():
 def test_ends_that_the_config_names_are_not_warned_about(config):
     model = HeadFirst()
     modiff.apply(model, config)
-    with warnings_fail():
-        run(model)
+    run(model)
 
 
+@pytest.mark.filterwarnings("error::modiff.ModiffWarning")
 def test_a_network_that_runs_in_the_order_of_registration_is_not_warned_about_whatever_embeds_its_time():
     model = applied()
-    with modiff.trajectory(model), warnings_fail():
-        sample(model)
+    generate(model)
     assert hooks_on(model) == 0
 
 

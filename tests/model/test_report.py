@@ -46,6 +46,8 @@ def test_the_table_counts_layers_and_weights_and_puts_what_is_alike_on_one_line(
         "  c                     Linear  full precision  tiny: 500 weights",
     ]
     assert str(Report(())) == "0 layers taken (0.0 % of the weights), 0 left"
+    one, two = Report((entry("a"),), MemoryUse(1, 2, 3, 4)), Report((entry("b"),), MemoryUse(10, 20, 30, 40))
+    assert (one + two + Report(())) == Report((*one.entries, *two.entries), MemoryUse(11, 22, 33, 44))
 
 
 def test_json_has_every_layer_in_order_and_those_left_have_a_reason():
@@ -56,12 +58,6 @@ def test_json_has_every_layer_in_order_and_those_left_have_a_reason():
     assert [row["name"] for row in layers] == [e.name for e in report.entries]
     body = {"name": "body", "kind": "Conv2d", "weights": 2304, "setting": "W8A4 modulated"}
     assert layers[2] == body | dict.fromkeys(("reason", "execution", "why", "anchor"), "")
-
-
-def test_reports_of_two_networks_add_up():
-    one, two = Report((entry("a"),), MemoryUse(1, 2, 3, 4)), Report((entry("b"),), MemoryUse(10, 20, 30, 40))
-    assert (one + two).entries == (*one.entries, *two.entries)
-    assert (one + two + Report(())).memory == MemoryUse(11, 22, 33, 44)
 
 
 def test_the_report_of_apply_says_how_each_layer_runs_and_why_not_on_integers(monkeypatch):
@@ -113,7 +109,6 @@ def test_memory_is_told_in_full(packed):
         (presets.w4a8(), "quantized", "quantized weights"),
         (presets.w4a8(), "int8", "int8 anchor codes (1.5 bytes a weight)"),
         (presets.published(4, 8), None, "quantized weights"),
-        (presets.published(None, 8), None, "exact weights"),
     ],
 )
 def test_the_report_says_what_the_layers_anchor_with(config, pack, anchor):

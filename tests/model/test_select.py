@@ -9,7 +9,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, QuantizerConfig
-from modiff.model.select import layer_config
 from tests.model.toys import TAKEN, applied, toy
 
 
@@ -58,9 +57,8 @@ def test_patterns_limits_and_names_choose(config, names):
 def test_the_last_override_that_matches_wins():
     four, three = (LayerConfig(activation=QuantizerConfig(bits=b)) for b in (4, 3))
     config = ModiffConfig(overrides=(("attention.*", four), ("*to_k", three), ("bo*", three)))
-    bits = {n: layer_config(n, config).activation.bits for n in TAKEN}
+    bits = {e.name: e.config.activation.bits for e in modiff.select(toy(), config).taken}
     assert bits == dict(zip(TAKEN, (3, 4, 3, 4, 4), strict=True))
-    assert {e.name: e.config.activation.bits for e in modiff.select(toy(), config).taken} == bits
 
 
 @pytest.mark.parametrize("field", ["include", "exclude", "overrides"])
@@ -71,9 +69,7 @@ def test_a_pattern_that_matches_no_layer_is_an_error_that_names_some(field):
 
 
 def test_nothing_to_take_is_an_error_that_shows_why():
-    with pytest.raises(
-        ConfigError, match=r"(?s)Toy: expected at least one layer to take, got none of 10.*tiny: 32 weights"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)Toy: expected at least one layer to take, got none of 10.*tiny: 32"):
         modiff.select(toy(), ModiffConfig(min_weights=10**6))
     with pytest.raises(ConfigError, match="ReLU: expected at least one layer to take, got none of 0"):
         modiff.select(nn.ReLU(), ModiffConfig())

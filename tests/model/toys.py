@@ -148,15 +148,9 @@ class ToyUNet(nn.Module):
 
 
 SPLITS = {
-    "up_blocks.0.resnets.0.conv1": 16,
-    "up_blocks.0.resnets.0.conv_shortcut": 16,
-    "up_blocks.0.resnets.1.conv1": 16,
-    "up_blocks.0.resnets.1.conv_shortcut": 16,
-    "up_blocks.1.resnets.0.conv1": 16,
-    "up_blocks.1.resnets.0.conv_shortcut": 16,
-    "up_blocks.1.resnets.1.conv1": 8,
-    "up_blocks.1.resnets.1.conv_shortcut": 8,
-}
+    f"up_blocks.{block}.resnets.{resnet}.{conv}": 8 if block == resnet == 1 else 16
+    for block in (0, 1) for resnet in (0, 1) for conv in ("conv1", "conv_shortcut")
+}  # fmt: skip
 
 
 def toy_unet(seed: int = 0) -> ToyUNet:
