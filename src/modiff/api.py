@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -201,7 +201,6 @@ def tune(
     steps: int = 50,
     num_images: int = 4,
     seed: int = 0,
-    granularity: Literal["model", "layer"] = "model",
     run: Callable[[], object] | None = None,
 ) -> ModiffConfig:
     """Clip ratio, predictor, gain and rotation for a model at `bits` activation bits, from a few short trajectories.
@@ -209,7 +208,6 @@ def tune(
     Args:
         config: selection and other settings to keep; its bit widths are replaced.
         steps, num_images, seed: of the trajectory of an unconditional pipeline; use the steps you will sample with.
-        granularity: "model" for one setting, "layer" for one per layer.
         run: runs one trajectory; needed for anything but an unconditional pipeline.
     Returns: a config for `modiff.apply`. The target is not changed.
     Raises: ConfigError if `run` is needed and missing; StateError if modiff is on the target already.
@@ -220,7 +218,7 @@ def tune(
     run = run or partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
     splits = [host.splits(network) for network in networks]
     with host.contexts(*networks):
-        return search_config(networks, run, base, granularity=granularity, splits=splits)
+        return search_config(networks, run, base, splits=splits)
 
 
 def autotune(

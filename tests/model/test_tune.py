@@ -20,7 +20,7 @@ from modiff import (
     StateError,
 )
 from modiff.model.attach import attachment_of
-from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, _by_name, candidates, search_config
+from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, candidates, search_config
 from tests.helpers import assert_same_bits, drifting
 from tests.model.toys import activations_only, assert_equal, sample, toy
 
@@ -89,34 +89,6 @@ def test_the_model_is_untouched_even_when_the_run_raises():
     assert_equal(sample(model), before)
 
 
-class Pair(nn.Module):
-    """Two layers with different needs: one reads what moves smoothly, the other noise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.smooth, self.noisy, self.last = (nn.Linear(n, n) for n in (2, 16, 16, 2))
-
-    def forward(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
-        smooth, noisy = x.chunk(2, -1)
-        return torch.cat([self.smooth(smooth), self.noisy(noisy)], -1)
-
-
-def test_a_setting_for_each_layer_wins_where_layers_differ_and_comes_as_overrides(monkeypatch):
-    torch.manual_seed(3)
-    model, noise = Pair(), drifting(0, (8, 16), 25, 0.3, torch.float32)
-    run_it = runs(model, [torch.cat([s, 20 * n], -1) for s, n in zip(smooth_inputs(), noise, strict=True)])
-    base = activations_only(4)
-    linear = dataclasses.replace(base.layer, modulation=ModulationConfig(predictor="linear"))
-    choices = [base.layer, linear]
-    monkeypatch.setattr("modiff.model.tune.candidates", lambda base: choices)
-    whole = search_config([model], run_it, base)
-    tuned = search_config([model], run_it, base, granularity="layer")
-    assert whole.layer in choices
-    assert whole.overrides == ()
-    assert tuned.overrides == (("smooth", linear), ("noisy", base.layer))
-    assert [e.config for e in modiff.apply(model, tuned).taken] == [linear, base.layer]
-
-
 @pytest.mark.parametrize(("scale", "predictor"), [(1e-3, "linear"), (1e3, "hold")])
 def test_two_networks_get_one_config_judged_on_both_together(scale, predictor, monkeypatch):
     torch.manual_seed(3)
@@ -129,11 +101,6 @@ def test_two_networks_get_one_config_judged_on_both_together(scale, predictor, m
     tuned = search_config(models, lambda: (first(), second()), base)
     assert tuned.layer.modulation.predictor == predictor
     assert all(attachment_of(model) is None for model in models)
-
-
-def test_layers_of_one_name_in_two_networks_are_judged_by_the_geometric_mean_of_their_errors():
-    errors = [("a", [1.0, 4.0]), ("b", [2.0, 3.0]), ("a", [4.0, 0.25])]
-    assert _by_name(errors) == {"a": [2.0, 1.0], "b": [2.0, 3.0]}
 
 
 def test_the_best_few_run_for_real_and_no_more():

@@ -63,8 +63,7 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
 def uninstall(model: nn.Module) -> None:
     """Put the original layers back: the same modules, the same parameters, the same bits.
 
-    Raises: StateError if modiff was not applied to the model, its weights were packed, or another library wrapped the
-        layers since; the model is as it was then.
+    Raises: as `check_removable`; the model is as it was then.
     """
     check_removable(model)
     attachment = required_attachment(model, "remove")
@@ -74,7 +73,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 def check_removable(model: nn.Module) -> None:
-    """Raise the StateError of a model whose originals cannot come back."""
+    """Raise the StateError of a model that is plain or packed, or whose layers another library wrapped since."""
     attachment = required_attachment(model, "remove")
     if attachment.packed:
         raise StateError(

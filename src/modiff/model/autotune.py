@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -90,8 +91,7 @@ class AutotuneRow:
 class AutotuneResult:
     """What was chosen for each layer that the config selects, and why. Prints as a table.
 
-    config: for `modiff.apply`; layers that stay in floats are excluded, plain ones are overrides. Where no layer
-    `pays`, there is nothing to apply, and `apply` says so.
+    config: for `modiff.apply`; layers that stay in floats are excluded, plain ones are overrides.
     """
 
     config: ModiffConfig
@@ -100,7 +100,7 @@ class AutotuneResult:
 
     @property
     def pays(self) -> bool:
-        """Whether any layer is better off on integers."""
+        """Whether any layer is better off on integers; where none is, `apply` has nothing to take and says so."""
         return any(row.choice != "float" for row in self.rows)
 
     def seconds(self, mode: str | None = None) -> float:
@@ -118,14 +118,14 @@ class AutotuneResult:
                 "layers": [dataclasses.asdict(row) for row in self.rows]}  # fmt: skip
 
     def __str__(self) -> str:
-        chosen = [row.choice for row in self.rows]
-        counts = ", ".join(f"{chosen.count(mode)} {mode}" for mode in MODES)
+        chosen = Counter(row.choice for row in self.rows)
+        counts = ", ".join(f"{chosen[mode]} {mode}" for mode in MODES)
         times = ", ".join(f"all {mode} {1e3 * self.seconds(mode):.1f}" for mode in MODES)
         head = f"{counts}; layers of one evaluation: {1e3 * self.seconds():.1f} ms as chosen, {times}"
         width = max((len(row.name) for row in self.rows), default=4)
         backends = [row.backend for row in self.rows if row.backend]
         lines = [f"{head}; states {self.state_bytes / 2**20:.1f} MiB"]
-        lines += [f"  {backends.count(backend)} on {backend}" for backend in dict.fromkeys(backends)]
+        lines += [f"  {count} on {backend}" for backend, count in Counter(backends).items()]
         return "\n".join([*lines, *(f"  {row.name:<{width}}  {row}" for row in self.rows)])
 
 

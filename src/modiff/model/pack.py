@@ -30,12 +30,7 @@ def pack_layers(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -
 
 
 def check_packable(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> None:
-    """Make sure that a model can be packed, before anything is.
-
-    Raises: StateError if modiff was not applied, inside a trajectory, if weights changed after their rounding was
-        learned, or if int8 anchors need floats that are gone; ConfigError for a weight with NaN, or for int8 anchors of
-        a model that does not anchor with exact weights.
-    """
+    """Make sure that a model can be packed, before anything is. Raises: StateError or ConfigError, as `modiff.pack`."""
     attachment = required_attachment(model, "pack")
     check_anchors(model, "pack", anchor_weights)
     if attachment.in_trajectory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,26 +101,21 @@ def probes_of(
         yield list(probes.values())
 
 
-class Track:
-    """samples, outputs: of each evaluation of any of the networks, in order of time; kept for all steps."""
+class Track(NamedTuple):
+    """Of each evaluation of any of the networks, in order of time; kept for all steps."""
 
-    def __init__(self) -> None:
-        self.samples: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-
-    def shapes(self) -> list[torch.Size]:
-        """Of all samples and outputs: two tracks with the same shapes can be compared."""
-        return [t.shape for t in (*self.samples, *self.outputs)]
+    samples: list[Tensor]
+    outputs: list[Tensor]
 
 
 @contextmanager
 def tracked(models: Sequence[nn.Module]) -> Iterator[Track]:
     """Record the evaluations of all of `models` in the body."""
-    track = Track()
+    track = Track([], [])
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = sample_of(args, kwargs)
-        track.samples += [] if sample is None else [sample.detach().clone()]
+        if (sample := sample_of(args, kwargs)) is not None:
+            track.samples.append(sample.detach().clone())
 
     def after(_: nn.Module, _args: object, _kwargs: object, output: Any) -> None:
         tensor = output if isinstance(output, Tensor) else output[0]

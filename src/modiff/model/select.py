@@ -74,8 +74,7 @@ def modulated_layer(
     layer: nn.Module, config: LayerConfig, name: str, clock: Clock, split: int | None = None
 ) -> ModulatedLayer:
     """The modulated layer that takes the place of a plain one. Raises: ConfigError for a layer that has none."""
-    kind = quantized_class(layer)
-    if kind is None:
+    if (kind := quantized_class(layer)) is None:
         raise ConfigError(f"{name}: expected a layer that modiff can modulate, got {type(layer).__name__}. Exclude it.")
     return kind.from_float(layer, config, name=name, clock=clock, split=split)
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,6 @@ MANY_BITS_CLIPS = (1.0, 0.8)
 GAINS = (0.5, 0.8, 1.0)
 FINALISTS = 4
 """How many candidates run for real."""
-LayerErrors = list[tuple[str, list[float]]]
-"""Layer name, error of each choice; two networks may use a name twice."""
 
 
 def candidates(base: LayerConfig) -> list[LayerConfig]:
@@ -64,7 +61,6 @@ def search_config(
     run: Callable[[], object],
     config: ModiffConfig,
     *,
-    granularity: Literal["model", "layer"] = "model",
     splits: Sequence[Mapping[str, int]] = (),
 ) -> ModiffConfig:
     """The config with the settings that keep the samples closest to full precision, as `modiff.tune` says.
@@ -75,8 +71,6 @@ def search_config(
 
     Args:
         models: the networks that `run` evaluates: they get one config, judged on all of them together.
-        granularity: "layer" lets the best setting of each layer, as overrides, compete too; layers of the same name in
-            two networks get the same one.
         splits: as for `apply`, for each of the models.
     Raises: StateError if modiff is on a model; CalibrationError if `run` never reached a second step.
     """
@@ -84,32 +78,20 @@ def search_config(
     choices, splits = candidates(config.layer), list(splits) or [{}] * len(models)
     errors, exact = _layer_errors(models, run, config, choices, splits)
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
-    if granularity == "layer":
-        best = tuple((name, choices[row.index(min(row))]) for name, row in _by_name(errors).items())
-        finalists.append(dataclasses.replace(config, overrides=config.overrides + best))
     scores = [_sample_error(models, run, finalist, splits, exact) for finalist in finalists]
     return finalists[scores.index(min(scores))]
 
 
-def _shortlist(choices: list[LayerConfig], errors: LayerErrors) -> list[LayerConfig]:
+def _shortlist(choices: list[LayerConfig], errors: list[list[float]]) -> list[LayerConfig]:
     """The best clip of each predictor, gain and rotation by the mean log error of the layers; the best few of these.
 
     A layer's own error tells clips apart well, predictors less so: what errors do to the trajectory decides those.
     """
-    scores = [sum(math.log(row[i] + 1e-12) for _, row in errors) for i in range(len(choices))]
+    scores = [sum(math.log(row[i] + 1e-12) for row in errors) for i in range(len(choices))]
     best: dict[object, LayerConfig] = {}
     for i in sorted(range(len(choices)), key=scores.__getitem__):
         best.setdefault((choices[i].rotation, choices[i].modulation), choices[i])
     return list(best.values())[:FINALISTS]
-
-
-def _by_name(errors: LayerErrors) -> dict[str, list[float]]:
-    """Errors of each choice by layer name; of layers that share a name, the geometric mean."""
-    rows: dict[str, list[list[float]]] = {}
-    for name, row in errors:
-        rows.setdefault(name, []).append(row)
-    return {name: [math.prod(column) ** (1 / len(same)) for column in zip(*same, strict=True)]
-            for name, same in rows.items()}  # fmt: skip
 
 
 def _layer_errors(
@@ -118,15 +100,15 @@ def _layer_errors(
     config: ModiffConfig,
     choices: list[LayerConfig],
     splits: Sequence[Mapping[str, int]],
-) -> tuple[LayerErrors, Track]:
+) -> tuple[list[list[float]], Track]:
     """Run in full precision: the relative error of each choice's input side, for every layer; and what was computed."""
     known, probes = layer_names(models), list[Probe]()
     with tracked(models) as exact, ExitStack() as stack:
         for model, its_splits in zip(models, splits, strict=True):
             probes += stack.enter_context(probes_of(model, config, choices, its_splits, known))
         run()
-    errors = [(probe.name, probe.errors()) for probe in probes]
-    if any(not math.isfinite(e) for _, row in errors for e in row):
+    errors = [probe.errors() for probe in probes]
+    if not all(math.isfinite(e) for row in errors for e in row):
         raise CalibrationError(
             "tune: expected at least two steps of every layer, got fewer. `run` must run a whole trajectory. "
             "Give more steps, or exclude layers that do not run."
@@ -153,7 +135,8 @@ def _sample_error(
             stack.enter_context(model_trajectory(model))
         track = stack.enter_context(tracked(models))
         run()
-    if track.shapes() != exact.shapes() or not track.outputs:
+    ours, theirs = ([t.shape for t in (*its.samples, *its.outputs)] for its in (track, exact))
+    if ours != theirs or not track.outputs:
         raise CalibrationError(
             f"tune: expected run to evaluate the network {len(exact.outputs)} times as before, got "
             f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
