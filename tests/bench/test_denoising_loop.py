@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,7 @@ from loop.variants import Task
 from modiff import ConfigError
 
 
-def test_the_command_runs_a_variant_in_its_process_prints_it_and_appends_a_row(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_runs_a_variant_in_its_process_prints_it_and_appends_a_row(tmp_path, capsys, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"variant": "an older row"}\n')
     arguments = ["--models", "tiny", "--quick", "--threads", "1", "--variants", "fp32-eager"]
@@ -39,7 +36,7 @@ def test_the_command_runs_a_variant_in_its_process_prints_it_and_appends_a_row(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_of_a_row_are_of_its_rounds() -> None:
+def test_figures_of_a_row_are_of_its_rounds():
     record: Any = Record(Task(MODELS["embedded"], "gated", timed=50))
     record.facts = {"isa": "amx", "threads": 2, "note": ""}
     for seconds, peak in ((3.0, 90.0), (1.0, 70.0), (2.5, 80.0)):
@@ -57,7 +54,7 @@ def test_figures_of_a_row_are_of_its_rounds() -> None:
     assert "gated                not run: no such thing here" in loop_report.table([record], {})
 
 
-def test_less_instructions_than_asked_for_are_refused() -> None:
+def test_less_instructions_than_asked_for_are_refused():
     amx = {"amx_int8": True, "avx512_vnni": True, "avx512_f": True, "avx512_bw": True, "avx2": True, "sse4_1": True}
     assert denoising_loop.child_environment("native", None, amx) == {}
     assert denoising_loop.child_environment("vnni", 1, amx) == {

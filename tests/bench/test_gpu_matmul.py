@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_matmul.py"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_dry_run_names_every_variant_and_no_time() -> None:
+def test_the_dry_run_names_every_variant_and_no_time():
     command = [sys.executable, str(SCRIPT), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

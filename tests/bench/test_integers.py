@@ -8,7 +8,7 @@ import integers
 from tests.hosts.tiny import HOSTS
 
 
-def test_rows_compare_integers_with_their_simulation() -> None:
+def test_rows_compare_integers_with_their_simulation():
     pipe = HOSTS["ddim"].build()
     pipe.set_progress_bar_config(disable=True)
     rows = {row["name"]: row for row in integers.measure(pipe, steps=4, num_images=1, seed=0)}

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from bench import methods
-from modiff import FormatError
 from modiff.evaluate.features.classifier import Classifier, save_classifier
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.methods.registry import METHODS, name_of, quantize
@@ -36,23 +35,7 @@ def test_every_row_is_a_method_with_settings_that_exist_and_every_method_has_a_r
             assert name_of(config) == methods.RECIPES[row.recipe].method
 
 
-def test_small_images_lie_in_the_middle_of_black_and_others_are_refused():
-    images = np.full((2, 2, 4, 1), 7, np.uint8)
-    found = methods.bordered(images, (4, 4, 1))
-    assert found.shape == (2, 4, 4, 1)
-    assert (found[:, 1:3] == 7).all()
-    assert found.sum() == images.sum()
-    for shape in ((1, 4, 1), (4, 4, 3)):
-        with pytest.raises(FormatError, match="--reference: expected images of at most"):
-            methods.bordered(images, shape)
-
-
-def test_pixels_are_rounded_and_what_is_no_number_is_black():
-    images = np.array([0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 1.5, -1.0, np.nan])
-    assert methods.as_bytes(images).tolist() == [0, 0, 1, 255, 255, 0, 0]
-
-
-def test_rows_hold_what_the_method_gives_and_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_hold_what_the_method_gives_and_are_run_once(tmp_path, monkeypatch):
     model, tasks = saved_pipeline(tmp_path / "pipeline"), []
     run_here(monkeypatch, methods, lambda task: tasks.append(Path(task["out"]).stem))
     np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 256, (40, 6, 6), dtype=np.uint8))

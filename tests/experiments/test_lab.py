@@ -45,7 +45,7 @@ def by_hand(sampler: str, steps: int, config: modiff.ModiffConfig | None = None,
 
 
 @pytest.mark.parametrize(("sampler", "spacing"), [("ddpm", None), ("ddim", "trailing")])
-def test_a_row_equals_runs_by_hand_image_by_image(tmp_path: Path, sampler: str, spacing: str | None) -> None:
+def test_a_row_equals_runs_by_hand_image_by_image(tmp_path, sampler, spacing):
     config, scheduler = presets.published(8, 4), {"timestep_spacing": spacing} if spacing else {}
     run = Run(steps=STEPS, sampler=sampler, spacing=spacing, config=config)
     (row,) = lab_at(tmp_path).rows([({"name": 1}, run)])
@@ -54,7 +54,7 @@ def test_a_row_equals_runs_by_hand_image_by_image(tmp_path: Path, sampler: str, 
     assert row["name"] == 1
 
 
-def test_a_run_is_sampled_once(tmp_path: Path) -> None:
+def test_a_run_is_sampled_once(tmp_path):
     pipe, calls = pixel_pipeline(), []
     lab, config = lab_at(tmp_path, pipe), presets.plain(8, 4)
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
@@ -69,7 +69,7 @@ def test_a_run_is_sampled_once(tmp_path: Path) -> None:
     assert len(calls) == 9
 
 
-def test_evaluations_and_operations_are_those_of_one_image(tmp_path: Path) -> None:
+def test_evaluations_and_operations_are_those_of_one_image(tmp_path):
     lab, skip = lab_at(tmp_path), SkipRule(unit="sample", threshold=1e6)
     runs = [Run(steps=4), Run(steps=4, sampler="pndm"), Run(steps=4, config=presets.plain(8, 8)),
             Run(steps=4, config=presets.plain(8, 8), exact_first=True),
@@ -88,7 +88,7 @@ def test_evaluations_and_operations_are_those_of_one_image(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("config", "weight", "activation"), [(SILENT.layer, 32, 32), (presets.published(8, 4).layer, 8, 4)]
 )
-def test_operations_of_a_silent_layer_by_hand(config: modiff.LayerConfig, weight: int, activation: int) -> None:
+def test_operations_of_a_silent_layer_by_hand(config, weight, activation):
     tally = Tally()
     for step in range(4):
         tally.add("b", 2, 1.0 if step == 0 else 0.25, step == 0)
@@ -97,7 +97,7 @@ def test_operations_of_a_silent_layer_by_hand(config: modiff.LayerConfig, weight
     assert tally.gbops([LayerCost(name=name, macs=10**9) for name in "ab"], report, 4) == pytest.approx(expected)
 
 
-def test_the_pipeline_is_left_as_it_was_also_after_an_error(tmp_path: Path) -> None:
+def test_the_pipeline_is_left_as_it_was_also_after_an_error(tmp_path):
     pipe = pixel_pipeline()
     scheduler, state = pipe.scheduler, {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     lab = lab_at(tmp_path, pipe)
@@ -119,7 +119,7 @@ def pictures(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((4, 4, 4, 3)).astype(np.float32)
 
 
-def test_errors_are_those_of_all_pixels_together_with_the_median_over_images() -> None:
+def test_errors_are_those_of_all_pixels_together_with_the_median_over_images():
     images, reference = pictures(0), pictures(1)
     outcome = compare(images, reference, 5, 2.5)
     assert json.loads(json.dumps(outcome, allow_nan=False)) == outcome

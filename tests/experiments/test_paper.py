@@ -4,7 +4,6 @@ import doctest
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,13 +30,13 @@ SAMPLED = [name for name in EXPERIMENTS if name not in WATCHED]
 
 
 @pytest.fixture(autouse=True)
-def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def _undrawn(monkeypatch):
     """Pictures take most of the time; the test of the command draws them."""
     monkeypatch.setattr(charts, "_picture", lambda *axes: b"\x89PNG\r\n" + repr(axes).encode())
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def lab(tmp_path_factory):
     settings = StudySettings(num_images=2, steps=10)
     return Lab(pixel_pipeline(), settings, tmp_path_factory.mktemp("runs"), progress=False)
 
@@ -62,14 +61,14 @@ def cell(table: Table, line: str, column: str) -> str:
     return row[heads.index(column)].text
 
 
-def test_the_page_of_the_docs_is_what_the_recorded_results_give() -> None:
+def test_the_page_of_the_docs_is_what_the_recorded_results_give():
     results = StudyResult.from_dict(json.loads((DOCS / "results" / "study.json").read_text()))
     assert tuple(results.values) == tuple(EXPERIMENTS)
     assert markdown(results.document("embedded"), "figures") == (DOCS / "study.md").read_text()
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_an_experiment_survives_its_json_and_is_a_section_with_figures(name: str) -> None:
+def test_an_experiment_survives_its_json_and_is_a_section_with_figures(name):
     fake = FakeLab(depth="full")
     text, _, figures = shown(name, EXPERIMENTS[name].measure(fake))
     assert figures
@@ -91,12 +90,12 @@ def test_an_experiment_survives_its_json_and_is_a_section_with_figures(name: str
         ("clip", "study-clips", "0.4", "modulated A3", "0.0250"),
     ],
 )
-def test_tables_hold_each_run_in_its_cell(name: str, table: str, line: str, column: str, text: str) -> None:
+def test_tables_hold_each_run_in_its_cell(name, table, line, column, text):
     assert cell(shown(name, EXPERIMENTS[name].measure(FakeLab()))[1][table], line, column) == text
 
 
 @pytest.mark.parametrize(("at_half", "wins"), [(0.2, 0), (0.05, 16)])
-def test_zero_bits_are_judged_against_fewer_steps_at_equal_operations(at_half: float, wins: int) -> None:
+def test_zero_bits_are_judged_against_fewer_steps_at_equal_operations(at_half, wins):
     """Fewer steps: error 1 / steps. Silence at threshold t: 1 - 5 t of the operations; the error as given."""
 
     def error(run: Run) -> float:
@@ -109,7 +108,7 @@ def test_zero_bits_are_judged_against_fewer_steps_at_equal_operations(at_half: f
     assert f"silence beats fewer DDIM steps in {wins} of 24 settings;" in shown("zero-bits", values)[0]
 
 
-def test_reuse_errors_of_the_layers_equal_a_loop_over_their_outputs(lab: Lab) -> None:
+def test_reuse_errors_of_the_layers_equal_a_loop_over_their_outputs(lab):
     pipe, name = pixel_pipeline(), "mid_block.resnets.0.conv1"
     outputs: list[torch.Tensor] = []
     watcher = figure1a.ReuseErrors((3, 4))
@@ -123,7 +122,7 @@ def test_reuse_errors_of_the_layers_equal_a_loop_over_their_outputs(lab: Lab) ->
         assert watcher.errors[interval][name, 0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_figures_1a_and_1b_and_growth_on_a_pipeline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_1a_and_1b_and_growth_on_a_pipeline(lab, monkeypatch):
     values = figure1a.measure(lab)
     text, tables, _ = shown("figure1a", values)
     assert [row[0].text for row in tables["study-reuse"].rows] == ["2", "3", "5"]
@@ -141,7 +140,7 @@ def test_figures_1a_and_1b_and_growth_on_a_pipeline(lab: Lab, monkeypatch: pytes
     assert [row[2].text for row in shown("growth", values)[1]["study-growth-steps"].rows] == ["1", "3", "10", "30"] * 2
 
 
-def test_memory_counts_both_states_and_equals_state_bytes(lab: Lab) -> None:
+def test_memory_counts_both_states_and_equals_state_bytes(lab):
     values = table6.measure(lab)
     by = {(row["states"], row["batch"]): row["input"] + row["output"] for row in values["rows"]}
     both = by["hold, float32", 2]
@@ -157,6 +156,6 @@ def test_memory_counts_both_states_and_equals_state_bytes(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("module", [paper, study, zero_bits, skipping, experiment])
-def test_the_examples_in_the_docstrings_hold(module: Any) -> None:
+def test_the_examples_in_the_docstrings_hold(module):
     result = doctest.testmod(module)
     assert (result.failed, result.attempted > 0) == (0, True)

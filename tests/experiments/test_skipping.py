@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -77,9 +77,7 @@ def by_hand(inputs: Sequence[Tensor], unit: Unit, threshold: float, gain: float)
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("shape", "predictor"), [(LINEAR, "linear"), (CONV, "hold")], ids=["linear", "conv"])
-def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(
-    shape: tuple[int, ...], unit: Unit, predictor: str
-) -> None:
+def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(shape, unit, predictor):
     inputs, model = drifting(4, shape, STEPS, 0.1), network(shape)
     original = model[0]
     states, masks = by_hand(inputs, unit, 0.13, 0.8 if predictor == "linear" else 0.0)
@@ -99,7 +97,7 @@ def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(
     assert sent == pytest.approx(float(torch.stack(masks).mean()) * (STEPS - 1) / STEPS, rel=1e-9)
 
 
-def test_a_silent_layer_does_not_run_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_layer_does_not_run_its_operator(monkeypatch):
     inputs, model = drifting(4, LINEAR, STEPS, 0.1), network(LINEAR)
     with silent(model, config(), SkipRule(unit="layer", threshold=0.13)) as (_, tally):
         calls: list[int] = []
@@ -114,7 +112,7 @@ def test_a_silent_layer_does_not_run_its_operator(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("unit", ["token", "block"])
-def test_a_tiny_threshold_is_full_precision_and_still_inputs_send_nothing(unit: Unit) -> None:
+def test_a_tiny_threshold_is_full_precision_and_still_inputs_send_nothing(unit):
     inputs, model = drifting(1, CONV, 3, 0.1), network(CONV)
     original = model[0]
     with silent(model, config(), SkipRule(unit=unit, threshold=1e-9)) as (_, tally):
@@ -125,7 +123,7 @@ def test_a_tiny_threshold_is_full_precision_and_still_inputs_send_nothing(unit: 
     assert tally.shares("0") == pytest.approx((1 / 6, 2 / 6))
 
 
-def test_codes_are_those_of_the_library_where_all_is_sent_and_of_what_is_sent_elsewhere() -> None:
+def test_codes_are_those_of_the_library_where_all_is_sent_and_of_what_is_sent_elsewhere():
     inputs = drifting(2, LINEAR, STEPS, 0.1, torch.float32)
     coded = config(bits=4, granularity="sample")
     plain = network(LINEAR).float()
@@ -146,30 +144,7 @@ def test_codes_are_those_of_the_library_where_all_is_sent_and_of_what_is_sent_el
     assert 0.1 < tally.shares("0")[1] < 0.8
 
 
-def test_a_block_speaks_or_keeps_silent_as_its_first_layer_decides() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.resnets = nn.ModuleList([nn.ModuleDict({"first": nn.Linear(16, 16), "second": nn.Linear(16, 16)})])
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.resnets[0]["second"](y) + self.resnets[0]["first"](x)
-
-    model = randomised(Block()).double()
-    modiff.apply(model, dataclasses.replace(config(), include=("*",), first_last="quantize"))
-    tally = skip_below(model, SkipRule(unit="block", threshold=0.2))
-    still, moving = drifting(0, (2, 16), 4, 0.01), drifting(1, (2, 16), 4, 0.9)
-    with torch.no_grad(), modiff.trajectory(model):
-        for x, y in zip(still, moving, strict=True):
-            model(x, y)  # the second layer runs first and decides: it moves
-    assert tally.shares("resnets.0.first") == tally.shares("resnets.0.second") == (0.25, 0.75)
-    with torch.no_grad(), modiff.trajectory(model):
-        for x, y in zip(still, moving, strict=True):
-            model(y, x)
-    assert tally.shares("resnets.0.first") == tally.shares("resnets.0.second") == (0.25, 0.375)
-
-
-def test_the_first_step_is_exact_and_the_others_are_plain() -> None:
+def test_the_first_step_is_exact_and_the_others_are_plain():
     inputs = drifting(0, (2, 16), 3, 0.3, torch.float32)
     layer = randomised(nn.Linear(16, 8))
     plain, warm = nn.Sequential(layer), nn.Sequential(layer)
@@ -194,9 +169,7 @@ def test_the_first_step_is_exact_and_the_others_are_plain() -> None:
         (full_precision_first_step, config()),
     ],
 )
-def test_layers_and_models_that_they_do_not_fit_are_refused_and_left(
-    change: Callable[[nn.Module], object], settings: ModiffConfig
-) -> None:
+def test_layers_and_models_that_they_do_not_fit_are_refused_and_left(change, settings):
     model = network(LINEAR)
     with pytest.raises(StateError, match="plain Sequential"):
         change(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import modiff
@@ -12,14 +10,14 @@ from tests.hosts.tiny import SMALL
 
 
 @pytest.fixture(scope="session")
-def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def floats(tmp_path_factory):
     folder = tmp_path_factory.mktemp("floats") / "pipe"
     SMALL.build().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(tmp_path_factory):
     """W4A8."""
     folder, pipe = tmp_path_factory.mktemp("quantized") / "pipe", SMALL.build()
     modiff.apply(pipe, presets.w4a8())

@@ -7,7 +7,6 @@ difference is ours.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ LAYERS = {
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
+def _fresh_compiler():
     dynamo.reset()
     dynamo.utils.counters.clear()
     yield

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PriorTransformer, StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
 import modiff
@@ -18,7 +18,7 @@ from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
 from tests.helpers import relative_error
-from tests.hosts.tiny import HOSTS, SAMPLERS, TinyHost, build_wan_of_two, drawn, make_scheduler
+from tests.hosts.tiny import HOSTS, SAMPLERS, build_wan_of_two, make_scheduler
 
 
 def watch(model: nn.Module, look: Callable[[], object]) -> list[Any]:
@@ -40,33 +40,8 @@ def worst_break_of_the_law(model: nn.Module) -> float:
     return worst
 
 
-LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-# The last block of SD3 drops its text output, and with it what its text queries attend to.
-IDLE = {"sd3": {"transformer_blocks.1.attn.add_q_proj"}}
-
-
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
-def test_calls_of_equal_pipelines_are_equal_and_every_layer_of_the_denoiser_has_a_say(host: TinyHost) -> None:
-    pipe = host.build()
-    denoiser = host.network(pipe)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = denoiser.register_forward_pre_hook(lambda _, args, words: calls.append((args, words)), with_kwargs=True)
-    first = host.call(pipe, steps=2)
-    hook.remove()
-    assert len(calls) == 2 * host.calls_per_step
-    assert torch.isfinite(first).all()
-    assert torch.equal(host.call(host.build(), steps=2), first)
-    args, words = calls[-1]
-    output = denoiser(*args, **words | {"return_dict": False})[0]
-    output.mul(torch.randn(output.shape)).sum().backward()
-    layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LAYERS)}
-    # |dy| for a change of the weight by its own size, against |y|.
-    share = {name: layer.weight.grad.norm() * layer.weight.norm() / output.norm() for name, layer in layers.items()}
-    assert {name for name, value in share.items() if value < 1e-3} == IDLE.get(host.name, set())
-
-
-@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
-def test_the_law_holds_generations_repeat_their_states_are_freed_and_remove_gives_back_the_bits(host: TinyHost) -> None:
+def test_the_law_holds_generations_repeat_their_states_are_freed_and_remove_gives_back_the_bits(host):
     pipe = host.build()
     plain, kind = host.call(pipe), type(pipe)
     modiff.apply(pipe, presets.modulated(None, None))
@@ -88,7 +63,7 @@ def test_the_law_holds_generations_repeat_their_states_are_freed_and_remove_give
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampler_runs_modulated_as_it_runs_plain(sampler: str) -> None:
+def test_a_sampler_runs_modulated_as_it_runs_plain(sampler):
     host = HOSTS["sd"]
     pipe = host.build()
     pipe.scheduler = make_scheduler(sampler)
@@ -102,7 +77,7 @@ def test_a_sampler_runs_modulated_as_it_runs_plain(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_guidance_in_two_calls_needs_no_contexts_of_the_pipeline(name: str) -> None:
+def test_guidance_in_two_calls_needs_no_contexts_of_the_pipeline(name):
     """Many pipelines enter none; the second evaluation at a timestep is the other branch."""
     host = HOSTS[name]
     pipe = host.build()
@@ -113,7 +88,7 @@ def test_guidance_in_two_calls_needs_no_contexts_of_the_pipeline(name: str) -> N
 
 
 @pytest.mark.parametrize("verb", [modiff.tune, lambda p, _, run: modiff.autotune(p, presets.w8a4(), run=run)])
-def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(verb: Callable[..., object]) -> None:
+def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(verb):
     host = HOSTS["flux"]
     pipe = host.build()
     modiff.apply(pipe, presets.w8a4())
@@ -125,7 +100,7 @@ def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(ver
     assert contexts[-1] == {"cond", "uncond"}
 
 
-def test_modiff_may_be_taken_off_the_network_and_put_on_the_pipeline_again_and_a_copy_goes_on() -> None:
+def test_modiff_may_be_taken_off_the_network_and_put_on_the_pipeline_again_and_a_copy_goes_on():
     host = HOSTS["flux"]
     pipe = host.build()
     plain, kind = host.call(pipe), type(pipe)
@@ -143,7 +118,7 @@ def test_modiff_may_be_taken_off_the_network_and_put_on_the_pipeline_again_and_a
         assert torch.equal(host.call(target), plain)
 
 
-def test_guidance_batched_and_guidance_in_two_calls_agree() -> None:
+def test_guidance_batched_and_guidance_in_two_calls_agree():
     model = HOSTS["sd"].build().unet.double()
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
@@ -171,40 +146,7 @@ def test_guidance_batched_and_guidance_in_two_calls_agree() -> None:
     assert relative_error(sample(in_two_calls), batched) < 1e-9
 
 
-class PriorPipeline(DiffusionPipeline):
-    """Draws an image embedding, as the first stage of unCLIP does."""
-
-    def __init__(self, prior: PriorTransformer) -> None:
-        super().__init__()
-        self.register_modules(prior=prior)
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        x, text = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
-        for t in (900, 600, 300):
-            x = x + 0.1 * self.prior(x, t, proj_embedding=text).predicted_image_embedding
-        return x
-
-
-def test_a_network_named_prior_is_a_denoiser_and_calls_of_its_pipeline_are_trajectories() -> None:
-    sizes = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 2,
-        "embedding_dim": 16,
-        "num_embeddings": 0,
-    }
-    pipe = PriorPipeline(drawn(lambda: PriorTransformer(**sizes, encoder_hid_proj_type=None), seed=21))
-    plain = pipe()
-    modiff.apply(pipe, presets.modulated(None, 8))
-    first = pipe()
-    assert 0 < relative_error(first, plain) < 0.05
-    assert torch.equal(pipe(), first)
-    modiff.remove(pipe)
-    assert torch.equal(pipe(), plain)
-
-
-def test_a_pipeline_with_two_denoisers_is_tuned_as_one_and_takes_the_config() -> None:
+def test_a_pipeline_with_two_denoisers_is_tuned_as_one_and_takes_the_config():
     pipe = build_wan_of_two()
     second = pipe.transformer_2
     evaluations: list[str] = []
@@ -222,9 +164,7 @@ def test_a_pipeline_with_two_denoisers_is_tuned_as_one_and_takes_the_config() ->
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_interrupted_apply_leaves_nothing_on_a_pipeline_with_two_denoisers(
-    late: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_apply_leaves_nothing_on_a_pipeline_with_two_denoisers(late, monkeypatch):
     pipe = build_wan_of_two()
     kind = type(pipe)
 
@@ -249,7 +189,7 @@ def image_to_image(pipe: DiffusionPipeline, **more: Any) -> Tensor:
     return pipe("fox", image, 0.8, num_inference_steps=5, generator=noise, output_type="latent", **more).images
 
 
-def test_a_network_begins_trajectories_in_every_pipeline_that_runs_it() -> None:
+def test_a_network_begins_trajectories_in_every_pipeline_that_runs_it():
     host = HOSTS["sd"]
     pipe, alone = host.build(), host.build()
     plain = host.call(pipe)
@@ -270,10 +210,3 @@ def test_a_network_begins_trajectories_in_every_pipeline_that_runs_it() -> None:
     modiff.remove(pipe)
     for run in (pipe, again, alone):
         assert torch.equal(host.call(run), plain)
-
-
-@pytest.mark.parametrize("config", ["w8a4", presets.w8a4, presets.w8a4().to_dict()])
-def test_a_config_may_be_a_name_a_preset_or_a_dictionary(config: Any) -> None:
-    pipe = HOSTS["ddim"].build()
-    modiff.apply(pipe, config)
-    assert attachment_of(pipe.unet).config == presets.w8a4()

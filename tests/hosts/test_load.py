@@ -23,7 +23,7 @@ WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture
-def folder(floats: Path, tmp_path: Path) -> Path:
+def folder(floats, tmp_path):
     return Path(shutil.copytree(floats, tmp_path / "pipeline"))
 
 

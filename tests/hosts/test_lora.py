@@ -33,7 +33,7 @@ def with_lora(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="module")
-def exact() -> torch.Tensor:
+def exact():
     """The full-precision pipeline with the LoRA, which moves the result far."""
     pipe = HOST.build()
     plain = call(pipe)

@@ -46,7 +46,7 @@ wrapping = pytest.mark.parametrize("way", WRAPPING.values(), ids=WRAPPING)
 
 
 @pytest.fixture(scope="module")
-def expected() -> torch.Tensor:
+def expected():
     return SMALL.call(applied())
 
 

@@ -32,7 +32,7 @@ def config(execution: str = "simulated", **activation: object) -> ModiffConfig:
 
 
 @pytest.mark.parametrize(("layer", "shape"), [(nn.Linear(8, 8), (3, 2, 8)), (nn.Conv2d(8, 8, 3), (3, 8, 5, 5))])
-def test_each_group_has_a_scale_of_its_own(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_each_group_has_a_scale_of_its_own(layer, shape):
     model = nn.Sequential(layer)
     modiff.apply(model, config())
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def test_each_group_has_a_scale_of_its_own(layer: nn.Module, shape: tuple[int, .
         assert float(group.max()) <= float(x.abs().max()) / 7 / 2 * 1.001  # half a step of its own scale
 
 
-def test_integers_refuse_it_and_so_do_static_scales() -> None:
+def test_integers_refuse_it_and_so_do_static_scales():
     model = nn.Sequential(nn.Linear(8, 8))
     modiff.apply(model, config("integer"))
     assert (model[0].on_integers, model[0].unsupported) == (False, "no kernel knows its granularity")
@@ -54,7 +54,7 @@ def test_integers_refuse_it_and_so_do_static_scales() -> None:
         modiff.apply(nn.Sequential(nn.Linear(8, 8)), config(dynamic=False))
 
 
-def test_its_name_survives_json_and_unknown_and_taken_ones_are_refused() -> None:
+def test_its_name_survives_json_and_unknown_and_taken_ones_are_refused():
     assert ModiffConfig.from_json(config().to_json()) == config()
     with pytest.raises(ConfigError, match=r"expected one of 'auto', 'tensor'.*got 'pairs'.*register_granularity"):
         QuantizerConfig(granularity="pairs")

@@ -75,7 +75,7 @@ class TextHost(Host):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(monkeypatch):
     monkeypatch.setattr(facts, "_FINDERS", [*facts._FINDERS])  # what the test registers goes with it
     host = TextHost()
     modiff.register_host(lambda target: host if isinstance(target, TextModel) else None)

@@ -39,7 +39,7 @@ class ModulatedScaled(ModulatedLayer, Scaled):
 QUANTIZED_CLASSES[Scaled] = ModulatedScaled
 
 
-def test_it_follows_its_float_layer_keeps_the_law_and_refuses_integers() -> None:
+def test_it_follows_its_float_layer_keeps_the_law_and_refuses_integers():
     torch.manual_seed(0)
     model = nn.Sequential(Scaled(16, 8), nn.ReLU(), nn.Linear(8, 4))
     plain = copy.deepcopy(model)

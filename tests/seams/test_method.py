@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import modiff
-from modiff.methods import METHODS, MethodConfig, method_config, quantize
+from modiff.methods import METHODS, method_config, quantize
 from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits
 from tests.methods import small
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
 @pytest.fixture
-def config(monkeypatch: pytest.MonkeyPatch) -> MethodConfig:
+def config(monkeypatch):
     monkeypatch.setattr("modiff.methods.registry.METHODS", dict(METHODS))
     section = PAGE.read_text(encoding="utf-8").partition("## Method")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
@@ -27,7 +27,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> MethodConfig:
     return method_config("percentile", changes={"steps": 4, "groups": 2, "samples": 2, "batch": 2, "weight_bits": 4})
 
 
-def test_it_measures_what_it_says_and_resumes_to_the_same_bits(config: MethodConfig, tmp_path: Path) -> None:
+def test_it_measures_what_it_says_and_resumes_to_the_same_bits(config, tmp_path):
     pipe, states = small.build(), []
     handle = pipe.unet.register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
     small.call(pipe, steps=4, batch=2)

@@ -50,12 +50,12 @@ def error(predictor: str) -> float:
         return float((network[0].loop.state.input - x).abs().max())
 
 
-def test_it_follows_a_parabola_which_the_others_lag() -> None:
+def test_it_follows_a_parabola_which_the_others_lag():
     assert error("quadratic") < error("linear") / 100
     assert error("linear") < error("hold") / 2
 
 
-def test_the_law_holds_and_it_keeps_two_moves() -> None:
+def test_the_law_holds_and_it_keeps_two_moves():
     network = model("quadratic")
     layer = network[0]
     with torch.no_grad(), modiff.trajectory(network):
@@ -68,12 +68,12 @@ def test_the_law_holds_and_it_keeps_two_moves() -> None:
         assert state_bytes(network) == 3 * 4 * (2 * 16 + 2 * 8)
 
 
-def test_integers_refuse_it_and_say_so() -> None:
+def test_integers_refuse_it_and_say_so():
     layer = model("quadratic", "integer")[0]
     assert (layer.on_integers, layer.unsupported) == (False, "no kernel knows the predictor 'quadratic'")
 
 
-def test_its_name_survives_json_and_unknown_and_taken_ones_are_refused() -> None:
+def test_its_name_survives_json_and_unknown_and_taken_ones_are_refused():
     assert ModiffConfig.from_json(config("quadratic").to_json()) == config("quadratic")
     with pytest.raises(ConfigError, match=r"expected one of 'hold', 'linear'.*got 'cubic'.*register_predictor"):
         ModulationConfig(predictor="cubic")

@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
 import mutants
 from mutants import mutants_of
 from mutants import tests_of as judges
@@ -22,7 +20,7 @@ def clip(x: int = 0, *, high=2) -> int:
 '''
 
 
-def test_each_fault_is_a_program_that_differs_in_one_place_outside_of_messages() -> None:
+def test_each_fault_is_a_program_that_differs_in_one_place_outside_of_messages():
     found = list(mutants_of("a.py", SOURCE))
     programs = {ast.unparse(ast.parse(mutant.apply(SOURCE))) for mutant in found}
     assert len(programs) == len(found)
@@ -32,15 +30,13 @@ def test_each_fault_is_a_program_that_differs_in_one_place_outside_of_messages()
     assert not [m for m in found if SOURCE.splitlines()[m.line - 1].strip().startswith("raise")]
 
 
-def test_a_module_is_judged_by_its_mirrored_tests_or_by_those_of_its_folder() -> None:
+def test_a_module_is_judged_by_its_mirrored_tests_or_by_those_of_its_folder():
     assert judges("src/modiff/core/affine.py") == ["tests/core/test_affine.py"]
     assert judges("src/modiff/checkpoint/no_such_module.py") == ["tests/checkpoint"]
     assert judges("src/modiff/checkpoint/no_such_folder/module.py") == ["tests/checkpoint"]
 
 
-def test_results_are_kept_fault_by_fault_and_not_judged_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_are_kept_fault_by_fault_and_not_judged_twice(tmp_path, monkeypatch, capsys):
     judged: list[str] = []
 
     def killed(mutant: mutants.Mutant, copy: Path) -> bool:

@@ -1,7 +1,6 @@
 """The training scripts as modules, a clock that ticks once a look, and images small enough for a test."""
 
 import importlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,7 +12,7 @@ TRAINING = Path(__file__).parents[2] / "training"
 
 
 @pytest.fixture(scope="session")
-def script() -> Iterator[Callable[[str], ModuleType]]:
+def script():
     """Import a training script by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TRAINING))
@@ -21,7 +20,7 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _threads() -> Iterator[None]:
+def _threads():
     """The scripts set the number of threads of the process; the tests after them get it back."""
     threads = torch.get_num_threads()
     yield
@@ -42,7 +41,7 @@ class Clock(SimpleNamespace):
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory):
     """Twelve 6x6 images of noise."""
     path = tmp_path_factory.mktemp("data") / "images.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (12, 6, 6), dtype=np.uint8))
@@ -50,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_unet(images: Path) -> list[str]:
+def tiny_unet(images):
     """Options of train_reference.py for a U-Net that trains a step in some milliseconds."""
     words = (
         f"--images {images} --size 8 --channels 16,16 --attention 4 --batch 4 --threads 1 --device cpu --anneal 1e-9"
@@ -59,7 +58,7 @@ def tiny_unet(images: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def ticking(script: Callable[[str], ModuleType]) -> Callable[..., Path]:
+def ticking(script):
     """Train with a script into a folder for so many ticks of the clock; one step of training takes one tick."""
 
     def train(

@@ -1,9 +1,6 @@
 """The training of the classifier: it learns what can be learned, records what it measured, and refuses wrong labels."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,12 +10,12 @@ from modiff.evaluate.features.classifier import load_classifier
 
 
 @pytest.fixture
-def trainer(script: Callable[[str], ModuleType]) -> ModuleType:
+def trainer(script):
     return script("train_classifier")
 
 
 @pytest.fixture
-def stripes(tmp_path: Path) -> list[str]:
+def stripes(tmp_path):
     """Four classes told apart by the direction and the width of their stripes, under noise, in the options' words."""
     random = np.random.default_rng(0)
     words = []
@@ -35,9 +32,7 @@ def stripes(tmp_path: Path) -> list[str]:
     return [*words, "--size", "8", "--channels", "8,16", "--batch", "40", "--threads", "1", "--epochs", "8"]
 
 
-def test_a_classifier_learns_to_tell_stripes_and_records_its_accuracy(
-    trainer: ModuleType, stripes: list[str], tmp_path: Path
-) -> None:
+def test_a_classifier_learns_to_tell_stripes_and_records_its_accuracy(trainer, stripes, tmp_path):
     trainer.main([*stripes, "-o", str(tmp_path / "out")])
     model = load_classifier(tmp_path / "out")
     images = torch.from_numpy(np.load(tmp_path / "test-images.npy"))[:, None].double() / 255 * 2 - 1
@@ -56,7 +51,7 @@ def test_a_classifier_learns_to_tell_stripes_and_records_its_accuracy(
     assert model.classes == 4
 
 
-def test_random_shifts_move_each_image_as_a_whole_and_fill_with_black(trainer: ModuleType) -> None:
+def test_random_shifts_move_each_image_as_a_whole_and_fill_with_black(trainer):
     torch.manual_seed(0)
     images = torch.randint(1, 256, (300, 2, 5, 6), dtype=torch.uint8)
     shifted = trainer.shift_at_random(images, 1)
@@ -71,9 +66,7 @@ def test_random_shifts_move_each_image_as_a_whole_and_fill_with_black(trainer: M
     assert torch.equal(trainer.shift_at_random(images, 0), images)
 
 
-def test_random_flips_mirror_some_images_whole_and_deeper_classifiers_train(
-    trainer: ModuleType, stripes: list[str], tmp_path: Path
-) -> None:
+def test_random_flips_mirror_some_images_whole_and_deeper_classifiers_train(trainer, stripes, tmp_path):
     torch.manual_seed(0)
     images = torch.arange(40 * 2 * 3 * 4).reshape(40, 2, 3, 4)
     flipped = trainer.flip_at_random(images)
@@ -95,9 +88,7 @@ def test_random_flips_mirror_some_images_whole_and_deeper_classifiers_train(
     ],
     ids=["too few", "negative", "missing"],
 )
-def test_wrong_labels_end_in_one_line_and_write_nothing(
-    trainer: ModuleType, stripes: list[str], tmp_path: Path, labels: object, message: str
-) -> None:
+def test_wrong_labels_end_in_one_line_and_write_nothing(trainer, stripes, tmp_path, labels, message):
     path = tmp_path / "labels.npy"
     path.unlink()
     if isinstance(labels, np.ndarray):

@@ -1,10 +1,8 @@
 """Training and sampling of the transformer: what the folder holds, how it starts, which labels it never sees."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,12 +18,12 @@ CLASSES = 3
 
 
 @pytest.fixture(scope="module")
-def trainer(script: Callable[[str], ModuleType]) -> ModuleType:
+def trainer(script):
     return script("train_dit")
 
 
 @pytest.fixture(scope="module")
-def tiny(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def tiny(images, tmp_path_factory):
     """Options for a transformer of two blocks on twelve images of three classes."""
     labels = tmp_path_factory.mktemp("labels") / "labels.npy"
     np.save(labels, np.arange(12) % CLASSES)
@@ -34,18 +32,18 @@ def tiny(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(ticking: Callable[..., Path], trainer: ModuleType, tiny: list[str]) -> Callable[..., Path]:
+def run(ticking, trainer, tiny):
     """`ticking` with this script and its smallest options."""
     return partial(ticking, trainer, tiny)
 
 
 @pytest.fixture(scope="module")
-def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(run, tmp_path_factory):
     """A run of four steps; tests only read it."""
     return run(tmp_path_factory.mktemp("runs") / "whole", 4)
 
 
-def test_a_run_writes_a_network_that_modiff_loads_and_its_scheduler(whole: Path) -> None:
+def test_a_run_writes_a_network_that_modiff_loads_and_its_scheduler(whole):
     assert {t.dtype for t in load_file(whole / WEIGHTS).values()} == {torch.float16}
     net = load_model(whole / "pipeline" / "transformer")
     assert (net.config.sample_size, net.config.in_channels, net.config.out_channels) == (8, 1, 1)
@@ -58,7 +56,7 @@ def test_a_run_writes_a_network_that_modiff_loads_and_its_scheduler(whole: Path)
     assert str(whole.parent) not in text
 
 
-def test_a_fresh_network_passes_its_tokens_through_and_predicts_zero(trainer: ModuleType, tiny: list[str]) -> None:
+def test_a_fresh_network_passes_its_tokens_through_and_predicts_zero(trainer, tiny):
     torch.manual_seed(0)
     model = trainer.build_model(trainer.parse_arguments([*tiny, "-o", "unused"]), 1, CLASSES).eval()
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
@@ -69,7 +67,7 @@ def test_a_fresh_network_passes_its_tokens_through_and_predicts_zero(trainer: Mo
         assert torch.equal(seen[0], model.pos_embed(x))
 
 
-def test_a_hidden_label_is_hidden_from_every_block(trainer: ModuleType, tiny: list[str]) -> None:
+def test_a_hidden_label_is_hidden_from_every_block(trainer, tiny):
     torch.manual_seed(0)
     model = trainer.build_model(trainer.parse_arguments([*tiny, "-o", "unused"]), 1, CLASSES).train()
     seen: list[torch.Tensor] = []
@@ -82,40 +80,7 @@ def test_a_hidden_label_is_hidden_from_every_block(trainer: ModuleType, tiny: li
     assert all(torch.equal(label, labels) for label in seen)
 
 
-class Guided(torch.nn.Module):
-    """Predicts the number of the class everywhere: guidance can be read off the result."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = type("Config", (), {"in_channels": 1, "sample_size": 4, "num_embeds_ada_norm": CLASSES})
-        self.calls: list[tuple[int, list[int]]] = []
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor) -> object:
-        self.calls.append((len(x), class_labels.tolist()))
-        noise = class_labels.float().reshape(-1, 1, 1, 1).expand_as(x) / 10
-        return type("Output", (), {"sample": noise})
-
-
-def test_guidance_goes_from_none_through_the_class_and_beyond(script: Callable[[str], ModuleType]) -> None:
-    sampler = script("sample_dit")
-    scheduler = DDIMScheduler(clip_sample=False)
-    net, labels = Guided(), torch.tensor([0, 2])
-    drawn = sampler.draw(net, scheduler, labels, steps=1, guidance=2.5, seed=7)
-    assert net.calls == [(4, [0, 2, CLASSES, CLASSES])]
-    noise = torch.cat([torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(7 + i)) for i in range(2)])
-    guided = torch.tensor([0.3 + 2.5 * (0.0 - 0.3), 0.3 + 2.5 * (0.2 - 0.3)]).reshape(2, 1, 1, 1)
-    abar = scheduler.alphas_cumprod[scheduler.timesteps[0]]
-    clean = (noise - (1 - abar).sqrt() * guided) / abar.sqrt()
-    torch.testing.assert_close(drawn, (clean / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-5)
-    sampler.draw(net, scheduler, labels, steps=1, guidance=1.0, seed=7)
-    assert net.calls[1] == (2, [0, 2])
-
-
-def test_the_sampler_draws_every_class_and_says_how_far_codes_are(
-    script: Callable[[str], ModuleType], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_sampler_draws_every_class_and_says_how_far_codes_are(script, whole, tmp_path, capsys):
     picture = tmp_path / "grid.png"
     words = ["--run", str(whole), "--config", "w8a8", "--steps", "3", "--device", "cpu", "-o", str(picture)]
     script("sample_dit").main(words)

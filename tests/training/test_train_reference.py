@@ -3,10 +3,8 @@
 import json
 import pickle
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,24 +18,24 @@ WEIGHTS = Path("pipeline") / "unet" / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def reference(script: Callable[[str], ModuleType]) -> ModuleType:
+def reference(script):
     return script("train_reference")
 
 
 @pytest.fixture(scope="module")
-def run(ticking: Callable[..., Path], reference: ModuleType, tiny_unet: list[str]) -> Callable[..., Path]:
+def run(ticking, reference, tiny_unet):
     """`ticking` with this script and its smallest options."""
     return partial(ticking, reference, tiny_unet)
 
 
 @pytest.fixture(scope="module")
-def whole(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(run, tmp_path_factory):
     """A run of four steps; tests only read it."""
     return run(tmp_path_factory.mktemp("runs") / "whole", 4)
 
 
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
+def copy(whole, tmp_path):
     """The same run, to go on with or to spoil."""
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
@@ -46,7 +44,7 @@ def progress(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]
 
 
-def test_a_run_writes_a_pipeline_of_the_averaged_weights_that_diffusers_loads_and_samples(whole: Path) -> None:
+def test_a_run_writes_a_pipeline_of_the_averaged_weights_that_diffusers_loads_and_samples(whole):
     state = torch.load(whole / "checkpoint.pt", weights_only=True)
     saved, done = load_file(whole / WEIGHTS), state["progress"]
     assert [call["from_image"] for call in done.pop("calls")] == [0]
@@ -65,9 +63,7 @@ def test_a_run_writes_a_pipeline_of_the_averaged_weights_that_diffusers_loads_an
     assert 0 <= images.min() < images.max() <= 1
 
 
-def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
-    run: Callable[..., Path], whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(run, whole, tmp_path):
     # Two looks at the clock before the loop, then three a step: the ninth opens the third step.
     run(tmp_path / "halves", 4, interrupt_at=9)
     assert progress(tmp_path / "halves")["step"] == 2
@@ -79,9 +75,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_weights_of_one_that_was_not(
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seed", "7"), ("--flip", None)])
-def test_a_run_does_not_go_on_with_what_would_be_another_model(
-    run: Callable[..., Path], copy: Path, option: str, value: str | None
-) -> None:
+def test_a_run_does_not_go_on_with_what_would_be_another_model(run, copy, option, value):
     before = (copy / "checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit, match=f"one with another {option[2:]}"):
         run(copy, 6, *([option] if value is None else [option, value]))
@@ -102,12 +96,7 @@ def cut_short(path: Path) -> None:
     ],
     ids=["of other channels", "cut short", "pickle of an object", "without its parts"],
 )
-def test_a_checkpoint_that_does_not_fit_ends_in_one_line_and_stays_as_it_is(
-    run: Callable[..., Path],
-    copy: Path,
-    spoil: Callable[[Path], None],
-    options: tuple[str, ...],
-) -> None:
+def test_a_checkpoint_that_does_not_fit_ends_in_one_line_and_stays_as_it_is(run, copy, spoil, options):
     checkpoint = copy / "checkpoint.pt"
     spoil(checkpoint)
     before = checkpoint.read_bytes()
@@ -128,9 +117,7 @@ def test_a_checkpoint_that_does_not_fit_ends_in_one_line_and_stays_as_it_is(
     ],
     ids=["missing", "empty file", "one image", "no images", "too large"],
 )
-def test_a_wrong_image_file_ends_in_one_line(
-    reference: ModuleType, tmp_path: Path, write: Callable[[Path], object], message: str
-) -> None:
+def test_a_wrong_image_file_ends_in_one_line(reference, tmp_path, write, message):
     path = tmp_path / "wrong.npy"
     write(path)
     with pytest.raises(SystemExit, match=message) as caught:
@@ -140,9 +127,7 @@ def test_a_wrong_image_file_ends_in_one_line(
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 5, 6, 3)], ids=["grey", "colour"])
-def test_images_are_padded_with_black_and_put_in_the_middle(
-    reference: ModuleType, tmp_path: Path, shape: tuple[int, ...]
-) -> None:
+def test_images_are_padded_with_black_and_put_in_the_middle(reference, tmp_path, shape):
     images = np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     padded = reference.load_images(tmp_path / "images.npy", 8).numpy()
@@ -153,18 +138,6 @@ def test_images_are_padded_with_black_and_put_in_the_middle(
             expected = images[n] if len(shape) == 3 else images[n, :, :, channel]
             assert (padded[n, channel, 1:6, 1:7] == expected).all()
             assert padded[n, channel].astype(int).sum() == expected.astype(int).sum()
-
-
-def test_flips_are_of_whole_images_and_of_about_half_of_them(reference: ModuleType, tiny_unet: list[str]) -> None:
-    options = reference.parse_arguments([*tiny_unet, "-o", "unused", "--flip"])
-    torch.manual_seed(0)
-    batch = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(400, 1, 2, 3).contiguous()
-    rows = reference.prepare(batch, options).reshape(400, 6)
-    straight = torch.tensor([-1.0, -0.6, 1.0] * 2)
-    is_straight = (rows - straight).abs().amax(1) < 1e-6
-    is_flipped = (rows - straight.flip(0)).abs().amax(1) < 1e-6
-    assert (is_straight ^ is_flipped).all()
-    assert 150 < is_flipped.sum() < 250  # 400 fair coins: five standard deviations
 
 
 class Oracle(nn.Module):
@@ -180,9 +153,7 @@ class Oracle(nn.Module):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_loss_is_zero_for_a_model_that_knows_the_noise_and_one_for_silence(
-    reference: ModuleType, schedule: str
-) -> None:
+def test_the_loss_is_zero_for_a_model_that_knows_the_noise_and_one_for_silence(reference, schedule):
     t = torch.arange(1000, dtype=torch.float64)
     if schedule == "linear":
         survival = (1 - (1e-4 + (0.02 - 1e-4) * t / 999)).cumprod(0)
@@ -200,9 +171,7 @@ def test_the_loss_is_zero_for_a_model_that_knows_the_noise_and_one_for_silence(
     assert abs(reference.loss_of_batch(silence, scheduler, torch.ones(1000), clean) - 1) < 0.11
 
 
-def test_min_snr_weighs_a_timestep_by_five_over_its_signal_to_noise_ratio_where_that_is_above_five(
-    reference: ModuleType,
-) -> None:
+def test_min_snr_weighs_a_timestep_by_five_over_its_signal_to_noise_ratio_where_that_is_above_five(reference):
     scheduler = reference.build_scheduler("linear")
     survival = (1 - (1e-4 + (0.02 - 1e-4) * torch.arange(1000, dtype=torch.float64) / 999)).cumprod(0)
     ratio = survival / (1 - survival)
@@ -219,21 +188,7 @@ def test_min_snr_weighs_a_timestep_by_five_over_its_signal_to_noise_ratio_where_
     assert abs(reference.loss_of_batch(silence, scheduler, weights + 2, clean) - 2) < 0.22
 
 
-def test_the_rate_warms_up_stays_and_anneals(reference: ModuleType, tiny_unet: list[str]) -> None:
-    words = [*tiny_unet, "-o", "unused", "--minutes", "10", "--warmup", "100", "--anneal", "0.25"]
-    options = reference.parse_arguments(words)
-
-    def factor(step: int, minutes: float) -> float:
-        return reference.rate_factor(reference.Progress(step=step, seconds=60 * minutes), options)
-
-    assert factor(0, 0) == pytest.approx(0.01)
-    assert factor(49, 0.5) == pytest.approx(0.5)
-    assert factor(5000, 7) == 1
-    assert factor(9000, 9) == pytest.approx(0.4 + 1e-3)
-    assert factor(9999, 10) == pytest.approx(1e-3)
-
-
-def test_the_average_forgets_the_start_fast_and_later_follows_the_decay(reference: ModuleType) -> None:
+def test_the_average_forgets_the_start_fast_and_later_follows_the_decay(reference):
     average, model = nn.Linear(3, 2), nn.Linear(3, 2)
     expected = average.weight.double().clone()
     for step, decay in ((0, 0.1), (7, 8 / 17), (10**6, 0.999)):
@@ -243,9 +198,7 @@ def test_the_average_forgets_the_start_fast_and_later_follows_the_decay(referenc
     torch.testing.assert_close(average.weight.double(), expected, rtol=0, atol=3e-7)
 
 
-def test_a_run_goes_on_from_the_folder_of_another_where_its_checkpoint_is_lost(
-    run: Callable[..., Path], whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_from_the_folder_of_another_where_its_checkpoint_is_lost(run, whole, tmp_path):
     started = run(tmp_path / "started", 4, "--start-from", str(whole / "pipeline"))
     assert progress(started) == progress(whole)  # its time is used up: no further step
     state = torch.load(started / "checkpoint.pt", weights_only=True)

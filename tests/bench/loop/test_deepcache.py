@@ -10,7 +10,7 @@ from loop.deepcache import DeepCache
 from loop.models import HIDDEN
 
 
-def test_it_reuses_what_enters_the_last_up_block_and_nothing_else() -> None:
+def test_it_reuses_what_enters_the_last_up_block_and_nothing_else():
     (net, *_), deep, kept = HIDDEN["tiny"].build(torch.device("cpu")), [], []
     net.mid_block.register_forward_hook(lambda *_: deep.append(1))
     cache = DeepCache(net, 3)

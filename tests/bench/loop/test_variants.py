@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,29 +12,19 @@ from loop import variants as loop_variants
 from loop.models import HIDDEN
 from loop.variants import CannotRun, Task, prepare
 from modiff import ModiffConfig, presets
-from modiff.kernels.isa import Isa
 
 TINY = HIDDEN["tiny"]
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def uncompiled(monkeypatch):
     """Compiling takes a minute and is torch's business; bf16 is a matter of the processor."""
     monkeypatch.setattr(loop_variants, "compiler", lambda *_: lambda net, **_words: net)
     monkeypatch.setattr(loop_variants, "has_bf16", lambda *_: False)
 
 
-def test_bf16_counts_only_where_the_instructions_are_and_may_be_used() -> None:
-    has, amx = loop_variants.has_bf16, {"amx_bf16": True, "avx512_bf16": True}
-    assert has(amx, "", "cpu")
-    assert has({"avx512_bf16": True}, "AVX512_CORE_BF16", "cpu")
-    assert not has(amx, "AVX512_CORE_VNNI", "cpu")
-    assert not has({"avx512_vnni": True}, "", "cpu")
-    assert has({}, "", "cuda")
-
-
 @pytest.mark.usefixtures("uncompiled")
-def test_our_variants_run_the_presets_on_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_variants_run_the_presets_on_integers(monkeypatch):
     applied: list[ModiffConfig] = []
     monkeypatch.setattr(loop_variants.modiff, "apply", lambda _, config: applied.append(config))
     for variant in ("plain-w8a8", "modulated-w8a8", "modulated-w8a7", "modulated-w8a4"):
@@ -49,14 +38,14 @@ def test_our_variants_run_the_presets_on_integers(monkeypatch: pytest.MonkeyPatc
     [("fp32-compiled", "no C\\+\\+ compiler"), ("torchao-float8", "float8 is compared on GPUs only"),
      ("modulated-w8a8-fp16", "16 states are compared on GPUs only")],
 )  # fmt: skip
-def test_a_variant_says_why_it_cannot_run(variant: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_says_why_it_cannot_run(variant, why, monkeypatch):
     monkeypatch.setattr(loop_variants.shutil, "which", lambda _: None)
     with pytest.raises(CannotRun, match=why):
         prepare(Task(TINY, variant, timed=2))
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_a_modulated_variant_counts_its_states_and_leaves_none() -> None:
+def test_a_modulated_variant_counts_its_states_and_leaves_none():
     ready = prepare(Task(TINY, "modulated-w8a8", timed=3))
     with torch.inference_mode():
         images, state = loop_child.one_loop(ready)
@@ -69,9 +58,7 @@ def test_a_modulated_variant_counts_its_states_and_leaves_none() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("pays", "same_as"), [(True, "modulated-w8a8"), (False, "fp32-eager")])
-def test_autotune_is_followed_and_where_nothing_pays_the_baseline_runs(
-    pays: bool, same_as: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_autotune_is_followed_and_where_nothing_pays_the_baseline_runs(pays, same_as, monkeypatch):
     class Found(SimpleNamespace):
         def __str__(self) -> str:
             return "1 float, 2 plain; layers of one evaluation"
@@ -82,19 +69,3 @@ def test_autotune_is_followed_and_where_nothing_pays_the_baseline_runs(
         images, state = loop_child.one_loop(ready := prepare(Task(TINY, "gated", timed=3)))
         assert (ready.note, state > 0) == ("1 float, 2 plain", pays)
         assert torch.equal(images, loop_child.one_loop(prepare(Task(TINY, same_as, timed=3)))[0])
-
-
-@pytest.mark.parametrize(("level", "narrow"), [("avx2", True), ("avx512_vnni", False)])
-def test_torchao_codes_with_7_bits_where_8_would_saturate(level: Any, narrow: bool, monkeypatch: Any) -> None:
-    def config(reduce_range: bool = False) -> bool:
-        return reduce_range
-
-    chosen: list[bool] = []
-    torchao = SimpleNamespace(
-        Int8DynamicActivationInt8WeightConfig=config, quantize_=lambda _, config, filter_fn: chosen.append(config)
-    )
-    monkeypatch.setattr(loop_variants, "optional", lambda module, package: torchao)
-    monkeypatch.setattr(loop_variants, "detect", lambda: Isa(level))
-    monkeypatch.setattr(loop_variants, "as_compiled", lambda parts, net, dtype: loop_variants.Ready(parts.loop, net))
-    assert bool(prepare(Task(TINY, "torchao-int8", timed=1)).note) is narrow
-    assert chosen == [narrow]
