@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import re
 
 import pytest
@@ -25,7 +25,6 @@ from tests.strategies import model_configs
 @settings(max_examples=40)
 def test_a_config_survives_json_and_plain_dictionaries_with_every_field(config):
     assert ModiffConfig.from_json(config.to_json()) == config
-    assert ModiffConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(ModiffConfig.from_json(config.to_json())) == hash(config)
     assert set(config.to_dict()["layer"]) == {f.name for f in dataclasses.fields(config.layer)}
 
@@ -37,13 +36,6 @@ def test_missing_fields_take_their_defaults_also_in_configs_from_before_there_we
     config = ModiffConfig.from_dict(old)
     assert config.attention is None
     assert config.layer.activation == QuantizerConfig(bits=4, dynamic=False, lowest="measured", step_groups=1)
-
-
-def test_configs_are_frozen_and_take_no_positions():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        QuantizerConfig().bits = 4  # type: ignore[misc]
-    with pytest.raises(TypeError, match="positional"):
-        QuantizerConfig(4)  # type: ignore[misc]
 
 
 ZERO = QuantizerConfig(symmetric=False, lowest="zero")
@@ -120,24 +112,16 @@ def test_wrong_json_is_one_clear_line(text, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("bits", "clip", "stable"),
-    [(2, 0.45, False), (3, 1.0, False), (3, 0.6, True), (4, 1.0, True), (0, 1.0, True), (None, 1.0, True)],
-)
-def test_the_linear_predictor_is_allowed_exactly_where_its_loop_is_stable(bits, clip, stable):
-    settings_ = {
-        "activation": QuantizerConfig(bits=bits, clip=clip),
-        "modulation": ModulationConfig(predictor="linear"),
-    }
-    if stable:
-        assert LayerConfig(**settings_).modulation.predictor == "linear"
-    else:
-        with pytest.raises(ConfigError, match=f"predictor: expected 'hold' at {bits} bits with clip {clip}, got 'lin"):
-            LayerConfig(**settings_)
+@pytest.mark.parametrize(("bits", "clip"), [(2, 0.45), (3, 1.0), (3, 0.6), (4, 1.0), (0, 1.0), (None, 1.0)])
+def test_the_linear_predictor_is_allowed_exactly_where_its_loop_is_stable(bits, clip):
+    stable = (bits, clip) not in ((2, 0.45), (3, 1.0))
+    refused = pytest.raises(ConfigError, match=f"predictor: expected 'hold' at {bits} bits with clip {clip}, got 'lin")
+    with contextlib.nullcontext() if stable else refused:
+        LayerConfig(activation=QuantizerConfig(bits=bits, clip=clip), modulation=ModulationConfig(predictor="linear"))
 
 
 def test_on_integers_reaches_the_overrides_and_changes_nothing_else():
     config = ModiffConfig(overrides=(("*.conv1", LayerConfig(modulation=None)),), exclude=("a",))
-    found = config.on_integers()
-    assert [layer.execution for layer in (found.layer, found.overrides[0][1])] == ["integer", "integer"]
-    assert ModiffConfig.from_dict(json.loads(found.to_json().replace('"integer"', '"simulated"'))) == config
+    integers = config.on_integers()
+    assert [layer.execution for layer in (integers.layer, integers.overrides[0][1])] == ["integer", "integer"]
+    assert ModiffConfig.from_json(integers.to_json().replace('"integer"', '"simulated"')) == config

@@ -1,9 +1,9 @@
-"""The house rules that a tree of files can check: few modules in a folder, no prefix families, no circles, budgets."""
+"""The house rules that no linter checks: sizes, few modules in a folder, no prefix families, no circles, budgets."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,17 +11,78 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "modiff"
-MODULES = 15
+TREES = [PACKAGE, *(ROOT / name for name in ("bench", "experiments", "training", "tools"))]
+MODULES, FUNCTION_LINES, FILE_LINES = 15, 60, 400
+LINES_OF = {"src/modiff/core/recursion.py": 200}
 ROOMS = {"src/modiff"}
 """A folder of rooms and of what stands above them; docs name each."""
 FOLDERS = sorted(
-    folder
-    for tree in (PACKAGE, *(ROOT / name for name in ("bench", "experiments", "training", "tools")))
-    for folder in (tree, *tree.rglob("*"))
-    if folder.is_dir() and any(folder.glob("*.py"))
+    folder for tree in TREES for folder in (tree, *tree.rglob("*")) if folder.is_dir() and any(folder.glob("*.py"))
 )
-BUDGETS = {"experiments": (["experiments"], 2_500), "generate": (["src/modiff/generate", "src/modiff/cli"], 1_700)}
-"""What a part may hold, in lines of Python: (folders, lines)."""
+FILES = sorted(path for tree in (*TREES, ROOT / "tests") for path in tree.rglob("*.py"))
+BUDGETS = {"experiments": (["experiments"], 2_500), "generate": (["src/modiff/generate", "src/modiff/cli"], 1_830)}
+"""What a room may hold, in lines of Python: (folders, lines)."""
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def long_functions(source: str) -> Iterator[str]:
+    """Functions over FUNCTION_LINES, decorators and docstring counted."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, Function):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if (lines := (node.end_lineno or first) - first + 1) > FUNCTION_LINES:
+                yield f"{node.name} has {lines} lines"
+
+
+def blind_pass_through(source: str) -> Iterator[str]:
+    """Functions that hand their own **kwargs on; only a wrapper made with functools.wraps has to."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, Function) and node.args.kwarg)
+    for node in functions:
+        wraps = any("wraps(" in ast.unparse(decorator) for decorator in node.decorator_list)
+        for call in () if wraps else ast.walk(node):
+            words = call.keywords if isinstance(call, ast.Call) else ()
+            if any(word.arg is None and ast.unparse(word.value) == node.args.kwarg.arg for word in words):
+                yield f"{node.name} passes **{node.args.kwarg.arg} on; name the arguments"
+
+
+def findings(source: str, name: str) -> list[str]:
+    """Everything in `source` that breaks a rule."""
+    lines, most = len(source.splitlines()), LINES_OF.get(name, FILE_LINES)
+    long = [f"{lines} lines, {most} is the most"] if lines > most else []
+    return long if name.startswith("tests/") else [*long, *long_functions(source), *blind_pass_through(source)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_keeps_the_house_rules(path: Path) -> None:
+    assert findings(path.read_text(encoding="utf-8"), name_of(path)) == []
+
+
+BODY = "    x = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "seen"),
+    [
+        ("def f():\n" + BODY * 59, "src/a.py", ""),
+        ("def f():\n" + BODY * 60, "src/a.py", "f has 61 lines"),
+        ("@g\ndef f():\n" + BODY * 59, "src/a.py", "f has 61 lines"),
+        ("class C:\n    async def f(self):\n" + ("    " + BODY) * 60, "src/a.py", "f has 61 lines"),
+        ("x = 1\n" * 400, "src/a.py", ""),
+        ("x = 1\n" * 401, "tests/a.py", "401 lines"),
+        ("x = 1\n" * 201, "src/modiff/core/recursion.py", "201 lines"),
+        ("def f(**options):\n    return g(1, **options)\n", "src/a.py", "f passes **options on"),
+        ("def f(**options):\n    return g(1, **dict(a=1))\n", "src/a.py", ""),
+        ("@functools.wraps(g)\ndef f(*a, **options):\n    return g(*a, **options)\n", "src/a.py", ""),
+    ],
+)
+def test_each_rule_sees_what_breaks_it_and_nothing_else(source: str, name: str, seen: str) -> None:
+    result = findings(source, name)
+    assert len(result) == bool(seen)
+    assert all(seen in line for line in result)
 
 
 def modules(folder: Path) -> list[str]:
@@ -35,16 +96,16 @@ def families(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(short, long) for long in names for short in names if long.startswith(f"{short}_")]
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
 def test_a_folder_holds_few_modules_and_no_prefix_families(folder: Path) -> None:
     names = modules(folder)
     assert families(names) == []
-    assert len(names) <= MODULES or folder.relative_to(ROOT).as_posix() in ROOMS
+    assert len(names) <= MODULES or name_of(folder) in ROOMS
 
 
-@pytest.mark.parametrize("part", BUDGETS)
-def test_a_part_keeps_its_budget_of_lines(part: str) -> None:
-    folders, budget = BUDGETS[part]
+@pytest.mark.parametrize("room", BUDGETS)
+def test_a_room_keeps_its_budget_of_lines(room: str) -> None:
+    folders, budget = BUDGETS[room]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= budget
 
@@ -74,12 +135,8 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def test_imports_have_no_circles_also_for_type_checkers() -> None:
-    sources = {
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path.read_text(
-            "utf-8"
-        )
-        for path in PACKAGE.rglob("*.py")
-    }
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    sources = {name.removesuffix(".__init__"): path.read_text("utf-8") for path, name in names.items()}
     # what imports the whole package for its version stands above it
     assert circle({name: targets - {"modiff"} for name, targets in imports(sources).items()}) == []
 
@@ -95,6 +152,6 @@ A = "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TY
         ({"p": "from p.a import A\n", "p.a": A, "p.b": "import os\n"}, set()),
     ],
 )
-def test_circles_are_seen(texts: dict[str, str], seen: set[str]) -> None:
+def test_circles_and_families_are_seen(texts: dict[str, str], seen: set[str]) -> None:
     assert set(circle(imports(texts))) == seen
     assert families(["suite", "suite_plans", "suited"]) == [("suite", "suite_plans")]

@@ -23,7 +23,7 @@ from modiff.errors import ModiffError
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.hosts.diffusers.load import load_model
 from modiff.hosts.diffusers.runs import noise_generators
-from modiff.presets import named_config
+from modiff.presets import as_config
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draw, compare, write the picture."""
     options = parse_arguments(arguments)
     try:
-        config = None if options.config is None else named_config(options.config)
+        config = None if options.config is None else as_config(options.config)
         net: Any = load_model(options.run / "pipeline" / PART, device=options.device).eval()
         scheduler = DDIMScheduler.from_pretrained(options.run / "pipeline" / "scheduler")
     except (ModiffError, OSError) as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,15 @@ def report(target: Any) -> Report:
     return sum((attachment.report for attachment in attachments), Report(()))
 
 
-def select(target: Any, config: AnyConfig, *, splits: Mapping[str, int] | None = None) -> Report:
+def select(target: Any, config: AnyConfig) -> Report:
     """Which layers of a target the config takes, and why others are left, without changing anything.
 
-    splits: channel index of the concatenation, for layers whose input is one; the host's knowledge when None.
     Raises: ConfigError for a pattern that matches no layer, a damaged weight, or nothing left to take.
     """
     host, settings = host_of(target), as_config(config)
     networks = host.networks(target).values()
     known = layer_names(networks)
-    reports = [
-        select_layers(network, settings, splits=host.splits(network) if splits is None else splits, known=known)
-        for network in networks
-    ]
+    reports = (select_layers(n, settings, splits=host.splits(n), known=known) for n in networks)
     return sum(reports, Report(()))
 
 
@@ -171,11 +167,9 @@ def trajectory(target: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def context(module: nn.Module, name: str) -> Iterator[None]:
+def context(module: nn.Module, name: str) -> AbstractContextManager[None]:
     """Evaluations in the body have states of their own, e.g. "cond" and "uncond" of guidance in two calls."""
-    with model_context(module, name):
-        yield
+    return model_context(module, name)
 
 
 def calibrate(
@@ -233,10 +227,6 @@ def autotune(
     profile: str | Path | None = None,
 ) -> AutotuneResult:
     """For each layer the fastest of floats, plain integers and modulated integers that is exact enough.
-
-        result = modiff.autotune(pipe, num_images=4)
-        if result.pays:
-            modiff.apply(pipe, result.config)
 
     Args:
         config: bits and selection, modulated, without overrides; W8A8 when None.

@@ -7,6 +7,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 from modiff.errors import ConfigError
@@ -37,15 +38,9 @@ def check(where: str, value: object, valid: bool, expected: str, hint: str) -> N
         raise ConfigError(f"{where}: expected {expected}, got {value!r}. {hint}")
 
 
-def _check_name(where: str, name: str, known: list[str], register: str) -> None:
-    check(where, name, name in known, f"one of {', '.join(map(repr, known))}", f"Register others with {register}.")
-
-
 def is_bits(value: object, lowest: tuple[int, ...] = ()) -> bool:
     """True for None (off), for 2 to 8, and for the values in `lowest`."""
-    if value is None:
-        return True
-    return isinstance(value, int) and not isinstance(value, bool) and (2 <= value <= 8 or value in lowest)
+    return value is None or (type(value) is int and (2 <= value <= 8 or value in lowest))
 
 
 class JsonConfig:
@@ -55,6 +50,10 @@ class JsonConfig:
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             check(f"{type(self).__name__}.{name}", value, _fits(hint, value), _expected(hint), "Give one of that kind.")
+
+    def check(self, name: str, valid: bool, expected: str, hint: str) -> None:
+        """Raise the ConfigError of a field, or of one inside of a field's config."""
+        check(f"{type(self).__name__}.{name}", attrgetter(name)(self), valid, expected, hint)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and scalars; the inverse of `from_dict`."""
@@ -68,10 +67,7 @@ class JsonConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild a config. Raises ConfigError on a field that this class does not have."""
         hints = typing.get_type_hints(cls)
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{cls.__name__}: expected an object with named fields, got {values!r}. Write it as {{}}."
-            )
+        check(cls.__name__, values, isinstance(values, dict), "an object with named fields", "Write it as {}.")
         for name in values:
             check(cls.__name__, name, name in hints, "a known field", f"Known fields: {', '.join(hints)}.")
         return cls(**{name: _revive(hints[name], value) for name, value in values.items()})
@@ -82,9 +78,7 @@ class JsonConfig:
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(
-                f"{cls.__name__}: expected JSON, got text that stops at {error}. Check the file."
-            ) from None
+            raise ConfigError(f"{cls.__name__}: expected JSON, got text that stops at {error}. Check it.") from None
         return cls.from_dict(values)
 
 
@@ -146,7 +140,7 @@ class WeightConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("WeightConfig.bits", self.bits, is_bits(self.bits), "None or 2 to 8", "Weights need at least 2 bits.")
+        self.check("bits", is_bits(self.bits), "None or 2 to 8", "Weights need at least 2 bits.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,23 +173,22 @@ class QuantizerConfig(JsonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         special = (0, 16) if self.lowest == "zero" else (0,)
-        check("QuantizerConfig.bits", self.bits, is_bits(self.bits, special), "None, 0 or 2 to 8",
-              "One bit has no symmetric code. Use 2 bits or more, 0 to send nothing, None for floats.")  # fmt: skip
-        check("QuantizerConfig.clip", self.clip, 0 < self.clip <= 1, "a ratio in (0, 1]", "1.0 clips nothing.")
-        _check_name("QuantizerConfig.granularity", self.granularity, GRANULARITIES, "modiff.register_granularity")
+        self.check("bits", is_bits(self.bits, special), "None, 0 or 2 to 8",
+                   "One bit has no symmetric code. Use 2 or more, 0 to send nothing, None for floats.")  # fmt: skip
+        self.check("clip", 0 < self.clip <= 1, "a ratio in (0, 1]", "1.0 clips nothing.")
+        self.check("granularity", self.granularity in GRANULARITIES, f"one of {str(GRANULARITIES)[1:-1]}",
+                   "Register others with modiff.register_granularity.")  # fmt: skip
         static_row = not self.dynamic and self.granularity in ("sample", "token")
-        check("QuantizerConfig.granularity", self.granularity, not static_row, "'tensor', 'input_channel' or 'auto'",
-              "No static scale belongs to one sample or token. Use granularity='tensor' or dynamic=True.")  # fmt: skip
-        check("QuantizerConfig.lowest", self.lowest, self.lowest != "zero" or not self.symmetric,
-              "'measured' with symmetric=True", "A range from 0 is not symmetric. Use symmetric=False.")  # fmt: skip
-        check("QuantizerConfig.step_groups", self.step_groups, self.step_groups >= 0, "0 or more groups",
-              "0 is a set for each step, 1 one set for all.")  # fmt: skip
-        check("QuantizerConfig.step_groups", self.step_groups, self.step_groups == 1 or not self.dynamic,
-              "1 with dynamic=True", "Dynamic scales are measured at each step anyway. Use dynamic=False.")  # fmt: skip
-        check("QuantizerConfig.refresh_every", self.refresh_every, self.refresh_every >= 1, "1 or more steps",
-              "1 measures at each step.")  # fmt: skip
-        check("QuantizerConfig.refresh_every", self.refresh_every, self.refresh_every == 1 or self.dynamic,
-              "1 with dynamic=False", "Static scales are never measured again. Use dynamic=True.")  # fmt: skip
+        self.check("granularity", not static_row, "'tensor', 'input_channel' or 'auto'",
+                   "No static scale belongs to one sample or token. Use 'tensor' or dynamic=True.")  # fmt: skip
+        self.check("lowest", self.lowest != "zero" or not self.symmetric, "'measured' with symmetric=True",
+                   "A range from 0 is not symmetric. Use symmetric=False.")  # fmt: skip
+        self.check("step_groups", self.step_groups >= 0, "0 or more groups", "0 is a set for each step, 1 for all.")
+        self.check("step_groups", self.step_groups == 1 or not self.dynamic, "1 with dynamic=True",
+                   "Dynamic scales are measured at each step anyway. Use dynamic=False.")  # fmt: skip
+        self.check("refresh_every", self.refresh_every >= 1, "1 or more steps", "1 measures at each step.")
+        self.check("refresh_every", self.refresh_every == 1 or self.dynamic, "1 with dynamic=False",
+                   "Static scales are never measured again. Use dynamic=True.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +223,14 @@ class ModulationConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_name("ModulationConfig.predictor", self.predictor, PREDICTORS, "modiff.register_predictor")
-        check("ModulationConfig.gain", self.gain, 0 < self.gain <= 1, "a gain in (0, 1]", "Above 1 the loop diverges.")
-        check("ModulationConfig.rounds", self.rounds, 1 <= self.rounds <= 16, "1 to 16 rounds", "4 suffice at 4 bits.")
-        check("ModulationConfig.reanchor_every", self.reanchor_every, self.reanchor_every >= 0, "0 or more steps",
-              "0 never anchors again.")  # fmt: skip
+        self.check("predictor", self.predictor in PREDICTORS, f"one of {str(PREDICTORS)[1:-1]}",
+                   "Register others with modiff.register_predictor.")  # fmt: skip
+        self.check("gain", 0 < self.gain <= 1, "a gain in (0, 1]", "Above 1 the loop diverges.")
+        self.check("rounds", 1 <= self.rounds <= 16, "1 to 16 rounds", "4 suffice at 4 bits.")
+        self.check("reanchor_every", self.reanchor_every >= 0, "0 or more steps", "0 never anchors again.")
         open_loop = self.predictor != "hold" and self.error_compensation == "none"
-        check("ModulationConfig.predictor", self.predictor, not open_loop, "'hold' when error_compensation is 'none'",
-              "The ablation is of the published predictor. Use error_compensation='closed_loop'.")  # fmt: skip
+        self.check("predictor", not open_loop, "'hold' when error_compensation is 'none'",
+                   "The ablation is of the published predictor. Use error_compensation='closed_loop'.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,40 +253,39 @@ class LayerConfig(JsonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         power = self.rotation_block >= 2 and self.rotation_block & (self.rotation_block - 1) == 0
-        check("LayerConfig.rotation_block", self.rotation_block, power, "a power of two from 2 up", "64 is a good one.")
+        self.check("rotation_block", power, "a power of two from 2 up", "64 is a good one.")
         bits, clip = self.activation.bits, self.activation.clip
-        check("LayerConfig.activation.bits", bits, bits != 16, "None, 0 or 2 to 8",
-              "16 bits are for softmax outputs: see AttentionConfig. Use None for full precision.")  # fmt: skip
+        self.check("activation.bits", bits != 16, "None, 0 or 2 to 8",
+                   "16 bits are for softmax outputs: see AttentionConfig. Use None for full precision.")  # fmt: skip
         if self.modulation is None:
-            check("LayerConfig.activation.refresh_every", self.activation.refresh_every,
-                  self.activation.refresh_every == 1, "1 without modulation",
-                  "A plain layer remembers no scale. Set modulation=ModulationConfig().")  # fmt: skip
-            check("LayerConfig.activation.bits", bits, bits != 0, "2 to 8 bits without modulation",
-                  "Zero bits reuse a state; a plain layer has none. Set modulation=ModulationConfig().")  # fmt: skip
+            self.check("activation.refresh_every", self.activation.refresh_every == 1, "1 without modulation",
+                       "A plain layer remembers no scale. Set modulation=ModulationConfig().")  # fmt: skip
+            self.check("activation.bits", bits != 0, "2 to 8 bits without modulation",
+                       "Zero bits reuse a state; plain layers have none. Give them modulation.")  # fmt: skip
             return
-        check("LayerConfig.activation.lowest", self.activation.lowest, self.activation.lowest == "measured",
-              "'measured' with modulation", "Residuals have either sign. Use modulation=None.")  # fmt: skip
+        self.check("activation.lowest", self.activation.lowest == "measured", "'measured' with modulation",
+                   "Residuals have either sign. Use modulation=None.")  # fmt: skip
         coded_nothing = bits == 0 and self.modulation.first_step == "coded"
-        check("LayerConfig.modulation.first_step", "coded", not coded_nothing, "'full_precision' at 0 bits",
-              "Rounds of zero bits never reach the input. Use first_step='full_precision'.")  # fmt: skip
+        self.check("modulation.first_step", not coded_nothing, "'full_precision' at 0 bits",
+                   "Rounds of zero bits never reach the input. Use first_step='full_precision'.")  # fmt: skip
         if self.modulation.state_dtype == "int16":
-            self._check_integer_states(self.modulation)
+            self._check_integer_states()
         if self.modulation.predictor == "linear" and bits is not None:
             stable = bits >= 4 or (bits == 3 and clip < 1) or bits == 0
-            check("LayerConfig.modulation.predictor", "linear", stable, f"'hold' at {bits} bits with clip {clip}",
-                  "Extrapolation amplifies coarse codes until the loop diverges. "
-                  "Use predictor='hold', or 3 bits with clip under 1.")  # fmt: skip
+            self.check("modulation.predictor", stable, f"'hold' at {bits} bits with clip {clip}",
+                       "Extrapolation amplifies coarse codes until the loop diverges. "
+                       "Use predictor='hold', or 3 bits with clip under 1.")  # fmt: skip
 
-    def _check_integer_states(self, modulation: ModulationConfig) -> None:
-        for where, value, required, why in (
-            ("execution", self.execution, "integer", "Only kernels keep integers."),
-            ("activation.dynamic", self.activation.dynamic, True, "A static scale is no multiple of the grid."),
-            ("activation.refresh_every", self.activation.refresh_every, 1, "An old scale may leave 16 bits."),
-            ("modulation.predictor", modulation.predictor, "hold", "A move is no multiple of the grid."),
-            ("modulation.first_step", modulation.first_step, "full_precision", "The grid is made from whole inputs."),
+    def _check_integer_states(self) -> None:
+        for name, required, why in (
+            ("execution", "integer", "Only kernels keep integers."),
+            ("activation.dynamic", True, "A static scale is no multiple of the grid."),
+            ("activation.refresh_every", 1, "An old scale may leave 16 bits."),
+            ("modulation.predictor", "hold", "A move is no multiple of the grid."),
+            ("modulation.first_step", "full_precision", "The grid is made from whole inputs."),
         ):
-            check(f"LayerConfig.{where}", value, value == required, f"{required!r} with state_dtype='int16'",
-                  f"{why} Use state_dtype='float32'.")  # fmt: skip
+            self.check(name, attrgetter(name)(self) == required, f"{required!r} with state_dtype='int16'",
+                       f"{why} Use state_dtype='float32'.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,18 +306,17 @@ class AttentionConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, quantizer in (("operands", self.operands), ("softmax", self.softmax)):
-            check(f"AttentionConfig.{name}.bits", quantizer.bits, quantizer.bits != 0, "None or bits to code with",
-                  "Zero bits reuse a state; these products have none. Use None for full precision.")  # fmt: skip
         q, p = self.operands, self.softmax
-        check("AttentionConfig.operands.granularity", q.granularity, q.granularity in ("auto", "tensor", "sample"),
-              "'auto', 'tensor' or 'sample'", "v is summed over its tokens, q and k over channels.")  # fmt: skip
-        check("AttentionConfig.operands.lowest", q.lowest, q.lowest == "measured", "'measured'",
-              "q, k and v have either sign.")  # fmt: skip
-        check("AttentionConfig.softmax.granularity", p.granularity, p.granularity != "input_channel",
-              "'auto', 'tensor', 'sample' or 'token'", "Probabilities are summed over their last axis.")  # fmt: skip
-        check("AttentionConfig.softmax.lowest", p.lowest, p.lowest == "zero", "'zero'",
-              "Probabilities are never negative. Use QuantizerConfig(symmetric=False, lowest='zero').")  # fmt: skip
+        for name, quantizer in (("operands", q), ("softmax", p)):
+            self.check(f"{name}.bits", quantizer.bits != 0, "None or bits to code with",
+                       "Zero bits reuse a state; these products have none. Use None for full precision.")  # fmt: skip
+        self.check("operands.granularity", q.granularity in ("auto", "tensor", "sample"),
+                   "'auto', 'tensor' or 'sample'", "v is summed over its tokens, q and k over channels.")  # fmt: skip
+        self.check("operands.lowest", q.lowest == "measured", "'measured'", "q, k and v have either sign.")
+        self.check("softmax.granularity", p.granularity != "input_channel", "'auto', 'tensor', 'sample' or 'token'",
+                   "Probabilities are summed over their last axis.")  # fmt: skip
+        self.check("softmax.lowest", p.lowest == "zero", "'zero'",
+                   "They are never negative. Use QuantizerConfig(symmetric=False, lowest='zero').")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

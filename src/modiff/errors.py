@@ -1,16 +1,4 @@
-"""Every error that modiff raises on purpose.
-
-    ModiffError
-    ├── ConfigError       (ValueError)    a setting that means nothing, or two that contradict each other
-    ├── StateError        (RuntimeError)  a layer's states do not fit the input, or there is no trajectory
-    ├── CalibrationError  (RuntimeError)  static scales asked for but not measured, or measured on nothing
-    ├── KernelError       (RuntimeError)  a backend cannot run what it was asked to
-    └── FormatError       (ValueError)    a file or folder is not what its name promises
-
-    ModiffWarning         (UserWarning)   something works, but slower or worse than it could: once for each cause
-
-Messages read `<where>: expected <what>, got <what>. <why>. <what to type instead>.`
-"""
+"""Every error that modiff raises on purpose: `<where>: expected <what>, got <what>. <why>. <what to type instead>.`"""
 
 import warnings
 

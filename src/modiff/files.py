@@ -149,12 +149,10 @@ class ResumableFolder:
     an old one must hold the same job. What a killed process left half-written, here and one folder deeper, is removed.
 
     Args:
-        job: what decides the content of the items, as JSON values. What may grow, such as the number of items, is no
-            part of it.
+        job: what decides the content of the items, as JSON values; not what may grow, such as the number of items.
         record: the name of the JSON file. items: a pattern for the names of the items.
-    Raises (on entry): ConfigError, one line, for a folder of another job (it names the settings that differ), or one
-        that has items but no record; FormatError for a damaged record; StateError if another process is at work in
-        the folder; OSError.
+    Raises (on entry): ConfigError for a folder of another job (it names the settings that differ), or with items and
+        no record; FormatError for a damaged record; StateError if another process works in the folder; OSError.
     """
 
     def __init__(self, path: str | Path, job: Mapping[str, Any], *, record: str = "job.json", items: str = "*") -> None:
@@ -167,11 +165,15 @@ class ResumableFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
+            self._check()
+            if not self._record.exists():
+                write_json(self._record, self.job)
+            for partial in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+                if _PARTIAL.fullmatch(partial.name):
+                    partial.unlink()
         except Timeout as error:
             raise StateError(f"{self.path}: expected a folder that no other process writes to, got one in use. Two "
                              "would do the same work. Wait, or give another folder.") from error  # fmt: skip
-        try:
-            self._claim()
         except BaseException:
             self._lock.release()
             raise
@@ -184,14 +186,6 @@ class ResumableFolder:
         """The items that are there, sorted by name."""
         paths = self.path.glob(self._items) if self.path.is_dir() else ()
         return sorted(path for path in paths if path != self._record and not path.name.startswith("."))
-
-    def _claim(self) -> None:
-        self._check()
-        if not self._record.exists():
-            write_json(self._record, self.job)
-        for partial in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
-            if _PARTIAL.fullmatch(partial.name):
-                partial.unlink()
 
     def _check(self) -> None:
         if self._record.exists():

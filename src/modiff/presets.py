@@ -1,151 +1,94 @@
-"""Named configs as functions, `modiff.apply(pipe, modiff.presets.w8a4())`, and configs from what a person types."""
+"""Named configs, `modiff.apply(pipe, modiff.presets.w8a4())`, and what a person types or gives instead of one."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, Rotation, WeightConfig
 from modiff.errors import ConfigError, FormatError
 
 Bits = int | None
-AnyConfig = ModiffConfig | str | Mapping[str, Any] | Callable[[], ModiffConfig]
-"""What stands for a config: itself, its name, its dictionary, or a preset without parentheses."""
+AnyConfig = ModiffConfig | str | os.PathLike[str] | Mapping[str, Any] | Callable[[], ModiffConfig]
+"""What stands for a config: see `as_config`."""
 FULL_PRECISION = 32
 
 
 def plain(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffConfig:
     """Post-training quantization without memory: every activation is coded from nothing at every step."""
-    layer = LayerConfig(
-        weight=WeightConfig(bits=weight_bits), activation=QuantizerConfig(bits=activation_bits), modulation=None
-    )
-    return ModiffConfig(layer=layer)
+    return _alike(weight_bits, QuantizerConfig(bits=activation_bits), None)
 
 
 def modulated(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffConfig:
     """Hold predictor, error compensation, dynamic scales; the first step with unrounded inputs and weights."""
-    layer = LayerConfig(weight=WeightConfig(bits=weight_bits), activation=QuantizerConfig(bits=activation_bits))
-    return ModiffConfig(layer=layer)
+    return _alike(weight_bits, QuantizerConfig(bits=activation_bits), ModulationConfig())
 
 
 def published(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffConfig:
     """MoDiff as published: `modulated`, but quantized weights from the first step on."""
-    layer = LayerConfig(
-        weight=WeightConfig(bits=weight_bits),
-        activation=QuantizerConfig(bits=activation_bits),
-        modulation=ModulationConfig(anchor_weights="quantized"),
-    )
-    return ModiffConfig(layer=layer)
+    return _alike(weight_bits, QuantizerConfig(bits=activation_bits), ModulationConfig(anchor_weights="quantized"))
 
 
 def uncompensated(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffConfig:
     """The paper's ablation: differences are coded, but their rounding errors are never sent again."""
-    layer = LayerConfig(
-        weight=WeightConfig(bits=weight_bits),
-        activation=QuantizerConfig(bits=activation_bits),
-        modulation=ModulationConfig(error_compensation="none", anchor_weights="quantized"),
-    )
-    return ModiffConfig(layer=layer)
+    loop = ModulationConfig(error_compensation="none", anchor_weights="quantized")
+    return _alike(weight_bits, QuantizerConfig(bits=activation_bits), loop)
 
 
-def tuned(weight_bits: Bits = 8, activation_bits: int = 4) -> ModiffConfig:
-    """Clip ratio, predictor and rotation that did best on the study models; `modiff.tune` refines them for yours."""
-    if activation_bits >= 4:
-        clip, modulation = 0.8 if activation_bits == 4 else 1.0, ModulationConfig(predictor="linear", gain=0.8)
-    elif activation_bits == 3:
-        clip, modulation = 0.6, ModulationConfig(predictor="linear", gain=0.8)
-    else:
-        clip, modulation = 0.45, ModulationConfig()
-    layer = LayerConfig(
-        weight=WeightConfig(bits=weight_bits),
-        activation=QuantizerConfig(bits=activation_bits, clip=clip),
-        modulation=modulation,
-        rotation="hadamard",
-    )
-    return ModiffConfig(layer=layer)
+def tuned(weight_bits: Bits = 8, activation_bits: Bits = 4, *, bits: Bits = None) -> ModiffConfig:
+    """Clip ratio, predictor and rotation that did best on the study models; `modiff.tune` refines them for yours.
 
-
-def w8a8() -> ModiffConfig:
-    """Modulated, 8-bit weights and residuals."""
-    return modulated(8, 8)
-
-
-def w8a4() -> ModiffConfig:
-    """Modulated, 8-bit weights, 4-bit residuals."""
-    return modulated(8, 4)
-
-
-def w8a3() -> ModiffConfig:
-    """Modulated, 8-bit weights, 3-bit residuals."""
-    return modulated(8, 3)
-
-
-def w4a8() -> ModiffConfig:
-    """Modulated, 4-bit weights, 8-bit residuals."""
-    return modulated(4, 8)
-
-
-def w4a4() -> ModiffConfig:
-    """Modulated, 4-bit weights, 4-bit residuals."""
-    return modulated(4, 4)
-
-
-PRESETS: dict[str, Callable[[], ModiffConfig]] = {f.__name__: f for f in (w8a8, w8a4, w8a3, w4a8, w4a4)}
-FAMILIES: dict[str, Callable[[Bits, Bits], ModiffConfig]] = {
-    "plain": plain,
-    "modulated": modulated,
-    "published": published,
-    "uncompensated": uncompensated,
-    "tuned": tuned,  # type: ignore[dict-item]  # its activation bits cannot be None: named_config refuses that
-}
-
-
-def named_config(text: str) -> ModiffConfig:
-    """The config that `text` names.
-
-    Args:
-        text: "w8a4" (a preset), "modulated:8:4" (a family of presets with weight bits and activation bits; 32 is full
-            precision), either with ":integer" behind it to execute on integers, or the path of a JSON file written from
-            `ModiffConfig.to_json()`.
-    Raises: ConfigError for a name or bit width that does not exist; FormatError for a file that cannot be read.
-
-    >>> named_config("modulated:8:4:integer") == w8a4().on_integers()
-    True
+    bits: as `modiff.tune` has it, another name of `activation_bits`.
+    Raises: ConfigError for activations in full precision: there is nothing to tune.
     """
-    name, colon, execution = text.rpartition(":")
-    if execution == "integer" and colon:
-        return named_config(name).on_integers()
-    if text in PRESETS:
-        return PRESETS[text]()
-    family, *bits = text.split(":")
-    if family in FAMILIES and len(bits) == 2 and all(b.isdecimal() for b in bits):
-        weight, activation = (None if int(b) == FULL_PRECISION else int(b) for b in bits)
-        if family == "tuned" and activation is None:
-            raise ConfigError(
-                "config: expected 2 to 8 activation bits for tuned, got 32. There is nothing to tune in full "
-                "precision. Use modulated or fewer bits."
-            )
-        return FAMILIES[family](weight, activation)
-    if text.endswith(".json") or Path(text).is_file():
-        return ModiffConfig.from_json(_read(Path(text)))
-    raise ConfigError(
-        f"config: expected a preset ({', '.join(PRESETS)}), a family with weight and activation bits "
-        f"({', '.join(FAMILIES)}, as in modulated:8:4), or a JSON file, got {text!r}. No config has this name. "
-        "Use --config w8a4."
+    activation_bits = activation_bits if bits is None else bits
+    if activation_bits is None:
+        raise ConfigError("tuned: expected 2 to 8 activation bits, got full precision (32). There is nothing to tune. "
+                          "Use modulated or fewer bits.")  # fmt: skip
+    activation = QuantizerConfig(bits=activation_bits, clip={2: 0.45, 3: 0.6, 4: 0.8}.get(activation_bits, 1.0))
+    loop = ModulationConfig(predictor="linear", gain=0.8) if activation_bits > 2 else ModulationConfig()
+    return _alike(weight_bits, activation, loop, "hadamard")
+
+
+def _alike(
+    weight_bits: Bits, activation: QuantizerConfig, modulation: ModulationConfig | None, rotation: Rotation = "none"
+) -> ModiffConfig:
+    weight = WeightConfig(bits=weight_bits)
+    return ModiffConfig(
+        layer=LayerConfig(weight=weight, activation=activation, modulation=modulation, rotation=rotation)
     )
+
+
+w8a8, w8a7, w8a4 = partial(modulated, 8, 8), partial(modulated, 8, 7), partial(modulated, 8, 4)
+w8a3, w4a8, w4a4 = partial(modulated, 8, 3), partial(modulated, 4, 8), partial(modulated, 4, 4)
+PRESETS: dict[str, Callable[[], ModiffConfig]] = {
+    "w8a8": w8a8, "w8a7": w8a7, "w8a4": w8a4, "w8a3": w8a3, "w4a8": w4a8, "w4a4": w4a4,
+}  # fmt: skip
+"""`modulated` at these bits, weights first. 7 bits are the most that sums exactly on processors without VNNI."""
+FAMILIES: dict[str, Callable[[Bits, Bits], ModiffConfig]] = {
+    "plain": plain, "modulated": modulated, "published": published, "uncompensated": uncompensated, "tuned": tuned,
+}  # fmt: skip
 
 
 def as_config(config: AnyConfig | None) -> ModiffConfig:
-    """The config that a caller means: itself, a name, a dictionary, a preset without its parentheses; W8A8 for None.
+    """The config that a caller or a command line means; W8A8 for None.
 
-    Raises: ConfigError or FormatError for anything else.
+    Args:
+        config: a ModiffConfig; its dictionary; a preset, with parentheses or without; the path of a JSON file written
+            from `to_json()`; or a name: "w8a4" (a preset) or "modulated:8:4" (a family of presets with weight bits and
+            activation bits; 32 is full precision), either with ":integer" behind it to execute on integers.
+    Raises: ConfigError for a name or bit width that does not exist; FormatError for a file that cannot be read.
 
-    >>> as_config("w8a4") == as_config(w8a4) == as_config(w8a4().to_dict()) == w8a4()
+    >>> as_config("modulated:8:4") == as_config("w8a4") == as_config(w8a4) == as_config(w8a4().to_dict()) == w8a4()
     True
     """
     if isinstance(config, str):
-        return named_config(config)
+        return _named(config)
+    if isinstance(config, os.PathLike):
+        return _read(Path(config))
     if isinstance(config, Mapping):
         return ModiffConfig.from_dict(dict(config))
     if callable(config) and not isinstance(config, type):
@@ -158,11 +101,29 @@ def as_config(config: AnyConfig | None) -> ModiffConfig:
     return config or ModiffConfig()
 
 
-def _read(path: Path) -> str:
+def _named(text: str) -> ModiffConfig:
+    name, colon, execution = text.rpartition(":")
+    if colon and execution == "integer":
+        return _named(name).on_integers()
+    if text in PRESETS:
+        return PRESETS[text]()
+    family, *bits = text.split(":")
+    if family in FAMILIES and len(bits) == 2 and all(b.isdecimal() for b in bits):
+        weight, activation = (None if int(b) == FULL_PRECISION else int(b) for b in bits)
+        return FAMILIES[family](weight, activation)
+    if text.endswith(".json") or Path(text).is_file():
+        return _read(Path(text))
+    raise ConfigError(
+        f"config: expected a preset ({', '.join(PRESETS)}), a family with weight and activation bits "
+        f"({', '.join(FAMILIES)}, as in modulated:8:4), or a JSON file, got {text!r}. No config has this name. "
+        "Use --config w8a4."
+    )
+
+
+def _read(path: Path) -> ModiffConfig:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.reason
-        raise FormatError(
-            f"{path}: expected a JSON file of a ModiffConfig, got {reason}. Write one from ModiffConfig.to_json()."
-        ) from None
+        raise FormatError(f"{path}: expected a JSON file of a ModiffConfig, got {error}. Write one from "
+                          "ModiffConfig.to_json().") from None  # fmt: skip
+    return ModiffConfig.from_json(text)

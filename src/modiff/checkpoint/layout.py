@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
@@ -14,7 +15,6 @@ from modiff.model.calibrate import quantizers_of
 
 METHOD = "modiff"
 FORMAT_VERSION = 1
-_FIELDS = ("config", "layer_configs", "layers", "scales")
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,12 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists; a layer names its config by its index in the list of different ones."""
         configs = list(dict.fromkeys(layer.config for layer in self.layers.values()))
-        layers: dict[str, dict[str, int | str]] = {}
-        for name, layer in self.layers.items():
-            layers[name] = {"config": configs.index(layer.config)}
-            if layer.split is not None:
-                layers[name]["split"] = layer.split
-            if layer.anchor_weights == "int8":
-                layers[name]["anchor_weights"] = "int8"
+        layers = {
+            name: {"config": configs.index(layer.config)}
+            | ({} if layer.split is None else {"split": layer.split})
+            | ({"anchor_weights": "int8"} if layer.anchor_weights == "int8" else {})
+            for name, layer in self.layers.items()
+        }
         return {
             "quant_method": METHOD,
             "version": FORMAT_VERSION,
@@ -85,26 +84,28 @@ class Layout:
                 f"{values.get('written_by', 'an unknown program')!r}. Formats of other versions cannot be read. "
                 "Quantize the model again with this version."
             )
-        missing = [name for name in _FIELDS if name not in values]
-        if missing:
-            raise _wrong(where, "the field", f"no {missing[0]}")
+        for name in ("config", "layer_configs", "layers", "scales"):
+            if name not in values:
+                raise misfit(where, "the field", f"no {name}")
+        whole, kept = values["config"], values["layer_configs"]
+        if isinstance(whole, dict) and "layer" in whole:
+            whole = whole | {"layer": _with_anchors(whole["layer"])}
         try:
-            config = ModiffConfig.from_dict(_with_anchors(values["config"], "layer"))
-            kept = values["layer_configs"]
+            config = ModiffConfig.from_dict(whole)
             configs = [LayerConfig.from_dict(_with_anchors(c)) for c in (kept if isinstance(kept, list) else [kept])]
         except (ConfigError, TypeError) as error:
             raise FormatError(f"{where}: expected the settings of modiff, got: {error}") from error
         entries = _object(where, "layers", values["layers"])
         layers = {name: _layer(where, name, entry, configs) for name, entry in entries.items()}
         if config.split_shortcuts == "off" and (cut := [name for name, layer in layers.items() if layer.split]):
-            raise _wrong(where, "layers that are not split, as split_shortcuts is off", f"{cut[0]} split")
+            raise misfit(where, "layers that are not split, as split_shortcuts is off", f"{cut[0]} split")
         scales = _object(where, "scales", values["scales"])
         for name, names in scales.items():
             if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-                raise _wrong(where, f"names of scales for {name}", names)
+                raise misfit(where, f"names of scales for {name}", names)
         largest = values.get("largest_step")
         if isinstance(largest, bool) or not isinstance(largest, int | float | None) or (largest or 0) < 0:
-            raise _wrong(where, "a difference of timesteps as largest_step", repr(largest))
+            raise misfit(where, "a difference of timesteps as largest_step", repr(largest))
         return cls(config, layers, {name: tuple(names) for name, names in scales.items()}, largest)
 
 
@@ -112,39 +113,36 @@ def _layer(where: str, name: str, entry: object, configs: list[LayerConfig]) -> 
     values = _object(where, f"layers.{name}", entry)
     index, split = values.get("config"), values.get("split")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(configs):
-        raise _wrong(where, f"the number of one of {len(configs)} layer configs for {name}", index)
+        raise misfit(where, f"the number of one of {len(configs)} layer configs for {name}", index)
     if split is not None and (isinstance(split, bool) or not isinstance(split, int)):
-        raise _wrong(where, f"a channel to split {name} at", split)
+        raise misfit(where, f"a channel to split {name} at", split)
     anchor, config = values.get("anchor_weights", "quantized"), configs[index]
     loop = config.modulation
     exact = loop is not None and loop.anchor_weights == "exact" and loop.first_step == "full_precision"
     if anchor not in ("quantized", "int8"):
-        raise _wrong(where, f"'quantized' or 'int8' as anchor_weights of {name}", repr(anchor))
+        raise misfit(where, f"'quantized' or 'int8' as anchor_weights of {name}", repr(anchor))
     if anchor == "int8" and (config.weight.bits is None or config.activation.bits is None or not exact):
-        raise _wrong(where, f"no anchor codes for {name}, as its config has no use for them", "int8")
+        raise misfit(where, f"no anchor codes for {name}, as its config has no use for them", "int8")
     return Layer(config, split, anchor)
 
 
-def _with_anchors(config: object, *path: str) -> object:
-    """A config as the first edition wrote it, made complete: quantized anchors, of all layers at one step."""
-    if not isinstance(config, dict):
-        return config
-    name, *rest = (*path, "modulation")
-    if name in config and rest:
-        return config | {name: _with_anchors(config[name])}
-    if isinstance(config.get(name), dict):
-        return config | {name: {"anchor_weights": "quantized", "stagger": False} | config[name]}
-    return config
+def _with_anchors(layer: Any) -> Any:
+    """The config of a layer as the first edition wrote it, made complete: quantized anchors, of all layers at once."""
+    loop = layer.get("modulation") if isinstance(layer, dict) else None
+    if not isinstance(loop, dict):
+        return layer
+    return layer | {"modulation": {"anchor_weights": "quantized", "stagger": False} | loop}
 
 
 def _object(where: str, name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _wrong(where, f"an object {name}", type(value).__name__)
+        raise misfit(where, f"an object {name}", type(value).__name__)
     return value
 
 
-def _wrong(where: str, expected: str, got: object) -> FormatError:
+def misfit(where: str | Path, expected: str, got: object) -> FormatError:
+    """The error of a config and weights that contradict each other, or that mean nothing."""
     return FormatError(
-        f"{where}: expected {expected}, got {got}. The config is damaged or belongs to another model. "
+        f"{where}: expected {expected}, got {got}. The config or the weights are damaged, or belong to another model. "
         "Copy the folder again."
     )

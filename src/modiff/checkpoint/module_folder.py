@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from modiff.checkpoint.layout import Layout
 from modiff.checkpoint.tensors import (
@@ -26,7 +26,7 @@ from modiff.config import PackedAnchors
 from modiff.errors import ConfigError, FormatError
 from modiff.files import new_folder, read_json, write_json
 from modiff.model.apply import uninstall
-from modiff.model.attach import Attachment, check_plain
+from modiff.model.attach import check_plain
 from modiff.model.pack import seal
 from modiff.nn.packed import PACKED
 
@@ -37,36 +37,25 @@ _STEM = "model"
 _SIZE = re.compile(r"(\d+)\s*([KMG])B", re.IGNORECASE)
 
 
-def save_module(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    max_shard_size: int | str = "5GB",
-    anchor_weights: PackedAnchors = "quantized",
-) -> None:
+def save_module(model: nn.Module, folder: str | Path, max_shard_size: int, anchor_weights: PackedAnchors) -> None:
     """Write the quantized weights and settings of a module with modulated layers; the module is not changed.
 
     Args:
         folder: new or empty; it appears when all of it is on disk.
-        max_shard_size: bytes, or a text such as "200MB"; weights beyond it go to further files.
+        max_shard_size: bytes; weights beyond it go to further files.
         anchor_weights: what is written of float weights for anchors.
     Raises: StateError if modiff was not applied or a layer was wrapped since; FormatError for a folder with files;
-        ConfigError for a size that means nothing; OSError.
+        OSError.
     """
-    layout = Layout.of(model, anchor_weights)
-    shards = _shards(quantized_state(model, model.state_dict(), anchor_weights), bytes_of(max_shard_size))
-    names = [f"{_STEM}.safetensors"]
-    if len(shards) > 1:
-        names = [f"{_STEM}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    layout, state = Layout.of(model, anchor_weights), quantized_state(model, model.state_dict(), anchor_weights)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     with new_folder(folder) as partial:
-        for name, shard in zip(names, shards, strict=True):
+        for name, keys in split.filename_to_tensors.items():
             # clones: safetensors refuses tensors that share memory, as tied weights do
-            save_file({k: t.detach().cpu().contiguous().clone() for k, t in shard.items()}, partial / name,
-                      {"format": "pt", **METADATA})  # fmt: skip
-        if len(shards) > 1:
-            total = sum(t.nbytes for shard in shards for t in shard.values())
-            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
+            shard = {key: state[key].detach().cpu().contiguous().clone() for key in keys}
+            save_file(shard, partial / name, {"format": "pt", **METADATA})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(partial / f"{_STEM}.safetensors.index.json", index)
         write_json(partial / CONFIG, {CLASS: type(model).__name__, "quantization_config": layout.to_dict()})
 
@@ -94,7 +83,12 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
     attachment = rebuild_from(where, model, layout)
     try:
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        _fill(attachment, tensors, before)
+        for name, quantized in attachment.layers.items():
+            if quantized.packed:
+                was = before[f"{name}.weight"]
+                device = torch.device("cpu") if was.is_meta else was.device
+                leaves = quantized.packed_state()
+                quantized.hold_packed({leaf: tensors[f"{name}.{leaf}"].clone().to(device) for leaf in leaves})
         check_values(where, attachment)
         load_scales(where, model, layout, tensors)
     except BaseException:
@@ -127,26 +121,3 @@ def bytes_of(size: int | str) -> int:
         raise ConfigError(f"max_shard_size: expected bytes or a text such as '200MB', got {size!r}. Weights beyond it "
                           "go to another file. Use '5GB'.")  # fmt: skip
     return int(match[1]) * 1000 ** (1 + "KMG".index(match[2].upper()))
-
-
-def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Tensors in their order, cut into files of at most `limit` bytes, or of one tensor that is larger."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _fill(attachment: Attachment, tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-    """Give the packed layers their codes and scales, where their float weights were."""
-    for name, quantized in attachment.layers.items():
-        if quantized.packed:
-            was = before[f"{name}.weight"]
-            device = torch.device("cpu") if was.is_meta else was.device
-            leaves = quantized.packed_state()
-            quantized.hold_packed({leaf: tensors[f"{name}.{leaf}"].clone().to(device) for leaf in leaves})

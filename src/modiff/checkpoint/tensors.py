@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from modiff.checkpoint.layout import FORMAT_VERSION, METHOD, Layout
+from modiff.checkpoint.layout import FORMAT_VERSION, METHOD, Layout, misfit
 from modiff.config import PackedAnchors
 from modiff.core.affine import qrange
 from modiff.core.step_sets import StepSizes
@@ -49,11 +49,10 @@ class Expected(NamedTuple):
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, Claim]:
-    """The claims of all files together.
+    """The claims of all files together, from their headers alone.
 
     Raises: FormatError for a file that is no safetensors file, is cut, claims sizes that it does not have, holds a
         tensor of an unknown dtype, or one that another file holds as well.
-    Cost: reads headers only.
     """
     claims: dict[str, Claim] = {}
     for path in map(Path, files):
@@ -75,18 +74,13 @@ def check_claims(where: str | Path, claims: Mapping[str, Claim], expected: Mappi
     """Make sure that files hold exactly the tensors that the config promises. Raises: FormatError if not."""
     for kind, names in (("no", expected.keys() - claims.keys()), ("an unknown", claims.keys() - expected.keys())):
         if names:
-            raise FormatError(
-                f"{where}: expected {len(expected)} tensors, got {kind} {min(names)} ({len(names)} such). The weights "
-                "belong to another config or were changed. Copy the folder again."
-            )
+            raise misfit(where, f"{len(expected)} tensors", f"{kind} {min(names)} ({len(names)} such)")
     for name, (dtype, shape) in expected.items():
         claim = claims[name]
         fits = claim.dtype.is_floating_point if dtype is None else claim.dtype == dtype
         if claim.shape != shape or not fits:
-            raise FormatError(
-                f"{where}: expected {name} of shape {shape} in {dtype or 'floating point'}, got {claim.shape} in "
-                f"{claim.dtype}. The weights belong to another config or were changed. Copy the folder again."
-            )
+            kind = dtype or "floating point"
+            raise misfit(where, f"{name} of shape {shape} in {kind}", f"{claim.shape} in {claim.dtype}")
 
 
 def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
@@ -191,8 +185,7 @@ def load_scales(where: str, model: nn.Module, layout: Layout, tensors: Mapping[s
     quantizers = quantizers_of(model)
     for name, keys in layout.scales.items():
         if name not in quantizers:
-            raise FormatError(f"{where}: expected a layer or attention module that quantizes its input, got {name}. "
-                              "The config is damaged or belongs to another model. Copy the folder again.")  # fmt: skip
+            raise misfit(where, "a layer or attention module that quantizes its input", name)
         quantizers[name].load_tensors({key: tensors[scale_key(name, key)] for key in keys})
 
 
@@ -204,8 +197,7 @@ def check_values(where: str, attachment: Attachment) -> None:
             continue
         tensors = quantized.packed_state()
         if any(tensor.is_meta for tensor in tensors.values()):
-            raise FormatError(f"{where}: expected a weight and scales for {name}, got none. The weights belong to "
-                              "another config or were changed. Copy the folder again.")  # fmt: skip
+            raise misfit(where, f"a weight and scales for {name}", "none")
         weight = tensors["weight"]
         _check_codes(where, name, weight_codes(weight, (weight.shape[0], 2 * weight.shape[1])), bits, tensors[SCALE])
         if ERROR in tensors:
@@ -216,7 +208,4 @@ def _check_codes(where: str, name: str, codes: Tensor, bits: int, scale: Tensor)
     low, high = (int(extreme) for extreme in torch.aminmax(codes)) if codes.numel() else (0, 0)
     qmin, qmax = qrange(bits)
     if low < qmin or high > qmax or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise FormatError(
-            f"{where}: expected codes from {qmin} to {qmax} and positive scales in {name}, got others. The weights "
-            "are damaged or belong to another config. Copy the folder again."
-        )
+        raise misfit(where, f"codes from {qmin} to {qmax} and positive scales in {name}", "others")

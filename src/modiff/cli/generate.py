@@ -10,7 +10,7 @@ import typer
 from modiff.cli import options
 from modiff.errors import ConfigError
 from modiff.files import check_writable, write_json
-from modiff.presets import named_config
+from modiff.presets import as_config
 
 BATCH_HELP = "Images computed at a time; fixed for a folder. 50 when left out."
 SHARD_HELP = "Images in a file, a multiple of the batch; fixed for a folder. About 100 when left out."
@@ -41,7 +41,7 @@ def sample(
     Example:
         modiff sample embedded --config w8a4 --scheduler ddim --steps 50 --num-images 16 -o samples
     """
-    chosen = None if config is None else named_config(config)
+    chosen = None if config is None else as_config(config)
     check_writable(output / "settings.json")
     from modiff.api import apply  # imported late: `modiff --help` must not wait
     from modiff.generate.environment import environment
@@ -101,7 +101,7 @@ def generate(
             f"--{'workers' if address is None else 'address'}: expected --engine ray with it, got it without. This "
             "process works alone. Add --engine ray."
         )
-    chosen = None if config is None else named_config(config)
+    chosen = None if config is None else as_config(config)
     from modiff.generate.job import Job  # imported late: `modiff --help` must not wait
     from modiff.generate.on_ray import RayEngine
     from modiff.generate.run import run_job

@@ -9,7 +9,7 @@ import typer
 
 from modiff.cli import options
 from modiff.files import check_writable, write_atomically, write_json
-from modiff.presets import named_config
+from modiff.presets import as_config
 
 TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
 PROFILE_HELP = "Keep the times of layers in this file; the same file gives the same choices."
@@ -66,7 +66,7 @@ def analyze(
     Example:
         modiff analyze embedded --steps 50 --num-images 4 -o analysis
     """
-    chosen = named_config(config)
+    chosen = as_config(config)
     check_writable(output / "analysis.json")
     from modiff.evaluate.analysis.figures import figures
     from modiff.evaluate.analysis.run import analyze_pipeline  # imported late: `--help` must not wait
@@ -98,7 +98,7 @@ def explain(
     Example:
         modiff explain embedded --config w8a8 --num-images 8
     """
-    chosen = named_config(config)
+    chosen = as_config(config)
     from modiff import api  # imported late: `modiff --help` must not wait for diffusers
     from modiff.hosts.diffusers.runs import calibration_run
     from modiff.kernels.encode import choose_encoder

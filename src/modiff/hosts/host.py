@@ -99,7 +99,7 @@ class Host(NetworkFacts):
         anchor_weights: PackedAnchors,
     ) -> None:
         """Write a target; `networks` are those of its networks that carry modiff."""
-        save_module(target, folder, max_shard_size=max_shard_size, anchor_weights=anchor_weights)
+        save_module(target, folder, max_shard_size, anchor_weights)
 
 
 def register_host(find: Callable[[Any], Host | None]) -> None:

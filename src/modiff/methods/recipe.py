@@ -25,7 +25,6 @@ from modiff.config import (
     QuantizerConfig,
     WeightConfig,
     WeightSearch,
-    check,
     is_bits,
 )
 from modiff.errors import ConfigError, StateError
@@ -87,10 +86,6 @@ class MethodConfig(JsonConfig):
         weight = WeightConfig(bits=self.weight_bits, search=search)
         return LayerConfig(weight=weight, activation=activation, modulation=modulation)
 
-    def check(self, name: str, holds: bool, expected: str, advice: str) -> None:
-        """Raise the ConfigError of a setting unless it `holds`."""
-        check(f"{type(self).__name__}.{name}", getattr(self, name), holds, expected, advice)
-
     def check_groups(self, groups: int) -> None:
         """Raise the ConfigError of `groups` that `steps` cannot be cut into."""
         self.check("groups", 1 <= groups <= self.steps, f"1 to steps={self.steps}", "A group has at least one step.")
@@ -113,10 +108,10 @@ class LearnedConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_groups(self.groups)
-        for name, got, learn in (("reconstruction", self.reconstruction.learn, "weights"),
-                                 ("learning", self.learning.learn, "activation_scales")):  # fmt: skip
-            check(f"{type(self).__name__}.{name}.learn", got, got == learn, repr(learn),
-                  f"Start from ReconstructConfig.{learn}().")  # fmt: skip
+        self.check("reconstruction.learn", self.reconstruction.learn == "weights", "'weights'",
+                   "Start from ReconstructConfig.weights().")  # fmt: skip
+        self.check("learning.learn", self.learning.learn == "activation_scales", "'activation_scales'",
+                   "Start from ReconstructConfig.activation_scales().")  # fmt: skip
 
     @classmethod
     def quick(cls) -> Self:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
-from modiff.config import JsonConfig, check
+from modiff.config import JsonConfig
 
 Activations = Literal["full_precision", "quantized"]
 
@@ -68,7 +68,7 @@ class ReconstructConfig(JsonConfig):
              "Scales that quantize nothing learn nothing. Use ReconstructConfig.activation_scales()."),
             ("patience", self.patience >= 0, "0 or more checks", "0 never stops."),
         ):  # fmt: skip
-            check(f"ReconstructConfig.{name}", getattr(self, name), holds, expected, advice)
+            self.check(name, holds, expected, advice)
 
     def takes(self, name: str) -> bool:
         """Whether a layer may be learned, as far as `exclude` says."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modiff.config import ModiffConfig, check
-from modiff.presets import FAMILIES, named_config
+from modiff.presets import FAMILIES, as_config
 
 STEPS = "steps"
 """The family of the plans that quantize nothing and take fewer sampler steps."""
@@ -94,7 +94,7 @@ def plans_of(chosen: Preset) -> list[Plan]:
 
 def _named_plan(text: str, steps: int) -> Plan:
     """Named by its family and bits, a file after itself; its family is that of presets with exactly this config."""
-    config = named_config(text)
+    config = as_config(text)
     bits = config.layer.weight.bits, config.layer.activation.bits
     made = {name: make(*bits) for name, make in FAMILIES.items() if name != "tuned" or bits[1] is not None}
     family = next((name for name, same in made.items() if config in (same, same.on_integers())), None)
