@@ -14,15 +14,7 @@ from modiff import presets
 from modiff.api import tune
 from modiff.config import ModiffConfig, ModulationConfig, check
 from modiff.evaluate.cost import FULL_PRECISION_BITS
-from modiff.evaluate.pipelines import (
-    NOTHING,
-    TUNING_SEED,
-    DrawnImages,
-    PipelineSource,
-    aligned,
-    image_error,
-    number,
-)
+from modiff.evaluate.pipelines import NOTHING, TUNING_SEED, DrawnImages, PipelineSource, aligned, image_error, number
 from modiff.evaluate.suite.plans import Plan
 from modiff.generate.environment import Environment, environment
 from modiff.generate.job import Conditions
@@ -32,7 +24,6 @@ from modiff.model.tune import FINALISTS
 
 EVERY = 10
 """Steps from one anchor of a layer to the next, in the rows that anchor again."""
-TUNING_IMAGES = 4
 
 _FOOTNOTE = """\
 Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
@@ -91,19 +82,18 @@ def plans(steps: int) -> list[Plan]:
     configs |= {f"modulated W8A{b}": presets.modulated(8, b) for b in (8, 4, 3, 2)}
     configs["modulated W4A8"] = presets.modulated(4, 8)
     for w in (8, 4):
+        layer = presets.modulated(w, 8).layer
+        again = dataclasses.replace(layer.modulation or ModulationConfig(), reanchor_every=EVERY)
         configs[f"modulated W{w}A8, quantized anchor"] = presets.published(w, 8)
-        configs[f"modulated W{w}A8, anchored every {EVERY}"] = _anchored_again(presets.modulated(w, 8))
+        configs[f"modulated W{w}A8, anchored every {EVERY}"] = dataclasses.replace(
+            presets.modulated(w, 8), layer=dataclasses.replace(layer, modulation=again)
+        )
     configs["modulated W8A4, no compensation"] = presets.uncompensated(8, 4)
     configs["plain W32A4"] = presets.plain(None, 4)
     configs |= {f"modulated W32A{b}": presets.modulated(None, b) for b in (4, 3)}
     configs |= {f"tuned W32A{b}": presets.tuned(None, b) for b in (4, 3, 2)}
     rows = [Plan(name=name, steps=steps // share) for name, share in fewer.items()]
     return rows + [Plan(name=n, steps=steps, config=c, family=n.partition(" ")[0]) for n, c in configs.items()]
-
-
-def _anchored_again(config: ModiffConfig) -> ModiffConfig:
-    modulation = dataclasses.replace(config.layer.modulation or ModulationConfig(), reanchor_every=EVERY)
-    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
 
 
 def run_demo(
@@ -141,7 +131,7 @@ def run_demo(
                 bits = config.layer.activation.bits or 0
                 config = tuned[bits] = tune(
                     source.pipe, bits, weight_bits=None,
-                    run=lambda: source.draw(steps, range(TUNING_IMAGES), seed + TUNING_SEED),
+                    run=lambda: source.draw(steps, range(4), seed + TUNING_SEED),
                 )  # fmt: skip
             with source.open(config, plan.steps) as draw:
                 drawn = draw(range(num_images))

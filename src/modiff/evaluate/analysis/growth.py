@@ -149,7 +149,6 @@ def _curve(error: list[float], c: float, moves: list[float], *, compensated: boo
 
 
 def _spread(layers: list[dict[str, Any]], mode: str, count: int) -> dict[str, Any]:
-    """Quartiles over the layers of each curve relative to the layer's ||a_t||."""
     norms = np.array([layer["norms"][:count] for layer in layers]).clip(np.finfo(np.float64).tiny)
     error, bound, printed = (
         np.array([layer[mode][key][:count] for layer in layers]) / norms for key in ("error", "bound", "printed_bound")

@@ -82,47 +82,47 @@ class LayerTraces:
     """Watcher: runs the recursion of each layer on its inputs; memory: one step's states, a few numbers per step."""
 
     def __init__(self) -> None:
-        self.traces: dict[tuple[str, int], LayerTrace] = {}
         self._loops: dict[tuple[str, int], _Loop] = {}
 
     def see(self, visit: Visit) -> None:
         """Advance the layer's states by one step and note the errors."""
         if visit.key not in self._loops:
-            entry = visit.entry
-            self._loops[visit.key] = _Loop(visit.modulated(visit.config))
-            self.traces[visit.key] = {
-                "name": entry.name, "kind": entry.kind, "call": visit.call, "setting": entry.setting, "steps": []
-            }  # fmt: skip
-        self.traces[visit.key]["steps"].append(self._loops[visit.key].see(visit))
+            self._loops[visit.key] = _Loop(visit)
+        self._loops[visit.key].see(visit)
 
     def layers(self) -> list[LayerTrace]:
         """All traces, in the order in which the layers first ran."""
-        return list(self.traces.values())
+        return [loop.trace for loop in self._loops.values()]
 
 
 class _Loop:
-    def __init__(self, layer: ModulatedLayer) -> None:
-        self.layer = layer
+    def __init__(self, visit: Visit) -> None:
+        self.layer = layer = visit.modulated(visit.config)
+        self.trace: LayerTrace = {
+            "name": visit.entry.name, "kind": visit.entry.kind, "call": visit.call, "setting": visit.entry.setting,
+            "steps": [],
+        }  # fmt: skip
         self.output: State | None = None
         self.inputs: InputSide | None = None
         if layer.quantizer is not None and layer.config.modulation is not None:
             self.inputs = InputSide(layer.quantizer, layer.config.modulation)
 
-    def see(self, visit: Visit) -> StepErrors:
+    def see(self, visit: Visit) -> None:
         """One step of the layer's recursion, and how far it is from full precision."""
         x = coded_domain(self.layer, visit.input)
         residual, code, state, output = self._advance(x, visit)
-        numbers = [x.min(), x.max(), rms(x), norm(x), norm(x - state), norm(visit.output), norm(visit.output - output)]
+        numbers = [x.min(), x.max(), norm(x), norm(x - state), norm(visit.output), norm(visit.output - output)]
         if residual is not None and code is not None:
-            numbers += [residual.min(), residual.max(), rms(residual), norm(residual - code)]
-        low, high, size, a, a_error, o, o_error, *rest = torch.stack([n.double() for n in numbers]).tolist()
+            numbers += [residual.min(), residual.max(), norm(residual) / x.numel() ** 0.5, norm(residual - code)]
+        low, high, a, a_error, o, o_error, *rest = torch.stack([n.double() for n in numbers]).tolist()
         r = rest or [None] * 4
-        return {
-            "step": visit.step, "activation_min": low, "activation_max": high, "activation_rms": size,
+        self.trace["steps"].append({
+            "step": visit.step, "activation_min": low, "activation_max": high,
+            "activation_rms": a / x.numel() ** 0.5,
             "residual_min": r[0], "residual_max": r[1], "residual_rms": r[2], "code_error": r[3],
             "input_error": a_error, "output_error": o_error,
             "input_relative_l2": a_error / a if a else 0.0, "output_relative_l2": o_error / o if o else 0.0,
-        }  # fmt: skip
+        })  # fmt: skip
 
     def _advance(self, x: Tensor, visit: Visit) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """r_t, q_t, â_t, ô_t."""
@@ -141,8 +141,3 @@ class _Loop:
 def norm(x: Tensor) -> Tensor:
     """||x|| over all elements, summed in float64."""
     return torch.linalg.vector_norm(x, dtype=torch.float64)
-
-
-def rms(x: Tensor) -> Tensor:
-    """Root of the mean square, in float64."""
-    return norm(x) / x.numel() ** 0.5

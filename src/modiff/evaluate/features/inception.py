@@ -202,7 +202,7 @@ class InceptionBlock(nn.Module):
 
 
 class InceptionNetwork(nn.Module):
-    """The network up to its logits. Cost: 5.7 GMAC an image; 23.9 million parameters."""
+    """The network up to its logits; 23.9 million parameters."""
 
     def __init__(self) -> None:
         super().__init__()

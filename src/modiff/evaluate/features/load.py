@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from modiff.assets import classifier_folder
 from modiff.errors import FormatError
@@ -15,8 +14,7 @@ DEFAULT_EXTRACTOR = "classifier"
 CLASSIFIERS = {DEFAULT_EXTRACTOR: "embedded", "cifar10-classifier": "cifar10"}
 """The classifiers of the package: of which model's data each is."""
 
-Metric = Literal["fd", "fd_to_full_precision", "spatial_fd", "kernel_distance", "score", "precision", "recall"]
-_NAMES: dict[Metric, tuple[str | None, str]] = {
+_NAMES: dict[str, tuple[str | None, str]] = {
     "fd": ("FID", "FD"),
     "fd_to_full_precision": ("FID2FP32", "FD2FP32"),
     "spatial_fd": ("sFID", "sFD"),
@@ -49,7 +47,7 @@ def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
     )
 
 
-def result_name(metric: Metric, extractor: FeatureExtractor) -> str:
+def result_name(metric: str, extractor: FeatureExtractor) -> str:
     """The name of a metric's result: "FID" with Inception, "FD(<extractor's name>)" with every other extractor."""
     published, general = _NAMES[metric]
     if published and isinstance(extractor, Inception):

@@ -151,7 +151,6 @@ def differences(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _strip(images: np.ndarray) -> bytes:
-    """Images (N, H, W, C) in [0, 1] in a row, as the bytes of a PNG file."""
     buffer = io.BytesIO()
     grid([("", images)]).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

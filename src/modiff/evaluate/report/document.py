@@ -73,11 +73,6 @@ class Figure:
     pixels: bool = False
     half: bool = False
 
-    @property
-    def file(self) -> str:
-        """The name of the figure's file."""
-        return f"{self.name}.{self.kind}"
-
 
 @dataclass(frozen=True)
 class Verbatim:

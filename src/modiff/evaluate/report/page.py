@@ -24,7 +24,7 @@ def write_report(document: Document, folder: Path) -> list[Path]:
     Returns: the two.
     Raises: OSError that names the file, if one cannot be written. Each file is whole or the old one.
     """
-    contents = {folder / FIGURES / figure.file: figure.data for figure in document.figures()}
+    contents = {folder / FIGURES / f"{figure.name}.{figure.kind}": figure.data for figure in document.figures()}
     contents |= {folder / TEXT: markdown(document).encode(), folder / PAGE: html_page(document).encode()}
     for path, content in contents.items():
         check_writable(path)
@@ -152,7 +152,7 @@ def _markdown_block(block: Content, figures: str) -> str:
             notes = [f"{_text(names)}: {_text(note)}" for names, note in block.notes()]
             return "\n\n".join([_text(block.caption), "\n".join([head, rule, *rows]), *notes])
         case Figure():
-            return f"![{_text(block.alt)}]({figures}/{block.file})\n\n{_text(block.caption)}"
+            return f"![{_text(block.alt)}]({figures}/{block.name}.{block.kind})\n\n{_text(block.caption)}"
 
 
 def _text(text: str) -> str:

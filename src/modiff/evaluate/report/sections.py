@@ -49,7 +49,10 @@ def suite_document(
         watched: a configuration, the number of images, and the errors of its layers, from `layer_errors`.
     """
     images = [(row.plan.name, samples) for row, samples in zip(suite.rows, suite.samples, strict=True)]
-    heat = [] if watched is None or not watched[2] else [_layers(*watched)]
+    heat: list[Section] = []
+    if watched is not None and watched[2]:
+        caption = HEAT_CAPTION.format(name=watched[0].name, images=watched[1])
+        heat.append(Section("Where the error arises", (layer_figure(watched[2], caption),)))
     sections = [
         _results(suite),
         Section("Images", (IMAGES, *image_figures(images, int(suite.settings.get("seed", 0))))),
@@ -106,15 +109,15 @@ def _measured(metric: Measurement | None) -> Cell:
 
 
 def _cost_against_error(suite: Suite) -> Section:
-    """Relative L2 and the distance to real images, or else to full precision, against both costs."""
     names = _metric_names(suite.rows)
     distance = "fd_to_reference" if "fd_to_reference" in names else "fd_to_full_precision"
+    label = next(m["label"] for row in suite.rows for m in row.metrics if m["name"] == distance)
     blocks: list[Content] = [
         "Lower left is better. What lies above the dashed line is beaten by taking fewer steps with the unquantized "
         "model. Bit-operations are not speed: time is what was measured here, with integers simulated in floats where "
         "a row does not say that it runs on them."
     ]
-    for metric, error in (("relative_l2", "relative L2 to full precision"), (distance, _label(suite.rows, distance))):
+    for metric, error in (("relative_l2", "relative L2 to full precision"), (distance, label)):
         for cost, axis in (("gbops", "GBOPs of one image"), ("seconds", "seconds for one image, measured")):
             name = f"{metric}-by-{cost}".replace("_", "-")
             caption = f"{error[0].upper()}{error[1:]} against {axis}."
@@ -122,10 +125,6 @@ def _cost_against_error(suite: Suite) -> Section:
             if any(p.error for p in points if p.family == STEPS):  # fewer steps may change nothing that 8 bits show
                 blocks.append(pareto(name, points, cost=axis, error=error, caption=caption))
     return Section("Error against cost", tuple(blocks))
-
-
-def _label(rows: Sequence[Row], name: str) -> str:
-    return next(m["label"] for row in rows for m in row.metrics if m["name"] == name)
 
 
 def _point(row: Row, metric: str, cost: str) -> Point:
@@ -136,11 +135,6 @@ def _point(row: Row, metric: str, cost: str) -> Point:
     if error is None:  # full precision against itself
         return Point(label, family, paid, 0.0)
     return Point(label, family, paid, error["value"], error["low"], error["high"])
-
-
-def _layers(plan: Plan, num_images: int, layers: Sequence[LayerTrace]) -> Section:
-    figure = layer_figure(layers, HEAT_CAPTION.format(name=plan.name, images=num_images))
-    return Section("Where the error arises", (figure,))
 
 
 def _everything(rows: Sequence[Row]) -> Table:

@@ -105,7 +105,6 @@ class Clip:
         return [_mean_row("clip_score", self.name, _by_batch(images.images, scores), resamples, note)]
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """(N, 3, side, side), normalised."""
         planes = _planes(images.to(self._device))
         height, width = planes.shape[2:]
         short = min(height, width)

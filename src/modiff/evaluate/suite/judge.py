@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from modiff.evaluate.features.extractor import FeatureExtractor, Features, joined
-from modiff.evaluate.features.load import Metric, result_name
+from modiff.evaluate.features.load import result_name
 from modiff.evaluate.metrics.bootstrap import Draw, Interval, bootstrap, small_sample_note
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
 from modiff.evaluate.metrics.paired import WINDOW, mean, paired_errors
@@ -64,17 +65,16 @@ def measurement(name: str, label: str, extractor: str | None, value: float | Non
             "note": " ".join(note for note in notes if note)}  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageSet:
     """All images of a configuration, or a set of real ones, as the metrics need them. N images, D features.
 
-    pooled (N, D) float32. spatial: moments of the spatial rows. images: uint8 (N, H, W, C), spatial_rows (N, D2)
-    float32: empty and None for real ones, which are neither shown nor resampled.
+    pooled: (N, D) float32. spatial: rows (N, D2) float32; of real images, which are neither shown nor resampled, their
+    moments. images: uint8 (N, H, W, C); none of real ones.
     """
 
     pooled: Tensor
-    spatial: Moments | None = None
-    spatial_rows: Tensor | None = None
+    spatial: Tensor | Moments | None = None
     probabilities: Tensor | None = None
     images: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     seconds: float = 0.0
@@ -86,26 +86,30 @@ class ImageSet:
         return len(self.pooled)
 
 
-def gather(batches: Iterable[tuple[DrawnImages, Features]], *, images: bool = True) -> ImageSet:
-    """One set from batches. Memory: its pooled features, with `images` also these and the spatial rows."""
+def gather(batches: Iterable[tuple[DrawnImages, Features]]) -> ImageSet:
+    """One set from batches; it keeps their images and features."""
+    drawn, features = zip(*batches, strict=True)
+    return ImageSet(
+        *joined(features),
+        images=np.concatenate([batch.images for batch in drawn]),
+        seconds=sum(batch.seconds for batch in drawn),
+        state_bytes_per_image=max(batch.state_bytes / len(batch.images) for batch in drawn),
+        broken=sum(batch.broken for batch in drawn),
+        gbops=drawn[0].gbops,
+    )
+
+
+def gather_real(batches: Iterable[np.ndarray], extractor: FeatureExtractor) -> ImageSet:
+    """The set of real images, uint8 (n, H, W, C) at a time; it keeps their pooled features alone."""
     spatial: Moments | None = None
     features: list[Features] = []
-    kept: list[DrawnImages] = []
-    for drawn, rows in batches:
+    for images in batches:
+        rows = extractor(torch.tensor(images))
         if rows.spatial is not None:
             spatial = spatial or Moments(rows.spatial.shape[1])
             spatial.update(rows.spatial)
-        features.append(rows if images else rows._replace(spatial=None))
-        kept.append(drawn if images else drawn._replace(images=drawn.images[:0]))
-    pooled, spatial_rows, probabilities = joined(features)
-    return ImageSet(
-        pooled, spatial, spatial_rows, probabilities,
-        images=np.concatenate([drawn.images for drawn in kept]),
-        seconds=sum(drawn.seconds for drawn in kept),
-        state_bytes_per_image=max(d.state_bytes / len(f.pooled) for d, f in zip(kept, features, strict=True)),
-        broken=sum(drawn.broken for drawn in kept),
-        gbops=kept[0].gbops,
-    )  # fmt: skip
+        features.append(rows._replace(spatial=None))
+    return ImageSet(joined(features).pooled, spatial)
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,8 @@ class Judge:
             rows += self._distances(images, self.reference, DATA)
         return mark_broken(images, [*rows, *self._score(images), *_costs(images)])
 
-    def _row(self, metric: Metric, against: str | None, value: float | None, n: int,
+    def _row(self, metric: str, against: str | None, value: float | None, n: int,
              interval: Mapping[str, Any] | None, *notes: str | None) -> Measurement:  # fmt: skip
-        """The row of a metric of features, named after the extractor."""
         label, name = result_name(metric, self.extractor), metric
         if against is not None:
             name, label = f"{metric}_to_{against}", f"{label} to {_AGAINST[against]}"
@@ -139,15 +142,13 @@ class Judge:
         return measurement(name, label, self.extractor.name, value, n, interval, *notes, self.extractor.note)
 
     def _distances(self, images: ImageSet, other: ImageSet, against: str) -> list[Measurement]:
-        """Frechet distances of pooled and, where there are any, of spatial features; kernel distance and manifolds."""
         to_full = against == FULL
         rows = [self._frechet("fd", images.pooled, other.pooled if to_full else Moments.of(other.pooled), against)]
-        spatial = other.spatial_rows if to_full else other.spatial
-        if images.spatial_rows is not None and spatial is not None:
-            rows.append(self._frechet("spatial_fd", images.spatial_rows, spatial, against))
+        if isinstance(images.spatial, Tensor) and other.spatial is not None:
+            rows.append(self._frechet("spatial_fd", images.spatial, other.spatial, against))
         return [*rows, self._kernel(images, other, against), *self._manifolds(images, other, against)]
 
-    def _frechet(self, metric: Metric, rows: Tensor, other: Tensor | Moments, against: str) -> Measurement:
+    def _frechet(self, metric: str, rows: Tensor, other: Tensor | Moments, against: str) -> Measurement:
         paired = isinstance(other, Tensor)
         count = len(other) if paired else other.count
         how = SAME_SEEDS if paired else f"To {count} images of the reference data, which are not resampled."
@@ -157,7 +158,6 @@ class Judge:
     def _interval(
         self, rows: Tensor, other: Tensor | Moments, draw: Draw, count: int
     ) -> tuple[Interval, list[str | None]]:
-        """A Frechet distance with as many resamples as it can pay for, and what to say of it."""
         dimension, resamples = rows.shape[1], self.resamples
         kind, effort = "centred", None
         if dimension > LARGEST_RESAMPLED:
@@ -180,8 +180,7 @@ class Judge:
         real, made = other.pooled[:MANIFOLD], images.pooled[:MANIFOLD]
         small = small_sample_note("precision_recall", min(len(real), len(made)))
         rows: list[Measurement] = []
-        pairs: tuple[tuple[Metric, Tensor, Tensor], ...] = (("precision", made, real), ("recall", real, made))
-        for metric, queries, manifold in pairs:
+        for metric, queries, manifold in (("precision", made, real), ("recall", real, made)):
             inside = within_manifold(queries, manifold, neighbours=NEIGHBOURS).double()
             share = bootstrap(mean, [inside], resamples=self.resamples)
             note = f"{NEIGHBOURS} neighbours; {len(queries)} images in the manifold of {len(manifold)}."

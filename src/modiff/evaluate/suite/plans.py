@@ -55,15 +55,13 @@ PRESETS = {
         num_images=10_000,
         steps=50,
         configs=(
-            *(f"plain:8:{bits}" for bits in (8, 6, 4, 3)),
-            *(f"modulated:8:{bits}" for bits in (8, 6, 4, 3, 2)),
-            "uncompensated:8:4",
-            *(f"tuned:8:{bits}" for bits in (4, 3, 2)),
+            "plain:8:8", "plain:8:6", "plain:8:4", "plain:8:3", "modulated:8:8", "modulated:8:6", "modulated:8:4",
+            "modulated:8:3", "modulated:8:2", "uncompensated:8:4", "tuned:8:4", "tuned:8:3", "tuned:8:2",
             "modulated:4:4",
         ),
         fewer=(2, 4, 5, 10),
     ),
-}
+}  # fmt: skip
 
 
 def preset(name: str, *, num_images: int | None = None, steps: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,9 @@ from modiff.evaluate.metrics.bootstrap import small_sample_note
 from modiff.evaluate.pipelines import DrawnImages, PipelineSource, aligned, has_static_scales, number
 from modiff.evaluate.suite.extras import Extra
 from modiff.evaluate.suite.images import as_bytes, check_reference, read_reference
-from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, mark_broken
+from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, gather_real, mark_broken
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
-from modiff.evaluate.suite.store import Store
-from modiff.files import ResumableFolder
+from modiff.files import ResumableFolder, read_tensors, reading, write_tensors
 from modiff.generate.environment import Environment, environment
 
 _FORMAT_VERSION = 2
@@ -56,12 +56,6 @@ class Row:
         """The figure of that name; None if this configuration has none."""
         return next((m for m in self.metrics if m["name"] == name), None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        config = None if self.plan.config is None else self.plan.config.to_dict()
-        return {"name": self.plan.name, "family": self.plan.family, "steps": self.plan.steps,
-                "metrics": list(self.metrics), "config": config}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Suite:
@@ -91,8 +85,52 @@ class Suite:
             "command": shlex.join(command),
             "settings": self.settings,
             "environment": dict(self.environment),
-            "configurations": [row.to_dict() for row in self.rows],
-        }
+            "configurations": [
+                {"name": row.plan.name, "family": row.plan.family, "steps": row.plan.steps,
+                 "metrics": list(row.metrics), "config": row.plan.config and row.plan.config.to_dict()}
+                for row in self.rows
+            ],
+        }  # fmt: skip
+
+
+class Store:
+    """A folder for each plan in the folder of one job, with its batches.
+
+    A batch file holds `batch_size` images, the last one of a run what is left, and counts only if it is exactly that
+    long: scales that a batch shares depend on what is in it. So a run with more images keeps all full batches.
+    """
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.folder, self.batch_size = folder, batch_size
+
+    def missing(self, plan: Plan, num_images: int) -> list[range]:
+        """The batches that are still to be drawn, as ranges of sample indices."""
+        return [indices for indices in self._batches(num_images) if not self._path(plan, indices).is_file()]
+
+    def save(self, plan: Plan, indices: range, drawn: DrawnImages, features: Features) -> None:
+        """Write a batch; it is there whole or not at all."""
+        rows = {name: rows for name, rows in features._asdict().items() if rows is not None}
+        facts = {name: json.dumps(value) for name, value in drawn._asdict().items() if name != "images"}
+        write_tensors(self._path(plan, indices), {"images": torch.from_numpy(drawn.images), **rows}, facts)
+
+    def load(self, plan: Plan, num_images: int) -> Iterator[tuple[DrawnImages, Features]]:
+        """All batches in order of the sample index. Raises: FormatError for a file that is damaged."""
+        for indices in self._batches(num_images):
+            path = self._path(plan, indices)
+            what, advice = f"a batch of {len(indices)} images", "Delete it: the next run draws it again."
+            tensors, facts = read_tensors(path, what, advice)
+            with reading(path, what, advice):
+                drawn = DrawnImages(tensors["images"].numpy(), **{name: json.loads(facts[name]) for name in facts})
+                features = Features(tensors["pooled"], tensors.get("spatial"), tensors.get("probabilities"))
+                if not len(drawn.images) == len(features.pooled) == len(indices):
+                    raise ValueError(f"{len(drawn.images)} images with features of {len(features.pooled)}")
+            yield drawn, features
+
+    def _batches(self, num_images: int) -> list[range]:
+        return [range(i, min(i + self.batch_size, num_images)) for i in range(0, num_images, self.batch_size)]
+
+    def _path(self, plan: Plan, indices: range) -> Path:
+        return self.folder / plan.key / f"{indices.start:06d}-{indices.stop:06d}.safetensors"
 
 
 def run_suite(
@@ -132,7 +170,7 @@ def run_suite(
         store = Store(folder, batch_size)
         digest = None if reference is None else check_reference(reference, source.shape, LEAST_IMAGES)
         _draw_all(source, extractor, store, plans, chosen.num_images, progress)
-        real = None if reference is None else gather(_reference_batches(reference, extractor), images=False)
+        real = None if reference is None else gather_real(read_reference(reference), extractor)
         full = gather(store.load(plans[0], chosen.num_images))
         judge = Judge(extractor, full, real, resamples)
         rows: list[Row] = []
@@ -162,11 +200,6 @@ def _draw_all(source: PipelineSource, extractor: FeatureExtractor, store: Store,
                     drawn = as_bytes(draw(indices))
                     store.save(plan, indices, drawn, extractor(torch.tensor(drawn.images)))
                     bar.update(start + plan.steps - bar.n)  # samplers may evaluate more or less often than once a step
-
-
-def _reference_batches(path: Path, extractor: FeatureExtractor) -> Iterator[tuple[DrawnImages, Features]]:
-    for images in read_reference(path):
-        yield DrawnImages(images), extractor(torch.tensor(images))
 
 
 def watched_layers(
