@@ -23,31 +23,20 @@ class Counted(Prepacked):
         self.calls += 1
         return (torch.zeros(10),)
 
-    def ask(self, weight: Tensor, kind: str = "a") -> None:
+    def ask(self, weight: Tensor, kind: str = "a") -> int:
         self.get(weight, kind, self.make)
-
-
-def test_one_memory_is_prepared_once_through_views_and_detached_tensors():
-    store, weight = Counted(), torch.nn.Parameter(torch.ones(4, 3), requires_grad=False)
-    for same in (weight, weight.detach(), weight.data, weight.view(4, 3)):
-        store.ask(same)
-    assert store.calls == 1
-    store.ask(weight, "b")
-    store.ask(weight.detach()[1:])
-    assert store.calls == 3
+        return self.calls
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_write_in_place_prepares_again_where_tensors_count_them(inference):
+def test_one_memory_is_prepared_once_through_views_and_again_after_a_write_that_tensors_count(inference):
     store = Counted()
     with torch.inference_mode(inference):
-        weight = torch.ones(4, 3)
-        store.ask(weight)
-        if not inference:
-            weight.add_(1)
-        for _ in range(2):
-            store.ask(weight)
-    assert store.calls == 1 + (not inference)
+        weight = torch.nn.Parameter(torch.ones(4, 3), requires_grad=False)
+        assert {store.ask(same) for same in (weight, weight.detach(), weight.data, weight.view(4, 3))} == {1}
+        assert [store.ask(weight, "b"), store.ask(weight.detach()[1:])] == [2, 3]
+        weight.add_(1)
+        assert [store.ask(weight), store.ask(weight)] == [3 + (not inference)] * 2
 
 
 def test_nothing_outlives_the_weight_and_new_memory_at_its_address_is_not_taken_for_it():

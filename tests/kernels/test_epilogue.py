@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modiff import KernelError
 from modiff.kernels import epilogue, native
 from modiff.kernels.epilogue import add_eagerly, add_sent
 from modiff.kernels.fixed_point import start
@@ -52,18 +51,6 @@ def test_what_leaves_16_bits_is_cut_and_counted(compiled, monkeypatch):
     assert (int(clipped), int(state.n.max()), int(state.n.min())) == (4, 32767, -32768)
 
 
-@pytest.mark.parametrize(("kind", "least", "most"), [("float32", 0, 1e-6), ("int16", 0, 3e-3), ("bfloat16", 1e-2, 1)])
-def test_200_steps_cost_an_integer_state_far_less_than_bfloat16_which_no_step_repairs(kind, least, most):
-    value, one, out = torch.randn(16, 64), torch.tensor(1.0), torch.empty(16, 64)
-    fixed, exact = start(value, 2.0), value.double()
-    state, grid = (fixed.n, (fixed.grid, none_clipped())) if kind == "int16" else (value.to(getattr(torch, kind)), None)
-    for sent in 0.02 * torch.randn(200, 16, 64):
-        exact += sent
-        add_sent(state, grid, sent, one, 0, out)
-    error = float(((fixed.value() if kind == "int16" else state).double() - exact).norm() / exact.norm())
-    assert least <= error <= most
-
-
 @needs_compiler
 @pytest.mark.parametrize(("sizes", "kind"), [((), "sample"), ((), "token"), ((3, 3), "sample")])
 @pytest.mark.parametrize("backend", ["float_exact", "onednn"])
@@ -76,14 +63,3 @@ def test_with_a_compiler_the_compiled_loop_runs_and_without_one_steps_are_the_sa
         first = kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16)
     monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
     assert_same_bits(kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16), first)
-
-
-def test_integers_without_a_count_of_what_was_cut_are_refused():
-    problem, scale = Problem(12, 10, bits=4), torch.tensor(0.1)
-    codes, weight = operands(problem, 0)
-    kernel = Kernel(problem, weight, torch.ones(10))
-    state = kernel.new_output(codes)
-    with pytest.raises(KernelError, match="expected `clipped` with an integer state and with no other, got none"):
-        kernel.step(start(state), codes, scale)
-    with pytest.raises(KernelError, match="got one with a float state"):
-        kernel.step(state, codes, scale, clipped=none_clipped())

@@ -13,7 +13,7 @@ from torch import Tensor
 from modiff import KernelError
 from modiff.kernels.dispatch import this_machine
 from modiff.kernels.exact import FLOAT_EXACT
-from modiff.kernels.fixed_point import start
+from modiff.kernels.fixed_point import FixedState, start
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.onednn import ONEDNN
 from modiff.kernels.problem import Problem
@@ -154,35 +154,35 @@ def test_an_empty_batch_gives_an_empty_output(backend, sizes):
     assert kernel.compute(codes, torch.tensor(1.0)).shape == kernel.step(state, codes, torch.tensor(1.0)).shape == shape
 
 
-def test_states_and_codes_that_do_not_fit_are_refused():
-    problem, one = Problem(4, 3, bits=4), torch.tensor(1.0)
-    kernel, codes = Kernel(problem, operands(problem, 0)[1], torch.ones(3)), torch.zeros(2, 4, dtype=torch.uint8)
-    for run in (kernel.accumulate, kernel.step):
-        with pytest.raises(KernelError, match=r"state of shape \(2, 3\), got \(1, 3\)"):
-            run(torch.zeros(1, 3), codes, one)
-        with pytest.raises(KernelError, match=r"expected uint8 codes, got torch\.int8"):
-            run(torch.zeros(2, 3), codes.to(torch.int8), one)
+BYTES = torch.zeros(2, 4, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("weight", "scales", "message"),
+    ("weight", "scales", "state", "codes", "message"),
     [
-        (torch.zeros(3, 5, dtype=torch.int8), 3, r"shape \(3, 4\) with 3 scales, got torch.int8 of \(3, 5\)"),
-        (torch.zeros(3, 4, dtype=torch.int8), 2, r"of \(3, 4\) with 2"),
-        (torch.zeros(3, 4), 3, r"got torch\.float32"),
-        (torch.zeros(3, 4, dtype=torch.uint8), 3, r"shape \(3, 2\)"),
+        (torch.int8, 3, (1, 3), BYTES, r"state of shape \(2, 3\), got \(1, 3\)"),
+        (torch.int8, 3, (2, 3), BYTES.char(), r"expected uint8 codes, got torch\.int8"),
+        (torch.int8, 2, (2, 3), BYTES, r"shape \(3, 4\) with 3 scales, got torch.int8 of \(3, 4\) with 2"),
+        (torch.float32, 3, (2, 3), BYTES, r"got torch\.float32"),
+        (torch.uint8, 3, (2, 3), BYTES, r"shape \(3, 2\)"),
+        (torch.int8, 3, start(torch.ones(2, 3)), BYTES, "expected `clipped` with an integer state .*, got none"),
+        (torch.int8, 3, (2, 3), None, "`clipped` with an integer state .*, got one with a float state"),
     ],
 )
-def test_a_weight_that_does_not_fit_its_problem_is_refused(weight, scales, message):
+def test_weights_states_and_codes_that_do_not_fit_are_refused(weight, scales, state, codes, message):
+    def run() -> None:
+        kernel = Kernel(Problem(4, 3), torch.zeros(3, 4, dtype=weight), torch.ones(scales))
+        before = state if isinstance(state, FixedState) else torch.zeros(state)
+        clipped = none_clipped() if codes is None else None
+        kernel.step(before, BYTES if codes is None else codes, torch.tensor(1.0), clipped=clipped)
+
     with pytest.raises(KernelError, match=message):
-        Kernel(Problem(4, 3), weight, torch.ones(scales))
+        run()
 
 
 def test_the_largest_weight_code_counts_the_lowest_one():
-    for codes, largest in (([[-128, 3]], 128), ([[5, 127]], 127)):
-        assert largest_weight_code(torch.tensor(codes, dtype=torch.int8)) == largest
-    for unknown in (torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int8)):
-        assert largest_weight_code(unknown) == 8
+    for codes, dtype, largest in (([-128, 3], torch.int8, 128), ([5], torch.uint8, 8), ([], torch.int8, 8)):
+        assert largest_weight_code(torch.tensor([codes], dtype=dtype)) == largest
 
 
 @pytest.mark.parametrize("sizes", [(), (3, 3)])

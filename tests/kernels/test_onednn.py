@@ -57,7 +57,6 @@ def refusing(error):
         (pairs_in_16_bits, Trust(bounded=True, full=False)),
         (wrong, Trust(bounded=False, full=False)),
         (refusing(RuntimeError("no primitive\nmore")), Trust(bounded=False, full=False, detail="no primitive")),
-        (refusing(AttributeError("no operator")), Trust(bounded=False, full=False, detail="no operator")),
         (refusing(TypeError("18 arguments")), Trust(bounded=False, full=False, detail="18 arguments")),
     ],
 )

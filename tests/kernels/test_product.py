@@ -103,15 +103,6 @@ def test_convolutions_of_any_geometry_add_up_exactly_and_take_their_step(inputs,
             check_step(operands, codes, scale, expected.float() * operands.weight_scale)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 70])
-def test_linear_layers_take_their_step_with_a_scale_for_each_token(rows, loops):
-    operands = operator(torch.randint(-8, 8, (40, 33), dtype=torch.int8), 4, halves=True)
-    codes = torch.randint(0, 16, (2, rows, 33), dtype=torch.uint8)
-    sent = REFERENCE.sums(operands, codes).float() * operands.weight_scale
-    with on_threads(4):
-        check_step(operands, codes, torch.rand(2, rows, 1), sent)
-
-
 def check_step(operands: Operator, codes: torch.Tensor, scale: torch.Tensor, sent: torch.Tensor) -> None:
     """Float and integer states, outputs and biases as torch's own operators have them, bit for bit."""
     lay = innermost if operands.axes else torch.Tensor.contiguous

@@ -18,9 +18,8 @@ from modiff.kernels.epilogue import Integers, add_sent
 from modiff.kernels.exact import REFERENCE
 from modiff.kernels.isa import Isa, Trust
 from modiff.kernels.layout import Geometry, output_shape
-from modiff.kernels.problem import LARGEST_INT32, Problem
+from modiff.kernels.problem import LARGEST_INT16, LARGEST_INT32, Problem
 
-_LARGEST_INT16 = 2**15 - 1
 _IN_PLACE = (torch.float32, torch.bfloat16)
 _BLOCK = 16
 """Channels of a group that oneDNN's fast grouped convolutions come in, on every instruction set."""
@@ -46,9 +45,9 @@ class OneDnn(Backend):
             return f"a sum of {problem.summed} products may pass 32 bits"
         pair = 2 * problem.largest_byte * problem.weight_max
         few_bits_run = isa.onednn and isa.level != "other" and isa.trust.bounded
-        if (broken := self.broken(isa)) and (pair > _LARGEST_INT16 or not few_bits_run):
+        if (broken := self.broken(isa)) and (pair > LARGEST_INT16 or not few_bits_run):
             return broken
-        if pair <= _LARGEST_INT16 or isa.sums_in_int32:
+        if pair <= LARGEST_INT16 or isa.sums_in_int32:
             return ""
         return (
             f"{isa.level} has no VNNI: 2 x {problem.largest_byte} x {problem.weight_max} = {pair} saturates 16 bits; "

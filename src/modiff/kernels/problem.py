@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from modiff.errors import KernelError
 from modiff.kernels.layout import Geometry
 
-LARGEST_INT32 = 2**31 - 1
-"""Bound of sums that are made in 32 bits."""
+LARGEST_INT16, LARGEST_INT32 = 2**15 - 1, 2**31 - 1
+"""Bounds of sums that are made in 16 and in 32 bits."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from modiff.kernels.epilogue import Integers, in_rows
 from modiff.kernels.isa import Isa
 from modiff.kernels.layout import innermost, output_shape
 from modiff.kernels.native import KINDS
-from modiff.kernels.problem import LARGEST_INT32, Problem
+from modiff.kernels.problem import LARGEST_INT16, LARGEST_INT32, Problem
 
-_LARGEST_INT16 = 2**15 - 1
 _GROUP = 4
 _AVX2 = 1
 _SHORT = 3
@@ -103,9 +102,10 @@ def _run(
     state: Tensor | None = None, integers: Integers = None,
 ) -> None:  # fmt: skip
     codes = codes.contiguous() if operator.axes == 0 else innermost(codes)
-    packed, zeros, ends, wide = _weights(operator)
+    key = ("native", operator.shape, operator.geometry, operator.bits)
+    packed, zeros, ends, wide = PREPACKED.get(operator.weight, key, lambda: _pack(operator))
     shape, stretches = PREPACKED.get(
-        operator.weight, ("native", operator.shape, operator.geometry, operator.bits, codes.shape),
+        operator.weight, (*key, codes.shape),
         lambda: _layout(operator, codes.shape, ends.tolist(), bool(wide)),
     )  # fmt: skip
     laid = None
@@ -133,18 +133,11 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _weights(operator: Operator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pack(operator: Operator) -> tuple[Tensor, ...]:
     """(codes in the order of the loops, zero * sum of an output's weights, ends of windows, whether codes are widened).
 
     Two 4-bit codes share a byte, uint8, where the weight came so.
     """
-    made = PREPACKED.get(
-        operator.weight, ("native", operator.shape, operator.geometry.groups, operator.bits), lambda: _pack(operator)
-    )
-    return made  # type: ignore[return-value]
-
-
-def _pack(operator: Operator) -> tuple[Tensor, ...]:
     codes, g = operator.weight_codes(), operator.geometry.groups
     taps = codes.reshape(g, codes.shape[0] // g, codes.shape[1], -1)
     tile = native.load_library("product").library.modiff_outputs()
@@ -186,7 +179,7 @@ def windows(lanes: Tensor, largest_byte: int) -> Tensor:
     while start < groups:
         before = total[start - 1] if start else torch.zeros_like(total[0])
         most = (total[start : start + _LOOK] - before).amax(1)
-        length = int((most <= _LARGEST_INT16).sum())
+        length = int((most <= LARGEST_INT16).sum())
         if length == 0:
             return torch.tensor([], dtype=torch.int64)
         start += length

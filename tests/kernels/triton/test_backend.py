@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from modiff.kernels.dispatch import Choice, plan
+from modiff.kernels.dispatch import plan
 from modiff.kernels.encode import encode_residual
 from modiff.kernels.isa import Isa
 from modiff.kernels.problem import Problem
 from modiff.kernels.triton import backend as gpu
-from tests.kernels.problems import along
 
 CASES = Path(__file__).with_name("gpu_cases.py")
 
@@ -32,20 +31,9 @@ def test_the_kernels_equal_the_reference_bit_for_bit() -> None:
     assert "skipped" not in done.stdout
 
 
-def test_dispatch_takes_them_on_gpus_and_says_why_where_it_does_not(monkeypatch):
-    isa, linear = Isa("avx2"), Problem(64, 64, device="cuda")
-    assert plan(linear, isa) == Choice("triton", "Triton, sums in 32 bits")
-    conv, why = Problem(8, 8, **along(3, 3), groups=2, device="cuda"), "grouped convolutions have no Triton kernel"
-    assert plan(conv, isa) == ("reference", f"float64 sums, slow: {why}", (("triton", why),))
-    assert "three axes" in plan(Problem(8, 8, **along(3, 3, 3), device="cuda"), isa).reason
-    assert "32 bits" in gpu.TRITON.unsupported(Problem(200_000, 8, device="cuda"), isa)
-    assert "the codes are on xpu" in gpu.TRITON.unsupported(Problem(64, 64, device="xpu"), isa)
-    monkeypatch.setattr(gpu, "installed", lambda: False)
-    assert plan(linear, isa).reason == "float64 sums, slow: Triton is not installed"
-
-
-def test_without_the_interpreter_a_cpu_keeps_its_own_kernels(monkeypatch):
+def test_a_cpu_keeps_its_own_kernels_and_a_gpu_without_triton_takes_the_reference(monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRETED", False)
-    assert gpu.TRITON.unsupported(Problem(8, 8), Isa("avx2")) == "Triton runs on GPUs, the codes are on cpu"
     monkeypatch.setattr(gpu, "encode_rows", lambda *_, **__: pytest.fail("Triton was asked"))
     encode_residual(torch.randn(2, 8), None, None, 8, granularity="token")
+    monkeypatch.setattr(gpu, "installed", lambda: False)
+    assert plan(Problem(64, 64, device="cuda"), Isa("avx2")).reason == "float64 sums, slow: Triton is not installed"

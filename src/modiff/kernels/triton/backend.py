@@ -40,8 +40,6 @@ class Triton(Backend):
 
     def unsupported(self, problem: Problem, isa: Isa) -> str:
         """Why these kernels must not run a problem; empty if they may."""
-        if problem.device != "cuda" and not (problem.device == "cpu" and INTERPRETED):
-            return f"Triton runs on GPUs, the codes are on {problem.device}"
         if not installed():
             return "Triton is not installed"
         if problem.groups > 1:
