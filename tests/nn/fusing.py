@@ -47,34 +47,12 @@ def transformer(m: Any, x: Tensor) -> Tensor:
     return x + m.fc2(m.dropout(functional.gelu(m.fc1(m.norm2(x)), approximate="tanh")))
 
 
-def conv_block() -> Model:
-    return Model(
-        residual, norm1=nn.GroupNorm(4, 16), norm2=nn.GroupNorm(8, 16), conv1=nn.Conv2d(16, 16, 3, padding=1),
-        conv2=nn.Conv2d(16, 16, 3, padding=1), shortcut=nn.Conv2d(16, 16, 3, padding=1), dropout=nn.Dropout(0.0),
-    )  # fmt: skip
-
-
-def dit_block() -> Model:
-    return Model(
-        transformer, norm=nn.LayerNorm(32, elementwise_affine=False, eps=1e-6), norm2=nn.LayerNorm(32),
-        condition=nn.Linear(32, 64), q=nn.Linear(32, 32), k=nn.Linear(32, 32), v=nn.Linear(32, 32),
-        fc1=nn.Linear(32, 64), fc2=nn.Linear(64, 32), dropout=nn.Dropout(0.1),
-    )  # fmt: skip
-
-
 def feed_forward(m: Any, x: Tensor) -> Tensor:
     """As Stable Diffusion's: GEGLU; and as others do, SwiGLU."""
     hidden, gate = m.fc1(m.norm(x)).chunk(2, dim=-1)
     x = x + m.fc2(m.dropout(hidden * functional.gelu(gate)))
     hidden, gate = m.fc3(x).chunk(2, dim=-1)
     return x + m.fc4(functional.silu(gate) * hidden)
-
-
-def gated_block() -> Model:
-    return Model(
-        feed_forward, norm=nn.LayerNorm(32), fc1=nn.Linear(32, 96), fc2=nn.Linear(48, 32), fc3=nn.Linear(32, 80),
-        fc4=nn.Linear(40, 32), dropout=nn.Dropout(0.1),
-    )  # fmt: skip
 
 
 def tokens_of_pixels(m: Any, x: Tensor) -> Tensor:
@@ -85,19 +63,25 @@ def tokens_of_pixels(m: Any, x: Tensor) -> Tensor:
     return m.q(z) * m.k(z)
 
 
-def token_block() -> Model:
-    return Model(
+BLOCKS = {
+    "conv": (lambda: Model(
+        residual, norm1=nn.GroupNorm(4, 16), norm2=nn.GroupNorm(8, 16), conv1=nn.Conv2d(16, 16, 3, padding=1),
+        conv2=nn.Conv2d(16, 16, 3, padding=1), shortcut=nn.Conv2d(16, 16, 3, padding=1), dropout=nn.Dropout(0.0),
+    ), (2, 16, 6, 5), 2),
+    "dit": (lambda: Model(
+        transformer, norm=nn.LayerNorm(32, elementwise_affine=False, eps=1e-6), norm2=nn.LayerNorm(32),
+        condition=nn.Linear(32, 64), q=nn.Linear(32, 32), k=nn.Linear(32, 32), v=nn.Linear(32, 32),
+        fc1=nn.Linear(32, 64), fc2=nn.Linear(64, 32), dropout=nn.Dropout(0.1),
+    ), (2, 7, 32), 5),
+    "gated": (lambda: Model(
+        feed_forward, norm=nn.LayerNorm(32), fc1=nn.Linear(32, 96), fc2=nn.Linear(48, 32), fc3=nn.Linear(32, 80),
+        fc4=nn.Linear(40, 32), dropout=nn.Dropout(0.1),
+    ), (2, 7, 32), 3),
+    "tokens": (lambda: Model(
         tokens_of_pixels, norm1=nn.GroupNorm(4, 16), norm2=nn.GroupNorm(2, 16), fc1=nn.Linear(16, 16),
         q=nn.Linear(16, 16), k=nn.Linear(16, 16),
-    )  # fmt: skip
-
-
-BLOCKS = {
-    "conv": (conv_block, (2, 16, 6, 5), 2),
-    "dit": (dit_block, (2, 7, 32), 5),
-    "gated": (gated_block, (2, 7, 32), 3),
-    "tokens": (token_block, (2, 16, 6, 5), 3),
-}
+    ), (2, 16, 6, 5), 3),
+}  # fmt: skip
 """What makes it, the shape of its input, how many layers take in what stands before them."""
 
 

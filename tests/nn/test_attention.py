@@ -14,151 +14,115 @@ from modiff.nn.attention import QuantizedAttention
 from tests.helpers import assert_float_error, assert_same_bits, assert_within
 from tests.reference import quantizer
 
-SHAPE = (2, 3, 5, 4)  # batch, heads, tokens, channels
+
+def operands(dtype=torch.float64) -> list[Tensor]:
+    """(batch, heads, tokens, channels)."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
 
 
-def operands(dtype=torch.float64, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
-
-
-def config(bits: int | None = 8, softmax_bits: int | None = 8, granularity: str = "auto", **settings):
-    return AttentionConfig(
-        operands=QuantizerConfig(bits=bits, granularity=granularity, **settings),
-        softmax=QuantizerConfig(bits=softmax_bits, symmetric=False, lowest="zero"),
-    )
-
-
-def softmax_of(scores: Tensor) -> Tensor:
-    rows = scores.reshape(-1, scores.shape[-1]).tolist()
-    exact = torch.tensor([[math.exp(v) for v in row] for row in rows], dtype=torch.float64)
-    return (exact / exact.sum(1, keepdim=True)).reshape(scores.shape)
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, bits: int, softmax_bits: int) -> Tensor:
-    """Per-token q and k, per-sample v, per-query softmax from 0, all by the float64 reference quantizer."""
-    q, k = (quantizer.quantize(x, bits, "token").value for x in (q, k))
-    v = quantizer.quantize(v, bits, "sample").value
-    p = softmax_of(q @ k.mT / math.sqrt(q.shape[-1]))
-    step = p.amax(-1, keepdim=True) / (2**softmax_bits - 1)
-    return torch.round(p / step) * step @ v
+def attention(bits: int | None, softmax_bits: int | None) -> QuantizedAttention:
+    softmax = QuantizerConfig(bits=softmax_bits, symmetric=False, lowest="zero")
+    return QuantizedAttention(AttentionConfig(operands=QuantizerConfig(bits=bits), softmax=softmax), "blocks.0.attn")
 
 
 @pytest.mark.parametrize(("bits", "softmax_bits"), [(8, 8), (4, 4), (8, 2), (2, 8)])
 def test_attention_of_quantized_operands_equals_the_reference(bits, softmax_bits):
-    q, k, v = operands()
-    ours = QuantizedAttention(config(bits, softmax_bits), "attention").attend(q, k, v)
-    assert_within(ours, reference(q, k, v, bits, softmax_bits), 1e-9)
+    """Per-token q and k, per-sample v, per-query softmax from 0, all by the float64 reference quantizer."""
+    exact = operands()
+    q, k, v = (
+        quantizer.quantize(x, bits, kind).value for x, kind in zip(exact, ("token", "token", "sample"), strict=True)
+    )
+    rows = (q @ k.mT / math.sqrt(q.shape[-1])).reshape(-1, 5).tolist()
+    weights = torch.tensor([[math.exp(value) for value in row] for row in rows], dtype=torch.float64)
+    p = (weights / weights.sum(1, keepdim=True)).reshape(2, 3, 5, 5)
+    scale = p.amax(-1, keepdim=True) / (2**softmax_bits - 1)
+    ours = attention(bits, softmax_bits).attend(*exact)
+    assert_within(ours, torch.round(p / scale) * scale @ v, 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_without_bits_the_call_is_torch_s_own_to_the_bit(dtype):
-    q, k, v = operands(dtype)
-    mask = torch.randn(5, 5).to(dtype)
-    attend = QuantizedAttention(config(None, None), "attention").attend
-    assert_same_bits(attend(q, k, v), functional.scaled_dot_product_attention(q, k, v))
-    assert_same_bits(
-        attend(q, k, v, mask, scale=0.3), functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
-    )
+    arguments = (*operands(dtype), torch.randn(5, 5).to(dtype))
+    ours = attention(None, None).attend(*arguments, scale=0.3)
+    assert_same_bits(ours, functional.scaled_dot_product_attention(*arguments, scale=0.3))
 
 
-def exact_softmax(q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
+def exact_softmax(*operands: Tensor, **settings) -> Tensor:
     """Attention through the explicit path, which rounds nothing."""
-    layer = QuantizedAttention(config(None, 16), "attention")
-    layer.quantizers["softmax"].__class__ = type(
-        "Exact", (type(layer.quantizers["softmax"]),), {"__call__": lambda *_: None}
-    )
-    return layer.attend(q, k, v, **settings)
+    layer = attention(None, 16)
+    layer.quantizers["softmax"] = lambda _: None
+    return layer.attend(*operands, **settings)
 
 
 BOOLEAN = torch.tensor([[True, True, False, False, False]] * 4 + [[False] * 5])  # the last query sees nothing
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"scale": 0.7},
-        {"is_causal": True},
-        {"enable_gqa": True},
-        {"attn_mask": BOOLEAN},
-        {"attn_mask": torch.linspace(-3, 3, 25).reshape(5, 5)},
-        {"attn_mask": torch.zeros(2, 1, 1, 5).masked_fill(torch.arange(5) > 2, -torch.inf)},
-    ],
-)
+@pytest.mark.parametrize("settings", [
+    {},
+    {"scale": 0.7},
+    {"is_causal": True},
+    {"enable_gqa": True},
+    {"attn_mask": BOOLEAN},
+    {"attn_mask": torch.linspace(-3, 3, 25).reshape(5, 5)},
+    {"attn_mask": torch.zeros(2, 1, 1, 5).masked_fill(torch.arange(5) > 2, -torch.inf)},
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_explicit_path_is_torch_s_attention(settings, dtype):
     q, k, v = operands(dtype)
     if "enable_gqa" in settings:
         k, v = k[:, :1], v[:, :1]
-    mask = settings.get("attn_mask")
-    cast = {"attn_mask": mask.to(dtype)} if mask is not None and mask.dtype != torch.bool else {}
-    wide = {"attn_mask": cast["attn_mask"].double()} if cast else {}
-    exact = functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), **settings | wide)
-    plain = functional.scaled_dot_product_attention(q, k, v, **settings | cast)
-    assert_float_error(exact_softmax(q, k, v, **settings | cast), plain, exact)
+    mask = settings.get("attn_mask", BOOLEAN)
+    cast = settings if mask.dtype == torch.bool else {"attn_mask": mask.to(dtype)}
+    wide = settings if mask.dtype == torch.bool else {"attn_mask": cast["attn_mask"].double()}
+    exact = functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), **wide)
+    assert_float_error(exact_softmax(q, k, v, **cast), functional.scaled_dot_product_attention(q, k, v, **cast), exact)
 
 
 def test_dropout_acts_on_the_probabilities():
     q, k, _ = operands()
     torch.manual_seed(0)
     ours = exact_softmax(q, k, torch.eye(5, dtype=torch.float64).expand(2, 3, 5, 5), dropout_p=0.5)
-    share = (ours == 0).double().mean().item()
-    assert 0.3 < share < 0.7
+    assert 0.3 < (ours == 0).double().mean().item() < 0.7
 
 
 class Products(nn.Module):
-    """Two attention calls, by different names of the same function, and an error on request."""
+    """Two attention calls, by different names of the same function, or what it is told to do instead."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.fails: type[BaseException] | None = None
-        self.explicit = False
+    instead = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.fails is not None:
-            raise self.fails("inside")
-        if self.explicit:
-            return (q @ k.mT).softmax(-1) @ v
+        if self.instead is not None:
+            return self.instead(q, k, v)
         first = functional.scaled_dot_product_attention(q, k, v)
         return first + torch._C._nn.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
 
 
-def attached(bits: int | None = 8) -> tuple[Products, QuantizedAttention]:
-    module, attention = Products(), QuantizedAttention(config(bits, bits), "blocks.0.attn")
-    attention.attach(module)
-    return module, attention
-
-
-def test_calls_inside_the_module_are_quantized_and_those_outside_are_not():
-    q, k, v = operands()
-    module, attention = attached(4)
-    assert_same_bits(module(q, k, v), 2 * attention.attend(q, k, v))
-    exact = functional.scaled_dot_product_attention(q, k, v)
-    assert_same_bits(exact, Products()(q, k, v) / 2)
-
-
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_a_module_that_raises_leaves_torch_as_it_was(error):
-    q, k, v = operands()
-    module, _ = attached(2)
-    module.fails = error
-    exact = functional.scaled_dot_product_attention(q, k, v)
+def test_calls_inside_the_module_are_quantized_and_those_outside_are_not_also_after_an_error(error):
+    def fails(*_: Tensor) -> None:
+        raise error("inside")
+
+    module, layer = Products(), attention(4, 4)
+    exact = module(*operands())
+    layer.attach(module)
+    assert_same_bits(module(*operands()), 2 * layer.attend(*operands()))
+    module.instead = fails
     with pytest.raises(error, match="inside"):
-        module(q, k, v)
-    assert_same_bits(functional.scaled_dot_product_attention(q, k, v), exact)
+        module(*operands())
+    assert_same_bits(Products()(*operands()), exact)
 
 
 def test_attention_that_is_computed_otherwise_is_an_error_and_not_left_in_floats():
-    module, _ = attached()
-    module.explicit = True
+    module = Products()
+    module.instead = lambda q, k, v: (q @ k.mT).softmax(-1) @ v
+    attention(8, 8).attach(module)
     with pytest.raises(StateError, match=r"blocks\.0\.attn: expected a call of torch's scaled_dot_product_attention"):
         module(*operands())
 
 
 def test_autocast_rounds_neither_scores_nor_probabilities():
     q, k, v = (x * 40 for x in operands(torch.float32))
-    attend = QuantizedAttention(config(None, 16), "attention").attend
-    expected = attend(q, k, v)
+    expected = attention(None, 16).attend(q, k, v)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same_bits(attend(q, k, v), expected)
+        assert_same_bits(attention(None, 16).attend(q, k, v), expected)

@@ -18,7 +18,7 @@ from modiff.kernels import native
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import ModulatedConv2d, fusion, sharing, traced
 from tests.helpers import assert_within, drifting
-from tests.nn.fusing import BLOCKS, PLAIN, W8A8, Model, conv_block, fused, layers, made, states, taken
+from tests.nn.fusing import BLOCKS, PLAIN, W8A8, Model, fused, layers, made, states, taken
 from tests.nn.test_law import law
 
 
@@ -180,7 +180,7 @@ UNFUSED = {
 @pytest.mark.parametrize("reason", UNFUSED)
 def test_layers_that_cannot_compute_a_norm_leave_it_where_it_is(reason):
     counts: list[int] = []
-    model = made(conv_block, UNFUSED[reason])
+    model = made(BLOCKS["conv"][0], UNFUSED[reason])
     with torch.no_grad(), modiff.trajectory(model):
         fused(model, counts)(torch.randn(2, 16, 6, 5))
     assert sum(counts) == 0
@@ -188,7 +188,7 @@ def test_layers_that_cannot_compute_a_norm_leave_it_where_it_is(reason):
 
 def test_calibration_sees_what_the_layer_reads_behind_its_norm():
     static = dataclasses.replace(PLAIN, activation=QuantizerConfig(bits=8, dynamic=False, granularity="tensor"))
-    eager, model = made(conv_block, static), made(conv_block, static)
+    eager, model = made(BLOCKS["conv"][0], static), made(BLOCKS["conv"][0], static)
     inputs = drifting(0, (2, 16, 6, 5), 3, 0.3, torch.float32)
     with torch.no_grad():
         for run, each in ((eager, eager), (compiled := fused(model, []), model)):
@@ -202,8 +202,7 @@ def test_shape_and_layout_behind_a_norm_are_known_before_it_runs(block):
     make, shape, _ = BLOCKS[block]
     layer = layers(made(make, PLAIN))[0]
     arguments = (layer.clock.token, torch.randn(shape), None, None, "none", 1, 0.0, "silu", 1, layer.number)
-    result = torch.library.opcheck(traced.fused_layer, arguments, test_utils="test_faketensor")
-    assert result == {"test_faketensor": "SUCCESS"}
+    torch.library.opcheck(traced.fused_layer, arguments, test_utils="test_faketensor")
 
 
 # ------------------------------------------------------------------------------------------------- shared residuals

@@ -55,43 +55,30 @@ def equals_the_reference(layer, config, inputs, split=None, timesteps=None):
 @st.composite
 def modulated_configs(draw: st.DrawFn) -> LayerConfig:
     activation = draw(quantizer_configs(lowest=(0,)).filter(lambda q: q.dynamic))
-    return float64(
-        LayerConfig(
-            weight=WeightConfig(bits=draw(st.sampled_from([None, 2, 4, 8]))),
-            activation=activation,
-            modulation=draw(modulation_configs(activation)),
-            rotation=draw(st.sampled_from(["none", "hadamard"])),
-            rotation_block=draw(st.sampled_from([2, 64])),
-        )
-    )
+    return float64(LayerConfig(
+        weight=WeightConfig(bits=draw(st.sampled_from([None, 2, 4, 8]))), activation=activation,
+        modulation=draw(modulation_configs(activation)), rotation=draw(st.sampled_from(["none", "hadamard"])),
+        rotation_block=draw(st.sampled_from([2, 64])),
+    ))  # fmt: skip
 
 
 @given(
-    inputs=trajectories((2, 2, 12), max_steps=5),
-    config=modulated_configs(),
-    split=st.sampled_from([None, 4]),
+    inputs=trajectories((2, 2, 12), max_steps=5), config=modulated_configs(), split=st.sampled_from([None, 4]),
     timesteps=st.sampled_from([None, [999.0, 900.0, 700.0, 650.0, 1.0]]),
-)
+)  # fmt: skip
 @settings(max_examples=60)
 def test_a_linear_layer_equals_the_reference(inputs, config, split, timesteps):
     equals_the_reference(randomised(nn.Linear(12, 5)).double(), config, inputs, split, timesteps)
 
 
 @given(
-    inputs=trajectories((2, 8, 3), max_steps=4),
-    bits=st.sampled_from([0, 2, 4, 8]),
-    granularity=st.sampled_from(["auto", "tensor", "token", "input_channel"]),
-    rotation=st.sampled_from(["none", "hadamard"]),
+    inputs=trajectories((2, 8, 3), max_steps=4), config=modulated_configs(),
     split_and_groups=st.sampled_from([(None, 1), (2, 1), (6, 1), (None, 2), (None, 4)]),
-    symmetric=st.booleans(),
-)
-@settings(max_examples=40)
-def test_a_convolution_equals_the_reference(inputs, bits, granularity, rotation, split_and_groups, symmetric):
+)  # fmt: skip
+@settings(max_examples=60)
+def test_a_convolution_equals_the_reference(inputs, config, split_and_groups):
     split, groups = split_and_groups
-    activation = QuantizerConfig(bits=bits, granularity=granularity, symmetric=symmetric)
-    config = LayerConfig(weight=W4A4["weight"], activation=activation, modulation=FLOAT64, rotation=rotation)
-    layer = randomised(nn.Conv1d(8, 4, 3, padding=1, groups=groups)).double()
-    equals_the_reference(layer, config, inputs, split)
+    equals_the_reference(randomised(nn.Conv1d(8, 4, 3, padding=1, groups=groups)).double(), config, inputs, split)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -129,30 +116,11 @@ def test_plain_quantization_is_the_layer_at_the_quantized_input(granularity):
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 12), (2, 2, 2, 12)])
-@pytest.mark.parametrize("bits", [4, None])
-def test_any_number_of_leading_axes_is_taken(shape, bits):
+def test_any_number_of_leading_axes_is_taken(shape):
     layer, x = randomised(nn.Linear(12, 5)), torch.randn(shape)
-    modulated = quantized(layer, LayerConfig(weight=OFF["weight"], activation=QuantizerConfig(bits=bits)))
-    modulated.clock.start()
-    assert_within(evaluate(modulated, x), layer(x), 1e-6)
-    assert evaluate(modulated, x + 0.1).shape == layer(x).shape
-
-
-def test_a_split_convolution_is_the_sum_of_two_that_know_nothing_of_each_other():
-    whole = randomised(nn.Conv2d(8, 4, 3, padding=1)).double()
-    first, second = (nn.Conv2d(n, 4, 3, padding=1, bias=bias).double() for n, bias in ((5, True), (3, False)))
-    with torch.no_grad():
-        whole.weight[:, 5:] *= 30
-        first.weight.copy_(whole.weight[:, :5])
-        first.bias.copy_(whole.bias)
-        second.weight.copy_(whole.weight[:, 5:])
-    weight = WeightConfig(bits=4, search="mse")
-    config = LayerConfig(weight=weight, activation=QuantizerConfig(bits=4), modulation=FLOAT64)
-    inputs = drifting(0, (2, 8, 5, 4), 4, 0.3)
-    one = play(quantized(first, config), [x[:, :5] for x in inputs])
-    two = play(quantized(second, config), [x[:, 5:] for x in inputs])
-    for (both, _, _), (a, _, _), (b, _, _) in zip(play(quantized(whole, config, 5), inputs), one, two, strict=True):
-        assert_within(both, a + b, 1e-9)
+    assert_within(quantized(layer, LayerConfig(**OFF))(x), layer(x), 1e-6)
+    for (output, _, _), value in zip(play(quantized(layer, LayerConfig()), [x, x + 0.1]), (x, x + 0.1), strict=True):
+        assert_within(output, layer(value), 0.02)
 
 
 @pytest.mark.parametrize("variant", ["1d", "2d 3x3", "3d"])
@@ -164,18 +132,19 @@ def test_an_input_without_a_batch_axis_is_refused(variant):
         evaluate(modulated, torch.randn(shape[1:]))
 
 
+class Named(nn.Linear):
+    """A subclass that adds nothing to the computation."""
+
+
+class Scaled(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 def test_only_layers_that_keep_torch_s_own_forward_are_quantized():
-    class Named(nn.Linear):
-        """A subclass that adds nothing to the computation."""
-
-    class Scaled(nn.Linear):
-        """A subclass that computes something else."""
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
-
     assert quantized_class(Named(2, 2)) is ModulatedLinear
-    assert quantized_class(Scaled(2, 2)) is None
-    assert quantized_class(nn.ConvTranspose2d(2, 2, 1)) is None
-    assert quantized_class(quantized(nn.Linear(2, 2), LayerConfig())) is None
     assert all(quantized_class(layer) in QUANTIZED_CLASSES.values() for layer, _ in VARIANTS.values())
+    for other in (Scaled(2, 2), nn.ConvTranspose2d(2, 2, 1), quantized(nn.Linear(2, 2), LayerConfig())):
+        assert quantized_class(other) is None

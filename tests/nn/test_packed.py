@@ -150,18 +150,6 @@ def test_nothing_that_needs_floats_is_answered_from_integers():
             call()
 
 
-def test_learned_codes_are_packed_as_they_are():
-    layer, _ = layer_of("linear", 4)
-    ((codes, qparams),) = layer.quantized_weight.codes(layer.weight)
-    floats = layer.quantized_weight.floats(layer.weight)
-    other = torch.where(floats / qparams.scale > codes, codes + 1, codes - 1).clamp(-8, 7).to(torch.int8)
-    layer.quantized_weight.fix(((other, qparams),))
-    layer.pack()
-    assert_same_bits(layer.quantized_weight.codes(layer.weight)[0][0], other)
-    expected = other.double() * qparams.scale.double()
-    assert_within(layer.quantized_weight.dense(layer.weight, torch.float64), expected, 1e-12)
-
-
 # ----------------------------------------------------------------------------------------------------- anchor codes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from modiff.core import quantizer, recursion
 from modiff.kernels import native
 from modiff.nn import operator, sharing
 from modiff.nn.sharing import Source
-from tests.helpers import assert_same_bits, drifting
+from tests.helpers import drifting
 from tests.nn.building import group_of, same_bits, step
 from tests.recipes import play, quantized, randomised
 
@@ -24,17 +25,13 @@ def itself(x: Tensor) -> Tensor:
     return x
 
 
-def written(x: Tensor) -> Tensor:
-    return x.neg_()
+def view(x: Tensor) -> Tensor:
+    return x.view(3, 4)
 
 
 def written_by_a_kernel(x: Tensor) -> Tensor:
     x.numpy()[...] += 1  # no version counts it
     return x
-
-
-def view(x: Tensor) -> Tensor:
-    return x.view(3, 4)
 
 
 # In eager execution (None) the object and its version tell; 0 is a graph without a number: bytes, and at the start the
@@ -44,14 +41,14 @@ READERS: list[tuple[bool, int | None, Callable[[Tensor], Tensor], int | None, bo
     (False, None, itself, None, True, True),
     (False, None, torch.clone, None, False, False),
     (False, None, view, None, False, False),
-    (False, None, written, None, False, False),
+    (False, None, Tensor.neg_, None, False, False),
     (False, 0, written_by_a_kernel, 0, False, False),
     (True, None, view, None, True, True),
     (True, None, torch.clone, None, False, True),
-    (True, None, written, None, False, False),
+    (True, None, Tensor.neg_, None, False, False),
     (True, 0, view, 0, True, True),
     (True, 0, torch.clone, 0, False, True),
-    (True, 0, written, 0, False, False),
+    (True, 0, Tensor.neg_, 0, False, False),
     (False, -7, view, 7, True, True),
     (False, -7, itself, 8, False, False),
     (False, -7, itself, -7, False, True),
@@ -91,27 +88,12 @@ def test_where_nobody_can_tell_nothing_is_shared(monkeypatch, read):
 
 
 def test_bytes_are_looked_at_only_for_readers_that_will_ask(monkeypatch):
-    seen: list[Tensor] = []
-    monkeypatch.setattr(sharing, "fingerprint", seen.append)
-    Source(torch.randn(3), 0, False)
-    Source(torch.randn(3), None, True)
-    Source(torch.randn(3), 7, True)
-    assert not seen
+    monkeypatch.setattr(sharing, "fingerprint", looked := Mock())
+    for read, shared in ((0, False), (None, True), (7, True)):
+        Source(torch.randn(3), read, shared)
+    looked.assert_not_called()
     Source(x := torch.randn(3), 0, True)
-    assert seen[0] is x
-
-
-@pytest.fixture
-def encodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The inputs that were encoded, in order."""
-    encoded: list[Tensor] = []
-
-    def counted(x, *rest):
-        encoded.append(x)
-        return recursion.encode(x, *rest)
-
-    monkeypatch.setattr(sharing, "encode", counted)
-    return encoded
+    looked.assert_called_once_with(x)
 
 
 @needs_compiler
@@ -119,20 +101,21 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize(
     "modulated", [ModulationConfig(), ModulationConfig(predictor="linear", first_step="coded", rounds=2)]
 )
-def test_layers_of_a_group_encode_one_tensor_once_and_give_what_they_would_alone(encodes, modulated, mode):
+def test_layers_of_a_group_encode_one_tensor_once_and_give_what_they_would_alone(monkeypatch, modulated, mode):
     """All three read one tensor, or the last two another one."""
+    monkeypatch.setattr(sharing, "encode", encode := Mock(wraps=recursion.encode))
     config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=modulated)
     for several in (False, True):
         results = []
         for shared in (True, False):
-            encodes.clear()
+            encode.reset_mock()
             clock, layers = group_of(3, shared=shared, config=config)
             clock.start()
             with mode():
                 pairs = zip(*(drifting(seed, (2, 8), 5, 0.1, torch.float32) for seed in (0, 1)), strict=True)
                 walks = [(x.clone(), y.clone()) for x, y in pairs]
                 results.append([step(clock, layers, *((x, y, y) if several else (x,))) for x, y in walks])
-            assert len(encodes) == 5 * (1 + several if shared else 3)
+            assert encode.call_count == 5 * (1 + several if shared else 3)
             assert len({layer.loop.state.input.data_ptr() for layer in layers}) == (1 + several if shared else 3)
         same_bits(*results)
 
@@ -153,35 +136,28 @@ def test_a_member_that_was_skipped_says_so_unless_the_states_start_again():
     same_bits([late], [step(clock, layers, z)])
 
 
+IN_PLACE: Callable[[Tensor], Tensor] = lambda x: x.mul_(2)  # noqa: E731
+
+
 @needs_compiler
-@pytest.mark.parametrize(
-    ("mode", "change"),
-    [(torch.no_grad, torch.clone), (torch.no_grad, lambda x: x.mul_(2)), (torch.inference_mode, lambda x: x.mul_(2))],
-)
-def test_members_that_no_longer_read_one_tensor_are_told(mode, change):
+@pytest.mark.parametrize(("mode", "change"), [(torch.no_grad, torch.clone), (torch.no_grad, IN_PLACE),
+                                              (torch.inference_mode, IN_PLACE)])  # fmt: skip
+def test_members_that_no_longer_read_one_tensor_open_states_of_their_own_or_are_told(mode, change):
     with mode():
         clock, layers = group_of(2, shared=True)
         first, second = (x.clone() for x in drifting(0, (2, 8), 2, 0.1, torch.float32))
+        clock.start()
+        clock.call(None)
+        layers[0](x := first.clone())
+        layers[1](change(x))
+        assert len({layer.loop.state.input.data_ptr() for layer in layers}) == 2
+        clock.stop()
         clock.start()
         step(clock, layers, first)
         clock.call(None)
         layers[0](second)
         with pytest.raises(StateError, match="to_k: expected the tensor that its group read before, got another one"):
             layers[1](change(second))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_tensor_changed_in_place_before_the_states_start_opens_a_state_of_its_own(mode):
-    with mode():
-        x = drifting(0, (2, 8), 1, 0.1, torch.float32)[0]
-        clock, layers = group_of(2, shared=True)
-        clock.start()
-        clock.call(None)
-        layers[0](x)
-        x.mul_(2.0)
-        layers[1](x)
-        assert_same_bits(layers[1].loop.state.input, x)
-        assert_same_bits(2 * layers[0].loop.state.input, x)
 
 
 @pytest.mark.parametrize("execution", ["simulated", "integer"])
@@ -210,36 +186,17 @@ def test_what_an_old_scale_clips_is_sent_later_and_an_anchor_measures_again():
         assert errors[-1] < late
 
 
-def test_codes_are_freed_when_the_last_layer_has_read_them():
-    clock, layers = group_of(2, shared=True)
-    clock.start()
-    for x in drifting(0, (2, 8), 2, 0.1, torch.float32):
-        clock.call(None)
-        layers[0](x)
-        state = layers[0].loop.memories["default", 0].input
-        assert state.update is not None
-        layers[1](x)
-    assert state.update is None
-
-
-def test_rotation_and_dequantization_run_once_for_all_layers_of_a_group(monkeypatch):
-    counts = {"rotate": 0, "dequantize": 0}
-
-    def counted(module, name):
-        function = getattr(module, name)
-
-        def call(*arguments):
-            counts[name] += 1
-            return function(*arguments)
-
-        monkeypatch.setattr(module, name, call)
-
+def test_rotation_and_dequantization_run_once_for_a_group_and_codes_are_freed_when_the_last_has_read_them(monkeypatch):
     config = LayerConfig(activation=QuantizerConfig(bits=4), rotation="hadamard")
     clock, layers = group_of(3, shared=True, config=config)
     clock.start()
     first, second = drifting(0, (2, 8), 2, 0.1, torch.float32)
     step(clock, layers, first)
-    counted(operator, "rotate")
-    counted(quantizer, "dequantize")
-    step(clock, layers, second)
-    assert counts == {"rotate": 1, "dequantize": 1}
+    for module, name in ((operator, "rotate"), (quantizer, "dequantize")):
+        monkeypatch.setattr(module, name, Mock(wraps=getattr(module, name)))
+    clock.call(None)
+    state = layers[0].loop.memories["default", 0].input
+    for layer in layers:
+        layer(second)
+        assert (state.update is None) == (layer is layers[2])
+    assert (operator.rotate.call_count, quantizer.dequantize.call_count) == (1, 1)

@@ -48,7 +48,6 @@ def test_attention_is_known_before_it_runs(dtype):
     assert copy.deepcopy(attention).number != attention.number
 
 
-def test_no_cuda_graph_may_hold_the_operators_that_run_python() -> None:
-    for name in ("begin", "layer", "fused_layer", "attend", "end"):
-        operator = getattr(torch.ops.modiff, name).default
-        assert torch.Tag.cudagraph_unsafe in operator.tags, name
+@pytest.mark.parametrize("name", ["begin", "layer", "fused_layer", "attend", "end"])
+def test_no_cuda_graph_may_hold_the_operators_that_run_python(name) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.modiff, name).default.tags

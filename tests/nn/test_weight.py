@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modiff import ConfigError, LayerConfig, ModulationConfig, StateError, WeightConfig
+from modiff import ConfigError, StateError, WeightConfig
 from modiff.core.affine import QParams
 from modiff.core.hadamard import Segment
 from modiff.core.observers import MSEObserver
 from modiff.kernels import native
 from modiff.nn.weight import QuantizedWeight, WeightCodes
 from tests.helpers import assert_same_bits, assert_within
-from tests.recipes import evaluate, quantized, randomised
+from tests.recipes import randomised
 from tests.reference.hadamard import along, rotation
 from tests.reference.quantizer import quantize_weight
 
@@ -73,23 +72,12 @@ def test_without_bits_it_is_the_weight_itself_wherever_that_is_in_memory(folded)
     assert_same_bits(ours.dense(moved, torch.float32), moved)
 
 
-def test_the_mse_search_shrinks_the_range_of_each_output_channel():
-    weight = torch.randn(2, 4000)
-    weight[:, 0] = torch.tensor([8.0, 4.0])
-    ((_, qparams),) = QuantizedWeight(WeightConfig(bits=3, search="mse"), (4000,), None).codes(weight)
-    for row in range(2):
-        observer = MSEObserver()
-        observer.observe(weight[row])
-        assert float(qparams.scale[row]) == pytest.approx(float(observer.qparams(3).scale), rel=1e-6)
-        assert float(qparams.scale[row]) < 0.9 * float(weight[row].abs().max()) / 3
-
-
-def test_the_mse_search_looks_at_every_tap_of_a_large_kernel():
+def test_the_mse_search_shrinks_ranges_and_looks_at_every_tap_of_a_large_kernel():
     weight = torch.randn(512, 130, 3, 3) * 0.1
     weight[:, :, 1, 1] *= 6  # as trained kernels: the centre weighs most
     weights = [QuantizedWeight(WeightConfig(bits=8, search=search), (130,), None) for search in ("mse", "minmax")]
     searched, largest = ((each.dense(weight, torch.float32) - weight).square().mean() for each in weights)
-    assert searched <= largest
+    assert searched < largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -136,19 +124,6 @@ def test_the_codes_follow_every_change_of_the_parameter(change):
     assert_within(ours.dense(layer.weight, torch.float64), quantize_weight(layer.weight.detach(), 4), 1e-6)
 
 
-def test_a_weight_written_through_data_is_seen_by_the_next_trajectory():
-    """A LoRA fused with `weight.data += delta` leaves no trace on the tensor: no new memory, no new version."""
-    layer = randomised(nn.Linear(8, 4, bias=False))
-    modulated, x = quantized(layer, LayerConfig(weight=WeightConfig(bits=8))), torch.randn(3, 8)
-    outputs = []
-    for factor in (1.0, 3.0):
-        layer.weight.data *= factor
-        modulated.clock.start()
-        outputs.append(evaluate(modulated, x))
-        modulated.clock.stop()
-    assert_within(outputs[1], 3 * outputs[0], 1e-5)
-
-
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_weight_that_did_not_change_keeps_its_codes(monkeypatch, fixed):
     weight, ours = torch.randn(4, 12, 3), QuantizedWeight(W4, (4, 8), None)
@@ -171,7 +146,7 @@ def test_a_weight_that_did_not_change_keeps_its_codes(monkeypatch, fixed):
         with pytest.raises(StateError, match="another one"):
             ours.codes(weight)
     else:
-        assert not torch.equal(ours.codes(weight)[0][0], before[0][0])
+        same_codes(ours.codes(weight), QuantizedWeight(W4, (4, 8), None).codes(weight))
 
 
 def test_a_weight_that_comes_back_after_its_codes_could_not_be_made_has_them_again(monkeypatch):
@@ -269,20 +244,6 @@ def test_a_saturated_code_may_lie_far_below_its_weight_but_not_above(sign):
     ours.forget()
     with pytest.raises(StateError, match="the weight changed"):
         ours.codes(sign * torch.tensor([[4.0, 1.4, 1.1, 3.9]]))
-
-
-def test_fixed_codes_serve_a_layer_over_many_trajectories_and_copies():
-    layer, x = randomised(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
-    modulation = ModulationConfig(anchor_weights="quantized")
-    modulated = quantized(layer, LayerConfig(weight=WeightConfig(bits=3), modulation=modulation), name="up")
-    ((codes, qparams),) = learned(modulated.quantized_weight, layer.weight)
-    modulated.quantized_weight.fix(((codes, qparams),))
-    expected = x.double() @ (codes.double() * qparams.scale.double()).T
-    for copied in (modulated, copy.deepcopy(modulated)):
-        for _ in range(2):
-            copied.clock.start()
-            assert_within(evaluate(copied, x), expected, 1e-5)
-            copied.clock.stop()
 
 
 CODES, SCALE = torch.ones(6, 12, 3, dtype=torch.int8), torch.ones(6, 1, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 
 import pytest
@@ -15,10 +14,9 @@ from modiff import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels.backend import PREPACKED
 from modiff.nn.loop.integer import ByteCode
-from tests.helpers import assert_same_bits, assert_within, drifting, worst
+from tests.helpers import assert_same_bits, assert_within
 from tests.nn.building import INT16, LAYERS, TIMES, W8A4, drawn, follows, integer, output_bound, same_bits, walk
-from tests.recipes import evaluate, play, quantized, randomised, recipe_of_layer, sizes_of
-from tests.reference.recursion import run
+from tests.recipes import evaluate, play, quantized, randomised
 
 LINEAR = ModulationConfig(predictor="linear", gain=0.8)
 PAPER = ModulationConfig(anchor_weights="quantized")
@@ -62,18 +60,6 @@ def test_steps_in_and_out_of_inference_mode_take_turns(config):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_outputs_are_at_most_twice_as_far_from_the_float64_reference_as_the_simulation(layer):
-    original, inputs, split = drawn(layer)
-    config = dataclasses.replace(W8A4, activation=QuantizerConfig(bits=8), modulation=LINEAR)
-    exact = run([x.double() for x in inputs], recipe_of_layer(original, config, split), sizes_of(TIMES))
-    errors = []
-    for each in (integer(config), config):
-        steps = play(quantized(original, each, split), inputs, TIMES)
-        errors.append(max(worst(a[0], step.output_state) for a, step in zip(steps, exact, strict=True)))
-    assert errors[0] <= 2 * errors[1]
-
-
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_plain_layers_equal_the_simulation_within_float_error(layer, bits):
     original, inputs, split = drawn(layer, steps=2)
@@ -85,29 +71,20 @@ def test_plain_layers_equal_the_simulation_within_float_error(layer, bits):
 
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(2, 8), st.integers(2, 8), st.booleans(), st.integers(0, 99))
-def test_the_papers_law_holds_for_any_shape_and_bits(inputs, outputs, weight_bits, bits, conv, seed):
-    layer = nn.Conv2d(inputs, outputs, 3, padding=1) if conv else nn.Linear(inputs, outputs)
-    original = randomised(layer, seed)
-    weight, activation = WeightConfig(bits=weight_bits), QuantizerConfig(bits=bits)
-    config = integer(LayerConfig(weight=weight, activation=activation, modulation=PAPER))
-    walked = drifting(seed, (2, inputs, 3, 4) if conv else (2, 3, inputs), 4, 0.3, torch.float32)
-    ours = quantized(original, config)
-    for x, (output, state, output_state) in zip(walked, play(ours, walked), strict=True):
-        exact = ours.spec.operate(state.double(), ours.quantized_weight.dense(ours.weight, torch.float64), None)
-        exact = exact + layer.bias.detach().double().reshape(-1, *[1] * 2 * conv)
-        assert_within(output_state, exact, output_bound(original, x, 4) + 1e-6)
-        assert_same_bits(output, output_state)
+def test_any_shape_and_bits_follow_the_simulation(inputs, outputs, weight_bits, bits, conv, seed):
+    original = randomised(nn.Conv2d(inputs, outputs, 3, padding=1) if conv else nn.Linear(inputs, outputs), seed)
+    config = LayerConfig(weight=WeightConfig(bits=weight_bits), activation=QuantizerConfig(bits=bits))
+    walked = walk((2, inputs, 3, 4) if conv else (2, 3, inputs), 4, seed=seed)
+    steps, simulated = (play(quantized(original, each), walked) for each in (integer(config), config))
+    follows(steps, simulated, output_bound(original, walked[0], 4) + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_output_has_the_dtype_of_the_input_and_the_state_keeps_its_own(dtype):
     original, inputs, _ = drawn("conv", dtype=dtype)
-    simulated = play(quantized(original, W8A4), inputs)
-    for ours, (output, *states) in zip(play(quantized(original, integer(W8A4)), inputs), simulated, strict=True):
-        assert [t.dtype for t in ours] == [output.dtype, *(t.dtype for t in states)]
-        assert [t.dtype for t in ours] == [dtype, torch.float32, torch.float32]
-        assert_same_bits(ours[1], states[0])
-        assert_within(ours[2], states[1], 1e-4)
+    steps = play(quantized(original, integer(W8A4)), inputs)
+    follows(steps, play(quantized(original, W8A4), inputs), 1e-4 if dtype == torch.float64 else 0.1)
+    assert {tuple(t.dtype for t in step) for step in steps} == {(dtype, torch.float32, torch.float32)}
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
@@ -124,16 +101,14 @@ def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_
 
 
 def test_a_steady_step_makes_bytes_and_never_the_values_behind_them():
-    layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
+    layer, (first, second) = quantized(randomised(nn.Linear(16, 6)), integer(W8A4)), walk((2, 16), steps=2)
     layer.clock.start()
-    first, second = walk((2, 16), steps=2)
     evaluate(layer, first)
     (code,) = layer.loop.memories["default", 0].input.advance(second, None).codes
     assert isinstance(code, ByteCode)
     ((codes, scale),) = code.runs
     assert (codes.dtype, code.zero, scale.shape) == (torch.uint8, 8, (2, 1))
     assert_same_bits(code.value(), (codes.float() - 8) * scale)
-    layer.clock.stop()
 
 
 REASONS = {
@@ -167,32 +142,27 @@ def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
 
 def test_scales_are_measured_in_the_simulation_and_used_on_integers():
     config = LayerConfig(activation=QuantizerConfig(bits=4, dynamic=False, granularity="tensor", clip=0.8))
-    original, inputs = randomised(nn.Conv2d(8, 4, 3, padding=1)), walk((2, 8, 4, 4))
-    layers = [quantized(original, config), quantized(original, integer(config))]
-    for layer in layers:
-        layer.quantizer.watch(lambda: MinMaxObserver(None))
-    follows(*(play(layer, inputs) for layer in reversed(layers)), 1e-4)
-    for layer in layers:
-        layer.quantizer.freeze()
-    follows(*(play(layer, inputs) for layer in reversed(layers)), 1e-4)
+    original, inputs, _ = drawn("conv")
+    layers = [quantized(original, each) for each in (integer(config), config)]
+    for act in (lambda quantizer: quantizer.watch(lambda: MinMaxObserver(None)), lambda quantizer: quantizer.freeze()):
+        for layer in layers:
+            act(layer.quantizer)
+        follows(*(play(layer, inputs) for layer in layers), 1e-4)
 
 
 @pytest.mark.parametrize("by", ["its bytes", "its codes"])
 def test_a_weight_written_in_place_is_quantized_again_and_an_equal_one_keeps_its_kernel(monkeypatch, by):
     if by == "its codes":
         monkeypatch.setattr("modiff.nn.weight.fingerprint", lambda _: None)
-    layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
-    inputs = walk((2, 16), steps=3)
+    original, inputs = randomised(nn.Linear(16, 6)), walk((2, 16), steps=3)
+    layer = quantized(original, integer(W8A4))
     play(layer, inputs)
-    assert layer.on_integers
     first = layer.loop.kernels
     play(layer, inputs)
     assert layer.loop.kernels is first
     with torch.no_grad():
-        layer.weight.mul_(-2.0)
-    copied = nn.Linear(16, 6)
-    copied.load_state_dict(layer.state_dict())
-    follows(play(layer, inputs), play(quantized(copied, W8A4), inputs), 1e-4)
+        original.weight.mul_(-2.0)
+    follows(play(layer, inputs), play(quantized(original, W8A4), inputs), 1e-4)
     assert layer.loop.kernels is not first
 
 
