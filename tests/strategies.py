@@ -95,6 +95,7 @@ def model_configs(draw: st.DrawFn) -> ModiffConfig:
         layer=draw(layer_configs()),
         include=draw(patterns),
         exclude=draw(patterns),
+        default_exclude=draw(st.none() | patterns),
         overrides=draw(pairs),
         first_last=draw(st.sampled_from(["full_precision", "quantize"])),
         min_weights=draw(st.integers(0, 10**6)),

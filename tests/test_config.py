@@ -125,3 +125,12 @@ def test_on_integers_reaches_the_overrides_and_changes_nothing_else():
     integers = config.on_integers()
     assert [layer.execution for layer in (integers.layer, integers.overrides[0][1])] == ["integer", "integer"]
     assert ModiffConfig.from_json(integers.to_json().replace('"integer"', '"simulated"')) == config
+
+
+@pytest.mark.parametrize(("exclude", "now"), [(None, ((), None)), (["a"], (("a",), ()))])
+def test_a_config_written_when_exclude_replaced_the_defaults_keeps_its_meaning(exclude, now):
+    values = ModiffConfig().to_dict() | {"exclude": exclude}
+    del values["default_exclude"]
+    config = ModiffConfig.from_dict(values)
+    assert (config.exclude, config.default_exclude) == now
+    assert ModiffConfig.from_dict(config.to_dict()) == config

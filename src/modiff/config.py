@@ -323,7 +323,8 @@ class AttentionConfig(JsonConfig):
 class ModiffConfig(JsonConfig):
     """A whole model: the config of its layers, which layers are taken, and what they share.
 
-    include, exclude: fnmatch patterns on module names; exclude=None leaves out what the network's host does by default.
+    include, exclude: fnmatch patterns on module names.
+    default_exclude: patterns that are left out as well; None: those of the network's host, () none.
     overrides: (pattern, LayerConfig) pairs, the last match wins.
     first_last: "full_precision" leaves the first and the last layer of the network alone.
     min_weights: layers with fewer weights are left alone.
@@ -336,13 +337,21 @@ class ModiffConfig(JsonConfig):
 
     layer: LayerConfig = LayerConfig()
     include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    default_exclude: tuple[str, ...] | None = None
     overrides: tuple[tuple[str, LayerConfig], ...] = ()
     first_last: Boundary = "full_precision"
     min_weights: int = 256
     share_residuals: Automatic = "auto"
     split_shortcuts: Automatic = "auto"
     attention: AttentionConfig | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a config; in one from before `default_exclude` existed, `exclude` replaces the defaults, as then."""
+        if isinstance(values, dict) and set(typing.get_type_hints(cls)) - set(values) == {"default_exclude"}:
+            values = values | ({"exclude": []} if values["exclude"] is None else {"default_exclude": []})
+        return super().from_dict(values)
 
     def on_integers(self) -> Self:
         """The same, executed on integers, the overrides too.

@@ -129,8 +129,8 @@ def every_layer(
     layer: LayerConfig, *, overrides: Overrides = (), attention: AttentionConfig | None = None
 ) -> ModiffConfig:
     """`layer` for all layers, the first and the last among them, as the published codes have it."""
-    return ModiffConfig(layer=layer, overrides=overrides, attention=attention, exclude=(), first_last="quantize",
-                        min_weights=0)  # fmt: skip
+    return ModiffConfig(layer=layer, overrides=overrides, attention=attention, default_exclude=(),
+                        first_last="quantize", min_weights=0)  # fmt: skip
 
 
 def boundary_overrides(model: nn.Module, layer: LayerConfig) -> Overrides:

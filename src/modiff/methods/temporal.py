@@ -69,7 +69,7 @@ def reconstruct_temporal(model: nn.Module, timesteps: Sequence[float], config: R
     if not names:
         raise CalibrationError(
             "reconstruct_temporal: expected quantized weights in the temporal block, got none. modiff leaves these "
-            "layers alone by default. Apply with ModiffConfig(exclude=())."
+            "layers alone by default. Apply with ModiffConfig(default_exclude=())."
         )
     for name in names:
         quantized_layers[name].quantized_weight.unfix()

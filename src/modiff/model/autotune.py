@@ -23,7 +23,6 @@ from modiff.files import check_writable, write_json
 from modiff.kernels.isa import machine
 from modiff.kernels.layout import innermost
 from modiff.model.attach import check_searchable
-from modiff.model.facts import facts_of
 from modiff.model.probe import Probe, probes_of
 from modiff.model.report import execution_of
 from modiff.model.select import layer_names, modulated_layer
@@ -167,13 +166,12 @@ def choose_modes(
             raise CalibrationError("autotune: expected a trajectory of two steps or more, got fewer. A residual needs "
                                    "a step before it. Let run sample with several steps.")  # fmt: skip
         rows += [_row(model.get_submodule(p.name), p, config.layer, tolerance, profile) for p in ran]
-    defaults = tuple(dict.fromkeys(p for model in models for p in facts_of(model).default_exclude))
     floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
     plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
     chosen = dataclasses.replace(
         config,
         layer=dataclasses.replace(config.layer, execution="integer"),
-        exclude=(defaults if config.exclude is None else config.exclude) + floats,
+        exclude=config.exclude + floats,
         overrides=tuple((name, without_memory(config.layer)) for name in plains),
     )
     return AutotuneResult(chosen, tuple(rows), tolerance)

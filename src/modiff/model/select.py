@@ -47,11 +47,10 @@ def select_layers(
         if isinstance(module, CANDIDATES):
             names.setdefault(module, []).append(name)
     layers = {first: layer for layer, (first, *_) in names.items()}
-    defaults = facts_of(model).default_exclude
-    own = {"include": config.include, "exclude": [p for p in config.exclude or () if p not in defaults],
-           "overrides": [p for p, _ in config.overrides]}  # fmt: skip
+    own = {"include": config.include, "exclude": config.exclude, "overrides": [p for p, _ in config.overrides]}
     check_patterns({f"ModiffConfig.{field}": own[field] for field in own}, [*layers, *known], "a layer")
-    config = config if config.exclude is not None else dataclasses.replace(config, exclude=defaults)
+    defaults = facts_of(model).default_exclude if config.default_exclude is None else config.default_exclude
+    config = dataclasses.replace(config, exclude=config.exclude + defaults)
     splits = splits or {}
     first, last = (next(iter(layers), None), next(reversed(layers), None)) if layers else (None, None)
     entries: list[Entry] = []
@@ -107,7 +106,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
         return "taken by modiff already"
     if not matches(name, config.include):
         return "not included"
-    for pattern in config.exclude or ():
+    for pattern in config.exclude:
         if fnmatchcase(name, pattern):
             return f"excluded by {pattern!r}"
     if quantized_class(layer) is None:

@@ -32,7 +32,7 @@ from modiff.checkpoint.tensors import (
 from modiff.config import ModiffConfig, PackedAnchors, check
 from modiff.errors import ConfigError, FormatError, StateError
 from modiff.hosts.diffusers.hooks import follow, refuse_fusing
-from modiff.hosts.names import DEFAULT_EXCLUDE, shortcut_splits
+from modiff.hosts.names import shortcut_splits
 from modiff.model.apply import install
 from modiff.model.attach import required_attachment
 from modiff.model.pack import seal
@@ -86,8 +86,7 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
         if not self.modules_to_not_convert:
             return self.config
         left = tuple(f"*{part}*" for part in self.modules_to_not_convert)
-        exclude = DEFAULT_EXCLUDE if self.config.exclude is None else self.config.exclude
-        return dataclasses.replace(self.config, exclude=exclude + left)
+        return dataclasses.replace(self.config, exclude=self.config.exclude + left)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Self:
