@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,15 +156,13 @@ def load(
     return load_target(folder, into, device, dtype)
 
 
-@contextmanager
-def trajectory(target: Any) -> Iterator[None]:
+def trajectory(target: Any) -> AbstractContextManager[None]:
     """One generation of your own loop: states start empty and are freed at the end, also when the body raises.
 
     Raises: StateError without modulated layers, or inside another trajectory of the same model.
     """
     modulated_networks(target, "trajectory")
-    with trajectories(networks_of(target)):
-        yield
+    return trajectories(networks_of(target))
 
 
 def context(module: nn.Module, name: str) -> AbstractContextManager[None]:

@@ -14,17 +14,11 @@ from modiff.errors import ConfigError
 
 VERSION = "0.1.0"
 """Of modiff, written into checkpoints; `modiff.__version__`."""
-AnchorWeights = Literal["exact", "quantized"]
 PackedAnchors = Literal["quantized", "int8"]
-ErrorCompensation = Literal["closed_loop", "none"]
-FirstStep = Literal["full_precision", "coded"]
 StateDtype = Literal["float32", "float64", "float16", "bfloat16", "int16"]
 Rotation = Literal["none", "hadamard"]
 Automatic = Literal["auto", "off"]
 WeightSearch = Literal["minmax", "mse"]
-Boundary = Literal["full_precision", "quantize"]
-Lowest = Literal["measured", "zero"]
-Execution = Literal["simulated", "integer"]
 
 GRANULARITIES = ["auto", "tensor", "sample", "token", "input_channel"]
 """The names that `QuantizerConfig.granularity` may have; `register_granularity` adds to them."""
@@ -166,7 +160,7 @@ class QuantizerConfig(JsonConfig):
     symmetric: bool = True
     dynamic: bool = True
     clip: float = 1.0
-    lowest: Lowest = "measured"
+    lowest: Literal["measured", "zero"] = "measured"
     step_groups: int = 1
     refresh_every: int = 1
 
@@ -213,10 +207,10 @@ class ModulationConfig(JsonConfig):
 
     predictor: str = "hold"
     gain: float = 1.0
-    error_compensation: ErrorCompensation = "closed_loop"
-    first_step: FirstStep = "full_precision"
+    error_compensation: Literal["closed_loop", "none"] = "closed_loop"
+    first_step: Literal["full_precision", "coded"] = "full_precision"
     rounds: int = 1
-    anchor_weights: AnchorWeights = "exact"
+    anchor_weights: Literal["exact", "quantized"] = "exact"
     reanchor_every: int = 0
     stagger: bool = True
     state_dtype: StateDtype = "float32"
@@ -248,7 +242,7 @@ class LayerConfig(JsonConfig):
     modulation: ModulationConfig | None = ModulationConfig()
     rotation: Rotation = "none"
     rotation_block: int = 64
-    execution: Execution = "simulated"
+    execution: Literal["simulated", "integer"] = "simulated"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -340,7 +334,7 @@ class ModiffConfig(JsonConfig):
     exclude: tuple[str, ...] = ()
     default_exclude: tuple[str, ...] | None = None
     overrides: tuple[tuple[str, LayerConfig], ...] = ()
-    first_last: Boundary = "full_precision"
+    first_last: Literal["full_precision", "quantize"] = "full_precision"
     min_weights: int = 256
     share_residuals: Automatic = "auto"
     split_shortcuts: Automatic = "auto"

@@ -1,7 +1,6 @@
 """Where the package keeps its data, and what it says when it was installed without."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,33 +9,24 @@ from modiff import assets
 from modiff.errors import FormatError
 
 FOLDERS = [
-    (assets.embedded_folder, "fashion_mnist", "model_index.json"),
-    (assets.classifier_folder, "fashion_mnist_classifier", "config.json"),
-    (partial(assets.model_folder, "cifar10"), "cifar10", "model_index.json"),
-    (partial(assets.classifier_folder, "cifar10"), "cifar10_classifier", "config.json"),
+    (assets.model_folder, "embedded", "fashion_mnist/model_index.json"),
+    (assets.classifier_folder, "embedded", "fashion_mnist_classifier/config.json"),
+    (assets.model_folder, "cifar10", "cifar10/model_index.json"),
+    (assets.classifier_folder, "cifar10", "cifar10_classifier/config.json"),
 ]
 
 
 @pytest.mark.parametrize(("folder", "name", "landmark"), FOLDERS)
-def test_a_folder_beside_the_module_is_found(
-    folder: Callable[[], Path], name: str, landmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_next_to_the_module_is_returned_and_a_package_without_its_data_is_named(
+    folder: Callable[[str], Path], name: str, landmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assets, "files", {"modiff.assets": tmp_path}.__getitem__)
-    (tmp_path / name).mkdir()
-    (tmp_path / name / landmark).write_text("{}")
-    assert folder() == tmp_path / name
-
-
-@pytest.mark.parametrize(("folder", "name", "landmark"), FOLDERS)
-@pytest.mark.parametrize("empty", [False, True], ids=["no folder", "an empty folder"])
-def test_a_package_without_its_data_is_named(
-    folder: Callable[[], Path], name: str, landmark: str, empty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(assets, "files", {"modiff.assets": tmp_path}.__getitem__)
-    if empty:
-        (tmp_path / name).mkdir()
-    with pytest.raises(FormatError, match=rf"expected {name}/{landmark} in the package.*make_assets\.py"):
-        folder()
+    for make in (lambda: None, (tmp_path / landmark).parent.mkdir):
+        make()
+        with pytest.raises(FormatError, match=rf"expected {landmark} in the package.*make_assets\.py"):
+            folder(name)
+    (tmp_path / landmark).write_text("{}")
+    assert folder(name) == (tmp_path / landmark).parent
 
 
 def test_another_name_is_refused_with_the_known_ones() -> None:

@@ -41,14 +41,11 @@ def model_folder(name: str) -> Path:
 
     Raises: FormatError for another name, or if the package has no such folder.
     """
-    return _folder(_shipped(name).model, "model_index.json", _shipped(name).remedy)
+    return _folder(name, "model", "model_index.json")
 
 
 def embedded_folder() -> Path:
-    """The diffusers folder of the embedded Fashion-MNIST model; its README.md is the model card.
-
-    Raises: FormatError if the package was installed without it.
-    """
+    """The diffusers folder of the embedded Fashion-MNIST model; its README.md is the model card."""
     return model_folder(EMBEDDED)
 
 
@@ -57,21 +54,16 @@ def classifier_folder(name: str = EMBEDDED) -> Path:
 
     Raises: FormatError for another name, or if the package has no such folder.
     """
-    return _folder(_shipped(name).classifier, "config.json", _shipped(name).remedy)
+    return _folder(name, "classifier", "config.json")
 
 
-def _shipped(name: str) -> Shipped:
+def _folder(name: str, kind: str, landmark: str) -> Path:
+    """The folder of a model or a classifier next to this file, if it holds the file `landmark`."""
     if name not in MODELS:
-        raise FormatError(
-            f"modiff.assets: expected one of {', '.join(MODELS)}, got {name!r}. Nothing else has a name here. "
-            "Use one of them."
-        )
-    return MODELS[name]
-
-
-def _folder(name: str, landmark: str, remedy: str) -> Path:
-    """The folder `name` next to this file, if it holds the file `landmark`."""
-    folder = Path(str(files(__name__).joinpath(name)))
+        raise FormatError(f"modiff.assets: expected one of {', '.join(MODELS)}, got {name!r}. Nothing else has a name "
+                          "here. Use one of them.")  # fmt: skip
+    folder = Path(str(files(__name__).joinpath(getattr(MODELS[name], kind))))
     if not (folder / landmark).is_file():
-        raise FormatError(f"modiff.assets: expected {name}/{landmark} in the package, got no such file. {remedy}")
+        raise FormatError(f"modiff.assets: expected {folder.name}/{landmark} in the package, got no such file. "
+                          f"{MODELS[name].remedy}")  # fmt: skip
     return folder
