@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +17,24 @@ from tests.reference.hadamard import along, rotation
 from tests.reference.quantizer import quantize_weight
 from tests.reference.recursion import Recipe
 
+Operator = Callable[[Tensor], Tensor]
 
-def recipe_for(
-    config: LayerConfig,
-    operator: Callable[[Tensor], Tensor],
-    bias: Tensor | float,
-    *,
-    segments: tuple[int, ...],
-    granularity: str,
-    channel_dim: int = -1,
-    matrix: Tensor | None = None,
-    anchor: Callable[[Tensor], Tensor] | None = None,
-) -> Recipe:
-    """The recipe of a modulated layer with dynamic scales; `granularity` resolved, not "auto".
 
-    anchor: the operator where the states start; None for the same.
-    """
-    modulation, activation = config.modulation, config.activation
-    assert modulation is not None
+def recipe_for(config: LayerConfig, operator: Operator, bias: Tensor | float, **facts: Any) -> Recipe:
+    """The recipe of a modulated layer with dynamic scales; `facts` are the fields of Recipe that no config decides."""
+    loop, activation = config.modulation, config.activation
+    assert loop is not None
     assert activation.dynamic
-    assert activation.bits is not None
-    return Recipe(
-        operator=operator, anchor=anchor or operator, bias=bias, bits=activation.bits, segments=segments,
-        granularity=granularity, channel_dim=channel_dim, symmetric=activation.symmetric, clip=activation.clip,
-        predictor=modulation.predictor, gain=modulation.gain,
-        compensated=modulation.error_compensation == "closed_loop",
-        rounds=modulation.rounds if modulation.first_step == "coded" else 0,
-        reanchor_every=modulation.reanchor_every, matrix=matrix,
-    )  # fmt: skip
+    rounds = loop.rounds if loop.first_step == "coded" else 0
+    settings = {
+        "anchor": operator, "channel_dim": -1, "matrix": None, "bits": activation.bits, "clip": activation.clip,
+        "symmetric": activation.symmetric, "predictor": loop.predictor, "gain": loop.gain, "rounds": rounds,
+        "compensated": loop.error_compensation == "closed_loop", "reanchor_every": loop.reanchor_every,
+    }  # fmt: skip
+    return Recipe(**settings | {"operator": operator, "bias": bias} | facts)
 
 
-def torch_operator(layer: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor]:
+def torch_operator(layer: nn.Module, weight: Tensor) -> Operator:
     """The linear part of a torch layer with a given weight, by explicit loops."""
     if isinstance(layer, nn.Linear):
         return lambda x: layers.linear(x, weight)
@@ -74,7 +62,7 @@ def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = N
     return recipe_for(
         config, torch_operator(layer, weight), bias, segments=runs, granularity=granularity,
         channel_dim=-1 if linear else 1, matrix=matrix,
-        anchor=torch_operator(layer, exact) if config.modulation.anchor_weights == "exact" else None,
+        anchor=torch_operator(layer, exact if config.modulation.anchor_weights == "exact" else weight),
     )  # fmt: skip
 
 

@@ -25,15 +25,11 @@ def trajectories(draw: st.DrawFn, shape: tuple[int, ...], max_steps: int = 6) ->
 def quantizer_configs(draw: st.DrawFn, lowest: tuple[int | None, ...] = (0, None)) -> QuantizerConfig:
     """Any valid activation quantizer; `lowest` are the special bit widths allowed beside 2 to 8."""
     dynamic, symmetric = draw(st.booleans()), draw(st.booleans())
-    fixed = ("auto", "tensor", "input_channel")
-    return QuantizerConfig(
-        bits=draw(st.sampled_from([*lowest, 2, 3, 4, 5, 6, 7, 8])),
-        granularity=draw(st.sampled_from((*fixed, "sample", "token") if dynamic else fixed)),
-        symmetric=symmetric,
-        dynamic=dynamic,
-        clip=draw(CLIPS),
-        step_groups=1 if dynamic else draw(st.sampled_from([0, 1, 4])),
-    )
+    bits, fixed = draw(st.sampled_from([*lowest, 2, 3, 4, 5, 6, 7, 8])), ("auto", "tensor", "input_channel")
+    granularity = draw(st.sampled_from((*fixed, "sample", "token") if dynamic else fixed))
+    groups = 1 if dynamic else draw(st.sampled_from([0, 1, 4]))
+    return QuantizerConfig(bits=bits, granularity=granularity, symmetric=symmetric, dynamic=dynamic, clip=draw(CLIPS),
+                           step_groups=groups)  # fmt: skip
 
 
 @st.composite
@@ -61,10 +57,9 @@ def layer_configs(draw: st.DrawFn) -> LayerConfig:
     """Any valid layer config, plain ones included."""
     plain = draw(st.booleans())
     activation = draw(quantizer_configs(lowest=(None,) if plain else (0, None)))
+    weights = st.builds(WeightConfig, bits=st.sampled_from([None, 2, 4, 8]), search=st.sampled_from(["minmax", "mse"]))
     return LayerConfig(
-        weight=draw(
-            st.builds(WeightConfig, bits=st.sampled_from([None, 2, 4, 8]), search=st.sampled_from(["minmax", "mse"]))
-        ),
+        weight=draw(weights),
         activation=activation,
         modulation=None if plain else draw(modulation_configs(activation)),
         rotation=draw(st.sampled_from(["none", "hadamard"])),
@@ -76,14 +71,13 @@ def layer_configs(draw: st.DrawFn) -> LayerConfig:
 @st.composite
 def attention_configs(draw: st.DrawFn) -> AttentionConfig:
     """Any valid config of the attention products."""
-    operands = draw(quantizer_configs(lowest=(None,)))
-    softmax = draw(quantizer_configs(lowest=(None,)))
-    fixed = {"symmetric": False, "lowest": "zero", "bits": draw(st.sampled_from([None, 2, 8, 16]))}
-    return AttentionConfig(
-        operands=dataclasses.replace(operands, granularity=draw(st.sampled_from(["auto", "tensor"]))),
-        softmax=dataclasses.replace(softmax, granularity=draw(st.sampled_from(["auto", "tensor"])), **fixed),
-        include=draw(st.sampled_from([("*",), ("down*", "mid*")])),
+    shared = st.sampled_from(["auto", "tensor"])
+    operands, softmax = (
+        dataclasses.replace(draw(quantizer_configs(lowest=(None,))), granularity=draw(shared)) for _ in range(2)
     )
+    bits = draw(st.sampled_from([None, 2, 8, 16]))
+    softmax = dataclasses.replace(softmax, symmetric=False, lowest="zero", bits=bits)
+    return AttentionConfig(operands=operands, softmax=softmax, include=draw(st.sampled_from([("*",), ("down*",)])))
 
 
 @st.composite

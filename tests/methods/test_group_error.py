@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accuquant_groups import exact_gradient
-from modiff.methods.group_error import Group, approximate_gradient, error_of
+from modiff.methods.group_error import Group, approximate_gradient
 
 CARRY, DRIFT = 0.97, -0.11
 
@@ -64,11 +64,6 @@ def test_the_approximate_gradient_points_where_the_exact_one_does(steps: int, le
     _, gradients = approximate_gradient(group(steps), net.evaluate, advance, net.leaves)
     _, expected = exact_gradient(group(steps), net.evaluate, advance, net.leaves)
     assert least < cosine(gradients, expected) < 1 - 1e-6
-
-
-def test_the_error_is_the_mean_over_rows_of_squared_distances() -> None:
-    arrived, target = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2, 2)
-    assert float(error_of(arrived, target)) == (25 + 1) / 2
 
 
 def alive_at_most(steps: int) -> int:
