@@ -127,57 +127,39 @@ def test_model_is_left_as_it_was_also_when_forward_raises():
     with pytest.raises(ZeroDivisionError):
         measure(block, x)
     handle.remove()
-    for module in block.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled() is fast is True
     assert block(x).requires_grad
     assert measure(block, x) == before
 
 
-def test_bops_are_macs_times_both_bits() -> None:
-    bits = [(8, 4), (8, None), (None, None), (8, 0), (4, 3)]
-    cost = LayerCost(name="a", macs=1000)
-    assert [cost.bops(*pair) for pair in bits] == [32_000, 256_000, 1_024_000, 0, 12_000]
-
-
-STEPS = 10
-
-
 def giga(names: str) -> list[LayerCost]:
     return [LayerCost(name=name, macs=10**9) for name in names]
 
 
-def gbops(config: LayerConfig) -> float:
-    """GBOPs of ten steps of one taken layer of 1 GMAC."""
-    return trajectory_gbops(giga("a"), Report((Entry("a", "Conv2d", 1, config, ""),)), STEPS)
-
-
-def with_modulation(config: LayerConfig, **settings: object) -> LayerConfig:
-    return dataclasses.replace(config, modulation=ModulationConfig(**settings))  # type: ignore[arg-type]
-
-
-W8A4 = presets.modulated(8, 4).layer
+def w8a4(**settings: object) -> LayerConfig:
+    return dataclasses.replace(presets.modulated(8, 4).layer, modulation=ModulationConfig(**settings))
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         (presets.plain(8, 4).layer, 10 * 8 * 4),
-        (W8A4, 32 * 32 + 9 * 8 * 4),
+        (w8a4(), 32 * 32 + 9 * 8 * 4),
         (presets.published(8, 4).layer, 8 * 32 + 9 * 8 * 4),
         (presets.modulated(None, 4).layer, 32 * 32 + 9 * 32 * 4),
         (presets.modulated(8, None).layer, 10 * 8 * 32),
         (presets.modulated(8, 0).layer, 32 * 32),
-        (with_modulation(W8A4, first_step="coded", rounds=3), 8 * 12 + 9 * 8 * 4),
-        (with_modulation(W8A4, reanchor_every=4, stagger=False), 3 * 32 * 32 + 7 * 8 * 4),
-        (with_modulation(W8A4, reanchor_every=3), 4 * 32 * 32 + 6 * 8 * 4),
-        (with_modulation(W8A4, reanchor_every=3, anchor_weights="quantized"), 4 * 8 * 32 + 6 * 8 * 4),
+        (w8a4(first_step="coded", rounds=3), 8 * 12 + 9 * 8 * 4),
+        (w8a4(reanchor_every=4, stagger=False), 3 * 32 * 32 + 7 * 8 * 4),
+        (w8a4(reanchor_every=3), 4 * 32 * 32 + 6 * 8 * 4),
+        (w8a4(reanchor_every=3, anchor_weights="quantized"), 4 * 8 * 32 + 6 * 8 * 4),
     ],
 )
 def test_a_layer_counts_each_step_at_the_bits_it_runs_with(config: LayerConfig, expected: int) -> None:
-    assert gbops(config) == expected
+    report = Report((Entry("a", "Conv2d", 1, config, ""),))
+    assert trajectory_gbops(giga("a"), report, 10) == expected
 
 
 def test_layers_that_were_left_and_attention_count_in_full_precision() -> None:
@@ -202,8 +184,9 @@ def ddpm():
 
 @pytest.fixture(scope="module")
 def ddpm_cost(ddpm):
-    unet, inputs = ddpm
-    return measure(unet, *inputs)
+    """All of its costs, and those of its layers."""
+    costs = measure(ddpm[0], *ddpm[1])
+    return costs, [layer for layer in costs if layer.weight_elements]
 
 
 def total(costs):
@@ -211,24 +194,20 @@ def total(costs):
 
 
 def test_ddpm_unet_has_6_05_gmac_in_layers_and_0_168_in_attention(ddpm, ddpm_cost):
-    unet, inputs = ddpm
+    (unet, inputs), (costs, layers) = ddpm, ddpm_cost
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307
-    layers = sum(layer.macs for layer in [layer for layer in ddpm_cost if layer.weight_elements])
-    assert layers == 6_053_953_536
+    assert total(layers) == 6_053_953_536
     # one head of 256 channels: five blocks of 256 tokens and one of 16
     large, small = attention_macs(1, 1, 256, 256, 256, 256), attention_macs(1, 1, 16, 16, 256, 256)
-    assert total(ddpm_cost) - layers == 5 * large + small == 167_903_232
-    assert total(ddpm_cost) == torch_macs(unet, *inputs)
+    assert total(costs) - total(layers) == 5 * large + small == 167_903_232
+    assert total(costs) == torch_macs(unet, *inputs)
 
 
 def test_paper_bops_are_met_by_attention_at_two_operations_per_mac(ddpm_cost):
     """The published GBOPs are 6.39 GMAC x bits; beyond convolutions and linear layers that is twice the attention."""
-    layers = sum(layer.macs for layer in [layer for layer in ddpm_cost if layer.weight_elements])
-    counted = layers + 2 * (total(ddpm_cost) - layers)
-    assert counted / 1e9 == pytest.approx(1636 / (8 * 32), abs=0.005)
-    assert round(counted * 8 * 32 / 1e9) == 1636
-    assert round(total(ddpm_cost) * 8 * 32 / 1e9) == 1593  # attention once
-    assert round(layers * 8 * 32 / 1e9) == 1550  # no attention
+    once, layers = map(total, ddpm_cost)
+    counted = layers + 2 * (once - layers)
+    assert [round(macs * 8 * 32 / 1e9) for macs in (counted, once, layers)] == [1636, 1593, 1550]
     # A32, A8, A6, A4, A3, A2. 204.47 is printed as 205 at W8A4 and as 204 at W4A8, hence 0.6
     for weight_bits, row in {8: (1636, 409, 307, 205, 153, 102), 4: (818, 204, 153, 102, 77, 51)}.items():
         ours = [counted * weight_bits * activation_bits / 1e9 for activation_bits in (32, 8, 6, 4, 3, 2)]
@@ -236,7 +215,7 @@ def test_paper_bops_are_met_by_attention_at_two_operations_per_mac(ddpm_cost):
 
 
 def test_ddpm_unet_keeps_the_state_elements_that_the_paper_half_counts(ddpm, ddpm_cost):
-    unet, layers = ddpm[0], [layer for layer in ddpm_cost if layer.weight_elements]
+    unet, (_, layers) = ddpm[0], ddpm_cost
     # The paper's code writes the four projections of its six attention blocks as 1x1 convolutions: 89 + 24.
     kinds = {layer.name: type(unet.get_submodule(layer.name)) for layer in layers}
     assert Counter(kinds.values()) == {nn.Conv2d: 65, nn.Linear: 48}

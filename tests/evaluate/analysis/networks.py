@@ -34,9 +34,9 @@ def driven(
 ) -> Callable[[], None]:
     """Evaluates the network on each input in turn."""
 
+    @torch.no_grad()
     def run() -> None:
-        with torch.no_grad():
-            for t, x in enumerate(inputs):
-                network(x, float(t) if timesteps is None else timesteps[t])
+        for x, t in zip(inputs, timesteps or range(len(inputs)), strict=True):
+            network(x, float(t))
 
     return run

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DDIMPipeline
 
 import modiff
 from modiff import presets
@@ -16,13 +15,7 @@ from modiff.errors import ConfigError
 from modiff.evaluate.analysis.run import SWEEP_MODES, analyze_pipeline, bit_sweep
 from modiff.evaluate.pipelines import PipelineSource, image_error
 from modiff.generate.samplers import set_scheduler
-from tests.hosts.tiny import HOSTS
-
-
-def build() -> DDIMPipeline:
-    pipe = HOSTS["ddim"].build()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+from tests.pixels import pixel_pipeline
 
 
 def leaves(value: Any) -> list[Any]:
@@ -31,25 +24,20 @@ def leaves(value: Any) -> list[Any]:
     return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
 
 
-def test_it_is_plain_json_with_the_documented_fields() -> None:
-    analysis = analyze_pipeline(build(), steps=4, num_images=2, seed=5, bits=(8, 3), progress=False)
+def test_it_is_plain_json_with_the_documented_fields_and_fills_its_bar() -> None:
+    shown = io.StringIO()
+    with redirect_stderr(shown):
+        analysis = analyze_pipeline(set_scheduler(pixel_pipeline(), "heun"), steps=2, num_images=2, seed=5, bits=(8, 3))
+    assert "27/27" in shown.getvalue()
     assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis
     assert set(analysis) == {"environment", "settings", "layers", "growth", "sweep"}
     assert {type(leaf) for leaf in leaves(analysis)} <= {str, int, float, bool, type(None)}
     assert set(analysis["layers"][0]) == {"name", "kind", "call", "setting", "steps"}
-    assert len(analysis["layers"][0]["steps"]) == 4
-    assert {(row["mode"], row["bits"]) for row in analysis["sweep"]} == {(m, b) for m in SWEEP_MODES for b in (8, 3)}
-    assert analysis["growth"]["steps"] == [1, 2, 3]
-    expected = {"steps": 4, "num_images": 2, "seed": 5, "bits": [8, 3], "config": presets.modulated(None, 4).to_dict()}
-    assert {key: analysis["settings"][key] for key in expected} == expected
-
-
-def test_a_sampler_with_two_evaluations_a_step_fills_its_bar() -> None:
-    shown = io.StringIO()
-    with redirect_stderr(shown):
-        analysis = analyze_pipeline(set_scheduler(build(), "heun"), steps=2, num_images=1, bits=(4,))
     assert len(analysis["layers"][0]["steps"]) == 3  # Heun's last step has one evaluation
-    assert "15/15" in shown.getvalue()
+    assert {(row["mode"], row["bits"]) for row in analysis["sweep"]} == {(m, b) for m in SWEEP_MODES for b in (8, 3)}
+    assert analysis["growth"]["steps"] == [1, 2]
+    expected = {"steps": 2, "num_images": 2, "seed": 5, "bits": [8, 3], "config": presets.modulated(None, 4).to_dict()}
+    assert {key: analysis["settings"][key] for key in expected} == expected
 
 
 STATIC = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False, granularity="tensor")))
@@ -67,7 +55,7 @@ STATIC = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False
     ],
 )
 def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain(settings: dict[str, Any], message: str) -> None:
-    pipe = build()
+    pipe = pixel_pipeline()
     with pytest.raises(ConfigError, match=message) as caught:
         analyze_pipeline(pipe, **{"steps": 2, "num_images": 1, "progress": False, **settings})
     assert "\n" not in str(caught.value)
@@ -75,7 +63,7 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain(settings
 
 
 def test_rows_equal_runs_by_hand_and_keep_the_configs_weights_and_selection() -> None:
-    source = PipelineSource(build())
+    source = PipelineSource(pixel_pipeline())
     reference = source.draw(3, range(1)).astype(np.float64)
     config = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=6)), include=("down_blocks.*",))
     rows = bit_sweep(source, reference, config, 3, (8, 3), ("plain", "tuned"))

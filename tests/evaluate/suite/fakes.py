@@ -20,10 +20,7 @@ SHAPE = (12, 12, 1)
 
 
 class FakeSource:
-    """Image i is noise of seed i; fewer than `steps` steps and each config add a small noise of their own.
-
-    Counts what it is asked, as (config or steps, indices).
-    """
+    """Image i is noise of seed i; fewer than `steps` steps and each config add a small noise. Counts what it draws."""
 
     shape = SHAPE
 
@@ -53,10 +50,8 @@ class FakeSource:
         size = 0
         if config is not None or steps < self.steps:
             size = 4 + (steps + sum(json.dumps(config and config.to_dict()).encode())) % 8
-        images = []
-        for index in indices:
-            rng = np.random.default_rng(self.seed + index)
-            images.append(rng.integers(30, 220, SHAPE) + rng.integers(-size, size + 1, SHAPE))
+        rngs = [np.random.default_rng(self.seed + index) for index in indices]
+        images = [rng.integers(30, 220, SHAPE) + rng.integers(-size, size + 1, SHAPE) for rng in rngs]
         return np.stack(images).astype(np.uint8)
 
 

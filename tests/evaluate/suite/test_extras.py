@@ -57,21 +57,17 @@ def images_of(pixels: Tensor) -> ImageSet:
     return ImageSet(torch.zeros(len(pixels), 1), images=pixels.numpy())
 
 
-def cosines(pixels: Tensor, prompts: list[str]) -> Tensor:
-    model, tokenizer = tiny_clip(), clip_tokenizer()
-    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
-    with torch.no_grad():
-        output = model(pixel_values=(pixels - MEAN) / STD, **tokens)
-    image, text = (rows / rows.norm(dim=1, keepdim=True) for rows in (output.image_embeds, output.text_embeds))
-    return (image * text).sum(1)
-
-
 def test_clip_scores_are_100_times_the_cosine_of_each_image_and_the_prompt_of_its_index(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BATCH", 4)  # so that batches do not coincide with the prompts
     clip, images = Clip(folder, CONDITIONS), noise(0, 10, SIDE, SIDE, 3)
-    expected = 100 * cosines(images.permute(0, 3, 1, 2).float() / 255, [PROMPTS[i % 3] for i in range(10)])
+    prompts = [PROMPTS[i % 3] for i in range(10)]
+    tokens = clip_tokenizer()(prompts, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        output = tiny_clip()(pixel_values=(images.permute(0, 3, 1, 2) / 255 - MEAN) / STD, **tokens)
+    image, text = (rows / rows.norm(dim=1, keepdim=True) for rows in (output.image_embeds, output.text_embeds))
+    expected = 100 * (image * text).sum(1)
     assert float(expected.min()) > 0
     full = images_of(images)
     (row,) = clip.measure(full, full, 10)  # for full precision too
@@ -84,9 +80,6 @@ def test_images_are_scaled_to_the_shorter_side_and_cut_to_the_middle(folder: Pat
     wide = noise(1, 2, SIDE, SIDE + 10, 1)
     cut = wide[:, :, 5 : 5 + SIDE].permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1) / 255
     torch.testing.assert_close(clip._pixels(wide), (cut - MEAN) / STD, rtol=0, atol=1e-5)
-    flat = torch.full((1, 3 * SIDE, 2 * SIDE, 3), 77, dtype=torch.uint8)
-    expected = ((77 / 255 - MEAN) / STD).expand(1, 3, SIDE, SIDE)
-    torch.testing.assert_close(clip._pixels(flat), expected, rtol=0, atol=1e-5)
     stripes = torch.zeros(1, 3 * SIDE, 3 * SIDE, 1, dtype=torch.uint8)
     stripes[:, :, 1::3] = 255  # finer than the target: antialiasing turns them grey, without it all would be white
     middle = (clip._pixels(stripes) * STD + MEAN)[:, :, 4:-4, 4:-4]
@@ -130,10 +123,6 @@ def test_lpips_is_the_mean_over_scaled_pairs_of_one_seed_with_interval_and_netwo
 ) -> None:
     monkeypatch.setattr(module, "_BATCH", 4)
     assert lpips._model.settings == ("alex", "0.1", False)
-    black, white = torch.zeros(2, 32, 33, 1, dtype=torch.uint8), torch.full((2, 32, 33, 1), 255, dtype=torch.uint8)
-    white[1] = 0
-    (row,) = lpips.measure(images_of(black), images_of(white), 10)
-    assert row["value"] == 1
     a, b = noise(0, 10, 32, 32, 3), noise(1, 10, 32, 32, 3)
     full = images_of(b)
     (row,) = lpips.measure(images_of(a), full, 10)
@@ -156,21 +145,16 @@ def test_they_are_added_to_a_finished_run_without_drawing_again(lpips: Lpips, tm
     assert suite.settings["metrics"] == ["LPIPS(alex)"]
 
 
-@pytest.mark.parametrize(
-    ("text", "clip", "prompts", "message"),
-    [
+def test_names_that_mean_nothing_are_one_line() -> None:
+    for text, clip, prompts, message in (
         ("fid", None, PROMPTS, "--metrics: expected lpips or clip, or both between commas, got 'fid'"),
         ("lpips,lpips", None, PROMPTS, "--metrics: expected lpips or clip"),
         ("lpips,clip", Path("tiny"), (), "--metrics clip: expected .* and 0 prompts.*--prompts FILE"),
         ("clip", None, PROMPTS, "got '--metrics clip, --clip None and 3 prompts"),
         ("lpips", Path("tiny"), PROMPTS, "got '--metrics lpips, --clip tiny and"),
-    ],
-)
-def test_names_that_mean_nothing_are_one_line(
-    text: str, clip: Path | None, prompts: tuple[str, ...], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_extras(text, clip=clip, conditions=Conditions(prompts=prompts))
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_extras(text, clip=clip, conditions=Conditions(prompts=prompts))
 
 
 def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

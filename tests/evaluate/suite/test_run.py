@@ -15,7 +15,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.pipelines import PipelineSource
-from modiff.evaluate.suite.judge import Measurement
+from modiff.evaluate.suite.judge import measurement
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of, preset
 from modiff.evaluate.suite.run import Row, Suite, run_suite, watched_layers
 from modiff.generate.environment import environment
@@ -163,16 +163,11 @@ def test_names_and_families_of_plans_tell_them_apart(tmp_path: Path) -> None:
         preset("fast")
 
 
-def measured(name: str, value: float | None, n: int = 500) -> Measurement:
-    return {"name": name, "label": name, "extractor": None, "value": value, "n": n, "low": None, "high": None,
-            "note": ""}  # fmt: skip
-
-
 def test_the_table_as_it_is_printed() -> None:
-    full = [measured("gbops", 1234.5, 1), measured("seconds", 61.26)]
-    plain = [measured("gbops", 0.5, 1), measured("relative_l2", 0.1), measured("psnr_db", None),
-             measured("fd_to_full_precision", 0.25), measured("unknown", 1.0)]  # fmt: skip
-    rows = tuple(Row(Plan(name=n, steps=50), tuple(m)) for n, m in (("full precision", full), ("plain", plain)))
+    full = {"gbops": 1234.5, "seconds": 61.26}
+    plain = {"gbops": 0.5, "relative_l2": 0.1, "psnr_db": None, "fd_to_full_precision": 0.25, "unknown": 1.0}
+    rows = tuple(Row(Plan(name=name, steps=50), tuple(measurement(m, m, None, v, 500, None) for m, v in values.items()))
+                 for name, values in (("full precision", full), ("plain", plain)))  # fmt: skip
     text = Suite(rows, (), {"num_images": 500, "extractor": "mine", "extractor_dimension": 8}, environment()).table()
     assert text.splitlines()[:4] == [
         "                steps  FD to full precision  rel. L2  PSNR dB  GBOPs  seconds",

@@ -51,10 +51,12 @@ def read_reference(path: Path) -> Iterator[np.ndarray]:
 
 
 def reference_digest(path: Path) -> str:
-    """A digest of the images of `read_reference`. Raises: FormatError if there is nothing."""
-    digest = hashlib.sha256()
-    for images in read_reference(path):
-        digest.update(f"{images.shape[1:]}".encode() + images.tobytes())
+    """A digest of the images of `read_reference`, in whatever files they are. Raises: FormatError if there is nothing."""
+    batches = read_reference(path)
+    first = next(batches)
+    digest = hashlib.sha256(f"{first.shape[1:]}".encode() + first.tobytes())
+    for images in batches:
+        digest.update(images.tobytes())
     return digest.hexdigest()[:16]
 
 
