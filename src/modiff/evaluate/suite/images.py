@@ -51,7 +51,7 @@ def read_reference(path: Path) -> Iterator[np.ndarray]:
 
 
 def reference_digest(path: Path) -> str:
-    """A digest of the images of `read_reference`, in whatever files they are. Raises: FormatError if there is nothing."""
+    """A digest of the images of `read_reference`, in whatever files. Raises: FormatError if there is nothing."""
     batches = read_reference(path)
     first = next(batches)
     digest = hashlib.sha256(f"{first.shape[1:]}".encode() + first.tobytes())
