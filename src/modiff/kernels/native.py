@@ -57,7 +57,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "product": {
         "modiff_family": [],
         "modiff_outputs": [],
-        "modiff_product": [_P, _P, _P, _I, _I, _P, _L, _P, _I, _I, *[_P] * 6, _L, _P, _P, _I, _I],
+        "modiff_product": [_P, _P, _I, _I, _P, _L, _P, _I, _I, *[_P] * 6, _L, _P, _P, _I, _I],
     },
     "epilogue": {"modiff_epilogue": [*[_P] * 5, _I, _P, _L, _L, _I]},
     "input_fusion": {

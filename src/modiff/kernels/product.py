@@ -108,12 +108,6 @@ def _run(
         operator.weight, (*key, codes.shape),
         lambda: _layout(operator, codes.shape, ends.tolist(), bool(wide)),
     )  # fmt: skip
-    laid = None
-    if wide or any(operator.geometry.padding) or operator.shape[1] % _GROUP:
-        n, height, width, groups, inputs, _, _, _, _, _, pad_y, pad_x = shape.tolist()
-        each = groups * -(-inputs // _GROUP) * _GROUP
-        size = n * (height + 2 * pad_y) * (width + 2 * pad_x) * each
-        laid = torch.empty(size, dtype=torch.int16 if wide else torch.uint8, device="cpu")
     scale = None if scale is None else scale.to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     pixels = out.numel() // operator.shape[0]
@@ -121,7 +115,7 @@ def _run(
         state = out
     grid, clipped = (None, None) if integers is None else (tensor.data_ptr() for tensor in integers)
     native.load_library("product").library.modiff_product(
-        codes.data_ptr(), _pointer(laid), shape.data_ptr(), operator.zero_point, int(wide), stretches.data_ptr(),
+        codes.data_ptr(), shape.data_ptr(), operator.zero_point, int(wide), stretches.data_ptr(),
         len(stretches), packed.data_ptr(), int(packed.dtype == torch.uint8), mode, _pointer(state), grid, clipped,
         zeros.data_ptr(), operator.weight_scale.data_ptr(), _pointer(scale),
         1 if scale is None else pixels // scale.numel(), _pointer(bias), out.data_ptr(), KINDS.get(out.dtype, 0),

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "loops.h"
@@ -45,6 +47,13 @@ struct Output {
   void* out;
 };
 
+inline void copy(const uint8_t* from, uint8_t* to, int64_t count, int32_t) { std::memcpy(to, from, count); }
+inline void copy(const uint8_t* __restrict from, int16_t* __restrict to, int64_t count, int32_t zero) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<int16_t>(from[i] - zero);
+  }
+}
+
 // Rows of codes as tiles read them: padded by the zero point (or widened to int16 and zero), whole groups of channels.
 template <bool wide>
 void lay(const uint8_t* codes, const Shape& s, int32_t zero, void* laid, int threads) {
@@ -59,22 +68,19 @@ void lay(const uint8_t* codes, const Shape& s, int32_t zero, void* laid, int thr
       std::fill(to, to + line, fill);
       continue;
     }
-    const uint8_t* from = codes + (y / s.tall() * s.height + inside) * s.width * s.groups * s.inputs;
+    const int64_t blocks = s.width * s.groups, inputs = s.inputs;  // bytes may alias `s`: read it once
+    const uint8_t* from = codes + (y / s.tall() * s.height + inside) * blocks * inputs;
     const int64_t edge = s.pad_x * s.groups * padded;
     std::fill(to, to + edge, fill);
     std::fill(to + line - edge, to + line, fill);
     to += edge;
-    if (padded == s.inputs) {
-      for (int64_t i = 0; i < s.width * s.groups * s.inputs; ++i) {
-        to[i] = static_cast<Code>(wide ? from[i] - zero : from[i]);
-      }
+    if (padded == inputs) {
+      copy(from, to, blocks * inputs, zero);
       continue;
     }
-    for (int64_t block = 0; block < s.width * s.groups; ++block, from += s.inputs, to += padded) {
-      for (int64_t i = 0; i < s.inputs; ++i) {
-        to[i] = static_cast<Code>(wide ? from[i] - zero : from[i]);
-      }
-      std::fill(to + s.inputs, to + padded, fill);
+    for (int64_t block = 0; block < blocks; ++block, from += inputs, to += padded) {
+      copy(from, to, inputs, zero);
+      std::fill(to + inputs, to + padded, fill);
     }
   }
 }
@@ -90,36 +96,42 @@ void finish(const Output& o, const int32_t* sums, int64_t first, float scale, in
     }
     return;
   }
-  const float* weights = o.weight_scale + first;
+  const float* __restrict weights = o.weight_scale + first;
   float sent[kOutputs];
   for (int c = 0; c < columns; ++c) {
     sent[c] = static_cast<float>(sums[c] - zeros[c]) * weights[c] * scale;
   }
-  Out* out = static_cast<Out*>(o.out) + at;
+  Out* __restrict out = static_cast<Out*>(o.out) + at;
   if (o.mode == kCompute) {
+    const float* bias = o.bias;
     for (int c = 0; c < columns; ++c) {
-      store(out, c, (o.bias == nullptr ? 0.0f : o.bias[first + c]) + sent[c]);
+      store(out, c, (bias == nullptr ? 0.0f : bias[first + c]) + sent[c]);
     }
   } else if (o.grid == nullptr) {
-    float* state = static_cast<float*>(o.state) + at;
-    for (int c = 0; c < columns; ++c) {
-      state[c] += sent[c];
-    }
+    float* __restrict state = static_cast<float*>(o.state) + at;
     if (o.mode == kStep) {
       for (int c = 0; c < columns; ++c) {
+        state[c] += sent[c];
         store(out, c, state[c]);
+      }
+    } else {
+      for (int c = 0; c < columns; ++c) {
+        state[c] += sent[c];
       }
     }
   } else {
-    int16_t* state = static_cast<int16_t*>(o.state) + at;
+    int16_t* __restrict state = static_cast<int16_t*>(o.state) + at;
+    const float grid = *o.grid;
+    int32_t cut = 0;
     for (int c = 0; c < columns; ++c) {
-      const int32_t value = state[c] + rounded(sent[c] / *o.grid, -131072.0f, 131072.0f);
+      const int32_t value = state[c] + rounded(sent[c] / grid, -131072.0f, 131072.0f);
       int32_t n = value < -32768 ? -32768 : value;
       n = n > 32767 ? 32767 : n;
-      *clipped += n != value;
+      cut += n != value;
       state[c] = static_cast<int16_t>(n);
-      store(out, c, sent[c] == sent[c] ? static_cast<float>(n) * *o.grid : sent[c]);
+      store(out, c, sent[c] == sent[c] ? static_cast<float>(n) * grid : sent[c]);
     }
+    *clipped += cut;
   }
 }
 
@@ -213,9 +225,9 @@ int32_t modiff_family() { return kFamily; }
 // Outputs of a tile of weights.
 int32_t modiff_outputs() { return kOutputs; }
 
-// shape: as `Shape`. stretches: (offset in bytes, groups, flush) triples. laid: scratch, or null where codes are read
-// as they lie: no padding, whole groups of inputs, not wide. pointers: of the output, null where its mode has none.
-void modiff_product(const uint8_t* codes, void* laid, const int64_t* shape, int32_t zero, int32_t wide,
+// shape: as `Shape`. stretches: (offset in bytes, groups, flush) triples. pointers: of the output, null where its mode
+// has none. Codes are read as they lie where nothing pads them, groups of inputs are whole and they are not widened.
+void modiff_product(const uint8_t* codes, const int64_t* shape, int32_t zero, int32_t wide,
                     const int64_t* stretches, int64_t count, const int8_t* weights, int32_t halves, int32_t mode,
                     void* state, const float* grid, int32_t* clipped, const int32_t* zeros, const float* weight_scale,
                     const float* scale, int64_t each, const float* bias, void* out, int32_t kind, int32_t threads) {
@@ -226,10 +238,13 @@ void modiff_product(const uint8_t* codes, void* laid, const int64_t* shape, int3
     list[i] = {stretches[3 * i], static_cast<int32_t>(stretches[3 * i + 1]), static_cast<int32_t>(stretches[3 * i + 2])};
   }
   const Output o{static_cast<Mode>(mode), state, grid, clipped, zeros, weight_scale, scale, each, bias, out};
+  thread_local std::vector<uint8_t> laid;  // kept: fresh memory for each call costs as much as the copy
   const uint8_t* from = codes;
-  if (laid != nullptr) {
-    wide ? lay<true>(codes, s, zero, laid, threads) : lay<false>(codes, s, zero, laid, threads);
-    from = static_cast<const uint8_t*>(laid);
+  if (wide || s.pad_y > 0 || s.pad_x > 0 || s.padded() != s.inputs) {
+    const size_t size = s.samples * s.tall() * s.broad() * s.groups * s.padded() * (wide ? 2 : 1);
+    laid.resize(std::max(laid.size(), size));
+    wide ? lay<true>(codes, s, zero, laid.data(), threads) : lay<false>(codes, s, zero, laid.data(), threads);
+    from = laid.data();
   }
   const auto start = [&](auto wider) {
     kind == 0 ? run<wider.value, float>(from, s, list.data(), count, weights, halves != 0, o, threads)
