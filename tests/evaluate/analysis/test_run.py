@@ -30,7 +30,7 @@ def test_it_is_plain_json_with_the_documented_fields_and_fills_its_bar() -> None
         analysis = analyze_pipeline(set_scheduler(pixel_pipeline(), "heun"), steps=2, num_images=2, seed=5, bits=(8, 3))
     assert "27/27" in shown.getvalue()
     assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis
-    assert set(analysis) == {"environment", "settings", "layers", "growth", "sweep"}
+    assert set(analysis) == {"environment", "settings", "layers", "growth", "sweep", "outliers"}
     assert {type(leaf) for leaf in leaves(analysis)} <= {str, int, float, bool, type(None)}
     assert set(analysis["layers"][0]) == {"name", "kind", "call", "setting", "steps"}
     assert len(analysis["layers"][0]["steps"]) == 3  # Heun's last step has one evaluation

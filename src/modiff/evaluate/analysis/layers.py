@@ -16,6 +16,7 @@ from modiff.core.hadamard import rotate
 from modiff.core.quantizer import Code, Quantizer
 from modiff.core.recursion import State, Update, accumulate, compute_dtype, encode, encode_plain, output_of, predict
 from modiff.evaluate.analysis.watch import Visit
+from modiff.model.outliers import ChannelMaxima
 from modiff.nn import ModulatedLayer
 
 StepErrors = dict[str, Any]
@@ -83,9 +84,11 @@ class LayerTraces:
 
     def __init__(self) -> None:
         self._loops: dict[tuple[str, int], _Loop] = {}
+        self.maxima = ChannelMaxima()
 
     def see(self, visit: Visit) -> None:
         """Advance the layer's states by one step and note the errors."""
+        self.maxima.see(visit.entry.name, visit.layer, visit.input)
         if visit.key not in self._loops:
             self._loops[visit.key] = _Loop(visit)
         self._loops[visit.key].see(visit)

@@ -24,7 +24,8 @@ SWEEP_MODES = ("plain", "modulated", "uncompensated", "tuned")
 """Families of presets; tuned is the preset, which `modiff.tune` would refine for the model."""
 Analysis = dict[str, Any]
 """environment; settings: the arguments; layers: see `LayerTrace`; growth: see `Growth`;
-sweep: rows of mode, bits, relative_l2 and psnr_db. All of it plain values for JSON."""
+outliers: of each layer that no scale fits `modiff.model.outliers.Outlier`, and advice; sweep: rows of mode, bits,
+relative_l2 and psnr_db. All of it plain values for JSON."""
 
 
 def analyze_pipeline(
@@ -72,6 +73,7 @@ def analyze_pipeline(
             "config": config.to_dict(),
         },
         "layers": errors.layers(), "growth": grown, "sweep": sweep,
+        "outliers": [{**outlier._asdict(), "advice": str(outlier)} for outlier in errors.maxima.outliers()],
     }  # fmt: skip
 
 
