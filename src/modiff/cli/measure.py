@@ -77,6 +77,8 @@ def analyze(
     write_json(results, analysis)
     for path in (*figures(analysis, output), results):
         typer.echo(path)
+    for outlier in analysis["outliers"]:
+        typer.echo(outlier["advice"], err=True)
 
 
 def explain(
