@@ -2,19 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline
 from PIL import Image
-from safetensors.torch import load_file
 
-from modiff.assets import model_folder
 from modiff.evaluate.features.classifier import Classifier, load_classifier, save_classifier
-from modiff.evaluate.features.load import load_extractor
-from modiff.hosts.diffusers.load import load_pipeline
 
 
 @pytest.fixture
@@ -67,46 +61,6 @@ def test_assets_hold_a_model_its_card_and_the_figures_of_the_check(maker, inputs
             assert str(tmp_path) not in path.read_text()
 
 
-@pytest.fixture
-def colours(script, maker, tmp_path):
-    """Options that make assets of a run on colour images, and the folder where run, judge and images lie."""
-    random = np.random.default_rng(1)
-    np.save(tmp_path / "colours.npy", random.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8))
-    np.save(tmp_path / "labels.npy", np.arange(12) % 3)
-    colour, label = str(tmp_path / "colours.npy"), str(tmp_path / "labels.npy")
-    reference, judge = script("train_reference"), script("train_classifier")
-    words = ["--size", "8", "--batch", "4", "--threads", "1", "--device", "cpu"]
-    unet = ["--images", colour, "--channels", "16,16", "--attention", "4", "--minutes", "1e-9", "--flip", *words]
-    reference.train(reference.parse_arguments([*unet, "-o", str(tmp_path / "run")]))
-    data = ["--images", colour, "--labels", label, "--test-images", colour, "--test-labels", label, "--flip"]
-    judge.main([*data, *words, "--channels", "4,8", "--layers", "2", "--epochs", "1", "-o", str(tmp_path / "judge")])
-    made = ["--data", "cifar10", "--run", str(tmp_path / "run"), "--classifier", str(tmp_path / "judge")]
-    made += ["--test-images", colour, "--samples", "10", "--steps", "2", "--batch", "5", "--threads", "1"]
-    return [*made, "--device", "cpu", "-o", str(tmp_path / "assets")], tmp_path
-
-
-def test_the_assets_of_cifar10_are_those_that_the_package_looks_for(maker, script, colours, monkeypatch, capsys):
-    words, folder = colours
-    maker.main(words)
-    monkeypatch.setattr("modiff.assets.files", {"modiff.assets": folder / "assets"}.__getitem__)
-    pipe = load_pipeline("cifar10")
-    assert pipe.unet.config.in_channels == 3
-    weights = load_file(model_folder("cifar10") / "unet" / "diffusion_pytorch_model.safetensors")
-    assert {t.dtype for t in weights.values()} == {torch.float16}
-    assert load_extractor("cifar10-classifier").dimension == 8
-    card = (model_folder("cifar10") / "README.md").read_text()
-    assert "$" not in card
-    commands = [line.split() for line in card.splitlines() if line.startswith("python training/")]
-    options = [script(Path(c[1]).stem).parse_arguments(c[2:]) for c in commands]
-    assert [o.flip for o in options[:2]] == [True, True]
-    assert (options[1].layers, options[2].data) == (2, "cifar10")
-    metrics = json.loads((model_folder("cifar10") / "metrics.json").read_text())
-    assert f"| Frechet distance to the test images | {metrics['frechet_distance']['value']:.3f} | 0 |" in card
-    assert (
-        f"Frechet distance to as many test images {metrics['frechet_distance']['value']:.3f}" in capsys.readouterr().out
-    )
-
-
 def test_an_interrupted_run_goes_on_with_its_samples_and_ends_in_the_same_files(maker, inputs, tmp_path, monkeypatch):
     maker.main([*inputs, "-o", str(tmp_path / "whole")])
     plain, calls = DDIMPipeline.__call__, []
@@ -126,28 +80,6 @@ def test_an_interrupted_run_goes_on_with_its_samples_and_ends_in_the_same_files(
     for name in ("samples.png", "metrics.json", "README.md"):
         files = [tmp_path / run / "fashion_mnist" / name for run in ("whole", "halves")]
         assert files[0].read_bytes() == files[1].read_bytes(), name
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda p: (p / "run" / "training.json").write_text("{}"), "got one without images"),
-        (
-            lambda p: (p / "judge" / "training.json").write_text("{"),
-            "expected the record of a run, got JSONDecodeError",
-        ),
-        (
-            lambda p: (p / "run/pipeline/unet/diffusion_pytorch_model.safetensors").write_bytes(b"none"),
-            "expected a DDIM pipeline folder",
-        ),
-    ],
-    ids=["empty record", "damaged record", "damaged weights"],
-)
-def test_a_damaged_run_ends_in_one_message(maker, inputs, tmp_path, spoil, message):
-    spoil(tmp_path)
-    with pytest.raises(SystemExit, match=message):
-        maker.main([*inputs, "-o", str(tmp_path / "assets")])
-    assert not (tmp_path / "assets" / "fashion_mnist").exists()
 
 
 def test_a_model_too_large_and_more_samples_than_test_images_are_refused(maker, inputs, tmp_path, monkeypatch):

@@ -56,17 +56,6 @@ def test_a_run_writes_a_network_that_modiff_loads_and_its_scheduler(whole):
     assert str(whole.parent) not in text
 
 
-def test_a_fresh_network_passes_its_tokens_through_and_predicts_zero(trainer, tiny):
-    torch.manual_seed(0)
-    model = trainer.build_model(trainer.parse_arguments([*tiny, "-o", "unused"]), 1, CLASSES).eval()
-    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
-    seen: list[torch.Tensor] = []
-    model.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        assert not model(x, torch.tensor([5, 900]), class_labels=labels).sample.any()
-        assert torch.equal(seen[0], model.pos_embed(x))
-
-
 def test_a_hidden_label_is_hidden_from_every_block(trainer, tiny):
     torch.manual_seed(0)
     model = trainer.build_model(trainer.parse_arguments([*tiny, "-o", "unused"]), 1, CLASSES).train()

@@ -188,16 +188,6 @@ def test_min_snr_weighs_a_timestep_by_five_over_its_signal_to_noise_ratio_where_
     assert abs(reference.loss_of_batch(silence, scheduler, weights + 2, clean) - 2) < 0.22
 
 
-def test_the_average_forgets_the_start_fast_and_later_follows_the_decay(reference):
-    average, model = nn.Linear(3, 2), nn.Linear(3, 2)
-    expected = average.weight.double().clone()
-    for step, decay in ((0, 0.1), (7, 8 / 17), (10**6, 0.999)):
-        reference.update_average(average, model, 0.999, step)
-        expected = decay * expected + (1 - decay) * model.weight.double()
-    # Three roundings of numbers below one.
-    torch.testing.assert_close(average.weight.double(), expected, rtol=0, atol=3e-7)
-
-
 def test_a_run_goes_on_from_the_folder_of_another_where_its_checkpoint_is_lost(run, whole, tmp_path):
     started = run(tmp_path / "started", 4, "--start-from", str(whole / "pipeline"))
     assert progress(started) == progress(whole)  # its time is used up: no further step
