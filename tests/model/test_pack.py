@@ -44,7 +44,7 @@ def test_bytes_per_weight_are_those_of_the_formula(bits, most):
     for layer, shape in zip(model, sizes, strict=True):
         row = shape[1:].numel()
         expected = shape[0] * (-(-row // 2) if bits == 4 else row) + 4 * shape[0]
-        assert layer.weight.nbytes + layer.weight_scale.nbytes == expected
+        assert layer.operator.weight.nbytes + layer.weight_scale.nbytes == expected
         assert expected / shape.numel() <= most
 
 

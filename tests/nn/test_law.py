@@ -13,8 +13,8 @@ from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig,
 from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.nn.building import LAYERS, drawn, walk
-from tests.recipes import float64, play, quantized, randomised
+from tests.nn.building import LAYERS, drawn, group_of, step, walk
+from tests.recipes import evaluate, float64, play, quantized, randomised
 
 LOOPS = {
     "hold": ModulationConfig(),
@@ -67,9 +67,9 @@ def test_int16_states_start_from_the_exact_layer_at_what_the_integers_stand_for(
     original, inputs, split = drawn(layer)
     ours = quantized(original, INT16, split)
     steps = play(ours, inputs)
-    for step, (x, (output, state, output_state)) in enumerate(zip(inputs, steps, strict=True)):
+    for t, (x, (output, state, output_state)) in enumerate(zip(inputs, steps, strict=True)):
         grid = float(output_state.abs().max()) * 4 / 2**15  # headroom 1.25, then the next power of two
-        assert_within(output_state, law(ours, state, steps[0][1]), (step + 1) * 2 * grid)  # two roundings where split
+        assert_within(output_state, law(ours, state, steps[0][1]), (t + 1) * 2 * grid)  # two roundings where split
         assert_within(output, output_state, grid)
         assert float((x - state).norm() / x.norm()) < 0.03
 
@@ -120,8 +120,8 @@ def test_the_law_holds_for_shared_residuals_and_staggered_anchors(every, stagger
     assert len(groups) == 6
     for name, layer in layers.items():
         turn, last = groups.index(id(layer.inputs)) if stagger else 0, 0
-        for step, states in enumerate(history):
-            last = step if every and (step - turn) % every == 0 else last
+        for t, states in enumerate(history):
+            last = t if every and (t - turn) % every == 0 else last
             assert_within(states[name].output, law(layer, states[name].input, history[last][name].input), 1e-12)
 
 
@@ -134,3 +134,81 @@ def test_a_compiled_model_anchors_as_the_eager_one():
             outputs.append([run(x).clone() for x in drifting(0, (2, 3, 16), 6, 0.1)])
     for eager, graph in zip(*outputs, strict=True):
         assert_within(graph, eager, 1e-12)
+
+
+# ------------------------------------------------------------------------------------- weights that change on the way
+
+
+def by_data(layer: ModulatedLayer) -> None:
+    layer.weight.data += 0.1  # as a LoRA is fused: no new memory, no new version
+
+
+def in_place(layer: ModulatedLayer) -> None:
+    with torch.no_grad():
+        layer.weight.mul_(-1.5)
+
+
+def replaced(layer: ModulatedLayer) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().flip(0))
+
+
+CHANGED = {
+    "hold": config_of(LOOPS["hold"]),
+    "linear": config_of(LOOPS["linear"]),
+    "rotated": config_of(LOOPS["linear"], rotation="hadamard"),
+    "float weights": config_of(LOOPS["linear"], weight=WeightConfig(bits=None)),
+    "integers": dataclasses.replace(W4A4, execution="integer"),
+    "integers, linear": dataclasses.replace(W4A4, execution="integer", modulation=LOOPS["linear"]),
+    "int16": INT16,
+}
+
+
+@pytest.mark.parametrize("change", [by_data, in_place, replaced])
+@pytest.mark.parametrize("form", CHANGED)
+@pytest.mark.parametrize("kind", ["linear", "split conv"])
+def test_a_weight_that_changes_within_a_trajectory_anchors_at_what_the_input_state_holds(change, form, kind):
+    dtype = torch.float64 if CHANGED[form].execution == "simulated" else torch.float32
+    original, inputs, split = drawn(kind, 6, dtype)
+    ours = quantized(original, CHANGED[form], split)
+    ours.clock.start()
+    anchor = torch.empty(0)
+    for t, x in enumerate(inputs):
+        if t == 3:
+            change(ours)
+        output, (state, _) = evaluate(ours, x), ours.loop.state
+        anchor = state.clone() if t in (0, 3) else anchor
+        bound = 1e-12 if dtype == torch.float64 else 2e-3 if form == "int16" else 1e-5
+        assert_within(output, law(ours, state, anchor), bound * (1 + float(output.abs().max())))
+    assert_within(output, original(x), 0.2 * float(output.abs().max()))
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+@pytest.mark.parametrize("predictor", ["hold", "linear"])
+def test_a_weight_that_changes_leaves_the_others_of_its_group_as_they_are(changed, predictor):
+    clock, layers = group_of(2, shared=True, config=config_of(LOOPS[predictor]))
+    clock.start()
+    anchors: dict[int, Tensor] = {}
+    for t, x in enumerate(drifting(0, (2, 8), 6, 0.2)):
+        if t == 3:
+            by_data(layers[changed])
+        outputs = step(clock, layers, x)
+        for i, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
+            state = layer.loop.state.input
+            anchors |= {i: state.clone()} if t == 0 or (t == 3 and i == changed) else {}
+            assert_within(output, law(layer, state, anchors[i]), 1e-12)
+    assert len(layers[0].inputs.states) == 1
+
+
+def test_a_weight_that_is_read_or_moved_and_stays_as_it_was_changes_nothing():
+    original, inputs, _ = drawn("linear", 4)
+    ours, results = quantized(original, dataclasses.replace(W4A4, execution="integer")), []
+    for touched in (False, True):
+        ours.clock.start()
+        for x in inputs:
+            if touched:
+                ours.weight.sum()
+                original.weight.data = original.weight.data.clone()
+            results.append(evaluate(ours, x))
+        ours.clock.stop()
+    for before, after in zip(results[:4], results[4:], strict=True):
+        assert_same_bits(before, after)

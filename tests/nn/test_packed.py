@@ -14,9 +14,9 @@ from torch import nn
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.kernels.layout import weight_codes
 from modiff.nn.packed import ERROR, pack_nibbles, packed_storage
-from tests.helpers import assert_same_bits, assert_same_tensors, assert_within, drifting
+from tests.helpers import assert_same_bits, assert_same_tensors, assert_within, drifting, relative_error
 from tests.nn.building import same_bits
-from tests.recipes import play, quantized, randomised
+from tests.recipes import evaluate, play, quantized, randomised
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 5), (3, 12), None),
@@ -78,7 +78,7 @@ def test_the_storage_that_is_announced_is_the_one_a_layer_takes(kind, bits, anch
     state = layer.packed_state()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == announced
     assert {name for name, _ in layer.named_buffers()} == announced.keys() - {"weight"}
-    assert layer.weight.nbytes == shape[0] * math.ceil(math.prod(shape[1:]) / (2 if bits <= 4 else 1))
+    assert layer.operator.weight.nbytes == shape[0] * math.ceil(math.prod(shape[1:]) / (2 if bits <= 4 else 1))
 
 
 def test_the_layer_it_was_made_from_keeps_its_own_weight_and_one_without_bits_stays_as_it_is():
@@ -194,3 +194,37 @@ def test_a_layer_says_what_it_anchors_with_and_keeps_codes_only_for_exact_anchor
         layer.pack(pack)
     assert layer.anchors_with == words
     assert hasattr(layer, ERROR) == layer.keeps_error() == ("codes" in words)
+
+
+# ------------------------------------------------------------------------------------------------ read by somebody else
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_packed_weight_is_read_as_the_floats_that_its_codes_stand_for(kind, bits, rotation):
+    layer, (x, *_) = layer_of(kind, bits, rotation=rotation)
+    floats = layer.weight.detach()
+    layer.pack()
+    assert (layer.weight.shape, layer.weight.dtype) == (floats.shape, torch.float32)
+    assert 0 < relative_error(layer.weight, floats) < (0.2 if bits == 4 else 0.02)
+    convolve = nn.functional.linear if kind in ("linear", "odd") else layer._conv_forward
+    layer.clock.start()
+    assert_within(convolve(x, layer.weight, layer.bias), evaluate(layer, x), 1e-5)
+    assert layer.half().weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("write", [
+    lambda layer: layer.weight.add_(1),
+    lambda layer: setattr(layer.weight, "data", torch.zeros(5, 12)),
+    lambda layer: layer.weight.__setitem__(0, 0.0),
+    lambda layer: nn.init.zeros_(layer.weight),
+    lambda layer: exec("layer.weight.data += 1", {"layer": layer}),
+])  # fmt: skip
+def test_what_would_write_a_packed_weight_is_refused(write):
+    layer, _ = layer_of("linear", 4)
+    layer.pack()
+    before = layer.operator.weight.clone()
+    with torch.no_grad(), pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one"):
+        write(layer)
+    assert_same_bits(layer.operator.weight.detach(), before)

@@ -167,9 +167,6 @@ def _erase(node: Node) -> None:
             _erase(each)
 
 
-# ------------------------------------------------------------------------------------------------------- what matches
-
-
 def _match(node: Node) -> _Match | None:
     """activation(norm(x)) with at least one of the two, where nothing else reads what lies between."""
     last = _without_dropout(node)
@@ -248,9 +245,8 @@ def _turned_norm(node: Node) -> _Match | None:
         if not _only(node, views[0]):
             return None
     norm = _torch_norm(node, "group") if views else None
-    if norm is None or not _make_tokens(views, _example(norm.x)):
-        return None
-    return norm._replace(norm="group_last", views=tuple(views))
+    tokens = norm is not None and _make_tokens(views, _example(norm.x))
+    return norm._replace(norm="group_last", views=tuple(views)) if tokens else None
 
 
 def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
@@ -263,9 +259,8 @@ def _make_tokens(views: Sequence[Node], like: Tensor | None) -> bool:
         if any(isinstance(argument, torch.dtype) for argument in (*view.args, *view.kwargs.values())):
             return False
         turned = getattr(turned, _TURN.get(view.target, view.target))(*view.args[1:], **view.kwargs)
-    if turned.dim() < 3 or (turned.shape[0], turned.shape[-1]) != (like.shape[0], like.shape[1]):
-        return False
-    return torch.equal(turned.flatten(1, -2), expected)
+    kept = turned.dim() > 2 and (turned.shape[0], turned.shape[-1]) == (like.shape[0], like.shape[1])
+    return kept and torch.equal(turned.flatten(1, -2), expected)
 
 
 def _modulated_norm(node: Node) -> _Match | None:

@@ -29,12 +29,12 @@ class ModulatedLayer(nn.Module):
 
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
-    A weight that is written through `.data` leaves no trace on a tensor: it is seen where the next trajectory begins.
+    A weight that changes within a trajectory, also through `layer.weight.data`, anchors the output state again. What is
+    written through `.data` of a parameter that was reached elsewhere leaves no trace until the next trajectory begins.
     """
 
     channel_dim: ClassVar[int]
     spec_of: Callable[[str, LayerConfig, int | None], LayerSpec]
-    weight: Tensor
     bias: Tensor | None
     name: str
     config: LayerConfig
@@ -87,6 +87,20 @@ class ModulatedLayer(nn.Module):
         self.number = traced.number_for(self)
 
     @property
+    def weight(self) -> Tensor:
+        """The float weight, as others read it: of a packed layer what its codes stand for, which cannot be written.
+
+        Cost: of a packed layer, a pass over the codes at each access.
+        """
+        stored, quantized = self.operator.weight, self.quantized_weight
+        if isinstance(quantized, PackedWeight):
+            moving = "_old_forward" in self.__dict__ or any(tensor.is_meta for tensor in quantized.stored())
+            return stored if moving else quantized.readable()  # accelerate and loaders read what they move
+        if self.clock.active and not self.clock.inside:
+            quantized.forget()  # who reads it between two steps may write it through `.data`
+        return stored
+
+    @property
     def on_integers(self) -> bool:
         """Whether the layer computes with integers."""
         return isinstance(self.loop, IntegerLoop)
@@ -109,7 +123,7 @@ class ModulatedLayer(nn.Module):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of the weight as it computes, packed or not."""
-        return getattr(self.quantized_weight, "shape", tuple(self.weight.shape))
+        return getattr(self.quantized_weight, "shape", tuple(self.operator.weight.shape))
 
     def share_with(self, leader: ModulatedLayer) -> None:
         """Read the same quantized residual as `leader` whenever both are given the same tensor."""
@@ -134,11 +148,15 @@ class ModulatedLayer(nn.Module):
 
     def packed_state(self, anchor_weights: PackedAnchors = "quantized") -> dict[str, Tensor]:
         """All tensors of the packed weight, by their names in `PACKED`, as `pack` would keep them or has kept them."""
+        stored = self.operator.weight
         if self.packed:
-            return {name: tensor.detach() for name in PACKED if (tensor := getattr(self, name, None)) is not None}
-        tensors = pack_codes(self.quantized_weight.codes(self.weight), self.config.weight.bits or 8)
+            return {
+                "weight": stored.detach(),
+                **{name: self._buffers[name] for name in PACKED if name in self._buffers},
+            }
+        tensors = pack_codes(self.quantized_weight.codes(stored), self.config.weight.bits or 8)
         if self.keeps_error(anchor_weights):
-            tensors += pack_codes(self.quantized_weight.error(self.weight), 8)
+            tensors += pack_codes(self.quantized_weight.error(stored), 8)
         return dict(zip(PACKED, tensors, strict=False))
 
     def keeps_error(self, anchor_weights: PackedAnchors = "quantized") -> bool:
@@ -160,15 +178,17 @@ class ModulatedLayer(nn.Module):
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a packed weight, as `packed_storage` has them; the replaced layer keeps its weight."""
-        weight, shape = nn.Parameter(tensors["weight"], requires_grad=False), self.weight_shape
+        weight, shape, dtype = nn.Parameter(tensors["weight"], False), self.weight_shape, self.operator.weight.dtype
         self._parameters = self.operator.parameters = {**self._parameters, "weight": weight}
         self._buffers = {**self._buffers, **{name: each for name, each in tensors.items() if name != "weight"}}
-        self.operator.quantized = PackedWeight(self.quantized_weight, shape, self._buffers)
+        self.operator.quantized = PackedWeight(self.quantized_weight, shape, dtype, self._parameters, self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch, but scales stay float32 in `.half()` and `.to(dtype)`: rounded ones would be other weights."""
         scales = {name: self._buffers[name] for name in (SCALE, ERROR_SCALE) if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)
+        if isinstance(packed := self.quantized_weight, PackedWeight):
+            packed.dtype = fn(torch.empty(0, dtype=packed.dtype)).dtype
         for name, scale in scales.items():
             if self._buffers[name].dtype != scale.dtype:
                 self._buffers[name] = scale.to(self._buffers[name].device)
@@ -176,12 +196,12 @@ class ModulatedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """As torch, but floats are not cast to the integers of a packed weight, nor the other way round."""
-        weight = state_dict.get(f"{prefix}weight")
-        if not isinstance(weight, Tensor) or weight.is_floating_point() == self.weight.is_floating_point():
+        weight, dtype = state_dict.get(f"{prefix}weight"), self.operator.weight.dtype
+        if not isinstance(weight, Tensor) or weight.is_floating_point() == dtype.is_floating_point:
             super()._load_from_state_dict(state_dict, prefix, *others)
             return
         others[-1].append(
-            f"{prefix}weight: expected {self.weight.dtype}, got {weight.dtype}. Packed and float weights do not fit "
+            f"{prefix}weight: expected {dtype}, got {weight.dtype}. Packed and float weights do not fit "
             "each other. Load it with modiff.load."
         )
 

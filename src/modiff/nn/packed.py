@@ -6,12 +6,14 @@ For anchors a layer may keep 8-bit codes of what rounding took from its weight, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Never
 
 import torch
 from torch import Tensor
 
 from modiff.core.affine import QParams
+from modiff.core.hadamard import rotate
 from modiff.errors import StateError
 from modiff.kernels.layout import weight_codes
 from modiff.nn.weight import QuantizedWeight, WeightCodes, dense
@@ -50,35 +52,51 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 class PackedWeight(QuantizedWeight):
-    """w ~ scale_o * code_o where only the codes are kept, and unpacked at each use.
+    """w ~ scale_o * code_o where only the codes are kept, and unpacked at each use, whatever weight is given.
 
     Args:
         was: the weight that was packed.
         shape: of the weight, (O, I / groups, ...).
-        buffers: of the layer; scales and error codes are read from it at each use, as they move with the layer.
+        dtype: that it had, and has for those who read it.
+        parameters, buffers: of the layer; codes and scales are read from them at each use, as they move with the layer.
     """
 
-    def __init__(self, was: QuantizedWeight, shape: tuple[int, ...], buffers: dict[str, Any]) -> None:
+    def __init__(
+        self, was: QuantizedWeight, shape: tuple[int, ...], dtype: torch.dtype, parameters: dict[str, Any],
+        buffers: dict[str, Any],
+    ) -> None:  # fmt: skip
         super().__init__(was.config, was.columns, was.rotation, was.name)
-        self.shape, self._buffers = shape, buffers
+        self.shape, self.dtype, self._parameters, self._buffers = shape, dtype, parameters, buffers
         self.fixed = True  # the codes are the weight, and never rounded again
 
-    def codes(self, weight: Tensor) -> tuple[WeightCodes, ...]:
-        """(int8 codes, scales) for each range of columns, from the packed `weight`."""
-        return self._split(weight_codes(weight.detach(), self.shape), SCALE)
+    def refresh(self, weight: Tensor) -> int:
+        """Codes do not change."""
+        return 0
 
-    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def codes(self, weight: Tensor | None = None) -> tuple[WeightCodes, ...]:
+        """(int8 codes, scales) for each range of columns."""
+        return self._split(weight_codes(self.stored()[0], self.shape), SCALE)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
         """The codes as they are kept, and their scales."""
-        return weight.detach(), self._buffers[SCALE]
+        return self._parameters["weight"].detach(), self._buffers[SCALE]
 
-    def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def dense(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the codes, two at 4 bits."""
-        return dense(self.codes(weight), dtype)
+        return dense(self.codes(), dtype)
 
-    def exact(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def exact(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The weight before rounding as far as it was kept: `dense`, and what the codes of its rounding error say."""
         codes, rounded = self._buffers.get(ERROR), self.dense(weight, dtype)
         return rounded if codes is None else rounded + dense(self._split(codes, ERROR_SCALE), dtype)
+
+    def readable(self) -> Tensor:
+        """What the layer's codes stand for, as a float weight that cannot be written."""
+        values = self.dense(None, torch.float32)
+        values = values if self.rotation is None else rotate(values, self.rotation, 1)
+        values = values.to(self.dtype).as_subclass(_ReadOnly)
+        values.refuse, values._is_param = self.floats, True  # torch's sign that a tensor is an nn.Parameter
+        return values
 
     def floats(self, weight: Tensor | None = None) -> Never:
         """Raises: StateError; the floats are gone."""
@@ -98,6 +116,21 @@ class PackedWeight(QuantizedWeight):
     def _split(self, codes: Tensor, scale: str) -> tuple[WeightCodes, ...]:
         scales = self._buffers[scale].reshape(len(codes), -1, *[1] * (codes.dim() - 2)).split(1, 1)
         return tuple((c, QParams(s, None)) for c, s in zip(codes.split(self.columns, 1), scales, strict=True))
+
+
+class _ReadOnly(Tensor):
+    """Floats that codes stand for: writing them would change nothing, and is refused."""
+
+    refuse: Callable[[], Never]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As torch's, of plain tensors. Raises: StateError for an operator that writes."""
+        name = func.__name__
+        if name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1] == "_" and name[-2] != "_"):
+            args[0].refuse()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs or {})
 
 
 def pack_codes(codes: tuple[WeightCodes, ...], bits: int) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,11 @@ class InputState:
         self.unread = 0 if self.open and self.update.starts else self.readers
         return self.update
 
+    def stand(self) -> None:
+        """Forget the moves: the next prediction is what the state holds, for every layer that reads it."""
+        if self.predictor.past_states > 1:
+            self.states = tuple(State(each.value) for each in self.states)
+
     def encoded(self, x: Tensor, fusion: InputFusion | None, state: State | None) -> tuple[Update, State]:
         """The step of `core.recursion`."""
         value = x if fusion is None and self.spec.rotation is None else self.spec.prepared(x, fusion)

@@ -40,6 +40,7 @@ class QuantizedWeight:
     ) -> None:
         self.config, self.columns, self.rotation, self.name = config, columns, rotation, name
         self.fixed = False
+        self._edition = 0
         self._key: tuple[object, ...] | None = None
         self._bytes: Fingerprint | None = None
         self._rotated: Tensor | None = None
@@ -80,7 +81,7 @@ class QuantizedWeight:
 
         Raises: ConfigError for a weight with NaN; StateError if the weight no longer belongs to its fixed codes.
         """
-        self._refresh(weight)
+        self.refresh(weight)
         return self._codes
 
     def bytes_kept(self) -> tuple[int, int]:
@@ -95,7 +96,7 @@ class QuantizedWeight:
 
     def exact(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight before rounding, rotated if the layer rotates, in `dtype`. Raises: as `codes`."""
-        self._refresh(weight)
+        self.refresh(weight)
         return self.floats(weight).to(dtype)
 
     def error(self, weight: Tensor) -> tuple[WeightCodes, ...]:
@@ -106,21 +107,30 @@ class QuantizedWeight:
 
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the weight when quantized."""
-        self._refresh(weight)
+        self.refresh(weight)
         if self._codes:
             return dense(self._codes, dtype)
         return (weight if self._rotated is None else self._rotated).detach().to(dtype)
 
-    def _refresh(self, weight: Tensor) -> None:
+    def refresh(self, weight: Tensor) -> int:
+        """Derive the codes again if the weight changed. Returns: a number that is another one after each change."""
         version = 0 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape)
         if key == self._key:
-            return
-        digest = fingerprint(weight)
+            return self._edition
+        digest, before = fingerprint(weight), self._codes
         if digest is None or digest != self._bytes:
+            written = self._key is not None and self._key[0] == key[0] and self._key[1] != version
             self._bytes = None
             self._derive(weight)
+            # where bytes cannot be compared, an offloaded weight that came back is known by its codes
+            self._edition += written or digest is not None or not self._are(before)
         self._key, self._bytes = key, digest
+        return self._edition
+
+    def _are(self, codes: tuple[WeightCodes, ...]) -> bool:
+        pairs = zip(codes, self._codes, strict=False)
+        return len(codes) == len(self._codes) and all(same(c, d) and same(q.scale, r.scale) for (c, q), (d, r) in pairs)
 
     def _derive(self, weight: Tensor) -> None:
         values = self.floats(weight)
@@ -182,6 +192,11 @@ def dense(codes: tuple[WeightCodes, ...], dtype: torch.dtype) -> Tensor:
     """What the codes of all columns stand for, in `dtype`."""
     values = [dequantize(each, QParams(q.scale.to(dtype), None)) for each, q in codes]
     return values[0] if len(values) == 1 else torch.cat(values, 1)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal device, dtype, shape and elements. Cost: a host sync."""
+    return (one.device, one.dtype) == (other.device, other.dtype) and torch.equal(one, other)
 
 
 def _rounded(values: Tensor, bits: int, observer: MinMaxObserver | MSEObserver) -> WeightCodes:

@@ -89,8 +89,7 @@ class Int16Loop(IntegerLoop):
             for kernel, (codes, scale) in zip(self.kernels, code.runs, strict=True)
         ]
         if bool(clipped > 0):
-            anchor = memory.input.state
-            return self._start(Update(None if anchor is None else anchor.value, (), starts=True), memory, dtype)
+            return self._start(self.anchored(memory), memory, dtype)
         # NaN leaves no trace in the integers of the state: that of an earlier run of channels is kept in the output
         return functools.reduce(lambda first, second: torch.where(first.isnan(), first, second), outputs)
 

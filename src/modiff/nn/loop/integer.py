@@ -30,7 +30,7 @@ from modiff.nn.loop.simulated import Memory, SimulatedLoop
 from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.packed import PackedWeight
 from modiff.nn.sharing import InputState
-from modiff.nn.weight import version_of
+from modiff.nn.weight import same, version_of
 
 Codes = tuple[Tensor, Tensor]
 """uint8 or int8 codes and their scales."""
@@ -200,7 +200,7 @@ class IntegerLoop(SimulatedLoop):
 
     def __init__(self, spec: LayerSpec, operator: LayerOperator, quantizer: Quantizer | None, clock: Clock) -> None:
         super().__init__(spec, operator, quantizer, clock)
-        self._source: tuple[object, ...] = ()  # of the codes that the kernels were made of
+        self._source: object = None  # of the codes that the kernels were made of
         self._codes: tuple[Codes, ...] = ()
         self._kernels: tuple[Kernel, ...] = ()
 
@@ -216,10 +216,10 @@ class IntegerLoop(SimulatedLoop):
         """Those of the present weight. Cost: building them waits for the device once."""
         weight, quantized = self.operator.parameters["weight"], self.operator.quantized
         packed = isinstance(quantized, PackedWeight)
-        source = (weight.data_ptr(), version_of(weight), weight.device) if packed else quantized.codes(weight)
-        if source != self._source if packed else source is not self._source:
+        source = (weight.data_ptr(), version_of(weight), weight.device) if packed else quantized.refresh(weight)
+        if source != self._source:
             if packed and len(quantized.columns) == 1:
-                codes: tuple[Codes, ...] = (quantized.stored(weight),)  # two 4-bit codes in a byte, as they are kept
+                codes: tuple[Codes, ...] = (quantized.stored(),)  # two 4-bit codes in a byte, as they are kept
             else:
                 codes = tuple((each.contiguous(), q.scale) for each, q in quantized.codes(weight))
             if len(codes) != len(self._codes) or not all(map(_equal, codes, self._codes)):
@@ -298,5 +298,4 @@ class IntegerLoop(SimulatedLoop):
 
 
 def _equal(one: Codes, other: Codes) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all((a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b) for a, b in pairs)
+    return same(one[0], other[0]) and same(one[1], other[1])

@@ -20,9 +20,6 @@ from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.sharing import InputGroup, InputState
 from modiff.nn.weight import at_least_float32
 
-Key = tuple[str, int]
-"""(context, how many times the layer was called before in this evaluation)."""
-
 
 class LayerState(NamedTuple):
     """Both states of a layer in one context: input = â_t, output = ô_t = A_q(â_t) + (A - A_q)(a_anchor) + bias."""
@@ -33,18 +30,20 @@ class LayerState(NamedTuple):
 
 @dataclass(slots=True)
 class Memory:
-    """Of one layer in one context: the input state that it reads, its output state, the updates it took."""
+    """Of one layer in one context: its input and output state, the updates it took, the number of its weight."""
 
     input: InputState
     output: State | FixedState | None = None
     taken: int = 0
+    weight: int = -1
 
 
 class SimulatedLoop:
     """y_t = ô_t of one layer; without modulation A_q(quantize(x)) + b, without activation bits A_q(x) + b.
 
     quantizer, inputs: None where the input is not quantized, not modulated; the same objects in all layers of a group.
-    memories: by context and call within one evaluation.
+    ran: whether it did since the trajectory began.
+    memories: by context, and how many times the layer was called before in the evaluation.
     """
 
     input_kind: type[InputState] = InputState
@@ -56,8 +55,8 @@ class SimulatedLoop:
         if quantizer is not None and spec.config.modulation is not None:
             make = functools.partial(self.input_kind, spec, quantizer, spec.config.modulation, clock)
             self.inputs = InputGroup(make, clock)
-        self.memories: dict[Key, Memory] = {}
-        self._calls, self._tick = 0, -1
+        self.memories: dict[tuple[str, int], Memory] = {}
+        self._calls, self._tick, self.ran = 0, -1, False
         clock.on_reset(self.forget)
 
     def step(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
@@ -67,7 +66,7 @@ class SimulatedLoop:
             read: in a graph of torch.compile the number of what is read, as `Source` has it.
         Raises: StateError outside a trajectory, or if the input does not fit the states.
         """
-        inputs = self.inputs
+        inputs, self.ran = self.inputs, True
         if inputs is None:
             return self.plain(x, fusion)
         clock = self.clock
@@ -89,12 +88,21 @@ class SimulatedLoop:
                 "layer did not run in the last step, but shares its quantized input with layers that did. Use "
                 "ModiffConfig(share_residuals='off'), or exclude it."
             )
-        memory.taken = state.count
+        number = self.operator.quantized.refresh(self.operator.parameters["weight"])
+        if memory.weight != number and memory.taken and not update.starts:
+            update = self.anchored(memory)
+            state.stand()
+        memory.taken, memory.weight = state.count, number
         output = self.take(update, memory, x.dtype)
         state.unread -= 1
         if state.unread == 0:
             state.update = None
         return output
+
+    def anchored(self, memory: Memory) -> Update:
+        """Where an output state starts again from what its input state holds: the law holds from there on."""
+        state = memory.input.state
+        return Update(None if state is None else at_least_float32(state.value), (), starts=True)
 
     def take(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         """Move the output state on. Returns: its value in `dtype`, a tensor of its own."""
@@ -114,7 +122,7 @@ class SimulatedLoop:
         """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
         self.operator.quantized.forget()
         self.memories.clear()
-        self._tick = -1
+        self._tick, self.ran = -1, False
 
     @property
     def state(self) -> LayerState:
