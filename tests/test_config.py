@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 
@@ -41,7 +40,8 @@ def test_missing_fields_take_their_defaults_also_in_configs_from_before_there_we
 ZERO = QuantizerConfig(symmetric=False, lowest="zero")
 WIDE = dataclasses.replace(ZERO, bits=16)
 INPUTS = dataclasses.replace(ZERO, granularity="input_channel")
-CODED = ModulationConfig(first_step="coded")
+CODED, LINEAR = ModulationConfig(first_step="coded"), ModulationConfig(predictor="linear")
+TWO, THREE = QuantizerConfig(bits=2, clip=0.45), QuantizerConfig(bits=3)
 SKIP = QuantizerConfig(bits=0)
 VALUES: dict[type, dict[str, tuple[object, ...]]] = {
     WeightConfig: {"bits": (0, 1, 9), "search": ("best",)},
@@ -71,10 +71,15 @@ def test_a_wrong_value_is_one_clear_line_that_names_it(kind, field, value):
     ("kind", "fields", "message"),
     [
         (QuantizerConfig, {"granularity": "token", "dynamic": False}, "granularity: expected 'tensor',"),
-        (QuantizerConfig, {"granularity": "sample", "dynamic": False}, "granularity: expected 'tensor',"),
         (QuantizerConfig, {"step_groups": -1, "dynamic": False}, "step_groups: expected 0 or more groups, got -1"),
         (ModulationConfig, {"predictor": "linear", "error_compensation": "none"}, "predictor: expected 'hold' when"),
         (LayerConfig, {"activation": ZERO}, "activation.lowest: expected 'measured' with modulation, got 'zero'"),
+        (
+            LayerConfig,
+            {"activation": TWO, "modulation": LINEAR},
+            "modulation.predictor: expected 'hold' at 2 bits with",
+        ),
+        (LayerConfig, {"activation": THREE, "modulation": LINEAR}, "modulation.predictor: expected 'hold' at 3 bits w"),
         (LayerConfig, {"activation": SKIP, "modulation": None}, "activation.bits: expected 2 to 8 bits without modul"),
         (LayerConfig, {"activation": SKIP, "modulation": CODED}, "modulation.first_step: expected 'full_precision' at"),
         (LayerConfig, {"activation": WIDE, "modulation": None}, "activation.bits: expected None, 0 or 2 to 8, got 16"),
@@ -86,10 +91,8 @@ def test_a_wrong_value_is_one_clear_line_that_names_it(kind, field, value):
     ],
 )
 def test_settings_that_do_not_go_together_are_one_clear_line(kind, fields, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^{kind.__name__}\.{re.escape(message)}[^\n]*$"):
         kind(**fields)
-    assert str(caught.value).startswith(f"{kind.__name__}.{message}")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -106,18 +109,8 @@ def test_settings_that_do_not_go_together_are_one_clear_line(kind, fields, messa
     ],
 )
 def test_wrong_json_is_one_clear_line(text, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(message)}[^\n]*$"):
         ModiffConfig.from_json(text)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("bits", "clip"), [(2, 0.45), (3, 1.0), (3, 0.6), (4, 1.0), (0, 1.0), (None, 1.0)])
-def test_the_linear_predictor_is_allowed_exactly_where_its_loop_is_stable(bits, clip):
-    stable = (bits, clip) not in ((2, 0.45), (3, 1.0))
-    refused = pytest.raises(ConfigError, match=f"predictor: expected 'hold' at {bits} bits with clip {clip}, got 'lin")
-    with contextlib.nullcontext() if stable else refused:
-        LayerConfig(activation=QuantizerConfig(bits=bits, clip=clip), modulation=ModulationConfig(predictor="linear"))
 
 
 def test_on_integers_reaches_the_overrides_and_changes_nothing_else():

@@ -135,9 +135,7 @@ def test_a_folder_keeps_its_job_and_names_each_setting_of_another(tmp_path: Path
     work(tmp_path)
     assert (tmp_path / "0.json").read_text() == "{}"
     other = {"seed": 1, "config": {"bits": 8, "steps": [1, 2]}}
-    with pytest.raises(
-        ConfigError, match=r"expected a folder of the same job, got one with another config\.bits and s"
-    ):
+    with pytest.raises(ConfigError, match=r"expected a folder of the same job, got .* another config\.bits and seed\."):
         ResumableFolder(tmp_path, other).__enter__()
     (tmp_path / "job.json").unlink()
     with pytest.raises(ConfigError, match=r"expected a new folder or one with job\.json, got 0\.json"):
