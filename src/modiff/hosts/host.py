@@ -175,8 +175,20 @@ def follow_generations(host: Host, target: Any, method: str) -> None:
         with trajectories(host.networks(self)):
             return getattr(kind, method)(self, *args, **kwargs)
 
-    names = {method: call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, _MARK: kind}
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        make, args, *state = kind.__reduce_ex__(self, protocol)  # a pickle finds `kind` by its name, not this class
+        return follow_again, (host, method, make, tuple(kind if a is type(self) else a for a in args)), *state
+
+    names = {method: call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, _MARK: kind,
+             "__reduce_ex__": reduce}  # fmt: skip
     target.__class__ = type(kind.__name__, (kind,), names)
+
+
+def follow_again(host: Host, method: str, make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What a copy or a pickle of a followed target begins with: it is followed as well."""
+    target = make(*args)
+    follow_generations(host, target, method)
+    return target
 
 
 def is_attached(target: object) -> bool:

@@ -52,7 +52,8 @@ class QuantizedAttention:
 
     def attach(self, module: nn.Module) -> None:
         """Quantize the attention of the module from now on."""
-        self.original = module.forward
+        self.replaced = module.__dict__.get("forward")  # by another library, before
+        self.original = self.replaced or functools.partial(type(module).forward, module)  # a pickle knows it by name
         module.__dict__["forward"] = self.forward  # a bound method: copy.deepcopy takes it to the copy's own quantizers
 
     def attached(self, module: nn.Module) -> bool:
@@ -62,10 +63,10 @@ class QuantizedAttention:
     def detach(self, module: nn.Module) -> None:
         """Give the module its own forward back."""
         del module.__dict__["forward"]
-        if self.original != module.forward:  # another library had replaced it before
-            module.__dict__["forward"] = self.original
+        if self.replaced is not None:
+            module.__dict__["forward"] = self.replaced
 
-    @functools.wraps(nn.Module.__call__)
+    @functools.wraps(nn.Module.__call__, assigned=())  # under its own name, by which a pickle finds it
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, its attention quantized. Raises: StateError if it made no attention call."""
         mode = _Intercept(self)

@@ -83,6 +83,9 @@ class InputState:
         self._shape: tuple[torch.Size, torch.device] | None = None
         self._source: Source | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None}  # of this evaluation alone, and no pickle holds a weak reference
+
     @property
     def state(self) -> State | None:
         """The state as one tensor, None before the first step."""

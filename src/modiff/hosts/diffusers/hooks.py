@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Never
 
+from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
 from modiff.errors import StateError
@@ -20,17 +20,16 @@ _FUSE = "fuse_lora"
 
 def follow_cache_context(model: nn.Module) -> None:
     """Let `model.cache_context("cond")`, which pipelines enter around each branch of guidance, choose states too."""
-    own = getattr(type(model), "cache_context", None)
-    if own is None:
-        return
+    if hasattr(type(model), "cache_context"):
+        # a partial of a function of this module: a copy and a pickle of the model bind it to the copy
+        model.__dict__["cache_context"] = functools.partial(_cache_context, model)
 
-    @contextmanager
-    @functools.wraps(own)
-    def cache_context(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with model_context(self, name), own(self, name, *args, **kwargs):
-            yield
 
-    model.__dict__["cache_context"] = types.MethodType(cache_context, model)  # copy.deepcopy binds it to the copy
+@contextmanager
+@functools.wraps(CacheMixin.cache_context, assigned=())  # under its own name, by which a pickle finds it
+def _cache_context(model: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    with model_context(model, name), type(model).cache_context(model, name, *args, **kwargs):
+        yield
 
 
 @contextmanager
@@ -54,16 +53,15 @@ def follow(model: nn.Module) -> None:
     attachment = required_attachment(model, "follow")
     attachment.automatic = Automatic(attachment.clock)
     follow_cache_context(model)
-    own = getattr(type(model), _RESET, None)
+    model.__dict__[_RESET] = functools.partial(_reset, model)
 
-    def reset(self: nn.Module, recurse: bool = True) -> None:
-        attachment = attachment_of(self)
-        if attachment is not None and attachment.automatic is not None:
-            attachment.automatic.end()
-        if own is not None:
-            own(self, recurse)
 
-    model.__dict__[_RESET] = types.MethodType(reset, model)  # copy.deepcopy binds it to the copy
+def _reset(model: nn.Module, recurse: bool = True) -> None:
+    attachment, own = attachment_of(model), getattr(type(model), _RESET, None)
+    if attachment is not None and attachment.automatic is not None:
+        attachment.automatic.end()
+    if own is not None:
+        own(model, recurse)
 
 
 def unfollow(model: nn.Module) -> None:
@@ -74,13 +72,12 @@ def unfollow(model: nn.Module) -> None:
 
 def refuse_fusing(model: nn.Module) -> None:
     """Let `model.fuse_lora` say what is wrong, instead of adding floats to integer codes."""
-    if not hasattr(type(model), _FUSE):
-        return
+    if hasattr(type(model), _FUSE):
+        model.__dict__[_FUSE] = functools.partial(_fuse_lora, model)
 
-    def fuse_lora(self: nn.Module, *_: Any, **__: Any) -> Never:
-        raise StateError(
-            f"fuse_lora: expected float weights to add the LoRA to, got {type(self).__name__} with packed ones. An "
-            "adapter next to a packed layer works as it is. Leave it unfused, or fuse it before modiff.apply."
-        )
 
-    model.__dict__[_FUSE] = types.MethodType(fuse_lora, model)  # copy.deepcopy binds it to the copy
+def _fuse_lora(model: nn.Module, *_: Any, **__: Any) -> Never:
+    raise StateError(
+        f"fuse_lora: expected float weights to add the LoRA to, got {type(model).__name__} with packed ones. An "
+        "adapter next to a packed layer works as it is. Leave it unfused, or fuse it before modiff.apply."
+    )
