@@ -74,7 +74,7 @@ def save_classifier(model: Classifier, folder: str | Path) -> None:
     """
     folder = Path(folder)
     tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu()
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     check_finite_weights(tensors, folder / WEIGHTS, "Train again with a smaller learning rate.")
