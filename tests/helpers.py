@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import signal
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal: bars are shown there only."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def _difference(actual: Tensor, exact: Tensor) -> Tensor:

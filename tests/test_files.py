@@ -87,7 +87,8 @@ def test_a_path_that_cannot_be_written_is_known_before(tmp_path: Path, where: st
     assert caught.value.filename == str(tmp_path / where)
     check_writable(tmp_path / "new" / "a.json")
     check_writable(tmp_path / "file")
-    assert list((tmp_path / "new").iterdir()) == []
+    check_writable(tmp_path / "other" / "folder" / "a.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
 
 

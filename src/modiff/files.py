@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -123,17 +123,23 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Make the folder of a path, and raise an OSError that names the path if it cannot be written later."""
+    """Raise an OSError that names the path if it cannot be written later. Nothing is left of the trial."""
     path = Path(path)
-    with _errors_name(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.is_file():
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        if path.exists():
-            path.open("ab").close()
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with _errors_name(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.is_file():
+                with tempfile.TemporaryFile(dir=path.parent):
+                    pass
+            if path.exists():
+                path.open("ab").close()
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 class ResumableFolder:

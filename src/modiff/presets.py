@@ -116,7 +116,7 @@ def _named(text: str) -> ModiffConfig:
     raise ConfigError(
         f"config: expected a preset ({', '.join(PRESETS)}), a family with weight and activation bits "
         f"({', '.join(FAMILIES)}, as in modulated:8:4), or a JSON file, got {text!r}. No config has this name. "
-        "Use --config w8a4."
+        "Use config='w8a4'."
     )
 
 

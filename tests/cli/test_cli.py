@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from typer.testing import CliRunner
 
 import modiff
 from modiff import presets
-from modiff.cli import Commands, app
-from modiff.errors import ConfigError, FormatError
+from modiff.cli import Commands, app, in_flags, main
+from modiff.cli.options import Quiet
+from modiff.errors import ConfigError, FormatError, ModiffWarning
 from tests.cli.commands import assert_one_line
 from tests.cli.commands import modiff as command
 
@@ -56,6 +58,42 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stdout) == (0, f"modiff {modiff.__version__}\n")
 
 
+def test_results_go_to_standard_output_and_text_for_people_beside_them(model: Path, tmp_path: Path) -> None:
+    result = command("sample", model, "-o", tmp_path / "out", "-n", 1, "--steps", 2, "--json", "-")
+    assert json.loads(result.stdout)["files"] == ["00000.png"]
+    assert result.stderr == f"1 written, 0 kept: {tmp_path / 'out'}\n"
+
+
+@pytest.mark.parametrize("words", [("--quiet", "warn"), ("warn", "--quiet"), ("warn",)])
+def test_remarks_are_one_line_and_none_when_it_is_to_be_quiet(words: tuple[str, ...]) -> None:
+    app = typer.Typer(cls=Commands)
+    app.callback()(main)
+
+    @app.command()
+    def warn(quiet: Quiet = False) -> None:
+        warnings.warn("slow", ModiffWarning, stacklevel=1)
+        warnings.warn("of a library", UserWarning, stacklevel=1)
+
+    result = CliRunner().invoke(app, list(words))
+    assert (result.exit_code, result.stderr) == (0, "" if "--quiet" in words else "modiff: slow\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("steps: expected 2, got 1. Use steps=50.", "--steps: expected 2, got 1. Use --steps 50."),
+        ("a: got b. Add prompt='a fox'. Leave `json_file` out.", "a: got b. Add --prompt 'a fox'. Leave --json out."),
+        ("Ptq4dmConfig.steps: use out=steps or substeps=3.", "--steps: use out=steps or substeps=3."),
+        (
+            "config: config='w8', steps=0-9,11 or prompt=a.b.",
+            "config: config='w8', --steps 0-9,11 or --prompt a.b.",
+        ),
+    ],
+)
+def test_messages_speak_of_flags(message: str, line: str) -> None:
+    assert in_flags(message, {"steps": "--steps", "prompt": "--prompt", "json_file": "--json"}) == line
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -90,29 +128,32 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("demo -o -", "expected the name of a file, got '-'"),
+        ("demo -o -", "--output: expected a name that ends in .png, got '-'"),
+        ("demo -o out/", "--output: expected a name that ends in .png, got 'out'"),
+        ("export {model} -o x.png", "--output: expected a name that ends in .npz, got 'x.png'"),
+        ("sample {model} -o x.png", "--output: expected the name of a folder, got 'x.png'"),
         ("analyze {model} -o {out} --config w9a9", "'w9a9'"),
-        ("analyze {model} -o {out} --steps 1", "expected 2 or more steps"),
-        ("analyze {model} -o {file}", "expected a file that can be written"),
-        ("demo --model {model} -o {out} --steps 2", "expected 4 to 1000 steps, got 2"),
-        ("evaluate {model} --configs w8a4,modulated:8:4", "got modulated W8A4 twice"),
+        ("analyze {model} -o {out} --steps 1", "--steps: expected 2 or more, got 1. What changes between steps"),
+        ("analyze {model} -o {file}/below", "expected a file that can be written"),
+        ("demo --model {model} -o {out}.png --steps 2", "--steps: expected 4 or more, got 2"),
+        ("evaluate {model} --configs w8a4,modulated:8:4", "--configs: expected different configurations"),
         ("evaluate {model} --preset fast", "expected one of quick, full, got 'fast'"),
-        ("evaluate {model} --metrics clip", "--metrics clip: expected --clip with the folder of a CLIP model"),
-        ("evaluate {model} --labels 0-9", "expected no --label N, got 0"),
-        ("export absent -o {out}", "absent: expected a folder of modiff generate, got one without manifest.json"),
+        ("evaluate {model} --metrics clip", "--metrics: expected --clip with the folder of a CLIP model"),
+        ("evaluate {model} --labels 0-9", "expected no --label, got 0"),
+        ("export absent -o {out}.npz", "absent: expected a folder of modiff generate, got one without manifest.json"),
         ("generate absent -o {out} -n 2", "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id"),
         ("generate {model} -o {out} -n 0", "--num-images: expected 1 or more"),
-        ("generate {model} -o {out} -n 2 --config {static}", "config: expected dynamic scales, got static ones"),
+        ("generate {model} -o {out} -n 2 --config {static}", "--config: expected dynamic scales, got static ones"),
         ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
         ("generate {model} -o {out} -n 2 --labels 9-0", "--labels: expected numbers and ranges between commas"),
         ("generate {model} -o {out} -n 2 --address auto", "--address: expected --engine ray with it"),
-        ("quantize {model} --method gptq -o {out}", "method: expected one of accuquant, "),
-        ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "weight_bits: expected None or 2 to 8, got 1"),
-        ("quantize {model} --method ptq4dm --config {prompts} -o {out}", "prompts.txt: expected a JSON file"),
+        ("quantize {model} --method gptq -o {out}", "--method: expected one of accuquant, "),
+        ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "--weight-bits: expected None or 2 to 8, got 1"),
+        ("quantize {model} --method ptq4dm --settings {prompts} -o {out}", "prompts.txt: expected a JSON file"),
         ("quantize absent --method ptq4dm -o {model}", "expected a new or an empty folder, got files in it"),
-        ("sample {model} -o {out} --scheduler ddimm", "scheduler: expected one of ddim, "),
+        ("sample {model} -o {out} --scheduler ddimm", "--scheduler: expected one of ddim, "),
         ("sample {model} -o {out} --config absent.json", "absent.json: expected a JSON file"),
-        ("sample {model} -o {out} --device tpu", "device: expected cpu"),
+        ("sample {model} -o {out} --device tpu", "--device: expected cpu"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -126,4 +167,4 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     before = sorted(tmp_path.iterdir())
     out = tmp_path / "out"
     assert_one_line(command(*(word.format(model=model, out=out, **files) for word in words.split())), message)
-    assert sorted(path for path in tmp_path.iterdir() if path != out or path.is_file() or any(out.iterdir())) == before
+    assert sorted(tmp_path.iterdir()) == before

@@ -40,8 +40,7 @@ def test_it_generates_extends_makes_again_and_tells(model: Path, tmp_path: Path)
     result = generated(model, out, 5, "--json", figures)
     assert "5 made, 0 kept" in result.stdout
     assert "made again, because damaged: shard-000000.safetensors\n" in result.stdout
-    assert "5/5" in result.stderr
-    assert "image/s" in result.stderr
+    assert result.stderr == ""  # no bars without a terminal
     values = json.loads(figures.read_text())
     assert (values["made"], values["kept"], values["damaged"]) == (5, 0, ["shard-000000.safetensors"])
     assert values["manifest"] == json.loads((out / "manifest.json").read_text())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from modiff.evaluate import demo as logic
 from modiff.evaluate.analysis import run as module
-from tests.cli.commands import done, modiff
+from tests.cli.commands import assert_one_line, done, modiff
+from tests.hosts.tiny import HOSTS
 
 FIGURES = ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
 ROWS = ["full precision", "plain W8A4", "modulated W8A4"]
@@ -31,6 +33,21 @@ def test_demo_prints_the_table_and_writes_picture_and_json(model: Path, tmp_path
     assert sorted(p.name for p in picture.parent.iterdir()) == ["demo.json", "grid.png"]
 
 
+@pytest.mark.parametrize("command", ["demo", "analyze", "explain"])
+def test_models_that_take_text_or_classes_draw_what_they_are_told_to(command: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(module.analyze_pipeline.__kwdefaults__, "bits", (4,))
+    rows = logic.plans(4)[:1]
+    monkeypatch.setattr(logic, "plans", lambda steps: rows)
+    rest = {"demo": ("--model", "model"), "analyze": ("model", "-o", "out"), "explain": ("model",)}[command]
+    for host, condition in ("sd", ("--prompt", "a fox")), ("dit", ("--label", 3)):
+        HOSTS[host].build().save_pretrained("model")
+        words = (command, *rest, "--steps", 4, "-n", 1, "--json", "-")
+        assert_one_line(modiff(*words), f"expected {condition[0]}, got none")
+        values = json.loads(done(modiff(*words, *condition)).stdout)
+        assert command == "explain" or values["settings"][f"{condition[0][2:]}s"] == [condition[1]]
+
+
 def test_analyze_writes_three_figures_and_the_json_and_names_them(model: Path, tmp_path: Path, monkeypatch) -> None:
     # all seven widths would take seven times as long
     monkeypatch.setitem(module.analyze_pipeline.__kwdefaults__, "bits", (4,))
@@ -42,7 +59,6 @@ def test_analyze_writes_three_figures_and_the_json_and_names_them(model: Path, t
     settings = json.loads(results.read_text())["settings"]
     assert (settings["steps"], settings["num_images"], settings["seed"]) == (3, 1, 7)
     assert settings["config"]["layer"]["activation"]["bits"] == 3
-    assert "15/15" in result.stderr
 
 
 def test_explain_gives_every_layer_a_choice_times_errors_and_what_its_state_costs(model: Path, tmp_path: Path) -> None:

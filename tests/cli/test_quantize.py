@@ -21,6 +21,7 @@ from modiff.methods.registry import quantize as apply_method
 from modiff.model.attach import attachment_of
 from tests.cli.commands import assert_one_line, done
 from tests.cli.commands import modiff as command
+from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 
 STEPS = 3
@@ -36,12 +37,12 @@ FIELDS["q_diffusion"]["reconstruction"] = LEARN | {"learning_rate": 0.1}
 def invoke(folder: Path, method: str, tmp_path: Path, *more: object) -> Result:
     config = tmp_path / f"{method}.json"
     config.write_text(json.dumps(FIELDS[method]))
-    return command("quantize", folder, "--method", method, "--config", config, *more, "--steps", STEPS)
+    return command("quantize", folder, "--method", method, "--settings", config, *more, "--steps", STEPS)
 
 
-def images(pipe: Any) -> np.ndarray:
-    noise = [torch.Generator().manual_seed(i) for i in range(2)]
-    return pipe(batch_size=2, num_inference_steps=STEPS, generator=noise, output_type="np").images
+def images(pipe: Any, seeds: range = range(2)) -> np.ndarray:
+    noise = [torch.Generator().manual_seed(i) for i in seeds]
+    return pipe(batch_size=len(seeds), num_inference_steps=STEPS, generator=noise, output_type="np").images
 
 
 def test_the_folder_makes_the_images_of_the_method_bit_for_bit(model: Path, tmp_path: Path) -> None:
@@ -56,6 +57,13 @@ def test_the_folder_makes_the_images_of_the_method_bit_for_bit(model: Path, tmp_
     assert np.isfinite(expected).all()
     assert np.array_equal(images(modiff.load(out)), expected)
     values = json.loads(figures.read_text())
+    before, after = values["bytes"]
+    assert after < 0.5 * before == 0.5 * sum(4 * p.numel() for p in load_pipeline(model).unet.parameters())
+    full, saved = (images(p, range(1_000_003, 1_000_007)) for p in (load_pipeline(model), modiff.load(out)))
+    error = np.linalg.norm(saved - full) / np.linalg.norm(full)
+    assert values["error"]["relative_l2"] == pytest.approx(error, rel=1e-4)
+    assert f"networks: {before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB after\n" in result.stdout
+    assert f"of 4 images to full precision: {error:.4f}\n" in result.stdout
     assert (values["method"], values["config"]) == ("q_diffusion", config.to_dict())
     assert values["layers"] == report.to_dict()["layers"]
 
@@ -85,6 +93,15 @@ def test_an_interrupted_job_goes_on_from_its_work_folder(model: Path, tmp_path: 
     assert shards
     done(invoke(model, "ptq4dm", tmp_path, "-o", tmp_path / "out"))
     assert {p: p.stat().st_mtime_ns for p in shards} == shards, "kept, not collected again"
+
+
+def test_a_model_that_takes_text_is_calibrated_on_prompts_and_a_work_folder_keeps_to_them(tmp_path: Path) -> None:
+    HOSTS["sd"].build().save_pretrained(tmp_path / "sd")
+    words = [tmp_path / "sd", "ptq4dm", tmp_path, "--work", tmp_path / "a.work", "-o"]
+    assert_one_line(invoke(*words, tmp_path / "a"), "expected --prompt, got none")
+    done(invoke(*words, tmp_path / "a", "--prompt", "a fox"))
+    assert_one_line(invoke(*words, tmp_path / "b", "--prompt", "x"), "got one with another run.prompts")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.work", "ptq4dm.json", "sd"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddim", "DDIMPipeline"), ("euler", "DDPMPipeline")])

@@ -37,10 +37,10 @@ STATIC = LayerConfig(activation=QuantizerConfig(dynamic=False))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"threads": 0}, "--threads: expected 1 or more"),
-        ({"seed": -1}, "--seed: expected 0 or more"),
+        ({"threads": 0}, "threads: expected 1 or more"),
+        ({"seed": -1}, "seed: expected 0 or more"),
         ({"seed": 2**62}, r"less than 2\*\*62"),
-        ({"batch_size": 3, "shard_size": 100}, "expected a multiple of --batch-size 3, got 100"),
+        ({"batch_size": 3, "shard_size": 100}, "expected a multiple of batch_size=3, got 100"),
         ({"config": ModiffConfig(overrides=(("mid*", STATIC),))}, "expected dynamic scales, got static ones"),
     ],
 )
@@ -64,7 +64,7 @@ def test_images_take_prompts_and_classes_in_turn_by_their_index() -> None:
 def test_labels_are_numbers_and_ranges() -> None:
     assert [parse_labels(text) for text in ("7", "0-1, 5-5,2", "3,1,1")] == [(7,), (0, 1, 5, 2), (3, 1, 1)]
     for text in ("", "a", "3-1", "-1", "1,", "1-2-3", "0.5", "0-99999,1"):
-        with pytest.raises(ConfigError, match="--labels: expected numbers and ranges"):
+        with pytest.raises(ConfigError, match="labels: expected numbers and ranges"):
             parse_labels(text)
 
 

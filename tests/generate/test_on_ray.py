@@ -164,11 +164,11 @@ def test_a_cluster_that_was_there_before_stays_and_an_address_is_joined_as_it_is
 @pytest.mark.parametrize(
     ("address", "changes", "message"),
     [
-        ("auto", {}, "--address: expected a Ray cluster at auto, got .*instance"),
-        ("ray://127.0.0.1:1", {}, "--address: expected a Ray cluster at ray://127.0.0.1:1, got .*refused"),
-        (None, {"threads": 5}, "expected a machine with 5 CPU for a worker, got 4 at most.*Use --threads 4"),
-        (None, {"device": "cuda"}, "expected a machine with 1 GPU for a worker, got 0 at most.*Use --device cpu"),
-        (None, {"device": "cuda:1"}, "--device: expected cpu or cuda with --engine ray, got cuda:1"),
+        ("auto", {}, "address: expected a Ray cluster at auto, got .*instance"),
+        ("ray://127.0.0.1:1", {}, "address: expected a Ray cluster at ray://127.0.0.1:1, got .*refused"),
+        (None, {"threads": 5}, "expected a machine with 5 CPU for a worker, got 4 at most.*Use threads=4"),
+        (None, {"device": "cuda"}, "expected a machine with 1 GPU for a worker, got 0 at most.*Use device='cpu'"),
+        (None, {"device": "cuda:1"}, "device: expected cpu or cuda with Ray, got cuda:1"),
     ],
 )
 def test_a_job_that_no_machine_can_run_is_an_error_and_not_a_wait(
@@ -205,7 +205,7 @@ def test_an_error_in_a_task_stops_the_others_and_is_a_clear_one_or_a_traceback_f
 def test_workers_are_counted_from_one_and_without_ray_it_says_what_to_install(
     ray: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="--workers: expected 1 or more, got 0"):
+    with pytest.raises(ConfigError, match="workers: expected 1 or more, got 0"):
         RayEngine(workers=0)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"got none\. It is an extra\. Install it with pip install 'modiff\[ray\]'"):

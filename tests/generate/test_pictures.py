@@ -19,7 +19,7 @@ from tests.pixels import pixel_pipeline
 
 def run(folder: Path, num_images: int = 3, pipe: Any = None, **options: Any) -> Pictures:
     options = {"steps": 2, "seed": 0, "conditions": Conditions(), "batch_size": 2, "settings": {"model": "m"}} | options
-    return draw_pictures(pipe or pixel_pipeline(), folder, num_images=num_images, progress=False, **options)
+    return draw_pictures(pipe or pixel_pipeline(), folder, num_images=num_images, **options)
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def test_more_images_and_another_batch_size_extend_a_folder_and_other_settings_a
 
 
 def test_what_means_nothing_is_an_error_before_the_folder_is_touched(tmp_path: Path) -> None:
-    for options, message in ({"steps": 1001}, "--steps: expected at most 1000"), ({"seed": -1}, "--seed: expected 0"):
+    for options, message in ({"steps": 1001}, "steps: expected at most 1000"), ({"seed": -1}, "seed: expected 0"):
         with pytest.raises(ConfigError, match=message):
             run(tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 
 import modiff
 from modiff.errors import ConfigError, StateError
-from modiff.generate.samplers import SAMPLERS, set_scheduler
+from modiff.generate.samplers import SAMPLERS, set_scheduler, usual_sampler
 from modiff.hosts.diffusers.runs import noise_generators
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
@@ -72,6 +72,7 @@ def test_ddim_and_ddpm_equal_the_pipelines_of_diffusers() -> None:
 @pytest.mark.parametrize("name", ["flow-euler", "unipc"])
 def test_a_flow_model_is_changed_in_place_and_keeps_its_path_and_shift(name: str) -> None:
     pipe = HOSTS["wan"].build()
+    assert (usual_sampler(pipe), usual_sampler(pixel_pipeline())) == (None, "ddim")
     assert set_scheduler(pipe, name) is pipe
     config = pipe.scheduler.config
     assert (config.shift if name == "flow-euler" else config.flow_shift) == 3.0

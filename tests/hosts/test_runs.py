@@ -72,11 +72,11 @@ def test_each_kind_of_pipeline_gets_what_it_takes(host, prompt, label, inputs):
 @pytest.mark.parametrize(
     ("host", "prompt", "label", "message"),
     [
-        ("sd", None, None, "expected --prompt TEXT, got none"),
-        ("dit", None, None, "expected --label N, got none"),
-        ("dit", ["fox", "cat"], 1, "expected no --prompt TEXT, got 'fox'"),
-        ("sd", "fox", 1, "expected no --label N"),
-        ("ddim", "fox", None, "expected no --prompt TEXT"),
+        ("sd", None, None, "expected `prompt`, got none"),
+        ("dit", None, None, "expected `label`, got none"),
+        ("dit", ["fox", "cat"], 1, "expected no `prompt`, got 'fox'"),
+        ("sd", "fox", 1, "expected no `label`"),
+        ("ddim", "fox", None, "expected no `prompt`"),
         ("dit", None, [2, 1000], "expected 0 to 999, got 1000"),
         ("dit", None, -1, "expected 0 to 999, got -1"),
         ("wan", "fox", None, "one that makes videos"),

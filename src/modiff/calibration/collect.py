@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from modiff.calibration.data import (
     CalibrationSet,
@@ -33,6 +32,7 @@ from modiff.model.report import Report
 from modiff.model.trajectory import model_trajectory
 from modiff.nn import Clock
 from modiff.nn.weight import version_of
+from modiff.progress import Bar
 
 
 def record_calls(
@@ -71,7 +71,7 @@ def record_calls(
         store = _Store(None if shards is None else shards.path, memory_mib)
         done = [] if shards is None else complete_trajectories(shards.path)
         with _recorded(model, _Recorder(plan, batch, pairs, store)) as recorder, torch.no_grad():
-            for index in tqdm(range(trajectories), desc="calibration data", unit="run", disable=not progress):
+            for index in Bar(range(trajectories), desc="calibration data", unit="run", shown=progress):
                 if index not in done:
                     store.trajectory = index
                     run(index)
@@ -243,7 +243,7 @@ def replay(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -
         raise CalibrationError("replay: expected calls, got none. There is nothing to run. Collect a trajectory.")
     together = model_trajectory(model) if attachment is not None and not modulated else nullcontext()
     with torch.no_grad(), together:
-        for call in tqdm(calls, desc="replay", unit="call", disable=not progress):
+        for call in Bar(calls, desc="replay", unit="call", shown=progress):
             with model_trajectory(model) if modulated else nullcontext():
                 if modulated and call.previous is not None:
                     call.previous.evaluate(model)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from modiff import __version__
+from modiff.cli import options
 from modiff.cli.evaluate import evaluate
 from modiff.cli.generate import export, generate, sample
 from modiff.cli.measure import analyze, demo, explain
 from modiff.cli.quantize import quantize
-from modiff.errors import ModiffError
+from modiff.errors import ModiffError, ModiffWarning
+from modiff.progress import Bar
 
 MISTAKE, INTERRUPTED = 2, 130
+VERSION_HELP = "Print the version and stop."
 
 
 class Commands(TyperGroup):
@@ -23,9 +28,15 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         """Run a command, the reading of its options included."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of libraries
+                warnings.filterwarnings("default", category=ModiffWarning)
+                warnings.showwarning = _remark
+                return super().invoke(ctx)
         except ModiffError as error:  # the first line: what follows is detail for those who call from Python
-            _stop(str(error).partition("\n")[0], MISTAKE, error)
+            command = self.commands[ctx.invoked_subcommand or ""]
+            flags = {option.name: max(option.opts, key=len) for option in command.params if option.name}
+            _stop(in_flags(str(error).partition("\n")[0], flags), MISTAKE, error)
         except BrokenPipeError:  # `modiff ... | head`: click ends quietly
             raise
         except OSError as error:
@@ -37,6 +48,20 @@ class Commands(TyperGroup):
             )
         except KeyboardInterrupt as error:
             _stop("interrupted. Files that were finished are kept.", INTERRUPTED, error)
+
+
+def in_flags(message: str, flags: dict[str, str]) -> str:
+    """A message in Python's words (steps=50) in those of a command (--steps 50)."""
+    value = r"'([^' ]*)'|('[^']*')|([\w./:+*-]*\w)"
+    for name, flag in flags.items():
+        message = re.sub(rf"^(?:\w+\.)?{name}(?=:)|`{name}`", flag, message)
+        message = re.sub(rf"(?<![\w.]){name}=(?:{value})", rf"{flag} \1\2\3", message)
+    return message
+
+
+def _remark(message: Warning | str, *_: object, **__: object) -> None:
+    if not Bar.quiet:
+        typer.echo(f"modiff: {message}", err=True)
 
 
 def _stop(message: str, code: int, cause: BaseException) -> None:
@@ -55,7 +80,7 @@ app = typer.Typer(
 )
 
 
-def _print_version(show: bool) -> None:
+def _version(show: bool) -> None:
     if show:
         typer.echo(f"modiff {__version__}")
         raise typer.Exit
@@ -63,9 +88,8 @@ def _print_version(show: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help=VERSION_HELP)] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Modulated quantization of diffusion models: code the change between denoising steps, not the activation.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modiff.cli import options
-from modiff.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from modiff.evaluate.pipelines import PipelineSource
@@ -27,15 +27,14 @@ PRESET_HELP = (
     "19 configurations, more than a day."
 )
 REPORT_HELP = "Write report.html, which needs no other file, and report.md here."
-METRICS_HELP = "Also lpips, to full precision, and clip, to the prompts; they need modiff[eval]. Between commas."
+EXTRAS = [name for name, package in (("lpips", "lpips"), ("clip", "transformers")) if find_spec(package)]
+METRICS_HELP = f"Also {' and '.join(EXTRAS)}, between commas: lpips to full precision, clip to the prompts."
+SCHEDULER_HELP = options.SCHEDULER_HELP.replace("the model's own", "ddim, or the model's own for flow matching,")
 EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
     "another, or an Inception-v3 file: only with it is a distance called FID."
 )
 CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
-OUTPUT_HELP = "Finished batches; run again, it goes on from them."
-STEPS_HELP = "Denoising steps; the preset's when left out."
-COUNT_HELP = "Images of each configuration; the preset's when left out."
 
 
 def evaluate(
@@ -44,18 +43,19 @@ def evaluate(
     configs: Annotated[str | None, typer.Option("--configs", help=CONFIGS_HELP)] = None,
     preset: Annotated[str, typer.Option("--preset", help=PRESET_HELP)] = "quick",
     json_file: options.Json = None,
-    report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help=REPORT_HELP)] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help=OUTPUT_HELP)] = Path(
-        "modiff-evaluation"
-    ),
+    quiet: options.Quiet = False,
+    report: Annotated[Path | None, typer.Option("--report", callback=options.folder_path, help=REPORT_HELP)] = None,
+    output: options.Folder = Path("modiff-evaluation"),
     extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = "classifier",
-    metrics: Annotated[str | None, typer.Option("--metrics", metavar="NAMES", help=METRICS_HELP)] = None,
-    clip: Annotated[Path | None, typer.Option("--clip", metavar="DIR", help=CLIP_HELP)] = None,
+    metrics: Annotated[str | None, typer.Option("--metrics", hidden=not EXTRAS, help=METRICS_HELP)] = None,
+    clip: Annotated[Path | None, typer.Option("--clip", hidden="clip" not in EXTRAS, help=CLIP_HELP)] = None,
+    prompt: options.Prompt = None,
+    label: options.Label = None,
     prompts: options.Prompts = None,
     labels: options.Labels = None,
-    scheduler: Annotated[str, typer.Option("--scheduler", help=options.SCHEDULER_HELP)] = "ddim",
-    steps: Annotated[int | None, typer.Option("--steps", help=STEPS_HELP)] = None,
-    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help=COUNT_HELP)] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="The preset's when left out.")] = None,
+    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="The preset's when left out.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 50,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -68,22 +68,21 @@ def evaluate(
     Example:
         modiff evaluate embedded --preset quick --json evaluation.json --report report
     """
-    from modiff.evaluate.features.load import load_extractor  # imported late: `--help` must not wait for diffusers
+    from modiff.evaluate.features.load import load_extractor
     from modiff.evaluate.pipelines import PipelineSource
     from modiff.evaluate.suite import plans
     from modiff.evaluate.suite.extras import load_extras
     from modiff.evaluate.suite.run import run_suite
+    from modiff.generate.samplers import usual_sampler
 
     named = [] if configs is None else [name.strip() for name in configs.split(",")]
     chosen = plans.preset(preset, num_images=num_images, steps=steps, configs=named)
     plans.plans_of(chosen)  # before the model is loaded: a name may be wrong
-    if report is not None:
-        check_writable(report / "report.html")
-    conditions = options.conditions_of(prompts=prompts, labels=labels)
+    conditions = options.conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels)
     extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
     pipe = options.quiet_pipeline(model, device)
     judge = load_extractor(extractor, device=device)
-    source = PipelineSource(pipe, sampler=scheduler, seed=seed, conditions=conditions)
+    source = PipelineSource(pipe, sampler=scheduler or usual_sampler(pipe), seed=seed, conditions=conditions)
     suite = run_suite(source, judge, chosen, output, reference=reference, extras=extras, batch_size=batch_size)
     _show(suite, source, model, json_file, report)
 
@@ -95,11 +94,9 @@ def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | No
     from modiff.evaluate.suite.run import watched_layers
 
     command = ["modiff", *sys.argv[1:]]
-    typer.echo(suite.table())
-    if json_file is not None:
-        write_json(json_file, suite.to_dict(command))
-        typer.echo(f"figures: {json_file}")
+    options.say(suite.table(), json_file)
+    options.write_results(json_file, suite.to_dict(command))
     if report is not None:
         watched = watched_layers(source, [row.plan for row in suite.rows])
         document = suite_document(suite, command, title=f"Evaluation of {model}", watched=watched)
-        typer.echo(f"report: {write_report(document, report)[0]}")
+        options.say(f"report: {write_report(document, report)[0]}", json_file)

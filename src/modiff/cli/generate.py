@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,6 @@ import typer
 
 from modiff.cli import options
 from modiff.errors import ConfigError
-from modiff.files import check_writable, write_json
 from modiff.presets import as_config
 
 BATCH_HELP = "Images computed at a time; fixed for a folder. 50 when left out."
@@ -18,12 +18,15 @@ ENGINE_HELP = "local: this process. ray: a Ray cluster, on this machine if there
 ADDRESS_HELP = "The Ray cluster to work on: auto, HOST:PORT or ray://HOST:PORT."
 WORKERS_HELP = "Shards that Ray draws at a time; as many as there are processors or GPUs when left out."
 THREADS_HELP = "Threads of each worker; when left out, as torch has them, and 1 with Ray."
+RAY = find_spec("ray") is not None  # help offers only what is there
+NPZ_HELP = "The npz file to write."
+FIRST_HELP = "The first ones; all when left out."
 RGB_HELP = "Repeat grey images in three channels, which Inception networks expect."
 
 
 def sample(
     model: options.Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the images.")],
+    output: options.Folder,
     config: options.MaybeConfig = None,
     scheduler: options.Scheduler = None,
     steps: options.Steps = 50,
@@ -33,6 +36,7 @@ def sample(
     prompt: options.Prompt = None,
     label: options.Label = None,
     json_file: options.Json = None,
+    quiet: options.Quiet = False,
     device: options.Device = "cpu",
 ) -> None:
     """Generate images into a folder. Run again, it goes on where it stopped.
@@ -42,8 +46,7 @@ def sample(
         modiff sample embedded --config w8a4 --scheduler ddim --steps 50 --num-images 16 -o samples
     """
     chosen = None if config is None else as_config(config)
-    check_writable(output / "settings.json")
-    from modiff.api import apply  # imported late: `modiff --help` must not wait
+    from modiff.api import apply
     from modiff.generate.environment import environment
     from modiff.generate.pictures import draw_pictures
 
@@ -58,17 +61,16 @@ def sample(
         pipe, output, num_images=num_images, steps=steps, seed=seed, settings=settings, batch_size=batch_size,
         conditions=options.conditions_of(prompt=prompt, label=label),
     )  # fmt: skip
-    typer.echo(f"{done.written} written, {len(done.files) - done.written} kept: {output}")
-    if json_file is not None:
-        result = {"settings": settings | {"steps": steps, "seed": seed, "prompt": prompt, "label": label}}
-        result |= {"files": [file.name for file in done.files], "written": done.written, "seconds": done.seconds}
-        result |= {"layers": None if report is None else report.to_dict()["layers"], "environment": environment()}
-        write_json(json_file, result)
+    options.say(f"{done.written} written, {len(done.files) - done.written} kept: {output}", json_file)
+    result = {"settings": settings | {"steps": steps, "seed": seed, "prompt": prompt, "label": label}}
+    result |= {"files": [file.name for file in done.files], "written": done.written, "seconds": done.seconds}
+    result |= {"layers": None if report is None else report.to_dict()["layers"], "environment": environment()}
+    options.write_results(json_file, result)
 
 
 def generate(
     model: options.Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the shards.")],
+    output: options.Folder,
     num_images: options.NumImages,
     config: options.MaybeConfig = None,
     scheduler: options.Scheduler = None,
@@ -80,11 +82,12 @@ def generate(
     label: options.Label = None,
     prompts: options.Prompts = None,
     labels: options.Labels = None,
-    engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help=ENGINE_HELP)] = "local",
-    address: Annotated[str | None, typer.Option("--address", help=ADDRESS_HELP)] = None,
-    workers: Annotated[int | None, typer.Option("--workers", help=WORKERS_HELP)] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option("--engine", hidden=not RAY, help=ENGINE_HELP)] = "local",
+    address: Annotated[str | None, typer.Option("--address", hidden=not RAY, help=ADDRESS_HELP)] = None,
+    workers: Annotated[int | None, typer.Option("--workers", hidden=not RAY, help=WORKERS_HELP)] = None,
     threads: Annotated[int | None, typer.Option("--threads", help=THREADS_HELP)] = None,
     json_file: options.Json = None,
+    quiet: options.Quiet = False,
     device: options.Device = "cpu",
 ) -> None:
     """Generate many images into a folder of shards. Run again after any interruption, it goes on where it stopped.
@@ -98,38 +101,37 @@ def generate(
     """
     if engine == "local" and (address, workers) != (None, None):
         raise ConfigError(
-            f"--{'workers' if address is None else 'address'}: expected --engine ray with it, got it without. This "
-            "process works alone. Add --engine ray."
+            f"{'workers' if address is None else 'address'}: expected engine=ray with it, got it without. This "
+            "process works alone. Add engine=ray."
         )
     chosen = None if config is None else as_config(config)
-    from modiff.generate.job import Job  # imported late: `modiff --help` must not wait
-    from modiff.generate.on_ray import RayEngine
-    from modiff.generate.run import run_job
+    from modiff.generate.job import Job
 
     conditions = options.conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels)
     job = Job(model=model, num_images=num_images, steps=steps, seed=seed, config=chosen, scheduler=scheduler,
               conditions=conditions, device=device, batch_size=batch_size, shard_size=shard_size,
               threads=threads)  # fmt: skip
+    from modiff.generate.on_ray import RayEngine
+    from modiff.generate.run import run_job
+
     options.quiet()
     where = RayEngine(address=address, workers=workers) if engine == "ray" else None
-    done = run_job(job, output, engine=where, progress=True)
-    typer.echo(f"{done.made} made, {done.kept} kept: {output}")
+    done = run_job(job, output, engine=where)
+    options.say(f"{done.made} made, {done.kept} kept: {output}", json_file)
     if done.damaged:
-        typer.echo(f"made again, because damaged: {', '.join(done.damaged)}")
-    if len(environments := done.manifest.environments) > 1:
-        typer.echo(f"made in {len(environments)} environments (see manifest.json): repeatable up to rounding only")
-    if json_file is not None:
-        write_json(json_file, vars(done) | {"manifest": done.manifest.to_dict()})
+        options.say(f"made again, because damaged: {', '.join(done.damaged)}", json_file)
+    if (places := len(done.manifest.environments)) > 1:
+        options.say(f"made in {places} environments (see manifest.json): repeatable up to rounding only", json_file)
+    options.write_results(json_file, vars(done) | {"manifest": done.manifest.to_dict()})
 
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of modiff generate.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.npz", help="The file to write.")],
-    num_images: Annotated[
-        int | None, typer.Option("-n", "--num-images", help="The first ones; all when left out.")
-    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", callback=options.npz_path, help=NPZ_HELP)],
+    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help=FIRST_HELP)] = None,
     rgb: Annotated[bool, typer.Option("--rgb", help=RGB_HELP)] = False,
     json_file: options.Json = None,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write the images of a folder into one file: arr_0 (N, H, W, C) uint8, as the ADM evaluation suite reads it.
 
@@ -137,9 +139,8 @@ def export(
     Example:
         modiff export images -o images.npz
     """
-    from modiff.generate.shards import ARRAY, export_npz  # imported late: `modiff --help` must not wait
+    from modiff.generate.shards import ARRAY, export_npz
 
     shape = export_npz(folder, output, num_images=num_images, rgb=rgb)
-    typer.echo(f"{ARRAY} {shape} uint8: {output}")
-    if json_file is not None:
-        write_json(json_file, {"array": ARRAY, "shape": list(shape), "dtype": "uint8", "file": str(output)})
+    options.say(f"{ARRAY} {shape} uint8: {output}", json_file)
+    options.write_results(json_file, {"array": ARRAY, "shape": list(shape), "dtype": "uint8", "file": str(output)})

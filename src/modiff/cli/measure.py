@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modiff.cli import options
-from modiff.files import check_writable, write_atomically, write_json
+from modiff.files import write_atomically
 from modiff.presets import as_config
 
 TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
@@ -17,14 +17,17 @@ GRID_HELP = "Where the grid of images goes."
 
 
 def demo(
-    model: Annotated[str, typer.Option("--model", help=f"{options.MODEL_HELP} Unconditional ones only.")] = "embedded",
+    model: Annotated[str, typer.Option("--model", help=options.MODEL_HELP)] = "embedded",
     steps: options.Steps = 50,
     num_images: options.NumImages = 8,
     seed: options.Seed = 0,
+    prompt: options.Prompt = None,
+    label: options.Label = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PNG", callback=options.writable, help=GRID_HELP)
+        Path, typer.Option("-o", "--output", metavar="PNG", callback=options.png_path, help=GRID_HELP)
     ] = Path("modiff-demo.png"),
     json_file: options.Json = None,
+    quiet: options.Quiet = False,
     device: options.Device = "cpu",
 ) -> None:
     """See it: one model, one noise, quantized plainly and modulated, next to full precision and to fewer steps.
@@ -35,26 +38,29 @@ def demo(
     Example:
         modiff demo --steps 50 --num-images 8 --json demo.json
     """
-    from modiff.evaluate.demo import run_demo  # imported late: `modiff --help` must not wait for diffusers
+    conditions = options.conditions_of(prompt=prompt, label=label)
+    from modiff.evaluate.demo import run_demo  # imported late, as in all commands: `modiff --help` must not wait
 
-    result = run_demo(options.quiet_pipeline(model, device), steps=steps, num_images=num_images, seed=seed)
-    typer.echo(result.table())
+    pipe = options.quiet_pipeline(model, device)
+    result = run_demo(pipe, steps=steps, num_images=num_images, seed=seed, conditions=conditions)
+    options.say(result.table(), json_file)
     write_atomically(output, lambda file: result.picture().save(file, format="PNG"))
-    typer.echo(f"\nimages: {output}")
-    if json_file is not None:
-        write_json(json_file, result.to_dict())
-        typer.echo(f"figures: {json_file}")
+    options.say(f"\nimages: {output}", json_file)
+    options.write_results(json_file, result.to_dict())
 
 
 def analyze(
-    model: options.Unconditional,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder of the figures.")],
+    model: options.Model,
+    output: options.Folder,
     config: options.Config = "modulated:32:4",
     scheduler: options.Scheduler = None,
     steps: options.Steps = 50,
     num_images: options.NumImages = 4,
     seed: options.Seed = 0,
+    prompt: options.Prompt = None,
+    label: options.Label = None,
     json_file: options.Json = None,
+    quiet: options.Quiet = False,
     device: options.Device = "cpu",
 ) -> None:
     """See why it works: ranges and errors of each layer and step, error growth against its bounds, and a sweep of bits.
@@ -66,30 +72,32 @@ def analyze(
     Example:
         modiff analyze embedded --steps 50 --num-images 4 -o analysis
     """
-    chosen = as_config(config)
-    check_writable(output / "analysis.json")
+    chosen, conditions = as_config(config), options.conditions_of(prompt=prompt, label=label)
     from modiff.evaluate.analysis.figures import figures
-    from modiff.evaluate.analysis.run import analyze_pipeline  # imported late: `--help` must not wait
+    from modiff.evaluate.analysis.run import analyze_pipeline
 
     pipe = options.quiet_pipeline(model, device, scheduler)
-    analysis = analyze_pipeline(pipe, chosen, steps=steps, num_images=num_images, seed=seed)
+    analysis = analyze_pipeline(pipe, chosen, steps=steps, num_images=num_images, seed=seed, conditions=conditions)
     results = output / "analysis.json" if json_file is None else json_file
-    write_json(results, analysis)
+    options.write_results(results, analysis)
     for path in (*figures(analysis, output), results):
-        typer.echo(path)
+        options.say(path, json_file)
     for outlier in analysis["outliers"]:
         typer.echo(outlier["advice"], err=True)
 
 
 def explain(
-    model: options.Unconditional,
+    model: options.Model,
     config: options.Config = "w8a8",
     tolerance: Annotated[float, typer.Option("--tolerance", help=TOLERANCE_HELP)] = 0.01,
-    profile: Annotated[Path | None, typer.Option("--profile", metavar="FILE", help=PROFILE_HELP)] = None,
+    profile: Annotated[Path | None, typer.Option("--profile", callback=options.json_path, help=PROFILE_HELP)] = None,
     steps: options.Steps = 10,
     num_images: options.NumImages = 4,
     seed: options.Seed = 0,
+    prompt: options.Prompt = None,
+    label: options.Label = None,
     json_file: options.Json = None,
+    quiet: options.Quiet = False,
     device: options.Device = "cpu",
 ) -> None:
     """Which layers pay on this machine? Floats, plain or modulated integers for each, the times, and what states cost.
@@ -100,21 +108,22 @@ def explain(
     Example:
         modiff explain embedded --config w8a8 --num-images 8
     """
-    chosen = as_config(config)
-    from modiff import api  # imported late: `modiff --help` must not wait for diffusers
-    from modiff.hosts.diffusers.runs import calibration_run
+    chosen, conditions = as_config(config), options.conditions_of(prompt=prompt, label=label)
+    from modiff import api
+    from modiff.generate.worker import check_inputs, draw
     from modiff.kernels.encode import choose_encoder
     from modiff.kernels.isa import machine
 
     pipe = options.quiet_pipeline(model, device)
-    choices = api.autotune(
-        pipe, chosen, tolerance=tolerance, steps=steps, num_images=num_images, seed=seed, profile=profile
-    )
+    check_inputs(pipe, steps, conditions)
+
+    def run(steps: int = steps, count: int = num_images) -> object:
+        return draw(pipe, range(count), steps=steps, seed=seed, conditions=conditions)
+
+    choices = api.autotune(pipe, chosen, tolerance=tolerance, run=run, profile=profile)
     api.apply(pipe, chosen.on_integers())
-    calibration_run(pipe, steps=2, batch=1, seed=seed)(0)  # two steps: the second one is on integers
+    run(2, 1)  # two steps: the second one is on integers
     layers = api.report(pipe)
-    typer.echo(f"{machine()}; input side: {choose_encoder(device).reason}\n{choices}\n\non integers:")
-    for entry in layers.taken:
-        typer.echo(f"  {entry.name}  {entry.execution}: {entry.why}")
-    if json_file is not None:
-        write_json(json_file, {"machine": machine()} | choices.to_dict() | {"on_integers": layers.to_dict()})
+    text = f"{machine()}; input side: {choose_encoder(device).reason}\n{choices}\n\non integers:"
+    options.say("\n  ".join([text, *(f"{e.name}  {e.execution}: {e.why}" for e in layers.taken)]), json_file)
+    options.write_results(json_file, {"machine": machine()} | choices.to_dict() | {"on_integers": layers.to_dict()})

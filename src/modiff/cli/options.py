@@ -1,69 +1,125 @@
-"""The options that commands share, and the one way in which they load a model."""
+"""The options that commands share, and the one way in which they load a model and show results."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modiff.assets import MODELS
 from modiff.errors import ConfigError
-from modiff.files import check_writable
+from modiff.files import check_writable, write_json
+from modiff.progress import Bar
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from modiff.generate.job import Conditions
 
+STDOUT = Path("-")
+_FILES = (".csv", ".html", ".jpeg", ".jpg", ".json", ".md", ".npy", ".npz", ".png", ".safetensors", ".txt", ".zip")
 
-def writable(path: Path | None) -> Path | None:
-    """A callback for options that name a file: it is refused before a model is loaded."""
-    if path == Path("-"):
-        raise ConfigError("output: expected the name of a file, got '-'. Standard output has the table. Use a.json.")
-    if path is not None:
+
+def hush(ctx: typer.Context, quiet: bool) -> bool:
+    """A callback: before or behind the command's name."""
+    Bar.quiet = quiet or (ctx.parent is not None and Bar.quiet)
+    return quiet
+
+
+def json_path(path: Path | None) -> Path | None:
+    """A callback: a file that cannot be written is refused before a model is loaded; "-" is standard output."""
+    if path not in (None, STDOUT):
         check_writable(path)
     return path
 
 
-MODEL_HELP = (
-    "'embedded' (the Fashion-MNIST model of the package), 'cifar10' (where the package has it), a local diffusers "
-    "folder, or a hub id."
-)
+def folder_path(path: Path | None) -> Path | None:
+    """A callback for options that name a folder."""
+    fits = path is None or path.suffix.lower() not in _FILES or path.is_dir()
+    return path and _output(path, fits, "the name of a folder", path.stem, path / "settings.json")
+
+
+def png_path(path: Path) -> Path:
+    """A callback for options that name a PNG file."""
+    return _output(path, path.suffix.lower() == ".png", "a name that ends in .png", f"{path.stem}.png", path)
+
+
+def npz_path(path: Path) -> Path:
+    """A callback for options that name an npz file."""
+    return _output(path, path.suffix.lower() == ".npz", "a name that ends in .npz", f"{path.stem}.npz", path)
+
+
+def _output(path: Path, fits: bool, expected: str, example: str, trial: Path) -> Path:
+    if not fits:
+        raise ConfigError(
+            f"output: expected {expected}, got {str(path)!r}. The command writes nothing else. Use output={example}."
+        )
+    check_writable(trial)
+    return path
+
+
+_PACKAGED = [repr(name) for name, it in MODELS.items() if files("modiff.assets").joinpath(it.model).is_dir()]
+MODEL_HELP = f"{', '.join(_PACKAGED)} (of the package), a local diffusers folder, or a hub id."
 CONFIG_HELP = (
     "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "
     "or a JSON file of ModiffConfig.to_json()."
 )
 PROMPTS_HELP = "A text file with a prompt in each line: image i is drawn of line i modulo their number."
 LABELS_HELP = "Classes such as 0-9 or 3,5,8: image i is drawn of number i modulo how many they are."
-SCHEDULER_HELP = "ddim, ddpm, dpmsolver++, euler, heun, unipc, ...; the model's own when left out."
+SCHEDULER_HELP = (
+    "ddim, ddpm, pndm, dpmsolver++, dpmsolver++2s, sde-dpmsolver++, euler, heun, unipc or flow-euler; the model's own "
+    "when left out."
+)
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Unconditional = Annotated[str, typer.Argument(help=f"{MODEL_HELP} Unconditional ones only.")]
 Config = Annotated[str, typer.Option("--config", help=CONFIG_HELP)]
 MaybeConfig = Annotated[str | None, typer.Option("--config", help=f"{CONFIG_HELP} Full precision when left out.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
 NumImages = Annotated[int, typer.Option("-n", "--num-images", help="How many images.")]
 Scheduler = Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)]
 Seed = Annotated[int, typer.Option("--seed", help="Image i comes from the noise of seed + i.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="For models that take text.")]
-Label = Annotated[int | None, typer.Option("--label", help="For class-conditional models.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="For models that take text.")]
+Label = Annotated[int | None, typer.Option("--label", metavar="N", help="For class-conditional models.")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)]
 Labels = Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=writable, help="Where the results go.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda or cuda:N where there is a GPU.")]
+FOLDER_HELP = "Folder of the results; run again, the command goes on where it stopped."
+Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", callback=folder_path, help=FOLDER_HELP)]
+Quiet = Annotated[bool, typer.Option("--quiet", callback=hush, help="No bars and no remarks: results and errors only.")]
+JSON_HELP = "Where the results go; - is standard output, and text for people then goes to standard error."
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", callback=json_path, help=JSON_HELP)]
+
+
+def say(text: object, json_file: Path | None) -> None:
+    """Print text for people: to standard error where standard output is for JSON."""
+    typer.echo(text, err=json_file == STDOUT)
+
+
+def write_results(json_file: Path | None, values: dict[str, Any]) -> None:
+    """Write what --json asks for."""
+    if json_file == STDOUT:
+        typer.echo(json.dumps(values, indent=2, allow_nan=False))
+    elif json_file is not None:
+        write_json(json_file, values)
 
 
 def conditions_of(
     *, prompt: str | None = None, label: int | None = None, prompts: Path | None = None, labels: str | None = None
 ) -> Conditions:
     """What the images are drawn of, from the options of these names. Raises: ConfigError for one and several."""
-    from modiff.generate.job import Conditions, parse_labels, read_prompts  # imported late, as diffusers
+    from modiff.generate.job import Conditions, parse_labels, read_prompts
 
     for option, one, several in (("prompt", prompt, prompts), ("label", label, labels)):
         if one is not None and several is not None:
             raise ConfigError(
-                f"--{option}s: expected no --{option} with it, got {one!r:.60}. An image is drawn of one. "
-                f"Leave --{option} out."
+                f"{option}s: expected no `{option}` with it, got {one!r:.60}. An image is drawn of one. "
+                f"Leave `{option}` out."
             )
     texts = read_prompts(prompts) if prompts is not None else () if prompt is None else (prompt,)
     classes = parse_labels(labels) if labels is not None else () if label is None else (label,)
@@ -71,18 +127,20 @@ def conditions_of(
 
 
 def quiet() -> None:
-    """Turn the bars and remarks of diffusers off: commands show one bar and one-line errors."""
+    """Turn the bars and remarks of diffusers and transformers off: commands show one bar and one-line errors."""
     import diffusers  # imported late: `modiff --help` must not wait for it
+    import huggingface_hub.utils as hub
 
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
+    libraries = [diffusers, importlib.import_module("transformers")] if find_spec("transformers") else [diffusers]
+    for library in libraries:
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    if sys.stderr.isatty() and not Bar.quiet:  # downloads take long
+        hub.enable_progress_bars()
 
 
 def quiet_pipeline(model: str, device: str, scheduler: str | None = None) -> DiffusionPipeline:
-    """Load a pipeline without the bars and remarks of diffusers; convolutions of this process round to no TF32.
-
-    scheduler: that of SCHEDULER_HELP; None leaves the model its own.
-    """
+    """Load a pipeline without the bars and remarks of diffusers; convolutions of this process round to no TF32."""
     import torch
 
     from modiff.generate.samplers import set_scheduler

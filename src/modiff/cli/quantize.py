@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from modiff.cli.options import MODEL_HELP, Device, Json, Scheduler, quiet_pipeline
-from modiff.files import new_folder, read_json, write_json
+from modiff.cli import options
+from modiff.files import new_folder, read_json
 from modiff.presets import FULL_PRECISION
 
-METHOD_HELP = "q_diffusion, ptq4dm, tfmq_dm, accuquant or modiff."
-CONFIG_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."
+IMAGES = 4  # for the error at the end
+METHOD_HELP = (
+    "q_diffusion, ptq4dm, tfmq_dm (networks with time embeddings), accuquant (no guidance in two calls; not with "
+    "--modulated) or modiff."
+)
+SETTINGS_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."
 BITS_HELP = "2 to 8; 32 is full precision. The settings' when left out."
 MODULATED_HELP = "Code the change between steps instead of whole activations."
 QUICK_HELP = "Settings for the embedded model and others of its size: minutes on two cores instead of hours on a GPU."
@@ -22,50 +27,82 @@ OUTPUT_HELP = "New folder of the quantized pipeline."
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Without a prompt only.")],
+    model: options.Model,
     method: Annotated[str, typer.Option("--method", help=METHOD_HELP)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help=OUTPUT_HELP)],
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)] = None,
+    settings: Annotated[Path | None, typer.Option("--settings", metavar="FILE", help=SETTINGS_HELP)] = None,
     weight_bits: Annotated[int | None, typer.Option("--weight-bits", help=BITS_HELP)] = None,
     activation_bits: Annotated[int | None, typer.Option("--activation-bits", help=BITS_HELP)] = None,
     modulated: Annotated[bool, typer.Option("--modulated", help=MODULATED_HELP)] = False,
     quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
-    scheduler: Scheduler = None,
+    scheduler: options.Scheduler = None,
     steps: Annotated[int | None, typer.Option("--steps", help=STEPS_HELP)] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the noise of calibration.")] = None,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
     work: Annotated[Path | None, typer.Option("--work", metavar="DIR", help=WORK_HELP)] = None,
-    json_file: Json = None,
-    device: Device = "cpu",
+    json_file: options.Json = None,
+    quiet: options.Quiet = False,
+    device: options.Device = "cpu",
 ) -> None:
     """Calibrate and quantize a model by a published method, and save it. Run again, it goes on where it stopped.
 
     The folder is a pipeline like any other: modiff.load(FOLDER), DiffusionPipeline.from_pretrained(FOLDER), or the
-    MODEL of modiff sample.
+    MODEL of modiff sample. At the end it is loaded, and four images are compared with those of full precision. Models
+    that take text are calibrated on --prompts, each in turn; class-conditional ones on all classes.
 
     \b
     Example:
         modiff quantize embedded --method q_diffusion --quick --weight-bits 4 -o fashion-w4a8
     """
+    conditions = options.conditions_of(prompt=prompt, prompts=prompts)
     with new_folder(output) as partial:  # taken now: a folder that cannot be written is known before the work
-        from modiff.api import save  # imported late: `modiff --help` must not wait for diffusers
+        from modiff.api import remove, save
+        from modiff.evaluate.pipelines import PipelineSource
         from modiff.generate.environment import environment
+        from modiff.generate.job import Conditions
         from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
         from modiff.methods import registry
 
-        bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-        changes = {name: None if b == FULL_PRECISION else b for name, b in bits.items() if b is not None}
-        changes |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-        advice = "Write one with the config's to_json()."
-        values = None if config is None else read_json(config, "a JSON file with settings of the method", advice)
-        chosen = registry.method_config(
-            method, quick=quick, values=values, modulated=modulated or None, changes=changes
-        )
-        pipe = quiet_pipeline(model, device)
+        changes = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
+        chosen = _settings(method, quick, settings, modulated, changes)
+        pipe = options.quiet_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
-        report = registry.quantize(sampling, chosen, folder=work or output.with_name(f"{output.name}.work"))
+        if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
+            conditions = Conditions(labels=tuple(range(IMAGES)))
+        source = PipelineSource(sampling, seed=chosen.seed, conditions=conditions)
+        report = registry.quantize(
+            sampling, chosen, folder=work or output.with_name(f"{output.name}.work"), note=conditions.to_dict(),
+            run=(lambda i: source.draw(chosen.steps, range(i * chosen.batch, (i + 1) * chosen.batch)))
+            if conditions.prompts else None,
+        )  # fmt: skip
         # diffusers has no class for the pipeline of any scheduler: then the model's own with the same network
         save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, partial)
-    typer.echo(f"{report}\nsaved: {output}")
-    if json_file is not None:
-        settings = {"model": model, "method": registry.name_of(chosen), "config": chosen.to_dict()}
-        write_json(json_file, settings | {"folder": str(output)} | report.to_dict() | {"environment": environment()})
+        remove(sampling)
+        saved = PipelineSource(options.quiet_pipeline(str(partial), device, scheduler), conditions=conditions)
+        text, compared = _compared(source, saved, chosen)
+    options.say(f"{report}\n{text}\nsaved: {output}", json_file)
+    result = {"model": model, "method": registry.name_of(chosen), "config": chosen.to_dict(), "folder": str(output)}
+    options.write_results(json_file, result | report.to_dict() | compared | {"environment": environment()})
+
+
+def _settings(method: str, quick: bool, file: Path | None, modulated: bool, options: dict[str, int | None]) -> Any:
+    """The method's settings: its own, then those of the file, then those of the command line."""
+    from modiff.methods.registry import method_config
+
+    advice = "Write one with the config's to_json()."
+    values = None if file is None else read_json(file, "a JSON file with settings of the method", advice)
+    changes = {name: None if "bits" in name and value == FULL_PRECISION else value
+               for name, value in options.items() if value is not None}  # fmt: skip
+    return method_config(method, quick=quick, values=values, modulated=modulated or None, changes=changes)
+
+
+def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:
+    """Sizes and error, for people and as JSON."""
+    from modiff.evaluate.pipelines import TUNING_SEED, image_error, network_bytes, number
+
+    images = [s.draw(chosen.steps, range(IMAGES), chosen.seed + TUNING_SEED) for s in (source, saved)]
+    sizes, error = [network_bytes(s.pipe) for s in (source, saved)], image_error(images[1], images[0])
+    before, after = (f"{size / 2**20:.2f} MiB" for size in sizes)
+    text = f"relative L2 of {IMAGES} images to full precision: {number(error['relative_l2'], '.4f')}"
+    return f"networks: {before} before, {after} after\n{text}", {"bytes": sizes, "error": error}

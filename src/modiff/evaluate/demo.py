@@ -19,8 +19,10 @@ from modiff.evaluate.suite.plans import Plan
 from modiff.generate.environment import Environment, environment
 from modiff.generate.job import Conditions
 from modiff.generate.pictures import grid
+from modiff.generate.samplers import usual_sampler
 from modiff.generate.worker import check_inputs
 from modiff.model.tune import FINALISTS
+from modiff.progress import FULL, PROBED, QUANTIZED
 
 EVERY = 10
 """Steps from one anchor of a layer to the next, in the rows that anchor again."""
@@ -105,27 +107,31 @@ def run_demo(
     conditions: Conditions = NOTHING,
     progress: bool = True,
 ) -> Demo:
-    """Run every row of the demo on a pipeline with DDIM; its layers are as before at the end.
+    """Run every row of the demo on a pipeline, with DDIM where it can; its layers are as before at the end.
 
     Args:
         steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
         conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
-        progress: a bar on stderr that counts network evaluations.
+        progress: a bar on stderr.
     Raises: ConfigError for a pipeline that needs other inputs, or fewer steps or images than make sense.
     Cost: 22 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """
-    source = PipelineSource(pipe, sampler="ddim", seed=seed, conditions=conditions)
-    check("--steps", steps, steps >= 4, "4 or more", "One row runs a quarter of them. Use --steps 50.")
-    check("--num-images", num_images, num_images >= 1, "at least 1 image", "Use --num-images 8.")
+    source = PipelineSource(pipe, sampler=usual_sampler(pipe), seed=seed, conditions=conditions)
+    check("steps", steps, steps >= 4, "4 or more", "One row runs a quarter of them. Use steps=50.")
+    check("num_images", num_images, num_images >= 1, "at least 1 image", "Use num_images=8.")
     check_inputs(source.pipe, steps, conditions)
     todo = plans(steps)
-    passes = sum(p.steps for p in todo) + steps * (1 + FINALISTS) * sum(p.family == "tuned" for p in todo)
+    parts: list[tuple[str, float, int]] = []
+    for plan in todo:
+        tuning = [(plan.name, PROBED, steps), (plan.name, QUANTIZED, steps * FINALISTS)]
+        parts += tuning if plan.family == "tuned" else []
+        parts += [(plan.name, FULL if plan.config is None else QUANTIZED, plan.steps)]
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
-    with source.bar(passes, progress) as bar:
+    with source.bar(parts, progress) as bar:
         for plan in todo:
-            bar.set_description(plan.name)
+            bar.begin(plan.name)
             config = plan.config
             if config is not None and plan.family == "tuned":
                 bits = config.layer.activation.bits or 0
@@ -137,7 +143,8 @@ def run_demo(
                 drawn = draw(range(num_images))
             images.append(drawn.images)
             rows.append(_row(plan, config, drawn, images[0]))
-    settings = {"pipeline": type(pipe).__name__, "sampler": "ddim", "steps": steps, "num_images": num_images,
+    sampler = usual_sampler(pipe) or type(pipe.scheduler).__name__
+    settings = {"pipeline": type(pipe).__name__, "sampler": sampler, "steps": steps, "num_images": num_images,
                 "seed": seed, **conditions.to_dict()}  # fmt: skip
     return Demo(tuple(rows), tuple(images), tuned, settings, environment())
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from diffusers import DiffusionPipeline
 from torch import nn
-from tqdm import tqdm
 
 from modiff.api import apply, calibrate, remove
 from modiff.config import ModiffConfig
@@ -27,6 +26,7 @@ from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 from modiff.model.observe import observe
 from modiff.model.trajectory import state_bytes
+from modiff.progress import TimeBar
 
 NOTHING = Conditions()
 CALIBRATION_IMAGES = 8
@@ -125,18 +125,15 @@ class PipelineSource:
             yield draw
 
     @contextmanager
-    def bar(self, total: int, shown: bool) -> Iterator[tqdm[Any]]:
-        """A bar on stderr that counts network evaluations, instead of the pipeline's own."""
+    def bar(self, parts: Sequence[tuple[str, float, int]], shown: bool) -> Iterator[TimeBar]:
+        """A bar on stderr for what is to be drawn, instead of the pipeline's own."""
         _ = self.costs  # evaluates: not to be counted
         own = getattr(self.pipe, "_progress_bar_config", {})
-        with (
-            tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True, mininterval=0.5) as bar,
-            ExitStack() as stack,
-        ):
+        with TimeBar(parts, shown=shown) as bar, ExitStack() as stack:
             stack.callback(lambda: self.pipe.set_progress_bar_config(**own))
             self.pipe.set_progress_bar_config(disable=True)
             for model in denoisers(self.pipe).values():
-                stack.enter_context(observe(model, on_step=lambda *_: bar.update()))
+                stack.enter_context(observe(model, on_step=lambda *_: bar.step()))
             yield bar
 
 
@@ -151,6 +148,12 @@ def _short(values: Sequence[str] | Sequence[int]) -> str | None:
 def measure_step(pipe: DiffusionPipeline, run: Callable[[], object]) -> list[LayerCost]:
     """The cost of `run`, which draws one image in one step, over all denoisers. Cost: one run for each of them."""
     return [cost for model in denoisers(pipe).values() for cost in measure_cost(model, run)]
+
+
+def network_bytes(pipe: DiffusionPipeline) -> int:
+    """The size of a pipeline's denoisers: weights, or their packed codes and scales."""
+    tensors = [tensor for model in denoisers(pipe).values() for tensor in model.state_dict().values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def has_static_scales(config: ModiffConfig) -> bool:

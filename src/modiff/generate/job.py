@@ -29,11 +29,7 @@ class Conditions:
         return {"prompts": list(self.prompts) or None, "labels": list(self.labels) or None}
 
     def prompts_of(self, indices: Sequence[int]) -> list[str] | None:
-        """The prompt of each index; None if there are none.
-
-        >>> Conditions(prompts=("a", "b", "c")).prompts_of([2, 3, 7])
-        ['c', 'a', 'b']
-        """
+        """The prompt of each index; None if there are none."""
         return [self.prompts[i % len(self.prompts)] for i in indices] if self.prompts else None
 
     def labels_of(self, indices: Sequence[int]) -> list[int] | None:
@@ -55,8 +51,8 @@ def parse_labels(text: str) -> tuple[int, ...]:
         first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
         if last < first or len(labels) + last - first >= MOST_LABELS:
             raise ConfigError(
-                f"--labels: expected numbers and ranges between commas, got {typed.strip()[:40]!r} in {text[:40]!r}. "
-                "Image i gets the one at i modulo their number. Use for example --labels 0-9 or --labels 3,5,8."
+                f"labels: expected numbers and ranges between commas, got {typed.strip()[:40]!r} in {text[:40]!r}. "
+                "Image i gets the one at i modulo their number. Use for example labels=0-9 or labels=3,5,8."
             )
         labels += range(first, last + 1)
     return tuple(labels)
@@ -79,10 +75,10 @@ def check_counts(counts: dict[str, int | None], seed: int) -> None:
     """Raises: ConfigError if a count, by its option, is under 1 (None is left to us), or the seed out of range."""
     for option, count in counts.items():
         if count is not None and count < 1:
-            raise ConfigError(f"{option}: expected 1 or more, got {count}. There is nothing to do. Use {option} 1.")
+            raise ConfigError(f"{option}: expected 1 or more, got {count}. There is nothing to do. Use {option}=1.")
     if not 0 <= seed < 2**62:
         raise ConfigError(
-            f"--seed: expected 0 or more and less than 2**62, got {seed}. Image i uses seed + i. Use --seed 0."
+            f"seed: expected 0 or more and less than 2**62, got {seed}. Image i uses seed + i. Use seed=0."
         )
 
 
@@ -112,12 +108,12 @@ class Job:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        counts = {"--num-images": self.num_images, "--steps": self.steps, "--batch-size": self.batch_size}
-        check_counts(counts | {"--shard-size": self.shard_size, "--threads": self.threads}, self.seed)
+        counts = {"num_images": self.num_images, "steps": self.steps, "batch_size": self.batch_size}
+        check_counts(counts | {"shard_size": self.shard_size, "threads": self.threads}, self.seed)
         if self.batch_size is not None and self.shard_size is not None and self.shard_size % self.batch_size:
             raise ConfigError(
-                f"--shard-size: expected a multiple of --batch-size {self.batch_size}, got {self.shard_size}. A shard "
-                "is made of whole batches. Leave --shard-size out."
+                f"shard_size: expected a multiple of batch_size={self.batch_size}, got {self.shard_size}. A shard "
+                "is made of whole batches. Leave `shard_size` out."
             )
         layers = () if self.config is None else (self.config.layer, *dict(self.config.overrides).values())
         if any(not layer.activation.dynamic and layer.activation.bits not in (None, 0) for layer in layers):

@@ -34,13 +34,13 @@ class RayEngine:
         workers: spans drawn at a time; None for the number of processors, or of GPUs for a CUDA device.
         Raises: ConfigError without the package ray, or for less than one worker.
         """
-        check_counts({"--workers": workers}, 0)
+        check_counts({"workers": workers}, 0)
         try:
             import ray  # an extra, and slow to import
         except ImportError as error:
             raise ConfigError(
-                "--engine ray: expected the package ray, got none. It is an extra. Install it with "
-                "pip install 'modiff[ray]', or leave --engine out."
+                "engine: expected the package ray, got none. It is an extra. Install it with "
+                "pip install 'modiff[ray]', or leave `engine` out."
             ) from error
         self._ray: Any = ray
         self._address, self._workers, self._ours = address or "local", workers, not ray.is_initialized()
@@ -98,20 +98,21 @@ class RayEngine:
             except (OSError, RuntimeError, ValueError) as error:
                 reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 raise ConfigError(
-                    f"--address: expected a Ray cluster at {self._address}, got {reason.rstrip('.')}. It does "
-                    "not answer, or runs another version. Check it with ray status, or leave --address out."
+                    f"address: expected a Ray cluster at {self._address}, got {reason.rstrip('.')}. It does "
+                    "not answer, or runs another version. Check it with ray status, or leave `address` out."
                 ) from error
         if ":" in job.device:
             raise ConfigError(
-                f"--device: expected cpu or cuda with --engine ray, got {job.device}. Ray gives every worker a GPU of "
-                "its own. Use --device cuda."
+                f"device: expected cpu or cuda with Ray, got {job.device}. Ray gives every worker a GPU of "
+                "its own. Use device='cuda'."
             )
         kind, need = _need(job)
         most = max((node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]), default=0)
         if most < need:
+            remedy = "device='cpu'" if kind == "GPU" else f"threads={max(1, int(most))}"
             raise ConfigError(
-                f"--engine ray: expected a machine with {need} {kind} for a worker, got {most:g} at most. No worker "
-                f"could start. Use {'--device cpu' if kind == 'GPU' else f'--threads {max(1, int(most))}'}."
+                f"engine: expected a machine with {need} {kind} for a worker, got {most:g} at most. No worker "
+                f"could start. Use {remedy}."
             )
 
     def _result(self, reference: Any) -> Any:
@@ -125,8 +126,8 @@ class RayEngine:
             raise
         except errors.RayError as error:
             raise StateError(
-                f"--engine ray: expected a worker that lives, got {type(error).__name__} after {RETRIES} retries. It "
-                "ran out of memory or its machine is gone. Use a smaller --batch-size or fewer --workers, and run the "
+                f"engine: expected a worker that lives, got {type(error).__name__} after {RETRIES} retries. It "
+                "ran out of memory or its machine is gone. Use a smaller `batch_size` or fewer `workers`, and run the "
                 "command again: it goes on where it stopped."
             ) from error
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from modiff.errors import ConfigError
 from modiff.files import ResumableFolder, check_writable, write_atomically
 from modiff.generate.job import Conditions, check_counts
 from modiff.generate.shards import to_uint8
 from modiff.generate.worker import check_inputs, draw
+from modiff.progress import Bar
 
 SETTINGS = "settings.json"
 SMALLEST = 64
@@ -43,7 +43,6 @@ def draw_pictures(
     conditions: Conditions,
     settings: dict[str, Any],
     batch_size: int = 8,
-    progress: bool = True,
 ) -> Pictures:
     """Write 00000.png, 00001.png, ... to `folder`; those that are there already are kept and not drawn again.
 
@@ -53,7 +52,7 @@ def draw_pictures(
     Raises: ConfigError for inputs the pipeline cannot take, or a folder made with other settings; StateError for pixels
         that are not finite; OSError that names the file. Images written before are kept.
     """
-    check_counts({"--num-images": num_images, "--steps": steps, "--batch-size": batch_size}, seed)
+    check_counts({"num_images": num_images, "steps": steps, "batch_size": batch_size}, seed)
     check_inputs(pipe, steps, conditions)
     files = [folder / f"{index:05d}.png" for index in range(num_images)]
     job = settings | {"steps": steps, "seed": seed} | conditions.to_dict()
@@ -61,7 +60,7 @@ def draw_pictures(
     start = time.perf_counter()
     with ResumableFolder(folder, job, record=SETTINGS, items="[0-9]" * 5 + ".png"):
         missing = [index for index, file in enumerate(files) if not file.is_file()]
-        with tqdm(total=len(files), initial=len(files) - len(missing), unit="image", disable=not progress) as bar:
+        with Bar(total=len(files), initial=len(files) - len(missing), unit="image") as bar:
             for first in range(0, len(missing), batch_size):
                 indices = missing[first : first + batch_size]
                 images = draw(pipe, indices, steps=steps, seed=seed, conditions=conditions)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
 from modiff.errors import StateError
 from modiff.files import ResumableFolder, check_writable, read_json
@@ -19,6 +18,7 @@ from modiff.generate import worker
 from modiff.generate.job import Job
 from modiff.generate.shards import MANIFEST, SHARDS, Manifest, Span, whole_shards, write_images
 from modiff.generate.worker import Description, DrawnSpan
+from modiff.progress import Bar
 
 RECORD = "job.json"
 
@@ -71,7 +71,7 @@ class Generated:
     seconds: float
 
 
-def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progress: bool = False) -> Generated:
+def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None) -> Generated:
     """Generate the images of a job into a folder of shards and a manifest; what is there already is kept.
 
     Image i comes from the noise of seed + i. It has the same bits whatever num_images, the number of restarts and the
@@ -80,7 +80,7 @@ def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progr
     A process that is killed at any moment loses the shard that it was at. The folder may be extended (more images) or
     read in part (fewer).
 
-    engine: this process, if None. progress: a bar with rate and time left.
+    engine: this process, if None.
     Raises: ConfigError for a job that the model cannot do, or a folder of another job; StateError if another process
         writes to the folder, or images are not finite; FormatError for a model or record that cannot be read; OSError
         that names the file.
@@ -94,7 +94,7 @@ def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None, progr
             manifest = dataclasses.replace(manifest, shards=shards)
             manifest.save(folder)
             kept, spans, start = manifest.present, manifest.missing, time.perf_counter()
-            with tqdm(total=job.num_images, initial=kept, unit="image", disable=not progress) as bar:
+            with Bar(total=job.num_images, initial=kept, unit="image") as bar:
                 for drawn in engine.draw(job, manifest.batch_size, spans, bar.update) if spans else ():
                     manifest = _keep(folder, manifest, drawn)
             seconds = time.perf_counter() - start

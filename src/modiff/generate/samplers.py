@@ -42,6 +42,16 @@ SAMPLERS: dict[str, Sampler] = {
 """pndm is its linear multistep form (PLMS), as most pipelines use it; dpmsolver++ is 2M."""
 
 
+def usual_sampler(pipe: DiffusionPipeline) -> str | None:
+    """DDIM, or None, which is the pipeline's own, for a model that was trained for flow matching."""
+    return None if _is_flow(pipe) else "ddim"
+
+
+def _is_flow(pipe: DiffusionPipeline) -> bool:
+    """The path of the model, judged by the scheduler that it was saved with."""
+    return type(pipe.scheduler).__name__.startswith("FlowMatch") or bool(pipe.scheduler.config.get("use_flow_sigmas"))
+
+
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
     """Let a pipeline sample with the scheduler `name` of SAMPLERS, built from the noise schedule of its present one.
 
@@ -58,8 +68,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
     if name not in SAMPLERS:
         raise ConfigError(f"scheduler: expected one of {', '.join(SAMPLERS)}, got {name!r}. Pick one of them.")
     sampler, config = SAMPLERS[name], pipe.scheduler.config
-    # the path of the model, to judge by the scheduler it was saved with
-    flow = type(pipe.scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    flow = _is_flow(pipe)
     if not (sampler.flow if flow else sampler.noise):
         fitting = ", ".join(n for n, s in SAMPLERS.items() if (s.flow if flow else s.noise))
         raise ConfigError(

@@ -257,8 +257,8 @@ def export_npz(
     height, width, channels = manifest.shape
     if rgb and channels not in (1, 3):
         raise ConfigError(
-            f"--rgb: expected images of 1 or 3 channels, got {channels}. Only grey has a meaning in three channels. "
-            "Leave --rgb out."
+            f"rgb: expected images of 1 or 3 channels, got {channels}. Only grey has a meaning in three channels. "
+            "Leave `rgb` out."
         )
     shape = (num_images or manifest.num_images, height, width, 3 if rgb else channels)
     write_atomically(path, lambda file: _write(file, folder, shape))

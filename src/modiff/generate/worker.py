@@ -51,7 +51,7 @@ def draw(
     if not np.isfinite(images).all():
         raise StateError(
             f"image {indices[0]}: expected finite pixels, got NaN or infinity. The generation diverged. Use more "
-            "activation bits, or leave --config out to see whether the model itself is sound."
+            "activation bits, or leave `config` out to see whether the model itself is sound."
         )
     return images
 
@@ -63,7 +63,7 @@ def check_inputs(pipe: DiffusionPipeline, steps: int, conditions: Conditions) ->
     most = pipe.scheduler.config.num_train_timesteps
     if steps > most:
         raise ConfigError(
-            f"--steps: expected at most {most}, got {steps}. The model was trained on no more. Use --steps 50."
+            f"steps: expected at most {most}, got {steps}. The model was trained on no more. Use steps=50."
         )
 
 

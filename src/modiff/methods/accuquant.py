@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructionReport, UnitReport
@@ -23,6 +22,7 @@ from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, every_l
 from modiff.methods.registry import register
 from modiff.methods.sampler_steps import SamplerSteps, as_recorded, save_tables
 from modiff.model.calibrate import quantizers_of
+from modiff.progress import Bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def _learn(job: MethodJob, config: AccuquantConfig, trajectories: list[SamplerSt
     quantizers = quantizers_of(job.model)
     states = [t.recorded[0] for t in trajectories]
     units: list[UnitReport] = []
-    for index, steps in enumerate(tqdm(_groups(job.model, trajectories[0]), desc="groups", disable=not job.progress)):
+    for index, steps in enumerate(Bar(_groups(job.model, trajectories[0]), desc="groups", shown=job.progress)):
         path = job.path(f"groups/group-{index:04d}.safetensors")
         if path is not None and path.exists():
             learned, unit = load_unit(path)

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from modiff.api import calibrate, trajectory
 from modiff.calibration.data import Call, calls_with_previous, largest_step
@@ -23,6 +22,7 @@ from modiff.methods.registry import register
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import measure_scales
 from modiff.model.observe import observe
+from modiff.progress import Bar
 
 Kind = Literal["dynamic", "static_minmax", "static_learned", "static_steps"]
 _PUBLISHED = ModulationConfig(anchor_weights="quantized")
@@ -133,7 +133,7 @@ def measure_residuals(model: nn.Module, calls: Sequence[Call], *, progress: bool
 
     def show() -> None:
         with evaluating(model), full_precision(model), torch.no_grad():
-            for call in tqdm(calls, desc="residuals", unit="call", disable=not progress):
+            for call in Bar(calls, desc="residuals", unit="call", shown=progress):
                 before, now = (_inputs(model, trainees, c) for c in (call.previous, call) if c is not None)
                 for name, layer in layers.items():
                     if len(before[name]) != len(now[name]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,7 @@ def quantize(
     run: Callable[[int], object] | None = None,
     evaluations_per_run: int | None = None,
     folder: str | Path | None = None,
+    note: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Quantize a pipeline's denoiser, or a module, by a published method, in place; `modiff.remove(target)` undoes it.
@@ -133,6 +134,7 @@ def quantize(
         run: `run(i)` generates the `config.batch` images of trajectory i; needed where the pipeline takes a prompt.
         evaluations_per_run: of the network in a trajectory; the scheduler says it when None.
         folder: keeps the calibration data and what was learned, so that an interrupted job goes on, to the same bits.
+        note: what `run` depends on (prompts, for example), as JSON values: a folder never mixes two.
     Raises: ConfigError, CalibrationError or StateError if the model cannot be quantized so, or the folder is another
         job's; FormatError for a damaged folder. The target is as before then.
     Cost: as the method's settings say; with a folder, one pass over the weights.
@@ -141,7 +143,7 @@ def quantize(
     name = name_of(config)
     path = None if folder is None else Path(folder)
     job = MethodJob(target, config, run, evaluations_per_run, path, progress)
-    with nullcontext() if path is None else ResumableFolder(path, job_settings(job, name)):
+    with nullcontext() if path is None else ResumableFolder(path, job_settings(job, name) | {"run": note}):
         try:
             return METHODS[name].recipe(job, config)
         except BaseException:

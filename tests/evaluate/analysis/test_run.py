@@ -1,6 +1,5 @@
 """The whole analysis on a tiny pipeline: what it holds, that it is JSON, and what it refuses."""
 
-import io
 import json
 from contextlib import redirect_stderr
 from typing import Any
@@ -15,6 +14,7 @@ from modiff.errors import ConfigError
 from modiff.evaluate.analysis.run import SWEEP_MODES, analyze_pipeline, bit_sweep
 from modiff.evaluate.pipelines import PipelineSource, image_error
 from modiff.generate.samplers import set_scheduler
+from tests.helpers import Terminal
 from tests.pixels import pixel_pipeline
 
 
@@ -25,10 +25,9 @@ def leaves(value: Any) -> list[Any]:
 
 
 def test_it_is_plain_json_with_the_documented_fields_and_fills_its_bar() -> None:
-    shown = io.StringIO()
-    with redirect_stderr(shown):
+    with redirect_stderr(Terminal()) as shown:
         analysis = analyze_pipeline(set_scheduler(pixel_pipeline(), "heun"), steps=2, num_images=2, seed=5, bits=(8, 3))
-    assert "27/27" in shown.getvalue()
+    assert "bit widths: 100%" in shown.getvalue()
     assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis
     assert set(analysis) == {"environment", "settings", "layers", "growth", "sweep", "outliers"}
     assert {type(leaf) for leaf in leaves(analysis)} <= {str, int, float, bool, type(None)}

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from modiff.config import ModiffConfig
 from modiff.evaluate.features.extractor import Features
 from modiff.evaluate.pipelines import DrawnImages
+from modiff.progress import TimeBar
 
 SHAPE = (12, 12, 1)
 
@@ -30,8 +30,8 @@ class FakeSource:
         self.drawn: list[range] = []
 
     @contextmanager
-    def bar(self, total: int, shown: bool) -> Iterator[Any]:
-        yield tqdm(total=total, disable=True)
+    def bar(self, parts: Sequence[tuple[str, float, int]], shown: bool) -> Iterator[TimeBar]:
+        yield TimeBar(parts, shown=False)
 
     @contextmanager
     def open(self, config: ModiffConfig | None, steps: int) -> Iterator[Callable[[Sequence[int]], DrawnImages]]:

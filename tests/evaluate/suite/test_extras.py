@@ -147,11 +147,11 @@ def test_they_are_added_to_a_finished_run_without_drawing_again(lpips: Lpips, tm
 
 def test_names_that_mean_nothing_are_one_line() -> None:
     for text, clip, prompts, message in (
-        ("fid", None, PROMPTS, "--metrics: expected lpips or clip, or both between commas, got 'fid'"),
-        ("lpips,lpips", None, PROMPTS, "--metrics: expected lpips or clip"),
-        ("lpips,clip", Path("tiny"), (), "--metrics clip: expected .* and 0 prompts.*--prompts FILE"),
-        ("clip", None, PROMPTS, "got '--metrics clip, --clip None and 3 prompts"),
-        ("lpips", Path("tiny"), PROMPTS, "got '--metrics lpips, --clip tiny and"),
+        ("fid", None, PROMPTS, "metrics: expected lpips or clip, or both between commas, got 'fid'"),
+        ("lpips,lpips", None, PROMPTS, "metrics: expected lpips or clip"),
+        ("lpips,clip", Path("tiny"), (), "metrics: expected .* and 0 prompts.*prompts=FILE"),
+        ("clip", None, PROMPTS, "got 'metrics=clip, clip=None and 3 prompts"),
+        ("lpips", Path("tiny"), PROMPTS, "got 'metrics=lpips, clip=tiny and"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_extras(text, clip=clip, conditions=Conditions(prompts=prompts))

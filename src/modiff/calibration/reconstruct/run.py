@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from modiff.calibration.blocks import Block, blocks_of
 from modiff.calibration.data import Call, calls_with_previous, largest_step
@@ -25,6 +24,7 @@ from modiff.files import ResumableFolder
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
 from modiff.nn import ModulatedLayer
+from modiff.progress import Bar
 
 
 @torch.inference_mode(False)
@@ -58,7 +58,7 @@ def learn_units(
     reports = []
     units = nullcontext() if folder is None else ResumableFolder(folder, _settings(job, blocks), items="unit-*")
     with units as kept, evaluating(model), job.undone_on_error():
-        for index, block in enumerate(tqdm(blocks, desc="reconstruct", unit="block", disable=not progress)):
+        for index, block in enumerate(Bar(blocks, desc="reconstruct", unit="block", shown=progress)):
             file = f"unit-{index:04d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', block.name)}.safetensors"
             path = None if kept is None else kept.path / file
             if path is not None and path.exists():

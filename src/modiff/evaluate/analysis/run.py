@@ -18,6 +18,7 @@ from modiff.evaluate.analysis.watch import watch
 from modiff.evaluate.pipelines import NOTHING, PipelineSource, has_static_scales, image_error
 from modiff.generate.environment import environment
 from modiff.generate.job import Conditions
+from modiff.progress import PROBED, QUANTIZED
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 SWEEP_MODES = ("plain", "modulated", "uncompensated", "tuned")
@@ -54,17 +55,18 @@ def analyze_pipeline(
     """
     config = config or presets.modulated(None, 4)
     source = PipelineSource(pipe, seed=seed, conditions=conditions)
-    check("--num-images", num_images, num_images >= 1, "at least 1 image", "Use --num-images 4.")
-    check("--steps", steps, steps >= 2, "2 or more", "What changes between steps is coded. Use --steps 50.")
+    check("num_images", num_images, num_images >= 1, "at least 1 image", "Use num_images=4.")
+    check("steps", steps, steps >= 2, "2 or more", "What changes between steps is coded. Use steps=50.")
     why = "They are measured on a modulated model, and this watches the plain one. Use dynamic=True."
     check("analyze", "dynamic=False", not has_static_scales(config), "dynamic scales", why)
     errors, growth = LayerTraces(), ErrorGrowth()
     reference: list[np.ndarray] = []
-    trajectories = 1 + len(bits) * len(SWEEP_MODES)
-    with source.bar(steps * trajectories, progress) as bar:
+    parts = [("layers", PROBED, steps), ("bit widths", QUANTIZED, steps * len(bits) * len(SWEEP_MODES))]
+    with source.bar(parts, progress) as bar:
+        bar.begin("layers")
         watch(pipe, lambda: reference.append(source.draw(steps, range(num_images))), config, [errors, growth])
-        bar.total = bar.n * trajectories  # samplers may evaluate twice in a step
         grown = growth.growth()  # before the long part: it may have nothing to show
+        bar.begin("bit widths")
         sweep = bit_sweep(source, reference[0], config, steps, bits)
     return {
         "environment": environment(),

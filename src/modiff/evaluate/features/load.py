@@ -43,7 +43,7 @@ def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
         return Inception(path, device=device)
     raise FormatError(
         f"{text}: expected '{DEFAULT_EXTRACTOR}', a classifier's folder or an Inception-v3 file, got nothing there. "
-        f"Distances are taken between features. Use --extractor {DEFAULT_EXTRACTOR}."
+        f"Distances are taken between features. Use extractor='{DEFAULT_EXTRACTOR}'."
     )
 
 

@@ -130,12 +130,12 @@ def load_extras(text: str | None, *, clip: Path | None, conditions: Conditions, 
     """
     names = [] if text is None else [name.strip() for name in text.split(",")]
     fits = all(name in EXTRAS and names.count(name) == 1 for name in names)
-    why = "All other figures are always there. Use --metrics lpips."
-    check("--metrics", text, fits, f"{' or '.join(EXTRAS)}, or both between commas", why)
+    why = "All other figures are always there. Use metrics=lpips."
+    check("metrics", text, fits, f"{' or '.join(EXTRAS)}, or both between commas", why)
     fits = ("clip" not in names and clip is None) or ("clip" in names and clip is not None and bool(conditions.prompts))
-    got = f"--metrics {text}, --clip {clip} and {len(conditions.prompts)} prompts"
-    why = "Images are compared with their prompts. Use --metrics clip --clip DIR --prompts FILE."
-    check("--metrics clip", got, fits, "--clip with the folder of a CLIP model, and prompts", why)
+    got = f"metrics={text}, clip={clip} and {len(conditions.prompts)} prompts"
+    why = "Images are compared with their prompts. Use metrics=clip, clip=DIR and prompts=FILE."
+    check("metrics", got, fits, "`clip` with the folder of a CLIP model, and prompts", why)
     extras: list[Extra] = [Lpips(device=device)] if "lpips" in names else []
     return extras if clip is None else [*extras, Clip(clip, conditions, device=device)]
 

@@ -67,7 +67,7 @@ PRESETS = {
 def preset(name: str, *, num_images: int | None = None, steps: int | None = None,
            configs: Sequence[str] = ()) -> Preset:  # fmt: skip
     """A preset by name, with the arguments instead of its own. Raises: ConfigError for an unknown name."""
-    check("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}", "Use --preset quick.")
+    check("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}", "Use preset='quick'.")
     changes = {"num_images": num_images, "steps": steps, "configs": tuple(configs) or None}
     return dataclasses.replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
 
@@ -77,8 +77,8 @@ def plans_of(chosen: Preset) -> list[Plan]:
 
     Raises: ConfigError for a config that does not exist or is named twice, or fewer than 2 steps.
     """
-    why = "Half of them are run as well, and what changes between steps is coded. Use --steps 50."
-    check("--steps", chosen.steps, chosen.steps >= 2, "2 or more", why)
+    why = "Half of them are run as well, and what changes between steps is coded. Use steps=50."
+    check("steps", chosen.steps, chosen.steps >= 2, "2 or more", why)
     plans = [Plan(name="full precision", steps=chosen.steps)]
     plans += [Plan(name=SHARES.get(n, f"1/{n} of the steps"), steps=chosen.steps // n)
               for n in sorted({2, *chosen.fewer}) if chosen.steps // n]  # fmt: skip
@@ -86,7 +86,7 @@ def plans_of(chosen: Preset) -> list[Plan]:
     why = "Their rows would be equal or could not be told apart. Leave one out, or rename its file."
     for one, other in itertools.combinations(plans, 2):
         same = one.name == other.name or (one.config is not None and one.config == other.config)
-        check("--configs", f"{one.name} twice", not same, "different configurations", why)
+        check("configs", f"{one.name} twice", not same, "different configurations", why)
     return plans
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from modiff.config import check
 from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
@@ -26,6 +25,7 @@ from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurem
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
 from modiff.files import ResumableFolder, read_tensors, reading, write_tensors
 from modiff.generate.environment import Environment, environment
+from modiff.progress import FULL, QUANTIZED, Bar
 
 _FORMAT_VERSION = 2
 SAMPLES = 8
@@ -158,8 +158,8 @@ def run_suite(
     Cost: as many trajectories as configurations; the metrics take seconds each with a small extractor.
     """
     plans = plans_of(chosen)
-    for option, value, least in (("--num-images", chosen.num_images, LEAST_IMAGES), ("--batch-size", batch_size, 1)):
-        check(option, value, value >= least, f"{least} or more", f"A distance of sets needs a set. Use {option} 50.")
+    for option, value, least in (("num_images", chosen.num_images, LEAST_IMAGES), ("batch_size", batch_size, 1)):
+        check(option, value, value >= least, f"{least} or more", f"A distance of sets needs a set. Use {option}=50.")
     extractor(torch.zeros(1, *source.shape, dtype=torch.uint8))  # before the long part: it may not take such images
     for extra in extras:
         extra.check(source.shape)
@@ -175,7 +175,7 @@ def run_suite(
         judge = Judge(extractor, full, real, resamples)
         rows: list[Row] = []
         samples: list[np.ndarray] = []
-        for plan in tqdm(plans, unit="configuration", desc="metrics", disable=not progress):
+        for plan in Bar(plans, unit="configuration", desc="metrics", shown=progress):
             images = gather(store.load(plan, chosen.num_images)) if rows else full
             more = [figure for extra in extras for figure in extra.measure(images, full, resamples)]
             rows.append(Row(plan, (*judge.measure(images), *mark_broken(images, more))))
@@ -190,16 +190,14 @@ def run_suite(
 def _draw_all(source: PipelineSource, extractor: FeatureExtractor, store: Store, plans: Sequence[Plan],
               num_images: int, progress: bool) -> None:  # fmt: skip
     missing = {plan: batches for plan in plans if (batches := store.missing(plan, num_images))}
-    total = sum(plan.steps * len(batches) for plan, batches in missing.items())
-    with source.bar(total, progress) as bar:
+    parts = [(p.name, FULL if p.config is None else QUANTIZED, p.steps * len(left)) for p, left in missing.items()]
+    with source.bar(parts, progress) as bar:
         for plan, batches in missing.items():
-            bar.set_description(plan.name)
+            bar.begin(plan.name)
             with source.open(plan.config, plan.steps) as draw:
                 for indices in batches:
-                    start = bar.n
                     drawn = as_bytes(draw(indices))
                     store.save(plan, indices, drawn, extractor(torch.tensor(drawn.images)))
-                    bar.update(start + plan.steps - bar.n)  # samplers may evaluate more or less often than once a step
 
 
 def watched_layers(

@@ -77,14 +77,16 @@ def call_inputs(
             f"{name}: expected a pipeline that makes images, got one that makes videos. Frames have no place in a "
             "folder of images. Call the pipeline from Python after modiff.apply(pipe, config)."
         )
-    for value, parameter, option in ((prompt, "prompt", "--prompt TEXT"), (label, "class_labels", "--label N")):
+    for value, parameter, option, example in (
+        (prompt, "prompt", "prompt", "'a red fox'"), (label, "class_labels", "label", "0")
+    ):  # fmt: skip
         if value is None and parameter in parameters:
             raise ConfigError(
-                f"{name}: expected {option}, got none. This pipeline draws what it is told to. Add {option}."
+                f"{name}: expected `{option}`, got none. It draws what it is told to. Add {option}={example}."
             )
         if value is not None and parameter not in parameters:
             raise ConfigError(
-                f"{name}: expected no {option}, got {_short(value)}. This pipeline takes none. Leave it out."
+                f"{name}: expected no `{option}`, got {_short(value)}. This pipeline takes none. Leave it out."
             )
     needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     needed = [n for n in needed if n not in _KNOWN]
@@ -111,6 +113,6 @@ def _checked_label(pipe: DiffusionPipeline, label: int) -> int:
     classes = pipe.transformer.config.num_embeds_ada_norm
     if not 0 <= label < classes:
         raise ConfigError(
-            f"--label: expected 0 to {classes - 1}, got {label}. The model knows {classes} classes. Pick one."
+            f"label: expected 0 to {classes - 1}, got {label}. The model knows {classes} classes. Pick one."
         )
     return label
