@@ -189,24 +189,27 @@ def image_to_image(pipe: DiffusionPipeline, **more: Any) -> Tensor:
     return pipe("fox", image, 0.8, num_inference_steps=5, generator=noise, output_type="latent", **more).images
 
 
-def test_a_network_begins_trajectories_in_every_pipeline_that_runs_it():
-    host = HOSTS["sd"]
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_network_begins_trajectories_in_every_pipeline_that_runs_it(packed):
+    host, config = HOSTS["sd"], presets.published(8, 4)  # packing changes no bit
     pipe, alone = host.build(), host.build()
     plain = host.call(pipe)
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    modiff.apply(other, presets.w8a4())
+    modiff.apply(other, config)
     expected = image_to_image(other)
     modiff.remove(other)
-    modiff.apply(pipe, presets.w8a4())
+    modiff.apply(pipe, config)
+    modiff.apply(alone.unet, config)
+    for target in (pipe, alone.unet) if packed else ():
+        modiff.pack(target)
     first = host.call(pipe)
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     again = type(pipe)(**pipe.components, requires_safety_checker=False)
-    modiff.apply(alone.unet, presets.w8a4())
     for _ in range(2):
         for run in (pipe, again, alone):
             assert torch.equal(host.call(run), first)
         assert torch.equal(image_to_image(other), expected)
-    modiff.remove(alone.unet)
-    modiff.remove(pipe)
-    for run in (pipe, again, alone):
+    for target in () if packed else (pipe, alone.unet):
+        modiff.remove(target)
+    for run in () if packed else (pipe, again, alone):
         assert torch.equal(host.call(run), plain)

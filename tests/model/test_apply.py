@@ -182,19 +182,17 @@ def test_weights_changed_in_between_stay_changed_and_the_mode_too():
     assert not any(m.training for m in model.modules())
 
 
-def test_removing_drops_no_layer_that_was_wrapped_since():
-    """A LoRA wraps the layer; putting the original back would drop the LoRA with it."""
-    model = applied()
-    wrapped = model.attention.to_q
-    model.attention.to_q = nn.Sequential(wrapped)
+def test_removing_reaches_a_layer_inside_a_wrapper_and_drops_no_hook():
+    model, plain = applied(), toy().attention.to_q.weight
+    model.attention.to_q = wrapper = nn.Sequential(model.attention.to_q)
+    wrapper[0].forward = wrapper[0].forward  # as offloading hooks do
     with pytest.raises(StateError, match=r"remove: expected attention.to_q as modiff left it, got it wrapped"):
         modiff.remove(model)
-    model.attention.to_q = wrapped
-    wrapped.forward = wrapped.forward  # as offloading hooks do
-    with pytest.raises(StateError, match=r"remove: expected attention.to_q as modiff left it"):
-        modiff.remove(model)
-    del wrapped.forward
+    del wrapper[0].forward
     modiff.remove(model)
+    assert model.attention.to_q is wrapper
+    assert type(wrapper[0]) is nn.Linear
+    assert_same_bits(wrapper[0].weight, plain)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from modiff.errors import ConfigError
 from modiff.model.attach import attachment_of
 from modiff.model.observe import observe
 from modiff.nn import quantized_class
+from modiff.nn.adapters import modules_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def blocks_of(
             come last with 0 calls; without it, in the order of the modules.
     Raises: ConfigError for a pattern that matches no module with such a layer.
     """
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     if layers is None:
         attachment = attachment_of(model)
         layers = [n for n, m in modules.items() if quantized_class(m)] if attachment is None else attachment.layers

@@ -21,6 +21,7 @@ from modiff.model.attach import Attachment, required_attachment
 from modiff.model.calibrate import quantizers_of
 from modiff.model.pack import rebuild
 from modiff.nn import quantized_class
+from modiff.nn.adapters import adapter_on
 from modiff.nn.packed import ERROR, ERROR_SCALE, SCALE, packed_storage
 
 METADATA = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
@@ -119,15 +120,18 @@ def quantized_state(
 ) -> dict[str, Tensor]:
     """The tensors to write for a model: its state dict with packed weights, their scales, and measured scales.
 
-    Raises: StateError if layers were wrapped since (a LoRA is loaded) or are offloaded to the meta device.
+    Raises: StateError if adapters are loaded, layers were wrapped since, or are offloaded to the meta device.
     """
     tensors = dict(state)
+    if (adapter := adapter_on(model)) is not None:
+        raise StateError(
+            f"save: expected {type(model).__name__} without adapters, got {adapter}. Its checkpoint cannot hold them. "
+            "Call pipe.unload_lora_weights() or pipe.unload_ip_adapter() first, and load them again afterwards."
+        )
     for name, quantized in required_attachment(model, "save").layers.items():
         if f"{name}.weight" not in state:
-            raise StateError(
-                f"{name}: expected the layer that modiff put there, got another one around it. A LoRA is loaded, which "
-                "a checkpoint of the model cannot hold. Unload it first: pipe.unload_lora_weights()."
-            )
+            raise StateError(f"{name}: expected the layer that modiff put there, got another one around it. A "
+                             "checkpoint of the model cannot hold it. Take it away first.")  # fmt: skip
         if state[f"{name}.weight"].is_meta:
             raise StateError(f"{name}: expected a weight in memory, got one on the meta device. It is offloaded. "
                              "Remove the offloading hooks, then save.")  # fmt: skip

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from modiff.config import ModulationConfig, check
 from modiff.model.report import Report
 from modiff.model.select import CANDIDATES
+from modiff.nn.adapters import modules_of
 
 FULL_PRECISION_BITS = 32
 
@@ -58,7 +59,7 @@ def measure_cost(model: nn.Module, forward: Callable[[], object]) -> list[LayerC
     """
     counter = _Counter()
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
+        for name, module in modules_of(model).items():
             hooks.callback(module.register_forward_pre_hook(partial(counter.enter, name), prepend=True).remove)
             hooks.callback(module.register_forward_hook(counter.leave, with_kwargs=True, always_call=True).remove)
         # nn.MultiheadAttention's fast path is one operation that hides its products

@@ -33,6 +33,7 @@ from modiff.model.attach import attachment_of, required_attachment
 from modiff.model.calibrate import MakeObserver, ObserverName
 from modiff.model.report import Report
 from modiff.model.select import CANDIDATES
+from modiff.nn.adapters import walk
 from modiff.nn.weight import QuantizedWeight
 
 Outcome = ReconstructionReport | None
@@ -135,7 +136,7 @@ def every_layer(
 
 def boundary_overrides(model: nn.Module, layer: LayerConfig) -> Overrides:
     """`layer` with 8 bits for the first and the last layer of the network; floats stay floats."""
-    names = [name for name, module in model.named_modules() if isinstance(module, CANDIDATES)]
+    names = [name for name, module, theirs in walk(model) if isinstance(module, CANDIDATES) and not theirs]
 
     def raised(config: Any) -> Any:
         return config if config.bits is None else dataclasses.replace(config, bits=BOUNDARY_BITS)

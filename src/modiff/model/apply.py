@@ -15,6 +15,7 @@ from modiff.model.ends import Ends
 from modiff.model.report import Report
 from modiff.model.select import modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
+from modiff.nn.adapters import modules_of, replace_modules
 
 
 def install(
@@ -32,10 +33,10 @@ def install(
 
 def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
     """Replace the layers that `report` takes, and watch the model. Raises: as `install`."""
-    attachment = Attachment(Clock(type(model).__name__), report, config)
+    attachment, modules = Attachment(Clock(type(model).__name__), report, config), modules_of(model)
     for entry in report.entries:
         if entry.config is not None:
-            original = attachment.originals[entry.name] = model.get_submodule(entry.name)
+            original = attachment.originals[entry.name] = modules[entry.name]
             split = splits.get(entry.name) if config.split_shortcuts == "auto" else None
             layer = modulated_layer(original, entry.config, entry.name, attachment.clock, split)
             attachment.layers[entry.name] = layer
@@ -49,8 +50,7 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
     if config.first_last == "full_precision":
         attachment.ends = Ends(config, attachment.selected)
     try:  # only now is the model touched
-        for name, layer in attachment.layers.items():
-            _set(model, name, layer)
+        replace_modules(model, {attachment.originals[name]: layer for name, layer in attachment.layers.items()})
         attachment.watch(model)
         model.__dict__[ATTRIBUTE] = attachment
         apply_attention(model, config.attention)
@@ -80,21 +80,17 @@ def check_removable(model: nn.Module) -> None:
             f"remove: expected float weights to put back, got {type(model).__name__} with packed ones. Packing keeps "
             "the integers alone. Load the full-precision model again."
         )
-    modules = dict(model.named_modules())
-    wrapped = [n for n, layer in attachment.layers.items() if modules.get(n) is not layer or "forward" in vars(layer)]
+    modules = modules_of(model)
+    there = set(modules.values())
+    wrapped = [n for n, layer in attachment.layers.items() if layer not in there or "forward" in vars(layer)]
     wrapped += [
         n for n, attention in quantized_attention(model).items() if not attention.attached(modules.get(n, model))
     ]
     if wrapped:
         raise StateError(
             f"remove: expected {wrapped[0]} as modiff left it, got it wrapped by another library. Putting the original "
-            "back would drop a LoRA or an offloading hook. Undo that first (unload_lora_weights, remove_all_hooks)."
+            "back would drop an offloading hook. Undo that first (remove_all_hooks)."
         )
-
-
-def _set(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _undo(model: nn.Module, attachment: Attachment) -> None:
@@ -102,8 +98,7 @@ def _undo(model: nn.Module, attachment: Attachment) -> None:
     for handle in attachment.handles:
         handle.remove()
     attachment.clock.stop()
-    for name, original in attachment.originals.items():
-        _set(model, name, original)
+    replace_modules(model, {attachment.layers[name]: original for name, original in attachment.originals.items()})
     model.__dict__.pop(ATTRIBUTE, None)
 
 

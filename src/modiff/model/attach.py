@@ -210,8 +210,9 @@ class Attachment:
 
 
 def eager(model: nn.Module) -> nn.Module:
-    """The module behind one that torch.compile returned; any other as it is."""
-    return getattr(model, "_orig_mod", model)
+    """The module behind one that torch.compile or PEFT returned; any other as it is."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
 
 
 def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

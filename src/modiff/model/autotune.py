@@ -27,6 +27,7 @@ from modiff.model.probe import Probe, probes_of
 from modiff.model.report import execution_of
 from modiff.model.select import layer_names, modulated_layer
 from modiff.nn import Clock
+from modiff.nn.adapters import modules_of
 
 Mode = Literal["float", "plain", "modulated"]
 Seconds = dict[str, float]
@@ -165,7 +166,8 @@ def choose_modes(
         if not ran:
             raise CalibrationError("autotune: expected a trajectory of two steps or more, got fewer. A residual needs "
                                    "a step before it. Let run sample with several steps.")  # fmt: skip
-        rows += [_row(model.get_submodule(p.name), p, config.layer, tolerance, profile) for p in ran]
+        modules = modules_of(model)
+        rows += [_row(modules[p.name], p, config.layer, tolerance, profile) for p in ran]
     floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
     plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
     chosen = dataclasses.replace(

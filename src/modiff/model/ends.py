@@ -12,6 +12,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import warn_once
 from modiff.model.observe import observe
 from modiff.model.report import Report
+from modiff.nn.adapters import modules_of
 
 
 class Ends:
@@ -41,7 +42,8 @@ class Ends:
                 self.reads_sample = self.reads_sample or name
             self.ran.append(name)
 
-        self._stack.enter_context(observe(model, on_layer, layers=self.names))
+        known = modules_of(model)  # adapters may be gone
+        self._stack.enter_context(observe(model, on_layer, layers=[name for name in self.names if name in known]))
 
     def close(self) -> None:
         """The evaluation ended, or not."""

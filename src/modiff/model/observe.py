@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from modiff.nn.adapters import modules_of
+
 Function = Callable[..., object]
 
 
@@ -42,7 +44,8 @@ def observe(
     ...     _ = net(torch.zeros(5, 2))
     0 (5, 3)
     """
-    modules = {name: model.get_submodule(name) for name in layers}
+    known = modules_of(model)
+    modules = {name: known[name] if name in known else model.get_submodule(name) for name in layers}
     with ExitStack() as hooks:
 
         def add(register: Callable[..., Any], function: Function | None, *first: str) -> None:

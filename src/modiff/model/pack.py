@@ -13,6 +13,7 @@ from modiff.model.apply import replace_layers
 from modiff.model.attach import Attachment, required_attachment
 from modiff.model.report import Entry, Report
 from modiff.model.select import CANDIDATES
+from modiff.nn.adapters import fused_adapter
 from modiff.nn.packed import packed_storage
 
 
@@ -37,6 +38,11 @@ def check_packable(model: nn.Module, anchor_weights: PackedAnchors = "quantized"
         raise StateError(
             f"pack: expected no running trajectory of {type(model).__name__}, got one. Its states belong to the "
             "weights as they are. Leave `with modiff.trajectory(model):` first."
+        )
+    if (name := fused_adapter(model)) is not None:
+        raise StateError(
+            f"pack: expected no fused adapters, got one in {name}. Unfused later, it would be taken from integers. "
+            "Call pipe.unload_lora_weights(), which keeps what is fused, or pipe.unfuse_lora()."
         )
     for layer in attachment.layers.values():
         if layer.weight.is_meta:

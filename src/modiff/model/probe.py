@@ -18,6 +18,7 @@ from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import observe
 from modiff.model.select import modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
+from modiff.nn.adapters import modules_of
 
 
 class Probe:
@@ -81,12 +82,12 @@ def probes_of(
     known: Collection[str] = (),
 ) -> Iterator[list[Probe]]:
     """Probes on the layers that the config takes, while the body runs one full-precision trajectory."""
-    clock = Clock(type(model).__name__)
+    clock, modules = Clock(type(model).__name__), modules_of(model)
     report = select_layers(model, config, splits=splits, known=known)
     watcher = Attachment(clock, report)
     splits = splits if config.split_shortcuts == "auto" else {}
     probes = {
-        entry.name: Probe(model.get_submodule(entry.name), entry.name, choices, clock, splits.get(entry.name))
+        entry.name: Probe(modules[entry.name], entry.name, choices, clock, splits.get(entry.name))
         for entry in report.taken
     }
     with ExitStack() as stack:

@@ -16,13 +16,14 @@ from modiff.errors import ConfigError
 from modiff.model.facts import facts_of
 from modiff.model.report import Entry, Report
 from modiff.nn import Clock, ModulatedLayer, quantized_class
+from modiff.nn.adapters import walk
 
 CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def layer_names(models: Iterable[nn.Module]) -> set[str]:
     """Names of the Linear and Conv layers of some networks: what the patterns of one config for all may match."""
-    return {name for model in models for name, m in model.named_modules() if isinstance(m, CANDIDATES)}
+    return {name for model in models for name, m, _ in walk(model) if isinstance(m, CANDIDATES)}
 
 
 def select_layers(
@@ -43,19 +44,23 @@ def select_layers(
             "in the module that holds it. Use nn.Sequential(layer)."
         )
     names: dict[nn.Module, list[str]] = {}  # a layer that stands in two places would be replaced in the first alone
-    for name, module in model.named_modules(remove_duplicate=False):
+    own: list[str] = []
+    for name, module, theirs in walk(model):
         if isinstance(module, CANDIDATES):
             names.setdefault(module, []).append(name)
+            own += [] if theirs else [name]
     layers = {first: layer for layer, (first, *_) in names.items()}
-    own = {"include": config.include, "exclude": config.exclude, "overrides": [p for p, _ in config.overrides]}
-    check_patterns({f"ModiffConfig.{field}": own[field] for field in own}, [*layers, *known], "a layer")
+    patterns = {"include": config.include, "exclude": config.exclude, "overrides": [p for p, _ in config.overrides]}
+    check_patterns({f"ModiffConfig.{field}": patterns[field] for field in patterns}, [*layers, *known], "a layer")
     defaults = facts_of(model).default_exclude if config.default_exclude is None else config.default_exclude
     config = dataclasses.replace(config, exclude=config.exclude + defaults)
     splits = splits or {}
-    first, last = (next(iter(layers), None), next(reversed(layers), None)) if layers else (None, None)
+    ends = (*own[:1], *own[-1:])
+    meant = [p for p in (*patterns["include"], *patterns["overrides"]) if not any(fnmatchcase(name, p) for name in own)]
     entries: list[Entry] = []
     for name, layer in layers.items():
-        reason = _reason_to_leave(name, layer, config, name in (first, last))
+        theirs = name not in own and not matches(name, meant)
+        reason = "belongs to an adapter" if theirs else _reason_to_leave(name, layer, config, name in ends)
         reason = reason or ", ".join(f"is {other} too" for other in names[layer][1:])
         chosen = None if reason else layer_config(name, config)
         notes = reason or _notes(layer, chosen, splits.get(name) if config.split_shortcuts == "auto" else None)

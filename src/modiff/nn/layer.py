@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -44,6 +45,13 @@ class ModulatedLayer(nn.Module):
     unsupported: str
     loop: SimulatedLoop
     number: int
+
+    @functools.wraps(nn.Module.__new__)
+    def __new__(cls, *sizes: Any, **settings: Any) -> Any:
+        """Built from sizes it is the plain torch layer: PEFT makes a LoRA's matrices of the class that they adapt."""
+        if not sizes and not settings:  # from_float, copies
+            return super().__new__(cls)
+        return next(kind for kind in cls.__mro__ if not issubclass(kind, ModulatedLayer))(*sizes, **settings)
 
     @classmethod
     def from_float(

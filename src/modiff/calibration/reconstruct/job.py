@@ -28,6 +28,7 @@ from modiff.core.observers import MinMaxObserver
 from modiff.core.quantizer import Quantizer
 from modiff.model.attach import required_attachment
 from modiff.model.calibrate import quantizers_of
+from modiff.nn.adapters import modules_of
 
 
 class ReconstructionJob:
@@ -46,7 +47,7 @@ class ReconstructionJob:
             return {}, _left(block, "never ran on the calibration calls")
         if self.config.learn == "residual_scales":
             return self._learn_residual(block, generator)
-        unit = self.model.get_submodule(block.name)
+        unit = modules_of(self.model)[block.name]
 
         def run(batch: UnitCall) -> Any:
             return unit(*batch.args, **batch.kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Never
 
+import torch
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
@@ -15,7 +16,6 @@ from modiff.model.attach import Automatic, attachment_of, required_attachment
 from modiff.model.trajectory import model_context
 
 _RESET = "_reset_stateful_cache"
-_FUSE = "fuse_lora"
 
 
 def follow_cache_context(model: nn.Module) -> None:
@@ -66,14 +66,15 @@ def _reset(model: nn.Module, recurse: bool = True) -> None:
 
 def unfollow(model: nn.Module) -> None:
     """Undo `follow`; nothing happens where it was not called."""
-    for name in ("cache_context", _RESET, _FUSE):
+    for name in ("cache_context", _RESET):
         model.__dict__.pop(name, None)
 
 
-def refuse_fusing(model: nn.Module) -> None:
-    """Let `model.fuse_lora` say what is wrong, instead of adding floats to integer codes."""
-    if hasattr(type(model), _FUSE):
-        model.__dict__[_FUSE] = functools.partial(_fuse_lora, model)
+def guard_packed(model: nn.Module) -> None:
+    """Let `fuse_lora` refuse to add floats to codes, and `to` take the dtype that the model has."""
+    for name, method in (("fuse_lora", _fuse_lora), ("to", _to)):
+        if hasattr(type(model), name):
+            model.__dict__[name] = functools.partial(method, model)
 
 
 def _fuse_lora(model: nn.Module, *_: Any, **__: Any) -> Never:
@@ -81,3 +82,14 @@ def _fuse_lora(model: nn.Module, *_: Any, **__: Any) -> Never:
         f"fuse_lora: expected float weights to add the LoRA to, got {type(model).__name__} with packed ones. An "
         "adapter next to a packed layer works as it is. Leave it unfused, or fuse it before modiff.apply."
     )
+
+
+def _to(
+    model: Any, *targets: Any, device: Any = None, dtype: Any = None, non_blocking: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> nn.Module:  # fmt: skip
+    """As diffusers, which refuses every cast of a quantized model; `from_pipe` and IP-Adapters name its own dtype."""
+    for target in (*targets, device, dtype):
+        if target not in (None, model.dtype):
+            type(model).to(model, target, non_blocking=non_blocking)
+    return model if memory_format is None else type(model).to(model, memory_format=memory_format)

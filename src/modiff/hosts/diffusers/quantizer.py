@@ -31,7 +31,7 @@ from modiff.checkpoint.tensors import (
 )
 from modiff.config import ModiffConfig, PackedAnchors, check
 from modiff.errors import ConfigError, FormatError, StateError
-from modiff.hosts.diffusers.hooks import follow, refuse_fusing
+from modiff.hosts.diffusers.hooks import follow, guard_packed
 from modiff.hosts.names import shortcut_splits
 from modiff.model.apply import install
 from modiff.model.attach import required_attachment
@@ -241,7 +241,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         seal(attachment)
         align(model)
         follow(model)
-        refuse_fusing(model)
+        guard_packed(model)
         self.model, self.quantization_config = model, ModiffDiffusersConfig.of_model(model)
         model.register_to_config(quantization_config=self.quantization_config)
         return model
@@ -286,8 +286,7 @@ def withdraw_quantizer(model: nn.Module) -> None:
     """Undo `offer_quantizer`: the model saves its floats again. Nothing happens where there is nothing to undo."""
     if isinstance(getattr(model, "hf_quantizer", None), ModiffQuantizer):
         del model.hf_quantizer
-        kept = {key: value for key, value in model._internal_dict.items() if key != WHERE}
-        model._internal_dict = FrozenDict(kept)
+        _configure(model, {key: value for key, value in model._internal_dict.items() if key != WHERE})
 
 
 def attach_quantizer(model: nn.Module) -> None:
@@ -295,14 +294,21 @@ def attach_quantizer(model: nn.Module) -> None:
     if isinstance(model, ModelMixin):
         _enter(model)
         model.is_quantized, model.quantization_method = True, _Method.MODIFF
-        refuse_fusing(model)
+        guard_packed(model)
 
 
 def _enter(model: ModelMixin) -> None:
     quantizer = ModiffQuantizer(ModiffDiffusersConfig.of_model(model), pre_quantized=False)
     quantizer.model = model
     model.hf_quantizer = quantizer
-    model.register_to_config(quantization_config=quantizer.quantization_config)
+    _configure(model, {**model._internal_dict, WHERE: quantizer.quantization_config})
+
+
+def _configure(model: Any, entries: dict[str, Any]) -> None:
+    """Give a model a new config; what loaders of adapters set as attributes of the old one stays."""
+    old, new = model._internal_dict, FrozenDict(entries)
+    vars(new).update({key: value for key, value in vars(old).items() if key in entries and value is not old[key]})
+    model._internal_dict = new
 
 
 def align(model: nn.Module) -> None:
