@@ -15,7 +15,8 @@ import typing as _typing
 from modiff.config import VERSION as __version__  # noqa: F401
 
 _HOMES = {
-    "api": "apply autotune calibrate collect context load pack reconstruct remove report save select trajectory tune",
+    "api": "apply autotune calibrate clone collect context load pack reconstruct remove report save select trajectory "
+    "tune",
     "calibration.collect": "replay",
     "calibration.data": "CalibrationSet Call",
     "calibration.reconstruct.config": "ReconstructConfig ReconstructionReport",
@@ -38,6 +39,7 @@ if _typing.TYPE_CHECKING:  # the same names, for editors and type checkers
     from modiff.api import apply as apply
     from modiff.api import autotune as autotune
     from modiff.api import calibrate as calibrate
+    from modiff.api import clone as clone
     from modiff.api import collect as collect
     from modiff.api import context as context
     from modiff.api import load as load

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from torch import Tensor, nn
 
 import modiff
@@ -17,8 +20,18 @@ from modiff import StateError, presets
 from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
-from tests.helpers import relative_error
-from tests.hosts.tiny import HOSTS, SAMPLERS, build_wan_of_two, make_scheduler
+from tests.helpers import assert_within, relative_error
+from tests.hosts.tiny import (
+    HOSTS,
+    SAMPLERS,
+    TinyHost,
+    build_wan_of_two,
+    flow,
+    image_vae,
+    make_scheduler,
+    masked_embeddings,
+    network,
+)
 
 
 def watch(model: nn.Module, look: Callable[[], object]) -> list[Any]:
@@ -85,6 +98,78 @@ def test_guidance_in_two_calls_needs_no_contexts_of_the_pipeline(name):
     with_contexts = host.call(pipe)
     del host.network(pipe).__dict__["cache_context"]
     assert torch.equal(host.call(pipe), with_contexts)
+
+
+def lumina() -> DiffusionPipeline:
+    """Guides in two calls, without contexts, with prompts of two lengths."""
+    transformer = network(
+        diffusers.Lumina2Transformer2DModel, 5, sample_size=4, in_channels=4, hidden_size=32, num_layers=2,
+        num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 4, 8),
+        axes_lens=(128, 128, 128), cap_feat_dim=32,
+    )  # fmt: skip
+    return diffusers.Lumina2Pipeline(
+        transformer=transformer, scheduler=flow(), vae=image_vae(), text_encoder=None, tokenizer=None
+    )
+
+
+def two_lengths(batch: int) -> dict[str, Any]:
+    settings = masked_embeddings(batch) | {"height": 16, "width": 16}
+    return {name: value for name, value in settings.items() if name != "use_resolution_binning"}
+
+
+LUMINA = TinyHost(name="lumina", build=lumina, settings=two_lengths)
+SD, SD3 = HOSTS["sd"], HOSTS["sd3"]
+CUTOFF = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.4)}
+SKIPS = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.5, "skip_layer_guidance_start": 0.0}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("host", "settings", "contexts"),
+    [
+        (LUMINA, {}, 2),
+        (LUMINA, {"cfg_trunc_ratio": 0.4}, 2),  # then without guidance
+        (SD, CUTOFF, 2),
+        (SD3, SKIPS, 2),  # a third branch in a call of its own
+    ],
+)
+def test_branches_that_come_and_go_have_states_of_their_own(host, settings, contexts, alone):
+    pipe = host.build()
+    plain = host.call(pipe, steps=10, **settings)
+    modiff.apply(host.network(pipe) if alone else pipe, presets.w8a4())
+    layer = next(iter(attachment_of(host.network(pipe)).layers.values()))
+    seen = watch(host.network(pipe), lambda: len({context for context, _ in layer.loop.memories}))
+    first = host.call(pipe, steps=10, **settings)
+    assert 0 < relative_error(first, plain) < 0.03
+    assert max(seen) == contexts
+    assert torch.equal(host.call(pipe, steps=10, **settings), first)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_generations_of_one_call_begin_with_states_of_their_own(alone):
+    """As Marigold's: one after the other in batches, the last one smaller."""
+    parts = SD.build().components
+    unet = network(diffusers.UNet2DConditionModel, 12, **dict(parts["unet"].config) | {"in_channels": 8})
+    pipe = diffusers.MarigoldNormalsPipeline(
+        unet=unet, vae=parts["vae"], text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"],
+        scheduler=make_scheduler("ddim"), default_processing_resolution=0, use_full_z_range=True,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def members(batch: int) -> Tensor:
+        noise = [torch.Generator().manual_seed(i) for i in range(4)]
+        options = {"processing_resolution": 0, "match_input_resolution": False, "output_type": "pt", "generator": noise}
+        return pipe(image, 4, ensemble_size=4, batch_size=batch, output_latent=True, return_dict=False, **options)[2]
+
+    plain = members(4)
+    modiff.apply(
+        unet if alone else pipe, presets.modulated(None, 0)
+    )  # what the first step of each says is all there is
+    together = members(4)
+    assert 0 < relative_error(together, plain)
+    for batch in (1, 3):
+        assert_within(members(batch), together, 1e-4)
 
 
 @pytest.mark.parametrize("verb", [modiff.tune, lambda p, _, run: modiff.autotune(p, presets.w8a4(), run=run)])
@@ -177,9 +262,9 @@ def test_an_interrupted_apply_leaves_nothing_on_a_pipeline_with_two_denoisers(la
     with pytest.raises(KeyboardInterrupt):
         modiff.apply(pipe, presets.w8a8())
     assert type(pipe) is kind
-    for network in (pipe.transformer, pipe.transformer_2):
-        assert attachment_of(network) is None
-        assert not hasattr(network, "hf_quantizer")
+    for each in (pipe.transformer, pipe.transformer_2):
+        assert attachment_of(each) is None
+        assert not hasattr(each, "hf_quantizer")
         assert "cache_context" not in network.__dict__
 
 
@@ -213,3 +298,17 @@ def test_a_network_begins_trajectories_in_every_pipeline_that_runs_it(packed):
         modiff.remove(target)
     for run in () if packed else (pipe, again, alone):
         assert torch.equal(host.call(run), plain)
+
+
+def test_clones_of_a_pipeline_serve_requests_at_the_same_time_with_one_set_of_weights():
+    host = HOSTS["flux"]
+    pipe = host.build()
+    modiff.apply(pipe, presets.w8a4())
+    expected = [host.call(pipe, seed=seed) for seed in (0, 1)]
+    clones = [modiff.clone(pipe) for _ in expected]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda clone, seed: host.call(clone, seed=seed), clones, (0, 1)))
+    for clone, image, same in zip(clones, found, expected, strict=True):
+        assert torch.equal(image, same)
+        assert clone.scheduler is not pipe.scheduler
+        assert next(clone.vae.parameters()) is next(pipe.vae.parameters())

@@ -16,6 +16,7 @@ from modiff.model.apply import install
 from modiff.model.attach import Automatic, attachment_of
 from modiff.model.attention import apply_attention
 from modiff.nn import Clock
+from modiff.nn.branches import Inputs
 from tests.helpers import assert_same_bits
 from tests.model.test_attention import X, coarse, network
 from tests.model.toys import assert_equal, generate, sample, toy
@@ -56,10 +57,24 @@ def test_one_ends_where_time_turns_round(times, starts):
     for i, t in enumerate(times):
         before = len(began)
         automatic.before(torch.tensor(t))
+        clock.call(torch.tensor(t), Inputs())
+        clock.returned()
         seen += [i] if len(began) > before else []
         assert clock.active
         assert clock.context == "default"
     assert seen == starts
+
+
+@pytest.mark.parametrize("tiles", [3, 1])  # or three trajectories of one step before another
+def test_tiles_of_the_first_timestep_are_told_from_trajectories_of_one_step(tiles):
+    clock, contexts = Clock("model"), []
+    automatic = Automatic(clock)
+    for timestep in [9] * 3 + [6] * tiles + [3] * tiles:
+        automatic.before(timestep)
+        clock.call(timestep, Inputs())
+        contexts.append(clock.context)
+        clock.returned()
+    assert contexts[3:] == ["default", "default #1", "default #2"][:tiles] * 2
 
 
 @pytest.mark.parametrize("other", ["batch", "thread"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import ModiffWarning, StateError, presets
+from modiff.kernels.backend import PREPACKED
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import state_bytes
-from tests.helpers import assert_same_bits
-from tests.model.toys import activations_only, applied, assert_equal, generate, sample
+from tests.helpers import assert_same_bits, relative_error
+from tests.model.toys import activations_only, applied, assert_equal, generate, sample, toy
 
 
 def test_states_are_freed_when_the_body_raises_and_the_next_trajectory_is_a_fresh_one():
@@ -75,12 +77,54 @@ def test_a_context_ends_with_its_body_also_when_it_raises():
         assert clock.context == "default"
 
 
-def test_a_batch_that_changes_inside_is_refused_by_the_first_layer_that_sees_it():
-    model = applied(presets.w8a4())
-    with modiff.trajectory(model):
-        sample(model, steps=1)
-        with pytest.raises(StateError, match=r"body: expected an input of shape \(2, 16, 4, 4\) on cpu, got \(1, 16"):
-            sample(model, steps=1, batch=1)
+@pytest.mark.parametrize("config", [presets.w8a4(), presets.w8a4().on_integers()])
+def test_a_batch_of_another_size_inside_has_states_of_its_own(config):
+    model = applied(config)
+    x, other = torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    expected = {}
+    with torch.no_grad():
+        for rows in (x, other):
+            with modiff.trajectory(model):
+                expected[len(rows)] = [model(rows * (1 + t / 1e4), t) for t in (900.0, 800.0, 700.0)]
+        with modiff.trajectory(model):
+            for i, t in enumerate((900.0, 800.0, 700.0)):
+                for rows in (x, other):
+                    assert torch.equal(model(rows * (1 + t / 1e4), t), expected[len(rows)][i])
+
+
+class Experts(nn.Module):
+    """Each of two experts gets the rows that `route` sends to it at this timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.tail = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: float) -> Tensor:
+        x = self.head(x)
+        route = torch.arange(len(x)) < timestep
+        y = torch.zeros_like(x)
+        for expert, rows in zip(self.experts, (route, ~route), strict=True):
+            y[rows] = expert(x[rows])
+        return self.tail(y)
+
+
+@pytest.mark.parametrize("config", [presets.w8a8(), presets.w8a8().on_integers(), presets.tuned(8, 8)])
+def test_experts_that_get_other_rows_at_each_step_run_and_are_named_once(config, monkeypatch):
+    monkeypatch.setattr("modiff.errors._WARNED", set())
+    model = Experts()
+    x, times = torch.randn(4, 16), (4.0, 3.0, 1.0, 0.0)
+    with torch.no_grad():
+        exact = [model(x + 0.1 * t, t) for t in times]
+        modiff.apply(model, config)
+        with warnings.catch_warnings(record=True) as seen, modiff.trajectory(model):
+            warnings.simplefilter("always", ModiffWarning)
+            for t, expected in zip(times, exact, strict=True):
+                assert relative_error(model(x + 0.1 * t, t), expected) < 0.02
+    (message,) = [str(warning.message) for warning in seen if "begin again" in str(warning.message)]
+    assert message.startswith(
+        "experts.0: expected an input of shape (4, 16) on cpu, as in the step before, got (3, 16)"
+    )
 
 
 def test_the_timestep_reaches_the_clock_by_position_or_by_name():
@@ -133,4 +177,56 @@ def test_a_third_evaluation_at_one_timestep_in_one_context_warns_once(monkeypatc
                             model(x, t)
                             model(x, torch.tensor(t))  # samplers of second order evaluate twice
             assert len(seen) == (tiles[0] == "default")
-    assert "Toy: expected at most two evaluations at one timestep, got a third in the" in str(seen[0].message)
+    assert "two at most in a loop of yours, got another number under the same conditions at timestep 900" in str(
+        seen[0].message
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("config", [presets.w8a4(), presets.w8a4().on_integers()])
+def test_it_has_the_same_tensors_and_generates_the_same_while_the_original_goes_on(config, packed):
+    model = applied(config)
+    if packed:
+        modiff.pack(model)
+    first, other = generate(model), generate(model, seed=1)
+    held = PREPACKED.bytes_held()
+    with modiff.trajectory(model):
+        sample(model, steps=2)
+        bytes_before = state_bytes(model)
+        copied = modiff.clone(model)
+        assert state_bytes(copied) == 0
+        with ThreadPoolExecutor(2) as pool:
+            assert_equal(pool.submit(generate, copied, seed=1).result(), other)
+        assert state_bytes(model) == bytes_before
+    assert PREPACKED.bytes_held() == held
+    assert_equal(generate(copied), first)
+    for (name, tensor), same in zip(model.named_parameters(), copied.parameters(), strict=True):
+        assert tensor is same, name
+    for layer, same in zip(*(attachment_of(m).layers.values() for m in (model, copied)), strict=True):
+        assert layer.clock is not same.clock
+        for (codes, _), (shared, _) in zip(layer.quantized_weight.codes(layer.weight),
+                                           same.quantized_weight.codes(same.weight), strict=True):  # fmt: skip
+            assert packed or codes is shared
+
+
+def test_a_copy_of_a_plain_model_is_one_and_modiff_comes_off_each_alone():
+    model = toy()
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        plain = model(x, 5.0)
+        copied = modiff.clone(model)
+        modiff.apply(copied, presets.w8a4())
+        another = modiff.clone(copied)
+        modiff.remove(copied)
+        for each in (model, copied):
+            assert_same_bits(each(x, 5.0), plain)
+        assert attachment_of(another) is not None
+
+
+def test_a_second_request_is_told_how_it_gets_states_of_its_own():
+    model = applied(presets.w8a4())
+    with (
+        modiff.trajectory(model),
+        pytest.raises(StateError, match=r"requests at the same time .* modiff\.clone\(target\)"),
+    ):
+        generate(model)

@@ -145,7 +145,10 @@ def test_evaluations_at_one_timestep_are_branches_as_many_as_at_the_first(clock,
     assert seen == [(name, names[:i].count(name)) for i, name in enumerate(names)]
 
 
-def test_another_number_of_evaluations_at_a_timestep_warns_once_and_the_first_timestep_begins_another_generation(clock):
+def test_another_number_of_evaluations_at_a_timestep_warns_once_and_the_first_timestep_begins_another_generation(
+    clock, monkeypatch
+):
+    monkeypatch.setattr("modiff.errors._WARNED", set())
     forgotten = []
     clock.on_reset(lambda: forgotten.append(clock.tick))
     clock.numbered = True

@@ -13,15 +13,16 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff.config import ModiffConfig, check
 from modiff.core.step_sets import StepSizes
-from modiff.errors import StateError, warn_once
+from modiff.errors import StateError
 from modiff.model.ends import Ends
 from modiff.model.facts import facts_of
 from modiff.model.report import Report, execution_of, memory_of
 from modiff.nn import Clock, ModulatedLayer, traced
+from modiff.nn.branches import Inputs, inputs_of
 from modiff.nn.clock import middle
 
 ATTRIBUTE = "_modiff"
-Shape = torch.Size | None
+_NOTHING = Inputs()
 _BEGINNING = threading.Lock()
 
 
@@ -29,9 +30,9 @@ class Automatic:
     """Tells where one trajectory ends and the next begins, for a model that any pipeline may run.
 
     Timesteps run one way through a trajectory. The next one began where they turn round, where the second is the first
-    again (one-step trajectories), where the sample has another shape or the call comes from another thread, and after
-    an evaluation that raised or was interrupted. A trajectory that `modiff.trajectory` began is left alone, and a
-    network without a timestep keeps asking for one. Cost: one host sync an evaluation.
+    again with the same inputs (one-step trajectories), where the call comes from another thread, and after an
+    evaluation that raised or was interrupted. A trajectory that `modiff.trajectory` began is left alone, and a network
+    without a timestep keeps asking for one. Cost: one host sync an evaluation.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -39,20 +40,20 @@ class Automatic:
         self.owns_trajectory = self._numbered = False
         self._thread = 0
         self._seen: dict[str, list[float]] = {}
-        self._shapes: dict[str, Shape] = {}
 
-    def before(self, timestep: Tensor | float | None, shape: Shape = None) -> None:
-        """An evaluation of a sample of this shape begins: start a trajectory if this is its first."""
+    def before(self, timestep: Tensor | float | None, inputs: Inputs = _NOTHING) -> None:
+        """An evaluation of these inputs begins: start a trajectory if this is its first."""
         if timestep is None or (self.clock.active and not self.owns_trajectory):
             return
         now, context, thread = float(middle(timestep)), self.clock.context, threading.get_ident()
-        other = thread != self._thread or self._shapes.get(context, shape) != shape
-        if not self.owns_trajectory or other or _reversed(self._seen.get(context, []), now):
+        seen = self._seen.get(context, [])
+        if not self.owns_trajectory or thread != self._thread or _reversed(seen, now):
             self.end()
             self.clock.start()
             self._numbered, self.clock.numbered = self.clock.numbered, True
             self.clock.context, self.owns_trajectory, self._thread = context, True, thread
-        self._shapes[context] = shape
+        elif seen == [now] and self.clock.knows(inputs):
+            self.clock.again()
         seen = self._seen.setdefault(context, [])
         if not seen or seen[-1] != now:
             seen.append(now)
@@ -65,11 +66,10 @@ class Automatic:
             self.clock.numbered = self._numbered
         self.owns_trajectory = False
         self._seen.clear()
-        self._shapes.clear()
 
 
 def _reversed(seen: list[float], now: float) -> bool:
-    return seen == [now] or (len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0)
+    return len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0
 
 
 class Attachment:
@@ -93,7 +93,6 @@ class Attachment:
         self.timestep: tuple[str, int] | None = None
         self.thread = 0
         self.most_states = 0
-        self.visits: dict[str, int] = {}
         self.ends: Ends | None = None
         self.number = traced.number_for(self)
 
@@ -142,11 +141,11 @@ class Attachment:
             traced.begin(self.clock.token, None if timestep is None else torch.as_tensor(timestep), self.number)
         else:
             sample = sample_of(args, kwargs)
-            self.begin(timestep, None if sample is None else sample.shape)
+            self.begin(timestep, inputs_of(args, kwargs, sample, value))
             if self.ends is not None:
                 self.ends.begin(model, sample)
 
-    def begin(self, timestep: Tensor | float | None, shape: Shape = None) -> None:
+    def begin(self, timestep: Tensor | float | None, inputs: Inputs = _NOTHING) -> None:
         """An evaluation of the model begins. Raises: StateError while another thread is in one."""
         with _BEGINNING:
             if self.clock.inside:  # the one before did not end: torch tells hooks of an Exception, not of Ctrl-C
@@ -154,31 +153,18 @@ class Attachment:
                 self.fail()
             self.thread = threading.get_ident()
             if self.automatic is not None:
-                self.automatic.before(timestep, shape)
-            self.clock.call(timestep)
+                self.automatic.before(timestep, inputs)
+            self.clock.call(timestep, inputs)
             if self.step_sizes.matter and (size := self.clock.step_size()) is not None:
                 self.step_sizes.see(self.clock.name, size)
-            if not (self.clock.numbered or (isinstance(timestep, Tensor) and timestep.device.type != "cpu")):
-                self._count_visits()
-
-    def _count_visits(self) -> None:
-        """Warn at the third evaluation of a context at one timestep, where the clock gives it no state of its own."""
-        visits = self.visits.get(self.clock.context, 0) + 1 if self.clock.step_size() == 0 else 1
-        self.visits[self.clock.context] = visits
-        if visits == 3:
-            warn_once(
-                f"visits of {self.clock.name}",
-                f"{self.clock.name}: expected at most two evaluations at one timestep, got a third in the context "
-                f"{self.clock.context!r}. Tiles, windows or prompts that share a state are quantized against each "
-                "other, which costs quality. Put each into `with modiff.context(model, name):`.",
-            )
 
     def _refuse_other_thread(self) -> None:
         if self.thread != threading.get_ident() and any(t.ident == self.thread for t in threading.enumerate()):
             raise StateError(
                 f"{self.clock.name}: expected one evaluation at a time, got one while another thread is in one. The "
-                "states of a model belong to one trajectory. Give each thread a copy of the model, or let them wait "
-                "for each other; if the other evaluation was interrupted, begin with modiff.trajectory(model)."
+                "states of a model belong to one trajectory. Give each thread a copy that shares the weights, "
+                "modiff.clone(target), or let them wait for each other; if the other evaluation was interrupted, begin "
+                "with modiff.trajectory(model)."
             )
 
     def _after(self, *_: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import StateError, warn_once
+from modiff.nn.branches import Branches, Inputs
 
 _STARTING = threading.Lock()
 """One for all models, as clocks are copied with them: of two threads that start, one must see the other."""
@@ -48,40 +49,13 @@ class _Context:
         self.times.copy_(torch.cat([self.times[1:], now]))
 
 
-class _Branches:
-    """Numbers the evaluations at one timestep of one context: tiles, windows, guidance in several calls.
-
-    The first timestep tells the total. From then on evaluation k of a timestep is of branch k mod total, so a sampler
-    that visits a timestep twice, as Heun's does, stays in its branch.
-    """
-
-    def __init__(self) -> None:
-        self.first: float | None = None
-        self.now: float | None = None
-        self.count = self.total = 0
-
-    def number(self, now: float) -> tuple[int, bool]:
-        """The branch of the evaluation that begins, and whether the last timestep had as many as the first."""
-        regular = True
-        if now != self.now:
-            if self.first is None:
-                self.first = now
-            elif not self.total:
-                self.total = self.count
-            else:
-                regular = self.count % self.total == 0 and self.count <= 2 * self.total
-            self.now, self.count = now, 0
-        self.count += 1
-        return (self.count - 1) % (self.total or self.count), regular
-
-
 class Clock:
     """Shared by all layers of one model.
 
     tick: counts network evaluations, over all contexts. step: evaluations of the present context in this trajectory,
     from 0. ratio: size of this step over the last one, in units of the timestep, 0-d tensor or 1.0 when unknown.
-    numbered: several evaluations at one timestep in one context have their own states, for a host sync an evaluation; a
-    host whose timesteps move sets it.
+    numbered: also evaluations with the same inputs at one timestep have their own states, as tiles need; a host whose
+    timesteps move sets it.
     """
 
     def __init__(self, name: str) -> None:
@@ -92,7 +66,7 @@ class Clock:
         self._timestep: Tensor | float | None = None
         self._moment: tuple[float] | None = None
         self._contexts: dict[str, _Context] = {}
-        self._branches: dict[str, _Branches] = {}
+        self._branches: dict[str, Branches] = {}
         self._named: str | None = None  # the context that an evaluation of a branch returns to
         self._listeners: list[Callable[[], None]] = []
 
@@ -105,8 +79,9 @@ class Clock:
         with _STARTING:
             if self.active:
                 raise StateError(
-                    f"{self.name}: expected no running trajectory, got a second one. Trajectories of one model cannot "
-                    "nest. Leave the first `with modiff.trajectory(model):` before the next."
+                    f"{self.name}: expected no running trajectory, got a second one. The states of a model belong to "
+                    "one generation at a time. Leave the first `with modiff.trajectory(model):` before the next; for "
+                    "requests at the same time give each a copy that shares the weights, modiff.clone(target)."
                 )
             self._forget()
             self.active, self.inside, self.failed = True, False, False
@@ -124,9 +99,23 @@ class Clock:
         for forget in self._listeners:
             forget()
 
-    def call(self, timestep: Tensor | float | None) -> None:
+    def again(self) -> None:
+        """The first timestep came again, with the same inputs: a tile, or another trajectory of one step."""
+        branches = self._branches
+        self._branches = {}
+        self._forget()
+        self._branches = branches
+        for known in branches.values():
+            known.uncertain = True
+
+    def knows(self, inputs: Inputs) -> bool:
+        """Whether an evaluation of the present context had these inputs."""
+        return self.context in self._branches and self._branches[self.context].knows(inputs)
+
+    def call(self, timestep: Tensor | float | None, inputs: Inputs | None = None) -> None:
         """A network evaluation begins; `timestep` is what the network was given, None if it has none.
 
+        Evaluations whose `inputs` differ have states of their own. Cost: a host sync, where they are numbered.
         Raises: StateError if the one before raised inside this trajectory.
         """
         if self.failed:
@@ -139,8 +128,8 @@ class Clock:
             self.tick += 1
             self.inside = True
             now = None if timestep is None else middle(timestep)
-            if self.numbered and now is not None:
-                self._enter_branch(float(now))
+            if self.numbered or inputs is not None:
+                self._enter_branch(now, inputs or Inputs())
             self._contexts.setdefault(self.context, _Context()).move(now)
 
     def returned(self) -> None:
@@ -153,19 +142,25 @@ class Clock:
         self.inside, self.failed = False, self.active
         self._leave_branch()
 
-    def _enter_branch(self, now: float) -> None:
+    def _enter_branch(self, timestep: Tensor | None, inputs: Inputs) -> None:
         """Until the evaluation ends, the context is that of its branch."""
         self._leave_branch()  # of an evaluation that never ended
         name, known = self.context, self._branches.get(self.context)
-        if known is not None and known.total and now == known.first:
-            self._forget()  # the first timestep comes again after others: another generation
-        branch, regular = self._branches.setdefault(name, _Branches()).number(now)
+        if timestep is None:
+            now, inputs = None, Inputs(inputs.shape)  # no step tells which conditions stay
+        else:  # without a host sync every evaluation is a step
+            now = float(timestep) if self.numbered or timestep.device.type == "cpu" else float("nan")
+        if self.numbered and known is not None and known.ended(now):
+            self._forget()  # another generation
+        branches = self._branches.setdefault(name, Branches())
+        branch, regular = branches.number(now, inputs, ordered=self.numbered)
         if not regular:
             warn_once(
                 f"branches of {self.name}",
-                f"{self.name}: expected as many evaluations at each timestep as at the first, got another number "
-                f"before timestep {now:g}. Evaluations of different inputs may share a state, which costs quality. "
-                "Put each into `with modiff.context(model, name):`.",
+                f"{self.name}: expected as many evaluations at each timestep as at the first, two at most in a loop of "
+                f"yours, got another number under the same conditions at timestep {now} or before it. Evaluations of "
+                "different inputs may share a state, which costs quality. Put each into `with "
+                "modiff.context(model, name):`.",
             )
         if branch:
             self._named, self.context = name, f"{name} #{branch}"

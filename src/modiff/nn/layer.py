@@ -235,9 +235,8 @@ class ModulatedLayer(nn.Module):
             read: None outside of a graph; in it the number of what the layer reads there, as `Source` has it.
         """
         spec = self.spec
-        if x.numel() == 0:
-            raise StateError(f"{spec.name}: expected at least one sample, got an empty batch {tuple(x.shape)}. "
-                             "An empty input has no range to quantize. Skip empty batches.")  # fmt: skip
+        if x.numel() == 0:  # no range to quantize: an expert that nothing was sent to
+            return self.operator.affine(x)
         if spec.kernel_size and x.dim() != len(spec.kernel_size) + 2:
             raise StateError(
                 f"{spec.name}: expected {len(spec.kernel_size) + 2} axes (batch, channels, ...), got {tuple(x.shape)}. "

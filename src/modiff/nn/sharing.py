@@ -14,7 +14,7 @@ from modiff.core.affine import QParams
 from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, encode
-from modiff.errors import StateError
+from modiff.errors import StateError, warn_once
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.native import fingerprint
 from modiff.nn.clock import Clock
@@ -110,7 +110,7 @@ class InputState:
     def read(self, where: str, x: Tensor, fusion: InputFusion | None, read: int | None) -> Update:
         """The update for `x`: encoded for the first reader of the evaluation, the same for all others.
 
-        Raises: StateError if shape or device changed inside the trajectory, or the readers no longer agree.
+        It begins again where shape or device changed. Raises: StateError if the readers no longer agree.
         """
         if self.tick == self.clock.tick and self.update is not None:
             if self._source is None or not self._source.carries(x, read):
@@ -120,15 +120,17 @@ class InputState:
                 )
             return self.update
         every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
-        if every and (self.clock.step - turn) % every == 0:
-            self.states, self._shape, self.age = (), None, 0
         shape = (x.shape, x.device)
-        if self._shape is not None and self._shape != shape:
-            raise StateError(
-                f"{where}: expected an input of shape {tuple(self._shape[0])} on {self._shape[1]}, got "
-                f"{tuple(x.shape)} on {x.device}. The batch or image size changed inside one trajectory. Wrap each "
-                "generation in its own `with modiff.trajectory(model):`."
+        other = self._shape is not None and self._shape != shape
+        if other:
+            warn_once(
+                f"rows of {self.clock.name}",
+                f"{where}: expected an input of shape {tuple(self._shape[0])} on {self._shape[1]}, as in the step "
+                f"before, got {tuple(x.shape)} on {x.device}. Its states begin again. A layer whose rows change at "
+                "every step, as those of experts do, gains nothing from states: exclude it.",
             )
+        if other or (every and (self.clock.step - turn) % every == 0):
+            self.states, self.age = (), 0
         self.update = self.advance(x, fusion)
         shared = self.readers > 1 or (self.open and not self.count)
         self._shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, shared)

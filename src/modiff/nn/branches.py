@@ -1,0 +1,157 @@
+"""Which branch of a trajectory an evaluation is of: guidance in several calls, tiles, rows that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff.nn.weight import version_of
+
+_MOST = 8
+"""Sets of conditions with one shape of the sample that are told apart; beyond, the most similar one is taken."""
+_PLAIN = (bool, int, str)
+
+
+class Inputs(NamedTuple):
+    """What a network was given, but for the values of its sample and its timestep.
+
+    shape: of the sample. conditions: prompts, masks, classes, flags by name, each with its version counter.
+    """
+
+    shape: torch.Size | None = None
+    conditions: Mapping[str, tuple[Any, int]] = {}
+
+
+def inputs_of(args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: object) -> Inputs:
+    """The inputs of a call, whose sample and timestep are known.
+
+    Images, lists of tensors and single floats (scales of guidance, other times) change from step to step: left out.
+    """
+    named: dict[str, Any] = {str(i): value for i, value in enumerate(args)} | dict(kwargs)
+    for name, inner in [item for item in named.items() if isinstance(item[1], dict)]:
+        named |= {f"{name}.{key}": value for key, value in inner.items()}
+    conditions: dict[str, tuple[Any, int]] = {}
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            dims = (2, 3) if value.is_floating_point() else (0, 1, 2, 3)
+            if value is not sample and value is not timestep and value.dim() in dims:
+                conditions[name] = (value, version_of(value))
+        elif isinstance(value, _PLAIN) or (
+            isinstance(value, (list, tuple)) and all(isinstance(v, _PLAIN) for v in value)
+        ):
+            if value is not timestep:
+                conditions[name] = (value, 0)
+    return Inputs(None if sample is None else sample.shape, conditions)
+
+
+def _same(one: tuple[Any, int] | None, other: tuple[Any, int] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    (x, before), (y, version) = one, other
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return type(x) is type(y) and x == y
+    if x is y or version_of(x) != before:  # written in place since, what it held is gone
+        return x is y and version == before
+    return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device) and torch.equal(x, y)
+
+
+class _Order:
+    """Numbers the evaluations of the same inputs at one timestep: tiles, windows.
+
+    The first timestep tells the total, unless it is known. From then on evaluation k of a timestep is number k mod
+    total, so a sampler that visits a timestep twice, as Heun's does, stays in its branch.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.now: float | None = None
+        self.count, self.total = 0, total
+
+    def number(self, now: float) -> tuple[int, bool]:
+        """That of the evaluation that begins, and whether the last timestep had as many as the first."""
+        regular = True
+        if now == self.now:
+            self.count += 1
+        else:
+            self.total = self.total or self.count
+            regular = not self.count or (self.count % self.total == 0 and self.count <= 2 * self.total)
+            self.now, self.count = now, 1
+        return (self.count - 1) % (self.total or self.count), regular
+
+
+class _Kind:
+    """Evaluations of one shape of the sample under the same conditions.
+
+    changing: conditions that turned out to differ from step to step. settled: the others came again at a later
+    timestep. step: the last timestep that had one, counted. visits: how many it had.
+    """
+
+    def __init__(self, inputs: Inputs, total: int) -> None:
+        self.inputs, self.order = inputs, _Order(total)
+        self.changing: set[str] = set()
+        self.settled, self.step, self.visits = False, -1, 0
+
+    def differences(self, inputs: Inputs) -> set[str]:
+        """The conditions that are not what they were."""
+        mine, others = self.inputs.conditions, inputs.conditions
+        return {n for n in ({*mine, *others} - self.changing) if not _same(mine.get(n), others.get(n))}
+
+
+class Branches:
+    """Those of one context. Evaluations whose conditions or shape of the sample differ are of different branches.
+
+    Conditions that change from step to step tell nothing: at the third timestep, where none has come again, an
+    evaluation goes on with the branch of the one before that differs least.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: list[_Kind] = []
+        self.first: float | None = None
+        self.now: float | None = None
+        self.step = -1
+        self.uncertain = False
+        self._numbers: dict[tuple[int, int], int] = {}
+
+    def knows(self, inputs: Inputs) -> bool:
+        """Whether an evaluation had these inputs."""
+        return any(kind.inputs.shape == inputs.shape and not kind.differences(inputs) for kind in self.kinds)
+
+    def ended(self, now: float | None) -> bool:
+        """Whether the first timestep comes again after others."""
+        return now is not None and now == self.first != self.now
+
+    def number(self, now: float | None, inputs: Inputs, *, ordered: bool) -> tuple[int, bool]:
+        """The branch of the evaluation that begins; False where it is not certain. ordered: repeats have their own."""
+        if now != self.now or self.step < 0:
+            self.now, self.step = now, self.step + 1
+            self.first = now if self.step == 0 else self.first
+        kind = self._kind(inputs)
+        again = kind.step == self.step
+        kind.step, kind.visits = self.step, kind.visits + 1 if again else 1
+        number, regular = kind.order.number(now) if ordered and now is not None else (0, now is None or kind.visits < 3)
+        index = self._numbers.setdefault((self.kinds.index(kind), number), len(self._numbers))
+        return index, regular or self.uncertain
+
+    def _kind(self, inputs: Inputs) -> _Kind:
+        alike = [kind for kind in self.kinds if kind.inputs.shape == inputs.shape]
+        differing = {kind: kind.differences(inputs) for kind in alike}
+
+        def visits(kind: _Kind) -> int:
+            return kind.visits if kind.step == self.step else 0
+
+        if fitting := [kind for kind in alike if not differing[kind]]:
+            kind = min(fitting, key=visits)
+            kind.settled |= 0 <= kind.step < self.step
+            return kind
+        early = self.step < (2 if self.now == self.now else _MOST)
+        if len(alike) < _MOST and (early or not alike or any(kind.settled for kind in alike)):
+            totals = (kind.order.total or kind.order.count for kind in self.kinds if self.step)
+            self.kinds.append(_Kind(inputs, max(totals, default=0)))
+            return self.kinds[-1]
+        recent = [kind for kind in alike if kind.step >= self.step - 1] or alike
+        kind = min(recent, key=lambda kind: (visits(kind), len(differing[kind]), -kind.step))
+        for one in recent:
+            one.changing |= differing[kind]
+        return kind
