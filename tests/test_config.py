@@ -28,13 +28,9 @@ def test_a_config_survives_json_and_plain_dictionaries_with_every_field(config):
     assert set(config.to_dict()["layer"]) == {f.name for f in dataclasses.fields(config.layer)}
 
 
-def test_missing_fields_take_their_defaults_also_in_configs_from_before_there_were_more():
+def test_missing_fields_take_their_defaults():
     assert ModiffConfig.from_json("{}") == ModiffConfig()
     assert LayerConfig.from_dict({"modulation": None}).modulation is None
-    old = {"layer": {"activation": {"bits": 4, "granularity": "auto", "symmetric": True, "dynamic": False, "clip": 1}}}
-    config = ModiffConfig.from_dict(old)
-    assert config.attention is None
-    assert config.layer.activation == QuantizerConfig(bits=4, dynamic=False, lowest="measured", step_groups=1)
 
 
 ZERO = QuantizerConfig(symmetric=False, lowest="zero")

@@ -19,28 +19,16 @@ def test_a_short_name_is_the_method_at_its_bits_and_there_are_no_others():
     assert {name: as_config(name) for name in PRESETS} == named
 
 
-@pytest.mark.parametrize("bits", [(8, 4), (None, 3), (4, None)])
-def test_the_families_differ_in_one_setting_from_one_to_the_next(bits):
-    weight, activation = WeightConfig(bits=bits[0]), QuantizerConfig(bits=bits[1])
-    settings = {
-        presets.modulated: ModulationConfig(),
-        presets.plain: None,
-        presets.published: ModulationConfig(anchor_weights="quantized"),
-        presets.uncompensated: ModulationConfig(error_compensation="none", anchor_weights="quantized"),
-    }
-    for preset, modulation in settings.items():
-        layer = LayerConfig(weight=weight, activation=activation, modulation=modulation)
-        assert preset(*bits) == ModiffConfig(layer=layer)
-
-
-@pytest.mark.parametrize(
-    ("bits", "clip", "predictor"), [(8, 1.0, "linear"), (4, 0.8, "linear"), (3, 0.6, "linear"), (2, 0.45, "hold")]
-)
-def test_the_tuned_settings_clip_more_at_fewer_bits_and_predict_where_it_is_stable(bits, clip, predictor):
-    layer = presets.tuned(None, bits).layer
-    assert (layer.weight.bits, layer.activation.bits, layer.activation.clip) == (None, bits, clip)
-    assert (layer.modulation.predictor, layer.rotation) == (predictor, "hadamard")
-    assert predictor == "hold" or layer.modulation.gain == 0.8
+def test_the_families_differ_in_their_loop_and_tuned_is_stable_at_any_bits():
+    weight, activation, paper = WeightConfig(bits=4), QuantizerConfig(bits=None), {"anchor_weights": "quantized"}
+    for preset, loop in (
+        (presets.modulated, ModulationConfig()),
+        (presets.plain, None),
+        (presets.published, ModulationConfig(**paper)),
+        (presets.uncompensated, ModulationConfig(**paper, error_compensation="none")),
+    ):
+        assert preset(4, None).layer == LayerConfig(weight=weight, activation=activation, modulation=loop)
+    assert {presets.tuned(None, bits).layer.rotation for bits in range(2, 9)} == {"hadamard"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +40,8 @@ def test_the_tuned_settings_clip_more_at_fewer_bits_and_predict_where_it_is_stab
         ("modulated:8:0", presets.modulated(8, 0)),
         ("w8a8:integer", presets.w8a8().on_integers()),
         ("plain:4:8:integer", presets.plain(4, 8).on_integers()),
+        ("W8A4", presets.modulated(8, 4)),
+        ("w32a6:integer", presets.modulated(None, 6).on_integers()),
         (presets.w8a4, presets.modulated(8, 4)),
         (presets.tuned, presets.tuned(bits=4)),
         (presets.w4a8().to_dict(), presets.w4a8()),
@@ -77,9 +67,10 @@ def test_a_json_file_is_a_config_and_other_content_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("w8a5x", ConfigError, "expected a preset .*w8a4.* got 'w8a5x'"),
+        ("w8a5x", ConfigError, "expected bits such as .*w8a4.* got 'w8a5x'"),
+        ("w16a16", ConfigError, "bits: expected None, 0 or 2 to 8, got 16"),
         ("modulated:8", ConfigError, "modulated:8:4"),
-        ("modulated:8:four", ConfigError, "expected a preset"),
+        ("modulated:8:four", ConfigError, "expected bits such as"),
         ("plain:8:1", ConfigError, "expected None, 0 or 2 to 8, got 1"),
         ("tuned:8:32", ConfigError, "tuned: expected 2 to 8 activation bits"),
         ("absent.json", FormatError, "absent.json: expected a JSON file of a ModiffConfig, got .*No such file"),

@@ -116,7 +116,6 @@ def test_a_page_speaks_the_words_of_the_field(path: Path) -> None:
     [
         ("class SilentCoder: ...\n", ["SilentCoder: quantizer"], []),
         ("def f(twin): return twin.stream\n", ["stream: state", "twin: quantized layer"], []),
-        ("f(coder=1)  # anew\n", ["coder: quantizer"], ["anew: again"]),
         ("# so many, beside\n", [], ["beside: next to, or in addition to", "so many: the number"]),
         ('"""The Twin of\n   a layer."""\n', [], ["Twin: quantized layer"]),
         ("encoder = upstream = 'decoders, downstream, renewal'\n", [], []),

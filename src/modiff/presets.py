@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ def as_config(config: AnyConfig | None) -> ModiffConfig:
 
     Args:
         config: a ModiffConfig; its dictionary; a preset, with parentheses or without; the path of a JSON file written
-            from `to_json()`; or a name: "w8a4" (a preset) or "modulated:8:4" (a family of presets with weight bits and
+            from `to_json()`; or a name: "w8a4", or "modulated:8:4" (a family of presets with weight bits and
             activation bits; 32 is full precision), either with ":integer" behind it to execute on integers.
     Raises: ConfigError for a name or bit width that does not exist; FormatError for a file that cannot be read.
 
@@ -105,16 +106,15 @@ def _named(text: str) -> ModiffConfig:
     name, colon, execution = text.rpartition(":")
     if colon and execution == "integer":
         return _named(name).on_integers()
-    if text in PRESETS:
-        return PRESETS[text]()
-    family, *bits = text.split(":")
+    short = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
+    family, *bits = ["modulated", *short.groups()] if short else text.split(":")
     if family in FAMILIES and len(bits) == 2 and all(b.isdecimal() for b in bits):
         weight, activation = (None if int(b) == FULL_PRECISION else int(b) for b in bits)
         return FAMILIES[family](weight, activation)
     if text.endswith(".json") or Path(text).is_file():
         return _read(Path(text))
     raise ConfigError(
-        f"config: expected a preset ({', '.join(PRESETS)}), a family with weight and activation bits "
+        f"config: expected bits such as {', '.join(PRESETS)}, a family with weight and activation bits "
         f"({', '.join(FAMILIES)}, as in modulated:8:4), or a JSON file, got {text!r}. No config has this name. "
         "Use config='w8a4'."
     )
