@@ -49,7 +49,7 @@ VALUES: dict[type, dict[str, tuple[object, ...]]] = {
     LayerConfig: {"rotation": ("fourier",), "rotation_block": (1, 48), "activation": ({"bits": 4},),
                   "weight": (None,)},
     ModiffConfig: {"include": ("down.*",), "exclude": (("a", 3),), "overrides": ((("a",),),),
-                   "first_last": ("skip",), "share_residuals": (True,)},
+                   "first_last": ("skip",), "share_residuals": (True,), "min_weights": (-5, 0.5, True)},
 }  # fmt: skip
 
 

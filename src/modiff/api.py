@@ -18,7 +18,7 @@ from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
 from modiff.checkpoint.module_folder import bytes_of
-from modiff.config import ModiffConfig, PackedAnchors
+from modiff.config import ModiffConfig, PackedAnchors, check
 from modiff.hosts.host import host_of, modulated_networks, network_named, networks_of, trajectories
 from modiff.hosts.load import load_target
 from modiff.model.apply import check_removable, install, uninstall
@@ -153,6 +153,7 @@ def load(
         `into` (runs inside `modiff.trajectory`); packed.
     Raises: FormatError for a damaged folder, before anything large is allocated; ConfigError for a wrong `into`.
     """
+    check("load.dtype", dtype, isinstance(dtype, torch.dtype), "a torch dtype", "Use torch.bfloat16.")
     return load_target(folder, into, device, dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def _fits(hint: Any, value: Any) -> bool:
             return False
         return all(_fits(items[0] if items[-1] is Ellipsis else items[i], item) for i, item in enumerate(value))
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint)
 
 
@@ -111,7 +112,13 @@ def _expected(hint: Any) -> str:
     """The annotation in words."""
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", types.NoneType: "None"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a string",
+        types.NoneType: "None",
+    }
     if isinstance(hint, types.UnionType):
         return " or ".join(_expected(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -339,6 +346,10 @@ class ModiffConfig(JsonConfig):
     share_residuals: Automatic = "auto"
     split_shortcuts: Automatic = "auto"
     attention: AttentionConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("min_weights", self.min_weights >= 0, "0 or more", "0 takes layers of any size.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

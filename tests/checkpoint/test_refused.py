@@ -119,6 +119,8 @@ def test_the_module_to_load_into_must_be_plain_and_of_the_right_class(saved):
         modiff.load(saved, into=model)
     with pytest.raises(ConfigError, match=r"load: expected into=, a Toy in full precision, got none"):
         modiff.load(saved)
+    with pytest.raises(ConfigError, match=r"load\.dtype: expected a torch dtype, got 'float16'"):
+        modiff.load(saved, into=toy(), dtype="float16")
     with pytest.raises(FormatError, match="expected the config of a ToyUNet, got one of 'Toy'"):
         modiff.load(saved, into=toy_unet())
     with pytest.raises(FormatError, match=r"nowhere.config\.json: expected the config of a saved model, got FileNotF"):
@@ -129,12 +131,18 @@ def wrap(model: nn.Module) -> None:
     model.attention.to_q = nn.Sequential(model.attention.to_q)
 
 
+def lose_scales(model: nn.Module) -> None:
+    modiff.pack(model)
+    model.body.weight_scale = None
+
+
 @pytest.mark.parametrize(
     ("config", "change", "anchors", "error", "message"),
     [
         (None, modiff.remove, "quantized", StateError, "save: expected a model with modulated layers, got a plain Toy"),
         (None, wrap, "quantized", StateError, r"attention.to_q: expected the layer that modiff put there.*unload_lora"),
         (None, lambda m: m.body.to(device="meta"), "quantized", StateError, "body: expected a weight in memory, got"),
+        (presets.w4a8(), lose_scales, "quantized", StateError, "expected the buffer weight_scale, got none"),
         (presets.w4a8(), modiff.pack, "int8", StateError, "body: expected a float weight, got a packed one without"),
         (None, lambda m: m, "int8", ConfigError, "save.anchor_weights: expected 'quantized' for Toy, got 'int8'"),
     ],

@@ -30,6 +30,12 @@ def test_each_run_starts_from_other_noise_and_the_same_each_time():
     assert_same_bits(torch.cat(seen), torch.stack([*noise, *noise[:2]]))
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("steps", {"steps": 0}), ("num_images", {"batch": 0})])
+def test_a_trajectory_without_steps_or_images_is_refused(name, wrong):
+    with pytest.raises(ConfigError, match=f"^{name}: expected 1 or more, got 0"):
+        calibration_run(HOSTS["ddim"].build(), **{"steps": 2, "batch": 1} | wrong)
+
+
 @pytest.mark.parametrize(("scheduler", "count"), [("ddim", 5), ("heun", 9), ("dpm++2m", 5)])
 def test_evaluations_are_counted_as_the_scheduler_runs_them(scheduler, count):
     host = HOSTS["sd"]

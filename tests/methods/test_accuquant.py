@@ -59,7 +59,12 @@ def test_class_conditional_guidance_in_one_batch_is_followed_whichever_branch_co
 
 
 def test_settings_samplers_with_a_memory_and_modules_that_cannot_be_are_refused():
-    for name, value in (("group_size", 0), ("activation_bits", None), ("learning_rate", 0.0)):
+    for name, value in (
+        ("group_size", 0),
+        ("activation_bits", None),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+    ):
         with pytest.raises(ConfigError, match=rf"AccuquantConfig\.{name}: expected .*, got {value}"):
             dataclasses.replace(QUICK, **{name: value})
     pipe = set_scheduler(HOSTS["ddpm"].build(), "dpmsolver++")

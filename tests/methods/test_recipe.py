@@ -93,7 +93,7 @@ def test_work_of_another_job_is_never_mixed_in(tmp_path):
 def test_what_cannot_be_calibrated_is_refused_and_stays_as_it_was():
     pipe, config = small.build(), SMALL["q_diffusion"]
     with pytest.raises(ConfigError, match=r"expected evaluations_per_run=, got none\. A module alone"):
-        quantize(pipe.unet, config)
+        quantize(pipe.unet, methods.QDiffusionConfig)
     with pytest.raises(modiff.CalibrationError, match="expected 3 evaluations"):
         quantize(pipe, config, run=lambda i: small.call(pipe, steps=2, batch=2), progress=False)
     with pytest.raises(modiff.CalibrationError, match="expected calls with the one before each, got none among 1"):

@@ -115,7 +115,7 @@ def _modulated(name: str, method: Method, config: MethodConfig, modulated: bool)
 
 def quantize(
     target: Any,
-    method: str | MethodConfig,
+    method: str | MethodConfig | Callable[[], MethodConfig],
     *,
     quick: bool = False,
     run: Callable[[int], object] | None = None,
@@ -130,7 +130,8 @@ def quantize(
 
     Args:
         target: a pipeline with one denoiser; or a module, with `run` and `evaluations_per_run` for calibration.
-        method: its settings, or its name, which stands for the paper's settings, or for the `quick` ones.
+        method: its settings, their class, or its name, which stand for the paper's settings; a name also for `quick`
+            ones.
         run: `run(i)` generates the `config.batch` images of trajectory i; needed where the pipeline takes a prompt.
         evaluations_per_run: of the network in a trajectory; the scheduler says it when None.
         folder: keeps the calibration data and what was learned, so that an interrupted job goes on, to the same bits.
@@ -139,7 +140,8 @@ def quantize(
         job's; FormatError for a damaged folder. The target is as before then.
     Cost: as the method's settings say; with a folder, one pass over the weights.
     """
-    config = method_config(method, quick=quick) if isinstance(method, str) else method
+    config = method() if callable(method) else method
+    config = method_config(config, quick=quick) if isinstance(config, str) else config
     name = name_of(config)
     path = None if folder is None else Path(folder)
     job = MethodJob(target, config, run, evaluations_per_run, path, progress)

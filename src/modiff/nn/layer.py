@@ -155,13 +155,15 @@ class ModulatedLayer(nn.Module):
             self.hold_packed(self.packed_state(anchor_weights))
 
     def packed_state(self, anchor_weights: PackedAnchors = "quantized") -> dict[str, Tensor]:
-        """All tensors of the packed weight, by their names in `PACKED`, as `pack` would keep them or has kept them."""
+        """All tensors of the packed weight, by their names in `PACKED`, as `pack` would keep them or has kept them.
+
+        Raises: StateError if a packed layer lost its scales.
+        """
         stored = self.operator.weight
         if self.packed:
-            return {
-                "weight": stored.detach(),
-                **{name: self._buffers[name] for name in PACKED if name in self._buffers},
-            }
+            names = PACKED[1:] if self.keeps_error() else (SCALE,)
+            quantized: Any = self.quantized_weight
+            return {"weight": stored.detach()} | {name: quantized.buffer(name) for name in names}
         tensors = pack_codes(self.quantized_weight.codes(stored), self.config.weight.bits or 8)
         if self.keeps_error(anchor_weights):
             tensors += pack_codes(self.quantized_weight.error(stored), 8)

@@ -79,7 +79,14 @@ class PackedWeight(QuantizedWeight):
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """The codes as they are kept, and their scales."""
-        return self._parameters["weight"].detach(), self._buffers[SCALE]
+        return self._parameters["weight"].detach(), self.buffer(SCALE)
+
+    def buffer(self, name: str) -> Tensor:
+        """A tensor of the weight other than its codes. Raises: StateError without it."""
+        if (value := self._buffers.get(name)) is None:
+            raise StateError(f"{self.name}: expected the buffer {name}, got none. Codes mean nothing without their "
+                             "scales. Load the model again.")  # fmt: skip
+        return value
 
     def dense(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the codes, two at 4 bits."""
@@ -114,7 +121,7 @@ class PackedWeight(QuantizedWeight):
         self.floats()
 
     def _split(self, codes: Tensor, scale: str) -> tuple[WeightCodes, ...]:
-        scales = self._buffers[scale].reshape(len(codes), -1, *[1] * (codes.dim() - 2)).split(1, 1)
+        scales = self.buffer(scale).reshape(len(codes), -1, *[1] * (codes.dim() - 2)).split(1, 1)
         return tuple((c, QParams(s, None)) for c, s in zip(codes.split(self.columns, 1), scales, strict=True))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from modiff.config import check
 from modiff.errors import ConfigError
 
 _VIDEO = ("num_frames", "frames")
@@ -21,6 +22,8 @@ def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: in
     Pipelines that draw classes get other ones in each run, drawn evenly from all: their activation ranges differ.
     Raises: ConfigError if the pipeline needs a prompt, or other inputs.
     """
+    for name, number in (("steps", steps), ("num_images", batch)):
+        check(name, number, type(number) is int and number >= 1, "1 or more", "A trajectory has as many.")
     parameters = inspect.signature(pipe.__call__).parameters
     if "prompt" in parameters:
         raise ConfigError(
