@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff import presets
-from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.config import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 from modiff.evaluate.analysis.watch import watch
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer
@@ -104,8 +104,6 @@ def test_full_precision_activations_leave_the_weight_error_alone() -> None:
     chosen = dataclasses.replace(config(), activation=QuantizerConfig(bits=None))
     rows = watched(layer, inputs, chosen, [3.0, 2.0, 1.0])["steps"]
     assert all(r["input_error"] == 0 and r["code_error"] is None and r["output_error"] > 0 for r in rows)
-    exact = dataclasses.replace(chosen, weight=WeightConfig(bits=None))
-    assert all(r["output_error"] == 0 for r in watched(layer, inputs, exact, [3.0, 2.0, 1.0])["steps"])
 
 
 def test_layers_that_no_scale_fits_are_named() -> None:

@@ -50,10 +50,8 @@ def extractor(tmp_path_factory: pytest.TempPathFactory) -> Inception:
 
 
 def test_the_size_is_that_of_the_published_network() -> None:
-    """Names and order are those that the network written apart reads."""
     with torch.device("meta"):
         network = InceptionNetwork()
-    assert len({name.removesuffix(".conv.weight") for name in shapes() if "conv" in name}) == 94
     # torch's own Inception-v3 without its auxiliary head has 23 834 568 parameters at 1000 classes
     assert sum(parameter.numel() for parameter in network.parameters()) == 23_834_568 + 8 * 2049
     assert {norm.eps for norm in network.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.001}

@@ -46,19 +46,6 @@ def test_percentiles_are_those_of_the_values_and_centring_moves_them_onto_the_es
     assert (centred["low"], centred["high"]) == (pytest.approx(low + 7), pytest.approx(high + 7))
 
 
-def test_a_resample_draws_rows_with_replacement_as_many_as_there_are() -> None:
-    seen: list[list[int]] = []
-
-    def look(rows: Tensor) -> float:
-        seen.append(rows.tolist())
-        return 0.0
-
-    bootstrap(look, [torch.arange(50)], resamples=200, seed=1)
-    assert seen.pop(0) == list(range(50))  # the estimate
-    assert {len(rows) for rows in seen} == {50}
-    assert {row for rows in seen for row in rows} == set(range(50))
-
-
 def test_pairs_stay_together_and_independent_sets_do_not() -> None:
     first = normal(2, 60)
 

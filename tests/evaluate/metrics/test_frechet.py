@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modiff.errors import ConfigError
 from modiff.evaluate.metrics.bootstrap import bootstrap
-from modiff.evaluate.metrics.frechet import Moments, feature_rows, frechet_distance, frechet_interval, spatial_rows
+from modiff.evaluate.metrics.frechet import Moments, feature_rows, frechet_distance, frechet_interval
 from tests.evaluate.metrics.features import feature_sets, gaussian, rotation
 from tests.reference import metrics as reference
 
@@ -79,14 +79,6 @@ def test_fewer_images_than_dimensions_give_the_distance_within_the_space_they_sp
     plane, other = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64) * 2 + 1
     frame = rotation(5, 40)[:, :2]
     assert distance(plane @ frame.T, other @ frame.T) == pytest.approx(distance(plane, other), rel=1e-6)
-
-
-def test_spatial_rows_hold_the_first_seven_channels_at_every_position_and_see_mirrored_maps() -> None:
-    maps = torch.rand(50, 9, 1, 4, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0, 4.0])
-    rows, mirrored = spatial_rows(maps), spatial_rows(maps.flip(3))
-    assert torch.equal(rows.view(50, 7, 1, 4), maps[:, :7])
-    moved = sum((a - b) ** 2 for a, b in zip((1, 2, 3, 4), (4, 3, 2, 1), strict=True)) * 7 / 4  # of the means alone
-    assert distance(rows, mirrored) > 0.8 * moved  # their averages over positions are the same
 
 
 def test_the_estimate_is_the_distance_and_lies_inside_while_plain_percentiles_lie_above() -> None:

@@ -40,6 +40,8 @@ def texts(table: Table) -> list[list[str]]:
 
 def test_every_figure_of_every_configuration_is_in_the_long_table(suite: Suite, report: Document) -> None:
     lines = [(row[0].text, row[1].text, row[2].value, row[-1].text) for row in block(report, "figures").rows]
+    assert Verbatim("modiff evaluate 'my model'") in report.sections[-2].blocks
+    assert dict(texts(block(report, "environment")))["torch"] == suite.environment["torch"]
     assert lines == [(r.plan.name, m["label"], m["value"], m["note"]) for r in suite.rows for m in r.metrics]
 
 
@@ -63,11 +65,3 @@ def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(repor
     for chart in charts:
         for part in ("8 steps", "4 steps", "2 steps", "plain W8A4", "modulated W8A4"):
             assert part in chart.alt, (chart.name, part)
-
-
-def test_the_command_and_the_environment_are_told(suite: Suite, report: Document) -> None:
-    assert Verbatim("modiff evaluate 'my model'") in report.sections[-2].blocks
-    settings = dict(texts(block(report, "settings")))
-    assert (settings["num_images"], settings["seed"], settings["extractor"]) == ("10", "3", "quadrants")
-    assert settings["configurations"] == ", ".join(row.plan.name for row in suite.rows)
-    assert dict(texts(block(report, "environment")))["torch"] == suite.environment["torch"]
