@@ -32,7 +32,8 @@ METRICS_HELP = f"Also {' and '.join(EXTRAS)}, between commas: lpips to full prec
 SCHEDULER_HELP = options.SCHEDULER_HELP.replace("the model's own", "ddim, or the model's own for flow matching,")
 EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
-    "another, or an Inception-v3 file: only with it is a distance called FID."
+    "another, an Inception-v3 file: only with it is a distance called FID; or 'none': images are compared one by one. "
+    "The classifier for grey images when left out, otherwise none."
 )
 CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
 
@@ -46,7 +47,7 @@ def evaluate(
     quiet: options.Quiet = False,
     report: Annotated[Path | None, typer.Option("--report", callback=options.folder_path, help=REPORT_HELP)] = None,
     output: options.Folder = Path("modiff-evaluation"),
-    extractor: Annotated[str, typer.Option("--extractor", help=EXTRACTOR_HELP)] = "classifier",
+    extractor: Annotated[str | None, typer.Option("--extractor", help=EXTRACTOR_HELP)] = None,
     metrics: Annotated[str | None, typer.Option("--metrics", hidden=not EXTRAS, help=METRICS_HELP)] = None,
     clip: Annotated[Path | None, typer.Option("--clip", hidden="clip" not in EXTRAS, help=CLIP_HELP)] = None,
     prompt: options.Prompt = None,
@@ -81,8 +82,8 @@ def evaluate(
     conditions = options.conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels)
     extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
     pipe = options.quiet_pipeline(model, device)
-    judge = load_extractor(extractor, device=device)
     source = PipelineSource(pipe, sampler=scheduler or usual_sampler(pipe), seed=seed, conditions=conditions)
+    judge = load_extractor(extractor, channels=source.shape[-1], device=device)
     suite = run_suite(source, judge, chosen, output, reference=reference, extras=extras, batch_size=batch_size)
     _show(suite, source, model, json_file, report)
 

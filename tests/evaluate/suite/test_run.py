@@ -13,8 +13,11 @@ import pytest
 from modiff import presets
 from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError
+from modiff.evaluate.features.load import load_extractor
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.pipelines import PipelineSource
+from modiff.evaluate.report.page import markdown
+from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.judge import measurement
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of, preset
 from modiff.evaluate.suite.run import Row, Suite, run_suite, watched_layers
@@ -176,3 +179,18 @@ def test_the_table_as_it_is_printed() -> None:
     ]
     assert "mine features" in text
     assert "500 images: the distance is biased" in text
+
+
+def test_without_an_extractor_images_are_compared_one_by_one_and_the_report_stands(tmp_path: Path) -> None:
+    extractor, chosen = load_extractor(None, channels=3), dataclasses.replace(CHOSEN, num_images=2)
+    suite = run_suite(FakeSource(), extractor, chosen, tmp_path, resamples=10, progress=False)
+    names = [set(values(row)) for row in suite.rows]
+    costs = {"gbops", "state_mib", "seconds"}
+    assert names == [costs, *[costs | {"relative_l2", "psnr_db", "ssim"}] * 3]
+    assert "FD" not in suite.table().replace("For distances", "")
+    assert "one by one" in suite.table()
+    report = suite_document(suite, ["modiff"])
+    assert [figure.name for figure in report.figures()][-2:] == ["relative-l2-by-gbops", "relative-l2-by-seconds"]
+    assert "as-sets" not in markdown(report)
+    with pytest.raises(ConfigError, match="reference: expected an extractor with it"):
+        run_suite(FakeSource(), extractor, chosen, tmp_path, reference=tmp_path, progress=False)

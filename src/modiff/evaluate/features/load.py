@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from modiff.assets import classifier_folder
 from modiff.errors import FormatError
 from modiff.evaluate.features.classifier import WEIGHTS, ClassifierFeatures, load_classifier
-from modiff.evaluate.features.extractor import FeatureExtractor, file_digest
+from modiff.evaluate.features.extractor import FeatureExtractor, Features, file_digest
 from modiff.evaluate.features.inception import Inception
 
-DEFAULT_EXTRACTOR = "classifier"
+DEFAULT_EXTRACTOR, NONE = "classifier", "none"
 CLASSIFIERS = {DEFAULT_EXTRACTOR: "embedded", "cifar10-classifier": "cifar10"}
 """The classifiers of the package: of which model's data each is."""
 
@@ -26,13 +29,27 @@ _NAMES: dict[str, tuple[str | None, str]] = {
 """Name with Inception, and without. Precision and recall are published with several networks, so they always say it."""
 
 
-def load_extractor(text: str, *, device: str = "cpu") -> FeatureExtractor:
+class NoFeatures:
+    """The extractor "none": images are compared one by one, and never as sets."""
+
+    name, dimension = NONE, 0
+    note = "No features: images are compared one by one, not as sets. For distances of sets give an extractor."
+
+    def __call__(self, images: Tensor) -> Features:
+        """(N, 0), of any images."""
+        return Features(torch.zeros(len(images), 0), None, None)
+
+
+def load_extractor(text: str | None, *, channels: int = 1, device: str = "cpu") -> FeatureExtractor:
     """The extractor that `text` names: "classifier" (Fashion-MNIST, of the package), "cifar10-classifier" (where the
     package has it), the folder of another from `save_classifier` (its name carries the first digits of the weights'
-    sha256), or a state dict of Inception-v3.
+    sha256), a state dict of Inception-v3, or "none". None is the package's own for grey images, otherwise none.
 
     Raises: FormatError for anything else.
     """
+    text = text or (DEFAULT_EXTRACTOR if channels == 1 else NONE)
+    if text == NONE:
+        return NoFeatures()
     packaged = text in CLASSIFIERS
     path = classifier_folder(CLASSIFIERS[text]) if packaged else Path(text).expanduser().resolve()
     if path.is_dir():

@@ -69,10 +69,10 @@ def _results(suite: Suite) -> Section:
     sets, real = ([name for name in names if name.endswith(f"_to_{against}")] for against in (FULL, DATA))
     paired = [name for name in names if name not in (*sets, *real)]
     blocks: list[Content] = [_summary(suite.rows, paired, "paired"), _summary(suite.rows, COSTS, "costs")]
-    blocks.append(_summary(suite.rows, sets, "as-sets"))
+    blocks += [_summary(suite.rows, sets, "as-sets")] if sets else []
     settings = suite.settings
     features = f"Features: {settings['extractor']}, {settings['extractor_dimension']} numbers an image."
-    blocks.append(f"{features} {settings['extractor_note'] or ''}".strip())
+    blocks.append(f"{features if sets else ''} {settings['extractor_note'] or ''}".strip())
     halves = suite.rows[0].metric("fd_between_halves")
     if halves is not None and halves["value"] is not None:
         blocks.append(f"{halves['label']}: {halves['value']:.4g}. {halves['note']}")
@@ -111,13 +111,14 @@ def _measured(metric: Measurement | None) -> Cell:
 def _cost_against_error(suite: Suite) -> Section:
     names = _metric_names(suite.rows)
     distance = "fd_to_reference" if "fd_to_reference" in names else "fd_to_full_precision"
-    label = next(m["label"] for row in suite.rows for m in row.metrics if m["name"] == distance)
+    errors = {"relative_l2": "relative L2 to full precision"}
+    errors |= {m["name"]: m["label"] for row in suite.rows for m in row.metrics if m["name"] == distance}
     blocks: list[Content] = [
         "Lower left is better. What lies above the dashed line is beaten by taking fewer steps with the unquantized "
         "model. Bit-operations are not speed: time is what was measured here, with integers simulated in floats where "
         "a row does not say that it runs on them."
     ]
-    for metric, error in (("relative_l2", "relative L2 to full precision"), (distance, label)):
+    for metric, error in errors.items():
         for cost, axis in (("gbops", "GBOPs of one image"), ("seconds", "seconds for one image, measured")):
             name = f"{metric}-by-{cost}".replace("_", "-")
             caption = f"{error[0].upper()}{error[1:]} against {axis}."

@@ -124,10 +124,11 @@ class Judge:
     def measure(self, images: ImageSet) -> list[Measurement]:
         """All figures of a configuration; those to full precision only if it is not full precision itself."""
         rows: list[Measurement] = []
+        sets = self.extractor.dimension > 0
         if images is self.full:
-            rows += self._halves()
+            rows += self._halves() if sets else []
         else:
-            rows += [*self._distances(images, self.full, FULL), *self._paired(images)]
+            rows += [*(self._distances(images, self.full, FULL) if sets else []), *self._paired(images)]
         if self.reference is not None:
             rows += self._distances(images, self.reference, DATA)
         return mark_broken(images, [*rows, *self._score(images), *_costs(images)])

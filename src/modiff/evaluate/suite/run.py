@@ -39,10 +39,10 @@ COLUMNS = {
     "state_mib": ("state MiB", ".2f"),
     "seconds": ("seconds", ".1f"),
 }
+_SETS = "FD: {} features, all seeds shared; intervals, notes and all other figures are in --json and --report."
 _FOOTNOTE = """\
-FD: {extractor} features, all seeds shared; intervals, notes and all other figures are in --json and --report.
 Relative L2 and PSNR: 8-bit images against full precision. GBOPs and state: of one image. Bit-operations are not speed.
-Seconds: all {n} images. Integers are simulated in floats, and slower, where a row does not say that it runs on them."""
+Seconds: all {} images. Integers are simulated in floats, and slower, where a row does not say that it runs on them."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class Suite:
             shown = ((row.metric(name) or {"value": None}, COLUMNS[name][1]) for name in names)
             cells.append([row.plan.name, str(row.plan.steps), *(number(m["value"], form) for m, form in shown)])
         count, dimension = self.settings["num_images"], self.settings["extractor_dimension"]
-        small = small_sample_note("frechet_distance", count, dimension)
-        footnote = _FOOTNOTE.format(extractor=self.settings["extractor"], n=count)
+        small = small_sample_note("frechet_distance", count, dimension) if dimension else None
+        sets = _SETS.format(self.settings["extractor"]) if dimension else self.settings["extractor_note"]
+        footnote = f"{sets}\n{_FOOTNOTE.format(count)}"
         return f"{aligned(cells)}\n\n{footnote}" + (f"\nWarning: {small}" if small else "")
 
     def to_dict(self, command: Sequence[str]) -> dict[str, Any]:
@@ -158,7 +159,11 @@ def run_suite(
     Cost: as many trajectories as configurations; the metrics take seconds each with a small extractor.
     """
     plans = plans_of(chosen)
-    for option, value, least in (("num_images", chosen.num_images, LEAST_IMAGES), ("batch_size", batch_size, 1)):
+    sets = extractor.dimension > 0
+    why = "Distances to real images are taken between features. Use extractor='classifier', or leave it out."
+    check("reference", str(reference), sets or reference is None, "an extractor with it", why)
+    fewest = LEAST_IMAGES if sets else 1
+    for option, value, least in (("num_images", chosen.num_images, fewest), ("batch_size", batch_size, 1)):
         check(option, value, value >= least, f"{least} or more", f"A distance of sets needs a set. Use {option}=50.")
     extractor(torch.zeros(1, *source.shape, dtype=torch.uint8))  # before the long part: it may not take such images
     for extra in extras:
