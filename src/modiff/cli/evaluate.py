@@ -32,8 +32,7 @@ METRICS_HELP = f"Also {' and '.join(EXTRAS)}, between commas: lpips to full prec
 SCHEDULER_HELP = options.SCHEDULER_HELP.replace("the model's own", "ddim, or the model's own for flow matching,")
 EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
-    "another, an Inception-v3 file: only with it is a distance called FID; or 'none': images are compared one by one. "
-    "The classifier for grey images when left out, otherwise none."
+    "another, an Inception-v3 file (its distance alone is called FID), or 'none', the default for colour images."
 )
 CLIP_HELP = "A local folder of a CLIP model, for --metrics clip."
 
