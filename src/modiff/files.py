@@ -114,7 +114,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise FormatError(f"{path}: expected a folder that can be replaced, got one where a disk is mounted. All files "
                           f"appear at once, by a rename. Give a folder inside, such as {path / 'model'}.")  # fmt: skip
     partial = _partial(path)
-    partial.mkdir(parents=True)
+    with _errors_name(path):
+        partial.mkdir(parents=True)
     try:
         yield partial
         partial.replace(path)

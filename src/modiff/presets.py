@@ -126,4 +126,7 @@ def _read(path: Path) -> ModiffConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: expected a JSON file of a ModiffConfig, got {error}. Write one from "
                           "ModiffConfig.to_json().") from None  # fmt: skip
-    return ModiffConfig.from_json(text)
+    try:
+        return ModiffConfig.from_json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from filelock import FileLock
 from typer.testing import CliRunner
 
 import modiff
@@ -18,6 +19,7 @@ from modiff import presets
 from modiff.cli import Commands, app, in_flags, main
 from modiff.cli.options import Quiet
 from modiff.errors import ConfigError, FormatError, ModiffWarning
+from modiff.files import LOCK
 from tests.cli.commands import assert_one_line
 from tests.cli.commands import modiff as command
 
@@ -62,6 +64,22 @@ def test_results_go_to_standard_output_and_text_for_people_beside_them(model: Pa
     result = command("sample", model, "-o", tmp_path / "out", "-n", 1, "--steps", 2, "--json", "-")
     assert json.loads(result.stdout)["files"] == ["00000.png"]
     assert result.stderr == f"1 written, 0 kept: {tmp_path / 'out'}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("sample {model} -o {out}", "out"),
+        ("generate {model} -o {out} -n 2", "out"),
+        ("evaluate {model} -o {out} -n 8", "out"),
+        ("quantize {model} --method ptq4dm -o {out}", "out.work"),
+    ],
+)
+def test_a_folder_is_of_one_process(model: Path, tmp_path: Path, words: str, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    with FileLock(tmp_path / folder / LOCK):
+        result = command(*words.format(model=model, out=tmp_path / "out").split(), "--steps", 2)
+    assert_one_line(result, f"{tmp_path / folder}: expected a folder that no other process writes to, got one in use")
 
 
 @pytest.mark.parametrize("words", [("--quiet", "warn"), ("warn", "--quiet"), ("warn",)])
@@ -131,12 +149,21 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("demo -o -", "--output: expected a name that ends in .png, got '-'"),
         ("demo -o out/", "--output: expected a name that ends in .png, got 'out'"),
         ("export {model} -o x.png", "--output: expected a name that ends in .npz, got 'x.png'"),
-        ("sample {model} -o x.png", "--output: expected the name of a folder, got 'x.png'"),
+        ("sample {model} -o x.png", "--output: expected a folder, or a name for a new one, got 'x.png'"),
         ("analyze {model} -o {out} --config w9a9", "'w9a9'"),
         ("analyze {model} -o {out} --steps 1", "--steps: expected 2 or more, got 1. What changes between steps"),
         ("analyze {model} -o {file}/below", "expected a file that can be written"),
         ("demo --model {model} -o {out}.png --steps 2", "--steps: expected 4 or more, got 2"),
         ("evaluate {model} --configs w8a4,modulated:8:4", "--configs: expected different configurations"),
+        ("analyze {model} -o {out} --steps 5000", "--steps: expected at most 1000, got 5000"),
+        ("explain {model} --steps 0", "--steps: expected 1 or more, got 0"),
+        ("explain {model} -n 0", "--num-images: expected 1 or more, got 0"),
+        ("export {model} -o {out}.npz -n -1", "--num-images: expected 1 or more, got -1"),
+        ("sample {model} -o {out} --seed 9999999999999999999", "--seed: expected 0 or more and less than 2**62"),
+        ("sample {model} -o {out} --config {file}", "file.txt: ModiffConfig: expected JSON"),
+        ("sample {model} -o {file}", "--output: expected a folder, or a name for a new one, got"),
+        ("evaluate {model} --configs w9a9", "--configs: expected a preset"),
+        ("evaluate {model} -n 8 --steps 2 --reference absent", "absent: expected a file or a folder of pictures"),
         ("evaluate {model} --preset fast", "expected one of quick, full, got 'fast'"),
         ("evaluate {model} --metrics clip", "--metrics: expected --clip with the folder of a CLIP model"),
         ("evaluate {model} --labels 0-9", "expected no --label, got 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -31,6 +32,21 @@ def test_demo_prints_the_table_and_writes_picture_and_json(model: Path, tmp_path
     with Image.open(picture) as image:
         assert image.height == 2 + 3 * 66
     assert sorted(p.name for p in picture.parent.iterdir()) == ["demo.json", "grid.png"]
+
+
+def test_an_interrupted_demo_shows_the_rows_that_are_done(model: Path, tmp_path: Path, monkeypatch) -> None:
+    def stopping(*arguments: Any) -> dict[str, Any]:
+        if arguments[0].name == "plain W8A8":
+            raise KeyboardInterrupt
+        return row(*arguments)
+
+    row = logic._row
+    monkeypatch.setattr(logic, "_row", stopping)
+    result = modiff("demo", "--steps", 4, "-n", 2, "--model", model, "-o", tmp_path / "grid.png")
+    assert_one_line(result, "interrupted. Files that were finished are kept.", 130)
+    assert "a quarter of the steps" in result.stdout
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.height == 2 + 3 * 66
 
 
 @pytest.mark.parametrize("command", ["demo", "analyze", "explain"])

@@ -7,7 +7,7 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from modiff import __version__
 from modiff.cli import options
@@ -16,9 +16,11 @@ from modiff.cli.generate import export, generate, sample
 from modiff.cli.measure import analyze, demo, explain
 from modiff.cli.quantize import quantize
 from modiff.errors import ModiffError, ModiffWarning
+from modiff.generate.job import check_counts
 from modiff.progress import Bar
 
 MISTAKE, INTERRUPTED = 2, 130
+COUNTS = ("num_images", "steps", "batch_size", "shard_size", "threads", "workers")
 VERSION_HELP = "Print the version and stop."
 
 
@@ -36,6 +38,7 @@ class Commands(TyperGroup):
         except ModiffError as error:  # the first line: what follows is detail for those who call from Python
             command = self.commands[ctx.invoked_subcommand or ""]
             flags = {option.name: max(option.opts, key=len) for option in command.params if option.name}
+            flags = {name.removesuffix("s"): flag for name, flag in flags.items()} | flags
             _stop(in_flags(str(error).partition("\n")[0], flags), MISTAKE, error)
         except BrokenPipeError:  # `modiff ... | head`: click ends quietly
             raise
@@ -48,6 +51,15 @@ class Commands(TyperGroup):
             )
         except KeyboardInterrupt as error:
             _stop("interrupted. Files that were finished are kept.", INTERRUPTED, error)
+
+
+class Command(TyperCommand):
+    """Refuses numbers that mean nothing before anything is loaded."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command."""
+        check_counts({name: ctx.params.get(name) for name in COUNTS}, ctx.params.get("seed") or 0)
+        return super().invoke(ctx)
 
 
 def in_flags(message: str, flags: dict[str, str]) -> str:
@@ -100,4 +112,4 @@ def main(
 
 
 for command in (analyze, demo, evaluate, explain, export, generate, quantize, sample):
-    app.command()(command)
+    app.command(cls=Command)(command)

@@ -41,12 +41,15 @@ def demo(
     conditions = options.conditions_of(prompt=prompt, label=label)
     from modiff.evaluate.demo import run_demo  # imported late, as in all commands: `modiff --help` must not wait
 
-    pipe = options.quiet_pipeline(model, device)
-    result = run_demo(pipe, steps=steps, num_images=num_images, seed=seed, conditions=conditions)
-    options.say(result.table(), json_file)
-    write_atomically(output, lambda file: result.picture().save(file, format="PNG"))
-    options.say(f"\nimages: {output}", json_file)
-    options.write_results(json_file, result.to_dict())
+    pipe, done = options.quiet_pipeline(model, device), []
+    try:
+        run_demo(pipe, steps=steps, num_images=num_images, seed=seed, conditions=conditions, after_row=done.append)
+    finally:  # also the rows before an interrupt
+        if done:
+            options.say(done[-1].table(), json_file)
+            write_atomically(output, lambda file: done[-1].picture().save(file, format="PNG"))
+            options.say(f"\nimages: {output}", json_file)
+            options.write_results(json_file, done[-1].to_dict())
 
 
 def analyze(

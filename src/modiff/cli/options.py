@@ -15,12 +15,11 @@ import typer
 from modiff.assets import MODELS
 from modiff.errors import ConfigError
 from modiff.files import check_writable, write_json
+from modiff.generate.job import Conditions, parse_labels, read_prompts
 from modiff.progress import Bar
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from modiff.generate.job import Conditions
 
 STDOUT = Path("-")
 _FILES = (".csv", ".html", ".jpeg", ".jpg", ".json", ".md", ".npy", ".npz", ".png", ".safetensors", ".txt", ".zip")
@@ -41,18 +40,18 @@ def json_path(path: Path | None) -> Path | None:
 
 def folder_path(path: Path | None) -> Path | None:
     """A callback for options that name a folder."""
-    fits = path is None or path.suffix.lower() not in _FILES or path.is_dir()
-    return path and _output(path, fits, "the name of a folder", path.stem, path / "settings.json")
+    fits = path is None or path.is_dir() or (path.suffix.lower() not in _FILES and not path.exists())
+    return path and _output(path, fits, "a folder, or a name for a new one", "out", path / "settings.json")
 
 
 def png_path(path: Path) -> Path:
     """A callback for options that name a PNG file."""
-    return _output(path, path.suffix.lower() == ".png", "a name that ends in .png", f"{path.stem}.png", path)
+    return _output(path, path.suffix.lower() == ".png", "a name that ends in .png", "out.png", path)
 
 
 def npz_path(path: Path) -> Path:
     """A callback for options that name an npz file."""
-    return _output(path, path.suffix.lower() == ".npz", "a name that ends in .npz", f"{path.stem}.npz", path)
+    return _output(path, path.suffix.lower() == ".npz", "a name that ends in .npz", "out.npz", path)
 
 
 def _output(path: Path, fits: bool, expected: str, example: str, trial: Path) -> Path:
@@ -113,8 +112,6 @@ def conditions_of(
     *, prompt: str | None = None, label: int | None = None, prompts: Path | None = None, labels: str | None = None
 ) -> Conditions:
     """What the images are drawn of, from the options of these names. Raises: ConfigError for one and several."""
-    from modiff.generate.job import Conditions, parse_labels, read_prompts
-
     for option, one, several in (("prompt", prompt, prompts), ("label", label, labels)):
         if one is not None and several is not None:
             raise ConfigError(

@@ -62,6 +62,7 @@ def quantize(
         from modiff.generate.environment import environment
         from modiff.generate.job import Conditions
         from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
+        from modiff.generate.worker import check_inputs
         from modiff.methods import registry
 
         changes = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
@@ -71,6 +72,7 @@ def quantize(
         if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
             conditions = Conditions(labels=tuple(range(IMAGES)))
         source = PipelineSource(sampling, seed=chosen.seed, conditions=conditions)
+        check_inputs(sampling, chosen.steps, conditions)
         report = registry.quantize(
             sampling, chosen, folder=work or output.with_name(f"{output.name}.work"), note=conditions.to_dict(),
             run=(lambda i: source.draw(chosen.steps, range(i * chosen.batch, (i + 1) * chosen.batch)))

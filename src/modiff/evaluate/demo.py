@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,7 @@ def run_demo(
     num_images: int = 8,
     seed: int = 0,
     conditions: Conditions = NOTHING,
+    after_row: Callable[[Demo], object] = lambda demo: None,
     progress: bool = True,
 ) -> Demo:
     """Run every row of the demo on a pipeline, with DDIM where it can; its layers are as before at the end.
@@ -112,7 +114,7 @@ def run_demo(
     Args:
         steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
         conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
-        progress: a bar on stderr.
+        after_row: called with the rows so far. progress: a bar on stderr.
     Raises: ConfigError for a pipeline that needs other inputs, or fewer steps or images than make sense.
     Cost: 22 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """
@@ -121,15 +123,13 @@ def run_demo(
     check("num_images", num_images, num_images >= 1, "at least 1 image", "Use num_images=8.")
     check_inputs(source.pipe, steps, conditions)
     todo = plans(steps)
-    parts: list[tuple[str, float, int]] = []
-    for plan in todo:
-        tuning = [(plan.name, PROBED, steps), (plan.name, QUANTIZED, steps * FINALISTS)]
-        parts += tuning if plan.family == "tuned" else []
-        parts += [(plan.name, FULL if plan.config is None else QUANTIZED, plan.steps)]
+    sampler = usual_sampler(pipe) or type(pipe.scheduler).__name__
+    settings = {"pipeline": type(pipe).__name__, "sampler": sampler, "steps": steps, "num_images": num_images,
+                "seed": seed, **conditions.to_dict()}  # fmt: skip
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
-    with source.bar(parts, progress) as bar:
+    with source.bar(_parts(todo, steps), progress) as bar:
         for plan in todo:
             bar.begin(plan.name)
             config = plan.config
@@ -143,10 +143,19 @@ def run_demo(
                 drawn = draw(range(num_images))
             images.append(drawn.images)
             rows.append(_row(plan, config, drawn, images[0]))
-    sampler = usual_sampler(pipe) or type(pipe.scheduler).__name__
-    settings = {"pipeline": type(pipe).__name__, "sampler": sampler, "steps": steps, "num_images": num_images,
-                "seed": seed, **conditions.to_dict()}  # fmt: skip
-    return Demo(tuple(rows), tuple(images), tuned, settings, environment())
+            result = Demo(tuple(rows), tuple(images), dict(tuned), settings, environment())
+            after_row(result)
+    return result
+
+
+def _parts(todo: list[Plan], steps: int) -> list[tuple[str, float, int]]:
+    """What the bar counts."""
+    parts: list[tuple[str, float, int]] = []
+    for plan in todo:
+        tuning = [(plan.name, PROBED, steps), (plan.name, QUANTIZED, steps * FINALISTS)]
+        parts += tuning if plan.family == "tuned" else []
+        parts += [(plan.name, FULL if plan.config is None else QUANTIZED, plan.steps)]
+    return parts
 
 
 def _row(plan: Plan, config: ModiffConfig | None, drawn: DrawnImages, reference: np.ndarray) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from modiff.assets import MODELS
 from modiff.errors import ConfigError, ModiffError, StateError
 from modiff.generate import worker
 from modiff.generate.job import Job, check_counts
+from modiff.generate.run import LocalEngine
 from modiff.generate.shards import Span
 from modiff.generate.worker import Description, DrawnSpan
 
 RETRIES = 3
 
 
-class RayEngine:
+class RayEngine(LocalEngine):
     """Workers of a Ray cluster. They need modiff and the model under the same name, but not the output folder.
 
     A span is a pure function of the job: Ray may run it again. This process alone writes.
@@ -51,14 +52,14 @@ class RayEngine:
             self._ray.shutdown()
 
     def describe(self, job: Job) -> Description:
-        """Open the model on a worker and see what it makes. Raises: ConfigError if no machine can run the job."""
+        """As here, on a worker. Raises: ConfigError if no machine can run the job."""
         self._connect(job)
         return self._result(self._remote(worker.describe, job)())
 
     def draw(
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
-        """The spans as they are done; `tick` hears of each. Raises: StateError if a span killed every worker it had."""
+        """As here. Raises: StateError if a span killed every worker it had."""
         draw = self._remote(worker.draw_span, job)
         kind, need = _need(job)
         most = self._workers or max(1, int(self._ray.cluster_resources().get(kind, 0) / need))

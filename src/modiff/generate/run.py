@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -23,23 +22,8 @@ from modiff.progress import Bar
 RECORD = "job.json"
 
 
-class Engine(Protocol):
-    """Draws spans, in any order, on whatever machines it has; closed when a job ends."""
-
-    def describe(self, job: Job) -> Description:
-        """As `generate.worker.describe`."""
-
-    def draw(
-        self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
-    ) -> Iterator[DrawnSpan]:
-        """As `generate.worker.draw_span` for each span, as they are done; `tick` hears of the images."""
-
-    def close(self) -> None:
-        """Let go of models and machines."""
-
-
 class LocalEngine:
-    """This process, one span after the other; `tick` hears of each batch."""
+    """Draws spans in this process, one after the other; another engine may do so in any order, on other machines."""
 
     def __init__(self) -> None:
         self._threads = torch.get_num_threads()
@@ -51,7 +35,7 @@ class LocalEngine:
     def draw(
         self, job: Job, batch_size: int, spans: Sequence[Span], tick: Callable[[int], object]
     ) -> Iterator[DrawnSpan]:
-        """The spans in their order."""
+        """The spans as they are done; `tick` hears of the images."""
         return (worker.draw_span(job, batch_size, span, tick) for span in spans)
 
     def close(self) -> None:
@@ -71,7 +55,7 @@ class Generated:
     seconds: float
 
 
-def run_job(job: Job, folder: str | Path, *, engine: Engine | None = None) -> Generated:
+def run_job(job: Job, folder: str | Path, *, engine: LocalEngine | None = None) -> Generated:
     """Generate the images of a job into a folder of shards and a manifest; what is there already is kept.
 
     Image i comes from the noise of seed + i. It has the same bits whatever num_images, the number of restarts and the

@@ -18,6 +18,7 @@ from modiff.evaluate.analysis.watch import watch
 from modiff.evaluate.pipelines import NOTHING, PipelineSource, has_static_scales, image_error
 from modiff.generate.environment import environment
 from modiff.generate.job import Conditions
+from modiff.generate.worker import check_inputs
 from modiff.progress import PROBED, QUANTIZED
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
@@ -55,6 +56,7 @@ def analyze_pipeline(
     """
     config = config or presets.modulated(None, 4)
     source = PipelineSource(pipe, seed=seed, conditions=conditions)
+    check_inputs(pipe, steps, conditions)
     check("num_images", num_images, num_images >= 1, "at least 1 image", "Use num_images=4.")
     check("steps", steps, steps >= 2, "2 or more", "What changes between steps is coded. Use steps=50.")
     why = "They are measured on a modulated model, and this watches the plain one. Use dynamic=True."

@@ -171,9 +171,9 @@ def run_suite(
     present = environment()
     job = {"format_version": _FORMAT_VERSION, **source.settings, "extractor": extractor.name, "batch_size": batch_size,
            "modiff": present["modiff"], "torch": present["torch"]}  # fmt: skip
+    digest = None if reference is None else check_reference(reference, source.shape, LEAST_IMAGES)
     with ResumableFolder(folder, job, record="settings.json"):
         store = Store(folder, batch_size)
-        digest = None if reference is None else check_reference(reference, source.shape, LEAST_IMAGES)
         _draw_all(source, extractor, store, plans, chosen.num_images, progress)
         real = None if reference is None else gather_real(read_reference(reference), extractor)
         full = gather(store.load(plans[0], chosen.num_images))
