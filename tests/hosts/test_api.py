@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 
 import modiff
 from modiff import ConfigError, UniformGroups, presets
@@ -110,8 +109,3 @@ def test_a_file_that_is_no_profile_is_refused_and_survives(tmp_path, text):
     with pytest.raises(FormatError, match="expected a profile that modiff wrote"):
         modiff.autotune(SMALL.build(), steps=2, profile=profile)
     assert profile.read_text() == text
-
-
-def test_a_module_alone_needs_a_trajectory():
-    with pytest.raises(ConfigError, match="Linear: expected run="):
-        modiff.autotune(nn.Linear(2, 2))

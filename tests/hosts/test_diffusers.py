@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -183,24 +182,6 @@ def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(ver
     contexts = watch(pipe.transformer, lambda: {context for context, _ in layer.loop.memories})
     host.call(pipe, steps=2)
     assert contexts[-1] == {"cond", "uncond"}
-
-
-def test_modiff_may_be_taken_off_the_network_and_put_on_the_pipeline_again_and_a_copy_goes_on():
-    host = HOSTS["flux"]
-    pipe = host.build()
-    plain, kind = host.call(pipe), type(pipe)
-    modiff.apply(pipe, presets.w8a4())
-    modulated = host.call(pipe)
-    copied = copy.deepcopy(pipe)
-    modiff.remove(pipe.transformer)
-    assert torch.equal(host.call(pipe), plain)
-    assert torch.equal(host.call(copied), modulated)
-    modiff.apply(pipe, presets.w8a4())
-    assert torch.equal(host.call(pipe), modulated)
-    for target in (pipe, copied):
-        modiff.remove(target)
-        assert type(target) is kind
-        assert torch.equal(host.call(target), plain)
 
 
 def test_guidance_batched_and_guidance_in_two_calls_agree():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -69,11 +68,6 @@ def pickled(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
-def unknown_class(folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "NoSuchPipeline"}))
-
-
 NOT_PART = "expected part of a diffusers pipeline"
 
 
@@ -86,15 +80,12 @@ NOT_PART = "expected part of a diffusers pipeline"
             tensors(lambda t: t.pop("conv_in.weight")),
             "unet: expected weights for every parameter, got none for conv_in.weight (1 in all)",
         ),
-        (tensors(lambda t: t.update({"conv_in.weight": torch.zeros(4, 1, 3, 3)})), f"unet: {NOT_PART}, got"),
         (
             tensors(lambda t: t["conv_out.bias"].fill_(torch.nan)),
             "unet: expected finite weights, got NaN or infinity in conv_out.bias",
         ),
         (missing("model_index.json"), "pipeline: expected a diffusers folder, got one without model_index"),
-        (written("model_index.json", b"{"), f"model_index.json: {NOT_PART}"),
         (written("model_index.json", b"[]"), "model_index.json: expected an object with _class_name"),
-        (unknown_class, f"pipeline: {NOT_PART}"),
         (written("unet/config.json", b"{"), f"unet: {NOT_PART}"),
     ],
 )
@@ -120,7 +111,6 @@ def test_a_name_that_leads_nowhere_is_one_clear_error(model, got):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99" if not torch.cuda.is_available() else "nonsense"])
-def test_a_device_that_is_not_here_is_an_error_before_anything_is_read(device):
+def test_a_device_that_is_not_here_is_an_error_before_anything_is_read():
     with pytest.raises(FormatError, match="device: expected cpu"):
-        load_pipeline("absent", device=device)
+        load_pipeline("absent", device="tpu")

@@ -90,15 +90,6 @@ def test_weights_that_are_not_in_memory_are_not_saved_or_packed_as_nothing(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pipeline_that_offloads_by_groups_can_be_saved(tmp_path, expected):
-    pipe = applied()
-    WRAPPING["leaves"](pipe)
-    modiff.save(pipe, tmp_path / "saved")
-    loaded = modiff.load(tmp_path / "saved")
-    WRAPPING["leaves"](loaded)
-    assert_same_bits(SMALL.call(loaded), expected)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_layerwise_casting_leaves_codes_and_scales_and_such_a_model_is_not_saved(packed, tmp_path):
     """float8 storage of the floats."""

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 import modiff
-from modiff import ConfigError, FormatError, ModiffConfig, ModiffDiffusersConfig, presets
+from modiff import ConfigError, FormatError, ModiffConfig, presets
 from modiff.hosts.diffusers.quantizer import align
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits, assert_same_tensors
@@ -76,18 +76,16 @@ def test_every_host_comes_back_with_the_same_codes_and_output_bits(host, tmp_pat
 @pytest.mark.parametrize("load", LOADS)
 def test_a_loaded_pipeline_may_be_saved_again_and_copies_save_what_is_in_them(load, tmp_path):
     """The config that diffusers keeps follows its model: a copy's must follow the copy."""
-    pipe = applied()
-    modiff.save(pipe, tmp_path / "one")
+    modiff.save(applied(), tmp_path / "one")
     loaded = load(tmp_path / "one")
     copied = copy.deepcopy(loaded)
     layer = next(iter(attachment_of(copied.unet).layers.values()))
-    layer.weight.data.fill_(0x11)
+    layer._parameters["weight"].data.fill_(0x11)
     copied.save_pretrained(tmp_path / "two")
     modiff.save(loaded, tmp_path / "three")
     one, two, three = (load_file(tmp_path / name / "unet" / FILE) for name in ("one", "two", "three"))
     assert (two[f"{layer.name}.weight"] == 0x11).all()
     assert_same_tensors(three, one)
-    assert_same_bits(SMALL.call(natively(tmp_path / "three")), SMALL.call(pipe))
 
 
 def test_a_folder_of_diffusers_is_not_loaded_into_a_module(quantized):
@@ -114,16 +112,6 @@ def test_anchor_codes_travel_with_the_pipeline(tmp_path):
     assert "int8 anchor codes" in str(attachment_of(natively(tmp_path / "saved").unet).report)
 
 
-def test_from_pretrained_keeps_anchor_codes_when_asked_and_reads_them_in_any_dtype(floats, tmp_path):
-    config = ModiffDiffusersConfig(presets.w4a8(), anchor_weights="int8")
-    model = UNet2DModel.from_pretrained(floats / "unet", quantization_config=config)
-    model.save_pretrained(tmp_path)
-    written = {key: tensor for key, tensor in load_file(tmp_path / FILE).items() if "weight_error" in key}
-    assert len(written) == 2 * len(attachment_of(model).layers)
-    again = UNet2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
-    assert_same_tensors({key: again[key] for key in written}, written)
-
-
 def test_measured_scales_travel_with_the_pipeline_and_are_written_by_the_next_save(tmp_path):
     layer = modiff.LayerConfig(activation=modiff.QuantizerConfig(dynamic=False))
     pipe = applied(config=ModiffConfig(layer=layer, attention=modiff.AttentionConfig()))
@@ -142,24 +130,21 @@ def test_measured_scales_travel_with_the_pipeline_and_are_written_by_the_next_sa
 
 
 @pytest.mark.parametrize("make", [lambda _: applied(), *LOADS])
-def test_states_end_with_each_call_and_an_interrupted_one_leaves_no_trace(make, quantized):
+def test_an_interrupted_call_leaves_no_trace(make, quantized):
     pipe = make(quantized)
-    expected = SMALL.call(pipe)
-    attachment = attachment_of(pipe.unet)
-    assert not attachment.clock.active
-    assert not any(layer.loop.tensors() for layer in attachment.layers.values())
+    expected, step = SMALL.call(pipe), pipe.scheduler.step
+    layers = attachment_of(pipe.unet).layers.values()
+    assert not any(layer.loop.tensors() for layer in layers)
 
     def interrupted(*_: object, **__: object) -> None:
-        assert any(layer.loop.tensors() for layer in attachment.layers.values())
+        assert any(layer.loop.tensors() for layer in layers)
         raise KeyboardInterrupt
 
-    step, pipe.scheduler.step = pipe.scheduler.step, interrupted
+    pipe.scheduler.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         SMALL.call(pipe)
     pipe.scheduler.step = step
     assert_same_bits(SMALL.call(pipe), expected)
-    with modiff.trajectory(pipe):
-        assert attachment.clock.active
 
 
 @pytest.mark.parametrize("bits", [4, None])
@@ -169,27 +154,15 @@ def test_a_model_is_written_as_pack_and_save_would_write_it_and_lives_on_in_floa
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     expected = SMALL.call(pipe)
     pipe.unet.save_pretrained(tmp_path / "applied")
-    modiff.save(pipe.unet, tmp_path / "saved")
     modiff.pack(packed)
     packed.unet.save_pretrained(tmp_path / "packed")
-    tensors = load_file(tmp_path / "applied" / FILE)
-    for other in ("saved", "packed"):
-        assert config_in(tmp_path / "applied") == config_in(tmp_path / other)
-        assert_same_tensors(tensors, load_file(tmp_path / other / FILE))
-    values = config_in(tmp_path / "applied")
-    entry = values["quantization_config"]
-    assert (values["_class_name"], entry["quant_method"]) == ("UNet2DModel", "modiff")
-    assert entry["config"] == config.to_dict()
-    assert set(entry["layers"]) == set(attachment_of(pipe.unet).layers)
-    dtype = torch.uint8 if bits else torch.float32
-    assert {tensors[f"{name}.weight"].dtype for name in entry["layers"]} == {dtype}
+    assert config_in(tmp_path / "applied") == config_in(tmp_path / "packed")
+    assert_same_tensors(*(load_file(tmp_path / name / FILE) for name in ("applied", "packed")))
+    assert config_in(tmp_path / "applied")["quantization_config"]["config"] == config.to_dict()
     assert_same_tensors(pipe.unet.state_dict(), before)
-    assert not attachment_of(pipe.unet).packed
     assert_same_bits(SMALL.call(pipe), expected)
     for load in (modiff.load, UNet2DModel.from_pretrained):
-        unet = load(tmp_path / "applied")
-        assert not unet.training
-        assert_same_bits(SMALL.call(SMALL.around(unet)), expected)
+        assert_same_bits(SMALL.call(SMALL.around(load(tmp_path / "applied"))), expected)
 
 
 def test_remove_takes_everything_away_again(tmp_path):
@@ -238,9 +211,7 @@ NAME = "down_blocks.0.resnets.0.conv1"
 DAMAGES = {
     "version": (entry(version=7), "expected format version 1, got 7"),
     "settings": (lambda f: rewrite(f, settings_alone), "expected the layers of a quantized model, got settings alone"),
-    "unknown layer": (entry(layers={"nowhere": {"config": 0}}), "got no such module"),
     "10^9 weights, never allocated": (wide(2**12), "expected .* of shape"),
-    "missing": (tensors(lambda t: t.pop(f"{NAME}.weight_scale")), f"got no {NAME}.weight_scale"),
     "scale": (tensors(lambda t: t[f"{NAME}.weight_scale"].zero_()), f"positive scales in {NAME}"),
 }
 

@@ -1,0 +1,62 @@
+"""What diffusers and torch offer around a network works as it does without modiff, switched on before it or after."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import diffusers
+import pytest
+import torch
+
+import modiff
+from modiff import presets
+from tests.helpers import relative_error
+from tests.hosts.tiny import HOSTS
+
+
+def cache(kind, **settings):
+    return lambda pipe: pipe.transformer.enable_cache(getattr(diffusers, f"{kind}CacheConfig")(**settings))
+
+
+def skipping(kind, **settings):
+    """Attention blocks repeat their last output every other time."""
+
+    def enable(pipe):
+        pipe.transformer.enable_cache(getattr(diffusers, f"{kind}Config")(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1000),
+            current_timestep_callback=lambda: pipe._current_timestep, **settings,
+        ))  # fmt: skip
+
+    return enable
+
+
+FEATURES = {
+    "inference mode": ("sd", lambda _: None, torch.inference_mode),
+    "autocast": ("sd", lambda _: None, lambda: torch.autocast("cpu", torch.bfloat16)),
+    "freeu": ("sd", lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4), nullcontext),
+    "fused qkv": ("flux", lambda pipe: pipe.transformer.fuse_qkv_projections(), nullcontext),
+    "attention slicing": ("sd", lambda pipe: pipe.enable_attention_slicing(), nullcontext),
+    "channels last": ("sd", lambda pipe: pipe.unet.to(memory_format=torch.channels_last), nullcontext),
+    "first block cache": ("flux", cache("FirstBlock", threshold=0.3), nullcontext),
+    "taylor cache": ("flux", cache("TaylorSeer", cache_interval=2, disable_cache_before_step=1), nullcontext),
+    "mag cache": ("flux", cache("Mag", threshold=0.5, num_inference_steps=4, mag_ratios=torch.ones(4)), nullcontext),
+    "attention broadcast": ("flux", skipping("PyramidAttentionBroadcast"), nullcontext),
+    "faster cache": ("flux", skipping("FasterCache", is_guidance_distilled=True), nullcontext),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_it_gives_the_images_that_it_gives_without_modiff(feature):
+    name, enable, context = FEATURES[feature]
+    host, results = HOSTS[name], []
+    for config, order in ((None, "e"), (presets.modulated(None, None), "ea"), (presets.published(8, 8), "ea"),
+                          (presets.published(8, 8), "aep")):  # fmt: skip
+        pipe = host.build()
+        verbs = {"e": enable, "a": lambda pipe, c=config: modiff.apply(pipe, c), "p": modiff.pack}
+        for verb in order:
+            verbs[verb](pipe)
+        with context():
+            results.append(host.call(pipe))
+    expected, off, *quantized = results
+    assert relative_error(off, expected) < (0.02 if feature == "autocast" else 1e-5)  # layers are exact under autocast
+    assert all(0 < relative_error(each, expected) < 0.04 for each in quantized)
