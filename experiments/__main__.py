@@ -62,7 +62,7 @@ def _result(options: argparse.Namespace) -> StudyResult:
 
 def write_page(document: Document, docs: Path) -> list[Path]:
     """docs/study.md and its pictures in docs/figures; pictures of earlier studies that are not drawn any more go."""
-    pictures = {figure.file: figure.data for figure in document.figures()}
+    pictures = {f"{figure.name}.{figure.kind}": figure.data for figure in document.figures()}
     for name, data in pictures.items():
         path = docs / FIGURES / name
         check_writable(path)
