@@ -28,7 +28,8 @@ def test_the_families_differ_in_their_loop_and_tuned_is_stable_at_any_bits():
         (presets.uncompensated, ModulationConfig(**paper, error_compensation="none")),
     ):
         assert preset(4, None).layer == LayerConfig(weight=weight, activation=activation, modulation=loop)
-    assert {presets.tuned(None, bits).layer.rotation for bits in range(2, 9)} == {"hadamard"}
+    tuned = [presets.tuned(None, bits).layer for bits in range(2, 9)]
+    assert {(layer.rotation, layer.modulation.predictor) for layer in tuned} == {("hadamard", "hold")}
 
 
 @pytest.mark.parametrize(

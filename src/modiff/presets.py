@@ -40,7 +40,7 @@ def uncompensated(weight_bits: Bits = 8, activation_bits: Bits = 8) -> ModiffCon
 
 
 def tuned(weight_bits: Bits = 8, activation_bits: Bits = 4, *, bits: Bits = None) -> ModiffConfig:
-    """Clip ratio, predictor and rotation that did best on the study models; `modiff.tune` refines them for yours.
+    """Rotated, with the clip ratio that did best on the study models; `modiff.tune` measures what suits yours.
 
     bits: as `modiff.tune` has it, another name of `activation_bits`.
     Raises: ConfigError for activations in full precision: there is nothing to tune.
@@ -50,8 +50,7 @@ def tuned(weight_bits: Bits = 8, activation_bits: Bits = 4, *, bits: Bits = None
         raise ConfigError("tuned: expected 2 to 8 activation bits, got full precision (32). There is nothing to tune. "
                           "Use modulated or fewer bits.")  # fmt: skip
     activation = QuantizerConfig(bits=activation_bits, clip={2: 0.45, 3: 0.6, 4: 0.8}.get(activation_bits, 1.0))
-    loop = ModulationConfig(predictor="linear", gain=0.8) if activation_bits > 2 else ModulationConfig()
-    return _alike(weight_bits, activation, loop, "hadamard")
+    return _alike(weight_bits, activation, ModulationConfig(), "hadamard")
 
 
 def _alike(

@@ -32,7 +32,7 @@ def with_modulation(config: modiff.ModiffConfig, **changes: Any) -> modiff.Modif
 
 MODES = {
     "published_a4": modiff.presets.published(8, 4),
-    "tuned_a3": with_modulation(modiff.presets.tuned(8, 3), anchor_weights="quantized"),
+    "tuned_a3": with_modulation(modiff.presets.tuned(8, 3), anchor_weights="quantized", predictor="linear", gain=0.8),
     "plain_a4": modiff.presets.plain(8, 4),
     "exact_w4a4": with_modulation(modiff.presets.modulated(4, 4), reanchor_every=3),
 }

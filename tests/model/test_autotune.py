@@ -139,7 +139,7 @@ def test_a_run_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
 def test_what_cannot_be_tuned_is_refused(config, words, message):
     with pytest.raises(ConfigError, match=message):
         run_autotune(toy(), config, **words)
-    with pytest.raises(CalibrationError, match="autotune: expected a trajectory of two steps or more"):
+    with pytest.raises(CalibrationError, match="autotune: expected two steps or more of a layer"):
         choose_modes([model := toy()], lambda: sample(model, steps=1), presets.w8a8())
     with pytest.raises(StateError, match="autotune: expected a plain model, got Toy with modulated layers"):
         run_autotune(applied())

@@ -22,7 +22,7 @@ def taken(model: nn.Module, config: ModiffConfig) -> tuple[str, ...]:
 
 def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
     assert reasons(toy(), ModiffConfig()) == {
-        "conv_in": "first or last layer (by registration)",
+        "conv_in": "first or last layer (as forward is written)",
         "time_embedding": "excluded by '*time_*emb*'",
         "body": "",
         "attention.to_q": "",
@@ -31,7 +31,7 @@ def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
         "attention.to_out.0": "",
         "tiny": "tiny: 32 weights",
         "back": "ConvTranspose2d has no modulated form",
-        "conv_out": "first or last layer (by registration)",
+        "conv_out": "first or last layer (as forward is written)",
     }
 
 
@@ -119,3 +119,14 @@ def test_a_layer_in_two_places_is_left_and_the_report_says_so():
     model = nn.Sequential(nn.Linear(64, 64), shared, nn.SiLU(), shared, nn.Linear(64, 64))
     assert reasons(model, ModiffConfig(first_last="quantize"))["1"] == "is 3 too"
     assert taken(model, ModiffConfig(first_last="quantize")) == ("0", "4")
+
+
+def test_a_tiny_transformer_of_diffusers_own_tests_is_taken_where_every_layer_left_by_default_is_small():
+    from diffusers import PixArtTransformer2DModel
+
+    model = PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, patch_size=2, attention_head_dim=2, num_attention_heads=2, in_channels=4,
+        cross_attention_dim=8, out_channels=8, norm_type="ada_norm_single", norm_elementwise_affine=False,
+        caption_channels=None, use_additional_conditions=False,
+    )  # fmt: skip
+    assert {name.split(".")[0] for name in taken(model, ModiffConfig())} == {"transformer_blocks"}

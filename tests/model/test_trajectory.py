@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import ModiffWarning, StateError, presets
+from modiff import LayerConfig, ModiffConfig, ModiffWarning, ModulationConfig, StateError, presets
 from modiff.kernels.backend import PREPACKED
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import state_bytes
 from tests.helpers import assert_same_bits, relative_error
 from tests.model.toys import activations_only, applied, assert_equal, generate, sample, toy
+
+LINEAR = ModiffConfig(layer=LayerConfig(modulation=ModulationConfig(predictor="linear", gain=0.8)))
 
 
 def test_states_are_freed_when_the_body_raises_and_the_next_trajectory_is_a_fresh_one():
@@ -44,7 +46,7 @@ def test_trajectories_of_one_model_cannot_nest_and_the_outer_one_goes_on():
 
 
 def test_two_contexts_are_two_trajectories_side_by_side():
-    model = applied(presets.tuned(8, 4))
+    model = applied(LINEAR)
     starts = {"cond": torch.randn(2, 3, 4, 4), "uncond": torch.randn(2, 3, 4, 4)}
     expected = {}
 
@@ -149,9 +151,7 @@ class TwoReaders(nn.Module):
         return self.last(self.to_q(x) * self.to_k(x))
 
 
-@pytest.mark.parametrize(
-    ("config", "copies"), [(presets.plain(8, 8), 0), (presets.modulated(8, 4), 1), (presets.tuned(8, 4), 2)]
-)
+@pytest.mark.parametrize(("config", "copies"), [(presets.plain(8, 8), 0), (presets.modulated(8, 4), 1), (LINEAR, 2)])
 def test_state_bytes_by_hand_shared_inputs_once_and_each_context(config, copies):
     """Linear predictors keep the last move of each state from the second step on; plain layers keep nothing."""
     model, each = TwoReaders(), 4 * 3 * 16

@@ -15,6 +15,7 @@ from modiff import (
     ConfigError,
     LayerConfig,
     ModiffConfig,
+    ModiffWarning,
     ModulationConfig,
     QuantizerConfig,
     StateError,
@@ -50,6 +51,11 @@ def runs(model: nn.Module, inputs: list[torch.Tensor]) -> Callable[[], list[torc
     return torch.no_grad()(lambda: [model(x, t) for x, t in zip(inputs, TIMES, strict=True)])
 
 
+def base_of(**settings: str) -> ModiffConfig:
+    """The one layer of a `Follower` is both the first and the last."""
+    return dataclasses.replace(activations_only(4, **settings), first_last="quantize")
+
+
 def few(config: LayerConfig) -> list[LayerConfig]:
     """Published, clipped, linear, rotated."""
     clipped = dataclasses.replace(config, activation=dataclasses.replace(config.activation, clip=0.6))
@@ -60,7 +66,7 @@ def few(config: LayerConfig) -> list[LayerConfig]:
 def test_the_choice_is_the_one_that_runs_best_and_beats_the_published_setting(monkeypatch):
     torch.manual_seed(3)
     model, inputs = Follower(), smooth_inputs()
-    base, run_it, errors = activations_only(4, granularity="sample"), runs(model, inputs), []
+    base, run_it, errors = base_of(granularity="sample"), runs(model, inputs), []
     exact, choices = torch.stack(run_it()), few(base.layer)
     for choice in choices:
         modiff.apply(model, dataclasses.replace(base, layer=choice))
@@ -96,7 +102,7 @@ def test_two_networks_get_one_config_judged_on_both_together(scale, predictor, m
     first, second = runs(models[0], smooth_inputs()), runs(models[1], [scale * x for x in noise])
 
     # whichever network says more decides: smooth inputs extrapolate, noise holds
-    base = activations_only(4, granularity="sample")
+    base = base_of(granularity="sample")
     monkeypatch.setattr("modiff.model.tune.candidates", lambda base: few(base)[1:3])
     tuned = search_config(models, lambda: (first(), second()), base)
     assert tuned.layer.modulation.predictor == predictor
@@ -111,11 +117,20 @@ def test_the_best_few_run_for_real_and_no_more():
     assert all(not torch.equal(outputs[-1], runs[0][-1]) for outputs in runs[1:])
 
 
-def test_a_run_that_is_another_each_time_is_refused():
-    model, seeds = toy(), iter(range(2, 99))
-    with pytest.raises(CalibrationError, match="expected run to evaluate the network 2 times as before, got 3 times"):
-        modiff.tune(model, 4, run=lambda: sample(model, steps=next(seeds)))
+def test_a_loop_that_stops_early_or_late_is_judged_by_where_it_got_to_and_other_shapes_are_refused():
+    model, steps, batches = toy(), iter(range(6, 99)), iter(range(1, 99))
+    assert modiff.tune(model, 4, run=lambda: sample(model, steps=next(steps))).layer.activation.bits == 4
+    with pytest.raises(CalibrationError, match="expected run to evaluate the network on samples of the same shapes"):
+        modiff.tune(model, 4, run=lambda: sample(model, batch=next(batches)))
     assert "_modiff" not in model.__dict__
+
+
+def test_plain_is_tried_and_wins_where_every_step_reads_another_input(monkeypatch):
+    monkeypatch.setattr("modiff.model.tune.candidates", lambda base: candidates(base)[:2])
+    model, generator = Follower(), torch.Generator().manual_seed(0)
+    jumps = [torch.randn(8, 16, generator=generator) * 2.0**step for step in range(6)]
+    tuned = search_config([model], lambda: [model(x, 1.0) for x in jumps], base_of())
+    assert tuned.layer.modulation is None
 
 
 def test_bits_weights_and_the_rest_of_the_config_are_kept():
@@ -135,7 +150,8 @@ def test_candidates_are_valid_different_and_include_the_published_setting(bits):
     tuned = candidates(base)
     assert base in tuned
     assert len(set(tuned)) == len(tuned)
-    linear = [c for c in tuned if c.modulation.predictor == "linear"]
+    assert tuned[0] == dataclasses.replace(base, modulation=None)
+    linear = [c for c in tuned[1:] if c.modulation.predictor == "linear"]
     assert bool(linear) == (bits > 2)
     assert {c.modulation.gain for c in linear} == (set(GAINS) if bits > 2 else set())
     assert bits != 3 or all(c.activation.clip < 1 for c in linear)
@@ -153,9 +169,18 @@ def test_candidates_are_valid_different_and_include_the_published_setting(bits):
         ),
         (lambda m: modiff.tune(m, 0, run=print), ConfigError, "tune: expected 2 to 8 activation bits, got 0"),
         (lambda m: modiff.tune(m, 1, run=print), ConfigError, "QuantizerConfig.bits: expected .* got 1"),
-        (lambda m: modiff.tune(m, 4, run=print), CalibrationError, "expected at least two steps of every layer"),
+        (lambda m: modiff.tune(m, 4, run=print), CalibrationError, "expected two steps or more of a layer"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(toy())
+
+
+def test_a_layer_with_a_channel_that_dwarfs_the_others_is_left_and_named():
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), torch.randn(8, 16)
+    model[1].weight.data[3] = 1e6
+    base = dataclasses.replace(activations_only(4), first_last="quantize")
+    with pytest.warns(ModiffWarning, match=r"tune: .* 2 \(channels reach .*e\+06, the median one"):
+        tuned = search_config([model], lambda: [model(x + 0.1 * step) for step in range(4)], base)
+    assert tuned.exclude == ("2",)

@@ -11,8 +11,8 @@ from modiff.config import ModiffConfig
 from modiff.errors import StateError
 from modiff.model.attach import ATTRIBUTE, Attachment, check_plain, required_attachment
 from modiff.model.attention import apply_attention, quantized_attention, remove_attention
-from modiff.model.ends import Ends
 from modiff.model.report import Report
+from modiff.model.roles import Roles
 from modiff.model.select import modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of, replace_modules
@@ -47,8 +47,7 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
     entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
                     for e in report.entries)  # fmt: skip
     attachment.selected = Report(entries)
-    if config.first_last == "full_precision":
-        attachment.ends = Ends(config, attachment.selected)
+    attachment.roles = Roles(config, attachment.selected)
     try:  # only now is the model touched
         replace_modules(model, {attachment.originals[name]: layer for name, layer in attachment.layers.items()})
         attachment.watch(model)

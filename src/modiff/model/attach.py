@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,10 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff.config import ModiffConfig, check
 from modiff.core.step_sets import StepSizes
-from modiff.errors import StateError
-from modiff.model.ends import Ends
+from modiff.errors import StateError, warn_once
 from modiff.model.facts import facts_of
 from modiff.model.report import Report, execution_of, memory_of
+from modiff.model.roles import Roles
 from modiff.nn import Clock, ModulatedLayer, traced
 from modiff.nn.branches import Inputs, inputs_of
 from modiff.nn.clock import middle
@@ -76,24 +78,26 @@ class Attachment:
     """One per model with modulated layers.
 
     packed: the originals are gone for good. automatic: begins trajectories, where neither `modiff.trajectory` nor a
-    pipeline does. step_sizes: that static scales were measured with.
+    pipeline does. step_sizes: that static scales were measured with. roles: of the layers, until the first trajectory
+    has shown them. uncalled: layers that did not run in it.
     """
 
     def __init__(self, clock: Clock, report: Report, config: ModiffConfig | None = None) -> None:
         self.clock = clock
-        clock.on_reset(self._measure_states)  # before the layers', which forget their states
+        clock.on_reset(self._trajectory_ended)  # before the layers', which forget their states
         self.selected = report
         self.config = config or ModiffConfig()
         self.packed = False
         self.automatic: Automatic | None = None
         self.originals: dict[str, nn.Module] = {}
         self.layers: dict[str, ModulatedLayer] = {}
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle | SimpleNamespace] = []
         self.step_sizes = StepSizes()
         self.timestep: tuple[str, int] | None = None
         self.thread = 0
         self.most_states = 0
-        self.ends: Ends | None = None
+        self.roles: Roles | None = None
+        self.uncalled: tuple[str, ...] = ()
         self.number = traced.number_for(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,7 +109,9 @@ class Attachment:
         """The layers as they run now. Cost: on integers, a choice of backend for each layer."""
         entries = list(self.selected.entries)
         for i, entry in enumerate(entries):
-            if (layer := self.layers.get(entry.name)) is not None:
+            if entry.name in self.uncalled:
+                entries[i] = dataclasses.replace(entry, reason="never called", execution="not run")
+            elif (layer := self.layers.get(entry.name)) is not None:
                 execution, why = execution_of(layer)
                 entries[i] = dataclasses.replace(entry, execution=execution, why=why, anchor=layer.anchors_with)
         return Report(tuple(entries), memory_of(self.layers.values(), self.most_states))
@@ -120,8 +126,18 @@ class Attachment:
         tensors = (t for layer in self.layers.values() for t in layer.loop.tensors())
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    def _measure_states(self) -> None:
+    def _trajectory_ended(self) -> None:
         self.most_states = max(self.most_states, self.state_bytes())
+        if self.roles is not None and self.roles.last:
+            self.uncalled, self.roles = self.roles.uncalled(), None
+            listed = ", ".join(self.uncalled)
+            if listed:
+                warn_once(
+                    f"uncalled of {self.clock.name}: {listed}",
+                    f"{self.clock.name}: expected each modulated layer to be called, got no call of {listed} in a "
+                    "trajectory. They do not run, or other code reads their weights: nothing is quantized there. "
+                    f"Add exclude={self.uncalled} to ModiffConfig.",
+                )
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""
@@ -130,6 +146,13 @@ class Attachment:
         self.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._after))
         self.handles.append(model.register_forward_hook(self._raised, always_call=True))
+        for module in model.modules():  # torch's fast path reads weights itself; a hook on a layer keeps it from that
+            if isinstance(module, nn.TransformerEncoderLayer):
+                self.handles.append(module.register_forward_hook(_nothing))
+            elif isinstance(module, nn.TransformerEncoder):
+                undo = partial(setattr, module, "use_nested_tensor", module.use_nested_tensor)
+                self.handles.append(SimpleNamespace(remove=undo))
+                module.use_nested_tensor = False
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = None
@@ -142,8 +165,10 @@ class Attachment:
         else:
             sample = sample_of(args, kwargs)
             self.begin(timestep, inputs_of(args, kwargs, sample, value))
-            if self.ends is not None:
-                self.ends.begin(model, sample)
+            if self.roles is not None and any(_is_compiled(m) for m in model.modules()):
+                self.roles = None  # inside of graphs nothing would be seen
+            if self.roles is not None:
+                self.roles.begin(model, sample)
 
     def begin(self, timestep: Tensor | float | None, inputs: Inputs = _NOTHING) -> None:
         """An evaluation of the model begins. Raises: StateError while another thread is in one."""
@@ -181,18 +206,35 @@ class Attachment:
     def end(self) -> None:
         """The evaluation ended."""
         self.clock.returned()
-        if self.ends is not None:
-            self.ends.close()
-            self.ends.warn(self.clock.name)
-            self.ends = None
+        if self.roles is None:
+            return
+        self.roles.close()
+        if left := self.roles.left():
+            warn_once(
+                f"roles in {self.clock.name}: {[*left]}",
+                f"{self.clock.name}: expected the layers that run first and last, and embeddings of time or class, in "
+                f"full precision, got {', '.join(f'{n} ({why})' for n, why in left.items())} quantized. Names and the "
+                f"order in `forward` did not tell. Add exclude={(*left,)} to ModiffConfig, or include them by name.",
+            )
+        if not self.roles.uncalled():
+            self.roles = None
 
     def fail(self) -> None:
         """The evaluation did not reach its end; a trajectory that began by itself is over."""
         self.clock.raised()
-        if self.ends is not None:
-            self.ends.close()
+        if self.roles is not None:
+            self.roles.close()
+            self.roles = Roles(self.config, self.selected)
         if self.automatic is not None:
             self.automatic.end()
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def eager(model: nn.Module) -> nn.Module:

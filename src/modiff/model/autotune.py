@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, check
-from modiff.errors import CalibrationError, FormatError
+from modiff.errors import FormatError
 from modiff.files import check_writable, write_json
 from modiff.kernels.isa import machine
 from modiff.kernels.layout import innermost
 from modiff.model.attach import check_searchable
-from modiff.model.probe import Probe, probes_of
+from modiff.model.probe import Probe, probes_of, without_unfit
 from modiff.model.report import execution_of
 from modiff.model.select import layer_names, modulated_layer
 from modiff.nn import Clock
@@ -162,12 +161,9 @@ def choose_modes(
     for model, split in zip(models, list(splits) or [{}] * len(models), strict=True):
         with torch.no_grad(), probes_of(model, config, choices, split, known) as probes:
             run()
-        ran = [probe for probe in probes if not math.isnan(probe.errors()[0])]
-        if not ran:
-            raise CalibrationError("autotune: expected a trajectory of two steps or more, got fewer. A residual needs "
-                                   "a step before it. Let run sample with several steps.")  # fmt: skip
+        config, fit = without_unfit("autotune", config, probes)
         modules = modules_of(model)
-        rows += [_row(modules[p.name], p, config.layer, tolerance, profile) for p in ran]
+        rows += [_row(modules[p.name], p, config.layer, tolerance, profile) for p in fit]
     floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
     plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
     chosen = dataclasses.replace(

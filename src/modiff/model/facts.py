@@ -1,9 +1,11 @@
-"""What must be known of a network that its modules do not say; whoever hosts it knows."""
+"""What must be known of a network that its modules do not say; whoever hosts it knows, or the source of `forward`."""
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,12 +19,14 @@ class NetworkFacts:
     timestep_names: of the argument of `forward` that holds the time step; a network without one counts evaluations.
     unbatched: keyword arguments without a batch axis, such as positions.
     block_classes: patterns on class names; a module that matches is learned as a whole by `modiff.reconstruct`.
+    registered_in_order: networks register their first layer first and their last one last.
     """
 
     default_exclude: tuple[str, ...] = ()
     timestep_names: tuple[str, ...] = ("timestep", "timesteps", "t", "sigma", "time")
     unbatched: tuple[str, ...] = ()
     block_classes: tuple[str, ...] = ()
+    registered_in_order: bool = False
 
     def is_attention(self, module: nn.Module) -> bool:
         """Whether a module computes attention, by torch's `scaled_dot_product_attention`."""
@@ -50,3 +54,61 @@ def register_facts(find: Callable[[Any], NetworkFacts | None]) -> None:
 def facts_of(network: Any) -> NetworkFacts:
     """What the first finder that knows a network says of it; the facts of a plain module if none does."""
     return next((facts for find in _FINDERS if (facts := find(network)) is not None), _PLAIN)
+
+
+def written_ends(network: nn.Module, layers: Sequence[str]) -> tuple[str, str] | None:
+    """Of the named layers, as `forward` is written, the first that reads its first argument, and the last one.
+
+    Inside of modules whose `forward` mentions no other, registration decides. None: that of the network mentions none.
+    """
+    if not {name for name, _ in _uses(network)} & {name for name, _ in network.named_children()} or not layers:
+        return None
+    return _written(network, layers, 0), _written(network, layers, -1)
+
+
+def _written(network: nn.Module, layers: Sequence[str], index: int) -> str:
+    """The first (index 0) or last (-1) layer."""
+    name = ""
+    while name not in layers:
+        layers = [layer for layer in layers if not name or layer.startswith(f"{name}.")]
+        children = list(dict.fromkeys(layer.removeprefix(f"{name}.").partition(".")[0] for layer in layers))
+        uses = [use for use in _uses(network.get_submodule(name)) if use[0] in children]
+        uses = uses or [(child, True) for child in children]
+        reading = [child for child, reads in uses if reads or index == -1]
+        name = f"{name}.{(reading or [child for child, _ in uses])[index]}".removeprefix(".")
+    return name
+
+
+def _uses(module: nn.Module) -> list[tuple[str, bool]]:
+    """Attributes in the order in which `forward` uses them; whether with values of its first argument."""
+    try:
+        function: Any = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward))).body[0]
+        values, uses = {argument.arg for argument in function.args.args[1:2]}, list[tuple[str, bool]]()
+    except (OSError, TypeError, SyntaxError, AttributeError):  # made at runtime
+        return []
+
+    def mentions(*nodes: ast.AST) -> bool:
+        inside = [n for node in nodes for n in ast.walk(node)]
+        facts = [n.value for n in inside if isinstance(n, ast.Attribute) and n.attr in ("dtype", "device", "shape")]
+        return any(isinstance(n, ast.Name) and n.id in values and n not in facts for n in inside)
+
+    def read(node: ast.AST, reads: bool) -> None:
+        children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Call):  # arguments are evaluated before the function is called
+            children, reads = [*node.args, *node.keywords, node.func], mentions(*node.args, *node.keywords)
+        elif isinstance(node, ast.For):
+            over = [n.attr for n in ast.walk(node.iter) if isinstance(n, ast.Attribute)]
+            uses.extend((name, mentions(node)) for name in over)
+            children = node.body
+        elif isinstance(node, ast.Assign):
+            children = [node.value, *node.targets]
+        for child in children:
+            read(child, reads)
+        if isinstance(node, ast.Attribute):
+            uses.append((node.attr, reads))
+        elif isinstance(node, ast.Assign) and mentions(node.value):
+            values.update(n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name))
+
+    for statement in function.body:
+        read(statement, False)
+    return uses

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.hadamard import rotate
 from modiff.core.recursion import State, compute_dtype, encode
-from modiff.errors import ConfigError
+from modiff.errors import CalibrationError, ConfigError, warn_once
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import observe
+from modiff.model.outliers import ChannelMaxima
+from modiff.model.roles import Roles
 from modiff.model.select import modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
@@ -24,14 +27,15 @@ from modiff.nn.adapters import modules_of
 class Probe:
     """Quantizes the input of one full-precision layer as every candidate would, and sums up their errors.
 
-    input: the first one. outputs: numbers in an output. calls: of the layer.
+    input: the first one. outputs: numbers in an output. calls: of the layer. unfit: why it
+    should keep its floats, known after the trajectory; empty if it need not.
     """
 
     def __init__(
         self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock, split: int | None = None
     ) -> None:
         self.name, self.clock = name, clock
-        self.input, self.outputs, self.calls = torch.empty(0), 0, 0
+        self.input, self.outputs, self.calls, self.unfit = torch.empty(0), 0, 0, ""
         self.layers = [modulated_layer(layer, choice, name, clock, split) for choice in choices]
         self.states: dict[str, list[State | None]] = {}
         self.noise = torch.zeros(len(choices), dtype=torch.float64)
@@ -93,13 +97,44 @@ def probes_of(
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in watcher.handles])
         watcher.watch(model)
-        on_layer = lambda name, _, inputs, output: probes[name].see(inputs[0], output.numel())  # noqa: E731
-        stack.enter_context(observe(model, on_layer, layers=probes))
+        roles, maxima = Roles(config, report), ChannelMaxima()
+        stack.callback(roles.close)
+
+        def on_layer(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            probes[name].see(inputs[0], output.numel())
+            maxima.see(name, layer, inputs[0])
+
+        stack.enter_context(observe(model, on_layer, lambda *_: roles.close(), layers=probes,
+                                    before_step=lambda m, *call: roles.begin(m, sample_of(*call))))  # fmt: skip
         stack.callback(clock.stop)
         clock.start()
         stack.callback(model.__dict__.pop, ATTRIBUTE, None)
         model.__dict__[ATTRIBUTE] = watcher  # contexts of guidance find the clock here
         yield list(probes.values())
+    left = {o.name: f"channels reach {o.largest:.2g}, the median one {o.median:.2g}" for o in maxima.outliers()}
+    left |= {name: "ran at one step only" for name, probe in probes.items() if math.isnan(probe.errors()[0])}
+    left |= dict.fromkeys(roles.uncalled(), "never called") | roles.left()
+    for name, probe in probes.items():
+        probe.unfit = left.get(name, "")
+
+
+def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> tuple[ModiffConfig, list[Probe]]:
+    """The config with the layers excluded that should keep their floats, and the other probes; a warning says why.
+
+    Raises: CalibrationError if no layer is left.
+    """
+    unfit = {probe.name: probe.unfit for probe in probes if probe.unfit}
+    fit = [probe for probe in probes if not probe.unfit]
+    listed = ", ".join(f"{name} ({why})" for name, why in unfit.items())
+    if not fit:
+        raise CalibrationError(
+            f"{verb}: expected two steps or more of a layer that can be quantized, got none: {listed}. `run` must run "
+            "a whole trajectory. Give more steps, or include layers by name."
+        )
+    if unfit:
+        warn_once(f"{verb}: {listed}", f"{verb}: expected to quantize all layers that the config takes, got some that "
+                  f"stay in full precision: {listed}. The config excludes them now.")  # fmt: skip
+    return dataclasses.replace(config, exclude=config.exclude + tuple(unfit)), fit
 
 
 class Track(NamedTuple):

@@ -14,10 +14,15 @@ from modiff.config import LayerConfig
 from modiff.nn import ModulatedLayer
 from modiff.nn.loop.integer import IntegerLoop
 
+PARAMETER = "parameter of "
+"""How the kind of a matrix begins that a module of another kind holds."""
+ADAPTER = "belongs to an adapter"
+"""The reason to leave a layer that belongs to an adapter."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One Linear or Conv layer of the model.
+    """One Linear or Conv layer of the model, or a matrix that a module of another kind holds.
 
     name, kind: of the module and its class. weights: their number. config: None where the layer was left.
     reason: why it was left, or what is special about it ("split at 128", "may share with to_q"); may be empty.
@@ -34,6 +39,11 @@ class Entry:
     execution: str = ""
     why: str = ""
     anchor: str = ""
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a Linear or Conv layer of the network, and no adapter's or another module's matrix."""
+        return not self.kind.startswith(PARAMETER) and self.reason != ADAPTER
 
     @property
     def setting(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -13,8 +14,8 @@ from torch.nn.utils import parametrize
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.granularity import granularity_named
 from modiff.errors import ConfigError
-from modiff.model.facts import facts_of
-from modiff.model.report import Entry, Report
+from modiff.model.facts import facts_of, written_ends
+from modiff.model.report import ADAPTER, PARAMETER, Entry, Report
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 from modiff.nn.adapters import walk
 
@@ -34,7 +35,7 @@ def select_layers(
     Args:
         splits: channel index of the concatenation, for layers whose input is one.
         known: layers of other networks that the config is for too; patterns may match those alone.
-    Returns: an entry for every Linear and Conv layer, in the order of the modules.
+    Returns: an entry for every Linear and Conv layer, in the order of the modules, then for other matrices.
     Raises: ConfigError for a network that is a layer itself, a pattern that matches no layer, a damaged weight, or
         if nothing is taken.
     """
@@ -52,26 +53,46 @@ def select_layers(
     layers = {first: layer for layer, (first, *_) in names.items()}
     patterns = {"include": config.include, "exclude": config.exclude, "overrides": [p for p, _ in config.overrides]}
     check_patterns({f"ModiffConfig.{field}": patterns[field] for field in patterns}, [*layers, *known], "a layer")
-    defaults = facts_of(model).default_exclude if config.default_exclude is None else config.default_exclude
-    config = dataclasses.replace(config, exclude=config.exclude + defaults)
+    facts = facts_of(model)
+    defaults = facts.default_exclude if config.default_exclude is None else config.default_exclude
+    extended = dataclasses.replace(config, exclude=config.exclude + defaults)
     splits = splits or {}
-    ends = (*own[:1], *own[-1:])
+    written = None if facts.registered_in_order else written_ends(model, own)
+    ends, how = (written, "as forward is written") if written else ((*own[:1], *own[-1:]), "by registration")
     meant = [p for p in (*patterns["include"], *patterns["overrides"]) if not any(fnmatchcase(name, p) for name in own)]
     entries: list[Entry] = []
     for name, layer in layers.items():
         theirs = name not in own and not matches(name, meant)
-        reason = "belongs to an adapter" if theirs else _reason_to_leave(name, layer, config, name in ends)
+        reason = ADAPTER if theirs else _reason_to_leave(name, layer, extended, how if name in ends else "")
         reason = reason or ", ".join(f"is {other} too" for other in names[layer][1:])
+        parent, _, leaf = name.rpartition(".")
+        if not reason and leaf == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            reason = "MultiheadAttention reads its weight and never calls it"
         chosen = None if reason else layer_config(name, config)
         notes = reason or _notes(layer, chosen, splits.get(name) if config.split_shortcuts == "auto" else None)
         entries.append(Entry(name, type(layer).__name__, layer.weight.numel(), chosen, notes))
-    report = Report(tuple(entries))
+    report = Report((*entries, *_other_matrices(model)))
+    rules = Counter(entry.reason.partition(":")[0] for entry in entries)
+    if rules["tiny"] and not report.taken and config.min_weights == ModiffConfig.min_weights:  # tiny network
+        return select_layers(model, dataclasses.replace(config, min_weights=0), splits=splits, known=known)
     if not report.taken:
+        why = "; ".join(f"{count} {rule}" for rule, count in rules.items())
         raise ConfigError(
-            f"{type(model).__name__}: expected at least one layer to take, got none of {len(layers)}. Every layer was "
-            f"left by the patterns or the defaults. Widen include or narrow exclude.\n{report}"
+            f"{type(model).__name__}: expected at least one layer to take, got none of {len(layers)}: {why}. Widen "
+            f"include, narrow exclude or default_exclude, or lower min_weights.\n{report}"
         )
     return report
+
+
+def _other_matrices(model: nn.Module) -> list[Entry]:
+    """Matrices that modules of other kinds hold: nothing stands in their place that could be replaced."""
+    return [
+        Entry(f"{prefix}.{name}".lstrip("."), PARAMETER + type(module).__name__, p.numel(), None, "no layer of its own")
+        for prefix, module in model.named_modules()
+        if not isinstance(module, (*CANDIDATES, nn.LayerNorm, parametrize.ParametrizationList))
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() > 1
+    ]
 
 
 def modulated_layer(
@@ -105,7 +126,7 @@ def check_patterns(patterns: Mapping[str, Iterable[str]], names: Sequence[str], 
                 )
 
 
-def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary: bool) -> str:
+def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, end: str) -> str:
     weight = layer.weight
     if isinstance(layer, ModulatedLayer):
         return "taken by modiff already"
@@ -119,8 +140,8 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, boundary
     if "forward" in layer.__dict__ or parametrize.is_parametrized(layer):
         return "another library replaced its forward or weight"
     named = name in config.include or matches(name, (p for p, _ in config.overrides))
-    if boundary and config.first_last == "full_precision" and not named:
-        return "first or last layer (by registration)"
+    if end and config.first_last == "full_precision" and not named:
+        return f"first or last layer ({end})"
     if weight.numel() < config.min_weights and not named:
         return f"tiny: {weight.numel()} weights"
     if not torch.is_floating_point(weight):

@@ -1,4 +1,4 @@
-"""Pick clip ratio, predictor, gain and rotation for a model at a bit width, from a few short trajectories."""
+"""Pick plain or modulated, clip ratio, predictor, gain and rotation for a model at a bit width, from a few runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Rotation
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.apply import install, uninstall
 from modiff.model.attach import check_searchable
-from modiff.model.probe import Probe, Track, probes_of, tracked
+from modiff.model.probe import Probe, Track, probes_of, tracked, without_unfit
 from modiff.model.select import layer_names
 from modiff.model.trajectory import model_trajectory
 
@@ -22,16 +22,18 @@ CLIPS = {2: (0.6, 0.45, 0.3), 3: (0.8, 0.6, 0.45, 0.3), 4: (1.0, 0.8, 0.6)}
 """Clip ratios worth trying, by bits; the fewer codes there are, the more it pays to cut the tails."""
 MANY_BITS_CLIPS = (1.0, 0.8)
 GAINS = (0.5, 0.8, 1.0)
-FINALISTS = 4
-"""How many candidates run for real."""
+FINALISTS = 5
+"""How many candidates run for real, the plain one among them."""
 
 
 def candidates(base: LayerConfig) -> list[LayerConfig]:
-    """The settings that `tune` tries: the published one, and rotated ones of either predictor over clips and gains.
+    """The settings that `tune` tries: plain, published, and rotated ones of either predictor over clips and gains.
 
     Those that the guards of `LayerConfig` refuse, because the loop would diverge, are left out.
     """
-    settings = [_candidate(base, "none", "hold", 1.0, 1.0)]
+    activation = dataclasses.replace(base.activation, clip=1.0, refresh_every=1)
+    plain = dataclasses.replace(base, activation=activation, modulation=None, rotation="none")
+    settings = [plain, _candidate(base, "none", "hold", 1.0, 1.0)]
     for predictor, gain in [("hold", 1.0), *(("linear", gain) for gain in GAINS)]:
         for clip in CLIPS.get(base.activation.bits or 8, MANY_BITS_CLIPS):
             with suppress(ConfigError):  # this pair of bits and predictor diverges
@@ -75,15 +77,17 @@ def search_config(
     Raises: StateError if modiff is on a model; CalibrationError if `run` never reached a second step.
     """
     check_searchable(models, config, "tune")
-    choices, splits = candidates(config.layer), list(splits) or [{}] * len(models)
-    errors, exact = _layer_errors(models, run, config, choices, splits)
+    choices, splits, run = candidates(config.layer), list(splits) or [{}] * len(models), torch.no_grad()(run)
+    probes, exact = _probed(models, run, config, choices, splits)
+    config, fit = without_unfit("tune", config, probes)
+    errors = [probe.errors() for probe in fit]
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
     scores = [_sample_error(models, run, finalist, splits, exact) for finalist in finalists]
     return finalists[scores.index(min(scores))]
 
 
 def _shortlist(choices: list[LayerConfig], errors: list[list[float]]) -> list[LayerConfig]:
-    """The best clip of each predictor, gain and rotation by the mean log error of the layers; the best few of these.
+    """Plain, and the best clip of each predictor, gain and rotation by the mean log error of the layers: the best few.
 
     A layer's own error tells clips apart well, predictors less so: what errors do to the trajectory decides those.
     """
@@ -91,29 +95,24 @@ def _shortlist(choices: list[LayerConfig], errors: list[list[float]]) -> list[La
     best: dict[object, LayerConfig] = {}
     for i in sorted(range(len(choices)), key=scores.__getitem__):
         best.setdefault((choices[i].rotation, choices[i].modulation), choices[i])
-    return list(best.values())[:FINALISTS]
+    plain = [choice for choice in best.values() if choice.modulation is None]
+    return plain + [choice for choice in best.values() if choice.modulation is not None][: FINALISTS - len(plain)]
 
 
-def _layer_errors(
+def _probed(
     models: Sequence[nn.Module],
     run: Callable[[], object],
     config: ModiffConfig,
     choices: list[LayerConfig],
     splits: Sequence[Mapping[str, int]],
-) -> tuple[list[list[float]], Track]:
-    """Run in full precision: the relative error of each choice's input side, for every layer; and what was computed."""
+) -> tuple[list[Probe], Track]:
+    """Run in full precision: what the choices would make of each layer's input, and what was computed."""
     known, probes = layer_names(models), list[Probe]()
     with tracked(models) as exact, ExitStack() as stack:
         for model, its_splits in zip(models, splits, strict=True):
             probes += stack.enter_context(probes_of(model, config, choices, its_splits, known))
         run()
-    errors = [probe.errors() for probe in probes]
-    if not all(math.isfinite(e) for row in errors for e in row):
-        raise CalibrationError(
-            "tune: expected at least two steps of every layer, got fewer. `run` must run a whole trajectory. "
-            "Give more steps, or exclude layers that do not run."
-        )
-    return errors, exact
+    return probes, exact
 
 
 def _sample_error(
@@ -125,7 +124,8 @@ def _sample_error(
 ) -> float:
     """Mean relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
 
-    Where outputs do not feed back into inputs, the samples are equal and the outputs of all are compared.
+    Where outputs do not feed back into inputs, the samples are equal and the outputs of all are compared. Loops that
+    stop early or late are judged by where they got to.
     """
     known = layer_names(models)
     with ExitStack() as stack:
@@ -135,16 +135,14 @@ def _sample_error(
             stack.enter_context(model_trajectory(model))
         track = stack.enter_context(tracked(models))
         run()
-    ours, theirs = ([t.shape for t in (*its.samples, *its.outputs)] for its in (track, exact))
-    if ours != theirs or not track.outputs:
-        raise CalibrationError(
-            f"tune: expected run to evaluate the network {len(exact.outputs)} times as before, got "
-            f"{len(track.outputs)} times or other shapes. It must run the same trajectory at each call. "
-            "Fix its seed, steps and batch."
-        )
-    pairs = list(zip(track.samples[-1:], exact.samples[-1:], strict=True))
+    pairs = list(zip(track.samples[-1:], exact.samples[-1:], strict=False))
     if all(torch.equal(*pair) for pair in pairs):
-        pairs = list(zip(track.outputs, exact.outputs, strict=True))
+        pairs = list(zip(track.outputs, exact.outputs, strict=False))
+    if not pairs or any(ours.shape != theirs.shape for ours, theirs in pairs):
+        raise CalibrationError(
+            "tune: expected run to evaluate the network on samples of the same shapes as before, got others or none. "
+            "It must run the same trajectory at each call. Fix its seed, steps and batch."
+        )
     score = _relative_error(pairs)
     return score if math.isfinite(score) else math.inf
 

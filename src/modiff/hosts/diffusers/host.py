@@ -42,6 +42,7 @@ class DiffusersHost(Host):
     """Every call of a pipeline is a trajectory; branches of guidance are the cache contexts that it enters."""
 
     generation = "__call__"
+    registered_in_order = True
 
     def networks(self, target: Any) -> dict[str, nn.Module]:
         """The denoisers of a pipeline by component name, or the model itself."""

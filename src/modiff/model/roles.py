@@ -1,0 +1,62 @@
+"""What evaluations tell of layers: which run first and last, which read one row a sample, which never run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from modiff.config import ModiffConfig
+from modiff.model.observe import observe
+from modiff.model.report import Report
+from modiff.model.select import matches
+
+
+class Roles:
+    """Of the layers of one network, as its evaluations show them.
+
+    The first layer is the first that reads the sample itself (an embedding of time may run before it); where none does,
+    the first that reads more than one row a sample.
+    """
+
+    def __init__(self, config: ModiffConfig, report: Report) -> None:
+        by_name = [*config.include, *(pattern for pattern, _ in config.overrides)]
+        self.named = [pattern for pattern in by_name if pattern != "*"]
+        self.ends_matter = config.first_last == "full_precision"
+        self.names = [entry.name for entry in report.entries if entry.is_layer]
+        self.taken = {entry.name for entry in report.taken}
+        self.sample: Tensor | None = None
+        self.first = self.last = self.reads_sample = ""
+        self.rows: dict[str, bool] = {}
+        self._stack = ExitStack()
+
+    def begin(self, model: nn.Module, sample: Tensor | None) -> None:
+        """An evaluation begins; watch it until `close`."""
+        self.sample = sample
+        self._stack.enter_context(observe(model, self.see, layers=self.names))
+
+    def close(self) -> None:
+        """The evaluation ended, or not."""
+        self._stack.close()
+        self.sample = None
+
+    def see(self, name: str, _layer: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
+        """A layer ran."""
+        x, sample = inputs[0], self.sample
+        row = sample is not None and sample.dim() > 2 >= x.dim() and x.numel() <= len(sample) * x.shape[-1]
+        self.rows[name] = row and self.rows.get(name, True)
+        self.first = self.first or ("" if row else name)
+        self.reads_sample = self.reads_sample or (name if x is sample else "")
+        self.last = name
+
+    def left(self) -> dict[str, str]:
+        """Taken layers that should keep their floats, and why; without those that the config names."""
+        reasons = {name: "reads one row a sample: an embedding" for name, row in self.rows.items() if row}
+        if self.ends_matter and self.last:
+            reasons |= {self.last: "runs last", self.reads_sample or self.first or self.last: "runs first"}
+        return {n: r for n, r in reasons.items() if n in self.taken and not matches(n, self.named)}
+
+    def uncalled(self) -> tuple[str, ...]:
+        """Taken layers that never ran."""
+        return tuple(name for name in self.names if name in self.taken and name not in self.rows)

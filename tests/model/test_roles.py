@@ -1,0 +1,181 @@
+"""What layers are for: ends, embeddings and layers that never run, by the source of `forward` and by what runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modiff
+from modiff import ModiffConfig, presets
+from modiff.errors import ModiffWarning
+from modiff.model.attach import attachment_of
+from tests.model.toys import applied, assert_equal, generate, sample, toy
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modiff.errors._WARNED", set())
+
+
+class Inside(nn.Module):
+    """An embedding is added between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.early, self.emb = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.late(self.early(x) + self.emb(emb)[..., None, None])
+
+
+class Published(nn.Module):
+    """As published U-Nets are written: embeddings and the way out are registered before the way in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16))
+        self.out = nn.Sequential(nn.GroupNorm(2, 16), nn.Conv2d(16, 3, 3, padding=1))
+        self.middle = Inside()
+        self.inputs = nn.ModuleDict({"first": nn.Conv2d(3, 16, 3, padding=1), "second": Inside()})
+        self.unused = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, timestep: float, y: Tensor | None = None) -> Tensor:
+        emb = self.embed(torch.full((x.shape[0], 16), timestep / 1000, dtype=x.dtype))
+        h = x.type(torch.float32)
+        for name, block in self.inputs.items():
+            h = block(h) if name == "first" else block(h, emb)
+        h = self.middle(h, emb)
+        return self.out(h.type(x.dtype))
+
+
+class Late(Published):
+    """Its source tells nothing: the method that runs is found at runtime."""
+
+    def forward(self, *args: object) -> Tensor:
+        return getattr(super(), "forward")(*args)  # noqa: B009
+
+
+EMBEDDINGS = ("embed.0", "embed.2", "middle.emb", "inputs.second.emb")
+CONVOLUTIONS = ("middle.late", "middle.early", "inputs.second.late", "inputs.second.early")
+
+
+def published(kind: type[nn.Module] = Published) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def test_the_ends_are_found_in_the_source_of_forward_and_the_report_says_so():
+    reasons = {e.name: e.reason for e in modiff.select(published(), presets.w8a8()).left}
+    assert reasons == dict.fromkeys(("inputs.first", "out.1"), "first or last layer (as forward is written)")
+    reasons = {e.name: e.reason for e in modiff.select(published(Late), presets.w8a8()).left}
+    assert reasons == dict.fromkeys(("embed.0", "unused"), "first or last layer (by registration)")
+
+
+@pytest.mark.parametrize("kind", [Published, Late])
+def test_a_run_tells_which_layers_keep_their_floats_and_tune_and_autotune_leave_them(kind, recwarn):
+    model = published(kind)
+    tuned = modiff.tune(model, 4, run=lambda: sample(model))
+    assert tuple(e.name for e in modiff.apply(model, tuned).taken) == CONVOLUTIONS
+    modiff.remove(model)
+    rows = modiff.autotune(model, "w8a8", run=lambda: sample(model), tolerance=10.0).rows
+    assert tuple(row.name for row in rows) == CONVOLUTIONS
+    (first, *_) = (str(w.message) for w in recwarn if w.category is ModiffWarning)
+    assert first.startswith("tune: expected to quantize all layers that the config takes, got some that stay")
+    assert ("unused (never called)" in first) == (kind is Published)
+    assert "embed.2 (reads one row a sample: an embedding)" in first
+
+
+def test_what_is_quantized_against_its_role_is_named_once_with_what_to_type(recwarn):
+    model = copy.deepcopy(applied(make=lambda: published(Late)))
+    generate(model)
+    generate(model)
+    (warning,) = (str(w.message) for w in recwarn if w.category is ModiffWarning)
+    assert "embed.2 (reads one row a sample: an embedding)" in warning
+    assert "inputs.first (runs first)" in warning
+    assert "out.1 (runs last)" in warning
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
+
+
+@pytest.mark.filterwarnings("error::modiff.ModiffWarning")
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModiffConfig(exclude=(*EMBEDDINGS, "inputs.first", "out.1")),
+        ModiffConfig(include=(*EMBEDDINGS, *CONVOLUTIONS, "inputs.first")),
+    ],
+)
+def test_layers_that_the_config_names_are_not_warned_about(config):
+    generate(applied(config, make=lambda: published(Late)))
+
+
+@pytest.mark.filterwarnings("error::modiff.ModiffWarning")
+def test_a_network_with_names_that_modiff_knows_is_not_warned_about():
+    generate(applied())
+
+
+def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report():
+    model = applied(ModiffConfig(exclude=EMBEDDINGS), make=published)
+    with pytest.warns(ModiffWarning, match=r"Published: .* got no call of unused .* exclude=\('unused',\)"):
+        generate(model)
+    entries = {e.name: e for e in modiff.report(model).entries}
+    assert (entries["unused"].reason, entries["unused"].execution) == ("never called", "not run")
+    assert entries["middle.late"].reason == ""
+    assert attachment_of(model).roles is None
+
+
+def test_an_evaluation_that_raised_decides_nothing():
+    model = applied(make=lambda: published(Late))
+    with modiff.trajectory(model), pytest.raises(RuntimeError, match="expected input"):
+        model(torch.ones(1, 2, 4, 4), 5.0)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
+    with pytest.warns(ModiffWarning, match="runs first"):
+        generate(model)
+
+
+class Encoder(nn.Module):
+    """torch's own transformer, which reads weights by itself where it may."""
+
+    def __init__(self, **settings: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0, **settings)
+        self.enter, self.encoder, self.out = nn.Linear(4, 32), nn.TransformerEncoder(layer, 2), nn.Linear(32, 4)
+
+    def forward(self, sample: Tensor, timestep: float) -> Tensor:
+        x = sample.flatten(2).mT if sample.dim() == 4 else sample
+        x = nn.functional.pad(x, (0, 1)) + timestep / 1000
+        padded = torch.arange(x.shape[1])[None] >= torch.tensor([[x.shape[1]], [x.shape[1] - 2]])
+        return self.out(self.encoder(self.enter(x), src_key_padding_mask=padded))[..., :3].mT.reshape(sample.shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*ested:UserWarning", "error::modiff.ModiffWarning")
+@pytest.mark.parametrize("settings", [{}, {"norm_first": True}])
+def test_layers_of_torch_s_transformer_run_and_those_that_it_reads_by_itself_are_left(settings):
+    torch.manual_seed(0)
+    model = Encoder(**settings).eval()
+    exact = sample(model)
+    report = modiff.apply(model, presets.plain(2, 2))
+    assert {e.name.rpartition(".")[2] for e in report.taken} == {"linear1", "linear2"}
+    left = {e.name.rpartition(".")[2]: e.reason for e in report.left}
+    assert left["out_proj"] == "MultiheadAttention reads its weight and never calls it"
+    assert left["in_proj_weight"] == "no layer of its own"
+    quantized = generate(model)
+    assert float((quantized[-1] - exact[-1]).norm() / exact[-1].norm()) > 0.01
+    modiff.remove(model)
+    assert_equal(sample(model), exact)
+    tuned = modiff.tune(model, 4, run=lambda: sample(model))
+    modiff.apply(model, tuned)
+    expected = generate(model)
+    modiff.pack(model)
+    assert all(o.isfinite().all() for o in generate(model))
+    assert len(expected) == len(exact)
+
+
+def test_a_tiny_network_is_taken_all_the_same_and_a_limit_of_the_user_s_stands():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    assert [e.name for e in modiff.select(model, "w8a8").taken] == ["1", "2"]
+    with pytest.raises(modiff.ConfigError, match=r"got none of 4: 2 first or last layer .*; 2 tiny"):
+        modiff.select(model, ModiffConfig(min_weights=255))
+    assert len(modiff.select(toy(), ModiffConfig()).taken) == 5
