@@ -13,10 +13,11 @@ from diffusers import DDIMPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import modiff
 from modiff.errors import FormatError
 from modiff.hosts.diffusers.load import load_pipeline
 from tests.helpers import assert_same_tensors
-from tests.hosts.tiny import SMALL
+from tests.hosts.tiny import HOSTS, SMALL
 
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
 
@@ -35,11 +36,22 @@ def test_a_saved_pipeline_comes_back_quiet_and_with_the_same_weights(floats):
         assert pipe._progress_bar_config["disable"]
 
 
-@pytest.mark.parametrize("variant", [None, "fp16"])
-def test_half_precision_weights_are_loaded_in_float32(tmp_path, variant):
-    half = SMALL.build().to(torch.float16)
-    half.save_pretrained(tmp_path, variant=variant)
-    assert_same_tensors(load_pipeline(tmp_path).unet.state_dict(), half.unet.float().state_dict())
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("variant", [None, "fp16", "ema"])
+def test_every_layout_that_diffusers_writes_is_read_floats_and_quantized_in_float32(tmp_path, variant, shard):
+    pipe = HOSTS["sd"].build().to(torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant=variant, max_shard_size=shard)
+    shutil.rmtree(tmp_path / "half" / "unet")  # a variant of some components
+    pipe.unet.save_pretrained(tmp_path / "half" / "unet", max_shard_size=shard)
+    loaded = load_pipeline(tmp_path / "half")
+    for name in ("unet", "text_encoder", "vae"):
+        assert_same_tensors(getattr(loaded, name).state_dict(), getattr(pipe, name).float().state_dict())
+    modiff.apply(pipe, "w4a8")
+    pipe.save_pretrained(tmp_path / "saved", variant=variant, max_shard_size=shard)
+    modiff.save(pipe, tmp_path / "expected")
+    expected = modiff.load(tmp_path / "expected").unet.state_dict()
+    for unet in (modiff.load(tmp_path / "saved").unet, modiff.load(tmp_path / "saved" / "unet")):
+        assert_same_tensors(unet.state_dict(), expected)
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
@@ -75,7 +87,7 @@ NOT_PART = "expected part of a diffusers pipeline"
     ("damage", "message"),
     [
         (cut, f"{WEIGHTS}: expected a safetensors file, got SafetensorError"),
-        (pickled, f"unet: {NOT_PART}, got OSError"),
+        (pickled, f"{WEIGHTS.with_suffix('.bin')}: expected safetensors, got a pickle"),
         (
             tensors(lambda t: t.pop("conv_in.weight")),
             "unet: expected weights for every parameter, got none for conv_in.weight (1 in all)",

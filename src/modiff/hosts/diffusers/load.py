@@ -21,6 +21,7 @@ from modiff.hosts.diffusers.quantizer import align
 
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_VARIANT = re.compile(r"[^.]+(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
@@ -154,13 +155,21 @@ def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Mod
 
 
 def _variant(folder: Path) -> str | None:
-    """ "fp16" where the weights come in half precision only, under the name that diffusers gives them."""
-    names = [path.name for path in folder.rglob("*.safetensors")]
-    return "fp16" if names and all(".fp16." in name for name in names) else None
+    """The variant, such as "fp16", of the first component whose weights all have one; diffusers finds the others."""
+    for component in sorted({path.parent for path in folder.rglob("*.safetensors")}):
+        names = (_VARIANT.fullmatch(path.name) for path in component.glob("*.safetensors"))
+        variants = {name[1] for name in names if name}
+        if variants and None not in variants:
+            return min(variants)
+    return None
 
 
 def _check_weight_files(folder: Path) -> None:
     """Open every weight file: a header that does not fit the file's length is a copy that was cut."""
+    for path in sorted(folder.rglob("*pytorch_model*.bin")):
+        if not any(path.parent.glob("*.safetensors")):
+            raise FormatError(f"{path}: expected safetensors, got a pickle. Loading one runs what is in it. Load the "
+                              "folder with diffusers and save it with safe_serialization=True.")  # fmt: skip
     for path in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
