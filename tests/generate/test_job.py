@@ -56,9 +56,8 @@ def test_a_config_without_activations_to_scale_is_no_static_one() -> None:
 
 def test_images_take_prompts_and_classes_in_turn_by_their_index() -> None:
     conditions = Conditions(prompts=("a", "b", "c"), labels=(5, 9))
-    assert conditions.prompts_of(range(4, 9)) == ["b", "c", "a", "b", "c"]
-    assert conditions.labels_of([7, 0, 1, 2]) == [9, 5, 9, 5]
-    assert (Conditions().prompts_of([0]), Conditions().labels_of([0])) == (None, None)
+    assert conditions.of(range(4, 8)) == {"prompt": ["b", "c", "a", "b"], "label": [5, 9, 5, 9]}
+    assert Conditions().of([0]) == {"prompt": None, "label": None}
 
 
 def test_labels_are_numbers_and_ranges() -> None:

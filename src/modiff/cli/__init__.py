@@ -43,12 +43,8 @@ class Commands(TyperGroup):
         except BrokenPipeError:  # `modiff ... | head`: click ends quietly
             raise
         except OSError as error:
-            _stop(
-                f"{error.filename or 'output'}: expected a file that can be written, got {error.strerror or error}. "
-                "Nothing was left half done. Free some space, or give another path.",
-                MISTAKE,
-                error,
-            )
+            got = f"{error.filename or 'output'}: expected a file that can be written, got {error.strerror or error}"
+            _stop(f"{got}. Nothing was left half done. Free some space, or give another path.", MISTAKE, error)
         except KeyboardInterrupt as error:
             _stop("interrupted. Files that were finished are kept.", INTERRUPTED, error)
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from modiff.cli import options
-
-if TYPE_CHECKING:
-    from modiff.evaluate.pipelines import PipelineSource
-    from modiff.evaluate.suite.run import Suite
 
 CONFIGS_HELP = (
     f"Comma-separated, instead of the preset's. {options.CONFIG_HELP} Full precision and half the steps always run."
@@ -87,7 +83,7 @@ def evaluate(
     _show(suite, source, model, json_file, report)
 
 
-def _show(suite: Suite, source: PipelineSource, model: str, json_file: Path | None, report: Path | None) -> None:
+def _show(suite: Any, source: Any, model: str, json_file: Path | None, report: Path | None) -> None:
     """Print the table, and write the files that the options name; the report watches the layers of one of the rows."""
     from modiff.evaluate.report.page import write_report
     from modiff.evaluate.report.sections import suite_document

@@ -88,8 +88,7 @@ class PipelineSource:
 
     def draw(self, steps: int, indices: Sequence[int], seed: int | None = None) -> np.ndarray:
         """The images of sample indices in [0, 1], (N, H, W, C); from the noise of `seed` instead of its own."""
-        prompts, labels = self.conditions.prompts_of(indices), self.conditions.labels_of(indices)
-        inputs = call_inputs(self.pipe, len(indices), prompt=prompts, label=labels)
+        inputs = call_inputs(self.pipe, len(indices), **self.conditions.of(indices))
         noise = noise_generators(self.seed if seed is None else seed, indices)
         return np.asarray(self.pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np").images)
 

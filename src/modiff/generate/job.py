@@ -28,13 +28,10 @@ class Conditions:
         """Plain JSON values."""
         return {"prompts": list(self.prompts) or None, "labels": list(self.labels) or None}
 
-    def prompts_of(self, indices: Sequence[int]) -> list[str] | None:
-        """The prompt of each index; None if there are none."""
-        return [self.prompts[i % len(self.prompts)] for i in indices] if self.prompts else None
-
-    def labels_of(self, indices: Sequence[int]) -> list[int] | None:
-        """The class of each index; None if there are none."""
-        return [self.labels[i % len(self.labels)] for i in indices] if self.labels else None
+    def of(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The prompt and the label of each index; None where there are none."""
+        turns = {"prompt": self.prompts, "label": self.labels}
+        return {name: [values[i % len(values)] for i in indices] if values else None for name, values in turns.items()}
 
 
 def parse_labels(text: str) -> tuple[int, ...]:

@@ -60,9 +60,7 @@ def run_job(job: Job, folder: str | Path, *, engine: LocalEngine | None = None) 
 
     Image i comes from the noise of seed + i. It has the same bits whatever num_images, the number of restarts and the
     engine, for one batch size (fixed by the folder), processor, number of threads and versions of the libraries;
-    otherwise it is equal up to float rounding. The manifest tells where each shard was made.
-    A process that is killed at any moment loses the shard that it was at. The folder may be extended (more images) or
-    read in part (fewer).
+    otherwise it is equal up to float rounding. A process that is killed loses the shard that it was at.
 
     engine: this process, if None.
     Raises: ConfigError for a job that the model cannot do, or a folder of another job; StateError if another process

@@ -44,12 +44,8 @@ SAMPLERS: dict[str, Sampler] = {
 
 def usual_sampler(pipe: DiffusionPipeline) -> str | None:
     """DDIM, or None, which is the pipeline's own, for a model that was trained for flow matching."""
-    return None if _is_flow(pipe) else "ddim"
-
-
-def _is_flow(pipe: DiffusionPipeline) -> bool:
-    """The path of the model, judged by the scheduler that it was saved with."""
-    return type(pipe.scheduler).__name__.startswith("FlowMatch") or bool(pipe.scheduler.config.get("use_flow_sigmas"))
+    saved = pipe.scheduler  # tells what the model was trained for
+    return None if type(saved).__name__.startswith("FlowMatch") or saved.config.get("use_flow_sigmas") else "ddim"
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
@@ -68,7 +64,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
     if name not in SAMPLERS:
         raise ConfigError(f"scheduler: expected one of {', '.join(SAMPLERS)}, got {name!r}. Pick one of them.")
     sampler, config = SAMPLERS[name], pipe.scheduler.config
-    flow = _is_flow(pipe)
+    flow = usual_sampler(pipe) is None
     if not (sampler.flow if flow else sampler.noise):
         fitting = ", ".join(n for n, s in SAMPLERS.items() if (s.flow if flow else s.noise))
         raise ConfigError(

@@ -44,8 +44,7 @@ def draw(
 
     Raises: ConfigError for inputs that the pipeline cannot take; StateError for pixels that are NaN or infinite.
     """
-    prompts, labels = conditions.prompts_of(indices), conditions.labels_of(indices)
-    inputs = call_inputs(pipe, len(indices), prompt=prompts, label=labels)
+    inputs = call_inputs(pipe, len(indices), **conditions.of(indices))
     result = pipe(**inputs, num_inference_steps=steps, generator=noise_generators(seed, indices), output_type="np")
     images = np.asarray(result.images)
     if not np.isfinite(images).all():
@@ -58,8 +57,8 @@ def draw(
 
 def check_inputs(pipe: DiffusionPipeline, steps: int, conditions: Conditions) -> None:
     """Raises: ConfigError for prompts or classes that the pipeline cannot take, or more steps than in its training."""
-    labels = conditions.labels or None
-    call_inputs(pipe, len(conditions.labels) or 1, prompt=conditions.prompts_of([0]), label=labels)
+    count = len(conditions.labels) or 1
+    call_inputs(pipe, count, **conditions.of(range(count)))
     most = pipe.scheduler.config.num_train_timesteps
     if steps > most:
         raise ConfigError(

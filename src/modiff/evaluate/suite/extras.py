@@ -96,7 +96,7 @@ class Clip:
 
         @torch.no_grad()
         def scores(batch: Tensor, indices: slice) -> Tensor:
-            prompts = self._conditions.prompts_of(range(indices.start, indices.start + len(batch)))
+            prompts = self._conditions.of(range(indices.start, indices.start + len(batch)))["prompt"]
             tokens = self._tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
             output = self._model(pixel_values=self._pixels(batch), **tokens.to(self._device))
             return 100 * functional.cosine_similarity(output.image_embeds, output.text_embeds).clamp_min(0)
