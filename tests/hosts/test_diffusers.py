@@ -86,6 +86,12 @@ def test_a_sampler_runs_modulated_as_it_runs_plain(sampler):
     assert len(breaks) >= 6
     assert max(breaks) < 1e-5
     assert 0 < relative_error(first, plain) < 0.05  # fresh noise at each step (ddpm, sde) gives .031
+    alone = host.build()
+    alone.scheduler = make_scheduler(sampler)
+    modiff.apply(alone.unet, presets.modulated(None, 8))
+    for _ in range(2):  # it finds by itself where trajectories begin and end
+        assert torch.equal(host.call(alone, steps=6), first)
+        assert not any(layer.loop.memories for layer in attachment_of(alone.unet).layers.values())
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])

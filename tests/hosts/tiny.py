@@ -41,6 +41,8 @@ _SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
 SAMPLERS = tuple(_SAMPLERS)
 

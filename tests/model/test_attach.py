@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import modiff
-from modiff import StateError, presets
+from modiff import ModiffWarning, StateError, presets
 from modiff.model.apply import install
 from modiff.model.attach import Automatic, attachment_of
 from modiff.model.attention import apply_attention
@@ -86,6 +86,17 @@ def test_another_batch_or_thread_is_another_trajectory_though_time_goes_on(other
     sample(model, steps=2)  # ends at t = 500
     with ThreadPoolExecutor(1) as pool:
         assert_same_bits(evaluate(x, 400.0) if other == "batch" else pool.submit(evaluate, x, 400.0).result(), expected)
+
+
+def test_threads_that_evaluate_in_turn_are_told_that_nothing_is_gained(monkeypatch):
+    monkeypatch.setattr("modiff.errors._WARNED", set())
+    model = modulated()
+    evaluate = torch.no_grad()(model)
+    with ThreadPoolExecutor(1) as pool:
+        evaluate(ONES, 900.0)
+        pool.submit(evaluate, ONES, 900.0).result()
+        with pytest.warns(ModiffWarning, match=r"two threads in turn.*modiff\.clone"):
+            evaluate(ONES, 600.0)
 
 
 def test_generations_in_a_row_equal_those_in_trajectories_of_their_own():

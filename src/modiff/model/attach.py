@@ -40,7 +40,7 @@ class Automatic:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.owns_trajectory = self._numbered = False
-        self._thread = 0
+        self._thread = self._thread_before = 0
         self._seen: dict[str, list[float]] = {}
 
     def before(self, timestep: Tensor | float | None, inputs: Inputs = _NOTHING) -> None:
@@ -49,11 +49,20 @@ class Automatic:
             return
         now, context, thread = float(middle(timestep)), self.clock.context, threading.get_ident()
         seen = self._seen.get(context, [])
-        if not self.owns_trajectory or thread != self._thread or _reversed(seen, now):
+        turned = len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0
+        if not self.owns_trajectory or thread != self._thread or turned:
+            if self.owns_trajectory and thread == self._thread_before != self._thread:
+                warn_once(
+                    f"threads of {self.clock.name}",
+                    f"{self.clock.name}: expected one generation at a time, got evaluations of two threads in turn. "
+                    "The states begin again with each change, so nothing is gained. Let requests wait for each other, or "
+                    "give each a copy that shares the weights, modiff.clone(target).",
+                )
             self.end()
             self.clock.start()
             self._numbered, self.clock.numbered = self.clock.numbered, True
-            self.clock.context, self.owns_trajectory, self._thread = context, True, thread
+            self.clock.context, self.owns_trajectory = context, True
+            self._thread, self._thread_before = thread, self._thread
         elif seen == [now] and self.clock.knows(inputs):
             self.clock.again()
         seen = self._seen.setdefault(context, [])
@@ -68,10 +77,6 @@ class Automatic:
             self.clock.numbered = self._numbered
         self.owns_trajectory = False
         self._seen.clear()
-
-
-def _reversed(seen: list[float], now: float) -> bool:
-    return len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0
 
 
 class Attachment:
