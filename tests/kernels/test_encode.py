@@ -41,13 +41,9 @@ def core_codes(codes: Tensor, bits: int) -> Tensor:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("predictor", ["hold", "linear"])
 @given(
-    seed=st.integers(0, 2**31),
-    shape=st.sampled_from(SHAPES),
-    bits=st.integers(2, 8),
-    clip=st.sampled_from([1.0, 0.45]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    inner=st.booleans(),
-)
+    seed=st.integers(0, 2**31), shape=st.sampled_from(SHAPES), bits=st.integers(2, 8), clip=st.sampled_from([1.0,
+    0.45]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), inner=st.booleans(),
+)  # fmt: skip
 @settings(max_examples=16)
 def test_codes_scales_and_states_equal_the_core_s_in_a_trajectory_and_without_a_state(
     granularity, predictor, seed, shape, bits, clip, dtype, inner

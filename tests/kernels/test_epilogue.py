@@ -17,13 +17,10 @@ from tests.kernels.problems import along, needs_compiler, none_clipped, operands
 
 
 @given(
-    seed=st.integers(0, 2**31),
-    integers=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    rows=st.sampled_from([(), (4, 1), (1, 1)]),
-    count=st.sampled_from([7, 64, 40000]),
-    special=st.sampled_from([0.0, float("nan"), float("inf"), -1e30]),
-)
+    seed=st.integers(0, 2**31), integers=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    rows=st.sampled_from([(), (4, 1), (1, 1)]), count=st.sampled_from([7, 64, 40000]), special=st.sampled_from([0.0,
+    float("nan"), float("inf"), -1e30]),
+)  # fmt: skip
 @settings(max_examples=60)
 def test_the_compiled_loop_equals_torch_s_operators(seed, integers, dtype, rows, count, special):
     torch.manual_seed(seed)

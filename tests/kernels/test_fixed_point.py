@@ -30,14 +30,11 @@ def test_after_200_steps_the_state_is_what_was_sent_to_the_last_bit(bits, clip, 
 
 
 @given(
-    seed=st.integers(0, 2**31),
-    bits=st.integers(2, 8),
-    clip=st.sampled_from([1.0, 0.4]),
-    granularity=st.sampled_from(GRANULARITIES),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    size=st.sampled_from([((3, 5, 33), -1), ((2, 6, 4, 5), 1), ((2, 20000), -1)]),
-    jump=st.sampled_from([1.0, 1e-3, 50.0, 1e20]),
-)
+    seed=st.integers(0, 2**31), bits=st.integers(2, 8), clip=st.sampled_from([1.0, 0.4]),
+    granularity=st.sampled_from(GRANULARITIES), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([((3, 5, 33), -1), ((2, 6, 4, 5), 1), ((2, 20000), -1)]), jump=st.sampled_from([1.0, 1e-3,
+    50.0, 1e20]),
+)  # fmt: skip
 @settings(max_examples=60)
 def test_scales_are_multiples_of_the_grid_and_every_encoder_gives_the_same(
     seed, bits, clip, granularity, dtype, size, jump

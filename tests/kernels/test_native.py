@@ -146,15 +146,6 @@ def test_without_a_home_a_folder_is_made_for_its_owner_and_a_library_of_somebody
     assert len(seen) == 1
 
 
-def test_the_cache_folder_follows_the_user_s_settings(cache, monkeypatch, tmp_path):
-    assert native.cache_folder() == cache
-    monkeypatch.delenv(native.CACHE)
-    for name, folder in (("XDG_CACHE_HOME", tmp_path / "xdg"), ("HOME", tmp_path / ".cache")):
-        monkeypatch.setenv(name, str(tmp_path / folder.name.removeprefix(".cache")))
-        assert native.cache_folder() == folder / "modiff"
-        monkeypatch.delenv(name)
-
-
 BLOCK = 1 << 18
 """Bytes that the fingerprint sums on their own."""
 
@@ -172,9 +163,8 @@ def some(count: int) -> Tensor:
 @needs_compiler
 @given(
     count=st.one_of(st.integers(2, 300), st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 77])),
-    bit=st.sampled_from([1, 2, 4, 8, 16, 32, 64, -128]),
-    data=st.data(),
-)
+    bit=st.sampled_from([1, 2, 4, 8, 16, 32, 64, -128]), data=st.data(),
+)  # fmt: skip
 def test_every_bit_and_every_place_counts(count, bit, data):
     x = some(count)
     a, b = (data.draw(st.integers(0, count - 1)) for _ in range(2))

@@ -55,7 +55,7 @@ class Automatic:
                 warn_once(
                     f"threads of {self.clock.name}",
                     f"{self.clock.name}: expected one generation at a time, got evaluations of two threads in turn. "
-                    "The states begin again with each change, so nothing is gained. Let requests wait for each other, or "
+                    "The states begin again with each change, so nothing is gained. Let requests wait in turn, or "
                     "give each a copy that shares the weights, modiff.clone(target).",
                 )
             self.end()

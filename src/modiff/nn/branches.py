@@ -58,38 +58,16 @@ def _same(one: tuple[Any, int] | None, other: tuple[Any, int] | None) -> bool:
     return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device) and torch.equal(x, y)
 
 
-class _Order:
-    """Numbers the evaluations of the same inputs at one timestep: tiles, windows.
-
-    The first timestep tells the total, unless it is known. From then on evaluation k of a timestep is number k mod
-    total, so a sampler that visits a timestep twice, as Heun's does, stays in its branch.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.now: float | None = None
-        self.count, self.total = 0, total
-
-    def number(self, now: float) -> tuple[int, bool]:
-        """That of the evaluation that begins, and whether the last timestep had as many as the first."""
-        regular = True
-        if now == self.now:
-            self.count += 1
-        else:
-            self.total = self.total or self.count
-            regular = not self.count or (self.count % self.total == 0 and self.count <= 2 * self.total)
-            self.now, self.count = now, 1
-        return (self.count - 1) % (self.total or self.count), regular
-
-
 class _Kind:
     """Evaluations of one shape of the sample under the same conditions.
 
     changing: conditions that turned out to differ from step to step. settled: the others came again at a later
-    timestep. step: the last timestep that had one, counted. visits: how many it had.
+    timestep. step: the last timestep that had one, counted. visits: how many it had; total: how many the first had,
+    which tells tiles and windows from a sampler that visits a timestep twice, as Heun's does.
     """
 
     def __init__(self, inputs: Inputs, total: int) -> None:
-        self.inputs, self.order = inputs, _Order(total)
+        self.inputs, self.total = inputs, total
         self.changing: set[str] = set()
         self.settled, self.step, self.visits = False, -1, 0
 
@@ -97,6 +75,17 @@ class _Kind:
         """The conditions that are not what they were."""
         mine, others = self.inputs.conditions, inputs.conditions
         return {n for n in ({*mine, *others} - self.changing) if not _same(mine.get(n), others.get(n))}
+
+    def visit(self, step: int) -> tuple[int, bool]:
+        """Number k mod total of evaluation k at a timestep, and whether the one before had as many as the first."""
+        regular = True
+        if step == self.step:
+            self.visits += 1
+        else:
+            self.total = self.total or self.visits
+            regular = not self.visits or (self.visits % self.total == 0 and self.visits <= 2 * self.total)
+            self.step, self.visits = step, 1
+        return (self.visits - 1) % (self.total or self.visits), regular
 
 
 class Branches:
@@ -128,29 +117,28 @@ class Branches:
             self.now, self.step = now, self.step + 1
             self.first = now if self.step == 0 else self.first
         kind = self._kind(inputs)
-        again = kind.step == self.step
-        kind.step, kind.visits = self.step, kind.visits + 1 if again else 1
-        number, regular = kind.order.number(now) if ordered and now is not None else (0, now is None or kind.visits < 3)
+        number, regular = kind.visit(self.step)
+        if not ordered or now is None:
+            number, regular = 0, now is None or kind.visits < 3
         index = self._numbers.setdefault((self.kinds.index(kind), number), len(self._numbers))
         return index, regular or self.uncertain
 
     def _kind(self, inputs: Inputs) -> _Kind:
-        alike = [kind for kind in self.kinds if kind.inputs.shape == inputs.shape]
-        differing = {kind: kind.differences(inputs) for kind in alike}
+        differing = {kind: kind.differences(inputs) for kind in self.kinds if kind.inputs.shape == inputs.shape}
 
         def visits(kind: _Kind) -> int:
             return kind.visits if kind.step == self.step else 0
 
-        if fitting := [kind for kind in alike if not differing[kind]]:
+        if fitting := [kind for kind, names in differing.items() if not names]:
             kind = min(fitting, key=visits)
             kind.settled |= 0 <= kind.step < self.step
             return kind
         early = self.step < (2 if self.now == self.now else _MOST)
-        if len(alike) < _MOST and (early or not alike or any(kind.settled for kind in alike)):
-            totals = (kind.order.total or kind.order.count for kind in self.kinds if self.step)
+        if len(differing) < _MOST and (early or not differing or any(kind.settled for kind in differing)):
+            totals = (kind.total or kind.visits for kind in self.kinds if self.step)
             self.kinds.append(_Kind(inputs, max(totals, default=0)))
             return self.kinds[-1]
-        recent = [kind for kind in alike if kind.step >= self.step - 1] or alike
+        recent = [kind for kind in differing if kind.step >= self.step - 1] or list(differing)
         kind = min(recent, key=lambda kind: (visits(kind), len(differing[kind]), -kind.step))
         for one in recent:
             one.changing |= differing[kind]
