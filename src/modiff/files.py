@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK = ".lock"
-_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, SafetensorError,
-           zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, EOFError,
+           SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 

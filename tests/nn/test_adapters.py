@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import StateError, presets
+from modiff.hosts.names import shortcut_splits
 from modiff.model.attach import attachment_of
 from modiff.nn import ModulatedConv2d, ModulatedLinear
 from tests.helpers import assert_same_bits
+from tests.hosts.tiny import HOSTS
 from tests.model.toys import SHAPE, toy
 
 NAMES = ("attention.to_q", "attention.to_v")
@@ -123,6 +125,16 @@ def test_a_model_that_peft_returned_is_the_one_inside():
     assert_same_bits(run(outer.inner), run(applied(load(toy()))))
     modiff.remove(outer)
     assert attachment_of(outer.inner) is None
+
+
+def test_splits_of_shortcuts_are_found_around_layers_that_an_adapter_is_on():
+    plain, adapted = HOSTS["ddim"].build().unet, HOSTS["ddim"].build().unet
+    for block in (*adapted.down_blocks, *adapted.up_blocks):
+        for resnet in block.resnets:
+            wrapped = nn.Module()
+            wrapped.base_layer, resnet.conv1 = resnet.conv1, wrapped
+    assert shortcut_splits(adapted) == shortcut_splits(plain)
+    assert len(shortcut_splits(plain)) > 4
 
 
 @pytest.mark.parametrize(("kind", "plain", "sizes"), [(ModulatedLinear, nn.Linear, (4, 2)),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from torch import nn
+
+from modiff.nn.adapters import modules_of
 
 DEFAULT_EXCLUDE = (
     "*time_*emb*",
@@ -70,34 +75,18 @@ def shortcut_splits(model: nn.Module) -> dict[str, int]:
     residual block of the up path pops one: its input is [decoder stream, skip], cut at in_channels - skip channels.
     Returns: {} for a model that is not such a U-Net.
     """
-    if not all(hasattr(model, part) for part in ("conv_in", "down_blocks", "up_blocks")):
-        return {}
-    skips = _skip_channels(model)
-    splits: dict[str, int] = {}
-    for b, block in enumerate(_modules(model, "up_blocks")):
-        for r, resnet in enumerate(_modules(block, "resnets")):
-            if not skips:
-                return {}
-            skip = skips.pop()
-            for leaf in ("conv1", "conv_shortcut"):
-                layer = getattr(resnet, leaf, None)
-                if isinstance(layer, nn.Conv2d) and 0 < skip < layer.in_channels:
-                    splits[f"up_blocks.{b}.resnets.{r}.{leaf}"] = layer.in_channels - skip
-    return {} if skips else splits
+    modules = modules_of(model)  # a LoRA may be around a layer
 
+    def named(pattern: str) -> dict[str, Any]:
+        return {name: module for name, module in modules.items() if re.fullmatch(pattern, name)}
 
-def _skip_channels(model: nn.Module) -> list[int]:
-    channels = [_out_channels(model.conv_in)]
-    for block in _modules(model, "down_blocks"):
-        channels += [_out_channels(getattr(r, "conv2", None)) for r in _modules(block, "resnets")]
-        channels += channels[-1:] if _modules(block, "downsamplers") else []
-    return channels
-
-
-def _out_channels(layer: object) -> int:
-    return int(getattr(layer, "out_channels", 0))
-
-
-def _modules(parent: nn.Module, name: str) -> list[nn.Module]:
-    modules = getattr(parent, name, None)
-    return list(modules) if isinstance(modules, nn.ModuleList) else []
+    skips: list[int] = []
+    for module in (named("conv_in") | named(r"down_blocks\.\d+\.(resnets\.\d+\.conv2|downsamplers)")).values():
+        skips += skips[-1:] if isinstance(module, nn.ModuleList) else [getattr(module, "out_channels", 0)]
+    resnets, splits = named(r"up_blocks\.\d+\.resnets\.\d+"), dict[str, int]()
+    for name, skip in zip(resnets, reversed(skips), strict=False):
+        for leaf in ("conv1", "conv_shortcut"):
+            layer = modules.get(f"{name}.{leaf}")
+            if isinstance(layer, nn.Conv2d) and 0 < skip < layer.in_channels:
+                splits[f"{name}.{leaf}"] = layer.in_channels - skip
+    return splits if len(skips) == len(resnets) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,20 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from modiff.assets import MODELS, model_folder
 from modiff.checkpoint.module_folder import CONFIG, read_config
 from modiff.errors import FormatError, ModiffError
+from modiff.files import read_json, reading
 from modiff.hosts import diffusers_host
 from modiff.hosts.diffusers.quantizer import align
 
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VARIANT = re.compile(r"[^.]+(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+_PART = "part of a diffusers pipeline", "Copy the folder again, or write it again with pipe.save_pretrained(folder)."
 
 
 def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -43,12 +43,10 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype 
     index = _index(folder)
     _check_weight_files(folder)
     parts = {name: _component(folder / name, kind, dtype) for name, kind in _models(index).items()}
-    try:
+    with reading(folder, *_PART):
         pipe = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=_variant(folder), local_files_only=True, **parts
         )
-    except _LOADING_ERRORS as error:
-        raise _damaged(folder, error) from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             _check_finite(folder / name, part)
@@ -97,30 +95,18 @@ def _folder(model: str | Path) -> Path:
             f"{model}: expected {', '.join(map(repr, MODELS))}, a diffusers folder or a hub id, got {got}. A pipeline "
             f"is a folder with {INDEX}. Write one with pipe.save_pretrained(folder)."
         )
-    try:
+    advice = "There is no folder of this name here, and the download failed: check the name and the network."
+    with reading(str(model), "a diffusers folder or a pipeline on the hub", advice):
         return Path(DiffusionPipeline.download(str(model), use_safetensors=True))
-    except _LOADING_ERRORS as error:
-        raise FormatError(
-            f"{model}: expected a diffusers folder or a pipeline on the hub, got {_first_line(error)} There is no "
-            "folder of this name here, and the download failed. Check the name and the network."
-        ) from error
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
+    if not (folder / INDEX).is_file():
         raise FormatError(
             f"{folder}: expected a diffusers folder, got one without {INDEX}. It may hold a single model or another "
             "format. Write it with pipe.save_pretrained(folder)."
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(index, dict) or "_class_name" not in index:
-        raise FormatError(f"{path}: expected an object with _class_name, got none. The file is not a pipeline's index. "
-                          "Write the folder with pipe.save_pretrained(folder).")  # fmt: skip
-    return index
+    return read_json(folder / INDEX, *_PART)
 
 
 def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
@@ -136,15 +122,14 @@ def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
 
 def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Module:
     """One network; weights that the file lacks would start at random, with no more than a log line."""
-    try:
-        model, info = kind.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, variant=_variant(path), local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except ModiffError as error:
-        raise FormatError(f"{path}: {error}") from error
-    except _LOADING_ERRORS as error:
-        raise _damaged(path, error) from error
+    with reading(path, *_PART):
+        try:
+            model, info = kind.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, variant=_variant(path), local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+        except ModiffError as error:
+            raise FormatError(f"{path}: {error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise FormatError(
@@ -171,14 +156,8 @@ def _check_weight_files(folder: Path) -> None:
             raise FormatError(f"{path}: expected safetensors, got a pickle. Loading one runs what is in it. Load the "
                               "folder with diffusers and save it with safe_serialization=True.")  # fmt: skip
     for path in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise FormatError(
-                f"{path}: expected a safetensors file, got {type(error).__name__}: {_first_line(error)} The file is "
-                "damaged or was cut while copied. Copy the folder again."
-            ) from error
+        with reading(path, "a safetensors file", "Copy the folder again."), safe_open(path, "pt"):
+            pass
 
 
 def _check_finite(where: Path, module: nn.Module) -> None:
@@ -188,16 +167,3 @@ def _check_finite(where: Path, module: nn.Module) -> None:
                 f"{where}: expected finite weights, got NaN or infinity in {name}. The training diverged or the file "
                 "is damaged. Copy the folder again."
             )
-
-
-def _damaged(path: Path, error: Exception) -> FormatError:
-    return FormatError(
-        f"{path}: expected part of a diffusers pipeline, got {type(error).__name__}: {_first_line(error)} Something is "
-        "missing or damaged. Copy the folder again, or write it again with pipe.save_pretrained(folder)."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of a message, as a sentence."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith(".") else f"{text}."

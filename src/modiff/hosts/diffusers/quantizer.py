@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,10 +121,6 @@ class ModiffDiffusersConfig(QuantizationConfigMixin):
         """As `to_dict`, settings that are the default left out."""
         values, default = self.to_dict(), type(self)().to_dict()
         return {k: v for k, v in values.items() if k == "quant_method" or v != default.get(k)}
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The dictionary as indented JSON."""
-        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __iter__(self) -> Generator[tuple[str, Any], Any, None]:
         yield from self.to_dict().items()
