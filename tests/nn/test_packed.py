@@ -139,17 +139,6 @@ def test_float_weights_are_not_cast_into_a_packed_layer_nor_codes_into_a_float_o
     packed.load_state_dict(packed.state_dict())
 
 
-def test_nothing_that_needs_floats_is_answered_from_integers():
-    layer, _ = layer_of("linear", 4)
-    codes = layer.quantized_weight.codes(layer.weight)
-    layer.pack()
-    weight = layer.quantized_weight
-    assert weight.fixed
-    for call in (lambda: weight.floats(layer.weight), lambda: weight.fix(codes), weight.unfix):
-        with pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one"):
-            call()
-
-
 # ----------------------------------------------------------------------------------------------------- anchor codes
 
 
@@ -214,17 +203,21 @@ def test_a_packed_weight_is_read_as_the_floats_that_its_codes_stand_for(kind, bi
     assert layer.half().weight.dtype == torch.float16
 
 
-@pytest.mark.parametrize("write", [
+@pytest.mark.parametrize("use", [
     lambda layer: layer.weight.add_(1),
     lambda layer: setattr(layer.weight, "data", torch.zeros(5, 12)),
+    lambda layer: exec("layer.weight.data += 1", {"layer": layer}),
     lambda layer: layer.weight.__setitem__(0, 0.0),
     lambda layer: nn.init.zeros_(layer.weight),
-    lambda layer: exec("layer.weight.data += 1", {"layer": layer}),
+    lambda layer: layer.quantized_weight.floats(layer.weight),
+    lambda layer: layer.quantized_weight.fix(layer.quantized_weight.codes(layer.weight)),
+    lambda layer: layer.quantized_weight.unfix(),
 ])  # fmt: skip
-def test_what_would_write_a_packed_weight_is_refused(write):
+def test_what_would_write_a_packed_weight_or_needs_its_floats_is_refused(use):
     layer, _ = layer_of("linear", 4)
     layer.pack()
     before = layer.operator.weight.clone()
     with torch.no_grad(), pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one"):
-        write(layer)
+        use(layer)
+    assert layer.quantized_weight.fixed
     assert_same_bits(layer.operator.weight.detach(), before)

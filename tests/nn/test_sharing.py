@@ -87,15 +87,6 @@ def test_where_nobody_can_tell_nothing_is_shared(monkeypatch, read):
     assert not Source(x, read, True).carries(x, read)
 
 
-def test_bytes_are_looked_at_only_for_readers_that_will_ask(monkeypatch):
-    monkeypatch.setattr(sharing, "fingerprint", looked := Mock())
-    for read, shared in ((0, False), (None, True), (7, True)):
-        Source(torch.randn(3), read, shared)
-    looked.assert_not_called()
-    Source(x := torch.randn(3), 0, True)
-    looked.assert_called_once_with(x)
-
-
 @needs_compiler
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
@@ -172,18 +163,6 @@ def test_scales_are_held_over_some_steps_and_measured_where_due(every, measured,
         codes = (states[i] - states[i - 1]) / scales[source - 1]
         assert float((codes - codes.round()).abs().max()) < 1e-3
         assert float(codes.abs().max()) <= 8 + 1e-3
-
-
-def test_what_an_old_scale_clips_is_sent_later_and_an_anchor_measures_again():
-    jumped = [torch.ones(1, 8), 1.1 * torch.ones(1, 8), *[50 * torch.ones(1, 8)] * 6]
-    for every, late in ((0, 0.1), (2, 1e-6)):
-        config = LayerConfig(
-            activation=QuantizerConfig(bits=4, refresh_every=4), modulation=ModulationConfig(reanchor_every=every)
-        )
-        states = [state for _, state, _ in play(quantized(randomised(nn.Linear(8, 3)), config), jumped)]
-        errors = [float((x - state).abs().max()) for x, state in zip(jumped, states, strict=True)]
-        assert (errors[2] > 40) == (every == 0)  # the scale was made for 0.1
-        assert errors[-1] < late
 
 
 def test_rotation_and_dequantization_run_once_for_a_group_and_codes_are_freed_when_the_last_has_read_them(monkeypatch):
