@@ -188,7 +188,8 @@ class ModulatedLayer(nn.Module):
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a packed weight, as `packed_storage` has them; the replaced layer keeps its weight."""
-        weight, shape, dtype = nn.Parameter(tensors["weight"], False), self.weight_shape, self.operator.weight.dtype
+        weight, shape = nn.Parameter(tensors["weight"], requires_grad=False), self.weight_shape
+        dtype = getattr(self.quantized_weight, "dtype", self.operator.weight.dtype)
         self._parameters = self.operator.parameters = {**self._parameters, "weight": weight}
         self._buffers = {**self._buffers, **{name: each for name, each in tensors.items() if name != "weight"}}
         self.operator.quantized = PackedWeight(self.quantized_weight, shape, dtype, self._parameters, self._buffers)
