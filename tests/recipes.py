@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,17 +82,31 @@ def evaluate(layer: ModulatedLayer, x: Tensor, timestep: float | None = None) ->
         layer.clock.returned()
 
 
+class LayerState(NamedTuple):
+    """Both states of a layer: â_t and ô_t."""
+
+    input: Tensor
+    output: Tensor
+
+
+def state_of(layer: ModulatedLayer) -> LayerState:
+    """Both states of the present context, as one tensor each."""
+    memory = layer.loop.memories[layer.clock.context, 0]
+    output = memory.output.value
+    return LayerState(memory.input.state.value, output() if callable(output) else output)
+
+
 def play(
     layer: ModulatedLayer, inputs: Sequence[Tensor], timesteps: Sequence[float] | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(output, input state, output state) of each step of one trajectory."""
-    found = []
+    steps = []
     layer.clock.start()
     for t, x in enumerate(inputs):
         output = evaluate(layer, x, None if timesteps is None else timesteps[t])
-        found.append((output, *(s.clone() for s in layer.loop.state)))
+        steps.append((output, *(s.clone() for s in state_of(layer))))
     layer.clock.stop()
-    return found
+    return steps
 
 
 def sizes_of(timesteps: Sequence[float]) -> list[float]:

@@ -51,7 +51,7 @@ class KeptStates:
     def take(self) -> None:
         """Give the present states, once a step has made them all, the memory that is kept."""
         present = {id(t): t for layer in self.attachment.layers.values() for t in layer.loop.tensors()}
-        present |= {id(t): t for t in self.attachment.clock.times()}
+        present |= {id(c.times): c.times for c in self.attachment.clock._contexts.values() if c.times is not None}
         states = list(present.values())
         if len(states) != len(self.tensors) or not all(map(_alike, states, self.tensors)):
             self.tensors, self.version = [state.detach() for state in states], self.version + 1

@@ -180,7 +180,7 @@ def test_a_module_on_the_meta_device_is_filled(saved):
 def test_a_half_precision_module_keeps_its_dtype_and_float32_scales(saved):
     loaded = modiff.load(saved, into=toy(1).bfloat16())
     assert loaded.conv_in.weight.dtype == loaded.body.bias.dtype == torch.bfloat16
-    assert loaded.body.weight.dtype == torch.uint8
+    assert loaded.body.operator.weight.dtype == torch.uint8
     scale = load_file(saved / WEIGHTS)["body.weight_scale"]
     assert_same_bits(loaded.body.weight_scale, scale)
     assert (scale != scale.bfloat16().float()).any()

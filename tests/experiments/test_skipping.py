@@ -18,7 +18,7 @@ from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
 from modiff.nn.operator import LayerOperator
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.recipes import randomised
+from tests.recipes import randomised, state_of
 from tests.reference import layers
 
 PLAIN = dataclasses.replace(presets.plain(None, 3), include=("0",))
@@ -86,10 +86,10 @@ def test_states_and_counts_follow_an_independent_loop_and_the_law_holds(shape, u
     with silent(model, config(predictor=predictor), SkipRule(unit=unit, threshold=0.13)) as (quantized, tally):
         for x in inputs:
             out = model(x)
-            states_seen.append(quantized.loop.state.input.clone())
-            expected = original(quantized.loop.state.input)
+            states_seen.append(state_of(quantized).input.clone())
+            expected = original(state_of(quantized).input)
             assert_within(out, expected, 1e-9)
-            assert_within(quantized.loop.state.output, expected, 1e-9)
+            assert_within(state_of(quantized).output, expected, 1e-9)
     for state, exact in zip(states_seen, states, strict=True):
         assert_within(state, exact, 1e-9)
     starts, sent = tally.shares("0")
@@ -140,7 +140,7 @@ def test_codes_are_those_of_the_library_where_all_is_sent_and_of_what_is_sent_el
         for x in inputs:
             out = rare(x)
             weight, bias = quantized.weight.detach(), quantized.bias.detach()
-            assert_within(out.double(), layers.linear(quantized.loop.state.input.double(), weight, bias), 2e-5)
+            assert_within(out.double(), layers.linear(state_of(quantized).input.double(), weight, bias), 2e-5)
     assert 0.1 < tally.shares("0")[1] < 0.8
 
 

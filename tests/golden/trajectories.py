@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import modiff
 from modiff.model.attach import required_attachment
+from tests.recipes import state_of
 
 HERE = Path(__file__).parent
 STEPS = 8
@@ -115,5 +116,5 @@ def _states(model: nn.Module, watched: list[str]) -> Iterator[tuple[str, Tensor]
     for name in watched:
         layer = required_attachment(model, "golden").layers[name]
         if layer.loop.memories:
-            yield f"{name}.input", layer.loop.state.input[0].float()
-            yield f"{name}.output", layer.loop.state.output[0].float()
+            yield f"{name}.input", state_of(layer).input[0].float()
+            yield f"{name}.output", state_of(layer).output[0].float()

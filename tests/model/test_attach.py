@@ -20,6 +20,7 @@ from modiff.nn.branches import Inputs
 from tests.helpers import assert_same_bits
 from tests.model.test_attention import X, coarse, network
 from tests.model.toys import assert_equal, generate, sample, toy
+from tests.recipes import state_of
 
 ONES = torch.ones(2, 3, 4, 4)
 
@@ -112,14 +113,14 @@ def test_a_trajectory_of_somebody_else_is_left_alone_and_takes_over():
     sample(model)  # one that began by itself still runs
     with modiff.trajectory(model):
         sample(model)
-        before = model.body.loop.state.input.clone()
+        before = state_of(model.body).input.clone()
         sample(model, seed=1)  # time turns round, but this is one trajectory: at 0 bits the state stays
-        assert_same_bits(model.body.loop.state.input, before)
+        assert_same_bits(state_of(model.body).input, before)
         attachment_of(model).automatic.end()
         assert attachment_of(model).clock.active
     assert not attachment_of(model).clock.active
     sample(model, seed=1)
-    assert not torch.equal(model.body.loop.state.input, before)
+    assert not torch.equal(state_of(model.body).input, before)
 
 
 def test_a_network_without_time_steps_keeps_asking_for_a_trajectory():

@@ -20,6 +20,7 @@ from modiff.nn import ModulatedConv2d, fusion, sharing, traced
 from tests.helpers import assert_within, drifting
 from tests.nn.fusing import BLOCKS, PLAIN, W8A8, Model, fused, layers, made, states, taken
 from tests.nn.test_law import law
+from tests.recipes import state_of
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +52,9 @@ def test_a_rewritten_block_gives_what_the_block_gives_and_keeps_the_law(block, f
             expected, exact = eager(x), full(x)
             assert_within(compiled(x), exact, 1.5 * float((expected - exact).abs().max()) + 1e-5)
             if config.modulation is not None:
-                anchors = anchors or [layer.loop.state.input.clone() for layer in layers(model)]
+                anchors = anchors or [state_of(layer).input.clone() for layer in layers(model)]
                 for layer, anchor in zip(layers(model), anchors, strict=True):
-                    state = layer.loop.state
+                    state = state_of(layer)
                     bound = error * (1 + float(state.output.abs().max()))
                     assert_within(state.output, law(layer, state.input, anchor), bound)
     assert sum(counts) == moved

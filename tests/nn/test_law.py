@@ -14,7 +14,7 @@ from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.nn.building import LAYERS, drawn, group_of, step, walk
-from tests.recipes import evaluate, float64, play, quantized, randomised
+from tests.recipes import evaluate, float64, play, quantized, randomised, state_of
 
 LOOPS = {
     "hold": ModulationConfig(),
@@ -115,7 +115,7 @@ def test_the_law_holds_for_shared_residuals_and_staggered_anchors(every, stagger
     with torch.no_grad(), modiff.trajectory(model):
         for x in drifting(0, (2, 3, 16), 9, 0.1):
             model(x)
-            history.append({name: layer.loop.state for name, layer in layers.items()})
+            history.append({name: state_of(layer) for name, layer in layers.items()})
     groups = list(dict.fromkeys(id(layer.inputs) for layer in layers.values()))
     assert len(groups) == 6
     for name, layer in layers.items():
@@ -175,7 +175,7 @@ def test_a_weight_that_changes_within_a_trajectory_anchors_at_what_the_input_sta
     for t, x in enumerate(inputs):
         if t == 3:
             change(ours)
-        output, (state, _) = evaluate(ours, x), ours.loop.state
+        output, (state, _) = evaluate(ours, x), state_of(ours)
         anchor = state.clone() if t in (0, 3) else anchor
         bound = 1e-12 if dtype == torch.float64 else 2e-3 if form == "int16" else 1e-5
         assert_within(output, law(ours, state, anchor), bound * (1 + float(output.abs().max())))
@@ -193,7 +193,7 @@ def test_a_weight_that_changes_leaves_the_others_of_its_group_as_they_are(change
             by_data(layers[changed])
         outputs = step(clock, layers, x)
         for i, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
-            state = layer.loop.state.input
+            state = state_of(layer).input
             anchors |= {i: state.clone()} if t == 0 or (t == 3 and i == changed) else {}
             assert_within(output, law(layer, state, anchors[i]), 1e-12)
     assert len(layers[0].inputs.states) == 1

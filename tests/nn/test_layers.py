@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from modiff import LayerConfig, ModulatedLinear, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.nn import QUANTIZED_CLASSES, quantized_class
-from tests.helpers import assert_float_error, assert_same_bits, assert_within, drifting
+from tests.helpers import (
+    assert_float_error,
+    assert_same_bits,
+    assert_same_tensors,
+    assert_within,
+    drifting,
+    relative_error,
+)
+from tests.nn.test_law import law
 from tests.recipes import evaluate, float64, play, quantized, randomised, recipe_of_layer, sizes_of, torch_operator
 from tests.reference import layers
 from tests.reference.quantizer import quantize, quantize_weight
@@ -136,15 +148,77 @@ class Named(nn.Linear):
     """A subclass that adds nothing to the computation."""
 
 
-class Scaled(nn.Linear):
-    """A subclass that computes something else."""
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
+
+def computing(compute: Callable[..., torch.Tensor]) -> nn.Linear:
+    """A layer of a class of its own, by what it makes of itself and its input."""
+    return type("Own", (nn.Linear,), {"forward": compute})(8, 4)
 
 
-def test_only_layers_that_keep_torch_s_own_forward_are_quantized():
+CIRCULAR = {"padding": 1, "padding_mode": "circular"}
+MADE = {
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 4)), (2, 8)),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(8, 4, bias=False)), (2, 3, 8)),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(8, 4, 3, **CIRCULAR)), (2, 8, 4, 4)),
+    "weight norm by a hook": (lambda: weight_norm(nn.Conv1d(8, 4, 3)), (2, 8, 5)),
+    "spectral norm by a hook": (lambda: spectral_norm(nn.Linear(8, 4)), (2, 8)),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.4), (2, 8)),
+    "standardized": (lambda: Standardized(8, 4, 3, stride=2, groups=2), (2, 8, 5, 5)),
+    "scaled": (lambda: computing(lambda m, x: functional.linear(x, m.weight * 0.5, m.bias * 0.1)), (2, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1, groups=2), (2, 8, 4, 3)),
+    "transposed along one axis": (lambda: nn.ConvTranspose1d(8, 6, 4, stride=2, bias=False), (2, 8, 5)),
+    "transposed along three axes": (lambda: weight_norm(nn.ConvTranspose3d(4, 6, 2, dilation=2)), (1, 4, 3, 2, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+@pytest.mark.parametrize("kind", MADE)
+def test_what_makes_a_weight_is_evaluated_once_and_stays_in_the_layer_that_it_was_made_from(kind, rotation):
+    make, shape = MADE[kind]
+    layer, inputs = make().double(), drifting(0, shape, 4, 0.2)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    exact = layer.eval()(inputs[0])
+    assert_within(quantized(layer.train(), LayerConfig(**OFF))(inputs[0]), exact, 1e-12)
+    ours = quantized(layer, LayerConfig(**W4A4, modulation=FLOAT64, rotation=rotation))
+    steps = play(ours, inputs)
+    assert_within(steps[0][0], exact, 1e-12)
+    for output, state, _ in steps:
+        assert_within(output, law(ours, state, steps[0][1]), 1e-12)
+    assert ours.state_dict().keys() <= {"weight", "bias"}
+    floats = ours.weight.detach()
+    ours.pack()
+    assert relative_error(ours.weight, floats) < 0.2
+    assert layer.training
+    assert_same_tensors(layer.state_dict(), before)
+
+
+def test_a_transposed_convolution_takes_an_output_size():
+    layer, x = nn.ConvTranspose2d(4, 3, 2, stride=2).double(), torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    ours = quantized(layer, LayerConfig(modulation=FLOAT64))
+    for size in ((7, 6), (6, 6), None):
+        ours.clock.start()
+        ours.clock.call(None)
+        assert_within(ours(input=x, output_size=size), layer(x, output_size=size), 1e-12)
+        ours.clock.stop()
+
+
+OTHERS = {
+    "scales what comes out": computing(lambda m, x: 2 * functional.linear(x, m.weight, m.bias)),
+    "clamps what comes out": computing(lambda m, x: functional.linear(x, m.weight, m.bias).clamp(-1e4, 1e4)),
+    "clamps what it reads": computing(lambda m, x: functional.linear(x.clamp(-1e4, 1e4), m.weight, m.bias)),
+    "has weights of its input": computing(lambda m, x: functional.linear(x, m.weight * x.mean(), m.bias)),
+    "reads two tensors": computing(lambda m, x, scale: functional.linear(x, m.weight * scale)),
+    "is modulated": quantized(nn.Linear(2, 2), LayerConfig()),
+    "has no weight": nn.Identity(),
+}
+
+
+def test_only_layers_whose_forward_is_their_linear_map_are_quantized():
     assert quantized_class(Named(2, 2)) is ModulatedLinear
     assert all(quantized_class(layer) in QUANTIZED_CLASSES.values() for layer, _ in VARIANTS.values())
-    for other in (Scaled(2, 2), nn.ConvTranspose2d(2, 2, 1), quantized(nn.Linear(2, 2), LayerConfig())):
-        assert quantized_class(other) is None
+    assert {name for name, layer in OTHERS.items() if quantized_class(layer)} == set()

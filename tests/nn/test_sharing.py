@@ -16,7 +16,7 @@ from modiff.nn import operator, sharing
 from modiff.nn.sharing import Source
 from tests.helpers import drifting
 from tests.nn.building import group_of, same_bits, step
-from tests.recipes import play, quantized, randomised
+from tests.recipes import play, quantized, randomised, state_of
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="bytes are compared by a compiled loop")
 
@@ -107,7 +107,7 @@ def test_layers_of_a_group_encode_one_tensor_once_and_give_what_they_would_alone
                 walks = [(x.clone(), y.clone()) for x, y in pairs]
                 results.append([step(clock, layers, *((x, y, y) if several else (x,))) for x, y in walks])
             assert encode.call_count == 5 * (1 + several if shared else 3)
-            assert len({layer.loop.state.input.data_ptr() for layer in layers}) == (1 + several if shared else 3)
+            assert len({state_of(layer).input.data_ptr() for layer in layers}) == (1 + several if shared else 3)
         same_bits(*results)
 
 
@@ -141,7 +141,7 @@ def test_members_that_no_longer_read_one_tensor_open_states_of_their_own_or_are_
         clock.call(None)
         layers[0](x := first.clone())
         layers[1](change(x))
-        assert len({layer.loop.state.input.data_ptr() for layer in layers}) == 2
+        assert len({state_of(layer).input.data_ptr() for layer in layers}) == 2
         clock.stop()
         clock.start()
         step(clock, layers, first)

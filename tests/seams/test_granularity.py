@@ -8,6 +8,7 @@ from torch import nn
 
 import modiff
 from modiff import ConfigError, Granularity, LayerConfig, ModiffConfig, QuantizerConfig
+from tests.recipes import state_of
 
 
 class ChannelGroups(Granularity):
@@ -41,7 +42,7 @@ def test_each_group_has_a_scale_of_its_own(layer, shape):
     with torch.no_grad(), modiff.trajectory(model):
         model(torch.zeros(shape))
         model(x * size)
-        error = (model[0].loop.state.input - x * size).abs() / size
+        error = (state_of(model[0]).input - x * size).abs() / size
     for group in error.split(4, channels):
         assert float(group.max()) <= float(x.abs().max()) / 7 / 2 * 1.001  # half a step of its own scale
 

@@ -10,6 +10,7 @@ import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig
 from modiff.model.trajectory import state_bytes
 from tests.helpers import assert_within
+from tests.recipes import state_of
 
 
 class Quadratic:
@@ -47,7 +48,7 @@ def error(predictor: str) -> float:
     with torch.no_grad(), modiff.trajectory(network):
         for x in parabola(9):
             network(x)
-        return float((network[0].loop.state.input - x).abs().max())
+        return float((state_of(network[0]).input - x).abs().max())
 
 
 def test_it_follows_a_parabola_which_the_others_lag():
@@ -63,7 +64,7 @@ def test_the_law_holds_and_it_keeps_two_moves():
             output = network(x)
             if step == 0:
                 anchor = layer.operator.anchor(x) - layer.operator.affine(x)
-            assert_within(output, layer.operator.affine(layer.loop.state.input) + anchor, 1e-5)
+            assert_within(output, layer.operator.affine(state_of(layer).input) + anchor, 1e-5)
         assert len(layer.loop.tensors()) == 6
         assert state_bytes(network) == 3 * 4 * (2 * 16 + 2 * 8)
 

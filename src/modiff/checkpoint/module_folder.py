@@ -79,13 +79,12 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
     layout = Layout.from_dict(where, config.get("quantization_config"))
     files = weight_files(folder, _STEM)
     check_files(where, read_headers(files), layout, model)
-    before = model.state_dict()
     attachment = rebuild_from(where, model, layout)
     try:
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
         for name, quantized in attachment.layers.items():
             if quantized.packed:
-                was = before[f"{name}.weight"]
+                was = next(attachment.originals[name].parameters())
                 device = torch.device("cpu") if was.is_meta else was.device
                 leaves = quantized.packed_state()
                 quantized.hold_packed({leaf: tensors[f"{name}.{leaf}"].clone().to(device) for leaf in leaves})

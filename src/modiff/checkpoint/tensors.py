@@ -23,6 +23,7 @@ from modiff.model.pack import rebuild
 from modiff.nn import quantized_class
 from modiff.nn.adapters import adapter_on
 from modiff.nn.packed import ERROR, ERROR_SCALE, SCALE, packed_storage
+from modiff.nn.weight import turned
 
 METADATA = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
 """What each safetensors file says of itself."""
@@ -156,16 +157,20 @@ def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: 
     }
     for name, layer in layout.layers.items():
         module = modules.get(name)
-        if module is None or quantized_class(module) is None:
+        if module is None or (kind := quantized_class(module)) is None:
             got = "no such module" if module is None else f"a {type(module).__name__} there"
             raise FormatError(
                 f"{where}: expected a layer {name} in {type(model).__name__} that modiff can replace, got {got}. The "
                 "checkpoint belongs to another model. Give the model that it was saved from."
             )
+        if not kind.keeps(module):  # what made its weight is not saved
+            own = {f"{name}.{leaf}" for leaf in module.state_dict() if leaf != "bias"}
+            weight = {f"{name}.weight": Expected(None, tuple(module.weight.shape))}
+            expected = {key: value for key, value in expected.items() if key not in own} | weight
         if layer.config.weight.bits is not None:
-            shape, segments = expected[f"{name}.weight"].shape, 1 if layer.split is None else 2
-            error = layer.anchor_weights == "int8"
-            stored = packed_storage(layer.config.weight.bits, shape, segments, error=error)
+            spec, error = kind.spec_of(module, name, layer.config, layer.split), layer.anchor_weights == "int8"
+            shape = tuple(turned(module.weight, spec.transposed).shape)
+            stored = packed_storage(layer.config.weight.bits, shape, len(spec.runs), error=error)
             expected |= {f"{name}.{leaf}": Expected(*storage) for leaf, storage in stored.items()}
     for name in scale_keys(layout):  # each quantizer refuses scales whose shapes do not fit it
         expected[name] = Expected(*claims[name][:2]) if name in claims else Expected(None, ())

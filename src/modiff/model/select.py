@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.granularity import granularity_named
@@ -136,9 +135,9 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, end: str
         if fnmatchcase(name, pattern):
             return f"excluded by {pattern!r}"
     if quantized_class(layer) is None:
-        return f"{type(layer).__name__} has no modulated form"
-    if "forward" in layer.__dict__ or parametrize.is_parametrized(layer):
-        return "another library replaced its forward or weight"
+        return f"{type(layer).__name__} computes something else than its own linear map of its input"
+    if "forward" in layer.__dict__:
+        return "another library replaced its forward"
     named = name in config.include or matches(name, (p for p, _ in config.overrides))
     if end and config.first_last == "full_precision" and not named:
         return f"first or last layer ({end})"

@@ -206,10 +206,6 @@ class Clock:
             return None
         return float((context.times[2] - context.times[1]).abs())
 
-    def times(self) -> list[Tensor]:
-        """The last timesteps of each context, which a recorded step reads."""
-        return [context.times for context in self._contexts.values() if context.times is not None]
-
     @property
     def step(self) -> int:
         """Evaluations of the present context so far, the running one not counted."""

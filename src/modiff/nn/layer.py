@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -19,10 +20,10 @@ from modiff.nn.clock import Clock
 from modiff.nn.loop.int16 import Int16Loop
 from modiff.nn.loop.integer import IntegerLoop, unsupported
 from modiff.nn.loop.simulated import SimulatedLoop
-from modiff.nn.operator import LayerOperator, LayerSpec
+from modiff.nn.operator import LayerOperator, LayerSpec, evaluated
 from modiff.nn.packed import ERROR, ERROR_SCALE, PACKED, SCALE, PackedWeight, pack_codes
 from modiff.nn.sharing import InputGroup
-from modiff.nn.weight import QuantizedWeight
+from modiff.nn.weight import QuantizedWeight, turned
 
 
 class ModulatedLayer(nn.Module):
@@ -69,6 +70,9 @@ class ModulatedLayer(nn.Module):
         quantized.__dict__ = dict(layer.__dict__)  # the same parameters, buffers and hooks: remove() copies nothing
         quantized.name, quantized.config = name, config
         spec = quantized.spec = quantized.spec_of(name, config, split)
+        if not cls.keeps(layer):  # hooks before it may have made its weight
+            quantized.__dict__ |= {"_modules": {}, "_buffers": {}, "_forward_pre_hooks": OrderedDict()}
+            quantized._parameters = evaluated(layer, spec) or layer._parameters
         if split is not None and (not 0 < split < spec.channels or spec.groups > 1):
             raise ConfigError(
                 f"{name}: expected a split between 0 and {spec.channels} of a layer without groups, got {split} with "
@@ -88,6 +92,12 @@ class ModulatedLayer(nn.Module):
         quantized.loop = kind(spec, quantized.operator, quantizer, clock)
         quantized.number = traced.number_for(quantized)
         return quantized
+
+    @classmethod
+    def keeps(cls, layer: nn.Module) -> bool:
+        """Whether a layer keeps the weight and the forward of the torch layer that this class takes the place of."""
+        own = any(type(layer).forward is base.__dict__.get("forward") for base in cls.__mro__)
+        return own and "weight" in layer._parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch; a copy has a number of its own."""
@@ -131,7 +141,8 @@ class ModulatedLayer(nn.Module):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of the weight as it computes, packed or not."""
-        return getattr(self.quantized_weight, "shape", tuple(self.operator.weight.shape))
+        quantized = self.quantized_weight
+        return getattr(quantized, "shape", tuple(turned(self.operator.weight, quantized.transposed).shape))
 
     def share_with(self, leader: ModulatedLayer) -> None:
         """Read the same quantized residual as `leader` whenever both are given the same tensor."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from modiff.config import LayerConfig
+from modiff.errors import StateError
 from modiff.nn.layer import ModulatedLayer
-from modiff.nn.operator import LayerSpec
+from modiff.nn.operator import LayerSpec, evaluated
+from modiff.nn.weight import turned
 
 
 class ModulatedLinear(ModulatedLayer, nn.Linear):
@@ -20,7 +24,7 @@ class ModulatedLinear(ModulatedLayer, nn.Linear):
 
     def spec_of(self, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
         """Geometry, config and name."""
-        return LayerSpec(name, config, self.in_features, self.channel_dim, functional.linear, split)
+        return LayerSpec(name, config, self.in_features, -1, functional.linear, split)
 
 
 class _ModulatedConv(ModulatedLayer):
@@ -38,7 +42,7 @@ class _ModulatedConv(ModulatedLayer):
         if self.padding_mode != "zeros":
             operate, unsupported = self._conv_forward, f"no kernel pads with {self.padding_mode!r}"
         return LayerSpec(
-            name, config, self.in_channels, self.channel_dim, operate, split, self.groups, self.kernel_size,
+            name, config, self.in_channels, 1, operate, split, self.groups, self.kernel_size,
             self.stride, tuple(left), self.dilation, unsupported,
         )  # fmt: skip
 
@@ -55,18 +59,70 @@ class ModulatedConv3d(_ModulatedConv, nn.Conv3d):
     """`nn.Conv3d` on codes of residuals, ô_t = ô_{t+1} + W * q_t: (N, C, D, H, W) -> (N, O, D', H', W')."""
 
 
+class _ModulatedTransposed(ModulatedLayer):
+    channel_dim: ClassVar[int] = 1
+
+    def spec_of(self: Any, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
+        """Geometry, config and name."""
+        operate = functools.partial(_ModulatedTransposed.operate, self)
+        return LayerSpec(
+            name, config, self.in_channels, 1, operate, split, self.groups, self.kernel_size, self.stride, self.padding,
+            self.dilation, "no kernel is a transposed convolution", self.groups,
+        )  # fmt: skip
+
+    def operate(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own computation with a weight (O, I / groups, ...)."""
+        convolve = getattr(functional, f"conv_transpose{len(self.kernel_size)}d")
+        extra = self.__dict__.get("extra", self.output_padding)
+        return convolve(
+            x, turned(weight, self.groups), bias, self.stride, self.padding, extra, self.groups, self.dilation
+        )
+
+    def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As `ModulatedLayer.forward`, of a given size. Raises: StateError in a graph for another than its own."""
+        axes = len(self.kernel_size)
+        extra = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, axes, self.dilation
+        )
+        if tuple(extra) == self.output_padding:
+            return super().forward(input)
+        if torch.compiler.is_compiling():
+            raise StateError(f"{self.name}: expected the layer's own output size in a graph of torch.compile, got "
+                             f"{output_size}. A graph calls it without. Set output_padding.")  # fmt: skip
+        self.__dict__["extra"] = extra
+        try:
+            return super().forward(input)
+        finally:
+            del self.__dict__["extra"]
+
+
+class ModulatedConvTranspose1d(_ModulatedTransposed, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` on codes of residuals: (N, C, L) -> (N, O, L')."""
+
+
+class ModulatedConvTranspose2d(_ModulatedTransposed, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` on codes of residuals: (N, C, H, W) -> (N, O, H', W')."""
+
+
+class ModulatedConvTranspose3d(_ModulatedTransposed, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` on codes of residuals: (N, C, D, H, W) -> (N, O, D', H', W')."""
+
+
 QUANTIZED_CLASSES: dict[type[nn.Module], type[ModulatedLayer]] = {
     nn.Linear: ModulatedLinear,
     nn.Conv1d: ModulatedConv1d,
     nn.Conv2d: ModulatedConv2d,
     nn.Conv3d: ModulatedConv3d,
+    nn.ConvTranspose1d: ModulatedConvTranspose1d,
+    nn.ConvTranspose2d: ModulatedConvTranspose2d,
+    nn.ConvTranspose3d: ModulatedConvTranspose3d,
 }
 """A new layer class enters here, with `spec_of` in its class."""
 
 
 def quantized_class(layer: nn.Module) -> type[ModulatedLayer] | None:
-    """The modulated class for a layer; subclasses count when they keep the torch layer's own forward."""
-    for kind, quantized in QUANTIZED_CLASSES.items():
-        if isinstance(layer, kind) and type(layer).forward is kind.forward:
-            return quantized
-    return None
+    """The modulated class of the torch layer whose computation a layer's forward is, whatever makes its weight."""
+    kinds = {} if isinstance(layer, ModulatedLayer) else QUANTIZED_CLASSES
+    classes = [quantized for kind, quantized in kinds.items() if isinstance(layer, kind)]
+    made = (each for each in classes if evaluated(layer, each.spec_of(layer, "layer", LayerConfig(), None)))
+    return next((each for each in classes if each.keeps(layer)), None) or next(made, None)

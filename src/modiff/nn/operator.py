@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from modiff.config import LayerConfig
 from modiff.core.hadamard import Segment, rotate, segments_of
 from modiff.core.quantizer import Code
 from modiff.kernels.input_fusion import InputFusion, Norm
-from modiff.nn.weight import QuantizedWeight, at_least_float32
+from modiff.nn.weight import QuantizedWeight, at_least_float32, turned
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class LayerSpec:
     split: channel index where the input is cut into two runs with a quantizer each.
     kernel_size, stride, padding, dilation: of a convolution; empty for a linear layer.
     unsupported: why no integer kernel moves over the input as this layer does.
+    transposed: groups where the parameter is (I, O / groups, ...), else 0. `operate` takes (O, I / groups, ...).
     """
 
     name: str
@@ -40,6 +43,7 @@ class LayerSpec:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     unsupported: str = ""
+    transposed: int = 0
 
     @cached_property
     def runs(self) -> tuple[int, ...]:
@@ -86,7 +90,7 @@ class LayerOperator:
         if spec.split is None:
             columns = (spec.channels // spec.groups,)
             rotation = None if rotation is None else segments_of(columns, 1, rotation[0].block)
-        self.quantized = QuantizedWeight(spec.config.weight, columns, rotation, f"{spec.name}.weight")
+        self.quantized = QuantizedWeight(spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed)
 
     @property
     def weight(self) -> Tensor:
@@ -120,3 +124,42 @@ class LayerOperator:
     def _affine(self, value: Tensor, weight_of: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
         bias = None if self.bias is None else self.bias.detach().to(value.dtype)
         return self.spec.operate(value, weight_of(self.weight, value.dtype), bias)
+
+
+class _Operands(TorchFunctionMode):
+    """Keeps what every linear map and convolution is given, and what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **kwargs or {})
+        if getattr(func, "__name__", "").startswith(("linear", "conv")):
+            names = zip(("input", "weight", "bias"), args, strict=False)
+            self.seen.append({"bias": None, **dict(names), **(kwargs or {}), "output": output})
+        return output
+
+
+def evaluated(layer: nn.Module, spec: LayerSpec) -> dict[str, nn.Parameter | None]:
+    """Weight and bias that a layer computes with: its parametrization, hooks and standardization, evaluated once.
+
+    Empty where it returns anything else than `spec.operate` of its input with them. Cost: two calls of the layer.
+    """
+    like, training, operands = next(layer.parameters(), torch.empty(0)), layer.training, _Operands()
+    geometry = zip(spec.kernel_size, spec.padding, spec.dilation, strict=True)
+    shape = (2, spec.channels, *(2 + padding + dilation * size for size, padding, dilation in geometry))
+    x = torch.arange(math.prod(shape), device=like.device).sin().to(like.dtype).reshape(shape)
+    try:
+        with torch.no_grad(), operands:
+            outputs = layer.eval()(x), layer(-2 * x)
+        (one, other), of_torch = operands.seen, type(layer).forward.__module__.startswith("torch.nn.")
+        passed = one["output"] is outputs[0] and (of_torch or one["input"] is x)  # torch's own forward may pad before
+        ours = spec.operate(x, turned(one["weight"], spec.transposed), one["bias"])
+        fits = passed and torch.equal(one["weight"], other["weight"]) and torch.allclose(ours, outputs[0], 1e-3, 1e-5)
+    except (TypeError, ValueError, RuntimeError):
+        return {}  # it reads, computes or returns something else
+    finally:
+        layer.train(training)
+    values = [(name, one[name]) for name in ("weight", "bias") if fits]
+    return {name: None if v is None else nn.Parameter(v.detach(), requires_grad=False) for name, v in values}

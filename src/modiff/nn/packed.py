@@ -16,7 +16,7 @@ from modiff.core.affine import QParams
 from modiff.core.hadamard import rotate
 from modiff.errors import StateError
 from modiff.kernels.layout import weight_codes
-from modiff.nn.weight import QuantizedWeight, WeightCodes, dense
+from modiff.nn.weight import QuantizedWeight, WeightCodes, dense, turned
 
 SCALE, ERROR, ERROR_SCALE = "weight_scale", "weight_error", "weight_error_scale"
 """Names of the buffers of a packed layer: scales of `weight`; codes of its rounding error and their scales."""
@@ -65,7 +65,7 @@ class PackedWeight(QuantizedWeight):
         self, was: QuantizedWeight, shape: tuple[int, ...], dtype: torch.dtype, parameters: dict[str, Any],
         buffers: dict[str, Any],
     ) -> None:  # fmt: skip
-        super().__init__(was.config, was.columns, was.rotation, was.name)
+        super().__init__(was.config, was.columns, was.rotation, was.name, was.transposed)
         self.shape, self.dtype, self._parameters, self._buffers = shape, dtype, parameters, buffers
         self.fixed = True  # the codes are the weight, and never rounded again
 
@@ -101,7 +101,7 @@ class PackedWeight(QuantizedWeight):
         """What the layer's codes stand for, as a float weight that cannot be written."""
         values = self.dense(None, torch.float32)
         values = values if self.rotation is None else rotate(values, self.rotation, 1)
-        values = values.to(self.dtype).as_subclass(_ReadOnly)
+        values = turned(values, self.transposed).to(self.dtype).as_subclass(_ReadOnly)
         values.refuse, values._is_param = self.floats, True  # torch's sign that a tensor is an nn.Parameter
         return values
 

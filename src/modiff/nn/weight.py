@@ -29,6 +29,7 @@ class QuantizedWeight:
         columns: how many input channels each range has (a split shortcut has two).
         rotation: blocks of the input rotation folded into the weight, or None.
         name: for messages.
+        transposed: groups of a transposed convolution, whose parameter is (I, O / groups, ...); 0 of other layers.
 
     The codes follow the parameter. Writes through `.data` (a fused LoRA) leave no trace on a tensor: after `forget`,
     which every trajectory calls, a fingerprint of the bytes tells whether the codes must be made again.
@@ -36,16 +37,17 @@ class QuantizedWeight:
     """
 
     def __init__(
-        self, config: WeightConfig, columns: tuple[int, ...], rotation: tuple[Segment, ...] | None, name: str = "weight"
-    ) -> None:
+        self, config: WeightConfig, columns: tuple[int, ...], rotation: tuple[Segment, ...] | None,
+        name: str = "weight", transposed: int = 0,
+    ) -> None:  # fmt: skip
         self.config, self.columns, self.rotation, self.name = config, columns, rotation, name
+        self.transposed = transposed
         self.fixed = False
         self._edition = 0
         self._key: tuple[object, ...] | None = None
         self._bytes: Fingerprint | None = None
         self._rotated: Tensor | None = None
         self._codes: tuple[WeightCodes, ...] = ()
-        self._searched: dict[int, tuple[Tensor, QParams]] = {}
 
     def forget(self) -> None:
         """Derive the codes again at the next use if the weight changed; fixed ones are checked again then."""
@@ -59,14 +61,11 @@ class QuantizedWeight:
                 rotates, and symmetric scales (O, 1, ...). They survive `.to()`, `.half()` and `forget`.
         Raises: ConfigError if they are no codes for this layer.
         """
-        if (
-            self.config.bits is None
-            or not all(_are_codes(*each, self.config.bits) for each in codes)
-            or (tuple(each.shape[1] for each, _ in codes) != self.columns)
-        ):
+        bits, form = self.config.bits, [(each.dtype, each.shape[1]) for each, _ in codes]
+        fits = bits is not None and form == [(torch.int8, columns) for columns in self.columns]
+        if not fits or not all(_are_codes(*each, qrange(bits)) for each in codes):
             raise ConfigError(
-                f"{self.name}: expected codes of {self.config.bits} bits and positive scales per row, for "
-                f"{self.columns} columns, got {[(tuple(c.shape), c.dtype, tuple(q.scale.shape)) for c, q in codes]}. "
+                f"{self.name}: expected {bits}-bit codes for {self.columns} columns and positive scales, got {form}. "
                 "Fixed codes take the place of rounding. Give what `codes` returns, rounded otherwise."
             )
         self.fixed, self._codes = True, tuple((c.detach(), QParams(q.scale.detach(), None)) for c, q in codes)
@@ -90,8 +89,8 @@ class QuantizedWeight:
         return 0 if self._rotated is None else self._rotated.nbytes, codes
 
     def floats(self, weight: Tensor) -> Tensor:
-        """The values before rounding, rotated if the layer rotates; float32, or float64 for a float64 weight."""
-        values = at_least_float32(weight.detach())
+        """The values before rounding, rotated if the layer rotates, (O, I / groups, ...); float32 at least."""
+        values = turned(at_least_float32(weight.detach()), self.transposed)
         return values if self.rotation is None else rotate(values, self.rotation, 1)
 
     def exact(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,7 +109,7 @@ class QuantizedWeight:
         self.refresh(weight)
         if self._codes:
             return dense(self._codes, dtype)
-        return (weight if self._rotated is None else self._rotated).detach().to(dtype)
+        return (self.floats(weight) if self._rotated is None else self._rotated).to(dtype)
 
     def refresh(self, weight: Tensor) -> int:
         """Derive the codes again if the weight changed. Returns: a number that is another one after each change."""
@@ -124,13 +123,11 @@ class QuantizedWeight:
             self._bytes = None
             self._derive(weight)
             # where bytes cannot be compared, an offloaded weight that came back is known by its codes
-            self._edition += written or digest is not None or not self._are(before)
+            pair = [codes[0][0] for codes in (before, self._codes) if codes]
+            changed = len(pair) == 2 and not (pair[0].device == pair[1].device and torch.equal(*pair))
+            self._edition += written or digest is not None or changed
         self._key, self._bytes = key, digest
         return self._edition
-
-    def _are(self, codes: tuple[WeightCodes, ...]) -> bool:
-        pairs = zip(codes, self._codes, strict=False)
-        return len(codes) == len(self._codes) and all(same(c, d) and same(q.scale, r.scale) for (c, q), (d, r) in pairs)
 
     def _derive(self, weight: Tensor) -> None:
         values = self.floats(weight)
@@ -145,22 +142,13 @@ class QuantizedWeight:
             return
         self._rotated, self._codes = None, ()
         if self.config.bits is not None:
-            ranges = enumerate(values.split(self.columns, 1))
-            self._codes = tuple(self._quantized(index, each, self.config.bits) for index, each in ranges)
+            search, bits = self.config.search == "mse", self.config.bits
+            self._codes = tuple(
+                _rounded(each, bits, MSEObserver(0, keep=None) if search else MinMaxObserver(0))
+                for each in values.split(self.columns, 1)
+            )
         elif self.rotation is not None and values.data_ptr() != weight.data_ptr():
             self._rotated = values  # blocks of one channel turn nothing, and give the weight itself
-
-    def _quantized(self, index: int, values: Tensor, bits: int) -> WeightCodes:
-        """Codes of one range of columns; a search costs 80 passes, and one while the sums of the rows' bits stay."""
-        if self.config.search != "mse":
-            return _rounded(values, bits, MinMaxObserver(0))
-        sums = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).flatten(1).sum(1)
-        known = self._searched.get(index)
-        if known is not None and known[0].device == sums.device and torch.equal(known[0], sums):
-            return quantize_tensor(values, known[1], bits), known[1]
-        codes, qparams = _rounded(values, bits, MSEObserver(0, keep=None))
-        self._searched[index] = sums, qparams
-        return codes, qparams
 
     def _check_fixed(self, values: Tensor) -> None:
         codes, qmax = torch.cat([c for c, _ in self._codes], 1), qrange(self.config.bits or 8)[1]
@@ -183,6 +171,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def turned(weight: Tensor, groups: int) -> Tensor:
+    """(I, O / groups, ...) from (O, I / groups, ...), and back; the weight itself for 0 groups."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if groups else weight
+
+
 def version_of(x: Tensor) -> int:
     """How often a tensor was written in place; inference tensors do not count, and read 0."""
     return 0 if x.is_inference() else x._version
@@ -194,22 +187,16 @@ def dense(codes: tuple[WeightCodes, ...], dtype: torch.dtype) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat(values, 1)
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Equal device, dtype, shape and elements. Cost: a host sync."""
-    return (one.device, one.dtype) == (other.device, other.dtype) and torch.equal(one, other)
-
-
 def _rounded(values: Tensor, bits: int, observer: MinMaxObserver | MSEObserver) -> WeightCodes:
     observer.observe(values)
     qparams = observer.qparams(bits)
     return quantize_tensor(values, qparams, bits), qparams
 
 
-def _are_codes(codes: Tensor, qparams: QParams, bits: int) -> bool:
-    (qmin, qmax), (scale, zero_point) = qrange(bits), qparams
-    inside = codes.dtype == torch.int8 and codes.dim() > 1 and bool(((codes >= qmin) & (codes <= qmax)).all())
-    shaped = zero_point is None and scale.is_floating_point() and scale.shape == (len(codes), *[1] * (codes.dim() - 1))
-    return inside and shaped and bool((torch.isfinite(scale) & (scale > 0)).all())
+def _are_codes(codes: Tensor, qparams: QParams, limits: tuple[int, int]) -> bool:
+    inside, scale = bool(((codes >= limits[0]) & (codes <= limits[1])).all()), qparams.scale
+    positive = len(scale) == len(codes) and bool(((scale > 0) & scale.isfinite()).all())
+    return inside and positive and qparams.zero_point is None
 
 
 def _half_error(values: Tensor, rotation: tuple[Segment, ...] | None) -> Tensor:

@@ -12,7 +12,7 @@ from modiff import ConfigError, ModulationConfig, QuantizerConfig
 from modiff.nn.loop.int16 import Int16Input
 from tests.helpers import assert_within
 from tests.nn.building import INT16, LAYERS, group_of, same_bits, step, walk
-from tests.recipes import evaluate, play, quantized, randomised
+from tests.recipes import evaluate, play, quantized, randomised, state_of
 
 few_layers = pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
 
@@ -80,7 +80,7 @@ def test_a_shared_residual_starts_again_for_all_its_readers():
     for x in growing((3, 8), 4.0):
         step(clock, layers, x)
         for layer in layers:
-            state, output = layer.loop.state
+            state, output = state_of(layer)
             assert_within(output, layer.operator.affine(state.double()), 12 * grid_of(output))
     first, second = (layer.loop.memories["default", 0].input for layer in layers)
     assert first is second

@@ -67,7 +67,7 @@ class Int16Input(IntegerInput):
             for (run, fused), state in zip(runs, self.states, strict=True)
         ]
         self.outgrown = bool(self._clipped > 0)
-        return self.update_of(codes)
+        return Update(None, (ByteCode(tuple(codes)),))
 
 
 class Int16Loop(IntegerLoop):

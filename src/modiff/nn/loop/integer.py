@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from modiff.nn.loop.simulated import Memory, SimulatedLoop
 from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.packed import PackedWeight
 from modiff.nn.sharing import InputState
-from modiff.nn.weight import same, version_of
+from modiff.nn.weight import version_of
 
 Codes = tuple[Tensor, Tensor]
 """uint8 or int8 codes and their scales."""
@@ -58,16 +57,9 @@ def unsupported(spec: LayerSpec, quantizer: Quantizer | None) -> str:
 
 
 class ByteCode(NamedTuple):
-    """The integers of one step as kernels read them: uint8 codes, where `zero` stands for 0, and float32 scales."""
+    """The integers of one step as kernels read them: uint8 codes, where 2^(bits - 1) stands for 0, and their scales."""
 
     runs: tuple[Codes, ...]
-    zero: int
-    channel_dim: int
-
-    def value(self) -> Tensor:
-        """What the codes stand for, float32: bit for bit that of the simulation."""
-        values = [(codes.to(torch.float32) - self.zero) * scale for codes, scale in self.runs]
-        return values[0] if len(values) == 1 else torch.cat(values, self.channel_dim)
 
 
 def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tensor, ...]:
@@ -174,12 +166,7 @@ class IntegerInput(InputState):
         self.states = tuple(states)
         if every > 1:
             self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
-        return self.update_of(codes, () if gain is None else (gain,))
-
-    def update_of(self, codes: Sequence[Codes], weights: tuple[Tensor, ...] = ()) -> Update:
-        """What the outputs take of a steady step."""
-        code = ByteCode(tuple(codes), 2 ** (self.quantizer.bits - 1), self.spec.channel_dim)
-        return Update(None, (code,), weights=weights)
+        return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,))
 
 
 def _laid(state: State, x: Tensor, moves: bool) -> State:
@@ -298,4 +285,5 @@ class IntegerLoop(SimulatedLoop):
 
 
 def _equal(one: Codes, other: Codes) -> bool:
-    return same(one[0], other[0]) and same(one[1], other[1])
+    pairs = zip(one, other, strict=True)
+    return all((a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b) for a, b in pairs)

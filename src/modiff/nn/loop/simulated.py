@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +18,6 @@ from modiff.nn.clock import Clock
 from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.sharing import InputGroup, InputState
 from modiff.nn.weight import at_least_float32
-
-
-class LayerState(NamedTuple):
-    """Both states of a layer in one context: input = â_t, output = ô_t = A_q(â_t) + (A - A_q)(a_anchor) + bias."""
-
-    input: Tensor
-    output: Tensor
 
 
 @dataclass(slots=True)
@@ -123,16 +115,6 @@ class SimulatedLoop:
         self.operator.quantized.forget()
         self.memories.clear()
         self._tick, self.ran = -1, False
-
-    @property
-    def state(self) -> LayerState:
-        """Both states of the present context. Raises: StateError before the first step."""
-        memory = self.memories.get((self.clock.context, 0))
-        if memory is None or memory.output is None:
-            raise StateError(f"{self.spec.name}: expected states, got none. The layer has not run in this trajectory.")
-        state, output = memory.input.state, memory.output
-        value = output.value() if isinstance(output, FixedState) else output.value
-        return LayerState(value if state is None else state.value, value)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
