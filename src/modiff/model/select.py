@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.granularity import granularity_named

@@ -34,7 +34,6 @@ class SimulatedLoop:
     """y_t = ô_t of one layer; without modulation A_q(quantize(x)) + b, without activation bits A_q(x) + b.
 
     quantizer, inputs: None where the input is not quantized, not modulated; the same objects in all layers of a group.
-    ran: whether it did since the trajectory began.
     memories: by context, and how many times the layer was called before in the evaluation.
     """
 
@@ -48,7 +47,7 @@ class SimulatedLoop:
             make = functools.partial(self.input_kind, spec, quantizer, spec.config.modulation, clock)
             self.inputs = InputGroup(make, clock)
         self.memories: dict[tuple[str, int], Memory] = {}
-        self._calls, self._tick, self.ran = 0, -1, False
+        self._calls, self._tick = 0, -1
         clock.on_reset(self.forget)
 
     def step(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
@@ -58,7 +57,7 @@ class SimulatedLoop:
             read: in a graph of torch.compile the number of what is read, as `Source` has it.
         Raises: StateError outside a trajectory, or if the input does not fit the states.
         """
-        inputs, self.ran = self.inputs, True
+        inputs = self.inputs
         if inputs is None:
             return self.plain(x, fusion)
         clock = self.clock
@@ -114,7 +113,7 @@ class SimulatedLoop:
         """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
         self.operator.quantized.forget()
         self.memories.clear()
-        self._tick, self.ran = -1, False
+        self._tick = -1
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the states keep now, of all contexts; shared ones appear in each sharer."""
