@@ -63,7 +63,8 @@ RUNS: dict[
     "the same beside one that does not": ([(9, c), (9, skipping), (6, c), (6, skipping)], "abab"),
     "prompts that change at each step": ([(9, noisy), (6, noisy), (3, noisy), (2, noisy), (1, noisy)], "abbbb"),
     "the same in two calls": ([(t, noisy) for t in (9, 9, 6, 6, 3, 3, 2, 2, 1, 1)], "abcdcdcdcd"),
-    "no timestep, other prompts": ([(None, noisy)] * 3, "aaa"),
+    "no timestep, guidance in two calls": ([(None, c), (None, u)] * 3, "ababab"),
+    "no timestep, prompts that change": ([(None, noisy)] * 6, "abcddd"),
     "no timestep, other batches": ([(None, c), (None, both), (None, c)], "aba"),
 }
 

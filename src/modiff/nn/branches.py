@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from modiff.nn.weight import version_of
 _MOST = 8
 """Sets of conditions with one shape of the sample that are told apart; beyond, the most similar one is taken."""
 _PLAIN = (bool, int, str)
+_TEXT = re.compile("text|prompt|cap|encoder")
+"""Lists under such names hold a tensor for each prompt."""
 
 
 class Inputs(NamedTuple):
@@ -26,24 +29,26 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: object) -> Inputs:
-    """The inputs of a call, whose sample and timestep are known.
+    """The inputs of a call, whose sample and timestep are known; without a sample its first tensor is one.
 
     Images, lists of tensors and single floats (scales of guidance, other times) change from step to step: left out.
     """
     named: dict[str, Any] = {str(i): value for i, value in enumerate(args)} | dict(kwargs)
-    for name, inner in [item for item in named.items() if isinstance(item[1], dict)]:
-        named |= {f"{name}.{key}": value for key, value in inner.items()}
+    main = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    sample = main if sample is None else sample
+    for name, inner in list(named.items()):
+        if isinstance(inner, dict):
+            named |= {f"{name}.{key}": value for key, value in inner.items()}
+        elif isinstance(inner, (list, tuple)) and _TEXT.search(name):
+            named |= {f"{name}.{i}": value for i, value in enumerate(inner)}
     conditions: dict[str, tuple[Any, int]] = {}
     for name, value in named.items():
         if isinstance(value, Tensor):
-            dims = (2, 3) if value.is_floating_point() else (0, 1, 2, 3)
-            if value is not sample and value is not timestep and value.dim() in dims:
-                conditions[name] = (value, version_of(value))
-        elif isinstance(value, _PLAIN) or (
-            isinstance(value, (list, tuple)) and all(isinstance(v, _PLAIN) for v in value)
-        ):
-            if value is not timestep:
-                conditions[name] = (value, 0)
+            tells = value.dim() in ((2, 3) if value.is_floating_point() else (0, 1, 2, 3))
+        else:
+            tells = all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else (value,)))
+        if tells and not any(value is other for other in (main, sample, timestep)):
+            conditions[name] = (value, version_of(value) if isinstance(value, Tensor) else 0)
     return Inputs(None if sample is None else sample.shape, conditions)
 
 
@@ -107,19 +112,19 @@ class Branches:
         """Whether an evaluation had these inputs."""
         return any(kind.inputs.shape == inputs.shape and not kind.differences(inputs) for kind in self.kinds)
 
-    def ended(self, now: float | None) -> bool:
-        """Whether the first timestep comes again after others."""
-        return now is not None and now == self.first != self.now
+    def ended(self, now: float) -> bool:
+        """Whether the first timestep comes again after others, or shapes change without end."""
+        return now == self.first != self.now or len(self.kinds) > 2 * _MOST
 
-    def number(self, now: float | None, inputs: Inputs, *, ordered: bool) -> tuple[int, bool]:
+    def number(self, now: float, inputs: Inputs, *, ordered: bool) -> tuple[int, bool]:
         """The branch of the evaluation that begins; False where it is not certain. ordered: repeats have their own."""
         if now != self.now or self.step < 0:
             self.now, self.step = now, self.step + 1
             self.first = now if self.step == 0 else self.first
         kind = self._kind(inputs)
         number, regular = kind.visit(self.step)
-        if not ordered or now is None:
-            number, regular = 0, now is None or kind.visits < 3
+        if not ordered:
+            number, regular = 0, kind.visits < 3
         index = self._numbers.setdefault((self.kinds.index(kind), number), len(self._numbers))
         return index, regular or self.uncertain
 
@@ -133,7 +138,7 @@ class Branches:
             kind = min(fitting, key=visits)
             kind.settled |= 0 <= kind.step < self.step
             return kind
-        early = self.step < (2 if self.now == self.now else _MOST)
+        early = self.step < (2 if self.now == self.now else 4)
         if len(differing) < _MOST and (early or not differing or any(kind.settled for kind in differing)):
             totals = (kind.total or kind.visits for kind in self.kinds if self.step)
             self.kinds.append(_Kind(inputs, max(totals, default=0)))

@@ -146,11 +146,10 @@ class Clock:
         """Until the evaluation ends, the context is that of its branch."""
         self._leave_branch()  # of an evaluation that never ended
         name, known = self.context, self._branches.get(self.context)
-        if timestep is None:
-            now, inputs = None, Inputs(inputs.shape)  # no step tells which conditions stay
-        else:  # without a host sync every evaluation is a step
-            now = float(timestep) if self.numbered or timestep.device.type == "cpu" else float("nan")
-        if self.numbered and known is not None and known.ended(now):
+        now = float("nan")  # without a timestep, or a host sync, every evaluation is a step
+        if timestep is not None and (self.numbered or timestep.device.type == "cpu"):
+            now = float(timestep)
+        if known is not None and known.ended(now if self.numbered else float("nan")):
             self._forget()  # another generation
         branches = self._branches.setdefault(name, Branches())
         branch, regular = branches.number(now, inputs, ordered=self.numbered)
