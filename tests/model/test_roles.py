@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import ModiffConfig, presets
+from modiff import LayerConfig, ModiffConfig, QuantizerConfig, presets
 from modiff.errors import ModiffWarning
 from modiff.model.attach import attachment_of
 from tests.model.toys import applied, assert_equal, generate, sample, toy
@@ -58,6 +58,7 @@ class Late(Published):
         return getattr(super(), "forward")(*args)  # noqa: B009
 
 
+STATIC = LayerConfig(activation=QuantizerConfig(dynamic=False))
 EMBEDDINGS = ("embed.0", "embed.2", "middle.emb", "inputs.second.emb")
 CONVOLUTIONS = ("middle.late", "middle.early", "inputs.second.late", "inputs.second.early")
 
@@ -83,8 +84,8 @@ def test_a_run_tells_which_layers_keep_their_floats_and_tune_and_autotune_leave_
     rows = modiff.autotune(model, "w8a8", run=lambda: sample(model), tolerance=10.0).rows
     assert tuple(row.name for row in rows) == CONVOLUTIONS
     (first, *_) = (str(w.message) for w in recwarn if w.category is ModiffWarning)
-    assert first.startswith("tune: expected to quantize all layers that the config takes, got some that stay")
-    assert ("unused (never called)" in first) == (kind is Published)
+    assert first.startswith("tune: expected layers that quantizing suits, got ")
+    assert ("unused (never called" in first) == (kind is Published)
     assert "embed.2 (reads one row a sample: an embedding)" in first
 
 
@@ -118,10 +119,11 @@ def test_a_network_with_names_that_modiff_knows_is_not_warned_about():
 
 def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report():
     model = applied(ModiffConfig(exclude=EMBEDDINGS), make=published)
-    with pytest.warns(ModiffWarning, match=r"Published: .* got no call of unused .* exclude=\('unused',\)"):
+    with pytest.warns(ModiffWarning, match=r"Published: .* unused \(never called.* exclude=\('unused',\)"):
         generate(model)
     entries = {e.name: e for e in modiff.report(model).entries}
-    assert (entries["unused"].reason, entries["unused"].execution) == ("never called", "not run")
+    assert entries["unused"].execution == "not run"
+    assert entries["unused"].reason.startswith("never called")
     assert entries["middle.late"].reason == ""
     assert attachment_of(model).roles is None
 
@@ -179,3 +181,11 @@ def test_a_tiny_network_is_taken_all_the_same_and_a_limit_of_the_user_s_stands()
     with pytest.raises(modiff.ConfigError, match=r"got none of 4: 2 first or last layer .*; 2 tiny"):
         modiff.select(model, ModiffConfig(min_weights=255))
     assert len(modiff.select(toy(), ModiffConfig()).taken) == 5
+
+
+def test_calibrating_leaves_a_layer_that_never_runs_without_scales_and_says_so():
+    model = applied(ModiffConfig(layer=STATIC, exclude=EMBEDDINGS), make=published)
+    with pytest.warns(ModiffWarning, match=r"calibrate: .* got unused \(no coded step\)"):
+        modiff.calibrate(model, lambda: generate(model))
+    assert all(output.isfinite().all() for output in generate(model))
+    assert model.unused.quantizer.static is None

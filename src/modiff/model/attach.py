@@ -18,7 +18,7 @@ from modiff.core.step_sets import StepSizes
 from modiff.errors import StateError, warn_once
 from modiff.model.facts import facts_of
 from modiff.model.report import Report, execution_of, memory_of
-from modiff.model.roles import Roles
+from modiff.model.roles import NEVER, Roles, warn_unfit
 from modiff.nn import Clock, ModulatedLayer, traced
 from modiff.nn.branches import Inputs, inputs_of
 from modiff.nn.clock import middle
@@ -115,7 +115,7 @@ class Attachment:
         entries = list(self.selected.entries)
         for i, entry in enumerate(entries):
             if entry.name in self.uncalled:
-                entries[i] = dataclasses.replace(entry, reason="never called", execution="not run")
+                entries[i] = dataclasses.replace(entry, reason=NEVER, execution="not run")
             elif (layer := self.layers.get(entry.name)) is not None:
                 execution, why = execution_of(layer)
                 entries[i] = dataclasses.replace(entry, execution=execution, why=why, anchor=layer.anchors_with)
@@ -134,15 +134,13 @@ class Attachment:
     def _trajectory_ended(self) -> None:
         self.most_states = max(self.most_states, self.state_bytes())
         if self.roles is not None and self.roles.last:
-            self.uncalled, self.roles = self.roles.uncalled(), None
-            listed = ", ".join(self.uncalled)
-            if listed:
-                warn_once(
-                    f"uncalled of {self.clock.name}: {listed}",
-                    f"{self.clock.name}: expected each modulated layer to be called, got no call of {listed} in a "
-                    "trajectory. They do not run, or other code reads their weights: nothing is quantized there. "
-                    f"Add exclude={self.uncalled} to ModiffConfig.",
-                )
+            self._learn(self.roles)
+
+    def _learn(self, roles: Roles) -> None:
+        """What the layers are for is known: say what should not be quantized."""
+        self.roles, unfit = None, roles.unfit()
+        self.uncalled = tuple(name for name, why in unfit.items() if why == NEVER)
+        warn_unfit(self.clock.name, unfit, f"Add exclude={(*unfit,)} to ModiffConfig, or include them by name.")
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""
@@ -211,18 +209,10 @@ class Attachment:
     def end(self) -> None:
         """The evaluation ended."""
         self.clock.returned()
-        if self.roles is None:
-            return
-        self.roles.close()
-        if left := self.roles.left():
-            warn_once(
-                f"roles in {self.clock.name}: {[*left]}",
-                f"{self.clock.name}: expected the layers that run first and last, and embeddings of time or class, in "
-                f"full precision, got {', '.join(f'{n} ({why})' for n, why in left.items())} quantized. Names and the "
-                f"order in `forward` did not tell. Add exclude={(*left,)} to ModiffConfig, or include them by name.",
-            )
-        if not self.roles.uncalled():
-            self.roles = None
+        if self.roles is not None:
+            self.roles.close()
+            if not self.clock.active or self.roles.taken <= self.roles.rows.keys():
+                self._learn(self.roles)
 
     def fail(self) -> None:
         """The evaluation did not reach its end; a trajectory that began by itself is over."""

@@ -21,6 +21,7 @@ from modiff.core.step_sets import StepSizes
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import Attachment, required_attachment
 from modiff.model.attention import attention_quantizers
+from modiff.model.roles import warn_unfit
 
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl"]
 MakeObserver = Callable[[int | None], Observer]
@@ -57,7 +58,7 @@ def measure_scales(
 
     Args:
         models: one model, or all that `forward_loop` runs: they are watched in one go.
-    Raises: CalibrationError if no layer has static scales or a layer never ran; scales measured before are then kept.
+    Raises: CalibrationError if no layer has static scales or none ran; scales measured before are then kept.
     """
     if isinstance(observer, str) and observer not in OBSERVERS:
         raise ConfigError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}. Pick one of them.")
@@ -77,14 +78,16 @@ def measure_scales(
         quantizer.watch(functools.partial(make, quantizer.observed_dim))
     try:
         forward_loop()
-        silent = [name for name, quantizer in quantizers if quantizer.saw_nothing]
-        if silent:
+        silent = {name: "no coded step" for name, quantizer in quantizers if quantizer.saw_nothing}
+        if len(silent) == len(quantizers):
             raise CalibrationError(
-                f"{silent[0]}: expected inputs while calibrating, got none. The forward loop never reached a coded "
-                "step of it. Run whole trajectories, or exclude the layer."
+                f"{quantizers[0][0]}: expected inputs while calibrating, got none. The forward loop never reached a "
+                "coded step of any layer. Run whole trajectories."
             )
+        warn_unfit("calibrate", silent, "They keep the scales that they had. Exclude them, or run whole trajectories.")
         for _, quantizer in quantizers:
-            quantizer.freeze()
+            if not quantizer.saw_nothing:
+                quantizer.freeze()
         step_sizes = {attachment: StepSizes(attachment.step_sizes.largest) for attachment in step_sizes}
     finally:
         for attachment, sizes in step_sizes.items():

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.hadamard import rotate
 from modiff.core.recursion import State, compute_dtype, encode
-from modiff.errors import CalibrationError, ConfigError, warn_once
+from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import observe
 from modiff.model.outliers import ChannelMaxima
-from modiff.model.roles import Roles
+from modiff.model.roles import Roles, warn_unfit
 from modiff.model.select import modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
@@ -113,7 +113,7 @@ def probes_of(
         yield list(probes.values())
     left = {o.name: f"channels reach {o.largest:.2g}, the median one {o.median:.2g}" for o in maxima.outliers()}
     left |= {name: "ran at one step only" for name, probe in probes.items() if math.isnan(probe.errors()[0])}
-    left |= dict.fromkeys(roles.uncalled(), "never called") | roles.left()
+    left |= roles.unfit()
     for name, probe in probes.items():
         probe.unfit = left.get(name, "")
 
@@ -125,15 +125,12 @@ def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> t
     """
     unfit = {probe.name: probe.unfit for probe in probes if probe.unfit}
     fit = [probe for probe in probes if not probe.unfit]
-    listed = ", ".join(f"{name} ({why})" for name, why in unfit.items())
     if not fit:
         raise CalibrationError(
-            f"{verb}: expected two steps or more of a layer that can be quantized, got none: {listed}. `run` must run "
+            f"{verb}: expected two steps or more of a layer that can be quantized, got none: {unfit}. `run` must run "
             "a whole trajectory. Give more steps, or include layers by name."
         )
-    if unfit:
-        warn_once(f"{verb}: {listed}", f"{verb}: expected to quantize all layers that the config takes, got some that "
-                  f"stay in full precision: {listed}. The config excludes them now.")  # fmt: skip
+    warn_unfit(verb, unfit, "They stay in full precision: the config excludes them now.")
     return dataclasses.replace(config, exclude=config.exclude + tuple(unfit)), fit
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from modiff.config import ModiffConfig
+from modiff.errors import warn_once
 from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.model.select import matches
+
+NEVER = "never called: it does not run, or other code reads its weight"
 
 
 class Roles:
@@ -23,7 +27,7 @@ class Roles:
     def __init__(self, config: ModiffConfig, report: Report) -> None:
         by_name = [*config.include, *(pattern for pattern, _ in config.overrides)]
         self.named = [pattern for pattern in by_name if pattern != "*"]
-        self.ends_matter = config.first_last == "full_precision"
+        self.first_last, self.ends_matter = config.first_last, False
         self.names = [entry.name for entry in report.entries if entry.is_layer]
         self.taken = {entry.name for entry in report.taken}
         self.sample: Tensor | None = None
@@ -34,6 +38,7 @@ class Roles:
     def begin(self, model: nn.Module, sample: Tensor | None) -> None:
         """An evaluation begins; watch it until `close`."""
         self.sample = sample
+        self.ends_matter = self.first_last == "full_precision" and sample is not None
         self._stack.enter_context(observe(model, self.see, layers=self.names))
 
     def close(self) -> None:
@@ -50,13 +55,18 @@ class Roles:
         self.reads_sample = self.reads_sample or (name if x is sample else "")
         self.last = name
 
-    def left(self) -> dict[str, str]:
-        """Taken layers that should keep their floats, and why; without those that the config names."""
+    def unfit(self) -> dict[str, str]:
+        """Taken layers that should keep their floats, and why; those that the config names stay."""
         reasons = {name: "reads one row a sample: an embedding" for name, row in self.rows.items() if row}
-        if self.ends_matter and self.last:
+        if self.ends_matter:
             reasons |= {self.last: "runs last", self.reads_sample or self.first or self.last: "runs first"}
-        return {n: r for n, r in reasons.items() if n in self.taken and not matches(n, self.named)}
+        reasons = {name: why for name, why in reasons.items() if not matches(name, self.named)}
+        reasons |= {name: NEVER for name in self.names if name not in self.rows}
+        return {name: why for name, why in reasons.items() if name in self.taken}
 
-    def uncalled(self) -> tuple[str, ...]:
-        """Taken layers that never ran."""
-        return tuple(name for name in self.names if name in self.taken and name not in self.rows)
+
+def warn_unfit(where: str, unfit: Mapping[str, str], what: str) -> None:
+    """Warn once of layers that should keep their floats; `what` is done about it."""
+    listed = ", ".join(f"{name} ({why})" for name, why in unfit.items())
+    if unfit:
+        warn_once(f"{where}: {listed}", f"{where}: expected layers that quantizing suits, got {listed}. {what}")

@@ -78,7 +78,11 @@ def search_config(
     """
     check_searchable(models, config, "tune")
     choices, splits, run = candidates(config.layer), list(splits) or [{}] * len(models), torch.no_grad()(run)
-    probes, exact = _probed(models, run, config, choices, splits)
+    known, probes = layer_names(models), list[Probe]()
+    with tracked(models) as exact, ExitStack() as stack:
+        for model, its_splits in zip(models, splits, strict=True):
+            probes += stack.enter_context(probes_of(model, config, choices, its_splits, known))
+        run()
     config, fit = without_unfit("tune", config, probes)
     errors = [probe.errors() for probe in fit]
     finalists = [dataclasses.replace(config, layer=layer) for layer in _shortlist(choices, errors)]
@@ -97,22 +101,6 @@ def _shortlist(choices: list[LayerConfig], errors: list[list[float]]) -> list[La
         best.setdefault((choices[i].rotation, choices[i].modulation), choices[i])
     plain = [choice for choice in best.values() if choice.modulation is None]
     return plain + [choice for choice in best.values() if choice.modulation is not None][: FINALISTS - len(plain)]
-
-
-def _probed(
-    models: Sequence[nn.Module],
-    run: Callable[[], object],
-    config: ModiffConfig,
-    choices: list[LayerConfig],
-    splits: Sequence[Mapping[str, int]],
-) -> tuple[list[Probe], Track]:
-    """Run in full precision: what the choices would make of each layer's input, and what was computed."""
-    known, probes = layer_names(models), list[Probe]()
-    with tracked(models) as exact, ExitStack() as stack:
-        for model, its_splits in zip(models, splits, strict=True):
-            probes += stack.enter_context(probes_of(model, config, choices, its_splits, known))
-        run()
-    return probes, exact
 
 
 def _sample_error(
