@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,12 @@ from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
-from modiff.model.trajectory import model_context, shared_copy
+from modiff.model.trajectory import model_context, plain_to_fit, shared_copy, warn_of_states
 from modiff.model.tune import search_config, with_bits
 from modiff.presets import AnyConfig, as_config
 
 
-def apply(target: Any, config: AnyConfig | None = None) -> Report:
+def apply(target: Any, config: AnyConfig | None = None, *, state_memory: int | str | None = None) -> Report:
     """Modulate a pipeline's denoisers, or a module, in place; `remove` undoes it bit for bit.
 
     Every call of a pipeline is a trajectory from now on; a module alone runs inside `with modiff.trajectory(module):`.
@@ -41,17 +43,26 @@ def apply(target: Any, config: AnyConfig | None = None) -> Report:
 
     Args:
         config: from `modiff.presets`, by name ("w8a4", "modulated:8:4", a JSON file), or a dictionary; W8A8 when None.
+        state_memory: what the states of one generation of the usual size may take, in bytes or as "4GiB". Layers with
+            the smallest states keep them, the others run plain; the report names them.
     Returns: each layer taken or left, and why.
-    Raises: StateError if modiff is on it already; ConfigError if no layer is taken. Nothing is changed then.
+    Raises: StateError if modiff is on it already; ConfigError if no layer is taken, or for a budget where the host does
+        not know the size of a generation. Nothing is changed then. Warns of states that exceed the memory that is free.
     """
     host, settings = host_of(target), as_config(config)
     networks = host.networks(target)
     known = layer_names(networks.values())
+    reasons: dict[str, str] = {}
+    if state_memory is not None:
+        selected = {n: select_layers(n, settings, splits=host.splits(n), known=known) for n in networks.values()}
+        plain = plain_to_fit(selected, bytes_of(state_memory, "state_memory"))
+        settings = replace(settings, overrides=(*settings.overrides, *((escape(n), c) for n, c in plain.items())))
+        reasons = dict.fromkeys(plain, f"plain: its states do not fit into state_memory={state_memory!r}")
     report = Report(())
     done: list[nn.Module] = []
     try:
         for network in networks.values():
-            report += install(network, settings, splits=host.splits(network), known=known)
+            report += install(network, settings, splits=host.splits(network), known=known, reasons=reasons)
             done.append(network)
         host.attach(target)
     except BaseException:
@@ -60,6 +71,7 @@ def apply(target: Any, config: AnyConfig | None = None) -> Report:
         if len(done) == len(networks):
             host.detach(target)
         raise
+    warn_of_states(list(networks.values()), report)
     return report
 
 

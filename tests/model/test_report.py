@@ -89,7 +89,7 @@ def test_memory_is_told_in_full(packed):
     model = applied(presets.w8a8().on_integers())
     biases, weights = 4 * 5 * 16, 2304 + 4 * 256
     assert modiff.report(model).memory == MemoryUse(floats=4 * weights + biases)
-    assert "codes, backends and states take theirs at step 1" in str(modiff.report(model))
+    assert "codes and backends from step 1 on; states known after a trajectory" in str(modiff.report(model))
     if packed:
         modiff.pack(model)
     with modiff.trajectory(model):

@@ -34,7 +34,7 @@ CONFIG = "config.json"
 CLASS = "modiff_module"
 """The field of config.json that tells a folder of a torch module from one of diffusers."""
 _STEM = "model"
-_SIZE = re.compile(r"(\d+)\s*([KMG])B", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+)\s*([KMG])(i?)B", re.IGNORECASE)
 
 
 def save_module(model: nn.Module, folder: str | Path, max_shard_size: int, anchor_weights: PackedAnchors) -> None:
@@ -107,16 +107,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG, "the config of a saved model", advice)
 
 
-def bytes_of(size: int | str) -> int:
+def bytes_of(size: int | str, where: str = "max_shard_size") -> int:
     """A number of bytes from what a person types. Raises: ConfigError for anything else.
 
-    >>> bytes_of("5GB"), bytes_of(1000)
-    (5000000000, 1000)
+    >>> bytes_of("5GB"), bytes_of("1KiB"), bytes_of(1000)
+    (5000000000, 1024, 1000)
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match is None:
-        raise ConfigError(f"max_shard_size: expected bytes or a text such as '200MB', got {size!r}. Weights beyond it "
-                          "go to another file. Use '5GB'.")  # fmt: skip
-    return int(match[1]) * 1000 ** (1 + "KMG".index(match[2].upper()))
+        raise ConfigError(f"{where}: expected bytes or a text such as '200MB', got {size!r}. Use '5GB'.")
+    return int(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMG".index(match[2].upper()))

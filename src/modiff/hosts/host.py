@@ -13,7 +13,7 @@ from torch import nn
 from modiff.checkpoint.module_folder import save_module
 from modiff.config import PackedAnchors
 from modiff.errors import ConfigError
-from modiff.hosts.names import BLOCK_CLASSES, DEFAULT_EXCLUDE, UNBATCHED, shortcut_splits
+from modiff.hosts.names import BLOCK_CLASSES, DEFAULT_EXCLUDE, UNBATCHED, example_inputs, shortcut_splits
 from modiff.model.attach import attachment_of, eager, required_attachment
 from modiff.model.facts import NetworkFacts, facts_of, register_facts
 from modiff.model.trajectory import model_trajectory
@@ -44,6 +44,10 @@ class Host(NetworkFacts):
     def splits(self, network: nn.Module) -> dict[str, int]:
         """Where a U-Net in diffusers' names concatenates its decoder's channels and a skip connection's."""
         return shortcut_splits(network)
+
+    def example(self, network: nn.Module) -> dict[str, Any] | None:
+        """Of a model of diffusers, from its config."""
+        return example_inputs(network)
 
     def networks(self, target: Any) -> dict[str, nn.Module]:
         """The networks that a target evaluates at every step, by name. A finder must know these as well."""

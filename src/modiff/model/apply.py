@@ -14,12 +14,18 @@ from modiff.model.attention import apply_attention, quantized_attention, remove_
 from modiff.model.report import Report
 from modiff.model.roles import Roles
 from modiff.model.select import modulated_layer, select_layers
+from modiff.model.trajectory import expected_states
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of, replace_modules
 
 
 def install(
-    model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
+    model: nn.Module,
+    config: ModiffConfig,
+    *,
+    splits: Mapping[str, int] | None = None,
+    known: Collection[str] = (),
+    reasons: Mapping[str, str] | None = None,
 ) -> Report:
     """Replace the layers that `select_layers` selects in place; they share the parameters of the originals.
 
@@ -28,7 +34,10 @@ def install(
     Cost: one pass over the weights at the first forward.
     """
     check_plain(model, "apply", "Applying twice would lose the originals. Call modiff.remove(model) first.")
-    return replace_layers(model, config, select_layers(model, config, splits=splits, known=known), splits or {}).report
+    report = select_layers(model, config, splits=splits, known=known)
+    if reasons:
+        report = Report(tuple(dataclasses.replace(e, reason=reasons.get(e.name, e.reason)) for e in report.entries))
+    return replace_layers(model, config, report, splits or {}).report
 
 
 def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
@@ -48,6 +57,7 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
                     for e in report.entries)  # fmt: skip
     attachment.selected = Report(entries)
     attachment.roles = Roles(config, attachment.selected)
+    attachment.expected_states = expected_states(model, attachment.layers)
     try:  # only now is the model touched
         replace_modules(model, {attachment.originals[name]: layer for name, layer in attachment.layers.items()})
         attachment.watch(model)

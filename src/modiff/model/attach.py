@@ -100,7 +100,7 @@ class Attachment:
         self.step_sizes = StepSizes()
         self.timestep: tuple[str, int] | None = None
         self.thread = 0
-        self.most_states = 0
+        self.most_states = self.expected_states = 0
         self.roles: Roles | None = None
         self.uncalled: tuple[str, ...] = ()
         self.number = traced.number_for(self)
@@ -119,7 +119,7 @@ class Attachment:
             elif (layer := self.layers.get(entry.name)) is not None:
                 execution, why = execution_of(layer)
                 entries[i] = dataclasses.replace(entry, execution=execution, why=why, anchor=layer.anchors_with)
-        return Report(tuple(entries), memory_of(self.layers.values(), self.most_states))
+        return Report(tuple(entries), memory_of(self.layers.values(), self.most_states, self.expected_states))
 
     @property
     def in_trajectory(self) -> bool:

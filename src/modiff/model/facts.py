@@ -36,6 +36,10 @@ class NetworkFacts:
         """Channel index of the concatenation for each layer whose input is one; each half gets its own scales."""
         return {}
 
+    def example(self, network: nn.Module) -> dict[str, Any] | None:
+        """Arguments of one evaluation as one generation makes it, of which the shapes matter alone; None if unknown."""
+        return None
+
     def timestep_argument(self, network: nn.Module) -> tuple[str, int] | None:
         """Name and position of the argument that holds the time step; None if the network has none."""
         names = list(inspect.signature(network.forward).parameters)

@@ -60,23 +60,27 @@ class MemoryUse(NamedTuple):
 
     floats: weights and biases before rounding, which `remove` gives back; gone after `pack`. codes: integers and their
     scales, made at the first step. backends: copies of the codes in the layout of a backend, made at the first step.
-    states: the most that one trajectory ended with so far; 0 before the first one ended.
+    states: the most that one trajectory ended with so far; 0 before the first one ended. expected: of one generation of
+    the host's usual size, from shapes alone; 0 where that is not known.
     """
 
     floats: int = 0
     codes: int = 0
     backends: int = 0
     states: int = 0
+    expected: int = 0
 
     def __str__(self) -> str:
-        if not self.codes:
-            return f"memory: weights {_size(self.floats)} in floats; codes, backends and states take theirs at step 1"
-        parts = f"{_size(self.floats)} in floats, {_size(self.codes)} in codes, {_size(self.backends)} in backends"
-        return f"memory: weights {parts}; states {_size(self.states) if self.states else 'known after a trajectory'}"
+        later = f"{_size(self.codes)} in codes, {_size(self.backends)} in backends"
+        later = later if self.codes else "codes and backends from step 1 on"
+        states = f"about {_size(self.expected)} for one generation" if self.expected else "known after a trajectory"
+        states = _size(self.states) if self.states else states
+        return f"memory: weights {_size(self.floats)} in floats, {later}; states {states}"
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**17 else f"{count / 2**10:.1f} KiB"
+    power = 3 if count >= 2**30 else 2 if count >= 2**17 else 1
+    return f"{count / 1024**power:.1f} {'KMG'[power - 1]}iB"
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ def execution_of(layer: ModulatedLayer) -> tuple[str, str]:
     return f"integers on {backends}" if backends else "integers", "; ".join(reason for _, reason in choices)
 
 
-def memory_of(layers: Iterable[ModulatedLayer], states: int) -> MemoryUse:
-    """What these layers take now, and the bytes of their states."""
+def memory_of(layers: Iterable[ModulatedLayer], states: int, expected: int) -> MemoryUse:
+    """What these layers take now, and the bytes of their states, measured and expected."""
     floats, codes, backends = 0, 0, 0
     parameters: dict[int, Tensor] = {}  # layers may share them
     for layer in layers:
@@ -158,4 +162,4 @@ def memory_of(layers: Iterable[ModulatedLayer], states: int) -> MemoryUse:
         backends += layer.loop.bytes_of_backends() if isinstance(layer.loop, IntegerLoop) else 0
     floats += sum(p.nbytes for p in parameters.values() if p.is_floating_point())
     codes += sum(p.nbytes for p in parameters.values() if not p.is_floating_point())
-    return MemoryUse(floats, codes, backends, states)
+    return MemoryUse(floats, codes, backends, states, expected)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from modiff.config import LayerConfig, check
+from modiff.core.predictors import predictor_named
+from modiff.errors import warn_once
 from modiff.model.attach import attachment_of, required_attachment
+from modiff.model.facts import facts_of
+from modiff.model.observe import observe
+from modiff.model.report import Report
+from modiff.nn import ModulatedLayer
 
 
 @contextmanager
@@ -50,6 +60,103 @@ def state_bytes(model: nn.Module) -> int:
     Raises: StateError if modiff was not applied to the model.
     """
     return required_attachment(model, "state_bytes").state_bytes()
+
+
+class Elements(NamedTuple):
+    """Numbers that a layer reads and writes in one evaluation, and the tensor that it reads."""
+
+    reads: int
+    writes: int
+    source: Tensor
+
+
+def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, Elements]:
+    """What each of the named layers reads and writes in one evaluation of `NetworkFacts.example`, from shapes alone.
+
+    {} where the host knows no example, or shapes depend on values.
+    Cost: a copy of the modules without their tensors, and an evaluation on the meta device.
+    """
+    sizes: dict[str, Elements] = {}
+    if (example := facts_of(model).example(model)) is None:
+        return sizes
+
+    def see(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        before = sizes.get(name, Elements(0, 0, inputs[0]))
+        sizes[name] = Elements(before.reads + inputs[0].numel(), before.writes + output.numel(), before.source)
+
+    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    with suppress(Exception), torch.no_grad(), torch.device("meta"):
+        blank = copy.deepcopy(model, memo)
+        with observe(blank, see, layers=names):
+            blank(**example)
+        return sizes
+    return {}
+
+
+def bytes_of_states(config: LayerConfig, reads: int, writes: int) -> int:
+    """Of both states of a layer that reads and writes as many numbers."""
+    if config.modulation is None or config.activation.bits is None:
+        return 0
+    kept = predictor_named(config.modulation.predictor).past_states
+    return getattr(torch, config.modulation.state_dtype).itemsize * kept * (reads + writes)
+
+
+def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer]) -> int:
+    """Bytes of all states of one trajectory, before it runs; 0 where they are not known. Shared states count once."""
+    total, counted = 0, set[tuple[int, int]]()
+    for name, (reads, writes, source) in state_elements(model, layers).items():
+        key = id(layers[name].inputs), id(source)
+        total += bytes_of_states(layers[name].config, 0 if key in counted else reads, writes)
+        counted.add(key)
+    return total
+
+
+def plain_to_fit(models: Mapping[nn.Module, Report], budget: int) -> dict[str, LayerConfig]:
+    """Layers to run plain so that the states of the others fit into `budget` bytes, with the configs to run them with.
+
+    Plain layers code whole inputs, at 8 bits. Those with the smallest states keep them: each is taken to lose the same
+    error by them. States that layers may share count for each.
+    Raises: ConfigError for a network whose sizes are not known before it runs.
+    """
+    costs: list[tuple[int, str, LayerConfig]] = []
+    for model, report in models.items():
+        configs = {entry.name: entry.config for entry in report.taken if entry.config is not None}
+        elements = state_elements(model, configs)
+        why = "Its inputs are not known before it runs. Choose layers with exclude=, or give it a Host with `example`."
+        check("state_memory", type(model).__name__, bool(elements), "networks of known input sizes", why)
+        costs += [(bytes_of_states(c, *elements[n][:2]), n, c) for n, c in configs.items() if n in elements]
+    plain: dict[str, LayerConfig] = {}
+    for size, name, config in sorted(costs, key=lambda cost: cost[0]):
+        budget -= size
+        if budget < 0:
+            activation = dataclasses.replace(config.activation, bits=8, refresh_every=1)
+            plain[name] = dataclasses.replace(config, modulation=None, activation=activation)
+    return plain
+
+
+def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:
+    """Warn where the states that the report expects exceed the memory that is free."""
+    expected = report.memory.expected if report.memory else 0
+    free = _free(next(models[0].parameters()).device) if expected else None
+    if free is not None and expected > free:
+        name, sizes = type(models[0]).__name__, [f"{size / 2**30:.1f} GiB" for size in (expected, free)]
+        warn_once(
+            f"states of {name}: {expected}",
+            f"apply: expected states that fit into {sizes[1]}, which are free, got about {sizes[0]} for one generation "
+            f"of {name}. Give apply(..., state_memory='4GiB'), or state_dtype='int16' on integers.",
+        )
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return None
 
 
 def shared_copy(target: Any) -> Any:
