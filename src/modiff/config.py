@@ -277,6 +277,13 @@ class LayerConfig(JsonConfig):
                        "Extrapolation amplifies coarse codes until the loop diverges. "
                        "Use predictor='hold', or 3 bits with clip under 1.")  # fmt: skip
 
+    @property
+    def setting(self) -> str:
+        """Short form, for example "W8A4 modulated"."""
+        weight, activation = self.weight.bits or 32, self.activation.bits
+        mode = " plain" if self.modulation is None else " modulated"
+        return f"W{weight}A32" if activation is None else f"W{weight}A{activation}{mode}"
+
     def _check_integer_states(self) -> None:
         for name, required, why in (
             ("execution", "integer", "Only kernels keep integers."),

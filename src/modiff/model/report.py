@@ -47,12 +47,8 @@ class Entry:
 
     @property
     def setting(self) -> str:
-        """Short form of the config, for example "W8A4 modulated"."""
-        if self.config is None:
-            return "full precision"
-        weight, activation = self.config.weight.bits or 32, self.config.activation.bits
-        mode = " plain" if self.config.modulation is None else " modulated"
-        return f"W{weight}A32" if activation is None else f"W{weight}A{activation}{mode}"
+        """Short form of the config."""
+        return "full precision" if self.config is None else self.config.setting
 
 
 class MemoryUse(NamedTuple):

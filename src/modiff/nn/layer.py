@@ -118,6 +118,10 @@ class ModulatedLayer(nn.Module):
             quantized.forget()  # who reads it between two steps may write it through `.data`
         return stored
 
+    def extra_repr(self) -> str:
+        """As torch, and the bits."""
+        return f"{super().extra_repr()}, {self.config.setting}"
+
     @property
     def on_integers(self) -> bool:
         """Whether the layer computes with integers."""
