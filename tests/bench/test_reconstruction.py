@@ -62,14 +62,6 @@ def test_each_row_is_the_error_of_final_images_against_full_precision(folder):
     assert bench.FIRST_NOISE > 10_000, "noise that calibration never draws"
 
 
-def test_a_second_run_measures_only_the_row_that_is_missing_from_learned_blocks_that_are_kept(folder, monkeypatch):
-    before = json.loads((folder / "rows.json").read_text())["rows"]
-    (folder / "work" / "row-2.json").unlink()
-    monkeypatch.setattr("modiff.calibration.reconstruct.job.ReconstructionJob.learn", None)
-    assert [row["relative_l2"] for row in start(monkeypatch, folder)] == [row["relative_l2"] for row in before]
-    assert "| W4A8 learned | 4 | " in (folder / "docs" / "page.md").read_text()
-
-
 @pytest.mark.parametrize(("learned", "met"), [(0.65, True), (0.66, False)])
 def test_bars_are_ratios_to_the_row_they_name_or_absolute(learned, met):
     errors = dict.fromkeys(ROWS, 1.0) | {"W4A8 learned": learned, "W32A8 calibrate": 0.005, "W4A32 learned": 0.5}

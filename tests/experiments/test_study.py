@@ -13,8 +13,6 @@ from experiments.paper import EXPERIMENTS
 from experiments.runs import Run
 from experiments.study import StudyResult, run_study
 from modiff import presets
-from modiff.errors import ConfigError, FormatError
-from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline, saved_pipeline
 
 NAMES = ("first", "second")
@@ -62,19 +60,6 @@ def test_a_killed_study_goes_on_and_gives_the_same(tmp_path, monkeypatch, after)
     assert not set(more) & set(done)
     monkeypatch.setattr(logic, "Lab", None)  # nothing is left to be done in one
     assert study(tmp_path / "killed").values == whole.values
-
-
-@pytest.mark.usefixtures("_two_experiments")
-def test_another_model_and_damaged_files_are_refused(tmp_path):
-    study(tmp_path, ("first",))
-    with pytest.raises(ConfigError, match="another model"):
-        study(tmp_path, seed=1)
-    with pytest.raises(ConfigError, match="expected an unconditional pipeline, got DiTPipeline"):
-        run_study(HOSTS["dit"].build(), NAMES, SETTINGS, tmp_path, progress=False)
-    damaged = tmp_path / "experiments" / "first.json"
-    damaged.write_text("[1")
-    with pytest.raises(FormatError, match=r"first\.json.*Delete it"):
-        study(tmp_path)
 
 
 def test_the_command_prints_each_sentence_and_writes_report_page_and_results(tmp_path, capsys):
