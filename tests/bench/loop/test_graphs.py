@@ -18,8 +18,8 @@ from loop.recordable import recording_unsupported
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, presets
 from modiff.kernels import kernel, native
 from modiff.kernels.dispatch import Choice
-from modiff.model.attach import Attachment
 from modiff.model.trajectory import state_bytes
+from modiff.nn.clock import Clock
 from tests.helpers import assert_same_bits
 from tests.model.toys import SHAPE, Toy, toy
 
@@ -60,7 +60,7 @@ def _as_on_a_gpu(request, monkeypatch):
         return
     monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "switched off"))
     monkeypatch.setattr(kernel, "plan", lambda *_: Choice("reference", "a test"))
-    monkeypatch.setattr(Attachment, "_count_visits", lambda _: None)
+    monkeypatch.setattr(Clock, "_enter_branch", lambda *_: None)
 
 
 def built(config: ModiffConfig) -> Toy:
