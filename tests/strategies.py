@@ -16,9 +16,9 @@ GAINS = st.sampled_from([0.3, 0.5, 0.8, 1.0])
 
 @st.composite
 def trajectories(draw: st.DrawFn, shape: tuple[int, ...], max_steps: int = 6) -> list[Tensor]:
-    """Float64 inputs of 2 to `max_steps` steps that change by 1 to 50 % a step."""
+    """Float64 inputs of 2 to `max_steps` steps that change by 1 to 50 % a step, or are fresh noise at each."""
     steps = draw(st.integers(2, max_steps))
-    return drifting(draw(st.integers(0, 2**31)), shape, steps, draw(st.sampled_from([0.01, 0.1, 0.5])))
+    return drifting(draw(st.integers(0, 2**31)), shape, steps, draw(st.sampled_from([0.01, 0.1, 0.5, 1.0])))
 
 
 @st.composite

@@ -95,6 +95,26 @@ def test_invariant_1_the_output_state_is_the_layer_at_the_input_state(inputs, la
         assert_within(step.output.value, step.input.value @ WEIGHT.T + BIAS, 1e-9)
 
 
+def test_a_sample_that_jumps_is_coded_from_zero_and_the_law_holds_with_its_anchor_at_zero():
+    """ô = A_q(â) + b for it, where A(0) + b is known at no cost; the others keep what exact anchors corrected."""
+    rounded = Affine(WEIGHT.round(decimals=1))
+    rounded.anchor = Affine().anchor
+    inputs = drifting(1, SHAPE, 3, 0.01)
+    inputs[1][1] = -inputs[1][1] * 0.7  # further from its state than from zero
+    for predictor, jumps in (("hold", True), ("linear", False)):
+        took = modulate(
+            inputs, QuantizerConfig(bits=8), double(predictor=predictor), granularity="sample", operator=rounded
+        )
+        flags = [None if t.update.intra is None else t.update.intra.flatten().tolist() for t in took]
+        assert flags == [None, *[[False, True] if jumps else None] * 2]  # there and back
+        codes, scale = took[1].update.codes[0].parts[0][0], took[1].update.codes[0].parts[0][1].scale
+        assert (float(scale[1]) == pytest.approx(float(inputs[1][1].abs().max()) / 127)) == jumps
+        assert int(codes[1].abs().max()) == 127
+        anchors = torch.stack([inputs[0][0], torch.zeros_like(inputs[0][1]) if jumps else inputs[0][1]])
+        law = took[1].input.value @ rounded.weight.T + anchors @ (WEIGHT - rounded.weight).T + BIAS
+        assert_within(took[1].output.value, law, 1e-9)
+
+
 @given(
     inputs=trajectories(SHAPE, max_steps=8),
     bits=st.integers(2, 8),

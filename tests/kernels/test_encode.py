@@ -64,7 +64,10 @@ def test_codes_scales_and_states_equal_the_core_s_in_a_trajectory_and_without_a_
         assert_same_bits(found, core_codes(codes, bits))
         assert_same_floats(scale, qparams.scale)
     for x in inputs[1:]:
-        update, expected = recursion.encode(x, expected, quantizer, config, ratio)
+        held = None  # jumps are the loop's
+        if predictor == "hold":
+            held = [q for _, q in quantizer.fresh(x.float() - expected.value).parts]
+        update, expected = recursion.encode(x, expected, quantizer, config, ratio, held)
         codes, qparams = update.codes[0].parts[0]
         for name, (state, move) in states.items():
             moves = {"move": move, "gain": torch.tensor(0.7) * ratio} if predictor == "linear" else {}
@@ -100,8 +103,9 @@ def test_nan_infinity_and_denormals_do_what_they_do_in_the_core(encoder, value, 
     x, state = torch.randn(3, 40).to(dtype), torch.randn(3, 40)
     x[0, 17], x[1, 0], state[1, 0] = value, 1e-41, 3e-41
     x[2] = state[2] = 0  # no scale is below 1e-12
-    config = QuantizerConfig(bits=8, granularity="sample", dynamic=True)
-    update, expected = recursion.encode(x, State(state), Quantizer(config, "sample", -1, (40,)), ModulationConfig())
+    quantizer = Quantizer(QuantizerConfig(bits=8, granularity="sample", dynamic=True), "sample", -1, (40,))
+    held = [q for _, q in quantizer.fresh(x.float() - state).parts]
+    update, expected = recursion.encode(x, State(state), quantizer, ModulationConfig(), 1.0, held)
     codes, qparams = update.codes[0].parts[0]
     scale = None
     if not dynamic:

@@ -34,7 +34,10 @@ FORMS = {
     "plain": (PLAIN, 0.0),
     "modulated": (W8A8, 1e-5),
     "moves": (dataclasses.replace(W8A8, modulation=ModulationConfig(predictor="linear", gain=0.5)), 1e-5),
-    "states in 16 bits": (dataclasses.replace(W8A8, modulation=ModulationConfig(state_dtype="int16")), 1e-3),
+    "states in 16 bits": (
+        dataclasses.replace(W8A8, modulation=ModulationConfig(state_dtype="int16")),
+        2e-3,
+    ),  # may anchor again
 }
 
 
@@ -91,10 +94,11 @@ def test_layers_that_read_one_norm_share_its_codes_and_others_of_the_same_x_do_n
         model = made(make)
         compiled = fused(model, [])
         with torch.no_grad(), modiff.trajectory(model):
-            first, second = drifting(0, shape, 2, 0.3, torch.float32)
-            compiled(first)
+            *early, last = drifting(0, shape, 3, 0.1, torch.float32)
+            for x in early:  # the first residual is held against the values, too
+                compiled(x)
             calls.clear()
-            compiled(second)
+            compiled(last)
             assert states(model) == len(norms) + (block == "conv")
         assert sorted(calls) == norms
 

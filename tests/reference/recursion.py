@@ -1,7 +1,7 @@
 """MoDiff's recursion as a plain loop over the steps, float64; imports nothing of modiff.
 
 Follows arXiv:2506.22463, Eq. 13, 14, 18, plus: clip ratio, linear predictor, rotation, split input, zero bits, coded
-first step, re-anchoring, and the open loop of the ablation.
+first step, re-anchoring, rows that are predicted as zero, and the open loop of the ablation.
 """
 
 from __future__ import annotations
@@ -59,6 +59,17 @@ def _code(residual: Tensor, recipe: Recipe) -> Quantized:
     )  # fmt: skip
 
 
+def _jumped(x: Tensor, guess: Tensor, recipe: Recipe) -> Tensor:
+    """The samples whose residual would be coded more coarsely, and with a larger error, than they themselves."""
+    if not recipe.bits or not recipe.compensated or recipe.predictor != "hold":
+        return torch.tensor(False)
+    axes = tuple(range(recipe.granularity in ("sample", "token"), x.dim()))
+    sides = [(value, _code(value, recipe)) for value in (x - guess, x)]
+    noise = [code.step.square().sum(axes, keepdim=True) for _, code in sides]
+    error = [(value - code.value).square().sum(axes, keepdim=True) for value, code in sides]
+    return (noise[0] > noise[1]) & (error[0] > error[1])
+
+
 def run(inputs: Sequence[Tensor], recipe: Recipe, sizes: Sequence[float] | None = None) -> list[Step]:
     """All steps of a trajectory. `sizes[t]` is the step size before input t (ignored at 0); None: all alike."""
     steps: list[Step] = []
@@ -77,6 +88,8 @@ def run(inputs: Sequence[Tensor], recipe: Recipe, sizes: Sequence[float] | None 
                 g = min(1.0, recipe.gain * ratio)
             guess_a = a if move_a is None else a + g * move_a
             guess_o = o if move_o is None else o + g * move_o
+            rows = _jumped(x, guess_a, recipe)
+            guess_a, guess_o = guess_a.masked_fill(rows, 0.0), torch.where(rows, recipe.bias, guess_o)
             residual = x - guess_a
             sent = _code(residual, recipe) if recipe.bits else None
             new_a = guess_a if sent is None else guess_a + sent.value

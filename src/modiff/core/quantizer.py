@@ -45,6 +45,8 @@ class Quantizer:
         segments: channel counts that get a quantizer each; one segment is the usual case, two a split shortcut.
         moment: tells the steps of a trajectory apart; needed where `config.step_groups` is not 1.
 
+    finds_jumps: whether the scales of a residual may be compared with those of its value.
+    unsent: how much of a tensor its codes leave out at most, as a share of its range.
     static: the scales of all steps. tables: or one set of scales for each group of steps; `moments` says which group a
     moment belongs to. Both are None before calibration, and with dynamic scales.
     """
@@ -70,6 +72,8 @@ class Quantizer:
             granularity = "tensor"  # "auto" of a static quantizer: one scale that was measured before
         self.config, self.bits, self.granularity = config, config.bits, granularity
         self.channel_dim, self.segments, self.moment = channel_dim, segments, moment
+        self.finds_jumps = config.dynamic and bool(config.bits)
+        self.unsent = max(1 - config.clip, config.clip / (2 ** max(config.bits - 1, 1) - 1))
         self.static: tuple[QParams, ...] | None = None
         self.tables: dict[int, tuple[QParams, ...]] | None = None
         self.moments: dict[Moment, int] = {}
@@ -106,10 +110,8 @@ class Quantizer:
             parts.append((quantize_tensor(run, qparams, self.bits), qparams))
         return Code(tuple(parts), self.channel_dim)
 
-    def scaled(self, residual: Tensor, scales: Sequence[QParams]) -> Code | None:
-        """Codes of a residual with known scales, one for each run of channels; None at 0 bits."""
-        if self.bits == 0:
-            return None
+    def scaled(self, residual: Tensor, scales: Sequence[QParams]) -> Code:
+        """Codes of a residual with known scales, one for each run of channels."""
         pairs = zip(self._split(residual), scales, strict=True)
         return Code(tuple((quantize_tensor(run, q, self.bits), q) for run, q in pairs), self.channel_dim)
 

@@ -33,15 +33,21 @@ from torch import Tensor
 
 from modiff.config import ModulationConfig
 from modiff.core.affine import QParams
+from modiff.core.jumps import from_zero
 from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Code, Quantizer
 
 
 class State(NamedTuple):
-    """The input or the output state: its value, â_t or ô_t, and its last moves, the newest first, if predicted from."""
+    """The input or the output state: its value, â_t or ô_t, and its last moves, the newest first, if predicted from.
+
+    least: of an input: no sample's value needs smaller scales, root mean square. They lose no more than the residual's
+    and what was left unsent from step to step.
+    """
 
     value: Tensor
     moves: tuple[Tensor, ...] = ()
+    least: float = 0.0
 
 
 class Update(NamedTuple):
@@ -50,12 +56,14 @@ class Update(NamedTuple):
     anchor: the input at full precision, where the states start. codes: rounds of integers.
     starts: True where the states start: whatever an output state was before is void.
     weights: of the last moves in the prediction.
+    intra: rows whose prediction is zero, broadcastable to inputs and outputs; None for none of them.
     """
 
     anchor: Tensor | None
     codes: tuple[Code, ...]
     starts: bool = False
     weights: tuple[Weight, ...] = ()
+    intra: Tensor | None = None
 
 
 class LinearOperator(Protocol):
@@ -94,11 +102,11 @@ def predict(state: State, weights: Sequence[Weight], dtype: torch.dtype) -> Tens
     return value
 
 
-def _next(value: Tensor, state: State, config: ModulationConfig) -> State:
+def _next(value: Tensor, state: State, config: ModulationConfig, least: float = 0.0) -> State:
     """The state of this step, with its moves if the predictor looks at any."""
     dtype, moves = _STORED[config.state_dtype], predictor_named(config.predictor).past_states - 1
     if moves == 0:
-        return State(value.to(dtype))
+        return State(value.to(dtype), least=least)
     move = (value - state.value.to(value.dtype)).to(dtype)
     return State(value.to(dtype), (move, *state.moves[: moves - 1]))
 
@@ -119,21 +127,28 @@ def encode(
         ratio: size of this step over the last one, for predictors.
         scales: those of an earlier step, to be used again; None leaves them to the quantizer.
     Returns: the update for every operator that reads x, and â_t.
-    Cost: one pass for the residual, one for its range, one for codes and state.
+    Cost: one pass for the residual, one for its range, one for codes and state; more where samples may jump.
     """
     x = x.detach().to(compute_dtype(config))
     if state is None:
         return _anchor(x, quantizer, config)
-    weights: tuple[Weight, ...] = ()
-    if state.moves:
-        weights = predictor_named(config.predictor).weights(len(state.moves), config.gain, ratio)
-    prediction = predict(state, weights, x.dtype)
+    weights = predictor_named(config.predictor).weights(len(state.moves), config.gain, ratio) if state.moves else ()
+    prediction = predict(state, weights, x.dtype) if weights else state.value.to(x.dtype)
     codes = quantizer(x - prediction) if scales is None else quantizer.scaled(x - prediction, scales)
-    update = Update(None, () if codes is None else (codes,), weights=weights)
     if config.error_compensation == "none":  # the ablation holds the raw input: rounding errors are never sent again
-        return update, State(x.to(_STORED[config.state_dtype], copy=True))
+        return Update(None, () if codes is None else (codes,)), State(x.to(_STORED[config.state_dtype], copy=True))
+    intra, least, largest = None, 0.0, 0.0
+    if codes is not None and scales is None and quantizer.finds_jumps and config.predictor == "hold":
+        for _, qparams in codes.parts if x.is_cpu else ():
+            largest = max(largest, float(qparams.scale.max()))
+        least = state.least - largest
+        if not 1.001 * largest < least:
+            intra, least, codes = from_zero(x - prediction, x, codes, quantizer)
+            prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
+        least -= largest * quantizer.unsent
     value = prediction if codes is None else prediction + codes.value()
-    return update, _next(value, state, config)
+    update = Update(None, () if codes is None else (codes,), weights=weights, intra=intra)
+    return update, _next(value, state, config, least)
 
 
 def _anchor(x: Tensor, quantizer: Quantizer, config: ModulationConfig) -> tuple[Update, State]:
@@ -167,7 +182,11 @@ def accumulate(update: Update, state: State | None, operator: LinearOperator, co
         return State(operator.anchor(update.anchor).to(_STORED[config.state_dtype]))
     if state is None or update.starts:
         return State(output_of(update, operator).to(_STORED[config.state_dtype]))
-    value = predict(state, update.weights, compute_dtype(config))
+    value = state.value.to(compute_dtype(config))
+    if update.weights:
+        value = predict(state, update.weights, value.dtype)
+    if update.intra is not None:
+        value = torch.where(update.intra, torch.as_tensor(operator.start(), device=value.device), value)
     for codes in update.codes:
         value = value + operator.linear(codes)
     return _next(value, state, config)

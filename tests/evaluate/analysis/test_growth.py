@@ -80,7 +80,8 @@ def test_both_loops_and_c_equal_an_independent_float64_recursion() -> None:
 
 def test_a_rest_and_a_jump_break_the_printed_bound_of_a_real_layer_but_not_the_corrected_one() -> None:
     """With the printed exponents as the bound, `exceeded` would not be 0 here."""
-    first, second, jumped = drifting(0, (1, 16, 8), 3, 0.999)
+    first, second, third = drifting(0, (1, 16, 8), 3, 0.999)
+    jumped = 0.8 * first + 0.4 * third  # not so far that it would be coded from zero
     inputs = [first, first + 1e-3 * second, *[first + 1e-3 * second] * 12, jumped]
     growth = grown(nn.Linear(8, 5), [x.float() for x in inputs], LayerConfig(activation=QuantizerConfig(bits=4)))
     (layer,) = growth["layers"]

@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from modiff import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
+import modiff
+from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.core.observers import MinMaxObserver
 from modiff.kernels.backend import PREPACKED
 from modiff.nn.loop.integer import ByteCode
-from tests.helpers import assert_same_bits, assert_within
+from modiff.nn.sharing import InputState
+from tests.helpers import assert_same_bits, assert_within, drifting, relative_error
 from tests.nn.building import INT16, LAYERS, TIMES, W8A4, drawn, follows, integer, output_bound, same_bits, walk
 from tests.recipes import evaluate, play, quantized, randomised
 
@@ -45,6 +47,52 @@ def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_
     same_bits(steps[:1], simulated[:1])
     if every := CONFIGS[config].modulation.reanchor_every:
         same_bits(steps[every::every], simulated[every::every])
+
+
+def jumping(shape: tuple[int, ...]) -> list[Tensor]:
+    """The first sample jumps at step 2, all of them and by another size at the steps from 4 on, and some are zero."""
+    inputs, fresh = walk(shape, 8), drifting(9, shape, 8, 1.0, torch.float32)
+    inputs[2][0] = fresh[2][0]
+    for step, size in ((4, 3.0), (5, 0.2), (6, 0.0), (7, 1.0)):
+        inputs[step] = size * fresh[step]
+    return inputs
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_samples_that_jump_are_coded_from_zero_as_in_the_simulation(layer, config):
+    original, (first, *_), split = drawn(layer)
+    inputs, times = jumping(tuple(first.shape)), [900.0 - 100 * i for i in range(8)]
+    both = [quantized(original, each, split) for each in (integer(CONFIGS[config]), CONFIGS[config])]
+    flags: list[list[bool]] = []
+    read = InputState.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InputState, "read", lambda self, *a: (u := read(self, *a), flags.append(u.intra is not None))[0])
+        ours, theirs = (play(each, inputs, times) for each in both)
+    follows(ours, theirs, 4 * output_bound(original, max(inputs, key=lambda x: float(x.abs().max())), len(inputs)))
+    assert flags[:8] == flags[8:]
+    modulation = CONFIGS[config].modulation
+    assert any(flags) == (modulation.predictor == "hold")
+
+
+@pytest.mark.parametrize("sizes", [(8, 6, 5, 4, 3, 2, 1.5, 1), (1, 1.5, 2, 3, 4, 5, 6, 8), (1,) * 8], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", ["simulated", "integer", "int16"])
+def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(form, bits, sizes):
+    """As after a sampler that adds fresh noise at each step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 64)).eval()
+    inputs, errors = [size * torch.randn(32, 64) for size in sizes], []
+    expected = [net(x) for x in inputs]
+    for plain in (True, False):
+        modulation = None if plain else ModulationConfig(state_dtype="int16" if form == "int16" else "float32")
+        execution = "simulated" if form == "simulated" else "integer"
+        layer = LayerConfig(activation=QuantizerConfig(bits=bits), modulation=modulation, execution=execution)
+        modiff.apply(net, ModiffConfig(layer=layer, first_last="quantize"))
+        with modiff.trajectory(net), torch.no_grad():
+            errors.append(sum(relative_error(net(x), e) for x, e in list(zip(inputs, expected, strict=True))[1:]))
+        modiff.remove(net)
+    assert errors[1] <= 1.02 * errors[0]
 
 
 @pytest.mark.parametrize("config", [*map(integer, CONFIGS.values()), INT16], ids=[*CONFIGS, "int16"])

@@ -17,11 +17,21 @@ from modiff.core.recursion import State, Update
 from modiff.kernels.fixed_point import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
-from modiff.nn.loop.integer import ByteCode, IntegerInput, IntegerLoop, dense_runs, encode_run, fused_runs, laid_as
+from modiff.nn.loop.integer import (
+    ByteCode,
+    Codes,
+    IntegerInput,
+    IntegerLoop,
+    dense_runs,
+    encode_run,
+    fused_runs,
+    laid_as,
+)
 from modiff.nn.loop.simulated import Memory
 from modiff.nn.operator import LayerSpec
 from modiff.nn.sharing import InputState
 
+MOST = 2**15 - 1
 HEADROOM = 1.25
 """How much larger than at its start a state may become before it starts again."""
 
@@ -50,24 +60,31 @@ class Int16Input(IntegerInput):
 
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """The states start from what the integers stand for."""
-        self.outgrown = False
+        self.least = 0.0
         update, state = self.encoded(x, fusion, None)
         runs = dense_runs(state.value, self.quantizer.segments, self.spec.channel_dim)
         self.states = tuple(start(run, HEADROOM) for run in runs)
         return update._replace(anchor=None if self.state is None else self.state.value)
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
-        """A steady step; one whose codes were cut is the last before the state starts again: nothing is lost."""
+        """A steady step; where codes were cut to stay within 16 bits the state starts again instead."""
         self._clipped = self._clipped.to(x.device).zero_()
         runs = fused_runs(x, fusion, self.quantizer)
         layouts = zip(self.states, runs, strict=True)
         self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
-        codes = [
-            encode_run(run, fused, state, self.quantizer, clipped=self._clipped)
-            for (run, fused), state in zip(runs, self.states, strict=True)
-        ]
-        self.outgrown = bool(self._clipped > 0)
-        return Update(None, (ByteCode(tuple(codes)),))
+
+        def encode(i: int, state: FixedState) -> Codes:
+            return encode_run(*runs[i], state, self.quantizer, clipped=self._clipped)
+
+        codes = [encode(i, state) for i, state in enumerate(self.states)]
+        largest, intra = max(float(scale.max()) for _, scale in codes), None
+        self.least -= largest
+        if not 1.001 * largest < self.least:
+            intra = self.restart_jumped(codes, runs, encode)
+        self.least -= largest * self.quantizer.unsent
+        return (
+            self.begin(x, fusion) if bool(self._clipped > 0) else Update(None, (ByteCode(tuple(codes)),), intra=intra)
+        )
 
 
 class Int16Loop(IntegerLoop):
@@ -84,6 +101,10 @@ class Int16Loop(IntegerLoop):
         if not (isinstance(code, ByteCode) and isinstance(state, FixedState)):
             return self._start(update, memory, dtype)
         clipped = torch.zeros(1, dtype=torch.int32, device=state.n.device)
+        if update.intra is not None:
+            zero = torch.round(torch.as_tensor(self.operator.start(), device=state.n.device) / state.grid)
+            clipped += (zero.abs() > MOST).sum()
+            torch.where(update.intra, zero.clamp(-MOST, MOST).to(torch.int16), state.n, out=state.n)
         outputs = [
             kernel.step(state, codes, scale, dtype, clipped)
             for kernel, (codes, scale) in zip(self.kernels, code.runs, strict=True)

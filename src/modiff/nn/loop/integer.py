@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.affine import QParams
 from modiff.core.granularity import granularity_named
+from modiff.core.jumps import jumped, noise_of
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
@@ -31,6 +33,8 @@ from modiff.nn.packed import PackedWeight
 from modiff.nn.sharing import InputState
 from modiff.nn.weight import version_of
 
+Run = tuple[Tensor, InputFusion | None]
+"""Some channels of an input, and what they pass through on the way."""
 Codes = tuple[Tensor, Tensor]
 """uint8 or int8 codes and their scales."""
 
@@ -75,7 +79,7 @@ def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tens
     return tuple(run.contiguous() for run in split)
 
 
-def fused_runs(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> list[tuple[Tensor, InputFusion | None]]:
+def fused_runs(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> list[Run]:
     """What is encoded for each run of channels: a tensor, and what it passes through on the way.
 
     Cost: where no kernel computes `fusion` for such runs, torch's operators do it here.
@@ -113,9 +117,10 @@ class IntegerInput(InputState):
     """â_t in one dense tensor for each run of channels; a steady step makes bytes and writes the state in place.
 
     The first step, and every step while scales are being measured, runs as in the simulation.
+    least: no sample needs smaller scales for its values, root mean square, than this; 0 where that is not known.
     """
 
-    outgrown = False
+    least = 0.0
 
     @property
     def state(self) -> State | None:
@@ -130,7 +135,7 @@ class IntegerInput(InputState):
         """Encode into bytes and write the state in place; with `fusion` in the same pass over memory."""
         if fusion is not None and not self.spec.fuses(fusion.norm, x.device):
             x, fusion = fusion.compute(x), None
-        if self.outgrown or not self.states or (not self.quantizer.config.dynamic and self.quantizer.watching):
+        if not self.states or (not self.quantizer.config.dynamic and self.quantizer.watching):
             return self.begin(x, fusion)
         value = x if self.spec.rotation is None else self.spec.prepared(x, None)
         if self.spec.channel_dim == -1 and fusion is None:
@@ -139,6 +144,7 @@ class IntegerInput(InputState):
 
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A step of the simulation."""
+        self.least = 0.0
         update, state = self.encoded(x, fusion, self.state)
         split = [dense_runs(t, self.quantizer.segments, self.spec.channel_dim) for t in (state.value, *state.moves)]
         self.states = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
@@ -155,18 +161,52 @@ class IntegerInput(InputState):
             scales = quantizer.scales(x)
         elif every > 1 and self.age % every:
             scales = [q.scale for q in self.scales]
-        codes, states = [], []
-        for index, (run, fused) in enumerate(fused_runs(x, fusion, quantizer)):
+        codes, states, intra, largest, runs = [], [], None, 0.0, fused_runs(x, fusion, quantizer)
+        for index, (run, fused) in enumerate(runs):
             state = self.states[index]
             if gain is not None or state.value.stride() != run.stride():
                 state = _laid(state, run, gain is not None)
             states.append(state)
             scale, move = None if scales is None else scales[index], state.moves[0] if state.moves else None
             codes.append(encode_run(run, fused, state.value, quantizer, scale, move=move, gain=gain))
+            if scales is None and x.is_cpu:
+                largest = max(largest, float(codes[-1][1].max()))
         self.states = tuple(states)
+        if scales is None and gain is None:
+            self.least -= largest
+            if not 1.001 * largest < self.least:
+                intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
+            self.least -= largest * quantizer.unsent
         if every > 1:
             self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
-        return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,))
+        return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,), intra=intra)
+
+    def restart_jumped(
+        self, codes: Sequence[Codes], runs: Sequence[Run], encode: Callable[[int, Any], Codes]
+    ) -> Tensor | None:
+        """Write, in place, codes and states of samples that jump as from zero. Returns: flags of these samples.
+
+        encode: the codes of a run of channels against a state, which becomes the next one.
+        Cost: a second encoding.
+        """
+        blank = [type(state)(torch.zeros_like(state[0]), *state[1:]) for state in self.states]
+        own = [encode(i, state) for i, state in enumerate(blank)]
+        noise, least = (noise_of([QParams(s, None) for _, s in each], self.quantizer) for each in (codes, own))
+        intra, self.least = jumped(noise, least), float(least.min()) ** 0.5 if least.is_cpu else 0.0
+        if intra is not None:
+            intra = jumped(self._unsent(runs, self.states), self._unsent(runs, blank), intra)
+        for i, state in enumerate(self.states if intra is not None else ()):
+            for new, old in ((blank[i][0], state[0]), *zip(own[i], codes[i], strict=True)):
+                torch.where(intra, new, old, out=old)
+        return intra
+
+    def _unsent(self, runs: Sequence[Run], states: Sequence[Any]) -> Tensor:
+        """Squares of what the states do not hold, all channels in one tensor."""
+        missing = []
+        for (x, fusion), state in zip(runs, states, strict=True):
+            value = state.value() if isinstance(state, FixedState) else state.value
+            missing.append(((x if fusion is None else fusion.compute(x)) - value).square())
+        return missing[0] if len(missing) == 1 else torch.cat(missing, self.spec.channel_dim)
 
 
 def _laid(state: State, x: Tensor, moves: bool) -> State:
@@ -234,6 +274,9 @@ class IntegerLoop(SimulatedLoop):
         if not isinstance(code, ByteCode) or not isinstance(state, State):
             state = memory.output = self.started(update, state if isinstance(state, State) else None)
             return state.value.to(dtype, copy=True)
+        if update.intra is not None:
+            start = torch.as_tensor(self.operator.start(), dtype=torch.float32, device=state.value.device)
+            torch.where(update.intra, start, state.value, out=state.value)
         *others, last = zip(self.kernels, code.runs, strict=True)
         if not update.weights:
             for kernel, codes in others:

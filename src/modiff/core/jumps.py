@@ -1,0 +1,61 @@
+"""Samples that jump: the change of their input is coded with more noise than the input itself would be.
+
+    p_t = 0      â_t = quantize(a_t)      ô_t = b + A_q(â_t)
+
+This is an anchor at zero, where A(0) + b = b is known at no cost: the law holds with a_anchor = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modiff.core.affine import QParams
+from modiff.core.quantizer import Code, Quantizer
+
+
+def noise_of(scales: Sequence[QParams], quantizer: Quantizer) -> Tensor:
+    """Mean square of the scales of each sample, over tokens or pixels and runs of channels: (N, 1, ...), or of all."""
+    squares = [channels * q.scale.square() for channels, q in zip(quantizer.segments, scales, strict=True)]
+    rest = tuple(range(1, squares[0].dim())) or (0,)
+    return torch.stack([square.mean(rest, keepdim=True) for square in squares]).sum(0) / sum(quantizer.segments)
+
+
+def jumped(residual: Tensor, value: Tensor, before: Tensor | None = None) -> Tensor | None:
+    """Flags of the samples where the first is larger, on average over what shares a flag; None if there are none.
+
+    Args:
+        residual, value: noise (`noise_of`) of the residual and of the value; then their squared coding errors.
+        before: flags that must be set as well.
+    Cost: on CPUs one flag is read to know that there are none; elsewhere nothing waits, and there are always flags.
+    """
+    if before is not None:
+        axes = tuple(axis for axis, size in enumerate(before.shape) if size == 1)
+        residual, value = (x.mean(axes, keepdim=True) for x in (residual, value))
+    larger = residual > value if before is None else before & (residual > value)
+    return larger if not larger.is_cpu or larger.any() else None
+
+
+def from_zero(residual: Tensor, x: Tensor, codes: Code, quantizer: Quantizer) -> tuple[Tensor | None, float, Code]:
+    """Flags of the samples that jump, None for none; the least noise of any sample's value; codes of both kinds.
+
+    Args:
+        residual, x: what `codes` stand for, and the value itself.
+    Cost: two passes over x; where residuals need the larger scales four more.
+    """
+    own = quantizer.fresh(x)
+    if own is None:
+        return None, 0.0, codes
+    noise, least = (noise_of([q for _, q in each.parts], quantizer) for each in (codes, own))
+    intra = jumped(noise, least)
+    if intra is not None:
+        intra = jumped((residual - codes.value()).square(), (x - own.value()).square(), intra)
+    if intra is not None:
+        parts = []
+        for (new, (scale, point)), (old, (other, other_point)) in zip(own.parts, codes.parts, strict=True):
+            points = None if point is None or other_point is None else torch.where(intra, point, other_point)
+            parts.append((torch.where(intra, new, old), QParams(torch.where(intra, scale, other), points)))
+        codes = Code(tuple(parts), quantizer.channel_dim)
+    return intra, float(least.min()) ** 0.5 if x.is_cpu else 0.0, codes
