@@ -27,6 +27,11 @@ class Inputs(NamedTuple):
     shape: torch.Size | None = None
     conditions: Mapping[str, tuple[Any, int]] = {}
 
+    def of_floats(self) -> Inputs:
+        """Without the conditions that are no floats."""
+        floats = {n: c for n, c in self.conditions.items() if isinstance(c[0], Tensor) and c[0].is_floating_point()}
+        return Inputs(self.shape, floats)
+
 
 def inputs_of(args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: object) -> Inputs:
     """The inputs of a call, whose sample and timestep are known; without a sample its first tensor is one.

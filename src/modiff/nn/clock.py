@@ -147,7 +147,9 @@ class Clock:
         self._leave_branch()  # of an evaluation that never ended
         name, known = self.context, self._branches.get(self.context)
         now = float("nan")  # without a timestep, or a host sync, every evaluation is a step
-        if timestep is not None and (self.numbered or timestep.device.type == "cpu"):
+        if timestep is None:  # the words and masks that a text model fills in are no conditions
+            inputs = inputs.of_floats()
+        elif self.numbered or timestep.device.type == "cpu":
             now = float(timestep)
         if known is not None and known.ended(now if self.numbered else float("nan")):
             self._forget()  # another generation
