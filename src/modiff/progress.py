@@ -25,7 +25,7 @@ class Bar(tqdm):
                          disable=disable, dynamic_ncols=True, smoothing=0, mininterval=0.5)  # fmt: skip
 
 
-FULL, QUANTIZED, PROBED = 1.0, 1.5, 20.0
+FULL, QUANTIZED, PROBED = 1.0, 1.5, 10.0
 """What a step costs about, compared with others, until one of its kind was timed; PROBED ones try many settings."""
 
 

@@ -170,7 +170,7 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("export absent -o {out}.npz", "absent: expected a folder of modiff generate, got one without manifest.json"),
         ("generate absent -o {out} -n 2", "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id"),
         ("generate {model} -o {out} -n 0", "--num-images: expected 1 or more"),
-        ("generate {model} -o {out} -n 2 --config {static}", "--config: expected dynamic scales, got static ones"),
+        ("generate {model} -o {out} -n 2 --config {static}", "--config: expected dynamic scales, got 'static ones'"),
         ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
         ("generate {model} -o {out} -n 2 --labels 9-0", "--labels: expected numbers and ranges between commas"),
         ("generate {model} -o {out} -n 2 --address auto", "--address: expected --engine ray with it"),

@@ -41,7 +41,7 @@ STATIC = LayerConfig(activation=QuantizerConfig(dynamic=False))
         ({"seed": -1}, "seed: expected 0 or more"),
         ({"seed": 2**62}, r"less than 2\*\*62"),
         ({"batch_size": 3, "shard_size": 100}, "expected a multiple of batch_size=3, got 100"),
-        ({"config": ModiffConfig(overrides=(("mid*", STATIC),))}, "expected dynamic scales, got static ones"),
+        ({"config": ModiffConfig(overrides=(("mid*", STATIC),))}, "expected dynamic scales, got 'static ones'"),
     ],
 )
 def test_a_job_that_means_nothing_is_an_error(changes: dict[str, Any], message: str) -> None:

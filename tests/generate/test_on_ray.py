@@ -166,9 +166,9 @@ def test_a_cluster_that_was_there_before_stays_and_an_address_is_joined_as_it_is
     [
         ("auto", {}, "address: expected a Ray cluster at auto, got .*instance"),
         ("ray://127.0.0.1:1", {}, "address: expected a Ray cluster at ray://127.0.0.1:1, got .*refused"),
-        (None, {"threads": 5}, "expected a machine with 5 CPU for a worker, got 4 at most.*Use threads=4"),
-        (None, {"device": "cuda"}, "expected a machine with 1 GPU for a worker, got 0 at most.*Use device='cpu'"),
-        (None, {"device": "cuda:1"}, "device: expected cpu or cuda with Ray, got cuda:1"),
+        (None, {"threads": 5}, "expected a machine with 5 CPU for a worker, got 4.0. No worker.*Use threads=4"),
+        (None, {"device": "cuda"}, "expected a machine with 1 GPU for a worker, got 0. No worker.*Use device='cpu'"),
+        (None, {"device": "cuda:1"}, "device: expected cpu or cuda with Ray, got 'cuda:1'"),
     ],
 )
 def test_a_job_that_no_machine_can_run_is_an_error_and_not_a_wait(

@@ -23,8 +23,9 @@ PRESET_HELP = (
     "19 configurations, more than a day."
 )
 REPORT_HELP = "Write report.html, which needs no other file, and report.md here."
-EXTRAS = [name for name, package in (("lpips", "lpips"), ("clip", "transformers")) if find_spec(package)]
-METRICS_HELP = f"Also {' and '.join(EXTRAS)}, between commas: lpips to full precision, clip to the prompts."
+EXTRAS = [text for package, text in (("lpips", "lpips, to full precision"), ("transformers", "clip, to the prompts"))
+          if find_spec(package)]  # fmt: skip
+METRICS_HELP = f"Also {', and '.join(EXTRAS)}; both between commas."
 SCHEDULER_HELP = options.SCHEDULER_HELP.replace("the model's own", "ddim, or the model's own for flow matching,")
 EXTRACTOR_HELP = (
     "'classifier' (Fashion-MNIST, of the package), 'cifar10-classifier' (where the package has it), the folder of "
@@ -44,7 +45,7 @@ def evaluate(
     output: options.Folder = Path("modiff-evaluation"),
     extractor: Annotated[str | None, typer.Option("--extractor", help=EXTRACTOR_HELP)] = None,
     metrics: Annotated[str | None, typer.Option("--metrics", hidden=not EXTRAS, help=METRICS_HELP)] = None,
-    clip: Annotated[Path | None, typer.Option("--clip", hidden="clip" not in EXTRAS, help=CLIP_HELP)] = None,
+    clip: Annotated[Path | None, typer.Option("--clip", hidden=not find_spec("transformers"), help=CLIP_HELP)] = None,
     prompt: options.Prompt = None,
     label: options.Label = None,
     prompts: options.Prompts = None,

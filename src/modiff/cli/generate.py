@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from modiff.cli import options
-from modiff.errors import ConfigError
+from modiff.config import check
 from modiff.presets import as_config
 
 BATCH_HELP = "Images computed at a time; fixed for a folder. 50 when left out."
@@ -99,11 +99,8 @@ def generate(
     Example:
         modiff generate embedded --config w8a4 --scheduler ddim --steps 50 -n 50000 -o images
     """
-    if engine == "local" and (address, workers) != (None, None):
-        raise ConfigError(
-            f"{'workers' if address is None else 'address'}: expected engine=ray with it, got it without. This "
-            "process works alone. Add engine=ray."
-        )
+    for name, value in ("address", address), ("workers", workers):
+        check(name, value, engine == "ray" or value is None, "engine=ray with it", "This process works alone.")
     chosen = None if config is None else as_config(config)
     from modiff.generate.job import Job
 

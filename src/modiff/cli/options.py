@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modiff.assets import MODELS
-from modiff.errors import ConfigError
+from modiff.config import check
 from modiff.files import check_writable, write_json
 from modiff.generate.job import Conditions, parse_labels, read_prompts
 from modiff.progress import Bar
@@ -55,10 +55,7 @@ def npz_path(path: Path) -> Path:
 
 
 def _output(path: Path, fits: bool, expected: str, example: str, trial: Path) -> Path:
-    if not fits:
-        raise ConfigError(
-            f"output: expected {expected}, got {str(path)!r}. The command writes nothing else. Use output={example}."
-        )
+    check("output", str(path), fits, expected, f"The command writes nothing else. Use output={example}.")
     check_writable(trial)
     return path
 
@@ -113,11 +110,8 @@ def conditions_of(
 ) -> Conditions:
     """What the images are drawn of, from the options of these names. Raises: ConfigError for one and several."""
     for option, one, several in (("prompt", prompt, prompts), ("label", label, labels)):
-        if one is not None and several is not None:
-            raise ConfigError(
-                f"{option}s: expected no `{option}` with it, got {one!r:.60}. An image is drawn of one. "
-                f"Leave `{option}` out."
-            )
+        why = f"An image is drawn of one. Leave `{option}` out."
+        check(f"{option}s", one, one is None or several is None, f"no `{option}` with it", why)
     texts = read_prompts(prompts) if prompts is not None else () if prompt is None else (prompt,)
     classes = parse_labels(labels) if labels is not None else () if label is None else (label,)
     return Conditions(prompts=texts, labels=classes)

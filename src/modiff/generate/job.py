@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modiff.config import ModiffConfig
-from modiff.errors import ConfigError
+from modiff.config import ModiffConfig, check
 from modiff.files import reading
 
 BATCH_SIZE, SHARD_SIZE = 50, 100
@@ -46,11 +45,8 @@ def parse_labels(text: str) -> tuple[int, ...]:
     for typed in text.split(","):
         match = _RANGE.fullmatch(typed.strip())
         first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
-        if last < first or len(labels) + last - first >= MOST_LABELS:
-            raise ConfigError(
-                f"labels: expected numbers and ranges between commas, got {typed.strip()[:40]!r} in {text[:40]!r}. "
-                "Image i gets the one at i modulo their number. Use for example labels=0-9 or labels=3,5,8."
-            )
+        fits = first <= last and len(labels) + last - first < MOST_LABELS
+        check("labels", text[:40], fits, "numbers and ranges between commas", "Use labels=0-9 or labels=3,5,8.")
         labels += range(first, last + 1)
     return tuple(labels)
 
@@ -71,12 +67,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def check_counts(counts: dict[str, int | None], seed: int) -> None:
     """Raises: ConfigError if a count, by its option, is under 1 (None is left to us), or the seed out of range."""
     for option, count in counts.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"{option}: expected 1 or more, got {count}. There is nothing to do. Use {option}=1.")
-    if not 0 <= seed < 2**62:
-        raise ConfigError(
-            f"seed: expected 0 or more and less than 2**62, got {seed}. Image i uses seed + i. Use seed=0."
-        )
+        check(option, count, count is None or count >= 1, "1 or more", f"There is nothing to do. Use {option}=1.")
+    check("seed", seed, 0 <= seed < 2**62, "0 or more and less than 2**62", "Image i uses seed + i. Use seed=0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +99,13 @@ class Job:
     def __post_init__(self) -> None:
         counts = {"num_images": self.num_images, "steps": self.steps, "batch_size": self.batch_size}
         check_counts(counts | {"shard_size": self.shard_size, "threads": self.threads}, self.seed)
-        if self.batch_size is not None and self.shard_size is not None and self.shard_size % self.batch_size:
-            raise ConfigError(
-                f"shard_size: expected a multiple of batch_size={self.batch_size}, got {self.shard_size}. A shard "
-                "is made of whole batches. Leave `shard_size` out."
-            )
+        fits = self.batch_size is None or self.shard_size is None or self.shard_size % self.batch_size == 0
+        why = "A shard is made of whole batches. Leave `shard_size` out."
+        check("shard_size", self.shard_size, fits, f"a multiple of batch_size={self.batch_size}", why)
         layers = () if self.config is None else (self.config.layer, *dict(self.config.overrides).values())
-        if any(not layer.activation.dynamic and layer.activation.bits not in (None, 0) for layer in layers):
-            raise ConfigError(
-                "config: expected dynamic scales, got static ones. They must be measured first, on inputs that this "
-                "command does not know. Calibrate in Python, write with modiff.save(pipe, DIR), and generate from DIR."
-            )
+        dynamic = all(layer.activation.dynamic or layer.activation.bits in (None, 0) for layer in layers)
+        why = "They must be measured. Calibrate in Python, write with modiff.save(pipe, DIR), and generate from DIR."
+        check("config", "static ones", dynamic, "dynamic scales", why)
 
     def sizes(self) -> tuple[int, int]:
         """(batch_size, shard_size) of a new folder."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff.assets import MODELS
+from modiff.config import check
 from modiff.errors import ConfigError, ModiffError, StateError
 from modiff.generate import worker
 from modiff.generate.job import Job, check_counts
@@ -102,19 +103,13 @@ class RayEngine(LocalEngine):
                     f"address: expected a Ray cluster at {self._address}, got {reason.rstrip('.')}. It does "
                     "not answer, or runs another version. Check it with ray status, or leave `address` out."
                 ) from error
-        if ":" in job.device:
-            raise ConfigError(
-                f"device: expected cpu or cuda with Ray, got {job.device}. Ray gives every worker a GPU of "
-                "its own. Use device='cuda'."
-            )
+        why = "Ray gives every worker a GPU of its own. Use device='cuda'."
+        check("device", job.device, ":" not in job.device, "cpu or cuda with Ray", why)
         kind, need = _need(job)
         most = max((node["Resources"].get(kind, 0) for node in self._ray.nodes() if node["Alive"]), default=0)
-        if most < need:
-            remedy = "device='cpu'" if kind == "GPU" else f"threads={max(1, int(most))}"
-            raise ConfigError(
-                f"engine: expected a machine with {need} {kind} for a worker, got {most:g} at most. No worker "
-                f"could start. Use {remedy}."
-            )
+        remedy = "device='cpu'" if kind == "GPU" else f"threads={max(1, int(most))}"
+        why = f"No worker could start. Use {remedy}."
+        check("engine", most, most >= need, f"a machine with {need} {kind} for a worker", why)
 
     def _result(self, reference: Any) -> Any:
         """What a task returned, or raised, or that its workers died."""

@@ -11,7 +11,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from modiff.errors import ConfigError
+from modiff.config import check
 from modiff.files import ResumableFolder, check_writable, write_atomically
 from modiff.generate.job import Conditions, check_counts
 from modiff.generate.shards import to_uint8
@@ -79,11 +79,8 @@ def grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     """
     shapes = [images.shape for _, images in rows]
     fits = bool(shapes) and len(shapes[0]) == 4 and min(shapes[0]) > 0 and shapes[0][3] in (1, 3)
-    if not fits or len(set(shapes)) > 1:
-        raise ConfigError(
-            f"grid: expected rows of images (N, H, W, C) of one shape with 1 or 3 channels, got {shapes}. A grid has "
-            "the same columns in every row. Give each row the same number of images."
-        )
+    expected = "rows of images (N, H, W, C) of one shape with 1 or 3 channels"
+    check("grid", shapes, fits and len(set(shapes)) == 1, expected, "Give each row the same number of images.")
     font = ImageFont.load_default(FONT_SIZE)
     count, height, width, _ = rows[0][1].shape
     factor = max(1, -(-SMALLEST // min(height, width)))

@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from modiff.errors import ConfigError, StateError
+from modiff.config import check
+from modiff.errors import StateError
 from modiff.hosts.host import is_attached
 
 
@@ -61,16 +62,12 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
             f"set_scheduler: expected a plain pipeline, got {type(pipe).__name__} with modulated layers. It may be "
             "replaced by another object, which would not know them. Choose the scheduler before modiff.apply."
         )
-    if name not in SAMPLERS:
-        raise ConfigError(f"scheduler: expected one of {', '.join(SAMPLERS)}, got {name!r}. Pick one of them.")
+    check("scheduler", name, name in SAMPLERS, f"one of {', '.join(SAMPLERS)}", "Pick one of them.")
     sampler, config = SAMPLERS[name], pipe.scheduler.config
     flow = usual_sampler(pipe) is None
-    if not (sampler.flow if flow else sampler.noise):
-        fitting = ", ".join(n for n, s in SAMPLERS.items() if (s.flow if flow else s.noise))
-        raise ConfigError(
-            f"scheduler: expected one of {fitting} for {type(pipe).__name__}, got {name!r}. The model was trained for "
-            f"{'flow matching' if flow else 'a noise schedule'}. Pick one of them."
-        )
+    fitting = [n for n, s in SAMPLERS.items() if (s.flow if flow else s.noise)]
+    why = f"The model was trained for {'flow matching' if flow else 'a noise schedule'}. Pick one of them."
+    check("scheduler", name, name in fitting, f"one of {', '.join(fitting)} for {type(pipe).__name__}", why)
     settings = dict(sampler.settings)
     if flow:
         shift = config.get("shift", config.get("flow_shift", 1.0))

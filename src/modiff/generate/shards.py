@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import torch
 
+from modiff.config import check
 from modiff.errors import ConfigError, FormatError
 from modiff.files import read_json, read_tensors, reading, write_atomically, write_json, write_tensors
 
@@ -255,11 +256,7 @@ def export_npz(
     read_images(folder, num_images)  # complete? asked before a file is touched
     manifest = Manifest.load(folder)
     height, width, channels = manifest.shape
-    if rgb and channels not in (1, 3):
-        raise ConfigError(
-            f"rgb: expected images of 1 or 3 channels, got {channels}. Only grey has a meaning in three channels. "
-            "Leave `rgb` out."
-        )
+    check("rgb", channels, not rgb or channels in (1, 3), "images of 1 or 3 channels", "Leave `rgb` out.")
     shape = (num_images or manifest.num_images, height, width, 3 if rgb else channels)
     write_atomically(path, lambda file: _write(file, folder, shape))
     return shape

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from modiff.api import apply
-from modiff.config import ModiffConfig
-from modiff.errors import ConfigError, StateError
+from modiff.config import ModiffConfig, check
+from modiff.errors import StateError
 from modiff.generate.environment import environment
 from modiff.generate.job import Conditions, Job
 from modiff.generate.samplers import set_scheduler
@@ -60,10 +60,7 @@ def check_inputs(pipe: DiffusionPipeline, steps: int, conditions: Conditions) ->
     count = len(conditions.labels) or 1
     call_inputs(pipe, count, **conditions.of(range(count)))
     most = pipe.scheduler.config.num_train_timesteps
-    if steps > most:
-        raise ConfigError(
-            f"steps: expected at most {most}, got {steps}. The model was trained on no more. Use steps=50."
-        )
+    check("steps", steps, steps <= most, f"at most {most}", "The model was trained on no more. Use steps=50.")
 
 
 def describe(job: Job) -> Description:
