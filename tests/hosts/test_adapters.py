@@ -1,6 +1,8 @@
-"""IP-Adapter, textual inversion, ControlNet and T2I-Adapter, there before `apply` or loaded after it."""
+"""IP-Adapter, ControlNet, LoRA and the other kinds of PEFT, there before `apply` or loaded after it."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import diffusers
 import pytest
@@ -75,43 +77,94 @@ def test_remove_gives_back_the_model_with_its_ip_adapter(first):
     assert_same_bits(HOST.call(pipe), HOST.call(HOST.build()))
 
 
-def test_textual_inversion_is_a_matter_of_the_text_encoder_alone():
-    token = {"<fox>": torch.full((1, WIDTH), 0.1)}
-    results = []
-    for first in (False, True):
-        pipe = HOST.build()
-        if first:
-            pipe.load_textual_inversion(token)
-        modiff.apply(pipe, CONFIG)
-        if not first:
-            pipe.load_textual_inversion(token)
-        results.append(HOST.call(pipe, prompt=["red <fox>"]))
-    assert_same_bits(*results)
-
-
 def control_net(pipe):
     net = drawn(lambda: diffusers.ControlNetModel.from_unet(HOST.build().unet), seed=3)
     return diffusers.StableDiffusionControlNetPipeline(**pipe.components, controlnet=net, requires_safety_checker=False)
 
 
-def t2i_adapter(pipe):
-    adapter = drawn(lambda: diffusers.T2IAdapter(in_channels=3, channels=[32, 64], num_res_blocks=1,
-                                                 downscale_factor=1, adapter_type="full_adapter"), seed=4)  # fmt: skip
-    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
-    return diffusers.StableDiffusionAdapterPipeline(**parts, adapter=adapter, requires_safety_checker=False)
-
-
-@pytest.mark.parametrize("make", [control_net, t2i_adapter])
-def test_a_network_next_to_the_denoiser_is_not_quantized_and_may_join_later(make):
+def test_a_control_net_is_not_quantized_and_may_join_later():
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    first, pipe = make(HOST.build()), HOST.build()
+    first, pipe = control_net(HOST.build()), HOST.build()
     exact = HOST.call(first, image=image)
     for target in (first, pipe):
         modiff.apply(target, CONFIG)
     expected = HOST.call(first, image=image)
     assert 0 < relative_error(expected, exact) < 0.1
-    later = make(pipe)
+    later = control_net(pipe)
     for _ in range(2):
         assert_same_bits(HOST.call(later, image=image), expected)
     modiff.remove(first)
     assert_same_bits(HOST.call(first, image=image), exact)
+
+
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")
+
+
+def with_lora(pipe):
+    from peft import LoraConfig
+
+    settings = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v", "ff.net.0.proj"])
+    pipe.unet.add_adapter(settings, "style")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return pipe
+
+
+@needs_peft
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_lora_is_scaled_fused_unloaded_and_not_saved(packed, tmp_path):
+    pipe, exact = HOST.build(), HOST.call(with_lora(HOST.build()))
+    modiff.apply(pipe, CONFIG)
+    if packed:
+        modiff.pack(pipe)
+    without = HOST.call(pipe)
+    assert relative_error(without, exact) > 0.2
+    assert relative_error(HOST.call(with_lora(pipe)), exact) < 0.05
+    with pytest.raises(StateError, match=r"without adapters.*pipe.unload_lora_weights\(\)"):
+        modiff.save(pipe, tmp_path / "refused")
+    pipe.unet.set_adapters(["style"], [0.0])
+    assert_same_bits(HOST.call(pipe), without)
+    pipe.unet.set_adapters(["style"], [1.0])
+    if packed:
+        with pytest.raises(StateError, match="fuse_lora: expected float weights to add the LoRA to"):
+            pipe.fuse_lora()
+    else:
+        pipe.fuse_lora()
+    assert relative_error(HOST.call(pipe), exact) < 0.05
+    if not packed:
+        pipe.unfuse_lora()
+    pipe.unet.unload_lora()
+    assert relative_error(HOST.call(pipe), without) < 1e-5
+    modiff.save(pipe, tmp_path / "saved")
+
+
+TUNERS = {
+    "LoraConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_lora_weights": False},
+    "LoHaConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_weights": False},
+    "LoKrConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_weights": False},
+    "OFTConfig": {"r": 0, "oft_block_size": 4, "target_modules": ["to_q"], "init_weights": False},
+    "IA3Config": {"target_modules": ["to_q"], "feedforward_modules": [], "init_ia3_weights": False},
+}
+
+
+@needs_peft
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", TUNERS)
+def test_every_kind_of_adapter_does_what_it_does_on_plain_layers(kind, first):
+    import peft
+
+    def adapted(pipe):
+        torch.manual_seed(0)
+        peft.inject_adapter_in_model(getattr(peft, kind)(**TUNERS[kind]), pipe.unet, "x")
+        return pipe
+
+    expected, pipe = HOST.call(adapted(HOST.build())), HOST.build()
+    pipe = adapted(pipe) if first else pipe
+    modiff.apply(pipe, presets.modulated(None, None))
+    pipe = pipe if first else adapted(pipe)
+    assert relative_error(HOST.call(pipe), expected) < 1e-4
+    modiff.remove(pipe)
+    assert_same_bits(HOST.call(pipe), expected)

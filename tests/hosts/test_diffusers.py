@@ -190,34 +190,6 @@ def test_a_verb_that_is_refused_leaves_the_branches_of_guidance_their_states(ver
     assert contexts[-1] == {"cond", "uncond"}
 
 
-def test_guidance_batched_and_guidance_in_two_calls_agree():
-    model = HOSTS["sd"].build().unet.double()
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
-    text = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64)
-    layer = presets.modulated(8, 4).layer
-    modulation = dataclasses.replace(layer.modulation, state_dtype="float64")
-    modiff.apply(model, modiff.ModiffConfig(layer=dataclasses.replace(layer, modulation=modulation)))
-
-    def sample(predict: Callable[[Tensor, int], Tensor]) -> Tensor:
-        x = start
-        with torch.no_grad(), modiff.trajectory(model):
-            for t in (900, 700, 500, 300, 100):
-                uncond, cond = predict(x, t).chunk(2)
-                x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
-        return x
-
-    def in_two_calls(x: Tensor, t: int) -> Tensor:
-        outputs = []
-        for branch in range(2):
-            with modiff.context(model, f"branch {branch}"):
-                outputs.append(model(x, t, encoder_hidden_states=text[branch : branch + 1]).sample)
-        return torch.cat(outputs)
-
-    batched = sample(lambda x, t: model(torch.cat([x, x]), t, encoder_hidden_states=text).sample)
-    assert relative_error(sample(in_two_calls), batched) < 1e-9
-
-
 def test_a_pipeline_with_two_denoisers_is_tuned_as_one_and_takes_the_config():
     pipe = build_wan_of_two()
     second = pipe.transformer_2

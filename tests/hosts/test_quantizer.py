@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, ModiffDiffusersConfig, WeightConfig, presets
-from modiff.hosts.diffusers.quantizer import align
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits, assert_same_tensors
 from tests.hosts.tiny import HOSTS, SMALL
@@ -169,15 +168,6 @@ def test_casting_is_refused_and_moving_is_not(quantized):
             unet.dequantize()
         assert unet.to("cpu") is unet
     assert_same_bits(SMALL.call(SMALL.around(loaded)), SMALL.call(pipe))
-
-
-def test_a_device_map_places_packed_weights(floats, quantized):
-    expected = SMALL.call(SMALL.around(UNet2DModel.from_pretrained(quantized / "unet")))
-    for folder, device_map, config in ((quantized, "cpu", None), (floats, {"": "cpu"}, W4A8)):
-        placed = UNet2DModel.from_pretrained(folder / "unet", device_map=device_map, quantization_config=config)
-        align(placed)
-        assert_same_bits(SMALL.call(SMALL.around(placed)), expected)
-        assert not any(tensor.is_meta for tensor in placed.state_dict().values())
 
 
 @pytest.mark.parametrize(
