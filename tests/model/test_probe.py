@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff import LayerConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.model.attach import attachment_of
 from modiff.model.probe import Probe, probes_of
 from modiff.nn import Clock
@@ -100,14 +100,3 @@ def test_the_layers_that_a_config_takes_get_a_probe_and_the_network_computes_as_
     assert {probe.name: probe.layers[0].spec.split for probe in probes} == dict.fromkeys(TAKEN) | {"body": 5}
     assert all(0 < probe.errors()[0] < 0.5 for probe in probes)
     assert_equal(outputs, sample(toy()))
-
-
-def test_what_cannot_be_probed_is_refused():
-    with pytest.raises(ConfigError, match="up: expected a layer that modiff can modulate, got Bilinear"):
-        Probe(nn.Bilinear(2, 2, 1), "up", CHOICES, Clock("model"))
-    clock = Clock("model")
-    clock.start()
-    clock.call(None)
-    floats = LayerConfig(activation=QuantizerConfig(bits=None), modulation=None)
-    with pytest.raises(ConfigError, match="up: expected a candidate with activation bits, got none"):
-        Probe(nn.Linear(16, 4), "up", [floats], clock).see(torch.randn(2, 16))

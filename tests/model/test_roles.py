@@ -12,6 +12,7 @@ import modiff
 from modiff import LayerConfig, ModiffConfig, QuantizerConfig, presets
 from modiff.errors import ModiffWarning
 from modiff.model.attach import attachment_of
+from modiff.model.roles import ChannelMaxima
 from tests.model.toys import applied, assert_equal, generate, sample, toy
 
 
@@ -189,3 +190,23 @@ def test_calibrating_leaves_a_layer_that_never_runs_without_scales_and_says_so()
         modiff.calibrate(model, lambda: generate(model))
     assert all(output.isfinite().all() for output in generate(model))
     assert model.unused.quantizer.static is None
+
+
+def test_a_channel_that_dwarfs_its_layer_is_named_with_advice_and_large_layers_or_dead_channels_are_not():
+    linear, convolution, seen = nn.Linear(8, 4), nn.Conv2d(8, 4, 3), ChannelMaxima()
+    torch.manual_seed(0)
+    seen.see("a", linear, torch.randn(5, 8))
+    seen.see("b", convolution, torch.randn(2, 8, 5, 5))
+    seen.see("large", linear, 1e8 * torch.randn(5, 8))
+    dead, jumping = torch.zeros(5, 8), torch.randn(2, 8, 5, 5)
+    dead[:, 0] = 3
+    jumping[0, 2] *= 1e9
+    seen.see("dead", linear, dead)
+    seen.see("shortcut", convolution, torch.ones(2, 8, 5, 5))
+    assert seen.outliers() == []
+    seen.see("shortcut", convolution, jumping)  # one of many steps is enough
+    (outlier,) = seen.outliers()
+    assert (outlier.name, outlier.channels) == ("shortcut", 1)
+    assert outlier.largest == jumping.abs().max()
+    assert outlier.median == pytest.approx(float(jumping.abs().amax((0, 2, 3)).clamp(min=1).median()))
+    assert "exclude=('shortcut',)" in str(outlier)

@@ -168,8 +168,6 @@ class Attachment:
         else:
             sample = sample_of(args, kwargs)
             self.begin(timestep, inputs_of(args, kwargs, sample, value))
-            if self.roles is not None and any(_is_compiled(m) for m in model.modules()):
-                self.roles = None  # inside of graphs nothing would be seen
             if self.roles is not None:
                 self.roles.begin(model, sample)
 
@@ -211,7 +209,7 @@ class Attachment:
         self.clock.returned()
         if self.roles is not None:
             self.roles.close()
-            if not self.clock.active or self.roles.taken <= self.roles.rows.keys():
+            if self.roles.last and (not self.clock.active or self.roles.taken <= self.roles.rows.keys()):
                 self._learn(self.roles)
 
     def fail(self) -> None:
@@ -226,10 +224,6 @@ class Attachment:
 
 def _nothing(*_: object) -> None:
     pass
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def eager(model: nn.Module) -> nn.Module:

@@ -15,13 +15,8 @@ from modiff.nn.attention import QuantizedAttention
 ATTRIBUTE = "_modiff_attention"
 
 
-def attention_modules(model: nn.Module, config: AttentionConfig | None) -> dict[str, nn.Module]:
-    """The attention modules that a config takes: those that the host of the model knows; {} for None.
-
-    Raises: ConfigError if the model has none, or a pattern takes none of them.
-    """
-    if config is None:
-        return {}
+def attention_modules(model: nn.Module, config: AttentionConfig) -> dict[str, nn.Module]:
+    """The attention modules that a config takes, of those that its host knows. Raises: ConfigError if none."""
     facts = facts_of(model)
     known = {name: module for name, module in model.named_modules() if facts.is_attention(module)}
     taken = {n: m for n, m in known.items() if matches(n, config.include) and not matches(n, config.exclude)}
@@ -41,9 +36,9 @@ def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[s
     Returns: the names of the modules taken.
     Raises: ConfigError as `attention_modules` does; the model is unchanged then.
     """
-    modules = attention_modules(model, config)
     if config is None:
         return ()
+    modules = attention_modules(model, config)
     attachment = attachment_of(model)
     clock = None if attachment is None else attachment.clock
     model.__dict__[ATTRIBUTE] = {name: QuantizedAttention(config, name, clock) for name in modules}

@@ -140,12 +140,7 @@ def choose_modes(
     """Choose for each layer that `config` selects, as `modiff.autotune` says.
 
     On one full-precision trajectory the error ||a - quantized a|| / ||a|| of the layer's input is measured for both
-    integer modes; each kind of layer is then timed in all three. Scales are measured at each call in either, also where
-    the config has static ones.
-
-    Args:
-        models: the networks that `run` evaluates; they get one config.
-        profile: what is known of this machine; what is missing is measured and added.
+    integer modes; each kind of layer that `profile` lacks is then timed in all three. Scales are measured at each call.
     Raises: StateError if modiff is on a model; ConfigError for a config with overrides or without modulation;
         CalibrationError if `run` never reached a second step.
     """
@@ -192,10 +187,7 @@ def _row(layer: nn.Module, probe: Probe, config: LayerConfig, tolerance: float, 
 
 
 def choose(seconds: Seconds, errors: tuple[float, float], tolerance: float, unsupported: str = "") -> tuple[Mode, str]:
-    """The fastest mode whose error is within the tolerance, and why; floats unless integers are clearly faster.
-
-    Args:
-        errors: plain, modulated. unsupported: why the layer cannot run on integers; empty if it can.
+    """The fastest mode whose error (plain, modulated) is within the tolerance, and why; floats unless integers pay.
 
     >>> choose({"float": 3.0, "plain": 1.0, "modulated": 1.5}, (0.02, 0.001), 0.01)
     ('modulated', '2.00x as fast as floats')
@@ -237,10 +229,7 @@ def _measured(config: LayerConfig) -> list[LayerConfig]:
 
 
 def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | None = None) -> Seconds:
-    """The best of a few interleaved rounds, on inputs like `x`; images with their channels innermost in memory.
-
-    Cost: some twenty calls.
-    """
+    """The best of a few interleaved rounds, on inputs like `x`; images with their channels innermost in memory."""
     clock = Clock("autotune")
     quantized = [modulated_layer(layer, c, "autotune", clock, split) for c in _measured(config)]
     x = innermost(x) if quantized[0].channel_dim == 1 else x

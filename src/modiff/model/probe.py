@@ -6,19 +6,19 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig
 from modiff.core.hadamard import rotate
+from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, compute_dtype, encode
-from modiff.errors import CalibrationError, ConfigError
+from modiff.errors import CalibrationError
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import observe
-from modiff.model.outliers import ChannelMaxima
-from modiff.model.roles import Roles, warn_unfit
+from modiff.model.roles import ChannelMaxima, Roles, warn_unfit
 from modiff.model.select import modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
@@ -27,8 +27,7 @@ from modiff.nn.adapters import modules_of
 class Probe:
     """Quantizes the input of one full-precision layer as every candidate would, and sums up their errors.
 
-    input: the first one. outputs: numbers in an output. calls: of the layer. unfit: why it
-    should keep its floats, known after the trajectory; empty if it need not.
+    input: the first one. outputs: numbers in an output. calls: of the layer. unfit: why it should keep its floats.
     """
 
     def __init__(
@@ -57,9 +56,7 @@ class Probe:
             self.signal += float(x.float().square().sum())
 
     def _advance(self, i: int, layer: ModulatedLayer, value: Tensor, state: State | None) -> State | None:
-        quantizer, modulation = layer.quantizer, layer.config.modulation
-        if quantizer is None:
-            raise ConfigError(f"{layer.name}: expected a candidate with activation bits, got none. Give it 2 to 8.")
+        quantizer, modulation = cast(Quantizer, layer.quantizer), layer.config.modulation
         if modulation is None:  # counted from the second step on, like the others
             if state is not None:
                 code = quantizer(value.float())
@@ -119,10 +116,7 @@ def probes_of(
 
 
 def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> tuple[ModiffConfig, list[Probe]]:
-    """The config with the layers excluded that should keep their floats, and the other probes; a warning says why.
-
-    Raises: CalibrationError if no layer is left.
-    """
+    """The config with the layers excluded that should keep their floats, and the other probes; a warning says why."""
     unfit = {probe.name: probe.unfit for probe in probes if probe.unfit}
     fit = [probe for probe in probes if not probe.unfit]
     if not fit:
@@ -135,7 +129,7 @@ def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> t
 
 
 class Track(NamedTuple):
-    """Of each evaluation of any of the networks, in order of time; kept for all steps."""
+    """Of each evaluation of any of the networks, in order of time."""
 
     samples: list[Tensor]
     outputs: list[Tensor]
@@ -146,13 +140,13 @@ def tracked(models: Sequence[nn.Module]) -> Iterator[Track]:
     """Record the evaluations of all of `models` in the body."""
     track = Track([], [])
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (sample := sample_of(args, kwargs)) is not None:
+    def before(_: nn.Module, *call: Any) -> None:
+        if (sample := sample_of(*call)) is not None:
             track.samples.append(sample.detach().clone())
 
-    def after(_: nn.Module, _args: object, _kwargs: object, output: Any) -> None:
-        tensor = output if isinstance(output, Tensor) else output[0]
-        track.outputs.append(tensor.detach().clone())
+    def after(*call: Any) -> None:
+        output = call[-1] if isinstance(call[-1], Tensor) else call[-1][0]
+        track.outputs.append(output.detach().clone())
 
     with ExitStack() as stack:
         for model in models:

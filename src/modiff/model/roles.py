@@ -1,11 +1,13 @@
-"""What evaluations tell of layers: which run first and last, which read one row a sample, which never run."""
+"""What evaluations tell of layers: which run first and last, read one row a sample or outliers, or never run."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from modiff.config import ModiffConfig
@@ -13,7 +15,10 @@ from modiff.errors import warn_once
 from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.model.select import matches
+from modiff.nn import quantized_class
 
+RATIO = 1000.0
+"""Of the largest channel to the median one, above which a layer is named: at 8 bits, 254 leaves half a code."""
 NEVER = "never called: it does not run, or other code reads its weight"
 
 
@@ -36,13 +41,14 @@ class Roles:
         self._stack = ExitStack()
 
     def begin(self, model: nn.Module, sample: Tensor | None) -> None:
-        """An evaluation begins; watch it until `close`."""
+        """An evaluation begins; watch it until `close`. Inside of compiled modules nothing would be seen."""
         self.sample = sample
         self.ends_matter = self.first_last == "full_precision" and sample is not None
-        self._stack.enter_context(observe(model, self.see, layers=self.names))
+        if not any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+            self._stack.enter_context(observe(model, self.see, layers=self.names))
 
     def close(self) -> None:
-        """The evaluation ended, or not."""
+        """The evaluation ended or failed."""
         self._stack.close()
         self.sample = None
 
@@ -58,7 +64,7 @@ class Roles:
     def unfit(self) -> dict[str, str]:
         """Taken layers that should keep their floats, and why; those that the config names stay."""
         reasons = {name: "reads one row a sample: an embedding" for name, row in self.rows.items() if row}
-        if self.ends_matter:
+        if self.ends_matter and self.last:
             reasons |= {self.last: "runs last", self.reads_sample or self.first or self.last: "runs first"}
         reasons = {name: why for name, why in reasons.items() if not matches(name, self.named)}
         reasons |= {name: NEVER for name in self.names if name not in self.rows}
@@ -70,3 +76,42 @@ def warn_unfit(where: str, unfit: Mapping[str, str], what: str) -> None:
     listed = ", ".join(f"{name} ({why})" for name, why in unfit.items())
     if unfit:
         warn_once(f"{where}: {listed}", f"{where}: expected layers that quantizing suits, got {listed}. {what}")
+
+
+class Outlier(NamedTuple):
+    """A layer, its largest |x|, the median over its channels of their largest |x|, and how many channels dwarf that."""
+
+    name: str
+    largest: float
+    median: float
+    channels: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.channels} input channels reach {self.largest:.2g}, the median channel "
+            f"{self.median:.2g}: one scale for both rounds the others to zero. Leave the layer, "
+            f"exclude=({self.name!r},), or split a concatenated input with `Host.splits`."
+        )
+
+
+class ChannelMaxima:
+    """The largest magnitude of each input channel of each layer, over all inputs that were seen."""
+
+    def __init__(self) -> None:
+        self._maxima: dict[str, Tensor] = {}
+
+    def see(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        """The Linear or Conv layer of that name read x. Cost: one pass over it."""
+        kind = quantized_class(layer)
+        largest = x.detach().abs().movedim(-1 if kind is None else kind.channel_dim, 0).flatten(1).amax(1).float()
+        self._maxima[name] = torch.maximum(largest, self._maxima.get(name, largest))
+
+    def outliers(self) -> list[Outlier]:
+        """Layers with a channel `RATIO` times as large as their own median one and as the median layer's."""
+        medians = {name: float(maxima.median()) for name, maxima in self._maxima.items()}
+        typical = statistics.median(medians.values()) if medians else 0.0
+        outliers: list[Outlier] = []
+        for name, maxima in self._maxima.items():
+            if above := int((maxima > RATIO * max(medians[name], typical)).sum()):
+                outliers.append(Outlier(name, float(maxima.max()), medians[name], above))
+        return sorted(outliers, key=lambda outlier: -outlier.largest)

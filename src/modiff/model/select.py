@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
@@ -35,7 +36,6 @@ def select_layers(
     Args:
         splits: channel index of the concatenation, for layers whose input is one.
         known: layers of other networks that the config is for too; patterns may match those alone.
-    Returns: an entry for every Linear and Conv layer, in the order of the modules, then for other matrices.
     Raises: ConfigError for a network that is a layer itself, a pattern that matches no layer, a damaged weight, or
         if nothing is taken.
     """
@@ -68,7 +68,8 @@ def select_layers(
         parent, _, leaf = name.rpartition(".")
         if not reason and leaf == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
             reason = "MultiheadAttention reads its weight and never calls it"
-        chosen = None if reason else layer_config(name, config)
+        chosen = [config.layer, *(its for pattern, its in config.overrides if fnmatchcase(name, pattern))][-1]
+        chosen = None if reason else chosen
         notes = reason or _notes(layer, chosen, splits.get(name) if config.split_shortcuts == "auto" else None)
         entries.append(Entry(name, type(layer).__name__, layer.weight.numel(), chosen, notes))
     report = Report((*entries, *_other_matrices(model)))
@@ -98,16 +99,9 @@ def _other_matrices(model: nn.Module) -> list[Entry]:
 def modulated_layer(
     layer: nn.Module, config: LayerConfig, name: str, clock: Clock, split: int | None = None
 ) -> ModulatedLayer:
-    """The modulated layer that takes the place of a plain one. Raises: ConfigError for a layer that has none."""
-    if (kind := quantized_class(layer)) is None:
-        raise ConfigError(f"{name}: expected a layer that modiff can modulate, got {type(layer).__name__}. Exclude it.")
+    """The modulated layer that takes the place of one that `select_layers` takes."""
+    kind = cast("type[ModulatedLayer]", quantized_class(layer))
     return kind.from_float(layer, config, name=name, clock=clock, split=split)
-
-
-def layer_config(name: str, config: ModiffConfig) -> LayerConfig:
-    """The config of one layer: the last override whose pattern matches, or the model's."""
-    overrides = [layer for pattern, layer in config.overrides if fnmatchcase(name, pattern)]
-    return overrides[-1] if overrides else config.layer
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

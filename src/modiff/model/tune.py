@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, Rotation
 from modiff.errors import CalibrationError, ConfigError
@@ -29,14 +29,14 @@ FINALISTS = 5
 def candidates(base: LayerConfig) -> list[LayerConfig]:
     """The settings that `tune` tries: plain, published, and rotated ones of either predictor over clips and gains.
 
-    Those that the guards of `LayerConfig` refuse, because the loop would diverge, are left out.
+    Those that `LayerConfig` refuses, because the loop would diverge, are left out.
     """
     activation = dataclasses.replace(base.activation, clip=1.0, refresh_every=1)
     plain = dataclasses.replace(base, activation=activation, modulation=None, rotation="none")
     settings = [plain, _candidate(base, "none", "hold", 1.0, 1.0)]
     for predictor, gain in [("hold", 1.0), *(("linear", gain) for gain in GAINS)]:
         for clip in CLIPS.get(base.activation.bits or 8, MANY_BITS_CLIPS):
-            with suppress(ConfigError):  # this pair of bits and predictor diverges
+            with suppress(ConfigError):
                 settings.append(_candidate(base, "hadamard", predictor, gain, clip))
     return settings
 
@@ -68,12 +68,7 @@ def search_config(
     """The config with the settings that keep the samples closest to full precision, as `modiff.tune` says.
 
     Two stages. One full-precision trajectory gives every candidate's error of the input state, ||a_t - â_t|| / ||a_t||.
-    Then the best few run for real, and the one whose samples reach the last evaluation with the least mean relative L2
-    error wins.
-
-    Args:
-        models: the networks that `run` evaluates: they get one config, judged on all of them together.
-        splits: as for `apply`, for each of the models.
+    Then the best few run for real, and the one with the least error of the last samples wins: on all networks together.
     Raises: StateError if modiff is on a model; CalibrationError if `run` never reached a second step.
     """
     check_searchable(models, config, "tune")
@@ -110,10 +105,9 @@ def _sample_error(
     splits: Sequence[Mapping[str, int]],
     exact: Track,
 ) -> float:
-    """Mean relative L2 of the samples that reach the last evaluation; infinite when a loop diverged.
+    """Mean relative L2 of the samples that reach the last evaluation, however many there were; infinite if it diverged.
 
-    Where outputs do not feed back into inputs, the samples are equal and the outputs of all are compared. Loops that
-    stop early or late are judged by where they got to.
+    Where outputs do not feed back into inputs, the samples are equal and the outputs of all are compared.
     """
     known = layer_names(models)
     with ExitStack() as stack:
@@ -131,15 +125,8 @@ def _sample_error(
             "tune: expected run to evaluate the network on samples of the same shapes as before, got others or none. "
             "It must run the same trajectory at each call. Fix its seed, steps and batch."
         )
-    score = _relative_error(pairs)
+    noise = sum((ours.double() - theirs.double()).flatten(1).square().sum(1) for ours, theirs in pairs)
+    signal = sum(theirs.double().flatten(1).square().sum(1) for _, theirs in pairs)
+    # a mean square would be the error of the one sample that tips over to another image, a mean logarithm would miss it
+    score = float(torch.as_tensor(noise / signal).sqrt().mean())
     return score if math.isfinite(score) else math.inf
-
-
-def _relative_error(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean over the samples of ||ours - exact|| / ||exact||, the tensors of a sample taken together.
-
-    A mean square would be the error of the one sample that tips over to another image; a mean logarithm would miss it.
-    """
-    noise = sum((ours.double() - exact.double()).flatten(1).square().sum(1) for ours, exact in pairs)
-    signal = sum(exact.double().flatten(1).square().sum(1) for _, exact in pairs)
-    return float(torch.as_tensor(noise / signal).sqrt().mean())

@@ -16,7 +16,7 @@ from modiff.core.hadamard import rotate
 from modiff.core.quantizer import Code, Quantizer
 from modiff.core.recursion import State, Update, accumulate, compute_dtype, encode, encode_plain, output_of, predict
 from modiff.evaluate.analysis.watch import Visit
-from modiff.model.outliers import ChannelMaxima
+from modiff.model.roles import ChannelMaxima
 from modiff.nn import ModulatedLayer
 
 StepErrors = dict[str, Any]

@@ -26,7 +26,7 @@ SWEEP_MODES = ("plain", "modulated", "uncompensated", "tuned")
 """Families of presets; tuned is the preset, which `modiff.tune` would refine for the model."""
 Analysis = dict[str, Any]
 """environment; settings: the arguments; layers: see `LayerTrace`; growth: see `Growth`;
-outliers: of each layer that no scale fits `modiff.model.outliers.Outlier`, and advice; sweep: rows of mode, bits,
+outliers: of each layer that no scale fits `modiff.model.roles.Outlier`, and advice; sweep: rows of mode, bits,
 relative_l2 and psnr_db. All of it plain values for JSON."""
 
 
