@@ -10,8 +10,7 @@ from experiments.charts import Line, line_chart
 from experiments.experiment import Experiment, Shown, Values, listing
 from experiments.lab import Lab
 from modiff import presets
-from modiff.evaluate.analysis.distribution import Distribution
-from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
+from modiff.evaluate.analysis.layers import Distribution, LayerTrace, LayerTraces
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

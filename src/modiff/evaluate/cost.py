@@ -1,12 +1,8 @@
 """What a layer, a step and a trajectory cost: MACs, bit-operations, elements of weights and of states.
 
-    MACs    multiply-accumulates of linear layers, convolutions and attention products, for the whole batch;
-            padding and masked positions included. Norms, activations, additions and biases are not counted.
-    BOPs    MACs x weight bits x activation bits. A measure of work on paper, not of speed.
-
-The 35.7M-parameter CIFAR-10 DDPM U-Net, batch 1: convolutions and linear layers 6.054 GMAC, attention products 0.168.
-The paper's 1636 GBOPs at W8A32 are 6.39 GMAC: within its rounding 6.054 + 2 x 0.168, attention at two operations per
-MAC. Attention counted once gives 6.222 GMAC, or 1593 GBOPs.
+MACs    multiply-accumulates of linear layers, convolutions and attention products, for the whole batch;
+        padding and masked positions included. Norms, activations, additions and biases are not counted.
+BOPs    MACs x weight bits x activation bits. A measure of work on paper, not of speed.
 """
 
 from __future__ import annotations
@@ -132,10 +128,7 @@ def trajectory_gbops(costs: Sequence[LayerCost], report: Report | None, steps: i
     Layers that were left, and the products inside attention, count 32 x 32 bits. A step at which a modulated layer
     anchors counts at the bits it runs with: inputs at 32, or rounds x bits if coded; weights at 32 if they are exact.
     Layers that anchor staggered do so 1 + (steps - 1) / reanchor_every times on average.
-
-    Args:
-        costs: of one step of one image.
-        report: what `apply` took; None for the full-precision model.
+    costs: of one step of one image. report: what `apply` took; None for the full-precision model.
     """
     configs = {} if report is None else {entry.name: entry.config for entry in report.taken}
     total = 0.0

@@ -15,7 +15,8 @@ from modiff import presets
 from modiff.api import tune
 from modiff.config import ModiffConfig, ModulationConfig, check
 from modiff.evaluate.cost import FULL_PRECISION_BITS
-from modiff.evaluate.pipelines import NOTHING, TUNING_SEED, DrawnImages, PipelineSource, aligned, image_error, number
+from modiff.evaluate.pipelines import NOTHING, TUNING_SEED, DrawnImages, PipelineSource, aligned, image_error
+from modiff.evaluate.report.document import Cell
 from modiff.evaluate.suite.plans import Plan
 from modiff.generate.environment import Environment, environment
 from modiff.generate.job import Conditions
@@ -72,7 +73,7 @@ class Demo:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     forms = {"relative_l2": ".4f", "psnr_db": ".1f", "gbops": ".0f" if row["gbops"] >= 100 else ".3g",
              "state_mib": ".1f", "seconds": ".1f"}  # fmt: skip
-    return (row["name"], str(row["steps"]), *(number(row[name], form) for name, form in forms.items()))
+    return (row["name"], str(row["steps"]), *(Cell.number(row[name], form).text for name, form in forms.items()))
 
 
 def plans(steps: int) -> list[Plan]:
@@ -110,11 +111,8 @@ def run_demo(
     progress: bool = True,
 ) -> Demo:
     """Run every row of the demo on a pipeline, with DDIM where it can; its layers are as before at the end.
-
-    Args:
-        steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
-        conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
-        after_row: called with the rows so far. progress: a bar on stderr.
+    steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
+    conditions: what the images are drawn of. after_row: called with the rows so far.
     Raises: ConfigError for a pipeline that needs other inputs, or fewer steps or images than make sense.
     Cost: 22 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """

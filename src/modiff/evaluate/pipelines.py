@@ -48,10 +48,7 @@ class DrawnImages(NamedTuple):
 class PipelineSource:
     """A pipeline in this process; image i comes from the noise of seed + i, and of its prompt or class.
 
-    Its layers are as before whenever no config is open.
-    Args:
-        sampler: see `set_scheduler`; the pipeline's own when None.
-        conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
+    Its layers are as before whenever no config is open. sampler: see `set_scheduler`; the pipeline's own when None.
     Raises: ConfigError for a pipeline that needs other inputs, or does not take these conditions.
     """
 
@@ -176,8 +173,3 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
         for name, *rest in cells
     )
     return "\n".join([head, "-" * len(head), *lines])
-
-
-def number(value: float | None, form: str) -> str:
-    """A formatted number; a dash for None."""
-    return "-" if value is None else format(value, form)

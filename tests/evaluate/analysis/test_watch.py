@@ -11,7 +11,7 @@ import modiff
 from modiff import presets
 from modiff.config import LayerConfig
 from modiff.errors import CalibrationError, ConfigError, StateError
-from modiff.evaluate.analysis.distribution import HISTOGRAM_BINS, Distribution
+from modiff.evaluate.analysis.layers import HISTOGRAM_BINS, Distribution
 from modiff.evaluate.analysis.watch import Visit, watch
 from modiff.hosts.diffusers.runs import calibration_run
 from tests.evaluate.analysis.networks import OneLayer, driven, only_layer

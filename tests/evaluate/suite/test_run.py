@@ -103,7 +103,7 @@ def test_a_reference_that_does_not_fit_stops_it_before_anything_is_drawn(tmp_pat
     [
         ({"num_images": 7}, {}, "num_images: expected 8 or more, got 7"),
         ({}, {"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
-        ({"configs": ("w9a9",)}, {}, "'w9a9'"),
+        ({"configs": ("w9a9",)}, {}, "expected None, 0 or 2 to 8, got 9"),
         ({"configs": ("w8a4", "modulated:8:4")}, {}, "different configurations, got 'modulated W8A4 twice'"),
         ({"steps": 1}, {}, "steps: expected 2 or more, got 1"),
     ],

@@ -26,6 +26,8 @@ step; activation_min, _max, _rms; residual_min, _max, _rms, code_error ||r_t - q
 input_error ||a_t - â_t||, output_error ||o_t - ô_t|| against the full-precision o_t; input_relative_l2 and
 output_relative_l2: the same over ||a_t|| and ||o_t||.
 """
+HISTOGRAM_BINS = 255
+"""Odd, so that one bin has its middle at zero."""
 LayerTrace = dict[str, Any]
 """A layer through the trajectory: name, kind, setting, steps, and call: 0, or more for a layer that runs several times
 in one evaluation."""
@@ -144,3 +146,34 @@ class _Loop:
 def norm(x: Tensor) -> Tensor:
     """||x|| over all elements, summed in float64."""
     return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+class Distribution:
+    """Watcher: two histograms over all layers; memory is one input per layer and the counts."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int], Tensor] = {}
+        self._counts = torch.zeros(2, HISTOGRAM_BINS, dtype=torch.int64)
+
+    def see(self, visit: Visit) -> None:
+        """Count one step; both histograms are in units of the present activation's largest magnitude."""
+        x = visit.input.float()
+        last = self._last.get(visit.key)
+        if last is not None:
+            largest = x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
+            self._counts += torch.stack([_histogram(x / largest), _histogram((x - last) / largest)])
+        self._last[visit.key] = x.clone()
+
+    def result(self) -> dict[str, Any]:
+        """activation, difference: counts per bin over all steps but the first, of a_t and of a_t - a_{t+1}.
+
+        edges: HISTOGRAM_BINS + 1 of them from -1 to 1; the end bins also hold what lies outside.
+        """
+        activation, difference = self._counts.tolist()
+        edges = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64).tolist()
+        return {"edges": edges, "activation": activation, "difference": difference}
+
+
+def _histogram(x: Tensor) -> Tensor:
+    bins = ((x + 1) * (HISTOGRAM_BINS / 2)).floor().clamp(0, HISTOGRAM_BINS - 1).long()
+    return torch.bincount(bins.flatten(), minlength=HISTOGRAM_BINS).cpu()

@@ -45,12 +45,8 @@ def analyze_pipeline(
 
     The layers' recursions run on the inputs of one full-precision trajectory; the sweep samples with the modulated
     network and judges the images alone.
-
-    Args:
-        config: of the layers' recursion, with dynamic scales; modulated 4 bits and full-precision weights when None,
-            so that all errors are those of the activations.
-        num_images: generated in one batch, image i from the noise of seed + i.
-        conditions: what the images are drawn of, for a pipeline that takes prompts or classes.
+    config: of the layers' recursion, with dynamic scales; modulated 4 bits and full-precision weights when None, for
+    errors of the activations alone. num_images: generated in one batch, image i from the noise of seed + i.
     Raises: ConfigError if the pipeline needs other inputs, the config has static scales or codes nothing.
     Cost: len(bits) * 4 + 1 trajectories, most of them modulated.
     """

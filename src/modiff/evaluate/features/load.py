@@ -44,7 +44,6 @@ def load_extractor(text: str | None, *, channels: int = 1, device: str = "cpu") 
     """The extractor that `text` names: "classifier" (Fashion-MNIST, of the package), "cifar10-classifier" (where the
     package has it), the folder of another from `save_classifier` (its name carries the first digits of the weights'
     sha256), a state dict of Inception-v3, or "none". None is the package's own for grey images, otherwise none.
-
     Raises: FormatError for anything else.
     """
     text = text or (DEFAULT_EXTRACTOR if channels == 1 else NONE)

@@ -30,7 +30,7 @@ class Interval(TypedDict):
 
 
 def bootstrap(
-    statistic: Callable[..., float],
+    statistic: Callable[..., float | Tensor],
     samples: Sequence[Tensor],
     *,
     resamples: int = 1000,
@@ -81,9 +81,9 @@ def bootstrap(
     return {"estimate": estimate, "low": low, "high": high, "level": level, "resamples": resamples}
 
 
-def _finite(value: float) -> float:
+def _finite(value: float | Tensor) -> float:
     why = "Resample one that is always finite, such as the mean square error instead of PSNR."
-    check("bootstrap", value, math.isfinite(value), "a finite statistic", why)
+    check("bootstrap", float(value), math.isfinite(value), "a finite statistic", why)
     return float(value)
 
 

@@ -103,16 +103,11 @@ def paired_errors(
     over_pairs = functools.partial(bootstrap, resamples=resamples, level=level, seed=seed, draw="paired")
     return {
         "n": len(x),
-        "psnr_db": _decibels(over_pairs(mean, [errors / x[0].numel()])),
-        "ssim": over_pairs(mean, [ssim(x, y)]) if min(x.shape[1:3]) >= WINDOW else None,
+        "psnr_db": _decibels(over_pairs(torch.mean, [errors / x[0].numel()])),
+        "ssim": over_pairs(torch.mean, [ssim(x, y)]) if min(x.shape[1:3]) >= WINDOW else None,
         "relative_l2": over_pairs(relative, [errors, sizes]),
         "note": small_sample_note("mean", len(x)),
     }
-
-
-def mean(values: Tensor) -> float:
-    """The mean as a number, for `bootstrap`."""
-    return float(values.mean())
 
 
 def _decibels(mean_square: Interval) -> Interval:

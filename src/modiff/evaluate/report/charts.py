@@ -119,10 +119,7 @@ def layer_figure(layers: Sequence[LayerTrace], caption: str) -> Figure:
 
 def image_figures(rows: Sequence[tuple[str, np.ndarray]], seed: int) -> list[Figure]:
     """A strip of images for each configuration, and next to it one of differences to the first, full precision.
-
-    Args:
-        rows: (name, images uint8 (N, H, W, C)) with the same seeds in every row.
-        seed: of the first image.
+    rows: (name, images uint8 (N, H, W, C)) with the same seeds in every row. seed: of the first image.
     """
     (reference_name, images), *others = rows
     reference = images[:MOST_IMAGES]

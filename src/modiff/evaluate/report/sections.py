@@ -42,12 +42,7 @@ def suite_document(
     title: str = "Evaluation",
     watched: tuple[Plan, int, Sequence[LayerTrace]] | None = None,
 ) -> Document:
-    """The report of a suite.
-
-    Args:
-        command: what was typed.
-        watched: a configuration, the number of images, and the errors of its layers, from `layer_errors`.
-    """
+    """The report of a suite that `command` ran. watched: from `watched_layers`."""
     images = [(row.plan.name, samples) for row, samples in zip(suite.rows, suite.samples, strict=True)]
     heat: list[Section] = []
     if watched is not None and watched[2]:

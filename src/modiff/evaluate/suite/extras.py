@@ -16,7 +16,6 @@ from modiff.config import check
 from modiff.errors import ConfigError
 from modiff.evaluate.features.extractor import check_images
 from modiff.evaluate.metrics.bootstrap import bootstrap, small_sample_note
-from modiff.evaluate.metrics.paired import mean
 from modiff.evaluate.suite.judge import ImageSet, Measurement, measurement
 from modiff.files import reading
 from modiff.generate.job import Conditions
@@ -166,6 +165,6 @@ def _by_batch(images: np.ndarray, one: Callable[[Tensor, slice], Tensor]) -> Ten
 
 
 def _mean_row(name: str, label: str, values: Tensor, resamples: int, note: str) -> Measurement:
-    interval = bootstrap(mean, [values], resamples=resamples)
+    interval = bootstrap(torch.mean, [values], resamples=resamples)
     return measurement(name, label, label, interval["estimate"], len(values), interval,
                        note, small_sample_note("mean", len(values)))  # fmt: skip

@@ -15,7 +15,7 @@ from modiff.evaluate.features.extractor import FeatureExtractor, Features, joine
 from modiff.evaluate.features.load import result_name
 from modiff.evaluate.metrics.bootstrap import Draw, Interval, bootstrap, small_sample_note
 from modiff.evaluate.metrics.frechet import Moments, frechet_interval
-from modiff.evaluate.metrics.paired import WINDOW, mean, paired_errors
+from modiff.evaluate.metrics.paired import WINDOW, paired_errors
 from modiff.evaluate.metrics.sets import inception_score, kernel_distance, within_manifold
 from modiff.evaluate.pipelines import DrawnImages
 
@@ -123,12 +123,9 @@ class Judge:
 
     def measure(self, images: ImageSet) -> list[Measurement]:
         """All figures of a configuration; those to full precision only if it is not full precision itself."""
-        rows: list[Measurement] = []
-        sets = self.extractor.dimension > 0
-        if images is self.full:
-            rows += self._halves() if sets else []
-        else:
-            rows += [*(self._distances(images, self.full, FULL) if sets else []), *self._paired(images)]
+        rows: list[Measurement] = [] if images is self.full else self._paired(images)
+        if self.extractor.dimension:
+            rows = [*(self._halves() if images is self.full else self._distances(images, self.full, FULL)), *rows]
         if self.reference is not None:
             rows += self._distances(images, self.reference, DATA)
         return mark_broken(images, [*rows, *self._score(images), *_costs(images)])
@@ -183,7 +180,7 @@ class Judge:
         rows: list[Measurement] = []
         for metric, queries, manifold in (("precision", made, real), ("recall", real, made)):
             inside = within_manifold(queries, manifold, neighbours=NEIGHBOURS).double()
-            share = bootstrap(mean, [inside], resamples=self.resamples)
+            share = bootstrap(torch.mean, [inside], resamples=self.resamples)
             note = f"{NEIGHBOURS} neighbours; {len(queries)} images in the manifold of {len(manifold)}."
             rows.append(self._row(metric, against, share["estimate"], len(made), share, note, small))
         return rows

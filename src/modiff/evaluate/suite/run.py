@@ -18,7 +18,8 @@ from modiff.evaluate.analysis.layers import LayerTrace, LayerTraces
 from modiff.evaluate.analysis.watch import watch
 from modiff.evaluate.features.extractor import FeatureExtractor, Features
 from modiff.evaluate.metrics.bootstrap import small_sample_note
-from modiff.evaluate.pipelines import DrawnImages, PipelineSource, aligned, has_static_scales, number
+from modiff.evaluate.pipelines import DrawnImages, PipelineSource, aligned, has_static_scales
+from modiff.evaluate.report.document import Cell
 from modiff.evaluate.suite.extras import Extra
 from modiff.evaluate.suite.images import as_bytes, check_reference, read_reference
 from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, gather_real, mark_broken
@@ -72,8 +73,9 @@ class Suite:
         names = [name for name in COLUMNS if any(m["name"] == name for m in figures)]
         cells = [["", "steps", *(COLUMNS[name][0] for name in names)]]
         for row in self.rows:
-            shown = ((row.metric(name) or {"value": None}, COLUMNS[name][1]) for name in names)
-            cells.append([row.plan.name, str(row.plan.steps), *(number(m["value"], form) for m, form in shown)])
+            values = {m["name"]: m["value"] for m in row.metrics}
+            shown = (Cell.number(values.get(name), COLUMNS[name][1]).text for name in names)
+            cells.append([row.plan.name, str(row.plan.steps), *shown])
         count, dimension = self.settings["num_images"], self.settings["extractor_dimension"]
         small = small_sample_note("frechet_distance", count, dimension) if dimension else None
         sets = _SETS.format(self.settings["extractor"]) if dimension else self.settings["extractor_note"]
@@ -152,8 +154,6 @@ def run_suite(
         folder: a batch of images that is finished there is never drawn twice.
         reference: real images, see `read_reference`; of the size that the model draws.
         extras: figures on top of those that are always there; see `load_extras`.
-        resamples: of the bootstrap intervals.
-        progress: bars on stderr.
     Raises: ConfigError for settings that mean nothing, a folder of another job or a reference of another size;
         FormatError for files that cannot be read; OSError that names a file. What was finished stays.
     Cost: as many trajectories as configurations; the metrics take seconds each with a small extractor.
