@@ -56,6 +56,14 @@ def test_a_library_is_built_once_and_found_by_the_next_process_also_without_open
     assert [(file, file.stat().st_mtime_ns) for file in cache.iterdir()] == [(path, built)]
 
 
+@needs_compiler
+def test_a_library_that_was_cut_is_built_again(cache):
+    path = native._built(native.find_compiler(), NAME)
+    path.write_bytes(path.read_bytes()[:100])
+    assert native.load_library(NAME).library is not None
+    assert path.stat().st_size > 100
+
+
 @pytest.mark.parametrize("value", ["OFF", "0"])
 def test_it_can_be_switched_off_and_then_nobody_is_warned(value, cache, monkeypatch):
     monkeypatch.setenv(native.SWITCH, value)

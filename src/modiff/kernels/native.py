@@ -86,7 +86,13 @@ def load_library(name: str = "encode") -> Native:
     if compiler is None:
         return Native(None, "no C++ compiler on the PATH. Install g++ or clang++, or name one in CXX")
     try:
-        return Native(_open(_built(compiler, name), name), f"compiled with {Path(compiler).name}")
+        path = _built(compiler, name)
+        try:
+            library = _open(path, name)
+        except OSError:  # cut while it was written or copied
+            path.unlink()
+            library = _open(_built(compiler, name), name)
+        return Native(library, f"compiled with {Path(compiler).name}")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         return Native(None, f"{Path(compiler).name} could not build it: {detail.strip().splitlines()[0]}")
@@ -112,8 +118,8 @@ def find_compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Where compiled libraries are kept between processes."""
-    if CACHE in os.environ:
-        return Path(os.environ[CACHE])
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modiff"
     except RuntimeError:  # neither HOME nor an entry among the users
