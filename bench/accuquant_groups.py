@@ -35,7 +35,7 @@ from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import calibration_run, noise_generators
 from modiff.methods import AccuquantConfig, MethodReport, quantize
-from modiff.methods.group_error import Advance, Evaluate, Group, approximate_gradient, error_of, roll_out
+from modiff.methods.accuquant import Advance, Evaluate, Group, approximate_gradient, error_of, roll_out
 from modiff.methods.recipe import plain_network
 from modiff.methods.sampler_steps import SamplerSteps, as_recorded
 from modiff.model.calibrate import quantizers_of

@@ -12,7 +12,7 @@ import modiff
 from modiff import CalibrationError, ConfigError, ModulationConfig
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.methods import TfmqDmConfig, every_layer, quantize
-from modiff.methods.temporal import TemporalBlock, reconstruct_temporal
+from modiff.methods.tfmq_dm import TemporalBlock, reconstruct_temporal
 from modiff.model.attach import attachment_of
 from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_within
