@@ -15,8 +15,7 @@ import typing as _typing
 from modiff.config import VERSION as __version__  # noqa: F401
 
 _HOMES = {
-    "api": "apply autotune calibrate clone collect context load pack reconstruct remove report save select trajectory "
-    "tune",
+    "api": "apply autotune calibrate collect context load pack reconstruct remove report save select trajectory tune",
     "calibration.collect": "replay",
     "calibration.data": "CalibrationSet Call",
     "calibration.reconstruct.config": "ReconstructConfig ReconstructionReport",
@@ -30,6 +29,7 @@ _HOMES = {
     "methods": "quantize",
     "model.autotune": "AutotuneResult",
     "model.report": "Report",
+    "model.trajectory": "clone",
     "nn": "ModulatedConv1d ModulatedConv2d ModulatedConv3d ModulatedLinear",
 }
 """The public names of each module: they load when they are first asked for, so `modiff --version` need not wait."""
@@ -39,7 +39,6 @@ if _typing.TYPE_CHECKING:  # the same names, for editors and type checkers
     from modiff.api import apply as apply
     from modiff.api import autotune as autotune
     from modiff.api import calibrate as calibrate
-    from modiff.api import clone as clone
     from modiff.api import collect as collect
     from modiff.api import context as context
     from modiff.api import load as load
@@ -82,6 +81,7 @@ if _typing.TYPE_CHECKING:  # the same names, for editors and type checkers
     from modiff.methods import quantize as quantize
     from modiff.model.autotune import AutotuneResult as AutotuneResult
     from modiff.model.report import Report as Report
+    from modiff.model.trajectory import clone as clone
     from modiff.nn import ModulatedConv1d as ModulatedConv1d
     from modiff.nn import ModulatedConv2d as ModulatedConv2d
     from modiff.nn import ModulatedConv3d as ModulatedConv3d

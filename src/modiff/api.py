@@ -30,7 +30,7 @@ from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
-from modiff.model.trajectory import model_context, plain_to_fit, shared_copy, warn_of_states
+from modiff.model.trajectory import model_context, plain_to_fit, warn_of_states
 from modiff.model.tune import search_config, with_bits
 from modiff.presets import AnyConfig, as_config
 
@@ -181,14 +181,6 @@ def trajectory(target: Any) -> AbstractContextManager[None]:
 def context(module: nn.Module, name: str) -> AbstractContextManager[None]:
     """Evaluations in the body have states of their own, e.g. "cond" and "uncond" of guidance in two calls."""
     return model_context(module, name)
-
-
-def clone(target: Any) -> Any:
-    """A copy that shares all weights and has states of its own: one for each request that runs at the same time.
-
-    Of a pipeline or a module, with modiff on it or without. Cost: no weight is copied; each running copy has states.
-    """
-    return shared_copy(target)
 
 
 def calibrate(

@@ -366,11 +366,7 @@ class ModiffConfig(JsonConfig):
         return super().from_dict(values)
 
     def on_integers(self) -> Self:
-        """The same, executed on integers, the overrides too.
-
-        >>> ModiffConfig().on_integers().layer.execution
-        'integer'
-        """
+        """The same, executed on integers, the overrides too."""
 
         def on_integers(layer: LayerConfig) -> LayerConfig:
             return dataclasses.replace(layer, execution="integer")

@@ -146,12 +146,6 @@ def check_writable(path: str | Path) -> None:
 class ResumableFolder:
     """A folder of finished items that belongs to one job: run the job again, and it goes on where it was killed.
 
-        with ResumableFolder("images", {"model": "dit", "seed": 0}, items="*.npy") as folder:
-            for index in range(100):
-                path = folder.path / f"{index:05d}.npy"
-                if not path.exists():
-                    write_atomically(path, lambda file: np.save(file, draw(index)))
-
     On entry the folder is made, locked against other processes, and claimed: a new one gets the job as a JSON file,
     an old one must hold the same job. What a killed process left half-written, here and one folder deeper, is removed.
 
@@ -197,7 +191,7 @@ class ResumableFolder:
     def _check(self) -> None:
         if self._record.exists():
             past = read_json(self._record, "the settings of a job", "Give another folder, or delete this one.")
-            if differing := _differences(past, self.job):
+            if differing := [*_differences(past, self.job)]:
                 raise ConfigError(f"{self.path}: expected a folder of the same job, got one with another "
                                   f"{' and '.join(differing)}. Two jobs must not mix. Give another folder, or the "
                                   f"settings in its {self._record.name}.")  # fmt: skip
@@ -206,16 +200,14 @@ class ResumableFolder:
                               f"{items[0].name} alone. Nothing says whose it is. Give another folder.")  # fmt: skip
 
 
-def _differences(past: Mapping[str, Any], job: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(past: Mapping[str, Any], job: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """The dotted names of the settings that differ."""
-    names: list[str] = []
     for key in sorted({*past, *job}):
         old, new = past.get(key), job.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            names += _differences(old, new, f"{prefix}{key}.")
+            yield from _differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            names.append(prefix + key)
-    return names
+            yield prefix + key
 
 
 @contextmanager

@@ -62,15 +62,13 @@ def _alike(
     )
 
 
-w8a8, w8a7, w8a4 = partial(modulated, 8, 8), partial(modulated, 8, 7), partial(modulated, 8, 4)
-w8a3, w4a8, w4a4 = partial(modulated, 8, 3), partial(modulated, 4, 8), partial(modulated, 4, 4)
-PRESETS: dict[str, Callable[[], ModiffConfig]] = {
-    "w8a8": w8a8, "w8a7": w8a7, "w8a4": w8a4, "w8a3": w8a3, "w4a8": w4a8, "w4a4": w4a4,
-}  # fmt: skip
+_BITS = ((8, 8), (8, 7), (8, 4), (8, 3), (4, 8), (4, 4))
+PRESETS: dict[str, Callable[[], ModiffConfig]] = {f"w{w}a{a}": partial(modulated, w, a) for w, a in _BITS}
 """`modulated` at these bits, weights first. 7 bits are the most that sums exactly on processors without VNNI."""
+w8a8, w8a7, w8a4, w8a3, w4a8, w4a4 = PRESETS.values()
 FAMILIES: dict[str, Callable[[Bits, Bits], ModiffConfig]] = {
-    "plain": plain, "modulated": modulated, "published": published, "uncompensated": uncompensated, "tuned": tuned,
-}  # fmt: skip
+    family.__name__: family for family in (plain, modulated, published, uncompensated, tuned)
+}
 
 
 def as_config(config: AnyConfig | None) -> ModiffConfig:

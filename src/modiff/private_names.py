@@ -27,13 +27,11 @@ DIFFUSERS = (
     "diffusers.quantizers.base:DiffusersQuantizer._process_model_before_weight_loading",
     "diffusers.quantizers.base:DiffusersQuantizer._process_model_after_weight_loading",
     "diffusers.configuration_utils:FrozenDict",
-    "diffusers.configuration_utils:ConfigMixin._internal_dict",
+    "diffusers.configuration_utils:ConfigMixin.register_to_config",  # which sets _internal_dict
     "diffusers.models.cache_utils:CacheMixin._reset_stateful_cache",
 )
 COMPILER = ("torch._dynamo:lookup_backend", "torch._dynamo.eval_frame:OptimizedModule")
 """Loading these takes seconds, so torch.compile asks for them itself."""
-_OF_INSTANCES = {"ConfigMixin._internal_dict": "register_to_config"}
-"""Attributes that only instances have, and the method of the class that sets them."""
 
 
 @functools.cache
@@ -42,14 +40,8 @@ def check_private_names(names: tuple[str, ...]) -> None:
     for name in names:
         module, _, path = name.partition(":")
         package = importlib.import_module(module.partition(".")[0])
-        kind, _, attribute = path.rpartition(".")
-        setter = _OF_INSTANCES.get(path)
         try:
-            holder = importlib.import_module(module)
-            if setter is None:
-                attrgetter(path)(holder)
-            elif attribute not in attrgetter(f"{kind}.{setter}")(holder).__code__.co_names:
-                raise AttributeError(attribute)
+            attrgetter(path)(importlib.import_module(module))
         except (ImportError, AttributeError) as error:
             raise KernelError(
                 f"{package.__name__} {package.__version__}: expected {module}.{path}, which modiff uses, got none. It "

@@ -140,7 +140,7 @@ def lose_scales(model: nn.Module) -> None:
     ("config", "change", "anchors", "error", "message"),
     [
         (None, modiff.remove, "quantized", StateError, "save: expected a model with modulated layers, got a plain Toy"),
-        (None, wrap, "quantized", StateError, r"attention.to_q: expected the layer that modiff put there.*unload_lora"),
+        (None, wrap, "quantized", StateError, r"attention.to_q: expected the layer that modiff put there, got another"),
         (None, lambda m: m.body.to(device="meta"), "quantized", StateError, "body: expected a weight in memory, got"),
         (presets.w4a8(), lose_scales, "quantized", StateError, "expected the buffer weight_scale, got none"),
         (presets.w4a8(), modiff.pack, "int8", StateError, "body: expected a float weight, got a packed one without"),

@@ -30,7 +30,7 @@ class Layer:
 class Layout:
     """Everything about a quantized model but its tensors; plain JSON in and out.
 
-    config: as it was applied. layers: by module name. scales: names of the measured activation scales, by quantizer.
+    layers: by module name. scales: names of the measured activation scales, by quantizer.
     largest_step: between timesteps, that scales of residuals were measured with; None where that is not known.
     """
 

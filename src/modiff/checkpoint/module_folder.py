@@ -38,12 +38,8 @@ _SIZE = re.compile(r"(\d+)\s*([KMG])(i?)B", re.IGNORECASE)
 
 
 def save_module(model: nn.Module, folder: str | Path, max_shard_size: int, anchor_weights: PackedAnchors) -> None:
-    """Write the quantized weights and settings of a module with modulated layers; the module is not changed.
+    """Write the quantized weights and settings of a module with modulated layers, as `modiff.save` says; size in bytes.
 
-    Args:
-        folder: new or empty; it appears when all of it is on disk.
-        max_shard_size: bytes; weights beyond it go to further files.
-        anchor_weights: what is written of float weights for anchors.
     Raises: StateError if modiff was not applied or a layer was wrapped since; FormatError for a folder with files;
         OSError.
     """
@@ -103,16 +99,13 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The object in `config.json`. Raises: FormatError if the folder has no such file, or it is damaged."""
-    advice = "Give a folder that modiff.save or diffusers wrote."
-    return read_json(folder / CONFIG, "the config of a saved model", advice)
+    return read_json(
+        folder / CONFIG, "the config of a saved model", "Give a folder that modiff.save or diffusers wrote."
+    )
 
 
 def bytes_of(size: int | str, where: str = "max_shard_size") -> int:
-    """A number of bytes from what a person types. Raises: ConfigError for anything else.
-
-    >>> bytes_of("5GB"), bytes_of("1KiB"), bytes_of(1000)
-    (5000000000, 1024, 1000)
-    """
+    """A number of bytes from what a person types: 1000, "5GB", "1KiB". Raises: ConfigError for anything else."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None

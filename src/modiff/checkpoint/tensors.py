@@ -106,9 +106,8 @@ def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
     return tuple(folder / shard for shard in shards)
 
 
-def scale_key(quantizer: str, name: str) -> str:
-    """The name in the files of one tensor of a quantizer's measured scales."""
-    return f"{quantizer}.activation.{name}"
+scale_key = "{}.activation.{}".format
+"""(quantizer, name) -> the name in the files of one tensor of a quantizer's measured scales."""
 
 
 def scale_keys(layout: Layout) -> set[str]:

@@ -33,7 +33,6 @@ from modiff.methods.sampler_steps import SamplerSteps, as_recorded, save_tables
 from modiff.model.calibrate import quantizers_of
 from modiff.progress import Bar
 
-
 Evaluate = Callable[[int, Tensor], Tensor]
 """(step, state) -> what the sampler is told of the network's output, same shape as the state."""
 Advance = Callable[[int, Tensor, Tensor], Tensor]

@@ -80,11 +80,6 @@ def method_config(
     if method is None:
         raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}. Pick one of them.")
     config = method.config.quick() if quick else method.config()
-    fields = [field.name for field in dataclasses.fields(config)]
-    for field in changes or {}:
-        if field not in fields:
-            raise ConfigError(f"{name}: expected one of {', '.join(fields)}, got {field!r}. It has no such setting. "
-                              "Leave it out.")  # fmt: skip
     if changes or values:
         config = method.config.from_dict(_merged(config.to_dict(), values or {}) | (changes or {}))
     return config if modulated is None else _modulated(name, method, config, modulated)

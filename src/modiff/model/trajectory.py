@@ -159,8 +159,11 @@ def _free(device: torch.device) -> int | None:
     return None
 
 
-def shared_copy(target: Any) -> Any:
-    """A copy of a module, or of what holds modules, with the same parameters, buffers, codes and kernels."""
+def clone(target: Any) -> Any:
+    """A copy that shares all weights and has states of its own: one for each request that runs at the same time.
+
+    Of a pipeline or a module, with modiff on it or without. Cost: no weight is copied; each running copy has states.
+    """
     holders = [target] if isinstance(target, nn.Module) else vars(target).values()
     memo: dict[int, Any] = {}
     networks = [module for module in holders if isinstance(module, nn.Module)]
