@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modiff.kernels import epilogue, native
+from modiff.kernels.encode import start
 from modiff.kernels.epilogue import add_eagerly, add_sent
-from modiff.kernels.fixed_point import start
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from modiff import KernelError
 from modiff.kernels.dispatch import this_machine
+from modiff.kernels.encode import FixedState, start
 from modiff.kernels.exact import FLOAT_EXACT
-from modiff.kernels.fixed_point import FixedState, start
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.onednn import ONEDNN
 from modiff.kernels.problem import Problem

@@ -8,6 +8,15 @@ the core, all of them write the state in place.
 NaN and infinity, as in the core: a NaN, or an infinity under a dynamic scale, makes the scale of its tensor (sample,
 token) NaN or infinite, and with it the state and every output: it is seen. Under a static scale a NaN codes to 0 and
 leaves the state as it is, and an infinity saturates. Denormal residuals code to 0, as no scale is below 1e-12.
+
+States of 16-bit integers take two bytes an element and are exact at any length of trajectory: â_t = grid n_t with a
+power of two `grid` for the layer, and every scale is a multiple of it:
+
+    s_t = m_t grid,   m_t = ceil(clip * max|a_t - â_{t+1}| / (qmax grid)),   n_t = n_{t+1} + q_t m_t
+
+A state that is rounded at each step drifts away from the output state, which only sees the codes. Multiples stop at
+2^14: a larger residual is clipped, and a code that would leave 16 bits is cut, both sent later as always. An integer
+holds no NaN: there the scale is NaN and the state stays as it is; at the start the grid is NaN.
 """
 
 from __future__ import annotations
@@ -21,10 +30,37 @@ from modiff.core.affine import QParams, choose_qparams, dequantize, quantize_ten
 from modiff.errors import KernelError
 from modiff.kernels import native
 from modiff.kernels.dispatch import Choice
-from modiff.kernels.fixed_point import FixedState, fixed_eagerly
 from modiff.kernels.layout import EncodeLayout, layout_of
 from modiff.kernels.native import KINDS
 from modiff.kernels.triton import backend as gpu
+
+_LARGEST = 2**15 - 1
+_MOST_MULTIPLE = 2**14
+
+
+class FixedState(NamedTuple):
+    """n (int16, the shape of the input) and grid (float32, no axes, a power of two): the state is n * grid."""
+
+    n: Tensor
+    grid: Tensor
+
+    def value(self) -> Tensor:
+        """â, float32, exact."""
+        return self.n.to(torch.float32) * self.grid
+
+
+def start(x: Tensor, headroom: float = 2.0) -> FixedState:
+    """The state nearest to x, on a grid that leaves room for values `headroom` times as large. No host sync.
+
+    The output state must start from `value()`, not from x: the law is ô = A(â) + bias.
+    """
+    values = x.detach().to(torch.float32)
+    step = values.abs().amax() * (headroom / _LARGEST)
+    _, exponent = torch.frexp(step)  # step <= 2^exponent
+    exponent = torch.where(step == 0, -100, exponent)  # the first value that is not zero outgrows it, and starts again
+    grid = torch.where(step.isfinite(), torch.ldexp(torch.ones_like(step), exponent.clamp(-100, 100)), torch.nan)
+    whole = torch.round(values / grid).clamp(-_LARGEST - 1, _LARGEST)
+    return FixedState(whole.nan_to_num(0.0).to(torch.int16), grid)
 
 
 class Past(NamedTuple):
@@ -120,7 +156,7 @@ def encode_eagerly(x: Tensor, past: Past, scale: Tensor | None, layout: EncodeLa
     """`encode_residual` with the core's functions, one pass over memory for each operation: (codes, scale)."""
     state, move, gain, grid, clipped = past
     if state is not None and grid is not None and clipped is not None:
-        return fixed_eagerly(x, FixedState(state, grid), layout, clipped)
+        return _fixed_eagerly(x, FixedState(state, grid), layout, clipped)
     exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
     residual = x = x.to(exact)
     predicted = old = x if state is None else state.to(exact)
@@ -166,5 +202,27 @@ def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: T
     rows, states, sent = (
         None if t is None else t.as_strided(layout.rows, (layout.rows[1], 1)) for t in (x, state, codes)
     )
-    gpu.encode_rows(rows, states, sent, scale.view(-1), layout.bits, layout.clip, dynamic=dynamic)
+    from modiff.kernels.triton.encode import code_rows
+
+    with gpu.on_device_of(x):
+        code_rows(rows, states, sent, scale.view(-1), layout.bits, layout.clip, dynamic=dynamic)
     return True
+
+
+def _fixed_eagerly(x: Tensor, state: FixedState, layout: EncodeLayout, clipped: Tensor) -> tuple[Tensor, Tensor]:
+    """`encode_residual` against integers, with torch's operators."""
+    bits, clip, granularity, channel_dim, *_ = layout
+    qmin, qmax = layout.qmin, layout.qmax
+    residual = x.to(torch.float32) - state.value()
+    ratio = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim).scale / state.grid
+    finite = ratio.isfinite()
+    multiple = torch.where(finite, ratio.ceil(), 1.0).clamp(1, _MOST_MULTIPLE)
+    scale = torch.where(finite, multiple * state.grid, torch.nan)
+    n = state.n.to(torch.int32)
+    rounded = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
+    share = 1 / multiple  # floor(room / multiple) is the whole part of (room + 1/2) / multiple
+    q = torch.minimum(rounded, ((_LARGEST - n + 0.5) * share).to(torch.int32))
+    q = torch.maximum(q, -((_LARGEST + 1 + n + 0.5) * share).to(torch.int32))
+    clipped.add_((q != rounded).sum())
+    state.n.copy_(n + q * multiple.to(torch.int32))
+    return (q - qmin).to(torch.uint8), scale

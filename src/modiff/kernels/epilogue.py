@@ -66,7 +66,7 @@ def in_rows(axes: int, scale: tuple[int, ...], *tensors: Tensor) -> bool:
 
     A run is a sample or a token, and their scales follow each other as the runs do.
     """
-    return _in_rows(tensors[0].shape, tuple(tensor.stride() for tensor in tensors), scale, axes)
+    return _in_rows(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]), scale, axes)
 
 
 @functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts

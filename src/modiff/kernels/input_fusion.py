@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modiff.errors import KernelError
 from modiff.kernels import native
-from modiff.kernels.encode import Past, encode_eagerly, past_of
-from modiff.kernels.fixed_point import FixedState
+from modiff.kernels.encode import FixedState, Past, encode_eagerly, past_of
 from modiff.kernels.layout import EncodeLayout, empty_output, layout_of, pixel_pitch
 from modiff.kernels.native import KINDS
 
 Norm = Literal["none", "group", "group_last", "layer", "affine", "gated"]
 Activation = Literal["none", "silu", "gelu_tanh", "gelu"]
 
-_NORMS: tuple[Norm, ...] = ("none", "group", "layer", "affine", "gated")  # "group_last" is turned into "group"
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order in which input_fusion.cpp numbers them
     "none": lambda y: y,
     "silu": functional.silu,
@@ -80,7 +77,7 @@ class InputFusion(NamedTuple):
         granularity: str = "tensor", *, channel_dim: int = -1, move: Tensor | None = None, gain: Tensor | None = None,
         clipped: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`encode_residual` of y, shaped as x. Raises: KernelError also for a norm or activation that nothing fuses."""
+        """`encode_residual` of y, which is shaped as x."""
         past = past_of(x, state, scale, move, gain, clipped)
         x, fusion = x.detach(), self._detached()
         if scale is not None and scale.numel() == 1:
@@ -94,12 +91,6 @@ class InputFusion(NamedTuple):
         return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
 
     def _detached(self) -> InputFusion:
-        if self.norm not in (*_NORMS, "group_last") or self.activation not in _ACTIVATIONS:
-            raise KernelError(
-                f"InputFusion: expected norm {', '.join(_NORMS)} or group_last and activation "
-                f"{', '.join(_ACTIVATIONS)}, got {self.norm!r} and {self.activation!r}. Nothing else is fused. Compute "
-                "it before the layer and use encode_residual."
-            )
         weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
         return self._replace(weight=weight, bias=bias)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from modiff.errors import KernelError
 from modiff.kernels.backend import Operator
 from modiff.kernels.dispatch import Choice, backend_named, plan, this_machine, warn_if_slow
-from modiff.kernels.fixed_point import FixedState
+from modiff.kernels.encode import FixedState
 from modiff.kernels.isa import Isa
 from modiff.kernels.layout import Geometry, channels_innermost, empty_output, output_shape
 from modiff.kernels.problem import Problem
@@ -80,7 +80,7 @@ class Kernel:
         """`accumulate`, and the new output in `dtype`, a tensor of its own. Cost: the operator and one pass over it.
 
         Args:
-            output: the state, float; or integers (`fixed_point.start`), which need `clipped`: int32, one element, to
+            output: the state, float; or integers (`encode.start`), which need `clipped`: int32, one element, to
                 which the number of values that left 16 bits is added. Any is a reason to start again.
         """
         state, integers = output, None

@@ -33,7 +33,7 @@ def test_the_kernels_equal_the_reference_bit_for_bit() -> None:
 
 def test_a_cpu_keeps_its_own_kernels_and_a_gpu_without_triton_takes_the_reference(monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRETED", False)
-    monkeypatch.setattr(gpu, "encode_rows", lambda *_, **__: pytest.fail("Triton was asked"))
+    monkeypatch.setattr("modiff.kernels.encode._on_gpu", lambda *_, **__: pytest.fail("Triton was asked"))
     encode_residual(torch.randn(2, 8), None, None, 8, granularity="token")
     monkeypatch.setattr(gpu, "installed", lambda: False)
     assert plan(Problem(64, 64, device="cuda"), Isa("avx2")).reason == "float64 sums, slow: Triton is not installed"

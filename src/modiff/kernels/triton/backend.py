@@ -89,16 +89,6 @@ class Triton(Backend):
 TRITON = Triton()
 
 
-def encode_rows(
-    x: Tensor, state: Tensor | None, codes: Tensor, scale: Tensor, bits: int, clip: float, *, dynamic: bool
-) -> None:
-    """Encode rows that share a scale, (rows, elements) each and dense; `scale` and `state` are written in place."""
-    from modiff.kernels.triton.encode import code_rows
-
-    with _on_device_of(x):
-        code_rows(x, state, codes, scale, bits, clip, dynamic=dynamic)
-
-
 def _add(operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor | None) -> None:
     """Into a state with channels innermost in memory, or through a copy that has them there."""
     dense = channels_innermost(state, operator.axes) and state.dtype in STATES
@@ -108,7 +98,7 @@ def _add(operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output
         state.copy_(target)
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton starts kernels on the present device, wherever their tensors lie."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -122,12 +112,11 @@ def _made(operator: Operator, codes: Tensor, dtype: torch.dtype) -> Tensor:
 def _run(
     operator: Operator, codes: Tensor, scale: Tensor, state: Tensor | None, output: Tensor | None, bias: Any = None
 ) -> None:
-    from modiff.kernels.triton.conv import run_conv
-    from modiff.kernels.triton.linear import run_linear
+    from modiff.kernels.triton.products import run_conv, run_linear
 
     weight, channels, zero = _weight(operator), operator.weight_scale.flatten().to(torch.float32), operator.zero_point
     scale = scale.to(torch.float32).contiguous()
-    with _on_device_of(codes):
+    with on_device_of(codes):
         if operator.axes:
             codes = innermost(codes)
             run_conv(codes, weight, channels, scale, zero, operator.geometry, state=state, output=output, bias=bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update
-from modiff.kernels.fixed_point import FixedState, start
+from modiff.kernels.encode import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
 from modiff.nn.loop.integer import (

@@ -20,8 +20,7 @@ from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
 from modiff.kernels.backend import PREPACKED
 from modiff.kernels.dispatch import Choice, plan
-from modiff.kernels.encode import encode_residual
-from modiff.kernels.fixed_point import FixedState
+from modiff.kernels.encode import FixedState, encode_residual
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.layout import channels_innermost, innermost

@@ -12,7 +12,7 @@ from modiff.config import ModulationConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate, encode_plain, output_of
 from modiff.errors import StateError
-from modiff.kernels.fixed_point import FixedState
+from modiff.kernels.encode import FixedState
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
 from modiff.nn.operator import LayerOperator, LayerSpec
