@@ -77,14 +77,14 @@ class Int16Input(IntegerInput):
             return encode_run(*runs[i], state, self.quantizer, clipped=self._clipped)
 
         codes = [encode(i, state) for i, state in enumerate(self.states)]
-        largest, intra = max(float(scale.max()) for _, scale in codes), None
+        largest, intra = max(float(scale.max()) for _, scale in codes) if x.is_cpu else 0.0, None
         self.least -= largest
         if not 1.001 * largest < self.least:
             intra = self.restart_jumped(codes, runs, encode)
         self.least -= largest * self.quantizer.unsent
-        return (
-            self.begin(x, fusion) if bool(self._clipped > 0) else Update(None, (ByteCode(tuple(codes)),), intra=intra)
-        )
+        if bool(self._clipped > 0):
+            return self.begin(x, fusion)
+        return Update(None, (ByteCode(tuple(codes)),), intra=intra)
 
 
 class Int16Loop(IntegerLoop):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -186,12 +187,19 @@ class IntegerInput(InputState):
         """Write, in place, codes and states of samples that jump as from zero. Returns: flags of these samples.
 
         encode: the codes of a run of channels against a state, which becomes the next one.
-        Cost: a second encoding.
+        Cost: a second encoding. Devices are waited for once after an anchor: where nothing jumps then, nothing is
+            looked at until the next one.
         """
+        if codes[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
         blank = [type(state)(torch.zeros_like(state[0]), *state[1:]) for state in self.states]
         own = [encode(i, state) for i, state in enumerate(blank)]
         noise, least = (noise_of([QParams(s, None) for _, s in each], self.quantizer) for each in (codes, own))
-        intra, self.least = jumped(noise, least), float(least.min()) ** 0.5 if least.is_cpu else 0.0
+        if least.is_cpu:
+            self.least = float(least.min()) ** 0.5
+        elif self.least == 0.0:
+            self.least = -1.0 if bool((noise > least).any()) else math.inf
+        intra = None if self.least == math.inf else jumped(noise, least)
         if intra is not None:
             intra = jumped(self._unsent(runs, self.states), self._unsent(runs, blank), intra)
         for i, state in enumerate(self.states if intra is not None else ()):
