@@ -190,8 +190,6 @@ class IntegerInput(InputState):
         Cost: a second encoding. Devices are waited for once after an anchor: where nothing jumps then, nothing is
             looked at until the next one.
         """
-        if codes[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
         blank = [type(state)(torch.zeros_like(state[0]), *state[1:]) for state in self.states]
         own = [encode(i, state) for i, state in enumerate(blank)]
         noise, least = (noise_of([QParams(s, None) for _, s in each], self.quantizer) for each in (codes, own))
