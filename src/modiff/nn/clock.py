@@ -11,8 +11,7 @@ from torch import Tensor
 from modiff.errors import StateError, warn_once
 from modiff.nn.branches import Branches, Inputs
 
-_STARTING = threading.Lock()
-"""One for all models, as clocks are copied with them: of two threads that start, one must see the other."""
+_STARTING = threading.Lock()  # one for all models, as clocks are copied with them
 
 
 def middle(timestep: Tensor | float) -> Tensor:
@@ -101,8 +100,7 @@ class Clock:
 
     def again(self) -> None:
         """The first timestep came again, with the same inputs: a tile, or another trajectory of one step."""
-        branches = self._branches
-        self._branches = {}
+        branches, self._branches = self._branches, {}
         self._forget()
         self._branches = branches
         for known in branches.values():

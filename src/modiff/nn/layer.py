@@ -37,15 +37,6 @@ class ModulatedLayer(nn.Module):
 
     channel_dim: ClassVar[int]
     spec_of: Callable[[str, LayerConfig, int | None], LayerSpec]
-    bias: Tensor | None
-    name: str
-    config: LayerConfig
-    spec: LayerSpec
-    clock: Clock
-    operator: LayerOperator
-    unsupported: str
-    loop: SimulatedLoop
-    number: int
 
     @functools.wraps(nn.Module.__new__)
     def __new__(cls, *sizes: Any, **settings: Any) -> Any:
@@ -160,10 +151,9 @@ class ModulatedLayer(nn.Module):
         return isinstance(self.quantized_weight, PackedWeight)
 
     def pack(self, anchor_weights: PackedAnchors = "quantized") -> None:
-        """Keep the codes of the weight and drop its floats; nothing happens where the weight has no bits, or again.
+        """Keep the codes of the weight, for "int8" anchors those of its rounding error too, and drop its floats.
 
-        Args:
-            anchor_weights: "int8" keeps codes of the rounding error for anchors, where those have exact weights.
+        Nothing happens where the weight has no bits, or again.
         Raises: ConfigError for a weight with NaN; StateError if it no longer belongs to its fixed codes.
         """
         if self.config.weight.bits is not None and not self.packed:
@@ -226,10 +216,7 @@ class ModulatedLayer(nn.Module):
         if not isinstance(weight, Tensor) or weight.is_floating_point() == dtype.is_floating_point:
             super()._load_from_state_dict(state_dict, prefix, *others)
             return
-        others[-1].append(
-            f"{prefix}weight: expected {dtype}, got {weight.dtype}. Packed and float weights do not fit "
-            "each other. Load it with modiff.load."
-        )
+        others[-1].append(f"{prefix}weight: expected {dtype}, got {weight.dtype}. One is packed. Use modiff.load.")
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output for `input`, same dtype; one operator in a graph of torch.compile.
@@ -237,29 +224,20 @@ class ModulatedLayer(nn.Module):
         A gradient for `input` is refused when it is asked for: its backward raises StateError.
         Raises: StateError outside a trajectory, or if the input does not fit the states.
         """
-        if torch.compiler.is_compiling():
-            output = traced.layer(self.clock.token, input, self.number)
-        else:
-            output = self.run(input)
+        graph = torch.compiler.is_compiling()
+        output = traced.layer(self.clock.token, input, self.number) if graph else self.run(input)
         if input.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
             return traced.guard(input, output, self.number)
         return output
 
     def run(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
-        """`forward`, outside of any graph or as an operator of one.
-
-        Args:
-            fusion: what x passes through on its way into the layer, of its shape; the layer computes it too.
-            read: None outside of a graph; in it the number of what the layer reads there, as `Source` has it.
-        """
+        """`forward`, outside of any graph or as an operator of one; with what x passes through on its way in."""
         spec = self.spec
         if x.numel() == 0:  # no range to quantize: an expert that nothing was sent to
             return self.operator.affine(x)
         if spec.kernel_size and x.dim() != len(spec.kernel_size) + 2:
-            raise StateError(
-                f"{spec.name}: expected {len(spec.kernel_size) + 2} axes (batch, channels, ...), got {tuple(x.shape)}. "
-                "Scales and states belong to the samples of a batch. Add the batch axis with x[None]."
-            )
+            raise StateError(f"{spec.name}: expected {len(spec.kernel_size) + 2} axes (batch, channels, ...), got "
+                             f"{tuple(x.shape)}. States belong to samples. Add the batch axis: x[None].")  # fmt: skip
         if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a small layer
             return self.loop.step(x, fusion, read)
         with torch.autocast(x.device.type, enabled=False):

@@ -72,28 +72,19 @@ class _ModulatedTransposed(ModulatedLayer):
 
     def operate(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own computation with a weight (O, I / groups, ...)."""
-        convolve = getattr(functional, f"conv_transpose{len(self.kernel_size)}d")
-        extra = self.__dict__.get("extra", self.output_padding)
-        return convolve(
-            x, turned(weight, self.groups), bias, self.stride, self.padding, extra, self.groups, self.dilation
-        )
+        axes, size = len(self.kernel_size), self.__dict__.get("output_size")
+        extra = self._output_padding(x, size, self.stride, self.padding, self.kernel_size, axes, self.dilation)
+        convolve, weight = getattr(functional, f"conv_transpose{axes}d"), turned(weight, self.groups)
+        return convolve(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """As `ModulatedLayer.forward`, of a given size. Raises: StateError in a graph for another than its own."""
-        axes = len(self.kernel_size)
-        extra = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, axes, self.dilation
-        )
-        if tuple(extra) == self.output_padding:
-            return super().forward(input)
-        if torch.compiler.is_compiling():
-            raise StateError(f"{self.name}: expected the layer's own output size in a graph of torch.compile, got "
-                             f"{output_size}. A graph calls it without. Set output_padding.")  # fmt: skip
-        self.__dict__["extra"] = extra
-        try:
-            return super().forward(input)
-        finally:
-            del self.__dict__["extra"]
+        """As `ModulatedLayer.forward`. Raises: StateError also for an output size in a graph."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["output_size"] = output_size
+        elif output_size is not None:
+            raise StateError(f"{self.name}: expected no output size in a graph of torch.compile, got {output_size}. "
+                             "The graph keeps none. Set the layer's output_padding.")  # fmt: skip
+        return super().forward(input)
 
 
 class ModulatedConvTranspose1d(_ModulatedTransposed, nn.ConvTranspose1d):

@@ -6,7 +6,6 @@ For anchors a layer may keep 8-bit codes of what rounding took from its weight, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Never
 
 import torch
@@ -54,19 +53,13 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 class PackedWeight(QuantizedWeight):
     """w ~ scale_o * code_o where only the codes are kept, and unpacked at each use, whatever weight is given.
 
-    Args:
-        was: the weight that was packed.
-        shape: of the weight, (O, I / groups, ...).
-        dtype: that it had, and has for those who read it.
-        parameters, buffers: of the layer; codes and scales are read from them at each use, as they move with the layer.
+    shape: (O, I / groups, ...). dtype: that the weight had, and has for those who read it. tensors: the dictionaries of
+    the layer's parameters and buffers, which hold codes and scales.
     """
 
-    def __init__(
-        self, was: QuantizedWeight, shape: tuple[int, ...], dtype: torch.dtype, parameters: dict[str, Any],
-        buffers: dict[str, Any],
-    ) -> None:  # fmt: skip
+    def __init__(self, was: QuantizedWeight, shape: tuple[int, ...], dtype: torch.dtype, *tensors: Any) -> None:
         super().__init__(was.config, was.columns, was.rotation, was.name, was.transposed)
-        self.shape, self.dtype, self._parameters, self._buffers = shape, dtype, parameters, buffers
+        self.shape, self.dtype, (self._parameters, self._buffers) = shape, dtype, tensors
         self.fixed = True  # the codes are the weight, and never rounded again
 
     def refresh(self, weight: Tensor) -> int:
@@ -105,20 +98,14 @@ class PackedWeight(QuantizedWeight):
         values.refuse, values._is_param = self.floats, True  # torch's sign that a tensor is an nn.Parameter
         return values
 
-    def floats(self, weight: Tensor | None = None) -> Never:
+    def floats(self, *_: object) -> Never:
         """Raises: StateError; the floats are gone."""
         raise StateError(
             f"{self.name}: expected a float weight, got a packed one. Packing keeps the integers alone, and rounding "
             "starts from floats. Do this before modiff.pack, on the full-precision model."
         )
 
-    def fix(self, codes: tuple[WeightCodes, ...]) -> Never:
-        """Raises: StateError, as `floats`."""
-        self.floats()
-
-    def unfix(self) -> Never:
-        """Raises: StateError, as `floats`."""
-        self.floats()
+    fix = unfix = floats
 
     def _split(self, codes: Tensor, scale: str) -> tuple[WeightCodes, ...]:
         scales = self.buffer(scale).reshape(len(codes), -1, *[1] * (codes.dim() - 2)).split(1, 1)
@@ -126,13 +113,10 @@ class PackedWeight(QuantizedWeight):
 
 
 class _ReadOnly(Tensor):
-    """Floats that codes stand for: writing them would change nothing, and is refused."""
-
-    refuse: Callable[[], Never]
+    """Floats that codes stand for: writing them would change nothing, and raises StateError."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As torch's, of plain tensors. Raises: StateError for an operator that writes."""
         name = func.__name__
         if name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1] == "_" and name[-2] != "_"):
             args[0].refuse()

@@ -29,10 +29,8 @@ class Source:
     tensors have no version: there the read number of the graph tells, and without one the bytes, where a layer joins at
     the same address. A write through `.data` between two readers is not seen.
 
-    Args:
-        read: None in eager execution; in a graph the number of what is read, negative for the first that reads it in
-            each run of the graph, 0 where it has none.
-        shared: whether other readers will come; otherwise the bytes, which cost a pass over x, are not looked at.
+    read: None in eager execution; in a graph the number of what is read, negative for its first reader in each run of
+    it, 0 where it has none. shared: whether other readers will come; otherwise no bytes are looked at.
     """
 
     __slots__ = ("address", "bytes", "read", "tensor", "version")

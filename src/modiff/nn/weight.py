@@ -15,10 +15,9 @@ from modiff.kernels.native import Fingerprint, fingerprint
 WeightCodes = tuple[Tensor, QParams]
 """int8 codes of some columns of a weight, and their scale per output channel."""
 
-_HALF = 2.0**-8
-"""Relative rounding error of bfloat16, the coarsest dtype that a weight may pass through after its codes were fixed."""
-_TINY = 2.0**-24
-"""Absolute rounding error of float16 below its smallest normal number, with room for one more."""
+# relative rounding error of bfloat16, the coarsest dtype that a weight may pass through after its codes were fixed, and
+# absolute error of float16 below its smallest normal number, with room for one more
+_HALF, _TINY = 2.0**-8, 2.0**-24
 
 
 class QuantizedWeight:
@@ -54,16 +53,17 @@ class QuantizedWeight:
         self._key = None
 
     def fix(self, codes: tuple[WeightCodes, ...]) -> None:
-        """Let these codes be the weight from now on, for example after AdaRound.
+        """Let these codes, as `codes` has them, be the weight from now on; they survive `.to()` and `forget`.
 
-        Args:
-            codes: for each range along axis 1, int8 codes (O, columns, ...) of the rotated weight if the layer
-                rotates, and symmetric scales (O, 1, ...). They survive `.to()`, `.half()` and `forget`.
         Raises: ConfigError if they are no codes for this layer.
         """
         bits, form = self.config.bits, [(each.dtype, each.shape[1]) for each, _ in codes]
         fits = bits is not None and form == [(torch.int8, columns) for columns in self.columns]
-        if not fits or not all(_are_codes(*each, qrange(bits)) for each in codes):
+        for each, (scale, zero_point) in codes if fits else ():
+            qmin, qmax = qrange(bits)
+            fits &= zero_point is None and bool(((scale > 0) & scale.isfinite()).all())
+            fits &= len(scale) == len(each) and bool(((each >= qmin) & (each <= qmax)).all())
+        if not fits:
             raise ConfigError(
                 f"{self.name}: expected {bits}-bit codes for {self.columns} columns and positive scales, got {form}. "
                 "Fixed codes take the place of rounding. Give what `codes` returns, rounded otherwise."
@@ -102,7 +102,7 @@ class QuantizedWeight:
         """W - W_q in 8-bit codes, to half a scale; for weights with bits. Raises: as `codes`."""
         values = self.floats(weight)
         lost = values - dense(self.codes(weight), values.dtype)
-        return tuple(_rounded(each, 8, MinMaxObserver(0)) for each in lost.split(self.columns, 1))
+        return tuple(_rounded(each, 8) for each in lost.split(self.columns, 1))
 
     def dense(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that the layer computes with, in `dtype`. Cost: one pass over the weight when quantized."""
@@ -142,11 +142,8 @@ class QuantizedWeight:
             return
         self._rotated, self._codes = None, ()
         if self.config.bits is not None:
-            search, bits = self.config.search == "mse", self.config.bits
-            self._codes = tuple(
-                _rounded(each, bits, MSEObserver(0, keep=None) if search else MinMaxObserver(0))
-                for each in values.split(self.columns, 1)
-            )
+            columns, search = values.split(self.columns, 1), self.config.search
+            self._codes = tuple(_rounded(each, self.config.bits, search) for each in columns)
         elif self.rotation is not None and values.data_ptr() != weight.data_ptr():
             self._rotated = values  # blocks of one channel turn nothing, and give the weight itself
 
@@ -161,8 +158,7 @@ class QuantizedWeight:
         if not fits:
             raise StateError(
                 f"{self.name}: expected the weight whose codes were fixed, got another one: the weight changed after "
-                "its rounding was learned. The codes mean nothing for it. Undo the change, or call modiff.reconstruct "
-                "again."
+                "its rounding was learned, so they mean nothing. Undo the change, or call modiff.reconstruct again."
             )
 
 
@@ -187,16 +183,11 @@ def dense(codes: tuple[WeightCodes, ...], dtype: torch.dtype) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat(values, 1)
 
 
-def _rounded(values: Tensor, bits: int, observer: MinMaxObserver | MSEObserver) -> WeightCodes:
+def _rounded(values: Tensor, bits: int, search: str = "minmax") -> WeightCodes:
+    observer = MSEObserver(0, keep=None) if search == "mse" else MinMaxObserver(0)
     observer.observe(values)
     qparams = observer.qparams(bits)
     return quantize_tensor(values, qparams, bits), qparams
-
-
-def _are_codes(codes: Tensor, qparams: QParams, limits: tuple[int, int]) -> bool:
-    inside, scale = bool(((codes >= limits[0]) & (codes <= limits[1])).all()), qparams.scale
-    positive = len(scale) == len(codes) and bool(((scale > 0) & scale.isfinite()).all())
-    return inside and positive and qparams.zero_point is None
 
 
 def _half_error(values: Tensor, rotation: tuple[Segment, ...] | None) -> Tensor:

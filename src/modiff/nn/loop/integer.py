@@ -67,10 +67,7 @@ class ByteCode(NamedTuple):
 
 
 def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tensor, ...]:
-    """The runs of channels of x, each dense in memory, channels innermost where x has them so.
-
-    Cost: nothing for one run, otherwise a copy of x.
-    """
+    """The runs of channels of x, each dense in memory, channels innermost where x has them so; copies, but for one."""
     if len(runs) == 1:
         return (x,)
     split = x.split_with_sizes(runs, channel_dim)
@@ -80,10 +77,7 @@ def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tens
 
 
 def fused_runs(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> list[Run]:
-    """What is encoded for each run of channels: a tensor, and what it passes through on the way.
-
-    Cost: where no kernel computes `fusion` for such runs, torch's operators do it here.
-    """
+    """What is encoded for each run of channels: a tensor, and what it passes through, where kernels compute that."""
     if len(quantizer.segments) == 1:
         return [(x, fusion)]
     if fusion is not None:
@@ -260,10 +254,7 @@ class IntegerLoop(SimulatedLoop):
         return self._kernels
 
     def choices(self) -> tuple[Choice, ...]:
-        """The backend of each run of channels, and why; empty for a weight on the meta device.
-
-        Before the weight is quantized, by the largest code of its bits.
-        """
+        """The backend of each run of channels, and why; before there are codes, by the largest that its bits allow."""
         weight, largest = self.operator.weight, 2 ** ((self.spec.config.weight.bits or 8) - 1) - 1
         if self._kernels or weight.is_meta:
             return tuple(kernel.choice for kernel in self._kernels)
@@ -282,16 +273,15 @@ class IntegerLoop(SimulatedLoop):
         if update.intra is not None:
             start = torch.as_tensor(self.operator.start(), dtype=torch.float32, device=state.value.device)
             torch.where(update.intra, start, state.value, out=state.value)
-        *others, last = zip(self.kernels, code.runs, strict=True)
+        *others, (kernel, codes) = zip(self.kernels, code.runs, strict=True)
         if not update.weights:
-            for kernel, codes in others:
-                kernel.accumulate(state.value, *codes)
-            kernel, codes = last
+            for other, sent in others:
+                other.accumulate(state.value, *sent)
             return kernel.step(state.value, *codes, dtype)
         # the move takes what is sent, ô_t - ô_{t+1} = g (ô_{t+1} - ô_{t+2}) + A_q(q_t), and the state takes the move
         move = state.moves[0].mul_(*update.weights) if state.moves else torch.zeros_like(state.value)
-        for kernel, codes in (*others, last):
-            kernel.accumulate(move, *codes)
+        for other, sent in (*others, (kernel, codes)):
+            other.accumulate(move, *sent)
         memory.output = State(state.value.add_(move), (move,))
         return state.value.to(dtype, copy=True)
 
@@ -324,12 +314,9 @@ class IntegerLoop(SimulatedLoop):
         return Kernel(problem, weight, scale.to(torch.float32))
 
     def _problem(self, inputs: int, outputs: int, device: str, weight_max: int) -> Problem:
-        spec = self.spec
-        return Problem(
-            inputs=inputs, outputs=outputs, kernel_size=spec.kernel_size, stride=spec.stride, padding=spec.padding,
-            dilation=spec.dilation, groups=spec.groups, bits=spec.config.activation.bits or 8, weight_max=weight_max,
-            device=device,
-        )  # fmt: skip
+        spec, bits = self.spec, self.spec.config.activation.bits or 8
+        geometry = spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.groups
+        return Problem(inputs, outputs, *geometry, bits=bits, weight_max=weight_max, device=device)
 
 
 def _equal(one: Codes, other: Codes) -> bool:
