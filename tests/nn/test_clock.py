@@ -63,22 +63,6 @@ def test_the_middle_of_equal_timesteps_is_theirs_to_the_bit(value):
         assert torch.equal(middle(torch.full((count,), value)), torch.full((1,), value))
 
 
-def test_starting_and_stopping_frees_what_was_registered_and_counts_from_zero():
-    clock, calls = Clock("model"), []
-    clock.on_reset(lambda: calls.append(clock.active))
-    for _ in range(2):
-        clock.start()
-        clock.call(1.0)
-        assert clock.step == 0
-        clock.context = "cond"
-        clock.stop()
-        assert (clock.active, clock.context) == (False, "default")
-    assert calls == [False] * 4
-    clock.start()
-    with pytest.raises(StateError, match=r"model: expected no running trajectory, got a second one"):
-        clock.start()
-
-
 def test_the_network_is_inside_between_its_call_and_its_return_and_one_that_raised_ends_the_trajectory():
     clock = Clock("model")
     clock.call(3.0)
@@ -119,30 +103,6 @@ def test_a_transition_is_the_last_two_timesteps_of_its_context(clock):
     clock.call(6.0)
     clock.call(5.0)
     assert clock.transition() == (5.0, 6.0)
-
-
-EVALUATIONS = {  # timesteps of the evaluations, and the branch of each
-    "one": ([9, 6, 3, 0], [0, 0, 0, 0]),
-    "tiles": ([9, 9, 9, 6, 6, 6, 3, 3, 3], [0, 1, 2, 0, 1, 2, 0, 1, 2]),
-    "a sampler that visits timesteps twice": ([9, 6, 6, 3, 3, 0], [0] * 6),
-    "the same with guidance in two calls": ([9, 9, 6, 6, 6, 6, 3, 3, 3, 3], [0, 1] * 5),
-    "no timestep": ([None] * 4, [0] * 4),
-    "a host that does not number them": ([9, 9], [0, 0]),
-}
-
-
-@pytest.mark.parametrize("kind", EVALUATIONS)
-def test_evaluations_at_one_timestep_are_branches_as_many_as_at_the_first(clock, kind):
-    times, branches = EVALUATIONS[kind]
-    clock.numbered = "host" not in kind
-    seen = []
-    for time in times:
-        clock.call(time)
-        seen.append((clock.context, clock.step))
-        clock.returned()
-        assert clock.context == "default"
-    names = ["default" if branch == 0 else f"default #{branch}" for branch in branches]
-    assert seen == [(name, names[:i].count(name)) for i, name in enumerate(names)]
 
 
 def test_another_number_of_evaluations_at_a_timestep_warns_once_and_the_first_timestep_begins_another_generation(

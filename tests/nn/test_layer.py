@@ -84,16 +84,6 @@ def test_contexts_and_repeated_calls_in_an_evaluation_have_states_of_their_own(k
     assert len(layer.loop.tensors()) == 4
 
 
-def test_states_are_there_during_a_trajectory_and_freed_at_its_end(kind):
-    layer, inputs = quantized(KINDS[kind][0](), W8A4, name="up"), walk(kind)
-    layer.clock.start()
-    for x in inputs:
-        evaluate(layer, x)
-    assert [t.shape[0] for t in layer.loop.tensors()] == [3, 3]
-    layer.clock.stop()
-    assert layer.loop.tensors() == layer.inputs.states == []
-
-
 def test_outside_of_an_evaluation_in_a_trajectory_only_layers_without_memory_run(kind):
     original, x = KINDS[kind][0](), walk(kind)[0]
     layer = quantized(original, W8A4, name="to_q")
@@ -111,21 +101,6 @@ def test_an_empty_batch_gives_an_empty_output(form):
     layer.clock.start()
     assert evaluate(layer, torch.empty(0, 8)).shape == (0, 4)
     assert evaluate(layer, torch.ones(2, 8)).shape == (2, 4)
-
-
-def test_it_shares_parameters_buffers_and_hooks_with_the_layer_it_replaces(kind):
-    original, calls = KINDS[kind][0](), []
-    original.register_buffer("marker", torch.ones(1))
-    original.register_forward_hook(lambda *_: calls.append(1))
-    attributes = dict(original.__dict__)
-    modulated = quantized(original, W8A4)
-    assert modulated.state_dict().keys() == original.state_dict().keys()
-    play(modulated, walk(kind))
-    assert len(calls) == 4
-    assert original.__dict__ == attributes
-    modulated.to(torch.bfloat16)
-    assert {original.weight.dtype, original.marker.dtype} == {torch.bfloat16}
-    assert play(modulated, [x.bfloat16() for x in walk(kind)])[0][0].dtype == torch.bfloat16
 
 
 def test_float32_layers_stay_near_the_float64_reference_over_fifty_steps(kind):

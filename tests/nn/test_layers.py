@@ -75,22 +75,19 @@ def modulated_configs(draw: st.DrawFn) -> LayerConfig:
 
 
 @given(
-    inputs=trajectories((2, 2, 12), max_steps=5), config=modulated_configs(), split=st.sampled_from([None, 4]),
+    inputs=trajectories((2, 8, 3), max_steps=5), config=modulated_configs(),
+    split_and_groups=st.sampled_from([None, (None, 1), (2, 1), (6, 1), (None, 2), (None, 4)]),
     timesteps=st.sampled_from([None, [999.0, 900.0, 700.0, 650.0, 1.0]]),
 )  # fmt: skip
-@settings(max_examples=60)
-def test_a_linear_layer_equals_the_reference(inputs, config, split, timesteps):
-    equals_the_reference(randomised(nn.Linear(12, 5)).double(), config, inputs, split, timesteps)
-
-
-@given(
-    inputs=trajectories((2, 8, 3), max_steps=4), config=modulated_configs(),
-    split_and_groups=st.sampled_from([(None, 1), (2, 1), (6, 1), (None, 2), (None, 4)]),
-)  # fmt: skip
-@settings(max_examples=60)
-def test_a_convolution_equals_the_reference(inputs, config, split_and_groups):
-    split, groups = split_and_groups
-    equals_the_reference(randomised(nn.Conv1d(8, 4, 3, padding=1, groups=groups)).double(), config, inputs, split)
+@settings(max_examples=120)
+def test_a_layer_equals_the_reference(inputs, config, split_and_groups, timesteps):
+    if split_and_groups is None:
+        inputs = [x.transpose(1, 2).contiguous() for x in inputs]
+        equals_the_reference(randomised(nn.Linear(8, 5)).double(), config, inputs, 3, timesteps)
+    else:
+        split, groups = split_and_groups
+        layer = randomised(nn.Conv1d(8, 4, 3, padding=1, groups=groups)).double()
+        equals_the_reference(layer, config, inputs, split, timesteps)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import math
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.kernels.layout import weight_codes
-from modiff.nn.packed import ERROR, pack_nibbles, packed_storage
+from modiff.nn.packed import ERROR, pack_nibbles
 from tests.helpers import assert_same_bits, assert_same_tensors, assert_within, drifting, relative_error
 from tests.nn.building import same_bits
 from tests.recipes import evaluate, play, quantized, randomised
@@ -43,14 +38,6 @@ def test_each_byte_holds_two_codes_the_first_in_its_low_half():
     assert_same_bits(pack_nibbles(codes), every)
 
 
-@given(st.integers(1, 4), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31))
-def test_packing_and_unpacking_give_the_codes_back(rows, channels, kernel, seed):
-    codes = torch.randint(-8, 8, (rows, channels, kernel), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    packed = pack_nibbles(codes)
-    assert packed.shape == (rows, math.ceil(channels * kernel / 2))
-    assert_same_bits(weight_codes(packed, tuple(codes.shape)), codes)
-
-
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("kind", LAYERS)
@@ -66,33 +53,15 @@ def test_a_packed_layer_computes_the_same_bits(kind, bits, rotation):
     same_bits([layer.packed_state().values()], [stored.values()])
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("anchor_weights", ["quantized", "int8"])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_the_storage_that_is_announced_is_the_one_a_layer_takes(kind, bits, anchor_weights):
-    """Four bits and fewer take half a byte a weight, more take one."""
-    layer, _ = layer_of(kind, bits, "exact")
-    shape = layer.weight_shape
-    announced = packed_storage(bits, shape, len(layer.quantized_weight.columns), error=anchor_weights == "int8")
-    layer.pack(anchor_weights)
-    state = layer.packed_state()
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == announced
-    assert {name for name, _ in layer.named_buffers()} == announced.keys() - {"weight"}
-    assert layer.operator.weight.nbytes == shape[0] * math.ceil(math.prod(shape[1:]) / (2 if bits <= 4 else 1))
-
-
 def test_the_layer_it_was_made_from_keeps_its_own_weight_and_one_without_bits_stays_as_it_is():
-    original = randomised(nn.Linear(8, 4))
-    weight = original.weight.detach().clone()
-    layer = quantized(original, LayerConfig(weight=WeightConfig(bits=4)))
-    layer.pack()
-    assert_same_bits(original.weight.detach(), weight)
-    assert dict(original.named_buffers()) == {}
-    assert layer.bias is original.bias
-    floats = quantized(original, LayerConfig(weight=WeightConfig(bits=None)))
-    floats.pack()
-    assert not floats.packed
-    assert floats.weight is original.weight
+    for bits in (4, None):
+        original = randomised(nn.Linear(8, 4))
+        before = dict(original.__dict__)
+        layer = quantized(original, LayerConfig(weight=WeightConfig(bits=bits)))
+        layer.pack()
+        assert original.__dict__ == before
+        assert layer.packed == (bits is not None) == (layer.weight is not original.weight)
+        assert layer.bias is original.bias
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
@@ -104,25 +73,6 @@ def test_scales_stay_float32_and_codes_integers_whatever_the_dtype(dtype):
     assert_same_tensors(layer.packed_state(), before)
     assert layer.bias.dtype == dtype
     assert play(layer, [x.to(dtype) for x in inputs])[0][0].dtype == dtype
-
-
-@pytest.mark.parametrize("anchor", ["quantized", "int8"])
-def test_packed_layers_can_be_copied_and_moved_to_the_meta_device_and_filled_again(anchor):
-    layer, inputs = layer_of("split", 4, "quantized" if anchor == "quantized" else "exact")
-    layer.pack(anchor)
-    expected = play(layer, inputs)
-    copied = copy.deepcopy(layer)
-    layer.weight_scale.zero_()
-    same_bits(play(copied, inputs), expected)
-    state = {name: tensor.clone() for name, tensor in copied.state_dict().items()}
-    assert state.keys() == {"bias", *layer.packed_state()}
-    copied.to_empty(device="meta")
-    assert copied.weight_scale.is_meta
-    copied.half()
-    assert copied.weight_scale.dtype == torch.float32
-    copied.load_state_dict(state, assign=True)
-    same_bits(play(copied, inputs), expected)
-    assert copied.keeps_error() == (anchor == "int8")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -154,19 +104,6 @@ def test_anchor_codes_are_the_rounding_error_to_half_a_scale(kind, bits, rotatio
     for columns, scale in zip(error.split(weight.columns, 1), scales, strict=True):
         assert_within(columns, torch.zeros_like(columns), scale.reshape(-1, *[1] * (columns.dim() - 1)) / 2 + 1e-7)
     assert float(error.norm()) < 0.02 * float((exact - weight.dense(layer.weight, torch.float64)).norm())
-
-
-@pytest.mark.parametrize("execution", ["simulated", "integer"])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_a_packed_layer_anchors_with_the_codes_that_it_keeps(kind, execution):
-    outputs = {}
-    for anchor_weights in ("exact", "int8", "quantized"):
-        layer, inputs = layer_of(kind, 4, "exact", execution=execution)
-        if anchor_weights != "exact":
-            layer.pack(anchor_weights)
-        outputs[anchor_weights] = [output for output, _, _ in play(layer, inputs)]
-    for exact, kept, rounded in zip(*outputs.values(), strict=True):
-        assert float((kept - exact).norm()) < 0.05 * float((rounded - exact).norm())
 
 
 @pytest.mark.parametrize(("bits", "anchor", "pack", "words"), [

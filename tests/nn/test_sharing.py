@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError
 from modiff.core import quantizer, recursion
@@ -16,7 +16,7 @@ from modiff.nn import operator, sharing
 from modiff.nn.sharing import Source
 from tests.helpers import drifting
 from tests.nn.building import group_of, same_bits, step
-from tests.recipes import play, quantized, randomised, state_of
+from tests.recipes import state_of
 
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="bytes are compared by a compiled loop")
 
@@ -149,20 +149,6 @@ def test_members_that_no_longer_read_one_tensor_open_states_of_their_own_or_are_
         layers[0](second)
         with pytest.raises(StateError, match="to_k: expected the tensor that its group read before, got another one"):
             layers[1](change(second))
-
-
-@pytest.mark.parametrize("execution", ["simulated", "integer"])
-@pytest.mark.parametrize(("every", "measured"), [(1, [1, 2, 3, 4, 5]), (2, [1, 1, 3, 3, 5]), (100, [1, 1, 1, 1, 1])])
-def test_scales_are_held_over_some_steps_and_measured_where_due(every, measured, execution):
-    activation = QuantizerConfig(bits=4, granularity="tensor", refresh_every=every)
-    layer = quantized(randomised(nn.Linear(8, 3)), LayerConfig(activation=activation, execution=execution))
-    inputs = [x * (1 + i) for i, x in enumerate(drifting(0, (2, 8), 6, 0.5, torch.float32))]
-    states = [state for _, state, _ in play(layer, inputs)]
-    scales = [float((x - state).abs().max()) / 7 for x, state in zip(inputs[1:], states, strict=False)]
-    for i, source in enumerate(measured, 1):
-        codes = (states[i] - states[i - 1]) / scales[source - 1]
-        assert float((codes - codes.round()).abs().max()) < 1e-3
-        assert float(codes.abs().max()) <= 8 + 1e-3
 
 
 def test_rotation_and_dequantization_run_once_for_a_group_and_codes_are_freed_when_the_last_has_read_them(monkeypatch):

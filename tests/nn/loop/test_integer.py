@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.core.observers import MinMaxObserver
-from modiff.kernels.backend import PREPACKED
 from modiff.nn.loop.integer import ByteCode
 from modiff.nn.sharing import InputState
 from tests.helpers import assert_same_bits, assert_within, drifting, relative_error
@@ -222,17 +219,6 @@ def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split)
     follows(play(packed, inputs), play(quantized(original, integer(config), split), inputs), 1e-4)
     assert packed.on_integers
     assert packed.loop.kernels[0].weight.dtype == (torch.uint8 if split is None else torch.int8)
-
-
-def test_what_backends_made_of_a_weight_goes_with_the_layer():
-    gc.collect()
-    before = PREPACKED.bytes_held()
-    layer = quantized(randomised(nn.Linear(64, 64)), integer(W8A4))
-    play(layer, walk((2, 64), steps=2))
-    assert PREPACKED.bytes_held() > before
-    del layer
-    gc.collect()
-    assert PREPACKED.bytes_held() == before
 
 
 def test_nan_is_seen_in_the_output_under_a_dynamic_scale():
