@@ -19,6 +19,11 @@ from modiff.progress import TimeBar
 SHAPE = (12, 12, 1)
 
 
+def noise(seed: int, *shape: int) -> Tensor:
+    """uint8 of any shape."""
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
 class FakeSource:
     """Image i is noise of seed i; fewer than `steps` steps and each config add a small noise. Counts what it draws."""
 

@@ -1,17 +1,22 @@
-"""The whole analysis on a tiny pipeline: what it holds, that it is JSON, and what it refuses."""
+"""The whole analysis on a tiny pipeline: what it holds, its figures, and what it refuses."""
+
+from __future__ import annotations
 
 import json
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import modiff
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
 from modiff.errors import ConfigError
-from modiff.evaluate.analysis.run import SWEEP_MODES, analyze_pipeline, bit_sweep
+from modiff.evaluate.analysis.figures import figures
+from modiff.evaluate.analysis.run import SWEEP_MODES, Analysis, analyze_pipeline, bit_sweep
 from modiff.evaluate.pipelines import PipelineSource, image_error
 from modiff.generate.samplers import set_scheduler
 from tests.helpers import Terminal
@@ -74,3 +79,37 @@ def test_images_that_are_not_finite_or_equal_have_no_figures_that_json_cannot_ho
     reference = np.full((1, 2, 2, 1), 0.5)
     assert image_error(np.full_like(reference, np.nan), reference) == {"relative_l2": None, "psnr_db": None}
     assert image_error(reference, reference) == {"relative_l2": 0.0, "psnr_db": None}
+
+
+@pytest.fixture(scope="module")
+def analysis() -> Analysis:
+    """As its JSON gives it back."""
+    analysed = analyze_pipeline(pixel_pipeline(), steps=3, num_images=1, bits=(8, 4), progress=False)
+    return json.loads(json.dumps(analysed))
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("L"))
+
+
+def test_three_pictures_are_drawn_from_json(analysis: Analysis, tmp_path: Path) -> None:
+    paths = figures(analysis, tmp_path)
+    assert [path.name for path in paths] == ["layer_errors.png", "error_growth.png", "bit_sweep.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    for path in paths:
+        pixels = picture(path)
+        assert min(pixels.shape) >= 400
+        assert 0.01 < (pixels < 250).mean() < 0.9
+
+
+def test_a_diverged_run_of_one_layer_leaves_gaps_and_not_errors(analysis: Analysis, tmp_path: Path) -> None:
+    baseline = [picture(path) for path in figures(analysis, tmp_path)]
+    diverged = {**analysis, "growth": dict(analysis["growth"]), "layers": analysis["layers"][:1]}
+    diverged["sweep"] = [{**row, "relative_l2": None, "psnr_db": None} for row in analysis["sweep"]]
+    for mode in ("compensated", "uncompensated"):
+        growth = analysis["growth"][mode]
+        diverged["growth"][mode] = {k: [0.0] * len(v) if isinstance(v, list) else v for k, v in growth.items()}
+    for path, before in zip(figures(diverged, tmp_path), baseline, strict=True):
+        assert not np.array_equal(picture(path), before)

@@ -15,7 +15,7 @@ from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.plans import Preset
 from modiff.evaluate.suite.run import run_suite, watched_layers
 from tests.browser import Browser, chromium, keep_screenshot
-from tests.evaluate.report.documents import NASTY, document
+from tests.evaluate.documents import NASTY, document
 from tests.pixels import pixel_pipeline
 
 IMAGES = """return [...document.images].map((image) => {

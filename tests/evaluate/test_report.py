@@ -1,0 +1,197 @@
+"""Reports: charts, page and Markdown, and a suite as their sections."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+
+from modiff.evaluate.report import charts
+from modiff.evaluate.report.charts import STEPS, Point, differences, draw_pareto, layer_figure, pareto
+from modiff.evaluate.report.document import Document, Figure, Section, Table, Verbatim
+from modiff.evaluate.report.page import html_page, markdown, write_report
+from modiff.evaluate.report.sections import suite_document
+from modiff.evaluate.suite.plans import Preset
+from modiff.evaluate.suite.run import Suite, run_suite
+from tests.evaluate.documents import NASTY, document, png
+from tests.evaluate.fakes import FakeExtractor, FakeSource
+
+POINTS = [
+    Point("50 steps", STEPS, 100.0, 0.0),
+    Point("25 steps", STEPS, 50.0, 0.1, 0.05, 0.2),
+    Point("12 steps", STEPS, 24.0, 0.3),
+    Point("W8A4", "plain", 5.0, 0.8, 0.0, 0.9),
+    Point("W8A4", "modulated", 6.0, 0.02),
+    Point("W8A2", "modulated", 4.0, None),
+    Point("my $config$", "config", 5.5, 0.5),
+]
+
+
+def test_fewer_steps_are_a_dashed_line_through_their_points_in_a_file_that_is_the_same_each_time() -> None:
+    first, second = (pareto("cost", POINTS, cost="GBOPs", error="relative L2", caption="c") for _ in range(2))
+    assert first.data == second.data
+    drawing = Drawing()
+    draw_pareto(drawing, POINTS, "GBOPs", "relative L2")
+    lines = drawing.axes[0].get_lines()
+    (line_of_steps,) = [line for line in lines if line.get_label() == "fewer sampler steps"]
+    assert line_of_steps.get_linestyle() == "--"
+    assert list(zip(*map(list, line_of_steps.get_data()), strict=True)) == [(24.0, 0.3), (50.0, 0.1)]
+    (full,) = [line for line in lines if line.get_label() == "50 steps (error 0)"]
+    assert list(full.get_xdata()) == [100.0, 100.0]
+
+
+def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Axes] = []
+    real = charts.layer_map
+    monkeypatch.setattr(charts, "layer_map", lambda axis, *rest: (seen.append(axis), real(axis, *rest)))
+    layers = [
+        {"name": f"block.{i}", "call": i, "steps": [{"step": t, "output_relative_l2": e} for t, e in enumerate(line)]}
+        for i, line in enumerate(([0.0, 0.1, 0.01], [0.0, 1e-9, 0.5]))
+    ]
+    figure = layer_figure(layers, "c")
+    values = seen[0].images[0].get_array()
+    assert values.shape == (2, 3)
+    assert values.filled(99).tolist()[0][1:] == pytest.approx([-1, -2])
+    assert values.mask.tolist() == [[True, False, False], [True, True, False]]
+    assert [label.get_text() for label in seen[0].get_yticklabels()] == ["block.0", "block.1 (call 2)"]
+    assert "2 layers over 3 steps. The largest is at block.1: 0.5" in figure.alt
+
+
+FULL = np.full((10, 64, 64, 1), 100, np.uint8)
+
+
+def test_brighter_is_red_darker_is_blue_equal_is_white() -> None:
+    images = FULL[:1].copy()
+    images[0, 0, 0], images[0, 0, 1], images[0, 0, 2] = 110, 84, 228
+    colours = differences(images, FULL[:1])
+    assert colours[0, 0, 0] == pytest.approx([1, 1 - 80 / 255, 1 - 80 / 255])
+    assert colours[0, 0, 1] == pytest.approx([1 - 128 / 255, 1 - 128 / 255, 1])
+    assert colours[0, 0, 2] == pytest.approx([1, 0, 0])
+    assert (colours[0, 1:] == 1).all()
+
+
+def test_nothing_is_loaded_from_elsewhere_and_texts_show_as_they_were_typed() -> None:
+    page = html_page(document(NASTY))
+    links = re.findall(r'<[^>]*?\s(?:src|href|data|srcset|action)="([^"]*)"', page)
+    assert len(links) == 5
+    assert all(link.startswith(("data:", "#section-")) for link in links)
+    assert not re.search(r"url\(|@import|https?:", re.sub(r"data:[^\"]*", "", page).replace("&", ""))
+    # title and its heading, lead, link and heading of a section, paragraph, code, 2 captions, head, cell, note;
+    # as attributes a picture's text and a table's label
+    assert page.count(html.escape(NASTY)) == 15
+    assert NASTY not in page
+    assert page.count("<script") == 1
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_and_no_other() -> None:
+    page = html_page(document())
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert "unsafe" not in policy
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    for tag in ("style", "script"):
+        (body,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() in policy
+    assert not re.search(r"\son\w+=|\sstyle=", page)
+
+
+def test_headings_paragraphs_figures_and_tables() -> None:
+    text = markdown(document(), "pictures")
+    assert text.startswith(
+        "# Title plain\n\nLead plain\n\n## First plain\n\nplain\n\n```text\nmodiff evaluate plain\n```"
+    )
+    assert "![Dots plain.](pictures/dots.png)\n\nCaption plain" in text
+    assert "![Lines.](pictures/lines.svg)" in text
+    assert (
+        "Some numbers.\n\n| name | value | other |\n|---|--:|--:|\n| b2 | 10 \\[9, 11\\] | 1 |\n| a | - | 2 |\n"
+        "| b10 | -2 | 3 |\n| c | 1.5 | - |\n\nvalue, other: What it is."
+    ) in text
+
+
+def test_no_text_becomes_markup() -> None:
+    text = markdown(document(NASTY))
+    without_code = re.sub(r"^```text\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "<" not in without_code
+    bare = re.sub(r"\\.", "", re.sub(r"!\[[^\n]*\]\((figures/[\w.-]+)\)", "", without_code))
+    assert not re.search(r"[`*\[\]$]", bare)
+    rows = [line for line in without_code.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (2, 4) for row in rows)
+
+
+def test_a_paragraph_stays_one() -> None:
+    typed = ("- no list", "+ no list", "3. no list", "-3 is a number", "3.5 is one too", "# head", "two\n\nlines")
+    text = markdown(Document("T", "L", (Section("S", typed),))).partition("## S\n\n")[2]
+    shown = r"\- no list|\+ no list|3\. no list|-3 is a number|3.5 is one too|\# head|two lines"
+    assert text.rstrip("\n").split("\n\n") == shown.split("|")
+
+
+def test_it_writes_page_text_and_figures(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "report"
+    page, text = write_report(document(), folder)
+    assert (page.name, text.name) == ("report.html", "report.md")
+    assert page.read_text(encoding="utf-8") == html_page(document())
+    assert text.read_text(encoding="utf-8") == markdown(document(), "figures")
+    assert (folder / "figures" / "dots.png").read_bytes() == png()
+    assert sorted(p.name for p in folder.rglob("*")) == ["dots.png", "figures", "lines.svg", "report.html", "report.md"]
+
+
+CHOSEN = Preset(num_images=10, steps=8, configs=("plain:8:4", "modulated:8:4"), fewer=(2, 4))
+COMMAND = ["modiff", "evaluate", "my model"]
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    folder = tmp_path_factory.mktemp("suite")
+    np.save(folder / "real.npy", FakeSource(seed=50).images(None, 8, range(12)))
+    return run_suite(
+        FakeSource(seed=3, steps=8), FakeExtractor(), CHOSEN, folder / "run", reference=folder / "real.npy",
+        batch_size=5, resamples=10, progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(suite: Suite) -> Document:
+    return suite_document(suite, COMMAND)
+
+
+def block(report: Document, name: str) -> Table:
+    return next(b for s in report.sections for b in s.blocks if isinstance(b, Table) and b.name == name)
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def test_every_figure_of_every_configuration_is_in_the_long_table(suite: Suite, report: Document) -> None:
+    lines = [(row[0].text, row[1].text, row[2].value, row[-1].text) for row in block(report, "figures").rows]
+    assert Verbatim("modiff evaluate 'my model'") in report.sections[-2].blocks
+    assert dict(texts(block(report, "environment")))["torch"] == suite.environment["torch"]
+    assert lines == [(r.plan.name, m["label"], m["value"], m["note"]) for r in suite.rows for m in r.metrics]
+
+
+def test_the_short_tables_have_each_configuration_once_and_its_own_figures(suite: Suite, report: Document) -> None:
+    names = [row.plan.name for row in suite.rows]
+    for name in ("paired", "costs", "as-sets", "to-reference"):
+        assert [line[0] for line in texts(block(report, name))] == names
+    paired = block(report, "paired")
+    column = [c.title for c in paired.columns].index("relative L2")
+    for row, cells in zip(suite.rows[1:], paired.rows[1:], strict=True):
+        value = row.metric("relative_l2")["value"]
+        assert (cells[column].value, cells[column].text) == (value, f"{value:.4f}")
+    assert paired.rows[0][column].text == "-"
+
+
+def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(report: Document) -> None:
+    charts = [b for b in report.sections[2].blocks if isinstance(b, Figure)]
+    assert [c.name for c in charts] == [
+        "relative-l2-by-gbops", "relative-l2-by-seconds", "fd-to-reference-by-gbops", "fd-to-reference-by-seconds"
+    ]  # fmt: skip
+    for chart in charts:
+        for part in ("8 steps", "4 steps", "2 steps", "plain W8A4", "modulated W8A4"):
+            assert part in chart.alt, (chart.name, part)
