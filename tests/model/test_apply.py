@@ -141,16 +141,6 @@ def test_half_precision_models_run_and_keep_their_dtype(dtype):
     assert_within(outputs[1], exact((x + 0.1).float()), 0.05)
 
 
-def test_autocast_around_the_model_changes_only_what_torch_casts():
-    model, plain = toy(), toy()
-    modiff.apply(model, activations_only(8))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = generate(model), sample(plain)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype
-        assert_within(a, b, 0.05 * float(b.abs().max()))
-
-
 def test_the_model_is_the_same_as_before_down_to_the_module_objects():
     model = toy()
     modules, keys = dict(model.named_modules()), list(model.state_dict())
@@ -195,17 +185,11 @@ def test_removing_reaches_a_layer_inside_a_wrapper_and_drops_no_hook():
     assert_same_bits(wrapper[0].weight, plain)
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        modiff.remove,
-        modiff.pack,
-        modiff.report,
-        lambda m: modiff.calibrate(m, print),
-        lambda m: modiff.trajectory(m).__enter__(),
-        lambda m: modiff.context(m, "cond").__enter__(),
-    ],
-)
-def test_a_plain_model_has_nothing_on_it(verb):
-    with pytest.raises(StateError, match=r"^\w+: expected a model with modulated layers, got a plain Toy"):
-        verb(toy())
+def test_a_plain_model_has_nothing_on_it():
+    model = toy()
+    for verb in (
+        modiff.remove, modiff.pack, modiff.report, lambda m: modiff.calibrate(m, print),
+        lambda m: modiff.trajectory(m).__enter__(), lambda m: modiff.context(m, "cond").__enter__(),
+    ):  # fmt: skip
+        with pytest.raises(StateError, match=r"^\w+: expected a model with modulated layers, got a plain Toy"):
+            verb(model)

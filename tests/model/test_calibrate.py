@@ -84,14 +84,6 @@ def test_a_calibrated_model_follows_its_network_and_repeats_itself():
         assert float((a - e).norm() / e.norm()) < 0.01
 
 
-@pytest.mark.parametrize("observer", ["moving_average", "percentile", "mse", "l1", "cosine"])
-def test_every_observer_can_be_asked_for(observer):
-    inputs = drifting(0, (64, 16), 20, 0.05, torch.float32)
-    model = static(3)
-    calibrate(model, inputs, observer=observer)
-    assert scale_of(model) < scale_of(calibrate(static(3), inputs))
-
-
 def test_an_observer_with_settings_of_its_own_can_be_given():
     x = torch.randn(2000, 16)
     x[0, 0] = 12.0

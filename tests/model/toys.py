@@ -118,7 +118,7 @@ class ResidualBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """One level: residual blocks and, going down, a convolution that halves the size."""
+    """One level."""
 
     def __init__(self, resnets: list[ResidualBlock], down: int = 0) -> None:
         super().__init__()
