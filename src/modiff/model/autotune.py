@@ -144,13 +144,14 @@ def choose_modes(
     Raises: StateError if modiff is on a model; ConfigError for a config with overrides or without modulation;
         CalibrationError if `run` never reached a second step.
     """
-    why = "0.01 is one percent of the input."
-    check("autotune.tolerance", tolerance, tolerance > 0, "a relative error above 0", why)
     check_searchable(models, config, "autotune")
-    why = "Autotune writes them. Use exclude= for layers to leave alone."
-    check("autotune", config.overrides, not config.overrides, "a config without overrides", why)
-    why = "It chooses between the two. Use presets.modulated()."
-    check("autotune", config.layer.modulation, config.layer.modulation is not None, "a config with modulation", why)
+    loop = config.layer.modulation
+    for value, valid, expected, why in (
+        (tolerance, tolerance > 0, "a relative error above 0 as tolerance", "0.01 is one percent of the input."),
+        (config.overrides, not config.overrides, "a config without overrides", "Autotune writes them. Use exclude=."),
+        (loop, loop is not None, "a config with modulation", "It chooses between the two. Use presets.modulated()."),
+    ):
+        check("autotune", value, valid, expected, why)
     profile, choices, known = {} if profile is None else profile, _measured(config.layer), layer_names(models)
     rows: list[AutotuneRow] = []
     for model, split in zip(models, list(splits) or [{}] * len(models), strict=True):

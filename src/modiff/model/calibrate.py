@@ -55,9 +55,6 @@ def measure_scales(
 
     Modulated layers are watched on their residuals, plain ones on their inputs: each on exactly what it will code. With
     `step_groups`, each step of the loop is watched alone, and the steps are then cut into groups.
-
-    Args:
-        models: one model, or all that `forward_loop` runs: they are watched in one go.
     Raises: CalibrationError if no layer has static scales or none ran; scales measured before are then kept.
     """
     if isinstance(observer, str) and observer not in OBSERVERS:

@@ -14,8 +14,8 @@ from torch import nn
 class NetworkFacts:
     """Facts of a network, as `modiff.Host` gives them; the defaults are those of a plain module.
 
-    default_exclude: patterns on names of layers that are left in full precision where a config names none: what reads
-        the time step or the class alone is a few rows, costs nothing and has a large effect.
+    default_exclude: patterns on names of layers that are left in full precision: what reads the time step or the class
+        alone is a few rows, costs nothing and has a large effect.
     timestep_names: of the argument of `forward` that holds the time step; a network without one counts evaluations.
     unbatched: keyword arguments without a batch axis, such as positions.
     block_classes: patterns on class names; a module that matches is learned as a whole by `modiff.reconstruct`.

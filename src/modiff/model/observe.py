@@ -26,9 +26,8 @@ def observe(
     """In the body, call functions around every call of the named layers and around every evaluation of the model.
 
     They are given the tensors that the network computes with: copy what you keep, change none. What they return is
-    ignored, what they raise ends the evaluation. A call that raises has a `before` and no `on`. The functions are
-    detached when the body ends, also by KeyboardInterrupt. Works under `torch.inference_mode`; graphs that
-    torch.compile made before are not observed.
+    ignored, what they raise ends the evaluation. A call that raises has a `before` and no `on`. Graphs made before
+    by torch.compile are not observed.
 
     Args:
         layers: names of modules of any kind; "" is the model.
@@ -48,26 +47,17 @@ def observe(
     modules = {name: known[name] if name in known else model.get_submodule(name) for name in layers}
     with ExitStack() as hooks:
 
-        def add(register: Callable[..., Any], function: Function | None, *first: str) -> None:
+        def add(register: Callable[..., Any], function: Function | None, *first: str, merged: bool = False) -> None:
+            def hook(*call: Any) -> None:  # torch would take what it returns for new inputs or outputs
+                call = (call[0], (*call[1], *call[2].values()), call[3]) if merged else call
+                function(*first, *call)  # type: ignore[misc]
+
             if function is not None:
-                hooks.callback(register(_silent(function, *first), with_kwargs=True).remove)
+                hooks.callback(register(hook, with_kwargs=True).remove)
 
         add(model.register_forward_pre_hook, before_step)
         for name, module in modules.items():
             add(module.register_forward_pre_hook, before_layer, name)
-            add(module.register_forward_hook, on_layer and _with_all_inputs(on_layer), name)
+            add(module.register_forward_hook, on_layer, name, merged=True)
         add(model.register_forward_hook, on_step)
         yield
-
-
-def _silent(function: Function, *first: str) -> Callable[..., None]:
-    """A hook that returns nothing: torch would take what it returns for new inputs or outputs."""
-
-    def hook(*args: Any) -> None:
-        function(*first, *args)
-
-    return hook
-
-
-def _with_all_inputs(on_layer: Function) -> Function:
-    return lambda name, layer, args, kwargs, output: on_layer(name, layer, (*args, *kwargs.values()), output)

@@ -89,15 +89,14 @@ def rebuild(
 ) -> Attachment:
     """Replace the named layers of a plain model by packed ones whose codes and scales lie on the meta device.
 
-    anchored: layers that have codes of their weight's rounding error too. The float weights stay in the originals until
-    `seal`. Raises: ConfigError for a split outside the channels, the model then unchanged.
+    anchored: layers that have codes of their weight's rounding error too.
+    Raises: ConfigError for a split outside the channels, the model then unchanged.
     """
     entries: list[Entry] = []
     for name, module in model.named_modules():
         if isinstance(module, CANDIDATES):
-            layer = layers.get(name)
-            reason = "in full precision in the checkpoint" if layer is None else ""
-            entries.append(Entry(name, type(module).__name__, module.weight.numel(), layer, reason))
+            reason = "" if name in layers else "in full precision in the checkpoint"
+            entries.append(Entry(name, type(module).__name__, module.weight.numel(), layers.get(name), reason))
     attachment = replace_layers(model, config, Report(tuple(entries)), splits)
     for name, layer in attachment.layers.items():
         bits, ranges = layer.config.weight.bits, len(layer.quantized_weight.columns)

@@ -14,10 +14,8 @@ from modiff.config import LayerConfig
 from modiff.nn import ModulatedLayer
 from modiff.nn.loop.integer import IntegerLoop
 
-PARAMETER = "parameter of "
-"""How the kind of a matrix begins that a module of another kind holds."""
-ADAPTER = "belongs to an adapter"
-"""The reason to leave a layer that belongs to an adapter."""
+PARAMETER, ADAPTER = "parameter of ", "belongs to an adapter"
+"""How the kind of a matrix begins that another kind of module holds; the reason to leave an adapter's layers."""
 
 
 @dataclass(frozen=True)
