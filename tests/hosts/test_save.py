@@ -1,9 +1,10 @@
-"""Pipelines to folders and back, packed or just applied: by modiff's verbs and by diffusers' own, bit for bit."""
+"""Pipelines to folders and back by modiff's verbs and by diffusers' own, bit for bit; what is damaged is one line."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 import modiff
 from modiff import ConfigError, FormatError, ModiffConfig, presets
+from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.quantizer import align
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits, assert_same_tensors
@@ -204,3 +206,82 @@ def test_a_folder_of_another_kind_is_not_ours_to_load(floats, quantized, tmp_pat
             modiff.load(folder)
     with pytest.raises(ConfigError, match=r"load: expected no into= for .*Use modiff\.load\(folder\)"):
         modiff.load(quantized, into=SMALL.build().unet)
+
+
+def test_a_saved_pipeline_comes_back_quiet_and_with_the_same_weights(floats):
+    for name in (floats, str(floats)):
+        pipe = load_pipeline(name)
+        assert type(pipe) is DDIMPipeline
+        assert_same_tensors(pipe.unet.state_dict(), SMALL.build().unet.state_dict())
+        assert not pipe.unet.training
+        assert pipe._progress_bar_config["disable"]
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("variant", [None, "fp16", "ema"])
+def test_every_layout_that_diffusers_writes_is_read_floats_and_quantized_in_float32(tmp_path, variant, shard):
+    pipe = HOSTS["sd"].build().to(torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant=variant, max_shard_size=shard)
+    shutil.rmtree(tmp_path / "half" / "unet")  # a variant of some components
+    pipe.unet.save_pretrained(tmp_path / "half" / "unet", max_shard_size=shard)
+    loaded = load_pipeline(tmp_path / "half")
+    for name in ("unet", "text_encoder", "vae"):
+        assert_same_tensors(getattr(loaded, name).state_dict(), getattr(pipe, name).float().state_dict())
+    modiff.apply(pipe, "w4a8")
+    pipe.save_pretrained(tmp_path / "saved", variant=variant, max_shard_size=shard)
+    modiff.save(pipe, tmp_path / "expected")
+    expected = modiff.load(tmp_path / "expected").unet.state_dict()
+    for unet in (modiff.load(tmp_path / "saved").unet, modiff.load(tmp_path / "saved" / "unet")):
+        assert_same_tensors(unet.state_dict(), expected)
+
+
+WEIGHTS = Path("unet") / FILE
+NOT_PART = "expected part of a diffusers pipeline"
+
+
+def changed(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    return lambda folder: damage(folder / "unet", lambda _, weights: change(weights))
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+BROKEN = [
+    (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), f"{WEIGHTS}: expected a safetensors file"),
+    (pickled, f"{WEIGHTS.with_suffix('.bin')}: expected safetensors, got a pickle"),
+    (changed(lambda w: w.pop("conv_in.weight")), "weights for every parameter, got none for conv_in.weight (1 in all)"),
+    (changed(lambda w: w["conv_out.bias"].fill_(torch.nan)), "finite weights, got NaN or infinity in conv_out.bias"),
+    (lambda f: (f / "model_index.json").unlink(), "expected a diffusers folder, got one without model_index"),
+    (lambda f: (f / "model_index.json").write_bytes(b"[]"), f"model_index.json: {NOT_PART}"),
+    (lambda f: (f / "unet/config.json").write_bytes(b"{"), f"unet: {NOT_PART}"),
+]
+
+
+@pytest.mark.parametrize(("breaks", "message"), BROKEN)
+def test_a_damaged_folder_of_floats_is_one_clear_error(floats, tmp_path, breaks, message):
+    breaks(folder := shutil.copytree(floats, tmp_path / "pipeline"))
+    with pytest.raises(FormatError, match=re.escape(message)) as caught:
+        load_pipeline(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [
+        ("absent", "got no such folder"),
+        ("./absent/folder", "got no such folder"),
+        ("someone/unheard-of-model", "download failed"),
+        (__file__, "got a file"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_clear_error(model, got):
+    with pytest.raises(FormatError, match=f"{model}: expected .*{got}") as caught:
+        load_pipeline(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_here_is_an_error_before_anything_is_read():
+    with pytest.raises(FormatError, match="device: expected cpu"):
+        load_pipeline("absent", device="tpu")
