@@ -7,10 +7,12 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+from click.testing import Result
 from filelock import FileLock
 from typer.testing import CliRunner
 
@@ -18,7 +20,7 @@ import modiff
 from modiff import presets
 from modiff.cli import Commands, app, in_flags, main
 from modiff.cli.options import Quiet
-from modiff.errors import ConfigError, FormatError, ModiffWarning
+from modiff.errors import FormatError, ModiffWarning
 from modiff.files import LOCK
 from tests.cli.commands import assert_one_line
 from tests.cli.commands import modiff as command
@@ -31,11 +33,8 @@ NOTHING_DRAWN = ("explain", "export")
 def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
     assert command("--version").stdout == f"modiff {modiff.__version__}\n"
     assert [call.callback.__name__ for call in app.registered_commands if call.callback] == NAMES
-    overview = command().output
     for name in NAMES:
-        assert f"\n  {name} " in overview
         result = command(name, "--help")
-        assert result.exit_code == 0
         assert f"Example:\n      modiff {name} " in result.stdout
         for option in ("--json",) if name in NOTHING_DRAWN else ("--json", "--seed", "--steps"):
             assert option in result.stdout
@@ -53,11 +52,8 @@ def test_help_version_and_usage_errors_do_not_wait_for_torch() -> None:
     command = [sys.executable, "-c", probe, *AT_ONCE]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["2", "0", "0", "0", "2", "2", "2", "2", "2", "False"]
-
-
-def test_the_module_is_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "modiff", "--version"], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, f"modiff {modiff.__version__}\n")
+    module = [sys.executable, "-m", "modiff", "--version"]
+    assert subprocess.check_output(module, text=True, timeout=120) == f"modiff {modiff.__version__}\n"
 
 
 def test_results_go_to_standard_output_and_text_for_people_beside_them(model: Path, tmp_path: Path) -> None:
@@ -66,75 +62,60 @@ def test_results_go_to_standard_output_and_text_for_people_beside_them(model: Pa
     assert result.stderr == f"1 written, 0 kept: {tmp_path / 'out'}\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "folder"),
-    [
-        ("sample {model} -o {out}", "out"),
-        ("generate {model} -o {out} -n 2", "out"),
-        ("evaluate {model} -o {out} -n 8", "out"),
-        ("quantize {model} --method ptq4dm -o {out}", "out.work"),
-    ],
-)
-def test_a_folder_is_of_one_process(model: Path, tmp_path: Path, words: str, folder: str) -> None:
-    (tmp_path / folder).mkdir()
-    with FileLock(tmp_path / folder / LOCK):
-        result = command(*words.format(model=model, out=tmp_path / "out").split(), "--steps", 2)
-    assert_one_line(result, f"{tmp_path / folder}: expected a folder that no other process writes to, got one in use")
+@pytest.mark.parametrize("words", ["sample", "generate -n 2", "evaluate -n 8", "quantize --method ptq4dm --work a"])
+def test_a_folder_is_of_one_process(model: Path, tmp_path: Path, monkeypatch, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    with FileLock(Path("a") / LOCK):
+        result = command(*words.split(), model, "-o", "b" if "--work" in words else "a", "--steps", 2)
+    assert_one_line(result, "a: expected a folder that no other process writes to, got one in use")
 
 
-@pytest.mark.parametrize("words", [("--quiet", "warn"), ("warn", "--quiet"), ("warn",)])
-def test_remarks_are_one_line_and_none_when_it_is_to_be_quiet(words: tuple[str, ...]) -> None:
+def run(body: Callable[[], object], *words: str) -> Result:
+    """A command that does `body`."""
     app = typer.Typer(cls=Commands)
     app.callback()(main)
 
     @app.command()
-    def warn(quiet: Quiet = False) -> None:
+    def work(quiet: Quiet = False) -> None:
+        body()
+
+    return CliRunner().invoke(app, words or ["work"])
+
+
+def test_remarks_are_one_line_and_none_when_it_is_to_be_quiet() -> None:
+    def body() -> None:
         warnings.warn("slow", ModiffWarning, stacklevel=1)
         warnings.warn("of a library", UserWarning, stacklevel=1)
 
-    result = CliRunner().invoke(app, list(words))
-    assert (result.exit_code, result.stderr) == (0, "" if "--quiet" in words else "modiff: slow\n")
+    assert [run(body, *words).stderr for words in (("--quiet", "work"), ("work", "--quiet"))] == ["", ""]
+    assert run(body).stderr == "modiff: slow\n"
 
 
-@pytest.mark.parametrize(
-    ("message", "line"),
-    [
-        ("steps: expected 2, got 1. Use steps=50.", "--steps: expected 2, got 1. Use --steps 50."),
-        ("a: got b. Add prompt='a fox'. Leave `json_file` out.", "a: got b. Add --prompt 'a fox'. Leave --json out."),
-        ("Ptq4dmConfig.steps: use out=steps or substeps=3.", "--steps: use out=steps or substeps=3."),
-        (
-            "config: config='w8', steps=0-9,11 or prompt=a.b.",
-            "config: config='w8', --steps 0-9,11 or --prompt a.b.",
-        ),
-    ],
-)
-def test_messages_speak_of_flags(message: str, line: str) -> None:
-    assert in_flags(message, {"steps": "--steps", "prompt": "--prompt", "json_file": "--json"}) == line
+def test_messages_speak_of_flags() -> None:
+    for message, line in {
+        "steps: expected 2, got 1. Use steps=50.": "--steps: expected 2, got 1. Use --steps 50.",
+        "a: got b. Add prompt='a fox'. Leave `json_file` out.": "a: got b. Add --prompt 'a fox'. Leave --json out.",
+        "Ptq4dmConfig.steps: use out=steps or substeps=3.": "--steps: use out=steps or substeps=3.",
+        "config: config='w8', steps=0-9,11 or prompt=a.b.": "config: config='w8', --steps 0-9,11 or --prompt a.b.",
+    }.items():
+        assert in_flags(message, {"steps": "--steps", "prompt": "--prompt", "json_file": "--json"}) == line
 
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ConfigError("bits: expected 2 to 8, got 1."), 2, "modiff: bits: expected 2 to 8, got 1.\n"),
         (FormatError("a: expected b.\nmore\ndetail"), 2, "modiff: a: expected b.\n"),
         (OSError(errno.ENOSPC, "No space left", "a"), 2, "modiff: a: expected a file that can be written, got No s"),
         (KeyboardInterrupt(), 130, "modiff: interrupted. Files that were finished are kept.\n"),
         (ZeroDivisionError(), 1, ""),
     ],
 )
-def test_an_error_becomes_one_line_and_a_code_and_a_bug_goes_through(
-    error: BaseException, code: int, line: str
-) -> None:
-    failing = typer.Typer(cls=Commands)
-
-    @failing.callback()
-    def main() -> None: ...
-
-    @failing.command()
-    def fail() -> None:
+def test_an_error_becomes_one_line_and_a_code_and_a_bug_goes_through(error: Exception, code: int, line: str) -> None:
+    def body() -> None:
         raise error
 
-    result = CliRunner().invoke(failing, ["fail"])
+    result = run(body)
     assert (result.exit_code, result.stdout, result.stderr[: len(line)]) == (code, "", line)
     assert result.stderr.count("\n") == (code != 1)
     assert code != 1 or result.exception is error
@@ -147,39 +128,27 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
     ("words", "message"),
     [
         ("demo -o -", "--output: expected a name that ends in .png, got '-'"),
-        ("demo -o out/", "--output: expected a name that ends in .png, got 'out'"),
         ("export {model} -o x.png", "--output: expected a name that ends in .npz, got 'x.png'"),
         ("sample {model} -o x.png", "--output: expected a folder, or a name for a new one, got 'x.png'"),
-        ("analyze {model} -o {out} --config w9", "'w9'"),
-        ("analyze {model} -o {out} --steps 1", "--steps: expected 2 or more, got 1. What changes between steps"),
         ("analyze {model} -o {file}/below", "expected a file that can be written"),
         ("demo --model {model} -o {out}.png --steps 2", "--steps: expected 4 or more, got 2"),
         ("evaluate {model} --configs w8a4,modulated:8:4", "--configs: expected different configurations"),
         ("analyze {model} -o {out} --steps 5000", "--steps: expected at most 1000, got 5000"),
-        ("explain {model} --steps 0", "--steps: expected 1 or more, got 0"),
-        ("explain {model} -n 0", "--num-images: expected 1 or more, got 0"),
         ("export {model} -o {out}.npz -n -1", "--num-images: expected 1 or more, got -1"),
         ("sample {model} -o {out} --seed 9999999999999999999", "--seed: expected 0 or more and less than 2**62"),
         ("sample {model} -o {out} --config {file}", "file.txt: ModiffConfig: expected JSON"),
-        ("sample {model} -o {file}", "--output: expected a folder, or a name for a new one, got"),
         ("evaluate {model} --configs w9", "--configs: expected bits such as"),
         ("evaluate {model} -n 8 --steps 2 --reference absent", "absent: expected a file or a folder of pictures"),
         ("evaluate {model} --preset fast", "expected one of quick, full, got 'fast'"),
         ("evaluate {model} --metrics clip", "--metrics: expected --clip with the folder of a CLIP model"),
-        ("evaluate {model} --labels 0-9", "expected no --label, got 0"),
         ("export absent -o {out}.npz", "absent: expected a folder of modiff generate, got one without manifest.json"),
-        ("generate absent -o {out} -n 2", "absent: expected 'embedded', 'cifar10', a diffusers folder or a hub id"),
-        ("generate {model} -o {out} -n 0", "--num-images: expected 1 or more"),
         ("generate {model} -o {out} -n 2 --config {static}", "--config: expected dynamic scales, got 'static ones'"),
         ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
-        ("generate {model} -o {out} -n 2 --labels 9-0", "--labels: expected numbers and ranges between commas"),
         ("generate {model} -o {out} -n 2 --address auto", "--address: expected --engine ray with it"),
         ("quantize {model} --method gptq -o {out}", "--method: expected one of accuquant, "),
         ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "--weight-bits: expected None or 2 to 8, got 1"),
         ("quantize {model} --method ptq4dm --settings {prompts} -o {out}", "prompts.txt: expected a JSON file"),
         ("quantize absent --method ptq4dm -o {model}", "expected a new or an empty folder, got files in it"),
-        ("sample {model} -o {out} --scheduler ddimm", "--scheduler: expected one of ddim, "),
-        ("sample {model} -o {out} --config absent.json", "absent.json: expected a JSON file"),
         ("sample {model} -o {out} --device tpu", "--device: expected cpu"),
     ],
 )

@@ -33,9 +33,7 @@ def invoke(model: object, judge: object, *arguments: object) -> Result:
     return modiff("evaluate", model, "--extractor", judge, "--steps", 4, "-n", 12, "--batch-size", 6, *arguments)
 
 
-def test_it_prints_the_table_and_writes_json_and_report(
-    model: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_prints_the_table_and_writes_json_and_report(model: Path, judge: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["/usr/bin/modiff", "evaluate", "a model"])
     np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 255, (20, 8, 8, 1), np.uint8))
     words = ["--json", "out/a.json", "--report", "out/report", "--reference", "real.npy", "--seed", 7]
@@ -43,17 +41,14 @@ def test_it_prints_the_table_and_writes_json_and_report(
     written = json.loads(Path("out/a.json").read_text())
     assert [c["name"] for c in written["configurations"]] == NAMES
     assert written["command"] == "modiff evaluate 'a model'"
-    settings = written["settings"]
-    assert (settings["seed"], settings["num_images"], settings["steps"]) == (7, 12, 4)
+    assert written["settings"].items() >= {"seed": 7, "num_images": 12, "steps": 4}.items()
     figures = {m["name"]: m for m in written["configurations"][3]["metrics"]}
     assert {"fd_to_full_precision", "fd_to_reference", "psnr_db", "gbops", "seconds"} <= set(figures)
     assert figures["fd_to_reference"]["extractor"].startswith("tiny-")
     line = next(x for x in result.stdout.splitlines() if x.startswith("modulated W8A4"))
     assert f"{figures['relative_l2']['value']:.4f}" in line
     assert "report: out/report/report.html" in result.stdout
-    page = Path("out/report/report.html").read_text()
-    assert "Where the error arises" in page
-    assert "modiff evaluate &#x27;a model&#x27;" in page
+    assert "modiff evaluate &#x27;a model&#x27;" in Path("out/report/report.html").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["modiff-evaluation", "out", "real.npy"]
 
 

@@ -28,7 +28,6 @@ def test_demo_prints_the_table_and_writes_picture_and_json(model: Path, tmp_path
     assert [r["name"] for r in values["rows"]] == ROWS
     for row in values["rows"]:
         assert f"{row['relative_l2']:.4f}" in next(x for x in result.stdout.splitlines() if x.startswith(row["name"]))
-    assert str(tmp_path) not in figures.read_text()
     with Image.open(picture) as image:
         assert image.height == 2 + 3 * 66
     assert sorted(p.name for p in picture.parent.iterdir()) == ["demo.json", "grid.png"]
@@ -73,8 +72,7 @@ def test_analyze_writes_three_figures_and_the_json_and_names_them(model: Path, t
     assert sorted(p.name for p in folder.iterdir()) == sorted(FIGURES)
     assert [Path(line).name for line in result.stdout.split()] == [*FIGURES, "analysis.json"]
     settings = json.loads(results.read_text())["settings"]
-    assert (settings["steps"], settings["num_images"], settings["seed"]) == (3, 1, 7)
-    assert settings["config"]["layer"]["activation"]["bits"] == 3
+    assert (settings["seed"], settings["config"]["layer"]["activation"]["bits"]) == (7, 3)
 
 
 def test_explain_gives_every_layer_a_choice_times_errors_and_what_its_state_costs(model: Path, tmp_path: Path) -> None:
@@ -82,9 +80,7 @@ def test_explain_gives_every_layer_a_choice_times_errors_and_what_its_state_cost
     words = ["--steps", 3, "-n", 1, "--config", "modulated:8:4", "--tolerance", 0.3, "--json", results]
     text, _, integers = done(modiff("explain", model, *words)).output.partition("on integers:")
     written = json.loads(results.read_text())
-    assert written["machine"] in text
-    assert written["tolerance"] == 0.3
-    assert "input side: " in text
+    assert f"{written['machine']}; input side: " in text
     for row in written["layers"]:
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {row['name']} ")]
         assert row["choice"] in line

@@ -44,7 +44,7 @@ class StandIn:
     """What RayEngine uses of ray. Tasks run when they are waited for, the last one first."""
 
     def __init__(self) -> None:
-        self.resources: dict[str, float] = {"CPU": 4.0}
+        self.resources: dict[str, float] = {"CPU": 4.0, "GPU": 2.0}
         self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
         self.calls: list[str] = []
         self.options: list[dict[str, Any]] = []
@@ -115,25 +115,20 @@ def job(**changes: Any) -> Job:
     return fake_job(**{"shard_size": 2} | changes)
 
 
-@pytest.mark.parametrize("workers", [None, 3])
-def test_the_folder_is_that_of_one_process_whatever_the_number_of_workers(
-    tmp_path: Path, ray: StandIn, workers: int | None
+@pytest.mark.parametrize(
+    ("workers", "changes", "at_once", "cpus", "gpus"),
+    [(None, {}, 4, 1, 0), (3, {}, 3, 1, 0), (None, {"threads": 2}, 2, 2, 0), (None, {"device": "cuda"}, 2, 1, 1)],
+)
+def test_the_folder_is_that_of_one_process_and_every_task_takes_its_threads_or_its_gpu_and_is_tried_again(
+    tmp_path: Path, ray: StandIn, workers: int | None, changes: dict[str, Any], at_once: int, cpus: int, gpus: int
 ) -> None:
-    run_job(job(), tmp_path / "ray", engine=RayEngine(workers=workers))
-    run_job(job(), tmp_path / "local", engine=FakeEngine())
+    run_job(job(**changes), tmp_path / "ray", engine=RayEngine(workers=workers))
+    run_job(job(**changes), tmp_path / "local", engine=FakeEngine())
     assert content(tmp_path / "ray") == content(tmp_path / "local")
-    assert (ray.most, ray.calls) == (workers or 4, ["shutdown"])
+    assert (ray.most, ray.calls) == (at_once, ["shutdown"])
     assert (ray.settings["address"], ray.settings["num_cpus"]) == ("local", workers)
-
-
-@pytest.mark.parametrize(("changes", "cpus", "gpus"), [({"threads": 2}, 2, 0), ({"device": "cuda"}, 1, 1)])
-def test_every_task_is_tried_again_and_takes_its_threads_or_its_gpu(
-    tmp_path: Path, ray: StandIn, changes: dict[str, Any], cpus: int, gpus: int
-) -> None:
-    ray.resources = {"CPU": 4.0, "GPU": 2.0}
-    run_job(job(**changes), tmp_path, engine=RayEngine())
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 3, "retry_exceptions": False}
-    assert (ray.options, ray.most) == ([options] * 2, 2)
+    assert ray.options == [options] * 2
 
 
 def test_a_model_in_a_folder_is_read_from_any_working_directory(
@@ -154,8 +149,7 @@ def test_a_cluster_that_was_there_before_stays_and_an_address_is_joined_as_it_is
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         run_job(job(), tmp_path / "a", engine=RayEngine(address=address, workers=2))
-    assert ray.settings["address"] == address
-    assert "num_cpus" not in ray.settings
+    assert (ray.settings["address"], ray.settings.get("num_cpus")) == (address, None)
     ray.up, ray.calls = True, []
     run_job(job(), tmp_path / "b", engine=RayEngine())
     assert ray.calls == []
@@ -174,6 +168,7 @@ def test_a_cluster_that_was_there_before_stays_and_an_address_is_joined_as_it_is
 def test_a_job_that_no_machine_can_run_is_an_error_and_not_a_wait(
     tmp_path: Path, ray: StandIn, address: str | None, changes: dict[str, Any], message: str
 ) -> None:
+    ray.resources = {"CPU": 4.0}
     with pytest.raises(ConfigError, match=message):
         run_job(job(**changes), tmp_path, engine=RayEngine(address=address))
     assert ray.calls == ["shutdown"]
@@ -202,11 +197,7 @@ def test_an_error_in_a_task_stops_the_others_and_is_a_clear_one_or_a_traceback_f
     assert ray.calls == ["cancel True", "cancel True", "shutdown"]
 
 
-def test_workers_are_counted_from_one_and_without_ray_it_says_what_to_install(
-    ray: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ConfigError, match="workers: expected 1 or more, got 0"):
-        RayEngine(workers=0)
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"got none\. It is an extra\. Install it with pip install 'modiff\[ray\]'"):
         RayEngine()

@@ -80,18 +80,15 @@ def test_a_flow_model_is_changed_in_place_and_keeps_its_path_and_shift(name: str
     assert torch.isfinite(HOSTS["wan"].call(pipe, steps=2)).all()
 
 
-@pytest.mark.parametrize(
-    ("host", "name", "message"),
-    [
-        ("ddim", "ddimm", r"expected one of ddim, .*flow-euler, got 'ddimm'"),
-        ("ddim", "flow-euler", "got 'flow-euler'. The model was trained for a noise schedule"),
-        ("wan", "ddim", "got 'ddim'. The model was trained for flow"),
-    ],
-)
-def test_a_sampler_that_cannot_follow_the_model_is_an_error(host: str, name: str, message: str) -> None:
-    pipe = HOSTS[host].build()
-    with pytest.raises(ConfigError, match=message):
-        set_scheduler(pipe, name)
+def test_a_sampler_that_cannot_follow_the_model_is_an_error() -> None:
+    pipe = pixel_pipeline()
+    for target, name, message in (
+        (pipe, "ddimm", r"expected one of ddim, .*flow-euler, got 'ddimm'"),
+        (pipe, "flow-euler", "got 'flow-euler'. The model was trained for a noise schedule"),
+        (HOSTS["wan"].build(), "ddim", "got 'ddim'. The model was trained for flow"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            set_scheduler(target, name)
     modiff.apply(pipe, modiff.presets.w8a8())
     with pytest.raises(StateError, match=r"before modiff\.apply"):
         set_scheduler(pipe, "euler")
