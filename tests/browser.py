@@ -19,8 +19,6 @@ WAIT = 60
 
 
 class Browser:
-    """One window."""
-
     def __init__(self, driver: str, browser: str) -> None:
         self.driver = driver
         # no-sandbox: tests run as root in containers; dev-shm: their /dev/shm is small
@@ -31,7 +29,6 @@ class Browser:
         self.window = f"/session/{window['sessionId']}"
 
     def open(self, page: Path) -> None:
-        """Load a local file."""
         self._call("POST", f"{self.window}/url", {"url": page.resolve().as_uri()})
 
     def run(self, script: str) -> Any:
@@ -39,7 +36,6 @@ class Browser:
         return self._call("POST", f"{self.window}/execute/sync", {"script": script, "args": []})
 
     def command(self, name: str, **parameters: Any) -> Any:
-        """A command of the DevTools protocol."""
         return self._call("POST", f"{self.window}/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def console(self) -> list[str]:
@@ -47,7 +43,6 @@ class Browser:
         return [entry["message"] for entry in self._call("POST", f"{self.window}/se/log", {"type": "browser"})]
 
     def close(self) -> None:
-        """End the window."""
         self._call("DELETE", self.window)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
-import socket
-from collections.abc import Callable, Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +53,19 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def _refuse_remote(host: Any) -> None:
+def _refuse_remote(event: str, args: tuple[Any, ...]) -> None:
+    """An audit hook. Not an OSError: code that retries or falls back on network errors must not swallow it."""
+    if event not in ("socket.connect", "socket.getaddrinfo"):
+        return
+    address = args[1] if event == "socket.connect" else args
+    host = address[0] if isinstance(address, tuple) else None  # a path is a socket of this machine
     host = host.decode() if isinstance(host, bytes) else host
     try:
         local = host in (None, "", "localhost") or ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = False
     if not local:
-        # Not an OSError: code that retries or falls back on network errors must not swallow it.
         raise RuntimeError(f"tests: expected no network, got a call to {host!r}. Tests run offline. Build it locally.")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _offline() -> Iterator[None]:
-    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
-        def connect(self: socket.socket, address: Any) -> Any:
-            if self.family in (socket.AF_INET, socket.AF_INET6):
-                _refuse_remote(address[0])
-            return call(self, address)
-
-        return connect
-
-    getaddrinfo = socket.getaddrinfo
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", guarded(socket.socket.connect))
-        patch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex))
-        patch.setattr(
-            socket, "getaddrinfo", lambda host, *a, **k: (_refuse_remote(host), getaddrinfo(host, *a, **k))[1]
-        )
-        yield
+sys.addaudithook(_refuse_remote)

@@ -54,7 +54,6 @@ def modulation_configs(draw: st.DrawFn, activation: QuantizerConfig) -> Modulati
 
 @st.composite
 def layer_configs(draw: st.DrawFn) -> LayerConfig:
-    """Any valid layer config, plain ones included."""
     plain = draw(st.booleans())
     activation = draw(quantizer_configs(lowest=(None,) if plain else (0, None)))
     weights = st.builds(WeightConfig, bits=st.sampled_from([None, 2, 4, 8]), search=st.sampled_from(["minmax", "mse"]))
@@ -70,7 +69,6 @@ def layer_configs(draw: st.DrawFn) -> LayerConfig:
 
 @st.composite
 def attention_configs(draw: st.DrawFn) -> AttentionConfig:
-    """Any valid config of the attention products."""
     shared = st.sampled_from(["auto", "tensor"])
     operands, softmax = (
         dataclasses.replace(draw(quantizer_configs(lowest=(None,))), granularity=draw(shared)) for _ in range(2)
@@ -82,7 +80,6 @@ def attention_configs(draw: st.DrawFn) -> AttentionConfig:
 
 @st.composite
 def model_configs(draw: st.DrawFn) -> ModiffConfig:
-    """Any valid model config."""
     patterns = st.lists(st.text("abc*.[]?", min_size=1, max_size=6), max_size=3).map(tuple)
     pairs = st.lists(st.tuples(st.text("ab*.", min_size=1, max_size=4), layer_configs()), max_size=2).map(tuple)
     return ModiffConfig(

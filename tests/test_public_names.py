@@ -1,4 +1,4 @@
-"""The public face: what `modiff` exports is what `__all__` says, documented, each name once, loaded when it is used."""
+"""The public face: what `modiff` exports is in `__all__`, documented, once, loaded when used; and private names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pytest
 
 import modiff
 from modiff import errors
+from modiff.errors import KernelError
+from modiff.private_names import COMPILER, DIFFUSERS, TORCH, check_private_names
 
 PACKAGE = Path(modiff.__file__).parent
 HEAVY = {"diffusers", "transformers", "accelerate", "triton", "ray", "gradio", "fastapi", "uvicorn", "matplotlib"}
@@ -83,3 +85,20 @@ def test_no_public_name_stands_in_two_modules() -> None:
     assert names_twice(files) == {}
     files = [("a.py", "def f(): ..."), ("b.py", "class f: ..."), ("cli/f.py", "def g(): ..."), ("c.py", "def g(): ...")]
     assert names_twice(files) == {"f": ["a.py", "b.py"]}
+
+
+@pytest.mark.parametrize("names", [TORCH, DIFFUSERS, COMPILER])
+def test_this_torch_and_this_diffusers_have_them_all(names):
+    check_private_names(names)
+
+
+def test_a_missing_name_is_one_clear_error():
+    with pytest.raises(KernelError, match=r"torch .*: expected torch\.Tensor\._gone, which modiff uses, got none"):
+        check_private_names(("torch:Tensor._gone",))
+
+
+def test_the_private_attributes_of_tensors_storages_and_layers_in_use_are_listed():
+    private = {"_version", "_cdata", "_conv_forward"}
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py"))
+    used = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & private
+    assert used <= {word for name in TORCH + DIFFUSERS for word in name.partition(":")[2].split(".")}

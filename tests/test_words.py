@@ -19,20 +19,14 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 NAMES = {
     "coder": "quantizer",
-    "coders": "quantizers",
     "twin": "quantized layer",
-    "twins": "quantized layers",
     "stream": "state",
-    "streams": "states",
     "obstacle": "unsupported",
     "front": "fused input",
-    "fronts": "fused inputs",
     "piece": "name the thing",
-    "pieces": "name the things",
     "verdict": "decision",
-    "verdicts": "decisions",
 }
-"""Parts of identifiers that are gone, and what to write instead."""
+"""Words of identifiers that are gone, also in the plural, and what to write instead."""
 
 VAGUE = {"found", "given", "wanted", "asked"}
 """Identifiers that name nothing: name the thing."""
@@ -85,7 +79,8 @@ def sentences_of(source: str) -> Iterator[str]:
 
 def lost_names(source: str) -> list[str]:
     """Identifiers with a word that is gone."""
-    return sorted(f"{name}: {NAMES[word]}" for name in names_of(source) for word in parts(name) & set(NAMES))
+    words = ((name, word.removesuffix("s")) for name in names_of(source) for word in parts(name))
+    return sorted(f"{name}: {NAMES[word]}" for name, word in words if word in NAMES)
 
 
 def lost_phrases(text: str) -> list[str]:

@@ -80,16 +80,12 @@ def test_settings_samplers_with_a_memory_and_modules_that_cannot_be_are_refused(
 
 
 def test_the_sampler_s_tables_come_back_and_damaged_ones_are_refused(tmp_path):
-    used, path = FlowMatchEulerDiscreteScheduler(shift=3.0), tmp_path / "sampler.safetensors"
+    used, fresh = (FlowMatchEulerDiscreteScheduler(shift=3.0) for _ in range(2))
     used.set_timesteps(4, mu=None)
-    save_tables(used, path)
-    fresh = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    before = fresh.timesteps.clone()
+    save_tables(used, path := tmp_path / "sampler.safetensors")
     copied = as_recorded(fresh, path)
-    assert_same_bits(copied.timesteps, used.timesteps)
     assert_same_bits(copied.sigmas, used.sigmas)
-    assert copied.num_inference_steps == 4
-    assert torch.equal(fresh.timesteps, before), "the pipeline's own scheduler is left alone"
+    assert (copied.num_inference_steps, len(fresh.timesteps)) == (4, 1000), "the pipeline's own is left alone"
     for damage in (lambda: path.write_bytes(path.read_bytes()[:20]), path.unlink):
         damage()
         with pytest.raises(FormatError, match=r"sampler\.safetensors: expected the tables of a sampler, got"):
