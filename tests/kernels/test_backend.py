@@ -8,10 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modiff.kernels.backend import PREPACKED, Prepacked
-from modiff.kernels.kernel import Kernel
-from modiff.kernels.problem import Problem
-from tests.helpers import assert_same_bits
+from modiff.kernels.backend import Prepacked
 
 
 class Counted(Prepacked):
@@ -52,14 +49,3 @@ def test_nothing_outlives_the_weight_and_new_memory_at_its_address_is_not_taken_
     for _ in range(20):
         store.ask(torch.ones(4, 3))
     assert store.calls == 21
-
-
-@pytest.mark.parametrize("backend", ["float_exact", "onednn"])
-def test_a_kernel_sees_a_weight_that_was_overwritten(backend):
-    weight, codes = torch.ones(3, 16, dtype=torch.int8), torch.full((2, 16), 9, dtype=torch.uint8)
-    kernel = Kernel(Problem(16, 3, bits=4), weight, torch.ones(3), backend=backend)
-    assert_same_bits(kernel.compute(codes, torch.tensor(1.0)), torch.full((2, 3), 16.0))
-    held = PREPACKED.bytes_held()
-    weight.fill_(-2)
-    assert_same_bits(kernel.compute(codes, torch.tensor(1.0)), torch.full((2, 3), -32.0))
-    assert PREPACKED.bytes_held() == held

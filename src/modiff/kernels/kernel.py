@@ -45,7 +45,16 @@ class Kernel:
         self._shape, self._axes, self._pointwise = problem.weight_shape, problem.geometry.axes, problem.pointwise
         self.weight = weight
         self.weight_scale = weight_scale.reshape(-1).contiguous()  # backends read it without strides
-        self._check()
+        expected, packed = self._shape, weight.dtype == torch.uint8
+        if packed:
+            expected = (expected[0], -(-math.prod(expected[1:]) // 2))
+        fits = tuple(self.weight.shape) == expected and self.weight_scale.numel() == expected[0]
+        if not fits or not (packed or self.weight.dtype == torch.int8):
+            raise KernelError(
+                f"Kernel: expected int8 or uint8 weight codes of shape {expected} with {expected[0]} scales, got "
+                f"{self.weight.dtype} of {tuple(self.weight.shape)} with {self.weight_scale.numel()}. The problem "
+                "describes another layer. Quantize the weight, and build both from the same layer."
+            )
         if backend is None:
             self.choice = plan(problem, isa)
             if isa is None:
@@ -136,18 +145,6 @@ class Kernel:
         if not self._views:
             return x
         return x.movedim(-1, 1) if self._pointwise else x.squeeze(2)
-
-    def _check(self) -> None:
-        expected, packed = self._shape, self.weight.dtype == torch.uint8
-        if packed:
-            expected = (expected[0], -(-math.prod(expected[1:]) // 2))
-        fits = tuple(self.weight.shape) == expected and self.weight_scale.numel() == expected[0]
-        if not fits or not (packed or self.weight.dtype == torch.int8):
-            raise KernelError(
-                f"Kernel: expected int8 or uint8 weight codes of shape {expected} with {expected[0]} scales, got "
-                f"{self.weight.dtype} of {tuple(self.weight.shape)} with {self.weight_scale.numel()}. The problem "
-                "describes another layer. Quantize the weight, and build both from the same layer."
-            )
 
     def _check_call(self, codes: Tensor, output: Tensor | None = None) -> tuple[int, ...]:
         """The shape of the output for these codes."""

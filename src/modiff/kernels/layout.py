@@ -71,7 +71,8 @@ def is_innermost(shape: tuple[int, ...], strides: tuple[int, ...], axes: int) ->
 class EncodeLayout(NamedTuple):
     """What encoding an input of one shape and memory layout needs to know, once for all its steps.
 
-    scales: their shape. rows: (how many, elements in each) that share a scale and lie side by side; None: not so.
+    scales: their shape. rows: (how many, elements in each) that share a scale and lie side by side, in the order of the
+    flattened scales; None: not so. "tensor" and "sample" have rows in both memory layouts of convolutions.
     blocks: how many partial maxima the compiled loop needs. factor: clip / qmax.
     """
 
@@ -97,31 +98,21 @@ def layout_of(
             f"encode: expected granularity 'tensor', 'sample' or 'token', got {granularity!r}. A scale along the "
             "summed axis has no integer sums. Choose one of the three."
         )
-    rows, (qmin, qmax) = row_shape(shape, strides, granularity, channel_dim), qrange(bits)
-    blocks = 0 if rows is None or rows[1] <= BLOCK else rows[0] * -(-rows[1] // BLOCK)
-    shared = granularity_named(granularity).reduced_dims(len(shape), channel_dim)
-    scales = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
-    return EncodeLayout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
-
-
-def row_shape(
-    shape: tuple[int, ...], strides: tuple[int, ...], granularity: str, channel_dim: int
-) -> tuple[int, int] | None:
-    """(scales, elements that share one) of a tensor as rows in its own memory; None where its layout has no such view.
-
-    The rows come in the order of the flattened scales. "tensor" and "sample" take both memory layouts of
-    convolutions; "token" needs the channels of a token side by side.
-    """
     dims, numel, axis = len(shape), math.prod(shape), channel_dim % len(shape)
     innermost = dims > 2 and is_innermost(shape, strides, dims - 2)
     if granularity == "token" and axis != dims - 1:
         dense = axis == 1 and innermost
     else:
         dense = _contiguous(shape, strides) or (innermost and granularity != "token")
-    if not dense or numel == 0:
-        return None
-    count = {"tensor": numel, "sample": numel // (shape[0] if dims > 1 else 1), "token": shape[axis]}[granularity]
-    return numel // count, count
+    rows = None
+    if dense and numel:
+        sample = numel // shape[0] if dims > 1 else numel
+        count = {"tensor": numel, "sample": sample, "token": shape[axis]}[granularity]
+        rows = (numel // count, count)
+    blocks, (qmin, qmax) = 0 if rows is None or rows[1] <= BLOCK else rows[0] * -(-rows[1] // BLOCK), qrange(bits)
+    shared = granularity_named(granularity).reduced_dims(len(shape), channel_dim)
+    scales = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
+    return EncodeLayout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
 
 
 @functools.lru_cache(4096)

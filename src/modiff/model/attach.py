@@ -167,7 +167,7 @@ class Attachment:
             traced.begin(self.clock.token, None if timestep is None else torch.as_tensor(timestep), self.number)
         else:
             sample = sample_of(args, kwargs)
-            self.begin(timestep, inputs_of(args, kwargs, sample, value))
+            self.begin(timestep, inputs_of(args, kwargs, sample, self.timestep))
             if self.roles is not None:
                 self.roles.begin(model, sample)
 

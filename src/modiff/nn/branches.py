@@ -33,14 +33,20 @@ class Inputs(NamedTuple):
         return Inputs(self.shape, floats)
 
 
-def inputs_of(args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: object) -> Inputs:
-    """The inputs of a call, whose sample and timestep are known; without a sample its first tensor is one.
+def inputs_of(
+    args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: tuple[str, int] | None
+) -> Inputs:
+    """The inputs of a call; without a sample its first tensor is one.
 
     Images, lists of tensors and single floats (scales of guidance, other times) change from step to step: left out.
+
+    Args:
+        timestep: name and position of the argument that holds it.
     """
     named: dict[str, Any] = {str(i): value for i, value in enumerate(args)} | dict(kwargs)
     main = next((value for value in named.values() if isinstance(value, Tensor)), None)
     sample = main if sample is None else sample
+    named = {name: value for name, value in named.items() if timestep is None or name not in map(str, timestep)}
     for name, inner in list(named.items()):
         if isinstance(inner, dict):
             named |= {f"{name}.{key}": value for key, value in inner.items()}
@@ -52,7 +58,7 @@ def inputs_of(args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | N
             tells = value.dim() in ((2, 3) if value.is_floating_point() else (0, 1, 2, 3))
         else:
             tells = all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else (value,)))
-        if tells and not any(value is other for other in (main, sample, timestep)):
+        if tells and value is not main and value is not sample:
             conditions[name] = (value, version_of(value) if isinstance(value, Tensor) else 0)
     return Inputs(None if sample is None else sample.shape, conditions)
 
