@@ -18,7 +18,7 @@ from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.onednn import ONEDNN
 from modiff.kernels.problem import Problem
 from modiff.kernels.product import NATIVE
-from modiff.nn.packed import pack_nibbles
+from modiff.nn.weight import pack_nibbles
 from tests.helpers import assert_same_bits, assert_within
 from tests.kernels.problems import BACKENDS, along, exact_sums, none_clipped, operands, problems, scales, sums_of
 

@@ -15,7 +15,7 @@ from modiff.kernels.epilogue import add_eagerly
 from modiff.kernels.exact import REFERENCE
 from modiff.kernels.layout import Geometry, innermost
 from modiff.kernels.product import NATIVE, family, windows
-from modiff.nn.packed import pack_nibbles
+from modiff.nn.weight import pack_nibbles
 from tests.kernels.problems import needs_compiler, none_clipped, on_threads
 
 pytestmark = needs_compiler

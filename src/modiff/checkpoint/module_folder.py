@@ -28,7 +28,7 @@ from modiff.files import new_folder, read_json, write_json
 from modiff.model.apply import uninstall
 from modiff.model.attach import check_plain
 from modiff.model.pack import seal
-from modiff.nn.packed import PACKED
+from modiff.nn.weight import PACKED
 
 CONFIG = "config.json"
 CLASS = "modiff_module"

@@ -22,8 +22,7 @@ from modiff.model.calibrate import quantizers_of
 from modiff.model.pack import rebuild
 from modiff.nn import quantized_class
 from modiff.nn.adapters import adapter_on
-from modiff.nn.packed import ERROR, ERROR_SCALE, SCALE, packed_storage
-from modiff.nn.weight import turned
+from modiff.nn.weight import ERROR, ERROR_SCALE, SCALE, packed_storage, turned
 
 METADATA = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
 """What each safetensors file says of itself."""

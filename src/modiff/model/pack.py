@@ -14,7 +14,7 @@ from modiff.model.attach import Attachment, required_attachment
 from modiff.model.report import Entry, Report
 from modiff.model.select import CANDIDATES
 from modiff.nn.adapters import fused_adapter
-from modiff.nn.packed import packed_storage
+from modiff.nn.weight import packed_storage
 
 
 def pack_layers(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> None:

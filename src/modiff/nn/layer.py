@@ -21,9 +21,8 @@ from modiff.nn.loop.int16 import Int16Loop
 from modiff.nn.loop.integer import IntegerLoop, unsupported
 from modiff.nn.loop.simulated import SimulatedLoop
 from modiff.nn.operator import LayerOperator, LayerSpec, evaluated
-from modiff.nn.packed import ERROR, ERROR_SCALE, PACKED, SCALE, PackedWeight, pack_codes
 from modiff.nn.sharing import InputGroup
-from modiff.nn.weight import QuantizedWeight, turned
+from modiff.nn.weight import ERROR, ERROR_SCALE, PACKED, SCALE, PackedWeight, QuantizedWeight, pack_codes, turned
 
 
 class ModulatedLayer(nn.Module):

@@ -35,7 +35,7 @@ from modiff.hosts.names import shortcut_splits
 from modiff.model.apply import install
 from modiff.model.attach import required_attachment
 from modiff.model.pack import seal
-from modiff.nn.packed import ERROR_SCALE, PACKED, SCALE
+from modiff.nn.weight import ERROR_SCALE, PACKED, SCALE
 from modiff.presets import AnyConfig, as_config
 
 WHERE = "quantization_config"

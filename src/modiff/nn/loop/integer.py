@@ -29,9 +29,8 @@ from modiff.kernels.problem import Problem
 from modiff.nn.clock import Clock
 from modiff.nn.loop.simulated import Memory, SimulatedLoop
 from modiff.nn.operator import LayerOperator, LayerSpec
-from modiff.nn.packed import PackedWeight
 from modiff.nn.sharing import InputState
-from modiff.nn.weight import version_of
+from modiff.nn.weight import PackedWeight, version_of
 
 Run = tuple[Tensor, InputFusion | None]
 """Some channels of an input, and what they pass through on the way."""
