@@ -76,27 +76,24 @@ def test_static_scales_are_measured_on_other_noise_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs", "other"),
+    ("name", "kind", "argument", "values", "other"),
     [
-        ("dit", {"labels": (3, 999, 0)}, {"labels": (7,)}),
-        ("sd", {"prompts": ("a fox", "a cat", "two words more")}, {"prompts": ("a fox jumps",)}),
+        ("dit", "labels", "class_labels", (3, 999, 0), 7),
+        ("sd", "prompts", "prompt", ("a fox", "a cat", "two words more"), "a fox jumps"),
     ],
 )
 def test_a_conditional_pipeline_draws_each_image_of_its_own_class_or_prompt(
-    name: str, inputs: dict[str, Any], other: dict[str, Any]
+    name: str, kind: str, argument: str, values: tuple[Any, ...], other: Any
 ) -> None:
     pipe = HOSTS[name].build()
-    pipe.set_progress_bar_config(disable=True)
-    source = PipelineSource(pipe, conditions=Conditions(**inputs))
+    source = PipelineSource(pipe, conditions=Conditions(**{kind: values}))
     images = drawn(source, None, range(1), range(1, 4))
-    ((kind, values),) = inputs.items()
-    argument = {"labels": "class_labels", "prompts": "prompt"}[kind]
     taken = {argument: [*values, values[0]]}
     expected = pipe(
         **taken, num_inference_steps=STEPS, generator=noise_generators(0, range(4)), output_type="np"
     ).images
     assert np.abs(images - expected).max() <= 0.01  # another batch: rounding
-    changed = drawn(PipelineSource(pipe, conditions=Conditions(**other)), None, range(2))
+    changed = drawn(PipelineSource(pipe, conditions=Conditions(**{kind: (other,)})), None, range(2))
     assert np.abs(changed - images[:2]).max() > 0.01
     assert drawn(source, W8A4, range(2)).shape == (2, *source.shape)
     assert source.settings[kind] == ", ".join(map(str, values))

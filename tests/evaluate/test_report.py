@@ -6,7 +6,6 @@ import base64
 import hashlib
 import html
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +15,11 @@ from matplotlib.figure import Figure as Drawing
 from modiff.evaluate.report import charts
 from modiff.evaluate.report.charts import STEPS, Point, differences, draw_pareto, layer_figure, pareto
 from modiff.evaluate.report.document import Document, Figure, Section, Table, Verbatim
-from modiff.evaluate.report.page import html_page, markdown, write_report
+from modiff.evaluate.report.page import html_page, markdown
 from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.plans import Preset
 from modiff.evaluate.suite.run import Suite, run_suite
-from tests.evaluate.documents import NASTY, document, png
+from tests.evaluate.documents import NASTY, document
 from tests.evaluate.fakes import FakeExtractor, FakeSource
 
 POINTS = [
@@ -129,16 +128,6 @@ def test_a_paragraph_stays_one() -> None:
     text = markdown(Document("T", "L", (Section("S", typed),))).partition("## S\n\n")[2]
     shown = r"\- no list|\+ no list|3\. no list|-3 is a number|3.5 is one too|\# head|two lines"
     assert text.rstrip("\n").split("\n\n") == shown.split("|")
-
-
-def test_it_writes_page_text_and_figures(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "report"
-    page, text = write_report(document(), folder)
-    assert (page.name, text.name) == ("report.html", "report.md")
-    assert page.read_text(encoding="utf-8") == html_page(document())
-    assert text.read_text(encoding="utf-8") == markdown(document(), "figures")
-    assert (folder / "figures" / "dots.png").read_bytes() == png()
-    assert sorted(p.name for p in folder.rglob("*")) == ["dots.png", "figures", "lines.svg", "report.html", "report.md"]
 
 
 CHOSEN = Preset(num_images=10, steps=8, configs=("plain:8:4", "modulated:8:4"), fewer=(2, 4))

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,27 +62,19 @@ def state_bytes(model: nn.Module) -> int:
     return required_attachment(model, "state_bytes").state_bytes()
 
 
-class Elements(NamedTuple):
-    """Numbers that a layer reads and writes in one evaluation, and the tensor that it reads."""
+def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, tuple[int, int, Tensor]]:
+    """How many numbers each layer reads and writes in one evaluation of `NetworkFacts.example`, and its first input.
 
-    reads: int
-    writes: int
-    source: Tensor
-
-
-def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, Elements]:
-    """What each of the named layers reads and writes in one evaluation of `NetworkFacts.example`, from shapes alone.
-
-    {} where the host knows no example, or shapes depend on values.
+    From shapes alone; {} where the host knows no example, or shapes depend on values.
     Cost: a copy of the modules without their tensors, and an evaluation on the meta device.
     """
-    sizes: dict[str, Elements] = {}
+    sizes: dict[str, tuple[int, int, Tensor]] = {}
     if (example := facts_of(model).example(model)) is None:
         return sizes
 
     def see(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        before = sizes.get(name, Elements(0, 0, inputs[0]))
-        sizes[name] = Elements(before.reads + inputs[0].numel(), before.writes + output.numel(), before.source)
+        reads, writes, source = sizes.get(name, (0, 0, inputs[0]))
+        sizes[name] = reads + inputs[0].numel(), writes + output.numel(), source
 
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     for p in model.parameters():
