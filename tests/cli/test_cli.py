@@ -26,8 +26,6 @@ from tests.cli.commands import assert_one_line
 from tests.cli.commands import modiff as command
 
 NAMES = ["analyze", "demo", "evaluate", "explain", "export", "generate", "quantize", "sample"]
-NOTHING_DRAWN = ("explain", "export")
-"""They draw no images, so they have no seed and no steps of their own."""
 
 
 def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
@@ -36,8 +34,8 @@ def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
     for name in NAMES:
         result = command(name, "--help")
         assert f"Example:\n      modiff {name} " in result.stdout
-        for option in ("--json",) if name in NOTHING_DRAWN else ("--json", "--seed", "--steps"):
-            assert option in result.stdout
+        assert "--json" in result.stdout
+        assert ("--seed" in result.stdout and "--steps" in result.stdout) or name == "export"
 
 
 AT_ONCE = ["", "-h", "--version", "sample --help", "smaple", "sample", "demo --steps x", "explain m --config w9", "-x"]
@@ -135,7 +133,6 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("evaluate {model} --configs w8a4,modulated:8:4", "--configs: expected different configurations"),
         ("analyze {model} -o {out} --steps 5000", "--steps: expected at most 1000, got 5000"),
         ("export {model} -o {out}.npz -n -1", "--num-images: expected 1 or more, got -1"),
-        ("sample {model} -o {out} --seed 9999999999999999999", "--seed: expected 0 or more and less than 2**62"),
         ("sample {model} -o {out} --config {file}", "file.txt: ModiffConfig: expected JSON"),
         ("evaluate {model} --configs w9", "--configs: expected bits such as"),
         ("evaluate {model} -n 8 --steps 2 --reference absent", "absent: expected a file or a folder of pictures"),
@@ -144,8 +141,6 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("export absent -o {out}.npz", "absent: expected a folder of modiff generate, got one without manifest.json"),
         ("generate {model} -o {out} -n 2 --config {static}", "--config: expected dynamic scales, got 'static ones'"),
         ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
-        ("generate {model} -o {out} -n 2 --address auto", "--address: expected --engine ray with it"),
-        ("quantize {model} --method gptq -o {out}", "--method: expected one of accuquant, "),
         ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "--weight-bits: expected None or 2 to 8, got 1"),
         ("quantize {model} --method ptq4dm --settings {prompts} -o {out}", "prompts.txt: expected a JSON file"),
         ("quantize absent --method ptq4dm -o {model}", "expected a new or an empty folder, got files in it"),

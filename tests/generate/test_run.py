@@ -75,7 +75,6 @@ def test_what_is_damaged_is_made_again_and_named(tmp_path: Path, how: str) -> No
     [
         ({"seed": 1}, "another seed"),
         ({"config": presets.w8a8()}, "another config"),
-        ({"scheduler": "ddim"}, "another scheduler"),
         ({"conditions": Conditions(prompts=("a fox",), labels=(3,))}, "another labels and prompts"),
         ({"batch_size": 4}, "another batch_size"),
         ({"engine": FakeEngine(digest="other")}, "another model"),
