@@ -33,9 +33,6 @@ def modulated(model: nn.Module | None = None, bits: int = 4, *, automatic: bool 
     return model
 
 
-# -------------------------------------------------------------------------------------- trajectories by themselves
-
-
 @pytest.mark.parametrize(
     ("times", "starts"),
     [
@@ -129,9 +126,6 @@ def test_a_network_without_time_steps_keeps_asking_for_a_trajectory():
         model(torch.randn(2, 16))
 
 
-# -------------------------------------------------------------------------------------------------------- threads
-
-
 class Waits(nn.Module):
     """Passes its input through; the first call says that it is inside and waits until it may go on."""
 
@@ -177,9 +171,6 @@ def test_of_threads_that_start_one_trajectory_at_once_one_does_and_each_other_is
         with ThreadPoolExecutor(4) as pool:
             started = [future.result() for future in [pool.submit(start) for _ in range(4)]]
         assert sum(started) == 1
-
-
-# ----------------------------------------------------------------------------------------------------- interrupts
 
 
 class Interrupts(nn.Module):

@@ -15,7 +15,7 @@ from modiff.core.observers import MSEObserver
 from modiff.core.quantizer import Quantizer
 from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.model.toys import activations_only, applied, generate, sample, toy
+from tests.model.toys import activations_only, applied, assert_equal, generate, sample, toy
 from tests.recipes import recipe_of_layer
 from tests.reference.recursion import run as reference_run
 
@@ -120,9 +120,6 @@ def test_what_cannot_be_measured_is_refused():
     assert quantizer_of(model).watching is False
 
 
-# ------------------------------------------------------------------------------------------------- scales of a step
-
-
 @pytest.mark.parametrize(
     ("step_groups", "groups"), [(0, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]]), (3, [[0, 1], [2], [3]])]
 )
@@ -140,16 +137,12 @@ def test_each_group_of_steps_has_the_scale_of_its_largest_input(step_groups, gro
         assert_within(outputs[i], exact, 1e-4)
 
 
-def test_residuals_are_kept_by_their_step_and_the_one_before():
-    model = calibrate(static(step_groups=0))
-    assert sorted(quantizer_of(model).moments, reverse=True) == [(700.0, 900.0), (400.0, 700.0), (0.0, 400.0)]
-    for a, b in zip(play(model), play(model), strict=True):
-        assert_same_bits(b, a)
-
-
 @pytest.mark.parametrize("modulated", [True, False])
 def test_a_sampler_with_other_steps_is_an_error_and_not_the_nearest_scale(modulated):
     model = calibrate(static(modulated=modulated, step_groups=0))
+    steps = [(700.0, 900.0), (400.0, 700.0), (0.0, 400.0)] if modulated else [(t,) for t in TIMES]
+    assert sorted(quantizer_of(model).moments, reverse=True) == steps
+    assert_equal(play(model), play(model))
     with pytest.raises(CalibrationError, match=r"expected a step of the . calibrated ones, .* got timestep 600"):
         play(model, INPUTS, [900.0, 600.0, 400.0, 0.0])
     coarser = INPUTS[::2], [900.0, 400.0]  # the inputs of a step are the same, its residual is of a step twice as long
@@ -186,8 +179,6 @@ def test_both_contexts_of_guidance_share_the_scales_of_a_step():
     assert shared == pytest.approx(3 * float(alone.tables[0][0].scale), rel=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------- sizes of steps
-
 STATIC = activations_only(8, dynamic=False)
 MESSAGE = "expected steps of at most 100 timesteps, as its static scales were measured with, got one of 166.667"
 
@@ -199,33 +190,23 @@ def calibrated(config: ModiffConfig = STATIC) -> nn.Module:
     return model
 
 
-def test_a_step_that_is_much_larger_than_the_calibrated_ones_warns_once():
+def test_a_step_that_is_much_larger_than_the_calibrated_ones_warns_once_and_measuring_again_forgets_them():
     model = calibrated()
     generate(model, steps=10)
     generate(model, steps=7)  # 143 timesteps: slightly fewer steps are as good
     with pytest.warns(ModiffWarning, match=MESSAGE):
         generate(model, steps=6)
     generate(model, steps=6)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        activations_only(8),
-        ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False), modulation=None)),
-        activations_only(8, dynamic=False, step_groups=0),
-    ],
-)
-def test_scales_that_are_dynamic_of_values_or_of_each_step_have_no_step_size(config):
-    assert attachment_of(calibrated(config)).step_sizes.largest is None
-
-
-def test_measuring_again_forgets_the_step_size_and_a_failed_measurement_keeps_it():
-    model = calibrated()
     modiff.calibrate(model, lambda: generate(model, steps=4))
     with pytest.raises(CalibrationError):
         modiff.calibrate(model, lambda: None)
     assert attachment_of(model).step_sizes.largest == 250
+
+
+def test_scales_that_are_dynamic_of_values_or_of_each_step_have_no_step_size():
+    plain = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False), modulation=None))
+    for config in (activations_only(8), plain, activations_only(8, dynamic=False, step_groups=0)):
+        assert attachment_of(calibrated(config)).step_sizes.largest is None
 
 
 @pytest.mark.parametrize("learned", [False, True])

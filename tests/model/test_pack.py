@@ -82,9 +82,6 @@ def test_there_is_no_way_back_to_floats_and_it_is_said():
     assert_equal(generate(model), expected)
 
 
-# ----------------------------------------------------------------------------------------------------- anchor codes
-
-
 def test_anchor_codes_cost_a_byte_a_weight_and_leave_outputs_almost_as_they_were():
     errors, sizes = [], []
     for anchor_weights in ("quantized", "int8"):
