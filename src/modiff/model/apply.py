@@ -90,11 +90,9 @@ def check_removable(model: nn.Module) -> None:
             "the integers alone. Load the full-precision model again."
         )
     modules = modules_of(model)
-    there = set(modules.values())
+    there, attention = set(modules.values()), quantized_attention(model).items()
     wrapped = [n for n, layer in attachment.layers.items() if layer not in there or "forward" in vars(layer)]
-    wrapped += [
-        n for n, attention in quantized_attention(model).items() if not attention.attached(modules.get(n, model))
-    ]
+    wrapped += [n for n, quantized in attention if not quantized.attached(modules.get(n, model))]
     if wrapped:
         raise StateError(
             f"remove: expected {wrapped[0]} as modiff left it, got it wrapped by another library. Putting the original "

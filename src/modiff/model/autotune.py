@@ -160,14 +160,11 @@ def choose_modes(
         config, fit = without_unfit("autotune", config, probes)
         modules = modules_of(model)
         rows += [_row(modules[p.name], p, config.layer, tolerance, profile) for p in fit]
-    floats = tuple(dict.fromkeys(row.name for row in rows if row.choice == "float"))
-    plains = dict.fromkeys(row.name for row in rows if row.choice == "plain")
-    chosen = dataclasses.replace(
-        config,
-        layer=dataclasses.replace(config.layer, execution="integer"),
-        exclude=config.exclude + floats,
-        overrides=tuple((name, without_memory(config.layer)) for name in plains),
-    )
+    named = {mode: dict.fromkeys(row.name for row in rows if row.choice == mode) for mode in MODES}
+    layer = dataclasses.replace(config.layer, execution="integer")
+    plain = dataclasses.replace(layer, modulation=None, rotation="none")
+    overrides = tuple((name, plain) for name in named["plain"])
+    chosen = dataclasses.replace(config, layer=layer, exclude=(*config.exclude, *named["float"]), overrides=overrides)
     return AutotuneResult(chosen, tuple(rows), tolerance)
 
 
@@ -206,19 +203,7 @@ def choose(seconds: Seconds, errors: tuple[float, float], tolerance: float, unsu
 
 def signature(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | None) -> str:
     """What the time of a layer depends on: layers that share it are measured once."""
-    activation, modulation = config.activation, config.modulation
-    words = [
-        str(layer.extra_repr()), f"x{tuple(x.shape)}", str(x.dtype).removeprefix("torch."), x.device.type,
-        f"W{config.weight.bits}A{activation.bits}", activation.granularity,
-        "dynamic" if activation.dynamic else "static", modulation.predictor if modulation else "hold",
-        config.rotation, f"split {split}",
-    ]  # fmt: skip
-    return f"{type(layer).__name__}({'; '.join(words)})"
-
-
-def without_memory(config: LayerConfig) -> LayerConfig:
-    """The same, plain, on integers."""
-    return dataclasses.replace(config, modulation=None, rotation="none", execution="integer")
+    return f"{layer} reads {tuple(x.shape)} {x.dtype} on {x.device.type}, split at {split}: {config}"
 
 
 def _measured(config: LayerConfig) -> list[LayerConfig]:
@@ -226,7 +211,8 @@ def _measured(config: LayerConfig) -> list[LayerConfig]:
     if not config.activation.dynamic:
         activation = dataclasses.replace(config.activation, dynamic=True, granularity="tensor", step_groups=1)
         config = dataclasses.replace(config, activation=activation)
-    return [without_memory(config), dataclasses.replace(config, execution="integer")]
+    integer = dataclasses.replace(config, execution="integer")
+    return [dataclasses.replace(integer, modulation=None, rotation="none"), integer]
 
 
 def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int | None = None) -> Seconds:
