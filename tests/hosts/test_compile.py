@@ -7,6 +7,7 @@ difference is ours.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -40,40 +41,33 @@ def graphs() -> int:
     return dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("unet", "integer"), ("dit", "simulated"), ("dit", "plain integer"), ("dit", "weights alone")]
-)
-def test_a_compiled_model_gives_the_images_of_an_eager_one_from_one_graph(name, kind):
+def attention(**changes: Any) -> AttentionConfig:
+    softmax = QuantizerConfig(bits=8, symmetric=False, lowest="zero", **changes)
+    return AttentionConfig(operands=QuantizerConfig(bits=6, **changes), softmax=softmax)
+
+
+CASES = {
+    **{kind: ("dit", ModiffConfig(layer=layer)) for kind, layer in LAYERS.items() if kind != "integer"},
+    "unet, integer": ("unet", ModiffConfig(layer=LAYERS["integer"])),
+    "attention": ("flux", ModiffConfig(layer=LAYERS["integer"], attention=attention())),
+    "static": ("dit", ModiffConfig(layer=LAYERS["integer"], attention=attention(dynamic=False, step_groups=0))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_model_gives_the_images_of_an_eager_one_from_one_graph(case):
+    name, config = CASES[case]
     host = dataclasses.replace(HOSTS["ddim"], build=small.build) if name == "unet" else HOSTS[name]
     pipe = host.build()
-    modiff.apply(pipe, ModiffConfig(layer=LAYERS[kind]))
+    modiff.apply(pipe, config)
+    if case == "static":
+        modiff.calibrate(pipe, lambda: host.call(pipe))
     expected = host.call(pipe)
     host.network(pipe).compile(fullgraph=True, backend="aot_eager")
     assert torch.equal(host.call(pipe, steps=2), host.call(pipe, steps=2))  # U-Nets: step 2 has another memory layout
     before = graphs()
     assert torch.equal(host.call(pipe), expected)
     assert graphs() == before
-
-
-SOFTMAX = QuantizerConfig(bits=8, symmetric=False, lowest="zero")
-
-
-@pytest.mark.parametrize(("name", "changes"), [("flux", {}), ("dit", {"dynamic": False, "step_groups": 0})])
-def test_quantized_attention_compiles_into_the_same_graph(name, changes):
-    host = HOSTS[name]
-    pipe = host.build()
-    attention = AttentionConfig(
-        operands=QuantizerConfig(bits=6, **changes), softmax=dataclasses.replace(SOFTMAX, **changes)
-    )
-    modiff.apply(pipe, ModiffConfig(layer=LAYERS["integer"], attention=attention))
-    if changes:
-        modiff.calibrate(pipe, lambda: host.call(pipe))
-    expected = host.call(pipe)
-    host.network(pipe).compile(fullgraph=True, backend="aot_eager")
-    assert torch.equal(host.call(pipe), expected)
-    before = graphs()
-    assert torch.equal(host.call(pipe), expected)
-    assert graphs() == before == 3, "the model, and its clock before and after it"
 
 
 def test_what_torch_compile_returns_is_the_model_behind_it_to_every_verb():

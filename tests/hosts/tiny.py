@@ -3,9 +3,8 @@
 `HOSTS["flux"].build()` gives a pipeline, with the same weights each time; `.call(pipe, steps=4, seed=0, batch=1)` gives
 its result as one tensor and passes further words on. Row i of a batch equals the call with seed + i to float error.
 
-No layer is idle: diffusers starts several at zero (adaLN gates, last layers), so all parameters are drawn. No network
-predicts the noise: x_0 = (x - sqrt(1 - a) noise) / sqrt(a) multiplies the initial noise by 15 to 150, which drowns what
-a random network says. Pixel hosts predict the image, nearly all of which the clamp to 0..1 spares; others the velocity.
+No layer is idle: diffusers starts several at zero, so all parameters are drawn. Networks predict the image or v: where
+the noise is predicted, the initial noise drowns what a random network says.
 """
 
 from __future__ import annotations

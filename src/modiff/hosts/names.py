@@ -13,32 +13,11 @@ from torch import nn
 from modiff.nn.adapters import modules_of
 
 DEFAULT_EXCLUDE = (
-    "*time_*emb*",
-    "*timestep_emb*",
-    "*time_proj*",
-    "*time_step_proj*",
-    "*t_embedder*",
-    "*guidance*",
-    "*modulation*",
-    "*_mod.?",
-    "*condition_embedder*",
-    "*add_embedding*",
-    "*class_embed*",
-    "*caption_projection*",
-    "*context_embedder*",
-    "*adaln_single*",
-    "*norm*.linear*",
-    "*cap_embedder*",
-    "encoder_hid_proj*",
-    "*x_embedder*",
-    "img_in",
-    "txt_in",
-    "proj_in",
-    "pos_embed*",
-    "patch_embed*",
-    "proj_out",
-    "proj_out_?",
-)
+    "*time_*emb*", "*timestep_emb*", "*time_proj*", "*time_step_proj*", "*t_embedder*", "*guidance*", "*modulation*",
+    "*_mod.?", "*condition_embedder*", "*add_embedding*", "*class_embed*", "*caption_projection*",
+    "*context_embedder*", "*adaln_single*", "*norm*.linear*", "*cap_embedder*", "encoder_hid_proj*", "*x_embedder*",
+    "img_in", "txt_in", "proj_in", "pos_embed*", "patch_embed*", "proj_out", "proj_out_?",
+)  # fmt: skip
 """Layers that read only the time step, the class or the prompt (a few rows, no cost, large effect), and the way into a
 transformer and out of it."""
 
@@ -46,29 +25,12 @@ UNBATCHED = ("txt_ids", "img_ids", "image_rotary_emb", "freqs_cis")
 """Arguments that have no batch axis: positions."""
 
 BLOCK_CLASSES = (
-    "*ResnetBlock*",  # U-Nets
-    "*ResNetBlock",
-    "*ResBlock",
-    "*Transformer*Block*",  # Basic-, Joint-, Flux-, FluxSingle-, Wan-, LTXVideo-, Sana-, ...
-    "*DiTBlock",
-    "*AttentionBlock",
-    "*AttnBlock",
-    "*Attention",  # those of a U-Net without transformers; others lie inside a block
-    "CogVideoXBlock",
-    "ConsisIDBlock",
-    "HiDreamBlock",
-    "OmniGenBlock",
-    "PRXBlock",
-    "UVitBlock",
-    "AuraFlowPreFinalBlock",
-    "HunyuanVideo*RefinerBlock",
-)
-"""Patterns on class names of what is learned as a whole.
-
-The outermost match is the unit: a FluxAttention belongs to its FluxTransformerBlock.
-
-As in Q-Diffusion's code: residual, transformer and attention blocks; everything else layer by layer.
-"""
+    "*ResnetBlock*", "*ResNetBlock", "*ResBlock", "*Transformer*Block*", "*DiTBlock", "*AttentionBlock", "*AttnBlock",
+    "*Attention", "CogVideoXBlock", "ConsisIDBlock", "HiDreamBlock", "OmniGenBlock", "PRXBlock", "UVitBlock",
+    "AuraFlowPreFinalBlock", "HunyuanVideo*RefinerBlock",
+)  # fmt: skip
+"""Patterns on class names of what is learned as a whole, as in Q-Diffusion's code: residual, transformer and attention
+blocks; everything else layer by layer. The outermost match is the unit."""
 
 
 def shortcut_splits(model: nn.Module) -> dict[str, int]:
