@@ -103,6 +103,9 @@ def test_a_loop_that_raises_keeps_the_scales_measured_before():
 
     with pytest.raises(KeyboardInterrupt):
         modiff.calibrate(model, interrupted)
+    overflowed = [*INPUTS[:2], INPUTS[2] * torch.inf, INPUTS[3]]
+    with pytest.raises(CalibrationError, match=r"layer: expected finite values .*, got NaN or infinity at step 2"):
+        calibrate(model, overflowed)
     assert scale_of(model) == before
     assert quantizer_of(model).watching is False
     play(model)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from modiff.core.observers import (
     RANGE_METRICS,
@@ -22,6 +22,7 @@ from modiff.errors import CalibrationError, ConfigError
 from modiff.model.attach import Attachment, required_attachment
 from modiff.model.attention import attention_quantizers
 from modiff.model.roles import warn_unfit
+from modiff.nn import Clock
 
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "l1", "cosine", "kl"]
 MakeObserver = Callable[[int | None], Observer]
@@ -55,15 +56,20 @@ def measure_scales(
 
     Modulated layers are watched on their residuals, plain ones on their inputs: each on exactly what it will code. With
     `step_groups`, each step of the loop is watched alone, and the steps are then cut into groups.
-    Raises: CalibrationError if no layer has static scales or none ran; scales measured before are then kept.
+    Raises: CalibrationError if no layer has static scales, none ran, or a value is not finite; scales measured before
+        are then kept.
     """
     if isinstance(observer, str) and observer not in OBSERVERS:
         raise ConfigError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}. Pick one of them.")
     make: MakeObserver = OBSERVERS[observer] if isinstance(observer, str) else observer
     models = [models] if isinstance(models, nn.Module) else models
     step_sizes = {a: a.step_sizes for m in models if _has_residual_scales(a := required_attachment(m, "calibrate"))}
-    named = [item for model in models for item in quantizers_of(model).items()]
-    quantizers = [(name, q) for name, q in named if not q.config.dynamic and q.bits]
+    clocks = [required_attachment(model, "calibrate").clock for model in models]
+    named = [
+        (*item, clock) for model, clock in zip(models, clocks, strict=True) for item in quantizers_of(model).items()
+    ]
+    watched = [(name, q, clock) for name, q, clock in named if not q.config.dynamic and q.bits]
+    quantizers = [(name, q) for name, q, _ in watched]
     if not quantizers:
         raise CalibrationError(
             "calibrate: expected layers with static scales, got none. Dynamic scales need no calibration. "
@@ -71,8 +77,8 @@ def measure_scales(
         )
     for attachment in step_sizes:
         attachment.step_sizes = StepSizes(measuring=True)
-    for _, quantizer in quantizers:
-        quantizer.watch(functools.partial(make, quantizer.observed_dim))
+    for name, quantizer, clock in watched:
+        quantizer.watch(functools.partial(_finite, make, quantizer.observed_dim, name, clock))
     try:
         forward_loop()
         silent = {name: "no coded step" for name, quantizer in quantizers if quantizer.saw_nothing}
@@ -91,6 +97,23 @@ def measure_scales(
             attachment.step_sizes = sizes
         for _, quantizer in quantizers:
             quantizer.unwatch()
+
+
+def _finite(make: MakeObserver, axis: int | None, name: str, clock: Clock) -> Observer:
+    """An observer that looks at each tensor first: a scale of NaN would spoil every image, and be saved."""
+    observer = make(axis)
+    observe = observer.observe
+
+    def checked(x: Tensor) -> None:
+        if not x.isfinite().all():
+            raise CalibrationError(
+                f"{name}: expected finite values while calibrating, got NaN or infinity at step {clock.step}. Scales "
+                "measured before are kept. Use float32 or bfloat16, or exclude the layer."
+            )
+        observe(x)
+
+    observer.observe = checked
+    return observer
 
 
 def _has_residual_scales(attachment: Attachment) -> bool:
