@@ -12,7 +12,7 @@ import modiff
 from modiff import ConfigError, presets
 from modiff.calibration.blocks import blocks_of
 from modiff.model.attach import attachment_of
-from tests.model.toys import TAKEN, toy, toy_unet
+from tests.model.toys import toy, toy_unet
 
 
 class Nested(nn.Module):
@@ -41,7 +41,9 @@ def test_a_pattern_of_the_user_goes_before_the_known_blocks():
         "last": ("last",),
     }
     everything = blocks_of(nested(), kinds=("Nested",), patterns=("*.inner", "block"))
-    assert [b.name for b in everything] == ["block", "last"]
+    assert [(b.name, b.kind, b.calls) for b in everything] == [("block", "Nested", None), ("last", "Linear", None)]
+    with pytest.raises(ConfigError, match="blocks: expected patterns that match a module with layers to learn, got 'n"):
+        blocks_of(nested(), patterns=("norm",))
 
 
 def test_units_come_in_the_order_of_execution_and_say_how_often_they_run():
@@ -50,18 +52,6 @@ def test_units_come_in_the_order_of_execution_and_say_how_often_they_run():
     order = ["block.early", "block.inner.0", "block.inner.1", "block.late", "last", "block.unused"]
     assert [(b.name, b.calls) for b in found] == list(zip(order, [1, 2, 2, 1, 1, 0], strict=True))
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_a_layer_outside_of_all_blocks_is_a_unit_and_a_pattern_that_matches_nothing_is_refused():
-    model = toy()
-    modiff.apply(model, presets.w4a8())
-    found = blocks_of(model, kinds=("Attention",))
-    assert [(b.name, b.kind, b.layers, b.calls) for b in found] == [
-        ("body", "ModulatedConv2d", ("body",), None),
-        ("attention", "Attention", TAKEN[1:], None),
-    ]
-    with pytest.raises(ConfigError, match="blocks: expected patterns that match a module with layers to learn, got 'n"):
-        blocks_of(model, patterns=("norm",))
 
 
 @pytest.mark.parametrize("kinds", [(), ("ResidualBlock",), ("Block",), ("ToyUNet", "*")])

@@ -89,7 +89,7 @@ def batched_guidance(model: nn.Module, batch: int, seed: int = 0) -> list[Tensor
 
 def test_batched_guidance_keeps_a_sample_in_both_branches():
     model, batch = Guided(), 4
-    calls = record_calls(
+    calls = modiff.collect(
         model, lambda i: batched_guidance(model, batch, i), batch=batch, steps=STEPS, sampler=NormalSteps(),
         progress=False,
     )  # fmt: skip
@@ -171,21 +171,14 @@ def test_memory_is_bounded_and_a_job_that_was_interrupted_runs_only_what_is_miss
         record_calls(model, run, **settings, seed=1)
 
 
-@pytest.mark.parametrize("steps", [STEPS - 1, STEPS + 1])
-def test_a_trajectory_of_another_length_is_an_error(steps):
-    model = toy()
-    with pytest.raises(CalibrationError, match=f"expected {steps} evaluations in trajectory 0, got {STEPS}"):
-        record_calls(model, runs(model), steps=steps, sampler=EveryStep(), progress=False)
-    with pytest.raises(CalibrationError, match="expected at least 1 evaluations in trajectory 0, got 0"):
-        record_calls(model, lambda i: None, progress=False)
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         ({"sampler": EveryStep()}, ConfigError, r"collect\.steps: expected the evaluations in a trajectory, got None"),
         ({"batch": 0}, ConfigError, r"collect\.batch: expected 1 or more, got 0"),
         ({"memory_mib": 0.0}, ConfigError, r"collect\.memory_mib: expected more than 0"),
+        ({"steps": 5, "sampler": EveryStep()}, CalibrationError, "expected 5 evaluations in trajectory 0, got 6"),
+        ({"steps": 7, "sampler": EveryStep()}, CalibrationError, "expected 7 evaluations in trajectory 0, got 6"),
         (
             {"batch": 3, "steps": STEPS, "sampler": NormalSteps()},
             CalibrationError,
@@ -197,6 +190,8 @@ def test_settings_that_do_not_fit_are_refused(settings, error, message):
     model = toy()
     with pytest.raises(error, match=message):
         record_calls(model, runs(model), **settings, progress=False)
+    with pytest.raises(CalibrationError, match="expected at least 1 evaluations in trajectory 0, got 0"):
+        record_calls(model, lambda i: None, progress=False)
 
 
 @pytest.mark.parametrize("modulated", [False, True])

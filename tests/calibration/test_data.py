@@ -97,18 +97,12 @@ def test_a_header_that_does_not_fit_its_file_is_one_clear_error(tmp_path, args):
         CalibrationSet.load(tmp_path)[0]
 
 
-def test_a_trajectory_without_its_last_part_is_not_there(tmp_path):
-    with shards.shard_folder(tmp_path, {}):
+def test_a_set_of_which_a_trajectory_or_a_last_shard_is_missing_is_not_taken_for_a_smaller_one(tmp_path):
+    with shards.shard_folder(tmp_path / "parts", {}):
         pass
-    shards.write_shard(tmp_path, 0, 0, [call(0)], last=False)
-    shards.write_shard(tmp_path, 1, 0, [call(0, 1)], last=False)
-    shards.write_shard(tmp_path, 1, 1, [call(1, 1)], last=True)
-    shards.write_shard(tmp_path, 1, 2, [call(9, 1)], last=True)  # left over from a run with smaller parts
-    assert list(shards.complete_trajectories(tmp_path)) == [1]
-    assert [c.step for c in CalibrationSet.load(tmp_path)] == [0, 1]
-
-
-def test_a_set_of_which_a_trajectory_is_missing_is_not_taken_for_a_smaller_one(tmp_path):
+    for trajectory, number, last in ((0, 0, False), (1, 0, False), (1, 1, True), (1, 2, True)):  # the last is left over
+        shards.write_shard(tmp_path / "parts", trajectory, number, [call(number, trajectory)], last=last)
+    assert [(c.trajectory, c.step) for c in CalibrationSet.load(tmp_path / "parts")] == [(1, 0), (1, 1)]
     CalibrationSet([call(0), call(0, 1), call(0, 2)], {"trajectories": 3}).save(tmp_path)
     chosen = LazyCalls([2, 1], CalibrationSet.load(tmp_path).__getitem__)  # each is read when it is asked for
     assert [(len(c), c[-1].trajectory) for c in (chosen, chosen[1:], chosen[:1])] == [(2, 1), (1, 1), (1, 2)]

@@ -10,9 +10,7 @@ from torch import Tensor
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """out[..., o] = sum_i x[..., i] weight[o, i] + bias[o]."""
-    x, weight = x.double(), weight.double()
-    columns = [(x * row).sum(-1) for row in weight]
-    out = torch.stack(columns, -1)
+    out = torch.stack([(x.double() * row).sum(-1) for row in weight.double()], -1)
     return out if bias is None else out + bias.double()
 
 

@@ -12,29 +12,24 @@ from collections.abc import Callable
 
 
 def share(logit: float) -> float:
-    """h(v)."""
     return min(max(1.2 / (1 + math.exp(-logit)) - 0.1, 0.0), 1.0)
 
 
 def bounds(bits: int) -> tuple[int, int]:
-    """Smallest and largest code."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def soft(weight: float, scale: float, zero: int, bits: int, v: float) -> float:
-    """W_q while h lies between 0 and 1."""
     low, high = bounds(bits)
     return scale * (min(max(math.floor(weight / scale) + share(v) + zero, low), high) - zero)
 
 
 def code(weight: float, scale: float, zero: int, bits: int, v: float) -> int:
-    """The integer at the end: h cut at one half."""
     low, high = bounds(bits)
     return min(max(math.floor(weight / scale) + (1 if share(v) >= 0.5 else 0) + zero, low), high)
 
 
 def penalty(logits: list[float], beta: float) -> float:
-    """sum(1 - |2 h - 1|^beta)."""
     return sum(1 - abs(2 * share(v) - 1) ** beta for v in logits)
 
 
@@ -46,7 +41,6 @@ def best_rounding(weights: list[float], scale: float, bits: int, loss: Callable[
 
 
 def step_gradient(x: float, scale: float, zero: int, bits: int) -> float:
-    """dQ/ds as LSQ states it."""
     low, high = bounds(bits)
     ratio = x / scale
     cut = min(max(ratio, low - zero), high - zero)
@@ -54,6 +48,5 @@ def step_gradient(x: float, scale: float, zero: int, bits: int) -> float:
 
 
 def input_gradient(x: float, scale: float, zero: int, bits: int) -> float:
-    """dQ/dx as LSQ states it."""
     low, high = bounds(bits)
     return 1.0 if low - zero <= x / scale <= high - zero else 0.0

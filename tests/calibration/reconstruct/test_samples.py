@@ -27,7 +27,7 @@ def data_of(unit, visits, held_out=0.25) -> UnitData:
 def visits_of(unit, inputs) -> list[UnitCall]:
     """Each element of `inputs` is (args, kwargs)."""
     with torch.no_grad():
-        return [UnitCall(args, kwargs, [t for t in tensors_of(unit(*args, **kwargs))]) for args, kwargs in inputs]
+        return [UnitCall(args, kwargs, tensors_of(unit(*args, **kwargs))) for args, kwargs in inputs]
 
 
 def draws(data: UnitData, rows: int, count: int) -> list[UnitCall]:
