@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import modiff
 from modiff import CalibrationError, ConfigError, FormatError, StateError, presets
@@ -184,6 +185,19 @@ def test_a_half_precision_module_keeps_its_dtype_and_float32_scales(saved):
     scale = load_file(saved / WEIGHTS)["body.weight_scale"]
     assert_same_bits(loaded.body.weight_scale, scale)
     assert (scale != scale.bfloat16().float()).any()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm, parametrizations.weight_norm,
+                                    parametrizations.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.4),
+                                    lambda m: prune.l1_unstructured(m, "bias", 0.4)])  # fmt: skip
+def test_parameters_that_are_made_of_others_are_written_as_they_compute(tmp_path, change):
+    model = toy()
+    for layer in (model.body, model.attention.to_q):
+        change(layer)
+    modiff.apply(model.eval(), presets.published(4, 8))
+    modiff.save(model, tmp_path / "saved")
+    assert_equal(outputs_of(modiff.load(tmp_path / "saved", into=toy(1))), outputs_of(model))
 
 
 def test_tied_weights_are_written_for_each_layer(tmp_path):

@@ -163,6 +163,7 @@ MADE = {
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(8, 4, 3, **CIRCULAR)), (2, 8, 4, 4)),
     "weight norm by a hook": (lambda: weight_norm(nn.Conv1d(8, 4, 3)), (2, 8, 5)),
     "spectral norm by a hook": (lambda: spectral_norm(nn.Linear(8, 4)), (2, 8)),
+    "pruned bias": (lambda: prune.l1_unstructured(nn.Linear(8, 4), "bias", 0.4), (2, 8)),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.4), (2, 8)),
     "standardized": (lambda: Standardized(8, 4, 3, stride=2, groups=2), (2, 8, 5, 5)),
     "scaled": (lambda: computing(lambda m, x: functional.linear(x, m.weight * 0.5, m.bias * 0.1)), (2, 8)),

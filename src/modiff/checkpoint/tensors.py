@@ -161,10 +161,13 @@ def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: 
                 f"{where}: expected a layer {name} in {type(model).__name__} that modiff can replace, got {got}. The "
                 "checkpoint belongs to another model. Give the model that it was saved from."
             )
-        if not kind.keeps(module):  # what made its weight is not saved
-            own = {f"{name}.{leaf}" for leaf in module.state_dict() if leaf != "bias"}
-            weight = {f"{name}.weight": Expected(None, tuple(module.weight.shape))}
-            expected = {key: value for key, value in expected.items() if key not in own} | weight
+        if not kind.keeps(module):  # what made its weight and bias is not saved
+            own = {f"{name}.{leaf}" for leaf in module.state_dict()}
+            made = {
+                f"{name}.{leaf}": value for leaf in ("weight", "bias") if (value := getattr(module, leaf)) is not None
+            }
+            expected = {key: value for key, value in expected.items() if key not in own}
+            expected |= {key: Expected(None, tuple(value.shape)) for key, value in made.items()}
         if layer.config.weight.bits is not None:
             spec, error = kind.spec_of(module, name, layer.config, layer.split), layer.anchor_weights == "int8"
             shape = tuple(turned(module.weight, spec.transposed).shape)

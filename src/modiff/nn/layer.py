@@ -87,7 +87,7 @@ class ModulatedLayer(nn.Module):
     def keeps(cls, layer: nn.Module) -> bool:
         """Whether a layer keeps the weight and the forward of the torch layer that this class takes the place of."""
         own = any(type(layer).forward is base.__dict__.get("forward") for base in cls.__mro__)
-        return own and "weight" in layer._parameters
+        return own and {"weight", "bias"} <= layer._parameters.keys()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch; a copy has a number of its own."""
