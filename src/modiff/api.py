@@ -76,9 +76,8 @@ def apply(target: Any, config: AnyConfig | None = None, *, state_memory: int | s
 
 
 def report(target: Any) -> Report:
-    """What `apply` or `load` made of each layer, how it runs now and why, and the memory that it takes now.
+    """What `apply` or `load` made of each layer, how it runs now, on which backend and why, and its memory.
 
-    Integer layers name the backend that was chosen for their weight, once they have run.
     Raises: StateError without modulated layers.
     """
     attachments = [required_attachment(network, "report") for network in modulated_networks(target, "report")]
@@ -242,10 +241,8 @@ def autotune(
     Args:
         config: bits and selection, modulated, without overrides; W8A8 when None.
         tolerance: the largest relative error that quantizing the input of a layer may make.
-        steps, num_images, seed: of the trajectory of an unconditional pipeline; use the batch you will sample with.
-        run: runs one trajectory; needed for anything but an unconditional pipeline.
-        profile: JSON file of the times of layers, by machine. The same file gives the same choice; what it lacks is
-            measured and added.
+        steps, num_images, seed, run: as in `tune`; use the batch you will sample with.
+        profile: JSON file of the times of layers, by machine; what it lacks is measured and added.
     Returns: the choice of each layer with its reason, and a config for `modiff.apply`. The target is not changed.
     Raises: ConfigError if `run` is needed; StateError if modiff is on the target; FormatError for a damaged profile.
     Cost: a full-precision trajectory, and some twenty calls of each kind of layer that the profile lacks.
@@ -276,9 +273,7 @@ def collect(
     """Run trajectories and keep what the sampler chooses of the denoiser's inputs, full-precision or quantized.
 
     Args:
-        run: `run(i)` generates with seeds of trajectory i, for example
-            `lambda i: pipe(batch_size=8, generator=torch.Generator().manual_seed(i), num_inference_steps=50)`.
-        component: which denoiser, for pipelines with several.
+        run: `run(i)` generates with the seeds of trajectory i. component: which denoiser, for pipelines with several.
         batch: images in a run; the sampler then chooses among them, and only their rows are kept.
         steps: evaluations in a run (in each context, when guidance is in two calls); needed for a sampler.
         sampler: which steps of which images; all when None.
@@ -312,8 +307,7 @@ def reconstruct(
         calls: a calibration set of its denoiser from `modiff.collect`; or `run(i)`, which generates with the seeds of
             trajectory i: one trajectory in full precision is collected then, all steps of it.
         config: what is learned and how long; Q-Diffusion's settings for weights when None.
-        component: which denoiser, for pipelines with several.
-        folder: keeps each finished unit as safetensors; the same call continues after the last one there.
+        component: as in `collect`. folder: keeps each finished unit; the same call continues after the last one there.
     Returns: each unit, with its loss on held-out rows before and after.
     Raises: StateError without modulated layers; ConfigError or CalibrationError for what cannot be learned, or a
         folder of another reconstruction; FormatError for a damaged one.

@@ -155,11 +155,10 @@ class QuantizerConfig(JsonConfig):
     clip: scale = clip * absmax / qmax; codes saturate. Under 1 it pays only in the closed loop.
     lowest: "zero" fixes the lower end of the range at 0, for values that are never negative (softmax outputs); these
         may have 16 bits.
-    step_groups: static scales only. 1: one set for all steps; n: the calibrated steps are cut into n groups of
-        neighbours with a set each; 0: a set for each step (finite sets, TFMQ-DM). More than one set serves only the
-        very time steps it was calibrated on.
-    refresh_every: dynamic scales of modulated layers only. 1 measures them at each step; n at every n-th, which saves a
-        pass over memory at the others. Residuals that outgrow an old scale are clipped, and sent later.
+    step_groups: of static scales: 1 set for all steps, one for each of n groups of neighbours, or 0 for one for each
+        step. More than one set serves only the time steps it was calibrated on.
+    refresh_every: of dynamic scales of modulated layers: measured at every n-th step, which saves a pass over memory at
+        the others. Residuals that outgrow an old scale are clipped, and sent later.
     """
 
     bits: int | None = 8
@@ -203,13 +202,11 @@ class ModulationConfig(JsonConfig):
     first_step: "full_precision" anchors the states on the unrounded input; "coded" sends it in `rounds` rounds.
     anchor_weights: the weight that meets the input where the states start. "exact" is the one before rounding: its
         rounding error then meets only what changes later; packed layers use what `modiff.pack` kept of it. "quantized"
-        is the paper's form. A coded first step consists of codes, which meet the quantized weight either way.
+        is the paper's form; a coded first step has it either way.
     reanchor_every: anchor again every this many steps; 0 never.
-    stagger: at each step another 1/`reanchor_every` of the layers anchors again, those that share an input together;
-        False anchors all of them at one step.
-    state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md gives figures over 200 steps). int16 is
-        half of float32 and hardly drifts: integers on a grid of the layer, for execution="integer" with dynamic scales,
-        which become multiples of its grid; a state that outgrows its grid starts again.
+    stagger: at each step another 1/`reanchor_every` of the layers anchors again, those that share an input together.
+    state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md). int16 hardly does: integers on a grid
+        of the layer, for execution="integer" with dynamic scales; a state that outgrows its grid starts again.
     """
 
     predictor: str = "hold"
@@ -298,9 +295,7 @@ class LayerConfig(JsonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(JsonConfig):
-    """The two products inside attention, softmax(q k^T / sqrt(d)) v: how their operands become integers.
-
-    Modulation does not reach them: each is coded from nothing at every step, static or dynamic as its quantizer says.
+    """The two products inside attention, softmax(q k^T / sqrt(d)) v: how their operands become integers, unmodulated.
 
     operands: q, k and v. "auto" is a scale per token for q and k and per sample for v when dynamic, else per tensor.
     softmax: the probabilities, from 0 up; 8 bits, 16 for Stable Diffusion (Q-Diffusion). "auto" is a scale per query.
@@ -336,9 +331,8 @@ class ModiffConfig(JsonConfig):
     overrides: (pattern, LayerConfig) pairs, the last match wins.
     first_last: "full_precision" leaves the first and the last layer of the network alone.
     min_weights: layers with fewer weights are left alone.
-    share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual. A tensor
-        that is written in place between two of them is another one. Inference tensors are known by their bytes; on
-        GPUs, where nobody looks at these, each layer codes them for itself.
+    share_residuals: "auto" lets layers that read the same tensor (q, k, v; gate, up) share one coded residual.
+        Inference tensors are known by their bytes; on GPUs each layer codes them for itself.
     split_shortcuts: "auto" gives the two halves of a U-Net's concatenated skip input a quantizer each.
     attention: quantizers of the attention products; None leaves them in full precision.
     """

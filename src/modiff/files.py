@@ -62,10 +62,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def reading(path: str | Path, what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a missing or damaged file raises in the body into a FormatError of one line.
-
-    `what` and `advice` complete "expected `what`, got .... The file is missing or damaged. `advice`".
-    """
+    """Turn what a missing or damaged file raises in the body into a FormatError: expected `what`, got ... `advice`."""
     try:
         yield
     except FormatError:

@@ -163,11 +163,9 @@ def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: 
             )
         if not kind.keeps(module):  # what made its weight and bias is not saved
             own = {f"{name}.{leaf}" for leaf in module.state_dict()}
-            made = {
-                f"{name}.{leaf}": value for leaf in ("weight", "bias") if (value := getattr(module, leaf)) is not None
-            }
+            made = {f"{name}.{leaf}": getattr(module, leaf) for leaf in ("weight", "bias")}
             expected = {key: value for key, value in expected.items() if key not in own}
-            expected |= {key: Expected(None, tuple(value.shape)) for key, value in made.items()}
+            expected |= {key: Expected(None, tuple(v.shape)) for key, v in made.items() if v is not None}
         if layer.config.weight.bits is not None:
             spec, error = kind.spec_of(module, name, layer.config, layer.split), layer.anchor_weights == "int8"
             shape = tuple(turned(module.weight, spec.transposed).shape)
