@@ -1,19 +1,30 @@
-"""The choice of a backend is a pure function, every machine can be made up; a slow choice is told once."""
+"""The choice of a backend is a pure function of problem, instructions and trust; the self-test believes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from modiff import KernelError, ModiffWarning, errors
-from modiff.kernels import native
+from modiff.kernels import dispatch, native
 from modiff.kernels.dispatch import plan
-from modiff.kernels.isa import Isa, Trust
+from modiff.kernels.encode import encode_residual
+from modiff.kernels.exact import REFERENCE
+from modiff.kernels.isa import LIMIT, Isa, Trust, detect, level_of
 from modiff.kernels.kernel import Kernel
+from modiff.kernels.onednn import ONEDNN, self_test
 from modiff.kernels.problem import Problem
+from modiff.kernels.product import NATIVE
+from modiff.kernels.triton import backend as gpu
 from tests.kernels.problems import along
 
 LINEAR, CONV = Problem(1152, 1152), Problem(320, 320, **along(3, 3))
@@ -116,3 +127,158 @@ def test_a_slow_fallback_warns_once_and_says_what_to_do(machine, size, options, 
     for warning in seen:
         assert told in str(warning.message)
         assert "leave execution='simulated'" in str(warning.message)
+
+
+LEVELS = {"sse4_1": "sse41", "avx2": "avx2", "avx512_f": "avx2", "avx512_bw": "avx512", "avx_vnni": "avx512",
+          "avx512_vnni": "avx512_vnni", "amx_int8": "amx"}  # fmt: skip
+"""The capabilities of a processor in the order in which they came, and the level reached with all up to one."""
+
+
+@pytest.mark.parametrize(
+    ("level", "limits"),
+    [("amx", ("", "DEFAULT", "AVX512_CORE_AMX", "AVX10_1_512_AMX_FP16")), ("avx512", ("AVX512_CORE",)),
+     ("avx512_vnni", ("AVX512_CORE_VNNI", "avx512_core_bf16", "AVX10_1_512", " AVX512_CORE_FP16 ")),
+     ("avx2_vnni", ("AVX2_VNNI_2", "AVX2_VNNI")), ("avx2", ("AVX2",)), ("sse41", ("AVX", "SSE41"))],
+)  # fmt: skip
+def test_the_limit_of_onednn_caps_the_level_and_gives_nothing(level, limits):
+    assert {level_of(dict.fromkeys(LEVELS, True), limit) for limit in limits} == {level}
+    assert {level_of({"sse4_1": True}, limit) for limit in limits} == {"sse41"}
+
+
+@pytest.mark.parametrize("last", ["", *LEVELS])
+def test_the_level_is_the_best_that_the_processor_has_and_only_vnni_and_amx_sum_in_32_bits(last):
+    names = list(LEVELS)[: list(LEVELS).index(last) + 1 if last else 0]
+    level = level_of({name: name in names for name in LEVELS})
+    assert level == LEVELS.get(last, "other")
+    assert Isa(level).sums_in_int32 == ("vnni" in level or level == "amx")
+
+
+CHILD = """
+import json, torch
+torch.set_num_threads(1)
+from modiff.kernels.isa import detect
+from modiff.kernels.kernel import Kernel
+from modiff.kernels.onednn import self_test
+from modiff.kernels.problem import Problem
+from tests.kernels.problems import along, operands, sums_of
+found = {"level": detect().level, "trust": self_test()[:2], "rows": [[], []]}
+for bits, largest in ((8, 127), (8, 64), (7, 128), (4, 127), (8, 8)):
+    for problem in (
+        Problem(131, 24, bits=bits, weight_max=largest),
+        Problem(20, 24, **along(3, 3), bits=bits, weight_max=largest),
+        Problem(32, 32, (3, 3), (2, 2), (1, 1), (1, 1), groups=2, bits=bits, weight_max=largest),
+        Problem(16, 16, **along(3, 3), groups=16, bits=bits, weight_max=largest),
+    ):
+        codes, weight = operands(problem, 1, extreme=True)
+        chosen = Kernel(problem, weight, torch.ones(problem.outputs)).choice.backend
+        made, exact = (sums_of(problem, codes, weight, name) for name in (chosen, "reference"))
+        found["rows"][(bits, largest) != (8, 127)].append([bits, largest, chosen, torch.equal(made.double(), exact)])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("limit", ["AVX512_CORE_VNNI", "AVX2", "SSE41"])
+def test_the_chosen_backend_adds_up_right_in_a_process_with_that_limit(limit):
+    """Instructions that a processor has can be hidden from oneDNN: one machine tests what others run."""
+    level = level_of(torch.cpu.get_capabilities(), limit)
+    if level == detect().level:
+        pytest.skip("this process has that level: test_kernel.py tests it")
+    environment = {**os.environ, LIMIT: limit, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = json.loads(subprocess.check_output([sys.executable, "-c", CHILD], text=True, timeout=150, env=environment))
+    vnni, chosen = Isa(level).sums_in_int32, ({name for *_, name, _ in rows} for rows in found["rows"])
+    loops = {"native"} if level in ("avx2", "avx512") and native.find_compiler() else set()
+    assert (found["level"], found["trust"]) == (level, [True, vnni])
+    assert list(chosen) == [loops | {"onednn" if vnni else "float_exact"}, loops | {"onednn"}]
+    assert all(right for rows in found["rows"] for *_, right in rows)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """The self-test as a new process has it; what it shows here is forgotten."""
+    self_test.cache_clear()
+    yield
+    self_test.cache_clear()
+
+
+def right(operator, codes):
+    return REFERENCE.sums(operator, codes).float()
+
+
+def wrong(operator, codes):
+    return right(operator, codes) + 1
+
+
+def pairs_in_16_bits(operator, codes):
+    """What processors without VNNI do: products are added in pairs, and each pair saturates."""
+    if operator.axes:
+        return right(operator, codes)
+    products = codes.long().unsqueeze(-2) * operator.weight_codes().long()
+    products = torch.nn.functional.pad(products, (0, products.shape[-1] % 2))
+    pairs = (products[..., ::2] + products[..., 1::2]).clamp(-(2**15), 2**15 - 1)
+    return (pairs.sum(-1) - operator.zero_point * operator.weight_codes().long().sum(1)).float()
+
+
+def refusing(error):
+    def sums(*_):
+        raise error
+
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("sums", "trust"),
+    [
+        (right, Trust(bounded=True, full=True)),
+        (pairs_in_16_bits, Trust(bounded=True, full=False)),
+        (wrong, Trust(bounded=False, full=False)),
+        (refusing(RuntimeError("no primitive\nmore")), Trust(bounded=False, full=False, detail="no primitive")),
+        (refusing(TypeError("18 arguments")), Trust(bounded=False, full=False, detail="18 arguments")),
+    ],
+)
+def test_it_shows_what_the_operators_do_once_per_process(sums, trust, monkeypatch):
+    monkeypatch.setattr(ONEDNN, "sums", sums)
+    assert self_test() == trust
+    monkeypatch.setattr(ONEDNN, "sums", refusing(AssertionError("asked again")))
+    assert self_test() == trust
+
+
+@pytest.mark.parametrize(("sizes", "backend"), [((3, 3), "reference"), ((), "float_exact")])
+def test_a_torch_without_onednn_runs_without_asking_it(sizes, backend, monkeypatch):
+    monkeypatch.setattr(NATIVE, "unsupported", lambda *_: "switched off")
+    monkeypatch.setattr(ONEDNN, "sums", refusing(AssertionError("oneDNN was asked")))
+    monkeypatch.setattr(dispatch, "detect", lambda: Isa(detect().level, onednn=False))
+    made = Kernel(Problem(4, 3, **along(*sizes), bits=4), torch.ones(3, 4, *sizes, dtype=torch.int8), torch.ones(3))
+    assert made.choice.backend == backend
+    assert "no oneDNN" in made.choice.reason
+
+
+@pytest.mark.skipif(not detect().onednn or detect().level == "other", reason="no oneDNN for this processor")
+def test_a_kernel_on_this_machine_heeds_the_self_test(monkeypatch):
+    monkeypatch.setattr(NATIVE, "unsupported", lambda *_: "switched off")
+    monkeypatch.setattr(ONEDNN, "sums", wrong)
+    made = Kernel(Problem(4, 3, bits=4), torch.ones(3, 4, dtype=torch.int8), torch.ones(3))
+    assert made.choice.backend == "float_exact"
+    assert "failed the self-test" in made.choice.reason
+
+
+CASES = Path(__file__).parent / "triton" / "gpu_cases.py"
+
+
+@pytest.mark.skipif(not gpu.installed(), reason="Triton is not installed")
+def test_the_kernels_equal_the_reference_bit_for_bit() -> None:
+    """In a process of its own: Triton decides at its import whether it interprets."""
+    environment = dict(os.environ) | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500,
+                          cwd=CASES.parents[3])  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_a_cpu_keeps_its_own_kernels_and_a_gpu_without_triton_takes_the_reference(monkeypatch):
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr("modiff.kernels.encode._on_gpu", lambda *_, **__: pytest.fail("Triton was asked"))
+    encode_residual(torch.randn(2, 8), None, None, 8, granularity="token")
+    monkeypatch.setattr(gpu, "installed", lambda: False)
+    assert plan(Problem(64, 64, device="cuda"), Isa("avx2")).reason == "float64 sums, slow: Triton is not installed"

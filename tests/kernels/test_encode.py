@@ -15,14 +15,14 @@ from modiff import KernelError, ModulationConfig, QuantizerConfig
 from modiff.core import recursion
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State
-from modiff.kernels import encode, native, onednn
-from modiff.kernels.encode import FixedState, choose_encoder, encode_residual, start
+from modiff.kernels import native, onednn
+from modiff.kernels.encode import FixedState, encode_residual, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.layout import innermost
 from modiff.kernels.problem import Problem
 from tests.helpers import assert_same_bits, drifting
-from tests.kernels.problems import BACKENDS, ENCODERS, GRANULARITIES, eagerly, needs_compiler, none_clipped, on_threads
+from tests.kernels.problems import BACKENDS, ENCODERS, GRANULARITIES, eagerly, none_clipped, on_threads
 
 SHAPES = [((3, 40, 70), -1), ((5, 33), -1), ((2, 6, 9, 7), 1), ((2, 40, 33), 1), ((7,), -1)]
 
@@ -180,32 +180,6 @@ def test_what_has_no_integer_sums_or_belongs_to_another_input_is_refused(changes
             run(torch.randn(2, 3), **options)
 
 
-@needs_compiler
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_a_compiler_the_compiled_loop_runs(granularity, dtype, monkeypatch):
-    assert choose_encoder().backend == "native"
-    monkeypatch.setattr(encode, "encode_eagerly", lambda *_: pytest.fail("torch's operators ran"))
-    for x, channel in ((torch.randn(3, 50), -1), (innermost(torch.randn(2, 8, 4, 4)), 1)):
-        options = {"granularity": granularity, "channel_dim": channel}
-        for scale in (None, torch.tensor(0.1)):
-            encode_residual(x.to(dtype), torch.zeros_like(x), scale, 4, **options)
-        encode_residual(x.to(dtype), None, None, 4, **options)
-
-
-def test_the_choice_says_what_encodes_and_why(monkeypatch):
-    monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler on the PATH"))
-    assert choose_encoder() == (
-        "eager",
-        "torch's own operators, several passes over memory: no C++ compiler on the PATH",
-        (),
-    )
-    for triton, backend in ((True, "triton"), (False, "eager")):
-        monkeypatch.setattr("modiff.kernels.triton.backend.installed", lambda answer=triton: answer)
-        assert choose_encoder("cuda").backend == backend
-        assert choose_encoder("xpu").reason == "the compiled loop runs on CPUs, the input is on xpu"
-
-
 @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)])
 def test_what_torch_takes_by_default_is_no_matter(device, dtype):
     """Memory that kernels make for themselves lies where their inputs lie, and holds what the loops expect."""
@@ -254,8 +228,8 @@ def test_after_200_steps_the_state_is_what_was_sent_to_the_last_bit(bits, clip, 
 @given(
     seed=st.integers(0, 2**31), bits=st.integers(2, 8), clip=st.sampled_from([1.0, 0.4]),
     granularity=st.sampled_from(GRANULARITIES), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    size=st.sampled_from([((3, 5, 33), -1), ((2, 6, 4, 5), 1), ((2, 20000), -1)]), jump=st.sampled_from([1.0, 1e-3,
-    50.0, 1e20]),
+    size=st.sampled_from([((3, 5, 33), -1), ((2, 6, 4, 5), 1), ((2, 20000), -1)]),
+    jump=st.sampled_from([1.0, 1e-3, 50.0, 1e20]),
 )  # fmt: skip
 @settings(max_examples=60)
 def test_scales_are_multiples_of_the_grid_and_every_encoder_gives_the_same(

@@ -1,8 +1,9 @@
-"""Every backend: the same integer sums, bit for bit, and outputs within float error; packing, layouts, state dtypes."""
+"""Every backend: equal sums, outputs and states within float error or bit for bit; weights that are prepared once."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modiff import KernelError
+from modiff.kernels import epilogue, native
+from modiff.kernels.backend import Prepacked
 from modiff.kernels.dispatch import this_machine
 from modiff.kernels.encode import FixedState, start
+from modiff.kernels.epilogue import add_eagerly, add_sent
 from modiff.kernels.exact import FLOAT_EXACT
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.onednn import ONEDNN
@@ -20,7 +24,17 @@ from modiff.kernels.problem import Problem
 from modiff.kernels.product import NATIVE
 from modiff.nn.weight import pack_nibbles
 from tests.helpers import assert_same_bits, assert_within
-from tests.kernels.problems import BACKENDS, along, exact_sums, none_clipped, operands, problems, scales, sums_of
+from tests.kernels.problems import (
+    BACKENDS,
+    along,
+    exact_sums,
+    needs_compiler,
+    none_clipped,
+    operands,
+    problems,
+    scales,
+    sums_of,
+)
 
 EPSILON = 2.0**-24
 """Relative rounding error of float32."""
@@ -182,3 +196,89 @@ def test_weights_and_scales_that_lie_apart_in_memory_are_read_as_they_are(sizes)
     apart = torch.stack([weight, weight], -1)[..., 0]
     expected = Kernel(problem, weight, scale.clone()).compute(codes, one)
     assert_same_bits(Kernel(problem, apart, scale).compute(codes, one), expected)
+
+
+@given(
+    seed=st.integers(0, 2**31), integers=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    rows=st.sampled_from([(), (4, 1), (1, 1)]), count=st.sampled_from([7, 64, 40000]), special=st.sampled_from([0.0,
+    float("nan"), float("inf"), -1e30]),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_the_compiled_loop_equals_torch_s_operators(seed, integers, dtype, rows, count, special):
+    torch.manual_seed(seed)
+    sent, scale, value = torch.randn(4, count) * 50, torch.rand(rows) * 0.1, torch.randn(4, count)
+    sent[1, 3] = special
+    fixed, results = start(value, 4.0), []
+    for run in (lambda *given: add_sent(*given[:4], 0, given[4]), add_eagerly):
+        state, clipped = (fixed.n if integers else value).clone(), none_clipped()
+        out = torch.empty(4, count, dtype=dtype)
+        run(state, (fixed.grid, clipped) if integers else None, sent, scale, out)
+        results.append((state.float(), clipped.float(), out))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(0.0), other.nan_to_num(0.0))
+    assert bool(results[0][2][1, 3].isnan()) == (special != special)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_leaves_16_bits_is_cut_and_counted(compiled, monkeypatch):
+    state, clipped, sent = start(torch.ones(2, 8), 2.0), none_clipped(), torch.zeros(2, 8)
+    sent[0, :3], sent[1, 0] = 100.0, -100.0
+    if not compiled:
+        monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
+    add_sent(state.n, (state.grid, clipped), sent, torch.tensor(1.0), 0, torch.empty(2, 8))
+    assert (int(clipped), int(state.n.max()), int(state.n.min())) == (4, 32767, -32768)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("sizes", "kind"), [((), "sample"), ((), "token"), ((3, 3), "sample")])
+@pytest.mark.parametrize("backend", ["float_exact", "onednn"])
+def test_with_a_compiler_the_compiled_loop_runs_and_without_one_steps_are_the_same(sizes, kind, backend, monkeypatch):
+    problem = Problem(12, 10, **along(*sizes), bits=4)
+    codes, weight = operands(problem, 0)
+    kernel, scale = Kernel(problem, weight, torch.ones(10), backend=backend), scales(problem, codes, kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(epilogue, "add_eagerly", lambda *_: pytest.fail("torch's operators ran"))
+        first = kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16)
+    monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
+    assert_same_bits(kernel.step(kernel.new_output(codes), codes, scale, torch.bfloat16), first)
+
+
+class Counted(Prepacked):
+    """A store that counts how often something was made."""
+
+    calls = 0
+
+    def make(self) -> tuple[Tensor, ...]:
+        self.calls += 1
+        return (torch.zeros(10),)
+
+    def ask(self, weight: Tensor, kind: str = "a") -> int:
+        self.get(weight, kind, self.make)
+        return self.calls
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_one_memory_is_prepared_once_through_views_and_again_after_a_write_that_tensors_count(inference):
+    store = Counted()
+    with torch.inference_mode(inference):
+        weight = torch.nn.Parameter(torch.ones(4, 3), requires_grad=False)
+        assert {store.ask(same) for same in (weight, weight.detach(), weight.data, weight.view(4, 3))} == {1}
+        assert [store.ask(weight, "b"), store.ask(weight.detach()[1:])] == [2, 3]
+        weight.add_(1)
+        assert [store.ask(weight), store.ask(weight)] == [3 + (not inference)] * 2
+
+
+def test_nothing_outlives_the_weight_and_new_memory_at_its_address_is_not_taken_for_it():
+    store, weight = Counted(), torch.ones(4, 3)
+    store.ask(weight)
+    view = weight[1:]
+    del weight
+    gc.collect()
+    assert store.bytes_held() == store.bytes_of(view) == 40
+    del view
+    gc.collect()
+    assert store.bytes_held() == 0
+    for _ in range(20):
+        store.ask(torch.ones(4, 3))
+    assert store.calls == 21

@@ -1,4 +1,4 @@
-"""The Triton kernels: sums, codes and states equal the reference's bit for bit. `test_backend.py` runs this file.
+"""The Triton kernels: sums, codes and states equal the reference's bit for bit. `test_dispatch.py` runs this file.
 
 Triton decides when it is imported whether its interpreter runs the kernels, so these cases need a process of their own.
 """
