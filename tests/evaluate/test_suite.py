@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from modiff import presets
-from modiff.config import ModiffConfig
 from modiff.errors import ConfigError, FormatError
 from modiff.evaluate.features.load import load_extractor
 from modiff.evaluate.metrics.paired import relative_l2
@@ -186,24 +185,18 @@ def test_json_has_every_figure_with_all_its_fields_and_no_infinity(tmp_path: Pat
     assert str(tmp_path) not in json.dumps(result)
 
 
-def static(config: ModiffConfig) -> ModiffConfig:
-    activation = dataclasses.replace(config.layer.activation, dynamic=False, granularity="tensor")
-    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, activation=activation))
-
-
 FULL = Plan(name="full", steps=2)
 PLAIN = Plan(name="plain", steps=2, config=presets.plain(8, 4))
 MODULATED = Plan(name="modulated", steps=2, config=presets.modulated(8, 4))
-STATIC = Plan(name="static", steps=2, config=static(presets.modulated(8, 4)))
+ACTIVATION = {"bits": 4, "dynamic": False, "granularity": "tensor"}
+STATIC = Plan(name="static", steps=2, config=presets.as_config({"layer": {"activation": ACTIVATION}}))
 
 
 @pytest.mark.parametrize(
     ("plans", "watched"),
     [([FULL, MODULATED, PLAIN, STATIC], MODULATED), ([FULL, PLAIN, STATIC], PLAIN), ([FULL, STATIC], None)],
 )
-def test_the_last_modulated_configuration_with_dynamic_scales_is_watched(
-    plans: list[Plan], watched: Plan | None
-) -> None:
+def test_the_last_modulated_plan_with_dynamic_scales_is_watched(plans: list[Plan], watched: Plan | None) -> None:
     layers = watched_layers(PipelineSource(pixel_pipeline()), plans, 1)
     assert (layers and layers[0]) == watched
     assert layers is None or all(len(trace["steps"]) == 2 for trace in layers[2])
