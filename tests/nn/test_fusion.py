@@ -18,7 +18,7 @@ from modiff.kernels import native
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import ModulatedConv2d, fusion, sharing, traced
 from tests.helpers import assert_within, drifting
-from tests.nn.fusing import BLOCKS, PLAIN, W8A8, Model, fused, layers, made, states, taken
+from tests.nn.building import BLOCKS, PLAIN, W8A8, Model, fused, layers, made, states, taken
 from tests.nn.test_law import law
 from tests.recipes import state_of
 

@@ -24,11 +24,7 @@ class QuantizedAttention:
     While the module's forward runs, its calls of `scaled_dot_product_attention` come here, whichever processor makes
     them. `attach` puts `forward` in front of the module's own, `detach` takes it away.
 
-    Args:
-        config: bits and scales; with bits None everywhere the call is passed on unchanged.
-        name: for messages.
-        clock: of the model, for scales per step.
-
+    clock: of the model, for scales per step. With bits None everywhere the call is passed on unchanged.
     quantizers: by operand, "q", "k", "v" and "softmax"; None where the operand stays in full precision.
     """
 

@@ -48,12 +48,9 @@ class ModulatedLayer(nn.Module):
     def from_float(
         cls, layer: nn.Module, config: LayerConfig, *, name: str, clock: Clock | None = None, split: int | None = None
     ) -> Self:
-        """The quantized layer of a torch layer, which is not changed.
+        """The quantized layer of a torch layer, which is not changed; on the clock of its model, or one of its own.
 
-        Args:
-            name: for messages.
-            clock: of the model the layer sits in; its own when None.
-            split: channel index where the input is cut into two halves with a quantizer each.
+        split: channel index where the input is cut into two halves with a quantizer each.
         Raises: ConfigError if the split lies outside the channels or the layer has groups.
         """
         quantized = cls.__new__(cls)
@@ -96,10 +93,7 @@ class ModulatedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The float weight, as others read it: of a packed layer what its codes stand for, which cannot be written.
-
-        Cost: of a packed layer, a pass over the codes at each access.
-        """
+        """The float weight, as others read it; of a packed layer what its codes stand for, unpacked at each access."""
         stored, quantized = self.operator.weight, self.quantized_weight
         if isinstance(quantized, PackedWeight):
             moving = "_old_forward" in self.__dict__ or any(tensor.is_meta for tensor in quantized.stored())
@@ -159,10 +153,7 @@ class ModulatedLayer(nn.Module):
             self.hold_packed(self.packed_state(anchor_weights))
 
     def packed_state(self, anchor_weights: PackedAnchors = "quantized") -> dict[str, Tensor]:
-        """All tensors of the packed weight, by their names in `PACKED`, as `pack` would keep them or has kept them.
-
-        Raises: StateError if a packed layer lost its scales.
-        """
+        """All tensors of the packed weight, by their names in `PACKED`. Raises: StateError if its scales were lost."""
         stored = self.operator.weight
         if self.packed:
             names = PACKED[1:] if self.keeps_error() else (SCALE,)
@@ -184,11 +175,14 @@ class ModulatedLayer(nn.Module):
         """What the input meets where the states start, in words; empty for a layer without states."""
         if self.inputs is None:
             return ""
-        if self.config.weight.bits is None or (self.spec.anchors_exactly and not self.packed):
+        bits = self.config.weight.bits
+        if bits is None or (self.spec.anchors_exactly and not self.packed):
             return "exact weights"
-        if self.keeps_error():
-            return f"int8 anchor codes ({1.5 if self.config.weight.bits <= 4 else 2} bytes a weight)"
-        return "quantized weights"
+        return (
+            f"int8 anchor codes ({1.5 if bits <= 4 else 2} bytes a weight)"
+            if self.keeps_error()
+            else "quantized weights"
+        )
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a packed weight, as `packed_storage` has them; the replaced layer keeps its weight."""

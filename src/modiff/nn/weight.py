@@ -36,12 +36,9 @@ _HALF, _TINY = 2.0**-8, 2.0**-24
 class QuantizedWeight:
     """w ~ scale_o * code_o: symmetric, one scale per output channel and range of columns.
 
-    Args:
-        config: bits and range search; bits None keeps floats (rotated ones if `rotation` is set).
-        columns: how many input channels each range has (a split shortcut has two).
-        rotation: blocks of the input rotation folded into the weight, or None.
-        name: for messages.
-        transposed: groups of a transposed convolution, whose parameter is (I, O / groups, ...); 0 of other layers.
+    columns: how many input channels each range has (a split shortcut has two). rotation: blocks of the input rotation
+    folded into the weight. transposed: groups of a layer whose parameter is (I, O / groups, ...), else 0.
+    With bits None floats are kept, rotated ones if `rotation` is set.
 
     The codes follow the parameter. Writes through `.data` (a fused LoRA) leave no trace on a tensor: after `forget`,
     which every trajectory calls, a fingerprint of the bytes tells whether the codes must be made again.

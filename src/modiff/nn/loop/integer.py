@@ -211,11 +211,8 @@ def _laid(state: State, x: Tensor, moves: bool) -> State:
     """The state in the memory layout of x, with a move if any is kept; moved once, when a trajectory begins."""
     value = laid_as(state.value, x)
     if not moves:
-        return state if value is state.value else State(value)
-    move = state.moves[0] if state.moves else torch.zeros_like(value)
-    if move.stride() != value.stride():
-        move = torch.empty_like(value).copy_(move)
-    return State(value, (move,))
+        return State(value)
+    return State(value, (laid_as(state.moves[0], value) if state.moves else torch.zeros_like(value),))
 
 
 class IntegerLoop(SimulatedLoop):

@@ -51,10 +51,8 @@ class SimulatedLoop:
         clock.on_reset(self.forget)
 
     def step(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
-        """The layer's output for `x`, or for what `fusion` makes of it; in the dtype of x.
+        """The layer's output for `x`, or for what `fusion` makes of it; in the dtype of x. read: as `Source` has it.
 
-        Args:
-            read: in a graph of torch.compile the number of what is read, as `Source` has it.
         Raises: StateError outside a trajectory, or if the input does not fit the states.
         """
         inputs = self.inputs
