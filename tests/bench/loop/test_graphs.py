@@ -61,6 +61,7 @@ def _as_on_a_gpu(request, monkeypatch):
     monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "switched off"))
     monkeypatch.setattr(kernel, "plan", lambda *_: Choice("reference", "a test"))
     monkeypatch.setattr(Clock, "_enter_branch", lambda *_: None)
+    monkeypatch.setattr(Tensor, "is_cpu", False, raising=False)
 
 
 def built(config: ModiffConfig) -> Toy:
