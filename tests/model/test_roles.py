@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_a_run_tells_which_layers_keep_their_floats_and_tune_and_autotune_leave_
     (first, *_) = (str(w.message) for w in recwarn if w.category is ModiffWarning)
     assert first.startswith("tune: expected layers that quantizing suits, got ")
     assert ("unused (never called" in first) == (kind is Published)
-    assert "embed.2 (reads one row a sample: an embedding)" in first
+    assert re.search(r"embed\.2, .* \(reads one row a sample: an embedding\)", first)
 
 
 def test_what_is_quantized_against_its_role_is_named_once_with_what_to_type(recwarn):
@@ -95,7 +96,7 @@ def test_what_is_quantized_against_its_role_is_named_once_with_what_to_type(recw
     generate(model)
     generate(model)
     (warning,) = (str(w.message) for w in recwarn if w.category is ModiffWarning)
-    assert "embed.2 (reads one row a sample: an embedding)" in warning
+    assert "embed.2, inputs.second.emb, middle.emb (reads one row a sample: an embedding)" in warning
     assert "inputs.first (runs first)" in warning
     assert "out.1 (runs last)" in warning
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model)
@@ -110,7 +111,7 @@ def test_layers_that_the_config_names_are_not_warned_about(field):
 
 def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report():
     model = applied(ModiffConfig(exclude=EMBEDDINGS), make=published)
-    with pytest.warns(ModiffWarning, match=r"Published: .* unused \(never called.* exclude=\('unused',\)"):
+    with pytest.warns(ModiffWarning, match=r"Published: .* unused \(never called.*exclude="):
         generate(model)
     entries = {e.name: e for e in modiff.report(model).entries}
     assert entries["unused"].execution == "not run"

@@ -101,10 +101,11 @@ def _settings(method: str, quick: bool, file: Path | None, modulated: bool, opti
 
 def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:
     """Sizes and error, for people and as JSON."""
-    from modiff.evaluate.pipelines import TUNING_SEED, image_error, network_bytes, number
+    from modiff.evaluate.pipelines import TUNING_SEED, image_error, network_bytes
 
     images = [s.draw(chosen.steps, range(IMAGES), chosen.seed + TUNING_SEED) for s in (source, saved)]
     sizes, error = [network_bytes(s.pipe) for s in (source, saved)], image_error(images[1], images[0])
     before, after = (f"{size / 2**20:.2f} MiB" for size in sizes)
-    text = f"relative L2 of {IMAGES} images to full precision: {number(error['relative_l2'], '.4f')}"
+    value = error["relative_l2"]
+    text = f"relative L2 of {IMAGES} images to full precision: {'-' if value is None else f'{value:.4f}'}"
     return f"networks: {before} before, {after} after\n{text}", {"bytes": sizes, "error": error}

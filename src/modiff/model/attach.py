@@ -140,7 +140,7 @@ class Attachment:
         """What the layers are for is known: say what should not be quantized."""
         self.roles, unfit = None, roles.unfit()
         self.uncalled = tuple(name for name, why in unfit.items() if why == NEVER)
-        warn_unfit(self.clock.name, unfit, f"Add exclude={(*unfit,)} to ModiffConfig, or include them by name.")
+        warn_unfit(self.clock.name, unfit, "Add their names to ModiffConfig(exclude=...), or to include.")
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""

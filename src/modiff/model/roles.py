@@ -32,7 +32,8 @@ class Roles:
     def __init__(self, config: ModiffConfig, report: Report) -> None:
         by_name = [*config.include, *(pattern for pattern, _ in config.overrides)]
         self.named = [pattern for pattern in by_name if pattern != "*"]
-        self.config, self.ends_matter = config, False
+        self.judged, self.ends_matter = config.default_exclude is None, False  # otherwise the config has decided
+        self.first_last = config.first_last
         self.names = [entry.name for entry in report.entries if entry.is_layer]
         self.taken = {entry.name for entry in report.taken}
         self.sample: Tensor | None = None
@@ -43,7 +44,7 @@ class Roles:
     def begin(self, model: nn.Module, sample: Tensor | None) -> None:
         """An evaluation begins; watch it until `close`. Inside of compiled modules nothing would be seen."""
         self.sample = sample
-        self.ends_matter = self.config.first_last == "full_precision" and sample is not None
+        self.ends_matter = self.judged and self.first_last == "full_precision" and sample is not None
         if not any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
             self._stack.enter_context(observe(model, self.see, layers=self.names))
 
@@ -63,8 +64,8 @@ class Roles:
 
     def unfit(self) -> dict[str, str]:
         """Taken layers that should keep their floats, and why; those that the config names stay."""
-        by_default = self.config.default_exclude is None  # otherwise embeddings are quantized on purpose
-        reasons = {name: "reads one row a sample: an embedding" for name in self.rows if by_default and self.rows[name]}
+        rows = [name for name, row in self.rows.items() if row and self.judged]
+        reasons = dict.fromkeys(rows, "reads one row a sample: an embedding")
         if self.ends_matter and self.last:
             reasons |= {self.last: "runs last", self.reads_sample or self.first or self.last: "runs first"}
         reasons = {name: why for name, why in reasons.items() if not matches(name, self.named)}
@@ -74,7 +75,9 @@ class Roles:
 
 def warn_unfit(where: str, unfit: Mapping[str, str], what: str) -> None:
     """Warn once of layers that should keep their floats; `what` is done about it."""
-    listed = ", ".join(f"{name} ({unfit[name]})" for name in [*unfit][:8]) + ", ..." * (len(unfit) > 8)
+    groups = {why: [name for name in unfit if unfit[name] == why] for why in dict.fromkeys(unfit.values())}
+    listed = "; ".join(f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} ({why})"
+                       for why, names in groups.items())  # fmt: skip
     if unfit:
         warn_once(f"{where}: {listed}", f"{where}: expected layers that quantizing suits, got {listed}. {what}")
 
