@@ -57,7 +57,7 @@ def operands(problem: Problem, seed: int, *, inner: bool = True, extreme: bool =
     largest = min(problem.weight_max, 127)
     weight = torch.randint(-problem.weight_max, largest + 1, problem.weight_shape, generator=generator)
     if extreme:
-        codes[0], weight[::2] = problem.largest_byte, largest
+        codes[0], weight[::2] = 2**problem.bits - 1, largest
     codes = codes.to(torch.uint8)
     if problem.kernel_size and inner:
         codes = innermost(codes)

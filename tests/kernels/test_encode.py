@@ -80,20 +80,6 @@ def test_codes_scales_and_states_equal_the_core_s_in_a_trajectory_and_without_a_
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("given_as", ["one", "all"])
-def test_given_scales_are_used_as_they_are(encoder, granularity, given_as):
-    x, state = torch.randn(3, 5, 40), torch.zeros(3, 5, 40)
-    scales = {"tensor": (1, 1, 1), "sample": (3, 1, 1), "token": (3, 5, 1)}[granularity]
-    scale = torch.rand(() if given_as == "one" else scales) * 0.3 + 0.05
-    found, used = ENCODERS[encoder](x, state, scale, 4, 0.1, granularity)
-    expected = torch.round(x / scale).clamp(-8, 7)
-    assert encoder != "native" or used is scale
-    assert_same_bits(found, (expected + 8).to(torch.uint8))
-    assert_same_floats(state, 0.0 + expected * scale)
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-40, -1e-45, 3e38])
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -32,9 +32,9 @@ from modiff.kernels import native
 from modiff.kernels.dispatch import Choice
 from modiff.kernels.layout import EncodeLayout, layout_of
 from modiff.kernels.native import KINDS
+from modiff.kernels.problem import LARGEST_INT16
 from modiff.kernels.triton import backend as gpu
 
-_LARGEST = 2**15 - 1
 _MOST_MULTIPLE = 2**14
 
 
@@ -55,11 +55,11 @@ def start(x: Tensor, headroom: float = 2.0) -> FixedState:
     The output state must start from `value()`, not from x: the law is ô = A(â) + bias.
     """
     values = x.detach().to(torch.float32)
-    step = values.abs().amax() * (headroom / _LARGEST)
+    step = values.abs().amax() * (headroom / LARGEST_INT16)
     _, exponent = torch.frexp(step)  # step <= 2^exponent
     exponent = torch.where(step == 0, -100, exponent)  # the first value that is not zero outgrows it, and starts again
     grid = torch.where(step.isfinite(), torch.ldexp(torch.ones_like(step), exponent.clamp(-100, 100)), torch.nan)
-    whole = torch.round(values / grid).clamp(-_LARGEST - 1, _LARGEST)
+    whole = torch.round(values / grid).clamp(-LARGEST_INT16 - 1, LARGEST_INT16)
     return FixedState(whole.nan_to_num(0.0).to(torch.int16), grid)
 
 
@@ -221,8 +221,8 @@ def _fixed_eagerly(x: Tensor, state: FixedState, layout: EncodeLayout, clipped: 
     n = state.n.to(torch.int32)
     rounded = torch.round(residual / scale).clamp(qmin, qmax).nan_to_num(0.0).to(torch.int32)
     share = 1 / multiple  # floor(room / multiple) is the whole part of (room + 1/2) / multiple
-    q = torch.minimum(rounded, ((_LARGEST - n + 0.5) * share).to(torch.int32))
-    q = torch.maximum(q, -((_LARGEST + 1 + n + 0.5) * share).to(torch.int32))
+    q = torch.minimum(rounded, ((LARGEST_INT16 - n + 0.5) * share).to(torch.int32))
+    q = torch.maximum(q, -((LARGEST_INT16 + 1 + n + 0.5) * share).to(torch.int32))
     clipped.add_((q != rounded).sum())
     state.n.copy_(n + q * multiple.to(torch.int32))
     return (q - qmin).to(torch.uint8), scale

@@ -43,14 +43,15 @@ class OneDnn(Backend):
             return f"oneDNN is slow for groups of {each[0]} and {each[1]} channels, which {_BLOCK} does not divide"
         if problem.largest_sum > LARGEST_INT32:
             return f"a sum of {problem.summed} products may pass 32 bits"
-        pair = 2 * problem.largest_byte * problem.weight_max
+        byte = 2**problem.bits - 1
+        pair = 2 * byte * problem.weight_max
         few_bits_run = isa.onednn and isa.level != "other" and isa.trust.bounded
         if (broken := self.broken(isa)) and (pair > LARGEST_INT16 or not few_bits_run):
             return broken
         if pair <= LARGEST_INT16 or isa.sums_in_int32:
             return ""
         return (
-            f"{isa.level} has no VNNI: 2 x {problem.largest_byte} x {problem.weight_max} = {pair} saturates 16 bits; "
+            f"{isa.level} has no VNNI: 2 x {byte} x {problem.weight_max} = {pair} saturates 16 bits; "
             "at most 7-bit weights, or 7-bit activations, run on integers here"
         )
 
@@ -69,8 +70,9 @@ class OneDnn(Backend):
         """One line for the report: the instructions, and why its sums are exact."""
         if isa.sums_in_int32:
             return f"oneDNN int8 on {isa.level}, sums in 32 bits"
-        pair = 2 * problem.largest_byte * problem.weight_max
-        return f"oneDNN int8 on {isa.level}: 2 x {problem.largest_byte} x {problem.weight_max} = {pair} fits 16 bits"
+        byte = 2**problem.bits - 1
+        sums = f"2 x {byte} x {problem.weight_max} = {2 * byte * problem.weight_max}"
+        return f"oneDNN int8 on {isa.level}: {sums} fits 16 bits"
 
     def sums(self, operator: Operator, codes: Tensor) -> Tensor:
         """sum (code - zero point) * weight code, made in int32 and rounded once, to float32."""

@@ -43,11 +43,6 @@ class Problem:
             )
 
     @property
-    def largest_byte(self) -> int:
-        """2^b - 1."""
-        return 2**self.bits - 1
-
-    @property
     def summed(self) -> int:
         """Products that go into one output element."""
         return self.inputs // self.groups * math.prod(self.kernel_size)
@@ -55,7 +50,7 @@ class Problem:
     @property
     def largest_sum(self) -> int:
         """Bound of the sum over bytes, zero point not yet taken off."""
-        return self.summed * self.largest_byte * self.weight_max
+        return self.summed * (2**self.bits - 1) * self.weight_max
 
     @property
     def pointwise(self) -> bool:
