@@ -178,16 +178,13 @@ def _plan(fusion: InputFusion, x: Tensor, past: Past, codes: Tensor, layout: Enc
         return None
     if (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None:
         return None
-    if norm == "affine":
-        pitch, pixels = pixel_pitch(x.shape, x.stride()), x.numel() // x.shape[1]
-        if pitch is None:
+    if norm in ("affine", "gated"):
+        pixels = x if norm == "affine" else x.movedim(-1, 1)
+        pitch, runs = pixel_pitch(pixels.shape, pixels.stride()), x.numel() // pixels.shape[1]
+        if pitch is None or (norm == "gated" and axis != x.dim() - 1):
             return None
-        return _Plan(library, 1, pixels, x.shape[1], pixels // x.shape[0], pixels // rows[0], pitch)
-    if norm == "gated":
-        tokens, pitch = x.numel() // x.shape[-1], pixel_pitch((turned := x.movedim(-1, 1)).shape, turned.stride())
-        if pitch is None or axis != x.dim() - 1:
-            return None
-        return _Plan(library, 4, tokens, x.shape[-1], tokens, tokens // rows[0], pitch)
+        mode, samples = (1, x.shape[0]) if norm == "affine" else (4, 1)
+        return _Plan(library, mode, runs, pixels.shape[1], runs // samples, runs // rows[0], pitch)
     innermost = not x.is_contiguous() or axis == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
     planes = x.numel() // (x.shape[0] * x.shape[1]) if x.dim() > 1 else x.numel()
     length = x.shape[axis] if innermost else planes
