@@ -18,8 +18,11 @@ NETWORK = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
     [("ddim", {}), ("ddim", {"predictor": "linear"}), ("ddpm", {"state_dtype": "float64"}), ("dit", {})],
 )
 def test_apply_tells_the_bytes_that_a_generation_then_takes(host: str, modulation: dict[str, str]) -> None:
-    pipe = HOSTS[host].build()
+    pipe, calls = HOSTS[host].build(), []
+    handle = HOSTS[host].network(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
     expected = modiff.apply(pipe, presets.as_config({"layer": {"modulation": modulation}})).memory.expected
+    assert not calls  # hooks do not hear of the evaluation that tells the shapes
+    handle.remove()
     HOSTS[host].call(pipe, steps=3)
     assert modiff.report(pipe).memory.states == expected > 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,8 +80,13 @@ def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, tuple[
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "forward")
+    for module in model.modules():  # neither hooks nor wrappers meet tensors without values
+        memo |= {id(vars(module)[name]): OrderedDict() for name in hooks if name in vars(module)}
     with suppress(Exception), torch.no_grad(), torch.device("meta"):
         blank = copy.deepcopy(model, memo)
+        for module in blank.modules():
+            vars(module).pop("forward", None)
         with observe(blank, see, layers=names):
             blank(**example)
         return sizes
