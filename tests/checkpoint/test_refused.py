@@ -1,21 +1,213 @@
-"""Folders that cannot be loaded, modules that cannot be saved: one line, and nothing is changed."""
+"""What a folder says is looked at before it is believed: layouts, headers and whole folders, damaged or hostile."""
 
 from __future__ import annotations
 
+import copy
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import modiff
-from modiff import AttentionConfig, ConfigError, FormatError, StateError, presets
+from modiff import AttentionConfig, ConfigError, FormatError, LayerConfig, StateError, WeightConfig, presets
+from modiff.checkpoint.layout import Layer, Layout
+from modiff.checkpoint.tensors import Expected, check_claims, read_headers, weight_files
 from tests.checkpoint.test_module_folder import WEIGHTS, applied, assert_equal
 from tests.helpers import assert_same_tensors
 from tests.model.toys import sample, toy, toy_unet
+from tests.strategies import layer_configs, model_configs
+
+SMALL = Layout(
+    presets.w4a8(),
+    {"a": Layer(LayerConfig()), "b": Layer(LayerConfig(weight=WeightConfig(bits=4)), 3), "c": Layer(LayerConfig())},
+    {"a": ("static.0.scale",)},
+)
+
+
+def reread(layout: Layout) -> Layout:
+    return Layout.from_dict("here", json.loads(json.dumps(layout.to_dict())))
+
+
+@settings(max_examples=15)
+@given(model_configs(), st.lists(layer_configs(), max_size=3), st.integers(1, 9))
+def test_any_layout_comes_back_from_json(config, layers, split):
+    cut = config.split_shortcuts == "auto"
+    named = {f"layer{i}": Layer(layer, split if i % 2 and cut else None) for i, layer in enumerate(layers * 2)}
+    layout = Layout(config, named, {name: ("x", "y") for name in named})
+    assert reread(layout) == layout
+
+
+def test_equal_layer_configs_are_written_once():
+    values = SMALL.to_dict()
+    assert len(values["layer_configs"]) == 2
+    assert [values["layers"][name] for name in "abc"] == [{"config": 0}, {"config": 1, "split": 3}, {"config": 0}]
+    assert (values["quant_method"], values["version"]) == ("modiff", 1)
+    assert values["written_by"] == f"modiff {modiff.__version__}"
+
+
+def with_value(*path: str | int, value: object) -> dict[str, object]:
+    values = copy.deepcopy(SMALL.to_dict())
+    at = values
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "expected an object quantization_config, got NoneType"),
+        (with_value("quant_method", value="bitsandbytes"), "expected quant_method 'modiff', got 'bitsandbytes'"),
+        (with_value("version", value=2), "expected format version 1, got 2 written by 'modiff .*Quantize the mod"),
+        (with_value("version", value=True), "expected format version 1, got True"),
+        (
+            {key: value for key, value in SMALL.to_dict().items() if key != "config"},
+            "expected the field, got no config",
+        ),
+        (with_value("config", value=3), "expected the settings of modiff, got: ModiffConfig: expected an object"),
+        (with_value("config", "min_weights", value="many"), "expected the settings of modiff, got: ModiffConfig.min"),
+        (with_value("layer_configs", value=None), "expected the settings of modiff, got: LayerConfig"),
+        (with_value("layers", value=[]), "expected an object layers, got list"),
+        (with_value("layers", "a", value=0), r"expected an object layers\.a, got int"),
+        (with_value("layers", "a", "config", value=2), "expected the number of one of 2 layer configs for a, got 2"),
+        (with_value("layers", "a", "config", value=True), ".*layer configs for a, got True"),
+        (with_value("layers", "b", "split", value=2.5), "expected a channel to split b at, got 2.5"),
+        (with_value("config", "split_shortcuts", value="off"), "expected layers that are not split, .* got b split"),
+        (with_value("scales", value=3), "expected an object scales, got int"),
+        (with_value("largest_step", value=-1), "expected a difference of timesteps as largest_step, got -1"),
+        (with_value("scales", "a", value=[1]), r"expected names of scales for a, got \[1\]"),
+    ],
+)
+def test_a_damaged_layout_gets_one_line(values, message):
+    with pytest.raises(FormatError, match=f"^here: {message}") as caught:
+        Layout.from_dict("here", values)
+    assert "\n" not in str(caught.value)
+
+
+TENSORS = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.int8)}
+
+
+def raw(path: Path, header: object, data: bytes = b"", claimed: int | None = None) -> Path:
+    """A file with this header, whatever it claims."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if claimed is None else claimed) + text + data)
+    return path
+
+
+def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+EXPECTED = {"a": Expected(None, (2, 3)), "b": Expected(torch.int8, (4,))}
+
+
+def test_claims_tell_dtype_and_shape_and_any_floating_dtype_will_do_where_it_is_cast(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        save_file({"a": TENSORS["a"].to(dtype)}, tmp_path / "x.safetensors")
+        save_file({"b": TENSORS["b"]}, tmp_path / "y.safetensors")
+        claims = read_headers([tmp_path / "x.safetensors", str(tmp_path / "y.safetensors")])
+        assert {name: (c.dtype, c.shape) for name, c in claims.items()} == {
+            "a": (dtype, (2, 3)),
+            "b": (torch.int8, (4,)),
+        }
+        check_claims("here", claims, EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "claimed"),
+    [
+        (b"", b"", 0),
+        (b"{}", b"", 2**64 - 1),
+        (b"not json", b"", None),
+        (b"[" * 50_000, b"", None),
+        ({"a": entry(shape=(2**40,), offsets=(0, 2**42))}, b"1234", None),
+        ({"a": entry(shape=(2**62, 2**62), offsets=(0, 8))}, bytes(8), None),
+        ({"a": entry(offsets=(8, 0))}, bytes(8), None),
+        ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(0, 8))}, bytes(8), None),
+        ({"a": entry()}, bytes(7), None),
+        ({"a": entry(dtype="F99")}, bytes(8), None),
+        ({"a": {"dtype": "F32"}}, bytes(8), None),
+    ],
+)
+def test_headers_that_lie_are_refused_before_anything_is_read(tmp_path, header, data, claimed) -> None:
+    path = raw(tmp_path / "x.safetensors", header, data, claimed)
+    with pytest.raises(FormatError, match=r"x\.safetensors: expected a safetensors file, got .*Copy it again\.$"):
+        read_headers([path])
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "x.safetensors").write_bytes(content[:length])
+        with pytest.raises(FormatError, match="missing or damaged"):
+            read_headers([tmp_path / "x.safetensors"])
+
+
+def test_a_missing_file_a_foreign_dtype_and_a_tensor_twice_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"gone\.safetensors: expected a safetensors file, got FileNotFoundError"):
+        read_headers([tmp_path / "gone.safetensors"])
+    save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "f8.safetensors")
+    with pytest.raises(FormatError, match="expected numbers that modiff writes in a, got F8_E4M3"):
+        read_headers([tmp_path / "f8.safetensors"])
+    for name in ("x", "y"):
+        save_file(TENSORS, tmp_path / f"{name}.safetensors")
+    with pytest.raises(FormatError, match=r"y.safetensors: expected each tensor once, got a also in x\.safetensors"):
+        read_headers([tmp_path / "x.safetensors", tmp_path / "y.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": None}, r"expected 2 tensors, got no a \(1 such\)"),
+        ({"c": torch.zeros(1)}, r"expected 2 tensors, got an unknown c \(1 such\)"),
+        ({"a": torch.zeros(3, 2)}, r"expected a of shape \(2, 3\) in floating point, got \(3, 2\) in torch.float32"),
+        ({"a": torch.zeros(2, 3, dtype=torch.int32)}, r"in floating point, got \(2, 3\) in torch.int32"),
+        ({"b": torch.zeros(4, dtype=torch.uint8)}, r"b of shape \(4,\) in torch.int8, got \(4,\) in torch.uint8"),
+    ],
+)
+def test_files_must_hold_what_the_config_promises_and_no_more(tmp_path, change, message) -> None:
+    tensors = {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(FormatError, match=f"^here: .*{message}.*Copy the folder again"):
+        check_claims("here", read_headers([tmp_path / "x.safetensors"]), EXPECTED)
+
+
+def test_weights_are_one_file_or_the_shards_of_an_index(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"expected model.safetensors, got none"):
+        weight_files(tmp_path, "model")
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert weight_files(tmp_path, "model") == (tmp_path / "model.safetensors",)
+    for name in ("m1", "m2"):
+        (tmp_path / name).write_bytes(b"")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m2", "b": "m1", "c": "m2"}}))
+    assert weight_files(tmp_path, "model") == (tmp_path / "m1", tmp_path / "m2")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', "[" * 50_000, '{"weight_map": null}'])
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(FormatError, match="expected the index of a sharded checkpoint"):
+        weight_files(tmp_path, "model")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/m1", "gone", "", ".."])
+def test_an_index_points_at_files_next_to_it_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "m1").write_bytes(b"")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(FormatError, match="expected the names of files next to it"):
+        weight_files(tmp_path, "model")
+
 
 Damage = Callable[[Path], object]
 BODY, ERROR, ERROR_SCALE = "body.weight", "body.weight_error", "body.weight_error_scale"
