@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from glob import escape
@@ -59,18 +59,13 @@ def apply(target: Any, config: AnyConfig | None = None, *, state_memory: int | s
         settings = replace(settings, overrides=(*settings.overrides, *((escape(n), c) for n, c in plain.items())))
         reasons = dict.fromkeys(plain, f"plain: its states do not fit into state_memory={state_memory!r}")
     report = Report(())
-    done: list[nn.Module] = []
-    try:
+    with ExitStack() as undo:
         for network in networks.values():
             report += install(network, settings, splits=host.splits(network), known=known, reasons=reasons)
-            done.append(network)
+            undo.callback(uninstall, network)
+        undo.callback(host.detach, target)
         host.attach(target)
-    except BaseException:
-        for network in done:
-            uninstall(network)
-        if len(done) == len(networks):
-            host.detach(target)
-        raise
+        undo.pop_all()
     warn_of_states(list(networks.values()), report)
     return report
 

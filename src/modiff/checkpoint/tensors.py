@@ -87,13 +87,10 @@ def check_claims(where: str | Path, claims: Mapping[str, Claim], expected: Mappi
 def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
     """`stem`.safetensors in a folder, or the shards that `stem`.safetensors.index.json lists.
 
-    Raises: FormatError if there is neither, the index is damaged, or it points outside the folder or at nothing.
+    Raises: FormatError if the index is damaged, or points outside the folder or at nothing.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
-        if not single.is_file():
-            raise FormatError(f"{folder}: expected {single.name}, got none. The weights are missing. Copy the folder "
-                              "again.")  # fmt: skip
         return (single,)
     what, advice = "the index of a sharded checkpoint", "Copy the folder again."
     with reading(index, what, advice):

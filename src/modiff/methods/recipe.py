@@ -14,7 +14,6 @@ from modiff.api import apply, calibrate, collect, reconstruct
 from modiff.calibration.collect import replay
 from modiff.calibration.data import CalibrationSet, Call
 from modiff.calibration.reconstruct.config import ReconstructConfig, ReconstructionReport
-from modiff.calibration.reconstruct.store import digest_of
 from modiff.calibration.timesteps import StepSampler
 from modiff.config import (
     AttentionConfig,
@@ -240,15 +239,3 @@ def plain_network(target: Any, method: str) -> nn.Module:
             "calibrated against full precision. Call modiff.remove first."
         )
     return model
-
-
-def job_settings(job: MethodJob, name: str) -> dict[str, Any]:
-    """What decides what is learned: method, settings, sampler, and a digest of the weights."""
-    scheduler = getattr(job.target, "scheduler", None)
-    return {
-        "format_version": 1,
-        "method": name,
-        "settings": job.config.to_dict(),
-        "sampler": None if scheduler is None else [type(scheduler).__name__, repr(sorted(scheduler.config.items()))],
-        "model": digest_of({}, job.model.parameters()),
-    }

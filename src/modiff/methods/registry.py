@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from modiff.api import remove
+from modiff.calibration.reconstruct.store import digest_of
 from modiff.config import ModulationConfig
 from modiff.errors import ConfigError
 from modiff.files import ResumableFolder
-from modiff.methods.recipe import MethodConfig, MethodJob, job_settings
+from modiff.methods.recipe import MethodConfig, MethodJob
 from modiff.model.attach import attachment_of
 from modiff.model.report import Report
 
@@ -140,7 +141,11 @@ def quantize(
     name = name_of(config)
     path = None if folder is None else Path(folder)
     job = MethodJob(target, config, run, evaluations_per_run, path, progress)
-    with nullcontext() if path is None else ResumableFolder(path, job_settings(job, name) | {"run": note}):
+    scheduler: Any = getattr(target, "scheduler", None)
+    sampler = None if scheduler is None else [type(scheduler).__name__, repr(sorted(scheduler.config.items()))]
+    decides = {"format_version": 1, "method": name, "settings": config.to_dict(), "sampler": sampler, "run": note}
+    digest = None if path is None else digest_of({}, job.model.parameters())
+    with nullcontext() if path is None else ResumableFolder(path, decides | {"model": digest}):
         try:
             return METHODS[name].recipe(job, config)
         except BaseException:
