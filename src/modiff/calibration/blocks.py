@@ -32,13 +32,9 @@ class Block:
 
 
 def blocks_of(
-    model: nn.Module,
-    *,
-    kinds: Sequence[str] = (),
-    patterns: Sequence[str] = (),
-    layers: Iterable[str] | None = None,
+    model: nn.Module, *, kinds: Sequence[str] = (), patterns: Sequence[str] = (), layers: Iterable[str] | None = None,
     run: Callable[[], object] | None = None,
-) -> list[Block]:
+) -> list[Block]:  # fmt: skip
     """The units of a network: every layer belongs to exactly one.
 
     A layer belongs to the outermost module around it whose name matches `patterns`; failing that, to the outermost one

@@ -36,19 +36,10 @@ from modiff.progress import Bar
 
 
 def record_calls(
-    model: nn.Module,
-    run: Callable[[int], object],
-    *,
-    trajectories: int = 1,
-    batch: int | None = None,
-    steps: int | None = None,
-    sampler: StepSampler | None = None,
-    pairs: bool = False,
-    seed: int = 0,
-    folder: str | Path | None = None,
-    memory_mib: float = 1024.0,
-    progress: bool = True,
-) -> CalibrationSet:
+    model: nn.Module, run: Callable[[int], object], *, trajectories: int = 1, batch: int | None = None,
+    steps: int | None = None, sampler: StepSampler | None = None, pairs: bool = False, seed: int = 0,
+    folder: str | Path | None = None, memory_mib: float = 1024.0, progress: bool = True,
+) -> CalibrationSet:  # fmt: skip
     """As `modiff.collect`, on one network: with modulated layers, the states of the trajectory that they really run."""
     for name, value in (("trajectories", trajectories), ("batch", batch), ("steps", steps)):
         check(f"collect.{name}", value, value is None or value >= 1, "1 or more", "There is nothing to keep. Use 1.")
@@ -58,15 +49,9 @@ def record_calls(
     plan = None
     if sampler is not None and steps is not None:
         plan = sampler.draw(steps, trajectories * (batch or 1), torch.Generator().manual_seed(seed))
-    settings = {
-        "network": type(model).__name__,
-        "trajectories": trajectories,
-        "batch": batch,
-        "steps": steps,
-        "sampler": None if sampler is None else {"name": type(sampler).__name__} | sampler.to_dict(),
-        "pairs": pairs,
-        "seed": seed,
-    }
+    kind = None if sampler is None else {"name": type(sampler).__name__} | sampler.to_dict()
+    settings = {"network": type(model).__name__, "trajectories": trajectories, "batch": batch, "steps": steps,
+                "sampler": kind, "pairs": pairs, "seed": seed}  # fmt: skip
     with nullcontext() if folder is None else shard_folder(folder, settings) as shards:
         store = _Store(None if shards is None else shards.path, memory_mib)
         done = [] if shards is None else complete_trajectories(shards.path)
@@ -111,8 +96,7 @@ class _Store:
             self._counted.clear()
 
 
-_Rows = tuple[int, tuple[int, ...]]
-"""The length of the batch axis, and the positions kept."""
+_Rows = tuple[int, tuple[int, ...]]  # the length of the batch axis, and the positions kept
 
 
 class _Recorder:

@@ -7,6 +7,7 @@ stored as tensors, everything else as JSON in the header of the file. No pickle.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -102,26 +103,20 @@ def largest_step(calls: Sequence[Call]) -> float | None:
     return max((abs(now - before) for now, before in pairs if now is not None and before is not None), default=None)
 
 
-class CalibrationSet(Sequence[Call]):
+class CalibrationSet(LazyCalls):
     """Calls of one network, by trajectory and then in their order; read from disk one at a time if it lies in a folder.
 
     settings: how they were collected; plain JSON values.
     """
 
     def __init__(self, calls: Sequence[Call], settings: dict[str, Any] | None = None) -> None:
-        self.calls = calls
+        super().__init__(range(len(calls)), calls.__getitem__)
         self.settings: dict[str, Any] = settings or {}
-
-    def __len__(self) -> int:
-        return len(self.calls)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.calls[index]
 
     def save(self, folder: str | Path) -> None:
         """Write the set to a folder, a file for each trajectory. Raises: ConfigError if it holds another set."""
         trajectories: dict[int, list[Call]] = {}
-        for call in self.calls:
+        for call in self:
             trajectories.setdefault(call.trajectory, []).append(call)
         with shard_folder(folder, self.settings) as shards:
             for trajectory, calls in trajectories.items():
@@ -213,14 +208,7 @@ def _read_call(record: tuple[Path, dict[str, Any]]) -> Call:
     """The call of a record, with its tensors. Raises: FormatError if the shard does not hold them."""
     path, encoded = record
     with reading(path, *_SHARD), safe_open(path, "pt") as file:
-        loaded: dict[str, Tensor] = {}
-
-        def tensor(name: str) -> Tensor:
-            if name not in loaded:
-                loaded[name] = file.get_tensor(name)
-            return loaded[name]
-
-        return _decode({"call": encoded}, tensor)
+        return _decode({"call": encoded}, functools.cache(file.get_tensor))
 
 
 def _encode(value: Any, name_of: Callable[[Tensor], str]) -> Any:

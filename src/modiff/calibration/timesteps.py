@@ -69,11 +69,9 @@ class UniformGroups(JsonConfig):
 class NormalSteps(JsonConfig):
     """One step for each sample, near a normal distribution (NDTC; PTQ4DM, section 3.3).
 
-    t_i = clamp(floor(mu + T / 2 z_i), 0, T - 1), z_i ~ N(0, 1), mu = mean * T, for T steps counted from the clean end:
-    step T - 1 - t_i. The paper writes N(mu, T / 2): as a variance, nearly all samples would come from a few steps,
-    against its own finding.
-
-    mean: share of T; under 0.5 prefers states near the image, the paper's finding; its script takes 0.4.
+    t_i = clamp(floor(mean T + T / 2 z_i), 0, T - 1), z_i ~ N(0, 1), for T steps counted from the clean end: step
+    T - 1 - t_i. T / 2 is a deviation: as a variance, as the paper writes it, nearly all samples would come from a few
+    steps. mean: under 0.5 prefers states near the image; the paper's script takes 0.4.
     """
 
     mean: float = 0.4

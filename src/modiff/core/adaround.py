@@ -50,9 +50,7 @@ class AdaRound:
     """One weight, or one segment of it, whose rounding is learned. Its only parameter is `logits`.
 
     Args:
-        values: the weight before rounding, rotated if the layer rotates; float32 or float64.
-        qparams: its scales, broadcastable to `values`; they are not learned.
-        bits: 2 to 8.
+        values: the weight before rounding, rotated if the layer rotates. qparams: its scales, which are not learned.
     Raises: ConfigError if a weight is not finite.
     Cost: two floats a weight, and a handful of passes over the weight for each `soft`.
     """

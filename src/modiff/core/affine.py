@@ -65,21 +65,11 @@ def qparams_from_range(
 
 
 def choose_qparams(
-    x: Tensor,
-    bits: int,
-    granularity: str,
-    *,
-    symmetric: bool = True,
-    clip: float = 1.0,
-    channel_dim: int = -1,
+    x: Tensor, bits: int, granularity: str, *, symmetric: bool = True, clip: float = 1.0, channel_dim: int = -1
 ) -> QParams:
     """Scale and zero point of the values at hand: min-max times a clip ratio (MoDiff, arXiv:2506.22463, section 4).
 
-    Args:
-        x: any float tensor; float16 and bfloat16 are measured in float32.
-        granularity: a name of `core.granularity`.
-        channel_dim: axis of the channels, -1 for linear layers, 1 for convolutions.
-    Returns: scale, broadcastable to x; > 0 also when x is all zeros or empty.
+    Broadcastable to x, scales above 0 also where it is all zeros; float16 and bfloat16 are measured in float32.
     Cost: one pass over x. No host sync.
 
     >>> choose_qparams(torch.tensor([-1.0, 1.0]), 8, "tensor").scale

@@ -26,9 +26,7 @@ def noise_of(scales: Sequence[QParams], quantizer: Quantizer) -> Tensor:
 def jumped(residual: Tensor, value: Tensor, before: Tensor | None = None) -> Tensor | None:
     """Flags of the samples where the first is larger, on average over what shares a flag; None if there are none.
 
-    Args:
-        residual, value: noise (`noise_of`) of the residual and of the value; then their squared coding errors.
-        before: flags that must be set as well.
+    First of the noise (`noise_of`) of both, then of their squared coding errors where flags were set `before`.
     Cost: on CPUs one flag is read to know that there are none; elsewhere nothing waits, and there are always flags.
     """
     if before is not None:
@@ -39,12 +37,7 @@ def jumped(residual: Tensor, value: Tensor, before: Tensor | None = None) -> Ten
 
 
 def from_zero(residual: Tensor, x: Tensor, codes: Code, quantizer: Quantizer) -> tuple[Tensor | None, float, Code]:
-    """Flags of the samples that jump, None for none; the least noise of any sample's value; codes of both kinds.
-
-    Args:
-        residual, x: what `codes` stand for, and the value itself.
-    Cost: two passes over x; where residuals need the larger scales four more.
-    """
+    """Flags of the samples that jump, None for none; the least noise of any sample's value; codes of both kinds."""
     own = quantizer.fresh(x)
     if own is None:
         return None, 0.0, codes

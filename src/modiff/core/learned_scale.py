@@ -33,11 +33,7 @@ class LearnedScale:
 
     The exponential keeps s positive and makes a learning rate mean the same share of every scale: Q-Diffusion's Adam
     rate of 4e-4 would double a residual's scale of 4e-4 in one iteration if it were applied to s itself. LSQ's factor
-    1 / sqrt(N qmax) on the gradient is left out: Adam divides it out again.
-
-    Args:
-        qparams: where to start; the zero point stays.
-        bits: 2 to 8.
+    1 / sqrt(N qmax) on the gradient is left out: Adam divides it out again. The zero point stays as it starts.
     """
 
     def __init__(self, qparams: QParams, bits: int) -> None:

@@ -40,11 +40,7 @@ def evenly_drawn(rows: Tensor, count: int, seed: int) -> Tensor:
 
 
 class Observer:
-    """Watches tensors; the base of all observers keeps their smallest and largest value.
-
-    Args:
-        channel_dim: None for one range of the whole tensor; an axis for one range per index of that axis.
-    """
+    """Watches tensors: their smallest and largest value, of all, or for each index of the axis `channel_dim`."""
 
     def __init__(self, channel_dim: int | None = None) -> None:
         self.channel_dim = channel_dim
@@ -118,11 +114,7 @@ class MovingAverageObserver(Observer):
 
 
 class _SampleObserver(Observer):
-    """Keeps the extremes and evenly drawn values, for searches that need the distribution.
-
-    Args:
-        keep: the most values of one tensor, in all its ranges; None for every value of every tensor.
-    """
+    """Keeps evenly drawn values as well, at most `keep` of one tensor, for searches that need the distribution."""
 
     def __init__(self, channel_dim: int | None = None, keep: int | None = KEPT_VALUES) -> None:
         super().__init__(channel_dim)
@@ -149,12 +141,9 @@ class _SampleObserver(Observer):
             self._thin_out()
 
     def _thin_out(self) -> None:
-        while (
-            self.keep is not None
-            and sum(kept.numel() for kept in self.kept) > KEPT_IN_ALL
-            and self._rows().shape[1] > 1
-        ):
-            rows = self._rows()
+        while self.keep is not None and sum(kept.numel() for kept in self.kept) > KEPT_IN_ALL:
+            if (rows := self._rows()).shape[1] == 1:
+                break
             self._draws += 1
             self.kept = [evenly_drawn(rows, -(-rows.shape[1] // 2), self._draws)]
             self._thinning *= 2
@@ -231,12 +220,9 @@ RANGE_METRICS: dict[str, RangeMetric] = {"l1": l1, "mse": power, "cosine": cosin
 
 
 class RangeSearchObserver(_SampleObserver):
-    """The min-max range, shrunk by 1 % a trial, with the least loss under a metric.
+    """The min-max range, shrunk by 1 % in each of 1 to 100 trials, with the least loss under a metric.
 
-    Args:
-        metric: how far the quantized values are from the values.
-        trials: 1 to 100; the last range is 1 - 0.01 (trials - 1) of the first.
-        keep: the most values of one tensor that decide; None for all.
+    keep: the most values of one tensor that decide; None for all.
     """
 
     def __init__(

@@ -30,12 +30,9 @@ class Predictor(Protocol):
     past_states: int
 
     def weights(self, moves: int, gain: float, ratio: Weight) -> tuple[Weight, ...]:
-        """w_1, w_2, ..., at most one for each move that is known.
+        """w_1, w_2, ..., at most one for each of the `moves` that are known: 0 after an anchor, then past_states - 1.
 
-        Args:
-            moves: how many moves are known: 0 after an anchor, one more at each step, up to past_states - 1.
-            gain: `ModulationConfig.gain`.
-            ratio: size of this step over the last one; 1.0 where the network has no timestep.
+        gain: that of `ModulationConfig`. ratio: size of this step over the last one; 1.0 without timesteps.
         """
         ...
 

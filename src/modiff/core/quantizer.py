@@ -39,9 +39,7 @@ class Quantizer:
     """code(r) = clamp(round(r / s), qmin, qmax) with s = clip * max|r| / qmax, for each segment of the channels.
 
     Args:
-        config: bits, clip ratio, dynamic or static scales.
-        granularity: resolved, not "auto".
-        channel_dim: -1 for linear layers, 1 for convolutions.
+        granularity: resolved, not "auto". channel_dim: -1 for linear layers, 1 for convolutions.
         segments: channel counts that get a quantizer each; one segment is the usual case, two a split shortcut.
         moment: tells the steps of a trajectory apart; needed where `config.step_groups` is not 1.
 
@@ -52,13 +50,9 @@ class Quantizer:
     """
 
     def __init__(
-        self,
-        config: QuantizerConfig,
-        granularity: str,
-        channel_dim: int,
-        segments: tuple[int, ...],
+        self, config: QuantizerConfig, granularity: str, channel_dim: int, segments: tuple[int, ...],
         moment: Callable[[], Moment] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if config.bits is None:
             raise ConfigError(
                 "Quantizer.bits: expected 0 or 2 to 8, got None. Full precision has no codes. Skip the quantizer."

@@ -74,8 +74,7 @@ def _words(moment: Moment) -> str:
 class StepSizes:
     """How large the steps were that static scales of residuals were measured with: larger ones saturate them.
 
-    largest: |timestep - timestep before|; None while nothing was measured, or without timesteps.
-    measuring: steps count as measured; otherwise they are checked.
+    largest: |timestep - timestep before|, None if there is none. measuring: steps count; otherwise they are checked.
     """
 
     def __init__(self, largest: float | None = None, *, measuring: bool = False) -> None:
@@ -122,11 +121,8 @@ def scale_tensors(
 def read_scale_tensors(
     tensors: dict[str, Tensor], channels: tuple[int, ...], *, symmetric: bool
 ) -> tuple[tuple[QParams, ...] | None, Tables | None, dict[Moment, int]]:
-    """The inverse of `scale_tensors`.
+    """The inverse of `scale_tensors`; `channels` says how many scales each segment must have.
 
-    Args:
-        channels: how many scales each segment must have.
-        symmetric: without zero points.
     Raises: FormatError for missing, unknown or misshapen tensors, and scales that are not positive numbers.
     """
     if not tensors:

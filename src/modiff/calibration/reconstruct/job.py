@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modiff.calibration.blocks import Block
 from modiff.calibration.data import Call
 from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
-from modiff.calibration.reconstruct.layers import Through, Trainee, attention_through, full_precision, without_states
+from modiff.calibration.reconstruct.layers import Through, Trainee, full_precision, without_states
 from modiff.calibration.reconstruct.learn import (
     Learned,
     Run,
@@ -27,6 +27,7 @@ from modiff.core.affine import QParams
 from modiff.core.observers import MinMaxObserver
 from modiff.core.quantizer import Quantizer
 from modiff.model.attach import required_attachment
+from modiff.model.attention import attention_quantizers
 from modiff.model.calibrate import quantizers_of
 from modiff.nn.adapters import modules_of
 
@@ -149,9 +150,10 @@ class ReconstructionJob:
     def _scales(self, block: Block, trainees: Mapping[str, Trainee]) -> ScaleLearner:
         """The scales of a unit's layers, and of the attention inside it."""
         inside = f"{block.name}."
-        through = attention_through(self.model).items()
-        attention = {n: t for n, t in through if n.startswith(inside) and self.config.takes(n)}
-        holders: dict[str, Trainee | Through] = {**trainees, **attention}
+        holders: dict[str, Trainee | Through] = dict(trainees)
+        for name, through in attention_quantizers(self.model).items():
+            if isinstance(through, Through) and name.startswith(inside) and self.config.takes(name):
+                holders[name] = through
         starts = {name: start for name in holders if (start := self.quantizers[name].static) is not None}
         return ScaleLearner({name: holders[name] for name in starts}, starts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Trainee:
         self.scales: tuple[LearnedScale, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output for `x`, same dtype as `x`."""
+        """The layer's output."""
         with torch.autocast(x.device.type, enabled=False):
             value = self.prepare(x)
             return self.operate(value if self.activations == "full_precision" else self.code(value)).to(x.dtype)
@@ -78,22 +77,17 @@ class Through:
         self.quantizer, self.bits = quantizer, quantizer.bits
         self.scales: tuple[LearnedScale, ...] = ()
 
-    def __call__(self, x: Tensor) -> _Quantized:
-        """The operand, quantized."""
-        if self.scales:
-            return _Quantized(self.scales[0](x))
-        code = self.quantizer(x.detach())
-        return _Quantized(x if code is None else x + (code.value().to(x.dtype) - x).detach())
-
-
-class _Quantized(NamedTuple):
-    """What `Code` is to a quantizer."""
-
-    tensor: Tensor
+    def __call__(self, x: Tensor) -> Through:
+        """Itself, as the code of an operand."""
+        code = None if self.scales else self.quantizer(x.detach())
+        self.operand = self.scales[0](x) if self.scales else x
+        if code is not None:
+            self.operand = x + (code.value().to(x.dtype) - x).detach()
+        return self
 
     def value(self) -> Tensor:
-        """The operand that the codes stand for."""
-        return self.tensor
+        """The operand as it was quantized last."""
+        return self.operand
 
 
 @contextmanager
@@ -157,12 +151,6 @@ def _attention(model: nn.Module, activations: Activations | None) -> Iterator[No
                 through = activations == "quantized" and quantizer is not None
                 module.quantizers[operand] = Through(quantizer) if through else None
         yield
-
-
-def attention_through(model: nn.Module) -> dict[str, Through]:
-    """The attention quantizers inside `without_states(model, "quantized")`, named as `quantizers_of` names them."""
-    modules = quantized_attention(model).items()
-    return {f"{n}.{o}": c for n, m in modules for o, c in m.quantizers.items() if isinstance(c, Through)}
 
 
 @contextmanager

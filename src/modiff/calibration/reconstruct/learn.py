@@ -99,13 +99,9 @@ def learned_codes(learned: Learned, name: str) -> tuple[tuple[Tensor, QParams], 
 
 @torch.inference_mode(False)
 def learn(
-    block: Block,
-    run: Run,
-    data: UnitData,
-    learner: WeightLearner | ScaleLearner,
-    config: ReconstructConfig,
+    block: Block, run: Run, data: UnitData, learner: WeightLearner | ScaleLearner, config: ReconstructConfig,
     generator: torch.Generator,
-) -> tuple[Learned | None, UnitReport]:
+) -> tuple[Learned | None, UnitReport]:  # fmt: skip
     """Minimise loss + penalty; the best of all checks is kept, if it beats the start on what was held out.
 
     Returns: what was learned, None where nothing was better, and the report of the unit.

@@ -29,14 +29,9 @@ from modiff.progress import Bar
 
 @torch.inference_mode(False)
 def learn_units(
-    model: nn.Module,
-    calls: Sequence[Call],
-    config: ReconstructConfig | None = None,
-    *,
-    kinds: Sequence[str] = (),
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> ReconstructionReport:
+    model: nn.Module, calls: Sequence[Call], config: ReconstructConfig | None = None, *, kinds: Sequence[str] = (),
+    folder: str | Path | None = None, progress: bool = True,
+) -> ReconstructionReport:  # fmt: skip
     """As `modiff.reconstruct`, on one network, with the class names of blocks as in `blocks_of`.
 
     A unit's inputs come from the model as quantized so far, its targets from full precision (Q-Diffusion, "asym"). It
@@ -147,14 +142,12 @@ def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool
 def _check_activation(quantized: ModulatedLayer) -> None:
     """Raises: ConfigError or CalibrationError if a layer's activation cannot be quantized by itself."""
     quantizer = quantized.quantizer
-    if quantizer is None:
-        return
-    if quantizer.bits == 0:
+    if quantizer is not None and quantizer.bits == 0:
         raise ConfigError(
             f"{quantized.name}: expected 2 to 8 activation bits, got 0. Zero bits send nothing, so there is no value "
             "to learn with. Use activations='full_precision'."
         )
-    if quantizer.config.dynamic or quantized.inputs is not None:
+    if quantizer is None or quantizer.config.dynamic or quantized.inputs is not None:
         return
     if quantizer.config.step_groups != 1:
         raise ConfigError(

@@ -58,8 +58,7 @@ def capture(
 
     calls: after this many the evaluation is cut short; None lets it end. computing: how the layers compute meanwhile.
     """
-    inputs: list[tuple[Any, Any]] = []
-    captured: list[UnitCall] = []
+    inputs, captured = list[tuple[Any, Any]](), list[UnitCall]()
 
     def before(_name: str, _unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(map_tensors((args, kwargs), _to_cpu))  # copies: it may write in place
@@ -103,15 +102,9 @@ class UnitData:
     """
 
     def __init__(
-        self,
-        calls: Sequence[UnitCall],
-        run: Callable[[UnitCall], Any],
-        *,
-        device: torch.device,
-        held_out: float,
-        generator: torch.Generator,
-        name: str,
-    ) -> None:
+        self, calls: Sequence[UnitCall], run: Callable[[UnitCall], Any], *, device: torch.device, held_out: float,
+        generator: torch.Generator, name: str,
+    ) -> None:  # fmt: skip
         self.device = device
         samples: list[Sample] = []
         for index, group in enumerate(_groups(calls, name)):
@@ -192,9 +185,8 @@ def _groups(calls: Sequence[UnitCall], name: str) -> list[list[UnitCall]]:
 
 
 def _alike(a: UnitCall, b: UnitCall) -> bool:
-    return _form(a) == _form(b) and all(
-        a.has_rows(x) or torch.equal(x, y) for x, y in zip(a.inputs(), b.inputs(), strict=True)
-    )
+    pairs = zip(a.inputs(), b.inputs(), strict=False)
+    return _form(a) == _form(b) and all(a.has_rows(x) or torch.equal(x, y) for x, y in pairs)
 
 
 def _form(call: UnitCall) -> tuple[Any, ...]:

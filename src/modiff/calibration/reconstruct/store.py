@@ -18,7 +18,6 @@ from modiff.calibration.reconstruct.config import UnitReport
 from modiff.files import read_tensors, reading, write_tensors
 
 FORMAT = {"format": "modiff reconstruction unit", "version": "1"}
-_UNIT = ("a unit of a reconstruction", "Delete it: the unit is learned again.")
 
 
 def save_unit(path: Path, learned: dict[str, Tensor], report: UnitReport) -> None:
@@ -28,8 +27,9 @@ def save_unit(path: Path, learned: dict[str, Tensor], report: UnitReport) -> Non
 
 def load_unit(path: Path) -> tuple[dict[str, Tensor], UnitReport]:
     """What a unit learned, and its report. Raises: FormatError if the file is damaged or of another version."""
-    learned, facts = read_tensors(path, *_UNIT)
-    with reading(path, *_UNIT):
+    unit = ("a unit of a reconstruction", "Delete it: the unit is learned again.")
+    learned, facts = read_tensors(path, *unit)
+    with reading(path, *unit):
         if {key: facts.get(key) for key in FORMAT} != FORMAT:
             raise ValueError(f"format {facts.get('format')!r}, version {facts.get('version')!r}")
         values = json.loads(facts["report"])
