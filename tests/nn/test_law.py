@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
@@ -148,10 +149,15 @@ CHANGED = {
 }
 
 
-CHANGES = [by_data, in_place, lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().flip(0)))]
+CHANGES = {
+    "by data": by_data,
+    "in place": in_place,
+    "replaced": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().flip(0))),
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("form", CHANGED)
 @pytest.mark.parametrize("kind", ["linear", "split conv"])
 def test_a_weight_that_changes_within_a_trajectory_anchors_at_what_the_input_state_holds(change, form, kind):

@@ -94,7 +94,9 @@ class ModulatedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The float weight, as others read it; of a packed layer what its codes stand for, unpacked at each access."""
-        stored, quantized = self.operator.weight, self.quantized_weight
+        stored, quantized = self.operator.parameters.get("weight"), self.quantized_weight
+        if stored is None:
+            raise AttributeError("weight")
         if isinstance(quantized, PackedWeight):
             moving = "_old_forward" in self.__dict__ or any(tensor.is_meta for tensor in quantized.stored())
             return stored if moving else quantized.readable()  # accelerate and loaders read what they move
@@ -102,9 +104,16 @@ class ModulatedLayer(nn.Module):
             quantized.forget()  # who reads it between two steps may write it through `.data`
         return stored
 
-    def extra_repr(self) -> str:
-        """As torch, and the bits."""
-        return f"{super().extra_repr()}, {self.config.setting}"
+    @weight.setter
+    def weight(self, made: Tensor) -> None:
+        """What a hook of pruning or of a weight norm makes before each call. Raises: StateError if packed."""
+        if self.packed:
+            self.quantized_weight.floats(made)
+        self.operator.parameters = {**self._parameters, "weight": made.detach()}
+
+    @weight.deleter
+    def weight(self) -> None:
+        self.operator.parameters = self._parameters
 
     @property
     def on_integers(self) -> bool:
