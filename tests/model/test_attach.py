@@ -120,12 +120,6 @@ def test_a_trajectory_of_somebody_else_is_left_alone_and_takes_over():
     assert not torch.equal(state_of(model.body).input, before)
 
 
-def test_a_network_without_time_steps_keeps_asking_for_a_trajectory():
-    model = modulated(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))))
-    with pytest.raises(StateError, match="expected a running trajectory"):
-        model(torch.randn(2, 16))
-
-
 class Waits(nn.Module):
     """Passes its input through; the first call says that it is inside and waits until it may go on."""
 

@@ -44,7 +44,6 @@ def test_the_defaults_leave_the_ends_the_time_embedding_and_tiny_layers():
         (ModiffConfig(exclude=("body",), default_exclude=()), ("time_embedding", *TAKEN[1:])),
         (ModiffConfig(default_exclude=("body",)), ("time_embedding", *TAKEN[1:])),
         (ModiffConfig(min_weights=257), ("body",)),
-        (ModiffConfig(min_weights=256), TAKEN),
         (ModiffConfig(min_weights=0), (*TAKEN, "tiny")),
         (ModiffConfig(first_last="quantize"), ("conv_in", *TAKEN, "conv_out")),
         (ModiffConfig(include=("conv_in", "tiny", "body")), ("conv_in", "body", "tiny")),

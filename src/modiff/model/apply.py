@@ -110,10 +110,7 @@ def _undo(model: nn.Module, attachment: Attachment) -> None:
 
 
 def _share(attachment: Attachment) -> dict[str, str]:
-    """Group layers of one parent that could read one tensor (q, k, v; gate, up); what they really read decides.
-
-    Static scales belong to one layer, so only dynamic ones are shared. Returns: a note for each that follows another.
-    """
+    """Group layers of one parent that could read one tensor (q, k, v; gate, up) with dynamic scales; notes by name."""
     leaders: dict[tuple[object, ...], ModulatedLayer] = {}
     notes: dict[str, str] = {}
     for name, layer in attachment.layers.items():

@@ -31,13 +31,11 @@ def layer_names(models: Iterable[nn.Module]) -> set[str]:
 def select_layers(
     model: nn.Module, config: ModiffConfig, *, splits: Mapping[str, int] | None = None, known: Collection[str] = ()
 ) -> Report:
-    """Which layers of `model` the config takes, without changing anything.
+    """Which layers of `model` the config takes, without changing anything, as `modiff.select`.
 
-    Args:
-        splits: channel index of the concatenation, for layers whose input is one.
-        known: layers of other networks that the config is for too; patterns may match those alone.
-    Raises: ConfigError for a network that is a layer itself, a pattern that matches no layer, a damaged weight, or
-        if nothing is taken.
+    known: layers of other networks that the config is for too; patterns may match those alone.
+    Raises: ConfigError for a network that is a layer itself, a pattern that matches nothing, a damaged weight, or if
+        nothing is taken.
     """
     if isinstance(model, CANDIDATES):
         raise ConfigError(
@@ -68,8 +66,8 @@ def select_layers(
         parent, _, leaf = name.rpartition(".")
         if not reason and leaf == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
             reason = "MultiheadAttention reads its weight and never calls it"
-        chosen = [config.layer, *(its for pattern, its in config.overrides if fnmatchcase(name, pattern))][-1]
-        chosen = None if reason else chosen
+        matching = [config.layer, *(its for pattern, its in config.overrides if fnmatchcase(name, pattern))]
+        chosen = None if reason else matching[-1]
         notes = reason or _notes(layer, chosen, splits.get(name) if config.split_shortcuts == "auto" else None)
         entries.append(Entry(name, type(layer).__name__, layer.weight.numel(), chosen, notes))
     report = Report((*entries, *_other_matrices(model)))

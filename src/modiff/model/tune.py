@@ -19,11 +19,10 @@ from modiff.model.select import layer_names
 from modiff.model.trajectory import model_trajectory
 
 CLIPS = {2: (0.6, 0.45, 0.3), 3: (0.8, 0.6, 0.45, 0.3), 4: (1.0, 0.8, 0.6)}
-"""Clip ratios worth trying, by bits; the fewer codes there are, the more it pays to cut the tails."""
 MANY_BITS_CLIPS = (1.0, 0.8)
-GAINS = (0.5, 0.8, 1.0)
-FINALISTS = 5
-"""How many candidates run for real, the plain one among them."""
+"""Clip ratios worth trying, by bits; the fewer codes there are, the more it pays to cut the tails."""
+GAINS, FINALISTS = (0.5, 0.8, 1.0), 5
+"""Of the linear predictor; how many candidates run for real, the plain one among them."""
 
 
 def candidates(base: LayerConfig) -> list[LayerConfig]:
