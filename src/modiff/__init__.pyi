@@ -1,0 +1,55 @@
+"""The public names, where they stand, for `__init__.py`, editors and type checkers."""
+
+from modiff import presets as presets
+from modiff.api import apply as apply
+from modiff.api import autotune as autotune
+from modiff.api import calibrate as calibrate
+from modiff.api import collect as collect
+from modiff.api import context as context
+from modiff.api import load as load
+from modiff.api import pack as pack
+from modiff.api import reconstruct as reconstruct
+from modiff.api import remove as remove
+from modiff.api import report as report
+from modiff.api import save as save
+from modiff.api import select as select
+from modiff.api import trajectory as trajectory
+from modiff.api import tune as tune
+from modiff.calibration.collect import replay as replay
+from modiff.calibration.data import CalibrationSet as CalibrationSet
+from modiff.calibration.data import Call as Call
+from modiff.calibration.reconstruct.config import ReconstructConfig as ReconstructConfig
+from modiff.calibration.reconstruct.config import ReconstructionReport as ReconstructionReport
+from modiff.calibration.timesteps import EveryStep as EveryStep
+from modiff.calibration.timesteps import NormalSteps as NormalSteps
+from modiff.calibration.timesteps import UniformGroups as UniformGroups
+from modiff.config import AttentionConfig as AttentionConfig
+from modiff.config import LayerConfig as LayerConfig
+from modiff.config import ModiffConfig as ModiffConfig
+from modiff.config import ModulationConfig as ModulationConfig
+from modiff.config import QuantizerConfig as QuantizerConfig
+from modiff.config import WeightConfig as WeightConfig
+from modiff.core.granularity import Granularity as Granularity
+from modiff.core.granularity import register_granularity as register_granularity
+from modiff.core.predictors import Predictor as Predictor
+from modiff.core.predictors import register_predictor as register_predictor
+from modiff.errors import CalibrationError as CalibrationError
+from modiff.errors import ConfigError as ConfigError
+from modiff.errors import FormatError as FormatError
+from modiff.errors import KernelError as KernelError
+from modiff.errors import ModiffError as ModiffError
+from modiff.errors import ModiffWarning as ModiffWarning
+from modiff.errors import StateError as StateError
+from modiff.hosts import Host as Host
+from modiff.hosts import register_host as register_host
+from modiff.hosts.diffusers.quantizer import ModiffDiffusersConfig as ModiffDiffusersConfig
+from modiff.methods import quantize as quantize
+from modiff.model.autotune import AutotuneResult as AutotuneResult
+from modiff.model.report import Report as Report
+from modiff.model.trajectory import clone as clone
+from modiff.nn import ModulatedConv1d as ModulatedConv1d
+from modiff.nn import ModulatedConv2d as ModulatedConv2d
+from modiff.nn import ModulatedConv3d as ModulatedConv3d
+from modiff.nn import ModulatedLinear as ModulatedLinear
+
+__version__: str
