@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import StateError, presets
-from modiff.hosts.names import shortcut_splits
 from modiff.model.attach import attachment_of
 from modiff.nn import ModulatedConv2d, ModulatedLinear
 from tests.helpers import assert_same_bits
@@ -119,14 +118,18 @@ def test_a_model_that_peft_returned_is_the_one_inside():
     assert attachment_of(outer.inner) is None
 
 
-def test_splits_of_shortcuts_are_found_around_layers_that_an_adapter_is_on():
-    plain, adapted = HOSTS["ddim"].build().unet, HOSTS["ddim"].build().unet
-    for block in (*adapted.down_blocks, *adapted.up_blocks):
-        for resnet in block.resnets:
-            wrapped = nn.Module()
-            wrapped.base_layer, resnet.conv1 = resnet.conv1, wrapped
-    assert shortcut_splits(adapted) == shortcut_splits(plain)
-    assert len(shortcut_splits(plain)) > 4
+@pytest.mark.parametrize("name", ["ddim", "sd", "flux"])
+def test_layers_are_chosen_as_without_adapters_also_where_each_has_one(name):
+    host = HOSTS[name]
+    plain, adapted = host.build(), host.build()
+    for path, module in list(host.network(adapted).named_modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            wrapper = nn.Module()
+            wrapper.base_layer, wrapper.lora = module, nn.Linear(2, 2)
+            parent, _, leaf = path.rpartition(".")
+            setattr(host.network(adapted).get_submodule(parent), leaf, wrapper)
+    entries = [entry for entry in modiff.select(adapted, "w8a8").entries if entry.reason != "belongs to an adapter"]
+    assert entries == list(modiff.select(plain, "w8a8").entries)
 
 
 @pytest.mark.parametrize(("kind", "plain", "sizes"), [(ModulatedLinear, nn.Linear, (4, 2)),
