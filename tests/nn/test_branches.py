@@ -26,6 +26,7 @@ INPUTS = {
     "n": lambda: of(COND + torch.randn(())),  # another one at each evaluation
     "s": lambda: of(COND, skip_layers=[1]),
     "B": lambda: of(torch.cat([UNCOND, COND]), 2),
+    **{str(i): lambda i=i: of(COND + i) for i in range(10)},
 }
 RUNS = {  # timestep and inputs of each evaluation; a letter for each branch
     "guidance in two calls": ("9c 9u 6c 6u 3c 3u", "ababab"),
@@ -36,6 +37,7 @@ RUNS = {  # timestep and inputs of each evaluation; a letter for each branch
     "Heun's sampler": ("9c 6c 6c 3c 3c 0c", "aaaaaa"),
     "Heun's and guidance in two calls": ("9c 9u 6c 6u 6c 6u 3c 3u", "abababab"),
     "Heun's and guidance that starts late": ("9c 6c 6c 3c 3u 3c 3u", "aaaabab"),
+    "ten prompts": (" ".join(f"{t}{i}" for t in (9, 6, 3) for i in range(10)), "abcdefghij" * 3),
     "a batch that shrinks": ("9B 6B 3c 2c", "aabb"),
     "guidance on and off": ("9B 6c 5B 4c", "abab"),
     "a third call that skips layers": ("9B 9s 6B 6s 3B", "ababa"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from modiff.nn.weight import version_of
 
 _MOST = 8
-"""Sets of conditions with one shape of the sample that are told apart; beyond, the most similar one is taken."""
+"""Sets of conditions that are told apart, unless the first timestep had more; beyond, the most similar one is taken."""
 _PLAIN = (bool, int, str)
 _TEXT = re.compile("text|prompt|cap|encoder")
 """Lists under such names hold a tensor for each prompt."""
@@ -115,7 +115,7 @@ class Branches:
         self.kinds: list[_Kind] = []
         self.first: float | None = None
         self.now: float | None = None
-        self.step = -1
+        self.step, self.limit = -1, _MOST
         self.uncertain = False
         self._numbers: dict[tuple[int, int], int] = {}
 
@@ -125,7 +125,7 @@ class Branches:
 
     def ended(self, now: float) -> bool:
         """Whether the first timestep comes again after others, or shapes change without end."""
-        return now == self.first != self.now or len(self.kinds) > 2 * _MOST
+        return now == self.first != self.now or len(self.kinds) > 2 * self.limit
 
     def number(self, now: float, inputs: Inputs, *, ordered: bool) -> tuple[int, bool]:
         """The branch of the evaluation that begins; False where it is not certain. ordered: repeats have their own."""
@@ -150,9 +150,12 @@ class Branches:
             kind.settled |= 0 <= kind.step < self.step
             return kind
         early = self.step < (2 if self.now == self.now else 4)
-        if len(differing) < _MOST and (early or not differing or any(kind.settled for kind in differing)):
+        if (self.step == 0 or len(differing) < self.limit) and (
+            early or not differing or any(kind.settled for kind in differing)
+        ):
             totals = (kind.total or kind.visits for kind in self.kinds if self.step)
             self.kinds.append(_Kind(inputs, max(totals, default=0)))
+            self.limit = max(self.limit, 2 * len(self.kinds)) if self.step == 0 else self.limit
             return self.kinds[-1]
         recent = [kind for kind in differing if kind.step >= self.step - 1] or list(differing)
         kind = min(recent, key=lambda kind: (visits(kind), len(differing[kind]), -kind.step))
