@@ -70,20 +70,19 @@ def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, tuple[
     Cost: a copy of the modules without their tensors, and an evaluation on the meta device.
     """
     sizes: dict[str, tuple[int, int, Tensor]] = {}
-    if (example := facts_of(model).example(model)) is None:
-        return sizes
 
     def see(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         reads, writes, source = sizes.get(name, (0, 0, inputs[0]))
         sizes[name] = reads + inputs[0].numel(), writes + output.numel(), source
 
-    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "forward")
-    for module in model.modules():  # neither hooks nor wrappers meet tensors without values
-        memo |= {id(vars(module)[name]): OrderedDict() for name in hooks if name in vars(module)}
     with suppress(Exception), torch.no_grad(), torch.device("meta"):
+        if (example := facts_of(model).example(model)) is None:
+            return {}
+        memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+        memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+        for module in model.modules():  # neither hooks nor wrappers meet tensors without values
+            hooks = ("_forward_hooks", "_forward_pre_hooks", "forward")
+            memo |= {id(vars(module)[name]): OrderedDict() for name in hooks if name in vars(module)}
         blank = copy.deepcopy(model, memo)
         for module in blank.modules():
             vars(module).pop("forward", None)
