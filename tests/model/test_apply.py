@@ -128,19 +128,6 @@ def test_what_cannot_be_applied_changes_nothing():
         modiff.apply("unet")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_models_run_and_keep_their_dtype(dtype):
-    x, model = torch.randn(2, 16, 4, 4).to(dtype), nn.Sequential(*[nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)])
-    model.to(dtype)
-    modiff.apply(model, dataclasses.replace(activations_only(8), first_last="quantize"))
-    with modiff.trajectory(model), torch.no_grad():
-        outputs = [model(x), model(x + 0.1)]
-    assert {o.dtype for o in outputs} == {dtype}
-    exact = model.float()
-    modiff.remove(exact)
-    assert_within(outputs[1], exact((x + 0.1).float()), 0.05)
-
-
 def test_the_model_is_the_same_as_before_down_to_the_module_objects():
     model = toy()
     modules, keys = dict(model.named_modules()), list(model.state_dict())

@@ -63,13 +63,10 @@ def measure_scales(
         raise ConfigError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}. Pick one of them.")
     make: MakeObserver = OBSERVERS[observer] if isinstance(observer, str) else observer
     models = [models] if isinstance(models, nn.Module) else models
-    step_sizes = {a: a.step_sizes for m in models if _has_residual_scales(a := required_attachment(m, "calibrate"))}
-    clocks = [required_attachment(model, "calibrate").clock for model in models]
-    named = [
-        (*item, clock) for model, clock in zip(models, clocks, strict=True) for item in quantizers_of(model).items()
-    ]
-    watched = [(name, q, clock) for name, q, clock in named if not q.config.dynamic and q.bits]
-    quantizers = [(name, q) for name, q, _ in watched]
+    attachments = {model: required_attachment(model, "calibrate") for model in models}
+    step_sizes = {a: a.step_sizes for a in attachments.values() if _has_residual_scales(a)}
+    named = [(name, q, a.clock) for model, a in attachments.items() for name, q in quantizers_of(model).items()]
+    quantizers = [each for each in named if not each[1].config.dynamic and each[1].bits]
     if not quantizers:
         raise CalibrationError(
             "calibrate: expected layers with static scales, got none. Dynamic scales need no calibration. "
@@ -77,25 +74,25 @@ def measure_scales(
         )
     for attachment in step_sizes:
         attachment.step_sizes = StepSizes(measuring=True)
-    for name, quantizer, clock in watched:
+    for name, quantizer, clock in quantizers:
         quantizer.watch(functools.partial(_finite, make, quantizer.observed_dim, name, clock))
     try:
         forward_loop()
-        silent = {name: "no coded step" for name, quantizer in quantizers if quantizer.saw_nothing}
+        silent = {name: "no coded step" for name, quantizer, _ in quantizers if quantizer.saw_nothing}
         if len(silent) == len(quantizers):
             raise CalibrationError(
                 f"{quantizers[0][0]}: expected inputs while calibrating, got none. The forward loop never reached a "
                 "coded step of any layer. Run whole trajectories."
             )
         warn_unfit("calibrate", silent, "They keep the scales that they had. Exclude them, or run whole trajectories.")
-        for _, quantizer in quantizers:
+        for _, quantizer, _ in quantizers:
             if not quantizer.saw_nothing:
                 quantizer.freeze()
         step_sizes = {attachment: StepSizes(attachment.step_sizes.largest) for attachment in step_sizes}
     finally:
         for attachment, sizes in step_sizes.items():
             attachment.step_sizes = sizes
-        for _, quantizer in quantizers:
+        for _, quantizer, _ in quantizers:
             quantizer.unwatch()
 
 

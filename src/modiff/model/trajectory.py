@@ -25,10 +25,7 @@ from modiff.nn import ModulatedLayer
 
 @contextmanager
 def model_trajectory(model: nn.Module) -> Iterator[None]:
-    """Run one generation: states start empty and are freed at the end, also when the body raises.
-
-    Raises: StateError if modiff was not applied to the model, or inside another trajectory of it.
-    """
+    """Run one generation: states start empty and are freed at the end, as `modiff.trajectory`."""
     attachment = required_attachment(model, "trajectory")
     if attachment.automatic is not None:
         attachment.automatic.end()  # one that began by itself gives way
@@ -42,10 +39,7 @@ def model_trajectory(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def model_context(model: nn.Module, name: str) -> Iterator[None]:
-    """Evaluations in the body use states of their own: "cond" and "uncond" of guidance in two calls.
-
-    Raises: StateError if modiff was not applied to the model.
-    """
+    """Evaluations in the body use states of their own, as `modiff.context`."""
     clock = required_attachment(model, "context").clock
     before, clock.context = clock.context, name
     try:
@@ -55,11 +49,7 @@ def model_context(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Measured bytes of all states, input and output, of all contexts; a state that layers share counts once.
-
-    The moves that the linear predictor keeps are counted too. 0 between trajectories: the states are freed then.
-    Raises: StateError if modiff was not applied to the model.
-    """
+    """Measured bytes of all states and their moves, of all contexts, shared ones once; 0 between trajectories."""
     return required_attachment(model, "state_bytes").state_bytes()
 
 
