@@ -1,12 +1,20 @@
-"""The golden trajectories: the method does what it did."""
+"""The golden trajectories: the method does what it did; so do checkpoints that the first edition saved.
+
+`first_edition/` is what commit b682d91 saved: a U-Net (W4A8 with a split shortcut), a transformer (tuned W8A4) and a
+plain module (W4A8 with static scales). `outputs.safetensors` holds the last sample of each, packed.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from tests.golden.trajectories import HERE, MODES, NETWORKS, STEPS, record
+import modiff
+from tests.golden.trajectories import HERE, MODES, NETWORKS, STEPS, record, wave
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -26,3 +34,30 @@ def test_the_recorded_trajectories_of_two_modes_differ(network: str) -> None:
     plain, published = (load_file(HERE / f"{network}_{mode}.safetensors") for mode in ("plain_a4", "published_a4"))
     last = f"{STEPS - 1}.output"
     assert float((plain[last] - published[last]).norm() / plain[last].norm()) > 1e-3
+
+
+FOLDER = HERE / "first_edition"
+OUTPUTS = load_file(FOLDER / "outputs.safetensors")
+
+
+def check(name: str, model: nn.Module, x: Tensor, evaluate: Callable[[nn.Module, Tensor, int], Tensor]) -> None:
+    """The last sample of eight steps from x is the one that was kept."""
+    with torch.no_grad(), modiff.trajectory(model):
+        for step in range(STEPS):
+            output = evaluate(model, x, step)
+            x = x - 0.1 * output / output.std()
+    torch.testing.assert_close(x, OUTPUTS[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_a_network_saved_by_the_first_edition_samples_what_it_did(name: str) -> None:
+    _, x, evaluate, _ = NETWORKS[name]()
+    check(name, modiff.load(FOLDER / name), x.float(), evaluate)
+
+
+def test_a_module_with_static_scales_saved_by_the_first_edition_samples_what_it_did() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 8)).eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data = wave(parameter.shape, index, 0.3).float()
+    loaded = modiff.load(FOLDER / "module", into=model)
+    check("module", loaded, wave((4, 8), 0.5, 1.0).float(), lambda loaded, y, _: loaded(y))
