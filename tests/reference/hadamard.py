@@ -24,5 +24,4 @@ def rotation(runs: tuple[int, ...], limit: int, groups: int = 1) -> Tensor:
 
 
 def along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """matrix @ x on axis `dim`."""
     return (x.double().movedim(dim, -1) @ matrix.T).movedim(-1, dim)

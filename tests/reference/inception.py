@@ -10,12 +10,7 @@ from torch.nn.functional import avg_pool2d, batch_norm, conv2d, max_pool2d
 
 
 class Inception:
-    """Works from a state dict, in float64.
-
-    Args:
-        last_pool: of the very last block; the published weights were used with "maximum".
-        count_padding: whether averages count the zeros of the padding; TensorFlow's do not.
-    """
+    """From a state dict, in float64. last_pool: of the very last block. TensorFlow's averages count no padding."""
 
     def __init__(self, tensors: Mapping[str, Tensor], last_pool: str = "maximum", count_padding: bool = False) -> None:
         self.tensors = {name: tensor.double() for name, tensor in tensors.items()}

@@ -15,7 +15,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pad(x: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
-    """`before` and `after` more elements along an axis, as torch's padding modes name them."""
     size = x.shape[dim]
     positions = list(range(-before, size + after))
     if mode == "reflect":

@@ -16,7 +16,6 @@ Array = NDArray[np.float64]
 
 
 def mean_and_covariance(rows: Rows) -> tuple[list[float], list[list[float]]]:
-    """Two passes over the vectors, exact sums."""
     n, d = len(rows), len(rows[0])
     mean = [math.fsum(row[i] for row in rows) / n for i in range(d)]
     covariance = [
@@ -35,7 +34,6 @@ def matrix_root(matrix: Array) -> Array:
 
 
 def frechet_distance(first: Rows, second: Rows) -> float:
-    """Of two sets whose covariances are regular."""
     (mean_a, cov_a), (mean_b, cov_b) = mean_and_covariance(first), mean_and_covariance(second)
     a, b = np.array(cov_a), np.array(cov_b)
     squares = math.fsum((x - y) ** 2 for x, y in zip(mean_a, mean_b, strict=True))
@@ -43,7 +41,6 @@ def frechet_distance(first: Rows, second: Rows) -> float:
 
 
 def inception_score(rows: Rows, splits: int) -> list[float]:
-    """The score of each of `splits` equal consecutive parts."""
     size = len(rows) // splits
     scores = []
     for first in range(0, size * splits, size):

@@ -25,7 +25,6 @@ class Quantized(NamedTuple):
 
 
 def group_of(index: tuple[int, ...], granularity: str, channel_dim: int) -> tuple[int, ...]:
-    """The name of the group that shares a scale with the element at `index`."""
     channel = channel_dim % len(index)
     if granularity == "tensor" or (granularity == "sample" and len(index) == 1):
         return ()
@@ -39,7 +38,6 @@ def group_of(index: tuple[int, ...], granularity: str, channel_dim: int) -> tupl
 
 
 def affine_parameters(values: list[float], bits: int, symmetric: bool, clip: float) -> tuple[float, int]:
-    """Scale and zero point of one group."""
     bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if symmetric:
         return max(clip * max(abs(v) for v in values) / top, FLOOR), 0
@@ -57,7 +55,6 @@ def quantize(
     clip: float = 1.0,
     channel_dim: int = -1,
 ) -> Quantized:
-    """Codes of `x`, one Python number at a time."""
     x = x.double()
     indices = list(itertools.product(*map(range, x.shape)))
     groups: dict[tuple[int, ...], list[float]] = {}
@@ -76,7 +73,6 @@ def quantize(
 def quantize_segments(
     x: Tensor, segments: tuple[int, ...], bits: int, granularity: str, *, symmetric: bool, clip: float, channel_dim: int
 ) -> Quantized:
-    """Each run of channels with scales of its own, put side by side again."""
     options = {"symmetric": symmetric, "clip": clip, "channel_dim": channel_dim}
     parts = [quantize(part, bits, granularity, **options) for part in x.split(list(segments), channel_dim)]
     return Quantized(*(torch.cat(side, channel_dim) for side in zip(*parts, strict=True)))

@@ -34,7 +34,6 @@ def penalty(logits: list[float], beta: float) -> float:
 
 
 def best_rounding(weights: list[float], scale: float, bits: int, loss: Callable[[list[float]], float]) -> float:
-    """The least loss over all ways to round each weight down or up."""
     low, high = bounds(bits)
     choices = [{scale * min(max(math.floor(w / scale) + up, low), high) for up in (0, 1)} for w in weights]
     return min(loss(list(rounded)) for rounded in itertools.product(*choices))

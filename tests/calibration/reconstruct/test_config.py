@@ -37,8 +37,8 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 
 
 def test_a_report_prints_one_line_a_unit_and_turns_into_json():
-    down = UnitReport("down", "ResnetBlock2D", ("down.conv1", "down.conv2"), 0.5, 0.125, True, 300, "done")
-    report = ReconstructionReport((down, UnitReport("up", "ResnetBlock2D", (), 0, 0, False, 300, "done")))
+    down = UnitReport("down", "Block", ("down.conv1", "down.conv2"), 0.5, 0.125, True, 300, "done")
+    report = ReconstructionReport((down, UnitReport("up", "Block", (), 0, 0, False, 300, "done")))
     lines = str(report).splitlines()
     assert lines[0] == "1 of 2 units learned (loss on held-out rows, before and after)"
     assert lines[1].split() == ["down", "5.000e-01", "->", "1.250e-01", "0.250", "learned", "300", "iterations", "done"]

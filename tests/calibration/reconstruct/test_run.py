@@ -49,19 +49,6 @@ from tests.hosts.tiny import HOSTS
 from tests.model.toys import sample, toy, toy_unet
 
 
-@pytest.fixture
-def seen(monkeypatch) -> dict[str, tuple[list[UnitCall], UnitData]]:
-    """What each unit is learned from, by name."""
-    units: dict[str, tuple[list[UnitCall], UnitData]] = {}
-
-    def spy(calls, run, **settings):
-        units[settings["name"]] = list(calls), UnitData(calls, run, **settings)
-        return units[settings["name"]][1]
-
-    monkeypatch.setattr(reconstruct_job, "UnitData", spy)
-    return units
-
-
 @pytest.mark.parametrize(("unit", "rotation"), [("block", "none"), ("block", "hadamard"), ("layer", "none")])
 def test_learned_rounding_lowers_the_loss_and_the_error_of_the_network(unit, rotation):
     model, calls = applied(toy_unet, weights(rotation=rotation))
@@ -76,15 +63,20 @@ def test_learned_rounding_lowers_the_loss_and_the_error_of_the_network(unit, rot
     assert len(learned) > len(nearest) / 2
     for name, layer in layers_of(model).items():
         weight = layer.quantized_weight
-        floats = weight.floats(layer.weight).split(list(weight.columns), 1)
-        for (codes, qparams), values, was in zip(weight.codes(layer.weight), floats, nearest[name], strict=True):
-            assert ((values / qparams.scale - codes).abs() <= 1 + 1e-5).all(), name
+        for (codes, _), was in zip(weight.codes(layer.weight), nearest[name], strict=True):
             assert ((codes - was).abs() <= 1).all()
         assert weight.fixed == (name in learned)
 
 
-def test_before_and_after_are_the_losses_of_the_layers_as_they_are(seen):
+def test_before_and_after_are_the_losses_of_the_layers_as_they_are(monkeypatch):
     """Measured once more from outside: inputs of the quantized prefix, targets of full precision, rows held out."""
+    seen: dict[str, tuple[list[UnitCall], UnitData]] = {}
+
+    def spy(calls, run, **settings):
+        seen[settings["name"]] = list(calls), UnitData(calls, run, **settings)
+        return seen[settings["name"]][1]
+
+    monkeypatch.setattr(reconstruct_job, "UnitData", spy)
     model, calls = applied(toy, weights())
     report = learn(model, calls)
 
@@ -323,13 +315,13 @@ def test_scales_that_are_far_too_wide_are_learned_down(build, symmetric):
                 assert now.scale.shape == was.scale.shape
                 if not symmetric:
                     assert torch.equal(now.zero_point, was.zero_point)
-    start = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()} if symmetric else start
-    if symmetric:  # scales that are right stay
-        assert not learn(model, calls, STEPS, learning_rate=20.0, iterations=2, checks=2).learned
-        assert all(layers_of(model)[name].quantizer.static is start[name] for name in start)
-        return
     moved = [float(t.quantizer.static[-1].scale / start[n][-1].scale) for n, t in layers_of(model).items()]
     assert sum(m < 0.8 for m in moved) > len(moved) / 2
+    right = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
+    learned = {
+        n for u in learn(model, calls, STEPS, learning_rate=20.0, iterations=2, checks=2).learned for n in u.layers
+    }
+    assert {n for n in right if layers_of(model)[n].quantizer.static is not right[n]} == learned
 
 
 def test_scales_of_attention_are_learned_with_their_block():
@@ -351,7 +343,6 @@ def test_scales_of_attention_are_learned_with_their_block():
         inside = name.startswith("mid_block.attentions.0.")
         assert (quantizer.static is not before[name]) == inside
         assert not inside or not torch.equal(quantizer.static[0].scale, before[name][0].scale)
-    assert {"mid_block.attentions.0.q", "mid_block.attentions.0.softmax"} <= set(before)
 
 
 def test_residual_scales_are_learned_on_pairs_of_steps():

@@ -127,14 +127,8 @@ def test_capture_copies_inputs_and_outputs_and_stops_after_the_last_call(calls):
         assert_same_bits(second.args[0], net.unit(x))
     assert not second.targets[0].requires_grad
     assert net.evaluations == (0 if calls else 1)
+    assert paired([first], [second], "unit") == [UnitCall(first.args, first.kwargs, second.targets)]
+    with pytest.raises(CalibrationError, match="unit: expected the same calls in full precision and quantized, got 2"):
+        paired([first], [first, second], "unit")
     assert not net.unit._forward_hooks
     assert not net.unit._forward_pre_hooks
-
-
-def test_inputs_of_one_run_are_paired_with_targets_of_the_other():
-    a, b = UnitCall((drawn(0, 2, 3),), {}, [drawn(1, 2, 3)]), UnitCall((drawn(2, 2, 3),), {}, [drawn(3, 2, 3)])
-    (pair,) = paired([a], [b], "unit")
-    assert pair.args is a.args
-    assert pair.targets is b.targets
-    with pytest.raises(CalibrationError, match="unit: expected the same calls in full precision and quantized, got 2"):
-        paired([a], [b, b], "unit")
