@@ -55,7 +55,7 @@ def record_calls(
     with nullcontext() if folder is None else shard_folder(folder, settings) as shards:
         store = _Store(None if shards is None else shards.path, memory_mib)
         done = [] if shards is None else complete_trajectories(shards.path)
-        with _recorded(model, _Recorder(plan, batch, pairs, store)) as recorder, torch.no_grad():
+        with _recorded(model, _Recorder(model, plan, batch, pairs, store)) as recorder, torch.no_grad():
             for index in Bar(range(trajectories), desc="calibration data", unit="run", shown=progress):
                 if index not in done:
                     store.trajectory = index
@@ -102,11 +102,13 @@ _Rows = tuple[int, tuple[int, ...]]  # the length of the batch axis, and the pos
 class _Recorder:
     """Called before each evaluation of the network: counts them in each context and keeps those of the plan."""
 
-    def __init__(self, plan: Tensor | None, batch: int | None, pairs: bool, store: _Store) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Tensor | None, batch: int | None, pairs: bool, store: _Store
+    ) -> None:  # fmt: skip
+        facts = facts_of(model)
         self.plan, self.batch, self.pairs, self.store = plan, batch, pairs, store
         self.clock: Clock | None = None
-        self.timestep: tuple[str, int] | None = None
-        self.unbatched: tuple[str, ...] = ()  # arguments without a batch axis, kept whole when rows are chosen
+        self.timestep, self.unbatched = facts.timestep_argument(model), facts.unbatched  # the latter are kept whole
         self._steps: dict[str, int] = {}
         self._last: dict[str, Call] = {}
         self._copies: dict[tuple[int, int, tuple[int, ...]], tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -200,8 +202,6 @@ def _recorded(model: nn.Module, recorder: _Recorder) -> Iterator[_Recorder]:
     if attachment is None:
         attachment = model.__dict__[ATTRIBUTE] = Attachment(Clock(type(model).__name__), Report(()))
     recorder.clock = attachment.clock
-    facts = facts_of(model)
-    recorder.timestep, recorder.unbatched = facts.timestep_argument(model), facts.unbatched
     try:
         with observe(model, before_step=recorder):
             yield recorder

@@ -26,11 +26,7 @@ class StepSampler(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EveryStep(JsonConfig):
-    """All evaluations of all samples.
-
-    >>> EveryStep().draw(2, 3, torch.Generator()).sum().item()
-    6
-    """
+    """All evaluations of all samples."""
 
     def draw(self, steps: int, samples: int, generator: torch.Generator) -> Tensor:
         """Booleans (steps, samples), all True."""
@@ -42,9 +38,6 @@ class UniformGroups(JsonConfig):
     """`groups` equally spaced steps, the same for all samples (Q-Diffusion, section 4.1: every c = T / groups steps).
 
     Kept are the steps floor(i T / groups), i = 0, ..., groups - 1: groups x samples evaluations.
-
-    >>> UniformGroups(groups=3).draw(10, 1, torch.Generator()).flatten().nonzero().flatten().tolist()
-    [0, 3, 6]
     """
 
     groups: int = 20

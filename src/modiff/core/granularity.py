@@ -16,8 +16,7 @@ from torch import Tensor
 from modiff.config import GRANULARITIES
 from modiff.errors import ConfigError
 
-Extreme = Callable[..., Tensor]
-"""`torch.amin` or `torch.amax`."""
+Extreme = Callable[..., Tensor]  # torch.amin or torch.amax
 
 
 class Granularity:

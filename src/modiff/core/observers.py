@@ -175,8 +175,7 @@ class PercentileObserver(_SampleObserver):
 RangeMetric = Callable[[Tensor, QParams, int], Tensor]
 """(rows (R, N), scales (R, 1), bits) -> losses (R, 1)."""
 
-BINS = 2048
-"""Bins of the histogram that the Kullback-Leibler metric compares."""
+BINS = 2048  # of the histogram that the Kullback-Leibler metric compares
 
 
 def power(rows: Tensor, qparams: QParams, bits: int, p: float = 2.4) -> Tensor:

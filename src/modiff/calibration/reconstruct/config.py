@@ -28,8 +28,7 @@ class ReconstructConfig(JsonConfig):
     p: of the loss, sum over channels of |output - target|^p, mean over the rest.
     regularizer: lambda of the penalty lambda * sum(1 - |2h - 1|^beta), see `core.adaround.beta_at`.
     held_out: share of the rows that are not learned on; they decide whether a unit keeps what it learned.
-    checks: how often in all the held-out loss is measured while learning; the best that was seen is kept. A unit stops
-        at the check that finds every weight decided.
+    checks: how often in all the held-out loss is measured; the best is kept, and decided weights stop a unit.
     patience: in the second half, stop after this many checks in a row that were no better than the best; 0 goes on.
     seed: of the rows drawn.
     """
@@ -106,7 +105,7 @@ class UnitReport:
     """One unit: its name and class, the layers learned, and the loss on rows that were held out.
 
     before: of rounding to nearest, or of the scales as they were. after: of what the unit has now; never above before.
-    learned: whether it keeps what was learned. iterations: how many were run. reason: why it stopped, or was left.
+    learned: whether it keeps what was learned. reason: why it stopped, or was left.
     """
 
     name: str

@@ -37,8 +37,8 @@ class ReconstructionJob:
 
     def __init__(self, model: nn.Module, calls: Sequence[Call], config: ReconstructConfig) -> None:
         self.model, self.calls, self.config = model, calls, config
-        self.originals = required_attachment(model, "reconstruct").originals
-        self.layers = required_attachment(model, "reconstruct").layers
+        attachment = required_attachment(model, "reconstruct")
+        self.originals, self.layers = attachment.originals, attachment.layers
         self.quantizers = quantizers_of(model)
 
     def learn(self, block: Block, index: int) -> tuple[Learned, UnitReport]:

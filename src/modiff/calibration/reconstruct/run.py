@@ -42,10 +42,8 @@ def learn_units(
     if config.learn == "residual_scales":
         calls = calls_with_previous("reconstruct", calls)
     elif not len(calls):
-        raise CalibrationError(
-            "reconstruct: expected at least one calibration call, got none. There is nothing to learn from. Collect "
-            "a whole trajectory."
-        )
+        raise CalibrationError("reconstruct: expected at least one calibration call, got none. There is nothing to "
+                               "learn from. Collect a whole trajectory.")  # fmt: skip
     by_kind, patterns = (kinds, config.blocks) if config.unit == "block" else ((), ())
     with evaluating(model), full_precision(model), torch.no_grad():
         blocks = blocks_of(model, kinds=by_kind, patterns=patterns, layers=names, run=lambda: calls[0].evaluate(model))
@@ -78,12 +76,8 @@ def _settings(job: ReconstructionJob, blocks: list[Block]) -> dict[str, Any]:
         "attention": None if attention is None else attention.to_dict(),
     }
     weights = (*job.model.parameters(), *job.model.buffers(), *job.present_tensors())
-    return {
-        "format_version": 1,
-        "config": job.config.to_dict(),
-        "network": digest_of(network, weights),
-        "calls": digest_of(None, calls=job.calls),
-    }
+    calls = digest_of(None, calls=job.calls)
+    return {"format_version": 1, "config": job.config.to_dict(), "network": digest_of(network, weights), "calls": calls}
 
 
 def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:

@@ -88,8 +88,7 @@ def paired(quantized: list[UnitCall], exact: list[UnitCall], name: str) -> list[
     if [[t.shape for t in c.targets] for c in quantized] != [[t.shape for t in c.targets] for c in exact]:
         raise CalibrationError(
             f"{name}: expected the same calls in full precision and quantized, got {len(exact)} and {len(quantized)}, "
-            "or other shapes. The network branches on values. Give the unit's layers as units of their own, or "
-            "exclude it."
+            "or other shapes. The network branches on values. Make its layers units of their own, or exclude it."
         )
     return [UnitCall(q.args, q.kwargs, e.targets) for q, e in zip(quantized, exact, strict=True)]
 
