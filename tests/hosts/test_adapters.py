@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import diffusers
@@ -115,30 +116,22 @@ def with_lora(pipe):
 
 @needs_peft
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_lora_is_scaled_fused_unloaded_and_not_saved(packed, tmp_path):
+def test_a_lora_is_scaled_fused_where_there_are_floats_and_unloaded(packed):
     pipe, exact = HOST.build(), HOST.call(with_lora(HOST.build()))
     modiff.apply(pipe, CONFIG)
     if packed:
         modiff.pack(pipe)
     without = HOST.call(pipe)
-    assert relative_error(without, exact) > 0.2
-    assert relative_error(HOST.call(with_lora(pipe)), exact) < 0.05
-    with pytest.raises(StateError, match=r"without adapters.*pipe.unload_lora_weights\(\)"):
-        modiff.save(pipe, tmp_path / "refused")
+    assert relative_error(HOST.call(with_lora(pipe)), exact) < 0.05 < 0.2 < relative_error(without, exact)
     pipe.unet.set_adapters(["style"], [0.0])
     assert_same_bits(HOST.call(pipe), without)
     pipe.unet.set_adapters(["style"], [1.0])
-    if packed:
-        with pytest.raises(StateError, match="fuse_lora: expected float weights to add the LoRA to"):
-            pipe.fuse_lora()
-    else:
+    refused = pytest.raises(StateError, match="fuse_lora: expected float weights to add the LoRA to")
+    with refused if packed else nullcontext():
         pipe.fuse_lora()
     assert relative_error(HOST.call(pipe), exact) < 0.05
-    if not packed:
-        pipe.unfuse_lora()
     pipe.unet.unload_lora()
-    assert relative_error(HOST.call(pipe), without) < 1e-5
-    modiff.save(pipe, tmp_path / "saved")
+    assert relative_error(HOST.call(pipe), without if packed else exact) < 0.05
 
 
 TUNERS = {

@@ -69,22 +69,17 @@ def test_the_tables_of_diffusers_change_with_one_name_of_modiff(quantized):
     assert done.stdout.splitlines() == ["False False", "True True", "ModiffQuantizer"]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        presets.w8a8(),
-        presets.tuned(4, 4),
-        ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=None)), overrides=(("*conv1", LayerConfig()),)),
-    ],
-)
-def test_on_the_fly_gives_the_bits_of_apply_and_pack(floats, config):
+SOME = ModiffConfig(layer=LayerConfig(weight=WeightConfig(bits=None)), overrides=(("*conv1", LayerConfig()),))
+
+
+@pytest.mark.parametrize(("config", "left"), [("w8a8", ["conv2", "mid_block"]), (presets.tuned(4, 4), []), (SOME, [])])
+def test_on_the_fly_gives_the_bits_of_apply_and_pack(floats, config, left):
     """Trap 4: keys that the empty model does not have are skipped without a word, so layers are swapped in place."""
-    unet, info = UNet2DModel.from_pretrained(
-        floats / "unet", quantization_config=ModiffDiffusersConfig(config), output_loading_info=True
-    )
+    config = ModiffDiffusersConfig(config, modules_to_not_convert=left)
+    unet, info = UNet2DModel.from_pretrained(floats / "unet", quantization_config=config, output_loading_info=True)
     assert not any(info.values())
-    assert not unet.training
-    pipe = packed(config)
+    assert not any(part in name for name in attachment_of(unet).layers for part in left)
+    pipe = packed(config.chosen)
     assert_same_tensors(unet.state_dict(), pipe.unet.state_dict())
     assert_same_bits(SMALL.call(SMALL.around(unet)), SMALL.call(pipe))
 
@@ -106,13 +101,6 @@ def test_one_config_serves_two_models_and_is_written_by_each_save(floats, tmp_pa
         unet.save_pretrained(tmp_path / folder)
         values = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
         assert set(values["layers"]) == set(attachment_of(unet).layers)
-
-
-def test_modules_to_not_convert_stay_in_full_precision(floats):
-    """Trap 9: the name that diffusers' users know."""
-    config = ModiffDiffusersConfig(presets.w8a8(), modules_to_not_convert=["conv2", "mid_block"])
-    unet = UNet2DModel.from_pretrained(floats / "unet", quantization_config=config)
-    assert not any("conv2" in name or "mid_block" in name for name in attachment_of(unet).layers)
 
 
 def test_scales_are_not_rounded_to_the_dtype_of_the_model(floats, quantized):
