@@ -1,8 +1,10 @@
-"""Tuning: picks what codes a model's real inputs best, by the reference's judgement too, and touches nothing."""
+"""Probes, tuning and autotune: errors as the reference gives them, the choice that runs best, a network left alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable
 
 import pytest
@@ -20,11 +22,94 @@ from modiff import (
     QuantizerConfig,
     StateError,
     WeightConfig,
+    presets,
 )
 from modiff.model.attach import attachment_of
+from modiff.model.autotune import Seconds, choose, choose_modes, interleaved, measure_layer, signature
+from modiff.model.probe import Probe, probes_of
 from modiff.model.tune import CLIPS, FINALISTS, GAINS, MANY_BITS_CLIPS, candidates, search_config
+from modiff.nn import Clock
 from tests.helpers import drifting
-from tests.model.toys import activations_only, assert_equal, sample, toy
+from tests.model.toys import TAKEN, activations_only, applied, assert_equal, sample, toy
+from tests.recipes import float64, recipe_of_layer
+from tests.reference.recursion import run as play
+
+PUBLISHED = float64(LayerConfig(weight=WeightConfig(bits=None), activation=QuantizerConfig(bits=3)))
+CHOICES = [
+    PUBLISHED,
+    dataclasses.replace(PUBLISHED, activation=QuantizerConfig(bits=3, clip=0.5)),
+    dataclasses.replace(PUBLISHED, rotation="hadamard"),
+    dataclasses.replace(
+        PUBLISHED,
+        activation=QuantizerConfig(bits=4),
+        modulation=ModulationConfig(predictor="linear", gain=0.7, state_dtype="float64"),
+    ),
+]
+TIMESTEPS = [1000.0, 900.0, 850.0, 650.0, 640.0, 300.0]
+SIZES = [0.0, 100.0, 50.0, 200.0, 10.0, 340.0]
+
+
+def judged(
+    layer: nn.Module, config: LayerConfig, inputs: list[torch.Tensor], split: int | None = None
+) -> tuple[float, float]:
+    """Squared error of the input state and squared input, over the coded steps."""
+    recipe = recipe_of_layer(layer, config, split)
+    noise = signal = 0.0
+    for t, step in enumerate(play(inputs, recipe, SIZES)):
+        if t:
+            turned = inputs[t] if recipe.matrix is None else inputs[t] @ recipe.matrix.T
+            noise += float((turned - step.input_state).square().sum())
+            signal += float(inputs[t].square().sum())
+    return noise, signal
+
+
+def probed(
+    layer: nn.Module, choices: list[LayerConfig], runs: dict[str, list[torch.Tensor]], split: int | None
+) -> Probe:
+    """A probe that saw the runs step by step, each in its context."""
+    clock = Clock("model")
+    probe = Probe(layer, "layer", choices, clock, split)
+    clock.start()
+    for t, time in enumerate(TIMESTEPS):
+        for name, inputs in runs.items():
+            clock.context = name
+            clock.call(time)
+            probe.see(inputs[t])
+            clock.returned()
+    return probe
+
+
+@pytest.mark.parametrize("split", [None, 5])
+def test_errors_are_those_of_the_reference_over_all_coded_steps_and_contexts(split):
+    """Each half of a split input has a scale of its own."""
+    layer = nn.Linear(16, 4).double()
+    runs = {name: [x.float().double() for x in drifting(seed, (2, 3, 16), 6, 0.2)] for seed, name in enumerate("ab")}
+    for x in (x for inputs in runs.values() for x in inputs):
+        x[..., :5] *= 100 if split else 1
+    choices = CHOICES[:2] if split else CHOICES
+    for choice, error in zip(choices, probed(layer, choices, runs, split).errors(), strict=True):
+        noises, signals = zip(*(judged(layer, choice, inputs, split) for inputs in runs.values()), strict=True)
+        assert error == pytest.approx(math.sqrt(sum(noises) / sum(signals)), rel=1e-5)  # rotated inputs are float32
+
+
+def test_the_error_of_a_plain_candidate_is_that_of_coding_each_input_from_nothing():
+    """The first step is full precision for modulated candidates: it is not counted for anyone."""
+    inputs = drifting(0, (3, 16), 6, 0.3, torch.float32)
+    plain = LayerConfig(activation=QuantizerConfig(bits=4), modulation=None)
+    x = torch.stack(inputs[1:]).double()
+    scale = x.abs().amax(-1, keepdim=True) / 7
+    expected = float((x - (x / scale).round() * scale).norm() / x.norm())
+    assert probed(nn.Linear(16, 4), [plain], {"default": inputs}, None).errors() == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_the_layers_that_a_config_takes_get_a_probe_and_the_network_computes_as_ever():
+    model = toy()
+    with probes_of(model, activations_only(3), [PUBLISHED], {"body": 5}) as probes:
+        outputs = sample(model)
+        assert attachment_of(model) is not None
+    assert {probe.name: probe.layers[0].spec.split for probe in probes} == dict.fromkeys(TAKEN) | {"body": 5}
+    assert all(0 < probe.errors()[0] < 0.5 for probe in probes)
+    assert_equal(outputs, sample(toy()))
 
 
 class Follower(nn.Module):
@@ -179,3 +264,129 @@ def test_a_layer_with_a_channel_that_dwarfs_the_others_is_left_and_named():
     with pytest.warns(ModiffWarning, match=r"tune: .* 2 \(channels reach .*e\+06, the median one"):
         tuned = search_config([model], lambda: [model(x + 0.1 * step) for step in range(4)], base)
     assert tuned.exclude == ("2",)
+
+
+SLOW_FLOATS = {"float": 3.0, "plain": 1.0, "modulated": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "errors", "tolerance", "choice", "reason"),
+    [
+        (SLOW_FLOATS, (0.01, 0.001), 0.01, "plain", "3.00x as fast as floats"),
+        (SLOW_FLOATS, (0.0101, 0.001), 0.01, "modulated", "1.50x as fast as floats"),
+        (SLOW_FLOATS, (0.5, 0.1), 0.01, "float", "no integers are exact enough"),
+        (SLOW_FLOATS, (math.nan, math.nan), 0.01, "float", "no integers are exact enough"),
+        ({"float": 1.0, "plain": 1.0, "modulated": 2.0}, (0.0, 0.0), 0.01, "float", "plain takes 1.00x the time"),
+        ({"float": 1.0, "plain": 2.0, "modulated": 0.5}, (0.0, 0.0), 0.01, "modulated", "2.00x"),
+    ],
+)
+def test_the_fastest_mode_within_the_tolerance_wins_and_floats_where_it_does_not_pay(
+    seconds, errors, tolerance, choice, reason
+):
+    chosen, why = choose(seconds, errors, tolerance)
+    assert chosen == choice
+    assert reason in why
+    assert choose(seconds, errors, tolerance, "its weight keeps floats") == (
+        "float", "no integers: its weight keeps floats",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Times that are made up: convolutions pay, linear layers do not. Returns: what was measured."""
+    measured: list[str] = []
+
+    def made_up(layer: nn.Module, x: torch.Tensor, config: LayerConfig, split: int | None = None) -> Seconds:
+        measured.append(signature(layer, x, config, split))
+        return SLOW_FLOATS if isinstance(layer, nn.Conv2d) else {"float": 1.0, "plain": 2.0, "modulated": 3.0}
+
+    monkeypatch.setattr("modiff.model.autotune.measure_layer", made_up)
+    return measured
+
+
+def run_autotune(model: nn.Module, config: ModiffConfig | None = None, **words: object) -> modiff.AutotuneResult:
+    return choose_modes([model], lambda: sample(model), config or presets.w8a8(), **words)
+
+
+def test_the_config_does_what_the_rows_say(times):
+    model = toy()
+    result = run_autotune(model, tolerance=0.5)
+    assert [row.name for row in result.rows] == list(TAKEN)
+    assert {row.name: row.choice for row in result.rows} == {"body": "plain"} | dict.fromkeys(TAKEN[1:], "float")
+    report = modiff.apply(model, result.config)
+    assert [entry.name for entry in report.taken] == ["body"]
+    assert report.taken[0].config == LayerConfig(modulation=None, execution="integer")
+    static = ModiffConfig(layer=LayerConfig(activation=QuantizerConfig(dynamic=False)))
+    judged = run_autotune(toy(), static, tolerance=0.5)  # by scales that are measured at each call
+    assert judged.rows[0].choice == "plain"
+    assert not judged.config.layer.activation.dynamic
+
+
+def test_a_tighter_tolerance_turns_plain_layers_into_modulated_ones(times):
+    model = toy()
+    (body, *_) = run_autotune(model, tolerance=0.5).rows
+    plain, modulated = body.errors
+    assert modulated < plain
+    result = run_autotune(model, tolerance=(plain + modulated) / 2)
+    assert result.rows[0].choice == "modulated"
+    assert result.state_bytes == result.rows[0].state_bytes == 4 * (2 * 16 * 4 * 4 + 2 * 16 * 4 * 4)
+    modiff.apply(model, result.config)
+    assert model.body.inputs is not None
+    assert run_autotune(toy(), tolerance=modulated / 2).rows[0].choice == "float"
+
+
+def test_the_same_profile_measures_nothing_again_and_seconds_are_summed_over_the_calls_of_an_evaluation(times):
+    profile: dict[str, Seconds] = {}
+    result = run_autotune(toy(), tolerance=0.5, profile=profile)
+    assert run_autotune(toy(), tolerance=0.5, profile=profile) == result
+    assert len(times) == len(set(times)) == len(profile) == 2  # all linear layers are alike
+    assert [row.calls for row in result.rows] == [1.0] * 5
+    assert (result.seconds("float"), result.seconds("plain"), result.seconds()) == (7.0, 9.0, 5.0)
+    text = str(result)
+    assert "4 float, 1 plain, 0 modulated; layers of one evaluation: 5000.0 ms as chosen, all float 7000.0" in text
+    assert json.loads(json.dumps(result.to_dict()))["layers"][0]["choice"] == "plain"
+
+
+def test_a_layer_is_timed_in_all_three_modes_and_each_signature_stands_for_one_kind():
+    layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 6, 6)
+    result = measure_layer(layer, x, LayerConfig())
+    assert set(result) == {"float", "plain", "modulated"}
+    assert all(0 < seconds < 60 for seconds in result.values())
+    base = signature(layer, x, LayerConfig(), None)
+    others = [
+        signature(nn.Conv2d(8, 8, 3), x, LayerConfig(), None),
+        signature(layer, x[:1], LayerConfig(), None),
+        signature(layer, x.bfloat16(), LayerConfig(), None),
+        signature(layer, x, LayerConfig(activation=QuantizerConfig(bits=4)), None),
+        signature(layer, x, LayerConfig(), 3),
+    ]
+    assert len({base, *others}) == 6
+    assert signature(nn.Conv2d(8, 8, 3, padding=1), torch.zeros_like(x), LayerConfig(), None) == base
+
+
+def test_a_run_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
+    """And every round has every run in turn, after one that does not count."""
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("|"))
+    times = interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
+    assert "".join(called) == "ab" + "|a||b|" * 2
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "message"),
+    [
+        (None, {"tolerance": 0}, "autotune: expected a relative error above 0 as tolerance, got 0"),
+        (presets.plain(), {}, "autotune: expected a config with modulation, got None"),
+        (ModiffConfig(overrides=(("body", LayerConfig()),)), {}, "autotune: expected a config without overrides"),
+        (presets.modulated(8, None), {}, "autotune: expected 2 to 8 activation bits, got None"),
+    ],
+)
+def test_what_cannot_be_autotuned_is_refused(config, words, message):
+    with pytest.raises(ConfigError, match=message):
+        run_autotune(toy(), config, **words)
+    with pytest.raises(CalibrationError, match="autotune: expected two steps or more of a layer"):
+        choose_modes([model := toy()], lambda: sample(model, steps=1), presets.w8a8())
+    with pytest.raises(StateError, match="autotune: expected a plain model, got Toy with modulated layers"):
+        run_autotune(applied())

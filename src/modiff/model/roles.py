@@ -107,7 +107,8 @@ class ChannelMaxima:
     def see(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """The Linear or Conv layer of that name read x. Cost: one pass over it."""
         kind = quantized_class(layer)
-        largest = x.detach().abs().movedim(-1 if kind is None else kind.channel_dim, 0).flatten(1).amax(1).float()
+        channels = x.detach().abs().movedim(-1 if kind is None else kind.channel_dim, 0)
+        largest = channels.reshape(len(channels), -1).amax(1).float()
         self._maxima[name] = torch.maximum(largest, self._maxima.get(name, largest))
 
     def outliers(self) -> list[Outlier]:
