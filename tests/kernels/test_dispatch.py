@@ -242,23 +242,22 @@ def test_it_shows_what_the_operators_do_once_per_process(sums, trust, monkeypatc
     assert self_test() == trust
 
 
-@pytest.mark.parametrize(("sizes", "backend"), [((3, 3), "reference"), ((), "float_exact")])
-def test_a_torch_without_onednn_runs_without_asking_it(sizes, backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("onednn", "sizes", "backend", "why"),
+    [(False, (3, 3), "reference", "no oneDNN"), (False, (), "float_exact", "no oneDNN"),
+     (True, (), "float_exact", "failed the self-test")],
+)  # fmt: skip
+def test_a_kernel_on_this_machine_heeds_the_self_test_and_without_onednn_asks_none(
+    onednn, sizes, backend, why, monkeypatch
+):
+    if onednn and (not detect().onednn or detect().level == "other"):
+        pytest.skip("no oneDNN for this processor")
     monkeypatch.setattr(NATIVE, "unsupported", lambda *_: "switched off")
-    monkeypatch.setattr(ONEDNN, "sums", refusing(AssertionError("oneDNN was asked")))
-    monkeypatch.setattr(dispatch, "detect", lambda: Isa(detect().level, onednn=False))
+    monkeypatch.setattr(ONEDNN, "sums", wrong if onednn else refusing(AssertionError("oneDNN was asked")))
+    monkeypatch.setattr(dispatch, "detect", lambda: Isa(detect().level, onednn=onednn))
     made = Kernel(Problem(4, 3, **along(*sizes), bits=4), torch.ones(3, 4, *sizes, dtype=torch.int8), torch.ones(3))
     assert made.choice.backend == backend
-    assert "no oneDNN" in made.choice.reason
-
-
-@pytest.mark.skipif(not detect().onednn or detect().level == "other", reason="no oneDNN for this processor")
-def test_a_kernel_on_this_machine_heeds_the_self_test(monkeypatch):
-    monkeypatch.setattr(NATIVE, "unsupported", lambda *_: "switched off")
-    monkeypatch.setattr(ONEDNN, "sums", wrong)
-    made = Kernel(Problem(4, 3, bits=4), torch.ones(3, 4, dtype=torch.int8), torch.ones(3))
-    assert made.choice.backend == "float_exact"
-    assert "failed the self-test" in made.choice.reason
+    assert why in made.choice.reason
 
 
 CASES = Path(__file__).parent / "triton" / "gpu_cases.py"

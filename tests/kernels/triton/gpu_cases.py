@@ -88,12 +88,10 @@ def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, d
     x[1], held[1] = 0, 0
     x[2, 5] = torch.nan
     for scale, granularity in ((None, "token"), (None, "tensor"), (torch.tensor(0.05, device=DEVICE), "tensor")):
-        states = [held.clone(), held.clone()]
         results = [
-            run(x, state, scale, bits, clip, granularity)
-            for run, state in zip((eagerly, encode_residual), states, strict=True)
+            (*run(x, s := held.clone(), scale, bits, clip, granularity), s) for run in (eagerly, encode_residual)
         ]
-        for ours, theirs in zip((*results[1], states[1]), (*results[0], states[0]), strict=True):
+        for ours, theirs in zip(*results, strict=True):
             assert_same_bits(ours.nan_to_num(-7.0), theirs.nan_to_num(-7.0))
 
 
