@@ -25,8 +25,8 @@ from modiff.kernels.input_fusion import InputFusion
 from modiff.model.attach import required_attachment
 from modiff.model.report import Report
 from modiff.nn import Clock
+from modiff.nn.loop.simulated import InputGroup, InputState
 from modiff.nn.operator import LayerSpec
-from modiff.nn.sharing import InputGroup, InputState
 
 Unit = Literal["layer", "block", "sample", "token"]
 Decisions = dict[str, tuple[int, Tensor]]

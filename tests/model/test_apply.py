@@ -22,7 +22,8 @@ from modiff import (
 from modiff.core import recursion
 from modiff.hosts.names import shortcut_splits
 from modiff.model.apply import install
-from modiff.nn import ModulatedLayer, sharing
+from modiff.nn import ModulatedLayer
+from modiff.nn.loop import simulated
 from tests.helpers import assert_same_bits, assert_within
 from tests.model.toys import SPLITS, TAKEN, activations_only, applied, assert_equal, generate, sample, toy, toy_unet
 from tests.recipes import recipe_of_layer
@@ -70,7 +71,7 @@ def test_every_taken_layer_follows_the_reference_on_the_inputs_it_really_gets():
 def test_shared_residuals_change_nothing_but_the_number_of_codings(share, monkeypatch):
     """Layers with other settings or static scales do not share."""
     calls = []
-    monkeypatch.setattr(sharing, "encode", lambda *a: calls.append(1) or recursion.encode(*a))
+    monkeypatch.setattr(simulated, "encode", lambda *a: calls.append(1) or recursion.encode(*a))
     model, alone = toy(), toy()
     config = activations_only(4, granularity="tensor", dynamic=share != "static")
     if share == "override":

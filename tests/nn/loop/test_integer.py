@@ -12,7 +12,7 @@ import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
 from modiff.core.observers import MinMaxObserver
 from modiff.nn.loop.integer import ByteCode
-from modiff.nn.sharing import InputState
+from modiff.nn.loop.simulated import InputState
 from tests.helpers import assert_same_bits, assert_within, drifting, relative_error
 from tests.nn.building import INT16, LAYERS, TIMES, W8A4, drawn, follows, integer, output_bound, same_bits, walk
 from tests.recipes import evaluate, play, quantized, randomised

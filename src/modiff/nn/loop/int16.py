@@ -27,9 +27,8 @@ from modiff.nn.loop.integer import (
     fused_runs,
     laid_as,
 )
-from modiff.nn.loop.simulated import Memory
+from modiff.nn.loop.simulated import InputState, Memory
 from modiff.nn.operator import LayerSpec
-from modiff.nn.sharing import InputState
 
 MOST = 2**15 - 1
 HEADROOM = 1.25

@@ -27,9 +27,8 @@ from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.layout import channels_innermost, innermost
 from modiff.kernels.problem import Problem
 from modiff.nn.clock import Clock
-from modiff.nn.loop.simulated import Memory, SimulatedLoop
+from modiff.nn.loop.simulated import InputState, Memory, SimulatedLoop
 from modiff.nn.operator import LayerOperator, LayerSpec
-from modiff.nn.sharing import InputState
 from modiff.nn.weight import PackedWeight, version_of
 
 Run = tuple[Tensor, InputFusion | None]

@@ -1,23 +1,196 @@
-"""One layer's loop with the values that its integers stand for: what the others are compared with."""
+"""One layer's loop with the values that its integers stand for: what the others are compared with.
+
+Layers that read one tensor share one quantized residual: how they know that it is one, and what they read.
+"""
 
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
+from modiff.core.affine import QParams
+from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Quantizer
-from modiff.core.recursion import State, Update, accumulate, encode_plain, output_of
-from modiff.errors import StateError
+from modiff.core.recursion import State, Update, accumulate, encode, encode_plain, output_of
+from modiff.errors import StateError, warn_once
 from modiff.kernels.encode import FixedState
 from modiff.kernels.input_fusion import InputFusion
+from modiff.kernels.native import fingerprint
 from modiff.nn.clock import Clock
 from modiff.nn.operator import LayerOperator, LayerSpec
-from modiff.nn.sharing import InputGroup, InputState
-from modiff.nn.weight import at_least_float32
+from modiff.nn.weight import at_least_float32, version_of
+
+
+class Source:
+    """A tensor as its first reader got it.
+
+    In eager execution a tensor is recognized by identity and version counter. Inductor reuses buffers and inference
+    tensors have no version: there the read number of the graph tells, and without one the bytes, where a layer joins at
+    the same address. A write through `.data` between two readers is not seen.
+
+    read: None in eager execution; in a graph the number of what is read, negative for its first reader in each run of
+    it, 0 where it has none. shared: whether other readers will come; otherwise no bytes are looked at.
+    """
+
+    __slots__ = ("address", "bytes", "read", "tensor", "version")
+
+    def __init__(self, x: Tensor, read: int | None, shared: bool) -> None:
+        self.tensor, self.read, self.address = weakref.ref(x), read, x.data_ptr()
+        self.version = version_of(x)
+        self.bytes = fingerprint(x) if shared and _silent(x, read) else None
+
+    def begins(self, x: Tensor, read: int | None) -> bool:
+        """Whether a layer that reads x for the first time reads this tensor. False where nobody can tell."""
+        if (read is None and self.tensor() is None) or (read is not None and read < 0):
+            return False  # the tensor is gone, or nothing was made of it yet in this run of the graph
+        return self.carries(x, read) and (not _silent(x, read) or self.address == x.data_ptr())
+
+    def carries(self, x: Tensor, read: int | None) -> bool:
+        """Whether x, which a reader of this tensor was given, is it, unchanged since."""
+        if (None if read is None else abs(read)) != (None if self.read is None else abs(self.read)):
+            return False
+        if _silent(x, read):
+            return self.bytes is not None and self.bytes == fingerprint(x)
+        return read is not None or (self.tensor() is x and self.version == version_of(x))
+
+
+def _silent(x: Tensor, read: int | None) -> bool:
+    """Whether identity and version say nothing, and no read number does."""
+    return read == 0 or (read is None and x.is_inference())
+
+
+class InputState:
+    """One tensor's input state â_t, as `core.recursion` keeps it, and its update, for each layer that reads the tensor.
+
+    spec: of the layer that opened it; what concerns the input is the same in all of a group.
+    count: updates so far. readers: how many layers read it. unread: those that did not take this update yet; after the
+    last one it is freed. open: others may join. turn: the step at which it anchors again first where anchors are
+    staggered. scales, age: of the last residual, and how many were quantized since an anchor, where scales last longer
+    than a step.
+    Subclasses keep the state and the codes in another form.
+    """
+
+    def __init__(self, spec: LayerSpec, quantizer: Quantizer, config: ModulationConfig, clock: Clock) -> None:
+        self.spec, self.quantizer, self.config, self.clock = spec, quantizer, config, clock
+        self.predictor = predictor_named(config.predictor)
+        self.states: tuple[Any, ...] = ()
+        self.update: Update | None = None
+        self.count, self.readers, self.unread, self.open, self.turn, self.tick, self.age = 0, 1, 0, False, 0, -1, 0
+        self.scales: tuple[QParams, ...] = ()
+        self._shape: tuple[torch.Size, torch.device] | None = None
+        self._source: Source | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None}  # of this evaluation alone, and no pickle holds a weak reference
+
+    @property
+    def state(self) -> State | None:
+        """The state as one tensor, None before the first step."""
+        return self.states[0] if self.states else None
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the state keeps."""
+        return [tensor for state in self.states for tensor in (state.value, *state.moves)]
+
+    def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
+        """Encode x, or what `fusion` makes of it, and move the state on."""
+        update, state = self.encoded(x, fusion, self.states[0] if self.states else None)
+        self.states = (state,)
+        return update
+
+    def begins(self, x: Tensor, read: int | None) -> bool:
+        """Whether the states started in this evaluation, and from this very tensor, unchanged since."""
+        if self.update is None or not self.update.starts or self.tick != self.clock.tick or self._source is None:
+            return False
+        return self._source.begins(x, read)
+
+    def read(self, where: str, x: Tensor, fusion: InputFusion | None, read: int | None) -> Update:
+        """The update for `x`: encoded for the first reader of the evaluation, the same for all others.
+
+        It begins again where shape or device changed. Raises: StateError if the readers no longer agree.
+        """
+        if self.tick == self.clock.tick and self.update is not None:
+            if self._source is None or not self._source.carries(x, read):
+                raise StateError(
+                    f"{where}: expected the tensor that its group read before, got another one. These layers read one "
+                    "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
+                )
+            return self.update
+        every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
+        shape = (x.shape, x.device)
+        other = self._shape is not None and self._shape != shape
+        if other:
+            warn_once(
+                f"rows of {self.clock.name}",
+                f"{where}: expected an input of shape {tuple(self._shape[0])} on {self._shape[1]}, as in the step "
+                f"before, got {tuple(x.shape)} on {x.device}. Its states begin again. A layer whose rows change at "
+                "every step, as those of experts do, gains nothing from states: exclude it.",
+            )
+        if other or (every and (self.clock.step - turn) % every == 0):
+            self.states, self.age = (), 0
+        self.update = self.advance(x, fusion)
+        shared = self.readers > 1 or (self.open and not self.count)
+        self._shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, shared)
+        self.count += 1
+        self.unread = 0 if self.open and self.update.starts else self.readers
+        return self.update
+
+    def stand(self) -> None:
+        """Forget the moves: the next prediction is what the state holds, for every layer that reads it."""
+        if self.predictor.past_states > 1:
+            self.states = tuple(State(each.value) for each in self.states)
+
+    def encoded(self, x: Tensor, fusion: InputFusion | None, state: State | None) -> tuple[Update, State]:
+        """The step of `core.recursion`."""
+        value = x if fusion is None and self.spec.rotation is None else self.spec.prepared(x, fusion)
+        ratio = 1.0 if self.predictor.past_states == 1 or state is None else self.ratio(x.device)
+        every = self.quantizer.config.refresh_every
+        scales = self.scales if every > 1 and self.age % every else None
+        update, state = encode(value, state, self.quantizer, self.config, ratio, scales)
+        if every > 1 and update.codes and not update.starts:
+            self.scales, self.age = tuple(q for _, q in update.codes[0].parts), self.age + 1
+        return update, state
+
+    def ratio(self, device: torch.device) -> Weight:
+        """Size of this step over the last one, on a device."""
+        ratio = self.clock.ratio
+        return ratio.to(device) if isinstance(ratio, Tensor) else ratio
+
+
+class InputGroup:
+    """The input states of a group of layers; a group of one is the usual case.
+
+    At the step where states start, a layer joins the state of the very tensor that it reads, or opens one.
+    turn: the number of the group in its model: the groups anchor again in turn where anchors are staggered.
+    """
+
+    def __init__(self, make: Callable[[], InputState], clock: Clock) -> None:
+        self.make, self.clock = make, clock
+        self.states: list[InputState] = []
+        self.shared, self.turn = False, 0
+        clock.on_reset(self.forget)
+
+    def forget(self) -> None:
+        """Free the states."""
+        self.states.clear()
+
+    def state_for(self, x: Tensor, read: int | None) -> InputState:
+        """That of `x` in this evaluation, the newest if several fit; a new one if there is none."""
+        for state in reversed(self.states):
+            if state.begins(x, read):
+                state.readers += 1
+                return state
+        state = self.make()
+        state.open, state.turn = self.shared, self.turn
+        self.states.append(state)
+        return state
 
 
 @dataclass(slots=True)

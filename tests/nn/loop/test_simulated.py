@@ -12,8 +12,9 @@ from torch import Tensor
 from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError
 from modiff.core import quantizer, recursion
 from modiff.kernels import native
-from modiff.nn import operator, sharing
-from modiff.nn.sharing import Source
+from modiff.nn import operator
+from modiff.nn.loop import simulated
+from modiff.nn.loop.simulated import Source
 from tests.helpers import drifting
 from tests.nn.building import group_of, same_bits, step
 from tests.recipes import state_of
@@ -82,7 +83,7 @@ def test_a_tensor_that_is_gone_is_not_the_next_one_in_its_memory(inference):
 def test_where_nobody_can_tell_nothing_is_shared(monkeypatch, read):
     with torch.inference_mode():
         x = torch.randn(3, 4)
-    monkeypatch.setattr(sharing, "fingerprint", lambda _: None)
+    monkeypatch.setattr(simulated, "fingerprint", lambda _: None)
     assert not Source(x, read, True).begins(x, read)
     assert not Source(x, read, True).carries(x, read)
 
@@ -94,7 +95,7 @@ def test_where_nobody_can_tell_nothing_is_shared(monkeypatch, read):
 )
 def test_layers_of_a_group_encode_one_tensor_once_and_give_what_they_would_alone(monkeypatch, modulated, mode):
     """All three read one tensor, or the last two another one."""
-    monkeypatch.setattr(sharing, "encode", encode := Mock(wraps=recursion.encode))
+    monkeypatch.setattr(simulated, "encode", encode := Mock(wraps=recursion.encode))
     config = LayerConfig(activation=QuantizerConfig(bits=4), modulation=modulated)
     for several in (False, True):
         results = []
