@@ -242,7 +242,6 @@ VARIANTS = {
 OFF = {"weight": WeightConfig(bits=None), "activation": QuantizerConfig(bits=None)}
 W4A4 = {"weight": WeightConfig(bits=4), "activation": QuantizerConfig(bits=4)}
 FLOAT64 = ModulationConfig(state_dtype="float64")
-# Uneven "same" padding of an even kernel: torch says that it may copy the input. Ours calls the same function.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
