@@ -110,21 +110,15 @@ def _run(
     )  # fmt: skip
     scale = None if scale is None else scale.to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    pixels = out.numel() // operator.shape[0]
-    if mode == _ACCUMULATE:
-        state = out
+    pixels, state = out.numel() // operator.shape[0], out if mode == _ACCUMULATE else state
     grid, clipped = (None, None) if integers is None else (tensor.data_ptr() for tensor in integers)
     native.load_library("product").library.modiff_product(
         codes.data_ptr(), shape.data_ptr(), operator.zero_point, int(wide), stretches.data_ptr(),
-        len(stretches), packed.data_ptr(), int(packed.dtype == torch.uint8), mode, _pointer(state), grid, clipped,
-        zeros.data_ptr(), operator.weight_scale.data_ptr(), _pointer(scale),
-        1 if scale is None else pixels // scale.numel(), _pointer(bias), out.data_ptr(), KINDS.get(out.dtype, 0),
-        torch.get_num_threads(),
+        len(stretches), packed.data_ptr(), int(packed.dtype == torch.uint8), mode,
+        None if state is None else state.data_ptr(), grid, clipped, zeros.data_ptr(), operator.weight_scale.data_ptr(),
+        None if scale is None else scale.data_ptr(), 1 if scale is None else pixels // scale.numel(),
+        None if bias is None else bias.data_ptr(), out.data_ptr(), KINDS.get(out.dtype, 0), torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _pack(operator: Operator) -> tuple[Tensor, ...]:
