@@ -242,13 +242,8 @@ def test_candidates_are_valid_different_and_include_the_published_setting(bits):
     ("call", "error", "message"),
     [
         (lambda m: modiff.tune(m, 4), ConfigError, "expected run=, a function that runs one trajectory, got none"),
-        (
-            lambda m: modiff.apply(m) and modiff.tune(m, 4, run=print),
-            StateError,
-            "tune: expected a plain model",
-        ),
+        (lambda m: modiff.apply(m) and modiff.tune(m, 4, run=print), StateError, "tune: expected a plain model"),
         (lambda m: modiff.tune(m, 0, run=print), ConfigError, "tune: expected 2 to 8 activation bits, got 0"),
-        (lambda m: modiff.tune(m, 1, run=print), ConfigError, "QuantizerConfig.bits: expected .* got 1"),
         (lambda m: modiff.tune(m, 4, run=print), CalibrationError, "expected two steps or more of a layer"),
     ],
 )
@@ -275,7 +270,6 @@ SLOW_FLOATS = {"float": 3.0, "plain": 1.0, "modulated": 2.0}
         (SLOW_FLOATS, (0.01, 0.001), 0.01, "plain", "3.00x as fast as floats"),
         (SLOW_FLOATS, (0.0101, 0.001), 0.01, "modulated", "1.50x as fast as floats"),
         (SLOW_FLOATS, (0.5, 0.1), 0.01, "float", "no integers are exact enough"),
-        (SLOW_FLOATS, (math.nan, math.nan), 0.01, "float", "no integers are exact enough"),
         ({"float": 1.0, "plain": 1.0, "modulated": 2.0}, (0.0, 0.0), 0.01, "float", "plain takes 1.00x the time"),
         ({"float": 1.0, "plain": 2.0, "modulated": 0.5}, (0.0, 0.0), 0.01, "modulated", "2.00x"),
     ],
@@ -380,7 +374,6 @@ def test_a_run_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
         (None, {"tolerance": 0}, "autotune: expected a relative error above 0 as tolerance, got 0"),
         (presets.plain(), {}, "autotune: expected a config with modulation, got None"),
         (ModiffConfig(overrides=(("body", LayerConfig()),)), {}, "autotune: expected a config without overrides"),
-        (presets.modulated(8, None), {}, "autotune: expected 2 to 8 activation bits, got None"),
     ],
 )
 def test_what_cannot_be_autotuned_is_refused(config, words, message):

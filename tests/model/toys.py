@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import modiff
+import modiff.api  # with it, hosts say what is left out
 from modiff import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
 from tests.helpers import assert_same_bits
 
