@@ -94,17 +94,6 @@ def test_a_sampler_runs_modulated_as_it_runs_plain(sampler):
         assert not any(layer.loop.memories for layer in attachment_of(alone.unet).layers.values())
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
-def test_guidance_in_two_calls_needs_no_contexts_of_the_pipeline(name):
-    """Many pipelines enter none; the second evaluation at a timestep is the other branch."""
-    host = HOSTS[name]
-    pipe = host.build()
-    modiff.apply(pipe, presets.modulated(None, 4))
-    with_contexts = host.call(pipe)
-    del host.network(pipe).__dict__["cache_context"]
-    assert torch.equal(host.call(pipe), with_contexts)
-
-
 def lumina() -> DiffusionPipeline:
     """Guides in two calls, without contexts, with prompts of two lengths."""
     transformer = network(
