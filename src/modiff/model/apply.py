@@ -31,7 +31,6 @@ def install(
 
     Raises: StateError if the model carries modiff already; ConfigError as `select_layers`. Whatever is raised, also
         KeyboardInterrupt, leaves the model as it was.
-    Cost: one pass over the weights at the first forward.
     """
     check_plain(model, "apply", "Applying twice would lose the originals. Call modiff.remove(model) first.")
     report = select_layers(model, config, splits=splits, known=known)
@@ -70,10 +69,7 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
 
 
 def uninstall(model: nn.Module) -> None:
-    """Put the original layers back: the same modules, the same parameters, the same bits.
-
-    Raises: as `check_removable`; the model is as it was then.
-    """
+    """Put the original layers back: the same modules, parameters and bits. Raises: as `check_removable`."""
     check_removable(model)
     attachment = required_attachment(model, "remove")
     for name, original in attachment.originals.items():

@@ -31,10 +31,9 @@ _BEGINNING = threading.Lock()
 class Automatic:
     """Tells where one trajectory ends and the next begins, for a model that any pipeline may run.
 
-    Timesteps run one way through a trajectory. The next one began where they turn round, where the second is the first
-    again with the same inputs (one-step trajectories), where the call comes from another thread, and after an
-    evaluation that raised or was interrupted. A trajectory that `modiff.trajectory` began is left alone, and a network
-    without a timestep keeps asking for one. Cost: one host sync an evaluation.
+    The next one began where timesteps turn round, where the second is the first again with the same inputs (one-step
+    trajectories), where the call comes from another thread, and after an evaluation that raised. One that
+    `modiff.trajectory` began is left alone. Cost: one host sync an evaluation.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -158,10 +157,8 @@ class Attachment:
                 module.use_nested_tensor = False
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = None
-        if self.timestep is not None:
-            name, position = self.timestep
-            value = kwargs.get(name, args[position] if position < len(args) else None)
+        name, position = self.timestep or ("", len(args))
+        value = kwargs.get(name, args[position] if position < len(args) else None)
         timestep = value if isinstance(value, (Tensor, float, int)) else None
         if torch.compiler.is_compiling():
             traced.begin(self.clock.token, None if timestep is None else torch.as_tensor(timestep), self.number)
@@ -239,7 +236,7 @@ def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, also of one that torch.compile returned; None if modiff was not applied to it."""
+    """The attachment of a model; None if modiff was not applied to it."""
     return eager(model).__dict__.get(ATTRIBUTE)
 
 

@@ -31,11 +31,7 @@ def attention_modules(model: nn.Module, config: AttentionConfig) -> dict[str, nn
 
 
 def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[str, ...]:
-    """Quantize q, k, v and softmax outputs of the model's attention from now on; nothing happens for None.
-
-    Returns: the names of the modules taken.
-    Raises: ConfigError as `attention_modules` does; the model is unchanged then.
-    """
+    """Quantize q, k, v and softmax outputs of the model's attention from now on; the names of the modules taken."""
     if config is None:
         return ()
     modules = attention_modules(model, config)

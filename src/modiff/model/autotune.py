@@ -41,10 +41,7 @@ _ROUNDS = 7
 
 @contextmanager
 def stored_profile(path: str | Path | None) -> Iterator[Profile]:
-    """This machine's profile in a JSON file, written back at the end with what the body added; None keeps no file.
-
-    Raises: FormatError for a file that is not a profile, which is then left as it is; OSError.
-    """
+    """This machine's profile in a JSON file, written back at the end with what the body added; None keeps no file."""
     if path is None:
         yield {}
         return
@@ -141,8 +138,6 @@ def choose_modes(
 
     On one full-precision trajectory the error ||a - quantized a|| / ||a|| of the layer's input is measured for both
     integer modes; each kind of layer that `profile` lacks is then timed in all three. Scales are measured at each call.
-    Raises: StateError if modiff is on a model; ConfigError for a config with overrides or without modulation;
-        CalibrationError if `run` never reached a second step.
     """
     check_searchable(models, config, "autotune")
     loop = config.layer.modulation
@@ -175,21 +170,14 @@ def _row(layer: nn.Module, probe: Probe, config: LayerConfig, tolerance: float, 
         profile[key] = measure_layer(layer, x, config, quantized.spec.split)
     seconds, (plain, modulated) = profile[key], probe.errors()
     choice, reason = choose(seconds, (plain, modulated), tolerance, quantized.unsupported)
-    execution, why = execution_of(quantized)
-    return AutotuneRow(
-        name=probe.name, kind=type(layer).__name__, shape=tuple(x.shape), calls=probe.calls / probe.clock.tick,
-        seconds=seconds, errors=(plain, modulated), state_bytes=4 * (x.numel() + probe.outputs), choice=choice,
-        reason=reason,
-        backend="" if quantized.unsupported else f"{execution.removeprefix('integers on ')}: {why}",
-    )  # fmt: skip
+    backend = "" if quantized.unsupported else ": ".join(execution_of(quantized)).removeprefix("integers on ")
+    calls, sizes = probe.calls / probe.clock.tick, 4 * (x.numel() + probe.outputs)
+    return AutotuneRow(probe.name, type(layer).__name__, tuple(x.shape), calls, seconds, (plain, modulated), sizes,
+                       choice, reason, backend)  # fmt: skip
 
 
 def choose(seconds: Seconds, errors: tuple[float, float], tolerance: float, unsupported: str = "") -> tuple[Mode, str]:
-    """The fastest mode whose error (plain, modulated) is within the tolerance, and why; floats unless integers pay.
-
-    >>> choose({"float": 3.0, "plain": 1.0, "modulated": 1.5}, (0.02, 0.001), 0.01)
-    ('modulated', '2.00x as fast as floats')
-    """
+    """The fastest mode whose error (plain, modulated) is within the tolerance, and why; floats unless integers pay."""
     if unsupported:
         return "float", f"no integers: {unsupported}"
     exact: list[Mode] = [m for m, error in zip(("plain", "modulated"), errors, strict=True) if error <= tolerance]
@@ -233,10 +221,7 @@ def measure_layer(layer: nn.Module, x: Tensor, config: LayerConfig, split: int |
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; every round has all of them, after one that is not counted.
-
-    Short runs, many rounds: a busy machine lends no long ones, and disturbs all alike.
-    """
+    """Seconds of each run in each round, after one that is not counted: a busy machine disturbs all runs alike."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -36,11 +36,7 @@ OBSERVERS: dict[str, MakeObserver] = {
 
 
 def quantizers_of(model: nn.Module) -> dict[str, Quantizer]:
-    """The quantizer of each layer under the layer's name, those of attention under "<module>.q", .k, .v and .softmax.
-
-    A quantizer that layers share is under each of their names; layers without one are left out.
-    Raises: StateError if modiff was not applied to the model.
-    """
+    """The quantizer of each layer under the layer's name, those of attention under "<module>.q" and so on."""
     layers = required_attachment(model, "quantizers_of").layers
     own = {name: layer.quantizer for name, layer in layers.items() if layer.quantizer is not None}
     return own | attention_quantizers(model)
@@ -54,8 +50,7 @@ def measure_scales(
 ) -> None:
     """Run `forward_loop` with dynamic scales, watch what each layer codes, and freeze them, as `modiff.calibrate`.
 
-    Modulated layers are watched on their residuals, plain ones on their inputs: each on exactly what it will code. With
-    `step_groups`, each step of the loop is watched alone, and the steps are then cut into groups.
+    Each is watched on exactly what it will code; with `step_groups`, each step of the loop alone.
     Raises: CalibrationError if no layer has static scales, none ran, or a value is not finite; scales measured before
         are then kept.
     """

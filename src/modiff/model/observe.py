@@ -26,8 +26,7 @@ def observe(
     """In the body, call functions around every call of the named layers and around every evaluation of the model.
 
     They are given the tensors that the network computes with: copy what you keep, change none. What they return is
-    ignored, what they raise ends the evaluation. A call that raises has a `before` and no `on`. Graphs made before
-    by torch.compile are not observed.
+    ignored, what they raise ends the evaluation. Graphs made before by torch.compile are not observed.
 
     Args:
         layers: names of modules of any kind; "" is the model.
@@ -36,12 +35,6 @@ def observe(
         before_layer: (name, layer, args, kwargs).
         before_step: (model, args, kwargs).
     Raises: AttributeError for a name that the model does not have; nothing is attached then.
-
-    >>> import torch
-    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    >>> with observe(net, lambda name, layer, inputs, output: print(name, tuple(output.shape)), layers=["0"]):
-    ...     _ = net(torch.zeros(5, 2))
-    0 (5, 3)
     """
     known = modules_of(model)
     modules = {name: known[name] if name in known else model.get_submodule(name) for name in layers}

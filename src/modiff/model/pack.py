@@ -18,16 +18,11 @@ from modiff.nn.weight import packed_storage
 
 
 def pack_layers(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> None:
-    """Replace the float weights of modulated layers by integer codes and float32 scales, as `modiff.pack` says.
-
-    Layers whose weights have no bits keep their floats. Raises: as `check_packable`; the model is as it was then.
-    Cost: two passes over the weights.
-    """
+    """Replace the float weights of modulated layers by integer codes and float32 scales, as `modiff.pack` says."""
     check_packable(model, anchor_weights)
-    attachment = required_attachment(model, "pack")
-    for layer in attachment.layers.values():
+    for layer in required_attachment(model, "pack").layers.values():
         layer.pack(anchor_weights)
-    seal(attachment)
+    seal(required_attachment(model, "pack"))
 
 
 def check_packable(model: nn.Module, anchor_weights: PackedAnchors = "quantized") -> None:
@@ -66,8 +61,7 @@ def check_anchors(model: nn.Module, verb: str, anchor_weights: PackedAnchors) ->
             f"{verb}.anchor_weights: expected 'quantized' for {type(model).__name__}, got 'int8'. None of its layers "
             "anchors with exact weights, so nothing would read the codes. Leave it out."
         )
-    gone = next((layer for layer in exact if layer.packed and not layer.keeps_error()), None)
-    if gone is not None:
+    for gone in (layer for layer in exact if layer.packed and not layer.keeps_error()):
         raise StateError(
             f"{gone.name}: expected a float weight, got a packed one without anchor codes. They are made from the "
             f"floats, which are gone. Give anchor_weights='int8' when the model is packed, or leave it out here."

@@ -111,14 +111,13 @@ def probes_of(
     left = {o.name: f"channels reach {o.largest:.2g}, the median one {o.median:.2g}" for o in maxima.outliers()}
     left |= {name: "ran at one step only" for name, probe in probes.items() if math.isnan(probe.errors()[0])}
     left |= roles.unfit()
-    for name, probe in probes.items():
-        probe.unfit = left.get(name, "")
+    for name, why in left.items():
+        probes[name].unfit = why
 
 
 def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> tuple[ModiffConfig, list[Probe]]:
     """The config with the layers excluded that should keep their floats, and the other probes; a warning says why."""
-    unfit = {probe.name: probe.unfit for probe in probes if probe.unfit}
-    fit = [probe for probe in probes if not probe.unfit]
+    unfit, fit = {p.name: p.unfit for p in probes if p.unfit}, [p for p in probes if not p.unfit]
     if not fit:
         raise CalibrationError(
             f"{verb}: expected two steps or more of a layer that can be quantized, got none: {unfit}. `run` must run "

@@ -52,10 +52,9 @@ class Entry:
 class MemoryUse(NamedTuple):
     """Bytes of the taken layers, each tensor counted once.
 
-    floats: weights and biases before rounding, which `remove` gives back; gone after `pack`. codes: integers and their
-    scales, made at the first step. backends: copies of the codes in the layout of a backend, made at the first step.
-    states: the most that one trajectory ended with so far; 0 before the first one ended. expected: of one generation of
-    the host's usual size, from shapes alone; 0 where that is not known.
+    floats: weights and biases before rounding; gone after `pack`. codes: integers and their scales, backends: copies in
+    the layout of a backend, both made at the first step. states: the most that one trajectory ended with so far.
+    expected: of one generation of the host's usual size, from shapes alone; 0 where that is not known.
     """
 
     floats: int = 0

@@ -23,17 +23,13 @@ NEVER = "never called: it does not run, or other code reads its weight"
 
 
 class Roles:
-    """Of the layers of one network, as its evaluations show them.
-
-    The first layer is the first that reads the sample itself (an embedding of time may run before it); where none does,
-    the first that reads more than one row a sample.
-    """
+    """Of the layers of one network. The first is the first that reads the sample itself, or else more than one row."""
 
     def __init__(self, config: ModiffConfig, report: Report) -> None:
         by_name = [*config.include, *(pattern for pattern, _ in config.overrides)]
         self.named = [pattern for pattern in by_name if pattern != "*"]
-        self.judged, self.ends_matter = config.default_exclude is None, False  # otherwise the config has decided
-        self.first_last = config.first_last
+        self.judged = config.default_exclude is None  # otherwise the config has decided
+        self.first_last, self.ends_matter = config.first_last, False
         self.names = [entry.name for entry in report.entries if entry.is_layer]
         self.taken = {entry.name for entry in report.taken}
         self.sample: Tensor | None = None
@@ -106,8 +102,7 @@ class ChannelMaxima:
 
     def see(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """The Linear or Conv layer of that name read x. Cost: one pass over it."""
-        kind = quantized_class(layer)
-        channels = x.detach().abs().movedim(-1 if kind is None else kind.channel_dim, 0)
+        channels = x.detach().abs().movedim(getattr(quantized_class(layer), "channel_dim", -1), 0)
         largest = channels.reshape(len(channels), -1).amax(1).float()
         self._maxima[name] = torch.maximum(largest, self._maxima.get(name, largest))
 
@@ -115,8 +110,6 @@ class ChannelMaxima:
         """Layers with a channel `RATIO` times as large as their own median one and as the median layer's."""
         medians = {name: float(maxima.median()) for name, maxima in self._maxima.items()}
         typical = statistics.median(medians.values()) if medians else 0.0
-        outliers: list[Outlier] = []
-        for name, maxima in self._maxima.items():
-            if above := int((maxima > RATIO * max(medians[name], typical)).sum()):
-                outliers.append(Outlier(name, float(maxima.max()), medians[name], above))
+        counts = {n: int((maxima > RATIO * max(medians[n], typical)).sum()) for n, maxima in self._maxima.items()}
+        outliers = [Outlier(n, float(self._maxima[n].max()), medians[n], count) for n, count in counts.items() if count]
         return sorted(outliers, key=lambda outlier: -outlier.largest)

@@ -24,7 +24,7 @@ CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn
 
 
 def layer_names(models: Iterable[nn.Module]) -> set[str]:
-    """Names of the Linear and Conv layers of some networks: what the patterns of one config for all may match."""
+    """Names of the Linear and Conv layers of some networks: what patterns may match."""
     return {name for model in models for name, m, _ in walk(model) if isinstance(m, CANDIDATES)}
 
 
@@ -43,11 +43,10 @@ def select_layers(
             "in the module that holds it. Use nn.Sequential(layer)."
         )
     names: dict[nn.Module, list[str]] = {}  # a layer that stands in two places would be replaced in the first alone
-    own: list[str] = []
-    for name, module, theirs in walk(model):
-        if isinstance(module, CANDIDATES):
-            names.setdefault(module, []).append(name)
-            own += [] if theirs else [name]
+    candidates = [(name, module, theirs) for name, module, theirs in walk(model) if isinstance(module, CANDIDATES)]
+    for name, module, _ in candidates:
+        names.setdefault(module, []).append(name)
+    own = [name for name, _, theirs in candidates if not theirs]
     layers = {first: layer for layer, (first, *_) in names.items()}
     patterns = {"include": config.include, "exclude": config.exclude, "overrides": [p for p, _ in config.overrides]}
     check_patterns({f"ModiffConfig.{field}": patterns[field] for field in patterns}, [*layers, *known], "a layer")
@@ -148,9 +147,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, end: str
 
 def _notes(layer: nn.Module, config: LayerConfig | None, split: int | None) -> str:
     notes = [f"split at {split}"] if split else []
-    kernel = tuple(getattr(layer, "kernel_size", ()))
-    if config is not None and config.activation.bits is not None:
-        granularity = config.activation.granularity
-        if granularity != "auto" and granularity_named(granularity).unsupported(kernel):
-            notes.append(f"{granularity} scales: not executable on integers, for study only")
+    granularity = "auto" if config is None or config.activation.bits is None else config.activation.granularity
+    if granularity != "auto" and granularity_named(granularity).unsupported(tuple(getattr(layer, "kernel_size", ()))):
+        notes.append(f"{granularity} scales: not executable on integers, for study only")
     return ", ".join(notes)
