@@ -71,7 +71,7 @@ def variants_of(shape: Shape, device: torch.device) -> dict[str, Callable[[], ob
 
 
 def _matmuls(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
-    from modiff.kernels.triton.products import run_linear
+    from modiff.kernels.triton.loops import run_linear
 
     x = torch.randn(shape.rows, shape.depth, device=device, dtype=torch.bfloat16)
     w = torch.randn(shape.columns, shape.depth, device=device, dtype=torch.bfloat16)
@@ -95,7 +95,7 @@ def _matmuls(shape: Shape, device: torch.device) -> dict[str, Callable[[], objec
 
 
 def _convolutions(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
-    from modiff.kernels.triton.products import run_conv
+    from modiff.kernels.triton.loops import run_conv
 
     size = (shape.rows, shape.depth, shape.side, shape.side)
     layout = torch.channels_last

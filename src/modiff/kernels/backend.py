@@ -93,11 +93,7 @@ class Backend:
     def step(
         self, operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor, integers: Integers = None
     ) -> None:
-        """`accumulate` into the state, and the new state into `output`, of another dtype perhaps.
-
-        Args:
-            integers: (grid, clipped) where the state is int16 in units of grid; clipped counts what was cut.
-        """
+        """`accumulate` into the state, and the new state into `output`, of another dtype perhaps."""
         add_sent(state, integers, self.scaled(operator, codes), scale, operator.axes, output)
 
     def compute(

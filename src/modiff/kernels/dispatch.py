@@ -26,10 +26,7 @@ class Choice(NamedTuple):
 
 
 def register_backend(backend: Backend) -> None:
-    """Ask this backend before all others, in every kernel built from now on.
-
-    Raises: KernelError if its name is taken.
-    """
+    """Ask this backend first, in every kernel built from now on. Raises: KernelError if its name is taken."""
     if not backend.name or any(known.name == backend.name for known in BACKENDS):
         raise KernelError(
             f"register_backend: expected a name other than {_names()}, got {backend.name!r}. Reports and files tell "
@@ -52,11 +49,7 @@ def backend_named(name: str) -> Backend:
 
 
 def plan(problem: Problem, isa: Isa | None = None) -> Choice:
-    """The backend that a kernel for this problem would take, and why; nothing is built and nobody is warned.
-
-    Args:
-        isa: to pretend another machine; None asks this one, and runs oneDNN's self-test once.
-    """
+    """The backend that a kernel for this problem would take, on this machine or on the one that `isa` pretends."""
     isa = this_machine(problem.device) if isa is None else isa
     refusals: list[tuple[str, str]] = []
     for backend in BACKENDS:

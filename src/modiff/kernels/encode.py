@@ -86,9 +86,8 @@ def choose_encoder(device: str = "cpu") -> Choice:
     if device != "cpu":
         return Choice("eager", f"the compiled loop runs on CPUs, the input is on {device}")
     library, reason = native.load_library("encode")
-    if library is None:
-        return Choice("eager", f"torch's own operators, several passes over memory: {reason}")
-    return Choice("native", reason)
+    slow = Choice("eager", f"torch's own operators, several passes over memory: {reason}")
+    return slow if library is None else Choice("native", reason)
 
 
 def encode_residual(
@@ -202,7 +201,7 @@ def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: T
     rows, states, sent = (
         None if t is None else t.as_strided(layout.rows, (layout.rows[1], 1)) for t in (x, state, codes)
     )
-    from modiff.kernels.triton.encode import code_rows
+    from modiff.kernels.triton.loops import code_rows
 
     with gpu.on_device_of(x):
         code_rows(rows, states, sent, scale.view(-1), layout.bits, layout.clip, dynamic=dynamic)

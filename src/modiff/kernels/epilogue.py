@@ -62,10 +62,7 @@ def add_eagerly(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, 
 
 
 def in_rows(axes: int, scale: tuple[int, ...], *tensors: Tensor) -> bool:
-    """Whether tensors of one shape have channels innermost, and each scale serves a run of their memory.
-
-    A run is a sample or a token, and their scales follow each other as the runs do.
-    """
+    """Whether tensors of one shape have channels innermost, and the scales serve their samples or tokens in order."""
     return _in_rows(tensors[0].shape, tuple([tensor.stride() for tensor in tensors]), scale, axes)
 
 

@@ -124,10 +124,7 @@ class Kernel:
         return result if channels_innermost(result, axes) else empty_output(codes, shape, axes, dtype).copy_(result)
 
     def sums(self, codes: Tensor) -> Tensor:
-        """sum (code - zero) * weight code as the backend makes it: equal to the exact sums bit for bit.
-
-        int32 or a float that holds them; float32 rounds those over 2^24 once.
-        """
+        """sum (code - zero) * weight code, exact, in int32 or a float; float32 rounds those over 2^24 once."""
         return self._unview(self.backend.sums(self._operator, self._view(codes)))
 
     def new_output(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -53,8 +53,6 @@ class NativeLoops(Backend):
 
     def reason(self, problem: Problem, isa: Isa) -> str:
         """One line for the report: how sums are made."""
-        if family() != _AVX2:
-            return "compiled loops with VNNI, sums in 32 bits"
         return "compiled loops with AVX2, sums in 16 bits as long as the weights let no code overflow them"
 
     def sums(self, operator: Operator, codes: Tensor) -> Tensor:

@@ -79,10 +79,10 @@ def test_state_output_and_bias_are_dealt_with_in_one_kernel(shape, each, dtype):
 @pytest.mark.parametrize(("bits", "clip"), [(8, 1.0), (4, 0.7), (3, 0.4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_scales_and_states_equal_the_core_bit_for_bit(whole, bits, clip, dtype, monkeypatch):
-    from modiff.kernels.triton import encode as triton_encode
+    from modiff.kernels.triton import loops
 
-    monkeypatch.setattr(triton_encode, "_WHOLE", whole)  # 8: rows come in blocks, their scales from another kernel
-    monkeypatch.setattr(triton_encode, "_BLOCK", 16)
+    monkeypatch.setattr(loops, "_WHOLE", whole)  # 8: rows come in blocks, their scales from another kernel
+    monkeypatch.setattr(loops, "_BLOCK", 16)
     x = drifting(bits, (6, 70), 1, 0.1, torch.float32)[0].to(dtype).to(DEVICE)
     held = drifting(bits + 1, (6, 70), 1, 0.1, torch.float32)[0].to(DEVICE)
     x[1], held[1] = 0, 0

@@ -112,7 +112,7 @@ def _made(operator: Operator, codes: Tensor, dtype: torch.dtype) -> Tensor:
 def _run(
     operator: Operator, codes: Tensor, scale: Tensor, state: Tensor | None, output: Tensor | None, bias: Any = None
 ) -> None:
-    from modiff.kernels.triton.products import run_conv, run_linear
+    from modiff.kernels.triton.loops import run_conv, run_linear
 
     weight, channels, zero = _weight(operator), operator.weight_scale.flatten().to(torch.float32), operator.zero_point
     scale = scale.to(torch.float32).contiguous()
