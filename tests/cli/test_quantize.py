@@ -61,6 +61,7 @@ def test_the_folder_makes_the_images_of_the_method_bit_for_bit(model: Path, tmp_
     assert values["error"]["relative_l2"] == pytest.approx(error, rel=1e-4)
     assert f"networks: {before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB after\n" in result.stdout
     assert f"of 4 images to full precision: {error:.4f}\n" in result.stdout
+    assert_one_line(command("explain", out), "model: expected one in full precision, got")
     assert (values["method"], values["layers"]) == ("q_diffusion", report.to_dict()["layers"])
 
 

@@ -77,7 +77,7 @@ def evaluate(
     plans.plans_of(chosen)  # before the model is loaded: a name may be wrong
     conditions = options.conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels)
     extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
-    pipe = options.quiet_pipeline(model, device)
+    pipe = options.plain_pipeline(model, device)
     source = PipelineSource(pipe, sampler=scheduler or usual_sampler(pipe), seed=seed, conditions=conditions)
     judge = load_extractor(extractor, channels=source.shape[-1], device=device)
     suite = run_suite(source, judge, chosen, output, reference=reference, extras=extras, batch_size=batch_size)

@@ -50,7 +50,8 @@ def sample(
     from modiff.generate.environment import environment
     from modiff.generate.pictures import draw_pictures
 
-    pipe = options.quiet_pipeline(model, device, scheduler)
+    opened = options.quiet_pipeline if chosen is None else options.plain_pipeline
+    pipe = opened(model, device, scheduler)
     report = None if chosen is None else apply(pipe, chosen)
     settings = {
         "model": model,

@@ -13,7 +13,6 @@ from modiff.presets import as_config
 
 TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
 PROFILE_HELP = "Keep the times of layers in this file; the same file gives the same choices."
-GRID_HELP = "Where the grid of images goes."
 
 
 def demo(
@@ -24,7 +23,7 @@ def demo(
     prompt: options.Prompt = None,
     label: options.Label = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PNG", callback=options.png_path, help=GRID_HELP)
+        Path, typer.Option("-o", "--output", metavar="PNG", callback=options.png_path, help="The images.")
     ] = Path("modiff-demo.png"),
     json_file: options.Json = None,
     quiet: options.Quiet = False,
@@ -41,7 +40,7 @@ def demo(
     conditions = options.conditions_of(prompt=prompt, label=label)
     from modiff.evaluate.demo import run_demo  # imported late, as in all commands: `modiff --help` must not wait
 
-    pipe, done = options.quiet_pipeline(model, device), []
+    pipe, done = options.plain_pipeline(model, device), []
     try:
         run_demo(pipe, steps=steps, num_images=num_images, seed=seed, conditions=conditions, after_row=done.append)
     finally:  # also the rows before an interrupt
@@ -79,7 +78,7 @@ def analyze(
     from modiff.evaluate.analysis.figures import figures
     from modiff.evaluate.analysis.run import analyze_pipeline
 
-    pipe = options.quiet_pipeline(model, device, scheduler)
+    pipe = options.plain_pipeline(model, device, scheduler)
     analysis = analyze_pipeline(pipe, chosen, steps=steps, num_images=num_images, seed=seed, conditions=conditions)
     results = output / "analysis.json" if json_file is None else json_file
     options.write_results(results, analysis)
@@ -117,7 +116,7 @@ def explain(
     from modiff.kernels.encode import choose_encoder
     from modiff.kernels.isa import machine
 
-    pipe = options.quiet_pipeline(model, device)
+    pipe = options.plain_pipeline(model, device)
     check_inputs(pipe, steps, conditions)
 
     def run(steps: int = steps, count: int = num_images) -> object:

@@ -141,3 +141,14 @@ def quiet_pipeline(model: str, device: str, scheduler: str | None = None) -> Dif
     torch.backends.cudnn.allow_tf32 = False  # full precision is what everything is compared with
     pipe = load_pipeline(model, device=device)
     return pipe if scheduler is None else set_scheduler(pipe, scheduler)
+
+
+def plain_pipeline(model: str, device: str, scheduler: str | None = None) -> DiffusionPipeline:
+    """As `quiet_pipeline`. Raises: ConfigError for a model that modiff has quantized."""
+    from modiff.hosts.diffusers.host import denoisers
+    from modiff.model.attach import attachment_of
+
+    pipe = quiet_pipeline(model, device, scheduler)
+    plain = all(attachment_of(network) is None for network in denoisers(pipe).values())
+    check("model", model, plain, "one in full precision", "modiff has quantized it. Give what it was made from.")
+    return pipe

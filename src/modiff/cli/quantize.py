@@ -67,7 +67,7 @@ def quantize(
 
         changes = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
         chosen = _settings(method, quick, settings, modulated, changes)
-        pipe = options.quiet_pipeline(model, device)
+        pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
         if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
             conditions = Conditions(labels=tuple(range(IMAGES)))
@@ -92,8 +92,7 @@ def _settings(method: str, quick: bool, file: Path | None, modulated: bool, opti
     """The method's settings: its own, then those of the file, then those of the command line."""
     from modiff.methods.registry import method_config
 
-    advice = "Write one with the config's to_json()."
-    values = None if file is None else read_json(file, "a JSON file with settings of the method", advice)
+    values = None if file is None else read_json(file, "a JSON file with settings of the method", "Use to_json().")
     changes = {name: None if "bits" in name and value == FULL_PRECISION else value
                for name, value in options.items() if value is not None}  # fmt: skip
     return method_config(method, quick=quick, values=values, modulated=modulated or None, changes=changes)

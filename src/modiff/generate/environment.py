@@ -13,7 +13,6 @@ from modiff.config import VERSION
 from modiff.kernels.isa import processor
 
 Environment = dict[str, Any]
-"""What a reader needs to compare figures; cores are those this process may use, gpu is None without CUDA."""
 
 
 def environment() -> Environment:

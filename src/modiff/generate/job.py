@@ -76,8 +76,7 @@ class Job:
     """Images 0 to num_images - 1 of a model; image i comes from the noise of seed + i. Picklable.
 
     model: "embedded", "cifar10", a diffusers folder, or a hub id.
-    config: None for full precision. Scales must be dynamic.
-    scheduler: a key of `generate.samplers.SAMPLERS`; None for the model's own.
+    config: with dynamic scales; None for full precision. scheduler: of `samplers.SAMPLERS`; None for the model's own.
     batch_size: images computed at a time. None: what the folder has; in a new one 50, or num_images if that is less.
     shard_size: images in a file, a multiple of batch_size. None: what the folder has; in a new one about 100.
     threads: of one worker. None: as torch has them; 1 on Ray.

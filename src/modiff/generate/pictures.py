@@ -46,8 +46,6 @@ def draw_pictures(
 ) -> Pictures:
     """Write 00000.png, 00001.png, ... to `folder`; those that are there already are kept and not drawn again.
 
-    Image i comes from the noise of seed + i, so it is the same whatever the batch size, up to float rounding.
-
     settings: what else shapes the images (model, config, ...), as JSON values; a folder never mixes two.
     Raises: ConfigError for inputs the pipeline cannot take, or a folder made with other settings; StateError for pixels
         that are not finite; OSError that names the file. Images written before are kept.

@@ -69,10 +69,9 @@ def describe(job: Job) -> Description:
     check_inputs(pipe, job.steps, job.conditions)
     # two: the first evaluation is in full precision, so that one would not see scales that are missing
     image = draw(pipe, [0], steps=min(2, job.steps), seed=job.seed, conditions=job.conditions)[0]
-    height, width, channels = image.shape
     scheduler = {"kind": type(pipe.scheduler).__name__} | settings(pipe.scheduler)
     facts = {"model": model, "pipeline": type(pipe).__name__, "scheduler": scheduler}
-    return facts, (height, width, channels)
+    return facts, image.shape
 
 
 def draw_span(job: Job, batch_size: int, span: Span, tick: Callable[[int], object] = lambda images: None) -> DrawnSpan:
