@@ -134,8 +134,8 @@ def _mutates(target: object) -> bool:
 def _fuses(number: Any, match: _Match) -> bool:
     """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
-    axis = {"group": 1, "none": holder.channel_dim}.get(match.norm, -1)
-    return holder.channel_dim == axis and holder.on_integers and holder.spec.fuses(match.norm, holder.weight.device)
+    axis, device = {"group": 1, "none": holder.channel_dim}.get(match.norm, -1), holder.operator.weight.device
+    return holder.channel_dim == axis and holder.on_integers and holder.spec.fuses(match.norm, device)
 
 
 def _move(module: GraphModule, readers: list[Node], match: _Match) -> None:

@@ -30,8 +30,8 @@ class ModulatedLayer(nn.Module):
 
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
-    A weight that changes within a trajectory, also through `layer.weight.data`, anchors the output state again. What is
-    written through `.data` of a parameter that was reached elsewhere leaves no trace until the next trajectory begins.
+    A weight that changes within a trajectory anchors the output state again. What is written through `.data` is seen
+    at once where `layer.weight` was read for it, otherwise when the next trajectory begins.
     """
 
     channel_dim: ClassVar[int]

@@ -17,16 +17,7 @@ from modiff.core.recursion import State, Update
 from modiff.kernels.encode import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
-from modiff.nn.loop.integer import (
-    ByteCode,
-    Codes,
-    IntegerInput,
-    IntegerLoop,
-    dense_runs,
-    encode_run,
-    fused_runs,
-    laid_as,
-)
+from modiff.nn.loop.integer import ByteCode, Codes, IntegerInput, IntegerLoop, dense_runs, encode_run, laid_as, runs_of
 from modiff.nn.loop.simulated import InputState, Memory
 from modiff.nn.operator import LayerSpec
 
@@ -68,7 +59,7 @@ class Int16Input(IntegerInput):
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step; where codes were cut to stay within 16 bits the state starts again instead."""
         self._clipped = self._clipped.to(x.device).zero_()
-        runs = fused_runs(x, fusion, self.quantizer)
+        runs = runs_of(x, fusion, self.quantizer)
         layouts = zip(self.states, runs, strict=True)
         self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
 

@@ -74,7 +74,7 @@ def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tens
     return tuple(run.contiguous() for run in split)
 
 
-def fused_runs(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> list[Run]:
+def runs_of(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> list[Run]:
     """What is encoded for each run of channels: a tensor, and what it passes through, where kernels compute that."""
     if len(quantizer.segments) == 1:
         return [(x, fusion)]
@@ -153,7 +153,7 @@ class IntegerInput(InputState):
             scales = quantizer.scales(x)
         elif every > 1 and self.age % every:
             scales = [q.scale for q in self.scales]
-        codes, states, intra, largest, runs = [], [], None, 0.0, fused_runs(x, fusion, quantizer)
+        codes, states, intra, largest, runs = [], [], None, 0.0, runs_of(x, fusion, quantizer)
         for index, (run, fused) in enumerate(runs):
             state = self.states[index]
             if gain is not None or state.value.stride() != run.stride():
@@ -295,7 +295,7 @@ class IntegerLoop(SimulatedLoop):
         if fusion is None or not self.spec.fuses(fusion.norm, x.device):
             x, fusion = self.spec.prepared(x, fusion), None
         scales, total = quantizer.scales(x), None
-        for i, ((run, fused), kernel) in enumerate(zip(fused_runs(x, fusion, quantizer), kernels, strict=True)):
+        for i, ((run, fused), kernel) in enumerate(zip(runs_of(x, fusion, quantizer), kernels, strict=True)):
             codes, scale = encode_run(run, fused, None, quantizer, None if scales is None else scales[i])
             if total is None:
                 total = kernel.compute(codes, scale, self.operator.bias, dtype if len(kernels) == 1 else torch.float32)
