@@ -145,7 +145,7 @@ def encode(
         if not 1.001 * largest < least:
             intra, least, codes = from_zero(x - prediction, x, codes, quantizer)
             prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
-        least -= largest * quantizer.unsent
+        least = least - largest * quantizer.unsent if x.dtype == _STORED[config.state_dtype] else 0.0
     value = prediction if codes is None else prediction + codes.value()
     update = Update(None, () if codes is None else (codes,), weights=weights, intra=intra)
     return update, _next(value, state, config, least)

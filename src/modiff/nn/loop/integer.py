@@ -169,6 +169,8 @@ class IntegerInput(InputState):
             if not 1.001 * largest < self.least:
                 intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
             self.least -= largest * quantizer.unsent
+        if x.is_cpu and (every > 1 or states[0].value.dtype != torch.float32):
+            self.least = 0.0  # a scale that is used again, or a state of 16 bits, leaves more unsent
         if every > 1:
             self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
         return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,), intra=intra)
