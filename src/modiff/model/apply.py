@@ -49,8 +49,8 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
             layer = modulated_layer(original, entry.config, entry.name, attachment.clock, split)
             attachment.layers[entry.name] = layer
     notes = _share(attachment) if config.share_residuals == "auto" else {}
-    groups = dict.fromkeys(layer.inputs for layer in attachment.layers.values() if layer.inputs is not None)
-    for turn, inputs in enumerate(groups):
+    groups = dict.fromkeys(layer.inputs for layer in attachment.layers.values())
+    for turn, inputs in enumerate(filter(None, groups)):
         inputs.turn = turn
     entries = tuple(dataclasses.replace(e, reason=", ".join(filter(None, [e.reason, notes.get(e.name, "")])))
                     for e in report.entries)  # fmt: skip

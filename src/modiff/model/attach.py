@@ -254,8 +254,7 @@ def required_attachment(model: nn.Module, verb: str) -> Attachment:
 def check_plain(model: nn.Module, verb: str, why: str) -> None:
     """Raise the StateError of a model that carries modiff already."""
     if attachment_of(model) is not None:
-        name = type(model).__name__
-        raise StateError(f"{verb}: expected a plain model, got {name} with modulated layers. {why}")
+        raise StateError(f"{verb}: expected a plain model, got {type(model).__name__} with modulated layers. {why}")
 
 
 def check_searchable(models: Sequence[nn.Module], config: ModiffConfig, verb: str) -> None:

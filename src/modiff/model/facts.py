@@ -63,7 +63,7 @@ def facts_of(network: Any) -> NetworkFacts:
 def written_ends(network: nn.Module, layers: Sequence[str]) -> tuple[str, str] | None:
     """Of the named layers, as `forward` is written, the first that reads its first argument, and the last one.
 
-    Inside of modules whose `forward` mentions no other, registration decides. None: that of the network mentions none.
+    None: it mentions no module. Where one further inside mentions none, registration decides.
     """
     if not {name for name, _ in _uses(network)} & {name for name, _ in network.named_children()} or not layers:
         return None
