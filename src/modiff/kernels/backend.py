@@ -112,8 +112,7 @@ class Backend:
 class Prepacked:
     """Weights in the layout that a backend wants, made at first use and kept as long as the weight's memory lives.
 
-    Keyed by the memory of a weight, not by the tensor object: views and `detach()` find the same entry. A write in
-    place (seen through the version counter) makes the entry again. Writes through `.data` leave no trace.
+    Views and `detach()` find the same entry. A write in place makes it again, one through `.data` leaves no trace.
     """
 
     def __init__(self) -> None:

@@ -102,11 +102,9 @@ def encode_residual(
         state: â_{t+1}, the shape of x; float32 on the compiled path, or integers. It becomes â_t. None: codes of x.
         scale: given scales, one or as many as the granularity has; None measures them. Integer states take none.
         move, gain: of the "linear" predictor, with a float state; move becomes â_t - â_{t+1}.
-        clipped: int32, one element, with an integer state: to it the number of codes is added that were cut, as the
-            input outgrew its grid; only a new start brings it back into reach.
+        clipped: int32, one element, with an integer state: it counts codes that were cut as the input outgrew the grid
     Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and the scales, float32.
-    Raises: KernelError for a granularity that no integer sum has, shapes that do not fit, or arguments that belong to
-        another form of state.
+    Raises: KernelError for a granularity without integer sums, or arguments that do not fit.
     Cost: 9 bytes of state and codes an element, 5 with integers; x is read once, twice where scales are measured.
     """
     x, past = x.detach(), past_of(x, state, scale, move, gain, clipped)
@@ -178,7 +176,7 @@ def encode_eagerly(x: Tensor, past: Past, scale: Tensor | None, layout: EncodeLa
 
 
 def _natively(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
-    """Run the compiled loop; False where it does not know the types, and nothing was touched."""
+    """False where the loop does not know the types, and nothing was touched."""
     if layout.rows is None or x.dtype not in KINDS or not x.is_cpu or not past.fits(codes.stride()):
         return False
     if (library := native.load_library("encode").library or native.missing("encode")) is None:
@@ -193,7 +191,6 @@ def _natively(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale:
 
 
 def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
-    """Run Triton's kernel; False where it does not know the types, and nothing was touched."""
     state = past.state
     known = state is None or (state.dtype in gpu.STATES and state.stride() == codes.stride())
     if layout.rows is None or past.move is not None or not known or not gpu.installed():

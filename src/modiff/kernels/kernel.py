@@ -29,7 +29,6 @@ class Kernel:
     A convolution of kernel size 1 runs as a matmul over its pixels, one along one axis as one along two.
 
     Args:
-        problem: shapes and bits.
         weight: int8 codes (O, I / groups, ...), or uint8 (O, ceil(n / 2)) with two 4-bit codes in a byte.
         weight_scale: (O,) or (O, 1, ...), float32.
         backend: to force one by name; None takes the first that is exact, and warns once if it is a slow one.
@@ -89,8 +88,8 @@ class Kernel:
         """`accumulate`, and the new output in `dtype`, a tensor of its own. Cost: the operator and one pass over it.
 
         Args:
-            output: the state, float; or integers (`encode.start`), which need `clipped`: int32, one element, to
-                which the number of values that left 16 bits is added. Any is a reason to start again.
+            output: the state, float; or integers, which need `clipped`: int32, one element, which counts values that
+                left 16 bits. Any is a reason to start again.
         """
         state, integers = output, None
         if isinstance(output, FixedState) and clipped is not None:

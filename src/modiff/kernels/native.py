@@ -189,10 +189,9 @@ Fingerprint = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def fingerprint(x: Tensor) -> Fingerprint | None:
-    """What changes with any element of x, but for one chance in 2^64; None where nobody can tell.
+    """What changes with any element of x, but for one chance in 2^64. Cost: one pass over x.
 
-    That is for a tensor that is empty, not on the CPU or not dense, and on a machine without a C++ compiler.
-    Cost: one pass over x.
+    None for a tensor that is empty, not on the CPU or not dense, and on a machine without a C++ compiler.
     """
     known = x.device.type == "cpu" and x.layout == torch.strided and x.data_ptr() != 0
     dense = known and torch.ops.aten.is_non_overlapping_and_dense(x)

@@ -175,7 +175,6 @@ def _zero_point(bits: int) -> Tensor:
 
 ONEDNN = OneDnn()
 
-_CONVOLUTION = Geometry((1, 1), (1, 1), (1, 1))
 _WORST = ((8, 64), (7, 128), (4, 128))
 """(bits, largest weight code) that just stay below the 16 bits of a pair of products."""
 
@@ -199,8 +198,8 @@ def _cases(bits: int, weight: int) -> Iterator[tuple[Operator, Tensor]]:
     for shape, geometry, size in (
         ((24, 64), Geometry(), (5, 64)),
         ((17, 131), Geometry(), (33, 131)),
-        ((16, 32, 3, 3), _CONVOLUTION, (1, 32, 5, 5)),
-        ((7, 5, 3, 3), _CONVOLUTION, (2, 5, 4, 4)),
+        ((16, 32, 3, 3), Geometry((1, 1), (1, 1), (1, 1)), (1, 32, 5, 5)),
+        ((7, 5, 3, 3), Geometry((1, 1), (1, 1), (1, 1)), (2, 5, 4, 4)),
     ):
         codes = torch.full(size, 2**bits - 1, dtype=torch.uint8, device="cpu")
         codes[0] //= 2
