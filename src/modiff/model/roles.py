@@ -15,7 +15,6 @@ from modiff.errors import warn_once
 from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.model.select import matches
-from modiff.nn import quantized_class
 
 RATIO = 1000.0
 """Of the largest channel to the median one, above which a layer is named: at 8 bits, 254 leaves half a code."""
@@ -102,7 +101,7 @@ class ChannelMaxima:
 
     def see(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """The Linear or Conv layer of that name read x. Cost: one pass over it."""
-        channels = x.detach().abs().movedim(getattr(quantized_class(layer), "channel_dim", -1), 0)
+        channels = x.detach().abs().movedim(x.dim() - 1 - len(getattr(layer, "kernel_size", ())), 0)
         largest = channels.reshape(len(channels), -1).amax(1).float()
         self._maxima[name] = torch.maximum(largest, self._maxima.get(name, largest))
 

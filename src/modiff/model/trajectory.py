@@ -82,12 +82,10 @@ def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, tuple[
     return {}
 
 
-def bytes_of_states(config: LayerConfig, reads: int, writes: int) -> int:
-    """Of both states of a layer that reads and writes as many numbers."""
-    if config.modulation is None or config.activation.bits is None:
+def _bytes(config: LayerConfig, numbers: int) -> int:
+    if (modulation := config.modulation) is None or config.activation.bits is None:
         return 0
-    kept = predictor_named(config.modulation.predictor).past_states
-    return getattr(torch, config.modulation.state_dtype).itemsize * kept * (reads + writes)
+    return getattr(torch, modulation.state_dtype).itemsize * predictor_named(modulation.predictor).past_states * numbers
 
 
 def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer]) -> int:
@@ -95,7 +93,7 @@ def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer]) -> i
     total, counted = 0, set[tuple[int, int]]()
     for name, (reads, writes, source) in state_elements(model, layers).items():
         key = id(layers[name].inputs), id(source)
-        total += bytes_of_states(layers[name].config, 0 if key in counted else reads, writes)
+        total += _bytes(layers[name].config, writes + (0 if key in counted else reads))
         counted.add(key)
     return total
 
@@ -113,7 +111,7 @@ def plain_to_fit(models: Mapping[nn.Module, Report], budget: int) -> dict[str, L
         elements = state_elements(model, configs)
         why = "Its inputs are not known before it runs. Choose layers with exclude=, or give it a Host with `example`."
         check("state_memory", type(model).__name__, bool(elements), "networks of known input sizes", why)
-        costs += [(bytes_of_states(c, *elements[n][:2]), n, c) for n, c in configs.items() if n in elements]
+        costs += [(_bytes(c, sum(elements[n][:2])), n, c) for n, c in configs.items() if n in elements]
     plain: dict[str, LayerConfig] = {}
     for size, name, config in sorted(costs, key=lambda cost: cost[0]):
         budget -= size
