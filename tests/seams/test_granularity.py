@@ -53,11 +53,3 @@ def test_integers_refuse_it_and_so_do_static_scales():
     assert (model[0].on_integers, model[0].unsupported) == (False, "no kernel knows its granularity")
     with pytest.raises(ConfigError, match=r"expected one whose scales can be measured before, got 'groups of 4'"):
         modiff.apply(nn.Sequential(nn.Linear(8, 8)), config(dynamic=False))
-
-
-def test_its_name_survives_json_and_unknown_and_taken_ones_are_refused():
-    assert ModiffConfig.from_json(config().to_json()) == config()
-    with pytest.raises(ConfigError, match=r"expected one of 'auto', 'tensor'.*got 'pairs'.*register_granularity"):
-        QuantizerConfig(granularity="pairs")
-    with pytest.raises(ConfigError, match="expected a new name, got 'token'"):
-        modiff.register_granularity("token", ChannelGroups(2))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import AttentionConfig, Host, ModiffConfig, StateError, presets
-from modiff.hosts.host import host_of
 from modiff.model import facts
 from modiff.nn import ModulatedLayer
 
@@ -136,7 +135,3 @@ def test_a_saved_model_generates_as_its_packed_original(tmp_path):
     modiff.save(target, tmp_path / "saved")
     modiff.pack(target)
     assert torch.equal(modiff.load(tmp_path / "saved", into=model()).generate(), target.generate())
-
-
-def test_other_modules_keep_the_host_of_modules():
-    assert type(host_of(nn.Sequential())) is Host
