@@ -68,8 +68,7 @@ class Int16Input(IntegerInput):
 
         codes = [encode(i, state) for i, state in enumerate(self.states)]
         largest, intra = max(float(scale.max()) for _, scale in codes) if x.is_cpu else 0.0, None
-        self.least -= largest
-        if not 1.001 * largest < self.least:
+        if self.may_jump(largest, x):
             intra = self.restart_jumped(codes, runs, encode)
         self.least -= largest * self.quantizer.unsent
         if bool(self._clipped > 0):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.affine import QParams
-from modiff.core.granularity import granularity_named
+from modiff.core.affine import QParams, qrange
+from modiff.core.granularity import BY_NAME, granularity_named
 from modiff.core.jumps import jumped, noise_of
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
@@ -165,8 +165,7 @@ class IntegerInput(InputState):
                 largest = max(largest, float(codes[-1][1].max()))
         self.states = tuple(states)
         if scales is None and gain is None:
-            self.least -= largest
-            if not 1.001 * largest < self.least:
+            if self.may_jump(largest, x):
                 intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
             self.least -= largest * quantizer.unsent
         if x.is_cpu and (every > 1 or states[0].value.dtype != torch.float32):
@@ -174,6 +173,24 @@ class IntegerInput(InputState):
         if every > 1:
             self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
         return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,), intra=intra)
+
+    def may_jump(self, largest: float, x: Tensor) -> bool:
+        """Whether a sample may need larger scales for its residual, `largest` at most, than for its value.
+
+        Cost: nothing while the bound of the values holds, then on CPUs a pass over the states to measure it.
+        """
+        self.least -= largest
+        if not 1.001 * largest < self.least and x.is_cpu:
+            q, sums = self.quantizer, 0.0
+            for state, channels in zip(self.states, self.quantizer.segments, strict=True):
+                values = state.value() if isinstance(state, FixedState) else state.value
+                shared = BY_NAME[q.granularity].reduce(values.abs(), q.channel_dim, torch.amax)
+                each = shared.square().mean(tuple(range(1, shared.dim()))) if q.granularity == "token" else shared
+                least = float(each.min())
+                sums += channels * (least if q.granularity == "token" else least * least)
+            share = q.config.clip / qrange(q.bits)[1]
+            self.least = share * (sums / sum(q.segments)) ** 0.5 - largest * q.unsent
+        return not 1.001 * largest < self.least
 
     def restart_jumped(
         self, codes: Sequence[Codes], runs: Sequence[Run], encode: Callable[[int, Any], Codes]
