@@ -8,7 +8,7 @@ import json
 import pytest
 
 import modiff
-from modiff import LayerConfig, QuantizerConfig, Report, WeightConfig, presets
+from modiff import LayerConfig, Report, WeightConfig, presets
 from modiff.kernels.dispatch import Choice
 from modiff.model.report import Entry, MemoryUse
 from modiff.model.trajectory import state_bytes
@@ -19,13 +19,6 @@ W8A8 = LayerConfig()
 
 def entry(name: str = "body", weights: int = 300, config: LayerConfig | None = W8A8, reason: str = "") -> Entry:
     return Entry(name, "Linear", weights, config, reason)
-
-
-def test_a_setting_in_short():
-    plain, floats = LayerConfig(modulation=None), LayerConfig(activation=QuantizerConfig(bits=None))
-    coarse = LayerConfig(weight=WeightConfig(bits=None), activation=QuantizerConfig(bits=4))
-    settings = [entry(config=config).setting for config in (None, plain, coarse, floats)]
-    assert settings == ["full precision", "W8A8 plain", "W32A4 modulated", "W8A32"]
 
 
 def test_the_table_counts_layers_and_weights_and_puts_what_is_alike_on_one_line():

@@ -143,25 +143,10 @@ def base_of(**settings: str) -> ModiffConfig:
 
 
 def few(config: LayerConfig) -> list[LayerConfig]:
-    """Published, clipped, linear, rotated."""
+    """Clipped, linear."""
     clipped = dataclasses.replace(config, activation=dataclasses.replace(config.activation, clip=0.6))
     linear = dataclasses.replace(clipped, modulation=ModulationConfig(predictor="linear", gain=0.8))
-    return [config, clipped, linear, dataclasses.replace(linear, rotation="hadamard")]
-
-
-def test_the_choice_is_the_one_that_runs_best_and_beats_the_published_setting(monkeypatch):
-    torch.manual_seed(3)
-    model, inputs = Follower(), smooth_inputs()
-    base, run_it, errors = base_of(granularity="sample"), runs(model, inputs), []
-    exact, choices = torch.stack(run_it()), few(base.layer)
-    for choice in choices:
-        modiff.apply(model, dataclasses.replace(base, layer=choice))
-        with modiff.trajectory(model):
-            errors.append(float((torch.stack(run_it()) - exact).norm() / exact.norm()))
-        modiff.remove(model)
-    monkeypatch.setattr("modiff.model.tune.candidates", lambda base: choices)
-    assert choices.index(search_config([model], run_it, base).layer) == errors.index(min(errors))
-    assert min(errors) < 0.7 * errors[0]
+    return [clipped, linear]
 
 
 def test_the_best_few_run_for_real_and_the_model_is_untouched_even_when_the_run_raises():
@@ -192,7 +177,7 @@ def test_two_networks_get_one_config_judged_on_both_together(scale, predictor, m
 
     # whichever network says more decides: smooth inputs extrapolate, noise holds
     base = base_of(granularity="sample")
-    monkeypatch.setattr("modiff.model.tune.candidates", lambda base: few(base)[1:3])
+    monkeypatch.setattr("modiff.model.tune.candidates", few)
     tuned = search_config(models, lambda: (first(), second()), base)
     assert tuned.layer.modulation.predictor == predictor
     assert all(attachment_of(model) is None for model in models)
