@@ -195,15 +195,6 @@ def test_runs_of_channels_behind_one_group_norm_have_their_own_scales_and_states
         assert codes.movedim(1, -1).is_contiguous()
 
 
-def test_runs_that_no_kernel_reads_are_left_to_the_caller(monkeypatch):
-    fusion, x = InputFusion("group", 2, eps=1e-5), torch.randn(2, 4, 3, 3)
-    assert fusion.split(x, (4,)) == [(x, fusion)]
-    assert fusion.split(x, (1, 3)) is None  # channels are not innermost
-    assert InputFusion(activation="silu").split(innermost(x), (1, 3)) is None
-    monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
-    assert fusion.split(innermost(x), (1, 3)) is None
-
-
 SLICED = {
     "tokens behind the first": ("layer", -1, lambda: torch.randn(2, 9, 24)[:, 1:]),
     "half of a chunk": ("none", -1, lambda: torch.randn(2, 9, 48).chunk(2, -1)[1]),

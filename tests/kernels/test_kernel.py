@@ -25,7 +25,6 @@ from modiff.kernels.product import NATIVE
 from modiff.nn.weight import pack_nibbles
 from tests.helpers import assert_same_bits, assert_within
 from tests.kernels.problems import (
-    BACKENDS,
     along,
     exact_sums,
     needs_compiler,
@@ -145,18 +144,6 @@ def test_switching_onednn_off_in_torch_changes_no_sum_of_a_large_batch():
         torch._C._set_mkldnn_enabled(before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(), (3, 3)])
-def test_an_empty_batch_gives_an_empty_output(backend, sizes):
-    problem = Problem(4, 3, **along(*sizes), bits=4)
-    kernel = Kernel(problem, operands(problem, 0)[1], torch.ones(3), backend=backend)
-    codes = torch.zeros((0, 4, *[5] * len(sizes)), dtype=torch.uint8)
-    state = kernel.new_output(codes)
-    kernel.accumulate(state, codes, torch.tensor(1.0))
-    shape = (0, 3, *[5] * len(sizes))
-    assert kernel.compute(codes, torch.tensor(1.0)).shape == kernel.step(state, codes, torch.tensor(1.0)).shape == shape
-
-
 BYTES = torch.zeros(2, 4, dtype=torch.uint8)
 
 
@@ -218,16 +205,6 @@ def test_the_compiled_loop_equals_torch_s_operators(seed, integers, dtype, rows,
         assert torch.equal(one.isnan(), other.isnan())
         assert torch.equal(one.nan_to_num(0.0), other.nan_to_num(0.0))
     assert bool(results[0][2][1, 3].isnan()) == (special != special)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_what_leaves_16_bits_is_cut_and_counted(compiled, monkeypatch):
-    state, clipped, sent = start(torch.ones(2, 8), 2.0), none_clipped(), torch.zeros(2, 8)
-    sent[0, :3], sent[1, 0] = 100.0, -100.0
-    if not compiled:
-        monkeypatch.setattr(native, "load_library", lambda *_: native.Native(None, "no C++ compiler"))
-    add_sent(state.n, (state.grid, clipped), sent, torch.tensor(1.0), 0, torch.empty(2, 8))
-    assert (int(clipped), int(state.n.max()), int(state.n.min())) == (4, 32767, -32768)
 
 
 @needs_compiler

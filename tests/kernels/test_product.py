@@ -14,7 +14,7 @@ from modiff.kernels.backend import Operator
 from modiff.kernels.epilogue import add_eagerly
 from modiff.kernels.exact import REFERENCE
 from modiff.kernels.layout import Geometry, innermost
-from modiff.kernels.product import NATIVE, family, windows
+from modiff.kernels.product import NATIVE, family
 from modiff.nn.weight import pack_nibbles
 from tests.kernels.problems import needs_compiler, none_clipped, on_threads
 
@@ -63,20 +63,6 @@ def test_sums_are_exact_where_every_lane_is_driven_to_its_bound(bits, spread, la
     operands = operator(weight, bits, halves=largest == 7)
     codes = worst_codes(weight, bits)
     assert torch.equal(NATIVE.sums(operands, codes).double(), REFERENCE.sums(operands, codes))
-
-
-@pytest.mark.parametrize("bits", [2, 4, 6])
-def test_windows_are_the_longest_that_no_codes_overflow(bits):
-    lanes = torch.randint(-127, 128, (5, 300, 2, 2), dtype=torch.int8)
-    ends, start = windows(lanes, 2**bits - 1).tolist(), 0
-    for end in ends:
-        for stop, fits in ((end, True), (end + 1, False)):
-            some = lanes[:, start:stop].double()
-            most = max(some.clamp_min(0).sum((1, 3)).max(), -some.clamp_max(0).sum((1, 3)).min())
-            assert (most * (2**bits - 1) <= 2**15 - 1) == fits or stop > 300
-        start = end
-    assert ends[-1] == 300
-    assert len(windows(torch.full((1, 2, 2, 2), 127, dtype=torch.int8), 255)) == 0  # one group overflows
 
 
 @pytest.mark.parametrize(

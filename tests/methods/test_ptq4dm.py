@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 import modiff
-from modiff import ConfigError, ModulationConfig, NormalSteps
+from modiff import ModulationConfig, NormalSteps
 from modiff.core.observers import Observer
 from modiff.hosts.diffusers.runs import calibration_run
 from modiff.methods import Ptq4dmConfig, quantize
 from modiff.model.calibrate import quantizers_of
-from tests.hosts.tiny import HOSTS
 from tests.methods import small
 
 STEPS = 5
@@ -75,16 +74,6 @@ def test_every_range_is_that_of_a_brute_force_search_in_float64_over_the_ndtc_st
             assert losses[mine] <= min(losses.values()) * (1 + 1e-4), name
             shrunk += mine < 1
     assert shrunk > 5, "where no range is cut, the search is not tested"
-
-
-def test_a_prompted_pipeline_is_calibrated_on_the_prompts_given():
-    host = HOSTS["sd"]
-    pipe = host.build()
-    with pytest.raises(ConfigError, match="expected run=, a function that generates from prompts"):
-        quantize(pipe, SMALL, progress=False)
-    plain = host.call(pipe, steps=STEPS)
-    quantize(pipe, SMALL, run=lambda i: host.call(pipe, steps=STEPS, seed=4 * i, batch=4), progress=False)
-    assert 0 < float((host.call(pipe, steps=STEPS) - plain).norm() / plain.norm()) < 0.2
 
 
 def test_first_and_last_layers_have_8_bits_at_any_bit_width():

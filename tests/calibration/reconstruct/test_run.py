@@ -229,18 +229,6 @@ def test_excluded_layers_keep_their_rounding_while_the_others_of_their_block_are
         learn(other, calls, exclude=(left,), folder=tmp_path)
 
 
-def test_static_scales_of_excluded_layers_stay_as_measured():
-    model, calls = applied(toy, static_config())
-    before = widened(model, calls, 3.0)
-    left = list(before)[1:3]
-    report = learn(model, calls, STEPS, exclude=tuple(left))
-    after = {name: quantized.quantizer.static for name, quantized in layers_of(model).items()}
-    assert all(after[name] is before[name] for name in left)
-    learned = [name for unit in report.learned for name in unit.layers]
-    assert learned
-    assert all(not torch.equal(after[name][0].scale, before[name][0].scale) for name in learned)
-
-
 def test_a_pattern_may_name_many_and_must_name_one_and_something_must_be_left():
     model, calls = applied(toy, weights())
     with pytest.raises(ConfigError, match=r"exclude: expected patterns that match a layer, got 'conv9'.* body,"):
@@ -343,21 +331,6 @@ def test_scales_of_attention_are_learned_with_their_block():
         inside = name.startswith("mid_block.attentions.0.")
         assert (quantizer.static is not before[name]) == inside
         assert not inside or not torch.equal(quantizer.static[0].scale, before[name][0].scale)
-
-
-def test_residual_scales_are_learned_on_pairs_of_steps():
-    model, calls = applied(toy, static_config(modulation=ModulationConfig()), pairs=True)
-    start = widened(model, calls, 3.0)
-    report = learn(model, calls, RESIDUAL)
-    assert [u.layers for u in report.units] == [(n,) for n in ("body", *list(start)[1:])]
-    assert sum(u.after for u in report.units) < 0.5 * sum(u.before for u in report.units)
-    for name, quantized in layers_of(model).items():
-        assert float(quantized.quantizer.static[0].scale) < 0.8 * float(start[name][0].scale)
-    exact = sample(toy(), seed=100)
-    learned = error_of(model, exact)
-    for name, quantized in layers_of(model).items():
-        quantized.quantizer.static = start[name]
-    assert learned < error_of(model, exact)
 
 
 def test_the_loss_of_residual_scales_is_that_of_the_layer_run_on_both_inputs():
