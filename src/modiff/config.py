@@ -93,7 +93,6 @@ def _revive(hint: Any, value: Any) -> Any:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is what the annotation says; whole numbers pass as floats, booleans as no number."""
     if isinstance(hint, types.UnionType):
         return any(_fits(option, value) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
@@ -109,7 +108,6 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _expected(hint: Any) -> str:
-    """The annotation in words."""
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
     words = {

@@ -198,7 +198,6 @@ class ResumableFolder:
 
 
 def _differences(past: Mapping[str, Any], job: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of the settings that differ."""
     for key in sorted({*past, *job}):
         old, new = past.get(key), job.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

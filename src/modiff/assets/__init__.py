@@ -58,7 +58,6 @@ def classifier_folder(name: str = EMBEDDED) -> Path:
 
 
 def _folder(name: str, kind: str, landmark: str) -> Path:
-    """The folder of a model or a classifier next to this file, if it holds the file `landmark`."""
     if name not in MODELS:
         raise FormatError(f"modiff.assets: expected one of {', '.join(MODELS)}, got {name!r}. Nothing else has a name "
                           "here. Use one of them.")  # fmt: skip

@@ -139,7 +139,6 @@ class _Recorder:
             self._last[context] = self._call(args, kwargs, step, context, following)
 
     def _rows(self, step: int) -> tuple[int, ...] | None:
-        """The samples kept at a step: None for none of them, () for all, whatever the batch is."""
         if self.plan is None:
             return ()
         if step >= len(self.plan):
@@ -177,7 +176,6 @@ class _Recorder:
         return map_tensors(tree, lambda tensor: self._copied(tensor, chosen))
 
     def _copied(self, tensor: Tensor, chosen: _Rows | None) -> Tensor:
-        """A CPU copy; one for all steps that are given the same tensor, unchanged."""
         length, positions = chosen or (0, ())
         if length < 2 or tensor.dim() == 0 or len(tensor) != length:
             positions = ()

@@ -103,7 +103,6 @@ def predict(state: State, weights: Sequence[Weight], dtype: torch.dtype) -> Tens
 
 
 def _next(value: Tensor, state: State, config: ModulationConfig, least: float = 0.0) -> State:
-    """The state of this step, with its moves if the predictor looks at any."""
     dtype, moves = _STORED[config.state_dtype], predictor_named(config.predictor).past_states - 1
     if moves == 0:
         return State(value.to(dtype), least=least)

@@ -142,7 +142,6 @@ def read_scale_tensors(
 def _segment(
     tensors: dict[str, Tensor], prefix: str, index: int, channels: int, count: int, symmetric: bool
 ) -> list[QParams]:
-    """The scales of one segment, one entry for each set."""
     scale = tensors[f"{prefix}scale.{index}"]
     fits = scale.is_floating_point() and scale.numel() == channels * count and (not prefix or len(scale) == count)
     _require(fits, f"{count} x {channels} scales", f"{tuple(scale.shape)} {scale.dtype}")

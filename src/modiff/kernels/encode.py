@@ -206,7 +206,6 @@ def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: T
 
 
 def _fixed_eagerly(x: Tensor, state: FixedState, layout: EncodeLayout, clipped: Tensor) -> tuple[Tensor, Tensor]:
-    """`encode_residual` against integers, with torch's operators."""
     bits, clip, granularity, channel_dim, *_ = layout
     qmin, qmax = layout.qmin, layout.qmax
     residual = x.to(torch.float32) - state.value()

@@ -124,7 +124,6 @@ def _encode(
 
 
 def _normalized(fusion: InputFusion, x: Tensor) -> Tensor:
-    """activation(norm(x)) with torch's operators, in float32 at least."""
     value = x if x.dtype == torch.float64 else x.float()
     weight, bias = (None if t is None else t.to(value.dtype) for t in (fusion.weight, fusion.bias))
     if fusion.norm == "group":
@@ -215,7 +214,6 @@ def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> tuple[Tensor |
 
 
 def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a norm as dense floats of one shape; ones and zeros where it has none."""
     weight, bias = fusion.weight, fusion.bias
     w = torch.ones(channels, dtype=torch.float32, device="cpu") if weight is None else weight.float().contiguous()
     return w, torch.zeros_like(w) if bias is None else bias.float().expand_as(w).contiguous()

@@ -132,7 +132,6 @@ class Kernel:
         return empty_output(codes, shape, self._axes, dtype).zero_()
 
     def _view(self, x: Tensor) -> Tensor:
-        """Codes, scales or outputs as the operator takes them."""
         if not self._views or x.dim() < 2:  # a scale for the whole tensor
             return x
         return x.movedim(1, -1) if self._pointwise else x.unsqueeze(2)
@@ -143,7 +142,6 @@ class Kernel:
         return x.movedim(-1, 1) if self._pointwise else x.squeeze(2)
 
     def _check_call(self, codes: Tensor, output: Tensor | None = None) -> tuple[int, ...]:
-        """The shape of the output for these codes."""
         if codes.dtype != torch.uint8:
             raise KernelError(
                 f"Kernel: expected uint8 codes, got {codes.dtype}. Kernels add up integers. Encode the input with "

@@ -127,7 +127,6 @@ def cache_folder() -> Path:
 
 
 def _built(compiler: str, name: str) -> Path:
-    """The library file for this source, this compiler and this processor; built if it is new."""
     source = _SOURCES / f"{name}.cpp"
     command = [compiler, "--version"]
     version = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout

@@ -148,7 +148,6 @@ def _add_inside(operator: Operator, output: Tensor, codes: Tensor, scale: Tensor
 
 
 def _weight(operator: Operator, codes: Tensor) -> tuple[Tensor, ...]:
-    """(weight in the operator's layout, its zero points), remembered."""
     key = ("onednn", operator.shape, operator.geometry, operator.bits)
     return PREPACKED.get(operator.weight, key, lambda: _pack(operator, codes))
 

@@ -190,7 +190,6 @@ def _learn(job: MethodJob, config: AccuquantConfig, trajectories: list[SamplerSt
 
 
 def _groups(model: nn.Module, trajectory: SamplerSteps) -> list[list[int]]:
-    """The steps of each set of scales, as calibration grouped them."""
     quantizer = next(iter(quantizers_of(model).values()))
     steps = range(len(trajectory.calls))
     if quantizer.tables is None:
@@ -228,7 +227,6 @@ def _learn_group(
 
 
 def _arrive(trajectories: list[SamplerSteps], groups: list[Group]) -> tuple[float, list[Tensor]]:
-    """The error at the end of the group, mean over all rows, and the states there."""
     pairs = zip(groups, trajectories, strict=True)
     arrived = [roll_out(group, sampler.evaluate, sampler.advance)[0][-1] for group, sampler in pairs]
     errors = [float(error_of(state, group.target)) for state, group in zip(arrived, groups, strict=True)]

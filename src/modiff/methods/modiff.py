@@ -149,7 +149,6 @@ def measure_residuals(model: nn.Module, calls: Sequence[Call], *, progress: bool
 
 
 def _inputs(model: nn.Module, trainees: Mapping[str, Trainee], call: Call) -> dict[str, list[Tensor]]:
-    """What each layer reads in one evaluation, once for each time it is called."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in trainees}
 
     def keep(name: str, _layer: nn.Module, args: tuple[Tensor, ...], _kwargs: object) -> None:

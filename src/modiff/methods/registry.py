@@ -87,7 +87,6 @@ def method_config(
 
 
 def _merged(present: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` over the present ones, also inside of nested settings."""
     merged = dict(present)
     for name, value in values.items():
         inside = merged.get(name)
@@ -96,7 +95,6 @@ def _merged(present: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _modulated(name: str, method: Method, config: MethodConfig, modulated: bool) -> MethodConfig:
-    """The same settings with or without modulation. Raises: ConfigError with the reason where that is refused."""
     reason = method.modulated if modulated else method.plain
     if reason:
         takers = [n for n, m in METHODS.items() if not (m.modulated if modulated else m.plain)]

@@ -115,7 +115,6 @@ class SamplerSteps:
         return dataclasses.replace(call, kwargs={**call.kwargs, name: state})
 
     def _mismatch(self) -> float:
-        """Relative error of states that these functions compute, to the recorded ones."""
         steps = [step for step in {0, len(self.calls) // 2} if step + 1 < len(self.calls)]
         pairs = [(self.follow(step), self.recorded[step + 1]) for step in steps]
         return max((float((state - true).norm() / true.norm()) for state, true in pairs), default=0.0)

@@ -71,7 +71,6 @@ def written_ends(network: nn.Module, layers: Sequence[str]) -> tuple[str, str] |
 
 
 def _written(network: nn.Module, layers: Sequence[str], index: int) -> str:
-    """The first (index 0) or last (-1) layer."""
     name = ""
     while name not in layers:
         layers = [layer for layer in layers if not name or layer.startswith(f"{name}.")]

@@ -135,7 +135,6 @@ def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:
 
 
 def _free(device: torch.device) -> int | None:
-    """Bytes; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, ValueError):

@@ -129,7 +129,6 @@ class _Intercept(TorchFunctionMode):
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the last axis; a row that the mask leaves nothing of is zero, as in torch's own attention."""
     if mask is None:
         return scores.softmax(-1)
     masked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)

@@ -91,7 +91,6 @@ def _readers(node: Node, match: _Match) -> bool:
 
 
 def _written(first: Node, last: Node) -> bool:
-    """Whether anything is written in place between two nodes."""
     node = first.next
     while node is not last and not (node.op == "call_module" or (node.op in _CALLS and _in_place(node))):
         node = node.next
@@ -99,7 +98,6 @@ def _written(first: Node, last: Node) -> bool:
 
 
 def _number(node: Node) -> None:
-    """A number for what several layers read as it is."""
     readers = sorted(user for user in node.users if user.target is traced.layer and user.args[1] is node)
     if len(readers) > 1 and not _written(readers[0], readers[-1]):
         for reader, read in zip(readers, _read_numbers(readers), strict=True):
@@ -132,7 +130,6 @@ def _mutates(target: object) -> bool:
 
 
 def _fuses(number: Any, match: _Match) -> bool:
-    """Whether a layer has channels where the norm has them, and kernels for it."""
     holder = traced.holder_of(number)
     axis, device = {"group": 1, "none": holder.channel_dim}.get(match.norm, -1), holder.operator.weight.device
     return holder.channel_dim == axis and holder.on_integers and holder.spec.fuses(match.norm, device)
@@ -156,7 +153,6 @@ def _move(module: GraphModule, readers: list[Node], match: _Match) -> None:
 
 
 def _erase(node: Node) -> None:
-    """The node, and what only it read."""
     if node.op == "placeholder" or node.users:
         return
     read = node.all_input_nodes
@@ -213,7 +209,6 @@ def _gated(node: Node) -> _Match | None:
 
 
 def _without_dropout(node: Node) -> Node:
-    """The tensor before a dropout that drops nothing."""
     while node.target is functional.dropout and _argument(node, 2, "training") is False:
         node = _argument(node, 0, "input")
     return node
@@ -225,7 +220,6 @@ def _only(node: Any, reader: Node) -> bool:
 
 
 def _torch_norm(node: Node, norm: Norm) -> _Match | None:
-    """group_norm, or layer_norm over the last axis."""
     target, second = _NORMS[norm]
     if node.target is not target:
         return None

@@ -54,7 +54,6 @@ def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _layer(token: Tensor, x: Tensor, number: int, read: int = 0, fusion: InputFusion | None = None) -> Tensor:
-    """The forward of the layer of `number`, channels innermost in memory."""
     holder = holder_of(number)
     output = holder.run(x, fusion, read)
     return output.contiguous() if holder.channel_dim == -1 else innermost(output)

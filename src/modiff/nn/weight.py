@@ -201,7 +201,6 @@ def _rounded(values: Tensor, bits: int, search: str = "minmax") -> WeightCodes:
 
 
 def _half_error(values: Tensor, rotation: tuple[Segment, ...] | None) -> Tensor:
-    """Bound of |R e| after a pass through half precision, |e| <= eps |w|: eps times the norm of the block."""
     bounds = []
     segments = rotation or (Segment(values.shape[1], 1),)
     for columns, segment in zip(values.split([s.channels for s in segments], 1), segments, strict=True):

@@ -148,7 +148,6 @@ class ReconstructionJob:
         return UnitData(calls, run, device=device, held_out=held_out, generator=generator, name=block.name)
 
     def _scales(self, block: Block, trainees: Mapping[str, Trainee]) -> ScaleLearner:
-        """The scales of a unit's layers, and of the attention inside it."""
         inside = f"{block.name}."
         holders: dict[str, Trainee | Through] = dict(trainees)
         for name, through in attention_quantizers(self.model).items():

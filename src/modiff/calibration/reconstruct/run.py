@@ -68,7 +68,6 @@ def learn_units(
 
 
 def _settings(job: ReconstructionJob, blocks: list[Block]) -> dict[str, Any]:
-    """Everything that decides what is learned."""
     attention = required_attachment(job.model, "reconstruct").config.attention
     network = {
         "layers": {name: [layer.config.to_dict(), layer.spec.split] for name, layer in job.layers.items()},
@@ -81,7 +80,6 @@ def _settings(job: ReconstructionJob, blocks: list[Block]) -> dict[str, Any]:
 
 
 def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
-    """The layers that have something to learn. Raises: StateError inside a trajectory; ConfigError for what cannot."""
     attachment = required_attachment(model, "reconstruct")
     if attachment.in_trajectory:
         raise StateError(
@@ -116,7 +114,6 @@ _NOTHING = {
 
 
 def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool:
-    """Whether a layer has what is to be learned. Raises: ConfigError for residuals that two inputs do not make."""
     if config.learn == "weights":
         return quantized.config.weight.bits is not None
     quantizer = quantized.quantizer
@@ -134,7 +131,6 @@ def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool
 
 
 def _check_activation(quantized: ModulatedLayer) -> None:
-    """Raises: ConfigError or CalibrationError if a layer's activation cannot be quantized by itself."""
     quantizer = quantized.quantizer
     if quantizer is not None and quantizer.bits == 0:
         raise ConfigError(

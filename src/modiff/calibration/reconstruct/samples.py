@@ -189,7 +189,6 @@ def _alike(a: UnitCall, b: UnitCall) -> bool:
 
 
 def _form(call: UnitCall) -> tuple[Any, ...]:
-    """All of a call but the values of its tensors and its batch size."""
     structure = repr(map_tensors((call.args, call.kwargs), lambda _: torch.empty(0)))
     inputs = [(t.dtype, call.has_rows(t), t.shape[call.has_rows(t) :]) for t in call.inputs()]
     return structure, inputs, [(t.dtype, t.shape[1:]) for t in call.targets]

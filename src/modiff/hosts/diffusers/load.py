@@ -82,7 +82,6 @@ def _device(name: str) -> torch.device:
 
 
 def _folder(model: str | Path) -> Path:
-    """The folder of a model: in the package, local, or downloaded from the hub."""
     if str(model) in MODELS:
         return model_folder(str(model))
     path = Path(model).expanduser()
@@ -110,7 +109,6 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
-    """The networks of diffusers among the components, by name."""
     models: dict[str, type[ModelMixin]] = {}
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and value[0] == "diffusers":

@@ -185,7 +185,6 @@ class ModiffQuantizer(DiffusersQuantizer):
         return {k: v for k, v in state_dict.items() if k not in scales}
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **_: object) -> None:
-        """Put quantized layers into the empty model."""
         if self.quantization_config.layout is None:
             install(model, self.quantization_config.chosen, splits=shortcut_splits(model))
             return
@@ -300,7 +299,6 @@ def _enter(model: ModelMixin) -> None:
 
 
 def _configure(model: Any, entries: dict[str, Any]) -> None:
-    """Give a model a new config; what loaders of adapters set as attributes of the old one stays."""
     old, new = model._internal_dict, FrozenDict(entries)
     vars(new).update({key: value for key, value in vars(old).items() if key in entries and value is not old[key]})
     model._internal_dict = new

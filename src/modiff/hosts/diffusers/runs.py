@@ -107,7 +107,6 @@ def call_inputs(
 
 
 def _short(value: object) -> str:
-    """One value, or the first of many, with no end of text."""
     text = repr(value if isinstance(value, str | int) or not isinstance(value, Sequence) else value[0])
     return text if len(text) <= 80 else f"{text[:77]}..."
 

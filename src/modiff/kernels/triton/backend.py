@@ -127,7 +127,6 @@ def _run(
 
 
 def _weight(operator: Operator) -> Tensor:
-    """The weight codes as the kernels read them, channels innermost, remembered."""
 
     def make() -> tuple[Tensor, ...]:
         codes = operator.weight_codes()

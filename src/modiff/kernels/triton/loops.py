@@ -107,7 +107,6 @@ def _finish(
     total, down, weight_scale, bias, state, output, m, n, rows, columns,
     KEEPS: tl.constexpr, WRITES: tl.constexpr, BIASED: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: sums times scales, added to the state in place, and written as the layer's output."""
     inside = (m[:, None] < rows) & (n[None, :] < columns)
     at = m[:, None].to(tl.int64) * columns + n[None, :]
     if RAW:
@@ -211,7 +210,6 @@ def _rounded(x, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
 
 @triton.jit
 def _code(x, state, codes, scale, at, mask, KEEPS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """Codes of the elements `at`, and the next state in place."""
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     old = tl.load(state + at, mask=mask, other=0.0).to(tl.float32) if KEEPS else value * 0.0
     residual = value - old if KEEPS else value
