@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import modiff
 from modiff import StateError, presets
 from modiff.model.attach import attachment_of
-from modiff.nn import ModulatedConv2d, ModulatedLinear
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 from tests.model.toys import SHAPE, Toy, toy
@@ -79,14 +78,6 @@ def test_layers_go_by_the_same_names_after_it_was_unloaded(tmp_path):
     assert_same_bits(run(again), run(toy()))
 
 
-def test_its_matrices_are_left_unless_they_are_meant():
-    own = {f"{name}.lora.{leaf}" for name in NAMES for leaf in "ab"}
-    reasons = {entry.name: entry.reason for entry in modiff.select(load(toy()), BITS).left}
-    assert {name for name, reason in reasons.items() if reason == "belongs to an adapter"} == own
-    meant = modiff.ModiffConfig(layer=BITS.layer, include=("*.lora.?",), min_weights=0)
-    assert {entry.name for entry in modiff.select(load(toy()), meant).taken} == own
-
-
 def test_what_a_checkpoint_or_integers_cannot_hold_is_refused_before_anything_changes(tmp_path):
     model = applied(load(toy()))
     expected = run(model)
@@ -130,11 +121,3 @@ def test_layers_are_chosen_as_without_adapters_also_where_each_has_one(name):
             setattr(host.network(adapted).get_submodule(parent), leaf, wrapper)
     entries = [entry for entry in modiff.select(adapted, "w8a8").entries if entry.reason != "belongs to an adapter"]
     assert entries == list(modiff.select(plain, "w8a8").entries)
-
-
-@pytest.mark.parametrize(("kind", "plain", "sizes"), [(ModulatedLinear, nn.Linear, (4, 2)),
-                                                      (ModulatedConv2d, nn.Conv2d, (4, 2, 3))])  # fmt: skip
-def test_a_layer_made_of_the_class_of_a_modulated_one_is_the_plain_layer(kind, plain, sizes):
-    layer = kind(*sizes, bias=False)
-    assert type(layer) is plain
-    assert layer.bias is None

@@ -82,29 +82,6 @@ def test_the_network_is_inside_between_its_call_and_its_return_and_one_that_rais
         clock.stop()
 
 
-def test_the_moment_is_the_one_timestep_of_the_evaluation_also_outside_of_a_trajectory():
-    clock = Clock("model")
-    for timestep, moment in ((torch.tensor(981), 981.0), (torch.tensor([0.5, 0.5]), 0.5), (7.0, 7.0), (3, 3.0)):
-        clock.call(timestep)
-        assert clock.moment() == (moment,)
-    for timestep, got in ((torch.tensor([5.0, 6.0]), "several"), (None, "none")):
-        clock.call(timestep)
-        with pytest.raises(StateError, match=f"expected one timestep for the whole batch, got {got}"):
-            clock.moment()
-
-
-def test_a_transition_is_the_last_two_timesteps_of_its_context(clock):
-    clock.call(10.0)
-    with pytest.raises(StateError, match="expected a step before this one, got the first"):
-        clock.transition()
-    clock.call(7.0)
-    assert clock.transition() == (7.0, 10.0)
-    clock.context = "uncond"
-    clock.call(6.0)
-    clock.call(5.0)
-    assert clock.transition() == (5.0, 6.0)
-
-
 def test_another_number_of_evaluations_at_a_timestep_warns_once_and_the_first_timestep_begins_another_generation(
     clock, monkeypatch
 ):

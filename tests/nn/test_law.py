@@ -53,16 +53,6 @@ def test_the_law_holds_at_every_step(layer, rotation, loop):
         assert_same_bits(output, output_state)
 
 
-@pytest.mark.parametrize("modulation", [
-    ModulationConfig(anchor_weights="quantized"), ModulationConfig(first_step="coded", rounds=3)
-], ids=["quantized", "coded first step"])  # fmt: skip
-def test_quantized_anchors_give_the_papers_law(modulation):
-    """A coded first step has no input in full precision to multiply: its codes meet the quantized weight."""
-    ours = quantized(randomised(nn.Linear(16, 6)).double(), config_of(modulation))
-    for _, state, output_state in play(ours, walk((2, 5, 16), 5, torch.float64)):
-        assert_within(output_state, ours.operator.affine(state), 1e-12)
-
-
 @pytest.mark.parametrize("layer", LAYERS)
 def test_int16_states_start_from_the_exact_layer_at_what_the_integers_stand_for(layer):
     original, inputs, split = drawn(layer)
@@ -191,14 +181,3 @@ def test_a_weight_that_changes_leaves_the_others_of_its_group_as_they_are(change
             anchors |= {i: state.clone()} if t == 0 or (t == 3 and i == changed) else {}
             assert_within(output, law(layer, state, anchors[i]), 1e-12)
     assert len(layers[0].inputs.states) == 1
-
-
-def test_a_weight_that_is_read_or_moved_and_stays_as_it_was_changes_nothing():
-    original, inputs, _ = drawn("linear", 4)
-    ours = quantized(original, dataclasses.replace(W4A4, execution="integer"))
-    expected = play(ours, inputs)
-    ours.clock.start()
-    for x, (output, _, _) in zip(inputs, expected, strict=True):
-        ours.weight.sum()
-        original.weight.data = original.weight.data.clone()
-        assert_same_bits(evaluate(ours, x), output)

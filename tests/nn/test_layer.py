@@ -47,8 +47,6 @@ from tests.recipes import (
     state_of,
     torch_operator,
 )
-from tests.reference import layers
-from tests.reference.quantizer import quantize, quantize_weight
 from tests.reference.recursion import run
 from tests.strategies import modulation_configs, quantizer_configs, trajectories
 
@@ -71,14 +69,6 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=EXECUTIONS)
 def config(request: pytest.FixtureRequest) -> LayerConfig:
     return EXECUTIONS[request.param]
-
-
-def test_a_trajectory_knows_nothing_of_the_one_before(kind, config):
-    """As in the published code: step 1 of a batch must not be differenced against the last step of the batch before."""
-    layer = quantized(KINDS[kind][0](), config)
-    play(layer, walk(kind))
-    small = [x[:1] for x in walk(kind, seed=1)]
-    same_bits(play(layer, small), play(quantized(KINDS[kind][0](), config), small))
 
 
 def test_the_states_begin_again_with_a_batch_of_another_size_and_one_line_says_so(kind, config, monkeypatch):
@@ -138,16 +128,6 @@ def test_an_empty_batch_gives_an_empty_output(form):
     layer.clock.start()
     assert evaluate(layer, torch.empty(0, 8)).shape == (0, 4)
     assert evaluate(layer, torch.ones(2, 8)).shape == (2, 4)
-
-
-def test_float32_layers_stay_near_the_float64_reference_over_fifty_steps(kind):
-    """Each step rounds both states and one operator, a few units of 2^-24 of their size: far below the 4-bit error."""
-    original, inputs = KINDS[kind][0](), walk(kind, steps=50)
-    expected = run(inputs, recipe_of_layer(original, W8A4))
-    for (_, a, o), step in zip(play(quantized(original, W8A4), inputs), expected, strict=True):
-        bound = 50 * 8 * 2.0**-24
-        assert_within(a, step.input_state, bound * float(step.input_state.abs().max()))
-        assert_within(o, step.output_state, bound * 4 * float(step.output_state.abs().max()))
 
 
 @pytest.mark.parametrize(("groups", "split"), [(1, 0), (1, 8), (1, -3), (2, 4)])
@@ -223,15 +203,11 @@ def test_the_gradient_of_a_layer_with_rounded_weights_alone_is_its_own():
 MODES = ("zeros", "reflect", "replicate", "circular")
 VARIANTS = {
     "linear": (nn.Linear(64, 32), (16, 64)),
-    "linear without bias": (nn.Linear(64, 32, bias=False), (16, 64)),
     "1d": (nn.Conv1d(4, 3, 3, padding=1), (2, 4, 7)),
     "1d strided, dilated": (nn.Conv1d(4, 2, 3, stride=2, dilation=2, bias=False), (2, 4, 9)),
-    "2d 1x1": (nn.Conv2d(4, 3, 1), (2, 4, 3, 4)),
     "2d 3x3": (nn.Conv2d(4, 3, 3, padding=1), (2, 4, 4, 5)),
     "2d same, even kernel": (nn.Conv2d(4, 3, (2, 4), padding="same"), (2, 4, 4, 5)),
     "2d valid": (nn.Conv2d(4, 3, 2, padding="valid"), (2, 4, 3, 3)),
-    "2d strided": (nn.Conv2d(4, 3, 3, stride=(2, 1), padding=(1, 0)), (2, 4, 5, 4)),
-    "2d dilated": (nn.Conv2d(4, 3, 3, dilation=2, padding=2), (1, 4, 5, 5)),
     "2d grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 3, 3)),
     "2d depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1, bias=False), (2, 4, 3, 3)),
     "3d": (nn.Conv3d(4, 2, (1, 2, 2), stride=(1, 2, 1)), (1, 4, 2, 3, 3)),
@@ -303,15 +279,6 @@ def test_with_bits_off_it_is_the_torch_layer_to_float_error(variant, dtype):
             assert_within(ours, exact, 1e-12)
         else:
             assert_float_error(ours, layer(x), exact)
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "sample", "token"])
-def test_plain_quantization_is_the_layer_at_the_quantized_input(granularity):
-    layer, x = randomised(nn.Linear(12, 5)).double(), torch.randn(2, 3, 12, dtype=torch.float64)
-    activation = QuantizerConfig(bits=4, granularity=granularity)
-    config = LayerConfig(weight=W4A4["weight"], activation=activation, modulation=None)
-    expected = layers.linear(quantize(x, 4, granularity).value, quantize_weight(layer.weight.detach(), 4), layer.bias)
-    assert_within(quantized(layer, config)(x), expected, 1e-12)
 
 
 @pytest.mark.parametrize("variant", ["1d", "2d 3x3", "3d"])

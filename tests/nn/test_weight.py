@@ -12,8 +12,7 @@ from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, 
 from modiff.core.affine import QParams
 from modiff.core.hadamard import Segment
 from modiff.kernels import native
-from modiff.kernels.layout import weight_codes
-from modiff.nn.weight import ERROR, QuantizedWeight, WeightCodes, pack_nibbles
+from modiff.nn.weight import QuantizedWeight, WeightCodes
 from tests.helpers import assert_same_bits, assert_same_tensors, assert_within, drifting, relative_error
 from tests.nn.building import same_bits
 from tests.recipes import evaluate, play, quantized, randomised
@@ -146,15 +145,6 @@ def test_a_weight_that_comes_back_after_its_codes_could_not_be_made_has_them_aga
     same_codes(ours.codes(weight), before)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("bits", [None, 8])
-def test_a_damaged_weight_is_refused(value, bits):
-    weight = torch.randn(4, 8)
-    weight[1, 2] = value
-    with pytest.raises(ConfigError, match="weight: expected finite numbers, got NaN or infinity"):
-        QuantizedWeight(WeightConfig(bits=bits), (8,), None).dense(weight, torch.float32)
-
-
 # ------------------------------------------------------------------------------------------------- learned codes
 
 
@@ -253,15 +243,6 @@ def layer_of(kind: str, bits: int | None, anchor: str = "quantized", search: str
     return quantized(randomised(make()), config, split=split, name="up"), drifting(0, shape, 4, 0.2, torch.float32)
 
 
-def test_each_byte_holds_two_codes_the_first_in_its_low_half():
-    every = torch.arange(256, dtype=torch.uint8)[None]
-    codes = weight_codes(every, (1, 512))
-    expected = [half - 16 if half > 7 else half for byte in range(256) for half in (byte % 16, byte // 16)]
-    assert codes.dtype == torch.int8
-    assert codes[0].tolist() == expected
-    assert_same_bits(pack_nibbles(codes), every)
-
-
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("kind", LAYERS)
@@ -275,28 +256,6 @@ def test_a_packed_layer_computes_the_same_bits(kind, bits, rotation):
     same_bits(play(layer, inputs), before)
     layer.pack()
     same_bits([layer.packed_state().values()], [stored.values()])
-
-
-def test_the_layer_it_was_made_from_keeps_its_own_weight_and_one_without_bits_stays_as_it_is():
-    for bits in (4, None):
-        original = randomised(nn.Linear(8, 4))
-        before = dict(original.__dict__)
-        layer = quantized(original, LayerConfig(weight=WeightConfig(bits=bits)))
-        layer.pack()
-        assert original.__dict__ == before
-        assert layer.packed == (bits is not None) == (layer.weight is not original.weight)
-        assert layer.bias is original.bias
-
-
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
-def test_scales_stay_float32_and_codes_integers_whatever_the_dtype(dtype):
-    layer, inputs = layer_of("split", 4, "exact")
-    layer.pack("int8")
-    before = {name: tensor.clone() for name, tensor in layer.packed_state().items()}
-    layer.to(dtype)
-    assert_same_tensors(layer.packed_state(), before)
-    assert layer.bias.dtype == dtype
-    assert play(layer, [x.to(dtype) for x in inputs])[0][0].dtype == dtype
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -328,22 +287,6 @@ def test_anchor_codes_are_the_rounding_error_to_half_a_scale(kind, bits, rotatio
     for columns, scale in zip(error.split(weight.columns, 1), scales, strict=True):
         assert_within(columns, torch.zeros_like(columns), scale.reshape(-1, *[1] * (columns.dim() - 1)) / 2 + 1e-7)
     assert float(error.norm()) < 0.02 * float((exact - weight.dense(layer.weight, torch.float64)).norm())
-
-
-@pytest.mark.parametrize(("bits", "anchor", "pack", "words"), [
-    (4, "exact", None, "exact weights"),
-    (None, "exact", "int8", "exact weights"),
-    (4, "exact", "quantized", "quantized weights"),
-    (4, "quantized", "int8", "quantized weights"),
-    (4, "exact", "int8", "int8 anchor codes (1.5 bytes a weight)"),
-    (8, "exact", "int8", "int8 anchor codes (2 bytes a weight)"),
-])  # fmt: skip
-def test_a_layer_says_what_it_anchors_with_and_keeps_codes_only_for_exact_anchors(bits, anchor, pack, words):
-    layer, _ = layer_of("conv", bits, anchor)
-    if pack:
-        layer.pack(pack)
-    assert layer.anchors_with == words
-    assert hasattr(layer, ERROR) == layer.keeps_error() == ("codes" in words)
 
 
 # ------------------------------------------------------------------------------------------------ read by somebody else

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
-from modiff.core.observers import MinMaxObserver
-from modiff.nn.loop.integer import ByteCode
 from modiff.nn.loop.simulated import InputState
 from tests.helpers import assert_same_bits, assert_within, drifting, relative_error
 from tests.nn.building import INT16, LAYERS, TIMES, W8A4, drawn, follows, integer, output_bound, same_bits, walk
@@ -145,16 +143,6 @@ def test_states_of_half_the_width_are_rounded_as_in_the_simulation(layer, state_
     follows(steps, simulated, 3 * len(inputs) * error * largest)  # the output state is rounded at each step
 
 
-def test_a_steady_step_makes_bytes_and_never_the_values_behind_them():
-    layer, (first, second) = quantized(randomised(nn.Linear(16, 6)), integer(W8A4)), walk((2, 16), steps=2)
-    layer.clock.start()
-    evaluate(layer, first)
-    (code,) = layer.loop.memories["default", 0].input.advance(second, None).codes
-    assert isinstance(code, ByteCode)
-    ((codes, scale),) = code.runs
-    assert (codes.dtype, scale.shape) == (torch.uint8, (2, 1))
-
-
 REASONS = {
     "keeps floats": (lambda: nn.Linear(8, 4), LayerConfig(weight=WeightConfig(bits=None))),
     "is not quantized": (lambda: nn.Linear(8, 4), LayerConfig(activation=QuantizerConfig(bits=None))),
@@ -184,16 +172,6 @@ def test_what_no_kernel_can_run_is_simulated_and_says_why(reason):
         assert_same_bits(evaluate(ours, x), evaluate(theirs, x))
 
 
-def test_scales_are_measured_in_the_simulation_and_used_on_integers():
-    config = LayerConfig(activation=QuantizerConfig(bits=4, dynamic=False, granularity="tensor", clip=0.8))
-    original, inputs, _ = drawn("conv")
-    layers = [quantized(original, each) for each in (integer(config), config)]
-    for act in (lambda quantizer: quantizer.watch(lambda: MinMaxObserver(None)), lambda quantizer: quantizer.freeze()):
-        for layer in layers:
-            act(layer.quantizer)
-        follows(*(play(layer, inputs) for layer in layers), 1e-4)
-
-
 @pytest.mark.parametrize("by", ["its bytes", "its codes"])
 def test_a_weight_written_in_place_is_quantized_again_and_an_equal_one_keeps_its_kernel(monkeypatch, by):
     if by == "its codes":
@@ -219,12 +197,3 @@ def test_a_packed_weight_gives_the_same_outputs_and_is_read_as_it_is_kept(split)
     follows(play(packed, inputs), play(quantized(original, integer(config), split), inputs), 1e-4)
     assert packed.on_integers
     assert packed.loop.kernels[0].weight.dtype == (torch.uint8 if split is None else torch.int8)
-
-
-def test_nan_is_seen_in_the_output_under_a_dynamic_scale():
-    layer = quantized(randomised(nn.Linear(16, 6)), integer(W8A4))
-    inputs = walk((2, 16), steps=3)
-    inputs[1][0, 3] = torch.nan
-    outputs = [output for output, _, _ in play(layer, inputs)]
-    assert outputs[1][0].isnan().all()
-    assert outputs[2][1].isfinite().all()
