@@ -7,7 +7,8 @@ import io
 import pytest
 
 from modiff import progress
-from modiff.progress import Bar, TimeBar
+from modiff.evaluate.timing import TimeBar
+from modiff.progress import Bar
 from tests.helpers import Terminal
 
 
@@ -25,7 +26,7 @@ def test_the_time_left_counts_seconds_of_each_kind_of_step(monkeypatch: pytest.M
     """A cheap trajectory, a costly one of another weight, and both once more: a step is 1 s or 30 s."""
     now = [0.0]
     monkeypatch.setattr("sys.stderr", Terminal())
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     parts = [("a", 1, 10), ("tuning", 20, 10), ("tuning", 1, 10), ("b", 20, 10)]
     bar = TimeBar(parts)
     left: list[float] = []

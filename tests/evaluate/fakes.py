@@ -14,7 +14,7 @@ from torch import Tensor
 from modiff.config import ModiffConfig
 from modiff.evaluate.features.extractor import Features
 from modiff.evaluate.pipelines import DrawnImages
-from modiff.progress import TimeBar
+from modiff.evaluate.timing import TimeBar
 
 SHAPE = (12, 12, 1)
 

@@ -18,13 +18,13 @@ from modiff.evaluate.cost import FULL_PRECISION_BITS
 from modiff.evaluate.pipelines import NOTHING, TUNING_SEED, DrawnImages, PipelineSource, aligned, image_error
 from modiff.evaluate.report.document import Cell
 from modiff.evaluate.suite.plans import Plan
+from modiff.evaluate.timing import FULL, PROBED, QUANTIZED
 from modiff.generate.environment import Environment, environment
 from modiff.generate.job import Conditions
 from modiff.generate.pictures import grid
 from modiff.generate.samplers import usual_sampler
 from modiff.generate.worker import check_inputs
 from modiff.model.tune import FINALISTS
-from modiff.progress import FULL, PROBED, QUANTIZED
 
 EVERY = 10
 """Steps from one anchor of a layer to the next, in the rows that anchor again."""

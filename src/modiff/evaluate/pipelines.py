@@ -19,6 +19,7 @@ from modiff.api import apply, calibrate, remove
 from modiff.config import ModiffConfig
 from modiff.evaluate.cost import LayerCost, measure_cost, trajectory_gbops
 from modiff.evaluate.metrics.paired import psnr, relative_l2
+from modiff.evaluate.timing import TimeBar
 from modiff.generate.job import Conditions
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.worker import check_inputs, digest, settings
@@ -26,7 +27,6 @@ from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import call_inputs, noise_generators
 from modiff.model.observe import observe
 from modiff.model.trajectory import state_bytes
-from modiff.progress import TimeBar
 
 NOTHING = Conditions()
 CALIBRATION_IMAGES = 8

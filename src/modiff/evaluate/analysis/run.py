@@ -16,10 +16,10 @@ from modiff.evaluate.analysis.growth import ErrorGrowth
 from modiff.evaluate.analysis.layers import LayerTraces
 from modiff.evaluate.analysis.watch import watch
 from modiff.evaluate.pipelines import NOTHING, PipelineSource, has_static_scales, image_error
+from modiff.evaluate.timing import PROBED, QUANTIZED
 from modiff.generate.environment import environment
 from modiff.generate.job import Conditions
 from modiff.generate.worker import check_inputs
-from modiff.progress import PROBED, QUANTIZED
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 SWEEP_MODES = ("plain", "modulated", "uncompensated", "tuned")

@@ -24,9 +24,10 @@ from modiff.evaluate.suite.extras import Extra
 from modiff.evaluate.suite.images import as_bytes, check_reference, read_reference
 from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, gather_real, mark_broken
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
+from modiff.evaluate.timing import FULL, QUANTIZED
 from modiff.files import ResumableFolder, read_tensors, reading, write_tensors
 from modiff.generate.environment import Environment, environment
-from modiff.progress import FULL, QUANTIZED, Bar
+from modiff.progress import Bar
 
 _FORMAT_VERSION = 2
 SAMPLES = 8
