@@ -23,16 +23,11 @@ def test_a_config_survives_json_and_plain_dictionaries_with_every_field(config):
     assert set(config.to_dict()["layer"]) == {f.name for f in dataclasses.fields(config.layer)}
 
 
-def test_missing_fields_take_their_defaults():
-    assert ModiffConfig.from_json("{}") == ModiffConfig()
-    assert LayerConfig.from_dict({"modulation": None}).modulation is None
-
-
 ZERO = QuantizerConfig(symmetric=False, lowest="zero")
 WIDE = dataclasses.replace(ZERO, bits=16)
 INPUTS = dataclasses.replace(ZERO, granularity="input_channel")
 CODED, LINEAR = ModulationConfig(first_step="coded"), ModulationConfig(predictor="linear")
-TWO, THREE = QuantizerConfig(bits=2, clip=0.45), QuantizerConfig(bits=3)
+TWO = QuantizerConfig(bits=2, clip=0.45)
 SKIP = QuantizerConfig(bits=0)
 VALUES: dict[type, dict[str, tuple[object, ...]]] = {
     WeightConfig: {"bits": (0, 1, 9), "search": ("best",)},
@@ -70,7 +65,6 @@ def test_a_wrong_value_is_one_clear_line_that_names_it(kind, field, value):
             {"activation": TWO, "modulation": LINEAR},
             "modulation.predictor: expected 'hold' at 2 bits with",
         ),
-        (LayerConfig, {"activation": THREE, "modulation": LINEAR}, "modulation.predictor: expected 'hold' at 3 bits w"),
         (LayerConfig, {"activation": SKIP, "modulation": None}, "activation.bits: expected 2 to 8 bits without modul"),
         (LayerConfig, {"activation": SKIP, "modulation": CODED}, "modulation.first_step: expected 'full_precision' at"),
         (LayerConfig, {"activation": WIDE, "modulation": None}, "activation.bits: expected None, 0 or 2 to 8, got 16"),
@@ -91,7 +85,6 @@ def test_settings_that_do_not_go_together_are_one_clear_line(kind, fields, messa
     [
         ('{"layers": {}}', "ModiffConfig: expected a known field, got 'layers'. Known fields: layer, include"),
         ('{"layer": {"activation": {"bit": 4}}}', "QuantizerConfig: expected a known field, got 'bit'."),
-        ('{"layer": {"activation": {"bits": 1}}}', "QuantizerConfig.bits: expected None, 0 or 2 to 8, got 1."),
         ('{"overrides": [["a"]]}', "ModiffConfig.overrides: expected a tuple of"),
         ("{", "ModiffConfig: expected JSON, got text that stops at "),
         ("[" * 100_000, "ModiffConfig: expected JSON, got text that stops at maximum rec"),
@@ -128,15 +121,7 @@ def test_a_short_name_is_the_method_at_its_bits_and_there_are_no_others():
     assert {name: as_config(name) for name in PRESETS} == named
 
 
-def test_the_families_differ_in_their_loop_and_tuned_is_stable_at_any_bits():
-    weight, activation, paper = WeightConfig(bits=4), QuantizerConfig(bits=None), {"anchor_weights": "quantized"}
-    for preset, loop in (
-        (presets.modulated, ModulationConfig()),
-        (presets.plain, None),
-        (presets.published, ModulationConfig(**paper)),
-        (presets.uncompensated, ModulationConfig(**paper, error_compensation="none")),
-    ):
-        assert preset(4, None).layer == LayerConfig(weight=weight, activation=activation, modulation=loop)
+def test_tuned_is_rotated_and_holds_at_any_bits():
     tuned = [presets.tuned(None, bits).layer for bits in range(2, 9)]
     assert {(layer.rotation, layer.modulation.predictor) for layer in tuned} == {("hadamard", "hold")}
 
@@ -176,8 +161,6 @@ def test_a_json_file_is_a_config_and_other_content_is_refused(tmp_path: Path) ->
     ("text", "kind", "message"),
     [
         ("w8a5x", ConfigError, "expected bits such as .*w8a4.* got 'w8a5x'"),
-        ("w16a16", ConfigError, "bits: expected None, 0 or 2 to 8, got 16"),
-        ("modulated:8:four", ConfigError, "expected bits such as"),
         ("plain:8:1", ConfigError, "expected None, 0 or 2 to 8, got 1"),
         ("tuned:8:32", ConfigError, "tuned: expected 2 to 8 activation bits"),
         ("absent.json", FormatError, "absent.json: expected a JSON file of a ModiffConfig, got .*No such file"),

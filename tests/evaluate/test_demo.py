@@ -99,15 +99,6 @@ def test_a_conditional_pipeline_draws_each_image_of_its_own_class_or_prompt(
     assert source.settings[kind] == ", ".join(map(str, values))
 
 
-def test_inputs_that_a_pipeline_cannot_take_are_refused() -> None:
-    with pytest.raises(ConfigError, match="expected no `prompt`, got 'a fox'"):
-        PipelineSource(pixel_pipeline(), conditions=Conditions(prompts=("a fox",)))
-    with pytest.raises(ConfigError, match="expected `prompt`, got none"):
-        PipelineSource(HOSTS["sd"].build())
-    with pytest.raises(ConfigError, match="steps: expected at most 1000, got 1001"):
-        PipelineSource(pixel_pipeline()).open(None, 1001).__enter__()
-
-
 IMAGES, SEED = 2, 3
 FIELDS = [
     "name", "weight_bits", "activation_bits", "modulated", "compensated", "anchor_weights",

@@ -119,13 +119,6 @@ def test_a_saved_classifier_loads_as_its_float16_rounding_in_float32(tmp_path: P
         assert torch.equal(tensor, model.state_dict()[name].half().float()), name
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 16, 16), (1, 1, 16, 3), (1, 1, 16, 16)], ids=str)
-def test_images_of_another_kind_are_refused(shape: tuple[int, ...]) -> None:
-    images = torch.zeros(shape, dtype=torch.uint8 if shape == (1, 1, 16, 16) else torch.float32)
-    with pytest.raises(ConfigError, match=r"expected float images \(N, 1, H, W\)"):
-        trained()(images)
-
-
 def spoil_config(folder: Path, **fields: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
@@ -133,9 +126,7 @@ def spoil_config(folder: Path, **fields: object) -> None:
 
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "expected the config"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected the config"),
     "another version": (lambda f: spoil_config(f, format_version=2), "expected the config"),
-    "channels are no list": (lambda f: spoil_config(f, channels=5), "expected the config"),
     "config of other channels": (lambda f: spoil_config(f, channels=[4, 6, 9]), "tensors differ"),
     "weights are a pickle": (
         lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"head.bias": [0.0]})), "expected a weights file"
@@ -221,14 +212,6 @@ def extractor(tmp_path_factory: pytest.TempPathFactory) -> Inception:
     path = tmp_path_factory.mktemp("inception") / "drawn.safetensors"
     save_file(WEIGHTS, path)
     return Inception(path)
-
-
-def test_the_size_is_that_of_the_published_network() -> None:
-    with torch.device("meta"):
-        network = InceptionNetwork()
-    # torch's own Inception-v3 without its auxiliary head has 23 834 568 parameters at 1000 classes
-    assert sum(parameter.numel() for parameter in network.parameters()) == 23_834_568 + 8 * 2049
-    assert {norm.eps for norm in network.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.001}
 
 
 def relative(features: Tensor, expected: Tensor) -> float:

@@ -218,16 +218,6 @@ def test_the_short_tables_have_each_configuration_once_and_its_own_figures(suite
     assert paired.rows[0][column].text == "-"
 
 
-def test_both_errors_are_drawn_against_both_costs_with_fewer_steps_in_each(report: Document) -> None:
-    charts = [b for b in report.sections[2].blocks if isinstance(b, Figure)]
-    assert [c.name for c in charts] == [
-        "relative-l2-by-gbops", "relative-l2-by-seconds", "fd-to-reference-by-gbops", "fd-to-reference-by-seconds"
-    ]  # fmt: skip
-    for chart in charts:
-        for part in ("8 steps", "4 steps", "2 steps", "plain W8A4", "modulated W8A4"):
-            assert part in chart.alt, (chart.name, part)
-
-
 IMAGES = """return [...document.images].map((image) => {
   const box = image.getBoundingClientRect();
   return {id: image.closest("figure").id, natural: image.naturalWidth, width: box.width, height: box.height,
@@ -299,14 +289,6 @@ def test_tables_sort_by_value_or_as_a_reader_would_and_mark_one_column(page: Bro
         key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
         page.command("Input.dispatchKeyEvent", type=kind, **key)
     assert names(page) == ["b10", "c", "b2", "a"]
-
-
-def test_texts_that_try_to_break_out_are_shown_and_run_nothing(browser: Browser, tmp_path: Path) -> None:
-    browser.open(write_report(document(NASTY), tmp_path)[0])
-    assert browser.run("return document.title") == f"Title {NASTY}"
-    assert names(browser, "texts") == [NASTY]
-    assert browser.run("return document.images.length") == 2
-    assert browser.console() == []
 
 
 def test_the_page_may_load_nothing_and_run_no_other_script(page: Browser) -> None:

@@ -197,12 +197,6 @@ def test_an_error_in_a_task_stops_the_others_and_is_a_clear_one_or_a_traceback_f
     assert ray.calls == ["cancel True", "cancel True", "shutdown"]
 
 
-def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"got none\. It is an extra\. Install it with pip install 'modiff\[ray\]'"):
-        RayEngine()
-
-
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the package ray")
 def test_a_worker_dies_and_the_job_goes_on_then_the_driver_is_killed_and_another_goes_on_without_ray(
     model: Path, tmp_path: Path

@@ -74,9 +74,3 @@ def test_colours_keep_their_order_and_what_is_no_number_is_black() -> None:
     assert np.all(shown[:8, -8:] == 255)
     assert shown.sum() == 8 * 8 * 3 * 255
     assert np.asarray(to_picture(np.array([[-1.0, 2.0, np.nan, np.inf]])[..., None])).tolist() == [[0, 255, 0, 255]]
-
-
-def test_rows_that_make_no_grid_are_an_error() -> None:
-    for shapes in [], [(1, 8, 8)], [(1, 8, 8, 4)], [(2, 8, 8, 1), (1, 8, 8, 1)]:
-        with pytest.raises(ConfigError, match="rows of images"):
-            grid([("a", np.zeros(shape)) for shape in shapes])

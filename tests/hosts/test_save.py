@@ -263,8 +263,3 @@ def test_a_name_that_leads_nowhere_is_one_clear_error(model, got):
     with pytest.raises(FormatError, match=f"{model}: expected .*{got}") as caught:
         load_pipeline(model)
     assert "\n" not in str(caught.value)
-
-
-def test_a_device_that_is_not_here_is_an_error_before_anything_is_read():
-    with pytest.raises(FormatError, match="device: expected cpu"):
-        load_pipeline("absent", device="tpu")
