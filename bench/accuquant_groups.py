@@ -6,8 +6,6 @@ Each group size runs in a process of its own, so that its peak memory is its own
 stopped at any time, the same command goes on where it was. About 25 minutes on one core.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource

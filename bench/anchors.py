@@ -6,8 +6,6 @@ DDIM, weights rounded to nearest, nothing calibrated: relative L2 of the final i
 noise. The integers are those of the paper's form in every row; only anchors differ.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Sequence

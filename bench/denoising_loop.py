@@ -8,8 +8,6 @@ Each variant lives in a process of its own that runs one loop when it is told to
 interleaved, and peak memory, compiled code and instruction limits belong to one variant. docs/benchmarks.md explains.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -8,8 +8,6 @@ matmul and convolution, torch._int_mm, our Triton kernels on uint8 codes (the su
 state that is the layer's output), torch._scaled_mm in fp8 e4m3. Interleaved rounds; caches are flushed before each run.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

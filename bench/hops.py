@@ -3,8 +3,6 @@
 python bench/hops.py
 """
 
-from __future__ import annotations
-
 import sys
 import sysconfig
 from collections import Counter

@@ -3,8 +3,6 @@
 python bench/integers.py --json docs/results/integers.json
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path

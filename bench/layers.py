@@ -6,8 +6,6 @@ python bench/layers.py --isa vnni --json bench/results/layers.jsonl
 Variants run interleaved in one process; minima and medians. Threads: OMP_NUM_THREADS=1 python bench/layers.py
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

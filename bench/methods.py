@@ -10,8 +10,6 @@ Each row runs in a process of its own and is kept when it is finished: stopped a
 where it was. Rows are trajectories of DDIM; every image comes from the noise of its index, as in full precision.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -8,8 +8,6 @@ it, which is what `torch.compile(model, backend="modiff")` puts into the graph. 
 medians.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

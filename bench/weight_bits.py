@@ -3,8 +3,6 @@
 python bench/weight_bits.py --steps 100 --json docs/results/weight_bits.json
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path

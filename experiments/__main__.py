@@ -4,8 +4,6 @@ Stopped at any time, the same command goes on where it was. All of them at --pre
 free cores. OUT holds report.html, report.md with its figures, results.json, and the files of what is finished.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an experiment is, and how its values become sentences, tables and sections of a report."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Where the experiments are done: it samples, compares with full precision, and remembers every run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

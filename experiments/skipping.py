@@ -5,8 +5,6 @@ silent. What is not sent stays in the residual, so the law ô = A(â) + bias sti
 does no multiply-add: `Tally` counts those that ran.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from dataclasses import dataclass

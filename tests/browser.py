@@ -1,7 +1,5 @@
 """A real browser for tests: headless Chromium by the W3C WebDriver protocol, spoken with the standard library alone."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

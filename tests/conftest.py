@@ -1,7 +1,5 @@
 """What holds for every test: seeded, repeatable, at most two threads, no network, GPU tests only where there is one."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import random

@@ -1,7 +1,5 @@
 """Comparisons that NaN, a wrong shape or a wrong order cannot pass, and inputs that drift as activations do."""
 
-from __future__ import annotations
-
 import io
 import signal
 from collections.abc import Mapping

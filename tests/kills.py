@@ -4,8 +4,6 @@ Run as a script, `python -m tests.kills MODULE:FUNCTION FOLDER`: calls FUNCTION(
 {"kills": ..., "failures": [...]}. It forks before any thread is started, and every child dies of a real SIGKILL.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A very small unconditional pipeline for tests of metrics and commands: drawn weights, 8x8 grey images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

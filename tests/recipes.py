@@ -1,7 +1,5 @@
 """From a layer and its config to the words of the reference recursion, and a layer run through a trajectory."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence

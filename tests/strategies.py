@@ -1,7 +1,5 @@
 """Hypothesis strategies: configs that the guards accept, and trajectories of drifting tensors."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from hypothesis import strategies as st

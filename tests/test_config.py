@@ -1,7 +1,5 @@
 """Configs: JSON round trips of everything valid, one clear line for everything else, and what stands for a config."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files and folders: whole or not there, the old one survives any failure, and an interrupted job resumes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """The comparisons fail where they must: on a wrong scale, a permutation, a NaN, another shape or dtype."""
 
-from __future__ import annotations
-
 import random
 import socket
 

@@ -1,7 +1,5 @@
 """Bars: none without a terminal, and time left that costly steps do not blow up."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

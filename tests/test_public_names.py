@@ -1,7 +1,5 @@
 """The public face: what `modiff` exports is in `__all__`, documented, once, loaded when used; and private names."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

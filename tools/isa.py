@@ -1,7 +1,5 @@
 """Which integer kernels does this machine run, and why: python tools/isa.py; ONEDNN_MAX_CPU_ISA=AVX2 pretends less."""
 
-from __future__ import annotations
-
 from modiff.kernels.dispatch import plan, this_machine
 from modiff.kernels.encode import choose_encoder
 from modiff.kernels.problem import Problem

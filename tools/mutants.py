@@ -7,8 +7,6 @@ command goes on where it was stopped, and a fault in a file that changed is trie
 survived, and why.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib

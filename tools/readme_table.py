@@ -1,7 +1,5 @@
 """The table of README.md from the JSON of a demo: python tools/readme_table.py docs/results/demo.json"""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -9,8 +9,6 @@ where NAME is that of --data. Both are put in place at the end only. An interrup
 `OUT/NAME.making` and goes on from there when it is started again with the same model and options.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -5,8 +5,6 @@
 Prints the relative L2 to full precision on the same noise; the picture has a row for each class, coded by --config.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

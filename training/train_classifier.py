@@ -8,8 +8,6 @@ Writes `OUT/config.json`, `OUT/model.safetensors` and `OUT/training.json` at the
 An interrupted run leaves OUT as it was.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -8,8 +8,6 @@ training/sample_dit.py draws from it. There is no model_index.json: diffusers' D
 class 1000 stand for "none", so no pipeline of diffusers draws pixels of ten classes.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ Images are one `.npy` array (N, H, W) or (N, H, W, C) of uint8. They are padded 
 the averaged weights and a fresh optimizer.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

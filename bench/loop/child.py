@@ -1,7 +1,5 @@
 """The process of one variant: it prepares, says so, and runs one loop each time it is told to."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

@@ -6,8 +6,6 @@ and the output layers. Written again for UNet2DModel and UNet2DConditionModel be
 compiled, and an opponent that is not compiled would be slower than it need be.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

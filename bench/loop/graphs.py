@@ -4,8 +4,6 @@ The first steps of a trajectory run as they are: states start, moves appear, ker
 and from then on repeated, in later trajectories too, whose states take the same places.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol

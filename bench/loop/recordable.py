@@ -1,7 +1,5 @@
 """Can the steps of a model be recorded once and repeated without Python, as CUDA graphs are?"""
 
-from __future__ import annotations
-
 from torch import nn
 
 from modiff.model.attach import required_attachment

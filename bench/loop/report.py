@@ -1,7 +1,5 @@
 """Rows, table and plot of the loop benchmark."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Whole loops, interleaved: every variant in a process of its own, one of them running while all others wait."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """The variants of the loop benchmark: ours, the honest opponents, and what each needs."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """The experiments of the paper, one module each, by name and in the order of a report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import import_module
 

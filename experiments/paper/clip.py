@@ -1,7 +1,5 @@
 """The clip ratio: a finer grid for small residuals, at the price of saturated large ones."""
 
-from __future__ import annotations
-
 from experiments.charts import curves, line_chart
 from experiments.experiment import Experiment, Shown, Values, crossed
 from experiments.lab import Lab

@@ -1,7 +1,5 @@
 """Figure 1a: how far a layer's output moves away while it is reused."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Figure 1b: activations and temporal differences, how wide each is."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

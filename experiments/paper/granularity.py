@@ -1,7 +1,5 @@
 """What shares a scale: the tensor, a sample, a token, an input channel."""
 
-from __future__ import annotations
-
 from experiments.charts import curves, line_chart
 from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table
 from experiments.lab import Lab

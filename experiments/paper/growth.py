@@ -1,7 +1,5 @@
 """Theorem 4.4: how errors grow over many steps, against bounds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

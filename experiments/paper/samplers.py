@@ -1,7 +1,5 @@
 """Tables 5, 15 and 16: other samplers, and fewer steps."""
 
-from __future__ import annotations
-
 from experiments.charts import curves, line_chart
 from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table
 from experiments.lab import Lab, Run

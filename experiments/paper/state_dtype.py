@@ -1,7 +1,5 @@
 """The dtype of the states: the law drifts by the rounding of every step."""
 
-from __future__ import annotations
-
 import typing
 
 from experiments.charts import curves, line_chart

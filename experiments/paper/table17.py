@@ -1,7 +1,5 @@
 """Table 17's analogue: very few steps."""
 
-from __future__ import annotations
-
 from experiments.charts import curves, line_chart
 from experiments.experiment import Experiment, Shown, Values, crossed, error, printed_table, times
 from experiments.lab import Lab, Row, Run

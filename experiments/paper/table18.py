@@ -1,7 +1,5 @@
 """Table 18: how the first step starts the states, and how many rounds it takes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from experiments.charts import Line, line_chart

@@ -1,7 +1,5 @@
 """Table 2: bit widths, with and without modulation."""
 
-from __future__ import annotations
-
 from experiments.charts import Line, curves, line_chart
 from experiments.experiment import Experiment, Shown, Values, crossed, error, listing, number, printed_table, times
 from experiments.lab import Lab, Run

@@ -1,7 +1,5 @@
 """Table 4: what modulation does, and what compensation adds."""
 
-from __future__ import annotations
-
 from experiments.charts import curves, line_chart
 from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table, times
 from experiments.lab import Lab, Run

@@ -1,7 +1,5 @@
 """Table 6: memory, with both states counted."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from diffusers import DiffusionPipeline

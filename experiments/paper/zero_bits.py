@@ -1,7 +1,5 @@
 """Where zero bits pay: layers that send nothing while little changed, against simply taking fewer steps."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The public verbs, on a pipeline or on any module."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Named configs, `modiff.apply(pipe, modiff.presets.w8a4())`, and what a person types or gives instead of one."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 Neither library promises to keep them. torch's are looked up with the first target, diffusers' with its first object.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """Rows of a benchmark that would run in processes of their own, run in this one."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

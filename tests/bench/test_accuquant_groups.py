@@ -1,7 +1,5 @@
 """The study of group sizes: gradients compared with exact ones, figures that are what they say, each size run once."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """The table of anchors: every row from the same noise, the paper's form worst, int8 codes near the exact weights."""
 
-from __future__ import annotations
-
 import json
 
 import anchors

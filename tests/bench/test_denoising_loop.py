@@ -1,7 +1,5 @@
 """The loop benchmark's command: every variant has a row, rows tell their rounds, and limits are honest."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """The dry run of bench/gpu_matmul.py: every variant that a CPU has runs, and nothing is called a time."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The road of a steady step stays short: calls and files of one layer of the embedded model."""
 
-from __future__ import annotations
-
 import pytest
 
 import hops

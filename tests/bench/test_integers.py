@@ -1,7 +1,5 @@
 """The rows of bench/integers.py: what is compared with what, and that states in 16 bits are half."""
 
-from __future__ import annotations
-
 import pytest
 
 import integers

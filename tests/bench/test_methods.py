@@ -1,7 +1,5 @@
 """The table of the methods: which rows there are, figures that are what they say, each row run once and kept."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The benchmark of norms runs both ways on the same input, and they agree."""
 
-from __future__ import annotations
-
 import pytest
 
 import norms

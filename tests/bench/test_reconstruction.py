@@ -1,7 +1,5 @@
 """The bars of learned rounding and static scales: rows that are what they say, kept, and judged as written."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The least time of a layer, from numbers alone."""
 
-from __future__ import annotations
-
 import pytest
 
 from roofline import Reached, bytes_moved, roofline_seconds

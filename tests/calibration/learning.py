@@ -1,7 +1,5 @@
 """Networks, configs and measurements that the tests of reconstruction share."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

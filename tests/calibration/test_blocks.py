@@ -1,7 +1,5 @@
 """Units of reconstruction: every layer in exactly one, the outermost match wins, learned in the order of execution."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import pytest

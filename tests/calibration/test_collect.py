@@ -1,7 +1,5 @@
 """Calibration data: the very inputs of the network, those that were chosen, in bounded memory; and their replay."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

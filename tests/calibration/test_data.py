@@ -1,7 +1,5 @@
 """Calibration sets on disk: what comes back is what went in, and nothing else is taken for a set."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

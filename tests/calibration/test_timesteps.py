@@ -1,7 +1,5 @@
 """Samplers of time steps: exact counts, the density they promise, and the ends that clamp."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A quantized module in a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

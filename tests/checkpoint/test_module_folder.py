@@ -1,7 +1,5 @@
 """Torch modules to a folder and back: the same codes and output bits, packed or not, with anchor codes or without."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

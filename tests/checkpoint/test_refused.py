@@ -1,7 +1,5 @@
 """What a folder says is looked at before it is believed: layouts, headers and whole folders, damaged or hostile."""
 
-from __future__ import annotations
-
 import copy
 import json
 import struct

@@ -1,7 +1,5 @@
 """Run a command in this process, and what all mistakes have in common."""
 
-from __future__ import annotations
-
 from click.testing import Result
 from typer.testing import CliRunner
 

@@ -1,7 +1,5 @@
 """What every command has: help and version at once, and one line with an exit code for a mistake."""
 
-from __future__ import annotations
-
 import errno
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """`modiff evaluate` end to end on a tiny folder: table, JSON and report; resuming; a damaged batch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`modiff generate`, `modiff export` and `modiff sample` end to end on tiny folders, also interrupted for real."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """`modiff demo`, `modiff analyze` and `modiff explain` end to end on tiny folders: what they print and leave."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

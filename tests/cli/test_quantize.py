@@ -1,7 +1,5 @@
 """`modiff quantize` end to end: a folder whose images are those of the method applied here."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Both sides of one layer over a trajectory, as a layer runs them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """AdaRound: the formulas against plain Python, and learned rounding against every way to round twelve weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Codes equal a quantizer written in plain Python numbers; scales, rounding, saturation and the floor."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Granularities by name: their scales, which of them integers can run, and names that nobody knows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The rotation against an explicit matrix built from Walsh's formula."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

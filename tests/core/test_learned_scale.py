@@ -1,7 +1,5 @@
 """Learned step sizes: the plain quantizer's value bit for bit, with the gradients of the surrogate."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """What states of 16 and of 32 bits lose over 200 steps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Each observer and each range metric against its definition, on data where the definitions differ."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

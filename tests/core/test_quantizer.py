@@ -1,7 +1,5 @@
 """Quantizers: codes of each segment, static scales, what the observers see, and the ceiling of the codes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

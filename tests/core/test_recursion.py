@@ -1,7 +1,5 @@
 """The recursion: equal to the float64 reference step by step, and the invariants of the method as properties."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Finite sets of scales: who shares one, no set for a step that was not calibrated, and bit-equal tensors of them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

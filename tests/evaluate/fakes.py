@@ -1,7 +1,5 @@
 """A source of images and an extractor without networks, for tests of the evaluation suite."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The whole analysis on a tiny pipeline: what it holds, its figures, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 from contextlib import redirect_stderr
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Counts against torch's own counter and the paper's figures, and bit-operations by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """A pipeline under configs: its images, and the demo with its rows."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

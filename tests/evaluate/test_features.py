@@ -1,7 +1,5 @@
 """Extractors: the classifier and Inception-v3 against float64 and a network written apart, and wrong files."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

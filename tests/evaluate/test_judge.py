@@ -1,7 +1,5 @@
 """The figures of a configuration, LPIPS and CLIP score among them: those of the metrics, honestly named."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import ModuleType

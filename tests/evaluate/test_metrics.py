@@ -1,7 +1,5 @@
 """Metrics: plain loops and closed forms in float64, intervals over images, and what cannot be compared."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

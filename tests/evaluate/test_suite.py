@@ -1,7 +1,5 @@
 """The suite end to end: the same seeds for all, the right figures, nothing lost by a stop; real images."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Watchers of a full-precision network against an independent float64 recursion, and bounds on the errors."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

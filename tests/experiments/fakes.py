@@ -1,7 +1,5 @@
 """A lab that samples nothing: every run's error follows from its settings alone, so that figures can be checked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from experiments.lab import Depth, Plan, Row, StudySettings

@@ -3,8 +3,6 @@
 As a script, `python -m tests.generate.fakes MODEL FOLDER MARKER`: a job on the real Ray whose first worker dies.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence

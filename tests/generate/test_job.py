@@ -1,7 +1,5 @@
 """A job says no to what means nothing, before any model is open; prompts and classes go by the index of the image."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The same job on Ray: against a stand-in with the same interface, and on the real one where it is installed."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import signal

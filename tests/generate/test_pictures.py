@@ -1,7 +1,5 @@
 """A few images: nothing drawn twice, mixed or lost; in a grid, every one in its cell."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Jobs into folders: nothing lost, nothing doubled, nothing mixed, whatever happens on the way."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

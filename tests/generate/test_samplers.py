@@ -1,7 +1,5 @@
 """Samplers by name: each one samples, alone and modulated, and none runs on a model it cannot follow."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

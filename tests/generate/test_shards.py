@@ -1,7 +1,5 @@
 """Shards: codes as stated, whole or known to be damaged, under their own name, in index order; one array of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

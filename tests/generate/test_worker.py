@@ -1,7 +1,5 @@
 """Drawing spans: the same image in whatever span, on every kind of pipeline; digests tell models apart."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Iterator

@@ -4,8 +4,6 @@
 plain module (W4A8 with static scales). `outputs.safetensors` holds the last sample of each, packed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

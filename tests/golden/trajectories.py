@@ -4,8 +4,6 @@ Everything is float64, and weights and noise are closed formulas, so another mac
 rounding of the last bits only, never by a code.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write the golden trajectories anew: make golden. Read the diff of what changed, and say why, before you commit it."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

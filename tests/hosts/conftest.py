@@ -1,7 +1,5 @@
 """Folders of a small pipeline, in floats and quantized; tests read them or change a copy."""
 
-from __future__ import annotations
-
 import pytest
 
 import modiff

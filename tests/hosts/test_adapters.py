@@ -1,7 +1,5 @@
 """IP-Adapter, ControlNet, LoRA and the other kinds of PEFT, there before `apply` or loaded after it."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import diffusers

@@ -4,8 +4,6 @@ The backend "aot_eager" traces and functionalizes as inductor does and leaves to
 difference is ours.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Modulated denoisers inside real pipelines: every host, every sampler, guidance both ways, and the edges."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

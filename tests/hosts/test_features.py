@@ -1,7 +1,5 @@
 """What diffusers, torch and Python offer around a network works as without modiff: features, attention, copies."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """LoRA through PEFT: with modulated and packed layers, before and after; fused where there are floats for it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline

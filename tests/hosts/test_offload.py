@@ -1,7 +1,5 @@
 """Offloading: weights may come and go with each call; what would break without a word says so."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import accelerate

@@ -1,7 +1,5 @@
 """modiff among diffusers' quantization methods: every trap that an outside quantizer can fall into."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

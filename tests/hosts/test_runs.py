@@ -1,7 +1,5 @@
 """Runs of pipelines: what they must be told, their seeds and evaluations; and the verbs that learn from them."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """Pipelines to folders and back by modiff's verbs and by diffusers' own, bit for bit; what is damaged is one line."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

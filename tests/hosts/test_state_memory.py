@@ -1,7 +1,5 @@
 """The memory of states: known before the first run, warned of, and a budget for it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

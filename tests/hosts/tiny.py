@@ -7,8 +7,6 @@ No layer is idle: diffusers starts several at zero, so all parameters are drawn.
 the noise is predicted, the initial noise drowns what a random network says.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Random layers on integer codes, with their sums by explicit loops."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The choice of a backend is a pure function of problem, instructions and trust; the self-test believes nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

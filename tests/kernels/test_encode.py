@@ -1,7 +1,5 @@
 """Codes, scales and states of an input: every implementation gives the core's, bit for bit, and writes in place."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

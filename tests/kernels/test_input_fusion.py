@@ -1,7 +1,5 @@
 """Norm, activation and codes in one: within float error of torch's operators one after the other; the law holds."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest

@@ -1,7 +1,5 @@
 """Every backend: equal sums, outputs and states within float error or bit for bit; weights that are prepared once."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 

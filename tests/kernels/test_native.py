@@ -1,7 +1,5 @@
 """Building the compiled loops: found again, switched off, without a compiler, with a broken one; and fingerprints."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

@@ -1,7 +1,5 @@
 """A pipeline of a few thousand weights, for methods that quantize all of it many times."""
 
-from __future__ import annotations
-
 from diffusers import DDIMPipeline, UNet2DModel
 from torch import Tensor
 

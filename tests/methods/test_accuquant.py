@@ -1,7 +1,5 @@
 """AccuQuant: groups of the sampler's steps, learned scales that are kept only if they arrive closer."""
 
-from __future__ import annotations
-
 import dataclasses
 import weakref
 

@@ -1,7 +1,5 @@
 """MoDiff's three kinds: dynamic scales, ranges of residuals, learned scales that are never worse than they began."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

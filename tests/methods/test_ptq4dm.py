@@ -1,7 +1,5 @@
 """PTQ4DM: its ranges are those of a search in float64 on the states it says, and the model comes back."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Q-Diffusion: all layers and the attention products quantized, rounding and scales learned, never worse than begun."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

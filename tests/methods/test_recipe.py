@@ -1,7 +1,5 @@
 """What holds for every method: it resumes to the same bits, comes off to the bit, and refuses what cannot be."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

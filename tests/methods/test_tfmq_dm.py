@@ -1,7 +1,5 @@
 """TFMQ-DM: temporal features are those of the network, rounded as one unit, with scales for each time step."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

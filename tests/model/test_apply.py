@@ -1,7 +1,5 @@
 """Applying: what is replaced, what comes out, what is shared and split, and what an error leaves behind."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

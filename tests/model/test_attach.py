@@ -1,7 +1,5 @@
 """Where trajectories begin by themselves, and what threads and Ctrl-C leave behind."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,7 +1,5 @@
 """Which attention modules are taken, and that taking them back leaves nothing."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 

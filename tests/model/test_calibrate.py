@@ -1,7 +1,5 @@
 """Calibration watches what each layer will code, of one step if need be, and how large the steps are."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 

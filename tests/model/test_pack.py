@@ -1,7 +1,5 @@
 """Packing changes no output bit, and packs all layers or none."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The report: taken and left, how each layer runs and why, memory in full, a table, JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -1,7 +1,5 @@
 """What layers are for: ends, embeddings and layers that never run, by the source of `forward` and by what runs."""
 
-from __future__ import annotations
-
 import copy
 import re
 

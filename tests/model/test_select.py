@@ -1,7 +1,5 @@
 """Selection: every layer has an entry, every layer left a reason, every pattern that matches nothing is an error."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

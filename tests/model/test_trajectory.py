@@ -1,7 +1,5 @@
 """Trajectories, contexts and copies on a whole model, and what observers see of it."""
 
-from __future__ import annotations
-
 import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor

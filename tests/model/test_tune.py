@@ -1,7 +1,5 @@
 """Probes, tuning and autotune: errors as the reference gives them, the choice that runs best, a network left alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

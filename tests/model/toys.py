@@ -1,7 +1,5 @@
 """Networks of a few hundred weights with every role that the verbs tell apart, and a sampler that makes them drift."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

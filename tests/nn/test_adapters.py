@@ -1,7 +1,5 @@
 """Adapters around layers, as PEFT makes them: their matrices stay, and the layers go by the names they have without."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest

@@ -1,7 +1,5 @@
 """Attention operands: each quantized as its quantizer says, the products as torch's, and nothing left behind."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Evaluations whose inputs differ are of different branches, however a loop or a sampler orders them."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """The clock: evaluations per context, step size ratios, branches, and who is told to forget."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What moves into layers: the same results within float error, only where that is right, and codes that are shared."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The law of the states: ô_t = A_q(â_t) + (A - A_q)(a_anchor) + bias, whatever the loop does."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Modulated layers: what each does with its states, and every geometry against loops in float64 and against torch."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

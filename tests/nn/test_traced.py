@@ -1,7 +1,5 @@
 """The operator that a layer is in a graph: what it promises while it is traced is what it returns."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

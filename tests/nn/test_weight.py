@@ -1,7 +1,5 @@
 """The quantized weight: equal to the reference, never stale, read when needed; and learned codes that replace it."""
 
-from __future__ import annotations
-
 from unittest.mock import Mock
 
 import pytest

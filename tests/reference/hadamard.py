@@ -1,7 +1,5 @@
 """The block-Hadamard rotation as an explicit matrix from Walsh's formula; imports nothing of modiff."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Inception-v3 of the TensorFlow weights, block by block as in the paper's figures; imports nothing of modiff."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

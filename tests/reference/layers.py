@@ -1,7 +1,5 @@
 """Linear and convolution layers by explicit loops, float64; imports nothing of modiff and calls no torch layer."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -3,8 +3,6 @@
 The matrix square root is that of the product itself, by the Denman-Beavers iteration: no eigendecomposition in it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ asymmetric: s = clip * (max(x, 0) - min(x, 0)) / (2^b - 1), z = -2^(b-1) - round
             code = clamp(round(x / s) + z, ...)
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Follows arXiv:2506.22463, Eq. 13, 14, 18, plus: clip ratio, linear predictor, ro
 first step, re-anchoring, rows that are predicted as zero, and the open loop of the ablation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

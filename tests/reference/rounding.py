@@ -4,8 +4,6 @@ AdaRound:  h(v) = min(max(1.2 / (1 + e^-v) - 0.1, 0), 1),  W_q = s (clamp(floor(
 Learned step:  Q(x) = s round(clamp(x / s, qmin - z, qmax - z)), with round(u) = u + constant under a derivative
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A backend added from outside of the package: asked first, counted, refused by its own sentence, and taken away."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """A granularity from outside of the package: a scale for each group of channels."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

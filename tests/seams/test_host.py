@@ -1,7 +1,5 @@
 """A host from outside of the package: a masked-token denoiser without a time step, with a generate loop of its own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A layer class from outside of the package: a linear layer that scales its input."""
 
-from __future__ import annotations
-
 import copy
 from typing import ClassVar
 

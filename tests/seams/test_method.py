@@ -1,7 +1,5 @@
 """The method of docs/extending.md, run as printed: one function and one registration, from outside of the package."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every code block of docs/extending.md runs as printed, in a process that the registered things do not outlive."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

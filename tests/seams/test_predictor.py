@@ -1,7 +1,5 @@
 """A predictor from outside of the package: quadratic extrapolation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

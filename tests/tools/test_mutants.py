@@ -1,7 +1,5 @@
 """The mutation run: each fault changes one place, the mirrored tests judge it, and what was judged is kept."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

@@ -1,7 +1,5 @@
 """What comes with the package: trained diffusion models by name, and classifiers of the same data that judge them."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple

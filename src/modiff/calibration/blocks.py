@@ -1,7 +1,5 @@
 """Cut a network into units of reconstruction: blocks learned as a whole, and single layers everywhere else."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import Counter

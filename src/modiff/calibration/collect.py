@@ -1,7 +1,5 @@
 """Calibration data: what a network is called with while trajectories run, and running it on that again."""
 
-from __future__ import annotations
-
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -160,7 +158,6 @@ class _Recorder:
         return Call(self._copies_of(args, chosen), copies, step, timestep, context, self.store.trajectory, rows)
 
     def _positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: tuple[int, ...]) -> _Rows | None:
-        """Where the rows lie in batched tensors: once for each branch of guidance that is batched."""
         if not rows or self.batch is None:
             return None
         batched = tensors_of((args, {k: v for k, v in kwargs.items() if k not in self.unbatched}))
@@ -194,7 +191,6 @@ class _Recorder:
 
 @contextmanager
 def _recorded(model: nn.Module, recorder: _Recorder) -> Iterator[_Recorder]:
-    """The recorder on the network; a plain network carries a clock meanwhile, so that contexts are known."""
     attachment = attachment_of(model)
     plain = attachment is None
     if attachment is None:

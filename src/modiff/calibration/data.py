@@ -5,8 +5,6 @@ trajectory, the last of which says so; a trajectory without it was interrupted a
 stored as tensors, everything else as JSON in the header of the file. No pickle.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re
@@ -43,7 +41,7 @@ class Call:
     context: str = "default"
     trajectory: int = 0
     rows: tuple[int, ...] = ()
-    previous: Call | None = None
+    previous: "Call | None" = None
 
     def evaluate(self, model: nn.Module) -> Any:
         """What `model` returns for these inputs, moved to the device of its parameters."""
@@ -185,7 +183,6 @@ def _shard_path(folder: Path, trajectory: int, number: int) -> Path:
 
 
 def _records(folder: Path, trajectory: int) -> list[tuple[Path, dict[str, Any]]] | None:
-    """None if the last shard is missing."""
     records: list[tuple[Path, dict[str, Any]]] = []
     number = 0
     while (path := _shard_path(folder, trajectory, number)).exists():
@@ -205,14 +202,12 @@ def _records(folder: Path, trajectory: int) -> list[tuple[Path, dict[str, Any]]]
 
 
 def _read_call(record: tuple[Path, dict[str, Any]]) -> Call:
-    """The call of a record, with its tensors. Raises: FormatError if the shard does not hold them."""
     path, encoded = record
     with reading(path, *_SHARD), safe_open(path, "pt") as file:
         return _decode({"call": encoded}, functools.cache(file.get_tensor))
 
 
 def _encode(value: Any, name_of: Callable[[Tensor], str]) -> Any:
-    """JSON for a nested value: an object with one key stands for what JSON does not have."""
     if isinstance(value, Tensor):
         return {"tensor": name_of(value)}
     if isinstance(value, Call):

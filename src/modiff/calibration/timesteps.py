@@ -1,7 +1,5 @@
 """Which steps of which trajectories become calibration data: samplers of time steps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """What a quantized checkpoint holds besides its tensors: format version, config, and layers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -127,7 +125,6 @@ def _layer(where: str, name: str, entry: object, configs: list[LayerConfig]) -> 
 
 
 def _with_anchors(layer: Any) -> Any:
-    """The config of a layer as the first edition wrote it, made complete: quantized anchors, of all layers at once."""
     loop = layer.get("modulation") if isinstance(layer, dict) else None
     if not isinstance(loop, dict):
         return layer

@@ -1,7 +1,5 @@
 """A quantized torch module as a folder: config.json and safetensors, to be read into a module of the same class."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The tensors of a quantized checkpoint: what a model writes, what files claim and must hold, and what came back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple

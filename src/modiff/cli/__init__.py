@@ -1,7 +1,5 @@
 """The command line: parse, call, show. No logic lives here. A user's mistake is one line on stderr, no traceback."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from typing import Annotated, Any

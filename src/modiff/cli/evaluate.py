@@ -1,7 +1,5 @@
 """`modiff evaluate`."""
 
-from __future__ import annotations
-
 import sys
 from importlib.util import find_spec
 from pathlib import Path

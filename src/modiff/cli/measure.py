@@ -1,7 +1,5 @@
 """What tells of a model and leaves it alone: `modiff demo`, `modiff analyze` and `modiff explain`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -8,8 +8,6 @@ v starts where h(v) is the fraction that floor cut off, so W_q starts at W. Whil
 drives every h to 0 or 1; at the end h is cut at one half, which is v = 0.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

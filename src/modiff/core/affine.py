@@ -3,8 +3,6 @@
 One convention everywhere: code = clamp(round(x / scale) + zero_point, qmin, qmax), signed, stored as int8.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

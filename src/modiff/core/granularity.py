@@ -6,8 +6,6 @@
 "input_channel"  one for each channel            along the summed axis: no integer matmul can run it
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -4,8 +4,6 @@ y = W x = (W R)(R x) for the orthonormal, symmetric R = diag(H_b, ..., H_b) / sq
 input takes it on each call, and everything between (residual, codes, states) lives in the rotated domain.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple

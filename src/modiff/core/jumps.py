@@ -5,8 +5,6 @@
 This is an anchor at zero, where A(0) + b = b is known at no cost: the law holds with a_anchor = 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

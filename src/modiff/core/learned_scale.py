@@ -8,8 +8,6 @@ These are the exact derivatives of the surrogate in which round(u) is u plus a c
 Cutting before rounding, as there, gives the same codes as cutting after it, since the ends are integers.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

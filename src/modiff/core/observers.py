@@ -4,8 +4,6 @@ A metric takes rows (R, N) with scales (R, 1) and gives one loss (R, 1) for each
 compares L1, mean |x - Q(x)|^p, cosine and Kullback-Leibler, and found p = 2.4 the best of the four.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -53,7 +51,7 @@ class Observer:
         shared = granularity_named("tensor" if self.channel_dim is None else "input_channel")
         self._take(*extremes(x, shared, self.channel_dim or 0))
 
-    def merge(self, other: Observer) -> None:
+    def merge(self, other: "Observer") -> None:
         """Take into account all that another observer of the same kind saw."""
         self._take(*other.range())
 
@@ -249,7 +247,6 @@ class RangeSearchObserver(_SampleObserver):
         return qparams_from_range(low, high, bits, symmetric=symmetric, clip=clip)
 
     def _best(self, rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool, clip: float) -> Tensor:
-        """How far the range of each row is to shrink, (rows, 1)."""
         best = torch.full_like(low, torch.inf)
         chosen = torch.ones_like(low)
         for trial in range(self.trials):

@@ -7,8 +7,6 @@ A predictor gives w, the weights of the last moves. In this form the coefficient
 state, predicted by the same weights, keeps its bias.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Protocol
 

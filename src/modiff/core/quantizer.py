@@ -1,7 +1,5 @@
 """Turns a residual into integer codes: a quantizer config, resolved for one layer, with its measured scales."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -167,7 +165,6 @@ class Quantizer:
         self.static, self.tables, self.moments = read_scale_tensors(tensors, channels, symmetric=self.config.symmetric)
 
     def _measured_scales(self, device: torch.device) -> tuple[QParams, ...]:
-        """Those of this step; moved to a device once and kept there, as a copy at each step would wait for it."""
         if self.tables is not None:
             index = set_of(self._now(), self.moments)
             self.tables[index] = _on(self.tables[index], device)

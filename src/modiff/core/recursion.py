@@ -23,8 +23,6 @@ codes and input states bit for bit: `kernels` with torch's operators in place, i
 the fixed-point form for int16 states, which rounds scales up to a grid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 

@@ -5,8 +5,6 @@ Named tensors of one set: `scale.0` and `zero_point.0` for segment 0, and so on.
 `moment_sets` (M,) int64. Zero points are missing for symmetric quantizers.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 

@@ -5,8 +5,6 @@ MACs    multiply-accumulates of linear layers, convolutions and attention produc
 BOPs    MACs x weight bits x activation bits. A measure of work on paper, not of speed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

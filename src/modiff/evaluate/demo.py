@@ -1,7 +1,5 @@
 """What `modiff demo` runs: one model, one noise, a row for each way to make it cheaper."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

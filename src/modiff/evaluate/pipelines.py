@@ -1,7 +1,5 @@
 """What the demo, the analysis and the suite do with a pipeline: run it under a config, count its work, show it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Where a figure was measured: versions and processor, nothing that names the machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib import metadata

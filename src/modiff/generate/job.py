@@ -1,7 +1,5 @@
 """What to generate: everything that a machine must be told, and nothing that lives in memory."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The engine that is a Ray cluster: every span a task, tried again on another worker when its worker dies."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import socket

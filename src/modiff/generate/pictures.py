@@ -1,7 +1,5 @@
 """A few images to look at: PNG files in a folder, resumed where it stopped, or many in one, a labelled row for each."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A job into a folder of shards: resumed after any interruption, never mixed with another job."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Give a pipeline another sampler by name; a pipeline that lets pixel U-Nets use any of them."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ A shard is a safetensors file with one tensor, `images` (N, H, W, C) uint8, and 
 its first index and a checksum. So a shard that was finished just before a kill is known without the manifest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

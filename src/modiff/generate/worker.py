@@ -1,7 +1,5 @@
 """Images of a pipeline by index, and the work of one process on a job: pure functions, the same on every machine."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Who hosts us? What modiff must know of a target: plain modules, and whatever comes from diffusers."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The seam between modiff and whatever runs a denoiser: `Host`, its registry, and the host of plain modules."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Read back what a host saved."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Names that many networks share, those of diffusers above all: what they say of layers, blocks and concatenations."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -5,8 +5,6 @@ A backend is an object with a name that says which problems it runs exactly, and
 `dispatch.register_backend` adds one.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple

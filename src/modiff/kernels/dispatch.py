@@ -1,7 +1,5 @@
 """Which backend runs a layer, and why: the first in the list that is exact for the problem on this machine."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from modiff.errors import KernelError, warn_once

@@ -19,8 +19,6 @@ A state that is rounded at each step drifts away from the output state, which on
 holds no NaN: there the scale is NaN and the state stays as it is; at the start the grid is NaN.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -176,7 +174,6 @@ def encode_eagerly(x: Tensor, past: Past, scale: Tensor | None, layout: EncodeLa
 
 
 def _natively(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
-    """False where the loop does not know the types, and nothing was touched."""
     if layout.rows is None or x.dtype not in KINDS or not x.is_cpu or not past.fits(codes.stride()):
         return False
     if (library := native.load_library("encode").library or native.missing("encode")) is None:

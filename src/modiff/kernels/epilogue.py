@@ -8,8 +8,6 @@ float32 2e-7 and 4e-7, integers with headroom 2 0.001 and 0.002, float16 0.0015 
 What leaves 16 bits is cut and counted in `clipped`: such a state no longer belongs to its input.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """Two backends on floats, exact because float64 holds every integer up to 2^53 and float32 every one up to 2^24."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@ Norms and exponentials are not torch's bit for bit: y differs by float error, so
 between two. The law holds all the same, as the state takes what was sent.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Callable
@@ -53,7 +51,7 @@ class InputFusion(NamedTuple):
     eps: float = 0.0
     activation: Activation = "none"
 
-    def split(self, x: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, InputFusion]] | None:
+    def split(self, x: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, "InputFusion"]] | None:
         """(some channels of x, their fusion) for each run of channels; None where no kernel reads such runs."""
         if len(sizes) == 1:
             return [(x, self)]
@@ -90,7 +88,7 @@ class InputFusion(NamedTuple):
         codes, used = _encode(fusion, x.movedim(-1, 1), past, scale, bits, clip, granularity, 1)
         return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
 
-    def _detached(self) -> InputFusion:
+    def _detached(self) -> "InputFusion":
         weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
         return self._replace(weight=weight, bias=bias)
 
@@ -141,7 +139,6 @@ def _normalized(fusion: InputFusion, x: Tensor) -> Tensor:
 
 
 def _per_sample(x: Tensor, like: Tensor) -> Tensor:
-    """(C,) or (B, C) -> broadcastable to (B, ..., C)."""
     return x if x.dim() == 1 else x.reshape(x.shape[0], *[1] * (like.dim() - 2), x.shape[1])
 
 
@@ -220,7 +217,6 @@ def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _grouped_affine(library: ctypes.CDLL, fusion: InputFusion, x: Tensor) -> tuple[Tensor, Tensor]:
-    """GroupNorm of x, channels innermost in memory, as A x + B, (N, C) each."""
     threads, samples, channels = torch.get_num_threads(), x.shape[0], x.shape[1]
     pixels = x.numel() // (samples * channels)
     tasks = 1 if samples >= threads else min(threads, pixels)
@@ -234,7 +230,6 @@ def _grouped_affine(library: ctypes.CDLL, fusion: InputFusion, x: Tensor) -> tup
 
 
 def _joined(w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(x - mean) rstd w + b = A x + B: A and B, (N, C)."""
     shape = (*mean.shape, w.numel() // mean.shape[1])
     a = rstd.unsqueeze(2) * w.view(1, *shape[1:])
     return a.flatten(1), (b.view(1, *shape[1:]) - mean.unsqueeze(2) * a).flatten(1)

@@ -1,7 +1,5 @@
 """Which integer instructions this process may use, as a record that tests can make up."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

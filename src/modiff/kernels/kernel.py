@@ -1,7 +1,5 @@
 """A layer's integer operator: its weight codes, the backend that runs them, and why that one."""
 
-from __future__ import annotations
-
 import math
 
 import torch

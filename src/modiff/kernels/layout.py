@@ -1,7 +1,5 @@
 """How tensors lie in memory, and how a convolution slides over them."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
@@ -130,7 +128,6 @@ def pixel_pitch(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """As `Tensor.is_contiguous`: the stride of an axis of size 1 means nothing."""
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:

@@ -4,8 +4,6 @@ No torch headers, so the build takes a second or two and fits every torch. Witho
 torch's own operators, and `load_library().reason` says what was missing.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

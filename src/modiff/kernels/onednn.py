@@ -5,8 +5,6 @@ Without VNNI the sum of two products saturates at 16 bits and the result is sile
 by the largest byte and the largest weight code, and `self_test` believes no processor.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 
@@ -125,7 +123,6 @@ def _compute(operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | No
 
 
 def _add_inside(operator: Operator, output: Tensor, codes: Tensor, scale: Tensor) -> bool:
-    """Let the operator add into `output`; False where its layout is not the operator's."""
     g = operator.geometry
     if not output.is_contiguous(memory_format=torch.channels_last if operator.axes else torch.contiguous_format):
         return False

@@ -1,7 +1,5 @@
 """What a layer asks of a kernel, in numbers that a dispatch can reason about."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A step adds to the state and writes the layer's output while the sums are in reg
 convolution reads the codes once, with no copy for each tap of its kernel. csrc/product.cpp and csrc/tile.h.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

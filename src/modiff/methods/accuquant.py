@@ -9,8 +9,6 @@ on its own input state (d eps / d x = 0) leaves
 with p_k from the sampler's arithmetic alone: one network graph at a time, whatever n is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +163,6 @@ def _trajectories(calls: CalibrationSet, count: int) -> list[list[Any]]:
 
 
 def _learn(job: MethodJob, config: AccuquantConfig, trajectories: list[SamplerSteps]) -> tuple[UnitReport, ...]:
-    """Group after group; `states` are where the quantized trajectories stand."""
     quantizers = quantizers_of(job.model)
     states = [t.recorded[0] for t in trajectories]
     units: list[UnitReport] = []
@@ -201,7 +198,6 @@ def _groups(model: nn.Module, trajectory: SamplerSteps) -> list[list[int]]:
 def _learn_group(
     model: nn.Module, trajectories: list[SamplerSteps], groups: list[Group], index: int, config: AccuquantConfig
 ) -> tuple[Learned, UnitReport]:
-    """Learn one set of scales: the scales, and the states that they lead to. The layers are as before."""
     quantizers = quantizers_of(model)
     with without_states(model, "quantized") as trainees:
         holders = {name: t for name, t in trainees.items() if t.quantized.quantizer is not None}

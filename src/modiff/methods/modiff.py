@@ -1,7 +1,5 @@
 """MoDiff: quantize the change between steps, with dynamic or static scales (Gao et al., ICML 2025)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -112,7 +110,6 @@ def modiff(job: MethodJob, config: ModiffMethodConfig) -> MethodReport:
 
 
 def _sample(job: MethodJob, config: ModiffMethodConfig) -> None:
-    """All trajectories of calibration, one after another, with scales measured at each step on the way."""
     for i in range(config.drawn // config.batch):
         with trajectory(job.target) if isinstance(job.target, nn.Module) else nullcontext():
             job.run(i)

@@ -1,7 +1,5 @@
 """PTQ4DM: calibrate on states of the denoising process, more of them near the image (Shang et al., CVPR 2023)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 

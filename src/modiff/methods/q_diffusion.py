@@ -1,7 +1,5 @@
 """Q-Diffusion: calibrate on groups of steps, learn rounding and scales block by block (Li et al., ICCV 2023)."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """What all published methods share: settings, a job made of the verbs, and the report."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The methods by name: what to say to quantize, with which settings, and which combinations mean nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext

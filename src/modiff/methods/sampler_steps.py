@@ -1,7 +1,5 @@
 """The steps of recorded trajectories as functions: what the network says of a state, and where that leads."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TFMQ-DM: temporal features reconstructed as one unit, with scales for each time step (Huang et al., CVPR 2024)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Replace a model's layers by modulated ones that share their parameters, and undo it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping
 

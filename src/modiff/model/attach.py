@@ -136,7 +136,6 @@ class Attachment:
             self._learn(self.roles)
 
     def _learn(self, roles: Roles) -> None:
-        """What the layers are for is known: say what should not be quantized."""
         self.roles, unfit = None, roles.unfit()
         self.uncalled = tuple(name for name, why in unfit.items() if why == NEVER)
         warn_unfit(self.clock.name, unfit, "Add their names to ModiffConfig(exclude=...), or to include.")

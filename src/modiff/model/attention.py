@@ -1,7 +1,5 @@
 """Quantize the operands of a model's attention products, and undo it."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from modiff.config import AttentionConfig

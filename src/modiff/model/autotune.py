@@ -1,7 +1,5 @@
 """Which layers pay? For each, the fastest of floats, plain integers and modulated integers that is exact enough."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The activation quantizers of a model, and how their static scales are measured."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -109,6 +107,5 @@ def _finite(make: MakeObserver, axis: int | None, name: str, clock: Clock) -> Ob
 
 
 def _has_residual_scales(attachment: Attachment) -> bool:
-    """Whether one set of static scales serves the residuals of all steps, small or large."""
     configs = [layer.config for layer in attachment.layers.values() if layer.config.modulation is not None]
     return any(c.activation.bits and not c.activation.dynamic and c.activation.step_groups == 1 for c in configs)

@@ -1,7 +1,5 @@
 """What must be known of a network that its modules do not say; whoever hosts it knows, or the source of `forward`."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import textwrap

@@ -1,7 +1,5 @@
 """See what the layers and the evaluations of a network compute, without changing what they compute."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

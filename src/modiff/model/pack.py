@@ -1,7 +1,5 @@
 """Turn the weights of a model into integers for good, or make room for those of a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

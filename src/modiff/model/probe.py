@@ -1,7 +1,5 @@
 """What a full-precision trajectory tells: errors of candidate settings at each layer, and the samples themselves."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What modiff did to each layer of a model, how the layer runs and why, and the memory it takes."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -102,7 +100,7 @@ class Report:
         layers = [{k: getattr(e, k) for k in keys} for e in self.entries]
         return {"layers": layers, "memory": None if self.memory is None else self.memory._asdict()}
 
-    def __add__(self, other: Report) -> Report:
+    def __add__(self, other: "Report") -> "Report":
         memories = [m for m in (self.memory, other.memory) if m is not None]
         memory = MemoryUse(*map(sum, zip(*memories, strict=True))) if memories else None
         return Report(self.entries + other.entries, memory)
@@ -120,7 +118,6 @@ class Report:
 
 
 def _table(entries: Iterable[Entry]) -> list[str]:
-    """A line for each layer; one for all that differ only in the numbers of their names."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for e in entries:
         alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", e.name)

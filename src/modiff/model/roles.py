@@ -1,7 +1,5 @@
 """What evaluations tell of layers: which run first and last, read one row a sample or outliers, or never run."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Choose the layers of a model: patterns, defaults, and a reason for each layer that is left."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -83,7 +81,6 @@ def select_layers(
 
 
 def _other_matrices(model: nn.Module) -> list[Entry]:
-    """Matrices that modules of other kinds hold: nothing stands in their place that could be replaced."""
     return [
         Entry(f"{prefix}.{name}".lstrip("."), PARAMETER + type(module).__name__, p.numel(), None, "no layer of its own")
         for prefix, module in model.named_modules()

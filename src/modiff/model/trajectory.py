@@ -1,7 +1,5 @@
 """The life of the states: one generation, first step to last; the memory they take; copies that share all but them."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Pick plain or modulated, clip ratio, predictor, gain and rotation for a model at a bit width, from a few runs."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Adapters of other libraries on a model: which modules are theirs, and what the others are called without them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from torch import nn

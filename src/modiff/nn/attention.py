@@ -1,7 +1,5 @@
 """Quantizers of the two products inside attention: softmax(q k^T / sqrt(d)) v."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

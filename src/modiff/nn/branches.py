@@ -1,7 +1,5 @@
 """Which branch of a trajectory an evaluation is of: guidance in several calls, tiles, rows that come and go."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ class Inputs(NamedTuple):
     shape: torch.Size | None = None
     conditions: Mapping[str, tuple[Any, int]] = {}
 
-    def of_floats(self) -> Inputs:
+    def of_floats(self) -> "Inputs":
         """Without the conditions that are no floats."""
         floats = {n: c for n, c in self.conditions.items() if isinstance(c[0], Tensor) and c[0].is_floating_point()}
         return Inputs(self.shape, floats)

@@ -1,7 +1,5 @@
 """The clock of one trajectory: which step, which context, and who must forget when it ends."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 
@@ -141,7 +139,6 @@ class Clock:
         self._leave_branch()
 
     def _enter_branch(self, timestep: Tensor | None, inputs: Inputs) -> None:
-        """Until the evaluation ends, the context is that of its branch."""
         self._leave_branch()  # of an evaluation that never ended
         name, known = self.context, self._branches.get(self.context)
         now = float("nan")  # without a timestep, or a host sync, every evaluation is a step

@@ -7,8 +7,6 @@
 is inductor behind this rewriting. A norm moves if all that read it are layers on integers that can compute it.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -79,7 +77,6 @@ def fuse(module: GraphModule) -> int:
 
 
 def _readers(node: Node, match: _Match) -> bool:
-    """Whether all that read the node are layers that can compute it, and nothing is written in place before they do."""
     first = min(match.x, match.weight) if match.norm == "gated" and match.weight is not None else match.x
     return bool(node.users) and all(
         user.target is traced.layer
@@ -164,7 +161,6 @@ def _erase(node: Node) -> None:
 
 
 def _match(node: Node) -> _Match | None:
-    """activation(norm(x)) with at least one of the two, where nothing else reads what lies between."""
     last = _without_dropout(node)
     if gated := _gated(last):
         return gated
@@ -192,7 +188,6 @@ def _activation(node: Node) -> Activation:
 
 
 def _gated(node: Node) -> _Match | None:
-    """x * activation(gate) of two tensors that lie in memory alike, as the halves of a chunk do."""
     if node.target is not operator.mul:
         return None
     for x, active in (node.args, node.args[::-1]):
@@ -215,7 +210,6 @@ def _without_dropout(node: Node) -> Node:
 
 
 def _only(node: Any, reader: Node) -> bool:
-    """Whether `reader` alone reads the node: otherwise it has to be computed anyway."""
     return isinstance(node, Node) and set(node.users) == {reader}
 
 

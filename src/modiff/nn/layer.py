@@ -1,7 +1,5 @@
 """The layers that are quantized: they have the parameters of a torch layer, and hand its input to their loop."""
 
-from __future__ import annotations
-
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +139,7 @@ class ModulatedLayer(nn.Module):
         quantized = self.quantized_weight
         return getattr(quantized, "shape", tuple(turned(self.operator.weight, quantized.transposed).shape))
 
-    def share_with(self, leader: ModulatedLayer) -> None:
+    def share_with(self, leader: "ModulatedLayer") -> None:
         """Read the same quantized residual as `leader` whenever both are given the same tensor."""
         self.loop.inputs, self.loop.quantizer = leader.inputs, leader.quantizer
         if leader.inputs is not None:

@@ -1,7 +1,5 @@
 """A layer's geometry, config and name, and its affine map with the quantized weight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

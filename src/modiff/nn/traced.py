@@ -12,8 +12,6 @@ write into the clock's `token`, which keeps their order. They run Python at ever
 the tag says so. `torch.library.custom_op` would add 15 to 20 us a call.
 """
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -45,7 +43,6 @@ def number_for(holder: object) -> int:
 
 
 def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """torch.ops.modiff.<name>: `run` on every device, `fake` while a graph is traced."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=_TAGS)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -80,12 +77,10 @@ def _nothing(*_: object) -> None:
 
 
 def _guard(x: Tensor, output: Tensor, number: int) -> Tensor:
-    """`output`, through which no gradient reaches x."""
     return output.clone()
 
 
 def _refuse(gradient: Tensor, shape: Sequence[int], number: int) -> Tensor:
-    """Raises: StateError; in a graph only when the backward runs, not when it is traced."""
     raise StateError(
         f"{holder_of(number).name}: expected no gradient, got a backward pass. Rounded codes have no gradient, and the "
         "states hold earlier steps without one. Sample under torch.no_grad(), or call modiff.remove(model) first."

@@ -4,8 +4,6 @@ Packed are two 4-bit codes in a byte or one 8-bit code, and a float32 scale per 
 8-bit codes of what rounding took from its weight, W - W_q, as well.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Never
 

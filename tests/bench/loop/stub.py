@@ -1,7 +1,5 @@
 """A variant's process that loads nothing: what it does is in its variant's name."""
 
-from __future__ import annotations
-
 import os
 import time
 from multiprocessing.connection import Connection

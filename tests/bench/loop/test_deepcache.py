@@ -1,7 +1,5 @@
 """DeepCache, an opponent of the loop benchmark: it reuses what its paper says and nothing else."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Steps that may be recorded repeat bit for bit, in this trajectory and the next; others are refused for cause."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The models of the loop benchmark: sizes as published, the pipeline's loop, a row of conditions for each row of x."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the loop benchmark compares: ours, the opponents, and what each says where it cannot run."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

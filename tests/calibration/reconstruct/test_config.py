@@ -1,7 +1,5 @@
 """Settings and reports of reconstruction."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

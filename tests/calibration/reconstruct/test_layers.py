@@ -1,7 +1,5 @@
 """Layers without states: full precision to the bit, plain quantization to the bit, gradients through the rounding."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

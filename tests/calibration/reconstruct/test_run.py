@@ -1,7 +1,5 @@
 """Learned rounding on toys: better or unchanged, repeatable, a unit in memory at a time; what is left or refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import weakref

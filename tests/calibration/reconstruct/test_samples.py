@@ -1,7 +1,5 @@
 """What a unit is learned from: copies of its inputs and targets; rows of many calls in a batch where that is right."""
 
-from __future__ import annotations
-
 import dataclasses
 from contextlib import nullcontext
 

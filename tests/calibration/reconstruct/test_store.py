@@ -1,7 +1,5 @@
 """An interrupted reconstruction goes on after the last finished unit, and only where it belongs."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

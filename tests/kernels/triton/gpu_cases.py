@@ -3,8 +3,6 @@
 Triton decides when it is imported whether its interpreter runs the kernels, so these cases need a process of their own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

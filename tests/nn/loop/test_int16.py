@@ -1,7 +1,5 @@
 """Layers with both states in 16-bit integers: half the memory, the law within the grid, and a way out of 16 bits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Layers on real integers: the codes and input states of the simulation bit for bit, outputs within float error."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Shared residuals: who reads one tensor is told by object, read number or bytes; whoever misses an update is told."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from unittest.mock import Mock
 

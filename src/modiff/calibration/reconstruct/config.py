@@ -1,7 +1,5 @@
 """The settings of reconstruction, and what it reports of each unit."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

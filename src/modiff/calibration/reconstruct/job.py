@@ -1,7 +1,5 @@
 """One unit after the other: capture its inputs, learn, and fix what is better into the layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -162,7 +160,6 @@ def _left(block: Block, reason: str) -> UnitReport:
 
 
 def _widest(trainee: Trainee, quantizer: Quantizer, calls: Sequence[UnitCall]) -> tuple[QParams, ...]:
-    """Scales that cover every residual: where learning starts unless some were measured."""
     quantizer.watch(lambda: MinMaxObserver(quantizer.observed_dim))
     for call in calls:
         before, now = (trainee.prepare(x.to(trainee.quantized.weight.device)) for x in call.args)

@@ -1,7 +1,5 @@
 """Layers without states, for learning: in full precision, or quantized with gradients through the rounding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -77,7 +75,7 @@ class Through:
         self.quantizer, self.bits = quantizer, quantizer.bits
         self.scales: tuple[LearnedScale, ...] = ()
 
-    def __call__(self, x: Tensor) -> Through:
+    def __call__(self, x: Tensor) -> "Through":
         """Itself, as the code of an operand."""
         code = None if self.scales else self.quantizer(x.detach())
         self.operand = self.scales[0](x) if self.scales else x

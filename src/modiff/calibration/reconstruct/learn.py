@@ -1,7 +1,5 @@
 """Learn what one unit has to learn: Adam on batches of its samples, judged on samples that were held out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

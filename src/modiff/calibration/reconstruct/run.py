@@ -1,7 +1,5 @@
 """Learn how weights round, or static scales, unit by unit against the network in full precision."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Inputs and targets of one unit: captured from runs of the network, kept on the CPU, drawn row by row."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -151,7 +149,6 @@ class UnitData:
 
     @torch.no_grad()
     def _rows_stand_alone(self, group: list[UnitCall], run: Callable[[UnitCall], Any]) -> bool:
-        """Whether rows of two calls give together what they give in their own batches: tried on two of them."""
         if any(t.dim() == 0 or len(t) != call.rows for call in group for t in call.targets):
             return False
         picks = [Sample(group[0], group[0].rows - 1, 0), Sample(group[-1], 0, 0)]
@@ -168,7 +165,6 @@ class UnitData:
 
 
 def _groups(calls: Sequence[UnitCall], name: str) -> list[list[UnitCall]]:
-    """Calls that look alike: their inputs differ in their rows only."""
     groups: list[list[UnitCall]] = []
     for call in calls:
         if not all(torch.isfinite(t).all() for t in call.targets):

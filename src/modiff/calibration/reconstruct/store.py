@@ -1,7 +1,5 @@
 """Finished units on disk, and what they depend on."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """How a layer's input error grows over the steps, with and without compensation, against what theory allows."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -4,8 +4,6 @@ This is the local view: every layer is fed with the inputs that it has in the fu
 the recursion of that layer alone, not errors that it inherits from layers before it or from earlier samples.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """What modulated quantization does to a model: per layer and step, over the steps, and over the bit widths."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

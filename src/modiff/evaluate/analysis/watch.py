@@ -1,7 +1,5 @@
 """Watch the layers of a full-precision network while it samples, one layer and one step at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol

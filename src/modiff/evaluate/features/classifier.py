@@ -3,8 +3,6 @@
 A folder holds `config.json` (format version, architecture) and `model.safetensors` (float16 weights).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

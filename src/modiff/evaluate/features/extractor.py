@@ -1,7 +1,5 @@
 """What a feature extractor is, and weights files that are checked before use."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ Inception-v3 that torch users know: 1008 logits, average pooling that leaves the
 instead of average pooling in the very last block. Parameter names are those of the public state dicts.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The extractor that a person names, and what its results may be called: FID and its kin only with Inception."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Confidence intervals by resampling the images, and what too few images do to a figure."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Image against image: relative L2, PSNR, SSIM, and all three with intervals over pairs from the same seeds."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Two sets of features by kernels and by neighbours, and the Inception score of one set."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

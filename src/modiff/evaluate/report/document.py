@@ -1,7 +1,5 @@
 """What a report is made of: sections of paragraphs, tables, figures and code. It knows nothing of HTML or Markdown."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, Self

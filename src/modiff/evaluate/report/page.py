@@ -1,7 +1,5 @@
 """A document as one HTML file (no network, no other file, every text escaped, sortable tables), and as Markdown."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

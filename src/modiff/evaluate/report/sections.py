@@ -1,7 +1,5 @@
 """A finished suite as the sections of a report."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 

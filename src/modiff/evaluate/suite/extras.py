@@ -1,7 +1,5 @@
 """Figures for which the extra `eval` is needed: LPIPS to full precision, and how well images fit their prompts."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images as bytes: those that were drawn, and real ones from files."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator

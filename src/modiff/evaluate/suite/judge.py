@@ -1,7 +1,5 @@
 """The figures of one configuration: every metric with its extractor, number of images, interval and what to know."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Which configurations the evaluation suite runs: full precision, fewer steps, and what was named."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import itertools

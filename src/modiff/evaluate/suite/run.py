@@ -1,7 +1,5 @@
 """The suite: draw what is missing of every configuration, judge all of them, and show the layers of one."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex

@@ -1,7 +1,5 @@
 """What diffusers calls on its models: cache contexts around branches of guidance, resets, fusing of LoRAs."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Pipelines and models of diffusers as a `Host`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A pipeline from a folder, a hub id, or the package itself, checked before it is used."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -119,7 +117,6 @@ def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
 
 
 def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Module:
-    """One network; weights that the file lacks would start at random, with no more than a log line."""
     with reading(path, *_PART):
         try:
             model, info = kind.from_pretrained(

@@ -1,7 +1,5 @@
 """modiff as a quantization method of diffusers: `from_pretrained` quantizes or reads, `save_pretrained` writes."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Trajectories of a pipeline: what it must be told, the noise of each sample, and how often it evaluates."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 PyTorch has an int8 matmul on CUDA and no int8 convolution; these add into the output state in their epilogue.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os
@@ -90,7 +88,6 @@ TRITON = Triton()
 
 
 def _add(operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor | None) -> None:
-    """Into a state with channels innermost in memory, or through a copy that has them there."""
     dense = channels_innermost(state, operator.axes) and state.dtype in STATES
     target = state if dense else operator.new_output(codes, torch.float32).copy_(state)
     _run(operator, codes, scale, target, output)

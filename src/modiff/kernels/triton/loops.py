@@ -16,8 +16,6 @@ Codes and float32 states equal the core's bit for bit: divisions are rounded as 
 product is fused into a sum. Triton is imported with this module: `backend` decides whether it may be.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -175,7 +173,6 @@ def run_conv(
 def _options(
     weight_scale: Tensor, state: Tensor | None, output: Tensor | None, bias: Tensor | None, blocks: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """What both kernels are compiled for, and pointers: one for each, also where it is not used."""
     return {
         "bias": weight_scale if bias is None else bias, "state": output if state is None else state,
         "output": state if output is None else output,
@@ -203,7 +200,6 @@ _BLOCK = 4096
 
 @triton.jit
 def _rounded(x, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """clamp(round(x)), ties to even; NaN gives 0."""
     x = tl.where(x == x, tl.minimum(tl.maximum(x, LOWEST), HIGHEST), 0.0)
     return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: adding it leaves no room for a fraction
 
@@ -221,7 +217,6 @@ def _code(x, state, codes, scale, at, mask, KEEPS: tl.constexpr, LOWEST: tl.cons
 
 @triton.jit
 def _scale_of(largest, factor):
-    """max(factor * largest, 1e-12); NaN stays."""
     scale = largest * factor
     return tl.where(scale < SMALLEST_SCALE, SMALLEST_SCALE, scale)
 
@@ -241,7 +236,6 @@ def _whole_rows(
     KEEPS: tl.constexpr, DYNAMIC: tl.constexpr, EACH: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row, from first to last element. EACH: given scales are one a row, else one for all."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     at, mask = row * count + k, k < count
@@ -256,7 +250,6 @@ def _whole_rows(
 
 @triton.jit
 def _largest(x, state, maxima, count, KEEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest magnitude of a row, block by block; integers, so that the order of blocks does not matter."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_max(maxima + row, tl.max(_magnitude(x, state, row * count + k, k < count, KEEPS), 0))
@@ -268,7 +261,6 @@ def _blocks(
     KEEPS: tl.constexpr, DYNAMIC: tl.constexpr, EACH: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of a row whose largest magnitude is known."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if DYNAMIC:

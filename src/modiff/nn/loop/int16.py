@@ -4,8 +4,6 @@ input     n_t = n_{t+1} + m_t q_t              exact: every scale is m_t times t
 output    n_t = n_{t+1} + round(A_q(q_t) / grid)
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

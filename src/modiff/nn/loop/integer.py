@@ -3,8 +3,6 @@
 ô_t += s s_w[o] Σ (code - zero) * weight code
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -217,7 +215,6 @@ class IntegerInput(InputState):
         return intra
 
     def _unsent(self, runs: Sequence[Run], states: Sequence[Any]) -> Tensor:
-        """Squares of what the states do not hold, all channels in one tensor."""
         missing = []
         for (x, fusion), state in zip(runs, states, strict=True):
             value = state.value() if isinstance(state, FixedState) else state.value
@@ -226,7 +223,6 @@ class IntegerInput(InputState):
 
 
 def _laid(state: State, x: Tensor, moves: bool) -> State:
-    """The state in the memory layout of x, with a move if any is kept; moved once, when a trajectory begins."""
     value = laid_as(state.value, x)
     if not moves:
         return State(value)

@@ -3,8 +3,6 @@
 Layers that read one tensor share one quantized residual: how they know that it is one, and what they read.
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable
@@ -62,7 +60,6 @@ class Source:
 
 
 def _silent(x: Tensor, read: int | None) -> bool:
-    """Whether identity and version say nothing, and no read number does."""
     return read == 0 or (read is None and x.is_inference())
 
 
