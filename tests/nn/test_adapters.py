@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import modiff
 from modiff import StateError, presets
 from modiff.model.attach import attachment_of
+from modiff.nn import ModulatedConv2d, ModulatedLinear
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import HOSTS
 from tests.model.toys import SHAPE, Toy, toy
@@ -119,3 +120,11 @@ def test_layers_are_chosen_as_without_adapters_also_where_each_has_one(name):
             setattr(host.network(adapted).get_submodule(parent), leaf, wrapper)
     entries = [entry for entry in modiff.select(adapted, "w8a8").entries if entry.reason != "belongs to an adapter"]
     assert entries == list(modiff.select(plain, "w8a8").entries)
+
+
+@pytest.mark.parametrize(("kind", "plain", "sizes"), [(ModulatedLinear, nn.Linear, (4, 2)),
+                                                      (ModulatedConv2d, nn.Conv2d, (4, 2, 3))])  # fmt: skip
+def test_a_layer_made_of_the_class_of_a_modulated_one_is_the_plain_layer(kind, plain, sizes):
+    layer = kind(*sizes, bias=False)
+    assert type(layer) is plain
+    assert layer.bias is None

@@ -165,21 +165,6 @@ def fixed(bits: int = 4, case: int = 0, size: float = 1.0) -> tuple[QuantizedWei
     return ours, weight, codes
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@each_case
-def test_fixed_codes_are_the_weight_and_unfix_rounds_again(bits, case):
-    ours, weight, codes = fixed(bits, case)
-    rounded = QuantizedWeight(ours.config, ours.columns, ours.rotation).dense(weight, torch.float32)
-    expected = torch.cat([each.double() * qparams.scale.double() for each, qparams in codes], 1)
-    assert ours.fixed
-    assert_within(ours.dense(weight, torch.float64), expected, 1e-12)
-    same_codes(ours.codes(weight), codes)
-    assert (ours.dense(weight, torch.float32) != rounded).any()
-    ours.unfix()
-    assert not ours.fixed
-    assert_same_bits(ours.dense(weight, torch.float32), rounded)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [1.0, 1e-6])
