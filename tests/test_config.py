@@ -139,7 +139,7 @@ def test_tuned_is_rotated_and_holds_at_any_bits():
         (presets.w4a8().to_dict(), presets.w4a8()),
         (None, presets.w8a8()),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_a_config_is_what_a_person_types_or_a_program_has(text: object, expected: ModiffConfig) -> None:
     assert as_config(text) == expected
