@@ -66,7 +66,7 @@ class Int16Input(IntegerInput):
 
         codes = [encode(i, state) for i, state in enumerate(self.states)]
         largest, intra = max(float(scale.max()) for _, scale in codes) if x.is_cpu else 0.0, None
-        if self.may_jump(largest, x):
+        if self.may_jump(largest, codes):
             intra = self.restart_jumped(codes, runs, encode)
         self.least -= largest * self.quantizer.unsent
         if bool(self._clipped > 0):

@@ -163,7 +163,7 @@ class IntegerInput(InputState):
                 largest = max(largest, float(codes[-1][1].max()))
         self.states = tuple(states)
         if scales is None and gain is None:
-            if self.may_jump(largest, x):
+            if self.may_jump(largest, codes):
                 intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
             self.least -= largest * quantizer.unsent
         if x.is_cpu and (every > 1 or states[0].value.dtype != torch.float32):
@@ -172,23 +172,23 @@ class IntegerInput(InputState):
             self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
         return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,), intra=intra)
 
-    def may_jump(self, largest: float, x: Tensor) -> bool:
-        """Whether a sample may need larger scales for its residual, `largest` at most, than for its value.
-
-        Cost: nothing while the bound of the values holds, then on CPUs a pass over the states to measure it.
-        """
+    def may_jump(self, largest: float, codes: Sequence[Codes]) -> bool:
+        """Whether a sample may need larger scales for its residual, `largest` at most, than for its value."""
+        # nothing is measured while the bound of the values holds; then, on CPUs, a pass over the states
         self.least -= largest
-        if not 1.001 * largest < self.least and x.is_cpu:
-            q, sums = self.quantizer, 0.0
-            for state, channels in zip(self.states, self.quantizer.segments, strict=True):
-                values = state.value() if isinstance(state, FixedState) else state.value
-                shared = BY_NAME[q.granularity].reduce(values.abs(), q.channel_dim, torch.amax)
-                each = shared.square().mean(tuple(range(1, shared.dim()))) if q.granularity == "token" else shared
-                least = float(each.min())
-                sums += channels * (least if q.granularity == "token" else least * least)
-            share = q.config.clip / qrange(q.bits)[1]
-            self.least = share * (sums / sum(q.segments)) ** 0.5 - largest * q.unsent
-        return not 1.001 * largest < self.least
+        if 1.001 * largest < self.least or not codes[0][1].is_cpu:
+            return not 1.001 * largest < self.least
+        q, share = self.quantizer, self.quantizer.config.clip / qrange(self.quantizer.bits)[1]
+        states = [state.value() if isinstance(state, FixedState) else state.value for state in self.states]
+        ranges = [BY_NAME[q.granularity].reduce(value.abs(), q.channel_dim, torch.amax) for value in states]
+        squares = sum(n * float(each.min()) ** 2 for n, each in zip(q.segments, ranges, strict=True))
+        self.least = share * (squares / sum(q.segments)) ** 0.5 - largest * q.unsent
+        if 1.001 * largest < self.least:
+            return False
+        own, coded = [QParams(share * each, None) for each in ranges], [QParams(scale, None) for _, scale in codes]
+        values, residuals = noise_of(own, q).sqrt(), noise_of(coded, q).sqrt()
+        self.least = float(values.min()) - largest * q.unsent
+        return bool(((1.001 + q.unsent) * residuals >= values).any())
 
     def restart_jumped(
         self, codes: Sequence[Codes], runs: Sequence[Run], encode: Callable[[int, Any], Codes]
@@ -196,8 +196,7 @@ class IntegerInput(InputState):
         """Write, in place, codes and states of samples that jump as from zero. Returns: flags of these samples.
 
         encode: the codes of a run of channels against a state, which becomes the next one.
-        Cost: a second encoding. Devices are waited for once after an anchor: where nothing jumps then, nothing is
-            looked at until the next one.
+        Cost: a second encoding. A device is waited for after an anchor alone: what does not jump then is left be.
         """
         blank = [type(state)(torch.zeros_like(state[0]), *state[1:]) for state in self.states]
         own = [encode(i, state) for i, state in enumerate(blank)]
