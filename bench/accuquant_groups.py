@@ -114,7 +114,7 @@ def cosines_of(pipe: Any, model: nn.Module, report: MethodReport, config: Accuqu
     with full_precision(model):
         calls = list(collect(pipe, run, progress=False))
         trajectory = SamplerSteps(model, as_recorded(pipe.scheduler, None), calls, None)
-    state, quantizers, found = trajectory.recorded[0], quantizers_of(model), []
+    state, quantizers, cosines = trajectory.recorded[0], quantizers_of(model), []
     for index, (first, last) in enumerate(_steps(unit.name) for unit in report.scales.units):
         group = Group(range(first, last + 1), state, trajectory.recorded[last + 1])
         with evaluating(model), without_states(model, "quantized") as trainees:
@@ -123,8 +123,8 @@ def cosines_of(pipe: Any, model: nn.Module, report: MethodReport, config: Accuqu
             _, mine = approximate_gradient(group, trajectory.evaluate, trajectory.advance, leaves)
             _, true = exact_gradient(group, trajectory.evaluate, trajectory.advance, leaves)
             state = roll_out(group, trajectory.evaluate, trajectory.advance)[0][-1]
-        found.append(cosine(mine, true))
-    return found
+        cosines.append(cosine(mine, true))
+    return cosines
 
 
 def exact_gradient(
@@ -137,8 +137,8 @@ def exact_gradient(
             state = advance(step, state, evaluate(step, state))
         error = error_of(state, group.target)
     gradients = torch.autograd.grad(error, list(leaves), allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
-    return float(error.detach()), found
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
+    return float(error.detach()), filled
 
 
 def _steps(name: str) -> tuple[int, int]:
@@ -148,8 +148,8 @@ def _steps(name: str) -> tuple[int, int]:
 
 
 def cosine(mine: Sequence[Tensor], true: Sequence[Tensor]) -> float:
-    """Of two gradients, each in many pieces; computed in float64."""
-    a, b = (torch.cat([piece.flatten().double() for piece in pieces]) for pieces in (mine, true))
+    """Of two gradients, each in many tensors; computed in float64."""
+    a, b = (torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (mine, true))
     return float(a @ b / (a.norm() * b.norm()))
 
 

@@ -37,15 +37,15 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 def child_environment(isa: str, threads: int | None, capabilities: dict[str, Any]) -> dict[str, str]:
     """Variables of the children. Raises: ConfigError where the processor has less than `isa`."""
-    found = {name: str(threads) for name in THREADS} if threads else {}
+    variables = {name: str(threads) for name in THREADS} if threads else {}
     if isa == "native":
-        return found
+        return variables
     level, words = NEEDED[isa]
     got = level_of(capabilities, LIMITS[isa])
     if got != level:
         raise ConfigError(f"--isa {isa}: expected a processor with {words}, got one that reaches {got}. The limit only "
                           "takes instructions away. Leave --isa out.")  # fmt: skip
-    return {**found, LIMIT: LIMITS[isa], "ATEN_CPU_CAPABILITY": CAPABILITY[isa]}
+    return {**variables, LIMIT: LIMITS[isa], "ATEN_CPU_CAPABILITY": CAPABILITY[isa]}
 
 
 def limit_of(isa: str) -> str:

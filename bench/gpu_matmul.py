@@ -132,20 +132,20 @@ def _prepared(make: Callable[[], Any]) -> Callable[[], object]:
 
 def timed(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float] | str]:
     """Seconds of each run in each round, or why it cannot run."""
-    found: dict[str, list[float] | str] = {}
+    measured: dict[str, list[float] | str] = {}
     for name, run in runs.items():
         try:
             run()
-            found[name] = []
+            measured[name] = []
         except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
-            found[name] = str(error).splitlines()[0][:120]
+            measured[name] = str(error).splitlines()[0][:120]
     flush = torch.empty(FLUSH if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
     for _ in range(rounds):
-        for name, times in found.items():
+        for name, times in measured.items():
             if isinstance(times, list):
                 flush.zero_()
                 times.append(_seconds(runs[name], device))
-    return found
+    return measured
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -48,14 +48,14 @@ def measure(pipe: Any, steps: int, num_images: int, seed: int) -> list[dict[str,
 
     exact, rows, simulated = run(None).images, [], None
     for name, config in tqdm(ROWS.items(), unit="row"):
-        found = run(config)
-        simulated = found.images if name.endswith("simulated") else simulated
+        sampled = run(config)
+        simulated = sampled.images if name.endswith("simulated") else simulated
         rows.append(
             {
                 "name": name,
-                "relative_l2": relative_l2(found.images, exact),
-                "to_simulation": relative_l2(found.images, simulated),
-                "state_mib": found.state_bytes / 2**20,
+                "relative_l2": relative_l2(sampled.images, exact),
+                "to_simulation": relative_l2(sampled.images, simulated),
+                "state_mib": sampled.state_bytes / 2**20,
             }
         )
     return rows

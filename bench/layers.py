@@ -88,17 +88,17 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
         slide = functional.conv1d if axes == 1 else functional.conv2d
         return slide(x, dense, bias, p.stride, p.padding, p.dilation, p.groups)
 
-    def modulated(given: Tensor | None) -> Callable[[], Tensor]:
+    def modulated(static: Tensor | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            sent, used = encode_residual(x, state, given, bits, granularity=granularity, channel_dim=channel)
+            sent, used = encode_residual(x, state, static, bits, granularity=granularity, channel_dim=channel)
             kernel.accumulate(output, sent, used)
             return output.clone()  # the model may write into what the layer returns
 
         return run
 
-    def stateless(given: Tensor | None) -> Callable[[], Tensor]:
+    def stateless(static: Tensor | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            sent, used = encode_residual(x, None, given, bits, granularity=granularity, channel_dim=channel)
+            sent, used = encode_residual(x, None, static, bits, granularity=granularity, channel_dim=channel)
             return kernel.compute(sent, used, bias)
 
         return run
@@ -156,9 +156,9 @@ def rows_of(shape: Shape, bits: int, rounds: int, reached: Reached) -> list[dict
 
 def commit() -> str:
     """The commit of the source tree, or "unknown"."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -125,7 +125,7 @@ def rows(
     recipes: Iterable[str], bits: Iterable[tuple[int, int]], modes: Iterable[str] = MODES
 ) -> tuple[list[Row], dict[str, str]]:
     """The rows that mean something, and why the others are refused."""
-    bits, modes, found, refused = list(bits), list(modes), [], {}
+    bits, modes, kept, refused = list(bits), list(modes), [], {}
     for recipe in recipes:
         method = METHODS[RECIPES[recipe].method]
         for mode in modes:
@@ -134,8 +134,8 @@ def rows(
             if reason:
                 refused[f"{recipe}, {mode}"] = reason
             else:
-                found += [Row(recipe, w, a, modulated) for w, a in bits]
-    return found, refused
+                kept += [Row(recipe, w, a, modulated) for w, a in bits]
+    return kept, refused
 
 
 # ------------------------------------------------------------------------------------------------ one row, one process
@@ -200,8 +200,8 @@ def _distances(name: str, features: Tensor, reference: Tensor | Moments | None, 
     """The distance, and its interval under a name of its own; None without reference."""
     if reference is None or not torch.isfinite(features).all():
         return {name: None}
-    found = frechet_interval(features, reference, resamples=100, draw=draw)
-    return {name: found["estimate"], f"{name}_interval": [found["low"], found["high"]]}
+    interval = frechet_interval(features, reference, resamples=100, draw=draw)
+    return {name: interval["estimate"], f"{name}_interval": [interval["low"], interval["high"]]}
 
 
 def _data(settings: dict[str, Any], work: Path, extractor: Any, shape: tuple[int, ...]) -> Moments | None:
@@ -224,7 +224,7 @@ def _data(settings: dict[str, Any], work: Path, extractor: Any, shape: tuple[int
 
 def bordered(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Images (N, H, W, C) in the middle of (N, *shape), black around. Raises: FormatError if they do not fit."""
-    rest = [wanted - got for wanted, got in zip(shape, images.shape[1:], strict=True)]
+    rest = [whole - size for whole, size in zip(shape, images.shape[1:], strict=True)]
     if min(rest) < 0 or rest[2] or rest[0] % 2 or rest[1] % 2:
         raise FormatError(
             f"--reference: expected images of at most {shape}, got {images.shape[1:]}. The model makes images of this "
@@ -240,7 +240,7 @@ def _number(value: float) -> float | None:
 # ------------------------------------------------------------------------------------------------------ all of them
 
 
-def run_all(wanted: list[Row], settings: dict[str, Any], work: Path) -> dict[str, dict[str, Any]]:
+def run_all(chosen: list[Row], settings: dict[str, Any], work: Path) -> dict[str, dict[str, Any]]:
     """What is missing, each in a process of its own, full precision first; by row name.
 
     The data count by their digest, wherever they lie: a folder goes on on another machine.
@@ -248,7 +248,7 @@ def run_all(wanted: list[Row], settings: dict[str, Any], work: Path) -> dict[str
     rows: dict[str, dict[str, Any]] = {}
     job = {key: value for key, value in settings.items() if key != "reference"}
     with ResumableFolder(work, job, record="settings.json"):
-        for row in tqdm([None, *wanted], desc="methods", unit="row"):
+        for row in tqdm([None, *chosen], desc="methods", unit="row"):
             name = FULL_PRECISION if row is None else row.name
             path = work / f"{name}.json"
             if not path.exists() or (row is None and not path.with_suffix(".npz").exists()):
@@ -267,30 +267,31 @@ def run_task(text: str) -> None:
     write_json(out, run_row(None if row is None else Row(**row), task["settings"], out.parent))
 
 
-def json_rows(wanted: list[Row], found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def json_rows(chosen: list[Row], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with exactly the fields of the table."""
-    named = [{"method": r.recipe} | asdict(r) | found[r.name] for r in wanted]
+    named = [{"method": r.recipe} | asdict(r) | results[r.name] for r in chosen]
     return [{field: values[field] for field in FIELDS} for values in named]
 
 
 def page(
-    wanted: list[Row], refused: dict[str, str], found: dict[str, dict[str, Any]], settings: dict[str, Any], command: str
-) -> str:
+    chosen: list[Row], refused: dict[str, str], results: dict[str, dict[str, Any]], settings: dict[str, Any],
+    command: str,
+) -> str:  # fmt: skip
     """docs/methods.md."""
     head = ("method", "bits", "mode", "relative L2", "PSNR dB", "FD to full precision", "FD to data",
             "calibration CPU s", "peak MiB", "checkpoint KiB")  # fmt: skip
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
-    for row in wanted:
-        values = found[row.name]
+    for row in chosen:
+        values = results[row.name]
         cells = [row.recipe, f"W{row.weight_bits}A{row.activation_bits}", row.mode]
         cells += [_cell(values["relative_l2"], ".4f"), _cell(values["psnr_db"], ".1f")]
         cells += [_distance(values, name) for name in ("fd_full_precision", "fd_data")]
         cells += [_cell(values["calibration_seconds"], ".0f"), _cell(values["peak_mib"], ".0f")]
         lines.append(" | ".join([*cells, f"{values['checkpoint_bytes'] / 1024:.0f}"]))
-    used = {row.recipe for row in wanted}
+    used = {row.recipe for row in chosen}
     where = ", ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     names = {"model": _name(settings["model"]), "extractor": _name(settings["extractor"])}
-    intro = INTRODUCTION.format(**settings | names, command=command, data=_distance(found[FULL_PRECISION], "fd_data"))
+    intro = INTRODUCTION.format(**settings | names, command=command, data=_distance(results[FULL_PRECISION], "fd_data"))
     about = [f"- {name}: {recipe.about}." for name, recipe in RECIPES.items() if name in used]
     table = [f"| {line} |" for line in lines]
     notes = [f"Refused: {name}. {reason}.\n" for name, reason in refused.items()]
@@ -350,7 +351,7 @@ def main() -> None:
         run_task(options.task)
         return
     recipes, modes = _some("--methods", options.methods, RECIPES), _some("--modes", options.modes, MODES)
-    wanted, refused = rows(recipes, _bits(options.bits), modes)
+    chosen, refused = rows(recipes, _bits(options.bits), modes)
     settings = {
         "model": options.model,
         "num_images": options.num_images or (64 if options.quick else 2000),
@@ -366,11 +367,11 @@ def main() -> None:
     for path in filter(None, (options.json, options.page)):
         check_writable(path)
     work = options.work or Path("methods-bench-quick" if options.quick else "methods-bench")
-    found = run_all(wanted, settings, work)
+    results = run_all(chosen, settings, work)
     if options.json is not None:
-        write_json(options.json, json_rows(wanted, found))
+        write_json(options.json, json_rows(chosen, results))
     command = shlex.join(["python", "bench/methods.py", *_shown(sys.argv[1:])])
-    text = page(wanted, refused, found, settings, command)
+    text = page(chosen, refused, results, settings, command)
     write_atomically(options.page, lambda file: file.write(text.encode()))
     print(text)
 

@@ -131,13 +131,13 @@ class Bench:
         exact, start = self.exact(steps), time.perf_counter()
         put()
         try:
-            found = self.images(steps)
+            images = self.images(steps)
         finally:
             remove(self.pipe)
-        each = [relative_l2(mine[None], true[None]) for mine, true in zip(found, exact, strict=True)]
+        each = [relative_l2(mine[None], true[None]) for mine, true in zip(images, exact, strict=True)]
         return {
             "steps": steps,
-            "relative_l2": relative_l2(found, exact),
+            "relative_l2": relative_l2(images, exact),
             "median_image": float(np.median(each)),
             "worst_image": max(each),
             "seconds": time.perf_counter() - start,
@@ -220,23 +220,23 @@ def run_all(settings: dict[str, Any], work: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def judged(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each bar, what was found, and whether it holds."""
+def judged(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each bar, what was measured, and whether it holds."""
     out = []
     for bar in BARS:
-        value = found[bar.row]["relative_l2"] / (1.0 if bar.than is None else found[bar.than]["relative_l2"])
+        value = results[bar.row]["relative_l2"] / (1.0 if bar.than is None else results[bar.than]["relative_l2"])
         out.append(dataclasses.asdict(bar) | {"value": value, "met": value <= bar.at_most})
     return out
 
 
-def page(found: dict[str, dict[str, Any]], settings: dict[str, Any], command: str) -> str:
+def page(results: dict[str, dict[str, Any]], settings: dict[str, Any], command: str) -> str:
     """docs/reconstruction.md."""
     lines = ["| row | steps | relative L2 | median image | worst image | s |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, row in found.items():
+    for name, row in results.items():
         errors = " | ".join(f"{row[key]:.4f}" for key in ("relative_l2", "median_image", "worst_image"))
         lines.append(f"| {name} | {row['steps']} | {errors} | {row['seconds']:.0f} |")
     bars = ["| bar | at most | measured | |", "| --- | --- | --- | --- |"]
-    for bar in judged(found):
+    for bar in judged(results):
         times = "" if bar["than"] is None else "x"
         met = "met" if bar["met"] else "missed"
         bars.append(f"| {bar['title']} | {bar['at_most']:g}{times} | {bar['value']:.4f}{times} | {met} |")
@@ -272,12 +272,12 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in names}
     for path in (options.json, options.page):
         check_writable(path)
-    found = run_all(settings, options.work)
+    results = run_all(settings, options.work)
     command = shlex.join(["python", "bench/reconstruction.py", *map(_name, sys.argv[1:])])
     shown = settings | {"model": _name(options.model)}
-    rows = [{"name": name} | row for name, row in found.items()]
-    write_json(options.json, {"settings": shown, "rows": rows, "bars": judged(found), "environment": environment()})
-    text = page(found, settings, command)
+    rows = [{"name": name} | row for name, row in results.items()]
+    write_json(options.json, {"settings": shown, "rows": rows, "bars": judged(results), "environment": environment()})
+    text = page(results, settings, command)
     write_atomically(options.page, lambda file: file.write(text.encode()))
     print(text)
 

@@ -130,7 +130,7 @@ class _SilentQuantizer(Quantizer):
     """The layer's quantizer behind the rule. share: what the last residual sent, 0 to 1."""
 
     def __init__(self, quantizer: Quantizer, rule: SkipRule, decisions: Decisions, block: str, clock: Clock) -> None:
-        super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.segments)
+        super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.runs)
         self.rule, self.decisions, self.block, self.clock = rule, decisions, block, clock
         self.input: Tensor | None = None
         self.share = 1.0
@@ -217,7 +217,7 @@ class _FirstStepQuantizer(Quantizer):
     """The layer's quantizer from the second step on."""
 
     def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
-        super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.segments)
+        super().__init__(quantizer.config, quantizer.granularity, quantizer.channel_dim, quantizer.runs)
         self.clock = clock
 
     def __call__(self, residual: Tensor) -> Code | None:

@@ -58,7 +58,7 @@ def recipe_of_layer(layer: nn.Module, config: LayerConfig, split: int | None = N
         bias = layer.bias.detach().double().reshape(-1, *[1] * (weight.dim() - 2))
     granularity = config.activation.granularity.replace("auto", "token" if linear else "sample")
     return recipe_for(
-        config, torch_operator(layer, weight), bias, segments=runs, granularity=granularity,
+        config, torch_operator(layer, weight), bias, runs=runs, granularity=granularity,
         channel_dim=-1 if linear else 1, matrix=matrix,
         anchor=torch_operator(layer, exact if config.modulation.anchor_weights == "exact" else weight),
     )  # fmt: skip

@@ -166,7 +166,7 @@ def test_circles_and_families_are_seen(texts: dict[str, str], seen: set[str]) ->
     assert families(["suite", "suite_plans", "suited"]) == [("suite", "suite_plans")]
 
 
-SOURCES = sorted([*(ROOT / "src" / "modiff").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
+SOURCES = sorted(path for tree in TREES for path in tree.rglob("*.py"))
 TESTED = ("generate", "cli", "experiments", "training", "methods", "checkpoint", "assets")
 TESTS = sorted(path for room in TESTED for path in (ROOT / "tests" / room).glob("*.py"))
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -178,6 +178,7 @@ NAMES = {
     "obstacle": "unsupported",
     "front": "fused input",
     "piece": "name the thing",
+    "segment": "run",
     "verdict": "decision",
 }
 """Words of identifiers that are gone, also in the plural, and what to write instead."""
@@ -194,6 +195,7 @@ PHRASES = {
     r"beside": "next to, or in addition to",
     r"so many": "the number",
     r"in whatever parts": "however it is divided",
+    r"segments?": "run of channels",
     r"learned steps?": "learned scale",
     r"step sizes? of (?:the|a) quantizer": "scale",
     r"the gate (?:leaves|picks|chooses|takes|times|decides)": "autotune",

@@ -10,10 +10,10 @@ CONV = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": 
 def main() -> None:
     """The instruction level, the self-test, the input side, and the backend of typical layers."""
     isa = this_machine()
-    found = isa.trust
+    trust = isa.trust
     print(f"instructions    {isa.level}, oneDNN's integer operators {'present' if isa.onednn else 'missing'}")
-    print(f"self-test       few bits {'exact' if found.bounded else 'WRONG'}, all codes "
-          f"{'exact' if found.full else 'saturate'}{' ' + found.detail if found.detail else ''}")  # fmt: skip
+    print(f"self-test       few bits {'exact' if trust.bounded else 'WRONG'}, all codes "
+          f"{'exact' if trust.full else 'saturate'}{' ' + trust.detail if trust.detail else ''}")  # fmt: skip
     print(f"input side      {choose_encoder().backend}: {choose_encoder().reason}")
     for bits, weight_max in ((8, 127), (7, 127), (4, 127), (8, 63), (8, 8)):
         for name, problem in (

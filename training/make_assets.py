@@ -144,12 +144,12 @@ def generate(pipeline: DDIMPipeline, folder: Path, options: argparse.Namespace) 
 
 def judge(classifier: Classifier, images: Tensor) -> dict[str, Any]:
     """Share taken with confidence over 0.9, and entropy -sum p_k ln p_k of the histogram of classes, in nats."""
-    found = probabilities(classifier, images)
-    counts = found.argmax(-1).bincount(minlength=classifier.classes)
+    predicted = probabilities(classifier, images)
+    counts = predicted.argmax(-1).bincount(minlength=classifier.classes)
     p = counts[counts > 0].double() / counts.sum()
     return {
         "count": len(images),
-        "confident_share": (found.amax(-1) > CONFIDENT).double().mean().item(),
+        "confident_share": (predicted.amax(-1) > CONFIDENT).double().mean().item(),
         "class_entropy_nats": -(p * p.log()).sum().item() + 0.0,
         "class_counts": counts.tolist(),
     }
@@ -222,7 +222,7 @@ def write_card(
 
 
 def install(made: Path, target: Path) -> None:
-    """Put a finished folder in the place of the old one, if there is one."""
+    """Put a finished folder instead of the old one, if there is one."""
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -289,12 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         install(working / name, options.output / name)
     shutil.rmtree(working)
-    found = metrics["samples"]
+    samples = metrics["samples"]
     print(
         f"saved {' and '.join(str(options.output / name) for name in names)}\n"
-        f"confident share {found['confident_share']:.3f} (aim {LEAST_CONFIDENT}; "
+        f"confident share {samples['confident_share']:.3f} (aim {LEAST_CONFIDENT}; "
         f"test images {metrics['test_images']['confident_share']:.3f}), "
-        f"class entropy {found['class_entropy_nats']:.3f} nats (aim {LEAST_ENTROPY}; "
+        f"class entropy {samples['class_entropy_nats']:.3f} nats (aim {LEAST_ENTROPY}; "
         f"test images {metrics['test_images']['class_entropy_nats']:.3f})\n"
         f"Frechet distance to as many test images {metrics['frechet_distance']['value']:.3f}"
     )

@@ -46,14 +46,14 @@ def draw(net: Any, scheduler: DDIMScheduler, labels: Tensor, *, steps: int, guid
     config = net.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     x = torch.stack([torch.randn(shape, generator=g) for g in noise_generators(seed, range(len(labels)))])
-    given, x = labels.to(net.device), x.to(net.device)
+    classes, x = labels.to(net.device), x.to(net.device)
     guided = guidance != 1
     if guided:
-        given = torch.cat([given, torch.full_like(given, config.num_embeds_ada_norm)])
+        classes = torch.cat([classes, torch.full_like(classes, config.num_embeds_ada_norm)])
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         both = torch.cat([x, x]) if guided else x
-        noise = net(both, t.to(x.device).expand(len(both)), class_labels=given).sample
+        noise = net(both, t.to(x.device).expand(len(both)), class_labels=classes).sample
         if guided:
             of_class, of_none = noise.chunk(2)
             noise = of_none + guidance * (of_class - of_none)

@@ -145,14 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = train(options, images, labels)
     seconds = time.time() - started
     save_classifier(model, options.output)
-    found = probabilities(load_classifier(options.output), test_images)
+    predicted = probabilities(load_classifier(options.output), test_images)
     card = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items()}
     card |= {
         "images_seen": options.epochs * len(images),
         "training_seconds": round(seconds),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "test_accuracy": (found.argmax(-1) == test_labels).float().mean().item(),
-        "test_confident_share": (found.amax(-1) > CONFIDENT).float().mean().item(),
+        "test_accuracy": (predicted.argmax(-1) == test_labels).float().mean().item(),
+        "test_confident_share": (predicted.amax(-1) > CONFIDENT).float().mean().item(),
     }
     (options.output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
     print(f"saved {options.output}: test accuracy {card['test_accuracy']:.2%}, "

@@ -216,7 +216,7 @@ def save(output: Path, task: Task, average: Any, optimizer: torch.optim.Optimize
 
 
 def start_from(folder: Path, task: Task) -> Progress:
-    """Take the weights of a pipeline folder, and the counts of the training.json beside it."""
+    """Take the weights of a pipeline folder, and the counts of the training.json next to it."""
     path = folder / task.part / WEIGHTS
     try:
         task.model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
@@ -228,15 +228,15 @@ def start_from(folder: Path, task: Task) -> Progress:
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SystemExit(
-            f"--start-from {folder}: expected a pipeline folder of this model beside its training.json, got: {reason} "
+            f"--start-from {folder}: expected a pipeline folder of this model next to its training.json, got: {reason} "
             "The architecture differs, or a file is missing. Give the pipeline folder of a run."
         ) from error
 
 
 def fixed(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     """What must stay from call to call: one model is trained on one noise schedule and one set of images."""
-    found = {name: getattr(options, name) for name in FIXED_OPTIONS if hasattr(options, name)}
-    return found | {"images": list(task.images.shape)}
+    settings = {name: getattr(options, name) for name in FIXED_OPTIONS if hasattr(options, name)}
+    return settings | {"images": list(task.images.shape)}
 
 
 def resume(

@@ -79,7 +79,7 @@ class Recorded:
         self.network, self.call, self.record = network, call, record
         self.kept = KeptStates(network)
         self.graph: Graph | None = None
-        self.given: tuple[Tensor, Tensor] | None = None
+        self.inputs: tuple[Tensor, Tensor] | None = None
         self.output: Tensor | None = None
         self.version, self.step = -1, 0
 
@@ -106,9 +106,9 @@ class Recorded:
 
     def _copied(self, *values: Any) -> tuple[Tensor, ...]:
         """The inputs, where the graph reads them. New shapes void the graph."""
-        held = self.given
+        held = self.inputs
         if held is None or any(h.shape != v.shape or h.dtype != v.dtype for h, v in zip(held, values, strict=True)):
-            self.given = held = tuple(torch.empty_like(v) for v in values)
+            self.inputs = held = tuple(torch.empty_like(v) for v in values)
             self.graph = None
         for place, value in zip(held, values, strict=True):
             place.copy_(value)

@@ -19,7 +19,7 @@ from modiff.hosts.diffusers.runs import noise_generators
 WEIGHTS_SEED = 0
 CPU = torch.device("cpu")
 Inputs = dict[str, Any]
-"""Of a denoiser beside x and t: tensors with a row for each condition, or dicts of them."""
+"""Of a denoiser in addition to x and t: tensors with a row for each condition, or dicts of them."""
 Step = Callable[[Tensor, Tensor], Tensor]
 """(x_t, timestep of each row) -> the predicted noise, float32."""
 

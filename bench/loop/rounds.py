@@ -19,7 +19,7 @@ from loop.variants import REFERENCE, Task
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Set it to keep what is compiled for the next call; it gets a folder for each variant."""
 SPARE = 1.25
-"""Memory wanted before another process starts, over the largest of its kind so far."""
+"""Memory that must be free before another process starts, over the largest of its kind so far."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Child:
             self.process.start()
         theirs.close()
 
-    def answer(self, wanted: str) -> Any:
+    def answer(self, expected: str) -> Any:
         """What it sends next; None if it did not, and the record then says why."""
         start = time.perf_counter()
         kind, value = "cannot", f"not done after {self.limit:.0f} s (--limit)"
@@ -61,7 +61,7 @@ class Child:
             self.process.join(10)
             kind, value = "cannot", f"its process died, exit code {self.process.exitcode}"
         self.record.used += time.perf_counter() - start
-        if kind == wanted:
+        if kind == expected:
             return value
         self.record.reason = value
         return None
@@ -139,8 +139,8 @@ class Run:
         record = Record(task)
         child = Child(record, self.environment, self.limit)
         try:
-            if child.answer("ready") is not None and (found := child.run()) is not None:
-                self.reference = found["images"]
+            if child.answer("ready") is not None and (ran := child.run()) is not None:
+                self.reference = ran["images"]
         finally:
             child.end()
         if record.reason:
@@ -200,14 +200,14 @@ class Run:
             first = i % max(1, len(children))
             for child in [*children[first:], *children[:first]]:
                 record = child.record
-                found = None if record.reason else child.run()
-                if found is None:
+                ran = None if record.reason else child.run()
+                if ran is None:
                     continue
                 if record.task.variant == REFERENCE and self.reference is None:
-                    self.reference = found["images"]
-                record.rounds.append(found)
+                    self.reference = ran["images"]
+                record.rounds.append(ran)
                 record.waves.append(wave)
-                self.say(f"{record.task.model.name} {record.task.variant}: {found['seconds']:.3f} s")
+                self.say(f"{record.task.model.name} {record.task.variant}: {ran['seconds']:.3f} s")
 
 
 def gpu_mib() -> float:
@@ -217,12 +217,12 @@ def gpu_mib() -> float:
 
 def available_mib() -> float | None:
     """Memory that may still be taken: of the machine, and of a control group's limit; None where nothing tells it."""
-    found: list[float] = []
+    free: list[float] = []
     table = Path("/proc/meminfo")
     if table.is_file():
         lines = [line.split() for line in table.read_text().splitlines()]
-        found += [int(line[1]) / 2**10 for line in lines if line[0] == "MemAvailable:"]
+        free += [int(line[1]) / 2**10 for line in lines if line[0] == "MemAvailable:"]
     most, now = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if most.is_file() and now.is_file() and most.read_text().strip().isdigit():
-        found.append((int(most.read_text()) - int(now.read_text())) / 2**20)
-    return min(found, default=None)
+        free.append((int(most.read_text()) - int(now.read_text())) / 2**20)
+    return min(free, default=None)

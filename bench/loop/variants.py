@@ -102,8 +102,8 @@ def parts_of(task: Task) -> Parts:
     device = torch.device(task.device)
     net, inputs, scheduler = task.model.build(device)
     loop = Loop(task.model, scheduler, task.model.steps, task.timed, device)
-    given = of_rows(repeated(inputs, task.model.size[0]), lambda rows: rows.to(device))
-    return Parts(task, net.to(device), given, loop)
+    arguments = of_rows(repeated(inputs, task.model.size[0]), lambda rows: rows.to(device))
+    return Parts(task, net.to(device), arguments, loop)
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -134,10 +134,10 @@ def compiler(device: torch.device, mode: str = "default") -> Callable[..., Any]:
 
 def step_of(call: Callable[..., Any], inputs: Inputs, dtype: torch.dtype, channels: int) -> Step:
     """The step of a denoiser that runs in `dtype`; x and the noise stay float32, learned variances are dropped."""
-    given = in_dtype(inputs, dtype)
+    arguments = in_dtype(inputs, dtype)
 
     def step(x: Tensor, t: Tensor) -> Tensor:
-        return call(x.to(dtype), t, **given, return_dict=False)[0].float()[:, :channels]
+        return call(x.to(dtype), t, **arguments, return_dict=False)[0].float()[:, :channels]
 
     return step
 
@@ -202,10 +202,10 @@ def torchao_linear(parts: Parts, config: object) -> Ready:
 
 def layers_of_many_rows(parts: Parts, net: nn.Module, dtype: torch.dtype) -> set[str]:
     """The linear layers that get LEAST_ROWS rows or more: those of the time step get one for each image."""
-    found: set[str] = set()
+    names: set[str] = set()
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, given, name=name: found.add(name) if given[0].numel() >= LEAST_ROWS * given[0].shape[-1] else None
+            lambda _, call, name=name: names.add(name) if call[0].numel() >= LEAST_ROWS * call[0].shape[-1] else None
         )
         for name, module in net.named_modules()
         if isinstance(module, nn.Linear)
@@ -213,7 +213,7 @@ def layers_of_many_rows(parts: Parts, net: nn.Module, dtype: torch.dtype) -> set
     parts.loop.run(step_of(net, parts.inputs, dtype, parts.task.model.size[1]), CALIBRATION_SEED, 1)
     for hook in hooks:
         hook.remove()
-    return found
+    return names
 
 
 def openvino_int8(parts: Parts) -> Ready:
@@ -322,11 +322,11 @@ def gated(parts: Parts) -> Ready:
     dtype = best_dtype(parts.task)
     step = step_of(cast(parts, dtype), parts.inputs, dtype, parts.task.model.size[1])
     few = min(GATE_STEPS, parts.loop.timed)
-    found = modiff.autotune(parts.net, run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))
-    note = str(found).partition(";")[0]
-    if not found.pays:
+    choices = modiff.autotune(parts.net, run=lambda: parts.loop.run(step, CALIBRATION_SEED, few))
+    note = str(choices).partition(";")[0]
+    if not choices.pays:
         return dataclasses.replace(compiled(parts, best_dtype(parts.task)), note=note)
-    modiff.apply(parts.net, found.config)
+    modiff.apply(parts.net, choices.config)
     return dataclasses.replace(modulated(parts), note=note)
 
 

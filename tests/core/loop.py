@@ -42,14 +42,14 @@ def modulate(
     activation: QuantizerConfig,
     modulation: ModulationConfig,
     *,
-    segments: tuple[int, ...] = (8,),
+    runs: tuple[int, ...] = (8,),
     granularity: str = "tensor",
     sizes: Sequence[float] | None = None,
     operator: Affine | None = None,
     quantizer: Quantizer | None = None,
 ) -> list[Took]:
     """Both sides of one layer over a trajectory, as a layer runs them."""
-    quantizer = quantizer or Quantizer(activation, granularity, -1, segments)
+    quantizer = quantizer or Quantizer(activation, granularity, -1, runs)
     operator = operator or Affine()
     a = o = None
     took: list[Took] = []

@@ -1,4 +1,4 @@
-"""Quantizers: codes of each segment, static scales, what the observers see, and the ceiling of the codes."""
+"""Quantizers: codes of each run, static scales, what the observers see, and the ceiling of the codes."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from modiff import CalibrationError, ConfigError, QuantizerConfig
 from modiff.core.observers import MinMaxObserver
 from modiff.core.quantizer import Quantizer
 from tests.helpers import assert_same_bits, assert_within
-from tests.reference.quantizer import quantize_segments
+from tests.reference.quantizer import quantize_runs
 from tests.strategies import CLIPS
 
 
-def quantizer_of(segments=(8,), granularity="tensor", channel_dim=-1, **settings) -> Quantizer:
-    return Quantizer(QuantizerConfig(**settings), granularity, channel_dim, segments)
+def quantizer_of(runs=(8,), granularity="tensor", channel_dim=-1, **settings) -> Quantizer:
+    return Quantizer(QuantizerConfig(**settings), granularity, channel_dim, runs)
 
 
 def calibrated(quantizer: Quantizer, *tensors: torch.Tensor) -> Quantizer:
@@ -29,18 +29,16 @@ def calibrated(quantizer: Quantizer, *tensors: torch.Tensor) -> Quantizer:
     seed=st.integers(0, 2**31),
     bits=st.integers(2, 8),
     granularity=st.sampled_from(["tensor", "sample", "token", "input_channel"]),
-    segments=st.sampled_from([(8,), (3, 5), (6, 2)]),
+    runs=st.sampled_from([(8,), (3, 5), (6, 2)]),
     symmetric=st.booleans(),
     clip=CLIPS,
     channel_dim=st.sampled_from([1, -1]),
 )
-def test_codes_and_value_equal_the_reference(seed, bits, granularity, segments, symmetric, clip, channel_dim):
+def test_codes_and_value_equal_the_reference(seed, bits, granularity, runs, symmetric, clip, channel_dim):
     shape = (2, 3, 8) if channel_dim == -1 else (2, 8, 3)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    quantizer = quantizer_of(segments, granularity, channel_dim, bits=bits, symmetric=symmetric, clip=clip)
-    expected = quantize_segments(
-        x, segments, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel_dim
-    )
+    quantizer = quantizer_of(runs, granularity, channel_dim, bits=bits, symmetric=symmetric, clip=clip)
+    expected = quantize_runs(x, runs, bits, granularity, symmetric=symmetric, clip=clip, channel_dim=channel_dim)
     code = quantizer(x)
     assert_same_bits(torch.cat([codes for codes, _ in code.parts], channel_dim), expected.codes.to(torch.int8))
     assert_within(code.value(), expected.value, 1e-12)

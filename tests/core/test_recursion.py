@@ -19,7 +19,7 @@ from tests.reference import recursion as reference
 from tests.strategies import CLIPS, GAINS, modulation_configs, trajectories
 
 SHAPE = (2, 2, 8)
-SEGMENTS = ((8,), (3, 5))
+RUNS = ((8,), (3, 5))
 REACH = float(WEIGHT.abs().sum(1).max())  # largest change of an output for a change of 1 in every input
 
 
@@ -41,17 +41,17 @@ def settings_of_a_layer(draw: st.DrawFn, lowest: int = 0) -> tuple[QuantizerConf
 @given(
     inputs=trajectories(SHAPE),
     layer=settings_of_a_layer(),
-    segments=st.sampled_from(SEGMENTS),
+    runs=st.sampled_from(RUNS),
     granularity=st.sampled_from(["tensor", "sample", "token", "input_channel"]),
     sizes=st.one_of(st.none(), st.lists(st.sampled_from([1.0, 10.0, 20.0, 35.0]), min_size=6, max_size=6)),
 )
 @settings(max_examples=80)
-def test_codes_and_states_equal_the_reference_at_every_step(inputs, layer, segments, granularity, sizes):
+def test_codes_and_states_equal_the_reference_at_every_step(inputs, layer, runs, granularity, sizes):
     activation, modulation = layer
     config = LayerConfig(activation=activation, modulation=modulation)
-    recipe = recipe_for(config, lambda x: x @ WEIGHT.T, BIAS, segments=segments, granularity=granularity)
+    recipe = recipe_for(config, lambda x: x @ WEIGHT.T, BIAS, runs=runs, granularity=granularity)
     expected = reference.run(inputs, recipe, sizes)
-    took = modulate(inputs, activation, modulation, segments=segments, granularity=granularity, sizes=sizes)
+    took = modulate(inputs, activation, modulation, runs=runs, granularity=granularity, sizes=sizes)
     for ours, theirs in zip(took, expected, strict=True):
         if theirs.sent is None:
             assert ours.update.codes == ()
@@ -81,15 +81,15 @@ def test_every_kind_of_step_sends_what_it_should():
 @given(
     inputs=trajectories(SHAPE, max_steps=12),
     layer=settings_of_a_layer(),
-    segments=st.sampled_from(SEGMENTS),
+    runs=st.sampled_from(RUNS),
     granularity=st.sampled_from(["tensor", "sample", "token", "input_channel"]),
 )
 @settings(max_examples=60)
-def test_invariant_1_the_output_state_is_the_layer_at_the_input_state(inputs, layer, segments, granularity):
+def test_invariant_1_the_output_state_is_the_layer_at_the_input_state(inputs, layer, runs, granularity):
     activation, modulation = layer
     if modulation.error_compensation == "none":
         modulation = dataclasses.replace(modulation, error_compensation="closed_loop")
-    for step in modulate(inputs, activation, modulation, segments=segments, granularity=granularity):
+    for step in modulate(inputs, activation, modulation, runs=runs, granularity=granularity):
         assert_within(step.output.value, step.input.value @ WEIGHT.T + BIAS, 1e-9)
 
 

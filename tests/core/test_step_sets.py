@@ -41,9 +41,9 @@ def test_a_moment_is_sets_up_to_float32_rounding_and_no_further():
         set_of((900.0, 1000.0), {(900.0, 950.0): 0})
 
 
-def quantizer_of(segments=(3, 5), granularity="tensor", **settings) -> Quantizer:
+def quantizer_of(runs=(3, 5), granularity="tensor", **settings) -> Quantizer:
     moment = settings.pop("moment", None)
-    return Quantizer(QuantizerConfig(dynamic=False, **settings), granularity, -1, segments, moment)
+    return Quantizer(QuantizerConfig(dynamic=False, **settings), granularity, -1, runs, moment)
 
 
 def measured(original: Quantizer, now: list[float] | None = None) -> Quantizer:
@@ -64,13 +64,13 @@ def same(a: Quantizer, b: Quantizer, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("granularity", ["tensor", "input_channel"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("segments", [(8,), (3, 5)])
-def test_one_set_comes_back_bit_for_bit(granularity, symmetric, segments):
-    original = measured(quantizer_of(segments, granularity, symmetric=symmetric))
+@pytest.mark.parametrize("runs", [(8,), (3, 5)])
+def test_one_set_comes_back_bit_for_bit(granularity, symmetric, runs):
+    original = measured(quantizer_of(runs, granularity, symmetric=symmetric))
     tensors = original.state_dict_tensors()
     kinds = ["scale"] if symmetric else ["scale", "zero_point"]
-    assert set(tensors) == {f"{kind}.{i}" for kind in kinds for i in range(len(segments))}
-    copy = quantizer_of(segments, granularity, symmetric=symmetric)
+    assert set(tensors) == {f"{kind}.{i}" for kind in kinds for i in range(len(runs))}
+    copy = quantizer_of(runs, granularity, symmetric=symmetric)
     copy.load_tensors(tensors)
     same(copy, original, torch.randn(4, 8))
     copy.load_tensors({})

@@ -35,7 +35,7 @@ from tests.pixels import pixel_pipeline
 from tests.recipes import float64, randomised, recipe_of_layer, sizes_of
 from tests.reference import recursion
 from tests.reference.hadamard import along
-from tests.reference.quantizer import quantize_segments
+from tests.reference.quantizer import quantize_runs
 
 
 class OneLayer(nn.Module):
@@ -208,7 +208,7 @@ def test_a_plain_layer_codes_all_of_its_input_at_every_step() -> None:
     layer, inputs = LAYERS["linear"][0], drifting(3, LAYERS["linear"][1], 3, 0.3)
     chosen = presets.plain(None, 4).layer
     for row, x in zip(watched(layer, inputs, chosen, [3.0, 2.0, 1.0])["steps"], inputs, strict=True):
-        coded = quantize_segments(x, (8,), 4, "token", symmetric=True, clip=1.0, channel_dim=-1).value
+        coded = quantize_runs(x, (8,), 4, "token", symmetric=True, clip=1.0, channel_dim=-1).value
         assert row["residual_rms"] == approximately(norm(x) / x.numel() ** 0.5)
         assert row["code_error"] == approximately(norm(x - coded))
         assert row["input_error"] == approximately(norm(x - coded))

@@ -59,7 +59,7 @@ def test_a_u_net_s_concatenations_are_split_where_the_skip_begins():
     report = modiff.apply(model, activations_only(4))
     for name, layer in quantized_layers(model).items():
         assert layer.spec.split == SPLITS.get(name)
-        assert len(layer.quantizer.segments) == (2 if layer.spec.split else 1)
+        assert len(layer.quantizer.runs) == (2 if layer.spec.split else 1)
     notes = {e.name: e.reason for e in report.taken if e.name in SPLITS}
     assert notes
     left_over, missing = toy_unet(), toy_unet()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.affine import QParams
-from modiff.core.hadamard import Segment
+from modiff.core.hadamard import RotatedRun
 from modiff.kernels import native
 from modiff.nn.weight import QuantizedWeight, WeightCodes
 from tests.helpers import assert_same_bits, assert_same_tensors, assert_within, drifting, relative_error
@@ -39,7 +39,7 @@ def test_the_dense_weight_equals_the_reference(bits, shape, columns):
     assert all(c.dtype == torch.int8 and c.abs().max() == 2 ** (bits - 1) - 1 for c in codes)
 
 
-CASES = [((12,), None), ((4, 8), None), ((12,), (Segment(12, 4),)), ((4, 8), (Segment(4, 4), Segment(8, 8)))]
+CASES = [((12,), None), ((4, 8), None), ((12,), (RotatedRun(12, 4),)), ((4, 8), (RotatedRun(4, 4), RotatedRun(8, 8)))]
 each_case = pytest.mark.parametrize("case", range(len(CASES)))
 
 
@@ -59,7 +59,7 @@ def test_a_weight_is_rotated_in_float32_at_least_before_it_is_rounded(bits, case
     assert_within(ours.dense(weight.double(), torch.float64), quantize_weight(turned, bits, columns), 1e-12)
 
 
-@pytest.mark.parametrize("folded", [None, (Segment(3, 1),)])
+@pytest.mark.parametrize("folded", [None, (RotatedRun(3, 1),)])
 def test_without_bits_it_is_the_weight_itself_wherever_that_is_in_memory(folded):
     """Blocks of one channel: the rotated weight is the weight."""
     weight, ours = torch.randn(4, 3), QuantizedWeight(WeightConfig(bits=None), (3,), folded)

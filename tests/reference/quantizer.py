@@ -68,21 +68,21 @@ def quantize(
     return Quantized(codes, value, step)
 
 
-def quantize_segments(
-    x: Tensor, segments: tuple[int, ...], bits: int, granularity: str, *, symmetric: bool, clip: float, channel_dim: int
+def quantize_runs(
+    x: Tensor, runs: tuple[int, ...], bits: int, granularity: str, *, symmetric: bool, clip: float, channel_dim: int
 ) -> Quantized:
     options = {"symmetric": symmetric, "clip": clip, "channel_dim": channel_dim}
-    parts = [quantize(part, bits, granularity, **options) for part in x.split(list(segments), channel_dim)]
+    parts = [quantize(part, bits, granularity, **options) for part in x.split(list(runs), channel_dim)]
     return Quantized(*(torch.cat(side, channel_dim) for side in zip(*parts, strict=True)))
 
 
-def quantize_weight(weight: Tensor, bits: int | None, segments: tuple[int, ...] = ()) -> Tensor:
-    """A weight with one symmetric scale per output channel and segment of input channels."""
+def quantize_weight(weight: Tensor, bits: int | None, runs: tuple[int, ...] = ()) -> Tensor:
+    """A weight with one symmetric scale per output channel and run of input channels."""
     if bits is None:
         return weight.double()
-    segments = segments or (weight.shape[1],)
+    runs = runs or (weight.shape[1],)
     rows = [
-        quantize_segments(row[None], segments, bits, "tensor", symmetric=True, clip=1.0, channel_dim=1).value
+        quantize_runs(row[None], runs, bits, "tensor", symmetric=True, clip=1.0, channel_dim=1).value
         for row in weight.double()
     ]
     return torch.cat(rows)

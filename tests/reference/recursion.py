@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.hadamard import along
-from tests.reference.quantizer import Quantized, quantize_segments
+from tests.reference.quantizer import Quantized, quantize_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Recipe:
     anchor: Callable[[Tensor], Tensor]
     bias: Tensor | float
     bits: int
-    segments: tuple[int, ...]
+    runs: tuple[int, ...]
     granularity: str = "tensor"
     channel_dim: int = -1
     symmetric: bool = True
@@ -51,8 +51,8 @@ class Step:
 
 
 def _code(residual: Tensor, recipe: Recipe) -> Quantized:
-    return quantize_segments(
-        residual, recipe.segments, recipe.bits, recipe.granularity,
+    return quantize_runs(
+        residual, recipe.runs, recipe.bits, recipe.granularity,
         symmetric=recipe.symmetric, clip=recipe.clip, channel_dim=recipe.channel_dim,
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ def beta_at(iteration: int, iterations: int) -> float | None:
 
 
 class AdaRound:
-    """One weight, or one segment of it, whose rounding is learned. Its only parameter is `logits`.
+    """One weight, or one run of it, whose rounding is learned. Its only parameter is `logits`.
 
     Args:
         values: the weight before rounding, rotated if the layer rotates. qparams: its scales, which are not learned.

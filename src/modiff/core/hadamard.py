@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Segment(NamedTuple):
+class RotatedRun(NamedTuple):
     """`channels` neighbouring channels, rotated in blocks of `block` (1: not at all)."""
 
     channels: int
@@ -28,9 +28,9 @@ def hadamard_block(channels: int, largest: int = 64) -> int:
     return min(channels & -channels, largest)
 
 
-def segments_of(channels: tuple[int, ...], groups: int = 1, largest: int = 64) -> tuple[Segment, ...]:
-    """One segment for each run of channels; blocks never cross a segment or a convolution group."""
-    return tuple(Segment(c, hadamard_block(c // groups, largest)) for c in channels)
+def rotated_runs(channels: tuple[int, ...], groups: int = 1, largest: int = 64) -> tuple[RotatedRun, ...]:
+    """A rotated run for each run of channels; blocks never cross a run or a convolution group."""
+    return tuple(RotatedRun(c, hadamard_block(c // groups, largest)) for c in channels)
 
 
 @functools.lru_cache(maxsize=32)
@@ -43,18 +43,18 @@ def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return (matrix / math.sqrt(block)).to(device, dtype)
 
 
-def rotate(x: Tensor, segments: tuple[Segment, ...], dim: int) -> Tensor:
+def rotate(x: Tensor, runs: tuple[RotatedRun, ...], dim: int) -> Tensor:
     """R x along axis `dim`; applying it twice gives x back. Same shape and dtype.
 
     Cost: `block` multiply-adds an element.
 
-    >>> rotate(torch.tensor([3.0, 1.0]), (Segment(2, 2),), 0)
+    >>> rotate(torch.tensor([3.0, 1.0]), (RotatedRun(2, 2),), 0)
     tensor([2.8284, 1.4142])
     """
-    if len(segments) == 1:
-        return _rotate_blocks(x, segments[0].block, dim)
-    runs = x.split([s.channels for s in segments], dim)
-    return torch.cat([_rotate_blocks(run, s.block, dim) for run, s in zip(runs, segments, strict=True)], dim)
+    if len(runs) == 1:
+        return _rotate_blocks(x, runs[0].block, dim)
+    values = x.split([run.channels for run in runs], dim)
+    return torch.cat([_rotate_blocks(value, run.block, dim) for value, run in zip(values, runs, strict=True)], dim)
 
 
 def _rotate_blocks(x: Tensor, block: int, dim: int) -> Tensor:

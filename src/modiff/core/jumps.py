@@ -16,9 +16,9 @@ from modiff.core.quantizer import Code, Quantizer
 
 def noise_of(scales: Sequence[QParams], quantizer: Quantizer) -> Tensor:
     """Mean square of the scales of each sample, over tokens or pixels and runs of channels: (N, 1, ...), or of all."""
-    squares = [channels * q.scale.square() for channels, q in zip(quantizer.segments, scales, strict=True)]
+    squares = [channels * q.scale.square() for channels, q in zip(quantizer.runs, scales, strict=True)]
     rest = tuple(range(1, squares[0].dim())) or (0,)
-    return torch.stack([square.mean(rest, keepdim=True) for square in squares]).sum(0) / sum(quantizer.segments)
+    return torch.stack([square.mean(rest, keepdim=True) for square in squares]).sum(0) / sum(quantizer.runs)
 
 
 def jumped(residual: Tensor, value: Tensor, before: Tensor | None = None) -> Tensor | None:

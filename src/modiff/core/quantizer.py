@@ -34,11 +34,11 @@ class Code:
 
 
 class Quantizer:
-    """code(r) = clamp(round(r / s), qmin, qmax) with s = clip * max|r| / qmax, for each segment of the channels.
+    """code(r) = clamp(round(r / s), qmin, qmax) with s = clip * max|r| / qmax, for each run of the channels.
 
     Args:
         granularity: resolved, not "auto". channel_dim: -1 for linear layers, 1 for convolutions.
-        segments: channel counts that get a quantizer each; one segment is the usual case, two a split shortcut.
+        runs: channel counts that get a quantizer each; one run is the usual case, two a split shortcut.
         moment: tells the steps of a trajectory apart; needed where `config.step_groups` is not 1.
 
     finds_jumps: whether the scales of a residual may be compared with those of its value.
@@ -48,7 +48,7 @@ class Quantizer:
     """
 
     def __init__(
-        self, config: QuantizerConfig, granularity: str, channel_dim: int, segments: tuple[int, ...],
+        self, config: QuantizerConfig, granularity: str, channel_dim: int, runs: tuple[int, ...],
         moment: Callable[[], Moment] | None = None,
     ) -> None:  # fmt: skip
         if config.bits is None:
@@ -63,7 +63,7 @@ class Quantizer:
                 )
             granularity = "tensor"  # "auto" of a static quantizer: one scale that was measured before
         self.config, self.bits, self.granularity = config, config.bits, granularity
-        self.channel_dim, self.segments, self.moment = channel_dim, segments, moment
+        self.channel_dim, self.runs, self.moment = channel_dim, runs, moment
         self.finds_jumps = config.dynamic and bool(config.bits)
         self.unsent = max(1 - config.clip, config.clip / (2 ** max(config.bits - 1, 1) - 1))
         self.static: tuple[QParams, ...] | None = None
@@ -82,7 +82,7 @@ class Quantizer:
         if self._make is not None:
             now: Moment = () if self.config.step_groups == 1 else self._now()
             if now not in self._watched:
-                self._watched[now] = tuple(self._make() for _ in self.segments)
+                self._watched[now] = tuple(self._make() for _ in self.runs)
             for observer, run in zip(self._watched[now], self._split(residual), strict=True):
                 observer.observe(run.clamp_min(0) if self.config.lowest == "zero" else run)
         elif not self.config.dynamic:
@@ -118,7 +118,7 @@ class Quantizer:
         return self._make is not None
 
     def scales(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """The scales of this step, one for each segment, on the device of `like`; None where each call measures them.
+        """The scales of this step, one for each run, on the device of `like`; None where each call measures them.
 
         Raises: CalibrationError as a call does.
         """
@@ -127,7 +127,7 @@ class Quantizer:
         return tuple(q.scale.to(torch.float32) for q in self._measured_scales(like.device))
 
     def watch(self, make: Callable[[], Observer]) -> None:
-        """Measure from now on, with an observer from `make` for each segment (and each moment, with step groups)."""
+        """Measure from now on, with an observer from `make` for each run (and each moment, with step groups)."""
         self._make, self._watched = make, {}
 
     def unwatch(self) -> None:
@@ -161,7 +161,7 @@ class Quantizer:
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the scales that `state_dict_tensors` gave. Raises: FormatError if they do not fit this quantizer."""
-        channels = (1,) * len(self.segments) if self.observed_dim is None else self.segments
+        channels = (1,) * len(self.runs) if self.observed_dim is None else self.runs
         self.static, self.tables, self.moments = read_scale_tensors(tensors, channels, symmetric=self.config.symmetric)
 
     def _measured_scales(self, device: torch.device) -> tuple[QParams, ...]:
@@ -186,7 +186,7 @@ class Quantizer:
         return self.moment()
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x,) if len(self.segments) == 1 else x.split_with_sizes(self.segments, self.channel_dim)
+        return (x,) if len(self.runs) == 1 else x.split_with_sizes(self.runs, self.channel_dim)
 
 
 def _on(measured: tuple[QParams, ...], device: torch.device) -> tuple[QParams, ...]:

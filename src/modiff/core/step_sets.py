@@ -1,6 +1,6 @@
 """Finite sets of scales: which steps share one, which set serves the present step (TFMQ-DM, 5.5), and their tensors.
 
-Named tensors of one set: `scale.0` and `zero_point.0` for segment 0, and so on. A set for each group of steps:
+Named tensors of one set: `scale.0` and `zero_point.0` for run 0, and so on. A set for each group of steps:
 `step_scale.0` and `step_zero_point.0` with the groups along a new first axis, `moments` (M, 1 or 2) float64,
 `moment_sets` (M,) int64. Zero points are missing for symmetric quantizers.
 """
@@ -105,11 +105,11 @@ def scale_tensors(
     """Names and tensors; {} where nothing was measured."""
     tensors: dict[str, Tensor] = {}
     sets = [tables[index] for index in sorted(tables)] if tables else [static] if static else []
-    for segment, each in enumerate(zip(*sets, strict=True)):
+    for run, each in enumerate(zip(*sets, strict=True)):
         for kind, values in zip(("scale", "zero_point"), zip(*each, strict=True), strict=True):
             if values[0] is not None:
                 stacked = torch.stack([value.detach() for value in values])
-                tensors[f"step_{kind}.{segment}" if tables else f"{kind}.{segment}"] = stacked if tables else stacked[0]
+                tensors[f"step_{kind}.{run}" if tables else f"{kind}.{run}"] = stacked if tables else stacked[0]
     if tables:
         tensors["moments"] = torch.tensor(list(moments), dtype=torch.float64)
         tensors["moment_sets"] = torch.tensor(list(moments.values()), dtype=torch.int64)
@@ -119,7 +119,7 @@ def scale_tensors(
 def read_scale_tensors(
     tensors: dict[str, Tensor], channels: tuple[int, ...], *, symmetric: bool
 ) -> tuple[tuple[QParams, ...] | None, Tables | None, dict[Moment, int]]:
-    """The inverse of `scale_tensors`; `channels` says how many scales each segment must have.
+    """The inverse of `scale_tensors`; `channels` says how many scales each run must have.
 
     Raises: FormatError for missing, unknown or misshapen tensors, and scales that are not positive numbers.
     """
@@ -128,16 +128,16 @@ def read_scale_tensors(
     steps = "moments" in tensors
     kinds = ("scale",) if symmetric else ("scale", "zero_point")
     prefix = "step_" if steps else ""
-    names = {f"{prefix}{kind}.{segment}" for kind in kinds for segment in range(len(channels))}
+    names = {f"{prefix}{kind}.{run}" for kind in kinds for run in range(len(channels))}
     names |= {"moments", "moment_sets"} if steps else set()
     _require(set(tensors) == names, f"the tensors {', '.join(sorted(names))}", ", ".join(sorted(tensors)))
     moments, count = _moments(tensors) if steps else ({}, 1)
-    segments = [_segment(tensors, prefix, i, n, count, symmetric) for i, n in enumerate(channels)]
-    sets = {index: tuple(segment[index] for segment in segments) for index in range(count)}
+    runs = [_scales_of_run(tensors, prefix, i, n, count, symmetric) for i, n in enumerate(channels)]
+    sets = {index: tuple(run[index] for run in runs) for index in range(count)}
     return (None, sets, moments) if steps else (sets[0], None, {})
 
 
-def _segment(
+def _scales_of_run(
     tensors: dict[str, Tensor], prefix: str, index: int, channels: int, count: int, symmetric: bool
 ) -> list[QParams]:
     scale = tensors[f"{prefix}scale.{index}"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modiff.config import LayerConfig
-from modiff.core.hadamard import Segment, rotate, segments_of
+from modiff.core.hadamard import RotatedRun, rotate, rotated_runs
 from modiff.core.quantizer import Code
 from modiff.kernels.input_fusion import InputFusion, Norm
 from modiff.nn.weight import QuantizedWeight, at_least_float32, turned
@@ -49,11 +49,11 @@ class LayerSpec:
         return (self.channels,) if self.split is None else (self.split, self.channels - self.split)
 
     @cached_property
-    def rotation(self) -> tuple[Segment, ...] | None:
+    def rotation(self) -> tuple[RotatedRun, ...] | None:
         """Blocks in which the input is rotated, None where it is not."""
         if self.config.rotation == "none":
             return None
-        return segments_of(self.runs, self.groups, self.config.rotation_block)
+        return rotated_runs(self.runs, self.groups, self.config.rotation_block)
 
     @cached_property
     def anchors_exactly(self) -> bool:
@@ -87,7 +87,7 @@ class LayerOperator:
         columns, rotation = spec.runs, spec.rotation
         if spec.split is None:
             columns = (spec.channels // spec.groups,)
-            rotation = None if rotation is None else segments_of(columns, 1, rotation[0].block)
+            rotation = None if rotation is None else rotated_runs(columns, 1, rotation[0].block)
         self.quantized = QuantizedWeight(spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed)
 
     @property

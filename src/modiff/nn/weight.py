@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modiff.config import WeightConfig
 from modiff.core.affine import QParams, dequantize, qrange, quantize_tensor
-from modiff.core.hadamard import Segment, rotate
+from modiff.core.hadamard import RotatedRun, rotate
 from modiff.core.observers import MinMaxObserver, MSEObserver
 from modiff.errors import ConfigError, StateError
 from modiff.kernels.layout import weight_codes
@@ -44,7 +44,7 @@ class QuantizedWeight:
     """
 
     def __init__(
-        self, config: WeightConfig, columns: tuple[int, ...], rotation: tuple[Segment, ...] | None,
+        self, config: WeightConfig, columns: tuple[int, ...], rotation: tuple[RotatedRun, ...] | None,
         name: str = "weight", transposed: int = 0,
     ) -> None:  # fmt: skip
         self.config, self.columns, self.rotation, self.name = config, columns, rotation, name
@@ -198,12 +198,12 @@ def _rounded(values: Tensor, bits: int, search: str = "minmax") -> WeightCodes:
     return quantize_tensor(values, qparams, bits), qparams
 
 
-def _half_error(values: Tensor, rotation: tuple[Segment, ...] | None) -> Tensor:
+def _half_error(values: Tensor, rotation: tuple[RotatedRun, ...] | None) -> Tensor:
     bounds = []
-    segments = rotation or (Segment(values.shape[1], 1),)
-    for columns, segment in zip(values.split([s.channels for s in segments], 1), segments, strict=True):
-        blocks = columns.unflatten(1, (-1, segment.block))
-        norm = blocks.square().sum(2, keepdim=True).sqrt() + _TINY / _HALF * segment.block**0.5
+    runs = rotation or (RotatedRun(values.shape[1], 1),)
+    for columns, run in zip(values.split([r.channels for r in runs], 1), runs, strict=True):
+        blocks = columns.unflatten(1, (-1, run.block))
+        norm = blocks.square().sum(2, keepdim=True).sqrt() + _TINY / _HALF * run.block**0.5
         bounds.append((_HALF * norm).expand_as(blocks).flatten(1, 2))
     return torch.cat(bounds, 1)
 

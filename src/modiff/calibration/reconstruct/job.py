@@ -107,7 +107,7 @@ class ReconstructionJob:
             for name, layer in self.layers.items()
             if layer.quantized_weight.fixed and not (rounding and self.config.takes(name))
         )
-        tensors = [tensor for segments in fixed for codes, qparams in segments for tensor in (codes, qparams.scale)]
+        tensors = [tensor for runs in fixed for codes, qparams in runs for tensor in (codes, qparams.scale)]
         if not rounding or self.config.activations == "quantized":
             for quantizer in self.quantizers.values():
                 tensors += quantizer.state_dict_tensors().values()

@@ -52,7 +52,7 @@ class Trainee:
         quantizer = self.quantized.quantizer
         if quantizer is None:
             return value
-        runs, axis = value.split(list(quantizer.segments), quantizer.channel_dim), quantizer.channel_dim
+        runs, axis = value.split(list(quantizer.runs), quantizer.channel_dim), quantizer.channel_dim
         if self.scales:
             return torch.cat([scale(x) for scale, x in zip(self.scales, runs, strict=True)], axis)
         # what a modulated layer has measured belongs to its residuals, so its values get fresh scales

@@ -50,7 +50,7 @@ class Int16Input(IntegerInput):
         """The states start from what the integers stand for."""
         self.least = 0.0
         update, state = self.encoded(x, fusion, None)
-        runs = dense_runs(state.value, self.quantizer.segments, self.spec.channel_dim)
+        runs = dense_runs(state.value, self.quantizer.runs, self.spec.channel_dim)
         self.states = tuple(start(run, HEADROOM) for run in runs)
         return update._replace(anchor=None if self.state is None else self.state.value)
 

@@ -74,13 +74,13 @@ def dense_runs(x: Tensor, runs: tuple[int, ...], channel_dim: int) -> tuple[Tens
 
 def runs_of(x: Tensor, fusion: InputFusion | None, quantizer: Quantizer) -> list[Run]:
     """What is encoded for each run of channels: a tensor, and what it passes through, where kernels compute that."""
-    if len(quantizer.segments) == 1:
+    if len(quantizer.runs) == 1:
         return [(x, fusion)]
     if fusion is not None:
-        if split := fusion.split(x, quantizer.segments):
+        if split := fusion.split(x, quantizer.runs):
             return list(split)
         x = fusion.compute(x)
-    return [(run, None) for run in dense_runs(x, quantizer.segments, quantizer.channel_dim)]
+    return [(run, None) for run in dense_runs(x, quantizer.runs, quantizer.channel_dim)]
 
 
 def encode_run(
@@ -136,7 +136,7 @@ class IntegerInput(InputState):
         """A step of the simulation."""
         self.least = 0.0
         update, state = self.encoded(x, fusion, self.state)
-        split = [dense_runs(t, self.quantizer.segments, self.spec.channel_dim) for t in (state.value, *state.moves)]
+        split = [dense_runs(t, self.quantizer.runs, self.spec.channel_dim) for t in (state.value, *state.moves)]
         self.states = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
         return update
 
@@ -181,8 +181,8 @@ class IntegerInput(InputState):
         q, share = self.quantizer, self.quantizer.config.clip / qrange(self.quantizer.bits)[1]
         states = [state.value() if isinstance(state, FixedState) else state.value for state in self.states]
         ranges = [BY_NAME[q.granularity].reduce(value.abs(), q.channel_dim, torch.amax) for value in states]
-        squares = sum(n * float(each.min()) ** 2 for n, each in zip(q.segments, ranges, strict=True))
-        self.least = share * (squares / sum(q.segments)) ** 0.5 - largest * q.unsent
+        squares = sum(n * float(each.min()) ** 2 for n, each in zip(q.runs, ranges, strict=True))
+        self.least = share * (squares / sum(q.runs)) ** 0.5 - largest * q.unsent
         if 1.001 * largest < self.least:
             return False
         own, coded = [QParams(share * each, None) for each in ranges], [QParams(scale, None) for _, scale in codes]
