@@ -47,6 +47,7 @@ from modiff.methods import quantize as quantize
 from modiff.model.autotune import AutotuneResult as AutotuneResult
 from modiff.model.report import Report as Report
 from modiff.model.trajectory import clone as clone
+from modiff.model.trajectory import reorder as reorder
 from modiff.nn import ModulatedConv1d as ModulatedConv1d
 from modiff.nn import ModulatedConv2d as ModulatedConv2d
 from modiff.nn import ModulatedConv3d as ModulatedConv3d

@@ -1,5 +1,6 @@
 """Trajectories, contexts and copies on a whole model, and what observers see of it."""
 
+import dataclasses
 import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import LayerConfig, ModiffConfig, ModiffWarning, ModulationConfig, StateError, presets
+from modiff import (
+    ConfigError,
+    LayerConfig,
+    ModiffConfig,
+    ModiffWarning,
+    ModulationConfig,
+    QuantizerConfig,
+    StateError,
+    presets,
+)
 from modiff.kernels.backend import PREPACKED
 from modiff.model.attach import attachment_of
 from modiff.model.observe import observe
@@ -61,6 +71,80 @@ def test_contexts_and_batches_of_another_size_have_states_of_their_own(config):
             with pytest.raises(ValueError, match="inner"), modiff.context(model, "inner"):
                 raise ValueError(attachment_of(model).clock.context)
             assert attachment_of(model).clock.context == "default"
+
+
+class Rows(nn.Module):
+    """No row of the batch sees another one; the words of a condition enter in full precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.conv_out = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: float, words: Tensor) -> Tensor:
+        h = (self.conv(sample) + words[:, :, None, None]).movedim(1, -1)
+        return self.conv_out((h + self.down(self.up(h).relu())).movedim(-1, 1))
+
+
+def rows_model(config: ModiffConfig) -> nn.Module:
+    torch.manual_seed(0)
+    model = Rows().eval()
+    modiff.apply(model, dataclasses.replace(config, include=("*",), share_residuals="auto"))
+    return model
+
+
+def with_layer(config: ModiffConfig, **changes: object) -> ModiffConfig:
+    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, **changes))
+
+
+HELD = QuantizerConfig(bits=4, refresh_every=3)
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
+def test_rows_that_are_reordered_go_on_as_if_they_had_been_these_from_the_start(config, integers):
+    model = rows_model(config.on_integers() if integers else config)
+    index, times = torch.tensor([2, 0, 2, 3]), (900.0, 800.0, 700.0, 600.0, 500.0)
+    x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)
+
+    def steps(rows: Tensor, late: Tensor) -> list[Tensor]:
+        outputs = []
+        with modiff.trajectory(model), torch.no_grad():
+            for i, t in enumerate(times):
+                if i == 3:
+                    modiff.reorder(model, late)
+                    rows = rows[late]
+                for name, factor in (("cond", 1.0), ("uncond", 0.5)):
+                    with modiff.context(model, name):
+                        outputs.append(model(x[rows] * (1 + t / 1e4) * factor, t, words[rows]))
+        return outputs
+
+    everyone = torch.arange(4)
+    for late, early in zip(steps(everyone, index)[6:], steps(everyone[index], everyone)[6:], strict=True):
+        assert_same_bits(late, early)
+
+
+def test_reorder_refuses_rows_that_depend_on_each_other_and_an_index_that_does_not_fit():
+    shared = with_layer(presets.w8a8(), activation=QuantizerConfig(bits=8, granularity="tensor"))
+    wide = with_layer(presets.w8a8().on_integers(), modulation=ModulationConfig(state_dtype="int16"))
+    for config in (shared, wide):
+        model = rows_model(config)
+        with modiff.trajectory(model), torch.no_grad():
+            model(torch.randn(2, 3, 4, 4), 9.0, torch.randn(2, 16))
+            with pytest.raises(StateError, match=r"expected scales of each sample.*granularity='sample' or 'token'"):
+                modiff.reorder(model, torch.tensor([0, 0]))
+            with pytest.raises(StateError, match="Begin the trajectory again"):  # some layers may have gone on
+                model(torch.randn(2, 3, 4, 4), 8.0, torch.randn(2, 16))
+    model = rows_model(presets.w8a8())
+    with pytest.raises(StateError, match="between two evaluations, got none"):
+        modiff.reorder(model, torch.tensor([0, 1]))
+    with modiff.trajectory(model), torch.no_grad():
+        model(torch.randn(2, 3, 4, 4), 9.0, torch.randn(2, 16))
+        for index in (torch.tensor([0, 2]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0]), torch.tensor([[0]])):
+            with pytest.raises(ConfigError, match="expected a row of the batch for each of its rows"):
+                modiff.reorder(model, index)
+        with pytest.raises(StateError, match="expected an index of its 2 rows, got one of 1"):
+            modiff.reorder(model, torch.tensor([0]))
 
 
 class Experts(nn.Module):

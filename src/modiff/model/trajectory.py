@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modiff.config import LayerConfig, check
 from modiff.core.predictors import predictor_named
-from modiff.errors import warn_once
+from modiff.errors import ConfigError, StateError, warn_once
 from modiff.model.attach import attachment_of, required_attachment
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
@@ -44,6 +44,35 @@ def model_context(model: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         clock.context = before
+
+
+def reorder(model: nn.Module, index: Tensor) -> None:
+    """Row i of the batch goes on from the states of row index[i]: what a particle filter calls resampling.
+
+    All layers and contexts, states, moves and scales. The next evaluation gives what it would have given if the rows
+    had been these from the start.
+
+    Args:
+        index: (rows,) integers in [0, rows), where `rows` is the batch of the network.
+    Raises: StateError outside a trajectory, within an evaluation, or where rows share scales, so that each depends on
+        all; ConfigError for another index.
+    Cost: a copy of all states.
+    """
+    attachment = required_attachment(model, "reorder")
+    clock, layers = attachment.clock, attachment.layers.values()
+    if not clock.active or clock.inside:
+        raise StateError("reorder: expected a trajectory between two evaluations, got none. States live for one. Call "
+                         "it inside `with modiff.trajectory(model):`, after an evaluation.")  # fmt: skip
+    fits = index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool
+    if not fits or not all(0 <= row < len(index) for row in index.tolist()):
+        raise ConfigError(f"reorder.index: expected a row of the batch for each of its rows, from 0, got {index.dtype} "
+                          f"{index.tolist()}. Row i goes on from row index[i]. Give torch.tensor([...]).")  # fmt: skip
+    groups = {id(layer.inputs): layer.inputs for layer in layers if layer.inputs is not None}
+    with torch.inference_mode(mode=False), torch.no_grad():
+        index, clock.failed = index.clone(), True  # until all of them went on
+        for holder in (*(s for group in groups.values() for s in group.states), *(x.loop for x in layers), clock):
+            holder.reorder(index)
+        clock.failed = False
 
 
 def state_bytes(model: nn.Module) -> int:

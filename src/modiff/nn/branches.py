@@ -30,6 +30,12 @@ class Inputs(NamedTuple):
         floats = {n: c for n, c in self.conditions.items() if isinstance(c[0], Tensor) and c[0].is_floating_point()}
         return Inputs(self.shape, floats)
 
+    def reordered(self, index: Tensor) -> "Inputs":
+        """With rows index[0], index[1], ... of the conditions that have the rows of a batch."""
+        named = {n: (c, v) for n, (c, v) in self.conditions.items() if isinstance(c, Tensor) and len(c) == len(index)}
+        rows = {n: c[index.to(c.device)] for n, (c, v) in named.items() if version_of(c) == v}
+        return Inputs(self.shape, {**self.conditions, **{n: (c, version_of(c)) for n, c in rows.items()}})
+
 
 def inputs_of(
     args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: tuple[str, int] | None

@@ -165,6 +165,12 @@ class Clock:
         if self._named is not None:
             self.context, self._named = self._named, None
 
+    def reorder(self, index: Tensor) -> None:
+        """Row i of the conditions seen so far is that of row index[i], so that evaluations with such rows go on."""
+        for branches in self._branches.values():
+            for kind in branches.kinds:
+                kind.inputs = kind.inputs.reordered(index)
+
     def moment(self) -> tuple[float]:
         """(timestep,) of this evaluation, the key of a plain layer's scales per step.
 

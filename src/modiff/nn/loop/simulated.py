@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modiff.config import ModulationConfig
 from modiff.core.affine import QParams
+from modiff.core.granularity import granularity_named
 from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate, encode, encode_plain, output_of
@@ -61,6 +62,26 @@ class Source:
 
 def _silent(x: Tensor, read: int | None) -> bool:
     return read == 0 or (read is None and x.is_inference())
+
+
+def _rows(x: Tensor, index: Tensor, where: str) -> Tensor:
+    """Rows index[0], index[1], ... of x, as it lies in memory; x itself where one row serves all.
+
+    Raises: StateError where x does not have the number of rows that `index` has.
+    """
+    if x.dim() < 2 or len(x) == 1:
+        return x
+    if len(x) != len(index):
+        raise StateError(
+            f"{where}: expected an index of its {len(x)} rows, got one of {len(index)}. A network may see each sample "
+            "twice, as in guidance. Give the row that each row of its batch goes on from."
+        )
+    return torch.index_select(x, 0, index.to(x.device), out=torch.empty_like(x))
+
+
+def _reordered(state: State, index: Tensor, where: str) -> State:
+    moves = tuple(_rows(move, index, where) for move in state.moves)
+    return state._replace(value=_rows(state.value, index, where), moves=moves)
 
 
 class InputState:
@@ -138,6 +159,25 @@ class InputState:
         self.count += 1
         self.unread = 0 if self.open and self.update.starts else self.readers
         return self.update
+
+    def reorder(self, index: Tensor) -> None:
+        """Row i goes on from the state of row index[i]. A bound on the noise of all rows bounds that of any of them.
+
+        Raises: StateError where the rows share scales, so that each depends on all, or `index` is not of these rows.
+        """
+        quantizer, tied = self.quantizer, any(isinstance(state, FixedState) for state in self.states)
+        for state in self.states if quantizer.config.dynamic and quantizer.bits else ():
+            two = torch.empty(2, *state[0].shape[1:], device="meta")
+            scales = granularity_named(quantizer.granularity).reduce(two, quantizer.channel_dim, torch.amax)
+            tied |= len(scales) == 1
+        if tied:
+            raise StateError(
+                f"{self.spec.name}: expected scales of each sample or token, got some that the batch shares. A row "
+                "then depends on all others. Use granularity='sample' or 'token', and a state_dtype of floats."
+            )
+        self.states = tuple(_reordered(state, index, self.spec.name) for state in self.states)
+        rows = [[None if t is None else _rows(t, index, self.spec.name) for t in each] for each in self.scales]
+        self.scales = tuple(QParams(*each) for each in rows)
 
     def stand(self) -> None:
         """Forget the moves: the next prediction is what the state holds, for every layer that reads it."""
@@ -276,6 +316,12 @@ class SimulatedLoop:
         if self.quantizer is None:
             return self.operator.affine(at_least_float32(value)).to(x.dtype)
         return output_of(encode_plain(value, self.quantizer), self.operator).to(x.dtype)
+
+    def reorder(self, index: Tensor) -> None:
+        """Row i of the output states goes on from that of row index[i], in all contexts."""
+        for memory in self.memories.values():
+            if isinstance(memory.output, State):
+                memory.output = _reordered(memory.output, index, self.spec.name)
 
     def forget(self) -> None:
         """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
