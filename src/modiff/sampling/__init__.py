@@ -1,0 +1,1 @@
+"""How is it sampled? Trajectories side by side, and samplers that know of quantization."""
