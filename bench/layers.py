@@ -79,7 +79,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
     state, bias, dense = x + 0.1 * torch.randn_like(x), torch.randn(p.outputs), torch.randn(problem.weight_shape)
     granularity, channel = ("sample", 1) if axes else ("token", -1)
     scale = torch.tensor(0.02)
-    codes, _ = encode_residual(x, None, None, bits, granularity=granularity, channel_dim=channel)
+    codes, *_ = encode_residual(x, None, None, bits, granularity=granularity, channel_dim=channel)
     output = kernel.new_output(codes)
 
     def full() -> Tensor:
@@ -90,7 +90,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
 
     def modulated(static: Tensor | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            sent, used = encode_residual(x, state, static, bits, granularity=granularity, channel_dim=channel)
+            sent, used, _ = encode_residual(x, state, static, bits, granularity=granularity, channel_dim=channel)
             kernel.accumulate(output, sent, used)
             return output.clone()  # the model may write into what the layer returns
 
@@ -98,7 +98,7 @@ def variants_of(shape: Shape, bits: int) -> tuple[Kernel, dict[str, Callable[[],
 
     def stateless(static: Tensor | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            sent, used = encode_residual(x, None, static, bits, granularity=granularity, channel_dim=channel)
+            sent, used, _ = encode_residual(x, None, static, bits, granularity=granularity, channel_dim=channel)
             return kernel.compute(sent, used, bias)
 
         return run

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modiff import KernelError, ModulationConfig, QuantizerConfig
 from modiff.core import recursion
+from modiff.core.jumps import jumped, noise_of
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State
 from modiff.kernels import native, onednn
@@ -57,24 +58,45 @@ def test_codes_scales_and_states_equal_the_core_s_in_a_trajectory_and_without_a_
     states = {name: [x.clone() for x in (first, torch.zeros_like(first))] for name in ENCODERS}
     codes, qparams = recursion.encode_plain(inputs[0], quantizer).codes[0].parts[0]
     for run, given_scale in itertools.product(ENCODERS.values(), (None, qparams.scale)):
-        found, scale = run(inputs[0], None, given_scale, bits, clip, granularity, channel_dim=channel)
+        found, scale, _ = run(inputs[0], None, given_scale, bits, clip, granularity, channel_dim=channel)
         assert_same_bits(found, core_codes(codes, bits))
         assert_same_floats(scale, qparams.scale)
     for x in inputs[1:]:
         held = None  # jumps are the loop's
         if predictor == "hold":
             held = [q for _, q in quantizer.fresh(x.float() - expected.value).parts]
+            may = jumped(noise_of(held, quantizer), noise_of([quantizer.measured(x.float())], quantizer)) is not None
         update, expected = recursion.encode(x, expected, quantizer, config, ratio, held)
         codes, qparams = update.codes[0].parts[0]
         for name, (state, move) in states.items():
             moves = {"move": move, "gain": torch.tensor(0.7) * ratio} if predictor == "linear" else {}
-            found, scale = ENCODERS[name](x, state, None, bits, clip, granularity, channel_dim=channel, **moves)
+            found, scale, jumps = ENCODERS[name](x, state, None, bits, clip, granularity, channel_dim=channel, **moves)
             assert_same_bits(found, core_codes(codes, bits))
             assert found.stride() == x.stride()
             assert_same_floats(scale, qparams.scale)
             assert_same_floats(state, expected.value)
+            assert jumps or predictor == "linear" or not may
             for moved in expected.moves:
                 assert_same_floats(move, moved)
+
+
+@pytest.mark.parametrize("run", ENCODERS.values())
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize(("granularity", "size"), [("sample", 30), ("token", 30), ("sample", 20_000)])
+def test_a_sample_may_jump_where_its_residual_is_as_large_as_its_value_and_nowhere_else(
+    run, integers, granularity, size
+):
+    state, options = torch.randn(3, 4, size), {"granularity": granularity}
+    state[2] = 0  # a silent sample needs no larger scales than a silent residual
+    small = state + 0.1 * state.roll(1, -1)
+    sample = small.clone()
+    sample[1] = -state[1]
+    clipped = none_clipped() if integers else None
+    jumps = [run(x, start(state) if integers else state.clone(), None, 8, clipped=clipped, **options)[2]
+             for x in (small, sample)]  # fmt: skip
+    assert jumps[0] is False
+    assert jumps[1] is True
+    assert run(sample, state.clone(), torch.tensor(0.1), 8, **options)[2] is False  # given scales tell nothing
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -96,7 +118,7 @@ def test_nan_infinity_and_denormals_do_what_they_do_in_the_core(encoder, value, 
         whole = torch.round((x.float() - state) / scale).clamp(-128, 127).nan_to_num(0.0)
         codes, expected = whole.to(torch.int8), State(state + whole * scale)
     after = state.clone()
-    found, used = ENCODERS[encoder](x, after, scale, 8, 1.0, "sample")
+    found, used, _ = ENCODERS[encoder](x, after, scale, 8, 1.0, "sample")
     assert_same_bits(found, core_codes(codes, 8))
     assert_same_floats(after, expected.value)
     if dynamic:
@@ -116,18 +138,18 @@ def test_inputs_and_biases_that_want_gradients_leave_no_graph_behind(compiler, b
             encode_residual(x, integers, None, 8, clipped=none_clipped()),
             InputFusion("layer", 1, weight, weight, 1e-5).encode(x, state, None, 8, granularity="token")]  # fmt: skip
     kernel = Kernel(Problem(8, 8), torch.ones(8, 8, dtype=torch.int8), torch.ones(8), backend=backend)
-    output = kernel.compute(*encode_residual(x, None, torch.tensor(0.1), 8), weight)
-    assert not any(tensor.requires_grad for tensor in (state, *integers, *(scale for _, scale in made), output))
+    output = kernel.compute(*encode_residual(x, None, torch.tensor(0.1), 8)[:2], weight)
+    assert not any(tensor.requires_grad for tensor in (state, *integers, *(scale for _, scale, _ in made), output))
 
 
 @pytest.mark.parametrize("count", [native.BLOCK - 1, native.BLOCK, native.BLOCK + 1, 70000])
 @pytest.mark.parametrize("granularity", ["tensor", "sample"])
 def test_rows_longer_than_a_block_are_the_same_as_short_ones_on_any_number_of_threads(count, granularity):
     x, state = torch.randn(2, count), torch.randn(2, count)
-    expected = (*eagerly(x, after := state.clone(), None, 8, granularity=granularity), after)
+    expected = (*eagerly(x, after := state.clone(), None, 8, granularity=granularity)[:2], after)
     for threads in (1, 2):
         with on_threads(threads):
-            found = (*encode_residual(x, again := state.clone(), None, 8, granularity=granularity), again)
+            found = (*encode_residual(x, again := state.clone(), None, 8, granularity=granularity)[:2], again)
         for one, other in zip(found, expected, strict=True):
             assert_same_bits(one, other)
 
@@ -174,9 +196,11 @@ def test_what_torch_takes_by_default_is_no_matter(device, dtype):
         for cache in (onednn.self_test, onednn._one, onednn._zero_point):
             cache.cache_clear()
         return [
-            *encode_residual(tokens, 0 * tokens, None, 8, granularity="sample"),
-            *encode_residual(tokens + 0.01, start(tokens), None, 8, clipped=none_clipped()),
-            *InputFusion("group", 4, None, scales.repeat(5)[:24], 1e-5).encode(pixels, None, None, 8, channel_dim=1),
+            *encode_residual(tokens, 0 * tokens, None, 8, granularity="sample")[:2],
+            *encode_residual(tokens + 0.01, start(tokens), None, 8, clipped=none_clipped())[:2],
+            *InputFusion("group", 4, None, scales.repeat(5)[:24], 1e-5).encode(pixels, None, None, 8, channel_dim=1)[
+                :2
+            ],
             Kernel(Problem(12, 5, bits=4), weight, scales).compute(codes, one),
         ]
 
@@ -202,7 +226,7 @@ def test_after_200_steps_the_state_is_what_was_sent_to_the_last_bit(bits, clip, 
     state = start(first)
     sent = state.value().double()
     for x in inputs:
-        codes, scale = encode_residual(x, state, None, bits, clip, granularity, clipped=none_clipped())
+        codes, scale, _ = encode_residual(x, state, None, bits, clip, granularity, clipped=none_clipped())
         sent = sent + (codes.double() - 2 ** (bits - 1)) * scale.double()  # exact: multiples of a power of two
     assert_same_bits(state.value().double(), sent)
     left = (1 / clip - 1) * (2 ** (bits - 1) - 1) + 1  # scales beyond the clip, and the rounding
@@ -228,7 +252,7 @@ def test_scales_are_multiples_of_the_grid_and_every_encoder_gives_the_same(
     for x in (inputs[1], inputs[2] * jump, inputs[3]):
         needed = (x.float() - states["eager"].value()).abs().max() * (clip / (2 ** (bits - 1) - 1))
         options = {"granularity": granularity, "channel_dim": channel, "clipped": none_clipped()}
-        made = {name: (*ENCODERS[name](x, s, None, bits, clip, **options), s.n) for name, s in states.items()}
+        made = {name: (*ENCODERS[name](x, s, None, bits, clip, **options)[:2], s.n) for name, s in states.items()}
         for found in made.values():
             for one, other in zip(found, made["eager"], strict=True):
                 assert_same_bits(one, other)
@@ -252,7 +276,7 @@ def test_the_grid_leaves_the_room_that_was_asked_for(headroom):
 def test_a_nan_is_seen_in_the_scale_and_leaves_the_state(run, value):
     x, (n, grid) = torch.randn(2, 40), start(torch.randn(2, 40))
     x[0, 3], kept = value, n[0].clone()
-    codes, scale = run(x, FixedState(n, grid), None, 8, 1.0, "sample", clipped=none_clipped())
+    codes, scale, _ = run(x, FixedState(n, grid), None, 8, 1.0, "sample", clipped=none_clipped())
     assert scale.isnan().flatten().tolist() == [True, False]
     assert_same_bits(n[0], kept)
     assert_same_bits(codes[0], torch.full((40,), 128, dtype=torch.uint8))
@@ -269,7 +293,7 @@ def test_as_many_whole_steps_are_taken_as_fit_into_16_bits(run, multiple, steps,
     n = torch.full((1, 2), sign * (most - steps * multiple - spare), dtype=torch.int16)
     state, clipped = FixedState(n, torch.tensor(2.0**-10)), none_clipped()
     x = state.value() + sign * 6.99 * multiple * state.grid  # seven steps of the scale
-    codes, scale = run(x, state, None, 4, clipped=clipped)
+    codes, scale, _ = run(x, state, None, 4, clipped=clipped)
     assert float(scale / state.grid) == multiple
     assert_same_bits(codes.int() - 8, torch.full((1, 2), sign * steps, dtype=torch.int32))
     assert_same_bits(state.n.int(), torch.full((1, 2), sign * (most - spare), dtype=torch.int32))

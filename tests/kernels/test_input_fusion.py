@@ -89,7 +89,7 @@ def test_codes_scales_and_states_are_those_of_y(kind, seed, activation, granular
     if given_scale != "none":  # as large as it would be measured, for all or for each
         axes = it.shared("tensor" if given_scale == "one" else granularity)
         scale = ((it.exact - predicted).abs().amax(axes, keepdim=True) / qmax).float()
-    codes, used = it.fusion.encode(it.x, state, scale, bits, **options, move=move, gain=gain)
+    codes, used, _ = it.fusion.encode(it.x, state, scale, bits, **options, move=move, gain=gain)
     after = predicted + (codes.float() - qmax - 1) * used if state is None else state
     assert scale is None or torch.equal(used, scale)
     check(codes, used, predicted, after, it.exact, bits, it.shared("tensor" if given_scale == "one" else granularity))
@@ -112,9 +112,9 @@ def test_inputs_of_many_strips_are_the_same_on_one_thread_and_on_two(kind, size,
         held, again = state.clone(), state.clone()
         integers, clipped = start(state), none_clipped()
         with on_threads(threads):
-            codes, scale = it.fusion.encode(it.x, held, None, 8, **options)
-            same, used = it.fusion.encode(it.x, again, scale, 8, **options)
-            fixed = it.fusion.encode(it.x, integers, None, 8, **options, clipped=clipped)
+            codes, scale, _ = it.fusion.encode(it.x, held, None, 8, **options)
+            same, used, _ = it.fusion.encode(it.x, again, scale, 8, **options)
+            fixed = it.fusion.encode(it.x, integers, None, 8, **options, clipped=clipped)[:2]
         assert_same_bits(used, scale)
         assert_same_bits(same, codes)
         assert_same_bits(again, held)
@@ -146,7 +146,7 @@ def test_large_means_cost_no_digits(kind):
     exact = (functional.group_norm(x.double(), 2, eps=1e-5) if axis == 1
              else functional.layer_norm(x.double(), (1300,), eps=1e-5))  # fmt: skip
     fusion = InputFusion(kind[:5], 2 if axis == 1 else 1, eps=1e-5)
-    _, scale = fusion.encode(x, state, None, 8, granularity="sample", channel_dim=axis)
+    _, scale, _ = fusion.encode(x, state, None, 8, granularity="sample", channel_dim=axis)
     assert_within(state, exact, (0.5001 * scale + 2e-3).expand_as(exact))
 
 
@@ -187,7 +187,7 @@ def test_runs_of_channels_behind_one_group_norm_have_their_own_scales_and_states
     for (x, fusion), exact in zip(runs, it.exact.split(list(sizes), 1), strict=True):
         state = innermost(exact.float() + 0.3 * torch.randn(exact.shape))
         before = state.clone()
-        codes, scale = fusion.encode(x, state, None, 8, granularity=granularity, channel_dim=1)
+        codes, scale, _ = fusion.encode(x, state, None, 8, granularity=granularity, channel_dim=1)
         check(codes, scale, before, state, exact, 8, it.shared(granularity))
         assert_within(fusion.compute(x), exact, 4e-6 * (1 + it.exact.abs().max()))
         assert codes.movedim(1, -1).is_contiguous()
@@ -213,6 +213,6 @@ def test_an_input_that_does_not_lie_dense_in_memory_gives_what_its_copy_gives(na
     fusion = InputFusion(norm, 4 if "group" in norm else 1, None, None, 1e-5, "silu")
     exact, old = fusion.compute(x.contiguous()).double(), torch.zeros(x.shape) if stateless else torch.randn(x.shape)
     state = None if stateless else torch.empty_like(x).copy_(old)
-    codes, scale = fusion.encode(x, state, None, 8, granularity="sample", channel_dim=axis)
+    codes, scale, _ = fusion.encode(x, state, None, 8, granularity="sample", channel_dim=axis)
     after = (codes.float() - 128) * scale if state is None else state
     check(codes, scale, old, after, exact, 8, tuple(range(1, x.dim())))

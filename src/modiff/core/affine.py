@@ -43,6 +43,11 @@ def qrange(bits: int) -> tuple[int, int]:
     return _RANGES[bits]
 
 
+def unsent(bits: int, clip: float) -> float:
+    """How much of a tensor its codes leave out at most, as a share of its range: what is clipped, or a whole scale."""
+    return max(1 - clip, clip / max(qrange(bits)[1], 1))
+
+
 def qparams_from_range(
     minimum: Tensor, maximum: Tensor, bits: int, *, symmetric: bool = True, clip: float = 1.0
 ) -> QParams:

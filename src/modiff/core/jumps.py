@@ -35,18 +35,21 @@ def jumped(residual: Tensor, value: Tensor, before: Tensor | None = None) -> Ten
 
 
 def from_zero(residual: Tensor, x: Tensor, codes: Code, quantizer: Quantizer) -> tuple[Tensor | None, float, Code]:
-    """Flags of the samples that jump, None for none; the least noise of any sample's value; codes of both kinds."""
-    own = quantizer.fresh(x)
-    if own is None:
-        return None, 0.0, codes
-    noise, least = (noise_of([q for _, q in each.parts], quantizer) for each in (codes, own))
-    intra = jumped(noise, least)
-    if intra is not None:
-        intra = jumped((residual - codes.value()).square(), (x - own.value()).square(), intra)
-    if intra is not None:
-        parts = []
-        for (new, (scale, point)), (old, (other, other_point)) in zip(own.parts, codes.parts, strict=True):
-            points = None if point is None or other_point is None else torch.where(intra, point, other_point)
-            parts.append((torch.where(intra, new, old), QParams(torch.where(intra, scale, other), points)))
-        codes = Code(tuple(parts), quantizer.channel_dim)
-    return intra, float(least.min()) ** 0.5 if x.is_cpu else 0.0, codes
+    """Flags of the samples that jump, None for none; the least noise of any sample's value; codes of both kinds.
+
+    Cost: a pass over x for its scales; it is coded too where they say that a sample may jump.
+    """
+    scales = [quantizer.measured(run) for run in quantizer.split(x)]
+    noise, least = noise_of([q for _, q in codes.parts], quantizer), noise_of(scales, quantizer)
+    bound, intra = float(least.min()) ** 0.5 if x.is_cpu else 0.0, jumped(noise, least)
+    if intra is None:
+        return None, bound, codes
+    own = quantizer.scaled(x, scales)
+    intra = jumped((residual - codes.value()).square(), (x - own.value()).square(), intra)
+    if intra is None:
+        return None, bound, codes
+    parts = []
+    for (new, (scale, point)), (old, (other, other_point)) in zip(own.parts, codes.parts, strict=True):
+        points = None if point is None or other_point is None else torch.where(intra, point, other_point)
+        parts.append((torch.where(intra, new, old), QParams(torch.where(intra, scale, other), points)))
+    return intra, bound, Code(tuple(parts), quantizer.channel_dim)

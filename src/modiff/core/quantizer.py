@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modiff.config import QuantizerConfig
-from modiff.core.affine import QParams, choose_qparams, dequantize, quantize_tensor
+from modiff.core.affine import QParams, choose_qparams, dequantize, quantize_tensor, unsent
 from modiff.core.granularity import granularity_named
 from modiff.core.observers import Observer
 from modiff.core.step_sets import Moment, grouped, read_scale_tensors, scale_tensors, set_of
@@ -41,8 +41,7 @@ class Quantizer:
         runs: channel counts that get a quantizer each; one run is the usual case, two a split shortcut.
         moment: tells the steps of a trajectory apart; needed where `config.step_groups` is not 1.
 
-    finds_jumps: whether the scales of a residual may be compared with those of its value.
-    unsent: how much of a tensor its codes leave out at most, as a share of its range.
+    finds_jumps: whether the scales of a residual may be compared with those of its value. unsent: as `affine.unsent`.
     static: the scales of all steps. tables: or one set of scales for each group of steps; `moments` says which group a
     moment belongs to. Both are None before calibration, and with dynamic scales.
     """
@@ -65,7 +64,7 @@ class Quantizer:
         self.config, self.bits, self.granularity = config, config.bits, granularity
         self.channel_dim, self.runs, self.moment = channel_dim, runs, moment
         self.finds_jumps = config.dynamic and bool(config.bits)
-        self.unsent = max(1 - config.clip, config.clip / (2 ** max(config.bits - 1, 1) - 1))
+        self.unsent = unsent(config.bits, config.clip) if config.bits else 1.0
         self.static: tuple[QParams, ...] | None = None
         self.tables: dict[int, tuple[QParams, ...]] | None = None
         self.moments: dict[Moment, int] = {}
@@ -83,7 +82,7 @@ class Quantizer:
             now: Moment = () if self.config.step_groups == 1 else self._now()
             if now not in self._watched:
                 self._watched[now] = tuple(self._make() for _ in self.runs)
-            for observer, run in zip(self._watched[now], self._split(residual), strict=True):
+            for observer, run in zip(self._watched[now], self.split(residual), strict=True):
                 observer.observe(run.clamp_min(0) if self.config.lowest == "zero" else run)
         elif not self.config.dynamic:
             measured = self._measured_scales(residual.device)
@@ -92,20 +91,21 @@ class Quantizer:
 
     def fresh(self, residual: Tensor) -> Code | None:
         """Codes with scales measured on this very tensor, also for static configs (first-step rounds need them)."""
-        if self.bits == 0:
-            return None
-        config, parts = self.config, []
-        for run in self._split(residual):
-            measured = run.clamp_min(0) if config.lowest == "zero" else run  # nothing below zero for unsigned values
-            qparams = choose_qparams(measured, self.bits, self.granularity, symmetric=config.symmetric,
-                                     clip=config.clip, channel_dim=self.channel_dim)  # fmt: skip
+        return None if self.bits == 0 else self.scaled(residual, None)
+
+    def measured(self, run: Tensor) -> QParams:
+        """The scales that this very run of channels needs. Cost: a pass over it."""
+        values = run.clamp_min(0) if self.config.lowest == "zero" else run  # nothing below zero for unsigned values
+        return choose_qparams(values, self.bits, self.granularity, symmetric=self.config.symmetric,
+                              clip=self.config.clip, channel_dim=self.channel_dim)  # fmt: skip
+
+    def scaled(self, residual: Tensor, scales: Sequence[QParams] | None) -> Code:
+        """Codes of a residual with known scales, one for each run of channels; None measures them."""
+        parts = []
+        for index, run in enumerate(self.split(residual)):
+            qparams = self.measured(run) if scales is None else scales[index]
             parts.append((quantize_tensor(run, qparams, self.bits), qparams))
         return Code(tuple(parts), self.channel_dim)
-
-    def scaled(self, residual: Tensor, scales: Sequence[QParams]) -> Code:
-        """Codes of a residual with known scales, one for each run of channels."""
-        pairs = zip(self._split(residual), scales, strict=True)
-        return Code(tuple((quantize_tensor(run, q, self.bits), q) for run, q in pairs), self.channel_dim)
 
     @property
     def observed_dim(self) -> int | None:
@@ -185,7 +185,8 @@ class Quantizer:
             )
         return self.moment()
 
-    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The runs of channels."""
         return (x,) if len(self.runs) == 1 else x.split_with_sizes(self.runs, self.channel_dim)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.core.affine import QParams, choose_qparams, dequantize, quantize_tensor
+from modiff.core.affine import SMALLEST_SCALE, QParams, choose_qparams, dequantize, quantize_tensor
 from modiff.errors import KernelError
 from modiff.kernels import native
 from modiff.kernels.dispatch import Choice
@@ -34,6 +34,8 @@ from modiff.kernels.problem import LARGEST_INT16
 from modiff.kernels.triton import backend as gpu
 
 _MOST_MULTIPLE = 2**14
+Encoded = tuple[Tensor, Tensor, bool]
+"""Codes, their scales, and whether a sample may jump: False where no residual is as large as its value."""
 
 
 class FixedState(NamedTuple):
@@ -92,7 +94,7 @@ def encode_residual(
     x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, bits: int, clip: float = 1.0,
     granularity: str = "tensor", *, channel_dim: int = -1, move: Tensor | None = None, gain: Tensor | None = None,
     clipped: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Encoded:  # fmt: skip
     """Quantize what x differs from its prediction by, and write the next state (and move) in place.
 
     Args:
@@ -101,7 +103,8 @@ def encode_residual(
         scale: given scales, one or as many as the granularity has; None measures them. Integer states take none.
         move, gain: of the "linear" predictor, with a float state; move becomes â_t - â_{t+1}.
         clipped: int32, one element, with an integer state: it counts codes that were cut as the input outgrew the grid
-    Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero, and the scales, float32.
+    Returns: uint8 codes in the layout of x, where 2^(bits - 1) stands for zero; the scales, float32; and whether a
+    sample may jump, which only measured scales against a state can tell.
     Raises: KernelError for a granularity without integer sums, or arguments that do not fit.
     Cost: 9 bytes of state and codes an element, 5 with integers; x is read once, twice where scales are measured.
     """
@@ -116,10 +119,11 @@ def encode_residual(
     fits = layout.rows is not None and layout.rows[0] == used.numel() and used.dtype == torch.float32
     if fits and used.is_contiguous() and codes.stride() == x.stride():
         run = _on_gpu if x.is_cuda or gpu.INTERPRETED else _natively
-        if run(layout, x, past, codes, used, dynamic=scale is None):
-            return codes, used
-    value, measured = encode_eagerly(x, past, scale, layout)
-    return codes.copy_(value), measured if scale is None else scale
+        jumps = run(layout, x, past, codes, used, dynamic=scale is None)
+        if jumps is not None:
+            return codes, used, jumps
+    value, measured, jumps = encode_eagerly(x, past, scale, layout)
+    return codes.copy_(value), measured if scale is None else scale, jumps
 
 
 def past_of(
@@ -147,11 +151,13 @@ def past_of(
     return past
 
 
-def encode_eagerly(x: Tensor, past: Past, scale: Tensor | None, layout: EncodeLayout) -> tuple[Tensor, Tensor]:
-    """`encode_residual` with the core's functions, one pass over memory for each operation: (codes, scale)."""
+def encode_eagerly(x: Tensor, past: Past, scale: Tensor | None, layout: EncodeLayout) -> Encoded:
+    """`encode_residual` with the core's functions, one pass over memory for each operation."""
     state, move, gain, grid, clipped = past
     if state is not None and grid is not None and clipped is not None:
-        return _fixed_eagerly(x, FixedState(state, grid), layout, clipped)
+        fixed = FixedState(state, grid)
+        codes, used = _fixed_eagerly(x, fixed, layout, clipped)
+        return codes, used, _may_jump(used, fixed.value(), grid, layout)
     exact = torch.float64 if (x if state is None else state).dtype == torch.float64 else torch.float32
     residual = x = x.to(exact)
     predicted = old = x if state is None else state.to(exact)
@@ -164,34 +170,47 @@ def encode_eagerly(x: Tensor, past: Past, scale: Tensor | None, layout: EncodeLa
         qparams = choose_qparams(residual, bits, granularity, clip=clip, channel_dim=channel_dim)
     else:
         qparams = QParams(scale.to(exact), None)
-    codes = quantize_tensor(residual, qparams, bits)
+    codes, jumps = quantize_tensor(residual, qparams, bits), False
     if state is not None:
         value = predicted + dequantize(codes, qparams)  # â_t = p_t + q_t
         if move is not None:
             move.copy_(value - old)
         state.copy_(value)
-    return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale
+        jumps = scale is None and _may_jump(qparams.scale, value, SMALLEST_SCALE, layout)
+    return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), qparams.scale, jumps
 
 
-def _natively(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
+def _may_jump(scale: Tensor, state: Tensor, smallest: Tensor | float, layout: EncodeLayout) -> bool:
+    """Whether a residual may need larger scales than its value; the state is `unsent` of the range away from it.
+
+    smallest: no value needs a smaller scale. On a device nothing is waited for, and it may always be.
+    """
+    own = choose_qparams(state, layout.bits, layout.granularity, clip=layout.clip, channel_dim=layout.channel_dim)
+    larger = ((1.001 + layout.unsent) * scale >= own.scale) & (scale > smallest)
+    return not scale.is_cpu or bool(larger.any())
+
+
+def _natively(
+    layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool
+) -> bool | None:
     if layout.rows is None or x.dtype not in KINDS or not x.is_cpu or not past.fits(codes.stride()):
-        return False
+        return None
     if (library := native.load_library("encode").library or native.missing("encode")) is None:
-        return False
+        return None
     partial = torch.empty(layout.blocks, dtype=torch.int32, device="cpu") if dynamic and layout.blocks else None
-    library.modiff_encode(
+    jumps = library.modiff_encode(
         x.data_ptr(), KINDS[x.dtype], *[None if t is None else t.data_ptr() for t in past], codes.data_ptr(),
-        scale.data_ptr(), None if partial is None else partial.data_ptr(), *layout.rows, int(dynamic), layout.factor,
-        layout.qmin, layout.qmax, torch.get_num_threads(),
+        scale.data_ptr(), None if partial is None else partial.data_ptr(), *layout.rows, layout.scales[0],
+        int(dynamic), layout.factor, layout.unsent, layout.qmin, layout.qmax, torch.get_num_threads(),
     )  # fmt: skip
-    return True
+    return bool(jumps)
 
 
-def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool:
+def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: Tensor, *, dynamic: bool) -> bool | None:
     state = past.state
     known = state is None or (state.dtype in gpu.STATES and state.stride() == codes.stride())
     if layout.rows is None or past.move is not None or not known or not gpu.installed():
-        return False
+        return None
     rows, states, sent = (
         None if t is None else t.as_strided(layout.rows, (layout.rows[1], 1)) for t in (x, state, codes)
     )
@@ -199,7 +218,7 @@ def _on_gpu(layout: EncodeLayout, x: Tensor, past: Past, codes: Tensor, scale: T
 
     with gpu.on_device_of(x):
         code_rows(rows, states, sent, scale.view(-1), layout.bits, layout.clip, dynamic=dynamic)
-    return True
+    return dynamic and state is not None  # nothing is waited for
 
 
 def _fixed_eagerly(x: Tensor, state: FixedState, layout: EncodeLayout, clipped: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modiff.kernels import native
-from modiff.kernels.encode import FixedState, Past, encode_eagerly, past_of
+from modiff.kernels.encode import Encoded, FixedState, Past, encode_eagerly, past_of
 from modiff.kernels.layout import EncodeLayout, empty_output, layout_of, pixel_pitch
 from modiff.kernels.native import KINDS
 
@@ -74,7 +74,7 @@ class InputFusion(NamedTuple):
         self, x: Tensor, state: Tensor | FixedState | None, scale: Tensor | None, bits: int, clip: float = 1.0,
         granularity: str = "tensor", *, channel_dim: int = -1, move: Tensor | None = None, gain: Tensor | None = None,
         clipped: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> Encoded:  # fmt: skip
         """`encode_residual` of y, which is shaped as x."""
         past = past_of(x, state, scale, move, gain, clipped)
         x, fusion = x.detach(), self._detached()
@@ -85,8 +85,8 @@ class InputFusion(NamedTuple):
         fusion = fusion._replace(norm="group")  # tokens of channels are pixels with channels innermost
         n, moved = (None if tensor is None else tensor.movedim(-1, 1) for tensor in past[:2])
         past = past._replace(state=n, move=moved)
-        codes, used = _encode(fusion, x.movedim(-1, 1), past, scale, bits, clip, granularity, 1)
-        return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1)
+        codes, used, jumps = _encode(fusion, x.movedim(-1, 1), past, scale, bits, clip, granularity, 1)
+        return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1), jumps
 
     def _detached(self) -> "InputFusion":
         weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
@@ -96,7 +96,7 @@ class InputFusion(NamedTuple):
 def _encode(
     fusion: InputFusion, x: Tensor, past: Past, scale: Tensor | None,
     bits: int, clip: float, granularity: str, channel_dim: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Encoded:  # fmt: skip
     if fusion.norm == "affine":  # of some of the channels: their codes lie side by side
         codes = empty_output(x, x.shape, x.dim() - 2, torch.uint8)
     else:
@@ -108,17 +108,18 @@ def _encode(
         used = scale.to(torch.float32).reshape(layout.scales).contiguous()
     plan = _plan(fusion, x, past, codes, layout)
     if plan is None:
-        value, used = encode_eagerly(_normalized(fusion, x), past, None if scale is None else used, layout)
+        value, used, jumps = encode_eagerly(_normalized(fusion, x), past, None if scale is None else used, layout)
         codes.copy_(value)
     else:
         coefficients = _coefficients(plan, fusion, x)
-        plan.library.modiff_encode_fused(
+        jumps = plan.library.modiff_encode_fused(
             x.data_ptr(), KINDS[x.dtype], plan.mode, list(_ACTIVATIONS).index(fusion.activation),
             *[None if t is None else t.data_ptr() for t in (*coefficients, *past)], codes.data_ptr(),
             used.data_ptr(), plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
-            int(scale is None), layout.factor, layout.qmin, layout.qmax, torch.get_num_threads(),
+            layout.scales[0], int(scale is None), layout.factor, layout.unsent, layout.qmin, layout.qmax,
+            torch.get_num_threads(),
         )  # fmt: skip
-    return codes, used if scale is None else used.view(scale.shape)
+    return codes, used if scale is None else used.view(scale.shape), bool(jumps)
 
 
 def _normalized(fusion: InputFusion, x: Tensor) -> Tensor:

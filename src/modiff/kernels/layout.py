@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.core.affine import qrange
+from modiff.core.affine import qrange, unsent
 from modiff.core.granularity import granularity_named
 from modiff.errors import KernelError
 from modiff.kernels.native import BLOCK
@@ -72,6 +72,7 @@ class EncodeLayout(NamedTuple):
     scales: their shape. rows: (how many, elements in each) that share a scale and lie side by side, in the order of the
     flattened scales; None: not so. "tensor" and "sample" have rows in both memory layouts of convolutions.
     blocks: how many partial maxima the compiled loop needs. factor: clip / qmax.
+    unsent: as `core.affine.unsent`.
     """
 
     bits: int
@@ -84,6 +85,7 @@ class EncodeLayout(NamedTuple):
     qmin: int
     qmax: int
     factor: float
+    unsent: float
 
 
 @functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
@@ -110,7 +112,8 @@ def layout_of(
     blocks, (qmin, qmax) = 0 if rows is None or rows[1] <= BLOCK else rows[0] * -(-rows[1] // BLOCK), qrange(bits)
     shared = granularity_named(granularity).reduced_dims(len(shape), channel_dim)
     scales = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
-    return EncodeLayout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, clip / qmax)
+    factors = clip / qmax, unsent(bits, clip)
+    return EncodeLayout(bits, clip, granularity, channel_dim, scales, rows, blocks, qmin, qmax, *factors)
 
 
 @functools.lru_cache(4096)

@@ -48,7 +48,7 @@ _WITHOUT = {
 """By level, what the compiler leaves out where oneDNN's limit hides the rest of the processor."""
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_SCALING = [_I, _F, _I, _I, _I]  # dynamic, factor, lowest, highest, threads
+_SCALING = [_L, _I, _F, _F, _I, _I, _I]  # samples, dynamic, factor, unsent, lowest, highest, threads
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "encode": {"modiff_encode": [_P, _I, *[_P] * 8, _L, _L, *_SCALING]},
     "fingerprint": {"modiff_fingerprint": [_P, _L, _I]},
@@ -65,7 +65,10 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     },
 }
 
-_RESULTS: dict[str, Any] = {"modiff_fingerprint": ctypes.c_uint64, "modiff_family": _I, "modiff_outputs": _I}
+_RESULTS: dict[str, Any] = {
+    "modiff_fingerprint": ctypes.c_uint64,
+    **dict.fromkeys(("modiff_family", "modiff_outputs", "modiff_encode", "modiff_encode_fused"), _I),
+}
 
 
 class Native(NamedTuple):

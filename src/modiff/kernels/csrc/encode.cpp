@@ -5,6 +5,8 @@
 //     code      q = clamp(round(r / s), lowest, highest)             ties to even; NaN codes to 0
 //     state     p + q * s,  move = new state - old state
 
+#include <memory>
+
 #include "loops.h"
 
 namespace {
@@ -17,8 +19,13 @@ inline Linear moved(const Linear& s, int64_t at) { return {s.state + at, s.move 
 inline Fixed moved(const Fixed& s, int64_t at) { return {s.state + at, s.grid, s.multiple, s.clipped}; }
 
 template <class X, class State>
-void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
-         bool dynamic, float factor, int32_t lowest, int32_t highest, int threads) {
+bool run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
+         int64_t samples, bool dynamic, float factor, float unsent, int32_t lowest, int32_t highest, int threads) {
+  const bool compared = dynamic && State::kept;
+  const std::unique_ptr<uint32_t[]> reach(compared ? new uint32_t[rows]() : nullptr);
+  const auto jumps = [&] {
+    return compared && may_jump(scale, reach.get(), rows, samples, factor, unsent, smallest(state));
+  };
   const bool parallel = threads > 1 && rows * count >= kParallel;
   if (count <= kBlock) {  // a row stays in the cache between its two passes
 #pragma omp parallel for num_threads(threads) if (parallel)
@@ -29,9 +36,12 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
       if (dynamic) {
         scale[row] = finished(state, largest(source, held, count), factor);
       }
-      code(source, ready(held, scale[row]), codes + at, scale[row], lowest, highest, count);
+      const uint32_t bits = code(source, ready(held, scale[row]), codes + at, scale[row], lowest, highest, count);
+      if (compared) {
+        reach[row] = bits;
+      }
     }
-    return;
+    return jumps();
   }
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   if (dynamic) {
@@ -52,9 +62,17 @@ void run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
 #pragma omp parallel for num_threads(threads) if (parallel)
   for (int64_t task = 0; task < rows * blocks; ++task) {
     const int64_t start = task % blocks * kBlock, row = task / blocks, at = row * count + start;
-    code(Plain<X>{x + at}, ready(moved(state, at), scale[row]), codes + at, scale[row], lowest, highest,
-         count - start < kBlock ? count - start : kBlock);
+    const uint32_t bits = code(Plain<X>{x + at}, ready(moved(state, at), scale[row]), codes + at, scale[row], lowest,
+                               highest, count - start < kBlock ? count - start : kBlock);
+    if (compared) {
+      partial[task] = bits;
+    }
   }
+  for (int64_t task = 0; compared && task < rows * blocks; ++task) {
+    uint32_t& most = reach[task / blocks];
+    most = partial[task] > most ? partial[task] : most;
+  }
+  return jumps();
 }
 
 }  // namespace
@@ -65,23 +83,25 @@ extern "C" {
 // else the state is 16-bit integers in units of *grid, a power of two, and given scales must be multiples of it: the
 // number of codes that were cut to stay within 16 bits is added to *clipped. move: null for the "hold" predictor, else
 // *gain is its weight. scale: one for each row, read unless `dynamic`. factor: clip / highest.
-void modiff_encode(const void* x, int32_t kind, void* state, float* move, const float* gain, const float* grid,
+// Returns: whether one of the samples, which have equal numbers of rows, may jump; 0 with given scales or no state.
+int32_t modiff_encode(const void* x, int32_t kind, void* state, float* move, const float* gain, const float* grid,
                    int32_t* clipped, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
-                   int32_t dynamic, float factor, int32_t lowest, int32_t highest, int32_t threads) {
+                   int64_t samples, int32_t dynamic, float factor, float unsent, int32_t lowest, int32_t highest,
+                   int32_t threads) {
   const auto against = [&](const auto* values, const auto& held) {
-    run(values, held, codes, scale, partial, rows, count, dynamic != 0, factor, lowest, highest, threads);
+    return run(values, held, codes, scale, partial, rows, count, samples, dynamic != 0, factor, unsent, lowest,
+               highest, threads);
   };
   const auto start = [&](const auto* values) {
     if (state == nullptr) {
-      against(values, Nothing{});
-    } else if (grid != nullptr) {
-      against(values, Fixed{static_cast<int16_t*>(state), *grid, 0, clipped});
-    } else if (move == nullptr) {
-      against(values, Hold{static_cast<float*>(state)});
-    } else {
-      against(values, Linear{static_cast<float*>(state), move, *gain});
+      return against(values, Nothing{});
     }
+    if (grid != nullptr) {
+      return against(values, Fixed{static_cast<int16_t*>(state), *grid, 0, clipped});
+    }
+    return move == nullptr ? against(values, Hold{static_cast<float*>(state)})
+                           : against(values, Linear{static_cast<float*>(state), move, *gain});
   };
-  kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
+  return kind == 0 ? start(static_cast<const float*>(x)) : start(static_cast<const Bf16*>(x));
 }
 }

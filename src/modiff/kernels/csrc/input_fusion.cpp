@@ -120,8 +120,9 @@ struct Work {
   float* scale;
   int64_t runs, length, per_sample, per_scale;
   int64_t pitch, channels;  // elements from run to run in x, and from sample to sample in a and b
+  int64_t samples;
   bool dynamic;
-  float factor;
+  float factor, unsent;
   int32_t lowest, highest, threads;
 };
 
@@ -195,9 +196,9 @@ float finished(const Work& w, uint32_t found) {
   return with_state(w, 0, [&](const auto& state) { return finished(state, found, w.factor); });
 }
 
-void code(const Work& w, const float* y, int64_t at, int64_t count, float scale) {
-  with_state(w, at, [&](const auto& state) {
-    code(Plain<float>{y}, ready(state, scale), w.codes + at, scale, w.lowest, w.highest, count);
+uint32_t code(const Work& w, const float* y, int64_t at, int64_t count, float scale) {
+  return with_state(w, at, [&](const auto& state) {
+    return code(Plain<float>{y}, ready(state, scale), w.codes + at, scale, w.lowest, w.highest, count);
   });
 }
 
@@ -226,9 +227,9 @@ void given(const Work& w, Fill fill_in, bool parallel) {
   });
 }
 
-// All elements of one scale by this thread: computed and compared strip by strip, then coded.
+// All elements of one scale by this thread: computed and compared strip by strip, then coded. Returns: as `code`.
 template <class Fill>
-void measured(const Work& w, Fill fill_in, int64_t r) {
+uint32_t measured(const Work& w, Fill fill_in, int64_t r) {
   const int64_t row = w.per_scale * w.length, begin = r * row;
   const Scratch scratch(row);
   uint32_t found = 0;
@@ -239,12 +240,12 @@ void measured(const Work& w, Fill fill_in, int64_t r) {
     found = one > found ? one : found;
   }
   w.scale[r] = finished(w, found);
-  code(w, scratch.at, begin, row, w.scale[r]);
+  return code(w, scratch.at, begin, row, w.scale[r]);
 }
 
 // The same by all threads: fewer scales than threads.
 template <class Fill>
-void measured_together(const Work& w, Fill fill_in, int64_t r) {
+uint32_t measured_together(const Work& w, Fill fill_in, int64_t r) {
   const int64_t row = w.per_scale * w.length, begin = r * row;
   const Scratch scratch(row);
   float* const y = scratch.at;
@@ -258,40 +259,47 @@ void measured_together(const Work& w, Fill fill_in, int64_t r) {
     found = one > found ? one : found;
   }
   const float scale = w.scale[r] = finished(w, found);
-  strips(0, row, true, w.threads, [&](int64_t from, int64_t to) { code(w, y + from, begin + from, to - from, scale); });
+  uint32_t reach = 0;
+#pragma omp parallel for num_threads(w.threads) reduction(max : reach)
+  for (int64_t strip = 0; strip < each; ++strip) {
+    const int64_t from = strip * kStrip, count = row - from < kStrip ? row - from : kStrip;
+    const uint32_t one = code(w, y + from, begin + from, count, scale);
+    reach = one > reach ? one : reach;
+  }
+  return reach;
 }
 
 template <class X, class Activation>
-void run(const X* x, int32_t mode, const Work& w) {
+bool run(const X* x, int32_t mode, const Work& w) {
   const auto fill_in = [&](int64_t from, int64_t to, float* y) { fill<X, Activation>(x, mode, w, from, to, y); };
   const bool parallel = w.threads > 1 && w.runs * w.length >= kParallel;
   if (!w.dynamic) {
     given(w, fill_in, parallel);
-    return;
+    return false;
   }
   const int64_t rows = w.runs / w.per_scale;
+  const std::unique_ptr<uint32_t[]> reach(new uint32_t[rows]);
   if (parallel && rows < w.threads) {
     for (int64_t r = 0; r < rows; ++r) {
-      measured_together(w, fill_in, r);
+      reach[r] = measured_together(w, fill_in, r);
     }
-    return;
-  }
+  } else {
 #pragma omp parallel for num_threads(w.threads) if (parallel)
-  for (int64_t r = 0; r < rows; ++r) {
-    measured(w, fill_in, r);
+    for (int64_t r = 0; r < rows; ++r) {
+      reach[r] = measured(w, fill_in, r);
+    }
   }
+  const float least = with_state(w, 0, [](const auto& state) { return smallest(state); });
+  return w.state != nullptr && may_jump(w.scale, reach.get(), rows, w.samples, w.factor, w.unsent, least);
 }
 
 template <class X>
-void choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
-  if (activation == 0) {
-    run<X, None>(x, mode, w);
-  } else if (activation == 1) {
-    run<X, Silu>(x, mode, w);
-  } else if (activation == 2) {
-    run<X, Gelu>(x, mode, w);
-  } else {
-    run<X, ExactGelu>(x, mode, w);
+bool choose(const X* x, int32_t mode, int32_t activation, const Work& w) {
+  switch (activation) {
+    case 0: return run<X, None>(x, mode, w);
+    case 1: return run<X, Silu>(x, mode, w);
+    case 2: return run<X, Gelu>(x, mode, w);
+    default: return run<X, ExactGelu>(x, mode, w);
   }
 }
 
@@ -317,16 +325,17 @@ void modiff_grouped_moments(const void* x, int32_t kind, int64_t samples, int64_
 
 // x, gate: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh, 3 GELU. state: null for
 // plain codes; with a grid 16-bit integers, whose cut codes are added to `clipped`; else floats, with a move or without.
-void modiff_encode_fused(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
+// Returns: as modiff_encode.
+int32_t modiff_encode_fused(const void* x, int32_t kind, int32_t mode, int32_t activation, const float* a,
                            const float* b, const float* mean, const float* rstd, const void* gate, void* state,
                            float* move, const float* gain, const float* grid, int32_t* clipped, uint8_t* codes,
                            float* scale, int64_t runs, int64_t length, int64_t per_sample, int64_t per_scale,
-                           int64_t pitch, int64_t channels, int32_t dynamic, float factor, int32_t lowest,
-                           int32_t highest, int32_t threads) {
-  const Work work{a,     b,        mean,   rstd,       gate,      state, move,     gain,         grid,   clipped, codes,
-                  scale, runs, length, per_sample, per_scale, pitch, channels, dynamic != 0, factor, lowest,  highest,
-                  threads};
-  kind == 0 ? choose(static_cast<const float*>(x), mode, activation, work)
-            : choose(static_cast<const Bf16*>(x), mode, activation, work);
+                           int64_t pitch, int64_t channels, int64_t samples, int32_t dynamic, float factor,
+                           float unsent, int32_t lowest, int32_t highest, int32_t threads) {
+  const Work work{a,      b,          mean,      rstd,  gate,     state,   move,         gain,   grid,   clipped, codes,
+                  scale,  runs,       length,    per_sample,      per_scale,             pitch,  channels, samples,
+                  dynamic != 0,       factor,    unsent,          lowest,  highest,      threads};
+  return kind == 0 ? choose(static_cast<const float*>(x), mode, activation, work)
+                   : choose(static_cast<const Bf16*>(x), mode, activation, work);
 }
 }

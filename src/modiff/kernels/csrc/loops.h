@@ -40,17 +40,20 @@ struct Plain {
 
 // Plain quantization: predict zero, remember nothing.
 struct Nothing {
+  static constexpr bool kept = false;
   float before(int64_t) const { return 0.0f; }
   void after(int64_t, float) const {}
 };
 
 struct Hold {
+  static constexpr bool kept = true;
   float* state;
   float before(int64_t i) const { return state[i]; }
   void after(int64_t i, float value) const { state[i] = value; }
 };
 
 struct Linear {
+  static constexpr bool kept = true;
   float* state;
   float* move;
   float gain;
@@ -63,6 +66,7 @@ struct Linear {
 
 // An integer in units of a power of two: exact, also after a thousand steps. clipped counts the codes that were cut.
 struct Fixed {
+  static constexpr bool kept = true;
   int16_t* state;
   float grid;
   int32_t multiple;  // of the grid: the scale
@@ -121,26 +125,34 @@ inline int32_t rounded(float x, float lowest, float highest) {
   return static_cast<int32_t>(q);
 }
 
+// Codes and the next state. Returns: the largest magnitude of the state, as `largest` has it; 0 where none is kept.
 template <class Source, class State>
-MODIFF_APART void code(Source source, State state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
+MODIFF_APART uint32_t code(Source source, State state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
           int64_t count) {
   const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
+  uint32_t reach = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float p = state.before(i);
     const int32_t q = rounded((source(i) - p) / scale, low, high);
-    state.after(i, p + static_cast<float>(q) * scale);
+    const float value = p + static_cast<float>(q) * scale;
+    state.after(i, value);
     codes[i] = static_cast<uint8_t>(q - lowest);
+    if constexpr (State::kept) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, value) & 0x7fffffffu;
+      reach = bits > reach ? bits : reach;
+    }
   }
+  return reach;
 }
 
 // The same on integers; a code that would leave 16 bits is cut, so that state and codes never part.
 template <class Source>
-MODIFF_APART void code(Source source, Fixed state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
+MODIFF_APART uint32_t code(Source source, Fixed state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
           int64_t count) {
   const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
   // floor(room / multiple) is the whole part of (room + 1/2) / multiple: half a step apart from rounding errors
   const float share = 1.0f / static_cast<float>(state.multiple);
-  int32_t clipped = 0;
+  int32_t clipped = 0, reach = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t held = state.state[i];
     int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
@@ -150,12 +162,44 @@ MODIFF_APART void code(Source source, Fixed state, uint8_t* codes, float scale, 
     q = q > most ? most : q;
     q = q < least ? least : q;
     clipped += q != asked;
-    state.state[i] = static_cast<int16_t>(held + q * state.multiple);
+    const int32_t value = held + q * state.multiple;
+    state.state[i] = static_cast<int16_t>(value);
+    const int32_t size = value < 0 ? -value : value;
+    reach = size > reach ? size : reach;
     codes[i] = static_cast<uint8_t>(q - lowest);
   }
   if (clipped != 0) {
     __atomic_fetch_add(state.clipped, clipped, __ATOMIC_RELAXED);
   }
+  return __builtin_bit_cast(uint32_t, static_cast<float>(reach) * state.grid);
+}
+
+// The smallest scale that a state takes: a value needs no smaller one.
+template <class State>
+float smallest(const State&) {
+  return kSmallestScale;
+}
+inline float smallest(const Fixed& s) { return s.grid; }
+
+// Whether the residual of a sample may be coded with more noise than its value: the mean of s^2 over its rows against
+// that of v^2, where a row whose state reaches R has the scale v >= factor R - unsent s. False where it surely may not.
+inline bool may_jump(const float* scale, const uint32_t* reach, int64_t rows, int64_t samples, float factor,
+                     float unsent, float smallest) {
+  const int64_t each = rows / samples;
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    double residual = 0.0, value = 0.0;
+    bool any = false;
+    for (int64_t row = sample * each; row < (sample + 1) * each; ++row) {
+      const double s = scale[row], v = __builtin_bit_cast(float, reach[row]) * factor - unsent * s;
+      residual += 1.002 * s * s;
+      value += v > 0.0 ? v * v : 0.0;
+      any |= s > smallest;
+    }
+    if (any && !(residual < value)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 }  // namespace modiff

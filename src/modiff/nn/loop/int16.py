@@ -12,10 +12,10 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update
-from modiff.kernels.encode import FixedState, start
+from modiff.kernels.encode import Encoded, FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
-from modiff.nn.loop.integer import ByteCode, Codes, IntegerInput, IntegerLoop, dense_runs, encode_run, laid_as, runs_of
+from modiff.nn.loop.integer import ByteCode, IntegerInput, IntegerLoop, dense_runs, encode_run, laid_as, runs_of
 from modiff.nn.loop.simulated import InputState, Memory
 from modiff.nn.operator import LayerSpec
 
@@ -48,7 +48,7 @@ class Int16Input(IntegerInput):
 
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """The states start from what the integers stand for."""
-        self.least = 0.0
+        self.jumps = None
         update, state = self.encoded(x, fusion, None)
         runs = dense_runs(state.value, self.quantizer.runs, self.spec.channel_dim)
         self.states = tuple(start(run, HEADROOM) for run in runs)
@@ -61,14 +61,12 @@ class Int16Input(IntegerInput):
         layouts = zip(self.states, runs, strict=True)
         self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
 
-        def encode(i: int, state: FixedState) -> Codes:
+        def encode(i: int, state: FixedState) -> Encoded:
             return encode_run(*runs[i], state, self.quantizer, clipped=self._clipped)
 
-        codes = [encode(i, state) for i, state in enumerate(self.states)]
-        largest, intra = max(float(scale.max()) for _, scale in codes) if x.is_cpu else 0.0, None
-        if self.may_jump(largest, codes):
-            intra = self.restart_jumped(codes, runs, encode)
-        self.least -= largest * self.quantizer.unsent
+        sent = [encode(i, state) for i, state in enumerate(self.states)]
+        codes = [(code, scale) for code, scale, _ in sent]
+        intra = self.restart_jumped(codes, runs, encode) if any(jumps for *_, jumps in sent) else None
         if bool(self._clipped > 0):
             return self.begin(x, fusion)
         return Update(None, (ByteCode(tuple(codes)),), intra=intra)

@@ -3,7 +3,6 @@
 ô_t += s s_w[o] Σ (code - zero) * weight code
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.affine import QParams, qrange
-from modiff.core.granularity import BY_NAME, granularity_named
+from modiff.core.affine import QParams
+from modiff.core.granularity import granularity_named
 from modiff.core.jumps import jumped, noise_of
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
 from modiff.kernels.backend import PREPACKED
 from modiff.kernels.dispatch import Choice, plan
-from modiff.kernels.encode import FixedState, encode_residual
+from modiff.kernels.encode import Encoded, FixedState, encode_residual
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.kernel import Kernel, largest_weight_code
 from modiff.kernels.layout import channels_innermost, innermost
@@ -87,7 +86,7 @@ def encode_run(
     x: Tensor, fusion: InputFusion | None, state: Tensor | FixedState | None, quantizer: Quantizer,
     scale: Tensor | None = None, *, move: Tensor | None = None, gain: Tensor | None = None,
     clipped: Tensor | None = None,
-) -> Codes:  # fmt: skip
+) -> Encoded:  # fmt: skip
     """Codes of one run of channels against its state, which becomes the next one in place."""
     encode = encode_residual if fusion is None else fusion.encode
     return encode(
@@ -107,10 +106,10 @@ class IntegerInput(InputState):
     """â_t in one dense tensor for each run of channels; a steady step makes bytes and writes the state in place.
 
     The first step, and every step while scales are being measured, runs as in the simulation.
-    least: no sample needs smaller scales for its values, root mean square, than this; 0 where that is not known.
+    jumps: on a device, whether a sample jumped in the first step after an anchor; None until then, and on CPUs.
     """
 
-    least = 0.0
+    jumps: bool | None = None
 
     @property
     def state(self) -> State | None:
@@ -134,7 +133,7 @@ class IntegerInput(InputState):
 
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A step of the simulation."""
-        self.least = 0.0
+        self.jumps = None
         update, state = self.encoded(x, fusion, self.state)
         split = [dense_runs(t, self.quantizer.runs, self.spec.channel_dim) for t in (state.value, *state.moves)]
         self.states = tuple(State(value, tuple(moves)) for value, *moves in zip(*split, strict=True))
@@ -151,61 +150,40 @@ class IntegerInput(InputState):
             scales = quantizer.scales(x)
         elif every > 1 and self.age % every:
             scales = [q.scale for q in self.scales]
-        codes, states, intra, largest, runs = [], [], None, 0.0, runs_of(x, fusion, quantizer)
+        codes, states, intra, jumps, runs = [], [], None, False, runs_of(x, fusion, quantizer)
         for index, (run, fused) in enumerate(runs):
             state = self.states[index]
             if gain is not None or state.value.stride() != run.stride():
                 state = _laid(state, run, gain is not None)
             states.append(state)
             scale, move = None if scales is None else scales[index], state.moves[0] if state.moves else None
-            codes.append(encode_run(run, fused, state.value, quantizer, scale, move=move, gain=gain))
-            if scales is None and x.is_cpu:
-                largest = max(largest, float(codes[-1][1].max()))
+            *sent, jump = encode_run(run, fused, state.value, quantizer, scale, move=move, gain=gain)
+            codes.append((sent[0], sent[1]))
+            jumps = jumps or jump
         self.states = tuple(states)
-        if scales is None and gain is None:
-            if self.may_jump(largest, codes):
-                intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
-            self.least -= largest * quantizer.unsent
-        if x.is_cpu and (every > 1 or states[0].value.dtype != torch.float32):
-            self.least = 0.0  # a scale that is used again, or a state of 16 bits, leaves more unsent
+        if jumps and gain is None:
+            intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
         if every > 1:
             self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
         return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,), intra=intra)
 
-    def may_jump(self, largest: float, codes: Sequence[Codes]) -> bool:
-        """Whether a sample may need larger scales for its residual, `largest` at most, than for its value."""
-        # nothing is measured while the bound of the values holds; then, on CPUs, a pass over the states
-        self.least -= largest
-        if 1.001 * largest < self.least or not codes[0][1].is_cpu:
-            return not 1.001 * largest < self.least
-        q, share = self.quantizer, self.quantizer.config.clip / qrange(self.quantizer.bits)[1]
-        states = [state.value() if isinstance(state, FixedState) else state.value for state in self.states]
-        ranges = [BY_NAME[q.granularity].reduce(value.abs(), q.channel_dim, torch.amax) for value in states]
-        squares = sum(n * float(each.min()) ** 2 for n, each in zip(q.runs, ranges, strict=True))
-        self.least = share * (squares / sum(q.runs)) ** 0.5 - largest * q.unsent
-        if 1.001 * largest < self.least:
-            return False
-        own, coded = [QParams(share * each, None) for each in ranges], [QParams(scale, None) for _, scale in codes]
-        values, residuals = noise_of(own, q).sqrt(), noise_of(coded, q).sqrt()
-        self.least = float(values.min()) - largest * q.unsent
-        return bool(((1.001 + q.unsent) * residuals >= values).any())
-
     def restart_jumped(
-        self, codes: Sequence[Codes], runs: Sequence[Run], encode: Callable[[int, Any], Codes]
+        self, codes: Sequence[Codes], runs: Sequence[Run], encode: Callable[[int, Any], Encoded]
     ) -> Tensor | None:
         """Write, in place, codes and states of samples that jump as from zero. Returns: flags of these samples.
 
         encode: the codes of a run of channels against a state, which becomes the next one.
         Cost: a second encoding. A device is waited for after an anchor alone: what does not jump then is left be.
         """
+        if self.jumps is False:
+            return None
         blank = [type(state)(torch.zeros_like(state[0]), *state[1:]) for state in self.states]
-        own = [encode(i, state) for i, state in enumerate(blank)]
+        own = [encode(i, state)[:2] for i, state in enumerate(blank)]
         noise, least = (noise_of([QParams(s, None) for _, s in each], self.quantizer) for each in (codes, own))
-        if least.is_cpu:
-            self.least = float(least.min()) ** 0.5
-        elif self.least == 0.0:
-            self.least = -1.0 if bool((noise > least).any()) else math.inf
-        intra = None if self.least == math.inf else jumped(noise, least)
+        intra = jumped(noise, least)
+        if self.jumps is None and intra is not None and not intra.is_cpu:
+            self.jumps = bool(intra.any())
+            intra = intra if self.jumps else None
         if intra is not None:
             intra = jumped(self._unsent(runs, self.states), self._unsent(runs, blank), intra)
         for i, state in enumerate(self.states if intra is not None else ()):
@@ -310,7 +288,7 @@ class IntegerLoop(SimulatedLoop):
             x, fusion = self.spec.prepared(x, fusion), None
         scales, total = quantizer.scales(x), None
         for i, ((run, fused), kernel) in enumerate(zip(runs_of(x, fusion, quantizer), kernels, strict=True)):
-            codes, scale = encode_run(run, fused, None, quantizer, None if scales is None else scales[i])
+            codes, scale, _ = encode_run(run, fused, None, quantizer, None if scales is None else scales[i])
             if total is None:
                 total = kernel.compute(codes, scale, self.operator.bias, dtype if len(kernels) == 1 else torch.float32)
             else:
