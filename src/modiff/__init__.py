@@ -14,6 +14,7 @@ import importlib.util as _util
 import pathlib as _pathlib
 import typing as _typing
 
+from modiff import sampling as sampling  # diffusers looks for the schedulers of a folder among loaded modules
 from modiff.config import VERSION as __version__  # noqa: F401
 
 _STUB = _ast.parse(_pathlib.Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ DIFFUSERS = (
     "diffusers.configuration_utils:FrozenDict",
     "diffusers.configuration_utils:ConfigMixin.register_to_config",  # which sets _internal_dict
     "diffusers.models.cache_utils:CacheMixin._reset_stateful_cache",
+    "diffusers:DDPMScheduler._get_variance",
 )
 COMPILER = ("torch._dynamo:lookup_backend", "torch._dynamo.eval_frame:OptimizedModule")
 """Loading these takes seconds, so torch.compile asks for them itself."""

@@ -1,0 +1,338 @@
+"""Samplers that correct what a quantized network says, step by step: one table for PTQD, TAC and methods like them.
+
+    e_t = g_t * output + c_t          what the scheduler is told of the network's output (noise, v or sample)
+    x_s = step(x_t, e_t) - b_t        with noise sigma'_t = n_t * sigma_t
+
+PTQD is g = 1 / (1 + k), c = -mu g and n < 1; TAC is g = K and b; D2-DPM is g = 1 - s, c = s mu_q - mu_D with s = rho
+sd_D / sd_q. A table goes on any pipeline, whatever quantized its network: `pipe.scheduler = corrected(...)`.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from modiff.config import JsonConfig, check
+from modiff.errors import ConfigError
+
+Rows = tuple[tuple[float, ...], ...]
+ENTRY = "correction"
+"""The entry of a scheduler_config.json."""
+TABLES = ("gain", "offset", "shift")
+_OTHER_STEPS = "The table is for those. Sample with as many steps, or calibrate again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction(JsonConfig):
+    """What is changed at each of T steps; None changes nothing.
+
+    timesteps: (T,), those of the steps that the table was made for, the noisiest first.
+    gain, offset: g_t and c_t, (T, 1) or (T, C) for each channel of the output. shift: b_t, (T, 1) or (T, C).
+    noise: n_t = sigma'_t / sigma_t, (T,), for samplers that add noise. eta: of DDIM, that `noise` was made for.
+    released_direction: DDIM scales its direction by sqrt(1 - ab_s - sigma'_t²), as PTQD's released code does, and not
+        by sigma_t²: the mean of the step changes. It is there to measure that fault.
+    channel_dim: of outputs and states: 1, or -1 for packed tokens (N, tokens, C).
+    Raises: ConfigError for tables of another length, or numbers that are not finite.
+    """
+
+    timesteps: tuple[float, ...]
+    gain: Rows | None = None
+    offset: Rows | None = None
+    noise: tuple[float, ...] | None = None
+    shift: Rows | None = None
+    eta: float | None = None
+    released_direction: bool = False
+    channel_dim: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("timesteps", len(self.timesteps) >= 1, "1 or more", "There is nothing to correct.")
+        why = "There is a row of one number, or one for each channel, for each step."
+        for name in (*TABLES, "noise"):
+            table = getattr(self, name)
+            self.check(name, table is None or len(table) == len(self.timesteps), f"{len(self.timesteps)} rows", why)
+            widths = {len(row) for row in table or ()} if name != "noise" else {1}
+            self.check(name, len(widths - {0}) <= 1 and 0 not in widths, "rows of one width", why)
+        self.check("noise", self.noise is None or min(self.noise) >= 0, "0 or more", "They scale noise.")
+
+    @classmethod
+    def of(
+        cls, timesteps: Sequence[float] | Tensor, *, gain: Tensor | None = None, offset: Tensor | None = None,
+        noise: Tensor | None = None, shift: Tensor | None = None, eta: float | None = None,
+        released_direction: bool = False, channel_dim: int = 1,
+    ) -> Self:  # fmt: skip
+        """From tensors of these shapes."""
+        gain_rows, offset_rows, shift_rows = (None if t is None else _rows(t) for t in (gain, offset, shift))
+        return cls(
+            timesteps=tuple(float(t) for t in timesteps), gain=gain_rows, offset=offset_rows, shift=shift_rows,
+            noise=None if noise is None else tuple(noise.double().tolist()), eta=eta,
+            released_direction=released_direction, channel_dim=channel_dim,
+        )  # fmt: skip
+
+    def then(self, other: "Correction") -> "Correction":
+        """Both: this one, and `other` on its result. Raises: ConfigError if they are for other steps or axes."""
+        same = ("timesteps", "channel_dim")
+        for name in same:
+            fits = getattr(self, name) == getattr(other, name)
+            check(f"then.{name}", getattr(other, name), fits, f"those of the first, {getattr(self, name)}",
+                  "Tables belong to steps and channels. Make both for the same ones.")  # fmt: skip
+        a, b = ({n: _table(getattr(c, n)) for n in TABLES} for c in (self, other))
+        gain = _combined(torch.mul, a["gain"], b["gain"])
+        scaled = _combined(torch.mul, a["offset"], b["gain"]) if a["offset"] is not None else None
+        noise = _combined(torch.mul, *(None if c.noise is None else torch.tensor(c.noise) for c in (self, other)))
+        return Correction.of(
+            self.timesteps, gain=gain, offset=_combined(torch.add, scaled, b["offset"]), noise=noise,
+            shift=_combined(torch.add, a["shift"], b["shift"]), eta=self.eta if other.eta is None else other.eta,
+            released_direction=self.released_direction or other.released_direction, channel_dim=self.channel_dim,
+        )  # fmt: skip
+
+    def step_of(self, timestep: Any) -> int:
+        """The row of a timestep. Raises: ConfigError for a step that the table was not made for."""
+        now = float(torch.as_tensor(timestep).flatten()[0])
+        near = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
+        expected = f"one of {len(self.timesteps)} timesteps, {self.timesteps[0]:g} to {self.timesteps[-1]:g}"
+        check("correction", now, _equal(now, self.timesteps[near]), expected, _OTHER_STEPS)
+        return near
+
+    def row(self, name: str, index: int, like: Tensor) -> Tensor | None:
+        """A row of a table, in a shape that broadcasts to `like`; at least float32. None where nothing changes."""
+        table = getattr(self, name)
+        if table is None:
+            return None
+        shape = [1] * like.dim()
+        shape[self.channel_dim] = -1
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.tensor(table[index], dtype=dtype, device=like.device).reshape(shape)
+
+
+def _equal(timestep: float, known: float) -> bool:
+    return abs(timestep - known) <= 1e-4 * max(1.0, abs(known))
+
+
+def _rows(table: Tensor) -> Rows:
+    return tuple(tuple(row) for row in table.double().reshape(len(table), -1).tolist())
+
+
+def _table(rows: Rows | None) -> Tensor | None:
+    return None if rows is None else torch.tensor(rows, dtype=torch.float64)
+
+
+def _combined(operation: Any, first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return operation(first.double(), second.double())
+
+
+def corrected(scheduler: Any, correction: Correction | None) -> Any:
+    """The scheduler with the same settings and this correction; None takes a correction off.
+
+        pipe.scheduler = corrected(pipe.scheduler, correction)
+
+    It is written to scheduler_config.json, and diffusers reads it again once modiff is imported. With g = 1, c = 0 and
+    n = 1 it samples the same bits as the plain one.
+    Raises: ConfigError for a scheduler that is not DDIM, DDPM, DPM-Solver++ (multistep) or Euler for flow matching, or
+        a table that its step cannot express.
+    """
+    kind = getattr(type(scheduler), "kind", type(scheduler))
+    config = {name: value for name, value in scheduler.config.items() if name != ENTRY}
+    if correction is None:
+        return kind.from_config(config)
+    return _corrected_kind(kind).from_config(config, correction=correction.to_dict())
+
+
+def _corrected_kind(kind: type) -> Any:
+    for corrected_kind in KINDS:
+        if corrected_kind.kind is kind:
+            return corrected_kind
+    known = ", ".join(corrected_kind.kind.__name__ for corrected_kind in KINDS)
+    raise ConfigError(
+        f"correction: expected one of {known}, got {kind.__name__}. Tables are applied to the steps of those "
+        "alone. Use one of them; corrected(scheduler, None) takes a correction off."
+    )
+
+
+class Corrected:
+    """What corrected schedulers share. A subclass has the scheduler of diffusers as its second base."""
+
+    kind: ClassVar[type]
+    correction: Correction | None
+    config: Any
+
+    def __init_subclass__(cls) -> None:
+        kind: Any = cls.__bases__[1]
+        cls.kind = kind
+
+        @functools.wraps(kind.__init__)
+        def initialize(self: Any, *args: Any, correction: dict[str, Any] | None = None, **settings: Any) -> None:
+            kind.__init__(self, *args, **settings)
+            self.register_to_config(correction=correction)
+            self.correction = None if correction is None else Correction.from_dict(correction)
+            if self.correction is not None and self.correction.noise is not None:
+                self.check_noise(self.correction)
+
+        @functools.wraps(kind.set_timesteps)
+        def set_timesteps(self: Any, *args: Any, **settings: Any) -> None:
+            kind.set_timesteps(self, *args, **settings)
+            self.check_timesteps()
+
+        @functools.wraps(kind.step)
+        def step(self: Any, *args: Any, **settings: Any) -> Any:
+            bound = inspect.signature(kind.step).bind(self, *args, **settings)
+            return self.corrected_step(bound)
+
+        signature = inspect.signature(kind.__init__)
+        own = inspect.Parameter(ENTRY, inspect.Parameter.KEYWORD_ONLY, default=None)
+        initialize.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # pyright: ignore
+        for name, function in (("__init__", initialize), ("set_timesteps", set_timesteps), ("step", step)):
+            setattr(cls, name, function)
+        cls.__module__ = "modiff.sampling"  # which is loaded with modiff: diffusers loads no module that a folder names
+
+    def check_noise(self, correction: Correction) -> None:
+        """Raise the ConfigError of a noise table that this sampler cannot express."""
+        raise ConfigError(
+            f"{type(self).__name__}: expected a correction without `noise`, got one with it. This sampler adds no "
+            "noise, or not in a way that can be scaled. Calibrate with DDIM (eta > 0), DDPM or SDE-DPM-Solver++."
+        )
+
+    def check_timesteps(self) -> None:
+        """Raise the ConfigError of steps that the correction was not made for."""
+        if self.correction is None:
+            return
+        now: Any = vars(self)["timesteps"]
+        known = self.correction.timesteps
+        fits = len(now) == len(known) and all(map(_equal, map(float, now), known))
+        check("correction", len(now), fits, f"{len(known)} steps, from {known[0]:g} to {known[-1]:g}", _OTHER_STEPS)
+
+    def corrected_step(self, bound: inspect.BoundArguments) -> Any:
+        """`kind.step` on the corrected output, its result moved by the shift."""
+        correction, told = self.correction, bound.arguments
+        if correction is None:
+            return self.kind.step(*bound.args, **bound.kwargs)
+        output, sample = told["model_output"], told["sample"]
+        index = correction.step_of(told["timestep"])
+        channels = sample.shape[correction.channel_dim]
+        value = output.narrow(correction.channel_dim, 0, channels)  # a learned variance comes in channels behind
+        gain, offset = (correction.row(name, index, value) for name in ("gain", "offset"))
+        changed = value if gain is None else value * gain
+        changed = (changed if offset is None else changed + offset).to(output.dtype)
+        rest = output.narrow(correction.channel_dim, channels, output.shape[correction.channel_dim] - channels)
+        told["model_output"] = torch.cat([changed, rest], correction.channel_dim) if rest.numel() else changed
+        if correction.noise is not None:
+            self.scale_noise(told, correction, correction.noise[index])
+        result = self.kind.step(*bound.args, **bound.kwargs)
+        shift = correction.row("shift", index, sample)
+        if shift is None:
+            return result
+        following = result[0] - shift.to(result[0].dtype)
+        if isinstance(result, tuple):
+            return following, *result[1:]
+        return dataclasses.replace(result, prev_sample=following)
+
+    def scale_noise(self, told: dict[str, Any], correction: Correction, factor: float) -> None:
+        """Let the step that is about to be made add `factor` times its noise."""
+        noise = told.get("variance_noise")
+        if noise is None:  # what the scheduler would draw
+            output = told["model_output"]
+            noise = randn_tensor(output.shape, told.get("generator"), device=output.device, dtype=output.dtype)
+        told["variance_noise"], told["generator"] = noise * factor, None
+
+
+class CorrectedDDIMScheduler(Corrected, DDIMScheduler):
+    """DDIM with a `Correction`."""
+
+    def check_noise(self, correction: Correction) -> None:
+        """A noise table is for one eta."""
+        check("correction.eta", correction.eta, correction.eta is not None and correction.eta > 0, "that of `noise`",
+              "DDIM's noise is eta times that of DDPM. Give eta=1.0.")  # fmt: skip
+
+    def scale_noise(self, told: dict[str, Any], correction: Correction, factor: float) -> None:
+        """As the other samplers; the released step scales eta, and with it the direction."""
+        eta = told.get("eta", 0.0)
+        check("step.eta", eta, eta == correction.eta, f"{correction.eta}, which the correction was made for",
+              "Its noise table is for that one. Sample with it, or calibrate again.")  # fmt: skip
+        if correction.released_direction:
+            told["eta"] = eta * factor
+        else:
+            super().scale_noise(told, correction, factor)
+
+
+class CorrectedDDPMScheduler(Corrected, DDPMScheduler):
+    """DDPM with a `Correction`."""
+
+    _factor = 1.0
+
+    def check_noise(self, correction: Correction) -> None:
+        """Noise of a learned variance is given as its logarithm, which is left alone."""
+        if str(self.config.variance_type).startswith("learned"):
+            super().check_noise(correction)
+
+    def scale_noise(self, told: dict[str, Any], correction: Correction, factor: float) -> None:
+        """It draws its noise inside of the step, so the variance is scaled."""
+        self._factor = factor
+
+    def _get_variance(self, *args: Any, **settings: Any) -> Any:
+        power = 1 if self.config.variance_type == "fixed_small_log" else 2  # that one returns a standard deviation
+        return super()._get_variance(*args, **settings) * self._factor**power
+
+
+class CorrectedDPMSolverMultistepScheduler(Corrected, DPMSolverMultistepScheduler):
+    """DPM-Solver++ and its SDE with a `Correction`; past outputs are remembered corrected."""
+
+    def check_noise(self, correction: Correction) -> None:
+        """Only the SDE adds noise."""
+        if not str(self.config.algorithm_type).startswith("sde"):
+            super().check_noise(correction)
+
+    def scale_noise(self, told: dict[str, Any], correction: Correction, factor: float) -> None:
+        """It draws float32, whatever the output is."""
+        if told.get("variance_noise") is None:
+            output = told["model_output"]
+            told["variance_noise"] = randn_tensor(
+                output.shape, told.get("generator"), device=output.device, dtype=torch.float32
+            )
+        super().scale_noise(told, correction, factor)
+
+
+class CorrectedFlowMatchEulerDiscreteScheduler(Corrected, FlowMatchEulerDiscreteScheduler):
+    """Euler's method for flow matching with a `Correction`."""
+
+
+KINDS: tuple[Any, ...] = (
+    CorrectedDDIMScheduler,
+    CorrectedDDPMScheduler,
+    CorrectedDPMSolverMultistepScheduler,
+    CorrectedFlowMatchEulerDiscreteScheduler,
+)
+
+
+def _honour_corrections() -> None:
+    """Let `from_config` of any scheduler keep a correction that its config holds, or refuse it.
+
+    DDIMPipeline makes a DDIMScheduler of the config of whatever it is given, and so do users who change the scheduler:
+    diffusers would drop the table with a remark in the log.
+    """
+
+    @functools.wraps(ConfigMixin.from_config.__func__)
+    def from_config(cls: Any, config: Any = None, return_unused_kwargs: bool = False, **settings: Any) -> Any:
+        table = settings.get(ENTRY, config.get(ENTRY) if isinstance(config, dict) else None)
+        kind = cls if table is None or issubclass(cls, Corrected) else _corrected_kind(cls)
+        return super(SchedulerMixin, kind).from_config(config, return_unused_kwargs, **settings)
+
+    SchedulerMixin.from_config = classmethod(from_config)
+
+
+_honour_corrections()
