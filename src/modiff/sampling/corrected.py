@@ -284,9 +284,9 @@ class CorrectedDDPMScheduler(Corrected, DDPMScheduler):
         """It draws its noise inside of the step, so the variance is scaled."""
         self._factor = factor
 
-    def _get_variance(self, *args: Any, **settings: Any) -> Any:
+    def _get_variance(self, t: Any, predicted_variance: Any = None, variance_type: Any = None) -> Any:
         power = 1 if self.config.variance_type == "fixed_small_log" else 2  # that one returns a standard deviation
-        return super()._get_variance(*args, **settings) * self._factor**power
+        return super()._get_variance(t, predicted_variance, variance_type) * self._factor**power
 
 
 class CorrectedDPMSolverMultistepScheduler(Corrected, DPMSolverMultistepScheduler):
