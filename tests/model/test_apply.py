@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import modiff
 from modiff import (
@@ -18,7 +19,7 @@ from modiff.hosts.names import shortcut_splits
 from modiff.model.apply import install
 from modiff.nn import ModulatedLayer
 from modiff.nn.loop import simulated
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, assert_within
 from tests.model.toys import SPLITS, activations_only, applied, assert_equal, generate, sample, toy, toy_unet
 
 
@@ -113,6 +114,47 @@ def test_weights_changed_in_between_stay_changed_and_the_mode_too():
     modiff.remove(model)
     assert_same_bits(model.body.weight.detach(), 2 * toy().body.weight.detach().double())
     assert not any(m.training for m in model.modules())
+
+
+def halved(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", 0.5)
+    prune.l1_unstructured(layer, "bias", 0.5)
+
+
+def taken_off(layer: nn.Module) -> None:
+    parametrizations.weight_norm(layer)
+    parametrize.remove_parametrizations(layer, "weight")
+
+
+LATER = {
+    "parametrization": parametrizations.orthogonal,
+    "weight norm": parametrizations.weight_norm,
+    "weight norm by a hook": weight_norm,
+    "spectral norm by a hook": spectral_norm,
+    "pruned": halved,
+    "taken off again": taken_off,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", LATER)
+def test_what_makes_a_weight_may_come_after_apply_and_stays_when_modiff_goes(kind, tmp_path):
+    model, plain = toy(), toy()
+    modiff.apply(model, presets.modulated(None, None))
+    for target in (plain, model):
+        torch.manual_seed(0)
+        LATER[kind](target.eval().attention.to_out[0])
+    expected = sample(plain, steps=3)
+    for ours, exact in zip(generate(model, steps=3), expected, strict=True):
+        assert_within(ours, exact, 1e-5)
+    verbs = [lambda: modiff.save(model, tmp_path / "saved"), lambda: modiff.pack(model)]
+    for verb in verbs if kind != "taken off again" else ():
+        with pytest.raises(
+            StateError, match=r"expected attention\.to_out\.0\.(weight|bias) to be a parameter, got one"
+        ):
+            verb()
+    modiff.remove(model)
+    assert_equal(sample(model, steps=3), expected)
 
 
 def test_removing_reaches_a_layer_inside_a_wrapper_and_drops_no_hook():

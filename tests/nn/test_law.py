@@ -109,6 +109,11 @@ def by_data(layer: ModulatedLayer) -> None:
     layer.weight.data += 0.1  # as a LoRA is fused: no new memory, no new version
 
 
+def by_parameters(layer: ModulatedLayer) -> None:
+    for parameter in layer.parameters():
+        parameter.data *= 1.5
+
+
 def in_place(layer: ModulatedLayer) -> None:
     with torch.no_grad():
         layer.weight.mul_(-1.5)
@@ -130,6 +135,11 @@ CHANGES = {
     "in place": in_place,
     "replaced": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().flip(0))),
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "by parameters()": by_parameters,
+    "bias by data": lambda layer: layer.bias.data.add_(1),
+    "bias replaced": lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.detach() + 1)),
+    "bias gone": lambda layer: setattr(layer, "bias", None),
+    "bias pruned": lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
 }
 
 
@@ -175,6 +185,6 @@ def test_a_weight_that_is_read_or_moved_and_stays_as_it_was_changes_nothing():
     expected = play(ours, inputs)
     ours.clock.start()
     for x, (output, _, _) in zip(inputs, expected, strict=True):
-        ours.weight.sum()
+        ours.weight.sum() + ours.bias.sum()
         original.weight.data = original.weight.data.clone()
         assert_same_bits(evaluate(ours, x), output)

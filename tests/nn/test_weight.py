@@ -5,6 +5,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.affine import QParams
@@ -287,6 +288,7 @@ def test_a_packed_weight_is_read_as_the_floats_that_its_codes_stand_for(kind, bi
     convolve = nn.functional.linear if kind in ("linear", "odd") else layer._conv_forward
     layer.clock.start()
     assert_within(convolve(x, layer.weight, layer.bias), evaluate(layer, x), 1e-5)
+    assert_same_bits(torch.empty_like(floats).copy_(layer.weight), layer.weight * 1)
     assert layer.half().weight.dtype == torch.float16
 
 
@@ -296,6 +298,11 @@ def test_a_packed_weight_is_read_as_the_floats_that_its_codes_stand_for(kind, bi
     lambda layer: exec("layer.weight.data += 1", {"layer": layer}),
     lambda layer: layer.weight.__setitem__(0, 0.0),
     lambda layer: nn.init.zeros_(layer.weight),
+    lambda layer: layer.weight.data.mul_(2),
+    lambda layer: layer.weight[0].zero_(),
+    lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(5, 12))),
+    lambda layer: parametrizations.weight_norm(layer),
+    lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     lambda layer: layer.quantized_weight.floats(layer.weight),
     lambda layer: layer.quantized_weight.fix(layer.quantized_weight.codes(layer.weight)),
     lambda layer: layer.quantized_weight.unfix(),

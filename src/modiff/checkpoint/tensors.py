@@ -123,6 +123,7 @@ def quantized_state(
             "Call pipe.unload_lora_weights() or pipe.unload_ip_adapter() first, and load them again afterwards."
         )
     for name, quantized in required_attachment(model, "save").layers.items():
+        quantized.check_own("save")
         if f"{name}.weight" not in state:
             raise StateError(f"{name}: expected the layer that modiff put there, got another one around it. A "
                              "checkpoint of the model cannot hold it. Take it away first.")  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from modiff.config import ModiffConfig
 from modiff.errors import StateError
@@ -71,7 +72,10 @@ def uninstall(model: nn.Module) -> None:
     check_removable(model)
     attachment = required_attachment(model, "remove")
     for name, original in attachment.originals.items():
-        original.train(attachment.layers[name].training)
+        layer = attachment.layers[name]
+        original.train(layer.training)
+        if parametrize.is_parametrized(layer) and layer._modules is original._modules:  # since `apply`
+            original.__class__ = type(type(layer).__name__, (type(original),), dict(vars(type(layer))))
     _undo(model, attachment)
 
 

@@ -38,6 +38,7 @@ def check_packable(model: nn.Module, anchor_weights: PackedAnchors = "quantized"
             "Call pipe.unload_lora_weights(), which keeps what is fused, or pipe.unfuse_lora()."
         )
     for layer in attachment.layers.values():
+        layer.check_own("pack")
         if layer.weight.is_meta:
             raise StateError(
                 f"{layer.name}: expected a weight in memory, got one on the meta device. It is offloaded. Remove the "

@@ -3,7 +3,7 @@
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ class ModulatedLayer(nn.Module):
 
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
-    A weight that changes within a trajectory anchors the output state again. What is written through `.data` is seen
-    at once where `layer.weight` was read for it, otherwise when the next trajectory begins.
+    A weight or bias that changes within a trajectory anchors the output state again. What is written through `.data` is
+    seen at the next step where the parameter was read from its module for it, as `layer.weight` or `model.parameters()`
+    do, between two steps; where it was read before, when the next trajectory begins.
     """
 
     channel_dim: ClassVar[int]
@@ -90,28 +91,74 @@ class ModulatedLayer(nn.Module):
         self.number = traced.number_for(self)
 
     @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
+        """As torch; who reads them between two steps may write them through `.data`."""
+        clock = self.__dict__.get("clock")
+        if clock is not None and clock.active and not clock.inside:
+            self.operator.forget()
+        return self.__dict__["_parameters"]
+
+    @_parameters.setter
+    def _parameters(self, parameters: dict[str, nn.Parameter | None]) -> None:
+        self.__dict__["_parameters"] = parameters
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The parameter, or what made it."""
+        return self._parameter("bias")
+
+    @bias.setter
+    def bias(self, made: Tensor) -> None:
+        self._make("bias", made)
+
+    @bias.deleter
+    def bias(self) -> None:
+        self.operator.parameters = self._parameters
+
+    @property
     def weight(self) -> Tensor:
         """The float weight, as others read it; of a packed layer what its codes stand for, unpacked at each access."""
-        stored, quantized = self.operator.parameters.get("weight"), self.quantized_weight
-        if stored is None:
-            raise AttributeError("weight")
+        stored, quantized = self._parameter("weight"), self.quantized_weight
         if isinstance(quantized, PackedWeight):
             moving = "_old_forward" in self.__dict__ or any(tensor.is_meta for tensor in quantized.stored())
             return stored if moving else quantized.readable()  # accelerate and loaders read what they move
-        if self.clock.active and not self.clock.inside:
-            quantized.forget()  # who reads it between two steps may write it through `.data`
         return stored
 
     @weight.setter
     def weight(self, made: Tensor) -> None:
-        """What a hook of pruning or of a weight norm makes before each call. Raises: StateError if packed."""
-        if self.packed:
-            self.quantized_weight.floats(made)
-        self.operator.parameters = {**self._parameters, "weight": made.detach()}
+        self._make("weight", made)
 
     @weight.deleter
     def weight(self) -> None:
         self.operator.parameters = self._parameters
+
+    def _parameter(self, name: str) -> Any:
+        for parameters in (self._parameters, self.operator.parameters):
+            if name in parameters:
+                return parameters[name]
+        raise AttributeError(name)
+
+    def _make(self, name: str, made: Tensor) -> None:
+        """Take what pruning, a norm or a parametrization makes before each call. Raises: StateError if packed."""
+        if self.packed and name == "weight":
+            self.quantized_weight.floats(made)
+        self.operator.parameters = {**self.operator.parameters, **self._parameters, name: made.detach()}
+
+    def check_own(self, verb: str) -> None:
+        """Make sure that the parameters are the layer's own. Raises: StateError for those made at each call."""
+        if made := {"weight", "bias"} - self._parameters.keys():
+            raise StateError(
+                f"{verb}: expected {self.name}.{min(made)} to be a parameter, got one that pruning, a norm or a "
+                "parametrization makes at each call since modiff was applied. Call modiff.remove, then modiff.apply, "
+                "which evaluates it once."
+            )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch. Raises: StateError for floats that would be a packed weight, or make one."""
+        if name.startswith("weight") and self.packed and param is not None and param.is_floating_point():
+            self.quantized_weight.floats(param)
+        self.operator.parameters = self._parameters  # nothing makes it any more
+        super().register_parameter(name, param)
 
     @property
     def on_integers(self) -> bool:
@@ -233,6 +280,9 @@ class ModulatedLayer(nn.Module):
     def run(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
         """`forward`, outside of any graph or as an operator of one; with what x passes through on its way in."""
         spec = self.spec
+        if made := self._modules.get("parametrizations"):  # by torch, since it was modulated
+            for name in cast(nn.ModuleDict, made):
+                self._make(name, getattr(self, name))
         if x.numel() == 0:  # no range to quantize: an expert that nothing was sent to
             return self.operator.affine(x)
         if spec.kernel_size and x.dim() != len(spec.kernel_size) + 2:

@@ -14,7 +14,7 @@ from modiff.config import LayerConfig
 from modiff.core.hadamard import RotatedRun, rotate, rotated_runs
 from modiff.core.quantizer import Code
 from modiff.kernels.input_fusion import InputFusion, Norm
-from modiff.nn.weight import QuantizedWeight, at_least_float32, turned
+from modiff.nn.weight import QuantizedWeight, at_least_float32, turned, version_of
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ class LayerOperator:
             columns = (spec.channels // spec.groups,)
             rotation = None if rotation is None else rotated_runs(columns, 1, rotation[0].block)
         self.quantized = QuantizedWeight(spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed)
+        self._bias: Tensor | None = None
+        self._key: tuple[int, int] | None = None
+        self._edition = 0
 
     @property
     def weight(self) -> Tensor:
@@ -99,6 +102,23 @@ class LayerOperator:
     def bias(self) -> Tensor | None:
         """The parameter."""
         return self.parameters["bias"]
+
+    def refresh(self) -> int:
+        """Derive codes again where the weight changed. Returns: another number after each change of weight or bias."""
+        if (bias := self.parameters["bias"]) is not None:
+            key = bias.data_ptr(), version_of(bias)
+            if key != self._key:
+                before, self._bias, self._key = self._bias, bias.detach().clone(), key
+                self._edition += before is None or not torch.equal(before.to(bias.device), self._bias)
+        elif self._bias is not None:
+            self._bias = self._key = None
+            self._edition += 1
+        return self._edition + self.quantized.refresh(self.parameters["weight"])
+
+    def forget(self) -> None:
+        """Look at the values at the next use, as writes through `.data` leave no trace."""
+        self._key = None
+        self.quantized.forget()
 
     def affine(self, value: Tensor) -> Tensor:
         """A_q(value) + bias with the quantized, rotated weight."""

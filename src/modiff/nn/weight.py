@@ -304,11 +304,20 @@ class _ReadOnly(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
-        if name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1] == "_" and name[-2] != "_"):
-            args[0].refuse()
+        name, source = func.__name__, args[0] if args and isinstance(args[0], _ReadOnly) else None
+        writes = name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1] == "_" and name[-2] != "_")
+        if writes and source is not None:
+            source.refuse()
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs or {})
+            result = func(*args, **kwargs or {})
+            if (
+                source is not None
+                and isinstance(result, Tensor)
+                and result._is_view() | (name in ("detach", "__get__"))
+            ):
+                result = result.as_subclass(_ReadOnly)
+                result.refuse = source.refuse
+        return result
 
 
 def pack_codes(codes: tuple[WeightCodes, ...], bits: int) -> tuple[Tensor, Tensor]:

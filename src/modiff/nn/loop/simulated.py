@@ -287,7 +287,7 @@ class SimulatedLoop:
                 "layer did not run in the last step, but shares its quantized input with layers that did. Use "
                 "ModiffConfig(share_residuals='off'), or exclude it."
             )
-        number = self.operator.quantized.refresh(self.operator.parameters["weight"])
+        number = self.operator.refresh()
         if memory.weight != number and memory.taken and not update.starts:
             update = self.anchored(memory)
             state.stand()
@@ -324,8 +324,8 @@ class SimulatedLoop:
                 memory.output = _reordered(memory.output, index, self.spec.name)
 
     def forget(self) -> None:
-        """Free the states of all contexts; the weight is looked at again, as writes through `.data` leave no trace."""
-        self.operator.quantized.forget()
+        """Free the states of all contexts; the parameters are looked at again."""
+        self.operator.forget()
         self.memories.clear()
         self._tick = -1
 
