@@ -82,7 +82,7 @@ class Rows(nn.Module):
         self.conv_out = nn.Conv2d(16, 3, 3, padding=1)
 
     def forward(self, sample: Tensor, timestep: float, words: Tensor) -> Tensor:
-        h = (self.conv(sample) + words[:, :, None, None]).movedim(1, -1)
+        h = (self.conv(sample) + words[..., None, None]).movedim(1, -1)
         return self.conv_out((h + self.down(self.up(h).relu())).movedim(-1, 1))
 
 
@@ -122,6 +122,44 @@ def test_rows_that_are_reordered_go_on_as_if_they_had_been_these_from_the_start(
     everyone = torch.arange(4)
     for late, early in zip(steps(everyone, index)[6:], steps(everyone[index], everyone)[6:], strict=True):
         assert_same_bits(late, early)
+
+
+DROPPED = [[1], [3], [2, 3], [3, 0], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("index", DROPPED)
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
+def test_rows_whose_conditions_stay_go_on_where_others_are_dropped(config, integers, index):
+    model = rows_model(config.on_integers() if integers else config)
+    x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)
+
+    def steps(first: list[int], later: list[int]) -> list[Tensor]:
+        with modiff.trajectory(model), torch.no_grad():
+            return [
+                model(x[rows] * (1 + t / 1e4), t, words[rows])
+                for t in (900.0, 800.0, 700.0, 600.0, 500.0)
+                for rows in [first if t > 650 else later]
+            ]
+
+    for kept, alone in zip(steps([0, 1, 2, 3], index)[3:], steps(index, index)[3:], strict=True):
+        assert relative_error(kept, alone) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["dropped", "new", "told apart by nothing", "written in place"])
+def test_states_begin_again_where_a_row_is_new_or_nothing_tells_and_int16_states_go_on_too(case):
+    int16 = with_layer(presets.w8a8().on_integers(), modulation=ModulationConfig(state_dtype="int16"))
+    model, x, words = rows_model(int16), torch.randn(2, 3, 4, 4), torch.randn(2, 16)
+    later = {"new": torch.randn(1, 16), "told apart by nothing": torch.zeros(1)}.get(case, words[1:].clone())
+    loop = model.up.loop
+    with modiff.trajectory(model), torch.no_grad():
+        for t in (9.0, 8.0):
+            model(x, t, torch.zeros(1) if case == "told apart by nothing" else words)
+        if case == "written in place":
+            words += 0
+        model(x[1:], 7.0, later)
+        assert loop.memories["default #1", 0].taken == (3 if case == "dropped" else 1)
+        assert loop.memories["default", 0].taken == 2
 
 
 def test_reorder_refuses_rows_that_depend_on_each_other_and_an_index_that_does_not_fit():

@@ -36,6 +36,24 @@ class Inputs(NamedTuple):
         rows = {n: c[index.to(c.device)] for n, (c, v) in named.items() if version_of(c) == v}
         return Inputs(self.shape, {**self.conditions, **{n: (c, version_of(c)) for n, c in rows.items()}})
 
+    def rows_in(self, larger: "Inputs") -> tuple[int, ...]:
+        """For each row of the batch, the row of a larger one that had its conditions; () where one is new.
+
+        Of several the last ones: guidance drops the first half. Without conditions nothing tells, and all are new.
+        """
+        (rows, *rest), (most, *others) = self.shape or (0,), larger.shape or (0,)
+        named = {name: (x, *larger.conditions.get(name, (None, 0))) for name, (x, _) in self.conditions.items()}
+        pairs = [(x, y) for x, y, version in named.values() if isinstance(x, Tensor) and isinstance(y, Tensor)
+                 and version_of(y) == version and x.dim() and y.dim() and (len(x), len(y)) == (rows, most)]  # fmt: skip
+        free, taken = list(range(most)), list[int]()
+        for i in reversed(range(rows)) if rest == others and rows < most and pairs else ():
+            same = (j for j in reversed(free) if all(_equal(x[i], y[j]) for x, y in pairs))
+            if (row := next(same, None)) is None:
+                return ()
+            free.remove(row)
+            taken.insert(0, row)
+        return tuple(taken)
+
 
 def inputs_of(
     args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: tuple[str, int] | None
@@ -75,7 +93,30 @@ def _same(one: tuple[Any, int] | None, other: tuple[Any, int] | None) -> bool:
         return type(x) is type(y) and x == y
     if x is y or version_of(x) != before:  # written in place since, what it held is gone
         return x is y and version == before
+    return _equal(x, y)
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
     return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device) and torch.equal(x, y)
+
+
+class Fork(NamedTuple):
+    """A batch goes on with some of its rows in a context of its own: row i was row index[i] of `rows` in `context`."""
+
+    context: str
+    index: tuple[int, ...]
+    rows: int
+
+    def size(self, count: int) -> int:
+        """How many of `count` rows go on, where a row of the batch is as many of them as any; otherwise all."""
+        return count if count % self.rows else count // self.rows * len(self.index)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of x that go on, as it lies in memory."""
+        each = len(x) // self.rows
+        index = [each * row + i for row in self.index for i in range(each)] if self.size(len(x)) < len(x) else []
+        rows = torch.tensor(index or [*range(len(x))], device=x.device)
+        return torch.index_select(x, 0, rows, out=torch.empty_like(x[: len(rows)]))
 
 
 class _Kind:
@@ -109,14 +150,17 @@ class _Kind:
 
 
 class Branches:
-    """Those of one context. Evaluations whose conditions or shape of the sample differ are of different branches.
+    """Those of the context `name`. Evaluations whose conditions or shape of the sample differ are of different ones.
 
     Conditions that change from step to step tell nothing: at the third timestep, where none has come again, an
     evaluation goes on with the branch of the one before that differs least.
+    fork: where the rows of the last evaluation were, if its branch is new and a batch had them at the last timestep.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.kinds: list[_Kind] = []
+        self.fork: Fork | None = None
         self.first: float | None = None
         self.now: float | None = None
         self.step, self.limit = -1, _MOST
@@ -136,12 +180,21 @@ class Branches:
         if now != self.now or self.step < 0:
             self.now, self.step = now, self.step + 1
             self.first = now if self.step == 0 else self.first
-        kind = self._kind(inputs)
+        kinds, kind = self.kinds.copy(), self._kind(inputs)
         number, regular = kind.visit(self.step)
         if not ordered:
             number, regular = 0, kind.visits < 3
         index = self._numbers.setdefault((self.kinds.index(kind), number), len(self._numbers))
+        self.fork = None
+        for at, before in enumerate(kinds if kind not in kinds else ()):
+            branch = self._numbers.get((at, number)) if before.step == self.step - 1 else None
+            if branch is not None and (rows := inputs.rows_in(before.inputs)):
+                self.fork = Fork(self.context(branch), rows, before.inputs.shape[0])
         return index, regular or self.uncertain
+
+    def context(self, number: int) -> str:
+        """What a branch is called."""
+        return f"{self.name} #{number}" if number else self.name
 
     def _kind(self, inputs: Inputs) -> _Kind:
         differing = {kind: kind.differences(inputs) for kind in self.kinds if kind.inputs.shape == inputs.shape}

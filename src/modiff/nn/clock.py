@@ -1,5 +1,6 @@
 """The clock of one trajectory: which step, which context, and who must forget when it ends."""
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modiff.errors import StateError, warn_once
-from modiff.nn.branches import Branches, Inputs
+from modiff.nn.branches import Branches, Fork, Inputs
 
 _STARTING = threading.Lock()  # one for all models, as clocks are copied with them
 
@@ -64,6 +65,7 @@ class Clock:
         self._moment: tuple[float] | None = None
         self._contexts: dict[str, _Context] = {}
         self._branches: dict[str, Branches] = {}
+        self.fork: Fork | None = None  # of an evaluation of rows that were in another context
         self._named: str | None = None  # the context that an evaluation of a branch returns to
         self._listeners: list[Callable[[], None]] = []
 
@@ -148,7 +150,7 @@ class Clock:
             now = float(timestep)
         if known is not None and known.ended(now if self.numbered else float("nan")):
             self._forget()  # another generation
-        branches = self._branches.setdefault(name, Branches())
+        branches = self._branches.setdefault(name, Branches(name))
         branch, regular = branches.number(now, inputs, ordered=self.numbered)
         if not regular:
             warn_once(
@@ -159,9 +161,13 @@ class Clock:
                 "modiff.context(model, name):`.",
             )
         if branch:
-            self._named, self.context = name, f"{name} #{branch}"
+            self._named, self.context = name, branches.context(branch)
+        self.fork = branches.fork
+        if self.fork is not None and self.fork.context in self._contexts:
+            self._contexts[self.context] = copy.deepcopy(self._contexts[self.fork.context])
 
     def _leave_branch(self) -> None:
+        self.fork = None
         if self._named is not None:
             self.context, self._named = self._named, None
 

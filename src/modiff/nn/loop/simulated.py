@@ -3,6 +3,7 @@
 Layers that read one tensor share one quantized residual: how they know that it is one, and what they read.
 """
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from modiff.errors import StateError, warn_once
 from modiff.kernels.encode import FixedState
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.native import fingerprint
+from modiff.nn.branches import Fork
 from modiff.nn.clock import Clock
 from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.weight import at_least_float32, version_of
@@ -84,6 +86,12 @@ def _reordered(state: State, index: Tensor, where: str) -> State:
     return state._replace(value=_rows(state.value, index, where), moves=moves)
 
 
+def _taken(state: Any, fork: Fork) -> Any:
+    if isinstance(state, FixedState):
+        return state._replace(n=fork.take(state.n))
+    return state._replace(value=fork.take(state.value), moves=tuple(map(fork.take, state.moves)))
+
+
 class InputState:
     """One tensor's input state â_t, as `core.recursion` keeps it, and its update, for each layer that reads the tensor.
 
@@ -91,7 +99,7 @@ class InputState:
     count: updates so far. readers: how many layers read it. unread: those that did not take this update yet; after the
     last one it is freed. open: others may join. turn: the step at which it anchors again first where anchors are
     staggered. scales, age: of the last residual, and how many were quantized since an anchor, where scales last longer
-    than a step.
+    than a step. shape, origin: of what it read last; of which state it has some of the rows, since which evaluation.
     Subclasses keep the state and the codes in another form.
     """
 
@@ -102,7 +110,8 @@ class InputState:
         self.update: Update | None = None
         self.count, self.readers, self.unread, self.open, self.turn, self.tick, self.age = 0, 1, 0, False, 0, -1, 0
         self.scales: tuple[QParams, ...] = ()
-        self._shape: tuple[torch.Size, torch.device] | None = None
+        self.shape: tuple[torch.Size, torch.device] | None = None
+        self.origin: tuple[InputState, int] | None = None
         self._source: Source | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,11 +152,11 @@ class InputState:
             return self.update
         every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
         shape = (x.shape, x.device)
-        other = self._shape is not None and self._shape != shape
+        other = self.shape is not None and self.shape != shape
         if other:
             warn_once(
                 f"rows of {self.clock.name}",
-                f"{where}: expected an input of shape {tuple(self._shape[0])} on {self._shape[1]}, as in the step "
+                f"{where}: expected an input of shape {tuple(self.shape[0])} on {self.shape[1]}, as in the step "
                 f"before, got {tuple(x.shape)} on {x.device}. Its states begin again. A layer whose rows change at "
                 "every step, as those of experts do, gains nothing from states: exclude it.",
             )
@@ -155,7 +164,7 @@ class InputState:
             self.states, self.age = (), 0
         self.update = self.advance(x, fusion)
         shared = self.readers > 1 or (self.open and not self.count)
-        self._shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, shared)
+        self.shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, shared)
         self.count += 1
         self.unread = 0 if self.open and self.update.starts else self.readers
         return self.update
@@ -178,6 +187,14 @@ class InputState:
         self.states = tuple(_reordered(state, index, self.spec.name) for state in self.states)
         rows = [[None if t is None else _rows(t, index, self.spec.name) for t in each] for each in self.scales]
         self.scales = tuple(QParams(*each) for each in rows)
+
+    def forked(self, fork: Fork) -> "InputState":
+        """A copy with the rows that go on."""
+        other, (shape, device) = copy.copy(self), self.shape or (torch.Size([1]), None)
+        other.states = tuple(_taken(state, fork) for state in self.states)
+        other.scales = tuple(QParams(*(None if t is None else fork.take(t) for t in each)) for each in self.scales)
+        other.shape = torch.Size((fork.size(shape[0]), *shape[1:])), device
+        return other
 
     def stand(self) -> None:
         """Forget the moves: the next prediction is what the state holds, for every layer that reads it."""
@@ -217,6 +234,16 @@ class InputGroup:
     def forget(self) -> None:
         """Free the states."""
         self.states.clear()
+
+    def forked(self, before: InputState, fork: Fork, x: Tensor) -> InputState | None:
+        """A state with the rows of another that go on, the same for all of its readers; None where x has others."""
+        origin = before, self.clock.tick
+        state = next((state for state in reversed(self.states) if state.origin == origin), None) or before.forked(fork)
+        if state.shape != (x.shape, x.device):
+            return None
+        state.origin = origin
+        self.states += [] if state in self.states else [state]
+        return state
 
     def state_for(self, x: Tensor, read: int | None) -> InputState:
         """That of `x` in this evaluation, the newest if several fit; a new one if there is none."""
@@ -278,7 +305,8 @@ class SimulatedLoop:
         self._tick = clock.tick
         memory = self.memories.get((clock.context, self._calls))
         if memory is None:
-            memory = self.memories[clock.context, self._calls] = Memory(inputs.state_for(x, read))
+            memory = self._forked(x) or Memory(inputs.state_for(x, read))
+            self.memories[clock.context, self._calls] = memory
         state = memory.input
         update = state.read(self.spec.name, x, fusion, read)
         if state.count != memory.taken + 1 and not update.starts:
@@ -297,6 +325,15 @@ class SimulatedLoop:
         if state.unread == 0:
             state.update = None
         return output
+
+    def _forked(self, x: Tensor) -> Memory | None:
+        """What the rows of a batch that goes on with some of them left here."""
+        fork = self.clock.fork
+        memory = None if fork is None else self.memories.get((fork.context, self._calls))
+        if fork is None or memory is None or self.inputs is None or memory.output is None:
+            return None
+        state, output = self.inputs.forked(memory.input, fork, x), memory.output
+        return None if state is None else Memory(state, _taken(output, fork), memory.taken, memory.weight)
 
     def anchored(self, memory: Memory) -> Update:
         """Where an output state starts again from what its input state holds: the law holds from there on."""
