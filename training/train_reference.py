@@ -48,8 +48,9 @@ class Progress:
 class Task:
     """What is trained.
 
-    model: predicts the noise of images (N, C, H, W) uint8. further: its other inputs, for the indices of a batch.
+    model: sees images (N, C, H, W) uint8. further: its other inputs, for the indices of a batch.
     write: puts a finished model, in float16, into a folder. part: the folder of its weights in there.
+    loss: of the model and a batch in [-1, 1]; the noise that it predicts, as `loss_of_batch` has it, when None.
     """
 
     model: Any
@@ -57,16 +58,23 @@ class Task:
     write: Callable[[Any, DDIMScheduler, Path], object]
     part: str
     further: Callable[[Tensor], dict[str, Tensor]] = lambda picked: {}
+    loss: Callable[[Callable[..., Any], Tensor], Tensor] | None = None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, with the values that trained the embedded checkpoint as defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_architecture(parser)
+    add_arguments(parser, batch=64, learning_rate=4e-4)
+    add_schedule(parser)
+    return parser.parse_args(arguments)
+
+
+def add_architecture(parser: argparse.ArgumentParser) -> None:
+    """The options of a U-Net."""
     parser.add_argument("--channels", default="32,64,128", help="channels per resolution level")
     parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--attention", default="8", help="resolutions that get self-attention, comma-separated")
-    add_arguments(parser, batch=64, learning_rate=4e-4)
-    return parser.parse_args(arguments)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, batch: int, learning_rate: float) -> None:
@@ -76,10 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch: int, learning_rate:
     parser.add_argument("--start-from", type=Path, metavar="PIPELINE", help="weights of a run without a checkpoint.pt")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this much training time in all runs")
     parser.add_argument("--size", type=int, default=32, help="images are padded to SIZE x SIZE")
-    parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear")
-    parser.add_argument(
-        "--weighting", choices=["uniform", "min-snr"], default="uniform", help="loss weight per timestep"
-    )
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--warmup", type=int, default=300, help="steps of linear learning-rate warm-up")
@@ -91,6 +95,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch: int, learning_rate:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
+
+
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """The options of a model that predicts noise."""
+    parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear")
+    parser.add_argument(
+        "--weighting", choices=["uniform", "min-snr"], default="uniform", help="loss weight per timestep"
+    )
 
 
 def load_array(path: Path, content: str) -> np.ndarray:
@@ -119,7 +131,7 @@ def load_images(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.pad(images, pads))
 
 
-def build_model(options: argparse.Namespace, image_channels: int) -> UNet2DModel:
+def build_model(options: argparse.Namespace, image_channels: int, out_channels: int | None = None) -> UNet2DModel:
     """The DDPM U-Net with self-attention at the resolutions asked for and in the middle."""
     channels = [int(c) for c in options.channels.split(",")]
     if any(c < 16 or c % 16 for c in channels):
@@ -129,7 +141,7 @@ def build_model(options: argparse.Namespace, image_channels: int) -> UNet2DModel
     return UNet2DModel(
         sample_size=options.size,
         in_channels=image_channels,
-        out_channels=image_channels,
+        out_channels=out_channels or image_channels,
         layers_per_block=options.layers,
         block_out_channels=channels,
         down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in with_attention],
@@ -325,6 +337,8 @@ def fit(task: Task, options: argparse.Namespace) -> None:
         batch = prepare(task.images[picked], options)
         further = {name: value.to(device) for name, value in task.further(picked).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+            if task.loss is not None:
+                return task.loss(forward, batch)
             return loss_of_batch(forward, scheduler, weights, batch, further)
 
     if options.compile:

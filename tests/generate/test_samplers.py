@@ -12,7 +12,7 @@ from modiff.hosts.diffusers.runs import noise_generators
 from tests.hosts.tiny import HOSTS
 from tests.pixels import pixel_pipeline
 
-ANCESTRAL = ("ddpm", "sde-dpmsolver++")
+ANCESTRAL = ("ddpm", "sde-dpmsolver++", "ddm")
 
 
 def images(pipe: DiffusionPipeline, seeds: range = range(2), steps: int = 6) -> np.ndarray:

@@ -69,8 +69,8 @@ CONFIG_HELP = (
 PROMPTS_HELP = "A text file with a prompt in each line: image i is drawn of line i modulo their number."
 LABELS_HELP = "Classes such as 0-9 or 3,5,8: image i is drawn of number i modulo how many they are."
 SCHEDULER_HELP = (
-    "ddim, ddpm, pndm, dpmsolver++, dpmsolver++2s, sde-dpmsolver++, euler, heun, unipc or flow-euler; the model's own "
-    "when left out."
+    "ddim, ddpm, pndm, dpmsolver++, dpmsolver++2s, sde-dpmsolver++, euler, heun, ddm, unipc or flow-euler; the model's "
+    "own when left out."
 )
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]

@@ -11,10 +11,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from modiff.config import check
 from modiff.errors import StateError
 from modiff.hosts.host import is_attached
+from modiff.sampling import ddm
 
 
 class Sampler(NamedTuple):
-    """A scheduler of diffusers and the settings that make it this sampler.
+    """A scheduler of diffusers or of `modiff.sampling`, and the settings that make it this sampler.
 
     flow: it can follow a flow-matching model. noise: it can follow a model that predicts noise, the sample or v.
     """
@@ -35,6 +36,7 @@ SAMPLERS: dict[str, Sampler] = {
     "sde-dpmsolver++": Sampler("DPMSolverMultistepScheduler", _SECOND_ORDER | {"algorithm_type": "sde-dpmsolver++"}),
     "euler": Sampler("EulerDiscreteScheduler"),
     "heun": Sampler("HeunDiscreteScheduler"),
+    "ddm": Sampler("DDMScheduler"),
     "unipc": Sampler("UniPCMultistepScheduler", flow=True),
     "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", flow=True, noise=False),
 }
@@ -71,7 +73,8 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
         shift = config.get("shift", config.get("flow_shift", 1.0))
         solver = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
         settings |= {"shift": shift} if name == "flow-euler" else solver
-    scheduler = getattr(diffusers, sampler.kind).from_config(config, **settings)
+    home = diffusers if hasattr(diffusers, sampler.kind) else ddm
+    scheduler = getattr(home, sampler.kind).from_config(config, **settings)
     if isinstance(pipe, (DDIMPipeline, DDPMPipeline)):
         kind = DDIMPipeline if name == "ddim" else UnconditionalPipeline
         other = kind(unet=pipe.unet, scheduler=scheduler)
