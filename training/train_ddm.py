@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
-from train_reference import Task, add_architecture, add_arguments, build_model, fit, load_images
+from train_reference import BETAS, Task, add_architecture, add_arguments, build_model, fit, load_images
 
 from modiff.assets import MODELS, model_folder
 from modiff.generate.samplers import UnconditionalPipeline
@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--begin-with", metavar="MODEL", help=f"{', '.join(MODELS)}, or a pipeline folder")
     add_architecture(parser)
     add_arguments(parser, batch=32, learning_rate=2e-4)
-    parser.set_defaults(schedule="linear", weighting="uniform")
+    parser.set_defaults(weighting="uniform")  # of the loop; the loss has weights of its own
     return parser.parse_args(arguments)
 
 
@@ -89,7 +89,8 @@ def loss_of(scheduler: DDMScheduler) -> Callable[[Callable[..., Any], Tensor], T
 def train(options: argparse.Namespace) -> None:
     """A U-Net with two outputs, or with three for linear attenuation."""
     torch.manual_seed(options.seed)
-    images, scheduler = load_images(options.images, options.size), DDMScheduler(attenuation=options.attenuation)
+    images = load_images(options.images, options.size)
+    scheduler = DDMScheduler(beta_schedule=BETAS[options.schedule], attenuation=options.attenuation)
     channels = images.shape[1]
     if options.begin_with:
         model = begun_with(options.begin_with, scheduler.outputs)

@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 from train_classifier import load_labels
-from train_reference import Task, add_arguments, add_schedule, fit, load_images
+from train_reference import Task, add_arguments, add_weighting, fit, load_images
 
 PART = "transformer"
 
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--patch", type=int, default=2, help="pixels a side of a token")
     parser.add_argument("--drop", type=float, default=0.1, help="share of the labels that training hides")
     add_arguments(parser, batch=256, learning_rate=3e-4)
-    add_schedule(parser)
+    add_weighting(parser)
     return parser.parse_args(arguments)
 
 

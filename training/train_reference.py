@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CALL_OPTIONS = ("minutes", "weighting", "batch", "learning_rate", "warmup", "anneal", "ema")
+BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 FIXED_OPTIONS = ("schedule", "flip", "drop", "seed")
 
 
@@ -66,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_architecture(parser)
     add_arguments(parser, batch=64, learning_rate=4e-4)
-    add_schedule(parser)
+    add_weighting(parser)
     return parser.parse_args(arguments)
 
 
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch: int, learning_rate:
     parser.add_argument("--start-from", type=Path, metavar="PIPELINE", help="weights of a run without a checkpoint.pt")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this much training time in all runs")
     parser.add_argument("--size", type=int, default=32, help="images are padded to SIZE x SIZE")
+    parser.add_argument("--schedule", choices=BETAS, default="linear")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--warmup", type=int, default=300, help="steps of linear learning-rate warm-up")
@@ -97,9 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch: int, learning_rate:
     parser.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
 
 
-def add_schedule(parser: argparse.ArgumentParser) -> None:
-    """The options of a model that predicts noise."""
-    parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear")
+def add_weighting(parser: argparse.ArgumentParser) -> None:
+    """The option of a model that predicts noise alone."""
     parser.add_argument(
         "--weighting", choices=["uniform", "min-snr"], default="uniform", help="loss weight per timestep"
     )
@@ -153,8 +154,9 @@ def build_model(options: argparse.Namespace, image_channels: int, out_channels: 
 
 def build_scheduler(schedule: str) -> DDIMScheduler:
     """1000 training steps; the beta schedule is "linear" (DDPM) or "cosine" (improved DDPM)."""
-    name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule]
-    return DDIMScheduler(num_train_timesteps=1000, beta_schedule=name, clip_sample=True, timestep_spacing="leading")
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule=BETAS[schedule], clip_sample=True, timestep_spacing="leading"
+    )
 
 
 def timestep_weights(scheduler: DDIMScheduler, weighting: str) -> Tensor:
