@@ -330,6 +330,19 @@ def gated(parts: Parts) -> Ready:
     return dataclasses.replace(modulated(parts), note=note)
 
 
+def accelerated(parts: Parts) -> Ready:
+    """`modiff.accelerate` with the error that it allows when it is not told, from noise that no figure is judged on.
+
+    Where integers do not pay, it leaves the network as it was, which runs as the best baseline.
+    """
+    step = step_of(parts.net, parts.inputs, torch.float32, parts.task.model.size[1])
+    result = modiff.accelerate(parts.net, example=lambda: parts.loop.run(step, CALIBRATION_SEED), progress=False)
+    note = str(result).partition("\n")[0]
+    if not result.accelerated:
+        return dataclasses.replace(compiled(parts, torch.float32), note=note)
+    return Ready(parts.loop, step, lambda: modiff.trajectory(parts.net), lambda: state_bytes(parts.net), note)
+
+
 def optional(module: str, package: str) -> Any:
     """A module that need not be installed. Raises: CannotRun without it."""
     try:
@@ -355,6 +368,8 @@ VARIANTS: dict[str, Callable[[Parts], Ready]] = {
     "modulated-w8a8-int16": partial(ours_in_16_bits, state_dtype="int16"),
     "modulated-w8a7": partial(ours, config=presets.modulated(8, 7)),  # the most that sums exactly without VNNI
     "modulated-w8a4": partial(ours, config=presets.w8a4()),
+    "modulated-w4a4": partial(ours, config=presets.w4a4()),
+    "accelerate": accelerated,
     "gated": gated,
 }
 REFERENCE = "fp32-eager"

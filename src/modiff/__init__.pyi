@@ -1,6 +1,7 @@
 """The public names, where they stand, for `__init__.py`, editors and type checkers."""
 
 from modiff import presets as presets
+from modiff.api import accelerate as accelerate
 from modiff.api import apply as apply
 from modiff.api import autotune as autotune
 from modiff.api import calibrate as calibrate
@@ -44,6 +45,7 @@ from modiff.hosts import Host as Host
 from modiff.hosts import register_host as register_host
 from modiff.hosts.diffusers.quantizer import ModiffDiffusersConfig as ModiffDiffusersConfig
 from modiff.methods import quantize as quantize
+from modiff.model.accelerate.search import AccelerateResult as AccelerateResult
 from modiff.model.autotune import AutotuneResult as AutotuneResult
 from modiff.model.report import Report as Report
 from modiff.model.trajectory import clone as clone

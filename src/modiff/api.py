@@ -1,7 +1,7 @@
 """The public verbs, on a pipeline or on any module."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from glob import escape
@@ -18,11 +18,14 @@ from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
 from modiff.checkpoint.module_folder import bytes_of
-from modiff.config import ModiffConfig, PackedAnchors, check
-from modiff.hosts.host import host_of, modulated_networks, network_named, networks_of, trajectories
+from modiff.config import VERSION, ModiffConfig, PackedAnchors, check
+from modiff.hosts.host import host_of, is_attached, modulated_networks, network_named, networks_of, trajectories
 from modiff.hosts.load import load_target
+from modiff.kernels.native import cache_folder
+from modiff.model.accelerate.loops import Trials, call_of
+from modiff.model.accelerate.search import TRAJECTORIES, AccelerateResult, accelerate_networks
 from modiff.model.apply import check_removable, install, uninstall
-from modiff.model.attach import required_attachment
+from modiff.model.attach import check_searchable, required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
@@ -31,6 +34,7 @@ from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context, plain_to_fit, warn_of_states
 from modiff.model.tune import search_config, with_bits
 from modiff.presets import AnyConfig, as_config
+from modiff.progress import Bar
 
 
 def apply(target: Any, config: AnyConfig | None = None, *, state_memory: int | str | None = None) -> Report:
@@ -246,6 +250,59 @@ def autotune(
     splits = [host.splits(network) for network in networks]
     with stored_profile(profile) as times, host.contexts(*networks):
         return choose_modes(networks, run, settings, tolerance=tolerance, profile=times, splits=splits)
+
+
+def accelerate(
+    target: Any,
+    max_error: float = 0.02,
+    example: Callable[[], object] | Mapping[str, Any] | None = None,
+    compile: bool = True,
+    *,
+    state_memory: int | str | None = None,
+    steps: int = 50,
+    num_images: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> AccelerateResult:
+    """Make a pipeline or a module faster on this machine, within an error that is measured on whole trajectories.
+
+    Each kind of layer is timed in floats, plain and modulated integers of 3 to 8 bits; times are kept in the cache
+    folder. The fastest settings within the error are compiled and run against compiled floats: they stay on the target
+    where they win, otherwise it is as it was, and the result says why. `remove` undoes it.
+
+    Args:
+        max_error: relative L2 of what the example makes to full precision, ||ours - exact|| / ||exact||.
+        example: runs one trajectory as you will sample: the same batch and number of steps, and always the same noise.
+            Or the arguments of a pipeline's call. An unconditional pipeline needs none.
+        compile: with torch.compile, backend "modiff", for the shapes of the example; others compile again. Weights of
+            layers in floats are frozen: remove modiff before you change them.
+        state_memory: what states may take, in bytes or as "4GiB"; layers that gain most by each byte keep them.
+        steps, num_images, seed: of the example of an unconditional pipeline.
+    Raises: ConfigError for an example that is needed, or a target that is compiled; StateError if modiff is on it.
+    Cost: a dozen trajectories, twenty calls of each kind of layer in each setting, two compilations.
+    """
+    check(
+        "accelerate.max_error", max_error, 0 < max_error < 1, "a relative error between 0 and 1", "0.02 is 2 percent."
+    )
+    host, budget = host_of(target), None if state_memory is None else bytes_of(state_memory, "state_memory")
+    networks = host.networks(target)
+    base = ModiffConfig().on_integers()
+    check_searchable(list(networks.values()), base, "accelerate")
+    if example is None:
+        example = partial(host.run(target, steps=steps, batch=num_images, seed=seed), 0)
+    elif not callable(example):
+        example = call_of(target, "" if isinstance(target, nn.Module) else host.generation or "", example)
+    with (
+        stored_profile(cache_folder() / f"times-{VERSION}.json") as times,
+        Bar(total=TRAJECTORIES, shown=progress) as bar,
+    ):
+        trials = Trials(
+            list(networks.values()), example, partial(apply, target), partial(remove, target),
+            within=lambda: nullcontext() if is_attached(target) else trajectories(networks),
+            contexts=lambda: host.contexts(*networks.values()),
+            splits=[host.splits(network) for network in networks.values()], bar=bar,
+        )  # fmt: skip
+        return accelerate_networks(trials, base, max_error=max_error, compile=compile, budget=budget, times=times)
 
 
 def collect(

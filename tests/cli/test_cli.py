@@ -23,7 +23,7 @@ from modiff.files import LOCK
 from tests.cli.commands import assert_one_line
 from tests.cli.commands import modiff as command
 
-NAMES = ["analyze", "demo", "evaluate", "explain", "export", "generate", "quantize", "sample"]
+NAMES = ["accelerate", "analyze", "demo", "evaluate", "explain", "export", "generate", "quantize", "sample"]
 
 
 def test_version_and_every_command_has_help_with_an_example_and_json() -> None:

@@ -9,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from modiff import __version__
 from modiff.cli import options
+from modiff.cli.accelerate import accelerate
 from modiff.cli.evaluate import evaluate
 from modiff.cli.generate import export, generate, sample
 from modiff.cli.measure import analyze, demo, explain
@@ -105,5 +106,5 @@ def main(
     """
 
 
-for command in (analyze, demo, evaluate, explain, export, generate, quantize, sample):
+for command in (accelerate, analyze, demo, evaluate, explain, export, generate, quantize, sample):
     app.command(cls=Command)(command)

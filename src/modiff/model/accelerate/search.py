@@ -1,0 +1,149 @@
+"""Time the layers, walk the front, race the winner against floats, and tell what was gained."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modiff.config import ModiffConfig
+from modiff.model.accelerate.loops import FLOATS, MODIFF, ROUNDS, Race, Trials, difference, watched
+from modiff.model.accelerate.settings import TRIES, Tried, config_of, fastest_within, options_of
+from modiff.model.autotune import MARGIN, Profile
+from modiff.model.probe import Probe, probes_of, without_unfit
+from modiff.model.report import Report
+from modiff.model.select import layer_names
+from modiff.nn.adapters import modules_of
+
+ANCHORS = (0, 10)
+"""How often layers anchor again; 0 is never."""
+TRAJECTORIES = 2 + TRIES * len(ANCHORS) + 2 * (1 + ROUNDS)
+"""Of an example, at most: full precision, layers, errors, both sides to compile and to race."""
+SPARE = 0.95
+"""Share of the error allowed that the search spends: the compiled loop rounds a little differently."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AccelerateResult:
+    """What `modiff.accelerate` made of a target, and what it gained. Prints as a few lines.
+
+    before, floats, after: evaluations of the network in a second, as it was, with (compiled) floats, and with `config`.
+    error: relative L2 to full precision of what the example made. choices: how many layers run in which setting.
+    accelerated: whether modiff is on the target now; it is as it was otherwise, and `reason` says why. report: of the
+    layers, with memory. advice: what to try next.
+    """
+
+    before: float
+    max_error: float
+    accelerated: bool = False
+    reason: str = ""
+    floats: float = math.nan
+    after: float = math.nan
+    error: float = math.nan
+    choices: dict[str, int] = dataclasses.field(default_factory=dict)
+    config: ModiffConfig | None = None
+    report: Report | None = None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as (compiled) floats the chosen settings ran."""
+        return self.after / self.floats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        numbers = {k: v if math.isfinite(v) else None for k, v in values.items() if isinstance(v, float)}
+        objects = {"config": self.config and self.config.to_dict(), "report": self.report and self.report.to_dict()}
+        return values | numbers | objects | {"advice": list(self.advice)}
+
+    def __str__(self) -> str:
+        lines = [f"left as it was: {self.reason}"]
+        if self.accelerated:
+            speeds = f"{self.after:.4g} evaluations a second, floats {self.floats:.4g}, as it was {self.before:.4g}"
+            error = f"relative L2 {self.error:.4f} to full precision, at most {self.max_error:g} allowed"
+            lines = [f"{self.gain:.2f}x as fast as floats: {speeds} ({self.reason})", f"  {error}"]
+        counts = ", ".join(f"{count} {setting}" for setting, count in self.choices.items())
+        lines += [f"  layers: {counts}"] if counts else []
+        lines += [f"  {self.report.memory}"] if self.report else []
+        return "\n".join(lines + [f"  next: {line}" for line in self.advice])
+
+
+def accelerate_networks(
+    trials: Trials, base: ModiffConfig, *, max_error: float, compile: bool, budget: int | None, times: Profile
+) -> AccelerateResult:
+    """As `modiff.accelerate`."""
+    with watched(trials.networks) as trials.watches:
+        exact = trials.trajectory("full precision")
+        result = AccelerateResult(len(trials.seconds()) / sum(trials.seconds()), max_error)
+    base, fit = without_unfit("accelerate", base, _probed(trials, base))
+    layers = {name: layer for network in trials.networks for name, layer in modules_of(network).items()}
+    with watched(trials.networks) as trials.watches:
+        best, beyond = None, None
+        for every in ANCHORS:
+            options = {p.name: options_of(layers[p.name], p, base.layer, times, every) for p in fit}
+            within, worse = fastest_within(
+                options, lambda o: trials.error(config_of(base, o), exact), SPARE * max_error, budget
+            )
+            if within and (best is None or within.seconds < best.seconds):
+                best = within
+            beyond = beyond or worse
+            if worse is None:  # nothing is faster
+                break
+        result = dataclasses.replace(result, advice=_advice(trials, beyond, compile))
+        if best is None:
+            return dataclasses.replace(result, reason=f"no integers are faster with an error of {max_error:g} at most")
+        config = config_of(base, best.choice)
+        race = Race(trials, config)
+        try:
+            if compile:
+                race.compile()
+            race.run()
+            result = _judged(result, race, exact, best, config)
+        finally:
+            if not result.accelerated:
+                trials.remove()
+    return dataclasses.replace(result, report=race.keep()) if result.accelerated else result
+
+
+def _probed(trials: Trials, base: ModiffConfig) -> list[Probe]:
+    """Errors of plain 8 bits and of modulated 4, for each layer, from a trajectory in full precision."""
+    coarse = dataclasses.replace(base.layer, activation=dataclasses.replace(base.layer.activation, bits=4))
+    candidates = [dataclasses.replace(base.layer, modulation=None), coarse]
+    known, probes = layer_names(trials.networks), list[Probe]()
+    with ExitStack() as stack:
+        for network, split in zip(trials.networks, trials.splits or [{}] * len(trials.networks), strict=True):
+            probes += stack.enter_context(probes_of(network, base, candidates, split, known))
+        trials.trajectory("layers", trials.contexts)
+    return probes
+
+
+def _judged(
+    result: AccelerateResult, race: Race, exact: Sequence[Tensor], best: Tried, config: ModiffConfig
+) -> AccelerateResult:
+    """Integers stay where they win the race."""
+    floats, after, error = race.pace(FLOATS), race.pace(MODIFF), difference(race.results[MODIFF], exact)
+    wins = after * MARGIN >= floats and error <= result.max_error
+    reason = f"not compiled: {race.uncompiled}" if race.uncompiled else "both compiled"
+    if not wins:
+        reason = f"the best settings ran at {after / floats:.2f}x the speed of floats, with an error of {error:.4f}"
+    choices = dict(Counter(option.setting for option in best.choice.values()).most_common())
+    return dataclasses.replace(result, accelerated=wins, reason=reason, floats=floats, after=after, error=error,
+                               choices=choices, config=config)  # fmt: skip
+
+
+def _advice(trials: Trials, beyond: Tried | None, compile: bool) -> tuple[str, ...]:
+    lines = ["fewer steps, or a sampler that needs fewer: half of the steps take half of the time"]
+    if beyond is not None and math.isfinite(beyond.error):
+        lines.insert(0, f"max_error={1.1 * beyond.error:.2g}: faster settings had an error of {beyond.error:.4f}")
+    if not compile:
+        lines.append("compile=True: norms and activations then run inside of the layers")
+    weight = next(trials.networks[0].parameters())
+    bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    if weight.dtype == torch.float32 and (bf16 or weight.device.type != "cpu"):
+        lines.append(".to(torch.bfloat16) first: this device has instructions for it, and floats gain as well")
+    return tuple(lines)

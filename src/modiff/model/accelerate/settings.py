@@ -1,0 +1,164 @@
+"""The front of settings: for each layer those that pay, and the walk along their combinations, from fast to exact."""
+
+import dataclasses
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from functools import cache
+from glob import escape
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig
+from modiff.core.affine import qrange
+from modiff.model.autotune import MARGIN, Profile, measure_layer, signature
+from modiff.model.probe import Probe
+
+BITS = (8, 4, 6, 5, 3)
+"""Of activations and residuals, in the order in which they are timed: where 4 bits take the time of 8, no more are."""
+TRIES = 5
+"""Trajectories of one walk."""
+
+
+class Option(NamedTuple):
+    """One way to run a layer, floats where config is None.
+
+    seconds: of its calls in one evaluation, anchors included. error: of its input. state_bytes: of both states.
+    """
+
+    seconds: float
+    error: float
+    state_bytes: int
+    config: LayerConfig | None
+
+    @property
+    def setting(self) -> str:
+        """Short form."""
+        if self.config is None:
+            return "floats"
+        every = self.config.modulation.reanchor_every if self.config.modulation else 0
+        return self.config.setting + (f", anchored every {every} steps" if every else "")
+
+
+Options = dict[str, list[Option]]
+"""By layer: floats, then what is faster than all that is more exact and keeps no larger states."""
+Choice = dict[str, Option]
+
+
+class Tried(NamedTuple):
+    """A choice, and the error of its trajectory."""
+
+    choice: Choice
+    error: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all layers in one evaluation."""
+        return sum(option.seconds for option in self.choice.values())
+
+
+def options_of(layer: nn.Module, probe: Probe, base: LayerConfig, times: Profile, every: int) -> list[Option]:
+    """The ways to run a layer that pay; `times` keeps what is measured.
+
+    The rounding error of codes is proportional to 1 / qmax: the errors that the probe measured, of plain 8 bits and of
+    modulated 4, tell the others. A layer that anchors again every n steps is in floats at one of them.
+    """
+    (plain, modulated), x, split = probe.errors(), probe.input, probe.layers[-1].spec.split
+    loop = dataclasses.replace(base.modulation or ModulationConfig(), reanchor_every=every)
+    size = getattr(torch, loop.state_dtype).itemsize * (x.numel() + probe.outputs)
+    measured: dict[int, Mapping[str, float]] = {}
+    options: list[Option] = []
+    for bits in () if probe.layers[-1].unsupported else BITS:
+        config = dataclasses.replace(base, activation=dataclasses.replace(base.activation, bits=bits))
+        key = signature(layer, x, config, split)
+        if key not in times:
+            times[key] = measure_layer(layer, x, config, split)
+        measured[bits] = seconds = times[key]
+        again = seconds["modulated"] + (seconds["float"] / every if every else 0.0)
+        errors = plain * qrange(8)[1] / qrange(bits)[1], modulated * qrange(4)[1] / qrange(bits)[1]
+        options += [Option(seconds["plain"], errors[0], 0, dataclasses.replace(config, modulation=None)),
+                    Option(again, errors[1], size, dataclasses.replace(config, modulation=loop))]  # fmt: skip
+        if bits == 4 and seconds["modulated"] > MARGIN * measured[8]["modulated"]:
+            break
+    best = [Option(min((seconds["float"] for seconds in measured.values()), default=0.0), 0.0, 0, None)]
+    for option in sorted(options, key=lambda o: (o.error, o.seconds)):
+        rivals = [rival.seconds for rival in best if rival.state_bytes <= option.state_bytes]
+        if math.isfinite(option.error) and option.seconds < MARGIN * min(rivals):
+            best.append(option)
+    return [option._replace(seconds=option.seconds * probe.calls / probe.clock.tick) for option in best]
+
+
+def cheapest(options: Options, price: float, budget: int | None = None) -> Choice:
+    """For each layer the least of seconds + price * error^2; states fit into `budget` bytes where that is given.
+
+    The layers that gain most by each byte of their states keep them.
+    """
+
+    def cost(option: Option) -> float:
+        return option.seconds + price * option.error**2
+
+    chosen = {name: min(ways, key=cost) for name, ways in options.items()}
+    if budget is None:
+        return chosen
+    stateless = {name: min((o for o in ways if not o.state_bytes), key=cost) for name, ways in options.items()}
+    gain = {n: (cost(stateless[n]) - cost(o)) / o.state_bytes for n, o in chosen.items() if o.state_bytes}
+    for name in sorted(gain, key=gain.__getitem__, reverse=True):
+        if chosen[name].state_bytes <= budget:
+            budget -= chosen[name].state_bytes
+        else:
+            chosen[name] = stateless[name]
+    return chosen
+
+
+def prices(options: Options) -> list[float]:
+    """The prices of error at which `cheapest` changes its mind, from fast to exact; at the last one all are floats."""
+    pairs = (pair for ways in options.values() for pair in combinations(ways, 2) if pair[0].seconds > pair[1].seconds)
+    turns = {(exact.seconds - fast.seconds) / (fast.error**2 - exact.error**2) for exact, fast in pairs}
+    return [0.0, *(turn * (1 + 1e-9) for turn in sorted(turns))]
+
+
+def together(choice: Choice) -> float:
+    """The errors of all layers, as if they were independent."""
+    return math.hypot(*(option.error for option in choice.values()))
+
+
+def fastest_within(
+    options: Options, error_of: Callable[[Choice], float], max_error: float, budget: int | None = None
+) -> tuple[Tried | None, Tried | None]:
+    """The fastest choice within the error, None if only floats are; and the most exact one that was tried beyond it.
+
+    The front is bisected where the errors of the layers, scaled by those of the last trajectory, say its end should be.
+    """
+
+    @cache
+    def at(turn: int) -> Choice:
+        return cheapest(options, turns[turn], budget)
+
+    turns = prices(options)
+    low, high = -1, len(turns) - 1  # at the last price all layers are floats, which have no error
+    within, beyond, scale = None, None, math.inf
+    for _ in range(TRIES):
+        if high - low < 2 or together(at(low + 1)) == 0:
+            break
+        middle = (low + high) // 2 if low >= 0 else 0
+        if low >= 0 and math.isfinite(scale):
+            middle = bisect_left(
+                range(high), True, low + 1, high - 1, key=lambda i: scale * together(at(i)) <= max_error
+            )
+        tried = Tried(at(middle), error_of(at(middle)))
+        scale = tried.error / (together(tried.choice) or math.inf)
+        if tried.error <= max_error:
+            within, high = tried, middle
+        else:
+            beyond, low = tried, middle
+    return within, beyond
+
+
+def config_of(base: ModiffConfig, choice: Choice) -> ModiffConfig:
+    """The config that runs each layer as it was chosen."""
+    floats = tuple(escape(name) for name, option in choice.items() if option.config is None)
+    overrides = tuple((escape(name), option.config) for name, option in choice.items() if option.config is not None)
+    return dataclasses.replace(base, exclude=(*base.exclude, *floats), overrides=overrides)
