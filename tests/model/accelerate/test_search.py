@@ -12,7 +12,7 @@ from torch import nn
 import modiff
 from modiff import ConfigError, ModiffWarning, StateError
 from modiff.model.accelerate import loops, settings
-from modiff.model.accelerate.loops import FLOATS, MODIFF, Race
+from modiff.model.accelerate.loops import FLOATS, MODIFF, Race, Trials
 from modiff.model.accelerate.search import AccelerateResult
 from modiff.model.attach import attachment_of
 from tests.helpers import relative_error
@@ -28,6 +28,7 @@ def _timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test depends on the clock of this machine: layers and loops take what the test says."""
     monkeypatch.setattr("modiff.api.cache_folder", lambda: tmp_path)
     monkeypatch.setattr(settings, "measure_layer", lambda *_: TIMES)
+    monkeypatch.setattr(Trials, "seconds", lambda _: [1.0, 1.0])
     monkeypatch.setattr(Race, "pace", lambda _, side: PACES[side])
 
 

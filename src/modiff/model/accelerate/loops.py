@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from torch.fx import GraphModule
 
 from modiff.config import ModiffConfig, check
 from modiff.errors import ConfigError, warn_once
+from modiff.model.accelerate.settings import Choice, Tried
 from modiff.model.attach import required_attachment, sample_of
 from modiff.model.report import Report
 from modiff.model.trajectory import clone
@@ -147,13 +149,14 @@ class Trials:
         """Of each evaluation of the last trajectory."""
         return [s for watch in self.watches for s in watch.seconds]
 
-    def error(self, config: ModiffConfig, exact: Sequence[Tensor]) -> float:
-        """Relative L2 of a whole trajectory with these settings; the target is plain again afterwards."""
+    def attempt(self, choice: Choice, config: ModiffConfig, exact: Sequence[Tensor]) -> Tried:
+        """A whole trajectory with these settings; the target is plain again afterwards."""
         self.apply(config)
         try:
-            return difference(self.trajectory("errors", self.within), exact)
+            error = difference(self.trajectory("errors", self.within), exact)
         finally:
             self.remove()
+        return Tried(choice, error, statistics.median(self.seconds()[1:] or self.seconds()))
 
 
 class Race:

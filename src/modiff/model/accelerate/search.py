@@ -12,16 +12,19 @@ from torch import Tensor
 
 from modiff.config import ModiffConfig
 from modiff.model.accelerate.loops import FLOATS, MODIFF, ROUNDS, Race, Trials, difference, watched
-from modiff.model.accelerate.settings import TRIES, Tried, config_of, fastest_within, options_of
+from modiff.model.accelerate.settings import TRIES, Choice, Tried, config_of, fastest_within, options_of
 from modiff.model.autotune import MARGIN, Profile
 from modiff.model.probe import Probe, probes_of, without_unfit
 from modiff.model.report import Report
 from modiff.model.select import layer_names
 from modiff.nn.adapters import modules_of
 
-ANCHORS = (0, 10)
-"""How often layers anchor again; 0 is never."""
-TRAJECTORIES = 2 + TRIES * len(ANCHORS) + 2 * (1 + ROUNDS)
+WALKS = ((0, False), (0, True), (10, False))
+"""(how often layers anchor again, 0 is never; whether plain integers may be taken) of the fronts that are walked.
+
+Alone, with all it reads in the cache, a plain layer looks faster than it is in a loop, so it must win there.
+"""
+TRAJECTORIES = 2 + TRIES * len(WALKS) + 2 * (1 + ROUNDS)
 """Of an example, at most: full precision, layers, errors, both sides to compile and to race."""
 SPARE = 0.95
 """Share of the error allowed that the search spends: the compiled loop rounds a little differently."""
@@ -83,17 +86,25 @@ def accelerate_networks(
     base, fit = without_unfit("accelerate", base, _probed(trials, base))
     layers = {name: layer for network in trials.networks for name, layer in modules_of(network).items()}
     with watched(trials.networks) as trials.watches:
+        attempts: dict[ModiffConfig, Tried] = {}
+
+        def attempt(choice: Choice) -> Tried:
+            config = config_of(base, choice)
+            if config not in attempts:
+                attempts[config] = trials.attempt(choice, config, exact)
+            return attempts[config]
+
         best, beyond = None, None
-        for every in ANCHORS:
-            options = {p.name: options_of(layers[p.name], p, base.layer, times, every) for p in fit}
-            within, worse = fastest_within(
-                options, lambda o: trials.error(config_of(base, o), exact), SPARE * max_error, budget
-            )
-            if within and (best is None or within.seconds < best.seconds):
-                best = within
-            beyond = beyond or worse
-            if worse is None:  # nothing is faster
+        for every, plain in WALKS:
+            if every and beyond is None:  # the fastest settings of all are exact enough
                 break
+            ways = {p.name: options_of(layers[p.name], p, base.layer, times, every) for p in fit}
+            options = {
+                name: [o for o in each if plain or budget is not None or not o.plain] for name, each in ways.items()
+            }
+            within, worse = fastest_within(SPARE * max_error, options, attempt, budget)
+            best = within if within and (best is None or within.seconds < MARGIN * best.seconds) else best
+            beyond = beyond or worse
         result = dataclasses.replace(result, advice=_advice(trials, beyond, compile))
         if best is None:
             return dataclasses.replace(result, reason=f"no integers are faster with an error of {max_error:g} at most")

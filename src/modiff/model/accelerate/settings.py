@@ -19,7 +19,7 @@ from modiff.model.probe import Probe
 
 BITS = (8, 4, 6, 5, 3)
 """Of activations and residuals, in the order in which they are timed: where 4 bits take the time of 8, no more are."""
-TRIES = 5
+TRIES = 4
 """Trajectories of one walk."""
 
 
@@ -33,6 +33,11 @@ class Option(NamedTuple):
     error: float
     state_bytes: int
     config: LayerConfig | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it runs on integers without states."""
+        return self.config is not None and self.config.modulation is None
 
     @property
     def setting(self) -> str:
@@ -49,15 +54,11 @@ Choice = dict[str, Option]
 
 
 class Tried(NamedTuple):
-    """A choice, and the error of its trajectory."""
+    """A choice, the error of its trajectory, and the seconds of an evaluation in it."""
 
     choice: Choice
     error: float
-
-    @property
-    def seconds(self) -> float:
-        """Of all layers in one evaluation."""
-        return sum(option.seconds for option in self.choice.values())
+    seconds: float = 0.0
 
 
 def options_of(layer: nn.Module, probe: Probe, base: LayerConfig, times: Profile, every: int) -> list[Option]:
@@ -126,7 +127,7 @@ def together(choice: Choice) -> float:
 
 
 def fastest_within(
-    options: Options, error_of: Callable[[Choice], float], max_error: float, budget: int | None = None
+    max_error: float, options: Options, attempt: Callable[[Choice], Tried], budget: int | None = None
 ) -> tuple[Tried | None, Tried | None]:
     """The fastest choice within the error, None if only floats are; and the most exact one that was tried beyond it.
 
@@ -148,7 +149,7 @@ def fastest_within(
             middle = bisect_left(
                 range(high), True, low + 1, high - 1, key=lambda i: scale * together(at(i)) <= max_error
             )
-        tried = Tried(at(middle), error_of(at(middle)))
+        tried = attempt(at(middle))
         scale = tried.error / (together(tried.choice) or math.inf)
         if tried.error <= max_error:
             within, high = tried, middle
