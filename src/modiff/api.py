@@ -29,6 +29,7 @@ from modiff.model.attach import check_searchable, required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
+from modiff.model.probe import errors_removed
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context, plain_to_fit, warn_of_states
@@ -37,7 +38,10 @@ from modiff.presets import AnyConfig, as_config
 from modiff.progress import Bar
 
 
-def apply(target: Any, config: AnyConfig | None = None, *, state_memory: int | str | None = None) -> Report:
+def apply(
+    target: Any, config: AnyConfig | None = None, *, state_memory: int | str | None = None,
+    run: Callable[[], object] | None = None,
+) -> Report:  # fmt: skip
     """Modulate a pipeline's denoisers, or a module, in place; `remove` undoes it bit for bit.
 
     Every call of a pipeline is a trajectory from now on; a module alone runs inside `with modiff.trajectory(module):`.
@@ -45,8 +49,10 @@ def apply(target: Any, config: AnyConfig | None = None, *, state_memory: int | s
 
     Args:
         config: from `modiff.presets`, by name ("w8a4", "modulated:8:4", a JSON file), or a dictionary; W8A8 when None.
-        state_memory: what the states of one generation of the usual size may take, in bytes or as "4GiB". Layers with
-            the smallest states keep them, the others run plain; the report names them.
+        state_memory: what the states of one generation of the usual size may take, in bytes or as "4GiB". Layers that
+            lose most error by theirs, a byte, keep them; the others run plain at 8 bits. The report names them.
+        run: runs one trajectory, to measure these errors; small images do. Without it all count alike, so that the
+            smallest states are kept.
     Returns: each layer taken or left, and why.
     Raises: StateError if modiff is on it already; ConfigError if no layer is taken, or for a budget where the host does
         not know the size of a generation. Nothing is changed then. Warns of states that exceed the memory that is free.
@@ -55,15 +61,22 @@ def apply(target: Any, config: AnyConfig | None = None, *, state_memory: int | s
     networks = host.networks(target)
     known = layer_names(networks.values())
     reasons: dict[str, str] = {}
+    check(
+        "apply.run", run, run is None or state_memory is not None, "state_memory with it", "It measures for that alone."
+    )
     if state_memory is not None:
         selected = {n: select_layers(n, settings, splits=host.splits(n), known=known) for n in networks.values()}
-        plain = plain_to_fit(selected, bytes_of(state_memory, "state_memory"))
+        with host.contexts(*selected):
+            splits = {network: host.splits(network) for network in selected}
+            removed = {} if run is None else errors_removed(splits, settings, run)
+        plain = plain_to_fit(selected, bytes_of(state_memory, "state_memory"), target, removed)
         settings = replace(settings, overrides=(*settings.overrides, *((escape(n), c) for n, c in plain.items())))
         reasons = dict.fromkeys(plain, f"plain: its states do not fit into state_memory={state_memory!r}")
     report = Report(())
     with ExitStack() as undo:
         for network in networks.values():
-            report += install(network, settings, splits=host.splits(network), known=known, reasons=reasons)
+            splits = host.splits(network)
+            report += install(network, settings, splits=splits, known=known, reasons=reasons, target=target)
             undo.callback(uninstall, network)
         undo.callback(host.detach, target)
         host.attach(target)

@@ -1,15 +1,20 @@
 """The memory of states: known before the first run, warned of, and a budget for it."""
 
+import inspect
+from typing import Any
+
+import diffusers
 import pytest
 import torch
 from torch import nn
 
 import modiff
 from modiff import ConfigError, ModiffWarning, presets
-from modiff.hosts.host import Host
+from modiff.hosts.host import Host, host_of
 from modiff.model import trajectory as module
 from tests.hosts.tiny import HOSTS
 
+SIZES = ("height", "width", "num_frames")
 NETWORK = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
 
 
@@ -39,6 +44,44 @@ def test_models_that_read_text_are_known_too_and_others_after_a_trajectory(
     modiff.remove(NETWORK)
 
 
+def test_states_of_flux_and_of_videos_are_known_at_the_usual_size_of_their_pipelines() -> None:
+    class Flux(diffusers.FluxPipeline):
+        def __call__(self, height=8, width=8, true_cfg_scale=1.0, max_sequence_length=8, **words: Any) -> Any:
+            return super().__call__(height=height, width=width, **words | {"true_cfg_scale": true_cfg_scale})
+
+    class Wan(diffusers.WanPipeline):
+        def __call__(
+            self, height=32, width=32, num_frames=9, guidance_scale=3.0, max_sequence_length=8, **words
+        ) -> Any:
+            return super().__call__(height=height, width=width, num_frames=num_frames, **words)
+
+    for host, kind in (("flux", Flux), ("wan", Wan)):
+        pipe = HOSTS[host].build()
+        pipe.__class__ = kind
+        expected = modiff.apply(pipe, "w8a4").memory.expected
+        HOSTS[host].call(pipe, steps=3, **{"true_cfg_scale": 1.0} if host == "flux" else {})
+        assert modiff.report(pipe).memory.states == expected > 0
+
+
+@pytest.mark.parametrize("host", ["sd", "sdxl", "pixart", "sd3", "flux", "wan"])
+def test_a_pipeline_tells_the_shapes_of_its_first_evaluation_before_it_runs(host: str) -> None:
+    pipe, real = HOSTS[host].build(), dict[str, Any]()
+    network = HOSTS[host].network(pipe)
+
+    def stop(module: nn.Module, inputs: tuple[Any, ...], words: dict[str, Any]) -> None:
+        real.update(zip(inspect.signature(module.forward).parameters, inputs, strict=False), **words)
+        raise InterruptedError
+
+    network.register_forward_pre_hook(stop, with_kwargs=True)
+    sizes = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items() if name in SIZES}
+    with pytest.raises(InterruptedError):
+        HOSTS[host].call(pipe, **sizes)
+    told = host_of(pipe).example(network, pipe)
+    for name in {"sample", "hidden_states", "encoder_hidden_states", "img_ids"} & set(real):
+        first = 2 if name.startswith("encoder") else int(name != "img_ids")  # the number of tokens is the prompt's
+        assert told[name].shape[first:] == real[name].shape[first:]
+
+
 def test_states_beyond_what_is_free_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_free", lambda device: 1000)
     monkeypatch.setattr("modiff.errors._WARNED", set())
@@ -57,3 +100,42 @@ def test_a_budget_keeps_the_smallest_states_and_the_report_says_which_layers_run
     assert not [e for e in modiff.apply(pipe, "w8a4", state_memory=10**9).taken if e.config.modulation is None]
     with pytest.raises(ConfigError, match="state_memory: expected networks of known input sizes, got 'Sequential'"):
         modiff.apply(NETWORK, "w8a4", state_memory="1GiB")
+
+
+class StillAndJumping(nn.Module):
+    """Its wide layer reads what hardly moves, its narrow one noise that is new at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(96, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        still, jumping = x.split([96, 32], -1)
+        return torch.cat([self.wide(still), self.narrow(jumping)], -1)
+
+
+def test_a_budget_goes_where_states_take_most_error_away_where_a_run_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "example", lambda *_: {"x": torch.zeros(1, 4, 128, device="meta")})
+    model, still = StillAndJumping().eval(), torch.randn(1, 4, 96)
+
+    def run() -> None:
+        for _ in range(4):
+            model(torch.cat([still + 0.01 * torch.randn(1, 4, 96), torch.randn(1, 4, 32)], -1))
+
+    def plain(**words: Any) -> list[str]:
+        config = presets.modulated(8, 8).to_dict() | {"first_last": "quantize"}
+        report = modiff.apply(model, config, state_memory=4 * 2 * 96 * 4, **words)
+        modiff.remove(model)
+        return [entry.name for entry in report.taken if entry.config and entry.config.modulation is None]
+
+    assert plain() == ["wide"]  # the smallest states stay
+    assert plain(run=run) == ["narrow"]
+    with pytest.raises(ConfigError, match=r"apply\.run: expected state_memory with it"):
+        modiff.apply(model, "w8a8", run=run)
+
+
+def test_layers_that_run_plain_clip_nothing() -> None:
+    report = modiff.apply(HOSTS["ddim"].build(), "tuned:8:4", state_memory=1)
+    assert {(entry.setting, entry.config.activation.clip) for entry in report.taken if entry.config} == {
+        ("W8A8 plain", 1)
+    }

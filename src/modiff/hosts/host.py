@@ -43,7 +43,7 @@ class Host(NetworkFacts):
         """Where a U-Net in diffusers' names concatenates its decoder's channels and a skip connection's."""
         return shortcut_splits(network)
 
-    def example(self, network: nn.Module) -> dict[str, Any] | None:
+    def example(self, network: nn.Module, target: Any = None) -> dict[str, Any] | None:
         """Of a model of diffusers, from its config."""
         return example_inputs(network)
 

@@ -11,6 +11,7 @@ from modiff.errors import ConfigError, FormatError
 from modiff.hosts import diffusers_host
 from modiff.hosts.host import host_of
 from modiff.model.attach import attachment_of
+from modiff.model.trajectory import expected_states
 
 INDEX = "model_index.json"
 
@@ -48,10 +49,14 @@ def _of_diffusers(path: Path, config: dict[str, Any] | None, device: str, dtype:
         return load_model(path, device=device, dtype=dtype)
     pipe = load_pipeline(path, device=device, dtype=dtype)
     host = diffusers_host()
-    if all(attachment_of(model) is None for model in host.networks(pipe).values()):
+    attachments = {model: attachment_of(model) for model in host.networks(pipe).values()}
+    if not any(attachments.values()):
         raise FormatError(
             f"{path}: expected a quantized pipeline, got a plain {type(pipe).__name__}. It was saved without modiff. "
             "Load it with diffusers, then use modiff.apply."
         )
     host.attach(pipe)
+    for model, attachment in attachments.items():
+        if attachment is not None:
+            attachment.expected_states = expected_states(model, attachment.layers, pipe)
     return pipe

@@ -22,6 +22,9 @@ transformer and out of it."""
 UNBATCHED = ("txt_ids", "img_ids", "image_rotary_emb", "freqs_cis")
 """Arguments that have no batch axis: positions."""
 
+_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim", "text_dim",
+           "text_embed_dim", "cap_feat_dim")  # fmt: skip
+
 BLOCK_CLASSES = (
     "*ResnetBlock*", "*ResNetBlock", "*ResBlock", "*Transformer*Block*", "*DiTBlock", "*AttentionBlock", "*AttnBlock",
     "*Attention", "CogVideoXBlock", "ConsisIDBlock", "HiDreamBlock", "OmniGenBlock", "PRXBlock", "UVitBlock",
@@ -55,34 +58,42 @@ def shortcut_splits(model: nn.Module) -> dict[str, int]:
     return splits if len(skips) == len(resnets) else {}
 
 
-def example_inputs(network: nn.Module) -> dict[str, Any] | None:
+def example_inputs(network: nn.Module, sample: torch.Tensor | None = None, **known: Any) -> dict[str, Any] | None:
     """Arguments of one evaluation of a model in diffusers' names, for one image of the size that it was trained on.
 
     Models that read a prompt or a class evaluate two rows, with and without it. None for other networks, and those
-    whose config names no size, as Flux' and models of videos.
+    whose config names no size, as Flux' and models of videos, unless its pipeline knows:
+
+    sample: one row of the input, of any size. known: other arguments; `rows`; and `length`, tokens in a prompt.
     """
     config = getattr(network, "config", None)
     size, channels = (getattr(config, name, None) for name in ("sample_size", "in_channels"))
     names = inspect.signature(network.forward).parameters
-    widths = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
-    width = next((w for name in widths if isinstance(w := getattr(config, name, None), int)), None)
+    width = next((w for name in _WIDTHS if isinstance(w := getattr(config, name, None), int)), None)
     classes = getattr(config, "num_embeds_ada_norm", None) if "class_labels" in names and width is None else None
     height, wide = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    if not isinstance(height, int) or not isinstance(wide, int) or not isinstance(channels, int):
-        return None
-    rows = 1 if width is None and classes is None else 2
+    rows = known.get("rows", 1 if width is None and classes is None else 2)
+    length = known.get("length", 77 if "sample" in names else 300)
     zeros = functools.partial(torch.zeros, device="meta", dtype=next(network.parameters()).dtype)
+    numbers, mask = (torch.ones(shape, dtype=torch.long, device="meta") for shape in ((rows,), (rows, length)))
+    if sample is None:
+        if not isinstance(height, int) or not isinstance(wide, int) or not isinstance(channels, int):
+            return None
+        sample = zeros(1, channels, height, wide)
     extra = {"resolution": zeros(rows, 2), "aspect_ratio": zeros(rows, 1)}
     if (time := getattr(config, "addition_time_embed_dim", None)) is not None:
         pooled = config.projection_class_embeddings_input_dim - 6 * time
         extra = {"text_embeds": zeros(rows, pooled), "time_ids": zeros(rows, 6)}
-    known = {
-        "sample": zeros(rows, channels, height, wide),
-        "hidden_states": zeros(rows, channels, height, wide),
-        "timestep": torch.zeros(rows, dtype=torch.long, device="meta"),
-        "class_labels": None if classes is None else torch.zeros(rows, dtype=torch.long, device="meta"),
-        "encoder_hidden_states": None if width is None else zeros(rows, 77 if "sample" in names else 300, width),
+    known |= {
+        "sample": zeros(rows, *sample.shape[1:]),
+        "hidden_states": zeros(rows, *sample.shape[1:]),
+        "timestep": numbers,
+        "class_labels": None if classes is None else numbers,
+        "encoder_hidden_states": None if width is None else zeros(rows, length, width),
+        "encoder_attention_mask": mask,
+        "encoder_hidden_states_mask": mask,
         "pooled_projections": zeros(rows, getattr(config, "pooled_projection_dim", None) or 1),
+        "guidance": zeros(rows) if getattr(config, "guidance_embeds", False) else None,
         "added_cond_kwargs": extra,
     }
     return {name: value for name, value in known.items() if name in names and value is not None}

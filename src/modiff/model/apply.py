@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -25,9 +26,11 @@ def install(
     splits: Mapping[str, int] | None = None,
     known: Collection[str] = (),
     reasons: Mapping[str, str] | None = None,
+    target: Any = None,
 ) -> Report:
     """Replace the layers that `select_layers` selects in place; they share the parameters of the originals.
 
+    target: a pipeline of the model or the model itself, which tells how much memory its states will take.
     Raises: StateError if the model carries modiff already; ConfigError as `select_layers`. Whatever is raised, also
         KeyboardInterrupt, leaves the model as it was.
     """
@@ -35,10 +38,12 @@ def install(
     report = select_layers(model, config, splits=splits, known=known)
     if reasons:
         report = Report(tuple(dataclasses.replace(e, reason=reasons.get(e.name, e.reason)) for e in report.entries))
-    return replace_layers(model, config, report, splits or {}).report
+    return replace_layers(model, config, report, splits or {}, target).report
 
 
-def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int]) -> Attachment:
+def replace_layers(
+    model: nn.Module, config: ModiffConfig, report: Report, splits: Mapping[str, int], target: Any = None
+) -> Attachment:
     """Replace the layers that `report` takes, and watch the model. Raises: as `install`."""
     attachment, modules = Attachment(Clock(type(model).__name__), report, config), modules_of(model)
     for entry in report.entries:
@@ -55,7 +60,7 @@ def replace_layers(model: nn.Module, config: ModiffConfig, report: Report, split
                     for e in report.entries)  # fmt: skip
     attachment.selected = Report(entries)
     attachment.roles = Roles(config, attachment.selected)
-    attachment.expected_states = expected_states(model, attachment.layers)
+    attachment.expected_states = expected_states(model, attachment.layers, target)
     try:  # only now is the model touched
         replace_modules(model, {attachment.originals[name]: layer for name, layer in attachment.layers.items()})
         attachment.watch(model)

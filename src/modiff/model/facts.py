@@ -34,8 +34,11 @@ class NetworkFacts:
         """Channel index of the concatenation for each layer whose input is one; each half gets its own scales."""
         return {}
 
-    def example(self, network: nn.Module) -> dict[str, Any] | None:
-        """Arguments of one evaluation as one generation makes it, of which the shapes matter alone; None if unknown."""
+    def example(self, network: nn.Module, target: Any = None) -> dict[str, Any] | None:
+        """Arguments of one evaluation as one generation makes it, of which the shapes matter alone; None if unknown.
+
+        target: what `apply` was given; a pipeline may know more of sizes than its network.
+        """
         return None
 
     def timestep_argument(self, network: nn.Module) -> tuple[str, int] | None:

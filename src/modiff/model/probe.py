@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +17,7 @@ from modiff.errors import CalibrationError
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import observe
 from modiff.model.roles import ChannelMaxima, Roles, warn_unfit
-from modiff.model.select import modulated_layer, select_layers
+from modiff.model.select import layer_names, modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
 
@@ -76,18 +76,19 @@ class Probe:
 def probes_of(
     model: nn.Module,
     config: ModiffConfig,
-    choices: list[LayerConfig],
+    choices: Callable[[LayerConfig], list[LayerConfig]],
     splits: Mapping[str, int],
     known: Collection[str] = (),
 ) -> Iterator[list[Probe]]:
-    """Probes on the layers that the config takes, while the body runs one full-precision trajectory."""
+    """Probes of the choices for each layer that the config takes, while the body runs a full-precision trajectory."""
     clock, modules = Clock(type(model).__name__), modules_of(model)
     report = select_layers(model, config, splits=splits, known=known)
     watcher = Attachment(clock, report)
     splits = splits if config.split_shortcuts == "auto" else {}
     probes = {
-        entry.name: Probe(modules[entry.name], entry.name, choices, clock, splits.get(entry.name))
+        entry.name: Probe(modules[entry.name], entry.name, choices(entry.config), clock, splits.get(entry.name))
         for entry in report.taken
+        if entry.config is not None
     }
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in watcher.handles])
@@ -111,6 +112,28 @@ def probes_of(
     left |= roles.unfit()
     for name, why in left.items():
         probes[name].unfit = why
+
+
+def plain_layer(config: LayerConfig) -> LayerConfig:
+    """The same layer without states: it codes whole inputs, at 8 bits."""
+    activation = dataclasses.replace(config.activation, bits=8, clip=1.0, refresh_every=1)
+    return dataclasses.replace(config, modulation=None, activation=activation)
+
+
+def errors_removed(
+    models: Mapping[nn.Module, Mapping[str, int]], config: ModiffConfig, run: Callable[[], object]
+) -> dict[str, float]:
+    """Squared relative error of each layer's input as 8-bit codes of it leave it, minus that of the config's codes.
+
+    models: with their splits. run: one trajectory. Cost: as many states as the config has, and a pass over each input.
+    """
+    known, probes = layer_names(models), list[Probe]()
+    with torch.no_grad(), ExitStack() as stack:
+        for model, splits in models.items():
+            probes += stack.enter_context(probes_of(model, config, lambda c: [plain_layer(c), c], splits, known))
+        run()
+    errors = {probe.name: probe.errors() for probe in probes if probe.calls}
+    return {name: plain**2 - coded**2 for name, (plain, coded) in errors.items() if plain == plain}
 
 
 def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> tuple[ModiffConfig, list[Probe]]:

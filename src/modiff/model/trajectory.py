@@ -1,7 +1,7 @@
 """The life of the states: one generation, first step to last; the memory they take; copies that share all but them."""
 
 import copy
-import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +17,7 @@ from modiff.errors import ConfigError, StateError, warn_once
 from modiff.model.attach import attachment_of, required_attachment
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
+from modiff.model.probe import plain_layer
 from modiff.model.report import Report
 from modiff.nn import ModulatedLayer
 
@@ -80,7 +81,7 @@ def state_bytes(model: nn.Module) -> int:
     return required_attachment(model, "state_bytes").state_bytes()
 
 
-def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, tuple[int, int, Tensor]]:
+def state_elements(model: nn.Module, names: Collection[str], target: Any) -> dict[str, tuple[int, int, Tensor]]:
     """How many numbers each layer reads and writes in one evaluation of `NetworkFacts.example`, and its first input.
 
     From shapes alone; {} where the host knows no example, or shapes depend on values.
@@ -93,7 +94,7 @@ def state_elements(model: nn.Module, names: Collection[str]) -> dict[str, tuple[
         sizes[name] = reads + inputs[0].numel(), writes + output.numel(), source
 
     with suppress(Exception), torch.no_grad(), torch.device("meta"):
-        if (example := facts_of(model).example(model)) is None:
+        if (example := facts_of(model).example(model, target)) is None:
             return {}
         memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
         memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
@@ -115,37 +116,44 @@ def _bytes(config: LayerConfig, numbers: int) -> int:
     return getattr(torch, modulation.state_dtype).itemsize * predictor_named(modulation.predictor).past_states * numbers
 
 
-def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer]) -> int:
+def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer], target: Any) -> int:
     """Bytes of all states of one trajectory, before it runs; 0 where they are not known. Shared states count once."""
     total, counted = 0, set[tuple[int, int]]()
-    for name, (reads, writes, source) in state_elements(model, layers).items():
+    for name, (reads, writes, source) in state_elements(model, layers, target).items():
         key = id(layers[name].inputs), id(source)
         total += _bytes(layers[name].config, writes + (0 if key in counted else reads))
         counted.add(key)
     return total
 
 
-def plain_to_fit(models: Mapping[nn.Module, Report], budget: int) -> dict[str, LayerConfig]:
+def plain_to_fit(
+    models: Mapping[nn.Module, Report], budget: int, target: Any, removed: Mapping[str, float]
+) -> dict[str, LayerConfig]:
     """Layers to run plain so that the states of the others fit into `budget` bytes, with the configs to run them with.
 
-    Plain layers code whole inputs, at 8 bits. Those with the smallest states keep them: each is taken to lose the same
-    error by them. States that layers may share count for each.
+    Those keep states that lose most error by them, a byte. removed: what each loses (`errors_removed`); the same for
+    all of {}, so that the smallest states stay. States that layers may share count for each.
     Raises: ConfigError for a network whose sizes are not known before it runs.
     """
     costs: list[tuple[int, str, LayerConfig]] = []
     for model, report in models.items():
         configs = {entry.name: entry.config for entry in report.taken if entry.config is not None}
-        elements = state_elements(model, configs)
+        elements = state_elements(model, configs, target)
         why = "Its inputs are not known before it runs. Choose layers with exclude=, or give it a Host with `example`."
         check("state_memory", type(model).__name__, bool(elements), "networks of known input sizes", why)
         costs += [(_bytes(c, sum(elements[n][:2])), n, c) for n, c in configs.items() if n in elements]
     plain: dict[str, LayerConfig] = {}
-    for size, name, config in sorted(costs, key=lambda cost: cost[0]):
-        budget -= size
-        if budget < 0:
-            activation = dataclasses.replace(config.activation, bits=8, refresh_every=1)
-            plain[name] = dataclasses.replace(config, modulation=None, activation=activation)
+    for size, name, config in sorted(costs, key=lambda cost: -_removed(cost, removed)):
+        if size <= budget:
+            budget -= size
+        else:
+            plain[name] = plain_layer(config)
     return plain
+
+
+def _removed(cost: tuple[int, str, LayerConfig], removed: Mapping[str, float]) -> float:
+    size, name, _ = cost
+    return math.inf if size == 0 else (removed.get(name, 0.0) if removed else 1.0) / size
 
 
 def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:

@@ -1,7 +1,7 @@
 """Pipelines and models of diffusers as a `Host`."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from modiff.errors import ConfigError
 from modiff.files import new_folder
 from modiff.hosts.diffusers.hooks import cache_contexts, follow, unfollow
 from modiff.hosts.diffusers.quantizer import attach_quantizer, offer_quantizer, saving_quantized, withdraw_quantizer
-from modiff.hosts.diffusers.runs import calibration_run, evaluations
+from modiff.hosts.diffusers.runs import calibration_run, evaluations, pipeline_example
 from modiff.hosts.host import Host
 from modiff.model.attach import attachment_of, eager
 
@@ -61,6 +61,13 @@ class DiffusersHost(Host):
             unfollow(network)
             withdraw_quantizer(network)
         super().detach(target)
+
+    def example(self, network: nn.Module, target: Any = None) -> dict[str, Any] | None:
+        """Of the pipeline's usual size; of the size in the config where it has none, or for a model alone."""
+        if isinstance(target, DiffusionPipeline):
+            with suppress(Exception):  # it prepares latents from something else, as an image
+                return pipeline_example(target, network)
+        return super().example(network)
 
     def contexts(self, *networks: nn.Module) -> AbstractContextManager[object]:
         """Follow the cache contexts of models that modiff is not on."""

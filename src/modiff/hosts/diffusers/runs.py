@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 
 from modiff.config import check
 from modiff.errors import ConfigError
+from modiff.hosts.names import example_inputs
 
+_SPATIAL = ("scale_factor", "scale_factor_spatial", "spatial_compression_ratio", "spatial_scale_factor")
 _VIDEO = ("num_frames", "frames")
 _KNOWN = ("prompt", "class_labels", "self")
 
@@ -102,6 +104,45 @@ def call_inputs(
         labels = [label] * count if isinstance(label, int) else label
         return {"class_labels": [_checked_label(pipe, one) for one in labels]}
     return {"batch_size": count}
+
+
+def pipeline_example(pipe: DiffusionPipeline, network: Any) -> dict[str, Any] | None:
+    """As `Host.example`: latents that the pipeline prepares for the height, width and frames that it has by default."""
+    config, call = network.config, {n: p.default for n, p in inspect.signature(pipe.__call__).parameters.items()}
+    spatial = _first(pipe, *(f"vae_{name}" for name in _SPATIAL)) or 1
+    temporal = _first(pipe, *(f"vae_{name.replace('spatial', 'temporal')}" for name in _SPATIAL[1:])) or 1
+    square = _first(pipe, "default_sample_size") or _first(config, "sample_size")
+    height, width = (
+        call.get(name) or _first(pipe, f"default_{name}") or spatial * (_first(config, f"sample_{name}") or square)
+        for name in ("height", "width")
+    )
+    frames = call.get("num_frames") or _first(config, "sample_frames") or 1
+    channels, sample, ids = config.in_channels, torch.empty(0), None
+    for latent in (channels, channels // 4):  # of 2 x 2 pixels in one token
+        sizes = {"batch_size": 1, "height": height, "width": width, "num_frames": frames, "generator": None,
+                 "dtype": network.dtype, "device": torch.device("meta"), "latents": None,
+                 "num_channels_latents": latent, "num_latents_channels": latent}  # fmt: skip
+        prepare = inspect.signature(pipe.prepare_latents).parameters
+        prepared = pipe.prepare_latents(**{name: value for name, value in sizes.items() if name in prepare})
+        sample, ids = prepared if isinstance(prepared, tuple) else (prepared, None)
+        if channels in (sample.shape[-1:] if sample.dim() == 3 else sample.shape[1:3]):
+            break
+    length = call.get("max_sequence_length") or min(77, getattr(_first(pipe, "tokenizer"), "model_max_length", 77))
+    twice = (
+        (call.get("guidance_scale") or 0) > 1 and "true_cfg_scale" not in call and not _first(config, "guidance_embeds")
+    )
+    known = {"num_frames": (frames - 1) // temporal + 1, "height": height // spatial, "width": width // spatial}
+    if ids is not None:
+        known |= {"img_ids": ids, "txt_ids": ids.new_zeros(*ids.shape[:-2], length, ids.shape[-1])}
+    known["img_shapes"] = [[(1, height // spatial // 2, width // spatial // 2)]] * (1 + twice)
+    if _first(config, "use_rotary_positional_embeddings"):
+        rotary = pipe._prepare_rotary_positional_embeddings(height, width, known["num_frames"], torch.device("meta"))
+        known["image_rotary_emb"] = rotary
+    return example_inputs(network, sample, rows=1 + twice, length=length, **known)
+
+
+def _first(owner: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(owner, name, None))), None)
 
 
 def _short(value: object) -> str:
