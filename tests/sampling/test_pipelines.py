@@ -1,0 +1,129 @@
+"""Parallel pipelines: images of the sequential ones, with guidance, spread over copies, and modulated."""
+
+import copy
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMPipeline, StableDiffusionPipeline
+from torch import Tensor
+
+import modiff
+from modiff.sampling.parallel import ParallelSampler, rows_of
+from modiff.sampling.pipelines import ParallelPipeline, ParallelStableDiffusionPipeline
+from modiff.sampling.window import along_window
+from tests.helpers import assert_same_bits, relative_error
+from tests.hosts.tiny import build_stable_diffusion
+from tests.pixels import pixel_pipeline
+
+
+@pytest.fixture(scope="module")
+def pixels() -> DDIMPipeline:
+    return pixel_pipeline()
+
+
+@pytest.fixture(scope="module")
+def text() -> StableDiffusionPipeline:
+    pipe = build_stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe: DDIMPipeline, **settings) -> Any:
+    """Of the pipeline's U-Net in parallel, as tensors."""
+    fast = ParallelPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
+    fast.set_progress_bar_config(disable=True)
+    return fast(2, generator=seeds(), num_inference_steps=10, output_type="pt", **{"parallel": 4} | settings)
+
+
+def prompted(pipe: Any, **settings) -> Any:
+    words = {"prompt": ["red fox", "dim"], "negative_prompt": ["", "fox"], "num_inference_steps": 6}
+    return pipe(**words, generator=seeds(), output_type="latent", **settings)
+
+
+def seeds() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_tolerance_0_gives_the_images_of_the_sequential_pipeline(pixels: DDIMPipeline, eta: float) -> None:
+    expected = pixels(2, seeds(), eta, 10, output_type="np").images
+    exact, close = images(pixels, tolerance=0.0, eta=eta), images(pixels, tolerance=0.05, eta=eta)
+    assert relative_error(exact.images.permute(0, 2, 3, 1), torch.tensor(expected)) < 1e-5
+    assert relative_error(close.images, exact.images) < 0.1
+    assert close.iterations < exact.iterations <= 10
+    assert 10 <= close.evaluations < exact.evaluations <= 40
+
+
+def test_images_come_in_the_forms_of_diffusers(pixels: DDIMPipeline) -> None:
+    fast = ParallelPipeline(unet=pixels.unet, scheduler=pixels.scheduler)
+    fast.set_progress_bar_config(disable=True)
+    pictures, iterations, evaluations = fast(2, num_inference_steps=4, return_dict=False)
+    assert [picture.size for picture in pictures] == [(8, 8)] * 2
+    assert iterations <= 4 <= evaluations
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_text_to_image_with_guidance_is_the_sequential_one(text: StableDiffusionPipeline, guidance: float) -> None:
+    fast = ParallelStableDiffusionPipeline(**text.components, requires_safety_checker=False)
+    fast.set_progress_bar_config(disable=True)
+    expected = prompted(text, guidance_scale=guidance).images
+    result = prompted(fast, guidance_scale=guidance, parallel=4, tolerance=0.0)
+    assert relative_error(result.images, expected) < 1e-5
+    one = {"prompt": "red fox", "num_inference_steps": 2, "output_type": "pt"}
+    decoded = fast(**one, generator=seeds()[0], tolerance=0.0).images
+    assert relative_error(decoded, text(**one, generator=seeds()[0]).images) < 1e-5
+
+
+def test_rows_are_spread_over_copies_of_the_network(pixels: DDIMPipeline) -> None:
+    calls = []
+    other = copy.deepcopy(pixels.unet)
+    other.register_forward_hook(lambda _, args, __: calls.append(args[1].tolist()))
+    one, two = images(pixels, tolerance=0.0), images(pixels, tolerance=0.0, copies=[other])
+    assert relative_error(two.images, one.images) < 1e-5
+    assert calls[0] == [700, 600, 700, 600]  # the last two of the first four rows, of two images
+
+
+def sequential(pipe: DDIMPipeline) -> Tensor:
+    return torch.tensor(pipe(2, seeds(), 0.0, 10, output_type="np").images).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("window", "tolerance", "anchors_alone"), [(1, 0.1, True), (4, 0.0, True), (4, 0.2, False)])
+def test_modulated_pipelines_run_along_the_window(window: int, tolerance: float, anchors_alone: bool) -> None:
+    pipe, settings = pixel_pipeline(), {"parallel": window, "tolerance": tolerance}
+    full = images(pipe, **settings)
+    modiff.apply(pipe, modiff.presets.modulated(8, 4))
+    modulated = sequential(pipe)
+    first, second = (images(pipe, **settings) for _ in range(2))
+    assert_same_bits(first.images, second.images)
+    error = relative_error(first.images, full.images)
+    assert (error < 1e-5) == anchors_alone  # codes never come again exactly, so tolerance 0 leaves one row at a time
+    assert error < 0.05
+    assert_same_bits(sequential(pipe), modulated)
+
+
+def test_modulated_text_to_image_runs_along_the_window(text: StableDiffusionPipeline) -> None:
+    pipe = ParallelStableDiffusionPipeline(**build_stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    full = prompted(text).images
+    modiff.apply(pipe, modiff.presets.modulated(8, 8))
+    assert 0 < relative_error(prompted(pipe, parallel=4, tolerance=0.0).images, full) < 0.02
+    assert pipe.unet._modiff.automatic is not None
+
+
+def test_a_scheduler_that_is_not_served_is_one_line(pixels: DDIMPipeline) -> None:
+    other = ParallelPipeline(unet=pixels.unet, scheduler=diffusers.EulerDiscreteScheduler())
+    with pytest.raises(modiff.ConfigError, match=r"ParallelSampler.scheduler: expected one of DDIMScheduler, "):
+        other()
+
+
+def test_a_loop_of_your_own_runs_along_the_window(pixels: DDIMPipeline) -> None:
+    unet = copy.deepcopy(pixels.unet)
+    modiff.apply(unet, modiff.presets.modulated(8, 8))
+    noise = torch.randn(2, 1, 8, 8, generator=seeds()[0])
+    sampler, evaluate = ParallelSampler(pixels.scheduler, 4), rows_of(lambda x, t: unet(x, t).sample)
+    with along_window(unet):
+        result = sampler(evaluate, noise, 10)
+    modiff.remove(unet)
+    assert relative_error(result.sample, sampler(evaluate, noise, 10).sample) < 0.02
