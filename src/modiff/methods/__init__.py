@@ -3,6 +3,7 @@
 from modiff.methods.accuquant import AccuquantConfig as AccuquantConfig
 from modiff.methods.modiff import ModiffMethodConfig as ModiffMethodConfig
 from modiff.methods.ptq4dm import Ptq4dmConfig as Ptq4dmConfig
+from modiff.methods.ptqd import PtqdConfig as PtqdConfig
 from modiff.methods.q_diffusion import QDiffusionConfig as QDiffusionConfig
 from modiff.methods.recipe import MethodConfig as MethodConfig
 from modiff.methods.recipe import MethodJob as MethodJob
@@ -13,4 +14,5 @@ from modiff.methods.registry import METHODS as METHODS
 from modiff.methods.registry import method_config as method_config
 from modiff.methods.registry import quantize as quantize
 from modiff.methods.registry import register as register
+from modiff.methods.tac import TacConfig as TacConfig
 from modiff.methods.tfmq_dm import TfmqDmConfig as TfmqDmConfig

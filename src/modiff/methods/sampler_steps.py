@@ -48,23 +48,15 @@ class SamplerSteps:
     """
 
     def __init__(self, model: nn.Module, scheduler: Any, calls: list[Call], guidance_scale: float | None) -> None:
-        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # late: other methods need no diffusers
-
-        self.ddim = isinstance(scheduler, DDIMScheduler)
-        if not self.ddim and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ConfigError(
-                f"{type(scheduler).__name__}: expected DDIM or Euler steps of flow matching, got another sampler. Its "
-                "steps depend on earlier outputs or on noise, so that a group has no error of its own. "
-                "Calibrate with modiff.generate.samplers.set_scheduler(pipe, 'ddim')."
-            )
+        self.ddim = self.takes(scheduler)
         self.model, self.scheduler, self.calls = model, scheduler, calls
         self.guidance_scale = guidance_scale
         self.recorded = [self._state(call) for call in calls]
         self.recorded.append(self.recorded[-1])
-        error = self._mismatch()
+        error = self.mismatch()
         if guidance_scale is not None and not error < TOLERANCE:
             self.guidance_scale = 1 - guidance_scale  # the conditional branch comes first: c + (1 - s)(u - c)
-            error = self._mismatch()
+            error = self.mismatch()
         if not error < TOLERANCE:
             raise ConfigError(
                 f"{type(model).__name__}: expected x <- step(network(x)), got states that differ by {error:.2g}. The "
@@ -72,6 +64,19 @@ class SamplerSteps:
                 "Give guidance_scale=, or use eta 0 and no rescaling."
             )
         self.recorded[-1] = self.follow(len(calls) - 1)
+
+    def takes(self, scheduler: Any) -> bool:
+        """Whether the scheduler is DDIM. Raises: ConfigError for one whose steps these functions do not know."""
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # late: other methods need no diffusers
+
+        ddim = isinstance(scheduler, DDIMScheduler)
+        if not ddim and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ConfigError(
+                f"{type(scheduler).__name__}: expected DDIM or Euler steps of flow matching, got another sampler. Its "
+                "steps depend on earlier outputs or on noise, so that a group has no error of its own. "
+                "Calibrate with modiff.generate.samplers.set_scheduler(pipe, 'ddim')."
+            )
+        return ddim
 
     def follow(self, step: int) -> Tensor:
         """The state after a step from the recorded one, by the network as it computes now."""
@@ -112,7 +117,8 @@ class SamplerSteps:
         name = next(n for n in STATE_NAMES if n in call.kwargs)
         return dataclasses.replace(call, kwargs={**call.kwargs, name: state})
 
-    def _mismatch(self) -> float:
+    def mismatch(self) -> float:
+        """How far recorded states are from where these functions lead, at the first step and in the middle."""
         steps = [step for step in {0, len(self.calls) // 2} if step + 1 < len(self.calls)]
         pairs = [(self.follow(step), self.recorded[step + 1]) for step in steps]
         return max((float((state - true).norm() / true.norm()) for state, true in pairs), default=0.0)

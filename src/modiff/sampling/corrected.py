@@ -45,6 +45,7 @@ class Correction(JsonConfig):
     noise: n_t = sigma'_t / sigma_t, (T,), for samplers that add noise. eta: of DDIM, that `noise` was made for.
     released_direction: DDIM scales its direction by sqrt(1 - ab_s - sigma'_t²), as PTQD's released code does, and not
         by sigma_t²: the mean of the step changes. It is there to measure that fault.
+    threshold: g_t is for `large` entries alone, those with |output| > threshold * mean |output| of their sample.
     channel_dim: of outputs and states: 1, or -1 for packed tokens (N, tokens, C).
     Raises: ConfigError for tables of another length, or numbers that are not finite.
     """
@@ -56,6 +57,7 @@ class Correction(JsonConfig):
     shift: Rows | None = None
     eta: float | None = None
     released_direction: bool = False
+    threshold: float | None = None
     channel_dim: int = 1
 
     def __post_init__(self) -> None:
@@ -73,23 +75,23 @@ class Correction(JsonConfig):
     def of(
         cls, timesteps: Sequence[float] | Tensor, *, gain: Tensor | None = None, offset: Tensor | None = None,
         noise: Tensor | None = None, shift: Tensor | None = None, eta: float | None = None,
-        released_direction: bool = False, channel_dim: int = 1,
+        released_direction: bool = False, threshold: float | None = None, channel_dim: int = 1,
     ) -> Self:  # fmt: skip
         """From tensors of these shapes."""
         gain_rows, offset_rows, shift_rows = (None if t is None else _rows(t) for t in (gain, offset, shift))
         return cls(
             timesteps=tuple(float(t) for t in timesteps), gain=gain_rows, offset=offset_rows, shift=shift_rows,
             noise=None if noise is None else tuple(noise.double().tolist()), eta=eta,
-            released_direction=released_direction, channel_dim=channel_dim,
+            released_direction=released_direction, threshold=threshold, channel_dim=channel_dim,
         )  # fmt: skip
 
     def then(self, other: "Correction") -> "Correction":
         """Both: this one, and `other` on its result. Raises: ConfigError if they are for other steps or axes."""
-        same = ("timesteps", "channel_dim")
-        for name in same:
-            fits = getattr(self, name) == getattr(other, name)
-            check(f"then.{name}", getattr(other, name), fits, f"those of the first, {getattr(self, name)}",
-                  "Tables belong to steps and channels. Make both for the same ones.")  # fmt: skip
+        for name in ("timesteps", "channel_dim", "threshold"):
+            first, second = getattr(self, name), getattr(other, name)
+            fits = first == second and (name != "threshold" or first is None)
+            expected = "None in both" if name == "threshold" else f"that of the first, {first}"
+            check(f"then.{name}", second, fits, expected, "One table must say what both do. Make both for the same.")
         a, b = ({n: _table(getattr(c, n)) for n in TABLES} for c in (self, other))
         gain = _combined(torch.mul, a["gain"], b["gain"])
         scaled = _combined(torch.mul, a["offset"], b["gain"]) if a["offset"] is not None else None
@@ -137,6 +139,12 @@ def _combined(operation: Any, first: Tensor | None, second: Tensor | None) -> Te
     return operation(first.double(), second.double())
 
 
+def large(output: Tensor, threshold: float) -> Tensor:
+    """Where |output| > threshold * mean |output| of its sample."""
+    size = output.abs()
+    return size > threshold * size.flatten(1).mean(1).reshape(-1, *[1] * (output.dim() - 1))
+
+
 def corrected(scheduler: Any, correction: Correction | None) -> Any:
     """The scheduler with the same settings and this correction; None takes a correction off.
 
@@ -147,20 +155,19 @@ def corrected(scheduler: Any, correction: Correction | None) -> Any:
     Raises: ConfigError for a scheduler that is not DDIM, DDPM, DPM-Solver++ (multistep) or Euler for flow matching, or
         a table that its step cannot express.
     """
-    kind = getattr(type(scheduler), "kind", type(scheduler))
-    config = {name: value for name, value in scheduler.config.items() if name != ENTRY}
     if correction is None:
-        return kind.from_config(config)
-    return _corrected_kind(kind).from_config(config, correction=correction.to_dict())
+        return scheduler.without_correction() if isinstance(scheduler, Corrected) else scheduler
+    return corrected_kind(type(scheduler)).from_config(scheduler.config, correction=correction.to_dict())
 
 
-def _corrected_kind(kind: type) -> Any:
-    for corrected_kind in KINDS:
-        if corrected_kind.kind is kind:
-            return corrected_kind
-    known = ", ".join(corrected_kind.kind.__name__ for corrected_kind in KINDS)
+def corrected_kind(kind: type) -> Any:
+    """The class that corrects a scheduler of this class. Raises: ConfigError if there is none."""
+    for known in KINDS:
+        if known.kind is kind or known is kind:
+            return known
+    names = ", ".join(known.kind.__name__ for known in KINDS)
     raise ConfigError(
-        f"correction: expected one of {known}, got {kind.__name__}. Tables are applied to the steps of those "
+        f"correction: expected one of {names}, got {kind.__name__}. Tables are applied to the steps of those "
         "alone. Use one of them; corrected(scheduler, None) takes a correction off."
     )
 
@@ -201,6 +208,10 @@ class Corrected:
             setattr(cls, name, function)
         cls.__module__ = "modiff.sampling"  # which is loaded with modiff: diffusers loads no module that a folder names
 
+    def without_correction(self) -> Any:
+        """The plain scheduler of the same settings."""
+        return self.kind.from_config({name: value for name, value in self.config.items() if name != ENTRY})
+
     def check_noise(self, correction: Correction) -> None:
         """Raise the ConfigError of a noise table that this sampler cannot express."""
         raise ConfigError(
@@ -228,6 +239,8 @@ class Corrected:
         value = output.narrow(correction.channel_dim, 0, channels)  # a learned variance comes in channels behind
         gain, offset = (correction.row(name, index, value) for name in ("gain", "offset"))
         changed = value if gain is None else value * gain
+        if correction.threshold is not None:
+            changed = torch.where(large(value, correction.threshold), changed, value)
         changed = (changed if offset is None else changed + offset).to(output.dtype)
         rest = output.narrow(correction.channel_dim, channels, output.shape[correction.channel_dim] - channels)
         told["model_output"] = torch.cat([changed, rest], correction.channel_dim) if rest.numel() else changed
@@ -329,7 +342,7 @@ def _honour_corrections() -> None:
     @functools.wraps(ConfigMixin.from_config.__func__)
     def from_config(cls: Any, config: Any = None, return_unused_kwargs: bool = False, **settings: Any) -> Any:
         table = settings.get(ENTRY, config.get(ENTRY) if isinstance(config, dict) else None)
-        kind = cls if table is None or issubclass(cls, Corrected) else _corrected_kind(cls)
+        kind = cls if table is None or issubclass(cls, Corrected) else corrected_kind(cls)
         return super(SchedulerMixin, kind).from_config(config, return_unused_kwargs, **settings)
 
     SchedulerMixin.from_config = classmethod(from_config)

@@ -1,6 +1,5 @@
 """A full-precision and a quantized network side by side, both evaluated at each step of the same trajectories."""
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -83,7 +82,8 @@ def lockstep(
     own, so that it does not matter how samples are divided into batches.
 
     Args:
-        scheduler: with its timesteps set; it is copied. network: the quantized one; modiff may be on it, or not.
+        scheduler: with its timesteps set; both trajectories have one like it.
+        network: the quantized one; modiff may be on it, or not.
         eta, seed: of samplers that add noise; both trajectories get the same.
         folder: keeps each finished step. The same call goes on after the last one there, to the same bits; modulated
             layers read the inputs of finished steps again, full precision is not evaluated again.
@@ -92,7 +92,7 @@ def lockstep(
     Cost: an evaluation of each network for each batch and step; four tensors of all samples a step in the folder.
     """
     x = y = torch.cat([batch.noise for batch in batches])
-    forward = [_mover(copy.deepcopy(scheduler), eta, seed) for _ in range(2)]
+    forward = [_mover(begun(scheduler), eta, seed) for _ in range(2)]
     attachment = attachment_of(network)
     remembers = attachment is not None and any(layer.inputs is not None for layer in attachment.layers.values())
     job = {"steps": [float(t) for t in scheduler.timesteps], "samples": [len(b.noise) for b in batches],
@@ -118,6 +118,15 @@ def lockstep(
             x, y = step.full_next, kept["next"].to(y)
             results.append({n.removeprefix(RESULT): v for n, v in kept.items() if n.startswith(RESULT)})
     return results
+
+
+def begun(scheduler: Any) -> Any:
+    """A scheduler like this one, with its timesteps, before the first step."""
+    again = type(scheduler).from_config(scheduler.config)
+    for name in ("timesteps", "sigmas", "num_inference_steps"):
+        if name in vars(scheduler):
+            setattr(again, name, vars(scheduler)[name])
+    return again
 
 
 def _visited(visit: Visit, step: Step) -> dict[str, Tensor]:

@@ -56,7 +56,9 @@ class DiffusersHost(Host):
             super().attach(target)
 
     def detach(self, target: Any) -> None:
-        """Undo `attach`."""
+        """Undo `attach`; a correction of the quantized network is taken off the scheduler."""
+        if hasattr(scheduler := getattr(target, "scheduler", None), "without_correction"):
+            target.scheduler = scheduler.without_correction()
         for network in self.networks(target).values():
             unfollow(network)
             withdraw_quantizer(network)
