@@ -87,6 +87,8 @@ RECIPES: dict[str, Recipe] = {
         "tfmq_dm", {}, "temporal block learned separately, with scales per step; first and last layer 8 bits"
     ),
     "accuquant": Recipe("accuquant", {}, "scales of groups of 4 steps learned on the quantized trajectory"),
+    "ptqd": Recipe("ptqd", {}, "as minmax, then slope, mean and noise of the error corrected in the sampler"),
+    "tac": Recipe("tac", {}, "as minmax, then a factor and a shift for each step in the sampler"),
     "modiff_dynamic": Recipe("modiff", {"kind": "dynamic"}, "learned rounding, dynamic scales per token or sample"),
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
     "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),

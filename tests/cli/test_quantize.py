@@ -29,6 +29,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "q_diffusion": {"groups": 2, "samples": 2, "batch": 2, "search": "minmax", "learning": LEARN | LEARNED},
     "ptq4dm": {"samples": 2, "batch": 2, "trials": 3},
 }
+FIELDS |= {name: {"groups": 2, "samples": 2, "batch": 2, "pairs": 2} for name in ("ptqd", "tac")}
 FIELDS["q_diffusion"]["reconstruction"] = LEARN | {"learning_rate": 0.1}
 
 
@@ -93,6 +94,22 @@ def test_a_model_that_takes_text_is_calibrated_on_prompts_and_a_work_folder_keep
     done(invoke(*words, tmp_path / "a", "--prompt", "a fox"))
     assert_one_line(invoke(*words, tmp_path / "b", "--prompt", "x"), "got one with another run.prompts")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.work", "ptq4dm.json", "sd"]
+
+
+@pytest.mark.parametrize(("method", "scheduler"), [("ptqd", "ddim"), ("tac", "dpmsolver++")])
+def test_a_corrected_sampler_is_saved_with_the_network_and_samples(method: str, scheduler: str, tmp_path: Path) -> None:
+    DDPMPipeline(pixel_pipeline().unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "d")
+    out = tmp_path / "out"
+    result = done(invoke(tmp_path / "d", method, tmp_path, "--scheduler", scheduler, "-o", out))
+    loaded = modiff.load(out)
+    assert type(loaded.scheduler).__name__.startswith("Corrected")
+    assert f"{'K' if method == 'tac' else 'k'}: " in result.stdout
+    pipe = set_scheduler(load_pipeline(tmp_path / "d"), scheduler)
+    apply_method(pipe, method_config(method, values=FIELDS[method], changes={"steps": STEPS}), progress=False)
+    assert np.array_equal(images(loaded), images(pipe))
+    done(command("sample", out, "--steps", STEPS, "--num-images", 1, "-o", tmp_path / "samples"))
+    done(command("generate", out, "--steps", STEPS, "--num-images", 1, "-o", tmp_path / "generated"))
+    assert_one_line(command("sample", out, "--steps", 2, "-o", tmp_path / "b"), "expected 3 steps, from")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddim", "DDIMPipeline"), ("euler", "DDPMPipeline")])

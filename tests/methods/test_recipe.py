@@ -23,6 +23,8 @@ SMALL: dict[str, MethodConfig] = {
     "ptq4dm": methods.Ptq4dmConfig(**TINY, trials=3, weight_bits=3),
     "tfmq_dm": methods.TfmqDmConfig(**TINY, groups=2, reconstruction=WEIGHTS, temporal=WEIGHTS),
     "accuquant": methods.AccuquantConfig(**TINY, group_size=2, iterations=2),
+    "ptqd": methods.PtqdConfig(**TINY, groups=2, pairs=2),
+    "tac": methods.TacConfig(**TINY, groups=2, pairs=2),
     "modiff": methods.ModiffMethodConfig(
         **TINY, groups=2, kind="static_learned", reconstruction=WEIGHTS, learning=SCALES
     ),
@@ -53,7 +55,8 @@ def interrupt_after(patch: pytest.MonkeyPatch, stages: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages"), [("q_diffusion", 1), ("ptq4dm", 0), ("tfmq_dm", 1), ("accuquant", 2), ("modiff", 1)]
+    ("name", "stages"),
+    [("q_diffusion", 1), ("ptq4dm", 0), ("tfmq_dm", 1), ("accuquant", 2), ("modiff", 1), ("ptqd", 0), ("tac", 0)],
 )
 def test_a_killed_job_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, stages, tmp_path, monkeypatch):
     whole, killed, plain = small.build(), small.build(), small.call(small.build(), steps=STEPS)
@@ -142,7 +145,7 @@ def test_modulation_is_switched_on_once_and_a_setting_of_it_stays():
 
 
 def test_each_method_has_the_name_of_its_function_and_its_settings_name_it():
-    assert set(METHODS) == {"q_diffusion", "ptq4dm", "tfmq_dm", "accuquant", "modiff"}
+    assert set(METHODS) == {"q_diffusion", "ptq4dm", "tfmq_dm", "accuquant", "ptqd", "tac", "modiff"}
     for name, method in METHODS.items():
         assert method.recipe.__name__ == name == name_of(method.config.quick())
         assert getattr(methods, method.config.__name__) is method.config

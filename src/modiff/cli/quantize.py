@@ -13,7 +13,7 @@ from modiff.presets import FULL_PRECISION
 IMAGES = 4  # for the error at the end
 METHOD_HELP = (
     "q_diffusion, ptq4dm, tfmq_dm (networks with time embeddings), accuquant (no guidance in two calls; not with "
-    "--modulated) or modiff."
+    "--modulated), ptqd, tac (both correct the sampler; no guidance in two calls) or modiff."
 )
 SETTINGS_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."
 BITS_HELP = "2 to 8; 32 is full precision. The settings' when left out."
@@ -59,7 +59,7 @@ def quantize(
         from modiff.evaluate.pipelines import PipelineSource
         from modiff.generate.environment import environment
         from modiff.generate.job import Conditions
-        from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
+        from modiff.generate.samplers import savable, set_scheduler
         from modiff.generate.worker import check_inputs
         from modiff.methods import registry
 
@@ -76,8 +76,7 @@ def quantize(
             run=(lambda i: source.draw(chosen.steps, range(i * chosen.batch, (i + 1) * chosen.batch)))
             if conditions.prompts else None,
         )  # fmt: skip
-        # diffusers has no class for the pipeline of any scheduler: then the model's own with the same network
-        save(pipe if isinstance(sampling, UnconditionalPipeline) else sampling, partial)
+        save(savable(sampling, pipe), partial)
         remove(sampling)
         saved = PipelineSource(options.quiet_pipeline(str(partial), device, scheduler), conditions=conditions)
         text, compared = _compared(source, saved, chosen)

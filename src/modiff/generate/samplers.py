@@ -84,6 +84,17 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
     return pipe
 
 
+def savable(sampling: DiffusionPipeline, pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """What to save for a pipeline that `set_scheduler` made of `pipe`: a class of diffusers with the same network.
+
+    diffusers has none that samples with any scheduler, so it is `pipe`; DDPMPipeline where the scheduler is corrected,
+    as the samplers that can be need neither a scaled input nor scaled noise.
+    """
+    if not isinstance(sampling, UnconditionalPipeline):
+        return sampling
+    return DDPMPipeline(sampling.unet, sampling.scheduler) if "correction" in sampling.scheduler.config else pipe
+
+
 class UnconditionalPipeline(DDPMPipeline):
     """Unconditional pixel U-Nets with any scheduler; diffusers' own pipelines know one family of them each.
 

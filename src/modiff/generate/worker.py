@@ -65,8 +65,10 @@ def describe(job: Job) -> Description:
     """Open the model, see that it can do the job (FormatError, ConfigError, CalibrationError), and learn its shape."""
     pipe, model = _pipeline(job)
     check_inputs(pipe, job.steps, job.conditions)
-    # two: the first evaluation is in full precision, so that one would not see scales that are missing
-    image = draw(pipe, [0], steps=min(2, job.steps), seed=job.seed, conditions=job.conditions)[0]
+    # two: the first evaluation is in full precision, so that one would not see scales that are missing; a corrected
+    # sampler knows its own steps alone
+    steps = job.steps if "correction" in pipe.scheduler.config else min(2, job.steps)
+    image = draw(pipe, [0], steps=steps, seed=job.seed, conditions=job.conditions)[0]
     scheduler = {"kind": type(pipe.scheduler).__name__} | settings(pipe.scheduler)
     facts = {"model": model, "pipeline": type(pipe).__name__, "scheduler": scheduler}
     return facts, image.shape

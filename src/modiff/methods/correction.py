@@ -6,14 +6,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from modiff.api import collect
 from modiff.calibration.reconstruct.layers import evaluating
-from modiff.config import check
+from modiff.config import WeightSearch, check
 from modiff.errors import ConfigError
 from modiff.hosts.host import networks_of
 from modiff.methods.q_diffusion import QDiffusionConfig, q_diffusion
@@ -36,9 +36,9 @@ class CorrectionConfig(QDiffusionConfig):
     guidance_scale: of classifier-free guidance with both branches in one batch; None without guidance.
     """
 
-    rounding: Any = "nearest"
-    search: Any = "minmax"
-    scales: Any = "measured"
+    rounding: Literal["learned", "nearest"] = "nearest"
+    search: WeightSearch = "minmax"
+    scales: Literal["learned", "measured"] = "measured"
     pairs: int = 1024
     eta: float = 0.0
     guidance_scale: float | None = None

@@ -1,0 +1,46 @@
+"""A network that another library quantized is corrected by either table, with samplers of each kind."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modiff.generate.samplers import set_scheduler
+from modiff.methods import PtqdConfig, TacConfig
+from modiff.methods.correction import learn_correction
+from modiff.sampling.corrected import corrected
+from tests.helpers import relative_error
+from tests.methods import small
+
+TINY = {"steps": 6, "samples": 4, "batch": 4, "groups": 3, "pairs": 8}
+
+
+class OtherConv2d(nn.Conv2d):
+    """Quantized without modiff: 8-bit codes, scales of two bits behind the point, floats when it runs."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+        kept = scale.to(torch.float8_e5m2).to(scale)
+        return super()._conv_forward(input, (weight / scale).round() * kept, bias)
+
+
+def build(sampler: str, *, quantized: bool = False):
+    pipe = set_scheduler(small.build(), sampler)
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.unet.modules() if quantized else ():
+        if type(module) is nn.Conv2d:
+            module.__class__ = OtherConv2d
+    return pipe
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++"])
+def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler):
+    full, pipe = build(sampler), build(sampler, quantized=True)
+    exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
+    plain, tac = pipe.scheduler, TacConfig(**TINY, relative=0.0, bias="channel")
+    for config, share in ((PtqdConfig(**TINY, slope="any"), 0.97), (tac, 0.92)):
+        table = learn_correction(full, pipe, config, progress=False)
+        assert (table.noise is not None) == (sampler == "ddpm" and type(config) is PtqdConfig)
+        pipe.scheduler = corrected(plain, table)
+        after = small.call(pipe, steps=6, seed=50, batch=4)
+        assert relative_error(after, exact) < share * relative_error(before, exact)
+        pipe.scheduler = plain
