@@ -130,7 +130,7 @@ def settings(component: object) -> dict[str, Any]:
     """A component's config as plain JSON values, without what the library keeps for itself."""
     values = _plain(getattr(component, "config", {}))
     kept = {key: value for key, value in values.items() if not key.startswith("_") and key not in _OF_THE_LIBRARY}
-    return json.loads(json.dumps(kept, default=_plain))
+    return json.loads(json.dumps(kept, default=_plain), parse_constant=str)  # DPM-Solver's lambda_min_clipped is -inf
 
 
 def _plain(value: Any) -> Any:
