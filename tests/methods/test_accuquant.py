@@ -92,7 +92,7 @@ def test_the_sampler_s_tables_come_back_and_damaged_ones_are_refused(tmp_path):
 
 def test_recorded_states_lie_where_the_network_is(monkeypatch):
     network = torch.nn.Linear(3, 3, device="meta")
-    monkeypatch.setattr(SamplerSteps, "_mismatch", lambda self: 0.0)
+    monkeypatch.setattr(SamplerSteps, "mismatch", lambda self: 0.0)
     monkeypatch.setattr(SamplerSteps, "follow", lambda self, step: self.recorded[step])
     calls = [Call((torch.randn(4, 3), 9.0 - step), {}, step, 9.0 - step) for step in range(2)]
     for guidance in (None, 3.0):

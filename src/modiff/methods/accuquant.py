@@ -11,12 +11,10 @@ with p_k from the sampler's arithmetic alone: one network graph at a time, whate
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modiff.calibration.data import CalibrationSet
 from modiff.calibration.reconstruct.config import ReconstructionReport, UnitReport
 from modiff.calibration.reconstruct.layers import evaluating, without_states
 from modiff.calibration.reconstruct.learn import Learned, ScaleLearner, learned_scales
@@ -24,10 +22,9 @@ from modiff.calibration.reconstruct.store import load_unit, save_unit
 from modiff.core.affine import QParams
 from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import set_of
-from modiff.errors import ConfigError
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, every_layer
 from modiff.methods.registry import register
-from modiff.methods.sampler_steps import SamplerSteps, as_recorded, save_tables
+from modiff.methods.sampler_steps import SamplerSteps, record
 from modiff.model.calibrate import quantizers_of
 from modiff.progress import Bar
 
@@ -126,40 +123,14 @@ class AccuquantConfig(MethodConfig):
 )
 def accuquant(job: MethodJob, config: AccuquantConfig) -> MethodReport:
     """Record trajectories, measure ranges, then learn the scales of group after group."""
-    if isinstance(job.target, nn.Module):
-        raise ConfigError(
-            "accuquant: expected a pipeline, got a module alone. Where steps arrive depends on the sampler. "
-            "Give the pipeline."
-        )
-    tables = job.path("sampler.safetensors")
-
-    def run(index: int) -> None:
-        job.run(index)
-        if tables is not None and not tables.exists():  # a trajectory that is read from the folder does not set them
-            save_tables(job.target.scheduler, tables)
-
-    calls = job.collect(None, run=run)
-    scheduler = as_recorded(job.target.scheduler, tables)
-    recorded = _trajectories(calls, config.drawn // config.batch)
+    scheduler, recorded = record(job, config.drawn // config.batch, "calls")
     trajectories = [SamplerSteps(job.model, scheduler, evaluations, config.guidance_scale) for evaluations in recorded]
     report = job.apply(every_layer(config.static_layer(step_groups=-(-config.steps // config.group_size))))
     job.keep_rounding()
-    job.measure(calls, "mse")
+    job.measure([call for evaluations in recorded for call in evaluations], "mse")
     with evaluating(job.model):
         scales = ReconstructionReport(_learn(job, config, trajectories))
     return MethodReport.of(report, scales=scales)
-
-
-def _trajectories(calls: CalibrationSet, count: int) -> list[list[Any]]:
-    trajectories: list[list[Any]] = [[] for _ in range(count)]
-    for call in calls:
-        if call.context != "default":
-            raise ConfigError(
-                "accuquant: expected one evaluation a step, got guidance in two calls. A step's output comes from "
-                "both. Sample without guidance, or with both branches in one batch."
-            )
-        trajectories[call.trajectory].append(call)
-    return trajectories
 
 
 def _learn(job: MethodJob, config: AccuquantConfig, trajectories: list[SamplerSteps]) -> tuple[UnitReport, ...]:

@@ -11,14 +11,12 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from modiff.api import collect
 from modiff.calibration.reconstruct.layers import evaluating
 from modiff.config import WeightSearch, check
-from modiff.errors import ConfigError
 from modiff.hosts.host import networks_of
 from modiff.methods.q_diffusion import QDiffusionConfig, q_diffusion
 from modiff.methods.recipe import MethodJob, MethodReport
-from modiff.methods.sampler_steps import SamplerSteps, as_recorded, save_tables
+from modiff.methods.sampler_steps import SamplerSteps, record
 from modiff.model.trajectory import clone
 from modiff.sampling.lockstep import Batch, Step, begun, lockstep
 
@@ -99,25 +97,9 @@ class Comparison:
     """
 
     def __init__(self, job: MethodJob, config: CorrectionConfig) -> None:
-        if isinstance(job.target, nn.Module):
-            raise ConfigError(f"{type(config).__name__}: expected a pipeline, got a module alone. What is corrected is "
-                              "what a sampler is told. Give the pipeline.")  # fmt: skip
         self.job, self.config = job, config
-        tables = job.path("sampler.safetensors")
-
-        def run(index: int) -> None:
-            job.run(index)
-            if tables is not None and not tables.exists():
-                save_tables(job.target.scheduler, tables)
-
-        count = config.pairs // config.batch
-        calls = collect(job.target, run, trajectories=count, folder=job.path("trajectories"), progress=job.progress)
-        self.scheduler = as_recorded(job.target.scheduler, tables)
+        self.scheduler, recorded = record(job, config.pairs // config.batch, "trajectories")
         full = clone(job.model)  # shares the weights, and stays as it is
-        recorded = [[call for call in calls if call.trajectory == i] for i in range(count)]
-        if any(call.context != "default" for call in calls):
-            raise ConfigError(f"{type(config).__name__}: expected one evaluation a step, got guidance in two calls. A "
-                              "step's output comes from both. Sample with both branches in one batch.")  # fmt: skip
         self.steps = [RecordedSteps(full, self.scheduler, r, config.guidance_scale) for r in recorded]
 
     def learn(self, network: nn.Module) -> tuple[Any, Results]:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modiff.api import collect
 from modiff.calibration.data import Call
 from modiff.errors import ConfigError
 from modiff.files import read_tensors, write_tensors
+from modiff.methods.recipe import MethodJob
 
 STATE_NAMES = ("sample", "hidden_states")
 TOLERANCE = 1e-3
@@ -33,6 +35,33 @@ def as_recorded(scheduler: Any, path: Path | None) -> Any:
     for name, value in tables.items():
         setattr(copied, name, int(value) if name == COUNT else value)
     return copied
+
+
+def record(job: MethodJob, count: int, name: str) -> tuple[Any, list[list[Call]]]:
+    """The sampler of a job's pipeline with its tables, and every call of `count` full-precision trajectories by it.
+
+    name: of the folder of calls in the job's. Raises: ConfigError for a module alone, or guidance in two calls.
+    """
+    method = type(job.config).__name__
+    if isinstance(job.target, nn.Module):
+        raise ConfigError(f"{method}: expected a pipeline, got a module alone. Where steps arrive depends on the "
+                          "sampler. Give the pipeline.")  # fmt: skip
+    tables = job.path("sampler.safetensors")
+
+    def run(index: int) -> None:
+        job.run(index)
+        if tables is not None and not tables.exists():  # a trajectory that is read from the folder does not set them
+            save_tables(job.target.scheduler, tables)
+
+    calls = collect(job.target, run, trajectories=count, steps=job.evaluations, seed=job.config.seed,
+                    folder=job.path(name), progress=job.progress)  # fmt: skip
+    trajectories: list[list[Call]] = [[] for _ in range(count)]
+    for call in calls:
+        if call.context != "default":
+            raise ConfigError(f"{method}: expected one evaluation a step, got guidance in two calls. A step's output "
+                              "comes from both. Sample without guidance, or with both in one batch.")  # fmt: skip
+        trajectories[call.trajectory].append(call)
+    return as_recorded(job.target.scheduler, tables), trajectories
 
 
 class SamplerSteps:
