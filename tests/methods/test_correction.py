@@ -1,14 +1,18 @@
 """A network that another library quantized is corrected by either table, with samplers of each kind."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from modiff import ConfigError
 from modiff.generate.samplers import set_scheduler
-from modiff.methods import PtqdConfig, TacConfig
+from modiff.methods import PtqdConfig, TacConfig, quantize
 from modiff.methods.correction import learn_correction
 from modiff.sampling.corrected import corrected
 from tests.helpers import relative_error
+from tests.hosts.tiny import HOSTS
 from tests.methods import small
 
 TINY = {"steps": 6, "samples": 4, "batch": 4, "groups": 3, "pairs": 8}
@@ -44,3 +48,13 @@ def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler)
         after = small.call(pipe, steps=6, seed=50, batch=4)
         assert relative_error(after, exact) < share * relative_error(before, exact)
         pipe.scheduler = plain
+
+
+def test_guidance_in_one_batch_is_corrected_after_it_was_combined():
+    pipe = HOSTS["dit"].build()
+    pipe.set_progress_bar_config(disable=True)
+    config = TacConfig(**TINY | {"steps": 2, "groups": 1}, guidance_scale=4.0)
+    with pytest.raises(ConfigError, match=r"expected x <- step\(network\(x\)\), got states that differ"):
+        quantize(pipe, dataclasses.replace(config, guidance_scale=None), progress=False)
+    quantize(pipe, config, progress=False)
+    assert [len(row) for row in pipe.scheduler.correction.gain] == [4, 4]  # channels, without the learned variance

@@ -11,7 +11,7 @@ import modiff
 from modiff import ConfigError
 from modiff.generate.samplers import set_scheduler
 from modiff.methods import PtqdConfig, quantize
-from modiff.methods.ptqd import noise_factors
+from modiff.methods.ptqd import bits_of_steps, noise_factors
 from modiff.sampling.corrected import corrected
 from modiff.sampling.lockstep import Step
 from tests.gaussian import STEPS, final_moments, sampler
@@ -98,6 +98,17 @@ def test_the_noise_that_is_left_is_that_of_the_formulas_of_ddim_and_ddpm():
     for scheduler in (DDIMScheduler(), make_scheduler("dpm++2m"), make_scheduler("sde-dpm++")):
         scheduler.set_timesteps(10)
         assert noise_factors(scheduler, remaining, 0.0) is None
+
+
+def test_a_step_gets_the_fewest_bits_whose_noise_is_less_than_that_of_its_state():
+    scheduler = sampler()
+    ratios = {8: [1e6] * STEPS, 4: [1.0] * STEPS, 6: [1e6] * 49 + [0.0]}
+    bits = bits_of_steps(scheduler, ratios)
+    alphas = [float(scheduler.alphas_cumprod[t]) for t in scheduler.timesteps]
+    assert bits[:-1] == [4 if alpha < 0.5 else 6 for alpha in alphas[:-1]]
+    assert bits[-1] == 8
+    assert 4 < bits.count(4) < STEPS - 4
+    assert bits_of_steps(scheduler, {4: [0.0] * STEPS, 8: [0.0] * STEPS}) == [8] * STEPS
 
 
 @pytest.mark.parametrize("modulated", [False, True])

@@ -7,6 +7,7 @@ with B the factor of the network's output in the sampler's step.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,6 +93,23 @@ def noise_factors(scheduler: Any, remaining: Tensor, eta: float) -> Tensor | Non
         sigma, slope = step(zero) / drawn, (step(zero + small) - step(zero)) / small
         factors.append(math.sqrt(max(0.0, 1 - (slope * s / sigma) ** 2)) if sigma else 1.0)
     return torch.tensor(factors, dtype=torch.float64)
+
+
+def bits_of_steps(scheduler: Any, signal_to_noise: Mapping[int, Sequence[float]]) -> list[int]:
+    """The fewest activation bits of each step whose prediction has less noise than the state has; the most, if none.
+
+    |eps|² / |eps_q - eps|² > ab_t / (1 - ab_t). signal_to_noise: by bits, from a report for each: `dict(report.steps)`.
+    >>> from diffusers import DDIMScheduler
+    >>> scheduler = DDIMScheduler()
+    >>> scheduler.set_timesteps(4)
+    >>> bits_of_steps(scheduler, {4: [9.0, 9.0, 9.0, 9.0], 8: [500.0, 500.0, 500.0, 500.0]})
+    [4, 4, 4, 8]
+    """
+    alphas = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps]
+    forward = [alpha / (1 - alpha) for alpha in alphas]
+    widths = sorted(signal_to_noise)
+    enough = ([b for b in widths if signal_to_noise[b][step] > ratio] for step, ratio in enumerate(forward))
+    return [bits[0] if bits else widths[-1] for bits in enough]
 
 
 @register(PtqdConfig)
