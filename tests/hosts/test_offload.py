@@ -10,6 +10,7 @@ from diffusers.hooks import apply_group_offloading
 
 import modiff
 from modiff import ConfigError, StateError, presets
+from modiff.model.attach import attachment_of
 from tests.helpers import assert_same_bits
 from tests.hosts.tiny import SMALL
 
@@ -59,6 +60,19 @@ def test_outputs_are_the_same_bits_over_several_calls(way, packed, expected):
         assert_same_bits(SMALL.call(pipe), expected)
         modiff.remove(pipe)
         assert_same_bits(SMALL.call(pipe), SMALL.call(SMALL.build()))
+
+
+def test_a_packed_weight_is_read_as_floats_behind_hooks_that_leave_it_in_memory_and_never_as_codes(expected):
+    pipe, plain = applied(packed=True), applied(packed=True)
+    layers = attachment_of(pipe.unet).layers
+    accelerate.hooks.attach_align_device_hook(pipe.unet, execution_device="cpu")
+    assert_same_bits(SMALL.call(pipe), expected)
+    for name, layer in layers.items():
+        assert_same_bits(layer.weight, plain.unet.get_submodule(name).weight)
+    accelerate.hooks.remove_hook_from_submodules(pipe.unet)
+    WRAPPING["sequence"](pipe)
+    assert all(layer.weight.is_meta for layer in layers.values())
+    assert_same_bits(SMALL.call(pipe), expected)
 
 
 @pytest.mark.parametrize("way", WRAPPING.values(), ids=WRAPPING)

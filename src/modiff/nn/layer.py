@@ -120,8 +120,9 @@ class ModulatedLayer(nn.Module):
         """The float weight, as others read it; of a packed layer what its codes stand for, unpacked at each access."""
         stored, quantized = self._parameter("weight"), self.quantized_weight
         if isinstance(quantized, PackedWeight):
-            moving = "_old_forward" in self.__dict__ or any(tensor.is_meta for tensor in quantized.stored())
-            return stored if moving else quantized.readable()  # accelerate and loaders read what they move
+            hook = self.__dict__.get("_hf_hook", self if "_old_forward" in self.__dict__ else None)  # of accelerate
+            moving = hook is self or getattr(hook, "offload", False)  # which reads what it moves
+            return stored if moving or any(each.is_meta for each in quantized.stored()) else quantized.readable()
         return stored
 
     @weight.setter

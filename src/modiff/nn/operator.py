@@ -14,7 +14,7 @@ from modiff.config import LayerConfig
 from modiff.core.hadamard import RotatedRun, rotate, rotated_runs
 from modiff.core.quantizer import Code
 from modiff.kernels.input_fusion import InputFusion, Norm
-from modiff.nn.weight import QuantizedWeight, at_least_float32, turned, version_of
+from modiff.nn.weight import QuantizedWeight, at_least_float32, turned
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class LayerOperator:
     """A(x) + b of one layer, with its quantized weight or the weight before rounding.
 
     parameters: the layer's own dictionary; `weight` and `bias` are read at each use, as they may be replaced and moved.
+    bias_key: address and version of the bias when its values were last compared. bias_edition: how often they changed.
     """
 
     def __init__(self, spec: LayerSpec, parameters: dict[str, Any]) -> None:
@@ -90,8 +91,8 @@ class LayerOperator:
             rotation = None if rotation is None else rotated_runs(columns, 1, rotation[0].block)
         self.quantized = QuantizedWeight(spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed)
         self._bias: Tensor | None = None
-        self._key: tuple[int, int] | None = None
-        self._edition = 0
+        self.bias_key: object = ()
+        self.bias_edition = 0
 
     @property
     def weight(self) -> Tensor:
@@ -103,21 +104,16 @@ class LayerOperator:
         """The parameter."""
         return self.parameters["bias"]
 
-    def refresh(self) -> int:
-        """Derive codes again where the weight changed. Returns: another number after each change of weight or bias."""
-        if (bias := self.parameters["bias"]) is not None:
-            key = bias.data_ptr(), version_of(bias)
-            if key != self._key:
-                before, self._bias, self._key = self._bias, bias.detach().clone(), key
-                self._edition += before is None or not torch.equal(before.to(bias.device), self._bias)
-        elif self._bias is not None:
-            self._bias = self._key = None
-            self._edition += 1
-        return self._edition + self.quantized.refresh(self.parameters["weight"])
+    def compare_bias(self, key: object) -> None:
+        """Count an edition of the bias if its values are others than before."""
+        before, self.bias_key = self._bias, key
+        self._bias = bias = None if self.bias is None else self.bias.detach().clone()
+        same = before is bias or (before is not None and bias is not None and torch.equal(before.to(bias.device), bias))
+        self.bias_edition += not same
 
     def forget(self) -> None:
         """Look at the values at the next use, as writes through `.data` leave no trace."""
-        self._key = None
+        self.bias_key = ()
         self.quantized.forget()
 
     def affine(self, value: Tensor) -> Tensor:

@@ -315,7 +315,12 @@ class SimulatedLoop:
                 "layer did not run in the last step, but shares its quantized input with layers that did. Use "
                 "ModiffConfig(share_residuals='off'), or exclude it."
             )
-        number = self.operator.refresh()
+        operator, parameters = self.operator, self.operator.parameters
+        bias = parameters["bias"]
+        key = None if bias is None else (bias.data_ptr(), 0 if bias.is_inference() else bias._version)
+        if key != operator.bias_key:
+            operator.compare_bias(key)
+        number = operator.bias_edition + operator.quantized.refresh(parameters["weight"])
         if memory.weight != number and memory.taken and not update.starts:
             update = self.anchored(memory)
             state.stand()
