@@ -32,8 +32,9 @@ class Automatic:
     """Tells where one trajectory ends and the next begins, for a model that any pipeline may run.
 
     The next one began where timesteps turn round, where the second is the first again with the same inputs (one-step
-    trajectories), where the call comes from another thread, and after an evaluation that raised. One that
-    `modiff.trajectory` began is left alone. Cost: one host sync an evaluation.
+    trajectories) or of another schedule (what interrupted the last one was told to nobody), where the call comes from
+    another thread, and after an evaluation that raised. One that `modiff.trajectory` began is left alone.
+    Cost: one host sync an evaluation.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -41,6 +42,10 @@ class Automatic:
         self.owns_trajectory = self._numbered = False
         self._thread = self._thread_before = 0
         self._seen: dict[str, list[float]] = {}
+        self._schedule: torch.UntypedStorage | None = None  # alive, so that no other has its address
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_schedule": None}
 
     def before(self, timestep: Tensor | float | None, inputs: Inputs = _NOTHING) -> None:
         """An evaluation of these inputs begins: start a trajectory if this is its first."""
@@ -49,6 +54,9 @@ class Automatic:
         now, context, thread = float(middle(timestep)), self.clock.context, threading.get_ident()
         seen = self._seen.get(context, [])
         turned = len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0
+        schedule, before = _schedule_of(timestep), self._schedule
+        if schedule is not None and before is not None and seen == [now]:
+            turned = schedule.data_ptr() != before.data_ptr()
         if not self.owns_trajectory or thread != self._thread or turned:
             if self.owns_trajectory and thread == self._thread_before != self._thread:
                 warn_once(
@@ -61,7 +69,7 @@ class Automatic:
             self.clock.start()
             self._numbered, self.clock.numbered = self.clock.numbered, True
             self.clock.context, self.owns_trajectory = context, True
-            self._thread, self._thread_before = thread, self._thread
+            self._thread, self._thread_before, self._schedule = thread, self._thread, schedule
         elif seen == [now] and self.clock.knows(inputs):
             self.clock.again()
         seen = self._seen.setdefault(context, [])
@@ -74,8 +82,14 @@ class Automatic:
         if self.owns_trajectory:
             self.clock.stop()
             self.clock.numbered = self._numbered
-        self.owns_trajectory = False
+        self.owns_trajectory, self._schedule = False, None
         self._seen.clear()
+
+
+def _schedule_of(timestep: Tensor | float) -> torch.UntypedStorage | None:
+    """What holds the timesteps of all steps, where this one is a view of it, as schedulers give them."""
+    storage = timestep.untyped_storage() if isinstance(timestep, Tensor) else None
+    return None if storage is None or storage.nbytes() <= timestep.nbytes else storage
 
 
 class Attachment:
