@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import modiff
 from modiff import ConfigError, LayerConfig, ModiffConfig, ModiffDiffusersConfig, WeightConfig, presets
 from modiff.model.attach import attachment_of
-from tests.helpers import assert_same_bits, assert_same_tensors
+from tests.helpers import assert_same_bits, assert_same_tensors, relative_error
 from tests.hosts.tiny import HOSTS, SMALL
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -167,6 +167,24 @@ def test_a_folder_may_be_written_over_by_the_model_that_was_read_from_it(quantiz
     again.save_pretrained(tmp_path, variant="fp16")
     save_file({"x": torch.zeros(1)}, tmp_path / FILE.replace(".", ".fp16.", 1))
     assert_same_tensors(again.state_dict(), unet.state_dict())
+
+
+@pytest.mark.parametrize("config", [None, ModiffDiffusersConfig("w8a8")])
+def test_a_single_file_is_read_with_and_without_a_config(config, tmp_path):
+    host = HOSTS["sd"]
+    pipe = host.build()
+    exact = host.call(pipe)
+    pipe.unet.save_pretrained(tmp_path)
+    unet = type(pipe.unet).from_single_file(str(tmp_path / FILE), config=str(tmp_path), quantization_config=config)
+    pipe = host.around(unet)
+    if config is None:
+        modiff.apply(pipe, "w8a8")
+    modiff.save(pipe, tmp_path / "saved")
+    modiff.apply(reference := host.build(), "w8a8")
+    modiff.pack(reference)
+    for ours in (host.call(modiff.load(tmp_path / "saved")), *([] if config is None else [host.call(pipe)])):
+        assert_same_bits(ours, host.call(reference))
+        assert relative_error(ours, exact) < 0.05
 
 
 def test_pickles_are_neither_written_nor_read(quantized, tmp_path):

@@ -206,6 +206,8 @@ def test_every_layout_that_diffusers_writes_is_read_floats_and_quantized_in_floa
     pipe.save_pretrained(tmp_path / "half", variant=variant, max_shard_size=shard)
     shutil.rmtree(tmp_path / "half" / "unet")  # a variant of some components
     pipe.unet.save_pretrained(tmp_path / "half" / "unet", max_shard_size=shard)
+    for other in ("sd_xl_base_1.0.safetensors", "lora.fp16.safetensors", "pytorch_model.bin"):
+        (tmp_path / "half" / other).write_bytes(b"none of the pipeline's")
     loaded = load_pipeline(tmp_path / "half")
     for name in ("unet", "text_encoder", "vae"):
         assert_same_tensors(getattr(loaded, name).state_dict(), getattr(pipe, name).float().state_dict())

@@ -117,11 +117,7 @@ def quantized_state(
     Raises: StateError if adapters are loaded, layers were wrapped since, or are offloaded to the meta device.
     """
     tensors = dict(state)
-    if (adapter := adapter_on(model)) is not None:
-        raise StateError(
-            f"save: expected {type(model).__name__} without adapters, got {adapter}. Its checkpoint cannot hold them. "
-            "Call pipe.unload_lora_weights() or pipe.unload_ip_adapter() first, and load them again afterwards."
-        )
+    check_bare(model)
     for name, quantized in required_attachment(model, "save").layers.items():
         quantized.check_own("save")
         if f"{name}.weight" not in state:
@@ -140,6 +136,15 @@ def quantized_state(
             raise StateError(f"{name}: expected a common dtype, got {tensor.dtype}. Layerwise casting keeps it so, and "
                              "its rounding would be saved. Save before enable_layerwise_casting.")  # fmt: skip
     return tensors
+
+
+def check_bare(model: nn.Module) -> None:
+    """Make sure that no adapter is on a model. Raises: StateError if there is one."""
+    if (adapter := adapter_on(model)) is not None:
+        raise StateError(
+            f"save: expected {type(model).__name__} without adapters, got {adapter}. Its checkpoint cannot hold them. "
+            "Call pipe.unload_lora_weights() or pipe.unload_ip_adapter() first, and load them again afterwards."
+        )
 
 
 def check_files(where: str, claims: Mapping[str, Claim], layout: Layout, model: nn.Module) -> None:

@@ -39,11 +39,12 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype 
     where = _device(device)
     folder = _folder(model)
     index = _index(folder)
-    _check_weight_files(folder)
+    components = [folder / name for name in index if (folder / name).is_dir()]  # other files may lie next to them
+    _check_weight_files(*components)
     parts = {name: _component(folder / name, kind, dtype) for name, kind in _models(index).items()}
     with reading(folder, *_PART):
         pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, variant=_variant(folder), local_files_only=True, **parts
+            folder, dtype=dtype, use_safetensors=True, variant=_variant(*components), local_files_only=True, **parts
         )
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -134,9 +135,9 @@ def _component(path: Path, kind: type[ModelMixin], dtype: torch.dtype) -> nn.Mod
     return model
 
 
-def _variant(folder: Path) -> str | None:
+def _variant(*components: Path) -> str | None:
     """The variant, such as "fp16", of the first component whose weights all have one; diffusers finds the others."""
-    for component in sorted({path.parent for path in folder.rglob("*.safetensors")}):
+    for component in sorted(components):
         names = (_VARIANT.fullmatch(path.name) for path in component.glob("*.safetensors"))
         variants = {name[1] for name in names if name}
         if variants and None not in variants:
@@ -144,13 +145,13 @@ def _variant(folder: Path) -> str | None:
     return None
 
 
-def _check_weight_files(folder: Path) -> None:
+def _check_weight_files(*components: Path) -> None:
     """Open every weight file: a header that does not fit the file's length is a copy that was cut."""
-    for path in sorted(folder.rglob("*pytorch_model*.bin")):
+    for path in sorted(path for folder in components for path in folder.glob("*pytorch_model*.bin")):
         if not any(path.parent.glob("*.safetensors")):
             raise FormatError(f"{path}: expected safetensors, got a pickle. Loading one runs what is in it. Load the "
                               "folder with diffusers and save it with safe_serialization=True.")  # fmt: skip
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(path for folder in components for path in folder.glob("*.safetensors")):
         with reading(path, "a safetensors file", "Copy the folder again."), safe_open(path, "pt"):
             pass
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modiff.checkpoint.layout import METHOD, Layout
 from modiff.checkpoint.tensors import (
     METADATA,
+    check_bare,
     check_files,
     check_values,
     load_scales,
@@ -254,6 +255,7 @@ class ModiffQuantizer(DiffusersQuantizer):
 def saving_quantized(models: Sequence[nn.Module], anchor_weights: PackedAnchors) -> Iterator[None]:
     """Let `save_pretrained` of diffusers models with modulated layers keep these anchors while the body runs."""
     for model in models:
+        check_bare(model)  # one that PEFT returned is saved by PEFT
         if not isinstance(getattr(model, "hf_quantizer", None), ModiffQuantizer):
             raise StateError(f"save: expected a model that modiff alone quantized, got {type(model).__name__} with "
                              "another method as well. Two formats do not mix. Load it without.")  # fmt: skip
