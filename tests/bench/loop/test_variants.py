@@ -25,9 +25,9 @@ def uncompiled(monkeypatch):
 def test_our_variants_run_the_presets_on_integers(monkeypatch):
     applied: list[ModiffConfig] = []
     monkeypatch.setattr(loop_variants.modiff, "apply", lambda _, config: applied.append(config))
-    for variant in ("plain-w8a8", "modulated-w8a8", "modulated-w8a7", "modulated-w8a4"):
+    for variant in ("plain-w8a8", "modulated-w8a8", "modulated-w8a7", "modulated-w8a4", "modulated-w4a4"):
         prepare(Task(TINY, variant, timed=2))
-    configs = presets.plain(), presets.w8a8(), presets.modulated(8, 7), presets.w8a4()
+    configs = presets.plain(), presets.w8a8(), presets.modulated(8, 7), presets.w8a4(), presets.w4a4()
     assert applied == [config.on_integers() for config in configs]
 
 
@@ -67,3 +67,22 @@ def test_autotune_is_followed_and_where_nothing_pays_the_baseline_runs(pays, sam
         images, state = loop_child.one_loop(ready := prepare(Task(TINY, "gated", timed=3)))
         assert (ready.note, state > 0) == ("1 float, 2 plain", pays)
         assert torch.equal(images, loop_child.one_loop(prepare(Task(TINY, same_as, timed=3)))[0])
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(("wins", "same_as"), [(True, "modulated-w8a8"), (False, "fp32-eager")])
+def test_the_network_that_accelerate_leaves_is_timed_on_whole_trajectories_of_other_noise(wins, same_as, monkeypatch):
+    def accelerate(net, example, progress):
+        lasts.append(example())
+        if wins:
+            loop_variants.modiff.apply(net, presets.w8a8().on_integers())
+        return SimpleNamespace(accelerated=wins)
+
+    lasts: list[torch.Tensor] = []
+    monkeypatch.setattr(loop_variants.modiff, "accelerate", accelerate)
+    with torch.inference_mode():
+        images, state = loop_child.one_loop(prepare(Task(TINY, "accelerate", timed=3)))
+        other, _ = loop_child.one_loop(prepare(Task(TINY, same_as, timed=3)))  # its channels lie innermost
+        torch.testing.assert_close(images, other, rtol=0, atol=1e-3)
+        assert (lasts[0].shape, state > 0) == (images.shape, wins)
+        assert not torch.equal(lasts[0], images)
