@@ -1,9 +1,10 @@
-"""Who hosts us? What modiff must know of a target: plain modules, and whatever comes from diffusers."""
+"""Who hosts us? What modiff must know of a target: plain modules, text models, and whatever comes from diffusers."""
 
 import functools
 from typing import Any
 
 from modiff.hosts.host import Host, register_host
+from modiff.hosts.text import TextHost, text_network
 from modiff.private_names import DIFFUSERS, check_private_names
 
 
@@ -18,12 +19,31 @@ def diffusers_host() -> Host:
     return DiffusersHost()
 
 
+@functools.cache
+def _diffusers_text(generation: str) -> Host:
+    from modiff.hosts.diffusers.text import DiffusersTextHost
+
+    diffusers_host()
+    return DiffusersTextHost(generation)
+
+
+def _of_diffusers(target: Any) -> bool:
+    return any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(target).__mro__)
+
+
 def _find(target: Any) -> Host | None:
     """Only an object whose class comes from diffusers loads its host."""
-    known = any(kind.__module__.partition(".")[0] == "diffusers" for kind in type(target).__mro__)
-    return diffusers_host() if known else None
+    return diffusers_host() if _of_diffusers(target) else None
 
 
-_PLAIN = Host()
+def _find_text(target: Any) -> Host | None:
+    """What reads tokens, from diffusers or not."""
+    if text_network(target) is None:
+        return None
+    return _diffusers_text(getattr(type(target), "generation", "__call__")) if _of_diffusers(target) else _TEXT
+
+
+_PLAIN, _TEXT = Host(), TextHost()
 register_host(lambda _: _PLAIN)  # asked last
 register_host(_find)
+register_host(_find_text)

@@ -8,7 +8,6 @@ from torch import nn
 
 from modiff.checkpoint.module_folder import CLASS, CONFIG, load_module, read_config
 from modiff.errors import ConfigError, FormatError
-from modiff.hosts import diffusers_host
 from modiff.hosts.host import host_of
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import expected_states
@@ -48,7 +47,7 @@ def _of_diffusers(path: Path, config: dict[str, Any] | None, device: str, dtype:
             )
         return load_model(path, device=device, dtype=dtype)
     pipe = load_pipeline(path, device=device, dtype=dtype)
-    host = diffusers_host()
+    host = host_of(pipe)
     attachments = {model: attachment_of(model) for model in host.networks(pipe).values()}
     if not any(attachments.values()):
         raise FormatError(

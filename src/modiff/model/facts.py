@@ -18,6 +18,7 @@ class NetworkFacts:
     unbatched: keyword arguments without a batch axis, such as positions.
     block_classes: patterns on class names; a module that matches is learned as a whole by `modiff.reconstruct`.
     registered_in_order: networks register their first layer first and their last one last.
+    reads_tokens: a table is the way in, so that no layer keeps its floats for being the first.
     """
 
     default_exclude: tuple[str, ...] = ()
@@ -25,6 +26,7 @@ class NetworkFacts:
     unbatched: tuple[str, ...] = ()
     block_classes: tuple[str, ...] = ()
     registered_in_order: bool = False
+    reads_tokens: bool = False
 
     def is_attention(self, module: nn.Module) -> bool:
         """Whether a module computes attention, by torch's `scaled_dot_product_attention`."""

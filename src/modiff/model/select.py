@@ -54,6 +54,7 @@ def select_layers(
     splits = splits or {}
     written = None if facts.registered_in_order else written_ends(model, own)
     ends, how = (written, "as forward is written") if written else ((*own[:1], *own[-1:]), "by registration")
+    ends = ends[-1:] if facts.reads_tokens else ends
     meant = [p for p in (*patterns["include"], *patterns["overrides"]) if not any(fnmatchcase(name, p) for name in own)]
     entries: list[Entry] = []
     for name, layer in layers.items():

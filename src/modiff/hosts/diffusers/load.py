@@ -1,5 +1,6 @@
 """A pipeline from a folder, a hub id, or the package itself, checked before it is used."""
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def load_pipeline(model: str | Path, *, device: str = "cpu", dtype: torch.dtype 
     _check_weight_files(*components)
     parts = {name: _component(folder / name, kind, dtype) for name, kind in _models(index).items()}
     with reading(folder, *_PART):
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = _pipeline_class(index).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=_variant(*components), local_files_only=True, **parts
         )
     for name, part in pipe.components.items():
@@ -105,6 +106,14 @@ def _index(folder: Path) -> dict[str, Any]:
             "format. Write it with pipe.save_pretrained(folder)."
         )
     return read_json(folder / INDEX, *_PART)
+
+
+def _pipeline_class(index: dict[str, Any]) -> type[DiffusionPipeline]:
+    """One of this package, which diffusers does not know by name, or diffusers' own choice."""
+    names = [value[0] for value in index.values() if isinstance(value, list) and value]
+    modules = [importlib.import_module(name) for name in names if str(name).startswith("modiff.")]
+    kinds = [getattr(module, str(index.get("_class_name")), None) for module in modules]
+    return next((kind for kind in kinds if kind is not None), DiffusionPipeline)
 
 
 def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
