@@ -68,6 +68,7 @@ Every layer has these bits, the first, the last and the embeddings included, exc
 modiff's presets leave those in full precision, so do not compare these rows with those of pages that use presets.
 """
 MEASURED = {"rounding": "nearest", "search": "minmax", "scales": "measured"}
+EXACT = {"kind": "dynamic", "modulation": {"anchor_weights": "exact"}}
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ RECIPES: dict[str, Recipe] = {
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
     "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),
     "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual scales"),
+    "nearest_exact": Recipe("modiff", EXACT | {"rounding": "nearest"}, "round to nearest, dynamic scales, exact anchors"),
+    "learned_exact": Recipe("modiff", EXACT, "learned rounding, dynamic scales, exact anchors"),
 }
 
 

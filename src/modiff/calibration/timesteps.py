@@ -78,3 +78,24 @@ class NormalSteps(JsonConfig):
         kept = torch.zeros(steps, samples, dtype=torch.bool)
         kept[steps - 1 - times, torch.arange(samples)] = True
         return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedSteps(JsonConfig):
+    """`counts[i]` samples give their state at step i, one state each; the first samples the noisiest."""
+
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = min(self.counts, default=-1)
+        check("CountedSteps.counts", self.counts, least >= 0, "a number of samples for each step", "0 takes none.")
+
+    def draw(self, steps: int, samples: int, generator: torch.Generator) -> Tensor:
+        """Booleans (steps, samples) with one True for each sample. Raises: ConfigError for other numbers of either."""
+        fits = (len(self.counts), sum(self.counts)) == (steps, samples)
+        check("CountedSteps.counts", self.counts, fits, f"{steps} numbers that sum to {samples}",
+              "Each sample gives the state of one step.")  # fmt: skip
+        kept = torch.zeros(steps, samples, dtype=torch.bool)
+        kept[torch.arange(steps).repeat_interleave(torch.tensor(self.counts)), torch.arange(samples)] = True
+        return kept

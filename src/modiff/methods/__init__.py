@@ -1,6 +1,8 @@
 """Whose recipe? One file for each published method, on the skeleton of `recipe` and the registry."""
 
 from modiff.methods.accuquant import AccuquantConfig as AccuquantConfig
+from modiff.methods.eda_dm import EdaDmConfig as EdaDmConfig
+from modiff.methods.gradient_aligned import GradientAlignedConfig as GradientAlignedConfig
 from modiff.methods.modiff import ModiffMethodConfig as ModiffMethodConfig
 from modiff.methods.ptq4dm import Ptq4dmConfig as Ptq4dmConfig
 from modiff.methods.ptqd import PtqdConfig as PtqdConfig

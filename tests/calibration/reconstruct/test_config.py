@@ -25,7 +25,7 @@ def test_the_defaults_are_the_papers():
         ({"iterations": 0}, "iterations: expected 1 or more, got 0"),
         ({"held_out": 1.0}, "held_out: expected a share in (0, 1), got 1.0"),
         ({"learn": "residual_scales"}, "unit: expected 'layer' for residual_scales, got 'block'"),
-        ({"learn": "codes"}, "learn: expected one of 'weights', 'activation_scales', 'residual_scales', got 'codes'"),
+        ({"learn": "codes"}, "learn: expected one of 'weights', 'activation_scales'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):

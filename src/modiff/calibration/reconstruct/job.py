@@ -1,7 +1,8 @@
 """One unit after the other: capture its inputs, learn, and fix what is better into the layers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor, nn
 
 from modiff.calibration.blocks import Block
 from modiff.calibration.data import Call
+from modiff.calibration.reconstruct.alignment import align
 from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
 from modiff.calibration.reconstruct.layers import Through, Trainee, full_precision, without_states
 from modiff.calibration.reconstruct.learn import (
+    WITH_WEIGHTS,
+    JointLearner,
     Learned,
     Run,
     ScaleLearner,
@@ -19,6 +23,8 @@ from modiff.calibration.reconstruct.learn import (
     learn,
     learned_codes,
     learned_scales,
+    reconstruction_loss,
+    unit_loss,
 )
 from modiff.calibration.reconstruct.samples import UnitCall, UnitData, capture, paired
 from modiff.core.affine import QParams
@@ -58,14 +64,64 @@ class ReconstructionJob:
         calls: list[UnitCall] = []
         for call in self.calls:  # inputs from the model as quantized so far, targets from full precision
             targets = self._captured(block, call, exact=True)
-            calls += paired(self._captured(block, call, exact=False), targets, block.name)
+            inputs, both = self._captured(block, call, exact=False), self.config.layer_weight > 0
+            calls += paired(inputs, targets, block.name, call.step, both_inputs=both)
         data = self._data(block, calls, exact, generator)
         with without_states(self.model, self.config.activations) as trainees:
             inside = {name: trainees[name] for name in block.layers}
-            weights = self.config.learn == "weights"
-            learner = WeightLearner(inside, self.config) if weights else self._scales(block, inside)
-            best, report = learn(block, run, data, learner, self.config, generator)
-        return best or {}, report
+            figures = {}
+            if self.config.alignment is not None:
+                figures = align(data, run, inside, self.config, self.config.alignment)
+            learner, objective = self._learner(block, inside), self._objective(block, run, trainees, generator)
+            best, report = learn(block, run, data, learner, self.config, generator, objective)
+        return best or {}, replace(report, figures=report.figures | figures)
+
+    def _learner(self, block: Block, inside: Mapping[str, Trainee]) -> WeightLearner | ScaleLearner:
+        if self.config.learn == "weights":
+            return WeightLearner(inside, self.config)
+        scales = self._scales(block, inside)
+        return scales if self.config.learn == "activation_scales" else JointLearner(inside, scales, self.config)
+
+    def _objective(
+        self, block: Block, run: Run, trainees: Mapping[str, Trainee], generator: torch.Generator
+    ) -> Callable[[UnitCall], Tensor] | None:
+        """The loss of a batch with QDrop, and with the losses of the layers inside (EDA-DM); None for the unit's alone.
+
+        A layer's target is its output in full precision from the unit's input in full precision.
+        """
+        weight, p, drop = self.config.layer_weight, self.config.p, (self.config.qdrop, generator)
+        if weight == 0 and self.config.qdrop == 0:
+            return None
+        known = modules_of(self.model)
+        layers, unit = {name: known[name] for name in block.layers}, known[block.name]
+
+        def outputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+            seen: list[Tensor] = []
+            hooks = [m.register_forward_hook(lambda _m, _i, output: seen.append(output)) for m in layers.values()]
+            try:
+                return unit(*args, **kwargs), seen
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        def objective(batch: UnitCall) -> Tensor:
+            for trainee in trainees.values():
+                trainee.drop = drop if self.config.qdrop else None
+            try:
+                if weight == 0:
+                    return unit_loss(run, batch, p)
+                whole, seen = outputs(batch.args, batch.kwargs)
+            finally:
+                for trainee in trainees.values():
+                    trainee.drop = None
+            with torch.no_grad(), full_precision(self.model):
+                targets = outputs(*batch.exact)[1]
+            loss = reconstruction_loss(whole, batch.targets, p, batch.weights)
+            pairs = list(zip(seen, targets, strict=True))[:-1]
+            inner = [reconstruction_loss(output, [target], p, batch.weights) for output, target in pairs]
+            return loss + weight * torch.stack(inner).sum() if inner else loss
+
+        return objective
 
     def _learn_residual(self, block: Block, generator: torch.Generator) -> tuple[Learned, UnitReport]:
         """The static scale of one layer's residual (MoDiff, 1.5): run on the previous input, then on this one.
@@ -86,7 +142,8 @@ class ReconstructionJob:
             return trainee.operate(before + trainee.code(now - before))
 
         data = self._data(block, calls, lambda batch: self.originals[name](batch.args[1]), generator)
-        learner = ScaleLearner({name: trainee}, {name: quantizer.static or _widest(trainee, quantizer, calls)})
+        starts = {name: quantizer.static or _widest(trainee, quantizer, calls)}
+        learner = ScaleLearner({name: trainee}, starts, self.config.learning_rate)
         start = learner.result()
         best, report = learn(block, residual, data, learner, self.config, generator)
         return best or start, report
@@ -94,14 +151,14 @@ class ReconstructionJob:
     def keep(self, learned: Learned) -> None:
         """Fix what a unit learned into its layers."""
         for name in dict.fromkeys(key.rpartition(".")[0].rpartition(".")[0] for key in learned):
-            if self.config.learn == "weights":
+            if f"{name}.0.codes" in learned:
                 self.layers[name].quantized_weight.fix(learned_codes(learned, name))
             else:
-                self.quantizers[name].static = learned_scales(learned, name)
+                self.quantizers[name.removeprefix(WITH_WEIGHTS)].static = learned_scales(learned, name)
 
     def present_tensors(self) -> list[Tensor]:
         """Fixed codes and scales that decide what is learned; codes that are to be learned start from the weights."""
-        rounding = self.config.learn == "weights"
+        rounding = self.config.learns_rounding
         fixed = (
             layer.quantized_weight.codes(layer.weight)
             for name, layer in self.layers.items()
@@ -119,7 +176,7 @@ class ReconstructionJob:
         weights = {layer.quantized_weight: name for name, layer in self.layers.items()}
         before = [(each, dict(vars(each))) for each in (*weights, *self.quantizers.values())]
         for weight, name in weights.items():
-            if self.config.learn == "weights" and self.config.takes(name):
+            if self.config.learns_rounding and self.config.takes(name):
                 weight.unfix()
         try:
             yield
@@ -130,7 +187,7 @@ class ReconstructionJob:
 
     def left_out(self, blocks: Sequence[Block]) -> list[UnitReport]:
         """Attention whose scales were to be learned and lie in no unit: they stay as measured."""
-        if self.config.learn != "activation_scales":
+        if self.config.learn not in ("activation_scales", "weights_and_scales"):
             return []
         modules = dict.fromkeys(name.rpartition(".")[0] for name in self.quantizers if name not in self.layers)
         outside = [name for name in modules if not any(f"{name}.".startswith(f"{b.name}.") for b in blocks)]
@@ -152,7 +209,8 @@ class ReconstructionJob:
             if isinstance(through, Through) and name.startswith(inside) and self.config.takes(name):
                 holders[name] = through
         starts = {name: start for name in holders if (start := self.quantizers[name].static) is not None}
-        return ScaleLearner({name: holders[name] for name in starts}, starts)
+        rate = self.config.learning_rate if self.config.learn == "activation_scales" else self.config.scale_rate
+        return ScaleLearner({name: holders[name] for name in starts}, starts, rate)
 
 
 def _left(block: Block, reason: str) -> UnitReport:

@@ -22,6 +22,8 @@ class Trainee:
 
     rounding, scales: replace the weight's codes and the quantizer's scales while they are learned, one for each run of
         channels; without gradients the rounding is cut to integers, to see what would be kept.
+    values: a weight to compute with instead.
+    drop: a probability, and a generator: each value of the input stays as it is with this probability (QDrop).
     """
 
     def __init__(self, quantized: ModulatedLayer, activations: Activations) -> None:
@@ -29,12 +31,17 @@ class Trainee:
         self.bits = quantized.config.activation.bits or 8
         self.rounding: tuple[AdaRound, ...] = ()
         self.scales: tuple[LearnedScale, ...] = ()
+        self.values: Tensor | None = None
+        self.drop: tuple[float, torch.Generator] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output."""
         with torch.autocast(x.device.type, enabled=False):
             value = self.prepare(x)
-            return self.operate(value if self.activations == "full_precision" else self.code(value)).to(x.dtype)
+            if self.activations == "quantized":
+                coded = self.code(value)
+                value = coded if self.drop is None else torch.where(self._dropped(value), value, coded)
+            return self.operate(value).to(x.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
         """The input as the quantizer sees it: at least float32, rotated if the layer rotates."""
@@ -62,7 +69,13 @@ class Trainee:
         pairs = zip(runs, code.parts, strict=True)
         return torch.cat([fake_quantize_through(x, q, quantizer.bits) for x, (_, q) in pairs], axis)
 
+    def _dropped(self, value: Tensor) -> Tensor:
+        share, generator = self.drop or (0.0, None)
+        return (torch.rand(value.shape, generator=generator) < share).to(value.device)
+
     def _weight(self, dtype: torch.dtype) -> Tensor:
+        if self.values is not None:
+            return self.values.to(dtype)
         if not self.rounding:
             return self.quantized.quantized_weight.dense(self.quantized.weight, dtype)
         return torch.cat([r.soft() if torch.is_grad_enabled() else r.hard() for r in self.rounding], 1).to(dtype)
@@ -94,8 +107,9 @@ def computing(forwards: Mapping[ModulatedLayer, Callable[[Tensor], Tensor]]) -> 
 
     Raises: StateError if another library replaced a layer's forward: its function would be lost.
     """
-    for quantized in forwards:
-        if "forward" in quantized.__dict__:
+    before = {quantized: quantized.__dict__.get("forward") for quantized in forwards}
+    for quantized, forward in before.items():
+        if forward is not None and not isinstance(forward, Trainee):
             raise StateError(
                 f"{quantized.name}: expected a layer with its own forward, got one that another library replaced, as "
                 "offloading does. It cannot compute otherwise meanwhile. Undo the offloading first."
@@ -105,8 +119,9 @@ def computing(forwards: Mapping[ModulatedLayer, Callable[[Tensor], Tensor]]) -> 
             quantized.__dict__["forward"] = function
         yield
     finally:
-        for quantized in forwards:
+        for quantized, forward in before.items():
             quantized.__dict__.pop("forward", None)
+            quantized.__dict__ |= {} if forward is None else {"forward": forward}
 
 
 @contextmanager

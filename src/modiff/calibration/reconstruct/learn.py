@@ -20,6 +20,10 @@ Run = Callable[[UnitCall], Any]
 """The unit, on a batch, as its layers compute now."""
 Learned = dict[str, Tensor]
 """What was learned, by stable names: "<layer>.0.codes", "<layer>.0.scale", ..., a number for each run of channels."""
+Groups = list[dict[str, Any]]
+"""Parameters that Adam moves, with a rate for each group."""
+WITH_WEIGHTS = "scales of "
+"""What names of quantizers begin with where scales are learned together with weights."""
 
 
 class WeightLearner:
@@ -38,6 +42,15 @@ class WeightLearner:
             trainee.rounding = tuple(AdaRound(floats, qparams, bits) for floats, (_, qparams) in pairs)
             self._rounding |= {f"{name}.{i}": rounding for i, rounding in enumerate(trainee.rounding)}
         return [rounding.logits for rounding in self._rounding.values()]
+
+    def groups(self) -> Groups:
+        """What Adam moves, and at which rate."""
+        return [{"params": self.begin(), "lr": self.config.learning_rate}]
+
+    def undecided(self) -> float:
+        """The share of weights with h in (.05, .95)."""
+        weights = sum(rounding.logits.numel() for rounding in self._rounding.values())
+        return sum(rounding.undecided(0.05) for rounding in self._rounding.values()) / weights
 
     def penalty(self, iteration: int) -> Tensor | float:
         """What is added to the loss of the reconstruction."""
@@ -62,14 +75,20 @@ class ScaleLearner:
     penalty = staticmethod(lambda iteration: 0.0)
     settled = staticmethod(lambda: False)
 
-    def __init__(self, holders: Mapping[str, Trainee | Through], starts: Mapping[str, tuple[QParams, ...]]) -> None:
-        self.holders = holders
+    def __init__(
+        self, holders: Mapping[str, Trainee | Through], starts: Mapping[str, tuple[QParams, ...]], rate: float = 1e-3
+    ) -> None:
+        self.holders, self.rate = holders, rate
         for name, holder in holders.items():
             holder.scales = tuple(LearnedScale(start, holder.bits) for start in starts[name])
 
     def begin(self) -> list[Tensor]:
         """As in `WeightLearner`."""
         return [scale.theta for holder in self.holders.values() for scale in holder.scales]
+
+    def groups(self) -> Groups:
+        """As in `WeightLearner`."""
+        return [{"params": self.begin(), "lr": self.rate}]
 
     def result(self) -> Learned:
         """As in `WeightLearner`."""
@@ -80,6 +99,26 @@ class ScaleLearner:
                 if zero_point is not None:
                     learned[f"{name}.{i}.zero_point"] = zero_point.cpu().clone()
         return learned
+
+
+class JointLearner(WeightLearner):
+    """Rounding and static scales of a unit, together."""
+
+    def __init__(self, trainees: Mapping[str, Trainee], scales: ScaleLearner, config: ReconstructConfig) -> None:
+        super().__init__(trainees, config)
+        self.scales = scales
+
+    def groups(self) -> Groups:
+        """As in `WeightLearner`."""
+        return super().groups() + self.scales.groups()
+
+    def settled(self) -> bool:
+        """Scales may always move."""
+        return False
+
+    def result(self) -> Learned:
+        """As in `WeightLearner`."""
+        return super().result() | {f"{WITH_WEIGHTS}{key}": tensor for key, tensor in self.scales.result().items()}
 
 
 def learned_scales(learned: Learned, name: str) -> tuple[QParams, ...]:
@@ -98,27 +137,31 @@ def learned_codes(learned: Learned, name: str) -> tuple[tuple[Tensor, QParams], 
 @torch.inference_mode(False)
 def learn(
     block: Block, run: Run, data: UnitData, learner: WeightLearner | ScaleLearner, config: ReconstructConfig,
-    generator: torch.Generator,
+    generator: torch.Generator, objective: Callable[[UnitCall], Tensor] | None = None,
 ) -> tuple[Learned | None, UnitReport]:  # fmt: skip
     """Minimise loss + penalty; the best of all checks is kept, if it beats the start on what was held out.
 
+    objective: the loss of a batch where it is not that of the unit's outputs alone, which decides what is kept.
     Returns: what was learned, None where nothing was better, and the report of the unit.
-    Cost: `config.iterations` forward and backward passes of the unit, and `config.checks` + 1 of what is held out.
+    Cost: `config.iterations` forward and backward passes of the unit, and `config.checks` + 1 of what is held out, one
+        more for rounding at each check that is the best so far.
     """
     before = _held_out_loss(run, data, config)
-    leaves = learner.begin()
-    optimizer = torch.optim.Adam(leaves, lr=config.learning_rate)
+    optimizer = torch.optim.Adam(learner.groups())
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
     every = max(1, -(-config.iterations // config.checks))
-    best: Learned | None = None
+    best, figures = None, dict[str, float]()
     after, worse, done, reason = before, 0, 0, "all iterations run"
     with torch.enable_grad():
         for iteration in range(config.iterations):
             if config.schedule == "cosine":
                 share = 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
-                optimizer.param_groups[0]["lr"] = config.learning_rate * share
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * share
             batch = data.draw(config.batch, generator)
-            loss = reconstruction_loss(run(batch), batch.targets, config.p) + learner.penalty(iteration)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            loss = unit_loss(run, batch, config.p) if objective is None else objective(batch)
+            gradients = torch.autograd.grad(loss + learner.penalty(iteration), leaves, allow_unused=True)
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 leaf.grad = gradient
             optimizer.step()
@@ -128,6 +171,8 @@ def learn(
             now = _held_out_loss(run, data, config)
             if now < after:
                 best, after, worse = learner.result(), now, 0
+                if isinstance(learner, WeightLearner):
+                    figures = {"undecided": learner.undecided(), "soft": _held_out_loss(run, data, config, soft=True)}
             elif done > config.iterations / 2:  # before that, h cut at one half says little about where it goes
                 worse += 1
             if learner.settled() or (config.patience and worse >= config.patience):
@@ -135,27 +180,37 @@ def learn(
                 break
     if best is None:
         reason = "what was learned is no better on the rows held out"
-    return best, UnitReport(block.name, block.kind, block.layers, before, after, best is not None, done, reason)
+    report = UnitReport(block.name, block.kind, block.layers, before, after, best is not None, done, reason, figures)
+    return best, report
 
 
-def reconstruction_loss(output: Any, targets: list[Tensor], p: float) -> Tensor:
+def unit_loss(run: Run, batch: UnitCall, p: float) -> Tensor:
+    """The loss of the unit on a batch, each row by its weight."""
+    return reconstruction_loss(run(batch), batch.targets, p, batch.weights)
+
+
+def reconstruction_loss(output: Any, targets: list[Tensor], p: float, weights: Tensor | None = None) -> Tensor:
     """Sum over channels of |output - target|^p, mean over everything else, summed over the outputs.
 
-    Channels are axis 1 of images and videos, the last axis of tokens and vectors.
+    Channels are axis 1 of images and videos, the last axis of tokens and vectors. weights: of the rows, mean 1.
     """
     outputs = [t for t in tensors_of(output) if t.is_floating_point()]
     losses = []
     for tensor, target in zip(outputs, targets, strict=True):
         wide = torch.promote_types(tensor.dtype, torch.float32)
         distance = (tensor.to(wide) - target.to(wide)).abs().pow(p)
-        losses.append(distance.sum(1 if distance.dim() > 3 else -1).mean())
+        distance = distance.sum(1 if distance.dim() > 3 else -1)
+        if weights is not None:
+            distance = distance * weights.view(-1, *[1] * (distance.dim() - 1))
+        losses.append(distance.mean())
     return torch.stack(losses).sum()
 
 
-def _held_out_loss(run: Run, data: UnitData, config: ReconstructConfig) -> float:
+def _held_out_loss(run: Run, data: UnitData, config: ReconstructConfig, *, soft: bool = False) -> float:
+    """Of what is kept, or with `soft` of weights before h is cut at one half."""
     total, rows = 0.0, 0
-    with torch.no_grad():
-        for batch in data.held_batches(config.batch):
-            total += float(reconstruction_loss(run(batch), batch.targets, config.p)) * batch.rows
-            rows += batch.rows
+    for batch in data.held_batches(config.batch):
+        with torch.set_grad_enabled(soft):
+            total += float(reconstruction_loss(run(batch), batch.targets, config.p).detach()) * batch.rows
+        rows += batch.rows
     return total / rows

@@ -103,7 +103,7 @@ def _learnable(model: nn.Module, config: ReconstructConfig) -> list[str]:
 
 
 _NOTHING = {
-    "weights": "No weight is quantized. Set WeightConfig(bits=4).",
+    **dict.fromkeys(("weights", "weights_and_scales"), "No weight is quantized. Set WeightConfig(bits=4)."),
     "activation_scales": "Dynamic scales are measured at each call, and those of modulated layers belong to residuals. "
     "Use plain layers with QuantizerConfig(dynamic=False), or learn 'residual_scales'.",
     "residual_scales": "Dynamic scales are measured at each call, and plain layers have no residual. Use modulated "
@@ -112,7 +112,7 @@ _NOTHING = {
 
 
 def _has_something(quantized: ModulatedLayer, config: ReconstructConfig) -> bool:
-    if config.learn == "weights":
+    if config.learns_rounding:
         return quantized.config.weight.bits is not None
     quantizer = quantized.quantizer
     static = quantizer is not None and bool(quantizer.bits) and not quantizer.config.dynamic

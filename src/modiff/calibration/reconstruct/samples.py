@@ -17,11 +17,18 @@ TOLERANCE = 1e-2
 
 
 class UnitCall(NamedTuple):
-    """One call of a unit, and its outputs in full precision: copies on the CPU, or a batch on its device."""
+    """One call of a unit, and its outputs in full precision: copies on the CPU, or a batch on its device.
+
+    exact: arguments in full precision, where they are kept. step: of the trajectory. weights: of a batch's rows; None
+    where all count the same.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: list[Tensor]
+    exact: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    step: int = 0
+    weights: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -30,7 +37,7 @@ class UnitCall(NamedTuple):
 
     def inputs(self) -> list[Tensor]:
         """The tensors among the inputs."""
-        return tensors_of((self.args, self.kwargs))
+        return tensors_of((self.args, self.kwargs, self.exact))
 
     def has_rows(self, tensor: Tensor) -> bool:
         """Whether an input has the batch axis."""
@@ -43,6 +50,7 @@ class Sample(NamedTuple):
     call: UnitCall
     row: int | None
     group: int
+    weight: float = 1.0
 
 
 class _Enough(Exception):
@@ -81,14 +89,18 @@ def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def paired(quantized: list[UnitCall], exact: list[UnitCall], name: str) -> list[UnitCall]:
+def paired(
+    quantized: list[UnitCall], exact: list[UnitCall], name: str, step: int = 0, *, both_inputs: bool = False
+) -> list[UnitCall]:
     """The inputs of one run with the targets of the other. Raises: CalibrationError if the unit ran differently."""
     if [[t.shape for t in c.targets] for c in quantized] != [[t.shape for t in c.targets] for c in exact]:
         raise CalibrationError(
             f"{name}: expected the same calls in full precision and quantized, got {len(exact)} and {len(quantized)}, "
             "or other shapes. The network branches on values. Make its layers units of their own, or exclude it."
         )
-    return [UnitCall(q.args, q.kwargs, e.targets) for q, e in zip(quantized, exact, strict=True)]
+    pairs = zip(quantized, exact, strict=True)
+    inputs = [(e.args, e.kwargs) if both_inputs else ((), {}) for e in exact]
+    return [UnitCall(q.args, q.kwargs, e.targets, kept, step) for (q, e), kept in zip(pairs, inputs, strict=True)]
 
 
 class UnitData:
@@ -129,11 +141,15 @@ class UnitData:
 
     def held_batches(self, rows: int) -> Iterator[UnitCall]:
         """All samples held out, at most `rows` rows at a time."""
-        yield from (self.batch([s]) for s in self.held if s.row is None)
-        for group in sorted({s.group for s in self.held}):
-            samples = [s for s in self.held if s.group == group and s.row is not None]
-            for start in range(0, len(samples), rows):
-                yield self.batch(samples[start : start + rows])
+        yield from self.batches(self.held, rows)
+
+    def batches(self, samples: Sequence[Sample], rows: int) -> Iterator[UnitCall]:
+        """Samples of any group, at most `rows` rows at a time."""
+        yield from (self.batch([s]) for s in samples if s.row is None)
+        for group in sorted({s.group for s in samples}):
+            alike = [s for s in samples if s.group == group and s.row is not None]
+            for start in range(0, len(alike), rows):
+                yield self.batch(alike[start : start + rows])
 
     def batch(self, samples: Sequence[Sample]) -> UnitCall:
         """The inputs and targets of some samples of one group, together."""
@@ -144,8 +160,10 @@ class UnitData:
             inputs = [_stacked(c, samples) if first.has_rows(c[0]) else c[0] for c in columns]
             targets = [_stacked(c, samples) for c in zip(*(s.call.targets for s in samples), strict=True)]
         moved = iter([tensor.to(self.device) for tensor in inputs])
-        args, kwargs = map_tensors((first.args, first.kwargs), lambda _: next(moved))
-        return UnitCall(args, kwargs, [t.to(self.device) for t in targets])
+        args, kwargs, exact = map_tensors((first.args, first.kwargs, first.exact), lambda _: next(moved))
+        weights = [s.weight for s in samples]
+        uneven = torch.tensor(weights, device=self.device) if set(weights) != {1.0} else None
+        return UnitCall(args, kwargs, [t.to(self.device) for t in targets], exact, first.step, uneven)
 
     @torch.no_grad()
     def _rows_stand_alone(self, group: list[UnitCall], run: Callable[[UnitCall], Any]) -> bool:
@@ -185,7 +203,7 @@ def _alike(a: UnitCall, b: UnitCall) -> bool:
 
 
 def _form(call: UnitCall) -> tuple[Any, ...]:
-    structure = repr(map_tensors((call.args, call.kwargs), lambda _: torch.empty(0)))
+    structure = repr(map_tensors((call.args, call.kwargs, call.exact), lambda _: torch.empty(0)))
     inputs = [(t.dtype, call.has_rows(t), t.shape[call.has_rows(t) :]) for t in call.inputs()]
     return structure, inputs, [(t.dtype, t.shape[1:]) for t in call.targets]
 
