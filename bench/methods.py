@@ -94,7 +94,13 @@ RECIPES: dict[str, Recipe] = {
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
     "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),
     "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual scales"),
-    "nearest_exact": Recipe("modiff", EXACT | {"rounding": "nearest"}, "round to nearest, dynamic scales, exact anchors"),
+    "eda_dm": Recipe(
+        "eda_dm", {}, "states by density and variety, losses of layers, QDrop; first and last layer 8 bits"
+    ),
+    "gradient_aligned": Recipe("gradient_aligned", {}, "as tfmq_dm, with samples weighed for gradients that agree"),
+    "nearest_exact": Recipe(
+        "modiff", EXACT | {"rounding": "nearest"}, "round to nearest, dynamic scales, exact anchors"
+    ),
     "learned_exact": Recipe("modiff", EXACT, "learned rounding, dynamic scales, exact anchors"),
 }
 

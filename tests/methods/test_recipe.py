@@ -8,6 +8,7 @@ import pytest
 import modiff
 from modiff import ConfigError, ModulationConfig, ReconstructConfig, StateError, methods
 from modiff.calibration.reconstruct import job as reconstruct_job
+from modiff.calibration.reconstruct.config import AlignmentConfig
 from modiff.methods import METHODS, MethodConfig, Ptq4dmConfig, accuquant, method_config, quantize, recipe
 from modiff.methods.registry import name_of
 from modiff.model.attach import attachment_of
@@ -25,6 +26,19 @@ SMALL: dict[str, MethodConfig] = {
     "accuquant": methods.AccuquantConfig(**TINY, group_size=2, iterations=2),
     "ptqd": methods.PtqdConfig(**TINY, groups=2, pairs=2),
     "tac": methods.TacConfig(**TINY, groups=2, pairs=2),
+    "eda_dm": methods.EdaDmConfig(
+        **TINY,
+        reconstruction=dataclasses.replace(
+            SCALES, learn="weights_and_scales", learning_rate=0.1, layer_weight=0.8, qdrop=0.5
+        ),
+    ),
+    "gradient_aligned": methods.GradientAlignedConfig(
+        **TINY,
+        groups=3,
+        reconstruction=dataclasses.replace(WEIGHTS, held_out=0.5),
+        temporal=WEIGHTS,
+        alignment=AlignmentConfig(outer_steps=2),
+    ),
     "modiff": methods.ModiffMethodConfig(
         **TINY, groups=2, kind="static_learned", reconstruction=WEIGHTS, learning=SCALES
     ),
@@ -56,7 +70,17 @@ def interrupt_after(patch: pytest.MonkeyPatch, stages: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "stages"),
-    [("q_diffusion", 1), ("ptq4dm", 0), ("tfmq_dm", 1), ("accuquant", 2), ("modiff", 1), ("ptqd", 0), ("tac", 0)],
+    [
+        ("q_diffusion", 1),
+        ("ptq4dm", 0),
+        ("tfmq_dm", 1),
+        ("accuquant", 2),
+        ("modiff", 1),
+        ("eda_dm", 1),
+        ("gradient_aligned", 1),
+        ("ptqd", 0),
+        ("tac", 0),
+    ],
 )
 def test_a_killed_job_resumes_to_the_same_bits_and_comes_off_to_the_bit(name, stages, tmp_path, monkeypatch):
     whole, killed, plain = small.build(), small.build(), small.call(small.build(), steps=STEPS)
@@ -145,7 +169,7 @@ def test_modulation_is_switched_on_once_and_a_setting_of_it_stays():
 
 
 def test_each_method_has_the_name_of_its_function_and_its_settings_name_it():
-    assert set(METHODS) == {"q_diffusion", "ptq4dm", "tfmq_dm", "accuquant", "ptqd", "tac", "modiff"}
+    assert set(METHODS) == set(SMALL)
     for name, method in METHODS.items():
         assert method.recipe.__name__ == name == name_of(method.config.quick())
         assert getattr(methods, method.config.__name__) is method.config

@@ -12,8 +12,8 @@ from modiff.presets import FULL_PRECISION
 
 IMAGES = 4  # for the error at the end
 METHOD_HELP = (
-    "q_diffusion, ptq4dm, tfmq_dm (networks with time embeddings), accuquant (no guidance in two calls; not with "
-    "--modulated), ptqd, tac (both correct the sampler; no guidance in two calls) or modiff."
+    "q_diffusion, ptq4dm, eda_dm, tfmq_dm or gradient_aligned (networks with time embeddings), accuquant (no guidance "
+    "in two calls; not with --modulated), ptqd, tac (both correct the sampler; no guidance in two calls) or modiff."
 )
 SETTINGS_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."
 BITS_HELP = "2 to 8; 32 is full precision. The settings' when left out."

@@ -21,6 +21,7 @@ from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.calibration.timesteps import CountedSteps
 from modiff.config import ModulationConfig
 from modiff.errors import CalibrationError, ConfigError
+from modiff.files import read_json, write_json
 from modiff.methods.recipe import MethodConfig, MethodJob, MethodReport, boundary_overrides, every_layer
 from modiff.methods.registry import register
 from modiff.model.observe import observe
@@ -90,7 +91,15 @@ class EdaDmConfig(MethodConfig):
 @register(EdaDmConfig)
 def eda_dm(job: MethodJob, config: EdaDmConfig) -> MethodReport:
     """States by TDAC, ranges, then rounding and scales by FBR."""
-    calls = job.collect(CountedSteps(counts=_counts(job, config)), pairs=config.modulation is not None)
+    path = job.path("steps.json")
+    if path is not None and path.exists():
+        what = "the samples of each step", "Delete the file: they are counted again."
+        steps = CountedSteps.from_dict(read_json(path, *what))
+    else:
+        steps = CountedSteps(counts=_counts(job, config))
+        if path is not None:
+            write_json(path, steps.to_dict())
+    calls = job.collect(steps, pairs=config.modulation is not None)
     layer = config.static_layer(config.modulation)
     report = job.apply(every_layer(layer, overrides=boundary_overrides(job.model, layer)))
     scales, plain = None, config.modulation is None and config.activation_bits is not None
