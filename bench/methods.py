@@ -1,10 +1,8 @@
 """What does each published method give at each pair of bit widths? Writes docs/methods.md and its figures.
 
-python bench/methods.py --reference images.npy --json docs/results/methods.json
+python bench/methods.py --reference images.npy --json docs/results/methods.json --num-images 256 --batch 64
 
-At 256 images (hours instead of days on two cores), going on with the rows that lie in bench/results/methods:
-
-python bench/methods.py --reference images.npy --num-images 256 --batch 64 --work bench/results/methods
+With --work bench/results/methods it goes on with the rows that lie there; 2,000 images take days on two cores.
 
 Each row runs in a process of its own and is kept when it is finished: stopped at any time, the same command goes on
 where it was. Rows are trajectories of DDIM; every image comes from the noise of its index, as in full precision.
@@ -67,7 +65,8 @@ libraries. Checkpoint: all weight files.
 Every layer has these bits, the first, the last and the embeddings included, except where a line below says otherwise.
 modiff's presets leave those in full precision, so do not compare these rows with those of pages that use presets.
 """
-MEASURED = {"rounding": "nearest", "search": "minmax", "scales": "measured"}
+NEAREST = {"rounding": "nearest"}
+MEASURED = NEAREST | {"search": "minmax", "scales": "measured"}
 EXACT = {"kind": "dynamic", "modulation": {"anchor_weights": "exact"}}
 
 
@@ -84,9 +83,7 @@ RECIPES: dict[str, Recipe] = {
     "minmax": Recipe("q_diffusion", MEASURED, "round to nearest, static min-max ranges; layers as in Q-Diffusion"),
     "ptq4dm": Recipe("ptq4dm", {}, "NDTC states, searched ranges; first and last layer at 8 bits"),
     "q_diffusion": Recipe("q_diffusion", {}, "learned rounding and scales; attention products quantized too"),
-    "tfmq_dm": Recipe(
-        "tfmq_dm", {}, "temporal block learned separately, with scales per step; first and last layer 8 bits"
-    ),
+    "tfmq_dm": Recipe("tfmq_dm", {}, "temporal block apart, with scales per step; first and last layer 8 bits"),
     "accuquant": Recipe("accuquant", {}, "scales of groups of 4 steps learned on the quantized trajectory"),
     "ptqd": Recipe("ptqd", {}, "as minmax, then slope, mean and noise of the error corrected in the sampler"),
     "tac": Recipe("tac", {}, "as minmax, then a factor and a shift for each step in the sampler"),
@@ -94,13 +91,9 @@ RECIPES: dict[str, Recipe] = {
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
     "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),
     "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual scales"),
-    "eda_dm": Recipe(
-        "eda_dm", {}, "states by density and variety, losses of layers, QDrop; first and last layer 8 bits"
-    ),
+    "eda_dm": Recipe("eda_dm", {}, "TDAC states, losses of layers, QDrop; first and last layer 8 bits"),
     "gradient_aligned": Recipe("gradient_aligned", {}, "as tfmq_dm, with samples weighed for gradients that agree"),
-    "nearest_exact": Recipe(
-        "modiff", EXACT | {"rounding": "nearest"}, "round to nearest, dynamic scales, exact anchors"
-    ),
+    "nearest_exact": Recipe("modiff", EXACT | NEAREST, "round to nearest, dynamic scales, exact anchors"),
     "learned_exact": Recipe("modiff", EXACT, "learned rounding, dynamic scales, exact anchors"),
 }
 

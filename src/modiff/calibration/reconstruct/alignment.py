@@ -87,7 +87,7 @@ def weigh(
     return shares(), uniform, learned
 
 
-def align(
+def weigh_samples(
     data: UnitData, run: Run, trainees: Mapping[str, Trainee], config: ReconstructConfig, settings: AlignmentConfig
 ) -> dict[str, float]:
     """Weigh the training samples of a unit, mean 1. Returns: figures of its report.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modiff.calibration.blocks import Block
 from modiff.calibration.data import Call
-from modiff.calibration.reconstruct.alignment import align
+from modiff.calibration.reconstruct.alignment import weigh_samples
 from modiff.calibration.reconstruct.config import ReconstructConfig, UnitReport
 from modiff.calibration.reconstruct.layers import Through, Trainee, full_precision, without_states
 from modiff.calibration.reconstruct.learn import (
@@ -71,7 +71,7 @@ class ReconstructionJob:
             inside = {name: trainees[name] for name in block.layers}
             figures = {}
             if self.config.alignment is not None:
-                figures = align(data, run, inside, self.config, self.config.alignment)
+                figures = weigh_samples(data, run, inside, self.config, self.config.alignment)
             learner, objective = self._learner(block, inside), self._objective(block, run, trainees, generator)
             best, report = learn(block, run, data, learner, self.config, generator, objective)
         return best or {}, replace(report, figures=report.figures | figures)
