@@ -124,7 +124,7 @@ def test_what_cannot_be_calibrated_is_refused_and_stays_as_it_was():
         quantize(pipe, config, run=lambda i: small.call(pipe, steps=2, batch=2), progress=False)
     with pytest.raises(modiff.CalibrationError, match="expected calls with the one before each, got none among 1"):
         quantize(pipe, dataclasses.replace(SMALL["modiff"], rounding="nearest", steps=1, groups=1), progress=False)
-    with pytest.raises(ConfigError, match=r"expected one of .*, QDiffusionConfig, .*, got a ModulationConfig"):
+    with pytest.raises(ConfigError, match=r"expected one of .*QDiffusionConfig.*, got a ModulationConfig"):
         quantize(pipe, ModulationConfig())
     assert attachment_of(pipe.unet) is None
     modiff.apply(pipe, modiff.presets.w8a8())
