@@ -73,7 +73,7 @@ class JsonConfig:
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{cls.__name__}: expected JSON, got text that stops at {error}. Check it.") from None
+            raise ConfigError(f"{cls.__name__}: expected JSON, got {error}. Compare it with to_json().") from None
         return cls.from_dict(values)
 
 

@@ -69,7 +69,7 @@ def reading(path: str | Path, what: str, advice: str) -> Iterator[None]:
         raise
     except _DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        got = f"{type(error).__name__}: {reason}"
+        got = getattr(error, "strerror", None) or f"{type(error).__name__}: {reason}"
         raise FormatError(f"{path}: expected {what}, got {got}. The file is missing or damaged. {advice}") from error
 
 

@@ -105,7 +105,10 @@ def _named(text: str) -> ModiffConfig:
     family, *bits = ["modulated", *short.groups()] if short else text.split(":")
     if family in FAMILIES and len(bits) == 2 and all(b.isdecimal() for b in bits):
         weight, activation = (None if int(b) == FULL_PRECISION else int(b) for b in bits)
-        return FAMILIES[family](weight, activation)
+        try:
+            return FAMILIES[family](weight, activation)
+        except ConfigError as error:
+            raise ConfigError(f"{text}: {error}") from error
     if text.endswith(".json") or Path(text).is_file():
         return _read(Path(text))
     raise ConfigError(
@@ -119,7 +122,8 @@ def _read(path: Path) -> ModiffConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: expected a JSON file of a ModiffConfig, got {error}. Write one from "
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: expected a JSON file of a ModiffConfig, got {reason}. Write one from "
                           "ModiffConfig.to_json().") from None  # fmt: skip
     try:
         return ModiffConfig.from_json(text)

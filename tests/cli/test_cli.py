@@ -88,14 +88,19 @@ def test_remarks_are_one_line_and_none_when_it_is_to_be_quiet() -> None:
     assert run(body).stderr == "modiff: slow\n"
 
 
+FLAGS = {"steps": "--steps", "prompt": "--prompt", "json_file": "--json", "settings": "--settings"}
+
+
 def test_messages_speak_of_flags() -> None:
     for message, line in {
         "steps: expected 2, got 1. Use steps=50.": "--steps: expected 2, got 1. Use --steps 50.",
         "a: got b. Add prompt='a fox'. Leave `json_file` out.": "a: got b. Add --prompt 'a fox'. Leave --json out.",
         "Ptq4dmConfig.steps: use out=steps or substeps=3.": "--steps: use out=steps or substeps=3.",
+        "XConfig.groups: expected 1.": "--settings: groups: expected 1.",
+        "w9a8: WeightConfig.bits: expected None or 2.": "w9a8: WeightConfig.bits: expected 32 or 2.",
         "config: config='w8', steps=0-9,11 or prompt=a.b.": "config: config='w8', --steps 0-9,11 or --prompt a.b.",
     }.items():
-        assert in_flags(message, {"steps": "--steps", "prompt": "--prompt", "json_file": "--json"}) == line
+        assert in_flags(message, FLAGS) == line
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,11 @@ def test_messages_speak_of_flags() -> None:
     [
         (FormatError("a: expected b.\nmore\ndetail"), 2, "modiff: a: expected b.\n"),
         (OSError(errno.ENOSPC, "No space left", "a"), 2, "modiff: a: expected a file that can be written, got No s"),
+        (
+            OSError(errno.EISDIR, "Is a", "b"),
+            2,
+            "modiff: b: expected a file that can be written, got Is a. Nothing was left half done. Give",
+        ),
         (KeyboardInterrupt(), 130, "modiff: interrupted. Files that were finished are kept.\n"),
         (ZeroDivisionError(), 1, ""),
     ],
@@ -131,7 +141,20 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("evaluate {model} --configs w8a4,modulated:8:4", "--configs: expected different configurations"),
         ("analyze {model} -o {out} --steps 5000", "--steps: expected at most 1000, got 5000"),
         ("export {model} -o {out}.npz -n -1", "--num-images: expected 1 or more, got -1"),
-        ("sample {model} -o {out} --config {file}", "file.txt: ModiffConfig: expected JSON"),
+        (
+            "sample {model} -o {out} --config {file}",
+            "file.txt: ModiffConfig: expected JSON, got Expecting value: line 1",
+        ),
+        ("sample {model} -o {out} --config w9a8", "w9a8: WeightConfig.bits: expected 32 or 2 to 8, got 9"),
+        ("explain {model} --tolerance nan", "--tolerance: expected a relative error above 0, got nan"),
+        (
+            "generate {model} -o {out} -n 2 --prompts no",
+            "no: expected a text file with a prompt in each line, got No such",
+        ),
+        (
+            "quantize {model} --method q_diffusion --quick --steps 3 -o {out}",
+            "--settings: groups: expected 1 to 3, got 10",
+        ),
         ("evaluate {model} --configs w9", "--configs: expected bits such as"),
         ("evaluate {model} -n 8 --steps 2 --reference absent", "absent: expected a file or a folder of pictures"),
         ("evaluate {model} --preset fast", "expected one of quick, full, got 'fast'"),
@@ -139,7 +162,7 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("export absent -o {out}.npz", "absent: expected a folder of modiff generate, got one without manifest.json"),
         ("generate {model} -o {out} -n 2 --config {static}", "--config: expected dynamic scales, got 'static ones'"),
         ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
-        ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "--weight-bits: expected None or 2 to 8, got 1"),
+        ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "--weight-bits: expected 32 or 2 to 8, got 1"),
         ("quantize {model} --method ptq4dm --settings {prompts} -o {out}", "prompts.txt: expected a JSON file"),
         ("quantize absent --method ptq4dm -o {model}", "expected a new or an empty folder, got files in it"),
         ("sample {model} -o {out} --device tpu", "--device: expected cpu"),

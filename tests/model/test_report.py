@@ -19,19 +19,32 @@ def entry(name: str = "body", weights: int = 300, config: LayerConfig | None = W
     return Entry(name, "Linear", weights, config, reason)
 
 
-def test_the_table_counts_layers_and_weights_and_puts_what_is_alike_on_one_line():
+def test_the_summary_has_a_row_for_each_group_and_the_table_one_for_what_is_alike():
     alike = [entry(f"blocks.{i}.b2.to_q") for i in range(3)]
     others = entry("blocks.3.b2.to_q", reason="split at 8"), entry("c", 500, None, "tiny: 500 weights")
-    assert str(Report((entry("a"), *alike, *others))).splitlines() == [
-        "5 layers taken (75.0 % of the weights), 1 left",
+    report = Report((entry("a"), *alike, *others, entry("d", 500, None, "tiny: 500 weights")))
+    assert str(report).splitlines() == [
+        "5 layers taken (60.0 % of the weights), 2 left",
+        "  5 Linear  W8A8 modulated  60.0 %  a, ...",
+        "  2 Linear  full precision  40.0 %  tiny",
+    ]
+    assert report.table().splitlines() == [
         "  a                     Linear  W8A8 modulated",
         "  blocks.*.b2.to_q (3)  Linear  W8A8 modulated",
         "  blocks.3.b2.to_q      Linear  W8A8 modulated  split at 8",
         "  c                     Linear  full precision  tiny: 500 weights",
+        "  d                     Linear  full precision  tiny: 500 weights",
     ]
     assert str(Report(())) == "0 layers taken (0.0 % of the weights), 0 left"
     one, two = Report((entry("a"),), MemoryUse(1, 2, 3, 4)), Report((entry("b"),), MemoryUse(10, 20, 30, 40))
     assert (one + two + Report(())) == Report((*one.entries, *two.entries), MemoryUse(11, 22, 33, 44))
+
+
+def test_a_plain_layer_has_no_states_and_a_layer_shows_its_bits():
+    model = toy()
+    assert "; states" not in str(modiff.apply(model, presets.plain(8, 4)))
+    assert "padding=(1, 1), W8A4 plain)" in repr(model.body)
+    assert repr(applied(presets.w4a8().on_integers()).body).endswith("W4A8 modulated on integers)")
 
 
 def test_json_has_every_layer_in_order_and_those_left_have_a_reason():

@@ -1,5 +1,6 @@
 """The command line: parse, call, show. No logic lives here. A user's mistake is one line on stderr, no traceback."""
 
+import errno
 import re
 import warnings
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from modiff.cli.measure import analyze, demo, explain
 from modiff.cli.quantize import quantize
 from modiff.errors import ModiffError, ModiffWarning
 from modiff.generate.job import check_counts
+from modiff.presets import FULL_PRECISION
 from modiff.progress import Bar
 
 MISTAKE, INTERRUPTED = 2, 130
@@ -43,7 +45,8 @@ class Commands(TyperGroup):
             raise
         except OSError as error:
             got = f"{error.filename or 'output'}: expected a file that can be written, got {error.strerror or error}"
-            _stop(f"{got}. Nothing was left half done. Free some space, or give another path.", MISTAKE, error)
+            advice = "Free some space, or give" if error.errno == errno.ENOSPC else "Give"
+            _stop(f"{got}. Nothing was left half done. {advice} another path.", MISTAKE, error)
         except KeyboardInterrupt as error:
             _stop("interrupted. Files that were finished are kept.", INTERRUPTED, error)
 
@@ -63,7 +66,9 @@ def in_flags(message: str, flags: dict[str, str]) -> str:
     for name, flag in flags.items():
         message = re.sub(rf"^(?:\w+\.)?{name}(?=:)|`{name}`", flag, message)
         message = re.sub(rf"(?<![\w.]){name}=(?:{value})", rf"{flag} \1\2\3", message)
-    return message
+    if "settings" in flags:
+        message = re.sub(r"^\w+Config(\.(?=\w+: )|: )", "--settings: ", message)
+    return message.replace("None", str(FULL_PRECISION)) if re.match(r"[\w.: -]*bits:", message) else message
 
 
 def _remark(message: Warning | str, *_: object, **__: object) -> None:

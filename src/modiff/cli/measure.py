@@ -124,6 +124,6 @@ def explain(
     api.apply(pipe, chosen.on_integers())
     run(2, 1)  # two steps: the second one is on integers
     layers = api.report(pipe)
-    text = f"{machine()}; input side: {choose_encoder(device).reason}\n{choices}\n\non integers:"
-    options.say("\n  ".join([text, *(f"{e.name}  {e.execution}: {e.why}" for e in layers.taken)]), json_file)
+    head = f"{machine()}; input side: {choose_encoder(device).reason}"
+    options.say(f"{head}\n{choices}\n\non integers: {layers}\n{layers.table()}", json_file)
     options.write_results(json_file, {"machine": machine()} | choices.to_dict() | {"on_integers": layers.to_dict()})

@@ -86,7 +86,8 @@ class MethodConfig(JsonConfig):
 
     def check_groups(self, groups: int) -> None:
         """Raise the ConfigError of `groups` that `steps` cannot be cut into."""
-        self.check("groups", 1 <= groups <= self.steps, f"1 to steps={self.steps}", "A group has at least one step.")
+        self.check("groups", 1 <= groups <= self.steps, f"1 to {self.steps}",
+                   f"A group has at least one step. Use steps={groups} or more, or fewer groups.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

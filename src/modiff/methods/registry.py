@@ -98,7 +98,7 @@ def _modulated(name: str, method: Method, config: MethodConfig, modulated: bool)
         takers = [n for n, m in METHODS.items() if not (m.modulated if modulated else m.plain)]
         raise ConfigError(
             f"{name}: expected {'no ' if modulated else ''}modulation, got {'it' if modulated else 'none'}. {reason}. "
-            f"Use {' or '.join(takers)}."
+            f"Use method={' or '.join(takers)}."
         )
     if method.plain or (getattr(config, "modulation", None) is not None) == modulated:
         return config

@@ -139,12 +139,12 @@ def choose_modes(
     """
     check_searchable(models, config, "autotune")
     loop = config.layer.modulation
-    for value, valid, expected, why in (
-        (tolerance, tolerance > 0, "a relative error above 0 as tolerance", "0.01 is one percent of the input."),
-        (config.overrides, not config.overrides, "a config without overrides", "Autotune writes them. Use exclude=."),
-        (loop, loop is not None, "a config with modulation", "It chooses between the two. Use presets.modulated()."),
+    for name, value, valid, expected, why in (
+        ("tolerance", tolerance, tolerance > 0, "a relative error above 0", "0.01 is one percent of the input."),
+        ("config", config.overrides, not config.overrides, "no overrides", "Autotune writes them. Use exclude=."),
+        ("config", loop, loop is not None, "modulation", "It chooses between the two. Use config='modulated:8:4'."),
     ):
-        check("autotune", value, valid, expected, why)
+        check(f"autotune.{name}", value, valid, expected, why)
     profile, choices, known = {} if profile is None else profile, _measured(config.layer), layer_names(models)
     rows: list[AutotuneRow] = []
     for model, split in zip(models, list(splits) or [{}] * len(models), strict=True):

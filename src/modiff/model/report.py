@@ -76,7 +76,7 @@ def _size(count: int) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Every Linear and Conv layer of a model: those taken, those left, and why. Prints as a table.
+    """Every Linear and Conv layer of a model: those taken, those left, and why. Prints as a summary.
 
     memory: measured when the report was made; None where nothing was applied.
     """
@@ -113,21 +113,37 @@ class Report:
         lines += [f"  {runs.count(run)} {run[0]}{': ' * bool(run[1])}{run[1]}" for run in dict.fromkeys(runs)]
         anchors = Counter(e.anchor for e in self.entries if e.anchor)
         lines += [f"  {count} anchor with {kind}" for kind, count in anchors.items()]
-        lines += [] if self.memory is None else [f"  {self.memory}"]
-        return "\n".join([*lines, *_table(self.entries)])
+        if self.memory is not None:
+            stateless = all(e.config is None or e.config.modulation is None for e in self.entries)
+            lines.append(f"  {self.memory}" if not stateless else f"  {self.memory}".partition("; states")[0])
+        groups: dict[tuple[str, ...], list[Entry]] = {}
+        for e in self.entries:
+            reason = e.reason.partition(":")[0] if e.config is None else e.reason if ":" in e.reason else ""
+            groups.setdefault((e.kind, e.setting, e.execution.removeprefix("integers "), reason), []).append(e)
+        rows = [(f"{len(group)} {kind}", setting, f"{100 * sum(e.weights for e in group) / weights:.1f} %", execution,
+                 reason or _first(group)) for (kind, setting, execution, reason), group in groups.items()]  # fmt: skip
+        return "\n".join([*lines, *_aligned(rows)])
+
+    def table(self) -> str:
+        """A row for each layer, those that differ by numbers in their names in one."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for e in self.entries:
+            alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", e.name)
+            cells = alike, e.kind, e.setting, e.execution.removeprefix("integers "), e.reason
+            groups.setdefault(cells, []).append(e.name)
+        rows = [(names[0] if len(names) == 1 else f"{alike} ({len(names)})", *cells)
+                for (alike, *cells), names in groups.items()]  # fmt: skip
+        return "\n".join(_aligned(rows))
 
 
-def _table(entries: Iterable[Entry]) -> list[str]:
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for e in entries:
-        alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", e.name)
-        cells = alike, e.kind, e.setting, e.execution.removeprefix("integers "), e.reason
-        groups.setdefault(cells, []).append(e.name)
-    rows = [(names[0] if len(names) == 1 else f"{alike} ({len(names)})", *cells)
-            for (alike, *cells), names in groups.items()]  # fmt: skip
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
+def _first(group: list[Entry]) -> str:
+    return f"{group[0].name}{', ...' if len(group) > 1 else ''}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     used = [i for i, width in enumerate(widths) if width]
-    return ["  ".join(["", *(f"{row[i]:<{widths[i]}}" for i in used), row[4]]).rstrip() for row in rows]
+    return ["  ".join(["", *(f"{row[i]:<{widths[i]}}" for i in used), row[-1]]).rstrip() for row in rows]
 
 
 def execution_of(layer: ModulatedLayer) -> tuple[str, str]:

@@ -161,6 +161,10 @@ class ModulatedLayer(nn.Module):
         self.operator.parameters = self._parameters  # nothing makes it any more
         super().register_parameter(name, param)
 
+    def extra_repr(self) -> str:
+        """As the torch layer has it, and the bits."""
+        return f"{super().extra_repr()}, {self.config.setting}{' on integers' if self.on_integers else ''}"
+
     @property
     def on_integers(self) -> bool:
         """Whether the layer computes with integers."""
