@@ -3,11 +3,13 @@
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from pkgutil import resolve_name
 from types import ModuleType
 
 import pytest
@@ -18,6 +20,8 @@ from modiff.errors import KernelError
 from modiff.private_names import COMPILER, DIFFUSERS, TORCH, check_private_names
 
 PACKAGE = Path(modiff.__file__).parent
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 HEAVY = {"diffusers", "transformers", "accelerate", "triton", "ray", "gradio", "fastapi", "uvicorn", "matplotlib"}
 PROBE = """
 import json, sys
@@ -45,6 +49,15 @@ def test_a_public_name_has_a_docstring_of_its_own(name: str) -> None:
         assert not text.startswith(f"{name}(")
     else:
         assert isinstance(value, str) or inspect.getdoc(value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_what_there_is(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"(?<![\w./-])modiff(?:\.[A-Za-z_]\w*)+", text)):
+        resolve_name(name)
+    files = set(re.findall(r"`((?:src|tests|bench|experiments|training|tools|docs|examples)/[\w/]+\.\w+)[` ]", text))
+    assert [file for file in files if not (ROOT / file).exists() and "/results/" not in file] == []
 
 
 @pytest.mark.parametrize(("module", "heavy"), [("modiff", set()), ("matplotlib", {"matplotlib"})])
