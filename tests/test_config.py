@@ -84,6 +84,7 @@ def test_settings_that_do_not_go_together_are_one_clear_line(kind, fields, messa
         ('{"layers": {}}', "ModiffConfig: expected a known field, got 'layers'. Known fields: layer, include"),
         ('{"layer": {"activation": {"bit": 4}}}', "QuantizerConfig: expected a known field, got 'bit'."),
         ('{"overrides": [["a"]]}', "ModiffConfig.overrides: expected a tuple of"),
+        ('{"exclude": "body"}', "ModiffConfig.exclude: expected a tuple of strings, got 'body'"),
         ("{", "ModiffConfig: expected JSON, got Expecting "),
         ("[" * 100_000, "ModiffConfig: expected JSON, got maximum rec"),
         ('{"layer": null}', "LayerConfig: expected an object with named fields, got None."),

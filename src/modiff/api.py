@@ -29,7 +29,7 @@ from modiff.model.attach import check_searchable, required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
-from modiff.model.probe import errors_removed
+from modiff.model.probe import errors_if_plain
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context, plain_to_fit, warn_of_states
@@ -49,10 +49,10 @@ def apply(
 
     Args:
         config: from `modiff.presets`, by name ("w8a4", "modulated:8:4", a JSON file), or a dictionary; W8A8 when None.
-        state_memory: what the states of one generation of the usual size may take, in bytes or as "4GiB". Layers that
-            lose most error by theirs, a byte, keep them; the others run plain at 8 bits. The report names them.
-        run: runs one trajectory, to measure these errors; small images do. Without it all count alike, so that the
-            smallest states are kept.
+        state_memory: what the states of one generation of the usual size may take, in bytes or as "4GiB". Those
+            layers keep states that would cost most error without, a byte; the others run plain at 8 bits.
+        run: runs one trajectory, to measure these errors: the network is evaluated once more for each layer. Small
+            images do. Without it all layers count alike, so that the smallest states are kept.
     Returns: each layer taken or left, and why.
     Raises: StateError if modiff is on it already; ConfigError if no layer is taken, or for a budget where the host does
         not know the size of a generation. Nothing is changed then. Warns of states that exceed the memory that is free.
@@ -66,10 +66,9 @@ def apply(
     )
     if state_memory is not None:
         selected = {n: select_layers(n, settings, splits=host.splits(n), known=known) for n in networks.values()}
-        with host.contexts(*selected):
-            splits = {network: host.splits(network) for network in selected}
-            removed = {} if run is None else errors_removed(splits, settings, run)
-        plain = plain_to_fit(selected, bytes_of(state_memory, "state_memory"), target, removed)
+        budget = bytes_of(state_memory, "state_memory")
+        errors = {} if run is None else errors_if_plain({n: host.splits(n) for n in selected}, settings, run)
+        plain = plain_to_fit(selected, budget, target, errors)
         settings = replace(settings, overrides=(*settings.overrides, *((escape(n), c) for n, c in plain.items())))
         reasons = dict.fromkeys(plain, f"plain: its states do not fit into state_memory={state_memory!r}")
     report = Report(())

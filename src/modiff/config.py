@@ -116,10 +116,11 @@ def _expected(hint: Any) -> str:
         bool: "True or False",
         str: "a string",
         types.NoneType: "None",
+        tuple[str, ...]: "a tuple of strings",
     }
     if isinstance(hint, types.UnionType):
         return " or ".join(_expected(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is tuple and hint not in words:
         items = [_expected(item) for item in typing.get_args(hint) if item is not Ellipsis]
         return f"a tuple of {items[0]}" if len(items) == 1 else f"({', '.join(items)})"
     return words.get(hint, f"a {getattr(hint, '__name__', hint)}")
@@ -171,8 +172,12 @@ class QuantizerConfig(JsonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         special = (0, 16) if self.lowest == "zero" else (0,)
-        self.check("bits", is_bits(self.bits, special), "None, 0 or 2 to 8",
-                   "One bit has no symmetric code. Use 2 or more, 0 to send nothing, None for floats.")  # fmt: skip
+        self.check(
+            "bits",
+            is_bits(self.bits, special),
+            "None, 0 or 2 to 8",
+            "One bit has no symmetric code. Use 2 to 8, 0 to send nothing, None for floats.",
+        )
         self.check("clip", 0 < self.clip <= 1, "a ratio in (0, 1]", "1.0 clips nothing.")
         self.check("granularity", self.granularity in GRANULARITIES, f"one of {str(GRANULARITIES)[1:-1]}",
                    "Register others with modiff.register_granularity.")  # fmt: skip

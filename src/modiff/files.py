@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from filelock import FileLock, Timeout
@@ -68,7 +69,7 @@ def reading(path: str | Path, what: str, advice: str) -> Iterator[None]:
     except FormatError:
         raise
     except _DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        reason = shorten(str(error).partition("\n")[0], 160, placeholder=" ...") or "no reason given"
         got = getattr(error, "strerror", None) or f"{type(error).__name__}: {reason}"
         raise FormatError(f"{path}: expected {what}, got {got}. The file is missing or damaged. {advice}") from error
 

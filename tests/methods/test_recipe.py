@@ -141,7 +141,7 @@ def test_settings_survive_json_and_those_that_mean_nothing_are_refused(name):
         ({"weight_bits": 1}, f"{where}.weight_bits: expected None or 2 to 8, got 1"),
         ({"samples": 3}, f"{where}.samples: expected a multiple of batch=2, got 3"),
         ({"steps": 0}, f"{where}.steps: expected 1 or more, got 0"),
-        ({"groups": 4}, f"{where}.groups: expected 1 to steps=3, got 4"),
+        ({"groups": 4}, f"{where}.groups: expected 1 to 3, got 4"),
     ):
         if next(iter(changes)) in {field.name for field in dataclasses.fields(SMALL[name])}:
             with pytest.raises(ConfigError, match=message):

@@ -354,9 +354,9 @@ def test_a_run_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "words", "message"),
     [
-        (None, {"tolerance": 0}, "autotune: expected a relative error above 0 as tolerance, got 0"),
-        (presets.plain(), {}, "autotune: expected a config with modulation, got None"),
-        (ModiffConfig(overrides=(("body", LayerConfig()),)), {}, "autotune: expected a config without overrides"),
+        (None, {"tolerance": 0}, "autotune.tolerance: expected a relative error above 0, got 0"),
+        (presets.plain(), {}, "autotune.config: expected modulation, got None"),
+        (ModiffConfig(overrides=(("body", LayerConfig()),)), {}, "autotune.config: expected no overrides"),
     ],
 )
 def test_what_cannot_be_autotuned_is_refused(config, words, message):

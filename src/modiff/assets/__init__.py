@@ -34,6 +34,11 @@ MODELS = {
 """By the name that commands take."""
 
 
+def packaged() -> list[str]:
+    """Names of the models that this copy of the package has."""
+    return [name for name, shipped in MODELS.items() if files(__name__).joinpath(shipped.model).is_dir()]
+
+
 def model_folder(name: str) -> Path:
     """The diffusers folder of a model of the package, by its name in `MODELS`; its README.md is the model card.
 

@@ -72,6 +72,7 @@ class _Store:
         self._counted: dict[int, Tensor] = {}
 
     def add(self, call: Call) -> None:
+        """Keep one more call; over the cap all go to disk. Raises: CalibrationError without a folder."""
         for tensor in call.tensors():
             if id(tensor) not in self._counted:  # calls share what did not change from step to step
                 self._counted[id(tensor)] = tensor

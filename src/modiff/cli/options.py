@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modiff.assets import MODELS
+from modiff.assets import packaged
 from modiff.config import check
 from modiff.files import check_writable, write_json
 from modiff.generate.job import Conditions, parse_labels, read_prompts
@@ -60,8 +59,7 @@ def _output(path: Path, fits: bool, expected: str, example: str, trial: Path) ->
     return path
 
 
-_PACKAGED = [repr(name) for name, it in MODELS.items() if files("modiff.assets").joinpath(it.model).is_dir()]
-MODEL_HELP = f"{', '.join(_PACKAGED)} (of the package), a local diffusers folder, or a hub id."
+MODEL_HELP = f"{', '.join(map(repr, packaged()))} (of the package), a local diffusers folder, or a hub id."
 CONFIG_HELP = (
     "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "
     "or a JSON file of ModiffConfig.to_json()."

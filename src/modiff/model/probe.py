@@ -120,20 +120,48 @@ def plain_layer(config: LayerConfig) -> LayerConfig:
     return dataclasses.replace(config, modulation=None, activation=activation)
 
 
-def errors_removed(
+def errors_if_plain(
     models: Mapping[nn.Module, Mapping[str, int]], config: ModiffConfig, run: Callable[[], object]
 ) -> dict[str, float]:
-    """Squared relative error of each layer's input as 8-bit codes of it leave it, minus that of the config's codes.
+    """For each modulated layer, the squared relative error of its network's output where it alone runs plain.
 
-    models: with their splits. run: one trajectory. Cost: as many states as the config has, and a pass over each input.
+    models: with their splits. Measured at the evaluation in the middle of the trajectory that `run` runs.
+    Cost: that trajectory, and an evaluation for each layer; no states.
     """
-    known, probes = layer_names(models), list[Probe]()
+    known, errors = layer_names(models), dict[str, float]()
+    calls: dict[nn.Module, list[tuple[Any, Any]]] = {model: [] for model in models}
     with torch.no_grad(), ExitStack() as stack:
-        for model, splits in models.items():
-            probes += stack.enter_context(probes_of(model, config, lambda c: [plain_layer(c), c], splits, known))
+        for model in models:
+            stack.enter_context(observe(model, before_step=lambda model, *call: calls[model].append(call)))
         run()
-    errors = {probe.name: probe.errors() for probe in probes if probe.calls}
-    return {name: plain**2 - coded**2 for name, (plain, coded) in errors.items() if plain == plain}
+    for model, splits in models.items():
+        if not calls[model]:
+            continue
+        modules, call = modules_of(model), calls[model][len(calls[model]) // 2]
+        exact = _evaluated(model, *call)
+        for entry in select_layers(model, config, splits=splits, known=known).taken:
+            if entry.config is not None and entry.config.modulation is not None:
+                layer, split = modules[entry.name], splits.get(entry.name) if config.split_shortcuts == "auto" else None
+                plain = modulated_layer(layer, plain_layer(entry.config), entry.name, Clock("plain"), split)
+                coded = _evaluated(model, *call, layer, plain)
+                errors[entry.name] = float((coded - exact).square().sum() / exact.square().sum())
+    return errors
+
+
+@torch.no_grad()
+def _evaluated(
+    model: nn.Module, args: Any, kwargs: Any, layer: nn.Module | None = None, plain: ModulatedLayer | None = None
+) -> Tensor:
+    def replace(_: nn.Module, inputs: Any, words: Any, _output: Tensor) -> Tensor:
+        return cast(ModulatedLayer, plain).loop.plain((*inputs, *words.values())[0], None)
+
+    hook = None if layer is None else layer.register_forward_hook(replace, with_kwargs=True)
+    try:
+        output = model(*args, **kwargs)
+    finally:
+        if hook is not None:
+            hook.remove()
+    return (output if isinstance(output, Tensor) else output[0]).double()
 
 
 def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> tuple[ModiffConfig, list[Probe]]:

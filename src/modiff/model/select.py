@@ -73,10 +73,10 @@ def select_layers(
     if rules["tiny"] and not report.taken and config.min_weights == ModiffConfig.min_weights:  # tiny network
         return select_layers(model, dataclasses.replace(config, min_weights=0), splits=splits, known=known)
     if not report.taken:
-        why = "; ".join(f"{count} {rule}" for rule, count in rules.items())
+        why = "; ".join(f"{count} {rule}" for rule, count in rules.items()) or "it has no Linear or Conv layer"
         raise ConfigError(
             f"{type(model).__name__}: expected at least one layer to take, got none of {len(layers)}: {why}. Widen "
-            f"include, narrow exclude or default_exclude, or lower min_weights.\n{report}"
+            f"include, narrow exclude or default_exclude, or lower min_weights.\n{report.table()}"
         )
     return report
 

@@ -127,12 +127,12 @@ def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer], targ
 
 
 def plain_to_fit(
-    models: Mapping[nn.Module, Report], budget: int, target: Any, removed: Mapping[str, float]
+    models: Mapping[nn.Module, Report], budget: int, target: Any, errors: Mapping[str, float]
 ) -> dict[str, LayerConfig]:
     """Layers to run plain so that the states of the others fit into `budget` bytes, with the configs to run them with.
 
-    Those keep states that lose most error by them, a byte. removed: what each loses (`errors_removed`); the same for
-    all of {}, so that the smallest states stay. States that layers may share count for each.
+    Those keep states that would cost most error without, a byte. errors: of each layer (`errors_if_plain`); the same
+    for all where there are none, so that the smallest states stay. States that layers may share count for each.
     Raises: ConfigError for a network whose sizes are not known before it runs.
     """
     costs: list[tuple[int, str, LayerConfig]] = []
@@ -143,7 +143,7 @@ def plain_to_fit(
         check("state_memory", type(model).__name__, bool(elements), "networks of known input sizes", why)
         costs += [(_bytes(c, sum(elements[n][:2])), n, c) for n, c in configs.items() if n in elements]
     plain: dict[str, LayerConfig] = {}
-    for size, name, config in sorted(costs, key=lambda cost: -_removed(cost, removed)):
+    for size, name, config in sorted(costs, key=lambda cost: -_saved(cost, errors)):
         if size <= budget:
             budget -= size
         else:
@@ -151,9 +151,9 @@ def plain_to_fit(
     return plain
 
 
-def _removed(cost: tuple[int, str, LayerConfig], removed: Mapping[str, float]) -> float:
+def _saved(cost: tuple[int, str, LayerConfig], errors: Mapping[str, float]) -> float:
     size, name, _ = cost
-    return math.inf if size == 0 else (removed.get(name, 0.0) if removed else 1.0) / size
+    return math.inf if size == 0 else (errors.get(name, 0.0) if errors else 1.0) / size
 
 
 def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 from torch import nn
 
-from modiff.assets import MODELS, model_folder
+from modiff.assets import MODELS, model_folder, packaged
 from modiff.checkpoint.module_folder import CONFIG, read_config
 from modiff.errors import FormatError, ModiffError
 from modiff.files import read_json, reading
@@ -91,8 +91,8 @@ def _folder(model: str | Path) -> Path:
     if not hub_id:
         got = "a file" if path.exists() else "no such folder"
         raise FormatError(
-            f"{model}: expected {', '.join(map(repr, MODELS))}, a diffusers folder or a hub id, got {got}. A pipeline "
-            f"is a folder with {INDEX}. Write one with pipe.save_pretrained(folder)."
+            f"{model}: expected {', '.join(map(repr, packaged()))}, a diffusers folder or a hub id, got {got}. A "
+            f"pipeline is a folder with {INDEX}. Write one with pipe.save_pretrained(folder)."
         )
     advice = "There is no folder of this name here, and the download failed: check the name and the network."
     with reading(str(model), "a diffusers folder or a pipeline on the hub", advice):

@@ -28,7 +28,7 @@ def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: in
     if "prompt" in parameters:
         raise ConfigError(
             f"{type(pipe).__name__}: expected run=, a function that generates from prompts, got none. Calibration "
-            "prompts should be like those that follow. Give run=lambda i: pipe(prompts[i], ...)."
+            "prompts should be like those that follow. Give run=lambda *index: pipe(prompt, ...)."
         )
     labelled = "class_labels" in parameters
     call_inputs(pipe, 1, prompt=None, label=0 if labelled else None)  # raises where more is needed
