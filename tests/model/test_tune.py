@@ -102,7 +102,7 @@ def test_the_error_of_a_plain_candidate_is_that_of_coding_each_input_from_nothin
 
 def test_the_layers_that_a_config_takes_get_a_probe_and_the_network_computes_as_ever():
     model = toy()
-    with probes_of(model, activations_only(3), lambda _: [PUBLISHED], {"body": 5}) as probes:
+    with probes_of(model, activations_only(3), [PUBLISHED], {"body": 5}) as probes:
         outputs = sample(model)
         assert attachment_of(model) is not None
     assert {probe.name: probe.layers[0].spec.split for probe in probes} == dict.fromkeys(TAKEN) | {"body": 5}

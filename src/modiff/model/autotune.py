@@ -148,7 +148,7 @@ def choose_modes(
     profile, choices, known = {} if profile is None else profile, _measured(config.layer), layer_names(models)
     rows: list[AutotuneRow] = []
     for model, split in zip(models, list(splits) or [{}] * len(models), strict=True):
-        with torch.no_grad(), probes_of(model, config, lambda _: choices, split, known) as probes:
+        with torch.no_grad(), probes_of(model, config, choices, split, known) as probes:
             run()
         config, fit = without_unfit("autotune", config, probes)
         modules = modules_of(model)

@@ -76,19 +76,18 @@ class Probe:
 def probes_of(
     model: nn.Module,
     config: ModiffConfig,
-    choices: Callable[[LayerConfig], list[LayerConfig]],
+    choices: list[LayerConfig],
     splits: Mapping[str, int],
     known: Collection[str] = (),
 ) -> Iterator[list[Probe]]:
-    """Probes of the choices for each layer that the config takes, while the body runs a full-precision trajectory."""
+    """Probes on the layers that the config takes, while the body runs one full-precision trajectory."""
     clock, modules = Clock(type(model).__name__), modules_of(model)
     report = select_layers(model, config, splits=splits, known=known)
     watcher = Attachment(clock, report)
     splits = splits if config.split_shortcuts == "auto" else {}
     probes = {
-        entry.name: Probe(modules[entry.name], entry.name, choices(entry.config), clock, splits.get(entry.name))
+        entry.name: Probe(modules[entry.name], entry.name, choices, clock, splits.get(entry.name))
         for entry in report.taken
-        if entry.config is not None
     }
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in watcher.handles])

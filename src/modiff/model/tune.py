@@ -70,7 +70,7 @@ def search_config(
     known, probes = layer_names(models), list[Probe]()
     with tracked(models) as exact, ExitStack() as stack:
         for model, its_splits in zip(models, splits, strict=True):
-            probes += stack.enter_context(probes_of(model, config, lambda _: choices, its_splits, known))
+            probes += stack.enter_context(probes_of(model, config, choices, its_splits, known))
         run()
     config, fit = without_unfit("tune", config, probes)
     errors = [probe.errors() for probe in fit]

@@ -29,8 +29,7 @@ class ModulatedLayer(nn.Module):
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
     A weight or bias that changes within a trajectory anchors the output state again. What is written through `.data` is
-    seen at the next step where the parameter was read from its module for it, as `layer.weight` or `model.parameters()`
-    do, between two steps; where it was read before, when the next trajectory begins.
+    seen at the next step if `layer.weight` or `model.parameters()` read it for that, otherwise in the next trajectory.
     """
 
     channel_dim: ClassVar[int]
