@@ -57,15 +57,18 @@ def _code(residual: Tensor, recipe: Recipe) -> Quantized:
     )  # fmt: skip
 
 
-def _jumped(x: Tensor, guess: Tensor, recipe: Recipe) -> Tensor:
-    """The samples whose residual would be coded more coarsely, and with a larger error, than they themselves."""
-    if not recipe.bits or not recipe.compensated or recipe.predictor != "hold":
+def _jumped(x: Tensor, guess: Tensor, held: Tensor, recipe: Recipe) -> Tensor:
+    """The samples whose residual would be coded more coarsely, and with a larger error, than they themselves.
+
+    held: the state, which must be further away as well: a prediction may have moved too far.
+    """
+    if not recipe.bits or not recipe.compensated:
         return torch.tensor(False)
     axes = tuple(range(recipe.granularity in ("sample", "token"), x.dim()))
-    sides = [(value, _code(value, recipe)) for value in (x - guess, x)]
+    sides = [(value, _code(value, recipe)) for value in (x - guess, x, x - held)]
     noise = [code.step.square().sum(axes, keepdim=True) for _, code in sides]
     error = [(value - code.value).square().sum(axes, keepdim=True) for value, code in sides]
-    return (noise[0] > noise[1]) & (error[0] > error[1])
+    return (noise[0] > noise[1]) & (noise[2] > noise[1]) & (error[0] > error[1])
 
 
 def run(inputs: Sequence[Tensor], recipe: Recipe, sizes: Sequence[float] | None = None) -> list[Step]:
@@ -86,7 +89,7 @@ def run(inputs: Sequence[Tensor], recipe: Recipe, sizes: Sequence[float] | None 
                 g = min(1.0, recipe.gain * ratio)
             guess_a = a if move_a is None else a + g * move_a
             guess_o = o if move_o is None else o + g * move_o
-            rows = _jumped(x, guess_a, recipe)
+            rows = _jumped(x, guess_a, a, recipe)
             guess_a, guess_o = guess_a.masked_fill(rows, 0.0), torch.where(rows, recipe.bias, guess_o)
             residual = x - guess_a
             sent = _code(residual, recipe) if recipe.bits else None
@@ -94,7 +97,8 @@ def run(inputs: Sequence[Tensor], recipe: Recipe, sizes: Sequence[float] | None 
             new_o = guess_o if sent is None else guess_o + recipe.operator(sent.value)
             if not recipe.compensated:
                 new_a = x
-            move_a, move_o, a, o = new_a - a, new_o - o, new_a, new_o
+            move_a, move_o = (new_a - a).masked_fill(rows, 0.0), (new_o - o).masked_fill(rows, 0.0)
+            a, o = new_a, new_o
         steps.append(Step(a, o, sent, residual))
     return steps
 

@@ -34,14 +34,20 @@ def jumped(residual: Tensor, value: Tensor, before: Tensor | None = None) -> Ten
     return larger if not larger.is_cpu or larger.any() else None
 
 
-def from_zero(residual: Tensor, x: Tensor, codes: Code, quantizer: Quantizer) -> tuple[Tensor | None, float, Code]:
+def from_zero(
+    residual: Tensor, x: Tensor, codes: Code, quantizer: Quantizer, held: Tensor | None = None
+) -> tuple[Tensor | None, float, Code]:
     """Flags of the samples that jump, None for none; the least noise of any sample's value; codes of both kinds.
 
+    held: of a predictor that moves, the residual of the state itself: where that is small, the move was wrong alone.
     Cost: a pass over x for its scales; it is coded too where they say that a sample may jump.
     """
     scales = [quantizer.measured(run) for run in quantizer.split(x)]
     noise, least = noise_of([q for _, q in codes.parts], quantizer), noise_of(scales, quantizer)
     bound, intra = float(least.min()) ** 0.5 if x.is_cpu else 0.0, jumped(noise, least)
+    if held is not None and intra is not None:
+        noise = noise_of([quantizer.measured(run) for run in quantizer.split(held)], quantizer)
+        intra = jumped(noise.where(intra, 0.0), least)
     if intra is None:
         return None, bound, codes
     own = quantizer.scaled(x, scales)

@@ -100,12 +100,14 @@ def predict(state: State, weights: Sequence[Weight], dtype: torch.dtype) -> Tens
     return value
 
 
-def _next(value: Tensor, state: State, config: ModulationConfig, least: float = 0.0) -> State:
+def _next(value: Tensor, state: State, config: ModulationConfig, intra: Tensor | None, least: float = 0.0) -> State:
     dtype, moves = _STORED[config.state_dtype], predictor_named(config.predictor).past_states - 1
     if moves == 0:
         return State(value.to(dtype), least=least)
-    move = (value - state.value.to(value.dtype)).to(dtype)
-    return State(value.to(dtype), (move, *state.moves[: moves - 1]))
+    moved = (value - state.value.to(value.dtype)).to(dtype), *state.moves[: moves - 1]
+    if intra is not None:  # where to it moves on, the next step will tell
+        moved = tuple(move.masked_fill(intra, 0.0) for move in moved)
+    return State(value.to(dtype), moved)
 
 
 def encode(
@@ -135,17 +137,18 @@ def encode(
     if config.error_compensation == "none":  # the ablation holds the raw input: rounding errors are never sent again
         return Update(None, () if codes is None else (codes,)), State(x.to(_STORED[config.state_dtype], copy=True))
     intra, least, largest = None, 0.0, 0.0
-    if codes is not None and scales is None and quantizer.finds_jumps and config.predictor == "hold":
+    if codes is not None and scales is None and quantizer.finds_jumps:
         for _, qparams in codes.parts if x.is_cpu else ():
             largest = max(largest, float(qparams.scale.max()))
         least = state.least - largest
         if not 1.001 * largest < least:
-            intra, least, codes = from_zero(x - prediction, x, codes, quantizer)
+            held = x - state.value.to(x.dtype) if weights else None
+            intra, least, codes = from_zero(x - prediction, x, codes, quantizer, held)
             prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
         least = least - largest * quantizer.unsent if x.dtype == _STORED[config.state_dtype] else 0.0
     value = prediction if codes is None else prediction + codes.value()
     update = Update(None, () if codes is None else (codes,), weights=weights, intra=intra)
-    return update, _next(value, state, config, least)
+    return update, _next(value, state, config, intra, least)
 
 
 def _anchor(x: Tensor, quantizer: Quantizer, config: ModulationConfig) -> tuple[Update, State]:
@@ -186,7 +189,7 @@ def accumulate(update: Update, state: State | None, operator: LinearOperator, co
         value = torch.where(update.intra, torch.as_tensor(operator.start(), device=value.device), value)
     for codes in update.codes:
         value = value + operator.linear(codes)
-    return _next(value, state, config)
+    return _next(value, state, config, update.intra)
 
 
 def output_of(update: Update, operator: LinearOperator) -> Tensor:

@@ -161,10 +161,10 @@ class IntegerInput(InputState):
             codes.append((sent[0], sent[1]))
             jumps = jumps or jump
         self.states = tuple(states)
-        if jumps and gain is None:
+        if jumps:
             intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
         if every > 1:
-            self.scales, self.age = tuple(QParams(scale, None) for _, scale in codes), self.age + 1
+            self.held(tuple(QParams(scale, None) for _, scale in codes), intra)
         return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,), intra=intra)
 
     def restart_jumped(
@@ -184,18 +184,28 @@ class IntegerInput(InputState):
         if self.jumps is None and intra is not None and not intra.is_cpu:
             self.jumps = bool(intra.any())
             intra = intra if self.jumps else None
+        if intra is not None and getattr(self.states[0], "moves", ()):  # x less the state that it met, which moved on
+            held = [x - state.value + state.moves[0] for x, state in zip(self._values(runs), self.states, strict=True)]
+            noise = noise_of([self.quantizer.measured(run) for run in held], self.quantizer)
+            intra = jumped(noise.where(intra, 0.0), least)
         if intra is not None:
             intra = jumped(self._unsent(runs, self.states), self._unsent(runs, blank), intra)
         for i, state in enumerate(self.states if intra is not None else ()):
             for new, old in ((blank[i][0], state[0]), *zip(own[i], codes[i], strict=True)):
                 torch.where(intra, new, old, out=old)
+            for move in getattr(state, "moves", ()):
+                move.masked_fill_(intra, 0.0)
         return intra
+
+    @staticmethod
+    def _values(runs: Sequence[Run]) -> list[Tensor]:
+        return [x.float() if fusion is None else fusion.compute(x).float() for x, fusion in runs]
 
     def _unsent(self, runs: Sequence[Run], states: Sequence[Any]) -> Tensor:
         missing = []
-        for (x, fusion), state in zip(runs, states, strict=True):
+        for x, state in zip(self._values(runs), states, strict=True):
             value = state.value() if isinstance(state, FixedState) else state.value
-            missing.append(((x if fusion is None else fusion.compute(x)) - value).square())
+            missing.append((x - value).square())
         return missing[0] if len(missing) == 1 else torch.cat(missing, self.spec.channel_dim)
 
 
@@ -267,9 +277,13 @@ class IntegerLoop(SimulatedLoop):
             return kernel.step(state.value, *codes, dtype)
         # the move takes what is sent, ô_t - ô_{t+1} = g (ô_{t+1} - ô_{t+2}) + A_q(q_t), and the state takes the move
         move = state.moves[0].mul_(*update.weights) if state.moves else torch.zeros_like(state.value)
+        if update.intra is not None:
+            move.masked_fill_(update.intra, 0.0)
         for other, sent in (*others, (kernel, codes)):
             other.accumulate(move, *sent)
         memory.output = State(state.value.add_(move), (move,))
+        if update.intra is not None:
+            move.masked_fill_(update.intra, 0.0)
         return state.value.to(dtype, copy=True)
 
     def started(self, update: Update, state: State | None) -> State:

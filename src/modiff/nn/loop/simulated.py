@@ -209,8 +209,12 @@ class InputState:
         scales = self.scales if every > 1 and self.age % every else None
         update, state = encode(value, state, self.quantizer, self.config, ratio, scales)
         if every > 1 and update.codes and not update.starts:
-            self.scales, self.age = tuple(q for _, q in update.codes[0].parts), self.age + 1
+            self.held(tuple(q for _, q in update.codes[0].parts), update.intra)
         return update, state
+
+    def held(self, scales: tuple[QParams, ...], intra: Tensor | None) -> None:
+        """Keep scales for the next steps; those of samples that jump tell nothing of the next one."""
+        self.scales, self.age = scales, 0 if intra is not None and bool(intra.any()) else self.age + 1
 
     def ratio(self, device: torch.device) -> Weight:
         """Size of this step over the last one, on a device."""
