@@ -128,7 +128,7 @@ def _probed(trials: Trials, base: ModiffConfig) -> list[Probe]:
     known, probes = layer_names(trials.networks), list[Probe]()
     with ExitStack() as stack:
         for network, split in zip(trials.networks, trials.splits or [{}] * len(trials.networks), strict=True):
-            probes += stack.enter_context(probes_of(network, base, lambda _: candidates, split, known))
+            probes += stack.enter_context(probes_of(network, base, candidates, split, known))
         trials.trajectory("layers", trials.contexts)
     return probes
 
