@@ -29,10 +29,10 @@ FILES = sorted(path for tree in (*TREES, ROOT / "tests") for path in tree.rglob(
 BUDGETS = {
     "experiments": (["experiments"], 2_500),
     "what judges and what is typed": ([f"src/modiff/{room}" for room in ("evaluate", "generate", "cli")], 5_500),
-    "how it is sampled": (["src/modiff/sampling"], 1_600),
+    "how it is sampled": (["src/modiff/sampling"], 2_100),
     "whose recipe": (["src/modiff/methods"], 2_100),
-    "the whole package": (["src/modiff"], 22_600),
-    "tests": (["tests"], 22_800),
+    "the whole package": (["src/modiff"], 24_500),
+    "tests": (["tests"], 24_800),
 }
 """What a room may hold, in lines of Python: (folders, lines)."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
