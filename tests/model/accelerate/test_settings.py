@@ -97,18 +97,21 @@ def probe(errors: tuple[float, float] = (0.01, 0.14), unsupported: str = "") -> 
     )  # fmt: skip
 
 
-def options(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], every: int = 0, **words: Any) -> list[Option]:
-    """Of a layer whose modulated integers take these seconds by bits; plain ones, and floats, take one."""
-    measured: list[int] = []
+def options(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], every: int = 0, int16: float = 1.0, **words: Any
+) -> list[Option]:
+    """Of a layer whose modulated integers take these seconds by bits; all others take one, or `int16`."""
+    measured, base = list[object](), presets.w8a8().on_integers().layer
 
     def measure(layer: nn.Module, x: torch.Tensor, config: LayerConfig, split: int | None) -> dict[str, float]:
         bits = config.activation.bits or 0
-        measured.append(bits)
-        return {"float": 1.0, "plain": 1.0, "modulated": seconds[bits]}
+        dtype = config.modulation.state_dtype if config.modulation else ""
+        measured.append((dtype, bits))
+        return {"float": 1.0, "plain": 1.0, "modulated": seconds[bits] if dtype == "float32" else int16}
 
     monkeypatch.setattr(settings, "measure_layer", measure)
-    result = options_of(nn.Linear(8, 2), probe(**words), presets.w8a8().layer, times := {}, every)
-    assert options_of(nn.Linear(8, 2), probe(**words), presets.w8a8().layer, times, every) == result
+    result = options_of(nn.Linear(8, 2), probe(**words), base, times := {}, every)
+    assert options_of(nn.Linear(8, 2), probe(**words), base, times, every) == result
     assert len(measured) == len(set(measured)) == len(times)  # nothing is measured twice
     return result
 
@@ -125,6 +128,13 @@ def test_an_option_is_kept_only_where_it_is_faster_than_a_more_exact_one(monkeyp
 def test_no_more_bits_are_timed_where_four_take_the_time_of_eight(monkeypatch) -> None:
     rows = options(monkeypatch, {8: 0.4, 4: 0.39})
     assert [row.setting for row in rows] == ["floats", "W8A8 modulated"]
+
+
+def test_int16_states_are_kept_where_they_take_less_memory_and_floats_where_they_take_less_time(monkeypatch) -> None:
+    rows = options(monkeypatch, {8: 0.4, 4: 0.39}, int16=0.5)
+    assert [row.setting for row in rows[1:]] == ["W8A8 modulated", "W8A8 modulated, int16 states"]
+    assert rows[1].state_bytes == 2 * rows[2].state_bytes
+    assert len(options(monkeypatch, {8: 0.4, 4: 0.39}, int16=0.3)) == 2
 
 
 def test_an_anchor_costs_floats_at_one_step_of_n_and_its_layer_says_so(monkeypatch) -> None:

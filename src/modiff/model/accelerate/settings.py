@@ -6,19 +6,22 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from functools import cache
 from glob import escape
-from itertools import combinations
+from itertools import combinations, product
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from modiff.config import LayerConfig, ModiffConfig, ModulationConfig
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, StateDtype
 from modiff.core.affine import qrange
 from modiff.model.autotune import MARGIN, Profile, measure_layer, signature
 from modiff.model.probe import Probe
 
 BITS = (8, 4, 6, 5, 3)
 """Of activations and residuals, in the order in which they are timed: where 4 bits take the time of 8, no more are."""
+STATES: tuple[StateDtype, ...] = ("float32", "int16")
+"""How states are kept: in half the bytes, which takes less time on some processors and more on others."""
 TRIES = 4
 """Trajectories of one walk."""
 
@@ -44,8 +47,10 @@ class Option(NamedTuple):
         """Short form."""
         if self.config is None:
             return "floats"
-        every = self.config.modulation.reanchor_every if self.config.modulation else 0
-        return self.config.setting + (f", anchored every {every} steps" if every else "")
+        loop = self.config.modulation or ModulationConfig()
+        states = ", int16 states" if loop.state_dtype == "int16" else ""
+        anchors = f", anchored every {loop.reanchor_every} steps" if loop.reanchor_every else ""
+        return self.config.setting + states + anchors
 
 
 Options = dict[str, list[Option]]
@@ -68,22 +73,24 @@ def options_of(layer: nn.Module, probe: Probe, base: LayerConfig, times: Profile
     modulated 4, tell the others. A layer that anchors again every n steps is in floats at one of them.
     """
     (plain, modulated), x, split = probe.errors(), probe.input, probe.layers[-1].spec.split
-    loop = dataclasses.replace(base.modulation or ModulationConfig(), reanchor_every=every)
-    size = getattr(torch, loop.state_dtype).itemsize * (x.numel() + probe.outputs)
-    measured: dict[int, Mapping[str, float]] = {}
+    measured: dict[tuple[str, int], Mapping[str, float]] = {}
     options: list[Option] = []
-    for bits in () if probe.layers[-1].unsupported else BITS:
-        config = dataclasses.replace(base, activation=dataclasses.replace(base.activation, bits=bits))
+    for dtype, bits in () if probe.layers[-1].unsupported else product(STATES, BITS):
+        if bits not in (8, 4) and measured[dtype, 4]["modulated"] > MARGIN * measured[dtype, 8]["modulated"]:
+            continue
+        loop = dataclasses.replace(base.modulation or ModulationConfig(), state_dtype=dtype)
+        activation = dataclasses.replace(base.activation, bits=bits)
+        config = dataclasses.replace(base, activation=activation, modulation=loop)
         key = signature(layer, x, config, split)
         if key not in times:
             times[key] = measure_layer(layer, x, config, split)
-        measured[bits] = seconds = times[key]
+        measured[dtype, bits] = seconds = times[key]
         again = seconds["modulated"] + (seconds["float"] / every if every else 0.0)
+        anchored = dataclasses.replace(config, modulation=dataclasses.replace(loop, reanchor_every=every))
         errors = plain * qrange(8)[1] / qrange(bits)[1], modulated * qrange(4)[1] / qrange(bits)[1]
+        size = getattr(torch, dtype).itemsize * (x.numel() + probe.outputs)
         options += [Option(seconds["plain"], errors[0], 0, dataclasses.replace(config, modulation=None)),
-                    Option(again, errors[1], size, dataclasses.replace(config, modulation=loop))]  # fmt: skip
-        if bits == 4 and seconds["modulated"] > MARGIN * measured[8]["modulated"]:
-            break
+                    Option(again, errors[1], size, anchored)]  # fmt: skip
     best = [Option(min((seconds["float"] for seconds in measured.values()), default=0.0), 0.0, 0, None)]
     for option in sorted(options, key=lambda o: (o.error, o.seconds)):
         rivals = [rival.seconds for rival in best if rival.state_bytes <= option.state_bytes]
@@ -102,15 +109,15 @@ def cheapest(options: Options, price: float, budget: int | None = None) -> Choic
         return option.seconds + price * option.error**2
 
     chosen = {name: min(ways, key=cost) for name, ways in options.items()}
-    if budget is None:
+    if budget is None or sum(option.state_bytes for option in chosen.values()) <= budget:
         return chosen
-    stateless = {name: min((o for o in ways if not o.state_bytes), key=cost) for name, ways in options.items()}
-    gain = {n: (cost(stateless[n]) - cost(o)) / o.state_bytes for n, o in chosen.items() if o.state_bytes}
-    for name in sorted(gain, key=gain.__getitem__, reverse=True):
-        if chosen[name].state_bytes <= budget:
-            budget -= chosen[name].state_bytes
-        else:
-            chosen[name] = stateless[name]
+    chosen = {name: min((o for o in ways if not o.state_bytes), key=cost) for name, ways in options.items()}
+    gains = [((cost(chosen[name]) - cost(o)) / o.state_bytes, name, o)
+             for name, ways in options.items() for o in ways if o.state_bytes]  # fmt: skip
+    for gain, name, option in sorted(gains, key=itemgetter(0), reverse=True):
+        if gain > 0 and not chosen[name].state_bytes and option.state_bytes <= budget:
+            budget -= option.state_bytes
+            chosen[name] = option
     return chosen
 
 
