@@ -24,7 +24,7 @@ __all__ = ["MaskedScheduler", "MaskedTextOutput", "MaskedTextPipeline", "ModelMi
 LEAST = 1e-3
 """α at t = 1."""
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+RowGenerators = torch.Generator | Sequence[torch.Generator] | None
 """One for all rows, or one for each."""
 
 
@@ -82,7 +82,7 @@ class MaskedScheduler(SchedulerMixin, ConfigMixin):
         return p / p.sum(-1, keepdim=True)
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: RowGenerators = None,
         return_dict: bool = True,
     ) -> MaskedSchedulerOutput | tuple[Tensor]:  # fmt: skip
         """The tokens at the next time.
@@ -91,14 +91,14 @@ class MaskedScheduler(SchedulerMixin, ConfigMixin):
             model_output: logits (rows, length, vocabulary). timestep: the number of the step. sample: (rows, length).
         """
         unmask, remask = self.chances(int(timestep))
-        drawn = draw(self.probabilities(model_output), generator)
+        drawn = categorical(self.probabilities(model_output), generator)
         chance, masked = uniform(sample, generator), sample == self.config.mask_token_id
         kept = torch.where(~masked & (chance < remask), self.config.mask_token_id, sample)
         prev_sample = torch.where(masked & (chance < unmask), drawn, kept)
         return MaskedSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
 
-def uniform(like: Tensor, generator: Generators) -> Tensor:
+def uniform(like: Tensor, generator: RowGenerators) -> Tensor:
     """float64 in [0, 1), of the shape of `like`; with a generator for each row, its own row."""
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
@@ -106,7 +106,7 @@ def uniform(like: Tensor, generator: Generators) -> Tensor:
     return torch.cat([uniform(row[None], each) for row, each in zip(like, generator, strict=True)])
 
 
-def draw(probabilities: Tensor, generator: Generators) -> Tensor:
+def categorical(probabilities: Tensor, generator: RowGenerators) -> Tensor:
     """An index of the last axis for each of the others, by its probability."""
     total = probabilities.cumsum(-1)
     at = uniform(total[..., 0], generator) * total[..., -1]
@@ -143,7 +143,7 @@ class MaskedTextPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self, batch_size: int = 1, length: int = 128, num_inference_steps: int = 64, input_ids: Tensor | None = None,
-        generator: Generators = None, return_dict: bool = True,
+        generator: RowGenerators = None, return_dict: bool = True,
     ) -> MaskedTextOutput | tuple[Tensor, list[str] | None, int]:  # fmt: skip
         """Fill in what is masked.
 

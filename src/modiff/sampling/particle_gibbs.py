@@ -21,7 +21,7 @@ from modiff.config import check
 from modiff.errors import ConfigError
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import reorder
-from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline, ModelMixin, SchedulerMixin, draw
+from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline, ModelMixin, SchedulerMixin, categorical
 
 __all__ = ["ModelMixin", "ParticleGibbsOutput", "ParticleGibbsPipeline", "SchedulerMixin"]
 
@@ -85,7 +85,7 @@ class _Target:
         masked, a = tokens == self.scheduler.config.mask_token_id, self.temperature
         if self.partial == "argmax":
             return self.of(torch.where(masked, p.argmax(-1).view_as(tokens), tokens))
-        fills = [draw(p, self.generator).view_as(tokens) for _ in range(self.draws)]
+        fills = [categorical(p, self.generator).view_as(tokens) for _ in range(self.draws)]
         each = torch.stack([self.of(torch.where(masked, fill, tokens)) / a for fill in fills])
         return a * (each.logsumexp(0) - torch.tensor(float(self.draws)).log())
 
@@ -179,7 +179,7 @@ class ParticleGibbsPipeline(MaskedTextPipeline):
                 now = target.before(tokens.view(*size, -1), logits)
                 if reference is not None:
                     now[:, -1] = reference.rewards[step]  # as it was estimated when it was drawn
-                ancestors = draw(
+                ancestors = categorical(
                     ((now - rewards) / target.temperature).softmax(1)[:, None].expand(*size, -1), target.generator
                 )
                 if reference is not None:
@@ -193,7 +193,7 @@ class ParticleGibbsPipeline(MaskedTextPipeline):
             tokens, logits = filled, logits if torch.equal(filled, tokens) else None
             history.append((tokens.view(*size, -1), rewards, ancestors))
         ends = target.of(tokens.view(*size, -1))
-        drawn = draw(((ends - rewards) / target.temperature).softmax(1), target.generator)
+        drawn = categorical(((ends - rewards) / target.temperature).softmax(1), target.generator)
         return _traced(history, drawn), Ends(tokens.view(*size, -1), ends, drawn), evaluations
 
     def _rows(self, ancestors: Tensor) -> Tensor:
