@@ -55,7 +55,7 @@ def train(options: argparse.Namespace) -> None:
     if options.size < 2 ** len(channels):
         raise SystemExit(f"--channels {options.channels}: expected at most {options.size.bit_length() - 1} of them. "
                          f"Each halves images of --size {options.size}.")  # fmt: skip
-    model = NoiseLevelEstimator(images.shape[1], tuple(channels))
+    model = NoiseLevelEstimator(in_channels=images.shape[1], channels=tuple(channels))
     fit(Task(model, images, write, PART, loss=loss_of(build_scheduler(options.schedule))), options)
 
 

@@ -5,7 +5,7 @@ from experiments.experiment import Experiment, Shown, Values, crossed, error, nu
 from experiments.lab import Lab, Run
 from modiff import presets
 
-SAMPLERS = ("ddim", "ddpm", "dpmsolver++", "pndm")
+SAMPLERS = ("ddim", "ddpm", "ddm", "dpmsolver++", "pndm")
 STEPS = (100, 50, 20, 10)
 MODULATED = "modulated A4"
 CONFIGS = {

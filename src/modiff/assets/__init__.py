@@ -60,12 +60,26 @@ def classifier_folder(name: str = EMBEDDED) -> Path:
     return _folder(name, "classifier", "config.json")
 
 
+def ddm_folder() -> Path:
+    """The decoupled diffusion model of the embedded model's data, for `UnconditionalPipeline.from_pretrained`."""
+    return _existing("fashion_mnist_ddm", "model_index.json", MODELS[EMBEDDED].remedy)
+
+
+def noise_level_folder() -> Path:
+    """The noise level estimator of the embedded model's data, for `NoiseLevelEstimator.from_pretrained`."""
+    return _existing("fashion_mnist_noise_level", "config.json", MODELS[EMBEDDED].remedy)
+
+
 def _folder(name: str, kind: str, landmark: str) -> Path:
     if name not in MODELS:
         raise FormatError(f"modiff.assets: expected one of {', '.join(MODELS)}, got {name!r}. Nothing else has a name "
                           "here. Use one of them.")  # fmt: skip
-    folder = Path(str(files(__name__).joinpath(getattr(MODELS[name], kind))))
+    return _existing(getattr(MODELS[name], kind), landmark, MODELS[name].remedy)
+
+
+def _existing(name: str, landmark: str, remedy: str) -> Path:
+    folder = Path(str(files(__name__).joinpath(name)))
     if not (folder / landmark).is_file():
         raise FormatError(f"modiff.assets: expected {folder.name}/{landmark} in the package, got no such file. "
-                          f"{MODELS[name].remedy}")  # fmt: skip
+                          f"{remedy}")  # fmt: skip
     return folder
