@@ -1,6 +1,7 @@
 """Decoupled diffusion: its steps are the published ones and members of DDIM, and pipelines keep the scheduler."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ def images(pipe: Any, steps: int = 5) -> np.ndarray:
 
 
 @pytest.mark.parametrize("attenuation", ATTENUATIONS)
-def test_a_pipeline_is_saved_loaded_and_modulated(attenuation: str, tmp_path: Any) -> None:
+def test_a_pipeline_is_saved_loaded_and_modulated(attenuation: str, tmp_path: Path) -> None:
     pipe = two_outputs(attenuation)
     plain = images(pipe)
     assert plain.shape == (2, 8, 8, 1)
@@ -170,7 +171,13 @@ def test_a_pipeline_is_saved_loaded_and_modulated(attenuation: str, tmp_path: An
     assert isinstance(loaded.scheduler, DDMScheduler)
     assert np.array_equal(images(loaded), plain)
     modiff.apply(loaded, "w8a8")
-    assert 0 < np.abs(images(loaded) - plain).max() < 0.05
+    modulated = images(loaded)
+    assert 0 < np.abs(modulated - plain).max() < 0.05
+    modiff.pack(loaded)
+    modiff.save(loaded, tmp_path / "packed")
+    again = modiff.load(tmp_path / "packed")
+    assert isinstance(again.scheduler, DDMScheduler)
+    assert np.abs(images(again) - images(loaded)).max() < 1e-5
 
 
 def test_the_embedded_model_draws_as_a_ddm_what_it_draws_with_ddim() -> None:
@@ -190,6 +197,8 @@ def test_the_embedded_model_draws_as_a_ddm_what_it_draws_with_ddim() -> None:
         ({"attenuation": "linear", "prediction_type": "epsilon"}, "expected one of constant, const_2, got 'linear'"),
         ({"eta": 1.5}, "expected 0 to 1, got 1.5"),
         ({"last_time": 0.5}, "expected 0 up to 0.1, got 0.5"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: expected False, got True"),
+        ({"thresholding": True}, "thresholding: expected False, got True"),
     ],
 )
 def test_a_wrong_option_is_one_line(options: dict[str, Any], message: str) -> None:

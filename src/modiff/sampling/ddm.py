@@ -60,6 +60,7 @@ class DDMScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: x_0 is kept within +-clip_sample_range. eps is not changed by that.
         last_time: the last step is divided there; 0 leaves it whole. `set_timesteps(n)` counts evaluations: the
             published "n steps" are n + 1.
+        rescale_betas_zero_snr, thresholding: False; there so that a model's config is not misread.
     Raises: ConfigError for what it does not know.
     """
 
@@ -80,6 +81,8 @@ class DDMScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
         last_time: float = 1e-4,
+        rescale_betas_zero_snr: bool = False,
+        thresholding: bool = False,
     ) -> None:
         kinds, where = OUTPUTS.get(prediction_type), "DDMScheduler."
         check(f"{where}prediction_type", prediction_type, kinds is not None, f"one of {', '.join(OUTPUTS)}",
@@ -88,6 +91,8 @@ class DDMScheduler(SchedulerMixin, ConfigMixin):
               "A model with one output knows no K. Use constant.")  # fmt: skip
         check(f"{where}eta", eta, 0 <= eta <= 1, "0 to 1", "Noise of a step is at most what the path adds. Use 1.")
         check(f"{where}last_time", last_time, 0 <= last_time < 0.1, "0 up to 0.1", "It ends the path. Use 1e-4.")
+        for name, value in (("rescale_betas_zero_snr", rescale_betas_zero_snr), ("thresholding", thresholding)):
+            check(f"{where}{name}", value, not value, "False", "These steps do not know it. Use another sampler.")
         table = DDPMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         self.alphas_cumprod = table.alphas_cumprod
         self._last_row = self._time_of(float(self.alphas_cumprod[-1]))
@@ -118,9 +123,8 @@ class DDMScheduler(SchedulerMixin, ConfigMixin):
         """What the network is told of times in (0, 1]; float64, falling to 0 with the time."""
         time = time.double().cpu()
         a, s = self.levels(time)
-        return timestep_at(2 * (a / s).log(), self.alphas_cumprod) + (time - self._last_row).clamp(0) / (
-            1 - self._last_row
-        )
+        beyond = (time - self._last_row).clamp(0) / (1 - self._last_row)
+        return timestep_at(2 * (a / s).log(), self.alphas_cumprod) + beyond
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """x_t / sqrt(a_t^2 + s_t^2)."""
