@@ -1,6 +1,6 @@
 """How near to the data are images by learned schedules and by decoupled diffusion, at equal evaluations?
 
-python bench/schedules.py --reference test_images.npy --work schedules-bench --json docs/results/schedules.json
+python bench/sampling/schedules.py --reference test_images.npy --work schedules-bench --json docs/results/schedules.json
 
 Every row has the same noise. A row is kept when it is finished: stopped at any time, the same command goes on.
 """
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from methods import FIRST_NOISE, bordered
 from modiff.api import apply
 from modiff.assets import EMBEDDED, ddm_folder, noise_level_folder
 from modiff.cli.options import quiet_pipeline
@@ -31,7 +31,8 @@ from modiff.presets import as_config
 from modiff.sampling.ddm import DDMScheduler
 from modiff.sampling.noise_level import LearnedSchedulePipeline, NoiseLevelEstimator
 
-SHAPE = (32, 32, 1)
+FIRST_NOISE = 1_000_000  # as bench/methods.py
+SIZE = 32
 CONFIGS = ("", "modulated:8:8", "modulated:8:4", "plain:8:8", "plain:8:4")
 
 
@@ -87,10 +88,11 @@ def features(row: dict[str, Any], settings: dict[str, Any], extractor: Any) -> t
 
 
 def moments(reference: Path, extractor: Any) -> Moments:
-    """Of the features of the data."""
+    """Of the features of the data, with a black border where its images are smaller."""
     gathered = Moments(extractor.dimension)
     for images in read_reference(reference):
-        gathered.update(extractor(torch.from_numpy(bordered(images, SHAPE))).pooled)
+        border = [(0, 0), *(((SIZE - side) // 2,) * 2 for side in images.shape[1:3]), (0, 0)]
+        gathered.update(extractor(torch.from_numpy(np.pad(images, border))).pooled)
     return gathered
 
 

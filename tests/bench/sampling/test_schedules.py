@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 
-import injected_noise
-import schedules
+from sampling import injected_noise, schedules
 
 
 def test_a_row_is_measured_once_and_printed_with_its_interval(tmp_path, capsys, monkeypatch):

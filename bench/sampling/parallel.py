@@ -1,6 +1,6 @@
 """What does parallel sampling take, and how exact is modulation along its window, on the embedded model?
 
-python bench/parallel.py --json docs/results/parallel.json
+python bench/sampling/parallel.py --json docs/results/parallel.json
 
 DDIM from the same noise. Relative L2 of the final images to sequential sampling in full precision; and, of modulated
 rows, to parallel sampling in full precision with the same window and tolerance. Residual: the root mean square of what

@@ -2,7 +2,7 @@
 
 import json
 
-import parallel
+from sampling import parallel
 
 
 def test_a_row_for_each_config_and_window(tmp_path, capsys) -> None:

@@ -1,6 +1,6 @@
 """How much noise does quantization inject, by the estimate of a network that sees the samples alone?
 
-python bench/injected_noise.py --num-images 64 --json docs/results/injected_noise.json
+python bench/sampling/injected_noise.py --num-images 64 --json docs/results/injected_noise.json
 
 The estimated 1 - ab of the samples at steps of DDIM trajectories from the same noise, as a multiple of what the
 schedule says; and, to compare, what only a reference shows: relative L2 of the samples to those of full precision.
