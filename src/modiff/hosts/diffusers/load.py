@@ -109,11 +109,17 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _pipeline_class(index: dict[str, Any]) -> type[DiffusionPipeline]:
-    """One of this package, which diffusers does not know by name, or diffusers' own choice."""
-    names = [value[0] for value in index.values() if isinstance(value, list) and value]
-    modules = [importlib.import_module(name) for name in names if str(name).startswith("modiff.")]
-    kinds = [getattr(module, str(index.get("_class_name")), None) for module in modules]
-    return next((kind for kind in kinds if kind is not None), DiffusionPipeline)
+    """One of this package or imported before, which diffusers does not know by name, or diffusers' own choice."""
+    name = str(index.get("_class_name"))
+    if hasattr(diffusers, name):
+        return DiffusionPipeline
+    for value in index.values():
+        if isinstance(value, list) and value and str(value[0]).startswith("modiff."):
+            importlib.import_module(value[0])
+    kinds: list[type[DiffusionPipeline]] = [DiffusionPipeline]
+    for kind in kinds:  # grows while it is read
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if kind.__name__ == name), DiffusionPipeline)
 
 
 def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
