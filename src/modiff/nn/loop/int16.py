@@ -4,8 +4,6 @@ input     n_t = n_{t+1} + m_t q_t              exact: every scale is m_t times t
 output    n_t = n_{t+1} + round(A_q(q_t) / grid)
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -67,7 +65,7 @@ class Int16Input(IntegerInput):
         sent = [encode(i, state) for i, state in enumerate(self.states)]
         codes = [(code, scale) for code, scale, _ in sent]
         intra = self.restart_jumped(codes, runs, encode) if any(jumps for *_, jumps in sent) else None
-        if bool(self._clipped > 0):
+        if self._clipped.item():
             return self.begin(x, fusion)
         return Update(None, (ByteCode(tuple(codes)),), intra=intra)
 
@@ -94,10 +92,13 @@ class Int16Loop(IntegerLoop):
             kernel.step(state, codes, scale, dtype, clipped)
             for kernel, (codes, scale) in zip(self.kernels, code.runs, strict=True)
         ]
-        if bool(clipped > 0):
+        if clipped.item():
             return self._start(self.anchored(memory), memory, dtype)
-        # NaN leaves no trace in the integers of the state: that of an earlier run of channels is kept in the output
-        return functools.reduce(lambda first, second: torch.where(first.isnan(), first, second), outputs)
+        *earlier, output = outputs
+        for other, (_, scale) in zip(earlier, code.runs, strict=False):
+            if scale.isnan().any():  # it leaves no trace in the integers of the state
+                output = torch.where(other.isnan(), other, output)
+        return output
 
     def _start(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         value = self.started(update, None).value
