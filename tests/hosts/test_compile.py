@@ -13,8 +13,11 @@ import torch._dynamo as dynamo
 
 import modiff
 from modiff import AttentionConfig, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.model.attach import attachment_of
+from modiff.nn import Clock
 from tests.hosts.tiny import HOSTS
 from tests.methods import small
+from tests.model.toys import SHAPE, Toy
 
 W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
 LAYERS = {
@@ -66,6 +69,29 @@ def test_a_compiled_model_gives_the_images_of_an_eager_one_from_one_graph(case):
     before = graphs()
     assert torch.equal(host.call(pipe), expected)
     assert graphs() == before
+
+
+def test_branches_of_guidance_are_told_apart_by_their_conditions_in_a_graph_too():
+    """Guidance in two calls that starts late and changes its order."""
+
+    class Guided(Toy):
+        def forward(self, sample, timestep, prompt, flag=False, more=None):
+            return super().forward(sample + prompt.mean(), timestep) + 1.0 * flag
+
+    (cond, uncond), sample = torch.randn(2, 2, 5, 16), torch.randn(SHAPE)
+    contexts: dict[bool, list[str]] = {}
+    for compiled in (False, True):
+        model = Guided().eval()
+        modiff.apply(model, ModiffConfig(layer=LAYERS["simulated"], min_weights=0))
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        clock, seen = attachment_of(model).clock, contexts.setdefault(compiled, [])
+        clock.call = lambda *a, c=clock, s=seen: (Clock.call(c, *a), s.append(c.context))[0]
+        with modiff.trajectory(model), torch.no_grad():
+            for t, prompts in ((900.0, [cond]), (800.0, [cond, uncond]), (700.0, [uncond, cond]), (600.0, [cond])):
+                for prompt in prompts:
+                    more = {"cap": [prompt[0]], "scale": 0.5, "name": "x"}
+                    run(sample, torch.tensor(t), prompt, flag=True, more=more)
+    assert contexts[True] == contexts[False] == ["default"] * 2 + ["default #1"] * 2 + ["default"] * 2
 
 
 def test_what_torch_compile_returns_is_the_model_behind_it_to_every_verb():

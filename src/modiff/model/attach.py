@@ -20,7 +20,7 @@ from modiff.model.facts import facts_of
 from modiff.model.report import Report, execution_of, memory_of
 from modiff.model.roles import NEVER, Roles, warn_unfit
 from modiff.nn import Clock, ModulatedLayer, traced
-from modiff.nn.branches import Inputs, inputs_of
+from modiff.nn.branches import Inputs, conditions_of, inputs_of, main_of
 from modiff.nn.clock import middle
 
 ATTRIBUTE = "_modiff"
@@ -173,10 +173,14 @@ class Attachment:
         name, position = self.timestep or ("", len(args))
         value = kwargs.get(name, args[position] if position < len(args) else None)
         timestep = value if isinstance(value, (Tensor, float, int)) else None
+        sample = sample_of(args, kwargs)
         if torch.compiler.is_compiling():
-            traced.begin(self.clock.token, None if timestep is None else torch.as_tensor(timestep), self.number)
+            moment = None if timestep is None else torch.as_tensor(timestep)
+            tensors, plain = conditions_of(args, kwargs, sample, self.timestep)
+            names = [*tensors, *(f"{name}={value!r}" for name, value in plain.items())]
+            main = main_of(args, kwargs) if sample is None else sample
+            traced.begin(self.clock.token, moment, main, list(tensors.values()), names, self.number)
         else:
-            sample = sample_of(args, kwargs)
             self.begin(timestep, inputs_of(args, kwargs, sample, self.timestep))
             if self.roles is not None:
                 self.roles.begin(model, sample)

@@ -1,6 +1,5 @@
 """Which branch of a trajectory an evaluation is of: guidance in several calls, tiles, rows that come and go."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from modiff.nn.weight import version_of
 _MOST = 8
 """Sets of conditions that are told apart, unless the first timestep had more; beyond, the most similar one is taken."""
 _PLAIN = (bool, int, str)
-_TEXT = re.compile("text|prompt|cap|encoder")
+_TEXT = ("text", "prompt", "cap", "encoder")
 """Lists under such names hold a tensor for each prompt."""
 
 
@@ -55,10 +54,15 @@ class Inputs(NamedTuple):
         return tuple(taken)
 
 
-def inputs_of(
+def main_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor among the arguments of a call."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def conditions_of(
     args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: tuple[str, int] | None
-) -> Inputs:
-    """The inputs of a call; without a sample its first tensor is one.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a network is told besides its sample and timestep: tensors, and flags and lists of numbers or words.
 
     Images, lists of tensors and single floats (scales of guidance, other times) change from step to step: left out.
 
@@ -66,23 +70,33 @@ def inputs_of(
         timestep: name and position of the argument that holds it.
     """
     named: dict[str, Any] = {str(i): value for i, value in enumerate(args)} | dict(kwargs)
-    main = next((value for value in named.values() if isinstance(value, Tensor)), None)
-    sample = main if sample is None else sample
+    main = main_of(args, kwargs)
     named = {name: value for name, value in named.items() if timestep is None or name not in map(str, timestep)}
     for name, inner in list(named.items()):
         if isinstance(inner, dict):
             named |= {f"{name}.{key}": value for key, value in inner.items()}
-        elif isinstance(inner, (list, tuple)) and _TEXT.search(name):
+        elif isinstance(inner, (list, tuple)) and any(word in name for word in _TEXT):
             named |= {f"{name}.{i}": value for i, value in enumerate(inner)}
-    conditions: dict[str, tuple[Any, int]] = {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
     for name, value in named.items():
         if isinstance(value, Tensor):
             tells = value.dim() in ((2, 3) if value.is_floating_point() else (0, 1, 2, 3))
-        else:
-            tells = all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else (value,)))
-        if tells and value is not main and value is not sample:
-            conditions[name] = (value, version_of(value) if isinstance(value, Tensor) else 0)
-    return Inputs(None if sample is None else sample.shape, conditions)
+            if tells and value is not main and value is not sample:
+                tensors[name] = value
+        elif all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else (value,))):
+            plain[name] = value
+    return tensors, plain
+
+
+def inputs_of(
+    args: Sequence[Any], kwargs: Mapping[str, Any], sample: Tensor | None, timestep: tuple[str, int] | None
+) -> Inputs:
+    """The inputs of a call, as `conditions_of` has them; without a sample its first tensor is one."""
+    tensors, plain = conditions_of(args, kwargs, sample, timestep)
+    sample = main_of(args, kwargs) if sample is None else sample
+    conditions = {name: (x, version_of(x)) for name, x in tensors.items()}
+    return Inputs(None if sample is None else sample.shape, conditions | {n: (value, 0) for n, value in plain.items()})
 
 
 def _same(one: tuple[Any, int] | None, other: tuple[Any, int] | None) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from modiff.errors import StateError
 from modiff.kernels.input_fusion import InputFusion
 from modiff.kernels.layout import empty_output, innermost
+from modiff.nn.branches import inputs_of
 
 _LIBRARY = torch.library.Library("modiff", "FRAGMENT")
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -72,6 +73,14 @@ def _attend(token: Tensor, *arguments: Any) -> Tensor:
     return holder_of(number).attend(*operands, scale=scale, enable_gqa=grouped).contiguous()
 
 
+def _begin(
+    _: Tensor, timestep: Tensor | None, sample: Tensor | None, tensors: Sequence[Tensor], names: Sequence[str],
+    number: int,
+) -> None:  # fmt: skip
+    named = {"": sample, **dict(zip(names, tensors, strict=False))} | dict.fromkeys(names[len(tensors) :], True)
+    holder_of(number).begin(timestep, inputs_of((), named, sample, None))
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -91,8 +100,10 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> N
     ctx.shape, ctx.number = inputs[0].shape, inputs[2]
 
 
-begin = _operator("begin(Tensor(a!) token, Tensor? timestep, int number) -> ()",
-                  lambda _, timestep, number: holder_of(number).begin(timestep), _nothing)  # fmt: skip
+begin = _operator(
+    "begin(Tensor(a!) token, Tensor? timestep, Tensor? sample, Tensor[] tensors, str[] names, int number) -> ()",
+    _begin, _nothing,
+)  # fmt: skip
 end = _operator("end(Tensor(a!) token, int number) -> ()", lambda _, number: holder_of(number).end(), _nothing)
 layer = _operator("layer(Tensor(a!) token, Tensor x, int number, int read=0) -> Tensor", _layer, _fake_layer)
 fused_layer = _operator(
