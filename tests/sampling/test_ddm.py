@@ -11,7 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor
 
 import modiff
-from modiff.assets import embedded_folder
+from modiff.assets import ddm_folder, embedded_folder
 from modiff.errors import ConfigError
 from modiff.generate.samplers import UnconditionalPipeline, set_scheduler
 from modiff.hosts.diffusers.runs import noise_generators
@@ -187,6 +187,15 @@ def test_the_embedded_model_draws_as_a_ddm_what_it_draws_with_ddim() -> None:
     as_ddm.scheduler = DDMScheduler.from_config(as_ddm.scheduler.config, eta=0.0)
     drawn, expected = images(as_ddm, 20), images(pipe, 20)
     assert np.linalg.norm(drawn - expected) / np.linalg.norm(expected) < 0.5  # as two schedules of one equation are
+
+
+def test_the_trained_ddm_of_the_package_draws_clothing_on_black_in_few_evaluations() -> None:
+    pipe = UnconditionalPipeline.from_pretrained(ddm_folder())
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.scheduler.outputs, pipe.scheduler.config.attenuation) == (2, "constant")
+    drawn = images(pipe, 4)
+    assert 0.1 < drawn.mean() < 0.6
+    assert drawn[:, :2].mean() < 0.05 < drawn[:, 12:20, 12:20].mean()
 
 
 @pytest.mark.parametrize(
