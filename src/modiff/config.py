@@ -238,6 +238,8 @@ class ModulationConfig(JsonConfig):
 class LayerConfig(JsonConfig):
     """One layer: its weight, its activation, and whether the activation is modulated (None: plain quantization).
 
+    smoothing: a positive number for each input channel, which divides the channel and multiplies its weights, so that
+        one scale serves all channels; () for none. Without rounding the output is the same.
     rotation: "hadamard" rotates the input channels in blocks of `rotation_block`, or of the largest power of two that
         divides them; the weights take the inverse once and the states live in the rotated domain.
     execution: "simulated" computes with the values that the integers stand for; "integer" with the integers, where the
@@ -249,12 +251,15 @@ class LayerConfig(JsonConfig):
     modulation: ModulationConfig | None = ModulationConfig()
     rotation: Rotation = "none"
     rotation_block: int = 64
+    smoothing: tuple[float, ...] = ()
     execution: Literal["simulated", "integer"] = "simulated"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         power = self.rotation_block >= 2 and self.rotation_block & (self.rotation_block - 1) == 0
         self.check("rotation_block", power, "a power of two from 2 up", "64 is a good one.")
+        positive = all(0 < factor < float("inf") for factor in self.smoothing)
+        self.check("smoothing", positive, "positive numbers", "They divide channels.")
         bits, clip = self.activation.bits, self.activation.clip
         self.check("activation.bits", bits != 16, "None, 0 or 2 to 8",
                    "16 bits are for softmax outputs: see AttentionConfig. Use None for full precision.")  # fmt: skip

@@ -122,7 +122,7 @@ def _share(attachment: Attachment) -> dict[str, str]:
             continue
         parent = name.rpartition(".")[0]
         key = (parent, type(layer), layer.spec.runs, config.activation, config.modulation, layer.spec.rotation,
-               layer.on_integers)  # fmt: skip
+               config.smoothing, layer.on_integers)  # fmt: skip
         leader = leaders.setdefault(key, layer)
         if leader is not layer:
             layer.share_with(leader)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig
-from modiff.core.hadamard import rotate
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, compute_dtype, encode
 from modiff.errors import CalibrationError
@@ -45,11 +44,12 @@ class Probe:
         self.input = x if self.calls == 1 else self.input
         starts = self.clock.context not in self.states
         states = self.states.setdefault(self.clock.context, [None] * len(self.layers))
-        rotated: dict[object, Tensor] = {None: x}
+        prepared: dict[object, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            if layer.spec.rotation not in rotated:
-                rotated[layer.spec.rotation] = rotate(x.float(), layer.spec.rotation or (), layer.channel_dim)
-            states[i] = self._advance(i, layer, rotated[layer.spec.rotation], states[i])
+            key = layer.spec.rotation, layer.config.smoothing
+            if key not in prepared:
+                prepared[key] = layer.spec.prepared(x, None)
+            states[i] = self._advance(i, layer, prepared[key], states[i])
         if not starts:
             self.signal += float(x.float().square().sum())
 

@@ -63,6 +63,11 @@ class ModulatedLayer(nn.Module):
                 f"{name}: expected a split between 0 and {spec.channels} of a layer without groups, got {split} with "
                 f"{spec.groups} groups. The cut must leave channels on both sides. Use split=None."
             )
+        if config.smoothing and (len(config.smoothing) != spec.channels or spec.groups > 1):
+            raise ConfigError(
+                f"{name}: expected smoothing of {spec.channels} channels of a layer without groups, got "
+                f"{len(config.smoothing)} factors and {spec.groups} groups. Each channel has its own. Use smoothing=()."
+            )
         clock = quantized.clock = clock or Clock(name)
         quantized.operator = LayerOperator(spec, quantized._parameters)
         quantizer = None

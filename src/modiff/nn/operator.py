@@ -56,6 +56,18 @@ class LayerSpec:
         return rotated_runs(self.runs, self.groups, self.config.rotation_block)
 
     @cached_property
+    def smoothing(self) -> Tensor | None:
+        """What divides the channels of the input, (C, 1, ...) or (C,); None where nothing does."""
+        if not self.config.smoothing:
+            return None
+        return torch.tensor(self.config.smoothing).reshape(-1, *[1] * len(self.kernel_size))
+
+    @cached_property
+    def encodes_as_it_comes(self) -> bool:
+        """Whether the input is neither smoothed nor rotated."""
+        return self.rotation is None and self.smoothing is None
+
+    @cached_property
     def anchors_exactly(self) -> bool:
         """Whether the config asks for the weight before rounding where the states start."""
         modulation = self.config.modulation
@@ -66,13 +78,15 @@ class LayerSpec:
     def fuses(self, norm: Norm, device: torch.device) -> bool:
         """Whether kernels compute a norm or an activation in front of the layer while its result is encoded."""
         modulation = self.config.modulation
-        if self.rotation is not None or device.type != "cpu" or (self.split is not None and norm != "group"):
+        if not self.encodes_as_it_comes or device.type != "cpu" or (self.split is not None and norm != "group"):
             return False
         return modulation is None or modulation.state_dtype in ("float32", "int16")
 
     def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
-        """The tensor that is encoded: x, or what `fusion` makes of it, rotated if the layer rotates."""
+        """The tensor that is encoded: x, or what `fusion` makes of it, smoothed and rotated if the layer does so."""
         value = x if fusion is None else fusion.compute(x)
+        if self.smoothing is not None:
+            value = at_least_float32(value) / self.smoothing.to(value.device)
         return value if self.rotation is None else rotate(at_least_float32(value), self.rotation, self.channel_dim)
 
 
@@ -89,7 +103,9 @@ class LayerOperator:
         if spec.split is None:
             columns = (spec.channels // spec.groups,)
             rotation = None if rotation is None else rotated_runs(columns, 1, rotation[0].block)
-        self.quantized = QuantizedWeight(spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed)
+        self.quantized = QuantizedWeight(
+            spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed, spec.smoothing
+        )
         self._bias: Tensor | None = None
         self.bias_key: object = ()
         self.bias_edition = 0

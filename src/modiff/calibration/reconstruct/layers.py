@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from modiff.calibration.reconstruct.config import Activations
 from modiff.core.adaround import AdaRound
-from modiff.core.hadamard import rotate
 from modiff.core.learned_scale import LearnedScale, fake_quantize_through
 from modiff.core.quantizer import Quantizer
 from modiff.errors import StateError
@@ -44,10 +43,8 @@ class Trainee:
             return self.operate(value).to(x.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The input as the quantizer sees it: at least float32, rotated if the layer rotates."""
-        value = x.to(torch.promote_types(x.dtype, torch.float32))
-        rotation = self.quantized.spec.rotation
-        return value if rotation is None else rotate(value, rotation, self.quantized.channel_dim)
+        """The input as the quantizer sees it: at least float32, smoothed and rotated if the layer does so."""
+        return self.quantized.spec.prepared(x.to(torch.promote_types(x.dtype, torch.float32)), None)
 
     def operate(self, value: Tensor) -> Tensor:
         """A(value) + bias with the quantized weight."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.hadamard import rotate
 from modiff.core.quantizer import Code, Quantizer
 from modiff.core.recursion import State, Update, accumulate, compute_dtype, encode, encode_plain, output_of, predict
 from modiff.evaluate.analysis.watch import Visit
@@ -74,9 +73,8 @@ def code_value(codes: tuple[Code, ...], like: Tensor) -> Tensor:
 
 
 def coded_domain(layer: ModulatedLayer, x: Tensor) -> Tensor:
-    """The tensor that a layer codes: its input in float32 or better, rotated if its config says so."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return x if layer.spec.rotation is None else rotate(x, layer.spec.rotation, layer.channel_dim)
+    """The tensor that a layer codes: its input in float32 or better, smoothed and rotated if its config says so."""
+    return layer.spec.prepared(x if x.dtype == torch.float64 else x.float(), None)
 
 
 class LayerTraces:

@@ -126,7 +126,7 @@ class IntegerInput(InputState):
             x, fusion = fusion.compute(x), None
         if not self.states or (not self.quantizer.config.dynamic and self.quantizer.watching):
             return self.begin(x, fusion)
-        value = x if self.spec.rotation is None else self.spec.prepared(x, None)
+        value = x if self.spec.encodes_as_it_comes else self.spec.prepared(x, None)
         if self.spec.channel_dim == -1 and fusion is None:
             value = value.contiguous()  # compiled loops read tokens whose channels lie next to each other
         return self.encode(value, fusion)
