@@ -67,7 +67,8 @@ modiff's presets leave those in full precision, so do not compare these rows wit
 """
 NEAREST = {"rounding": "nearest"}
 MEASURED = NEAREST | {"search": "minmax", "scales": "measured"}
-EXACT = {"kind": "dynamic", "modulation": {"anchor_weights": "exact"}}
+EXACT: dict[str, Any] = {"kind": "dynamic", "modulation": {"anchor_weights": "exact"}}
+AGAIN = {"modulation": EXACT["modulation"] | {"reanchor_every": 10}}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ RECIPES: dict[str, Recipe] = {
     "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual scales"),
     "eda_dm": Recipe("eda_dm", {}, "TDAC states, losses of layers, QDrop; first and last layer 8 bits"),
     "gradient_aligned": Recipe("gradient_aligned", {}, "as tfmq_dm, with samples weighed for gradients that agree"),
+    "qncd": Recipe("qncd", {}, "smoothed convolutions, learned rounding, bias taken off in the sampler"),
     "nearest_exact": Recipe("modiff", EXACT | NEAREST, "round to nearest, dynamic scales, exact anchors"),
+    "nearest_again": Recipe("modiff", EXACT | NEAREST | AGAIN, "the same, layers anchored again every 10 steps"),
     "learned_exact": Recipe("modiff", EXACT, "learned rounding, dynamic scales, exact anchors"),
 }
 

@@ -22,7 +22,7 @@ STEPS, IMAGES = 10, 5
 def test_every_row_is_a_method_with_settings_that_exist_and_every_method_has_a_row():
     rows, refused = methods.rows(methods.RECIPES, methods.BITS)
     assert {methods.RECIPES[row.recipe].method for row in rows} == set(METHODS)
-    assert len({row.name for row in rows}) == len(rows) == 4 * 23
+    assert len({row.name for row in rows}) == len(rows) == 4 * 26
     assert set(refused) == {
         "accuquant, modulated",
         *(f"{n}, plain" for n, r in methods.RECIPES.items() if r.method == "modiff"),

@@ -39,6 +39,7 @@ SMALL: dict[str, MethodConfig] = {
         temporal=WEIGHTS,
         alignment=AlignmentConfig(outer_steps=2),
     ),
+    "qncd": methods.QncdConfig(**TINY, groups=2, pairs=2, bias="none", reconstruction=WEIGHTS, learning=SCALES),
     "modiff": methods.ModiffMethodConfig(
         **TINY, groups=2, kind="static_learned", reconstruction=WEIGHTS, learning=SCALES
     ),
@@ -78,6 +79,7 @@ def interrupt_after(patch: pytest.MonkeyPatch, stages: int) -> None:
         ("modiff", 1),
         ("eda_dm", 1),
         ("gradient_aligned", 1),
+        ("qncd", 1),
         ("ptqd", 0),
         ("tac", 0),
     ],

@@ -13,7 +13,7 @@ from modiff.presets import FULL_PRECISION
 IMAGES = 4  # for the error at the end
 METHOD_HELP = (
     "q_diffusion, ptq4dm, eda_dm, tfmq_dm or gradient_aligned (networks with time embeddings), accuquant (no guidance "
-    "in two calls; not with --modulated), ptqd, tac (both correct the sampler; no guidance in two calls) or modiff."
+    "in two calls; not with --modulated), ptqd, tac, qncd (all correct the sampler; no guidance in two calls), modiff."
 )
 SETTINGS_HELP = "A JSON file with fields of the method's settings; those left out stay as published, or quick."
 BITS_HELP = "2 to 8; 32 is full precision. The settings' when left out."

@@ -7,6 +7,7 @@ from modiff.methods.modiff import ModiffMethodConfig as ModiffMethodConfig
 from modiff.methods.ptq4dm import Ptq4dmConfig as Ptq4dmConfig
 from modiff.methods.ptqd import PtqdConfig as PtqdConfig
 from modiff.methods.q_diffusion import QDiffusionConfig as QDiffusionConfig
+from modiff.methods.qncd import QncdConfig as QncdConfig
 from modiff.methods.recipe import MethodConfig as MethodConfig
 from modiff.methods.recipe import MethodJob as MethodJob
 from modiff.methods.recipe import MethodReport as MethodReport

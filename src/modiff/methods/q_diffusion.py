@@ -48,8 +48,13 @@ class QDiffusionConfig(LearnedConfig):
 @register(QDiffusionConfig)
 def q_diffusion(job: MethodJob, config: QDiffusionConfig) -> MethodReport:
     """Ranges from calibration data, then rounding by blocks, then scales by blocks."""
+    return learn_layers(job, config, config.model_config(job.model))
+
+
+def learn_layers(job: MethodJob, config: QDiffusionConfig, layers: ModiffConfig) -> MethodReport:
+    """As `q_diffusion`, with layers configured otherwise."""
     calls = job.collect(UniformGroups(groups=min(config.groups, job.evaluations)), pairs=config.modulation is not None)
-    report = job.apply(config.model_config(job.model))
+    report = job.apply(layers)
     weights = scales = None
     if config.learns_weights:
         weights = job.learn(calls, config.reconstruction, "weights")
