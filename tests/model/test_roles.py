@@ -169,6 +169,18 @@ def test_calibrating_leaves_a_layer_that_never_runs_without_scales_and_says_so()
     assert model.unused.quantizer.static is None
 
 
+def test_apply_names_a_layer_whose_channels_no_scale_fits_after_its_first_evaluation(monkeypatch):
+    monkeypatch.setattr("modiff.errors._WARNED", set())
+    model = applied(ModiffConfig(layer=presets.w8a8().layer))
+    with torch.no_grad():
+        model.attention.to_v.weight[3] *= 1e5  # the values of one channel, which to_out reads
+    with pytest.warns(ModiffWarning, match=r"attention\.to_out\.0 \(channels reach .*exclude"):
+        generate(model)
+    modiff.remove(model)
+    modiff.apply(model, ModiffConfig(layer=presets.w8a8().layer, include=("*", "attention.to_out.0")))
+    generate(model)  # warnings are errors
+
+
 def test_a_channel_that_dwarfs_its_layer_is_named_with_advice_and_large_layers_or_dead_channels_are_not():
     linear, convolution, seen = nn.Linear(8, 4), nn.Conv2d(8, 4, 3), ChannelMaxima()
     torch.manual_seed(0)

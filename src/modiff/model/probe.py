@@ -15,7 +15,7 @@ from modiff.core.recursion import State, compute_dtype, encode
 from modiff.errors import CalibrationError
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import observe
-from modiff.model.roles import ChannelMaxima, Roles, warn_unfit
+from modiff.model.roles import Roles, warn_unfit
 from modiff.model.select import layer_names, modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
@@ -92,12 +92,11 @@ def probes_of(
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in watcher.handles])
         watcher.watch(model)
-        roles, maxima = Roles(config, report), ChannelMaxima()
+        roles = Roles(config, report)
         stack.callback(roles.close)
 
-        def on_layer(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def on_layer(name: str, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             probes[name].see(inputs[0], output.numel())
-            maxima.see(name, layer, inputs[0])
 
         stack.enter_context(observe(model, on_layer, lambda *_: roles.close(), layers=probes,
                                     before_step=lambda m, *call: roles.begin(m, sample_of(*call))))  # fmt: skip
@@ -106,8 +105,7 @@ def probes_of(
         stack.callback(model.__dict__.pop, ATTRIBUTE, None)
         model.__dict__[ATTRIBUTE] = watcher  # contexts of guidance find the clock here
         yield list(probes.values())
-    left = {o.name: f"channels reach {o.largest:.2g}, the median one {o.median:.2g}" for o in maxima.outliers()}
-    left |= {name: "ran at one step only" for name, probe in probes.items() if math.isnan(probe.errors()[0])}
+    left = {name: "ran at one step only" for name, probe in probes.items() if math.isnan(probe.errors()[0])}
     left |= roles.unfit()
     for name, why in left.items():
         probes[name].unfit = why

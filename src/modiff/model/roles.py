@@ -32,6 +32,7 @@ class Roles:
         self.sample: Tensor | None = None
         self.first = self.last = self.reads_sample = ""
         self.rows: dict[str, bool] = {}
+        self.maxima = ChannelMaxima()
         self._stack = ExitStack()
 
     def begin(self, model: nn.Module, sample: Tensor | None) -> None:
@@ -46,9 +47,11 @@ class Roles:
         self._stack.close()
         self.sample = None
 
-    def see(self, name: str, _layer: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
-        """A layer ran."""
+    def see(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
+        """A layer ran. Cost: a pass over its input."""
         x, sample = inputs[0], self.sample
+        if name in self.taken and x.numel():
+            self.maxima.see(name, layer, x)
         row = sample is not None and sample.dim() > 2 >= x.dim() and x.numel() <= len(sample) * x.shape[-1]
         self.rows[name] = row and self.rows.get(name, True)
         self.first = self.first or ("" if row else name)
@@ -61,7 +64,10 @@ class Roles:
         reasons = dict.fromkeys(rows, "reads one row a sample: an embedding")
         if self.ends_matter and self.last:
             reasons |= {self.last: "runs last", self.reads_sample or self.first or self.last: "runs first"}
-        reasons = {name: why for name, why in reasons.items() if not matches(name, self.named)}
+        outliers = {
+            o.name: f"channels reach {o.largest:.2g}, the median one {o.median:.2g}" for o in self.maxima.outliers()
+        }
+        reasons = {name: why for name, why in (reasons | outliers).items() if not matches(name, self.named)}
         reasons |= {name: NEVER for name in self.names if name not in self.rows}
         return {name: why for name, why in reasons.items() if name in self.taken}
 
