@@ -4,7 +4,9 @@ python bench/sampling/parallel.py --json docs/results/parallel.json
 
 DDIM from the same noise. Relative L2 of the final images to sequential sampling in full precision; and, of modulated
 rows, to parallel sampling in full precision with the same window and tolerance. Residual: the root mean square of what
-a layer quantizes, divided by that of sequential sampling, median and largest over the layers.
+a layer quantizes in the rows of a timestep, divided by that of sequential sampling at this timestep: median and 95 %
+quantile over layers and timesteps. "states by row" keeps states of each row from iteration to iteration instead, and
+moves them on with the window: what modulation along the window is compared with.
 """
 
 import argparse
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +30,8 @@ from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.attach import required_attachment
+from modiff.model.observe import observe
+from modiff.sampling.parallel import ParallelSampler, rows_of
 from modiff.sampling.pipelines import ParallelPipeline
 
 CONFIGS: dict[str, ModiffConfig | None] = {
@@ -35,27 +41,96 @@ CONFIGS: dict[str, ModiffConfig | None] = {
 }
 WINDOWS = ((1, 0.0), (5, 0.1), (10, 0.1), (25, 0.1), (10, 0.01))
 """Rows and tolerance; the first is sequential sampling."""
+NAMES = ("parallel", "tolerance")
 
 
-class Size:
-    """The mean square of all that it observes."""
+class Sizes:
+    """The mean squares of one layer's residuals, by timestep. times: the timesteps of the rows in this call."""
 
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+    def __init__(self, times: list[float]) -> None:
+        self.times, self.seen = times, 0
+        self.squares: dict[float, list[float]] = {}
 
-    def observe(self, x: Tensor) -> None:
-        self.total, self.count = self.total + float(x.square().sum()), self.count + x.numel()
+    def observe(self, residual: Tensor) -> None:
+        """Of one row of all images; where rows are in one call, the first anchors, and each reader quantizes all."""
+        row = 1 + self.seen % (len(self.times) - 1) if len(self.times) > 1 else 0
+        self.squares.setdefault(self.times[row], []).append(float(residual.square().mean()))
+        self.seen += 1
+
+
+Squares = dict[tuple[str, float], float]
+"""By layer and timestep."""
+
+
+def ratios(squares: Squares, before: Squares) -> tuple[float | None, float | None]:
+    """Median and 95 % quantile of the root of each over that of sequential sampling; None where there is none."""
+    each = [(squares[key] / before[key]) ** 0.5 for key in squares.keys() & before.keys() if before[key]]
+    return (float(np.median(each)), float(np.quantile(each, 0.95))) if each else (None, None)
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
-    print("| | window | tolerance | iterations | evaluations | relative L2 | to parallel | residual | largest |")
+    print("| | window | tolerance | iterations | evaluations | relative L2 | to parallel | residual | 95 % |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for row in rows:
-        ratios = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("residual", "largest_residual")]
+        shares = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("residual", "residual_95")]
         errors = [f"{row[key]:.4f}" for key in ("relative_l2", "to_parallel")]
-        counts = [row[key] for key in ("config", "window", "tolerance", "iterations", "evaluations")]
-        print(f"| {' | '.join(map(str, [*counts, *errors, *ratios]))} |")
+        counts = [row[key] for key in ("config", *NAMES, "iterations", "evaluations")]
+        print(f"| {' | '.join(map(str, [*counts, *errors, *shares]))} |")
+
+
+def sampled(
+    pipe: Any, config: ModiffConfig | None, options: argparse.Namespace, settings: dict[str, Any]
+) -> tuple[dict[str, Any], np.ndarray, Squares]:
+    """Iterations and evaluations, images, and the squares of the residuals."""
+    sizes: dict[str, Sizes] = {}
+    times: list[float] = []
+
+    def before(_: object, args: tuple[Any, ...], __: object) -> None:
+        now = torch.as_tensor(args[1]).flatten().tolist()
+        times[:] = now[: max(1, len(now) // options.num_images)]
+        for size in sizes.values():
+            size.seen = 0
+
+    if config is not None:
+        modiff.apply(pipe, config)
+        for name, layer in required_attachment(pipe.unet, "bench").layers.items():
+            sizes[name] = Sizes(times)
+            layer.quantizer.watch(lambda size=sizes[name]: size)
+    noise = noise_generators(options.seed, range(options.num_images))
+    with observe(pipe.unet, before_step=before):
+        result = pipe(options.num_images, noise, num_inference_steps=options.steps, output_type="np", **settings)
+    if config is not None:
+        modiff.remove(pipe)
+    squares = {(n, t): statistics.mean(each) for n, size in sizes.items() for t, each in size.squares.items()}
+    counts = {name: getattr(result, name, options.steps) for name in ("iterations", "evaluations")}
+    return counts, result.images, squares
+
+
+def sampled_by_row(
+    pipe: Any, config: ModiffConfig, options: argparse.Namespace, parallel: int, tolerance: float
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Iterations and evaluations, and images, where each row of the window has states that move on with it."""
+    denoise, size = rows_of(lambda x, t: pipe.unet(x, t).sample), pipe.unet.config.sample_size
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        rows = x.shape[1]  # the last windows are short, the batch of the states is not
+        x = torch.cat([x, x[:, -1:].expand(-1, parallel - rows, *x.shape[2:])], 1)
+        return denoise(x, torch.cat([t, t[-1:].expand(parallel - rows)]))[:, :rows]
+
+    def move(rows: int) -> None:
+        index = (torch.arange(parallel) + rows).clamp_max(parallel - 1)
+        modiff.reorder(pipe.unet, (index + parallel * torch.arange(options.num_images)[:, None]).flatten())
+
+    noise = noise_generators(options.seed, range(options.num_images))
+    start = randn_tensor((options.num_images, pipe.unet.config.in_channels, size, size), generator=noise)
+    sampler = ParallelSampler(pipe.scheduler, parallel, tolerance)
+    modiff.apply(pipe.unet, config)
+    with modiff.trajectory(pipe.unet):
+        result = sampler(evaluate, start, options.steps, generator=noise, advanced=move)
+    modiff.remove(pipe.unet)
+    images = (result.sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return {"iterations": result.iterations, "evaluations": result.evaluations}, images
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,44 +150,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parallel = ParallelPipeline(unet=sequential.unet, scheduler=sequential.scheduler)
     parallel.set_progress_bar_config(disable=True)
 
-    def sampled(config: ModiffConfig | None, rows: int, tolerance: float) -> tuple[dict[str, Any], np.ndarray]:
-        pipe: Any = sequential if rows == 1 else parallel
-        settings: dict[str, Any] = {"num_inference_steps": options.steps, "output_type": "np"}
-        settings |= {} if rows == 1 else {"parallel": rows, "tolerance": tolerance}
-        layers, sizes = {}, {}
-        if config is not None:
-            modiff.apply(pipe, config)
-            layers = required_attachment(pipe.unet, "bench").layers
-        for name, layer in layers.items():
-            sizes[name] = Size()
-            layer.quantizer.watch(lambda size=sizes[name]: size)
-        noise = noise_generators(options.seed, range(options.num_images))
-        result = pipe(batch_size=options.num_images, generator=noise, **settings)
-        if config is not None:
-            modiff.remove(pipe)
-        counts = {name: getattr(result, name, options.steps) for name in ("iterations", "evaluations")}
-        means = {name: size.total / size.count for name, size in sizes.items() if size.count}  # layers share quantizers
-        return counts | {"sizes": means}, result.images
-
     names = [name for name in CONFIGS if name != "modulated W8A8" or not options.quick]
     windows = WINDOWS[: 2 if options.quick else None]
     rows: list[dict[str, Any]] = []
     images: dict[tuple[str, int, float], np.ndarray] = {}
-    for name, window in tqdm([(name, window) for name in names for window in windows]):
-        row, images[name, *window] = sampled(CONFIGS[name], *window)
-        sizes = row.pop("sizes")
-        if window == WINDOWS[0]:
-            before = sizes
-        ratios = [(sizes[layer] / before[layer]) ** 0.5 for layer in sizes]
-        row |= {"config": name, "window": window[0], "tolerance": window[1]}
-        row["relative_l2"] = relative_l2(images[name, *window], images["full precision", *WINDOWS[0]])
-        row["to_parallel"] = relative_l2(images[name, *window], images["full precision", *window])
-        row["residual"], row["largest_residual"] = (statistics.median(ratios), max(ratios)) if ratios else (None, None)
+    sequentially: Squares = {}
+
+    def add(name: str, window: tuple[int, float], counts: dict[str, Any], result: np.ndarray, squares: Squares) -> None:
+        images[name, *window] = result
+        row = {"config": name, **dict(zip(NAMES, window, strict=True)), **counts}
+        row["relative_l2"] = relative_l2(result, images["full precision", *WINDOWS[0]])
+        row["to_parallel"] = relative_l2(result, images["full precision", *window])
+        row["residual"], row["residual_95"] = ratios(squares, sequentially)
         rows.append(row)
+
+    for name, window in tqdm([(name, window) for name in names for window in windows]):
+        config, alone = CONFIGS[name], window == WINDOWS[0]
+        settings = {} if alone else dict(zip(NAMES, window, strict=True))
+        counts, result, squares = sampled(sequential if alone else parallel, config, options, settings)
+        sequentially = squares if alone else sequentially
+        add(name, window, counts, result, squares)
+        if config is not None and not alone:
+            add(f"{name}, states by row", window, *sampled_by_row(sequential, config, options, *window), {})
     show(rows)
     if options.json is not None:
-        settings = {key: getattr(options, key) for key in ("model", "sampler", "steps", "num_images", "seed")}
-        write_json(options.json, {"rows": rows, "settings": settings, "environment": dict(environment())})
+        origin = {key: getattr(options, key) for key in ("model", "sampler", "steps", "num_images", "seed")}
+        write_json(options.json, {"rows": rows, "settings": origin, "environment": dict(environment())})
 
 
 if __name__ == "__main__":
