@@ -123,7 +123,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_a_foreign_dtype_and_a_tensor_twice_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"gone\.safetensors: expected a safetensors file, got No such fileoundError"):
+    with pytest.raises(FormatError, match=r"gone\.safetensors: expected a safetensors file, got FileNotFoundError"):
         read_headers([tmp_path / "gone.safetensors"])
     save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "f8.safetensors")
     with pytest.raises(FormatError, match="expected numbers that modiff writes in a, got F8_E4M3"):
@@ -194,7 +194,7 @@ def scales(layer: str, key: str) -> Damage:
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "empty": (lambda f: [p.unlink() for p in f.iterdir()], "config.json: expected the config of a saved model"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "model.safetensors: expected a safetensors file, got No such file"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "model.safetensors: expected a safetensors file, got FileNotF"),
     "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "missing or damaged"),
     "garbled config": (text("{"), "config of a saved model, got "),
     "another class": (text('{"modiff_module": "UNet"}'), "expected the config of a Toy, got one of 'UNet'"),
