@@ -82,6 +82,16 @@ def test_the_walk_ends_at_the_fastest_point_of_the_front_within_the_error(ways, 
     assert len(tried) <= settings.TRIES
 
 
+def test_integers_that_are_as_exact_as_floats_need_no_price() -> None:
+    """Those of a layer that reads the same at each step, such as the keys of a prompt."""
+    constant: Options = {"k": [FLOATS, Option(6.0, 0.0, 100, W8A8)]}
+    assert prices(constant) == [0.0]
+    for options in (constant, constant | {"a": TOY["a"]}):
+        within, _ = fastest_within(1e-6, options, lambda choice: Tried(choice, together(choice)))
+        assert within is not None
+        assert [option.setting for option in within.choice.values()] == ["W8A8 modulated", "floats"][: len(options)]
+
+
 def test_a_diverged_trajectory_says_nothing_and_the_walk_goes_on_from_the_middle() -> None:
     within, beyond = fastest_within(0.02, TOY, lambda c: Tried(c, math.inf if together(c) > 0.2 else 0.01))
     assert within is not None

@@ -122,9 +122,10 @@ def cheapest(options: Options, price: float, budget: int | None = None) -> Choic
 
 
 def prices(options: Options) -> list[float]:
-    """The prices of error at which `cheapest` changes its mind, from fast to exact; at the last one all are floats."""
-    pairs = (pair for ways in options.values() for pair in combinations(ways, 2) if pair[0].seconds > pair[1].seconds)
-    turns = {(exact.seconds - fast.seconds) / (fast.error**2 - exact.error**2) for exact, fast in pairs}
+    """The prices of error at which `cheapest` changes its mind, from fast to exact; at the last one there is none."""
+    pairs = (pair for ways in options.values() for pair in combinations(ways, 2))
+    turns = {(exact.seconds - fast.seconds) / (fast.error**2 - exact.error**2)
+             for exact, fast in pairs if exact.seconds > fast.seconds and exact.error < fast.error}  # fmt: skip
     return [0.0, *(turn * (1 + 1e-9) for turn in sorted(turns))]
 
 
@@ -146,10 +147,10 @@ def fastest_within(
         return cheapest(options, turns[turn], budget)
 
     turns = prices(options)
-    low, high = -1, len(turns) - 1  # at the last price all layers are floats, which have no error
+    low, high = -1, len(turns) - all(option.config is None for option in at(len(turns) - 1).values())
     within, beyond, scale = None, None, math.inf
     for _ in range(TRIES):
-        if high - low < 2 or together(at(low + 1)) == 0:
+        if high - low < 2:
             break
         middle = (low + high) // 2 if low >= 0 else 0
         if low >= 0 and math.isfinite(scale):
