@@ -124,6 +124,7 @@ def test_without_a_compiler_both_sides_run_as_they_are_and_the_result_says_why(m
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler\nat all")
 
+    monkeypatch.setattr("modiff.errors._WARNED", set())
     monkeypatch.setattr(loops.torch, "compile", broken)
     with pytest.warns(ModiffWarning, match="accelerate: .* without torch.compile, more slowly: RuntimeError: no C"):
         result = accelerated(model := toy(), compile=True)

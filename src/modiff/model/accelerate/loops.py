@@ -188,7 +188,9 @@ class Race:
             except Exception as error:  # any of the compiler's
                 line = (str(error).strip() or repr(error)).splitlines()[0]
                 self.runs[side], self.uncompiled = plain, f"{type(error).__name__}: {line}"
-                warn_once(line, f"accelerate: {side} run without torch.compile, more slowly: {self.uncompiled}")
+                warn_once(
+                    f"{side}: {line}", f"accelerate: {side} run without torch.compile, more slowly: {self.uncompiled}"
+                )
 
     def once(self, side: str, title: str = "loops") -> None:
         """One trajectory."""
