@@ -6,8 +6,8 @@
 The text is a .jsonl of verses ("book", "chapter", "text"), whose chapters are the documents, or a .txt, cut every 4000
 characters. Letters become a to z and a space; every twentieth document is held out. The loss is the bound on nats per
 character: of a uniformly drawn number of masked characters, the mean cross entropy. The run writes
-`OUT/checkpoint.pt` every few minutes and goes on from there; `OUT/model` holds the averaged weights in float16 and
-`OUT/training.json` what it saw. Minutes are of processor time.
+`OUT/checkpoint.pt` every few minutes and goes on from there; `OUT/pipeline` is a diffusers folder of the averaged
+weights in float16, and `OUT/training.json` says what they saw. Minutes are of processor time.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch.nn import functional
 from train_reference import Progress, rate_factor, resume, update_average
 
 from modiff.assets.characters import CharacterTransformer
+from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline
 
 HELD_OUT, DOCUMENT = 20, 4000
 
@@ -35,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, with the values that trained the embedded model as defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help=".jsonl of verses, or .txt")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint.pt and model/")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint.pt and pipeline/")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this much processor time in all runs")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
@@ -146,7 +147,8 @@ def save(output: Path, models: Sequence[Any], optimizers: Optimizers, progress: 
     (output / "checkpoint.tmp").replace(output / "checkpoint.pt")
     half = CharacterTransformer.from_config(average.config)
     half.load_state_dict(average.state_dict())
-    half.half().save_pretrained(output / "model")
+    scheduler = MaskedScheduler(average.mask_token_id)
+    MaskedTextPipeline(half.half(), scheduler).save_pretrained(output / "pipeline")
     card = {name: value.name if isinstance(value, Path) else value for name, value in card.items()}
     record = {"step": progress.step, "rows_seen": progress.images_seen, "processor_seconds": round(progress.seconds)}
     record |= {"parameters": sum(p.numel() for p in average.parameters()), "losses": progress.losses[-50:]}

@@ -13,6 +13,7 @@ FOLDERS = [
     (assets.classifier_folder, "embedded", "fashion_mnist_classifier/config.json"),
     (assets.model_folder, "cifar10", "cifar10/model_index.json"),
     (assets.classifier_folder, "cifar10", "cifar10_classifier/config.json"),
+    (lambda _: assets.text_folder(), "", "king_james/model_index.json"),
 ]
 
 
@@ -23,7 +24,7 @@ def test_a_folder_next_to_the_module_is_returned_and_a_package_without_its_data_
     monkeypatch.setattr(assets, "files", {"modiff.assets": tmp_path}.__getitem__)
     for make in (lambda: None, (tmp_path / landmark).parent.mkdir):
         make()
-        with pytest.raises(FormatError, match=rf"expected {landmark} in the package.*make_assets\.py"):
+        with pytest.raises(FormatError, match=rf"expected {landmark} in the package.*training/\w+\.py"):
             folder(name)
     (tmp_path / landmark).write_text("{}")
     assert folder(name) == (tmp_path / landmark).parent

@@ -66,11 +66,11 @@ def test_a_run_learns_and_one_that_is_interrupted_ends_with_the_same_bits(text, 
         if interrupt_at:
             assert json.loads((tmp_path / name / "training.json").read_text())["step"] < 12
             text.train(options(text, verses, tmp_path / name))
-        saved.append(load_file(tmp_path / name / "model" / "diffusion_pytorch_model.safetensors"))
+        saved.append(load_file(tmp_path / name / "pipeline" / "model" / "diffusion_pytorch_model.safetensors"))
         card = json.loads((tmp_path / name / "training.json").read_text())
         assert (card["step"], card["text"], card["rows_seen"]) == (12, "verses.jsonl", 48)
     assert_same_tensors(*saved)
-    model = text.CharacterTransformer.from_pretrained(tmp_path / "whole" / "model")
+    model = text.CharacterTransformer.from_pretrained(tmp_path / "whole" / "pipeline" / "model")
     assert next(model.parameters()).dtype == torch.float32
     assert all(tensor.dtype == torch.float16 for tensor in saved[0].values())
     assert isinstance(model.norm, nn.RMSNorm)

@@ -52,6 +52,14 @@ def embedded_folder() -> Path:
     return model_folder(EMBEDDED)
 
 
+def text_folder() -> Path:
+    """The folder of the small text model, for `modiff.sampling.masked.MaskedTextPipeline.from_pretrained`.
+
+    Raises: FormatError if the package has no such folder.
+    """
+    return _existing("king_james", "model_index.json", "Install modiff again, or train it with training/train_text.py.")
+
+
 def classifier_folder(name: str = EMBEDDED) -> Path:
     """The folder of the classifier of a model's data, for `modiff.evaluate.features.classifier.load_classifier`.
 
@@ -80,6 +88,5 @@ def _folder(name: str, kind: str, landmark: str) -> Path:
 def _existing(name: str, landmark: str, remedy: str) -> Path:
     folder = Path(str(files(__name__).joinpath(name)))
     if not (folder / landmark).is_file():
-        raise FormatError(f"modiff.assets: expected {folder.name}/{landmark} in the package, got no such file. "
-                          f"{remedy}")  # fmt: skip
+        raise FormatError(f"modiff.assets: expected {name}/{landmark} in the package, got no such file. {remedy}")
     return folder

@@ -15,11 +15,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from modiff.assets.characters import CharacterTransformer
 from modiff.config import check
 from modiff.errors import ConfigError
 
-__all__ = ["MaskedScheduler", "MaskedTextOutput", "MaskedTextPipeline", "ModelMixin", "SchedulerMixin"]
-"""The mixins too: diffusers looks them up in the module that a saved pipeline names."""
+__all__ = [
+    "CharacterTransformer", "MaskedScheduler", "MaskedTextOutput", "MaskedTextPipeline", "ModelMixin", "SchedulerMixin",
+]  # fmt: skip
+"""With what diffusers must have imported to load a saved pipeline: the model of the package, and base classes."""
 
 LEAST = 1e-3
 """α at t = 1."""
