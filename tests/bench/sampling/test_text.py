@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import text
 from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline
+from sampling import text
 from tests.sampling.test_masked import characters
 
 POETRY, LAW = "o sing unto the lord a new song", "ye shall keep all my statutes and do them"
