@@ -82,6 +82,15 @@ def test_a_calibrated_model_follows_its_network_and_repeats_itself():
         assert float((a - e).norm() / e.norm()) < 0.01
 
 
+def test_layers_whose_inputs_jump_are_named_as_static_scales_do_not_look_for_it(monkeypatch):
+    monkeypatch.setattr("modiff.errors._WARNED", set())
+    fresh = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    with pytest.warns(ModiffWarning, match=r"calibrate: .* got layer \(residuals reach further than inputs\).*plain"):
+        calibrate(static(), fresh)
+    calibrate(static(), [fresh[0] + 0.1 * x for x in fresh])  # warnings are errors
+    calibrate(static(modulated=False), fresh)
+
+
 def test_an_observer_with_settings_of_its_own_can_be_given():
     x = torch.randn(2000, 16)
     x[0, 0] = 12.0

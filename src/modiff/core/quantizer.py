@@ -42,6 +42,7 @@ class Quantizer:
         moment: tells the steps of a trajectory apart; needed where `config.step_groups` is not 1.
 
     finds_jumps: whether the scales of a residual may be compared with those of its value. unsent: as `affine.unsent`.
+    value_reach, residual_reach: largest magnitudes of inputs and of what was coded of them, in the last measurement.
     static: the scales of all steps. tables: or one set of scales for each group of steps; `moments` says which group a
     moment belongs to. Both are None before calibration, and with dynamic scales.
     """
@@ -68,6 +69,7 @@ class Quantizer:
         self.static: tuple[QParams, ...] | None = None
         self.tables: dict[int, tuple[QParams, ...]] | None = None
         self.moments: dict[Moment, int] = {}
+        self.value_reach = self.residual_reach = 0.0
         self._make: Callable[[], Observer] | None = None
         self._watched: dict[Moment, tuple[Observer, ...]] = {}
 
@@ -82,6 +84,7 @@ class Quantizer:
             now: Moment = () if self.config.step_groups == 1 else self._now()
             if now not in self._watched:
                 self._watched[now] = tuple(self._make() for _ in self.runs)
+            self.residual_reach = max(self.residual_reach, float(residual.abs().amax()))
             for observer, run in zip(self._watched[now], self.split(residual), strict=True):
                 observer.observe(run.clamp_min(0) if self.config.lowest == "zero" else run)
         elif not self.config.dynamic:
@@ -128,7 +131,7 @@ class Quantizer:
 
     def watch(self, make: Callable[[], Observer]) -> None:
         """Measure from now on, with an observer from `make` for each run (and each moment, with step groups)."""
-        self._make, self._watched = make, {}
+        self._make, self._watched, self.value_reach, self.residual_reach = make, {}, 0.0, 0.0
 
     def unwatch(self) -> None:
         """Stop measuring and forget what was seen; scales measured before stay."""

@@ -81,12 +81,23 @@ def measure_scales(
         for _, quantizer, _ in quantizers:
             if not quantizer.saw_nothing:
                 quantizer.freeze()
+        _warn_of_jumps(quantizers)
         step_sizes = {attachment: StepSizes(attachment.step_sizes.largest) for attachment in step_sizes}
     finally:
         for attachment, sizes in step_sizes.items():
             attachment.step_sizes = sizes
         for _, quantizer, _ in quantizers:
             quantizer.unwatch()
+
+
+def _warn_of_jumps(quantizers: Sequence[tuple[str, Quantizer, Clock]]) -> None:
+    jumping = [name for name, quantizer, _ in quantizers if quantizer.residual_reach > quantizer.value_reach > 0]
+    warn_unfit(
+        "calibrate",
+        dict.fromkeys(jumping, "residuals reach further than inputs"),
+        "Plain codes lose less there. Use dynamic scales, which see where an input jumps, or run these layers plain: "
+        "overrides=((name, LayerConfig(modulation=None)),).",
+    )
 
 
 def _finite(make: MakeObserver, axis: int | None, name: str, clock: Clock) -> Observer:
