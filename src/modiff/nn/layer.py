@@ -138,9 +138,8 @@ class ModulatedLayer(nn.Module):
         self.operator.parameters = self._parameters
 
     def _parameter(self, name: str) -> Any:
-        for parameters in (self._parameters, self.operator.parameters):
-            if name in parameters:
-                return parameters[name]
+        if name in (parameters := {**self.operator.parameters, **self._parameters}):
+            return parameters[name]
         raise AttributeError(name)
 
     def _make(self, name: str, made: Tensor) -> None:
@@ -152,11 +151,8 @@ class ModulatedLayer(nn.Module):
     def check_own(self, verb: str) -> None:
         """Make sure that the parameters are the layer's own. Raises: StateError for those made at each call."""
         if made := {"weight", "bias"} - self._parameters.keys():
-            raise StateError(
-                f"{verb}: expected {self.name}.{min(made)} to be a parameter, got one that pruning, a norm or a "
-                "parametrization makes at each call since modiff was applied. Call modiff.remove, then modiff.apply, "
-                "which evaluates it once."
-            )
+            raise StateError(f"{verb}: expected {self.name}.{min(made)} as a parameter, got one that a hook or "
+                             "parametrization makes at each call. Call modiff.remove and modiff.apply.")  # fmt: skip
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch. Raises: StateError for floats that would be a packed weight, or make one."""
@@ -241,11 +237,9 @@ class ModulatedLayer(nn.Module):
         bits = self.config.weight.bits
         if bits is None or (self.spec.anchors_exactly and not self.packed):
             return "exact weights"
-        return (
-            f"int8 anchor codes ({1.5 if bits <= 4 else 2} bytes a weight)"
-            if self.keeps_error()
-            else "quantized weights"
-        )
+        if self.keeps_error():
+            return f"int8 anchor codes ({1.5 if bits <= 4 else 2} bytes a weight)"
+        return "quantized weights"
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a packed weight, as `packed_storage` has them; the replaced layer keeps its weight."""
