@@ -96,8 +96,17 @@ def drift(record: Record) -> list[str]:
     return [f"{record.task.variant}, wave {wave}: {ratio:.2f}x its time in wave 1" for wave, ratio in ratios.items()]
 
 
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (seconds, error) that no other one beats in both, from fast to exact."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Error against seconds, one point a variant; an error of 0 or none lies on the lower edge."""
+    """Error against seconds, one point a variant, and the line of the best; an error of 0 or none is the lower edge."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -113,6 +122,8 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         axes.annotate(
             row["variant"], (row["seconds_min"], shown), xytext=(5, 4), textcoords="offset points", fontsize=8
         )
+    best = pareto((row["seconds_min"], row["relative_l2"] or floor) for row in rows)
+    axes.step(*zip(*best, strict=True), where="post", color="tab:orange", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="seconds a loop, fastest round", ylabel="relative L2 to fp32-eager")
     axes.set_title(title, fontsize=9)
     axes.grid(True, which="both", alpha=0.2)

@@ -63,3 +63,8 @@ def test_less_instructions_than_asked_for_are_refused():
     }
     with pytest.raises(ConfigError, match=r"--isa vnni: expected .* AVX-512 VNNI, got one that reaches avx512\. "):
         denoising_loop.child_environment("vnni", None, {**amx, "avx512_vnni": False})
+
+
+def test_the_line_of_the_plot_joins_what_no_other_variant_beats_in_time_and_error() -> None:
+    points = [(2.0, 0.3), (1.0, 0.5), (3.0, 0.3), (1.0, 0.6), (4.0, 0.1), (5.0, 0.2)]
+    assert loop_report.pareto(points) == [(1.0, 0.5), (2.0, 0.3), (4.0, 0.1)]

@@ -20,12 +20,11 @@ from modiff.model.select import layer_names
 from modiff.nn.adapters import modules_of
 
 WALKS = ((0, False), (0, True), (10, False))
-"""(how often layers anchor again, 0 is never; whether plain integers may be taken) of the fronts that are walked.
-
-Alone, with all it reads in the cache, a plain layer looks faster than it is in a loop, so it must win there.
-"""
+"""(how often layers anchor again, 0 is never; whether plain integers may be taken) of the fronts that are walked."""
 TRAJECTORIES = 2 + TRIES * len(WALKS) + 2 * (1 + ROUNDS)
 """Of an example, at most: full precision, layers, errors, both sides to compile and to race."""
+CLEARLY = 0.9
+"""Share of an earlier front's time that a later one must take at most: its trajectories were not compiled."""
 SPARE = 0.95
 """Share of the error allowed that the search spends: the compiled loop rounds a little differently."""
 
@@ -103,7 +102,7 @@ def accelerate_networks(
                 name: [o for o in each if plain or budget is not None or not o.plain] for name, each in ways.items()
             }
             within, worse = fastest_within(SPARE * max_error, options, attempt, budget)
-            best = within if within and (best is None or within.seconds < MARGIN * best.seconds) else best
+            best = within if within and (best is None or within.seconds < CLEARLY * best.seconds) else best
             beyond = beyond or worse
         result = dataclasses.replace(result, advice=_advice(trials, beyond, compile))
         if best is None:
