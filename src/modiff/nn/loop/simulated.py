@@ -204,7 +204,7 @@ class InputState:
     def encoded(self, x: Tensor, fusion: InputFusion | None, state: State | None) -> tuple[Update, State]:
         """The step of `core.recursion`."""
         value = x if fusion is None and self.spec.encodes_as_it_comes else self.spec.prepared(x, fusion)
-        if self.quantizer.watching and state is not None:
+        if not self.quantizer.config.dynamic and self.quantizer.watching and state is not None:
             self.quantizer.value_reach = max(self.quantizer.value_reach, float(value.abs().amax()))
         ratio = 1.0 if self.predictor.past_states == 1 or state is None else self.ratio(x.device)
         every = self.quantizer.config.refresh_every
