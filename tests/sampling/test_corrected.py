@@ -158,8 +158,10 @@ def test_corrections_compose_and_the_conditional_mean_of_d2_dpm_is_one():
     assert both.gain == ((4.0,), (9.0,))
     assert both.offset == ((1.5, 3.0), (0.0, -4.0))
     assert (both.shift, both.noise, both.eta) == (((1.0,), (2.0,)), (0.25, 0.5), 1.0)
-    with pytest.raises(ConfigError, match=r"then\.timesteps: expected that of the first"):
-        first.then(Correction.of([10.0, 4.0]))
+    for name, other in (("timesteps", Correction.of([10.0, 4.0])), ("eta", Correction.of(steps, eta=0.5)),
+                        ("threshold", Correction.of(steps, threshold=1.0))):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"then\.{name}: expected"):
+            first.then(other)
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(100_000, generator=generator, dtype=torch.float64)
     said = 1.1 * exact + 0.2 + 0.1 * torch.randn(100_000, generator=generator, dtype=torch.float64)

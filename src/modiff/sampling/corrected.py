@@ -87,15 +87,16 @@ class Correction(JsonConfig):
 
     def then(self, other: "Correction") -> "Correction":
         """Both: this one, and `other` on its result. Raises: ConfigError if they are for other steps or axes."""
-        for name in ("timesteps", "channel_dim", "threshold"):
+        for name in ("timesteps", "channel_dim", "eta", "threshold"):
             first, second = getattr(self, name), getattr(other, name)
-            fits = first == second and (name != "threshold" or first is None)
+            fits = first == second if name != "threshold" else first is second is None
+            fits = fits or (name == "eta" and None in (first, second))
             expected = "None in both" if name == "threshold" else f"that of the first, {first}"
             check(f"then.{name}", second, fits, expected, "One table must say what both do. Make both for the same.")
         a, b = ({n: _table(getattr(c, n)) for n in TABLES} for c in (self, other))
         gain = _combined(torch.mul, a["gain"], b["gain"])
         scaled = _combined(torch.mul, a["offset"], b["gain"]) if a["offset"] is not None else None
-        noise = _combined(torch.mul, *(None if c.noise is None else torch.tensor(c.noise) for c in (self, other)))
+        noise = _combined(torch.mul, _table(self.noise), _table(other.noise))
         return Correction.of(
             self.timesteps, gain=gain, offset=_combined(torch.add, scaled, b["offset"]), noise=noise,
             shift=_combined(torch.add, a["shift"], b["shift"]), eta=self.eta if other.eta is None else other.eta,
@@ -129,7 +130,7 @@ def _rows(table: Tensor) -> Rows:
     return tuple(tuple(row) for row in table.double().reshape(len(table), -1).tolist())
 
 
-def _table(rows: Rows | None) -> Tensor | None:
+def _table(rows: Rows | tuple[float, ...] | None) -> Tensor | None:
     return None if rows is None else torch.tensor(rows, dtype=torch.float64)
 
 
