@@ -52,6 +52,13 @@ def test_k_is_the_least_of_its_sum_and_1_where_the_networks_agree(settings):
         assert torch.allclose(k, least, rtol=1e-12)
 
 
+def test_noise_draws_k_of_the_relative_error_far_below_that_of_least_squares():
+    r, noise = outputs()
+    published, quick = (factors(r + 0.3 * noise, r, EVERYWHERE, c, 1) for c in (TacConfig(), TacConfig.quick()))
+    assert float(published.max()) < 0.75
+    assert 0.85 < float(quick.min()) < float(quick.max()) < 1
+
+
 def test_a_multiple_is_undone_up_to_the_ridge():
     r, c = outputs()[0], 1.05
     config = TacConfig(floor=0.0)

@@ -5,8 +5,9 @@
 with r the prediction of full precision on its own trajectory x, and q the quantized one on its corrected trajectory y.
 """
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class TacConfig(CorrectionConfig):
     """TAC's settings: one pass of both networks side by side, each on its own trajectory. There is no official code.
 
     relative, ridge: the weights a and b of the relative error and of (K - 1)² (Stable Diffusion 3.5: 0.8 and 0.1).
+        Both 0 is least squares, as in `quick`: noise in q makes K of the relative error far too small.
     floor: entries with |r| <= floor * rms(r) of their channel are left out of the relative error and of N: for normal
         predictions E[1 / r²] is infinite, so the result depends on it. State it next to every figure.
     corrects: "all" entries, or the "large" ones, |q| > threshold * mean |q| of their sample. The third-party code
@@ -47,6 +49,11 @@ class TacConfig(CorrectionConfig):
     corrects: Literal["all", "large"] = "all"
     threshold: float = 1.0
     bias: Literal["state", "channel"] = "state"
+
+    @classmethod
+    def quick(cls) -> Self:
+        """For the embedded model and others of its size: least squares, as the relative error draws K far below 1."""
+        return dataclasses.replace(super().quick(), relative=0.0, ridge=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
