@@ -1,6 +1,6 @@
 """What do PTQD and TAC add to min-max quantization at each pair of bit widths, plain and modulated? Writes JSON rows.
 
-python bench/corrections.py --work corrections-bench
+python bench/sampling/corrections.py --work corrections-bench
 
 Relative L2 of final images to full precision, DDIM, from noise that nothing was learned from: with the plain sampler
 and with each table, on one quantized network in a row. Finished rows are kept: the command goes on after the last one.

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from bench import corrections
+from bench.sampling import corrections
 from tests.pixels import saved_pipeline
 
 
