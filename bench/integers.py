@@ -89,13 +89,14 @@ def budgets(pipe: Any, name: str, num_images: int, steps: int = 20) -> list[dict
     """A row for each share of the states' bytes and each rule."""
     run = calibration_run(pipe, steps=steps, batch=num_images)
     exact = images(run, pipe, 0, None)[0]
-    whole, rows = images(run, pipe, 0, lambda: modiff.apply(pipe, name))[1], list[dict[str, Any]]()
+    whole, rows = modiff.apply(pipe, name).memory.expected, list[dict[str, Any]]()  # of one image, as budgets are
+    modiff.remove(pipe)
     for share in tqdm(SHARES, desc=name):
         budget = max(1, int(share * whole))
         for rule, trial in (("measured", lambda: run(0)), ("smallest", None)):
             fit = partial(modiff.apply, pipe, name, state_memory=budget, run=trial)
             kept, size = images(run, pipe, 0, fit)
-            row = {"config": name, "share": share, "rule": rule, "mib": size / 2**20}
+            row = {"config": name, "share": share, "rule": rule, "mib": size / num_images / 2**20}
             rows.append(row | {"relative_l2": relative_l2(kept, exact)})
     return rows
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import logging
+import shutil
 import subprocess
 import sys
 import warnings
@@ -65,6 +67,15 @@ def test_a_folder_is_of_one_process(model: Path, tmp_path: Path, monkeypatch, wo
     with FileLock(Path("a") / LOCK):
         result = command(*words.split(), model, "-o", "b" if "--work" in words else "a", "--steps", 2)
     assert_one_line(result, "a: expected a folder that no other process writes to, got one in use")
+
+
+def test_libraries_do_not_log_what_the_one_line_says(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "broken")
+    next(folder.glob("unet/*.safetensors")).unlink()
+    assert_one_line(
+        command("sample", folder, "-o", tmp_path / "out"), "broken/unet: expected part of a diffusers pipeline"
+    )
+    assert not logging.getLogger("diffusers").isEnabledFor(logging.ERROR)
 
 
 def run(body: Callable[[], object], *words: str) -> Result:

@@ -63,6 +63,15 @@ def test_states_of_flux_and_of_videos_are_known_at_the_usual_size_of_their_pipel
         assert modiff.report(pipe).memory.states == expected > 0
 
 
+def test_a_video_model_of_a_billion_weights_is_told_of_without_its_weights() -> None:
+    sizes = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+    with torch.device("meta"):
+        transformer = diffusers.WanTransformer3DModel(**sizes).eval()
+    parts = HOSTS["wan"].build().components | {"vae": None, "transformer": transformer}
+    with pytest.warns(ModiffWarning, match=r"got about 266\.7 GiB for one generation of WanTransformer3DModel"):
+        modiff.apply(diffusers.WanPipeline(**parts), "w8a8")
+
+
 @pytest.mark.parametrize("host", ["sd", "sdxl", "pixart", "sd3", "flux", "wan"])
 def test_a_pipeline_tells_the_shapes_of_its_first_evaluation_before_it_runs(host: str) -> None:
     pipe, real = HOSTS[host].build(), dict[str, Any]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +124,7 @@ def quiet() -> None:
     libraries = [diffusers, importlib.import_module("transformers")] if find_spec("transformers") else [diffusers]
     for library in libraries:
         library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what they log as an error they raise as well
     if sys.stderr.isatty() and not Bar.quiet:  # downloads take long
         hub.enable_progress_bars()
 

@@ -99,6 +99,7 @@ def _uses(module: nn.Module) -> list[tuple[str, bool]]:
         return any(isinstance(n, ast.Name) and n.id in values and n not in facts for n in inside)
 
     def read(node: ast.AST, reads: bool) -> None:
+        """Note the attributes of a node in the order of evaluation; whether it `reads` values of the argument."""
         children = list(ast.iter_child_nodes(node))
         if isinstance(node, ast.Call):  # arguments are evaluated before the function is called
             children, reads = [*node.args, *node.keywords, node.func], mentions(*node.args, *node.keywords)

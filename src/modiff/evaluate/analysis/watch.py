@@ -76,6 +76,7 @@ def watch(target: Any, run: Callable[[], object], config: ModiffConfig, watchers
     steps = dict.fromkeys(entries, 0)
 
     def show(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """A layer ran: every watcher sees the visit."""
         entry = entries[name]
         if entry.config is None or not clock.inside:
             return
