@@ -93,6 +93,7 @@ def test_rate_0_is_reconstruction_without_weights_to_the_bit_and_learned_weights
         assert unit.figures["validation_uniform"] == unit.figures["validation_learned"] > 0
         assert unit.figures["cosine_uniform"] == unit.figures["cosine_learned"]
         assert moved.figures["validation_uniform"] == pytest.approx(unit.figures["validation_uniform"], rel=0.5)
+        assert moved.figures["validation_learned"] < 1.001 * moved.figures["validation_uniform"] < 1.001
         assert "cosine_learned" in str(aligned)
     assert plain.units[0].figures.keys() == {"undecided", "soft"}
 

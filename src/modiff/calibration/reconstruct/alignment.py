@@ -124,7 +124,8 @@ def weigh_samples(
             if min(level, length, step) == 0:  # rounding costs nothing here: nothing to weigh
                 return {}
             losses = [loss_of(group, level) for group in validation]
-            om, *ends = weigh(theta, inner / level, losses, settings.inner_rate * length / step * level, settings)
+            rate = level * min(settings.inner_rate * level / step**2, 0.1 * length / step)
+            om, *ends = weigh(theta, inner / level, losses, rate, settings)
     finally:
         for trainee in trainees.values():
             trainee.values = None

@@ -16,7 +16,9 @@ class AlignmentConfig(JsonConfig):
 
     samples: at most this many weights; neighbours along the trajectory share one. groups: of steps whose gradients are
     to agree. validation: share of all rows, drawn from those held out, the same number of each group.
-    temperature: of the softmax. inner_rate: length of the inner step over that of the rounding error.
+    temperature: of the softmax. inner_rate: share of the loss that the inner step takes off, to first order; it is
+        at most a tenth as long as the rounding error. Agreement goes with the square of this rate: at large ones
+        weights that raise the loss, and with it all gradients, win.
     outer_steps, outer_rate: of Adam on the logits; rate 0 keeps all weights at 1.
     """
 
@@ -24,7 +26,7 @@ class AlignmentConfig(JsonConfig):
     groups: int = 5
     validation: float = 0.05
     temperature: float = 1.0
-    inner_rate: float = 0.1
+    inner_rate: float = 0.01
     outer_steps: int = 10
     outer_rate: float = 0.1
 
