@@ -148,7 +148,7 @@ def _judged(
 
 def _advice(trials: Trials, beyond: Tried | None, compile: bool) -> tuple[str, ...]:
     lines = ["fewer steps, or a sampler that needs fewer: half of the steps take half of the time"]
-    if beyond is not None and math.isfinite(beyond.error):
+    if beyond is not None and beyond.error < 0.5:
         lines.insert(0, f"max_error={1.1 * beyond.error:.2g}: faster settings had an error of {beyond.error:.4f}")
     if not compile:
         lines.append("compile=True: norms and activations then run inside of the layers")
