@@ -36,9 +36,11 @@ LETTERS = 27
 POETRY = ("Psalms", "Proverbs", "Isaiah")
 LAW = ("Leviticus", "Numbers", "Deuteronomy", "1 Chronicles", "2 Chronicles")
 BITS = ((8, 8), (8, 4), (4, 8), (4, 4))
-METHODS: dict[str, dict[str, Any]] = {
-    "best of n": {"every": None}, "sequential Monte Carlo": {"every": 4}, "particle Gibbs": {"every": 4},
+METHODS: dict[str, tuple[int | None, int | None]] = {
+    "best of n": (None, None), "sequential Monte Carlo": (None, 4), "particle Gibbs": (4, 4),
+    "particle Gibbs of 16": (16, 4),
 }  # fmt: skip
+"""Particles, None for as many as the budget has, and steps from one resampling to the next."""
 
 
 class NGram:
@@ -169,9 +171,10 @@ def rewards(pipe: Any, judges: Judges, options: argparse.Namespace) -> Iterator[
         return row
 
     for cost in options.budgets:
-        for name, fields in METHODS.items():
-            particles, sweeps = (4, cost // 4) if name == "particle Gibbs" else (cost, 1)
-            yield f"{name} {cost}", lambda p=particles, s=sweeps, f=fields: row(p, s, **f)
+        for name, (few, every) in METHODS.items():
+            particles = few or cost
+            if cost >= particles and (few is None or cost > few):  # one sweep is sequential Monte Carlo
+                yield f"{name} {cost}", functools.partial(row, particles, cost // particles, every)
 
 
 def spread(values: Tensor) -> float:
