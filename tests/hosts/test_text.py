@@ -67,6 +67,7 @@ def test_the_layers_after_the_table_are_taken_and_the_head_keeps_its_floats(name
     tokens = torch.randint(27, (2, 12))
     with pytest.raises(StateError, match=r"modiff\.trajectory"):
         model(tokens)
+    assert report.memory.expected > 0  # known before the first run
     with modiff.trajectory(model), torch.no_grad():
         model(tokens)
         assert 0 < state_bytes(model)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 import modiff
 from modiff import ConfigError
-from modiff.sampling.masked import MaskedScheduler
+from modiff.model.trajectory import state_bytes
+from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline
 from modiff.sampling.particle_gibbs import ParticleGibbsPipeline
 from tests.reference.masked import LETTERS, MASK, random_toy, variation
 from tests.sampling.test_masked import characters
@@ -98,6 +99,22 @@ def test_states_of_quantized_layers_follow_their_particles_through_resampling(in
         last, row = seen[sweeps * steps + steps - 1], int(ends.drawn)
         torch.testing.assert_close(last[row], alone[-1][row], rtol=1e-4, atol=1e-4)
         assert (last[row] - fresh[row]).abs().max() > 1e-3  # an anchor: states of the way there are missing
+
+
+def test_a_model_that_another_pipeline_was_quantized_with_runs_and_frees_its_states():
+    pipe = MaskedTextPipeline(characters(), MaskedScheduler(27))
+    modiff.apply(pipe, "w8a8")
+    texts = []
+    for guided in (ParticleGibbsPipeline(**pipe.components), ParticleGibbsPipeline(**pipe.components)):
+        guided.set_progress_bar_config(disable=True)
+        if texts:
+            modiff.remove(pipe)
+            modiff.apply(guided, "w8a8")
+        generator = torch.Generator().manual_seed(0)
+        output = guided(lambda tokens: tokens.double().mean(1), length=12, num_inference_steps=8, generator=generator)
+        texts.append(output.sequences)
+        assert state_bytes(pipe.model) == 0
+    assert torch.equal(*texts)
 
 
 BAD = {

@@ -38,7 +38,7 @@ class TextHost(Host):
         """None: no U-Net."""
         return {}
 
-    def example(self, network: nn.Module) -> dict[str, Any] | None:
+    def example(self, network: nn.Module, target: Any = None) -> dict[str, Any] | None:
         """128 tokens, or as many as there are positions."""
         positions = getattr(getattr(network, "config", None), "max_position_embeddings", None) or 128
         return {"input_ids": torch.zeros(1, min(positions, 128), dtype=torch.long, device="meta")}

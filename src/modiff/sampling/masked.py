@@ -6,6 +6,7 @@ t -> s     M becomes a token drawn from the model's p with probability (α_s - (
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from modiff.assets.characters import CharacterTransformer
 from modiff.config import check
 from modiff.errors import ConfigError
+from modiff.model.attach import attachment_of
+from modiff.model.trajectory import model_trajectory
 
 __all__ = [
     "CharacterTransformer", "MaskedScheduler", "MaskedTextOutput", "MaskedTextPipeline", "ModelMixin", "SchedulerMixin",
@@ -116,6 +119,12 @@ def categorical(probabilities: Tensor, generator: RowGenerators) -> Tensor:
     return (total <= at[..., None]).sum(-1).clamp_max(total.shape[-1] - 1)
 
 
+def running(model: Any) -> AbstractContextManager[None]:
+    """A trajectory of a model with quantized layers, whichever pipeline modiff was applied to, unless one runs."""
+    attachment = attachment_of(model)
+    return nullcontext() if attachment is None or attachment.clock.active else model_trajectory(model)
+
+
 @dataclass
 class MaskedTextOutput(BaseOutput):
     """sequences: (rows, length) tokens. texts: of the rows, if the model decodes. evaluations: of the network."""
@@ -158,12 +167,13 @@ class MaskedTextPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         start = tokens = self.masks(batch_size, length, input_ids)
         logits, evaluations, prompt = None, 0, start != self.scheduler.config.mask_token_id
-        for step in self.progress_bar(self.scheduler.timesteps):
-            if logits is None:
-                logits, evaluations = self.logits(tokens), evaluations + 1
-            filled = self.scheduler.step(logits, step, tokens, generator, return_dict=False)[0]
-            filled = torch.where(prompt, start, filled)
-            tokens, logits = filled, logits if torch.equal(filled, tokens) else None
+        with running(self.model):
+            for step in self.progress_bar(self.scheduler.timesteps):
+                if logits is None:
+                    logits, evaluations = self.logits(tokens), evaluations + 1
+                filled = self.scheduler.step(logits, step, tokens, generator, return_dict=False)[0]
+                filled = torch.where(prompt, start, filled)
+                tokens, logits = filled, logits if torch.equal(filled, tokens) else None
         texts = self.texts(tokens)
         return MaskedTextOutput(tokens, texts, evaluations) if return_dict else (tokens, texts, evaluations)
 

@@ -21,7 +21,7 @@ from modiff.config import check
 from modiff.errors import ConfigError
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import reorder
-from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline, ModelMixin, SchedulerMixin, categorical
+from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline, ModelMixin, SchedulerMixin, categorical, running
 
 __all__ = ["ModelMixin", "ParticleGibbsOutput", "ParticleGibbsPipeline", "SchedulerMixin"]
 
@@ -171,27 +171,28 @@ class ParticleGibbsPipeline(MaskedTextPipeline):
         rewards = torch.zeros(size, dtype=torch.float64, device=start.device)  # alike for all, as they start alike
         logits, evaluations, history = None, 0, list[tuple[Tensor, Tensor, Tensor]]()
         slots = torch.arange(particles, device=start.device).expand(size)
-        for step in range(len(self.scheduler.timesteps)):
-            if logits is None:
-                logits, evaluations = self.logits(tokens), evaluations + particles
-            ancestors = slots
-            if every is not None and step and step % every == 0:
-                now = target.before(tokens.view(*size, -1), logits)
+        with running(self.model):
+            for step in range(len(self.scheduler.timesteps)):
+                if logits is None:
+                    logits, evaluations = self.logits(tokens), evaluations + particles
+                ancestors = slots
+                if every is not None and step and step % every == 0:
+                    now = target.before(tokens.view(*size, -1), logits)
+                    if reference is not None:
+                        now[:, -1] = reference.rewards[step]  # as it was estimated when it was drawn
+                    ancestors = categorical(
+                        ((now - rewards) / target.temperature).softmax(1)[:, None].expand(*size, -1), target.generator
+                    )
+                    if reference is not None:
+                        ancestors[:, -1] = particles - 1
+                    rewards, rows = now.gather(1, ancestors), self._rows(ancestors)
+                    tokens, logits = tokens[rows], logits[rows]
+                filled = self.scheduler.step(logits, step, tokens, target.generator, return_dict=False)[0]
+                filled = torch.where(prompts != self.scheduler.config.mask_token_id, prompts, filled)
                 if reference is not None:
-                    now[:, -1] = reference.rewards[step]  # as it was estimated when it was drawn
-                ancestors = categorical(
-                    ((now - rewards) / target.temperature).softmax(1)[:, None].expand(*size, -1), target.generator
-                )
-                if reference is not None:
-                    ancestors[:, -1] = particles - 1
-                rewards, rows = now.gather(1, ancestors), self._rows(ancestors)
-                tokens, logits = tokens[rows], logits[rows]
-            filled = self.scheduler.step(logits, step, tokens, target.generator, return_dict=False)[0]
-            filled = torch.where(prompts != self.scheduler.config.mask_token_id, prompts, filled)
-            if reference is not None:
-                filled.view(*size, -1)[:, -1] = reference.tokens[step]
-            tokens, logits = filled, logits if torch.equal(filled, tokens) else None
-            history.append((tokens.view(*size, -1), rewards, ancestors))
+                    filled.view(*size, -1)[:, -1] = reference.tokens[step]
+                tokens, logits = filled, logits if torch.equal(filled, tokens) else None
+                history.append((tokens.view(*size, -1), rewards, ancestors))
         ends = target.of(tokens.view(*size, -1))
         drawn = categorical(((ends - rewards) / target.temperature).softmax(1), target.generator)
         return _traced(history, drawn), Ends(tokens.view(*size, -1), ends, drawn), evaluations
