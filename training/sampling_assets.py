@@ -26,6 +26,7 @@ from modiff.sampling.noise_level import NoiseLevelEstimator
 
 RECORD = ("images", "minutes", "size", "batch", "learning_rate", "ema", "seed", "device", "step", "images_seen",
           "training_seconds", "parameters", "calls", "schedule")  # fmt: skip
+BEGUN = "the weights of a model that predicts noise, named below; its last layer was repeated for each output"
 COUNTS = ("images_seen", "step", "parameters", "training_seconds")
 LEVELS = (0.01, 0.1, 0.5, 0.9, 0.99)
 
@@ -83,7 +84,8 @@ def ddm(options: argparse.Namespace, run: Path, target: Path) -> dict[str, Any]:
     judged = distance(load_classifier(classifier_folder()), samples, real, "cpu")
     return {**record, "steps": options.steps, "samples": options.samples, "frechet_distance": f"{judged['value']:.3f}",
             "megabytes": f"{(target / 'unet' / 'diffusion_pytorch_model.safetensors').stat().st_size / 1e6:.1f}",
-            "begun": record["begin_with"] or "nothing"}  # fmt: skip
+            "begun": BEGUN if record["begin_with"] else "random weights",
+            "begin_option": f"--begin-with {record['begin_with']} " if record["begin_with"] else ""}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
