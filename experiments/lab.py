@@ -11,7 +11,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from experiments.runs import Outcome, Run, compare, errors_of
+from experiments.runs import PARALLEL, Outcome, Run, compare, errors_of
 from experiments.skipping import Tally, full_precision_first_step, skip_below
 from modiff.api import apply, remove
 from modiff.config import JsonConfig, ModiffConfig, check
@@ -25,6 +25,7 @@ from modiff.hosts.diffusers.host import denoisers
 from modiff.hosts.diffusers.runs import calibration_run, noise_generators
 from modiff.model.observe import observe
 from modiff.model.report import Report
+from modiff.sampling.pipelines import ParallelPipeline
 
 Row = dict[str, Any]
 Plan = Sequence[tuple[Row, Run]]
@@ -117,7 +118,7 @@ class Lab:
 
     def watch(self, config: ModiffConfig, watchers: Sequence[Watcher], steps: int) -> Report:
         """Show the watchers one full-precision DDIM trajectory of one batch; see `modiff.evaluate.analysis.watch`."""
-        with self.sampling(Run(steps=steps)) as pipe, self.bar(steps) as advance, _counted(pipe, advance):
+        with self.sampling(Run(steps=steps)) as pipe, self.bar(steps) as advance, _counted(pipe, lambda _: advance()):
             count = min(self.settings.num_images, self.settings.batch_size)
             return watch(pipe, lambda: self.sample(pipe, range(count), steps), config, watchers)
 
@@ -131,7 +132,9 @@ class Lab:
                 "trained on no more. Use --steps 50."
             )
         try:
-            pipe = set_scheduler(self._pipe, run.sampler)
+            pipe = set_scheduler(self._pipe, run.sampler.removeprefix(PARALLEL))
+            if run.sampler.startswith(PARALLEL):
+                pipe = ParallelPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
             if run.spacing is not None:
                 kind = type(pipe.scheduler)
@@ -186,9 +189,9 @@ class Lab:
         """All images of a run; afterwards the layers are what they were."""
         evaluations = 0
 
-        def evaluated() -> None:
+        def evaluated(rows: int) -> None:
             nonlocal evaluations
-            evaluations += 1
+            evaluations += rows
             advance()
 
         images: list[np.ndarray] = []
@@ -199,11 +202,12 @@ class Lab:
             for start in starts:
                 stop = min(start + self.settings.batch_size, self.settings.num_images)
                 images.append(self.sample(pipe, range(start, stop), run.steps))
-        evaluations //= len(starts)
+        evaluations //= self.settings.num_images
         if tally is not None and report is not None:
             gbops = tally.gbops(self.cost, report, evaluations)
         else:
-            gbops = None if run.exact_first else trajectory_gbops(self.cost, report, evaluations)
+            uncounted = run.exact_first or run.sampler.startswith(PARALLEL)  # each of its batches anchors
+            gbops = None if uncounted else trajectory_gbops(self.cost, report, evaluations)
         return _Sampled(np.concatenate(images), evaluations, gbops)
 
 
@@ -228,9 +232,9 @@ def _prepared(pipe: DiffusionPipeline, run: Run, stack: ExitStack) -> tuple[Repo
 
 
 @contextmanager
-def _counted(pipe: DiffusionPipeline, evaluated: Callable[[], object]) -> Iterator[None]:
-    """Call `evaluated` after each network evaluation."""
+def _counted(pipe: DiffusionPipeline, evaluated: Callable[[int], object]) -> Iterator[None]:
+    """Call `evaluated` with the rows of each network evaluation."""
     with ExitStack() as observers:
         for model in denoisers(pipe).values():
-            observers.enter_context(observe(model, on_step=lambda *_: evaluated()))
+            observers.enter_context(observe(model, on_step=lambda *call: evaluated(len(call[-1][0]))))
         yield

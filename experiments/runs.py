@@ -17,6 +17,8 @@ from modiff.config import JsonConfig, ModiffConfig, ModulationConfig, StateDtype
 from modiff.evaluate.metrics.bootstrap import bootstrap
 
 RESAMPLES = 1000
+PARALLEL = "parallel "
+"""Before the name of a sampler: ten of its steps in a batch, with tolerance .1 (docs/parallel.md)."""
 PAPER = ModulationConfig(anchor_weights="quantized", stagger=False)
 """The loop as published; the experiments change single fields of it."""
 
@@ -49,7 +51,8 @@ def in_dtype(config: ModiffConfig, dtype: StateDtype) -> ModiffConfig:
 class Run(JsonConfig):
     """What is sampled. config None: full precision.
 
-    sampler: a name of `modiff.generate.samplers`. spacing: of the timesteps, the scheduler's own when None.
+    sampler: a name of `modiff.generate.samplers`, with `PARALLEL` before it or without.
+    spacing: of the timesteps, the scheduler's own when None.
     skip: residuals that are not sent. exact_first: a plain config whose first step is in full precision.
     """
 
@@ -62,8 +65,8 @@ class Run(JsonConfig):
 
     @property
     def reference(self) -> Run:
-        """Full precision with the same sampler and steps."""
-        return Run(steps=self.steps, sampler=self.sampler, spacing=self.spacing)
+        """Full precision with the same sampler and steps, one after the other."""
+        return Run(steps=self.steps, sampler=self.sampler.removeprefix(PARALLEL), spacing=self.spacing)
 
     @property
     def key(self) -> str:

@@ -1,11 +1,15 @@
 """Tables 5, 15 and 16: other samplers, and fewer steps."""
 
+from collections.abc import Mapping, Sequence
+
 from experiments.charts import curves, line_chart
 from experiments.experiment import Experiment, Shown, Values, crossed, error, number, printed_table
-from experiments.lab import Lab, Run
-from modiff import presets
+from experiments.lab import Lab, Row
+from experiments.runs import PARALLEL, Run
+from modiff import ModiffConfig, presets
 
 SAMPLERS = ("ddim", "ddpm", "ddm", "dpmsolver++", "pndm")
+IN_PARALLEL = (PARALLEL + "ddim",)
 STEPS = (100, 50, 20, 10)
 MODULATED = "modulated A4"
 CONFIGS = {
@@ -23,22 +27,28 @@ CONFIGS = {
 
 
 def measure(lab: Lab) -> Values:
-    """Every sampler and number of steps, each against its own full precision."""
-    plan = [
-        (
-            {"place": f"{sampler} {steps}", "sampler": sampler, "config": name},
-            Run(steps=steps, sampler=sampler, config=config),
-        )
-        for sampler in SAMPLERS
-        for steps in STEPS
-        if steps <= lab.most_steps
-        for name, config in CONFIGS[lab.settings.full].items()
-    ]
-    return {"rows": lab.rows(plan)}
+    """Every sampler and number of steps against its own full precision, in parallel too."""
+
+    def rows(samplers: Sequence[str], configs: Mapping[str, ModiffConfig | None]) -> list[Row]:
+        plan = [
+            (
+                {"place": f"{sampler} {steps}", "sampler": sampler, "config": name},
+                Run(steps=steps, sampler=sampler, config=config),
+            )
+            for sampler in samplers
+            for steps in STEPS
+            if steps <= lab.most_steps
+            for name, config in configs.items()
+        ]
+        return lab.rows(plan)
+
+    configs = CONFIGS[lab.settings.full]
+    parallel = {"full precision": None, MODULATED: configs[MODULATED]}
+    return {"rows": rows(SAMPLERS, configs), "parallel": rows(IN_PARALLEL, parallel)}
 
 
 def show(values: Values) -> Shown:
-    rows = values["rows"]
+    rows, parallel = values["rows"], values["parallel"]
     caption = "Relative L2 (PSNR), W8, to full precision with the same sampler and steps."
     most, least = (
         ", ".join(f"{number(error(rows, sampler=s, config=MODULATED, steps=n))} ({s})" for s in SAMPLERS)
@@ -58,6 +68,11 @@ def show(values: Values) -> Shown:
                 falling=True,
                 caption="Each sampler against its own full precision with as many steps.",
             ),
+            "In parallel (docs/parallel.md), window 10, tolerance 0.1: full precision shows what the tolerance loses.",
+            crossed("study-samplers-parallel", caption, parallel, down="place", across="config", title="in parallel"),
+            "Evaluations of each image in full precision: "
+            + ", ".join(f"{r['evaluations']} ({r['place']})" for r in parallel if r["config"] == "full precision")
+            + ".",
         ),
         (
             "the printed figures are Frechet distances of other models, to data; theirs hides what full precision "

@@ -73,8 +73,9 @@ def test_evaluations_and_operations_are_those_of_one_image(tmp_path):
     lab, skip = lab_at(tmp_path), SkipRule(unit="sample", threshold=1e6)
     runs = [Run(steps=4), Run(steps=4, sampler="pndm"), Run(steps=4, config=presets.plain(8, 8)),
             Run(steps=4, config=presets.plain(8, 8), exact_first=True),
-            Run(steps=4, config=SILENT, skip=skip)]  # fmt: skip
-    full, pndm, plain, warm, never = lab.rows([({}, run) for run in runs])
+            Run(steps=4, config=SILENT, skip=skip),
+            Run(steps=4, sampler="parallel ddim")]  # fmt: skip
+    full, pndm, plain, warm, never, parallel = lab.rows([({}, run) for run in runs])
     whole = 4 * sum(layer.macs for layer in lab.cost) * 1024 / 1e9
     assert (full["evaluations"], pndm["evaluations"]) == (4, 5)
     assert full["gbops"] == pytest.approx(whole)
@@ -83,6 +84,8 @@ def test_evaluations_and_operations_are_those_of_one_image(tmp_path):
     assert warm["gbops"] is None
     assert warm["relative_l2"] != plain["relative_l2"]
     assert whole / 4 < never["gbops"] < whole
+    assert 4 < parallel["evaluations"] <= 4 + 3 + 2 + 1
+    assert (parallel["gbops"], parallel["relative_l2"] > 0) == (None, True)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_an_experiment_survives_its_json_and_is_a_section_with_figures(name):
         ("table2", "study-bits", "4", "plain", "0.0500"),
         ("table4", "study-ablation", "6", "modulation only", "0.0063"),
         ("samplers", "study-samplers-steps", "ddpm 20", "modulated A4", "0.0125"),
+        ("samplers", "study-samplers-parallel", "parallel ddim 20", "full precision", "0.0500"),
         ("table18", "study-first-step", "no compensation, first step coded once", "A4", "0.0375"),
         ("clip", "study-clips", "0.4", "modulated A3", "0.0250"),
     ],
