@@ -169,6 +169,21 @@ def test_calibrating_leaves_a_layer_that_never_runs_without_scales_and_says_so()
     assert model.unused.quantizer.static is None
 
 
+def test_calibrating_leaves_layers_that_run_first_or_last_or_read_a_row_a_sample_in_full_precision(tmp_path):
+    model = applied(ModiffConfig(layer=STATIC), make=lambda: published(Late))
+    exact = sample(published(Late))
+    with pytest.warns(ModiffWarning, match=r"calibrate: .*inputs.first \(runs first\).*They run in full precision now"):
+        modiff.calibrate(model, lambda: generate(model))
+    reasons = {entry.name: entry.reason for entry in modiff.report(model).left}
+    assert reasons["inputs.first"] == "runs first"
+    assert type(model.inputs["first"]) is nn.Conv2d
+    modiff.save(model, tmp_path / "saved")
+    expected = generate(modiff.load(tmp_path / "saved", into=published(Late)))
+    modiff.remove(model)
+    assert_equal(sample(model), exact)
+    assert all(output.isfinite().all() for output in expected)
+
+
 def test_apply_names_a_layer_whose_channels_no_scale_fits_after_its_first_evaluation(monkeypatch):
     monkeypatch.setattr("modiff.errors._WARNED", set())
     model = applied(ModiffConfig(layer=presets.w8a8().layer))

@@ -12,7 +12,7 @@ from modiff.errors import StateError
 from modiff.model.attach import ATTRIBUTE, Attachment, check_plain, required_attachment
 from modiff.model.attention import apply_attention, quantized_attention, remove_attention
 from modiff.model.report import Report
-from modiff.model.roles import Roles
+from modiff.model.roles import Roles, warn_unfit
 from modiff.model.select import modulated_layer, select_layers
 from modiff.model.trajectory import expected_states
 from modiff.nn import Clock, ModulatedLayer
@@ -82,6 +82,19 @@ def uninstall(model: nn.Module) -> None:
         if parametrize.is_parametrized(layer) and layer._modules is original._modules:  # since `apply`
             original.__class__ = type(type(layer).__name__, (type(original),), dict(vars(type(layer))))
     _undo(model, attachment)
+
+
+def leave_unfit(model: nn.Module, verb: str) -> None:
+    """Put back layers that the first trajectory showed to need their floats, unless that leaves none, and say so."""
+    attachment = required_attachment(model, verb)
+    unfit = {name: why for name, why in attachment.unfit.items() if name in attachment.originals}
+    if unfit and len(unfit) < len(attachment.layers):
+        news = {attachment.layers.pop(name): attachment.originals.pop(name) for name in unfit}
+        replace_modules(model, news)
+        entries = attachment.selected.entries
+        left = (dataclasses.replace(e, config=None, reason=unfit[e.name]) if e.name in unfit else e for e in entries)
+        attachment.selected, attachment.unfit = Report(tuple(left)), {}
+        warn_unfit(verb, unfit, "They run in full precision now.")
 
 
 def check_removable(model: nn.Module) -> None:

@@ -97,7 +97,7 @@ class Attachment:
 
     packed: the originals are gone for good. automatic: begins trajectories, where neither `modiff.trajectory` nor a
     pipeline does. step_sizes: that static scales were measured with. roles: of the layers, until the first trajectory
-    has shown them. uncalled: layers that did not run in it.
+    has shown them. uncalled: layers that did not run in it. unfit: those that should keep their floats, and why.
     """
 
     def __init__(self, clock: Clock, report: Report, config: ModiffConfig | None = None) -> None:
@@ -116,6 +116,7 @@ class Attachment:
         self.most_states = self.expected_states = 0
         self.roles: Roles | None = None
         self.uncalled: tuple[str, ...] = ()
+        self.unfit: dict[str, str] = {}
         self.number = traced.number_for(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -152,6 +153,7 @@ class Attachment:
     def _learn(self, roles: Roles) -> None:
         self.roles, unfit = None, roles.unfit()
         self.uncalled = tuple(name for name, why in unfit.items() if why == NEVER)
+        self.unfit = {name: why for name, why in unfit.items() if why != NEVER}
         warn_unfit(self.clock.name, unfit, "Add their names to ModiffConfig(exclude=...), or to include.")
 
     def watch(self, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from modiff.core.observers import (
 from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import StepSizes
 from modiff.errors import CalibrationError, ConfigError
+from modiff.model.apply import leave_unfit
 from modiff.model.attach import Attachment, required_attachment
 from modiff.model.attention import attention_quantizers
 from modiff.model.roles import warn_unfit
@@ -82,6 +83,8 @@ def measure_scales(
             if not quantizer.saw_nothing:
                 quantizer.freeze()
         _warn_of_jumps(quantizers)
+        for model in models:
+            leave_unfit(model, "calibrate")
         step_sizes = {attachment: StepSizes(attachment.step_sizes.largest) for attachment in step_sizes}
     finally:
         for attachment, sizes in step_sizes.items():
