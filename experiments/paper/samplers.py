@@ -9,7 +9,7 @@ from experiments.runs import PARALLEL, Run
 from modiff import ModiffConfig, presets
 
 SAMPLERS = ("ddim", "ddpm", "ddm", "dpmsolver++", "pndm")
-IN_PARALLEL = (PARALLEL + "ddim",)
+IN_PARALLEL = tuple(PARALLEL + name for name in ("ddim", "ddpm", "dpmsolver++"))
 STEPS = (100, 50, 20, 10)
 MODULATED = "modulated A4"
 CONFIGS = {
