@@ -36,6 +36,21 @@ def build(sampler: str, *, quantized: bool = False):
     return pipe
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_images_of_a_network_that_torchao_quantized_come_nearer_and_the_table_is_saved(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    full, pipe = build("ddim"), build("ddim")
+    torchao.quantize_(pipe.unet, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int3))
+    exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
+    table = learn_correction(full, pipe, TacConfig(**TINY, relative=0.0, bias="channel"), progress=False)
+    pipe.scheduler = corrected(pipe.scheduler, table)
+    after = small.call(pipe, steps=6, seed=50, batch=4)
+    assert relative_error(after, exact) < relative_error(before, exact)
+    pipe.scheduler.save_pretrained(tmp_path)
+    pipe.scheduler = type(pipe.scheduler).from_pretrained(tmp_path)
+    assert torch.equal(small.call(pipe, steps=6, seed=50, batch=4), after)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++"])
 def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler):
     full, pipe = build(sampler), build(sampler, quantized=True)
