@@ -34,6 +34,12 @@ def test_an_image_is_the_same_in_any_batch_and_off_bits_change_nothing(name: str
     assert np.abs(images(pipe) - plain).max() < 1e-4
 
 
+def test_a_network_in_bfloat16_gives_arrays() -> None:
+    pipe = set_scheduler(pixel_pipeline(), "ddm")
+    pipe.unet.to(torch.bfloat16)
+    assert images(pipe, steps=2).dtype == np.float32
+
+
 @pytest.fixture(scope="module")
 def converged() -> np.ndarray:
     return images(pixel_pipeline(), steps=100)

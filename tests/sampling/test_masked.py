@@ -119,6 +119,9 @@ BAD = {
     r"input_ids: expected \(rows, length\) int64": lambda: pipeline(Exact(TOY))(input_ids=torch.zeros(2, 3)),
     "length: expected 1 or more": lambda: pipeline(Exact(TOY))(2, 0),
     r"model: expected .logits of shape \(1, 128, 'more than 3'\), got Tensor": lambda: pipeline(nn.Identity())(),
+    "generator: expected one, or one for each of 3 rows, got 2": lambda: pipeline(characters())(
+        3, 4, 2, generator=seeded(1, 2)
+    ),
     "got SimpleNamespace": lambda: pipeline(Returns(SimpleNamespace(logits=None)))(),
     r"got \(1, 128, 3\)": lambda: pipeline(Returns(SimpleNamespace(logits=torch.zeros(1, 128, 3))))(),
 }

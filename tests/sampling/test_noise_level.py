@@ -13,6 +13,7 @@ from torch import Tensor
 import modiff
 from modiff.errors import ConfigError
 from modiff.hosts.diffusers.runs import noise_generators
+from modiff.sampling.corrected import Correction, corrected
 from modiff.sampling.noise_level import (
     LearnedSchedulePipeline,
     NoiseLevelEstimator,
@@ -147,6 +148,11 @@ def test_a_pipeline_is_saved_loaded_and_modulated_and_its_estimator_stays(
     assert len(levels) == 5
 
 
+def test_a_network_in_bfloat16_gives_arrays(pipe: LearnedSchedulePipeline) -> None:
+    pipe.unet.to(torch.bfloat16)
+    assert drawn(pipe).images.dtype == np.float32
+
+
 def test_an_estimator_says_the_level_whose_logarithm_it_is_trained_on() -> None:
     torch.manual_seed(0)
     estimator, images = NoiseLevelEstimator(3, (4, 4)), torch.randn(5, 3, 9, 12)
@@ -162,6 +168,9 @@ def test_an_estimator_says_the_level_whose_logarithm_it_is_trained_on() -> None:
 def test_another_scheduler_and_impossible_levels_are_refused(pipe: LearnedSchedulePipeline) -> None:
     with pytest.raises(ConfigError, match="expected DDIMScheduler or DDPMScheduler, got 'EulerDiscreteScheduler'"):
         LearnedSchedulePipeline(pipe.unet, EulerDiscreteScheduler(), pipe.estimator)  # type: ignore[arg-type]
+    table = Correction(timesteps=(0.0,), gain=((1.0,),))
+    with pytest.raises(ConfigError, match=r"expected a scheduler without a correction.*corrected\(scheduler, None\)"):
+        LearnedSchedulePipeline(pipe.unet, corrected(pipe.scheduler, table), pipe.estimator)
     pipe.register_modules(scheduler=DDIMScheduler(rescale_betas_zero_snr=True))
     for level, steps, options, message in (
         (0.0, 5, {}, "level: expected more than 0 and less than 1, got 0"),

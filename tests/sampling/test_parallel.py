@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modiff import ConfigError
+from modiff.sampling.corrected import Correction, corrected
 from modiff.sampling.parallel import ParallelSampler, Sampled, rows_of, spread, variances
 from tests.helpers import assert_same_bits, relative_error
 
@@ -166,6 +167,30 @@ def test_the_window_tells_how_far_it_moved_and_nothing_of_the_scheduler_changes(
 def test_what_cannot_be_served_is_refused(scheduler: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ParallelSampler(scheduler, **settings)
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ParallelSampler.steps: expected 1 or more, got 0"):
+        ParallelSampler(diffusers.DDIMScheduler())(rows_of(lambda x, t: x), noise(1), 0)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDIM, noisy", "DDPM", "DPM-Solver++ 2M", "SDE-DPM-Solver++"])
+def test_a_corrected_scheduler_gives_its_sequential_bits(name: str) -> None:
+    plain, settings = scheduler_of(name)
+    plain.set_timesteps(12)
+    numbers = torch.linspace(0.9, 1.0, 12)
+    scaled = numbers if "noisy" in name or "DDPM" in name or "SDE" in name else None
+    table = Correction.of(plain.timesteps, gain=numbers[:, None], offset=numbers[:, None] / 50,
+                          shift=numbers[:, None] / 50, noise=scaled, eta=settings.get("eta"))  # fmt: skip
+    scheduler, denoise = corrected(plain, table), Mixture(plain.alphas_cumprod)
+    expected = sequential(scheduler, denoise, noise(2), 12, torch.Generator().manual_seed(7), **settings)
+    sampler = ParallelSampler(scheduler, 5, 0.0)
+    result = sampler(rows_of(denoise), noise(2), 12, generator=torch.Generator().manual_seed(7), **settings)
+    assert_same_bits(result.sample, expected)
+    assert (
+        relative_error(expected, sequential(plain, denoise, noise(2), 12, torch.Generator().manual_seed(7), **settings))
+        > 1e-3
+    )
 
 
 def test_nan_never_stands_still() -> None:

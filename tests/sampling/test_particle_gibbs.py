@@ -122,6 +122,8 @@ BAD = {
     "particles: expected 2 or more, got 1. The reference": {"particles": 1},
     "sweeps: expected 1 or more": {"sweeps": 0},
     "every: expected 1 or more, got -1": {"every": -1},
+    "every: expected 1 or more, got 0": {"every": 0},
+    "generator: expected one for all rows, got \\[": {"generator": [torch.Generator(), torch.Generator()]},
     "temperature: expected more than 0, got 0": {"temperature": 0},
     "partial: expected 'argmax', 'sampled' or a function, got 'beam'": {"partial": "beam"},
     r"reward: expected \(8,\) finite numbers for \(8, length\) tokens, got float": {"reward": lambda tokens: 1.0},

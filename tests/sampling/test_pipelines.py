@@ -64,6 +64,12 @@ def test_images_come_in_the_forms_of_diffusers(pixels: DDIMPipeline) -> None:
     assert iterations <= 4 <= evaluations
 
 
+def test_a_network_in_bfloat16_gives_arrays() -> None:
+    pipe = pixel_pipeline()
+    fast = ParallelPipeline(unet=pipe.unet.to(torch.bfloat16), scheduler=pipe.scheduler)
+    assert fast(1, num_inference_steps=2, output_type="np").images.dtype == "float32"
+
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_text_to_image_with_guidance_is_the_sequential_one(text: StableDiffusionPipeline, guidance: float) -> None:
     fast = ParallelStableDiffusionPipeline(**text.components, requires_safety_checker=False)

@@ -124,7 +124,7 @@ class UnconditionalPipeline(DDPMPipeline):
             image = self.scheduler.step(self.unet(scaled, t).sample, t, image, **noise).prev_sample
         image = (image / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
-            image = image.cpu().permute(0, 2, 3, 1).numpy()
+            image = image.cpu().permute(0, 2, 3, 1).float().numpy()
             if output_type == "pil":
                 image = self.numpy_to_pil(image)
         self.maybe_free_model_hooks()

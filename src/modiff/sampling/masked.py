@@ -105,10 +105,11 @@ class MaskedScheduler(SchedulerMixin, ConfigMixin):
 
 
 def uniform(like: Tensor, generator: RowGenerators) -> Tensor:
-    """float64 in [0, 1), of the shape of `like`; with a generator for each row, its own row."""
+    """float64 in [0, 1), of the shape of `like`; with a generator for each row (else ConfigError), its own row."""
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
         return torch.rand(like.shape, dtype=torch.float64, device=device, generator=generator).to(like.device)
+    check("generator", len(generator), len(generator) == len(like), f"one, or one for each of {len(like)} rows", "")
     return torch.cat([uniform(row[None], each) for row, each in zip(like, generator, strict=True)])
 
 

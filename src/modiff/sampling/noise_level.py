@@ -179,6 +179,9 @@ class LearnedSchedulePipeline(DDPMPipeline):
         check("LearnedSchedulePipeline.scheduler", type(scheduler).__name__,
               isinstance(scheduler, (DDIMScheduler, DDPMScheduler)), "DDIMScheduler or DDPMScheduler",
               "Others have no betas, or a memory. Use DDIMScheduler.from_config(scheduler.config).")  # fmt: skip
+        check("LearnedSchedulePipeline.scheduler.correction", type(scheduler).__name__,
+              scheduler.config.get("correction") is None, "a scheduler without a correction",
+              "Its table is for other steps. Use modiff.sampling.corrected.corrected(scheduler, None).")  # fmt: skip
         super().__init__(unet=unet, scheduler=scheduler)
         self.register_modules(estimator=estimator)
 
@@ -207,7 +210,7 @@ class LearnedSchedulePipeline(DDPMPipeline):
         )  # fmt: skip
         image = (image / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
-            image = image.cpu().permute(0, 2, 3, 1).numpy()
+            image = image.cpu().permute(0, 2, 3, 1).float().numpy()
             if output_type == "pil":
                 image = self.numpy_to_pil(image)
         self.maybe_free_model_hooks()

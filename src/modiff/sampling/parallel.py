@@ -50,7 +50,7 @@ class ParallelSampler:
     """A scheduler's sampler with up to `window` steps in one batch; tolerance 0 gives the sequential result.
 
     Args:
-        scheduler: of diffusers: DDIM, DDPM or DPM-Solver++ (multistep). It is not changed.
+        scheduler: of diffusers: DDIM, DDPM or DPM-Solver++ (multistep), also corrected. It is not changed.
         window: rows in a batch, for each sample.
         tolerance: how far a row may move when it is left, as a share of the noise that DDPM would add there.
     Raises: ConfigError for a scheduler that is not served, a window under 1 or a tolerance under 0.
@@ -60,7 +60,7 @@ class ParallelSampler:
     """
 
     def __init__(self, scheduler: Any, window: int = 10, tolerance: float = 0.1) -> None:
-        name = type(scheduler).__name__
+        name = getattr(scheduler, "kind", type(scheduler)).__name__  # of a corrected one, what it corrects
         why = "Rows of other schedulers have no noise to measure a tolerance by, or no step of their own. Use "
         check("ParallelSampler.scheduler", name, name in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}",
               f"{why}DDIMScheduler.from_config(scheduler.config).")  # fmt: skip
@@ -88,6 +88,7 @@ class ParallelSampler:
             settings: of the scheduler's step, such as DDIM's `eta`; a step that does not have one ignores it, as
                 pipelines do.
         """
+        check("ParallelSampler.steps", steps, steps >= 1, "1 or more", "None samples nothing.")
         scheduler = copy.copy(self.scheduler)
         scheduler.set_timesteps(steps, device=noise.device)
         times, replayed = scheduler.timesteps, _Steps(scheduler, generator, settings)

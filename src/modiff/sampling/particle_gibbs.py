@@ -128,25 +128,16 @@ class ParticleGibbsPipeline(MaskedTextPipeline):
         Cost: in each sweep and chain, k rows a step for the network, and k draws / every for the reward.
         Raises: ConfigError for settings that sample nothing, or a reward that is no number for each row.
         """
-        for name, count in (("particles", particles), ("sweeps", sweeps), ("every", every or 1), ("draws", draws)):
+        interval = 1 if every is None else every
+        for name, count in (("particles", particles), ("sweeps", sweeps), ("every", interval), ("draws", draws)):
             check(f"{type(self).__name__}.{name}", count, count >= 1, "1 or more", "It is a count.")
+        where, one = type(self).__name__, generator is None or isinstance(generator, torch.Generator)
         why = "The reference is one of them, and one that nothing can replace is drawn for ever."
-        check(f"{type(self).__name__}.particles", particles, particles > 1 or sweeps == 1, "2 or more", why)
-        check(
-            f"{type(self).__name__}.temperature",
-            temperature,
-            temperature > 0,
-            "more than 0",
-            "Rewards are divided by it.",
-        )
+        check(f"{where}.particles", particles, particles > 1 or sweeps == 1, "2 or more", why)
+        check(f"{where}.temperature", temperature, temperature > 0, "more than 0", "Rewards are divided by it.")
         known = callable(partial) or partial in ("argmax", "sampled")
-        check(
-            f"{type(self).__name__}.partial",
-            partial,
-            known,
-            "'argmax', 'sampled' or a function",
-            "r_t is one of these.",
-        )
+        check(f"{where}.partial", partial, known, "'argmax', 'sampled' or a function", "r_t is one of these.")
+        check(f"{where}.generator", generator, one, "one for all rows", "Particles are drawn together.")
         self.scheduler.set_timesteps(num_inference_steps)
         start = best = self.masks(chains, length, input_ids)
         target = _Target(reward, temperature, partial, draws, self.scheduler, generator)

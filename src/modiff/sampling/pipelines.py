@@ -84,7 +84,7 @@ class ParallelPipeline(DDPMPipeline):
         )
         images = (result.sample / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
             images = self.numpy_to_pil(images) if output_type == "pil" else images
         self.maybe_free_model_hooks()
         output = ParallelPipelineOutput(images=images, iterations=result.iterations, evaluations=result.evaluations)
