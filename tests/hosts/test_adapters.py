@@ -107,7 +107,6 @@ TUNERS = {
     "LoKrConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_weights": False},
     "OFTConfig": {"r": 0, "oft_block_size": 4, "target_modules": ["to_q"], "init_weights": False},
     "IA3Config": {"target_modules": ["to_q"], "feedforward_modules": [], "init_ia3_weights": False},
-    "BOFTConfig": {"boft_block_size": 4, "target_modules": ["to_q"], "init_weights": False},
     "HRAConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_weights": False},
     "FourierFTConfig": {"n_frequency": 20, "target_modules": ["to_q"], "init_weights": False},
     "VeraConfig": {"r": 4, "target_modules": ["to_q"], "init_weights": False},
@@ -115,7 +114,6 @@ TUNERS = {
 
 
 @needs_peft
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft")
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", TUNERS)
 def test_every_kind_of_adapter_does_what_it_does_on_plain_layers(kind, first, tmp_path):
