@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import modiff
 from modiff import ConfigError
 from modiff.generate.samplers import set_scheduler
 from modiff.methods import PtqdConfig, TacConfig, quantize
 from modiff.methods.correction import learn_correction
-from modiff.sampling.corrected import corrected
+from modiff.sampling.corrected import Correction, corrected
 from tests.helpers import relative_error
 from tests.hosts.tiny import HOSTS
 from tests.methods import small
+from tests.pixels import pixel_pipeline
 
 TINY = {"steps": 6, "samples": 4, "batch": 4, "groups": 3, "pairs": 8}
 
@@ -63,6 +65,32 @@ def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler)
         after = small.call(pipe, steps=6, seed=50, batch=4)
         assert relative_error(after, exact) < share * relative_error(before, exact)
         pipe.scheduler = plain
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_a_folder_keeps_the_steps_of_one_network_and_of_one_set_of_settings(modulated, tmp_path):
+    full, nets = pixel_pipeline(), [pixel_pipeline(seed) for seed in (0, 0)]
+    if modulated:  # both say the same at their first step, which has exact weights
+        for pipe, bits in zip(nets, ("w8a8", "w4a4"), strict=True):
+            modiff.apply(pipe, bits)
+    else:
+        nets = [pixel_pipeline(seed) for seed in (1, 2)]
+    config = TacConfig(steps=3, pairs=1, batch=1, groups=1)
+    table = learn_correction(full, nets[0], config, folder=tmp_path, progress=False)
+    assert learn_correction(full, nets[0], config, folder=tmp_path, progress=False) == table
+    for net, settings, other in (
+        (nets[1], config, "network"),
+        (nets[0], dataclasses.replace(config, ridge=0.7), "ridge"),
+    ):
+        with pytest.raises(ConfigError, match=f"got one with another .*{other}"):
+            learn_correction(full, net, settings, folder=tmp_path, progress=False)
+
+
+def test_a_corrected_sampler_teaches_nothing():
+    full = pixel_pipeline()
+    full.scheduler = corrected(full.scheduler, Correction.of([1.0], gain=torch.ones(1, 1)))
+    with pytest.raises(ConfigError, match=r"expected a plain one, got 'one with a correction'.*corrected\(pipe"):
+        learn_correction(full, pixel_pipeline(1), TacConfig(steps=3, pairs=1, batch=1, groups=1), progress=False)
 
 
 def test_guidance_in_one_batch_is_corrected_after_it_was_combined():

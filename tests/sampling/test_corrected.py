@@ -225,7 +225,12 @@ def test_what_cannot_be_corrected_is_refused_in_one_line():
             corrected(make(kind), tables(make(kind), name, noise=torch.ones(6)))
     with pytest.raises(ConfigError, match=r"correction\.eta: expected that of `noise`, got None"):
         corrected(ddim, tables(ddim, "ddim", noise=torch.ones(6)))
+    wide = corrected(ddim, Correction.of([500.0], gain=torch.ones(1, 3)))
+    with pytest.raises(ConfigError, match=r"correction\.gain: expected 1 or 1 numbers a step, got 3"):
+        wide.step(x[:, :1], 500, x[:, :1])
     for table in (
+        {"threshold": -1.0},
+        {"eta": -0.5},
         {"gain": torch.ones(2, 1)},
         {"noise": torch.tensor([-1.0])},
         {"shift": torch.tensor([[float("nan")]])},

@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_without_full_precision_again(sche
         killed.run(until_the_third, tmp_path, eta)
     killed.evaluated = {"full": 0, "quantized": 0}
     results = killed.run(own_way, tmp_path, eta)
-    assert killed.evaluated == {"full": 2, "quantized": STEPS if preset else 2}
+    assert killed.evaluated == {"full": 2, "quantized": 2 + (STEPS if preset else 2)}  # two for the record
     for result, other in zip(results, expected, strict=True):
         assert_same_bits(result["state"], other["state"])
     assert [p.name for p in sorted(tmp_path.glob("step*"))] == [f"step-{i:04d}.safetensors" for i in range(STEPS)]
@@ -116,7 +116,7 @@ def test_what_cannot_go_on_is_refused(tmp_path):
         pair.run(lambda step: {"a": step.advance(step.output), "b": step.advance(step.output)})
     pair.run(folder=tmp_path)
     pair.scheduler.set_timesteps(3)
-    with pytest.raises(ConfigError, match="got one with another steps"):
+    with pytest.raises(ConfigError, match=r"got one with another .*steps"):
         pair.run(folder=tmp_path)
     pair.scheduler.set_timesteps(STEPS)
     (tmp_path / "step-0001.safetensors").write_bytes(b"half")

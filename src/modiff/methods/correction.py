@@ -92,12 +92,16 @@ class RecordedSteps(SamplerSteps):
 class Comparison:
     """Full-precision trajectories of a job's pipeline, and a quantized network next to them.
 
-    Raises: ConfigError for a module alone, guidance in two calls, or a pipeline that does more between two steps.
+    Raises: ConfigError for a module alone, a corrected sampler, guidance in two calls, or a pipeline that does more
+        between two steps.
     Cost: `pairs` trajectories.
     """
 
     def __init__(self, job: MethodJob, config: CorrectionConfig) -> None:
         self.job, self.config = job, config
+        known = getattr(getattr(job.target, "scheduler", None), "correction", None)
+        check(f"{type(config).__name__}.scheduler", "one with a correction", known is None, "a plain one",
+              "A table is learned from full precision. Use corrected(pipe.scheduler, None).")  # fmt: skip
         self.scheduler, recorded = record(job, config.pairs // config.batch, "trajectories")
         full = clone(job.model)  # shares the weights, and stays as it is
         self.steps = [RecordedSteps(full, self.scheduler, r, config.guidance_scale) for r in recorded]
@@ -115,7 +119,7 @@ class Comparison:
         with evaluating(network):
             results = lockstep(
                 self.scheduler, batches, self.config.visit, network=network, eta=self.config.eta, seed=self.config.seed,
-                folder=self.job.path("lockstep"), progress=self.job.progress,
+                folder=self.job.path("lockstep"), settings=self.config.to_dict(), progress=self.job.progress,
             )  # fmt: skip
         return self.config.table(self.scheduler, results, channel_axis(batches[0].noise)), results
 
@@ -163,6 +167,7 @@ def learn_correction(
     Args:
         full: the pipeline in full precision, with the sampler that is to be corrected. quantized: the same pipeline
             quantized, or its network. config: its bits are not used.
+        folder: keeps finished steps of these settings and this network; others are refused.
         run: `run(i)` generates the `config.batch` images of trajectory i with `full`; for pipelines that take a prompt.
     Raises: ConfigError or StateError for what cannot be compared. Cost: as `Comparison` and its `learn`.
     """

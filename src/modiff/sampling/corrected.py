@@ -69,6 +69,8 @@ class Correction(JsonConfig):
             self.check(name, table is None or len(table) == len(self.timesteps), f"{len(self.timesteps)} rows", why)
             widths = {len(row) for row in table or ()} if name != "noise" else {1}
             self.check(name, len(widths - {0}) <= 1 and 0 not in widths, "rows of one width", why)
+        self.check("threshold", self.threshold is None or self.threshold >= 0, "0 or more", "It is a share of a mean.")
+        self.check("eta", self.eta is None or self.eta >= 0, "0 or more", "It is DDIM's.")
         self.check("noise", self.noise is None or min(self.noise) >= 0, "0 or more", "They scale noise.")
 
     @classmethod
@@ -116,6 +118,9 @@ class Correction(JsonConfig):
         table = getattr(self, name)
         if table is None:
             return None
+        channels, width = like.shape[self.channel_dim], len(table[index])
+        check(f"correction.{name}", width, width in (1, channels), f"1 or {channels} numbers a step",
+              "There is one for all channels, or one for each. Calibrate with this model.")  # fmt: skip
         shape = [1] * like.dim()
         shape[self.channel_dim] = -1
         dtype = torch.promote_types(like.dtype, torch.float32)

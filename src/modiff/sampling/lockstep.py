@@ -1,7 +1,7 @@
 """A full-precision and a quantized network side by side, both evaluated at each step of the same trajectories."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,7 @@ def lockstep(
     eta: float = 0.0,
     seed: int = 0,
     folder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Run both networks over all steps, and call `visit` at each. All batches are at the same step.
@@ -87,16 +88,21 @@ def lockstep(
         eta, seed: of samplers that add noise; both trajectories get the same.
         folder: keeps each finished step. The same call goes on after the last one there, to the same bits; modulated
             layers read the inputs of finished steps again, full precision is not evaluated again.
+        settings: what the visit depends on, as JSON values; the folder belongs to them, and to what the quantized
+            network says at two steps.
     Returns: what `visit` returned, by step.
-    Raises: ConfigError for a folder of other samples or steps, or a visit that does not say where to go.
-    Cost: an evaluation of each network for each batch and step; four tensors of all samples a step in the folder.
+    Raises: ConfigError for a folder of other samples, steps, settings or networks, or a visit that does not say where
+        to go.
+    Cost: an evaluation of each network for each batch and step; with a folder two more of the quantized one, and four
+        tensors of all samples a step.
     """
     x = y = torch.cat([batch.noise for batch in batches])
     forward = [_mover(begun(scheduler), eta, seed) for _ in range(2)]
     attachment = attachment_of(network)
     remembers = attachment is not None and any(layer.inputs is not None for layer in attachment.layers.values())
     job = {"steps": [float(t) for t in scheduler.timesteps], "samples": [len(b.noise) for b in batches],
-           "noise": digest_of({}, [x]), "eta": eta, "seed": seed}  # fmt: skip
+           "noise": digest_of({}, [x]), "eta": eta, "seed": seed, "settings": settings,
+           "network": None if folder is None else _digest(network, batches[0], len(scheduler.timesteps))}  # fmt: skip
     results: list[dict[str, Tensor]] = []
     with ExitStack() as stack:
         shards = None if folder is None else stack.enter_context(ResumableFolder(folder, job))
@@ -127,6 +133,12 @@ def begun(scheduler: Any) -> Any:
         if name in vars(scheduler):
             setattr(again, name, vars(scheduler)[name])
     return again
+
+
+def _digest(network: nn.Module, batch: Batch, steps: int) -> str:
+    """Of what the network says of the first state at two steps: modulated layers have no residuals at the first."""
+    with nullcontext() if attachment_of(network) is None else model_trajectory(network):
+        return digest_of({}, [batch.quantized(step, batch.noise) for step in range(min(2, steps))])
 
 
 def _visited(visit: Visit, step: Step) -> dict[str, Tensor]:
