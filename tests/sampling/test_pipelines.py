@@ -1,6 +1,8 @@
 """Parallel pipelines: images of the sequential ones, with guidance, spread over copies, and modulated."""
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import diffusers
@@ -68,6 +70,15 @@ def test_a_network_in_bfloat16_gives_arrays() -> None:
     pipe = pixel_pipeline()
     fast = ParallelPipeline(unet=pipe.unet.to(torch.bfloat16), scheduler=pipe.scheduler)
     assert fast(1, num_inference_steps=2, output_type="np").images.dtype == "float32"
+
+
+@pytest.mark.parametrize("module", ["corrected", "ddm", "masked", "noise_level", "pipelines"])
+def test_a_fresh_interpreter_knows_folders_of_quantized_networks_with_each_module(module: str) -> None:
+    """An import of one alone, before modiff has met any object of diffusers."""
+    probe = (
+        f"import modiff.sampling.{module}; from diffusers.quantizers import auto; auto.AUTO_QUANTIZER_MAPPING['modiff']"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

@@ -28,6 +28,9 @@ from torch import Tensor
 
 from modiff.config import JsonConfig, check
 from modiff.errors import ConfigError
+from modiff.hosts import diffusers_host
+
+diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
 Rows = tuple[tuple[float, ...], ...]
 ENTRY = "correction"

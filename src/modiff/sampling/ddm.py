@@ -13,7 +13,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from modiff.config import check
+from modiff.hosts import diffusers_host
 from modiff.sampling.levels import timestep_at
+
+diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
 Attenuation = Literal["constant", "linear", "const_2"]
 _ONE: dict[Attenuation, int] = {"constant": 1, "const_2": 1}

@@ -19,8 +19,11 @@ from torch import Tensor
 from modiff.assets.characters import CharacterTransformer
 from modiff.config import check
 from modiff.errors import ConfigError
+from modiff.hosts import diffusers_host
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import model_trajectory
+
+diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
 __all__ = [
     "CharacterTransformer", "MaskedScheduler", "MaskedTextOutput", "MaskedTextPipeline", "ModelMixin", "SchedulerMixin",

@@ -14,7 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from modiff.config import check
+from modiff.hosts import diffusers_host
 from modiff.sampling.levels import timestep_at
+
+diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
 Shape = Literal["linear", "fibonacci"]
 Solver = Literal["bisection", "first_order"]

@@ -12,9 +12,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from modiff.hosts import diffusers_host
 from modiff.model.attach import attachment_of
 from modiff.sampling.parallel import Generators, ParallelSampler, Sampled, rows_of, spread
 from modiff.sampling.window import along_window
+
+diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
 
 @dataclass
