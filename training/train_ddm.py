@@ -51,7 +51,8 @@ def begun_with(name: str, outputs: int) -> UNet2DModel:
     if trained.config.out_channels != channels:
         raise SystemExit(f"--begin-with {name}: expected {channels} output channels, those of the noise, got "
                          f"{trained.config.out_channels}. Give a model that predicts noise alone.")  # fmt: skip
-    model = UNet2DModel.from_config(trained.config, out_channels=outputs * channels)
+    config = {key: value for key, value in trained.config.items() if key != "_name_or_path"}  # a folder of this machine
+    model = UNet2DModel.from_config(config, out_channels=outputs * channels)
     state = trained.state_dict()
     model.load_state_dict(state | {name: torch.cat([state[name]] * outputs) for name in HEADS})
     return model

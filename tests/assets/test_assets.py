@@ -1,5 +1,6 @@
 """Where the package keeps its data, and what it says when it was installed without."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,3 +35,9 @@ def test_another_name_is_refused_with_the_known_ones() -> None:
     for folder in (assets.model_folder, assets.classifier_folder):
         with pytest.raises(FormatError, match="expected one of embedded, cifar10, got 'imagenet'"):
             folder("imagenet")
+
+
+def test_no_file_of_the_package_names_a_folder_of_the_machine_that_made_it() -> None:
+    texts = [path for path in Path(assets.__file__).parent.rglob("*") if path.suffix in (".json", ".md")]
+    assert texts
+    assert [path.name for path in texts if re.search(r"[\"' =]/\w+/", path.read_text(encoding="utf-8"))] == []

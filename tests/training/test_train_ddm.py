@@ -40,8 +40,9 @@ def test_each_output_begins_with_the_noise_of_the_model_that_it_begins_with(ddm,
     ticking(script("train_reference"), tiny_unet, tmp_path, 2)
     trained = DDIMPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32).unet
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.5, 700.0])
-    both = ddm.begun_with(str(tmp_path / "pipeline"), 2)(x, t).sample
-    torch.testing.assert_close(both, trained(x, t).sample.repeat(1, 2, 1, 1))
+    begun = ddm.begun_with(str(tmp_path / "pipeline"), 2)
+    torch.testing.assert_close(begun(x, t).sample, trained(x, t).sample.repeat(1, 2, 1, 1))
+    assert str(tmp_path) not in begun.to_json_string()  # what is shipped names no folder of who trained it
     with pytest.raises(SystemExit, match=r"expected a model of 1 channels at --size 8, got 1 at 32\.") as caught:
         ddm.train(ddm.parse_arguments([*tiny_unet, "-o", str(tmp_path / "other"), "--begin-with", "embedded"]))
     assert "\n" not in str(caught.value)
