@@ -67,6 +67,7 @@ def loss_of(scheduler: DDMScheduler) -> Callable[[Callable[..., Any], Tensor], T
     """
 
     def loss(model: Callable[..., Any], images: Tensor) -> Tensor:
+        """Of one batch, at one time and noise for each image."""
         noise, time = torch.randn_like(images), 1 - torch.rand(len(images), device=images.device)
         linear, square = scheduler.config.attenuation == "linear", scheduler.config.attenuation == "const_2"
         curve = torch.randn_like(images).clamp(-1, 1) if linear else torch.zeros_like(images)

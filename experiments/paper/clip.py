@@ -27,6 +27,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     rows = values["rows"]
     caption = f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps."
     return Shown(

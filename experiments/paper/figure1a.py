@@ -67,6 +67,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     layers, images, modulated = values["layers"], values["rows"], error(values["coded"], bits=4)
     rows = [{**row, **{f"layer_{k}": v for k, v in layer.items()}} for row, layer in zip(images, layers, strict=True)]
     columns = (

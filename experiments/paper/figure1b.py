@@ -50,6 +50,7 @@ def _ratios(trace: LayerTrace) -> tuple[list[float], list[float]]:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     table = listing(
         "study-ranges",
         "Largest |activation| over largest |residual|, over all layers and steps but the first.",

@@ -32,6 +32,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     order = {title: i for i, title in enumerate(TITLES.values())}
     rows = [{**row, "order": order[row["granularity"]]} for row in values["rows"]]
     caption = f"Relative L2 (PSNR), full-precision weights, {values['steps']} DDIM steps."

@@ -39,6 +39,7 @@ def _contraction(growth: Growth) -> dict[str, Any]:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     growths = values["growth"]
     four = next(growth for growth in growths if growth["bits"] == 4)
     figures = [_chart(four, loop, colour) for loop, colour in zip(LOOPS, (3, 0), strict=True)]

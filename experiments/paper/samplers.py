@@ -48,6 +48,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     rows, parallel = values["rows"], values["parallel"]
     caption = "Relative L2 (PSNR), W8, to full precision with the same sampler and steps."
     most, least = (

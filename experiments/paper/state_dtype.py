@@ -33,6 +33,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     rows, last = values["rows"], values["lengths"][-1]
     eight = [{**row, "dtype": f"{row['dtype']}, A8"} for row in rows if row["name"] == "modulated A8"]
     caption = "Relative L2 (PSNR), full-precision weights, DDIM."

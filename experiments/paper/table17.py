@@ -30,6 +30,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     rows, caption = values["rows"], "Relative L2 (PSNR), W8, to full precision with as many steps."
     gains = [f"{_gain([row for row in rows if row['place'] == f'ddim {n}'])} ({n} steps)" for n in STEPS]
     return Shown(

@@ -40,6 +40,7 @@ def _rounds(count: int) -> str:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     rows = values["rows"]
     lines: list[Line] = []
     for i, bits in enumerate(dict.fromkeys(row["bits"] for row in rows)):

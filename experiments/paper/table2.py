@@ -22,6 +22,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     rows = [row for row in values["rows"] if row["mode"] in MODES]
     floor = error(values["rows"], mode="weights")
     plain, modulated = (error(rows, mode=mode, bits=4) for mode in ("plain", "modulated"))

@@ -33,6 +33,7 @@ def measure(lab: Lab) -> Values:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     rows, longer, steps = values["rows"], values["longer"], values["steps"]
     caption = f"Relative L2 (PSNR), W8, {steps} DDIM steps."
     longer_caption = "Relative L2 (PSNR), full-precision weights, 4 bits, by steps."

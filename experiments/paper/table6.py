@@ -78,6 +78,7 @@ def _bytes(tensors: list[Tensor | None]) -> int:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     weights, counted = values["weights"], f"counted as printed, {BITS} bits"
     rows = [{**row, "both": row["input"] + row["output"]} for row in values["rows"]]
     rows = [{**row, "total": weights + row["both"]} for row in rows]

@@ -106,6 +106,7 @@ def at_share(curve: Curve, share: float) -> float | None:
 
 
 def show(values: Values) -> Shown:
+    """The page of `values`: tables and charts, and what they say."""
     blocks: list[Content] = []
     for base in values["bases"]:
         blocks += [_sentence(base), *_tables(base), *(_chart(base, predictor) for predictor in ("hold", "linear"))]

@@ -107,6 +107,11 @@ def test_layers_that_the_config_names_are_not_warned_about(field):
     generate(applied(ModiffConfig(**{field: names}), make=lambda: published(Late)))
 
 
+@pytest.mark.filterwarnings("error::modiff.ModiffWarning")
+def test_a_config_that_replaces_the_default_exclusions_has_decided_on_ends_and_embeddings():
+    generate(applied(ModiffConfig(default_exclude=(), exclude=("unused",)), make=lambda: published(Late)))
+
+
 def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report():
     model = applied(ModiffConfig(exclude=EMBEDDINGS), make=published)
     with pytest.warns(ModiffWarning, match=r"Published: .* unused \(never called.*exclude="):

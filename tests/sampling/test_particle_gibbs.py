@@ -61,6 +61,19 @@ def test_what_is_drawn_nears_the_target_with_sweeps_and_sooner_than_with_as_many
     assert variation(shares(output.sequences), TARGET) == pytest.approx(expected, abs=0.02)
 
 
+def test_the_reference_keeps_the_partial_rewards_with_which_it_was_drawn(monkeypatch):
+    pipe, sweeps = toy_pipeline(), []
+    sweep = pipe.sweep
+    monkeypatch.setattr(pipe, "sweep", lambda *arguments: sweeps.append(sweep(*arguments)) or sweeps[-1])
+    generator = torch.Generator().manual_seed(0)
+    pipe(reward, partial=lambda rows, _: torch.rand(len(rows), generator=generator), particles=2, sweeps=2, every=1,
+         length=3, num_inference_steps=4, chains=64, temperature=A, generator=generator)  # fmt: skip
+    (before, *_), (path, ends, _) = sweeps
+    kept = ends.drawn == 1
+    assert kept.any()
+    assert torch.equal(path.rewards[:, kept], before.rewards[:, kept])
+
+
 def test_one_sweep_without_resampling_is_best_of_n():
     output = run(particles=64, sweeps=1, every=None, chains=2000)
     law = torch.tensor(TOY.law(4)).double()

@@ -105,6 +105,7 @@ class ReconstructionJob:
                     hook.remove()
 
         def objective(batch: UnitCall) -> Tensor:
+            """The loss of the unit, and of its layers but the last, on one batch."""
             for trainee in trainees.values():
                 trainee.drop = drop if self.config.qdrop else None
             try:
