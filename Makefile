@@ -1,6 +1,7 @@
 # make demo     see it: 4-bit activations with and without modulation, on the model that comes with the package
 # make test     the whole test suite; make test ARGS="tests/core -x" a part of it
 # make check    lint, format, types, import order
+# make docs     the site in docs/_build/html; warnings are errors. make linkcheck asks the network for its external links
 # make golden   write the golden trajectories again; read the diff before you commit it
 # make mutants  small faults that the tests of core, nn and checkpoint should notice; make mutants ARGS="--count 40 core"
 # make lint-fix what ruff can repair
@@ -8,7 +9,7 @@
 #
 # Only Python 3.11 or 3.12 with pip is needed; everything goes into $(VENV). Another interpreter: make demo PYTHON=python3.12
 
-.PHONY: demo test check golden mutants lint-fix env
+.PHONY: demo test check docs linkcheck golden mutants lint-fix env
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,13 @@ check: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "docs: docs/_build/html/index.html"
+
+linkcheck: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
 golden: $(VENV)/.dev
 	$(BIN)/python -m tests.golden.write
 
@@ -58,6 +66,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(PIP) $(TORCH)
 	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base

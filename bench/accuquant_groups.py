@@ -1,4 +1,4 @@
-"""What does AccuQuant's group size cost and give? Writes docs/accuquant.md and its figures.
+"""What does AccuQuant's group size cost and give? Writes docs/project/accuquant.md and its figures.
 
 python bench/accuquant_groups.py --work accuquant-bench
 
@@ -177,7 +177,7 @@ def run_task(text: str) -> None:
 
 
 def page(rows: list[dict[str, Any]], settings: dict[str, Any], command: str) -> str:
-    """docs/accuquant.md."""
+    """docs/project/accuquant.md."""
     head = ("steps in a group", "groups", "relative L2", "error kept", "cosine, mean", "cosine, lowest", "peak MiB",
             "ratio", "exact MiB", "s")  # fmt: skip
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
@@ -225,7 +225,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("accuquant-bench"), help="folder of finished rows")
     parser.add_argument("--json", type=Path, default=Path("docs/results/accuquant.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/accuquant.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/project/accuquant.md"))
     parser.add_argument("--task", help=argparse.SUPPRESS)
     return parser.parse_args()
 

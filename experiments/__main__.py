@@ -18,7 +18,7 @@ from modiff.files import check_writable, read_json, write_atomically, write_json
 from modiff.hosts.diffusers.load import load_pipeline
 
 RESULTS = "results.json"
-PAGE, FIGURES, PAGE_RESULTS = "study.md", "figures", "results/study.json"
+PAGE, FIGURES, PAGE_RESULTS = "project/study.md", "figures", "results/study.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def _result(options: argparse.Namespace) -> StudyResult:
 
 
 def write_page(document: Document, docs: Path) -> list[Path]:
-    """docs/study.md and its pictures in docs/figures; pictures of earlier studies that are not drawn any more go."""
+    """docs/project/study.md and its pictures in docs/figures; pictures of earlier studies go."""
     pictures = {f"{figure.name}.{figure.kind}": figure.data for figure in document.figures()}
     for name, data in pictures.items():
         path = docs / FIGURES / name
@@ -68,7 +68,7 @@ def write_page(document: Document, docs: Path) -> list[Path]:
     for path in (docs / FIGURES).glob("study-*.png"):
         if path.name not in pictures:
             path.unlink()
-    write_atomically(docs / PAGE, lambda file: file.write(markdown(document, FIGURES).encode()))
+    write_atomically(docs / PAGE, lambda file: file.write(markdown(document, f"../{FIGURES}").encode()))
     return [docs / PAGE, *(docs / FIGURES / name for name in pictures)]
 
 

@@ -24,8 +24,8 @@ LEAD = (
     "The single-trajectory experiments of the MoDiff paper on this model: what was printed, what came out, and why "
     "they differ. Errors are those of the images to full precision from the same seeds, unless said otherwise; lower "
     "is better. Bit-operations are not speed. Modulated rows have the paper's anchors, with quantized weights "
-    "(presets.published). So have the tuned rows of docs/study.md, measured at commit b682d91 or before; the preset "
-    "now anchors with exact weights."
+    "(presets.published). So have the tuned rows of docs/project/study.md, measured at commit b682d91 or before; the "
+    "preset now anchors with exact weights."
 )
 
 
@@ -70,7 +70,7 @@ def run_study(
         progress: a bar on stderr for each experiment.
     Raises: ConfigError for a pipeline that needs a prompt, or a folder of another model or other settings; FormatError
         for a damaged file; OSError that names a file. What was finished is kept.
-    Cost: see docs/study.md; all of them at "quick" are about 250 trajectories of a batch.
+    Cost: see docs/project/study.md; all of them at "quick" are about 250 trajectories of a batch.
     """
     names = experiment_names(names)
     _check(pipe)

@@ -21,7 +21,7 @@ from modiff.private_names import COMPILER, DIFFUSERS, TORCH, check_private_names
 
 PACKAGE = Path(modiff.__file__).parent
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 HEAVY = {"diffusers", "transformers", "accelerate", "triton", "ray", "gradio", "fastapi", "uvicorn", "matplotlib"}
 PROBE = """
 import json, sys

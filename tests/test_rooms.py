@@ -170,7 +170,7 @@ def test_circles_and_families_are_seen(texts: dict[str, str], seen: set[str]) ->
 SOURCES = sorted(path for tree in TREES for path in tree.rglob("*.py"))
 TESTED = ("generate", "cli", "experiments", "training", "methods", "checkpoint", "assets")
 TESTS = sorted(path for room in TESTED for path in (ROOT / "tests" / room).glob("*.py"))
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 NAMES = {
     "coder": "quantizer",

@@ -3,8 +3,8 @@
     python tools/mutants.py --count 40 --seed 1 core checkpoint
 
 A fault is killed when its tests fail, hang or cannot be collected. Results go to a JSON file after each fault: the same
-command goes on where it was stopped, and a fault in a file that changed is tried again. docs/mutants.md lists what
-survived, and why.
+command goes on where it was stopped, and a fault in a file that changed is tried again. docs/project/mutants.md lists
+what survived, and why.
 """
 
 import argparse

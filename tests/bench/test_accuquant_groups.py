@@ -20,7 +20,7 @@ def test_rows_hold_what_the_method_gives_and_each_size_is_run_once(tmp_path, mon
     small.build().save_pretrained(tmp_path / "pipeline")
     tasks: list[int] = []
     run_here(monkeypatch, bench, lambda task: tasks.append(task["group_size"]))
-    places = {"--model": "pipeline", "--work": "work", "--json": "rows.json", "--page": "docs/accuquant.md"}
+    places = {"--model": "pipeline", "--work": "work", "--json": "rows.json", "--page": "docs/project/accuquant.md"}
     arguments = [text for option, name in places.items() for text in (option, str(tmp_path / name))]
     arguments += [text for name, value in SETTINGS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -40,4 +40,4 @@ def test_rows_hold_what_the_method_gives_and_each_size_is_run_once(tmp_path, mon
 
     start()
     assert tasks == [1, 2], "kept rows are not run again"
-    assert "| 1 | 2 | " in (tmp_path / "docs" / "accuquant.md").read_text()
+    assert "| 1 | 2 | " in (tmp_path / "docs" / "project" / "accuquant.md").read_text()

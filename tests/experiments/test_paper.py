@@ -1,4 +1,4 @@
-"""Every experiment: JSON values, tables and sentences that say what they hold; docs/study.md is what it writes."""
+"""Every experiment: JSON values, tables and sentences that say what they hold; the page that docs show of them."""
 
 import doctest
 import json
@@ -64,7 +64,7 @@ def cell(table: Table, line: str, column: str) -> str:
 def test_the_page_of_the_docs_is_what_the_recorded_results_give():
     results = StudyResult.from_dict(json.loads((DOCS / "results" / "study.json").read_text()))
     assert tuple(results.values) == tuple(EXPERIMENTS)
-    assert markdown(results.document("embedded"), "figures") == (DOCS / "study.md").read_text()
+    assert markdown(results.document("embedded"), "../figures") == (DOCS / "project" / "study.md").read_text()
 
 
 @pytest.mark.parametrize("name", SAMPLED)

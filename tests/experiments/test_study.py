@@ -72,12 +72,12 @@ def test_the_command_prints_each_sentence_and_writes_report_page_and_results(tmp
     assert "Here: With 10 DDIM steps the residual's range is" in capsys.readouterr().out
     assert list(json.loads((out / "results.json").read_text())["experiments"]) == ["figure1b"]
     command = f"python -m experiments figure1b --model {model} --preset quick --steps 10 -n 1"
-    for page in (out / "report.html", out / "report.md", docs / "study.md"):
+    for page in (out / "report.html", out / "report.md", docs / "project" / "study.md"):
         assert command in page.read_text()
     assert sorted(p.name for p in (docs / "figures").iterdir()) == ["demo.png", "study-figure1b.png"]
-    written = (docs / "study.md").read_bytes()
+    written = (docs / "project" / "study.md").read_bytes()
     assert main(["all", "--model", model, "--results", str(out / "results.json"), "--docs", str(docs)]) == 0
-    assert (docs / "study.md").read_bytes() == written
+    assert (docs / "project" / "study.md").read_bytes() == written
 
 
 @pytest.mark.parametrize(
