@@ -156,6 +156,7 @@ class QuantizerConfig(JsonConfig):
         may have 16 bits.
     step_groups: of static scales: 1 set for all steps, one for each of n groups of neighbours, or 0 for one for each
         step. More than one set serves only the time steps it was calibrated on.
+    step_bits: bits of each group of steps, the noisiest first; `bits` is the most of them. () has `bits` at all steps.
     refresh_every: of dynamic scales of modulated layers: measured at every n-th step, which saves a pass over memory at
         the others. Residuals that outgrow an old scale are clipped, and sent later.
     """
@@ -167,6 +168,7 @@ class QuantizerConfig(JsonConfig):
     clip: float = 1.0
     lowest: Literal["measured", "zero"] = "measured"
     step_groups: int = 1
+    step_bits: tuple[int, ...] = ()
     refresh_every: int = 1
 
     def __post_init__(self) -> None:
@@ -189,6 +191,10 @@ class QuantizerConfig(JsonConfig):
         self.check("step_groups", self.step_groups >= 0, "0 or more groups", "0 is a set for each step, 1 for all.")
         self.check("step_groups", self.step_groups == 1 or not self.dynamic, "1 with dynamic=True",
                    "Dynamic scales are measured at each step anyway. Use dynamic=False.")  # fmt: skip
+        bits, groups = self.step_bits, self.step_groups
+        fits = len(bits) == groups != 1 and max(bits, default=0) == self.bits and all(map(is_bits, bits))
+        self.check("step_bits", not bits or fits, f"{groups} numbers, 2 to {self.bits}, one for each of `step_groups` "
+                   "groups", "`bits` is the most of them. Use () for the same bits everywhere.")  # fmt: skip
         self.check("refresh_every", self.refresh_every >= 1, "1 or more steps", "1 measures at each step.")
         self.check("refresh_every", self.refresh_every == 1 or self.dynamic, "1 with dynamic=False",
                    "Static scales are never measured again. Use dynamic=True.")  # fmt: skip

@@ -144,3 +144,24 @@ def test_measured_scales_are_moved_to_the_device_of_the_input_once(step_groups: 
     (first,), (second,) = (quantizer.scales(torch.empty(2, 4, device="meta")) or () for _ in range(2))
     assert first.device.type == "meta"
     assert first is second
+
+
+def test_each_step_has_the_bits_of_its_group_and_as_many_groups_as_there_are_bits():
+    now, config = [0.0], QuantizerConfig(bits=8, dynamic=False, step_groups=2, step_bits=(3, 8))
+    quantizer = Quantizer(config, "tensor", -1, (8,), lambda: (now[0],))
+    quantizer.watch(MinMaxObserver)
+    x = torch.linspace(-1, 1, 8)[None]
+    for now[0] in (900.0, 500.0):
+        quantizer(x)
+    quantizer.freeze()
+    for now[0], bits in ((900.0, 3), (500.0, 8)):
+        ((codes, qparams),) = quantizer(x).parts
+        assert float(qparams.scale) == pytest.approx(1 / (2 ** (bits - 1) - 1))
+        assert int(codes.max()) == 2 ** (bits - 1) - 1
+    quantizer.watch(MinMaxObserver)
+    quantizer(x)
+    with pytest.raises(CalibrationError, match=r"expected 2 steps or more, one for each of step_bits, got 1\."):
+        quantizer.freeze()
+    for bits in ((3, 4), (8,), (3, 8, 8), (1, 8)):
+        with pytest.raises(ConfigError, match=r"step_bits: expected 2 numbers, 2 to 8, one for each of"):
+            QuantizerConfig(bits=8, dynamic=False, step_groups=2, step_bits=bits)

@@ -1,6 +1,7 @@
 """PTQD: k, mu and s come out as they went in, the toy ends where it should, and the noise is that of the formula."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -136,9 +137,37 @@ def test_a_pipeline_is_corrected_stays_so_when_it_is_saved_and_comes_off(modulat
     assert_same_bits(small.call(pipe, steps=6, seed=50, batch=4), exact)
 
 
+@pytest.mark.parametrize("modulated", [False, True])
+def test_steps_that_need_fewer_bits_get_them_also_from_a_folder_and_when_loaded(modulated, tmp_path, monkeypatch):
+    chosen = [3, 3, 3, 8, 8, 8]
+    monkeypatch.setattr("modiff.methods.ptqd.bits_of_steps", lambda scheduler, ratios: chosen if ratios else [])
+    modulation = modiff.ModulationConfig() if modulated else None
+    config = PtqdConfig(**TINY, modulation=modulation, step_bits=(3, 8), attention="full_precision")
+    pipe = small.build()
+    report = quantize(pipe, config, folder=tmp_path / "job", progress=False)
+    steps = chosen[int(modulated) :]
+    assert dict(report.steps)["bits"] == tuple(map(float, steps))
+    quantizer = pipe.unet.conv_in.quantizer
+    assert quantizer.config.step_bits == tuple(steps)
+    widest: list[int] = []
+    scaled = quantizer.scaled
+    monkeypatch.setattr(
+        quantizer, "scaled", lambda *args: (code := scaled(*args), widest.append(int(code.parts[0][0].abs().max())))[0]
+    )
+    images = small.call(pipe, steps=6, seed=50, batch=4)
+    assert [largest <= 4 for largest in widest] == [bits == 3 for bits in steps]
+    again = small.build()
+    assert quantize(again, config, folder=tmp_path / "job", progress=False).steps == report.steps
+    assert_same_bits(small.call(again, steps=6, seed=50, batch=4), images)
+    modiff.save(again, tmp_path / "saved")
+    if not modulated:  # a packed layer anchors with its codes
+        assert_same_bits(small.call(modiff.load(tmp_path / "saved"), steps=6, seed=50, batch=4), images)
+
+
 def test_what_cannot_be_corrected_is_refused_with_the_reason():
-    for name, value in (("pairs", 3), ("eta", 2.0), ("bias", "none"), ("slope", "all")):
-        with pytest.raises(ConfigError, match=rf"PtqdConfig\.{name}: expected .*, got {value!r}"):
+    wrong = [("pairs", 3), ("eta", 2.0), ("bias", "none"), ("slope", "all"), ("step_bits", (8,)), ("step_bits", (4, 6))]
+    for name, value in wrong:
+        with pytest.raises(ConfigError, match=rf"PtqdConfig\.{name}: expected .*, got {re.escape(repr(value))}"):
             dataclasses.replace(PtqdConfig(**TINY), **{name: value})
     pipe = set_scheduler(small.build(), "heun")
     pipe.set_progress_bar_config(disable=True)

@@ -44,7 +44,8 @@ class Quantizer:
     finds_jumps: whether the scales of a residual may be compared with those of its value. unsent: as `affine.unsent`.
     value_reach, residual_reach: largest magnitudes of inputs and of what was coded of them, in the last measurement.
     static: the scales of all steps. tables: or one set of scales for each group of steps; `moments` says which group a
-    moment belongs to. Both are None before calibration, and with dynamic scales.
+    moment belongs to. Both are None before calibration, and with dynamic scales. With `config.step_bits`, each group of
+    steps has codes of its own bits, and a fresh scale is for `bits`.
     """
 
     def __init__(
@@ -104,10 +105,11 @@ class Quantizer:
 
     def scaled(self, residual: Tensor, scales: Sequence[QParams] | None) -> Code:
         """Codes of a residual with known scales, one for each run of channels; None measures them."""
-        parts = []
+        parts, narrow = [], self.config.step_bits and self.tables and scales is not None
+        bits = self.config.step_bits[set_of(self._now(), self.moments)] if narrow else self.bits
         for index, run in enumerate(self.split(residual)):
             qparams = self.measured(run) if scales is None else scales[index]
-            parts.append((quantize_tensor(run, qparams, self.bits), qparams))
+            parts.append((quantize_tensor(run, qparams, bits), qparams))
         return Code(tuple(parts), self.channel_dim)
 
     @property
@@ -148,8 +150,14 @@ class Quantizer:
             self._make().range()  # raises: nothing was seen
         config, groups = self.config, self.config.step_groups
         merged, moments = grouped(self._watched, groups)
+        bits = config.step_bits or (self.bits,) * len(merged)
+        if len(bits) != len(merged):
+            raise CalibrationError(
+                f"Quantizer: expected {len(bits)} steps or more, one for each of step_bits, got {len(merged)}. Nobody "
+                "knows which steps they are. Calibrate with as many steps as you sample with."
+            )
         tables = {
-            index: tuple(o.qparams(self.bits, symmetric=config.symmetric, clip=config.clip) for o in observers)
+            index: tuple(o.qparams(bits[index], symmetric=config.symmetric, clip=config.clip) for o in observers)
             for index, observers in merged.items()
         }
         if groups == 1:

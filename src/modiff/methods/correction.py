@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modiff.calibration.reconstruct.layers import evaluating
 from modiff.config import WeightSearch, check
 from modiff.hosts.host import networks_of
-from modiff.methods.q_diffusion import QDiffusionConfig, q_diffusion
+from modiff.methods.q_diffusion import QDiffusionConfig, learn_layers
 from modiff.methods.recipe import MethodJob, MethodReport
 from modiff.methods.sampler_steps import SamplerSteps, record
 from modiff.model.trajectory import clone
@@ -139,15 +139,19 @@ class CorrectedReport(MethodReport):
         return "\n".join([super().__str__(), *ranges])
 
 
-def quantize_and_correct(job: MethodJob, config: CorrectionConfig) -> CorrectedReport:
-    """Quantize the job's network, learn the table, and give the pipeline a sampler with it."""
+def quantize_and_correct(job: MethodJob, config: CorrectionConfig, step_bits: tuple[int, ...] = ()) -> CorrectedReport:
+    """Quantize the job's network, learn the table, and give the pipeline a sampler with it.
+
+    step_bits: activation bits of each step that sends codes, instead of the same at all.
+    """
     from modiff.sampling.corrected import corrected  # late: it loads diffusers
 
     comparison = Comparison(job, config)
-    report = q_diffusion(job, config)
+    report = learn_layers(job, config, config.model_config(job.model, step_bits))
     table, results = comparison.learn(job.model)
     job.target.scheduler = corrected(job.target.scheduler, table)
     figures = tuple((name, tuple(float(r[name].mean()) for r in results)) for name in results[0])
+    figures += (("bits", tuple(map(float, step_bits))),) if step_bits else ()
     return CorrectedReport(report.entries, report.memory, report.weights, report.scales, figures)
 
 

@@ -6,6 +6,8 @@
 with B the factor of the network's output in the sampler's step.
 """
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from modiff.api import remove
+from modiff.config import is_bits
 from modiff.methods.correction import (
+    Comparison,
     CorrectionConfig,
     Results,
     moments_by_channel,
     quantize_and_correct,
     row_table,
 )
+from modiff.methods.q_diffusion import q_diffusion
 from modiff.methods.recipe import MethodJob, MethodReport
 from modiff.methods.registry import register
 from modiff.sampling.lockstep import Step
@@ -33,17 +39,31 @@ class PtqdConfig(CorrectionConfig):
     bias: mu_t, the mean of each channel, is that of what the regression leaves ("remainder", the paper), or of the
         whole error ("total", the released code), which is another one where k_t E[eps] is not 0.
     slope: k_t is at least 0 ("positive", published), or what the regression says ("any").
+    step_bits: activation bits to choose from for each step, as (4, 8), the most of them `activation_bits`: the fewest
+        whose ratio of signal to noise exceeds that of the state, see `bits_of_steps`. () has the same at all steps.
+        Each width is tried on the pairs first, and each step has scales of its own, for these steps alone.
     direction: of DDIM with eta > 0. "kept" is the formula; "released" also shrinks the direction with the noise, as the
         released step does, so that the mean of the step changes.
 
     With `modulation`, the network runs along the trajectories with its states, and the table is that of modulation.
     The noise is corrected for DDIM with eta > 0 and DDPM; there is nothing to take it from otherwise.
-    Cost: that of the network's quantization, then three evaluations a step of each of the `pairs`.
+    Cost: that of the network's quantization, then three evaluations a step of each of the `pairs`; two more of each for
+        each of the `step_bits`.
     """
 
     bias: Literal["remainder", "total"] = "remainder"
     slope: Literal["positive", "any"] = "positive"
     direction: Literal["kept", "released"] = "kept"
+    step_bits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        widths = sorted(set(self.step_bits))
+        fits = len(widths) >= 2 and all(map(is_bits, widths)) and widths[-1] == self.activation_bits
+        self.check("step_bits", not widths or fits, f"widths of 2 to {self.activation_bits}, activation_bits the most",
+                   "There is a choice of two or more. Use () for the same bits at all steps.")  # fmt: skip
+        self.check("step_bits", not widths or self.scales == "measured", "() with scales='learned'",
+                   "Rows of many steps are learned together. Use scales='measured'.")  # fmt: skip
 
     def visit(self, step: Step) -> dict[str, Tensor]:
         """k_t, mu_t, s_t and the ratio of signal to noise |eps|² / |eps_q - eps|²; goes on from full precision."""
@@ -115,4 +135,16 @@ def bits_of_steps(scheduler: Any, signal_to_noise: Mapping[int, Sequence[float]]
 @register(PtqdConfig)
 def ptqd(job: MethodJob, config: PtqdConfig) -> MethodReport:
     """Quantize, regress the error on the prediction at each step, and correct the sampler."""
-    return quantize_and_correct(job, config)
+    if not config.step_bits:
+        return quantize_and_correct(job, config)
+    comparison, ratios = Comparison(job, config), {}
+    for bits in sorted(set(config.step_bits)):
+        tried = copy.copy(comparison)
+        tried.job, tried.config = copy.copy(job), dataclasses.replace(config, activation_bits=bits, step_bits=())
+        tried.job.config, tried.job.folder = tried.config, job.path(f"{bits}-bit")
+        q_diffusion(tried.job, tried.config)
+        ratios[bits] = [float(result["signal_to_noise"]) for result in tried.learn(job.model)[1]]
+        remove(job.target)
+    anchors = 0 if config.modulation is None else 1  # a modulated network sends nothing at its first step
+    chosen = tuple(bits_of_steps(comparison.scheduler, ratios)[anchors:])
+    return quantize_and_correct(job, dataclasses.replace(config, activation_bits=max(chosen), step_bits=()), chosen)

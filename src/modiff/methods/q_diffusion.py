@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from modiff.calibration.timesteps import UniformGroups
+from modiff.calibration.timesteps import EveryStep, UniformGroups
 from modiff.config import AttentionConfig, ModiffConfig, ModulationConfig, WeightSearch
 from modiff.methods.recipe import LearnedConfig, MethodJob, MethodReport, every_layer
 from modiff.methods.registry import register
@@ -35,12 +35,14 @@ class QDiffusionConfig(LearnedConfig):
     attention: Literal["quantized", "full_precision"] = "quantized"
     modulation: ModulationConfig | None = None
 
-    def model_config(self, model: nn.Module) -> ModiffConfig:
-        """All layers alike, and the attention products of a network that has attention."""
-        layer, attention = self.static_layer(self.modulation, search=self.search), None
+    def model_config(self, model: nn.Module, step_bits: tuple[int, ...] = ()) -> ModiffConfig:
+        """All layers alike, and the attention products of a network that has attention; `step_bits` of activations."""
+        groups = len(step_bits) or 1
+        layer = self.static_layer(self.modulation, step_groups=groups, step_bits=step_bits, search=self.search)
+        attention = None
         has_attention = any(hasattr(module, "processor") for module in model.modules())  # as diffusers' modules have
         if self.attention == "quantized" and self.activation_bits is not None and has_attention:
-            softmax = dataclasses.replace(layer.activation, bits=8, lowest="zero")
+            softmax = dataclasses.replace(layer.activation, bits=8, lowest="zero", step_groups=1, step_bits=())
             attention = AttentionConfig(operands=layer.activation, softmax=softmax)
         return every_layer(layer, attention=attention)
 
@@ -53,7 +55,9 @@ def q_diffusion(job: MethodJob, config: QDiffusionConfig) -> MethodReport:
 
 def learn_layers(job: MethodJob, config: QDiffusionConfig, layers: ModiffConfig) -> MethodReport:
     """As `q_diffusion`, with layers configured otherwise."""
-    calls = job.collect(UniformGroups(groups=min(config.groups, job.evaluations)), pairs=config.modulation is not None)
+    one_set = layers.layer.activation.step_groups == 1
+    states = UniformGroups(groups=min(config.groups, job.evaluations)) if one_set else EveryStep()
+    calls = job.collect(states, pairs=config.modulation is not None)
     report = job.apply(layers)
     weights = scales = None
     if config.learns_weights:

@@ -76,11 +76,12 @@ class MethodConfig(JsonConfig):
         return cls()
 
     def static_layer(
-        self, modulation: ModulationConfig | None = None, *, step_groups: int = 1, search: WeightSearch = "mse"
-    ) -> LayerConfig:
+        self, modulation: ModulationConfig | None = None, *, step_groups: int = 1, step_bits: tuple[int, ...] = (),
+        search: WeightSearch = "mse",
+    ) -> LayerConfig:  # fmt: skip
         """A layer at these bits: a scale for each output channel, and an asymmetric static one for each activation."""
         activation = QuantizerConfig(bits=self.activation_bits, granularity="tensor", symmetric=False, dynamic=False,
-                                     step_groups=step_groups)  # fmt: skip
+                                     step_groups=step_groups, step_bits=step_bits)  # fmt: skip
         weight = WeightConfig(bits=self.weight_bits, search=search)
         return LayerConfig(weight=weight, activation=activation, modulation=modulation)
 

@@ -45,6 +45,7 @@ def unsupported(spec: LayerSpec, quantizer: Quantizer | None) -> str:
     known = type(predictor_named(modulation.predictor)) in (Hold, Linear)
     reasons = (
         (quantizer.bits == 0, "0 bits send nothing that could be summed"),
+        (bool(quantizer.config.step_bits), "its bits change between steps"),
         (not quantizer.config.symmetric, "codes with a zero point of their own have no kernel"),
         (spec.unsupported, spec.unsupported),
         (granularity, granularity),
