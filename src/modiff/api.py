@@ -187,8 +187,11 @@ def trajectory(target: Any) -> AbstractContextManager[None]:
 
 
 def context(module: nn.Module, name: str) -> AbstractContextManager[None]:
-    """Evaluations in the body have states of their own, e.g. "cond" and "uncond" of guidance in two calls."""
-    return model_context(module, name)
+    """Evaluations in the body have states of their own, e.g. "cond" and "uncond" of guidance in two calls.
+
+    The name alone tells them apart, so whatever the network is given may change from step to step.
+    """
+    return model_context(module, name, names_tell=True)
 
 
 def calibrate(

@@ -112,9 +112,11 @@ def test_contexts_and_repeated_calls_in_an_evaluation_have_states_of_their_own(k
 def test_outside_of_an_evaluation_in_a_trajectory_only_layers_without_memory_run(kind):
     original, x = KINDS[kind][0](), walk(kind)[0]
     layer = quantized(original, W8A4, name="to_q")
-    for start in (lambda: None, layer.clock.start, lambda: evaluate(layer, x)):
+    with pytest.raises(StateError, match="to_q: expected a running trajectory, got a call outside of one"):
+        layer(x)
+    for start in (layer.clock.start, lambda: evaluate(layer, x)):
         start()
-        with pytest.raises(StateError, match="to_q: expected a running trajectory, got a call outside of one"):
+        with pytest.raises(StateError, match=r"to_q: expected a call of .*, got one of a module inside of it"):
             layer(x)
     plain = quantized(original, LayerConfig(modulation=None))
     assert_within(plain(input=x), original(x), 0.1)

@@ -52,14 +52,15 @@ class Host(NetworkFacts):
         if not isinstance(target, nn.Module):
             raise ConfigError(
                 f"target: expected a diffusers pipeline or a torch module, got {type(target).__name__}. modiff works "
-                "on objects, not on names. Load it first, e.g. DiffusionPipeline.from_pretrained(folder)."
+                "on objects, not on names or lists. Load it first, e.g. DiffusionPipeline.from_pretrained(folder), and "
+                "take the networks of a sampler one by one, or register a modiff.Host that names them."
             )
         model = eager(target)
         return {type(model).__name__: model}
 
     def attach(self, target: Any) -> None:
         """`apply` took layers of the target: let each call of `generation` be a trajectory."""
-        if self.generation is None:
+        if self.generation is None or not hasattr(type(target), self.generation):  # one network of a target
             return
         for network in self.networks(target).values():
             attachment = attachment_of(network)
@@ -101,6 +102,11 @@ class Host(NetworkFacts):
         anchor_weights: PackedAnchors,
     ) -> None:
         """Write a target; `networks` are those of its networks that carry modiff."""
+        if not isinstance(target, nn.Module):
+            raise ConfigError(
+                f"save: expected a torch module or a pipeline of diffusers, got {type(target).__name__}. Its host does "
+                "not say how it is written. Save its networks, each into a folder, or give its Host a `save`."
+            )
         save_module(target, folder, max_shard_size, anchor_weights)
 
 

@@ -249,9 +249,9 @@ def eager(model: nn.Module) -> nn.Module:
 
 
 def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The sample among the arguments of a network: the first float tensor with a batch."""
-    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-    return next((x for x in tensors if x.dim() > 1), None)
+    """The sample of a network: the first float tensor with a batch that is no column of times, if there is another."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1]
+    return next((x for x in tensors if x.numel() > len(x)), next(iter(tensors), None))
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

@@ -22,7 +22,10 @@ class NetworkFacts:
     """
 
     default_exclude: tuple[str, ...] = ()
-    timestep_names: tuple[str, ...] = ("timestep", "timesteps", "t", "sigma", "time")
+    timestep_names: tuple[str, ...] = (
+        "timestep", "timesteps", "time_step", "time_steps", "t", "time", "times", "time_cond", "sigma", "sigmas",
+        "noise_labels", "noise_level", "noise_levels", "c_noise", "log_snr", "diffusion_step", "diffusion_steps",
+    )  # fmt: skip
     unbatched: tuple[str, ...] = ()
     block_classes: tuple[str, ...] = ()
     registered_in_order: bool = False
@@ -64,7 +67,7 @@ def facts_of(network: Any) -> NetworkFacts:
 
 
 def written_ends(network: nn.Module, layers: Sequence[str]) -> tuple[str, str] | None:
-    """Of the named layers, as `forward` is written, the first that reads its first argument, and the last one.
+    """Of the named layers, as `forward` is written, the first that reads its first argument but the time, and the last.
 
     None: it mentions no module. Where one further inside mentions none, registration decides.
     """
@@ -86,10 +89,11 @@ def _written(network: nn.Module, layers: Sequence[str], index: int) -> str:
 
 
 def _uses(module: nn.Module) -> list[tuple[str, bool]]:
-    """Attributes in the order in which `forward` uses them; whether with values of its first argument."""
+    """Attributes in the order in which `forward` uses them; whether with values of its first argument but the time."""
     try:
         function: Any = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward))).body[0]
-        values, uses = {argument.arg for argument in function.args.args[1:2]}, list[tuple[str, bool]]()
+        names = [argument.arg for argument in function.args.args[1:]]
+        values, uses = {*[n for n in names if n not in facts_of(module).timestep_names][:1]}, list[tuple[str, bool]]()
     except (OSError, TypeError, SyntaxError, AttributeError):  # made at runtime
         return []
 

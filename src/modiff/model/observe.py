@@ -1,14 +1,25 @@
 """See what the layers and the evaluations of a network compute, without changing what they compute."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from modiff.nn.adapters import modules_of
 
 Function = Callable[..., object]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor of what a network returned: in a tuple, a dictionary or an object, whatever its keys."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (list, tuple)):
+        values = list(output)
+    else:
+        values = list((output if isinstance(output, Mapping) else vars(output)).values())
+    return next(value for value in values if isinstance(value, Tensor))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, compute_dtype, encode
 from modiff.errors import CalibrationError
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
-from modiff.model.observe import observe
+from modiff.model.observe import first_tensor, observe
 from modiff.model.roles import Roles, warn_unfit
 from modiff.model.select import layer_names, modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
@@ -158,7 +158,7 @@ def _evaluated(
     finally:
         if hook is not None:
             hook.remove()
-    return (output if isinstance(output, Tensor) else output[0]).double()
+    return first_tensor(output).double()
 
 
 def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> tuple[ModiffConfig, list[Probe]]:
@@ -190,8 +190,7 @@ def tracked(models: Sequence[nn.Module]) -> Iterator[Track]:
             track.samples.append(sample.detach().clone())
 
     def after(*call: Any) -> None:
-        output = call[-1] if isinstance(call[-1], Tensor) else call[-1][0]
-        track.outputs.append(output.detach().clone())
+        track.outputs.append(first_tensor(call[-1]).detach().clone())
 
     with ExitStack() as stack:
         for model in models:

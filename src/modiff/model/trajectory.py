@@ -37,14 +37,18 @@ def model_trajectory(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def model_context(model: nn.Module, name: str) -> Iterator[None]:
-    """Evaluations in the body use states of their own, as `modiff.context`."""
+def model_context(model: nn.Module, name: str, *, names_tell: bool = False) -> Iterator[None]:
+    """Evaluations in the body use states of their own, as `modiff.context`; within, their conditions tell branches.
+
+    names_tell: the name alone does, as in a loop of the user's.
+    """
     clock = required_attachment(model, "context").clock
-    before, clock.context = clock.context, name
+    before = clock.context, clock.names_tell
+    clock.context, clock.names_tell = name, names_tell
     try:
         yield
     finally:
-        clock.context = before
+        clock.context, clock.names_tell = before
 
 
 def reorder(model: nn.Module, index: Tensor) -> None:

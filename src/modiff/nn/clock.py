@@ -53,12 +53,12 @@ class Clock:
     tick: counts network evaluations, over all contexts. step: evaluations of the present context in this trajectory,
     from 0. ratio: size of this step over the last one, in units of the timestep, 0-d tensor or 1.0 when unknown.
     numbered: also evaluations with the same inputs at one timestep have their own states, as tiles need; a host whose
-    timesteps move sets it.
+    timesteps move sets it. names_tell: of an evaluation's conditions only the name of the context counts.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.context, self.tick = name, "default", 0
-        self.active = self.inside = self.failed = self.numbered = False
+        self.active = self.inside = self.failed = self.numbered = self.names_tell = False
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
         self._timestep: Tensor | float | None = None
@@ -88,7 +88,7 @@ class Clock:
     def stop(self) -> None:
         """End the trajectory and free all states."""
         with _STARTING:
-            self.active = self.inside = self.failed = False
+            self.active = self.inside = self.failed = self.names_tell = False
             self.context, self._named = "default", None
             self._forget()
 
@@ -148,6 +148,7 @@ class Clock:
             inputs = inputs.of_floats()
         elif self.numbered or timestep.device.type == "cpu":
             now = float(timestep)
+        inputs = Inputs(inputs.shape) if self.names_tell else inputs
         if known is not None and known.ended(now if self.numbered else float("nan")):
             self._forget()  # another generation
         branches = self._branches.setdefault(name, Branches(name))

@@ -293,6 +293,18 @@ class SimulatedLoop:
         self._calls, self._tick = 0, -1
         clock.on_reset(self.forget)
 
+    def _outside(self) -> StateError:
+        if self.clock.active:
+            return StateError(
+                f"{self.spec.name}: expected a call of {self.clock.name}, got one of a module inside of it. Steps are "
+                "counted by calls of the module that modiff was applied to, not of its methods. Apply modiff to the "
+                "module that your loop calls, or to each of them, and open a trajectory of each."
+            )
+        return StateError(
+            f"{self.spec.name}: expected a running trajectory, got a call outside of one. The states of a modulated "
+            "layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
+        )
+
     def step(self, x: Tensor, fusion: InputFusion | None = None, read: int | None = None) -> Tensor:
         """The layer's output for `x`, or for what `fusion` makes of it; in the dtype of x. read: as `Source` has it.
 
@@ -303,10 +315,7 @@ class SimulatedLoop:
             return self.plain(x, fusion)
         clock = self.clock
         if not clock.inside:
-            raise StateError(
-                f"{self.spec.name}: expected a running trajectory, got a call outside of one. The states of a "
-                "modulated layer live for one generation. Call the model inside `with modiff.trajectory(model):`."
-            )
+            raise self._outside()
         self._calls = self._calls + 1 if self._tick == clock.tick else 0
         self._tick = clock.tick
         memory = self.memories.get((clock.context, self._calls))
