@@ -39,6 +39,7 @@ nitpick_ignore_regex = [  # names of others, whose sites are not asked, and name
     (r"py:.*", r"(tuple|dict)\[.*|Tensor"),
     (r"py:.*", r"modiff\.(core|kernels|nn)\..*"),
 ]
+highlight_language = "none"  # of blocks that name no language
 default_role = "code"  # docstrings write `name`, as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

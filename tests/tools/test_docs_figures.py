@@ -1,0 +1,32 @@
+"""The figures of docs/benchmarks.md: drawn from the committed rows, and the table says the same."""
+
+from pathlib import Path
+
+import pytest
+
+import docs_figures
+
+PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_page_is_what_the_rows_hold() -> None:
+    for name, (speed, error) in docs_figures.speed_and_error(docs_figures.rows("loop.jsonl")).items():
+        line = f"{speed:.2f}x | {error:.4f} |".replace("**", "")
+        assert line in PAGE.replace("**", ""), name
+
+
+def test_speeds_are_ratios_of_the_fastest_rounds() -> None:
+    seconds = {"float32": [2.0, 3.0], "native W8A8": [1.0, 9.0], "native W8A4": [0.5, 0.6]}
+    runs = [{"threads": 2, "seconds": {}}, {"threads": 1, "seconds": {"a": seconds}}]
+    assert docs_figures.products(runs) == {"a": (2.0, 4.0)}
+
+
+@pytest.mark.parametrize("name", ["loop.jsonl", "products.jsonl"])
+def test_both_figures_are_drawn(name: str) -> None:
+    rows = docs_figures.rows(name)
+    if name == "loop.jsonl":
+        figure = docs_figures.draw_loops(docs_figures.speed_and_error(rows))
+        assert len(figure.axes[0].texts) == len(docs_figures.NAMES)
+    else:
+        figure = docs_figures.draw_products(docs_figures.products(rows))
+        assert len(figure.axes[0].patches) == 24

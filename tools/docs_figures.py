@@ -1,0 +1,89 @@
+"""The figures of docs/benchmarks.md from the rows of bench/results: python tools/docs_figures.py"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "docs" / "figures"
+LOOP = ("embedded", "avx512_vnni", "cb2d365")
+"""Model, instructions and commit of the loops that are drawn."""
+NAMES = {
+    "fewer-steps-2": "half of the steps, bfloat16",
+    "deepcache-2": "DeepCache, bfloat16",
+    "bf16-compiled": "compiled bfloat16",
+    "torchao-int8": "torchao int8",
+    "modulated-w8a8": "modulated W8A8",
+    "modulated-w8a4": "modulated W8A4",
+    "plain-w8a8": "plain W8A8",
+}
+LABELS = {"bf16-compiled": (8, -4, "left"), "torchao-int8": (0, -15, "center"), "modulated-w8a8": (-8, -3, "right")}
+"""Offset and alignment of labels that would lie on each other."""
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """The rows of a file of bench/results."""
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def speed_and_error(loops: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """(times as fast as compiled float32, relative L2) of each variant of `NAMES`."""
+    of = {row["variant"]: row for row in loops if (row["model"], row["isa"], row["commit"]) == LOOP}
+    base = of["fp32-compiled"]["seconds_min"]
+    return {name: (base / of[name]["seconds_min"], of[name]["relative_l2"]) for name in NAMES}
+
+
+def products(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """(W8A8, W8A4) times as fast as float32 of each layer, one thread, fastest rounds."""
+    (run,) = (run for run in runs if run["threads"] == 1)
+    layers = {name: {kind: min(times) for kind, times in kinds.items()} for name, kinds in run["seconds"].items()}
+    return {n: tuple(t["float32"] / t[f"native {kind}"] for kind in ("W8A8", "W8A4")) for n, t in layers.items()}
+
+
+def _save(figure: Figure, name: str) -> None:
+    figure.savefig(FIGURES / name, format="png", dpi=130)
+    print(FIGURES / name)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.grid(True, alpha=0.25)
+    axes.axvline(1, color="gray", linestyle="--", linewidth=1, zorder=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_loops(points: dict[str, tuple[float, float]]) -> Figure:
+    """Error against speed of whole loops."""
+    figure, axes = _axes(7, 4)
+    for name, (speed, error) in points.items():
+        ours = name.startswith(("modulated", "plain"))
+        axes.plot(speed, error, "o", color="tab:blue" if ours else "tab:orange")
+        x, y, side = LABELS.get(name, (7, 4, "left"))
+        axes.annotate(NAMES[name], (speed, error), (x, y), textcoords="offset points", ha=side, fontsize=9)
+    axes.set(xlim=(0.6, 4.4), ylim=(0, 0.066), ylabel="relative L2 to full precision")
+    axes.set_xlabel("times as fast as compiled float32 (dashed, no error)")
+    return figure
+
+
+def draw_products(speeds: dict[str, tuple[float, float]]) -> Figure:
+    """Speed of the products of layers, at two widths of the residual."""
+    figure, axes = _axes(7, 4.6)
+    for offset, index, name, color in ((-0.2, 1, "W8A4", "tab:blue"), (0.2, 0, "W8A8", "tab:cyan")):
+        places = [place + offset for place in range(len(speeds))]
+        axes.barh(places, [pair[index] for pair in speeds.values()], 0.38, label=name, color=color, zorder=2)
+    axes.set_yticks(range(len(speeds)), list(speeds), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as oneDNN's float32 (dashed), processor limited to AVX2")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    _save(draw_loops(speed_and_error(rows("loop.jsonl"))), "loop-vnni.png")
+    _save(draw_products(products(rows("products.jsonl"))), "products-avx2.png")
