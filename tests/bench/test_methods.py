@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import methods
+from modiff.errors import FormatError
 from modiff.evaluate.features.classifier import Classifier, save_classifier
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.methods.registry import METHODS, name_of, quantize
@@ -22,7 +23,7 @@ STEPS, IMAGES = 10, 5
 def test_every_row_is_a_method_with_settings_that_exist_and_every_method_has_a_row():
     rows, refused = methods.rows(methods.RECIPES, methods.BITS)
     assert {methods.RECIPES[row.recipe].method for row in rows} == set(METHODS)
-    assert len({row.name for row in rows}) == len(rows) == 4 * 26
+    assert len({row.name for row in rows}) == len(rows) == 4 * 29 + 4, "ptqd_mixed has no 4-bit activations"
     assert set(refused) == {
         "accuquant, modulated",
         *(f"{n}, plain" for n, r in methods.RECIPES.items() if r.method == "modiff"),
@@ -57,7 +58,8 @@ def test_rows_hold_what_the_method_gives_and_are_run_once(tmp_path, monkeypatch)
                 for part in (noise[:4], noise[4:])]  # fmt: skip
         return torch.from_numpy(np.concatenate(runs)).double()
 
-    (plain,) = start("--methods", "minmax", "--modes", "plain")
+    full, plain = start("--methods", "minmax", "--modes", "plain")
+    assert (full["method"], full["images"], full["relative_l2"]) == ("full_precision", IMAGES, 0)
     assert tasks == ["full_precision", "minmax-w4a8-plain"]
     assert (plain["method"], plain["weight_bits"], plain["activation_bits"]) == ("minmax", 4, 8)
     exact, pipe = sampled(load_pipeline(model)), load_pipeline(model)
@@ -70,14 +72,28 @@ def test_rows_hold_what_the_method_gives_and_are_run_once(tmp_path, monkeypatch)
     assert weights / 2 < plain["checkpoint_bytes"] < 4 * weights
     assert plain["peak_mib"] > 50
 
-    (both,) = start("--methods", "minmax,accuquant", "--modes", "modulated")
+    page = tmp_path / "docs" / "methods.md"
+    page.write_text("Written by hand.\n" + page.read_text() + "This too.\n")
+    *others, both = start("--methods", "minmax,accuquant", "--modes", "modulated")
+    assert others == [full, plain], "rows that were not run again stay"
+    assert (plain["anchors"], both["anchors"]) == (None, "exact")
     assert tasks[2:] == ["minmax-w4a8-modulated"], "accuquant has no such row, full precision is kept"
     assert both["modulated"] is True
-    text = (tmp_path / "docs" / "methods.md").read_text()
-    assert "| minmax | W4A8 | modulated | " in text
+    text = page.read_text()
+    assert text.startswith("Written by hand.")
+    assert text.endswith("This too.\n")
+    for row in ("plain | -", "modulated | exact"):
+        assert text.count(f"| minmax | W4A8 | {row} | 5 | ") == 1
     assert "Refused: accuquant, modulated. It learns scales" in text
     assert str(tmp_path) not in text
     (images,) = tmp_path.rglob("full_precision.npz")
     images.unlink()
     start("--methods", "minmax", "--modes", "plain")
     assert tasks[3:] == ["full_precision"], "its images are made again where they are missing"
+
+
+def test_a_page_without_marks_is_refused_and_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("By hand.\n")
+    with pytest.raises(FormatError, match=r"--page: expected the lines .* got none in page\.md"):
+        methods.between_marks(page, "table")

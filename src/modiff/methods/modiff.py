@@ -12,7 +12,7 @@ from modiff.api import calibrate, trajectory
 from modiff.calibration.data import Call, calls_with_previous, largest_step
 from modiff.calibration.reconstruct.layers import Trainee, evaluating, full_precision
 from modiff.calibration.timesteps import UniformGroups
-from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig
+from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig, WeightSearch
 from modiff.core.step_sets import StepSizes
 from modiff.errors import CalibrationError
 from modiff.methods.recipe import LearnedConfig, MethodJob, MethodReport, every_layer
@@ -39,6 +39,7 @@ class ModiffMethodConfig(LearnedConfig):
     modulation: of the loop; the paper's first step has full-precision inputs and quantized weights.
     samples: None takes the code's, 32 for "static_minmax" and "static_steps", 256 otherwise.
     step_groups: of "static_steps"; 0 is a scale for each step. They serve only the steps that they were measured at.
+    search: of weight ranges where rounding starts. With exact anchors and rounding to nearest "minmax" is better.
     rounding: "learned", as MoDiff takes Q-Diffusion's checkpoints. learning: the code has p = 2 for latent models.
 
     Dynamic scales are per token and per sample, static ones per tensor, max|r| / (2^(b-1) - 1), one for each half of a
@@ -53,6 +54,7 @@ class ModiffMethodConfig(LearnedConfig):
     modulation: ModulationConfig = _PUBLISHED
     samples: int | None = None
     step_groups: int = 10
+    search: WeightSearch = "mse"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +85,7 @@ class ModiffMethodConfig(LearnedConfig):
             bits=self.activation_bits, granularity="tensor" if static else "auto", dynamic=not static,
             step_groups=self.step_groups if self.kind == "static_steps" else 1,
         )  # fmt: skip
-        weight = WeightConfig(bits=self.weight_bits, search="mse")
+        weight = WeightConfig(bits=self.weight_bits, search=self.search)
         return every_layer(LayerConfig(weight=weight, activation=activation, modulation=self.modulation))
 
 
