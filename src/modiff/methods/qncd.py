@@ -216,9 +216,7 @@ def estimate_bias(
         step.next = step.advance(step.output - bias.to(step.output))
         return {"bias": bias.reshape(1)}
 
-    batches = [
-        Batch(s.recorded[0], lambda _, x: torch.zeros_like(x), p.evaluate) for s, p in zip(steps, probes, strict=True)
-    ]
+    batches = [Batch(s.recorded[0], _nothing, p.evaluate) for s, p in zip(steps, probes, strict=True)]
     with evaluating(network):
         results = lockstep(scheduler, batches, visit, network=network, seed=config.seed, progress=progress)
     return torch.stack([result["bias"] for result in results])
