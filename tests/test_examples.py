@@ -1,6 +1,5 @@
-"""Each script of examples/ runs as it stands: without arguments and without a network; so does the code of pages."""
+"""Each script of examples/ runs as it stands: without arguments and without a network."""
 
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PAGES = ("schedules.md",)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -18,12 +16,3 @@ def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.M | re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, name, "exec"), {"__name__": "__main__"})
