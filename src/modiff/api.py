@@ -29,7 +29,7 @@ from modiff.model.attach import check_searchable, required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
-from modiff.model.probe import errors_if_plain
+from modiff.model.probe import errors_if_plain, with_large_channels
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context, plain_to_fit, warn_of_states
@@ -51,8 +51,10 @@ def apply(
         config: from `modiff.presets`, by name ("w8a4", "modulated:8:4", a JSON file), or a dictionary; W8A8 when None.
         state_memory: what the states of one generation of the usual size may take, in bytes or as "4GiB". Those
             layers keep states that would cost most error without, a byte; the others run plain at 8 bits.
-        run: runs one trajectory, to measure these errors: the network is evaluated once more for each layer. Small
-            images do. Without it all layers count alike, so that the smallest states are kept.
+        run: runs one trajectory; small images do. Input channels that dwarf the others of their layer then get scales
+            of their own, or the layer keeps its floats where that is not enough. With `state_memory` errors are
+            measured, too: the network is evaluated once more for each layer. Otherwise all layers count alike there,
+            so that the smallest states are kept.
     Returns: each layer taken or left, and why.
     Raises: StateError if modiff is on it already; ConfigError if no layer is taken, or for a budget where the host does
         not know the size of a generation. Nothing is changed then. Warns of states that exceed the memory that is free.
@@ -61,16 +63,15 @@ def apply(
     networks = host.networks(target)
     known = layer_names(networks.values())
     reasons: dict[str, str] = {}
-    check(
-        "apply.run", run, run is None or state_memory is not None, "state_memory with it", "It measures for that alone."
-    )
+    if run is not None:
+        settings, reasons = with_large_channels({n: host.splits(n) for n in networks.values()}, settings, run)
     if state_memory is not None:
         selected = {n: select_layers(n, settings, splits=host.splits(n), known=known) for n in networks.values()}
         budget = bytes_of(state_memory, "state_memory")
         errors = {} if run is None else errors_if_plain({n: host.splits(n) for n in selected}, settings, run)
         plain = plain_to_fit(selected, budget, target, errors)
         settings = replace(settings, overrides=(*settings.overrides, *((escape(n), c) for n, c in plain.items())))
-        reasons = dict.fromkeys(plain, f"plain: its states do not fit into state_memory={state_memory!r}")
+        reasons |= dict.fromkeys(plain, f"plain: its states do not fit into state_memory={state_memory!r}")
     report = Report(())
     with ExitStack() as undo:
         for network in networks.values():

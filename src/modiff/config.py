@@ -246,6 +246,8 @@ class LayerConfig(JsonConfig):
 
     smoothing: a positive number for each input channel, which divides the channel and multiplies its weights, so that
         one scale serves all channels; () for none. Without rounding the output is the same.
+    large_channels: input channels that get a quantizer, and weight scales, of their own, as their values dwarf those of
+        the others; `modiff.apply(..., run=)` finds them.
     rotation: "hadamard" rotates the input channels in blocks of `rotation_block`, or of the largest power of two that
         divides them; the weights take the inverse once and the states live in the rotated domain.
     execution: "simulated" computes with the values that the integers stand for; "integer" with the integers, where the
@@ -258,6 +260,7 @@ class LayerConfig(JsonConfig):
     rotation: Rotation = "none"
     rotation_block: int = 64
     smoothing: tuple[float, ...] = ()
+    large_channels: tuple[int, ...] = ()
     execution: Literal["simulated", "integer"] = "simulated"
 
     def __post_init__(self) -> None:
@@ -266,6 +269,8 @@ class LayerConfig(JsonConfig):
         self.check("rotation_block", power, "a power of two from 2 up", "64 is a good one.")
         positive = all(0 < factor < float("inf") for factor in self.smoothing)
         self.check("smoothing", positive, "positive numbers", "They divide channels.")
+        rising = sorted(set(self.large_channels)) == [*self.large_channels] and min(self.large_channels, default=0) >= 0
+        self.check("large_channels", rising, "rising indices of channels", "Each has one place.")
         bits, clip = self.activation.bits, self.activation.clip
         self.check("activation.bits", bits != 16, "None, 0 or 2 to 8",
                    "16 bits are for softmax outputs: see AttentionConfig. Use None for full precision.")  # fmt: skip

@@ -138,8 +138,6 @@ def test_a_budget_goes_where_it_takes_most_error_away_where_a_run_shows_it(monke
 
     assert plain() == ["wide"]  # the smallest states stay
     assert plain(run=run) == ["narrow"]
-    with pytest.raises(ConfigError, match=r"apply\.run: expected state_memory with it"):
-        modiff.apply(model, "w8a8", run=run)
 
 
 def test_layers_that_run_plain_clip_nothing() -> None:

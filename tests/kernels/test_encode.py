@@ -11,7 +11,8 @@ from torch import Tensor
 
 from modiff import KernelError, ModulationConfig, QuantizerConfig
 from modiff.core import recursion
-from modiff.core.jumps import jumped, noise_of
+from modiff.core.affine import noise_of
+from modiff.core.jumps import jumped
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State
 from modiff.kernels import native, onednn
@@ -65,7 +66,7 @@ def test_codes_scales_and_states_equal_the_core_s_in_a_trajectory_and_without_a_
         held = None  # jumps are the loop's
         if predictor == "hold":
             held = [q for _, q in quantizer.fresh(x.float() - expected.value).parts]
-            may = jumped(noise_of(held, quantizer), noise_of([quantizer.measured(x.float())], quantizer)) is not None
+            may = jumped(noise_of(held, (1,)), noise_of([quantizer.measured(x.float())], (1,))) is not None
         update, expected = recursion.encode(x, expected, quantizer, config, ratio, held)
         codes, qparams = update.codes[0].parts[0]
         for name, (state, move) in states.items():

@@ -82,13 +82,26 @@ def test_a_calibrated_model_follows_its_network_and_repeats_itself():
         assert float((a - e).norm() / e.norm()) < 0.01
 
 
-def test_layers_whose_inputs_jump_are_named_as_static_scales_do_not_look_for_it(monkeypatch):
-    monkeypatch.setattr("modiff.errors._WARNED", set())
-    fresh = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    with pytest.warns(ModiffWarning, match=r"calibrate: .* got layer \(residuals reach further than inputs\).*plain"):
-        calibrate(static(), fresh)
-    calibrate(static(), [fresh[0] + 0.1 * x for x in fresh])  # warnings are errors
-    calibrate(static(modulated=False), fresh)
+FRESH = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+
+@pytest.mark.parametrize("groups", [1, 0])
+def test_steps_whose_residuals_need_larger_scales_than_their_values_code_the_values(groups, tmp_path):
+    model = calibrate(static(step_groups=groups), FRESH)
+    plain = calibrate(static(modulated=False, step_groups=groups), FRESH[groups:], TIMES[groups:])  # of coded steps
+    outputs = play(model, FRESH)
+    assert_equal(outputs[1:], play(plain, FRESH)[1:])
+    assert attachment_of(model).report.taken[0].reason == "codes values: residuals need larger scales" + (
+        " at 3 of 3 steps" if groups == 0 else ""
+    )
+    modiff.save(model, tmp_path / "saved")
+    assert_equal(play(modiff.load(tmp_path / "saved", into=Timed()), FRESH)[1:], outputs[1:])
+    smooth = [FRESH[0] + 0.1 * x for x in FRESH]
+    mixed = calibrate(model, [smooth[0], FRESH[1], FRESH[1] + 0.1 * FRESH[2]])
+    assert quantizer_of(mixed).of_values == {0}, "of the larger timesteps first"
+    calibrate(model, smooth)
+    assert not quantizer_of(model).of_values
+    assert attachment_of(model).report.taken[0].reason == ""
 
 
 def test_an_observer_with_settings_of_its_own_can_be_given():

@@ -146,6 +146,25 @@ def test_rows_whose_conditions_stay_go_on_where_others_are_dropped(config, integ
         assert relative_error(kept, alone) < 1e-5
 
 
+@pytest.mark.parametrize("index", [[1], [2, 0]])
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("config", [presets.w8a8(), presets.w4a8(), LINEAR])
+def test_rows_that_were_there_go_on_and_rows_that_come_begin(config, integers, index):
+    model = rows_model(config.on_integers() if integers else config)
+    x, words, times = torch.randn(4, 3, 4, 4), torch.randn(4, 16), (900.0, 800.0, 700.0, 600.0, 500.0)
+    coming, bound = [i for i in range(4) if i not in index], 2e-4  # float error may move a value by a code
+
+    def steps(first: list[int], later: list[int]) -> list[Tensor]:
+        with modiff.trajectory(model), torch.no_grad():
+            rows = {t: first if t > 650 else later for t in times}
+            return [model(x[r] * (1 + t / 1e4), t, words[r]) for t, r in rows.items() if r]
+
+    together, kept, new = steps(index, [0, 1, 2, 3])[3:], steps(index, index)[3:], steps([], coming)
+    for ours, old, come in zip(together, kept, new, strict=True):
+        assert relative_error(ours[index], old) < bound
+        assert relative_error(ours[coming], come) < bound
+
+
 @pytest.mark.parametrize("case", ["dropped", "new", "told apart by nothing", "written in place"])
 def test_states_begin_again_where_a_row_is_new_or_nothing_tells_and_int16_states_go_on_too(case):
     int16 = with_layer(presets.w8a8().on_integers(), modulation=ModulationConfig(state_dtype="int16"))
@@ -160,6 +179,19 @@ def test_states_begin_again_where_a_row_is_new_or_nothing_tells_and_int16_states
         model(x[1:], 7.0, later)
         assert loop.memories["default #1", 0].taken == (3 if case == "dropped" else 1)
         assert loop.memories["default", 0].taken == 2
+
+
+@pytest.mark.parametrize("case", ["come", "come to int16", "come to scales that last", "told apart by nothing"])
+def test_states_of_all_rows_begin_again_where_nothing_tells_new_from_old_or_they_share_a_grid(case):
+    config = {
+        "come to int16": with_layer(presets.w8a8().on_integers(), modulation=ModulationConfig(state_dtype="int16")),
+        "come to scales that last": with_layer(presets.w8a4(), activation=HELD),
+    }.get(case, presets.w8a8())
+    model, x, words = rows_model(config), torch.randn(2, 3, 4, 4), torch.randn(2, 16)
+    with modiff.trajectory(model), torch.no_grad():
+        model(x[:1], 9.0, words[:1])
+        model(x, 8.0, torch.zeros(2, 16) if case == "told apart by nothing" else words)
+        assert model.up.loop.memories["default #1", 0].taken == (2 if case == "come" else 1)
 
 
 def test_reorder_refuses_rows_that_depend_on_each_other_and_an_index_that_does_not_fit():

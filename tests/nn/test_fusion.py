@@ -15,7 +15,7 @@ from modiff import LayerConfig, ModulationConfig, QuantizerConfig
 from modiff.kernels import native
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import ModulatedConv2d, fusion, traced
-from modiff.nn.loop import simulated
+from modiff.nn.loop import source
 from tests.helpers import assert_within, drifting
 from tests.nn.building import BLOCKS, PLAIN, W8A8, Model, fused, layers, made, states, taken
 from tests.nn.test_law import law
@@ -264,7 +264,7 @@ def test_what_several_layers_read_has_a_number_unless_it_is_written_between(monk
     eager, model = made(lambda: projections(call)), made(lambda: projections(call))
     compiled = torch.compile(model, backend=rewrite, fullgraph=True)
     if numbered:
-        monkeypatch.setattr(simulated, "fingerprint", lambda _: pytest.fail("a pass over memory"))
+        monkeypatch.setattr(source, "fingerprint", lambda _: pytest.fail("a pass over memory"))
     with torch.no_grad(), modiff.trajectory(eager), modiff.trajectory(model):
         for x in drifting(0, (2, 5, 32), 3, 0.3, torch.float32):
             assert_within(compiled(x), eager(x), 1e-5)

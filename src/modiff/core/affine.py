@@ -3,6 +3,7 @@
 One convention everywhere: code = clamp(round(x / scale) + zero_point, qmin, qmax), signed, stored as int8.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,13 @@ def choose_qparams(
         largest = shared.reduce(x.abs(), channel_dim, torch.amax)
         return qparams_from_range(largest, largest, bits, clip=clip)
     return qparams_from_range(*extremes(x, shared, channel_dim), bits, symmetric=False, clip=clip)
+
+
+def noise_of(scales: Sequence[QParams], runs: Sequence[int]) -> Tensor:
+    """Mean square of the scales of each sample, over tokens or pixels and runs of channels: (N, 1, ...), or of all."""
+    squares = [channels * q.scale.square() for channels, q in zip(runs, scales, strict=True)]
+    rest = tuple(range(1, squares[0].dim())) or (0,)
+    return torch.stack([square.mean(rest, keepdim=True) for square in squares]).sum(0) / sum(runs)
 
 
 def quantize_tensor(x: Tensor, qparams: QParams, bits: int) -> Tensor:

@@ -5,26 +5,17 @@
 This is an anchor at zero, where A(0) + b = b is known at no cost: the law holds with a_anchor = 0.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from modiff.core.affine import QParams
+from modiff.core.affine import QParams, noise_of
 from modiff.core.quantizer import Code, Quantizer
-
-
-def noise_of(scales: Sequence[QParams], quantizer: Quantizer) -> Tensor:
-    """Mean square of the scales of each sample, over tokens or pixels and runs of channels: (N, 1, ...), or of all."""
-    squares = [channels * q.scale.square() for channels, q in zip(quantizer.runs, scales, strict=True)]
-    rest = tuple(range(1, squares[0].dim())) or (0,)
-    return torch.stack([square.mean(rest, keepdim=True) for square in squares]).sum(0) / sum(quantizer.runs)
 
 
 def jumped(residual: Tensor, value: Tensor, before: Tensor | None = None) -> Tensor | None:
     """Flags of the samples where the first is larger, on average over what shares a flag; None if there are none.
 
-    First of the noise (`noise_of`) of both, then of their squared coding errors where flags were set `before`.
+    First of the noise (`affine.noise_of`) of both, then of their squared coding errors where flags were set `before`.
     Cost: on CPUs one flag is read to know that there are none; elsewhere nothing waits, and there are always flags.
     """
     if before is not None:
@@ -43,10 +34,10 @@ def from_zero(
     Cost: a pass over x for its scales; it is coded too where they say that a sample may jump.
     """
     scales = [quantizer.measured(run) for run in quantizer.split(x)]
-    noise, least = noise_of([q for _, q in codes.parts], quantizer), noise_of(scales, quantizer)
+    noise, least = noise_of([q for _, q in codes.parts], quantizer.runs), noise_of(scales, quantizer.runs)
     bound, intra = float(least.min()) ** 0.5 if x.is_cpu else 0.0, jumped(noise, least)
     if held is not None and intra is not None:
-        noise = noise_of([quantizer.measured(run) for run in quantizer.split(held)], quantizer)
+        noise = noise_of([quantizer.measured(run) for run in quantizer.split(held)], quantizer.runs)
         intra = jumped(noise.where(intra, 0.0), least)
     if intra is None:
         return None, bound, codes

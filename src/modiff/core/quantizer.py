@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from modiff.config import QuantizerConfig
-from modiff.core.affine import QParams, choose_qparams, dequantize, quantize_tensor, unsent
+from modiff.core.affine import QParams, choose_qparams, dequantize, noise_of, quantize_tensor, unsent
 from modiff.core.granularity import granularity_named
 from modiff.core.observers import Observer
-from modiff.core.step_sets import Moment, grouped, read_scale_tensors, scale_tensors, set_of
+from modiff.core.step_sets import (
+    OF_VALUES,
+    Moment,
+    Tables,
+    grouped,
+    read_indices,
+    read_scale_tensors,
+    scale_tensors,
+    set_of,
+)
 from modiff.errors import CalibrationError, ConfigError
 
 
@@ -42,10 +51,12 @@ class Quantizer:
         moment: tells the steps of a trajectory apart; needed where `config.step_groups` is not 1.
 
     finds_jumps: whether the scales of a residual may be compared with those of its value. unsent: as `affine.unsent`.
-    value_reach, residual_reach: largest magnitudes of inputs and of what was coded of them, in the last measurement.
     static: the scales of all steps. tables: or one set of scales for each group of steps; `moments` says which group a
     moment belongs to. Both are None before calibration, and with dynamic scales. With `config.step_bits`, each group of
     steps has codes of its own bits, and a fresh scale is for `bits`.
+    of_values: indices of the sets that were measured on values, as residuals had more noise: these steps predict zero,
+    as samples that jump do. The only set has index 0.
+    weight_noise: mean square of what rounding took from the weight, over that of the weight; decides that too.
     """
 
     def __init__(
@@ -70,9 +81,12 @@ class Quantizer:
         self.static: tuple[QParams, ...] | None = None
         self.tables: dict[int, tuple[QParams, ...]] | None = None
         self.moments: dict[Moment, int] = {}
-        self.value_reach = self.residual_reach = 0.0
+        self.of_values: frozenset[int] = frozenset()
+        self.weight_noise = 0.0
         self._make: Callable[[], Observer] | None = None
         self._watched: dict[Moment, tuple[Observer, ...]] = {}
+        self._values: dict[Moment, tuple[Observer, ...]] = {}
+        self._moved: dict[Moment, list[tuple[float, float]]] = {}
 
     def __call__(self, residual: Tensor) -> Code | None:
         """Codes of a residual, with the static scales if the config asks for them; None at 0 bits.
@@ -82,12 +96,7 @@ class Quantizer:
         if self.bits == 0:
             return None
         if self._make is not None:
-            now: Moment = () if self.config.step_groups == 1 else self._now()
-            if now not in self._watched:
-                self._watched[now] = tuple(self._make() for _ in self.runs)
-            self.residual_reach = max(self.residual_reach, float(residual.abs().amax()))
-            for observer, run in zip(self._watched[now], self.split(residual), strict=True):
-                observer.observe(run.clamp_min(0) if self.config.lowest == "zero" else run)
+            self._observe(residual, self._watched)
         elif not self.config.dynamic:
             measured = self._measured_scales(residual.device)
             return self.scaled(residual, [QParams(q.scale.to(residual.dtype), q.zero_point) for q in measured])
@@ -112,6 +121,31 @@ class Quantizer:
             parts.append((quantize_tensor(run, qparams, bits), qparams))
         return Code(tuple(parts), self.channel_dim)
 
+    def observe_value(self, value: Tensor, anchor: Tensor | None) -> None:
+        """While scales are measured: the value whose residual is coded next, and where its states started.
+
+        `freeze` takes what has less noise. anchor: None where the quantized weight met it, as it meets the value.
+        """
+        now = self._observe(value, self._values)
+        power, moved = float(value.square().mean()), value if anchor is None else value - anchor
+        if power > 0:
+            self._moved.setdefault(now, []).append((1 / power, float(moved.square().mean()) / power))
+
+    def _observe(self, x: Tensor, watched: dict[Moment, tuple[Observer, ...]]) -> Moment:
+        now: Moment = () if self.config.step_groups == 1 else self._now()
+        if now not in watched and self._make is not None:
+            watched[now] = tuple(self._make() for _ in self.runs)
+        for observer, run in zip(watched[now], self.split(x), strict=True):
+            observer.observe(run.clamp_min(0) if self.config.lowest == "zero" else run)
+        return now
+
+    def intra(self, x: Tensor) -> Tensor | None:
+        """Flags of the samples that this step predicts as zero: all, where its static scales are those of values."""
+        if not self.of_values or self.watching:
+            return None
+        index = 0 if self.tables is None else set_of(self._now(), self.moments)
+        return torch.ones([1] * x.dim(), dtype=torch.bool, device=x.device) if index in self.of_values else None
+
     @property
     def observed_dim(self) -> int | None:
         """The axis along which observers keep a range for each index; None for one range of the whole tensor."""
@@ -133,11 +167,11 @@ class Quantizer:
 
     def watch(self, make: Callable[[], Observer]) -> None:
         """Measure from now on, with an observer from `make` for each run (and each moment, with step groups)."""
-        self._make, self._watched, self.value_reach, self.residual_reach = make, {}, 0.0, 0.0
+        self._make, self._watched, self._values, self._moved = make, {}, {}, {}
 
     def unwatch(self) -> None:
         """Stop measuring and forget what was seen; scales measured before stay."""
-        self._make, self._watched = None, {}
+        self._make, self._watched, self._values, self._moved = None, {}, {}, {}
 
     @property
     def saw_nothing(self) -> bool:
@@ -148,10 +182,20 @@ class Quantizer:
         """Turn what the observers saw into static scales. Raises: CalibrationError if they saw nothing."""
         if not self._watched and self._make is not None:
             self._make().range()  # raises: nothing was seen
-        config, groups = self.config, self.config.step_groups
-        merged, moments = grouped(self._watched, groups)
+        groups = self.config.step_groups
+        (tables, moments), (values, sets) = self._frozen(self._watched), self._frozen(self._values)
+        self.of_values = self._with_less_noise(tables, values, sets)
+        tables |= {index: values[index] for index in self.of_values}
+        if groups == 1:
+            self.static = tables[0]
+        else:
+            self.tables, self.moments = tables, moments
+        self.unwatch()
+
+    def _frozen(self, watched: dict[Moment, tuple[Observer, ...]]) -> tuple[Tables, dict[Moment, int]]:
+        config, (merged, moments) = self.config, grouped(watched, self.config.step_groups)
         bits = config.step_bits or (self.bits,) * len(merged)
-        if len(bits) != len(merged):
+        if watched and len(bits) != len(merged):
             raise CalibrationError(
                 f"Quantizer: expected {len(bits)} steps or more, one for each of step_bits, got {len(merged)}. Nobody "
                 "knows which steps they are. Calibrate with as many steps as you sample with."
@@ -160,20 +204,35 @@ class Quantizer:
             index: tuple(o.qparams(bits[index], symmetric=config.symmetric, clip=config.clip) for o in observers)
             for index, observers in merged.items()
         }
-        if groups == 1:
-            self.static = tables[0]
-        else:
-            self.tables, self.moments = tables, moments
-        self.unwatch()
+        return tables, moments
+
+    def _with_less_noise(self, tables: Tables, values: Tables, sets: dict[Moment, int]) -> frozenset[int]:
+        """Sets whose values are coded with less noise than their residuals: scale^2 / 12, and that of the weight.
+
+        Rounding of the weight acts on the change since the anchor; after a step that predicts zero, on the value.
+        Where residuals are nearly as large as values, what earlier steps did is lost, and the largest change counts.
+        """
+        less: set[int] = set()
+        for index in sorted(values):
+            seen = [pair for moment in sets if sets[moment] == index for pair in self._moved.get(moment, [])]
+            inverse, moved = (sum(each) / len(seen) for each in zip(*seen, strict=True)) if seen else (0.0, 1.0)
+            noise, other = (float(noise_of(each[index], self.runs)) / 12 * inverse for each in (values, tables))
+            moved = 1.0 if less else max(pair[1] for pair in seen) if seen and other > noise / 2 else moved
+            if noise + self.weight_noise < other + self.weight_noise * moved:
+                less.add(index)
+        return frozenset(less)
 
     def state_dict_tensors(self) -> dict[str, Tensor]:
         """The measured scales by stable names, for `load_tensors`; {} for dynamic scales and before calibration."""
-        return scale_tensors(self.static, self.tables, self.moments)
+        of_values = {OF_VALUES: torch.tensor(sorted(self.of_values))} if self.of_values else {}
+        return scale_tensors(self.static, self.tables, self.moments) | of_values
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the scales that `state_dict_tensors` gave. Raises: FormatError if they do not fit this quantizer."""
         channels = (1,) * len(self.runs) if self.observed_dim is None else self.runs
-        self.static, self.tables, self.moments = read_scale_tensors(tensors, channels, symmetric=self.config.symmetric)
+        sets = {name: tensor for name, tensor in tensors.items() if name != OF_VALUES}
+        self.static, self.tables, self.moments = read_scale_tensors(sets, channels, symmetric=self.config.symmetric)
+        self.of_values = read_indices(tensors.get(OF_VALUES), 1 if self.tables is None else len(self.tables))
 
     def _measured_scales(self, device: torch.device) -> tuple[QParams, ...]:
         if self.tables is not None:

@@ -123,8 +123,7 @@ def encode(
     Args:
         x: a_t, any shape and float dtype.
         state: â_{t+1}, or None where the states start (first step, re-anchoring).
-        ratio: size of this step over the last one, for predictors.
-        scales: those of an earlier step, to be used again; None leaves them to the quantizer.
+        ratio: size of this step over the last one, for predictors. scales: of an earlier step; None: the quantizer's.
     Returns: the update for every operator that reads x, and â_t.
     Cost: one pass for the residual, one for its range, one for codes and state; more where samples may jump.
     """
@@ -133,10 +132,11 @@ def encode(
         return _anchor(x, quantizer, config)
     weights = predictor_named(config.predictor).weights(len(state.moves), config.gain, ratio) if state.moves else ()
     prediction = predict(state, weights, x.dtype) if weights else state.value.to(x.dtype)
+    intra, least, largest = quantizer.intra(x), 0.0, 0.0
+    prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
     codes = quantizer(x - prediction) if scales is None else quantizer.scaled(x - prediction, scales)
     if config.error_compensation == "none":  # the ablation holds the raw input: rounding errors are never sent again
         return Update(None, () if codes is None else (codes,)), State(x.to(_STORED[config.state_dtype], copy=True))
-    intra, least, largest = None, 0.0, 0.0
     if codes is not None and scales is None and quantizer.finds_jumps:
         for _, qparams in codes.parts if x.is_cpu else ():
             largest = max(largest, float(qparams.scale.max()))

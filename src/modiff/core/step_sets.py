@@ -2,7 +2,8 @@
 
 Named tensors of one set: `scale.0` and `zero_point.0` for run 0, and so on. A set for each group of steps:
 `step_scale.0` and `step_zero_point.0` with the groups along a new first axis, `moments` (M, 1 or 2) float64,
-`moment_sets` (M,) int64. Zero points are missing for symmetric quantizers.
+`moment_sets` (M,) int64. Zero points are missing for symmetric quantizers. `of_values`: int64 indices of the sets that
+were measured on values and not on residuals; missing where there are none.
 """
 
 import math
@@ -18,6 +19,7 @@ from modiff.errors import CalibrationError, FormatError, ModiffWarning
 MARGIN = 1.5
 """How much larger than the calibrated ones a step may be: a few steps less are as good, half of them are not."""
 
+OF_VALUES = "of_values"
 Moment = tuple[float, ...]
 """What tells steps apart: (timestep,) for values, (timestep, timestep before) for residuals.
 
@@ -135,6 +137,15 @@ def read_scale_tensors(
     runs = [_scales_of_run(tensors, prefix, i, n, count, symmetric) for i, n in enumerate(channels)]
     sets = {index: tuple(run[index] for run in runs) for index in range(count)}
     return (None, sets, moments) if steps else (sets[0], None, {})
+
+
+def read_indices(indices: Tensor | None, count: int) -> frozenset[int]:
+    """Which of `count` sets a tensor of indices names; none without it. Raises: FormatError for others."""
+    if indices is None:
+        return frozenset()
+    named = frozenset(indices.tolist()) if indices.dtype == torch.int64 and indices.dim() == 1 else frozenset({-1})
+    _require(named <= frozenset(range(count)), f"int64 indices of {count} sets", f"{indices.dtype} {indices.tolist()}")
+    return named
 
 
 def _scales_of_run(

@@ -131,7 +131,7 @@ def _share(attachment: Attachment) -> dict[str, str]:
     notes: dict[str, str] = {}
     for name, layer in attachment.layers.items():
         config = layer.config
-        if layer.inputs is None or layer.spec.split is not None or not config.activation.dynamic:
+        if layer.inputs is None or len(layer.spec.runs) > 1 or not config.activation.dynamic:
             continue
         parent = name.rpartition(".")[0]
         key = (parent, type(layer), layer.spec.runs, config.activation, config.modulation, layer.spec.rotation,

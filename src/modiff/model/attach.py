@@ -17,7 +17,7 @@ from modiff.config import ModiffConfig, check
 from modiff.core.step_sets import StepSizes
 from modiff.errors import StateError, warn_once
 from modiff.model.facts import facts_of
-from modiff.model.report import Report, execution_of, memory_of
+from modiff.model.report import Report, coded_values, execution_of, memory_of
 from modiff.model.roles import NEVER, Roles, warn_unfit
 from modiff.nn import Clock, ModulatedLayer, traced
 from modiff.nn.branches import Inputs, conditions_of, inputs_of, main_of
@@ -131,8 +131,12 @@ class Attachment:
             if entry.name in self.uncalled:
                 entries[i] = dataclasses.replace(entry, reason=NEVER, execution="not run")
             elif (layer := self.layers.get(entry.name)) is not None:
-                execution, why = execution_of(layer)
-                entries[i] = dataclasses.replace(entry, execution=execution, why=why, anchor=layer.anchors_with)
+                (execution, why), reason = execution_of(layer), entry.reason
+                if layer.quantizer is not None and layer.quantizer.of_values:
+                    reason = ", ".join(filter(None, [reason, coded_values(layer.quantizer)]))
+                entries[i] = dataclasses.replace(
+                    entry, reason=reason, execution=execution, why=why, anchor=layer.anchors_with
+                )
         return Report(tuple(entries), memory_of(self.layers.values(), self.most_states, self.expected_states))
 
     @property

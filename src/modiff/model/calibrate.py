@@ -68,6 +68,9 @@ def measure_scales(
         )
     for attachment in step_sizes:
         attachment.step_sizes = StepSizes(measuring=True)
+    for layer in (layer for attachment in attachments.values() for layer in attachment.layers.values()):
+        if layer.quantizer is not None:
+            layer.quantizer.weight_noise = layer.operator.weight_noise()
     for name, quantizer, clock in quantizers:
         quantizer.watch(functools.partial(_finite, make, quantizer.observed_dim, name, clock))
     try:
@@ -82,7 +85,6 @@ def measure_scales(
         for _, quantizer, _ in quantizers:
             if not quantizer.saw_nothing:
                 quantizer.freeze()
-        _warn_of_jumps(quantizers)
         for model in models:
             leave_unfit(model, "calibrate")
         step_sizes = {attachment: StepSizes(attachment.step_sizes.largest) for attachment in step_sizes}
@@ -91,16 +93,6 @@ def measure_scales(
             attachment.step_sizes = sizes
         for _, quantizer, _ in quantizers:
             quantizer.unwatch()
-
-
-def _warn_of_jumps(quantizers: Sequence[tuple[str, Quantizer, Clock]]) -> None:
-    jumping = [name for name, quantizer, _ in quantizers if quantizer.residual_reach > quantizer.value_reach > 0]
-    warn_unfit(
-        "calibrate",
-        dict.fromkeys(jumping, "residuals reach further than inputs"),
-        "Plain codes lose less there. Use dynamic scales, which see where an input jumps, or run these layers plain: "
-        "overrides=((name, LayerConfig(modulation=None)),).",
-    )
 
 
 def _finite(make: MakeObserver, axis: int | None, name: str, clock: Clock) -> Observer:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from glob import escape
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,8 +16,8 @@ from modiff.core.recursion import State, compute_dtype, encode
 from modiff.errors import CalibrationError
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import first_tensor, observe
-from modiff.model.roles import Roles, warn_unfit
-from modiff.model.select import layer_names, modulated_layer, select_layers
+from modiff.model.roles import Outlier, Roles, warn_unfit
+from modiff.model.select import layer_names, matches, modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
 
@@ -46,7 +47,7 @@ class Probe:
         states = self.states.setdefault(self.clock.context, [None] * len(self.layers))
         prepared: dict[object, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            key = layer.spec.rotation, layer.config.smoothing
+            key = layer.spec.rotation, layer.config.smoothing, layer.config.large_channels
             if key not in prepared:
                 prepared[key] = layer.spec.prepared(x, None)
             states[i] = self._advance(i, layer, prepared[key], states[i])
@@ -143,6 +144,42 @@ def errors_if_plain(
                 coded = _evaluated(model, *call, layer, plain)
                 errors[entry.name] = float((coded - exact).square().sum() / exact.square().sum())
     return errors
+
+
+def with_large_channels(
+    models: Mapping[nn.Module, Mapping[str, int]], config: ModiffConfig, run: Callable[[], object]
+) -> tuple[ModiffConfig, dict[str, str]]:
+    """The config with channels split off that dwarf the others of their layer, and what became of which layer.
+
+    models: with their splits. Layers with groups are excluded. Layers that the config names stay as they are.
+    Cost: a trajectory in full precision, and a pass over the inputs of its layers.
+    """
+    known = layer_names(models)
+    reports = {model: select_layers(model, config, splits=splits, known=known) for model, splits in models.items()}
+    each = {model: Roles(config, report) for model, report in reports.items()}
+    with torch.no_grad(), ExitStack() as stack:
+        for model, roles in each.items():
+            stack.enter_context(observe(model, roles.see, layers=roles.taken))
+        run()
+    taken = {entry.name: entry for report in reports.values() for entry in report.taken}
+    outliers = [o for roles in each.values() for o in roles.maxima.outliers() if not matches(o.name, roles.named)]
+    modules = {name: module for model in models for name, module in modules_of(model).items()}
+    split = {o.name: o for o in outliers if getattr(modules[o.name], "groups", 1) == 1}
+    overrides = tuple((escape(n), _split_off(taken[n].config, modules[n], o)) for n, o in split.items())
+    left = [outlier for outlier in outliers if outlier.name not in split]
+    warn_unfit("apply", {o.name: o.why for o in left}, "They stay in full precision.")
+    notes = {name: f"channels split off: {len(o.large)} dwarf the others" for name, o in split.items()}
+    exclude = (*config.exclude, *(escape(outlier.name) for outlier in left))
+    return dataclasses.replace(config, overrides=(*config.overrides, *overrides), exclude=exclude), notes
+
+
+def _split_off(config: LayerConfig | None, layer: nn.Module, outlier: Outlier) -> LayerConfig:
+    """The large channels get a scale of their own, and are smoothed until it fits all of them."""
+    config = cast(LayerConfig, config)
+    count = int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+    largest = max(outlier.large.values())
+    factors = [outlier.large.get(i, largest) / largest * (config.smoothing or [1.0] * count)[i] for i in range(count)]
+    return dataclasses.replace(config, large_channels=tuple(outlier.large), smoothing=tuple(factors))
 
 
 @torch.no_grad()

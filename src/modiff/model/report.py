@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from modiff.config import LayerConfig
+from modiff.core.quantizer import Quantizer
 from modiff.nn import ModulatedLayer
 from modiff.nn.loop.integer import IntegerLoop
 
@@ -155,6 +156,13 @@ def execution_of(layer: ModulatedLayer) -> tuple[str, str]:
     choices = dict.fromkeys((choice.backend, choice.reason) for choice in layer.loop.choices())
     backends = " and ".join(dict.fromkeys(backend for backend, _ in choices))
     return f"integers on {backends}" if backends else "integers", "; ".join(reason for _, reason in choices)
+
+
+def coded_values(quantizer: Quantizer) -> str:
+    """Which steps predict zero, by their static scales."""
+    sets = quantizer.tables
+    steps = "" if sets is None else f" at {len(quantizer.of_values)} of {len(sets)} steps"
+    return f"codes values: residuals need larger scales{steps}"
 
 
 def memory_of(layers: Iterable[ModulatedLayer], states: int, expected: int) -> MemoryUse:

@@ -16,6 +16,8 @@ from modiff.model.select import matches
 
 RATIO = 1000.0
 """Of the largest channel to the median one, above which a layer is named: at 8 bits, 254 leaves half a code."""
+LARGE = 16.0
+"""Times the median channel, above which channels of such a layer are split off: the others keep most of their codes."""
 NEVER = "never called: it does not run, or other code reads its weight"
 
 
@@ -64,9 +66,7 @@ class Roles:
         reasons = dict.fromkeys(rows, "reads one row a sample: an embedding")
         if self.ends_matter and self.last:
             reasons |= {self.last: "runs last", self.reads_sample or self.first or self.last: "runs first"}
-        outliers = {
-            o.name: f"channels reach {o.largest:.2g}, the median one {o.median:.2g}" for o in self.maxima.outliers()
-        }
+        outliers = {outlier.name: outlier.why for outlier in self.maxima.outliers()}
         reasons = {name: why for name, why in (reasons | outliers).items() if not matches(name, self.named)}
         reasons |= {name: NEVER for name in self.names if name not in self.rows}
         return {name: why for name, why in reasons.items() if name in self.taken}
@@ -82,18 +82,27 @@ def warn_unfit(where: str, unfit: Mapping[str, str], what: str) -> None:
 
 
 class Outlier(NamedTuple):
-    """A layer, its largest |x|, the median over its channels of their largest |x|, and how many channels dwarf that."""
+    """A layer, its largest |x|, the median over its channels of their largest |x|, and how many channels dwarf that.
+
+    large: channels to split off, and the largest |x| of each.
+    """
 
     name: str
     largest: float
     median: float
     channels: int
+    large: Mapping[int, float]
+
+    @property
+    def why(self) -> str:
+        """Why one scale does not fit it."""
+        return f"channels reach {self.largest:.2g}, the median one {self.median:.2g}"
 
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.channels} input channels reach {self.largest:.2g}, the median channel "
             f"{self.median:.2g}: one scale for both rounds the others to zero. Leave the layer, "
-            f"exclude=({self.name!r},), or split a concatenated input with `Host.splits`."
+            f"exclude=({self.name!r},), or let apply(..., run=) give these channels a scale of their own."
         )
 
 
@@ -114,5 +123,12 @@ class ChannelMaxima:
         medians = {name: float(maxima.median()) for name, maxima in self._maxima.items()}
         typical = statistics.median(medians.values()) if medians else 0.0
         counts = {n: int((maxima > RATIO * max(medians[n], typical)).sum()) for n, maxima in self._maxima.items()}
-        outliers = [Outlier(n, float(self._maxima[n].max()), medians[n], count) for n, count in counts.items() if count]
+        outliers = [
+            Outlier(n, float(self._maxima[n].max()), medians[n], count, self._large(n, medians[n]))
+            for n, count in counts.items()
+            if count
+        ]
         return sorted(outliers, key=lambda outlier: -outlier.largest)
+
+    def _large(self, name: str, median: float) -> dict[int, float]:
+        return {i: float(x) for i, x in enumerate(self._maxima[name]) if x > LARGE * median}

@@ -41,9 +41,10 @@ class Inputs(NamedTuple):
         Of several the last ones: guidance drops the first half. Without conditions nothing tells, and all are new.
         """
         (rows, *rest), (most, *others) = self.shape or (0,), larger.shape or (0,)
-        named = {name: (x, *larger.conditions.get(name, (None, 0))) for name, (x, _) in self.conditions.items()}
-        pairs = [(x, y) for x, y, version in named.values() if isinstance(x, Tensor) and isinstance(y, Tensor)
-                 and version_of(y) == version and x.dim() and y.dim() and (len(x), len(y)) == (rows, most)]  # fmt: skip
+        both = [(each, larger.conditions.get(name, (None, 0))) for name, each in self.conditions.items()]
+        tensors = [(x, y) for (x, v), (y, w) in both if isinstance(x, Tensor) and isinstance(y, Tensor)
+                   and (version_of(x), version_of(y)) == (v, w)]  # fmt: skip
+        pairs = [(x, y) for x, y in tensors if (*x.shape[:1], *y.shape[:1]) == (rows, most)]
         free, taken = list(range(most)), list[int]()
         for i in reversed(range(rows)) if rest == others and rows < most and pairs else ():
             same = (j for j in reversed(free) if all(_equal(x[i], y[j]) for x, y in pairs))
@@ -52,6 +53,16 @@ class Inputs(NamedTuple):
             free.remove(row)
             taken.insert(0, row)
         return tuple(taken)
+
+    def rows_from(self, before: "Inputs") -> tuple[int, ...]:
+        """For each row of the batch, the row of the one before that had its conditions, -1 for one that comes.
+
+        () where nothing tells, or where all of a larger batch's or of the one before are not there.
+        """
+        if rows := self.rows_in(before):
+            return rows
+        there = before.rows_in(self)
+        return tuple(there.index(i) if i in there else -1 for i in range((self.shape or (0,))[0])) if there else ()
 
 
 def main_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -115,22 +126,39 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 class Fork(NamedTuple):
-    """A batch goes on with some of its rows in a context of its own: row i was row index[i] of `rows` in `context`."""
+    """A batch goes on with other rows in a context of its own: row i was row index[i] of `rows` in `context`.
+
+    -1 is a row that comes: its states start now. Either rows come or rows go.
+    """
 
     context: str
     index: tuple[int, ...]
     rows: int
 
+    @property
+    def grows(self) -> bool:
+        """Whether rows come."""
+        return -1 in self.index
+
     def size(self, count: int) -> int:
-        """How many of `count` rows go on, where a row of the batch is as many of them as any; otherwise all."""
+        """How many `count` rows become, where a row of the batch is as many of them as any; otherwise as many."""
         return count if count % self.rows else count // self.rows * len(self.index)
 
-    def take(self, x: Tensor) -> Tensor:
-        """The rows of x that go on, as it lies in memory."""
-        each = len(x) // self.rows
-        index = [each * row + i for row in self.index for i in range(each)] if self.size(len(x)) < len(x) else []
-        rows = torch.tensor(index or [*range(len(x))], device=x.device)
-        return torch.index_select(x, 0, rows, out=torch.empty_like(x[: len(rows)]))
+    def take(self, x: Tensor, come: Tensor | None = None) -> Tensor:
+        """The rows of x that go on, as it lies in memory, and those that `come`, zeros where it is None."""
+        each = 0 if len(x) % self.rows else len(x) // self.rows
+        index = [each * row + i if row >= 0 else 0 for row in self.index for i in range(each)] or [*range(len(x))]
+        layout = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
+        out = torch.empty_permuted((len(index), *x.shape[1:]), layout, dtype=x.dtype, device=x.device)
+        torch.index_select(x, 0, torch.tensor(index, device=x.device), out=out)
+        if each and self.grows:
+            out[self.coming(len(out), x.device)] = 0.0 if come is None else come.to(x.dtype)
+        return out
+
+    def coming(self, count: int, device: torch.device) -> Tensor:
+        """Which of `count` rows of the batch that goes on come now."""
+        each = count // len(self.index)
+        return torch.tensor([row < 0 for row in self.index for _ in range(each)], device=device)
 
 
 class _Kind:
@@ -202,7 +230,7 @@ class Branches:
         self.fork = None
         for at, before in enumerate(kinds if kind not in kinds else ()):
             branch = self._numbers.get((at, number)) if before.step == self.step - 1 else None
-            if branch is not None and (rows := inputs.rows_in(before.inputs)):
+            if branch is not None and (rows := inputs.rows_from(before.inputs)):
                 self.fork = Fork(self.context(branch), rows, before.inputs.shape[0])
         return index, regular or self.uncertain
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from modiff.config import LayerConfig, PackedAnchors
 from modiff.core.granularity import resolve
 from modiff.core.quantizer import Quantizer
-from modiff.errors import ConfigError, StateError
+from modiff.errors import StateError
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import traced
 from modiff.nn.clock import Clock
@@ -58,16 +58,7 @@ class ModulatedLayer(nn.Module):
         if not cls.keeps(layer):  # hooks before it may have made its weight
             quantized.__dict__ |= {"_modules": {}, "_buffers": {}, "_forward_pre_hooks": OrderedDict()}
             quantized._parameters = evaluated(layer, spec) or layer._parameters
-        if split is not None and (not 0 < split < spec.channels or spec.groups > 1):
-            raise ConfigError(
-                f"{name}: expected a split between 0 and {spec.channels} of a layer without groups, got {split} with "
-                f"{spec.groups} groups. The cut must leave channels on both sides. Use split=None."
-            )
-        if config.smoothing and (len(config.smoothing) != spec.channels or spec.groups > 1):
-            raise ConfigError(
-                f"{name}: expected smoothing of {spec.channels} channels of a layer without groups, got "
-                f"{len(config.smoothing)} factors and {spec.groups} groups. Each channel has its own. Use smoothing=()."
-            )
+        spec.check_channels()
         clock = quantized.clock = clock or Clock(name)
         quantized.operator = LayerOperator(spec, quantized._parameters)
         quantizer = None

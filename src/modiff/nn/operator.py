@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from modiff.config import LayerConfig
 from modiff.core.hadamard import RotatedRun, rotate, rotated_runs
 from modiff.core.quantizer import Code
+from modiff.errors import ConfigError
 from modiff.kernels.input_fusion import InputFusion, Norm
 from modiff.nn.weight import QuantizedWeight, at_least_float32, turned
 
@@ -43,10 +44,36 @@ class LayerSpec:
     unsupported: str = ""
     transposed: int = 0
 
+    def check_channels(self) -> None:
+        """Raises: ConfigError for a split, smoothing or large channels that are not of this layer, or for groups."""
+        config, channels, split = self.config, self.channels, self.split
+        large = config.large_channels
+        for applies, fits, expected, got, instead in (
+            (split is not None, 0 < (split or 0) < channels, f"a split between 0 and {channels}", split, "split=None"),
+            (config.smoothing, len(config.smoothing) == channels, f"smoothing of {channels} channels",
+             f"{len(config.smoothing)} factors", "smoothing=()"),
+            (large, max(large, default=0) < channels > len(large), f"some of {channels} channels as large ones", large,
+             "large_channels=()"),
+        ):  # fmt: skip
+            if applies and (not fits or self.groups > 1):
+                raise ConfigError(
+                    f"{self.name}: expected {expected} of a layer without groups, got {got} with {self.groups} groups. "
+                    f"Each channel has one quantizer and one factor. Use {instead}."
+                )
+
     @cached_property
     def runs(self) -> tuple[int, ...]:
-        """How many channels of the input each quantizer has."""
-        return (self.channels,) if self.split is None else (self.split, self.channels - self.split)
+        """How many channels of the input each quantizer has; those of the large ones come last."""
+        large, split = self.config.large_channels, self.split or 0
+        halves = (split - sum(c < split for c in large), self.channels - split - sum(c >= split for c in large))
+        return tuple(count for count in (*halves, len(large)) if count)
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """The channels in the order of `runs`; None where they lie so."""
+        if not (large := self.config.large_channels):
+            return None
+        return torch.tensor([*(c for c in range(self.channels) if c not in large), *large])
 
     @cached_property
     def rotation(self) -> tuple[RotatedRun, ...] | None:
@@ -64,8 +91,8 @@ class LayerSpec:
 
     @cached_property
     def encodes_as_it_comes(self) -> bool:
-        """Whether the input is neither smoothed nor rotated."""
-        return self.rotation is None and self.smoothing is None
+        """Whether the input is neither smoothed nor ordered nor rotated."""
+        return self.rotation is self.smoothing is self.order is None
 
     @cached_property
     def anchors_exactly(self) -> bool:
@@ -83,10 +110,12 @@ class LayerSpec:
         return modulation is None or modulation.state_dtype in ("float32", "int16")
 
     def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
-        """The tensor that is encoded: x, or what `fusion` makes of it, smoothed and rotated if the layer does so."""
+        """The tensor that is encoded: x, or what `fusion` makes of it, smoothed, ordered, rotated as the layer does."""
         value = x if fusion is None else fusion.compute(x)
         if self.smoothing is not None:
             value = at_least_float32(value) / self.smoothing.to(value.device)
+        if self.order is not None:
+            value = value.index_select(self.channel_dim, self.order.to(value.device))
         return value if self.rotation is None else rotate(at_least_float32(value), self.rotation, self.channel_dim)
 
 
@@ -100,11 +129,11 @@ class LayerOperator:
     def __init__(self, spec: LayerSpec, parameters: dict[str, Any]) -> None:
         self.spec, self.parameters = spec, parameters
         columns, rotation = spec.runs, spec.rotation
-        if spec.split is None:
+        if len(columns) == 1:
             columns = (spec.channels // spec.groups,)
             rotation = None if rotation is None else rotated_runs(columns, 1, rotation[0].block)
         self.quantized = QuantizedWeight(
-            spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed, spec.smoothing
+            spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed, spec.smoothing, spec.order
         )
         self._bias: Tensor | None = None
         self.bias_key: object = ()
@@ -139,6 +168,12 @@ class LayerOperator:
     def anchor(self, value: Tensor) -> Tensor:
         """A(value) + bias where the states start: with the rotated weight before rounding, or A_q by the config."""
         return self._affine(value, self.quantized.exact if self.spec.anchors_exactly else self.quantized.dense)
+
+    def weight_noise(self) -> float:
+        """Mean square of what rounding took from the weight, over that of the weight; 0 where it is gone."""
+        exact = self.quantized.exact(self.weight, torch.float32)
+        lost = exact - self.quantized.dense(self.weight, torch.float32)
+        return float(lost.square().sum() / exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
 
     def linear(self, code: Code) -> Tensor:
         """A_q(code) without bias."""

@@ -35,8 +35,8 @@ class QuantizedWeight:
     """w ~ scale_o * code_o: symmetric, one scale per output channel and range of columns.
 
     columns: how many input channels each range has (a split shortcut has two). rotation: blocks of the input rotation
-    folded into the weight. transposed: groups of a layer whose parameter is (I, O / groups, ...), else 0. smoothing:
-    factors of the input channels, (I, 1, ...) or (I,), folded in too.
+    folded into the weight. transposed: groups of a layer whose parameter is (I, O / groups, ...), else 0. smoothing,
+    order: factors of the input channels, (I, 1, ...) or (I,), and their order, folded in too.
     With bits None floats are kept, rotated ones if `rotation` is set.
 
     The codes follow the parameter. Writes through `.data` (a fused LoRA) leave no trace on a tensor: after `forget`,
@@ -46,10 +46,10 @@ class QuantizedWeight:
 
     def __init__(
         self, config: WeightConfig, columns: tuple[int, ...], rotation: tuple[RotatedRun, ...] | None,
-        name: str = "weight", transposed: int = 0, smoothing: Tensor | None = None,
+        name: str = "weight", transposed: int = 0, smoothing: Tensor | None = None, order: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.config, self.columns, self.rotation, self.name = config, columns, rotation, name
-        self.transposed, self.smoothing = transposed, smoothing
+        self.transposed, self.smoothing, self.order = transposed, smoothing, order
         self.fixed = False
         self._edition = 0
         self._key: tuple[object, ...] | None = None
@@ -98,9 +98,10 @@ class QuantizedWeight:
         return 0 if self._rotated is None else self._rotated.nbytes, codes
 
     def floats(self, weight: Tensor) -> Tensor:
-        """The values before rounding, smoothed and rotated as the layer is, (O, I / groups, ...); float32 at least."""
+        """The values before rounding, as the layer's input is prepared, (O, I / groups, ...); float32 at least."""
         values = turned(at_least_float32(weight.detach()), self.transposed)
         values = values if self.smoothing is None else values * self.smoothing.to(values.device)
+        values = values if self.order is None else values.index_select(1, self.order.to(values.device))
         return values if self.rotation is None else rotate(values, self.rotation, 1)
 
     def exact(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -247,7 +248,7 @@ class PackedWeight(QuantizedWeight):
     """
 
     def __init__(self, was: QuantizedWeight, shape: tuple[int, ...], dtype: torch.dtype, *tensors: Any) -> None:
-        super().__init__(was.config, was.columns, was.rotation, was.name, was.transposed, was.smoothing)
+        super().__init__(was.config, was.columns, was.rotation, was.name, was.transposed, was.smoothing, was.order)
         self.shape, self.dtype, (self._parameters, self._buffers) = shape, dtype, tensors
         self.fixed = True  # the codes are the weight, and never rounded again
 
@@ -283,6 +284,7 @@ class PackedWeight(QuantizedWeight):
         """What the layer's codes stand for, as a float weight that cannot be written."""
         values = self.dense(None, torch.float32)
         values = values if self.rotation is None else rotate(values, self.rotation, 1)
+        values = values if self.order is None else values.index_select(1, self.order.argsort().to(values.device))
         values = values if self.smoothing is None else values / self.smoothing.to(values.device)
         values = turned(values, self.transposed).to(self.dtype).as_subclass(_ReadOnly)
         values.refuse, values._is_param = self.floats, True  # torch's sign that a tensor is an nn.Parameter

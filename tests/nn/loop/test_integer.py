@@ -42,6 +42,26 @@ def test_input_states_equal_the_simulation_bit_for_bit_and_outputs_within_float_
         same_bits(steps[every::every], simulated[every::every])
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv", "conv of one pixel", "conv along one axis", "split conv"])
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_large_channels_have_scales_of_their_own_on_integers_and_in_the_simulation(layer, rotation):
+    original, (first, *_), split = drawn(layer)
+    axis, inputs = -1 if layer == "linear" else 1, walk(tuple(first.shape))
+    for x in inputs:
+        x.select(axis, 1).mul_(1e6)
+        x.select(axis, 6).mul_(1e7)
+    config = LayerConfig(large_channels=(1, 6), rotation=rotation, rotation_block=2)
+    ours, theirs = quantized(original, integer(config), split), quantized(original, config, split)
+    assert ours.spec.runs == ((4, 2, 2) if split else (len(original.weight[0]) - 2, 2))
+    steps, simulated = play(ours, inputs, TIMES), play(theirs, inputs, TIMES)
+    follows(steps, simulated, output_bound(original, inputs[0], len(inputs)))
+    weight, exact = (w(ours.weight, torch.float32) for w in (ours.quantized_weight.dense, ours.quantized_weight.exact))
+    for index in (0, 2):  # the law: A(a) + b at the anchor, and codes alone since
+        moved = ours.spec.operate(steps[index][1] - steps[0][1], weight, None)
+        anchored = ours.spec.operate(steps[0][1], exact, original.bias)
+        assert relative_error(steps[index][0], (anchored + moved).detach()) < 1e-5
+
+
 def jumping(shape: tuple[int, ...]) -> list[Tensor]:
     """The first sample jumps at step 2, all of them and by another size at the steps from 4 on, and some are zero."""
     inputs, fresh = walk(shape, 8), drifting(9, shape, 8, 1.0, torch.float32)
@@ -70,8 +90,10 @@ def test_samples_that_jump_are_coded_from_zero_as_in_the_simulation(layer, confi
 @pytest.mark.parametrize("sizes", [(8, 6, 5, 4, 3, 2, 1.5, 1), (1, 1.5, 2, 3, 4, 5, 6, 8), (1,) * 8], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    "form", ["simulated", "integer", "int16", "linear", "linear integer", "refresh", "refresh int"]
-)
+    "form",
+    ["simulated", "integer", "int16", "linear", "linear integer", "refresh", "refresh int", "static", "static int",
+     "static linear", "static linear int"],
+)  # fmt: skip
 def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(form, bits, sizes):
     """As after a sampler that adds fresh noise at each step."""
     torch.manual_seed(0)
@@ -82,11 +104,18 @@ def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(fo
         state, predictor = "int16" if form == "int16" else "float32", "linear" if "linear" in form else "hold"
         modulation = None if plain else ModulationConfig(state_dtype=state, predictor=predictor)
         execution = "integer" if "int" in form else "simulated"
-        activation = QuantizerConfig(bits=bits, refresh_every=1 + ("refresh" in form and not plain))
+        refresh, dynamic = 1 + ("refresh" in form and not plain), "static" not in form
+        activation = QuantizerConfig(bits=bits, refresh_every=refresh, dynamic=dynamic)
         layer = LayerConfig(activation=activation, modulation=modulation, execution=execution)
         modiff.apply(net, ModiffConfig(layer=layer, first_last="quantize"))
-        with modiff.trajectory(net), torch.no_grad():
-            errors.append(sum(relative_error(net(x), e) for x, e in list(zip(inputs, expected, strict=True))[1:]))
+
+        def error() -> float:
+            with modiff.trajectory(net), torch.no_grad():
+                return sum(relative_error(net(x), e) for x, e in list(zip(inputs, expected, strict=True))[1:])
+
+        if not dynamic:
+            modiff.calibrate(net, error)
+        errors.append(error())
         modiff.remove(net)
     assert errors[1] <= 1.02 * errors[0]
 

@@ -11,8 +11,8 @@ from modiff import LayerConfig, ModulationConfig, QuantizerConfig, StateError
 from modiff.core import quantizer, recursion
 from modiff.kernels import native
 from modiff.nn import operator
-from modiff.nn.loop import simulated
-from modiff.nn.loop.simulated import Source
+from modiff.nn.loop import simulated, source
+from modiff.nn.loop.source import Source
 from tests.helpers import drifting
 from tests.nn.building import group_of, same_bits, step
 from tests.recipes import state_of
@@ -81,7 +81,7 @@ def test_a_tensor_that_is_gone_is_not_the_next_one_in_its_memory(inference):
 def test_where_nobody_can_tell_nothing_is_shared(monkeypatch, read):
     with torch.inference_mode():
         x = torch.randn(3, 4)
-    monkeypatch.setattr(simulated, "fingerprint", lambda _: None)
+    monkeypatch.setattr(source, "fingerprint", lambda _: None)
     assert not Source(x, read, True).begins(x, read)
     assert not Source(x, read, True).carries(x, read)
 

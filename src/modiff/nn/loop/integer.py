@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from modiff.config import ModulationConfig
-from modiff.core.affine import QParams
+from modiff.core.affine import QParams, noise_of
 from modiff.core.granularity import granularity_named
-from modiff.core.jumps import jumped, noise_of
+from modiff.core.jumps import jumped
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
@@ -151,16 +151,21 @@ class IntegerInput(InputState):
             scales = quantizer.scales(x)
         elif every > 1 and self.age % every:
             scales = [q.scale for q in self.scales]
-        codes, states, intra, jumps, runs = [], [], None, False, runs_of(x, fusion, quantizer)
+        codes, states, jumps, runs = [], [], False, runs_of(x, fusion, quantizer)
+        intra = quantizer.intra(x)
         for index, (run, fused) in enumerate(runs):
             state = self.states[index]
             if gain is not None or state.value.stride() != run.stride():
                 state = _laid(state, run, gain is not None)
             states.append(state)
+            for tensor in () if intra is None else (state.value, *state.moves):
+                tensor.zero_()
             scale, move = None if scales is None else scales[index], state.moves[0] if state.moves else None
             *sent, jump = encode_run(run, fused, state.value, quantizer, scale, move=move, gain=gain)
             codes.append((sent[0], sent[1]))
             jumps = jumps or jump
+            for move in () if intra is None else state.moves:
+                move.zero_()
         self.states = tuple(states)
         if jumps:
             intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
@@ -180,14 +185,14 @@ class IntegerInput(InputState):
             return None
         blank = [type(state)(torch.zeros_like(state[0]), *state[1:]) for state in self.states]
         own = [encode(i, state)[:2] for i, state in enumerate(blank)]
-        noise, least = (noise_of([QParams(s, None) for _, s in each], self.quantizer) for each in (codes, own))
+        noise, least = (noise_of([QParams(s, None) for _, s in each], self.quantizer.runs) for each in (codes, own))
         intra = jumped(noise, least)
         if self.jumps is None and intra is not None and not intra.is_cpu:
             self.jumps = bool(intra.any())
             intra = intra if self.jumps else None
         if intra is not None and getattr(self.states[0], "moves", ()):  # x less the state that it met, which moved on
             held = [x - state.value + state.moves[0] for x, state in zip(self._values(runs), self.states, strict=True)]
-            noise = noise_of([self.quantizer.measured(run) for run in held], self.quantizer)
+            noise = noise_of([self.quantizer.measured(run) for run in held], self.quantizer.runs)
             intra = jumped(noise.where(intra, 0.0), least)
         if intra is not None:
             intra = jumped(self._unsent(runs, self.states), self._unsent(runs, blank), intra)

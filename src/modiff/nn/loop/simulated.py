@@ -1,11 +1,10 @@
 """One layer's loop with the values that its integers stand for: what the others are compared with.
 
-Layers that read one tensor share one quantized residual: how they know that it is one, and what they read.
+Layers that read one tensor share one quantized residual: `source` says how they know that it is one.
 """
 
 import copy
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,48 +21,11 @@ from modiff.core.recursion import State, Update, accumulate, encode, encode_plai
 from modiff.errors import StateError, warn_once
 from modiff.kernels.encode import FixedState
 from modiff.kernels.input_fusion import InputFusion
-from modiff.kernels.native import fingerprint
 from modiff.nn.branches import Fork
 from modiff.nn.clock import Clock
+from modiff.nn.loop.source import Source
 from modiff.nn.operator import LayerOperator, LayerSpec
-from modiff.nn.weight import at_least_float32, version_of
-
-
-class Source:
-    """A tensor as its first reader got it.
-
-    In eager execution a tensor is recognized by identity and version counter. Inductor reuses buffers and inference
-    tensors have no version: there the read number of the graph tells, and without one the bytes, where a layer joins at
-    the same address. A write through `.data` between two readers is not seen.
-
-    read: None in eager execution; in a graph the number of what is read, negative for its first reader in each run of
-    it, 0 where it has none. shared: whether other readers will come; otherwise no bytes are looked at.
-    """
-
-    __slots__ = ("address", "bytes", "read", "tensor", "version")
-
-    def __init__(self, x: Tensor, read: int | None, shared: bool) -> None:
-        self.tensor, self.read, self.address = weakref.ref(x), read, x.data_ptr()
-        self.version = version_of(x)
-        self.bytes = fingerprint(x) if shared and _silent(x, read) else None
-
-    def begins(self, x: Tensor, read: int | None) -> bool:
-        """Whether a layer that reads x for the first time reads this tensor. False where nobody can tell."""
-        if (read is None and self.tensor() is None) or (read is not None and read < 0):
-            return False  # the tensor is gone, or nothing was made of it yet in this run of the graph
-        return self.carries(x, read) and (not _silent(x, read) or self.address == x.data_ptr())
-
-    def carries(self, x: Tensor, read: int | None) -> bool:
-        """Whether x, which a reader of this tensor was given, is it, unchanged since."""
-        if (None if read is None else abs(read)) != (None if self.read is None else abs(self.read)):
-            return False
-        if _silent(x, read):
-            return self.bytes is not None and self.bytes == fingerprint(x)
-        return read is not None or (self.tensor() is x and self.version == version_of(x))
-
-
-def _silent(x: Tensor, read: int | None) -> bool:
-    return read == 0 or (read is None and x.is_inference())
+from modiff.nn.weight import at_least_float32
 
 
 def _rows(x: Tensor, index: Tensor, where: str) -> Tensor:
@@ -86,10 +48,11 @@ def _reordered(state: State, index: Tensor, where: str) -> State:
     return state._replace(value=_rows(state.value, index, where), moves=moves)
 
 
-def _taken(state: Any, fork: Fork) -> Any:
+def _taken(state: Any, fork: Fork, come: Tensor | None) -> Any:
     if isinstance(state, FixedState):
         return state._replace(n=fork.take(state.n))
-    return state._replace(value=fork.take(state.value), moves=tuple(map(fork.take, state.moves)))
+    value, moves = fork.take(state.value, come), tuple(map(fork.take, state.moves))
+    return State(value, moves, 0.0 if fork.grows else state.least)
 
 
 class InputState:
@@ -113,6 +76,7 @@ class InputState:
         self.shape: tuple[torch.Size, torch.device] | None = None
         self.origin: tuple[InputState, int] | None = None
         self._source: Source | None = None
+        self._anchor: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}  # of this evaluation alone, and no pickle holds a weak reference
@@ -188,10 +152,17 @@ class InputState:
         rows = [[None if t is None else _rows(t, index, self.spec.name) for t in each] for each in self.scales]
         self.scales = tuple(QParams(*each) for each in rows)
 
-    def forked(self, fork: Fork) -> "InputState":
-        """A copy with the rows that go on."""
+    def forked(self, fork: Fork, come: Tensor | None) -> "InputState":
+        """A copy with the rows that go on, and with those that come."""
         other, (shape, device) = copy.copy(self), self.shape or (torch.Size([1]), None)
-        other.states = tuple(_taken(state, fork) for state in self.states)
+        runs = (
+            [None] * len(self.states)
+            if come is None
+            else [come]
+            if len(self.states) == 1
+            else self.quantizer.split(come)
+        )
+        other.states = tuple(_taken(state, fork, run) for state, run in zip(self.states, runs, strict=True))
         other.scales = tuple(QParams(*(None if t is None else fork.take(t) for t in each)) for each in self.scales)
         other.shape = torch.Size((fork.size(shape[0]), *shape[1:])), device
         return other
@@ -204,8 +175,8 @@ class InputState:
     def encoded(self, x: Tensor, fusion: InputFusion | None, state: State | None) -> tuple[Update, State]:
         """The step of `core.recursion`."""
         value = x if fusion is None and self.spec.encodes_as_it_comes else self.spec.prepared(x, fusion)
-        if not self.quantizer.config.dynamic and self.quantizer.watching and state is not None:
-            self.quantizer.value_reach = max(self.quantizer.value_reach, float(value.abs().amax()))
+        if not self.quantizer.config.dynamic and self.quantizer.watching:
+            self._observe(at_least_float32(value.detach()), state)
         ratio = 1.0 if self.predictor.past_states == 1 or state is None else self.ratio(x.device)
         every = self.quantizer.config.refresh_every
         scales = self.scales if every > 1 and self.age % every else None
@@ -213,6 +184,13 @@ class InputState:
         if every > 1 and update.codes and not update.starts:
             self.held(tuple(q for _, q in update.codes[0].parts), update.intra)
         return update, state
+
+    def _observe(self, value: Tensor, state: State | None) -> None:
+        """While static scales are measured: show the quantizer what residuals are compared with."""
+        if state is None:
+            self._anchor = value.clone() if self.spec.anchors_exactly else None
+        elif self.config.error_compensation == "closed_loop":
+            self.quantizer.observe_value(value, self._anchor)
 
     def held(self, scales: tuple[QParams, ...], intra: Tensor | None) -> None:
         """Keep scales for the next steps; those of samples that jump tell nothing of the next one."""
@@ -241,10 +219,11 @@ class InputGroup:
         """Free the states."""
         self.states.clear()
 
-    def forked(self, before: InputState, fork: Fork, x: Tensor) -> InputState | None:
+    def forked(self, before: InputState, fork: Fork, x: Tensor, come: Tensor | None) -> InputState | None:
         """A state with the rows of another that go on, the same for all of its readers; None where x has others."""
         origin = before, self.clock.tick
-        state = next((state for state in reversed(self.states) if state.origin == origin), None) or before.forked(fork)
+        known = (state for state in reversed(self.states) if state.origin == origin)
+        state = next(known, None) or before.forked(fork, come)
         if state.shape != (x.shape, x.device):
             return None
         state.origin = origin
@@ -320,7 +299,7 @@ class SimulatedLoop:
         self._tick = clock.tick
         memory = self.memories.get((clock.context, self._calls))
         if memory is None:
-            memory = self._forked(x) or Memory(inputs.state_for(x, read))
+            memory = self._forked(x, fusion) or Memory(inputs.state_for(x, read))
             self.memories[clock.context, self._calls] = memory
         state = memory.input
         update = state.read(self.spec.name, x, fusion, read)
@@ -346,14 +325,23 @@ class SimulatedLoop:
             state.update = None
         return output
 
-    def _forked(self, x: Tensor) -> Memory | None:
-        """What the rows of a batch that goes on with some of them left here."""
+    def _forked(self, x: Tensor, fusion: InputFusion | None) -> Memory | None:
+        """What the rows of a batch that goes on with others left here; rows that come start their states."""
         fork = self.clock.fork
         memory = None if fork is None else self.memories.get((fork.context, self._calls))
         if fork is None or memory is None or self.inputs is None or memory.output is None:
             return None
-        state, output = self.inputs.forked(memory.input, fork, x), memory.output
-        return None if state is None else Memory(state, _taken(output, fork), memory.taken, memory.weight)
+        come, output = None, memory.output
+        if fork.grows:
+            lasting = memory.input.quantizer.config.refresh_every > 1  # rows that come have no scale yet
+            if lasting or isinstance(output, FixedState) or len(x) % len(fork.index):  # a grid is made of all rows
+                return None
+            come = at_least_float32(self.spec.prepared(x.detach(), fusion))[fork.coming(len(x), x.device)]
+        state = self.inputs.forked(memory.input, fork, x, come)
+        if state is None:
+            return None
+        come = None if come is None else self.operator.anchor(come)
+        return Memory(state, _taken(output, fork, come), memory.taken, memory.weight)
 
     def anchored(self, memory: Memory) -> Update:
         """Where an output state starts again from what its input state holds: the law holds from there on."""
