@@ -1,4 +1,4 @@
-"""Do learned rounding and static residual scales reach their bars? Writes docs/reconstruction.md and its figures.
+"""Do learned rounding and static residual scales reach their bars? Writes docs/project/reconstruction.md and its rows.
 
 python bench/reconstruction.py --work reconstruction-bench
 
@@ -230,7 +230,7 @@ def judged(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(results: dict[str, dict[str, Any]], settings: dict[str, Any], command: str) -> str:
-    """docs/reconstruction.md."""
+    """docs/project/reconstruction.md."""
     lines = ["| row | steps | relative L2 | median image | worst image | s |", "| --- | --- | --- | --- | --- | --- |"]
     for name, row in results.items():
         errors = " | ".join(f"{row[key]:.4f}" for key in ("relative_l2", "median_image", "worst_image"))
@@ -261,7 +261,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calibration-steps", type=int, default=20, help="of the trajectories for rounding")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("docs/results/reconstruction.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/reconstruction.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/project/reconstruction.md"))
     return parser.parse_args()
 
 
