@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))  # the tree of this page, not an installed one
 
-project, author, copyright = "modiff", "the modiff authors", "Apache-2.0"
+project, author, copyright = "modiff", "the modiff authors", "the modiff authors, Apache-2.0"
 version = release = version_of("modiff")
 extensions = [
     "myst_parser",
