@@ -1,4 +1,4 @@
-"""The pages about kinds of pipelines say what works: their code, with tiny pipelines in place of the models they name."""
+"""The pages about kinds of pipelines say what works: their code, with tiny pipelines for the models they name."""
 
 import functools
 import inspect
@@ -14,7 +14,8 @@ import modiff
 from tests.hosts.tiny import HOSTS
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["tutorial", *(f"how-to/{n}" for n in ("unet", "dit-pixart", "sd3-flux", "video", "lora-and-caches", "offload"))]
+KINDS = ("unet", "dit-pixart", "sd3-flux", "video", "lora-and-caches", "offload")
+PAGES = ["tutorial", *(f"how-to/{kind}" for kind in KINDS)]
 MODELS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
@@ -56,14 +57,19 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fitting(call: Any, settings: Any) -> Any:
+    signature, sizes = inspect.signature(call), settings(1) | {"max_sequence_length": 8}
+
     @functools.wraps(call)
     def fitted(self: Any, *args: Any, **words: Any) -> Any:
-        inspect.signature(call).bind(self, *args, **words)  # what the page gives is what the pipeline takes
+        signature.bind(self, *args, **words)  # what the page gives is what the pipeline takes
         kept = {name: words[name] for name in ("generator", "output_type", "return_dict") if name in words}
         own = {n: v.to(self.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
                for n, v in settings(1).items()}  # fmt: skip
         return call(self, num_inference_steps=min(words.get("num_inference_steps", 4), 4), **own | kept)
 
+    given = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    usual = (p.replace(default=given.get(p.name, p.default)) for p in signature.parameters.values())
+    fitted.__signature__ = signature.replace(parameters=[*usual])  # from these modiff knows the size of a generation
     return fitted
 
 

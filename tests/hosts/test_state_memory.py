@@ -11,6 +11,7 @@ from torch import nn
 import modiff
 from modiff import ConfigError, ModiffWarning, presets
 from modiff.hosts.host import Host, host_of
+from modiff.hosts.names import example_inputs
 from modiff.model import trajectory as module
 from tests.hosts.tiny import HOSTS
 
@@ -61,6 +62,15 @@ def test_states_of_flux_and_of_videos_are_known_at_the_usual_size_of_their_pipel
         expected = modiff.apply(pipe, "w8a4").memory.expected
         HOSTS[host].call(pipe, steps=3, **{"true_cfg_scale": 1.0} if host == "flux" else {})
         assert modiff.report(pipe).memory.states == expected > 0
+
+
+def test_states_are_known_of_a_model_that_keeps_its_first_parameters_in_float32(tmp_path) -> None:
+    HOSTS["wan"].build().transformer.save_pretrained(tmp_path)
+    network = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert next(network.parameters()).dtype == torch.float32
+    inputs = example_inputs(network, torch.empty(1, 4, 3, 4, 4))
+    assert inputs is not None
+    network(**{name: torch.ones_like(value, device="cpu") for name, value in inputs.items()})
 
 
 def test_a_video_model_of_a_billion_weights_is_told_of_without_its_weights() -> None:

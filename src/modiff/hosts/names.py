@@ -74,7 +74,8 @@ def example_inputs(network: nn.Module, sample: torch.Tensor | None = None, **kno
     height, wide = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
     rows = known.get("rows", 1 if width is None and classes is None else 2)
     length = known.get("length", 77 if "sample" in names else 300)
-    zeros = functools.partial(torch.zeros, device="meta", dtype=next(network.parameters()).dtype)
+    dtype = getattr(network, "dtype", None) or next(network.parameters()).dtype  # its first ones may stay in float32
+    zeros = functools.partial(torch.zeros, device="meta", dtype=dtype)
     numbers, mask = (torch.ones(shape, dtype=torch.long, device="meta") for shape in ((rows,), (rows, length)))
     if sample is None:
         if not isinstance(height, int) or not isinstance(wide, int) or not isinstance(channels, int):
