@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,20 +15,46 @@ from typing import Any
 import pytest
 
 WAIT = 60
+QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+"""Chromium itself asks the network for nothing, so that every request seen is the page's."""
 
 
 class Browser:
     def __init__(self, driver: str, browser: str) -> None:
         self.driver = driver
         # no-sandbox: tests run as root in containers; dev-shm: their /dev/shm is small
-        options = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", *QUIET],
                    "binary": browser}  # fmt: skip
-        chrome = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        logs = {"browser": "ALL", "performance": "ALL"}
+        chrome = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": logs}
         window = self._call("POST", "/session", {"capabilities": {"alwaysMatch": chrome}})
         self.window = f"/session/{window['sessionId']}"
 
-    def open(self, page: Path) -> None:
-        self._call("POST", f"{self.window}/url", {"url": page.resolve().as_uri()})
+    def open(self, page: Path | str) -> None:
+        """A file, or an address."""
+        url = page.resolve().as_uri() if isinstance(page, Path) else page
+        self._call("POST", f"{self.window}/url", {"url": url})
+
+    def new_tab(self) -> str:
+        """The handle of a new tab; `switch` goes to it."""
+        return self._call("POST", f"{self.window}/window/new", {"type": "tab"})["handle"]
+
+    def tab(self) -> str:
+        return self._call("GET", f"{self.window}/window")
+
+    def switch(self, tab: str) -> None:
+        self._call("POST", f"{self.window}/window", {"handle": tab})
+
+    def close_tab(self) -> None:
+        self._call("DELETE", f"{self.window}/window")
+
+    def until(self, condition: str, seconds: float = 30) -> Any:
+        """Wait until a JavaScript expression is true, and give its value."""
+        end = time.monotonic() + seconds
+        while not (value := self.run(f"return {condition}")):
+            assert time.monotonic() < end, f"{condition}: not within {seconds} s"
+            time.sleep(0.1)
+        return value
 
     def run(self, script: str) -> Any:
         """The value that a JavaScript function body returns; a promise is waited for."""
@@ -39,6 +66,14 @@ class Browser:
     def console(self) -> list[str]:
         """What was logged since the last call: errors, warnings, refused requests."""
         return [entry["message"] for entry in self._call("POST", f"{self.window}/se/log", {"type": "browser"})]
+
+    def requests(self) -> list[str]:
+        """The addresses that were asked for since the last call, data of the page itself left out."""
+        entries = self._call("POST", f"{self.window}/se/log", {"type": "performance"})
+        events = [json.loads(entry["message"])["message"] for entry in entries]
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        urls = [call["request"]["url"] for call in sent]
+        return [url for url in urls if not url.startswith(("data:", "blob:"))]
 
     def close(self) -> None:
         self._call("DELETE", self.window)

@@ -15,6 +15,7 @@ from modiff.cli.evaluate import evaluate
 from modiff.cli.generate import export, generate, sample
 from modiff.cli.measure import analyze, demo, explain
 from modiff.cli.quantize import quantize
+from modiff.cli.ui import ui
 from modiff.errors import ModiffError, ModiffWarning
 from modiff.generate.job import check_counts
 from modiff.presets import FULL_PRECISION
@@ -111,5 +112,5 @@ def main(
     """
 
 
-for command in (accelerate, analyze, demo, evaluate, explain, export, generate, quantize, sample):
+for command in (accelerate, analyze, demo, evaluate, explain, export, generate, quantize, sample, ui):
     app.command(cls=Command)(command)

@@ -1,0 +1,149 @@
+"""Requests: one at a time for each model in their order, stopped by their user, or when nobody follows them."""
+
+import threading
+import time
+
+import pytest
+
+from modiff.errors import StateError
+from modiff.web import jobs as module
+from modiff.web.jobs import Cancelled, Job, Jobs
+
+
+def wait(event: threading.Event) -> None:
+    assert event.wait(10)
+
+
+def finished(job: Job) -> Job:
+    return [*job.follow(0.01)][-1]
+
+
+def until_checked(job: Job) -> None:
+    while True:
+        job.check()
+        time.sleep(0.005)
+
+
+def test_a_job_shows_what_is_new_and_ends_with_its_result() -> None:
+    go = threading.Event()
+
+    def work(job: Job) -> str:
+        job.show("first")
+        wait(go)
+        return "made"
+
+    views = []
+    job = Jobs().start("tab", work)
+    for each in job.follow(0.01):
+        views.append(each.view)
+        if each.view == "first":
+            go.set()
+    assert job.done
+    assert (job.result, job.error) == ("made", None)
+    assert "first" in views
+
+
+def test_an_error_is_kept_for_its_user() -> None:
+    assert isinstance(finished(Jobs().start("tab", lambda job: 1 / 0)).error, ZeroDivisionError)
+
+
+def test_a_stop_ends_what_runs_and_an_exception_handler_on_the_way_does_not_swallow_it() -> None:
+    def work(job: Job) -> None:
+        try:
+            until_checked(job)
+        except Exception:
+            pytest.fail("it went on")
+
+    jobs = Jobs()
+    job = jobs.start("tab", work)
+    jobs.stop("other tab")
+    assert not job._done.wait(0.05)
+    jobs.stop("tab")
+    assert isinstance(finished(job).error, Cancelled)
+
+
+def test_what_nobody_follows_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    job = Jobs().start("tab", until_checked)
+    assert job._done.wait(10)
+    assert isinstance(job.error, Cancelled)
+
+
+def test_a_closed_iterator_ends_the_job() -> None:
+    job = Jobs().start("tab", until_checked)
+    following = job.follow(0.01)
+    next(following)
+    following.close()
+    assert job._done.wait(10)
+
+
+def test_a_follower_that_sees_nothing_new_is_still_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PULSE", 0.05)
+    following = Jobs().start("tab", until_checked).follow(0.01)
+    assert len({next(following) for _ in range(3)}) == 1
+    following.close()
+
+
+def test_a_tab_has_one_request_at_a_time_and_a_server_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs()
+    first = jobs.start("tab", until_checked)
+    with pytest.raises(StateError, match="first still runs"):
+        jobs.start("tab", until_checked)
+    monkeypatch.setattr(module, "MOST", 1)
+    with pytest.raises(StateError, match="busy"):
+        jobs.start("another", until_checked)
+    first.cancel()
+    finished(first)
+    second = jobs.start("another", lambda job: "made")
+    assert finished(second).result == "made"
+
+
+def test_one_at_a_time_for_a_model_in_the_order_of_arrival_and_others_at_once() -> None:
+    jobs, order, go, busy = Jobs(), list[str](), threading.Event(), list[int]()
+
+    def work(name: str, model: str, hold: bool = False):
+        def run(job: Job) -> None:
+            with job.turn(model):
+                busy.append(1)
+                assert len(busy) == 1 or model == "other"
+                order.append(name)
+                if hold:
+                    wait(go)
+                busy.pop()
+
+        return run
+
+    first = jobs.start("1", work("first", "model", hold=True))
+    while "first" not in order:
+        time.sleep(0.005)
+    second = jobs.start("2", work("second", "model"))
+    while second.ahead != 1:
+        time.sleep(0.005)
+    third = jobs.start("3", work("third", "model"))
+    other = jobs.start("4", work("other", "other"))
+    assert finished(other).error is None
+    assert first.crowded
+    assert order == ["first", "other"]
+    while third.ahead != 2:
+        time.sleep(0.005)
+    go.set()
+    assert [finished(job).error for job in (first, second, third)] == [None] * 3
+    assert order[2:] == ["second", "third"]
+
+
+def test_a_stop_while_waiting_gives_the_turn_to_the_next() -> None:
+    jobs, go = Jobs(), threading.Event()
+
+    def holding(job: Job) -> None:
+        with job.turn("model"):
+            wait(go)
+
+    first = jobs.start("1", holding)
+    while "model" not in jobs._lines:
+        time.sleep(0.005)
+    second, third = jobs.start("2", holding), jobs.start("3", holding)
+    jobs.stop("2")
+    assert isinstance(finished(second).error, Cancelled)
+    go.set()
+    assert [finished(job).error for job in (first, third)] == [None, None]
+    assert jobs._lines == {}
