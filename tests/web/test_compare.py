@@ -12,14 +12,14 @@ import torch
 import modiff
 from modiff.errors import ConfigError, ModiffError
 from modiff.hosts.diffusers.load import load_pipeline
+from modiff.hosts.diffusers.runs import followed
 from modiff.model.trajectory import state_bytes
-from modiff.web import compare as module
 from modiff.web import views
 from modiff.web.compare import Comparison, Progress, Settings, compare, heat_map
 from modiff.web.export import document, export
 from modiff.web.jobs import Cancelled, Job, Jobs
 from modiff.web.models import Models
-from modiff.web.previews import Previews, followed
+from modiff.web.previews import Previews
 from tests.hosts.tiny import HOSTS
 from tests.pixels import saved_pipeline
 
@@ -97,8 +97,8 @@ def test_a_stop_in_the_middle_leaves_the_model_plain_and_the_next_request_whole(
             done(models, TINY)
     assert seen == [2]
     assert loaded.quantized is not None
-    assert state_bytes(loaded.quantized[1].pipe.unet) == 0
-    modiff.remove(modiff.clone(loaded.quantized[1].pipe))  # removable at once
+    assert state_bytes(loaded.quantized[1][0].unet) == 0
+    modiff.remove(modiff.clone(loaded.quantized[1][0]))  # removable at once
     with pytest.raises(modiff.StateError):
         modiff.report(loaded.pipe)
     result = done(models, TINY)
@@ -128,7 +128,7 @@ def test_a_stop_in_the_middle_leaves_the_model_plain_and_the_next_request_whole(
 def test_what_cannot_be_done_is_refused_in_one_line(models: Models, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ModiffError, match=words) as raised:
         done(models, replace(TINY, **changes))
-    assert "\n" not in module.in_words(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("changes", [{"model": "sd", "prompt": "abc"}, {"model": "dit", "label": "1,2"}])
@@ -173,7 +173,7 @@ def test_accelerate_says_what_it_did_and_its_model_is_left_alone(
     assert not result.accelerated.accelerated
     assert result.quantized is None
     assert views.verdict(result) == f"The model was left as it is: {result.accelerated.reason}."
-    with pytest.raises(ConfigError, match="Nothing was quantized"):
+    with pytest.raises(ConfigError, match="expected quantized images"):
         done(models, settings, heat_map, on=result)
 
 
@@ -203,7 +203,7 @@ def test_simulation_is_not_called_fast_and_integers_are_compared_by_the_median_s
 def test_text_of_a_model_is_escaped_and_the_gain_is_printed(models: Models) -> None:
     result = done(models, TINY)
     odd = replace(result, settings=replace(TINY, config="<script>"))
-    html = views.summary(odd) + views.images_of(odd) + views.error_line("<script>")
+    html = views.summary(odd) + views.images_of(odd) + views.error_line(ValueError("<script>"))
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert html.count("difference ×8") == 2 * TINY.num_images

@@ -57,7 +57,8 @@ def test_a_stop_ends_what_runs_and_an_exception_handler_on_the_way_does_not_swal
     jobs = Jobs()
     job = jobs.start("tab", work)
     jobs.stop("other tab")
-    assert not job._done.wait(0.05)
+    time.sleep(0.05)
+    assert not job.done
     jobs.stop("tab")
     assert isinstance(finished(job).error, Cancelled)
 
@@ -65,7 +66,7 @@ def test_a_stop_ends_what_runs_and_an_exception_handler_on_the_way_does_not_swal
 def test_what_nobody_follows_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.1)
     job = Jobs().start("tab", until_checked)
-    assert job._done.wait(10)
+    job._thread.join(10)
     assert isinstance(job.error, Cancelled)
 
 
@@ -74,7 +75,8 @@ def test_a_closed_iterator_ends_the_job() -> None:
     following = job.follow(0.01)
     next(following)
     following.close()
-    assert job._done.wait(10)
+    job._thread.join(10)
+    assert isinstance(job.error, Cancelled)
 
 
 def test_a_follower_that_sees_nothing_new_is_still_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,11 +141,11 @@ def test_a_stop_while_waiting_gives_the_turn_to_the_next() -> None:
             wait(go)
 
     first = jobs.start("1", holding)
-    while "model" not in jobs._lines:
+    while "model" not in jobs.lines:
         time.sleep(0.005)
     second, third = jobs.start("2", holding), jobs.start("3", holding)
     jobs.stop("2")
     assert isinstance(finished(second).error, Cancelled)
     go.set()
     assert [finished(job).error for job in (first, third)] == [None, None]
-    assert jobs._lines == {}
+    assert jobs.lines == {}

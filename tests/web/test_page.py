@@ -62,7 +62,7 @@ def window() -> Iterator[Browser]:
 def browser(window: Browser, server: str) -> Iterator[Browser]:
     """At a page that is loaded; afterwards nothing was logged, and no other host was asked for anything."""
     window.console(), window.requests()
-    size(window, 1180, 900)
+    size(window, 1280, 900)
     open_page(window, server)
     yield window
     assert [line for line in window.console() if "favicon" not in line] == []
@@ -172,7 +172,7 @@ def test_a_stop_in_the_middle_leaves_nothing_broken(browser: Browser) -> None:
         ("../outside", "inside the folder"),
         ("/etc", "inside the folder"),
         ("empty", "folder of a diffusers pipeline"),
-        ("broken", "the index of a diffusers pipeline"),
+        ("broken", "model_index.json"),
         ("<img src=x onerror=alert(1)>", "no such folder"),
     ],
 )

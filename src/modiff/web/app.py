@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ from modiff.errors import ModiffError
 from modiff.generate.samplers import SAMPLERS
 from modiff.presets import PRESETS
 from modiff.web import views
-from modiff.web.compare import MOST_IMAGES, MOST_STEPS, Comparison, Settings, compare, heat_map, in_words
+from modiff.web.compare import MOST_IMAGES, MOST_STEPS, Comparison, Progress, Settings, compare, heat_map
 from modiff.web.export import export
 from modiff.web.jobs import Cancelled, Job, Jobs
 from modiff.web.models import Models
 
-TITLE = "modiff"
-OWN = "the model's own"
+Updates = dict[Any, Any]  # components and their new values
+OWN = "model's own"
 CONFIGURATION, ACCELERATE = "Configuration", "Accelerate"
-FAMILIES = ("plain:8:4", "published:8:4", "tuned:8:4", "w8a8", "w8a4", "w4a8", "w4a4")
+FAMILIES = ("plain:8:4", "published:8:4", "tuned:8:4")
 INTRO = (
     '<header class="m-head"><h1>modiff</h1><p>The same model, the same noise: full precision next to quantized. '
     "Everything runs on this machine.</p></header>"
@@ -30,84 +30,104 @@ CONFIG_INFO = "Bits of weights and activations, a family such as tuned:8:4, or a
 
 
 class Page:
-    """What the controls of one server do. folder: where files to download are written."""
+    """The layout, and what its controls do. folder: where files to download are written."""
 
     def __init__(self, models: Models, jobs: Jobs, folder: Path) -> None:
         self.models, self.jobs, self.folder = models, jobs, folder
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        with gr.Blocks(analytics_enabled=False, title="modiff", delete_cache=(3600, 3600)) as self.blocks:
+            gr.HTML(INTRO)
+            with gr.Row(elem_id="m-main"):
+                with gr.Column(scale=1, min_width=280):
+                    controls, asks = _controls(models.choices(), quiet)
+                    with gr.Row(elem_id="m-buttons"):
+                        start = gr.Button("Generate", variant="primary", elem_id="m-generate", min_width=120)
+                        self.end = gr.Button("Stop", variant="stop", elem_id="m-stop", interactive=False, min_width=80)
+                with gr.Column(scale=2, min_width=280, elem_id="m-results"):
+                    self.status = gr.HTML(views.note("Choose, then press Generate."), elem_id="m-status")
+                    self.summary = gr.HTML(elem_id="m-summary")
+                    self.pictures = gr.HTML(elem_id="m-pictures")
+                    with gr.Accordion("Layers, bits and backends", open=False, elem_id="m-layers-box"):
+                        self.layers = gr.HTML(views.note("Generate first."), elem_id="m-layers")
+                    with gr.Accordion("Error of each layer and step", open=False, elem_id="m-heat-box"):
+                        draw = gr.Button("Draw the map", size="sm", elem_id="m-look")
+                        self.heat = gr.HTML(elem_id="m-heat")
+                    with gr.Row():
+                        names = {"Report (HTML)": "m-report", "Configuration (JSON)": "m-config"}
+                        self.files = [gr.DownloadButton(text, interactive=False, size="sm", elem_id=name)
+                                      for text, name in names.items()]  # fmt: skip
+            self.result = gr.State(None, time_to_live=3600)
+            outputs = [self.status, self.summary, self.pictures, self.layers, self.heat, self.result, self.end]
+            for event in (self.blocks.load, controls[0].change):
+                event(self.choose, controls[0], asks, **quiet)
+            start.click(self.generate, controls, outputs + self.files, concurrency_limit=None, **quiet)
+            draw.click(self.draw, self.result, outputs + self.files, concurrency_limit=None, **quiet)
+            self.end.click(self.stop, None, None, queue=False, **quiet)
+            self.blocks.unload(self.stop)
 
-    def chosen(self, model: str) -> tuple[Any, ...]:
-        """A model was picked: show what it takes. Outputs: facts, prompt, label."""
+    def choose(self, model: str) -> tuple[Any, ...]:
+        """A model was picked: say what it is, and ask for what it takes. Outputs: a line, prompt, class."""
         try:
             facts = self.models.facts(model or "")
         except ModiffError as error:
-            return views.error_line(in_words(error)), gr.skip(), gr.skip()
+            return views.error_line(error), gr.skip(), gr.skip()
         takes = "a prompt" if facts.prompt else "a class" if facts.label else "no prompt"
-        shown = views.note(f"{facts.pipeline}, takes {takes}")
-        return shown, gr.update(visible=facts.prompt), gr.update(visible=facts.label)
+        label = gr.update(visible=True, value="0") if facts.label else gr.update(visible=False, value="")
+        prompt = gr.update(visible=True) if facts.prompt else gr.update(visible=False, value="")
+        return views.note(f"{facts.pipeline}, takes {takes}"), prompt, label
 
     def generate(
         self, request: gr.Request, model: str, mode: str, config: str, integers: bool, max_error: float, compiled: bool,
         sampler: str, prompt: str, label: str, steps: float, num_images: float, seed: float,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """Outputs: status, pictures, summary, layers, heat, result, report, config, stop. An error loses nothing."""
-        keep = (gr.skip(),) * 7
-        try:
-            facts = self.models.facts(model or "")
-            settings = Settings(
-                model or "", (config or "") if mode == CONFIGURATION else None, integers, float(max_error or 0),
-                compiled, None if sampler == OWN else sampler, prompt if facts.prompt else "",
-                label if facts.label else "", *map(_whole, (steps, num_images, seed)),
-            )  # fmt: skip
-            job = self.jobs.start(_owner(request), lambda job: compare(job, self.models, settings))
-        except ModiffError as error:
-            yield views.error_line(in_words(error)), *keep, gr.skip()
-            return
-        name = settings.config or "accelerate"
-        for _ in job.follow():
-            if not job.done:
-                view = job.view
-                seen = view is not None and view.full is not None
-                shown = views.pictures(view.full, view.quantized, name, settings.seed) if seen else gr.skip()
-                yield views.progress(job), shown, *keep[1:], gr.update(interactive=True)
-        idle = gr.update(interactive=False)
-        if job.error is not None:
-            yield _failed(job.error), *keep, idle
-            return
-        done: Comparison = job.result
-        files = (
-            gr.update(value=path and str(path), interactive=path is not None) for path in export(done, self.folder)
-        )
-        yield (views.note("done"), views.images_of(done), views.summary(done), views.layers(done), "", done,
-               *files, idle)  # fmt: skip
+    ) -> Iterator[Updates]:  # fmt: skip
+        """Full precision and quantized, with what they look like meanwhile."""
+        chosen = Settings(model or "", (config or "") if mode == CONFIGURATION else None, integers, max_error or 0.0,
+                          compiled, None if sampler == OWN else sampler, prompt, label,
+                          *map(_whole, (steps, num_images, seed)))  # fmt: skip
 
-    def look(self, request: gr.Request, done: Comparison | None) -> Iterator[tuple[Any, ...]]:
-        """Outputs: status, heat, result, report, stop."""
-        try:
-            if done is None:
-                raise ModiffError(
-                    "heat map: expected a result, got none. It shows where its error arises. Generate first."
-                )
-            job = self.jobs.start(_owner(request), lambda job: heat_map(job, self.models, done))
-        except ModiffError as error:
-            yield views.error_line(in_words(error)), *(gr.skip(),) * 4
-            return
-        for _ in job.follow():
-            if not job.done:
-                yield views.progress(job), *(gr.skip(),) * 3, gr.update(interactive=True)
-        idle = gr.update(interactive=False)
-        if job.error is not None:
-            yield _failed(job.error), *(gr.skip(),) * 3, idle
-            return
-        report = str(export(job.result, self.folder)[0])
-        yield views.note("done"), views.heat(job.result.heat), job.result, gr.update(value=report), idle
+        def shown(view: Progress) -> Updates:
+            return {self.pictures: views.pictures(view.full, view.quantized, chosen.name, chosen.seed)}
+
+        for update in self._follow(request, lambda job: compare(job, self.models, chosen), shown):
+            done = update.get(self.result)
+            if done is not None:
+                update |= {self.pictures: views.images_of(done), self.summary: views.summary(done),
+                           self.layers: views.layers(done)}  # fmt: skip
+            yield update
+
+    def draw(self, request: gr.Request, done: Comparison | None) -> Iterator[Updates]:
+        """The map of errors of the last result."""
+        yield from self._follow(request, lambda job: heat_map(job, self.models, done))
 
     def stop(self, request: gr.Request) -> None:
         """Stop what this tab has asked for; also called when the tab is closed."""
-        self.jobs.stop(_owner(request))
+        self.jobs.stop(str(request.session_hash))
 
-
-def _owner(request: gr.Request) -> str:
-    return str(request.session_hash)
+    def _follow(
+        self, request: gr.Request, work: Callable[[Job], Comparison], shown: Callable[[Progress], Updates] | None = None
+    ) -> Iterator[Updates]:
+        """Start a request and say where it stands; an error is a line, and what was there before stays."""
+        try:
+            job = self.jobs.start(str(request.session_hash), work)
+        except ModiffError as error:
+            yield {self.status: views.error_line(error)}
+            return
+        for _ in job.follow():
+            if not job.done:
+                seen = shown(job.view) if shown and job.view is not None and job.view.full is not None else {}
+                yield {self.status: views.progress(job), self.end: gr.update(interactive=True)} | seen
+        idle = {self.end: gr.update(interactive=False)}
+        if isinstance(job.error, Cancelled):
+            yield idle | {self.status: views.note("stopped: nothing is left of it, and the model can be used at once")}
+        elif job.error is not None:
+            if not isinstance(job.error, ModiffError):
+                traceback.print_exception(job.error, file=sys.stderr)
+            yield idle | {self.status: views.error_line(job.error)}
+        else:
+            paths = zip(self.files, export(job.result, self.folder), strict=True)
+            files = {b: gr.update(value=path and str(path), interactive=path is not None) for b, path in paths}
+            yield idle | files | {self.status: views.note("done"), self.heat: views.heat(job.result.heat),
+                                  self.result: job.result}  # fmt: skip
 
 
 def _whole(value: float | None) -> int:
@@ -115,58 +135,16 @@ def _whole(value: float | None) -> int:
     return int(value) if value is not None and value == int(value) else -1
 
 
-def _failed(error: BaseException) -> str:
-    if isinstance(error, Cancelled):
-        return views.note("stopped: nothing is left of it, and the model can be used at once")
-    if not isinstance(error, ModiffError):
-        traceback.print_exception(error, file=sys.stderr)
-    return views.error_line(in_words(error))
-
-
-def build(page: Page) -> gr.Blocks:
-    """The page as Gradio's Blocks; nothing is served yet."""
-    with gr.Blocks(analytics_enabled=False, title=TITLE, delete_cache=(3600, 3600)) as blocks:
-        gr.HTML(INTRO)
-        with gr.Row(elem_id="m-main"):
-            with gr.Column(scale=1, min_width=280):
-                controls, facts, ask = _controls(page)
-                with gr.Row(elem_id="m-buttons"):
-                    start = gr.Button("Generate", variant="primary", elem_id="m-generate", min_width=120)
-                    stop = gr.Button("Stop", variant="stop", elem_id="m-stop", interactive=False, min_width=80)
-            with gr.Column(scale=2, min_width=280, elem_id="m-results"):
-                status = gr.HTML(views.note("Choose, then press Generate."), elem_id="m-status")
-                summary = gr.HTML(elem_id="m-summary")
-                pictures = gr.HTML(elem_id="m-pictures")
-                with gr.Accordion("Layers, bits and backends", open=False, elem_id="m-layers-box"):
-                    layers = gr.HTML(views.note("Generate first."), elem_id="m-layers")
-                with gr.Accordion("Error of each layer and step", open=False, elem_id="m-heat-box"):
-                    look = gr.Button("Draw the map", size="sm", elem_id="m-look")
-                    heat = gr.HTML(elem_id="m-heat")
-                with gr.Row():
-                    report = gr.DownloadButton("Report (HTML)", interactive=False, size="sm", elem_id="m-report")
-                    config = gr.DownloadButton("Configuration (JSON)", interactive=False, size="sm", elem_id="m-config")
-        result = gr.State(None, time_to_live=3600)
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        for event in (blocks.load, controls[0].change):
-            event(page.chosen, controls[0], [facts, *ask], **quiet)
-        start.click(page.generate, controls, [status, pictures, summary, layers, heat, result, report, config, stop],
-                    concurrency_limit=None, **quiet)  # fmt: skip
-        look.click(page.look, result, [status, heat, result, report, stop], concurrency_limit=None, **quiet)
-        stop.click(page.stop, None, None, queue=False, **quiet)
-        blocks.unload(page.stop)
-    return blocks
-
-
-def _controls(page: Page) -> tuple[list[Any], gr.HTML, list[Any]]:
-    """What is chosen, in the order of `Page.generate`; the line of facts; prompt and class."""
-    model = gr.Dropdown(page.models.choices(), value="embedded", label="Model", info=MODEL_INFO, elem_id="m-model",
+def _controls(models: list[str], quiet: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What is chosen, in the order of `Page.generate`; and what `Page.choose` changes."""
+    model = gr.Dropdown(models, value="embedded", label="Model", info=MODEL_INFO, elem_id="m-model",
                         allow_custom_value=True)  # fmt: skip
     facts = gr.HTML(elem_id="m-facts")
     prompt = gr.Textbox(label="Prompt", visible=False, elem_id="m-prompt", max_length=2000)
-    label = gr.Textbox("0", label="Class", info="A number; or several, as 0-3,7.", visible=False, elem_id="m-label")
+    label = gr.Textbox(label="Class", info="A number; or several, as 0-3,7.", visible=False, elem_id="m-label")
     mode = gr.Radio([CONFIGURATION, ACCELERATE], value=CONFIGURATION, show_label=False, elem_id="m-mode")
     with gr.Group() as chosen:
-        config = gr.Dropdown(list(dict.fromkeys([*PRESETS, *FAMILIES])), value="w8a4", label="Configuration",
+        config = gr.Dropdown([*PRESETS, *FAMILIES], value="w8a4", label="Configuration",
                              info=CONFIG_INFO, allow_custom_value=True, elem_id="m-configuration")  # fmt: skip
         integers = gr.Checkbox(True, label="Run on integers (simulated in floats otherwise)", elem_id="m-integers")
     with gr.Group(visible=False) as searched:
@@ -180,6 +158,6 @@ def _controls(page: Page) -> tuple[list[Any], gr.HTML, list[Any]]:
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="m-seed")
         sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", min_width=140, elem_id="m-sampler")
     mode.change(lambda mode: (gr.update(visible=mode == CONFIGURATION), gr.update(visible=mode == ACCELERATE)),
-                mode, [chosen, searched], show_progress="hidden", api_visibility="private", queue=False)  # fmt: skip
+                mode, [chosen, searched], queue=False, **quiet)  # fmt: skip
     controls = [model, mode, config, integers, max_error, compiled, sampler, prompt, label, steps, images, seed]
-    return controls, facts, [prompt, label]
+    return controls, [facts, prompt, label]

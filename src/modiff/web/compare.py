@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from modiff import api
 from modiff.config import ModiffConfig, check
-from modiff.errors import ModiffError
+from modiff.errors import ConfigError
 from modiff.evaluate.analysis.layers import LayerTraces
 from modiff.evaluate.analysis.watch import watch
 from modiff.evaluate.pipelines import image_error
@@ -21,27 +21,23 @@ from modiff.evaluate.report.document import Figure
 from modiff.generate.job import Conditions, check_counts, parse_labels
 from modiff.generate.shards import to_uint8
 from modiff.generate.worker import check_inputs, draw
+from modiff.hosts.diffusers.runs import followed
 from modiff.model.accelerate.search import TRAJECTORIES, AccelerateResult
 from modiff.model.report import Report
 from modiff.model.trajectory import clone
 from modiff.web.jobs import Job
 from modiff.web.models import Loaded, Models
-from modiff.web.previews import Previews, followed
+from modiff.web.previews import Previews
 
 MOST_IMAGES, MOST_STEPS = 8, 250
-HEAT_IMAGES = 1
 HEAT = (
-    "Relative error of the output of each layer at each step, each fed with the inputs that it has in full precision. "
-    "Dark or empty: exact. One image."
+    "Relative error of each layer's output at each step, fed with its inputs in full precision. Dark: exact. One image."
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person chose. config None: `accelerate` chooses, within `max_error`. sampler None: the model's own.
-
-    label: as `parse_labels` reads it; image i is drawn of number i modulo how many they are.
-    """
+    """What a person chose. config None: `accelerate` chooses. sampler None: the model's own. label: "3", or "0-3,7"."""
 
     model: str = "embedded"
     config: str | None = "w8a4"
@@ -54,6 +50,11 @@ class Settings:
     steps: int = 50
     num_images: int = 4
     seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the quantized images are called."""
+        return self.config or "accelerate"
 
     @property
     def conditions(self) -> Conditions:
@@ -71,15 +72,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One generation. images: (N, H, W, C) in [0, 1]. seconds: without previews. steps: seconds of each step.
-
-    previews: uint8 (n, H, W, C) after each step, as far as they were made.
-    """
+    """One generation: images (N, H, W, C) in [0, 1], seconds without previews, in all and by step; previews by step."""
 
     images: np.ndarray
     seconds: float
     steps: tuple[float, ...]
     previews: tuple[np.ndarray, ...]
+
+    @property
+    def bytes(self) -> np.ndarray:
+        """The images, uint8 (N, H, W, C)."""
+        return to_uint8(np.nan_to_num(self.images))
 
     @property
     def pace(self) -> float:
@@ -100,37 +103,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result. quantized None: `accelerate` left the model as it was, and `accelerated` says why.
-
-    config: what the layers run with. crowded: other models were at work at the same time.
-    """
+    """The result. quantized None: `accelerate` left the model as it was. crowded: as `Job` has it."""
 
     settings: Settings
     pipeline: str
     full: Run
-    quantized: Run | None
     config: ModiffConfig | None
-    report: Report | None
     accelerated: AccelerateResult | None = None
+    quantized: Run | None = None
+    report: Report | None = None
     crowded: bool = False
     error: dict[str, float | None] = field(default_factory=dict)
     heat: Figure | None = None
 
 
-@dataclass
-class _Quantized:
-    """What is made of a model for a configuration, and kept for the next request of the same."""
-
-    pipe: DiffusionPipeline
-    config: ModiffConfig | None
-    accelerated: AccelerateResult | None
-
-
 def compare(job: Job, models: Models, settings: Settings) -> Comparison:
-    """Generate in full precision and quantized. The model itself stays plain: modiff is applied to a clone.
-
-    Raises: ModiffError for what cannot be done; Cancelled.
-    """
+    """Generate in full precision and quantized. The model itself stays plain: modiff is applied to a clone."""
     settings.check()
     config = None if settings.config is None else models.config(settings.config, integers=settings.integers)
     folder = models.folder(settings.model)
@@ -140,23 +128,25 @@ def compare(job: Job, models: Models, settings: Settings) -> Comparison:
         plain = loaded.sampling(settings.sampler)
         check_inputs(plain, settings.steps, settings.conditions)
         full = _reference(job, loaded, plain, settings)
-        made = _quantized(job, loaded, plain, settings, config)
-        quantized, error, report = None, {}, None
-        if made.config is not None:
-            quantized = _run(job, made.pipe, settings, "quantized", full.previews)
-            error, report = image_error(quantized.images, full.images), api.report(made.pipe)
-    return Comparison(settings, type(plain).__name__, full, quantized, made.config, report, made.accelerated,
-                      job.crowded, error)  # fmt: skip
+        pipe, config, accelerated = _quantized(job, loaded, plain, settings, config)
+        done = Comparison(settings, type(plain).__name__, full, config, accelerated)
+        if config is not None:
+            quantized = _run(job, pipe, settings, "quantized", full.previews)
+            error = image_error(quantized.images, full.images)
+            done = dataclasses.replace(done, quantized=quantized, error=error, report=api.report(pipe))
+    return dataclasses.replace(done, crowded=job.crowded)
 
 
-def heat_map(job: Job, models: Models, done: Comparison) -> Comparison:
+def heat_map(job: Job, models: Models, done: Comparison | None) -> Comparison:
     """The same with the errors of each layer at each step, of one image. Cost: a generation, each layer twice."""
-    config, settings = done.config, dataclasses.replace(done.settings, num_images=HEAT_IMAGES)
-    check("heat map", None, config is not None, "a quantized model", "Nothing was quantized. Choose a configuration.")
+    if done is None or done.config is None:
+        raise ConfigError("heat map: expected quantized images, got none. It shows where their error arises. "
+                          "Generate with a configuration first.")  # fmt: skip
+    settings = dataclasses.replace(done.settings, num_images=1)
     with job.turn(models.folder(settings.model)):
         plain, traces = models.load(settings.model).sampling(settings.sampler), LayerTraces()
         run = partial(_run, job, plain, settings, "looking at the layers", (), shown=False)
-        watch(plain, run, config or ModiffConfig(), [traces])
+        watch(plain, run, done.config, [traces])
     return dataclasses.replace(done, heat=layer_figure(traces.layers(), HEAT))
 
 
@@ -164,28 +154,25 @@ def _reference(job: Job, loaded: Loaded, plain: DiffusionPipeline, settings: Set
     """Full precision, drawn again only where something else than the configuration changed."""
     key = dataclasses.replace(settings, config=None, integers=False, max_error=0.5, compile=False)
     if loaded.reference is None or loaded.reference[0] != key:
-        loaded.reference = None
         loaded.reference = key, _run(job, plain, settings, "full precision")
     return loaded.reference[1]
 
 
 def _quantized(
     job: Job, loaded: Loaded, plain: DiffusionPipeline, settings: Settings, config: ModiffConfig | None
-) -> _Quantized:
-    """A clone with modiff on it, from the last request where that asked for the same."""
-    key: Any = (settings.sampler, config)
-    if config is None:  # measured on trajectories as they will be
-        key = dataclasses.replace(settings, integers=False)
+) -> tuple[DiffusionPipeline, ModiffConfig | None, AccelerateResult | None]:
+    """A clone with modiff on it, its config, and what `accelerate` says; kept for the next request of the same."""
+    key = dataclasses.replace(settings, integers=False) if config is None else (settings.sampler, config)
     if loaded.quantized is None or loaded.quantized[0] != key:
         loaded.quantized = None  # not two at a time in memory
         pipe = clone(plain)
-        if config is not None:
-            job.show(Progress("quantizing"))
+        job.show(Progress("quantizing"))
+        result = _accelerated(job, pipe, settings) if config is None else None
+        if result is None:
             api.apply(pipe, config)
-            loaded.quantized = key, _Quantized(pipe, config, None)
-        else:
-            result = _accelerated(job, pipe, settings)
-            loaded.quantized = key, _Quantized(pipe, result.config if result.accelerated else None, result)
+        elif result.accelerated:
+            config = result.config
+        loaded.quantized = key, (pipe, config, result)
     return loaded.quantized[1]
 
 
@@ -204,15 +191,14 @@ def _accelerated(job: Job, pipe: DiffusionPipeline, settings: Settings) -> Accel
     return api.accelerate(pipe, settings.max_error, example, settings.compile, progress=False)
 
 
-def _images(pipe: DiffusionPipeline, settings: Settings) -> np.ndarray:
-    indices = range(settings.num_images)
-    return draw(pipe, indices, steps=settings.steps, seed=settings.seed, conditions=settings.conditions)
+def _images(pipe: DiffusionPipeline, chosen: Settings) -> np.ndarray:
+    return draw(pipe, range(chosen.num_images), steps=chosen.steps, seed=chosen.seed, conditions=chosen.conditions)
 
 
 def _run(job: Job, pipe: DiffusionPipeline, settings: Settings, stage: str, others: tuple[np.ndarray, ...] = (),
          *, shown: bool = True) -> Run:  # fmt: skip
     """One generation whose steps the page follows; `others` are the previews of full precision, shown next to it."""
-    previews, pictures, times = Previews(pipe, settings.num_images), list[np.ndarray](), list[float]()
+    previews, pictures, times = Previews(pipe, settings.num_images), list[Any](), list[float]()
     job.show(Progress(stage, 0, settings.steps, others[0] if others else None))
     start = last = time.perf_counter()
 
@@ -221,26 +207,12 @@ def _run(job: Job, pipe: DiffusionPipeline, settings: Settings, stage: str, othe
         times.append(time.perf_counter() - last)
         total = len(pipe.scheduler.timesteps)
         picture = previews.of(sample) if shown else None
-        pictures.append(picture if picture is not None else pictures[-1] if pictures else np.zeros((0, 1, 1, 3), "u1"))
-        other = others[min(len(times), len(others)) - 1] if others else None
-        full, quantized = (other, pictures[-1]) if others else (pictures[-1], None)
-        job.show(Progress(stage, len(times), total, full if shown else None, quantized))
+        pictures.append(pictures[-1] if picture is None and pictures else picture)
+        both = (others[min(len(times), len(others)) - 1], pictures[-1]) if others else (pictures[-1], None)
+        job.show(Progress(stage, len(times), total, *both))
         last = time.perf_counter()
 
     with followed(pipe, after):
         images = _images(pipe, settings)
     seconds = time.perf_counter() - start - previews.seconds
     return Run(images, seconds, tuple(times), tuple(pictures))
-
-
-def in_words(error: BaseException) -> str:
-    """One line for the page."""
-    text = str(error).strip().partition("\n")[0]
-    if isinstance(error, ModiffError):
-        return text
-    return f"{type(error).__name__}: {text[:200] or 'no reason given'}. The server's own output says more."
-
-
-def as_bytes(run: Run) -> np.ndarray:
-    """The images of a run, uint8 (N, H, W, C)."""
-    return to_uint8(np.nan_to_num(run.images))

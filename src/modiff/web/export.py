@@ -2,15 +2,16 @@
 
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from modiff.evaluate.report.charts import image_figures
-from modiff.evaluate.report.document import Cell, Column, Content, Document, Section, Table, Verbatim
+from modiff.evaluate.report.document import Cell, Column, Document, Section, Table, Verbatim
 from modiff.evaluate.report.page import html_page
 from modiff.files import write_atomically, write_json
 from modiff.generate.environment import environment
-from modiff.web.compare import Comparison, as_bytes
-from modiff.web.views import LAYER_HEAD, figures, layer_rows, name_of, verdict
+from modiff.web.compare import Comparison
+from modiff.web.views import LAYER_HEAD, figures, layer_rows, verdict
 
 
 def export(done: Comparison, folder: Path) -> tuple[Path, Path | None]:
@@ -31,29 +32,23 @@ def document(done: Comparison) -> Document:
     settings, conditions = done.settings, done.settings.conditions.to_dict()
     drawn = [f"{key} {value}" for key, value in conditions.items() if value]
     lead = f"{done.pipeline}, {settings.steps} steps, {settings.num_images} images from seed {settings.seed}"
-    sections = [Section("Result", (verdict(done), *_facts(done))), Section("Images", tuple(_images(done)))]
+    columns = (Column("", numeric=False), Column("full precision"), Column(settings.name))
+    times = Table("figures", "Time and error.", columns, _cells(figures(done)))
+    runs = [("full precision", done.full), (settings.name, done.quantized)]
+    images = image_figures([(name, run.bytes) for name, run in runs if run is not None], settings.seed)
+    sections = [Section("Result", (verdict(done), times)), Section("Images", tuple(images))]
     if done.heat is not None:
         sections.append(Section("Where the error arises", (done.heat,)))
     if done.report is not None:
-        rows = tuple(tuple(Cell(text) for text in row) for row in layer_rows(done))
         columns = tuple(Column(title, numeric=False) for title in LAYER_HEAD)
-        sections.append(Section("Layers", (str(done.report).partition("\n")[0],
-                                           Table("layers", "Every layer.", columns, rows))))  # fmt: skip
+        table = Table("layers", "Every layer.", columns, _cells(layer_rows(done)))
+        sections.append(Section("Layers", (str(done.report).partition("\n")[0], table)))
     values = json.dumps(environment(), indent=2)
     config = () if done.config is None else ("Configuration, for modiff.apply:", Verbatim(done.config.to_json()))
     sections.append(Section("Settings", (*config, "Where it ran:", Verbatim(values))))
-    title = f"{settings.model}: full precision and {name_of(done)}"
+    title = f"{settings.model}: full precision and {settings.name}"
     return Document(title, f"{', '.join([lead, *drawn])}. All from the same noise.", tuple(sections))
 
 
-def _facts(done: Comparison) -> list[Content]:
-    columns = (Column("", numeric=False), Column("full precision"), Column(name_of(done)))
-    rows = tuple(tuple(Cell(text) for text in row) for row in figures(done))
-    return [Table("figures", "Time and error.", columns, rows)]
-
-
-def _images(done: Comparison) -> list[Content]:
-    rows = [("full precision", as_bytes(done.full))]
-    if done.quantized is not None:
-        rows.append((name_of(done), as_bytes(done.quantized)))
-    return list(image_figures(rows, done.settings.seed))
+def _cells(rows: Sequence[Sequence[str]]) -> tuple[tuple[Cell, ...], ...]:
+    return tuple(tuple(map(Cell, row)) for row in rows)

@@ -1,12 +1,10 @@
 """The models that a page offers: those of the package, and folders inside the one that the user named."""
 
 import inspect
-import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import diffusers
@@ -23,10 +21,7 @@ from modiff.hosts.text import TextHost
 from modiff.model.trajectory import clone
 from modiff.presets import as_config
 
-KEPT = 2
-"""Models that stay loaded, those used last."""
-DEPTH, MOST = 4, 200
-"""How deep below the root folders are looked for, and how many are offered; others can be typed."""
+KEPT, DEPTH, MOST = 2, 4, 200  # models that stay loaded; how deep others are looked for, and how many are offered
 _NAME = re.compile(r"[A-Za-z0-9_]+(:[A-Za-z0-9_]+)*")
 
 
@@ -39,10 +34,7 @@ class Facts(NamedTuple):
 
 
 class Loaded:
-    """A pipeline in full precision, used by one request at a time, and what was last made of it.
-
-    quantized, reference: (what they were made from, what was made), or None.
-    """
+    """A pipeline in full precision, used by one request at a time, and what was last made of it, behind its key."""
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
@@ -67,12 +59,13 @@ class Models:
     def __init__(self, root: Path, open_model: Callable[[str], DiffusionPipeline]) -> None:
         self.root = root.expanduser().resolve()
         check("root", str(root), self.root.is_dir(), "a folder", "Models are chosen inside of it. Give --root FOLDER.")
-        self._open, self._lock = open_model, Lock()
-        self._loaded: OrderedDict[tuple[str, int], Loaded] = OrderedDict()
+        self._open, self._loaded = open_model, lru_cache(maxsize=KEPT)(self._load)
 
     def choices(self) -> list[str]:
-        """The models of the package, and the folders of pipelines below the root, by their path in it."""
-        return packaged() + sorted(path.relative_to(self.root).as_posix() for path in self._folders())
+        """The models of the package, and folders of pipelines, not hidden and not linked, by their path in the root."""
+        folders = (path.parent for depth in range(DEPTH) for path in self.root.glob("*/" * depth + INDEX))
+        names = sorted(path.relative_to(self.root).as_posix() for path in folders if path.resolve() == path)
+        return packaged() + [name for name in names if name == "." or not re.search(r"(^|/)\.", name)][:MOST]
 
     def folder(self, name: str) -> Path:
         """The folder of a model by its name in `choices`, or by the path of another one inside the root.
@@ -104,20 +97,15 @@ class Models:
         Raises: as `folder`; FormatError for a damaged folder; ConfigError for text models and quantized ones.
         """
         folder = self.folder(name)
-        key = str(folder), max(os.stat(path).st_mtime_ns for path in (folder, *folder.rglob("*")))
-        with self._lock:
-            if key in self._loaded:
-                self._loaded.move_to_end(key)
-                return self._loaded[key]
-        pipe = self._open(name.strip() if name.strip() in packaged() else str(folder))
+        changed = max(path.stat().st_mtime_ns for path in (folder, *folder.rglob("*")))
+        return self._loaded(name.strip() if name.strip() in packaged() else str(folder), changed)
+
+    def _load(self, name: str, changed: int) -> Loaded:
+        pipe = self._open(name)
         why = "The page compares images. Call the pipeline from Python after modiff.apply(pipe, config)."
         draws = not isinstance(host_of(pipe), TextHost)
         check("model", f"{name} ({type(pipe).__name__})", draws, "a pipeline that makes images", why)
-        with self._lock:
-            loaded = self._loaded[key] = Loaded(pipe)
-            while len(self._loaded) > KEPT:
-                self._loaded.popitem(last=False)
-        return loaded
+        return Loaded(pipe)
 
     def config(self, text: str, *, integers: bool) -> ModiffConfig:
         """What `modiff.apply` makes of a name; a JSON file must lie inside the root.
@@ -130,19 +118,6 @@ class Models:
         why = "They must be measured. Calibrate in Python, or use dynamic scales."
         check("config", "static ones", not has_static_scales(config), "dynamic scales", why)
         return config.on_integers() if integers else config
-
-    def _folders(self) -> Iterator[Path]:
-        """Folders with an index, not through links, hidden ones left out."""
-        count = 0
-        for place, folders, files in os.walk(self.root):
-            here = Path(place)
-            deep = len(here.relative_to(self.root).parts) >= DEPTH
-            folders[:] = [] if deep or INDEX in files else sorted(name for name in folders if not name.startswith("."))
-            if INDEX in files:
-                yield here
-                count += 1
-            if count >= MOST:
-                return
 
     def _inside(self, field: str, text: str) -> Path:
         """A path below the root, links and .. resolved. Raises: ConfigError for one outside."""

@@ -1,10 +1,7 @@
-"""Follow the steps of any pipeline, and show the samples of a step as pictures."""
+"""Samples as pictures, while they denoise."""
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,39 +11,12 @@ from torch import Tensor
 
 from modiff.generate.shards import to_uint8
 
-MOST_PIXELS = 256
-"""Longer side of a preview."""
-SHARE = 0.15
-"""Of the time of a run that previews may take at most; those of pixel models take next to nothing."""
-
-
-@contextmanager
-def followed(pipe: DiffusionPipeline, after: Callable[[Tensor], object]) -> Iterator[None]:
-    """In the body, call `after(x_s)` behind every step of the pipeline's sampler; what it raises ends the generation.
-
-    All pipelines call `scheduler.step`; `callback_on_step_end` is missing in those of DDPM, DDIM and DiT.
-    """
-    scheduler: Any = pipe.scheduler
-    step = scheduler.step
-
-    @functools.wraps(step)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
-        after(output[0])
-        return output
-
-    scheduler.step = call
-    try:
-        yield
-    finally:
-        del scheduler.step  # an attribute of this object; the class has its own
+MOST_PIXELS, SHARE = 256, 0.15
+"""Longer side of a preview; how much of the time of a run previews may take."""
 
 
 class Previews:
-    """Pictures of samples while they denoise; `seconds` is what making them took.
-
-    A pixel model's samples are shown as they are. Latents are decoded, as often as SHARE allows.
-    """
+    """Pictures of samples, those of latents decoded, as often as SHARE allows; `seconds` is what making them took."""
 
     def __init__(self, pipe: DiffusionPipeline, count: int) -> None:
         self._pipe, self._count = pipe, count
@@ -62,7 +32,9 @@ class Previews:
             return None
         sample = sample[: self._count].detach()
         images = (self._decoded(sample) if latent else sample.float()) / 2 + 0.5
-        picture = to_uint8(_smaller(images.clamp(0, 1).nan_to_num()).permute(0, 2, 3, 1).cpu().numpy())
+        smaller = min(1.0, MOST_PIXELS / max(images.shape[-2:]))
+        images = torch.nn.functional.interpolate(images.clamp(0, 1), scale_factor=smaller, mode="area")
+        picture = to_uint8(images.nan_to_num().permute(0, 2, 3, 1).cpu().numpy())
         self.seconds += time.perf_counter() - start
         return picture
 
@@ -72,8 +44,7 @@ class Previews:
         grid = _unpacked(latents)
         if self._decodes and grid.shape[1] == vae.config.get("latent_channels"):
             try:
-                config = vae.config
-                scaled = grid / config.scaling_factor + (config.get("shift_factor") or 0)
+                scaled = grid / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
                 return vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
             except (RuntimeError, ValueError, TypeError, AttributeError):  # a decoder with wishes of its own
                 self._decodes = False
@@ -86,15 +57,8 @@ def _unpacked(latents: Tensor) -> Tensor:
     """(N, C, H, W): of tokens of 2 x 2 latent pixels on a square (Flux), or of the first frame."""
     if latents.dim() == 3:
         side = math.isqrt(latents.shape[1])
-        if side * side == latents.shape[1] and latents.shape[2] % 4 == 0:
-            grid = latents.view(len(latents), side, side, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-            return grid.reshape(len(latents), -1, 2 * side, 2 * side)
-        return latents.transpose(1, 2).unsqueeze(-1)
+        if side * side != latents.shape[1] or latents.shape[2] % 4:
+            return latents.transpose(1, 2).unsqueeze(-1)
+        grid = latents.view(len(latents), side, side, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(len(latents), -1, 2 * side, 2 * side)
     return latents[:, :, 0] if latents.dim() == 5 else latents
-
-
-def _smaller(images: Tensor) -> Tensor:
-    longer = max(images.shape[-2:])
-    if longer <= MOST_PIXELS:
-        return images
-    return torch.nn.functional.interpolate(images, scale_factor=MOST_PIXELS / longer, mode="area")

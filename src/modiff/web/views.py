@@ -9,19 +9,21 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from modiff.errors import ModiffError
 from modiff.evaluate.report.charts import GAIN, differences
 from modiff.evaluate.report.document import Cell, Figure
-from modiff.web.compare import Comparison, Progress, as_bytes
+from modiff.web.compare import Comparison, Progress
 from modiff.web.jobs import Job
 
-PIXELS = 96
-"""Images with a shorter side than this are enlarged with sharp pixels."""
-LONGEST = 512
-"""Pixels of a side that the page gets; the report has the same images."""
+PIXELS, LONGEST = 96, 512  # images with shorter sides show sharp pixels; the page gets none with longer ones
+LAYER_HEAD = ("layer", "kind", "bits", "runs", "why")
 
 
-def error_line(text: str) -> str:
-    """One line that says what is wrong."""
+def error_line(error: BaseException) -> str:
+    """One line that says what is wrong; of errors that nobody meant to raise, their kind too."""
+    text = str(error).strip().partition("\n")[0]
+    if not isinstance(error, ModiffError):
+        text = f"{type(error).__name__}: {text[:200] or 'no reason given'}. The server's own output says more."
     return f'<p class="m-error" role="alert">{escape(text)}</p>'
 
 
@@ -35,37 +37,33 @@ def progress(job: Job) -> str:
     if job.ahead:
         return note(f"waiting: {job.ahead} {'request' if job.ahead == 1 else 'requests'} for this model before yours")
     view = job.view or Progress("starting")
-    if not view.total:
-        return f'{note(view.stage)}<progress class="m-bar"></progress>'
-    bar = f'<progress class="m-bar" max="{view.total}" value="{view.step}"></progress>'
-    return f"{note(f'{view.stage}: {view.step} of {view.total}')}{bar}"
+    stage, value = (f"{view.stage}: {view.step} of {view.total}", f' max="{view.total}" value="{view.step}"')
+    stage, value = (stage, value) if view.total else (view.stage, "")
+    return f'{note(stage)}<progress class="m-bar"{value}></progress>'
 
 
 def pictures(full: np.ndarray | None, quantized: np.ndarray | None, name: str, seed: int) -> str:
     """A card for each image: full precision, quantized, and their difference. uint8 (N, H, W, C); None: not yet."""
     if full is None or len(full) == 0:
         return ""
-    both = quantized is not None and quantized.shape == full.shape
-    maps = (255 * differences(quantized, full)).round().astype(np.uint8) if both and quantized is not None else None
+    quantized = None if quantized is None or quantized.shape != full.shape else quantized
+    maps = None if quantized is None else (255 * differences(quantized, full)).round().astype(np.uint8)
+    columns = [("full precision", full), (name, quantized), (f"difference ×{GAIN}", maps)]
     cards: list[str] = []
     for i in range(len(full)):
-        row = [("full precision", full, "full precision")]
-        row += [("quantized", quantized if both else None, name), ("difference", maps, f"difference ×{GAIN}")]
-        shown = "".join(_figure(kind, None if x is None else x[i], caption) for kind, x, caption in row)
+        shown = "".join(_figure(None if images is None else images[i], caption) for caption, images in columns)
         cards.append(f'<div class="m-card" aria-label="seed {seed + i}">{shown}</div>')
     legend = (f"Same noise in each row, seeds {seed} to {seed + len(full) - 1}. Difference: red brighter, blue darker, "
               f"white equal, the same gain of {GAIN} everywhere.")  # fmt: skip
     return f'<div class="m-cards">{"".join(cards)}</div><p class="m-legend">{escape(legend)}</p>'
 
 
-def _figure(kind: str, image: np.ndarray | None, caption: str) -> str:
-    if image is None:
-        return f'<figure class="m-{kind.split()[0]}"><div class="m-empty"></div><figcaption>{escape(caption)}</figcaption></figure>'
-    small = ' class="pixels"' if min(image.shape[:2]) < PIXELS else ""
-    return (
-        f'<figure class="m-{kind.split()[0]}"><img{small} src="{_uri(image)}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _figure(image: np.ndarray | None, caption: str) -> str:
+    shown = '<div class="m-empty"></div>'
+    if image is not None:
+        small = ' class="pixels"' if min(image.shape[:2]) < PIXELS else ""
+        shown = f'<img{small} src="{_uri(image)}" alt="{escape(caption)}">'
+    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _uri(image: np.ndarray) -> str:
@@ -78,15 +76,10 @@ def _uri(image: np.ndarray) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def name_of(done: Comparison) -> str:
-    """What the quantized images are called."""
-    return done.settings.config or "accelerate"
-
-
 def images_of(done: Comparison) -> str:
     """The pictures of a result."""
-    quantized = None if done.quantized is None else as_bytes(done.quantized)
-    return pictures(as_bytes(done.full), quantized, name_of(done), done.settings.seed)
+    quantized = None if done.quantized is None else done.quantized.bytes
+    return pictures(done.full.bytes, quantized, done.settings.name, done.settings.seed)
 
 
 def verdict(done: Comparison) -> str:
@@ -127,12 +120,10 @@ def figures(done: Comparison) -> list[tuple[str, str, str]]:
 
 def summary(done: Comparison) -> str:
     """The verdict and the figures below it."""
-    head = ("", "full precision", name_of(done))
+    head = ("", "full precision", done.settings.name)
     small = "Seconds leave previews out. The first steps also prepare weights, so the median of the steps says more."
-    return (
-        f'<p class="m-verdict" role="status">{escape(verdict(done))}</p>{_table(head, figures(done))}'
-        f'<p class="m-legend">{escape(small)}</p>'
-    )
+    words = f'<p class="m-verdict" role="status">{escape(verdict(done))}</p>'
+    return f'{words}{_table(head, figures(done))}<p class="m-legend">{small}</p>'
 
 
 def layers(done: Comparison) -> str:
@@ -143,9 +134,6 @@ def layers(done: Comparison) -> str:
     where = ", ".join(f"{count} {execution}" for execution, count in counts.most_common())
     line = f"{len(done.report.taken)} layers taken ({where}), {len(done.report.left)} left in floats."
     return f"{note(line)}{_table(LAYER_HEAD, layer_rows(done), tall=True)}"
-
-
-LAYER_HEAD = ("layer", "kind", "bits", "runs", "why")
 
 
 def layer_rows(done: Comparison) -> list[tuple[str, ...]]:
@@ -159,7 +147,8 @@ def heat(figure: Figure | None) -> str:
     if figure is None:
         return ""
     source = f"data:image/svg+xml;base64,{base64.b64encode(figure.data).decode()}"
-    return f'<img class="m-heat" src="{source}" alt="{escape(figure.alt)}"><p class="m-legend">{escape(figure.caption)}</p>'
+    picture = f'<img class="m-heat" src="{source}" alt="{escape(figure.alt)}">'
+    return f'{picture}<p class="m-legend">{escape(figure.caption)}</p>'
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, tall: bool = False) -> str:
@@ -168,5 +157,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, tall: bool = F
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
-    kind = "m-scroll m-tall" if tall else "m-scroll"
+    kind = "m-scroll" + " m-tall" * tall
     return f'<div class="{kind}" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'

@@ -1,11 +1,14 @@
 """Trajectories of a pipeline: what it must be told, the noise of each sample, and how often it evaluates."""
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from modiff.config import check
 from modiff.errors import ConfigError
@@ -61,6 +64,28 @@ def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
 def noise_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
     """One generator for each sample, seeded with seed + index; pass them to a pipeline as `generator=`."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
+
+
+@contextmanager
+def followed(pipe: DiffusionPipeline, after: Callable[[Tensor], object]) -> Iterator[None]:
+    """In the body, call `after(x_s)` behind every step of the pipeline's sampler; what it raises ends the generation.
+
+    All pipelines call `scheduler.step`; `callback_on_step_end` is missing in those of DDPM, DDIM and DiT.
+    """
+    scheduler: Any = pipe.scheduler
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        after(output[0])
+        return output
+
+    scheduler.step = call
+    try:
+        yield
+    finally:
+        del scheduler.step  # an attribute of this object; the class has its own
 
 
 def call_inputs(
