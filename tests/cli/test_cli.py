@@ -25,7 +25,7 @@ from modiff.files import LOCK
 from tests.cli.commands import assert_one_line
 from tests.cli.commands import modiff as command
 
-NAMES = ["accelerate", "analyze", "demo", "evaluate", "explain", "export", "generate", "quantize", "sample"]
+NAMES = ["accelerate", "analyze", "demo", "evaluate", "explain", "export", "generate", "quantize", "sample", "ui"]
 
 
 def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
@@ -34,8 +34,8 @@ def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
     for name in NAMES:
         result = command(name, "--help")
         assert f"Example:\n      modiff {name} " in result.stdout
-        assert "--json" in result.stdout
-        assert ("--seed" in result.stdout and "--steps" in result.stdout) or name == "export"
+        assert "--json" in result.stdout or name == "ui"
+        assert ("--seed" in result.stdout and "--steps" in result.stdout) or name in ("export", "ui")
 
 
 AT_ONCE = ["", "-h", "--version", "sample --help", "smaple", "sample", "demo --steps x", "explain m --config w9", "-x"]

@@ -15,9 +15,9 @@ from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.runs import followed
 from modiff.model.trajectory import state_bytes
 from modiff.web import views
-from modiff.web.compare import Comparison, Progress, Settings, compare, heat_map
+from modiff.web.compare import Compared, Progress, Settings, compare, heat_map
 from modiff.web.export import document, export
-from modiff.web.jobs import Cancelled, Job, Jobs
+from modiff.web.jobs import Cancelled, Jobs, Request
 from modiff.web.models import Models
 from modiff.web.previews import Previews
 from tests.hosts.tiny import HOSTS
@@ -40,7 +40,7 @@ def models(root: Path) -> Models:
     return Models(root, load_pipeline)
 
 
-def done(models: Models, settings: Settings, work: Callable[..., Any] = compare, on: Any = None) -> Comparison:
+def done(models: Models, settings: Settings, work: Callable[..., Any] = compare, on: Any = None) -> Compared:
     job = Jobs().start("tab", lambda job: work(job, models, on or settings))
     *_, last = job.follow(0.01)
     if last.error is not None:
@@ -83,16 +83,16 @@ def test_a_stop_in_the_middle_leaves_the_model_plain_and_the_next_request_whole(
 ) -> None:
     loaded = models.load("tiny")
     seen: list[int] = []
-    show = Job.show
+    show = Request.show
 
-    def stop_at_the_second_quantized_step(self: Job, view: Progress) -> None:
+    def stop_at_the_second_quantized_step(self: Request, view: Progress) -> None:
         if view.stage == "quantized" and view.step == 2:
             seen.append(view.step)
             self.cancel()
         show(self, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "show", stop_at_the_second_quantized_step)
+        patch.setattr(Request, "show", stop_at_the_second_quantized_step)
         with pytest.raises(Cancelled):
             done(models, TINY)
     assert seen == [2]
@@ -172,7 +172,7 @@ def test_accelerate_says_what_it_did_and_its_model_is_left_alone(
     assert result.accelerated is not None
     assert not result.accelerated.accelerated
     assert result.quantized is None
-    assert views.verdict(result) == f"The model was left as it is: {result.accelerated.reason}."
+    assert views.conclusion(result) == f"The model was left as it is: {result.accelerated.reason}."
     with pytest.raises(ConfigError, match="expected quantized images"):
         done(models, settings, heat_map, on=result)
 
@@ -193,11 +193,11 @@ def test_the_heat_map_and_the_report_show_layers_steps_and_settings(models: Mode
 
 def test_simulation_is_not_called_fast_and_integers_are_compared_by_the_median_step(models: Models) -> None:
     simulated = done(models, TINY)
-    assert "nothing is faster" in views.verdict(simulated)
+    assert "nothing is faster" in views.conclusion(simulated)
     integers = done(models, replace(TINY, integers=True))
-    assert "A step on integers is" in views.verdict(integers)
-    assert "do not trust the times" in views.verdict(replace(integers, crowded=True))
-    assert "not finite" in views.verdict(replace(integers, error={"relative_l2": None, "psnr_db": None}))
+    assert "A step on integers is" in views.conclusion(integers)
+    assert "do not trust the times" in views.conclusion(replace(integers, crowded=True))
+    assert "not finite" in views.conclusion(replace(integers, error={"relative_l2": None, "psnr_db": None}))
 
 
 def test_text_of_a_model_is_escaped_and_the_gain_is_printed(models: Models) -> None:
@@ -211,7 +211,7 @@ def test_text_of_a_model_is_escaped_and_the_gain_is_printed(models: Models) -> N
 
 
 def test_a_wait_and_a_step_are_told() -> None:
-    job = Job(Jobs(), lambda job: None)
+    job = Request(Jobs(), lambda job: None)
     job.view = Progress("quantized", 3, 7)
     assert "quantized: 3 of 7" in views.progress(job)
     job.ahead = 2

@@ -7,18 +7,18 @@ import pytest
 
 from modiff.errors import StateError
 from modiff.web import jobs as module
-from modiff.web.jobs import Cancelled, Job, Jobs
+from modiff.web.jobs import Cancelled, Jobs, Request
 
 
 def wait(event: threading.Event) -> None:
     assert event.wait(10)
 
 
-def finished(job: Job) -> Job:
+def finished(job: Request) -> Request:
     return [*job.follow(0.01)][-1]
 
 
-def until_checked(job: Job) -> None:
+def until_checked(job: Request) -> None:
     while True:
         job.check()
         time.sleep(0.005)
@@ -27,7 +27,7 @@ def until_checked(job: Job) -> None:
 def test_a_job_shows_what_is_new_and_ends_with_its_result() -> None:
     go = threading.Event()
 
-    def work(job: Job) -> str:
+    def work(job: Request) -> str:
         job.show("first")
         wait(go)
         return "made"
@@ -48,7 +48,7 @@ def test_an_error_is_kept_for_its_user() -> None:
 
 
 def test_a_stop_ends_what_runs_and_an_exception_handler_on_the_way_does_not_swallow_it() -> None:
-    def work(job: Job) -> None:
+    def work(job: Request) -> None:
         try:
             until_checked(job)
         except Exception:
@@ -104,7 +104,7 @@ def test_one_at_a_time_for_a_model_in_the_order_of_arrival_and_others_at_once() 
     jobs, order, go, busy = Jobs(), list[str](), threading.Event(), list[int]()
 
     def work(name: str, model: str, hold: bool = False):
-        def run(job: Job) -> None:
+        def run(job: Request) -> None:
             with job.turn(model):
                 busy.append(1)
                 assert len(busy) == 1 or model == "other"
@@ -136,7 +136,7 @@ def test_one_at_a_time_for_a_model_in_the_order_of_arrival_and_others_at_once() 
 def test_a_stop_while_waiting_gives_the_turn_to_the_next() -> None:
     jobs, go = Jobs(), threading.Event()
 
-    def holding(job: Job) -> None:
+    def holding(job: Request) -> None:
         with job.turn("model"):
             wait(go)
 

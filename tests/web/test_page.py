@@ -127,7 +127,7 @@ def test_both_are_shown_as_they_denoise_and_then_side_by_side(browser: Browser) 
     assert browser.run("return document.querySelector('#m-status progress').max") == 30
     browser.until("document.querySelectorAll('#m-pictures img').length == 12")
     until_status(browser, "done")
-    assert "The images differ by" in browser.until("document.querySelector('.m-verdict')?.innerText")
+    assert "The images differ by" in browser.until("document.querySelector('.m-conclusion')?.innerText")
     assert browser.run("return document.querySelectorAll('#m-summary tbody tr').length") == 4
     assert "difference ×8" in browser.run("return document.querySelector('#m-pictures').innerText")
     assert browser.run("return document.querySelector('#m-pictures img').getBoundingClientRect().width") >= 96
@@ -219,7 +219,7 @@ def test_a_phone_scrolls_down_and_never_sideways_in_light_and_in_dark(browser: B
     assert browser.run("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
     keep_screenshot(browser, "ui-phone")
     browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    colour = "getComputedStyle(document.querySelector('.m-verdict')).color.match(/\\d+/g).map(Number)"
+    colour = "getComputedStyle(document.querySelector('.m-conclusion')).color.match(/\\d+/g).map(Number)"
     assert min(browser.until(f"Math.min(...{colour}) > 180 && {colour}")) > 180
     keep_screenshot(browser, "ui-dark")
     browser.command("Emulation.setEmulatedMedia", features=[])

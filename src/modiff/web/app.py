@@ -12,9 +12,9 @@ from modiff.errors import ModiffError
 from modiff.generate.samplers import SAMPLERS
 from modiff.presets import PRESETS
 from modiff.web import views
-from modiff.web.compare import MOST_IMAGES, MOST_STEPS, Comparison, Progress, Settings, compare, heat_map
+from modiff.web.compare import MOST_IMAGES, MOST_STEPS, Compared, Progress, Settings, compare, heat_map
 from modiff.web.export import export
-from modiff.web.jobs import Cancelled, Job, Jobs
+from modiff.web.jobs import Cancelled, Jobs, Request
 from modiff.web.models import Models
 
 Updates = dict[Any, Any]  # components and their new values
@@ -95,7 +95,7 @@ class Page:
                            self.layers: views.layers(done)}  # fmt: skip
             yield update
 
-    def draw(self, request: gr.Request, done: Comparison | None) -> Iterator[Updates]:
+    def draw(self, request: gr.Request, done: Compared | None) -> Iterator[Updates]:
         """The map of errors of the last result."""
         yield from self._follow(request, lambda job: heat_map(job, self.models, done))
 
@@ -104,11 +104,11 @@ class Page:
         self.jobs.stop(str(request.session_hash))
 
     def _follow(
-        self, request: gr.Request, work: Callable[[Job], Comparison], shown: Callable[[Progress], Updates] | None = None
+        self, tab: gr.Request, work: Callable[[Request], Compared], shown: Callable[[Progress], Updates] | None = None
     ) -> Iterator[Updates]:
         """Start a request and say where it stands; an error is a line, and what was there before stays."""
         try:
-            job = self.jobs.start(str(request.session_hash), work)
+            job = self.jobs.start(str(tab.session_hash), work)
         except ModiffError as error:
             yield {self.status: views.error_line(error)}
             return

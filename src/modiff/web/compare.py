@@ -25,7 +25,7 @@ from modiff.hosts.diffusers.runs import followed
 from modiff.model.accelerate.search import TRAJECTORIES, AccelerateResult
 from modiff.model.report import Report
 from modiff.model.trajectory import clone
-from modiff.web.jobs import Job
+from modiff.web.jobs import Request
 from modiff.web.models import Loaded, Models
 from modiff.web.previews import Previews
 
@@ -102,8 +102,8 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The result. quantized None: `accelerate` left the model as it was. crowded: as `Job` has it."""
+class Compared:
+    """The result. quantized None: `accelerate` left the model as it was. crowded: as `Request` has it."""
 
     settings: Settings
     pipeline: str
@@ -117,7 +117,7 @@ class Comparison:
     heat: Figure | None = None
 
 
-def compare(job: Job, models: Models, settings: Settings) -> Comparison:
+def compare(job: Request, models: Models, settings: Settings) -> Compared:
     """Generate in full precision and quantized. The model itself stays plain: modiff is applied to a clone."""
     settings.check()
     config = None if settings.config is None else models.config(settings.config, integers=settings.integers)
@@ -129,7 +129,7 @@ def compare(job: Job, models: Models, settings: Settings) -> Comparison:
         check_inputs(plain, settings.steps, settings.conditions)
         full = _reference(job, loaded, plain, settings)
         pipe, config, accelerated = _quantized(job, loaded, plain, settings, config)
-        done = Comparison(settings, type(plain).__name__, full, config, accelerated)
+        done = Compared(settings, type(plain).__name__, full, config, accelerated)
         if config is not None:
             quantized = _run(job, pipe, settings, "quantized", full.previews)
             error = image_error(quantized.images, full.images)
@@ -137,7 +137,7 @@ def compare(job: Job, models: Models, settings: Settings) -> Comparison:
     return dataclasses.replace(done, crowded=job.crowded)
 
 
-def heat_map(job: Job, models: Models, done: Comparison | None) -> Comparison:
+def heat_map(job: Request, models: Models, done: Compared | None) -> Compared:
     """The same with the errors of each layer at each step, of one image. Cost: a generation, each layer twice."""
     if done is None or done.config is None:
         raise ConfigError("heat map: expected quantized images, got none. It shows where their error arises. "
@@ -150,7 +150,7 @@ def heat_map(job: Job, models: Models, done: Comparison | None) -> Comparison:
     return dataclasses.replace(done, heat=layer_figure(traces.layers(), HEAT))
 
 
-def _reference(job: Job, loaded: Loaded, plain: DiffusionPipeline, settings: Settings) -> Run:
+def _reference(job: Request, loaded: Loaded, plain: DiffusionPipeline, settings: Settings) -> Run:
     """Full precision, drawn again only where something else than the configuration changed."""
     key = dataclasses.replace(settings, config=None, integers=False, max_error=0.5, compile=False)
     if loaded.reference is None or loaded.reference[0] != key:
@@ -159,7 +159,7 @@ def _reference(job: Job, loaded: Loaded, plain: DiffusionPipeline, settings: Set
 
 
 def _quantized(
-    job: Job, loaded: Loaded, plain: DiffusionPipeline, settings: Settings, config: ModiffConfig | None
+    job: Request, loaded: Loaded, plain: DiffusionPipeline, settings: Settings, config: ModiffConfig | None
 ) -> tuple[DiffusionPipeline, ModiffConfig | None, AccelerateResult | None]:
     """A clone with modiff on it, its config, and what `accelerate` says; kept for the next request of the same."""
     key = dataclasses.replace(settings, integers=False) if config is None else (settings.sampler, config)
@@ -176,7 +176,7 @@ def _quantized(
     return loaded.quantized[1]
 
 
-def _accelerated(job: Job, pipe: DiffusionPipeline, settings: Settings) -> AccelerateResult:
+def _accelerated(job: Request, pipe: DiffusionPipeline, settings: Settings) -> AccelerateResult:
     """`modiff.accelerate` on what the request will sample; a stop ends it at the next step of a sampler."""
     ran = 0
 
@@ -195,7 +195,7 @@ def _images(pipe: DiffusionPipeline, chosen: Settings) -> np.ndarray:
     return draw(pipe, range(chosen.num_images), steps=chosen.steps, seed=chosen.seed, conditions=chosen.conditions)
 
 
-def _run(job: Job, pipe: DiffusionPipeline, settings: Settings, stage: str, others: tuple[np.ndarray, ...] = (),
+def _run(job: Request, pipe: DiffusionPipeline, settings: Settings, stage: str, others: tuple[np.ndarray, ...] = (),
          *, shown: bool = True) -> Run:  # fmt: skip
     """One generation whose steps the page follows; `others` are the previews of full precision, shown next to it."""
     previews, pictures, times = Previews(pipe, settings.num_images), list[Any](), list[float]()

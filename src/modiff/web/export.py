@@ -10,11 +10,11 @@ from modiff.evaluate.report.document import Cell, Column, Document, Section, Tab
 from modiff.evaluate.report.page import html_page
 from modiff.files import write_atomically, write_json
 from modiff.generate.environment import environment
-from modiff.web.compare import Comparison
-from modiff.web.views import LAYER_HEAD, figures, layer_rows, verdict
+from modiff.web.compare import Compared
+from modiff.web.views import LAYER_HEAD, conclusion, layer_rows, measures
 
 
-def export(done: Comparison, folder: Path) -> tuple[Path, Path | None]:
+def export(done: Compared, folder: Path) -> tuple[Path, Path | None]:
     """Write the report, and the configuration if there is one, into a new folder inside `folder`."""
     place = folder / secrets.token_hex(8)
     report = place / "modiff-report.html"
@@ -27,16 +27,16 @@ def export(done: Comparison, folder: Path) -> tuple[Path, Path | None]:
     return report, config
 
 
-def document(done: Comparison) -> Document:
+def document(done: Compared) -> Document:
     """The report of a comparison."""
     settings, conditions = done.settings, done.settings.conditions.to_dict()
     drawn = [f"{key} {value}" for key, value in conditions.items() if value]
     lead = f"{done.pipeline}, {settings.steps} steps, {settings.num_images} images from seed {settings.seed}"
     columns = (Column("", numeric=False), Column("full precision"), Column(settings.name))
-    times = Table("figures", "Time and error.", columns, _cells(figures(done)))
+    times = Table("figures", "Time and error.", columns, _cells(measures(done)))
     runs = [("full precision", done.full), (settings.name, done.quantized)]
     images = image_figures([(name, run.bytes) for name, run in runs if run is not None], settings.seed)
-    sections = [Section("Result", (verdict(done), times)), Section("Images", tuple(images))]
+    sections = [Section("Result", (conclusion(done), times)), Section("Images", tuple(images))]
     if done.heat is not None:
         sections.append(Section("Where the error arises", (done.heat,)))
     if done.report is not None:

@@ -16,13 +16,13 @@ class Cancelled(BaseException):
     """The request was stopped. No Exception, so that nothing on the way takes it for a failure and goes on."""
 
 
-class Job:
+class Request:
     """One request: a thread that works, what it shows meanwhile, and its result or error.
 
     ahead: how many requests for the same model come first. crowded: other models were at work at the same time.
     """
 
-    def __init__(self, jobs: "Jobs", work: Callable[["Job"], object]) -> None:
+    def __init__(self, jobs: "Jobs", work: Callable[["Request"], object]) -> None:
         self.view: Any = None
         self.result: Any = None
         self.error: BaseException | None = None
@@ -72,7 +72,7 @@ class Job:
                     del lines[model]
                 condition.notify_all()
 
-    def follow(self, every: float = 0.2) -> Iterator["Job"]:
+    def follow(self, every: float = 0.2) -> Iterator["Request"]:
         """Yield the job whenever it shows something new, once in PULSE seconds, and at its end; closed, it ends."""
         try:
             while not self.done:
@@ -104,10 +104,10 @@ class Jobs:
 
     def __init__(self) -> None:
         self.condition = threading.Condition()
-        self.lines: dict[Hashable, list[Job]] = {}
-        self._owners: dict[str, Job] = {}
+        self.lines: dict[Hashable, list[Request]] = {}
+        self._owners: dict[str, Request] = {}
 
-    def start(self, owner: str, work: Callable[[Job], object]) -> Job:
+    def start(self, owner: str, work: Callable[[Request], object]) -> Request:
         """Begin a request of a browser tab. Raises: StateError if the tab has one, or if there are MOST of them."""
         with self.condition:
             self._owners = {name: job for name, job in self._owners.items() if not job.done}
@@ -117,7 +117,7 @@ class Jobs:
             if len(self._owners) >= MOST:
                 raise StateError(f"generate: expected at most {MOST} requests at a time, got one more. The server is "
                                  "busy. Try again in a minute.")  # fmt: skip
-            job = self._owners[owner] = Job(self, work)
+            job = self._owners[owner] = Request(self, work)
         job._thread.start()
         return job
 

@@ -12,8 +12,8 @@ from PIL import Image
 from modiff.errors import ModiffError
 from modiff.evaluate.report.charts import GAIN, differences
 from modiff.evaluate.report.document import Cell, Figure
-from modiff.web.compare import Comparison, Progress
-from modiff.web.jobs import Job
+from modiff.web.compare import Compared, Progress
+from modiff.web.jobs import Request
 
 PIXELS, LONGEST = 96, 512  # images with shorter sides show sharp pixels; the page gets none with longer ones
 LAYER_HEAD = ("layer", "kind", "bits", "runs", "why")
@@ -32,8 +32,8 @@ def note(text: str) -> str:
     return f'<p class="m-note" role="status">{escape(text)}</p>'
 
 
-def progress(job: Job) -> str:
-    """Where a request stands: waiting for others, or at a step of so many."""
+def progress(job: Request) -> str:
+    """Where a request stands: waiting for others, or at which step."""
     if job.ahead:
         return note(f"waiting: {job.ahead} {'request' if job.ahead == 1 else 'requests'} for this model before yours")
     view = job.view or Progress("starting")
@@ -76,13 +76,13 @@ def _uri(image: np.ndarray) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def images_of(done: Comparison) -> str:
+def images_of(done: Compared) -> str:
     """The pictures of a result."""
     quantized = None if done.quantized is None else done.quantized.bytes
     return pictures(done.full.bytes, quantized, done.settings.name, done.settings.seed)
 
 
-def verdict(done: Comparison) -> str:
+def conclusion(done: Compared) -> str:
     """The result in a sentence or two: how far off, and how fast, without calling simulation fast."""
     if done.quantized is None or done.report is None:
         reason = done.accelerated.reason if done.accelerated else "nothing was quantized"
@@ -106,7 +106,7 @@ def verdict(done: Comparison) -> str:
     return f"The images differ by {100 * error:.2g} % (relative L2) from those of full precision. {speed}"
 
 
-def figures(done: Comparison) -> list[tuple[str, str, str]]:
+def measures(done: Compared) -> list[tuple[str, str, str]]:
     """Rows of (what, full precision, quantized)."""
     full, quantized = done.full, done.quantized
     rows = [(text, Cell.number(value(full), form).text, "-" if quantized is None else f"{value(quantized):{form}}")
@@ -118,15 +118,15 @@ def figures(done: Comparison) -> list[tuple[str, str, str]]:
     return rows
 
 
-def summary(done: Comparison) -> str:
-    """The verdict and the figures below it."""
+def summary(done: Compared) -> str:
+    """The conclusion and the figures below it."""
     head = ("", "full precision", done.settings.name)
     small = "Seconds leave previews out. The first steps also prepare weights, so the median of the steps says more."
-    words = f'<p class="m-verdict" role="status">{escape(verdict(done))}</p>'
-    return f'{words}{_table(head, figures(done))}<p class="m-legend">{small}</p>'
+    words = f'<p class="m-conclusion" role="status">{escape(conclusion(done))}</p>'
+    return f'{words}{_table(head, measures(done))}<p class="m-legend">{small}</p>'
 
 
-def layers(done: Comparison) -> str:
+def layers(done: Compared) -> str:
     """Each layer: taken or left, bits, backend, and why."""
     if done.report is None:
         return note("Nothing was quantized.")
@@ -136,7 +136,7 @@ def layers(done: Comparison) -> str:
     return f"{note(line)}{_table(LAYER_HEAD, layer_rows(done), tall=True)}"
 
 
-def layer_rows(done: Comparison) -> list[tuple[str, ...]]:
+def layer_rows(done: Compared) -> list[tuple[str, ...]]:
     """As LAYER_HEAD says."""
     entries = () if done.report is None else done.report.entries
     return [(e.name, e.kind, e.setting, e.execution or "floats", e.why or e.reason) for e in entries]
