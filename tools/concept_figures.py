@@ -44,20 +44,20 @@ def images(pipe: DDIMPipeline, steps: int) -> Tensor:
 def ranges(pipe: DDIMPipeline, steps: int) -> tuple[Tensor, Tensor]:
     """Largest |input| of each layer at each step, and largest |change| since the step before: (layers, steps - 1)."""
     last: dict[str, Tensor] = {}
-    inputs: dict[str, list[float]] = {}
+    largest: dict[str, list[float]] = {}
     changes: dict[str, list[float]] = {}
 
-    def see(name: str, _: object, given: tuple[Tensor, ...], _output: object) -> None:
-        x = given[0].detach()
+    def see(name: str, _: object, inputs: tuple[Tensor, ...], _output: object) -> None:
+        x = inputs[0].detach()
         if name in last:
-            inputs.setdefault(name, []).append(float(x.abs().amax()))
+            largest.setdefault(name, []).append(float(x.abs().amax()))
             changes.setdefault(name, []).append(float((x - last[name]).abs().amax()))
         last[name] = x.clone()
 
     names = [entry.name for entry in modiff.select(pipe, "w8a8").taken]
     with observe(pipe.unet, see, layers=names):
         images(pipe, steps)
-    return torch.tensor(list(inputs.values())), torch.tensor(list(changes.values()))
+    return torch.tensor(list(largest.values())), torch.tensor(list(changes.values()))
 
 
 def draw_change(axes: Axes, values: Tensor, changes: Tensor) -> None:

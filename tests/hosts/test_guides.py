@@ -67,8 +67,8 @@ def fitting(call: Any, settings: Any) -> Any:
                for n, v in settings(1).items()}  # fmt: skip
         return call(self, num_inference_steps=min(words.get("num_inference_steps", 4), 4), **own | kept)
 
-    given = {name: size for name, size in sizes.items() if isinstance(size, int)}
-    usual = (p.replace(default=given.get(p.name, p.default)) for p in signature.parameters.values())
+    counts = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    usual = (p.replace(default=counts.get(p.name, p.default)) for p in signature.parameters.values())
     fitted.__signature__ = signature.replace(parameters=[*usual])  # from these modiff knows the size of a generation
     return fitted
 
@@ -82,3 +82,13 @@ def test_the_code_of_a_page_runs_on_a_tiny_model_of_the_kind(page, tmp_path, mon
     names: dict[str, Any] = {"__name__": "__main__"}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page}.md, block {number}", "exec"), names)
+
+
+def test_messages_that_the_faq_quotes_are_those_of_the_package():
+    package = "".join(path.read_text(encoding="utf-8") for path in (DOCS.parent / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", package)  # strings that go on in the next line
+    headings = re.findall(r"^\*\*`.*(?=--)", (DOCS / "faq.md").read_text(encoding="utf-8"), re.M)
+    quoted = [quote for heading in headings if "diffusers" not in heading for quote in re.findall(r"`(.+?)`", heading)]
+    assert len(quoted) > 25
+    pieces = [piece.strip() for quote in quoted for piece in re.split(r"\.\.\.|\bX\b|ModiffConfig\.exclude: ", quote)]
+    assert [piece for piece in pieces if piece not in source] == []
