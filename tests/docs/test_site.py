@@ -13,6 +13,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 
 import modiff
+from tests.browser import Browser, chromium, keep_screenshot
 
 sphinx = pytest.importorskip("sphinx")
 for extension in ("furo", "myst_parser", "sphinx_copybutton", "sphinx_design"):
@@ -178,3 +179,30 @@ def test_a_docstring_becomes_lists_and_blocks() -> None:
         "words: like these.",
     ]
     assert doctest.DocTestParser().get_examples(FIELDS)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as window:
+        yield window
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["index", "should-i-use-it", "benchmarks", "reference/verbs"])
+def test_a_page_fits_a_desk_and_a_phone_and_the_browser_has_nothing_to_say(
+    name: str, width: int, scheme: str, site: Path, browser: Browser
+) -> None:
+    """Wide tables and code scroll inside of their boxes; text keeps its contrast when the reader's screen is dark."""
+    browser.command(
+        "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+    )
+    browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser.open(site / f"{name}.html")
+    keep_screenshot(browser, f"docs-{name.replace('/', '-')}-{width}-{scheme}")
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert browser.console() == []
+    colors = "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]"
+    text, ground = (sum(map(int, re.findall(r"\d+", color)[:3])) / 3 for color in browser.run(colors))
+    assert (text - ground > 100) if scheme == "dark" else (ground - text > 100)
