@@ -91,3 +91,9 @@ def wrong_names(sources: list[str]) -> Iterator[str]:
     for source in sources:
         calls.visit(ast.parse(source))
     yield from calls.wrong
+
+
+def imported(sources: list[str]) -> set[str]:
+    """The names that blocks import from modules of modiff, in full."""
+    nodes = (node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    return {f"{n.module}.{a.name}" for n in nodes if (n.module or "").partition(".")[0] == "modiff" for a in n.names}

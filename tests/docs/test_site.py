@@ -14,6 +14,7 @@ import pytest
 
 import modiff
 from tests.browser import Browser, chromium, keep_screenshot
+from tests.docs.pages import blocks, imported
 
 sphinx = pytest.importorskip("sphinx")
 for extension in ("furo", "myst_parser", "sphinx_copybutton", "sphinx_design"):
@@ -131,6 +132,11 @@ def test_every_public_name_is_in_the_reference(pages: dict[str, Page]) -> None:
     names = [name for name in modiff.__all__ if not name.startswith("__") and name != "presets"]
     assert [name for name in names if f"modiff.{name}" not in anchors] == []
     assert "modiff.presets.modulated" in anchors
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS.rglob("*.md"))]
+    told = {name for text in texts for name in imported(blocks(text, "python", "py"))}
+    told |= {name for path in (ROOT / "examples").glob("*.py") for name in imported([path.read_text(encoding="utf-8")])}
+    short = {anchor.rpartition(".")[2] for anchor in anchors}
+    assert {name for name in told if name not in anchors and name.rpartition(".")[2] not in short} == set()
 
 
 def test_what_reads_the_pages_sees_what_is_wrong(site: Path) -> None:
