@@ -23,9 +23,13 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """What a page types in a shell, lines that go on joined."""
-    joined = "\n".join(blocks(text, "console", "bash", "sh")).replace("\\\n", " ")
-    return [line.removeprefix("$ ").strip() for line in joined.splitlines()]
+    """What a page types in a shell, lines that go on joined; in a block with prompts the other lines are output."""
+    typed = []
+    for block in blocks(text, "console", "bash", "sh"):
+        lines = block.replace("\\\n", " ").splitlines()
+        prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        typed += [line.strip() for line in prompted or lines]
+    return typed
 
 
 class Calls(ast.NodeVisitor):

@@ -96,7 +96,7 @@ def test_what_reads_the_pages_sees_what_is_wrong() -> None:
         "modiff.presets.plain",
     ]
     assert "runs" in wrong[0]
-    assert commands(PAGE)[0] == "modiff demo --no-such-option    --steps 3"
+    assert commands(PAGE) == ["modiff demo --no-such-option    --steps 3"]
     assert "no-such-option" in options_of(["demo", "--no-such-option"])
     assert options_of(["dance"]) == "no command dance"
     assert options_of(["demo", "--steps", "3"]) == ""
