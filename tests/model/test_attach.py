@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import modiff
-from modiff import ModiffWarning, StateError, presets
+from modiff import ModiffConfig, ModiffWarning, StateError, presets
 from modiff.model.apply import install
 from modiff.model.attach import Automatic, attachment_of
 from modiff.model.attention import apply_attention
 from modiff.nn import Clock
 from modiff.nn.branches import Inputs
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, relative_error
 from tests.model.test_attention import X, coarse, network
 from tests.model.toys import assert_equal, generate, sample, toy
 from tests.recipes import state_of
@@ -205,7 +205,7 @@ def test_the_step_after_an_interrupted_one_is_refused_inside_the_same_trajectory
         with pytest.raises(StateError, match=r"Toy: expected a trajectory .* Begin the trajectory again"):
             sample(model, steps=1)
     generate(model, steps=1)
-    with modiff.trajectory(model), pytest.raises(StateError, match="body: expected a running trajectory, got a call"):
+    with modiff.trajectory(model), pytest.raises(StateError, match="body: expected a call of Toy, got one of a module"):
         model.body(torch.randn(2, 16, 4, 4))
 
 
@@ -262,3 +262,18 @@ def test_a_network_that_returns_nothing_did_not_fail():
         for step in range(3):
             model(ONES, 1000.0 - 100 * step)
             assert model.result.isfinite().all()
+
+
+def test_a_weight_that_was_read_before_the_trajectory_is_heard_when_it_is_the_turn_of_its_layer():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    modiff.apply(model, ModiffConfig(first_last="quantize"))
+    held, layers, x = model[1].weight, attachment_of(model).layers.values(), torch.randn(2, 16)
+    with torch.no_grad(), modiff.trajectory(model):
+        model(x)
+        held.data.mul_(3.0)
+        outputs = [model(x) for _ in range(4)]
+        assert all(layer.quantized_weight._key is not None for layer in layers)
+    modiff.remove(model)
+    expected = model(x).detach()
+    assert relative_error(outputs[0], expected) > 0.1
+    assert relative_error(outputs[-1], expected) < 0.02

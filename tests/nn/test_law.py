@@ -130,7 +130,14 @@ CHANGED = {
 }
 
 
+def as_a_buffer(layer: ModulatedLayer) -> None:
+    weight = layer.weight.detach() * 1.5
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
 CHANGES = {
+    "as a buffer": as_a_buffer,
     "by data": by_data,
     "in place": in_place,
     "replaced": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().flip(0))),

@@ -13,8 +13,8 @@ from modiff.core.hadamard import RotatedRun
 from modiff.kernels import native
 from modiff.nn.weight import QuantizedWeight, WeightCodes
 from tests.helpers import assert_same_bits, assert_same_tensors, assert_within, drifting, relative_error
-from tests.nn.building import same_bits
-from tests.recipes import evaluate, play, quantized, randomised
+from tests.nn.building import INT16, integer, same_bits, walk
+from tests.recipes import evaluate, play, quantized, randomised, state_of
 from tests.reference.hadamard import along, rotation
 from tests.reference.quantizer import quantize_weight
 
@@ -302,6 +302,7 @@ def test_a_packed_weight_is_read_as_the_floats_that_its_codes_stand_for(kind, bi
     lambda layer: layer.weight[0].zero_(),
     lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(5, 12))),
     lambda layer: parametrizations.weight_norm(layer),
+    lambda layer: nn.utils.spectral_norm(layer),
     lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     lambda layer: layer.quantized_weight.floats(layer.weight),
     lambda layer: layer.quantized_weight.fix(layer.quantized_weight.codes(layer.weight)),
@@ -315,3 +316,25 @@ def test_what_would_write_a_packed_weight_or_needs_its_floats_is_refused(use):
         use(layer)
     assert layer.quantized_weight.fixed
     assert_same_bits(layer.operator.weight.detach(), before)
+
+
+@pytest.mark.parametrize("write", [lambda c: c.neg_(), lambda c: c.data.neg_()], ids=["in place", "by data"])
+@pytest.mark.parametrize(
+    "config", [LayerConfig(), integer(LayerConfig()), INT16], ids=["simulated", "integer", "int16"]
+)
+def test_codes_that_are_written_are_heard_and_the_law_holds_from_there_on(config, write):
+    layer, inputs = quantized(randomised(nn.Linear(16, 8)), config), walk((4, 16), 4)
+    layer.pack()
+    codes = layer._parameters["weight"].detach()
+    before, output = play(layer, inputs), None
+    layer.clock.start()
+    for step, x in enumerate(inputs):
+        if step == 2:
+            write(codes)
+            layer.operator.forget()
+        output = evaluate(layer, x)
+    state = state_of(layer)[0]
+    layer.clock.stop()
+    assert_within(output, state @ layer.quantized_weight.dense(None, torch.float32).T + layer.bias.detach(), 0.02)
+    assert relative_error(output, before[-1][0]) > 0.5
+    assert_same_bits(play(layer, inputs)[1][0], play(layer, inputs)[1][0])

@@ -36,7 +36,7 @@ def add_sent(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, axe
     ):
         return add_eagerly(state, integers, sent, scale, out)
     scale = scale.to(torch.float32).contiguous()
-    grid, clipped = (None, None) if integers is None else (tensor.data_ptr() for tensor in integers)
+    grid, clipped = (None, None) if integers is None else (integers[0].data_ptr(), integers[1].data_ptr())
     library.modiff_epilogue(
         state.data_ptr(), grid, sent.data_ptr(), scale.data_ptr(), out.data_ptr(), KINDS[out.dtype], clipped,
         scale.numel(), state.numel() // scale.numel(), torch.get_num_threads(),

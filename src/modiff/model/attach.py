@@ -201,8 +201,18 @@ class Attachment:
             if self.automatic is not None:
                 self.automatic.before(timestep, inputs)
             self.clock.call(timestep, inputs)
+            self._look_at_weights()
             if self.step_sizes.matter and (size := self.clock.step_size()) is not None:
                 self.step_sizes.see(self.clock.name, size)
+
+    def _look_at_weights(self) -> None:
+        """Let one layer, in turn, compare the bytes of its weight; all of them where one had changed."""
+        layers, changed = [*self.layers.values()], self.clock.weights_changed
+        self.clock.weights_changed = False
+        turn = self.clock.tick % max(1, len(layers))
+        for layer in layers if changed else layers[turn : turn + 1]:
+            if layer.operator.weight.is_cpu:  # elsewhere it would be waited for
+                layer.operator.forget()
 
     def _refuse_other_thread(self) -> None:
         if self.thread != threading.get_ident() and any(t.ident == self.thread for t in threading.enumerate()):

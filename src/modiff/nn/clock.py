@@ -52,13 +52,14 @@ class Clock:
 
     tick: counts network evaluations, over all contexts. step: evaluations of the present context in this trajectory,
     from 0. ratio: size of this step over the last one, in units of the timestep, 0-d tensor or 1.0 when unknown.
+    weights_changed: whether a layer found that its weight changed within a trajectory.
     numbered: also evaluations with the same inputs at one timestep have their own states, as tiles need; a host whose
     timesteps move sets it. names_tell: of an evaluation's conditions only the name of the context counts.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.context, self.tick = name, "default", 0
-        self.active = self.inside = self.failed = self.numbered = self.names_tell = False
+        self.active = self.inside = self.failed = self.numbered = self.names_tell = self.weights_changed = False
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
         self._timestep: Tensor | float | None = None

@@ -28,8 +28,9 @@ class ModulatedLayer(nn.Module):
 
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
-    A weight or bias that changes within a trajectory anchors the output state again. What is written through `.data` is
-    seen at the next step if `layer.weight` or `model.parameters()` read it for that, otherwise in the next trajectory.
+    A weight or bias that changes within a trajectory anchors the output state again. Writes through `.data` are seen at
+    the next step after `layer.weight` or `model.parameters()` was read; without that when it is the layer's turn: at
+    each step one layer of the model compares its bytes, and all of them where one had changed.
     """
 
     channel_dim: ClassVar[int]
@@ -134,7 +135,7 @@ class ModulatedLayer(nn.Module):
         raise AttributeError(name)
 
     def _make(self, name: str, made: Tensor) -> None:
-        """Take what pruning, a norm or a parametrization makes before each call. Raises: StateError if packed."""
+        """Take a buffer, or what pruning, a norm or a parametrization makes. Raises: StateError if packed."""
         if self.packed and name == "weight":
             self.quantized_weight.floats(made)
         self.operator.parameters = {**self.operator.parameters, **self._parameters, name: made.detach()}
@@ -144,6 +145,12 @@ class ModulatedLayer(nn.Module):
         if made := {"weight", "bias"} - self._parameters.keys():
             raise StateError(f"{verb}: expected {self.name}.{min(made)} as a parameter, got one that a hook or "
                              "parametrization makes at each call. Call modiff.remove and modiff.apply.")  # fmt: skip
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As torch; a weight or bias may become one. Raises: StateError for what would be a packed weight."""
+        super().register_buffer(name, tensor, persistent)
+        if name in ("weight", "bias") and tensor is not None:
+            self._make(name, tensor)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch. Raises: StateError for floats that would be a packed weight, or make one."""
@@ -277,6 +284,8 @@ class ModulatedLayer(nn.Module):
         if made := self._modules.get("parametrizations"):  # by torch, since it was modulated
             for name in cast(nn.ModuleDict, made):
                 self._make(name, getattr(self, name))
+        for name in {"weight", "bias"} & self._buffers.keys():
+            self._make(name, cast(Tensor, self._buffers[name]))
         if x.numel() == 0:  # no range to quantize: an expert that nothing was sent to
             return self.operator.affine(x)
         if spec.kernel_size and x.dim() != len(spec.kernel_size) + 2:

@@ -250,11 +250,24 @@ class PackedWeight(QuantizedWeight):
     def __init__(self, was: QuantizedWeight, shape: tuple[int, ...], dtype: torch.dtype, *tensors: Any) -> None:
         super().__init__(was.config, was.columns, was.rotation, was.name, was.transposed, was.smoothing, was.order)
         self.shape, self.dtype, (self._parameters, self._buffers) = shape, dtype, tensors
+        self._version = -1  # of the codes when they were compared
         self.fixed = True  # the codes are the weight, and never rounded again
+        self._parameters["weight"].new_empty = self.floats  # what torch's spectral_norm asks for first
 
     def refresh(self, weight: Tensor) -> int:
-        """Codes do not change."""
-        return 0
+        """A number that is another one after each write to the codes, or through `.data` as `forget` has it."""
+        if (key := (weight.data_ptr(), version_of(weight))) == self._key:
+            return self._edition
+        codes, scales = self.stored()
+        digest, before = (fingerprint(codes), fingerprint(scales)), self._bytes
+        written = self._key is not None and self._key[0] == key[0]
+        if before is not None and (digest != before if digest[0] and before[0] else written):
+            self._edition += 1
+            if not codes.is_inference() and self._version == key[1]:
+                codes.add_(0)  # through `.data`: what backends made of them is known by the version
+                key = key[0], version_of(weight)
+        self._key, self._bytes, self._version = key, digest, key[1]
+        return self._edition
 
     def codes(self, weight: Tensor | None = None) -> tuple[WeightCodes, ...]:
         """(int8 codes, scales) for each range of columns."""

@@ -25,15 +25,15 @@ void add(float* __restrict state, const float* __restrict sent, Out* __restrict 
 template <class Out>
 int32_t add(int16_t* __restrict state, const float* __restrict sent, Out* __restrict out, float scale, float grid,
             int64_t count) {
+  const float share = 1.0f / grid;  // exact, as the grid is a power of two
   int32_t clipped = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float step = scale * sent[i];
-    const int32_t held = state[i] + rounded(step / grid, -131072.0f, 131072.0f);
-    int32_t n = held < -32768 ? -32768 : held;
-    n = n > 32767 ? 32767 : n;
-    clipped += n != held;
-    state[i] = static_cast<int16_t>(n);
-    store(out, i, step == step ? static_cast<float>(n) * grid : step);
+    int32_t cut;
+    const float n = moved_on(state[i], step * share, &cut);
+    clipped += cut;
+    state[i] = static_cast<int16_t>(static_cast<int32_t>(n));
+    store(out, i, step == step ? n * grid : step);
   }
   return clipped;
 }

@@ -125,6 +125,16 @@ inline int32_t rounded(float x, float lowest, float highest) {
   return static_cast<int32_t>(q);
 }
 
+// The state n moved on by `step` units of its grid, in 16 bits; NaN moves nothing. *cut: whether it would leave them.
+inline float moved_on(int16_t n, float step, int32_t* cut) {
+  const float whole = __builtin_rintf(step);
+  const float value = static_cast<float>(n) + (whole == whole ? whole : 0.0f);  // exact, unless it is cut
+  float kept = value < -32768.0f ? -32768.0f : value;
+  kept = kept > 32767.0f ? 32767.0f : kept;
+  *cut = kept != value;
+  return kept;
+}
+
 // Codes and the next state. Returns: the largest magnitude of the state, as `largest` has it; 0 where none is kept.
 template <class Source, class State>
 MODIFF_APART uint32_t code(Source source, State state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
@@ -145,28 +155,50 @@ MODIFF_APART uint32_t code(Source source, State state, uint8_t* codes, float sca
   return reach;
 }
 
+// The same on integers. Returns: false where a value left 16 bits; it has wrapped then, and is to be taken back.
+template <class Source>
+MODIFF_APART bool code_wrapping(Source source, Fixed state, uint8_t* __restrict codes, float scale, int32_t lowest,
+                                int32_t highest, int64_t count, int32_t* reach) {
+  const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
+  int32_t least = 0, most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
+    const int32_t value = state.state[i] + q * state.multiple;
+    state.state[i] = static_cast<int16_t>(value);
+    codes[i] = static_cast<uint8_t>(q - lowest);
+    least = value < least ? value : least;
+    most = value > most ? value : most;
+  }
+  *reach = -least > most ? -least : most;
+  return least >= -32768 && most <= 32767;
+}
+
 // The same on integers; a code that would leave 16 bits is cut, so that state and codes never part.
 template <class Source>
 MODIFF_APART uint32_t code(Source source, Fixed state, uint8_t* codes, float scale, int32_t lowest, int32_t highest,
           int64_t count) {
-  const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
-  // floor(room / multiple) is the whole part of (room + 1/2) / multiple: half a step apart from rounding errors
-  const float share = 1.0f / static_cast<float>(state.multiple);
   int32_t clipped = 0, reach = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t held = state.state[i];
-    int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
-    const int32_t asked = q;
-    const int32_t most = static_cast<int32_t>((static_cast<float>(32767 - held) + 0.5f) * share);
-    const int32_t least = -static_cast<int32_t>((static_cast<float>(32768 + held) + 0.5f) * share);
-    q = q > most ? most : q;
-    q = q < least ? least : q;
-    clipped += q != asked;
-    const int32_t value = held + q * state.multiple;
-    state.state[i] = static_cast<int16_t>(value);
-    const int32_t size = value < 0 ? -value : value;
-    reach = size > reach ? size : reach;
-    codes[i] = static_cast<uint8_t>(q - lowest);
+  if (!code_wrapping(source, state, codes, scale, lowest, highest, count, &reach)) {
+    const float low = static_cast<float>(lowest), high = static_cast<float>(highest);
+    // floor(room / multiple) is the whole part of (room + 1/2) / multiple: half a step apart from rounding errors
+    const float share = 1.0f / static_cast<float>(state.multiple);
+    reach = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      state.state[i] = static_cast<int16_t>(state.state[i] - (codes[i] + lowest) * state.multiple);
+      const int32_t held = state.state[i];
+      int32_t q = rounded((source(i) - state.before(i)) / scale, low, high);
+      const int32_t asked = q;
+      const int32_t most = static_cast<int32_t>((static_cast<float>(32767 - held) + 0.5f) * share);
+      const int32_t least = -static_cast<int32_t>((static_cast<float>(32768 + held) + 0.5f) * share);
+      q = q > most ? most : q;
+      q = q < least ? least : q;
+      clipped += q != asked;
+      const int32_t value = held + q * state.multiple;
+      state.state[i] = static_cast<int16_t>(value);
+      const int32_t size = value < 0 ? -value : value;
+      reach = size > reach ? size : reach;
+      codes[i] = static_cast<uint8_t>(q - lowest);
+    }
   }
   if (clipped != 0) {
     __atomic_fetch_add(state.clipped, clipped, __ATOMIC_RELAXED);

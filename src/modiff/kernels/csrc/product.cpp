@@ -36,8 +36,8 @@ enum Mode : int32_t { kSums, kAccumulate, kStep, kCompute };
 
 struct Output {
   Mode mode;
-  void* state;           // float, or int16 in units of *grid
-  const float* grid;
+  void* state;           // float; int16 in units of grid where `clipped` counts what leaves 16 bits
+  float grid, share;     // a power of two, and its inverse
   int32_t* clipped;
   const int32_t* zeros;  // zero * sum of the weights, for each output
   const float* weight_scale;
@@ -88,7 +88,7 @@ void lay(const uint8_t* codes, const Shape& s, int32_t zero, void* laid, int thr
 // One pixel's outputs of a tile; `columns` of them exist, and `at` is the first in all tensors of pixels.
 template <class Out>
 void finish(const Output& o, const int32_t* sums, int64_t first, float scale, int64_t at, int columns,
-            int32_t* clipped) {
+            int32_t* __restrict clipped) {
   const int32_t* zeros = o.zeros + first;
   if (o.mode == kSums) {
     for (int c = 0; c < columns; ++c) {
@@ -107,7 +107,7 @@ void finish(const Output& o, const int32_t* sums, int64_t first, float scale, in
     for (int c = 0; c < columns; ++c) {
       store(out, c, (bias == nullptr ? 0.0f : bias[first + c]) + sent[c]);
     }
-  } else if (o.grid == nullptr) {
+  } else if (o.clipped == nullptr) {
     float* __restrict state = static_cast<float*>(o.state) + at;
     if (o.mode == kStep) {
       for (int c = 0; c < columns; ++c) {
@@ -121,17 +121,14 @@ void finish(const Output& o, const int32_t* sums, int64_t first, float scale, in
     }
   } else {
     int16_t* __restrict state = static_cast<int16_t*>(o.state) + at;
-    const float grid = *o.grid;
-    int32_t cut = 0;
+    const float grid = o.grid, share = o.share;
     for (int c = 0; c < columns; ++c) {
-      const int32_t value = state[c] + rounded(sent[c] / grid, -131072.0f, 131072.0f);
-      int32_t n = value < -32768 ? -32768 : value;
-      n = n > 32767 ? 32767 : n;
-      cut += n != value;
-      state[c] = static_cast<int16_t>(n);
-      store(out, c, sent[c] == sent[c] ? static_cast<float>(n) * grid : sent[c]);
+      int32_t cut;
+      const float n = moved_on(state[c], sent[c] * share, &cut);
+      clipped[c] += cut;
+      state[c] = static_cast<int16_t>(static_cast<int32_t>(n));
+      store(out, c, sent[c] == sent[c] ? n * grid : sent[c]);
     }
-    *clipped += cut;
   }
 }
 
@@ -168,7 +165,7 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
     std::vector<const uint8_t*> rows(block);
     std::vector<float> scales(block);
     std::vector<int8_t> whole(halves ? size : 0);
-    alignas(64) int32_t sums[kRows * kOutputs];
+    alignas(64) int32_t sums[kRows * kOutputs], cut[kOutputs] = {};
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t split = task % splits, group = task / splits % s.groups, begin = task / splits / s.groups * block;
@@ -201,13 +198,16 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
             const int64_t at = (m + r) * s.groups * s.outputs + first;
             const float scale = scales[m + r - begin];
             if (columns == kOutputs) {
-              finish<Out>(o, sums + r * kOutputs, first, scale, at, kOutputs, &clipped);
+              finish<Out>(o, sums + r * kOutputs, first, scale, at, kOutputs, cut);
             } else {
-              finish<Out>(o, sums + r * kOutputs, first, scale, at, columns, &clipped);
+              finish<Out>(o, sums + r * kOutputs, first, scale, at, columns, cut);
             }
           }
         }
       }
+    }
+    for (int c = 0; c < kOutputs; ++c) {
+      clipped += cut[c];
     }
   }
   if (clipped != 0 && o.clipped != nullptr) {
@@ -237,7 +237,8 @@ void modiff_product(const uint8_t* codes, const int64_t* shape, int32_t zero, in
   for (int64_t i = 0; i < count; ++i) {
     list[i] = {stretches[3 * i], static_cast<int32_t>(stretches[3 * i + 1]), static_cast<int32_t>(stretches[3 * i + 2])};
   }
-  const Output o{static_cast<Mode>(mode), state, grid, clipped, zeros, weight_scale, scale, each, bias, out};
+  const float unit = grid == nullptr ? 1.0f : *grid;
+  const Output o{static_cast<Mode>(mode), state, unit, 1.0f / unit, clipped, zeros, weight_scale, scale, each, bias, out};
   thread_local std::vector<uint8_t> laid;  // kept: fresh memory for each call costs as much as the copy
   const uint8_t* from = codes;
   if (wide || s.pad_y > 0 || s.pad_x > 0 || s.padded() != s.inputs) {

@@ -54,18 +54,24 @@ class Int16Input(IntegerInput):
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step; where codes were cut to stay within 16 bits the state starts again instead."""
-        self._clipped = self._clipped.to(x.device).zero_()
+        if self._clipped.device != x.device:
+            self._clipped = self._clipped.to(x.device)
         runs = runs_of(x, fusion, self.quantizer)
-        layouts = zip(self.states, runs, strict=True)
-        self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
+        if any(state.n.stride() != run.stride() for state, (run, _) in zip(self.states, runs, strict=True)):
+            layouts = zip(self.states, runs, strict=True)
+            self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
 
         def encode(i: int, state: FixedState) -> Encoded:
             return encode_run(*runs[i], state, self.quantizer, clipped=self._clipped)
 
-        sent = [encode(i, state) for i, state in enumerate(self.states)]
-        codes = [(code, scale) for code, scale, _ in sent]
-        intra = self.restart_jumped(codes, runs, encode) if any(jumps for *_, jumps in sent) else None
+        codes, jumps = [], False
+        for i, state in enumerate(self.states):
+            code, scale, jump = encode(i, state)
+            codes.append((code, scale))
+            jumps = jumps or jump
+        intra = self.restart_jumped(codes, runs, encode) if jumps else None
         if self._clipped.item():
+            self._clipped.zero_()
             return self.begin(x, fusion)
         return Update(None, (ByteCode(tuple(codes)),), intra=intra)
 
@@ -77,22 +83,27 @@ class Int16Loop(IntegerLoop):
     """
 
     input_kind: type[InputState] = Int16Input
+    _clipped: Tensor | None = None  # zero between steps
 
     def take(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         """Move the output state on, in place."""
         code, state = update.codes[0] if update.codes else None, memory.output
         if not (isinstance(code, ByteCode) and isinstance(state, FixedState)):
             return self._start(update, memory, dtype)
-        clipped = torch.zeros(1, dtype=torch.int32, device=state.n.device)
+        clipped = self._clipped
+        if clipped is None or clipped.device != state.n.device:
+            clipped = self._clipped = torch.zeros(1, dtype=torch.int32, device=state.n.device)
         if update.intra is not None:
             zero = torch.round(torch.as_tensor(self.operator.start(), device=state.n.device) / state.grid)
             clipped += (zero.abs() > MOST).sum()
             torch.where(update.intra, zero.clamp(-MOST, MOST).to(torch.int16), state.n, out=state.n)
-        outputs = [
-            kernel.step(state, codes, scale, dtype, clipped)
-            for kernel, (codes, scale) in zip(self.kernels, code.runs, strict=True)
-        ]
+        kernels = self.kernels
+        if len(kernels) == 1:
+            outputs = [kernels[0].step(state, *code.runs[0], dtype, clipped)]
+        else:
+            outputs = [k.step(state, *sent, dtype, clipped) for k, sent in zip(kernels, code.runs, strict=True)]
         if clipped.item():
+            clipped.zero_()
             return self._start(self.anchored(memory), memory, dtype)
         *earlier, output = outputs
         for other, (_, scale) in zip(earlier, code.runs, strict=False):

@@ -229,7 +229,7 @@ class IntegerLoop(SimulatedLoop):
 
     def __init__(self, spec: LayerSpec, operator: LayerOperator, quantizer: Quantizer | None, clock: Clock) -> None:
         super().__init__(spec, operator, quantizer, clock)
-        self._source: object = None  # of the codes that the kernels were made of
+        self._source: tuple[object, ...] = ()  # of the codes that the kernels were made of
         self._codes: tuple[Codes, ...] = ()
         self._kernels: tuple[Kernel, ...] = ()
 
@@ -244,14 +244,15 @@ class IntegerLoop(SimulatedLoop):
     def kernels(self) -> tuple[Kernel, ...]:
         """Those of the present weight. Cost: building them waits for the device once."""
         weight, quantized = self.operator.parameters["weight"], self.operator.quantized
-        packed = isinstance(quantized, PackedWeight)
-        source = (weight.data_ptr(), version_of(weight), weight.device) if packed else quantized.refresh(weight)
+        packed, edition = isinstance(quantized, PackedWeight), quantized.refresh(weight)
+        source = edition, *((weight.data_ptr(), version_of(weight), weight.device) if packed else ())
         if source != self._source:
+            rewritten = packed and self._source[:1] != source[:1]  # codes that are kept would equal themselves
             if packed and len(quantized.columns) == 1:
                 codes: tuple[Codes, ...] = (quantized.stored(),)  # two 4-bit codes in a byte, as they are kept
             else:
                 codes = tuple((each.contiguous(), q.scale) for each, q in quantized.codes(weight))
-            if len(codes) != len(self._codes) or not all(map(_equal, codes, self._codes)):
+            if rewritten or len(codes) != len(self._codes) or not all(map(_equal, codes, self._codes)):
                 self._codes, self._kernels = codes, tuple(map(self._kernel, self.spec.runs, codes))
             self._source = source  # where the codes are the same, what a backend made of them stays
         return self._kernels

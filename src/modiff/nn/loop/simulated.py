@@ -317,6 +317,7 @@ class SimulatedLoop:
         number = operator.bias_edition + operator.quantized.refresh(parameters["weight"])
         if memory.weight != number and memory.taken and not update.starts:
             update = self.anchored(memory)
+            clock.weights_changed = True
             state.stand()
         memory.taken, memory.weight = state.count, number
         output = self.take(update, memory, x.dtype)
