@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from modiff.api import save
 from modiff.cli.options import quiet_pipeline
+from modiff.config import JsonConfig
 from modiff.errors import ConfigError, FormatError, ModiffError
 from modiff.evaluate.features.extractor import FeatureExtractor
 from modiff.evaluate.features.load import DEFAULT_EXTRACTOR, load_extractor
@@ -42,9 +43,10 @@ from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.worker import digest
 from modiff.hosts.diffusers.runs import noise_generators
-from modiff.methods.registry import quantize
-from recipes import BITS, MODES, RECIPES, Row, rows
+from modiff.methods.registry import METHODS, method_config, quantize
 
+MODES = ("plain", "modulated")
+BITS = ((8, 8), (4, 8), (8, 4), (4, 4))
 FIRST_NOISE = 1_000_000  # calibration draws from 0 on: no method sees the noise that it is judged on
 IDENTITY = ("method", "weight_bits", "activation_bits", "modulated", "anchors")
 FIELDS = (*IDENTITY, "images", "relative_l2", "psnr_db", "fd_full_precision", "fd_full_precision_interval", "fd_data",
@@ -65,8 +67,82 @@ with the model and the libraries. Checkpoint: all weight files.
 Every layer has these bits, the first, the last and the embeddings included, except where a line below says otherwise.
 modiff's presets leave those in full precision, so do not compare these rows with those of pages that use presets.
 """
+NEAREST = {"rounding": "nearest"}
+MINMAX = {"search": "minmax"}
+MEASURED = NEAREST | MINMAX | {"scales": "measured"}
+EXACT: dict[str, Any] = {"kind": "dynamic", "modulation": {"anchor_weights": "exact"}}
+AGAIN = {"modulation": EXACT["modulation"] | {"reanchor_every": 10}}
 
-# ------------------------------------------------------------------------------------------------ one row, one process
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row's method: a name of the registry, fields of its settings, what the page says of it, its pairs of bits."""
+
+    method: str
+    fields: dict[str, Any]
+    about: str
+    bits: tuple[tuple[int, int], ...] = BITS
+
+
+RECIPES: dict[str, Recipe] = {
+    "minmax": Recipe("q_diffusion", MEASURED, "round to nearest, static min-max ranges; layers as in Q-Diffusion"),
+    "ptq4dm": Recipe("ptq4dm", {}, "NDTC states, searched ranges; first and last layer at 8 bits"),
+    "q_diffusion": Recipe("q_diffusion", {}, "learned rounding and scales; attention products quantized too"),
+    "tfmq_dm": Recipe("tfmq_dm", {}, "temporal block apart, with scales per step; first and last layer 8 bits"),
+    "accuquant": Recipe("accuquant", {}, "scales of groups of 4 steps learned on the quantized trajectory"),
+    "ptqd": Recipe("ptqd", {}, "as minmax, then slope, mean and noise of the error corrected in the sampler"),
+    "ptqd_mixed": Recipe("ptqd", {"step_bits": [4, 8]}, "ptqd, 4 or 8 bits of activations by step", ((8, 8), (4, 8))),
+    "tac": Recipe("tac", {}, "as minmax, then a factor and a shift for each step in the sampler"),
+    "modiff_dynamic": Recipe("modiff", {"kind": "dynamic"}, "learned rounding, dynamic scales per token or sample"),
+    "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
+    "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),
+    "modiff_static_learned": Recipe("modiff", {"kind": "static_learned"}, "learned rounding and residual scales"),
+    "eda_dm": Recipe("eda_dm", {}, "TDAC states, losses of layers, QDrop; first and last layer 8 bits"),
+    "gradient_aligned": Recipe("gradient_aligned", {}, "as tfmq_dm, with samples weighed for gradients that agree"),
+    "qncd": Recipe("qncd", {}, "smoothed convolutions, learned rounding, bias taken off in the sampler"),
+    "nearest_exact": Recipe("modiff", EXACT | NEAREST, "round to nearest, dynamic scales, exact anchors"),
+    "nearest_again": Recipe("modiff", EXACT | NEAREST | AGAIN, "the same, layers anchored again every 10 steps"),
+    "nearest_minmax": Recipe("modiff", EXACT | NEAREST | MINMAX, "round to nearest, min-max ranges; no calibration"),
+    "learned_exact": Recipe("modiff", EXACT, "learned rounding, dynamic scales, exact anchors"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row to be run."""
+
+    recipe: str
+    weight_bits: int
+    activation_bits: int
+    modulated: bool
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.recipe}-w{self.weight_bits}a{self.activation_bits}-{MODES[self.modulated]}"
+
+    def config(self, calibration: str, steps: int) -> JsonConfig:
+        """The method's settings. Raises: ConfigError for a combination that is refused."""
+        recipe = RECIPES[self.recipe]
+        changes = {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits, "steps": steps}
+        return method_config(recipe.method, quick=calibration == "quick", values=recipe.fields,
+                             modulated=self.modulated, changes=changes)  # fmt: skip
+
+
+def rows(
+    recipes: Iterable[str], bits: Iterable[tuple[int, int]], modes: Iterable[str] = MODES
+) -> tuple[list[Row], dict[str, str]]:
+    """The rows that mean something, and why the others are refused."""
+    bits, modes, kept, refused = list(bits), list(modes), [], {}
+    for recipe in recipes:
+        method = METHODS[RECIPES[recipe].method]
+        for mode in modes:
+            modulated = mode == "modulated"
+            if reason := method.modulated if modulated else method.plain:
+                refused[f"{recipe}, {mode}"] = reason
+            else:
+                kept += [Row(recipe, w, a, modulated) for w, a in bits if (w, a) in RECIPES[recipe].bits]
+    return kept, refused
 
 
 def _pooled(extractor: FeatureExtractor, images: np.ndarray) -> torch.Tensor:
@@ -96,7 +172,7 @@ def run_row(row: Row | None, settings: dict[str, Any], work: Path) -> dict[str, 
     finite = bool(np.isfinite(images).all())
     return {
         "relative_l2": relative_l2(images, exact) if finite else None,
-        "psnr_db": _number(psnr(images, exact)),
+        "psnr_db": value if math.isfinite(value := psnr(images, exact)) else None,
         **_distances("fd_full_precision", features, exact_features if row is not None else None, "paired"),
         **_distances("fd_data", features, _data(settings, work, extractor, images.shape[1:]), "independent"),
         "calibration_seconds": seconds,
@@ -143,10 +219,10 @@ def _data(settings: dict[str, Any], work: Path, extractor: Any, shape: tuple[int
             moments.update(_pooled(extractor, bordered(images, shape)))
         mean, scatter = moments.mean.numpy(), moments.scatter.numpy()
         write_atomically(kept, lambda file: np.savez(file, mean=mean, scatter=scatter, count=moments.count))
+    moments = Moments(extractor.dimension)
     with np.load(kept) as arrays:
-        moments = Moments(extractor.dimension)
-        moments.count = int(arrays["count"])
-        moments.mean, moments.scatter = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scatter"])
+        moments.count, (mean, scatter) = int(arrays["count"]), (arrays[name] for name in ("mean", "scatter"))
+    moments.mean, moments.scatter = torch.from_numpy(mean), torch.from_numpy(scatter)
     return moments
 
 
@@ -159,13 +235,6 @@ def bordered(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
             "size. Resize them."
         )
     return np.pad(images, [(0, 0), *[(n // 2, n // 2) for n in rest[:2]], (0, 0)])
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-# ------------------------------------------------------------------------------------------------------ all of them
 
 
 def run_all(chosen: list[Row], settings: dict[str, Any], work: Path) -> dict[str, dict[str, Any]]:
@@ -190,15 +259,13 @@ def run_all(chosen: list[Row], settings: dict[str, Any], work: Path) -> dict[str
 
 def run_task(text: str) -> None:
     """The inside of such a process."""
-    task = json.loads(text)
-    out, row = Path(task["out"]), task["row"]
-    write_json(out, run_row(None if row is None else Row(**row), task["settings"], out.parent))
+    row, settings, out = json.loads(text).values()
+    write_json(Path(out), run_row(None if row is None else Row(**row), settings, Path(out).parent))
 
 
 def json_rows(chosen: list[Row], results: dict[str, dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows with exactly the fields of the table, full precision first."""
-    none = dict.fromkeys(("weight_bits", "activation_bits", "modulated", "anchors"))
-    named = [{"method": FULL_PRECISION} | none | results[FULL_PRECISION]]
+    named = [dict.fromkeys(IDENTITY) | {"method": FULL_PRECISION} | results[FULL_PRECISION]]
     for row in chosen:
         loop = getattr(row.config(settings["calibration"], settings["steps"]), "modulation", None)
         anchors = None if loop is None else loop.anchor_weights
@@ -236,9 +303,8 @@ def page(rows: list[dict[str, Any]], refused: dict[str, str], settings: dict[str
         lines.append(" | ".join([*cells, f"{row['checkpoint_bytes'] / 1024:.0f}"]))
     where = ", ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     names = {"model": _name(settings["model"]), "extractor": _name(settings["extractor"])}
-    used = {row["method"] for row in rows}
+    used, table = {row["method"] for row in rows}, [f"| {line} |" for line in lines]
     about = [f"- {name}: {recipe.about}." for name, recipe in RECIPES.items() if name in used]
-    table = [f"| {line} |" for line in lines]
     notes = [f"Refused: {name}. {reason}.\n" for name, reason in refused.items()]
     intro = INTRODUCTION.format(**settings | names, command=command)
     return "\n".join([intro, *about, "", *table, "", *notes, f"Environment: {where}.", ""])
@@ -267,33 +333,24 @@ def _distance(values: dict[str, Any], name: str) -> str:
 
 def _some(option: str, text: str, known: Iterable[str]) -> list[str]:
     """The names between the commas. Raises: ConfigError for one that is not known."""
-    names = text.split(",")
-    for name in names:
+    for name in (names := text.split(",")):
         if name not in known:
             raise ConfigError(f"{option}: expected some of {', '.join(known)}, got {name!r}. Pick of them.")
     return names
 
 
-def _bits(text: str) -> list[tuple[int, int]]:
-    named = {f"{weight}:{activation}": (weight, activation) for weight, activation in BITS}
-    return [named[name] for name in _some("--bits", text, named)]
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="or a local pipeline folder")
-    parser.add_argument("--quick", action="store_true", help="64 images of 20 steps instead of 2,000 of 50")
     parser.add_argument("--calibration", choices=("quick", "published"), default="quick")
     parser.add_argument("--methods", default=",".join(RECIPES), help="rows, between commas")
     parser.add_argument("--modes", default=",".join(MODES), help="rows, between commas")
     parser.add_argument("--bits", default="8:8,4:8,8:4,4:4", help="weight:activation, between commas")
     parser.add_argument("--reference", type=Path, help="real images, .npy, .npz or a folder")
     parser.add_argument("--extractor", default=DEFAULT_EXTRACTOR)
-    parser.add_argument("--num-images", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="folder of finished rows; methods-bench, or methods-bench-quick")
+    for name, number in (("num-images", 2000), ("steps", 50), ("batch", 50), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--work", type=Path, default=Path("methods-bench"), help="folder of finished rows")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path, default=Path("docs/methods.md"))
     parser.add_argument("--task", help=argparse.SUPPRESS)
@@ -307,40 +364,32 @@ def main() -> None:
         run_task(options.task)
         return
     recipes, modes = _some("--methods", options.methods, RECIPES), _some("--modes", options.modes, MODES)
-    chosen, refused = rows(recipes, _bits(options.bits), modes)
+    named = {f"{weight}:{activation}": (weight, activation) for weight, activation in BITS}
+    chosen, refused = rows(recipes, [named[name] for name in _some("--bits", options.bits, named)], modes)
     settings = {
-        "model": options.model,
-        "num_images": options.num_images or (64 if options.quick else 2000),
-        "steps": options.steps or (20 if options.quick else 50),
-        "batch": options.batch,
-        "seed": options.seed,
-        "calibration": options.calibration,
-        "extractor": options.extractor,
+        **{
+            name: getattr(options, name)
+            for name in ("model", "num_images", "steps", "batch", "seed", "calibration", "extractor")
+        },
         "reference": None if options.reference is None else str(options.reference.resolve()),
         "model_digest": digest(quiet_pipeline(options.model, "cpu"))[:16],
         "reference_digest": None if options.reference is None else reference_digest(options.reference),
     }
     for path in filter(None, (options.json, options.page)):
         check_writable(path)
-    work = options.work or Path("methods-bench-quick" if options.quick else "methods-bench")
-    results = run_all(chosen, settings, work)
-    rows_of_table = json_rows(chosen, results, settings)
+    rows_of_table = json_rows(chosen, run_all(chosen, settings, options.work), settings)
     if options.json is not None:
         known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else []
         rows_of_table = merged(known, rows_of_table)
         write_json(options.json, rows_of_table)
-    command = shlex.join(["python", "bench/methods.py", *_shown(sys.argv[1:])])
+    command = shlex.join(["python", "bench/methods.py", *map(_name, sys.argv[1:])])
     text = page(rows_of_table, refused, settings, command)
     write_atomically(options.page, lambda file: file.write(between_marks(options.page, text).encode()))
     print(text)
 
 
-def _shown(arguments: list[str]) -> list[str]:
-    """The command line with the names of files, not with their places."""
-    return [_name(text) for text in arguments]
-
-
 def _name(text: str) -> str:
+    """A file without its place; other words as they are."""
     return Path(text).name if Path(text).is_absolute() else text
 
 
