@@ -1,6 +1,7 @@
 """A request from end to end, without a browser: what is compared, kept, stopped and refused."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import modiff
 from modiff.errors import ConfigError, ModiffError
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.runs import followed
+from modiff.model.accelerate.search import AccelerateResult
 from modiff.model.trajectory import state_bytes
 from modiff.web import views
 from modiff.web.compare import Compared, Progress, Settings, compare, heat_map
@@ -177,6 +179,36 @@ def test_accelerate_says_what_it_did_and_its_model_is_left_alone(
         done(models, settings, heat_map, on=result)
 
 
+def test_what_accelerate_found_serves_other_seeds_too(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def accelerate(pipe: Any, max_error: float, example: Callable[[], object], *_: Any, **__: Any) -> AccelerateResult:
+        calls.append(example())
+        report = modiff.apply(pipe, "w8a8")
+        return AccelerateResult(
+            1.0, max_error, True, floats=1.0, after=2.0, config=modiff.presets.w8a8(), report=report
+        )
+
+    monkeypatch.setattr("modiff.api.accelerate", accelerate)
+    first, second = (done(models, replace(TINY, config=None, seed=seed)) for seed in (3, 4))
+    assert len(calls) == 1
+    np.testing.assert_array_equal(calls[0], first.full.images)
+    for result in (first, second):
+        assert result.quantized is not None
+        np.testing.assert_array_equal(
+            result.quantized.images, done(models, replace(result.settings, config="w8a8")).quantized.images
+        )
+
+
+def test_two_users_of_a_model_get_what_each_asked_for(models: Models, root: Path) -> None:
+    jobs, settings = Jobs(), [replace(TINY, config=config, seed=seed) for config, seed in (("w8a4", 1), ("w4a4", 2))]
+    started = [jobs.start(s.name, lambda job, s=s: compare(job, models, s)) for s in settings]
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(lambda job: [*job.follow(0.01)][-1], started))
+    for end, chosen in zip(ends, settings, strict=True):
+        np.testing.assert_array_equal(end.result.quantized.images, reference(chosen, root)[1])
+
+
 def test_the_heat_map_and_the_report_show_layers_steps_and_settings(models: Models, tmp_path: Path) -> None:
     result = done(models, TINY)
     result = done(models, TINY, heat_map, on=result)
@@ -196,6 +228,10 @@ def test_simulation_is_not_called_fast_and_integers_are_compared_by_the_median_s
     assert "nothing is faster" in views.conclusion(simulated)
     integers = done(models, replace(TINY, integers=True))
     assert "A step on integers is" in views.conclusion(integers)
+    raced = AccelerateResult(
+        before=1.0, max_error=0.02, accelerated=True, floats=2.0, after=3.0, reason="both compiled"
+    )
+    assert "1.50 times as fast as floats (both compiled)" in views.conclusion(replace(integers, accelerated=raced))
     assert "do not trust the times" in views.conclusion(replace(integers, crowded=True))
     assert "not finite" in views.conclusion(replace(integers, error={"relative_l2": None, "psnr_db": None}))
 
@@ -216,3 +252,5 @@ def test_a_wait_and_a_step_are_told() -> None:
     assert "quantized: 3 of 7" in views.progress(job)
     job.ahead = 2
     assert "2 requests" in views.progress(job)
+    job.cancel()
+    assert "stopping" in views.progress(job)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from modiff.cli import options
+from modiff.config import check
 from modiff.errors import ConfigError
 
 ROOT_HELP = "The folder whose models can be chosen; nothing outside of it is read, links followed."
@@ -33,6 +34,7 @@ def ui(
     if find_spec("gradio") is None:
         raise ConfigError("ui: expected Gradio, got an installation without it. It draws the page. "
                           "Type pip install 'modiff[web]'.")  # fmt: skip
+    check("port", port, 0 <= port < 2**16, "0 to 65535", "0 is any that is free. Use port=7860.")
     from modiff.web.serve import serve
 
     serve(root, partial(options.plain_pipeline, device=device), host=host, port=port,

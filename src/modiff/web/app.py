@@ -148,14 +148,14 @@ def _controls(models: list[str], quiet: dict[str, Any]) -> tuple[list[Any], list
                              info=CONFIG_INFO, allow_custom_value=True, elem_id="m-configuration")  # fmt: skip
         integers = gr.Checkbox(True, label="Run on integers (simulated in floats otherwise)", elem_id="m-integers")
     with gr.Group(visible=False) as searched:
-        max_error = gr.Number(0.02, label="Allowed error (relative L2)", minimum=0, maximum=1, step=0.005,
+        max_error = gr.Number(0.02, label="Allowed error (relative L2)", step=0.005,
                               info="modiff times the layers of this machine and picks the fastest settings within it.",
                               elem_id="m-error")  # fmt: skip
         compiled = gr.Checkbox(True, label="Compile (faster, takes longer to prepare)", elem_id="m-compile")
     steps = gr.Slider(1, MOST_STEPS, 50, step=1, label="Steps", elem_id="m-steps")
     images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id="m-images")
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="m-seed")
+        seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="m-seed")
         sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", min_width=140, elem_id="m-sampler")
     mode.change(lambda mode: (gr.update(visible=mode == CONFIGURATION), gr.update(visible=mode == ACCELERATE)),
                 mode, [chosen, searched], queue=False, **quiet)  # fmt: skip

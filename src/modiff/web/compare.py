@@ -162,7 +162,7 @@ def _quantized(
     job: Request, loaded: Loaded, plain: DiffusionPipeline, settings: Settings, config: ModiffConfig | None
 ) -> tuple[DiffusionPipeline, ModiffConfig | None, AccelerateResult | None]:
     """A clone with modiff on it, its config, and what `accelerate` says; kept for the next request of the same."""
-    key = dataclasses.replace(settings, integers=False) if config is None else (settings.sampler, config)
+    key = dataclasses.replace(settings, integers=False, seed=0) if config is None else (settings.sampler, config)
     if loaded.quantized is None or loaded.quantized[0] != key:
         loaded.quantized = None  # not two at a time in memory
         pipe = clone(plain)

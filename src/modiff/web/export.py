@@ -15,7 +15,7 @@ from modiff.web.views import LAYER_HEAD, conclusion, layer_rows, measures
 
 
 def export(done: Compared, folder: Path) -> tuple[Path, Path | None]:
-    """Write the report, and the configuration if there is one, into a new folder inside `folder`."""
+    """Write the report, and the configuration if there is one, to a new folder in `folder`."""
     place = folder / secrets.token_hex(8)
     report = place / "modiff-report.html"
     page = html_page(document(done)).encode()

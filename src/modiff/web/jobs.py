@@ -28,17 +28,17 @@ class Request:
         self.error: BaseException | None = None
         self.ahead, self.crowded = 0, False
         self._jobs, self._work = jobs, work
-        self.done, self._cancelled = False, threading.Event()
+        self.done = self.stopping = False
         self._changed, self._seen = threading.Event(), time.monotonic()
         self._thread = threading.Thread(target=self._run, name="modiff request", daemon=True)
 
     def cancel(self) -> None:
         """Ask it to stop; it does at the next `check`."""
-        self._cancelled.set()
+        self.stopping = True
 
     def check(self) -> None:
         """Raise Cancelled in the thread of the job if it was stopped, or if nobody follows it."""
-        if self._cancelled.is_set() or time.monotonic() - self._seen > PATIENCE:
+        if self.stopping or time.monotonic() - self._seen > PATIENCE:
             raise Cancelled
 
     def show(self, view: Any) -> None:
@@ -100,7 +100,7 @@ class Request:
 
 
 class Jobs:
-    """All requests of a server. lines: for each model, the request that is at it and those that wait, in order."""
+    """All requests of a server. lines: of each model, the request that is at it, and those that wait."""
 
     def __init__(self) -> None:
         self.condition = threading.Condition()

@@ -73,7 +73,7 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that has the port. Raises: ConfigError if it cannot be had."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise ConfigError(f"port: expected one that is free on {host}, got {port} ({reason}). Another program has it, "
                           "or it may not be used. Use port=0 for any.") from error  # fmt: skip

@@ -34,11 +34,12 @@ def note(text: str) -> str:
 
 def progress(job: Request) -> str:
     """Where a request stands: waiting for others, or at which step."""
-    if job.ahead:
-        return note(f"waiting: {job.ahead} {'request' if job.ahead == 1 else 'requests'} for this model before yours")
-    view = job.view or Progress("starting")
-    stage, value = (f"{view.stage}: {view.step} of {view.total}", f' max="{view.total}" value="{view.step}"')
-    stage, value = (stage, value) if view.total else (view.stage, "")
+    if job.ahead and not job.stopping:
+        return note(f"waiting: {job.ahead} request{'s' * (job.ahead > 1)} for this model before yours")
+    view, value = job.view or Progress("starting"), ""
+    stage = "stopping as soon as this step or compilation ends" if job.stopping else view.stage
+    if view.total and not job.stopping:
+        stage, value = f"{stage}: {view.step} of {view.total}", f' max="{view.total}" value="{view.step}"'
     return f'{note(stage)}<progress class="m-bar"{value}></progress>'
 
 
@@ -92,15 +93,14 @@ def conclusion(done: Compared) -> str:
         return "The quantized images hold values that are not finite: this configuration does not work for the model."
     counts = Counter(entry.execution.startswith("integers on") for entry in done.report.taken)
     ratio = done.full.pace / done.quantized.pace
+    how = f"{ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times as slow"
+    speed = f"A step on integers is {how} as one in uncompiled floats."
     if counts[True] == 0:
         speed = "Its integers are simulated in floats: the error is real, the time is not, and nothing is faster."
-    elif done.accelerated is not None and done.accelerated.accelerated:
-        speed = f"{done.accelerated.gain:.2f} times as fast as floats ({done.accelerated.reason})."
-    else:
-        how = f"{ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times as slow"
-        speed = f"A step on integers is {how} as one in uncompiled floats."
-        if counts[False]:
-            speed += f" {counts[False]} of {len(done.report.taken)} layers are simulated, which is slower."
+    elif counts[False]:
+        speed += f" {counts[False]} of {len(done.report.taken)} layers are simulated, which is slower."
+    if done.accelerated is not None:
+        speed += f" In a race it was {done.accelerated.gain:.2f} times as fast as floats ({done.accelerated.reason})."
     if done.crowded:
         speed += " Other models were at work at the same time: do not trust the times."
     return f"The images differ by {100 * error:.2g} % (relative L2) from those of full precision. {speed}"
