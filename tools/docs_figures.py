@@ -1,11 +1,21 @@
-"""The figures of docs/benchmarks.md from the rows of bench/results: python tools/docs_figures.py"""
+"""The picture of docs/index.md, and the figures of docs/benchmarks.md from the rows of bench/results.
+
+python tools/docs_figures.py
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+import modiff
+from modiff.assets import embedded_folder
+from modiff.generate.samplers import set_scheduler
+from modiff.hosts.diffusers.load import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "docs" / "figures"
@@ -84,6 +94,41 @@ def draw_products(speeds: dict[str, tuple[float, float]]) -> Figure:
     return figure
 
 
+def images(count: int, steps: int) -> dict[str, np.ndarray]:
+    """Images of the embedded model from the same noise: (count, height, width) each, in [0, 1]."""
+    pipe = set_scheduler(load_pipeline(embedded_folder()), "ddim")
+
+    def sample(evaluations: int = steps) -> np.ndarray:
+        noise = [torch.Generator().manual_seed(i) for i in range(count)]
+        made = pipe(batch_size=count, generator=noise, num_inference_steps=evaluations, output_type="np").images
+        return made[..., 0]
+
+    rows = {"full precision": sample(), "half of the steps": sample(steps // 2)}
+    for name, config in (("4 bits, plain", "plain:8:4"), ("4 bits, modiff", "modulated:8:4")):
+        modiff.apply(pipe, config)
+        rows[name] = sample()
+        modiff.remove(pipe)
+    return rows
+
+
+def draw_images(rows: dict[str, np.ndarray]) -> Figure:
+    """A row of images for each setting, with its relative L2 to the first."""
+    first = next(iter(rows.values()))
+    figure = Figure(figsize=(7, 0.78 * len(rows)))
+    FigureCanvasAgg(figure)
+    places = figure.subplots(len(rows), 1, gridspec_kw={"hspace": 0.04, "left": 0.2, "right": 1, "top": 1, "bottom": 0})
+    for axes, (name, made) in zip(places, rows.items(), strict=True):
+        axes.imshow(
+            np.concatenate(list(made), axis=1), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
+        )
+        axes.set_axis_off()
+        error = np.linalg.norm(made - first) / np.linalg.norm(first)
+        label = name if made is first else f"{name}\nrelative L2 {error:.3f}"
+        axes.text(-0.015, 0.5, label, transform=axes.transAxes, ha="right", va="center", fontsize=9)
+    return figure
+
+
 if __name__ == "__main__":
+    _save(draw_images(images(count=8, steps=50)), "same-noise.png")
     _save(draw_loops(speed_and_error(rows("loop.jsonl"))), "loop-vnni.png")
     _save(draw_products(products(rows("products.jsonl"))), "products-avx2.png")

@@ -30,3 +30,12 @@ def test_both_figures_are_drawn(name: str) -> None:
     else:
         figure = docs_figures.draw_products(docs_figures.products(rows))
         assert len(figure.axes[0].patches) == 24
+
+
+def test_the_picture_of_the_index_has_a_row_for_each_setting_with_its_error() -> None:
+    rows = docs_figures.images(count=1, steps=4)
+    assert list(rows) == ["full precision", "half of the steps", "4 bits, plain", "4 bits, modiff"]
+    assert all(made.shape == (1, 32, 32) for made in rows.values())
+    labels = [axes.texts[0].get_text() for axes in docs_figures.draw_images(rows).axes]
+    assert labels[0] == "full precision"
+    assert [label.partition("\n")[2].partition(" L2")[0] for label in labels[1:]] == ["relative"] * 3
