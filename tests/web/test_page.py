@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Browser, chromium, keep_screenshot
+from tests.hosts.tiny import HOSTS
 from tests.pixels import saved_pipeline
 
 pytest.importorskip("gradio", reason="needs modiff[web]")
@@ -29,6 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of `modiff ui`, which must end at Ctrl-C with one line."""
     root = tmp_path_factory.mktemp("root")
     saved_pipeline(root / "tiny")
+    HOSTS["sd"].build().save_pretrained(root / "draws" / "sd")
     (root / "empty").mkdir()
     (root / "broken").mkdir()
     (root / "broken/model_index.json").write_text("{")
@@ -189,6 +191,18 @@ def test_a_bad_field_is_one_line_and_the_last_result_stays(
     type_into(browser, field, typed)
     click(browser, "#m-generate")
     assert "\n" not in until_status(browser, words).strip()
+    assert images(browser) == 12
+
+
+def test_a_model_that_takes_a_prompt_asks_for_it(browser: Browser) -> None:
+    assert browser.run("return document.querySelector('#m-prompt')?.offsetHeight ?? 0") == 0
+    type_into(browser, "#m-model input", "draws/sd")
+    browser.until("document.querySelector('#m-prompt')?.offsetHeight")
+    steps(browser, 3)
+    click(browser, "#m-generate")
+    until_status(browser, "expected `prompt`, got none")
+    type_into(browser, "#m-prompt textarea, #m-prompt input", "abc")
+    generate(browser, 3)
     assert images(browser) == 12
 
 

@@ -37,5 +37,6 @@ def ui(
     check("port", port, 0 <= port < 2**16, "0 to 65535", "0 is any that is free. Use port=7860.")
     from modiff.web.serve import serve
 
+    options.quiet()
     serve(root, partial(options.plain_pipeline, device=device), host=host, port=port,
           ready=lambda url: typer.echo(f"modiff ui: {url} (Ctrl-C ends it)"))  # fmt: skip
