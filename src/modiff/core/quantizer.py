@@ -141,7 +141,7 @@ class Quantizer:
 
     def intra(self, x: Tensor) -> Tensor | None:
         """Flags of the samples that this step predicts as zero: all, where its static scales are those of values."""
-        if not self.of_values or self.watching:
+        if self.watching:
             return None
         index = 0 if self.tables is None else set_of(self._now(), self.moments)
         return torch.ones([1] * x.dim(), dtype=torch.bool, device=x.device) if index in self.of_values else None

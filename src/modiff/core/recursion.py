@@ -132,7 +132,7 @@ def encode(
         return _anchor(x, quantizer, config)
     weights = predictor_named(config.predictor).weights(len(state.moves), config.gain, ratio) if state.moves else ()
     prediction = predict(state, weights, x.dtype) if weights else state.value.to(x.dtype)
-    intra, least, largest = quantizer.intra(x), 0.0, 0.0
+    intra, least, largest = quantizer.intra(x) if quantizer.of_values else None, 0.0, 0.0
     prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
     codes = quantizer(x - prediction) if scales is None else quantizer.scaled(x - prediction, scales)
     if config.error_compensation == "none":  # the ablation holds the raw input: rounding errors are never sent again

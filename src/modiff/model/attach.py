@@ -211,8 +211,7 @@ class Attachment:
         self.clock.weights_changed = False
         turn = self.clock.tick % max(1, len(layers))
         for layer in layers if changed else layers[turn : turn + 1]:
-            if layer.operator.weight.is_cpu:  # elsewhere it would be waited for
-                layer.operator.forget()
+            layer.operator.look()
 
     def _refuse_other_thread(self) -> None:
         if self.thread != threading.get_ident() and any(t.ident == self.thread for t in threading.enumerate()):

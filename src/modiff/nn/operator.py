@@ -15,7 +15,7 @@ from modiff.core.hadamard import RotatedRun, rotate, rotated_runs
 from modiff.core.quantizer import Code
 from modiff.errors import ConfigError
 from modiff.kernels.input_fusion import InputFusion, Norm
-from modiff.nn.weight import QuantizedWeight, at_least_float32, turned
+from modiff.nn.weight import QuantizedWeight, at_least_float32, turned, version_of
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,14 @@ class LayerOperator:
         self._bias = bias = None if self.bias is None else self.bias.detach().clone()
         same = before is bias or (before is not None and bias is not None and torch.equal(before.to(bias.device), bias))
         self.bias_edition += not same
+
+    def look(self) -> None:
+        """Compare the values now, if they were before and lie on the CPU: elsewhere they would be waited for."""
+        if (weight := self.parameters.get("weight")) is not None and weight.is_cpu and self.quantized.known:
+            bias = self.bias
+            self.quantized.forget()
+            self.quantized.refresh(weight)
+            self.compare_bias(None if bias is None else (bias.data_ptr(), version_of(bias)))
 
     def forget(self) -> None:
         """Look at the values at the next use, as writes through `.data` leave no trace."""

@@ -61,6 +61,11 @@ class QuantizedWeight:
         """Derive the codes again at the next use if the weight changed; fixed ones are checked again then."""
         self._key = None
 
+    @property
+    def known(self) -> bool:
+        """Whether the weight was compared since `forget`."""
+        return self._key is not None
+
     def fix(self, codes: tuple[WeightCodes, ...]) -> None:
         """Let these codes, as `codes` has them, be the weight from now on; they survive `.to()` and `forget`.
 

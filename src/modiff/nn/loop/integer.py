@@ -152,7 +152,7 @@ class IntegerInput(InputState):
         elif every > 1 and self.age % every:
             scales = [q.scale for q in self.scales]
         codes, states, jumps, runs = [], [], False, runs_of(x, fusion, quantizer)
-        intra = quantizer.intra(x)
+        intra = quantizer.intra(x) if quantizer.of_values else None
         for index, (run, fused) in enumerate(runs):
             state = self.states[index]
             if gain is not None or state.value.stride() != run.stride():
