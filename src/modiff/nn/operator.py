@@ -158,7 +158,10 @@ class LayerOperator:
 
     def look(self) -> None:
         """Compare the values now, if they were before and lie on the CPU: elsewhere they would be waited for."""
-        if (weight := self.parameters.get("weight")) is not None and weight.is_cpu and self.quantized.known:
+        weight = self.parameters.get("weight")
+        if weight is None or (weight.is_floating_point() and weight.element_size() == 1):
+            return  # stored in 8-bit floats, computed with in others (layerwise casting): comes as another tensor
+        if weight.is_cpu and self.quantized.known:
             bias = self.bias
             self.quantized.forget()
             self.quantized.refresh(weight)

@@ -48,6 +48,7 @@ def serve(
         bound = listener.getsockname()[1]
         ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}")
         uvicorn.Server(config).run(sockets=[listener])
+        raise KeyboardInterrupt  # the server returns at Ctrl-C alone; asyncio may have swallowed the exception
 
 
 def application(models: Models, jobs: Jobs, folder: Path, host: str) -> Any:
