@@ -158,14 +158,12 @@ class LayerOperator:
 
     def look(self) -> None:
         """Compare the values now, if they were before and lie on the CPU: elsewhere they would be waited for."""
-        weight = self.parameters.get("weight")
-        if weight is None or (weight.is_floating_point() and weight.element_size() == 1):
-            return  # stored in 8-bit floats, computed with in others (layerwise casting): comes as another tensor
-        if weight.is_cpu and self.quantized.known:
-            bias = self.bias
-            self.quantized.forget()
-            self.quantized.refresh(weight)
-            self.compare_bias(None if bias is None else (bias.data_ptr(), version_of(bias)))
+        weight, bias = self.parameters.get("weight"), self.parameters.get("bias")
+        if weight is None or not weight.is_cpu or not self.quantized.known or any(map(_only_stored, (weight, bias))):
+            return
+        self.quantized.forget()
+        self.quantized.refresh(weight)
+        self.compare_bias(None if bias is None else (bias.data_ptr(), version_of(bias)))
 
     def forget(self) -> None:
         """Look at the values at the next use, as writes through `.data` leave no trace."""
@@ -239,3 +237,8 @@ def evaluated(layer: nn.Module, spec: LayerSpec) -> dict[str, nn.Parameter | Non
         layer.train(training)
     values = [(name, one[name]) for name in ("weight", "bias") if fits]
     return {name: None if v is None else nn.Parameter(v.detach(), requires_grad=False) for name, v in values}
+
+
+def _only_stored(tensor: Tensor | None) -> bool:
+    """Whether it is kept in 8-bit floats and computed with in others, which come as another tensor."""
+    return tensor is not None and tensor.is_floating_point() and tensor.element_size() == 1
