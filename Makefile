@@ -2,6 +2,7 @@
 # make test     the whole test suite; make test ARGS="tests/core -x" a part of it
 # make check    lint, format, types, import order
 # make docs     the site in docs/_build/html; warnings are errors. make linkcheck asks the network for its external links
+# make wheel    build the wheel, install it into a new environment, run `modiff demo --quick` there: some two minutes
 # make golden   write the golden trajectories again; read the diff before you commit it
 # make mutants  small faults that the tests of core, nn and checkpoint should notice; make mutants ARGS="--count 40 core"
 # make lint-fix what ruff can repair
@@ -9,7 +10,7 @@
 #
 # Only Python 3.11 or 3.12 with pip is needed; everything goes into $(VENV). Another interpreter: make demo PYTHON=python3.12
 
-.PHONY: demo test check docs linkcheck golden mutants lint-fix env
+.PHONY: demo test check docs wheel linkcheck golden mutants lint-fix env
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 
@@ -41,6 +42,9 @@ docs: $(VENV)/.docs
 
 linkcheck: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
+wheel: $(VENV)/.base
+	$(BIN)/python tools/wheel.py $(TORCH)
 
 golden: $(VENV)/.dev
 	$(BIN)/python -m tests.golden.write

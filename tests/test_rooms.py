@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from readme_table import table
+from demo_table import table
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "modiff"
@@ -292,6 +292,7 @@ def test_the_make_targets_of_readme_exist_and_the_two_commands_are_among_them() 
     assert {"demo", "test"} <= named <= defined
 
 
-def test_the_table_of_readme_is_the_one_of_the_committed_run() -> None:
+def test_the_table_of_the_demo_page_is_the_one_of_the_committed_run() -> None:
     result = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
-    assert table(result) in README
+    assert table(result) in (ROOT / "docs/demo.md").read_text(encoding="utf-8")
+    assert len(README.splitlines()) <= 150

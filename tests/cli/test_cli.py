@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,12 @@ def test_help_version_and_usage_errors_do_not_wait_for_torch() -> None:
     assert done.stdout.split() == ["2", "0", "0", "0", "2", "2", "2", "2", "2", "False"]
     module = [sys.executable, "-m", "modiff", "--version"]
     assert subprocess.check_output(module, text=True, timeout=120) == f"modiff {modiff.__version__}\n"
+
+
+def test_a_shell_completes_commands() -> None:
+    shell = {**os.environ, "_MODIFF_COMPLETE": "complete_bash", "COMP_WORDS": "modiff de", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "modiff"], env=shell, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["demo"]
 
 
 def test_results_go_to_standard_output_and_text_for_people_beside_them(model: Path, tmp_path: Path) -> None:

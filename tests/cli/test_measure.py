@@ -31,6 +31,14 @@ def test_demo_prints_the_table_and_writes_picture_and_json(model: Path, tmp_path
     assert sorted(p.name for p in picture.parent.iterdir()) == ["demo.json", "grid.png"]
 
 
+def test_a_quick_demo_has_six_rows_of_the_same_names(model: Path, tmp_path: Path) -> None:
+    names = [row.name for row in logic.plans(4)]
+    assert len(logic.QUICK) == 6
+    words = ("demo", "--quick", "--steps", 4, "-n", 1, "--model", model, "-o", tmp_path / "grid.png", "--json", "-")
+    rows = json.loads(done(modiff(*words)).stdout)["rows"]
+    assert [row["name"] for row in rows] == [name for name in names if name in logic.QUICK]
+
+
 def test_an_interrupted_demo_shows_the_rows_that_are_done(model: Path, tmp_path: Path, monkeypatch) -> None:
     def stopping(*arguments: Any) -> dict[str, Any]:
         if arguments[0].name == "plain W8A8":

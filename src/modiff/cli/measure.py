@@ -10,6 +10,7 @@ from modiff.files import write_atomically
 from modiff.presets import as_config
 
 TOLERANCE_HELP = "Largest relative error that coding the input of a layer may make."
+QUICK_HELP = "Six of the rows, none of them tuned: a minute at most."
 PROFILE_HELP = "Keep the times of layers in this file; the same file gives the same choices."
 
 
@@ -18,6 +19,7 @@ def demo(
     steps: options.Steps = 50,
     num_images: options.NumImages = 8,
     seed: options.Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
     prompt: options.Prompt = None,
     label: options.Label = None,
     output: Annotated[
@@ -36,11 +38,13 @@ def demo(
         modiff demo --steps 50 --num-images 8 --json demo.json
     """
     conditions = options.conditions_of(prompt=prompt, label=label)
-    from modiff.evaluate.demo import run_demo  # imported late, as in all commands: `modiff --help` must not wait
+    from modiff.evaluate import demo as logic  # imported late, as in all commands: `modiff --help` must not wait
 
     pipe, done = options.plain_pipeline(model, device), []
     try:
-        run_demo(pipe, steps=steps, num_images=num_images, seed=seed, conditions=conditions, after_row=done.append)
+        rows = [plan for plan in logic.plans(steps) if not quick or plan.name in logic.QUICK]
+        common = {"seed": seed, "conditions": conditions, "rows": rows}
+        logic.run_demo(pipe, steps=steps, num_images=num_images, after_row=done.append, **common)
     finally:  # also the rows before an interrupt
         if done:
             options.say(done[-1].table(), json_file)

@@ -1,7 +1,7 @@
 """What `modiff demo` runs: one model, one noise, a row for each way to make it cheaper."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from modiff.model.tune import FINALISTS
 
 EVERY = 10
 """Steps from one anchor of a layer to the next, in the rows that anchor again."""
+
+QUICK = ("full precision", "half the steps", "plain W8A8", "plain W8A4", "modulated W8A8", "modulated W8A4")
+"""The rows of `modiff demo --quick`."""
 
 _FOOTNOTE = """\
 Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
@@ -105,12 +108,14 @@ def run_demo(
     num_images: int = 8,
     seed: int = 0,
     conditions: Conditions = NOTHING,
+    rows: Sequence[Plan] | None = None,
     after_row: Callable[[Demo], object] = lambda demo: None,
     progress: bool = True,
 ) -> Demo:
     """Run every row of the demo on a pipeline, with DDIM where it can; its layers are as before at the end.
     steps: of the full-precision run. num_images: generated in one batch, image i from the noise of seed + i.
-    conditions: what the images are drawn of. after_row: called with the rows so far.
+    conditions: what the images are drawn of. rows: of `plans`, or all.
+    after_row: called with the rows so far.
     Raises: ConfigError for a pipeline that needs other inputs, or fewer steps or images than make sense.
     Cost: 22 trajectories, and for each of three bit widths a tuning pass, which costs as much as several.
     """
@@ -118,11 +123,11 @@ def run_demo(
     check("steps", steps, steps >= 4, "4 or more", "One row runs a quarter of them. Use steps=50.")
     check("num_images", num_images, num_images >= 1, "at least 1 image", "Use num_images=8.")
     check_inputs(source.pipe, steps, conditions)
-    todo = plans(steps)
+    todo = plans(steps) if rows is None else rows
     sampler = usual_sampler(pipe) or type(pipe.scheduler).__name__
     settings = {"pipeline": type(pipe).__name__, "sampler": sampler, "steps": steps, "num_images": num_images,
                 "seed": seed, **conditions.to_dict()}  # fmt: skip
-    rows: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     images: list[np.ndarray] = []
     tuned: dict[int, ModiffConfig] = {}
     with source.bar(_parts(todo, steps), progress) as bar:
@@ -138,13 +143,13 @@ def run_demo(
             with source.open(config, plan.steps) as draw:
                 drawn = draw(range(num_images))
             images.append(drawn.images)
-            rows.append(_row(plan, config, drawn, images[0]))
-            result = Demo(tuple(rows), tuple(images), dict(tuned), settings, environment())
+            done.append(_row(plan, config, drawn, images[0]))
+            result = Demo(tuple(done), tuple(images), dict(tuned), settings, environment())
             after_row(result)
     return result
 
 
-def _parts(todo: list[Plan], steps: int) -> list[tuple[str, float, int]]:
+def _parts(todo: Sequence[Plan], steps: int) -> list[tuple[str, float, int]]:
     """What the bar counts."""
     parts: list[tuple[str, float, int]] = []
     for plan in todo:

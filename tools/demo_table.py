@@ -1,4 +1,4 @@
-"""The table of README.md from the JSON of a demo: python tools/readme_table.py docs/results/demo.json"""
+"""The table of docs/demo.md from the JSON of a demo: python tools/demo_table.py docs/results/demo.json"""
 
 import json
 import sys
