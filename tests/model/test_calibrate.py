@@ -104,6 +104,11 @@ def test_steps_whose_residuals_need_larger_scales_than_their_values_code_the_val
     assert attachment_of(model).report.taken[0].reason == ""
 
 
+def test_residuals_stay_coded_where_values_have_more_than_half_of_their_noise():
+    swings = [factor * FRESH[0] for factor in (1.0, -0.25, 1.0, -0.25)]  # 1.25² times the noise of values
+    assert not quantizer_of(calibrate(static(), swings)).of_values
+
+
 def test_an_observer_with_settings_of_its_own_can_be_given():
     x = torch.randn(2000, 16)
     x[0, 0] = 12.0
