@@ -21,6 +21,17 @@ def test_speeds_are_ratios_of_the_fastest_rounds() -> None:
     assert docs_figures.products(runs) == {"a": (2.0, 4.0)}
 
 
+def test_the_front_holds_what_nothing_beats_in_speed_and_error_and_compiled_floats() -> None:
+    points = {
+        "fast": (3.0, 0.05),
+        "exact": (1.5, 0.01),
+        "beaten": (1.4, 0.02),
+        "same speed": (3.0, 0.06),
+        "slow": (0.9, 0.0),
+    }
+    assert docs_figures.front(points) == [(1.0, 0.0), (1.5, 0.01), (3.0, 0.05)]
+
+
 @pytest.mark.parametrize("name", ["loop.jsonl", "products.jsonl"])
 def test_both_figures_are_drawn(name: str) -> None:
     rows = docs_figures.rows(name)
