@@ -68,7 +68,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def front(points: dict[str, tuple[float, float]]) -> list[tuple[float, float]]:
+def unbeaten(points: dict[str, tuple[float, float]]) -> list[tuple[float, float]]:
     """The (speed, error) pairs that no other beats in both, compiled float32 (1, 0) among them, slowest first."""
     pairs = [(1.0, 0.0), *points.values()]
     beaten = {p for p in pairs for q in pairs if q != p and q[0] >= p[0] and q[1] <= p[1]}
@@ -78,7 +78,7 @@ def front(points: dict[str, tuple[float, float]]) -> list[tuple[float, float]]:
 def draw_loops(points: dict[str, tuple[float, float]]) -> Figure:
     """Error against speed of whole loops."""
     figure, axes = _axes(7, 4)
-    axes.plot(*zip(*front(points), strict=True), color="gray", linewidth=1, zorder=1)
+    axes.plot(*zip(*unbeaten(points), strict=True), color="gray", linewidth=1, zorder=1)
     for name, (speed, error) in points.items():
         ours = name.startswith(("modulated", "plain"))
         axes.plot(speed, error, "o", color="tab:blue" if ours else "tab:orange")

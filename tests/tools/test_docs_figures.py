@@ -29,7 +29,7 @@ def test_the_front_holds_what_nothing_beats_in_speed_and_error_and_compiled_floa
         "same speed": (3.0, 0.06),
         "slow": (0.9, 0.0),
     }
-    assert docs_figures.front(points) == [(1.0, 0.0), (1.5, 0.01), (3.0, 0.05)]
+    assert docs_figures.unbeaten(points) == [(1.0, 0.0), (1.5, 0.01), (3.0, 0.05)]
 
 
 @pytest.mark.parametrize("name", ["loop.jsonl", "products.jsonl"])
