@@ -152,3 +152,13 @@ def test_a_second_job_is_refused_until_the_first_has_ended(tmp_path: Path) -> No
             work(tmp_path)
     work(tmp_path)
     assert read_json(tmp_path / "2.json", "", "") == {"index": 2}
+
+
+@pytest.mark.parametrize("path", ["", " ", "a\0b", None, 3])
+def test_what_is_no_name_of_a_file_or_folder_is_one_line(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda: write_json(path, {}), lambda: check_writable(path), lambda: ResumableFolder(path, {}),
+                  lambda: new_folder(path).__enter__()):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"path: expected the name of a file or folder, got .*Use a name such as"):
+            write()
+    assert not any(tmp_path.iterdir())

@@ -153,7 +153,7 @@ def save(
         folder: new or empty; it appears when all of it is on disk.
         max_shard_size: bytes, or a text such as "200MB"; larger weights go to several files.
         anchor_weights: what is kept of float weights, as `pack` has it; packed layers are written as they are.
-    Raises: StateError without modulated layers, or with a LoRA loaded; FormatError for a folder with files; OSError.
+    Raises: StateError without modulated layers, or with a LoRA loaded; FormatError for a folder with files; PathError.
     """
     networks = modulated_networks(target, "save")
     for network in networks:

@@ -27,6 +27,13 @@ class FormatError(ModiffError, ValueError):
     """A file or folder is missing, truncated, of another version, or not what its name promises."""
 
 
+class PathError(ModiffError, OSError):
+    """A file or folder cannot be written where it should go."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ModiffWarning(UserWarning):
     """Something works, but slower or less exactly than it could, and the message says what to do about it."""
 

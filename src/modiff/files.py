@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from modiff.errors import ConfigError, FormatError, StateError
+from modiff.errors import ConfigError, FormatError, PathError, StateError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +35,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     """Call `write` with a binary file that replaces `path` once all of it is on disk; missing folders are made.
 
     Pipes and devices such as /dev/stdout are written directly: they cannot be replaced.
-    Raises: OSError that names `path`; whatever `write` raises. The old file is then intact, and no other one is left.
+    Raises: PathError that names `path`; whatever `write` raises. The old file is then intact, and no other one is left.
     """
-    path = Path(path)
+    path = path_of(path)
     with _errors_name(path):
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb") as file:
@@ -103,8 +103,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Raises: FormatError if `path` is a file, holds files, or is where a disk is mounted: nothing is lost; OSError.
     """
-    path = Path(path).resolve()  # a link to an empty folder stays a link to the one that is filled
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    path = path_of(path)
+    with _errors_name(path):
+        path = path.resolve()  # a link to an empty folder stays a link to the one that is filled
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken:
         got = "files in it" if path.is_dir() else "a file"
         raise FormatError(f"{path}: expected a new or an empty folder, got {got}. Two checkpoints must not mix. "
                           "Give another name, or delete it.")  # fmt: skip
@@ -116,15 +119,17 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
     try:
         yield partial
-        partial.replace(path)
+        with _errors_name(path):
+            partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise an OSError that names the path if it cannot be written later. Nothing is left of the trial."""
-    path = Path(path)
-    missing = [folder for folder in path.parents if not folder.exists()]
+    """Raise a PathError that names the path if it cannot be written later. Nothing is left of the trial."""
+    path = path_of(path)
+    with _errors_name(path):
+        missing = [folder for folder in path.parents if not folder.exists()]
     try:
         with _errors_name(path):
             if path.is_dir():
@@ -155,13 +160,14 @@ class ResumableFolder:
     """
 
     def __init__(self, path: str | Path, job: Mapping[str, Any], *, record: str = "job.json", items: str = "*") -> None:
-        self.path = Path(path)
+        self.path = path_of(path)
         self.job: dict[str, Any] = json.loads(json.dumps(job, allow_nan=False))
         self._record, self._items, self._lock = self.path / record, items, FileLock(self.path / LOCK)
 
     def __enter__(self) -> Self:
-        self._check()  # before the lock, so that nothing is left in a folder of someone else
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _errors_name(self.path):
+            self._check()  # before the lock, so that nothing is left in a folder of someone else
+            self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
             self._check()
@@ -213,8 +219,23 @@ def _errors_name(path: Path) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
+    except PathError:
+        raise
     except OSError as error:
-        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+        advice = "Free some space, or give" if error.errno == errno.ENOSPC else "Give"
+        failed = PathError(f"{path}: expected a file that can be written, got {error.strerror or error}. Nothing was "
+                           f"left half done. {advice} another path.")  # fmt: skip
+        failed.errno, failed.filename = error.errno, str(path)
+        raise failed from error
+
+
+def path_of(path: str | Path) -> Path:
+    """What a user gives as the name of a file or folder to write. Raises: ConfigError if it is no name."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise ConfigError(f"path: expected the name of a file or folder, got {path!r}. There is nowhere to write. Use "
+                          "a name such as 'out'.")  # fmt: skip
+    return Path(text)
 
 
 def _partial(path: Path) -> Path:

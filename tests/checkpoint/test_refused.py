@@ -17,6 +17,7 @@ import modiff
 from modiff import AttentionConfig, ConfigError, FormatError, LayerConfig, StateError, WeightConfig, presets
 from modiff.checkpoint.layout import Layer, Layout
 from modiff.checkpoint.tensors import read_headers, weight_files
+from modiff.errors import PathError
 from tests.checkpoint.test_module_folder import WEIGHTS, applied, assert_equal
 from tests.helpers import assert_same_tensors
 from tests.model.toys import sample, toy, toy_unet
@@ -287,3 +288,13 @@ def test_what_cannot_be_saved_is_refused_and_no_folder_appears(tmp_path, config,
     with pytest.raises(error, match=message):
         modiff.save(model, tmp_path / "saved", anchor_weights=anchors)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["file/below", "/proc/x", "/dev/null/x", "n" * 300])
+def test_a_folder_that_cannot_be_written_is_one_line(where, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PathError, match=r"^[^\n]*: expected a file that can be written, got .*Give another path\.$"):
+        modiff.save(applied(), tmp_path / where)
+    with pytest.raises(ConfigError, match=r"expected the name of a file or folder, got ''\..*Use a name such as 'out'"):
+        modiff.save(applied(), "")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -151,6 +151,16 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            "sample {model} --output=",
+            "--output: expected a path, got ''. An empty one names nothing. Use --output out.",
+        ),
+        ("quantize {model} --method ptqd --output=", "--output: expected a path, got ''"),
+        ("evaluate {model} --report=", "--report: expected a path, got ''"),
+        ("sample {model} -o {out} --steps 2.5", "--steps: expected a whole number, got '2.5'. It cannot be read"),
+        ("generate {model} -o {out} -n 1e3", "--num-images: expected a whole number, got '1e3'"),
+        ("explain {model} --tolerance x", "--tolerance: expected a number, got 'x'"),
+        ("quantize {model} --method ptqd -o /proc/x", "/proc/x: expected a file that can be written, got No such file"),
         ("demo -o -", "--output: expected a name that ends in .png, got '-'"),
         ("export {model} -o x.png", "--output: expected a name that ends in .npz, got 'x.png'"),
         ("sample {model} -o x.png", "--output: expected a folder, or a name for a new one, got 'x.png'"),

@@ -1,8 +1,11 @@
 """The command line: parse, call, show. No logic lives here. A user's mistake is one line on stderr, no traceback."""
 
 import errno
+import inspect
 import re
+import typing
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +19,7 @@ from modiff.cli.generate import export, generate, sample
 from modiff.cli.measure import analyze, demo, explain
 from modiff.cli.quantize import quantize
 from modiff.cli.ui import ui
+from modiff.config import check
 from modiff.errors import ModiffError, ModiffWarning
 from modiff.generate.job import check_counts
 from modiff.presets import FULL_PRECISION
@@ -23,6 +27,7 @@ from modiff.progress import Bar
 
 MISTAKE, INTERRUPTED = 2, 130
 COUNTS = ("num_images", "steps", "batch_size", "shard_size", "threads", "workers")
+_NUMBERS: dict[Any, tuple[str, str]] = {int: ("a whole number", "50"), float: ("a number", "0.5")}
 VERSION_HELP = "Print the version and stop."
 
 
@@ -53,12 +58,33 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """Refuses numbers that mean nothing before anything is loaded."""
+    """Refuses numbers and paths that mean nothing before anything is loaded."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Read the options; what is no number or no path is one line, as all mistakes are."""
+        texts, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        hints = typing.get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
+        for name, text in texts.items():
+            if isinstance(text, str):
+                _check_text(name, text, hints.get(name))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:
         """Run the command."""
         check_counts({name: ctx.params.get(name) for name in COUNTS}, ctx.params.get("seed") or 0)
         return super().invoke(ctx)
+
+
+def _check_text(name: str, text: str, hint: Any) -> None:
+    for kind in typing.get_args(hint) or (hint,):
+        if kind in _NUMBERS:
+            expected, example = _NUMBERS[kind]
+            try:
+                kind(text)
+            except ValueError:
+                check(name, text, False, expected, f"It cannot be read as one. Use {name}={example}.")
+        elif kind is Path:
+            check(name, text, bool(text.strip()), "a path", f"An empty one names nothing. Use {name}=out.")
 
 
 def in_flags(message: str, flags: dict[str, str]) -> str:
