@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 import io
@@ -10,6 +11,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +20,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
+from modiff import presets
 from modiff.evaluate.features.classifier import Classifier, ClassifierFeatures
 from modiff.evaluate.pipelines import PipelineSource
 from modiff.evaluate.report import charts
-from modiff.evaluate.report.charts import STEPS, Point, differences, draw_pareto, layer_figure, pareto
+from modiff.evaluate.report.charts import COLUMNS, STEPS, Point, differences, draw_pareto, layer_figure, pareto
+from modiff.evaluate.report.conclusion import conclusion
 from modiff.evaluate.report.document import Cell, Column, Document, Figure, Section, Table, Verbatim
 from modiff.evaluate.report.page import html_page, markdown, write_report
 from modiff.evaluate.report.sections import suite_document
-from modiff.evaluate.suite.plans import Preset
-from modiff.evaluate.suite.run import Suite, run_suite, watched_layers
+from modiff.evaluate.suite.plans import Plan, Preset
+from modiff.evaluate.suite.run import Row, Suite, run_suite, watched_layers
 from tests.browser import Browser, chromium, keep_screenshot
 from tests.evaluate.fakes import FakeExtractor, FakeSource
 from tests.pixels import pixel_pipeline
@@ -83,9 +88,8 @@ def test_fewer_steps_are_a_dashed_line_through_their_points_in_a_file_that_is_th
     lines = drawing.axes[0].get_lines()
     (line_of_steps,) = [line for line in lines if line.get_label() == "fewer sampler steps"]
     assert line_of_steps.get_linestyle() == "--"
-    assert list(zip(*map(list, line_of_steps.get_data()), strict=True)) == [(24.0, 0.3), (50.0, 0.1)]
-    (full,) = [line for line in lines if line.get_label() == "50 steps (error 0)"]
-    assert list(full.get_xdata()) == [100.0, 100.0]
+    assert list(zip(*map(list, line_of_steps.get_data()), strict=True)) == [(24.0, 0.3), (50.0, 0.1), (100.0, 0.01)]
+    assert drawing.axes[0].get_ylim()[0] < 0.01  # full precision, whose error is 0, at the lower edge
 
 
 def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +227,15 @@ IMAGES = """return [...document.images].map((image) => {
   return {id: image.closest("figure").id, natural: image.naturalWidth, width: box.width, height: box.height,
           right: box.right, alt: image.alt};
 });"""
+FITS = """const sizes = (query, side) =>
+  [...document.querySelectorAll(query)].map((element) => element.getBoundingClientRect()[side]);
+return {page: document.documentElement.scrollWidth, tables: sizes("table, td, th", "right"),
+        pictures: sizes("img.pixels", "width"), conclusion: sizes("p.conclusion", "bottom")[0],
+        rendering: [...document.querySelectorAll("img.pixels")].map((e) => getComputedStyle(e).imageRendering)};"""
+NAMES = """return [...document.querySelectorAll('g[id^="name-"]')].map((name) => {
+  const box = name.getBoundingClientRect();
+  return [box.left, box.top, box.right, box.bottom];
+});"""
 COLUMN = """const table = document.getElementById(%s);
 return [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);"""
 PRESS = "document.getElementById('numbers').tHead.rows[0].cells[%d].querySelector('button').click();"
@@ -271,7 +284,55 @@ def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser:
     browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     keep_screenshot(browser, "report-dark")
     browser.command("Emulation.setEmulatedMedia", features=[])
+    browser.command("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    keep_screenshot(browser, "report-phone")
+    phone = browser.run(FITS)
+    browser.command("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+    assert phone["page"] <= 390
+    assert max(phone["tables"]) <= 390
+    assert set(phone["rendering"]) == {"pixelated"}
+    assert min(phone["pictures"]) >= COLUMNS * 96
+    assert phone["conclusion"] < 844
     assert browser.console() == []
+
+
+CROWD = [Point(f"W8A{i} setting", "plain", 5.0 + i / 100, 0.1 + i / 1000) for i in range(12)]
+
+
+@pytest.mark.parametrize("points", [POINTS, CROWD], ids=["apart", "crowded"])
+def test_no_name_of_a_chart_lies_on_another_one(browser: Browser, tmp_path: Path, points: list[Point]) -> None:
+    figure = pareto("cost", points, cost="GBOPs", error="relative L2", caption="c")
+    (tmp_path / "chart.html").write_bytes(b"<!doctype html>" + figure.data[figure.data.index(b"<svg") :])
+    browser.open(tmp_path / "chart.html")
+    boxes = browser.run(NAMES)
+    assert len(boxes) == sum(p.error is not None for p in points)
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        for x0, y0, x1, y1 in boxes[:i]:
+            assert left >= x1 or x0 >= right or top >= y1 or y0 >= bottom, i
+
+
+def measured(low: float, value: float, high: float, name: str = "relative_l2") -> dict[str, Any]:
+    return {"name": name, "label": name, "value": value, "low": low, "high": high, "n": 64, "note": ""}
+
+
+def test_the_first_sentence_says_what_the_intervals_tell_apart_and_what_they_do_not() -> None:
+    plans = [Plan(name="full precision", steps=8), Plan(name="half the steps", steps=4)]
+    plans += [Plan(name=name, steps=8, config=presets.plain(8, 8), family="plain") for name in ("near", "same", "far")]
+    intervals = [(0.1, 0.2, 0.3), (0.01, 0.02, 0.03), (0.25, 0.35, 0.45), (0.5, 0.6, 0.7)]
+    rows = [Row(plans[0], ()), *(Row(p, (measured(*i),)) for p, i in zip(plans[1:], intervals, strict=True))]
+    told = conclusion(SimpleNamespace(rows=rows, settings={"num_images": 64}))
+    assert "against half the steps (relative L2 to full precision 0.2 [0.1, 0.3])" in told
+    assert "near (0.02 [0.01, 0.03]) is closer" in told
+    assert "same (0.35 [0.25, 0.45]) cannot be told apart from it" in told
+    assert "far (0.6 [0.5, 0.7]) is further away" in told
+    config = presets.plain(8, 8)
+    config = dataclasses.replace(config, layer=dataclasses.replace(config.layer, execution="integer"))
+    fast = Plan(name="fast", steps=8, config=config, family="plain")
+    times = [measured(s, s, s, "seconds") for s in (2.0, 1.2, 1.5)]
+    rows_timed = [Row(plan, (rows[1].metrics[0], m)) for plan, m in zip([*plans[:2], fast], times, strict=True)]
+    timed = conclusion(SimpleNamespace(rows=rows_timed, settings={"num_images": 64}))
+    assert timed.endswith("fast took 0.75 of full precision's time, half the steps 0.60 of it, each timed once.")
+    assert told.endswith("integers were simulated in floats here, so nothing was faster than full precision.")
 
 
 def test_tables_sort_by_value_or_as_a_reader_would_and_mark_one_column(page: Browser) -> None:

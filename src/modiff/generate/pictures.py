@@ -17,10 +17,11 @@ from modiff.generate.worker import check_inputs, draw
 from modiff.progress import Bar
 
 SETTINGS = "settings.json"
-SMALLEST = 64
+SMALLEST = 96
 """Images with a shorter side than this many pixels are enlarged by whole factors, each pixel a square."""
 GAP = 2
-FONT_SIZE = 13
+LINES = 6
+"""Lines of a label that are as high as an image."""
 
 
 class Pictures(NamedTuple):
@@ -68,7 +69,7 @@ def draw_pictures(
 
 
 def grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """Rows x columns of images with the rows' labels at the left.
+    """Rows x columns of images with the rows' labels, of one line or several, at the left.
 
     rows: (label, images) pairs; images (N, H, W, C) in [0, 1], C = 1 or 3, all rows of one shape. NaN shows black.
     Raises: ConfigError if there are no rows or images, or their shapes differ.
@@ -77,11 +78,12 @@ def grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     fits = bool(shapes) and len(shapes[0]) == 4 and min(shapes[0]) > 0 and shapes[0][3] in (1, 3)
     expected = "rows of images (N, H, W, C) of one shape with 1 or 3 channels"
     check("grid", shapes, fits and len(set(shapes)) == 1, expected, "Give each row the same number of images.")
-    font = ImageFont.load_default(FONT_SIZE)
     count, height, width, _ = rows[0][1].shape
     factor = max(1, -(-SMALLEST // min(height, width)))
     height, width = height * factor, width * factor
-    margin = 2 * GAP + max(int(font.getlength(label)) + 1 for label, _ in rows)
+    font = label_font(height)
+    words = [line for label, _ in rows for line in label.splitlines()]
+    margin = 2 * GAP + max((int(font.getlength(line)) + height // LINES for line in words), default=0)
     size = (margin + count * (width + GAP), GAP + len(rows) * (height + GAP))
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
@@ -92,6 +94,11 @@ def grid(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
             tile = to_picture(image).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             picture.paste(tile, (margin + c * (width + GAP), top))
     return picture
+
+
+def label_font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of labels next to images of that height."""
+    return ImageFont.load_default(height / LINES)
 
 
 def to_picture(image: np.ndarray) -> Image.Image:

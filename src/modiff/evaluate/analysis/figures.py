@@ -16,18 +16,23 @@ from modiff.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: apart also for the colour-blind.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 FAMILY_STYLES = {"plain": (RED, "s"), "uncompensated": (ORANGE, "^"), "modulated": (BLUE, "o"), "tuned": (GREEN, "D")}
 """Colour and marker of each family of presets."""
+_WAYS = np.array([(x, y) for x in (1, -1, 0.5, -0.5, 0) for y in (1, -1, 0.5, -0.5, 0) if 1 in (abs(x), abs(y))])
+"""From a point to the middle of its name, in halves of the name's width and height."""
 STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2, "svg.hashsalt": "modiff",
 }  # fmt: skip
 MOST_NAMES = 80
 """Layer names that fit next to a map; above that, every second or third layer is named."""
+SPAN = 100
+"""Largest over smallest value of a log axis up to which 2 and 5 are named between the powers of ten."""
 
 
 def file_bytes(draw: Callable[[Figure], None], kind: Literal["png", "svg"]) -> bytes:
@@ -56,6 +61,7 @@ def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErr
     every = -(-len(names) // MOST_NAMES)
     axis.set_yticks(range(0, len(names), every), [as_typed(name) for name in names[::every]], fontsize=8)
     axis.set_xlabel("step (0 = first, anchored)")
+    whole_steps(axis.xaxis)
     axis.grid(visible=False)
 
 
@@ -73,6 +79,56 @@ def log_error(step: StepErrors) -> float:
 def as_typed(text: str) -> str:
     """A name as it was typed: matplotlib sets what stands between two dollars as mathematics."""
     return text.replace("$", r"\$")
+
+
+def whole_steps(axis: Axis) -> None:
+    """Ticks at whole numbers alone: no step is the 2.5th."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def log_numbers(axis: Axis) -> None:
+    """0.1 and not a power with an exponent on a log axis that is drawn; 0.2 and 0.5 too up to a SPAN."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = sorted(axis.get_view_interval())
+    axis.set_minor_locator(LogLocator(subs=(2, 5) if high < SPAN * low else ()))
+    axis.set_minor_formatter("{x:g}")
+    axis.set_major_formatter("{x:g}")
+    axis.set_tick_params(which="both", labelsize=9)
+
+
+def name_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], size: float = 10) -> None:
+    """Write (name, x, y, colour) next to each point, so that no name lies on another one, on a point or outside.
+
+    A name that has no room next to its point is tied to it with a thin line. Call it when all else is drawn: it keeps
+    the limits of the axes. In an SVG file each name is a group whose id begins with "name-".
+    """
+    from matplotlib.transforms import Bbox
+
+    drawing = axis.figure
+    drawing.draw_without_rendering()  # the layout decides where points lie
+    axis.autoscale(enable=False)
+    frame, margin, marker = axis.get_window_extent(), size * drawing.dpi / 288, 4.5 * drawing.dpi / 72
+    points = axis.transData.transform([(x, y) for _, x, y, _ in names]) if names else []
+    taken = [Bbox.from_bounds(x - marker, y - marker, 2 * marker, 2 * marker) for x, y in points]
+    for i, ((name, x, y, colour), point) in enumerate(zip(names, points, strict=True)):
+        text = axis.text(x, y, as_typed(name), fontsize=size, color=colour, ha="center", va="center", gid=f"name-{i}")
+        text.set_in_layout(False)
+        half = np.array(text.get_window_extent().padded(margin).size) / 2
+        # rings around the point, to the right and up first; further and further away
+        spots = [(ring, point + way * (half + marker * (ring + 1.01))) for ring in range(24) for way in _WAYS]
+        boxes = [(ring, spot, Bbox([spot - half, spot + half])) for ring, spot in spots]
+        inside = [s for s in boxes if frame.x0 <= s[2].x0 and s[2].x1 <= frame.x1 and frame.y0 <= s[2].y0
+                  and s[2].y1 <= frame.y1] or boxes  # fmt: skip
+        ring, spot, box = min(inside, key=lambda s: s[2].count_overlaps(taken))  # the first that overlaps nothing
+        taken.append(box)
+        end = axis.transData.inverted().transform(spot)
+        text.set_position(tuple(end))
+        if ring:
+            axis.plot((x, end[0]), (y, end[1]), color=colour, linewidth=0.6, zorder=1)
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
 
 
 def figures(analysis: Analysis, folder: Path) -> list[Path]:
@@ -127,6 +183,7 @@ def _growth_panel(axis: Axes, steps: list[int], spread: dict[str, Any], color: s
     axis.plot(steps, spread["printed_bound"], color=GREY, linestyle=":", label="as printed in Thm 4.4")
     axis.set_title(title)
     axis.set_xlabel("step")
+    whole_steps(axis.xaxis)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=10)  # below: no curve is under it
 
 

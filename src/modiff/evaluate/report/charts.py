@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modiff.evaluate.analysis.figures import FAMILY_STYLES, GREY, as_typed, file_bytes, layer_map, log_error, map_height
+from modiff.evaluate.analysis.figures import (
+    FAMILY_STYLES,
+    GREY,
+    as_typed,
+    file_bytes,
+    layer_map,
+    log_error,
+    log_numbers,
+    map_height,
+    name_points,
+)
 from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.document import Figure
 from modiff.evaluate.suite.plans import STEPS
 from modiff.generate.pictures import grid
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-MOST_IMAGES = 8
-"""Columns of a strip: more would be too small to see."""
+COLUMNS, MOST_IMAGES = 3, 6
+"""Images next to each other, which are then 96 pixels wide on a phone too, and in all."""
 GAIN = 8
-"""Of the colours of a difference."""
+"""Of the colours of a difference, the same in every one: what they tell can be compared."""
 
 
 @dataclass(frozen=True)
@@ -61,44 +71,31 @@ def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption
 
 
 def draw_pareto(drawing: Drawing, points: Sequence[Point], cost: str, error: str) -> None:
-    """The chart; what diverged is left out."""
-    from matplotlib.ticker import LogLocator  # imported late: importing modiff must not load it
-
-    drawing.set_size_inches(6.4, 4.8)
+    """The chart; what diverged is left out. Full precision, whose error is 0, stands at the lower edge."""
+    drawing.set_size_inches(4.8, 4.8)
     axis = drawing.subplots()
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    for direction in (axis.xaxis, axis.yaxis):  # 200, 500, 1000: powers of ten alone are too few
-        direction.set_minor_locator(LogLocator(subs=(2, 5)))
-        direction.set_minor_formatter("{x:g}")
-        direction.set_major_formatter("{x:g}")
-    axis.set_xlabel(cost)
-    axis.set_ylabel(as_typed(error))
-    for family in dict.fromkeys([STEPS, *(p.family for p in points)]):
-        members = [p for p in points if p.family == family and p.error]
-        if members:
-            line = sorted((p.cost, p.error) for p in members)
-            colour, marker = members[0].style
-            label, stroke = ("fewer sampler steps", "--") if family == STEPS else (as_typed(family), "none")
-            axis.plot(*zip(*line, strict=True), color=colour, marker=marker, linestyle=stroke, label=label)
-    for point in points:
-        if point.family == STEPS and point.error == 0:
-            label = as_typed(f"{point.label} (error 0)")
-            axis.axvline(point.cost, color="black", linestyle=":", linewidth=1.2, label=label)
-        if point.error:
-            _annotate(axis, point, point.error)
-    axis.tick_params(which="minor", labelsize=8)
+    axis.set(xscale="log", yscale="log", xlabel=cost, ylabel=as_typed(error))
+    floor = min((p.error for p in points if p.error), default=1.0) / 2
+    shown = [(p, p.error or floor) for p in points if p.error or (p.family == STEPS and p.error == 0)]
+    for point, height in shown:
+        colour, marker = point.style
+        axis.plot(point.cost, height, color=colour, marker=marker, linestyle="none")
+        if point.low is not None and point.high:  # a log scale has no zero
+            low = max(point.low, height / 1e3)
+            axis.vlines(point.cost, min(low, height), max(point.high, height), color=colour, linewidth=1)
+    steps = sorted((p.cost, height) for p, height in shown if p.family == STEPS)
+    if steps:
+        costs, heights = zip(*steps, strict=True)
+        axis.step(costs, list(itertools.accumulate(heights, min)), color="black", linestyle="--", where="post",
+                  label="fewer sampler steps")  # fmt: skip
+    for family, point in {p.family: p for p, _ in shown if p.family != STEPS}.items():
+        axis.plot([], [], color=point.style[0], marker=point.style[1], linestyle="none", label=as_typed(family))
     axis.margins(x=0.18, y=0.12)  # room for the names
-    axis.legend(loc="best", fontsize=9)
-
-
-def _annotate(axis: Axes, point: Point, error: float) -> None:
-    colour = point.style[0]
-    if point.low is not None and point.high is not None and point.high > 0:
-        low = max(point.low, error / 1e3)  # a log scale has no zero
-        axis.vlines(point.cost, min(low, error), max(point.high, error), color=colour, linewidth=1)
-    axis.annotate(as_typed(point.label), (point.cost, error), xytext=(6, 4), textcoords="offset points", fontsize=8,
-                  color=colour)  # fmt: skip
+    for direction in (axis.xaxis, axis.yaxis):
+        log_numbers(direction)
+    if shown:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=10)
+    name_points(axis, [(p.label + " (error 0)" * (p.error == 0), p.cost, y, p.style[0]) for p, y in shown])
 
 
 def layer_figure(layers: Sequence[LayerTrace], caption: str) -> Figure:
@@ -118,23 +115,23 @@ def layer_figure(layers: Sequence[LayerTrace], caption: str) -> Figure:
 
 
 def image_figures(rows: Sequence[tuple[str, np.ndarray]], seed: int) -> list[Figure]:
-    """A strip of images for each configuration, and next to it one of differences to the first, full precision.
+    """The images of each configuration, and next to them their differences to the first one, full precision.
     rows: (name, images uint8 (N, H, W, C)) with the same seeds in every row. seed: of the first image.
     """
     (reference_name, images), *others = rows
-    reference = images[:MOST_IMAGES]
+    reference = images[: min(len(images) // COLUMNS * COLUMNS or len(images), MOST_IMAGES)]
     count = len(reference)
     seeds = f"seeds {seed} to {seed + count - 1}"
     alt = f"{count} images of {reference_name}, {seeds}."
-    figures = [Figure("images-0", alt, f"{reference_name}, {seeds}", _strip(reference / 255), pixels=True)]
+    figures = [Figure("images-0", alt, f"{reference_name}, {seeds}", _block(reference / 255), pixels=True)]
     for i, (name, others_images) in enumerate(others, 1):
         images = others_images[:count]
         largest = int(np.abs(images.astype(np.int64) - reference).max())
         alt = f"{count} images of configuration {name}, {seeds}."
-        change = f"Difference of {name} to {reference_name}, enlarged {GAIN} times; the largest is {largest} of 255."
+        change = f"Difference of {name} to {reference_name}, {GAIN} times as strong; the largest is {largest} of 255."
         figures += [
-            Figure(f"images-{i}", alt, name, _strip(images / 255), pixels=True, half=True),
-            Figure(f"difference-{i}", change, change, _strip(differences(images, reference)), pixels=True, half=True),
+            Figure(f"images-{i}", alt, name, _block(images / 255), pixels=True, half=True),
+            Figure(f"difference-{i}", change, change, _block(differences(images, reference)), pixels=True, half=True),
         ]
     return figures
 
@@ -147,7 +144,8 @@ def differences(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.stack([red, 1 - np.abs(scaled), blue], axis=-1)
 
 
-def _strip(images: np.ndarray) -> bytes:
+def _block(images: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    grid([("", images)]).save(buffer, format="PNG", optimize=True)
+    rows = [("", images[i : i + COLUMNS]) for i in range(0, len(images), COLUMNS)]
+    grid(rows).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

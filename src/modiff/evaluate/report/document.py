@@ -59,8 +59,8 @@ class Table:
 class Figure:
     """A picture with a caption, as the bytes of a PNG or SVG file.
 
-    alt: what it shows, for those who do not see it. pixels: a picture of single pixels, not to be smoothed. half: two
-    of its kind stand side by side where there is room.
+    alt: what it shows, for those who do not see it. pixels: images, enlarged to fill their column, not smoothed. half:
+    two of its kind stand side by side where there is room; otherwise a narrow screen scrolls it.
     """
 
     name: str
@@ -93,11 +93,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A report. The names of its figures and tables are links and file names: small letters, digits and hyphens."""
+    """A report. The names of its figures and tables are links and file names: small letters, digits and hyphens.
+
+    conclusion: the result in one sentence, which stands first; lead: how to read the rest.
+    """
 
     title: str
     lead: str
     sections: tuple[Section, ...]
+    conclusion: str = ""
 
     def figures(self) -> list[Figure]:
         """All figures in order."""

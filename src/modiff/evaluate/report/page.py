@@ -41,6 +41,7 @@ def html_page(document: Document) -> str:
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     numbered = list(enumerate(document.sections, 1))
     links = "\n".join(f'<li><a href="#section-{i}">{escape(s.title)}</a></li>' for i, s in numbered)
+    conclusion = f'<p class="conclusion">{escape(document.conclusion)}</p>\n' * bool(document.conclusion)
     sections = "".join(_section(number, section) for number, section in numbered)
     return f"""<!doctype html>
 <html lang="en">
@@ -55,7 +56,7 @@ def html_page(document: Document) -> str:
 <body>
 <header>
 <h1>{escape(document.title)}</h1>
-<p>{escape(document.lead)}</p>
+{conclusion}<p>{escape(document.lead)}</p>
 <nav aria-label="Sections"><ul>
 {links}
 </ul></nav>
@@ -88,9 +89,9 @@ def _block(block: Content) -> str:
             return _table(block)
         case Figure():
             source = f"data:{_MEDIA[block.kind]};base64,{base64.b64encode(block.data).decode()}"
-            half, pixels = (' class="half"' if block.half else ""), (' class="pixels"' if block.pixels else "")
+            kind, pixels = "half" if block.half else "whole", ' class="pixels"' * block.pixels
             return (
-                f'<figure id="{block.name}"{half}><img{pixels} src="{source}" alt="{escape(block.alt)}">'
+                f'<figure id="{block.name}" class="{kind}"><img{pixels} src="{source}" alt="{escape(block.alt)}">'
                 f"<figcaption>{escape(block.caption)}</figcaption></figure>\n"
             )
 
@@ -113,7 +114,7 @@ def _table(table: Table) -> str:
 def _row(table: Table, index: int) -> str:
     cells: list[str] = []
     for i, (column, cell) in enumerate(zip(table.columns, table.rows[index], strict=True)):
-        kind = ' class="number"' if column.numeric else ""
+        kind = f' data-label="{escape(column.title)}"' + ' class="number"' * column.numeric
         value = "" if cell.value is None else f' data-value="{cell.value!r}"'
         names_row = i == 0 and not column.numeric
         opening, closing = ('<th scope="row">', "</th>") if names_row else (f"<td{kind}{value}>", "</td>")
@@ -127,11 +128,11 @@ def markdown(document: Document, figures: str = FIGURES) -> str:
 
     Texts are escaped: markup and HTML in a name show as they were typed. Notes of columns stand below their table.
     """
-    blocks = [f"# {_text(document.title)}", _text(document.lead)]
+    blocks = [f"# {_text(document.title)}", _text(document.conclusion), _text(document.lead)]
     for section in document.sections:
         blocks.append(f"## {_text(section.title)}")
         blocks += [_markdown_block(block, figures) for block in section.blocks]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def _markdown_block(block: Content, figures: str) -> str:

@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Sequence
 
 from modiff.evaluate.analysis.layers import LayerTrace
-from modiff.evaluate.report.charts import Point, image_figures, layer_figure, pareto
+from modiff.evaluate.report.charts import GAIN, Point, image_figures, layer_figure, pareto
+from modiff.evaluate.report.conclusion import conclusion
 from modiff.evaluate.report.document import Cell, Column, Content, Document, Section, Table, Verbatim
 from modiff.evaluate.suite.judge import DATA, FULL, Measurement
 from modiff.evaluate.suite.plans import STEPS, Plan
@@ -25,7 +26,7 @@ CAPTIONS = {
 }
 IMAGES = (
     "The first images, none chosen, from the same noise in every row. Next to each configuration is its difference to "
-    "full precision: red is brighter, blue is darker, white is equal."
+    f"full precision, {GAIN} times as strong in all of them: red is brighter, blue is darker, white is equal."
 )
 HEAT_CAPTION = (
     "Error of every layer's output at every step in configuration {name}, {images} images: each layer is fed with the "
@@ -54,7 +55,7 @@ def suite_document(
         _environment(suite, command),
         Section("Every figure", (_everything(suite.rows),)),
     ]
-    return Document(title, LEAD, tuple(sections))
+    return Document(title, LEAD, tuple(sections), conclusion(suite))
 
 
 def _results(suite: Suite) -> Section:
@@ -107,9 +108,9 @@ def _cost_against_error(suite: Suite) -> Section:
     errors = {"relative_l2": "relative L2 to full precision"}
     errors |= {m["name"]: m["label"] for row in suite.rows for m in row.metrics if m["name"] == distance}
     blocks: list[Content] = [
-        "Lower left is better. What lies above the dashed line is beaten by taking fewer steps with the unquantized "
-        "model. Bit-operations are not speed: time is what was measured here, with integers simulated in floats where "
-        "a row does not say that it runs on them."
+        "Lower left is better. What lies above the dashed line or to its right is beaten by the unquantized model with "
+        "as many steps or fewer. Bit-operations are not speed: time is what was measured here, with integers simulated "
+        "in floats where a row does not say that it runs on them."
     ]
     for metric, error in errors.items():
         for cost, axis in (("gbops", "GBOPs of one image"), ("seconds", "seconds for one image, measured")):
