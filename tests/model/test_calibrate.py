@@ -82,7 +82,7 @@ def test_a_calibrated_model_follows_its_network_and_repeats_itself():
         assert float((a - e).norm() / e.norm()) < 0.01
 
 
-FRESH = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+FRESH = [torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
 
 @pytest.mark.parametrize("groups", [1, 0])
@@ -104,9 +104,11 @@ def test_steps_whose_residuals_need_larger_scales_than_their_values_code_the_val
     assert attachment_of(model).report.taken[0].reason == ""
 
 
-def test_residuals_stay_coded_where_values_have_more_than_half_of_their_noise():
+def test_residuals_stay_coded_where_values_have_more_than_half_of_their_noise_or_one_row():
     swings = [factor * FRESH[0] for factor in (1.0, -0.25, 1.0, -0.25)]  # 1.25² times the noise of values
     assert not quantizer_of(calibrate(static(), swings)).of_values
+    assert quantizer_of(calibrate(static(), FRESH)).of_values
+    assert not quantizer_of(calibrate(static(), [x[:, 0] for x in FRESH])).of_values, "one row a sample"
 
 
 def test_an_observer_with_settings_of_its_own_can_be_given():

@@ -126,6 +126,8 @@ class Quantizer:
 
         `freeze` takes what has less noise. anchor: None where the quantized weight met it, as it meets the value.
         """
+        if value.dim() < 3:
+            return  # a row a sample, as of time embeddings: the whole image shares its error, also from step to step
         now = self._observe(value, self._values)
         power, moved = float(value.square().mean()), value if anchor is None else value - anchor
         if power > 0:
