@@ -209,7 +209,7 @@ class Quantizer:
         return tables, moments
 
     def _with_less_noise(self, tables: Tables, values: Tables, sets: dict[Moment, int]) -> frozenset[int]:
-        """Sets whose values are coded with less than half of their residuals' noise: scale^2 / 12, and the weight's.
+        """Sets whose values are coded with less noise than their residuals: scale^2 / 12, and that of the weight.
 
         Rounding of the weight acts on the change since the anchor; after a step that predicts zero, on the value.
         Where residuals are nearly as large as values, what earlier steps did is lost, and the largest change counts.
@@ -220,8 +220,7 @@ class Quantizer:
             inverse, moved = (sum(each) / len(seen) for each in zip(*seen, strict=True)) if seen else (0.0, 1.0)
             noise, other = (float(noise_of(each[index], self.runs)) / 12 * inverse for each in (values, tables))
             moved = 1.0 if less else max(pair[1] for pair in seen) if seen and other > noise / 2 else moved
-            # twice: errors of values that move slowly point the same way step after step, those of residuals do not
-            if 2 * (noise + self.weight_noise) < other + self.weight_noise * moved:
+            if noise + self.weight_noise < other + self.weight_noise * moved:
                 less.add(index)
         return frozenset(less)
 
