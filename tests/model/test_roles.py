@@ -219,3 +219,23 @@ def test_a_channel_that_dwarfs_its_layer_is_named_with_advice_and_large_layers_o
     assert outlier.largest == jumping.abs().max()
     assert outlier.median == pytest.approx(float(jumping.abs().amax((0, 2, 3)).clamp(min=1).median()))
     assert "exclude=('shortcut',)" in str(outlier)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_gives_padded_positions_the_values_of_its_slow_path_and_all_others_the_same():
+    """Torch's nested tensors set padded positions to zero; modulated layers keep the encoder from those."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
+    x, padded = torch.randn(3, 6, 16), torch.arange(6) >= torch.tensor([[4], [5], [6]])
+    slow = encoder(x, src_key_padding_mask=padded).detach()
+    with torch.no_grad():
+        fast = encoder(x, src_key_padding_mask=padded)
+        modiff.apply(encoder, presets.modulated(None, None))
+        with modiff.trajectory(encoder):
+            ours = encoder(x, src_key_padding_mask=padded)
+        modiff.remove(encoder)
+        assert torch.equal(encoder(x, src_key_padding_mask=padded), fast)
+    assert torch.equal(ours, slow)
+    torch.testing.assert_close(ours[~padded], fast[~padded])
+    assert not fast[padded].any()
+    assert ours[padded].abs().amin() > 0
