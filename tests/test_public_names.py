@@ -70,7 +70,7 @@ def test_an_import_in_a_fresh_interpreter_loads_what_it_must(module: str, heavy:
 
 def test_each_error_is_public_has_the_root_and_one_built_in_kin_and_no_sibling() -> None:
     kin = {"ConfigError": ValueError, "StateError": RuntimeError, "CalibrationError": RuntimeError,
-           "KernelError": RuntimeError, "FormatError": ValueError}  # fmt: skip
+           "KernelError": RuntimeError, "FormatError": ValueError, "PathError": OSError}  # fmt: skip
     classes = {n: value for n, value in vars(errors).items() if isinstance(value, type)}
     defined = {n: value for n, value in classes.items() if issubclass(value, Exception)}
     assert set(defined) == {*kin, "ModiffError", "ModiffWarning"}

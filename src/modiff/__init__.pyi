@@ -40,6 +40,7 @@ from modiff.errors import FormatError as FormatError
 from modiff.errors import KernelError as KernelError
 from modiff.errors import ModiffError as ModiffError
 from modiff.errors import ModiffWarning as ModiffWarning
+from modiff.errors import PathError as PathError
 from modiff.errors import StateError as StateError
 from modiff.hosts import Host as Host
 from modiff.hosts import register_host as register_host

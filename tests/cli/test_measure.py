@@ -27,7 +27,7 @@ def test_demo_prints_the_table_and_writes_picture_and_json(model: Path, tmp_path
     for row in values["rows"]:
         assert f"{row['relative_l2']:.4f}" in next(x for x in result.stdout.splitlines() if x.startswith(row["name"]))
     with Image.open(picture) as image:
-        assert image.height == 2 + 3 * 66
+        assert image.height == 2 + 3 * 98
     assert sorted(p.name for p in picture.parent.iterdir()) == ["demo.json", "grid.png"]
 
 
@@ -51,7 +51,7 @@ def test_an_interrupted_demo_shows_the_rows_that_are_done(model: Path, tmp_path:
     assert_one_line(result, "interrupted. Files that were finished are kept.", 130)
     assert "a quarter of the steps" in result.stdout
     with Image.open(tmp_path / "grid.png") as image:
-        assert image.height == 2 + 3 * 66
+        assert image.height == 2 + 3 * 98
 
 
 @pytest.mark.parametrize("command", ["demo", "analyze", "explain"])

@@ -174,7 +174,7 @@ def test_accelerate_says_what_it_did_and_its_model_is_left_alone(
     assert result.accelerated is not None
     assert not result.accelerated.accelerated
     assert result.quantized is None
-    assert views.conclusion(result) == f"The model was left as it is: {result.accelerated.reason}."
+    assert views.in_words(result) == f"The model was left as it is: {result.accelerated.reason}."
     with pytest.raises(ConfigError, match="expected quantized images"):
         done(models, settings, heat_map, on=result)
 
@@ -225,15 +225,15 @@ def test_the_heat_map_and_the_report_show_layers_steps_and_settings(models: Mode
 
 def test_simulation_is_not_called_fast_and_integers_are_compared_by_the_median_step(models: Models) -> None:
     simulated = done(models, TINY)
-    assert "nothing is faster" in views.conclusion(simulated)
+    assert "nothing is faster" in views.in_words(simulated)
     integers = done(models, replace(TINY, integers=True))
-    assert "A step on integers is" in views.conclusion(integers)
+    assert "A step on integers is" in views.in_words(integers)
     raced = AccelerateResult(
         before=1.0, max_error=0.02, accelerated=True, floats=2.0, after=3.0, reason="both compiled"
     )
-    assert "1.50 times as fast as floats (both compiled)" in views.conclusion(replace(integers, accelerated=raced))
-    assert "do not trust the times" in views.conclusion(replace(integers, crowded=True))
-    assert "not finite" in views.conclusion(replace(integers, error={"relative_l2": None, "psnr_db": None}))
+    assert "1.50 times as fast as floats (both compiled)" in views.in_words(replace(integers, accelerated=raced))
+    assert "do not trust the times" in views.in_words(replace(integers, crowded=True))
+    assert "not finite" in views.in_words(replace(integers, error={"relative_l2": None, "psnr_db": None}))
 
 
 def test_text_of_a_model_is_escaped_and_the_gain_is_printed(models: Models) -> None:

@@ -11,7 +11,7 @@ from modiff.evaluate.report.page import html_page
 from modiff.files import write_atomically, write_json
 from modiff.generate.environment import environment
 from modiff.web.compare import Compared
-from modiff.web.views import LAYER_HEAD, conclusion, layer_rows, measures
+from modiff.web.views import LAYER_HEAD, in_words, layer_rows, measures
 
 
 def export(done: Compared, folder: Path) -> tuple[Path, Path | None]:
@@ -36,7 +36,7 @@ def document(done: Compared) -> Document:
     times = Table("figures", "Time and error.", columns, _cells(measures(done)))
     runs = [("full precision", done.full), (settings.name, done.quantized)]
     images = image_figures([(name, run.bytes) for name, run in runs if run is not None], settings.seed)
-    sections = [Section("Result", (conclusion(done), times)), Section("Images", tuple(images))]
+    sections = [Section("Result", (in_words(done), times)), Section("Images", tuple(images))]
     if done.heat is not None:
         sections.append(Section("Where the error arises", (done.heat,)))
     if done.report is not None:

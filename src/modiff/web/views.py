@@ -83,7 +83,7 @@ def images_of(done: Compared) -> str:
     return pictures(done.full.bytes, quantized, done.settings.name, done.settings.seed)
 
 
-def conclusion(done: Compared) -> str:
+def in_words(done: Compared) -> str:
     """The result in a sentence or two: how far off, and how fast, without calling simulation fast."""
     if done.quantized is None or done.report is None:
         reason = done.accelerated.reason if done.accelerated else "nothing was quantized"
@@ -122,7 +122,7 @@ def summary(done: Compared) -> str:
     """The conclusion and the figures below it."""
     head = ("", "full precision", done.settings.name)
     small = "Seconds leave previews out. The first steps also prepare weights, so the median of the steps says more."
-    words = f'<p class="m-conclusion" role="status">{escape(conclusion(done))}</p>'
+    words = f'<p class="m-conclusion" role="status">{escape(in_words(done))}</p>'
     return f'{words}{_table(head, measures(done))}<p class="m-legend">{small}</p>'
 
 
