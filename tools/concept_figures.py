@@ -1,7 +1,7 @@
 """Which pictures explain the method? Draws those of docs/concepts on the embedded model: a minute or two on one core.
 
 python tools/concept_figures.py             # into docs/figures
-python tools/concept_figures.py --steps 4 --folder /tmp/figures
+python tools/concept_figures.py --steps 4 --folder figures
 """
 
 import argparse
@@ -109,6 +109,7 @@ def draw_bits(axes: Axes, pipe: DDIMPipeline, steps: int) -> None:
 
 
 def main() -> None:
+    """Draw all three, and print what their captions say."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "docs" / "figures")

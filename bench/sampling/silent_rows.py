@@ -46,6 +46,7 @@ def dead_zone(size: float, counts: Counter[str]) -> Iterator[None]:
     code_of: Callable[..., Code] = Quantizer.scaled
 
     def scaled(quantizer: Quantizer, residual: Tensor, scales: Any) -> Code:
+        """`Quantizer.scaled`, with the dead zone."""
         code = code_of(quantizer, residual, scales)
         runs = quantizer.split(residual)
         parts = tuple(

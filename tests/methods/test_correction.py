@@ -57,6 +57,17 @@ def build(sampler: str, *, quantized: bool = False):
     return pipe
 
 
+def images_come_nearer_and_the_table_is_saved(full, pipe, folder):
+    exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
+    table = learn_correction(full, pipe, TacConfig(**TINY, relative=0.0, bias="channel"), progress=False)
+    pipe.scheduler = corrected(pipe.scheduler, table)
+    after = small.call(pipe, steps=6, seed=50, batch=4)
+    assert relative_error(after, exact) < relative_error(before, exact)
+    pipe.scheduler.save_pretrained(folder)
+    pipe.scheduler = type(pipe.scheduler).from_pretrained(folder)
+    assert torch.equal(small.call(pipe, steps=6, seed=50, batch=4), after)
+
+
 def test_images_of_a_network_whose_modules_another_library_replaced_come_nearer_and_the_table_is_saved(tmp_path):
     full, pipe = build("ddim"), build("ddim")
     layers = [name for name, module in pipe.unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -64,14 +75,7 @@ def test_images_of_a_network_whose_modules_another_library_replaced_come_nearer_
         parent, _, child = name.rpartition(".")
         setattr(pipe.unet.get_submodule(parent), child, Blockwise(pipe.unet.get_submodule(name)))
     assert sum(p.ndim > 1 for p in pipe.unet.parameters()) == 0, "no weight is left"
-    exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
-    table = learn_correction(full, pipe, TacConfig(**TINY, relative=0.0, bias="channel"), progress=False)
-    pipe.scheduler = corrected(pipe.scheduler, table)
-    after = small.call(pipe, steps=6, seed=50, batch=4)
-    assert relative_error(after, exact) < relative_error(before, exact)
-    pipe.scheduler.save_pretrained(tmp_path)
-    pipe.scheduler = type(pipe.scheduler).from_pretrained(tmp_path)
-    assert torch.equal(small.call(pipe, steps=6, seed=50, batch=4), after)
+    images_come_nearer_and_the_table_is_saved(full, pipe, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -79,14 +83,7 @@ def test_images_of_a_network_that_torchao_quantized_come_nearer_and_the_table_is
     torchao = pytest.importorskip("torchao.quantization")
     full, pipe = build("ddim"), build("ddim")
     torchao.quantize_(pipe.unet, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int3))
-    exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
-    table = learn_correction(full, pipe, TacConfig(**TINY, relative=0.0, bias="channel"), progress=False)
-    pipe.scheduler = corrected(pipe.scheduler, table)
-    after = small.call(pipe, steps=6, seed=50, batch=4)
-    assert relative_error(after, exact) < relative_error(before, exact)
-    pipe.scheduler.save_pretrained(tmp_path)
-    pipe.scheduler = type(pipe.scheduler).from_pretrained(tmp_path)
-    assert torch.equal(small.call(pipe, steps=6, seed=50, batch=4), after)
+    images_come_nearer_and_the_table_is_saved(full, pipe, tmp_path)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++"])

@@ -277,3 +277,16 @@ def test_a_weight_that_was_read_before_the_trajectory_is_heard_when_it_is_the_tu
     expected = model(x).detach()
     assert relative_error(outputs[0], expected) > 0.1
     assert relative_error(outputs[-1], expected) < 0.02
+
+
+def test_all_layers_look_at_their_weights_after_one_found_another():
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))).eval()
+    modiff.apply(model, ModiffConfig(first_last="quantize"))
+    weights, x = [layer.weight for layer in model], torch.randn(2, 16)
+    with torch.no_grad(), modiff.trajectory(model):
+        model(x)
+        for weight in weights:
+            weight.data.mul_(1.5)
+        _, second = model(x), model(x)
+    modiff.remove(model)
+    assert relative_error(second, model(x).detach()) < 0.02

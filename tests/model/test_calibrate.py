@@ -82,7 +82,7 @@ def test_a_calibrated_model_follows_its_network_and_repeats_itself():
         assert float((a - e).norm() / e.norm()) < 0.01
 
 
-FRESH = [torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+FRESH = [torch.randn(4, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
 
 @pytest.mark.parametrize("groups", [1, 0])
@@ -104,10 +104,25 @@ def test_steps_whose_residuals_need_larger_scales_than_their_values_code_the_val
     assert attachment_of(model).report.taken[0].reason == ""
 
 
-def test_layers_that_read_one_row_a_sample_keep_residuals():
-    """As time embeddings do: the whole image shares their error, from step to step."""
-    assert quantizer_of(calibrate(static(), FRESH)).of_values
-    assert not quantizer_of(calibrate(static(), [x[:, 0] for x in FRESH])).of_values
+class Conditioned(Timed):
+    """A layer of tokens, and one of an embedding, which has one row a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 16)
+
+    def forward(self, sample: Tensor, timestep: float | Tensor = 0.0) -> Tensor:
+        return self.layer(sample) + self.embed(sample[:, 0]).unsqueeze(1)
+
+
+def test_embeddings_keep_residuals_where_other_layers_read_tokens():
+    """The whole image shares their error, from step to step."""
+    model = Conditioned()
+    config = activations_only(4, dynamic=False)
+    modiff.apply(model, dataclasses.replace(config, first_last="quantize", default_exclude=()))
+    calibrate(model, [torch.stack([x, x.roll(1, 0)], 1) for x in FRESH])
+    of_values = {name: layer.quantizer.of_values for name, layer in attachment_of(model).layers.items()}
+    assert of_values == {"layer": {0}, "embed": set()}
 
 
 def test_an_observer_with_settings_of_its_own_can_be_given():

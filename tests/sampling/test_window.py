@@ -1,6 +1,7 @@
 """Modulation along the rows of one call: the recursion over rows, and nothing left when the call ends."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from modiff.core.affine import QParams
 from modiff.core.quantizer import Code
 from modiff.model.attach import required_attachment
 from modiff.model.trajectory import state_bytes
-from modiff.sampling.parallel import rows_of
+from modiff.sampling.parallel import rows_of, spread
 from modiff.sampling.window import along_window
 from tests.helpers import assert_same_bits, assert_within, relative_error
 from tests.nn.building import drawn
@@ -179,3 +180,17 @@ def test_networks_that_nothing_gives_rows_to_are_refused() -> None:
     halves = rows_of(lambda x, t: model(x[:-1], t))
     with along_window(model), pytest.raises(StateError, match="expected 3 rows for each sample, got a batch of 5"):
         halves(torch.stack(rows, 1), TIMES[:3])
+
+
+def test_threads_may_share_a_network_along_the_window_as_no_call_leaves_a_state() -> None:
+    layer, rows, _ = drawn("linear", 8)
+    model, x, ready = network(layer, W4A4), torch.stack(rows, 1), threading.Barrier(2)
+
+    def at_once(x: Tensor, times: Tensor) -> Tensor:
+        ready.wait(30)
+        return rows_of(model)(x, times)
+
+    times = TIMES[: len(rows)]
+    with along_window(model):
+        alone = [rows_of(model)(*half) for half in zip(x.tensor_split(2, 1), times.tensor_split(2), strict=True)]
+        assert_same_bits(spread([at_once, at_once])(x, times), torch.cat(alone, 1))

@@ -57,6 +57,7 @@ class Quantizer:
     of_values: indices of the sets that were measured on values, as residuals had more noise: these steps predict zero,
     as samples that jump do. The only set has index 0.
     weight_noise: mean square of what rounding took from the weight, over that of the weight; decides that too.
+    reads_one_row: whether the inputs of the last measurement had one row a sample, neither tokens nor pixels.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Quantizer:
         self.moments: dict[Moment, int] = {}
         self.of_values: frozenset[int] = frozenset()
         self.weight_noise = 0.0
+        self.reads_one_row = True
         self._make: Callable[[], Observer] | None = None
         self._watched: dict[Moment, tuple[Observer, ...]] = {}
         self._values: dict[Moment, tuple[Observer, ...]] = {}
@@ -126,8 +128,7 @@ class Quantizer:
 
         `freeze` takes what has less noise. anchor: None where the quantized weight met it, as it meets the value.
         """
-        if value.dim() < 3:
-            return  # a row a sample, as of time embeddings: the whole image shares its error, also from step to step
+        self.reads_one_row = value.dim() < 3
         now = self._observe(value, self._values)
         power, moved = float(value.square().mean()), value if anchor is None else value - anchor
         if power > 0:
@@ -180,13 +181,17 @@ class Quantizer:
         """Whether no tensor came since `watch`."""
         return not self._watched
 
-    def freeze(self) -> None:
-        """Turn what the observers saw into static scales. Raises: CalibrationError if they saw nothing."""
+    def freeze(self, *, residuals: bool = False) -> None:
+        """Turn what the observers saw into static scales.
+
+        residuals: of residuals at every step, whatever values need.
+        Raises: CalibrationError if they saw nothing.
+        """
         if not self._watched and self._make is not None:
             self._make().range()  # raises: nothing was seen
         groups = self.config.step_groups
         (tables, moments), (values, sets) = self._frozen(self._watched), self._frozen(self._values)
-        self.of_values = self._with_less_noise(tables, values, sets)
+        self.of_values = frozenset() if residuals else self._with_less_noise(tables, values, sets)
         tables |= {index: values[index] for index in self.of_values}
         if groups == 1:
             self.static = tables[0]

@@ -82,9 +82,11 @@ def measure_scales(
                 "coded step of any layer. Run whole trajectories."
             )
         warn_unfit("calibrate", silent, "They keep the scales that they had. Exclude them, or run whole trajectories.")
-        for _, quantizer, _ in quantizers:
+        # embeddings read one row a sample: the whole image shares their error from step to step, which adds up
+        images = {id(clock) for _, quantizer, clock in quantizers if not quantizer.reads_one_row}
+        for _, quantizer, clock in quantizers:
             if not quantizer.saw_nothing:
-                quantizer.freeze()
+                quantizer.freeze(residuals=quantizer.reads_one_row and id(clock) in images)
         for model in models:
             leave_unfit(model, "calibrate")
         step_sizes = {attachment: StepSizes(attachment.step_sizes.largest) for attachment in step_sizes}
