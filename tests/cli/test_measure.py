@@ -76,7 +76,10 @@ def test_analyze_writes_three_figures_and_the_json_and_names_them(model: Path, t
     words = ["-o", folder, "--steps", 3, "-n", 1, "--seed", 7, "--config", "tuned:8:3", "--scheduler", "euler"]
     result = done(modiff("analyze", model, *words, "--json", results))
     assert sorted(p.name for p in folder.iterdir()) == sorted(FIGURES)
-    assert [Path(line).name for line in result.stdout.split()] == [*FIGURES, "analysis.json"]
+    paths, _, words = result.stdout.partition("\n\n")
+    assert [Path(line).name for line in paths.splitlines()] == [*FIGURES, "analysis.json"]
+    assert [line.partition(" ")[0] for line in words.splitlines()] == ["Safe", "Modulation", "Layers", "Next:"]
+    assert f"analyze {model} --scheduler euler" in words
     settings = json.loads(results.read_text())["settings"]
     assert (settings["seed"], settings["config"]["layer"]["activation"]["bits"]) == (7, 3)
 

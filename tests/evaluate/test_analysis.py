@@ -11,7 +11,7 @@ from PIL import Image
 import modiff
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
-from modiff.errors import ConfigError
+from modiff.errors import ConfigError, StateError
 from modiff.evaluate.analysis.figures import figures
 from modiff.evaluate.analysis.run import SWEEP_MODES, analyze_pipeline, bit_sweep
 from modiff.evaluate.pipelines import PipelineSource, image_error
@@ -45,6 +45,13 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_the_pipeline_plain() -> Non
         with pytest.raises(ConfigError, match=message):
             analyze_pipeline(pipe, **{"steps": 2, "num_images": 1, "progress": False, **settings})
         assert sum(len(m._forward_hooks) for m in pipe.unet.modules()) == 0
+
+
+def test_a_model_that_diverges_in_full_precision_is_refused_as_there_is_nothing_to_compare_with() -> None:
+    pipe = pixel_pipeline()
+    pipe.unet.conv_in.weight.data *= 1e38
+    with pytest.raises(StateError, match="expected finite pixels, got NaN or infinity"):
+        analyze_pipeline(pipe, steps=2, num_images=1, bits=(8,), progress=False)
 
 
 def test_rows_equal_runs_by_hand_and_keep_the_configs_weights_and_selection() -> None:

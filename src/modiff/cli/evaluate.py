@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,9 +65,11 @@ def evaluate(
     """
     from modiff.evaluate.features.load import load_extractor
     from modiff.evaluate.pipelines import PipelineSource
+    from modiff.evaluate.report.page import write_report
+    from modiff.evaluate.report.sections import suite_document
     from modiff.evaluate.suite import plans
     from modiff.evaluate.suite.extras import load_extras
-    from modiff.evaluate.suite.run import run_suite
+    from modiff.evaluate.suite.run import run_suite, watched_layers
     from modiff.generate.samplers import usual_sampler
 
     named = [] if configs is None else [name.strip() for name in configs.split(",")]
@@ -79,15 +81,6 @@ def evaluate(
     source = PipelineSource(pipe, sampler=scheduler or usual_sampler(pipe), seed=seed, conditions=conditions)
     judge = load_extractor(extractor, channels=source.shape[-1], device=device)
     suite = run_suite(source, judge, chosen, output, reference=reference, extras=extras, batch_size=batch_size)
-    _show(suite, source, model, json_file, report)
-
-
-def _show(suite: Any, source: Any, model: str, json_file: Path | None, report: Path | None) -> None:
-    """Print the table, and write the files that the options name; the report watches the layers of one of the rows."""
-    from modiff.evaluate.report.page import write_report
-    from modiff.evaluate.report.sections import suite_document
-    from modiff.evaluate.suite.run import watched_layers
-
     command = ["modiff", *sys.argv[1:]]
     options.say(suite.table(), json_file)
     options.write_results(json_file, suite.to_dict(command))

@@ -69,8 +69,9 @@ def analyze(
 ) -> None:
     """See why it works: ranges and errors of each layer and step, error growth against its bounds, and a sweep of bits.
 
-    Writes three figures and analysis.json into the folder. The layers are watched with --config; its weights are those
-    of the sweep. Up to 3 minutes on two cores for the embedded model.
+    Writes three figures and analysis.json into the folder, and ends with what they say: which bits are safe, whether
+    modulation helps, which layers stand out, what to type next. The layers are watched with --config; its weights are
+    those of the sweep. Up to 3 minutes on two cores for the embedded model.
 
     \b
     Example:
@@ -78,16 +79,15 @@ def analyze(
     """
     chosen, conditions = as_config(config), options.conditions_of(prompt=prompt, label=label)
     from modiff.evaluate.analysis.figures import figures
+    from modiff.evaluate.analysis.findings import findings
     from modiff.evaluate.analysis.run import analyze_pipeline
 
     pipe = options.plain_pipeline(model, device, scheduler)
     analysis = analyze_pipeline(pipe, chosen, steps=steps, num_images=num_images, seed=seed, conditions=conditions)
     results = output / "analysis.json" if json_file is None else json_file
     options.write_results(results, analysis)
-    for path in (*figures(analysis, output), results):
-        options.say(path, json_file)
-    for outlier in analysis["outliers"]:
-        typer.echo(outlier["advice"], err=True)
+    for text in (*figures(analysis, output), results, f"\n{findings(analysis, model, scheduler)}"):
+        options.say(text, json_file)
 
 
 def explain(

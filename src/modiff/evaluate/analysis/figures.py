@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from modiff.evaluate.analysis.layers import LayerTrace, StepErrors
+from modiff.evaluate.analysis.layers import LayerTrace, StepErrors, trace_name
 from modiff.evaluate.analysis.run import Analysis
 from modiff.files import write_atomically
 
@@ -57,7 +57,7 @@ def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErr
             row[step["step"]] = value(step)
     shown = axis.imshow(table, aspect="auto", interpolation="nearest", cmap=colours)
     axis.figure.colorbar(shown, ax=axis, label=label)
-    names = [layer["name"] + (f" (call {layer['call'] + 1})" if layer["call"] else "") for layer in layers]
+    names = [trace_name(layer) for layer in layers]
     every = -(-len(names) // MOST_NAMES)
     axis.set_yticks(range(0, len(names), every), [as_typed(name) for name in names[::every]], fontsize=8)
     axis.set_xlabel("step (0 = first, anchored)")

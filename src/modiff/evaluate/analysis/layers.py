@@ -139,6 +139,11 @@ class _Loop:
         return now.residual, now.code, now.state, self.output.value
 
 
+def trace_name(layer: LayerTrace) -> str:
+    """The layer's name, with the call where it runs several times."""
+    return layer["name"] + (f" (call {layer['call'] + 1})" if layer["call"] else "")
+
+
 def norm(x: Tensor) -> Tensor:
     """||x|| over all elements, summed in float64."""
     return torch.linalg.vector_norm(x, dtype=torch.float64)

@@ -17,7 +17,7 @@ from modiff.evaluate.pipelines import NOTHING, PipelineSource, has_static_scales
 from modiff.evaluate.timing import PROBED, QUANTIZED
 from modiff.generate.environment import environment
 from modiff.generate.job import Conditions
-from modiff.generate.worker import check_inputs
+from modiff.generate.worker import check_inputs, draw
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 SWEEP_MODES = ("plain", "modulated", "uncompensated", "tuned")
@@ -45,7 +45,8 @@ def analyze_pipeline(
     network and judges the images alone.
     config: of the layers' recursion, with dynamic scales; modulated 4 bits and full-precision weights when None, for
     errors of the activations alone. num_images: generated in one batch, image i from the noise of seed + i.
-    Raises: ConfigError if the pipeline needs other inputs, the config has static scales or codes nothing.
+    Raises: ConfigError if the pipeline needs other inputs, the config has static scales or codes nothing;
+        StateError if full precision itself is not finite.
     Cost: len(bits) * 4 + 1 trajectories, most of them modulated.
     """
     config = config or presets.modulated(None, 4)
@@ -58,9 +59,10 @@ def analyze_pipeline(
     errors, growth = LayerTraces(), ErrorGrowth()
     reference: list[np.ndarray] = []
     parts = [("layers", PROBED, steps), ("bit widths", QUANTIZED, steps * len(bits) * len(SWEEP_MODES))]
+    job = {"steps": steps, "seed": seed, "conditions": conditions}
     with source.bar(parts, progress) as bar:
         bar.begin("layers")
-        watch(pipe, lambda: reference.append(source.draw(steps, range(num_images))), config, [errors, growth])
+        watch(pipe, lambda: reference.append(draw(pipe, range(num_images), **job)), config, [errors, growth])
         grown = growth.growth()  # before the long part: it may have nothing to show
         bar.begin("bit widths")
         sweep = bit_sweep(source, reference[0], config, steps, bits)

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
+from modiff.evaluate.analysis.findings import listed
 from modiff.evaluate.metrics.bootstrap import MEAN_IMAGES
 from modiff.evaluate.report.document import Cell
 from modiff.evaluate.suite.judge import Measurement
 from modiff.evaluate.suite.plans import STEPS
 from modiff.evaluate.suite.run import Row, Suite
 
-NAMED = 3
-"""Configurations that are named in a clause; those after them are counted."""
 _SIDES = {-1: "{} closer", 1: "{} further away", 0: "cannot be told apart from it"}
 
 
@@ -40,8 +39,12 @@ def _compared(rows: Sequence[Row], rival: Row, name: str, words: str) -> str:
     if other is None or not pairs:
         return f"no figure compares the configurations with {rival.plan.name}"
     groups = {side: [pair for pair in pairs if _side(pair[1], other) == side] for side in _SIDES}
-    told = [f"{_listed(g)} {_SIDES[side].format('is' if len(g) == 1 else 'are')}" for side, g in groups.items() if g]
-    return f"against {words.format(_figure(other))}, {_joined(told)}"
+    told: list[str] = []
+    for side, group in groups.items():
+        if group:
+            figures = [f"{name} ({_figure(m)})" for name, m in group]
+            told.append(f"{listed(figures)} {_SIDES[side].format('is' if len(group) == 1 else 'are')}")
+    return f"against {words.format(_figure(other))}, {listed(told)}"
 
 
 def _side(one: Measurement, other: Measurement) -> int:
@@ -50,15 +53,6 @@ def _side(one: Measurement, other: Measurement) -> int:
     if low is None or high is None or least is None or most is None:
         return 0
     return (low > most) - (high < least)
-
-
-def _listed(pairs: Sequence[tuple[str, Measurement]]) -> str:
-    more = [f"{len(pairs) - NAMED} more"] * (len(pairs) > NAMED)
-    return _joined([*(f"{name} ({_figure(m)})" for name, m in pairs[:NAMED]), *more])
-
-
-def _joined(texts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def _figure(m: Measurement) -> str:

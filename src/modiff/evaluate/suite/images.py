@@ -48,26 +48,23 @@ def read_reference(path: Path) -> Iterator[np.ndarray]:
             yield images[first : first + CHUNK]
 
 
-def reference_digest(path: Path) -> str:
-    """A digest of the images of `read_reference`, in whatever files. Raises: FormatError if there is nothing."""
-    batches = read_reference(path)
-    first = next(batches)
-    digest = hashlib.sha256(f"{first.shape[1:]}".encode() + first.tobytes())
-    for images in batches:
-        digest.update(images.tobytes())
-    return digest.hexdigest()[:16]
+def reference_digest(path: Path, shape: tuple[int, ...] | None = None, least: int = 1) -> str:
+    """A digest of the images of `read_reference`, in whatever files.
 
-
-def check_reference(path: Path, shape: tuple[int, ...], least: int) -> str:
-    """The digest of real images. Raises: FormatError if they are fewer than `least`, or not of `shape`."""
-    sizes = [images.shape for images in read_reference(path)]
-    if sizes[0][1:] != shape or sum(size[0] for size in sizes) < least:
+    Raises: FormatError if there is nothing, fewer images than `least`, or another size than `shape`.
+    """
+    digest, count, size = hashlib.sha256(), 0, ()
+    for images in read_reference(path):
+        size = images.shape[1:]
+        digest.update((b"" if count else f"{size}".encode()) + images.tobytes())
+        count += len(images)
+    if shape not in (None, size) or count < least:
         raise FormatError(
-            f"{path}: expected {least} images or more of {_size(shape)} like those of the model, got "
-            f"{sum(size[0] for size in sizes)} of {_size(sizes[0][1:])}. A distance of sets needs a set, and features "
-            "change with the size. Give more images, or pad or resize them as the model's training did."
+            f"{path}: expected {least} images or more of {_size(shape or size)} like those of the model, got {count} "
+            f"of {_size(size)}. A distance of sets needs a set, and features change with the size. Give more images, "
+            "or pad or resize them as the model's training did."
         )
-    return reference_digest(path)
+    return digest.hexdigest()[:16]
 
 
 def _files(path: Path) -> list[Path]:

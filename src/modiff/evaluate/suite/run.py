@@ -19,7 +19,7 @@ from modiff.evaluate.metrics.bootstrap import small_sample_note
 from modiff.evaluate.pipelines import DrawnImages, PipelineSource, aligned, has_static_scales
 from modiff.evaluate.report.document import Cell
 from modiff.evaluate.suite.extras import Extra
-from modiff.evaluate.suite.images import as_bytes, check_reference, read_reference
+from modiff.evaluate.suite.images import as_bytes, read_reference, reference_digest
 from modiff.evaluate.suite.judge import LEAST_IMAGES, RESAMPLES, Judge, Measurement, gather, gather_real, mark_broken
 from modiff.evaluate.suite.plans import Plan, Preset, plans_of
 from modiff.evaluate.timing import FULL, QUANTIZED
@@ -170,7 +170,7 @@ def run_suite(
     present = environment()
     job = {"format_version": _FORMAT_VERSION, **source.settings, "extractor": extractor.name, "batch_size": batch_size,
            "modiff": present["modiff"], "torch": present["torch"]}  # fmt: skip
-    digest = None if reference is None else check_reference(reference, source.shape, LEAST_IMAGES)
+    digest = None if reference is None else reference_digest(reference, source.shape, LEAST_IMAGES)
     with ResumableFolder(folder, job, record="settings.json"):
         store = Store(folder, batch_size)
         _draw_all(source, extractor, store, plans, chosen.num_images, progress)
