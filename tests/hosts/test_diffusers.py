@@ -10,10 +10,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.hooks import LayerSkipConfig
 from torch import Tensor, nn
 
 import modiff
-from modiff import StateError, presets
+from modiff import ConfigError, StateError, presets
 from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
@@ -23,6 +24,8 @@ from tests.hosts.tiny import (
     SAMPLERS,
     TinyHost,
     build_wan_of_two,
+    embeddings,
+    encoders,
     flow,
     image_vae,
     make_scheduler,
@@ -92,6 +95,9 @@ def test_a_sampler_runs_modulated_as_it_runs_plain(sampler):
         assert not any(layer.loop.memories for layer in attachment_of(alone.unet).layers.values())
 
 
+SD, SD3 = HOSTS["sd"], HOSTS["sd3"]
+
+
 def lumina() -> DiffusionPipeline:
     """Guides in two calls, without contexts, with prompts of two lengths."""
     transformer = network(
@@ -109,8 +115,47 @@ def two_lengths(batch: int) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "use_resolution_binning"}
 
 
+def cascade() -> DiffusionPipeline:
+    """Its denoiser is a `decoder`, its time a `timestep_ratio`."""
+    decoder = network(
+        diffusers.StableCascadeUNet, 3, in_channels=4, out_channels=4, timestep_ratio_embedding_dim=16, patch_size=1,
+        conditioning_dim=32, block_out_channels=(32,), num_attention_heads=(2,), down_num_layers_per_block=(1,),
+        up_num_layers_per_block=(1,), down_blocks_repeat_mappers=(1,), up_blocks_repeat_mappers=(1,), dropout=0.0,
+        block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),),
+        clip_text_pooled_in_channels=32, clip_seq=2, effnet_in_channels=4, switch_level=(False,),
+    )  # fmt: skip
+    return diffusers.StableCascadeDecoderPipeline(
+        decoder=decoder, scheduler=diffusers.DDPMWuerstchenScheduler(), vqgan=None, latent_dim_scale=4.0, **encoders(1)
+    )
+
+
+def image_embeddings(batch: int) -> dict[str, Any]:
+    image = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3)).repeat(batch, 1, 1, 1)
+    text = embeddings(batch, pooled=False, guidance="guidance_scale") | {"guidance_scale": 2.0}
+    pooled = {f"{name}_pooled": text[name][:, :1] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    return {"image_embeddings": image, **text, **pooled}
+
+
+def modular(start: float) -> diffusers.ModularPipeline:
+    """Of Stable Diffusion 3, without its text encoders; the guider evaluates a third branch that skips a layer."""
+    skips = LayerSkipConfig(indices=[0], fqn="transformer_blocks", skip_attention=False, skip_ff=True)
+    guider = diffusers.SkipLayerGuidance(
+        3.0, 1.0, skip_layer_guidance_start=start, skip_layer_guidance_stop=0.8, skip_layer_config=skips
+    )
+    pipe = diffusers.StableDiffusion3AutoBlocks().sub_blocks["denoise"].init_pipeline()
+    parts = {name: part for name, part in SD3.build().components.items() if name in pipe.component_names}
+    pipe.update_components(**parts, guider=guider)
+    return pipe
+
+
+def of_latents(pipe: diffusers.ModularPipeline) -> Tensor:
+    text = {name: value for name, value in embeddings(1).items() if name != "guidance_scale"}
+    noise = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 10}
+    return pipe(**text, **noise, height=64, width=64, output="latents")
+
+
+CASCADE = TinyHost(name="cascade", build=cascade, settings=image_embeddings, denoiser="decoder")
 LUMINA = TinyHost(name="lumina", build=lumina, settings=two_lengths)
-SD, SD3 = HOSTS["sd"], HOSTS["sd3"]
 CUTOFF = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.4)}
 SKIPS = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.5, "skip_layer_guidance_start": 0.0}
 
@@ -123,6 +168,7 @@ SKIPS = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.5, "skip_lay
         (LUMINA, {"cfg_trunc_ratio": 0.4}, 2),  # then without guidance
         (SD, CUTOFF, 2),
         (SD3, SKIPS, 2),  # a third branch in a call of its own
+        (CASCADE, {}, 1),
     ],
 )
 def test_branches_that_come_and_go_have_states_of_their_own(host, settings, contexts, alone):
@@ -135,6 +181,26 @@ def test_branches_that_come_and_go_have_states_of_their_own(host, settings, cont
     assert 0 < relative_error(first, plain) < 0.03
     assert max(seen) == contexts
     assert torch.equal(host.call(pipe, steps=10, **settings), first)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("start", [0.0, 0.3])
+def test_a_modular_pipeline_runs_and_a_branch_that_its_guider_tells_by_hooks_has_states(start, alone, tmp_path):
+    pipe = modular(start)
+    plain = of_latents(pipe)
+    modiff.apply(pipe.transformer if alone else pipe, presets.w8a4())
+    layer = next(iter(attachment_of(pipe.transformer).layers.values()))
+    contexts = watch(pipe.transformer, lambda: {context for context, _ in layer.loop.memories})
+    first = of_latents(pipe)
+    assert max(map(len, contexts)) == 3
+    assert 0 < relative_error(first, plain) < 0.02
+    assert torch.equal(of_latents(pipe), first)
+    modiff.save(pipe.transformer, tmp_path / "network")
+    if not alone:
+        with pytest.raises(ConfigError, match=r"names its components, and holds none. Use modiff.save\(pipe.transformer"):
+            modiff.save(pipe, tmp_path / "pipe")
+        modiff.remove(pipe)
+        assert torch.equal(of_latents(pipe), plain)
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
@@ -11,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 import modiff
 from modiff import ConfigError, StateError
 from modiff.hosts.host import host_of
+from modiff.hosts.text import text_network
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import state_bytes
 from modiff.sampling.masked import MaskedScheduler, MaskedTextPipeline
@@ -127,6 +129,13 @@ def test_settings_that_share_one_scale_are_worse_than_scales_per_token():
                 errors[granularity] = relative_error(model(filled).logits, expected)
             modiff.remove(model)
     assert errors["token"] < 0.8 * errors["tensor"]
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("Cosmos3OmniTransformer", False), ("UVit2DModel", True)])
+def test_a_network_that_reads_words_and_time_steps_is_none_of_text(kind, reads):
+    network = getattr(diffusers, kind).__new__(getattr(diffusers, kind))
+    nn.Module.__init__(network)
+    assert (text_network(network) is not None) == reads
 
 
 def test_verbs_that_generate_ask_pipelines_that_begin_with_masks_and_refuse_others():

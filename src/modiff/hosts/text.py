@@ -13,13 +13,14 @@ from modiff.model.attach import eager
 def text_network(target: Any) -> nn.Module | None:
     """The network of a target that reads tokens: itself, or the `model` of a pipeline; None for other targets.
 
-    It is known by its forward, whose first argument is `input_ids`.
+    It is known by its forward: `input_ids` come first, and no time steps.
     """
     network = target if isinstance(target, nn.Module) else getattr(target, "model", None)
     if not isinstance(network, nn.Module):
         return None
     network = eager(network)
-    return network if next(iter(inspect.signature(network.forward).parameters), "") == "input_ids" else None
+    names = [*inspect.signature(network.forward).parameters]
+    return network if names[:1] == ["input_ids"] and not any("timesteps" in name for name in names) else None
 
 
 class TextHost(Host):

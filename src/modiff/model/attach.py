@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -112,12 +112,16 @@ class Attachment:
         self.handles: list[RemovableHandle | SimpleNamespace] = []
         self.step_sizes = StepSizes()
         self.timestep: tuple[str, int] | None = None
+        self.branch_hooks: Callable[[], tuple[str, ...]] | None = None
         self.thread = 0
         self.most_states = self.expected_states = 0
         self.roles: Roles | None = None
         self.uncalled: tuple[str, ...] = ()
         self.unfit: dict[str, str] = {}
         self.number = traced.number_for(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"branch_hooks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -187,6 +191,10 @@ class Attachment:
             main = main_of(args, kwargs) if sample is None else sample
             traced.begin(self.clock.token, moment, main, list(tensors.values()), names, self.number)
         else:
+            if self.branch_hooks is None:
+                self.branch_hooks = partial(facts_of(model).branch_hooks, [*model.modules()])
+            if hooks := self.branch_hooks():
+                kwargs = {**kwargs, "hooks": hooks}
             self.begin(timestep, inputs_of(args, kwargs, sample, self.timestep))
             if self.roles is not None:
                 self.roles.begin(model, sample)

@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,10 @@ class NetworkFacts:
         target: what `apply` was given; a pipeline may know more of sizes than its network.
         """
         return None
+
+    def branch_hooks(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
+        """Names of what hangs on modules while a branch of guidance is evaluated, and changes what they compute."""
+        return ()
 
     def timestep_argument(self, network: nn.Module) -> tuple[str, int] | None:
         """Name and position of the argument that holds the time step; None if the network has none."""

@@ -1,6 +1,6 @@
 """Pipelines and models of diffusers as a `Host`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,29 @@ from modiff.hosts.diffusers.quantizer import attach_quantizer, offer_quantizer, 
 from modiff.hosts.diffusers.runs import calibration_run, evaluations, pipeline_example
 from modiff.hosts.host import Host
 from modiff.model.attach import attachment_of, eager
+from modiff.model.facts import facts_of
 
-DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+DENOISERS = (
+    "unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "prior_prior", "decoder",
+    "image_unet", "text_unet", "super_res_first", "super_res_last",
+)  # fmt: skip
 """Component names under which pipelines keep the networks that run at every step."""
+_GUIDING = ("diffusers.hooks.layer_skip", "diffusers.hooks.smoothed_energy_guidance_utils")
 
 
-def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The networks that a pipeline evaluates at every step, by component name.
+def is_pipeline(target: Any) -> bool:
+    """Whether a target of diffusers is a pipeline, also a modular one."""
+    return hasattr(type(target), "components")
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The networks that a pipeline evaluates at every step, by component name; a decoder only if it reads the time.
 
     Raises: ConfigError if the pipeline has none under a known name.
     """
     networks = {n: eager(m) for n in DENOISERS if isinstance(m := getattr(pipe, n, None), nn.Module)}
+    if "decoder" in networks and facts_of(networks["decoder"]).timestep_argument(networks["decoder"]) is None:
+        del networks["decoder"]
     if not networks:
         parts = ", ".join(sorted(pipe.components))
         raise ConfigError(
@@ -41,10 +53,17 @@ class DiffusersHost(Host):
 
     generation = "__call__"
     registered_in_order = True
+    timestep_names = (*Host.timestep_names, "timestep_ratio", "r", "timestep_img", "vision_timesteps")
 
     def networks(self, target: Any) -> dict[str, nn.Module]:
         """The denoisers of a pipeline by component name, or the model itself."""
-        return denoisers(target) if isinstance(target, DiffusionPipeline) else super().networks(target)
+        return denoisers(target) if is_pipeline(target) else super().networks(target)
+
+    def branch_hooks(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
+        """Of guiders, which evaluate a branch with some layers skipped."""
+        hooks = (hook for module in modules if (registry := vars(module).get("_diffusers_hook"))
+                 for hook in registry.hooks.items())  # fmt: skip
+        return tuple(sorted({name for name, hook in hooks if type(hook).__module__ in _GUIDING}))
 
     def attach(self, target: Any) -> None:
         """Follow the models, and the pipeline's calls; models save packed integers from now on."""
@@ -52,7 +71,7 @@ class DiffusersHost(Host):
             if attachment_of(network) is not None:
                 offer_quantizer(network)
                 follow(network)
-        if isinstance(target, DiffusionPipeline):
+        if is_pipeline(target):
             super().attach(target)
 
     def detach(self, target: Any) -> None:
@@ -103,5 +122,11 @@ class DiffusersHost(Host):
         anchor_weights: PackedAnchors,
     ) -> None:
         """As diffusers writes it, with integers for the networks that carry modiff."""
+        if is_pipeline(target) and not isinstance(target, DiffusionPipeline):
+            raise ConfigError(
+                f"save: expected a DiffusionPipeline or a network, got {type(target).__name__}. The folder of a modular "
+                f"pipeline names its components, and holds none. Use modiff.save(pipe.{next(iter(denoisers(target)))}, "
+                "folder)."
+            )
         with new_folder(folder) as partial, saving_quantized(networks, anchor_weights):
             target.save_pretrained(partial, max_shard_size=max_shard_size)
