@@ -125,8 +125,8 @@ class DiffusersHost(Host):
         if is_pipeline(target) and not isinstance(target, DiffusionPipeline):
             raise ConfigError(
                 f"save: expected a DiffusionPipeline or a network, got {type(target).__name__}. The folder of a modular "
-                f"pipeline names its components, and holds none. Use modiff.save(pipe.{next(iter(denoisers(target)))}, "
-                "folder)."
+                "pipeline names its components, and holds none. Use "
+                f"modiff.save(pipe.{next(iter(denoisers(target)))}, folder)."
             )
         with new_folder(folder) as partial, saving_quantized(networks, anchor_weights):
             target.save_pretrained(partial, max_shard_size=max_shard_size)
