@@ -124,8 +124,8 @@ class DiffusersHost(Host):
         """As diffusers writes it, with integers for the networks that carry modiff."""
         if is_pipeline(target) and not isinstance(target, DiffusionPipeline):
             raise ConfigError(
-                f"save: expected a DiffusionPipeline or a network, got {type(target).__name__}. The folder of a modular "
-                "pipeline names its components, and holds none. Use "
+                f"save: expected a DiffusionPipeline or a network, got {type(target).__name__}. The folder of a "
+                "modular pipeline names its components, and holds none. Use "
                 f"modiff.save(pipe.{next(iter(denoisers(target)))}, folder)."
             )
         with new_folder(folder) as partial, saving_quantized(networks, anchor_weights):
