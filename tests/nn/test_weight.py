@@ -1,11 +1,13 @@
 """The quantized weight: equal to the reference, never stale, read when needed; and learned codes that replace it."""
 
+import copy
+import pickle
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from modiff import ConfigError, LayerConfig, ModulationConfig, QuantizerConfig, StateError, WeightConfig
 from modiff.core.affine import QParams
@@ -292,8 +294,64 @@ def test_a_packed_weight_is_read_as_the_floats_that_its_codes_stand_for(kind, bi
     assert layer.half().weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("read", [
+    lambda w: w.requires_grad_(False),
+    lambda w: [setattr(w, "requires_grad", True), setattr(w, "grad", None), w.is_leaf][2],
+    lambda w: w.share_memory_().is_contiguous(),
+    lambda w: [int(w[0, 0] * 9), float(w[0, 0]), w.data_ptr() > 0, bool(w[0, 0] < 9), len(w), w.shape],
+    lambda w: torch.stack([*w]) + torch.stack(w.unbind(0)),
+    lambda w: (isinstance(w.to(w.dtype), nn.Parameter), isinstance(w.half(), nn.Parameter)),
+    lambda w: w.max(1).values + w.split(3, 1)[1].sum(),
+    copy.deepcopy,
+    nn.Parameter,
+    lambda w: nn.Parameter(w.data, requires_grad=False).T.contiguous(),
+    lambda w: nn.functional.linear(input=torch.ones(1, 12), weight=w),
+    lambda w: pickle.loads(pickle.dumps(w)),
+    lambda w: torch.func.vmap(torch.sum)(w),
+    lambda w: torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True)(w),
+])  # fmt: skip
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_packed_weight_is_read_as_a_parameter_is(read, inference):
+    layer, _ = layer_of("linear", 4)
+    layer.pack()
+    plain = nn.Parameter(layer.weight * 1, requires_grad=False)
+    with torch.inference_mode(inference):
+        value, expected = read(layer.weight), read(plain)
+    if isinstance(expected, Tensor):
+        assert_same_bits(value.detach(), expected.detach())
+        assert isinstance(value, nn.Parameter) == isinstance(expected, nn.Parameter)
+    else:
+        assert value == expected
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_takes_its_own_weight_back(kind, packed):
+    """PEFT does so where it takes an adapter off."""
+    layer, inputs = layer_of(kind, 4)
+    if packed:
+        layer.pack()
+    before = play(layer, inputs)
+    for value in (layer.weight, nn.Parameter(layer.weight.detach(), requires_grad=False)):
+        layer.weight, layer.bias = value, layer.bias
+        layer.weight.data = layer.weight
+    assert layer.packed == packed
+    same_bits(play(layer, inputs), before)
+
+
 @pytest.mark.parametrize("use", [
     lambda layer: layer.weight.add_(1),
+    lambda layer: [row.zero_() for row in layer.weight],
+    lambda layer: layer.weight.split(2)[1].zero_(),
+    lambda layer: torch.add(layer.weight, 1, out=layer.weight),
+    lambda layer: torch._foreach_add_([layer.weight], 1),
+    lambda layer: nn.functional.relu(layer.weight, inplace=True),
+    lambda layer: nn.Parameter(layer.weight, requires_grad=False).zero_(),
+    lambda layer: setattr(layer, "weight", None),
+    lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.flip(0), requires_grad=False)),
+    lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight[:, :5], requires_grad=False)),
+    lambda layer: delattr(layer, "weight"),
+    lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
     lambda layer: setattr(layer.weight, "data", torch.zeros(5, 12)),
     lambda layer: exec("layer.weight.data += 1", {"layer": layer}),
     lambda layer: layer.weight.__setitem__(0, 0.0),

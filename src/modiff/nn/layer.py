@@ -107,10 +107,6 @@ class ModulatedLayer(nn.Module):
     def bias(self, made: Tensor) -> None:
         self._make("bias", made)
 
-    @bias.deleter
-    def bias(self) -> None:
-        self.operator.parameters = self._parameters
-
     @property
     def weight(self) -> Tensor:
         """The float weight, as others read it; of a packed layer what its codes stand for, unpacked at each access."""
@@ -125,9 +121,14 @@ class ModulatedLayer(nn.Module):
     def weight(self, made: Tensor) -> None:
         self._make("weight", made)
 
-    @weight.deleter
-    def weight(self) -> None:
-        self.operator.parameters = self._parameters
+    def __delattr__(self, name: str) -> None:
+        """As torch. Raises: StateError for a packed weight."""
+        if name == "weight" and self.packed:
+            self.quantized_weight.floats(self.weight)
+        if name in ("weight", "bias") and name not in {*self._parameters, *self._buffers}:
+            self.operator.parameters = self._parameters
+        else:
+            super().__delattr__(name)
 
     def _parameter(self, name: str) -> Any:
         if name in (parameters := {**self.operator.parameters, **self._parameters}):
@@ -153,9 +154,9 @@ class ModulatedLayer(nn.Module):
             self._make(name, tensor)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch. Raises: StateError for floats that would be a packed weight, or make one."""
-        if name.startswith("weight") and self.packed and param is not None and param.is_floating_point():
-            self.quantized_weight.floats(param)
+        """As torch, but a packed weight takes itself. Raises: StateError for what would be one, or make one."""
+        if name.startswith("weight") and self.packed and (param is None or param.is_floating_point()):
+            return cast(PackedWeight, self.quantized_weight).keep(param if name == "weight" else None)
         self.operator.parameters = self._parameters  # nothing makes it any more
         super().register_parameter(name, param)
 

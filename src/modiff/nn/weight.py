@@ -5,10 +5,11 @@ Packed are two 4-bit codes in a byte or one 8-bit code, and a float32 scale per 
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, Never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modiff.config import WeightConfig
 from modiff.core.affine import QParams, dequantize, qrange, quantize_tensor
@@ -300,13 +301,20 @@ class PackedWeight(QuantizedWeight):
 
     def readable(self) -> Tensor:
         """What the layer's codes stand for, as a float weight that cannot be written."""
-        values = self.dense(None, torch.float32)
-        values = values if self.rotation is None else rotate(values, self.rotation, 1)
-        values = values if self.order is None else values.index_select(1, self.order.argsort().to(values.device))
-        values = values if self.smoothing is None else values / self.smoothing.to(values.device)
-        values = turned(values, self.transposed).to(self.dtype).as_subclass(_ReadOnly)
+        with torch.inference_mode(False), torch.no_grad():  # its version tells who writes
+            values = self.dense(None, torch.float32)
+            values = values if self.rotation is None else rotate(values, self.rotation, 1)
+            values = values if self.order is None else values.index_select(1, self.order.argsort().to(values.device))
+            values = values if self.smoothing is None else values / self.smoothing.to(values.device)
+            values = turned(values, self.transposed).to(self.dtype).as_subclass(_ReadOnly)
         values.refuse, values._is_param = self.floats, True  # torch's sign that a tensor is an nn.Parameter
         return values
+
+    def keep(self, value: Tensor | None) -> None:
+        """Nothing where what `readable` returned is put back. Raises: StateError for anything else."""
+        own = isinstance(value, _ReadOnly) and value.refuse == self.floats
+        if not own or not torch.equal(self.readable().to(value), value):
+            self.floats(value)
 
     def floats(self, *_: object) -> Never:
         """Raises: StateError; the floats are gone."""
@@ -323,24 +331,43 @@ class PackedWeight(QuantizedWeight):
 
 
 class _ReadOnly(Tensor):
-    """Floats that codes stand for: writing them would change nothing, and raises StateError."""
+    """Floats that codes stand for, and views of them: read as any tensor, refused where they are written."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, source = func.__name__, args[0] if args and isinstance(args[0], _ReadOnly) else None
-        writes = name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1] == "_" and name[-2] != "_")
-        if writes and source is not None:
-            source.refuse()
+        values = () if torch.compiler.is_compiling() else _flat((*args, *(kwargs or {}).values()))
+        read = [each for each in values if isinstance(each, _ReadOnly)]
         with torch._C.DisableTorchFunctionSubclass():
+            versions = [version_of(each) for each in read]
             result = func(*args, **kwargs or {})
-            if (
-                source is not None
-                and isinstance(result, Tensor)
-                and result._is_view() | (name in ("detach", "__get__"))
-            ):
-                result = result.as_subclass(_ReadOnly)
-                result.refuse = source.refuse
-        return result
+            if func == Tensor.data.__set__ and isinstance(args[0], _ReadOnly):
+                args[0].refuse.__self__.keep(args[0])
+            if versions != [version_of(each) for each in read]:  # what was written is nobody's any more
+                read[0].refuse()
+            views = [cls._view(each, read[0]) for each in _flat((result,))] if read else [result]
+            return type(result)(views) if isinstance(result, tuple | list) and read else views[0]
+
+    @classmethod
+    def _view(cls, value: Any, source: "_ReadOnly") -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, cls) or value is source._base:
+            return value
+        if value.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+            return value
+        view = value.as_subclass(cls)
+        view.refuse = source.refuse
+        return view
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.unbind(0))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Floats of whoever copies them."""
+        return nn.Parameter(self.clone(), requires_grad=False) if isinstance(self, nn.Parameter) else self.clone()
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, tuple | list) else (value,)
 
 
 def pack_codes(codes: tuple[WeightCodes, ...], bits: int) -> tuple[Tensor, Tensor]:
