@@ -1,4 +1,4 @@
-"""Each script of examples/ runs as it stands: without arguments and without a network."""
+"""The scripts and notebooks of examples/ run as they stand: without arguments and without a network."""
 
 import runpy
 import sys
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -16,3 +17,19 @@ def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.mark.timeout(600)  # half a minute of one core, and a busy machine
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_what_it_is_stored_with(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ipykernel")
+    from notebooks import executed, nbformat  # both come with nbclient
+
+    def kinds(notebook: "nbformat.NotebookNode") -> list[list[str]]:
+        return [[output.output_type for output in cell.get("outputs", ())] for cell in notebook.cells]
+
+    stored = nbformat.read(path, as_version=4)
+    nbformat.validate(stored)
+    assert kinds(executed(path, tmp_path)) == kinds(stored), "python tools/notebooks.py keeps what they show now"
+    assert path.stat().st_size < 150_000
+    assert str(Path.home()) not in path.read_text(encoding="utf-8")

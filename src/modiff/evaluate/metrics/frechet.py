@@ -122,9 +122,9 @@ def frechet_interval(
     """`frechet_distance` of features (N, D) to others (M, D), or to moments, which are not resampled, with an interval.
 
     The interval says where the distance of another n images of the same models would fall, at this n.
+
     draw: "paired" if row i of both comes from one seed: the biases cancel, and an unchanged model is at 0, so the value
-        does not compare with one of independent seeds. kind: see `bootstrap`.
-    Cost: resamples + 1 distances.
+        does not compare with one of independent seeds. kind: see `bootstrap`. Cost: resamples + 1 distances.
     """
     rows = feature_rows(features, "frechet_interval")
     samples = [rows] if isinstance(reference, Moments) else [rows, feature_rows(reference, "frechet_interval")]
