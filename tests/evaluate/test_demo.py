@@ -15,6 +15,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import ConfigError
 from modiff.evaluate.demo import Demo, run_demo
 from modiff.evaluate.pipelines import PipelineSource
+from modiff.evaluate.report.charts import GAIN
 from modiff.generate.job import Conditions
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.model.trajectory import state_bytes
@@ -136,6 +137,25 @@ def test_the_json_has_exactly_the_fields_agreed_on_and_no_infinity(demo: Demo) -
     assert [list(r) for r in values["rows"]] == [FIELDS] * len(demo.rows)
     assert values["environment"]["modiff"] == modiff.__version__
     assert values["settings"]["seed"] == SEED
+
+
+def test_the_picture_is_four_rows_with_their_errors_and_differences_of_one_gain(demo: Demo, monkeypatch) -> None:
+    seen: list[tuple[str, np.ndarray]] = []
+    monkeypatch.setattr("modiff.evaluate.demo.grid", seen.extend)
+    demo.picture()
+    first = [label.splitlines()[0] for label, _ in seen]
+    assert first == ["full precision, 4 steps", "half the steps", "plain W8A4", "modulated W8A4"]
+    assert f"difference to it,\n{GAIN} times as strong" in seen[0][0]
+    rows = {r["name"]: (r, images) for r, images in zip(demo.rows, demo.images, strict=True)}
+    reference = demo.images[0].astype(np.float64)
+    for label, shown in seen:
+        row, images = rows[label.splitlines()[0].partition(",")[0]]
+        assert np.array_equal(shown[:IMAGES], np.broadcast_to(images, shown[:IMAGES].shape))
+        # red less blue is the difference times the gain, clipped
+        change = (GAIN * (images - reference).mean(-1)).clip(-1, 1)
+        assert shown[IMAGES:, ..., 0] - shown[IMAGES:, ..., 2] == pytest.approx(change, abs=1e-6)
+        figures = f"{row['steps']} steps\nrelative L2 {row['relative_l2']:.4f}\nPSNR {row['psnr_db'] or 0:.1f} dB"
+        assert row is demo.rows[0] or label.partition("\n")[2] == figures
 
 
 def test_errors_are_those_of_the_images_against_diffusers_alone(demo: Demo) -> None:

@@ -95,7 +95,7 @@ def test_fewer_steps_are_a_dashed_line_through_their_points_in_a_file_that_is_th
 def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Axes] = []
     real = charts.layer_map
-    monkeypatch.setattr(charts, "layer_map", lambda axis, *rest: (seen.append(axis), real(axis, *rest)))
+    monkeypatch.setattr(charts, "layer_map", lambda axis, *rest, **more: seen.append(axis) or real(axis, *rest, **more))
     layers = [
         {"name": f"block.{i}", "call": i, "steps": [{"step": t, "output_relative_l2": e} for t, e in enumerate(line)]}
         for i, line in enumerate(([0.0, 0.1, 0.01], [0.0, 1e-9, 0.5]))

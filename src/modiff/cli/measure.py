@@ -31,7 +31,8 @@ def demo(
 ) -> None:
     """See it: one model, one noise, quantized plainly and modulated, next to full precision and to fewer steps.
 
-    Prints a table and writes a grid of images, a row for each setting. Up to 4 minutes on two cores.
+    Prints a table and writes a picture: full precision, half the steps, plain and modulated 4 bits, their errors, and
+    where they differ. Up to 4 minutes on two cores.
 
     \b
     Example:

@@ -14,6 +14,7 @@ from modiff.api import tune
 from modiff.config import ModiffConfig, ModulationConfig, check
 from modiff.evaluate.cost import FULL_PRECISION_BITS
 from modiff.evaluate.pipelines import NOTHING, TUNING_SEED, DrawnImages, PipelineSource, aligned, image_error
+from modiff.evaluate.report.charts import GAIN, differences
 from modiff.evaluate.report.document import Cell
 from modiff.evaluate.suite.plans import Plan
 from modiff.evaluate.timing import FULL, PROBED, QUANTIZED
@@ -29,7 +30,9 @@ EVERY = 10
 
 QUICK = ("full precision", "half the steps", "plain W8A8", "plain W8A4", "modulated W8A8", "modulated W8A4")
 """The rows of `modiff demo --quick`."""
-
+PICTURED, SHOWN = ("full precision", "half the steps", "plain W8A4", "modulated W8A4"), 4
+"""The rows of the picture, and how many of their images are in it."""
+_LEGEND = f"{{name}}, {{steps}} steps\nright: difference to it,\n{GAIN} times as strong: red\nbrighter, blue darker"
 _FOOTNOTE = """\
 Relative L2 and PSNR: final images in [0, 1] against the full-precision run from the same noise.
 GBOPs: MACs x weight bits x activation bits of one image, all steps. Steps that anchor count at 32-bit activations, with
@@ -67,8 +70,17 @@ class Demo:
         return f"{aligned([head, *(_cells(row) for row in self.rows)])}\n\n{_FOOTNOTE}"
 
     def picture(self) -> Image.Image:
-        """All images, a row for each setting."""
-        return grid([(row["name"], images) for row, images in zip(self.rows, self.images, strict=True)])
+        """The rows that are PICTURED: their first images, and these less full precision's, all GAIN times as strong."""
+        reference = self.images[0][:SHOWN]
+        rows: list[tuple[str, np.ndarray]] = []
+        for row, images in zip(self.rows, self.images, strict=True):
+            name, steps, error, decibels, *_ = _cells(row)
+            if name in PICTURED:
+                label = f"{name}\n{steps} steps\nrelative L2 {error}\nPSNR {decibels} dB"
+                colours = np.broadcast_to(images[:SHOWN], (*reference.shape[:3], 3))
+                change = differences(255 * images[:SHOWN], 255 * reference)
+                rows.append((label if rows else _LEGEND.format(**row), np.concatenate([colours, change])))
+        return grid(rows)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: apart also for the colour-blind.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-FAMILY_STYLES = {"plain": (RED, "s"), "uncompensated": (ORANGE, "^"), "modulated": (BLUE, "o"), "tuned": (GREEN, "D")}
-"""Colour and marker of each family of presets."""
+FAMILY_STYLES = {"plain": (RED, "s"), "uncompensated": (ORANGE, "^"), "modulated": (BLUE, "o"), "tuned": (GREEN, "D"),
+                 "config": (GREY, "v"), "steps": ("black", "x")}  # fmt: skip
+"""Colour and marker of each family of presets, of all others, and of fewer steps."""
 _WAYS = np.array([(x, y) for x in (1, -1, 0.5, -0.5, 0) for y in (1, -1, 0.5, -0.5, 0) if 1 in (abs(x), abs(y))])
 """From a point to the middle of its name, in halves of the name's width and height."""
 STYLE = {
@@ -48,13 +49,20 @@ def file_bytes(draw: Callable[[Figure], None], kind: Literal["png", "svg"]) -> b
     return buffer.getvalue()
 
 
-def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErrors], float], label: str,
-              colours: str) -> None:  # fmt: skip
-    """A map of a value of every layer and step, layers down and steps across; NaN stays empty."""
+def log_error(step: StepErrors) -> float:
+    """log10 of a layer's output error; NaN below float32's own rounding."""
+    error = step["output_relative_l2"]
+    return float(np.log10(error)) if error > 1e-7 else float("nan")
+
+
+def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErrors], float] = log_error,
+              label: str = "log10 of the relative L2 error", colours: str = "magma") -> None:  # fmt: skip
+    """A map of a value of every layer and step, layers down and steps across, and as high as it needs; NaN is empty."""
     table = np.full((len(layers), 1 + max(step["step"] for layer in layers for step in layer["steps"])), np.nan)
     for row, layer in zip(table, layers, strict=True):
         for step in layer["steps"]:
             row[step["step"]] = value(step)
+    axis.figure.set_figheight(max(3.0, 0.19 * min(len(layers), MOST_NAMES) + 1.2))
     shown = axis.imshow(table, aspect="auto", interpolation="nearest", cmap=colours)
     axis.figure.colorbar(shown, ax=axis, label=label)
     names = [trace_name(layer) for layer in layers]
@@ -63,17 +71,6 @@ def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErr
     axis.set_xlabel("step (0 = first, anchored)")
     whole_steps(axis.xaxis)
     axis.grid(visible=False)
-
-
-def map_height(layers: Sequence[LayerTrace]) -> float:
-    """Inches that a map of these layers needs."""
-    return max(3.0, 0.19 * min(len(layers), MOST_NAMES) + 1.2)
-
-
-def log_error(step: StepErrors) -> float:
-    """log10 of a layer's output error; NaN below float32's own rounding."""
-    error = step["output_relative_l2"]
-    return float(np.log10(error)) if error > 1e-7 else float("nan")
 
 
 def as_typed(text: str) -> str:
@@ -143,9 +140,9 @@ def figures(analysis: Analysis, folder: Path) -> list[Path]:
 
 def _layer_errors(figure: Figure, analysis: Analysis) -> None:
     layers = analysis["layers"]
-    figure.set_size_inches(13, map_height(layers) + 0.5)
+    figure.set_figwidth(13)
     left, right = figure.subplots(1, 2, sharey=True)
-    layer_map(right, layers, log_error, "log10 of the relative L2 error", "magma")
+    layer_map(right, layers)
     layer_map(left, layers, _bits_saved, "bits saved (log2 of the ratio)", "viridis")
     left.set_title("Range of activation over range of residual")
     right.set_title("Error of the output state, same inputs")

@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modiff.evaluate.analysis.figures import (
-    FAMILY_STYLES,
-    GREY,
-    as_typed,
-    file_bytes,
-    layer_map,
-    log_error,
-    log_numbers,
-    map_height,
-    name_points,
-)
+from modiff.evaluate.analysis.figures import FAMILY_STYLES, as_typed, file_bytes, layer_map, log_numbers, name_points
 from modiff.evaluate.analysis.layers import LayerTrace
 from modiff.evaluate.report.document import Figure
 from modiff.evaluate.suite.plans import STEPS
@@ -52,7 +42,7 @@ class Point:
     @property
     def style(self) -> tuple[str, str]:
         """Colour and marker."""
-        return ("black", "x") if self.family == STEPS else FAMILY_STYLES.get(self.family, (GREY, "v"))
+        return FAMILY_STYLES.get(self.family, FAMILY_STYLES["config"])
 
 
 def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption: str) -> Figure:
@@ -107,9 +97,8 @@ def layer_figure(layers: Sequence[LayerTrace], caption: str) -> Figure:
     )
 
     def draw(drawing: Drawing) -> None:
-        drawing.set_size_inches(10, map_height(layers))
-        label = "log10 of the relative L2 error of the layer's output"
-        layer_map(drawing.subplots(), layers, log_error, label, "magma")
+        drawing.set_figwidth(10)
+        layer_map(drawing.subplots(), layers, label="log10 of the relative L2 error of the layer's output")
 
     return Figure("layer-errors", alt, caption, file_bytes(draw, "svg"), "svg")
 
