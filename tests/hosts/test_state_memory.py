@@ -13,7 +13,7 @@ from modiff import ConfigError, ModiffWarning, presets
 from modiff.hosts.host import Host, host_of
 from modiff.hosts.names import example_inputs
 from modiff.model import trajectory as module
-from tests.hosts.tiny import HOSTS
+from tests.hosts.tiny import HOSTS, embeddings, encoders, flow, network
 
 SIZES = ("height", "width", "num_frames")
 NETWORK = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
@@ -62,6 +62,50 @@ def test_states_of_flux_and_of_videos_are_known_at_the_usual_size_of_their_pipel
         expected = modiff.apply(pipe, "w8a4").memory.expected
         HOSTS[host].call(pipe, steps=3, **{"true_cfg_scale": 1.0} if host == "flux" else {})
         assert modiff.report(pipe).memory.states == expected > 0
+
+
+def mochi() -> diffusers.DiffusionPipeline:
+    """Selects the words of its prompt by a mask, and asks for autocast."""
+    transformer = network(
+        diffusers.MochiTransformer3DModel, 3, num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=12,
+        pooled_projection_dim=16, text_embed_dim=32, time_embed_dim=4, max_sequence_length=8,
+    )  # fmt: skip
+    blocks, layers = (32,) * 4, (1,) * 5
+    vae = diffusers.AutoencoderKLMochi(encoder_block_out_channels=blocks, decoder_block_out_channels=blocks,
+                                       layers_per_block=layers)  # fmt: skip
+    return diffusers.MochiPipeline(transformer=transformer, scheduler=flow(), vae=vae, **encoders(1))
+
+
+def animated() -> diffusers.DiffusionPipeline:
+    """Reads the prompt once for each frame."""
+    parts = HOSTS["sd"].build().components
+    kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    motion = diffusers.MotionAdapter((32, 64), 1, motion_norm_num_groups=8, motion_num_attention_heads=2)
+    return diffusers.AnimateDiffPipeline(**kept, motion_adapter=motion)
+
+
+WORDS = embeddings(1, pooled=False)
+MASKS = {f"{name}prompt_attention_mask": torch.ones(1, 8).bool() for name in ("", "negative_")}
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32
+@pytest.mark.parametrize(("build", "size", "words"), [(mochi, 64, WORDS | MASKS), (animated, 8, WORDS)])
+def test_states_of_networks_that_read_their_prompt_in_ways_of_their_own_are_known(build, size, words) -> None:
+    pipe, sizes = build(), {"height": size, "width": size, "num_frames": 7, "max_sequence_length": 8}
+    call = inspect.signature(pipe.__call__).parameters.values()
+
+    class Small(type(pipe)):
+        def __call__(self, **words: Any) -> Any:
+            return super().__call__(**{name: size for name, size in sizes.items() if name in names}, **words)
+
+    names = [parameter.name for parameter in call]
+    usual = [parameter.replace(default=sizes.get(parameter.name, parameter.default)) for parameter in call]
+    Small.__call__.__signature__ = inspect.Signature([inspect.Parameter("self", 1), *usual])
+    pipe.__class__ = Small
+    expected = modiff.apply(pipe, "w8a4").memory.expected
+    pipe.set_progress_bar_config(disable=True)
+    pipe(**words, num_inference_steps=2, output_type="latent")
+    assert modiff.report(pipe).memory.states == expected > 0
 
 
 def test_states_are_known_of_a_model_that_keeps_its_first_parameters_in_float32(tmp_path) -> None:

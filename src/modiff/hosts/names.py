@@ -81,6 +81,7 @@ def example_inputs(network: nn.Module, sample: torch.Tensor | None = None, **kno
         if not isinstance(height, int) or not isinstance(wide, int) or not isinstance(channels, int):
             return None
         sample = zeros(1, channels, height, wide)
+    words = rows * (sample.shape[2] if getattr(config, "motion_max_seq_length", None) else 1)  # AnimateDiff: each frame
     extra = {"resolution": zeros(rows, 2), "aspect_ratio": zeros(rows, 1)}
     if (time := getattr(config, "addition_time_embed_dim", None)) is not None:
         pooled = config.projection_class_embeddings_input_dim - 6 * time
@@ -90,11 +91,12 @@ def example_inputs(network: nn.Module, sample: torch.Tensor | None = None, **kno
         "hidden_states": zeros(rows, *sample.shape[1:]),
         "timestep": numbers,
         "class_labels": None if classes is None else numbers,
-        "encoder_hidden_states": None if width is None else zeros(rows, length, width),
+        "encoder_hidden_states": None if width is None else zeros(words, length, width),
         "encoder_attention_mask": mask,
         "encoder_hidden_states_mask": mask,
         "pooled_projections": zeros(rows, getattr(config, "pooled_projection_dim", None) or 1),
         "guidance": zeros(rows) if getattr(config, "guidance_embeds", False) else None,
         "added_cond_kwargs": extra,
+        **dict.fromkeys(("original_size", "target_size", "crop_coords"), zeros(rows, 2)),
     }
     return {name: value for name, value in known.items() if name in names and value is not None}

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from modiff.config import LayerConfig, check
 from modiff.core.predictors import predictor_named
@@ -97,11 +99,13 @@ def state_elements(model: nn.Module, names: Collection[str], target: Any) -> dic
         reads, writes, source = sizes.get(name, (0, 0, inputs[0]))
         sizes[name] = reads + inputs[0].numel(), writes + output.numel(), source
 
-    with suppress(Exception), torch.no_grad(), torch.device("meta"):
-        if (example := facts_of(model).example(model, target)) is None:
-            return {}
-        memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-        memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+    def evaluate(example: dict[str, Any], device: str) -> None:
+        def like(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+        sizes.clear()
+        memo: dict[int, Any] = {id(t): like(t) for module in model.modules() for t in _tensors(vars(module))}
+        memo |= {id(p): nn.Parameter(like(p), False) for p in model.parameters()}
         for module in model.modules():  # neither hooks nor wrappers meet tensors without values
             hooks = ("_forward_hooks", "_forward_pre_hooks", "forward")
             memo |= {id(vars(module)[name]): OrderedDict() for name in hooks if name in vars(module)}
@@ -109,9 +113,29 @@ def state_elements(model: nn.Module, names: Collection[str], target: Any) -> dic
         for module in blank.modules():
             vars(module).pop("forward", None)
         with observe(blank, see, layers=names):
-            blank(**example)
+            blank(**tree_map_only(Tensor, like, example))
+
+    example: dict[str, Any] | None = None
+    with suppress(Exception), torch.no_grad(), torch.device("meta"), _Selecting():
+        if (example := facts_of(model).example(model, target)) is not None:
+            evaluate(example, "meta")
+        return sizes
+    with suppress(Exception), torch.no_grad():  # no autocast knows "meta", which Mochi asks for
+        from torch._subclasses.fake_tensor import FakeTensorMode  # loads slowly
+
+        with FakeTensorMode(), _Selecting():
+            evaluate(example or {}, "cpu")
         return sizes
     return {}
+
+
+class _Selecting(TorchFunctionMode):
+    """Masks without values select all: what Mochi does with the words of a prompt."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nonzero:
+            return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
+        return func(*args, **kwargs or {})
 
 
 def _bytes(config: LayerConfig, numbers: int) -> int:
