@@ -5,11 +5,15 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
 FENCE = re.compile(r"^( *)(`{3,})(\w+)[^\n]*\n(.*?)^\1\2\s*$", re.MULTILINE | re.DOTALL)
+
+LINK = re.compile(r"\]\(\s*([^)\s#]*)(?:#([^)\s]*))?\)")
+REMOTE = re.compile(r"[a-z]+:")
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -30,6 +34,23 @@ def commands(text: str) -> list[str]:
         prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         typed += [line.strip() for line in prompted or lines]
     return typed
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """The links of a page of Markdown that lead to no file next to it, or to no heading of that file."""
+    broken = []
+    for address, anchor in LINK.findall(FENCE.sub("", text)):
+        target = page.parent / address if address else page
+        known = headings(target) if anchor and target.suffix == ".md" and target.is_file() else {anchor}
+        if not REMOTE.match(address) and (not target.exists() or anchor not in known):
+            broken.append(f"{address}#{anchor}" if anchor else address)
+    return broken
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
 
 
 class Calls(ast.NodeVisitor):

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from modiff.cli import app
-from tests.docs.pages import blocks, commands, wrong_names
+from tests.docs.pages import blocks, broken_links, commands, wrong_names
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,6 +64,14 @@ def test_the_commands_of_a_page_exist_with_their_options(name: str) -> None:
             assert (ROOT / words[1]).exists(), line
 
 
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md", *ROOT.glob("examples/notebooks/*.ipynb")]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading_of_the_repository(page: Path) -> None:
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
 PAGE = """
 ```py
 import modiff
@@ -100,3 +108,10 @@ def test_what_reads_the_pages_sees_what_is_wrong() -> None:
     assert "no-such-option" in options_of(["demo", "--no-such-option"])
     assert options_of(["dance"]) == "no command dance"
     assert options_of(["demo", "--steps", "3"]) == ""
+
+
+def test_what_reads_the_links_sees_what_is_broken(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One `code`\n```text\n# not a heading\n[a](b.md)\n```\n")
+    text = "[a](no.md) [b](page.md) [c](#one-code) [d](page.md#not-a-heading) [e](https://f.g/h#i) ![j](k.png)"
+    assert broken_links(page, text) == ["no.md", "page.md#not-a-heading", "k.png"]

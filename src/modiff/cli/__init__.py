@@ -129,7 +129,7 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help=VERSION_HELP)] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Modulated quantization of diffusion models: code the change between denoising steps, not the activation.
+    """Modulated quantization of diffusion models: quantize the change between denoising steps, not the activation.
 
     \b
     Example:
