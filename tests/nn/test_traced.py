@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from modiff import AttentionConfig, LayerConfig
+import modiff
+from modiff import AttentionConfig, LayerConfig, StateError, presets
 from modiff.nn import traced
 from modiff.nn.attention import QuantizedAttention
 from modiff.nn.clock import Clock
+from tests.helpers import assert_same_bits
+from tests.model.toys import SHAPE, Attention, Toy, toy
 from tests.recipes import quantized, randomised
 
 LAYERS = {
@@ -49,3 +53,54 @@ def test_attention_is_known_before_it_runs(dtype):
 @pytest.mark.parametrize("name", ["begin", "layer", "fused_layer", "attend", "end"])
 def test_no_cuda_graph_may_hold_the_operators_that_run_python(name) -> None:
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.modiff, name).default.tags
+
+
+def dual(call, x):
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(x, x))
+
+
+TRANSFORMS = {
+    "vmap": lambda call, x: torch.vmap(lambda row: call(row[None]))(x),
+    "grad": lambda call, x: torch.func.grad(lambda x: call(x).sum())(x),
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x,)),
+    "forward mode": dual,
+}
+
+
+class Inside(Attention):
+    """Transforms its layers by itself."""
+
+    transform = ""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        TRANSFORMS[self.transform](super().forward, tokens)
+        return tokens
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_is_refused_and_leaves_the_model_as_it_was(transform, inside):
+    def changed(model: Toy) -> Toy:
+        if inside:
+            model.attention.__class__, model.attention.transform = Inside, transform
+        return model
+
+    model, x = toy(), torch.randn(SHAPE)
+    exact = model(x, 900.0)
+    modiff.apply(changed(model), presets.w8a8())
+    with (
+        modiff.trajectory(model),
+        pytest.raises(StateError, match=r"(Toy|attention\..*): expected an evaluation of ten"),
+    ):
+        model(x, 900.0) if inside else TRANSFORMS[transform](lambda x: model(x, 900.0), x)
+    model.attention.__class__ = Attention
+    other = toy()
+    modiff.apply(other, presets.w8a8())
+    results = []
+    for each in (model, other):
+        with torch.no_grad(), modiff.trajectory(each):
+            results.append(torch.stack([each(x, 900.0), each(0.9 * x, 800.0)]))
+    assert_same_bits(*results)
+    modiff.remove(model)
+    assert_same_bits(model(x, 900.0), exact)

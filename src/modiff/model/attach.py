@@ -191,6 +191,7 @@ class Attachment:
             main = main_of(args, kwargs) if sample is None else sample
             traced.begin(self.clock.token, moment, main, list(tensors.values()), names, self.number)
         else:
+            traced.check_no_transform(self.clock.name)
             if self.branch_hooks is None:
                 self.branch_hooks = partial(facts_of(model).branch_hooks, [*model.modules()])
             if hooks := self.branch_hooks():

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from modiff.errors import StateError
 from modiff.kernels.input_fusion import InputFusion
@@ -41,6 +42,16 @@ def number_for(holder: object) -> int:
     number = next(_NUMBERS)
     _HOLDERS[number] = holder
     return number
+
+
+def check_no_transform(name: str) -> None:
+    """Raises: StateError in torch.func's transforms and forward-mode derivatives: no state may keep their tensors."""
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        raise StateError(
+            f"{name}: expected an evaluation of tensors, got one inside of a torch.func transform or a forward-mode "
+            "derivative (vmap, grad, jvp, ...). The states keep values for the next step, which a transform takes "
+            "back. Evaluate the model outside of it, or call modiff.remove(model) first."
+        )
 
 
 def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -25,6 +25,7 @@ from modiff.nn.branches import Fork
 from modiff.nn.clock import Clock
 from modiff.nn.loop.source import Source
 from modiff.nn.operator import LayerOperator, LayerSpec
+from modiff.nn.traced import check_no_transform
 from modiff.nn.weight import at_least_float32
 
 
@@ -114,6 +115,7 @@ class InputState:
                     "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
                 )
             return self.update
+        check_no_transform(where)
         every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
         shape = (x.shape, x.device)
         other = self.shape is not None and self.shape != shape
