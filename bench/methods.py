@@ -3,7 +3,7 @@
 python bench/methods.py --reference images.npy --json docs/results/methods.json --num-images 256 --batch 64
 
 With --work bench/results/methods it goes on with the rows that lie there; 2,000 images take days on two cores. Rows in
-the --json file stay where no other row of the same method, bits, mode and anchors was run; the table has them all.
+the --json file stay where no other row of the same method, bits, mode and anchors was run; the page has them all.
 
 Each row runs in a process of its own and is kept when it is finished: stopped at any time, the same command goes on
 where it was. Rows are trajectories of DDIM; every image comes from the noise of its index, as in full precision.
@@ -92,6 +92,7 @@ RECIPES: dict[str, Recipe] = {
     "accuquant": Recipe("accuquant", {}, "scales of groups of 4 steps learned on the quantized trajectory"),
     "ptqd": Recipe("ptqd", {}, "as minmax, then slope, mean and noise of the error corrected in the sampler"),
     "ptqd_mixed": Recipe("ptqd", {"step_bits": [4, 8]}, "ptqd, 4 or 8 bits of activations by step", ((8, 8), (4, 8))),
+    "ptqd_any": Recipe("ptqd", {"slope": "any"}, "ptqd with slopes of either sign, instead of k of 0 or more"),
     "tac": Recipe("tac", {}, "as minmax, then a factor and a shift for each step in the sampler"),
     "modiff_dynamic": Recipe("modiff", {"kind": "dynamic"}, "learned rounding, dynamic scales per token or sample"),
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
@@ -365,12 +366,10 @@ def main() -> None:
         return
     recipes, modes = _some("--methods", options.methods, RECIPES), _some("--modes", options.modes, MODES)
     named = {f"{weight}:{activation}": (weight, activation) for weight, activation in BITS}
-    chosen, refused = rows(recipes, [named[name] for name in _some("--bits", options.bits, named)], modes)
+    chosen, _ = rows(recipes, [named[name] for name in _some("--bits", options.bits, named)], modes)
+    names = ("model", "num_images", "steps", "batch", "seed", "calibration", "extractor")
     settings = {
-        **{
-            name: getattr(options, name)
-            for name in ("model", "num_images", "steps", "batch", "seed", "calibration", "extractor")
-        },
+        **{name: getattr(options, name) for name in names},
         "reference": None if options.reference is None else str(options.reference.resolve()),
         "model_digest": digest(quiet_pipeline(options.model, "cpu"))[:16],
         "reference_digest": None if options.reference is None else reference_digest(options.reference),
@@ -383,7 +382,7 @@ def main() -> None:
         rows_of_table = merged(known, rows_of_table)
         write_json(options.json, rows_of_table)
     command = shlex.join(["python", "bench/methods.py", *map(_name, sys.argv[1:])])
-    text = page(rows_of_table, refused, settings, command)
+    text = page(rows_of_table, rows(RECIPES, BITS)[1], settings, command)
     write_atomically(options.page, lambda file: file.write(between_marks(options.page, text).encode()))
     print(text)
 

@@ -23,7 +23,7 @@ STEPS, IMAGES = 10, 5
 def test_every_row_is_a_method_with_settings_that_exist_and_every_method_has_a_row():
     rows, refused = methods.rows(methods.RECIPES, methods.BITS)
     assert {methods.RECIPES[row.recipe].method for row in rows} == set(METHODS)
-    assert len({row.name for row in rows}) == len(rows) == 4 * 27 + 4, "ptqd_mixed has no 4-bit activations"
+    assert len({row.name for row in rows}) == len(rows) == 4 * 29 + 4, "ptqd_mixed has no 4-bit activations"
     assert set(refused) == {
         "accuquant, modulated",
         *(f"{n}, plain" for n, r in methods.RECIPES.items() if r.method == "modiff"),
@@ -84,11 +84,12 @@ def test_rows_hold_what_the_method_gives_and_are_run_once(tmp_path, monkeypatch)
     assert text.endswith("This too.\n")
     for row in ("plain | -", "modulated | exact"):
         assert text.count(f"| minmax | W4A8 | {row} | 5 | ") == 1
-    assert "Refused: accuquant, modulated. It learns scales" in text
     assert str(tmp_path) not in text
     (images,) = tmp_path.rglob("full_precision.npz")
     images.unlink()
     start("--methods", "minmax", "--modes", "plain")
+    for name in ("accuquant, modulated. It learns scales", "modiff_dynamic, plain. MoDiff is modulation"):
+        assert page.read_text().count(f"Refused: {name}") == 1, "of a method that was not run, too"
     assert tasks[3:] == ["full_precision"], "its images are made again where they are missing"
 
 

@@ -39,9 +39,9 @@ def invoke(folder: Path, method: str, tmp_path: Path, *more: object) -> Result:
     return command("quantize", folder, "--method", method, "--settings", config, *more, "--steps", STEPS)
 
 
-def images(pipe: Any, seeds: range = range(2)) -> np.ndarray:
+def images(pipe: Any, seeds: range = range(2), **words: float) -> np.ndarray:
     noise = [torch.Generator().manual_seed(i) for i in seeds]
-    return pipe(batch_size=len(seeds), num_inference_steps=STEPS, generator=noise, output_type="np").images
+    return pipe(batch_size=len(seeds), num_inference_steps=STEPS, generator=noise, output_type="np", **words).images
 
 
 def test_the_folder_makes_the_images_of_the_method_bit_for_bit(model: Path, tmp_path: Path) -> None:
@@ -96,17 +96,26 @@ def test_a_model_that_takes_text_is_calibrated_on_prompts_and_a_work_folder_keep
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.work", "ptq4dm.json", "sd"]
 
 
-@pytest.mark.parametrize(("method", "scheduler"), [("ptqd", "ddim"), ("tac", "dpmsolver++")])
-def test_a_corrected_sampler_is_saved_with_the_network_and_samples(method: str, scheduler: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "scheduler", "words"),
+    [("ptqd", "ddim", {}), ("ptqd", "ddim", {"eta": 1.0}), ("tac", "dpmsolver++", {})],
+)
+def test_a_corrected_sampler_is_saved_with_the_network_and_samples_with_its_own_noise(
+    method: str, scheduler: str, words: dict[str, float], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(FIELDS, method, FIELDS[method] | words)
     DDPMPipeline(pixel_pipeline().unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "d")
-    out = tmp_path / "out"
-    result = done(invoke(tmp_path / "d", method, tmp_path, "--scheduler", scheduler, "-o", out))
+    out, figures = tmp_path / "out", tmp_path / "quantize.json"
+    result = done(invoke(tmp_path / "d", method, tmp_path, "--scheduler", scheduler, "-o", out, "--json", figures))
     loaded = modiff.load(out)
     assert type(loaded.scheduler).__name__.startswith("Corrected")
     assert f"{'K' if method == 'tac' else 'k'}: " in result.stdout
     pipe = set_scheduler(load_pipeline(tmp_path / "d"), scheduler)
+    full, saved = (images(p, range(1_000_003, 1_000_007), **words) for p in (pipe, loaded))
+    error = np.linalg.norm(saved - full) / np.linalg.norm(full)
+    assert json.loads(figures.read_text())["error"]["relative_l2"] == pytest.approx(error, rel=1e-4)
     apply_method(pipe, method_config(method, values=FIELDS[method], changes={"steps": STEPS}), progress=False)
-    assert np.array_equal(images(loaded), images(pipe))
+    assert np.array_equal(images(loaded, **words), images(pipe, **words))
     done(command("sample", out, "--steps", STEPS, "--num-images", 1, "-o", tmp_path / "samples"))
     done(command("generate", out, "--steps", STEPS, "--num-images", 1, "-o", tmp_path / "generated"))
     assert_one_line(command("sample", out, "--steps", 2, "-o", tmp_path / "b"), "expected 3 steps, from")

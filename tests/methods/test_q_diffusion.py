@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from modiff import ModulationConfig
+from modiff import ConfigError, ModulationConfig
 from modiff.calibration.reconstruct.config import ReconstructConfig
 from modiff.hosts.names import shortcut_splits
 from modiff.methods import QDiffusionConfig, quantize
@@ -75,6 +75,8 @@ def test_with_modulation_scales_of_residuals_are_learned_and_attention_stays_mea
     assert all(u.after <= u.before for u in report.scales.units)
     assert quantizers_of(pipe.unet)["mid_block.attentions.0.softmax"].static is not None
     assert torch.isfinite(small.call(pipe, steps=STEPS)).all()
+    with pytest.raises(ConfigError, match=r"groups: expected 2 or more with modulation, got 1\. The first group is of"):
+        dataclasses.replace(SMALL, modulation=ModulationConfig(), groups=1)
 
 
 def test_attention_is_left_alone_where_the_settings_or_its_bits_say_so():

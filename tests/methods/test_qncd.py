@@ -21,6 +21,7 @@ from modiff.methods.qncd import estimate_bias, mean_error, smoothing_factors, sm
 from modiff.methods.sampler_steps import SamplerSteps
 from modiff.model.attach import attachment_of
 from tests.helpers import relative_error
+from tests.hosts.tiny import HOSTS
 from tests.methods import small
 
 STEPS = 5
@@ -216,14 +217,13 @@ def test_too_few_values_and_what_cannot_be_smoothed_or_compared_are_refused_with
     few = r"pairs: expected batch x d of at least 100000 for the bias, here 521 pairs of 192 values, got 4\. "
     with pytest.raises(ConfigError, match=few + r"The mean holds .*0.036 of 4 x 192 = 768 values\. Give more pairs"):
         quantize(pipe, SMALL, progress=False)
-    sampled = small.build()
-    calls = calls_of(sampled)
-    with pytest.raises(ConfigError, match=r"bias: expected 'none' with this sampler and prediction_type='sample'"):
-        qncd.check_samples([SamplerSteps(sampled.unet, sampled.scheduler, calls, None)] * 600, SMALL)
-    with pytest.raises(
-        ConfigError, match="expected residual blocks that add time_emb_proj before a group norm, got none"
+    for other, message in (
+        (small.build(), "bias: expected 'none' with DDIMScheduler and prediction_type='sample', got 'estimated'"),
+        (set_scheduler(build(), "ddpm"), "bias: expected 'none' with DDPMScheduler and prediction_type='epsilon'"),
+        (HOSTS["dit"].build(), "expected residual blocks that add time_emb_proj before a group norm, got none"),
     ):
-        smoothing_of(torch.nn.Linear(2, 2), [], residuals=False)
+        with pytest.raises(ConfigError, match=message):
+            quantize(other, SMALL, run=lambda i: pytest.fail("before anything is run"), progress=False)
     for changes, message in (
         ({"interval": 0}, "interval: expected 1 or more"),
         ({"eta": 1.0}, "eta: expected 0, got 1"),

@@ -21,13 +21,12 @@ MODULATED_HELP = "Code the change between steps instead of whole activations."
 QUICK_HELP = "Settings for the embedded model and others of its size: minutes on two cores instead of hours on a GPU."
 STEPS_HELP = "Denoising steps, as many as you will sample with. The settings' when left out."
 WORK_HELP = "Finished work; run again, it goes on from it. FOLDER.work when left out; delete it when you are done."
-OUTPUT_HELP = "New folder of the quantized pipeline."
 
 
 def quantize(
     model: options.Model,
     method: Annotated[str, typer.Option("--method", help=METHOD_HELP)],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help=OUTPUT_HELP)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="New folder of the pipeline.")],
     settings: Annotated[Path | None, typer.Option("--settings", metavar="FILE", help=SETTINGS_HELP)] = None,
     weight_bits: Annotated[int | None, typer.Option("--weight-bits", help=BITS_HELP)] = None,
     activation_bits: Annotated[int | None, typer.Option("--activation-bits", help=BITS_HELP)] = None,
@@ -98,7 +97,9 @@ def _settings(method: str, quick: bool, file: Path | None, modulated: bool, opti
 def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:
     """Sizes and error, for people and as JSON."""
     from modiff.evaluate.pipelines import TUNING_SEED, image_error, network_bytes
+    from modiff.sampling.corrected import with_eta_of
 
+    source.pipe.scheduler = with_eta_of(saved.pipe.scheduler, source.pipe.scheduler)
     images = [s.draw(chosen.steps, range(IMAGES), chosen.seed + TUNING_SEED) for s in (source, saved)]
     sizes, error = [network_bytes(s.pipe) for s in (source, saved)], image_error(images[1], images[0])
     before, after = (f"{size / 2**20:.2f} MiB" for size in sizes)

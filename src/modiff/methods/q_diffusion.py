@@ -35,6 +35,11 @@ class QDiffusionConfig(LearnedConfig):
     attention: Literal["quantized", "full_precision"] = "quantized"
     modulation: ModulationConfig | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("groups", self.modulation is None or self.groups >= 2, "2 or more with modulation",
+                   "The first group is of the first step, and nothing changed before it.")  # fmt: skip
+
     def model_config(self, model: nn.Module, step_bits: tuple[int, ...] = ()) -> ModiffConfig:
         """All layers alike, and the attention products of a network that has attention; `step_bits` of activations."""
         groups = len(step_bits) or 1

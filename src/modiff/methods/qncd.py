@@ -86,8 +86,11 @@ def qncd(job: MethodJob, config: QncdConfig) -> CorrectedReport:
     """Smooth, learn rounding and measure ranges as Q-Diffusion, then estimate the bias."""
     from modiff.sampling.corrected import Correction, corrected  # late: it loads diffusers
 
-    comparison = Comparison(job, config)
-    steps = comparison.steps
+    if config.smoothing != "none":  # before anything is run
+        residual_blocks(job.model)
+    if config.bias == "estimated":
+        check_predictions(getattr(job.target, "scheduler", None), config)
+    steps = Comparison(job, config).steps
     if config.bias == "estimated":
         check_samples(steps, config)
     layers = config.model_config(job.model)
@@ -111,13 +114,8 @@ def smoothed(config: ModiffConfig, factors: Mapping[str, Tensor]) -> ModiffConfi
     return dataclasses.replace(config, overrides=(*config.overrides, *layers))
 
 
-@torch.no_grad()
-def smoothing_of(model: nn.Module, calls: Sequence[Call], *, residuals: bool) -> dict[str, Tensor]:
-    """s_c (C,) of the last convolution of each residual block that adds the embedding before a group norm.
-
-    calls: a trajectory in full precision, in order. residuals: of the change between steps, see `QncdConfig`.
-    Raises: ConfigError where the network has no such block. Cost: an evaluation of each call.
-    """
+def residual_blocks(model: nn.Module) -> dict[str, Any]:
+    """The blocks that add the embedding before a group norm, by name. Raises: ConfigError where there is none."""
     blocks: dict[str, Any] = {}
     for name, module in model.named_modules():
         adds = getattr(module, "time_embedding_norm", None) == "default" and hasattr(module, PROJECTION)
@@ -128,6 +126,17 @@ def smoothing_of(model: nn.Module, calls: Sequence[Call], *, residuals: bool) ->
             f"{type(model).__name__}: expected residual blocks that add {PROJECTION} before a group norm, got none. "
             "QNCD smooths what the embedding amplifies there. Use smoothing='none', or another method."
         )
+    return blocks
+
+
+@torch.no_grad()
+def smoothing_of(model: nn.Module, calls: Sequence[Call], *, residuals: bool) -> dict[str, Tensor]:
+    """s_c (C,) of the last convolution of each residual block that adds the embedding before a group norm.
+
+    calls: a trajectory in full precision, in order. residuals: of the change between steps, see `QncdConfig`.
+    Raises: as `residual_blocks`. Cost: an evaluation of each call.
+    """
+    blocks = residual_blocks(model)
     norms: dict[str, list[Tensor]] = {name: [] for name in blocks}
     inputs: dict[str, Tensor] = {}
 
@@ -162,8 +171,18 @@ def smoothing_factors(weight: Tensor | None, norms: Tensor) -> Tensor:
     return torch.where(floor > 0, size.clamp_min(floor), torch.ones_like(size)) * amplified
 
 
+def check_predictions(scheduler: Any, config: QncdConfig) -> None:
+    """Raise the ConfigError of a network that does not predict noise along DDIM."""
+    from diffusers import DDIMScheduler  # late: other methods need no diffusers
+
+    kind = None if scheduler is None else scheduler.config.get("prediction_type")
+    fits = scheduler is None or (kind == "epsilon" and isinstance(scheduler, DDIMScheduler))
+    config.check("bias", fits, f"'none' with {type(scheduler).__name__} and prediction_type={kind!r}",
+                 "Known noise is compared with predicted noise, along DDIM.")  # fmt: skip
+
+
 def check_samples(steps: Sequence[SamplerSteps], config: QncdConfig) -> None:
-    """Raise the ConfigError of samples too few for the bias, or of a network that does not predict noise."""
+    """Raise the ConfigError of samples too few for the bias."""
     batch, values = sum(len(s.recorded[0]) for s in steps), steps[0].recorded[0][0].numel()
     config.check(
         "pairs", batch * values >= LEAST,
@@ -171,9 +190,6 @@ def check_samples(steps: Sequence[SamplerSteps], config: QncdConfig) -> None:
         f"holds the images' own noise, {(batch * values) ** -0.5:.2g} of {batch} x {values} = {batch * values} values. "
         "Give more pairs, or bias='none'.",
     )  # fmt: skip
-    kind = steps[0].scheduler.config.get("prediction_type")
-    config.check("bias", kind == "epsilon" and steps[0].ddim, f"'none' with this sampler and prediction_type={kind!r}",
-                 "Known noise is compared with predicted noise, along DDIM.")  # fmt: skip
 
 
 def estimate_bias(

@@ -169,6 +169,14 @@ def corrected(scheduler: Any, correction: Correction | None) -> Any:
     return corrected_kind(type(scheduler)).from_config(scheduler.config, correction=correction.to_dict())
 
 
+def with_eta_of(other: Any, scheduler: Any) -> Any:
+    """The scheduler, or one that corrects nothing and has the eta of another's correction: both get the same noise."""
+    table = getattr(other, "correction", None)
+    if table is None or not table.eta:
+        return scheduler
+    return corrected(scheduler, Correction(timesteps=table.timesteps, eta=table.eta))
+
+
 def corrected_kind(kind: type) -> Any:
     """The class that corrects a scheduler of this class. Raises: ConfigError if there is none."""
     for known in KINDS:

@@ -95,6 +95,7 @@ def call_inputs(
 
     Args:
         prompt, label: one for all images, or `count` of them.
+    A sampler whose correction was made for an eta samples with that one.
     Raises: ConfigError if the pipeline needs a prompt, class or other input that is missing, has no use for one,
         or makes videos.
     """
@@ -123,12 +124,14 @@ def call_inputs(
             f"{name}: expected a pipeline that needs a prompt or a class at most, got one that needs "
             f"{', '.join(needed)}. modiff does not invent inputs. Call the pipeline from Python."
         )
+    eta = getattr(getattr(pipe.scheduler, "correction", None), "eta", None)
+    own = {"eta": eta} if eta and "eta" in parameters else {}
     if prompt is not None:
-        return {"prompt": [prompt] * count if isinstance(prompt, str) else list(prompt)}
+        return own | {"prompt": [prompt] * count if isinstance(prompt, str) else list(prompt)}
     if label is not None:
         labels = [label] * count if isinstance(label, int) else label
-        return {"class_labels": [_checked_label(pipe, one) for one in labels]}
-    return {"batch_size": count}
+        return own | {"class_labels": [_checked_label(pipe, one) for one in labels]}
+    return own | {"batch_size": count}
 
 
 def pipeline_example(pipe: DiffusionPipeline, network: Any) -> dict[str, Any] | None:
