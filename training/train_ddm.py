@@ -92,7 +92,9 @@ def train(options: argparse.Namespace) -> None:
     """A U-Net with two outputs, or with three for linear attenuation."""
     torch.manual_seed(options.seed)
     images = load_images(options.images, options.size)
-    scheduler = DDMScheduler(beta_schedule=BETAS[options.schedule], attenuation=options.attenuation)
+    scheduler = DDMScheduler(
+        beta_schedule=BETAS[options.schedule], attenuation=options.attenuation, prediction_type="decomposition"
+    )
     channels = images.shape[1]
     if options.begin_with:
         model = begun_with(options.begin_with, scheduler.outputs)

@@ -33,6 +33,12 @@ def check(where: str, value: object, valid: bool, expected: str, hint: str) -> N
         raise ConfigError(f"{where}: expected {expected}, got {value!r}. {hint}")
 
 
+def check_count(where: str, value: Any, hint: str) -> None:
+    """Raise the ConfigError of what is no whole number from 1 on."""
+    whole = hasattr(value, "__index__")
+    check(where, value, whole and value >= 1, "1 or more" if whole else "a whole number", hint)
+
+
 def is_bits(value: object, lowest: tuple[int, ...] = ()) -> bool:
     """True for None (off), for 2 to 8, and for the values in `lowest`."""
     return value is None or (type(value) is int and (2 <= value <= 8 or value in lowest))

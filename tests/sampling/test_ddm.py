@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
 import modiff
@@ -22,7 +22,7 @@ ATTENUATIONS = tuple(OUTPUTS["decomposition"])
 
 
 def scheduler(attenuation: str = "constant", steps: int = 10, **options: Any) -> DDMScheduler:
-    made = DDMScheduler(attenuation=attenuation, **options)
+    made = DDMScheduler(attenuation=attenuation, **{"prediction_type": "decomposition"} | options)
     made.set_timesteps(steps)
     return made
 
@@ -101,7 +101,7 @@ def test_what_else_a_model_predicts_says_the_same(prediction_type: str) -> None:
 
 
 def test_the_network_is_told_the_row_of_the_table_with_that_noise_and_more_beyond_its_last() -> None:
-    made, table = DDMScheduler(), DDIMScheduler().alphas_cumprod.double()
+    made, table = scheduler(), DDIMScheduler().alphas_cumprod.double()
     rows = torch.tensor([0, 1, 10, 500, 998, 999])
     ratio = (table / (1 - table))[rows]
     time = torch.tensor([((r / 4 + 1).sqrt() - r.sqrt() / 2) ** 2 for r in ratio])  # (1 - t)^2 / t = r
@@ -144,7 +144,7 @@ def test_with_exact_outputs_a_mixture_comes_out_the_nearer_the_more_steps() -> N
 
 def two_outputs(attenuation: str = "constant") -> UnconditionalPipeline:
     torch.manual_seed(0)
-    made = DDMScheduler(attenuation=attenuation)
+    made = scheduler(attenuation)
     unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=made.outputs, layers_per_block=1,
                        block_out_channels=(16, 16), down_block_types=("DownBlock2D", "DownBlock2D"),
                        up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=8)  # fmt: skip
@@ -180,6 +180,16 @@ def test_a_pipeline_is_saved_loaded_and_modulated(attenuation: str, tmp_path: Pa
     assert np.abs(images(again) - images(loaded)).max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
+def test_a_scheduler_that_leaves_its_prediction_to_the_default_becomes_a_ddm_of_noise(kind: Any) -> None:
+    """diffusers hands on what was set alone: the defaults of both must say the same."""
+    made = DDMScheduler.from_config(kind().config)
+    assert (made.config.prediction_type, made.outputs) == ("epsilon", 1)
+    assert (
+        DDMScheduler.from_config(kind(prediction_type="v_prediction").config).config.prediction_type == "v_prediction"
+    )
+
+
 def test_the_embedded_model_draws_as_a_ddm_what_it_draws_with_ddim() -> None:
     pipe = DDIMPipeline.from_pretrained(embedded_folder())
     pipe.set_progress_bar_config(disable=True)
@@ -202,8 +212,11 @@ def test_the_trained_ddm_of_the_package_draws_clothing_on_black_in_few_evaluatio
     ("options", "message"),
     [
         ({"prediction_type": "flow"}, "expected one of decomposition, epsilon, v_prediction, sample, got 'flow'"),
-        ({"attenuation": "cubic"}, "expected one of constant, const_2, linear, got 'cubic'"),
-        ({"attenuation": "linear", "prediction_type": "epsilon"}, "expected one of constant, const_2, got 'linear'"),
+        (
+            {"attenuation": "cubic", "prediction_type": "decomposition"},
+            "expected one of constant, const_2, linear, got 'cubic'",
+        ),
+        ({"attenuation": "linear"}, "expected one of constant, const_2, got 'linear'.*prediction_type='decomposition'"),
         ({"eta": 1.5}, "expected 0 to 1, got 1.5"),
         ({"last_time": 0.5}, "expected 0 up to 0.1, got 0.5"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: expected False, got True"),
@@ -218,8 +231,9 @@ def test_a_wrong_option_is_one_line(options: dict[str, Any], message: str) -> No
 
 def test_no_steps_and_a_model_of_other_outputs_are_refused() -> None:
     made = scheduler()
-    with pytest.raises(ConfigError, match="num_inference_steps: expected 1 or more, got 0"):
-        made.set_timesteps(0)
+    for steps, expected in ((0, "1 or more"), (2.5, "a whole number")):
+        with pytest.raises(ConfigError, match=f"num_inference_steps: expected {expected}, got {steps}"):
+            made.set_timesteps(steps)  # type: ignore[arg-type]
     x = torch.zeros(1, 1, 4, 4)
     with pytest.raises(ConfigError, match=r"expected 2 x 1 channels, got \(1, 1, 4, 4\)"):
         made.step(x, made.timesteps[0], x)

@@ -92,6 +92,24 @@ def test_a_prompt_stays_and_a_row_with_its_own_generator_is_the_same_in_any_batc
     assert torch.equal(both[1:], pipe(1, 3, generator=[seeded(6)]).sequences)
 
 
+def test_a_callback_sees_each_step_and_what_it_returns_is_gone_on_from():
+    pipe, model = pipeline(Exact(TOY)), Exact(TOY)
+    seen = []
+
+    def masked_again(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["tokens"].clone()))
+        return {"tokens": torch.full_like(tensors["tokens"], MASK)} if step == 4 else {}
+
+    output = pipe(2, 3, num_inference_steps=6, generator=seeded(1), callback_on_step_end=masked_again)
+    assert [step[:2] for step in seen] == [(i, i) for i in range(6)]
+    assert torch.equal(seen[-1][2], output.sequences)
+    scheduler, generator, tokens = pipe.scheduler, seeded(1), torch.full((2, 3), MASK)
+    for step in scheduler.timesteps:
+        tokens = scheduler.step(model(tokens).logits, step, tokens, generator).prev_sample
+        tokens = torch.full_like(tokens, MASK) if step == 4 else tokens
+    assert torch.equal(tokens, output.sequences)
+
+
 @pytest.mark.parametrize("bits", ["w8a8", "w8a4"])
 def test_a_quantized_pipeline_is_saved_and_loaded_with_its_texts_and_frees_its_states(bits, tmp_path):
     pipe = pipeline(characters())
@@ -115,9 +133,19 @@ BAD = {
     "remask: expected 0 to 1, got 2": lambda: MaskedScheduler(1, remask=2),
     "top_p: expected more than 0": lambda: MaskedScheduler(1, top_p=0.0),
     "num_inference_steps: expected 1 or more, got 0": lambda: MaskedScheduler(1).set_timesteps(0),
+    "num_inference_steps: expected a whole number, got 2.5": lambda: MaskedScheduler(1).set_timesteps(2.5),
     "expected a MaskedScheduler, got DDIMScheduler": lambda: MaskedTextPipeline(Exact(TOY), DDIMScheduler()),
     r"input_ids: expected \(rows, length\) int64": lambda: pipeline(Exact(TOY))(input_ids=torch.zeros(2, 3)),
+    r"input_ids: expected \(rows, length\) int64 tokens, got list": lambda: pipeline(Exact(TOY))(input_ids=[[3]]),
     "length: expected 1 or more": lambda: pipeline(Exact(TOY))(2, 0),
+    "length: expected a whole number, got 1.5": lambda: pipeline(Exact(TOY))(2, 1.5),
+    "mask_token_id: expected 27, the model's, got 28": lambda: MaskedTextPipeline(characters(), MaskedScheduler(28)),
+    "mask_token_id: expected a token of the model, 0 to 27, got 28": lambda: MaskedTextPipeline(
+        SimpleNamespace(config=SimpleNamespace(vocab_size=28)), MaskedScheduler(28)
+    ),
+    "logits: expected scores, got NaN": lambda: pipeline(
+        Returns(SimpleNamespace(logits=torch.full((1, 128, 4), torch.nan)))
+    )(),
     r"model: expected .logits of shape \(1, 128, 'more than 3'\), got Tensor": lambda: pipeline(nn.Identity())(),
     "generator: expected one, or one for each of 3 rows, got 2": lambda: pipeline(characters())(
         3, 4, 2, generator=seeded(1, 2)

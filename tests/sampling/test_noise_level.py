@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import modiff
 from modiff.errors import ConfigError
@@ -122,7 +122,7 @@ def pipe() -> LearnedSchedulePipeline:
 
 
 def drawn(pipe: LearnedSchedulePipeline, **options: Any) -> Any:
-    return pipe(2, noise_generators(0, range(2)), 5, output_type="np", **options)
+    return pipe(2, noise_generators(0, range(2)), 5, **{"output_type": "np"} | options)
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
@@ -171,10 +171,20 @@ def test_another_scheduler_and_impossible_levels_are_refused(pipe: LearnedSchedu
     table = Correction(timesteps=(0.0,), gain=((1.0,),))
     with pytest.raises(ConfigError, match=r"expected a scheduler without a correction.*corrected\(scheduler, None\)"):
         LearnedSchedulePipeline(pipe.unet, corrected(pipe.scheduler, table), pipe.estimator)
+    with pytest.raises(ConfigError, match=r"estimator: expected a NoiseLevelEstimator, got 'Linear'.*from_pretrained"):
+        LearnedSchedulePipeline(pipe.unet, pipe.scheduler, nn.Linear(2, 2))  # type: ignore[arg-type]
+    for options, message in (
+        ({"adjusted_steps": [0, 5]}, r"adjusted_steps: expected steps from 0 to 4, got \[0, 5\]"),
+        ({"eta": 1.5}, r"eta: expected 0 to 1, got 1.5"),
+        ({"output_type": "latent"}, "LearnedSchedulePipeline.output_type: expected pil, np or pt"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            drawn(pipe, **options)
     pipe.register_modules(scheduler=DDIMScheduler(rescale_betas_zero_snr=True))
     for level, steps, options, message in (
         (0.0, 5, {}, "level: expected more than 0 and less than 1, got 0"),
         (0.5, 0, {}, "steps: expected 1 or more, got 0"),
+        (0.5, 2.5, {}, "steps: expected a whole number, got 2.5"),
         (0.5, 5, {"shape": "cosine"}, "schedule: expected linear or fibonacci, got 'cosine'"),
         (0.5, 5, {"solver": "newton"}, "solver: expected bisection or first_order, got 'newton'"),
     ):

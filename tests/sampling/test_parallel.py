@@ -150,9 +150,31 @@ def test_rows_spread_over_several_evaluators_in_their_order() -> None:
 def test_the_window_tells_how_far_it_moved_and_nothing_of_the_scheduler_changes() -> None:
     scheduler, _ = scheduler_of("DPM-Solver++ 2M")
     before, moved = dict(vars(scheduler)), []
-    ParallelSampler(scheduler)(rows_of(Mixture(scheduler.alphas_cumprod)), noise(1), 20, advanced=moved.append)
-    assert sum(moved) == 20
+    evaluate = rows_of(Mixture(scheduler.alphas_cumprod))
+    result = ParallelSampler(scheduler)(evaluate, noise(1), 20, advanced=lambda *now: moved.append(now))
     assert all(vars(scheduler)[name] is value for name, value in before.items())
+    scheduler.set_timesteps(20)
+    steps, times, states = zip(*moved, strict=True)
+    assert list(steps) == sorted(set(steps))
+    assert steps[-1] == 20
+    assert list(times) == [scheduler.timesteps[step - 1] for step in steps]
+    assert torch.equal(states[-1], result.sample)
+
+
+def test_a_state_that_is_put_in_place_of_another_is_what_the_rows_go_on_from() -> None:
+    scheduler, _ = scheduler_of("DDIM")
+    denoise, x = Mixture(scheduler.alphas_cumprod), noise(1)
+
+    def doubled(step: int, _: Tensor, state: Tensor) -> Tensor | None:
+        return 2 * state if step == 5 else None
+
+    result = ParallelSampler(scheduler, 1, 0.0)(rows_of(denoise), x, 12, advanced=doubled)
+    scheduler.set_timesteps(12)
+    for step, t in enumerate(scheduler.timesteps, 1):
+        x = scheduler.step(denoise(x, t.repeat(1)), t, x).prev_sample * (2 if step == 5 else 1)
+    assert_same_bits(result.sample, x)
+    ended = ParallelSampler(scheduler, 4, 0.0)(rows_of(denoise), noise(1), 4, advanced=lambda _, __, state: state * 0)
+    assert ended.sample.count_nonzero() == 0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +183,9 @@ def test_the_window_tells_how_far_it_moved_and_nothing_of_the_scheduler_changes(
         (diffusers.HeunDiscreteScheduler(), {}, r"ParallelSampler.scheduler: expected one of DDIM.*Use DDIMScheduler"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), {}, r"got 'FlowMatchEulerDiscreteScheduler'"),
         (diffusers.DDIMScheduler(), {"tolerance": -0.1}, r"ParallelSampler.tolerance: expected 0 or more, got -0.1"),
-        (diffusers.DDIMScheduler(), {"window": 0}, r"ParallelSampler.window: expected 1 or more rows, got 0"),
+        (diffusers.DDIMScheduler(), {"tolerance": None}, r"ParallelSampler.tolerance: expected 0 or more, got None"),
+        (diffusers.DDIMScheduler(), {"window": 0}, r"ParallelSampler.window: expected 1 or more, got 0"),
+        (diffusers.DDIMScheduler(), {"window": 1.5}, r"ParallelSampler.window: expected a whole number, got 1.5"),
     ],
 )
 def test_what_cannot_be_served_is_refused(scheduler: Any, settings: dict[str, Any], message: str) -> None:
@@ -169,9 +193,18 @@ def test_what_cannot_be_served_is_refused(scheduler: Any, settings: dict[str, An
         ParallelSampler(scheduler, **settings)
 
 
-def test_no_steps_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"ParallelSampler.steps: expected 1 or more, got 0"):
-        ParallelSampler(diffusers.DDIMScheduler())(rows_of(lambda x, t: x), noise(1), 0)
+@pytest.mark.parametrize(
+    ("evaluate", "samples", "steps", "message"),
+    [
+        (lambda x, t: x, 1, 0, "ParallelSampler.steps: expected 1 or more, got 0"),
+        (lambda x, t: x, 1, 2.5, "ParallelSampler.steps: expected a whole number, got 2.5"),
+        (lambda x, t: x, 0, 4, r"ParallelSampler.noise: expected 1 or more samples of floats, got \(0, 256\)"),
+        (lambda x, t: x[:, :1], 2, 4, r"evaluate: expected outputs of shape \(2, 4, \.\.\.\), got \(2, 1, 256\)"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(evaluate: Any, samples: int, steps: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParallelSampler(diffusers.DDIMScheduler())(evaluate, noise(2)[:samples], steps)
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DDIM, noisy", "DDPM", "DPM-Solver++ 2M", "SDE-DPM-Solver++"])

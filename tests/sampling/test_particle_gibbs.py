@@ -86,6 +86,9 @@ def test_one_sweep_without_resampling_is_best_of_n():
     assert (output.best_rewards >= output.rewards).all()
     assert torch.equal(output.drawn[-1], output.rewards)
     assert torch.equal(output.rewards, reward(output.sequences))
+    assert torch.equal(
+        run(particles=2, sweeps=1, chains=4, return_dict=False)[0], run(particles=2, sweeps=1, chains=4)[0]
+    )
 
 
 @pytest.mark.parametrize("integers", [False, True])
@@ -134,6 +137,8 @@ BAD = {
     "particles: expected 1 or more, got 0": {"particles": 0, "sweeps": 1},
     "particles: expected 2 or more, got 1. The reference": {"particles": 1},
     "sweeps: expected 1 or more": {"sweeps": 0},
+    "particles: expected a whole number, got 2.5": {"particles": 2.5},
+    "reward: expected a function of tokens, got 3": {"reward": 3},
     "every: expected 1 or more, got -1": {"every": -1},
     "every: expected 1 or more, got 0": {"every": 0},
     "generator: expected one for all rows, got \\[": {"generator": [torch.Generator(), torch.Generator()]},

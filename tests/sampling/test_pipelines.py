@@ -66,6 +66,23 @@ def test_images_come_in_the_forms_of_diffusers(pixels: DDIMPipeline) -> None:
     assert iterations <= 4 <= evaluations
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output_type": "latent"}, "ParallelPipeline.output_type: expected pil, np or pt, got 'latent'"),
+        ({"batch_size": 0}, "ParallelPipeline.batch_size: expected 1 or more, got 0"),
+        (
+            {"batch_size": 2, "generator": [torch.Generator()] * 3},
+            "generator: expected one, or one for each of 2 images",
+        ),
+    ],
+)
+def test_what_gives_no_images_is_one_line(pixels: DDIMPipeline, settings: dict[str, Any], message: str) -> None:
+    fast = ParallelPipeline(unet=pixels.unet, scheduler=pixels.scheduler)
+    with pytest.raises(modiff.ConfigError, match=message):
+        fast(**{"num_inference_steps": 2} | settings)
+
+
 def test_a_network_in_bfloat16_gives_arrays() -> None:
     pipe = pixel_pipeline()
     fast = ParallelPipeline(unet=pipe.unet.to(torch.bfloat16), scheduler=pipe.scheduler)
@@ -91,6 +108,24 @@ def test_text_to_image_with_guidance_is_the_sequential_one(text: StableDiffusion
     one = {"prompt": "red fox", "num_inference_steps": 2, "output_type": "pt"}
     decoded = fast(**one, generator=seeds()[0], tolerance=0.0).images
     assert relative_error(decoded, text(**one, generator=seeds()[0]).images) < 1e-5
+
+
+def test_a_callback_sees_the_steps_that_are_done_and_may_change_their_state(text: StableDiffusionPipeline) -> None:
+    """As those of diffusers: (pipe, step, timestep, {"latents": ...}) -> what takes their place."""
+    fast = ParallelStableDiffusionPipeline(**text.components, requires_safety_checker=False)
+    fast.set_progress_bar_config(disable=True)
+    seen: dict[Any, list[Any]] = {fast: [], text: []}
+
+    def halved(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        seen[pipe].append((step, int(timestep)))
+        return {"latents": state["latents"] / 2} if step == 2 else {}
+
+    settings = {"callback_on_step_end": halved, "guidance_scale": 5.0}
+    expected = prompted(text, **settings).images
+    result = prompted(fast, **settings, parallel=1, tolerance=0.0)
+    assert seen[fast] == seen[text]
+    assert relative_error(result.images, expected) < 1e-5
+    assert relative_error(result.images, prompted(text, guidance_scale=5.0).images) > 0.05
 
 
 def test_rows_are_spread_over_copies_of_the_network(pixels: DDIMPipeline) -> None:

@@ -61,7 +61,8 @@ def test_a_model_that_cannot_be_begun_with_is_named(ddm, tmp_path):
 @pytest.mark.parametrize("attenuation", OUTPUTS["decomposition"])
 def test_the_loss_is_zero_for_exact_outputs_and_weighs_an_error_as_published(ddm, attenuation, monkeypatch):
     """A network that knows the images finds eps, K and v from what it sees; one that errs by e in eps pays for that."""
-    scheduler, images = DDMScheduler(attenuation=attenuation), torch.rand(512, 1, 4, 4) * 2 - 1
+    scheduler = DDMScheduler(attenuation=attenuation, prediction_type="decomposition")
+    images = torch.rand(512, 1, 4, 4) * 2 - 1
     add_noise, known = scheduler.add_noise, {}
 
     def noted(batch, noise, time, curve):

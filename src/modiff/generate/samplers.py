@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from modiff.config import check
 from modiff.errors import StateError
 from modiff.hosts.host import is_attached
 from modiff.sampling import ddm
+from modiff.sampling.calls import Generators, pixel_images, pixel_noise
 
 
 class Sampler(NamedTuple):
@@ -105,16 +105,13 @@ class UnconditionalPipeline(DDPMPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         num_inference_steps: int = 50,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[object]:
         """Generate `batch_size` images, as `DDPMPipeline` does; with `output_type="np"` (N, H, W, C) in [0, 1]."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        image = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        image = pixel_noise(self, batch_size, generator, output_type)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         image = image * self.scheduler.init_noise_sigma
         random = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -122,10 +119,5 @@ class UnconditionalPipeline(DDPMPipeline):
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(image, t)
             image = self.scheduler.step(self.unet(scaled, t).sample, t, image, **noise).prev_sample
-        image = (image / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            image = image.cpu().permute(0, 2, 3, 1).float().numpy()
-            if output_type == "pil":
-                image = self.numpy_to_pil(image)
-        self.maybe_free_model_hooks()
+        image = pixel_images(self, image, output_type)
         return ImagePipelineOutput(images=image) if return_dict else (image,)

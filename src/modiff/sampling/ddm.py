@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from modiff.config import check
+from modiff.config import check, check_count
 from modiff.hosts import diffusers_host
 from modiff.sampling.levels import timestep_at
 
@@ -79,7 +79,7 @@ class DDMScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "linear",
         trained_betas: list[float] | None = None,
         attenuation: Attenuation = "constant",
-        prediction_type: str = "decomposition",
+        prediction_type: str = "epsilon",
         eta: float = 1.0,
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
@@ -91,7 +91,7 @@ class DDMScheduler(SchedulerMixin, ConfigMixin):
         check(f"{where}prediction_type", prediction_type, kinds is not None, f"one of {', '.join(OUTPUTS)}",
               "Its steps need an image and noise. Use a model that predicts noise.")  # fmt: skip
         check(f"{where}attenuation", attenuation, attenuation in (kinds or ()), f"one of {', '.join(kinds or ())}",
-              "A model with one output knows no K. Use constant.")  # fmt: skip
+              "A model of one output knows no K. Use constant, or prediction_type='decomposition'.")  # fmt: skip
         check(f"{where}eta", eta, 0 <= eta <= 1, "0 to 1", "Noise of a step is at most what the path adds. Use 1.")
         check(f"{where}last_time", last_time, 0 <= last_time < 0.1, "0 up to 0.1", "It ends the path. Use 1e-4.")
         for name, value in (("rescale_betas_zero_snr", rescale_betas_zero_snr), ("thresholding", thresholding)):
@@ -109,7 +109,7 @@ class DDMScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Spread as many evaluations evenly over the time from the start to 0."""
-        check("num_inference_steps", num_inference_steps, num_inference_steps >= 1, "1 or more", "Use 10.")
+        check_count("num_inference_steps", num_inference_steps, "Use 10.")
         self.num_inference_steps = num_inference_steps
         last, whole = self.config.last_time, num_inference_steps == 1
         count = num_inference_steps + (whole or not last)

@@ -17,11 +17,12 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from modiff.assets.characters import CharacterTransformer
-from modiff.config import check
+from modiff.config import check, check_count
 from modiff.errors import ConfigError
 from modiff.hosts import diffusers_host
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import model_trajectory
+from modiff.sampling.calls import Callback
 
 diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
@@ -66,9 +67,7 @@ class MaskedScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Steps of equal length; `timesteps` are their numbers, as for the discrete schedulers of diffusers."""
-        check(
-            "num_inference_steps", num_inference_steps, num_inference_steps >= 1, "1 or more", "None samples nothing."
-        )
+        check_count("num_inference_steps", num_inference_steps, "None samples nothing.")
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps, device=device)
 
@@ -154,18 +153,28 @@ class MaskedTextPipeline(DiffusionPipeline):
                 f"{type(self).__name__}: expected a MaskedScheduler, got {type(scheduler).__name__}. Masks become "
                 "tokens, no noise is removed. Use modiff.sampling.masked.MaskedScheduler(mask_token_id=...)."
             )
+        mask, words = scheduler.config.mask_token_id, getattr(getattr(model, "config", None), "vocab_size", None)
+        known = getattr(model, "mask_token_id", None)
+        for expected, valid in (
+            (f"{known}, the model's", known is None or mask == known),
+            (f"a token of the model, 0 to {(words or 0) - 1}", words is None or mask < words),
+        ):
+            check(
+                f"{type(self).__name__}.scheduler: mask_token_id", mask, valid, expected, "Positions of it are masked."
+            )
         self.register_modules(model=model, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
         self, batch_size: int = 1, length: int = 128, num_inference_steps: int = 64, input_ids: Tensor | None = None,
-        generator: RowGenerators = None, return_dict: bool = True,
+        generator: RowGenerators = None, return_dict: bool = True, callback_on_step_end: Callback | None = None,
     ) -> MaskedTextOutput | tuple[Tensor, list[str] | None, int]:  # fmt: skip
         """Fill in what is masked.
 
         Args:
             input_ids: (rows, length) int64 whose masks are filled in, whatever batch_size and length say.
             generator: with one for each row, a row is the same in any batch.
+            callback_on_step_end: as diffusers have it; of {"tokens": (rows, length)}, which what it returns replaces.
         Cost: an evaluation a step at most.
         """
         self.scheduler.set_timesteps(num_inference_steps)
@@ -177,6 +186,8 @@ class MaskedTextPipeline(DiffusionPipeline):
                     logits, evaluations = self.logits(tokens), evaluations + 1
                 filled = self.scheduler.step(logits, step, tokens, generator, return_dict=False)[0]
                 filled = torch.where(prompt, start, filled)
+                if callback_on_step_end is not None:
+                    filled = callback_on_step_end(self, int(step), step, {"tokens": filled}).get("tokens", filled)
                 tokens, logits = filled, logits if torch.equal(filled, tokens) else None
         texts = self.texts(tokens)
         return MaskedTextOutput(tokens, texts, evaluations) if return_dict else (tokens, texts, evaluations)
@@ -187,12 +198,15 @@ class MaskedTextPipeline(DiffusionPipeline):
         known = hasattr(model, "device")  # a module of torch says no device, its weights do
         device = self._execution_device if known else next((w.device for w in model.state_dict().values()), None)
         if input_ids is None:
-            check(f"{type(self).__name__}.batch_size, length", (rows, length), rows > 0 < length, "1 or more", "")
+            for name, count in (("batch_size", rows), ("length", length)):
+                check_count(f"{type(self).__name__}.{name}", count, "None samples nothing.")
             return torch.full((rows, length), mask, device=device)
-        if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+        tensor = isinstance(input_ids, Tensor)
+        if not tensor or input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+            got = f"{tuple(input_ids.shape)} {input_ids.dtype}" if tensor else type(input_ids).__name__
             raise ConfigError(
-                f"{type(self).__name__}.input_ids: expected (rows, length) int64 tokens, got {tuple(input_ids.shape)} "
-                f"{input_ids.dtype}. Positions of token {mask} are filled in. Stack rows of one length."
+                f"{type(self).__name__}.input_ids: expected (rows, length) int64 tokens, got {got}. "
+                f"Positions of token {mask} are filled in. Stack rows of one length."
             )
         return input_ids.to(device)
 
@@ -207,6 +221,11 @@ class MaskedTextPipeline(DiffusionPipeline):
             raise ConfigError(
                 f"{type(self).__name__}.model: expected .logits of shape {shape}, got {got}. Every position needs the "
                 "scores of all tokens, the mask among them. Check the model and mask_token_id."
+            )
+        if logits.isnan().any():
+            raise ConfigError(
+                f"{type(self).__name__}.model: logits: expected scores, got NaN. No token can be drawn by them. "
+                "Look at the model's weights, or run it in float32."
             )
         return logits
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMPipeline, DDPMScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from modiff.config import check
+from modiff.config import check, check_count
 from modiff.hosts import diffusers_host
+from modiff.sampling.calls import Generators, pixel_images, pixel_noise
 from modiff.sampling.levels import timestep_at
 
 diffusers_host()  # lets `from_pretrained` read folders of quantized networks
@@ -85,7 +85,7 @@ def remaining_betas(
     check(
         "level", level, 0 < level < 1, "more than 0 and less than 1", "It is a product of 1 - beta. Look at the model."
     )
-    check("steps", steps, steps >= 1, "1 or more", "Use 10.")
+    check_count("steps", steps, "Use 10.")
     check("schedule", shape, shape in ("linear", "fibonacci"), "linear or fibonacci", "Use linear.")
     check("solver", solver, solver in ("bisection", "first_order"), "bisection or first_order", "Use bisection.")
     goal, offset = math.log(level), first_beta if shape == "linear" else 0.0
@@ -115,7 +115,7 @@ def sample_adjusted(
     solver: Solver = "bisection",
     adjusted_steps: Collection[int] | None = None,
     eta: float = 0.0,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
 ) -> tuple[Tensor, list[float]]:
     """Follow a schedule from noise to a sample, and adjust it on the way.
 
@@ -128,8 +128,12 @@ def sample_adjusted(
         steps: a range, or something that shows its progress. adjusted_steps: those after which the schedule is
             adjusted, from 0; all when None, none when empty. eta: of DDIM; DDPM has noise of its own.
     Returns: the sample, and the level before each step.
-    Raises: ConfigError where a level has no schedule, or the first-order solver finds a beta of 1 or more.
+    Raises: ConfigError where a level has no schedule, or the first-order solver finds a beta of 1 or more; for
+        adjusted steps that are not among the steps, or another eta.
     """
+    strange = sorted(set(adjusted_steps or ()) - set(range(len(steps))))
+    check("adjusted_steps", adjusted_steps, not strange, f"steps from 0 to {len(steps) - 1}", "Leave them out for all.")
+    check("eta", eta, 0 <= eta <= 1, "0 to 1", "It is the share of DDPM's noise. Use 0.")
     levels = [float(scheduler.alphas_cumprod[-1])]
     betas = remaining_betas(levels[0], len(steps), schedule, solver)
     noise = {"generator": generator} | ({"eta": eta} if isinstance(scheduler, DDIMScheduler) else {})
@@ -185,6 +189,8 @@ class LearnedSchedulePipeline(DDPMPipeline):
         check("LearnedSchedulePipeline.scheduler.correction", type(scheduler).__name__,
               scheduler.config.get("correction") is None, "a scheduler without a correction",
               "Its table is for other steps. Use modiff.sampling.corrected.corrected(scheduler, None).")  # fmt: skip
+        check("LearnedSchedulePipeline.estimator", type(estimator).__name__, hasattr(estimator, "levels"),
+              "a NoiseLevelEstimator", "Use NoiseLevelEstimator.from_pretrained(noise_level_folder()).")  # fmt: skip
         super().__init__(unet=unet, scheduler=scheduler)
         self.register_modules(estimator=estimator)
 
@@ -192,7 +198,7 @@ class LearnedSchedulePipeline(DDPMPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         num_inference_steps: int = 10,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -202,19 +208,12 @@ class LearnedSchedulePipeline(DDPMPipeline):
         eta: float = 0.0,
     ) -> LearnedScheduleOutput | tuple[object, list[float]]:
         """Generate `batch_size` images in `num_inference_steps` evaluations; other options: see `sample_adjusted`."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        image = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        check_count("num_inference_steps", num_inference_steps, "Use 10.")
+        image = pixel_noise(self, batch_size, generator, output_type)
         image, levels = sample_adjusted(
             image, lambda x, t: self.unet(x, t).sample, self.estimator.levels, self.scheduler,
             self.progress_bar(range(num_inference_steps)), schedule=schedule, solver=solver,
             adjusted_steps=adjusted_steps, eta=eta, generator=generator,
         )  # fmt: skip
-        image = (image / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            image = image.cpu().permute(0, 2, 3, 1).float().numpy()
-            if output_type == "pil":
-                image = self.numpy_to_pil(image)
-        self.maybe_free_model_hooks()
+        image = pixel_images(self, image, output_type)
         return LearnedScheduleOutput(images=image, levels=levels) if return_dict else (image, levels)

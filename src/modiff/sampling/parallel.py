@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modiff.config import check
+from modiff.config import check, check_count
+from modiff.sampling.calls import Generators
 from modiff.sampling.window import rows_in_call
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]
 """Evaluates the rows of a window: states (N, rows, ...), timesteps (rows,) -> outputs (N, rows, ...)."""
-Generators = torch.Generator | list[torch.Generator] | None
+Advanced = Callable[[int, Tensor, Tensor], Tensor | None]
+"""Of the steps that are done, the last one's timestep, and the state after it; what takes its place, or None."""
 SCHEDULERS = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DPMSolverMultistepScheduler",
 )  # fmt: skip
@@ -64,8 +66,9 @@ class ParallelSampler:
         why = "Rows of other schedulers have no noise to measure a tolerance by, or no step of their own. Use "
         check("ParallelSampler.scheduler", name, name in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}",
               f"{why}DDIMScheduler.from_config(scheduler.config).")  # fmt: skip
-        check("ParallelSampler.window", window, isinstance(window, int) and window >= 1, "1 or more rows", "Use 10.")
-        check("ParallelSampler.tolerance", tolerance, tolerance >= 0, "0 or more", "0 is exact; use 0.1.")
+        check_count("ParallelSampler.window", window, "It is the rows in a batch. Use 10.")
+        number = isinstance(tolerance, int | float) and tolerance >= 0
+        check("ParallelSampler.tolerance", tolerance, number, "0 or more", "0 is exact; use 0.1.")
         self.scheduler, self.window, self.tolerance = scheduler, window, tolerance
 
     @torch.no_grad()
@@ -76,7 +79,7 @@ class ParallelSampler:
         steps: int,
         *,
         generator: Generators = None,
-        advanced: Callable[[int], object] = lambda rows: None,
+        advanced: Advanced = lambda *_: None,
         **settings: Any,
     ) -> Sampled:
         """Sample from x_T = `noise`, (N, ...).
@@ -84,11 +87,14 @@ class ParallelSampler:
         Args:
             evaluate: `rows_of(denoise)`; `spread` of several; or any function of states and timesteps.
             steps: of the scheduler. generator: of its noise, one or one for each sample; left where the sequential
-                sampler would leave it. advanced: called with the rows that the window moved on by.
+                sampler would leave it. advanced: called when the window has moved on, with the steps that are done, the
+                timestep of the last one and the state after it, whose place a state that it returns takes.
             settings: of the scheduler's step, such as DDIM's `eta`; a step that does not have one ignores it, as
                 pipelines do.
         """
-        check("ParallelSampler.steps", steps, steps >= 1, "1 or more", "None samples nothing.")
+        check_count("ParallelSampler.steps", steps, "None samples nothing.")
+        check("ParallelSampler.noise", tuple(noise.shape), len(noise) > 0 and noise.is_floating_point(),
+              "1 or more samples of floats", "It is x_T, (N, ...).")  # fmt: skip
         scheduler = copy.copy(self.scheduler)
         scheduler.set_timesteps(steps, device=noise.device)
         times, replayed = scheduler.timesteps, _Steps(scheduler, generator, settings)
@@ -98,14 +104,17 @@ class ParallelSampler:
         while begin < len(times):
             now = slice(begin, begin + rows.shape[1] - 1)
             outputs = evaluate(rows[:, :-1], times[now])
+            check("ParallelSampler: evaluate", tuple(outputs.shape), outputs.shape[:2] == rows[:, :-1].shape[:2],
+                  f"outputs of shape ({len(rows)}, {len(times[now])}, ...)", "Use rows_of(denoise).")  # fmt: skip
             new, moved = replayed.through(outputs, times[now], rows)
             close = (moved <= limits[now]).tolist()
             on = min(1 + [*close, False].index(False), len(close))
             replayed.move(on)
             begin, iterations, evaluations = begin + on, iterations + 1, evaluations + len(close)
             kept, end = new[:, on - 1 :], min(begin + self.window, len(times))
+            changed = advanced(begin, times[begin - 1], kept[:, 0])
+            kept = kept if changed is None else torch.cat([changed.unsqueeze(1), kept[:, 1:]], 1)
             rows = torch.cat([kept, kept[:, -1:].expand(-1, end - begin + 1 - kept.shape[1], *noise.shape[1:])], 1)
-            advanced(on)
         return Sampled(rows[:, -1], iterations, evaluations)
 
 

@@ -17,7 +17,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from modiff.config import check
+from modiff.config import check, check_count
 from modiff.errors import ConfigError
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import reorder
@@ -116,24 +116,26 @@ class ParticleGibbsPipeline(MaskedTextPipeline):
     def __call__(
         self, reward: Reward, *, temperature: float = 0.1, particles: int = 4, sweeps: int = 4, every: int | None = 5,
         partial: Partial = "argmax", draws: int = 1, chains: int = 1, length: int = 128, num_inference_steps: int = 64,
-        input_ids: Tensor | None = None, generator: torch.Generator | None = None,
-    ) -> ParticleGibbsOutput:  # fmt: skip
+        input_ids: Tensor | None = None, generator: torch.Generator | None = None, return_dict: bool = True,
+    ) -> ParticleGibbsOutput | tuple[Any, ...]:  # fmt: skip
         """Draw from the target.
 
         Args:
             temperature: a; the smaller it is, the more the reward counts. particles: k, in each chain. sweeps: m.
             every: steps from one resampling to the next; None: none before the end.
             partial: r_t of the arg max of p, quiet but biased, or of `draws` samples of p.
-            chains: independent results. input_ids: (chains, length), whose masks are filled in.
+            chains: independent results. input_ids: (chains, length) whose masks are filled in, whatever chains and
+                length say.
         Cost: in each sweep and chain, k rows a step for the network, and k draws / every for the reward.
         Raises: ConfigError for settings that sample nothing, or a reward that is no number for each row.
         """
         interval = 1 if every is None else every
         for name, count in (("particles", particles), ("sweeps", sweeps), ("every", interval), ("draws", draws)):
-            check(f"{type(self).__name__}.{name}", count, count >= 1, "1 or more", "It is a count.")
+            check_count(f"{type(self).__name__}.{name}", count, "It is a count.")
         where, one = type(self).__name__, generator is None or isinstance(generator, torch.Generator)
         why = "The reference is one of them, and one that nothing can replace is drawn for ever."
         check(f"{where}.particles", particles, particles > 1 or sweeps == 1, "2 or more", why)
+        check(f"{where}.reward", reward, callable(reward), "a function of tokens", "It says which text is better.")
         check(f"{where}.temperature", temperature, temperature > 0, "more than 0", "Rewards are divided by it.")
         known = callable(partial) or partial in ("argmax", "sampled")
         check(f"{where}.partial", partial, known, "'argmax', 'sampled' or a function", "r_t is one of these.")
@@ -151,7 +153,8 @@ class ParticleGibbsPipeline(MaskedTextPipeline):
             drawn.append(_chosen(ends.rewards, ends.drawn))
             sequences = _chosen(ends.tokens, ends.drawn)
         texts = self.texts(sequences)
-        return ParticleGibbsOutput(sequences, drawn[-1], texts, best, best_rewards, torch.stack(drawn), evaluations)
+        fields = sequences, drawn[-1], texts, best, best_rewards, torch.stack(drawn), evaluations
+        return ParticleGibbsOutput(*fields) if return_dict else fields
 
     def sweep(
         self, start: Tensor, particles: int, every: int | None, target: _Target, reference: Path | None

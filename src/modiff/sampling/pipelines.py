@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from modiff.hosts import diffusers_host
 from modiff.model.attach import attachment_of
-from modiff.sampling.parallel import Generators, ParallelSampler, Sampled, rows_of, spread
+from modiff.sampling.calls import Callback, Generators, pixel_images, pixel_noise
+from modiff.sampling.parallel import ParallelSampler, Sampled, rows_of, spread
 from modiff.sampling.window import along_window
 
 diffusers_host()  # lets `from_pretrained` read folders of quantized networks
@@ -36,8 +36,14 @@ class ParallelPipelineOutput(BaseOutput):
 def _sample(
     pipe: DiffusionPipeline, sampler: ParallelSampler, denoise: Callable[[nn.Module, Tensor, Tensor], Tensor],
     copies: Sequence[nn.Module], noise: Tensor, steps: int, eta: float, generator: Generators,
+    callback: Callback | None = None,
 ) -> Sampled:  # fmt: skip
     """Sample with the pipeline's U-Net and its copies; what carries modiff is modulated along the window."""
+
+    def advanced(done: int, timestep: Tensor, state: Tensor) -> Tensor | None:
+        bar.update(done - bar.n)
+        return None if callback is None else callback(pipe, done - 1, timestep, {"latents": state}).get("latents")
+
     networks = [pipe.unet, *copies]
     with ExitStack() as stack:
         for network in networks:
@@ -46,7 +52,7 @@ def _sample(
         evaluators = [rows_of(partial(denoise, network), next(network.parameters()).device) for network in networks]
         evaluate = spread(evaluators) if copies else evaluators[0]
         bar = stack.enter_context(pipe.progress_bar(total=steps))
-        return sampler(evaluate, noise, steps, generator=generator, advanced=bar.update, eta=eta)
+        return sampler(evaluate, noise, steps, generator=generator, advanced=advanced, eta=eta)
 
 
 class ParallelPipeline(DDPMPipeline):
@@ -78,18 +84,11 @@ class ParallelPipeline(DDPMPipeline):
         Raises: ConfigError for a scheduler that is not served, or for settings out of range.
         """
         sampler = ParallelSampler(self.scheduler, parallel, tolerance)
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
-        noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        noise = pixel_noise(self, batch_size, generator, output_type)
         result = _sample(
             self, sampler, lambda unet, x, t: unet(x, t).sample, copies, noise, num_inference_steps, eta, generator
         )
-        images = (result.sample / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-            images = self.numpy_to_pil(images) if output_type == "pil" else images
-        self.maybe_free_model_hooks()
+        images = pixel_images(self, result.sample, output_type)
         output = ParallelPipelineOutput(images=images, iterations=result.iterations, evaluations=result.evaluations)
         return output if return_dict else output.to_tuple()
 
@@ -120,9 +119,11 @@ class ParallelStableDiffusionPipeline(StableDiffusionPipeline):
         copies: Sequence[nn.Module] = (),
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
     ) -> ParallelPipelineOutput | tuple[Any, int, int]:
         """As `StableDiffusionPipeline`; parallel, tolerance and copies as in `ParallelPipeline`.
 
+        callback_on_step_end: called when the window has moved on, of {"latents": ...}, which what it returns replaces.
         Raises: ConfigError as there.
         """
         sampler = ParallelSampler(self.scheduler, parallel, tolerance)
@@ -146,7 +147,9 @@ class ParallelStableDiffusionPipeline(StableDiffusionPipeline):
             plain, prompted = unet(torch.cat([x, x]), torch.cat([t, t]), encoder_hidden_states=rows).sample.chunk(2)
             return plain + guidance_scale * (prompted - plain)
 
-        result = _sample(self, sampler, denoise, copies, noise, num_inference_steps, eta, generator)
+        result = _sample(
+            self, sampler, denoise, copies, noise, num_inference_steps, eta, generator, callback_on_step_end
+        )
         images = result.sample
         if output_type != "latent":
             images = self.vae.decode(images / self.vae.config.scaling_factor, return_dict=False)[0]

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+import torch
+
 from sampling import parallel
 
 
@@ -16,4 +19,20 @@ def test_a_row_for_each_config_and_window(tmp_path, capsys) -> None:
     assert 0 < along["to_parallel"] < by_row["to_parallel"] < 0.4
     assert modulated["residual"] == 1
     assert 0 < along["residual"] < along["residual_95"] < 3
+    assert 0 < along["residual_95_all"] < 3
     assert capsys.readouterr().out.count("\n| ") == 5
+
+
+@pytest.mark.parametrize(
+    ("parts", "residuals"), [(1, [2.0, 3.0, 2.0, 3.0]), (2, [2.0, 2.0, 3.0, 3.0])], ids=["two readers", "a split input"]
+)
+def test_residuals_belong_to_the_row_that_they_were_quantized_in(parts: int, residuals: list[float]) -> None:
+    sizes = parallel.Sizes([980.0, 960.0, 940.0], parts)
+    for scale in (2.0, 1.0):
+        for residual in residuals:
+            sizes.observe(torch.full((4,), scale * residual))
+        sizes.end_call()
+    assert sizes.calls == {960.0: [16.0, 4.0], 940.0: [36.0, 9.0]}
+    squares, before = {("layer", t): calls for t, calls in sizes.calls.items()}, {("layer", 960.0): [4.0]}
+    assert parallel.ratios(squares, before, last=True) == (1.0, 1.0)
+    assert parallel.ratios(squares, before, last=False)[0] == 10**0.5 / 2
