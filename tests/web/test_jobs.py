@@ -7,6 +7,7 @@ import pytest
 
 from modiff.errors import StateError
 from modiff.web import jobs as module
+from modiff.web import views
 from modiff.web.jobs import Cancelled, Jobs, Request
 
 
@@ -149,3 +150,27 @@ def test_a_stop_while_waiting_gives_the_turn_to_the_next() -> None:
     go.set()
     assert [finished(job).error for job in (first, third)] == [None, None]
     assert jobs.lines == {}
+
+
+def test_what_a_stop_cannot_interrupt_ends_alone_and_the_next_request_of_the_tab_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PULSE", 0.05)
+    jobs, compiled = Jobs(), threading.Event()
+
+    def compiling(job: Request) -> None:
+        with job.turn("model"):
+            wait(compiled)
+
+    first = jobs.start("tab", compiling)
+    while "model" not in jobs.lines:
+        time.sleep(0.005)
+    jobs.stop("tab")
+    assert not finished(first).done
+    assert "ends first" in views.stopped(first)
+    second = jobs.start("tab", compiling)
+    while second.ahead != 1:
+        time.sleep(0.005)
+    compiled.set()
+    assert finished(second).error is None
+    assert "at once" in views.stopped(second)

@@ -117,8 +117,8 @@ class Page:
                 seen = shown(job.view) if shown and job.view is not None and job.view.full is not None else {}
                 yield {self.status: views.progress(job), self.end: gr.update(interactive=True)} | seen
         idle = {self.end: gr.update(interactive=False)}
-        if isinstance(job.error, Cancelled):
-            yield idle | {self.status: views.note("stopped: nothing is left of it, and the model can be used at once")}
+        if not job.done or isinstance(job.error, Cancelled):
+            yield idle | {self.status: views.stopped(job)}
         elif job.error is not None:
             if not isinstance(job.error, ModiffError):
                 traceback.print_exception(job.error, file=sys.stderr)

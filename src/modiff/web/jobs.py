@@ -73,9 +73,14 @@ class Request:
                 condition.notify_all()
 
     def follow(self, every: float = 0.2) -> Iterator["Request"]:
-        """Yield the job whenever it shows something new, once in PULSE seconds, and at its end; closed, it ends."""
+        """Yield the job whenever it shows something new, once in PULSE seconds, and at its end; closed, it ends.
+
+        A stopped one is followed for another pulse: a compilation goes on to its end, and nobody has to wait for it.
+        """
+        pulses = 1
         try:
-            while not self.done:
+            while not self.done and pulses:
+                pulses -= self.stopping
                 self._seen = time.monotonic()
                 yield self
                 until = time.monotonic() + PULSE
@@ -108,9 +113,9 @@ class Jobs:
         self._owners: dict[str, Request] = {}
 
     def start(self, owner: str, work: Callable[[Request], object]) -> Request:
-        """Begin a request of a browser tab. Raises: StateError if the tab has one, or if there are MOST of them."""
+        """Begin a request of a browser tab. Raises: StateError if the tab has one that nobody stopped, or at MOST."""
         with self.condition:
-            self._owners = {name: job for name, job in self._owners.items() if not job.done}
+            self._owners = {name: job for name, job in self._owners.items() if not (job.done or job.stopping)}
             if owner in self._owners:
                 raise StateError("generate: expected one request a tab, got a second one. The first still runs. "
                                  "Stop it, or open another tab.")  # fmt: skip

@@ -43,6 +43,12 @@ def progress(job: Request) -> str:
     return f'{note(stage)}<progress class="m-bar"{value}></progress>'
 
 
+def stopped(job: Request) -> str:
+    """What is left of a request that was stopped: nothing, or a step or a compilation, which nothing interrupts."""
+    later = "what it had begun ends first: a step, or a compilation. The next request for this model waits for it"
+    return note(f"stopped: {'nothing is left of it, and the model can be used at once' if job.done else later}")
+
+
 def pictures(full: np.ndarray | None, quantized: np.ndarray | None, name: str, seed: int) -> str:
     """A card for each image: full precision, quantized, and their difference. uint8 (N, H, W, C); None: not yet."""
     if full is None or len(full) == 0:
