@@ -134,9 +134,10 @@ def test_large_weights_go_to_several_files(tmp_path):
         modiff.load(tmp_path / "saved", into=toy_unet(1))
 
 
-@pytest.mark.parametrize("size", [0, -1, True, "", "5", "5TB", "GB", None, 1.5])
+@pytest.mark.parametrize("size", [0, -1, True, "", "5", "5TB", "GB", None, 1.5, "1.GB"])
 def test_sizes_are_bytes_or_what_people_write_and_nothing_else(size):
-    assert [bytes_of(7), bytes_of("7KB"), bytes_of("5 gb"), bytes_of("20MB")] == [7, 7_000, 5 * 10**9, 20 * 10**6]
+    sizes = {7: 7, "7KB": 7_000, "5 gb": 5 * 10**9, "20MB": 20 * 10**6, "1.5GiB": 3 * 2**29}
+    assert [bytes_of(text) for text in sizes] == [*sizes.values()]
     with pytest.raises(ConfigError, match="max_shard_size: expected bytes or a text such as '200MB'"):
         bytes_of(size)
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import diffusers
 import pytest
 import torch
+from diffusers.hooks import SeaCacheConfig
 
 import modiff
 from modiff import AttentionConfig, QuantizerConfig, StateError, presets
@@ -42,7 +43,10 @@ FEATURES = {
     "fused qkv": ("flux", lambda pipe: pipe.transformer.fuse_qkv_projections(), nullcontext),
     "attention slicing": ("sd", lambda pipe: pipe.enable_attention_slicing(), nullcontext),
     "channels last": ("sd", lambda pipe: pipe.unet.to(memory_format=torch.channels_last), nullcontext),
+    "attention backend": ("flux", lambda pipe: pipe.transformer.set_attention_backend("_native_math"), nullcontext),
+    "vae in tiles": ("sd", lambda pipe: (pipe.vae.enable_tiling(), pipe.vae.enable_slicing()), nullcontext),
     "first block cache": ("flux", cache("FirstBlock", threshold=0.3), nullcontext),
+    "sea cache": ("flux", lambda pipe: pipe.transformer.enable_cache(SeaCacheConfig()), nullcontext),
     "taylor cache": ("flux", cache("TaylorSeer", cache_interval=2, disable_cache_before_step=1), nullcontext),
     "mag cache": ("flux", cache("Mag", threshold=0.5, num_inference_steps=4, mag_ratios=torch.ones(4)), nullcontext),
     "attention broadcast": ("flux", skipping("PyramidAttentionBroadcast"), nullcontext),

@@ -83,6 +83,11 @@ def test_what_cannot_be_applied_changes_nothing():
     assert quantized_layers(model) == before
     with pytest.raises(ConfigError, match="expected a diffusers pipeline or a torch module, got str"):
         modiff.apply("unet")
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(ConfigError, match="got a RecursiveScriptModule. Its layers are"),
+    ):
+        modiff.apply(torch.jit.script(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))))
 
 
 def test_the_model_is_the_same_as_before_down_to_the_module_objects():

@@ -282,12 +282,16 @@ def test_with_bits_off_it_is_the_torch_layer_to_float_error(variant, dtype):
 
 
 @pytest.mark.parametrize("variant", ["1d", "2d 3x3", "3d"])
-def test_an_input_without_a_batch_axis_is_refused(variant):
+def test_a_sample_without_a_batch_axis_is_a_batch_of_one_and_other_axes_get_torch_s_message(variant):
     layer, shape = VARIANTS[variant]
-    modulated = quantized(layer.float(), LayerConfig(rotation="hadamard"), name="conv_in")
-    modulated.clock.start()
-    with pytest.raises(StateError, match=rf"conv_in: expected {len(shape)} axes \(batch, channels, ...\)"):
-        evaluate(modulated, torch.randn(shape[1:]))
+    kept = torch.randn(shape[1:])
+    alone, batch = (quantized(layer.float(), LayerConfig(rotation="hadamard"), name="conv_in") for _ in range(2))
+    for one in (alone, batch):
+        one.clock.start()
+    for step in (1.0, 0.9, 0.7):
+        assert_same_bits(evaluate(alone, step * kept), evaluate(batch, step * kept[None])[0])
+    with pytest.raises(RuntimeError, match="to have dimension" if shape is None else "Expected|expected"):
+        evaluate(alone, kept[0])
 
 
 class Standardized(nn.Conv2d):

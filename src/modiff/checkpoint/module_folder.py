@@ -32,7 +32,7 @@ CONFIG = "config.json"
 CLASS = "modiff_module"
 """The field of config.json that tells a folder of a torch module from one of diffusers."""
 _STEM = "model"
-_SIZE = re.compile(r"(\d+)\s*([KMG])(i?)B", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B", re.IGNORECASE)
 
 
 def save_module(model: nn.Module, folder: str | Path, max_shard_size: int, anchor_weights: PackedAnchors) -> None:
@@ -103,10 +103,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def bytes_of(size: int | str, where: str = "max_shard_size") -> int:
-    """A number of bytes from what a person types: 1000, "5GB", "1KiB". Raises: ConfigError for anything else."""
+    """A number of bytes from what a person types: 1000, "5GB", "1.5GiB". Raises: ConfigError for anything else."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match is None:
         raise ConfigError(f"{where}: expected bytes or a text such as '200MB', got {size!r}. Use '5GB'.")
-    return int(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMG".index(match[2].upper()))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMG".index(match[2].upper())))

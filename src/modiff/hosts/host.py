@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from modiff.checkpoint.module_folder import save_module
@@ -54,6 +55,11 @@ class Host(NetworkFacts):
                 f"target: expected a diffusers pipeline or a torch module, got {type(target).__name__}. modiff works "
                 "on objects, not on names or lists. Load it first, e.g. DiffusionPipeline.from_pretrained(folder), and "
                 "take the networks of a sampler one by one, or register a modiff.Host that names them."
+            )
+        if isinstance(target, torch.jit.ScriptModule):
+            raise ConfigError(
+                f"target: expected a torch module, got a {type(target).__name__}. Its layers are compiled already. Apply "
+                "modiff to the module that it was made from."
             )
         model = eager(target)
         return {type(model).__name__: model}

@@ -287,11 +287,11 @@ class ModulatedLayer(nn.Module):
                 self._make(name, getattr(self, name))
         for name in {"weight", "bias"} & self._buffers.keys():
             self._make(name, cast(Tensor, self._buffers[name]))
-        if x.numel() == 0:  # no range to quantize: an expert that nothing was sent to
+        axes = len(spec.kernel_size) + 2 if spec.kernel_size else x.dim()
+        if x.dim() == axes - 1:  # a sample without the axis of its batch
+            return self.run(x[None], fusion, read)[0]
+        if x.numel() == 0 or x.dim() != axes:  # an expert that nothing was sent to; what torch refuses
             return self.operator.affine(x)
-        if spec.kernel_size and x.dim() != len(spec.kernel_size) + 2:
-            raise StateError(f"{spec.name}: expected {len(spec.kernel_size) + 2} axes (batch, channels, ...), got "
-                             f"{tuple(x.shape)}. States belong to samples. Add the batch axis: x[None].")  # fmt: skip
         if not torch.is_autocast_enabled(x.device.type):  # entering the context costs more than a small layer
             return self.loop.step(x, fusion, read)
         with torch.autocast(x.device.type, enabled=False):
