@@ -58,8 +58,8 @@ class Host(NetworkFacts):
             )
         if isinstance(target, torch.jit.ScriptModule):
             raise ConfigError(
-                f"target: expected a torch module, got a {type(target).__name__}. Its layers are compiled already. Apply "
-                "modiff to the module that it was made from."
+                f"target: expected a torch module, got a {type(target).__name__}. Its layers are compiled already. "
+                "Apply modiff to the module that it was made from."
             )
         model = eager(target)
         return {type(model).__name__: model}
