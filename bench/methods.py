@@ -3,7 +3,7 @@
 python bench/methods.py --reference images.npy --json docs/results/methods.json --num-images 256 --batch 64
 
 With --work bench/results/methods it goes on with the rows that lie there; 2,000 images take days on two cores. Rows in
-the --json file stay where no other row of the same method, bits, mode and anchors was run; the page has them all.
+the --json file stay unless the same row is run again with as many images; the page has them all.
 
 Each row runs in a process of its own and is kept when it is finished: stopped at any time, the same command goes on
 where it was. Rows are trajectories of DDIM; every image comes from the noise of its index, as in full precision.
@@ -275,10 +275,10 @@ def json_rows(chosen: list[Row], results: dict[str, dict[str, Any]], settings: d
 
 
 def merged(known: list[dict[str, Any]], fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows in the order of the table; a fresh one replaces a known one of the same identity."""
+    """All rows in the order of the table; a fresh one replaces a known one of the same identity and images."""
 
     def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-        return (*(row[name] for name in IDENTITY), row["images"] if row["method"] == FULL_PRECISION else None)
+        return (*(row[name] for name in IDENTITY), row["images"])
 
     def order(row: dict[str, Any]) -> tuple[Any, ...]:
         bits = row["weight_bits"], row["activation_bits"]

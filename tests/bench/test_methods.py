@@ -93,6 +93,13 @@ def test_rows_hold_what_the_method_gives_and_are_run_once(tmp_path, monkeypatch)
     assert tasks[3:] == ["full_precision"], "its images are made again where they are missing"
 
 
+def test_a_row_stays_next_to_one_of_more_images_and_is_replaced_by_one_of_as_many():
+    identity = dict(zip(methods.IDENTITY, ("minmax", 4, 8, True, "exact"), strict=True))
+    few, many, again = ({**identity, "images": n, "relative_l2": e} for n, e in ((64, 0.1), (256, 0.2), (64, 0.3)))
+    assert methods.merged([few], [many]) == [few, many]
+    assert methods.merged([few, many], [again]) == [again, many]
+
+
 def test_a_page_without_marks_is_refused_and_stays(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("By hand.\n")

@@ -27,15 +27,18 @@ def outputs() -> Tensor:
 @pytest.mark.parametrize(
     "settings", [{}, {"relative": 0.0, "ridge": 0.0}, {"relative": 0.8, "floor": 0.0, "ridge": 2.0}]
 )
-def test_k_is_the_least_of_its_sum_and_1_where_the_networks_agree(settings):
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_k_is_the_least_of_its_sum_over_what_is_corrected_and_1_where_the_networks_agree(settings, everywhere):
     config = TacConfig(**settings)
     r, noise = outputs()
     q = 1.1 * r + 0.3 * noise
-    k = factors(q, r, EVERYWHERE, config, 1)
+    mask = EVERYWHERE if everywhere else noise > 0.2
+    k = factors(q, r, mask, config, 1)
     assert torch.allclose(factors(r, r, EVERYWHERE, config, 1), torch.ones(3, dtype=torch.float64), atol=1e-12)
     for channel in range(3):
-        qs, rs = q[:, channel].flatten(), r[:, channel].flatten()
-        kept = rs.abs() > config.floor * rs.square().mean().sqrt()
+        chosen, floor = mask[:, channel], config.floor * r[:, channel].square().mean().sqrt()
+        qs, rs = q[:, channel][chosen], r[:, channel][chosen]
+        kept = rs.abs() > floor
         n = int(kept.sum())
 
         def loss(factor: float, qs: Tensor = qs, rs: Tensor = rs, kept: Tensor = kept, n: int = n) -> float:
@@ -48,7 +51,7 @@ def test_k_is_the_least_of_its_sum_and_1_where_the_networks_agree(settings):
         best = float(k[channel])
         assert loss(best) < min(loss(best + 1e-4), loss(best - 1e-4))
     if settings.get("relative") == 0:
-        least = (q * r).sum((0, 2, 3)) / q.square().sum((0, 2, 3))
+        least = (q * r * mask).sum((0, 2, 3)) / (q.square() * mask).sum((0, 2, 3))
         assert torch.allclose(k, least, rtol=1e-12)
 
 

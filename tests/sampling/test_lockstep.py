@@ -97,11 +97,19 @@ def test_a_killed_run_goes_on_to_the_same_bits_without_full_precision_again(sche
     assert [p.name for p in sorted(tmp_path.glob("step*"))] == [f"step-{i:04d}.safetensors" for i in range(STEPS)]
 
 
-def test_noise_is_the_same_in_both_trajectories_and_not_that_of_another_seed():
-    pair = Pair("")
+def test_noise_is_the_same_in_both_trajectories_and_not_that_of_another_step_or_seed():
+    pair, noise = Pair(""), []
     pair.scheduler = DDIMScheduler.from_config(pair.scheduler.config)
     pair.scheduler.set_timesteps(STEPS)
-    noisy = pair.run(eta=1.0)
+
+    def visit(step: Step) -> dict[str, Tensor]:
+        told = step.full_output, step.timestep, step.full_state
+        still = pair.scheduler.step(*told, eta=1.0, variance_noise=torch.zeros_like(step.full_state)).prev_sample
+        noise.append((step.full_next - still).flatten())
+        return own_way(step)
+
+    noisy = pair.run(visit, eta=1.0)
+    assert abs(float(torch.cosine_similarity(noise[0], noise[1], dim=0))) < 0.3
     assert not torch.equal(noisy[-1]["state"], pair.run()[-1]["state"])
     assert all(r["difference"].abs().max() == 0 for r in noisy)
     other = lockstep(pair.scheduler, pair.batches, own_way, network=pair.network, eta=1.0, seed=1, progress=False)

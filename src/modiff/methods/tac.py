@@ -97,7 +97,7 @@ def factors(q: Tensor, r: Tensor, mask: Tensor, config: TacConfig, axis: int) ->
     kept = mask & (r.abs() > config.floor * r.square().mean(1, keepdim=True).sqrt())
     n = kept.sum(1)
     ratio = torch.where(kept, q / torch.where(kept, r, 1.0), 0.0)
-    q, r = torch.where(mask, q, 0.0), torch.where(mask, r, 0.0)
+    q = torch.where(mask, q, 0.0)
     absolute, relative, ridge = 1 - config.relative, config.relative * n, config.ridge * n
     above = absolute * (q * r).sum(1) + relative * ratio.sum(1) + ridge
     below = absolute * q.square().sum(1) + relative * ratio.square().sum(1) + ridge
