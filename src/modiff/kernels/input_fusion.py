@@ -9,7 +9,8 @@ between two. The law holds all the same, as the state takes what was sent.
 
 import ctypes
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from modiff.kernels import native
 from modiff.kernels.encode import Encoded, FixedState, Past, encode_eagerly, past_of
-from modiff.kernels.layout import EncodeLayout, empty_output, layout_of, pixel_pitch
+from modiff.kernels.layout import EncodeLayout, empty_output, is_innermost, layout_of, pixel_pitch
 from modiff.kernels.native import KINDS
 
 Norm = Literal["none", "group", "group_last", "layer", "affine", "gated"]
@@ -30,6 +31,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in the order in which
     "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
     "gelu": functional.gelu,
 }
+_NUMBERS = {name: number for number, name in enumerate(_ACTIVATIONS)}
 
 
 class InputFusion(NamedTuple):
@@ -60,7 +62,7 @@ class InputFusion(NamedTuple):
             return None
         if (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None:
             return None
-        affine = _grouped_affine(library, self._detached(), x)
+        affine = _grouped_affine(library, self, x, innermost=True)
         runs = zip(x.split(list(sizes), 1), *(c.split(list(sizes), 1) for c in affine), strict=True)
         return [(run, InputFusion("affine", 1, a, b, 0.0, self.activation)) for run, a, b in runs]
 
@@ -77,7 +79,7 @@ class InputFusion(NamedTuple):
     ) -> Encoded:  # fmt: skip
         """`encode_residual` of y, which is shaped as x."""
         past = past_of(x, state, scale, move, gain, clipped)
-        x, fusion = x.detach(), self._detached()
+        x, fusion = x.detach(), self
         if scale is not None and scale.numel() == 1:
             granularity = "tensor"
         if self.norm != "group_last":
@@ -108,12 +110,13 @@ def _encode(
         used = scale.to(torch.float32).reshape(layout.scales).contiguous()
     plan = _plan(fusion, x, past, codes, layout)
     if plan is None:
-        value, used, jumps = encode_eagerly(_normalized(fusion, x), past, None if scale is None else used, layout)
+        value = _normalized(fusion._detached(), x)
+        value, used, jumps = encode_eagerly(value, past, None if scale is None else used, layout)
         codes.copy_(value)
     else:
         coefficients = _coefficients(plan, fusion, x)
         jumps = plan.library.modiff_encode_fused(
-            x.data_ptr(), KINDS[x.dtype], plan.mode, list(_ACTIVATIONS).index(fusion.activation),
+            x.data_ptr(), KINDS[x.dtype], plan.mode, _NUMBERS[fusion.activation],
             *[None if t is None else t.data_ptr() for t in (*coefficients, *past)], codes.data_ptr(),
             used.data_ptr(), plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
             layout.scales[0], int(scale is None), layout.factor, layout.unsent, layout.qmin, layout.qmax,
@@ -156,59 +159,72 @@ class _Plan(NamedTuple):
 
 
 def _plan(fusion: InputFusion, x: Tensor, past: Past, codes: Tensor, layout: EncodeLayout) -> _Plan | None:
-    """None where the compiled loops do not know types or layout.
+    """None where the compiled loops do not know types or layout."""
+    weight, strides = fusion.weight, codes.stride()
+    if not x.is_cpu or x.dtype not in KINDS or layout.rows is None or not past.fits(strides):
+        return None
+    gate = (x.dtype, x.shape, x.stride())  # the loops read it as they read x
+    if fusion.norm == "gated" and (weight is None or (weight.dtype, weight.shape, weight.stride()) != gate):
+        return None
+    modulated = weight is not None and weight.dim() == 2
+    walk = _walk(fusion.norm, modulated, x.shape, x.stride(), strides, layout.rows[0], layout.channel_dim % x.dim())
+    library = walk and (native.load_library("input_fusion").library or native.missing("input_fusion"))
+    return _Plan(library, *walk) if walk and library else None
+
+
+@functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
+def _walk(
+    norm: Norm, modulated: bool, shape: tuple[int, ...], strides: tuple[int, ...], codes: tuple[int, ...], scales: int,
+    axis: int,
+) -> tuple[int, ...] | None:  # fmt: skip
+    """(mode, runs, length, per_sample, per_scale, pitch) for x of this shape and codes of these strides.
 
     "affine" and "gated" have a pitch, as some of the channels are read. Anything else must be dense, as the codes are:
     a slice, an expanded tensor or a half of a chunk is not.
     """
-    norm, weight, rows, axis = fusion.norm, fusion.weight, layout.rows, layout.channel_dim % x.dim()
-    if not x.is_cpu or x.dtype not in KINDS or x.numel() == 0 or rows is None or not past.fits(codes.stride()):
-        return None
-    if norm in ("none", "layer", "group"):
-        dense = x.is_contiguous() or (norm != "layer" and pixel_pitch(x.shape, x.stride()) == x.shape[1])
-        if x.stride() != codes.stride() or not (dense or norm == "none"):
-            return None
-        if (norm == "layer" and axis != x.dim() - 1) or (norm == "group" and axis != 1):
-            return None  # the norm has its channels elsewhere
-    gate = (x.dtype, x.shape, x.stride())  # the loops read it as they read x
-    if norm == "gated" and (weight is None or (weight.dtype, weight.shape, weight.stride()) != gate):
-        return None
-    if (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None:
+    numel, last = math.prod(shape), len(shape) - 1
+    if numel == 0 or (norm == "gated" and axis != last) or (norm != "none" and not last):
         return None
     if norm in ("affine", "gated"):
-        pixels = x if norm == "affine" else x.movedim(-1, 1)
-        pitch, runs = pixel_pitch(pixels.shape, pixels.stride()), x.numel() // pixels.shape[1]
-        if pitch is None or (norm == "gated" and axis != x.dim() - 1):
+        pixels = (shape, strides) if norm == "affine" else (_last_second(shape), _last_second(strides))
+        pitch, runs = pixel_pitch(*pixels), numel // pixels[0][1]
+        if pitch is None:
             return None
-        mode, samples = (1, x.shape[0]) if norm == "affine" else (4, 1)
-        return _Plan(library, mode, runs, pixels.shape[1], runs // samples, runs // rows[0], pitch)
-    innermost = not x.is_contiguous() or axis == x.dim() - 1 or x.numel() == x.shape[0] * x.shape[1]
-    planes = x.numel() // (x.shape[0] * x.shape[1]) if x.dim() > 1 else x.numel()
-    length = x.shape[axis] if innermost else planes
-    runs = x.numel() // length
-    samples = x.shape[0] if norm == "group" or (weight is not None and weight.dim() == 2) else 1
+        mode, samples = (1, shape[0]) if norm == "affine" else (4, 1)
+        return mode, runs, pixels[0][1], runs // samples, runs // scales, pitch
+    contiguous = is_innermost(shape, strides, 0)
+    dense = contiguous or (norm != "layer" and pixel_pitch(shape, strides) == shape[1])
+    if strides != codes or not (dense or norm == "none"):
+        return None
+    if (norm == "layer" and axis != last) or (norm == "group" and axis != 1):
+        return None  # the norm has its channels elsewhere
+    innermost = not contiguous or axis == last or numel == shape[0] * shape[1]
+    length = shape[axis] if innermost else numel // (shape[0] * shape[1]) if last else numel
+    runs = numel // length
+    samples = shape[0] if norm == "group" or modulated else 1
     mode = {"none": 0, "group": 1 if innermost else 2, "layer": 3}[norm]
-    return _Plan(library, mode, runs, length, runs // samples, runs // rows[0], length)
+    return mode, runs, length, runs // samples, runs // scales, length
+
+
+def _last_second(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return (axes[0], axes[-1], *axes[1:-1])
 
 
 def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> tuple[Tensor | None, ...]:
     """(a, b, mean, rstd, gate) as input_fusion.cpp reads them; None where the mode has no use for them."""
     if plan.mode in (0, 4):
         return None, None, None, None, fusion.weight
-    if plan.mode == 1 and fusion.norm == "group":
-        return *_grouped_affine(plan.library, fusion, x), None, None, None
-    w, b = _affine(fusion, plan.length if plan.mode == 3 else x.shape[1])
+    if fusion.norm == "group":
+        return *_grouped_affine(plan.library, fusion, x, innermost=plan.mode == 1), None, None, None
+    w, b = _affine(fusion, x.shape[1] if fusion.norm == "affine" else plan.length)
     if fusion.norm == "affine":
         return w, b, None, None, None
-    runs = plan.runs if plan.mode == 3 else x.shape[0] * fusion.groups
-    mean, rstd = torch.empty(2, runs, dtype=torch.float32, device="cpu")
+    mean, rstd = torch.empty(2, plan.runs, dtype=torch.float32, device="cpu")
     plan.library.modiff_moments(
-        x.data_ptr(), KINDS[x.dtype], runs, x.numel() // runs, fusion.eps, mean.data_ptr(), rstd.data_ptr(),
+        x.data_ptr(), KINDS[x.dtype], plan.runs, plan.length, fusion.eps, mean.data_ptr(), rstd.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    if plan.mode == 3:
-        return w, b, mean, rstd, None
-    return *_joined(w, b, mean.view(-1, fusion.groups), rstd.view(-1, fusion.groups)), None, None, None
+    return w, b, mean, rstd, None
 
 
 def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:
@@ -217,20 +233,18 @@ def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:
     return w, torch.zeros_like(w) if bias is None else bias.float().expand_as(w).contiguous()
 
 
-def _grouped_affine(library: ctypes.CDLL, fusion: InputFusion, x: Tensor) -> tuple[Tensor, Tensor]:
+def _grouped_affine(library: ctypes.CDLL, fusion: InputFusion, x: Tensor, *, innermost: bool) -> Sequence[Tensor]:
     threads, samples, channels = torch.get_num_threads(), x.shape[0], x.shape[1]
-    pixels = x.numel() // (samples * channels)
-    tasks = 1 if samples >= threads else min(threads, pixels)
-    sums = torch.empty(2 * samples * tasks * channels, dtype=torch.float64, device="cpu")
-    mean, rstd = torch.empty(2, samples, fusion.groups, dtype=torch.float32, device="cpu")
-    library.modiff_grouped_moments(
-        x.data_ptr(), KINDS[x.dtype], samples, pixels, channels, fusion.groups, fusion.eps, sums.data_ptr(), tasks,
-        mean.data_ptr(), rstd.data_ptr(), threads,
+    pixels, (weight, bias) = x.numel() // (samples * channels), (fusion.weight, fusion.bias)
+    tensors = [t for t in (weight, bias) if t is not None]
+    if not all(t.dtype is tensors[0].dtype in KINDS and t.is_contiguous() for t in tensors):
+        weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
+    kind = KINDS[weight.dtype if weight is not None else torch.float32 if bias is None else bias.dtype]
+    lines = torch.empty(2, samples, channels, dtype=torch.float32, device="cpu").unbind()
+    library.modiff_group_affine(
+        x.data_ptr(), KINDS[x.dtype], samples, pixels, channels, fusion.groups, fusion.eps,
+        (1 if samples >= threads else min(threads, pixels)) if innermost else 0,
+        None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr(), kind,
+        *(line.data_ptr() for line in lines), threads,
     )  # fmt: skip
-    return _joined(*_affine(fusion, channels), mean, rstd)
-
-
-def _joined(w: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (*mean.shape, w.numel() // mean.shape[1])
-    a = rstd.unsqueeze(2) * w.view(1, *shape[1:])
-    return a.flatten(1), (b.view(1, *shape[1:]) - mean.unsqueeze(2) * a).flatten(1)
+    return lines

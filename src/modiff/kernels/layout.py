@@ -46,11 +46,15 @@ def empty_output(like: Tensor, shape: Sequence[int], axes: int, dtype: torch.dty
     """An output in the layout of all backends: channels innermost in memory."""
     if axes == 0:
         return like.new_empty(shape, dtype=dtype)
+    if axes == 2:  # the same in one operator
+        return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
     return like.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
 
 
 def innermost(x: Tensor) -> Tensor:
     """The input or output of a convolution with its channels, axis 1, innermost in memory. Cost: nothing, or a copy."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 

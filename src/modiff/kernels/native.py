@@ -60,7 +60,7 @@ _SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "epilogue": {"modiff_epilogue": [*[_P] * 5, _I, _P, _L, _L, _I]},
     "input_fusion": {
         "modiff_moments": [_P, _I, _L, _L, _F, _P, _P, _I],
-        "modiff_grouped_moments": [_P, _I, *[_L] * 4, _F, _P, _L, _P, _P, _I],
+        "modiff_group_affine": [_P, _I, *[_L] * 4, _F, _L, _P, _P, _I, _P, _P, _I],
         "modiff_encode_fused": [_P, _I, _I, _I, *[_P] * 12, *[_L] * 6, *_SCALING],
     },
 }

@@ -314,13 +314,28 @@ void modiff_moments(const void* x, int32_t kind, int64_t runs, int64_t count, fl
             : moments(static_cast<const Bf16*>(x), runs, count, eps, mean, rstd, threads);
 }
 
-// The same of groups of channels, channels innermost; `sums` holds 2 * samples * pieces * channels numbers of scratch.
-void modiff_grouped_moments(const void* x, int32_t kind, int64_t samples, int64_t pixels, int64_t channels,
-                            int64_t groups, float eps, double* sums, int64_t pieces, float* mean, float* rstd,
-                            int32_t threads) {
+// A norm of groups of channels as a line for each: a = rstd weight, b = bias - mean a, (samples, channels). weight,
+// bias: of kind `kind_w`, or null. pieces: in which a sample is added up, channels innermost; 0: channels outermost.
+void modiff_group_affine(const void* x, int32_t kind, int64_t samples, int64_t pixels, int64_t channels, int64_t groups,
+                         float eps, int64_t pieces, const void* weight, const void* bias, int32_t kind_w, float* a,
+                         float* b, int32_t threads) {
   const Groups g{samples, pixels, channels, groups, pieces, eps};
-  kind == 0 ? grouped_moments(static_cast<const float*>(x), g, sums, mean, rstd, threads)
-            : grouped_moments(static_cast<const Bf16*>(x), g, sums, mean, rstd, threads);
+  const auto lines = [&](const auto* values, const auto* w, const auto* bias_of) {
+    const std::unique_ptr<float[]> moment(new float[2 * samples * groups]);
+    float *const mean = moment.get(), *const rstd = mean + samples * groups;
+    if (pieces > 0) {
+      const std::unique_ptr<double[]> sums(new double[2 * samples * pieces * channels]);
+      grouped_moments(values, g, sums.get(), mean, rstd, threads);
+    } else {
+      moments(values, samples * groups, pixels * channels / groups, eps, mean, rstd, threads);
+    }
+    lines_of(g, mean, rstd, w, bias_of, a, b);
+  };
+  const auto typed = [&](const auto* values) {
+    kind_w == 0 ? lines(values, static_cast<const float*>(weight), static_cast<const float*>(bias))
+                : lines(values, static_cast<const Bf16*>(weight), static_cast<const Bf16*>(bias));
+  };
+  kind == 0 ? typed(static_cast<const float*>(x)) : typed(static_cast<const Bf16*>(x));
 }
 
 // x, gate: float (kind 0) or bfloat16 (kind 1). activation: 0 none, 1 SiLU, 2 GELU by tanh, 3 GELU. state: null for

@@ -141,4 +141,18 @@ void grouped_moments(const X* x, const Groups& g, double* sums, float* mean, flo
   }
 }
 
+// (x - mean) rstd weight + bias = a x + b for each channel; weight and bias may be null.
+template <class W>
+void lines_of(const Groups& g, const float* mean, const float* rstd, const W* weight, const W* bias, float* a,
+              float* b) {
+  const int64_t each = g.channels / g.groups;
+  for (int64_t n = 0; n < g.samples; ++n) {
+    for (int64_t c = 0; c < g.channels; ++c) {
+      const int64_t i = n * g.channels + c, group = n * g.groups + c / each;
+      a[i] = rstd[group] * (weight == nullptr ? 1.0f : load(weight[c]));
+      b[i] = (bias == nullptr ? 0.0f : load(bias[c])) - mean[group] * a[i];
+    }
+  }
+}
+
 }  // namespace modiff
