@@ -2,18 +2,23 @@
 
 import json
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from loop.rounds import Record
+from modiff.evaluate.analysis.figures import BLUE, GREY, ORANGE, file_bytes, log_numbers, name_points
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import write_atomically
 
 FIELDS = ("model", "variant", "isa", "threads", "seconds_min", "seconds_median", "relative_l2", "peak_mib",
           "state_mib", "commit", "machine", "command")  # fmt: skip
+FLOOR = 1e-4
+"""Relative L2 up to which only the order of float sums differs: such points stand on the lower edge of the plot."""
 NOTES = """\
 Seconds: whole loops; min and median of the rounds. First, step: the first step, and the fastest later one in median.
 Relative L2: to fp32-eager from the same noise. Peak: of the process while it loops, libraries included.
@@ -106,26 +111,32 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Error against seconds, one point a variant, and the line of the best; an error of 0 or none is the lower edge."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    errors = [row["relative_l2"] for row in rows if row["relative_l2"]]
-    floor = min(errors, default=1e-3) / 3
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for row in rows:
-        error = row["relative_l2"]
-        shown = error or floor
-        axes.plot(row["seconds_min"], shown, "o" if error else "v", color="tab:blue" if error else "tab:gray")
-        axes.annotate(
-            row["variant"], (row["seconds_min"], shown), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
-    best = pareto((row["seconds_min"], row["relative_l2"] or floor) for row in rows)
-    axes.step(*zip(*best, strict=True), where="post", color="tab:orange", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="seconds a loop, fastest round", ylabel="relative L2 to fp32-eager")
-    axes.set_title(title, fontsize=9)
-    axes.grid(True, which="both", alpha=0.2)
+    """Error against seconds, one named point a variant, and the line of the best; FLOOR is the lower edge."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    data = file_bytes(lambda drawing: draw(drawing, rows, title), "png")
+    write_atomically(path, lambda file: file.write(data))
+
+
+def draw(drawing: Figure, rows: list[dict[str, Any]], title: str) -> None:
+    """The plot; see `plot`."""
+    drawing.set_size_inches(7.5, 5.2)
+    axes = drawing.subplots()
+    axes.set(xscale="log", yscale="log", xlabel="seconds a loop, fastest round", ylabel="relative L2 to fp32-eager")
+    axes.set_title(textwrap.fill(title, 90), fontsize=9)
+    points = [(row["variant"], row["seconds_min"], max(row["relative_l2"] or 0.0, FLOOR)) for row in rows]
+    best = pareto((seconds, error) for _, seconds, error in points)
+    if len(best) > 1:
+        axes.step(*zip(*best, strict=True), where="post", color=ORANGE, linewidth=1, zorder=1,
+                  label="nothing is faster and closer")  # fmt: skip
+    edge = f"{FLOOR:g} or less, or not known"
+    for marker, color, label, shown in (
+        ("o", BLUE, "measured", [(x, y) for _, x, y in points if y > FLOOR]),
+        ("v", GREY, edge, [(x, y) for _, x, y in points if y == FLOOR]),
+    ):
+        if shown:
+            axes.plot(*zip(*shown, strict=True), marker, color=color, label=label)
+    axes.margins(x=0.15, y=0.12)  # room for the names
+    for axis in (axes.xaxis, axes.yaxis):
+        log_numbers(axis)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=9)
+    name_points(axes, [(name, x, y, BLUE if y > FLOOR else GREY) for name, x, y in points], size=9)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import denoising_loop
 from loop import report as loop_report
@@ -13,6 +14,7 @@ from loop.models import MODELS
 from loop.rounds import Record
 from loop.variants import Task
 from modiff import ConfigError
+from tests.drawings import assert_names_are_apart, undrawn
 
 
 def test_the_command_runs_a_variant_in_its_process_prints_it_and_appends_a_row(tmp_path, capsys, monkeypatch):
@@ -50,6 +52,24 @@ def test_figures_of_a_row_are_of_its_rounds():
     record.rounds, record.waves, record.reason = [], [], "no such thing here"
     assert loop_report.row_of(record, None, head) is None
     assert "gated                not run: no such thing here" in loop_report.table([record], {})
+
+
+LOOPS = {"fp32-eager": (2.5, 0.0), "fp32-compiled": (2.1, 9e-7), "bf16-compiled": (1.31, 0.0102), "gated": (9.0, None),
+         "modulated-w8a8": (1.4, 0.0114), "modulated-w8a7": (1.41, 0.0106), "torchao-int8": (1.36, 0.0106)}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2, len(LOOPS)])
+def test_the_plot_names_each_variant_apart_from_others_and_draws_all_that_its_legend_names(count: int):
+    rows = [{"variant": name, "seconds_min": s, "relative_l2": e} for name, (s, e) in [*LOOPS.items()][:count]]
+    drawing = Figure(layout="constrained")
+    loop_report.draw(drawing, rows, "a title of the machine, its processor, torch and threads, " * 3)
+    (axes,) = drawing.axes
+    floor = loop_report.FLOOR
+    assert_names_are_apart(axes, {r["variant"]: (r["seconds_min"], max(r["relative_l2"] or 0, floor)) for r in rows})
+    assert undrawn(axes) == []
+    assert (count == len(LOOPS)) == any("nothing is faster" in str(line.get_label()) for line in axes.get_lines())
+    title = axes.title.get_window_extent()
+    assert drawing.bbox.x0 <= title.x0 < title.x1 <= drawing.bbox.x1
 
 
 def test_less_instructions_than_asked_for_are_refused():

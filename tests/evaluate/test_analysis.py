@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import modiff
 from modiff import presets
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
 from modiff.errors import ConfigError, StateError
+from modiff.evaluate.analysis import figures as drawn
 from modiff.evaluate.analysis.figures import figures
 from modiff.evaluate.analysis.run import SWEEP_MODES, analyze_pipeline, bit_sweep
 from modiff.evaluate.pipelines import PipelineSource, image_error
 from modiff.generate.samplers import set_scheduler
+from tests.drawings import undrawn, whole_ticks
 from tests.helpers import Terminal
 from tests.pixels import pixel_pipeline
 
@@ -73,6 +76,26 @@ def test_images_that_are_not_finite_or_equal_have_no_figures_that_json_cannot_ho
     reference = np.full((1, 2, 2, 1), 0.5)
     assert image_error(np.full_like(reference, np.nan), reference) == {"relative_l2": None, "psnr_db": None}
     assert image_error(reference, reference) == {"relative_l2": 0.0, "psnr_db": None}
+
+
+def test_each_figure_has_whole_steps_plain_numbers_and_draws_all_that_it_names(monkeypatch) -> None:
+    analysis = analyze_pipeline(pixel_pipeline(), steps=4, num_images=1, bits=(8, 4), progress=False)
+    analysis["growth"]["uncompensated"]["printed_bound"] = [1e300] * 3  # far outside
+    drawings = [Figure(layout="constrained") for _ in range(3)]
+    left = iter(drawings)
+    monkeypatch.setattr(drawn, "file_bytes", lambda draw, kind: (draw(next(left)), b"")[1])
+    monkeypatch.setattr(drawn, "write_atomically", lambda *_: None)
+    figures(analysis, Path())
+    maps, growth, (sweep,) = (drawing.axes for drawing in drawings)
+    assert all(whole_ticks(axis) for axis in (*maps[:2], *growth, sweep))
+    assert [undrawn(axis) for axis in (*growth, sweep)] == [[], [], []]
+    assert [axis.get_legend().get_texts()[-1].get_text() for axis in growth] == [
+        "bound (triangle inequality)", "as printed in Thm 4.4"]  # fmt: skip
+    for drawing in drawings:
+        drawing.draw_without_rendering()
+    for axis in (growth[0], sweep, maps[2]):  # maps[2]: the bar of errors
+        labels = [float(label.get_text()) for label in axis.get_yticklabels() if label.get_text()]
+        assert min(labels) > 0  # errors, neither powers nor logarithms
 
 
 def picture(path: Path) -> np.ndarray:

@@ -255,17 +255,17 @@ def test_ssim_agrees_with_a_window_at_a_time(seed: int, height: int, width: int,
 
 
 def test_estimates_are_the_metrics_of_all_pixels_and_ends_come_from_resampled_pairs() -> None:
-    errors = paired_errors(CHANGED, torch.from_numpy(ORIGINAL), resamples=50, seed=3, level=0.8)
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(40, (40,), generator=generator).numpy() for _ in range(50)]
+    errors = paired_errors(CHANGED, torch.from_numpy(ORIGINAL), resamples=41)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(40, (40,), generator=generator).numpy() for _ in range(41)]
     for name, metric in (
         ("psnr_db", lambda x, y: psnr(x, y, data_range=255)),
         ("relative_l2", relative_l2),
         ("ssim", lambda x, y: float(ssim(x, y).mean())),
     ):
         assert errors[name]["estimate"] == pytest.approx(metric(CHANGED, ORIGINAL), rel=1e-12)
-        low, high = np.quantile([metric(CHANGED[row], ORIGINAL[row]) for row in rows], [0.1, 0.9])
-        # the quantile is taken of the mean square error and of its logarithm there: they differ between two values
+        low, high = np.quantile([metric(CHANGED[row], ORIGINAL[row]) for row in rows], [0.025, 0.975])
+        # the second and the last but one: between two values, quantiles of an error and of its logarithm differ
         assert (errors[name]["low"], errors[name]["high"]) == pytest.approx((low, high), rel=1e-6)
     assert (errors["n"], errors["note"]) == (40, None)
     assert json.loads(json.dumps(errors, allow_nan=False)) == errors

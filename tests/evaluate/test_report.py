@@ -32,6 +32,7 @@ from modiff.evaluate.report.sections import suite_document
 from modiff.evaluate.suite.plans import Plan, Preset
 from modiff.evaluate.suite.run import Row, Suite, run_suite, watched_layers
 from tests.browser import Browser, chromium, keep_screenshot
+from tests.drawings import undrawn, whole_ticks
 from tests.evaluate.fakes import FakeExtractor, FakeSource
 from tests.pixels import pixel_pipeline
 
@@ -90,6 +91,10 @@ def test_fewer_steps_are_a_dashed_line_through_their_points_in_a_file_that_is_th
     assert line_of_steps.get_linestyle() == "--"
     assert list(zip(*map(list, line_of_steps.get_data()), strict=True)) == [(24.0, 0.3), (50.0, 0.1), (100.0, 0.01)]
     assert drawing.axes[0].get_ylim()[0] < 0.01  # full precision, whose error is 0, at the lower edge
+    assert undrawn(drawing.axes[0]) == []
+    alone = Drawing()
+    draw_pareto(alone, POINTS[1:2], "GBOPs", "relative L2")  # no line goes through one point
+    assert alone.axes[0].get_legend_handles_labels()[1] == []
 
 
 def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +110,7 @@ def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch
     assert values.shape == (2, 3)
     assert values.filled(99).tolist()[0][1:] == pytest.approx([-1, -2])
     assert values.mask.tolist() == [[True, False, False], [True, True, False]]
+    assert whole_ticks(seen[0])
     assert [label.get_text() for label in seen[0].get_yticklabels()] == ["block.0", "block.1 (call 2)"]
     assert "2 layers over 3 steps. The largest is at block.1: 0.5" in figure.alt
 
@@ -332,6 +338,14 @@ def test_the_first_sentence_says_what_the_intervals_tell_apart_and_what_they_do_
     rows_timed = [Row(plan, (rows[1].metrics[0], m)) for plan, m in zip([*plans[:2], fast], times, strict=True)]
     timed = conclusion(SimpleNamespace(rows=rows_timed, settings={"num_images": 64}))
     assert timed.endswith("fast took 0.75 of full precision's time, half the steps 0.60 of it, each timed once.")
+    other = dataclasses.replace(fast, name="overflowing")
+    lost = [
+        dataclasses.replace(rows_timed[2], plan=other, broken=3),
+        Row(fast, ({**measured(0, 0, 0), "value": None},)),
+    ]
+    broken = conclusion(SimpleNamespace(rows=[*rows, *lost], settings={"num_images": 64}))
+    assert "; overflowing: not usable, error not finite; fast: not usable, error not finite; no times" in broken
+    assert "overflowing (" not in broken
     assert told.endswith("integers were simulated in floats here, so nothing was faster than full precision.")
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 # Okabe and Ito's colours: apart also for the colour-blind.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -30,6 +31,8 @@ STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2, "svg.hashsalt": "modiff",
 }  # fmt: skip
+WHOLE = {"integer": True, "steps": [1, 2, 5, 10]}
+"""Ticks at whole numbers alone: no step is the 2.5th."""
 MOST_NAMES = 80
 """Layer names that fit next to a map; above that, every second or third layer is named."""
 SPAN = 100
@@ -56,7 +59,7 @@ def log_error(step: StepErrors) -> float:
 
 
 def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErrors], float] = log_error,
-              label: str = "log10 of the relative L2 error", colours: str = "magma") -> None:  # fmt: skip
+              label: str = "relative L2 error", colours: str = "magma") -> None:  # fmt: skip
     """A map of a value of every layer and step, layers down and steps across, and as high as it needs; NaN is empty."""
     table = np.full((len(layers), 1 + max(step["step"] for layer in layers for step in layer["steps"])), np.nan)
     for row, layer in zip(table, layers, strict=True):
@@ -64,25 +67,19 @@ def layer_map(axis: Axes, layers: Sequence[LayerTrace], value: Callable[[StepErr
             row[step["step"]] = value(step)
     axis.figure.set_figheight(max(3.0, 0.19 * min(len(layers), MOST_NAMES) + 1.2))
     shown = axis.imshow(table, aspect="auto", interpolation="nearest", cmap=colours)
-    axis.figure.colorbar(shown, ax=axis, label=label)
+    form = (lambda x, _: f"{10**x:.2g}") if value is log_error else "{x:g}"  # errors, not their logarithms
+    axis.figure.colorbar(shown, ax=axis, label=label, format=form)
     names = [trace_name(layer) for layer in layers]
     every = -(-len(names) // MOST_NAMES)
     axis.set_yticks(range(0, len(names), every), [as_typed(name) for name in names[::every]], fontsize=8)
     axis.set_xlabel("step (0 = first, anchored)")
-    whole_steps(axis.xaxis)
+    axis.locator_params(axis="x", **WHOLE)
     axis.grid(visible=False)
 
 
 def as_typed(text: str) -> str:
     """A name as it was typed: matplotlib sets what stands between two dollars as mathematics."""
     return text.replace("$", r"\$")
-
-
-def whole_steps(axis: Axis) -> None:
-    """Ticks at whole numbers alone: no step is the 2.5th."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def log_numbers(axis: Axis) -> None:
@@ -94,6 +91,11 @@ def log_numbers(axis: Axis) -> None:
     axis.set_minor_formatter("{x:g}")
     axis.set_major_formatter("{x:g}")
     axis.set_tick_params(which="both", labelsize=9)
+
+
+def _away(box: Bbox, points: np.ndarray) -> np.ndarray:
+    """From a box to each point."""
+    return np.hypot(*(np.clip(points, box.min, box.max) - points).T)
 
 
 def name_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], size: float = 10) -> None:
@@ -108,7 +110,7 @@ def name_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], size
     drawing.draw_without_rendering()  # the layout decides where points lie
     axis.autoscale(enable=False)
     frame, margin, marker = axis.get_window_extent(), size * drawing.dpi / 288, 4.5 * drawing.dpi / 72
-    points = axis.transData.transform([(x, y) for _, x, y, _ in names]) if names else []
+    points = axis.transData.transform([(x, y) for _, x, y, _ in names] or np.zeros((0, 2)))
     taken = [Bbox.from_bounds(x - marker, y - marker, 2 * marker, 2 * marker) for x, y in points]
     for i, ((name, x, y, colour), point) in enumerate(zip(names, points, strict=True)):
         text = axis.text(x, y, as_typed(name), fontsize=size, color=colour, ha="center", va="center", gid=f"name-{i}")
@@ -119,7 +121,10 @@ def name_points(axis: Axes, names: Sequence[tuple[str, float, float, str]], size
         boxes = [(ring, spot, Bbox([spot - half, spot + half])) for ring, spot in spots]
         inside = [s for s in boxes if frame.x0 <= s[2].x0 and s[2].x1 <= frame.x1 and frame.y0 <= s[2].y0
                   and s[2].y1 <= frame.y1] or boxes  # fmt: skip
-        ring, spot, box = min(inside, key=lambda s: s[2].count_overlaps(taken))  # the first that overlaps nothing
+        # the first that overlaps nothing and, without a line, has no other point nearer than its own
+        ring, spot, box = min(
+            inside, key=lambda s: s[2].count_overlaps(taken) + (not s[0] and _away(s[2], points).argmin() != i)
+        )
         taken.append(box)
         end = axis.transData.inverted().transform(spot)
         text.set_position(tuple(end))
@@ -161,13 +166,13 @@ def _error_growth(figure: Figure, analysis: Analysis) -> None:
     growth = analysis["growth"]
     figure.set_size_inches(12.5, 5.4)
     axes = figure.subplots(1, 2, sharey=True)
-    _growth_panel(axes[0], growth["steps"], growth["uncompensated"], ORANGE, "Without compensation")
-    _growth_panel(axes[1], growth["steps"], growth["compensated"], BLUE, "With compensation")
     shown = [v for mode in ("uncompensated", "compensated") for key in ("error_low", "error", "error_high", "bound")
              for v in growth[mode][key] if v > 0]  # fmt: skip
     if shown:  # still inputs have no errors, and a log scale has no zero
-        axes[0].set_yscale("log")
-        axes[0].set_ylim(min(shown) / 2, max(shown) * 8)  # the printed bound may leave the picture
+        axes[0].set(yscale="log", ylim=(min(shown) / 2, max(shown) * 8))  # the printed bound may leave the picture
+        log_numbers(axes[0].yaxis)
+    _growth_panel(axes[0], growth["steps"], growth["uncompensated"], ORANGE, "Without compensation")
+    _growth_panel(axes[1], growth["steps"], growth["compensated"], BLUE, "With compensation")
     axes[0].set_ylabel("error of the input state, ||a - â|| / ||a||")
     figure.suptitle("Error growth over the steps against the bounds, medians over the layers")
 
@@ -177,10 +182,10 @@ def _growth_panel(axis: Axes, steps: list[int], spread: dict[str, Any], color: s
                       label="measured, middle half of the layers")  # fmt: skip
     axis.plot(steps, spread["error"], color=color, label="measured, median")
     axis.plot(steps, spread["bound"], color="black", linestyle="--", label="bound (triangle inequality)")
-    axis.plot(steps, spread["printed_bound"], color=GREY, linestyle=":", label="as printed in Thm 4.4")
-    axis.set_title(title)
-    axis.set_xlabel("step")
-    whole_steps(axis.xaxis)
+    if min(spread["printed_bound"]) < axis.get_ylim()[1]:
+        axis.plot(steps, spread["printed_bound"], color=GREY, linestyle=":", label="as printed in Thm 4.4")
+    axis.set(title=title, xlabel="step")
+    axis.locator_params(axis="x", **WHOLE)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=10)  # below: no curve is under it
 
 
@@ -195,11 +200,11 @@ def _bit_sweep(figure: Figure, analysis: Analysis) -> None:
             axis.plot(widths, values, color=color, marker=marker, label=mode)
     if rows:
         axis.set_yscale("log")
+        log_numbers(axis.yaxis)
         axis.legend()
     bits = sorted(analysis["settings"]["bits"])
     axis.set_xticks(bits)
     axis.set_xlim(max(bits) + 0.3, min(bits) - 0.3)  # from 8 down to 2
     weight = analysis["settings"]["config"]["layer"]["weight"]["bits"]
     axis.set_title(f"Image error by bit width, weights {f'at {weight} bits' if weight else 'in full precision'}")
-    axis.set_xlabel("bits of activation or residual")
-    axis.set_ylabel("relative L2 to the full-precision images")
+    axis.set(xlabel="bits of activation or residual", ylabel="relative L2 to the full-precision images")

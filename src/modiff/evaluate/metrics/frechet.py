@@ -114,7 +114,6 @@ def frechet_interval(
     reference: Tensor | Moments,
     *,
     resamples: int = 200,
-    level: float = 0.95,
     seed: int = 0,
     draw: Draw = "independent",
     kind: IntervalKind = "centred",
@@ -132,4 +131,4 @@ def frechet_interval(
     def distance(first: Tensor, second: Tensor | Moments = reference) -> float:
         return frechet_distance(Moments.of(first), second if isinstance(second, Moments) else Moments.of(second))
 
-    return bootstrap(distance, samples, resamples=resamples, level=level, seed=seed, draw=draw, kind=kind)
+    return bootstrap(distance, samples, resamples=resamples, seed=seed, draw=draw, kind=kind)

@@ -78,12 +78,7 @@ def _blur(images: Tensor) -> Tensor:
 
 
 def paired_errors(
-    images: Tensor | np.ndarray,
-    reference: Tensor | np.ndarray,
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    images: Tensor | np.ndarray, reference: Tensor | np.ndarray, *, resamples: int = 1000
 ) -> dict[str, Any]:
     """n, psnr_db, ssim and relative_l2 of images to full precision, image i of both from seed i, with intervals.
 
@@ -98,7 +93,7 @@ def paired_errors(
     def relative(error: Tensor, size: Tensor) -> float:
         return math.sqrt(float(error.sum()) / max(float(size.sum()), 1.0))  # a resample of black images only: size 0
 
-    over_pairs = functools.partial(bootstrap, resamples=resamples, level=level, seed=seed, draw="paired")
+    over_pairs = functools.partial(bootstrap, resamples=resamples, draw="paired")
     return {
         "n": len(x),
         "psnr_db": _decibels(over_pairs(torch.mean, [errors / x[0].numel()])),

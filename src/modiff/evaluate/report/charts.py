@@ -46,11 +46,7 @@ class Point:
 
 
 def pareto(name: str, points: Sequence[Point], *, cost: str, error: str, caption: str) -> Figure:
-    """Error against cost, both on log scales, lower left is better; *fewer sampler steps* are always drawn in.
-
-    Args:
-        cost, error: what the axes say. A point with error 0 (full precision against itself) is a vertical line.
-    """
+    """Error against cost, both on log scales, lower left is better; *fewer sampler steps* are always drawn in."""
     alt = f"{error} against {cost}. " + "; ".join(
         f"{p.label if p.family == STEPS else f'{p.family} {p.label}'} costs {p.cost:.3g}, "
         + ("not finite" if p.error is None else f"error {p.error:.3g}")
@@ -67,23 +63,22 @@ def draw_pareto(drawing: Drawing, points: Sequence[Point], cost: str, error: str
     axis.set(xscale="log", yscale="log", xlabel=cost, ylabel=as_typed(error))
     floor = min((p.error for p in points if p.error), default=1.0) / 2
     shown = [(p, p.error or floor) for p in points if p.error or (p.family == STEPS and p.error == 0)]
+    labels = {p.family: as_typed(p.family) for p, _ in shown if p.family != STEPS}
     for point, height in shown:
-        colour, marker = point.style
-        axis.plot(point.cost, height, color=colour, marker=marker, linestyle="none")
+        (colour, marker), label = point.style, labels.pop(point.family, None)  # the first of a family has its name
+        axis.plot(point.cost, height, color=colour, marker=marker, linestyle="none", label=label)
         if point.low is not None and point.high:  # a log scale has no zero
             low = max(point.low, height / 1e3)
             axis.vlines(point.cost, min(low, height), max(point.high, height), color=colour, linewidth=1)
     steps = sorted((p.cost, height) for p, height in shown if p.family == STEPS)
-    if steps:
+    if len(steps) > 1:
         costs, heights = zip(*steps, strict=True)
         axis.step(costs, list(itertools.accumulate(heights, min)), color="black", linestyle="--", where="post",
                   label="fewer sampler steps")  # fmt: skip
-    for family, point in {p.family: p for p, _ in shown if p.family != STEPS}.items():
-        axis.plot([], [], color=point.style[0], marker=point.style[1], linestyle="none", label=as_typed(family))
     axis.margins(x=0.18, y=0.12)  # room for the names
     for direction in (axis.xaxis, axis.yaxis):
         log_numbers(direction)
-    if shown:
+    if axis.get_legend_handles_labels()[1]:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=10)
     name_points(axis, [(p.label + " (error 0)" * (p.error == 0), p.cost, y, p.style[0]) for p, y in shown])
 
@@ -98,7 +93,7 @@ def layer_figure(layers: Sequence[LayerTrace], caption: str) -> Figure:
 
     def draw(drawing: Drawing) -> None:
         drawing.set_figwidth(10)
-        layer_map(drawing.subplots(), layers, label="log10 of the relative L2 error of the layer's output")
+        layer_map(drawing.subplots(), layers, label="relative L2 error of the layer's output")
 
     return Figure("layer-errors", alt, caption, file_bytes(draw, "svg"), "svg")
 

@@ -16,7 +16,7 @@ def conclusion(suite: Suite) -> str:
     """Which configurations are closer to full precision than half of the steps, or further away, or neither.
 
     Closer and further: the 95 % intervals do not overlap. The same against real images, where there are some, with full
-    precision as the rival; then what the clock says, if integers were computed with.
+    precision as the rival; then what is not usable, and what the clock says, if integers were computed with.
     """
     full, *others = suite.rows
     half = next((row for row in others if row.plan.family == STEPS), None)
@@ -24,9 +24,12 @@ def conclusion(suite: Suite) -> str:
     if half is None or not quantized:
         return "Nothing was quantized here: the rows compare numbers of steps alone."
     count = suite.settings["num_images"]
-    clauses = [_compared(quantized, half, "relative_l2", f"{half.plan.name} (relative L2 to full precision {{}})")]
+    lost = [row for row in quantized if row.broken or (row.metric("relative_l2") or {"value": 0})["value"] is None]
+    usable = [row for row in quantized if row not in lost]
+    clauses = [_compared(usable, half, "relative_l2", f"{half.plan.name} (relative L2 to full precision {{}})")]
     if full.metric("fd_to_reference"):
-        clauses.append(_compared(quantized, full, "fd_to_reference", "full precision (distance to the real images {})"))
+        clauses.append(_compared(usable, full, "fd_to_reference", "full precision (distance to the real images {})"))
+    clauses += [f"{row.plan.name}: not usable, error not finite" for row in lost]
     head = f"From {'only ' * (count < MEAN_IMAGES)}{count} images a row, by 95 % intervals: "
     return f"{head}{'; '.join([*clauses, _timed(quantized, full, half)])}."
 
@@ -65,7 +68,8 @@ def _timed(quantized: Sequence[Row], full: Row, half: Row) -> str:
     real = [row for row in quantized if row.plan.config and row.plan.config.layer.execution == "integer"]
     if not real:
         return "integers were simulated in floats here, so nothing was faster than full precision"
-    times = {row.plan.name: m["value"] for row in (full, half, *real) if (m := row.metric("seconds")) and m["value"]}
+    rows = [row for row in (full, half, *real) if not row.broken]
+    times = {row.plan.name: m["value"] for row in rows if (m := row.metric("seconds")) and m["value"]}
     fastest = min((row.plan.name for row in real if row.plan.name in times), key=times.__getitem__, default=None)
     if fastest is None or len({full.plan.name, half.plan.name} & set(times)) < 2:
         return "no times were measured"

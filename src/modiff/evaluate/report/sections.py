@@ -81,14 +81,15 @@ def _metric_names(rows: Sequence[Row]) -> list[str]:
     return [name for name in dict.fromkeys(ordered) if name != "fd_between_halves"]
 
 
-def _summary(rows: Sequence[Row], names: Sequence[str], table: str) -> Table:
-    known = {m["name"]: m for row in rows for m in row.metrics}
-    shown = [name for name in names if name in known]
+def _summary(rows: Sequence[Row], metrics: Sequence[str], table: str) -> Table:
+    known = {m["name"]: m for row in sorted(rows, key=lambda row: -row.broken) for m in row.metrics}
+    shown = [name for name in metrics if name in known]
     columns = [Column("configuration", numeric=False), Column("steps")]
     columns += [Column(known[name]["label"], note=known[name]["note"]) for name in shown]
+    names = [Cell(row.plan.name, None, f"{row.broken} images not finite" * bool(row.broken)) for row in rows]
     body = tuple(
-        (Cell(row.plan.name), Cell.number(row.plan.steps, "d"), *(_measured(row.metric(name)) for name in shown))
-        for row in rows
+        (name, Cell.number(row.plan.steps, "d"), *(_measured(row.metric(metric)) for metric in shown))
+        for name, row in zip(names, rows, strict=True)
     )
     return Table(table, CAPTIONS[table], tuple(columns), body)
 

@@ -47,10 +47,11 @@ Seconds: all {} images. Integers are simulated in floats, and slower, where a ro
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration with all its figures."""
+    """One configuration with all its figures. broken: how many of its images are not finite."""
 
     plan: Plan
     metrics: tuple[Measurement, ...]
+    broken: int = 0
 
     def metric(self, name: str) -> Measurement | None:
         """The figure of that name; None if this configuration has none."""
@@ -182,7 +183,7 @@ def run_suite(
         for plan in Bar(plans, unit="configuration", desc="metrics", shown=progress):
             images = gather(store.load(plan, chosen.num_images)) if rows else full
             more = [figure for extra in extras for figure in extra.measure(images, full, resamples)]
-            rows.append(Row(plan, (*judge.measure(images), *mark_broken(images, more))))
+            rows.append(Row(plan, (*judge.measure(images), *mark_broken(images, more)), images.broken))
             samples.append(images.images[:SAMPLES])
     settings = dataclasses.asdict(chosen) | job | {
         "reference": digest, "resamples": resamples, "metrics": [extra.name for extra in extras],
