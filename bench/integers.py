@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 import modiff
-from modiff import ModiffConfig, presets
+from modiff import ModiffConfig, ModulationConfig, presets
+from modiff.config import StateDtype
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.pipelines import DrawnImages, PipelineSource
 from modiff.files import check_writable, write_json
@@ -32,10 +33,10 @@ from modiff.kernels.isa import detect
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
-def with_fixed_states(config: ModiffConfig) -> ModiffConfig:
-    """On integers, with both states in 16 bits."""
+def with_states(config: ModiffConfig, state_dtype: StateDtype) -> ModiffConfig:
+    """On integers, with both states in a dtype."""
     config = config.on_integers()
-    modulation = dataclasses.replace(config.layer.modulation or presets.w8a8().layer.modulation, state_dtype="int16")
+    modulation = dataclasses.replace(config.layer.modulation or ModulationConfig(), state_dtype=state_dtype)
     return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
 
 
@@ -44,8 +45,8 @@ ROWS: dict[str, ModiffConfig] = {
     for name, config in (("W8A8", presets.w8a8()), ("W8A4", presets.w8a4()))
     for how, make in (
         ("simulated", lambda c: c),
+        ("on integers, states in float32", partial(with_states, state_dtype="float32")),
         ("on integers", ModiffConfig.on_integers),
-        ("on integers, states in 16 bits", with_fixed_states),
     )
 }
 
@@ -107,7 +108,7 @@ def int16_ratio(pipe: Any, name: str, num_images: int, rounds: int, steps: int =
     config = presets.as_config(name)
     for index in tqdm(range(rounds), desc=f"{name}, 16 bits"):
         exact, *both = (images(run, pipe, index, None if c is None else partial(modiff.apply, pipe, c))[0]
-                        for c in (None, config.on_integers(), with_fixed_states(config)))  # fmt: skip
+                        for c in (None, with_states(config, "float32"), config.on_integers()))  # fmt: skip
         wide, narrow = ([relative_l2(i[None], e[None]) for i, e in zip(each, exact, strict=True)] for each in both)
         logs += list(np.log(narrow) - np.log(wide))
     spread = 1.96 * np.std(logs) / len(logs) ** 0.5

@@ -4,7 +4,6 @@ from torch import nn
 
 from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
-from modiff.nn.loop.int16 import Int16Loop
 
 STEPS_BEFORE = 3
 """Evaluations of each context before one that may be recorded: the states start, moves appear, step sizes are known."""
@@ -39,7 +38,7 @@ def _unsupported(layer: ModulatedLayer) -> str:
         return "its static scales are compared with the size of each step, on the host"
     if not layer.on_integers:
         return "it is simulated, and its states move to new tensors at every step"
-    if isinstance(layer.loop, Int16Loop):
+    if layer.loop.state_dtype == "int16":
         return "int16 states ask at every step whether they outgrew 16 bits"
     if quantizer.config.refresh_every != 1:
         return f"its scales are measured at every {quantizer.config.refresh_every}th step"

@@ -291,10 +291,10 @@ def ours(parts: Parts, config: ModiffConfig) -> Ready:
     return modulated(parts)
 
 
-def ours_in_16_bits(parts: Parts, state_dtype: StateDtype) -> Ready:
-    """Modulated W8A8 with half the bytes of states to read and write: floats on GPUs, integers on CPUs."""
+def ours_with_states(parts: Parts, state_dtype: StateDtype) -> Ready:
+    """Modulated W8A8 with other states than by default: float16 on GPUs, float32 on CPUs."""
     device = parts.device.type
-    if (device == "cpu") != (state_dtype == "int16"):
+    if (device == "cpu") != (state_dtype == "float32"):
         raise CannotRun(f"{state_dtype} states are compared on {'GPUs' if device == 'cpu' else 'CPUs'} only: there is "
                         "no loop for them here")  # fmt: skip
     layer = presets.w8a8().layer
@@ -369,8 +369,8 @@ VARIANTS: dict[str, Callable[[Parts], Ready]] = {
     "fewer-steps-2": partial(fewer_steps, divisor=2),
     "plain-w8a8": partial(ours, config=presets.plain(8, 8)),
     "modulated-w8a8": partial(ours, config=presets.w8a8()),
-    "modulated-w8a8-fp16": partial(ours_in_16_bits, state_dtype="float16"),
-    "modulated-w8a8-int16": partial(ours_in_16_bits, state_dtype="int16"),
+    "modulated-w8a8-fp16": partial(ours_with_states, state_dtype="float16"),
+    "modulated-w8a8-float32": partial(ours_with_states, state_dtype="float32"),
     "modulated-w8a7": partial(ours, config=presets.modulated(8, 7)),  # the most that sums exactly without VNNI
     "modulated-w8a4": partial(ours, config=presets.w8a4()),
     "modulated-w4a4": partial(ours, config=presets.w4a4()),

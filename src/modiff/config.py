@@ -16,7 +16,7 @@ from modiff.errors import ConfigError
 VERSION = "0.1.0"
 """Of modiff, written into checkpoints; `modiff.__version__`."""
 PackedAnchors = Literal["quantized", "int8"]
-StateDtype = Literal["float32", "float64", "float16", "bfloat16", "int16"]
+StateDtype = Literal["auto", "float32", "float64", "float16", "bfloat16", "int16"]
 Rotation = Literal["none", "hadamard"]
 Automatic = Literal["auto", "off"]
 WeightSearch = Literal["minmax", "mse"]
@@ -220,8 +220,8 @@ class ModulationConfig(JsonConfig):
         is the paper's form; a coded first step has it either way.
     reanchor_every: anchor again every this many steps; 0 never.
     stagger: at each step another 1/`reanchor_every` of the layers anchors again, those that share an input together.
-    state_dtype: of both states. float16 and bfloat16 drift (docs/algorithm.md). int16 hardly does: integers on a grid
-        of the layer, for execution="integer" with dynamic scales; a state that outgrows its grid starts again.
+    state_dtype: of both states; "auto" as `LayerConfig.state_dtype` says. float16 and bfloat16 drift; int16 hardly does
+        (docs/algorithm.md): integers on a grid of the layer; a state that outgrows its grid starts again.
     """
 
     predictor: str = "hold"
@@ -232,7 +232,7 @@ class ModulationConfig(JsonConfig):
     anchor_weights: Literal["exact", "quantized"] = "exact"
     reanchor_every: int = 0
     stagger: bool = True
-    state_dtype: StateDtype = "float32"
+    state_dtype: StateDtype = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -291,8 +291,9 @@ class LayerConfig(JsonConfig):
         coded_nothing = bits == 0 and self.modulation.first_step == "coded"
         self.check("modulation.first_step", not coded_nothing, "'full_precision' at 0 bits",
                    "Rounds of zero bits never reach the input. Use first_step='full_precision'.")  # fmt: skip
-        if self.modulation.state_dtype == "int16":
-            self._check_integer_states()
+        for name, required, why in _INT16 if self.modulation.state_dtype == "int16" else ():
+            self.check(name, attrgetter(name)(self) == required, f"{required!r} with state_dtype='int16'",
+                       f"{why} Use state_dtype='auto'.")  # fmt: skip
         if self.modulation.predictor == "linear" and bits is not None:
             stable = bits >= 4 or (bits == 3 and clip < 1) or bits == 0
             self.check("modulation.predictor", stable, f"'hold' at {bits} bits with clip {clip}",
@@ -306,16 +307,21 @@ class LayerConfig(JsonConfig):
         mode = " plain" if self.modulation is None else " modulated"
         return f"W{weight}A32" if activation is None else f"W{weight}A{activation}{mode}"
 
-    def _check_integer_states(self) -> None:
-        for name, required, why in (
-            ("execution", "integer", "Only kernels keep integers."),
-            ("activation.dynamic", True, "A static scale is no multiple of the grid."),
-            ("activation.refresh_every", 1, "An old scale may leave 16 bits."),
-            ("modulation.predictor", "hold", "A move is no multiple of the grid."),
-            ("modulation.first_step", "full_precision", "The grid is made from whole inputs."),
-        ):
-            self.check(name, attrgetter(name)(self) == required, f"{required!r} with state_dtype='int16'",
-                       f"{why} Use state_dtype='float32'.")  # fmt: skip
+    @property
+    def state_dtype(self) -> StateDtype:
+        """With "auto" int16 on integers where that is exact, otherwise float32, as without a kernel and on GPUs."""
+        dtype = "auto" if self.modulation is None else self.modulation.state_dtype
+        fits = self.modulation is not None and all(attrgetter(name)(self) == each for name, each, _ in _INT16)
+        return dtype if dtype != "auto" else "int16" if fits else "float32"
+
+
+_INT16 = (  # what such states need of a layer's config, and why
+    ("execution", "integer", "Only kernels keep integers."),
+    ("activation.dynamic", True, "A static scale is no multiple of the grid."),
+    ("activation.refresh_every", 1, "An old scale may leave 16 bits."),
+    ("modulation.predictor", "hold", "A move is no multiple of the grid."),
+    ("modulation.first_step", "full_precision", "The grid is made from whole inputs."),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ def test_rows_compare_integers_with_their_simulation():
     assert list(rows) == list(integers.ROWS)
     for bits in ("W8A8", "W8A4"):
         simulated, found, fixed = (rows[f"{bits} {how}"] for how in
-                                   ("simulated", "on integers", "on integers, states in 16 bits"))  # fmt: skip
+                                   ("simulated", "on integers, states in float32", "on integers"))  # fmt: skip
         assert simulated["to_simulation"] == 0
         assert 0 < found["to_simulation"] < 2 * simulated["relative_l2"]
         assert found["state_mib"] == simulated["state_mib"]

@@ -103,7 +103,7 @@ def test_factors_of_a_block_are_those_of_its_embedding_or_of_its_changes_written
     assert relative_error(smoothing, weight * n.clamp_min(1).mean(0)) < 1e-5
 
 
-@pytest.mark.parametrize("modulation", [None, ModulationConfig()])
+@pytest.mark.parametrize("modulation", [None, ModulationConfig(state_dtype="float32")])
 def test_smoothed_layers_compute_alike_on_integers_and_after_saving(modulation, tmp_path):
     pipe = build()
     smoothing = smoothing_of(pipe.unet, calls_of(pipe), residuals=modulation is not None)

@@ -44,7 +44,7 @@ def test_a_plain_layer_has_no_states_and_a_layer_shows_its_bits():
     model = toy()
     assert "; states" not in str(modiff.apply(model, presets.plain(8, 4)))
     assert "padding=(1, 1), W8A4 plain)" in repr(model.body)
-    assert repr(applied(presets.w4a8().on_integers()).body).endswith("W4A8 modulated on integers)")
+    assert repr(applied(presets.w4a8().on_integers()).body).endswith("W4A8 modulated on integers, int16 states)")
 
 
 def test_json_has_every_layer_in_order_and_those_left_have_a_reason():
@@ -54,7 +54,7 @@ def test_json_has_every_layer_in_order_and_those_left_have_a_reason():
     layers = json.loads(json.dumps(report.to_dict()))["layers"]
     assert [row["name"] for row in layers] == [e.name for e in report.entries]
     body = {"name": "body", "kind": "Conv2d", "weights": 2304, "setting": "W8A4 modulated"}
-    assert layers[2] == body | dict.fromkeys(("reason", "execution", "why", "anchor"), "")
+    assert layers[2] == body | dict.fromkeys(("reason", "execution", "why", "anchor", "states"), "")
 
 
 def test_the_report_of_apply_says_how_each_layer_runs_and_why_not_on_integers(monkeypatch):

@@ -1,6 +1,5 @@
 """Trajectories, contexts and copies on a whole model, and what observers see of it."""
 
-import dataclasses
 import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 
 import modiff
 from modiff import (
-    ConfigError,
     LayerConfig,
     ModiffConfig,
     ModiffWarning,
     ModulationConfig,
-    QuantizerConfig,
     StateError,
     presets,
 )
@@ -71,150 +68,6 @@ def test_contexts_and_batches_of_another_size_have_states_of_their_own(config):
             with pytest.raises(ValueError, match="inner"), modiff.context(model, "inner"):
                 raise ValueError(attachment_of(model).clock.context)
             assert attachment_of(model).clock.context == "default"
-
-
-class Rows(nn.Module):
-    """No row of the batch sees another one; the words of a condition enter in full precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.up, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 32), nn.Linear(32, 16)
-        self.conv_out = nn.Conv2d(16, 3, 3, padding=1)
-
-    def forward(self, sample: Tensor, timestep: float, words: Tensor) -> Tensor:
-        h = (self.conv(sample) + words[..., None, None]).movedim(1, -1)
-        return self.conv_out((h + self.down(self.up(h).relu())).movedim(-1, 1))
-
-
-def rows_model(config: ModiffConfig) -> nn.Module:
-    torch.manual_seed(0)
-    model = Rows().eval()
-    modiff.apply(model, dataclasses.replace(config, include=("*",), share_residuals="auto"))
-    return model
-
-
-def with_layer(config: ModiffConfig, **changes: object) -> ModiffConfig:
-    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, **changes))
-
-
-HELD = QuantizerConfig(bits=4, refresh_every=3)
-
-
-@pytest.mark.parametrize("integers", [False, True])
-@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
-def test_rows_that_are_reordered_go_on_as_if_they_had_been_these_from_the_start(config, integers):
-    model = rows_model(config.on_integers() if integers else config)
-    index, times = torch.tensor([2, 0, 2, 3]), (900.0, 800.0, 700.0, 600.0, 500.0)
-    x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)
-
-    def steps(rows: Tensor, late: Tensor) -> list[Tensor]:
-        outputs = []
-        with modiff.trajectory(model), torch.no_grad():
-            for i, t in enumerate(times):
-                if i == 3:
-                    modiff.reorder(model, late)
-                    rows = rows[late]
-                for name, factor in (("cond", 1.0), ("uncond", 0.5)):
-                    with modiff.context(model, name):
-                        outputs.append(model(x[rows] * (1 + t / 1e4) * factor, t, words[rows]))
-        return outputs
-
-    everyone = torch.arange(4)
-    for late, early in zip(steps(everyone, index)[6:], steps(everyone[index], everyone)[6:], strict=True):
-        assert_same_bits(late, early)
-
-
-DROPPED = [[1], [3], [2, 3], [3, 0], [0, 1, 2]]
-
-
-@pytest.mark.parametrize("index", DROPPED)
-@pytest.mark.parametrize("integers", [False, True])
-@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
-def test_rows_whose_conditions_stay_go_on_where_others_are_dropped(config, integers, index):
-    model = rows_model(config.on_integers() if integers else config)
-    x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)
-
-    def steps(first: list[int], later: list[int]) -> list[Tensor]:
-        with modiff.trajectory(model), torch.no_grad():
-            return [
-                model(x[rows] * (1 + t / 1e4), t, words[rows])
-                for t in (900.0, 800.0, 700.0, 600.0, 500.0)
-                for rows in [first if t > 650 else later]
-            ]
-
-    for kept, alone in zip(steps([0, 1, 2, 3], index)[3:], steps(index, index)[3:], strict=True):
-        assert relative_error(kept, alone) < 1e-5
-
-
-@pytest.mark.parametrize("index", [[1], [2, 0]])
-@pytest.mark.parametrize("integers", [False, True])
-@pytest.mark.parametrize("config", [presets.w8a8(), presets.w4a8(), LINEAR])
-def test_rows_that_were_there_go_on_and_rows_that_come_begin(config, integers, index):
-    model = rows_model(config.on_integers() if integers else config)
-    x, words, times = torch.randn(4, 3, 4, 4), torch.randn(4, 16), (900.0, 800.0, 700.0, 600.0, 500.0)
-    coming, bound = [i for i in range(4) if i not in index], 2e-4  # float error may move a value by a code
-
-    def steps(first: list[int], later: list[int]) -> list[Tensor]:
-        with modiff.trajectory(model), torch.no_grad():
-            rows = {t: first if t > 650 else later for t in times}
-            return [model(x[r] * (1 + t / 1e4), t, words[r]) for t, r in rows.items() if r]
-
-    together, kept, new = steps(index, [0, 1, 2, 3])[3:], steps(index, index)[3:], steps([], coming)
-    for ours, old, come in zip(together, kept, new, strict=True):
-        assert relative_error(ours[index], old) < bound
-        assert relative_error(ours[coming], come) < bound
-
-
-@pytest.mark.parametrize("case", ["dropped", "new", "told apart by nothing", "written in place"])
-def test_states_begin_again_where_a_row_is_new_or_nothing_tells_and_int16_states_go_on_too(case):
-    int16 = with_layer(presets.w8a8().on_integers(), modulation=ModulationConfig(state_dtype="int16"))
-    model, x, words = rows_model(int16), torch.randn(2, 3, 4, 4), torch.randn(2, 16)
-    later = {"new": torch.randn(1, 16), "told apart by nothing": torch.zeros(1)}.get(case, words[1:].clone())
-    loop = model.up.loop
-    with modiff.trajectory(model), torch.no_grad():
-        for t in (9.0, 8.0):
-            model(x, t, torch.zeros(1) if case == "told apart by nothing" else words)
-        if case == "written in place":
-            words += 0
-        model(x[1:], 7.0, later)
-        assert loop.memories["default #1", 0].taken == (3 if case == "dropped" else 1)
-        assert loop.memories["default", 0].taken == 2
-
-
-@pytest.mark.parametrize("case", ["come", "come to int16", "come to scales that last", "told apart by nothing"])
-def test_states_of_all_rows_begin_again_where_nothing_tells_new_from_old_or_they_share_a_grid(case):
-    config = {
-        "come to int16": with_layer(presets.w8a8().on_integers(), modulation=ModulationConfig(state_dtype="int16")),
-        "come to scales that last": with_layer(presets.w8a4(), activation=HELD),
-    }.get(case, presets.w8a8())
-    model, x, words = rows_model(config), torch.randn(2, 3, 4, 4), torch.randn(2, 16)
-    with modiff.trajectory(model), torch.no_grad():
-        model(x[:1], 9.0, words[:1])
-        model(x, 8.0, torch.zeros(2, 16) if case == "told apart by nothing" else words)
-        assert model.up.loop.memories["default #1", 0].taken == (2 if case == "come" else 1)
-
-
-def test_reorder_refuses_rows_that_depend_on_each_other_and_an_index_that_does_not_fit():
-    shared = with_layer(presets.w8a8(), activation=QuantizerConfig(bits=8, granularity="tensor"))
-    wide = with_layer(presets.w8a8().on_integers(), modulation=ModulationConfig(state_dtype="int16"))
-    for config in (shared, wide):
-        model = rows_model(config)
-        with modiff.trajectory(model), torch.no_grad():
-            model(torch.randn(2, 3, 4, 4), 9.0, torch.randn(2, 16))
-            with pytest.raises(StateError, match=r"expected scales of each sample.*granularity='sample' or 'token'"):
-                modiff.reorder(model, torch.tensor([0, 0]))
-            with pytest.raises(StateError, match="Begin the trajectory again"):  # some layers may have gone on
-                model(torch.randn(2, 3, 4, 4), 8.0, torch.randn(2, 16))
-    model = rows_model(presets.w8a8())
-    with pytest.raises(StateError, match="between two evaluations, got none"):
-        modiff.reorder(model, torch.tensor([0, 1]))
-    with modiff.trajectory(model), torch.no_grad():
-        model(torch.randn(2, 3, 4, 4), 9.0, torch.randn(2, 16))
-        for index in (torch.tensor([0, 2]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0]), torch.tensor([[0]])):
-            with pytest.raises(ConfigError, match="expected a row of the batch for each of its rows"):
-                modiff.reorder(model, index)
-        with pytest.raises(StateError, match="expected an index of its 2 rows, got one of 1"):
-            modiff.reorder(model, torch.tensor([0]))
 
 
 class Experts(nn.Module):

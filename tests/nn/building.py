@@ -17,7 +17,7 @@ from tests.helpers import assert_same_bits, assert_within, drifting
 from tests.recipes import randomised
 
 W8A4 = LayerConfig(activation=QuantizerConfig(bits=4))
-INT16 = LayerConfig(modulation=ModulationConfig(state_dtype="int16", anchor_weights="quantized"), execution="integer")
+INT16 = LayerConfig(modulation=ModulationConfig(anchor_weights="quantized"), execution="integer")
 TIMES = [900.0, 700.0, 600.0, 500.0, 450.0]
 LAYERS = {
     "linear": (lambda: nn.Linear(16, 6), (2, 5, 16), None),
@@ -35,7 +35,11 @@ LAYERS = {
 
 
 def integer(config: LayerConfig) -> LayerConfig:
-    return dataclasses.replace(config, execution="integer")
+    """On integers with the states of the simulation: float32 where the config does not say."""
+    modulation = config.modulation
+    if modulation is not None and modulation.state_dtype == "auto":
+        modulation = dataclasses.replace(modulation, state_dtype="float32")
+    return dataclasses.replace(config, execution="integer", modulation=modulation)
 
 
 def walk(shape: tuple[int, ...], steps: int = 5, dtype: torch.dtype = torch.float32, seed: int = 3) -> list[Tensor]:
@@ -85,7 +89,7 @@ def step(clock: Clock, layers: list[ModulatedLayer], *inputs: Tensor) -> list[Te
         clock.returned()
 
 
-W8A8 = LayerConfig(execution="integer")
+W8A8 = integer(LayerConfig())
 PLAIN = dataclasses.replace(W8A8, modulation=None)
 
 

@@ -1,13 +1,25 @@
-"""Evaluations whose inputs differ are of different branches, however a loop or a sampler orders them."""
+"""Evaluations whose inputs differ are of different branches; rows that come, go or change places keep their states."""
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import modiff
+from modiff import (
+    ConfigError,
+    LayerConfig,
+    ModiffConfig,
+    ModulationConfig,
+    QuantizerConfig,
+    StateError,
+    presets,
+)
 from modiff.nn import Clock
 from modiff.nn.branches import Inputs, inputs_of
+from tests.helpers import assert_same_bits, assert_within, relative_error
 
 COND, UNCOND = torch.randn(2, 1, 8, 16)
 
@@ -109,3 +121,180 @@ def test_images_scales_and_times_are_no_conditions():
         shape, conditions = inputs_of(args, given | more, sample, ("timestep", 1))
         assert shape == (1, 4)
         assert set(conditions) == {"2", "added.labels", "cap_feats.0"}
+
+
+LINEAR = ModiffConfig(layer=LayerConfig(modulation=ModulationConfig(predictor="linear", gain=0.8)))
+
+
+class Rows(nn.Module):
+    """No row of the batch sees another one; the words of a condition enter in full precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.conv_out = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: float, words: Tensor) -> Tensor:
+        h = (self.conv(sample) + words[..., None, None]).movedim(1, -1)
+        return self.conv_out((h + self.down(self.up(h).relu())).movedim(-1, 1))
+
+
+def rows_model(config: ModiffConfig) -> nn.Module:
+    torch.manual_seed(0)
+    model = Rows().eval()
+    modiff.apply(model, dataclasses.replace(config, include=("*",), share_residuals="auto"))
+    return model
+
+
+def with_layer(config: ModiffConfig, **changes: object) -> ModiffConfig:
+    return dataclasses.replace(config, layer=dataclasses.replace(config.layer, **changes))
+
+
+HELD = QuantizerConfig(bits=4, refresh_every=3)
+EXECUTIONS = {"simulated": 0.0, "float32": 0.0, "int16": 2e-3}
+"""And how far rows are from what they would be alone: a grid is made of all rows that there are at its start."""
+
+
+def executed(config: ModiffConfig, execution: str) -> ModiffConfig:
+    if execution == "simulated":
+        return config
+    loop = config.layer.modulation if execution == "int16" else with_state_dtype(config, execution)
+    return with_layer(config.on_integers(), modulation=loop)
+
+
+def with_state_dtype(config: ModiffConfig, state_dtype: str) -> ModulationConfig:
+    return dataclasses.replace(config.layer.modulation, state_dtype=state_dtype)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
+def test_rows_that_are_reordered_go_on_as_if_they_had_been_these_from_the_start(config, execution):
+    model = rows_model(executed(config, execution))
+    index, times = torch.tensor([2, 0, 2, 3]), (900.0, 800.0, 700.0, 600.0, 500.0)
+    x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)
+
+    def steps(rows: Tensor, late: Tensor) -> list[Tensor]:
+        outputs = []
+        with modiff.trajectory(model), torch.no_grad():
+            for i, t in enumerate(times):
+                if i == 3:
+                    modiff.reorder(model, late)
+                    rows = rows[late]
+                for name, factor in (("cond", 1.0), ("uncond", 0.5)):
+                    with modiff.context(model, name):
+                        outputs.append(model(x[rows] * (1 + t / 1e4) * factor, t, words[rows]))
+        return outputs
+
+    everyone = torch.arange(4)
+    for late, early in zip(steps(everyone, index)[6:], steps(everyone[index], everyone)[6:], strict=True):
+        assert relative_error(late, early) <= EXECUTIONS[execution]
+
+
+DROPPED = [[1], [3], [2, 3], [3, 0], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("index", DROPPED)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
+def test_rows_whose_conditions_stay_go_on_where_others_are_dropped(config, execution, index):
+    model = rows_model(executed(config, execution))
+    x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)
+
+    def steps(first: list[int], later: list[int]) -> list[Tensor]:
+        with modiff.trajectory(model), torch.no_grad():
+            return [
+                model(x[rows] * (1 + t / 1e4), t, words[rows])
+                for t in (900.0, 800.0, 700.0, 600.0, 500.0)
+                for rows in [first if t > 650 else later]
+            ]
+
+    for kept, alone in zip(steps([0, 1, 2, 3], index)[3:], steps(index, index)[3:], strict=True):
+        assert relative_error(kept, alone) < 1e-5 + EXECUTIONS[execution]
+
+
+@pytest.mark.parametrize("index", [[1], [2, 0]])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("config", [presets.w8a8(), presets.w4a8(), LINEAR])
+def test_rows_that_were_there_go_on_and_rows_that_come_begin(config, execution, index):
+    model = rows_model(executed(config, execution))
+    x, words, times = torch.randn(4, 3, 4, 4), torch.randn(4, 16), (900.0, 800.0, 700.0, 600.0, 500.0)
+    coming = [i for i in range(4) if i not in index]
+    bound = 2e-4 + EXECUTIONS[execution]  # float error may move a value by a code
+
+    def steps(first: list[int], later: list[int]) -> list[Tensor]:
+        with modiff.trajectory(model), torch.no_grad():
+            rows = {t: first if t > 650 else later for t in times}
+            return [model(x[r] * (1 + t / 1e4), t, words[r]) for t, r in rows.items() if r]
+
+    together, kept, new = steps(index, [0, 1, 2, 3])[3:], steps(index, index)[3:], steps([], coming)
+    for ours, old, come in zip(together, kept, new, strict=True):
+        assert relative_error(ours[index], old) < bound
+        assert relative_error(ours[coming], come) < bound
+
+
+@pytest.mark.parametrize("case", ["dropped", "new", "told apart by nothing", "written in place"])
+def test_states_begin_again_where_a_row_is_new_or_nothing_tells(case):
+    model, x, words = rows_model(presets.w8a8().on_integers()), torch.randn(2, 3, 4, 4), torch.randn(2, 16)
+    later = {"new": torch.randn(1, 16), "told apart by nothing": torch.zeros(1)}.get(case, words[1:].clone())
+    loop = model.up.loop
+    with modiff.trajectory(model), torch.no_grad():
+        for t in (9.0, 8.0):
+            model(x, t, torch.zeros(1) if case == "told apart by nothing" else words)
+        if case == "written in place":
+            words += 0
+        model(x[1:], 7.0, later)
+        assert loop.memories["default #1", 0].taken == (3 if case == "dropped" else 1)
+        assert loop.memories["default", 0].taken == 2
+
+
+@pytest.mark.parametrize("case", ["come", "to a grid", "from beyond a grid", "to scales that last", "untold"])
+def test_states_of_all_rows_begin_again_where_nothing_tells_new_from_old_or_a_grid_does_not_hold_them(case):
+    config = {
+        "to scales that last": with_layer(presets.w8a4(), activation=HELD),
+    }.get(case, presets.published(8, 8).on_integers() if "grid" in case else presets.w8a8())
+    model, x, words = rows_model(config), torch.randn(2, 3, 4, 4), torch.randn(2, 16)
+    words[1] *= 50.0 if case == "from beyond a grid" else 1.0
+    with modiff.trajectory(model), torch.no_grad():
+        model(x[:1], 9.0, words[:1])
+        for step, t in enumerate((8.0, 7.0)):
+            model(x, t, torch.zeros(2, 16) if case == "untold" else words)
+            for layer in (model.up, model.down) if "grid" in case else ():
+                memory = layer.loop.memories["default #1", 0]
+                expected = layer.operator.affine(memory.input.state.value.double())  # the law, rows that came too
+                assert_within(memory.output.value(), expected.detach(), 2 * (step + 2) * float(memory.output.grid))
+        taken = model.up.loop.memories["default #1", 0].taken
+        assert taken == (3 if case in ("come", "to a grid") else 2)
+
+
+def test_rows_of_integers_are_reordered_on_their_grid_bit_for_bit():
+    model, index = rows_model(presets.w8a8().on_integers()), torch.tensor([2, 0, 2])
+    with modiff.trajectory(model), torch.no_grad():
+        for t in (9.0, 8.0):
+            model(torch.randn(3, 3, 4, 4), t, torch.ones(3, 16))
+        memory = model.up.loop.memories["default", 0]
+        before = [(state.n.clone(), state.grid) for state in (*memory.input.states, memory.output)]
+        modiff.reorder(model, index)
+        for (n, grid), state in zip(before, (*memory.input.states, memory.output), strict=True):
+            assert_same_bits(state.n, n[index])
+            assert state.grid is grid
+
+
+def test_reorder_refuses_rows_that_depend_on_each_other_and_an_index_that_does_not_fit():
+    shared = with_layer(presets.w8a8(), activation=QuantizerConfig(bits=8, granularity="tensor"))
+    model = rows_model(shared)
+    with modiff.trajectory(model), torch.no_grad():
+        model(torch.randn(2, 3, 4, 4), 9.0, torch.randn(2, 16))
+        with pytest.raises(StateError, match=r"expected scales of each sample.*granularity='sample' or 'token'"):
+            modiff.reorder(model, torch.tensor([0, 0]))
+        with pytest.raises(StateError, match="Begin the trajectory again"):  # some layers may have gone on
+            model(torch.randn(2, 3, 4, 4), 8.0, torch.randn(2, 16))
+    model = rows_model(presets.w8a8())
+    with pytest.raises(StateError, match="between two evaluations, got none"):
+        modiff.reorder(model, torch.tensor([0, 1]))
+    with modiff.trajectory(model), torch.no_grad():
+        model(torch.randn(2, 3, 4, 4), 9.0, torch.randn(2, 16))
+        for index in (torch.tensor([0, 2]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0]), torch.tensor([[0]])):
+            with pytest.raises(ConfigError, match="expected a row of the batch for each of its rows"):
+                modiff.reorder(model, index)
+        with pytest.raises(StateError, match="expected an index of its 2 rows, got one of 1"):
+            modiff.reorder(model, torch.tensor([0]))

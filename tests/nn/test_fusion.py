@@ -34,7 +34,7 @@ FORMS = {
     "modulated": (W8A8, 1e-5),
     "moves": (dataclasses.replace(W8A8, modulation=ModulationConfig(predictor="linear", gain=0.5)), 1e-5),
     # may anchor again
-    "states in 16 bits": (dataclasses.replace(W8A8, modulation=ModulationConfig(state_dtype="int16")), 2e-3),
+    "states in 16 bits": (LayerConfig(execution="integer"), 2e-3),
 }
 
 

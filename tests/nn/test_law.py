@@ -12,7 +12,7 @@ from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig,
 from modiff.model.attach import required_attachment
 from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, assert_within, drifting
-from tests.nn.building import LAYERS, drawn, group_of, step, walk
+from tests.nn.building import LAYERS, drawn, group_of, integer, step, walk
 from tests.recipes import evaluate, float64, play, quantized, randomised, state_of
 
 LOOPS = {
@@ -22,9 +22,7 @@ LOOPS = {
     "linear, anchored again": ModulationConfig(predictor="linear", reanchor_every=2),
 }
 W4A4 = LayerConfig(weight=WeightConfig(bits=4), activation=QuantizerConfig(bits=4))
-INT16 = dataclasses.replace(
-    W4A4, activation=QuantizerConfig(bits=8), modulation=ModulationConfig(state_dtype="int16"), execution="integer"
-)
+INT16 = dataclasses.replace(W4A4, activation=QuantizerConfig(bits=8), execution="integer")
 
 
 def config_of(modulation: ModulationConfig, **settings) -> LayerConfig:
@@ -124,7 +122,7 @@ CHANGED = {
     "linear": config_of(LOOPS["linear"]),
     "rotated": config_of(LOOPS["linear"], rotation="hadamard"),
     "float weights": config_of(LOOPS["linear"], weight=WeightConfig(bits=None)),
-    "integers": dataclasses.replace(W4A4, execution="integer"),
+    "integers": integer(W4A4),
     "integers, linear": dataclasses.replace(W4A4, execution="integer", modulation=LOOPS["linear"]),
     "int16": INT16,
 }

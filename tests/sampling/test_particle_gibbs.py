@@ -91,12 +91,13 @@ def test_one_sweep_without_resampling_is_best_of_n():
     )
 
 
-@pytest.mark.parametrize("integers", [False, True])
-def test_states_of_quantized_layers_follow_their_particles_through_resampling(integers, monkeypatch):
-    config = modiff.presets.w8a8()
+@pytest.mark.parametrize("execution", ["simulated", "integer"])
+def test_states_of_quantized_layers_follow_their_particles_through_resampling(execution, monkeypatch):
+    layer = modiff.LayerConfig(execution=execution, modulation=modiff.ModulationConfig(state_dtype="float32"))
+    config = modiff.ModiffConfig(layer=layer)  # a grid would depend on all particles
     pipe = ParticleGibbsPipeline(characters(), MaskedScheduler(27))
     pipe.set_progress_bar_config(disable=True)
-    modiff.apply(pipe, config.on_integers() if integers else config)
+    modiff.apply(pipe, config)
     logits, seen = pipe.logits, list[Tensor]()
     monkeypatch.setattr(pipe, "logits", lambda tokens: (seen.append(logits(tokens)), seen[-1])[1])
     steps, sweep, paths = 6, pipe.sweep, []

@@ -81,7 +81,7 @@ class LinearOperator(Protocol):
 
 
 _STORED = {
-    "int16": torch.float32,
+    **dict.fromkeys(("auto", "int16"), torch.float32),
     **{name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")},
 }
 """The dtype of states by their config: integer states are float32, until a kernel makes integers of them."""

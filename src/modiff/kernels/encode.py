@@ -48,6 +48,11 @@ class FixedState(NamedTuple):
         """â, float32, exact."""
         return self.n.to(torch.float32) * self.grid
 
+    def integers(self, x: Tensor) -> Tensor | None:
+        """What stands for x on this grid; None where x leaves 16 bits. Waits for the device."""
+        whole = torch.round(x.to(torch.float32) / self.grid)
+        return whole.to(torch.int16) if bool((whole.abs() <= LARGEST_INT16).all()) else None
+
 
 def start(x: Tensor, headroom: float = 2.0) -> FixedState:
     """The state nearest to x, on a grid that leaves room for values `headroom` times as large. No host sync.

@@ -139,8 +139,9 @@ class Attachment:
                 if layer.quantizer is not None and layer.quantizer.of_values:
                     reason = ", ".join(filter(None, [reason, coded_values(layer.quantizer)]))
                 entries[i] = dataclasses.replace(
-                    entry, reason=reason, execution=execution, why=why, anchor=layer.anchors_with
-                )
+                    entry, reason=reason, execution=execution, why=why, anchor=layer.anchors_with,
+                    states=layer.loop.state_dtype if layer.inputs is not None else "",
+                )  # fmt: skip
         return Report(tuple(entries), memory_of(self.layers.values(), self.most_states, self.expected_states))
 
     @property

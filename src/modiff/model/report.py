@@ -25,7 +25,8 @@ class Entry:
     reason: why it was left, or what is special about it ("split at 128", "may share with to_q"); may be empty.
     execution: "simulated" or "integers on <backend>". why: the reason of that backend, or why a layer that was to run
     on integers is simulated. anchor: what the input meets where the states start, "exact weights", "quantized weights"
-    or "int8 anchor codes (1.5 bytes a weight)". All three are empty where nothing was applied yet.
+    or "int8 anchor codes (1.5 bytes a weight)". states: their dtype. All four are empty where nothing was applied yet,
+    the last two for a layer without states.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry:
     execution: str = ""
     why: str = ""
     anchor: str = ""
+    states: str = ""
 
     @property
     def is_layer(self) -> bool:
@@ -97,7 +99,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and strings, for JSON."""
-        keys = ("name", "kind", "weights", "setting", "reason", "execution", "why", "anchor")
+        keys = ("name", "kind", "weights", "setting", "reason", "execution", "why", "anchor", "states")
         layers = [{k: getattr(e, k) for k in keys} for e in self.entries]
         return {"layers": layers, "memory": None if self.memory is None else self.memory._asdict()}
 
@@ -112,8 +114,8 @@ class Report:
         lines = [f"{len(self.taken)} layers taken ({share:.1f} % of the weights), {len(self.left)} left"]
         runs = [(e.execution, e.why) for e in self.taken if e.execution]
         lines += [f"  {runs.count(run)} {run[0]}{': ' * bool(run[1])}{run[1]}" for run in dict.fromkeys(runs)]
-        anchors = Counter(e.anchor for e in self.entries if e.anchor)
-        lines += [f"  {count} anchor with {kind}" for kind, count in anchors.items()]
+        anchors = Counter((e.anchor, e.states) for e in self.entries if e.anchor)
+        lines += [f"  {n} anchor with {anchor}, states in {dtype}" for (anchor, dtype), n in anchors.items()]
         if self.memory is not None:
             stateless = all(e.config is None or e.config.modulation is None for e in self.entries)
             lines.append(f"  {self.memory}" if not stateless else f"  {self.memory}".partition("; states")[0])

@@ -21,7 +21,9 @@ from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.probe import plain_layer
 from modiff.model.report import Report
-from modiff.nn import ModulatedLayer
+from modiff.model.select import modulated_layer
+from modiff.nn import Clock, ModulatedLayer
+from modiff.nn.adapters import modules_of
 
 
 @contextmanager
@@ -138,10 +140,11 @@ class _Selecting(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _bytes(config: LayerConfig, numbers: int) -> int:
-    if (modulation := config.modulation) is None or config.activation.bits is None:
+def _bytes(layer: ModulatedLayer, numbers: int) -> int:
+    if layer.inputs is None:
         return 0
-    return getattr(torch, modulation.state_dtype).itemsize * predictor_named(modulation.predictor).past_states * numbers
+    states = predictor_named(layer.loop.modulation.predictor).past_states
+    return getattr(torch, layer.loop.state_dtype).itemsize * states * numbers
 
 
 def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer], target: Any) -> int:
@@ -149,7 +152,7 @@ def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer], targ
     total, counted = 0, set[tuple[int, int]]()
     for name, (reads, writes, source) in state_elements(model, layers, target).items():
         key = id(layers[name].inputs), id(source)
-        total += _bytes(layers[name].config, writes + (0 if key in counted else reads))
+        total += _bytes(layers[name], writes + (0 if key in counted else reads))
         counted.add(key)
     return total
 
@@ -169,7 +172,9 @@ def plain_to_fit(
         elements = state_elements(model, configs, target)
         why = "Its inputs are not known before it runs. Choose layers with exclude=, or give it a Host with `example`."
         check("state_memory", type(model).__name__, bool(elements), "networks of known input sizes", why)
-        costs += [(_bytes(c, sum(elements[n][:2])), n, c) for n, c in configs.items() if n in elements]
+        modules, clock = modules_of(model), Clock("apply")
+        layers = {name: modulated_layer(modules[name], configs[name], name, clock) for name in elements}
+        costs += [(_bytes(layer, sum(elements[n][:2])), n, configs[n]) for n, layer in layers.items()]
     plain: dict[str, LayerConfig] = {}
     for size, name, config in sorted(costs, key=lambda cost: -_saved(cost, errors)):
         if size <= budget:
@@ -193,7 +198,7 @@ def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:
         warn_once(
             f"states of {name}: {expected}",
             f"apply: expected states that fit into {sizes[1]}, which are free, got about {sizes[0]} for one generation "
-            f"of {name}. Give apply(..., state_memory='4GiB'), or state_dtype='int16' on integers.",
+            f"of {name}. Give apply(..., state_memory='4GiB'), or run on integers, whose states take 2 bytes a number.",
         )
 
 

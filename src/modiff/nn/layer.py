@@ -69,8 +69,7 @@ class ModulatedLayer(nn.Module):
             quantizer = Quantizer(config.activation, granularity, cls.channel_dim, spec.runs, moment)
         quantized.unsupported, kind = unsupported(spec, quantizer), SimulatedLoop
         if config.execution == "integer" and not quantized.unsupported:
-            int16 = config.modulation is not None and config.modulation.state_dtype == "int16"
-            kind = Int16Loop if int16 else IntegerLoop
+            kind = Int16Loop if config.state_dtype == "int16" else IntegerLoop
         quantized.loop = kind(spec, quantized.operator, quantizer, clock)
         quantized.number = traced.number_for(quantized)
         return quantized
@@ -162,7 +161,8 @@ class ModulatedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """As the torch layer has it, and the bits."""
-        return f"{super().extra_repr()}, {self.config.setting}{' on integers' if self.on_integers else ''}"
+        states = f", {self.loop.state_dtype} states" if self.inputs is not None else ""
+        return f"{super().extra_repr()}, {self.config.setting}{f' on integers{states}' if self.on_integers else ''}"
 
     @property
     def on_integers(self) -> bool:

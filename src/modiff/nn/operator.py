@@ -107,7 +107,7 @@ class LayerSpec:
         modulation = self.config.modulation
         if not self.encodes_as_it_comes or device.type != "cpu" or (self.split is not None and norm != "group"):
             return False
-        return modulation is None or modulation.state_dtype in ("float32", "int16")
+        return modulation is None or self.config.state_dtype in ("float32", "int16")
 
     def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
         """The tensor that is encoded: x, or what `fusion` makes of it, smoothed, ordered, rotated as the layer does."""

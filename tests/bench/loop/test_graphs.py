@@ -110,12 +110,15 @@ def expected(model: Any, steps: Steps) -> Tensor:
 
 def of(modulation: dict[str, Any] | None = None, **activation: Any) -> ModiffConfig:
     """4-bit residuals on integers, with these settings."""
-    quantizer, loop = QuantizerConfig(**{"bits": 4, **activation}), ModulationConfig(**(modulation or {}))
+    quantizer, loop = (
+        QuantizerConfig(**{"bits": 4, **activation}),
+        ModulationConfig(**{"state_dtype": "float32", **(modulation or {})}),
+    )
     return ModiffConfig(layer=LayerConfig(activation=quantizer, modulation=loop, execution="integer"))
 
 
 GOOD = {
-    "as published": presets.w8a4().on_integers(),
+    "as published": of(),
     "linear predictor": of({"predictor": "linear", "gain": 0.8}),
     "first step in codes": of({"first_step": "coded", "rounds": 2}),
     "float16 states": of({"state_dtype": "float16"}),

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from modiff import ConfigError, ModulationConfig, QuantizerConfig
+from modiff.nn.loop import int16
 from modiff.nn.loop.int16 import Int16Input
 from tests.helpers import assert_within
-from tests.nn.building import INT16, LAYERS, group_of, same_bits, step, walk
+from tests.nn.building import INT16, LAYERS, group_of, integer, same_bits, step, walk
 from tests.recipes import play, quantized, randomised, state_of
 
 few_layers = pytest.mark.parametrize("layer", ["linear", "conv", "split conv"])
@@ -81,9 +82,28 @@ def test_a_shared_residual_starts_again_for_all_its_readers():
     ("modulation.predictor", {"modulation": ModulationConfig(state_dtype="int16", predictor="linear")}),
     ("modulation.first_step", {"modulation": ModulationConfig(state_dtype="int16", first_step="coded")}),
 ])  # fmt: skip
-def test_what_integer_states_cannot_do_is_refused(field, changes):
+def test_what_integer_states_cannot_do_is_refused_and_has_float32_states_where_the_config_does_not_say(field, changes):
+    config = dataclasses.replace(INT16, modulation=ModulationConfig(state_dtype="int16"))
     with pytest.raises(ConfigError, match=rf"LayerConfig.{field}: expected .* with state_dtype='int16'"):
-        dataclasses.replace(INT16, **changes)
+        dataclasses.replace(config, **changes)
+    if loop := changes.get("modulation"):
+        changes = {"modulation": dataclasses.replace(loop, state_dtype="auto")}
+    assert dataclasses.replace(INT16, **changes).state_dtype == "float32"
+
+
+def test_states_are_float32_where_no_kernel_runs_a_layer_and_on_a_gpu_unless_told(monkeypatch):
+    told, gpu = dataclasses.replace(INT16.modulation, state_dtype="int16"), torch.device("cuda")
+    assert [int16.keeps_int16(config, gpu) for config in (INT16.modulation, told)] == [False, True]
+    unknown = nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect")
+    for config in (INT16, dataclasses.replace(INT16, modulation=told)):
+        assert quantized(unknown, config).loop.state_dtype == "float32"
+        assert quantized(nn.Linear(16, 6), config).loop.state_dtype == "int16"
+    monkeypatch.setattr(int16, "keeps_int16", lambda config, device: False)
+    make, shape, split = LAYERS["split conv"]
+    layer, inputs = randomised(make()), walk(shape)
+    ours = quantized(layer, INT16, split)
+    assert ours.loop.state_dtype == "float32"
+    same_bits(play(ours, inputs), play(quantized(layer, integer(INT16), split), inputs))
 
 
 @pytest.mark.parametrize("modulation", [INT16.modulation, ModulationConfig(anchor_weights="quantized")])

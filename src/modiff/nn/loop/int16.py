@@ -7,10 +7,10 @@ output    n_t = n_{t+1} + round(A_q(q_t) / grid)
 import torch
 from torch import Tensor
 
-from modiff.config import ModulationConfig
+from modiff.config import ModulationConfig, StateDtype
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update
-from modiff.kernels.encode import Encoded, FixedState, start
+from modiff.kernels.encode import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.clock import Clock
 from modiff.nn.loop.integer import ByteCode, IntegerInput, IntegerLoop, dense_runs, encode_run, laid_as, runs_of
@@ -20,6 +20,11 @@ from modiff.nn.operator import LayerSpec
 MOST = 2**15 - 1
 HEADROOM = 1.25
 """How much larger than at its start a state may become before it starts again."""
+
+
+def keeps_int16(config: ModulationConfig, device: torch.device) -> bool:
+    """Whether states on a device are integers: on a GPU, which would be waited for at each step, only where told."""
+    return device.type in ("cpu", "meta") or config.state_dtype == "int16"
 
 
 class Int16Input(IntegerInput):
@@ -33,19 +38,26 @@ class Int16Input(IntegerInput):
         self._clipped = torch.zeros(1, dtype=torch.int32)
 
     @property
+    def fixed(self) -> bool:
+        """Whether the states are integers."""
+        return bool(self.states) and isinstance(self.states[0], FixedState)
+
+    @property
     def state(self) -> State | None:
         """What the integers stand for. Cost: a pass over them."""
+        if not self.fixed:
+            return super().state
         values = [fixed.value() for fixed in self.states]
-        if len(values) < 2:
-            return State(values[0]) if values else None
-        return State(torch.cat(values, self.spec.channel_dim))
+        return State(values[0] if len(values) == 1 else torch.cat(values, self.spec.channel_dim))
 
     def tensors(self) -> list[Tensor]:
         """Integers and grids."""
-        return [tensor for fixed in self.states for tensor in fixed]
+        return [tensor for fixed in self.states for tensor in fixed] if self.fixed else super().tensors()
 
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """The states start from what the integers stand for."""
+        if not keeps_int16(self.config, x.device):
+            return super().begin(x, fusion)
         self.jumps = None
         update, state = self.encoded(x, fusion, None)
         runs = dense_runs(state.value, self.quantizer.runs, self.spec.channel_dim)
@@ -54,22 +66,23 @@ class Int16Input(IntegerInput):
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step; where codes were cut to stay within 16 bits the state starts again instead."""
+        if not isinstance(self.states[0], FixedState):
+            return super().encode(x, fusion)
         if self._clipped.device != x.device:
             self._clipped = self._clipped.to(x.device)
         runs = runs_of(x, fusion, self.quantizer)
         if any(state.n.stride() != run.stride() for state, (run, _) in zip(self.states, runs, strict=True)):
             layouts = zip(self.states, runs, strict=True)
             self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
-
-        def encode(i: int, state: FixedState) -> Encoded:
-            return encode_run(*runs[i], state, self.quantizer, clipped=self._clipped)
-
-        codes, jumps = [], False
-        for i, state in enumerate(self.states):
-            code, scale, jump = encode(i, state)
+        codes, jumps, intra = [], False, None
+        for run, state in zip(runs, self.states, strict=True):
+            code, scale, jump = encode_run(*run, state, self.quantizer, clipped=self._clipped)
             codes.append((code, scale))
             jumps = jumps or jump
-        intra = self.restart_jumped(codes, runs, encode) if jumps else None
+        if jumps:
+            intra = self.restart_jumped(
+                codes, runs, lambda i, state: encode_run(*runs[i], state, self.quantizer, clipped=self._clipped)
+            )
         if self._clipped.item():
             self._clipped.zero_()
             return self.begin(x, fusion)
@@ -85,8 +98,15 @@ class Int16Loop(IntegerLoop):
     input_kind: type[InputState] = Int16Input
     _clipped: Tensor | None = None  # zero between steps
 
+    @property
+    def state_dtype(self) -> StateDtype:
+        """Of the states, where the weight lies now."""
+        return "int16" if keeps_int16(self.modulation, self.operator.weight.device) else "float32"
+
     def take(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         """Move the output state on, in place."""
+        if not isinstance(memory.input.states[0], FixedState):
+            return super().take(update, memory, dtype)
         code, state = update.codes[0] if update.codes else None, memory.output
         if not (isinstance(code, ByteCode) and isinstance(state, FixedState)):
             return self._start(update, memory, dtype)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.config import ModulationConfig
+from modiff.config import ModulationConfig, StateDtype
 from modiff.core.affine import QParams
 from modiff.core.granularity import granularity_named
 from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate, encode, encode_plain, output_of
 from modiff.errors import StateError, warn_once
-from modiff.kernels.encode import FixedState
+from modiff.kernels.encode import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn.branches import Fork
 from modiff.nn.clock import Clock
@@ -44,14 +44,18 @@ def _rows(x: Tensor, index: Tensor, where: str) -> Tensor:
     return torch.index_select(x, 0, index.to(x.device), out=torch.empty_like(x))
 
 
-def _reordered(state: State, index: Tensor, where: str) -> State:
+def _reordered(state: Any, index: Tensor, where: str) -> Any:
+    if isinstance(state, FixedState):
+        return state._replace(n=_rows(state.n, index, where))
     moves = tuple(_rows(move, index, where) for move in state.moves)
     return state._replace(value=_rows(state.value, index, where), moves=moves)
 
 
 def _taken(state: Any, fork: Fork, come: Tensor | None) -> Any:
+    """The rows that go on and those that come; None where these leave the grid of a state of integers."""
     if isinstance(state, FixedState):
-        return state._replace(n=fork.take(state.n))
+        whole = None if come is None else state.integers(come)
+        return state._replace(n=fork.take(state.n, whole)) if come is None or whole is not None else None
     value, moves = fork.take(state.value, come), tuple(map(fork.take, state.moves))
     return State(value, moves, 0.0 if fork.grows else state.least)
 
@@ -140,7 +144,7 @@ class InputState:
 
         Raises: StateError where the rows share scales, so that each depends on all, or `index` is not of these rows.
         """
-        quantizer, tied = self.quantizer, any(isinstance(state, FixedState) for state in self.states)
+        quantizer, tied = self.quantizer, False
         for state in self.states if quantizer.config.dynamic and quantizer.bits else ():
             two = torch.empty(2, *state[0].shape[1:], device="meta")
             scales = granularity_named(quantizer.granularity).reduce(two, quantizer.channel_dim, torch.amax)
@@ -148,14 +152,14 @@ class InputState:
         if tied:
             raise StateError(
                 f"{self.spec.name}: expected scales of each sample or token, got some that the batch shares. A row "
-                "then depends on all others. Use granularity='sample' or 'token', and a state_dtype of floats."
+                "then depends on all others. Use granularity='sample' or 'token'."
             )
         self.states = tuple(_reordered(state, index, self.spec.name) for state in self.states)
         rows = [[None if t is None else _rows(t, index, self.spec.name) for t in each] for each in self.scales]
         self.scales = tuple(QParams(*each) for each in rows)
 
-    def forked(self, fork: Fork, come: Tensor | None) -> "InputState":
-        """A copy with the rows that go on, and with those that come."""
+    def forked(self, fork: Fork, come: Tensor | None) -> "InputState | None":
+        """A copy with the rows that go on, and with those that come; None where these leave its grid."""
         other, (shape, device) = copy.copy(self), self.shape or (torch.Size([1]), None)
         runs = (
             [None] * len(self.states)
@@ -165,6 +169,8 @@ class InputState:
             else self.quantizer.split(come)
         )
         other.states = tuple(_taken(state, fork, run) for state, run in zip(self.states, runs, strict=True))
+        if any(state is None for state in other.states):
+            return None
         other.scales = tuple(QParams(*(None if t is None else fork.take(t) for t in each)) for each in self.scales)
         other.shape = torch.Size((fork.size(shape[0]), *shape[1:])), device
         return other
@@ -226,7 +232,7 @@ class InputGroup:
         origin = before, self.clock.tick
         known = (state for state in reversed(self.states) if state.origin == origin)
         state = next(known, None) or before.forked(fork, come)
-        if state.shape != (x.shape, x.device):
+        if state is None or state.shape != (x.shape, x.device):
             return None
         state.origin = origin
         self.states += [] if state in self.states else [state]
@@ -273,6 +279,12 @@ class SimulatedLoop:
         self.memories: dict[tuple[str, int], Memory] = {}
         self._calls, self._tick = 0, -1
         clock.on_reset(self.forget)
+
+    @property
+    def state_dtype(self) -> StateDtype:
+        """Of the states, where the weight lies now."""
+        dtype = self.spec.config.state_dtype
+        return "float32" if dtype == "int16" else dtype
 
     def _outside(self) -> StateError:
         if self.clock.active:
@@ -337,14 +349,17 @@ class SimulatedLoop:
         come, output = None, memory.output
         if fork.grows:
             lasting = memory.input.quantizer.config.refresh_every > 1  # rows that come have no scale yet
-            if lasting or isinstance(output, FixedState) or len(x) % len(fork.index):  # a grid is made of all rows
+            if lasting or len(x) % len(fork.index):
                 return None
             come = at_least_float32(self.spec.prepared(x.detach(), fusion))[fork.coming(len(x), x.device)]
         state = self.inputs.forked(memory.input, fork, x, come)
         if state is None:
             return None
-        come = None if come is None else self.operator.anchor(come)
-        return Memory(state, _taken(output, fork, come), memory.taken, memory.weight)
+        if come is not None:
+            held = state.state if isinstance(output, FixedState) else None  # outputs start from what the input holds
+            come = self.operator.anchor(come if held is None else held.value[fork.coming(len(x), x.device)])
+        rows = _taken(output, fork, come) or start(fork.take(output.value(), come))  # on a coarser grid
+        return Memory(state, rows, memory.taken, memory.weight)
 
     def anchored(self, memory: Memory) -> Update:
         """Where an output state starts again from what its input state holds: the law holds from there on."""
@@ -368,7 +383,7 @@ class SimulatedLoop:
     def reorder(self, index: Tensor) -> None:
         """Row i of the output states goes on from that of row index[i], in all contexts."""
         for memory in self.memories.values():
-            if isinstance(memory.output, State):
+            if memory.output is not None:
                 memory.output = _reordered(memory.output, index, self.spec.name)
 
     def forget(self) -> None:
