@@ -35,7 +35,7 @@ def add_sent(state: Tensor, integers: Integers, sent: Tensor, scale: Tensor, axe
         or (library := native.load_library("epilogue").library or native.missing("epilogue")) is None
     ):
         return add_eagerly(state, integers, sent, scale, out)
-    scale = scale.to(torch.float32).contiguous()
+    scale = scale.float().contiguous()
     grid, clipped = (None, None) if integers is None else (integers[0].data_ptr(), integers[1].data_ptr())
     library.modiff_epilogue(
         state.data_ptr(), grid, sent.data_ptr(), scale.data_ptr(), out.data_ptr(), KINDS[out.dtype], clipped,
