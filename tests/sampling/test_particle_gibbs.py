@@ -41,24 +41,25 @@ def test_the_toy_is_as_far_from_the_target_as_that_of_the_table():
     assert variation(TOY.law(4), TARGET) == pytest.approx(0.429, abs=5e-4)
 
 
-# of the table, another toy of the same kind: .243 .127 .022, .324, .040, .163 .006, .011
+# the reference's digits, of another joint of this kind and to .009, which is chance; that of 8,000 chains is .016.
+# 200,000 chains of this one give .243 .121 .027 with four particles and 1, 4, 16 sweeps
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"particles": 4, "sweeps": 1}, 0.237),
-        ({"particles": 4, "sweeps": 4}, 0.120),
-        ({"particles": 4, "sweeps": 16}, 0.025),
-        ({"particles": 2, "sweeps": 1}, 0.330),
-        ({"particles": 64, "sweeps": 1, "chains": 2000}, 0.062),
-        ({"particles": 4, "sweeps": 1, "partial": exact}, 0.156),
-        ({"particles": 4, "sweeps": 16, "partial": exact}, 0.0),
-        ({"particles": 4, "sweeps": 16, "partial": "sampled", "draws": 4}, 0.0),
+        ({"particles": 4, "sweeps": 1}, 0.243),
+        ({"particles": 4, "sweeps": 4}, 0.127),
+        ({"particles": 4, "sweeps": 16, "chains": 20_000}, 0.022),
+        ({"particles": 2, "sweeps": 1}, 0.324),
+        ({"particles": 64, "sweeps": 1}, 0.040),
+        ({"particles": 4, "sweeps": 1, "partial": exact}, 0.163),
+        ({"particles": 4, "sweeps": 16, "partial": exact}, 0.006),
+        ({"particles": 4, "sweeps": 16, "partial": "sampled", "draws": 4}, 0.006),
     ],
 )
 def test_what_is_drawn_nears_the_target_with_sweeps_and_sooner_than_with_as_many_particles(settings, expected):
     output = run(**settings)
     assert output.evaluations <= settings["particles"] * settings["sweeps"] * 4
-    assert variation(shares(output.sequences), TARGET) == pytest.approx(expected, abs=0.02)
+    assert variation(shares(output.sequences), TARGET) == pytest.approx(expected, abs=0.012)
 
 
 def test_the_reference_keeps_the_partial_rewards_with_which_it_was_drawn(monkeypatch):
