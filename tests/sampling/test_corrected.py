@@ -108,6 +108,21 @@ def test_tables_that_change_nothing_give_the_bits_of_the_plain_sampler(name, dty
         assert_same_bits(sampled(again, dtype, **words), expected)
 
 
+def test_steps_of_equal_timesteps_have_rows_of_their_own():
+    """Sigmas that lie close together are the same whole timestep."""
+    plain = diffusers.DPMSolverMultistepScheduler(use_exponential_sigmas=True)
+    plain.set_timesteps(50)
+    assert len(set(plain.timesteps.tolist())) < 50
+    gain = torch.linspace(0.5, 1.5, 50)
+    fixed = corrected(plain, Correction.of(plain.timesteps, gain=gain[:, None]))
+    fixed.set_timesteps(50)
+    x = y = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for row, t in zip(gain, plain.timesteps, strict=True):
+        x = plain.step(network(x, t) * row, t, x).prev_sample
+        y = fixed.step(network(y, t), t, y).prev_sample
+    assert_same_bits(y, x)
+
+
 @pytest.mark.parametrize("name", NOISY)
 def test_the_noise_is_scaled_and_the_mean_stays(name):
     make, kind, words = KINDS[name]

@@ -251,7 +251,9 @@ class Corrected:
         if correction is None:
             return self.kind.step(*bound.args, **bound.kwargs)
         output, sample = told["model_output"], told["sample"]
-        index = correction.step_of(told["timestep"])
+        index, own = correction.step_of(told["timestep"]), getattr(self, "step_index", None)
+        if own is not None and correction.timesteps[own : own + 1] == correction.timesteps[index : index + 1]:
+            index = own  # sigmas that lie close together are the same whole timestep
         channels = sample.shape[correction.channel_dim]
         value = output.narrow(correction.channel_dim, 0, channels)  # a learned variance comes in channels behind
         gain, offset = (correction.row(name, index, value) for name in ("gain", "offset"))
