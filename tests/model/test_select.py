@@ -108,6 +108,16 @@ def test_a_layer_itself_is_refused_and_stays_what_it_was():
     assert list(layer.children()) == []
 
 
+def test_a_layer_without_its_weight_yet_is_refused_and_what_torch_scripted_is_left():
+    inside = [nn.Linear(64, 64), nn.LazyLinear(64), nn.Linear(64, 64), nn.Linear(64, 64)]
+    with pytest.raises(ConfigError, match=r"1: expected a layer with a weight, got 'LazyLinear'.*the network once"):
+        modiff.select(nn.Sequential(*inside), "w8a8")
+    with pytest.warns(DeprecationWarning, match="script"):
+        inside[1] = torch.jit.script(nn.Sequential(nn.Linear(64, 64)))
+    reasons = {entry.name: entry.reason for entry in modiff.select(nn.Sequential(*inside), "w8a8").left}
+    assert reasons["1.0.weight"] == "no layer of its own"
+
+
 def test_a_layer_in_two_places_is_left_and_the_report_says_so():
     shared = nn.Linear(64, 64)
     model = nn.Sequential(nn.Linear(64, 64), shared, nn.SiLU(), shared, nn.Linear(64, 64))

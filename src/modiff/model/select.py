@@ -8,9 +8,10 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from modiff.config import LayerConfig, ModiffConfig
+from modiff.config import LayerConfig, ModiffConfig, check
 from modiff.core.granularity import granularity_named
 from modiff.errors import ConfigError
 from modiff.model.facts import facts_of, written_ends
@@ -43,6 +44,8 @@ def select_layers(
     names: dict[nn.Module, list[str]] = {}  # a layer that stands in two places would be replaced in the first alone
     candidates = [(name, module, theirs) for name, module, theirs in walk(model) if isinstance(module, CANDIDATES)]
     for name, module, _ in candidates:
+        check(name, type(module).__name__, not is_lazy(module.weight), "a layer with a weight",
+              "It makes one from its first input. Evaluate the network once before modiff.apply.")  # fmt: skip
         names.setdefault(module, []).append(name)
     own = [name for name, _, theirs in candidates if not theirs]
     layers = {first: layer for layer, (first, *_) in names.items()}

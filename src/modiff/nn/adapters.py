@@ -15,8 +15,9 @@ def walk(module: nn.Module, name: str = "", theirs: bool = False) -> Iterator[tu
     attention processors that hold layers, and IP-Adapter's projections belong to adapters.
     """
     yield name, module, theirs
-    inside = next((leaf for leaf in _INSIDE if module._modules.get(leaf) is not None), None)
-    for leaf, child in module._modules.items():
+    children = dict(module._modules.items())  # a scripted module has no dictionary of them
+    inside = next((leaf for leaf in _INSIDE if children.get(leaf) is not None), None)
+    for leaf, child in children.items():
         if child is not None and leaf == inside:
             yield from walk(child, name, theirs)
         elif child is not None:
@@ -39,7 +40,7 @@ def replace_modules(model: nn.Module, news: Mapping[nn.Module, nn.Module]) -> No
 
 def fused_adapter(model: nn.Module) -> str | None:
     """The name of a layer whose weight holds an adapter that can still be taken out of it."""
-    wrappers = (n for n, m, _ in walk(model) if any(m._modules.get(leaf) is not None for leaf in _INSIDE)
+    wrappers = (n for n, m, _ in walk(model) if any(getattr(m, leaf, None) is not None for leaf in _INSIDE)
                 and getattr(m, "merged", False) is True)  # fmt: skip
     return next(wrappers, None)
 
