@@ -78,62 +78,123 @@ def test_remove_gives_back_the_model_with_its_ip_adapter(first):
     assert_same_bits(HOST.call(pipe), HOST.call(HOST.build()))
 
 
-def control_net(pipe):
-    net = drawn(lambda: diffusers.ControlNetModel.from_unet(HOST.build().unet), seed=3)
+def control_net(pipe, number):
+    nets = [drawn(lambda: diffusers.ControlNetModel.from_unet(HOST.build().unet), seed=3 + i) for i in range(number)]
+    net = diffusers.MultiControlNetModel(nets) if number > 1 else nets[0]
     return diffusers.StableDiffusionControlNetPipeline(**pipe.components, controlnet=net, requires_safety_checker=False)
 
 
-def test_a_control_net_is_not_quantized_and_may_join_later():
-    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    first, pipe = control_net(HOST.build()), HOST.build()
-    exact = HOST.call(first, image=image)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_control_net_is_not_quantized_and_may_join_later(number, tmp_path):
+    image = [torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))] * number
+    image = image if number > 1 else image[0]
+    first, pipe = control_net(HOST.build(), number), HOST.build()
+    exact = HOST.call(first, image=image, steps=2)
     for target in (first, pipe):
         modiff.apply(target, CONFIG)
-    expected = HOST.call(first, image=image)
+    expected = HOST.call(first, image=image, steps=2)
     assert 0 < relative_error(expected, exact) < 0.1
-    later = control_net(pipe)
+    later = control_net(pipe, number)
     for _ in range(2):
-        assert_same_bits(HOST.call(later, image=image), expected)
+        assert_same_bits(HOST.call(later, image=image, steps=2), expected)
+    modiff.save(later, tmp_path / "saved")
+    assert_same_bits(HOST.call(modiff.load(tmp_path / "saved"), image=image, steps=2), expected)
     modiff.remove(first)
-    assert_same_bits(HOST.call(first, image=image), exact)
+    assert_same_bits(HOST.call(first, image=image, steps=2), exact)
 
 
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")
 
 
-TUNERS = {
-    "LoraConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_lora_weights": False},
-    "LoHaConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_weights": False},
-    "LoKrConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_weights": False},
-    "OFTConfig": {"r": 0, "oft_block_size": 4, "target_modules": ["to_q"], "init_weights": False},
-    "IA3Config": {"target_modules": ["to_q"], "feedforward_modules": [], "init_ia3_weights": False},
-    "HRAConfig": {"r": 4, "target_modules": ["to_q", "conv1"], "init_weights": False},
-    "FourierFTConfig": {"n_frequency": 20, "target_modules": ["to_q"], "init_weights": False},
-    "VeraConfig": {"r": 4, "target_modules": ["to_q"], "init_weights": False},
-}
+BOTH, LINEAR = ["to_q", "conv1"], ["attn1.to_q"]
+TUNERS = {  # one for each way in which an adapter gets at the layer that it is put around
+    "LoRA, adds to the output": ("LoraConfig", {"r": 4, "target_modules": BOTH, "init_lora_weights": False}),
+    "DoRA, reads the norm of the weight": (
+        "LoraConfig", {"r": 4, "use_dora": True, "target_modules": BOTH, "init_lora_weights": False},
+    ),
+    "LoRA with a copy of a layer that learns": (
+        "LoraConfig",
+        {"r": 4, "target_modules": LINEAR, "modules_to_save": ["conv_in"], "init_lora_weights": False},
+    ),
+    "LoKr, changes the weight": ("LoKrConfig", {"r": 4, "target_modules": BOTH, "init_weights": False}),
+    "OFT, turns the input": ("OFTConfig", {"r": 0, "oft_block_size": 4, "target_modules": BOTH, "init_weights": False}),
+    "HRA, turns the weight": ("HRAConfig", {"r": 4, "target_modules": BOTH, "init_weights": False}),
+    "IA3, scales": ("IA3Config", {"target_modules": BOTH, "feedforward_modules": ["conv1"], "init_ia3_weights": False}),
+    "PVeRA, draws while it learns": ("PveraConfig", {"r": 4, "target_modules": LINEAR, "init_weights": False}),
+    "AdaLoRA, freezes the weight": ("AdaLoraConfig", {"init_r": 4, "total_step": 10, "target_modules": LINEAR}),
+    "GLoRA, computes by itself": ("GloraConfig", {"r": 4, "target_modules": LINEAR, "init_weights": False}),
+    "OSF, factors the weight": ("OSFConfig", {"target_modules": LINEAR}),
+    "tuned norms": ("LNTuningConfig", {"target_modules": ["norm1"]}),
+}  # fmt: skip
+
+
+def adapted(pipe, kind):
+    """Drawn parameters of the adapter; not to learn, where some draw at each call."""
+    import peft
+
+    name, settings = TUNERS[kind]
+    torch.manual_seed(1)
+    pipe.unet = peft.get_peft_model(pipe.unet, getattr(peft, name)(**settings), "x").eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, pipe.unet.parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return pipe
+
+
+def refuses_ours(kind, pipe):
+    """Whether PEFT takes nothing but `type(layer) is nn.Linear` for this kind, and says so."""
+    if kind.startswith("GLoRA"):
+        with pytest.raises(ValueError, match=r"not a plain torch\.nn\.Linear"):
+            adapted(pipe, kind)
+    return kind.startswith("GLoRA")
+
+
+def drawn_call(pipe):
+    torch.manual_seed(0)
+    return HOST.call(pipe, steps=2)
+
+
+warns_of_norms = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 
 
 @needs_peft
+@warns_of_norms
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", TUNERS)
 def test_every_kind_of_adapter_does_what_it_does_on_plain_layers(kind, first, tmp_path):
-    import peft
-
-    def adapted(pipe):
-        torch.manual_seed(0)
-        config = getattr(peft, kind)(**TUNERS[kind])
-        if kind == "VeraConfig":  # needs what PEFT puts around the network
-            pipe.unet = peft.get_peft_model(pipe.unet, config, "x")
-        else:
-            peft.inject_adapter_in_model(config, pipe.unet, "x")
-        return pipe
-
-    expected, pipe = HOST.call(adapted(HOST.build())), HOST.build()
-    pipe = adapted(pipe) if first else pipe
+    pipe = adapted(HOST.build(), kind)
+    expected, plain = drawn_call(pipe), drawn_call(HOST.build())
+    assert relative_error(expected, plain) > 1e-4
+    pipe = pipe if first else HOST.build()
     modiff.apply(pipe, presets.modulated(None, None))
-    pipe = pipe if first else adapted(pipe)
-    assert relative_error(HOST.call(pipe), expected) < 1e-4
+    if not first and refuses_ours(kind, pipe):
+        return
+    pipe = pipe if first else adapted(pipe, kind)
+    assert relative_error(drawn_call(pipe), expected) < 1e-4
+    with pipe.unet.disable_adapter():
+        assert relative_error(drawn_call(pipe), plain) < 1e-4
     with pytest.raises(StateError, match="without adapters"):
         modiff.save(pipe, tmp_path / "refused")
     modiff.remove(pipe)
-    assert_same_bits(HOST.call(pipe), expected)
+    assert_same_bits(drawn_call(pipe), expected)
+
+
+@needs_peft
+@warns_of_norms
+@pytest.mark.parametrize("kind", [kind for kind in TUNERS if "copy" not in kind])  # PEFT leaves the copy in place
+def test_every_kind_of_adapter_leaves_packed_layers_as_they_were(kind):
+    pipe, exact = HOST.build(), drawn_call(adapted(HOST.build(), kind))
+    modiff.apply(pipe, CONFIG)
+    modiff.pack(pipe)
+    without = drawn_call(pipe)
+    if refuses_ours(kind, pipe):
+        return
+    expected = drawn_call(adapted(pipe, kind))
+    assert relative_error(expected, exact) < 0.05
+    if kind != "tuned norms":
+        with pytest.raises(StateError, match="expected a float weight, got a packed one"):
+            pipe.unet.merge_adapter()
+    assert_same_bits(drawn_call(pipe), expected)
+    pipe.unet = pipe.unet.unload()
+    assert_same_bits(drawn_call(pipe), without)

@@ -127,8 +127,8 @@ def _models(index: dict[str, Any]) -> dict[str, type[ModelMixin]]:
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and value[0] == "diffusers":
             kind = getattr(diffusers, str(value[1]), None)
-            if isinstance(kind, type) and issubclass(kind, ModelMixin):
-                models[name] = kind
+            if isinstance(kind, type) and issubclass(kind, ModelMixin) and "from_pretrained" not in vars(kind):
+                models[name] = kind  # several in one, as MultiControlNetModel, read folders of their own
     return models
 
 
