@@ -2,7 +2,6 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 
 
 def undrawn(axis: Axes) -> list[str]:
@@ -24,15 +23,11 @@ def _in_view(axis: Axes, artist: object) -> bool:
     return sum(frame.contains(x, y) for x, y in points) >= least
 
 
-def names(axis: Axes) -> dict[str, Bbox]:
-    """The names of points and their boxes, in pixels."""
-    return {text.get_text(): text.get_window_extent() for text in axis.texts if str(text.get_gid()).startswith("name-")}
-
-
 def assert_names_are_apart(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
     """Each point has its name; no name lies on another one or leaves the axes; without a line, no point is nearer."""
     axis.figure.draw_without_rendering()
-    boxes, frame = names(axis), axis.get_window_extent()
+    boxes = {t.get_text(): t.get_window_extent() for t in axis.texts if str(t.get_gid()).startswith("name-")}
+    frame = axis.get_window_extent()
     assert sorted(boxes) == sorted(points)
     pixels = axis.transData.transform(list(points.values()))
     tied = [tuple(line.get_xydata()[0]) for line in axis.get_lines() if line.get_linewidth() < 1]

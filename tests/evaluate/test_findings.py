@@ -33,7 +33,7 @@ def analysis(
         {"mode": m, "bits": b, "relative_l2": e} for m, row in sweep.items() for b, e in zip(BITS, row, strict=False)
     ]
     settings = {"steps": 50, "num_images": 4, "config": config.to_dict(), "prompts": None, "labels": None} | rest
-    return {"layers": traces, "sweep": rows, "settings": settings, "outliers": []}
+    return {"layers": traces, "sweep": rows, "settings": settings, "outliers": [{"advice": "block.1: leave it"}]}
 
 
 def told(values: dict[str, Any]) -> list[str]:
@@ -48,6 +48,7 @@ def test_a_model_that_modulation_suits_is_told_so_in_four_lines() -> None:
         "ran.",
         "No layer stands out (error of the output, same inputs, mean of the steps): block.2 (0.012) is the worst, the "
         "median layer has 0.011.",
+        "block.1: leave it",
         "Next: the same with weights at 8 bits: modiff analyze 'my model' --steps 50 -o analysis-2 --config "
         "modulated:8:4",
     ]
@@ -90,16 +91,11 @@ def test_safe_bits_and_the_gain_also_where_there_is_none_or_images_are_not_finit
         ((0.2, 0.5, 0.4, 0.3, *[0.1] * 9),
          f"{OUT}block.1 (0.5), block.2 (0.4), block.3 (0.3) and 1 more; the median layer has 0.1."),
         ((0.0, 0.0, 0.1), f"{OUT}block.2 (0.1); the median layer has 0."),
-        ((0.0, 0.0), f"No layer stands out {MEANING}block.0 (0) is the worst, the median layer has 0."),
         ((0.25,), f"No layer stands out {MEANING}block.0 (0.25) is the worst, the median layer has 0.25."),
     ],
 )  # fmt: skip
 def test_layers_that_stand_out_are_named_the_worst_first(layers: tuple[float, ...], line: str) -> None:
     assert told(analysis(layers=layers))[2].endswith(line)
-
-
-def test_the_advice_of_channels_that_dwarf_their_layer_is_repeated() -> None:
-    assert told(analysis() | {"outliers": [{"advice": "block.1: leave it"}]})[3] == "block.1: leave it"
 
 
 PROMPT = shlex.join(["--prompt", "a 'fox'"])

@@ -236,8 +236,14 @@ IMAGES = """return [...document.images].map((image) => {
 FITS = """const sizes = (query, side) =>
   [...document.querySelectorAll(query)].map((element) => element.getBoundingClientRect()[side]);
 return {page: document.documentElement.scrollWidth, tables: sizes("table, td, th", "right"),
+        broken: [...document.querySelectorAll("td.number")].filter((cell) => {
+          const range = document.createRange();
+          range.selectNodeContents(cell.firstChild);
+          return range.getClientRects().length > 1;
+        }).map((cell) => cell.textContent),
         pictures: sizes("img.pixels", "width"), conclusion: sizes("p.conclusion", "bottom")[0],
         rendering: [...document.querySelectorAll("img.pixels")].map((e) => getComputedStyle(e).imageRendering)};"""
+SHOWN = """return [...document.querySelectorAll("table")].map((table) => table.closest("details")?.open ?? true)"""
 NAMES = """return [...document.querySelectorAll('g[id^="name-"]')].map((name) => {
   const box = name.getBoundingClientRect();
   return [box.left, box.top, box.right, box.bottom];
@@ -270,7 +276,7 @@ def names(browser: Browser, table: str = "numbers") -> list[str]:
 def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser: Browser, tmp_path: Path) -> None:
     source = PipelineSource(pixel_pipeline())
     chosen = Preset(num_images=12, steps=4, configs=("plain:8:4", "modulated:8:4"))
-    extractor = ClassifierFeatures(Classifier(channels=(4, 8), classes=3), "tiny")
+    extractor = ClassifierFeatures(Classifier(channels=(4, 8), classes=3), "fashion-mnist-classifier")
     suite = run_suite(source, extractor, chosen, tmp_path / "run", batch_size=6, resamples=10, progress=False)
     values = [{m["name"]: m["value"] for m in row.metrics} for row in suite.rows]
     assert values[3]["relative_l2"] < values[2]["relative_l2"] < values[1]["relative_l2"]  # modulated, plain, fewer
@@ -287,6 +293,10 @@ def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser:
         assert image["height"] > 20, image
         assert image["right"] <= 1280, image
     keep_screenshot(browser, "report")
+    shown = browser.run(SHOWN)
+    assert (shown[-1], set(shown[:-1])) == (False, {True})  # every figure of every configuration waits for a click
+    browser.run("document.querySelector('summary').click();")
+    assert set(browser.run(SHOWN)) == {True}
     browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     keep_screenshot(browser, "report-dark")
     browser.command("Emulation.setEmulatedMedia", features=[])
@@ -296,6 +306,7 @@ def test_the_report_of_a_real_suite_shows_every_figure_and_logs_nothing(browser:
     browser.command("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
     assert phone["page"] <= 390
     assert max(phone["tables"]) <= 390
+    assert phone["broken"] == []  # no number stands on two lines
     assert set(phone["rendering"]) == {"pixelated"}
     assert min(phone["pictures"]) >= COLUMNS * 96
     assert phone["conclusion"] < 844
@@ -339,10 +350,7 @@ def test_the_first_sentence_says_what_the_intervals_tell_apart_and_what_they_do_
     timed = conclusion(SimpleNamespace(rows=rows_timed, settings={"num_images": 64}))
     assert timed.endswith("fast took 0.75 of full precision's time, half the steps 0.60 of it, each timed once.")
     other = dataclasses.replace(fast, name="overflowing")
-    lost = [
-        dataclasses.replace(rows_timed[2], plan=other, broken=3),
-        Row(fast, ({**measured(0, 0, 0), "value": None},)),
-    ]
+    lost = [Row(other, rows_timed[2].metrics, broken=3), Row(fast, ({**measured(0, 0, 0), "value": None},))]
     broken = conclusion(SimpleNamespace(rows=[*rows, *lost], settings={"num_images": 64}))
     assert "; overflowing: not usable, error not finite; fast: not usable, error not finite; no times" in broken
     assert "overflowing (" not in broken

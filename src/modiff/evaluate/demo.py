@@ -27,7 +27,6 @@ from modiff.model.tune import FINALISTS
 
 EVERY = 10
 """Steps from one anchor of a layer to the next, in the rows that anchor again."""
-
 QUICK = ("full precision", "half the steps", "plain W8A8", "plain W8A4", "modulated W8A8", "modulated W8A4")
 """The rows of `modiff demo --quick`."""
 PICTURED, SHOWN = ("full precision", "half the steps", "plain W8A4", "modulated W8A4"), 4

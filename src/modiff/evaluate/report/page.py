@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html
 import re
 from html import escape
 from importlib.resources import files
@@ -13,6 +12,8 @@ from modiff.files import check_writable, write_atomically
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
 _MEDIA = {"png": "image/png", "svg": "image/svg+xml"}
+FOLDED = 30
+"""Rows of a table above which it opens with a click: they would hide what comes after them, on a phone above all."""
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$])")
 
 
@@ -104,10 +105,13 @@ def _table(table: Table) -> str:
     )
     rows = "\n".join(f"<tr>{_row(table, i)}</tr>" for i in range(len(table.rows)))
     notes = "".join(f'<p class="note">{escape(names)}: {escape(note)}</p>\n' for names, note in table.notes())
+    folds = len(table.rows) > FOLDED
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
+        f"<details><summary>Show {len(table.rows)} rows</summary>\n"
+        * folds
+        + f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
         f'<table id="{table.name}"><caption>{escape(table.caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>\n{notes}"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>\n{notes}" + "</details>\n" * folds
     )
 
 
@@ -156,5 +160,5 @@ def _markdown_block(block: Content, figures: str) -> str:
 
 def _text(text: str) -> str:
     """One line in which nothing is markup."""
-    shown = html.escape(_SPECIAL.sub(r"\\\1", " ".join(text.split())), quote=False)
+    shown = escape(_SPECIAL.sub(r"\\\1", " ".join(text.split())), quote=False)
     return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", re.sub(r"^([-+])(?=\s)", r"\\\1", shown))

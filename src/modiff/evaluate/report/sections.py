@@ -158,5 +158,6 @@ def _environment(suite: Suite, command: Sequence[str]) -> Section:
 
 def _pairs(name: str, caption: str, values: dict[str, object]) -> Table:
     columns = (Column("name", numeric=False), Column("value", numeric=False))
-    rows = tuple((Cell(key), Cell("none" if value is None else str(value))) for key, value in values.items())
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
+    rows = tuple((Cell(key), Cell("none" if value in (None, "") else str(value))) for key, value in shown.items())
     return Table(name, caption, columns, rows)
