@@ -1,6 +1,7 @@
 """The memory of states: known before the first run, warned of, and a budget for it."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -34,11 +35,14 @@ def test_apply_tells_the_bytes_that_a_generation_then_takes(host: str, modulatio
 
 
 @pytest.mark.parametrize("host", ["sd", "sdxl", "pixart", "sd3"])
-def test_models_that_read_text_are_known_too_and_others_after_a_trajectory(
-    host: str, monkeypatch: pytest.MonkeyPatch
+def test_models_that_read_text_are_known_too_also_loaded_and_others_after_a_trajectory(
+    host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    memory = modiff.apply(HOSTS[host].build(), "w8a4").memory
+    pipe = HOSTS[host].build()
+    memory = modiff.apply(pipe, "w8a4").memory
     assert memory.expected > 10**5
+    modiff.save(pipe, tmp_path / "packed")
+    assert modiff.report(modiff.load(tmp_path / "packed")).memory.expected == memory.expected
     assert "for one generation" in str(memory)
     monkeypatch.setattr(Host, "example", lambda *_: torch.zeros(-1))  # whatever it raises, a model is applied to
     assert "states known after a trajectory" in str(modiff.apply(NETWORK, "w8a4").memory)

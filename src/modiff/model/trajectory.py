@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from modiff.model.report import Report
 from modiff.model.select import modulated_layer
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
+from modiff.nn.weight import turned
 
 
 @contextmanager
@@ -111,6 +113,9 @@ def state_elements(model: nn.Module, names: Collection[str], target: Any) -> dic
         for module in model.modules():  # neither hooks nor wrappers meet tensors without values
             hooks = ("_forward_hooks", "_forward_pre_hooks", "forward")
             memo |= {id(vars(module)[name]): OrderedDict() for name in hooks if name in vars(module)}
+            if isinstance(module, ModulatedLayer):
+                memo[id(module)] = _as_torch_has_it(module, device)
+        memo[id(attachment_of(model))] = None
         blank = copy.deepcopy(model, memo)
         for module in blank.modules():
             vars(module).pop("forward", None)
@@ -129,6 +134,19 @@ def state_elements(model: nn.Module, names: Collection[str], target: Any) -> dic
             evaluate(example or {}, "cpu")
         return sizes
     return {}
+
+
+def _as_torch_has_it(layer: ModulatedLayer, device: str) -> nn.Module:
+    """The torch layer of a modulated one, packed or not, with parameters whose values mean nothing."""
+    kind = next(kind for kind in type(layer).__mro__ if not issubclass(kind, ModulatedLayer))
+    quantized, bias = layer.quantized_weight, layer.bias
+    empty = partial(torch.empty, dtype=getattr(quantized, "dtype", layer.operator.weight.dtype), device=device)
+    tensors = {"weight": turned(empty(layer.weight_shape), quantized.transposed),
+               "bias": None if bias is None else empty(bias.shape)}  # fmt: skip
+    parameters = {name: None if x is None else nn.Parameter(x, False) for name, x in tensors.items()}
+    plain: Any = kind.__new__(kind)
+    vars(plain).update(vars(layer) | {"_parameters": parameters, "_buffers": {}, "_modules": {}})
+    return plain
 
 
 class _Selecting(TorchFunctionMode):
