@@ -15,7 +15,7 @@ the tag says so. `torch.library.custom_op` would add 15 to 20 us a call.
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -47,11 +47,16 @@ def number_for(holder: object) -> int:
 def check_no_transform(name: str) -> None:
     """Raises: StateError in torch.func's transforms and forward-mode derivatives: no state may keep their tensors."""
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        raise StateError(
-            f"{name}: expected an evaluation of tensors, got one inside of a torch.func transform or a forward-mode "
-            "derivative (vmap, grad, jvp, ...). The states keep values for the next step, which a transform takes "
-            "back. Evaluate the model outside of it, or call modiff.remove(model) first."
-        )
+        refuse_transform(name)
+
+
+def refuse_transform(name: str) -> Never:
+    """Raises: StateError of an evaluation in a transform."""
+    raise StateError(
+        f"{name}: expected an evaluation of tensors, got one inside of a torch.func transform or a forward-mode "
+        "derivative (vmap, grad, jvp, ...). The states keep values for the next step, which a transform takes back. "
+        "Evaluate the model outside of it, or call modiff.remove(model) first."
+    )
 
 
 def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -61,7 +61,7 @@ READERS: list[tuple[bool, int | None, Callable[[Tensor], Tensor], int | None, bo
 def test_who_reads_one_tensor_is_told(inference, first, change, then, begins, carries):
     with torch.inference_mode(inference):
         x = torch.randn(3, 4)
-        source = Source(x, first, True)
+        source = Source(x, first, True, "group")
         other = change(x)
         assert source.begins(other, then) == begins
         assert source.carries(other, then) == carries
@@ -72,7 +72,7 @@ def test_who_reads_one_tensor_is_told(inference, first, change, then, begins, ca
 def test_a_tensor_that_is_gone_is_not_the_next_one_in_its_memory(inference):
     with torch.inference_mode(inference):
         x = torch.randn(3, 4)
-        source, again = Source(x, None, True), x[:]
+        source, again = Source(x, None, True, "group"), x[:]
         del x
         assert not source.begins(again, None)
 
@@ -82,8 +82,8 @@ def test_where_nobody_can_tell_nothing_is_shared(monkeypatch, read):
     with torch.inference_mode():
         x = torch.randn(3, 4)
     monkeypatch.setattr(source, "fingerprint", lambda _: None)
-    assert not Source(x, read, True).begins(x, read)
-    assert not Source(x, read, True).carries(x, read)
+    assert not Source(x, read, True, "group").begins(x, read)
+    assert not Source(x, read, True, "group").carries(x, read)
 
 
 @needs_compiler

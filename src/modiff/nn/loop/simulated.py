@@ -25,7 +25,6 @@ from modiff.nn.branches import Fork
 from modiff.nn.clock import Clock
 from modiff.nn.loop.source import Source
 from modiff.nn.operator import LayerOperator, LayerSpec
-from modiff.nn.traced import check_no_transform
 from modiff.nn.weight import at_least_float32
 
 
@@ -119,7 +118,6 @@ class InputState:
                     "tensor at the first step and no longer do. Use ModiffConfig(share_residuals='off')."
                 )
             return self.update
-        check_no_transform(where)
         every, turn = self.config.reanchor_every, self.turn if self.config.stagger else 0
         shape = (x.shape, x.device)
         other = self.shape is not None and self.shape != shape
@@ -132,9 +130,9 @@ class InputState:
             )
         if other or (every and (self.clock.step - turn) % every == 0):
             self.states, self.age = (), 0
+        source = Source(x, read, self.readers > 1 or (self.open and not self.count), where)
         self.update = self.advance(x, fusion)
-        shared = self.readers > 1 or (self.open and not self.count)
-        self.shape, self.tick, self._source = shape, self.clock.tick, Source(x, read, shared)
+        self.shape, self.tick, self._source = shape, self.clock.tick, source
         self.count += 1
         self.unread = 0 if self.open and self.update.starts else self.readers
         return self.update

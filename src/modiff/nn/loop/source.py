@@ -3,8 +3,11 @@
 import weakref
 
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 
 from modiff.kernels.native import fingerprint
+from modiff.nn.traced import refuse_transform
 from modiff.nn.weight import version_of
 
 
@@ -21,7 +24,9 @@ class Source:
 
     __slots__ = ("address", "bytes", "read", "tensor", "version")
 
-    def __init__(self, x: Tensor, read: int | None, shared: bool) -> None:
+    def __init__(self, x: Tensor, read: int | None, shared: bool, where: str) -> None:
+        if maybe_current_level() is not None or forward_ad._current_level >= 0:  # here, as a call more costs time
+            refuse_transform(where)
         self.tensor, self.read, self.address = weakref.ref(x), read, x.data_ptr()
         self.version = version_of(x)
         self.bytes = fingerprint(x) if shared and _silent(x, read) else None
