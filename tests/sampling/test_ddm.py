@@ -88,6 +88,15 @@ def test_a_noise_model_sampled_as_a_ddm_is_the_ddim_member_of_that_schedule(
         x = after
 
 
+def test_the_image_is_kept_within_its_range_and_the_noise_is_not_changed_by_that() -> None:
+    made = scheduler(eta=0.0, clip_sample_range=0.5)
+    image, eps = torch.tensor([[[[-2.0, -0.2], [0.3, 3.0]]], [[[0.4, -1.0], [2.0, 0.1]]]], dtype=torch.float64).chunk(2)
+    time, until = made.times[3:5]
+    x = made.add_noise(image, eps, time)
+    after = made.step(output_of(made, x, time, -image, eps, 0 * eps), made.timesteps[3], x).prev_sample
+    torch.testing.assert_close(after, (1 - until) * image.clamp(-0.5, 0.5) + until.sqrt() * eps)
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_what_else_a_model_predicts_says_the_same(prediction_type: str) -> None:
     made, other = (scheduler(prediction_type=p, eta=0.0) for p in ("epsilon", prediction_type))
