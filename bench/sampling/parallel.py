@@ -40,7 +40,7 @@ CONFIGS: dict[str, ModiffConfig | None] = {
     "modulated W8A8": presets.modulated(8, 8),
     "modulated W8A4": presets.modulated(8, 4),
 }
-WINDOWS = ((1, 0.0), (5, 0.1), (10, 0.1), (25, 0.1), (10, 0.01), (10, 0.001))
+WINDOWS = ((1, 0.0), (5, 0.1), (10, 0.1), (25, 0.1), (10, 0.01))
 """Rows and tolerance; the first is sequential sampling."""
 NAMES = ("parallel", "tolerance")
 RESIDUALS = ("residual", "residual_95", "residual_95_all")
