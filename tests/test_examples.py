@@ -1,5 +1,6 @@
 """The scripts and notebooks of examples/ run as they stand: without arguments and without a network."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -33,3 +34,9 @@ def test_a_notebook_runs_and_shows_what_it_is_stored_with(path: Path, tmp_path: 
     assert kinds(executed(path, tmp_path)) == kinds(stored), "python tools/notebooks.py keeps what they show now"
     assert path.stat().st_size < 150_000
     assert str(Path.home()) not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["examples/README.md", "docs/examples.md"])
+def test_every_script_and_notebook_is_on_the_page(page: str) -> None:
+    shown = re.findall(r"(\w+\.(?:py|ipynb))[)>\n]", (ROOT / page).read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(path.name for path in [*EXAMPLES, *NOTEBOOKS])
