@@ -54,11 +54,12 @@ def test_figures_of_a_row_are_of_its_rounds():
     assert "gated                not run: no such thing here" in loop_report.table([record], {})
 
 
-LOOPS = {"fp32-eager": (2.5, 0.0), "fp32-compiled": (2.1, 9e-7), "bf16-compiled": (1.31, 0.0102), "gated": (9.0, None),
-         "modulated-w8a8": (1.4, 0.0114), "modulated-w8a7": (1.41, 0.0106), "torchao-int8": (1.36, 0.0106)}  # fmt: skip
+LOOPS = {"fp32-eager": (2.5, 0.0), "fp32-compiled": (2.1, 9e-7), "bf16-compiled": (1.31, 0.0102),
+         "modulated-w8a8": (1.4, 0.0114), "modulated-w8a7": (1.41, 0.0106), "torchao-int8": (1.36, 0.0106),
+         "fewer-steps-2": (0.64, 0.0566), "deepcache-2": (0.94, 0.0426), "gated": (9.0, None)}  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [1, 2, len(LOOPS)])
+@pytest.mark.parametrize("count", [1, 2, len(LOOPS) - 1, len(LOOPS)])
 def test_the_plot_names_each_variant_apart_from_others_and_draws_all_that_its_legend_names(count: int):
     rows = [{"variant": name, "seconds_min": s, "relative_l2": e} for name, (s, e) in [*LOOPS.items()][:count]]
     drawing = Figure(layout="constrained")
@@ -67,7 +68,7 @@ def test_the_plot_names_each_variant_apart_from_others_and_draws_all_that_its_le
     floor = loop_report.FLOOR
     assert_names_are_apart(axes, {r["variant"]: (r["seconds_min"], max(r["relative_l2"] or 0, floor)) for r in rows})
     assert undrawn(axes) == []
-    assert (count == len(LOOPS)) == any("nothing is faster" in str(line.get_label()) for line in axes.get_lines())
+    assert (count > 2) == any("nothing is faster" in str(line.get_label()) for line in axes.get_lines())
     title = axes.title.get_window_extent()
     assert drawing.bbox.x0 <= title.x0 < title.x1 <= drawing.bbox.x1
 

@@ -106,7 +106,8 @@ PROMPT = shlex.join(["--prompt", "a 'fox'"])
     [
         ({"sweep": NOT_SAFE, "steps": 10}, "analyze 'my model' --steps 20 -o analysis-2"),
         ({"sweep": NOT_SAFE, "config": presets.w4a8()}, "--steps 50 -o analysis-2 --config modulated:32:4"),
-        ({"config": presets.w8a4(), "prompts": ["a 'fox'"]}, f"evaluate 'my model' {PROMPT} --steps 50 --configs "
+        ({"sweep": GOOD | {"uncompensated": (0.01, 0.02, 0.3)}, "config": presets.w8a4(), "prompts": ["a 'fox'"]},
+         f"evaluate 'my model' {PROMPT} --steps 50 --configs "
          "plain:8:8,modulated:8:4,tuned:8:2 --report report"),
         ({"labels": [0]}, "analyze 'my model' --label 0 --steps 50 -o analysis-2 --config modulated:8:4"),
     ],
