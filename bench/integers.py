@@ -1,26 +1,34 @@
 """Do integers give the images of the simulation, and what do states in 16 bits cost? On the embedded model.
 
 python bench/integers.py --json docs/results/integers.json
-python bench/integers.py --memory --json docs/results/state_memory.json
+python bench/integers.py --memory budgets --json docs/results/state_memory.json
+python bench/integers.py --memory states --num-images 8 --rounds 1 --json docs/results/state_bits.json
 
-The second is about memory, DDIM. Budgets: `apply(..., state_memory=)` keeps the states of some layers, the others run
-plain at 8 bits; relative L2 of the images to full precision, 20 steps; "measured" has `run=`, "smallest" has not.
-States in 16 bits against float32, both on integers: the ratio of an image's errors, geometric mean and 95 % interval.
+The others are about memory, DDIM with 20 steps. Budgets: `apply(..., state_memory=)` keeps the states of some layers,
+the others run plain at 8 bits; relative L2 of the images to full precision; "measured" has `run=`, "smallest" has not.
+States of each type, and of fewer bits than kernels keep: bytes, errors of images over those with float32, seconds.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import modiff
 from modiff import ModiffConfig, ModulationConfig, presets
 from modiff.config import StateDtype
+from modiff.core.affine import QParams
+from modiff.core.recursion import State, Update
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.evaluate.pipelines import DrawnImages, PipelineSource
 from modiff.files import check_writable, write_json
@@ -29,7 +37,11 @@ from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.load import load_pipeline
 from modiff.hosts.diffusers.runs import calibration_run
 from modiff.kernels.isa import detect
+from modiff.nn.loop.int16 import HEADROOM
+from modiff.nn.loop.simulated import InputState, Memory, SimulatedLoop
 
+STEPS = 20
+"""Of all that is about memory."""
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
@@ -86,7 +98,7 @@ def images(draw: Callable[[int], Any], pipe: Any, index: int, apply: Callable[[]
         modiff.remove(pipe)
 
 
-def budgets(pipe: Any, name: str, num_images: int, steps: int = 20) -> list[dict[str, Any]]:
+def budgets(pipe: Any, name: str, num_images: int, steps: int = STEPS) -> list[dict[str, Any]]:
     """A row for each share of the states' bytes and each rule."""
     run = calibration_run(pipe, steps=steps, batch=num_images)
     exact = images(run, pipe, 0, None)[0]
@@ -102,30 +114,118 @@ def budgets(pipe: Any, name: str, num_images: int, steps: int = 20) -> list[dict
     return rows
 
 
-def int16_ratio(pipe: Any, name: str, num_images: int, rounds: int, steps: int = 50) -> dict[str, Any]:
-    """Errors of single images with states in int16 over those with float32 ones, over `rounds` batches."""
-    run, logs = calibration_run(pipe, steps=steps, batch=num_images), list[float]()
-    config = presets.as_config(name)
-    for index in tqdm(range(rounds), desc=f"{name}, 16 bits"):
-        exact, *both = (images(run, pipe, index, None if c is None else partial(modiff.apply, pipe, c))[0]
-                        for c in (None, with_states(config, "float32"), config.on_integers()))  # fmt: skip
-        wide, narrow = ([relative_l2(i[None], e[None]) for i, e in zip(each, exact, strict=True)] for each in both)
-        logs += list(np.log(narrow) - np.log(wide))
-    spread = 1.96 * np.std(logs) / len(logs) ** 0.5
-    low, mean, high = (float(np.exp(np.mean(logs) + d)) for d in (-spread, 0, spread))
-    return {"config": name, "images": len(logs), "error_ratio": mean, "low": low, "high": high}
+class Narrow(NamedTuple):
+    """Bits of states that no kernel keeps, in simulation; None is float32.
+
+    inputs: exact on a grid for each row, scales being the nearest multiples of it: no residual is sent more finely than
+        the grid, and what saturates is sent later.
+    outputs: rounded at each step to a grid for each row and channel: after n steps the error is sqrt(n / 12) of it.
+    """
+
+    inputs: int | None
+    outputs: int | None
 
 
-def memory(pipe: Any, num_images: int, rounds: int) -> dict[str, Any]:
-    """Both tables of `--memory`, printed too."""
+@contextmanager
+def narrowed(narrow: Narrow) -> Iterator[dict[object, int]]:
+    """Simulated layers keep such states in the body. Yields: the bits of each state that there was."""
+    grids, bits = dict[str, list[Tensor]](), dict[object, int]()
+    encode, take = InputState.encoded, SimulatedLoop.take
+
+    def encoded(self: InputState, x: Tensor, fusion: Any, state: State | None) -> tuple[Update, State]:
+        bits["reads", self.spec.name] = x.numel() * (narrow.inputs or 32)
+        if narrow.inputs is None:
+            return encode(self, x, fusion, state)
+        value, axis, quantizer = self.spec.prepared(x, fusion).float(), self.spec.channel_dim, self.quantizer
+        if state is None:
+            runs = value.split_with_sizes(quantizer.runs, axis)
+            grids[self.spec.name] = own = [
+                _grid(run, narrow.inputs, (-1,) if axis < 0 else tuple(range(1, x.dim()))) for run in runs
+            ]
+            value = torch.cat([(r / g).round() * g for r, g in zip(runs, own, strict=True)], axis)
+            return Update(value, (), starts=True), State(value)
+        residual = value - state.value
+        scales = [quantizer.measured(run).scale for run in quantizer.split(residual)]
+        steps = zip(scales, grids[self.spec.name], strict=True)
+        codes = quantizer.scaled(residual, [QParams((s / g).round().clamp_min(1) * g, None) for s, g in steps])
+        return Update(None, (codes,)), State(state.value + codes.value())
+
+    def taken(self: SimulatedLoop, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
+        output = take(self, update, memory, dtype)
+        bits["writes", self.spec.name] = output.numel() * (narrow.outputs or 32)
+        if narrow.outputs is not None and isinstance(memory.output, State):
+            if update.starts:
+                axes = tuple(range(1, output.dim() - 1) if self.spec.channel_dim < 0 else range(2, output.dim()))
+                grids[f"{self.spec.name} writes"] = [_grid(memory.output.value, narrow.outputs, axes)]
+            (grid,) = grids[f"{self.spec.name} writes"]
+            memory.output = State((memory.output.value / grid).round() * grid)
+        return output
+
+    with patch.object(InputState, "encoded", encoded), patch.object(SimulatedLoop, "take", taken):
+        yield bits
+
+
+def _grid(x: Tensor, bits: int, axes: tuple[int, ...]) -> Tensor:
+    return (HEADROOM * x.abs().amax(axes, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(1e-30)
+
+
+CHOICES: dict[str, StateDtype | Narrow] = {
+    "float32": "float32", "float16": "float16", "int16": "int16", "simulated, float32": Narrow(None, None),
+    **{f"simulated, {i} and {o} bits": Narrow(i, o) for i, o in ((12, 12), (8, 12), (8, 10), (8, 8))},
+}  # fmt: skip
+"""Of the input and the output state. Each is compared with the last one before it that has float32."""
+
+
+def choices(pipe: Any, name: str, num_images: int, rounds: int, steps: int = STEPS) -> list[dict[str, Any]]:
+    """A row for each choice: bytes over those of float32, errors of single images over those with float32, time.
+
+    The ratio of errors is a geometric mean over `rounds` batches, with its 95 % interval; seconds are of the processor,
+    for an image, the least of all batches.
+    """
+    run, config = calibration_run(pipe, steps=steps, batch=num_images), presets.as_config(name)
+    measured = {choice: list[tuple[float, float]]() for choice in CHOICES}
+    shares, errors = dict[str, float](), dict[str, list[float]]()
+    for index in tqdm(range(rounds), desc=f"{name}, states"):
+        exact = images(run, pipe, index, None)[0]
+        whole, base = 0.0, list[float]()
+        for choice, how in CHOICES.items():
+            states = config if isinstance(how, Narrow) else with_states(config, how)
+            with narrowed(how) if isinstance(how, Narrow) else nullcontext({}) as bits:
+                start = time.process_time()
+                made, size = images(run, pipe, index, partial(modiff.apply, pipe, states))
+                seconds = (time.process_time() - start) / num_images
+            size = sum(bits.values()) / 8 if bits else size
+            each = [relative_l2(i[None], e[None]) for i, e in zip(made, exact, strict=True)]
+            whole, base = (size, each) if choice.endswith("float32") else (whole, base)
+            shares[choice] = size / whole
+            errors.setdefault(choice, []).extend(each)
+            measured[choice] += [(float(np.log(e) - np.log(b)), seconds) for e, b in zip(each, base, strict=True)]
+    rows = list[dict[str, Any]]()
+    for choice, pairs in measured.items():
+        logs, times = zip(*pairs, strict=True)
+        spread = 1.96 * float(np.std(logs)) / len(logs) ** 0.5
+        low, mean, high = (float(np.exp(np.mean(logs) + d)) for d in (-spread, 0, spread))
+        seconds = None if isinstance(CHOICES[choice], Narrow) else min(times)
+        rows.append({"config": name, "states": choice, "share": shares[choice], "images": len(logs),
+                     "relative_l2": float(np.mean(errors[choice])), "error_ratio": mean, "low": low, "high": high,
+                     "seconds": seconds})  # fmt: skip
+    return rows
+
+
+def memory(pipe: Any, table: str, num_images: int, rounds: int) -> list[dict[str, Any]]:
+    """A table of `--memory`, printed too."""
+    if table == "states":
+        rows = [row for name in ("w8a8", "w8a4", "w4a8") for row in choices(pipe, name, num_images, rounds)]
+        for row in rows:
+            print(f"{row['config']}, {row['states']:<26} {row['share']:5.3f} of the bytes  {row['relative_l2']:.4f}  "
+                  f"{row['error_ratio']:.2f}, {row['low']:.2f} to {row['high']:.2f}  "
+                  f"{row['seconds'] or float('nan'):.2f} s")  # fmt: skip
+        return rows
     rows = [row for name in ("w8a8", "w8a4") for row in budgets(pipe, name, num_images)]
     for row in rows:
         print(f"{row['config']}, {row['share']:4.0%} of the bytes, {row['rule']}: {row['mib']:5.1f} MiB  "
               f"{row['relative_l2']:.4f}")  # fmt: skip
-    ratios = [int16_ratio(pipe, name, num_images, rounds) for name in ("w8a8", "w8a4", "w4a4")]
-    for row in ratios:
-        print(f"{row['config']}: 16 bits over float32 {row['error_ratio']:.2f}, {row['low']:.2f} to {row['high']:.2f}")
-    return {"budgets": rows, "int16": ratios}
+    return rows
 
 
 def main() -> None:
@@ -135,8 +235,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", action="store_true", help="what less memory for states costs")
-    parser.add_argument("--rounds", type=int, default=4, help="batches for 16 bits, with --memory")
+    parser.add_argument("--memory", choices=("budgets", "states"), help="what less memory for states costs")
+    parser.add_argument("--rounds", type=int, default=4, help="batches for each choice of states")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.json is not None:
@@ -144,14 +244,16 @@ def main() -> None:
     pipe = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
     if options.memory:
-        results = memory(set_scheduler(pipe, "ddim"), options.num_images, options.rounds)
+        rows = memory(set_scheduler(pipe, "ddim"), options.memory, options.num_images, options.rounds)
+        results = {"rows": rows}
     else:
         results = {"rows": measure(pipe, options.steps, options.num_images, options.seed)}
         for row in results["rows"]:
             print(f"{row['name']:<36} {row['relative_l2']:.4f}  to simulation {row['to_simulation']:.4f}  "
                   f"states {row['state_mib']:.1f} MiB")  # fmt: skip
     if options.json is not None:
-        settings = {"model": options.model, "steps": options.steps, "num_images": options.num_images,
+        steps = options.steps if options.memory is None else STEPS
+        settings = {"model": options.model, "steps": steps, "num_images": options.num_images,
                     "seed": options.seed, "isa": detect().level}  # fmt: skip
         write_json(options.json, results | {"settings": settings, "environment": dict(environment())})
 

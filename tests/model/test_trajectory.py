@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import (
-    LayerConfig,
-    ModiffConfig,
-    ModiffWarning,
-    ModulationConfig,
-    StateError,
-    presets,
-)
+from modiff import LayerConfig, ModiffConfig, ModiffWarning, ModulationConfig, StateError, presets
 from modiff.kernels.backend import PREPACKED
 from modiff.model.attach import attachment_of
 from modiff.model.observe import observe

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import modiff
-from modiff import (
-    ConfigError,
-    LayerConfig,
-    ModiffConfig,
-    ModulationConfig,
-    QuantizerConfig,
-    StateError,
-    presets,
-)
+from modiff import ConfigError, LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, StateError, presets
 from modiff.nn import Clock
 from modiff.nn.branches import Inputs, inputs_of
 from tests.helpers import assert_same_bits, assert_within, relative_error
@@ -158,12 +150,9 @@ EXECUTIONS = {"simulated": 0.0, "float32": 0.0, "int16": 2e-3}
 def executed(config: ModiffConfig, execution: str) -> ModiffConfig:
     if execution == "simulated":
         return config
-    loop = config.layer.modulation if execution == "int16" else with_state_dtype(config, execution)
+    state_dtype = "auto" if execution == "int16" else "float32"
+    loop = dataclasses.replace(config.layer.modulation, state_dtype=state_dtype)
     return with_layer(config.on_integers(), modulation=loop)
-
-
-def with_state_dtype(config: ModiffConfig, state_dtype: str) -> ModulationConfig:
-    return dataclasses.replace(config.layer.modulation, state_dtype=state_dtype)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -249,9 +238,8 @@ def test_states_begin_again_where_a_row_is_new_or_nothing_tells(case):
 
 @pytest.mark.parametrize("case", ["come", "to a grid", "from beyond a grid", "to scales that last", "untold"])
 def test_states_of_all_rows_begin_again_where_nothing_tells_new_from_old_or_a_grid_does_not_hold_them(case):
-    config = {
-        "to scales that last": with_layer(presets.w8a4(), activation=HELD),
-    }.get(case, presets.published(8, 8).on_integers() if "grid" in case else presets.w8a8())
+    config = presets.published(8, 8).on_integers() if "grid" in case else presets.w8a8()
+    config = with_layer(presets.w8a4(), activation=HELD) if "last" in case else config
     model, x, words = rows_model(config), torch.randn(2, 3, 4, 4), torch.randn(2, 16)
     words[1] *= 50.0 if case == "from beyond a grid" else 1.0
     with modiff.trajectory(model), torch.no_grad():

@@ -106,7 +106,7 @@ def test_states_are_float32_where_no_kernel_runs_a_layer_and_on_a_gpu_unless_tol
     same_bits(play(ours, inputs), play(quantized(layer, integer(INT16), split), inputs))
 
 
-@pytest.mark.parametrize("modulation", [INT16.modulation, ModulationConfig(anchor_weights="quantized")])
+@pytest.mark.parametrize("modulation", [INT16.modulation, integer(INT16).modulation])
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16)])
 def test_inputs_that_do_not_lie_dense_in_memory_give_what_their_copies_give(modulation, shape):
     config = dataclasses.replace(INT16, activation=QuantizerConfig(bits=4), modulation=modulation)

@@ -92,7 +92,7 @@ def test_samples_that_jump_are_coded_from_zero_as_in_the_simulation(layer, confi
 @pytest.mark.parametrize(
     "form",
     ["simulated", "integer", "int16", "linear", "linear integer", "refresh", "refresh int", "static", "static int",
-     "static linear", "static linear int"],
+     "static linear", "static linear int", "float16 int"],
 )  # fmt: skip
 def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(form, bits, sizes):
     """As after a sampler that adds fresh noise at each step."""
@@ -101,7 +101,8 @@ def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(fo
     inputs, errors = [size * torch.randn(32, 64) for size in sizes], []
     expected = [net(x) for x in inputs]
     for plain in (True, False):
-        state, predictor = "int16" if form == "int16" else "float32", "linear" if "linear" in form else "hold"
+        state = next((name for name in ("float16", "int16") if name in form), "float32")
+        predictor = "linear" if "linear" in form else "hold"
         modulation = None if plain else ModulationConfig(state_dtype=state, predictor=predictor)
         execution = "integer" if "int" in form else "simulated"
         refresh, dynamic = 1 + ("refresh" in form and not plain), "static" not in form

@@ -276,7 +276,7 @@ class IntegerLoop(SimulatedLoop):
             state = memory.output = self.started(update, state if isinstance(state, State) else None)
             return state.value.to(dtype, copy=True)
         if update.intra is not None:
-            start = torch.as_tensor(self.operator.start(), dtype=torch.float32, device=state.value.device)
+            start = torch.as_tensor(self.operator.start(), dtype=state.value.dtype, device=state.value.device)
             torch.where(update.intra, start, state.value, out=state.value)
         *others, (kernel, codes) = zip(self.kernels, code.runs, strict=True)
         if not update.weights:
