@@ -366,11 +366,13 @@ def test_a_layer_takes_its_own_weight_back(kind, packed):
     lambda layer: layer.quantized_weight.fix(layer.quantized_weight.codes(layer.weight)),
     lambda layer: layer.quantized_weight.unfix(),
 ])  # fmt: skip
-def test_what_would_write_a_packed_weight_or_needs_its_floats_is_refused(use):
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_would_write_a_packed_weight_or_needs_its_floats_is_refused(use, inference):
     layer, _ = layer_of("linear", 4)
     layer.pack()
     before = layer.operator.weight.clone()
-    with torch.no_grad(), pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one"):
+    refused = pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one")
+    with torch.inference_mode(inference), torch.no_grad(), refused:
         use(layer)
     assert layer.quantized_weight.fixed
     assert_same_bits(layer.operator.weight.detach(), before)

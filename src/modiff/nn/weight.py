@@ -349,7 +349,7 @@ class _ReadOnly(Tensor):
 
     @classmethod
     def _view(cls, value: Any, source: "_ReadOnly") -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, cls) or value is source._base:
+        if not isinstance(value, Tensor) or isinstance(value, cls):
             return value
         if value.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
             return value
