@@ -38,9 +38,9 @@ def grouped(groups: int, inputs: int, outputs: int) -> Problem:
     ("problem", "isa", "backend", "reason"),
     [
         *((problem, Isa(level), "onednn", f"oneDNN int8 on {level}, sums in 32 bits")
-          for level in ("amx", "avx512_vnni", "avx2_vnni") for problem in (LINEAR, CONV, FEW)),
-        *((problem, Isa(level), "native", "") for level in ("avx512", "avx2")
-          for problem in (LINEAR, CONV, FEW, grouped(4, 64, 32))),
+          for level in ("amx", "avx2_vnni") for problem in (LINEAR, CONV, FEW)),
+        *((problem, Isa(level), "native", f"sums in {bits} bits") for level, bits in (
+            ("avx512_vnni", 32), ("avx512", 16), ("avx2", 16)) for problem in (LINEAR, CONV, FEW, grouped(4, 64, 32))),
         (LINEAR, Isa("amx", trust=FULL_ONLY), "float_exact", "failed the self-test"),
         (FEW, Isa("amx", trust=FULL_ONLY), "onednn", ""),
         (FEW, Isa("amx", trust=UNTRUSTED), "float_exact", "no primitive"),
@@ -170,7 +170,7 @@ def test_the_chosen_backend_adds_up_right_in_a_process_with_that_limit(limit):
     environment = {**os.environ, LIMIT: limit, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     found = json.loads(subprocess.check_output([sys.executable, "-c", CHILD], text=True, timeout=150, env=environment))
     vnni, chosen = Isa(level).sums_in_int32, ({name for *_, name, _ in rows} for rows in found["rows"])
-    loops = {"native"} if level in ("avx2", "avx512") and native.find_compiler() else set()
+    loops = {"native"} if level in ("avx2", "avx512", "avx512_vnni") and native.find_compiler() else set()
     assert (found["level"], found["trust"]) == (level, [True, vnni])
     assert list(chosen) == [loops | {"onednn" if vnni else "float_exact"}, loops | {"onednn"}]
     assert all(right for rows in found["rows"] for *_, right in rows)

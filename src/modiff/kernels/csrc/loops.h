@@ -25,10 +25,14 @@ inline float load(float x) { return x; }
 inline float load(Bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 
 inline void store(float* out, int64_t i, float value) { out[i] = value; }
-inline void store(Bf16* out, int64_t i, float value) {  // to nearest, ties to even; NaN stays NaN
+inline void store_number(float* out, int64_t i, float value) { out[i] = value; }
+inline uint32_t nearest(float value) {  // bfloat16, ties to even
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out[i].bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+inline void store_number(Bf16* out, int64_t i, float value) { out[i].bits = static_cast<uint16_t>(nearest(value)); }
+inline void store(Bf16* out, int64_t i, float value) {  // NaN stays NaN
+  out[i].bits = static_cast<uint16_t>(value == value ? nearest(value) : 0x7fc0u);
 }
 
 // The input as it is. Other sources compute it on the way: a norm, an activation.
@@ -125,10 +129,12 @@ inline int32_t rounded(float x, float lowest, float highest) {
   return static_cast<int32_t>(q);
 }
 
-// The state n moved on by `step` units of its grid, in 16 bits; NaN moves nothing. *cut: whether it would leave them.
+// The state n moved on by `step` units of its grid, in 16 bits; NaN, unless there is none, moves nothing. *cut: whether
+// it would leave them.
+template <bool numbers = false>
 inline float moved_on(int16_t n, float step, int32_t* cut) {
   const float whole = __builtin_rintf(step);
-  const float value = static_cast<float>(n) + (whole == whole ? whole : 0.0f);  // exact, unless it is cut
+  const float value = static_cast<float>(n) + (numbers || whole == whole ? whole : 0.0f);  // exact, unless it is cut
   float kept = value < -32768.0f ? -32768.0f : value;
   kept = kept > 32767.0f ? 32767.0f : kept;
   *cut = kept != value;

@@ -122,6 +122,16 @@ void finish(const Output& o, const int32_t* sums, int64_t first, float scale, in
   } else {
     int16_t* __restrict state = static_cast<int16_t*>(o.state) + at;
     const float grid = o.grid, share = o.share;
+    if (scale - scale == 0.0f) {  // then what is sent is no NaN
+      for (int c = 0; c < columns; ++c) {
+        int32_t cut;
+        const float n = moved_on<true>(state[c], sent[c] * share, &cut);
+        clipped[c] += cut;
+        state[c] = static_cast<int16_t>(static_cast<int32_t>(n));
+        store_number(out, c, n * grid);
+      }
+      return;
+    }
     for (int c = 0; c < columns; ++c) {
       int32_t cut;
       const float n = moved_on(state[c], sent[c] * share, &cut);
