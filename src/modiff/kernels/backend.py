@@ -132,12 +132,15 @@ class Prepacked:
 
     def bytes_of(self, weight: Tensor) -> int:
         """Memory of everything made of this weight so far."""
-        made = self._made.get(weight.untyped_storage()._cdata, {})
-        return sum(t.nbytes for _, tensors in made.values() for t in tensors)
+        return _bytes(self._made.get(weight.untyped_storage()._cdata, {}))
 
     def bytes_held(self) -> int:
         """Memory of everything kept, for weights that are alive."""
-        return sum(t.nbytes for made in self._made.values() for _, tensors in made.values() for t in tensors)
+        return sum(map(_bytes, self._made.values()))
+
+
+def _bytes(made: dict[Hashable, tuple[int, tuple[Tensor, ...]]]) -> int:
+    return sum({id(t): t.nbytes for _, tensors in made.values() for t in tensors}.values())  # some share a tensor
 
 
 PREPACKED = Prepacked()

@@ -5,6 +5,7 @@ convolution reads the codes once, with no copy for each tap of its kernel. csrc/
 """
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -103,11 +104,9 @@ def _run(
 ) -> None:  # fmt: skip
     codes = codes.contiguous() if operator.axes == 0 else innermost(codes)
     key = ("native", operator.shape, operator.geometry, operator.bits)
-    packed, zeros, ends, wide = PREPACKED.get(operator.weight, key, lambda: _pack(operator))
-    shape, stretches = PREPACKED.get(
-        operator.weight, (*key, codes.shape),
-        lambda: _layout(operator, codes.shape, ends.tolist(), bool(wide)),
-    )  # fmt: skip
+    shape, stretches, packed, zeros, wide = PREPACKED.get(
+        operator.weight, (*key, codes.shape), lambda: _prepared(operator, key, codes.shape)
+    )
     scale = None if scale is None else scale.to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     pixels, state = out.numel() // operator.shape[0], out if mode == _ACCUMULATE else state
@@ -119,6 +118,12 @@ def _run(
         None if scale is None else scale.data_ptr(), 1 if scale is None else pixels // scale.numel(),
         None if bias is None else bias.data_ptr(), out.data_ptr(), KINDS.get(out.dtype, 0), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _prepared(operator: Operator, key: Hashable, codes: torch.Size) -> tuple[Tensor, ...]:
+    """What the loops read for codes of one shape: their layout, and the weight as all shapes share it."""
+    packed, zeros, ends, wide = PREPACKED.get(operator.weight, key, lambda: _pack(operator))
+    return *_layout(operator, codes, ends.tolist(), bool(wide)), packed, zeros, wide
 
 
 def _pack(operator: Operator) -> tuple[Tensor, ...]:

@@ -104,10 +104,13 @@ class LayerSpec:
 
     def fuses(self, norm: Norm, device: torch.device) -> bool:
         """Whether kernels compute a norm or an activation in front of the layer while its result is encoded."""
-        modulation = self.config.modulation
         if not self.encodes_as_it_comes or device.type != "cpu" or (self.split is not None and norm != "group"):
             return False
-        return modulation is None or self.config.state_dtype in ("float32", "int16")
+        return self._fuses_states
+
+    @cached_property
+    def _fuses_states(self) -> bool:
+        return self.config.modulation is None or self.config.state_dtype in ("float32", "int16")
 
     def prepared(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
         """The tensor that is encoded: x, or what `fusion` makes of it, smoothed, ordered, rotated as the layer does."""
