@@ -95,11 +95,13 @@ def test_the_levels_are_those_before_each_step_and_unadjusted_ones_follow_the_be
     assert once[3] > expected[3] + 0.05  # the coarse steps leave less noise than the schedule says
 
 
-def test_the_level_of_a_batch_is_the_mean_of_its_samples() -> None:
-    levels = torch.tensor([0.2, 0.7])
+@pytest.mark.parametrize("levels", [(0.2, 0.7), (1 - 1e-8,) * 2], ids=["two levels", "clean: 1 in float32"])
+def test_the_level_of_a_batch_is_the_mean_of_its_samples(levels: tuple[float, ...]) -> None:
+    seen = torch.tensor(levels, dtype=torch.float64)
     for scheduler in (DDIMScheduler(), DDPMScheduler()):
-        _, seen = sample_adjusted(torch.ones(2, 1), lambda x, _: 0 * x, lambda _: levels, scheduler, range(3))
-        assert seen[1:] == pytest.approx([0.45, 0.45])
+        sample, read = sample_adjusted(torch.ones(2, 1), lambda x, _: 0 * x, lambda _: seen, scheduler, range(3))
+        assert read[1:] == pytest.approx([float(seen.mean())] * 2)
+        assert sample.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", ["linear", "fibonacci"])
