@@ -174,6 +174,8 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
             "file.txt: ModiffConfig: expected JSON, got Expecting value: line 1",
         ),
         ("sample {model} -o {out} --config w9a8", "w9a8: WeightConfig.bits: expected 32 or 2 to 8, got 9"),
+        ("explain {model} --config modulated:32:32", "--config: expected 2 to 8 activation bits, got 32"),
+        ("quantize {model} --method ptqd --settings no -o {out}", 'Write {"samples": 64}.'),
         ("explain {model} --tolerance nan", "--tolerance: expected a relative error above 0, got nan"),
         (
             "generate {model} -o {out} -n 2 --prompts no",

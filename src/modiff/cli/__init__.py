@@ -95,7 +95,7 @@ def in_flags(message: str, flags: dict[str, str]) -> str:
         message = re.sub(rf"(?<![\w.]){name}=(?:{value})", rf"{flag} \1\2\3", message)
     if "settings" in flags:
         message = re.sub(r"^\w+Config(\.(?=\w+: )|: )", "--settings: ", message)
-    return message.replace("None", str(FULL_PRECISION)) if re.match(r"[\w.: -]*bits:", message) else message
+    return message.replace("None", str(FULL_PRECISION)) if re.match(r"[\w.: -]*bits[:,]", message) else message
 
 
 def _remark(message: Warning | str, *_: object, **__: object) -> None:

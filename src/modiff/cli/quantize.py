@@ -88,7 +88,9 @@ def _settings(method: str, quick: bool, file: Path | None, modulated: bool, opti
     """The method's settings: its own, then those of the file, then those of the command line."""
     from modiff.methods.registry import method_config
 
-    values = None if file is None else read_json(file, "a JSON file with settings of the method", "Use to_json().")
+    values = (
+        None if file is None else read_json(file, "a JSON file with settings of the method", 'Write {"samples": 64}.')
+    )
     changes = {name: None if "bits" in name and value == FULL_PRECISION else value
                for name, value in options.items() if value is not None}  # fmt: skip
     return method_config(method, quick=quick, values=values, modulated=modulated or None, changes=changes)

@@ -304,4 +304,10 @@ def check_searchable(models: Sequence[nn.Module], config: ModiffConfig, verb: st
     for model in models:
         check_plain(model, verb, "It is judged against full precision. Call modiff.remove(model) first.")
     bits = config.layer.activation.bits
-    check(verb, bits, bits not in (None, 0), "2 to 8 activation bits", "Without codes there is nothing to choose.")
+    check(
+        f"{verb}.config",
+        bits,
+        bits not in (None, 0),
+        "2 to 8 activation bits",
+        "Without codes there is nothing to choose.",
+    )
