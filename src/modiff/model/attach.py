@@ -304,10 +304,5 @@ def check_searchable(models: Sequence[nn.Module], config: ModiffConfig, verb: st
     for model in models:
         check_plain(model, verb, "It is judged against full precision. Call modiff.remove(model) first.")
     bits = config.layer.activation.bits
-    check(
-        f"{verb}.config",
-        bits,
-        bits not in (None, 0),
-        "2 to 8 activation bits",
-        "Without codes there is nothing to choose.",
-    )
+    where = verb if verb == "tune" else f"{verb}.config"  # tune is given bits apart from its config
+    check(where, bits, bits not in (None, 0), "2 to 8 activation bits", "Without codes there is nothing to choose.")
