@@ -156,11 +156,14 @@ def executed(config: ModiffConfig, execution: str) -> ModiffConfig:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
+@pytest.mark.parametrize(
+    "config", [presets.w8a4(), presets.w4a8(), LINEAR, with_layer(presets.w8a4(), activation=HELD)]
+)
 def test_rows_that_are_reordered_go_on_as_if_they_had_been_these_from_the_start(config, execution):
     model = rows_model(executed(config, execution))
     index, times = torch.tensor([2, 0, 2, 3]), (900.0, 800.0, 700.0, 600.0, 500.0)
     x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)
+    away = torch.tensor([0.3, 0.01, 0.02, 0.3]).reshape(4, 1, 1, 1)  # two of them leave their anchors
 
     def steps(rows: Tensor, late: Tensor) -> list[Tensor]:
         outputs = []
@@ -171,7 +174,7 @@ def test_rows_that_are_reordered_go_on_as_if_they_had_been_these_from_the_start(
                     rows = rows[late]
                 for name, factor in (("cond", 1.0), ("uncond", 0.5)):
                     with modiff.context(model, name):
-                        outputs.append(model(x[rows] * (1 + t / 1e4) * factor, t, words[rows]))
+                        outputs.append(model(x[rows] * (1 - i * away[rows]) * factor, t, words[rows]))
         return outputs
 
     everyone = torch.arange(4)
@@ -184,7 +187,9 @@ DROPPED = [[1], [3], [2, 3], [3, 0], [0, 1, 2]]
 
 @pytest.mark.parametrize("index", DROPPED)
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("config", [presets.w8a4(), LINEAR, with_layer(presets.w8a4(), activation=HELD)])
+@pytest.mark.parametrize(
+    "config", [presets.w8a4(), presets.w4a8(), LINEAR, with_layer(presets.w8a4(), activation=HELD)]
+)
 def test_rows_whose_conditions_stay_go_on_where_others_are_dropped(config, execution, index):
     model = rows_model(executed(config, execution))
     x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)

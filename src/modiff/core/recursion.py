@@ -31,7 +31,7 @@ from torch import Tensor
 
 from modiff.config import ModulationConfig
 from modiff.core.affine import QParams
-from modiff.core.jumps import from_zero
+from modiff.core.jumps import Anchor, from_zero
 from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Code, Quantizer
 
@@ -117,11 +117,12 @@ def encode(
     config: ModulationConfig,
     ratio: Weight = 1.0,
     scales: Sequence[QParams] | None = None,
+    anchor: Anchor | None = None,
 ) -> tuple[Update, State]:
     """One step of the input.
 
     Args:
-        x: a_t, any shape and float dtype.
+        x: a_t, any shape and float dtype. anchor: where the states started, if they may begin at zero for its distance.
         state: â_{t+1}, or None where the states start (first step, re-anchoring).
         ratio: size of this step over the last one, for predictors. scales: of an earlier step; None: the quantizer's.
     Returns: the update for every operator that reads x, and â_t.
@@ -132,18 +133,17 @@ def encode(
         return _anchor(x, quantizer, config)
     weights = predictor_named(config.predictor).weights(len(state.moves), config.gain, ratio) if state.moves else ()
     prediction = predict(state, weights, x.dtype) if weights else state.value.to(x.dtype)
-    intra, least, largest = quantizer.intra(x) if quantizer.of_values else None, 0.0, 0.0
+    intra, least = quantizer.intra(x) if quantizer.of_values else None, 0.0
     prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
     codes = quantizer(x - prediction) if scales is None else quantizer.scaled(x - prediction, scales)
     if config.error_compensation == "none":  # the ablation holds the raw input: rounding errors are never sent again
         return Update(None, () if codes is None else (codes,)), State(x.to(_STORED[config.state_dtype], copy=True))
     if codes is not None and scales is None and quantizer.finds_jumps:
-        for _, qparams in codes.parts if x.is_cpu else ():
-            largest = max(largest, float(qparams.scale.max()))
-        least = state.least - largest
-        if not 1.001 * largest < least:
-            held = x - state.value.to(x.dtype) if weights else None
-            intra, least, codes = from_zero(x - prediction, x, codes, quantizer, held)
+        largest = max([float(q.scale.max()) for _, q in codes.parts]) if x.is_cpu else 0.0
+        least, due = state.least - largest, anchor is not None and anchor.due()
+        if due or not 1.001 * largest < least:
+            smooth, held = least if 1.001 * largest < least else None, state.value if weights else None
+            intra, least, codes = from_zero(x, prediction, codes, quantizer, smooth, held, anchor, due=due)
             prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
         least = least - largest * quantizer.unsent if x.dtype == _STORED[config.state_dtype] else 0.0
     value = prediction if codes is None else prediction + codes.value()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modiff.errors import StateError
 from modiff.nn.weight import version_of
 
 _MOST = 8
@@ -13,6 +14,21 @@ _MOST = 8
 _PLAIN = (bool, int, str)
 _TEXT = ("text", "prompt", "cap", "encoder")
 """Lists under such names hold a tensor for each prompt."""
+
+
+def rows_at(x: Tensor, index: Tensor, where: str) -> Tensor:
+    """Rows index[0], index[1], ... of x, as it lies in memory; x itself where one row serves all.
+
+    Raises: StateError where x does not have the number of rows that `index` has.
+    """
+    if x.dim() < 2 or len(x) == 1:
+        return x
+    if len(x) != len(index):
+        raise StateError(
+            f"{where}: expected an index of its {len(x)} rows, got one of {len(index)}. A network may see each sample "
+            "twice, as in guidance. Give the row that each row of its batch goes on from."
+        )
+    return torch.index_select(x, 0, index.to(x.device), out=torch.empty_like(x))
 
 
 class Inputs(NamedTuple):

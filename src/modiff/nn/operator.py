@@ -139,6 +139,7 @@ class LayerOperator:
             spec.config.weight, columns, rotation, f"{spec.name}.weight", spec.transposed, spec.smoothing, spec.order
         )
         self._bias: Tensor | None = None
+        self._noise: tuple[int, float] | None = None
         self.bias_key: object = ()
         self.bias_edition = 0
 
@@ -182,10 +183,18 @@ class LayerOperator:
         return self._affine(value, self.quantized.exact if self.spec.anchors_exactly else self.quantized.dense)
 
     def weight_noise(self) -> float:
-        """Mean square of what rounding took from the weight, over that of the weight; 0 where it is gone."""
+        """Mean square of what rounding took from the weight, over that of the weight; 0 where it is gone.
+
+        Cost: once for each edition of the weight a pass over it.
+        """
+        edition = self.quantized.refresh(self.weight)
+        if self._noise is not None and self._noise[0] == edition:
+            return self._noise[1]
         exact = self.quantized.exact(self.weight, torch.float32)
         lost = exact - self.quantized.dense(self.weight, torch.float32)
-        return float(lost.square().sum() / exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+        noise = float(lost.square().sum() / exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+        self._noise = edition, noise
+        return noise
 
     def linear(self, code: Code) -> Tensor:
         """A_q(code) without bias."""

@@ -1,5 +1,7 @@
 """Layers on real integers: the codes and input states of the simulation bit for bit, outputs within float error."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,34 +73,60 @@ def jumping(shape: tuple[int, ...]) -> list[Tensor]:
     return inputs
 
 
+def from_zero(original: nn.Module, inputs: list[Tensor], *configs: LayerConfig, split: int | None) -> list[list[bool]]:
+    """At which steps a sample starts from zero, with each config; codes and states of the first two are the same."""
+    times, flags, read = [900.0 - 100 * i for i in range(8)], [], InputState.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InputState, "read", lambda self, *a: (u := read(self, *a), flags.append(u.intra is not None))[0])
+        ours, theirs, *_ = (play(quantized(original, each, split), inputs, times) for each in configs)
+    follows(ours, theirs, 4 * output_bound(original, max(inputs, key=lambda x: float(x.abs().max())), len(inputs)))
+    return [flags[i : i + 8] for i in range(0, len(flags), 8)]
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_samples_that_jump_are_coded_from_zero_as_in_the_simulation(layer, config):
     original, (first, *_), split = drawn(layer)
-    inputs, times = jumping(tuple(first.shape)), [900.0 - 100 * i for i in range(8)]
-    both = [quantized(original, each, split) for each in (integer(CONFIGS[config]), CONFIGS[config])]
-    flags: list[list[bool]] = []
-    read = InputState.read
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InputState, "read", lambda self, *a: (u := read(self, *a), flags.append(u.intra is not None))[0])
-        ours, theirs = (play(each, inputs, times) for each in both)
-    follows(ours, theirs, 4 * output_bound(original, max(inputs, key=lambda x: float(x.abs().max())), len(inputs)))
-    assert flags[:8] == flags[8:]
-    assert any(flags)
+    ours, theirs = (integer(CONFIGS[config]), CONFIGS[config])
+    flags = from_zero(original, jumping(tuple(first.shape)), ours, theirs, split=split)
+    assert flags[0] == flags[1]
+    assert any(flags[0])
 
 
-@pytest.mark.parametrize("sizes", [(8, 6, 5, 4, 3, 2, 1.5, 1), (1, 1.5, 2, 3, 4, 5, 6, 8), (1,) * 8], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("predictor", ["hold", "linear"])
+def test_samples_that_leave_their_anchor_are_coded_from_zero_as_in_the_simulation(layer, predictor):
+    """They turn by 22 degrees a step: after four they are further from where they started than from zero."""
+    original, (first, *_), split = drawn(layer)
+    shape, axes = first.shape, tuple(range(1, first.dim()))
+    one, other = drifting(5, tuple(shape), 2, 1.0, torch.float32)
+    other -= (other * one).mean(axes, keepdim=True) / one.square().mean(axes, keepdim=True) * one
+    inputs = [one * math.cos(math.pi / 8 * i) + other * math.sin(math.pi / 8 * i) for i in range(8)]
+    modulation = ModulationConfig(predictor=predictor)
+    w4a8 = LayerConfig(weight=WeightConfig(bits=4), modulation=modulation)
+    flags = from_zero(original, inputs, integer(w4a8), w4a8, LayerConfig(modulation=modulation), split=split)
+    assert flags[0] == flags[1]
+    assert any(flags[0])
+    assert not any(flags[2])  # 8-bit weights
+
+
+SIZES = {"shrinks": (8, 6, 5, 4, 3, 2, 1.5, 1), "grows": (1, 1.5, 2, 3, 4, 5, 6, 8), "fresh": (1,) * 8}
+
+
+@pytest.mark.parametrize("walk", [*SIZES, "remembers"])
+@pytest.mark.parametrize("bits", ["W8A4", "W8A8", "W4A8"])
 @pytest.mark.parametrize(
     "form",
     ["simulated", "integer", "int16", "linear", "linear integer", "refresh", "refresh int", "static", "static int",
      "static linear", "static linear int", "float16 int"],
 )  # fmt: skip
-def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(form, bits, sizes):
-    """As after a sampler that adds fresh noise at each step."""
+def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(form, bits, walk):
+    """As after a sampler that adds noise at each step."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 64)).eval()
-    inputs, errors = [size * torch.randn(32, 64) for size in sizes], []
+    inputs, errors, weight = [torch.randn(32, 64)], [], WeightConfig(bits=int(bits[1]))
+    for size in SIZES.get(walk, (0.19**0.5,) * 16):
+        inputs.append((0.0 if walk in SIZES else 0.9) * inputs[-1] + size * torch.randn(32, 64))
     expected = [net(x) for x in inputs]
     for plain in (True, False):
         state = next((name for name in ("float16", "int16") if name in form), "float32")
@@ -106,8 +134,8 @@ def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(fo
         modulation = None if plain else ModulationConfig(state_dtype=state, predictor=predictor)
         execution = "integer" if "int" in form else "simulated"
         refresh, dynamic = 1 + ("refresh" in form and not plain), "static" not in form
-        activation = QuantizerConfig(bits=bits, refresh_every=refresh, dynamic=dynamic)
-        layer = LayerConfig(activation=activation, modulation=modulation, execution=execution)
+        activation = QuantizerConfig(bits=int(bits[3]), refresh_every=refresh, dynamic=dynamic)
+        layer = LayerConfig(weight=weight, activation=activation, modulation=modulation, execution=execution)
         modiff.apply(net, ModiffConfig(layer=layer, first_last="quantize"))
 
         def error() -> float:
@@ -118,7 +146,8 @@ def test_modulated_layers_are_never_worse_than_plain_ones_on_inputs_that_jump(fo
             modiff.calibrate(net, error)
         errors.append(error())
         modiff.remove(net)
-    assert errors[1] <= 1.02 * errors[0]
+    clips = "refresh" in form and walk == "remembers"  # what outgrows a scale of the step before
+    assert errors[1] <= (1.6 if clips else 1.02) * errors[0]
 
 
 @pytest.mark.parametrize("config", [*map(integer, CONFIGS.values()), INT16], ids=[*CONFIGS, "int16"])

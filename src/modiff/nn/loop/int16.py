@@ -79,9 +79,9 @@ class Int16Input(IntegerInput):
             code, scale, jump = encode_run(*run, state, self.quantizer, clipped=self._clipped)
             codes.append((code, scale))
             jumps = jumps or jump
-        if jumps:
-            intra = self.restart_jumped(
-                codes, runs, lambda i, state: encode_run(*runs[i], state, self.quantizer, clipped=self._clipped)
+        if jumps or self.anchor is not None:
+            intra = self.from_zero(
+                codes, runs, lambda i, s: encode_run(*runs[i], s, self.quantizer, clipped=self._clipped), jumps=jumps
             )
         if self._clipped.item():
             self._clipped.zero_()

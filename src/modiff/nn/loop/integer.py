@@ -12,7 +12,7 @@ from torch import Tensor
 from modiff.config import ModulationConfig
 from modiff.core.affine import QParams, noise_of
 from modiff.core.granularity import granularity_named
-from modiff.core.jumps import jumped
+from modiff.core.jumps import jumped, thinned
 from modiff.core.predictors import Hold, Linear, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate
@@ -167,35 +167,45 @@ class IntegerInput(InputState):
             for move in () if intra is None else state.moves:
                 move.zero_()
         self.states = tuple(states)
-        if jumps:
-            intra = self.restart_jumped(codes, runs, lambda i, state: encode_run(*runs[i], state.value, quantizer))
+        if jumps or (scales is None and self.anchor is not None):
+            intra = self.from_zero(codes, runs, lambda i, s: encode_run(*runs[i], s.value, quantizer), jumps=jumps)
         if every > 1:
             self.held(tuple(QParams(scale, None) for _, scale in codes), intra)
         return Update(None, (ByteCode(tuple(codes)),), weights=() if gain is None else (gain,), intra=intra)
 
-    def restart_jumped(
-        self, codes: Sequence[Codes], runs: Sequence[Run], encode: Callable[[int, Any], Encoded]
+    def from_zero(
+        self, codes: Sequence[Codes], runs: Sequence[Run], encode: Callable[[int, Any], Encoded], *, jumps: bool
     ) -> Tensor | None:
-        """Write, in place, codes and states of samples that jump as from zero. Returns: flags of these samples.
+        """`core.jumps.from_zero`, in place, in codes and states. Returns: flags of samples that start from zero.
 
-        encode: the codes of a run of channels against a state, which becomes the next one.
-        Cost: a second encoding. A device is waited for after an anchor alone: what does not jump then is left be.
+        encode: the codes of a run of channels against a state, which becomes the next one. jumps: whether one may.
+        Cost: a second encoding, if so. A device is waited for after an anchor alone, for what jumps then.
         """
-        if self.jumps is False:
+        due, dim, excess = self.anchor is not None and self.anchor.due(), self.spec.channel_dim, torch.zeros(())
+        if self.jumps is False or not (jumps or due):
             return None
+        noise = noise_of([QParams(s, None) for _, s in codes], self.quantizer.runs)
+        if self.anchor is not None:
+            values = [type(state)(thinned(state[0], dim), *state[1:]) for state in self.states]
+            values = [each.value() if isinstance(each, FixedState) else each.value for each in values]
+            excess = self.anchor.excess(values, noise, due=due)
+            if not jumps and not float(excess.max()) > 0:
+                return None
         blank = [type(state)(torch.zeros_like(state[0]), *state[1:]) for state in self.states]
         own = [encode(i, state)[:2] for i, state in enumerate(blank)]
-        noise, least = (noise_of([QParams(s, None) for _, s in each], self.quantizer.runs) for each in (codes, own))
-        intra = jumped(noise, least)
+        least = noise_of([QParams(s, None) for _, s in own], self.quantizer.runs)
+        intra = jumped(noise + excess, least)
         if self.jumps is None and intra is not None and not intra.is_cpu:
             self.jumps = bool(intra.any())
             intra = intra if self.jumps else None
         if intra is not None and getattr(self.states[0], "moves", ()):  # x less the state that it met, which moved on
             held = [x - state.value + state.moves[0] for x, state in zip(self._values(runs), self.states, strict=True)]
             noise = noise_of([self.quantizer.measured(run) for run in held], self.quantizer.runs)
-            intra = jumped(noise.where(intra, 0.0), least)
+            intra = jumped((noise + excess).where(intra, 0.0), least)
         if intra is not None:
-            intra = jumped(self._unsent(runs, self.states), self._unsent(runs, blank), intra)
+            intra = jumped(self._unsent(runs, self.states) + excess / 12, self._unsent(runs, blank), intra)
+        if intra is not None and self.anchor is not None:
+            self.anchor.leave(intra)
         for i, state in enumerate(self.states if intra is not None else ()):
             for new, old in ((blank[i][0], state[0]), *zip(own[i], codes[i], strict=True)):
                 torch.where(intra, new, old, out=old)

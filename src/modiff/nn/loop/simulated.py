@@ -15,39 +15,25 @@ from torch import Tensor
 from modiff.config import ModulationConfig, StateDtype
 from modiff.core.affine import QParams
 from modiff.core.granularity import granularity_named
+from modiff.core.jumps import Anchor
 from modiff.core.predictors import Weight, predictor_named
 from modiff.core.quantizer import Quantizer
 from modiff.core.recursion import State, Update, accumulate, encode, encode_plain, output_of
 from modiff.errors import StateError, warn_once
 from modiff.kernels.encode import FixedState, start
 from modiff.kernels.input_fusion import InputFusion
-from modiff.nn.branches import Fork
+from modiff.nn.branches import Fork, rows_at
 from modiff.nn.clock import Clock
 from modiff.nn.loop.source import Source
 from modiff.nn.operator import LayerOperator, LayerSpec
 from modiff.nn.weight import at_least_float32
 
 
-def _rows(x: Tensor, index: Tensor, where: str) -> Tensor:
-    """Rows index[0], index[1], ... of x, as it lies in memory; x itself where one row serves all.
-
-    Raises: StateError where x does not have the number of rows that `index` has.
-    """
-    if x.dim() < 2 or len(x) == 1:
-        return x
-    if len(x) != len(index):
-        raise StateError(
-            f"{where}: expected an index of its {len(x)} rows, got one of {len(index)}. A network may see each sample "
-            "twice, as in guidance. Give the row that each row of its batch goes on from."
-        )
-    return torch.index_select(x, 0, index.to(x.device), out=torch.empty_like(x))
-
-
 def _reordered(state: Any, index: Tensor, where: str) -> Any:
     if isinstance(state, FixedState):
-        return state._replace(n=_rows(state.n, index, where))
-    moves = tuple(_rows(move, index, where) for move in state.moves)
-    return state._replace(value=_rows(state.value, index, where), moves=moves)
+        return state._replace(n=rows_at(state.n, index, where))
+    moves = tuple(rows_at(move, index, where) for move in state.moves)
+    return state._replace(value=rows_at(state.value, index, where), moves=moves)
 
 
 def _taken(state: Any, fork: Fork, come: Tensor | None) -> Any:
@@ -66,7 +52,8 @@ class InputState:
     count: updates so far. readers: how many layers read it. unread: those that did not take this update yet; after the
     last one it is freed. open: others may join. turn: the step at which it anchors again first where anchors are
     staggered. scales, age: of the last residual, and how many were quantized since an anchor, where scales last longer
-    than a step. shape, origin: of what it read last; of which state it has some of the rows, since which evaluation.
+    than a step. anchor: where it started, to tell how far away it is, where rounding of the weights loses most.
+    shape, origin: of what it read last; of which state it has some of the rows, since which evaluation.
     Subclasses keep the state and the codes in another form.
     """
 
@@ -79,6 +66,7 @@ class InputState:
         self.scales: tuple[QParams, ...] = ()
         self.shape: tuple[torch.Size, torch.device] | None = None
         self.origin: tuple[InputState, int] | None = None
+        self.anchor: Anchor | None = None
         self._source: Source | None = None
         self._anchor: Tensor | None = None
 
@@ -132,6 +120,10 @@ class InputState:
             self.states, self.age = (), 0
         source = Source(x, read, self.readers > 1 or (self.open and not self.count), where)
         self.update = self.advance(x, fusion)
+        if self.update.starts:
+            start, quantizer, bits = self.update.anchor, self.quantizer, self.spec.config.weight.bits or 8
+            looks = self.spec.anchors_exactly and quantizer.finds_jumps and bits < (quantizer.bits or 0)
+            self.anchor = None if start is None or not looks else Anchor(quantizer.split(start), self.spec.channel_dim)
         self.shape, self.tick, self._source = shape, self.clock.tick, source
         self.count += 1
         self.unread = 0 if self.open and self.update.starts else self.readers
@@ -153,8 +145,10 @@ class InputState:
                 "then depends on all others. Use granularity='sample' or 'token'."
             )
         self.states = tuple(_reordered(state, index, self.spec.name) for state in self.states)
-        rows = [[None if t is None else _rows(t, index, self.spec.name) for t in each] for each in self.scales]
+        rows = [[None if t is None else rows_at(t, index, self.spec.name) for t in each] for each in self.scales]
         self.scales = tuple(QParams(*each) for each in rows)
+        if self.anchor is not None:
+            self.anchor = self.anchor.of_rows(lambda run: rows_at(run, index, self.spec.name))
 
     def forked(self, fork: Fork, come: Tensor | None) -> "InputState | None":
         """A copy with the rows that go on, and with those that come; None where these leave its grid."""
@@ -170,6 +164,8 @@ class InputState:
         if any(state is None for state in other.states):
             return None
         other.scales = tuple(QParams(*(None if t is None else fork.take(t) for t in each)) for each in self.scales)
+        if self.anchor is not None:
+            other.anchor = None if fork.grows else self.anchor.of_rows(fork.take)
         other.shape = torch.Size((fork.size(shape[0]), *shape[1:])), device
         return other
 
@@ -186,7 +182,7 @@ class InputState:
         ratio = 1.0 if self.predictor.past_states == 1 or state is None else self.ratio(x.device)
         every = self.quantizer.config.refresh_every
         scales = self.scales if every > 1 and self.age % every else None
-        update, state = encode(value, state, self.quantizer, self.config, ratio, scales)
+        update, state = encode(value, state, self.quantizer, self.config, ratio, scales, self.anchor)
         if every > 1 and update.codes and not update.starts:
             self.held(tuple(q for _, q in update.codes[0].parts), update.intra)
         return update, state
@@ -331,6 +327,8 @@ class SimulatedLoop:
             update = self.anchored(memory)
             clock.weights_changed = True
             state.stand()
+        if update.starts and state.anchor is not None:
+            state.anchor.noise = max(state.anchor.noise, operator.weight_noise())
         memory.taken, memory.weight = state.count, number
         output = self.take(update, memory, x.dtype)
         state.unread -= 1
