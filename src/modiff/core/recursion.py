@@ -15,8 +15,8 @@ on a_anchor - â_t alone. An anchor that has A_q only gives the paper's ô_t = A
 The bias enters once, with the anchor. The error a_t - â_t = r_t - q_t is the rounding of step t alone: what one step
 does not send stays in the residual and is sent later.
 
-Input and output are two functions, so that several operators can read one quantized tensor (q, k, v): `encode` turns an
-input into an update and the next input state, `accumulate` turns the update into the next output state.
+Input and output are two functions, as several operators may read one tensor (q, k, v): `encode` turns an input into
+an update and the next input state, `accumulate` the update into the next output state.
 
 This page is the source of truth. Four places repeat its arithmetic where it has to be fast, and tests hold them to it,
 codes and input states bit for bit: `kernels` with torch's operators in place, its compiled loops (csrc/), Triton, and
@@ -133,13 +133,14 @@ def encode(
         return _anchor(x, quantizer, config)
     weights = predictor_named(config.predictor).weights(len(state.moves), config.gain, ratio) if state.moves else ()
     prediction = predict(state, weights, x.dtype) if weights else state.value.to(x.dtype)
-    intra, least = quantizer.intra(x) if quantizer.of_values else None, 0.0
+    intra, least, largest = quantizer.intra(x) if quantizer.of_values else None, 0.0, 0.0
     prediction = prediction if intra is None else prediction.masked_fill(intra, 0.0)
     codes = quantizer(x - prediction) if scales is None else quantizer.scaled(x - prediction, scales)
     if config.error_compensation == "none":  # the ablation holds the raw input: rounding errors are never sent again
         return Update(None, () if codes is None else (codes,)), State(x.to(_STORED[config.state_dtype], copy=True))
     if codes is not None and scales is None and quantizer.finds_jumps:
-        largest = max([float(q.scale.max()) for _, q in codes.parts]) if x.is_cpu else 0.0
+        for _, qparams in codes.parts if x.is_cpu else ():
+            largest = max(largest, float(qparams.scale.max()))
         least, due = state.least - largest, anchor is not None and anchor.due()
         if due or not 1.001 * largest < least:
             smooth, held = least if 1.001 * largest < least else None, state.value if weights else None
