@@ -39,8 +39,7 @@ from modiff.core.quantizer import Code, Quantizer
 class State(NamedTuple):
     """The input or the output state: its value, â_t or ô_t, and its last moves, the newest first, if predicted from.
 
-    least: of an input: no sample's value needs smaller scales, root mean square. They lose no more than the residual's
-    and what was left unsent from step to step.
+    least: of an input: no sample's value needs smaller scales, root mean square; 0 where that is not known.
     """
 
     value: Tensor
