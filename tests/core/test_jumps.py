@@ -1,7 +1,5 @@
 """Samples that leave their anchor behind: where the rounding error of the weight acts on more than the value."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +35,7 @@ def walk(angle: float, noise: float) -> list[tuple[Tensor, Tensor, list[bool] | 
     steps, a, anchor = [], None, Anchor([first], -1)
     anchor.noise = noise
     for step in range(9):
-        turn = torch.tensor([0.001, math.radians(angle)], dtype=torch.float64).reshape(2, 1, 1) * step
+        turn = torch.tensor([0.06, angle], dtype=torch.float64).deg2rad().reshape(2, 1, 1) * step
         x = first * turn.cos() + other * turn.sin()
         update, a = encode(x, a, quantizer, DOUBLE, anchor=anchor)
         o = accumulate(update, o, ROUNDED, DOUBLE)

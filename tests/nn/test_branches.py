@@ -143,6 +143,7 @@ def with_layer(config: ModiffConfig, **changes: object) -> ModiffConfig:
 
 
 HELD = QuantizerConfig(bits=4, refresh_every=3)
+ROWS = [presets.w8a4(), presets.w4a8(), LINEAR, with_layer(presets.w8a4(), activation=HELD)]
 EXECUTIONS = {"simulated": 0.0, "float32": 0.0, "int16": 2e-3}
 """And how far rows are from what they would be alone: a grid is made of all rows that there are at its start."""
 
@@ -156,9 +157,7 @@ def executed(config: ModiffConfig, execution: str) -> ModiffConfig:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize(
-    "config", [presets.w8a4(), presets.w4a8(), LINEAR, with_layer(presets.w8a4(), activation=HELD)]
-)
+@pytest.mark.parametrize("config", ROWS)
 def test_rows_that_are_reordered_go_on_as_if_they_had_been_these_from_the_start(config, execution):
     model = rows_model(executed(config, execution))
     index, times = torch.tensor([2, 0, 2, 3]), (900.0, 800.0, 700.0, 600.0, 500.0)
@@ -187,9 +186,7 @@ DROPPED = [[1], [3], [2, 3], [3, 0], [0, 1, 2]]
 
 @pytest.mark.parametrize("index", DROPPED)
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize(
-    "config", [presets.w8a4(), presets.w4a8(), LINEAR, with_layer(presets.w8a4(), activation=HELD)]
-)
+@pytest.mark.parametrize("config", ROWS)
 def test_rows_whose_conditions_stay_go_on_where_others_are_dropped(config, execution, index):
     model = rows_model(executed(config, execution))
     x, words = torch.randn(4, 3, 4, 4), torch.randn(4, 16)

@@ -1,7 +1,5 @@
 """Layers on real integers: the codes and input states of the simulation bit for bit, outputs within float error."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,8 +85,8 @@ def from_zero(original: nn.Module, inputs: list[Tensor], *configs: LayerConfig, 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_samples_that_jump_are_coded_from_zero_as_in_the_simulation(layer, config):
     original, (first, *_), split = drawn(layer)
-    ours, theirs = (integer(CONFIGS[config]), CONFIGS[config])
-    flags = from_zero(original, jumping(tuple(first.shape)), ours, theirs, split=split)
+    config = CONFIGS[config]
+    flags = from_zero(original, jumping(tuple(first.shape)), integer(config), config, split=split)
     assert flags[0] == flags[1]
     assert any(flags[0])
 
@@ -98,10 +96,9 @@ def test_samples_that_jump_are_coded_from_zero_as_in_the_simulation(layer, confi
 def test_samples_that_leave_their_anchor_are_coded_from_zero_as_in_the_simulation(layer, predictor):
     """They turn by 22 degrees a step: after four they are further from where they started than from zero."""
     original, (first, *_), split = drawn(layer)
-    shape, axes = first.shape, tuple(range(1, first.dim()))
-    one, other = drifting(5, tuple(shape), 2, 1.0, torch.float32)
+    axes, (one, other) = tuple(range(1, first.dim())), drifting(5, tuple(first.shape), 2, 1.0, torch.float32)
     other -= (other * one).mean(axes, keepdim=True) / one.square().mean(axes, keepdim=True) * one
-    inputs = [one * math.cos(math.pi / 8 * i) + other * math.sin(math.pi / 8 * i) for i in range(8)]
+    inputs = [one * turn.cos() + other * turn.sin() for turn in torch.arange(8) * torch.pi / 8]
     modulation = ModulationConfig(predictor=predictor)
     w4a8 = LayerConfig(weight=WeightConfig(bits=4), modulation=modulation)
     flags = from_zero(original, inputs, integer(w4a8), w4a8, LayerConfig(modulation=modulation), split=split)
