@@ -93,8 +93,8 @@ def test_fewer_steps_are_a_dashed_line_through_their_points_in_a_file_that_is_th
     assert drawing.axes[0].get_ylim()[0] < 0.01  # full precision, whose error is 0, at the lower edge
     assert undrawn(drawing.axes[0]) == []
     alone = Drawing()
-    draw_pareto(alone, POINTS[1:2], "GBOPs", "relative L2")  # no line goes through one point
-    assert alone.axes[0].get_legend_handles_labels()[1] == []
+    draw_pareto(alone, [POINTS[1], *CROWD], "GBOPs", "relative L2")  # no line goes through one point
+    assert alone.axes[0].get_legend_handles_labels()[1] == ["plain"]
 
 
 def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
