@@ -126,7 +126,8 @@ def test_infinitely_many_bits_are_full_precision(kind: str) -> None:
 @pytest.mark.parametrize("execution", ["simulated", "integer"])
 def test_nothing_is_kept_and_trajectories_go_on_as_before(execution: str) -> None:
     layer, rows, _ = drawn("conv", 4)
-    model = network(layer, dataclasses.replace(W4A4, execution=execution))
+    modulation = ModulationConfig(state_dtype="float32")  # not the int16 states of integers, which rows do not have
+    model = network(layer, dataclasses.replace(W4A4, execution=execution, modulation=modulation))
 
     def trajectory() -> list[Tensor]:
         with modiff.trajectory(model):
