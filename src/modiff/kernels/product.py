@@ -110,10 +110,10 @@ def _run(
     scale = None if scale is None else scale.to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     pixels, state = out.numel() // operator.shape[0], out if mode == _ACCUMULATE else state
-    grid, clipped = (None, None) if integers is None else (tensor.data_ptr() for tensor in integers)
+    grid, clipped = (None, None) if integers is None else (integers[0].data_ptr(), integers[1].data_ptr())
     native.load_library("product").library.modiff_product(
         codes.data_ptr(), shape.data_ptr(), operator.zero_point, int(wide), stretches.data_ptr(),
-        len(stretches), packed.data_ptr(), int(packed.dtype == torch.uint8), mode,
+        stretches.shape[0], packed.data_ptr(), int(packed.dtype == torch.uint8), mode,
         None if state is None else state.data_ptr(), grid, clipped, zeros.data_ptr(), operator.weight_scale.data_ptr(),
         None if scale is None else scale.data_ptr(), 1 if scale is None else pixels // scale.numel(),
         None if bias is None else bias.data_ptr(), out.data_ptr(), KINDS.get(out.dtype, 0), torch.get_num_threads(),

@@ -71,7 +71,7 @@ class Int16Input(IntegerInput):
         if self._clipped.device != x.device:
             self._clipped = self._clipped.to(x.device)
         runs = runs_of(x, fusion, self.quantizer)
-        if any(state.n.stride() != run.stride() for state, (run, _) in zip(self.states, runs, strict=True)):
+        if [state.n.stride() for state in self.states] != [run.stride() for run, _ in runs]:
             layouts = zip(self.states, runs, strict=True)
             self.states = tuple(state._replace(n=laid_as(state.n, run)) for state, (run, _) in layouts)
         codes, jumps, intra = [], False, None
