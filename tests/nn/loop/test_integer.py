@@ -73,12 +73,12 @@ def jumping(shape: tuple[int, ...]) -> list[Tensor]:
 
 def from_zero(original: nn.Module, inputs: list[Tensor], *configs: LayerConfig, split: int | None) -> list[list[bool]]:
     """At which steps a sample starts from zero, with each config; codes and states of the first two are the same."""
-    times, flags, read = [900.0 - 100 * i for i in range(8)], [], InputState.read
+    times, flags, read = [900.0 - 80 * i for i in range(len(inputs))], [], InputState.read
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InputState, "read", lambda self, *a: (u := read(self, *a), flags.append(u.intra is not None))[0])
         ours, theirs, *_ = (play(quantized(original, each, split), inputs, times) for each in configs)
     follows(ours, theirs, 4 * output_bound(original, max(inputs, key=lambda x: float(x.abs().max())), len(inputs)))
-    return [flags[i : i + 8] for i in range(0, len(flags), 8)]
+    return [flags[i : i + len(inputs)] for i in range(0, len(flags), len(inputs))]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -98,7 +98,7 @@ def test_samples_that_leave_their_anchor_are_coded_from_zero_as_in_the_simulatio
     original, (first, *_), split = drawn(layer)
     axes, (one, other) = tuple(range(1, first.dim())), drifting(5, tuple(first.shape), 2, 1.0, torch.float32)
     other -= (other * one).mean(axes, keepdim=True) / one.square().mean(axes, keepdim=True) * one
-    inputs = [one * turn.cos() + other * turn.sin() for turn in torch.arange(8) * torch.pi / 8]
+    inputs = [one * turn.cos() + other * turn.sin() for turn in torch.arange(10) * torch.pi / 8]
     modulation = ModulationConfig(predictor=predictor)
     w4a8 = LayerConfig(weight=WeightConfig(bits=4), modulation=modulation)
     flags = from_zero(original, inputs, integer(w4a8), w4a8, LayerConfig(modulation=modulation), split=split)
