@@ -9,7 +9,7 @@ from experiments.runs import Run, in_dtype
 from modiff import presets
 from modiff.config import StateDtype
 
-DTYPES: tuple[StateDtype, ...] = tuple(d for d in typing.get_args(StateDtype) if d != "int16")
+DTYPES: tuple[StateDtype, ...] = tuple(d for d in typing.get_args(StateDtype) if d not in ("auto", "int16"))
 """Those of simulation; integer states belong to integer execution, which needs integer weights too."""
 LENGTHS = {False: (1, 2), True: (1, 2, 4)}
 CONFIGS = {"modulated A8": presets.published(None, 8), "modulated A4": presets.published(None, 4)}

@@ -46,7 +46,7 @@ class FixedState(NamedTuple):
 
     def value(self) -> Tensor:
         """â, float32, exact."""
-        return self.n.to(torch.float32) * self.grid
+        return self.n.to(torch.float32).mul_(self.grid)
 
     def integers(self, x: Tensor) -> Tensor | None:
         """What stands for x on this grid; None where x leaves 16 bits. Waits for the device."""
@@ -60,12 +60,13 @@ def start(x: Tensor, headroom: float = 2.0) -> FixedState:
     The output state must start from `value()`, not from x: the law is ô = A(â) + bias.
     """
     values = x.detach().to(torch.float32)
-    step = values.abs().amax() * (headroom / LARGEST_INT16)
+    low, high = values.aminmax()
+    step = torch.maximum(high, -low) * (headroom / LARGEST_INT16)
     _, exponent = torch.frexp(step)  # step <= 2^exponent
     exponent = torch.where(step == 0, -100, exponent)  # the first value that is not zero outgrows it, and starts again
     grid = torch.where(step.isfinite(), torch.ldexp(torch.ones_like(step), exponent.clamp(-100, 100)), torch.nan)
-    whole = torch.round(values / grid).clamp(-LARGEST_INT16 - 1, LARGEST_INT16)
-    return FixedState(whole.nan_to_num(0.0).to(torch.int16), grid)
+    whole = (values / grid).round_().clamp_(-LARGEST_INT16 - 1, LARGEST_INT16).nan_to_num_(0.0)
+    return FixedState(whole.to(torch.int16), grid)
 
 
 class Past(NamedTuple):

@@ -62,7 +62,8 @@ class Int16Input(IntegerInput):
         update, state = self.encoded(x, fusion, None)
         runs = dense_runs(state.value, self.quantizer.runs, self.spec.channel_dim)
         self.states = tuple(start(run, HEADROOM) for run in runs)
-        return update._replace(anchor=None if self.state is None else self.state.value)
+        whole = self.state
+        return update._replace(anchor=None if whole is None else whole.value)
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step; where codes were cut to stay within 16 bits the state starts again instead."""
