@@ -29,6 +29,11 @@ INPUTS = {
     "s": lambda: of(COND, skip_layers=[1]),
     "B": lambda: of(torch.cat([UNCOND, COND]), 2),
     **{str(i): lambda i=i: of(COND + i) for i in range(10)},
+    "l": lambda: of(COND, labels=torch.tensor([1.0])),
+    "k": lambda: of(COND, labels=torch.tensor([2.0])),
+    "v": lambda: of(COND, scale=1.0),
+    "w": lambda: of(COND, scale=0.0),
+    "r": lambda: of(COND, sigma=torch.rand(1)),
 }
 RUNS = {  # timestep and inputs of each evaluation; a letter for each branch
     "guidance in two calls": ("9c 9u 6c 6u 3c 3u", "ababab"),
@@ -46,6 +51,11 @@ RUNS = {  # timestep and inputs of each evaluation; a letter for each branch
     "next to one that does not": ("9c 9s 6c 6s", "abab"),
     "prompts that change at each step": ("9n 6n 3n 2n 1n", "abbbb"),
     "the same in two calls": ("9n 9n 6n 6n 3n 3n 2n 2n 1n 1n", "abcdcdcdcd"),
+    "told by a float for each sample": ("9l 9k 6l 6k 3k 3l", "ababba"),
+    "by one that starts late": ("9l 6l 6k 3k 3l", "aabba"),
+    "by a scale": ("9v 9w 6v 6w 3w", "ababb"),
+    "times that move": ("9r 6r 3r 2r", "aaaa"),
+    "times that move in two calls": ("9r 9r 6r 6r 3r 3r", "ababab"),
     "no timestep, guidance in two calls": ("-c -u -c -u -c -u", "ababab"),
     "no timestep, prompts that change": ("-n -n -n -n -n -n", "abcddd"),
     "no timestep, other batches": ("-c -B -c", "aba"),
@@ -105,14 +115,14 @@ def test_prompts_written_in_place_and_values_of_other_types_are_other_inputs(clo
     assert not clock.knows(of(COND, flag=True))  # what was given before is gone
 
 
-def test_images_scales_and_times_are_no_conditions():
+def test_images_and_times_are_no_conditions():
     sample = torch.empty(1, 4)
     given = {"guidance": torch.tensor([3.5]), "mid_block_residual": torch.empty(1, 4, 2, 2), "residuals": [COND],
              "added": {"labels": torch.tensor([7]), "scale": 0.5}, "cap_feats": [COND]}  # fmt: skip
     for args, more in (((sample, 5, [1, 2]), {}), ((sample,), {"timestep": 5, "2": [1, 2]})):
         shape, conditions = inputs_of(args, given | more, sample, ("timestep", 1))
         assert shape == (1, 4)
-        assert set(conditions) == {"2", "added.labels", "cap_feats.0"}
+        assert set(conditions) == {"2", "added.labels", "added.scale", "cap_feats.0", "guidance"}
 
 
 LINEAR = ModiffConfig(layer=LayerConfig(modulation=ModulationConfig(predictor="linear", gain=0.8)))

@@ -20,7 +20,7 @@ from modiff.model.facts import facts_of
 from modiff.model.report import Report, coded_values, execution_of, memory_of
 from modiff.model.roles import NEVER, Roles, warn_unfit
 from modiff.nn import Clock, ModulatedLayer, traced
-from modiff.nn.branches import Inputs, conditions_of, inputs_of, main_of
+from modiff.nn.branches import Inputs, conditions_of, inputs_of, main_of, moves
 from modiff.nn.clock import middle
 
 ATTRIBUTE = "_modiff"
@@ -188,7 +188,7 @@ class Attachment:
         if torch.compiler.is_compiling():
             moment = None if timestep is None else torch.as_tensor(timestep)
             tensors, plain = conditions_of(args, kwargs, sample, self.timestep)
-            names = [*tensors, *(f"{name}={value!r}" for name, value in plain.items())]
+            names = [*tensors, *(f"{name}={value!r}" for name, value in plain.items() if not moves(value))]
             main = main_of(args, kwargs) if sample is None else sample
             traced.begin(self.clock.token, moment, main, list(tensors.values()), names, self.number)
         else:

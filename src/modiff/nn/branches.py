@@ -11,7 +11,7 @@ from modiff.nn.weight import version_of
 
 _MOST = 8
 """Sets of conditions that are told apart, unless the first timestep had more; beyond, the most similar one is taken."""
-_PLAIN = (bool, int, str)
+_PLAIN = (bool, int, float, str)
 _TEXT = ("text", "prompt", "cap", "encoder")
 """Lists under such names hold a tensor for each prompt."""
 
@@ -31,23 +31,32 @@ def rows_at(x: Tensor, index: Tensor, where: str) -> Tensor:
     return torch.index_select(x, 0, index.to(x.device), out=torch.empty_like(x))
 
 
+def moves(value: object) -> bool:
+    """Whether a condition is a float, or one for each sample: a scale of guidance or a time may change at each step."""
+    if isinstance(value, Tensor):
+        return value.dim() < 2 and value.is_floating_point()
+    return any(isinstance(each, float) for each in (value if isinstance(value, (list, tuple)) else (value,)))
+
+
 class Inputs(NamedTuple):
     """What a network was given, but for the values of its sample and its timestep.
 
-    shape: of the sample. conditions: prompts, masks, classes, flags by name, each with its version counter.
+    shape: of the sample. conditions: prompts, masks, classes, flags, scales by name, each with its version counter.
     """
 
     shape: torch.Size | None = None
     conditions: Mapping[str, tuple[Any, int]] = {}
 
     def of_floats(self) -> "Inputs":
-        """Without the conditions that are no floats."""
-        floats = {n: c for n, c in self.conditions.items() if isinstance(c[0], Tensor) and c[0].is_floating_point()}
+        """Without the conditions that are no floats, and those that one float may be the time of."""
+        floats = {n: c for n, c in self.conditions.items()
+                  if isinstance(c[0], Tensor) and c[0].is_floating_point() and not moves(c[0])}  # fmt: skip
         return Inputs(self.shape, floats)
 
     def reordered(self, index: Tensor) -> "Inputs":
         """With rows index[0], index[1], ... of the conditions that have the rows of a batch."""
-        named = {n: (c, v) for n, (c, v) in self.conditions.items() if isinstance(c, Tensor) and len(c) == len(index)}
+        named = {n: (c, v) for n, (c, v) in self.conditions.items()
+                 if isinstance(c, Tensor) and c.shape[:1] == index.shape}  # fmt: skip
         rows = {n: c[index.to(c.device)] for n, (c, v) in named.items() if version_of(c) == v}
         return Inputs(self.shape, {**self.conditions, **{n: (c, version_of(c)) for n, c in rows.items()}})
 
@@ -59,7 +68,7 @@ class Inputs(NamedTuple):
         (rows, *rest), (most, *others) = self.shape or (0,), larger.shape or (0,)
         both = [(each, larger.conditions.get(name, (None, 0))) for name, each in self.conditions.items()]
         tensors = [(x, y) for (x, v), (y, w) in both if isinstance(x, Tensor) and isinstance(y, Tensor)
-                   and (version_of(x), version_of(y)) == (v, w)]  # fmt: skip
+                   and not moves(x) and (version_of(x), version_of(y)) == (v, w)]  # fmt: skip
         pairs = [(x, y) for x, y in tensors if (*x.shape[:1], *y.shape[:1]) == (rows, most)]
         free, taken = list(range(most)), list[int]()
         for i in reversed(range(rows)) if rest == others and rows < most and pairs else ():
@@ -91,7 +100,7 @@ def conditions_of(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a network is told besides its sample and timestep: tensors, and flags and lists of numbers or words.
 
-    Images, lists of tensors and single floats (scales of guidance, other times) change from step to step: left out.
+    Images and lists of tensors change from step to step: left out.
 
     Args:
         timestep: name and position of the argument that holds it.
@@ -108,8 +117,7 @@ def conditions_of(
     plain: dict[str, Any] = {}
     for name, value in named.items():
         if isinstance(value, Tensor):
-            tells = value.dim() in ((2, 3) if value.is_floating_point() else (0, 1, 2, 3))
-            if tells and value is not main and value is not sample:
+            if value.dim() < 4 and value is not main and value is not sample:
                 tensors[name] = value
         elif all(isinstance(v, _PLAIN) for v in (value if isinstance(value, (list, tuple)) else (value,))):
             plain[name] = value
@@ -195,6 +203,11 @@ class _Kind:
         mine, others = self.inputs.conditions, inputs.conditions
         return {n for n in ({*mine, *others} - self.changing) if not _same(mine.get(n), others.get(n))}
 
+    def moved(self, inputs: Inputs, names: set[str]) -> bool:
+        """Whether of conditions that differ each is a float that both have."""
+        both = (each.conditions.get(name, (None, 0))[0] for name in names for each in (self.inputs, inputs))
+        return all(map(moves, both))
+
     def visit(self, step: int) -> tuple[int, bool]:
         """Number k mod total of evaluation k at a timestep, and whether the one before had as many as the first."""
         regular = True
@@ -210,8 +223,9 @@ class _Kind:
 class Branches:
     """Those of the context `name`. Evaluations whose conditions or shape of the sample differ are of different ones.
 
-    Conditions that change from step to step tell nothing: at the third timestep, where none has come again, an
-    evaluation goes on with the branch of the one before that differs least.
+    Floats that differ tell branches of one timestep apart, and may have moved at the next. Conditions that change from
+    step to step tell nothing: at the third timestep, where none has come again, an evaluation goes on with the branch
+    of the one before that differs least.
     fork: where the rows of the last evaluation were, if its branch is new and a batch had them at the last timestep.
     """
 
@@ -264,6 +278,10 @@ class Branches:
             kind = min(fitting, key=visits)
             kind.settled |= 0 <= kind.step < self.step
             return kind
+        moved = [kind for kind, names in differing.items() if not visits(kind) and kind.moved(inputs, names)]
+        if moved and self.now == self.now:
+            moved[0].inputs, moved[0].settled = inputs, True
+            return moved[0]
         early = self.step < (2 if self.now == self.now else 4)
         if (self.step == 0 or len(differing) < self.limit) and (
             early or not differing or any(kind.settled for kind in differing)
