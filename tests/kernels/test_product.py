@@ -15,6 +15,7 @@ from modiff.kernels.epilogue import add_eagerly
 from modiff.kernels.exact import REFERENCE
 from modiff.kernels.layout import Geometry, innermost
 from modiff.kernels.product import NATIVE, family
+from modiff.model.autotune import interleaved
 from modiff.nn.weight import pack_nibbles
 from tests.kernels.problems import needs_compiler, none_clipped, on_threads
 
@@ -87,6 +88,32 @@ def test_convolutions_of_any_geometry_add_up_exactly_and_take_their_step(inputs,
         assert torch.equal(NATIVE.sums(operands, codes).double(), expected)
         for scale in (torch.rand(1), torch.rand(2, 1, 1, 1), torch.rand(2, 1, *expected.shape[2:])):
             check_step(operands, codes, scale, expected.float() * operands.weight_scale)
+
+
+@pytest.mark.parametrize(("bits", "halves", "axes"), [(4, False, 0), (4, True, 2), (8, False, 0), (8, False, 2)])
+def test_rows_of_zero_codes_are_left_out_of_the_product_and_sum_up_to_nothing(bits, halves, axes, loops):
+    low, high = (-8, 7) if halves else qrange(8)
+    shape = (45, 150) if axes == 0 else (44, 75, 1, 1)
+    geometry = LINEAR if axes == 0 else Geometry((2, 1), (0, 0), (1, 1), 2)
+    operands = operator(torch.randint(low, high + 1, shape, dtype=torch.int8), bits, geometry, halves=halves)
+    codes = torch.randint(0, 2**bits, (4, 50, 150), dtype=torch.uint8)
+    codes[torch.rand(4, 50) < 0.5] = operands.zero_point
+    codes[0], codes[1, :, :149], codes[1, :, 149] = operands.zero_point, operands.zero_point, 0  # none, and one code
+    if axes:
+        codes = codes.unflatten(1, (5, 10)).movedim(-1, 1)
+    expected = REFERENCE.sums(operands, codes)
+    with on_threads(2):
+        assert torch.equal(NATIVE.sums(operands, codes).double(), expected)
+        check_step(operands, codes, torch.rand(1), expected.float() * operands.weight_scale)
+
+
+def test_silent_rows_take_less_time(loops):
+    operands = operator(torch.randint(-127, 128, (512, 2048), dtype=torch.int8), 4)
+    loud = torch.randint(0, 16, (128, 2048), dtype=torch.uint8)
+    still = torch.full_like(loud, operands.zero_point)
+    runs = {name: lambda codes=codes: NATIVE.sums(operands, codes) for name, codes in (("loud", loud), ("still", still))}
+    seconds = {name: min(times) for name, times in interleaved(runs, 5).items()}
+    assert seconds["still"] < seconds["loud"] / 3
 
 
 def check_step(operands: Operator, codes: torch.Tensor, scale: torch.Tensor, sent: torch.Tensor) -> None:

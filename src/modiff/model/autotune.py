@@ -39,7 +39,7 @@ _ROUNDS = 7
 
 @contextmanager
 def stored_profile(path: str | Path | None) -> Iterator[Profile]:
-    """This machine's profile in a JSON file, written back at the end with what the body added; None keeps no file."""
+    """This machine's profile in a JSON file, written back with what the body added, interrupted or not; None: no file."""
     if path is None:
         yield {}
         return
@@ -52,8 +52,10 @@ def stored_profile(path: str | Path | None) -> Iterator[Profile]:
         raise FormatError(f"{path}: expected a profile that modiff wrote, got something else ({error!r}). It was "
                           "changed, or is another file. Delete it: it is measured again.") from None  # fmt: skip
     check_writable(path)
-    yield profile
-    write_json(path, profiles | {machine(): {"layers": profile}})
+    try:
+        yield profile
+    finally:
+        write_json(path, profiles | {machine(): {"layers": profile}})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_a_pipeline_needs_no_example_and_its_calls_are_trajectories() -> None:
     modiff.remove(pipe)
 
 
-def test_an_example_that_fails_leaves_the_target_as_it_was() -> None:
+def test_an_interrupt_leaves_the_target_as_it_was_and_keeps_the_times_that_were_measured(tmp_path: Path) -> None:
     model, calls = toy(), []
 
     def failing() -> None:
@@ -118,6 +118,7 @@ def test_an_example_that_fails_leaves_the_target_as_it_was() -> None:
     assert attachment_of(model) is None
     assert model._compiled_call_impl is None
     assert_equal(sample(model), sample(toy()))
+    assert len(next(iter(json.loads(next(tmp_path.glob("times-*.json")).read_text()).values()))["layers"]) == 8
 
 
 def test_without_a_compiler_both_sides_run_as_they_are_and_the_result_says_why(monkeypatch) -> None:

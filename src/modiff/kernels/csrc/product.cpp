@@ -4,6 +4,8 @@
 //     state += sent, out = state                                           or n += round(sent / grid), out = n * grid
 //     out    = bias + sent                                                 layers without memory
 //
+// Rows whose codes are all zero are left out of the product, where a kernel has one tap; their sums are zero.
+//
 // Codes lie as pixels with their channels innermost; a linear layer is one row of pixels with a kernel of one tap.
 
 #include <algorithm>
@@ -142,6 +144,11 @@ void finish(const Output& o, const int32_t* sums, int64_t first, float scale, in
   }
 }
 
+// Whether all bytes of a row, four or more, have this value; the first four tell in nearly every case.
+inline bool silent(const uint8_t* row, int64_t size, uint8_t value) {
+  return read<uint32_t>(row) == value * 0x01010101u && std::memcmp(row, row + 1, size - 1) == 0;
+}
+
 // Two 4-bit codes in a byte: the low halves are the first half of a group's weights.
 void unpack(const int8_t* halves, int64_t groups, int8_t* weights) {
   constexpr int kHalf = 2 * kOutputs;
@@ -154,14 +161,15 @@ void unpack(const int8_t* halves, int64_t groups, int8_t* weights) {
 }
 
 template <bool wide, class Out>
-void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t count, const int8_t* weights, bool halves,
-         const Output& o, int threads) {
+void run(const uint8_t* laid, const Shape& s, int32_t zero, const Stretch* stretches, int64_t count,
+         const int8_t* weights, bool halves, const Output& o, int threads) {
   const int64_t bytes = wide ? 2 : 1, pitch = s.groups * s.padded() * bytes, pixels = s.pixels();
   int64_t summed = 0;  // groups of inputs
   for (int64_t i = 0; i < count; ++i) {
     summed += stretches[i].groups;
   }
   const int64_t size = summed * kOutputs * (wide ? 2 : 4), tiles = (s.outputs + kOutputs - 1) / kOutputs;
+  const bool one_tap = summed * (wide ? 2 : 4) == s.padded();
   int64_t block = std::clamp<int64_t>(kResident / (s.padded() * bytes), kRows, kMostRows) / kRows * kRows;
   const int64_t parts = threads > 1 ? 2 * threads : 1;
   if (pixels < parts * block) {  // a share for each thread
@@ -173,6 +181,7 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
 #pragma omp parallel num_threads(threads) if (threads > 1 && pixels * s.outputs * summed > kSmall / 4) reduction(+ : clipped)
   {
     std::vector<const uint8_t*> rows(block);
+    std::vector<int64_t> numbers(block);  // of the rows: those with a code first, silent ones behind them
     std::vector<float> scales(block);
     std::vector<int8_t> whole(halves ? size : 0);
     alignas(64) int32_t sums[kRows * kOutputs], cut[kOutputs] = {};
@@ -181,9 +190,14 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
       const int64_t split = task % splits, group = task / splits % s.groups, begin = task / splits / s.groups * block;
       const int64_t end = std::min(begin + block, pixels);
       int64_t x = begin % s.out_width, y = begin / s.out_width % s.out_height, n = begin / s.out_width / s.out_height;
+      int64_t loud = 0, rest = end - begin;
       for (int64_t m = begin; m < end; ++m) {
-        rows[m - begin] = laid + ((n * s.tall() + y * s.stride_y) * s.broad() + x * s.stride_x) * pitch +
-                          group * s.padded() * bytes;
+        const uint8_t* row = laid + ((n * s.tall() + y * s.stride_y) * s.broad() + x * s.stride_x) * pitch +
+                             group * s.padded() * bytes;
+        const bool out = one_tap && silent(row, s.padded() * bytes, wide ? 0 : static_cast<uint8_t>(zero));
+        const int64_t slot = out ? --rest : loud++;
+        rows[slot] = row;
+        numbers[slot] = m - begin;
         scales[m - begin] = o.scale == nullptr ? 1.0f : o.scale[m / o.each];
         if (++x == s.out_width) {
           x = 0;
@@ -197,22 +211,28 @@ void run(const uint8_t* laid, const Shape& s, const Stretch* stretches, int64_t 
         const int64_t first = group * s.outputs + t * kOutputs;
         const int columns = static_cast<int>(std::min<int64_t>(kOutputs, s.outputs - t * kOutputs));
         const int8_t* w = weights + (group * tiles + t) * (halves ? size / 2 : size);
-        if (halves) {
+        if (halves && loud > 0) {
           unpack(w, summed, whole.data());
           w = whole.data();
         }
-        for (int64_t m = begin; m < end; m += kRows) {
-          const int64_t some = std::min<int64_t>(kRows, end - m);
-          tile_of<wide>(some, rows.data() + (m - begin), stretches, count, w, sums);
-          for (int64_t r = 0; r < some; ++r) {
-            const int64_t at = (m + r) * s.groups * s.outputs + first;
-            const float scale = scales[m + r - begin];
-            if (columns == kOutputs) {
-              finish<Out>(o, sums + r * kOutputs, first, scale, at, kOutputs, cut);
-            } else {
-              finish<Out>(o, sums + r * kOutputs, first, scale, at, columns, cut);
-            }
+        const auto end_of = [&](int64_t slot, const int32_t* from) {
+          const int64_t at = (begin + numbers[slot]) * s.groups * s.outputs + first;
+          const float scale = scales[numbers[slot]];
+          if (columns == kOutputs) {
+            finish<Out>(o, from, first, scale, at, kOutputs, cut);
+          } else {
+            finish<Out>(o, from, first, scale, at, columns, cut);
           }
+        };
+        for (int64_t slot = 0; slot < loud; slot += kRows) {
+          const int64_t some = std::min<int64_t>(kRows, loud - slot);
+          tile_of<wide>(some, rows.data() + slot, stretches, count, w, sums);
+          for (int64_t r = 0; r < some; ++r) {
+            end_of(slot + r, sums + r * kOutputs);
+          }
+        }
+        for (int64_t slot = loud; slot < end - begin; ++slot) {
+          end_of(slot, o.zeros + first);
         }
       }
     }
@@ -258,8 +278,8 @@ void modiff_product(const uint8_t* codes, const int64_t* shape, int32_t zero, in
     from = laid.data();
   }
   const auto start = [&](auto wider) {
-    kind == 0 ? run<wider.value, float>(from, s, list.data(), count, weights, halves != 0, o, threads)
-              : run<wider.value, Bf16>(from, s, list.data(), count, weights, halves != 0, o, threads);
+    kind == 0 ? run<wider.value, float>(from, s, zero, list.data(), count, weights, halves != 0, o, threads)
+              : run<wider.value, Bf16>(from, s, zero, list.data(), count, weights, halves != 0, o, threads);
   };
   wide ? start(std::true_type{}) : start(std::false_type{});
 }
