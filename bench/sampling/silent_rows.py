@@ -6,7 +6,7 @@ python bench/sampling/silent_rows.py --model text --json docs/results/silent_row
 A row is what a product sees at once: a token of a linear layer, a pixel of a convolution. It is silent where all of its
 codes are zero. A dead zone of d does not send what is smaller than d scales (rounding alone: 0.5); that stays in the
 residual of the next step. One scale for a sample: where each token has its own, no token is silent. A layer is silent
-where no row of it sends anything. Errors: of the images, or of all logits that the small text model, a transformer, gives
+where no row of it sends anything. Errors: of the images, or of the logits that the small text model, a transformer, has
 on the sequences of its trajectory in full precision.
 """
 

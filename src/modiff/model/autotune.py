@@ -39,7 +39,7 @@ _ROUNDS = 7
 
 @contextmanager
 def stored_profile(path: str | Path | None) -> Iterator[Profile]:
-    """This machine's profile in a JSON file, written back with what the body added, interrupted or not; None: no file."""
+    """This machine's profile in a JSON file, written back with what the body added, interrupted too; None: no file."""
     if path is None:
         yield {}
         return
