@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverSinglestepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import modiff
@@ -84,6 +84,9 @@ def test_the_sampler_s_tables_come_back_and_damaged_ones_are_refused(tmp_path):
     copied = as_recorded(fresh, path)
     assert_same_bits(copied.sigmas, used.sigmas)
     assert (copied.num_inference_steps, len(fresh.timesteps)) == (4, 1000), "the pipeline's own is left alone"
+    (singlestep := DPMSolverSinglestepScheduler(solver_order=2)).set_timesteps(4)
+    save_tables(singlestep, other := tmp_path / "orders.safetensors")
+    assert as_recorded(DPMSolverSinglestepScheduler(solver_order=2), other).order_list == singlestep.order_list
     for damage in (lambda: path.write_bytes(path.read_bytes()[:20]), path.unlink):
         damage()
         with pytest.raises(FormatError, match=r"sampler\.safetensors: expected the tables of a sampler, got"):

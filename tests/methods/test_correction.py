@@ -86,7 +86,7 @@ def test_images_of_a_network_that_torchao_quantized_come_nearer_and_the_table_is
     images_come_nearer_and_the_table_is_saved(full, pipe, tmp_path)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++", "dpmsolver++2s"])
 def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler):
     full, pipe = build(sampler), build(sampler, quantized=True)
     exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))

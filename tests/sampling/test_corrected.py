@@ -24,6 +24,8 @@ KINDS = {
     "ddpm": (make_scheduler, "ddpm", {}),
     "dpm++2m": (make_scheduler, "dpm++2m", {}),
     "sde-dpm++": (make_scheduler, "sde-dpm++", {}),
+    "dpm++2s": (lambda _: diffusers.DPMSolverSinglestepScheduler(), "", {}),
+    "cogvideox ddim": (lambda _: diffusers.CogVideoXDDIMScheduler(), "", {}),
     "flow": (lambda _: flow(), "", {}),
 }
 NOISY = ("ddim, eta 1", "ddpm", "sde-dpm++")
@@ -234,7 +236,7 @@ def test_what_cannot_be_corrected_is_refused_in_one_line():
         fixed.step(x, fixed.timesteps[0], x)
     with pytest.raises(ConfigError, match=r"expected one of 6 timesteps, 831 to 1, got 500"):
         fixed.step(x, 500, x, eta=1.0)
-    for name in ("dpm++2m", "flow"):
+    for name in ("dpm++2m", "dpm++2s", "cogvideox ddim", "flow"):
         make, kind, _ = KINDS[name]
         with pytest.raises(ConfigError, match="expected a correction without `noise`, got one with it"):
             corrected(make(kind), tables(make(kind), name, noise=torch.ones(6)))

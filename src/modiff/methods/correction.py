@@ -82,7 +82,7 @@ class RecordedSteps(SamplerSteps):
         """Of the first step alone, where others have a memory; where they add noise, nothing can be compared."""
         if self.ddim or self.kind == "FlowMatchEulerDiscreteScheduler":
             return super().mismatch()
-        if self.kind == "DDPMScheduler" or self.scheduler.config.algorithm_type.startswith("sde"):
+        if self.kind == "DDPMScheduler" or str(self.scheduler.config.get("algorithm_type")).startswith("sde"):
             why = "Which branch comes first is seen in steps without noise. Calibrate with DDIM."
             check("guidance_scale", self.guidance_scale, self.guidance_scale is None, f"None with {self.kind}", why)
             return 0.0

@@ -16,12 +16,12 @@ from modiff.methods.recipe import MethodJob
 
 STATE_NAMES = ("sample", "hidden_states")
 TOLERANCE = 1e-3
-COUNT = "num_inference_steps"
+COUNT, ORDERS = "num_inference_steps", "order_list"
 
 
 def save_tables(scheduler: Any, path: Path) -> None:
     """Write what a scheduler holds of the trajectory that it runs."""
-    tables = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas", COUNT)}
+    tables = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas", COUNT, ORDERS)}
     write_tensors(path, {n: torch.as_tensor(value).cpu() for n, value in tables.items() if value is not None}, {})
 
 
@@ -33,7 +33,7 @@ def as_recorded(scheduler: Any, path: Path | None) -> Any:
     copied, advice = copy.deepcopy(scheduler), "Delete the folder: its files are made again."
     tables = {} if path is None else read_tensors(path, "the tables of a sampler", advice)[0]
     for name, value in tables.items():
-        setattr(copied, name, int(value) if name == COUNT else value)
+        setattr(copied, name, value.tolist() if name in (COUNT, ORDERS) else value)
     return copied
 
 

@@ -8,9 +8,11 @@ from typing import Any as _Any
 
 _HOMES = dict.fromkeys(
     (
+        "CorrectedCogVideoXDDIMScheduler",
         "CorrectedDDIMScheduler",
         "CorrectedDDPMScheduler",
         "CorrectedDPMSolverMultistepScheduler",
+        "CorrectedDPMSolverSinglestepScheduler",
         "CorrectedFlowMatchEulerDiscreteScheduler",
         "SchedulerMixin",  # by which diffusers tells how to load them
     ),

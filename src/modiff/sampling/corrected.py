@@ -16,9 +16,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
 )
@@ -49,7 +51,7 @@ class Correction(JsonConfig):
     released_direction: DDIM scales its direction by sqrt(1 - ab_s - sigma'_t²), as PTQD's released code does, and not
         by sigma_t²: the mean of the step changes. It is there to measure that fault.
     threshold: g_t is for `large` entries alone, those with |output| > threshold * mean |output| of their sample.
-    channel_dim: of outputs and states: 1, or -1 for packed tokens (N, tokens, C).
+    channel_dim: of outputs and states: 1; -1 for packed tokens (N, tokens, C), 2 for CogVideoX's frames.
     Raises: ConfigError for tables of another length, or numbers that are not finite.
     """
 
@@ -161,8 +163,8 @@ def corrected(scheduler: Any, correction: Correction | None) -> Any:
 
     It is written to scheduler_config.json, and diffusers reads it again once modiff is imported. With g = 1, c = 0 and
     n = 1 it samples the same bits as the plain one.
-    Raises: ConfigError for a scheduler that is not DDIM, DDPM, DPM-Solver++ (multistep) or Euler for flow matching, or
-        a table that its step cannot express.
+    Raises: ConfigError for a scheduler that is not DDIM (CogVideoX's too), DDPM, DPM-Solver++ or Euler for flow
+        matching, or a table that its step cannot express.
     """
     if correction is None:
         return scheduler.without_correction() if isinstance(scheduler, Corrected) else scheduler
@@ -339,6 +341,14 @@ class CorrectedDPMSolverMultistepScheduler(Corrected, DPMSolverMultistepSchedule
         super().scale_noise(told, correction, factor)
 
 
+class CorrectedDPMSolverSinglestepScheduler(Corrected, DPMSolverSinglestepScheduler):
+    """DPM-Solver++ that starts again after each round of orders, with a `Correction`."""
+
+
+class CorrectedCogVideoXDDIMScheduler(Corrected, CogVideoXDDIMScheduler):
+    """CogVideoX's DDIM, which adds no noise, with a `Correction`."""
+
+
 class CorrectedFlowMatchEulerDiscreteScheduler(Corrected, FlowMatchEulerDiscreteScheduler):
     """Euler's method for flow matching with a `Correction`."""
 
@@ -347,6 +357,8 @@ KINDS: tuple[Any, ...] = (
     CorrectedDDIMScheduler,
     CorrectedDDPMScheduler,
     CorrectedDPMSolverMultistepScheduler,
+    CorrectedDPMSolverSinglestepScheduler,
+    CorrectedCogVideoXDDIMScheduler,
     CorrectedFlowMatchEulerDiscreteScheduler,
 )
 

@@ -129,7 +129,7 @@ def lockstep(
 def begun(scheduler: Any) -> Any:
     """A scheduler like this one, with its timesteps, before the first step."""
     again = type(scheduler).from_config(scheduler.config)
-    for name in ("timesteps", "sigmas", "num_inference_steps"):
+    for name in ("timesteps", "sigmas", "num_inference_steps", "order_list"):
         if name in vars(scheduler):
             setattr(again, name, vars(scheduler)[name])
     return again
