@@ -22,7 +22,8 @@ from layers import commit
 from loop.models import HIDDEN, MODELS, LoopModel
 from loop.report import append_rows, plot, row_of, table
 from loop.rounds import Record, Run, gpu_mib
-from loop.variants import GRAPHS, MODES, REFERENCE, VARIANTS, Task, has_bf16
+from loop.task import GRAPHS, Task, has_bf16
+from loop.variants import MODES, REFERENCE, VARIANTS
 from modiff.errors import ConfigError, ModiffError
 from modiff.generate.environment import environment
 from modiff.kernels.isa import LIMIT, level_of

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loop.variants import CannotRun, Ready, Task, isa_of, prepare
+from loop.task import CannotRun, Ready, Task, isa_of
+from loop.variants import prepare
 from modiff.cli.options import quiet
 
 SEED = 0

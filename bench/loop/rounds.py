@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from loop.child import serve
-from loop.variants import REFERENCE, Task
+from loop.task import Task
+from loop.variants import REFERENCE
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Set it to keep what is compiled for the next call; it gets a folder for each variant."""

@@ -12,7 +12,7 @@ import denoising_loop
 from loop import report as loop_report
 from loop.models import MODELS
 from loop.rounds import Record
-from loop.variants import Task
+from loop.task import Task
 from modiff import ConfigError
 from tests.drawings import assert_names_are_apart, undrawn
 

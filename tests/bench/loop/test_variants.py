@@ -4,11 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig
 
 from loop import child as loop_child
+from loop import opponents, task
 from loop import variants as loop_variants
-from loop.models import HIDDEN
-from loop.variants import CannotRun, Task, prepare
+from loop.models import HIDDEN, LoopModel, drawn, scheduler_of
+from loop.task import CannotRun, Task
+from loop.variants import prepare
 from modiff import ModiffConfig, presets
 
 TINY = HIDDEN["tiny"]
@@ -17,8 +21,9 @@ TINY = HIDDEN["tiny"]
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Compiling takes a minute and is torch's business; bf16 is a matter of the processor."""
-    monkeypatch.setattr(loop_variants, "compiler", lambda *_: lambda net, **_words: net)
-    monkeypatch.setattr(loop_variants, "has_bf16", lambda *_: False)
+    for module in (task, opponents, loop_variants):
+        monkeypatch.setattr(module, "compiler", lambda *_: lambda net, **_words: net)
+    monkeypatch.setattr(task, "has_bf16", lambda *_: False)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -34,10 +39,10 @@ def test_our_variants_run_the_presets_on_integers(monkeypatch):
 @pytest.mark.parametrize(
     ("variant", "why"),
     [("fp32-compiled", "no C\\+\\+ compiler"), ("torchao-float8", "float8 is compared on GPUs only"),
-     ("modulated-w8a8-fp16", "16 states are compared on GPUs only")],
+     ("modulated-w8a8-fp16", "16 states are compared on GPUs only"), ("first-block-cache", "is for transformers")],
 )  # fmt: skip
 def test_a_variant_says_why_it_cannot_run(variant, why, monkeypatch):
-    monkeypatch.setattr(loop_variants.shutil, "which", lambda _: None)
+    monkeypatch.setattr(task.shutil, "which", lambda _: None)
     with pytest.raises(CannotRun, match=why):
         prepare(Task(TINY, variant, timed=2))
 
@@ -86,3 +91,39 @@ def test_the_network_that_accelerate_leaves_is_timed_on_whole_trajectories_of_ot
         torch.testing.assert_close(images, other, rtol=0, atol=1e-2)  # a last bit may turn up a scale of the grid
         assert (lasts[0].shape, state > 0) == (images.shape, wins)
         assert not torch.equal(lasts[0], images)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_dpm_solver_takes_half_of_the_steps_and_begins_each_loop_from_nothing():
+    ready, fewer = (prepare(Task(TINY, name, timed=10)) for name in ("dpm-solver-2", "fewer-steps-2"))
+    with torch.inference_mode():
+        images = [loop_child.one_loop(loop)[0] for loop in (ready, ready, fewer)]
+    assert torch.equal(images[0], images[1])
+    assert len(ready.loop.seconds) == 5
+    assert not torch.allclose(images[0], images[2], atol=1e-3)
+
+
+def dit(device: torch.device) -> tuple[torch.nn.Module, dict[str, torch.Tensor], object]:
+    config = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 1, "sample_size": 8,
+              "out_channels": 2, "norm_num_groups": 8}  # fmt: skip
+    return drawn(DiTTransformer2DModel, config, device), {"class_labels": torch.tensor([1])}, scheduler_of()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(("threshold", "runs"), [(0.0, 10), (1e9, 1)])
+def test_first_block_cache_runs_the_other_blocks_where_the_first_one_changed_and_at_each_first_step(
+    threshold, runs, monkeypatch
+):
+    monkeypatch.setattr(opponents, "FirstBlockCacheConfig", lambda: FirstBlockCacheConfig(threshold))
+    model = LoopModel("dit", dit, (2, 1, 8, 8), 10, 10, unet=False)
+    calls = list[int]()
+    monkeypatch.setattr(opponents, "as_compiled", lambda parts, net, dtype: (
+        net.transformer_blocks[1].attn1.register_forward_hook(lambda *_: calls.append(1)),
+        task.as_compiled(parts, net, dtype))[1])  # fmt: skip
+    with torch.inference_mode():
+        ready = prepare(Task(model, "first-block-cache", timed=10))
+        images = [loop_child.one_loop(ready)[0] for _ in range(2)]
+        exact, _ = loop_child.one_loop(prepare(Task(model, "fp32-eager", timed=10)))
+    assert len(calls) == 2 * runs
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], exact) == (threshold == 0.0)
