@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import pickle
 
 import pytest
 import torch
@@ -181,6 +182,34 @@ def test_weights_and_scales_that_lie_apart_in_memory_are_read_as_they_are(sizes)
     apart = torch.stack([weight, weight], -1)[..., 0]
     expected = Kernel(problem, weight, scale.clone()).compute(codes, one)
     assert_same_bits(Kernel(problem, apart, scale).compute(codes, one), expected)
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (1, 1), (3, 3)])
+def test_a_second_step_of_other_tensors_weights_or_types_is_that_of_a_new_kernel(sizes):
+    problem = Problem(8, 4, **along(*sizes), bits=4, weight_max=7)
+    codes, weight = operands(problem, 0)
+    kernel = Kernel(problem, weight, torch.arange(1.0, 5.0))
+
+    def same_step(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, kernel: Kernel = kernel) -> None:
+        outputs = []
+        for each in (kernel, Kernel(problem, weight.clone(), torch.arange(1.0, 5.0))):
+            state = each.new_output(codes).add_(0.5)
+            outputs.append((each.step(state, codes, scale, dtype), state))
+        assert_same_bits(*(output for output, _ in outputs))
+        assert_same_bits(*(state for _, state in outputs))
+
+    turned = codes.flip(0).transpose(0, -1).contiguous().transpose(0, -1)
+    for each in (codes, codes, codes.flip(-1), torch.cat([codes, codes]), turned):
+        same_step(each, torch.tensor(0.25))
+    for dtype in (torch.bfloat16, torch.float16):
+        same_step(codes, torch.tensor(0.5), dtype)
+    same_step(codes, torch.tensor(0.5, dtype=torch.float64))
+    same_step(codes, torch.rand(2, 1)[:, 0].mean())
+    weight.neg_()
+    same_step(codes, torch.tensor(0.25))
+    copy = pickle.loads(pickle.dumps(kernel))
+    assert not copy._prepared, "addresses of another kernel's memory"
+    same_step(codes, torch.tensor(0.25), kernel=copy)
 
 
 @given(

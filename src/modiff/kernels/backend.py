@@ -17,6 +17,9 @@ from modiff.kernels.isa import Isa
 from modiff.kernels.layout import Geometry, empty_output, output_shape, weight_codes
 from modiff.kernels.problem import Problem
 
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Integers], None]
+"""(state, codes, scale, output, integers) -> None: `Backend.step` of one operator."""
+
 
 class Operator(NamedTuple):
     """A layer's weight as backends read it.
@@ -93,6 +96,12 @@ class Backend:
     ) -> None:
         """`accumulate` into the state, and the new state into `output`, of another dtype perhaps."""
         add_sent(state, integers, self.scaled(operator, codes), scale, operator.axes, output)
+
+    def prepared_step(
+        self, operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor, integers: Integers
+    ) -> Step | None:
+        """`step` for tensors whose types and layouts are those of these, which it does not look at; None: no faster."""
+        return None
 
     def compute(
         self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype

@@ -144,6 +144,8 @@ def past_of(
                 f"encode: expected a {name} of shape {tuple(x.shape)}, got {tuple(value.shape)}. The {name} belongs to "
                 "another input. Start the trajectory again."
             )
+    if scale is move is gain is None and (grid is None) == (clipped is None):  # the usual case
+        return Past(n, None, None, grid, clipped)
     past = Past(n, move, None if gain is None else gain.to(torch.float32).contiguous(), grid, clipped)
     fits = clipped is None and (move is None) == (gain is None) if grid is None else clipped is not None
     if not fits or (move is not None and n is None) or (grid is not None and not scale is move is gain is None):

@@ -10,7 +10,7 @@ between two. The law holds all the same, as the state takes what was sent.
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ class InputFusion(NamedTuple):
             return None
         if (library := native.load_library("input_fusion").library or native.missing("input_fusion")) is None:
             return None
-        affine = _grouped_affine(library, self, x, innermost=True)
+        affine = _grouped_affine(library, self, x, (x.shape[0], x[0, 0].numel(), x.shape[1]), innermost=True)
         runs = zip(x.split(list(sizes), 1), *(c.split(list(sizes), 1) for c in affine), strict=True)
         return [(run, InputFusion("affine", 1, a, b, 0.0, self.activation)) for run, a, b in runs]
 
@@ -78,51 +78,32 @@ class InputFusion(NamedTuple):
         clipped: Tensor | None = None,
     ) -> Encoded:  # fmt: skip
         """`encode_residual` of y, which is shaped as x."""
-        past = past_of(x, state, scale, move, gain, clipped)
-        x, fusion = x.detach(), self
+        past, weight = past_of(x, state, scale, move, gain, clipped), self.weight
         if scale is not None and scale.numel() == 1:
             granularity = "tensor"
-        if self.norm != "group_last":
-            return _encode(fusion, x, past, scale, bits, clip, granularity, channel_dim)
-        fusion = fusion._replace(norm="group")  # tokens of channels are pixels with channels innermost
-        n, moved = (None if tensor is None else tensor.movedim(-1, 1) for tensor in past[:2])
-        past = past._replace(state=n, move=moved)
-        codes, used, jumps = _encode(fusion, x.movedim(-1, 1), past, scale, bits, clip, granularity, 1)
-        return codes.movedim(1, -1), used if scale is not None else used.movedim(1, -1), jumps
+        modulated = weight is not None and weight.dim() == 2
+        plan = _plan(self.norm, modulated, x.shape, x.stride(), bits, clip, granularity, channel_dim)
+        codes = torch.empty_strided(x.shape, plan.strides, dtype=torch.uint8, device=x.device)
+        if scale is None:
+            used = torch.empty(plan.layout.scales, dtype=torch.float32, device=x.device)
+        else:
+            used = scale.to(torch.float32).reshape(plan.layout.scales).contiguous()
+        if (library := _library(self, x, past, plan)) is None:
+            value, used, jumps = encode_eagerly(self.compute(x), past, None if scale is None else used, plan.layout)
+            codes.copy_(value)
+        else:
+            kept, coefficients = _coefficients(library, plan, self, x)
+            jumps = library.modiff_encode_fused(
+                x.data_ptr(), KINDS[x.dtype], plan.mode, _NUMBERS[self.activation], *coefficients,
+                *[None if t is None else t.data_ptr() for t in past], codes.data_ptr(), used.data_ptr(), *plan.walk,
+                int(scale is None), *plan.limits, torch.get_num_threads(),
+            )  # fmt: skip
+            del kept  # read until here
+        return codes, used if scale is None else used.view(scale.shape), bool(jumps)
 
     def _detached(self) -> "InputFusion":
         weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
         return self._replace(weight=weight, bias=bias)
-
-
-def _encode(
-    fusion: InputFusion, x: Tensor, past: Past, scale: Tensor | None,
-    bits: int, clip: float, granularity: str, channel_dim: int,
-) -> Encoded:  # fmt: skip
-    if fusion.norm == "affine":  # of some of the channels: their codes lie side by side
-        codes = empty_output(x, x.shape, x.dim() - 2, torch.uint8)
-    else:
-        codes = torch.empty_like(x, dtype=torch.uint8)
-    layout = layout_of(codes.shape, codes.stride(), bits, clip, granularity, channel_dim)
-    if scale is None:
-        used = x.new_empty(layout.scales, dtype=torch.float32)
-    else:
-        used = scale.to(torch.float32).reshape(layout.scales).contiguous()
-    plan = _plan(fusion, x, past, codes, layout)
-    if plan is None:
-        value = _normalized(fusion._detached(), x)
-        value, used, jumps = encode_eagerly(value, past, None if scale is None else used, layout)
-        codes.copy_(value)
-    else:
-        coefficients = _coefficients(plan, fusion, x)
-        jumps = plan.library.modiff_encode_fused(
-            x.data_ptr(), KINDS[x.dtype], plan.mode, _NUMBERS[fusion.activation],
-            *[None if t is None else t.data_ptr() for t in (*coefficients, *past)], codes.data_ptr(),
-            used.data_ptr(), plan.runs, plan.length, plan.per_sample, plan.per_scale, plan.pitch, plan.length,
-            layout.scales[0], int(scale is None), layout.factor, layout.unsent, layout.qmin, layout.qmax,
-            torch.get_num_threads(),
-        )  # fmt: skip
-    return codes, used if scale is None else used.view(scale.shape), bool(jumps)
 
 
 def _normalized(fusion: InputFusion, x: Tensor) -> Tensor:
@@ -147,32 +128,54 @@ def _per_sample(x: Tensor, like: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """How the compiled loops walk: `runs` of `length` elements; mode as input_fusion.cpp numbers it."""
+    """For an input of one shape and memory layout: of its codes, and how the compiled loops walk over it.
 
-    library: ctypes.CDLL
-    mode: int
-    runs: int
-    length: int
-    per_sample: int
-    per_scale: int
-    pitch: int
+    strides: of the codes. mode: as input_fusion.cpp numbers it; None where the loops do not know the layout.
+    walk, limits: their arguments. sizes: samples, pixels, channels, where the norm has groups.
+    """
 
-
-def _plan(fusion: InputFusion, x: Tensor, past: Past, codes: Tensor, layout: EncodeLayout) -> _Plan | None:
-    """None where the compiled loops do not know types or layout."""
-    weight, strides = fusion.weight, codes.stride()
-    if not x.is_cpu or x.dtype not in KINDS or layout.rows is None or not past.fits(strides):
-        return None
-    gate = (x.dtype, x.shape, x.stride())  # the loops read it as they read x
-    if fusion.norm == "gated" and (weight is None or (weight.dtype, weight.shape, weight.stride()) != gate):
-        return None
-    modulated = weight is not None and weight.dim() == 2
-    walk = _walk(fusion.norm, modulated, x.shape, x.stride(), strides, layout.rows[0], layout.channel_dim % x.dim())
-    library = walk and (native.load_library("input_fusion").library or native.missing("input_fusion"))
-    return _Plan(library, *walk) if walk and library else None
+    layout: EncodeLayout
+    strides: tuple[int, ...]
+    mode: int | None
+    walk: tuple[int, ...]
+    limits: tuple[float, ...]
+    sizes: tuple[int, int, int]
 
 
 @functools.lru_cache(4096)  # asked at every call of every layer, for a few layouts
+def _plan(
+    norm: Norm, modulated: bool, shape: tuple[int, ...], strides: tuple[int, ...], bits: int, clip: float,
+    granularity: str, channel_dim: int,
+) -> _Plan:  # fmt: skip
+    last, like = norm == "group_last", torch.empty_strided(shape, strides, device="meta")
+    if norm == "affine":  # of some of the channels: their codes lie side by side
+        codes = empty_output(like, shape, len(shape) - 2, torch.uint8).stride()
+    else:
+        codes = torch.empty_like(like).stride()
+    layout = layout_of(shape, codes, bits, clip, granularity, -1 if last else channel_dim)
+    limits, turned = (layout.factor, layout.unsent, layout.qmin, layout.qmax), (shape, strides, codes)
+    if last:  # tokens of channels are pixels with channels innermost
+        norm, turned, channel_dim = "group", (_last_second(shape), _last_second(strides), _last_second(codes)), 1
+    sizes = (shape[0], math.prod(shape[1:-1] if last else shape[2:]), shape[-1 if last else min(1, len(shape) - 1)])
+    walk = None if layout.rows is None else _walk(norm, modulated, *turned, layout.rows[0], channel_dim % len(shape))
+    if walk is None:
+        return _Plan(layout, codes, None, (), limits, sizes)
+    mode, *numbers = walk
+    return _Plan(layout, codes, mode, (*numbers, numbers[1], layout.scales[0]), limits, sizes)
+
+
+def _library(fusion: InputFusion, x: Tensor, past: Past, plan: _Plan) -> ctypes.CDLL | None:
+    """None where the compiled loops do not know types or layout."""
+    if plan.mode is None or not x.is_cpu or x.dtype not in KINDS or not past.fits(plan.strides):
+        return None
+    weight = fusion.weight
+    if plan.mode == 4 and (
+        weight is None or (weight.dtype, weight.shape, weight.stride()) != (x.dtype, x.shape, x.stride())
+    ):
+        return None  # the loops read the gate as they read x
+    return native.load_library("input_fusion").library or native.missing("input_fusion")
+
+
 def _walk(
     norm: Norm, modulated: bool, shape: tuple[int, ...], strides: tuple[int, ...], codes: tuple[int, ...], scales: int,
     axis: int,
@@ -210,21 +213,26 @@ def _last_second(axes: tuple[int, ...]) -> tuple[int, ...]:
     return (axes[0], axes[-1], *axes[1:-1])
 
 
-def _coefficients(plan: _Plan, fusion: InputFusion, x: Tensor) -> tuple[Tensor | None, ...]:
-    """(a, b, mean, rstd, gate) as input_fusion.cpp reads them; None where the mode has no use for them."""
-    if plan.mode in (0, 4):
-        return None, None, None, None, fusion.weight
-    if fusion.norm == "group":
-        return *_grouped_affine(plan.library, fusion, x, innermost=plan.mode == 1), None, None, None
-    w, b = _affine(fusion, x.shape[1] if fusion.norm == "affine" else plan.length)
-    if fusion.norm == "affine":
-        return w, b, None, None, None
-    mean, rstd = torch.empty(2, plan.runs, dtype=torch.float32, device="cpu")
-    plan.library.modiff_moments(
-        x.data_ptr(), KINDS[x.dtype], plan.runs, plan.length, fusion.eps, mean.data_ptr(), rstd.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return w, b, mean, rstd, None
+def _coefficients(library: ctypes.CDLL, plan: _Plan, fusion: InputFusion, x: Tensor) -> tuple[object, list[int | None]]:
+    """Where a, b, mean, rstd and gate lie, as input_fusion.cpp reads them, and what keeps them there."""
+    if plan.mode == 0:
+        return None, [None] * 5
+    if fusion.norm in ("group", "group_last"):
+        lines = _grouped_affine(library, fusion, x, plan.sizes, innermost=plan.mode == 1)
+        return lines, [(at := lines.data_ptr()), at + 4 * plan.sizes[0] * plan.sizes[2], None, None, None]
+    if plan.mode == 4:
+        tensors: tuple[Tensor | None, ...] = None, None, None, None, fusion.weight
+    else:
+        w, b = _affine(fusion, x.shape[1] if fusion.norm == "affine" else plan.walk[1])
+        tensors = w, b, None, None, None
+        if fusion.norm == "layer":
+            mean, rstd = torch.empty(2, plan.walk[0], dtype=torch.float32, device="cpu")
+            library.modiff_moments(
+                x.data_ptr(), KINDS[x.dtype], *plan.walk[:2], fusion.eps, mean.data_ptr(), rstd.data_ptr(),
+                torch.get_num_threads(),
+            )  # fmt: skip
+            tensors = w, b, mean, rstd, None
+    return tensors, [None if t is None else t.data_ptr() for t in tensors]
 
 
 def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:
@@ -233,18 +241,21 @@ def _affine(fusion: InputFusion, channels: int) -> tuple[Tensor, Tensor]:
     return w, torch.zeros_like(w) if bias is None else bias.float().expand_as(w).contiguous()
 
 
-def _grouped_affine(library: ctypes.CDLL, fusion: InputFusion, x: Tensor, *, innermost: bool) -> Sequence[Tensor]:
-    threads, samples, channels = torch.get_num_threads(), x.shape[0], x.shape[1]
-    pixels, (weight, bias) = x.numel() // (samples * channels), (fusion.weight, fusion.bias)
+def _grouped_affine(
+    library: ctypes.CDLL, fusion: InputFusion, x: Tensor, sizes: tuple[int, int, int], *, innermost: bool
+) -> Tensor:
+    """a and b of each sample and channel, (2, N, C), float32."""
+    threads, (samples, pixels, channels), (weight, bias) = torch.get_num_threads(), sizes, (fusion.weight, fusion.bias)
     tensors = [t for t in (weight, bias) if t is not None]
     if not all(t.dtype is tensors[0].dtype in KINDS and t.is_contiguous() for t in tensors):
         weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
     kind = KINDS[weight.dtype if weight is not None else torch.float32 if bias is None else bias.dtype]
-    lines = torch.empty(2, samples, channels, dtype=torch.float32, device="cpu").unbind()
+    lines = torch.empty((2, samples, channels), dtype=torch.float32, device="cpu")
+    a = lines.data_ptr()
     library.modiff_group_affine(
         x.data_ptr(), KINDS[x.dtype], samples, pixels, channels, fusion.groups, fusion.eps,
         (1 if samples >= threads else min(threads, pixels)) if innermost else 0,
         None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr(), kind,
-        *(line.data_ptr() for line in lines), threads,
+        a, a + 4 * samples * channels, threads,
     )  # fmt: skip
     return lines

@@ -4,18 +4,20 @@ A step adds to the state and writes the layer's output while the sums are in reg
 convolution reads the codes once, with no copy for each tap of its kernel. csrc/product.cpp and csrc/tile.h.
 """
 
+import functools
 import math
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from modiff.kernels import native
-from modiff.kernels.backend import PREPACKED, Backend, Operator
+from modiff.kernels.backend import PREPACKED, Backend, Operator, Step
 from modiff.kernels.epilogue import Integers, in_rows
 from modiff.kernels.isa import Isa
-from modiff.kernels.layout import innermost, output_shape
+from modiff.kernels.layout import innermost, is_innermost, output_shape
 from modiff.kernels.native import KINDS
 from modiff.kernels.problem import LARGEST_INT16, LARGEST_INT32, Problem
 
@@ -75,11 +77,23 @@ class NativeLoops(Backend):
         self, operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor, integers: Integers = None
     ) -> None:
         """`accumulate`, and the new state into `output`, in the loop that makes the sums."""
-        known = state.dtype == (torch.float32 if integers is None else torch.int16) and output.dtype in KINDS
-        if not known or not in_rows(operator.axes, scale.shape, state, output):
-            super().step(operator, state, codes, scale, output, integers)
+        if step := self.prepared_step(operator, state, codes, scale, output, integers):
+            step(state, codes, scale, output, integers)
         else:
-            _run(_STEP, operator, codes, scale, None, output, state, integers)
+            super().step(operator, state, codes, scale, output, integers)
+
+    def prepared_step(
+        self, operator: Operator, state: Tensor, codes: Tensor, scale: Tensor, output: Tensor, integers: Integers
+    ) -> Step | None:
+        """None where the loops do not know the types or layouts."""
+        known = state.dtype == (torch.float32 if integers is None else torch.int16) and output.dtype in KINDS
+        dense = is_innermost(codes.shape, codes.stride(), operator.axes) and scale.is_contiguous()
+        if not (known and dense and scale.dtype == torch.float32) or not in_rows(
+            operator.axes, scale.shape, state, output
+        ):
+            return None
+        fixed, each = _fixed(operator, codes.shape), output.numel() // operator.shape[0] // scale.numel()
+        return functools.partial(_call, fixed, _STEP, each, None)
 
     def compute(
         self, operator: Operator, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -98,25 +112,41 @@ def family() -> int:
     return 0 if library is None else int(library.modiff_family())
 
 
-def _run(
-    mode: int, operator: Operator, codes: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor,
-    state: Tensor | None = None, integers: Integers = None,
-) -> None:  # fmt: skip
+def _run(mode: int, operator: Operator, codes: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
     codes = codes.contiguous() if operator.axes == 0 else innermost(codes)
-    key = ("native", operator.shape, operator.geometry, operator.bits)
-    shape, stretches, packed, zeros, wide = PREPACKED.get(
-        operator.weight, (*key, codes.shape), lambda: _prepared(operator, key, codes.shape)
-    )
     scale = None if scale is None else scale.to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    pixels, state = out.numel() // operator.shape[0], out if mode == _ACCUMULATE else state
+    each = 1 if scale is None else out.numel() // operator.shape[0] // scale.numel()
+    _call(_fixed(operator, codes.shape), mode, each, bias, out if mode == _ACCUMULATE else None, codes, scale, out)
+
+
+class _Fixed(NamedTuple):
+    """The arguments of csrc/product.cpp that belong to a weight and a shape of codes, and the tensors they lie in."""
+
+    tensors: tuple[Tensor, ...]
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+
+
+def _fixed(operator: Operator, codes: torch.Size) -> _Fixed:
+    key = ("native", operator.shape, operator.geometry, operator.bits)
+    tensors = PREPACKED.get(operator.weight, (*key, codes), lambda: _prepared(operator, key, codes))
+    shape, stretches, packed, zeros, wide = tensors
+    first = (shape.data_ptr(), operator.zero_point, int(wide), stretches.data_ptr(), len(stretches),
+             packed.data_ptr(), int(packed.dtype == torch.uint8))  # fmt: skip
+    return _Fixed((*tensors, operator.weight_scale), first, (zeros.data_ptr(), operator.weight_scale.data_ptr()))
+
+
+def _call(
+    fixed: _Fixed, mode: int, each: int, bias: Tensor | None, state: Tensor | None, codes: Tensor,
+    scale: Tensor | None, out: Tensor, integers: Integers = None,
+) -> None:  # fmt: skip
+    """each: pixels or tokens that share a scale."""
     grid, clipped = (None, None) if integers is None else (integers[0].data_ptr(), integers[1].data_ptr())
     native.load_library("product").library.modiff_product(
-        codes.data_ptr(), shape.data_ptr(), operator.zero_point, int(wide), stretches.data_ptr(),
-        stretches.shape[0], packed.data_ptr(), int(packed.dtype == torch.uint8), mode,
-        None if state is None else state.data_ptr(), grid, clipped, zeros.data_ptr(), operator.weight_scale.data_ptr(),
-        None if scale is None else scale.data_ptr(), 1 if scale is None else pixels // scale.numel(),
-        None if bias is None else bias.data_ptr(), out.data_ptr(), KINDS.get(out.dtype, 0), torch.get_num_threads(),
+        codes.data_ptr(), *fixed.first, mode, None if state is None else state.data_ptr(), grid, clipped,
+        *fixed.second, None if scale is None else scale.data_ptr(), each, None if bias is None else bias.data_ptr(),
+        out.data_ptr(), KINDS.get(out.dtype, 0), torch.get_num_threads(),
     )  # fmt: skip
 
 
