@@ -262,6 +262,27 @@ def test_scales_are_multiples_of_the_grid_and_every_encoder_gives_the_same(
         assert (scale / grid).max() == 2**14 or needed <= scale.max() <= needed * (1 + 1e-6) + grid
 
 
+@given(
+    seed=st.integers(0, 2**31), exponent=st.integers(-44, 38), count=st.sampled_from([1, 63, 40000]),
+    special=st.sampled_from([0.0, 2.0**5, float("nan"), float("inf"), 3e38]), bf16=st.booleans(),
+    headroom=st.sampled_from([1.0, 1.25, 2.0]),
+)  # fmt: skip
+@settings(max_examples=40)
+def test_integers_start_alike_with_a_compiler_and_without_one(seed, exponent, count, special, bf16, headroom):
+    torch.manual_seed(seed)
+    x = torch.randn(count, 3).mul(10.0**exponent).t()
+    x[0, 0] = special
+    x = x.bfloat16() if bf16 else x
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.SWITCH, "off")
+        patch.setattr(native, "load_library", native.load_library.__wrapped__)
+        expected = start(x, headroom)
+    state = start(x, headroom)
+    assert_same_bits(state.n, expected.n)
+    assert_same_bits(state.grid.nan_to_num(-1.0), expected.grid.nan_to_num(-1.0))
+    assert state.n.stride() == x.stride()
+
+
 @pytest.mark.parametrize("headroom", [1.0, 8.0])
 def test_the_grid_leaves_the_room_that_was_asked_for(headroom):
     x = torch.randn(4, 50)

@@ -50,7 +50,10 @@ _WITHOUT = {
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _SCALING = [_L, _I, _F, _F, _I, _I, _I]  # samples, dynamic, factor, unsent, lowest, highest, threads
 _SIGNATURES: dict[str, dict[str, list[Any]]] = {
-    "encode": {"modiff_encode": [_P, _I, *[_P] * 8, _L, _L, *_SCALING]},
+    "encode": {
+        "modiff_encode": [_P, _I, *[_P] * 8, _L, _L, *_SCALING],
+        "modiff_start": [_P, _I, _L, _F, _P, _P, _I],
+    },
     "fingerprint": {"modiff_fingerprint": [_P, _L, _I]},
     "product": {
         "modiff_family": [],

@@ -5,6 +5,7 @@
 //     code      q = clamp(round(r / s), lowest, highest)             ties to even; NaN codes to 0
 //     state     p + q * s,  move = new state - old state
 
+#include <algorithm>
 #include <memory>
 
 #include "loops.h"
@@ -75,9 +76,49 @@ bool run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
   return jumps();
 }
 
+// n = round(x / grid), grid the least power of two above factor * max|x|; NaN, and n = 0, where x is not finite.
+template <class X>
+void begin(const X* x, int64_t count, float factor, int16_t* n, float* grid, int32_t threads) {
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  const bool parallel = threads > 1 && count >= kParallel;
+  uint32_t found = 0;
+#pragma omp parallel for num_threads(threads) if (parallel) reduction(max : found)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t at = block * kBlock;
+    const uint32_t bits = largest(Plain<X>{x + at}, Nothing{}, count - at < kBlock ? count - at : kBlock);
+    found = bits > found ? bits : found;
+  }
+  const float step = __builtin_bit_cast(float, found) * factor;
+  int exponent = -100;
+  if (step - step != 0.0f) {
+    *grid = __builtin_nanf("");
+    std::fill(n, n + count, int16_t{0});
+    return;
+  }
+  if (step != 0.0f) {
+    __builtin_frexpf(step, &exponent);
+    exponent = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
+  }
+  *grid = __builtin_ldexpf(1.0f, exponent);
+  const float share = 1.0f / *grid;
+#pragma omp parallel for num_threads(threads) if (parallel)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t end = (block + 1) * kBlock < count ? (block + 1) * kBlock : count;
+    for (int64_t i = block * kBlock; i < end; ++i) {
+      n[i] = static_cast<int16_t>(rounded(load(x[i]) * share, -32768.0f, 32767.0f));
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+// Where a state of 16-bit integers starts: as `begin`.
+void modiff_start(const void* x, int32_t kind, int64_t count, float factor, int16_t* n, float* grid, int32_t threads) {
+  kind == 0 ? begin(static_cast<const float*>(x), count, factor, n, grid, threads)
+            : begin(static_cast<const Bf16*>(x), count, factor, n, grid, threads);
+}
 
 // x: float (kind 0) or bfloat16 (kind 1). state: null for plain quantization, p = 0. grid: null for states of floats;
 // else the state is 16-bit integers in units of *grid, a power of two, and given scales must be multiples of it: the

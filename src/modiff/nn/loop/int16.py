@@ -59,11 +59,11 @@ class Int16Input(IntegerInput):
         if not keeps_int16(self.config, x.device):
             return super().begin(x, fusion)
         self.jumps = None
-        update, state = self.encoded(x, fusion, None)
-        runs = dense_runs(state.value, self.quantizer.runs, self.spec.channel_dim)
+        value = self.spec.prepared(x.detach(), fusion)
+        runs = dense_runs(value, self.quantizer.runs, self.spec.channel_dim)
         self.states = tuple(start(run, HEADROOM) for run in runs)
         whole = self.state
-        return update._replace(anchor=None if whole is None else whole.value)
+        return Update(None if whole is None else whole.value, (), starts=True)
 
     def encode(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """A steady step; where codes were cut to stay within 16 bits the state starts again instead."""
@@ -135,4 +135,4 @@ class Int16Loop(IntegerLoop):
     def _start(self, update: Update, memory: Memory, dtype: torch.dtype) -> Tensor:
         value = self.started(update, None).value
         memory.output = start(value, HEADROOM)
-        return value.to(dtype, copy=True)
+        return value.to(dtype)
