@@ -26,7 +26,7 @@ from modiff.model.accelerate.loops import Trials, call_of
 from modiff.model.accelerate.search import TRAJECTORIES, AccelerateResult, accelerate_networks
 from modiff.model.apply import check_removable, install, uninstall
 from modiff.model.attach import check_searchable, required_attachment
-from modiff.model.autotune import AutotuneResult, choose_modes, stored_profile
+from modiff.model.autotune import AutotuneResult, choose_modes, if_writable, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
 from modiff.model.probe import errors_if_plain, with_large_channels
@@ -297,9 +297,8 @@ def accelerate(
     Raises: ConfigError for an example that is needed, or a target that is compiled; StateError if modiff is on it.
     Cost: a dozen trajectories, twenty calls of each kind of layer in each setting, two compilations.
     """
-    check(
-        "accelerate.max_error", max_error, 0 < max_error < 1, "a relative error between 0 and 1", "0.02 is 2 percent."
-    )
+    known = isinstance(max_error, (int, float)) and 0 < max_error < 1
+    check("accelerate.max_error", max_error, known, "a relative error between 0 and 1", "0.02 is 2 percent.")
     host, budget = host_of(target), None if state_memory is None else bytes_of(state_memory, "state_memory")
     networks = host.networks(target)
     base = ModiffConfig().on_integers()
@@ -309,7 +308,7 @@ def accelerate(
     elif not callable(example):
         example = call_of(target, "" if isinstance(target, nn.Module) else host.generation or "", example)
     with (
-        stored_profile(cache_folder() / f"times-{VERSION}.json") as times,
+        stored_profile(if_writable(cache_folder() / f"times-{VERSION}.json")) as times,
         Bar(total=TRAJECTORIES, shown=progress) as bar,
     ):
         trials = Trials(

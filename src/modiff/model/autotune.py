@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from modiff.config import LayerConfig, ModiffConfig, check
-from modiff.errors import FormatError
+from modiff.errors import FormatError, PathError, warn_once
 from modiff.files import check_writable, write_json
 from modiff.kernels.isa import machine
 from modiff.kernels.layout import innermost
+from modiff.kernels.native import CACHE
 from modiff.model.attach import check_searchable
 from modiff.model.probe import Probe, probes_of, without_unfit
 from modiff.model.report import execution_of
@@ -35,6 +36,16 @@ MODES: tuple[Mode, ...] = ("float", "plain", "modulated")
 MARGIN = 0.97
 """Integers must take at most this share of the time of floats: less is noise, and floats have no error."""
 _ROUNDS = 7
+
+
+def if_writable(path: Path) -> Path | None:
+    """The path, or None with a warning where it cannot be written, as in a container without a home."""
+    try:
+        check_writable(path)
+    except PathError as error:
+        warn_once(str(path), f"modiff: times of layers are kept for this call alone: {error} Set {CACHE} to a folder.")
+        return None
+    return path
 
 
 @contextmanager

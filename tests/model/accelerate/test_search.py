@@ -146,9 +146,45 @@ def test_compiled_it_computes_the_same_and_removal_takes_the_graph_away(monkeypa
 
 
 def test_bad_inputs_are_one_clear_line() -> None:
-    with pytest.raises(ConfigError, match=r"accelerate\.max_error: expected a relative error between 0 and 1, got 2"):
-        accelerated(toy(), 2)
+    for wrong in (2, "0.02", None, math.nan):
+        with pytest.raises(
+            ConfigError, match=r"accelerate\.max_error: expected a relative error between 0 and 1, got "
+        ):
+            accelerated(toy(), wrong)
+    for model, example in ((pixel_pipeline(), 5), (toy(), {"x": 1})):
+        with pytest.raises(
+            ConfigError, match=r"accelerate\.example: expected a function that runs one trajectory, or "
+        ):
+            modiff.accelerate(model, 0.02, example)
     with pytest.raises(ConfigError, match="Toy: expected run=, a function that runs one trajectory"):
         modiff.accelerate(toy())
     with pytest.raises(StateError, match="accelerate: expected a plain model, got Toy with modulated layers"):
         accelerated(applied())
+
+
+@pytest.mark.parametrize("kind", ["nothing runs", "another model runs", "not a number", "other noise at each call"])
+def test_an_example_that_tells_nothing_is_refused_before_the_search(kind, monkeypatch) -> None:
+    monkeypatch.undo()
+    model, other, calls = toy(), toy(), []
+
+    def example() -> Any:
+        calls.append(kind)
+        if kind == "nothing runs":
+            return None
+        if kind == "another model runs":
+            return steps_of(other)[-1]
+        factor = math.nan if kind == "not a number" else 1 + 0.1 * len(calls)
+        return sample(lambda x, t: model(x * factor, torch.tensor(t)))[-1]
+
+    what = "the same noise at each call" if "noise" in kind else "of the target whose result is finite and not all zero"
+    with pytest.raises(ConfigError, match=rf"accelerate\.example: expected a trajectory .*{what}, got "):
+        modiff.accelerate(model, 0.02, example, compile=False, progress=False)
+    assert len(calls) == 1 + ("noise" in kind)
+    assert_equal(sample(model), sample(toy()))
+
+
+def test_where_no_times_can_be_kept_they_are_measured_for_this_call_with_a_warning(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("modiff.api.cache_folder", lambda: tmp_path / "file")
+    with pytest.warns(ModiffWarning, match="times of layers are kept for this call alone: .*Set MODIFF_CACHE"):
+        assert accelerated(toy()).accelerated

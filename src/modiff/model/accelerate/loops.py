@@ -101,7 +101,8 @@ def call_of(target: Any, method: str, arguments: Mapping[str, Any]) -> Callable[
     Raises: ConfigError for a target without a method that runs a trajectory.
     """
     why = f"A call of {type(target).__name__} runs no whole trajectory. Give example=lambda: ..., your sampling loop."
-    check("accelerate.example", arguments, bool(method), "a function that runs one trajectory", why)
+    known = bool(method) and isinstance(arguments, Mapping)
+    check("accelerate.example", arguments, known, "a function that runs one trajectory, or a pipeline's arguments", why)
     values = [x for value in arguments.values() for x in (value if isinstance(value, list) else [value])]
     states = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
     exact = {"output_type": "np"} if "output_type" in inspect.signature(getattr(target, method)).parameters else {}

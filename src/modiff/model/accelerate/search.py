@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modiff.config import ModiffConfig
+from modiff.config import ModiffConfig, check
 from modiff.model.accelerate.loops import FLOATS, MODIFF, ROUNDS, Race, Trials, difference, watched
 from modiff.model.accelerate.settings import TRIES, Choice, Tried, config_of, fastest_within, options_of
 from modiff.model.autotune import MARGIN, Profile
@@ -80,9 +80,12 @@ def accelerate_networks(
 ) -> AccelerateResult:
     """As `modiff.accelerate`."""
     with watched(trials.networks) as trials.watches:
-        exact = trials.trajectory("full precision")
-        result = AccelerateResult(len(trials.seconds()) / sum(trials.seconds()), max_error)
-    base, fit = without_unfit("accelerate", base, _probed(trials, base))
+        exact, seconds = trials.trajectory("full precision"), trials.seconds()
+    ran, expected = f"{len(seconds)} evaluations", "a trajectory of the target whose result is finite and not all zero"
+    finite = bool(seconds) and difference(exact, exact) == 0
+    check("accelerate.example", ran, finite, expected, "Errors are relative to it. Run the target that is given.")
+    result = AccelerateResult(len(seconds) / sum(seconds), max_error)
+    base, fit = without_unfit("accelerate", base, _probed(trials, base, exact, max_error))
     layers = {name: layer for network in trials.networks for name, layer in modules_of(network).items()}
     with watched(trials.networks) as trials.watches:
         attempts: dict[ModiffConfig, Tried] = {}
@@ -120,15 +123,19 @@ def accelerate_networks(
     return dataclasses.replace(result, report=race.keep()) if result.accelerated else result
 
 
-def _probed(trials: Trials, base: ModiffConfig) -> list[Probe]:
-    """Errors of plain 8 bits and of modulated 4, for each layer, from a trajectory in full precision."""
+def _probed(trials: Trials, base: ModiffConfig, exact: Sequence[Tensor], max_error: float) -> list[Probe]:
+    """Errors of plain 8 bits and of modulated 4, for each layer, from a second trajectory in full precision."""
     coarse = dataclasses.replace(base.layer, activation=dataclasses.replace(base.layer.activation, bits=4))
     candidates = [dataclasses.replace(base.layer, modulation=None), coarse]
     known, probes = layer_names(trials.networks), list[Probe]()
     with ExitStack() as stack:
         for network, split in zip(trials.networks, trials.splits or [{}] * len(trials.networks), strict=True):
             probes += stack.enter_context(probes_of(network, base, candidates, split, known))
-        trials.trajectory("layers", trials.contexts)
+        error = difference(trials.trajectory("layers", trials.contexts), exact)
+    check(
+        "accelerate.example", f"results that differ by {error:.2g}", error < max_error / 10,
+        "a trajectory with the same noise at each call", "Both ran in full precision. Seed what the example draws.",
+    )  # fmt: skip
     return probes
 
 
