@@ -165,3 +165,20 @@ def test_each_step_has_the_bits_of_its_group_and_as_many_groups_as_there_are_bit
     for bits in ((3, 4), (8,), (3, 8, 8), (1, 8)):
         with pytest.raises(ConfigError, match=r"step_bits: expected 2 numbers, 2 to 8, one for each of"):
             QuantizerConfig(bits=8, dynamic=False, step_groups=2, step_bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("kept", "same", "of_values"), [(0.0, False, True), (0.3, False, True), (1.0, False, False), (1.0, True, True)]
+)
+def test_the_weight_s_error_adds_up_over_the_steps_that_a_sampler_remembers(kept, same, of_values):
+    """Codes of values have less noise here, and more of the weight's; none where all tokens are the same."""
+    x = torch.randn(2, 1 if same else 16, 4, generator=torch.Generator().manual_seed(0)).expand(2, 16, 4)
+    quantizer, sums = Quantizer(QuantizerConfig(bits=8, dynamic=False), "tensor", -1, (4,)), None
+    quantizer.weight_noise = 1.5e-5
+    quantizer.watch(MinMaxObserver)
+    for step in range(8):
+        sums = quantizer.observe_value(x, 0.5 * x, sums, kept)
+        assert sums.squares == pytest.approx(sum(kept ** (2 * i) for i in range(step + 1)))
+        quantizer(1.2 * x)
+    quantizer.freeze()
+    assert (0 in quantizer.of_values) is of_values

@@ -113,3 +113,8 @@ def resolve(name: str, channel_dim: int) -> str:
 def extremes(x: Tensor, granularity: Granularity, channel_dim: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest values over what shares a scale, broadcastable to x."""
     return granularity.reduce(x, channel_dim, torch.amin), granularity.reduce(x, channel_dim, torch.amax)
+
+
+def positions(x: Tensor, channel_dim: int) -> list[int]:
+    """The axes of tokens or pixels: all but the first, that of channels, and those of size 1."""
+    return [axis for axis in range(1, x.dim()) if axis != channel_dim % x.dim() and x.shape[axis] > 1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modiff.core.affine import QParams, noise_of
+from modiff.core.granularity import positions
 from modiff.core.quantizer import Code, Quantizer
 
 POSITIONS = 16
@@ -24,15 +25,11 @@ POSITIONS = 16
 
 def thinned(x: Tensor, channel_dim: int) -> Tensor:
     """A view of x at about `POSITIONS` tokens or pixels of each sample, with all channels."""
-    axes = _positions(x, channel_dim)
+    axes = positions(x, channel_dim)
     for axis in axes:
         apart = -(-x.shape[axis] // round(POSITIONS ** (1 / len(axes))))
         x = x[(slice(None),) * axis + (slice(None, None, apart),)]
     return x
-
-
-def _positions(x: Tensor, channel_dim: int) -> list[int]:
-    return [axis for axis in range(1, x.dim()) if axis != channel_dim % x.dim() and x.shape[axis] > 1]
 
 
 class Anchor:
@@ -46,7 +43,7 @@ class Anchor:
         self.channel_dim, self.noise, self.steps, self.runs = channel_dim, 0.0, 0, list[Tensor]()
         for run in runs:
             some = thinned(run, channel_dim).double()
-            axes = _positions(some, channel_dim)
+            axes = positions(some, channel_dim)
             self.runs.append(some - some.mean(axes, keepdim=True) if axes else some.clone())
 
     def due(self) -> bool:

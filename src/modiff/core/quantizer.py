@@ -1,13 +1,14 @@
 """Turns a residual into integer codes: a quantizer config, resolved for one layer, with its measured scales."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modiff.config import QuantizerConfig
 from modiff.core.affine import QParams, choose_qparams, dequantize, noise_of, quantize_tensor, unsent
-from modiff.core.granularity import granularity_named
+from modiff.core.granularity import granularity_named, positions
 from modiff.core.observers import Observer
 from modiff.core.step_sets import (
     OF_VALUES,
@@ -40,6 +41,17 @@ class Code:
             if others:
                 self._value = torch.cat([self._value, *(dequantize(*part) for part in others)], self.channel_dim)
         return self._value
+
+
+class Sums(NamedTuple):
+    """What rounding of the weight acts on if values are coded, or residuals, over the steps that a sampler remembers.
+
+    What is the same at all tokens or pixels is left out. squares: of the weights of these steps.
+    """
+
+    value: Tensor
+    change: Tensor
+    squares: float
 
 
 class Quantizer:
@@ -88,7 +100,7 @@ class Quantizer:
         self._make: Callable[[], Observer] | None = None
         self._watched: dict[Moment, tuple[Observer, ...]] = {}
         self._values: dict[Moment, tuple[Observer, ...]] = {}
-        self._moved: dict[Moment, list[tuple[float, float]]] = {}
+        self._added: dict[Moment, list[tuple[float, ...]]] = {}
 
     def __call__(self, residual: Tensor) -> Code | None:
         """Codes of a residual, with the static scales if the config asks for them; None at 0 bits.
@@ -123,16 +135,21 @@ class Quantizer:
             parts.append((quantize_tensor(run, qparams, bits), qparams))
         return Code(tuple(parts), self.channel_dim)
 
-    def observe_value(self, value: Tensor, anchor: Tensor | None) -> None:
+    def observe_value(self, value: Tensor, anchor: Tensor | None, before: Sums | None, kept: float) -> Sums:
         """While scales are measured: the value whose residual is coded next, and where its states started.
 
         `freeze` takes what has less noise. anchor: None where the quantized weight met it, as it meets the value.
+        before: of this trajectory's steps so far. kept: how much of their errors is still there, 0 to 1.
         """
         self.reads_one_row = value.dim() < 3
         now = self._observe(value, self._values)
-        power, moved = float(value.square().mean()), value if anchor is None else value - anchor
-        if power > 0:
-            self._moved.setdefault(now, []).append((1 / power, float(moved.square().mean()) / power))
+        if before is None or before.value.shape != value.shape:
+            before = Sums(torch.zeros_like(value), torch.zeros_like(value), 0.0)
+        terms, axes = [value, value if anchor is None else value - anchor], positions(value, self.channel_dim)
+        terms = [x - x.mean(axes, keepdim=True) for x in terms] if axes else terms
+        sums = Sums(kept * before.value + terms[0], kept * before.change + terms[1], kept**2 * before.squares + 1)
+        self._added.setdefault(now, []).append((sums.squares, *(float(x.square().mean()) for x in sums[:2])))
+        return sums
 
     def _observe(self, x: Tensor, watched: dict[Moment, tuple[Observer, ...]]) -> Moment:
         now: Moment = () if self.config.step_groups == 1 else self._now()
@@ -170,11 +187,11 @@ class Quantizer:
 
     def watch(self, make: Callable[[], Observer]) -> None:
         """Measure from now on, with an observer from `make` for each run (and each moment, with step groups)."""
-        self._make, self._watched, self._values, self._moved = make, {}, {}, {}
+        self._make, self._watched, self._values, self._added = make, {}, {}, {}
 
     def unwatch(self) -> None:
         """Stop measuring and forget what was seen; scales measured before stay."""
-        self._make, self._watched, self._values, self._moved = None, {}, {}, {}
+        self._make, self._watched, self._values, self._added = None, {}, {}, {}
 
     @property
     def saw_nothing(self) -> bool:
@@ -216,16 +233,15 @@ class Quantizer:
     def _with_less_noise(self, tables: Tables, values: Tables, sets: dict[Moment, int]) -> frozenset[int]:
         """Sets whose values are coded with less noise than their residuals: scale^2 / 12, and that of the weight.
 
-        Rounding of the weight acts on the change since the anchor; after a step that predicts zero, on the value.
-        Where residuals are nearly as large as values, what earlier steps did is lost, and the largest change counts.
+        Rounding of the weight acts on the change since the anchor; after a step that predicts zero, on the value. Its
+        errors of the steps that a sampler remembers add up; those of codes are new at each step, their squares do.
         """
         less: set[int] = set()
         for index in sorted(values):
-            seen = [pair for moment in sets if sets[moment] == index for pair in self._moved.get(moment, [])]
-            inverse, moved = (sum(each) / len(seen) for each in zip(*seen, strict=True)) if seen else (0.0, 1.0)
-            noise, other = (float(noise_of(each[index], self.runs)) / 12 * inverse for each in (values, tables))
-            moved = 1.0 if less else max(pair[1] for pair in seen) if seen and other > noise / 2 else moved
-            if noise + self.weight_noise < other + self.weight_noise * moved:
+            added = [each for moment in sets if sets[moment] == index for each in self._added[moment]]
+            squares, value, change = (sum(each) / len(added) for each in zip(*added, strict=True))
+            noise, other = (float(noise_of(each[index], self.runs)) / 12 * squares for each in (values, tables))
+            if noise + self.weight_noise * value < other + self.weight_noise * (value if less else change):
                 less.add(index)
         return frozenset(less)
 

@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from modiff.core.observers import (
     RANGE_METRICS,
@@ -18,7 +20,7 @@ from modiff.core.quantizer import Quantizer
 from modiff.core.step_sets import StepSizes
 from modiff.errors import CalibrationError, ConfigError
 from modiff.model.apply import leave_unfit
-from modiff.model.attach import Attachment, required_attachment
+from modiff.model.attach import Attachment, eager, required_attachment, sample_of
 from modiff.model.attention import attention_quantizers
 from modiff.model.roles import warn_unfit
 from modiff.nn import Clock
@@ -71,6 +73,7 @@ def measure_scales(
     for layer in (layer for attachment in attachments.values() for layer in attachment.layers.values()):
         if layer.quantizer is not None:
             layer.quantizer.weight_noise = layer.operator.weight_noise()
+    hooks = [eager(m).register_forward_pre_hook(_Kept(a.clock), with_kwargs=True) for m, a in attachments.items()]
     for name, quantizer, clock in quantizers:
         quantizer.watch(functools.partial(_finite, make, quantizer.observed_dim, name, clock))
     try:
@@ -93,8 +96,30 @@ def measure_scales(
     finally:
         for attachment, sizes in step_sizes.items():
             attachment.step_sizes = sizes
+        for hook in hooks:
+            hook.remove()
         for _, quantizer, _ in quantizers:
             quantizer.unwatch()
+
+
+class _Kept:
+    """Tells the clock how much of the last sample, and so of its errors, is in this one: their correlation.
+
+    Next to 1 for samplers that add no noise; those that add much forget what rounding did to the sample.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.before = clock, dict[str, Tensor]()
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = sample_of(args, kwargs)
+        if sample is None or torch.compiler.is_compiling():
+            return
+        now = sample.detach().flatten(1).float()
+        now, before = now - now.mean(1, keepdim=True), self.before.get(self.clock.context)
+        self.before[self.clock.context] = now
+        if before is not None and before.shape == now.shape:
+            self.clock.kept = float(cosine_similarity(now, before).mean().clamp(0, 1))
 
 
 def _finite(make: MakeObserver, axis: int | None, name: str, clock: Clock) -> Observer:

@@ -55,10 +55,11 @@ class Clock:
     weights_changed: whether a layer found that its weight changed within a trajectory.
     numbered: also evaluations with the same inputs at one timestep have their own states, as tiles need; a host whose
     timesteps move sets it. names_tell: of an evaluation's conditions only the name of the context counts.
+    kept: while scales are measured: how much of the errors of earlier steps this sample still has, 0 to 1.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.context, self.tick = name, "default", 0
+        self.name, self.context, self.tick, self.kept = name, "default", 0, 1.0
         self.active = self.inside = self.failed = self.numbered = self.names_tell = self.weights_changed = False
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order

@@ -17,7 +17,7 @@ from modiff.core.affine import QParams
 from modiff.core.granularity import granularity_named
 from modiff.core.jumps import Anchor
 from modiff.core.predictors import Weight, predictor_named
-from modiff.core.quantizer import Quantizer
+from modiff.core.quantizer import Quantizer, Sums
 from modiff.core.recursion import State, Update, accumulate, encode, encode_plain, output_of
 from modiff.errors import StateError, warn_once
 from modiff.kernels.encode import FixedState, start
@@ -69,6 +69,7 @@ class InputState:
         self.anchor: Anchor | None = None
         self._source: Source | None = None
         self._anchor: Tensor | None = None
+        self._sums: Sums | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}  # of this evaluation alone, and no pickle holds a weak reference
@@ -192,7 +193,7 @@ class InputState:
         if state is None:
             self._anchor = value.clone() if self.spec.anchors_exactly else None
         elif self.config.error_compensation == "closed_loop":
-            self.quantizer.observe_value(value, self._anchor)
+            self._sums = self.quantizer.observe_value(value, self._anchor, self._sums, self.clock.kept)
 
     def held(self, scales: tuple[QParams, ...], intra: Tensor | None) -> None:
         """Keep scales for the next steps; those of samples that jump tell nothing of the next one."""
