@@ -17,8 +17,8 @@ from modiff.calibration.reconstruct.config import ReconstructConfig, Reconstruct
 from modiff.calibration.reconstruct.layers import full_precision
 from modiff.calibration.reconstruct.run import learn_units
 from modiff.calibration.timesteps import StepSampler
-from modiff.checkpoint.module_folder import bytes_of
 from modiff.config import VERSION, ModiffConfig, PackedAnchors, check
+from modiff.files import bytes_of
 from modiff.hosts.host import host_of, is_attached, modulated_networks, network_named, networks_of, trajectories
 from modiff.hosts.load import load_target
 from modiff.kernels.native import cache_folder
@@ -29,7 +29,7 @@ from modiff.model.attach import check_searchable, required_attachment
 from modiff.model.autotune import AutotuneResult, choose_modes, if_writable, stored_profile
 from modiff.model.calibrate import MakeObserver, ObserverName, measure_scales
 from modiff.model.pack import check_anchors, check_packable, pack_layers
-from modiff.model.probe import errors_if_plain, with_large_channels
+from modiff.model.probe import errors_if_plain, fitted_to_run
 from modiff.model.report import Report
 from modiff.model.select import layer_names, select_layers
 from modiff.model.trajectory import model_context, plain_to_fit, warn_of_states
@@ -51,10 +51,11 @@ def apply(
         config: from `modiff.presets`, by name ("w8a4", "modulated:8:4", a JSON file), or a dictionary; W8A8 when None.
         state_memory: what the states of one generation of the usual size may take, in bytes or as "4GiB". Those
             layers keep states that would cost most error without, a byte; the others run plain at 8 bits.
-        run: runs one trajectory; small images do. Input channels that dwarf the others of their layer then get scales
-            of their own, or the layer keeps its floats where that is not enough. With `state_memory` errors are
-            measured, too: the network is evaluated once more for each layer. Otherwise all layers count alike there,
-            so that the smallest states are kept.
+        run: runs one trajectory; small images do. Layers that run first or last, read one row a sample or never run are
+            then told by what runs, not by names and the source of `forward`. Input channels that dwarf the others of
+            their layer get scales of their own, or the layer keeps its floats where that is not enough. With
+            `state_memory` errors are measured, too: the network is evaluated once more for each layer. Otherwise all
+            layers count alike there, so that the smallest states are kept.
     Returns: each layer taken or left, and why.
     Raises: StateError if modiff is on it already; ConfigError if no layer is taken, or for a budget where the host does
         not know the size of a generation. Nothing is changed then. Warns of states that exceed the memory that is free.
@@ -64,7 +65,7 @@ def apply(
     known = layer_names(networks.values())
     reasons: dict[str, str] = {}
     if run is not None:
-        settings, reasons = with_large_channels({n: host.splits(n) for n in networks.values()}, settings, run)
+        settings, reasons = fitted_to_run({n: host.splits(n) for n in networks.values()}, settings, run)
     if state_memory is not None:
         selected = {n: select_layers(n, settings, splits=host.splits(n), known=known) for n in networks.values()}
         budget = bytes_of(state_memory, "state_memory")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK = ".lock"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B", re.IGNORECASE)
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, EOFError,
            SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -241,3 +242,13 @@ def path_of(path: str | Path) -> Path:
 def _partial(path: Path) -> Path:
     """A new name in the same folder. Files and folders made with open and mkdir get the user's permissions."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def bytes_of(size: int | str, where: str = "max_shard_size") -> int:
+    """A number of bytes from what a person types: 1000, "5GB", "1.5GiB". Raises: ConfigError for anything else."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigError(f"{where}: expected bytes or a text such as '200MB', got {size!r}. Use '5GB'.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMG".index(match[2].upper())))

@@ -20,9 +20,12 @@ from typer.testing import CliRunner
 import modiff
 from modiff import presets
 from modiff.cli import Commands, app, in_flags, main
-from modiff.cli.options import Quiet
+from modiff.cli.options import SAMPLERS, Quiet
+from modiff.cli.quantize import METHODS
 from modiff.errors import FormatError, ModiffWarning
 from modiff.files import LOCK
+from modiff.generate import samplers
+from modiff.methods import registry
 from tests.cli.commands import assert_one_line
 from tests.cli.commands import modiff as command
 
@@ -40,6 +43,19 @@ def test_version_and_every_command_has_help_with_an_example_and_json() -> None:
 
 
 AT_ONCE = ["", "-h", "--version", "sample --help", "smaple", "sample", "demo --steps x", "explain m --config w9", "-x"]
+MISTAKES = """sample embeded -o o
+sample embedded -o o --scheduler x
+sample embedded -o o --device x
+demo --model embeded
+explain embedded --tolerance -1
+accelerate embedded -o o --max-error 2
+accelerate embedded -o o --state-memory much
+evaluate embedded --preset x
+evaluate embedded --configs w9
+quantize embedded -o o --method x
+quantize embedded -o o --method ptqd --weight-bits 1
+quantize embedded -o o --method ptqd --settings no
+generate embedded -o o -n 9 --batch-size 2 --shard-size 3"""
 
 
 def test_help_version_and_usage_errors_do_not_wait_for_torch() -> None:
@@ -48,11 +64,16 @@ def test_help_version_and_usage_errors_do_not_wait_for_torch() -> None:
         "for words in sys.argv[1:]: print(CliRunner().invoke(app, words.split()).exit_code)\n"
         "print('torch' in sys.modules)"
     )
-    command = [sys.executable, "-c", probe, *AT_ONCE]
+    command = [sys.executable, "-c", probe, *AT_ONCE, *MISTAKES.splitlines()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["2", "0", "0", "0", "2", "2", "2", "2", "2", "False"]
+    assert done.stdout.split() == ["2", "0", "0", "0", *"2" * (len(AT_ONCE) - 4 + MISTAKES.count("\n") + 1), "False"]
     module = [sys.executable, "-m", "modiff", "--version"]
     assert subprocess.check_output(module, text=True, timeout=120) == f"modiff {modiff.__version__}\n"
+
+
+def test_what_is_known_without_torch_is_what_there_is() -> None:
+    assert list(SAMPLERS) == list(samplers.SAMPLERS)
+    assert set(METHODS) == set(registry.METHODS)
 
 
 def test_a_shell_completes_commands() -> None:
@@ -194,7 +215,7 @@ STATIC = presets.w8a8().to_dict() | {"layer": {"activation": {"dynamic": False}}
         ("generate {model} -o {out} -n 2 --prompts {prompts} --prompt a", "--prompts: expected no --prompt with it"),
         ("quantize {model} --method ptq4dm --weight-bits 1 -o {out}", "--weight-bits: expected 32 or 2 to 8, got 1"),
         ("quantize {model} --method ptq4dm --settings {prompts} -o {out}", "prompts.txt: expected a JSON file"),
-        ("quantize absent --method ptq4dm -o {model}", "expected a new or an empty folder, got files in it"),
+        ("quantize {model} --method ptq4dm -o {model}", "expected a new or an empty folder, got files in it"),
         ("sample {model} -o {out} --device tpu", "--device: expected cpu"),
     ],
 )

@@ -101,6 +101,36 @@ def test_what_is_quantized_against_its_role_is_named_once_with_what_to_type(recw
 
 
 @pytest.mark.filterwarnings("error::modiff.ModiffWarning")
+@pytest.mark.parametrize("kind", [Published, Late])
+def test_apply_with_a_run_takes_what_runs_inside_and_leaves_the_rest_with_the_reason(kind):
+    model = published(kind)
+    report = modiff.apply(model, "w8a8", run=lambda: sample(model))
+    assert tuple(e.name for e in report.taken) == CONVOLUTIONS
+    reasons = {e.name: e.reason for e in report.left}
+    ends = {"inputs.first": "runs first", "out.1": "runs last"}
+    if kind is Published:
+        ends = dict.fromkeys(ends, "first or last layer (as forward is written)")
+    assert reasons.items() >= (ends | dict.fromkeys(EMBEDDINGS[1:], "reads one row a sample: an embedding")).items()
+    generate(model)  # nothing is left to say
+
+
+@pytest.mark.filterwarnings("error::modiff.ModiffWarning")
+def test_apply_with_a_run_takes_the_layers_that_stand_at_the_ends_and_run_inside():
+    class Backwards(nn.Sequential):
+        def forward(self, *inputs):
+            (x, _timestep), layers = inputs, list(self)
+            for layer in (layers[2], layers[0], layers[3], layers[1]):
+                x = layer(x)
+            return x
+
+    model = Backwards(*(nn.Conv2d(i, o, 3, padding=1) for i, o in ((16, 16), (16, 3), (3, 16), (16, 16)))).eval()
+    assert [e.name for e in modiff.select(model, "w8a8").taken] == ["1", "2"]
+    report = modiff.apply(model, "w8a8", run=lambda: sample(model))
+    assert [e.name for e in report.taken] == ["0", "3"]
+    generate(model)
+
+
+@pytest.mark.filterwarnings("error::modiff.ModiffWarning")
 @pytest.mark.parametrize("field", ["exclude", "include"])
 def test_layers_that_the_config_names_are_not_warned_about(field):
     names = (*EMBEDDINGS, "inputs.first", "out.1", *(CONVOLUTIONS if field == "include" else ()))

@@ -1,5 +1,6 @@
 """What comes with the package: trained diffusion models by name, and classifiers of the same data that judge them."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,9 @@ from typing import NamedTuple
 from modiff.errors import FormatError
 
 EMBEDDED = "embedded"
+INDEX = "model_index.json"
+"""Of a pipeline of diffusers, in its folder."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Shipped(NamedTuple):
@@ -44,7 +48,23 @@ def model_folder(name: str) -> Path:
 
     Raises: FormatError for another name, or if the package has no such folder.
     """
-    return _folder(name, "model", "model_index.json")
+    return _folder(name, "model", INDEX)
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The folder of a name in `MODELS` or of a path; None for a hub id. Raises: FormatError for anything else."""
+    if str(model) in MODELS:
+        return model_folder(str(model))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(model, str) and _HUB_ID.fullmatch(model) and not path.exists() and not path.parent.is_dir():
+        return None
+    raise FormatError(
+        f"{model}: expected {', '.join(map(repr, packaged()))}, a diffusers folder or a hub id, got "
+        f"{'a file' if path.exists() else 'no such folder'}. A pipeline is a folder with {INDEX}. Write one with "
+        "pipe.save_pretrained(folder)."
+    )
 
 
 def embedded_folder() -> Path:

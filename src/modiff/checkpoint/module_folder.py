@@ -1,6 +1,5 @@
 """A quantized torch module as a folder: config.json and safetensors, to be read into a module of the same class."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from modiff.checkpoint.tensors import (
     weight_files,
 )
 from modiff.config import PackedAnchors
-from modiff.errors import ConfigError, FormatError
+from modiff.errors import FormatError
 from modiff.files import new_folder, read_json, write_json
 from modiff.model.apply import uninstall
 from modiff.model.attach import check_plain
@@ -32,7 +31,6 @@ CONFIG = "config.json"
 CLASS = "modiff_module"
 """The field of config.json that tells a folder of a torch module from one of diffusers."""
 _STEM = "model"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B", re.IGNORECASE)
 
 
 def save_module(model: nn.Module, folder: str | Path, max_shard_size: int, anchor_weights: PackedAnchors) -> None:
@@ -100,13 +98,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(
         folder / CONFIG, "the config of a saved model", "Give a folder that modiff.save or diffusers wrote."
     )
-
-
-def bytes_of(size: int | str, where: str = "max_shard_size") -> int:
-    """A number of bytes from what a person types: 1000, "5GB", "1.5GiB". Raises: ConfigError for anything else."""
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if match is None:
-        raise ConfigError(f"{where}: expected bytes or a text such as '200MB', got {size!r}. Use '5GB'.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMG".index(match[2].upper())))

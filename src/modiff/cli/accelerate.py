@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from modiff.cli import options
-from modiff.files import new_folder
+from modiff.config import check
+from modiff.files import bytes_of, new_folder
 
 ERROR_HELP = "Largest relative L2 to full precision that whole trajectories may have."
 MEMORY_HELP = 'What states may take, for example "4GiB"; layers that gain most by each byte keep them.'
@@ -39,7 +40,9 @@ def accelerate(
     Example:
         modiff accelerate embedded --num-images 4 -o fashion-fast
     """
+    check("max_error", max_error, 0 < max_error < 1, "a relative error between 0 and 1", "0.02 is 2 percent.")
     conditions = options.conditions_of(prompt=prompt, label=label)
+    budget = None if state_memory is None else bytes_of(state_memory, "state_memory")
     with new_folder(output) as partial:  # taken now: a folder that cannot be written is known before the work
         from modiff import api
         from modiff.generate.environment import environment
@@ -49,7 +52,7 @@ def accelerate(
         check_inputs(pipe, steps, conditions)
         result = api.accelerate(
             pipe, max_error, lambda: draw(pipe, range(num_images), steps=steps, seed=seed, conditions=conditions),
-            compile, state_memory=state_memory,
+            compile, state_memory=budget,
         )  # fmt: skip
         options.say(result, json_file)
         folder = str(output) if result.report else None

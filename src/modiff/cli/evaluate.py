@@ -48,7 +48,7 @@ def evaluate(
     label: options.Label = None,
     prompts: options.Prompts = None,
     labels: options.Labels = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", callback=options.known, help=SCHEDULER_HELP)] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="The preset's when left out.")] = None,
     num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="The preset's when left out.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 50,
@@ -63,19 +63,20 @@ def evaluate(
     Example:
         modiff evaluate embedded --preset quick --json evaluation.json --report report
     """
-    from modiff.evaluate.features.load import load_extractor
-    from modiff.evaluate.pipelines import PipelineSource
-    from modiff.evaluate.report.page import write_report
-    from modiff.evaluate.report.sections import suite_document
     from modiff.evaluate.suite import plans
-    from modiff.evaluate.suite.extras import load_extras
-    from modiff.evaluate.suite.run import run_suite, watched_layers
-    from modiff.generate.samplers import usual_sampler
 
     named = [] if configs is None else [name.strip() for name in configs.split(",")]
     chosen = plans.preset(preset, num_images=num_images, steps=steps, configs=named)
     plans.plans_of(chosen)  # before the model is loaded: a name may be wrong
     conditions = options.conditions_of(prompt=prompt, label=label, prompts=prompts, labels=labels)
+    from modiff.evaluate.features.load import load_extractor
+    from modiff.evaluate.pipelines import PipelineSource
+    from modiff.evaluate.report.page import write_report
+    from modiff.evaluate.report.sections import suite_document
+    from modiff.evaluate.suite.extras import load_extras
+    from modiff.evaluate.suite.run import run_suite, watched_layers
+    from modiff.generate.samplers import usual_sampler
+
     extras = load_extras(metrics, clip=clip, conditions=conditions, device=device)
     pipe = options.plain_pipeline(model, device)
     source = PipelineSource(pipe, sampler=scheduler or usual_sampler(pipe), seed=seed, conditions=conditions)

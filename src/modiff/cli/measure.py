@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from modiff.cli import options
+from modiff.config import check
 from modiff.files import write_atomically
 from modiff.presets import as_config
 
@@ -15,7 +16,7 @@ PROFILE_HELP = "Keep the times of layers in this file; the same file gives the s
 
 
 def demo(
-    model: Annotated[str, typer.Option("--model", help=options.MODEL_HELP)] = "embedded",
+    model: Annotated[str, typer.Option("--model", callback=options.known, help=options.MODEL_HELP)] = "embedded",
     steps: options.Steps = 50,
     num_images: options.NumImages = 8,
     seed: options.Seed = 0,
@@ -113,6 +114,7 @@ def explain(
     Example:
         modiff explain embedded --config w8a8 --num-images 8
     """
+    check("tolerance", tolerance, tolerance > 0, "a relative error above 0", "0.01 is one percent of the input.")
     chosen, conditions = as_config(config), options.conditions_of(prompt=prompt, label=label)
     from modiff import api
     from modiff.generate.worker import check_inputs, draw

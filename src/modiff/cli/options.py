@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modiff.assets import packaged
+from modiff.assets import local_folder, packaged
 from modiff.config import check
 from modiff.files import check_writable, write_json
 from modiff.generate.job import Conditions, parse_labels, read_prompts
@@ -60,6 +61,21 @@ def _output(path: Path, fits: bool, expected: str, example: str, trial: Path) ->
     return path
 
 
+def known(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """A callback: a model, sampler or device that cannot exist is refused before anything is loaded."""
+    if parameter.name == "model":
+        local_folder(value or "")
+    elif parameter.name == "scheduler":
+        check("scheduler", value, value in (None, *SAMPLERS), f"one of {', '.join(SAMPLERS)}", "Pick one of them.")
+    else:
+        fits = re.fullmatch(r"cpu|cuda(:\d+)?", value or "") is not None
+        check("device", value, fits, "cpu, cuda or cuda:N", "Models run where torch finds a place. Use device=cpu.")
+    return value
+
+
+SAMPLERS = ("ddim", "ddpm", "pndm", "dpmsolver++", "dpmsolver++2s", "sde-dpmsolver++", "euler", "heun", "ddm", "unipc",
+            "flow-euler")  # fmt: skip
+"""Those of `modiff.generate.samplers`, which takes seconds to import."""
 MODEL_HELP = f"{', '.join(map(repr, packaged()))} (of the package), a local diffusers folder, or a hub id."
 CONFIG_HELP = (
     "A preset (w8a8, w8a4, ...), a family with weight and activation bits (modulated:8:4, plain:8:4, tuned:32:4), "
@@ -67,23 +83,21 @@ CONFIG_HELP = (
 )
 PROMPTS_HELP = "A text file with a prompt in each line: image i is drawn of line i modulo their number."
 LABELS_HELP = "Classes such as 0-9 or 3,5,8: image i is drawn of number i modulo how many they are."
-SCHEDULER_HELP = (
-    "ddim, ddpm, pndm, dpmsolver++, dpmsolver++2s, sde-dpmsolver++, euler, heun, ddm, unipc or flow-euler; the model's "
-    "own when left out."
-)
+SCHEDULER_HELP = f"{', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}; the model's own when left out."
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, callback=known)]
 Config = Annotated[str, typer.Option("--config", help=CONFIG_HELP)]
 MaybeConfig = Annotated[str | None, typer.Option("--config", help=f"{CONFIG_HELP} Full precision when left out.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
 NumImages = Annotated[int, typer.Option("-n", "--num-images", help="How many images.")]
-Scheduler = Annotated[str | None, typer.Option("--scheduler", help=SCHEDULER_HELP)]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", callback=known, help=SCHEDULER_HELP)]
 Seed = Annotated[int, typer.Option("--seed", help="Image i comes from the noise of seed + i.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="For models that take text.")]
 Label = Annotated[int | None, typer.Option("--label", metavar="N", help="For class-conditional models.")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=PROMPTS_HELP)]
 Labels = Annotated[str | None, typer.Option("--labels", metavar="N-M,...", help=LABELS_HELP)]
-Device = Annotated[str, typer.Option("--device", help="cpu, or cuda or cuda:N where there is a GPU.")]
+DEVICE_HELP = "cpu, or cuda or cuda:N where there is a GPU."
+Device = Annotated[str, typer.Option("--device", callback=known, help=DEVICE_HELP)]
 FOLDER_HELP = "Folder of the results; run again, the command goes on where it stopped."
 Folder = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", callback=folder_path, help=FOLDER_HELP)]
 Quiet = Annotated[bool, typer.Option("--quiet", callback=hush, help="No bars and no remarks: results and errors only.")]

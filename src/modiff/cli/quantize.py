@@ -7,10 +7,24 @@ from typing import Annotated, Any
 import typer
 
 from modiff.cli import options
+from modiff.config import check, is_bits
 from modiff.files import new_folder, read_json
 from modiff.presets import FULL_PRECISION
 
 IMAGES = 4  # for the error at the end
+METHODS = (
+    "accuquant",
+    "eda_dm",
+    "tfmq_dm",
+    "gradient_aligned",
+    "modiff",
+    "ptq4dm",
+    "q_diffusion",
+    "ptqd",
+    "qncd",
+    "tac",
+)
+"""Those of `modiff.methods`, which takes seconds to import."""
 METHOD_HELP = (
     "q_diffusion, ptq4dm, eda_dm, tfmq_dm or gradient_aligned (networks with time embeddings), accuquant (no guidance "
     "in two calls; not with --modulated), ptqd, tac, qncd (all correct the sampler; no guidance in two calls), modiff."
@@ -53,6 +67,13 @@ def quantize(
         modiff quantize embedded --method q_diffusion --quick --weight-bits 4 -o fashion-w4a8
     """
     conditions = options.conditions_of(prompt=prompt, prompts=prompts)
+    check("method", method, method in METHODS, f"one of {', '.join(METHODS)}", "Pick one of them.")
+    changes = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
+    for name, bits in list(changes.items())[:2]:
+        check(name, bits, bits == FULL_PRECISION or is_bits(bits), "32 or 2 to 8", "Use 4 or 8.")
+    values = None
+    if settings is not None:
+        values = read_json(settings, "a JSON file with settings of the method", 'Write {"samples": 64}.')
     with new_folder(output) as partial:  # taken now: a folder that cannot be written is known before the work
         from modiff.api import remove, save
         from modiff.evaluate.pipelines import PipelineSource
@@ -62,8 +83,9 @@ def quantize(
         from modiff.generate.worker import check_inputs
         from modiff.methods import registry
 
-        changes = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
-        chosen = _settings(method, quick, settings, modulated, changes)
+        given = {name: None if "bits" in name and value == FULL_PRECISION else value
+                 for name, value in changes.items() if value is not None}  # fmt: skip
+        chosen = registry.method_config(method, quick=quick, values=values, modulated=modulated or None, changes=given)
         pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
         if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
@@ -82,18 +104,6 @@ def quantize(
     options.say(f"{report}\n{text}\nsaved: {output}", json_file)
     result = {"model": model, "method": registry.name_of(chosen), "config": chosen.to_dict(), "folder": str(output)}
     options.write_results(json_file, result | report.to_dict() | compared | {"environment": environment()})
-
-
-def _settings(method: str, quick: bool, file: Path | None, modulated: bool, options: dict[str, int | None]) -> Any:
-    """The method's settings: its own, then those of the file, then those of the command line."""
-    from modiff.methods.registry import method_config
-
-    values = (
-        None if file is None else read_json(file, "a JSON file with settings of the method", 'Write {"samples": 64}.')
-    )
-    changes = {name: None if "bits" in name and value == FULL_PRECISION else value
-               for name, value in options.items() if value is not None}  # fmt: skip
-    return method_config(method, quick=quick, values=values, modulated=modulated or None, changes=changes)
 
 
 def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:

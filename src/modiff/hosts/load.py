@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from modiff.assets import INDEX
 from modiff.checkpoint.module_folder import CLASS, CONFIG, load_module, read_config
 from modiff.errors import ConfigError, FormatError
 from modiff.hosts.host import host_of
 from modiff.model.attach import attachment_of
 from modiff.model.trajectory import expected_states
-
-INDEX = "model_index.json"
 
 
 def load_target(folder: str | Path, into: nn.Module | None, device: str, dtype: torch.dtype) -> Any:

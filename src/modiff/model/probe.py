@@ -17,7 +17,7 @@ from modiff.errors import CalibrationError
 from modiff.model.attach import ATTRIBUTE, Attachment, sample_of
 from modiff.model.observe import first_tensor, observe
 from modiff.model.roles import Outlier, Roles, warn_unfit
-from modiff.model.select import layer_names, matches, modulated_layer, select_layers
+from modiff.model.select import layer_names, modulated_layer, select_layers
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
 
@@ -94,13 +94,12 @@ def probes_of(
         stack.callback(lambda: [handle.remove() for handle in watcher.handles])
         watcher.watch(model)
         roles = Roles(config, report)
-        stack.callback(roles.close)
+        stack.enter_context(watching(model, roles))
 
         def on_layer(name: str, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             probes[name].see(inputs[0], output.numel())
 
-        stack.enter_context(observe(model, on_layer, lambda *_: roles.close(), layers=probes,
-                                    before_step=lambda m, *call: roles.begin(m, sample_of(*call))))  # fmt: skip
+        stack.enter_context(observe(model, on_layer, layers=probes))
         stack.callback(clock.stop)
         clock.start()
         stack.callback(model.__dict__.pop, ATTRIBUTE, None)
@@ -146,12 +145,13 @@ def errors_if_plain(
     return errors
 
 
-def with_large_channels(
+def fitted_to_run(
     models: Mapping[nn.Module, Mapping[str, int]], config: ModiffConfig, run: Callable[[], object]
 ) -> tuple[ModiffConfig, dict[str, str]]:
-    """The config with channels split off that dwarf the others of their layer, and what became of which layer.
+    """The config for what a run shows of layers, and why which is left or split: their roles, in order of execution.
 
-    models: with their splits. Layers with groups are excluded. Layers that the config names stay as they are.
+    models: with their splits. Channels that dwarf the others of their layer are split off; layers with groups are
+    left instead. Ends that registration or the source of `forward` named wrongly are taken.
     Cost: a trajectory in full precision, and a pass over the inputs of its layers.
     """
     known = layer_names(models)
@@ -159,18 +159,32 @@ def with_large_channels(
     each = {model: Roles(config, report) for model, report in reports.items()}
     with torch.no_grad(), ExitStack() as stack:
         for model, roles in each.items():
-            stack.enter_context(observe(model, roles.see, layers=roles.taken))
+            stack.enter_context(watching(model, roles))
         run()
     taken = {entry.name: entry for report in reports.values() for entry in report.taken}
-    outliers = [o for roles in each.values() for o in roles.maxima.outliers() if not matches(o.name, roles.named)]
     modules = {name: module for model in models for name, module in modules_of(model).items()}
-    split = {o.name: o for o in outliers if getattr(modules[o.name], "groups", 1) == 1}
+    seen = [roles for roles in each.values() if roles.last]
+    unfit = {name: why for roles in seen for name, why in roles.unfit().items()}
+    outliers = {o.name: o for roles in seen for o in roles.maxima.outliers() if unfit.get(o.name) == o.why}
+    split = {n: o for n, o in outliers.items() if getattr(modules[n], "groups", 1) == 1}
+    left = {name: why for name, why in unfit.items() if name not in split}
+    warn_unfit("apply", {n: why for n, why in left.items() if n in outliers}, "They stay in full precision.")
     overrides = tuple((escape(n), _split_off(taken[n].config, modules[n], o)) for n, o in split.items())
-    left = [outlier for outlier in outliers if outlier.name not in split]
-    warn_unfit("apply", {o.name: o.why for o in left}, "They stay in full precision.")
-    notes = {name: f"channels split off: {len(o.large)} dwarf the others" for name, o in split.items()}
-    exclude = (*config.exclude, *(escape(outlier.name) for outlier in left))
-    return dataclasses.replace(config, overrides=(*config.overrides, *overrides), exclude=exclude), notes
+    notes = left | {name: f"channels split off: {len(o.large)} dwarf the others" for name, o in split.items()}
+    include = (*config.include, *(name for roles in seen for name in roles.no_ends()))
+    exclude = (*config.exclude, *map(escape, left))
+    config = dataclasses.replace(config, include=include, overrides=(*config.overrides, *overrides), exclude=exclude)
+    return config, notes
+
+
+@contextmanager
+def watching(model: nn.Module, roles: Roles) -> Iterator[None]:
+    """Let `roles` see all evaluations of the model in the body."""
+    begin, end = lambda m, *call: roles.begin(m, sample_of(*call)), lambda *_: roles.close()
+    with ExitStack() as stack:
+        stack.callback(roles.close)
+        stack.enter_context(observe(model, None, end, before_step=begin))
+        yield
 
 
 def _split_off(config: LayerConfig | None, layer: nn.Module, outlier: Outlier) -> LayerConfig:

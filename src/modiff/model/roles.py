@@ -12,7 +12,7 @@ from modiff.config import ModiffConfig
 from modiff.errors import warn_once
 from modiff.model.observe import observe
 from modiff.model.report import Report
-from modiff.model.select import matches
+from modiff.model.select import END, matches
 
 RATIO = 1000.0
 """Of the largest channel to the median one, above which a layer is named: at 8 bits, 254 leaves half a code."""
@@ -31,6 +31,7 @@ class Roles:
         self.first_last, self.ends_matter = config.first_last, False
         self.names = [entry.name for entry in report.entries if entry.is_layer]
         self.taken = {entry.name for entry in report.taken}
+        self.supposed = [e.name for e in report.left if e.reason.startswith(END) and e.weights >= config.min_weights]
         self.sample: Tensor | None = None
         self.first = self.last = self.reads_sample = ""
         self.rows: dict[str, bool] = {}
@@ -59,6 +60,11 @@ class Roles:
         self.first = self.first or ("" if row else name)
         self.reads_sample = self.reads_sample or (name if x is sample else "")
         self.last = name
+
+    def no_ends(self) -> list[str]:
+        """Layers that were left for being first or last, and run elsewhere."""
+        ends = {self.last, self.reads_sample or self.first or self.last} if self.ends_matter else self.rows.keys()
+        return [name for name in self.supposed if name in self.rows.keys() - ends and not self.rows[name]]
 
     def unfit(self) -> dict[str, str]:
         """Taken layers that should keep their floats, and why; those that the config names stay."""

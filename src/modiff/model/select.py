@@ -20,6 +20,7 @@ from modiff.nn import Clock, ModulatedLayer, quantized_class
 from modiff.nn.adapters import walk
 
 CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+END = "first or last layer"
 
 
 def layer_names(models: Iterable[nn.Module]) -> set[str]:
@@ -133,7 +134,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, end: str
         return "another library replaced its forward"
     named = name in config.include or matches(name, (p for p, _ in config.overrides))
     if end and config.first_last == "full_precision" and not named:
-        return f"first or last layer ({end})"
+        return f"{END} ({end})"
     if weight.numel() < config.min_weights and not named:
         return f"tiny: {weight.numel()} weights"
     if not torch.is_floating_point(weight):

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import diffusers
 from diffusers import DiffusionPipeline
 
-from modiff.assets import model_folder, packaged
+from modiff.assets import INDEX, model_folder, packaged
 from modiff.config import ModiffConfig, check
 from modiff.evaluate.pipelines import has_static_scales
 from modiff.files import read_json
 from modiff.generate.samplers import set_scheduler
-from modiff.hosts.diffusers.load import INDEX
 from modiff.hosts.host import host_of
 from modiff.hosts.text import TextHost
 from modiff.model.trajectory import clone

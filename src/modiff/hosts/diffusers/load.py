@@ -11,15 +11,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 from torch import nn
 
-from modiff.assets import MODELS, model_folder, packaged
+from modiff.assets import INDEX, local_folder
 from modiff.checkpoint.module_folder import CONFIG, read_config
 from modiff.errors import FormatError, ModiffError
 from modiff.files import read_json, reading
 from modiff.hosts import diffusers_host
 from modiff.hosts.diffusers.quantizer import align
 
-INDEX = "model_index.json"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VARIANT = re.compile(r"[^.]+(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
 _PART = "part of a diffusers pipeline", "Copy the folder again, or write it again with pipe.save_pretrained(folder)."
 
@@ -82,18 +80,8 @@ def _device(name: str) -> torch.device:
 
 
 def _folder(model: str | Path) -> Path:
-    if str(model) in MODELS:
-        return model_folder(str(model))
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    hub_id = isinstance(model, str) and _HUB_ID.fullmatch(model) and not path.exists() and not path.parent.is_dir()
-    if not hub_id:
-        got = "a file" if path.exists() else "no such folder"
-        raise FormatError(
-            f"{model}: expected {', '.join(map(repr, packaged()))}, a diffusers folder or a hub id, got {got}. A "
-            f"pipeline is a folder with {INDEX}. Write one with pipe.save_pretrained(folder)."
-        )
+    if (folder := local_folder(model)) is not None:
+        return folder
     advice = "There is no folder of this name here, and the download failed: check the name and the network."
     with reading(str(model), "a diffusers folder or a pipeline on the hub", advice):
         return Path(DiffusionPipeline.download(str(model), use_safetensors=True))
