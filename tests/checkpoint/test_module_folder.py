@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations, prune
 
 import modiff
 from modiff import CalibrationError, ConfigError, FormatError, StateError, presets
-from modiff.checkpoint.module_folder import bytes_of
 from modiff.config import LayerConfig, ModiffConfig, QuantizerConfig, WeightConfig
+from modiff.files import bytes_of
 from modiff.model.calibrate import quantizers_of
 from tests.helpers import assert_same_bits, assert_same_tensors
 from tests.model.toys import TAKEN, sample, toy, toy_unet

@@ -249,6 +249,11 @@ def test_a_channel_that_dwarfs_its_layer_is_named_with_advice_and_large_layers_o
     assert outlier.largest == jumping.abs().max()
     assert outlier.median == pytest.approx(float(jumping.abs().amax((0, 2, 3)).clamp(min=1).median()))
     assert "exclude=('shortcut',)" in str(outlier)
+    most = torch.randn(5, 8) * torch.tensor([1.0, 1, 1, 1e6, 1e7, 1e8, 1e8, 1e8])
+    seen.see("most", linear, most)  # the few that are dwarfed are what one scale loses
+    assert (outlier := seen.outliers()[1]).name == "most"
+    assert sorted(outlier.large) == [3, 4, 5, 6, 7]
+    assert outlier.median == float(most.abs().amax(0)[:3].median())
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -239,7 +239,7 @@ def test_a_layer_with_a_channel_that_dwarfs_the_others_is_left_and_named():
     model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), torch.randn(8, 16)
     model[1].weight.data[3] = 1e6
     base = dataclasses.replace(activations_only(4), first_last="quantize")
-    with pytest.warns(ModiffWarning, match=r"tune: .* 2 \(channels reach .*e\+06, the median one"):
+    with pytest.warns(ModiffWarning, match=r"tune: .* 2 \(channels reach .*e\+06, the median of the others"):
         tuned = search_config([model], lambda: [model(x + 0.1 * step) for step in range(4)], base)
     assert tuned.exclude == ("2",)
 

@@ -88,7 +88,7 @@ def warn_unfit(where: str, unfit: Mapping[str, str], what: str) -> None:
 
 
 class Outlier(NamedTuple):
-    """A layer, its largest |x|, the median over its channels of their largest |x|, and how many channels dwarf that.
+    """A layer, its largest |x|, the median of the largest |x| of channels that are dwarfed, and how many dwarf that.
 
     large: channels to split off, and the largest |x| of each.
     """
@@ -102,11 +102,11 @@ class Outlier(NamedTuple):
     @property
     def why(self) -> str:
         """Why one scale does not fit it."""
-        return f"channels reach {self.largest:.2g}, the median one {self.median:.2g}"
+        return f"channels reach {self.largest:.2g}, the median of the others {self.median:.2g}"
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.channels} input channels reach {self.largest:.2g}, the median channel "
+            f"{self.name}: {self.channels} input channels reach {self.largest:.2g}, the median of the others "
             f"{self.median:.2g}: one scale for both rounds the others to zero. Leave the layer, "
             f"exclude=({self.name!r},), or let apply(..., run=) give these channels a scale of their own."
         )
@@ -125,16 +125,17 @@ class ChannelMaxima:
         self._maxima[name] = torch.maximum(largest, self._maxima.get(name, largest))
 
     def outliers(self) -> list[Outlier]:
-        """Layers with a channel `RATIO` times as large as their own median one and as the median layer's."""
-        medians = {name: float(maxima.median()) for name, maxima in self._maxima.items()}
-        typical = statistics.median(medians.values()) if medians else 0.0
-        counts = {n: int((maxima > RATIO * max(medians[n], typical)).sum()) for n, maxima in self._maxima.items()}
-        outliers = [
-            Outlier(n, float(self._maxima[n].max()), medians[n], count, self._large(n, medians[n]))
-            for n, count in counts.items()
-            if count
-        ]
-        return sorted(outliers, key=lambda outlier: -outlier.largest)
+        """Layers with channels `RATIO` times as large as their others, unless those are dead, and as the median layer.
 
-    def _large(self, name: str, median: float) -> dict[int, float]:
-        return {i: float(x) for i, x in enumerate(self._maxima[name]) if x > LARGE * median}
+        The others may be the fewer ones: their median counts where one in `LARGE` channels is dwarfed.
+        """
+        typical = statistics.median_low(float(each.median()) for each in self._maxima.values()) if self._maxima else 0.0
+        found: list[Outlier] = []
+        for name, maxima in self._maxima.items():
+            largest = float(maxima.max())
+            dwarfed = maxima[(maxima > typical / RATIO) & (maxima < largest / RATIO)]
+            median = float((dwarfed if LARGE * len(dwarfed) >= len(maxima) else maxima).median())
+            if count := int((maxima > RATIO * max(median, typical)).sum()):
+                large = {i: float(x) for i, x in enumerate(maxima) if x > LARGE * median}
+                found.append(Outlier(name, largest, median, count, large))
+        return sorted(found, key=lambda outlier: -outlier.largest)
