@@ -67,13 +67,8 @@ def quantize(
         modiff quantize embedded --method q_diffusion --quick --weight-bits 4 -o fashion-w4a8
     """
     conditions = options.conditions_of(prompt=prompt, prompts=prompts)
-    check("method", method, method in METHODS, f"one of {', '.join(METHODS)}", "Pick one of them.")
     changes = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
-    for name, bits in list(changes.items())[:2]:
-        check(name, bits, bits == FULL_PRECISION or is_bits(bits), "32 or 2 to 8", "Use 4 or 8.")
-    values = None
-    if settings is not None:
-        values = read_json(settings, "a JSON file with settings of the method", 'Write {"samples": 64}.')
+    values, changes = _checked(method, settings, changes)
     with new_folder(output) as partial:  # taken now: a folder that cannot be written is known before the work
         from modiff.api import remove, save
         from modiff.evaluate.pipelines import PipelineSource
@@ -83,9 +78,9 @@ def quantize(
         from modiff.generate.worker import check_inputs
         from modiff.methods import registry
 
-        given = {name: None if "bits" in name and value == FULL_PRECISION else value
-                 for name, value in changes.items() if value is not None}  # fmt: skip
-        chosen = registry.method_config(method, quick=quick, values=values, modulated=modulated or None, changes=given)
+        chosen = registry.method_config(
+            method, quick=quick, values=values, modulated=modulated or None, changes=changes
+        )
         pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
         if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
@@ -104,6 +99,18 @@ def quantize(
     options.say(f"{report}\n{text}\nsaved: {output}", json_file)
     result = {"model": model, "method": registry.name_of(chosen), "config": chosen.to_dict(), "folder": str(output)}
     options.write_results(json_file, result | report.to_dict() | compared | {"environment": environment()})
+
+
+def _checked(method: str, file: Path | None, options: dict[str, int | None]) -> tuple[Any, dict[str, int | None]]:
+    """The settings in the file, and those of the command line, where 32 bits are none; checked before torch loads."""
+    check("method", method, method in METHODS, f"one of {', '.join(METHODS)}", "Pick one of them.")
+    for name in ("weight_bits", "activation_bits"):
+        fits = options[name] == FULL_PRECISION or is_bits(options[name])
+        check(name, options[name], fits, "32 or 2 to 8", "Use 4 or 8.")
+    values = file and read_json(file, "a JSON file with settings of the method", 'Write {"samples": 64}.')
+    changes = {name: None if "bits" in name and value == FULL_PRECISION else value
+               for name, value in options.items() if value is not None}  # fmt: skip
+    return values, changes
 
 
 def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:
