@@ -67,8 +67,8 @@ def quantize(
         modiff quantize embedded --method q_diffusion --quick --weight-bits 4 -o fashion-w4a8
     """
     conditions = options.conditions_of(prompt=prompt, prompts=prompts)
-    changes = {"weight_bits": weight_bits, "activation_bits": activation_bits, "steps": steps, "seed": seed}
-    values, changes = _checked(method, settings, changes)
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    values, typed = _checked(method, settings, bits, {"steps": steps, "seed": seed})
     with new_folder(output) as partial:  # taken now: a folder that cannot be written is known before the work
         from modiff.api import remove, save
         from modiff.evaluate.pipelines import PipelineSource
@@ -78,9 +78,7 @@ def quantize(
         from modiff.generate.worker import check_inputs
         from modiff.methods import registry
 
-        chosen = registry.method_config(
-            method, quick=quick, values=values, modulated=modulated or None, changes=changes
-        )
+        chosen = registry.method_config(method, quick=quick, values=values, modulated=modulated or None, changes=typed)
         pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
         if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
@@ -101,16 +99,16 @@ def quantize(
     options.write_results(json_file, result | report.to_dict() | compared | {"environment": environment()})
 
 
-def _checked(method: str, file: Path | None, options: dict[str, int | None]) -> tuple[Any, dict[str, int | None]]:
+def _checked(
+    method: str, file: Path | None, bits: dict[str, int | None], counts: dict[str, int | None]
+) -> tuple[Any, dict[str, int | None]]:
     """The settings in the file, and those of the command line, where 32 bits are none; checked before torch loads."""
     check("method", method, method in METHODS, f"one of {', '.join(METHODS)}", "Pick one of them.")
-    for name in ("weight_bits", "activation_bits"):
-        fits = options[name] == FULL_PRECISION or is_bits(options[name])
-        check(name, options[name], fits, "32 or 2 to 8", "Use 4 or 8.")
+    for name, value in bits.items():
+        check(name, value, value == FULL_PRECISION or is_bits(value), "32 or 2 to 8", "Use 4 or 8.")
     values = file and read_json(file, "a JSON file with settings of the method", 'Write {"samples": 64}.')
-    changes = {name: None if "bits" in name and value == FULL_PRECISION else value
-               for name, value in options.items() if value is not None}  # fmt: skip
-    return values, changes
+    typed = bits | counts
+    return values, {n: None if n in bits and v == FULL_PRECISION else v for n, v in typed.items() if v is not None}
 
 
 def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:
