@@ -130,12 +130,12 @@ class ChannelMaxima:
         The others may be the fewer ones: their median counts where one in `LARGE` channels is dwarfed.
         """
         typical = statistics.median_low(float(each.median()) for each in self._maxima.values()) if self._maxima else 0.0
-        found: list[Outlier] = []
+        outliers: list[Outlier] = []
         for name, maxima in self._maxima.items():
             largest = float(maxima.max())
             dwarfed = maxima[(maxima > typical / RATIO) & (maxima < largest / RATIO)]
             median = float((dwarfed if LARGE * len(dwarfed) >= len(maxima) else maxima).median())
             if count := int((maxima > RATIO * max(median, typical)).sum()):
                 large = {i: float(x) for i, x in enumerate(maxima) if x > LARGE * median}
-                found.append(Outlier(name, largest, median, count, large))
-        return sorted(found, key=lambda outlier: -outlier.largest)
+                outliers.append(Outlier(name, largest, median, count, large))
+        return sorted(outliers, key=lambda outlier: -outlier.largest)
