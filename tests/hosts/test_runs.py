@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from modiff import ConfigError, UniformGroups, presets
 from modiff.calibration.blocks import blocks_of
 from modiff.calibration.reconstruct.layers import full_precision
 from modiff.errors import FormatError
-from modiff.hosts.diffusers.runs import calibration_run, call_inputs, evaluations
+from modiff.hosts.diffusers.runs import calibration_run, call_inputs, evaluations, noise_generators, pixels_of
 from modiff.hosts.names import BLOCK_CLASSES
 from modiff.kernels.isa import machine
 from modiff.model.attach import attachment_of
@@ -68,6 +69,20 @@ def test_classes_are_drawn_from_all_of_them_and_not_one_for_all():
 def test_what_is_missing_or_too_much_is_named(host, prompt, label, message):
     with pytest.raises(ConfigError, match=message):
         call_inputs(HOSTS[host].build(), 1, prompt=prompt, label=label)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_an_error_of_the_pipelines_own_call_is_one_line_and_one_of_ours_keeps_its_traceback(applied, monkeypatch):
+    pipe, noise = HOSTS["sd3"].build(), noise_generators(0, [0])  # its text encoders have no projection
+    if applied:
+        modiff.apply(pipe, "w8a8")
+    with pytest.raises(ConfigError, match=r"^StableDiffusion3Pipeline: .* got RuntimeError \(Number of dimensions"):
+        pixels_of(pipe, call_inputs(pipe, 1, prompt="fox", label=None), 1, noise)
+    if applied:
+        modiff.apply(ours := SMALL.build(), "w8a8")
+        monkeypatch.setattr("modiff.nn.layer.ModulatedLayer.run", Mock(side_effect=KeyError("a fault")))
+        with pytest.raises(KeyError, match="a fault"):
+            pixels_of(ours, call_inputs(ours, 1, prompt=None, label=None), 1, noise)
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])

@@ -22,7 +22,7 @@ from modiff.generate.job import Conditions
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.worker import check_inputs, digest, settings
 from modiff.hosts.diffusers.host import denoisers
-from modiff.hosts.diffusers.runs import call_inputs, noise_generators
+from modiff.hosts.diffusers.runs import call_inputs, noise_generators, pixels_of
 from modiff.model.observe import observe
 from modiff.model.trajectory import state_bytes
 
@@ -85,7 +85,7 @@ class PipelineSource:
         """The images of sample indices in [0, 1], (N, H, W, C); from the noise of `seed` instead of its own."""
         inputs = call_inputs(self.pipe, len(indices), **self.conditions.of(indices))
         noise = noise_generators(self.seed if seed is None else seed, indices)
-        return np.asarray(self.pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np").images)
+        return pixels_of(self.pipe, inputs, steps, noise)
 
     @contextmanager
     def open(self, config: ModiffConfig | None, steps: int) -> Iterator[Callable[[Sequence[int]], DrawnImages]]:

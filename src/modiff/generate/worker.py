@@ -19,7 +19,7 @@ from modiff.generate.job import Conditions, Job
 from modiff.generate.samplers import set_scheduler
 from modiff.generate.shards import Span, to_uint8
 from modiff.hosts.diffusers.load import load_pipeline
-from modiff.hosts.diffusers.runs import call_inputs, noise_generators
+from modiff.hosts.diffusers.runs import call_inputs, noise_generators, pixels_of
 
 _OF_THE_LIBRARY = ("transformers_version", "torch_dtype", "dtype")
 Description = tuple[dict[str, Any], tuple[int, int, int]]
@@ -43,8 +43,7 @@ def draw(
     Raises: ConfigError for inputs that the pipeline cannot take; StateError for pixels that are NaN or infinite.
     """
     inputs = call_inputs(pipe, len(indices), **conditions.of(indices))
-    result = pipe(**inputs, num_inference_steps=steps, generator=noise_generators(seed, indices), output_type="np")
-    images = np.asarray(result.images)
+    images = pixels_of(pipe, inputs, steps, noise_generators(seed, indices))
     if not np.isfinite(images).all():
         raise StateError(
             f"image {indices[0]}: expected finite pixels, got NaN or infinity. The generation diverged. Use more "

@@ -2,20 +2,23 @@
 
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from modiff.config import check
-from modiff.errors import ConfigError
+from modiff.errors import ConfigError, ModiffError
 from modiff.hosts.names import example_inputs
 
 _SPATIAL = ("scale_factor", "scale_factor_spatial", "spatial_compression_ratio", "spatial_scale_factor")
 _VIDEO = ("num_frames", "frames")
+_OURS = ("modiff.core.", "modiff.kernels.", "modiff.model.", "modiff.nn.")
 _KNOWN = ("prompt", "class_labels", "self")
 
 
@@ -43,9 +46,29 @@ def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: in
             classes = pipe.transformer.config.num_embeds_ada_norm
             inputs = {"class_labels": torch.randint(classes, (batch,), generator=generator).tolist()}
         noise = noise_generators(seed, range(index * batch, (index + 1) * batch))
-        return pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np")
+        return pixels_of(pipe, inputs, steps, noise)
 
     return run
+
+
+def pixels_of(pipe: DiffusionPipeline, inputs: dict[str, Any], steps: int, noise: list[torch.Generator]) -> np.ndarray:
+    """The images that a pipeline generates of `call_inputs`, (N, H, W, C).
+
+    Raises: ConfigError where the pipeline fails by itself, before any of modiff's layers.
+    """
+    try:
+        return np.asarray(pipe(**inputs, num_inference_steps=steps, generator=noise, output_type="np").images)
+    except ModiffError:
+        raise
+    except Exception as error:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(name.startswith(_OURS) for name in frames):
+            raise
+        first = (str(error) or "no message").partition("\n")[0]
+        raise ConfigError(
+            f"{type(pipe).__name__}: expected a pipeline that generates, got {type(error).__name__} ({first}). It is "
+            "raised by the pipeline's own call, without modiff. Call it from Python with the same inputs first."
+        ) from error
 
 
 def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
