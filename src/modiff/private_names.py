@@ -14,6 +14,7 @@ TORCH = (
     "torch.nn.modules.conv:Conv2d._conv_forward",
     "torch.nn.modules.conv:Conv3d._conv_forward",
     "torch.nn.modules.module:Module._call_impl",
+    "torch._subclasses.fake_tensor:FakeTensorMode",
     "torch.nn.modules.module:Module._compiled_call_impl",
     "torch:Tensor._version",
     "torch:UntypedStorage._cdata",

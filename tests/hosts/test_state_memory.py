@@ -1,6 +1,8 @@
 """The memory of states: known before the first run, warned of, and a budget for it."""
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +10,34 @@ import diffusers
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
 import modiff
 from modiff import ConfigError, ModiffWarning, presets
-from modiff.hosts.host import Host, host_of
+from modiff.hosts.host import Host
 from modiff.hosts.names import example_inputs
 from modiff.model import trajectory as module
-from tests.hosts.tiny import HOSTS, embeddings, encoders, flow, network
+from tests.hosts.tiny import HOSTS, clip_tokenizer, embeddings, encoders, flow, image_vae, network
 
-SIZES = ("height", "width", "num_frames")
 NETWORK = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
 
 
 @pytest.mark.parametrize(
-    ("host", "modulation"),
-    [("ddim", {}), ("ddim", {"predictor": "linear"}), ("ddpm", {"state_dtype": "float64"}), ("dit", {})],
-)
-def test_apply_tells_the_bytes_that_a_generation_then_takes(host: str, modulation: dict[str, str]) -> None:
+    ("host", "layer"),
+    [
+        ("ddim", {}), ("ddim", {"modulation": {"predictor": "linear"}}), ("ddim", {"modulation": None}), ("dit", {}),
+        ("ddpm", {"modulation": {"state_dtype": "float64"}}), ("ddim", {"weight": {"bits": 4}}),
+    ],
+)  # fmt: skip
+def test_apply_tells_the_bytes_that_a_generation_then_takes(host: str, layer: dict[str, Any]) -> None:
     pipe, calls = HOSTS[host].build(), []
     handle = HOSTS[host].network(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
-    expected = modiff.apply(pipe, presets.as_config({"layer": {"modulation": modulation}})).memory.expected
+    expected = modiff.apply(pipe, presets.as_config({"layer": layer})).memory.expected
     assert not calls  # hooks do not hear of the evaluation that tells the shapes
     handle.remove()
     HOSTS[host].call(pipe, steps=3)
-    assert modiff.report(pipe).memory.states == expected > 0
+    assert modiff.report(pipe).memory.states == expected
+    assert (expected > 0) == (layer.get("modulation", {}) is not None)
 
 
 @pytest.mark.parametrize("host", ["sd", "sdxl", "pixart", "sd3"])
@@ -45,27 +51,8 @@ def test_models_that_read_text_are_known_too_also_loaded_and_others_after_a_traj
     assert modiff.report(modiff.load(tmp_path / "packed")).memory.expected == memory.expected
     assert "for one generation" in str(memory)
     monkeypatch.setattr(Host, "example", lambda *_: torch.zeros(-1))  # whatever it raises, a model is applied to
-    assert "states known after a trajectory" in str(modiff.apply(NETWORK, "w8a4").memory)
+    assert "states unknown before the first run" in str(modiff.apply(NETWORK, "w8a4").memory)
     modiff.remove(NETWORK)
-
-
-def test_states_of_flux_and_of_videos_are_known_at_the_usual_size_of_their_pipelines() -> None:
-    class Flux(diffusers.FluxPipeline):
-        def __call__(self, height=8, width=8, true_cfg_scale=1.0, max_sequence_length=8, **words: Any) -> Any:
-            return super().__call__(height=height, width=width, **words | {"true_cfg_scale": true_cfg_scale})
-
-    class Wan(diffusers.WanPipeline):
-        def __call__(
-            self, height=32, width=32, num_frames=9, guidance_scale=3.0, max_sequence_length=8, **words
-        ) -> Any:
-            return super().__call__(height=height, width=width, num_frames=num_frames, **words)
-
-    for host, kind in (("flux", Flux), ("wan", Wan)):
-        pipe = HOSTS[host].build()
-        pipe.__class__ = kind
-        expected = modiff.apply(pipe, "w8a4").memory.expected
-        HOSTS[host].call(pipe, steps=3, **{"true_cfg_scale": 1.0} if host == "flux" else {})
-        assert modiff.report(pipe).memory.states == expected > 0
 
 
 def mochi() -> diffusers.DiffusionPipeline:
@@ -80,33 +67,98 @@ def mochi() -> diffusers.DiffusionPipeline:
     return diffusers.MochiPipeline(transformer=transformer, scheduler=flow(), vae=vae, **encoders(1))
 
 
+def of_components(kind: type[diffusers.DiffusionPipeline], host: str, **parts: Any) -> diffusers.DiffusionPipeline:
+    """A pipeline of another kind that reads what a tiny host has."""
+    known = HOSTS[host].build().components | parts
+    return kind(**{name: known.get(name) for name in inspect.signature(kind.__init__).parameters if name in known})
+
+
 def animated() -> diffusers.DiffusionPipeline:
     """Reads the prompt once for each frame."""
-    parts = HOSTS["sd"].build().components
-    kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     motion = diffusers.MotionAdapter((32, 64), 1, motion_norm_num_groups=8, motion_num_attention_heads=2)
-    return diffusers.AnimateDiffPipeline(**kept, motion_adapter=motion)
+    return of_components(diffusers.AnimateDiffPipeline, "sd", motion_adapter=motion)
 
 
+def of_words(kind: type[diffusers.DiffusionPipeline], transformer: nn.Module, **parts: Any) -> Any:
+    """A pipeline that has a language model read its prompt."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+    }
+    tokenizer, config = clip_tokenizer(), Qwen3VLTextConfig(vocab_size=64, num_hidden_layers=2, **sizes)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    parts = {"vae": image_vae(), "scheduler": flow(), "text_encoder": Qwen3VLTextModel(config)} | parts
+    return kind(transformer=transformer, tokenizer=tokenizer, **parts)
+
+
+def krea() -> diffusers.DiffusionPipeline:
+    """Reads several layers of its text encoder; guidance in two calls without contexts."""
+    transformer = network(
+        diffusers.Krea2Transformer2DModel, 3, in_channels=16, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=64, timestep_embed_dim=16, text_hidden_dim=32,
+        num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=64,
+        num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = HOSTS["wan"].build().vae
+    return of_words(diffusers.Krea2Pipeline, transformer, vae=vae, text_encoder_select_layers=(0, 1))
+
+
+def z_image() -> diffusers.DiffusionPipeline:
+    """Reads the words of a prompt that a mask selects, both branches of guidance in one list."""
+    sizes = {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    axes = {"axes_dims": [4, 6, 6], "axes_lens": [256, 32, 32]}
+    return of_words(
+        diffusers.ZImagePipeline, network(diffusers.ZImageTransformer2DModel, 3, cap_feat_dim=32, **sizes, **axes)
+    )
+
+
+def edits() -> diffusers.DiffusionPipeline:
+    """Three branches, of eight channels."""
+    config = HOSTS["sd"].build().unet.config
+    unet = network(diffusers.UNet2DConditionModel, 12, **{k: v for k, v in config.items() if k[0] != "_"}
+                   | {"in_channels": 8})  # fmt: skip
+    return of_components(diffusers.StableDiffusionInstructPix2PixPipeline, "sd", unet=unet)
+
+
+IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+PROMPT = {"prompt": "a red fox"}
 WORDS = embeddings(1, pooled=False)
+POOLED = embeddings(1, guidance="true_cfg_scale", true_cfg_scale=1.0)
 MASKS = {f"{name}prompt_attention_mask": torch.ones(1, 8).bool() for name in ("", "negative_")}
+WAYS: dict[str, tuple[Callable[[], diffusers.DiffusionPipeline], int, dict[str, Any]]] = {
+    "flux": (HOSTS["flux"].build, 16, POOLED),
+    "flux of images": (partial(of_components, diffusers.FluxImg2ImgPipeline, "flux"), 16, POOLED | {"image": IMAGE}),
+    "flux kontext": (partial(of_components, diffusers.FluxKontextPipeline, "flux"), 16, POOLED | {"image": IMAGE}),
+    "wan": (HOSTS["wan"].build, 32, WORDS),
+    "mochi": (mochi, 64, WORDS | MASKS),
+    "animatediff": (animated, 8, WORDS),
+    "krea": (krea, 32, PROMPT),
+    "z-image": (z_image, 32, PROMPT),
+    "pix2pix": (edits, 8, PROMPT | {"image": IMAGE[..., :8, :8]}),
+    "pag": (partial(of_components, diffusers.StableDiffusionPAGPipeline, "sd"), 8, PROMPT),
+}
+SIZES = {"num_frames": 9, "max_sequence_length": 8, "max_area": 256, "_auto_resize": False}
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32
-@pytest.mark.parametrize(("build", "size", "words"), [(mochi, 64, WORDS | MASKS), (animated, 8, WORDS)])
-def test_states_of_networks_that_read_their_prompt_in_ways_of_their_own_are_known(build, size, words) -> None:
-    pipe, sizes = build(), {"height": size, "width": size, "num_frames": 7, "max_sequence_length": 8}
+@pytest.mark.parametrize("way", WAYS)
+def test_apply_tells_the_states_of_pipelines_at_their_usual_size_however_they_guide_and_read_prompts(way) -> None:
+    build, size, words = WAYS[way]
+    pipe, sizes = build(), {"height": size, "width": size} | SIZES
     call = inspect.signature(pipe.__call__).parameters.values()
 
     class Small(type(pipe)):
         def __call__(self, **words: Any) -> Any:
-            return super().__call__(**{name: size for name, size in sizes.items() if name in names}, **words)
+            return super().__call__(**{name: size for name, size in sizes.items() if name in names} | words)
 
     names = [parameter.name for parameter in call]
     usual = [parameter.replace(default=sizes.get(parameter.name, parameter.default)) for parameter in call]
     Small.__call__.__signature__ = inspect.Signature([inspect.Parameter("self", 1), *usual])
     pipe.__class__ = Small
+    drawn = torch.get_rng_state()
     expected = modiff.apply(pipe, "w8a4").memory.expected
+    assert torch.equal(torch.get_rng_state(), drawn)
     pipe.set_progress_bar_config(disable=True)
     pipe(**words, num_inference_steps=2, output_type="latent")
     assert modiff.report(pipe).memory.states == expected > 0
@@ -128,25 +180,6 @@ def test_a_video_model_of_a_billion_weights_is_told_of_without_its_weights() -> 
     parts = HOSTS["wan"].build().components | {"vae": None, "transformer": transformer}
     with pytest.warns(ModiffWarning, match=r"got about 266\.7 GiB for one generation of WanTransformer3DModel"):
         modiff.apply(diffusers.WanPipeline(**parts), "w8a8")
-
-
-@pytest.mark.parametrize("host", ["sd", "sdxl", "pixart", "sd3", "flux", "wan"])
-def test_a_pipeline_tells_the_shapes_of_its_first_evaluation_before_it_runs(host: str) -> None:
-    pipe, real = HOSTS[host].build(), dict[str, Any]()
-    network = HOSTS[host].network(pipe)
-
-    def stop(module: nn.Module, inputs: tuple[Any, ...], words: dict[str, Any]) -> None:
-        real.update(zip(inspect.signature(module.forward).parameters, inputs, strict=False), **words)
-        raise InterruptedError
-
-    network.register_forward_pre_hook(stop, with_kwargs=True)
-    sizes = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items() if name in SIZES}
-    with pytest.raises(InterruptedError):
-        HOSTS[host].call(pipe, **sizes)
-    told = host_of(pipe).example(network, pipe)
-    for name in {"sample", "hidden_states", "encoder_hidden_states", "img_ids"} & set(real):
-        first = 2 if name.startswith("encoder") else int(name != "img_ids")  # the number of tokens is the prompt's
-        assert told[name].shape[first:] == real[name].shape[first:]
 
 
 def test_states_beyond_what_is_free_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

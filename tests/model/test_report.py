@@ -75,8 +75,8 @@ def test_the_report_of_apply_says_how_each_layer_runs_and_why_not_on_integers(mo
 def test_memory_is_told_in_full(packed):
     model = applied(presets.w8a8().on_integers())
     biases, weights = 4 * 5 * 16, 2304 + 4 * 256
-    assert modiff.report(model).memory == MemoryUse(floats=4 * weights + biases)
-    assert "codes and backends from step 1 on; states known after a trajectory" in str(modiff.report(model))
+    assert modiff.report(model).memory == MemoryUse(floats=4 * weights + biases, expected=None)
+    assert "codes and backends from step 1 on; states unknown before the first run" in str(modiff.report(model))
     if packed:
         modiff.pack(model)
     with modiff.trajectory(model):

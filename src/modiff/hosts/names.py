@@ -58,13 +58,15 @@ def shortcut_splits(model: nn.Module) -> dict[str, int]:
     return splits if len(skips) == len(resnets) else {}
 
 
-def example_inputs(network: nn.Module, sample: torch.Tensor | None = None, **known: Any) -> dict[str, Any] | None:
+def example_inputs(
+    network: nn.Module, sample: torch.Tensor | None = None, *, rows: int | None = None, length: int | None = None
+) -> dict[str, Any] | None:
     """Arguments of one evaluation of a model in diffusers' names, for one image of the size that it was trained on.
 
     Models that read a prompt or a class evaluate two rows, with and without it. None for other networks, and those
-    whose config names no size, as Flux' and models of videos, unless its pipeline knows:
+    whose config names no size, as Flux' and models of videos, unless it is given:
 
-    sample: one row of the input, of any size. known: other arguments; `rows`; and `length`, tokens in a prompt.
+    sample: one row of the input, of any size. rows, length: of the prompt, and its tokens.
     """
     config = getattr(network, "config", None)
     size, channels = (getattr(config, name, None) for name in ("sample_size", "in_channels"))
@@ -72,8 +74,8 @@ def example_inputs(network: nn.Module, sample: torch.Tensor | None = None, **kno
     width = next((w for name in _WIDTHS if isinstance(w := getattr(config, name, None), int)), None)
     classes = getattr(config, "num_embeds_ada_norm", None) if "class_labels" in names and width is None else None
     height, wide = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    rows = known.get("rows", 1 if width is None and classes is None else 2)
-    length = known.get("length", 77 if "sample" in names else 300)
+    rows = rows or (1 if width is None and classes is None else 2)
+    length = length or (77 if "sample" in names else 300)
     dtype = getattr(network, "dtype", None) or next(network.parameters()).dtype  # its first ones may stay in float32
     zeros = functools.partial(torch.zeros, device="meta", dtype=dtype)
     numbers, mask = (torch.ones(shape, dtype=torch.long, device="meta") for shape in ((rows,), (rows, length)))
@@ -81,17 +83,16 @@ def example_inputs(network: nn.Module, sample: torch.Tensor | None = None, **kno
         if not isinstance(height, int) or not isinstance(wide, int) or not isinstance(channels, int):
             return None
         sample = zeros(1, channels, height, wide)
-    words = rows * (sample.shape[2] if getattr(config, "motion_max_seq_length", None) else 1)  # AnimateDiff: each frame
     extra = {"resolution": zeros(rows, 2), "aspect_ratio": zeros(rows, 1)}
     if (time := getattr(config, "addition_time_embed_dim", None)) is not None:
         pooled = config.projection_class_embeddings_input_dim - 6 * time
         extra = {"text_embeds": zeros(rows, pooled), "time_ids": zeros(rows, 6)}
-    known |= {
+    known = {
         "sample": zeros(rows, *sample.shape[1:]),
         "hidden_states": zeros(rows, *sample.shape[1:]),
         "timestep": numbers,
         "class_labels": None if classes is None else numbers,
-        "encoder_hidden_states": None if width is None else zeros(words, length, width),
+        "encoder_hidden_states": None if width is None else zeros(rows, length, width),
         "encoder_attention_mask": mask,
         "encoder_hidden_states_mask": mask,
         "pooled_projections": zeros(rows, getattr(config, "pooled_projection_dim", None) or 1),

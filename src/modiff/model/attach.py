@@ -114,7 +114,8 @@ class Attachment:
         self.timestep: tuple[str, int] | None = None
         self.branch_hooks: Callable[[], tuple[str, ...]] | None = None
         self.thread = 0
-        self.most_states = self.expected_states = 0
+        self.most_states = 0
+        self.expected_states: int | None = None
         self.roles: Roles | None = None
         self.uncalled: tuple[str, ...] = ()
         self.unfit: dict[str, str] = {}

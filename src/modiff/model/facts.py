@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,13 @@ class NetworkFacts:
         target: what `apply` was given; a pipeline may know more of sizes than its network.
         """
         return None
+
+    def rehearsals(self, network: nn.Module, target: Any) -> Iterator[tuple[nn.Module, Callable[[], object]]]:
+        """Copies of a network without values, and what evaluates each as the first step of one generation does.
+
+        All evaluations of that step, so that of its shapes nothing is guessed. The first that raises nothing counts.
+        """
+        yield from ()
 
     def branch_hooks(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
         """Names of what hangs on modules while a branch of guidance is evaluated, and changes what they compute."""

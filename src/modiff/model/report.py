@@ -55,21 +55,22 @@ class MemoryUse(NamedTuple):
 
     floats: weights and biases before rounding; gone after `pack`. codes: integers and their scales, backends: copies in
     the layout of a backend, both made at the first step. states: the most that one trajectory ended with so far.
-    expected: of one generation of the host's usual size, from shapes alone; 0 where that is not known.
+    expected: of one generation of the host's usual size, from shapes alone; None where that is not known.
     """
 
     floats: int = 0
     codes: int = 0
     backends: int = 0
     states: int = 0
-    expected: int = 0
+    expected: int | None = 0
 
     def __str__(self) -> str:
         later = f"{_size(self.codes)} in codes, {_size(self.backends)} in backends"
         later = later if self.codes else "codes and backends from step 1 on"
-        states = f"about {_size(self.expected)} for one generation" if self.expected else "known after a trajectory"
-        states = _size(self.states) if self.states else states
-        return f"memory: weights {_size(self.floats)} in floats, {later}; states {states}"
+        states = f"; states {_size(self.states)}" if self.states else "; states unknown before the first run"
+        if not self.states and self.expected is not None:
+            states = f"; states about {_size(self.expected)} for one generation" if self.expected else ""
+        return f"memory: weights {_size(self.floats)} in floats, {later}{states}"
 
 
 def _size(count: int) -> str:
@@ -105,7 +106,8 @@ class Report:
 
     def __add__(self, other: "Report") -> "Report":
         memories = [m for m in (self.memory, other.memory) if m is not None]
-        memory = MemoryUse(*map(sum, zip(*memories, strict=True))) if memories else None
+        columns = zip(*memories, strict=True)
+        memory = MemoryUse(*(None if None in column else sum(column) for column in columns)) if memories else None
         return Report(self.entries + other.entries, memory)
 
     def __str__(self) -> str:
@@ -117,8 +119,7 @@ class Report:
         anchors = Counter((e.anchor, e.states) for e in self.entries if e.anchor)
         lines += [f"  {n} anchor with {anchor}, states in {dtype}" for (anchor, dtype), n in anchors.items()]
         if self.memory is not None:
-            stateless = all(e.config is None or e.config.modulation is None for e in self.entries)
-            lines.append(f"  {self.memory}" if not stateless else f"  {self.memory}".partition("; states")[0])
+            lines.append(f"  {self.memory}")
         groups: dict[tuple[str, ...], list[Entry]] = {}
         for e in self.entries:
             reason = e.reason.partition(":")[0] if e.config is None else e.reason if ":" in e.reason else ""
@@ -167,7 +168,7 @@ def coded_values(quantizer: Quantizer) -> str:
     return f"codes values: residuals need larger scales{steps}"
 
 
-def memory_of(layers: Iterable[ModulatedLayer], states: int, expected: int) -> MemoryUse:
+def memory_of(layers: Iterable[ModulatedLayer], states: int, expected: int | None) -> MemoryUse:
     """What these layers take now, and the bytes of their states, measured and expected."""
     floats, codes, backends = 0, 0, 0
     parameters: dict[int, Tensor] = {}  # layers may share them

@@ -1,9 +1,11 @@
 """The life of the states: one generation, first step to last; the memory they take; copies that share all but them."""
 
 import copy
+import logging
 import math
+import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -11,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from modiff.config import LayerConfig, check
+from modiff.core.jumps import thinned
 from modiff.core.predictors import predictor_named
 from modiff.errors import ConfigError, StateError, warn_once
-from modiff.model.attach import attachment_of, required_attachment
+from modiff.model.attach import ATTRIBUTE, attachment_of, required_attachment
 from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.probe import plain_layer
@@ -91,88 +95,137 @@ def state_bytes(model: nn.Module) -> int:
     return required_attachment(model, "state_bytes").state_bytes()
 
 
-def state_elements(model: nn.Module, names: Collection[str], target: Any) -> dict[str, tuple[int, int, Tensor]]:
-    """How many numbers each layer reads and writes in one evaluation of `NetworkFacts.example`, and its first input.
+Shapes = dict[str, tuple[list[Tensor], int]]
+"""Of layers by name: what each reads in one step, without values, and how many numbers it writes."""
 
-    From shapes alone; {} where the host knows no example, or shapes depend on values.
-    Cost: a copy of the modules without their tensors, and an evaluation on the meta device.
+
+def shapes_of(model: nn.Module, names: Collection[str], target: Any) -> Shapes:
+    """Of the first step of one generation: as `NetworkFacts.rehearsals` have it, or an evaluation of its `example`.
+
+    {} where neither is known, or shapes depend on values.
+    Cost: a copy of the modules without their tensors, and the Python of one step.
     """
-    sizes: dict[str, tuple[int, int, Tensor]] = {}
+    shapes: Shapes = {}
 
     def see(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        reads, writes, source = sizes.get(name, (0, 0, inputs[0]))
-        sizes[name] = reads + inputs[0].numel(), writes + output.numel(), source
+        reads, writes = shapes.get(name, ([], 0))
+        shapes[name] = [*reads, inputs[0]], writes + output.numel()
 
-    def evaluate(example: dict[str, Any], device: str) -> None:
-        def like(tensor: Tensor) -> Tensor:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    def example() -> Iterator[tuple[nn.Module, Callable[[], object]]]:
+        words = facts_of(model).example(model, target)
+        if words is not None:
+            blank, like, _ = without_values(model, [model])
+            yield blank, partial(blank, **tree_map_only(Tensor, like, words))
 
-        sizes.clear()
-        memo: dict[int, Any] = {id(t): like(t) for module in model.modules() for t in _tensors(vars(module))}
-        memo |= {id(p): nn.Parameter(like(p), False) for p in model.parameters()}
-        for module in model.modules():  # neither hooks nor wrappers meet tensors without values
-            hooks = ("_forward_hooks", "_forward_pre_hooks", "forward")
-            memo |= {id(vars(module)[name]): OrderedDict() for name in hooks if name in vars(module)}
-            if isinstance(module, ModulatedLayer):
-                memo[id(module)] = _as_torch_has_it(module, device)
-        memo[id(attachment_of(model))] = None
-        blank = copy.deepcopy(model, memo)
-        for module in blank.modules():
-            vars(module).pop("forward", None)
-        with observe(blank, see, layers=names):
-            blank(**tree_map_only(Tensor, like, example))
-
-    example: dict[str, Any] | None = None
-    with suppress(Exception), torch.no_grad(), torch.device("meta"), _Selecting():
-        if (example := facts_of(model).example(model, target)) is not None:
-            evaluate(example, "meta")
-        return sizes
-    with suppress(Exception), torch.no_grad():  # no autocast knows "meta", which Mochi asks for
-        from torch._subclasses.fake_tensor import FakeTensorMode  # loads slowly
-
-        with FakeTensorMode(), _Selecting():
-            evaluate(example or {}, "cpu")
-        return sizes
+    for rehearsals in (partial(facts_of(model).rehearsals, model, target), example):
+        with suppress(Exception), torch.no_grad(), torch.random.fork_rng([]), _silence():
+            for blank, run in rehearsals():
+                shapes.clear()
+                with suppress(Exception), _Selecting(), observe(blank, see, layers=names):
+                    run()
+                    if shapes:
+                        return shapes
     return {}
 
 
-def _as_torch_has_it(layer: ModulatedLayer, device: str) -> nn.Module:
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Neither warnings nor messages in the body: what fails there is told by its result."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def without_values(target: Any, roots: Iterable[nn.Module], shared: Iterable[object] = ()) -> Any:
+    """A copy whose modules have neither values nor hooks, what makes a tensor alike, and the copies by id.
+
+    roots: all modules of the target. shared: what the copy has in common with it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors outside of the modules have values
+
+    def like(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    modules, over = [module for root in roots for module in root.modules()], list[tuple[int, str]]()
+    copies: dict[int, Any] = {id(value): value for value in shared}
+    copies |= {id(t): like(t) for module in modules for t in _tensors(vars(module))}
+    for module in modules:
+        copies |= {id(p): nn.Parameter(like(p), False) for p in module._parameters.values() if p is not None}
+        for name, value in vars(module).items():
+            if name in ("_forward_hooks", "_forward_pre_hooks"):
+                copies[id(value)] = OrderedDict()
+            elif name in _ATTACHED or (callable(value) and hasattr(type(module), name)):  # put over a method
+                copies[id(value)] = None
+                over.append((id(module), name))
+        if isinstance(module, ModulatedLayer):
+            copies[id(module)] = _as_torch_has_it(module, like)
+    copied = copy.deepcopy(target, copies)
+    for number, name in over:
+        vars(copies[number]).pop(name, None)
+    return copied, like, copies
+
+
+def _as_torch_has_it(layer: ModulatedLayer, like: Callable[[Tensor], Tensor]) -> nn.Module:
     """The torch layer of a modulated one, packed or not, with parameters whose values mean nothing."""
     kind = next(kind for kind in type(layer).__mro__ if not issubclass(kind, ModulatedLayer))
     quantized, bias = layer.quantized_weight, layer.bias
-    empty = partial(torch.empty, dtype=getattr(quantized, "dtype", layer.operator.weight.dtype), device=device)
-    tensors = {"weight": turned(empty(layer.weight_shape), quantized.transposed),
-               "bias": None if bias is None else empty(bias.shape)}  # fmt: skip
+    empty = partial(torch.empty, dtype=getattr(quantized, "dtype", layer.operator.weight.dtype), device="meta")
+    tensors = {"weight": turned(like(empty(layer.weight_shape)), quantized.transposed),
+               "bias": None if bias is None else like(empty(bias.shape))}  # fmt: skip
     parameters = {name: None if x is None else nn.Parameter(x, False) for name, x in tensors.items()}
     plain: Any = kind.__new__(kind)
     vars(plain).update(vars(layer) | {"_parameters": parameters, "_buffers": {}, "_modules": {}})
     return plain
 
 
+_ATTACHED = (ATTRIBUTE, "_hf_hook", "_diffusers_hook")
+"""What hangs on modules: of modiff, of offloading and of guiders."""
+
+
 class _Selecting(TorchFunctionMode):
-    """Masks without values select all: what Mochi does with the words of a prompt."""
+    """Where tensors have no values, masks select all, as those of the words of a prompt, and conditions hold."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nonzero:
-            return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.long)
+        x, at = (*args, None, None)[:2]
+        if not isinstance(x, FakeTensor):
+            return func(*args, **kwargs or {})
+        if func in _ONE:
+            return _ONE[func]
+        if func in (torch.nonzero, Tensor.nonzero) and not kwargs:
+            return x.new_empty(x.numel(), x.dim(), dtype=torch.long)
+        if func is Tensor.__getitem__ and isinstance(at, Tensor) and at.dtype == torch.bool:
+            known = not isinstance(at, FakeTensor)
+            return x[at.nonzero(as_tuple=True)] if known else x.new_empty(at.numel(), *x.shape[at.dim() :])
         return func(*args, **kwargs or {})
 
 
-def _bytes(layer: ModulatedLayer, numbers: int) -> int:
+_ONE = {Tensor.__bool__: True, Tensor.item: 1, Tensor.__int__: 1, Tensor.__float__: 1.0}
+
+
+def _bytes(layer: ModulatedLayer, reads: Iterable[Tensor], writes: int) -> int:
+    """Of the states of these inputs and outputs, and of what is kept of anchors."""
     if layer.inputs is None:
         return 0
-    states = predictor_named(layer.loop.modulation.predictor).past_states
-    return getattr(torch, layer.loop.state_dtype).itemsize * states * numbers
+    states, numbers = predictor_named(layer.loop.modulation.predictor).past_states, sum(x.numel() for x in reads)
+    anchors = sum(thinned(x, layer.spec.channel_dim).numel() for x in reads) if layer.spec.watches_anchor else 0
+    return getattr(torch, layer.loop.state_dtype).itemsize * states * (numbers + writes) + 8 * anchors
 
 
-def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer], target: Any) -> int:
-    """Bytes of all states of one trajectory, before it runs; 0 where they are not known. Shared states count once."""
-    total, counted = 0, set[tuple[int, int]]()
-    for name, (reads, writes, source) in state_elements(model, layers, target).items():
-        key = id(layers[name].inputs), id(source)
-        total += _bytes(layers[name], writes + (0 if key in counted else reads))
-        counted.add(key)
-    return total
+def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer], target: Any) -> int | None:
+    """Bytes of all states of one trajectory before it runs, shared ones once; None where they are not known."""
+    if all(layer.inputs is None for layer in layers.values()):
+        return 0
+    shapes, total, counted = shapes_of(model, layers, target), 0, set[tuple[int, int]]()
+    for name, (reads, writes) in shapes.items():
+        inputs = {(id(layers[name].inputs), id(x)): x for x in reads}
+        total += _bytes(layers[name], [x for key, x in inputs.items() if key not in counted], writes)
+        counted |= inputs.keys()
+    return total if shapes else None
 
 
 def plain_to_fit(
@@ -187,12 +240,12 @@ def plain_to_fit(
     costs: list[tuple[int, str, LayerConfig]] = []
     for model, report in models.items():
         configs = {entry.name: entry.config for entry in report.taken if entry.config is not None}
-        elements = state_elements(model, configs, target)
+        shapes = shapes_of(model, configs, target)
         why = "Its inputs are not known before it runs. Choose layers with exclude=, or give it a Host with `example`."
-        check("state_memory", type(model).__name__, bool(elements), "networks of known input sizes", why)
+        check("state_memory", type(model).__name__, bool(shapes), "networks of known input sizes", why)
         modules, clock = modules_of(model), Clock("apply")
-        layers = {name: modulated_layer(modules[name], configs[name], name, clock) for name in elements}
-        costs += [(_bytes(layer, sum(elements[n][:2])), n, configs[n]) for n, layer in layers.items()]
+        layers = {name: modulated_layer(modules[name], configs[name], name, clock) for name in shapes}
+        costs += [(_bytes(layer, *shapes[n]), n, configs[n]) for n, layer in layers.items()]
     plain: dict[str, LayerConfig] = {}
     for size, name, config in sorted(costs, key=lambda cost: -_saved(cost, errors)):
         if size <= budget:
@@ -209,7 +262,7 @@ def _saved(cost: tuple[int, str, LayerConfig], errors: Mapping[str, float]) -> f
 
 def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:
     """Warn where the states that the report expects exceed the memory that is free."""
-    expected = report.memory.expected if report.memory else 0
+    expected = (report.memory.expected if report.memory else None) or 0
     free = _free(next(models[0].parameters()).device) if expected else None
     if free is not None and expected > free:
         name, sizes = type(models[0]).__name__, [f"{size / 2**30:.1f} GiB" for size in (expected, free)]

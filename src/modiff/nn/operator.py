@@ -102,6 +102,12 @@ class LayerSpec:
             return False
         return modulation.anchor_weights == "exact"
 
+    @cached_property
+    def watches_anchor(self) -> bool:
+        """Whether it is looked at how far an input is from where it started: the weight has fewer bits than codes."""
+        activation = self.config.activation
+        return self.anchors_exactly and activation.dynamic and (self.config.weight.bits or 8) < (activation.bits or 0)
+
     def fuses(self, norm: Norm, device: torch.device) -> bool:
         """Whether kernels compute a norm or an activation in front of the layer while its result is encoded."""
         if not self.encodes_as_it_comes or device.type != "cpu" or (self.split is not None and norm != "group"):

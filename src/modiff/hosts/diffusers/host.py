@@ -1,7 +1,7 @@
 """Pipelines and models of diffusers as a `Host`."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from modiff.errors import ConfigError
 from modiff.files import new_folder
 from modiff.hosts.diffusers.hooks import cache_contexts, follow, unfollow
 from modiff.hosts.diffusers.quantizer import attach_quantizer, offer_quantizer, saving_quantized, withdraw_quantizer
-from modiff.hosts.diffusers.runs import calibration_run, evaluations, pipeline_example
+from modiff.hosts.diffusers.runs import calibration_run, evaluations, rehearsals
 from modiff.hosts.host import Host
 from modiff.model.attach import attachment_of, eager
 from modiff.model.facts import facts_of
@@ -83,12 +83,9 @@ class DiffusersHost(Host):
             withdraw_quantizer(network)
         super().detach(target)
 
-    def example(self, network: nn.Module, target: Any = None) -> dict[str, Any] | None:
-        """Of the pipeline's usual size; of the size in the config where it has none, or for a model alone."""
-        if isinstance(target, DiffusionPipeline):
-            with suppress(Exception):  # it prepares latents from something else, as an image
-                return pipeline_example(target, network)
-        return super().example(network)
+    def rehearsals(self, network: nn.Module, target: Any) -> Iterator[tuple[nn.Module, Callable[[], object]]]:
+        """Calls of a copy of the pipeline, of the size that it has by default."""
+        return rehearsals(target, network) if isinstance(target, DiffusionPipeline) else iter(())
 
     def contexts(self, *networks: nn.Module) -> AbstractContextManager[object]:
         """Follow the cache contexts of models that modiff is not on."""

@@ -4,19 +4,21 @@ import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
+from torch import Tensor, nn
 
 from modiff.config import check
 from modiff.errors import ConfigError, ModiffError
 from modiff.hosts.names import example_inputs
+from modiff.model.trajectory import without_values
 
-_SPATIAL = ("scale_factor", "scale_factor_spatial", "spatial_compression_ratio", "spatial_scale_factor")
 _VIDEO = ("num_frames", "frames")
 _OURS = ("modiff.core.", "modiff.kernels.", "modiff.model.", "modiff.nn.")
 _KNOWN = ("prompt", "class_labels", "self")
@@ -157,39 +159,78 @@ def call_inputs(
     return own | {"batch_size": count}
 
 
-def pipeline_example(pipe: DiffusionPipeline, network: Any) -> dict[str, Any] | None:
-    """As `Host.example`: latents that the pipeline prepares for the height, width and frames that it has by default."""
-    config, call = network.config, {n: p.default for n, p in inspect.signature(pipe.__call__).parameters.items()}
-    spatial = _first(pipe, *(f"vae_{name}" for name in _SPATIAL)) or 1
-    temporal = _first(pipe, *(f"vae_{name.replace('spatial', 'temporal')}" for name in _SPATIAL[1:])) or 1
-    square = _first(pipe, "default_sample_size") or _first(config, "sample_size")
-    height, width = (
-        call.get(name) or _first(pipe, f"default_{name}") or spatial * (_first(config, f"sample_{name}") or square)
-        for name in ("height", "width")
-    )
-    frames = call.get("num_frames") or _first(config, "sample_frames") or 1
-    channels, sample, ids = config.in_channels, torch.empty(0), None
-    for latent in (channels, channels // 4):  # of 2 x 2 pixels in one token
-        sizes = {"batch_size": 1, "height": height, "width": width, "num_frames": frames, "generator": None,
-                 "dtype": network.dtype, "device": torch.device("meta"), "latents": None,
-                 "num_channels_latents": latent, "num_latents_channels": latent}  # fmt: skip
-        prepare = inspect.signature(pipe.prepare_latents).parameters
-        prepared = pipe.prepare_latents(**{name: value for name, value in sizes.items() if name in prepare})
-        sample, ids = prepared if isinstance(prepared, tuple) else (prepared, None)
-        if channels in (sample.shape[-1:] if sample.dim() == 3 else sample.shape[1:3]):
-            break
-    length = call.get("max_sequence_length") or min(77, getattr(_first(pipe, "tokenizer"), "model_max_length", 77))
-    twice = (
-        (call.get("guidance_scale") or 0) > 1 and "true_cfg_scale" not in call and not _first(config, "guidance_embeds")
-    )
-    known = {"num_frames": (frames - 1) // temporal + 1, "height": height // spatial, "width": width // spatial}
-    if ids is not None:
-        known |= {"img_ids": ids, "txt_ids": ids.new_zeros(*ids.shape[:-2], length, ids.shape[-1])}
-    known["img_shapes"] = [[(1, height // spatial // 2, width // spatial // 2)]] * (1 + twice)
-    if _first(config, "use_rotary_positional_embeddings"):
-        rotary = pipe._prepare_rotary_positional_embeddings(height, width, known["num_frames"], torch.device("meta"))
-        known["image_rotary_emb"] = rotary
-    return example_inputs(network, sample, rows=1 + twice, length=length, **known)
+class _StepEnded(Exception):
+    """The first step that evaluated the network."""
+
+
+def rehearsals(pipe: DiffusionPipeline, network: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], object]]]:
+    """As `Host.rehearsals`: calls of a copy of the pipeline with a prompt, or what stands for one, and with pictures.
+
+    They end with the first step that evaluated the network. Sizes are those that the pipeline has by default.
+    """
+    values = [value for part in _pipelines(pipe) for value in vars(part).values()]
+    modules = [value for value in values if isinstance(value, nn.Module)]
+    shared = [v for v in values if not isinstance(v, (nn.Module, SchedulerMixin, DiffusionPipeline))]
+    copied, _, copies = without_values(pipe, modules, shared)
+    blank, evaluated = copies[id(network)], list[nn.Module]()
+    blank.register_forward_hook(lambda module, *_: evaluated.append(module))
+
+    def ending(step: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(step)
+        def ended(*args: Any, **kwargs: Any) -> object:
+            if evaluated:
+                raise _StepEnded
+            return step(*args, **kwargs)
+
+        return ended
+
+    def call(words: dict[str, Any]) -> None:
+        evaluated.clear()
+        with suppress(_StepEnded):
+            copied(**words)
+
+    for part in _pipelines(copied):
+        part.set_progress_bar_config(disable=True)
+        for value in vars(part).values():
+            if isinstance(value, SchedulerMixin):
+                vars(value)["step"] = ending(value.step)  # type: ignore[attr-defined]
+    for words in _words(pipe, network):
+        yield blank, functools.partial(call, words)
+
+
+def _pipelines(pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+    yield pipe
+    for value in vars(pipe).values():
+        if isinstance(value, DiffusionPipeline):
+            yield from _pipelines(value)
+
+
+def _words(pipe: DiffusionPipeline, network: Any) -> Iterator[dict[str, Any]]:
+    """Arguments of the pipeline's call: those without a default, a prompt or what is encoded of one, then pictures."""
+    call = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items()}
+    scale, length = _first(pipe, "vae_scale_factor", "vae_scale_factor_spatial") or 8, call.get("max_sequence_length")
+    side = _first(pipe, "default_sample_size") or _first(network.config, "sample_size") or 0
+    square = scale * (side if isinstance(side, int) else max(side)) or 1024
+    image = Image.new("RGB", tuple(call.get(name) or square for name in ("width", "height")))
+    pictures = {name: image for name in call if name.endswith("image") and "ip_adapter" not in name}
+    pictures |= {name: [image] * (call.get("num_frames") or 16) for name in call if name.endswith("video")}
+    texts = {name: "a red fox in the snow" for name in call if name in ("prompt", "source_prompt")}
+    needed = {name: value for name, value in ({"class_labels": [0]} | pictures | texts).items()
+              if call.get(name) is inspect.Parameter.empty}  # fmt: skip
+    more = (pictures, {}) if next(iter(call), "") in pictures else ({}, pictures)  # edits have an image first
+    for text, shown in product((texts, _encoded(network, length or 77, call)), more):
+        yield needed | text | shown
+
+
+def _encoded(network: Any, length: int, names: Iterable[str]) -> dict[str, Tensor]:
+    """A prompt as the network reads it, where the pipeline has no encoders."""
+    example = example_inputs(network, torch.empty(1, 1, 1, 1), rows=1, length=length) or {}
+    example |= example.get("added_cond_kwargs", {})
+    like = {"prompt_embeds": "encoder_hidden_states", "prompt_attention_mask": "encoder_attention_mask",
+            "prompt_embeds_mask": "encoder_attention_mask",
+            "pooled_prompt_embeds": "text_embeds" if "text_embeds" in example else "pooled_projections"}  # fmt: skip
+    words = {name: example.get(like.get(name.removeprefix("negative_"), "")) for name in names}
+    return {name: torch.zeros_like(x, device="cpu") for name, x in words.items() if x is not None}
 
 
 def _first(owner: Any, *names: str) -> Any:

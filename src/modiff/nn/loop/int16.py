@@ -52,7 +52,9 @@ class Int16Input(IntegerInput):
 
     def tensors(self) -> list[Tensor]:
         """Integers and grids."""
-        return [tensor for fixed in self.states for tensor in fixed] if self.fixed else super().tensors()
+        if not self.fixed:
+            return super().tensors()
+        return [*(self.anchor.runs if self.anchor else ()), *(tensor for fixed in self.states for tensor in fixed)]
 
     def begin(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """The states start from what the integers stand for."""

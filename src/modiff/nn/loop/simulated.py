@@ -81,7 +81,8 @@ class InputState:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the state keeps."""
-        return [tensor for state in self.states for tensor in (state.value, *state.moves)]
+        anchor = [] if self.anchor is None else self.anchor.runs
+        return [*anchor, *(tensor for state in self.states for tensor in (state.value, *state.moves))]
 
     def advance(self, x: Tensor, fusion: InputFusion | None) -> Update:
         """Encode x, or what `fusion` makes of it, and move the state on."""
@@ -122,9 +123,9 @@ class InputState:
         source = Source(x, read, self.readers > 1 or (self.open and not self.count), where)
         self.update = self.advance(x, fusion)
         if self.update.starts:
-            start, quantizer, bits = self.update.anchor, self.quantizer, self.spec.config.weight.bits or 8
-            looks = self.spec.anchors_exactly and quantizer.finds_jumps and bits < (quantizer.bits or 0)
-            self.anchor = None if start is None or not looks else Anchor(quantizer.split(start), self.spec.channel_dim)
+            start, quantizer = self.update.anchor, self.quantizer
+            watched = start is not None and self.spec.watches_anchor
+            self.anchor = Anchor(quantizer.split(start), self.spec.channel_dim) if watched else None
         self.shape, self.tick, self._source = shape, self.clock.tick, source
         self.count += 1
         self.unread = 0 if self.open and self.update.starts else self.readers
