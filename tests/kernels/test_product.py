@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from modiff.core.affine import qrange
 from modiff.kernels import native
 from modiff.kernels.backend import Operator
 from modiff.kernels.epilogue import add_eagerly
 from modiff.kernels.exact import REFERENCE
+from modiff.kernels.kernel import Kernel
 from modiff.kernels.layout import Geometry, innermost
 from modiff.kernels.product import NATIVE, family
 from modiff.model.autotune import interleaved
 from modiff.nn.weight import pack_nibbles
-from tests.kernels.problems import needs_compiler, none_clipped, on_threads
+from tests.kernels.problems import exact_sums, needs_compiler, none_clipped, on_threads, problems
+from tests.kernels.problems import operands as operands_of
 
 pytestmark = needs_compiler
 LINEAR = Geometry()
@@ -60,11 +64,29 @@ def worst_codes(weight: torch.Tensor, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("spread", [3.0, 30.0, 1e9])  # bell-shaped, or every weight at its bound
 @pytest.mark.parametrize("largest", [7, 127])
-def test_sums_are_exact_where_every_lane_is_driven_to_its_bound(bits, spread, largest, loops):
-    weight = (torch.randn(19, 1030) * spread).round().clamp(-largest - 1, largest).to(torch.int8)
-    operands = operator(weight, bits, halves=largest == 7)
-    codes = worst_codes(weight, bits)
+@pytest.mark.parametrize("shape", [(19, 1030), (19, 57, 3, 3)])
+def test_sums_are_exact_where_every_lane_is_driven_to_its_bound(bits, spread, largest, shape, loops):
+    weight = (torch.randn(shape) * spread).round().clamp(-largest - 1, largest).to(torch.int8)
+    geometry = Geometry((1, 1), (0, 0), (1, 1)) if shape[2:] else LINEAR
+    operands = operator(weight, bits, geometry, halves=largest == 7)
+    codes = worst_codes(weight, bits).reshape(-1, *shape[1:])
     assert torch.equal(NATIVE.sums(operands, codes).double(), REFERENCE.sums(operands, codes))
+
+
+@given(
+    problem=problems(), seed=st.integers(0, 2**31), inner=st.booleans(), extreme=st.booleans(),
+    threads=st.sampled_from([1, 2, 64]), shift=st.integers(0, 3),
+)  # fmt: skip
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_layers_add_up_exactly_in_any_memory_and_on_more_threads_than_rows(
+    problem, seed, inner, extreme, threads, shift, loops
+):
+    codes, weight = operands_of(problem, seed, inner=inner, extreme=extreme)
+    shifted = torch.empty(codes.numel() + shift, dtype=torch.uint8)[shift:].as_strided(codes.shape, codes.stride())
+    operands = operator(weight, problem.bits, problem.geometry, halves=problem.weight_max == 7)
+    with on_threads(threads):
+        kernel = Kernel(problem, operands.weight, torch.ones(problem.outputs), backend="native")
+        assert torch.equal(kernel.sums(shifted.copy_(codes)).double(), exact_sums(problem, codes, weight))
 
 
 @pytest.mark.parametrize(
