@@ -130,8 +130,9 @@ def test_rows_of_zero_codes_are_left_out_of_the_product_and_sum_up_to_nothing(bi
         check_step(operands, codes, torch.rand(1), expected.float() * operands.weight_scale)
 
 
-def test_silent_rows_take_less_time(loops):
-    operands = operator(torch.randint(-127, 128, (512, 2048), dtype=torch.int8), 4)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_silent_rows_take_less_time(bits, loops):
+    operands = operator(torch.randint(-127, 128, (512, 2048), dtype=torch.int8), bits)
     loud = torch.randint(0, 16, (128, 2048), dtype=torch.uint8)
     still = torch.full_like(loud, operands.zero_point)
     runs = {str(rows is still): partial(NATIVE.sums, operands, rows) for rows in (loud, still)}
