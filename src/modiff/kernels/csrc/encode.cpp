@@ -23,6 +23,7 @@ template <class X, class State>
 bool run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t* partial, int64_t rows, int64_t count,
          int64_t samples, bool dynamic, float factor, float unsent, int32_t lowest, int32_t highest, int threads) {
   const bool compared = dynamic && State::kept;
+  const float measured = dynamic ? factor : 0.0f;
   const std::unique_ptr<uint32_t[]> reach(compared ? new uint32_t[rows]() : nullptr);
   const auto jumps = [&] {
     return compared && may_jump(scale, reach.get(), rows, samples, factor, unsent, smallest(state));
@@ -37,7 +38,8 @@ bool run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
       if (dynamic) {
         scale[row] = finished(state, largest(source, held, count), factor);
       }
-      const uint32_t bits = code(source, ready(held, scale[row]), codes + at, scale[row], lowest, highest, count);
+      const uint32_t bits =
+          code(source, ready(held, scale[row]), codes + at, scale[row], lowest, highest, count, measured);
       if (compared) {
         reach[row] = bits;
       }
@@ -64,7 +66,7 @@ bool run(const X* x, const State& state, uint8_t* codes, float* scale, uint32_t*
   for (int64_t task = 0; task < rows * blocks; ++task) {
     const int64_t start = task % blocks * kBlock, row = task / blocks, at = row * count + start;
     const uint32_t bits = code(Plain<X>{x + at}, ready(moved(state, at), scale[row]), codes + at, scale[row], lowest,
-                               highest, count - start < kBlock ? count - start : kBlock);
+                               highest, count - start < kBlock ? count - start : kBlock, measured);
     if (compared) {
       partial[task] = bits;
     }
@@ -105,7 +107,7 @@ void begin(const X* x, int64_t count, float factor, int16_t* n, float* grid, int
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t end = (block + 1) * kBlock < count ? (block + 1) * kBlock : count;
     for (int64_t i = block * kBlock; i < end; ++i) {
-      n[i] = static_cast<int16_t>(rounded(load(x[i]) * share, -32768.0f, 32767.0f));
+      n[i] = static_cast<int16_t>(rounded<true>(load(x[i]) * share, -32768, 32767));
     }
   }
 }

@@ -198,7 +198,8 @@ float finished(const Work& w, uint32_t found) {
 
 uint32_t code(const Work& w, const float* y, int64_t at, int64_t count, float scale) {
   return with_state(w, at, [&](const auto& state) {
-    return code(Plain<float>{y}, ready(state, scale), w.codes + at, scale, w.lowest, w.highest, count);
+    return code(Plain<float>{y}, ready(state, scale), w.codes + at, scale, w.lowest, w.highest, count,
+                w.dynamic ? w.factor : 0.0f);
   });
 }
 
