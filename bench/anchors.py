@@ -4,19 +4,29 @@ python bench/anchors.py --json docs/results/anchors.json
 
 DDIM, weights rounded to nearest, nothing calibrated: relative L2 of the final images to full precision from the same
 noise. The integers are those of the paper's form in every row; only anchors differ.
+
+python bench/anchors.py --samplers all --num-images 16 --json docs/results/samplers.json
+
+Is modulated ever worse than plain? Samplers with and without noise, dynamic and static scales (measured on the same
+sampler), on integers: relative L2 of both, and the geometric mean of the ratios of single images with its 95 %
+interval. Run again, it goes on where it was stopped.
 """
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import modiff
-from modiff import ModiffConfig, presets
+from modiff import LayerConfig, ModiffConfig, ModulationConfig, QuantizerConfig, WeightConfig, presets
 from modiff.config import PackedAnchors
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import check_writable, write_json
@@ -39,6 +49,14 @@ ANCHORS: dict[str, tuple[dict[str, Any], PackedAnchors | None]] = {
 }
 """Settings of the loop, and what `modiff.pack` keeps; None leaves the floats."""
 QUICK = ("quantized (paper)", "exact", "int8 codes")
+SAMPLERS: dict[str, tuple[str, int]] = {
+    **{f"ddim{n}": ("DDIMScheduler", n) for n in (10, 20, 50)},
+    **{f"ddpm{n}": ("DDPMScheduler", n) for n in (10, 50)},
+    **{f"lcm{n}": ("LCMScheduler", n) for n in (4, 8)},
+    "ancestral6": ("EulerAncestralDiscreteScheduler", 6),
+    "consistency8": ("CMStochasticIterativeScheduler", 8),
+}
+"""Scheduler and steps. That of consistency models has noise levels of its own, 20 to .002."""
 
 
 def config_of(bits: tuple[int, int], loop: dict[str, Any]) -> ModiffConfig:
@@ -48,18 +66,88 @@ def config_of(bits: tuple[int, int], loop: dict[str, Any]) -> ModiffConfig:
     return dataclasses.replace(config, layer=dataclasses.replace(config.layer, modulation=modulation))
 
 
+def sampled(network: nn.Module, training: dict[str, Any], name: str, count: int, seed: int) -> Tensor:
+    """Final images of one of SAMPLERS, from the same noise for each network."""
+    kind, steps = SAMPLERS[name]
+    names = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+    settings: dict[str, Any] = {key: training[key] for key in names}
+    settings |= {"clip_sample": False} if name.startswith("dd") else {}
+    settings = {"num_train_timesteps": 40, "sigma_max": 20.0} if name.startswith("consistency") else settings
+    scheduler, noise = getattr(diffusers, kind)(**settings), torch.Generator().manual_seed(seed)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(count, 1, 32, 32, generator=noise) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            timestep = torch.as_tensor(min(999.0, 250 * abs(float(t)))) if name.startswith("consistency") else t
+            step = scheduler.step(network(scheduler.scale_model_input(x, t), timestep).sample, t, x, generator=noise)
+            x = step.prev_sample
+    return getattr(step, "denoised", x) if name.startswith("lcm") else x
+
+
+def compared(pipe: Any, row: dict[str, Any], exact: Tensor, count: int, seed: int) -> dict[str, Any]:
+    """The row with the relative L2 of each image, plain and modulated."""
+    network, (weights, activations) = pipe.unet, (int(bits) for bits in row["bits"][1:].split("A"))
+    for how, modulation in (("plain", None), ("modulated", ModulationConfig())):
+
+        def draw() -> Tensor:
+            with modiff.trajectory(network):
+                return sampled(network, dict(pipe.scheduler.config), row["sampler"], count, seed)
+
+        activation = QuantizerConfig(bits=activations, dynamic=row["scales"] == "dynamic")
+        layer = LayerConfig(weight=WeightConfig(bits=weights), activation=activation, modulation=modulation)
+        modiff.apply(network, ModiffConfig(layer=layer).on_integers())
+        if not activation.dynamic:
+            modiff.calibrate(network, draw)
+        row[how] = [relative_l2(image, reference) for image, reference in zip(draw(), exact, strict=True)]
+        modiff.remove(network)
+    return row
+
+
+def compare(options: argparse.Namespace) -> None:
+    """A row for each sampler, pair of bit widths and kind of scales."""
+    names = list(SAMPLERS) if options.samplers == "all" else options.samplers.split(",")
+    pipe: Any = load_pipeline(options.model)
+    settings = {key: getattr(options, key) for key in ("model", "num_images", "seed")}
+    stored = json.loads(options.json.read_text()) if options.json is not None and options.json.exists() else {}
+    rows: list[dict[str, Any]] = stored["rows"] if stored.get("settings") == settings else []
+    known = {(row["sampler"], row["bits"], row["scales"]) for row in rows}
+    new = [(n, bits, scales) for scales in ("static", "dynamic") for n in names for bits in (*BITS, "W4A4")]
+    exact: dict[str, Tensor] = {}
+    for name, bits, scales in tqdm([key for key in new if key not in known]):
+        if name not in exact:
+            exact[name] = sampled(pipe.unet, dict(pipe.scheduler.config), name, options.num_images, options.seed)
+        row = {"sampler": name, "bits": bits, "scales": scales}
+        rows.append(compared(pipe, row, exact[name], options.num_images, options.seed))
+        if options.json is not None:
+            write_json(options.json, {"rows": rows, "settings": settings, "environment": dict(environment())})
+    print("| sampler | bits | scales | plain | modulated | ratio |\n|---|---|---|--:|--:|---|")
+    for row in rows:
+        ratios = np.log(np.divide(row["modulated"], row["plain"]))
+        ratio, half = np.exp(ratios.mean()), 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
+        cells = [
+            row["sampler"],
+            row["bits"],
+            row["scales"],
+            *(f"{np.mean(row[h]):.4f}" for h in ("plain", "modulated")),
+        ]
+        print(f"| {' | '.join(cells)} | {ratio:.2f} ± {ratio * half:.2f} |")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """A row for each way to anchor, a column for each pair of bit widths."""
+    """A row for each way to anchor, a column for each pair of bit widths; or see `compare`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="the first three rows alone")
+    parser.add_argument("--samplers", help=f"compare with plain instead: all, or some of {','.join(SAMPLERS)}")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     if options.json is not None:
         check_writable(options.json)
+    if options.samplers is not None:
+        return compare(options)
 
     def images(config: ModiffConfig | None, packing: PackedAnchors | None = None) -> np.ndarray:
         pipe: Any = set_scheduler(load_pipeline(options.model), "ddim")

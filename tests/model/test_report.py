@@ -95,7 +95,9 @@ def test_memory_is_told_in_full(packed):
 def test_what_was_planned_is_what_runs_and_a_packed_model_says_it_too(kept, anchor):
     model = toy_unet()
     planned = modiff.apply(model, presets.w8a8().on_integers())
-    assert "anchor with exact weights" in str(planned)
+    assert "anchor with exact weights, states" in str(planned)
+    fewer = modiff.apply(toy_unet(), presets.w4a8())
+    assert "anchor with exact weights until it is nearer to zero, states" in str(fewer)
     generate(model, steps=2)
     assert all(e.execution.startswith("integers on ") for e in planned.taken)
     assert modiff.report(model).entries == planned.entries

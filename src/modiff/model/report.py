@@ -25,8 +25,8 @@ class Entry:
     reason: why it was left, or what is special about it ("split at 128", "may share with to_q"); may be empty.
     execution: "simulated" or "integers on <backend>". why: the reason of that backend, or why a layer that was to run
     on integers is simulated. anchor: what the input meets where the states start, "exact weights", "quantized weights"
-    or "int8 anchor codes (1.5 bytes a weight)". states: their dtype. All four are empty where nothing was applied yet,
-    the last two for a layer without states.
+    or "int8 anchor codes (1.5 bytes a weight)", and whether a sample leaves it once it is nearer to zero. states: their
+    dtype. All four are empty where nothing was applied yet, the last two for a layer without states.
     """
 
     name: str

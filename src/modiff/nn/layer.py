@@ -233,11 +233,11 @@ class ModulatedLayer(nn.Module):
         """What the input meets where the states start, in words; empty for a layer without states."""
         if self.inputs is None:
             return ""
-        bits = self.config.weight.bits
+        bits, until = self.config.weight.bits, " until it is nearer to zero" * self.spec.watches_anchor
         if bits is None or (self.spec.anchors_exactly and not self.packed):
-            return "exact weights"
+            return f"exact weights{until}"
         if self.keeps_error():
-            return f"int8 anchor codes ({1.5 if bits <= 4 else 2} bytes a weight)"
+            return f"int8 anchor codes ({1.5 if bits <= 4 else 2} bytes a weight){until}"
         return "quantized weights"
 
     def hold_packed(self, tensors: Mapping[str, Tensor]) -> None:
