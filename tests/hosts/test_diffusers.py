@@ -320,3 +320,32 @@ def test_clones_of_a_pipeline_serve_requests_at_the_same_time_with_one_set_of_we
         assert torch.equal(image, same)
         assert clone.scheduler is not pipe.scheduler
         assert next(clone.vae.parameters()) is next(pipe.vae.parameters())
+
+
+_TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+OWN_NAMES: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "PRXTransformer2DModel",
+        {"in_channels": 4, "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "depth": 2, "axes_dim": [8, 8]},
+        "time_in.in_layer time_in.out_layer final_layer.linear",
+    ),
+    (
+        "Ideogram4Transformer2DModel",
+        _TINY | {"in_channels": 16, "intermediate_size": 64, "adaln_dim": 32, "llm_features_dim": 32},
+        "t_embedding.mlp_in t_embedding.mlp_out final_layer.linear",
+    ),
+    (
+        "Kandinsky3UNet",
+        {"time_embedding_dim": 16, "groups": 2, "attention_head_dim": 4, "layers_per_block": 2, "encoder_hid_dim": 32,
+         "block_out_channels": (32, 64), "cross_attention_dim": 4},
+        "down_blocks.0.resnets_in.0.resnet_blocks.0.group_norm.context_mlp.1",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "settings", "left"), OWN_NAMES)
+def test_embeddings_and_ends_of_families_with_names_of_their_own_keep_their_floats(kind, settings, left):
+    with torch.device("meta"):
+        report = modiff.select(getattr(diffusers, kind)(**settings), "w8a8")
+    assert set(left.split()) <= {entry.name for entry in report.left}
+    assert len(report.taken) > 10

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 import modiff
 from modiff import LayerConfig, ModiffConfig, QuantizerConfig, presets
 from modiff.errors import ModiffWarning
+from modiff.hosts.names import DEFAULT_EXCLUDE
 from modiff.model.attach import attachment_of
 from modiff.model.roles import ChannelMaxima
+from modiff.model.select import matches
 from tests.model.toys import applied, assert_equal, generate, sample, toy
 
 
@@ -56,6 +58,14 @@ class Late(Published):
 
     def forward(self, *args: object) -> Tensor:
         return getattr(super(), "forward")(*args)  # noqa: B009
+
+
+def test_embeddings_of_published_code_are_known_by_name():
+    names = ("time_embed.0", "input_blocks.1.0.emb_layers.1", "label_emb.0.2", "map_layer0", "enc.8x8.affine",
+             "down.0.block.0.temb_proj", "mapping.out", "blocks.0.adaLN_modulation.1", "t_embedder.mlp.0")  # fmt: skip
+    assert all(matches(name, DEFAULT_EXCLUDE) for name in names)
+    others = ("input_blocks.1.0.in_layers.2", "middle_block.1.qkv", "blocks.0.mlp.fc1", "down.0.block.0.conv1")
+    assert not any(matches(name, DEFAULT_EXCLUDE) for name in others)
 
 
 STATIC = LayerConfig(activation=QuantizerConfig(dynamic=False))
@@ -242,6 +252,7 @@ def test_a_channel_that_dwarfs_its_layer_is_named_with_advice_and_large_layers_o
     jumping[0, 2] *= 1e9
     seen.see("dead", linear, dead)
     seen.see("shortcut", convolution, torch.ones(2, 8, 5, 5))
+    seen.see("near", linear, torch.tensor([800.0, *[4] * 7]).expand(5, 8))
     assert seen.outliers() == []
     seen.see("shortcut", convolution, jumping)  # one of many steps is enough
     (outlier,) = seen.outliers()
@@ -249,6 +260,8 @@ def test_a_channel_that_dwarfs_its_layer_is_named_with_advice_and_large_layers_o
     assert outlier.largest == jumping.abs().max()
     assert outlier.median == pytest.approx(float(jumping.abs().amax((0, 2, 3)).clamp(min=1).median()))
     assert "exclude=('shortcut',)" in str(outlier)
+    seen.see("near", linear, torch.tensor([1200.0, *[4] * 7]).expand(5, 8))  # 4 is less than half an 8-bit code of it
+    assert [outlier.name for outlier in seen.outliers()] == ["shortcut", "near"]
     most = torch.randn(5, 8) * torch.tensor([1.0, 1, 1, 1e6, 1e7, 1e8, 1e8, 1e8])
     seen.see("most", linear, most)  # the few that are dwarfed are what one scale loses
     assert (outlier := seen.outliers()[1]).name == "most"

@@ -14,8 +14,8 @@ from modiff.model.observe import observe
 from modiff.model.report import Report
 from modiff.model.select import END, matches
 
-RATIO = 1000.0
-"""Of the largest channel to the median one, above which a layer is named: at 8 bits, 254 leaves half a code."""
+RATIO = 254.0
+"""Of the largest channel to the median one, above which a layer is named: at 8 bits the median one rounds to zero."""
 LARGE = 16.0
 """Times the median channel, above which channels of such a layer are split off: the others keep most of their codes."""
 NEVER = "never called: it does not run, or other code reads its weight"
