@@ -33,7 +33,7 @@ BUDGETS = {
     "how it is sampled": (["src/modiff/sampling"], 2_150),
     "whose recipe": (["src/modiff/methods"], 2_200),
     "the whole package": (["src/modiff"], 26_830),
-    "tests": (["tests"], 28_050),
+    "tests": (["tests"], 28_150),
 }
 """What a room may hold, in lines of Python: (folders, lines)."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
