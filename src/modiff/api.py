@@ -70,7 +70,7 @@ def apply(
         selected = {n: select_layers(n, settings, splits=host.splits(n), known=known) for n in networks.values()}
         budget = bytes_of(state_memory, "state_memory")
         errors = {} if run is None else errors_if_plain({n: host.splits(n) for n in selected}, settings, run)
-        plain = plain_to_fit(selected, budget, target, errors)
+        plain = plain_to_fit(selected, budget, target, errors, share=settings.share_residuals == "auto")
         settings = replace(settings, overrides=(*settings.overrides, *((escape(n), c) for n, c in plain.items())))
         reasons |= dict.fromkeys(plain, f"plain: its states do not fit into state_memory={state_memory!r}")
     report = Report(())

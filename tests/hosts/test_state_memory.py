@@ -189,6 +189,16 @@ def test_states_beyond_what_is_free_are_warned_of(monkeypatch: pytest.MonkeyPatc
         modiff.apply(HOSTS["ddim"].build(), "w8a4")
 
 
+@pytest.mark.parametrize(("version", "limit", "free"), [(2, "6000", 5500), (1, "6000", 5500), (2, "max", None)])
+def test_limits_of_a_container_bound_what_is_free(tmp_path, monkeypatch, version: int, limit: str, free: int | None):
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, text in zip((*names, "memory.stat"), (limit, "1000", "anon 200\ninactive_file 500"), strict=True):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(module, "_control_groups", lambda: [tmp_path])
+    told = module._free(torch.device("cpu"))
+    assert told == free if free else told > 10**6
+
+
 @pytest.mark.parametrize("config", ["w8a4", "w8a4:integer"])
 def test_a_budget_keeps_the_smallest_states_and_the_report_says_which_layers_run_plain(config: str) -> None:
     pipe = HOSTS["ddim"].build()
@@ -201,7 +211,10 @@ def test_a_budget_keeps_the_smallest_states_and_the_report_says_which_layers_run
     dtypes = {e.states for e in report.taken if e.config.modulation is not None}
     assert dtypes == {"int16" if "integer" in config else "float32"}
     modiff.remove(pipe)
-    assert not [e for e in modiff.apply(pipe, "w8a4", state_memory=10**9).taken if e.config.modulation is None]
+    whole = modiff.apply(pipe, config).memory.expected
+    modiff.remove(pipe)
+    kept = modiff.apply(pipe, config, state_memory=whole)  # states that layers share count once
+    assert not [e for e in kept.taken if e.config.modulation is None]
     with pytest.raises(ConfigError, match="state_memory: expected networks of known input sizes, got 'Sequential'"):
         modiff.apply(NETWORK, "w8a4", state_memory="1GiB")
 

@@ -13,9 +13,9 @@ from modiff.model.attach import ATTRIBUTE, Attachment, check_plain, required_att
 from modiff.model.attention import apply_attention, quantized_attention, remove_attention
 from modiff.model.report import Report
 from modiff.model.roles import Roles, warn_unfit
-from modiff.model.select import modulated_layer, select_layers
+from modiff.model.select import modulated_layer, select_layers, share_inputs
 from modiff.model.trajectory import expected_states
-from modiff.nn import Clock, ModulatedLayer
+from modiff.nn import Clock
 from modiff.nn.adapters import modules_of, replace_modules
 
 
@@ -52,7 +52,7 @@ def replace_layers(
             split = splits.get(entry.name) if config.split_shortcuts == "auto" else None
             layer = modulated_layer(original, entry.config, entry.name, attachment.clock, split)
             attachment.layers[entry.name] = layer
-    notes = _share(attachment) if config.share_residuals == "auto" else {}
+    notes = share_inputs(attachment.layers) if config.share_residuals == "auto" else {}
     groups = dict.fromkeys(layer.inputs for layer in attachment.layers.values())
     for turn, inputs in enumerate(filter(None, groups)):
         inputs.turn = turn
@@ -123,21 +123,3 @@ def _undo(model: nn.Module, attachment: Attachment) -> None:
     attachment.clock.stop()
     replace_modules(model, {attachment.layers[name]: original for name, original in attachment.originals.items()})
     model.__dict__.pop(ATTRIBUTE, None)
-
-
-def _share(attachment: Attachment) -> dict[str, str]:
-    """Group layers of one parent that could read one tensor (q, k, v; gate, up) with dynamic scales; notes by name."""
-    leaders: dict[tuple[object, ...], ModulatedLayer] = {}
-    notes: dict[str, str] = {}
-    for name, layer in attachment.layers.items():
-        config = layer.config
-        if layer.inputs is None or len(layer.spec.runs) > 1 or not config.activation.dynamic:
-            continue
-        parent = name.rpartition(".")[0]
-        key = (parent, type(layer), layer.spec.runs, config.activation, config.modulation, layer.spec.rotation,
-               config.smoothing, layer.on_integers)  # fmt: skip
-        leader = leaders.setdefault(key, layer)
-        if leader is not layer:
-            layer.share_with(leader)
-            notes[name] = f"may share with {leader.name.rpartition('.')[2]}"
-    return notes

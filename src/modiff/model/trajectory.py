@@ -26,7 +26,7 @@ from modiff.model.facts import facts_of
 from modiff.model.observe import observe
 from modiff.model.probe import plain_layer
 from modiff.model.report import Report
-from modiff.model.select import modulated_layer
+from modiff.model.select import modulated_layer, share_inputs
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of
 from modiff.nn.weight import turned
@@ -216,28 +216,35 @@ def _bytes(layer: ModulatedLayer, reads: Iterable[Tensor], writes: int) -> int:
     return getattr(torch, layer.loop.state_dtype).itemsize * states * (numbers + writes) + 8 * anchors
 
 
+def _uncounted(
+    layer: ModulatedLayer, reads: Iterable[Tensor], counted: Collection[Any]
+) -> dict[tuple[int, int], Tensor]:
+    """The inputs whose states are not counted yet, each once."""
+    inputs = {(id(layer.inputs), id(x)): x for x in reads}
+    return {key: x for key, x in inputs.items() if key not in counted}
+
+
 def expected_states(model: nn.Module, layers: Mapping[str, ModulatedLayer], target: Any) -> int | None:
     """Bytes of all states of one trajectory before it runs, shared ones once; None where they are not known."""
     if all(layer.inputs is None for layer in layers.values()):
         return 0
     shapes, total, counted = shapes_of(model, layers, target), 0, set[tuple[int, int]]()
     for name, (reads, writes) in shapes.items():
-        inputs = {(id(layers[name].inputs), id(x)): x for x in reads}
-        total += _bytes(layers[name], [x for key, x in inputs.items() if key not in counted], writes)
-        counted |= inputs.keys()
+        inputs = _uncounted(layers[name], reads, counted)
+        total, counted = total + _bytes(layers[name], inputs.values(), writes), counted | inputs.keys()
     return total if shapes else None
 
 
 def plain_to_fit(
-    models: Mapping[nn.Module, Report], budget: int, target: Any, errors: Mapping[str, float]
+    models: Mapping[nn.Module, Report], budget: int, target: Any, errors: Mapping[str, float], *, share: bool
 ) -> dict[str, LayerConfig]:
     """Layers to run plain so that the states of the others fit into `budget` bytes, with the configs to run them with.
 
     Those keep states that would cost most error without, a byte. errors: of each layer (`errors_if_plain`); the same
-    for all where there are none, so that the smallest states stay. States that layers may share count for each.
+    for all where there are none, so that the smallest states stay. share: layers that read one tensor have one state.
     Raises: ConfigError for a network whose sizes are not known before it runs.
     """
-    costs: list[tuple[int, str, LayerConfig]] = []
+    costs, kept = list[tuple[int, ModulatedLayer, tuple[list[Tensor], int]]](), set[tuple[int, int]]()
     for model, report in models.items():
         configs = {entry.name: entry.config for entry in report.taken if entry.config is not None}
         shapes = shapes_of(model, configs, target)
@@ -245,19 +252,21 @@ def plain_to_fit(
         check("state_memory", type(model).__name__, bool(shapes), "networks of known input sizes", why)
         modules, clock = modules_of(model), Clock("apply")
         layers = {name: modulated_layer(modules[name], configs[name], name, clock) for name in shapes}
-        costs += [(_bytes(layer, *shapes[n]), n, configs[n]) for n, layer in layers.items()]
+        if share:
+            share_inputs(layers)
+        costs += [(_bytes(layer, *shapes[name]), layer, shapes[name]) for name, layer in layers.items()]
     plain: dict[str, LayerConfig] = {}
-    for size, name, config in sorted(costs, key=lambda cost: -_saved(cost, errors)):
-        if size <= budget:
-            budget -= size
+    for _, layer, (reads, writes) in sorted(costs, key=lambda cost: -_saved(*cost[:2], errors)):
+        inputs = _uncounted(layer, reads, kept)
+        if (size := _bytes(layer, inputs.values(), writes)) <= budget:
+            budget, kept = budget - size, kept | inputs.keys()
         else:
-            plain[name] = plain_layer(config)
+            plain[layer.name] = plain_layer(layer.config)
     return plain
 
 
-def _saved(cost: tuple[int, str, LayerConfig], errors: Mapping[str, float]) -> float:
-    size, name, _ = cost
-    return math.inf if size == 0 else (errors.get(name, 0.0) if errors else 1.0) / size
+def _saved(size: int, layer: ModulatedLayer, errors: Mapping[str, float]) -> float:
+    return math.inf if size == 0 else (errors.get(layer.name, 0.0) if errors else 1.0) / size
 
 
 def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:
@@ -274,12 +283,32 @@ def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:
 
 
 def _free(device: torch.device) -> int | None:
+    """Bytes; on CPUs the least of what the machine and the control groups of this process have, None where unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = list[int]()
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return None
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for folder in _control_groups():
+            with suppress(OSError, ValueError):  # "max": there is no limit
+                numbers = dict(map(str.split, (folder / "memory.stat").read_text(encoding="ascii").splitlines()))
+                cached = int(numbers.get("total_inactive_file", numbers.get("inactive_file", 0)))
+                bounds = [int((folder / name).read_text(encoding="ascii")) for name in (limit, used)]
+                free.append(max(0, bounds[0] - bounds[1] + cached))
+    return min(free, default=None)
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders that may tell the limits of this process, of both versions; a container sees its own as the root."""
+    root = Path("/sys/fs/cgroup")
+    yield from (root, root / "memory")
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind in ("", "memory"):
+                yield root / kind / path.lstrip("/")
 
 
 def clone(target: Any) -> Any:
