@@ -3,14 +3,17 @@
 python bench/integers.py --json docs/results/integers.json
 python bench/integers.py --memory budgets --json docs/results/state_memory.json
 python bench/integers.py --memory states --num-images 8 --rounds 1 --json docs/results/state_bits.json
+python bench/integers.py --memory sizes
 
-The others are about memory, DDIM with 20 steps. Budgets: `apply(..., state_memory=)` keeps the states of some layers,
-the others run plain at 8 bits; relative L2 of the images to full precision; "measured" has `run=`, "smallest" has not.
+The others are about memory. Budgets: `apply(..., state_memory=)` keeps the states of some layers, the others run plain;
+relative L2 of the images to full precision, DDIM with 20 steps; "measured" has `run=`, "smallest" has not.
 States of each type, and of fewer bits than kernels keep: bytes, errors of images over those with float32, seconds.
+Sizes: of published models, by shapes alone, and what a budget of 2 GiB leaves.
 """
 
 import argparse
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,8 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import diffusers
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -212,6 +217,43 @@ def choices(pipe: Any, name: str, num_images: int, rounds: int, steps: int = STE
     return rows
 
 
+WAN = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+SIZES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "Stable Diffusion 1.5": ("StableDiffusionPipeline", "UNet2DConditionModel",
+                             {"sample_size": 64, "cross_attention_dim": 768}, "unet"),
+    "PixArt": ("PixArtSigmaPipeline", "PixArtTransformer2DModel", {"caption_channels": 4096}, "transformer"),
+    "Flux.1 dev": ("FluxPipeline", "FluxTransformer2DModel", {"guidance_embeds": True}, "transformer"),
+    "Wan 2.1, 1.3 billion": ("WanPipeline", "WanTransformer3DModel", WAN, "transformer"),
+}  # fmt: skip
+"""Pipelines of published models: class, that of the network, its settings, its place."""
+BUDGET = "2GiB"
+
+
+def sizes() -> list[dict[str, Any]]:
+    """Bytes of states of one generation of the pipeline's usual size, and what a budget keeps; nothing has weights."""
+    rows = list[dict[str, Any]]()
+    for name, (pipeline, network, settings, place) in SIZES.items():
+        with torch.device("meta"):
+            model = getattr(diffusers, network)(**settings).eval()
+        kind = getattr(diffusers, pipeline)
+        names = [name for name, p in inspect.signature(kind.__init__).parameters.items() if p.default is p.empty]
+        scheduler = DDIMScheduler() if place == "unet" else FlowMatchEulerDiscreteScheduler()
+        pipe = kind(**dict.fromkeys(names[1:]) | {place: model, "scheduler": scheduler})
+        for how in ("w8a8", "w8a8:integer"):
+            whole = modiff.apply(pipe, how).memory
+            modiff.remove(pipe)
+            taken = modiff.apply(pipe, how, state_memory=BUDGET).taken
+            modiff.remove(pipe)
+            plain = sum(entry.config.modulation is None for entry in taken)
+            rows.append(
+                {"model": name, "config": how, "gib": whole.expected / 2**30, "layers": len(taken), "plain": plain}
+            )
+            print(
+                f"{name:<22} {how:<13} {rows[-1]['gib']:6.2f} GiB, with {BUDGET} {plain} of {len(taken)} layers plain"
+            )
+    return rows
+
+
 def memory(pipe: Any, table: str, num_images: int, rounds: int) -> list[dict[str, Any]]:
     """A table of `--memory`, printed too."""
     if table == "states":
@@ -235,7 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", choices=("budgets", "states"), help="what less memory for states costs")
+    parser.add_argument("--memory", choices=("budgets", "states", "sizes"), help="what less memory for states costs")
     parser.add_argument("--rounds", type=int, default=4, help="batches for each choice of states")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -243,7 +285,9 @@ def main() -> None:
         check_writable(options.json)
     pipe = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
-    if options.memory:
+    if options.memory == "sizes":
+        results = {"rows": sizes()}
+    elif options.memory:
         rows = memory(set_scheduler(pipe, "ddim"), options.memory, options.num_images, options.rounds)
         results = {"rows": rows}
     else:
