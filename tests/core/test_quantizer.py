@@ -168,16 +168,21 @@ def test_each_step_has_the_bits_of_its_group_and_as_many_groups_as_there_are_bit
 
 
 @pytest.mark.parametrize(
-    ("kept", "same", "of_values"), [(0.0, False, True), (0.3, False, True), (1.0, False, False), (1.0, True, True)]
-)
-def test_the_weight_s_error_adds_up_over_the_steps_that_a_sampler_remembers(kept, same, of_values):
-    """Codes of values have less noise here, and more of the weight's; none where all tokens are the same."""
-    x = torch.randn(2, 1 if same else 16, 4, generator=torch.Generator().manual_seed(0)).expand(2, 16, 4)
+    ("weight_noise", "kept", "same", "moves", "of_values"),
+    [(1.5e-5, 0.0, False, 0.1, True), (1e-5, 0.2, False, 0.1, True), (1.5e-5, 1.0, False, 0.1, False),
+     (1.5e-5, 1.0, True, 0.1, True), (0.0, 1.0, False, 0.0, False), (0.0, 0.0, False, 0.0, True)],
+)  # fmt: skip
+def test_errors_that_stay_add_up_over_the_steps_that_a_sampler_remembers(weight_noise, kept, same, moves, of_values):
+    """Values need smaller scales here: codes of what moves err anew, those of what stands still as before, so does the
+    weight, more on values, but for what all tokens share."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1 if same else 16, 4, generator=draw).expand(2, 16, 4)
     quantizer, sums = Quantizer(QuantizerConfig(bits=8, dynamic=False), "tensor", -1, (4,)), None
-    quantizer.weight_noise = 1.5e-5
+    quantizer.weight_noise = weight_noise
     quantizer.watch(MinMaxObserver)
     for step in range(8):
-        sums = quantizer.observe_value(x, 0.5 * x, sums, kept)
+        value = x + moves * torch.randn(2, 1 if same else 16, 4, generator=draw)
+        sums = quantizer.observe_value(value, 0.5 * x, sums, kept)
         assert sums.squares == pytest.approx(sum(kept ** (2 * i) for i in range(step + 1)))
         quantizer(1.2 * x)
     quantizer.freeze()

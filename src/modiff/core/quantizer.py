@@ -44,13 +44,15 @@ class Code:
 
 
 class Sums(NamedTuple):
-    """What rounding of the weight acts on if values are coded, or residuals, over the steps that a sampler remembers.
+    """What errs if values are coded, or residuals, over the steps that a sampler remembers, 1 for the last of them.
 
-    What is the same at all tokens or pixels is left out. squares: of the weights of these steps.
+    value, change: what rounding of the weight acts on, without what is the same at all tokens or pixels. error: of the
+    codes of values, in scales. squares: those of the weights of the steps.
     """
 
     value: Tensor
     change: Tensor
+    error: Tensor
     squares: float
 
 
@@ -144,11 +146,14 @@ class Quantizer:
         self.reads_one_row = value.dim() < 3
         now = self._observe(value, self._values)
         if before is None or before.value.shape != value.shape:
-            before = Sums(torch.zeros_like(value), torch.zeros_like(value), 0.0)
+            before = Sums(zero := torch.zeros_like(value), zero, zero, 0.0)
         terms, axes = [value, value if anchor is None else value - anchor], positions(value, self.channel_dim)
         terms = [x - x.mean(axes, keepdim=True) for x in terms] if axes else terms
-        sums = Sums(kept * before.value + terms[0], kept * before.change + terms[1], kept**2 * before.squares + 1)
-        self._added.setdefault(now, []).append((sums.squares, *(float(x.square().mean()) for x in sums[:2])))
+        codes = self.scaled(value, None)
+        terms.append((value - codes.value()) / noise_of([q for _, q in codes.parts], self.runs).sqrt())
+        values, changes, errors = (kept * x + term for x, term in zip(before[:3], terms, strict=True))
+        sums = Sums(values, changes, errors, kept**2 * before.squares + 1)
+        self._added.setdefault(now, []).append((sums.squares, *(float(x.square().mean()) for x in sums[:3])))
         return sums
 
     def _observe(self, x: Tensor, watched: dict[Moment, tuple[Observer, ...]]) -> Moment:
@@ -231,16 +236,18 @@ class Quantizer:
         return tables, moments
 
     def _with_less_noise(self, tables: Tables, values: Tables, sets: dict[Moment, int]) -> frozenset[int]:
-        """Sets whose values are coded with less noise than their residuals: scale^2 / 12, and that of the weight.
+        """Sets whose values are coded with less noise than their residuals, that of the weight included.
 
         Rounding of the weight acts on the change since the anchor; after a step that predicts zero, on the value. Its
-        errors of the steps that a sampler remembers add up; those of codes are new at each step, their squares do.
+        errors of the steps that a sampler remembers add up, and what codes of values miss, where these hardly move;
+        what those of residuals miss is new at each step.
         """
         less: set[int] = set()
         for index in sorted(values):
             added = [each for moment in sets if sets[moment] == index for each in self._added[moment]]
-            squares, value, change = (sum(each) / len(added) for each in zip(*added, strict=True))
-            noise, other = (float(noise_of(each[index], self.runs)) / 12 * squares for each in (values, tables))
+            squares, value, change, error = (sum(each) / len(added) for each in zip(*added, strict=True))
+            noise, other = (float(noise_of(each[index], self.runs)) for each in (values, tables))
+            noise, other = noise * error, other / 12 * squares
             if noise + self.weight_noise * value < other + self.weight_noise * (value if less else change):
                 less.add(index)
         return frozenset(less)
