@@ -1,5 +1,6 @@
 """IP-Adapter, ControlNet, LoRA and the other kinds of PEFT, there before `apply` or loaded after it."""
 
+import dataclasses
 from importlib.util import find_spec
 
 import diffusers
@@ -9,8 +10,10 @@ import torch
 import modiff
 from modiff import StateError, presets
 from modiff.model.attach import attachment_of
+from modiff.nn import ModulatedLayer
 from tests.helpers import assert_same_bits, relative_error
 from tests.hosts.tiny import HOSTS, WIDTH, drawn
+from tests.model.toys import generate, sample, toy
 
 HOST = HOSTS["sd"]
 CONFIG = presets.published(8, 8)  # anchors with the quantized weights, so that packing changes no bit
@@ -178,6 +181,37 @@ def test_every_kind_of_adapter_does_what_it_does_on_plain_layers(kind, first, tm
         modiff.save(pipe, tmp_path / "refused")
     modiff.remove(pipe)
     assert_same_bits(drawn_call(pipe), expected)
+
+
+@needs_peft
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["body", "attention"])  # a layer, and a module of four
+def test_a_copy_that_learns_is_made_of_floats_of_torch_and_stays_when_it_is_merged(name, packed, tmp_path):
+    import peft
+
+    def learned(model):
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["tiny"], modules_to_save=[name]), "x").eval()
+        with torch.no_grad():
+            for parameter in model.get_submodule(f"base_model.model.{name}").modules_to_save["x"].parameters():
+                parameter.mul_(0.5)
+        return model
+
+    expected = torch.stack(sample(learned(toy())))
+    modiff.apply(model := toy(), dataclasses.replace(CONFIG, min_weights=0))
+    if packed:
+        modiff.pack(model)
+    after = learned(model)
+    assert relative_error(torch.stack(generate(model)), expected) < 0.02
+    copied = after.get_submodule(f"base_model.model.{name}").modules_to_save["x"]
+    assert not any(isinstance(module, ModulatedLayer) for module in copied.modules())
+    if packed:  # which no LoRA is merged into
+        return
+    merged = after.merge_and_unload()
+    assert relative_error(torch.stack(generate(merged)), expected) < 0.02
+    with pytest.raises(StateError, match=f"{name}.*: expected the layer that modiff put there, got another one"):
+        modiff.save(merged, tmp_path / "saved")
+    modiff.remove(merged)
+    assert_same_bits(torch.stack(sample(merged)), expected)
 
 
 @needs_peft

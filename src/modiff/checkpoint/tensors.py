@@ -118,11 +118,12 @@ def quantized_state(
     """
     tensors = dict(state)
     check_bare(model)
+    modules = dict(model.named_modules())
     for name, quantized in required_attachment(model, "save").layers.items():
         quantized.check_own("save")
-        if f"{name}.weight" not in state:
-            raise StateError(f"{name}: expected the layer that modiff put there, got another one around it. A "
-                             "checkpoint of the model cannot hold it. Take it away first.")  # fmt: skip
+        if modules.get(name) is not quantized:
+            raise StateError(f"{name}: expected the layer that modiff put there, got another one, or one around it. "
+                             "A checkpoint holds ours. Take it away, or call modiff.remove, then apply.")  # fmt: skip
         if state[f"{name}.weight"].is_meta:
             raise StateError(f"{name}: expected a weight in memory, got one on the meta device. It is offloaded. "
                              "Remove the offloading hooks, then save.")  # fmt: skip

@@ -73,7 +73,7 @@ def replace_layers(
 
 
 def uninstall(model: nn.Module) -> None:
-    """Put the original layers back: the same modules, parameters and bits. Raises: as `check_removable`."""
+    """Put the original layers back, where no other stands now: the same modules and bits. Raises: `check_removable`."""
     check_removable(model)
     attachment = required_attachment(model, "remove")
     for name, original in attachment.originals.items():
@@ -106,9 +106,8 @@ def check_removable(model: nn.Module) -> None:
             "the integers alone. Load the full-precision model again."
         )
     modules = modules_of(model)
-    there, attention = set(modules.values()), quantized_attention(model).items()
-    wrapped = [n for n, layer in attachment.layers.items() if layer not in there or "forward" in vars(layer)]
-    wrapped += [n for n, quantized in attention if not quantized.attached(modules.get(n, model))]
+    wrapped = [name for name, layer in attachment.layers.items() if "forward" in vars(layer)]
+    wrapped += [n for n, q in quantized_attention(model).items() if not q.attached(modules.get(n, model))]
     if wrapped:
         raise StateError(
             f"remove: expected {wrapped[0]} as modiff left it, got it wrapped by another library. Putting the original "

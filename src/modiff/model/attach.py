@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -168,7 +169,7 @@ class Attachment:
 
     def watch(self, model: nn.Module) -> None:
         """Tell the clock of each evaluation of the model, its timestep, and its end, also when it raises."""
-        self.timestep = facts_of(model).timestep_argument(model)
+        self.timestep, self.clock.model = facts_of(model).timestep_argument(model), weakref.ref(model)
         # bound methods, not closures: copy.deepcopy of the model takes them to the copy's own clock
         self.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._after))
@@ -194,6 +195,7 @@ class Attachment:
             traced.begin(self.clock.token, moment, main, list(tensors.values()), names, self.number)
         else:
             traced.check_no_transform(self.clock.name)
+            self.clock.model = weakref.ref(model)
             if self.branch_hooks is None:
                 self.branch_hooks = partial(facts_of(model).branch_hooks, [*model.modules()])
             if hooks := self.branch_hooks():

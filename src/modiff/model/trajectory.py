@@ -28,7 +28,7 @@ from modiff.model.probe import plain_layer
 from modiff.model.report import Report
 from modiff.model.select import modulated_layer, share_inputs
 from modiff.nn import Clock, ModulatedLayer
-from modiff.nn.adapters import modules_of
+from modiff.nn.adapters import modules_of, torch_layer
 from modiff.nn.weight import turned
 
 
@@ -172,15 +172,11 @@ def without_values(target: Any, roots: Iterable[nn.Module], shared: Iterable[obj
 
 def _as_torch_has_it(layer: ModulatedLayer, like: Callable[[Tensor], Tensor]) -> nn.Module:
     """The torch layer of a modulated one, packed or not, with parameters whose values mean nothing."""
-    kind = next(kind for kind in type(layer).__mro__ if not issubclass(kind, ModulatedLayer))
     quantized, bias = layer.quantized_weight, layer.bias
     empty = partial(torch.empty, dtype=getattr(quantized, "dtype", layer.operator.weight.dtype), device="meta")
     tensors = {"weight": turned(like(empty(layer.weight_shape)), quantized.transposed),
                "bias": None if bias is None else like(empty(bias.shape))}  # fmt: skip
-    parameters = {name: None if x is None else nn.Parameter(x, False) for name, x in tensors.items()}
-    plain: Any = kind.__new__(kind)
-    vars(plain).update(vars(layer) | {"_parameters": parameters, "_buffers": {}, "_modules": {}})
-    return plain
+    return torch_layer(layer, tensors)
 
 
 _ATTACHED = (ATTRIBUTE, "_hf_hook", "_diffusers_hook")

@@ -1,8 +1,10 @@
 """Adapters of other libraries on a model: which modules are theirs, and what the others are called without them."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _INSIDE = ("base_layer", "original_module")
 """Where PEFT's adapters keep the layer that they are put around."""
@@ -48,3 +50,29 @@ def fused_adapter(model: nn.Module) -> str | None:
 def adapter_on(model: nn.Module) -> str | None:
     """The name of a module with parameters that belongs to an adapter."""
     return next((n for n, m, theirs in walk(model) if theirs and next(m.parameters(), None) is not None), None)
+
+
+def torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of torch that a modulated class extends."""
+    return next(each for each in kind.__mro__ if not hasattr(each, "from_float"))
+
+
+def torch_layer(layer: nn.Module, parameters: Mapping[str, Tensor | None], without: Collection[str] = ()) -> nn.Module:
+    """The layer of torch that a modulated one stands for, packed or not, with other parameters."""
+    kind: Any = torch_class(type(layer))
+    plain = kind.__new__(kind)
+    owned = {name: None if x is None else nn.Parameter(x, requires_grad=False) for name, x in parameters.items()}
+    kept = {name: value for name, value in vars(layer).items() if name not in without}
+    vars(plain).update(kept | {"_parameters": owned, "_buffers": {}, "_modules": {}})
+    return plain
+
+
+def copied(layer: Any, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` makes of a modulated layer: without its model, as PEFT's `modules_to_save`, a plain one."""
+    model = layer.clock.model and layer.clock.model()
+    if model is None or id(model) in memo:
+        return copy._reconstruct(layer, memo, *layer.__reduce_ex__(4))  # pyright: ignore
+    floats = {name: x if x is None else x.detach() for name, x in (("weight", layer.weight), ("bias", layer.bias))}
+    plain = torch_layer(layer, floats, ("clock", "config", "loop", "name", "number", "operator", "spec", "output_size"))
+    memo[id(layer)] = plain = copy.deepcopy(plain, memo)
+    return plain

@@ -2,10 +2,12 @@
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modiff.errors import StateError, warn_once
 from modiff.nn.branches import Branches, Fork, Inputs
@@ -63,6 +65,7 @@ class Clock:
         self.active = self.inside = self.failed = self.numbered = self.names_tell = self.weights_changed = False
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
+        self.model: weakref.ref[nn.Module] | None = None  # since its last evaluation; copies learn of theirs
         self._timestep: Tensor | float | None = None
         self._moment: tuple[float] | None = None
         self._contexts: dict[str, _Context] = {}
@@ -70,6 +73,9 @@ class Clock:
         self.fork: Fork | None = None  # of an evaluation of rows that were in another context
         self._named: str | None = None  # the context that an evaluation of a branch returns to
         self._listeners: list[Callable[[], None]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}
 
     def on_reset(self, forget: Callable[[], None]) -> None:
         """Register what frees a state; called when a trajectory starts, ends or raises."""

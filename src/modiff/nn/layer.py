@@ -15,6 +15,7 @@ from modiff.core.quantizer import Quantizer
 from modiff.errors import StateError
 from modiff.kernels.input_fusion import InputFusion
 from modiff.nn import traced
+from modiff.nn.adapters import copied, torch_class
 from modiff.nn.clock import Clock
 from modiff.nn.loop.int16 import Int16Loop
 from modiff.nn.loop.integer import IntegerLoop, unsupported
@@ -29,11 +30,10 @@ class ModulatedLayer(nn.Module):
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
     A weight or bias that changes within a trajectory anchors the output state again. Writes through `.data` are seen at
-    the next step after `layer.weight` or `model.parameters()` was read; without that when it is the layer's turn: at
-    each step one layer of the model compares its bytes, and all of them where one had changed.
+    the next step after it was read; without that, each step compares the bytes of one layer, of all where one changed.
     """
 
-    channel_dim: ClassVar[int]
+    channel_dim: ClassVar[int] = 1
     spec_of: Callable[[str, LayerConfig, int | None], LayerSpec]
 
     @functools.wraps(nn.Module.__new__)
@@ -41,7 +41,9 @@ class ModulatedLayer(nn.Module):
         """Built from sizes it is the plain torch layer: PEFT makes a LoRA's matrices of the class that they adapt."""
         if not sizes and not settings:  # from_float, copies
             return super().__new__(cls)
-        return next(kind for kind in cls.__mro__ if not issubclass(kind, ModulatedLayer))(*sizes, **settings)
+        return torch_class(cls)(*sizes, **settings)
+
+    __deepcopy__ = copied
 
     @classmethod
     def from_float(
@@ -309,8 +311,6 @@ class ModulatedLinear(ModulatedLayer, nn.Linear):
 
 
 class _ModulatedConv(ModulatedLayer):
-    channel_dim: ClassVar[int] = 1
-
     def spec_of(self: Any, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
         """Geometry, with padding resolved, config and name."""
         pads = self._reversed_padding_repeated_twice  # (left, right) of each axis, the last axis first
@@ -341,8 +341,6 @@ class ModulatedConv3d(_ModulatedConv, nn.Conv3d):
 
 
 class _ModulatedTransposed(ModulatedLayer):
-    channel_dim: ClassVar[int] = 1
-
     def spec_of(self: Any, name: str, config: LayerConfig, split: int | None) -> LayerSpec:
         """Geometry, config and name."""
         operate = functools.partial(_ModulatedTransposed.operate, self)
