@@ -68,17 +68,20 @@ def config_of(bits: tuple[int, int], loop: dict[str, Any]) -> ModiffConfig:
 
 def sampled(network: nn.Module, training: dict[str, Any], name: str, count: int, seed: int) -> Tensor:
     """Final images of one of SAMPLERS, from the same noise for each network."""
-    kind, steps = SAMPLERS[name]
+    (kind, steps), consistency = SAMPLERS[name], name.startswith("consistency")
     names = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
-    settings: dict[str, Any] = {key: training[key] for key in names}
-    settings |= {"clip_sample": False} if name.startswith("dd") else {}
-    settings = {"num_train_timesteps": 40, "sigma_max": 20.0} if name.startswith("consistency") else settings
+    betas: dict[str, Any] = {key: training[key] for key in names}
+    settings = {"num_train_timesteps": 40, "sigma_max": 20.0} if consistency else betas
+    settings = settings | ({"clip_sample": False} if name.startswith("dd") else {})
     scheduler, noise = getattr(diffusers, kind)(**settings), torch.Generator().manual_seed(seed)
     scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps
+    if consistency:  # the network's own timestep at each noise level
+        kept = diffusers.DDPMScheduler(**betas).alphas_cumprod
+        timesteps = torch.searchsorted((1 / kept - 1).sqrt(), scheduler.sigmas[:steps])
     x = torch.randn(count, 1, 32, 32, generator=noise) * scheduler.init_noise_sigma
     with torch.no_grad():
-        for t in scheduler.timesteps:
-            timestep = torch.as_tensor(min(999.0, 250 * abs(float(t)))) if name.startswith("consistency") else t
+        for t, timestep in zip(scheduler.timesteps, timesteps, strict=True):
             step = scheduler.step(network(scheduler.scale_model_input(x, t), timestep).sample, t, x, generator=noise)
             x = step.prev_sample
     return getattr(step, "denoised", x) if name.startswith("lcm") else x
