@@ -307,10 +307,12 @@ def test_a_nan_is_seen_in_the_scale_and_leaves_the_state(run, value):
 
 @pytest.mark.parametrize("run", ENCODERS.values())
 def test_residuals_far_beyond_the_largest_multiple_are_cut_on_their_own_side(run):
-    state, clipped = start(torch.full((1, 4), 1e-3)), none_clipped()  # n = 8389, room for 1 and -2 multiples of 2^14
-    codes, scale, _ = run(torch.tensor([[1e30, -1e30, 0.0, 1e-3]]), state, None, 4, 1.0, "tensor", clipped=clipped)
-    assert (scale / state.grid).item() == 2**14
-    assert (codes.flatten().tolist(), clipped.item()) == ([9, 6, 7, 8], 2)
+    x = torch.tensor([[1e30, -1e30, 0.0, 1e-3]])
+    for bits, expected in ((4, [9, 6, 7, 8]), (2, [3, 0, 1, 2])):
+        state, clipped = start(torch.full((1, 4), 1e-3)), none_clipped()  # n = 8389: room for 1 and -2 times 2^14
+        codes, scale, _ = run(x, state, None, bits, 1.0, "tensor", clipped=clipped)
+        assert (scale / state.grid).item() == 2**14
+        assert (codes.flatten().tolist(), clipped.item()) == (expected, 2 * (bits == 4))
 
 
 @pytest.mark.parametrize("run", ENCODERS.values())
