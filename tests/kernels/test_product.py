@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from modiff.kernels.exact import REFERENCE
 from modiff.kernels.kernel import Kernel
 from modiff.kernels.layout import Geometry, innermost
 from modiff.kernels.product import NATIVE, family
-from modiff.model.autotune import interleaved
 from modiff.nn.weight import pack_nibbles
 from tests.kernels.problems import exact_sums, needs_compiler, none_clipped, on_threads, problems
 from tests.kernels.problems import operands as operands_of
@@ -128,16 +126,6 @@ def test_rows_of_zero_codes_are_left_out_of_the_product_and_sum_up_to_nothing(bi
     with on_threads(2):
         assert torch.equal(NATIVE.sums(operands, codes).double(), expected)
         check_step(operands, codes, torch.rand(1), expected.float() * operands.weight_scale)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_silent_rows_take_less_time(bits, loops):
-    operands = operator(torch.randint(-127, 128, (512, 2048), dtype=torch.int8), bits)
-    loud = torch.randint(0, 16, (128, 2048), dtype=torch.uint8)
-    still = torch.full_like(loud, operands.zero_point)
-    runs = {str(rows is still): partial(NATIVE.sums, operands, rows) for rows in (loud, still)}
-    seconds = {name: min(times) for name, times in interleaved(runs, 5).items()}
-    assert seconds["True"] < seconds["False"] / 3
 
 
 def check_step(operands: Operator, codes: torch.Tensor, scale: torch.Tensor, sent: torch.Tensor) -> None:
