@@ -17,15 +17,13 @@ def test_it_prints_and_keeps_a_row_for_each_way_to_anchor(tmp_path, capsys):
 
 def test_modulated_is_compared_with_plain_on_samplers_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
     file = tmp_path / "samplers.json"
-    monkeypatch.setattr(anchors, "BITS", {"W8A8": (8, 8)})
+    monkeypatch.setattr(anchors, "BITS", {})
     options = ["--num-images", "2", "--json", str(file), "--samplers"]
     anchors.main([*options, "lcm4"])
     first = json.loads(file.read_text())["rows"]
-    assert [(row["bits"], row["scales"]) for row in first] == [
-        (bits, scales) for scales in ("static", "dynamic") for bits in ("W8A8", "W4A4")
-    ]
+    assert [(row["bits"], row["scales"]) for row in first] == [("W4A4", "static"), ("W4A4", "dynamic")]
     assert all(0 < error < 2 for row in first for how in ("plain", "modulated") for error in row[how])
     anchors.main([*options, "lcm4,consistency8"])
     rows = json.loads(file.read_text())["rows"]
-    assert (rows[:4], len(rows)) == (first, 8)
-    assert capsys.readouterr().out.count("\n| lcm4 | W8A8 | static | ") == 2
+    assert (rows[:2], len(rows)) == (first, 4)
+    assert capsys.readouterr().out.count("\n| lcm4 | W4A4 | static | ") == 2

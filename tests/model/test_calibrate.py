@@ -104,6 +104,15 @@ def test_steps_whose_residuals_need_larger_scales_than_their_values_code_the_val
     assert attachment_of(model).report.taken[0].reason == ""
 
 
+def test_calibration_tells_how_much_of_the_last_sample_is_in_this_one():
+    a, b, c = FRESH[:3]
+    expected = sum(float(torch.corrcoef(torch.stack(rows))[0, 1]) for rows in zip(b, b + c, strict=True)) / len(b)
+    clock = attachment_of(model := calibrate(static(), [a, b, b + c])).clock
+    assert clock.kept == pytest.approx(expected, rel=1e-5)
+    calibrate(model, [a, -a])
+    assert clock.kept == 0, "what is turned round is not kept"
+
+
 class Conditioned(Timed):
     """A layer of tokens, and one of an embedding, which has one row a sample."""
 
