@@ -95,10 +95,10 @@ def measure(pipe: Any, steps: int, num_images: int, seed: int) -> list[dict[str,
 def images(draw: Callable[[int], Any], pipe: Any, index: int, apply: Callable[[], object] | None) -> tuple[Any, int]:
     """(N, H, W, C), and the bytes of states that they took."""
     if apply is None:
-        return draw(index).images, 0
+        return draw(index), 0
     apply()
     try:
-        return draw(index).images, modiff.report(pipe).memory.states
+        return draw(index), modiff.report(pipe).memory.states
     finally:
         modiff.remove(pipe)
 
