@@ -1,6 +1,7 @@
 """The words that end an analysis, on analyses whose right words are obvious."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,7 +113,11 @@ PROMPT = shlex.join(["--prompt", "a 'fox'"])
         ({"labels": [0]}, "analyze 'my model' --label 0 --steps 50 -o analysis-2 --config modulated:8:4"),
     ],
 )  # fmt: skip
-def test_the_last_line_is_the_command_that_answers_what_is_open(values: dict[str, Any], command: str) -> None:
+def test_the_last_line_is_the_command_that_answers_what_is_open(
+    values: dict[str, Any], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path)
     last = told(analysis(**values))[-1]
     assert last.endswith(command)
     name, *words = shlex.split(last.partition(": modiff ")[2])

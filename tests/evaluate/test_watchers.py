@@ -95,10 +95,10 @@ def test_every_call_of_every_layer_is_shown_at_every_step_with_its_own_tensors()
 def test_a_pipeline_generates_the_same_bits_watched_and_has_its_splits_shown() -> None:
     pipe = HOSTS["ddim"].build()
     run = partial(calibration_run(pipe, steps=3, batch=2), 0)
-    plain = torch.as_tensor(run().images)
+    plain = torch.as_tensor(run())
     watched: list[torch.Tensor] = []
     recorder, before = Recorder(), hooks(pipe.unet)
-    watch(pipe, lambda: watched.append(torch.as_tensor(run().images)), presets.w8a4(), [recorder])
+    watch(pipe, lambda: watched.append(torch.as_tensor(run())), presets.w8a4(), [recorder])
     assert_same_bits(watched[0], plain)
     assert hooks(pipe.unet) == before
     splits = {v.entry.name: v.split for v in recorder.visits if v.split}
