@@ -48,6 +48,7 @@ def test_each_choice_of_states_is_compared_with_float32_on_the_same_execution(pi
     for row in integers.choices(pipe, "w8a8", 1, 1, steps=3):
         bits = [int(word) for word in row["states"].split() if word.isdigit()] or [32 if "32" in row["states"] else 16]
         assert min(bits) / 32 <= row["share"] <= 1.05 * max(bits) / 32
+        assert row["relative_l2"] < 0.05 or min(bits) < 16, "to the same images in full precision"
         assert (row["seconds"] is None, row["error_ratio"] == 1) == ("sim" in row["states"], "float32" in row["states"])
 
 
