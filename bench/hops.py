@@ -3,9 +3,12 @@
 python bench/hops.py
 """
 
+import gc
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -61,6 +64,20 @@ class Profile:
             self.inside[file] += self._outermost is not None
 
 
+@contextmanager
+def _profiled(counted: Profile) -> Iterator[None]:
+    """Garbage is left where it lies meanwhile: finalizers would run wherever a collection starts."""
+    collects, before = gc.isenabled(), sys.getprofile()
+    gc.disable()
+    sys.setprofile(counted)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+        if collects:
+            gc.enable()
+
+
 def profile(config: modiff.ModiffConfig) -> tuple[Profile, int]:
     """The last of `STEPS` evaluations of the embedded model under `config`, eager; and how many layers it has."""
     unet: Any = UNet2DModel.from_pretrained(embedded_folder() / "unet")
@@ -70,12 +87,8 @@ def profile(config: modiff.ModiffConfig) -> tuple[Profile, int]:
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), modiff.trajectory(unet):
         for step in range(STEPS):
-            before = sys.getprofile()
-            sys.setprofile(counted if step == STEPS - 1 else before)
-            try:
+            with _profiled(counted) if step == STEPS - 1 else nullcontext():
                 unet(x * (1 - 0.01 * step), 900 - 20 * step)
-            finally:
-                sys.setprofile(before)
     return counted, len(layers)
 
 

@@ -1,5 +1,8 @@
 """The road of a steady step stays short: calls and files of one layer of the embedded model."""
 
+import gc
+from functools import partial
+
 import pytest
 
 import hops
@@ -17,3 +20,14 @@ def test_a_step_takes_few_calls_in_few_files(on_integers, calls, files):
     assert found.calls <= calls
     assert found.files <= files
     assert (found.kernels > 0) == on_integers
+
+
+def test_finalizers_of_garbage_are_not_counted(request):
+    def on_collection(*_: object) -> None: ...
+
+    request.addfinalizer(partial(gc.set_threshold, *gc.get_threshold()))
+    request.addfinalizer(lambda: gc.callbacks.remove(on_collection))
+    gc.callbacks.append(on_collection)
+    gc.set_threshold(1, 1000, 1000)
+    assert __file__ not in hops.profile(modiff.presets.modulated(8, 8))[0].everywhere
+    assert gc.isenabled()

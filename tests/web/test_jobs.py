@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -19,9 +20,8 @@ def finished(job: Request) -> Request:
     return [*job.follow(0.01)][-1]
 
 
-def until_checked(job: Request) -> None:
-    while True:
-        job.check()
+def until(holds: Callable[[], object]) -> None:
+    while not holds():
         time.sleep(0.005)
 
 
@@ -51,7 +51,7 @@ def test_an_error_is_kept_for_its_user() -> None:
 def test_a_stop_ends_what_runs_and_an_exception_handler_on_the_way_does_not_swallow_it() -> None:
     def work(job: Request) -> None:
         try:
-            until_checked(job)
+            until(job.check)
         except Exception:
             pytest.fail("it went on")
 
@@ -66,13 +66,13 @@ def test_a_stop_ends_what_runs_and_an_exception_handler_on_the_way_does_not_swal
 
 def test_what_nobody_follows_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.1)
-    job = Jobs().start("tab", until_checked)
+    job = Jobs().start("tab", lambda job: until(job.check))
     job._thread.join(10)
     assert isinstance(job.error, Cancelled)
 
 
 def test_a_closed_iterator_ends_the_job() -> None:
-    job = Jobs().start("tab", until_checked)
+    job = Jobs().start("tab", lambda job: until(job.check))
     following = job.follow(0.01)
     next(following)
     following.close()
@@ -82,19 +82,19 @@ def test_a_closed_iterator_ends_the_job() -> None:
 
 def test_a_follower_that_sees_nothing_new_is_still_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PULSE", 0.05)
-    following = Jobs().start("tab", until_checked).follow(0.01)
+    following = Jobs().start("tab", lambda job: until(job.check)).follow(0.01)
     assert len({next(following) for _ in range(3)}) == 1
     following.close()
 
 
 def test_a_tab_has_one_request_at_a_time_and_a_server_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs()
-    first = jobs.start("tab", until_checked)
+    first = jobs.start("tab", lambda job: until(job.check))
     with pytest.raises(StateError, match="first still runs"):
-        jobs.start("tab", until_checked)
+        jobs.start("tab", lambda job: until(job.check))
     monkeypatch.setattr(module, "MOST", 1)
     with pytest.raises(StateError, match="busy"):
-        jobs.start("another", until_checked)
+        jobs.start("another", lambda job: until(job.check))
     first.cancel()
     finished(first)
     second = jobs.start("another", lambda job: "made")
@@ -117,18 +117,15 @@ def test_one_at_a_time_for_a_model_in_the_order_of_arrival_and_others_at_once() 
         return run
 
     first = jobs.start("1", work("first", "model", hold=True))
-    while "first" not in order:
-        time.sleep(0.005)
+    until(lambda: "first" in order)
     second = jobs.start("2", work("second", "model"))
-    while second.ahead != 1:
-        time.sleep(0.005)
+    until(lambda: second.ahead == 1)
     third = jobs.start("3", work("third", "model"))
     other = jobs.start("4", work("other", "other"))
     assert finished(other).error is None
     assert first.crowded
     assert order == ["first", "other"]
-    while third.ahead != 2:
-        time.sleep(0.005)
+    until(lambda: third.ahead == 2)
     go.set()
     assert [finished(job).error for job in (first, second, third)] == [None] * 3
     assert order[2:] == ["second", "third"]
@@ -142,8 +139,7 @@ def test_a_stop_while_waiting_gives_the_turn_to_the_next() -> None:
             wait(go)
 
     first = jobs.start("1", holding)
-    while "model" not in jobs.lines:
-        time.sleep(0.005)
+    until(lambda: "model" in jobs.lines)
     second, third = jobs.start("2", holding), jobs.start("3", holding)
     jobs.stop("2")
     assert isinstance(finished(second).error, Cancelled)
@@ -163,14 +159,12 @@ def test_what_a_stop_cannot_interrupt_ends_alone_and_the_next_request_of_the_tab
             wait(compiled)
 
     first = jobs.start("tab", compiling)
-    while "model" not in jobs.lines:
-        time.sleep(0.005)
+    until(lambda: "model" in jobs.lines)
     jobs.stop("tab")
     assert not finished(first).done
     assert "ends first" in views.stopped(first)
     second = jobs.start("tab", compiling)
-    while second.ahead != 1:
-        time.sleep(0.005)
+    until(lambda: second.ahead == 1)
     compiled.set()
     assert finished(second).error is None
     assert "at once" in views.stopped(second)
