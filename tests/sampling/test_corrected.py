@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import diffusers
@@ -108,6 +110,19 @@ def test_tables_that_change_nothing_give_the_bits_of_the_plain_sampler(name, dty
     for again in (type(fixed).from_pretrained(tmp_path), type(plain).from_pretrained(tmp_path), copy.deepcopy(fixed),
                   pickle.loads(pickle.dumps(fixed)), type(plain).from_config(fixed.config)):  # fmt: skip
         assert_same_bits(sampled(again, dtype, **words), expected)
+
+
+@pytest.mark.parametrize("imports", ["import modiff, diffusers", "from diffusers import DDIMScheduler; import modiff"])
+def test_a_fresh_interpreter_keeps_or_refuses_the_table_of_a_scheduler_alone(imports, tmp_path):
+    plain = make_scheduler("ddim")
+    corrected(plain, tables(plain, "ddim", 0.9)).save_pretrained(tmp_path)
+    probe = f"""{imports}, sys
+import diffusers
+assert "modiff.sampling.corrected" not in sys.modules
+assert diffusers.DDIMScheduler.from_pretrained({str(tmp_path)!r}).correction.gain[5] == ({float(torch.tensor(0.9))},)*3
+diffusers.EulerDiscreteScheduler.from_pretrained({str(tmp_path)!r})"""
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert "ConfigError: correction: expected one of DDIMScheduler, " in result.stderr
 
 
 def test_steps_of_equal_timesteps_have_rows_of_their_own():

@@ -22,21 +22,18 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
 )
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from modiff.config import JsonConfig, check
 from modiff.errors import ConfigError
 from modiff.hosts import diffusers_host
+from modiff.sampling import ENTRY
 
 diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
 Rows = tuple[tuple[float, ...], ...]
-ENTRY = "correction"
-"""The entry of a scheduler_config.json."""
 TABLES = ("gain", "offset", "shift")
 _OTHER_STEPS = "The table is for those. Sample with as many steps, or calibrate again."
 
@@ -361,22 +358,3 @@ KINDS: tuple[Any, ...] = (
     CorrectedCogVideoXDDIMScheduler,
     CorrectedFlowMatchEulerDiscreteScheduler,
 )
-
-
-def _honour_corrections() -> None:
-    """Let `from_config` of any scheduler keep a correction that its config holds, or refuse it.
-
-    DDIMPipeline makes a DDIMScheduler of the config of whatever it is given, and so do users who change the scheduler:
-    diffusers would drop the table with a remark in the log.
-    """
-
-    @functools.wraps(ConfigMixin.from_config.__func__)
-    def from_config(cls: Any, config: Any = None, return_unused_kwargs: bool = False, **settings: Any) -> Any:
-        table = settings.get(ENTRY, config.get(ENTRY) if isinstance(config, dict) else None)
-        kind = cls if table is None or issubclass(cls, Corrected) else corrected_kind(cls)
-        return super(SchedulerMixin, kind).from_config(config, return_unused_kwargs, **settings)
-
-    SchedulerMixin.from_config = classmethod(from_config)
-
-
-_honour_corrections()
