@@ -32,7 +32,7 @@ BUDGETS = {
     "what a browser shows": (["src/modiff/web"], 1_050),
     "how it is sampled": (["src/modiff/sampling"], 2_150),
     "whose recipe": (["src/modiff/methods"], 2_200),
-    "the whole package": (["src/modiff"], 26_905),
+    "the whole package": (["src/modiff"], 26_980),
     "tests": (["tests"], 28_165),
 }
 """What a room may hold, in lines of Python: (folders, lines)."""

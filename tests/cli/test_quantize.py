@@ -16,7 +16,6 @@ from modiff.hosts.diffusers.load import load_pipeline
 from modiff.methods import recipe
 from modiff.methods.registry import method_config
 from modiff.methods.registry import quantize as apply_method
-from modiff.model.attach import attachment_of
 from tests.cli.commands import assert_one_line, done
 from tests.cli.commands import modiff as command
 from tests.hosts.tiny import HOSTS
@@ -67,8 +66,9 @@ def test_the_folder_makes_the_images_of_the_method_bit_for_bit(model: Path, tmp_
 def test_bits_modulation_and_work_folder_are_those_of_the_options(model: Path, tmp_path: Path) -> None:
     options = ["--weight-bits", 4, "--activation-bits", 6, "--modulated", "--work", tmp_path / "work"]
     done(invoke(model, "ptq4dm", tmp_path, *options, "--seed", 5, "-o", tmp_path / "out"))
-    settings = {e.setting for e in attachment_of(modiff.load(tmp_path / "out").unet).report.taken}
-    assert settings == {"W4A6 modulated", "W8A8 modulated"}  # the first and the last layer have 8
+    layers = modiff.report(modiff.load(tmp_path / "out")).taken
+    assert {e.setting for e in layers} == {"W4A6 modulated", "W8A8 modulated"}  # the first and the last layer have 8
+    assert all(e.anchor.startswith("int8 anchor codes") for e in layers), "it samples as it was calibrated"
     assert json.loads((tmp_path / "work" / "job.json").read_text())["settings"]["seed"] == 5
     assert not (tmp_path / "out.work").exists()
 

@@ -60,6 +60,5 @@ def accelerate(
         options.write_results(json_file, values)
         if result.report is None:
             raise typer.Exit
-        anchored = any(entry.anchor for entry in result.report.taken)
-        api.save(pipe, partial, anchor_weights="int8" if anchored else "quantized")
+        options.save(pipe, partial)
     options.say(f"saved: {output}", json_file)

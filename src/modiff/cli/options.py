@@ -165,3 +165,11 @@ def plain_pipeline(model: str, device: str, scheduler: str | None = None) -> Dif
     plain = all(attachment_of(network) is None for network in denoisers(pipe).values())
     check("model", model, plain, "one in full precision", "modiff has quantized it. Give what it was made from.")
     return pipe
+
+
+def save(pipe: DiffusionPipeline, folder: Path) -> None:
+    """A folder that samples as `pipe` does: 8-bit codes stand in for the exact weights of its anchors."""
+    from modiff import api
+
+    exact = any(entry.anchor.startswith("exact") for entry in api.report(pipe).taken)
+    api.save(pipe, folder, anchor_weights="int8" if exact else "quantized")

@@ -58,9 +58,9 @@ def quantize(
 ) -> None:
     """Calibrate and quantize a model by a published method, and save it. Run again, it goes on where it stopped.
 
-    The folder is a pipeline like any other: modiff.load(FOLDER), DiffusionPipeline.from_pretrained(FOLDER), or the
-    MODEL of modiff sample. At the end it is loaded, and four images are compared with those of full precision. Models
-    that take text are calibrated on --prompts, each in turn; class-conditional ones on all classes.
+    The folder is a pipeline like any other: modiff.load, DiffusionPipeline.from_pretrained, MODEL of modiff sample. For
+    exact anchors (--modulated) it holds a byte more a weight. At the end it is loaded, and four images are compared
+    with full precision. Models that take text are calibrated on --prompts, class-conditional ones on all classes.
 
     \b
     Example:
@@ -70,7 +70,7 @@ def quantize(
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
     values, typed = _checked(method, settings, bits, {"steps": steps, "seed": seed})
     with new_folder(output) as partial:  # taken now: a folder that cannot be written is known before the work
-        from modiff.api import remove, save
+        from modiff.api import remove
         from modiff.evaluate.pipelines import PipelineSource
         from modiff.generate.environment import environment
         from modiff.generate.job import Conditions
@@ -90,7 +90,7 @@ def quantize(
             run=(lambda i: source.draw(chosen.steps, range(i * chosen.batch, (i + 1) * chosen.batch)))
             if conditions.prompts else None,
         )  # fmt: skip
-        save(savable(sampling, pipe), partial)
+        options.save(savable(sampling, pipe), partial)
         remove(sampling)
         saved = PipelineSource(options.quiet_pipeline(str(partial), device, scheduler), conditions=conditions)
         text, compared = _compared(source, saved, chosen)
