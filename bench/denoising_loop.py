@@ -29,10 +29,10 @@ from modiff.generate.environment import environment
 from modiff.kernels.isa import LIMIT, level_of
 
 RESULTS = Path(__file__).parent / "results" / "loop.jsonl"
-LIMITS = {"native": "", "vnni": "AVX512_CORE_VNNI", "avx2": "AVX2"}
-CAPABILITY = {"vnni": "avx512", "avx2": "avx2"}
+LIMITS = {"native": "", "vnni": "AVX512_CORE_VNNI", "avx2_vnni": "AVX2_VNNI", "avx2": "AVX2"}
+CAPABILITY = {"vnni": "avx512", "avx2_vnni": "avx2", "avx2": "avx2"}
 """For ATen and inductor. Inductor uses AMX in max-autotune only, which nothing here asks for."""
-NEEDED = {"vnni": ("avx512_vnni", "AVX-512 VNNI"), "avx2": ("avx2", "AVX2")}
+NEEDED = {"vnni": ("avx512_vnni", "AVX-512 VNNI"), "avx2_vnni": ("avx2_vnni", "AVX-VNNI"), "avx2": ("avx2", "AVX2")}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -28,7 +28,8 @@ from modiff.kernels.problem import Problem
 from modiff.model.autotune import interleaved
 from roofline import Reached, Work, bytes_moved, measure_peaks, roofline_seconds
 
-LIMITS = {"native": "", "vnni": "AVX512_CORE_VNNI", "avx512": "AVX512_CORE", "avx2": "AVX2", "sse41": "SSE41"}
+LIMITS = {"native": "", "vnni": "AVX512_CORE_VNNI", "avx512": "AVX512_CORE", "avx2_vnni": "AVX2_VNNI", "avx2": "AVX2",
+          "sse41": "SSE41"}  # fmt: skip
 THREE = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
 ONE = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
 ALONG = {"kernel_size": (3,), "stride": (1,), "padding": (1,), "dilation": (1,)}

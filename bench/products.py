@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     limit = LIMITS[options.isa]
     if limit and os.environ.get(LIMIT) != limit:  # oneDNN reads it once, before anything else here runs
-        level = {"ATEN_CPU_CAPABILITY": "avx2"} if options.isa == "avx2" else {}
+        level = {"ATEN_CPU_CAPABILITY": "avx2"} if options.isa.startswith("avx2") else {}
         command = [sys.executable, *sys.argv]
         raise SystemExit(subprocess.run(command, env={**os.environ, LIMIT: limit, **level}, check=False).returncode)
     for threads in options.threads:

@@ -15,8 +15,8 @@ from modiff.evaluate.analysis.figures import BLUE, GREY, ORANGE, file_bytes, log
 from modiff.evaluate.metrics.paired import relative_l2
 from modiff.files import write_atomically
 
-FIELDS = ("model", "variant", "isa", "threads", "seconds_min", "seconds_median", "relative_l2", "peak_mib",
-          "state_mib", "commit", "machine", "command")  # fmt: skip
+FIELDS = ("model", "variant", "isa", "threads", "seconds_min", "seconds_median", "seconds_first", "seconds_step",
+          "relative_l2", "peak_mib", "state_mib", "commit", "machine", "command")  # fmt: skip
 FLOOR = 1e-4
 """Relative L2 up to which only the order of float sums differs: such points stand on the lower edge of the plot."""
 NOTES = """\
@@ -30,6 +30,7 @@ def row_of(record: Record, reference: np.ndarray | None, head: Mapping[str, str]
     if not record.rounds:
         return None
     seconds, last = record.seconds(), record.rounds[-1]
+    first, step = steps_of(record)
     return {
         "model": record.task.model.name,
         "variant": record.task.variant,
@@ -37,6 +38,8 @@ def row_of(record: Record, reference: np.ndarray | None, head: Mapping[str, str]
         "threads": record.facts["threads"],
         "seconds_min": min(seconds),
         "seconds_median": statistics.median(seconds),
+        "seconds_first": first,
+        "seconds_step": step,
         "relative_l2": error_of(last["images"], reference),
         "peak_mib": max(r["peak_mib"] for r in record.rounds),
         "state_mib": last["state_mib"],
@@ -73,11 +76,10 @@ def table(records: list[Record], rows: Mapping[str, dict[str, Any]]) -> str:
         if row is None:
             lines.append(f"{record.task.variant:<21}not run: {record.reason}")
             continue
-        opening, later = steps_of(record)
         error = "-" if row["relative_l2"] is None else f"{row['relative_l2']:.4f}"
         lines.append(
-            f"{record.task.variant:<21}{row['seconds_min']:>10.3f}{row['seconds_median']:>10.3f}{opening:>9.4f}"
-            f"{later:>9.4f}{error:>10}{row['peak_mib']:>10.0f}{row['state_mib']:>11.1f}"
+            f"{record.task.variant:<21}{row['seconds_min']:>10.3f}{row['seconds_median']:>10.3f}"
+            f"{row['seconds_first']:>9.4f}{row['seconds_step']:>9.4f}{error:>10}{row['peak_mib']:>10.0f}{row['state_mib']:>11.1f}"
             + (f"  stopped: {record.reason}" if record.reason else "")
             + (f"  {record.facts['note']}" if record.facts["note"] else "")
         )

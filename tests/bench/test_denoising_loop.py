@@ -47,7 +47,7 @@ def test_figures_of_a_row_are_of_its_rounds():
     row: Any = loop_report.row_of(record, np.full(4, 4.0), head)
     assert [row[k] for k in ("seconds_min", "seconds_median", "peak_mib", "state_mib")] == [1.0, 2.5, 90.0, 5.0]
     assert (row["relative_l2"], row["command"]) == (0.25, "x  # embedded: batch 16, 50 of 50 steps")
-    assert loop_report.steps_of(record) == (0.5, 0.2)
+    assert (row["seconds_first"], row["seconds_step"]) == (0.5, 0.2)
     assert loop_report.error_of(np.array([np.nan]), np.ones(1)) is None
     record.rounds, record.waves, record.reason = [], [], "no such thing here"
     assert loop_report.row_of(record, None, head) is None
