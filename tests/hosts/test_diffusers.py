@@ -19,6 +19,7 @@ from modiff.model.apply import install
 from modiff.model.attach import attachment_of
 from modiff.model.tune import FINALISTS
 from tests.helpers import assert_within, relative_error
+from tests.hosts.test_state_memory import animated
 from tests.hosts.tiny import (
     HOSTS,
     SAMPLERS,
@@ -228,6 +229,16 @@ def test_generations_of_one_call_begin_with_states_of_their_own(alone):
     assert 0 < relative_error(together, plain)
     for batch in (1, 3):
         assert_within(members(batch), together, 1e-4)
+
+
+def test_generations_of_more_and_more_steps_begin_with_states_of_their_own():
+    pipe = animated()
+    pipe.enable_free_init(num_iters=3, use_fast_sampling=True)
+    modiff.apply(pipe, presets.w8a4())
+    steps = watch(pipe.unet, lambda: attachment_of(pipe.unet).clock.step)
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a b", num_frames=2, height=16, width=16, num_inference_steps=6, output_type="latent")
+    assert steps == [*range(2), *range(4), *range(6)]
 
 
 @pytest.mark.parametrize("verb", [modiff.tune, lambda p, _, run: modiff.autotune(p, presets.w8a4(), run=run)])

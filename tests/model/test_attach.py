@@ -40,6 +40,7 @@ def modulated(model: nn.Module | None = None, bits: int = 4, *, automatic: bool 
         ([0.0, 0.3, 0.9, 0.0, 0.3], [0, 3]),  # flows that count upwards
         ([999, 999, 999], [0, 1, 2]),  # one step each
         ([999, 666, 800, 400], [0, 2]),  # image to image, from the middle
+        ([999, 888, 811.9, 812, 812, 735, 15, 8.66, 9, 9, 0.2], [0]),  # an ancestral sampler that rounds
         ([1000, 1], [0]),
         ([[0, 0, t, t] for t in (999, 666, 333, 999, 666)], [0, 3]),  # tokens of the first frame stay where they are
         ([[1000, 1000, t, t] for t in (999, 666, 333, 999, 666)], [0, 3]),

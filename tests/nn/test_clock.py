@@ -80,6 +80,27 @@ def test_the_network_is_inside_between_its_call_and_its_return_and_one_that_rais
         clock.stop()
 
 
+@pytest.mark.parametrize(
+    ("times", "starts"),
+    [
+        ([500, 0, 750, 500, 250, 0, 830, 664], [0, 2, 6]),  # FreeInit: more steps each time
+        ([0.0, 0.5, -0.2, 0.3], [0, 2]),  # upwards
+        ([999, 500, 750, 250], [0, 2]),  # from the middle, of another schedule
+        ([999, 888, 811.9, 812, 812, 735, 8.66, 9, 0.2], [0]),  # an ancestral sampler that rounds
+        ([960, 920, 880, 960, 920, 880, 840, 920, 880, 840, 800, 880, 840], [0, 3]),  # RePaint goes back
+        ([999, 1000, 980, 1000, 500, 1000, 0, 1000], [0]),  # UniDiffuser's other branch stays at the end
+        ([None, None, None], [0]),
+    ],
+)
+def test_a_timestep_far_back_that_did_not_come_before_begins_another_generation(clock, times, starts):
+    clock.numbered, seen = True, []
+    for i, time in enumerate(times):
+        clock.call(time)
+        seen += [i] * (clock.step == 0)
+        clock.returned()
+    assert seen == starts
+
+
 def test_another_number_of_evaluations_at_a_timestep_warns_once_and_the_first_timestep_begins_another_generation(
     clock, monkeypatch
 ):

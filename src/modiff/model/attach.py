@@ -27,6 +27,8 @@ from modiff.nn.clock import middle
 ATTRIBUTE = "_modiff"
 _NOTHING = Inputs()
 _BEGINNING = threading.Lock()
+_ROUNDED = 0.25
+"""Of the step before: an ancestral sampler that rounds its timesteps goes back by less."""
 
 
 class Automatic:
@@ -54,7 +56,8 @@ class Automatic:
             return
         now, context, thread = float(middle(timestep)), self.clock.context, threading.get_ident()
         seen = self._seen.get(context, [])
-        turned = len(seen) == 2 and (now - seen[1]) * (seen[1] - seen[0]) < 0
+        back = (seen[1] - now) / (seen[1] - seen[0]) if len(seen) == 2 else 0.0
+        turned = back > _ROUNDED
         schedule, before = _schedule_of(timestep), self._schedule
         if schedule is not None and before is not None and seen == [now]:
             turned = schedule.data_ptr() != before.data_ptr()
@@ -74,7 +77,7 @@ class Automatic:
         elif seen == [now] and self.clock.knows(inputs):
             self.clock.again()
         seen = self._seen.setdefault(context, [])
-        if not seen or seen[-1] != now:
+        if not seen or (seen[-1] != now and back <= 0):
             seen.append(now)
         del seen[:-2]
 

@@ -233,8 +233,8 @@ class Branches:
         self.name = name
         self.kinds: list[_Kind] = []
         self.fork: Fork | None = None
-        self.first: float | None = None
-        self.now: float | None = None
+        self.first = self.now = float("nan")
+        self.times, self.way = set[float](), 0.0  # that came, and the longest way from the first to one
         self.step, self.limit = -1, _MOST
         self.uncertain = False
         self._numbers: dict[tuple[int, int], int] = {}
@@ -244,14 +244,20 @@ class Branches:
         return any(kind.inputs.shape == inputs.shape and not kind.differences(inputs) for kind in self.kinds)
 
     def ended(self, now: float) -> bool:
-        """Whether the first timestep comes again after others, or shapes change without end."""
-        return now == self.first != self.now or len(self.kinds) > 2 * self.limit
+        """Whether the first timestep comes again after others, or shapes change without end.
+
+        Also at a timestep that did not come before, half of the way back or more: those of another schedule.
+        """
+        back = (self.now - now) / self.way if self.way and now not in self.times else 0.0
+        return now == self.first != self.now or 0.5 <= back <= 2 or len(self.kinds) > 2 * self.limit
 
     def number(self, now: float, inputs: Inputs, *, ordered: bool) -> tuple[int, bool]:
         """The branch of the evaluation that begins; False where it is not certain. ordered: repeats have their own."""
         if now != self.now or self.step < 0:
             self.now, self.step = now, self.step + 1
             self.first = now if self.step == 0 else self.first
+            self.times.add(now)
+            self.way = max(self.way, now - self.first, key=abs)
         kinds, kind = self.kinds.copy(), self._kind(inputs)
         number, regular = kind.visit(self.step)
         if not ordered:
