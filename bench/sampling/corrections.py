@@ -1,15 +1,17 @@
 """What do PTQD and TAC add to min-max quantization at each pair of bit widths, plain and modulated? Writes JSON rows.
 
-python bench/sampling/corrections.py --work corrections-bench
+python bench/sampling/corrections.py --work corrections-bench --json docs/results/corrections.json
 
-Relative L2 of final images to full precision, DDIM, from noise that nothing was learned from: with the plain sampler
-and with each table, on one quantized network in a row. Finished rows are kept: the command goes on after the last one.
+Relative L2 of final images to full precision, DDIM with eta 0, from noise that nothing was learned from: with the plain
+sampler and with each table, on one quantized network in a row. TAC is least squares. The last three columns are sizes
+of the tables over the steps. Finished rows are kept: the command goes on after the last one.
 """
 
 import argparse
 import copy
 import json
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +19,8 @@ from tqdm import tqdm
 from modiff import ModulationConfig
 from modiff.cli.options import quiet_pipeline
 from modiff.evaluate.metrics.paired import relative_l2
-from modiff.files import ResumableFolder, write_json
+from modiff.files import ResumableFolder, check_writable, write_json
+from modiff.generate.environment import environment
 from modiff.generate.samplers import set_scheduler
 from modiff.hosts.diffusers.runs import noise_generators
 from modiff.methods import MethodJob, PtqdConfig, QDiffusionConfig, TacConfig
@@ -33,11 +36,12 @@ MODES = {
     "quantized anchors": ModulationConfig(anchor_weights="quantized"),
 }
 BITS = ((4, 8), (8, 8), (8, 4), (4, 4))
+SHOWN = ("minmax", "ptqd", "tac", "median_k", "mean_mu", "median_K_minus_1")
 MINMAX: dict[str, Any] = {"rounding": "nearest", "search": "minmax", "scales": "measured"}
 
 
 def run_row(pipe: Any, comparison: Comparison, bits: tuple[int, int], mode: str, options: Any) -> dict[str, Any]:
-    """Relative L2 with the plain sampler and with each table, and the mean size of the table's entries."""
+    """Relative L2 with the plain sampler and with each table, and what was learned at each step."""
 
     def images(source: Any) -> Any:
         noise = noise_generators(FIRST_NOISE, range(options.num_images))
@@ -51,7 +55,7 @@ def run_row(pipe: Any, comparison: Comparison, bits: tuple[int, int], mode: str,
     q_diffusion(MethodJob(quantized, config, None, None, None, False), config)
     row: dict[str, Any] = {"bits": bits, "mode": mode, "minmax": relative_l2(images(quantized), exact)}
     shared |= {"groups": 1, "pairs": options.pairs, "samples": options.batch}
-    tables = PtqdConfig(**shared, slope="any"), TacConfig(**shared, relative=0.0, ridge=0.0)
+    tables = PtqdConfig(**shared, slope=options.slope), TacConfig(**shared, relative=0.0, ridge=0.0)
     for name, table in zip(("ptqd", "tac"), tables, strict=True):
         own = copy.copy(comparison)
         own.config = table
@@ -60,6 +64,9 @@ def run_row(pipe: Any, comparison: Comparison, bits: tuple[int, int], mode: str,
         row[name] = relative_l2(images(quantized), exact)
         quantized.scheduler = pipe.scheduler
         row[f"{name}_steps"] = {key: [float(step[key].mean()) for step in figures] for key in figures[0]}
+    k, mu, factors = row["ptqd_steps"]["k"], row["ptqd_steps"]["mu"], row["tac_steps"]["K"]
+    row["median_k"], row["mean_mu"] = median(map(abs, k)), mean(map(abs, mu))
+    row["median_K_minus_1"] = median(abs(factor - 1) for factor in factors)
     return row
 
 
@@ -69,23 +76,32 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="or a local pipeline folder")
     for name, default in (("num-images", 8), ("pairs", 8), ("batch", 8), ("steps", 50)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--slope", choices=("any", "positive"), default="any", help="of PTQD; positive: as published")
     parser.add_argument("--work", type=Path, default=Path("corrections-bench"), help="folder of finished rows")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.json is not None:
+        check_writable(options.json)
     pipe = set_scheduler(quiet_pipeline(options.model, "cpu"), "ddim")
-    job = {name: value for name, value in vars(options).items() if name != "work"}
+    job = {name: value for name, value in vars(options).items() if name not in ("work", "json")}
+    rows: list[dict[str, Any]] = []
     with ResumableFolder(options.work, job, record="settings.json"):
         config = PtqdConfig(
             steps=options.steps, batch=options.batch, pairs=options.pairs, samples=options.batch, groups=1
         )
         comparison = Comparison(MethodJob(pipe, config, None, None, None, False), config)
-        print("| bits | mode | minmax | PTQD | TAC |\n|---|---|--:|--:|--:|")
+        print("| bits | mode | minmax | PTQD | TAC | median abs(k) | mean abs(mu) | median abs(K - 1) |")
+        print("|---|---|--:|--:|--:|--:|--:|--:|")
         for bits, mode in tqdm([(bits, mode) for bits in BITS for mode in MODES], desc="rows"):
             path = options.work / f"w{bits[0]}a{bits[1]}-{mode.split()[0]}.json"
             if not path.exists():
                 write_json(path, run_row(pipe, comparison, bits, mode, options))
             row = json.loads(path.read_text(encoding="utf-8"))
-            values = " | ".join(f"{row[name]:.4f}" for name in ("minmax", "ptqd", "tac"))
+            rows.append(row)
+            values = " | ".join(f"{row[name]:.4f}" for name in SHOWN)
             print(f"| W{bits[0]}A{bits[1]} | {mode} | {values} |", flush=True)
+    if options.json is not None:
+        write_json(options.json, {"settings": job, "rows": rows, "environment": dict(environment())})
 
 
 if __name__ == "__main__":

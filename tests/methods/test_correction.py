@@ -1,6 +1,7 @@
 """A network that another library quantized is corrected by either table, with samplers of each kind."""
 
 import dataclasses
+from statistics import median
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from tests.methods import small
 from tests.pixels import pixel_pipeline
 
 TINY = {"steps": 6, "samples": 4, "batch": 4, "groups": 3, "pairs": 8}
+PTQD = PtqdConfig(**TINY, slope="any")
+LEAST_SQUARES = TacConfig(**TINY, relative=0.0, ridge=0.0, bias="channel")
 
 
 class OtherConv2d(nn.Conv2d):
@@ -59,7 +62,7 @@ def build(sampler: str, *, quantized: bool = False):
 
 def images_come_nearer_and_the_table_is_saved(full, pipe, folder):
     exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
-    table = learn_correction(full, pipe, TacConfig(**TINY, relative=0.0, bias="channel"), progress=False)
+    table = learn_correction(full, pipe, LEAST_SQUARES, progress=False)
     pipe.scheduler = corrected(pipe.scheduler, table)
     after = small.call(pipe, steps=6, seed=50, batch=4)
     assert relative_error(after, exact) < relative_error(before, exact)
@@ -90,14 +93,25 @@ def test_images_of_a_network_that_torchao_quantized_come_nearer_and_the_table_is
 def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler):
     full, pipe = build(sampler), build(sampler, quantized=True)
     exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
-    plain, tac = pipe.scheduler, TacConfig(**TINY, relative=0.0, bias="channel")
-    for config, share in ((PtqdConfig(**TINY, slope="any"), 0.97), (tac, 0.92)):
+    plain = pipe.scheduler
+    for config, share in ((PTQD, 0.97), (LEAST_SQUARES, 0.92)):
         table = learn_correction(full, pipe, config, progress=False)
         assert (table.noise is not None) == (sampler == "ddpm" and type(config) is PtqdConfig)
         pipe.scheduler = corrected(plain, table)
         after = small.call(pipe, steps=6, seed=50, batch=4)
         assert relative_error(after, exact) < share * relative_error(before, exact)
         pipe.scheduler = plain
+
+
+@pytest.mark.parametrize(("settings", "name"), [(PTQD, "k"), (LEAST_SQUARES, "K")])
+def test_tables_shrink_under_modulation_with_exact_anchors_and_not_with_quantized_ones(settings, name):
+    sizes = []
+    for anchors in (None, "quantized", "exact"):
+        modulation = None if anchors is None else modiff.ModulationConfig(anchor_weights=anchors)
+        config = dataclasses.replace(settings, weight_bits=4, modulation=modulation)
+        values = dict(quantize(small.build(), config, progress=False).steps)[name]
+        sizes.append(median(abs(value - (name == "K")) for value in values))
+    assert sizes[2] < 0.6 * sizes[0] < 0.8 * sizes[1]
 
 
 @pytest.mark.parametrize("modulated", [False, True])
