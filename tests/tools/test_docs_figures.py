@@ -17,7 +17,8 @@ def test_the_table_of_the_page_is_what_the_rows_hold() -> None:
 
 def test_speeds_are_ratios_of_the_fastest_rounds() -> None:
     seconds = {"float32": [2.0, 3.0], "native W8A8": [1.0, 9.0], "native W8A4": [0.5, 0.6]}
-    runs = [{"threads": 2, "seconds": {}}, {"threads": 1, "seconds": {"a": seconds}}]
+    runs = [{"threads": n, "isa": isa, "seconds": {"a": seconds} if (n, isa) == (1, "avx2") else {}}
+            for n in (2, 1) for isa in ("avx2", "avx2_vnni")]  # fmt: skip
     assert docs_figures.products(runs) == {"a": (2.0, 4.0)}
 
 
