@@ -62,7 +62,7 @@ against full precision from the same noise, which no method was calibrated on. F
 `{extractor}`, with 95 % bootstrap intervals; it is biased upwards at few images, so compare it between rows of as many
 images. Anchors: of modulated layers, the weights at their first step. Calibration and peak: one run in a separate
 process; seconds of processor time over all threads; the peak is the most memory it held until calibration was done,
-with the model and the libraries. Checkpoint: all weight files.
+with the model and the libraries. Checkpoint: all weight files, without codes for exact anchors (a byte a weight more).
 
 Every layer has these bits, the first, the last and the embeddings included, except where a line below says otherwise.
 modiff's presets leave those in full precision, so do not compare these rows with those of pages that use presets.
@@ -105,6 +105,7 @@ RECIPES: dict[str, Recipe] = {
     "nearest_again": Recipe("modiff", EXACT | NEAREST | AGAIN, "the same, layers anchored again every 10 steps"),
     "nearest_minmax": Recipe("modiff", EXACT | NEAREST | MINMAX, "round to nearest, min-max ranges; no calibration"),
     "learned_exact": Recipe("modiff", EXACT, "learned rounding, dynamic scales, exact anchors"),
+    "learned_again": Recipe("modiff", EXACT | AGAIN, "the same, layers anchored again every 10 steps"),
 }
 
 
