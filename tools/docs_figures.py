@@ -19,20 +19,20 @@ from modiff.hosts.diffusers.load import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "docs" / "figures"
-LOOP = ("embedded", "avx512_vnni", "f27bd6a")
+LOOP = ("embedded", "avx512_vnni", "bd2b297")
 """Model, instructions and commit of the loops that are drawn."""
 NAMES = {
     "fewer-steps-2": "half of the steps, bfloat16",
     "deepcache-2": "DeepCache, bfloat16",
     "bf16-compiled": "compiled bfloat16",
     "torchao-int8": "torchao int8",
-    "modulated-w8a8-float32": "modulated W8A8",
+    "modulated-w8a8": "modulated W8A8",
     "modulated-w8a4": "modulated W8A4",
     "plain-w8a8": "plain W8A8",
     "accelerate": "accelerate",
 }
 LABELS = {
-    "bf16-compiled": (8, -12, "left"), "torchao-int8": (-6, -15, "right"), "modulated-w8a8-float32": (9, 0, "left"),
+    "bf16-compiled": (8, -12, "left"), "torchao-int8": (-6, -15, "right"), "modulated-w8a8": (9, 0, "left"),
     "accelerate": (8, -3, "left"), "modulated-w8a4": (-8, -3, "right"), "plain-w8a8": (8, -3, "left"),
 }  # fmt: skip
 """Offset and alignment of labels that would lie on each other."""
