@@ -73,7 +73,6 @@ def quantize(
         from modiff.api import remove
         from modiff.evaluate.pipelines import PipelineSource
         from modiff.generate.environment import environment
-        from modiff.generate.job import Conditions
         from modiff.generate.samplers import savable, set_scheduler
         from modiff.generate.worker import check_inputs
         from modiff.methods import registry
@@ -81,8 +80,7 @@ def quantize(
         chosen = registry.method_config(method, quick=quick, values=values, modulated=modulated or None, changes=typed)
         pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
-        if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
-            conditions = Conditions(labels=tuple(range(IMAGES)))
+        conditions = _with_classes(pipe, conditions)
         source = PipelineSource(sampling, seed=chosen.seed, conditions=conditions)
         check_inputs(sampling, chosen.steps, conditions)
         report = registry.quantize(
@@ -109,6 +107,16 @@ def _checked(
     values = file and read_json(file, "a JSON file with settings of the method", 'Write {"samples": 64}.')
     typed = bits | counts
     return values, {n: None if n in bits and v == FULL_PRECISION else v for n, v in typed.items() if v is not None}
+
+
+def _with_classes(pipe: Any, conditions: Any) -> Any:
+    """The conditions of the images at the end: classes in turn where the pipeline takes some."""
+    from modiff.generate.job import Conditions
+    from modiff.hosts.diffusers.runs import classes_of
+
+    if "class_labels" not in inspect.signature(pipe.__call__).parameters:
+        return conditions
+    return Conditions(labels=tuple(range(min(IMAGES, classes_of(pipe)))))
 
 
 def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:

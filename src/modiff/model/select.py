@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from modiff.config import LayerConfig, ModiffConfig, check
 from modiff.core.granularity import granularity_named
 from modiff.errors import ConfigError
-from modiff.model.facts import facts_of, written_ends
+from modiff.model.facts import ends_of, facts_of
 from modiff.model.report import ADAPTER, PARAMETER, Entry, Report
 from modiff.nn import Clock, ModulatedLayer, quantized_class
 from modiff.nn.adapters import walk
@@ -56,14 +56,12 @@ def select_layers(
     defaults = facts.default_exclude if config.default_exclude is None else config.default_exclude
     extended = dataclasses.replace(config, exclude=config.exclude + defaults)
     splits = splits or {}
-    written = None if facts.registered_in_order else written_ends(model, own)
-    ends, how = (written, "as forward is written") if written else ((*own[:1], *own[-1:]), "by registration")
-    ends = ends[-1:] if facts.reads_tokens else ends
+    ends = ends_of(model, own)
     meant = [p for p in (*patterns["include"], *patterns["overrides"]) if not any(fnmatchcase(name, p) for name in own)]
     entries: list[Entry] = []
     for name, layer in layers.items():
         theirs = name not in own and not matches(name, meant)
-        reason = ADAPTER if theirs else _reason_to_leave(name, layer, extended, how if name in ends else "")
+        reason = ADAPTER if theirs else _reason_to_leave(name, layer, extended, ends.get(name, ""))
         reason = reason or ", ".join(f"is {other} too" for other in names[layer][1:])
         parent, _, leaf = name.rpartition(".")
         if not reason and leaf == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):

@@ -45,8 +45,7 @@ def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: in
         inputs: dict[str, Any] = {"batch_size": batch}
         if labelled:
             generator = torch.Generator().manual_seed(seed + index)
-            classes = pipe.transformer.config.num_embeds_ada_norm
-            inputs = {"class_labels": torch.randint(classes, (batch,), generator=generator).tolist()}
+            inputs = {"class_labels": torch.randint(classes_of(pipe), (batch,), generator=generator).tolist()}
         noise = noise_generators(seed, range(index * batch, (index + 1) * batch))
         return pixels_of(pipe, inputs, steps, noise)
 
@@ -84,6 +83,11 @@ def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
             f"for more ({error}). Its time steps depend on the image size. Give evaluations_per_run={steps}."
         ) from error
     return len(scheduler.timesteps)
+
+
+def classes_of(pipe: Any) -> int:
+    """How many classes a pipeline knows that draws what `class_labels` say."""
+    return pipe.transformer.config.num_embeds_ada_norm
 
 
 def noise_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
@@ -243,7 +247,7 @@ def _short(value: object) -> str:
 
 
 def _checked_label(pipe: DiffusionPipeline, label: int) -> int:
-    classes = pipe.transformer.config.num_embeds_ada_norm
+    classes = classes_of(pipe)
     if not 0 <= label < classes:
         raise ConfigError(
             f"label: expected 0 to {classes - 1}, got {label}. The model knows {classes} classes. Pick one."
