@@ -1,6 +1,5 @@
 """`modiff quantize`."""
 
-import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,14 +72,16 @@ def quantize(
         from modiff.api import remove
         from modiff.evaluate.pipelines import PipelineSource
         from modiff.generate.environment import environment
+        from modiff.generate.job import Conditions
         from modiff.generate.samplers import savable, set_scheduler
         from modiff.generate.worker import check_inputs
+        from modiff.hosts.diffusers.runs import classes_in_turn
         from modiff.methods import registry
 
         chosen = registry.method_config(method, quick=quick, values=values, modulated=modulated or None, changes=typed)
         pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
-        conditions = _with_classes(pipe, conditions)
+        conditions = Conditions(conditions.prompts, classes_in_turn(pipe, IMAGES))
         source = PipelineSource(sampling, seed=chosen.seed, conditions=conditions)
         check_inputs(sampling, chosen.steps, conditions)
         report = registry.quantize(
@@ -107,16 +108,6 @@ def _checked(
     values = file and read_json(file, "a JSON file with settings of the method", 'Write {"samples": 64}.')
     typed = bits | counts
     return values, {n: None if n in bits and v == FULL_PRECISION else v for n, v in typed.items() if v is not None}
-
-
-def _with_classes(pipe: Any, conditions: Any) -> Any:
-    """The conditions of the images at the end: classes in turn where the pipeline takes some."""
-    from modiff.generate.job import Conditions
-    from modiff.hosts.diffusers.runs import classes_of
-
-    if "class_labels" not in inspect.signature(pipe.__call__).parameters:
-        return conditions
-    return Conditions(labels=tuple(range(min(IMAGES, classes_of(pipe)))))
 
 
 def _compared(source: Any, saved: Any, chosen: Any) -> tuple[str, dict[str, Any]]:

@@ -45,7 +45,8 @@ def calibration_run(pipe: DiffusionPipeline, *, steps: int, batch: int, seed: in
         inputs: dict[str, Any] = {"batch_size": batch}
         if labelled:
             generator = torch.Generator().manual_seed(seed + index)
-            inputs = {"class_labels": torch.randint(classes_of(pipe), (batch,), generator=generator).tolist()}
+            classes = pipe.transformer.config.num_embeds_ada_norm
+            inputs = {"class_labels": torch.randint(classes, (batch,), generator=generator).tolist()}
         noise = noise_generators(seed, range(index * batch, (index + 1) * batch))
         return pixels_of(pipe, inputs, steps, noise)
 
@@ -85,9 +86,10 @@ def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
     return len(scheduler.timesteps)
 
 
-def classes_of(pipe: Any) -> int:
-    """How many classes a pipeline knows that draws what `class_labels` say."""
-    return pipe.transformer.config.num_embeds_ada_norm
+def classes_in_turn(pipe: Any, count: int) -> tuple[int, ...]:
+    """The first `count` classes of a pipeline that takes them, fewer where it knows fewer; () for others."""
+    known = "class_labels" in inspect.signature(pipe.__call__).parameters
+    return tuple(range(min(count, pipe.transformer.config.num_embeds_ada_norm))) if known else ()
 
 
 def noise_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
@@ -247,7 +249,7 @@ def _short(value: object) -> str:
 
 
 def _checked_label(pipe: DiffusionPipeline, label: int) -> int:
-    classes = classes_of(pipe)
+    classes = pipe.transformer.config.num_embeds_ada_norm
     if not 0 <= label < classes:
         raise ConfigError(
             f"label: expected 0 to {classes - 1}, got {label}. The model knows {classes} classes. Pick one."
