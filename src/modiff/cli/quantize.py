@@ -81,7 +81,7 @@ def quantize(
         chosen = registry.method_config(method, quick=quick, values=values, modulated=modulated or None, changes=typed)
         pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
-        conditions = Conditions(conditions.prompts, classes_in_turn(pipe, IMAGES))
+        conditions = Conditions(prompts=conditions.prompts, labels=classes_in_turn(pipe, IMAGES))
         source = PipelineSource(sampling, seed=chosen.seed, conditions=conditions)
         check_inputs(sampling, chosen.steps, conditions)
         report = registry.quantize(
