@@ -155,9 +155,9 @@ def test_a_config_that_replaces_the_default_exclusions_has_decided_on_ends_and_e
 def test_names_that_are_no_patterns_of_themselves_are_written_as_patterns():
     model = published()
     model.inputs["second[1]"] = model.inputs.pop("second")
-    config = modiff.autotune(model, "w8a8", run=lambda: sample(model), tolerance=10.0).config
+    config = modiff.autotune(model, "w8a8", run=lambda: sample(model), tolerance=1e-9).config
     patterns = (*config.exclude, *(pattern for pattern, _ in config.overrides))
-    assert {"inputs.second[[]1].emb", "inputs.second[[]1].late"} <= {*patterns}, "an embedding, and one that was timed"
+    assert {"inputs.second[[]1].emb", "inputs.second[[]1].late"} <= {*patterns}, "an embedding, and one that is not exact enough"
 
 
 def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report():
