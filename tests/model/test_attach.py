@@ -1,7 +1,10 @@
 """Where trajectories begin by themselves, and what threads and Ctrl-C leave behind."""
 
+import copy
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import modiff
-from modiff import ModiffConfig, ModiffWarning, StateError, presets
+from modiff import LayerConfig, ModiffConfig, ModiffWarning, StateError, presets
 from modiff.model.apply import install
 from modiff.model.attach import Automatic, attachment_of
 from modiff.model.attention import apply_attention
@@ -265,29 +268,38 @@ def test_a_network_that_returns_nothing_did_not_fail():
             assert model.result.isfinite().all()
 
 
-def test_a_weight_that_was_read_before_the_trajectory_is_heard_when_it_is_the_turn_of_its_layer():
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)).eval()
-    modiff.apply(model, ModiffConfig(first_last="quantize"))
-    held, layers, x = model[1].weight, attachment_of(model).layers.values(), torch.randn(2, 16)
-    with torch.no_grad(), modiff.trajectory(model):
-        model(x)
-        held.data.mul_(3.0)
-        outputs = [model(x) for _ in range(4)]
-        assert all(layer.quantized_weight._key is not None for layer in layers)
-    modiff.remove(model)
-    expected = model(x).detach()
-    assert relative_error(outputs[0], expected) > 0.1
-    assert relative_error(outputs[-1], expected) < 0.02
+PLAIN = presets.plain().layer
 
 
-def test_all_layers_look_at_their_weights_after_one_found_another():
+@pytest.mark.parametrize(
+    ("layer", "within"),
+    [
+        (LayerConfig(), modiff.trajectory), (PLAIN, modiff.trajectory), (PLAIN, nullcontext),
+        (dataclasses.replace(PLAIN, execution="integer"), nullcontext),
+    ],
+)  # fmt: skip
+def test_all_layers_look_at_their_weights_as_soon_as_one_found_another(layer, within):
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))).eval()
-    modiff.apply(model, ModiffConfig(first_last="quantize"))
-    weights, x = [layer.weight for layer in model], torch.randn(2, 16)
-    with torch.no_grad(), modiff.trajectory(model):
+    exact, x = copy.deepcopy(model), torch.randn(2, 16)
+    modiff.apply(model, ModiffConfig(layer=layer, first_last="quantize"))
+    weights = [layer.weight for layer in model]
+
+    def written(*numbers: int) -> None:
+        for i in numbers:
+            exact[i].weight.data.mul_(1.5)
+            weights[i].data.mul_(1.5)
+
+    with torch.no_grad(), within(model):
         model(x)
-        for weight in weights:
-            weight.data.mul_(1.5)
-        _, second = model(x), model(x)
-    modiff.remove(model)
-    assert relative_error(second, model(x).detach()) < 0.02
+        written(*range(6))
+        assert relative_error(model(x), exact(x)) < 0.02
+        written(1, 4)  # it is the turn of neither
+        assert model[4].weight is weights[4]  # read by others, which may write it
+        model(x)
+        assert relative_error(model(x), exact(x)) < 0.02
+        written(5)
+        assert relative_error([model(x) for _ in range(6)][-1], exact(x)) < 0.02
+    written(0, 5)
+    modiff.pack(model)
+    with torch.no_grad(), within(model):
+        assert relative_error(model(x), exact(x)) < 0.02

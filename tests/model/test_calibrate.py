@@ -156,6 +156,8 @@ def test_a_loop_that_raises_keeps_the_scales_measured_before():
     overflowed = [*INPUTS[:2], INPUTS[2] * torch.inf, INPUTS[3]]
     with pytest.raises(CalibrationError, match=r"layer: expected finite values .*, got NaN or infinity at step 2"):
         calibrate(model, overflowed)
+    with pytest.raises(CalibrationError, match="got NaN or infinity outside of a trajectory"):
+        modiff.calibrate(plain := static(modulated=False), lambda: plain(overflowed[2]))
     assert scale_of(model) == before
     assert quantizer_of(model).watching is False
     play(model)

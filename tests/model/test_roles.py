@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -152,22 +153,36 @@ def test_a_config_that_replaces_the_default_exclusions_has_decided_on_ends_and_e
     generate(applied(ModiffConfig(default_exclude=(), exclude=("unused",)), make=lambda: published(Late)))
 
 
-def test_names_that_are_no_patterns_of_themselves_are_written_as_patterns():
+@pytest.mark.parametrize("compiled", ["nothing", "", "middle"])
+def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report(compiled):
     model = published()
-    model.inputs["second[1]"] = model.inputs.pop("second")
-    config = modiff.autotune(model, "w8a8", run=lambda: sample(model), tolerance=1e-9).config
-    assert {"inputs.second[[]1].emb", "inputs.second[[]1].late"} <= {*config.exclude}, "embedding, inexact"
-
-
-def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report():
-    model = applied(ModiffConfig(exclude=EMBEDDINGS), make=published)
-    with pytest.warns(ModiffWarning, match=r"Published: .* unused \(never called.*exclude="):
+    model.middle.never = nn.Linear(16, 16)
+    modiff.apply(model, ModiffConfig(exclude=EMBEDDINGS))
+    if compiled != "nothing":
+        model.get_submodule(compiled).compile(backend="eager")
+    with pytest.warns(ModiffWarning, match=r"Published: .*middle\.never, unused \(never called.*exclude="):
         generate(model)
     entries = {e.name: e for e in modiff.report(model).entries}
-    assert entries["unused"].execution == "not run"
+    assert entries["unused"].execution == entries["middle.never"].execution == "not run"
     assert entries["unused"].reason.startswith("never called")
     assert entries["middle.late"].reason == ""
     assert attachment_of(model).roles is None
+
+
+@pytest.mark.parametrize("evaluate", [nullcontext, modiff.trajectory])
+def test_a_network_that_calls_none_of_its_layers_names_all_of_them(evaluate):
+    class Reads(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(nn.functional.linear(x, self[0].weight), self[1].weight)
+
+    model, x = Reads(nn.Linear(64, 64), nn.Linear(64, 64)), torch.ones(2, 64)
+    modiff.apply(model, ModiffConfig(layer=presets.plain().layer, first_last="quantize"))
+    with pytest.warns(ModiffWarning, match=r"Reads: .* got 0, 1 \(never called"), evaluate(model):
+        model(x)
+    assert {e.execution for e in modiff.report(model).taken} == {"not run"}
+    modiff.remove(model)
+    with pytest.raises(modiff.ConfigError, match="got none of 2"):
+        modiff.apply(model, ModiffConfig(first_last="quantize"), run=lambda: model(x))
 
 
 class Encoder(nn.Module):

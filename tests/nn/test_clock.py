@@ -65,7 +65,7 @@ def test_the_network_is_inside_between_its_call_and_its_return_and_one_that_rais
     clock = Clock("model")
     clock.call(3.0)
     clock.raised()  # outside of a trajectory: spoils none
-    assert (clock.tick, clock.inside) == (0, False)
+    assert (clock.tick, clock.inside) == (1, False)
     for _ in range(2):
         clock.start()
         assert not clock.inside

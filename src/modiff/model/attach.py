@@ -161,10 +161,13 @@ class Attachment:
 
     def _trajectory_ended(self) -> None:
         self.most_states = max(self.most_states, self.state_bytes())
-        if self.roles is not None and self.roles.last:
+        if self.roles is not None and self.roles.evaluated:
             self._learn(self.roles)
 
     def _learn(self, roles: Roles) -> None:
+        for name, layer in self.layers.items():  # of compiled ones the states tell
+            if layer.inputs is not None and not layer.loop.memories:
+                roles.unseen.discard(name)
         self.roles, unfit = None, roles.unfit()
         self.uncalled = tuple(name for name, why in unfit.items() if why == NEVER)
         self.unfit = {name: why for name, why in unfit.items() if why != NEVER}
@@ -226,8 +229,9 @@ class Attachment:
         layers, changed = [*self.layers.values()], self.clock.weights_changed
         self.clock.weights_changed = False
         turn = self.clock.tick % max(1, len(layers))
-        for layer in layers if changed else layers[turn : turn + 1]:
-            layer.operator.look()
+        if any(layer.operator.look() for layer in layers[turn : turn + 1]) or changed:
+            for layer in layers:
+                layer.operator.look()
 
     def _refuse_other_thread(self) -> None:
         if self.thread != threading.get_ident() and any(t.ident == self.thread for t in threading.enumerate()):
@@ -254,7 +258,7 @@ class Attachment:
         self.clock.returned()
         if self.roles is not None:
             self.roles.close()
-            if self.roles.last and (not self.clock.active or self.roles.taken <= self.roles.rows.keys()):
+            if not self.clock.active or self.roles.taken <= self.roles.rows.keys():
                 self._learn(self.roles)
 
     def fail(self) -> None:

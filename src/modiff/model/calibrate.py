@@ -129,9 +129,10 @@ def _finite(make: MakeObserver, axis: int | None, name: str, clock: Clock) -> Ob
 
     def checked(x: Tensor) -> None:
         if not x.isfinite().all():
+            when = f"at step {clock.step}" if clock.active else "outside of a trajectory"
             raise CalibrationError(
-                f"{name}: expected finite values while calibrating, got NaN or infinity at step {clock.step}. Scales "
-                "measured before are kept. Use float32 or bfloat16, or exclude the layer."
+                f"{name}: expected finite values while calibrating, got NaN or infinity {when}. Scales measured before "
+                "are kept. Use float32 or bfloat16, or exclude the layer."
             )
         observe(x)
 

@@ -163,15 +163,14 @@ def fitted_to_run(
         run()
     taken = {entry.name: entry for report in reports.values() for entry in report.taken}
     modules = {name: module for model in models for name, module in modules_of(model).items()}
-    seen = [roles for roles in each.values() if roles.last]
-    unfit = {name: why for roles in seen for name, why in roles.unfit().items()}
-    outliers = {o.name: o for roles in seen for o in roles.maxima.outliers() if unfit.get(o.name) == o.why}
+    unfit = {name: why for roles in each.values() for name, why in roles.unfit().items()}
+    outliers = {o.name: o for roles in each.values() for o in roles.maxima.outliers() if unfit.get(o.name) == o.why}
     split = {n: o for n, o in outliers.items() if getattr(modules[n], "groups", 1) == 1}
     left = {name: why for name, why in unfit.items() if name not in split}
     warn_unfit("apply", {n: why for n, why in left.items() if n in outliers}, "They stay in full precision.")
     overrides = tuple((escape(n), _split_off(taken[n].config, modules[n], o)) for n, o in split.items())
     notes = left | {name: f"channels split off: {len(o.large)} dwarf the others" for name, o in split.items()}
-    include = (*config.include, *(escape(name) for roles in seen for name in roles.no_ends()))
+    include = (*config.include, *(name for roles in each.values() for name in roles.no_ends()))
     exclude = (*config.exclude, *map(escape, left))
     config = dataclasses.replace(config, include=include, overrides=(*config.overrides, *overrides), exclude=exclude)
     return config, notes
@@ -221,7 +220,7 @@ def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> t
             "a whole trajectory. Give more steps, or include layers by name."
         )
     warn_unfit(verb, unfit, "They stay in full precision: the config excludes them now.")
-    return dataclasses.replace(config, exclude=(*config.exclude, *map(escape, unfit))), fit
+    return dataclasses.replace(config, exclude=config.exclude + tuple(unfit)), fit
 
 
 class Track(NamedTuple):

@@ -22,7 +22,10 @@ NEVER = "never called: it does not run, or other code reads its weight"
 
 
 class Roles:
-    """Of the layers of one network. The first is the first that reads the sample itself, or else more than one row."""
+    """Of the layers of one network. The first is the first that reads the sample itself, or else more than one row.
+
+    unseen: layers that nothing is known of, as they are compiled or no evaluation began. evaluated: whether one ended.
+    """
 
     def __init__(self, config: ModiffConfig, report: Report) -> None:
         by_name = [*config.include, *(pattern for pattern, _ in config.overrides)]
@@ -35,20 +38,23 @@ class Roles:
         self.sample: Tensor | None = None
         self.first = self.last = self.reads_sample = ""
         self.rows: dict[str, bool] = {}
+        self.unseen, self.evaluated = {*self.names}, False
         self.maxima = ChannelMaxima()
         self._stack = ExitStack()
 
     def begin(self, model: nn.Module, sample: Tensor | None) -> None:
         """An evaluation begins; watch it until `close`. Inside of compiled modules nothing would be seen."""
+        compiled = tuple(f"{name}." * bool(name) for name, module in model.named_modules()
+                         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"))  # fmt: skip
+        self.unseen = {name for name in self.names if f"{name}.".startswith(compiled)}
         self.sample = sample
-        self.ends_matter = self.judged and self.first_last == "full_precision" and sample is not None
-        if not any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
-            self._stack.enter_context(observe(model, self.see, layers=self.names))
+        self.ends_matter = self.judged and self.first_last == "full_precision" and sample is not None and not compiled
+        self._stack.enter_context(observe(model, self.see, layers=[n for n in self.names if n not in self.unseen]))
 
     def close(self) -> None:
         """The evaluation ended or failed."""
         self._stack.close()
-        self.sample = None
+        self.sample, self.evaluated = None, True
 
     def see(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
         """A layer ran. Cost: a pass over its input."""
@@ -74,7 +80,7 @@ class Roles:
             reasons |= {self.last: "runs last", self.reads_sample or self.first or self.last: "runs first"}
         outliers = {outlier.name: outlier.why for outlier in self.maxima.outliers()}
         reasons = {name: why for name, why in (reasons | outliers).items() if not matches(name, self.named)}
-        reasons |= {name: NEVER for name in self.names if name not in self.rows}
+        reasons |= {name: NEVER for name in self.names if name not in self.rows.keys() | self.unseen}
         return {name: why for name, why in reasons.items() if name in self.taken}
 
 

@@ -52,9 +52,11 @@ class _Context:
 class Clock:
     """Shared by all layers of one model.
 
-    tick: counts network evaluations, over all contexts. step: evaluations of the present context in this trajectory,
-    from 0. ratio: size of this step over the last one, in units of the timestep, 0-d tensor or 1.0 when unknown.
-    weights_changed: whether a layer found that its weight changed within a trajectory.
+    tick: counts network evaluations, over all contexts, in trajectories and outside. step: those of the present context
+    in this trajectory, from 0. ratio: size of this step over the last one, in units of the timestep, 0-d tensor or 1.0
+    when unknown.
+    inside, running: whether an evaluation runs in the trajectory, or anywhere.
+    weights_changed: whether a layer found that its weight changed.
     numbered: also evaluations with the same inputs at one timestep have their own states, as tiles need; a host whose
     timesteps move sets it. names_tell: of an evaluation's conditions only the name of the context counts.
     kept: while scales are measured: how much of the errors of earlier steps this sample still has, 0 to 1.
@@ -63,6 +65,7 @@ class Clock:
     def __init__(self, name: str) -> None:
         self.name, self.context, self.tick, self.kept = name, "default", 0, 1.0
         self.active = self.inside = self.failed = self.numbered = self.names_tell = self.weights_changed = False
+        self.running = False
         with torch.inference_mode(mode=False):
             self.token = torch.zeros(1, device="cpu")  # graphs write into it to keep their operators in order
         self.model: weakref.ref[nn.Module] | None = None  # since its last evaluation; copies learn of theirs
@@ -91,12 +94,12 @@ class Clock:
                     "requests at the same time give each a copy that shares the weights, modiff.clone(target)."
                 )
             self._forget()
-            self.active, self.inside, self.failed = True, False, False
+            self.active, self.inside, self.failed, self.running = True, False, False, False
 
     def stop(self) -> None:
         """End the trajectory and free all states."""
         with _STARTING:
-            self.active = self.inside = self.failed = self.names_tell = False
+            self.active = self.inside = self.failed = self.names_tell = self.running = False
             self.context, self._named = "default", None
             self._forget()
 
@@ -130,8 +133,8 @@ class Clock:
                 "raised. Some layers hold states of that step and some of the step before. Begin the trajectory again."
             )
         self._timestep, self._moment = timestep, None
+        self.running, self.tick = True, self.tick + 1
         if self.active:
-            self.tick += 1
             self.inside = True
             now = None if timestep is None else middle(timestep)
             if self.numbered or inputs is not None:
@@ -140,12 +143,12 @@ class Clock:
 
     def returned(self) -> None:
         """The network evaluation ended."""
-        self.inside = False
+        self.inside = self.running = False
         self._leave_branch()
 
     def raised(self) -> None:
         """The network evaluation raised: the states of its layers may be of two steps."""
-        self.inside, self.failed = False, self.active
+        self.inside, self.running, self.failed = False, False, self.active
         self._leave_branch()
 
     def _enter_branch(self, timestep: Tensor | None, inputs: Inputs) -> None:

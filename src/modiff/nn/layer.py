@@ -30,7 +30,7 @@ class ModulatedLayer(nn.Module):
     Built by `from_float`, which shares parameters, buffers and hooks with the layer it replaces. `loop` holds the
     states, which are never saved and never moved by `.to()`; `unsupported` says why it is not on integers.
     A weight or bias that changes within a trajectory anchors the output state again. Writes through `.data` are seen at
-    the next step after it was read; without that, each step compares the bytes of one layer, of all where one changed.
+    the next evaluation after it was read; otherwise each compares the bytes of one layer, of all where it changed.
     """
 
     channel_dim: ClassVar[int] = 1
@@ -89,10 +89,10 @@ class ModulatedLayer(nn.Module):
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
-        """As torch; who reads them between two steps may write them through `.data`."""
-        clock = self.__dict__.get("clock")
-        if clock is not None and clock.active and not clock.inside:
-            self.operator.forget()
+        """As torch; who reads them between two evaluations may write them through `.data`."""
+        operator = self.__dict__.get("operator")
+        if operator is not None and not self.clock.running:
+            operator.forget()
         return self.__dict__["_parameters"]
 
     @_parameters.setter

@@ -166,14 +166,18 @@ class LayerOperator:
         same = before is bias or (before is not None and bias is not None and torch.equal(before.to(bias.device), bias))
         self.bias_edition += not same
 
-    def look(self) -> None:
-        """Compare the values now, if they were before and lie on the CPU: elsewhere they would be waited for."""
+    def look(self) -> bool:
+        """Compare the values now, if they were before and lie on the CPU: elsewhere they would be waited for.
+
+        Returns: whether they changed.
+        """
         weight, bias = self.parameters.get("weight"), self.parameters.get("bias")
         if weight is None or not weight.is_cpu or not self.quantized.known or any(map(_only_stored, (weight, bias))):
-            return
+            return False
+        before = self.bias_edition + self.quantized.edition
         self.quantized.forget()
-        self.quantized.refresh(weight)
         self.compare_bias(None if bias is None else (bias.data_ptr(), version_of(bias)))
+        return self.bias_edition + self.quantized.refresh(weight) != before
 
     def forget(self) -> None:
         """Look at the values at the next use, as writes through `.data` leave no trace."""

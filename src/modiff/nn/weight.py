@@ -52,7 +52,7 @@ class QuantizedWeight:
         self.config, self.columns, self.rotation, self.name = config, columns, rotation, name
         self.transposed, self.smoothing, self.order = transposed, smoothing, order
         self.fixed = False
-        self._edition = 0
+        self.edition = 0
         self._key: tuple[object, ...] | None = None
         self._bytes: Fingerprint | None = None
         self._rotated: Tensor | None = None
@@ -133,7 +133,7 @@ class QuantizedWeight:
         version = 0 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device, weight.shape)
         if key == self._key:
-            return self._edition
+            return self.edition
         digest, before = fingerprint(weight), self._codes
         if digest is None or digest != self._bytes:
             written = self._key is not None and self._key[0] == key[0] and self._key[1] != version
@@ -142,9 +142,9 @@ class QuantizedWeight:
             # where bytes cannot be compared, an offloaded weight that came back is known by its codes
             pair = [codes[0][0] for codes in (before, self._codes) if codes]
             changed = len(pair) == 2 and not (pair[0].device == pair[1].device and torch.equal(*pair))
-            self._edition += written or digest is not None or changed
+            self.edition += written or digest is not None or changed
         self._key, self._bytes = key, digest
-        return self._edition
+        return self.edition
 
     def _derive(self, weight: Tensor) -> None:
         values = self.floats(weight)
@@ -263,17 +263,17 @@ class PackedWeight(QuantizedWeight):
     def refresh(self, weight: Tensor) -> int:
         """A number that is another one after each write to the codes, or through `.data` as `forget` has it."""
         if (key := (weight.data_ptr(), version_of(weight))) == self._key:
-            return self._edition
+            return self.edition
         codes, scales = self.stored()
         digest, before = (fingerprint(codes), fingerprint(scales)), self._bytes
         written = self._key is not None and self._key[0] == key[0]
         if before is not None and (digest != before if digest[0] and before[0] else written):
-            self._edition += 1
+            self.edition += 1
             if not codes.is_inference() and self._version == key[1]:
                 codes.add_(0)  # through `.data`: what backends made of them is known by the version
                 key = key[0], version_of(weight)
         self._key, self._bytes, self._version = key, digest, key[1]
-        return self._edition
+        return self.edition
 
     def codes(self, weight: Tensor | None = None) -> tuple[WeightCodes, ...]:
         """(int8 codes, scales) for each range of columns."""

@@ -258,6 +258,7 @@ class IntegerLoop(SimulatedLoop):
         packed, edition = isinstance(quantized, PackedWeight), quantized.refresh(weight)
         source = edition, *((weight.data_ptr(), version_of(weight), weight.device) if packed else ())
         if source != self._source:
+            self.clock.weights_changed |= self._source != ()
             rewritten = packed and self._source[:1] != source[:1]  # codes that are kept would equal themselves
             if packed and len(quantized.columns) == 1:
                 codes: tuple[Codes, ...] = (quantized.stored(),)  # two 4-bit codes in a byte, as they are kept

@@ -273,7 +273,7 @@ class SimulatedLoop:
             make = functools.partial(self.input_kind, spec, quantizer, spec.config.modulation, clock)
             self.inputs = InputGroup(make, clock)
         self.memories: dict[tuple[str, int], Memory] = {}
-        self._calls, self._tick = 0, -1
+        self._calls, self._tick, self._number = 0, -1, -1  # the number of the weight where there is no memory
         clock.on_reset(self.forget)
 
     @property
@@ -373,6 +373,8 @@ class SimulatedLoop:
 
     def plain(self, x: Tensor, fusion: InputFusion | None) -> Tensor:
         """The output of a layer without memory."""
+        number, before = self.operator.quantized.refresh(self.operator.weight), self._number
+        self._number, self.clock.weights_changed = number, self.clock.weights_changed or before not in (-1, number)
         value = self.spec.prepared(x, fusion)
         if self.quantizer is None:
             return self.operator.affine(at_least_float32(value)).to(x.dtype)
