@@ -74,7 +74,7 @@ class AutotuneRow:
     """One layer.
 
     calls: of one evaluation. seconds: of one call in each mode. errors: of quantizing the input, plain and modulated.
-    state_bytes: of both states, float32, if it is modulated. backend: of the integers, and why; empty if none can.
+    state_bytes: of all states, float32, if it is modulated. backend: of the integers, and why; empty if none can.
     """
 
     name: str
@@ -182,7 +182,7 @@ def _row(layer: nn.Module, probe: Probe, config: LayerConfig, tolerance: float, 
     seconds, (plain, modulated) = profile[key], probe.errors()
     choice, reason = choose(seconds, (plain, modulated), tolerance, quantized.unsupported)
     backend = "" if quantized.unsupported else ": ".join(execution_of(quantized)).removeprefix("integers on ")
-    calls, sizes = probe.calls / probe.clock.tick, 4 * (x.numel() + probe.outputs)
+    calls, sizes = probe.calls / probe.clock.tick, 4 * sum(map(sum, probe.sizes.values()))
     return AutotuneRow(probe.name, type(layer).__name__, tuple(x.shape), calls, seconds, (plain, modulated), sizes,
                        choice, reason, backend)  # fmt: skip
 

@@ -25,14 +25,17 @@ from modiff.nn.adapters import modules_of
 class Probe:
     """Quantizes the input of one full-precision layer as every candidate would, and sums up their errors.
 
-    input: the first one. outputs: numbers in an output. calls: of the layer. unfit: why it should keep its floats.
+    input: the first one. calls: of the layer. unfit: why it should keep its floats.
+    sizes: numbers read and written, by context and how many times the layer was called before in the evaluation.
     """
 
     def __init__(
         self, layer: nn.Module, name: str, choices: list[LayerConfig], clock: Clock, split: int | None = None
     ) -> None:
         self.name, self.clock = name, clock
-        self.input, self.outputs, self.calls, self.unfit = torch.empty(0), 0, 0, ""
+        self.input, self.calls, self.unfit = torch.empty(0), 0, ""
+        self.sizes: dict[tuple[str, int], tuple[int, int]] = {}
+        self._before, self._tick = 0, -1
         self.layers = [modulated_layer(layer, choice, name, clock, split) for choice in choices]
         self.states: dict[str, list[State | None]] = {}
         self.noise = torch.zeros(len(choices), dtype=torch.float64)
@@ -41,8 +44,10 @@ class Probe:
 
     def see(self, x: Tensor, outputs: int = 0) -> None:
         """The layer ran on `x`: one step of every candidate."""
-        x, self.outputs, self.calls = x.detach(), outputs, self.calls + 1
-        self.input = x if self.calls == 1 else self.input
+        self.input = self.input if self.calls else x
+        self._before = self._before + 1 if self._tick == self.clock.tick else 0
+        self.sizes[self.clock.context, self._before] = x.numel(), outputs
+        x, self.calls, self._tick = x.detach(), self.calls + 1, self.clock.tick
         starts = self.clock.context not in self.states
         states = self.states.setdefault(self.clock.context, [None] * len(self.layers))
         prepared: dict[object, Tensor] = {}

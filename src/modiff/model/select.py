@@ -155,18 +155,22 @@ def _notes(layer: nn.Module, config: LayerConfig | None, split: int | None) -> s
     return ", ".join(notes)
 
 
+def group_of(name: str, layer: ModulatedLayer) -> tuple[object, ...] | None:
+    """What layers that may share an input state have in common; None for a layer that shares none."""
+    config = layer.config
+    if layer.inputs is None or len(layer.spec.runs) > 1 or not config.activation.dynamic:
+        return None
+    return (name.rpartition(".")[0], type(layer), layer.spec.runs, config.activation, config.modulation,
+            layer.spec.rotation, config.smoothing, layer.on_integers)  # fmt: skip
+
+
 def share_inputs(layers: Mapping[str, ModulatedLayer]) -> dict[str, str]:
     """Group layers of one parent that could read one tensor (q, k, v; gate, up) with dynamic scales; notes by name."""
     leaders: dict[tuple[object, ...], ModulatedLayer] = {}
     notes: dict[str, str] = {}
     for name, layer in layers.items():
-        config = layer.config
-        if layer.inputs is None or len(layer.spec.runs) > 1 or not config.activation.dynamic:
-            continue
-        parent = name.rpartition(".")[0]
-        key = (parent, type(layer), layer.spec.runs, config.activation, config.modulation, layer.spec.rotation,
-               config.smoothing, layer.on_integers)  # fmt: skip
-        leader = leaders.setdefault(key, layer)
+        key = group_of(name, layer)
+        leader = layer if key is None else leaders.setdefault(key, layer)
         if leader is not layer:
             layer.share_with(leader)
             notes[name] = f"may share with {leader.name.rpartition('.')[2]}"

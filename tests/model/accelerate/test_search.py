@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,28 @@ def test_where_nothing_pays_the_target_is_as_it_was(paces, times, words, reason,
     assert json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_states_fit_into_the_memory_that_they_may_take() -> None:
-    result = accelerated(toy(), 0.5, state_memory=3 * 2048 - 1)
-    assert result.choices == {"W8A8 plain": 3, "W8A8 modulated, int16 states": 2}  # 2048 bytes each
+@pytest.mark.parametrize(
+    ("calls", "state", "budget", "states", "layers"),
+    [(1, 1028, 0, 7, 4), (1, 1028, -1, 5, 3), (2, 1028 + 516, 0, 7, 4), (1, 1028, 4 * 1028 - 1, 7, 4)],
+)
+def test_states_of_all_calls_fit_into_the_memory_that_they_may_take(calls, state, budget, states, layers) -> None:
+    """States: body 2, q 2, k 1, v 2, as it reads a copy, and 4 of out, which runs twice.
+
+    Each has two bytes for each of 512 numbers, of 256 in a second call, and four for its grid.
+    """
+    model = toy()
+    model.attention.to_v.register_forward_pre_hook(lambda _, args: args[0].clone())
+    model.attention.register_forward_hook(lambda module, _, y: module.to_out[0](y))
+
+    def run(x: torch.Tensor, t: float) -> torch.Tensor:
+        return sum(model(x[: 3 - call], torch.tensor(t)) for call in range(1, calls + 1))
+
+    words = {"compile": False, "state_memory": 7 * state + budget, "progress": False}
+    result = modiff.accelerate(model, 0.5, partial(sample, run), **words)
+    assert result.choices == {"W8A8 plain": 5 - layers, "W8A8 modulated, int16 states": layers}
+    with modiff.trajectory(model):
+        sample(run)
+    assert modiff.report(model).memory.states == states * state
 
 
 def test_a_pipeline_needs_no_example_and_its_calls_are_trajectories() -> None:

@@ -21,14 +21,15 @@ from modiff.model.accelerate.settings import (
     fastest_within,
     options_of,
     prices,
+    state_bytes,
     together,
 )
 
 W8A8, W8A4, PLAIN = presets.w8a8().layer, presets.w8a4().layer, presets.plain().layer
-FLOATS = Option(10.0, 0.0, 0, None)
+FLOATS = Option(10.0, 0.0, {}, None)
 TOY: Options = {
-    "a": [FLOATS, Option(6.0, 0.1, 100, W8A8), Option(4.0, 0.3, 100, W8A4)],
-    "b": [FLOATS, Option(9.0, 0.2, 0, PLAIN), Option(2.0, 0.4, 300, W8A4)],
+    "a": [FLOATS, Option(6.0, 0.1, {"a": 100}, W8A8), Option(4.0, 0.3, {"a": 100}, W8A4)],
+    "b": [FLOATS, Option(9.0, 0.2, {}, PLAIN), Option(2.0, 0.4, {"b": 300}, W8A4)],
 }
 
 
@@ -66,7 +67,7 @@ def test_the_walk_ends_at_the_fastest_point_of_the_front_within_the_error(ways, 
     for number, steps in enumerate(ways):
         row = [FLOATS]
         for slower, worse in steps:
-            row.append(Option(row[-1].seconds * slower * 0.9, row[-1].error + worse, 0, PLAIN))
+            row.append(Option(row[-1].seconds * slower * 0.9, row[-1].error + worse, {}, PLAIN))
         options[str(number)] = row
     tried: list[float] = []
 
@@ -84,7 +85,7 @@ def test_the_walk_ends_at_the_fastest_point_of_the_front_within_the_error(ways, 
 
 def test_integers_that_are_as_exact_as_floats_need_no_price() -> None:
     """Those of a layer that reads the same at each step, such as the keys of a prompt."""
-    constant: Options = {"k": [FLOATS, Option(6.0, 0.0, 100, W8A8)]}
+    constant: Options = {"k": [FLOATS, Option(6.0, 0.0, {"k": 100}, W8A8)]}
     assert prices(constant) == [0.0]
     for options in (constant, constant | {"a": TOY["a"]}):
         within, _ = fastest_within(1e-6, options, lambda choice: Tried(choice, together(choice)))
@@ -100,10 +101,11 @@ def test_a_diverged_trajectory_says_nothing_and_the_walk_goes_on_from_the_middle
 
 
 def probe(errors: tuple[float, float] = (0.01, 0.14), unsupported: str = "") -> Any:
-    spec = SimpleNamespace(split=None)
+    spec = SimpleNamespace(split=None, runs=(8,))
+    layer = SimpleNamespace(spec=spec, unsupported=unsupported, inputs=None, config=None)
     return SimpleNamespace(
-        errors=lambda: errors, input=torch.zeros(2, 8), outputs=4, calls=6, clock=SimpleNamespace(tick=3),
-        layers=[SimpleNamespace(spec=spec, unsupported=unsupported)],
+        errors=lambda: errors, input=torch.zeros(2, 8), calls=6, clock=SimpleNamespace(tick=3), name="q",
+        sizes={("cond", 0): (16, 4), ("uncond", 0): (8, 2)}, layers=[layer],
     )  # fmt: skip
 
 
@@ -120,19 +122,19 @@ def options(
         return {"float": 1.0, "plain": 1.0, "modulated": seconds[bits] if dtype == "float32" else int16}
 
     monkeypatch.setattr(settings, "measure_layer", measure)
-    result = options_of(nn.Linear(8, 2), probe(**words), base, times := {}, every)
-    assert options_of(nn.Linear(8, 2), probe(**words), base, times, every) == result
+    result = options_of(nn.Linear(8, 2), seen := probe(**words), base, times := {}, every)
+    assert options_of(nn.Linear(8, 2), seen, base, times, every) == result
     assert len(measured) == len(set(measured)) == len(times)  # nothing is measured twice
     return result
 
 
 def test_an_option_is_kept_only_where_it_is_faster_than_a_more_exact_one(monkeypatch) -> None:
-    """Errors go as 1 / qmax: 0.14 at 4 bits is 0.14 * 7 / 127 at 8. Two calls an evaluation, four bytes a number."""
+    """0.14 at 4 bits is 0.14 * 7 / 127 at 8. Two calls an evaluation, in two contexts; four bytes a number."""
     rows = options(monkeypatch, {8: 0.4, 6: 0.6, 5: 0.3, 4: 0.295, 3: 0.2})
     assert [row.setting for row in rows] == ["floats", "W8A8 modulated", "W8A5 modulated", "W8A3 modulated"]
     assert [row.seconds for row in rows] == pytest.approx([2.0, 0.8, 0.6, 0.4])
     assert [row.error for row in rows] == pytest.approx([0, 0.14 * 7 / 127, 0.14 * 7 / 15, 0.14 * 7 / 3])
-    assert [row.state_bytes for row in rows] == [0, *[4 * (2 * 8 + 4)] * 3]
+    assert [state_bytes([row]) for row in rows] == [0, *[4 * (16 + 8 + 4 + 2)] * 3]
 
 
 def test_no_more_bits_are_timed_where_four_take_the_time_of_eight(monkeypatch) -> None:
@@ -143,7 +145,7 @@ def test_no_more_bits_are_timed_where_four_take_the_time_of_eight(monkeypatch) -
 def test_int16_states_are_kept_where_they_take_less_memory_and_floats_where_they_take_less_time(monkeypatch) -> None:
     rows = options(monkeypatch, {8: 0.4, 4: 0.39}, int16=0.5)
     assert [row.setting for row in rows[1:]] == ["W8A8 modulated", "W8A8 modulated, int16 states"]
-    assert rows[1].state_bytes == 2 * rows[2].state_bytes
+    assert state_bytes([rows[1]]) == 2 * (state_bytes([rows[2]]) - 4 * 4)  # grids
     assert len(options(monkeypatch, {8: 0.4, 4: 0.39}, int16=0.3)) == 2
 
 
@@ -154,7 +156,7 @@ def test_an_anchor_costs_floats_at_one_step_of_n_and_its_layer_says_so(monkeypat
 
 
 def test_layers_that_no_kernel_runs_or_whose_error_is_unknown_keep_their_floats(monkeypatch) -> None:
-    assert options(monkeypatch, {}, unsupported="no kernel is a transposed convolution") == [Option(0.0, 0.0, 0, None)]
+    assert options(monkeypatch, {}, unsupported="no kernel is a transposed convolution") == [Option(0.0, 0.0, {}, None)]
     assert len(options(monkeypatch, {8: 0.1, 4: 0.1}, errors=(math.nan, math.nan))) == 1
 
 

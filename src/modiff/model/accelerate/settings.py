@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from glob import escape
 from itertools import combinations, product
@@ -17,6 +17,7 @@ from modiff.config import LayerConfig, ModiffConfig, ModulationConfig, StateDtyp
 from modiff.core.affine import qrange
 from modiff.model.autotune import MARGIN, Profile, measure_layer, signature
 from modiff.model.probe import Probe
+from modiff.model.select import group_of
 
 BITS = (8, 4, 6, 5, 3)
 """Of activations and residuals, in the order in which they are timed: where 4 bits take the time of 8, no more are."""
@@ -29,12 +30,13 @@ TRIES = 4
 class Option(NamedTuple):
     """One way to run a layer, floats where config is None.
 
-    seconds: of its calls in one evaluation, anchors included. error: of its input. state_bytes: of both states.
+    seconds: of its calls in one evaluation, anchors included. error: of its input. states: bytes of its input state,
+    under a key that layers have in common where they share it, and of its output state; of all contexts.
     """
 
     seconds: float
     error: float
-    state_bytes: int
+    states: Mapping[str, int]
     config: LayerConfig | None
 
     @property
@@ -58,6 +60,11 @@ Options = dict[str, list[Option]]
 Choice = dict[str, Option]
 
 
+def state_bytes(options: Iterable[Option]) -> int:
+    """Of all their states, shared ones once."""
+    return sum({key: size for option in options for key, size in option.states.items()}.values())
+
+
 class Tried(NamedTuple):
     """A choice, the error of its trajectory, and the seconds of an evaluation in it."""
 
@@ -72,7 +79,9 @@ def options_of(layer: nn.Module, probe: Probe, base: LayerConfig, times: Profile
     The rounding error of codes is proportional to 1 / qmax: the errors that the probe measured, of plain 8 bits and of
     modulated 4, tell the others. A layer that anchors again every n steps is in floats at one of them.
     """
-    (plain, modulated), x, split = probe.errors(), probe.input, probe.layers[-1].spec.split
+    (plain, modulated), x, spec = probe.errors(), probe.input, probe.layers[-1].spec
+    tensor, split = f"{group_of(probe.name, probe.layers[-1]) or probe.name} reads {id(x)}", spec.split
+    read, written = map(sum, zip(*probe.sizes.values(), strict=True))
     measured: dict[tuple[str, int], Mapping[str, float]] = {}
     options: list[Option] = []
     for dtype, bits in () if probe.layers[-1].unsupported else product(STATES, BITS):
@@ -88,12 +97,14 @@ def options_of(layer: nn.Module, probe: Probe, base: LayerConfig, times: Profile
         again = seconds["modulated"] + (seconds["float"] / every if every else 0.0)
         anchored = dataclasses.replace(config, modulation=dataclasses.replace(loop, reanchor_every=every))
         errors = plain * qrange(8)[1] / qrange(bits)[1], modulated * qrange(4)[1] / qrange(bits)[1]
-        size = getattr(torch, dtype).itemsize * (x.numel() + probe.outputs)
-        options += [Option(seconds["plain"], errors[0], 0, dataclasses.replace(config, modulation=None)),
-                    Option(again, errors[1], size, anchored)]  # fmt: skip
-    best = [Option(min((seconds["float"] for seconds in measured.values()), default=0.0), 0.0, 0, None)]
+        size, grids = getattr(torch, dtype).itemsize, 4 * len(probe.sizes) if dtype == "int16" else 0
+        states = {f"{tensor}, {read} numbers: {dtype}, {bits} bits": size * read + grids * len(spec.runs),
+                  probe.name: size * written + grids}  # fmt: skip
+        options += [Option(seconds["plain"], errors[0], {}, dataclasses.replace(config, modulation=None)),
+                    Option(again, errors[1], states, anchored)]  # fmt: skip
+    best = [Option(min((seconds["float"] for seconds in measured.values()), default=0.0), 0.0, {}, None)]
     for option in sorted(options, key=lambda o: (o.error, o.seconds)):
-        rivals = [rival.seconds for rival in best if rival.state_bytes <= option.state_bytes]
+        rivals = [rival.seconds for rival in best if state_bytes([rival]) <= state_bytes([option])]
         if math.isfinite(option.error) and option.seconds < MARGIN * min(rivals):
             best.append(option)
     return [option._replace(seconds=option.seconds * probe.calls / probe.clock.tick) for option in best]
@@ -109,15 +120,16 @@ def cheapest(options: Options, price: float, budget: int | None = None) -> Choic
         return option.seconds + price * option.error**2
 
     chosen = {name: min(ways, key=cost) for name, ways in options.items()}
-    if budget is None or sum(option.state_bytes for option in chosen.values()) <= budget:
+    if budget is None or state_bytes(chosen.values()) <= budget:
         return chosen
-    chosen = {name: min((o for o in ways if not o.state_bytes), key=cost) for name, ways in options.items()}
-    gains = [((cost(chosen[name]) - cost(o)) / o.state_bytes, name, o)
-             for name, ways in options.items() for o in ways if o.state_bytes]  # fmt: skip
+    chosen = {name: min((o for o in ways if not o.states), key=cost) for name, ways in options.items()}
+    gains = [((cost(chosen[name]) - cost(o)) / state_bytes([o]), name, o)
+             for name, ways in options.items() for o in ways if o.states]  # fmt: skip
+    kept: dict[str, int] = {}
     for gain, name, option in sorted(gains, key=itemgetter(0), reverse=True):
-        if gain > 0 and not chosen[name].state_bytes and option.state_bytes <= budget:
-            budget -= option.state_bytes
-            chosen[name] = option
+        states = kept | option.states
+        if gain > 0 and not chosen[name].states and sum(states.values()) <= budget:
+            kept, chosen[name] = states, option
     return chosen
 
 
