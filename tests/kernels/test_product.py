@@ -73,18 +73,27 @@ def test_sums_are_exact_where_every_lane_is_driven_to_its_bound(bits, spread, la
 
 @given(
     problem=problems(), seed=st.integers(0, 2**31), inner=st.booleans(), extreme=st.booleans(),
-    threads=st.sampled_from([1, 2, 64]), shift=st.integers(0, 3),
+    shift=st.integers(0, 3),
 )  # fmt: skip
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_random_layers_add_up_exactly_in_any_memory_and_on_more_threads_than_rows(
-    problem, seed, inner, extreme, threads, shift, loops
-):
+def test_random_layers_add_up_exactly_in_any_memory(problem, seed, inner, extreme, shift, loops):
     codes, weight = operands_of(problem, seed, inner=inner, extreme=extreme)
     shifted = torch.empty(codes.numel() + shift, dtype=torch.uint8)[shift:].as_strided(codes.shape, codes.stride())
     operands = operator(weight, problem.bits, problem.geometry, halves=problem.weight_max == 7)
-    with on_threads(threads):
-        kernel = Kernel(problem, operands.weight, torch.ones(problem.outputs), backend="native")
-        assert torch.equal(kernel.sums(shifted.copy_(codes)).double(), exact_sums(problem, codes, weight))
+    kernel = Kernel(problem, operands.weight, torch.ones(problem.outputs), backend="native")
+    assert torch.equal(kernel.sums(shifted.copy_(codes)).double(), exact_sums(problem, codes, weight))
+
+
+@pytest.mark.parametrize(("bits", "halves"), [(4, True), (8, False)])
+def test_three_rows_on_more_threads_add_up_exactly_and_take_their_step(bits, halves, loops):
+    """Of a product that is large enough for threads."""
+    low, high = (-8, 7) if halves else qrange(8)
+    operands = operator(torch.randint(low, high + 1, (400, 1030), dtype=torch.int8), bits, halves=halves)
+    codes = torch.randint(0, 2**bits, (3, 1030), dtype=torch.uint8)
+    expected = REFERENCE.sums(operands, codes)
+    with on_threads(8):
+        assert torch.equal(NATIVE.sums(operands, codes).double(), expected)
+        check_step(operands, codes, torch.rand(3, 1), expected.float() * operands.weight_scale)
 
 
 @pytest.mark.parametrize(
