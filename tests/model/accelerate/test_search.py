@@ -12,11 +12,13 @@ from torch import nn
 
 import modiff
 from modiff import ConfigError, ModiffWarning, StateError
+from modiff.kernels import native
 from modiff.model.accelerate import loops, settings
 from modiff.model.accelerate.loops import FLOATS, MODIFF, Race, Trials
 from modiff.model.accelerate.search import AccelerateResult
 from modiff.model.attach import attachment_of
-from tests.helpers import relative_error
+from tests.helpers import Terminal, relative_error
+from tests.kernels.problems import needs_compiler
 from tests.model.toys import TAKEN, applied, assert_equal, generate, sample, toy
 from tests.pixels import pixel_pipeline
 
@@ -141,16 +143,32 @@ def test_an_interrupt_leaves_the_target_as_it_was_and_keeps_the_times_that_were_
     assert len(next(iter(json.loads(next(tmp_path.glob("times-*.json")).read_text()).values()))["layers"]) == 8
 
 
-def test_without_a_compiler_both_sides_run_as_they_are_and_the_result_says_why(monkeypatch) -> None:
+@pytest.mark.parametrize("ours", [pytest.param(True, marks=needs_compiler), False])
+def test_without_a_compiler_both_sides_run_as_they_are_and_the_result_says_why(ours, monkeypatch) -> None:
+    """Of inductor alone, or of modiff's loops too."""
+
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler\nat all")
 
     monkeypatch.setattr("modiff.errors._WARNED", set())
     monkeypatch.setattr(loops.torch, "compile", broken)
-    with pytest.warns(ModiffWarning, match="accelerate: .* without torch.compile, more slowly: RuntimeError: no C"):
+    monkeypatch.setattr(native, "load_library", native.load_library.__wrapped__)  # asks again
+    if not ours:
+        monkeypatch.setattr(native, "find_compiler", lambda: None)
+    slowly = "accelerate: .* without torch.compile, more slowly: RuntimeError: no C|run on torch's own operators"
+    with pytest.warns(ModiffWarning, match=slowly) as seen:
         result = accelerated(model := toy(), compile=True)
+    assert {"own operators" in str(each.message) for each in seen} == {False, not ours}
+    assert {"native" in entry.execution for entry in result.report.taken} == {ours}
     assert result.reason == "not compiled: RuntimeError: no C++ compiler"
     assert len(generate(model)) == 6
+
+
+def test_the_bar_moves_while_layers_are_timed_and_ends_full(monkeypatch) -> None:
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    accelerated(toy(), progress=True)
+    assert all(f"times of layer {number} of 5" in shown.getvalue() for number in (1, 5))
+    assert shown.getvalue().rstrip().split("\r")[-1].startswith("loops: 100%")
 
 
 def test_compiled_it_computes_the_same_and_removal_takes_the_graph_away(monkeypatch) -> None:

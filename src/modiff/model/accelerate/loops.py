@@ -130,20 +130,18 @@ class Trials:
     within: Around = nullcontext
     contexts: Around = nullcontext
     splits: Sequence[Mapping[str, int]] = ()
-    bar: Bar | None = None
+    bar: Bar = dataclasses.field(default_factory=lambda: Bar(shown=False))
     watches: list[Watch] = dataclasses.field(default_factory=list)
 
     def trajectory(self, title: str, around: Around = nullcontext) -> list[Tensor]:
         """What the example returned, else what the networks read and gave last. `watches` hold the seconds."""
-        if self.bar is not None:
-            self.bar.set_description(title)
+        self.bar.set_description(title)
         for watch in self.watches:
             watch.seconds = []
         with torch.random.fork_rng(), torch.no_grad(), around():
             torch.manual_seed(0)
             result = arrays(self.run())
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         return result or [x for watch in self.watches for x in watch.last]
 
     def seconds(self) -> list[float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modiff.config import ModiffConfig, check
 from modiff.model.accelerate.loops import FLOATS, MODIFF, ROUNDS, Race, Trials, difference, watched
-from modiff.model.accelerate.settings import TRIES, Choice, Tried, config_of, fastest_within, options_of
+from modiff.model.accelerate.settings import TRIES, Choice, Options, Tried, config_of, fastest_within, options_of
 from modiff.model.autotune import MARGIN, Profile
 from modiff.model.probe import Probe, probes_of, without_unfit
 from modiff.model.report import Report
@@ -100,7 +100,10 @@ def accelerate_networks(
         for every, plain in WALKS:
             if every and beyond is None:  # the fastest settings of all are exact enough
                 break
-            ways = {p.name: options_of(layers[p.name], p, base.layer, times, every) for p in fit}
+            ways: Options = {}
+            for number, p in enumerate(fit, 1):
+                trials.bar.set_description(f"times of layer {number} of {len(fit)}")
+                ways[p.name] = options_of(layers[p.name], p, base.layer, times, every)
             options = {
                 name: [o for o in each if plain or budget is not None or not o.plain] for name, each in ways.items()
             }
