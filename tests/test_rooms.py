@@ -33,7 +33,7 @@ BUDGETS = {
     "how it is sampled": (["src/modiff/sampling"], 2_150),
     "whose recipe": (["src/modiff/methods"], 2_200),
     "the whole package": (["src/modiff"], 26_980),
-    "tests": (["tests"], 28_260),
+    "tests": (["tests"], 28_310),
 }
 """What a room may hold, in lines of Python: (folders, lines)."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -72,9 +72,8 @@ def test_sums_are_exact_where_every_lane_is_driven_to_its_bound(bits, spread, la
 
 
 @given(
-    problem=problems(), seed=st.integers(0, 2**31), inner=st.booleans(), extreme=st.booleans(),
-    shift=st.integers(0, 3),
-)  # fmt: skip
+    problem=problems(), seed=st.integers(0, 9**9), inner=st.booleans(), extreme=st.booleans(), shift=st.integers(0, 3)
+)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_layers_add_up_exactly_in_any_memory(problem, seed, inner, extreme, shift, loops):
     codes, weight = operands_of(problem, seed, inner=inner, extreme=extreme)
@@ -85,8 +84,7 @@ def test_random_layers_add_up_exactly_in_any_memory(problem, seed, inner, extrem
 
 
 @pytest.mark.parametrize(("bits", "halves"), [(4, True), (8, False)])
-def test_three_rows_on_more_threads_add_up_exactly_and_take_their_step(bits, halves, loops):
-    """Of a product that is large enough for threads."""
+def test_three_rows_of_a_product_worth_eight_threads_add_up_exactly_and_take_their_step(bits, halves, loops):
     low, high = (-8, 7) if halves else qrange(8)
     operands = operator(torch.randint(low, high + 1, (400, 1030), dtype=torch.int8), bits, halves=halves)
     codes = torch.randint(0, 2**bits, (3, 1030), dtype=torch.uint8)

@@ -91,10 +91,7 @@ def test_where_nothing_pays_the_target_is_as_it_was(paces, times, words, reason,
     [(1, 1028, 0, 7, 4), (1, 1028, -1, 5, 3), (2, 1028 + 516, 0, 7, 4), (1, 1028, 4 * 1028 - 1, 7, 4)],
 )
 def test_states_of_all_calls_fit_into_the_memory_that_they_may_take(calls, state, budget, states, layers) -> None:
-    """States: body 2, q 2, k 1, v 2, as it reads a copy, and 4 of out, which runs twice.
-
-    Each has two bytes for each of 512 numbers, of 256 in a second call, and four for its grid.
-    """
+    """2 of body, 2 of q, 1 of k, 2 of v (reads a copy), 4 of out (runs twice); 512 numbers each, 256 in call 2."""
     model = toy()
     model.attention.to_v.register_forward_pre_hook(lambda _, args: args[0].clone())
     model.attention.register_forward_hook(lambda module, _, y: module.to_out[0](y))
