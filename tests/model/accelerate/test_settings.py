@@ -16,12 +16,12 @@ from modiff.model.accelerate.settings import (
     Option,
     Options,
     Tried,
+    bytes_of_states,
     cheapest,
     config_of,
     fastest_within,
     options_of,
     prices,
-    state_bytes,
     together,
 )
 
@@ -134,7 +134,7 @@ def test_an_option_is_kept_only_where_it_is_faster_than_a_more_exact_one(monkeyp
     assert [row.setting for row in rows] == ["floats", "W8A8 modulated", "W8A5 modulated", "W8A3 modulated"]
     assert [row.seconds for row in rows] == pytest.approx([2.0, 0.8, 0.6, 0.4])
     assert [row.error for row in rows] == pytest.approx([0, 0.14 * 7 / 127, 0.14 * 7 / 15, 0.14 * 7 / 3])
-    assert [state_bytes([row]) for row in rows] == [0, *[4 * (16 + 8 + 4 + 2)] * 3]
+    assert [bytes_of_states([row]) for row in rows] == [0, *[4 * (16 + 8 + 4 + 2)] * 3]
 
 
 def test_no_more_bits_are_timed_where_four_take_the_time_of_eight(monkeypatch) -> None:
@@ -145,7 +145,7 @@ def test_no_more_bits_are_timed_where_four_take_the_time_of_eight(monkeypatch) -
 def test_int16_states_are_kept_where_they_take_less_memory_and_floats_where_they_take_less_time(monkeypatch) -> None:
     rows = options(monkeypatch, {8: 0.4, 4: 0.39}, int16=0.5)
     assert [row.setting for row in rows[1:]] == ["W8A8 modulated", "W8A8 modulated, int16 states"]
-    assert state_bytes([rows[1]]) == 2 * (state_bytes([rows[2]]) - 4 * 4)  # grids
+    assert bytes_of_states([rows[1]]) == 2 * (bytes_of_states([rows[2]]) - 4 * 4)  # grids
     assert len(options(monkeypatch, {8: 0.4, 4: 0.39}, int16=0.3)) == 2
 
 

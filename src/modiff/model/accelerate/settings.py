@@ -60,7 +60,7 @@ Options = dict[str, list[Option]]
 Choice = dict[str, Option]
 
 
-def state_bytes(options: Iterable[Option]) -> int:
+def bytes_of_states(options: Iterable[Option]) -> int:
     """Of all their states, shared ones once."""
     return sum({key: size for option in options for key, size in option.states.items()}.values())
 
@@ -104,7 +104,7 @@ def options_of(layer: nn.Module, probe: Probe, base: LayerConfig, times: Profile
                     Option(again, errors[1], states, anchored)]  # fmt: skip
     best = [Option(min((seconds["float"] for seconds in measured.values()), default=0.0), 0.0, {}, None)]
     for option in sorted(options, key=lambda o: (o.error, o.seconds)):
-        rivals = [rival.seconds for rival in best if state_bytes([rival]) <= state_bytes([option])]
+        rivals = [rival.seconds for rival in best if bytes_of_states([rival]) <= bytes_of_states([option])]
         if math.isfinite(option.error) and option.seconds < MARGIN * min(rivals):
             best.append(option)
     return [option._replace(seconds=option.seconds * probe.calls / probe.clock.tick) for option in best]
@@ -120,10 +120,10 @@ def cheapest(options: Options, price: float, budget: int | None = None) -> Choic
         return option.seconds + price * option.error**2
 
     chosen = {name: min(ways, key=cost) for name, ways in options.items()}
-    if budget is None or state_bytes(chosen.values()) <= budget:
+    if budget is None or bytes_of_states(chosen.values()) <= budget:
         return chosen
     chosen = {name: min((o for o in ways if not o.states), key=cost) for name, ways in options.items()}
-    gains = [((cost(chosen[name]) - cost(o)) / state_bytes([o]), name, o)
+    gains = [((cost(chosen[name]) - cost(o)) / bytes_of_states([o]), name, o)
              for name, ways in options.items() for o in ways if o.states]  # fmt: skip
     kept: dict[str, int] = {}
     for gain, name, option in sorted(gains, key=itemgetter(0), reverse=True):
