@@ -32,8 +32,8 @@ BUDGETS = {
     "what a browser shows": (["src/modiff/web"], 1_050),
     "how it is sampled": (["src/modiff/sampling"], 2_150),
     "whose recipe": (["src/modiff/methods"], 2_200),
-    "the whole package": (["src/modiff"], 26_980),
-    "tests": (["tests"], 28_310),
+    "the whole package": (["src/modiff"], 27_010),
+    "tests": (["tests"], 28_380),
 }
 """What a room may hold, in lines of Python: (folders, lines)."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import modiff
 from modiff.generate.samplers import set_scheduler
@@ -94,6 +94,15 @@ def test_a_model_that_takes_text_is_calibrated_on_prompts_and_a_work_folder_keep
     done(invoke(*words, tmp_path / "a", "--prompt", "a fox"))
     assert_one_line(invoke(*words, tmp_path / "b", "--prompt", "x"), "got one with another run.prompts")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.work", "ptq4dm.json", "sd"]
+
+
+def test_a_model_of_two_classes_is_compared_on_both_in_turn(tmp_path: Path, monkeypatch) -> None:
+    call = DiTPipeline.__call__.__wrapped__
+    monkeypatch.setattr(call, "__defaults__", (1.0, *call.__defaults__[1:]))  # guidance asks for class 1000
+    pipe = HOSTS["dit"].build()
+    network = DiTTransformer2DModel(**pipe.transformer.config | {"num_embeds_ada_norm": 2})
+    DiTPipeline(network, pipe.vae, pipe.scheduler).save_pretrained(tmp_path / "dit")
+    done(invoke(tmp_path / "dit", "ptq4dm", tmp_path, "-o", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import diffusers
 import pytest
 import torch
+from torch import nn
 
 import modiff
 from modiff import StateError, presets
@@ -232,3 +233,13 @@ def test_every_kind_of_adapter_leaves_packed_layers_as_they_were(kind):
     assert_same_bits(drawn_call(pipe), expected)
     pipe.unet = pipe.unet.unload()
     assert_same_bits(drawn_call(pipe), without)
+
+
+@needs_peft
+def test_torch_s_attention_is_left_inside_of_an_adapter_as_outside():
+    import peft
+
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64), 3, enable_nested_tensor=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["self_attn"])).get_base_model()
+    reasons = {entry.name: entry.reason for entry in modiff.select(model, "w8a8").entries}
+    assert reasons["layers.1.self_attn.out_proj"] == "MultiheadAttention reads its weight and never calls it"

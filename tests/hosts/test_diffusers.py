@@ -54,6 +54,16 @@ def worst_break_of_the_law(model: nn.Module) -> float:
     return worst
 
 
+@pytest.mark.parametrize(
+    ("kind", "first"), [("Kandinsky3UNet", "conv_in"), ("StableAudioDiTModel", "preprocess_conv"),
+                        ("StableCascadeUNet", "embedding.1"), ("UNet2DConditionModel", "conv_in")],
+)  # fmt: skip
+def test_the_first_layer_is_what_reads_the_sample_whatever_is_registered_first(kind, first):
+    with torch.device("meta"):
+        left = modiff.select(getattr(diffusers, kind)(**{"conditioning_dim": 8} if "Cas" in kind else {}), "w4a4").left
+    assert first in {entry.name for entry in left if entry.reason.startswith("first or last layer")}
+
+
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 def test_the_law_holds_generations_repeat_their_states_are_freed_and_remove_gives_back_the_bits(host):
     pipe = host.build()

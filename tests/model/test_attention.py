@@ -83,6 +83,17 @@ def test_patterns_choose_the_modules_and_those_that_take_none_are_refused():
     assert set(attention_modules(model, coarse(exclude=("second",)))) == {"first"}
 
 
+def test_attention_that_peft_saves_a_copy_of_is_quantized_and_goes_again():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(network(), peft.LoraConfig(target_modules=["out"], modules_to_save=["second"]))
+    with torch.no_grad():
+        before = model(X, 5.0)
+        modiff.apply(model, dataclasses.replace(modiff.presets.plain(None, 8), attention=coarse()))
+        assert float((model(X, 5.0) - before).abs().max()) > 1e-3
+        modiff.remove(model)
+        assert_same_bits(model(X, 5.0), before)
+
+
 def test_static_operands_are_calibrated_with_the_layers_and_per_step_scales_with_their_clock():
     model = network()
     modiff.apply(model, modiff.presets.plain(None, 8))

@@ -7,9 +7,10 @@ import pytest
 
 import modiff
 from modiff import LayerConfig, Report, WeightConfig, presets
+from modiff.errors import ModiffWarning
 from modiff.kernels.dispatch import Choice
 from modiff.model.report import Entry, MemoryUse
-from modiff.model.trajectory import state_bytes
+from modiff.model.trajectory import state_bytes, warn_of_states
 from tests.model.toys import TAKEN, applied, generate, sample, toy, toy_unet
 
 W8A8 = LayerConfig()
@@ -69,6 +70,16 @@ def test_the_report_of_apply_says_how_each_layer_runs_and_why_not_on_integers(mo
     lines = str(report).splitlines()
     assert lines[1:3] == ["  4 integers on fast: 8 bits fit", "  1 simulated: its weight keeps floats"]
     assert {e.execution for e in modiff.apply(toy()).taken} == {"simulated"}
+
+
+def test_a_network_of_unknown_size_does_not_hide_the_states_of_others(monkeypatch):
+    known, unknown = Report((), MemoryUse(expected=2**30)), Report((), MemoryUse(expected=None))
+    report = known + unknown + known
+    assert str(report.memory).endswith("; states at least 2.0 GiB for one generation")
+    assert str((unknown + unknown).memory).endswith("; states unknown before the first run")
+    monkeypatch.setattr("modiff.model.trajectory._free", lambda _: 2**29)
+    with pytest.warns(ModiffWarning, match="got at least 2.0 GiB for one generation of Toy"):
+        warn_of_states([toy()], report)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -153,6 +153,13 @@ def test_a_config_that_replaces_the_default_exclusions_has_decided_on_ends_and_e
     generate(applied(ModiffConfig(default_exclude=(), exclude=("unused",)), make=lambda: published(Late)))
 
 
+def test_names_that_are_no_patterns_of_themselves_are_written_as_patterns():
+    model = published()
+    model.inputs["second[1]"] = model.inputs.pop("second")
+    config = modiff.autotune(model, "w8a8", run=lambda: sample(model), tolerance=1e-9).config
+    assert {"inputs.second[[]1].emb", "inputs.second[[]1].late"} <= {*config.exclude}, "embedding, inexact"
+
+
 @pytest.mark.parametrize("compiled", ["nothing", "", "middle"])
 def test_a_layer_that_never_runs_is_named_after_the_first_trajectory_and_in_the_report(compiled):
     model = published()

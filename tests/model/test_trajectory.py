@@ -179,6 +179,17 @@ def test_it_has_the_same_tensors_and_generates_the_same_while_the_original_goes_
             assert packed or codes is shared
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_copies_made_before_the_first_run_share_codes_and_kernels(packed):
+    model = applied(presets.w8a4().on_integers())
+    if packed:
+        modiff.pack(model)
+    copies = [modiff.clone(model) for _ in range(2)]
+    assert_equal(*map(generate, copies))
+    for one, other in zip(*(attachment_of(copied).layers.values() for copied in copies), strict=True):
+        assert one.loop.kernels[0] is other.loop.kernels[0]
+
+
 def test_a_copy_of_a_plain_model_is_one_and_modiff_comes_off_each_alone():
     model = toy()
     x = torch.randn(2, 3, 4, 4)

@@ -1,6 +1,5 @@
 """`modiff quantize`."""
 
-import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,13 +75,13 @@ def quantize(
         from modiff.generate.job import Conditions
         from modiff.generate.samplers import savable, set_scheduler
         from modiff.generate.worker import check_inputs
+        from modiff.hosts.diffusers.runs import classes_in_turn
         from modiff.methods import registry
 
         chosen = registry.method_config(method, quick=quick, values=values, modulated=modulated or None, changes=typed)
         pipe = options.plain_pipeline(model, device)
         sampling = pipe if scheduler is None else set_scheduler(pipe, scheduler)
-        if "class_labels" in inspect.signature(pipe.__call__).parameters:  # calibrated on all of them
-            conditions = Conditions(labels=tuple(range(IMAGES)))
+        conditions = Conditions(prompts=conditions.prompts, labels=classes_in_turn(pipe, IMAGES))
         source = PipelineSource(sampling, seed=chosen.seed, conditions=conditions)
         check_inputs(sampling, chosen.steps, conditions)
         report = registry.quantize(

@@ -10,17 +10,23 @@ from torch import nn
 
 from modiff.nn.adapters import modules_of
 
+_WAYS = ("img_in", "txt_in", "proj_in", "pos_embed*", "patch_embed*", "proj_out", "proj_out_?", "*final_layer*",
+         "*out_layer.out_layer", "audio_proj_in", "audio_proj_out", "continuous_inputs_projection")  # fmt: skip
+
 DEFAULT_EXCLUDE = (
-    "*time_*emb*", "*timestep_emb*", "*time_proj*", "*time_step_proj*", "*t_embedder*", "*guidance*", "*modulation*",
-    "*_mod.?", "*condition_embedder*", "*add_embedding*", "*class_embed*", "*caption_projection*",
+    "*time_*emb*", "*timestep_emb*", "*time_proj*", "*timestep_proj*", "*time_step_proj*", "*t_embedder*", "*guidance*",
+    "*modulation*", "*_mod.?", "*condition_embedder*", "*add_embedding*", "*class_embed*", "*caption_projection*",
     "*context_embedder*", "*adaln_single*", "*norm*.linear*", "*cap_embedder*", "encoder_hid_proj*", "*x_embedder*",
-    "img_in", "txt_in", "proj_in", "pos_embed*", "patch_embed*", "proj_out", "proj_out_?", "*final_layer*",
-    "*t_embedding*", "*time_in*", "*time_mlp*", "*context_mlp*", "*pooled*embed*", "*mapper*", "av_cross_attn_*",
-    "*adaln_global*", "*emb_layers*", "*temb*", "*label_emb*", "map_layer*", "map_label*", "map_augment*",
-    "*.affine", "mapping.*", "*y_embedder*",
+    *_WAYS, "*t_embedding*", "*time_in*", "*time_mlp*", "*context_mlp*", "*pooled*embed*", "*mapper*",
+    "av_cross_attn_*", "*adaln_global*", "*emb_layers*", "*temb*", "*label_emb*", "map_layer*", "map_label*",
+    "map_augment*", "*.affine", "mapping.*", "*y_embedder*", "*conditioning_emb*", "time_mod_proj", "time_token*",
+    "t_block*",
 )  # fmt: skip
 """Layers that read only the time step, the class or the prompt (a few rows, no cost, large effect), and the way into a
 transformer and out of it."""
+
+ENDS = (*_WAYS, "*x_embedder*", "*conv_in", "*conv_out")
+"""Names under which networks of diffusers have their first and last layer."""
 
 UNBATCHED = ("txt_ids", "img_ids", "image_rotary_emb", "freqs_cis")
 """Arguments that have no batch axis: positions."""

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from typing import Any, Literal, Self
 
 import torch
@@ -110,7 +111,7 @@ def qncd(job: MethodJob, config: QncdConfig) -> CorrectedReport:
 
 def smoothed(config: ModiffConfig, factors: Mapping[str, Tensor]) -> ModiffConfig:
     """The config with these factors of input channels, by name of layer."""
-    layers = ((n, dataclasses.replace(config.layer, smoothing=tuple(s.tolist()))) for n, s in factors.items())
+    layers = ((escape(n), dataclasses.replace(config.layer, smoothing=tuple(s.tolist()))) for n, s in factors.items())
     return dataclasses.replace(config, overrides=(*config.overrides, *layers))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -141,7 +142,7 @@ def boundary_overrides(model: nn.Module, layer: LayerConfig) -> Overrides:
         return config if config.bits is None else dataclasses.replace(config, bits=BOUNDARY_BITS)
 
     boundary = dataclasses.replace(layer, weight=raised(layer.weight), activation=raised(layer.activation))
-    return tuple((name, boundary) for name in dict.fromkeys([*names[:1], *names[-1:]]))
+    return tuple((escape(name), boundary) for name in dict.fromkeys([*names[:1], *names[-1:]]))
 
 
 @dataclass(frozen=True)

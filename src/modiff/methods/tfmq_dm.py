@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from typing import Any, Self
 
 import torch
@@ -62,7 +63,7 @@ class TfmqDmConfig(MethodConfig):
         Raises: ConfigError if it has no temporal block.
         """
         layer = self.static_layer(self.modulation)
-        overrides = tuple((name, self.static_layer(step_groups=0)) for name in TemporalBlock(model).layers)
+        overrides = tuple((escape(name), self.static_layer(step_groups=0)) for name in TemporalBlock(model).layers)
         return every_layer(layer, overrides=boundary_overrides(model, layer) + overrides)
 
 

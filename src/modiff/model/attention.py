@@ -8,6 +8,7 @@ from modiff.errors import ConfigError
 from modiff.model.attach import attachment_of
 from modiff.model.facts import facts_of
 from modiff.model.select import check_patterns, matches
+from modiff.nn.adapters import modules_of
 from modiff.nn.attention import QuantizedAttention
 
 ATTRIBUTE = "_modiff_attention"
@@ -16,7 +17,7 @@ ATTRIBUTE = "_modiff_attention"
 def attention_modules(model: nn.Module, config: AttentionConfig) -> dict[str, nn.Module]:
     """The attention modules that a config takes, of those that its host knows. Raises: ConfigError if none."""
     facts = facts_of(model)
-    known = {name: module for name, module in model.named_modules() if facts.is_attention(module)}
+    known = {name: module for name, module in modules_of(model).items() if facts.is_attention(module)}
     taken = {n: m for n, m in known.items() if matches(n, config.include) and not matches(n, config.exclude)}
     own = {"AttentionConfig.include": config.include, "AttentionConfig.exclude": config.exclude}
     check_patterns(own, [*known], "an attention module")
@@ -43,8 +44,9 @@ def apply_attention(model: nn.Module, config: AttentionConfig | None) -> tuple[s
 
 def remove_attention(model: nn.Module) -> None:
     """Undo `apply_attention`, bit for bit; nothing happens where it was not called."""
+    modules = modules_of(model)
     for name, quantized in model.__dict__.pop(ATTRIBUTE, {}).items():
-        if quantized.attached(module := model.get_submodule(name)):
+        if quantized.attached(module := modules.get(name, model)):
             quantized.detach(module)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,8 +170,9 @@ def choose_modes(
     named = {mode: dict.fromkeys(row.name for row in rows if row.choice == mode) for mode in MODES}
     layer = dataclasses.replace(config.layer, execution="integer")
     plain = dataclasses.replace(layer, modulation=None, rotation="none")
-    overrides = tuple((name, plain) for name in named["plain"])
-    chosen = dataclasses.replace(config, layer=layer, exclude=(*config.exclude, *named["float"]), overrides=overrides)
+    overrides = tuple((escape(name), plain) for name in named["plain"])
+    exclude = (*config.exclude, *map(escape, named["float"]))
+    chosen = dataclasses.replace(config, layer=layer, exclude=exclude, overrides=overrides)
     return AutotuneResult(chosen, tuple(rows), tolerance)
 
 

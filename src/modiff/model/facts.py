@@ -4,6 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ class NetworkFacts:
     timestep_names: of the argument of `forward` that holds the time step; a network without one counts evaluations.
     unbatched: keyword arguments without a batch axis, such as positions.
     block_classes: patterns on class names; a module that matches is learned as a whole by `modiff.reconstruct`.
-    registered_in_order: networks register their first layer first and their last one last.
+    ends: patterns on names of first and last layers: one of such a name that is registered first or last is meant.
     reads_tokens: a table is the way in, so that no layer keeps its floats for being the first.
     """
 
@@ -28,7 +29,7 @@ class NetworkFacts:
     )  # fmt: skip
     unbatched: tuple[str, ...] = ()
     block_classes: tuple[str, ...] = ()
-    registered_in_order: bool = False
+    ends: tuple[str, ...] = ()
     reads_tokens: bool = False
 
     def is_attention(self, module: nn.Module) -> bool:
@@ -77,14 +78,21 @@ def facts_of(network: Any) -> NetworkFacts:
     return next((facts for find in _FINDERS if (facts := find(network)) is not None), _PLAIN)
 
 
-def written_ends(network: nn.Module, layers: Sequence[str]) -> tuple[str, str] | None:
-    """Of the named layers, as `forward` is written, the first that reads its first argument but the time, and the last.
+def ends_of(network: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """Which of the named layers are the first and the last, and how that is known.
 
-    None: it mentions no module. Where one further inside mentions none, registration decides.
+    As `forward` is written, they are the first that reads its first argument but the time, and the last. Registration
+    decides where their host knows the name of what is registered there, and where no module is mentioned.
     """
-    if not {name for name, _ in _uses(network)} & {name for name, _ in network.named_children()} or not layers:
-        return None
-    return _written(network, layers, 0), _written(network, layers, -1)
+    facts = facts_of(network)
+    mentioned = {name for name, _ in _uses(network)} & {name for name, _ in network.named_children()}
+    ends: dict[str, str] = {}
+    for index in ((-1,) if facts.reads_tokens else (0, -1)) if layers else ():
+        if mentioned and not any(fnmatchcase(layers[index], pattern) for pattern in facts.ends):
+            ends[_written(network, layers, index)] = "as forward is written"
+        else:
+            ends[layers[index]] = "by registration"
+    return ends
 
 
 def _written(network: nn.Module, layers: Sequence[str], index: int) -> str:

@@ -175,7 +175,7 @@ def fitted_to_run(
     warn_unfit("apply", {n: why for n, why in left.items() if n in outliers}, "They stay in full precision.")
     overrides = tuple((escape(n), _split_off(taken[n].config, modules[n], o)) for n, o in split.items())
     notes = left | {name: f"channels split off: {len(o.large)} dwarf the others" for name, o in split.items()}
-    include = (*config.include, *(name for roles in each.values() for name in roles.no_ends()))
+    include = (*config.include, *(escape(name) for roles in each.values() for name in roles.no_ends()))
     exclude = (*config.exclude, *map(escape, left))
     config = dataclasses.replace(config, include=include, overrides=(*config.overrides, *overrides), exclude=exclude)
     return config, notes
@@ -225,7 +225,7 @@ def without_unfit(verb: str, config: ModiffConfig, probes: Iterable[Probe]) -> t
             "a whole trajectory. Give more steps, or include layers by name."
         )
     warn_unfit(verb, unfit, "They stay in full precision: the config excludes them now.")
-    return dataclasses.replace(config, exclude=config.exclude + tuple(unfit)), fit
+    return dataclasses.replace(config, exclude=(*config.exclude, *map(escape, unfit))), fit
 
 
 class Track(NamedTuple):

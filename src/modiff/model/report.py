@@ -55,7 +55,8 @@ class MemoryUse(NamedTuple):
 
     floats: weights and biases before rounding; gone after `pack`. codes: integers and their scales, backends: copies in
     the layout of a backend, both made at the first step. states: the most that one trajectory ended with so far.
-    expected: of one generation of the host's usual size, from shapes alone; None where that is not known.
+    expected: of one generation of the host's usual size, from shapes alone; None where that is not known. at_least:
+    that it is not known of other networks.
     """
 
     floats: int = 0
@@ -63,13 +64,16 @@ class MemoryUse(NamedTuple):
     backends: int = 0
     states: int = 0
     expected: int | None = 0
+    at_least: bool = False
 
     def __str__(self) -> str:
         later = f"{_size(self.codes)} in codes, {_size(self.backends)} in backends"
         later = later if self.codes else "codes and backends from step 1 on"
         states = f"; states {_size(self.states)}" if self.states else "; states unknown before the first run"
-        if not self.states and self.expected is not None:
-            states = f"; states about {_size(self.expected)} for one generation" if self.expected else ""
+        if not self.states and self.expected:
+            states = f"; states {'at least' if self.at_least else 'about'} {_size(self.expected)} for one generation"
+        elif not self.states and self.expected == 0 and not self.at_least:
+            states = ""
         return f"memory: weights {_size(self.floats)} in floats, {later}{states}"
 
 
@@ -106,8 +110,10 @@ class Report:
 
     def __add__(self, other: "Report") -> "Report":
         memories = [m for m in (self.memory, other.memory) if m is not None]
-        columns = zip(*memories, strict=True)
-        memory = MemoryUse(*(None if None in column else sum(column) for column in columns)) if memories else None
+        known = [m.expected for m in memories if m.expected is not None]
+        part = len(known) < len(memories) or any(m.at_least for m in memories)
+        sums = (sum(column) for column in zip(*(m[:4] for m in memories), strict=True))
+        memory = MemoryUse(*sums, sum(known) if known else None, part and bool(known)) if memories else None
         return Report(self.entries + other.entries, memory)
 
     def __str__(self) -> str:

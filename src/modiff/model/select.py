@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import cast
 
 import torch
@@ -14,10 +15,10 @@ from torch.nn.utils import parametrize
 from modiff.config import LayerConfig, ModiffConfig, check
 from modiff.core.granularity import granularity_named
 from modiff.errors import ConfigError
-from modiff.model.facts import facts_of, written_ends
+from modiff.model.facts import ends_of, facts_of
 from modiff.model.report import ADAPTER, PARAMETER, Entry, Report
 from modiff.nn import Clock, ModulatedLayer, quantized_class
-from modiff.nn.adapters import walk
+from modiff.nn.adapters import modules_of, walk
 
 CANDIDATES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 END = "first or last layer"
@@ -48,7 +49,7 @@ def select_layers(
         check(name, type(module).__name__, not is_lazy(module.weight), "a layer with a weight",
               "It makes one from its first input. Evaluate the network once before modiff.apply.")  # fmt: skip
         names.setdefault(module, []).append(name)
-    own = [name for name, _, theirs in candidates if not theirs]
+    own, modules = [name for name, _, theirs in candidates if not theirs], modules_of(model)
     layers = {first: layer for layer, (first, *_) in names.items()}
     patterns = {"include": config.include, "exclude": config.exclude, "overrides": [p for p, _ in config.overrides]}
     check_patterns({f"ModiffConfig.{field}": patterns[field] for field in patterns}, [*layers, *known], "a layer")
@@ -56,17 +57,15 @@ def select_layers(
     defaults = facts.default_exclude if config.default_exclude is None else config.default_exclude
     extended = dataclasses.replace(config, exclude=config.exclude + defaults)
     splits = splits or {}
-    written = None if facts.registered_in_order else written_ends(model, own)
-    ends, how = (written, "as forward is written") if written else ((*own[:1], *own[-1:]), "by registration")
-    ends = ends[-1:] if facts.reads_tokens else ends
+    ends = ends_of(model, own)
     meant = [p for p in (*patterns["include"], *patterns["overrides"]) if not any(fnmatchcase(name, p) for name in own)]
     entries: list[Entry] = []
     for name, layer in layers.items():
         theirs = name not in own and not matches(name, meant)
-        reason = ADAPTER if theirs else _reason_to_leave(name, layer, extended, how if name in ends else "")
+        reason = ADAPTER if theirs else _reason_to_leave(name, layer, extended, ends.get(name, ""))
         reason = reason or ", ".join(f"is {other} too" for other in names[layer][1:])
         parent, _, leaf = name.rpartition(".")
-        if not reason and leaf == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        if not reason and leaf == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention):
             reason = "MultiheadAttention reads its weight and never calls it"
         matching = [config.layer, *(its for pattern, its in config.overrides if fnmatchcase(name, pattern))]
         chosen = None if reason else matching[-1]
@@ -132,7 +131,7 @@ def _reason_to_leave(name: str, layer: nn.Module, config: ModiffConfig, end: str
         return f"{type(layer).__name__} computes something else than its own linear map of its input"
     if "forward" in layer.__dict__:
         return "another library replaced its forward"
-    named = name in config.include or matches(name, (p for p, _ in config.overrides))
+    named = {name, escape(name)} & {*config.include} or matches(name, (p for p, _ in config.overrides))
     if end and config.first_last == "full_precision" and not named:
         return f"{END} ({end})"
     if weight.numel() < config.min_weights and not named:

@@ -29,6 +29,7 @@ from modiff.model.report import Report
 from modiff.model.select import modulated_layer, share_inputs
 from modiff.nn import Clock, ModulatedLayer
 from modiff.nn.adapters import modules_of, torch_layer
+from modiff.nn.loop.integer import IntegerLoop
 from modiff.nn.weight import turned
 
 
@@ -270,11 +271,13 @@ def warn_of_states(models: Sequence[nn.Module], report: Report) -> None:
     expected = (report.memory.expected if report.memory else None) or 0
     free = _free(next(models[0].parameters()).device) if expected else None
     if free is not None and expected > free:
+        about = "at least" if report.memory and report.memory.at_least else "about"
         name, sizes = type(models[0]).__name__, [f"{size / 2**30:.1f} GiB" for size in (expected, free)]
         warn_once(
             f"states of {name}: {expected}",
-            f"apply: expected states that fit into {sizes[1]}, which are free, got about {sizes[0]} for one generation "
-            f"of {name}. Give apply(..., state_memory='4GiB'), or run on integers, whose states take 2 bytes a number.",
+            f"apply: expected states that fit into {sizes[1]}, which are free, got {about} {sizes[0]} for one "
+            f"generation of {name}. Give apply(..., state_memory='4GiB'), or run on integers, whose states take 2 "
+            "bytes a number.",
         )
 
 
@@ -320,7 +323,7 @@ def clone(target: Any) -> Any:
             memo[id(tensor)] = tensor
         attachment = attachment_of(network)
         for layer in () if attachment is None else attachment.layers.values():
-            for shared in (*_tensors(vars(layer.quantized_weight)), *vars(layer.loop).get("_kernels", ())):
+            for shared in _made(layer):
                 memo[id(shared)] = shared
             memo[id(layer.loop.memories)] = {}
             if layer.inputs is not None:
@@ -333,6 +336,15 @@ def clone(target: Any) -> Any:
             if attachment.automatic is not None:
                 attachment.automatic.end()
     return copied
+
+
+def _made(layer: ModulatedLayer) -> Iterator[object]:
+    """What a layer makes of its weight, now if it did not yet, so that no copy makes its own."""
+    weight = layer.operator.parameters.get("weight")
+    if weight is not None and not weight.is_meta:
+        _ = layer.quantized_weight.refresh(weight), layer.loop.kernels if isinstance(layer.loop, IntegerLoop) else ()
+    made = vars(layer.loop)
+    yield from (*_tensors(vars(layer.quantized_weight)), *_tensors(made.get("_codes")), *made.get("_kernels", ()))
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -167,10 +167,7 @@ class LayerOperator:
         self.bias_edition += not same
 
     def look(self) -> bool:
-        """Compare the values now, if they were before and lie on the CPU: elsewhere they would be waited for.
-
-        Returns: whether they changed.
-        """
+        """Whether the values changed, if they were compared before and lie on the CPU: others would be waited for."""
         weight, bias = self.parameters.get("weight"), self.parameters.get("bias")
         if weight is None or not weight.is_cpu or not self.quantized.known or any(map(_only_stored, (weight, bias))):
             return False

@@ -15,6 +15,7 @@ from modiff.hosts.diffusers.hooks import cache_contexts, follow, unfollow
 from modiff.hosts.diffusers.quantizer import attach_quantizer, offer_quantizer, saving_quantized, withdraw_quantizer
 from modiff.hosts.diffusers.runs import calibration_run, evaluations, rehearsals
 from modiff.hosts.host import Host
+from modiff.hosts.names import ENDS
 from modiff.model.attach import attachment_of, eager
 from modiff.model.facts import facts_of
 
@@ -52,7 +53,7 @@ class DiffusersHost(Host):
     """Every call of a pipeline is a trajectory; branches of guidance are the cache contexts that it enters."""
 
     generation = "__call__"
-    registered_in_order = True
+    ends = ENDS
     timestep_names = (*Host.timestep_names, "timestep_ratio", "r", "timestep_img", "vision_timesteps")
 
     def networks(self, target: Any) -> dict[str, nn.Module]:

@@ -86,6 +86,12 @@ def evaluations(pipe: DiffusionPipeline, steps: int) -> int:
     return len(scheduler.timesteps)
 
 
+def classes_in_turn(pipe: Any, count: int) -> tuple[int, ...]:
+    """The first `count` classes of a pipeline that takes them, fewer where it knows fewer; () for others."""
+    known = "class_labels" in inspect.signature(pipe.__call__).parameters
+    return tuple(range(min(count, pipe.transformer.config.num_embeds_ada_norm))) if known else ()
+
+
 def noise_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
     """One generator for each sample, seeded with seed + index; pass them to a pipeline as `generator=`."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
