@@ -33,7 +33,7 @@ BUDGETS = {
     "how it is sampled": (["src/modiff/sampling"], 2_150),
     "whose recipe": (["src/modiff/methods"], 2_200),
     "the whole package": (["src/modiff"], 27_010),
-    "tests": (["tests"], 28_380),
+    "tests": (["tests"], 28_400),
 }
 """What a room may hold, in lines of Python: (folders, lines)."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef

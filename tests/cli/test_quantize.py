@@ -29,7 +29,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ptq4dm": {"samples": 2, "batch": 2, "trials": 3},
 }
 FIELDS |= {name: {"groups": 2, "samples": 2, "batch": 2, "pairs": 2} for name in ("ptqd", "tac")}
-FIELDS["q_diffusion"]["reconstruction"] = LEARN | {"learning_rate": 0.1}
+FIELDS["q_diffusion"]["reconstruction"] = rounding = LEARN | {"learning_rate": 0.1}
+FIELDS["qncd"] = FIELDS["ptqd"] | {"reconstruction": rounding, "interval": 1}
+FIELDS["eda_dm"] = {"samples": 2, "batch": 2, "reconstruction": rounding | LEARNED | {"learn": "weights_and_scales"}}
+FIELDS["gradient_aligned"] = {"groups": 3, "samples": 4, "batch": 2, "temporal": rounding}
+FIELDS["gradient_aligned"]["reconstruction"] = rounding | {"held_out": 0.5}
 
 
 def invoke(folder: Path, method: str, tmp_path: Path, *more: object) -> Result:
@@ -61,6 +65,21 @@ def test_the_folder_makes_the_images_of_the_method_bit_for_bit(model: Path, tmp_
     assert f"of 4 images to full precision: {error:.4f}\n" in result.stdout
     assert_one_line(command("explain", out), "model: expected one in full precision, got")
     assert (values["method"], values["layers"]) == ("q_diffusion", report.to_dict()["layers"])
+
+
+@pytest.mark.parametrize(("method", "words"), [("qncd", ()), ("eda_dm", ("--modulated",)), ("gradient_aligned", ())])
+def test_folders_of_later_methods_make_their_images(method: str, words: tuple, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("modiff.methods.qncd.LEAST", 2 * 64)  # two pairs of 64 values
+    pipe = pixel_pipeline()
+    pipe.scheduler.register_to_config(prediction_type="epsilon", clip_sample=True)
+    pipe.save_pretrained(tmp_path / "noise")
+    done(invoke(tmp_path / "noise", method, tmp_path, *words, "-o", tmp_path / "out"))
+    pipe, saved = load_pipeline(tmp_path / "noise"), modiff.load(tmp_path / "out")
+    config = method_config(method, values=FIELDS[method], changes={"steps": STEPS}, modulated=bool(words))
+    apply_method(pipe, config, progress=False)
+    full, own, loaded = (images(p) for p in (load_pipeline(tmp_path / "noise"), pipe, saved))
+    assert np.linalg.norm(loaded - own) <= (0.25 if words else 0) * np.linalg.norm(own - full), "int8 anchor codes"
+    assert ("correction" in saved.scheduler.config) == (method == "qncd")
 
 
 def test_bits_modulation_and_work_folder_are_those_of_the_options(model: Path, tmp_path: Path) -> None:

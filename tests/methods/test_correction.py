@@ -5,6 +5,7 @@ from statistics import median
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 import modiff
@@ -60,47 +61,42 @@ def build(sampler: str, *, quantized: bool = False):
     return pipe
 
 
-def images_come_nearer_and_the_table_is_saved(full, pipe, folder):
+def images_come_nearer_and_tables_are_saved(full, pipe, folder, shares):
+    """`shares` of the error are the most that PTQD and TAC leave; where it is no multiple, PTQD adds a little."""
     exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
-    table = learn_correction(full, pipe, LEAST_SQUARES, progress=False)
-    pipe.scheduler = corrected(pipe.scheduler, table)
-    after = small.call(pipe, steps=6, seed=50, batch=4)
-    assert relative_error(after, exact) < relative_error(before, exact)
-    pipe.scheduler.save_pretrained(folder)
-    pipe.scheduler = type(pipe.scheduler).from_pretrained(folder)
-    assert torch.equal(small.call(pipe, steps=6, seed=50, batch=4), after)
+    plain = pipe.scheduler
+    for config, share in zip((PTQD, LEAST_SQUARES), shares, strict=True):
+        table = learn_correction(full, pipe, config, progress=False)
+        assert (table.noise is not None) == (config is PTQD and type(plain) is DDPMScheduler)
+        pipe.scheduler = corrected(plain, table)
+        after = small.call(pipe, steps=6, seed=50, batch=4)
+        assert relative_error(after, exact) < share * relative_error(before, exact)
+        pipe.scheduler.save_pretrained(folder)
+        pipe.scheduler = type(plain).from_pretrained(folder)
+        assert torch.equal(small.call(pipe, steps=6, seed=50, batch=4), after)
 
 
-def test_images_of_a_network_whose_modules_another_library_replaced_come_nearer_and_the_table_is_saved(tmp_path):
+def test_images_of_a_network_whose_modules_another_library_replaced_come_nearer_and_tables_are_saved(tmp_path):
     full, pipe = build("ddim"), build("ddim")
     layers = [name for name, module in pipe.unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for name in layers:
         parent, _, child = name.rpartition(".")
         setattr(pipe.unet.get_submodule(parent), child, Blockwise(pipe.unet.get_submodule(name)))
     assert sum(p.ndim > 1 for p in pipe.unet.parameters()) == 0, "no weight is left"
-    images_come_nearer_and_the_table_is_saved(full, pipe, tmp_path)
+    images_come_nearer_and_tables_are_saved(full, pipe, tmp_path, (1.07, 0.99))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_images_of_a_network_that_torchao_quantized_come_nearer_and_the_table_is_saved(tmp_path):
+def test_images_of_a_network_that_torchao_quantized_come_nearer_and_tables_are_saved(tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     full, pipe = build("ddim"), build("ddim")
     torchao.quantize_(pipe.unet, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int3))
-    images_come_nearer_and_the_table_is_saved(full, pipe, tmp_path)
+    images_come_nearer_and_tables_are_saved(full, pipe, tmp_path, (1.02, 1.0))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++", "dpmsolver++2s"])
-def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler):
-    full, pipe = build(sampler), build(sampler, quantized=True)
-    exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
-    plain = pipe.scheduler
-    for config, share in ((PTQD, 0.97), (LEAST_SQUARES, 0.92)):
-        table = learn_correction(full, pipe, config, progress=False)
-        assert (table.noise is not None) == (sampler == "ddpm" and type(config) is PtqdConfig)
-        pipe.scheduler = corrected(plain, table)
-        after = small.call(pipe, steps=6, seed=50, batch=4)
-        assert relative_error(after, exact) < share * relative_error(before, exact)
-        pipe.scheduler = plain
+def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler, tmp_path):
+    images_come_nearer_and_tables_are_saved(build(sampler), build(sampler, quantized=True), tmp_path, (0.97, 0.92))
 
 
 @pytest.mark.parametrize(("settings", "name"), [(PTQD, "k"), (LEAST_SQUARES, "K")])

@@ -46,7 +46,8 @@ class PtqdConfig(CorrectionConfig):
         released step does, so that the mean of the step changes.
 
     With `modulation`, the network runs along the trajectories with its states, and the table is that of modulation.
-    The noise is corrected for DDIM with eta > 0 and DDPM; there is nothing to take it from otherwise.
+    The noise is corrected for DDIM with eta > 0 and DDPM. SDE-DPM-Solver++ keeps its own, as earlier outputs and
+    their errors count in its steps too; the other samplers add none.
     Cost: that of the network's quantization, then three evaluations a step of each of the `pairs`; two more of each for
         each of the `step_bits`.
     """
@@ -93,7 +94,7 @@ class PtqdConfig(CorrectionConfig):
 
 
 def noise_factors(scheduler: Any, remaining: Tensor, eta: float) -> Tensor | None:
-    """sqrt(max(0, 1 - B² s² / sigma²)) of each step, (T,); None where the sampler adds no noise that can be scaled.
+    """sqrt(max(0, 1 - B² s² / sigma²)) of each step, (T,); None for samplers other than DDIM with eta > 0 and DDPM.
 
     The factor B of the output and the noise sigma are read off the scheduler, at a state where nothing is clipped.
     remaining: s, the deviation of corrected outputs.

@@ -35,6 +35,9 @@ diffusers_host()  # lets `from_pretrained` read folders of quantized networks
 
 Rows = tuple[tuple[float, ...], ...]
 TABLES = ("gain", "offset", "shift")
+_PARALLEL = "It also makes many steps at once, by batch_step_no_noise, which no table is applied to."
+_WHY_NOT = dict.fromkeys(("DDIMParallelScheduler", "DDPMParallelScheduler"), _PARALLEL)
+_WHY_NOT["DDIMInverseScheduler"] = "It goes from images to noise, and a table is learned from noise to images."
 _OTHER_STEPS = "The table is for those. Sample with as many steps, or calibrate again."
 
 
@@ -182,9 +185,10 @@ def corrected_kind(kind: type) -> Any:
         if known.kind is kind or known is kind:
             return known
     names = ", ".join(known.kind.__name__ for known in KINDS)
+    why = _WHY_NOT.get(kind.__name__, "Tables are applied to the steps of those alone.")
     raise ConfigError(
-        f"correction: expected one of {names}, got {kind.__name__}. Tables are applied to the steps of those "
-        "alone. Use one of them; corrected(scheduler, None) takes a correction off."
+        f"correction: expected one of {names}, got {kind.__name__}. {why} Use one of them; corrected(scheduler, None) "
+        "takes a correction off."
     )
 
 
