@@ -93,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
     "ptqd": Recipe("ptqd", {}, "as minmax, then slope, mean and noise of the error corrected in the sampler"),
     "ptqd_mixed": Recipe("ptqd", {"step_bits": [4, 8]}, "ptqd, 4 or 8 bits of activations by step", ((8, 8), (4, 8))),
     "ptqd_any": Recipe("ptqd", {"slope": "any"}, "ptqd with slopes of either sign, instead of k of 0 or more"),
-    "tac": Recipe("tac", {}, "as minmax, then a factor and a shift for each step in the sampler"),
+    "tac": Recipe("tac", {}, "as minmax, then a factor by least squares and a shift for each step"),
     "modiff_dynamic": Recipe("modiff", {"kind": "dynamic"}, "learned rounding, dynamic scales per token or sample"),
     "modiff_static_minmax": Recipe("modiff", {"kind": "static_minmax"}, "learned rounding, static residual ranges"),
     "modiff_static_steps": Recipe("modiff", {"kind": "static_steps"}, "learned rounding, ranges of 10 groups of steps"),
