@@ -23,7 +23,7 @@ STEPS, IMAGES = 10, 5
 def test_every_row_is_a_method_with_settings_that_exist_and_every_method_has_a_row():
     rows, refused = methods.rows(methods.RECIPES, methods.BITS)
     assert {methods.RECIPES[row.recipe].method for row in rows} == set(METHODS)
-    assert len({row.name for row in rows}) == len(rows) == 4 * 29 + 4, "ptqd_mixed has no 4-bit activations"
+    assert len({row.name for row in rows}) == len(rows) == 4 * 30 + 4, "ptqd_mixed has no 4-bit activations"
     assert set(refused) == {
         "accuquant, modulated",
         *(f"{n}, plain" for n, r in methods.RECIPES.items() if r.method == "modiff"),
