@@ -1,5 +1,6 @@
 """`modiff quantize` end to end: a folder whose images are those of the method applied here."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,19 @@ def test_a_model_that_takes_text_is_calibrated_on_prompts_and_a_work_folder_keep
 
 
 def test_a_model_of_two_classes_is_compared_on_both_in_turn(tmp_path: Path, monkeypatch) -> None:
-    call = DiTPipeline.__call__.__wrapped__
-    monkeypatch.setattr(call, "__defaults__", (1.0, *call.__defaults__[1:]))  # guidance asks for class 1000
+    call, classes = DiTPipeline.__call__, []
+
+    @functools.wraps(call)
+    def seen(self: DiTPipeline, class_labels: list[int], **words: Any) -> Any:
+        classes.append(tuple(class_labels))
+        return call(self, class_labels, **words | {"guidance_scale": 1.0})  # guidance asks for class 1000
+
+    monkeypatch.setattr(DiTPipeline, "__call__", seen)
     pipe = HOSTS["dit"].build()
     network = DiTTransformer2DModel(**pipe.transformer.config | {"num_embeds_ada_norm": 2})
     DiTPipeline(network, pipe.vae, pipe.scheduler).save_pretrained(tmp_path / "dit")
     done(invoke(tmp_path / "dit", "ptq4dm", tmp_path, "-o", tmp_path / "out"))
+    assert classes[-2:] == [(0, 1, 0, 1)] * 2, "full precision, and the folder"
 
 
 @pytest.mark.parametrize(

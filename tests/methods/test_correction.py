@@ -61,7 +61,7 @@ def build(sampler: str, *, quantized: bool = False):
     return pipe
 
 
-def images_come_nearer_and_tables_are_saved(full, pipe, folder, shares):
+def assert_shares_left_and_tables_saved(full, pipe, folder, shares):
     """`shares` of the error are the most that PTQD and TAC leave; where it is no multiple, PTQD adds a little."""
     exact, before = (small.call(p, steps=6, seed=50, batch=4) for p in (full, pipe))
     plain = pipe.scheduler
@@ -76,27 +76,27 @@ def images_come_nearer_and_tables_are_saved(full, pipe, folder, shares):
         assert torch.equal(small.call(pipe, steps=6, seed=50, batch=4), after)
 
 
-def test_images_of_a_network_whose_modules_another_library_replaced_come_nearer_and_tables_are_saved(tmp_path):
+def test_tac_brings_images_nearer_where_another_library_replaced_modules_and_tables_are_saved(tmp_path):
     full, pipe = build("ddim"), build("ddim")
     layers = [name for name, module in pipe.unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for name in layers:
         parent, _, child = name.rpartition(".")
         setattr(pipe.unet.get_submodule(parent), child, Blockwise(pipe.unet.get_submodule(name)))
     assert sum(p.ndim > 1 for p in pipe.unet.parameters()) == 0, "no weight is left"
-    images_come_nearer_and_tables_are_saved(full, pipe, tmp_path, (1.07, 0.99))
+    assert_shares_left_and_tables_saved(full, pipe, tmp_path, (1.07, 0.99))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_images_of_a_network_that_torchao_quantized_come_nearer_and_tables_are_saved(tmp_path):
+def test_tac_brings_images_nearer_where_torchao_quantized_and_tables_are_saved(tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     full, pipe = build("ddim"), build("ddim")
     torchao.quantize_(pipe.unet, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int3))
-    images_come_nearer_and_tables_are_saved(full, pipe, tmp_path, (1.02, 1.0))
+    assert_shares_left_and_tables_saved(full, pipe, tmp_path, (1.02, 1.0))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++", "dpmsolver++2s"])
 def test_images_of_a_network_that_another_library_quantized_come_nearer(sampler, tmp_path):
-    images_come_nearer_and_tables_are_saved(build(sampler), build(sampler, quantized=True), tmp_path, (0.97, 0.92))
+    assert_shares_left_and_tables_saved(build(sampler), build(sampler, quantized=True), tmp_path, (0.97, 0.92))
 
 
 @pytest.mark.parametrize(("settings", "name"), [(PTQD, "k"), (LEAST_SQUARES, "K")])
